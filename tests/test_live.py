@@ -212,6 +212,26 @@ async def test_who_joins_late_gets_one_snapshot_and_then_deltas() -> None:
 
 
 @pytest.mark.anyio
+async def test_halves_of_characters_arrive_as_what_can_be_sent() -> None:
+    """In text and in reasoning, each on its own."""
+    live = LiveOutput(10**6)
+    context, events = context_of(live), list[Event]()
+    with live.reader(0, reasoning=True) as reader:
+        for half in ("\ud83d", "\ude00", "\ud83d", "x", "\ude00"):
+            context.emit(half, "text")
+            context.emit(half, "title")
+            context.emit_reasoning(half)
+            events += reader.events(STEP)
+    sent = [(event.data.get("field"), event.data["text"]) for event in events]
+    for field in ("text", "title", None):
+        assert [text for name, text in sent if name == field] == ["\U0001f600", "\ufffdx", "\ufffd"]
+    context.settle_output(msgspec.Raw(msgspec.json.encode({"text": "\U0001f600\ufffdx\ufffd", "title": "a"})))
+    client = Client(live)
+    client.read()
+    assert client.outputs == {"": {"text": "\U0001f600\ufffdx\ufffd", "title": "a"}}
+
+
+@pytest.mark.anyio
 async def test_nothing_of_a_step_is_sent_before_its_start() -> None:
     live = LiveOutput(10**6)
     context_of(live).emit("a", "text")

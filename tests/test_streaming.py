@@ -25,6 +25,8 @@ from tests.support.servers import Served, Server, flockapi_command, running
 
 pytestmark = pytest.mark.anyio
 
+#: Two halves of a character, and others that are alone.
+HALVES, WHOLE = ("\ud83d", "\ude00", "\ude00x", "\ud83d", "y", "\ud83d"), "\U0001f600\ufffdx\ufffdy\ufffd"
 STREAM = {"Accept": "text/event-stream"}
 
 
@@ -69,6 +71,19 @@ class Writer:
             for word in ("on ", topic):
                 yield word
             yield Article(text=f"on {topic}", words=["on", topic])
+
+        @flock.agent
+        async def yields_halves() -> AsyncIterator[str]:
+            for half in HALVES:
+                yield half
+
+        @flock.agent
+        async def emits_halves(context: RunContext) -> str:
+            for half in HALVES:
+                context.emit_reasoning(half)
+                context.emit(half)
+                await self.may_go.acquire()
+            return WHOLE
 
         @flock.agent
         async def strip(topic: str, context: RunContext) -> str:
@@ -221,6 +236,22 @@ async def test_generators_stream_and_hand_off(client: httpx.AsyncClient, writer:
     async with start(client, "article", topic="tea") as response:
         page = await read_all(response)
     assert page.events[-1]["result"] == page.outputs[0, ""] == {"text": "on tea", "words": ["on", "tea"]}
+
+
+@pytest.mark.parametrize("agent_name", ["yields_halves", "emits_halves"])
+async def test_halves_of_characters_are_joined_or_replaced(
+    agent_name: str, client: httpx.AsyncClient, writer: Writer
+) -> None:
+    for _ in HALVES:
+        writer.may_go.release()
+    body = {"agent_name": agent_name, "inputs": {}}
+    async with client.stream("POST", "/run/flock?reasoning=true", json=body, headers=STREAM) as response:
+        page = await read_all(response)
+    if agent_name == "emits_halves":
+        assert "".join(delta["text"] for delta in page.of("reasoning.delta")) == WHOLE[:-1]
+    assert page.names[-1] == "run.completed"
+    assert page.names.count("output.reset") == 0
+    assert page.outputs[0, ""] == page.events[-1]["result"] == {"result": WHOLE}
 
 
 async def test_a_result_that_differs_from_the_text_replaces_it(client: httpx.AsyncClient, writer: Writer) -> None:

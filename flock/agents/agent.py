@@ -22,6 +22,7 @@ from flock.agents.live import LiveAnswer
 from flock.agents.llm import ModelClient
 from flock.agents.models import ModelChoice, models_of, names_of
 from flock.agents.pace import Caller, fail_after_working
+from flock.agents.pieces import REPLACEMENT, Joiner
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
 from flock.agents.signature import (
@@ -586,11 +587,15 @@ class FunctionAgent(Agent):
     async def _written(self, call: Callable[[], Any], resources: Resources, context: RunContext) -> Any:
         """Write the text that a generator yields, and return its result."""
         texts, results, field = list[str](), list[Any](), self.output_names[0]
+        joiner = Joiner(REPLACEMENT)
+
+        def write(text: str) -> None:
+            texts.append(text)
+            context.emit(text, field)
 
         def add(part: Any) -> None:
             if isinstance(part, str):
-                texts.append(part)
-                context.emit(part, field)
+                write(joiner.add(part))
             else:
                 results[:] = [part.value if isinstance(part, Result) else part]
 
@@ -607,6 +612,8 @@ class FunctionAgent(Agent):
                     add(part)
         else:
             await resources.call_in_thread(add_all)
+        if rest := joiner.end():
+            write(rest)
         if not results:
             return "".join(texts) if self._is_boxed else {field: "".join(texts)}
         if texts and isinstance(results[0], dict) and not self._is_boxed:  # it may leave the text out

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import anyio
 import msgspec
 
+from flock.agents.pieces import REPLACEMENT, Joiner
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, is_end_of_step, started_id
 
@@ -45,6 +46,19 @@ class _RemoteTurn(msgspec.Struct, kw_only=True):
     call_id: str = ""
 
 
+class _Text(io.StringIO):
+    """Text that grows. Lone surrogates are replaced, because no event can have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._joiner = Joiner(REPLACEMENT)
+
+    def append(self, text: str) -> int:
+        """Append *text*, and return by how many characters the whole has grown."""
+        self.seek(0, io.SEEK_END)
+        return self.write(self._joiner.add(text))
+
+
 class _Writer:
     """What one agent has written in its turn: that of a step, or of a call of the step.
 
@@ -70,8 +84,8 @@ class _Writer:
         self.clear()
 
     def clear(self) -> None:
-        self.fields: dict[str, io.StringIO | tuple[int, msgspec.Raw]] = {}
-        self.reasoning = io.StringIO()
+        self.fields: dict[str, _Text | tuple[int, msgspec.Raw]] = {}
+        self.reasoning = _Text()
         self.chars = 0
 
     @property
@@ -139,14 +153,12 @@ class LiveOutput:
         with self._writing(writer) as written:
             written.has_output = True
             content = written.fields.get(field)
-            if not isinstance(content, io.StringIO):
+            if not isinstance(content, _Text):
                 if content is not None:
                     written.resets += 1  # readers would append the text to the value
-                content = written.fields[field] = io.StringIO()
+                content = written.fields[field] = _Text()
             if self._has_room(written, writer):
-                content.seek(0, io.SEEK_END)
-                content.write(text)
-                written.chars += len(text)
+                written.chars += content.append(text)
 
     def write_value(self, writer: Turn, field: str, value: Any) -> None:
         raw = msgspec.Raw(msgspec.json.encode(value, enc_hook=to_json))
@@ -160,9 +172,7 @@ class LiveOutput:
     def write_reasoning(self, writer: Turn, text: str) -> None:
         with self._writing(writer) as written:
             if self._has_room(written, writer):
-                written.reasoning.seek(0, io.SEEK_END)
-                written.reasoning.write(text)
-                written.chars += len(text)
+                written.chars += written.reasoning.append(text)
 
     def reset(self, writer: Turn) -> None:
         known = self._writers.get((writer.position, writer.call_id))
@@ -186,8 +196,8 @@ class LiveOutput:
             for name, value in values.items():
                 content = written.fields.get(name)
                 if content is None and isinstance(value, str):
-                    content = written.fields[name] = io.StringIO()
-                if isinstance(content, io.StringIO):
+                    content = written.fields[name] = _Text()
+                if isinstance(content, _Text):
                     content.write(value[content.seek(0, io.SEEK_END) :])
                 elif content is None or content[1] != members[name]:
                     written.fields[name] = (-self._changes, members[name])
@@ -338,7 +348,7 @@ class LiveOutput:
                 found.append(written)
             return found[::-1], self._changes
 
-    def piece(self, text: io.StringIO, start: int) -> str:
+    def piece(self, text: _Text, start: int) -> str:
         """Return *text* from *start* to its end."""
         with self._lock:
             text.seek(start)
@@ -454,7 +464,7 @@ class LiveReader:
             if written.resets != resets:  # while the last event was sent
                 return False
             sent = place.sent.get(name, 0)
-            if isinstance(content, io.StringIO):
+            if isinstance(content, _Text):
                 if text := self._live.piece(content, max(0, sent)):
                     place.sent[name] = max(0, sent) + len(text)
                     yield written.event("output.delta", field=name, text=text)
@@ -466,7 +476,7 @@ class LiveReader:
     def _snapshot(self, written: _Writer, place: _Place) -> Event:
         output: dict[str, Any] = {}
         for name, content in list(written.fields.items()):
-            if isinstance(content, io.StringIO):
+            if isinstance(content, _Text):
                 output[name] = self._live.piece(content, 0)
                 place.sent[name] = len(output[name])
             else:
@@ -474,9 +484,9 @@ class LiveReader:
         return written.event("output.snapshot", output=output)
 
 
-def _may_become(content: io.StringIO | tuple[int, msgspec.Raw], value: Any) -> bool:
+def _may_become(content: _Text | tuple[int, msgspec.Raw], value: Any) -> bool:
     """Whether a field that was written in part can become *value*; UNSET if the result has no such field."""
-    if isinstance(content, io.StringIO):
+    if isinstance(content, _Text):
         return isinstance(value, str) and value.startswith(content.getvalue())
     return value is not msgspec.UNSET
 
