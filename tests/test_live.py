@@ -283,6 +283,29 @@ async def test_the_text_of_calls_that_have_ended_takes_bounded_room() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("value", ["x" * 50_000, ["x" * 50_000]], ids=["text", "value"])
+@pytest.mark.parametrize("is_late", [False, True], ids=["before its end", "after its end"])
+async def test_the_results_of_calls_that_have_ended_take_bounded_room(value: Any, is_late: bool) -> None:
+    """They complete what the agents have written, so they count like it."""
+    live = LiveOutput(100_000)
+    context, result = context_of(live), msgspec.Raw(msgspec.json.encode({"text": "x", "title": value}))
+    for number in map(str, range(40)):
+        live.begin_call(context, number, "other", "agent", JSON_NULL, now())
+        called = context_of(live, number)
+        called.emit("x", "text")
+        if is_late:
+            live.end_call(0, number)
+        called.settle_output(result)
+        live.end_call(0, number)
+        assert len(live.changed_since(0)[0]) <= 2
+    for number in map(str, range(40, 80)):  # these need little room again
+        live.begin_call(context, number, "other", "agent", JSON_NULL, now())
+        context_of(live, number).emit("x", "text")
+        live.end_call(0, number)
+    assert len(live.changed_since(0)[0]) >= 40
+
+
+@pytest.mark.anyio
 async def test_text_whose_beginning_nobody_watched_is_not_sent() -> None:
     """It would be wrong. At the end of the turn, the whole text is sent."""
     source = Source(None)

@@ -88,6 +88,11 @@ class _Writer:
         self.reasoning = _Text()
         self.chars = 0
 
+    def set_value(self, field: str, value: msgspec.Raw, change: int) -> None:
+        before = self.fields.get(field)
+        self.chars += len(value) - (len(before[1]) if isinstance(before, tuple) else 0)
+        self.fields[field] = (change, value)
+
     @property
     def key(self) -> tuple[int, str]:
         return self.position, self.call_id
@@ -165,9 +170,7 @@ class LiveOutput:
         with self._writing(writer) as written:
             written.has_output = True
             if self._has_room(written, writer):
-                before = written.fields.get(field)
-                written.chars += len(raw) - (len(before[1]) if isinstance(before, tuple) else 0)
-                written.fields[field] = (-self._changes, raw)
+                written.set_value(field, raw, -self._changes)
 
     def write_reasoning(self, writer: Turn, text: str) -> None:
         with self._writing(writer) as written:
@@ -198,9 +201,9 @@ class LiveOutput:
                 if content is None and isinstance(value, str):
                     content = written.fields[name] = _Text()
                 if isinstance(content, _Text):
-                    content.write(value[content.seek(0, io.SEEK_END) :])
+                    written.chars += content.write(value[content.seek(0, io.SEEK_END) :])
                 elif content is None or content[1] != members[name]:
-                    written.fields[name] = (-self._changes, members[name])
+                    written.set_value(name, members[name], -self._changes)
 
     def _has_room(self, written: _Writer, writer: Turn) -> bool:
         if written.is_done:
@@ -213,7 +216,10 @@ class LiveOutput:
         """Change what *writer* has written, and wake the readers."""
         with self._lock:
             written = self._writer(writer.run_id, writer.attempt, writer.position, writer.agent_name, writer.call_id)
+            before = written.chars
             yield written
+            if written.is_done:
+                self._done_chars += written.chars - before
         self._wake_soon()
 
     def _writer(self, run_id: str, attempt: int, position: int, agent_name: str, call_id: str) -> _Writer:
