@@ -97,6 +97,19 @@ def test_a_price_is_a_number_of_dollars(price: Any, field: str) -> None:
         Price(**given)
 
 
+def test_a_price_may_be_a_number_of_a_subclass() -> None:
+    """Such as that of NumPy, whose repr is ``np.float64(2.5)``."""
+
+    class Float(float):
+        def __repr__(self) -> str:
+            return f"np.float64({float(self)})"
+
+    price = Price(Float(2.5), Float(10), Float(0.1))
+    usage = Usage(input_tokens=2, output_tokens=3, cached_tokens=1)
+    assert price == Price(2.5, 10, 0.1)
+    assert price.picodollars(usage) == Price(2.5, 10, 0.1).picodollars(usage)
+
+
 @pytest.mark.parametrize("prices", [{"gpt-4o": Price(1, 1)}, {MODEL: 2.5}, {MODEL: None}])
 def test_invalid_prices_are_refused_when_the_flock_is_made(prices: Any) -> None:
     with pytest.raises(DefinitionError, match="prices= must map models to prices"):

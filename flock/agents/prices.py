@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import force_setattr, replace
 
 from flock.errors import CostLimit, DefinitionError
 from flock.runs import Usage, cost_in_words, is_spent
@@ -47,6 +47,8 @@ class Price(msgspec.Struct, frozen=True):
                     f"{name}= of a Price must be US dollars for a million tokens, from 0 to {MAX_PRICE:,}, "
                     f"not {value!r}."
                 )
+            if value is not None:  # a subclass, such as that of NumPy, may have another repr
+                force_setattr(self, name, float(value) if isinstance(value, float) else int(value))
 
     def picodollars(self, usage: Usage) -> int:
         """Return what *usage* costs, exactly."""
