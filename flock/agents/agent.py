@@ -22,7 +22,7 @@ from flock.agents.live import LiveAnswer
 from flock.agents.llm import ModelClient
 from flock.agents.models import ModelChoice, models_of, names_of
 from flock.agents.pace import Caller, fail_after_working
-from flock.agents.pieces import REPLACEMENT, Joiner
+from flock.agents.pieces import Joiner
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
 from flock.agents.signature import (
@@ -587,7 +587,7 @@ class FunctionAgent(Agent):
     async def _written(self, call: Callable[[], Any], resources: Resources, context: RunContext) -> Any:
         """Write the text that a generator yields, and return its result."""
         texts, results, field = list[str](), list[Any](), self.output_names[0]
-        joiner = Joiner(REPLACEMENT)
+        joiner = Joiner()
 
         def write(text: str) -> None:
             texts.append(text)

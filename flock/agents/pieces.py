@@ -1,19 +1,15 @@
 """Text that arrives in pieces."""
 
-import re
+from flock.runs import safe_text
 
-__all__ = ["REPLACEMENT", "Joiner", "joined"]
-
-#: Replaces what an agent writes that is not a character (Unicode, section 5.22).
-REPLACEMENT = "\ufffd"
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+__all__ = ["Joiner", "joined"]
 
 
 class Joiner:
-    """Joins the halves of surrogate pairs, and replaces lone ones, which cannot be sent or stored, with *lone*."""
+    """Joins the halves of surrogate pairs, and replaces lone ones, which cannot be sent or stored."""
 
-    def __init__(self, lone: str = "?") -> None:
-        self._high, self._lone = "", lone
+    def __init__(self) -> None:
+        self._high = ""
 
     def add(self, piece: str) -> str:
         """Return the text that is complete now. A high surrogate at the end waits for its other half."""
@@ -21,14 +17,14 @@ class Joiner:
             return piece
         text = self._high + piece
         self._high = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        return joined(text[: len(text) - len(self._high)], self._lone)
+        return joined(text[: len(text) - len(self._high)])
 
     def end(self) -> str:
         """Return the rest."""
         text, self._high = self._high, ""
-        return joined(text, self._lone)
+        return joined(text)
 
 
-def joined(text: str, lone: str = "?") -> str:
+def joined(text: str) -> str:
     """Return a complete text, in the same way."""
-    return LONE_SURROGATE.sub(lone, text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass"))
+    return safe_text(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass"))

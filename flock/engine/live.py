@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import anyio
 import msgspec
 
-from flock.agents.pieces import REPLACEMENT, Joiner
+from flock.agents.pieces import Joiner
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, is_end_of_step, started_id
 
@@ -51,7 +51,7 @@ class _Text(io.StringIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self._joiner = Joiner(REPLACEMENT)
+        self._joiner = Joiner()
 
     def append(self, text: str) -> int:
         """Append *text*, and return by how many characters the whole has grown."""
