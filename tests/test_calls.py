@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sqlite3
+import sys
 import threading
 import time
 from pathlib import Path
@@ -145,6 +146,33 @@ async def test_a_damaged_call_fails_the_run_as_unreadable(tmp_path: Path) -> Non
     async with flock.engine(store=store) as engine:
         with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run_id)).error_type == "unreadable"
+
+
+async def test_a_gathered_call_that_exits_is_a_call_error() -> None:
+    """asyncio would end the event loop, and so the server. It is stored like any failed call."""
+    flock, caught = Flock(), list[str]()
+
+    async def leave() -> None:
+        sys.exit("bad usage")
+
+    def leave_in_thread() -> None:
+        sys.exit("bad usage")
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        calls = [context.call(leave), context.call(leave_in_thread)]
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(result, CallError)
+            caught.append(str(result))
+        await asyncio.gather(context.call(leave))
+
+    async with flock.engine(expose_errors=True) as engine:
+        run = await ended(engine, "work")
+        stored = (await engine.get_calls(run))[0]
+    told = "The call 'leave' raised SystemExit: bad usage"
+    assert caught == [told, "The call 'leave_in_thread' raised SystemExit: bad usage"]
+    assert (run.status, run.error, run.error_type) == (RunStatus.FAILED, told, "call_error")
+    assert {call.error for call in stored} == {*caught}
 
 
 async def test_a_retry_begins_with_an_empty_journal(tmp_path: Path) -> None:

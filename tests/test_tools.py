@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -202,6 +203,26 @@ async def test_an_exception_is_one_line_for_the_model(model: FakeModel, caplog: 
     assert re.search(r"run [0-9a-f-]+: the tool refuse failed: There is no such city.\\nTry another. \(", caplog.text)
     await answered(flock, model, expose_errors=True)
     assert results(model.requests[3]) == ["Error: The call 'explode' raised ValueError: a secret", told]
+
+
+async def test_a_tool_that_exits_is_an_error_for_the_model(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
+    """The server goes on, and so do the other tools of the reply. The log has the traceback."""
+
+    async def leave() -> None:
+        sys.exit("a secret")
+
+    def leave_in_thread() -> None:
+        sys.exit(2)
+
+    calls: list[tuple[str, dict[str, Any]]] = [("leave", {}), ("leave_in_thread", {}), ("add", {"a": 1, "b": 2})]
+    model.replies = [Reply(calls=calls), Reply({"a": "done"})]
+    assert await answered(flock_of(leave, leave_in_thread, add), model) == "done"
+    assert results(model.requests[1]) == [
+        "Error: The call 'leave' raised SystemExit",
+        "Error: The call 'leave_in_thread' raised SystemExit",
+        "3",
+    ]
+    assert "SystemExit: a secret" in caplog.text
 
 
 async def test_a_long_result_is_cut(model: FakeModel) -> None:

@@ -224,7 +224,7 @@ class Toolbox:
         async def execute() -> Any:
             try:
                 return await tool.execute(arguments, context, self._call_in_thread, self._timeout_s)
-            except Exception as exc:
+            except (Exception, SystemExit, KeyboardInterrupt) as exc:  # the journal makes an error of an exit
                 template, text = "run %s: the tool %s failed: %s (request %s)", one_line(safe_text(exc))
                 details = None if isinstance(exc, StepError) else exc
                 logger.warning(template, context.run_id, tool.name, text, context.request_id, exc_info=details)

@@ -331,16 +331,16 @@ class Journal:
                 return value
             result = self._encode(planned.label, value)
             value = planned.decode(result)
-        except Exception as exc:
-            if planned.should_keep is not None:
-                raise
-            failure = exc
+        except (Exception, SystemExit, KeyboardInterrupt) as exc:
+            failure = self._failure_of(planned.label, exc)
         finally:
             CURRENT_CALL.reset(reset)
             usage, model = self._usage.pop(planned.call_id, None), self._models.pop(planned.call_id, None)
             self._add_usage(planned.parent, usage, model)
         error, error_type = None, None
         if failure is not None:
+            if planned.should_keep is not None:
+                raise failure
             result = JSON_NULL
             error, error_type = error_of(failure, f"The call {planned.label!r}", expose_errors=self._expose_errors)
         await self._store(
@@ -363,6 +363,14 @@ class Journal:
         if planned.on_error is None or error is None:
             raise failure
         return planned.on_error(cut(error))
+
+    def _failure_of(self, label: str, exc: BaseException) -> Exception:
+        """Return *exc*, or a CallError for an exit. asyncio ends its loop if an exit leaves a task, as in a gather."""
+        if isinstance(exc, Exception):
+            return exc
+        failure = CallError(error_of(exc, f"The call {label!r}", expose_errors=self._expose_errors)[0])
+        failure.__cause__ = exc
+        return failure
 
     def _add_usage(self, parent: str, usage: Usage | None, model: str | None) -> None:
         if usage is not None:
