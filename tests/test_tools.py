@@ -1,5 +1,6 @@
 """Tools of model agents: calls, invalid calls, limits, and what survives a crash."""
 
+import asyncio
 import functools
 import json
 import os
@@ -223,6 +224,28 @@ async def test_a_tool_that_exits_is_an_error_for_the_model(model: FakeModel, cap
         "3",
     ]
     assert "SystemExit: a secret" in caplog.text
+
+
+async def test_a_tool_that_awaits_a_cancelled_task_does_not_cancel_its_siblings(model: FakeModel) -> None:
+    has_failed = anyio.Event()
+
+    async def fail() -> None:
+        task = asyncio.ensure_future(anyio.sleep_forever())
+        task.cancel()
+        try:
+            await task
+        finally:
+            has_failed.set()
+
+    async def slow() -> str:
+        await has_failed.wait()
+        await anyio.wait_all_tasks_blocked()  # a cancellation would come now
+        return "ready"
+
+    model.replies = [Reply(calls=[("fail", {}), ("slow", {})]), Reply({"a": "done"})]
+    assert await answered(flock_of(fail, slow), model) == "done"
+    told = "Error: 'fail' raised CancelledError, because something that it awaited was cancelled."
+    assert results(model.requests[1]) == [told, "ready"]
 
 
 async def test_a_long_result_is_cut(model: FakeModel) -> None:

@@ -1,8 +1,10 @@
 """Tools: functions that a model may call before it answers."""
 
+import asyncio
 import functools
 import inspect
 import logging
+import math
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any
@@ -223,7 +225,9 @@ class Toolbox:
 
         async def execute() -> Any:
             try:
-                return await tool.execute(arguments, context, self._call_in_thread, self._timeout_s)
+                return await _not_cancelled(
+                    tool.name, tool.execute(arguments, context, self._call_in_thread, self._timeout_s)
+                )
             except (Exception, SystemExit, KeyboardInterrupt) as exc:  # the journal makes an error of an exit
                 template, text = "run %s: the tool %s failed: %s (request %s)", one_line(safe_text(exc))
                 details = None if isinstance(exc, StepError) else exc
@@ -248,6 +252,19 @@ class Toolbox:
             self._context, question, _approval_type(tool), f"{tool.name}.{number}", None, msgspec.UNSET, arguments
         )
         return await answer
+
+
+async def _not_cancelled(name: str, call: Awaitable[Any]) -> Any:
+    """Await *call*. Raise CallError if it raises CancelledError although nobody has cancelled this task."""
+    try:
+        return await call
+    except anyio.get_cancelled_exc_class() as exc:
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
+        task = asyncio.current_task()  # trio always has the deadline
+        if task is not None and task.cancelling():  # the event loop is ending
+            raise
+        raise CallError(f"{name!r} raised CancelledError, because something that it awaited was cancelled.") from exc
 
 
 def _approval_type(tool: Tool) -> type[msgspec.Struct]:
