@@ -472,6 +472,47 @@ async def test_a_call_that_succeeded_at_the_second_try_is_not_executed_again(tmp
     assert len(set(keys)) == 1
 
 
+@pytest.mark.parametrize("kind", ["asyncio", "anyio"])
+async def test_a_call_whose_time_ends_while_it_is_saved_is_not_executed_again(kind: str, tmp_path: Path) -> None:
+    """The disk is slow. The call is stored once, and the author's own retry returns its result."""
+    flock, charged, disk_is_free = Flock(), list[int](), threading.Event()
+    has_timed_out = anyio.Event()
+
+    async def charge(amount: int) -> int:
+        charged.append(amount)
+        if len(charged) == 1:
+            tasks.start_soon(engine.store.change, lambda db: disk_is_free.wait(PATIENCE_S))
+            await anyio.lowlevel.checkpoint()  # so that it is written before the call, or with it
+            asyncio.get_running_loop().call_later(0.5, disk_is_free.set)  # after the timeout
+        return amount
+
+    async def charge_in_time(context: RunContext) -> int:
+        if kind == "anyio":
+            with anyio.fail_after(0.1):
+                return int(await context.call(charge, 5))
+        async with asyncio.timeout(0.1):
+            return int(await context.call(charge, 5))
+
+    @flock.agent
+    async def work(context: RunContext) -> list[int]:
+        try:
+            first = await charge_in_time(context)
+        except TimeoutError:
+            assert disk_is_free.is_set(), "it is on disk"
+            has_timed_out.set()
+            first = await context.call(charge, 5)
+        return [first, await context.call(charge, 5)]
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine, anyio.create_task_group() as tasks:
+        run = await ended(engine, "work")
+        stored = (await engine.get_calls(run))[0]
+    assert result_of(run) == [5, 5]
+    assert charged == [5, 5]
+    assert has_timed_out.is_set() == (kind == "asyncio")
+    assert [call.call_id.removeprefix(stored[0].call_id) for call in stored] == ["", ":2"]
+    assert run.steps[0].call_count == 2
+
+
 async def test_calls_inside_a_call_do_not_take_the_numbers_of_others(tmp_path: Path) -> None:
     """A call that is read from the journal makes no inner calls, so inner calls are numbered apart."""
     flock, paid, reached = Flock(), list[int](), anyio.Event()

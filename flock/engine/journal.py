@@ -5,6 +5,7 @@ reads the result. If a call is cancelled, or the process dies, before its result
 executed again.
 """
 
+import asyncio
 import functools
 import hashlib
 import inspect
@@ -103,6 +104,8 @@ class Journal:
         self._open: set[str] = set()
         self._changed: anyio.Event | None = None
         self._finished = {call.call_id: call for call in finished if call.is_checkpoint}
+        #: calls of this turn that were cancelled while they were saved. The next equal call returns the result.
+        self._unread: dict[str, Call] = {}
         self._save = save
         self._on_start = on_start
         self._call_in_thread = call_in_thread
@@ -313,6 +316,9 @@ class Journal:
         if finished is not None:
             self.kept += 1
             self._add_usage(planned.parent, finished.usage, finished.model)
+        else:
+            finished = self._unread.pop(planned.call_id, None)
+        if finished is not None:
             if finished.error is not None and planned.on_error is not None:
                 return planned.on_error(finished.error)
             return planned.decode(finished.result)
@@ -409,12 +415,32 @@ class Journal:
         if self._is_closed:
             return
         try:
-            with anyio.CancelScope(shield=True):  # it is done, so it must not be executed again
-                await self._save(call)
-            self.kept += 1
+            cancellation = await self._save_whole(call)
         except Exception as exc:
             self._save_error = exc
             raise
+        self.kept += 1
+        if cancellation is not None:
+            if call.is_checkpoint:
+                self._unread[call.call_id] = call
+            raise cancellation
+
+    async def _save_whole(self, call: Call) -> asyncio.CancelledError | None:
+        """Save a call that is done, so it must not be executed again. Returns a cancellation that came meanwhile."""
+        cancellation = None
+        with anyio.CancelScope(shield=True):
+            if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:  # trio
+                await self._save(call)
+                return None
+            # In a task of its own, since asyncio.timeout cancels this one in spite of the shield.
+            saving = asyncio.ensure_future(self._save(call))
+            while not saving.done():
+                try:
+                    await asyncio.wait([saving])
+                except asyncio.CancelledError as exc:
+                    cancellation = exc
+            saving.result()
+        return cancellation
 
 
 class _Planned(msgspec.Struct, frozen=True, kw_only=True):
