@@ -12,6 +12,7 @@ import sqlite3
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from flock.errors import AgentError, CallError
 from flock.runs import MAX_SHOWN_CALLS, NOT_LOADED, BatchOptions, Engine, Run, RunContext, RunStatus
 from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.engines import OpenEngine
+from tests.support.engines import OpenEngine, until
 from tests.support.servers import serving
 
 pytestmark = pytest.mark.anyio
@@ -475,22 +476,34 @@ async def test_a_call_that_succeeded_at_the_second_try_is_not_executed_again(tmp
 @pytest.mark.parametrize("kind", ["asyncio", "anyio"])
 async def test_a_call_whose_time_ends_while_it_is_saved_is_not_executed_again(kind: str, tmp_path: Path) -> None:
     """The disk is slow. The call is stored once, and the author's own retry returns its result."""
-    flock, charged, disk_is_free = Flock(), list[int](), threading.Event()
-    has_timed_out = anyio.Event()
+    flock, charged, is_blocked, disk_is_free = Flock(), list[int](), threading.Event(), threading.Event()
+    has_timed_out, end_time = anyio.Event(), list[Callable[[float], None]]()
+
+    def block(db: sqlite3.Connection) -> None:
+        is_blocked.set()
+        disk_is_free.wait(PATIENCE_S)
 
     async def charge(amount: int) -> int:
         charged.append(amount)
         if len(charged) == 1:
-            tasks.start_soon(engine.store.change, lambda db: disk_is_free.wait(PATIENCE_S))
-            await anyio.lowlevel.checkpoint()  # so that it is written before the call, or with it
-            asyncio.get_running_loop().call_later(0.5, disk_is_free.set)  # after the timeout
+            tasks.start_soon(engine.store.change, block)
+            await until(is_blocked.is_set)
+            tasks.start_soon(end_in_time)
         return amount
+
+    async def end_in_time() -> None:
+        await until(lambda: bool(engine.store._open.changes))  # the call waits for the disk
+        end_time[0](anyio.current_time())
+        await anyio.wait_all_tasks_blocked()
+        disk_is_free.set()
 
     async def charge_in_time(context: RunContext) -> int:
         if kind == "anyio":
-            with anyio.fail_after(0.1):
+            with anyio.fail_after(PATIENCE_S) as scope:
+                end_time.append(lambda at: setattr(scope, "deadline", at))
                 return int(await context.call(charge, 5))
-        async with asyncio.timeout(0.1):
+        async with asyncio.timeout(PATIENCE_S) as timeout:
+            end_time.append(timeout.reschedule)
             return int(await context.call(charge, 5))
 
     @flock.agent
