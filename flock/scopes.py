@@ -39,8 +39,8 @@ def closing_scopes(agent_name: str) -> Iterator[None]:
 
 
 def _current_scope() -> Any:
-    states = getattr(sys.modules.get("anyio._backends._asyncio"), "_task_states", {})
-    return getattr(states.get(current_task()), "cancel_scope", None)
+    task, states = current_task(), getattr(sys.modules.get("anyio._backends._asyncio"), "_task_states", {})
+    return None if task is None else getattr(states.get(task), "cancel_scope", None)
 
 
 def _scopes_above(before: Any) -> list[Any]:

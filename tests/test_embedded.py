@@ -14,6 +14,7 @@ from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import BatchNotFound, EngineStopped, RunNotFound, TooLarge
 from flock.runs import Batch, BatchOptions, Run, RunStatus, new_id
+from flock.scopes import closing_scopes
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import until
@@ -306,3 +307,14 @@ async def test_an_engine_that_has_ended_is_opened_by_the_next_request(
         assert "unforeseen" in caplog.text
         assert (await client.get("/readyz")).status_code == 200
         assert (await post_run(client, "one")).json()["status"] == "completed"
+
+
+def test_on_trio_an_agent_runs_as_it_is() -> None:
+    """Also in a process that has used asyncio before."""
+
+    async def use() -> str:
+        with closing_scopes("agent"):
+            await anyio.sleep(0.001)
+            return "done"
+
+    assert [anyio.run(use, backend=backend) for backend in ("asyncio", "trio")] == ["done", "done"]
