@@ -1,5 +1,6 @@
 """Code that tests share. Only ``browser`` imports Playwright, and ``cluster`` imports temporalio when it is called."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,3 +11,14 @@ EXAMPLES = ROOT / "examples"
 PATIENCE_S = 100
 #: Processes of a server. Most tests of a limit only run with one of them before a merge.
 WORKERS = [1, pytest.param(2, marks=pytest.mark.nightly)]
+
+
+def slowness() -> float:
+    """Return how many times as long as alone this thread takes now, because others use the processors. At least 1.
+
+    A bound that holds for an idle machine is multiplied by it.
+    """
+    cpu_s, began_s, cpu_began_s = 0.1, time.monotonic(), time.thread_time()
+    while time.thread_time() - cpu_began_s < cpu_s:
+        pass
+    return max(1.0, (time.monotonic() - began_s) / cpu_s)
