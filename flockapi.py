@@ -453,8 +453,7 @@ async def _accepted_run(
     body = await read_json(request)
     key = idempotency_key(request, lambda: fingerprint_of(request, body))
     run_request = wire.RUN_REQUEST.decode(body)
-    is_async = run_request.async_run or responds_async
-    engine = await engine_of(request)
+    is_async, engine = run_request.async_run or responds_async, await engine_of(request)
     try:
         run = await engine.submit(
             run_request.agent_name,

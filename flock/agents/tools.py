@@ -1,6 +1,5 @@
 """Tools: functions that a model may call before it answers."""
 
-import asyncio
 import functools
 import inspect
 import logging
@@ -19,6 +18,7 @@ from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON,
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
 from flock.runs import RunContext, one_line, safe_text
+from flock.scopes import current_task
 
 __all__ = ["AgentTool", "Tool", "ToolSource", "Toolbox", "by_name"]
 
@@ -261,7 +261,7 @@ async def _not_cancelled(name: str, call: Awaitable[Any]) -> Any:
     except anyio.get_cancelled_exc_class() as exc:
         if anyio.current_effective_deadline() == -math.inf:
             raise
-        task = asyncio.current_task()  # trio always has the deadline
+        task = current_task()
         if task is not None and task.cancelling():  # the event loop is ending
             raise
         raise CallError(f"{name!r} raised CancelledError, because something that it awaited was cancelled.") from exc
