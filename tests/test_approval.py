@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.support.engines import OpenEngine
 from tests.support.models import usage_of_gpt_4o
 from tests.support.servers import serving
 from tests.test_ask import asked, json_of, waiting
-from tests.test_tools import add, flock_of, results
+from tests.test_tools import add, ended, flock_of, results
 
 pytestmark = pytest.mark.anyio
 
@@ -43,6 +44,17 @@ def asking(till: Till, needs_approval: Any = True) -> Flock:
 
 
 PAY = Reply(calls=[("refund", {"amount": 40})])
+
+
+async def test_a_function_that_decides_and_exits_fails_its_run_alone(model: FakeModel) -> None:
+    def decide(amount: float, order: str) -> bool:
+        sys.exit("a secret")
+
+    model.replies = [PAY, Reply({"a": "done"})]
+    async with asking(Till(), decide).engine(transport=model.transport) as engine:
+        failed = await ended(engine)
+        assert (failed.error, failed.error_type) == ("The tool 'refund' raised SystemExit.", "call_error")
+        assert (await ended(engine)).status is RunStatus.COMPLETED
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,10 @@ class Toolbox:
         self._calls_left -= len(made)
 
         async def make(number: int, call: ToolCall) -> None:
-            texts[number] = _cut(await self._result(call, f"{reply_number}.{number + 1}"))
+            try:
+                texts[number] = _cut(await self._result(call, f"{reply_number}.{number + 1}"))
+            except (SystemExit, KeyboardInterrupt) as exc:  # asyncio would end its loop, since this is a task
+                raise CallError(f"The tool {call.function.name!r} raised {type(exc).__name__}.") from exc
 
         try:
             async with anyio.create_task_group() as tasks:
