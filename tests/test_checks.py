@@ -176,6 +176,13 @@ def test_check_passes_a_complete_flock(tmp_path: Path) -> None:
     assert check(path, "--model", "groq/x").exit_code == 1
 
 
+def test_check_fails_a_flock_without_agents(tmp_path: Path) -> None:
+    path = tmp_path / "empty.py"
+    path.write_text("from flock.core import Flock\nflock = Flock()\n")
+    result = check(path)
+    assert (result.exit_code, result.output) == (1, "This flock has no agents. Add one with flock.add_agent(...).\n")
+
+
 def test_an_agent_is_checked_with_its_own_model_or_the_flocks() -> None:
     flock = Flock(model="groq/x")
     flock.add_agent(FlockFactory.create_default_agent("own", output="a", model="ollama/x"))

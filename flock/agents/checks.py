@@ -42,7 +42,8 @@ def problems(agents: Mapping[str, Agent], default_model: ModelChoice, *, calls_m
         f"The agent{'s'[: len(names) - 1]} {', '.join(names)} {effect}. {reason}"
         for (effect, reason), names in names_of.items()
     ]
-    return model_problems + agent_problems
+    no_agents = [] if agents else ["This flock has no agents. Add one with flock.add_agent(...)."]
+    return no_agents + model_problems + agent_problems
 
 
 def _model_problems(choice: ModelChoice) -> list[tuple[str, str]]:

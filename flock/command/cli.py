@@ -263,7 +263,7 @@ def check(target: str, model: str | None) -> None:
         click.echo(problem)
     if found:
         sys.exit(1)
-    click.echo(f"{', '.join(flock.agents) or 'no agents'}: nothing is missing.")
+    click.echo(f"{', '.join(flock.agents)}: nothing is missing.")
 
 
 @main.command()

@@ -459,8 +459,6 @@ def _log_start(flock: DeclaredFlock, settings: ServerSettings) -> None:
         )
     elif settings.app.api_keys is None:
         logger.info("Programs on this machine need no API key. Set %s to require one.", KEYS_VARIABLE)
-    if not flock.agents:
-        logger.warning("This flock has no agents. Add one with flock.add_agent(...).")
     storage = "in memory only" if settings.store == MEMORY else f"in {Path(settings.store).resolve()}"
     storage = f"on the Temporal cluster at {settings.temporal}" if settings.temporal else storage
     agents = ", ".join(flock.agents) or "no agents"
