@@ -1,6 +1,7 @@
 """Stores with many runs that have ended, written directly, without an engine."""
 
 import contextlib
+import itertools
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ def fill(path: Path, runs: int, principal: str | None = None) -> None:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = OFF")
         db.execute("PRAGMA synchronous = OFF")
-        for migrate in MIGRATIONS:
-            migrate(db)
+        for statement in itertools.chain.from_iterable(MIGRATIONS):
+            db.execute(statement)
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         db.execute("BEGIN")
         queries.write_run(db, first, True, {0: step}, queries.Ended())

@@ -38,9 +38,9 @@ class CommitInThread(Store):
 
     async def _transact(self, group: Group) -> None:
         async with self._file.locked():
-            with self._transaction():
-                group.write_together(self._db)
-                await anyio.to_thread.run_sync(self._db.execute, "COMMIT", limiter=self._threads)
+            self._db.execute("BEGIN IMMEDIATE")
+            group.write_together(self._db)
+            await anyio.to_thread.run_sync(self._db.execute, "COMMIT", limiter=self._threads)
 
 
 class AllInLoop(Store):

@@ -53,7 +53,7 @@ async def test_a_function_that_decides_and_exits_fails_its_run_alone(model: Fake
     model.replies = [PAY, Reply({"a": "done"})]
     async with asking(Till(), decide).engine(transport=model.transport) as engine:
         failed = await ended(engine)
-        assert (failed.error, failed.error_type) == ("The tool 'refund' raised SystemExit.", "call_error")
+        assert (failed.error, failed.error_type) == ("needs_approval= of 'refund' raised SystemExit.", "call_error")
         assert (await ended(engine)).status is RunStatus.COMPLETED
 
 

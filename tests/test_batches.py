@@ -1,6 +1,7 @@
 """Batches in the embedded engine: submission, scheduling, cancellation, retry, recovery and deletion."""
 
 import contextlib
+import itertools
 import logging
 import sqlite3
 from collections.abc import AsyncIterator, Callable
@@ -413,8 +414,8 @@ async def test_a_batch_in_an_older_store_is_recovered_after_the_migration(versio
     """One item of the batch is done, with its step in its own row, and one is not."""
     path, batch_id, work = tmp_path / "flock.db", new_id(), Work()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        for migrate in MIGRATIONS[:version]:
-            migrate(db)
+        for statement in itertools.chain.from_iterable(MIGRATIONS[:version]):
+            db.execute(statement)
         db.execute(f"PRAGMA user_version = {version}")
         db.execute("INSERT INTO engines VALUES ('dead', 'work', 0)")
         db.execute(

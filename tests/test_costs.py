@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -657,8 +658,8 @@ async def test_runs_of_an_older_version_have_tokens_and_no_cost(tmp_path: Path) 
     path, run_id = tmp_path / "flock.db", new_id()
     flock = measuring()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        for migrate in MIGRATIONS[:-1]:
-            migrate(db)
+        for statement in itertools.chain.from_iterable(MIGRATIONS[:-1]):
+            db.execute(statement)
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS) - 1}")
         last_step = b'["measure",{"input_tokens":10,"output_tokens":5},1,0,0,0]'
         db.execute(

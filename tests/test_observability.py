@@ -108,7 +108,8 @@ async def test_a_trace_passed_to_submit_is_validated(flock: Flock) -> None:
 async def test_a_store_from_before_traces_is_migrated(flock: Flock, tmp_path: Path) -> None:
     path = tmp_path / "old.db"
     with contextlib.closing(sqlite3.connect(path)) as db:
-        MIGRATIONS[0](db)
+        for statement in MIGRATIONS[0]:
+            db.execute(statement)
         db.execute("PRAGMA user_version = 1")
         columns = "run_id, flock, agent_name, status, created_at, is_async, attempt, inputs, result"
         values = ("0190-old", "sample", "add", "completed", 1, 1, 1, b"{}", b'{"result":3}')

@@ -15,7 +15,6 @@ import msgspec
 import pytest
 
 from flock.core import Flock, FlockFactory
-from flock.engine.migrations import MIGRATIONS, _add_sessions
 from flock.engine.turns import MAX_HISTORY_BYTES
 from flock.errors import Conflict, DefinitionError, SessionNotFound
 from flock.runs import Engine, Principal, Run, RunFilter, RunStatus, now
@@ -309,7 +308,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             db.execute(f"ALTER TABLE batches DROP COLUMN {column}")
         for table in ("steps", "calls"):
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")
-        db.execute(f"PRAGMA user_version = {MIGRATIONS.index(_add_sessions)}")
+        db.execute("PRAGMA user_version = 9")
     db.close()
     async with turns.flock.engine(store=store) as engine:
         assert await engine.get_run(run.run_id) == run
@@ -366,7 +365,7 @@ async def test_a_session_continues_after_a_run_or_its_workflow_was_terminated(
     turns.hold(2)
     third, fourth = [await submit(cluster, n) for n in (2, 3)]
     await started(turns, 2)
-    await cluster._client.get_workflow_handle(session_workflow_id(third)).terminate()
+    await cluster.cluster.client.get_workflow_handle(session_workflow_id(third)).terminate()
     turns.may_go[2].set()
     assert (await ended(cluster, third)).status is RunStatus.COMPLETED
     assert (await ended(cluster, fourth)).status is RunStatus.COMPLETED
@@ -404,7 +403,7 @@ async def test_the_history_is_found_when_the_session_no_longer_remembers_its_run
     async with engine_with_worker(temporal_address, chat(history=2), model.transport) as engine, engine:
         for principal in ("o'ann", None, "o'ann", "o'ann"):
             run = await say(engine, model, f"q{len(model.requests)}", {"reply": "a"}, principal=principal)
-        await engine._client.get_workflow_handle(session_workflow_id(run)).terminate()
+        await engine.cluster.client.get_workflow_handle(session_workflow_id(run)).terminate()
         await _listed(engine, 4, session_id="s", status=RunStatus.COMPLETED)
         await say(engine, model, "q", {"reply": "a"}, principal="o'ann")
         assert [prompt for prompt, _ in earlier(model)] == ['{"text": "q2"}', '{"text": "q3"}']

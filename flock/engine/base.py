@@ -422,9 +422,7 @@ class EngineBase(ABC):
             if open_step is not None and (call := await self._next_call(reader, run, open_step, after)) is not None:
                 return call
             open_step = None
-            if event is None or event.id is not None:
-                return event
-            if event != latest.get(event.name):
+            if event is None or event.id is not None or event != latest.get(event.name):
                 return event
         return None
 

@@ -5,7 +5,6 @@ the only state: an engine that resumes an interrupted batch reads from them whic
 """
 
 import contextlib
-import functools
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -21,7 +20,7 @@ from flock.engine.runner import Runner
 from flock.engine.store import RETRY_AFTER_S
 from flock.errors import OwnershipLost, StoreError
 from flock.limits import Limits
-from flock.runs import Batch, IdempotencyKey, Run, RunStatus, now
+from flock.runs import Batch, IdempotencyKey, Run, now
 
 __all__ = ["Batches"]
 
@@ -50,7 +49,7 @@ class Batches:
         self._store = store
         self._runner = runner
         self._start = start
-        self._next_change = next_change
+        self.next_change = next_change
         self._limits = limits
         #: batches that are being processed here and were cancelled
         self._cancelled: set[str] = set()
@@ -105,14 +104,6 @@ class Batches:
             if active.run.batch_id == batch_id:
                 active.cancel()
 
-    async def retry(self, batch_id: str, owner: str, only: Sequence[RunStatus], max_cost: float | None) -> Batch | None:
-        """Retry a batch; see ``BatchStore.reopen``."""
-        return await self._store.reopen(batch_id, owner, only, self._limits.max_open_items, self.start, max_cost)
-
-    async def retry_item(self, run: Run, owner: str, max_cost: float | None) -> bool:
-        """Retry one item; see ``BatchStore.reopen_item``. Returns whether it was reopened."""
-        return await self._store.reopen_item(run, owner, self.start, max_cost) is not None
-
     async def _run(self, batch: Batch) -> None:
         """Process a batch until no item is left. Retry while the store fails."""
         if batch.cancel_requested:
@@ -142,9 +133,7 @@ class Batches:
         batch = await self._store.begin(batch, now())
         if id_ not in self._cancelled:
             workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self._limits.max_concurrency)
-            is_stopped = functools.partial(self._is_stopped, batch)
-            work = _Work(batch, self._store, self._runner, self._next_change, is_stopped)
-            await work.run(workers if batch.options.parallel else 1)
+            await _Work(batch, self, self._store, self._runner).run(workers if batch.options.parallel else 1)
         while id_ in self._cancelled and await self._store.cancel_waiting(batch, now()):
             pass
         if self._is_spent(batch):
@@ -162,7 +151,8 @@ class Batches:
         logger.info(template, batch.batch_id, batch.status, batch.agent_name, *counts, batch.request_id)
         return batch
 
-    def _is_stopped(self, batch: Batch) -> bool:
+    def is_stopped(self, batch: Batch) -> bool:
+        """Whether no more items may start: at shutdown, or if *batch* is cancelled or spent. Raises StoreError."""
         return self._runner.is_draining or batch.batch_id in self._cancelled or self._is_spent(batch)
 
     def _is_spent(self, batch: Batch) -> bool:
@@ -174,26 +164,13 @@ class Batches:
 
 
 class _Work:
-    """Runs the items of one batch that are left.
+    """Runs the items of one batch that are left."""
 
-    Args:
-        is_stopped: whether no more items may start, because the engine shuts down, or the batch is cancelled or
-            has spent its ``max_cost``. Raises StoreError.
-    """
-
-    def __init__(
-        self,
-        batch: Batch,
-        store: BatchStore,
-        runner: Runner,
-        next_change: Callable[[], Callable[[], Awaitable[None]]],
-        is_stopped: Callable[[], bool],
-    ) -> None:
+    def __init__(self, batch: Batch, batches: Batches, store: BatchStore, runner: Runner) -> None:
         self._batch = batch
+        self._batches = batches
         self._store = store
         self._runner = runner
-        self._next_change = next_change
-        self._is_stopped = is_stopped
         self._tasks = anyio.create_task_group()
         self._idle_workers = 0
         self._pending = self._pending_items()
@@ -229,7 +206,7 @@ class _Work:
 
     def _take(self) -> Run | None:
         """Return the next item, or None if none can start now."""
-        if self._is_stopped():
+        if self._batches.is_stopped(self._batch):
             return None
         if self._answered:
             return self._answered.pop(next(iter(self._answered)))
@@ -254,8 +231,8 @@ class _Work:
     async def _watch_answers(self) -> None:
         """Let items continue that got an answer, until none waits for one."""
         try:
-            while not self._is_stopped():
-                changed, batch = self._next_change(), self._store.get(self._batch.batch_id)
+            while not self._batches.is_stopped(self._batch):
+                changed, batch = self._batches.next_change(), self._store.get(self._batch.batch_id)
                 for item in self._store.pending_items(self._batch, -1, ITEMS_PER_PAGE, before=self._position + 1):
                     if item.worked_s and item.run_id not in self._runner.active:
                         self._answered[item.run_id] = item

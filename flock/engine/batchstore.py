@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from flock.engine import queries, statements
 from flock.engine.outcomes import (
@@ -33,6 +33,7 @@ from flock.engine.rows import (
     micros,
     names_json,
     run_from,
+    run_or_remains,
 )
 from flock.engine.store import Store
 from flock.errors import OwnershipLost, StoreError
@@ -82,7 +83,7 @@ class BatchStore:
         count = sum(not item.status.is_final for item in items)
 
         def apply(db: sqlite3.Connection) -> None:
-            if queries.has_key(db, batch.flock, key):
+            if key is not None and db.execute(statements.FIND_KEY, (batch.flock, key.scoped_key)).fetchone():
                 return
             if not is_first:
                 _check_staged(db, batch)
@@ -146,24 +147,9 @@ class BatchStore:
 
     def page(self, flock: str, wanted: BatchFilter) -> Page[Batch]:
         """Return one page of batches, newest first."""
-        values = {
-            "flock": flock,
-            "status": wanted.status,
-            "agent_name": wanted.agent_name,
-            "principal": wanted.principal,
-            "after": wanted.after,
-        }
-        values = {name: value for name, value in values.items() if value is not None}
-        query = statements.batch_page(values, wanted.limit + 1)
-
-        def find(db: sqlite3.Connection) -> Page[Batch]:
-            page = Page[Batch](wanted.limit)
-            for row in db.execute(query, values):
-                if not page.add(batch_or_remains(row)):
-                    break
-            return page
-
-        return self._store.read(find)
+        values = asdict(wanted) | {"flock": flock, "limit": wanted.limit + 1}
+        query = statements.batch_page([name for name in statements.BATCH_CONDITIONS if values[name] is not None])
+        return self._store.read(lambda db: Page(wanted.limit, map(batch_or_remains, db.execute(query, values))))
 
     def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> Page[Run]:
         """Return up to *limit* items of a batch after the position *after*, in order, without their steps.
@@ -176,7 +162,7 @@ class BatchStore:
             rows = queries.rows_of(
                 db, lambda columns: statements.item_page(columns, statuses), values, statements.ITEM_COLUMNS
             )
-            return queries.page_of(limit, rows)
+            return Page(limit, map(run_or_remains, rows))
 
         return self._store.read(find)
 
@@ -197,8 +183,9 @@ class BatchStore:
             rows = queries.rows_of(db, lambda columns: statements.item_page(columns, statuses, last), values)
             page, bytes_left = list[Run](), WORK_PAGE_BYTES
             for row in rows:
-                item = _if_readable(db, row)
-                if item is None:
+                try:
+                    item = _item_from(db, row)
+                except Damaged:
                     continue
                 bytes_left -= RECORD_BYTES + item.content_bytes
                 item = stub_of(item) if item.content_bytes > WORK_PAGE_BYTES else item
@@ -449,13 +436,6 @@ def _item_from(db: sqlite3.Connection, row: Sequence[Any]) -> Run:
     run = run_from(row, ())
     was_started = run.started_at is not None or run.attempt > 1
     return replace(run, steps=queries.find_steps(db, run.run_id)) if was_started else run
-
-
-def _if_readable(db: sqlite3.Connection, row: Sequence[Any]) -> Run | None:
-    try:
-        return _item_from(db, row)
-    except Damaged:
-        return None
 
 
 def _unfinished(db: sqlite3.Connection, batch_id: str) -> list[tuple[int, str, str, bool]]:

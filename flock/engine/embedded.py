@@ -36,6 +36,7 @@ from flock.engine.refusals import not_cancelled, not_deleted, not_retried, run_n
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun
 from flock.engine.store import Store
 from flock.engine.takeover import INTERRUPTED, TakenOver
+from flock.engine.turns import Turns
 from flock.errors import (
     BatchNotFound,
     Conflict,
@@ -134,15 +135,16 @@ class EmbeddedEngine(EngineBase):
         self._models = models
         models.on_retry = lambda: self._runner.turns.notify("model_call_retried")
         self._observers: list[Observer] = []
-        self._make_runner = functools.partial(
-            Runner,
+        self._expose_errors = expose_errors
+        self._make_turns = functools.partial(
+            Turns,
             agents,
             models,
-            store,
             self._observers,
             limits=self._limits,
             max_steps=max_steps,
             expose_errors=expose_errors,
+            max_result_bytes=self._limits.max_result_bytes,
             answer=answer,
             prices=self._prices,
         )
@@ -171,7 +173,7 @@ class EmbeddedEngine(EngineBase):
     def _reset(self) -> None:
         """Create the state that is bound to one event loop, such as events."""
         self.batch_store = BatchStore(self.store)
-        self._runner = self._make_runner()
+        self._runner = Runner(self.store, self._make_turns(), limits=self._limits, expose_errors=self._expose_errors)
         self._batches = Batches(self.batch_store, self._runner, self._start_batch, self._next_change, self._limits)
         self._accepting: set[str] = set()
         self._store_changed = anyio.Event()
@@ -313,9 +315,8 @@ class EmbeddedEngine(EngineBase):
             self.store.save_nowait(run, is_new=True)
             self._start(run)
         else:
-            with self._accepting_key(key):
-                with self._counting_inputs(run):
-                    await self.store.accept(run, self._limits.queue, key, then=self._start, full=full)
+            with self._accepting_key(key), self._counting_inputs(run):
+                await self.store.accept(run, self._limits.queue, key, then=self._start, full=full)
 
     @contextlib.contextmanager
     def _counting_inputs(self, run: Run) -> Iterator[None]:
@@ -451,7 +452,7 @@ class EmbeddedEngine(EngineBase):
                     raise full
                 with self._counting_inputs(run):
                     reopened = await self.store.reopen(run, self._engine_id, self._limits.queue, self._start, max_cost)
-            elif await self._batches.retry_item(run, self._engine_id, max_cost):
+            elif await self.batch_store.reopen_item(run, self._engine_id, self._batches.start, max_cost):
                 reopened = await self.get_run(run_id)
         if reopened is None:
             batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
@@ -460,8 +461,7 @@ class EmbeddedEngine(EngineBase):
 
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)
-        if run.completed_at is not None:
-            await self._wait_until_seen(run.completed_at)
+        await self._wait_until_seen(run.completed_at)
         if run.batch_id is not None or not await self.store.delete_run(run_id):
             raise not_deleted(await self.get_run(run_id))
 
@@ -539,9 +539,9 @@ class EmbeddedEngine(EngineBase):
             return replace(event, data={**event.data, "result": short})
         return event
 
-    async def _wait_until_seen(self, completed_at: datetime) -> None:
+    async def _wait_until_seen(self, completed_at: datetime | None) -> None:
         """Wait until other engines have seen the end of a record, before it is deleted."""
-        if self.store.is_shared:
+        if self.store.is_shared and completed_at is not None:
             await anyio.sleep(max(0, min(SEEN_BY_ALL_S, SEEN_BY_ALL_S - (now() - completed_at).total_seconds())))
 
     def _check_has_agent(self, agent_name: str) -> None:
@@ -634,12 +634,9 @@ class EmbeddedEngine(EngineBase):
         while self._runner.awaited:
             self._runner.awaited.popitem()[1].set()
 
-    def _dead_engines(self) -> Sequence[str]:
-        return self.store.dead_engines(self._flock, self._engine_id) if self.store.is_shared else ()
-
     async def _take_over(self) -> None:
         """Take over unfinished runs and batches of dead engines, if this engine has their agents."""
-        dead = self._dead_engines()
+        dead = self.store.dead_engines(self._flock, self._engine_id)
         self._waiting_for = {dead_id: names for dead_id, names in self._waiting_for.items() if dead_id in dead}
         for dead_id in dead:
             names = self._waiting_for.get(dead_id)
@@ -648,7 +645,7 @@ class EmbeddedEngine(EngineBase):
 
     async def _take_over_cancelled(self, id_: str, owner: str | None) -> None:
         """Take over a cancelled run or batch of a dead engine, so that it ends even if no program has its agent."""
-        if owner is not None and owner in self._dead_engines():
+        if owner is not None and owner in self.store.dead_engines(self._flock, self._engine_id):
             self._resume(await self.store.take_over(owner, self._engine_id, now(), only=id_))
 
     async def _take_over_from(self, dead_id: str) -> None:
@@ -781,15 +778,16 @@ class EmbeddedEngine(EngineBase):
         self._check_has_agent(agent_name)
         self._check_prices(agent_name, max_cost)
         statuses = only or (RunStatus.FAILED, RunStatus.CANCELLED)
-        reopened = await self._batches.retry(batch_id, self._engine_id, statuses, max_cost)
+        reopened = await self.batch_store.reopen(
+            batch_id, self._engine_id, statuses, self._limits.max_open_items, self._batches.start, max_cost
+        )
         if reopened is None:
             raise not_retried(await self.get_batch(batch_id), statuses)
         return reopened
 
     async def delete_batch(self, batch_id: str) -> None:
         batch = await self.get_batch(batch_id)
-        if batch.completed_at is not None:
-            await self._wait_until_seen(batch.completed_at)
+        await self._wait_until_seen(batch.completed_at)
         if not await self.batch_store.drop(batch_id):
             raise not_deleted(batch)
 

@@ -26,6 +26,7 @@ __all__ = [
     "is_locked",
     "open_lock",
     "remove",
+    "sync_folder",
     "try_lock",
     "unlock",
 ]
@@ -111,6 +112,15 @@ def close_lock(file: IO[bytes] | None) -> None:
 
 def remove(path: str) -> None:
     Path(path).unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in *folder* durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_locked(path: str) -> bool:

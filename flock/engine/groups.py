@@ -75,8 +75,6 @@ class Group:
     def __init__(self) -> None:
         self.runs: dict[str, PendingRun] = {}
         self.refused: dict[str, Exception] = {}
-        #: new runs that were refused and so have no row
-        self.without_row: set[str] = set()
         self.changes: list[Change] = []
         self.lost: set[str] = set()
         self.error: Exception | None = None
@@ -91,8 +89,11 @@ class Group:
         for change in self.changes:
             self._apply(db, change)
 
-    def write_separately(self, db: sqlite3.Connection) -> None:
-        """Write each record in its own savepoint, so that a refused record fails only its own caller."""
+    def write_separately(self, db: sqlite3.Connection, without_row: set[str]) -> None:
+        """Write each record in its own savepoint, so that a refused record fails only its own caller.
+
+        Add new runs that were refused, and so have no row, to *without_row*.
+        """
         for run_id, pending in list(self.runs.items()):
             has_one_row = not steps_with_rows(pending.run, pending.steps)
             try:
@@ -102,7 +103,7 @@ class Group:
                 self.refused[run_id] = exc.reason
                 del self.runs[run_id]
                 if pending.is_new:
-                    self.without_row.add(run_id)
+                    without_row.add(run_id)
         for change in self.changes:
             try:
                 with _savepoint(db):

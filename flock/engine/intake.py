@@ -76,13 +76,13 @@ class Intake:
                 row_errors.add(checked.row, checked.errors)
                 if row_errors.is_full:
                     break
-            if row_errors:
+            if row_errors.rows:
                 continue
             self._add(checks.total, checked, id_of)
             if len(self.page) >= items_per_page(checks.total) or self._page_bytes > page_bytes:
                 await stage(self.page)
                 self.page, self._page_bytes = [], 0
-        if row_errors or not checks.total:
+        if row_errors.rows or not checks.total:
             raise InvalidData(row_errors.first() or [NO_ROWS])
         return replace(
             self.batch,

@@ -312,17 +312,14 @@ class Journal:
         if self._is_closed:
             await anyio.lowlevel.checkpoint()  # raises if the turn was ended for a question
             raise CallError(_LATE.format(planned.label))
-        finished = self._finished.pop(planned.call_id, None)
-        if finished is not None:
+        if (finished := self._finished.pop(planned.call_id, None)) is not None:
             self.kept += 1
             self._add_usage(planned.parent, finished.usage, finished.model)
-        else:
-            finished = self._unread.pop(planned.call_id, None)
-        if finished is not None:
-            if finished.error is not None and planned.on_error is not None:
-                return planned.on_error(finished.error)
-            return planned.decode(finished.result)
-        return await self._make(planned)
+        elif (finished := self._unread.pop(planned.call_id, None)) is None:
+            return await self._make(planned)
+        if finished.error is not None and planned.on_error is not None:
+            return planned.on_error(finished.error)
+        return planned.decode(finished.result)
 
     async def _make(self, planned: "_Planned") -> Any:
         """Execute a call, and store it."""

@@ -4,36 +4,26 @@ It is not a log. It holds the text that each agent has written so far, and each 
 So a slow reader costs nothing, and gets all that was written since its last event in one piece. Nothing is stored.
 """
 
-import asyncio
 import contextlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 import msgspec
 
 from flock.agents.pieces import Joiner
+from flock.engine.threads import loop_scheduler
 from flock.pydanticmodel import to_json
-from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, is_end_of_step, started_id
+from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
 
-__all__ = ["LiveOutput", "LiveReader", "Turn"]
+__all__ = ["LiveOutput", "LiveReader"]
 
 #: What one writer counts for the size of a live output, in addition to its text.
 WRITER_CHARS = 512
-
-
-class Turn(Protocol):
-    """A turn of an agent: a ``RunContext``, or one of another process."""
-
-    run_id: str
-    attempt: int
-    position: int
-    agent_name: str
-    call_id: str
 
 
 class _RemoteTurn(msgspec.Struct, kw_only=True):
@@ -44,6 +34,9 @@ class _RemoteTurn(msgspec.Struct, kw_only=True):
     position: int
     agent_name: str
     call_id: str = ""
+
+
+Turn = RunContext | _RemoteTurn
 
 
 class _Text(io.StringIO):
@@ -134,7 +127,7 @@ class LiveOutput:
         self.readers: set[LiveReader] = set()
         self.next_is_late = False
         self._max_chars = max_chars
-        self._call_soon = _call_soon()
+        self._call_soon = loop_scheduler()
         self._is_waking = False
         self._lock = threading.Lock()
         #: in the order of their last change
@@ -495,19 +488,3 @@ def _may_become(content: _Text | tuple[int, msgspec.Raw], value: Any) -> bool:
     if isinstance(content, _Text):
         return isinstance(value, str) and value.startswith(content.getvalue())
     return value is not msgspec.UNSET
-
-
-def _call_soon() -> Callable[[Callable[[], None]], None]:
-    """Return a function that calls another one soon in the current event loop. It works in any thread."""
-    try:
-        schedule: Callable[[Callable[[], None]], object] = asyncio.get_running_loop().call_soon_threadsafe
-    except RuntimeError:
-        import trio
-
-        schedule = trio.lowlevel.current_trio_token().run_sync_soon
-
-    def call_soon(function: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop has ended
-            schedule(function)
-
-    return call_soon

@@ -4,16 +4,16 @@ Migrations are applied in order, each once. ``user_version`` of the file counts 
 """
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from flock.engine import statements
 from flock.errors import StoreError
 
 __all__ = ["MIGRATIONS", "migrate"]
 
-
-def _create_tables(db: sqlite3.Connection) -> None:
-    for statement in (
+#: The statements of each migration.
+MIGRATIONS: Sequence[Sequence[str]] = [
+    [
         """CREATE TABLE runs (
             run_id TEXT PRIMARY KEY,
             flock TEXT NOT NULL,
@@ -81,28 +81,17 @@ def _create_tables(db: sqlite3.Connection) -> None:
             PRIMARY KEY (flock, key)
         ) WITHOUT ROWID""",
         "CREATE INDEX keys_by_what_they_made ON idempotency_keys (made_id)",
-    ):
-        db.execute(statement)
-
-
-def _add_traceparent(db: sqlite3.Connection) -> None:
-    db.execute("ALTER TABLE runs ADD COLUMN traceparent TEXT")
-
-
-def _add_principal(db: sqlite3.Connection) -> None:
-    for statement in (
+    ],
+    ["ALTER TABLE runs ADD COLUMN traceparent TEXT"],
+    [
         "ALTER TABLE runs ADD COLUMN principal TEXT",
         "ALTER TABLE batches ADD COLUMN principal TEXT",
         # It costs nothing without API keys.
         "CREATE INDEX runs_by_principal ON runs (flock, principal, status, run_id) "
         "WHERE batch_id IS NULL AND principal IS NOT NULL",
-    ):
-        db.execute(statement)
-
-
-def _widen_batches(db: sqlite3.Connection) -> None:
-    """Fence items by the owner of their batch, so that a million of them can be taken over at once."""
-    for statement in (
+    ],
+    # Fence items by the owner of their batch, so that a million of them can be taken over at once.
+    [
         "ALTER TABLE runs ADD COLUMN last_step BLOB",
         "ALTER TABLE batches ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1",
         "ALTER TABLE batches ADD COLUMN cancel_requested INTEGER NOT NULL DEFAULT 0",
@@ -119,34 +108,17 @@ def _widen_batches(db: sqlite3.Connection) -> None:
         "DROP INDEX items",
         "DROP INDEX runs_active",
         "CREATE INDEX runs_active ON runs (owner) WHERE batch_id IS NULL AND status IN ('starting', 'running')",
-    ):
-        db.execute(statement)
-
-
-def _add_recoveries(db: sqlite3.Connection) -> None:
-    db.execute("ALTER TABLE runs ADD COLUMN recoveries INTEGER NOT NULL DEFAULT 0")
-
-
-def _add_extra(db: sqlite3.Connection) -> None:
-    db.execute("ALTER TABLE runs ADD COLUMN extra BLOB")
-    db.execute("ALTER TABLE batches ADD COLUMN extra_names BLOB")
-
-
-def _add_flocks(db: sqlite3.Connection) -> None:
-    """Store which agents a flock had when it was last started."""
-    db.execute("CREATE TABLE flocks (flock TEXT PRIMARY KEY, agents TEXT NOT NULL) WITHOUT ROWID")
-
-
-def _index_agents_of_principals(db: sqlite3.Connection) -> None:
-    db.execute(
+    ],
+    ["ALTER TABLE runs ADD COLUMN recoveries INTEGER NOT NULL DEFAULT 0"],
+    ["ALTER TABLE runs ADD COLUMN extra BLOB", "ALTER TABLE batches ADD COLUMN extra_names BLOB"],
+    # Which agents a flock had when it was last started.
+    ["CREATE TABLE flocks (flock TEXT PRIMARY KEY, agents TEXT NOT NULL) WITHOUT ROWID"],
+    [
         "CREATE INDEX runs_by_principal_and_agent ON runs (flock, principal, agent_name, status, run_id) "
-        "WHERE batch_id IS NULL AND principal IS NOT NULL"
-    )
-
-
-def _add_calls(db: sqlite3.Connection) -> None:
-    """The finished calls of steps, in the order in which they finished; ``tries`` is ``Run.tries``."""
-    db.execute(
+        "WHERE batch_id IS NULL AND principal IS NOT NULL",
+    ],
+    # The finished calls of steps, in the order in which they finished; ``tries`` is ``Run.tries``.
+    [
         """CREATE TABLE calls (
             run_id TEXT NOT NULL,
             position INTEGER NOT NULL,
@@ -161,14 +133,11 @@ def _add_calls(db: sqlite3.Connection) -> None:
             usage BLOB,
             started_at INTEGER NOT NULL,
             completed_at INTEGER NOT NULL
-        )"""
-    )
-    db.execute("CREATE INDEX calls_of_steps ON calls (run_id, position, tries)")
-    db.execute("ALTER TABLE steps ADD COLUMN call_count INTEGER NOT NULL DEFAULT 0")
-
-
-def _add_sessions(db: sqlite3.Connection) -> None:
-    for statement in (
+        )""",
+        "CREATE INDEX calls_of_steps ON calls (run_id, position, tries)",
+        "ALTER TABLE steps ADD COLUMN call_count INTEGER NOT NULL DEFAULT 0",
+    ],
+    [
         "ALTER TABLE runs ADD COLUMN session_id TEXT",
         # They cost nothing without sessions.
         "CREATE INDEX runs_by_session ON runs (flock, session_id, status, run_id) "
@@ -178,54 +147,25 @@ def _add_sessions(db: sqlite3.Connection) -> None:
         # Its last column is the rowid, the order of acceptance; see ACTIVE_BEFORE.
         "CREATE INDEX sessions_active ON runs (flock, session_id, principal) "
         "WHERE session_id IS NOT NULL AND status IN ('starting', 'running')",
-    ):
-        db.execute(statement)
-
-
-def _add_questions(db: sqlite3.Connection) -> None:
-    """Add runs that wait for the answers of people."""
-    for statement in (
+    ],
+    # Runs that wait for the answers of people.
+    [
         "ALTER TABLE runs ADD COLUMN waiting_for BLOB",
         "ALTER TABLE runs ADD COLUMN expires_at INTEGER",
         "ALTER TABLE runs ADD COLUMN worked_s REAL NOT NULL DEFAULT 0",
         "ALTER TABLE batches ADD COLUMN waiting_items INTEGER NOT NULL DEFAULT 0",
         "CREATE INDEX runs_expiring ON runs (flock, expires_at) WHERE status = 'waiting' AND expires_at IS NOT NULL",
-    ):
-        db.execute(statement)
-
-
-def _add_models(db: sqlite3.Connection) -> None:
-    """Store which model answered."""
-    db.execute("ALTER TABLE steps ADD COLUMN model TEXT")
-    db.execute("ALTER TABLE calls ADD COLUMN model TEXT")
-
-
-def _add_costs(db: sqlite3.Connection) -> None:
-    """Store what runs and batches have spent. NULL in older rows, whose failed steps were not counted."""
-    for statement in (
+    ],
+    # Which model answered.
+    ["ALTER TABLE steps ADD COLUMN model TEXT", "ALTER TABLE calls ADD COLUMN model TEXT"],
+    # What runs and batches have spent. NULL in older rows, whose failed steps were not counted.
+    [
         "ALTER TABLE runs ADD COLUMN spent BLOB",
         "ALTER TABLE runs ADD COLUMN max_cost REAL",
         "ALTER TABLE batches ADD COLUMN usage BLOB",
         "ALTER TABLE batches ADD COLUMN error_type TEXT",
         "ALTER TABLE batches ADD COLUMN invalid_items INTEGER NOT NULL DEFAULT 0",
-    ):
-        db.execute(statement)
-
-
-MIGRATIONS: Sequence[Callable[[sqlite3.Connection], None]] = [
-    _create_tables,
-    _add_traceparent,
-    _add_principal,
-    _widen_batches,
-    _add_recoveries,
-    _add_extra,
-    _add_flocks,
-    _index_agents_of_principals,
-    _add_calls,
-    _add_sessions,
-    _add_questions,
-    _add_models,
-    _add_costs,
+    ],
 ]
 
 
@@ -240,9 +180,10 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
             )
         if version == 0 and db.execute(statements.COUNT_TABLES).fetchone()[0]:
             raise StoreError(f"{path!r} is the database of another program. Use another file (store=, --store).")
-        for number, apply in enumerate(MIGRATIONS[version:], version + 1):
+        for number, migration in enumerate(MIGRATIONS[version:], version + 1):
             db.execute("BEGIN IMMEDIATE")
-            apply(db)
+            for statement in migration:
+                db.execute(statement)
             db.execute(f"PRAGMA user_version = {number}")
             db.execute("COMMIT")
     except sqlite3.Error as exc:

@@ -5,7 +5,7 @@ import logging
 import msgspec
 
 from flock.engine.logs import fields_of_run
-from flock.errors import CostLimit, Interrupted, QueueTimeout, StepError, cut
+from flock.errors import CostLimit, QueueTimeout, StepError, cut
 from flock.runs import Batch, Question, Run, RunStatus, cost_in_words, one_line, safe_text
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "error_of",
     "expiry_of",
     "failure_of",
-    "interrupted_turn",
     "none_completed",
     "queue_timeout",
     "timeout_of",
@@ -98,10 +97,4 @@ def none_completed(total_items: int, first_error: str) -> str:
 def queue_timeout(limit_s: float) -> QueueTimeout:
     return QueueTimeout(
         f"The run waited {limit_s:g} s for its first step and reached the limit (queue_timeout_s). Try again later."
-    )
-
-
-def interrupted_turn(agent_name: str) -> Interrupted:
-    return Interrupted(
-        f'The server stopped while {agent_name!r} was running. Its on_interrupt="fail" rules out an automatic retry.'
     )

@@ -51,13 +51,10 @@ def _status_text(now: dict[str, Any], before: Batch, took_s: float) -> str:
     if now["eta_s"] is not None:
         parts.append(f"{timedelta(seconds=round(now['eta_s']))} left")
     if "cost" in now:
-        parts.append(f"${now['cost']:.4f}" + (f" of about ${now['estimated_cost']:.4f}" if _is_partial(now) else ""))
+        is_partial = "estimated_cost" in now and now["completed_items"] < now["total_items"]
+        parts.append(f"${now['cost']:.4f}" + (f" of about ${now['estimated_cost']:.4f}" if is_partial else ""))
     parts += [f"{count} {what}" for what in ("failed", "cancelled") if (count := now[f"{what}_items"])]
     return "  ".join(parts)
-
-
-def _is_partial(now: dict[str, Any]) -> bool:
-    return "estimated_cost" in now and now["completed_items"] < now["total_items"]
 
 
 class _Terminal:

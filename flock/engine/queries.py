@@ -30,7 +30,6 @@ from flock.engine.rows import (
     names_json,
     remains_of_run,
     run_from,
-    run_or_remains,
     run_values,
     shown_call_from,
     step_from,
@@ -45,7 +44,6 @@ from flock.runs import (
     Batch,
     Call,
     IdempotencyKey,
-    Page,
     QueueLimits,
     Run,
     RunStatus,
@@ -69,11 +67,9 @@ __all__ = [
     "find_shown_call",
     "find_shown_calls",
     "find_steps",
-    "has_key",
     "insert_key",
     "insert_runs",
     "newly_spent",
-    "page_of",
     "read_row",
     "rows_of",
     "write_call",
@@ -236,15 +232,6 @@ def rows_of(
             yield row
 
 
-def page_of(limit: int, rows: Iterable[Sequence[Any]]) -> Page[Run]:
-    """Return the first *rows* as runs without their steps. At most one row beyond the page is read."""
-    page = Page[Run](limit)
-    for row in rows:
-        if not page.add(run_or_remains(row)):
-            break
-    return page
-
-
 def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
     """Return a batch unless it is hidden.
 
@@ -303,11 +290,6 @@ def check_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) ->
     row = db.execute(statements.FIND_KEY, (flock, key.scoped_key)).fetchone()
     if row is not None:
         raise Replayed(row[1]) if row[0] == key.digest else KeyReused(key.key)
-
-
-def has_key(db: sqlite3.Connection, flock: str, key: IdempotencyKey | None) -> bool:
-    """Whether *key* was used before, for the same request or another one."""
-    return key is not None and db.execute(statements.FIND_KEY, (flock, key.scoped_key)).fetchone() is not None
 
 
 def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:

@@ -110,9 +110,6 @@ class RowErrors:
         self.rows = 0
         self._found: dict[Hashable, FieldError] = {}
 
-    def __bool__(self) -> bool:
-        return self.rows > 0
-
     @property
     def is_full(self) -> bool:
         """Whether no more errors would be reported."""
@@ -182,7 +179,7 @@ async def check_batch(
     stops_early = row_errors.is_full and on_invalid == "reject"  # a submission would not read further
     errors = [*row_errors.first(), *reading_errors] if stops_early else [*reading_errors, *row_errors.first()]
     return BatchCheck(
-        ok=not reading_errors and (not row_errors or on_invalid == "skip"),
+        ok=not reading_errors and (not row_errors.rows or on_invalid == "skip"),
         total_items=checks.total,
         invalid_items=row_errors.rows,
         rows=rows,

@@ -126,6 +126,12 @@ class Column(NamedTuple):
     read: Callable[[Any], Any] | None = None
 
 
+def _tuple_column(type_: Any) -> Column:
+    """Return a column for a tuple as JSON. It is NULL if the tuple is empty."""
+    read = functools.partial(msgspec.json.decode, type=type_)
+    return Column({bytes, NoneType}, "NULL", lambda values: msgspec.json.encode(values) if values else None, read)
+
+
 #: By the type of the field. If a field may be None, its column may be NULL.
 COLUMNS: Mapping[Any, Column] = {
     str: Column({str}, "''"),
@@ -141,19 +147,9 @@ COLUMNS: Mapping[Any, Column] = {
     BatchOptions: Column(
         {bytes, str}, "x'7b7d'", msgspec.json.encode, functools.partial(msgspec.json.decode, type=BatchOptions)
     ),
-    tuple[str, ...]: Column(
-        {bytes, NoneType},
-        "NULL",
-        lambda names: msgspec.json.encode(names) if names else None,
-        functools.partial(msgspec.json.decode, type=tuple[str, ...]),
-    ),
+    tuple[str, ...]: _tuple_column(tuple[str, ...]),
     CallKind: Column({str}, "'function'"),
-    tuple[Question, ...]: Column(
-        {bytes, NoneType},
-        "NULL",
-        lambda questions: msgspec.json.encode(questions) if questions else None,
-        functools.partial(msgspec.json.decode, type=tuple[Question, ...]),
-    ),
+    tuple[Question, ...]: _tuple_column(tuple[Question, ...]),
     # Each step has its own row, except for the last step of a completed run.
     tuple[Step, ...]: Column({bytes, NoneType}, "NULL"),
 }

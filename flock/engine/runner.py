@@ -20,8 +20,6 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from flock.agents.agent import Agent
-from flock.agents.llm import ModelClient
-from flock.agents.prices import PRICES, Price
 from flock.engine.live import LiveOutput
 from flock.engine.logs import fields_of_run
 from flock.engine.outcomes import CANCELLED, failure_of
@@ -31,7 +29,7 @@ from flock.engine.takeover import INTERRUPTED
 from flock.engine.turns import MAX_HISTORY_BYTES, ActiveRun, Turns, WaitingForAnswers
 from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.limits import Limits
-from flock.runs import Answer, Call, Observer, Question, Run, RunStatus, Step, now, stub_of
+from flock.runs import Call, Question, Run, RunStatus, Step, now, stub_of
 from flock.scopes import current_task
 
 __all__ = ["Runner", "StoredRun"]
@@ -54,11 +52,12 @@ class StoredRun(ActiveRun):
     """
 
     def __init__(self, run: Run, runner: "Runner") -> None:
+        limits = runner.limits
         # Items wait for each other, and a run that got an answer was already started once.
-        queue_timeout_s = runner.limits.queue_timeout_s if run.batch_id is None and not run.worked_s else None
+        queue_timeout_s = limits.queue_timeout_s if run.batch_id is None and not run.worked_s else None
         super().__init__(
             run,
-            runner.timeout_s_of(run),
+            min(run.timeout_s or limits.max_timeout_s, limits.max_timeout_s),
             is_again=run.started_at is not None,  # it was running when its process died
             queue_timeout_s=queue_timeout_s,
         )
@@ -86,15 +85,13 @@ class StoredRun(ActiveRun):
     @property
     def change(self) -> anyio.Event:
         """An event that is set at the next change."""
-        if self._change is None:
-            self._change = anyio.Event()
+        self._change = self._change or anyio.Event()
         return self._change
 
     @property
     def end(self) -> anyio.Event:
         """An event that is set at the end, or earlier by ``wake``."""
-        if self._end is None:
-            self._end = anyio.Event()
+        self._end = self._end or anyio.Event()
         return self._end
 
     @property
@@ -102,30 +99,130 @@ class StoredRun(ActiveRun):
         """Whether its live output is kept while nobody watches. Clients of asynchronous runs come after the start."""
         return self.run.is_async and self.run.batch_id is None
 
+    # For its turns; see ``ActiveRun``
+
     @property
     def is_next(self) -> bool:
-        return self._runner.is_next(self.run)
+        """False if the store cannot be read."""
+        try:
+            return self._before() is None
+        except StoreError:
+            return False
+
+    def _before(self) -> str | None:
+        """Return the id of the run of its session for which it has to wait. Raises StoreError."""
+        has_to_wait = self.run.session_id is not None and self.run.status is RunStatus.STARTING
+        return self._runner.store.active_before(self.run) if has_to_wait else None
 
     async def wait_begins(self) -> None:
-        await self._runner.unload(self)
-        await self._runner.wait_for_session(self)
+        await self._unload()
+        await self._wait_for_session()
 
-    # Not async: a coroutine that only awaits another one takes time and memory.
+    async def _unload(self) -> None:
+        """Keep only a stub in memory while it waits for a slot. Store it first if it is not stored yet."""
+        is_in_store = self.run.is_async or self.run.status is not RunStatus.STARTING
+        if not is_in_store and stub_of(self.run).is_stub:
+            await self.save(self.run, None)
+            is_in_store = True
+        if is_in_store:
+            self.run = stub_of(self.run)
 
-    def begin(self) -> Coroutine[Any, Any, Run]:
-        return self._runner.begin(self)
+    async def _wait_for_session(self) -> None:
+        """Wait until no earlier run of its session is active. The end of a run wakes only the nearest one."""
+        while (run_id := await self._read(self._before)) is not None:
+            # If another engine retries that run at once, its end may go unnoticed here, and it now waits for this one.
+            with anyio.move_on_after(None if run_id in self._runner.active else RECHECK_S):
+                await self._runner.end_of(run_id).wait()
 
-    def started(self, run: Run, agent: Agent) -> Coroutine[Any, Any, None]:
-        return self._runner.save_start(self, run, agent)
+    async def begin(self) -> Run:
+        """Raises: OwnershipLost, Unreadable."""
+        self.dequeue()
+        on_begin, self.on_begin = self.on_begin, None
+        if on_begin is not None:
+            on_begin()
+        return await self.load()
 
-    def finished_calls(self) -> Coroutine[Any, Any, Sequence[Call]]:
-        return self._runner.finished_calls(self)
+    async def started(self, run: Run, agent: Agent) -> None:
+        if run.is_async and agent.on_interrupt == "fail":
+            await self.save(run, None)  # after a crash it must be known that the agent was started
+        else:
+            self._runner.store.save_nowait(run)
+            self.update(run)
+        if run.is_async and run.batch_id is None:
+            self._runner.store.flush_nowait()
 
-    def keep_call(self, call: Call) -> Coroutine[Any, Any, None]:
-        return self._runner.save_call(self, call)
+    async def earlier_runs(self, limit: int) -> Sequence[Run]:
+        """Raises Unreadable."""
+        return await self._read(lambda: self._runner.store.earlier_runs(self.run, limit, MAX_HISTORY_BYTES))
 
-    def earlier_runs(self, limit: int) -> Coroutine[Any, Any, Sequence[Run]]:
-        return self._runner.earlier_runs(self, limit)
+    async def finished_calls(self) -> Sequence[Call]:
+        """Raises Unreadable."""
+        return await self._read(lambda: self._runner.store.calls(self.run, len(self.run.steps)))
+
+    async def keep_call(self, call: Call) -> None:
+        """Raises OwnershipLost."""
+        run = self.run = replace(self.run, spent=self.spent)
+        with anyio.CancelScope(shield=True):
+            await self.retrying(lambda: self._runner.store.save_call(run, len(run.steps), call))
+
+    # Reading and writing its record
+
+    async def load(self) -> Run:
+        """Return the whole record, read from the store if it was unloaded. Raises OwnershipLost, Unreadable."""
+        if self.run.is_stub:
+            stored = await self._read(lambda: self._runner.store.get_run(self.run.run_id))
+            if stored is None or stored.status.is_final or stored.attempt != self.run.attempt:
+                raise OwnershipLost(self.run.run_id)
+            if stored.batch_id is None and stored.owner != self.run.owner:
+                raise OwnershipLost(self.run.run_id)
+            self.run = replace(stored, owner=self.run.owner, progress=self.progress, spent=self.spent)
+        return self.run
+
+    async def _read(self, read: Callable[[], T]) -> T:
+        """Return what *read* reads from the store. Retry while the store cannot be read.
+
+        Raises: Unreadable if a record is damaged.
+        """
+        while True:
+            try:
+                value = read()
+            except StoreError as exc:
+                if isinstance(damage := exc.__cause__, Damaged):
+                    error = Unreadable(DAMAGED_RUN)
+                    error.is_writable, error.log_detail = damage.is_writable, str(damage)
+                    raise error from exc
+                self.store_error = exc
+                self.wake()
+                await anyio.sleep(RETRY_AFTER_S)
+            else:
+                self.store_error = None
+                return value
+
+    async def save(self, run: Run, step: Step | None) -> None:
+        """Write *run* and notify waiting callers. Retry while the store cannot be written."""
+        await self.retrying(lambda: self._runner.store.save(run, step, shield=True))
+        self.update(run)
+
+    async def retrying(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Call *write*, which ignores cancellation, until the store can be written, but only once during shutdown."""
+        while True:
+            try:
+                await write()
+                break
+            except StoreError as exc:
+                if self._runner.is_draining:
+                    raise
+                self.store_error = exc
+                self.wake()
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(RETRY_AFTER_S)
+        self.store_error = None
+
+    def dequeue(self) -> None:
+        """Its inputs no longer wait."""
+        if self.queued_bytes:
+            self._runner.count_queued(self.run.principal, -self.queued_bytes)
+            self.queued_bytes = 0
 
     def update(self, run: Run) -> None:
         """Replace the record by *run*. Wake callers that wait for a change, and if it is not active, all callers."""
@@ -160,23 +257,11 @@ class Runner:
         turns: executes single turns.
     """
 
-    def __init__(
-        self,
-        agents: Mapping[str, Agent],
-        models: ModelClient,
-        store: Store,
-        observers: Sequence[Observer],
-        *,
-        limits: Limits,
-        max_steps: int,
-        expose_errors: bool,
-        answer: Answer | None = None,
-        prices: Mapping[str, Price] = PRICES,
-    ) -> None:
-        self._store = store
+    def __init__(self, store: Store, turns: Turns, *, limits: Limits, expose_errors: bool) -> None:
+        self.store = store
+        self.turns = turns
         self.limits = limits
         self._expose_errors = expose_errors
-
         self.active: dict[str, StoredRun] = {}
         self.watched: dict[str, LiveOutput] = {}
         self.awaited: dict[str, anyio.Event] = {}
@@ -184,17 +269,6 @@ class Runner:
         self.watch_task: asyncio.Task[Any] | None = None
         self.is_draining = False
         self.queued_bytes: Counter[str | None] = Counter()
-        self.turns = Turns(
-            agents,
-            models,
-            observers,
-            limits=limits,
-            max_steps=max_steps,
-            expose_errors=expose_errors,
-            max_result_bytes=limits.max_result_bytes,
-            answer=answer,
-            prices=prices,
-        )
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
         """Execute a run in a task of its own."""
@@ -256,11 +330,6 @@ class Runner:
         if not self.queued_bytes[principal]:
             del self.queued_bytes[principal]
 
-    def _dequeue(self, active: StoredRun) -> None:
-        if active.queued_bytes:
-            self.count_queued(active.run.principal, -active.queued_bytes)
-            active.queued_bytes = 0
-
     def stop(self) -> None:
         """Stop all runs, because the engine is shutting down."""
         for active in list(self.active.values()):
@@ -269,14 +338,14 @@ class Runner:
     async def interrupt(self, active: StoredRun) -> None:
         """Leave an asynchronous run in a file for the next start, at shutdown. End any other as interrupted."""
         run = replace(active.unsaved or active.run, spent=active.spent)
-        if run.is_async and self._store.is_shared:
+        if run.is_async and self.store.is_shared:
             if active.spent is not active.run.spent:
-                self._store.save_nowait(replace(active.run, spent=active.spent))
+                self.store.save_nowait(replace(active.run, spent=active.spent))
         else:
             error, error_type = INTERRUPTED
             ended = replace(run, status=RunStatus.FAILED, error=error, error_type=error_type, completed_at=now())
             with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost, Unstorable):
-                await self._store.save(ended, run.steps[-1] if active.unsaved is not None else None)
+                await self.store.save(ended, run.steps[-1] if active.unsaved is not None else None)
                 self.turns.notify("run_ended", ended)
             active.run = ended
         active.is_interrupted = True
@@ -339,132 +408,18 @@ class Runner:
                 active.unsaved = run
             else:
                 await _absorb_cancellation()
-                await self._save(active, run, step)
+                await active.save(run, step)
             if active.cancel_requested:
                 raise anyio.get_cancelled_exc_class()
-        run = active.unsaved or await self._load(active)
+        run = active.unsaved or await active.load()
         if run.started_at is None:  # retried with all steps already done
             active.update(replace(run, status=RunStatus.RUNNING, started_at=now()))
         return run.steps[-1].result
-
-    async def begin(self, active: StoredRun) -> Run:
-        """See ``ActiveRun.begin``. Raises: OwnershipLost, Unreadable."""
-        self._dequeue(active)
-        on_begin, active.on_begin = active.on_begin, None
-        if on_begin is not None:
-            on_begin()
-        return await self._load(active)
-
-    async def save_start(self, active: StoredRun, run: Run, agent: Agent) -> None:
-        """See ``ActiveRun.started``."""
-        if run.is_async and agent.on_interrupt == "fail":
-            await self._save(active, run, None)  # after a crash it must be known that the agent was started
-        else:
-            self._store.save_nowait(run)
-            active.update(run)
-        if run.is_async and run.batch_id is None:
-            self._store.flush_nowait()
 
     def end_of(self, id_: str) -> anyio.Event:
         """Return an event that the engine sets when a run or a batch has ended, or earlier to have it checked again."""
         active = self.active.get(id_)
         return self.awaited.setdefault(id_, anyio.Event()) if active is None else active.end
-
-    def is_next(self, run: Run) -> bool:
-        """Whether no earlier run of its session is active. False if the store cannot be read."""
-        if run.session_id is None:
-            return True
-        with contextlib.suppress(StoreError):
-            return self._before(run) is None
-        return False
-
-    def _before(self, run: Run) -> str | None:
-        """Return the id of the run of its session for which *run* has to wait. Raises StoreError."""
-        has_to_wait = run.session_id is not None and run.status is RunStatus.STARTING
-        return self._store.active_before(run) if has_to_wait else None
-
-    async def wait_for_session(self, active: StoredRun) -> None:
-        """Wait until no earlier run of its session is active. The end of a run wakes only the nearest one."""
-        while (run_id := await self._read(active, lambda: self._before(active.run))) is not None:
-            # If another engine retries that run at once, its end may go unnoticed here, and it now waits for this one.
-            with anyio.move_on_after(None if run_id in self.active else RECHECK_S):
-                await self.end_of(run_id).wait()
-
-    async def earlier_runs(self, active: StoredRun, limit: int) -> Sequence[Run]:
-        """See ``ActiveRun.earlier_runs``. Raises Unreadable."""
-        return await self._read(active, lambda: self._store.earlier_runs(active.run, limit, MAX_HISTORY_BYTES))
-
-    async def unload(self, active: StoredRun) -> None:
-        """Keep only a stub in memory of a run that waits for a slot. Store the run first if it is not stored yet."""
-        is_in_store = active.run.is_async or active.run.status is not RunStatus.STARTING
-        if not is_in_store and stub_of(active.run).is_stub:
-            await self._save(active, active.run, None)
-            is_in_store = True
-        if is_in_store:
-            active.run = stub_of(active.run)
-
-    async def _load(self, active: StoredRun) -> Run:
-        """Return the whole record, read from the store if it was unloaded. Raises OwnershipLost, Unreadable."""
-        if active.run.is_stub:
-            stored = await self._read(active, lambda: self._store.get_run(active.run.run_id))
-            if stored is None or stored.status.is_final or stored.attempt != active.run.attempt:
-                raise OwnershipLost(active.run.run_id)
-            if stored.batch_id is None and stored.owner != active.run.owner:
-                raise OwnershipLost(active.run.run_id)
-            active.run = replace(stored, owner=active.run.owner, progress=active.progress, spent=active.spent)
-        return active.run
-
-    async def _read(self, active: StoredRun, read: Callable[[], T]) -> T:
-        """Return what *read* reads from the store. Retry while the store cannot be read.
-
-        Raises: Unreadable if a record is damaged.
-        """
-        while True:
-            try:
-                value = read()
-            except StoreError as exc:
-                if isinstance(exc.__cause__, Damaged):
-                    raise _unreadable(exc.__cause__) from exc
-                active.store_error = exc
-                active.wake()
-                await anyio.sleep(RETRY_AFTER_S)
-            else:
-                active.store_error = None
-                return value
-
-    def timeout_s_of(self, run: Run) -> float:
-        """Return how long one attempt may take, in seconds."""
-        return min(run.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
-
-    async def finished_calls(self, active: StoredRun) -> Sequence[Call]:
-        """See ``ActiveRun.finished_calls``. Raises Unreadable."""
-        return await self._read(active, lambda: self._store.calls(active.run, len(active.run.steps)))
-
-    async def save_call(self, active: StoredRun, call: Call) -> None:
-        """See ``ActiveRun.keep_call``. Raises OwnershipLost."""
-        run = active.run = replace(active.run, spent=active.spent)
-        with anyio.CancelScope(shield=True):
-            await self._retrying(active, lambda: self._store.save_call(run, len(run.steps), call))
-
-    async def _save(self, active: StoredRun, run: Run, step: Step | None) -> None:
-        """Write *run* and notify waiting callers. Retry while the store cannot be written."""
-        await self._retrying(active, lambda: self._store.save(run, step, shield=True))
-        active.update(run)
-
-    async def _retrying(self, active: StoredRun, write: Callable[[], Awaitable[None]]) -> None:
-        """Call *write*, which ignores cancellation, until the store can be written, but only once during shutdown."""
-        while True:
-            try:
-                await write()
-                break
-            except StoreError as exc:
-                if self.is_draining:
-                    raise
-                active.store_error = exc
-                active.wake()
-                with anyio.CancelScope(shield=True):
-                    await anyio.sleep(RETRY_AFTER_S)
-        active.store_error = None
 
     async def _suspend(self, active: StoredRun, questions: Sequence[Question]) -> bool:
         """Leave a run to the store until *questions* are answered. Returns False if it was cancelled."""
@@ -490,10 +445,10 @@ class Runner:
 
         try:
             with anyio.CancelScope(shield=True):
-                await self._retrying(active, lambda: self._store.suspend(run, then))
+                await active.retrying(lambda: self.store.suspend(run, then))
                 is_waiting = active.run.status is RunStatus.WAITING
                 if is_waiting and active.cancel_requested:  # while it was written
-                    await self._retrying(active, lambda: self.cancel_waiting(run))
+                    await active.retrying(lambda: self.cancel_waiting(run))
                 return is_waiting
         except OwnershipLost:
             self._on_ownership_lost(active)
@@ -504,7 +459,7 @@ class Runner:
     async def cancel_waiting(self, run: Run) -> None:
         """Cancel *run* if it is still waiting."""
         at = now()
-        if await self._store.end_waiting(run, CANCELLED, at):
+        if await self.store.end_waiting(run, CANCELLED, at):
             self.ended(replace(run, **asdict(CANCELLED), completed_at=at))
 
     async def _finish(self, active: StoredRun, end: Mapping[str, Any]) -> None:
@@ -512,7 +467,7 @@ class Runner:
         step = run.steps[-1] if active.unsaved is not None else None
         run = replace(run, **end, completed_at=now(), progress=active.progress, spent=active.spent)
         try:
-            await self._save(active, run, step)
+            await active.save(run, step)
         except OwnershipLost:
             self._on_ownership_lost(active)
             return
@@ -524,7 +479,7 @@ class Runner:
             if active.unsaved is not None:  # without its last step it can perhaps be stored
                 raise
             logger.error("run %s: its final state cannot be stored: %s %s", run.run_id, exc, exc.log_detail)
-            self._store.discard(run.run_id)
+            self.store.discard(run.run_id)
             active.update(run)
         self._remove(active)
         self.ended(run)
@@ -540,7 +495,7 @@ class Runner:
             logger.log(level, template, run.run_id, run.status, run.agent_name, took_ms, run.request_id, extra=extra)
 
     def _remove(self, active: StoredRun) -> None:
-        self._dequeue(active)
+        active.dequeue()
         if self.active.get(active.run.run_id) is active:
             del self.active[active.run.run_id]
 
@@ -555,12 +510,6 @@ class Runner:
         self._remove(active)
         active.update(active.run)
         active.wake()
-
-
-def _unreadable(damage: Damaged) -> Unreadable:
-    error = Unreadable(DAMAGED_RUN)
-    error.is_writable, error.log_detail = damage.is_writable, str(damage)
-    return error
 
 
 async def _absorb_cancellation() -> None:

@@ -290,11 +290,11 @@ BATCH_CONDITIONS = {
 }
 
 
-def batch_page(names: Iterable[str], limit: int) -> str:
-    """Return a query for up to *limit* batches, newest first. *names* are the parameters of its conditions."""
+def batch_page(names: Iterable[str]) -> str:
+    """Return a query for up to :limit batches, newest first. *names* are the parameters of its conditions."""
     conditions = " AND ".join(BATCH_CONDITIONS[name] for name in names)
     return f"""SELECT {BATCH_COLUMNS} FROM batches WHERE hidden IS NULL AND {conditions}
-        ORDER BY batch_id DESC LIMIT {limit:d}"""
+        ORDER BY batch_id DESC LIMIT :limit"""
 
 
 #: The answer of the last step that asked: of one that is completed, or of the current one in the same try.

@@ -16,7 +16,7 @@ import functools
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,12 +27,13 @@ import anyio.abc
 import anyio.lowlevel
 import anyio.to_thread
 import msgspec
+from msgspec.structs import asdict
 
 from flock.engine import files, queries, statements, takeover, waiting
 from flock.engine.groups import Change, Group, PendingRun, Refused
 from flock.engine.migrations import migrate
 from flock.engine.outcomes import Outcome
-from flock.engine.rows import Damaged, first_id_at, micros, names_json, time_from
+from flock.engine.rows import Damaged, first_id_at, micros, names_json, run_or_remains, time_from
 from flock.engine.storefile import Displaced, StoreFile
 from flock.engine.takeover import TakenOver
 from flock.errors import EngineFull, OwnershipLost, RunNotFound, StoreError, Unstorable
@@ -250,9 +251,8 @@ class Store:
 
     def check_writable(self) -> None:
         """Raise StoreError if the store is not writable. A failed transaction is retried every second."""
-        if not self.is_writable:
-            error = self._write_error or self._displaced
-            raise _unusable("written") from error
+        if problem := self._write_error or self._displaced:
+            raise _unusable("written") from problem
 
     # The file
 
@@ -296,7 +296,7 @@ class Store:
     def _write_in_memory(self) -> None:
         """Write a group immediately, since there is no disk to wait for and there are no other writers."""
         group, self._open = self._open, Group()
-        self._write_separately(group)
+        group.write_separately(self._db, self._without_row)
         group.run_callbacks()
 
     async def _write_until_closed(self) -> None:
@@ -356,34 +356,22 @@ class Store:
         try:
             self._write_once(functools.partial(group.write_together, self._db))
         except Refused:
-            self._write_once(functools.partial(self._write_separately, group))
+            self._write_once(functools.partial(group.write_separately, self._db, self._without_row))
 
     def _write_once(self, write: Callable[[], None]) -> None:
-        with self._transaction():
+        self._db.execute("BEGIN IMMEDIATE")
+        self._waiting.forget()
+        try:
             self._file.check(self._db)
             if self._write_error is not None:  # an empty transaction would always succeed
                 self._db.execute(statements.TOUCH_ENGINES)
             write()
             self._db.execute("COMMIT")
-        self._file.check(self._db)  # a commit to a removed file is lost
-
-    def _write_separately(self, group: Group) -> None:
-        try:
-            group.write_separately(self._db)
-        finally:
-            self._without_row |= group.without_row
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Run the block in a transaction, which the block commits. Roll back if it raises."""
-        self._db.execute("BEGIN IMMEDIATE")
-        self._waiting.forget()
-        try:
-            yield
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
             raise
+        self._file.check(self._db)  # a commit to a removed file is lost
 
     # Reading
 
@@ -469,25 +457,14 @@ class Store:
         """Return one page of runs that are not items, newest first, without steps. A damaged run has an ``error``."""
         columns = statements.list_columns(wanted.with_inputs, wanted.with_results)
         statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
-        values = {
-            "flock": flock,
-            "agent_name": wanted.agent_name,
-            "principal": wanted.principal,
-            "session_id": wanted.session_id,
-            "after": wanted.after,
-            "low": None if wanted.created_after is None else first_id_at(wanted.created_after, 1),
-            "high": None if wanted.created_before is None else first_id_at(wanted.created_before),
-        }
-        values = {name: value for name, value in values.items() if value is not None}
+        low = None if wanted.created_after is None else first_id_at(wanted.created_after, 1)
+        high = None if wanted.created_before is None else first_id_at(wanted.created_before)
+        values = asdict(wanted) | {"flock": flock, "low": low, "high": high, "limit": wanted.limit + 1}
+        names = [name for name in statements.RUN_CONDITIONS if values[name] is not None]
 
         def find(db: sqlite3.Connection) -> Page[Run]:
-            rows = queries.rows_of(
-                db,
-                lambda columns: statements.run_page(columns, statuses, values),
-                {**values, "limit": wanted.limit + 1},
-                columns,
-            )
-            return queries.page_of(wanted.limit, rows)
+            rows = queries.rows_of(db, lambda columns: statements.run_page(columns, statuses, names), values, columns)
+            return Page(wanted.limit, map(run_or_remains, rows))
 
         return self.read(find)
 
@@ -634,10 +611,7 @@ class Store:
                 bounds += [(row[0], MAX_TIME)] if row is not None else []
             deleted = 0
             for bound, latest in bounds:
-                values = {
-                    **{"flock": flock, "bound": bound, "latest": latest, "limit": limit},
-                    "kept": names_json(kept),
-                }
+                values = {"flock": flock, "bound": bound, "latest": latest, "limit": limit, "kept": names_json(kept)}
                 deleted += queries.delete_runs(db, [run_id for (run_id,) in db.execute(statements.OLD_RUNS, values)])
                 deleted += db.execute(statements.DROP_OLD_BATCHES, values).rowcount
             return deleted
@@ -711,16 +685,8 @@ class Store:
 
     async def unregister_engine(self, engine_id: str) -> None:
         """Unregister an engine and close its lock file. If it has unfinished work, its row stays for another engine."""
-
-        def apply(db: sqlite3.Connection) -> bool:
-            db.execute(statements.DROP_STAGED_BATCHES, (engine_id,))
-            if unfinished := takeover.has_unfinished(db, engine_id):
-                return unfinished
-            db.execute(statements.DELETE_ENGINE, (engine_id,))
-            return False
-
         try:
-            if not await self.change(apply) and self.is_shared:
+            if await self.change(lambda db: takeover.remove_engine(db, engine_id)) and self.is_shared:
                 files.remove(f"{self.path}-engine-{engine_id}")
         finally:
             if self.is_shared:

@@ -14,7 +14,7 @@ from flock.engine import queries, statements
 from flock.engine.rows import DAMAGED_BATCH, DAMAGED_RUN, UNREADABLE, Damaged, micros
 from flock.runs import Batch, Run, stub_of
 
-__all__ = ["INTERRUPTED", "TakenOver", "Unfinished", "find_unfinished", "has_unfinished", "take_over"]
+__all__ = ["INTERRUPTED", "TakenOver", "Unfinished", "find_unfinished", "remove_engine", "take_over"]
 
 logger = logging.getLogger("flock.store")
 
@@ -100,10 +100,7 @@ def take_over(db: sqlite3.Connection, unfinished: Unfinished, dead_id: str, owne
     for batch_id in unfinished.damaged_batches:
         if _changes(db, statements.FAIL_BATCH, DAMAGED_BATCH, at, batch_id, dead_id):
             db.execute(statements.FAIL_ITEMS, (DAMAGED_BATCH, UNREADABLE, at, batch_id))
-    db.execute(statements.DROP_STAGED_BATCHES, (dead_id,))
-    is_complete = not has_unfinished(db, dead_id)
-    if is_complete:
-        db.execute(statements.DELETE_ENGINE, (dead_id,))
+    is_complete = remove_engine(db, dead_id)
     return TakenOver(
         [stub_of(run) for run_id in runs if (run := queries.find_run(db, run_id)) is not None],
         [batch for batch_id in batches if (batch := queries.find_batch(db, batch_id)) is not None],
@@ -117,7 +114,11 @@ def _changes(db: sqlite3.Connection, query: str, *values: Any) -> bool:
     return db.execute(query, values).rowcount > 0
 
 
-def has_unfinished(db: sqlite3.Connection, engine_id: str) -> bool:
-    return any(
-        db.execute(of, (engine_id,)).fetchone() for of in (statements.UNFINISHED_RUNS, statements.UNFINISHED_BATCHES)
-    )
+def remove_engine(db: sqlite3.Connection, engine_id: str) -> bool:
+    """Drop the staged batches of an engine, and its row. Returns False if it has unfinished work: its row stays."""
+    db.execute(statements.DROP_STAGED_BATCHES, (engine_id,))
+    for unfinished in (statements.UNFINISHED_RUNS, statements.UNFINISHED_BATCHES):
+        if db.execute(unfinished, (engine_id,)).fetchone():
+            return False
+    db.execute(statements.DELETE_ENGINE, (engine_id,))
+    return True

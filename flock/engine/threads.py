@@ -16,7 +16,7 @@ import anyio.to_thread
 
 from flock.engine.slots import BatchKey, Slots
 
-__all__ = ["Threads"]
+__all__ = ["Threads", "loop_scheduler"]
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Threads:
         Raises: what *function* raises; TimeoutError if the call is abandoned.
         Cancellation: immediate while waiting for a slot. After that, only when the function has returned.
         """
-        call, schedule_in_loop = _Call(batch, deadline), _loop_scheduler()
+        call, schedule_in_loop = _Call(batch, deadline), loop_scheduler()
         await self._slots.acquire(batch)
         self._calls.setdefault(owner, []).append(call)
 
@@ -63,12 +63,9 @@ class Threads:
             finally:
                 call.is_done = True
                 if call.needs_end:
-                    with contextlib.suppress(RuntimeError):  # the loop is closed
-                        schedule_in_loop(call.end.set)
-                if call.is_abandoned:
-                    # Do not wait for a result. If the loop is ending, the thread would never end.
-                    with contextlib.suppress(RuntimeError):  # the loop is closed
-                        schedule_in_loop(self._free, owner, call)
+                    schedule_in_loop(call.end.set)
+                if call.is_abandoned:  # do not wait for a result: if the loop is ending, the thread would never end
+                    schedule_in_loop(self._free, owner, call)
 
         try:
             with call.scope:
@@ -113,17 +110,18 @@ class Threads:
         else:
             callback()
 
-    @property
-    def busy(self) -> int:
-        """The number of functions that have not returned."""
-        return sum(map(len, self._calls.values()))
 
-
-def _loop_scheduler() -> Callable[..., Any]:
-    """Return a function that schedules a call in this event loop. It may be used from any thread."""
+def loop_scheduler() -> Callable[..., None]:
+    """Return a function that schedules a call in this event loop, if that has not ended. It works in any thread."""
     try:
-        return asyncio.get_running_loop().call_soon_threadsafe
+        schedule: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:
         import trio
 
-        return trio.lowlevel.current_trio_token().run_sync_soon
+        schedule = trio.lowlevel.current_trio_token().run_sync_soon
+
+    def call_soon(function: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            schedule(function, *args)
+
+    return call_soon

@@ -26,10 +26,10 @@ from flock.agents.workflow import exchanges_of, inputs_for, next_agent, take_tur
 from flock.engine.callees import Callees
 from flock.engine.journal import Journal
 from flock.engine.live import LiveOutput
-from flock.engine.outcomes import CANCELLED, Outcome, failure_of, interrupted_turn, queue_timeout, timeout_of
+from flock.engine.outcomes import CANCELLED, Outcome, failure_of, queue_timeout, timeout_of
 from flock.engine.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_all_nowait
 from flock.engine.threads import Threads
-from flock.errors import OwnershipLost, ResultTooLarge
+from flock.errors import Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
 from flock.runs import (
     Answer,
@@ -229,7 +229,10 @@ class Turns:
         assert agent is not None, "all turns are done"
         is_again, active.is_again = active.is_again, False
         if is_again and agent.on_interrupt == "fail" and not active.run.worked_s:
-            raise interrupted_turn(agent.name)
+            raise Interrupted(
+                f"The server stopped while {agent.name!r} was running. "
+                'Its on_interrupt="fail" rules out an automatic retry.'
+            )
         slot = await self._acquire(active, agent)
         try:
             run = await active.begin()

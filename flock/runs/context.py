@@ -187,14 +187,12 @@ class RunContext:
             raise ValueError(
                 f"The output of {self.agent_name!r} has no field {field!r}. Its fields: {', '.join(names)}."
             )
-        live = self._live_from_start()
-        if live is not None and text:
+        if (live := self._live_from_start()) is not None and text:
             live.write(self, field, text)
 
     def emit_value(self, field: str, value: Any) -> None:
         """Set a field of the output that is not written piece by piece, like ``emit``."""
-        live = self._live_from_start()
-        if live is not None:
+        if (live := self._live_from_start()) is not None:
             live.write_value(self, field, value)
 
     def _live_from_start(self) -> Live | None:
@@ -206,21 +204,18 @@ class RunContext:
 
     def emit_reasoning(self, text: str) -> None:
         """Append *text* to the reasoning of the model, for clients that ask for it."""
-        live = self._live
-        if live is not None:
+        if (live := self._live) is not None:
             live.write_reasoning(self, text)
 
     def reset_output(self) -> None:
         """Drop what this agent has written in this turn. It begins anew. No effect if it has written nothing."""
         self._began_in = msgspec.UNSET
-        live = self._live
-        if live is not None:
+        if (live := self._live) is not None:
             live.reset(self)
 
     def settle_output(self, result: msgspec.Raw) -> None:
         """Make what clients have got the fields of *result*, if this agent has written anything. Engines call it."""
-        live = self._live
-        if live is not None:
+        if (live := self._live) is not None:
             has_missed = self._began_in is not msgspec.UNSET and self._began_in is not live
             live.settle(self, result, has_missed=has_missed)
 

@@ -17,7 +17,7 @@ import msgspec
 
 from flock.errors import FieldError
 from flock.runs.ids import now
-from flock.runs.usage import Usage, is_spent, shown_usage
+from flock.runs.usage import Usage, added, is_spent, shown_usage
 
 __all__ = [
     "INVALID_INPUT",
@@ -251,8 +251,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def content_bytes(self) -> int:
         """The total size of its inputs, extra columns and results."""
-        own = len(self.inputs) + len(self.result or b"") + len(self.extra or b"")
-        return own + sum(len(step.result) for step in self.steps)
+        return self.turn_bytes + len(self.result or b"") + len(self.extra or b"")
 
     @property
     def turn_bytes(self) -> int:
@@ -270,8 +269,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def usage_of_steps(self) -> Usage | None:
-        spent = [step.usage for step in self.steps if step.usage is not None]
-        return sum(spent, Usage()) if spent else None
+        return added(*(step.usage for step in self.steps))
 
     @property
     def next_agent_name(self) -> str | None:
@@ -543,14 +541,20 @@ R = TypeVar("R", "Run", "Batch")
 class Page(list[R]):
     """One page of records: at most *limit* records and about ``PAGE_BYTES``, but always at least one record.
 
+    Args:
+        records: the first ones are added. At most one beyond the page is read.
+
     Attributes:
         has_more: whether there is another record that did not fit.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, records: Iterable[R] = ()) -> None:
         self._limit = limit
         self._bytes_left = PAGE_BYTES
         self.has_more = False
+        for record in records:
+            if not self.add(record):
+                break
 
     def add(self, record: R) -> bool:
         """Add *record*, or return False if the page is full."""
@@ -565,8 +569,7 @@ def _json_bytes(record: Run | Batch) -> int:
     """Return the size of the members that may be long."""
     length = 0 if record.error is None else len(msgspec.json.encode(record.error))
     if isinstance(record, Run):
-        length += len(bytes(record.inputs)) + len(bytes(record.result or b"")) + len(bytes(record.extra or b""))
-        length += len(msgspec.json.encode(record.waiting_for))
+        length += record.content_bytes + len(msgspec.json.encode(record.waiting_for))
     return length
 
 

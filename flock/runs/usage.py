@@ -31,14 +31,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priced_tokens: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            input_tokens=self.input_tokens + other.input_tokens,
-            output_tokens=self.output_tokens + other.output_tokens,
-            cached_tokens=self.cached_tokens + other.cached_tokens,
-            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
-            picodollars=self.picodollars + other.picodollars,
-            priced_tokens=self.priced_tokens + other.priced_tokens,
-        )
+        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
 
     def __sub__(self, other: "Usage") -> "Usage":
         return Usage(**{name: getattr(self, name) - getattr(other, name) for name in self.__struct_fields__})
