@@ -5,16 +5,7 @@ import contextlib
 import functools
 import sys
 import weakref
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterable,
-    AsyncIterator,
-    Callable,
-    Coroutine,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, get_args, overload
 
@@ -94,9 +85,7 @@ class DeclaredFlock:
         self.max_steps = max_steps
         self.prices = merged(prices)
         self.agents: dict[str, Agent] = {}
-        self._shared_engines: weakref.WeakValueDictionary[tuple[str, bool], EmbeddedEngine] = (
-            weakref.WeakValueDictionary()
-        )
+        self._shared_engines = weakref.WeakValueDictionary[tuple[str, bool], EmbeddedEngine]()
 
     def __repr__(self) -> str:
         return f"<Flock {self.name!r}: {', '.join(self.agents) or 'no agents'}>"
@@ -171,6 +160,21 @@ class DeclaredFlock:
         """Like ``engine``, but return the same engine for equal arguments while it is in use."""
         engine = self.engine(store=store, expose_errors=expose_errors)
         return self._shared_engines.setdefault((engine.store.path, expose_errors), engine)
+
+    def row_mapping(
+        self, agent_name: str, static: Mapping[str, msgspec.Raw], names: Mapping[str, str | None], on_extra: OnExtra
+    ) -> RowMapping:
+        """Return the mapping of the rows of a batch to the inputs of an agent. Raises AgentNotFound, InvalidData."""
+        if agent_name not in self.agents:
+            raise AgentNotFound(agent_name, list(self.agents))
+        return RowMapping(
+            self.agents[agent_name].input,
+            static,
+            names,
+            lambda: sys.maxsize,
+            on_extra=on_extra,
+            result_names=result_names(agent_name, self.agents),
+        )
 
     async def run_async(
         self,
@@ -288,19 +292,16 @@ class DeclaredFlock:
             max_cost=max_cost,
         )
         _check_choices(on_invalid, on_extra, timeout_s)
-        if agent_name not in self.agents:
-            raise AgentNotFound(agent_name, list(self.agents))
-        row_mapping = RowMapping(
-            self.agents[agent_name].input,
-            _static(static_inputs),
-            input_mapping,
-            lambda: sys.maxsize,
-            on_extra=on_extra,
-            result_names=result_names(agent_name, self.agents),
-        )
+        raw = as_json(static_inputs or {}, "/static_inputs", MAX_ROW_BYTES)
+        static = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        row_mapping = self.row_mapping(agent_name, static, input_mapping or {}, on_extra)
         dialect = CSVDialect(delimiter=delimiter, decimal=decimal, encoding=encoding)
         results: list[Any] = []
-        async with contextlib.aclosing(_rows(batch_inputs, row_mapping, dialect)) as rows:
+        if isinstance(batch_inputs, str | Path):
+            source = file_rows(Path(batch_inputs), row_mapping, dialect)
+        else:
+            source = mapping_rows(batch_inputs, row_mapping, MAX_ROW_BYTES)
+        async with contextlib.aclosing(source) as rows:
             first = await anext(rows, None)
             if first is None:
                 return results
@@ -400,18 +401,6 @@ def _check_choices(on_invalid: str, on_extra: str, timeout_s: float | None) -> N
             raise DefinitionError(f"{name}= must be one of {', '.join(get_args(choices))}, not {given!r}.")
     if timeout_s is not None and not timeout_s > 0:
         raise DefinitionError(f"timeout_s= must be a number of seconds above 0, not {timeout_s}.")
-
-
-def _static(static_inputs: Mapping[str, Any] | None) -> dict[str, msgspec.Raw]:
-    """Return *static_inputs* as JSON. Raises InvalidData if one cannot be encoded."""
-    raw = as_json(static_inputs or {}, "/static_inputs", MAX_ROW_BYTES)
-    return msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-
-
-def _rows(batch_inputs: BatchInputs, row_mapping: RowMapping, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
-    if isinstance(batch_inputs, str | Path):
-        return file_rows(Path(batch_inputs), row_mapping, dialect)
-    return mapping_rows(batch_inputs, row_mapping, MAX_ROW_BYTES)
 
 
 async def _chain(first: Row, rows: AsyncIterator[Row]) -> AsyncIterator[Row]:

@@ -82,14 +82,18 @@ def from_json(type_: Any, value: Any) -> Any:
         raise InvalidModel(_problems(exc, value)) from None
 
 
-def to_json(value: Any) -> Any:
+def to_json(value: Any, **options: bool) -> Any:
     """Return a model as plain values: msgspec's ``enc_hook``. Raises TypeError, ValueError."""
-    return _dump(value)
+    model = _model(value)
+    try:
+        return model.model_dump(mode="json", by_alias=True, warnings="error", **options)
+    except ValueError as exc:  # its text contains the value
+        raise ValueError(f"a value in the model {type(model).__name__} does not have its declared type") from exc
 
 
 def to_json_and_back(value: Any) -> Any:
     """Like ``to_json``, but return what the model can be read from again, without computed fields."""
-    return _dump(value, round_trip=True)
+    return to_json(value, round_trip=True)
 
 
 def keep(value: Any) -> KeptModel:
@@ -102,14 +106,6 @@ def _model(value: Any) -> Any:
     if not is_model(type(model)):
         raise TypeError(f"Encoding objects of type {type(model).__name__} is unsupported")
     return model
-
-
-def _dump(value: Any, **options: bool) -> Any:
-    model = _model(value)
-    try:
-        return model.model_dump(mode="json", by_alias=True, warnings="error", **options)
-    except ValueError as exc:  # its text contains the value
-        raise ValueError(f"a value in the model {type(model).__name__} does not have its declared type") from exc
 
 
 def _problems(exc: Any, value: Any) -> list[tuple[Sequence[str | int], str]]:

@@ -265,7 +265,7 @@ def _response_of(reply: Any, request: ModelRequest) -> httpx.Response:
     reply = reply if isinstance(reply, Reply) else Reply(reply)
     if request.get("stream"):
         headers = {"Content-Type": "text/event-stream"}
-        return httpx.Response(200, headers=headers, stream=_Stream(_events_of(reply, request)))
+        return httpx.Response(200, headers=headers, content=_stream(_events_of(reply, request)))
     return _json_response(200, reply.completion())
 
 
@@ -340,14 +340,10 @@ def _events_of(reply: Reply, request: ModelRequest) -> Iterator[Any]:
     yield "[DONE]"
 
 
-class _Stream(httpx.AsyncByteStream):
-    def __init__(self, events: Iterator[Any]) -> None:
-        self._events = events
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for event in self._events:
-            if isinstance(event, Exception):
-                raise event
-            data = event if isinstance(event, str) else json.dumps(event)
-            yield f"data: {data}\n\n".encode()
-            await anyio.lowlevel.checkpoint()
+async def _stream(events: Iterator[Any]) -> AsyncIterator[bytes]:
+    for event in events:
+        if isinstance(event, Exception):
+            raise event
+        data = event if isinstance(event, str) else json.dumps(event)
+        yield f"data: {data}\n\n".encode()
+        await anyio.lowlevel.checkpoint()

@@ -1,13 +1,13 @@
 """The messages of a conversation with a model, and its replies."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
 
 from flock.runs import Usage
 
-__all__ = ["Completion", "FunctionCall", "Listener", "Message", "ToolCall", "ToolSchema"]
+__all__ = ["Completion", "FunctionCall", "Listener", "Message", "ToolCall", "ToolSchema", "with_user_text"]
 
 
 class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +38,14 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+
+
+def with_user_text(messages: Sequence[Message], text: str) -> list[Message]:
+    """Add a text of the user. Many models allow no two messages of the user in a row."""
+    *rest, last = messages
+    if last.role != "user":
+        return [*messages, Message("user", text)]
+    return [*rest, Message("user", f"{last.content}\n\n{text}")]
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from flock.agents.completions import Completion, Listener, Message
+from flock.agents.completions import Completion, Listener, Message, with_user_text
 from flock.agents.tools import Toolbox
 from flock.errors import InvalidData, InvalidOutput, MalformedJSON, ModelError
 from flock.runs import JSON_NULL, RunContext
@@ -128,8 +128,4 @@ class Conversation:
         """Ask for the answer in the strictest format of the model's server, and offer no more tools."""
         self._toolbox.close()
         request = f"{reason}\nAnswer now, with one JSON object and nothing else."
-        *rest, last = self._messages
-        if last.role == "user":  # some models allow no two messages of the user in a row
-            self._messages = [*rest, Message("user", f"{last.content}\n\n{request}")]
-        else:
-            self._messages.append(Message("user", request))
+        self._messages = with_user_text(self._messages, request)

@@ -60,8 +60,6 @@ from flock.agents.requests import (
     rejects_stream,
     rejects_tools,
     streamed,
-    strict_schema,
-    with_format_in_words,
 )
 from flock.agents.sse import is_stream
 from flock.agents.streams import StreamedReply, read_reply
@@ -255,13 +253,13 @@ class ModelClient:
         async with passing(self._limits(("litellm", request.name), limits), caller, passage):
             if not request.tools:
                 return await _complete_with_litellm(replace(request, messages=react.as_text(request.messages)), own)
-            if _litellm_calls_tools(request.name):
+            if _litellm(request.name).supports_function_calling(request.name):
                 return await _complete_with_litellm(request, own)
             return react.completion_of(await _complete_with_litellm(next_step(request), own))
 
     async def _complete_or_call(self, endpoint: Endpoint, request: Request, caller: Caller) -> Completion:
         """Offer tools to a model whose server supports them."""
-        body = request.body(endpoint) | format_of("text", request, endpoint)
+        body = request.body(endpoint) | format_of("text", request)
         body["tools"] = [function_of(tool) for tool in request.tools]
         sending = _Sending(endpoint, body, request.all_headers(), request.listener)
         return completion_of(await self._post(sending, caller), request)
@@ -271,7 +269,7 @@ class ModelClient:
         name, rejects_schema = request.name, False
         first = FORMATS.index(self._formats.get(name, endpoint.first_format))
         for format_ in FORMATS[first:]:
-            body = request.body(endpoint) | format_of(format_, request, endpoint)
+            body = request.body(endpoint) | format_of(format_, request, is_local=endpoint.is_local)
             try:
                 sending = _Sending(endpoint, body, request.all_headers(format_), request.listener)
                 answer = await self._post(sending, caller)
@@ -507,38 +505,29 @@ def _counted(answer: Any, estimate: float) -> float:
 # Other providers, through litellm
 
 
-def _litellm_calls_tools(name: str) -> bool:
+def _litellm(name: str) -> Any:
     try:
         import litellm
     except ImportError as exc:
         raise unknown_provider(name) from exc
-    return bool(litellm.supports_function_calling(name))
+    litellm.suppress_debug_info = True  # otherwise it prints advertisements
+    return litellm
 
 
 async def _complete_with_litellm(request: Request, model: Model | None) -> Completion:
-    try:
-        import litellm
-    except ImportError as exc:
-        raise unknown_provider(request.name) from exc
-    litellm.suppress_debug_info = True  # otherwise it prints advertisements
-    messages, max_tokens, temperature = request.messages, request.max_tokens, request.temperature
+    litellm = _litellm(request.name)
+    part = format_of("text" if request.tools else "json_schema", request)
+    options: dict[str, Any] = msgspec.to_builtins({"messages": request.messages, **part})
     if request.tools:
-        messages = with_format_in_words(request)
-        options: dict[str, Any] = {"tools": [function_of(tool) for tool in request.tools]}
-    else:
-        is_strict, request_schema = strict_schema(request.schema)
-        json_schema = {"name": "answer", "strict": is_strict, "schema": request_schema}
-        options = {"response_format": {"type": "json_schema", "json_schema": json_schema}}
-    if max_tokens is not None:
-        options["max_tokens"] = max_tokens
-    if temperature is not None:
-        options["temperature"] = temperature
+        options["tools"] = [function_of(tool) for tool in request.tools]
+    if request.max_tokens is not None:
+        options["max_tokens"] = request.max_tokens
+    if request.temperature is not None:
+        options["temperature"] = request.temperature
 
     def send(headers: Mapping[str, str], **more: Any) -> Any:
         extra = {"extra_headers": headers} if headers else {}
-        return litellm.acompletion(
-            model=request.name, messages=msgspec.to_builtins(messages), **options, **extra, **more
-        )
+        return litellm.acompletion(model=request.name, **options, **extra, **more)
 
     listener, headers = request.listener, request.all_headers()
     if model is not None:

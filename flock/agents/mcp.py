@@ -88,17 +88,18 @@ class MCPTools(ToolSource):
         try:
             with anyio.fail_after(self._timeout_s):
                 async with httpx.AsyncClient(timeout=self._timeout_s) as http:
-                    return self._decoded(await self._send_in_session(http, method, params), method, result_type)
+                    result = await self._send_in_session(http, method, params)
+                    return self._decoded(result, result_type, f"returned an invalid result of {method}")
         except (TimeoutError, httpx.TimeoutException) as exc:
             raise self._error(f"did not answer within {self._timeout_s:g} s (timeout_s)") from exc
         except httpx.HTTPError as exc:
             raise self._error(f"could not be reached ({type(exc).__name__})") from exc
 
-    def _decoded(self, result: msgspec.Raw, method: str, result_type: type[T]) -> T:
+    def _decoded(self, sent: str | bytes | msgspec.Raw, type_: type[T], problem: str) -> T:
         try:
-            return msgspec.json.decode(result, type=result_type)
+            return msgspec.json.decode(sent, type=type_)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise self._error(f"returned an invalid result of {method}: {exc}") from exc
+            raise self._error(f"{problem}: {exc}") from exc
 
     async def _send_in_session(self, http: httpx.AsyncClient, method: str, params: Mapping[str, Any]) -> msgspec.Raw:
         used: Mapping[str, str] | None = None
@@ -121,7 +122,7 @@ class MCPTools(ToolSource):
         result, headers = await self._send(http, "initialize", params, {})
         if result is None:
             raise self._error("returned status 404")
-        version = self._decoded(result, "initialize", _Initialized).protocol_version
+        version = self._decoded(result, _Initialized, "returned an invalid result of initialize").protocol_version
         session = {"MCP-Protocol-Version": version}
         if "mcp-session-id" in headers:
             session["Mcp-Session-Id"] = headers["mcp-session-id"]
@@ -153,10 +154,7 @@ class MCPTools(ToolSource):
 
     def _result_in(self, text: str | bytes, number: int) -> msgspec.Raw | None:
         """Return the result of request *number*, or None if *text* is another message. Raises CallError."""
-        try:
-            message = msgspec.json.decode(text, type=_Response)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise self._error(f"sent an invalid message: {exc}") from exc
+        message = self._decoded(text, _Response, "sent an invalid message")
         if message.id != number or message.method is not None:
             return None
         if message.error is not None:

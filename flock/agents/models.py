@@ -84,10 +84,6 @@ class Model(_Named, frozen=True, kw_only=True):
     def limits(self) -> tuple[int | None, int | None, int | None]:
         return self.requests_per_minute, self.tokens_per_minute, self.max_concurrency
 
-    @property
-    def provider(self) -> str:
-        return self.name.partition("/")[0]
-
 
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrency")
 

@@ -325,11 +325,6 @@ def _until(reason: str, seconds: float) -> str:
     return f"{reason} until {utc_now() + timedelta(seconds=seconds):%H:%M:%S}Z"
 
 
-class _Waiter:
-    def __init__(self) -> None:
-        self.changed = anyio.Event()
-
-
 class Gate:
     """Lets calls pass one after the other, runs before items of batches, each in FIFO order.
 
@@ -338,8 +333,8 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._runs: dict[_Waiter, None] = {}
-        self._items: dict[_Waiter, None] = {}
+        self._runs: dict[Passage, anyio.Event] = {}
+        self._items: dict[Passage, anyio.Event] = {}
 
     # To be overridden
 
@@ -377,14 +372,14 @@ class Gate:
                 await self._wait(now, caller, passage)
 
     async def _wait(self, began_at: float, caller: Caller, passage: Passage) -> None:
-        waiter, queue = _Waiter(), self._items if caller.is_item else self._runs
+        queue = self._items if caller.is_item else self._runs
         is_reported = False
-        queue[waiter] = None
+        queue[passage] = anyio.Event()
         try:
             while True:
                 now = anyio.current_time()
                 self.check(now, caller)
-                wait_s = self.wait_s(now, caller, passage) if self._first() is waiter else math.inf
+                wait_s = self.wait_s(now, caller, passage) if self._first() is queue[passage] else math.inf
                 if wait_s <= 0:
                     self.admit(now, caller, passage)
                     return
@@ -392,25 +387,25 @@ class Gate:
                     is_reported = True
                     caller.on_wait(_until(self.reason, wait_s))
                 with anyio.move_on_after(wait_s if is_reported else min(wait_s, REPORT_AFTER_S)):
-                    await waiter.changed.wait()
-                waiter.changed = anyio.Event()
+                    await queue[passage].wait()
+                queue[passage] = anyio.Event()
         finally:
-            del queue[waiter]
+            del queue[passage]
             self.wake()
             if is_reported:
                 caller.on_wait(None)
 
-    def _first(self) -> _Waiter | None:
-        return next(iter(self._runs or self._items), None)
+    def _first(self) -> anyio.Event | None:
+        return next(iter((self._runs or self._items).values()), None)
 
     def wake(self) -> None:
         """Let the first waiting call look again."""
         if first := self._first():
-            first.changed.set()
+            first.set()
 
     def wake_all(self) -> None:
-        for waiter in (*self._runs, *self._items):
-            waiter.changed.set()
+        for event in (*self._runs.values(), *self._items.values()):
+            event.set()
 
 
 @contextlib.asynccontextmanager

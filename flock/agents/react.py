@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.completions import Completion, FunctionCall, Message, ToolCall, ToolSchema
+from flock.agents.completions import Completion, FunctionCall, Message, ToolCall, ToolSchema, with_user_text
 
 __all__ = ["FINISH", "as_text", "completion_of", "schema_of", "with_tools"]
 
@@ -76,20 +76,12 @@ def as_text(messages: Sequence[Message]) -> list[Message]:
             texts.append(Message("assistant", "\n".join(steps)))
         elif message.role == "tool":
             result = f"{names.get(message.tool_call_id or '', 'The tool')} returned: {message.content}"
-            texts = _added(texts, result)
+            texts = with_user_text(texts, result)
         elif message.role == "user" and names:
-            texts = _added(texts, message.content)
+            texts = with_user_text(texts, message.content)
         else:
             texts.append(message)
     return texts
-
-
-def _added(messages: list[Message], content: str) -> list[Message]:
-    """Add a text of the user. Many models allow no two messages of the user in a row."""
-    *rest, last = messages
-    if last.role != "user":
-        return [*messages, Message("user", content)]
-    return [*rest, Message("user", f"{last.content}\n\n{content}")]
 
 
 def _step_text(thought: str, call: ToolCall) -> str:

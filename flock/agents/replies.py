@@ -18,6 +18,7 @@ from flock.runs import Usage
 
 __all__ = [
     "TRANSIENT",
+    "bad_response",
     "completion_of",
     "hold_s",
     "model_error",
@@ -70,15 +71,11 @@ def completion_of(answer: Any, request: Request) -> Completion:
     """Return the answer in a 200 response. Some of these are failures that the providers' clients return as success."""
     name = request.name
     if isinstance(answer, dict) and answer.get("error"):
-        raise model_error(
-            name, "model_bad_response", "returned status 200 with an error in the body", str(answer["error"])
-        )
+        raise bad_response(name, "returned status 200 with an error in the body", str(answer["error"]))
     try:
         parsed = msgspec.convert(answer, _Answer)
     except msgspec.ValidationError as exc:
-        raise model_error(
-            name, "model_bad_response", "returned status 200 without a valid chat completion", str(exc)
-        ) from exc
+        raise bad_response(name, "returned status 200 without a valid chat completion", str(exc)) from exc
     usage = _usage_of(parsed.usage or _AnswerUsage())
     try:
         return _completion_of(parsed, usage, request)
@@ -90,7 +87,7 @@ def completion_of(answer: Any, request: Request) -> Completion:
 def _completion_of(parsed: _Answer, usage: Usage, request: Request) -> Completion:
     name = request.name
     if not parsed.choices:
-        raise model_error(name, "model_bad_response", "returned no choices", "choices: []")
+        raise bad_response(name, "returned no choices", "choices: []")
     choice = parsed.choices[0]
     if choice.finish_reason == "content_filter":
         raise model_error(name, "model_content_filter", "was blocked by its provider's content filter")
@@ -107,9 +104,7 @@ def _completion_of(parsed: _Answer, usage: Usage, request: Request) -> Completio
     if calls and not isinstance(text, str):
         text = ""
     if not isinstance(text, str) or not (calls or text.strip()):
-        raise model_error(
-            name, "model_bad_response", "returned an empty answer", f"finish_reason {choice.finish_reason}"
-        )
+        raise bad_response(name, "returned an empty answer", f"finish_reason {choice.finish_reason}")
     return Completion(
         text=_without_fence(_storable(text)),
         usage=usage,
@@ -199,11 +194,8 @@ def stream_error(name: str, error: Any) -> ModelError:
 def _kind_of(status: int, text: str) -> tuple[str, str]:
     """Return the type and the reason of an error with this status and body."""
     default = ("model_unavailable", "failed") if status >= 500 else ("model_bad_request", "rejected the request")
-    kind = _STATUS_ERRORS.get(status, default)
-    for pattern, known in _BODY_ERRORS.items():
-        if re.search(pattern, text):
-            kind = known
-    return kind
+    kinds = [kind for pattern, kind in _BODY_ERRORS.items() if re.search(pattern, text)]
+    return kinds[-1] if kinds else _STATUS_ERRORS.get(status, default)
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -268,3 +260,7 @@ def _without_keys(text: str) -> str:
 
 def model_error(name: str, error_type: str, reason: str, log_detail: str = "") -> ModelError:
     return ModelError(f"The model {name} {reason}.", error_type, log_detail)
+
+
+def bad_response(name: str, reason: str, log_detail: str = "") -> ModelError:
+    return model_error(name, "model_bad_response", reason, log_detail)

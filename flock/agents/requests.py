@@ -24,8 +24,6 @@ __all__ = [
     "rejects_stream",
     "rejects_tools",
     "streamed",
-    "strict_schema",
-    "with_format_in_words",
 ]
 
 #: Ways to request JSON, the strictest first. If a server does not support one, the next one is tried.
@@ -87,20 +85,19 @@ def streamed(
     return {**body, **STREAMS[way]}, {**headers, "Idempotency-Key": f"{key}/{way}"} if key and way else headers
 
 
-def format_of(format_: str, request: Request, endpoint: Endpoint) -> dict[str, Any]:
+def format_of(format_: str, request: Request, *, is_local: bool = False) -> dict[str, Any]:
     """Return the part of a request that requests JSON."""
-    schema = request.schema
     if format_ == "json_schema":
-        is_strict, request_schema = strict_schema(schema)
-        if endpoint.is_local:
-            request_schema = localmodel.bounded_schema(schema, request.max_tokens or localmodel.MAX_TOKENS)
-        json_schema = {"name": "answer", "strict": is_strict, "schema": request_schema}
+        is_strict, schema = _strict_schema(request.schema)
+        if is_local:
+            schema = localmodel.bounded_schema(request.schema, request.max_tokens or localmodel.MAX_TOKENS)
+        json_schema = {"name": "answer", "strict": is_strict, "schema": schema}
         return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
-    part: dict[str, Any] = {"messages": with_format_in_words(request)}
+    part: dict[str, Any] = {"messages": _with_format_in_words(request)}
     return part | {"response_format": {"type": "json_object"}} if format_ == "json_object" else part
 
 
-def with_format_in_words(request: Request) -> Sequence[Message]:
+def _with_format_in_words(request: Request) -> Sequence[Message]:
     instruction = "Answer with one JSON object and nothing else. It must match this JSON Schema:"
     if request.tools:
         instruction = f"Call the tools that you need first. {instruction}"
@@ -111,7 +108,7 @@ def with_format_in_words(request: Request) -> Sequence[Message]:
 def function_of(tool: ToolSchema) -> dict[str, Any]:
     """Return a tool as a request has it. It is strict if its schema allows that and has no optional arguments."""
     function: dict[str, Any] = {"name": tool.name, "description": tool.description, "parameters": tool.schema}
-    is_strict, parameters = strict_schema(tool.schema) if tool.may_be_strict else (False, {})
+    is_strict, parameters = _strict_schema(tool.schema) if tool.may_be_strict else (False, {})
     if is_strict and parameters.get("required", []) == tool.schema.get("required", []):
         function |= {"parameters": parameters, "strict": True}
     return {"type": "function", "function": function}
@@ -126,7 +123,7 @@ OTHER_CONSTRAINTS = ("minLength", "maxLength", "minProperties", "maxProperties",
 STRICT_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid".split())
 
 
-def strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
     """Return whether *schema* can be used in strict mode, and the schema in that form: closed objects, all required.
 
     Source: OpenAI's guide to structured outputs, "Supported schemas".
@@ -167,11 +164,8 @@ def strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
 
 
 def rejects_format(error: ModelError) -> bool:
-    return error.error_type == "model_bad_request" and bool(
-        re.search(
-            r"response_format|json.?schema|json_object|json mode|structured output|grammar", error.log_detail, re.I
-        )
-    )
+    pattern = r"response_format|json.?schema|json_object|json mode|structured output|grammar"
+    return error.error_type == "model_bad_request" and bool(re.search(pattern, error.log_detail, re.I))
 
 
 def rejects_stream(error: ModelError) -> bool:

@@ -435,9 +435,7 @@ def text_as_json(type_: Any, text: str) -> msgspec.Raw:
 
 
 def _struct_field(field: Field) -> Any:
-    type_ = (
-        typing.Annotated[field.type, msgspec.Meta(description=field.description)] if field.description else field.type
-    )
+    type_ = Annotated[field.type, msgspec.Meta(description=field.description)] if field.description else field.type
     if field.required:
         return field.name, type_
     # A mutable default must not be shared between runs.

@@ -10,7 +10,7 @@ import msgspec
 
 from flock.agents.completions import Listener
 from flock.agents.pieces import Joiner, joined
-from flock.agents.replies import model_error, stream_error
+from flock.agents.replies import bad_response, model_error, stream_error
 from flock.agents.sse import Event, EventTooLong, events_in
 from flock.errors import ModelError
 
@@ -113,8 +113,7 @@ class StreamedReply:
         except (ValueError, RecursionError) as exc:
             if event.name == "error":
                 raise stream_error(self._name, event.data.decode(errors="replace")) from exc
-            reason = "sent an event that is not JSON"
-            raise model_error(self._name, "model_bad_response", reason, f"{event.data[:200]!r}") from exc
+            raise bad_response(self._name, "sent an event that is not JSON", f"{event.data[:200]!r}") from exc
         if event.name == "error":
             raise stream_error(self._name, data)
         self.add(data)
@@ -124,8 +123,7 @@ class StreamedReply:
         try:
             chunk = msgspec.convert(data, _Chunk)
         except msgspec.ValidationError as exc:
-            reason = "sent an event that is not a chunk of a chat completion"
-            raise model_error(self._name, "model_bad_response", reason, str(exc)) from exc
+            raise bad_response(self._name, "sent an event that is not a chunk of a chat completion", str(exc)) from exc
         if chunk.error or chunk.object == "error":
             raise stream_error(self._name, data)
         self._usage = chunk.usage or self._usage
@@ -199,7 +197,7 @@ class StreamedReply:
 
 
 def _too_long(name: str) -> ModelError:
-    return model_error(name, "model_bad_response", "sent an answer that is too long")
+    return bad_response(name, "sent an answer that is too long")
 
 
 async def read_reply(response: httpx.Response, name: str, listener: Listener) -> dict[str, Any]:

@@ -195,7 +195,7 @@ class Toolbox:
             try:
                 texts[number] = _cut(await self._result(call, f"{reply_number}.{number + 1}"))
             except (SystemExit, KeyboardInterrupt) as exc:  # asyncio would end its loop, since this is a task
-                raise CallError(f"The tool {call.function.name!r} raised {type(exc).__name__}.") from exc
+                raise CallError(f"needs_approval= of {call.function.name!r} raised {type(exc).__name__}.") from exc
 
         try:
             async with anyio.create_task_group() as tasks:
@@ -215,16 +215,17 @@ class Toolbox:
             arguments = tool.parameters.decode(raw)
         except (MalformedJSON, InvalidData) as exc:
             return f"Error: The arguments are invalid. {one_line(str(exc))}"
-        changed = ""
+        context, changed = self._context, ""
         if tool.must_be_approved(arguments):
-            approval = await self._approval(tool, msgspec.Raw(raw), number)
+            question, key = f"May {context.agent_name} call {tool.name}?", f"{tool.name}.{number}"
+            approval = await context.journal.ask(
+                context, question, _approval_type(tool), key, None, msgspec.UNSET, msgspec.Raw(raw)
+            )
             if not approval.approved:
                 return f"A person denied this call. {approval.reason}".strip()
             if approval.arguments is not None:
                 arguments, raw = approval.arguments, tool.parameters.encode(approval.arguments)
                 changed = f"A person changed the arguments to {bytes(raw).decode()}. The result: "
-
-        context = self._context
 
         async def execute() -> Any:
             try:
@@ -247,14 +248,6 @@ class Toolbox:
             on_error=lambda error: f"Error: {one_line(error)}",
         )
         return changed + (value if isinstance(value, str) else msgspec.json.encode(value).decode())
-
-    async def _approval(self, tool: Tool, arguments: msgspec.Raw, number: str) -> Any:
-        """Ask a person whether *tool* may be called. Returns an answer of the type that ``_approval_type`` makes."""
-        question = f"May {self._context.agent_name} call {tool.name}?"
-        answer = self._context.journal.ask(
-            self._context, question, _approval_type(tool), f"{tool.name}.{number}", None, msgspec.UNSET, arguments
-        )
-        return await answer
 
 
 async def _not_cancelled(name: str, call: Awaitable[Any]) -> Any:

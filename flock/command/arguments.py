@@ -45,22 +45,18 @@ def options_of(struct: type[Options], names: Collection[str] | None = None) -> C
         for field in reversed(msgspec.structs.fields(struct)):
             option = option_of(field)
             if option is not None and option.help and (names is None or field.name in names):
-                command = _option(field.name, field.default, option)(command)
+                command = click.option(
+                    f"--{field.name.removesuffix('_s').replace('_', '-')}",
+                    field.name,
+                    type=_type_of(option),
+                    default=field.default,
+                    show_default=True,
+                    metavar=option.unit,
+                    help=option.help,
+                )(command)
         return command
 
     return add
-
-
-def _option(name: str, default: Any, option: Option) -> Callable[[F], F]:
-    return click.option(
-        f"--{name.removesuffix('_s').replace('_', '-')}",
-        name,
-        type=_type_of(option),
-        default=default,
-        show_default=True,
-        metavar=option.unit,
-        help=option.help,
-    )
 
 
 def _type_of(option: Option) -> click.IntRange | Seconds:

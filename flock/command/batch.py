@@ -18,7 +18,7 @@ from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
 from flock.command.server import (
     abandon_busy_threads,
 )
-from flock.command.target import load_with_model
+from flock.command.target import load_flock
 from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
 from flock.engine.store import MEMORY
@@ -181,7 +181,7 @@ def batch(
         output = STDOUT
     state = state or Path(f"{rows.name if output == STDOUT else output}.flock.db")
     _check_paths(rows, output, state)
-    flock = load_with_model(target, model)
+    flock = load_flock(target, model)
     with _explaining_errors(rows, output, state):
         job = BatchFile(
             agent_name=agent,

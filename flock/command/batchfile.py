@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import os
 import sqlite3
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, cast
@@ -21,11 +20,11 @@ import msgspec
 
 from flock.agents.models import models_of, names_of
 from flock.agents.questions import nobody
-from flock.agents.workflow import columns_of, result_names
+from flock.agents.workflow import columns_of
 from flock.declared import DeclaredFlock
 from flock.engine.batchstore import BatchStore
 from flock.engine.embedded import limits_for_one_batch
-from flock.engine.files import create_private, exclusive_lock
+from flock.engine.files import create_private, exclusive_lock, sync_folder
 from flock.engine.progress import follow_batch
 from flock.engine.rowchecks import BatchCheck, check_batch
 from flock.engine.statements import COUNT_TABLES
@@ -33,7 +32,7 @@ from flock.engine.store import Store
 from flock.errors import AgentNotFound, StoreError
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages, results_as
-from flock.rows.tables import RowMapping, TableFormat, file_rows, is_gzipped
+from flock.rows.tables import TableFormat, file_rows, is_gzipped
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, RunStatus
 
 __all__ = ["BatchFile", "check_batch_file", "run_batch_file"]
@@ -132,30 +131,15 @@ async def check_batch_file(flock: DeclaredFlock, job: BatchFile) -> BatchCheck:
 
     Raises: AgentNotFound, TooLarge, OSError; InvalidData if neither a row nor a header can be read.
     """
-    if job.agent_name not in flock.agents:
-        raise AgentNotFound(job.agent_name, list(flock.agents))
-    engine, agent, row_mapping = (
-        flock.engine(limits=limits_for_one_batch(1)),
-        flock.agents[job.agent_name],
-        _row_mapping(flock, job),
-    )
+    row_mapping = flock.row_mapping(job.agent_name, job.static_inputs, job.input_mapping, job.on_extra)
+    engine, agent = flock.engine(limits=limits_for_one_batch(1)), flock.agents[job.agent_name]
     async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
         return await check_batch(engine, agent, rows, row_mapping, job.on_invalid)
 
 
-def _row_mapping(flock: DeclaredFlock, job: BatchFile) -> RowMapping:
-    return RowMapping(
-        flock.agents[job.agent_name].input,
-        job.static_inputs,
-        job.input_mapping,
-        lambda: sys.maxsize,
-        on_extra=job.on_extra,
-        result_names=result_names(job.agent_name, flock.agents),
-    )
-
-
 async def _accept(engine: Engine, flock: DeclaredFlock, job: BatchFile, digest: str) -> Batch:
-    async with contextlib.aclosing(file_rows(job.rows, _row_mapping(flock, job), job.dialect)) as rows:
+    row_mapping = flock.row_mapping(job.agent_name, job.static_inputs, job.input_mapping, job.on_extra)
+    async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
         return await engine.submit_batch(
             job.agent_name, rows, job.options, on_invalid=job.on_invalid, request_id=digest
         )
@@ -264,7 +248,7 @@ def _output(job: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
             _check_output_free(job, state, digest)
             Path(f"{state}-output").write_text(_identity(part, digest))
             os.replace(part, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -285,11 +269,3 @@ def _identity(path: Path, digest: str) -> str:
     """Return the identity of an output file. A rename keeps it, but any change or replacement of the file does not."""
     stat = os.stat(path)
     return f"{digest} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -32,7 +32,7 @@ from flock.command.server import (
     serve_flock,
     serve_workers,
 )
-from flock.command.target import load_with_model
+from flock.command.target import load_flock
 from flock.engine.store import MEMORY
 from flock.errors import CallError, FlockError, InvalidData
 from flock.limits import Limits, enforced_by
@@ -160,7 +160,7 @@ def serve(
     configured, one is generated and printed at the start. --allowed-host, --root-path and --forwarded-allow-ips mean
     that there is a proxy.
     """
-    load = functools.partial(load_with_model, target, model)
+    load = functools.partial(load_flock, target, model)
     if options["temporal"]:
         _check_options_for_temporal(context)
     elif options["payload_dir"]:
@@ -237,7 +237,7 @@ def worker(target: str, model: str | None, **options: Any) -> None:
     """
     try:
         settings = WorkerSettings(limits=Limits(**pop_fields(options, Limits)), **options)
-        run_worker(load_with_model(target, model), settings)
+        run_worker(load_flock(target, model), settings)
     except FlockError as exc:
         raise click.ClickException(str(exc)) from exc
 
@@ -257,7 +257,7 @@ def check(target: str, model: str | None) -> None:
     Each missing key, model, provider, package or next agent is one line. 'flockapi serve' logs the same lines at the
     start. The check makes no network calls. The exit code is 0 if there are no problems, and 1 otherwise.
     """
-    flock = load_with_model(target, model)
+    flock = load_flock(target, model)
     found = problems(flock.agents, flock.model)
     for problem in found:
         click.echo(problem)
@@ -284,7 +284,7 @@ def run(target: str, agent: str, inputs: Sequence[str], stream: bool, model: str
 
     If the agent asks a question, it is asked at the terminal.
     """
-    flock = load_with_model(target, model)
+    flock = load_flock(target, model)
     texts, printer = pairs(inputs, "-i", "KEY=VALUE"), _LivePrinter() if stream else None
     try:
         signature = flock.agents[agent].input if agent in flock.agents else None
@@ -351,7 +351,3 @@ def _answer_on_terminal(question: Question) -> Any:
 
 
 main.add_command(batch)
-
-
-if __name__ == "__main__":
-    main()

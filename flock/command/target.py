@@ -15,13 +15,13 @@ import click
 from flock.declared import DeclaredFlock
 from flock.errors import FlockError
 
-__all__ = ["load_flock", "load_with_model"]
+__all__ = ["load_flock"]
 
 
-def load_flock(target: str) -> DeclaredFlock:
+def load_flock(target: str, model: str | None = None) -> DeclaredFlock:
     """Return the flock that *target* names: ``path/to/file.py[:name]`` or ``module[:name]``.
 
-    Without a name, it is the flock called ``flock``, or else the only one in the module.
+    Without a name, it is the flock called ``flock``, or else the only one in the module. *model* replaces its own.
 
     Raises:
         click.ClickException: there is no such file, module or flock, or its code fails. The message lists the flocks
@@ -35,10 +35,11 @@ def load_flock(target: str) -> DeclaredFlock:
     except Exception as exc:
         raise click.ClickException(_line_and_reason(exc) or f"{source}: {_reason(exc)}") from exc
     flocks = {key: value for key, value in vars(module).items() if isinstance(value, DeclaredFlock)}
-    if name in flocks:
-        return flocks[name]
     if not name and ("flock" in flocks or len(flocks) == 1):
-        return flocks.get("flock") or next(iter(flocks.values()))
+        name = "flock" if "flock" in flocks else next(iter(flocks))
+    if name in flocks:
+        flocks[name].model = model or flocks[name].model
+        return flocks[name]
     hint = f"It has: {', '.join(flocks)}." if flocks else "Add flock = Flock(...) at its top level."
     if getattr(module, "__file__", None) is None:
         hint = f"It is a folder. Name a file in it, such as {source}/app.py."
@@ -93,12 +94,3 @@ def _line_and_reason(exc: Exception) -> str | None:
 
 def _reason(exc: Exception) -> str:
     return str(exc) if isinstance(exc, FlockError) else "".join(traceback.format_exception_only(exc)).strip()
-
-
-# The commands
-
-
-def load_with_model(target: str, model: str | None) -> DeclaredFlock:
-    flock = load_flock(target)
-    flock.model = model or flock.model
-    return flock

@@ -198,12 +198,6 @@ class RowMapping:
             errors=tuple(errors),
         )
 
-    def renaming(self, names: Mapping[str, str]) -> "RowMapping":
-        """Return a copy with additional *names*."""
-        renamed = copy.copy(self)
-        renamed.names = {**self.names, **names}
-        return renamed
-
     def is_extra(self, key: str) -> bool:
         """Whether a member or column is not an input."""
         return key not in self.fields and key not in self.names and key not in self.dropped
@@ -291,7 +285,9 @@ async def _lines(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterator[
         head, newline, tail = chunk.rpartition(b"\n")
         if newline:
             lines = (bytes(rest) + head).split(b"\n")
-            _check_lengths(lines, number, max_bytes)
+            for line_number, line in enumerate(lines, number + 1):
+                if len(line) > max_bytes:
+                    raise _row_too_long(line_number, max_bytes)
             yield lines
             number += len(lines)
             rest.clear()
@@ -299,12 +295,6 @@ async def _lines(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterator[
         if len(rest) > max_bytes:
             raise _row_too_long(number + 1, max_bytes)
     yield [bytes(rest)]
-
-
-def _check_lengths(lines: Sequence[bytes], number: int, max_bytes: int) -> None:
-    for index, line in enumerate(lines, 1):
-        if len(line) > max_bytes:
-            raise _row_too_long(number + index, max_bytes)
 
 
 def _row_too_long(line: int, max_bytes: int) -> TooLarge:
@@ -550,13 +540,13 @@ def _ignoring_case(row_mapping: RowMapping, header: Sequence[str]) -> RowMapping
         name.casefold(): name for name in row_mapping.fields if name not in exact and inputs[name.casefold()] == 1
     }
     columns = Counter(column.casefold() for column in header)
-    return row_mapping.renaming(
-        {
-            column: by_case[column.casefold()]
-            for column in header
-            if row_mapping.is_extra(column) and column.casefold() in by_case and columns[column.casefold()] == 1
-        }
-    )
+    renamed = copy.copy(row_mapping)
+    renamed.names = row_mapping.names | {
+        column: by_case[column.casefold()]
+        for column in header
+        if row_mapping.is_extra(column) and column.casefold() in by_case and columns[column.casefold()] == 1
+    }
+    return renamed
 
 
 def _as_text(cell: str) -> msgspec.Raw:
@@ -656,17 +646,11 @@ async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[by
         InvalidData: the file does not exist, or is outside of *folder* after following links. The error is the same.
         TooLarge: it is longer than *max_bytes*.
     """
-    not_found = InvalidData(
-        [
-            FieldError(
-                detail="There is no file with that name in the folder that this server reads.", pointer="/batch_inputs"
-            )
-        ]
-    )
     try:
         file = await anyio.to_thread.run_sync(_open_below, folder, name)
     except (OSError, ValueError) as exc:
-        raise not_found from exc
+        detail = "There is no file with that name in the folder that this server reads."
+        raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")]) from exc
     with file:
         bytes_left = max_bytes
         while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
