@@ -48,7 +48,6 @@ from flock.runs import (
     Engine,
     Event,
     LongJSON,
-    Page,
     Question,
     Run,
     RunFilter,
@@ -78,11 +77,10 @@ from flock.web.pages import DOCS, SPECIFICATION, UI, no_ui
 from flock.web.problems import on_error
 from flock.web.requests import (
     fingerprint_of,
-    id_or_none,
     idempotency_key,
     last_event_of,
     next_page,
-    or_none,
+    parameters_of,
     query_of,
     request_id_for,
     request_id_of,
@@ -507,28 +505,23 @@ async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
 async def list_runs(request: Request) -> Response:
     """GET /runs"""
     query = query_of(request, wire.RunsQuery)
-    filter_ = RunFilter(
-        status=or_none(query.status),
-        agent_name=or_none(query.agent_name),
-        session_id=or_none(query.session_id),
-        created_after=or_none(query.created_after),
-        created_before=or_none(query.created_before),
-        after=id_or_none(query.after),
-        limit=query.limit,
-        with_inputs=query.includes("inputs"),
-        with_results=query.includes("result"),
-    )
-    return runs_response(request, await (await engine_of(request)).list_runs(filter_), query)
+    sent = parameters_of(query)
+    sent.pop("include", None)
+    filter_ = RunFilter(**sent, with_inputs=query.includes("inputs"), with_results=query.includes("result"))
+    page = await (await engine_of(request)).list_runs(filter_)
+    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not query.includes(name)}
+    runs = [wire.shown_as(wire.RunSummary, run, waiting_for=waiting_for(run), **left_out) for run in page]
+    path, headers = next_page(request, page[-1].run_id if page.has_more else None)
+    return PageResponse(wire.RunList(runs=runs, next=path), download_slot(request), headers=headers)
 
 
 async def one_run(request: Request) -> Response:
     """GET and DELETE /run/{run_id}"""
-    return await (delete_run if request.method == "DELETE" else get_run)(request)
-
-
-async def get_run(request: Request) -> Response:
-    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
-    if wait_s:
+    engine, run_id = await engine_of(request), request.path_params["run_id"]
+    if request.method == "DELETE":
+        await engine.delete_run(run_id)
+        return Response(status_code=204)
+    if wait_s := wait_of(request):
         run = await while_connected(request, engine.wait(run_id, wait_s))
     else:
         run = await engine.get_run(run_id)
@@ -560,11 +553,6 @@ async def answer_call(request: Request) -> Response:
     if wait_s and run.status.is_active:
         run = await while_connected(request, engine.wait(run_id, wait_s))
     return await run_response(request, run)
-
-
-async def delete_run(request: Request) -> Response:
-    await (await engine_of(request)).delete_run(request.path_params["run_id"])
-    return Response(status_code=204)
 
 
 async def one_session(request: Request) -> Response:
@@ -640,24 +628,20 @@ async def run_batch(request: Request) -> Response:
 
 async def list_batches(request: Request) -> Response:
     """GET /batches"""
-    query = query_of(request, wire.BatchesQuery)
-    filter_ = BatchFilter(
-        status=or_none(query.status),
-        agent_name=or_none(query.agent_name),
-        after=id_or_none(query.after),
-        limit=query.limit,
-    )
-    return batches_response(request, await (await engine_of(request)).list_batches(filter_))
+    filter_ = BatchFilter(**parameters_of(query_of(request, wire.BatchesQuery)))
+    page = await (await engine_of(request)).list_batches(filter_)
+    batches = [wire.shown_as(wire.BatchSummary, batch) for batch in page]
+    path, headers = next_page(request, page[-1].batch_id if page.has_more else None)
+    return JSONResponse(wire.BatchList(batches=batches, next=path), headers=headers)
 
 
 async def one_batch(request: Request) -> Response:
     """GET and DELETE /batch/{batch_id}"""
-    return await (delete_batch if request.method == "DELETE" else get_batch)(request)
-
-
-async def get_batch(request: Request) -> Response:
-    query = query_of(request, wire.BatchQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
+    if request.method == "DELETE":
+        await engine.delete_batch(batch_id)
+        return Response(status_code=204)
+    query = query_of(request, wire.BatchQuery)
     if wait_s := wait_of(request, query):
         await while_connected(request, engine.wait_batch(batch_id, wait_s))
     # The results are read before the batch, so its counts include at least these results.
@@ -670,8 +654,7 @@ async def batch_results(request: Request) -> Response:
     query = query_of(request, wire.ResultsQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     batch, format_ = await engine.get_batch(batch_id), results_format(request, query.format)
-    status = or_none(query.status)
-    statuses = [final for final in RunStatus if final.is_final and status in (None, final.value)]
+    statuses = [final for final in RunStatus if final.is_final and query.status in (msgspec.UNSET, final.value)]
     headers = {
         "Flock-Run-Status": batch.status.value,
         "Vary": "Accept",
@@ -712,11 +695,6 @@ async def retry_batch(request: Request) -> Response:
     only = () if retry.only is None else (RunStatus(retry.only),)
     batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only, retry.max_cost)
     return batch_response(request, batch, [], 202)
-
-
-async def delete_batch(request: Request) -> Response:
-    await (await engine_of(request)).delete_batch(request.path_params["batch_id"])
-    return Response(status_code=204)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -826,13 +804,6 @@ def waiting_for(run: Run) -> list[Question] | msgspec.UnsetType:
     return list(run.waiting_for) if run.status is RunStatus.WAITING else msgspec.UNSET
 
 
-def runs_response(request: Request, page: Page[Run], query: wire.RunsQuery) -> Response:
-    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not query.includes(name)}
-    runs = [wire.shown_as(wire.RunSummary, run, waiting_for=waiting_for(run), **left_out) for run in page]
-    path, headers = next_page(request, page[-1].run_id if page.has_more else None)
-    return PageResponse(wire.RunList(runs=runs, next=path), download_slot(request), headers=headers)
-
-
 def batch_response(
     request: Request,
     batch: Batch,
@@ -854,12 +825,6 @@ def batch_response(
     headers = {"Flock-Run-Status": batch.status.value, **(headers or {})}
     headers |= _accepted(request, f"/batch/{batch.batch_id}", status_code)
     return PageResponse(body, download_slot(request), status_code, headers)
-
-
-def batches_response(request: Request, page: Page[Batch]) -> Response:
-    batches = [wire.shown_as(wire.BatchSummary, batch) for batch in page]
-    path, headers = next_page(request, page[-1].batch_id if page.has_more else None)
-    return JSONResponse(wire.BatchList(batches=batches, next=path), headers=headers)
 
 
 def _accepted(request: Request, path: str, status_code: int) -> dict[str, str]:

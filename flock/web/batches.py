@@ -118,14 +118,7 @@ def batch_options(batch_request: FlockBatchRequest) -> BatchOptions:
     if batch_request.write_to_csv is not None:
         detail = "This server does not write files for a client. Omit write_to_csv, and download the results over HTTP."
         raise InvalidData([FieldError(detail=detail, pointer="/write_to_csv")])
-    return BatchOptions(
-        max_workers=batch_request.max_workers,
-        parallel=batch_request.parallel,
-        return_errors=batch_request.return_errors,
-        box_results=batch_request.box_results,
-        timeout_s=batch_request.timeout_s,
-        max_cost=batch_request.max_cost,
-    )
+    return msgspec.convert(batch_request, BatchOptions, from_attributes=True)
 
 
 def results_format(request: Request, named: str | msgspec.UnsetType) -> str:

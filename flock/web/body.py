@@ -130,7 +130,7 @@ class Body:
                 if piece:
                     self._hash.update(piece)
                     yield self._counted(piece)
-        if gunzip is not None:
+        if gunzip is not None and self.received_bytes:
             gunzip.check_end()
 
     def digest(self) -> bytes:
@@ -145,12 +145,10 @@ class Body:
         waits = self.received_bytes == 0 and self._request.headers.get("expect", "").lower() == "100-continue"
         if waits or self._declared_bytes - self.received_bytes > DRAIN_BYTES:
             return
-        drained = 0
+        last_byte = self.received_bytes + DRAIN_BYTES
         with contextlib.suppress(HTTPException), anyio.move_on_after(DRAIN_TIMEOUT_S):
-            while chunk := await self._next():
-                drained += len(chunk)
-                if drained > DRAIN_BYTES:
-                    return
+            while self.received_bytes <= last_byte and await self._next():
+                pass
 
     async def _next(self) -> bytes:
         """Return the next part of the body, or b"" at its end. Raises HTTPException 400 if the client disconnects."""
@@ -210,7 +208,6 @@ class _Gunzip:
 
     def __init__(self) -> None:
         self._member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        self._is_empty = True
 
     def pieces(self, compressed: bytes) -> Iterator[bytes]:
         """Yield the output of each step, which may be empty. Raises InvalidData."""
@@ -218,7 +215,6 @@ class _Gunzip:
             while data:
                 if self._member.eof:
                     self._member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-                self._is_empty = False
                 try:
                     piece = self._member.decompress(data, PIECE_BYTES)
                 except zlib.error as exc:
@@ -228,7 +224,7 @@ class _Gunzip:
 
     def check_end(self) -> None:
         """Raise InvalidData if the end is missing."""
-        if not self._is_empty and not self._member.eof:
+        if not self._member.eof:
             raise _not_gzip("its end is missing")
 
 

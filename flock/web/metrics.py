@@ -33,67 +33,43 @@ class _Families:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Histogram(
+        counter = functools.partial(Counter, registry=registry)
+        gauge = functools.partial(Gauge, registry=registry, multiprocess_mode="mostrecent")
+        histogram = functools.partial(Histogram, registry=registry, buckets=BUCKETS_S)
+        self.requests = histogram(
             "http_server_request_duration_seconds",
             "Duration of HTTP requests, from the first byte of the request to the last byte of the response.",
             ["http_request_method", "http_route", "http_response_status_code"],
-            buckets=BUCKETS_S,
-            registry=registry,
         )
-        self.event_streams = Gauge(
-            "flock_event_streams", "Open event streams.", registry=registry, multiprocess_mode="livesum"
-        )
-        self.runs = Counter("flock_runs", "Runs that ended.", ["agent_name", "status"], registry=registry)
-        self.run_s = Histogram(
+        self.event_streams = gauge("flock_event_streams", "Open event streams.", multiprocess_mode="livesum")
+        self.runs = counter("flock_runs", "Runs that ended.", ["agent_name", "status"])
+        self.run_s = histogram(
             "flock_run_duration_seconds",
             "Duration of one attempt of a run, from its first step to its end.",
             ["agent_name"],
-            buckets=BUCKETS_S,
-            registry=registry,
         )
-        self.step_s = Histogram(
-            "flock_step_duration_seconds",
-            "Duration of a step that returned a result.",
-            ["agent_name"],
-            buckets=BUCKETS_S,
-            registry=registry,
+        self.step_s = histogram(
+            "flock_step_duration_seconds", "Duration of a step that returned a result.", ["agent_name"]
         )
-        self.call_s = Histogram(
-            "flock_call_duration_seconds",
-            "Duration of a call that a step made.",
-            ["kind", "status"],
-            buckets=BUCKETS_S,
-            registry=registry,
+        self.call_s = histogram(
+            "flock_call_duration_seconds", "Duration of a call that a step made.", ["kind", "status"]
         )
-        self.tokens = Counter(
-            "flock_tokens", "Input and output tokens of models.", ["agent_name", "token_type"], registry=registry
+        self.tokens = counter("flock_tokens", "Input and output tokens of models.", ["agent_name", "token_type"])
+        self.dollars = counter(
+            "flock_cost_dollars", "Cost of model calls in US dollars, for models that have a price.", ["agent_name"]
         )
-        self.dollars = Counter(
-            "flock_cost_dollars",
-            "Cost of model calls in US dollars, for models that have a price.",
-            ["agent_name"],
-            registry=registry,
-        )
-        self.retries = Counter(
-            "flock_retries", "Attempts of runs and of model calls after the first one.", ["of"], registry=registry
-        )
-        self.queued = Gauge(
+        self.retries = counter("flock_retries", "Attempts of runs and of model calls after the first one.", ["of"])
+        self.queued = gauge(
             "flock_queued_runs",
             "Runs that wait for their first step, in all processes on the store, without items of batches.",
-            registry=registry,
-            multiprocess_mode="mostrecent",
         )
-        self.asking = Gauge(
+        self.asking = gauge(
             "flock_waiting_runs",
             "Runs that wait for answers of people, in all processes on the store, without items of batches.",
-            registry=registry,
-            multiprocess_mode="mostrecent",
         )
-        self.oldest_s = Gauge(
+        self.oldest_s = gauge(
             "flock_oldest_queued_run_age_seconds",
             "How long the oldest queued run has waited, or 0 if no run is queued.",
-            registry=registry,
-            multiprocess_mode="mostrecent",
         )
         for of in ("run", "model_call"):
             self.retries.labels(of)  # starts at 0, so that Prometheus sees the first retry as an increase

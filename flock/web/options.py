@@ -24,12 +24,8 @@ def is_host_name(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"\[[\da-fA-F:.]+\]|[^\s:/\[\]]+", value) is not None
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _names_keys(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(map(_is_text, [*value, *value.values()]))
+    return isinstance(value, Mapping) and all(map(TEXT.is_valid, [*value, *value.values()]))
 
 
 FLAG = of_type(bool, "True or False")
@@ -44,7 +40,7 @@ AUTH = Option(
     'reach the app, or "anybody" if every client that can connect may call it',
 )
 HOSTS = many(is_host_name, 'a list of host names without scheme and port, such as ["agents.example"]')
-ORIGINS = many(_is_text, 'a list of origins, such as ["https://agents.example"]')
+ORIGINS = many(TEXT.is_valid, 'a list of origins, such as ["https://agents.example"]')
 ROUTES = many(lambda value: hasattr(value, "matches"), "a list of Starlette routes")
 PATHS = of_type(Mapping, "a mapping of paths, as in OpenAPI")
 MIDDLEWARE = many(lambda value: hasattr(value, "cls"), "a list of starlette.middleware.Middleware")

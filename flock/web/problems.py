@@ -1,8 +1,8 @@
 """Errors as problem details (RFC 9457)."""
 
-import http
 import logging
 from collections.abc import Mapping
+from http.client import responses
 from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
@@ -52,7 +52,7 @@ class Kind(NamedTuple):
 
     @classmethod
     def plain(cls, status: int, cause: str, remedy: str) -> "Kind":
-        return cls(status, http.HTTPStatus(status).phrase, cause, remedy)
+        return cls(status, responses[status], cause, remedy)
 
 
 GONE = (
@@ -169,42 +169,34 @@ PLAIN = (
 )
 
 
-async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
-    """Return the problem for any exception, with *more* members."""
-    if isinstance(exc, HTTPException):
-        # A plain HTTP error has the type about:blank and the phrase of its status as title (RFC 9457, section 4.2.1).
-        return _problem(request, exc.status_code, "about:blank", _phrase(exc.status_code), exc.detail, exc.headers)
-    kind = next(PROBLEMS[cls] for cls in type(exc).__mro__ if cls in PROBLEMS)
-    detail, headers = str(exc), {}
-    if kind.status == 500:
-        logger.error("request %s failed", request_id_of(request), exc_info=exc)
-        detail = f"The server failed. Its log has the details under request {request_id_of(request)}."
-    if kind.status == 401:
-        realm = "".join(c for c in request.app.contract.title if c.isascii() and c.isprintable() and c not in '"\\')
-        headers["WWW-Authenticate"] = f'Bearer realm="{realm}"'
-    if isinstance(exc, TooManyRequests):
-        headers |= exc.headers
-    if kind.status in (429, 503):
-        headers["Retry-After"] = str(getattr(exc, "retry_after_s", 1))
-    if isinstance(exc, InvalidData):
-        more["errors"] = exc.errors
-    return _problem(request, kind.status, kind.type, kind.title, detail, headers, **more)
-
-
 #: Statuses that may be sent before the body was read. The connection is closed after them, since the rest of the body
 #: would be parsed as the next request.
 UNREAD = (401, 403, 408, 413, 415, 421, 431)
 
 
-def _problem(
-    request: Request,
-    status: int,
-    type_: str,
-    title: str,
-    detail: str,
-    headers: Mapping[str, str] | None = None,
-    **more: Any,
-) -> Response:
+async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
+    """Return the problem for any exception, with *more* members."""
+    headers: dict[str, str] = {}
+    if isinstance(exc, HTTPException):
+        # A plain HTTP error has the type about:blank and the phrase of its status as title (RFC 9457, section 4.2.1).
+        status, type_, detail = exc.status_code, "about:blank", exc.detail
+        title = responses.get(status, f"Status {status}")
+        headers |= exc.headers or {}
+    else:
+        kind = next(PROBLEMS[cls] for cls in type(exc).__mro__ if cls in PROBLEMS)
+        status, type_, title, detail = kind.status, kind.type, kind.title, str(exc)
+        if status == 500:
+            logger.error("request %s failed", request_id_of(request), exc_info=exc)
+            detail = f"The server failed. Its log has the details under request {request_id_of(request)}."
+        if status == 401:
+            realm = "".join(c for c in request.app.contract.title if c.isascii() and c.isprintable() and c not in '"\\')
+            headers["WWW-Authenticate"] = f'Bearer realm="{realm}"'
+        if isinstance(exc, TooManyRequests):
+            headers |= exc.headers
+        if status in (429, 503):
+            headers["Retry-After"] = str(getattr(exc, "retry_after_s", 1))
+        if isinstance(exc, InvalidData):
+            more["errors"] = exc.errors
     body = Problem(
         type=type_,
         title=title,
@@ -216,12 +208,5 @@ def _problem(
     )
     is_unread = status in UNREAD or request.scope.get("flock.is_unread", False)
     if is_unread and request.scope.get("http_version", "1.1").startswith("1"):
-        headers = {**(headers or {}), "Connection": "close"}
+        headers["Connection"] = "close"
     return JSONResponse(body, status, headers, media_type="application/problem+json")
-
-
-def _phrase(status: int) -> str:
-    try:
-        return http.HTTPStatus(status).phrase
-    except ValueError:
-        return f"Status {status}"

@@ -1,5 +1,6 @@
 """Accessors of a request: its id, its paths, its query, its headers, and the connection of its client."""
 
+import functools
 import hashlib
 import re
 import secrets
@@ -14,16 +15,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Scope
 
+from flock.errors import FieldError, InvalidData
+from flock.jsontype import example_for
 from flock.runs import IdempotencyKey
-from flock.web.wire import EventsQuery, query_from
+from flock.web.wire import EventsQuery
 
 __all__ = [
     "fingerprint_of",
-    "id_or_none",
     "idempotency_key",
     "last_event_of",
     "next_page",
-    "or_none",
+    "parameters_of",
     "path_of",
     "query_of",
     "request_id_for",
@@ -35,6 +37,11 @@ __all__ = [
 
 T = TypeVar("T")
 Query = TypeVar("Query", bound=msgspec.Struct)
+
+NUMBER = re.compile(r"-?[0-9]{1,15}")
+DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?([eE](\+?[0-9]{1,2}|-[0-9]{1,3}))?")
+BOOLEANS = {"true": True, "false": False}
+_fields_of = functools.cache(msgspec.structs.fields)
 
 
 def root_path(scope: Scope) -> str:
@@ -68,7 +75,29 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
     Raises InvalidData, which names the parameter.
     """
     sent = request.query_params.multi_items() if request.scope["query_string"] else ()
-    return query_from(sent, type_, **defaults)
+    if len({name for name, _ in sent}) < len(sent):
+        raise InvalidData([FieldError(detail="A parameter of the query is repeated. Send it once.", pointer="")])
+    fields = _fields_of(type_)
+    read: dict[str, Any] = defaults | dict(sent)
+    for field in fields:
+        if field.required and field.name not in read:
+            detail = f"{field.name!r} is missing in the query. Add ?{field.name}="
+            raise InvalidData([FieldError(detail=detail, pointer="")])
+    # Only numbers and booleans are converted here. msgspec would take a bare number as a valid time.
+    field_defaults = {field.name: field.default for field in fields}
+    for name, value in sent:
+        if isinstance(field_defaults.get(name), bool):
+            read[name] = BOOLEANS.get(value, value)
+        elif isinstance(field_defaults.get(name), int) and NUMBER.fullmatch(value):
+            read[name] = int(value)
+        elif name in ("timeout_s", "max_cost") and DECIMAL.fullmatch(value):
+            read[name] = float(value)
+    try:
+        return msgspec.convert(read, type_)
+    except msgspec.ValidationError as exc:
+        reason, _, path = str(exc).replace("`", "'").partition(" - at '$.")
+        name = f"'{path[:-1]}' in the query" if path else "The query"
+        raise InvalidData([FieldError(detail=f"{name}: {reason}.{example_for(reason)}", pointer="")]) from exc
 
 
 def traceparent_of(request: Request) -> str | None:
@@ -128,14 +157,13 @@ async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
     raise failure
 
 
-def or_none(value: T | msgspec.UnsetType) -> T | None:
-    """Return *value*, or None if it is unset. A query has no null: ``?status=null`` is an invalid status."""
-    return None if isinstance(value, msgspec.UnsetType) else value
+def parameters_of(query: msgspec.Struct) -> dict[str, Any]:
+    """Return the parameters of *query* without those that are unset. It has no null: ``?status=null`` is invalid.
 
-
-def id_or_none(value: UUID | msgspec.UnsetType) -> str | None:
-    """Return the id as it is stored, since a UUID can be written in several ways."""
-    return None if isinstance(value, msgspec.UnsetType) else str(value)
+    An id is returned as it is stored, since a UUID can be written in several ways.
+    """
+    sent = {name: value for name, value in msgspec.structs.asdict(query).items() if value is not msgspec.UNSET}
+    return {name: str(value) if isinstance(value, UUID) else value for name, value in sent.items()}
 
 
 def next_page(request: Request, last_id: str | None) -> tuple[str | None, Mapping[str, str]]:

@@ -180,20 +180,16 @@ class AppRouter(Router):
     async def _authorise(self, scope: Scope, route_match: RouteMatch, needs: Needs) -> None:
         connection = HTTPConnection(scope)
         if self._auth is not None:
-            scope["flock.principal"] = await _identify(connection, self._auth)
+            result = self._auth(connection)
+            identified = await result if inspect.isawaitable(result) else result
+            if not isinstance(identified, Principal):
+                raise Unauthenticated("The credentials of this request are missing, unknown or expired.")
+            scope["flock.principal"] = identified
         principal = principal_of(connection)
         if self._rate is not None:
             route_match.headers = self._rate.take(principal)
         if needs == "admin" and principal is not None and not principal.admin:
             raise Forbidden(f"{scope['path']} is only for admins, and {principal.name!r} is not an admin.")
-
-
-async def _identify(connection: HTTPConnection, auth: Auth) -> Principal:
-    result = auth(connection)
-    principal = await result if inspect.isawaitable(result) else result
-    if isinstance(principal, Principal):
-        return principal
-    raise Unauthenticated("The credentials of this request are missing, unknown or expired.")
 
 
 def api_key_auth(keys: KeyRing) -> Auth:

@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
@@ -11,7 +10,7 @@ import msgspec
 
 from flock.agents.agent import Handoff
 from flock.errors import FieldError, InvalidData, MalformedJSON
-from flock.jsontype import JSONType, check_depth, example_for
+from flock.jsontype import JSONType, check_depth
 from flock.runs import (
     MAX_COST,
     NOT_LOADED,
@@ -69,7 +68,6 @@ __all__ = [
     "Usage",
     "WaitQuery",
     "batch_request_from",
-    "query_from",
     "run_call",
     "shown_as",
 ]
@@ -262,46 +260,6 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def includes(self, name: str) -> bool:
         return not isinstance(self.include, msgspec.UnsetType) and name in self.include
-
-
-NUMBER = re.compile(r"-?[0-9]{1,15}")
-DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?([eE](\+?[0-9]{1,2}|-[0-9]{1,3}))?")
-BOOLEANS = {"true": True, "false": False}
-
-
-@functools.cache
-def _fields_of(type_: Any) -> tuple[msgspec.structs.FieldInfo, ...]:
-    return msgspec.structs.fields(type_)
-
-
-def query_from(sent: Sequence[tuple[str, str]], type_: type[T], **defaults: Any) -> T:
-    """Parse a query into a struct. *defaults* replace missing parameters.
-
-    Raises InvalidData, which names the parameter.
-    """
-    if len({name for name, _ in sent}) < len(sent):
-        raise InvalidData([FieldError(detail="A parameter of the query is repeated. Send it once.", pointer="")])
-    fields = _fields_of(type_)  # type: ignore[arg-type]
-    read: dict[str, Any] = defaults | dict(sent)
-    for field in fields:
-        if field.required and field.name not in read:
-            detail = f"{field.name!r} is missing in the query. Add ?{field.name}="
-            raise InvalidData([FieldError(detail=detail, pointer="")])
-    # Only numbers and booleans are converted here. msgspec would take a bare number as a valid time.
-    field_defaults = {field.name: field.default for field in fields}
-    for name, value in sent:
-        if isinstance(field_defaults.get(name), bool):
-            read[name] = BOOLEANS.get(value, value)
-        elif isinstance(field_defaults.get(name), int) and NUMBER.fullmatch(value):
-            read[name] = int(value)
-        elif name in ("timeout_s", "max_cost") and DECIMAL.fullmatch(value):
-            read[name] = float(value)
-    try:
-        return msgspec.convert(read, type_)
-    except msgspec.ValidationError as exc:
-        reason, _, path = str(exc).replace("`", "'").partition(" - at '$.")
-        name = f"'{path[:-1]}' in the query" if path else "The query"
-        raise InvalidData([FieldError(detail=f"{name}: {reason}.{example_for(reason)}", pointer="")]) from exc
 
 
 def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
@@ -528,15 +486,12 @@ class AgentList(msgspec.Struct, frozen=True, kw_only=True):
     agents: list[AgentSummary]
 
 
-class AgentDetail(msgspec.Struct, frozen=True, kw_only=True):
+class AgentDetail(AgentSummary, frozen=True, kw_only=True):
     """Response of ``GET /agents/{name}``: an agent, with its inputs and outputs as JSON Schema (2020-12).
 
     ``graph`` has the hand-offs of the agent and of all agents that can follow it, and ``mermaid`` draws them.
     """
 
-    name: str
-    description: str
-    next_agent: str | msgspec.UnsetType | None = msgspec.UNSET
     input_schema: dict[str, Any]
     output_schema: dict[str, Any]
     graph: list[Handoff]
