@@ -26,7 +26,7 @@ from temporalio.service import RPCError
 from flock.engine.intake import Intake
 from flock.engine.outcomes import BATCH_CANCELLED
 from flock.engine.refusals import already_retried, not_cancelled, not_deleted, not_retried, too_many_items
-from flock.errors import BatchNotFound, KeyReused, Replayed, StoreError, cut
+from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreError, cut
 from flock.limits import Limits
 from flock.runs import (
     Batch,
@@ -80,8 +80,6 @@ BATCH_CACHE_SIZE = 100
 BATCHES_AT_ONCE = 20
 #: The pause before counts are read again if a chunk has a pending workflow task, in seconds.
 COUNT_AGAIN_AFTER_S = 0.03
-
-STATUS_OF_CLOSED = {WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_CANCELED: RunStatus.CANCELLED}
 
 
 class _AttemptState:
@@ -188,11 +186,11 @@ class TemporalBatches:
     async def _drop(self, batch_id: str, chunks: int, key: IdempotencyKey | None) -> None:
         """Have workers delete the rows that were sent, unless *key* has this id: then the batch may have started."""
         try:
-            if key is None or await self._reservations.find(key) != batch_id:
-                await self._reservations.delete_batch(batch_id, chunks)
-        except KeyReused:
+            with contextlib.suppress(KeyReused):  # by another request
+                if key is not None and await self._reservations.find(key) == batch_id:
+                    return
             await self._reservations.delete_batch(batch_id, chunks)
-        except StoreError as exc:
+        except (StoreError, EngineFull) as exc:
             logger.warning("the uploaded rows of the batch %s cannot be deleted: %s", batch_id, exc)
 
     async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int, rows: "_RowSender") -> Batch:
@@ -343,8 +341,8 @@ class TemporalBatches:
             page, at_once = Page[Run](limit), 1  # with long results, one chunk can exceed a page
             while next_chunks := list(islice(chunks, at_once)):
                 at_once = READ_AT_ONCE
-                read = await asyncio.gather(*(self._items_of(state, order, chunk) for chunk in next_chunks))
-                for item in (item for items in read for item in items.values()):
+                read = await asyncio.gather(*(self._read(state, order, chunk) for chunk in next_chunks))
+                for item in (item for chunk in read for item in chunk.items.values()):
                     if (item.position or 0) <= after or item.status not in statuses:
                         continue
                     if not page.add(replace(item, steps=())):
@@ -367,39 +365,34 @@ class TemporalBatches:
                 bits |= int(state.memo_value(name, str, "f" * (len(order.starts) // 4 + 1)), 16)
         return [chunk for chunk in chunks if bits >> chunk & 1]
 
-    async def _items_of(self, state: _AttemptState, order: BatchOrder, chunk: int) -> dict[int, Run]:
-        return (await self._read(state, order, chunk)).items
-
     async def _read(self, state: _AttemptState, order: BatchOrder, chunk: int) -> Chunk:
         attempts = (*order.attempts[:-1], state.about)
         async with self._cluster.rpc_scope(SEND_TIMEOUT_S):
             return await read_chunk(self._cluster, state.batch.batch_id, chunk, attempts, attempts[0].rows_of)
 
-    async def item(self, run_id: str) -> Run | None:
-        """Return the item with this id, or None."""
+    async def _chunk_with(self, run_id: str) -> Chunk | None:
+        """Return the chunk that has the item with this id, or None if there is none, or its histories were deleted."""
         batch_id, position = parse_item_id(run_id)
         if position < 0:
             return None
         try:
             state = await self._find(batch_id)
-            order = await self._order(state.batch)
             if position >= state.batch.total_items:
                 return None
-            chunk = bisect.bisect_right(order.starts, position) - 1
-            return (await self._items_of(state, order, chunk))[position]
+            order = await self._order(state.batch)
+            return await self._read(state, order, bisect.bisect_right(order.starts, position) - 1)
         except (BatchNotFound, RPCError):
             return None
 
+    async def item(self, run_id: str) -> Run | None:
+        """Return the item with this id, or None."""
+        chunk = await self._chunk_with(run_id)
+        return None if chunk is None else chunk.items.get(parse_item_id(run_id)[1])
+
     async def calls_of_item(self, run_id: str) -> Mapping[int, Sequence[Call]]:
         """See ``Engine.get_calls``."""
-        batch_id, position = parse_item_id(run_id)
-        try:
-            state = await self._find(batch_id)
-            order = await self._order(state.batch)
-            read = await self._read(state, order, bisect.bisect_right(order.starts, position) - 1)
-        except (BatchNotFound, RPCError):  # its histories were deleted
-            return {}
-        return read.calls.get(position, {})
+        chunk = await self._chunk_with(run_id)
+        return {} if chunk is None else chunk.calls.get(parse_item_id(run_id)[1], {})
 
     async def chunk_of(self, run_id: str) -> WorkflowHandle[Any, Any]:
         """Return the workflow that runs an item. Raises BatchNotFound."""
@@ -457,7 +450,7 @@ class TemporalBatches:
         if not batch.status.is_final or not failed + cancelled:
             raise not_retried(batch, statuses)
         try:
-            await self._items_of(state, order, 0)  # the retention of the first chunk ends first
+            await self._read(state, order, 0)  # the retention of the first chunk ends first
         except RPCError as exc:
             raise BatchNotFound(batch_id) from exc
         await self._check_room(failed + cancelled)
@@ -583,11 +576,10 @@ def _closed_from_outside(state: _AttemptState, info: WorkflowExecutionInfo) -> N
     """Set the final state of an attempt whose workflow was closed before it could write its own."""
     batch = state.batch
     at = info.close_time.ToDatetime(UTC)
-    status = STATUS_OF_CLOSED.get(info.status, RunStatus.FAILED)
-    is_cancelled = status is RunStatus.CANCELLED
+    is_cancelled = info.status == WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_CANCELED
     state.batch = replace(
         batch,
-        status=status,
+        status=RunStatus.CANCELLED if is_cancelled else RunStatus.FAILED,
         error=BATCH_CANCELLED if is_cancelled else "The batch was ended on the cluster before it completed.",
         completed_at=at,
         completed_items=batch.total_items,

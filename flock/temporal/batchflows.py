@@ -181,7 +181,7 @@ class FlockBatch(_Interruptible):
             self._start_chunks()
             if not self._chunks:
                 break
-            self._update_memo()
+            workflow.upsert_memo(self._memo())
             known, idle = len(self._cancelled), dict(self._idle)
             await self._until(
                 lambda: (
@@ -344,9 +344,8 @@ class FlockBatch(_Interruptible):
             self._spent_in.pop(chunk, None)
             self._idle.pop(chunk, None)
             self._yielding.discard(chunk)
-            end = self._order.first_of(chunk + 1)
-            for position in [at for at in self._cancelled if self._order.first_of(chunk) <= at < end]:
-                del self._cancelled[position]
+            first, end = self._order.first_of(chunk), self._order.first_of(chunk + 1)
+            self._cancelled = {at: when for at, when in self._cancelled.items() if not first <= at < end}
             try:
                 ended = task.result()
             except ChildWorkflowError as exc:
@@ -354,10 +353,9 @@ class FlockBatch(_Interruptible):
                 if self.is_cancelled:  # it was cancelled before it started, and its items are counted at the end
                     self._cancelled_in |= 1 << chunk
                 else:  # it was closed from outside, or the retention of its rows is over
-                    size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
-                    size = min(size, self._batch.total_items - self._batch.completed_items)
+                    size = min(end - first, self._batch.total_items - self._batch.completed_items)
                     outcome = _outcome_of(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
-                    ended = Counts(failed=size, first_error=(self._order.first_of(chunk), outcome.error))
+                    ended = Counts(failed=size, first_error=(first, outcome.error))
             batch = self._batch
             self._batch = replace(
                 batch,
@@ -383,11 +381,8 @@ class FlockBatch(_Interruptible):
             first_error=self._first_error,
         )
 
-    def _update_memo(self) -> None:
-        """Update the record of the batch in the memo, where it can be read without a worker."""
-        workflow.upsert_memo(self._memo())
-
     def _memo(self) -> dict[str, Any]:
+        """Return the record of the batch for the memo, where it can be read without a worker."""
         memo = {
             "batch": self._batch,
             "at_work": [chunk for chunk in sorted(self._chunks) if chunk not in self._idle],
@@ -494,7 +489,7 @@ class FlockChunk(_Interruptible, CallKeeper):
                 has_more = self._start_activities()
             elif not self._running:
                 workflow.continue_as_new(self._state(), memo=self._memo())
-            self._update_memo()
+            workflow.upsert_memo(self._memo())
             self._report_idle()
             told, cancelled, was_cancelled = self._told, set(self._cancelled), self.is_cancelled
             usage = self._usage
@@ -517,7 +512,7 @@ class FlockChunk(_Interruptible, CallKeeper):
             for task, ordered in self._running.items() if stops_all or newly else ():
                 if stops_all or any(part.position in newly for part in ordered.parts):
                     task.cancel()  # its worker reads in the memo which items to stop
-        self._update_memo()
+        workflow.upsert_memo(self._memo())
         return self._ended
 
     @property
@@ -693,11 +688,8 @@ class FlockChunk(_Interruptible, CallKeeper):
             keeps_lanes=self._keeps_lanes,
         )
 
-    def _update_memo(self) -> None:
-        """Update the counts and the items to cancel in the memo, for workers and API processes."""
-        workflow.upsert_memo(self._memo())
-
     def _memo(self) -> dict[str, Any]:
+        """Return the counts and the items to cancel, for workers and API processes."""
         memo = {"ended": self._counts(), "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
         return {name: msgspec.to_builtins(value) for name, value in memo.items()}
 

@@ -2,15 +2,13 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from datetime import datetime
-from typing import Any
+from datetime import UTC, datetime
 
 from msgspec import UnsetType
 from msgspec.structs import asdict, replace
 from temporalio.api.enums.v1 import EventType, RetryState
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
-from temporalio.client import WorkflowHandle
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.engine.answers import is_expired
@@ -43,11 +41,10 @@ from flock.temporal.records import (
     done_after_failure,
     outcome_of_failure,
     reset_for_retry,
-    time_of,
     with_answers,
 )
 
-__all__ = ["Chunk", "ended_so_far", "read_chunk", "reopens"]
+__all__ = ["Chunk", "ended_so_far", "read_chunk"]
 
 #: The events that close a chunk. Continue-as-new is not one of them.
 CLOSED = (
@@ -97,9 +94,10 @@ class Chunk:
             self.items[position] = item
 
     def reopen(self, attempt: Attempt) -> None:
-        """Reset the items that an attempt of the batch retries."""
+        """Reset the items that an attempt of the batch retries. Invalid inputs would fail again."""
         for position, item in self.items.items():
-            if reopens(attempt, item):
+            is_covered = attempt.position in (None, position)
+            if item.status in attempt.only and is_covered and item.error_type != INVALID_INPUT:
                 self.items[position] = reset_for_retry(item)
 
     def fold(
@@ -108,14 +106,14 @@ class Chunk:
         pending: Sequence[PendingActivityInfo] = (),
         reason: Outcome | None = None,
     ) -> None:
-        """Apply the history of one attempt to the items. *reason*: see ``close``."""
+        """Apply the history of one attempt to the items. *reason*: see ``end``."""
         orders = _OpenOrders()
         calls: dict[int, list[CallDone]] = {}
         answers, task_at = Calls(), None
         self._spent_before = {position: item.usage for position, item in self.items.items()}
         self._stopped_by = None
         for event in history:
-            at = time_of(event.event_time)
+            at = event.event_time.ToDatetime(UTC)
             if (call := call_of(event)) is not None:
                 calls.setdefault(call.item, []).append(call)
                 if call.call.kind == "question":  # perhaps of a turn whose order has not ended yet
@@ -139,11 +137,11 @@ class Chunk:
                         self.cancel([position], None if orders.has(position) else at)
                     elif signal.signal_name == STOP_SIGNAL:
                         self._stopped_by = COST_LIMIT
-                        self._end([position for position in self.items if not orders.has(position)], at, COST_LIMIT)
+                        self.end([position for position in self.items if not orders.has(position)], at, COST_LIMIT)
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
                     self.cancel(self.items, None)
                 case closed if closed in CLOSED:
-                    self.close(at, reason)
+                    self.end(self.items, at, reason)
         for order, done in orders.heartbeats(pending):
             self._apply(order, done, None, answers)
         for position in calls.keys() | {answer.item for answer in answers.all()}:
@@ -159,11 +157,8 @@ class Chunk:
                 self.items[position] = item if at is None else _cancelled(item, at)
                 self._waiting.discard(position)
 
-    def close(self, at: datetime, reason: Outcome | None = None) -> None:
-        """End the attempt. *reason* is the outcome of the items that have not ended, if they were not cancelled."""
-        self._end(self.items, at, reason)
-
-    def _end(self, positions: Iterable[int], at: datetime, reason: Outcome | None) -> None:
+    def end(self, positions: Iterable[int], at: datetime, reason: Outcome | None) -> None:
+        """End those items that have not ended. *reason* is their outcome, if they were not cancelled."""
         for position in positions:
             item = self.items[position]
             if not item.status.is_final:
@@ -240,12 +235,6 @@ def _ended(item: Run, outcome: Outcome, at: datetime | None) -> Run:
     return replace(item, **asdict(outcome), completed_at=at)
 
 
-def reopens(attempt: Attempt, item: Run) -> bool:
-    """Whether a retry covers *item*. Invalid inputs would fail again."""
-    is_covered = attempt.position in (None, item.position)
-    return item.status in attempt.only and is_covered and item.error_type != INVALID_INPUT
-
-
 class _OpenOrders:
     """The ``run_items`` activities of a chunk that have not ended, from its history."""
 
@@ -254,7 +243,7 @@ class _OpenOrders:
 
     def apply(self, event: HistoryEvent) -> tuple[ItemsOrder, ItemsDone] | None:
         """Apply *event*. If it ends an order, return the order and its progress."""
-        at = time_of(event.event_time)
+        at = event.event_time.ToDatetime(UTC)
         match event.event_type:
             case E.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
                 scheduled = event.activity_task_scheduled_event_attributes
@@ -326,12 +315,9 @@ async def _latest_history(
     items would seem to wait again. So this waits for the history, for longer than the workflow task timeout.
     """
     for pause_s in (*REREAD_DELAYS_S, None):
-        handle: WorkflowHandle[Any, Any] = cluster.client.get_workflow_handle(workflow_id)
-        described = (await handle.describe()).raw_description
+        described = (await cluster.client.get_workflow_handle(workflow_id).describe()).raw_description
         info = described.workflow_execution_info
-        handle = cluster.client.get_workflow_handle(workflow_id, run_id=info.execution.run_id)
-        history = (await handle.fetch_history()).events
-        await cluster.payloads.resolve(history)
+        history = await cluster.history_of(workflow_id, info.execution.run_id, with_inputs=True)
         orders = _OpenOrders()
         for event in history:
             orders.apply(event)
@@ -372,7 +358,7 @@ async def read_chunk(
         if chunk < attempt.begun_to:
             items.fold(*next(remaining_histories), reason)
         if attempt.completed_at is not None:
-            items.close(attempt.completed_at, reason)
+            items.end(items.items, attempt.completed_at, reason)
     return items
 
 
@@ -381,14 +367,11 @@ async def _full_history(
 ) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
     """Return all events of a chunk's attempt, across continue-as-new, and its pending activities."""
     events: list[HistoryEvent] = []
-    history: Sequence[HistoryEvent]
     run_id: str | None = None
     pending: Sequence[PendingActivityInfo] = ()
     try:
         while True:
-            handle: WorkflowHandle[Any, Any] = cluster.client.get_workflow_handle(workflow_id, run_id=run_id)
-            history = (await handle.fetch_history()).events
-            await cluster.payloads.resolve(history)
+            history = await cluster.history_of(workflow_id, run_id, with_inputs=True)
             if not events and history[-1].event_type not in CLOSED:
                 history, pending = await _latest_history(cluster, workflow_id)
             events = [*history, *events]

@@ -157,12 +157,18 @@ class Cluster:
             return decoded(event.workflow_execution_started_event_attributes.input.payloads[0], type_)
         raise AssertionError("every history has a first event")
 
-    async def history_of(self, workflow_id: str) -> Sequence[HistoryEvent]:
-        """Return the history of a workflow. Raises RPCError, NOT_FOUND if it does not exist."""
-        events = (await self.client.get_workflow_handle(workflow_id).fetch_history()).events
-        # The inputs of turns are not needed: they follow from the results of earlier ones.
+    async def history_of(
+        self, workflow_id: str, run_id: str | None = None, *, with_inputs: bool = False
+    ) -> Sequence[HistoryEvent]:
+        """Return the history of a workflow, or of one of its executions.
+
+        The inputs of the turns of a run are not needed: they follow from the results of earlier ones.
+
+        Raises: RPCError, with NOT_FOUND if it does not exist.
+        """
+        events = (await self.client.get_workflow_handle(workflow_id, run_id=run_id).fetch_history()).events
         scheduled = EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
-        await self.payloads.resolve(event for event in events if event.event_type != scheduled)
+        await self.payloads.resolve(event for event in events if with_inputs or event.event_type != scheduled)
         return events
 
     async def until_closed(self, workflow_id: str) -> None:
@@ -256,10 +262,6 @@ class Cluster:
         return await self.client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=self.namespace))
 
     async def _register_namespace(self) -> None:
-        command = (
-            f"temporal operator namespace create -n {self.namespace} --retention {RETENTION.days}d "
-            f"--address {self.address}"
-        )
         retention = Duration()
         retention.FromTimedelta(RETENTION)
         request = RegisterNamespaceRequest(namespace=self.namespace, workflow_execution_retention_period=retention)
@@ -269,7 +271,8 @@ class Cluster:
             if exc.status in DENIED:
                 raise DefinitionError(
                     f"The cluster at {self.address} has no namespace {self.namespace!r}, and does not permit creating "
-                    f"it from here. Create it with: {command}"
+                    f"it from here. Create it with: temporal operator namespace create -n {self.namespace} "
+                    f"--retention {RETENTION.days}d --address {self.address}"
                 ) from exc
             if exc.status is not RPCStatusCode.ALREADY_EXISTS:
                 raise

@@ -14,12 +14,11 @@ from itertools import islice
 from typing import Any, Self, TypeVar
 
 import msgspec
-from google.protobuf.duration_pb2 import Duration
 from msgspec.structs import replace
 from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
-from temporalio.client import Client, WorkflowHandle
+from temporalio.client import WorkflowHandle
 from temporalio.common import Priority
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
@@ -168,10 +167,6 @@ class TemporalEngine(EngineBase):
     def _is_store_ok(self) -> bool:
         return self._error is None
 
-    @property
-    def _client(self) -> Client:
-        return self.cluster.client
-
     # Lifecycle
 
     async def __aenter__(self) -> Self:
@@ -220,11 +215,10 @@ class TemporalEngine(EngineBase):
             report_stats=True,
         )
         async with self.cluster.rpc_scope():
-            stats = (await self._client.workflow_service.describe_task_queue(request)).stats
-            asking = (await self._client.count_workflows(waiting_runs(self._flock))).count
-        age: Duration = stats.approximate_backlog_age
+            stats = (await self.cluster.client.workflow_service.describe_task_queue(request)).stats
+            asking = (await self.cluster.client.count_workflows(waiting_runs(self._flock))).count
         depth = stats.approximate_backlog_count
-        return Queue(depth, now() - age.ToTimedelta() if depth else None, asking)
+        return Queue(depth, now() - stats.approximate_backlog_age.ToTimedelta() if depth else None, asking)
 
     async def _watch(self) -> None:
         """Check the cluster and count open runs. Wake waiting callers if the cluster does not answer."""
@@ -234,7 +228,7 @@ class TemporalEngine(EngineBase):
                 async with self.cluster.rpc_scope(WATCH_TIMEOUT_S):
                     query = open_runs(self._flock)
                     before = self._started_runs
-                    count = (await self._client.count_workflows(query)).count
+                    count = (await self.cluster.client.count_workflows(query)).count
                     self._open_runs = count + self._started_runs - before  # it may not have counted the latest
                     self._open_runs_of.clear()
                 self._error, misses = None, 0
@@ -304,7 +298,7 @@ class TemporalEngine(EngineBase):
         if principal is not None and self._open_runs + self._starting >= limits.max_runs_per_principal:
             if principal not in counts:
                 async with self.cluster.rpc_scope():
-                    count = (await self._client.count_workflows(open_runs(self._flock, principal))).count
+                    count = (await self.cluster.client.count_workflows(open_runs(self._flock, principal))).count
                 counts.setdefault(principal, count)
             limits.check_share(counts[principal], "open")
             counts[principal] += 1
@@ -380,7 +374,7 @@ class TemporalEngine(EngineBase):
             return None
 
     def _handle(self, run_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
-        return self._client.get_workflow_handle(run_workflow_id(run_id, attempt))
+        return self.cluster.client.get_workflow_handle(run_workflow_id(run_id, attempt))
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
         async def read() -> tuple[Run, WorkflowHandle[Any, Any] | None]:
@@ -548,7 +542,9 @@ class TemporalEngine(EngineBase):
 
         async def read(run_id: str) -> Run | None:
             with contextlib.suppress(RunNotFound):  # it was deleted in the meantime
-                return _listed(await self.get_run(run_id), wanted)
+                run = await self.get_run(run_id)
+                inputs = run.inputs if wanted.with_inputs else msgspec.Raw(b"{}")
+                return replace(run, inputs=inputs, result=run.result if wanted.with_results else None, steps=())
             return None
 
         ranges = newest_first(self.cluster, workflows_of(RUN_WORKFLOW, self._flock), "run", wanted)
@@ -557,7 +553,8 @@ class TemporalEngine(EngineBase):
             while next_ids := list(islice(unread, at_once)):
                 at_once = min(READS_AT_ONCE, wanted.limit)
                 for run in await asyncio.gather(*map(read, next_ids)):
-                    if run is not None and _matches(run, wanted) and not page.add(run):
+                    # The search also finds earlier attempts, and lags.
+                    if run is not None and wanted.status in (None, run.status) and not page.add(run):
                         return page
         return page
 
@@ -610,17 +607,3 @@ def _answer_in(calls: Mapping[int, Sequence[Call]], call_id: str) -> msgspec.Raw
     """Return the answer of the last step that asked."""
     asked = (call for step in sorted(calls, reverse=True) for call in calls[step] if call.kind == "question")
     return next((call.result for call in asked if call.call_id == call_id), None)
-
-
-def _matches(run: Run, wanted: RunFilter) -> bool:
-    """Whether *run* still matches: the search also finds earlier attempts, and lags."""
-    return wanted.status in (None, run.status)
-
-
-def _listed(run: Run, wanted: RunFilter) -> Run:
-    return replace(
-        run,
-        inputs=run.inputs if wanted.with_inputs else msgspec.Raw(b"{}"),
-        result=run.result if wanted.with_results else None,
-        steps=(),
-    )

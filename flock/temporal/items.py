@@ -10,20 +10,18 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 from temporalio import activity
-from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.engine.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
 from flock.engine.turns import Turns, WaitingForAnswers
 from flock.errors import StoreError
 from flock.runs import Run, RunStatus, Step, Usage, added, now
-from flock.temporal.chunks import Chunk, read_chunk, reopens
+from flock.temporal.chunks import Chunk, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     DELETE_ACTIVITY,
@@ -39,7 +37,7 @@ from flock.temporal.messages import (
     recoded,
     rows_workflow_id,
 )
-from flock.temporal.payloads import PAYLOAD_LOST
+from flock.temporal.payloads import payload_lost
 from flock.temporal.turns import ActivityTurn, until_done
 
 __all__ = ["ItemActivities"]
@@ -221,7 +219,7 @@ class ItemActivities:
                 if run.next_agent_name is not None and job.must_cancel(position):
                     outcome = CANCELLED
             if outcome is not None:
-                return self._report_end(run, _item_outcome(job.part(run), outcome, run.started_at))
+                return self._report_end(run, _item_outcome(job.part(run), outcome))
         ended = ItemOutcome(
             position=position,
             started_at=run.started_at or now(),
@@ -286,7 +284,7 @@ class ItemActivities:
             if is_current and job.turn is not None and job.must_cancel(part.position):
                 job.turn.cancel()
             elif not is_current and job.must_cancel(part.position):
-                job.end(_item_outcome(part, CANCELLED_BEFORE_START, part.started_at))
+                job.end(_item_outcome(part, CANCELLED_BEFORE_START))
 
     async def _chunk(self, order: ItemsOrder) -> Chunk:
         """Return the items of a chunk as they were at the start of this attempt. Raises RPCError, ApplicationError."""
@@ -306,31 +304,23 @@ class ItemActivities:
 
     async def _read(self, order: ItemsOrder) -> Chunk:
         *before, attempt = order.attempts
-        chunk = await self._read_before(order)
+        try:
+            chunk = await read_chunk(self._cluster, order.batch_id, order.chunk, before, order.attempts[0].rows_of)
+        except RPCError as exc:
+            if exc.status is not RPCStatusCode.NOT_FOUND:
+                raise
+            raise payload_lost(
+                "The cluster has deleted the rows of this chunk or an earlier attempt, because their retention is over."
+            ) from exc
         if before:
             chunk.reopen(attempt)
         return chunk
 
-    async def _read_before(self, order: ItemsOrder) -> Chunk:
-        try:
-            *before, _ = order.attempts
-            return await read_chunk(self._cluster, order.batch_id, order.chunk, before, order.attempts[0].rows_of)
-        except RPCError as exc:
-            if exc.status is not RPCStatusCode.NOT_FOUND:
-                raise
-            message = (
-                "The cluster has deleted the rows of this chunk or an earlier attempt, because their retention is over."
-            )
-            raise ApplicationError(message, type=PAYLOAD_LOST, non_retryable=True) from exc
-
     @activity.defn(name=FIND_ACTIVITY)
     async def find(self, order: ItemsOrder) -> list[int]:
-        """Return the positions of the items of a chunk that its attempt covers."""
-        *before, attempt = order.attempts
-        chunk = await self._read_before(order)
-        if not before:
-            return [position for position, item in chunk.items.items() if not item.status.is_final]
-        return [position for position, item in chunk.items.items() if reopens(attempt, item)]
+        """Return the positions of the items of a chunk that its attempt covers: earlier ones have ended all others."""
+        items = (await self._read(order)).items
+        return [position for position, item in items.items() if not item.status.is_final]
 
     @activity.defn(name=DELETE_ACTIVITY)
     async def delete_batch(self, order: DeleteOrder) -> None:
@@ -350,13 +340,11 @@ class ItemActivities:
         await asyncio.gather(*(delete() for _ in range(DELETES_AT_ONCE)))
 
 
-def _item_outcome(part: Part, outcome: Outcome, started_at: datetime | None) -> ItemOutcome:
+def _item_outcome(part: Part, outcome: Outcome) -> ItemOutcome:
     return ItemOutcome(
         position=part.position,
-        status=outcome.status,
-        error=outcome.error,
-        error_type=outcome.error_type,
-        started_at=started_at,
+        **asdict(outcome),
+        started_at=part.started_at,
         completed_at=now(),
         progress=part.progress,
         steps=part.steps,

@@ -35,10 +35,11 @@ from temporalio.converter import (
 )
 from temporalio.exceptions import ApplicationError
 
+from flock.engine.files import sync_folder
 from flock.errors import DefinitionError, StoreError
 from flock.temporal.messages import CONVERTER
 
-__all__ = ["PAYLOAD_LOST", "PayloadFolder"]
+__all__ = ["PAYLOAD_LOST", "PayloadFolder", "payload_lost"]
 
 logger = logging.getLogger("flock.temporal")
 
@@ -162,7 +163,7 @@ class PayloadFolder(StorageDriver):
             pass
         if not subfolder.is_dir():
             subfolder.mkdir(exist_ok=True)
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
         new = subfolder / f".{secrets.token_hex(8)}"
         try:
             with new.open("xb") as written:
@@ -173,46 +174,37 @@ class PayloadFolder(StorageDriver):
         except OSError:
             new.unlink(missing_ok=True)
             raise
-        _sync_folder(subfolder)
+        sync_folder(subfolder)
         return file
 
     def _read(self, file: str) -> Payload:
         if self._folder is None:
-            raise _payload_lost(
+            raise payload_lost(
                 "A long payload is in a folder, and this process has no payload folder. Start it with --payload-dir "
                 "(payload_dir=), the same folder for the API and all workers."
             )
         if CLAIM.fullmatch(file) is None:
-            raise _payload_lost("The reference to a long payload is not a valid file name.")
+            raise payload_lost("The reference to a long payload is not a valid file name.")
         try:
             content = (self._folder / file).read_bytes()
         except FileNotFoundError as exc:
             logger.error("%s is not in %s", file, self._folder)
-            raise _payload_lost(
+            raise payload_lost(
                 "A long payload is missing from the payload folder. Check that all processes have the same "
                 "--payload-dir, and that no file is deleted from it before the cluster deletes the run."
             ) from exc
         if hashlib.sha256(content).hexdigest() != file.rpartition("/")[2]:
             logger.error("%s in %s is damaged", file, self._folder)
-            raise _payload_lost("A long payload is damaged: its checksum does not match.")
+            raise payload_lost("A long payload is damaged: its checksum does not match.")
         return Payload.FromString(content)
 
 
-def _payload_lost(message: str) -> ApplicationError:
+def payload_lost(message: str) -> ApplicationError:
     return ApplicationError(message, type=PAYLOAD_LOST, non_retryable=True)
 
 
 def _name_of(workflow_id: str) -> str:
     return quote(workflow_id, safe="")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make new names in *folder* durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _payloads_of(message: Message) -> Iterator[Payload]:

@@ -3,11 +3,9 @@
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
-from google.protobuf.timestamp_pb2 import Timestamp
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import EventType
-from temporalio.api.failure.v1 import Failure
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
 
@@ -36,12 +34,10 @@ __all__ = [
     "call_of",
     "calls_of",
     "done_after_failure",
-    "order_of",
     "outcome_of_failure",
     "reset_for_retry",
     "run_of",
     "shown",
-    "time_of",
     "with_answers",
     "with_pending_activity",
 ]
@@ -71,13 +67,6 @@ def reset_for_retry(run: Run) -> Run:
     )
 
 
-def order_of(history: Sequence[HistoryEvent]) -> RunOrder:
-    """Return the input of the workflow."""
-    payload = history[0].workflow_execution_started_event_attributes.input.payloads[0]
-    order: RunOrder = decoded(payload, RunOrder)
-    return order
-
-
 def run_of(history: Sequence[HistoryEvent]) -> Run:
     """Build a run from its history. For the progress of a running turn, see ``with_pending_activity``."""
     return _read(history)[0]
@@ -85,9 +74,10 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
 
 def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
     """Return the run, and the answers of its questions."""
-    run, answers, task_at = order_of(history).run, Calls(), None
+    order = decoded(history[0].workflow_execution_started_event_attributes.input.payloads[0], RunOrder)
+    run, answers, task_at = order.run, Calls(), None
     for event in history:
-        at = time_of(event.event_time)
+        at = event.event_time.ToDatetime(UTC)
         match event.event_type:
             case EventType.EVENT_TYPE_WORKFLOW_TASK_STARTED:
                 task_at = at
@@ -128,15 +118,12 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
                     completed_at=at,
                 )
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
-                run = _failed(run, event.workflow_execution_failed_event_attributes.failure, at)
+                failure = event.workflow_execution_failed_event_attributes.failure
+                info = failure.application_failure_info
+                ended = {"error": cut(failure.message), "error_type": info.type or INTERRUPTED, "completed_at": at}
+                run = replace(_with_heartbeats(run, info.details.payloads), status=RunStatus.FAILED, **ended)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED:
-                run = replace(
-                    run,
-                    status=RunStatus.CANCELLED,
-                    error=CANCELLED.error,
-                    error_type=CANCELLED.error_type,
-                    completed_at=at,
-                )
+                run = replace(run, **asdict(CANCELLED), completed_at=at)
             case end if end in CLOSED_FROM_OUTSIDE:
                 error = f"The run was {CLOSED_FROM_OUTSIDE[end]} on the cluster before it ended."
                 run = replace(run, status=RunStatus.FAILED, error=error, error_type=INTERRUPTED, completed_at=at)
@@ -205,17 +192,6 @@ def _with_heartbeats(run: Run, payloads: Iterable[Payload]) -> Run:
     return run
 
 
-def _failed(run: Run, failure: Failure, at: datetime) -> Run:
-    info = failure.application_failure_info
-    run = _with_heartbeats(run, info.details.payloads)
-    error_type = info.type or INTERRUPTED
-    return replace(run, status=RunStatus.FAILED, error=cut(failure.message), error_type=error_type, completed_at=at)
-
-
-def time_of(stamp: Timestamp) -> datetime:
-    return stamp.ToDatetime(UTC)
-
-
 # Items
 
 GIVEN_UP = Outcome(
@@ -241,16 +217,12 @@ def done_after_failure(
     heartbeat = heartbeat or ItemsDone()
     if is_cancelled:
         return heartbeat.for_retry()
-    failing_part = (
-        next(iter(order.left_after(heartbeat)), None) if heartbeat.unfinished is None else heartbeat.unfinished
-    )
+    failing_part = heartbeat.unfinished or next(iter(order.left_after(heartbeat)), None)
     if failing_part is None:  # the worker died after the last item, before it returned
         return heartbeat
     failed = ItemOutcome(
         position=failing_part.position,
-        status=outcome.status,
-        error=outcome.error,
-        error_type=outcome.error_type,
+        **asdict(outcome),
         started_at=failing_part.started_at,
         completed_at=at,
         steps=failing_part.steps,

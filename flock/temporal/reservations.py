@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.common import WorkflowIDConflictPolicy
@@ -40,7 +41,7 @@ class Reservations:
     async def claim(self, key: IdempotencyKey, made_id: str) -> str:
         """Return the id for *key*: *made_id*, or that of an earlier claim. Raises KeyReused."""
         mine = {"run_id": made_id, "fingerprint": key.digest.hex()}
-        if await self._mark(self.key_id(key), KEEP_KEYS_FOR, mine):
+        if await self._start(MARK_WORKFLOW, self.key_id(key), start_delay=KEEP_KEYS_FOR, memo=mine):
             return made_id
         return await self.find(key) or made_id
 
@@ -80,25 +81,14 @@ class Reservations:
 
     async def mark_deleted(self, id_: str) -> bool:
         """Mark a run as deleted. Returns False if it was marked before."""
-        return await self._mark(f"gone:{id_}", KEEP_DELETED_FOR)
+        return await self._start(MARK_WORKFLOW, f"gone:{id_}", start_delay=KEEP_DELETED_FOR)
 
     async def delete_batch(self, batch_id: str, chunks: int, rows_of: str | None = None) -> bool:
         """Mark a batch as deleted, and have workers delete its workflows. Returns False if it was marked before."""
         order = DeleteOrder(
             batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_DELETED_FOR.total_seconds(), rows_of=rows_of
         )
-        try:
-            async with self._cluster.rpc_scope():
-                await self._cluster.client.start_workflow(
-                    DELETE_WORKFLOW,
-                    order,
-                    id=f"gone:{batch_id}",
-                    task_queue=self._task_queue,
-                    id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-                )
-        except WorkflowAlreadyStartedError:
-            return False
-        return True
+        return await self._start(DELETE_WORKFLOW, f"gone:{batch_id}", order)
 
     async def is_deleted(self, id_: str) -> bool:
         try:
@@ -108,17 +98,17 @@ class Reservations:
             return False
         return True
 
-    async def _mark(self, mark_id: str, keep_for: timedelta, memo: Mapping[str, str] | None = None) -> bool:
-        """Start a marker. Returns False if there is one with this id."""
+    async def _start(self, workflow: str, id_: str, *order: DeleteOrder, **options: Any) -> bool:
+        """Start a marker, or the deletion of a batch, which is one too. Returns False if there is one with this id."""
         try:
             async with self._cluster.rpc_scope():
                 await self._cluster.client.start_workflow(
-                    MARK_WORKFLOW,
-                    id=mark_id,
+                    workflow,
+                    args=order,
+                    id=id_,
                     task_queue=self._task_queue,
-                    start_delay=keep_for,
                     id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-                    memo=memo,
+                    **options,
                 )
         except WorkflowAlreadyStartedError:
             return False

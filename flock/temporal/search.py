@@ -24,11 +24,8 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 IS_WAITING = f"{STATUS.name} = '{RunStatus.WAITING}'"
-#: For each status of a run, the execution statuses that its workflow may have.
+#: For each final status of a run, the execution statuses that its workflow may have. Before, it is "Running".
 EXECUTION_STATUS = {
-    RunStatus.STARTING: "'Running'",
-    RunStatus.RUNNING: "'Running'",
-    RunStatus.WAITING: "'Running'",
     RunStatus.COMPLETED: "'Completed'",
     RunStatus.FAILED: "'Failed', 'Terminated', 'TimedOut'",
     RunStatus.CANCELLED: "'Canceled'",
@@ -72,7 +69,8 @@ async def newest_first(
     """
     conditions, after = [query], wanted.after
     if wanted.status is not None and isinstance(wanted, RunFilter):
-        conditions.append(f"ExecutionStatus IN ({EXECUTION_STATUS[wanted.status]})")
+        statuses = EXECUTION_STATUS.get(wanted.status, "'Running'")
+        conditions.append(f"ExecutionStatus IN ({statuses})")
         if not wanted.status.is_final:
             conditions.append(IS_WAITING if wanted.status is RunStatus.WAITING else f"{STATUS.name} IS NULL")
     elif wanted.status is not None:  # the workflow of a batch completes, whatever the status of the batch is

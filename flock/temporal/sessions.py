@@ -55,9 +55,7 @@ async def earlier_runs(cluster: Cluster, run: Run, latest: Sequence[str], limit:
     async with contextlib.aclosing(_workflow_ids(cluster, run, latest)) as workflow_ids:
         async for workflow_id in workflow_ids:
             earlier = await _completed(cluster, workflow_id)
-            if earlier is None or earlier.agent_name != run.agent_name:
-                continue
-            if await reservations.is_deleted(earlier.run_id):
+            if earlier is None or earlier.agent_name != run.agent_name or await reservations.is_deleted(earlier.run_id):
                 continue
             max_bytes -= earlier.turn_bytes
             if max_bytes < 0:

@@ -78,10 +78,6 @@ class ActivityTurn(ActiveRun):
         Raises: CallError if the cluster refuses it, OwnershipLost if the workflow has ended.
         """
         self.has_calls = True
-        # In a task of its own: asyncio may cancel this one while the signal is on its way.
-        await asyncio.shield(asyncio.create_task(self._send(call)))
-
-    async def _send(self, call: Call) -> None:
         handle, run = self._workflow(), self.run
         done = CallDone(item=run.position or 0, step=len(run.steps), call=call, spent=self.spent)
         while True:

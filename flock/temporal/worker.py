@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import partial
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from temporalio import activity
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
@@ -19,7 +18,7 @@ from flock.agents.checks import tool_sources
 from flock.agents.llm import ModelClient
 from flock.agents.mcp import listing_tools
 from flock.agents.prices import Price, merged
-from flock.engine.outcomes import CANCELLED, Outcome
+from flock.engine.outcomes import CANCELLED
 from flock.engine.turns import MAX_HISTORY_BYTES, Turns, WaitingForAnswers
 from flock.limits import Limits, enforced_by
 from flock.options import replaced
@@ -181,14 +180,20 @@ class TemporalWorker:
             )
         finally:
             heartbeats.cancel()
-        if isinstance(turn.outcome, Step):
-            return turn.done(turn.outcome)
-        if isinstance(turn.outcome, WaitingForAnswers):
-            return turn.asked(turn.outcome.questions)
-        if turn.outcome is None:
+        outcome = turn.outcome
+        if isinstance(outcome, Step):
+            return turn.done(outcome)
+        if isinstance(outcome, WaitingForAnswers):
+            return turn.asked(outcome.questions)
+        if outcome is None:
             activity.heartbeat(turn.heartbeat())
             raise ApplicationError("The worker stopped before this step ended.", turn.heartbeat(), type=INTERRUPTED)
-        _raise_outcome(turn, turn.outcome)
+        # A CancelledError could not carry the start of the turn. The workflow knows that it was cancelled.
+        # BENIGN keeps a requested cancellation out of the SDK's log.
+        category = ApplicationErrorCategory.BENIGN if outcome is CANCELLED else ApplicationErrorCategory.UNSPECIFIED
+        raise ApplicationError(
+            outcome.error, turn.heartbeat(), type=outcome.error_type, non_retryable=True, category=category
+        ) from None  # its cause is for our log only
 
 
 class _RunTurn(ActivityTurn):
@@ -248,17 +253,11 @@ class _RunTurn(ActivityTurn):
         return Heartbeat(begun_at=self.started_at, progress=self.progress, spent=self.spent)
 
 
-async def _shut_down(
-    worker: Worker,
-    timeout_s: float,
-    exc_type: type[BaseException] | None,
-    exc: BaseException | None,
-    traceback: TracebackType | None,
-) -> None:
+async def _shut_down(worker: Worker, timeout_s: float, *exc_info: Any) -> None:
     """Shut down a worker of the SDK. The time limit is needed because its core sometimes never reports the end."""
     try:
         async with asyncio.timeout(timeout_s):
-            await worker.__aexit__(exc_type, exc, traceback)
+            await worker.__aexit__(*exc_info)
     except TimeoutError:
         logger.warning("The worker of %s did not shut down within %g s and is abandoned.", worker.task_queue, timeout_s)
 
@@ -269,12 +268,3 @@ async def _send_heartbeats(turn: _RunTurn, heartbeat_timeout_s: float) -> None:
         await asyncio.sleep(pause_s)
         activity.heartbeat(turn.heartbeat())
         pause_s = heartbeat_timeout_s / 3
-
-
-def _raise_outcome(turn: _RunTurn, outcome: Outcome) -> NoReturn:
-    # A CancelledError could not carry the start of the turn. The workflow knows that it was cancelled.
-    # BENIGN keeps a requested cancellation out of the SDK's log.
-    category = ApplicationErrorCategory.BENIGN if outcome is CANCELLED else ApplicationErrorCategory.UNSPECIFIED
-    raise ApplicationError(
-        outcome.error, turn.heartbeat(), type=outcome.error_type, non_retryable=True, category=category
-    ) from None  # its cause is for our log only
