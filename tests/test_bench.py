@@ -19,6 +19,7 @@ from bench.machine import pick_cores
 from bench.measures.bench import Row
 from bench.measures.requests import shape_of
 from bench.peers import bare, floor
+from bench.profile import PARTS_OF_REQUEST, REST, shares, table
 from bench.servers import BARE, COMMIT, FASTAPI, FLOOR, KEY_AND_METRICS, MEMORY, POWER, Server, serving
 from bench.stores import fill, some_run_ids
 from bench.table import markdown
@@ -203,3 +204,44 @@ def test_the_guard_exits_with_1_and_says_what_to_do_if_it_fails(
     assert guard.verdict(found, record) == code
     printed = capsys.readouterr().out
     assert ("git bisect" in printed, "--record" in printed) == (bool(code), bool(code))
+
+
+# The profile
+
+
+PERF_SCRIPT = f"""python 7
+\t    55d0 sqlite3_step
+\t    7f01 py::write_run:{ROOT}/flock/engine/queries.py
+\t    7f02 py::Group._write_runs:{ROOT}/flock/engine/groups.py
+\t    7f03 py::Store._write:{ROOT}/flock/engine/store.py
+
+python 6
+\t    7f04 py::Route.matches:/venv/lib/site-packages/starlette/routing.py
+\t    7f05 py::AppRouter.__call__:{ROOT}/flock/web/routing.py
+\t    7f06 py::RequestResponseCycle.run_asgi:/venv/lib/site-packages/uvicorn/protocols/http/httptools_impl.py
+
+python 6
+\t    55d1 epoll_wait
+
+python 6
+\t    7f07 py::shown_as:{ROOT}/flock/web/wire.py
+\t    7f08 py::run_response:{ROOT}/flockapi.py
+
+"""
+
+
+def test_a_sample_belongs_to_the_part_of_its_innermost_function() -> None:
+    found = shares(PERF_SCRIPT.splitlines(), PARTS_OF_REQUEST)
+    assert {part: share for part, share in found.items() if share} == {
+        "SQLite: statements, commit, thread": 0.25,
+        "middleware, routing, access": 0.25,
+        "response made": 0.25,
+        REST: 0.25,
+    }
+
+
+def test_the_profile_is_a_table_of_microseconds() -> None:
+    lines = table({"a run": (400.0, PERF_SCRIPT)}, PARTS_OF_REQUEST).splitlines()
+    assert lines[:2] == ["|  | a run |", "| - | -: |"]
+    assert "| response made | 100 |" in lines
+    assert lines[-1] == "| sum | 400 |"
