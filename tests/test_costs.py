@@ -24,7 +24,19 @@ from flock.agents.prices import PRICES, merged, price_of, priced
 from flock.core import Flock, FlockFactory, Price
 from flock.engine.migrations import MIGRATIONS
 from flock.errors import DefinitionError, InvalidData
-from flock.runs import BatchOptions, Engine, Run, RunContext, RunStatus, Usage, event_of_batch, events_of, new_id
+from flock.runs import (
+    Batch,
+    BatchOptions,
+    Engine,
+    Run,
+    RunContext,
+    RunStatus,
+    Usage,
+    event_of_batch,
+    events_of,
+    new_id,
+    now,
+)
 from flock.testing import FakeModel, ModelRequest, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
@@ -348,6 +360,24 @@ async def test_a_batch_is_estimated_from_the_items_that_have_ended(model: FakeMo
         assert (now.completed_items, now.usage, now.estimated_cost) == (3, usage_of_gpt_4o(20, 10), 0.0003)
         may_go.set()
         assert (await ended(engine, batch)).estimated_cost == 0.0003
+
+
+def test_the_estimate_of_a_batch_that_has_ended_is_its_cost() -> None:
+    """Even if a half is rounded."""
+    usage = Usage(input_tokens=1, picodollars=1_754_337_500_000, priced_tokens=1)
+    for count in range(1, 500):
+        batch = Batch(
+            batch_id="b",
+            flock="f",
+            agent_name="a",
+            options=BatchOptions(),
+            status=RunStatus.COMPLETED,
+            total_items=count,
+            completed_items=count,
+            usage=usage,
+            created_at=now(),
+        )
+        assert batch.estimated_cost == round(usage.cost or 0, 6)
 
 
 @pytest.mark.parametrize("workers", [1, 7])

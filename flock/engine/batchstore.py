@@ -187,9 +187,9 @@ class BatchStore:
                     item = _item_from(db, row)
                 except Damaged:
                     continue
-                bytes_left -= RECORD_BYTES + item.content_bytes
-                item = stub_of(item) if item.content_bytes > WORK_PAGE_BYTES else item
-                page.append(replace(item, owner=batch.owner))
+                size = item.content_bytes
+                bytes_left -= RECORD_BYTES + size
+                page.append(replace(stub_of(item) if size > WORK_PAGE_BYTES else item, owner=batch.owner))
                 if bytes_left < 0 or len(page) == limit:
                     break
             return page

@@ -160,10 +160,9 @@ class StoredRun(ActiveRun):
         return await self._read(lambda: self._runner.store.calls(self.run, len(self.run.steps)))
 
     async def keep_call(self, call: Call) -> None:
-        """Raises OwnershipLost."""
+        """Nothing cancels it, since the journal saves a call in a task of its own. Raises OwnershipLost."""
         run = self.run = replace(self.run, spent=self.spent)
-        with anyio.CancelScope(shield=True):
-            await self.retrying(lambda: self._runner.store.save_call(run, len(run.steps), call))
+        await self.retrying(lambda: self._runner.store.save_call(run, len(run.steps), call))
 
     # Reading and writing its record
 

@@ -17,7 +17,7 @@ import msgspec
 
 from flock.errors import FieldError
 from flock.runs.ids import now
-from flock.runs.usage import Usage, added, is_spent, shown_usage
+from flock.runs.usage import DOLLAR, Usage, added, is_spent, shown_usage
 
 __all__ = [
     "INVALID_INPUT",
@@ -395,7 +395,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
         ended = self.completed_items - self.cancelled_items - self.invalid_items
         if self.usage is None or self.usage.cost is None or ended <= 0:
             return None
-        return round(self.usage.cost * (self.total_items - self.invalid_items) / ended, 6)
+        return round(self.usage.picodollars * (self.total_items - self.invalid_items) / ended / DOLLAR, 6)
 
     @property
     def progress_percentage(self) -> float:
