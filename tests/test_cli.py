@@ -199,8 +199,8 @@ def second(result: str) -> Iterator[str]:
 
 def test_run_can_print_text_as_it_is_written(tmp_path: Path) -> None:
     (tmp_path / "streamed.py").write_text(STREAMED)
-    result = invoke("run", str(tmp_path / "streamed.py"), "first", "--stream")
-    assert result.exit_code == 0
+    command = flockapi_command("run", str(tmp_path / "streamed.py"), "first", "--stream")
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == '  a b\na b\nc d\n{\n  "result": "c d"\n}\n'
     assert result.stderr == "first calls double\nfirst starts again\n"
 
