@@ -1,7 +1,9 @@
 """The client of chat completions: requests, answers, retries and errors."""
 
+import gzip
 import importlib.machinery
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -27,7 +29,7 @@ from flock.errors import ModelError
 from flock.runs import Usage
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
-from tests.support.sockets import socket_server
+from tests.support.sockets import BOMB_BYTES, gzip_bomb, little_memory, socket_server
 
 MESSAGES = [Message("system", "Do it."), Message("user", "text: hello")]
 SCHEMA = Signature.of("sentiment: Literal['good', 'bad'] | how it sounds, words: list[str]").schema
@@ -40,6 +42,16 @@ pytestmark = pytest.mark.anyio
 async def models(model: FakeModel) -> AsyncIterator[ModelClient]:
     async with ModelClient("openai/gpt-4o", transport=model.transport, backoff_s=0.001) as made:
         yield made
+
+
+class Ignored:
+    """A listener that ignores what it receives."""
+
+    def text(self, piece: str) -> None: ...
+
+    def reasoning(self, piece: str) -> None: ...
+
+    def reset(self) -> None: ...
 
 
 async def ask(models: ModelClient, name: str | None = None, **settings: Any) -> Completion:
@@ -446,6 +458,80 @@ async def test_a_refused_connection_is_reported_as_unavailable(monkeypatch: pyte
         failure = await fail(models, "vllm/x")
     assert failure.error_type == "model_unavailable"
     assert "could not be reached" in str(failure)
+
+
+def bomb(status: int, content: bytes, encoding: str = "gzip", type_: str = "application/json") -> bytes:
+    head = f"Content-Type: {type_}\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(content)}"
+    return f"HTTP/1.1 {status} Status\r\n{head}\r\n\r\n".encode() + content
+
+
+@pytest.mark.parametrize("type_", ["application/json", "text/event-stream"])
+@pytest.mark.parametrize(
+    ("status", "encoding", "error_type", "tries"),
+    [
+        pytest.param(200, "gzip", "model_bad_response", 1, id="answer"),
+        pytest.param(200, "gzip, gzip", "model_bad_response", 1, id="compressed twice"),
+        pytest.param(400, "gzip", "model_bad_request", 1, id="error"),
+        pytest.param(500, "gzip", "model_unavailable", 3, id="server error"),
+        pytest.param(500, "gzip, gzip", "model_unavailable", 3, id="server error, compressed twice"),
+    ],
+)
+async def test_a_compressed_answer_is_read_up_to_a_limit_and_not_paid_again(
+    status: int, encoding: str, error_type: str, tries: int, type_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 MiB are read of the 256 MiB that 0.3 MiB of gzip have, in a stream too, and 64 KiB of an error."""
+    content = gzip_bomb() if encoding == "gzip" else gzip.compress(gzip_bomb())
+
+    async def explode(stream: anyio.abc.SocketStream) -> None:
+        await read_request(stream)
+        await stream.send(bomb(status, content, encoding, type_))
+        with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+            await stream.receive()
+
+    async with socket_server(explode) as (url, connections):
+        monkeypatch.setenv("VLLM_BASE_URL", url)
+        async with ModelClient(backoff_s=0.001) as models:
+            with little_memory():
+                failure = await fail(models, "vllm/x", listener=Ignored() if "stream" in type_ else None)
+    assert (failure.error_type, len(connections)) == (error_type, tries)
+    if status == 200:
+        reason = "is too long (more than 16777216 bytes)" if encoding == "gzip" else "Content-Encoding 'gzip, gzip'"
+        assert reason in str(failure)
+
+
+async def test_an_endless_answer_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = 0
+
+    async def write(stream: anyio.abc.SocketStream) -> None:
+        nonlocal sent
+        await read_request(stream)
+        await stream.send(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+        while sent < BOMB_BYTES:
+            await stream.send(b" " * 65536)
+            sent += 65536
+
+    async with socket_server(write) as (url, connections):
+        monkeypatch.setenv("VLLM_BASE_URL", url)
+        async with ModelClient(backoff_s=0.001) as models:
+            assert "is too long" in str(await fail(models, "vllm/x"))
+    assert sent < BOMB_BYTES  # what is not read is in the buffers of the kernel
+    assert len(connections) == 1
+
+
+async def test_compressed_answers_are_read_and_no_other_encoding_is_requested(model: FakeModel) -> None:
+    """A compressed one of exactly the limit is no bomb."""
+    answer = json.dumps({"choices": [{"message": {"content": json.dumps(GOOD)}}]}).encode()
+    packed = gzip.compress(answer.ljust(16 * 1024 * 1024))
+    model.replies = [
+        httpx.Response(200, headers={"Content-Encoding": "gzip"}, stream=httpx.ByteStream(packed)),
+        httpx.Response(200, headers={"Content-Encoding": "br"}, stream=httpx.ByteStream(answer)),
+    ]
+    async with ModelClient("openai/gpt-4o", transport=model.transport) as models:
+        assert (await ask(models)).text == json.dumps(GOOD)
+        failure = await fail(models)
+    assert failure.error_type == "model_bad_response"
+    assert "Content-Encoding 'br', although only 'gzip' is accepted" in str(failure)
+    assert {request.headers["accept-encoding"] for request in model.requests} == {"gzip"}
 
 
 async def test_cancelling_aborts_the_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from flock.agents import bodies
 from flock.agents.localmodel import bounded_schema
 from flock.agents.mcp import ListedTool, MCPTool, mcp_tools
 from flock.agents.react import schema_of
@@ -28,6 +29,7 @@ from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until
 from tests.support.servers import Served, free_port
+from tests.support.sockets import gzip_bomb, little_memory
 
 pytestmark = pytest.mark.anyio
 
@@ -44,6 +46,7 @@ class FakeServer:
         self.sessions: list[str] = []
         self.has_sessions = True
         self.first_tool: Any = ADD
+        self.last_tool: Any = FINISH
         self.version, self.session_name = "2025-06-18", "session"
         self.sends_events = sends_events
         self.reply: Callable[[Any], Awaitable[Any]] | None = None
@@ -66,7 +69,11 @@ class FakeServer:
         if method == "notifications/initialized":
             return Response(status_code=202)
         if method == "tools/list":
-            result = {"tools": [FINISH]} if params.get("cursor") else {"tools": [self.first_tool], "nextCursor": "more"}
+            result = (
+                {"tools": [self.last_tool]}
+                if params.get("cursor")
+                else {"tools": [self.first_tool], "nextCursor": "more"}
+            )
         else:
             result = {"content": [{"type": "text", "text": str(sum(params["arguments"].values()))}]}
         body = {"jsonrpc": "2.0", "id": message["id"], "result": result}
@@ -287,6 +294,52 @@ async def test_what_a_server_answers_reaches_the_model(body: Any, result: str, m
         text = await result_of_call(flock_of(f"{served.url}/mcp"), model)
     assert result in text
     assert text.startswith("Error: ") or text == result
+
+
+@pytest.mark.parametrize("type_", ["application/json", "text/event-stream"])
+async def test_a_compressed_answer_of_a_server_is_read_up_to_a_limit(type_: str, model: FakeModel) -> None:
+    """It is an error for the model, and 16 MiB are read of the 256 MiB that 0.3 MiB of gzip have."""
+
+    async def reply(message: Any) -> Response:
+        return Response(gzip_bomb(), media_type=type_, headers={"Content-Encoding": "gzip"})
+
+    server = FakeServer()
+    server.reply = reply
+    async with Served(server.app) as served:
+        gzip_bomb()
+        with little_memory():
+            text = await result_of_call(flock_of(f"{served.url}/mcp"), model)
+    assert text == f"Error: The MCP server {served.url}/mcp sent an answer that is too long (more than 16777216 bytes)."
+
+
+async def test_the_list_of_tools_has_a_limit_over_all_pages(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bodies, "MAX_MESSAGE_BYTES", 3000)
+    server = FakeServer()
+    server.first_tool = ADD | {"description": "x" * 2000}
+    server.last_tool = FINISH | {"description": "x" * 2000}
+    async with Served(server.app) as served:
+        text = f"The MCP server {served.url}/mcp sent an answer that is too long (more than 3000 bytes)."
+        await check_listing_fails(flock_of(f"{served.url}/mcp"), text, model, caplog)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["initialize", "initialized"])
+async def test_no_answer_to_the_opening_of_a_session_is_a_bomb(
+    is_first: bool, model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def explode(request: Request) -> Response:
+        message = await request.json()
+        if is_first or message["method"] == "notifications/initialized":
+            return Response(gzip_bomb(), media_type="application/json", headers={"Content-Encoding": "gzip"})
+        result = {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": {}}
+        return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "result": result})
+
+    async with Served(Starlette(routes=[Route("/mcp", explode, methods=["POST"])])) as served:
+        gzip_bomb()
+        text = f"The MCP server {served.url}/mcp sent an answer that is too long (more than 16777216 bytes)."
+        with little_memory():
+            await check_listing_fails(flock_of(f"{served.url}/mcp"), text, model, caplog)
 
 
 async def test_equal_names_of_two_servers_need_a_prefix(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:

@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from flock.agents import streams
+from flock.agents import bodies, streams
 from flock.agents.completions import Completion, Message, ToolSchema
 from flock.agents.llm import ModelClient
 from flock.agents.signature import Signature
@@ -529,7 +529,7 @@ async def test_a_stream_without_an_end_is_tried_three_times(body: bytes) -> None
 )
 async def test_a_stream_without_bounds_is_stopped(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MAX_REPLY_BYTES", 2000)
-    monkeypatch.setattr(streams, "MAX_EVENT_BYTES", 1000)
+    monkeypatch.setattr(bodies, "MAX_MESSAGE_BYTES", 1000)
 
     async def endless() -> AsyncIterator[bytes]:
         yield body
@@ -546,7 +546,7 @@ async def test_a_stream_without_bounds_is_stopped(body: bytes, monkeypatch: pyte
 
 async def test_reasoning_and_comments_do_not_count_towards_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MAX_REPLY_BYTES", 2000)
-    monkeypatch.setattr(streams, "MAX_EVENT_BYTES", 1000)
+    monkeypatch.setattr(bodies, "MAX_MESSAGE_BYTES", 1000)
     long = b": keep-alive\n" * 1000 + sse(*[chunk(reasoning="hm ")] * 1000)
     completion, recorder = await read(long + sse(chunk(TEXT), "[DONE]"))
     assert completion.text == TEXT

@@ -24,6 +24,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents import react
+from flock.agents.bodies import ENCODING, BadBody, read_whole
 from flock.agents.completions import Completion, Listener, Message, ToolSchema
 from flock.agents.models import Model, ModelChoice, models_of
 from flock.agents.pace import (
@@ -42,6 +43,7 @@ from flock.agents.pace import (
 from flock.agents.providers import Endpoint, endpoint_of, is_built_in, name_of, no_model, unknown_provider
 from flock.agents.replies import (
     TRANSIENT,
+    bad_response,
     completion_of,
     hold_s,
     model_error,
@@ -360,10 +362,13 @@ class ModelClient:
         try:
             async with self._client().stream("POST", endpoint.url, content=content, headers=headers) as response:
                 passage.headers = response.headers
+                if listener is None or response.status_code != 200 or not is_stream(response):
+                    response = await read_whole(response)
                 if listener is not None and response.status_code == 200:
-                    if is_stream(response) or (await response.aread()).startswith(b"data:"):  # with another type
+                    if is_stream(response) or response.content.startswith(b"data:"):  # with another type
                         return await read_reply(response, endpoint.name, listener)
-                await response.aread()
+        except BadBody as exc:
+            raise bad_response(endpoint.name, f"sent {exc}") from exc
         except httpx.TimeoutException as exc:
             error = model_error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)
             raise _TransientError(error) from exc
@@ -392,6 +397,7 @@ class ModelClient:
             self._http = httpx.AsyncClient(
                 transport=self._transport,
                 timeout=self._timeout,
+                headers={"Accept-Encoding": ENCODING},
                 # The engine limits concurrent calls. A second limit here would only hide the waiting.
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
             )

@@ -18,6 +18,8 @@ import httpx
 import msgspec
 
 from flock import __version__
+from flock.agents import bodies
+from flock.agents.bodies import ENCODING, BadBody, read_whole
 from flock.agents.react import FINISH
 from flock.agents.signature import Signature
 from flock.agents.sse import events_in, is_stream
@@ -49,6 +51,7 @@ class MCPTools(ToolSource):
         self._headers = {
             **headers,
             "Accept": "application/json, text/event-stream",
+            "Accept-Encoding": ENCODING,
             "Content-Type": "application/json",
         }
         self._timeout_s = timeout_s
@@ -71,8 +74,13 @@ class MCPTools(ToolSource):
     async def _list(self) -> list["ListedTool"]:
         found: list[ListedTool] = []
         cursor: str | None = None
+        size = 0
         for _ in range(MAX_PAGES):
-            page = await self.request("tools/list", {} if cursor is None else {"cursor": cursor}, _Page)
+            sent = await self.request("tools/list", {} if cursor is None else {"cursor": cursor}, msgspec.Raw)
+            size += len(sent)
+            if size > bodies.MAX_MESSAGE_BYTES:
+                raise self._error(f"sent {BadBody.too_long()}")
+            page = self._decoded(sent, _Page, "returned an invalid result of tools/list")
             found += page.tools
             cursor = page.next_cursor
             if not cursor:
@@ -92,6 +100,8 @@ class MCPTools(ToolSource):
                     return self._decoded(result, result_type, f"returned an invalid result of {method}")
         except (TimeoutError, httpx.TimeoutException) as exc:
             raise self._error(f"did not answer within {self._timeout_s:g} s (timeout_s)") from exc
+        except BadBody as exc:
+            raise self._error(f"sent {exc}") from exc
         except httpx.HTTPError as exc:
             raise self._error(f"could not be reached ({type(exc).__name__})") from exc
 
@@ -129,16 +139,23 @@ class MCPTools(ToolSource):
         if not all(map(str.isascii, session.values())):
             raise self._error("sent a session ID or a protocol version that is not ASCII")
         body = {"jsonrpc": "2.0", "method": "notifications/initialized"}
-        await http.post(self._url, content=msgspec.json.encode(body), headers={**self._headers, **session})
+        async with self._posted(http, body, session) as response:
+            await read_whole(response)  # so that the connection can be used again
         return session
+
+    def _posted(
+        self, http: httpx.AsyncClient, message: Mapping[str, Any], session: Mapping[str, str]
+    ) -> contextlib.AbstractAsyncContextManager[httpx.Response]:
+        headers = {**self._headers, **session}
+        return http.stream("POST", self._url, content=msgspec.json.encode(message), headers=headers)
 
     async def _send(
         self, http: httpx.AsyncClient, method: str, params: Mapping[str, Any], session: Mapping[str, str]
     ) -> tuple[msgspec.Raw | None, httpx.Headers]:
         """Send a request. Return its result, or None if the server does not know the session or the path."""
         number = next(self._ids)
-        body = msgspec.json.encode({"jsonrpc": "2.0", "id": number, "method": method, "params": params})
-        async with http.stream("POST", self._url, content=body, headers={**self._headers, **session}) as response:
+        message = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
+        async with self._posted(http, message, session) as response:
             if response.status_code == 404:
                 return None, response.headers
             if response.status_code >= 300:
@@ -148,7 +165,7 @@ class MCPTools(ToolSource):
                     async for event in events:
                         if (result := self._result_in(event.data, number)) is not None:
                             return result, response.headers
-            elif (result := self._result_in(await response.aread(), number)) is not None:
+            elif (result := self._result_in((await read_whole(response)).content, number)) is not None:
                 return result, response.headers
         raise self._error(f"closed the connection without a response to {method}")
 

@@ -1,21 +1,20 @@
 """Server-sent events of other servers: of models and MCP."""
 
-import math
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 import httpx
 
-__all__ = ["Event", "EventTooLong", "events_in", "is_stream"]
+from flock.agents import bodies
+from flock.agents.bodies import BadBody, pieces_of
+
+__all__ = ["Event", "events_in", "is_stream"]
 
 
 class Event(NamedTuple):
     name: str
     data: bytes
-
-
-class EventTooLong(Exception):
-    """An event exceeds the limit."""
 
 
 class _Events:
@@ -25,8 +24,7 @@ class _Events:
     httpx would also end at characters such as U+2028, which JSON may contain.
     """
 
-    def __init__(self, max_bytes: float) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self) -> None:
         self._line = bytearray()
         self._ended_with_cr = False
         self._name = ""
@@ -41,8 +39,8 @@ class _Events:
         found: list[Event] = []
         for part in piece.splitlines(keepends=True):
             self._size += len(part)
-            if self._size > self._max_bytes:
-                raise EventTooLong
+            if self._size > bodies.MAX_MESSAGE_BYTES:
+                raise BadBody.too_long()
             self._line += part
             if part.endswith((b"\r", b"\n")):
                 self._take(bytes(self._line).rstrip(b"\r\n"), found)
@@ -67,9 +65,10 @@ def is_stream(response: httpx.Response) -> bool:
     return str(response.headers.get("content-type", "")).lower().startswith("text/event-stream")
 
 
-async def events_in(response: httpx.Response, max_bytes: float = math.inf) -> AsyncGenerator[Event, None]:
-    """Yield each event of a response. Raises EventTooLong if one has more than *max_bytes*; httpx.HTTPError."""
-    events = _Events(max_bytes)
-    async for piece in response.aiter_bytes():
-        for event in events.feed(piece):
-            yield event
+async def events_in(response: httpx.Response) -> AsyncGenerator[Event, None]:
+    """Yield each event of a response. Raises BadBody, also if one is too long; httpx.HTTPError."""
+    events = _Events()
+    async with contextlib.aclosing(pieces_of(response)) as pieces:
+        async for piece in pieces:
+            for event in events.feed(piece):
+                yield event

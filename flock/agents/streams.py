@@ -8,16 +8,14 @@ import anyio
 import httpx
 import msgspec
 
+from flock.agents.bodies import BadBody
 from flock.agents.completions import Listener
 from flock.agents.pieces import Joiner, joined
 from flock.agents.replies import bad_response, model_error, stream_error
-from flock.agents.sse import Event, EventTooLong, events_in
-from flock.errors import ModelError
+from flock.agents.sse import Event, events_in
 
 __all__ = ["StreamedReply", "read_reply"]
 
-#: Max size of one event.
-MAX_EVENT_BYTES = 16 * 1024 * 1024
 #: Max memory of a reply, if each of its pieces needs this much beside its text.
 MAX_REPLY_BYTES, PIECE_BYTES = 64 * 1024 * 1024, 200
 #: How long to wait for the token usage after a reply is complete, and for the end of the connection after that.
@@ -193,11 +191,7 @@ class StreamedReply:
     def _count(self, text: str) -> None:
         self._size += len(text) + PIECE_BYTES
         if self._size > MAX_REPLY_BYTES:
-            raise _too_long(self._name)
-
-
-def _too_long(name: str) -> ModelError:
-    return bad_response(name, "sent an answer that is too long")
+            raise bad_response(self._name, "sent an answer that is too long")
 
 
 async def read_reply(response: httpx.Response, name: str, listener: Listener) -> dict[str, Any]:
@@ -212,14 +206,14 @@ async def read_reply(response: httpx.Response, name: str, listener: Listener) ->
     reply = StreamedReply(name, listener)
     try:
         with anyio.CancelScope() as scope:
-            async with contextlib.aclosing(events_in(response, MAX_EVENT_BYTES)) as events:
+            async with contextlib.aclosing(events_in(response)) as events:
                 async for event in events:
                     reply.take(event)
                     if reply.is_complete:  # what follows is not worth a long wait
                         wait_s = END_S if reply.is_ended else USAGE_S
                         scope.deadline = min(scope.deadline, anyio.current_time() + wait_s)
-    except EventTooLong as exc:
-        raise _too_long(name) from exc
+    except BadBody as exc:
+        raise bad_response(name, f"sent {exc}") from exc
     except httpx.TransportError:
         if not reply.is_complete:
             raise

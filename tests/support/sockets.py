@@ -1,7 +1,11 @@
 """Raw connections to a server, and servers that misbehave."""
 
 import contextlib
+import functools
 import socket
+import struct
+import tracemalloc
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import anyio
@@ -13,6 +17,31 @@ from tests.support.servers import Server
 LONG_BYTES = 64 * 1024 * 1024
 #: More than the kernel's buffers for one connection, and much less than LONG_BYTES.
 KERNEL_BYTES = 16 * 1024 * 1024
+
+
+#: The size of a bomb when it is decompressed.
+BOMB_BYTES = 256 * 1024 * 1024
+
+
+@functools.cache
+def gzip_bomb() -> bytes:
+    """Return BOMB_BYTES of spaces, compressed. They are equal blocks, so that it is made at once."""
+    content, compressor, crc = b" " * 1024 * 1024, zlib.compressobj(wbits=zlib.MAX_WBITS | 16), 0
+    first, block = (compressor.compress(content) + compressor.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
+    for _ in range(blocks := BOMB_BYTES // len(content)):
+        crc = zlib.crc32(content, crc)
+    return first + block * (blocks - 1) + b"\3\0" + struct.pack("<II", crc, BOMB_BYTES)
+
+
+@contextlib.contextmanager
+def little_memory(max_bytes: int = BOMB_BYTES // 4) -> Iterator[None]:
+    """Check that the block never holds more than *max_bytes* of new memory."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < max_bytes
+    finally:
+        tracemalloc.stop()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,72 @@
+"""The bodies of responses of other servers, of models and MCP: decompressed, and read up to a limit."""
+
+import contextlib
+import zlib
+from collections.abc import AsyncGenerator
+
+import anyio.lowlevel
+import httpx
+
+__all__ = ["ENCODING", "BadBody", "pieces_of", "read_whole"]
+
+#: What is accepted as a ``Content-Encoding``: httpx would decompress others too, but without a bound.
+ENCODING = "gzip"
+#: Max size of one JSON message: a body, or an event of a stream.
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+#: How much of the body of an error is read.
+MAX_ERROR_BYTES = 64 * 1024
+#: Max size of a piece that is decompressed in one step.
+PIECE_BYTES = 64 * 1024
+
+
+class BadBody(Exception):
+    """A body that is not read to its end. The text is the object of "sent"."""
+
+    @classmethod
+    def too_long(cls) -> "BadBody":
+        return cls(f"an answer that is too long (more than {MAX_MESSAGE_BYTES} bytes)")
+
+
+async def pieces_of(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    """Yield the decompressed body in small pieces. Raises BadBody; httpx.HTTPError."""
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
+    if response.is_stream_consumed:  # httpx has read it, since it was never on a network
+        yield response.content
+        return
+    if encoding not in (ENCODING, "identity", ""):
+        raise BadBody(f"an answer with the Content-Encoding {encoding[:100]!r}, although only {ENCODING!r} is accepted")
+    gunzip = zlib.decompressobj(zlib.MAX_WBITS | 16) if encoding == ENCODING else None
+    async with contextlib.aclosing(response.aiter_raw()) as chunks:  # type: ignore[type-var]
+        async for chunk in chunks:
+            if gunzip is None:
+                yield chunk
+                continue
+            piece, rest = b"", chunk
+            while rest or len(piece) == PIECE_BYTES:  # zlib may have consumed the chunk, but not written all of it
+                try:
+                    piece = gunzip.decompress(rest, PIECE_BYTES)
+                except zlib.error as exc:
+                    raise httpx.DecodingError(str(exc)) from exc
+                rest = gunzip.unconsumed_tail
+                yield piece
+                await anyio.lowlevel.checkpoint()  # a chunk may expand a thousandfold
+
+
+async def read_whole(response: httpx.Response) -> httpx.Response:
+    """Return *response* with its decompressed body. That of an error is cut at MAX_ERROR_BYTES.
+
+    Raises: BadBody if the body is too long, or compressed in another way; httpx.HTTPError.
+    """
+    body, limit = bytearray(), MAX_MESSAGE_BYTES if response.is_success else MAX_ERROR_BYTES
+    try:
+        async with contextlib.aclosing(pieces_of(response)) as pieces:
+            async for piece in pieces:
+                body += piece
+                if len(body) > limit:
+                    raise BadBody.too_long()
+    except BadBody:
+        if response.is_success:
+            raise
+    headers = response.headers.copy()
+    headers.pop("content-encoding", None)
+    return httpx.Response(response.status_code, headers=headers, content=bytes(body[:limit]))
