@@ -1,6 +1,7 @@
 """Tools of MCP servers: real servers on sockets, and the server of the protocol's own SDK."""
 
 import asyncio
+import base64
 import json
 import socket
 import subprocess
@@ -24,10 +25,10 @@ from flock.agents.react import schema_of
 from flock.agents.tools import Tool, ToolSource
 from flock.core import Flock, FlockFactory
 from flock.errors import DefinitionError
-from flock.runs import RunStatus
+from flock.runs import Progress, RunStatus
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
-from tests.support.engines import OpenEngine, until
+from tests.support.engines import OpenEngine, until, until_run
 from tests.support.servers import Served, free_port
 from tests.support.sockets import gzip_bomb, little_memory
 
@@ -44,6 +45,8 @@ class FakeServer:
         self.requests: list[tuple[str, Any]] = []
         self.headers: list[Any] = []
         self.sessions: list[str] = []
+        self.answers: list[Any] = []
+        self.answered = anyio.Event()
         self.has_sessions = True
         self.first_tool: Any = ADD
         self.last_tool: Any = FINISH
@@ -54,6 +57,10 @@ class FakeServer:
 
     async def _answer(self, request: Request) -> Response:
         message = await request.json()
+        if "method" not in message:
+            self.answers.append(message)
+            self.answered.set()
+            return Response(status_code=202)
         method, params = message["method"], message.get("params", {})
         self.requests.append((method, params))
         self.headers.append(request.headers)
@@ -128,7 +135,10 @@ async def test_the_tools_of_a_server_are_listed_and_called(sends_events: bool, m
     listed = [tool["function"] for tool in model.requests[0]["tools"]]
     assert [tool["name"] for tool in listed] == ["math_add", "finish_"]
     assert listed[0]["parameters"] == ADD["inputSchema"]
-    assert server.requests[-1] == ("tools/call", {"name": "math.add", "arguments": {"a": 1, "b": 2}})
+    method, params = server.requests[-1]
+    assert method == "tools/call"
+    assert params.pop("_meta").keys() == {"progressToken"}
+    assert params == {"name": "math.add", "arguments": {"a": 1, "b": 2}}
     assert {headers["authorization"] for headers in server.headers} == {"Bearer secret"}
     assert server.headers[-1]["mcp-session-id"] == server.sessions[-1]
     assert server.headers[-1]["mcp-protocol-version"] == "2025-06-18"
@@ -155,14 +165,16 @@ async def test_tools_are_listed_when_the_engine_starts(open_engine: OpenEngine) 
 
 
 async def test_a_server_that_is_down_is_a_warning_and_its_tools_are_listed_again(
-    model: FakeModel, caplog: pytest.LogCaptureFixture
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A run that needs them then fails, with an error that names the server without its credentials."""
+    """A run fails if its deadline is before the next attempt, with an error that names the server, but no secret."""
     flock = flock_of(f"http://ann:secret@127.0.0.1:{(port := free_port())}/mcp?key=secret")
     text = f"The MCP server http://127.0.0.1:{port}/mcp could not be reached (ConnectError)."
+    monkeypatch.setattr("flock.agents.tools.LIST_PAUSE_S", PATIENCE_S)
+    monkeypatch.setattr("flock.agents.tools.MAX_LIST_PAUSE_S", PATIENCE_S)
     async with flock.engine(transport=model.transport) as engine:
         await until(lambda: text in caplog.text)
-        run = await engine.submit("ask", {})
+        run = await engine.submit("ask", {}, timeout_s=PATIENCE_S / 2)
         run = await engine.wait(run.run_id, PATIENCE_S)
         assert (run.error, run.error_type) == (text, "call_error")
     assert "Its tools are listed again when an agent needs them." in caplog.text
@@ -170,6 +182,26 @@ async def test_a_server_that_is_down_is_a_warning_and_its_tools_are_listed_again
     async with Served(server.app) as served:
         flock.agents["ask"].tools[0]._url = f"{served.url}/mcp"  # type: ignore[attr-defined]
         assert await result_of_call(flock, model) == "3"
+
+
+async def test_a_server_that_was_down_is_tried_again_within_the_deadline_of_a_run(
+    open_engine: OpenEngine, model: FakeModel
+) -> None:
+    """The run says what it waits for."""
+    model.replies = [Reply(calls=[("math_add", {"a": 1, "b": 2})]), Reply({"a": "done"})]
+    flock = flock_of(f"http://127.0.0.1:{(port := free_port())}/mcp")
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await engine.submit("ask", {})
+        waiting = await until_run(engine, run.run_id, lambda run: run.progress is not None or run.status.is_final)
+        assert waiting.progress is not None, waiting.error
+        expected = (
+            f"The MCP server http://127.0.0.1:{port}/mcp could not be reached (ConnectError). Waiting to try again"
+        )
+        assert waiting.progress.message.startswith(expected)
+        async with Served(FakeServer().app, port=port):
+            run = await engine.wait(run.run_id, PATIENCE_S)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert model.requests[-1]["messages"][-1]["content"] == "3"
 
 
 @pytest.mark.parametrize(
@@ -267,13 +299,17 @@ async def test_an_expired_session_is_opened_again(has_sessions: bool, model: Fak
                 "result": {
                     "content": [
                         {"type": "text", "text": "one"},
-                        {"type": "image", "data": "AAAA", "mimeType": "image/png"},
+                        {"type": "image", "data": base64.b64encode(bytes(3210)).decode(), "mimeType": "image/png"},
+                        {"type": "audio", "data": "AAA=", "mimeType": "audio/wav"},
                         {"type": "resource", "resource": {"uri": "file:///a", "text": "two"}},
-                        {"type": "resource_link", "uri": "file:///b", "name": "b"},
+                        {"type": "resource", "resource": {"uri": "file:///c", "mimeType": "x/y", "blob": "AA=="}},
+                        {"type": "resource_link", "uri": "file:///b", "name": "b", "size": 12345},
+                        {"type": "new"},
                     ]
                 }
             },
-            "one\n(image)\ntwo\nfile:///b",
+            "one\n[image image/png, 3,210 bytes]\n[audio audio/wav, 2 bytes]\ntwo\n"
+            "[resource file:///c x/y, 1 bytes]\n[resource_link file:///b b, 12,345 bytes]\n[new]",
             id="parts",
         ),
         pytest.param({"result": {"content": [], "structuredContent": {"n": 1}}}, '{"n":1}', id="structured"),
@@ -294,6 +330,67 @@ async def test_what_a_server_answers_reaches_the_model(body: Any, result: str, m
         text = await result_of_call(flock_of(f"{served.url}/mcp"), model)
     assert result in text
     assert text.startswith("Error: ") or text == result
+
+
+def event_of(message: Any) -> str:
+    return f"data: {json.dumps({'jsonrpc': '2.0', **message})}\n\n"
+
+
+@pytest.mark.parametrize("method", ["elicitation/create", "sampling/createMessage", "roots/list", "ping"])
+async def test_a_request_of_a_server_is_answered_at_once(method: str, model: FakeModel) -> None:
+    """Only a ping is supported. The error of any other one is that of the protocol, so the server can go on."""
+    server = FakeServer()
+
+    async def reply(message: Any) -> Response:
+        async def write() -> AsyncIterator[str]:
+            yield event_of({"id": "its own", "method": method, "params": {"message": "Who?"}})
+            await server.answered.wait()
+            yield event_of({"id": message["id"], "result": {"content": [{"type": "text", "text": "went on"}]}})
+
+        return StreamingResponse(write(), media_type="text/event-stream")
+
+    server.reply = reply
+    async with Served(server.app) as served:
+        assert await result_of_call(flock_of(f"{served.url}/mcp", timeout_s=PATIENCE_S), model) == "went on"
+    (answer,) = server.answers
+    if method == "ping":
+        assert answer == {"jsonrpc": "2.0", "id": "its own", "result": {}}
+    else:
+        error = {"code": -32601, "message": f"This client does not support {method}."}
+        assert answer == {"jsonrpc": "2.0", "id": "its own", "error": error}
+
+
+async def test_the_progress_of_a_tool_is_that_of_its_run(open_engine: OpenEngine, model: FakeModel) -> None:
+    """Notifications that are invalid, or of another request, are ignored."""
+    server, seen = FakeServer(), anyio.Event()
+
+    async def reply(message: Any) -> Response:
+        async def write() -> AsyncIterator[str]:
+            token = message["params"]["_meta"]["progressToken"]
+            for params in (
+                {"progressToken": token, "progress": 3, "total": 8, "message": "digging"},
+                {"progressToken": token, "progress": "x"},
+                {"progressToken": "another", "progress": 7},
+                5,
+            ):
+                yield event_of({"method": "notifications/progress", "params": params})
+            await seen.wait()
+            yield event_of({"id": message["id"], "result": {"content": [{"type": "text", "text": "dug"}]}})
+
+        return StreamingResponse(write(), media_type="text/event-stream")
+
+    server.reply = reply
+    model.replies = [Reply(calls=[("math_add", {})]), Reply({"a": "done"})]
+    async with (
+        Served(server.app) as served,
+        open_engine(flock_of(f"{served.url}/mcp", timeout_s=PATIENCE_S), transport=model.transport) as engine,
+    ):
+        run = await engine.submit("ask", {})
+        shown = await until_run(engine, run.run_id, lambda run: run.progress is not None or run.status.is_final)
+        assert shown.progress == Progress(done=3, total=8, message="digging"), shown.error
+        seen.set()
+        run = await engine.wait(run.run_id, PATIENCE_S)
+    assert run.status is RunStatus.COMPLETED, run.error
 
 
 @pytest.mark.parametrize("type_", ["application/json", "text/event-stream"])

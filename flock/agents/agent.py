@@ -386,7 +386,7 @@ class ModelAgent(Agent):
 
     async def _converse(self, messages: Sequence[Message], resources: Resources, context: RunContext) -> msgspec.Raw:
         toolbox = Toolbox(
-            [known for tool in self.tools for known in await self._known(tool, resources.agents)],
+            [known for tool in self.tools for known in await self._known(tool, resources.agents, context)],
             max_calls=self.max_tool_calls,
             timeout_s=self.tool_timeout_s,
             context=context,
@@ -412,9 +412,11 @@ class ModelAgent(Agent):
         )
         return await conversation.converse(self.max_retries)
 
-    async def _known(self, tool: Tool | ToolSource | str, agents: Mapping[str, Agent]) -> Sequence[Tool]:
+    async def _known(
+        self, tool: Tool | ToolSource | str, agents: Mapping[str, Agent], context: RunContext
+    ) -> Sequence[Tool]:
         if isinstance(tool, ToolSource):
-            return await tool.tools()
+            return await tool.tools_in_time(context)
         if isinstance(tool, Tool):
             return [tool]
         if tool not in agents:

@@ -1,16 +1,16 @@
 """Tools of MCP servers, over streamable HTTP.
 
 ``mcp_tools("https://…")`` is an entry of ``tools=``. The server's tools are listed when the engine starts, and at each
-use until that has succeeded.
+use until that has succeeded. What a server asks of its client, such as to ask a person ("elicitation"), is refused.
 
-Source: Model Context Protocol 2025-11-25, "Transports", "Lifecycle" and "Tools". Newer servers accept it too.
+Source: Model Context Protocol 2025-11-25, "Transports", "Lifecycle", "Progress", "Tools". Newer servers accept it too.
 """
 
 import contextlib
 import itertools
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -23,7 +23,7 @@ from flock.agents.bodies import ENCODING, BadBody, read_whole
 from flock.agents.react import FINISH
 from flock.agents.signature import Signature
 from flock.agents.sse import events_in, is_stream
-from flock.agents.tools import Tool, ToolSource
+from flock.agents.tools import Tool, ToolSource, Unlisted
 from flock.errors import CallError, DefinitionError
 from flock.runs import RunContext, one_line, safe_text
 
@@ -33,7 +33,12 @@ logger = logging.getLogger("flock.checks")
 
 T = TypeVar("T")
 
+#: Receives what is done, the total if it is known, and a message.
+OnProgress = Callable[[float, float | None, str], None]
+
 PROTOCOL_VERSION = "2025-11-25"
+#: The protocol's code for a request that is not supported (JSON-RPC 2.0, section 5.1).
+METHOD_NOT_FOUND = -32601
 #: Max pages of a list of tools that are read.
 MAX_PAGES = 100
 
@@ -87,23 +92,25 @@ class MCPTools(ToolSource):
                 return found
         raise self._error(f"has more than {MAX_PAGES} pages of tools")
 
-    async def request(self, method: str, params: Mapping[str, Any], result_type: type[T]) -> T:
+    async def request(
+        self, method: str, params: Mapping[str, Any], result_type: type[T], on_progress: OnProgress | None = None
+    ) -> T:
         """Send a request, in a new session if there is none or if it has expired, and return the result.
 
-        Raises: CallError if the server cannot be reached, or responds with an error.
+        Raises: CallError if the server responds with an error; Unlisted if it cannot be reached.
         """
         # Each request has its own client, because a program may have several event loops, one after the other.
         try:
             with anyio.fail_after(self._timeout_s):
                 async with httpx.AsyncClient(timeout=self._timeout_s) as http:
-                    result = await self._send_in_session(http, method, params)
+                    result = await self._send_in_session(http, method, params, on_progress)
                     return self._decoded(result, result_type, f"returned an invalid result of {method}")
         except (TimeoutError, httpx.TimeoutException) as exc:
-            raise self._error(f"did not answer within {self._timeout_s:g} s (timeout_s)") from exc
+            raise self._error(f"did not answer within {self._timeout_s:g} s (timeout_s)", Unlisted) from exc
         except BadBody as exc:
             raise self._error(f"sent {exc}") from exc
         except httpx.HTTPError as exc:
-            raise self._error(f"could not be reached ({type(exc).__name__})") from exc
+            raise self._error(f"could not be reached ({type(exc).__name__})", Unlisted) from exc
 
     def _decoded(self, sent: str | bytes | msgspec.Raw, type_: type[T], problem: str) -> T:
         try:
@@ -111,14 +118,16 @@ class MCPTools(ToolSource):
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise self._error(f"{problem}: {exc}") from exc
 
-    async def _send_in_session(self, http: httpx.AsyncClient, method: str, params: Mapping[str, Any]) -> msgspec.Raw:
+    async def _send_in_session(
+        self, http: httpx.AsyncClient, method: str, params: Mapping[str, Any], on_progress: OnProgress | None
+    ) -> msgspec.Raw:
         used: Mapping[str, str] | None = None
         for _ in range(2):
             async with self._opening:
                 if self._session is used:  # there is none, or it has expired
                     self._session = await self._open_session(http)
                 used = self._session
-            result, _ = await self._send(http, method, params, used or {})
+            result, _ = await self._send(http, method, params, used or {}, on_progress)
             if result is not None:
                 return result
         raise self._error("returned status 404")
@@ -139,9 +148,12 @@ class MCPTools(ToolSource):
         if not all(map(str.isascii, session.values())):
             raise self._error("sent a session ID or a protocol version that is not ASCII")
         body = {"jsonrpc": "2.0", "method": "notifications/initialized"}
-        async with self._posted(http, body, session) as response:
-            await read_whole(response)  # so that the connection can be used again
+        await self._notify(http, body, session)
         return session
+
+    async def _notify(self, http: httpx.AsyncClient, message: Mapping[str, Any], session: Mapping[str, str]) -> None:
+        async with self._posted(http, message, session) as response:
+            await read_whole(response)  # so that the connection can be used again
 
     def _posted(
         self, http: httpx.AsyncClient, message: Mapping[str, Any], session: Mapping[str, str]
@@ -150,36 +162,65 @@ class MCPTools(ToolSource):
         return http.stream("POST", self._url, content=msgspec.json.encode(message), headers=headers)
 
     async def _send(
-        self, http: httpx.AsyncClient, method: str, params: Mapping[str, Any], session: Mapping[str, str]
+        self,
+        http: httpx.AsyncClient,
+        method: str,
+        params: Mapping[str, Any],
+        session: Mapping[str, str],
+        on_progress: OnProgress | None = None,
     ) -> tuple[msgspec.Raw | None, httpx.Headers]:
         """Send a request. Return its result, or None if the server does not know the session or the path."""
         number = next(self._ids)
+        if on_progress is not None:
+            params = {**params, "_meta": {"progressToken": number}}
         message = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
         async with self._posted(http, message, session) as response:
             if response.status_code == 404:
                 return None, response.headers
-            if response.status_code >= 300:
-                raise self._error(f"returned status {response.status_code}")
-            if is_stream(response):
-                async with contextlib.aclosing(events_in(response)) as events:
-                    async for event in events:
-                        if (result := self._result_in(event.data, number)) is not None:
-                            return result, response.headers
-            elif (result := self._result_in((await read_whole(response)).content, number)) is not None:
-                return result, response.headers
+            if (status := response.status_code) >= 300:
+                raise self._error(f"returned status {status}", Unlisted if status >= 500 else CallError)
+            async with contextlib.aclosing(_texts_in(response)) as texts:
+                async for text in texts:
+                    received = self._decoded(text, _Message, "sent an invalid message")
+                    if received.method is not None:
+                        await self._take(received, number, http, session, on_progress)
+                    elif received.id == number and received.error is not None:
+                        raise self._error(f"reports an error: {one_line(received.error.message)}")
+                    elif received.id == number:
+                        return received.result, response.headers
         raise self._error(f"closed the connection without a response to {method}")
 
-    def _result_in(self, text: str | bytes, number: int) -> msgspec.Raw | None:
-        """Return the result of request *number*, or None if *text* is another message. Raises CallError."""
-        message = self._decoded(text, _Response, "sent an invalid message")
-        if message.id != number or message.method is not None:
-            return None
-        if message.error is not None:
-            raise self._error(f"reports an error: {one_line(message.error.message)}")
-        return message.result
+    async def _take(
+        self,
+        received: "_Message",
+        number: int,
+        http: httpx.AsyncClient,
+        session: Mapping[str, str],
+        on_progress: OnProgress | None,
+    ) -> None:
+        """Answer a request of the server, or report the progress of request *number*. Ignore other notifications."""
+        if received.id is not None:
+            error = {"code": METHOD_NOT_FOUND, "message": f"This client does not support {received.method}."}
+            answer = {"result": {}} if received.method == "ping" else {"error": error}
+            await self._notify(http, {"jsonrpc": "2.0", "id": received.id, **answer}, session)
+        elif received.method == "notifications/progress" and on_progress is not None:
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):  # it is not worth an error
+                reported = msgspec.json.decode(received.params, type=_Progress)
+                if reported.progress_token == number:
+                    on_progress(reported.progress, reported.total, reported.message)
 
-    def _error(self, reason: str) -> CallError:
-        return CallError(f"The MCP server {self.name} {reason}.")
+    def _error(self, reason: str, type_: type[CallError] = CallError) -> CallError:
+        return type_(f"The MCP server {self.name} {reason}.")
+
+
+async def _texts_in(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    """Yield each message of a response: that of its body, or of each event."""
+    if is_stream(response):
+        async with contextlib.aclosing(events_in(response)) as events:
+            async for event in events:
+                yield event.data
+    else:
+        yield (await read_whole(response)).content
 
 
 def mcp_tools(
@@ -217,7 +258,7 @@ class MCPTool(Tool):
 
     async def call(self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]]) -> Any:
         params = {"name": self._listed_name, "arguments": arguments}
-        called = await self._server.request("tools/call", params, _Called)
+        called = await self._server.request("tools/call", params, _Called, context.progress)
         text = "\n".join(map(_text_of, called.content)) or bytes(called.structured).decode()
         if called.is_error:
             raise CallError(text)
@@ -305,15 +346,19 @@ class _Initialized(msgspec.Struct, rename="camel"):
     protocol_version: str
 
 
-class _Resource(msgspec.Struct):
-    text: str | None = None
+class _Block(msgspec.Struct, rename="camel"):
+    """A part of a result, or the resource in one."""
 
-
-class _Block(msgspec.Struct):
-    type: str
+    type: str = "resource"
     text: str | None = None
     uri: str | None = None
-    resource: _Resource | None = None
+    name: str | None = None
+    mime_type: str | None = None
+    #: in base64
+    data: str | None = None
+    blob: str | None = None
+    size: int | None = None
+    resource: "_Block | None" = None
 
 
 class _Called(msgspec.Struct, rename={"structured": "structuredContent", "is_error": "isError"}):
@@ -326,14 +371,28 @@ class _RPCError(msgspec.Struct):
     message: str = ""
 
 
-class _Response(msgspec.Struct):
+class _Progress(msgspec.Struct, rename="camel"):
+    progress_token: int | str
+    progress: float
+    total: float | None = None
+    message: str = ""
+
+
+class _Message(msgspec.Struct):
     id: Any = None
     method: str | None = None
+    params: msgspec.Raw = msgspec.Raw(b"{}")
     result: msgspec.Raw = msgspec.Raw(b"{}")
     error: _RPCError | None = None
 
 
 def _text_of(block: _Block) -> str:
-    """Return what a model can read of a part of a result: not images and sound."""
-    texts = (block.text, None if block.resource is None else block.resource.text, block.uri)
-    return next((text for text in texts if text is not None), f"({block.type})")
+    """Return a part of a result as a model can read it: its text, or ``[image image/png, 3,210 bytes]``."""
+    content = block.resource or block
+    if content.text is not None:
+        return content.text
+    size, encoded = content.size, content.data or content.blob
+    if encoded is not None:
+        size = len(encoded.rstrip("=")) * 3 // 4
+    words = [text for text in (block.type, content.uri, content.name, content.mime_type) if text]
+    return f"[{' '.join(words)}{'' if size is None else f', {size:,} bytes'}]"

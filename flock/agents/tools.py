@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import logging
 import math
 import re
@@ -12,6 +13,7 @@ import anyio
 import msgspec
 
 from flock.agents.completions import Message, ToolCall, ToolSchema
+from flock.agents.pace import Caller, wait
 from flock.agents.react import FINISH
 from flock.agents.signature import Signature, context_parameter, is_async, name_of
 from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON, StepError
@@ -20,12 +22,14 @@ from flock.pydanticmodel import to_json
 from flock.runs import RunContext, one_line, safe_text
 from flock.scopes import current_task
 
-__all__ = ["AgentTool", "Tool", "ToolSource", "Toolbox", "by_name"]
+__all__ = ["AgentTool", "Tool", "ToolSource", "Toolbox", "Unlisted", "by_name"]
 
 logger = logging.getLogger("flock.runs")
 
 #: What all providers accept as the name of a tool.
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+#: The first and the longest pause before the tools of a source are listed again, in seconds.
+LIST_PAUSE_S, MAX_LIST_PAUSE_S = 0.5, 8.0
 #: Max characters of a result that a model reads.
 MAX_RESULT_CHARS = 50_000
 
@@ -146,12 +150,28 @@ def _checked_name(name: str) -> str:
     return name
 
 
+class Unlisted(CallError):
+    """The tools of a source cannot be listed now. A later attempt may succeed."""
+
+
 class ToolSource:
     """Tools that are known at run time only."""
 
     async def tools(self) -> Sequence[Tool]:
-        """Return the tools. Raises CallError if they cannot be listed now."""
+        """Return the tools. Raises CallError if they cannot be listed; Unlisted if another attempt may succeed."""
         raise NotImplementedError
+
+    async def tools_in_time(self, context: RunContext) -> Sequence[Tool]:
+        """Return the tools, after as many attempts as the caller's deadline allows. Raises CallError."""
+        for number in itertools.count():
+            try:
+                return await self.tools()
+            except Unlisted as exc:
+                pause_s = min(LIST_PAUSE_S * 2 ** min(number, 30), MAX_LIST_PAUSE_S)
+                if anyio.current_time() + pause_s > anyio.current_effective_deadline():
+                    raise
+                await wait(pause_s, Caller(on_wait=context.report_wait), f"{exc} Waiting to try again")
+        raise AssertionError("the loop returns or raises")
 
 
 class Toolbox:

@@ -148,10 +148,10 @@ def memory_kib(server: Server) -> int:
 class Served:
     """An app served by a real uvicorn in this event loop."""
 
-    def __init__(self, app: FlockAPI | Starlette) -> None:
+    def __init__(self, app: FlockAPI | Starlette, port: int = 0) -> None:
         self.app = app
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", ws="none"))
-        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.socket = socket.create_server(("127.0.0.1", port))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
