@@ -28,7 +28,7 @@ from flock.errors import DefinitionError, ModelError
 from flock.runs import BatchOptions, RunStatus
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from tests.support import PATIENCE_S, ROOT
-from tests.support.engines import OpenEngine
+from tests.support.engines import OpenEngine, until, until_run
 from tests.support.models import LimitedModel
 
 pytestmark = pytest.mark.anyio
@@ -692,6 +692,106 @@ async def test_a_batch_goes_on_with_another_model_in_an_outage(monkeypatch: pyte
         with anyio.fail_after(PATIENCE_S):
             batch = await engine.wait_batch(batch.batch_id)
     assert (batch.completed_items, batch.failed_items) == (100, 0)
+
+
+class TwoServers:
+    """Two providers that can be down: those of FIRST and of SECOND."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("GROQ_API_KEY", "key")
+        monkeypatch.setattr(pace, "LEFT_ALONE_S", 10 * PATIENCE_S)  # as long as this is no test of it
+        self.first, self.second = Server(), Server()
+        self.first.is_down = self.second.is_down = True
+        self.transport = FakeModel(self._reply).transport
+
+    def _reply(self, request: ModelRequest) -> Any:
+        return (self.second if "groq" in request.headers["host"] else self.first)._reply(request)
+
+    async def are_asked(self) -> None:
+        """Wait until both have an outage, and are asked again by one call for all."""
+        await until(lambda: self.first.asked > 4 and self.second.asked > 4)
+
+
+@pytest.mark.parametrize("kind", [True, 503], ids=["refused", "status 503"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "second"])
+async def test_a_batch_goes_on_with_the_first_of_its_models_that_is_back(
+    kind: int | bool, is_first: bool, quick_probes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All models had an outage, and the other one never comes back."""
+    servers = TwoServers(monkeypatch)
+    servers.first.is_down = servers.second.is_down = kind
+    async with asking([FIRST, SECOND]).engine(transport=servers.transport) as engine:
+        batch = await engine.submit_batch("ask", [{"number": n} for n in range(100)], BatchOptions(max_workers=20))
+        await servers.are_asked()
+        back, away = (servers.first, servers.second) if is_first else (servers.second, servers.first)
+        back.is_down = False
+        with anyio.fail_after(PATIENCE_S):
+            batch = await engine.wait_batch(batch.batch_id)
+    assert (batch.completed_items, batch.failed_items) == (100, 0)
+    assert (back.answered, away.answered) == (100, 0)
+
+
+async def test_a_run_asks_the_first_of_its_models_that_is_back(
+    quick_probes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was left alone only as long as the second one could answer."""
+    servers = TwoServers(monkeypatch)
+    async with ModelClient([FIRST, SECOND], transport=servers.transport, backoff_s=0.001) as models:
+        failure = await failure_of(models)
+        assert failure.error_type == "model_unavailable"
+        assert FIRST in str(failure)
+        assert SECOND in str(failure)
+        servers.first.is_down = False
+        with anyio.fail_after(PATIENCE_S):
+            while True:
+                with contextlib.suppress(ModelError):
+                    completion = await complete(models)
+                    break
+    assert (completion.model, servers.second.answered) == (FIRST, 0)
+
+
+def test_one_of_several_models_is_asked_within_5_s_of_its_return() -> None:
+    """However long the outage was. Only a call that waits for an answer is a reason to wait longer."""
+    provider, now = Pace("openai"), 0.0
+    caller = Caller(is_item=True, has_fallback=True, models=2, have_all_failed=True)
+    provider.failed(now, Passage(), OUTAGE, is_last=True, max_pause_s=pace.FALLBACK_WAIT_S)
+    for _ in range(20):
+        with pytest.raises(ModelError, match="could not be reached"):
+            provider.check(now, caller)
+        pause_s = provider.wait_s(now, caller, Passage())
+        assert 0 < pause_s <= 5
+        now += pause_s
+        provider.check(now, caller)
+        provider.admit(now, caller, probe := Passage())
+        with pytest.raises(ModelError, match="could not be reached"):
+            provider.check(now, caller)
+        provider.failed(now, probe, OUTAGE, is_last=False, max_pause_s=pace.FALLBACK_WAIT_S)
+        provider.leave(probe)
+
+
+async def test_an_item_that_no_server_can_process_fails(quick_probes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = TwoServers(monkeypatch)
+    servers.first.is_down = servers.second.is_down = 500
+    async with ModelClient([FIRST, SECOND], transport=servers.transport, backoff_s=0.001) as models:
+        with anyio.fail_after(PATIENCE_S):
+            assert (await failure_of(models, caller=ITEM)).error_type == "model_unavailable"
+    assert servers.first.asked >= MAX_SERVER_ERRORS - 3
+    assert servers.second.asked >= MAX_SERVER_ERRORS - 3
+
+
+async def test_the_record_says_which_models_a_row_waits_for(
+    quick_probes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = TwoServers(monkeypatch)
+    async with asking([FIRST, SECOND]).engine(transport=servers.transport) as engine:
+        batch = await engine.submit_batch("ask", [{"number": n} for n in range(3)], BatchOptions(max_workers=3))
+        (run_id, *_) = [item.run_id for item in await engine.get_items(batch.batch_id)]
+        run = await until_run(engine, run_id, lambda run: run.progress is not None)
+        assert run.progress is not None
+        assert run.progress.message.startswith("waiting for openai or groq, which do not answer,")
+        servers.second.is_down = False
+        batch = await engine.wait_batch(batch.batch_id)
+    assert batch.completed_items == 3
 
 
 def measure(*arguments: str) -> str:

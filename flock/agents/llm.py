@@ -15,7 +15,7 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import anyio
@@ -30,8 +30,10 @@ from flock.agents.models import Model, ModelChoice, models_of
 from flock.agents.pace import (
     FALLBACK_WAIT_S,
     MAX_WAIT_S,
+    AllOut,
     Caller,
     Gate,
+    LeftAlone,
     ModelLimits,
     Pace,
     Passage,
@@ -73,7 +75,7 @@ logger = logging.getLogger("flock.llm")
 
 #: How often a call is sent before it fails.
 MAX_ATTEMPTS = 3
-#: How often an item of a batch is sent to a server that fails with status 500: the call itself may be the reason.
+#: How often an item of a batch is sent to each server that fails with status 500: the call itself may be the reason.
 MAX_SERVER_ERRORS = 10
 #: The longest pause after a refusal if the server does not say how long to wait, in seconds.
 MAX_REFUSED_PAUSE_S = 30.0
@@ -207,24 +209,50 @@ class ModelClient:
             key=idempotency_key,
             listener=listener,
         )
-        errors: list[ModelError] = []
-        for number, candidate in enumerate(models, 1):
-            has_next, name = number < len(models), name_of(candidate)
-            request = replace(request, name=name)
-            if number > 1:  # a server may replay the answer of another model to the same key
-                request = replace(request, key=idempotency_key and f"{idempotency_key}/model{number}")
-            try:
-                completion = await client._ask(candidate, request, replace(caller, has_fallback=has_next))
-            except ModelError as exc:
-                errors.append(exc)
-                if not has_next or exc.error_type not in FALLBACK_ERRORS:
-                    if len(errors) == 1:
-                        raise
-                    raise _all_of(errors) from exc
-                logger.info("%s Asking %s instead.", exc, name_of(models[number]))
+        caller = replace(caller, models=len(models), server_errors=[])
+        errors: dict[int, ModelError] = {}
+        numbers: Sequence[int] = range(len(models))
+        while True:
+            for number in numbers:
+                try:
+                    return await client._ask_one_of(models, number, request, caller)
+                except ModelError as exc:
+                    errors[number] = exc
+                    if exc.error_type not in FALLBACK_ERRORS:
+                        raise _all_of(errors) from exc.__cause__
+            left = {number: exc.pace for number, exc in errors.items() if isinstance(exc, LeftAlone)}
+            last = len(models) - 1
+            if caller.is_item and last in left:
+                await client._all_out(left.values()).enter(caller, Passage())
+                numbers = range(len(models))
+            elif left and not caller.have_all_failed:
+                numbers = list(left)
             else:
-                return replace(completion, model=name)
-        raise AssertionError("the last model answers or raises")
+                raise _all_of(errors) from errors[last].__cause__
+            caller = replace(caller, have_all_failed=True)
+
+    async def _ask_one_of(
+        self, models: Sequence[str | Model], number: int, request: Request, caller: Caller
+    ) -> Completion:
+        has_next, name = number + 1 < len(models), name_of(models[number])
+        # A server may replay the answer of another model to the same key.
+        key = request.key and (f"{request.key}/model{number + 1}" if number else request.key)
+        try:
+            completion = await self._ask(
+                models[number], replace(request, name=name, key=key), replace(caller, has_fallback=has_next)
+            )
+        except ModelError as exc:
+            if has_next and exc.error_type in FALLBACK_ERRORS and not caller.have_all_failed:
+                logger.info("%s Asking %s instead.", exc, name_of(models[number + 1]))
+            raise
+        return replace(completion, model=name)
+
+    def _all_out(self, paces: Iterable[Pace]) -> Gate:
+        """Return the gate of items whose models have an outage."""
+        gates, key = self._paces, tuple(dict.fromkeys(paces))
+        if key not in gates:
+            gates[key] = AllOut(key)
+        return gates[key]
 
     async def _ask(self, model: str | Model, request: Request, caller: Caller) -> Completion:
         """Ask one model."""
@@ -412,7 +440,7 @@ class _Call:
         self.pace = pace
         self._backoff_s = backoff_s
         self._waits_for_outages = caller.is_item and not caller.has_fallback
-        self._failures = self._refusals = self._server_errors = 0
+        self._failures = self._refusals = 0
         self._failed_at = self._refused_sent_at = 0.0
         self.is_refused = self._is_asked = self._is_last = self._is_outage = False
 
@@ -450,14 +478,17 @@ class _Call:
             self.pace.refused(now, passage, error, asked_s, is_overload=status != 429)
             return
         self._failures += 1
-        self._server_errors += status == 500
+        if status == 500:
+            self.caller.server_errors.append(status)
         if self._failures == 1:
             self._failed_at = now
         is_timeout = error.error_type == "model_timeout" and error.log_detail != httpx.ConnectTimeout.__name__
         self._is_last = self._failures >= MAX_ATTEMPTS or (is_timeout and self.caller.has_fallback)
         self._is_outage = not is_timeout and status not in (408, 409)
         if self._is_outage or self.caller.has_fallback:
-            self.pace.failed(now, passage, error, is_last=self._is_last and not self._are_others_answered)
+            is_last = self._is_last and not self._are_others_answered
+            max_pause_s = FALLBACK_WAIT_S if self.caller.models > 1 else None
+            self.pace.failed(now, passage, error, is_last=is_last, max_pause_s=max_pause_s)
 
     def pause_s(self, failure: _TransientError) -> float:
         """Return the seconds until the next attempt. Raises the error if there is none."""
@@ -470,9 +501,10 @@ class _Call:
             if self.caller.has_fallback and pause_s > FALLBACK_WAIT_S:
                 raise failure.error from failure
             return pause_s
-        if not self._is_last:
+        is_cause = len(self.caller.server_errors) >= MAX_SERVER_ERRORS * self.caller.models
+        if not (self._is_last or is_cause):
             return self._backoff(self._failures, 8)
-        is_own = self._are_others_answered or self._server_errors >= MAX_SERVER_ERRORS
+        is_own = self._are_others_answered or is_cause
         if is_own or not (self._waits_for_outages and self._is_outage):
             raise failure.error from failure
         return 0.0
@@ -486,10 +518,13 @@ class _Call:
         return float(min(self._backoff_s * 2 ** min(times - 1, 30), longest_s) * (1 - 0.25 * random.random()))
 
 
-def _all_of(errors: Sequence[ModelError]) -> ModelError:
+def _all_of(failed: Mapping[int, ModelError]) -> ModelError:
     """Return one error for those of all models that were asked. Its ``error_type`` is that of the last one."""
-    details = " ".join(error.log_detail for error in errors if error.log_detail)
+    errors = [failed[number] for number in sorted(failed)]
     last = errors[-1]
+    if len(errors) == 1:
+        return last
+    details = " ".join(error.log_detail for error in errors if error.log_detail)
     error = ModelError(" ".join(map(str, errors)), last.error_type, details)
     error.usage, error.model = last.usage, last.model
     return error

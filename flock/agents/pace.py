@@ -24,9 +24,11 @@ from flock.runs import now as utc_now
 __all__ = [
     "FALLBACK_WAIT_S",
     "MAX_WAIT_S",
+    "AllOut",
     "Breaker",
     "Caller",
     "Gate",
+    "LeftAlone",
     "ModelLimits",
     "Pace",
     "Passage",
@@ -45,7 +47,7 @@ logger = logging.getLogger("flock.llm")
 MAX_WAIT_S = 120.0
 #: A call that has another model to ask does not wait longer than this for the first one, in seconds.
 FALLBACK_WAIT_S = 5.0
-#: How long a provider is left alone after an outage, by calls that have another model to ask, in seconds.
+#: How long a provider is left alone after an outage, by calls that another model may answer, in seconds.
 LEFT_ALONE_S = 30.0
 #: How long calls fail at once after the provider said that the quota is used up, in seconds.
 QUOTA_PAUSE_S = 60.0
@@ -236,12 +238,18 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         is_item: it is an item of a batch, which can wait. Runs go first, since clients may wait for them.
-        has_fallback: there is another model to ask.
+        has_fallback: there is another model to ask next.
+        models: how many models may be asked. If there are several, an item waits for the first one that is back.
+        have_all_failed: none of the models has answered, so that a provider is not left alone for long.
+        server_errors: a list with an entry for each status 500 that the call has got.
         on_wait: called with what the call waits for, and with None when it no longer waits.
     """
 
     is_item: bool = False
     has_fallback: bool = False
+    models: int = 1
+    have_all_failed: bool = False
+    server_errors: list[int] = []
     on_wait: Callable[[str | None], None] = lambda reason: None
 
 
@@ -496,9 +504,9 @@ class Pace(Gate):
 
     def __init__(self, provider: str, shortest_s: float = 0.5) -> None:
         super().__init__()
-        self._provider = provider
-        #: the limits whose calls wait there until they may pass here
-        self.limits: list[ModelLimits] = []
+        self.provider = provider
+        #: the gates whose calls wait there until they may pass here
+        self.limits: list[Gate] = []
         self.rate = Rate(shortest_s)
         #: the provider asked to wait; it does not answer; the quota is used up
         self.limit, self.outage, self.quota = Breaker(), Breaker(), Breaker()
@@ -510,15 +518,17 @@ class Pace(Gate):
     @property
     def reason(self) -> str:  # type: ignore[override]
         if self.outage.is_open:
-            return f"waiting for {self._provider}, which does not answer,"
-        return f"waiting for the rate limit of {self._provider}"
+            return f"waiting for {self.provider}, which does not answer,"
+        return f"waiting for the rate limit of {self.provider}"
 
     def check(self, now: float, caller: Caller) -> None:
         if self.quota.wait_s(now) > 0 and self.quota.error is not None:
             raise _again(self.quota.error)
-        if caller.has_fallback and self.outage.is_open and self.outage.error is not None:
-            if now < self.outage.opened_at + LEFT_ALONE_S or self.outage.probe is not None:
-                raise _again(self.outage.error)
+        if (caller.has_fallback or (caller.models > 1 and caller.is_item)) and self.outage.is_open:
+            is_short = caller.have_all_failed or not caller.has_fallback
+            until = self.outage.until if is_short else self.outage.opened_at + LEFT_ALONE_S
+            if self.outage.error is not None and (now < until or self.outage.probe is not None):
+                raise LeftAlone(self, self.outage.error)
         if self.limit.error is None:
             return
         if self.limit.is_open and now < self.limit.until:
@@ -586,7 +596,7 @@ class Pace(Gate):
         if self.limit.probe is passage and not asked_s:
             self._pause_s = pause_s = min(MAX_PROBE_PAUSE_S, max(MIN_PROBE_PAUSE_S, 2 * self._pause_s))
         if self.rate.per_s(now) == math.inf:
-            logger.info("%s refuses calls, so they are sent more slowly. %s", self._provider, error)
+            logger.info("%s refuses calls, so they are sent more slowly. %s", self.provider, error)
         self.rate.refused(now, passage.sent_at, is_overload=is_overload, until=now + pause_s)
         self.limit.error = _again(error)
         if pause_s > 0:
@@ -594,15 +604,18 @@ class Pace(Gate):
             self.limit.open(now, now + pause_s, error, needs_probe=pause_s > PROBE_AFTER_S)
             self.wake_all()
 
-    def failed(self, now: float, passage: Passage, error: ModelError, *, is_last: bool) -> None:
+    def failed(
+        self, now: float, passage: Passage, error: ModelError, *, is_last: bool, max_pause_s: float | None = None
+    ) -> None:
         """A call could not reach the provider, or the provider failed. *is_last*: the call is not repeated at once."""
         if self.outage.probe is passage:
-            self._pause_s = min(MAX_PROBE_PAUSE_S, max(MIN_PROBE_PAUSE_S, 2 * self._pause_s))
+            pause_s = max(MIN_PROBE_PAUSE_S, 2 * self._pause_s)
+            self._pause_s = min(MAX_PROBE_PAUSE_S if max_pause_s is None else max_pause_s, pause_s)
         elif self.outage.is_open or not is_last:
             return
         else:
             self._pause_s, self._rate_before = MIN_PROBE_PAUSE_S, self.rate.current(now)
-            logger.warning("%s does not answer. Items of batches wait for it. %s", self._provider, error)
+            logger.warning("%s does not answer. Items of batches wait for it. %s", self.provider, error)
         self.outage.open(now, now + self._pause_s, error)
         self.wake_all()
 
@@ -612,6 +625,28 @@ class Pace(Gate):
             logger.warning("%s Calls with this key fail at once for %g s.", error, QUOTA_PAUSE_S)
         self.quota.open(now, now + QUOTA_PAUSE_S, error)
         self.wake_all()
+
+
+class LeftAlone(ModelError):
+    """A provider is not asked, since it has an outage."""
+
+    def __init__(self, pace: Pace, error: ModelError) -> None:
+        super().__init__(str(error), error.error_type, error.log_detail)
+        self.pace = pace
+
+
+class AllOut(Gate):
+    """Where an item waits if all of its models have an outage, until one of them may be asked."""
+
+    def __init__(self, paces: Sequence[Pace]) -> None:
+        super().__init__()
+        self._paces = paces
+        self.reason = f"waiting for {' or '.join(dict.fromkeys(pace.provider for pace in paces))}, which do not answer,"
+        for pace in paces:
+            pace.limits.append(self)
+
+    def wait_s(self, now: float, caller: Caller, passage: Passage) -> float:
+        return min(pace.outage.wait_s(now) for pace in self._paces)
 
 
 # Sharing
