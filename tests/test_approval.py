@@ -1,5 +1,6 @@
 """Tools that a person must allow: ``Tool(function, needs_approval=…)``."""
 
+import functools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from flock.agents.tools import Tool
 from flock.core import Flock
-from flock.errors import InvalidData
+from flock.errors import DefinitionError, InvalidData
 from flock.runs import Question, RunStatus
 from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
@@ -44,6 +45,28 @@ def asking(till: Till, needs_approval: Any = True) -> Flock:
 
 
 PAY = Reply(calls=[("refund", {"amount": 40})])
+
+
+class Decider:
+    async def __call__(self, amount: float, order: str) -> bool:
+        return False
+
+
+async def decide_later(amount: float, order: str) -> bool:
+    return False
+
+
+@pytest.mark.parametrize(
+    "decide", [decide_later, functools.partial(decide_later), Decider()], ids=["function", "partial", "object"]
+)
+def test_an_async_function_cannot_decide_about_approval(decide: Any) -> None:
+    """Its coroutine would count as True, so each call would need approval."""
+    with pytest.raises(DefinitionError) as caught:
+        Tool(Till().refund, needs_approval=decide)
+    assert str(caught.value) == (
+        "needs_approval= of the tool 'refund' is an async function, which is not supported. Use a plain function that "
+        "returns True or False, or needs_approval=True."
+    )
 
 
 async def test_a_function_that_decides_and_exits_fails_its_run_alone(model: FakeModel) -> None:

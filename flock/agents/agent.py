@@ -148,6 +148,7 @@ class Agent:
     ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise DefinitionError(f"{name!r} is not a valid agent name. Use letters, digits, '_', '-' and '.'.")
+        _check_text(description, f"description= of {name!r}")
         self.name = name
         self.description = description
         self.input = input
@@ -223,6 +224,14 @@ class Agent:
         raise InvalidHandoff(
             f"next_agent of {self.name!r} must be or return a name, an agent or None, not {type(chosen).__name__}."
         )
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Raise DefinitionError if *value* is neither a text nor None."""
+    if value is None or isinstance(value, str):
+        return
+    hint = " It is not called for each run: make what differs between runs an input." if callable(value) else ""
+    raise DefinitionError(f"{where} must be a text, not {value!r}.{hint}")
 
 
 def _output_names(output: Signature) -> Sequence[str]:
@@ -313,7 +322,7 @@ class ModelAgent(Agent):
         DefinitionError: there is no output field, or it is called ``reasoning`` although *reasoning* is on, or an
             example does not match the signatures; the message has its number, and a JSON pointer. Or there are several
             conversations, or an optional one, or one and examples or a history. Or *history* is not a whole number
-            from 1. Or a tool has no valid name, or one that another tool has.
+            from 1, or *instructions* is not a text. Or a tool has no valid name, or one that another tool has.
         SignatureError: a parameter of a tool has no type.
     """
 
@@ -353,6 +362,7 @@ class ModelAgent(Agent):
                 if examples
                 else f"{name!r} has a conversation as an input, so history= would add other messages. Omit it."
             )
+        _check_text(instructions, f"instructions= of {name!r}")
         models_of(model, repr(name))
         self.model = model
         self.instructions = instructions

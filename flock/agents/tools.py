@@ -43,12 +43,12 @@ class Tool:
             with ``RunContext`` receives the context, and is not an argument. The result must be convertible to JSON.
         name: 1 to 64 letters, digits, ``_`` and ``-``; None uses the function's name.
         description: for the model: when to call it; None uses the first paragraph of the docstring.
-        needs_approval: whether a person must allow each call first; or a function that decides. It receives the
+        needs_approval: whether a person must allow each call first; or a plain function that decides. It receives the
             arguments by name, without the context, and runs in the event loop. The run waits as for ``RunContext.ask``.
             The person can allow the call, deny it with a reason, which the model reads, or change the arguments.
 
     Raises:
-        DefinitionError: it is not a function, or its name is invalid.
+        DefinitionError: it is not a function, or its name is invalid, or the function for *needs_approval* is async.
         SignatureError: a parameter has no type, or its type cannot be read from JSON.
     """
 
@@ -69,6 +69,11 @@ class Tool:
         called = (function, type(function).__call__)
         if any(map(inspect.isgeneratorfunction, called)) or any(map(inspect.isasyncgenfunction, called)):
             raise DefinitionError(f"{function!r} is a generator. A tool must return its complete result.")
+        if callable(needs_approval) and is_async(needs_approval):
+            raise DefinitionError(
+                f"needs_approval= of the tool {name_of(function)!r} is an async function, which is not supported. Use a "
+                "plain function that returns True or False, or needs_approval=True."
+            )
         self.name = _checked_name(name_of(function) if name is None else name)
         if description is None:
             documented = function.func if isinstance(function, functools.partial) else function
