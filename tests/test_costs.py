@@ -11,6 +11,7 @@ import random
 import signal
 import sqlite3
 from collections import Counter
+from collections.abc import AsyncIterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from flock.runs import (
     new_id,
     now,
 )
+from flock.runs.usage import shown_usage
 from flock.testing import FakeModel, ModelRequest, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
@@ -45,6 +47,7 @@ from tests.support.http import client_of, get, post_run, wait_for, wait_until
 from tests.support.models import usage_of_gpt_4o
 from tests.support.servers import flockapi_command, running
 from tests.test_ask import json_of, waiting
+from tests.test_model_streams import Pieces, chunk, sse
 
 pytestmark = pytest.mark.anyio
 
@@ -801,3 +804,107 @@ def _repeated(provider: Provider) -> list[Usage]:
     """Return the replies that were given again later under the same key."""
     last = {key: number for number, (key, _) in enumerate(provider.counted)}
     return [usage for number, (key, usage) in enumerate(provider.counted) if last[key] != number]
+
+
+# Replies that are not read to their end
+
+
+class Hanging(httpx.AsyncByteStream):
+    """A stream that begins, and then sends nothing more."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self.is_read = anyio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self._body
+        self.is_read.set()
+        await anyio.sleep_forever()
+
+
+def streaming(stream: httpx.AsyncByteStream) -> httpx.Response:
+    return httpx.Response(200, headers={"Content-Type": "text/event-stream"}, stream=stream)
+
+
+def tokens(text: str | bytes) -> int:
+    return math.ceil(len(text) / 4)
+
+
+def estimate(request: ModelRequest, text: str) -> Usage:
+    """Return the estimated tokens of a request, and of a reply of which *text* has arrived."""
+    return Usage(
+        input_tokens=(prompt := tokens(json.dumps(request, separators=(",", ":"), ensure_ascii=False))),
+        output_tokens=tokens(text),
+        estimated_tokens=prompt + tokens(text),
+    )
+
+
+def answering() -> Flock:
+    flock = Flock("unfinished", model=MODEL)
+    flock.add_agent(FlockFactory.create_default_agent("ask", input="q", output="a"))
+    return flock
+
+
+@pytest.mark.parametrize("is_on_disk", [False, True], ids=["memory", "disk"])
+async def test_a_cancelled_stream_reports_its_usage(is_on_disk: bool, tmp_path: Path, model: FakeModel) -> None:
+    """The tokens are estimated, and count for the cost. On a cluster nothing is streamed."""
+    stream, text = Hanging(sse(chunk(reasoning="hm, well"), chunk('{"a": "1234567'))), 'hm, well{"a": "1234567'
+    model.replies = [streaming(stream)]
+    store = tmp_path / "flock.db" if is_on_disk else ":memory:"
+    async with answering().engine(transport=model.transport, store=store) as engine:
+        run = await engine.submit("ask", {"q": "?"})
+        with anyio.fail_after(PATIENCE_S):
+            await stream.is_read.wait()
+            await engine.cancel_run(run.run_id)
+            await engine.wait(run.run_id)
+        run = await engine.get_run(run.run_id)
+    assert run.status is RunStatus.CANCELLED
+    assert run.usage == priced(PRICES, estimate(model.requests[0], text), MODEL)
+    assert run.usage.cost
+
+
+async def test_what_the_server_of_a_cancelled_stream_has_counted_is_no_estimate(model: FakeModel) -> None:
+    counted = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 1}}
+    stream = Hanging(sse(counted, chunk('{"a": "1')))
+    model.replies = [streaming(stream)]
+    async with answering().engine(transport=model.transport) as engine:
+        run = await engine.submit("ask", {"q": "?"})
+        with anyio.fail_after(PATIENCE_S):
+            await stream.is_read.wait()
+            await engine.cancel_run(run.run_id)
+            run = await engine.wait(run.run_id)
+    assert run.usage == priced(PRICES, Usage(input_tokens=100, output_tokens=2, estimated_tokens=1), MODEL)
+    assert shown_usage(run.usage)["usage"] == {"input_tokens": 100, "output_tokens": 2, "estimated_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("broken", "failure"),
+    [
+        pytest.param(sse(chunk('{"a"')), httpx.ReadError("gone"), id="lost connection"),
+        pytest.param(sse(chunk('{"a"')), httpx.ReadTimeout("slow"), id="timed out"),
+        pytest.param(sse(chunk('{"a"')), None, id="no end"),
+        pytest.param(sse(chunk('{"a"'), {"error": {"code": 500}}), None, id="error"),
+    ],
+)
+async def test_each_broken_attempt_of_a_stream_is_counted(
+    broken: bytes, failure: Exception | None, model: FakeModel
+) -> None:
+    """Beside the tokens of the one that succeeds, in the run and in its step."""
+    model.replies = [streaming(Pieces([broken], failure)), Reply({"a": "done"})]
+    async with answering().engine(transport=model.transport) as engine:
+        run = await engine.submit("ask", {"q": "?"})
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert run.status is RunStatus.COMPLETED, run.error
+    first = estimate(model.requests[0], '{"a"')
+    assert run.usage == priced(PRICES, first + Usage(input_tokens=10, output_tokens=5), MODEL)
+    assert run.steps[0].usage == run.usage
+
+
+async def test_an_error_in_place_of_a_stream_has_no_usage(model: FakeModel) -> None:
+    model.replies = [streaming(Pieces([sse({"error": {"code": 400, "message": "no"}})]))]
+    async with answering().engine(transport=model.transport) as engine:
+        run = await engine.submit("ask", {"q": "?"})
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.error_type, run.usage) == ("model_bad_request", None)

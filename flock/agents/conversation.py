@@ -92,6 +92,7 @@ class Conversation:
                     # Each call needs its own key, or a provider would return the invalid answer again.
                     idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
                     listener=self._listen() if context.is_watched else None,
+                    on_unfinished=context.spend,
                 )
             except ModelError as exc:
                 if exc.usage is not None:  # the answer is paid for, even if it cannot be used

@@ -66,8 +66,9 @@ from flock.agents.requests import (
     streamed,
 )
 from flock.agents.sse import is_stream
-from flock.agents.streams import StreamedReply, read_reply
+from flock.agents.streams import BYTES_PER_TOKEN, StreamedReply, counted, read_reply
 from flock.errors import ModelError
+from flock.runs import Usage
 
 __all__ = ["ModelClient"]
 
@@ -100,12 +101,13 @@ class _TransientError(Exception):
 
 
 class _Sending(msgspec.Struct, frozen=True):
-    """What is sent in each attempt of a call, and who receives the reply while it is written."""
+    """What is sent in each attempt of a call, and who receives the reply, or the tokens of one that has no end."""
 
     endpoint: Endpoint
     body: Mapping[str, Any]
     headers: Mapping[str, str]
     listener: Listener | None
+    on_unfinished: Callable[[Usage], None]
 
 
 class ModelClient:
@@ -171,6 +173,7 @@ class ModelClient:
         traceparent: str | None = None,
         idempotency_key: str | None = None,
         listener: Listener | None = None,
+        on_unfinished: Callable[[Usage, str], None] = lambda usage, model: None,
         caller: Caller = Caller(),  # noqa: B008 - it is frozen
     ) -> Completion:
         """Ask *model* for one JSON object that matches *schema*, or for calls of *tools*. The caller validates both.
@@ -187,6 +190,8 @@ class ModelClient:
                 streamed request appends ``/stream`` at the end.
             listener: receives the reply while the model writes it. Without one, no stream is requested. A step as JSON
                 is never streamed, and other servers may not support streams: then the listener receives nothing.
+            on_unfinished: called with the tokens, and the model, of each stream that has begun and is not read to its
+                end: the call was cancelled, or the stream broke off. They are estimated if the server sent none.
             caller: who waits if the provider does not accept the call now.
 
         Raises:
@@ -208,6 +213,7 @@ class ModelClient:
             headers={} if traceparent is None else {"traceparent": traceparent},
             key=idempotency_key,
             listener=listener,
+            on_unfinished=on_unfinished,
         )
         caller = replace(caller, models=len(models), server_errors=[])
         errors: dict[int, ModelError] = {}
@@ -291,7 +297,7 @@ class ModelClient:
         """Offer tools to a model whose server supports them."""
         body = request.body(endpoint) | format_of("text", request)
         body["tools"] = [function_of(tool) for tool in request.tools]
-        sending = _Sending(endpoint, body, request.all_headers(), request.listener)
+        sending = _Sending(endpoint, body, request.all_headers(), request.listener, request.unfinished)
         return completion_of(await self._post(sending, caller), request)
 
     async def _complete_json(self, endpoint: Endpoint, request: Request, caller: Caller) -> Completion:
@@ -301,7 +307,7 @@ class ModelClient:
         for format_ in FORMATS[first:]:
             body = request.body(endpoint) | format_of(format_, request, is_local=endpoint.is_local)
             try:
-                sending = _Sending(endpoint, body, request.all_headers(format_), request.listener)
+                sending = _Sending(endpoint, body, request.all_headers(format_), request.listener, request.unfinished)
                 answer = await self._post(sending, caller)
             except ModelError as exc:
                 if format_ == FORMATS[-1] or not rejects_format(exc):
@@ -394,7 +400,7 @@ class ModelClient:
                     response = await read_whole(response)
                 if listener is not None and response.status_code == 200:
                     if is_stream(response) or response.content.startswith(b"data:"):  # with another type
-                        return await read_reply(response, endpoint.name, listener)
+                        return await read_reply(response, endpoint.name, listener, len(content), sending.on_unfinished)
         except BadBody as exc:
             raise bad_response(endpoint.name, f"sent {exc}") from exc
         except httpx.TimeoutException as exc:
@@ -533,7 +539,7 @@ def _all_of(failed: Mapping[int, ModelError]) -> ModelError:
 def _estimate(body: Mapping[str, Any], content: bytes) -> float:
     """Return about how many tokens a call will use."""
     longest = max((value for name in MAX_TOKENS_FIELDS if isinstance(value := body.get(name), int)), default=256)
-    return len(content) / 4 + longest
+    return len(content) / BYTES_PER_TOKEN + longest
 
 
 def _counted(answer: Any, estimate: float) -> float:
@@ -578,7 +584,7 @@ async def _complete_with_litellm(request: Request, model: Model | None) -> Compl
     if listener is not None:
         listener.reset()
         try:
-            answer = await _stream_of_litellm(send, request.name, headers, listener)
+            answer = await _stream_of_litellm(send, request, headers, listener)
         except Exception as exc:
             logger.info("The stream of %s failed (%s). Asking without one.", request.name, type(exc).__name__)
             listener.reset()
@@ -593,12 +599,13 @@ async def _complete_with_litellm(request: Request, model: Model | None) -> Compl
 
 
 async def _stream_of_litellm(
-    send: Callable[..., Any], name: str, headers: Mapping[str, str], listener: Listener
+    send: Callable[..., Any], request: Request, headers: Mapping[str, str], listener: Listener
 ) -> Mapping[str, Any]:
     """Request a stream once, and return the chat completion. Any failure is an exception."""
     part, headers = streamed("stream", {}, headers)
-    reply = StreamedReply(name, listener)
+    reply = StreamedReply(request.name, listener)
     async with contextlib.aclosing(await send(headers, num_retries=0, **part)) as chunks:
-        async for chunk in chunks:
-            reply.add(chunk.model_dump())
-    return reply.end()
+        with counted(reply, len(msgspec.json.encode(request.messages)), request.unfinished):
+            async for chunk in chunks:
+                reply.add(chunk.model_dump())
+            return reply.end()

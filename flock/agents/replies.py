@@ -1,5 +1,6 @@
 """Replies of a model server: a chat completion, or an error."""
 
+import contextlib
 import email.utils
 import json
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx
 import msgspec
+from msgspec.structs import replace
 
 from flock.agents.completions import Completion, FunctionCall, ToolCall
 from flock.agents.requests import Request
@@ -26,6 +28,7 @@ __all__ = [
     "retry_after_s",
     "status_error",
     "stream_error",
+    "unfinished_usage",
 ]
 
 #: Max characters of a provider's message in the log.
@@ -122,6 +125,20 @@ def _usage_of(sent: _AnswerUsage) -> Usage:
         cached_tokens=cached or _count_in({"hits": sent.prompt_cache_hit_tokens}, "hits"),
         reasoning_tokens=_count_in(sent.completion_tokens_details, "reasoning_tokens"),
     )
+
+
+def unfinished_usage(sent: Any, input_tokens: int, output_tokens: int) -> Usage:
+    """Return the tokens of a reply that was not read to its end: at least what was *sent*, or else the estimates."""
+    counted = Usage()
+    with contextlib.suppress(msgspec.ValidationError):
+        counted = _usage_of(msgspec.convert(sent or {}, _AnswerUsage))
+    usage = replace(
+        counted,
+        input_tokens=counted.input_tokens or input_tokens,
+        output_tokens=max(counted.output_tokens, output_tokens),
+    )
+    known, total = (of.input_tokens + of.output_tokens for of in (counted, usage))
+    return replace(usage, estimated_tokens=total - known)
 
 
 def _count_in(details: Any, name: str) -> int:

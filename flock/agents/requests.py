@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -12,6 +12,7 @@ from flock.agents import localmodel, react
 from flock.agents.completions import Listener, Message, ToolSchema
 from flock.agents.providers import Endpoint
 from flock.errors import ModelError
+from flock.runs import Usage
 
 __all__ = [
     "FORMATS",
@@ -48,6 +49,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     headers: Mapping[str, str]
     key: str | None
     listener: Listener | None = None
+    on_unfinished: Callable[[Usage, str], None] = lambda usage, model: None
+
+    def unfinished(self, usage: Usage) -> None:
+        self.on_unfinished(usage, self.name)
 
     def all_headers(self, format_: str = FORMATS[0]) -> dict[str, str]:
         """Return the headers, with a separate key per format: a server may store responses by key, also rejections."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
@@ -11,13 +12,17 @@ import msgspec
 from flock.agents.bodies import BadBody
 from flock.agents.completions import Listener
 from flock.agents.pieces import Joiner, joined
-from flock.agents.replies import bad_response, model_error, stream_error
+from flock.agents.replies import bad_response, model_error, stream_error, unfinished_usage
 from flock.agents.sse import Event, events_in
+from flock.errors import ModelError
+from flock.runs import Usage
 
-__all__ = ["StreamedReply", "read_reply"]
+__all__ = ["BYTES_PER_TOKEN", "StreamedReply", "counted", "read_reply"]
 
 #: Max memory of a reply, if each of its pieces needs this much beside its text.
 MAX_REPLY_BYTES, PIECE_BYTES = 64 * 1024 * 1024, 200
+#: About how many bytes of text are one token.
+BYTES_PER_TOKEN = 4
 #: How long to wait for the token usage after a reply is complete, and for the end of the connection after that.
 USAGE_S, END_S = 2.0, 0.1
 
@@ -81,13 +86,16 @@ class StreamedReply:
     Attributes:
         is_complete: whether the server has sent a finish reason or the end of the stream.
         is_ended: whether it has sent the end of the stream.
+        has_begun: whether it has sent a part of the reply.
+        received_bytes: of text, reasoning and arguments.
 
     Args:
         name: of the model.
     """
 
     def __init__(self, name: str, listener: Listener) -> None:
-        self.is_complete = self.is_ended = False
+        self.is_complete = self.is_ended = self.has_begun = False
+        self.received_bytes = 0
         self._name = name
         self._listener = listener
         self._content: list[str] = []
@@ -124,6 +132,7 @@ class StreamedReply:
             raise bad_response(self._name, "sent an event that is not a chunk of a chat completion", str(exc)) from exc
         if chunk.error or chunk.object == "error":
             raise stream_error(self._name, data)
+        self.has_begun = True
         self._usage = chunk.usage or self._usage
         for choice in chunk.choices or ():
             if choice.index:  # only one answer was requested
@@ -148,6 +157,11 @@ class StreamedReply:
             "tool_calls": [call.whole() for call in self._calls],
         }
         return {"choices": [{"message": message, "finish_reason": self._finish_reason}], "usage": self._usage}
+
+    def unfinished_usage(self, prompt_bytes: int) -> Usage:
+        """Return the tokens used so far: as the server has counted them, or an estimate."""
+        input_tokens, output_tokens = (-(-size // BYTES_PER_TOKEN) for size in (prompt_bytes, self.received_bytes))
+        return unfinished_usage(self._usage, input_tokens, output_tokens)
 
     def _add_delta(self, delta: _Delta) -> None:
         for thought in (delta.reasoning_content, delta.reasoning):
@@ -186,16 +200,31 @@ class StreamedReply:
 
     def _add_reasoning(self, text: str) -> None:
         if text:
+            self.received_bytes += len(text.encode(errors="replace"))
             self._listener.reasoning(text)
 
     def _count(self, text: str) -> None:
+        self.received_bytes += len(text.encode(errors="replace"))
         self._size += len(text) + PIECE_BYTES
         if self._size > MAX_REPLY_BYTES:
             raise bad_response(self._name, "sent an answer that is too long")
 
 
-async def read_reply(response: httpx.Response, name: str, listener: Listener) -> dict[str, Any]:
-    """Read a stream, and return the chat completion.
+@contextlib.contextmanager
+def counted(reply: StreamedReply, prompt_bytes: int, on_unfinished: Callable[[Usage], None]) -> Iterator[None]:
+    """Report the tokens of *reply* if the block is cancelled or fails, unless the server sent an error and no reply."""
+    try:
+        yield
+    except BaseException as exc:
+        if reply.has_begun or not isinstance(exc, ModelError):
+            on_unfinished(reply.unfinished_usage(prompt_bytes))
+        raise
+
+
+async def read_reply(
+    response: httpx.Response, name: str, listener: Listener, prompt_bytes: int, on_unfinished: Callable[[Usage], None]
+) -> dict[str, Any]:
+    """Read a stream, and return the chat completion. *on_unfinished* receives the tokens if it is not read to its end.
 
     Raises:
         ModelError: the server reports an error, or the stream is invalid or incomplete.
@@ -204,6 +233,12 @@ async def read_reply(response: httpx.Response, name: str, listener: Listener) ->
     Cancellation: the connection is closed, so the server can stop.
     """
     reply = StreamedReply(name, listener)
+    with counted(reply, prompt_bytes, on_unfinished):
+        await _read(response, reply, name)
+        return reply.end()
+
+
+async def _read(response: httpx.Response, reply: StreamedReply, name: str) -> None:
     try:
         with anyio.CancelScope() as scope:
             async with contextlib.aclosing(events_in(response)) as events:
@@ -217,4 +252,3 @@ async def read_reply(response: httpx.Response, name: str, listener: Listener) ->
     except httpx.TransportError:
         if not reply.is_complete:
             raise
-    return reply.end()

@@ -71,8 +71,8 @@ class Tool:
             raise DefinitionError(f"{function!r} is a generator. A tool must return its complete result.")
         if callable(needs_approval) and is_async(needs_approval):
             raise DefinitionError(
-                f"needs_approval= of the tool {name_of(function)!r} is an async function, which is not supported. Use a "
-                "plain function that returns True or False, or needs_approval=True."
+                f"needs_approval= of the tool {name_of(function)!r} is an async function, which is not supported. "
+                "Use a plain function that returns True or False, or needs_approval=True."
             )
         self.name = _checked_name(name_of(function) if name is None else name)
         if description is None:

@@ -19,6 +19,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         cached_tokens: the input tokens that the provider has read from its cache.
         reasoning_tokens: the output tokens of the model's reasoning.
+        estimated_tokens: the input and output tokens that are an estimate, because a reply was not read to its end.
         picodollars: the cost of the tokens that have a price.
         priced_tokens: the number of input and output tokens that have a price.
     """
@@ -27,6 +28,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    estimated_tokens: int = 0
     picodollars: int = 0
     priced_tokens: int = 0
 
@@ -66,6 +68,6 @@ def shown_usage(usage: Usage | None) -> dict[str, Any]:
     if usage is None:
         return {"usage": None}
     tokens = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
-    details = {"cached_tokens": usage.cached_tokens, "reasoning_tokens": usage.reasoning_tokens}
+    details = {name: getattr(usage, name) for name in ("cached_tokens", "reasoning_tokens", "estimated_tokens")}
     shown = {"usage": tokens | {name: count for name, count in details.items() if count}}
     return shown if usage.cost is None else {**shown, "cost": usage.cost}

@@ -283,12 +283,13 @@ def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts as reported by the provider. The last two are parts of the first two, and absent if they are 0."""
+    """Token counts as reported by the provider. The last three are parts of the first two, and absent if they are 0."""
 
     input_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int | msgspec.UnsetType = msgspec.UNSET
     reasoning_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    estimated_tokens: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunStep(msgspec.Struct, frozen=True, kw_only=True):
