@@ -518,6 +518,24 @@ async def test_an_endless_answer_is_read_up_to_a_limit(monkeypatch: pytest.Monke
     assert len(connections) == 1
 
 
+async def test_what_follows_a_compressed_answer_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, answer = 0, json.dumps({"choices": [{"message": {"content": json.dumps(GOOD)}}]}).encode()
+
+    async def write(stream: anyio.abc.SocketStream) -> None:
+        nonlocal sent
+        await read_request(stream)
+        await stream.send(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(answer))
+        while sent < BOMB_BYTES:
+            await stream.send(b" " * 65536)
+            sent += 65536
+
+    async with socket_server(write) as (url, _):
+        monkeypatch.setenv("VLLM_BASE_URL", url)
+        async with ModelClient(backoff_s=0.001) as models:
+            assert (await ask(models, "vllm/x")).text == json.dumps(GOOD)
+    assert sent < BOMB_BYTES
+
+
 async def test_compressed_answers_are_read_and_no_other_encoding_is_requested(model: FakeModel) -> None:
     """A compressed one of exactly the limit is no bomb."""
     answer = json.dumps({"choices": [{"message": {"content": json.dumps(GOOD)}}]}).encode()

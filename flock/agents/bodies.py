@@ -41,6 +41,8 @@ async def pieces_of(response: httpx.Response) -> AsyncGenerator[bytes, None]:
             if gunzip is None:
                 yield chunk
                 continue
+            if gunzip.eof:  # zlib would keep what follows
+                return
             piece, rest = b"", chunk
             while rest or len(piece) == PIECE_BYTES:  # zlib may have consumed the chunk, but not written all of it
                 try:
