@@ -52,7 +52,7 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
-    events_of,
+    end_id,
     new_id,
 )
 from flock.runs.records import LONG_BYTES
@@ -568,7 +568,7 @@ async def run_events(request: Request) -> Response:
     """GET /run/{run_id}/events"""
     engine, run_id = await engine_of(request), request.path_params["run_id"]
     run, after, query = await engine.get_run(run_id), last_event_of(request), query_of(request, wire.RunEventsQuery)
-    if run.status.is_final and (events_of(run)[-1].id or 0) <= after:
+    if run.status.is_final and end_id(run.attempt) <= after:
         return Response(status_code=204)  # otherwise a browser would reconnect forever
     return event_stream(request, engine, engine.events(run_id, after, reasoning=query.reasoning))
 

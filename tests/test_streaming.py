@@ -4,18 +4,22 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
 import anyio
+import anyio.lowlevel
 import httpx
 import pytest
 
+from flock import fair
 from flock.core import Flock, FlockFactory, Result
 from flock.engine.embedded import EmbeddedEngine
+from flock.engine.queries import CALLS_PER_PAGE
 from flock.errors import DefinitionError, SignatureError
-from flock.runs import MAX_SHOWN_BYTES, BatchOptions, Event, RunContext
+from flock.runs import MAX_SHOWN_BYTES, BatchOptions, Event, Run, RunContext, shown_usage
 from flock.testing import FakeModel, Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
@@ -530,13 +534,13 @@ async def test_a_synchronous_run_or_an_item_that_nobody_watches_keeps_no_output(
 async def test_the_calls_of_a_step_are_read_once(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader does not read the earlier calls again when there is a new one."""
     async with writer.flock.engine(store="flock.db", durability="process") as engine:
-        rows, shown_call = list[int](), engine.store.shown_call
+        rows, next_calls = list[int](), engine.store.next_calls
 
         def count(run_id: str, position: int, tries: int | None, number: int, after_row: int) -> Any:
             rows.append(number)
-            return shown_call(run_id, position, tries, number, after_row)
+            return next_calls(run_id, position, tries, number, after_row)
 
-        monkeypatch.setattr(engine.store, "shown_call", count)
+        monkeypatch.setattr(engine.store, "next_calls", count)
         run = await engine.submit("many", {"count": 200})
         events = [event async for event in engine.events(run.run_id) if event]
         calls = [event for event in events if event.name == "call.completed"]
@@ -548,6 +552,100 @@ async def test_the_calls_of_a_step_are_read_once(writer: Writer, monkeypatch: py
 
 async def events_after(engine: EmbeddedEngine, run_id: str, after: int) -> list[Event]:
     return [event async for event in engine.events(run_id, after) if event and event.id]
+
+
+async def run_with_calls(engine: EmbeddedEngine, count: int) -> Run:
+    """Return a completed run with as many stored calls, which are copies of one."""
+    run = await engine.wait((await engine.submit("many", {"count": 1})).run_id)
+    columns = "run_id, position, tries, call_id, name, kind, arguments, result, started_at, completed_at"
+
+    def copy(db: sqlite3.Connection) -> None:
+        db.execute(
+            f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count - 1}) "
+            f"INSERT INTO calls ({columns}) SELECT {columns} FROM calls, n"
+        )
+
+    await engine.store.change(copy)
+    return run
+
+
+async def test_many_calls_are_read_in_pages(writer: Writer) -> None:
+    async with writer.flock.engine(store="flock.db", durability="process") as engine:
+        run, queries = await run_with_calls(engine, 800), list[str]()
+        engine.store._reader.set_trace_callback(queries.append)
+        events = await events_after(engine, run.run_id, 0)
+        assert [event.name for event in events].count("call.completed") == 800
+        assert len(queries) < 100
+        assert await events_after(engine, run.run_id, events[700].id or 0) == events[701:]
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_other_tasks_run_while_many_calls_are_read(
+    backend: str, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if their readers never wait for their clients."""
+    monkeypatch.setattr(fair, "SHARE_S", 0)
+
+    async def read() -> None:
+        async with writer.flock.engine() as engine:
+            run, turns, read = await run_with_calls(engine, 200), 0, list[int]()
+
+            async def follow() -> None:
+                read.append(len(await events_after(engine, run.run_id, 0)))
+
+            async def count() -> None:
+                nonlocal turns
+                while True:
+                    turns += 1
+                    await anyio.lowlevel.checkpoint()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(count)
+                async with anyio.create_task_group() as readers:
+                    for _ in range(3):
+                        readers.start_soon(follow)
+                tasks.cancel_scope.cancel()
+            assert read == [204] * 3
+            assert turns > 200
+
+    anyio.run(read, backend=backend)
+
+
+async def test_a_reader_that_has_gone_reads_no_more_calls(
+    served: Served, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fair, "SHARE_S", 0)
+    engine, pages = engine_of(served.app), 0
+    run, next_calls = await run_with_calls(engine, 100_000), engine.store.next_calls
+
+    def count(*args: Any) -> Any:
+        nonlocal pages
+        pages += 1
+        return next_calls(*args)
+
+    monkeypatch.setattr(engine.store, "next_calls", count)
+    async with client.stream("GET", f"/run/{run.run_id}/events") as response:
+        await anext(response.aiter_lines())
+    await until(lambda: not engine._runner.watched)
+    assert 0 < pages < 100_000 / CALLS_PER_PAGE / 2
+
+
+async def test_the_events_of_many_steps_are_each_made_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, made = Flock(max_steps=200), list[Any]()
+
+    @flock.agent(output="n: int", next_agent=lambda result: "again" if result["n"] < 200 else None)
+    async def again(n: int) -> dict[str, Any]:
+        return {"n": n + 1}
+
+    def count(usage: Any) -> dict[str, Any]:
+        made.append(usage)
+        return shown_usage(usage)
+
+    monkeypatch.setattr("flock.runs.events.shown_usage", count)
+    async with flock.engine() as engine:
+        run = await engine.wait((await engine.submit("again", {"n": 0})).run_id)
+        assert len(await events_after(engine, run.run_id, 0)) == 402
+    assert len(made) < 5 * 200
 
 
 async def test_a_generator_may_replace_its_text_by_a_result() -> None:

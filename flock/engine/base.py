@@ -1,6 +1,7 @@
 """The base class of both engines: checks of new work, event streams, and health."""
 
 import contextlib
+import itertools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from flock.errors import (
     RunNotFound,
     SessionNotFound,
 )
+from flock.fair import FairShare
 from flock.limits import Limits
 from flock.runs import (
     MAX_COST,
@@ -50,7 +52,7 @@ from flock.runs import (
     added,
     event_of_batch,
     event_of_call,
-    events_of,
+    events_after,
     new_id,
     now,
     valid_traceparent,
@@ -369,6 +371,7 @@ class EngineBase(ABC):
     ) -> AsyncGenerator[Event | None, None]:
         """See ``Engine.events``."""
         sent_at, latest = anyio.current_time(), dict[str, Event]()  # the latest of the stored events without an id
+        share = FairShare()
         with self._reader(run_id, after, reasoning=reasoning) as reader:
             flushed: Any = None  # the event before which all that was written is sent
             while True:
@@ -388,6 +391,7 @@ class EngineBase(ABC):
                     del run, event  # for a slow client, only one event stays in memory; the rest is read again
                     while piece is not None:
                         yield piece
+                        await share.checkpoint()
                         piece = next(pieces, None)
                     sent_at = anyio.current_time()
                     continue
@@ -404,6 +408,7 @@ class EngineBase(ABC):
                 if event is not None or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
                     yield event
                     sent_at = anyio.current_time()
+                    await share.checkpoint()
                 if event is None:
                     with anyio.CancelScope(deadline=sent_at + KEEP_ALIVE_S):
                         await reader.changed()
@@ -415,7 +420,7 @@ class EngineBase(ABC):
     async def _next_event(self, reader: RunReader, run: Run, after: int, latest: dict[str, Event]) -> Event | None:
         """Return the next event of *run* that is stored, after the id *after*, or None."""
         open_step: Event | None = None
-        for event in [*events_of(run), None]:
+        for event in itertools.chain(events_after(run, after), [None]):
             if event is not None and event.id is not None and event.id <= after:
                 open_step = event if event.name == "step.started" else None
                 continue

@@ -804,9 +804,9 @@ class _StoreReader(RunReader):
         self._outline: Run | None = None
         self._change = output.changed
         self._news = self._seen_news = -1
-        #: the attempt, position and number of the last call, and its row
-        self._last_key = (0, 0, -1)
-        self._last_call: tuple[int, Call] | None = None
+        #: the attempt and position of a step, the number of the first call of the last page, and the page with its rows
+        self._step, self._first = (0, 0), 0
+        self._page: Sequence[tuple[int, Call]] = ()
 
     @property
     def has_news(self) -> bool:
@@ -815,28 +815,32 @@ class _StoreReader(RunReader):
     async def read(self) -> Run:
         engine, run_id = self._engine, self._run_id
         active = engine._runner.active.get(run_id)
-        self._news = self._output.news
+        news, self._news = self._news, self._output.news
         if active is not None and not active.run.is_stub:
+            self._outline = None
             return active.run
         engine._check_entered()
-        newest = engine.store.version(run_id)
-        if self._outline is None or newest != self._version:
-            self._version, self._outline = newest, engine._check_visible(run_id, engine.store.outline(run_id))
+        if self._outline is None or news != self._news:
+            newest = engine.store.version(run_id)
+            if self._outline is None or newest != self._version:
+                self._version, self._outline = newest, engine._check_visible(run_id, engine.store.outline(run_id))
         await engine._follow(self._outline, self._output)
         return self._outline
 
     async def call(self, run: Run, position: int, number: int) -> Call | None:
-        key = (run.attempt, position, number)
-        if key != self._last_key or self._last_call is None:
+        if self._step != (run.attempt, position):
+            self._step, self._first, self._page = (run.attempt, position), 0, ()
+        at = number - self._first
+        if not 0 <= at < len(self._page):
             tries = run.tries if position == len(run.steps) else None
             after, skipped = 0, number
-            if (*key[:2], number - 1) == self._last_key and self._last_call is not None:
-                after, skipped = self._last_call[0], 0  # the next one is found at once
-            found = self._engine.store.shown_call(run.run_id, position, tries, skipped, after)
-            if found is None:
+            if self._page and at == len(self._page):
+                after, skipped = self._page[-1][0], 0  # the next one is found at once
+            found = self._engine.store.next_calls(run.run_id, position, tries, skipped, after)
+            if not found:
                 return None
-            self._last_key, self._last_call = key, found
-        return self._last_call[1]
+            self._first, self._page, at = number, found, 0
+        return self._page[at][1]
 
     def seen(self) -> None:
         self._seen_news = self._news

@@ -63,8 +63,8 @@ __all__ = [
     "earlier_runs",
     "find_batch",
     "find_calls",
+    "find_next_calls",
     "find_run",
-    "find_shown_call",
     "find_shown_calls",
     "find_steps",
     "insert_key",
@@ -76,6 +76,10 @@ __all__ = [
     "write_run",
     "write_spent",
 ]
+
+
+#: How many calls a reader of events holds, each of at most ``MAX_SHOWN_BYTES``.
+CALLS_PER_PAGE = 16
 
 
 class Ended(defaultdict[tuple[str, RunStatus], int]):
@@ -369,17 +373,17 @@ def check_owner(db: sqlite3.Connection, run: Run) -> None:
         raise OwnershipLost(run.run_id)
 
 
-def find_shown_call(
+def find_next_calls(
     db: sqlite3.Connection, run_id: str, position: int, tries: int | None, number: int, after_row: int
-) -> tuple[int, Call] | None:
-    """Return the row and call *number*, from 0, of those of a step that were stored after a row. Raises Damaged.
+) -> list[tuple[int, Call]]:
+    """Return a page of the calls of a step that were stored after a row, each with its row, from *number* on.
 
-    Its arguments are not read. *tries* are those of the run in which the call was made; None means the last one.
+    Their arguments are not read. *tries* are those of the run in which they were made; None means the last one.
+    Raises Damaged.
     """
+    values = (MAX_SHOWN_BYTES, run_id, position, tries, run_id, position, after_row, CALLS_PER_PAGE, number)
     with _detecting_damage():
-        values = (MAX_SHOWN_BYTES, run_id, position, tries, run_id, position, after_row, number)
-        found = db.execute(statements.SHOWN_CALL, values).fetchone()
-        return None if found is None else (found[0], shown_call_from(found[1:]))
+        return [(row, shown_call_from(call)) for row, *call in db.execute(statements.NEXT_CALLS, values)]
 
 
 def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> None:

@@ -184,8 +184,8 @@ SHOWN_CALLS = f"""SELECT {
     )
 }
     FROM calls WHERE run_id = ? AND position = ? AND tries = ? ORDER BY rowid LIMIT ?"""
-#: One of them, without its arguments. A call has no number of its own, so numbers are those of the rows of a step.
-SHOWN_CALL = f"""SELECT rowid, {
+#: Some of them, without their arguments. A call has no number of its own: numbers are those of the rows of a step.
+NEXT_CALLS = f"""SELECT rowid, {
     ", ".join(
         {"arguments": "NULL", "result": "CASE WHEN length(result) <= ? THEN result END"}.get(name, name)
         for name in CALL_TABLE
@@ -193,7 +193,7 @@ SHOWN_CALL = f"""SELECT rowid, {
 }
     FROM calls WHERE run_id = ? AND position = ?
     AND tries = ifnull(?, (SELECT tries FROM calls WHERE run_id = ? AND position = ? ORDER BY tries DESC LIMIT 1))
-    AND rowid > ? ORDER BY rowid LIMIT 1 OFFSET ?"""
+    AND rowid > ? ORDER BY rowid LIMIT ? OFFSET ?"""
 DELETE_CALLS = "DELETE FROM calls WHERE run_id = ?"
 #: Whether an engine still owns a run, or the batch of an item, in an attempt.
 OWNS_RUN = """SELECT 1 FROM runs WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')

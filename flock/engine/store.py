@@ -518,11 +518,11 @@ class Store:
         """Return the calls of a run for people to see; see ``Engine.get_calls``. Raises StoreError."""
         return self.read(lambda db: queries.find_shown_calls(db, run_id))
 
-    def shown_call(
+    def next_calls(
         self, run_id: str, position: int, tries: int | None, number: int, after_row: int
-    ) -> tuple[int, Call] | None:
-        """Return the row and a stored call of a step for people to see; see ``queries.find_shown_call``."""
-        return self.read(lambda db: queries.find_shown_call(db, run_id, position, tries, number, after_row))
+    ) -> Sequence[tuple[int, Call]]:
+        """Return a page of calls of a step for people to see, with their rows; see ``queries.find_next_calls``."""
+        return self.read(lambda db: queries.find_next_calls(db, run_id, position, tries, number, after_row))
 
     async def save_call(self, run: Run, position: int, call: Call) -> None:
         """Write a finished call of a step; on return it is on disk. Raises StoreError, Unstorable, OwnershipLost."""

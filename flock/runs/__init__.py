@@ -1,7 +1,16 @@
 """The records of runs and batches, what a running agent can do, and the engine protocol."""
 
 from flock.runs.context import Live, RunContext, StepJournal, Watched
-from flock.runs.events import Event, event_of_batch, event_of_call, events_of, is_end_of_step, started_id
+from flock.runs.events import (
+    Event,
+    end_id,
+    event_of_batch,
+    event_of_call,
+    events_after,
+    events_of,
+    is_end_of_step,
+    started_id,
+)
 from flock.runs.ids import make_ids_after, new_id, now
 from flock.runs.protocol import Engine, EngineHealth, Observer, Queue, QueueLimits
 from flock.runs.records import (
@@ -84,8 +93,10 @@ __all__ = [
     "Watched",
     "added",
     "cost_in_words",
+    "end_id",
     "event_of_batch",
     "event_of_call",
+    "events_after",
     "events_of",
     "is_end_of_step",
     "is_spent",

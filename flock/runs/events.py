@@ -1,5 +1,7 @@
 """The events of a run: made from its records, so that a client can read them again from any event."""
 
+from bisect import bisect_right
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -11,8 +13,10 @@ __all__ = [
     "EVENTS_PER_ATTEMPT",
     "EVENTS_PER_STEP",
     "Event",
+    "end_id",
     "event_of_batch",
     "event_of_call",
+    "events_after",
     "events_of",
     "is_end_of_step",
     "started_id",
@@ -40,6 +44,16 @@ def started_id(attempt: int, position: int) -> int:
     return attempt * EVENTS_PER_ATTEMPT + position * EVENTS_PER_STEP + 1
 
 
+def _step_end_id(attempt: int, position: int) -> int:
+    """Return the id of the event ``step.completed``."""
+    return attempt * EVENTS_PER_ATTEMPT + (position + 1) * EVENTS_PER_STEP
+
+
+def end_id(attempt: int) -> int:
+    """Return the id of the last event of an attempt."""
+    return (attempt + 1) * EVENTS_PER_ATTEMPT - 1
+
+
 def is_end_of_step(event_id: int) -> bool:
     """Return whether an event is ``step.completed``."""
     number = event_id % EVENTS_PER_ATTEMPT
@@ -52,6 +66,11 @@ def events_of(run: Run) -> list[Event]:
     They are derived from its record, so any process can send them. The content of an id never changes: an event
     contains only data that was known when it happened.
     """
+    return list(events_after(run, 0))
+
+
+def events_after(run: Run, after: int) -> Iterator[Event]:
+    """Yield the events of *run* like ``events_of``, except those of the steps that ended up to the id *after*."""
 
     def event(attempt: int, number: int | None, name: str, **data: Any) -> Event:
         id_ = None if number is None else attempt * EVENTS_PER_ATTEMPT + number
@@ -60,29 +79,33 @@ def events_of(run: Run) -> list[Event]:
     # An interrupted run that waits to be resumed still has the start time of its last attempt.
     has_started = run.started_at is not None and run.status is not RunStatus.STARTING
     started = [event(run.attempt, 0, "run.started", agent_name=run.agent_name, started_at=run.started_at)]
-    events: list[Event] = []
-    for position, step in enumerate(run.steps):
+    positions = range(len(run.steps))
+    first = bisect_right(positions, after, key=lambda at: _step_end_id(run.steps[at].attempt, at))
+    if first and run.steps[first - 1].attempt == run.attempt:
+        started = []
+    for position in positions[first:]:
+        step = run.steps[position]
         step_data = {"position": position, "agent_name": step.agent_name}
         if step.attempt == run.attempt:
-            events, started = events + started, []
-        events.append(event(step.attempt, position * EVENTS_PER_STEP + 1, "step.started", **step_data))
+            yield from started
+            started = []
+        yield event(step.attempt, position * EVENTS_PER_STEP + 1, "step.started", **step_data)
         end = {name: getattr(step, name) for name in ("started_at", "completed_at", "result")}
         end |= shown_usage(step.usage)
-        events.append(event(step.attempt, (position + 1) * EVENTS_PER_STEP, "step.completed", **step_data, **end))
+        yield event(step.attempt, (position + 1) * EVENTS_PER_STEP, "step.completed", **step_data, **end)
     if has_started:
-        events += started
+        yield from started
     name = run.next_agent_name
     if has_started and name is not None:  # the step is running, or the run failed in it
         number = len(run.steps) * EVENTS_PER_STEP + 1
-        events.append(event(run.attempt, number, "step.started", position=len(run.steps), agent_name=name))
+        yield event(run.attempt, number, "step.started", position=len(run.steps), agent_name=name)
     if run.progress is not None:
-        events.append(event(run.attempt, None, "run.progress", **msgspec.structs.asdict(run.progress)))
+        yield event(run.attempt, None, "run.progress", **msgspec.structs.asdict(run.progress))
     if run.status is RunStatus.WAITING:
-        events.append(event(run.attempt, None, "run.waiting", waiting_for=run.waiting_for))
+        yield event(run.attempt, None, "run.waiting", waiting_for=run.waiting_for)
     if run.status.is_final:
         end = {name: getattr(run, name) for name in ("status", "result", "error", "error_type", "completed_at")}
-        events.append(event(run.attempt, EVENTS_PER_ATTEMPT - 1, f"run.{run.status}", **end))
-    return events
+        yield event(run.attempt, EVENTS_PER_ATTEMPT - 1, f"run.{run.status}", **end)
 
 
 def event_of_call(started: Event, number: int, call: Call) -> Event:
