@@ -55,7 +55,6 @@ from flock.runs import (
     end_id,
     new_id,
 )
-from flock.runs.records import LONG_BYTES
 from flock.web import wire
 from flock.web.auth import ConcurrencyLimit, KeyRing, RateLimit, ScopedEngine
 from flock.web.batches import (
@@ -466,7 +465,7 @@ async def _accepted_run(
             run_id=run_id,
         )
     except Replayed as exc:
-        return await _replayed(engine.get_run(exc.made_id)), is_async, REPLAYED
+        return await _replayed(engine.get_outline(exc.made_id)), is_async, REPLAYED
     except anyio.get_cancelled_exc_class():  # it may be accepted nevertheless
         await _cancel_unless(is_async or key is not None, app, run_id)
         raise
@@ -524,7 +523,7 @@ async def one_run(request: Request) -> Response:
     if wait_s := wait_of(request):
         run = await while_connected(request, engine.wait(run_id, wait_s))
     else:
-        run = await engine.get_run(run_id)
+        run = await engine.get_outline(run_id)
     return await run_response(request, run)
 
 
@@ -567,7 +566,7 @@ async def one_session(request: Request) -> Response:
 async def run_events(request: Request) -> Response:
     """GET /run/{run_id}/events"""
     engine, run_id = await engine_of(request), request.path_params["run_id"]
-    run, after, query = await engine.get_run(run_id), last_event_of(request), query_of(request, wire.RunEventsQuery)
+    run, after, query = await engine.get_outline(run_id), last_event_of(request), query_of(request, wire.RunEventsQuery)
     if run.status.is_final and end_id(run.attempt) <= after:
         return Response(status_code=204)  # otherwise a browser would reconnect forever
     return event_stream(request, engine, engine.events(run_id, after, reasoning=query.reasoning))
@@ -772,19 +771,19 @@ async def run_response(
     engine = app_of(request).engine
     may_have_calls = any(step.call_count for step in run.steps) or (run.started_at and run.next_agent_name)
     calls = await engine.get_calls(run) if may_have_calls else {}
-    long: dict[int | None, LongJSON] = {}
+    results: dict[int | None, msgspec.Raw | LongJSON | None] = {None: run.result}
+    results |= {at: step.result for at, step in enumerate(run.steps)}
     if isinstance(engine, EmbeddedEngine):  # other engines hold results in memory anyway
-        results = [(None, run.result), *((at, step.result) for at, step in enumerate(run.steps))]
-        long = {at: engine.long_result(run, at) for at, result in results if len(result or b"") > LONG_BYTES}
+        results = {at: engine.shown_result(run, at) for at in results}
     calls_at = {at: [wire.run_call(call) for call in made] for at, made in calls.items() if made}
     steps = [
-        wire.shown_as(wire.RunStep, step, result=long.get(at, step.result), calls=calls_at.get(at, msgspec.UNSET))
+        wire.shown_as(wire.RunStep, step, result=results[at], calls=calls_at.get(at, msgspec.UNSET))
         for at, step in enumerate(run.steps)
     ]
     body = wire.shown_as(
         wire.FlockAPIResponse,
         run,
-        result=long.get(None, run.result),
+        result=results[None],
         steps=steps,
         calls=calls_at.get(len(run.steps), msgspec.UNSET),
         waiting_for=waiting_for(run),
@@ -794,7 +793,7 @@ async def run_response(
     )
     headers = {"Flock-Run-Status": run.status.value, **(headers or {})}
     headers |= _accepted(request, f"/run/{run.run_id}", status_code)
-    if long:
+    if any(isinstance(result, LongJSON) for result in results.values()):
         return LongResponse(body, status_code, headers, is_head=request.method == "HEAD")
     return JSONResponse(body, status_code, headers)
 

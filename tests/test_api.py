@@ -1,21 +1,28 @@
 """The API: the response of each endpoint when all goes well, and when an agent fails."""
 
+import contextlib
 import datetime
 import json
 import logging
 import re
+import tracemalloc
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import anyio
 import httpx
 import pytest
+from starlette.types import Message
 
 from flock.core import Flock
+from flock.engine.embedded import EmbeddedEngine
+from flock.runs import end_id, new_id
 from flock.testing import Failure, FakeModel, Reply
+from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
 from tests.support.flocks import sample_flock
-from tests.support.http import post_run, wait_for, wait_until
+from tests.support.http import client_of, post_run, wait_for, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -166,6 +173,115 @@ async def test_big_integers_are_not_changed(client: httpx.AsyncClient) -> None:
     text = '{"agent_name": "anything", "inputs": {"value": [18446744073709551616, 1234567890123456789012]}}'
     response = await client.post("/run/flock", content=text, headers={"Content-Type": "application/json"})
     assert response.json()["result"] == {"result": [18446744073709551616, 1234567890123456789012]}
+
+
+# Small requests about a long run
+
+KEYS = {"ann": new_key(), "bob": new_key()}
+LONG = 5_000_000
+
+
+@contextlib.asynccontextmanager
+async def long_run(status: str) -> AsyncIterator[tuple[FlockAPI, str]]:
+    """Yield an app and the path of a run of ann, with long inputs and a long result of its first step."""
+    flock = Flock()
+
+    @flock.agent(next_agent="last")
+    async def first(text: str) -> str:
+        return text
+
+    @flock.agent
+    async def last(result: str) -> str:
+        if status == "failed":
+            raise ValueError
+        return result
+
+    app = create_app(flock, store="flock.db", api_keys=KEYS, max_body_bytes=2 * LONG)
+    async with app.lifespan():
+        run = await app.engine.submit("first", {"text": "x" * LONG}, principal="ann")
+        assert (await app.engine.wait(run.run_id)).status == status
+        yield app, f"/run/{run.run_id}"
+
+
+async def peak_of(app: FlockAPI, method: str, path: str, principal: str = "ann", **headers: str) -> tuple[int, int]:
+    """Return the status of the response, and the most memory that the request took. The body is not kept."""
+    status, body = 0, iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def receive() -> Message:
+        if (message := next(body, None)) is None:
+            await anyio.sleep_forever()
+        assert message is not None
+        return message
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        status = message.get("status", status)
+
+    sent = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    sent += [(b"host", b"127.0.0.1"), (b"authorization", f"Bearer {KEYS[principal]}".encode())]
+    scope: dict[str, Any] = {"type": "http", "method": method, "path": path, "headers": sent, "query_string": b""}
+    tracemalloc.start()
+    try:
+        await app(scope | {"client": ("127.0.0.1", 1)}, receive, send)
+        return status, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+async def test_small_requests_about_a_long_run_do_not_read_its_results() -> None:
+    last = str(end_id(1))
+    async with long_run("completed") as (app, path):
+        for method, suffix, status in (
+            ("HEAD", "", 200),
+            ("GET", "", 200),
+            ("POST", "/cancel", 409),
+            ("POST", "/retry", 409),
+            ("GET", "/events", 204),
+            ("DELETE", "", 204),
+        ):
+            got, peak = await peak_of(app, method, path + suffix, last_event_id=last)
+            assert got == status, (method, suffix)
+            assert peak < LONG / 2, (method, suffix)
+
+
+async def test_a_cancelled_long_run_is_shown_without_holding_its_results() -> None:
+    async with long_run("failed") as (app, path):
+        assert isinstance(app.engine, EmbeddedEngine)
+        statement = "UPDATE runs SET status = 'cancelled'"
+        await app.engine.store.change(lambda db: db.execute(statement) and None)
+        status, peak = await peak_of(app, "POST", f"{path}/cancel")
+        assert status == 200
+        assert peak < LONG / 2
+        async with client_of(app) as client:
+            headers = {"Authorization": f"Bearer {KEYS['ann']}"}
+            shown = (await client.post(f"{path}/cancel", headers=headers)).json()
+            assert shown["steps"][0]["result"] == {"result": "x" * LONG}
+            assert shown == (await client.get(path, headers=headers)).json()
+
+
+async def test_a_run_of_another_principal_takes_as_much_work_as_an_unknown_one() -> None:
+    """So the time of the answer does not tell whether it exists."""
+    async with long_run("completed") as (app, path):
+        assert isinstance(app.engine, EmbeddedEngine)
+        unknown, queries = f"/run/{new_id()}", list[str]()
+        app.engine.store._reader.set_trace_callback(queries.append)
+        for method, suffix in (
+            ("HEAD", ""),
+            ("GET", ""),
+            ("DELETE", ""),
+            ("POST", "/cancel"),
+            ("POST", "/retry"),
+            ("GET", "/events"),
+        ):
+            made = []
+            for asked in (unknown, path):
+                queries.clear()
+                status, peak = await peak_of(app, method, asked + suffix, "bob")
+                assert status == 404
+                assert peak < LONG / 2
+                made.append([query.replace(asked[5:], "") for query in queries if asked[5:] in query])
+            assert made[0] == made[1], (method, suffix)
+            assert not any("steps" in query for query in made[1])
 
 
 # Batches

@@ -615,7 +615,7 @@ async def test_a_reader_that_has_gone_reads_no_more_calls(
     served: Served, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fair, "SHARE_S", 0)
-    engine, pages = engine_of(served.app), 0
+    engine, pages = engine_of(served.app), 0  # type: ignore[arg-type]
     run, next_calls = await run_with_calls(engine, 100_000), engine.store.next_calls
 
     def count(*args: Any) -> Any:

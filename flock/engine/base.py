@@ -186,8 +186,12 @@ class EngineBase(ABC):
         """See ``Engine.get_batch``."""
 
     @abstractmethod
-    async def get_run(self, run_id: str) -> Run:
+    async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         """See ``Engine.get_run``."""
+
+    async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
+        """See ``Engine.get_outline``. By default, the whole run is read."""
+        return await self.get_run(run_id, principal)
 
     @abstractmethod
     async def delete_run(self, run_id: str) -> None:

@@ -315,17 +315,17 @@ class EmbeddedEngine(EngineBase):
             self.store.save_nowait(run, is_new=True)
             self._start(run)
         else:
-            with self._accepting_key(key), self._counting_inputs(run):
+            with self._accepting_key(key), self._counting_inputs(run.principal, len(run.inputs)):
                 await self.store.accept(run, self._limits.queue, key, then=self._start, full=full)
 
     @contextlib.contextmanager
-    def _counting_inputs(self, run: Run) -> Iterator[None]:
-        """Count the inputs of *run* as queued inside the block. The runner counts them after it has started the run."""
-        self._runner.count_queued(run.principal, len(run.inputs))
+    def _counting_inputs(self, principal: str | None, length: int) -> Iterator[None]:
+        """Count the inputs of a run as queued inside the block. The runner counts them after it has started the run."""
+        self._runner.count_queued(principal, length)
         try:
             yield
         finally:
-            self._runner.count_queued(run.principal, -len(run.inputs))
+            self._runner.count_queued(principal, -length)
 
     def _check_room(self, principal: str | None) -> None:
         """Like ``queries.Waiting.check_room``, for a run that is not in the store until it ends."""
@@ -348,12 +348,27 @@ class EmbeddedEngine(EngineBase):
             f"The inputs of {whose} have reached the limit of {words}. Try again when some of the runs have started."
         )
 
-    async def get_run(self, run_id: str) -> Run:
-        active = self._runner.active.get(run_id)
+    async def get_run(self, run_id: str, principal: str | None = None) -> Run:
+        active = self._active(run_id, principal)
         if active is not None and not active.run.is_stub:
             return active.run
         self._check_entered()
         return self._check_visible(run_id, self.store.get_run(run_id))
+
+    async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
+        active = self._active(run_id, principal)
+        return self._check_visible(run_id, self.store.outline(run_id)) if active is None else active.run
+
+    def _active(self, run_id: str, principal: str | None) -> StoredRun | None:
+        """Return the run if it is active here. Raises RunNotFound if it is not of *principal*, before it is read."""
+        active = self._runner.active.get(run_id)
+        if active is None:
+            self._check_entered()
+        if principal is not None:
+            is_own = self.store.is_of(run_id, principal) if active is None else active.run.principal == principal
+            if not is_own:
+                raise RunNotFound(run_id)
+        return active
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         self._check_entered()
@@ -382,12 +397,10 @@ class EmbeddedEngine(EngineBase):
             active.wake_at = min(active.wake_at, deadline)  # for the watch task: a timer for each waiter is slower
             await active.end.wait()
         with anyio.CancelScope(deadline=deadline):
-            while (run := await self.get_run(run_id)).status.is_active:
-                del run  # do not hold a possibly long record during a possibly long wait
+            while (await self.get_outline(run_id)).status.is_active:
                 if self.is_draining:
                     raise wait_stopped()
                 await self._runner.end_of(run_id).wait()
-            return run
         return await self.get_run(run_id)
 
     async def cancel_run(self, run_id: str) -> Run:
@@ -398,17 +411,17 @@ class EmbeddedEngine(EngineBase):
                 await self.store.change(lambda db: None)  # it may be among the writes before this one
                 active = self._runner.active.get(run_id)
         if active is None:
-            run = await self.get_run(run_id)
+            run = await self.get_outline(run_id)
             while run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
                 await self._runner.cancel_waiting(run)
-                run = await self.get_run(run_id)
+                run = await self.get_outline(run_id)
             if not run.status.is_final and await self.store.request_cancel(run_id):
                 owned = run if run.batch_id is None else await self.get_batch(run.batch_id)
                 if owned.owner == self._engine_id and run_id not in self._runner.active:
                     self._runner.cancelled_before[run_id] = run.attempt
                 await self._take_over_cancelled(run_id, owned.owner)
-                return await self.get_run(run_id)
-            run = await self.get_run(run_id)
+                return await self.get_outline(run_id)
+            run = await self.get_outline(run_id)
             if run.status is RunStatus.WAITING:  # since a moment
                 return await self.cancel_run(run_id)
             if conflict := not_cancelled(run):
@@ -417,7 +430,7 @@ class EmbeddedEngine(EngineBase):
         active.cancel()
         if active.run.is_async:
             await self.store.request_cancel(run_id)  # so that the request survives a crash
-        return await self._record_of(active)
+        return active.run
 
     async def _record_of(self, active: StoredRun) -> Run:
         """Return the record of *active*. If it cannot be read, return the stub, without inputs and steps."""
@@ -429,7 +442,7 @@ class EmbeddedEngine(EngineBase):
 
     async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
         self._check_running()
-        run = await self.get_run(run_id)
+        run = await self.get_outline(run_id)
         if run.status is RunStatus.WAITING:
             self._check_has_agent(run.next_agent_name or "")
         return await self.store.answer(run_id, call_id, output, self._engine_id, now(), then=self._start_answered)
@@ -442,7 +455,7 @@ class EmbeddedEngine(EngineBase):
 
     async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
         self._check_running()
-        run = await self.get_run(run_id)
+        run = await self.get_outline(run_id)
         self._check_has_agent(run.agent_name)
         self._check_prices(run.agent_name, max_cost)
         reopened = None
@@ -450,20 +463,20 @@ class EmbeddedEngine(EngineBase):
             if run.batch_id is None:
                 if (full := self._full(run.principal)) is not None:
                     raise full
-                with self._counting_inputs(run):
+                with self._counting_inputs(run.principal, self.store.input_bytes(run_id)):
                     reopened = await self.store.reopen(run, self._engine_id, self._limits.queue, self._start, max_cost)
             elif await self.batch_store.reopen_item(run, self._engine_id, self._batches.start, max_cost):
-                reopened = await self.get_run(run_id)
+                reopened = await self.get_outline(run_id)
         if reopened is None:
             batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
-            raise run_not_retried(await self.get_run(run_id), batch)
+            raise run_not_retried(await self.get_outline(run_id), batch)
         return reopened
 
     async def delete_run(self, run_id: str) -> None:
-        run = await self.get_run(run_id)
+        run = await self.get_outline(run_id)
         await self._wait_until_seen(run.completed_at)
         if run.batch_id is not None or not await self.store.delete_run(run_id):
-            raise not_deleted(await self.get_run(run_id))
+            raise not_deleted(await self.get_outline(run_id))
 
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         self._check_entered()
@@ -503,17 +516,20 @@ class EmbeddedEngine(EngineBase):
     def _next_change(self) -> Callable[[], Awaitable[None]]:
         return self._store_changed.wait
 
-    def long_result(self, run: Run, position: int | None = None, *, is_outline: bool = False) -> LongJSON:
-        """Return the result of *run*, or of its step at *position*, to be read in pieces without holding *run*.
+    def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
+        """Return the result of *run*, or of its step at *position*: a long one as ``LongJSON``, which holds no *run*.
 
-        Raises: RunNotFound, StoreError if *run* is an outline, whose results are only in the store.
+        Raises: RunNotFound, StoreError if *run* is a stub, whose results are only in the store.
         """
+        result = run.result if position is None else run.steps[position].result
+        if result is None or (not run.is_stub and len(result) <= LONG_BYTES):
+            return result
         if run.status is RunStatus.COMPLETED and position == len(run.steps) - 1:
             position = None  # the last result is stored only once, as that of the run
-        result = run.result if position is None else run.steps[position].result
-        length = self.store.result_bytes(run.run_id, position) if is_outline else len(result or b"")
+        length = self.store.result_bytes(run.run_id, position) if run.is_stub else len(result)
         kept = functools.partial(self._protected, run.batch_id or run.run_id)
-        return LongJSON(length, functools.partial(self.store.read_result, run.run_id, position), kept)
+        long = LongJSON(length, functools.partial(self.store.read_result, run.run_id, position), kept)
+        return long if length > LONG_BYTES else msgspec.Raw(b"".join(long.pieces()))
 
     @contextlib.contextmanager
     def _protected(self, id_: str) -> Iterator[None]:
@@ -526,18 +542,6 @@ class EmbeddedEngine(EngineBase):
             being_sent[id_] -= 1
             if not being_sent[id_]:
                 del being_sent[id_]
-
-    def _with_result(self, event: Event, run: Run, *, is_outline: bool) -> Event:
-        """Return *event* with its result, or with a ``LongJSON`` if that is long. Raises RunNotFound, StoreError."""
-        if event.data.get("result") is None or event.name == "call.completed":
-            return event
-        result = self.long_result(run, event.data.get("position"), is_outline=is_outline)
-        if result.length > LONG_BYTES:
-            return replace(event, data={**event.data, "result": result})
-        if is_outline:
-            short = msgspec.Raw(b"".join(result.pieces()))
-            return replace(event, data={**event.data, "result": short})
-        return event
 
     async def _wait_until_seen(self, completed_at: datetime | None) -> None:
         """Wait until other engines have seen the end of a record, before it is deleted."""
@@ -850,4 +854,6 @@ class _StoreReader(RunReader):
         self._change = self._output.changed
 
     def present(self, event: Event, run: Run) -> Event:
-        return self._engine._with_result(event, run, is_outline=run is self._outline)
+        if event.data.get("result") is None or event.name == "call.completed":
+            return event
+        return replace(event, data={**event.data, "result": self._engine.shown_result(run, event.data.get("position"))})

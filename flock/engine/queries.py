@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from flock.engine import statements
 from flock.engine.refusals import not_accepting
@@ -41,6 +42,7 @@ from flock.errors import KeyReused, OwnershipLost, Replayed
 from flock.runs import (
     MAX_SHOWN_BYTES,
     MAX_SHOWN_CALLS,
+    NOT_LOADED,
     Batch,
     Call,
     IdempotencyKey,
@@ -164,14 +166,15 @@ def _insert_run(db: sqlite3.Connection, run: Run, last_step: bytes | None = None
 
 
 def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -> Run | None:
-    """Return a run, or its outline, which has ``{}`` for its inputs and results and does not read them.
+    """Return a run, or its outline: a stub with ``{}`` for its inputs and results, which are not read.
 
     Raises Damaged if its row is damaged, unless the run has already failed because of the damage.
     """
     try:
         row = read_row(db, statements.OUTLINE_COLUMNS if is_outline else statements.RUN_COLUMNS, "run_id", run_id)
         steps = statements.OUTLINED_STEPS if is_outline else statements.STEPS
-        return None if row is None else run_from(row, find_steps(db, run_id, steps))
+        run = None if row is None else run_from(row, find_steps(db, run_id, steps))
+        return run if run is None or not is_outline else replace(run, inputs=NOT_LOADED)
     except Damaged:
         row = _read_remains(db, run_id)
         if not is_known_damage(row):

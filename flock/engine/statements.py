@@ -94,6 +94,13 @@ REOPEN_RUN = f"""UPDATE runs SET {REOPENED}, owner = ?, is_async = 1,
 DELETE_RUN = "DELETE FROM runs WHERE run_id = ?"
 DELETE_FINAL_RUN = f"{DELETE_RUN} AND batch_id IS NULL AND status NOT IN ('starting', 'running', 'waiting')"
 ROW_OF_RUN = "SELECT rowid FROM runs WHERE run_id = ?"
+#: Whether a run is of a principal. It reads only the first columns and an index, so it takes as long for any run.
+IS_OF_PRINCIPAL = """SELECT 1 FROM runs WHERE run_id = ? AND CASE WHEN batch_id IS NULL THEN
+    EXISTS (SELECT 1 FROM runs AS own INDEXED BY runs_by_principal WHERE own.batch_id IS NULL AND own.flock = runs.flock
+        AND own.principal = ? AND own.status = runs.status AND own.run_id = runs.run_id)
+    ELSE EXISTS (SELECT 1 FROM batches WHERE batches.batch_id = runs.batch_id AND batches.principal = ?) END"""
+#: SQLite does not read a value for its length.
+INPUT_BYTES = "SELECT length(inputs) FROM runs WHERE run_id = ?"
 NEWEST_ID = "SELECT max(run_id) FROM runs"
 #: A value that changes when the columns OUTLINE_COLUMNS change.
 VERSION = """SELECT status, attempt, progress, CASE status WHEN 'waiting' THEN waiting_for END,

@@ -400,8 +400,18 @@ class Store:
         return self.read(lambda db: queries.find_run(db, run_id))
 
     def outline(self, run_id: str) -> Run | None:
-        """Return a run with ``{}`` in place of its inputs and results, which are not read."""
+        """Return a stub of a run: with ``{}`` in place of its inputs and results, which are not read."""
         return self.read(lambda db: queries.find_run(db, run_id, is_outline=True))
+
+    def is_of(self, run_id: str, principal: str) -> bool:
+        """Return whether there is such a run of *principal*. Nothing long is read."""
+        values = (run_id, principal, principal)
+        return self.read(lambda db: db.execute(statements.IS_OF_PRINCIPAL, values).fetchone()) is not None
+
+    def input_bytes(self, run_id: str) -> int:
+        """Return the length of the inputs of a run, which are not read, or 0 if there is no such run."""
+        row = self.read(lambda db: db.execute(statements.INPUT_BYTES, (run_id,)).fetchone())
+        return 0 if row is None else row[0]
 
     def version(self, run_id: str) -> tuple[Any, ...] | None:
         """Return a value that changes when the outline of a run changes. Reading it takes a few microseconds."""

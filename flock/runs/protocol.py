@@ -213,8 +213,11 @@ class Engine(Protocol):
         Cancellation: the batch is either accepted completely or not at all.
         """
 
-    async def get_run(self, run_id: str) -> Run:
-        """Return the current state of the run. Raises RunNotFound."""
+    async def get_run(self, run_id: str, principal: str | None = None) -> Run:
+        """Return the current state of the run. Raises RunNotFound, also if it is not of *principal*; None means any."""
+
+    async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
+        """Like ``get_run``, but the run may be a stub: its inputs and results are not read; see ``Run.is_stub``."""
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         """Return the calls of *run* that have ended, by the position of their step, oldest first.
@@ -233,6 +236,8 @@ class Engine(Protocol):
 
     async def cancel_run(self, run_id: str) -> Run:
         """Request cancellation of a run and return without waiting. A run that is already cancelled is returned as is.
+
+        Returns: the run, which may be a stub, as that of ``get_outline``.
 
         Raises: RunNotFound; Conflict if it is completed or failed.
         """

@@ -321,14 +321,14 @@ class TemporalEngine(EngineBase):
                 return (await self.get_run(made_id)).run_id
         return None
 
-    async def get_run(self, run_id: str) -> Run:
+    async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         self._check_entered()
         if ID.fullmatch(run_id) is None:
             raise RunNotFound(run_id)
         run = await self._attempt(run_id, 1) or await self._batches.item(run_id)
         if run is None:
             run = await self._attempt(run_id, await self.cluster.last_attempt(RUN_WORKFLOW, run_workflow_id(run_id, 1)))
-        if run is None or run.flock != self._flock:
+        if run is None or run.flock != self._flock or principal not in (None, run.principal):
             raise RunNotFound(run_id)
         if run.batch_id is not None:
             return run

@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from flock.errors import BatchNotFound, DefinitionError, Forbidden, RunNotFound, TooManyRequests, WrongHost
+from flock.errors import BatchNotFound, DefinitionError, Forbidden, TooManyRequests, WrongHost
 from flock.runs import (
     Batch,
     BatchFilter,
@@ -287,40 +287,40 @@ class ScopedEngine:
         more = {"principal": self._principal.name, **more, "key": self._own(key)}
         return await self._engine.submit_batch(agent_name, items, options, **more)
 
-    async def get_run(self, run_id: str) -> Run:
-        run = await self._engine.get_run(run_id)
-        if not self._may_see(run):
-            raise RunNotFound(run_id)
-        return run
+    async def get_run(self, run_id: str, principal: str | None = None) -> Run:
+        return await self._engine.get_run(run_id, self._own_principal(principal))
+
+    async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
+        return await self._engine.get_outline(run_id, self._own_principal(principal))
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         return await self._engine.get_calls(run) if self._may_see(run) else {}
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
-        await self.get_run(run_id)
+        await self.get_outline(run_id)
         return await self._engine.wait(run_id, timeout_s)
 
     async def cancel_run(self, run_id: str) -> Run:
-        await self.get_run(run_id)
+        await self.get_outline(run_id)
         return await self._engine.cancel_run(run_id)
 
     async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
-        await self.get_run(run_id)
+        await self.get_outline(run_id)
         return await self._engine.answer_call(run_id, call_id, output)
 
     async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
-        await self.get_run(run_id)
+        await self.get_outline(run_id)
         return await self._engine.retry_run(run_id, max_cost)
 
     async def delete_run(self, run_id: str) -> None:
-        await self.get_run(run_id)
+        await self.get_outline(run_id)
         await self._engine.delete_run(run_id)
 
     async def get_session(self, session_id: str, principal: str | None = None) -> Session:
-        return await self._engine.get_session(session_id, principal if self._principal.admin else self._principal.name)
+        return await self._engine.get_session(session_id, self._own_principal(principal))
 
     async def delete_session(self, session_id: str, principal: str | None = None) -> None:
-        await self._engine.delete_session(session_id, principal if self._principal.admin else self._principal.name)
+        await self._engine.delete_session(session_id, self._own_principal(principal))
 
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         return await self._engine.list_runs(self._own_only(wanted))
@@ -331,7 +331,7 @@ class ScopedEngine:
     async def events(
         self, run_id: str, after: int = 0, *, reasoning: bool = False
     ) -> AsyncGenerator[Event | None, None]:
-        await self.get_run(run_id)
+        await self.get_outline(run_id)
         async with contextlib.aclosing(self._engine.events(run_id, after, reasoning=reasoning)) as events:
             async for event in events:
                 yield event
@@ -375,6 +375,9 @@ class ScopedEngine:
 
     def _own_only(self, filter_: Filter) -> Filter:
         return filter_ if self._principal.admin else replace(filter_, principal=self._principal.name)
+
+    def _own_principal(self, asked: str | None) -> str | None:
+        return asked if self._principal.admin else self._principal.name
 
     def _may_see(self, record: Run | Batch) -> bool:
         return self._principal.admin or record.principal == self._principal.name
