@@ -22,6 +22,7 @@ import httpx
 import msgspec
 import pytest
 
+from flock import fair
 from flock.core import Flock
 from flock.errors import AgentError, CallError
 from flock.runs import MAX_SHOWN_CALLS, NOT_LOADED, BatchOptions, Engine, Run, RunContext, RunStatus
@@ -332,7 +333,7 @@ async def test_a_call_left_behind_by_its_step_changes_nothing(tmp_path: Path) ->
         may_end.set()
         await left[0]
         assert result_of(await engine.get_run(run.run_id)) == "done"
-        assert engine.store.calls(run, 0) == ()
+        assert engine.store.calls(run, 0) == []
 
 
 async def test_a_cancelled_run_stores_no_call_that_was_running(tmp_path: Path) -> None:
@@ -353,7 +354,7 @@ async def test_a_cancelled_run_stores_no_call_that_was_running(tmp_path: Path) -
         await engine.cancel_run(run.run_id)
         run = await engine.wait(run.run_id)
         assert run.status is RunStatus.CANCELLED
-        assert [call.name for call in engine.store.calls(run, 0)] == ["long"]
+        assert [call.name for _, call in engine.store.calls(run, 0)] == ["long"]
         await engine.delete_run(run.run_id)
         assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM calls").fetchone()) == (0,)
 
@@ -677,6 +678,45 @@ async def test_a_function_with_a_parameter_called_name_does_not_lose_it() -> Non
     async with flock.engine() as engine:
         run = await ended(engine, "work")
     assert run.error_type == "call_error" or result_of(run) == "hello Ann"
+
+
+async def test_a_long_journal_is_read_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tasks run in between when the step starts again."""
+    monkeypatch.setattr(fair, "SHARE_S", 0)
+    flock, turns, pages = Flock(), 0, list[int]()
+
+    @flock.agent
+    async def work(context: RunContext) -> int:
+        found = await asyncio.gather(*(context.call(megabyte, n) for n in range(5)))
+        await context.ask("Go on?", bool)
+        return sum(map(len, found))
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await ended(engine, "work")
+        find_calls = engine.store.calls
+
+        def read(*args: Any) -> Any:
+            pages.append(turns)
+            return find_calls(*args)
+
+        monkeypatch.setattr(engine.store, "calls", read)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(count)
+            await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+            assert result_of(await engine.wait(run.run_id)) == 5_000_000
+            tasks.cancel_scope.cancel()
+    assert len(pages) > 3
+    assert pages == sorted(set(pages)), "another task had its turn before each page"
+
+
+async def megabyte(n: int) -> str:
+    return "x" * 1_000_000
 
 
 async def test_a_run_shows_its_calls(open_engine: OpenEngine) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import msgspec
 import pytest
 
+from flock import fair
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
+from flock.engine.runner import Runner
 from flock.errors import BatchNotFound, EngineStopped, RunNotFound, TooLarge
 from flock.runs import Batch, BatchOptions, Run, RunStatus, new_id
 from flock.scopes import closing_scopes
@@ -318,3 +321,33 @@ def test_on_trio_an_agent_runs_as_it_is() -> None:
             return "done"
 
     assert [anyio.run(use, backend=backend) for backend in ("asyncio", "trio")] == ["done", "done"]
+
+
+async def test_other_tasks_run_while_many_runs_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fair, "SHARE_S", 0)
+    flock, turns, seen, start = Flock(), 0, list[int](), Runner.start
+
+    @flock.agent
+    async def nap() -> None:
+        await anyio.sleep_forever()
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    def noting(runner: Runner, *args: Any) -> None:
+        seen.append(turns)
+        start(runner, *args)
+
+    async with flock.engine(store=tmp_path / "flock.db", durability="process") as engine:
+        for _ in range(100):
+            await engine.submit("nap", {})
+    monkeypatch.setattr(Runner, "start", noting)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(count)
+        async with flock.engine(store=tmp_path / "flock.db"):
+            assert len(seen) == 100
+            assert len(set(seen)) > 50
+        tasks.cancel_scope.cancel()

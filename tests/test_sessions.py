@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import msgspec
 import pytest
 
+from flock import fair
 from flock.core import Flock, FlockFactory
+from flock.engine.embedded import SEEN_BY_ALL_S
 from flock.engine.turns import MAX_HISTORY_BYTES
 from flock.errors import Conflict, DefinitionError, SessionNotFound
-from flock.runs import Engine, Principal, Run, RunFilter, RunStatus, now
+from flock.runs import Engine, Principal, Run, RunFilter, RunStatus, Usage, now
 from flock.testing import FakeModel, Reply
 from flock.web.auth import ScopedEngine
 from flockapi import FlockAPI, create_app
@@ -436,6 +439,67 @@ async def _listed(engine: Engine, count: int, **wanted: Any) -> Sequence[Run]:
         while len(page := await engine.list_runs(RunFilter(**wanted))) < count:  # noqa: ASYNC110 - there is no event
             await anyio.sleep(0.05)
     return page
+
+
+class Turned:
+    """Counts the turns of another task in the event loop inside the block."""
+
+    async def __aenter__(self) -> "Turned":
+        self.turns, self._tasks = 0, anyio.create_task_group()
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(self._count)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._tasks.cancel_scope.cancel()
+        await self._tasks.__aexit__(None, None, None)
+
+    async def _count(self) -> None:
+        while True:
+            self.turns += 1
+            await anyio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("path", [":memory:", "flock.db"])
+async def test_a_session_is_summed_without_reading_its_runs(
+    path: str, turns: Turns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tasks have their turns meanwhile. The sum is exact, also above 64 bits and with runs of older versions."""
+    monkeypatch.setattr(fair, "SHARE_S", 0)
+    async with turns.flock.engine(store=path, durability="process") as engine:
+        for n in range(220):
+            inputs, session_id = {"n": n, "text": "x" * 20_000}, "s" if n else "another"
+            await ended(engine, await engine.submit("turn", inputs, session_id=session_id))
+        spent, last_step = Usage(input_tokens=1, picodollars=2**62 + 1), ["turn", {"output_tokens": 5}, 1, 1, 1]
+
+        def spend(db: sqlite3.Connection) -> None:
+            db.execute("UPDATE runs SET spent = ?", (msgspec.json.encode(spent),))
+            values = (msgspec.json.encode(last_step), page[3].run_id)
+            db.execute("UPDATE runs SET spent = NULL, last_step = ? WHERE run_id = ?", values)
+
+        page = await engine.list_runs(RunFilter(session_id="s"))
+        await engine.store.change(spend)
+        monkeypatch.setattr(engine.store, "get_run", None)
+        async with Turned() as other:
+            session = await engine.get_session("s")
+        assert session.total_runs == 219
+        total = Usage(input_tokens=218, output_tokens=5, picodollars=218 * (2**62 + 1))
+        assert session.usage == total
+        assert other.turns >= 219
+
+
+@pytest.mark.parametrize("path", [":memory:", "flock.db"])
+async def test_other_tasks_run_while_a_session_is_deleted(
+    path: str, turns: Turns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fair, "SHARE_S", 0)
+    async with turns.flock.engine(store=path, durability="process") as engine:
+        for n in range(30):
+            await ended(engine, await submit(engine, n))
+        await anyio.sleep(SEEN_BY_ALL_S)
+        async with Turned() as other:
+            await engine.delete_session("s")
+        assert other.turns >= 30
 
 
 async def test_a_session_with_an_active_run_is_not_deleted(engine: Engine, turns: Turns) -> None:

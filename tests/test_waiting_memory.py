@@ -21,6 +21,7 @@ from anyio.lowlevel import checkpoint
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flock import fair
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rows import Damaged
@@ -677,6 +678,30 @@ async def test_a_stalled_download_does_not_hold_the_records_of_its_page(format_:
         await anext(stream)
         assert TEXT["text"].encode() in await anext(stream)
         assert [page() for page in read] == [None]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("format_", RESULT_TYPES)
+async def test_other_tasks_run_between_the_items_of_a_download(format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the client is faster than the server, which then never waits for it."""
+    monkeypatch.setattr(fair, "SHARE_S", 0)
+    work, turns = Work(), 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await checkpoint()
+
+    async with work.flock.engine() as engine:
+        batch = await ended(engine, await engine.submit_batch("read", [TEXT] * 100, BatchOptions()))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(count)
+            stream = results_as(format_, item_pages(engine, batch.batch_id), (), (None, None), True)
+            text = b"".join([piece async for piece in stream])
+            tasks.cancel_scope.cancel()
+    assert text.count(TEXT["text"].encode()) >= 100
+    assert turns >= 100
 
 
 @pytest.mark.anyio

@@ -346,7 +346,6 @@ class EngineBase(ABC):
             for run in page:
                 with contextlib.suppress(RunNotFound):  # another request has deleted it
                     usage, total = added(usage, (await self.get_run(run.run_id)).usage), total + 1
-            await anyio.lowlevel.checkpoint()
             page = await self.list_runs(RunFilter(session_id=session_id, principal=principal, after=page[-1].run_id))
         if not total:
             raise SessionNotFound(session_id)
@@ -359,13 +358,14 @@ class EngineBase(ABC):
             if not status.is_final:
                 for run in await self.list_runs(replace(wanted, status=status, limit=1)):
                     raise not_deleted(run)
-        page = await self.list_runs(wanted)
+        page, share = await self.list_runs(wanted), FairShare()
         if not page:
             raise SessionNotFound(session_id)
         while page:
             for run in page:
                 with contextlib.suppress(RunNotFound):  # another request has deleted it
                     await self.delete_run(run.run_id)
+                await share.checkpoint()
             page = await self.list_runs(replace(wanted, after=page[-1].run_id))
 
     # Events

@@ -43,8 +43,10 @@ from flock.errors import (
     EngineFull,
     EngineStopped,
     RunNotFound,
+    SessionNotFound,
     StoreError,
 )
+from flock.fair import FairShare
 from flock.limits import Limits
 from flock.options import replaced
 from flock.runs import (
@@ -61,6 +63,8 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
+    Session,
+    added,
     make_ids_after,
     new_id,
     now,
@@ -83,7 +87,7 @@ CHECK_INTERVAL_S = 0.5
 MAX_COPY_S = 1.0
 #: How often old runs are deleted, in seconds, and how many of them in one transaction.
 RETENTION_INTERVAL_S = 10.0
-RETENTION_CHUNK_SIZE = 500
+RETENTION_CHUNK_SIZE = 100
 
 
 def limits_for_one_batch(max_workers: int) -> Limits:
@@ -482,6 +486,22 @@ class EmbeddedEngine(EngineBase):
         self._check_entered()
         return self.store.list_runs(self._flock, wanted)
 
+    async def get_session(self, session_id: str, principal: str | None = None) -> Session:
+        self._check_entered()
+        usage, total, share = None, 0, FairShare()
+        wanted = RunFilter(session_id=session_id, principal=principal)
+        while page := self.store.spent(self._flock, wanted):
+            for run_id, spent in page:
+                if spent is None:  # its agents asked no model, or an earlier version stored it
+                    outline = self.store.outline(run_id)
+                    spent = None if outline is None else outline.usage
+                usage, total = added(usage, spent), total + 1
+                await share.checkpoint()
+            wanted = replace(wanted, after=page[-1][0])
+        if not total:
+            raise SessionNotFound(session_id)
+        return Session(session_id=session_id, total_runs=total, usage=usage)
+
     def watch(self, run_id: str) -> AbstractContextManager[LiveOutput]:
         return self._runner.watch(run_id)
 
@@ -650,12 +670,12 @@ class EmbeddedEngine(EngineBase):
     async def _take_over_cancelled(self, id_: str, owner: str | None) -> None:
         """Take over a cancelled run or batch of a dead engine, so that it ends even if no program has its agent."""
         if owner is not None and owner in self.store.dead_engines(self._flock, self._engine_id):
-            self._resume(await self.store.take_over(owner, self._engine_id, now(), only=id_))
+            await self._resume(await self.store.take_over(owner, self._engine_id, now(), only=id_))
 
     async def _take_over_from(self, dead_id: str) -> None:
         taken = await self.store.take_over(dead_id, self._engine_id, now())
         self.batch_store.has_dropped.set()  # its staged batches were dropped
-        self._resume(taken)
+        await self._resume(taken)
         known = self._waiting_for.pop(dead_id, ())
         if not taken.is_complete:
             self._waiting_for[dead_id] = taken.waiting.keys()
@@ -667,18 +687,22 @@ class EmbeddedEngine(EngineBase):
                 ", ".join(f"{name} ({count})" for name, count in taken.waiting.items()),
             )
 
-    def _resume(self, taken: TakenOver) -> None:
+    async def _resume(self, taken: TakenOver) -> None:
+        """Start what was taken over. Cancellation: what is not started yet is left to another engine."""
         ended = [run for run in taken.runs if run.status.is_final]
         runs = [run for run in taken.runs if not run.status.is_final]
         if ended or runs or taken.batches:
             template = "resuming %d runs and %d batches of an engine that has stopped; %d of its runs were ended"
             logger.info(template, len(runs), len(taken.batches), len(ended))
-        for run in ended:
-            self._runner.turns.notify("run_ended", run)
-        for run in runs:
-            self._start(run)
         for batch in taken.batches:
             self._batches.start(batch)
+        share = FairShare()
+        for run in runs:
+            self._start(run)
+            await share.checkpoint()
+        for run in ended:
+            self._runner.turns.notify("run_ended", run)
+            await share.checkpoint()
 
     async def _expire_questions(self) -> None:
         """Continue or end the runs with questions that have expired. All engines of the flock do, and one is first."""

@@ -52,6 +52,7 @@ from flock.runs import (
     Step,
     Usage,
 )
+from flock.runs.records import PAGE_BYTES
 
 __all__ = [
     "Ended",
@@ -68,6 +69,7 @@ __all__ = [
     "find_next_calls",
     "find_run",
     "find_shown_calls",
+    "find_spent",
     "find_steps",
     "insert_key",
     "insert_runs",
@@ -80,6 +82,8 @@ __all__ = [
 ]
 
 
+#: What a call counts for the size of a page, in addition to its result.
+CALL_BYTES = 1024
 #: How many calls a reader of events holds, each of at most ``MAX_SHOWN_BYTES``.
 CALLS_PER_PAGE = 16
 
@@ -335,6 +339,23 @@ def _delete_details(db: sqlite3.Connection, run_ids: Sequence[tuple[str]]) -> No
     db.executemany(statements.DELETE_CALLS, run_ids)
 
 
+def find_spent(db: sqlite3.Connection, query: str, values: Mapping[str, Any]) -> list[tuple[str, Usage | None]]:
+    """Return ``spent`` of the runs that *query* finds, by id. It is None if only the steps of a run have its usage.
+
+    The columns of the query are the id, ``spent``, and the length of what SQLite skips to read it, which is limited.
+    """
+    page, bytes_left = list[tuple[str, Usage | None]](), PAGE_BYTES
+    for run_id, stored, length in db.execute(query, values):
+        spent = None
+        with contextlib.suppress(msgspec.DecodeError, TypeError):  # a damaged run is reported when it is read
+            spent = msgspec.json.decode(stored, type=Usage)
+        page.append((run_id, spent))
+        bytes_left -= length
+        if bytes_left < 0:
+            break
+    return page
+
+
 def earlier_runs(db: sqlite3.Connection, run: Run, limit: int, max_bytes: int) -> list[Run]:
     """Return completed runs of the session and the agent of *run*, oldest first: the last *limit*, or *max_bytes*.
 
@@ -352,10 +373,19 @@ def earlier_runs(db: sqlite3.Connection, run: Run, limit: int, max_bytes: int) -
     return runs[::-1]
 
 
-def find_calls(db: sqlite3.Connection, run: Run, position: int) -> tuple[Call, ...]:
-    """Return the finished calls of a step, in the order in which they finished. Raises Damaged."""
+def find_calls(db: sqlite3.Connection, run: Run, position: int, after_row: int) -> list[tuple[int, Call]]:
+    """Return a page of the finished calls of a step, each with its row, in the order in which they finished.
+
+    Raises Damaged.
+    """
+    page, bytes_left = list[tuple[int, Call]](), PAGE_BYTES
     with _detecting_damage():
-        return tuple(map(call_from, db.execute(statements.CALLS, (run.run_id, position, run.tries))))
+        for row, *values in db.execute(statements.CALLS, (run.run_id, position, run.tries, after_row)):
+            page.append((row, call := call_from(values)))
+            bytes_left -= CALL_BYTES + len(call.result)
+            if bytes_left < 0:
+                break
+    return page
 
 
 def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call]]:

@@ -7,6 +7,7 @@ committed step at the next start.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 from collections import Counter
@@ -28,6 +29,7 @@ from flock.engine.store import RETRY_AFTER_S, Store
 from flock.engine.takeover import INTERRUPTED
 from flock.engine.turns import MAX_HISTORY_BYTES, ActiveRun, Turns, WaitingForAnswers
 from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
+from flock.fair import FairShare
 from flock.limits import Limits
 from flock.runs import Call, Question, Run, RunStatus, Step, now, stub_of
 from flock.scopes import current_task
@@ -157,7 +159,13 @@ class StoredRun(ActiveRun):
 
     async def finished_calls(self) -> Sequence[Call]:
         """Raises Unreadable."""
-        return await self._read(lambda: self._runner.store.calls(self.run, len(self.run.steps)))
+        calls, after, share = list[Call](), 0, FairShare()
+        read = functools.partial(self._runner.store.calls, self.run, len(self.run.steps))
+        while page := await self._read(functools.partial(read, after)):
+            calls += [call for _, call in page]
+            after = page[-1][0]
+            await share.checkpoint()
+        return calls
 
     async def keep_call(self, call: Call) -> None:
         """Nothing cancels it, since the journal saves a call in a task of its own. Raises OwnershipLost."""

@@ -49,6 +49,10 @@ def list_columns(with_inputs: bool, with_results: bool) -> str:
     return _columns_of_run(read, waiting_for="CASE status WHEN 'waiting' THEN waiting_for END")
 
 
+#: See ``queries.find_spent``.
+SPENT_COLUMNS = "run_id, spent, length(inputs) + ifnull(length(result), 0)"
+
+
 def find_run(columns: str, name: str = "run_id") -> str:
     return f"SELECT {columns} FROM runs WHERE {name} = ?"
 
@@ -179,8 +183,8 @@ INSERT_STEP = f"""INSERT OR REPLACE INTO steps (run_id, position, {", ".join(STE
 INSERT_CALL = f"""INSERT INTO calls (run_id, position, tries, {", ".join(CALL_TABLE)})
     VALUES (?, ?, ?, {_marks(CALL_TABLE)})"""
 #: The arguments are not read: only the id of a call is compared.
-CALLS = f"""SELECT {", ".join("x'7b7d'" if name == "arguments" else name for name in CALL_TABLE)} FROM calls
-    WHERE run_id = ? AND position = ? AND tries = ? ORDER BY rowid"""
+CALLS = f"""SELECT rowid, {", ".join("x'7b7d'" if name == "arguments" else name for name in CALL_TABLE)} FROM calls
+    WHERE run_id = ? AND position = ? AND tries = ? AND rowid > ? ORDER BY rowid"""
 #: The positions of the steps of a run that have made calls, each with its last try.
 LAST_TRIES = "SELECT position, max(tries) FROM calls WHERE run_id = ? GROUP BY position"
 #: NULL in place of long values.

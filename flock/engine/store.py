@@ -37,7 +37,7 @@ from flock.engine.rows import Damaged, first_id_at, micros, names_json, run_or_r
 from flock.engine.storefile import Displaced, StoreFile
 from flock.engine.takeover import TakenOver
 from flock.errors import EngineFull, OwnershipLost, RunNotFound, StoreError, Unstorable
-from flock.runs import Call, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step
+from flock.runs import Call, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step, Usage
 
 __all__ = ["Durability", "Store"]
 
@@ -66,6 +66,16 @@ def _unstorable(reason: Exception) -> Unstorable:
     error = Unstorable("This record has a value that cannot be stored.")
     error.log_detail = str(reason)
     return error
+
+
+def _page_of(flock: str, wanted: RunFilter) -> tuple[Callable[[str], str], Mapping[str, Any]]:
+    """Return the query for a page of runs, as a function of the columns, and its values."""
+    statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
+    low = None if wanted.created_after is None else first_id_at(wanted.created_after, 1)
+    high = None if wanted.created_before is None else first_id_at(wanted.created_before)
+    values = asdict(wanted) | {"flock": flock, "low": low, "high": high, "limit": wanted.limit + 1}
+    names = [name for name in statements.RUN_CONDITIONS if values[name] is not None]
+    return lambda columns: statements.run_page(columns, statuses, names), values
 
 
 class Store:
@@ -419,9 +429,9 @@ class Store:
         version = self.read(lambda db: db.execute(statements.VERSION, (run_id,)).fetchone())
         return version
 
-    def calls(self, run: Run, position: int) -> Sequence[Call]:
-        """Return the finished calls of a step. Raises StoreError."""
-        return self.read(lambda db: queries.find_calls(db, run, position))
+    def calls(self, run: Run, position: int, after_row: int = 0) -> Sequence[tuple[int, Call]]:
+        """Return a page of the finished calls of a step, with their rows. Raises StoreError."""
+        return self.read(lambda db: queries.find_calls(db, run, position, after_row))
 
     def active_before(self, run: Run) -> str | None:
         """Return the id of the last run of its session that was accepted before *run* and has not ended, or None."""
@@ -466,17 +476,15 @@ class Store:
     def list_runs(self, flock: str, wanted: RunFilter) -> Page[Run]:
         """Return one page of runs that are not items, newest first, without steps. A damaged run has an ``error``."""
         columns = statements.list_columns(wanted.with_inputs, wanted.with_results)
-        statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
-        low = None if wanted.created_after is None else first_id_at(wanted.created_after, 1)
-        high = None if wanted.created_before is None else first_id_at(wanted.created_before)
-        values = asdict(wanted) | {"flock": flock, "low": low, "high": high, "limit": wanted.limit + 1}
-        names = [name for name in statements.RUN_CONDITIONS if values[name] is not None]
+        query, values = _page_of(flock, wanted)
+        return self.read(
+            lambda db: Page(wanted.limit, map(run_or_remains, queries.rows_of(db, query, values, columns)))
+        )
 
-        def find(db: sqlite3.Connection) -> Page[Run]:
-            rows = queries.rows_of(db, lambda columns: statements.run_page(columns, statuses, names), values, columns)
-            return Page(wanted.limit, map(run_or_remains, rows))
-
-        return self.read(find)
+    def spent(self, flock: str, wanted: RunFilter) -> Sequence[tuple[str, Usage | None]]:
+        """Return the ids of one page of runs, and what each has spent; see ``queries.find_spent``."""
+        query, values = _page_of(flock, wanted)
+        return self.read(lambda db: queries.find_spent(db, query(statements.SPENT_COLUMNS), values))
 
     def queue(self, flock: str) -> Queue:
         """Return the queue of runs for ``agents``, without items. Retried runs do not count for its age."""
