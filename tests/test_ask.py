@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
@@ -175,6 +176,28 @@ async def test_of_concurrent_answers_one_wins(tmp_path: Path) -> None:
         assert len(outcomes) == 1
         for engine in (one, two):
             assert await result_of(engine, run.run_id) == f"refused: {outcomes[0]}"
+
+
+async def test_answers_given_at_once_do_not_each_hold_all_questions(tmp_path: Path) -> None:
+    flock, count, size = Flock(), 100, 7_000
+
+    @flock.agent
+    async def refund(context: RunContext) -> int:
+        return len(await asyncio.gather(*(context.ask(f"{n} {'x' * size}", bool) for n in range(count))))
+
+    async with flock.engine(store=tmp_path / "flock.db", durability="process") as engine:
+        run_id = (await engine.submit("refund", {})).run_id
+        call_ids = [question.call_id for question in (await engine.wait(run_id)).waiting_for]
+        tracemalloc.start()
+        try:
+            async with anyio.create_task_group() as tasks:
+                for call_id in call_ids:
+                    tasks.start_soon(engine.answer_call, run_id, call_id, msgspec.Raw(b"true"))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert (await engine.wait(run_id)).status is RunStatus.COMPLETED
+    assert peak < 20 * count * size, "the questions are in memory a few times"
 
 
 async def test_questions_asked_together_wait_together_after_the_siblings_have_finished(open_engine: OpenEngine) -> None:

@@ -68,7 +68,6 @@ from flock.runs import (
     make_ids_after,
     new_id,
     now,
-    stub_of,
 )
 from flock.runs.records import LONG_BYTES
 from flock.scopes import current_task
@@ -449,13 +448,14 @@ class EmbeddedEngine(EngineBase):
         run = await self.get_outline(run_id)
         if run.status is RunStatus.WAITING:
             self._check_has_agent(run.next_agent_name or "")
-        return await self.store.answer(run_id, call_id, output, self._engine_id, now(), then=self._start_answered)
+        del run  # with all its questions, which each of many waiting answers would hold
+        answered = self.store.answer(run_id, call_id, output, self._engine_id, now(), then=self._start_answered)
+        return await answered or await self.get_outline(run_id)
 
-    def _start_answered(self, run: Run) -> None:
-        """Start *run* if its last question was answered. An item is started by its batch."""
-        is_own = run.owner == self._engine_id and run.run_id not in self._runner.active
-        if run.status is RunStatus.STARTING and run.batch_id is None and is_own:
-            self._start(stub_of(run))
+    def _start_answered(self, run: Run | None) -> None:
+        """Start a run whose last question was answered, unless it is None. An item is started by its batch."""
+        if run is not None and run.batch_id is None and run.run_id not in self._runner.active:
+            self._start(run)
 
     async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
         self._check_running()

@@ -554,9 +554,18 @@ class Store:
         await self.change(lambda db: waiting.suspend(db, run), then)
 
     async def answer(
-        self, run_id: str, call_id: str, output: msgspec.Raw, owner: str, now: datetime, then: Callable[[Run], None]
-    ) -> Run:
-        """Answer a question, and call *then* with the run, which may be ready to start; see ``Engine.answer_call``."""
+        self,
+        run_id: str,
+        call_id: str,
+        output: msgspec.Raw,
+        owner: str,
+        now: datetime,
+        then: Callable[[Run | None], None],
+    ) -> Run | None:
+        """Answer a question. Return a stub of the run if it is ready to start, and call *then* with it; or None.
+
+        Raises the same as ``Engine.answer_call``.
+        """
         return await self.change(lambda db: waiting.answer(db, run_id, call_id, output, owner, now), then)
 
     async def end_waiting(self, run: Run, outcome: Outcome, now: datetime) -> bool:

@@ -34,12 +34,16 @@ def suspend(db: sqlite3.Connection, run: Run) -> bool:
     return is_waiting
 
 
-def answer(db: sqlite3.Connection, run_id: str, call_id: str, output: msgspec.Raw, owner: str, at: datetime) -> Run:
-    """Answer a question, and make *owner* the owner of the run if it was the last one.
+def answer(
+    db: sqlite3.Connection, run_id: str, call_id: str, output: msgspec.Raw, owner: str, at: datetime
+) -> Run | None:
+    """Answer a question. If it was the last one, return a stub of the run, which is to be started by *owner*.
+
+    Otherwise nothing is returned, since each of the answers in one transaction would hold all questions that are left.
 
     Raises: RunNotFound, CallNotFound, Conflict, InvalidData, EngineStopped.
     """
-    run = queries.find_run(db, run_id)
+    run = queries.find_run(db, run_id, is_outline=True)
     if run is None:
         raise RunNotFound(run_id)
 
@@ -48,7 +52,7 @@ def answer(db: sqlite3.Connection, run_id: str, call_id: str, output: msgspec.Ra
         return None if row is None else row[0]
 
     if question_for(run, call_id, output, find_answer) is None:
-        return run
+        return None
     queries.check_engine(db, owner)
     return _continue(db, run, {call_id: output}, owner, at)
 
@@ -56,14 +60,14 @@ def answer(db: sqlite3.Connection, run_id: str, call_id: str, output: msgspec.Ra
 def expire(
     run_ids: Iterable[str], agents: Collection[str], owner: str, at: datetime, db: sqlite3.Connection
 ) -> Sequence[Run]:
-    """End the waiting of runs with questions that have expired, and return those that have ended or are to be started.
+    """End the waiting of runs with questions that have expired. Return stubs of those that have ended or are to start.
 
     A run with a default waits until a program that has its agent continues it.
     """
     changed = []
     for run_id in run_ids:
         try:
-            run = queries.find_run(db, run_id)
+            run = queries.find_run(db, run_id, is_outline=True)
         except Damaged as exc:
             logger.error("run %s is waiting and cannot be read: %s", run_id, exc)
             continue
@@ -74,10 +78,10 @@ def expire(
         unanswered = next((open_ for open_ in expired if open_.call_id not in defaults), None)
         if unanswered is not None:
             end(db, run, expiry_of(unanswered), at)
+            changed.append(queries.find_run(db, run_id, is_outline=True))
         elif run.next_agent_name in agents:
-            _continue(db, run, defaults, owner, at)
-        changed.append(queries.find_run(db, run_id))
-    return [run for run in changed if run is not None and run.status is not RunStatus.WAITING]
+            changed.append(_continue(db, run, defaults, owner, at))
+    return [run for run in changed if run is not None]
 
 
 def end(db: sqlite3.Connection, run: Run, outcome: Outcome, at: datetime) -> bool:
@@ -90,8 +94,10 @@ def end(db: sqlite3.Connection, run: Run, outcome: Outcome, at: datetime) -> boo
     return is_ended
 
 
-def _continue(db: sqlite3.Connection, run: Run, answers: Mapping[str, msgspec.Raw], owner: str, at: datetime) -> Run:
-    """Write *answers* to the journal. If no question is left, the run can be started. Returns the new record."""
+def _continue(
+    db: sqlite3.Connection, run: Run, answers: Mapping[str, msgspec.Raw], owner: str, at: datetime
+) -> Run | None:
+    """Write *answers* to the journal. If no question is left, return a stub of the run, which can be started."""
     for question in run.waiting_for:
         if question.call_id in answers:
             call = answer_of(question, answers[question.call_id], at)
@@ -99,9 +105,7 @@ def _continue(db: sqlite3.Connection, run: Run, answers: Mapping[str, msgspec.Ra
     left = tuple(question for question in run.waiting_for if question.call_id not in answers)
     if left:
         db.execute(statements.SUSPEND_RUN, (*waiting_values(replace(run, waiting_for=left)), run.run_id))
-    else:
-        db.execute(statements.RESUME_RUN, (None if run.batch_id else owner, run.run_id))
-        db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
-    changed = queries.find_run(db, run.run_id)
-    assert changed is not None, "it was just written"
-    return changed
+        return None
+    db.execute(statements.RESUME_RUN, (None if run.batch_id else owner, run.run_id))
+    db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
+    return queries.find_run(db, run.run_id, is_outline=True)

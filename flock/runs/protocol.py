@@ -245,7 +245,7 @@ class Engine(Protocol):
     async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
         """Answer a question of a waiting run. After the last answer, the run continues.
 
-        Returns: the run. The same answer may be given again.
+        Returns: the run, which may be a stub, as that of ``get_outline``. The same answer may be given again.
 
         Raises:
             RunNotFound; CallNotFound if the run does not ask this.
