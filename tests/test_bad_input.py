@@ -426,10 +426,10 @@ async def test_an_upload_that_is_refused_unread_closes_its_connection(client: ht
 async def test_a_bug_is_a_500_without_its_text(
     client: httpx.AsyncClient, app: FlockAPI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def broken(run_id: str) -> None:
+    async def broken(run_id: str, principal: str | None = None) -> None:
         raise RuntimeError("a secret of ours")
 
-    monkeypatch.setattr(app.engine, "get_run", broken)
+    monkeypatch.setattr(app.engine, "get_outline", broken)
     problem = check_problem(await client.get("/run/1"), 500)
     assert "a secret" not in json.dumps(problem)
     assert problem["request_id"] in problem["detail"]
