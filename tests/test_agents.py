@@ -72,6 +72,7 @@ def journal() -> Journal:
     return Journal(
         (),
         save=save,
+        wait_for_store=anyio.lowlevel.checkpoint,
         call_in_thread=anyio.to_thread.run_sync,
         run_agent=run_agent,
         spent=Usage(),

@@ -2,8 +2,10 @@
 
 import contextlib
 import itertools
+import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -25,13 +27,16 @@ import pytest
 
 import flock.engine.files
 import flock.engine.store
+import flock.engine.storefile
 import flock.runs.ids
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
-from flock.errors import Replayed
-from flock.runs import IdempotencyKey, Run, RunFilter, RunStatus
+from flock.errors import Replayed, StoreError
+from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
 from tests.support import PATIENCE_S
-from tests.support.servers import Server, flockapi_command, running
+from tests.support.engines import until as until_true
+from tests.support.engines import until_run
+from tests.support.servers import Server, flockapi_command, memory_kib, running
 
 T = TypeVar("T")
 
@@ -39,6 +44,7 @@ FLOCK = """
 import asyncio, multiprocessing, os, subprocess, sys, time
 from pathlib import Path
 from flock.core import Flock
+from flock.runs import RunContext
 
 flock = Flock("faults")
 HERE = Path(__file__).parent
@@ -55,6 +61,16 @@ def length(text: str) -> int:
 @flock.agent
 def repeat(text: str, times: int) -> str:
     return text * times
+
+@flock.agent
+async def pay(times: int) -> str:
+    \"\"\"Logs that it was paid.\"\"\"
+    note("paid")
+    return "x" * times
+
+@flock.agent
+async def pay_in_call(times: int, context: RunContext) -> int:
+    return len(await context.call(pay, times))
 
 @flock.agent
 async def work(n: int) -> int:
@@ -200,7 +216,10 @@ def can_mount() -> bool:
     return subprocess.run(attempt, capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("limited_disk", [files_that_may_not_grow, *([a_full_disk] if can_mount() else [])])
+DISKS = [files_that_may_not_grow, *([a_full_disk] if can_mount() else [])]
+
+
+@pytest.mark.parametrize("limited_disk", DISKS)
 def test_a_full_disk_is_answered_503_and_loses_no_accepted_run(
     limited_disk: Any, flock_file: Path, tmp_path: Path
 ) -> None:
@@ -233,6 +252,149 @@ def test_a_full_disk_is_answered_503_and_loses_no_accepted_run(
             run = ended(client, run_id)
             assert (run["status"], run["result"]) == ("completed", {"result": 50_000 + n})
         assert server.stop() in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("agent_name", ["pay", "pay_in_call"])
+@pytest.mark.parametrize("limited_disk", DISKS)
+def test_a_client_that_retries_on_a_full_disk_pays_once(
+    limited_disk: Any, agent_name: str, flock_file: Path, tmp_path: Path
+) -> None:
+    """Its result waits until there is room. Until then new runs are refused, even if a short write succeeds."""
+    (tmp_path / "disk").mkdir()
+    request = {"agent_name": agent_name, "inputs": {"times": 1_000_000}}
+    with limited_disk(tmp_path / "disk") as (wrapper, make_space):
+        with serving(flock_file, tmp_path / "disk" / "flock.db", *wrapper) as (server, client):
+            answer = client.post("/run/flock", json=request)
+            assert is_unavailable(answer)
+            found = re.search(r"GET /run/(\S+) shows its status", answer.json()["detail"])
+            assert found
+            until_time = time.monotonic() + 3.5  # in which the store is probed three times
+            while time.monotonic() < until_time:
+                assert is_unavailable(client.post("/run/flock", json=request))
+            assert (tmp_path / "log").read_text() == "paid\n"
+
+            make_space(server)
+            until(lambda: client.get("/readyz").status_code == 200, "recovery, although nobody has written")
+            assert ended(client, found[1])["status"] == "completed"
+            assert client.post("/run/flock", json=request).json()["status"] == "completed"
+            assert (tmp_path / "log").read_text() == "paid\n" * 2
+
+
+@pytest.mark.parametrize("limited_disk", DISKS)
+def test_results_that_a_full_disk_cannot_take_do_not_fill_the_memory(
+    limited_disk: Any, flock_file: Path, tmp_path: Path
+) -> None:
+    """Twenty clients ask for 400 results of 1 MB. Only what was running when the disk failed is kept in memory."""
+    (tmp_path / "disk").mkdir()
+    request = {"agent_name": "pay", "inputs": {"times": 1_000_000}}
+    with limited_disk(tmp_path / "disk") as (wrapper, _), ThreadPoolExecutor(20) as pool:
+        with serving(flock_file, tmp_path / "disk" / "flock.db", *wrapper) as (server, client):
+            assert client.get("/agents").status_code == 200
+            before = memory_kib(server)
+            answers = pool.map(lambda _: client.post("/run/flock", json=request), range(400))
+            assert all(map(is_unavailable, answers))
+            assert memory_kib(server) - before < 150 * 1024
+            assert len((tmp_path / "log").read_text().splitlines()) <= 20
+
+
+class Paid:
+    """A flock that records which work has begun. Each piece of work ends when ``end`` was called with its name."""
+
+    def __init__(self) -> None:
+        self.flock, self.begun, self.may_end = Flock("paid"), list[str](), dict[str, anyio.Event]()
+
+        async def pay(what: str) -> None:
+            self.begun.append(what)
+            await self.may_end.setdefault(what, anyio.Event()).wait()
+
+        @self.flock.agent
+        async def long(what: str) -> str:
+            await pay(what)
+            return "x" * 1_000_000
+
+        @self.flock.agent(max_concurrency=1)
+        async def short(what: str) -> None:
+            await pay(what)
+
+        @self.flock.agent
+        async def calls(context: RunContext) -> None:
+            await pay("outside of calls")
+            await context.call(pay, "call")
+
+        @self.flock.agent(next_agent="second_step")
+        async def first_step() -> None:
+            await pay("first step")
+
+        @self.flock.agent
+        async def second_step() -> None:
+            await pay("second step")
+
+    def end(self, *names: str) -> None:
+        for name in names:
+            self.may_end.setdefault(name, anyio.Event()).set()
+
+
+@pytest.mark.anyio
+async def test_nothing_that_costs_money_starts_while_the_store_fails(tmp_path: Path) -> None:
+    """Neither a queued run, nor an item of a batch, a call or a step of a running run, nor new work."""
+    paid = Paid()
+    async with paid.flock.engine(store=tmp_path / "flock.db") as engine:
+        runs = [await engine.submit("long", {"what": "long"}), await engine.submit("short", {"what": "short"})]
+        runs += [await engine.submit("calls", {}), await engine.submit("first_step", {})]
+        await until_true(lambda: len(paid.begun) == 4)
+        runs += [await engine.submit("short", {"what": "queued"})]
+        batch = await engine.submit_batch("short", [{"what": f"item {n}"} for n in range(3)], BatchOptions())
+        failed = await engine.submit("long", {"what": "to be retried"})
+        await engine.cancel_run(failed.run_id)
+        failed = await engine.wait(failed.run_id)
+        begun = sorted(paid.begun)
+
+        database = engine.store._db
+        database.execute(f"PRAGMA max_page_count = {database.execute('PRAGMA page_count').fetchone()[0]}")
+        paid.end("long")
+        await until_true(lambda: engine.health().store == "failing")
+        paid.end("short", "outside of calls", "first step")
+        queued = engine._runner.active[runs[-1].run_id]
+        await until_true(lambda: queued.store_error is not None)
+        for new in (
+            engine.submit("short", {"what": "async"}),
+            engine.submit("short", {"what": "sync"}, is_async=False),
+            engine.submit_batch("short", [{"what": "item"}], BatchOptions()),
+            engine.retry_run(failed.run_id),
+        ):
+            with pytest.raises(StoreError):
+                await new
+        with pytest.raises(StoreError):
+            await engine.wait(runs[-1].run_id)
+        await anyio.wait_all_tasks_blocked()
+        assert sorted(paid.begun) == begun
+
+        database.execute("PRAGMA max_page_count = 1073741823")
+        paid.end("queued", "call", "second step", *(f"item {n}" for n in range(3)))
+        for run in runs:
+            run = await until_run(engine, run.run_id, lambda run: run.status.is_final)
+            assert run.status is RunStatus.COMPLETED
+        with anyio.fail_after(PATIENCE_S):
+            assert (await engine.wait_batch(batch.batch_id)).status is RunStatus.COMPLETED
+
+
+@pytest.mark.anyio
+async def test_a_store_that_cannot_keep_up_holds_back_new_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of 1 MB wait while another process writes. At 16 MB no more runs start until they are written."""
+    monkeypatch.setattr(flock.engine.storefile, "LOCK_TIMEOUT_S", math.inf)
+    paid = Paid()
+    async with paid.flock.engine(store=tmp_path / "flock.db", max_concurrency=1) as engine:
+        with flock.engine.files.open_lock(f"{engine.store.path}-lock", 0o600) as file:
+            await until_true(lambda: flock.engine.files.try_lock(file))
+            paid.end("long")
+            for _ in range(40):
+                run = await engine.submit("long", {"what": "long"}, is_async=False)
+            await until_true(lambda: len(paid.begun) >= 17)
+            await anyio.wait_all_tasks_blocked()
+            assert len(paid.begun) == 17
+        with anyio.fail_after(PATIENCE_S):
+            assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+        assert len(paid.begun) == 40
 
 
 # A damaged file

@@ -292,12 +292,10 @@ class EmbeddedEngine(EngineBase):
 
     def _check_running(self) -> None:
         super()._check_running()
-        if self.store.is_displaced:
-            self.store.check_writable()
+        self.store.check_writable()
 
     def check_ready(self) -> None:
         self._check_running()
-        self.store.check_writable()
         self.store.queue(self._flock)  # raises if the store cannot be read
 
     def observe(self, observer: Observer) -> None:

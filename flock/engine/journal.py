@@ -64,6 +64,7 @@ class Journal:
     Args:
         finished: the calls that earlier turns of the same step have finished, oldest first.
         save: stores a call; on return it is on disk.
+        wait_for_store: is called before each call that is executed.
         on_start: is called with the id, name, kind, arguments and start time of each call that is executed.
         call_in_thread: calls a synchronous function in a worker thread.
         run_agent: see ``RunContext.run_agent``.
@@ -86,6 +87,7 @@ class Journal:
         finished: Iterable[Call],
         *,
         save: Callable[[Call], Awaitable[None]],
+        wait_for_store: Callable[[], Awaitable[None]],
         on_start: Callable[[str, str, CallKind, msgspec.Raw, datetime], None] = lambda *call: None,
         call_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
         run_agent: RunAgent,
@@ -107,6 +109,7 @@ class Journal:
         #: calls of this turn that were cancelled while they were saved. The next equal call returns the result.
         self._unread: dict[str, Call] = {}
         self._save = save
+        self._wait_for_store = wait_for_store
         self._on_start = on_start
         self._call_in_thread = call_in_thread
         self._run_agent = run_agent
@@ -323,10 +326,11 @@ class Journal:
 
     async def _make(self, planned: "_Planned") -> Any:
         """Execute a call, and store it."""
+        self._open.add(planned.call_id)
+        await self._wait_for_store()
         started_at = now()
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, failure = JSON_NULL, None, None
-        self._open.add(planned.call_id)
         self._on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
         try:
             value = await planned.execute()

@@ -138,6 +138,7 @@ class StoredRun(ActiveRun):
 
     async def begin(self) -> Run:
         """Raises: OwnershipLost, Unreadable."""
+        await self.wait_for_store()
         self.dequeue()
         on_begin, self.on_begin = self.on_begin, None
         if on_begin is not None:
@@ -152,6 +153,12 @@ class StoredRun(ActiveRun):
             self.update(run)
         if run.is_async and run.batch_id is None:
             self._runner.store.flush_nowait()
+
+    async def wait_for_store(self) -> None:
+        """A result stays in memory until it is written, so no more work starts while results cannot be written."""
+        while await self._read(self._runner.store.is_behind):
+            with contextlib.suppress(StoreError):
+                await self._runner.store.catch_up()
 
     async def earlier_runs(self, limit: int) -> Sequence[Run]:
         """Raises Unreadable."""
@@ -222,7 +229,8 @@ class StoredRun(ActiveRun):
                 self.store_error = exc
                 self.wake()
                 with anyio.CancelScope(shield=True):
-                    await anyio.sleep(RETRY_AFTER_S)
+                    # Soon enough for the store's next attempt, so that it cannot succeed without this write.
+                    await anyio.sleep(RETRY_AFTER_S / 2)
         self.store_error = None
 
     def dequeue(self) -> None:

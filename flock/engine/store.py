@@ -55,6 +55,8 @@ MAX_TIME = 2**63 - 1
 EXPIRY_CHUNK_SIZE = 500
 #: The delay before a failed transaction is retried, in seconds.
 RETRY_AFTER_S = 1.0
+#: No more work starts while more bytes of records than this wait to be written.
+MAX_UNWRITTEN_BYTES = 16 * 1024 * 1024
 
 
 def _unusable(action: str) -> StoreError:
@@ -107,6 +109,7 @@ class Store:
         self._has_work = anyio.Event()
         self._is_closing = False
         self._write_error: Exception | None = None
+        self._unwritten_bytes = 0
         self._file = StoreFile(self.path)
         self._engine_lock: IO[bytes] | None = None
         self._displaced: Displaced | None = None
@@ -223,7 +226,12 @@ class Store:
         group, pending = self._open, self._unawaited.pop(run.run_id, None)
         if pending is not None:
             group.runs[run.run_id] = pending
-        await self._written(group, shield=shield)
+        size = run.turn_bytes
+        self._unwritten_bytes += size
+        try:
+            await self._written(group, shield=shield)
+        finally:
+            self._unwritten_bytes -= size
         if run.run_id in group.lost:
             raise OwnershipLost(run.run_id)
         if (reason := group.refused.get(run.run_id)) is not None:
@@ -263,6 +271,15 @@ class Store:
         """Raise StoreError if the store is not writable. A failed transaction is retried every second."""
         if problem := self._write_error or self._displaced:
             raise _unusable("written") from problem
+
+    def is_behind(self) -> bool:
+        """Whether many bytes wait to be written. Raises StoreError if the store is not writable."""
+        self.check_writable()
+        return self._unwritten_bytes > MAX_UNWRITTEN_BYTES
+
+    async def catch_up(self) -> None:
+        """Return when everything that waits now is written. Raises StoreError."""
+        await self._written(self._open)
 
     # The file
 

@@ -154,6 +154,9 @@ class ActiveRun:
     async def started(self, run: Run, agent: Agent) -> None:
         """Called when the attempt starts, with its new record and the agent of its first turn."""
 
+    async def wait_for_store(self) -> None:
+        """Called before each call. Returns when its result can be stored."""
+
     async def finished_calls(self) -> Sequence[Call]:
         """Called if the next step may have run before. Returns its finished calls."""
         return ()
@@ -293,6 +296,7 @@ class Turns:
         return Journal(
             await active.finished_calls() if is_again or active.has_calls else (),
             save=functools.partial(self._keep_call, active),
+            wait_for_store=active.wait_for_store,
             on_start=functools.partial(_call_started, active),
             call_in_thread=resources.call_in_thread,
             run_agent=callees.run,
