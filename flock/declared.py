@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import os
 import sys
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -69,6 +70,7 @@ class DeclaredFlock:
 
     Attributes:
         agents: the agents by name. Use ``add_agent`` to add one.
+        program_path: the file that has created the flock. Engines warn if a store was used by another program.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class DeclaredFlock:
         self.max_steps = max_steps
         self.prices = merged(prices)
         self.agents: dict[str, Agent] = {}
+        self.program_path = os.path.abspath(sys._getframe(1).f_code.co_filename)
         self._shared_engines = weakref.WeakValueDictionary[tuple[str, bool], EmbeddedEngine]()
 
     def __repr__(self) -> str:
@@ -153,7 +156,8 @@ class DeclaredFlock:
         Raises: DefinitionError if an option is invalid.
         """
         models = ModelClient(self.model, transport=transport)
-        options = {"flock": self.name, "max_steps": self.max_steps, "prices": self.prices, **options}
+        own = {"flock": self.name, "program_path": self.program_path}
+        options = {**own, "max_steps": self.max_steps, "prices": self.prices, **options}
         return EmbeddedEngine(self.agents, models, Store(store, durability=durability), limits=limits, **options)
 
     def shared_engine(self, *, store: str | Path, expose_errors: bool = False) -> EmbeddedEngine:

@@ -4,8 +4,10 @@ import contextlib
 import glob
 import logging
 import os
+import re
 import signal
 import sqlite3
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,7 +17,8 @@ import anyio
 import httpx
 import pytest
 
-from flock.core import Flock
+from flock.command.target import load_flock
+from flock.core import Flock, FlockFactory
 from flock.engine import base, queries
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Conflict, EngineFull, RunNotFound
@@ -197,6 +200,36 @@ async def test_startup_warns_if_a_flock_of_the_same_name_had_other_agents(
     assert [expected in line for line in warnings_of(caplog)] == ([] if missing is None else [True])
 
 
+async def test_startup_warns_once_if_an_agent_has_another_signature(caplog: pytest.LogCaptureFixture) -> None:
+    """The warning shows both. A description is not part of a signature, and both workers of one program are silent."""
+
+    def started(input_: str, description: str = "") -> EmbeddedEngine:
+        flock, input_ = Flock(), f"{input_} | {description}"
+        flock.add_agent(FlockFactory.create_default_agent("mood", input=input_, output="mood: str"))
+        return flock.engine(store=STORE)
+
+    async with started("text: str"), started("text: str", "what to read"):
+        assert warnings_of(caplog) == []
+    async with started("text: int"), started("text: int"):
+        (warning,) = warnings_of(caplog)
+    assert re.search(r"other signatures: mood was text -> mood \((\w{8})\) and is text -> mood \((?!\1)", warning)
+
+
+async def test_an_older_version_has_stored_only_the_names_of_agents(caplog: pytest.LogCaptureFixture) -> None:
+    async with Program("ours").engine() as engine:
+        await engine.store.change(lambda db: db.execute("""UPDATE flocks SET agents = '["gone", "ours"]'""") and None)
+    async with Program("ours").engine():
+        pass
+    (warning,) = warnings_of(caplog)
+    assert "the same name, 'flock', and with agents that this one does not have: gone. If" in warning
+
+
+def test_two_flocks_of_one_file_are_two_programs(tmp_path: Path) -> None:
+    (tmp_path / "two_flocks.py").write_text("from flock.core import Flock\nlive, staging = Flock(), Flock()\n")
+    paths = [load_flock(f"two_flocks.py:{name}").program_path for name in ("live", "staging")]
+    assert paths == [f"{tmp_path}/two_flocks.py:{name}" for name in ("live", "staging")]
+
+
 @pytest.mark.parametrize("batches", [False, True], ids=["runs", "batches"])
 async def test_startup_warns_about_unfinished_runs_of_other_flocks(
     batches: bool, caplog: pytest.LogCaptureFixture
@@ -316,6 +349,46 @@ def test_programs_in_one_folder_leave_the_queue_of_a_killed_program_to_its_next_
     with running(*command("reports")) as server:
         ends = [httpx.get(f"{server.url}/run/{run_id}?wait=20", timeout=30).json() for run_id in ids]
         assert [end["status"] for end in ends] == ["cancelled", "completed", "completed"]
+
+
+def test_startup_names_another_program_with_the_same_flock_and_agents_before_it_takes_over_its_runs(
+    tmp_path: Path,
+) -> None:
+    """Production was killed, and staging has the same store by mistake."""
+    paths = {}
+    for name in ("production", "staging"):
+        paths[name] = tmp_path / name / "app.py"
+        paths[name].parent.mkdir()
+        paths[name].write_text(SCRIPT.format(agent="reports"))
+
+    def command(name: str) -> list[str]:
+        return flockapi_command("serve", str(paths[name]), "--port", "0", "--store", str(tmp_path / "flock.db"))
+
+    with running(*command("production")) as server:
+        body = {"agent_name": "reports", "inputs": {}, "async_run": True}
+        assert httpx.post(f"{server.url}/run/flock", json=body).status_code == 202
+        anyio.run(until, Path("begun-reports").exists)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+    Path("go").touch()
+    with running(*command("staging")) as server:
+        server.wait_for_line("resuming 1 runs")
+        words = f"which is defined in {paths['production']} and not in {paths['staging']}. If that is another program"
+        (warned_at,) = [number for number, line in enumerate(server.lines) if words in line]
+        (resumed_at,) = [number for number, line in enumerate(server.lines) if "resuming 1 runs" in line]
+        assert warned_at < resumed_at
+
+
+def test_startup_does_not_warn_about_the_same_program_however_it_is_started(tmp_path: Path) -> None:
+    """As a script, as a file or a module, by another path, and in several workers."""
+    (tmp_path / "app.py").write_text(SCRIPT.format(agent="reports"))
+    (tmp_path / "script.py").write_text("from app import flock\n\nflock.start_api(port=0)\n")
+    serve = flockapi_command("serve", "--port", "0", "--store", "flock.db")
+    workers = [*serve, "app:flock", "--workers", "2"]
+    for command in ([sys.executable, "script.py"], [*serve, "app.py"], [*serve, "./app.py:flock"], workers):
+        with running(*command) as server:
+            server.wait_for_line("Application startup complete", times=2 if command is workers else 1)
+            assert not any("last used by" in line for line in server.lines)
 
 
 async def test_queued_runs_of_absent_programs_do_not_reduce_the_share_of_a_principal() -> None:

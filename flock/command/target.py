@@ -39,6 +39,8 @@ def load_flock(target: str, model: str | None = None) -> DeclaredFlock:
         name = "flock" if "flock" in flocks else next(iter(flocks))
     if name in flocks:
         flocks[name].model = model or flocks[name].model
+        if len(flocks) > 1 and module.__file__:
+            flocks[name].program_path = f"{os.path.abspath(module.__file__)}:{name}"
         return flocks[name]
     hint = f"It has: {', '.join(flocks)}." if flocks else "Add flock = Flock(...) at its top level."
     if getattr(module, "__file__", None) is None:

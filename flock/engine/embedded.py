@@ -32,6 +32,7 @@ from flock.engine.batches import Batches
 from flock.engine.batchstore import BatchStore
 from flock.engine.intake import Intake
 from flock.engine.live import LiveOutput, LiveReader
+from flock.engine.program import Program
 from flock.engine.refusals import not_cancelled, not_deleted, not_retried, run_not_retried, wait_stopped
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun
 from flock.engine.store import Store
@@ -106,6 +107,7 @@ class EmbeddedEngine(EngineBase):
         store: where runs are stored. The engine opens and closes it.
         flock: the name under which runs are stored. An engine sees only the runs of its own flock, and recovers only
             those whose agent it has.
+        program_path: where the flock is defined. Another path in the store is a warning at the start.
         max_steps: max steps in one run.
         expose_errors: put the text of any exception into a run's ``error``; for development.
         answer: answers the questions of agents at once. Without it, their runs wait for answers.
@@ -121,6 +123,7 @@ class EmbeddedEngine(EngineBase):
         store: Store,
         *,
         flock: str = "flock",
+        program_path: str = "",
         max_steps: int = 32,
         expose_errors: bool = False,
         answer: Answer | None = None,
@@ -136,6 +139,7 @@ class EmbeddedEngine(EngineBase):
             default_model=models.default_model or None,
         )
         self.store = store
+        self._program_path = program_path
         self._models = models
         models.on_retry = lambda: self._runner.turns.notify("model_call_retried")
         self._observers: list[Observer] = []
@@ -196,8 +200,9 @@ class EmbeddedEngine(EngineBase):
             await stack.enter_async_context(listing_tools(tool_sources(self._agents)))
             stack.push_async_callback(self._unregister)
             with self._explaining_store_errors():
-                agents_before = await self.store.register_engine(self._engine_id, self._flock, self._agents.keys())
-                self._warn_about_store(agents_before)
+                program = Program.of(self._program_path, self._agents)
+                before = await self.store.register_engine(self._engine_id, self._flock, self._agents.keys(), program)
+                self._warn_about_store(program.differences(before))
                 if (newest := self.store.last_id()) is not None:
                     with contextlib.suppress(ValueError):  # the file is damaged, which is reported when the run is read
                         make_ids_after(newest)
@@ -228,18 +233,17 @@ class EmbeddedEngine(EngineBase):
         elif listener := await relay.listen(path):
             tasks.start_soon(relay.serve, listener, path, self._runner.watch, self._runner.active.__contains__)
 
-    def _warn_about_store(self, agents_before: Sequence[str]) -> None:
+    def _warn_about_store(self, differences: str) -> None:
         """Warn if other programs use the store, or other users can read it. This may be unintentional."""
         if self.store.is_public:
             template = "Every user of this machine can read the store %s. To change that, run: chmod go= %s*"
             logger.warning(template, self.store.path, self.store.path)
-        missing = ", ".join(name for name in agents_before if name not in self._agents)
-        if missing:
+        if differences:
             logger.warning(
-                "The store %s was last used by a flock with the same name, %r, and with agents that this one does not "
-                "have: %s. If that is another program, both see each other's runs. Give one of them another name, "
-                "Flock(name), or another store (store=, --store).",
-                *(self.store.path, self._flock, missing),
+                "The store %s was last used by a flock with the same name, %r, %s. If that is another program, both "
+                "see each other's runs, and each resumes those of the other after a crash. Give one of them another "
+                "name, Flock(name), or another store (store=, --store).",
+                *(self.store.path, self._flock, differences),
             )
         for name, count in self.store.unfinished_of_other_flocks(self._flock).items():
             logger.warning(

@@ -111,7 +111,7 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ],
     ["ALTER TABLE runs ADD COLUMN recoveries INTEGER NOT NULL DEFAULT 0"],
     ["ALTER TABLE runs ADD COLUMN extra BLOB", "ALTER TABLE batches ADD COLUMN extra_names BLOB"],
-    # Which agents a flock had when it was last started.
+    # The ``Program`` of a flock when it was last started, as JSON.
     ["CREATE TABLE flocks (flock TEXT PRIMARY KEY, agents TEXT NOT NULL) WITHOUT ROWID"],
     [
         "CREATE INDEX runs_by_principal_and_agent ON runs (flock, principal, agent_name, status, run_id) "

@@ -329,5 +329,5 @@ OTHER_FLOCKS = "SELECT DISTINCT flock FROM engines WHERE flock != ?"
 COUNT_UNFINISHED = """SELECT (SELECT count(*) FROM runs INDEXED BY runs_by_status WHERE batch_id IS NULL
     AND flock = :flock AND status IN ('starting', 'running')) + (SELECT count(*) FROM batches
     INDEXED BY batches_open WHERE flock = :flock AND completed_at IS NULL AND hidden IS NULL)"""
-AGENTS_OF_FLOCK = "SELECT agents FROM flocks WHERE flock = ?"
-SET_AGENTS_OF_FLOCK = "INSERT OR REPLACE INTO flocks VALUES (?, ?)"
+PROGRAM_OF_FLOCK = "SELECT agents FROM flocks WHERE flock = ?"
+SET_PROGRAM_OF_FLOCK = "INSERT OR REPLACE INTO flocks VALUES (?, ?)"

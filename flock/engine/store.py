@@ -33,6 +33,7 @@ from flock.engine import files, queries, statements, takeover, waiting
 from flock.engine.groups import Change, Group, PendingRun, Refused
 from flock.engine.migrations import migrate
 from flock.engine.outcomes import Outcome
+from flock.engine.program import Program
 from flock.engine.rows import Damaged, first_id_at, micros, names_json, run_or_remains, time_from
 from flock.engine.storefile import Displaced, StoreFile
 from flock.engine.takeover import TakenOver
@@ -676,24 +677,24 @@ class Store:
 
     # Engines
 
-    async def register_engine(self, engine_id: str, flock: str, agents: Collection[str]) -> Sequence[str]:
+    async def register_engine(
+        self, engine_id: str, flock: str, agents: Collection[str], program: Program | None = None
+    ) -> Program:
         """Register an engine, with a lock file that marks it as alive. The kernel frees the lock if the process dies.
 
         Args:
             agents: the names of the engine's agents. More may be added to the collection later.
 
-        Returns: the names of the agents that the previously started engine of this flock had.
+        Returns: the program of the previously started engine of this flock.
         """
         self.agents = agents
         if self.is_shared:
             self._engine_lock = files.acquire_lock(f"{self.path}-engine-{engine_id}", self._file.mode)
 
-        def apply(db: sqlite3.Connection) -> Sequence[str]:
-            row = db.execute(statements.AGENTS_OF_FLOCK, (flock,)).fetchone()
-            db.execute(statements.SET_AGENTS_OF_FLOCK, (flock, names_json(agents)))
-            with contextlib.suppress(msgspec.DecodeError):
-                return [] if row is None else msgspec.json.decode(row[0], type=list[str])
-            return []
+        def apply(db: sqlite3.Connection) -> Program:
+            row = db.execute(statements.PROGRAM_OF_FLOCK, (flock,)).fetchone()
+            db.execute(statements.SET_PROGRAM_OF_FLOCK, (flock, msgspec.json.encode(program or Program()).decode()))
+            return Program() if row is None else Program.from_json(row[0])
 
         await self._insert_engine(engine_id, flock)
         return await self.change(apply)
