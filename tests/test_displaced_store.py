@@ -1,8 +1,14 @@
 """The store's file is removed, replaced or upgraded under a running server, tested with real servers and files."""
 
+import contextlib
 import os
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -12,6 +18,7 @@ from flock.core import Flock
 from flock.engine.migrations import MIGRATIONS
 from flock.engine.store import Store
 from flock.errors import StoreError
+from tests.support import PATIENCE_S
 from tests.support.servers import Server, flockapi_command, running
 
 FLOCK = """
@@ -105,6 +112,68 @@ def test_a_store_that_comes_back_is_used_again(server: Server, tmp_path: Path) -
         (away / name).rename(tmp_path / name)
     server.wait_for_line("flock.db is back in place.", times=workers)
     assert httpx.post(f"{server.url}/run/flock", json=BODY).json()["result"] == {"result": 2}
+
+
+# A new version
+
+
+#: The command of a version with one more migration.
+NEWER = """
+from flock.command.cli import main
+from flock.engine.migrations import MIGRATIONS
+
+MIGRATIONS.append(["ALTER TABLE runs ADD COLUMN later TEXT"])
+main()
+"""
+
+
+def serve(folder: Path, *, newer: bool) -> list[str]:
+    (folder / "displaced.py").write_text(FLOCK)
+    arguments = ["serve", str(folder / "displaced.py"), "--port", "0", "--store", str(folder / "flock.db")]
+    return [sys.executable, "-c", NEWER, *arguments] if newer else flockapi_command(*arguments)
+
+
+def refusal(command: list[str]) -> str:
+    """Return what a server prints that does not start."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode not in (0, -signal.SIGTERM)
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def schema_of(folder: Path) -> int:
+    with contextlib.closing(sqlite3.connect(folder / "flock.db")) as db:
+        version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    return version
+
+
+def test_a_new_version_does_not_start_while_an_older_one_uses_the_store(tmp_path: Path) -> None:
+    """The error names the process. After its end two processes of the new version start, and one of them migrates."""
+    with running(*serve(tmp_path, newer=False)) as older:
+        error = refusal(serve(tmp_path, newer=True))
+        assert "an older version of flockapi is using it" in error
+        if Path("/proc/locks").exists():
+            assert f"(process {older.process.pid})" in error
+        assert "Stop it first, and then start this one" in error
+        assert schema_of(tmp_path) == len(MIGRATIONS)
+        assert httpx.post(f"{older.url}/run/flock", json=BODY, headers=ASYNC).status_code == 202
+        older.process.kill()
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        newer = list(pool.map(stack.enter_context, [running(*serve(tmp_path, newer=True)) for _ in range(2)]))
+        for server in newer:
+            assert httpx.post(f"{server.url}/run/flock", json=BODY).json()["result"] == {"result": 2}
+        assert schema_of(tmp_path) == len(MIGRATIONS) + 1
+        assert "was created by a newer version" in refusal(serve(tmp_path, newer=False))
+
+
+@pytest.mark.anyio
+async def test_an_older_process_that_starts_during_the_migration_gives_up(tmp_path: Path) -> None:
+    """It had read the old schema version, and was not registered yet when the new version looked for others."""
+    async with Store(tmp_path / "flock.db") as store:
+        upgrade(tmp_path / "flock.db")
+        with pytest.raises(StoreError) as caught:
+            await store.register_engine("older", "displaced", ())
+        assert "was changed by another version" in str(caught.value.__cause__)
 
 
 @pytest.mark.anyio

@@ -23,6 +23,7 @@ __all__ = [
     "create_private",
     "device_and_inode",
     "exclusive_lock",
+    "holders_of",
     "is_locked",
     "open_lock",
     "remove",
@@ -132,6 +133,16 @@ def is_locked(path: str) -> bool:
     except OSError:  # it is locked, or its state is unknown: to be safe, nothing is taken over
         return True
     return False
+
+
+def holders_of(path: str) -> list[int]:
+    """Return the ids of the processes that have locked the file *path*, as far as the system shows them (Linux)."""
+    try:
+        inode, lines = os.stat(path).st_ino, Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return []
+    locks = [line.split() for line in lines if "FLOCK" in line and "->" not in line]
+    return [int(lock[4]) for lock in locks if lock[5].endswith(f":{inode}") and int(lock[4]) > 0]
 
 
 def _close_in_child() -> None:

@@ -3,10 +3,11 @@
 Migrations are applied in order, each once. ``user_version`` of the file counts them. Never change a released one.
 """
 
+import glob
 import sqlite3
 from collections.abc import Sequence
 
-from flock.engine import statements
+from flock.engine import files, statements
 from flock.errors import StoreError
 
 __all__ = ["MIGRATIONS", "migrate"]
@@ -170,7 +171,11 @@ MIGRATIONS: Sequence[Sequence[str]] = [
 
 
 def migrate(db: sqlite3.Connection, path: str) -> None:
-    """Apply the pending migrations. Raises StoreError, without changing the file, if it is not compatible."""
+    """Apply the pending migrations. The caller holds the lock of the store.
+
+    Raises StoreError, without changing the file, if it is not compatible, or an engine of an older version is alive.
+    An older process that has read the schema version before, and is not registered yet, refuses to write afterwards.
+    """
     try:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):
@@ -180,6 +185,8 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
             )
         if version == 0 and db.execute(statements.COUNT_TABLES).fetchone()[0]:
             raise StoreError(f"{path!r} is the database of another program. Use another file (store=, --store).")
+        if 0 < version < len(MIGRATIONS):
+            _check_unused(path, version)
         for number, migration in enumerate(MIGRATIONS[version:], version + 1):
             db.execute("BEGIN IMMEDIATE")
             for statement in migration:
@@ -190,3 +197,15 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
         raise StoreError(
             f"The store {path!r} cannot be read: {exc}. Restore it, or use another file (store=, --store)."
         ) from exc
+
+
+def _check_unused(path: str, version: int) -> None:
+    """Raise StoreError if an engine has registered with the store, and its process is alive."""
+    locks = [lock for lock in glob.glob(f"{glob.escape(path)}-engine-*") if files.is_locked(lock)]
+    if locks:
+        processes = ", ".join(str(process) for lock in locks for process in files.holders_of(lock))
+        raise StoreError(
+            f"The store {path!r} has schema version {version}, and an older version of flockapi is using it"
+            f"{processes and f' (process {processes})'}. This version would migrate it to {len(MIGRATIONS)}, and the "
+            "older one could not write to it any more. Stop it first, and then start this one; see docs/upgrading.md."
+        )
