@@ -9,8 +9,10 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
+from urllib.parse import quote
 
 import anyio
+import httpx
 import msgspec
 import pytest
 
@@ -18,6 +20,7 @@ from flock.core import Flock
 from flock.errors import (
     AgentError,
     AgentNotFound,
+    BatchNotFound,
     Conflict,
     EngineFull,
     EngineStopped,
@@ -25,6 +28,7 @@ from flock.errors import (
     KeyReused,
     Replayed,
     RunNotFound,
+    SessionNotFound,
     TooLarge,
 )
 from flock.runs import (
@@ -44,7 +48,9 @@ from flock.runs import (
 )
 from flock.testing import FakeModel, Reply
 from flock.web.auth import ScopedEngine
+from flockapi import create_app
 from tests.support import PATIENCE_S
+from tests.support.cluster import engine_for
 from tests.support.engines import OpenEngine, until, until_run
 from tests.support.flocks import Gate, sample_flock
 from tests.support.models import usage_of_gpt_4o
@@ -57,6 +63,13 @@ EMPTY = msgspec.Raw(b"{}")
 @pytest.fixture
 def gate() -> Gate:
     return Gate()
+
+
+@pytest.fixture
+async def made(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    """Return an engine that is not entered."""
+    async with engine_for(request, sample_flock()) as engine:
+        yield engine
 
 
 @pytest.fixture
@@ -543,6 +556,78 @@ async def test_runs_are_listed_in_pages_newest_first(open_engine: OpenEngine) ->
         (full,) = await engine.list_runs(RunFilter(limit=1, with_inputs=True, with_results=True))
         assert msgspec.json.decode(full.inputs) == {"value": "x"}
         assert msgspec.json.decode(full.result or b"") == {"result": "x"}
+
+
+#: Texts that a language of queries could take for something else, or cannot express at all.
+ODD = [
+    *("\\", '"', "'", "''", "'a'", '"a"', "a\\", "a\\\\b", 'a"b', "a'b", "a\\'b", "a''b", "\\%_", "%", "_"),
+    *("a%22b", "␛22;", "a␛", "*", "`a`", "a;--", "(a", "$1", "?", "NULL", "a b ", "é漢🦆", "a\u2028b", "a\nb"),
+    *("\r\n", "\t", "\b", "\x00", "a\x00b", "\x01", "\x1a", "\x1f", "\x7f", "\x85"),
+    *("x" * 128, "x" * 3000, '"' * 3000),
+]
+
+
+@pytest.mark.parametrize("name", ["session_id", "principal"])
+async def test_runs_are_found_by_a_name_with_any_characters(open_engine: OpenEngine, name: str) -> None:
+    """A session and a principal may be called anything, and no name finds the runs of another one."""
+    async with open_engine(sample_flock()) as engine:
+        runs = {odd: await engine.submit("add", {"a": 1}, **{name: odd}) for odd in ODD}
+        for odd, run in runs.items():
+            await engine.wait(run.run_id)
+            assert await listed(engine, 1, **{name: odd}) == [run.run_id], repr(odd)
+        if name == "session_id":
+            for odd in ODD:
+                assert (await engine.get_session(odd)).total_runs == 1
+                await engine.delete_session(odd)
+            assert await listed(engine, 0) == []
+
+
+async def test_a_flock_with_an_odd_name_finds_its_runs_and_batches(open_engine: OpenEngine) -> None:
+    flock = sample_flock()
+    flock.name = "\"a\\b'\n\x00"
+    async with open_engine(flock) as engine:
+        run = await engine.submit("add", {"a": 1})
+        batch = await engine.submit_batch("add", [{"a": 1}], BatchOptions())
+        await engine.wait(run.run_id)
+        await engine.wait_batch(batch.batch_id)
+        assert await listed(engine, 1) == [run.run_id]
+        with anyio.fail_after(PATIENCE_S):
+            while [each.batch_id for each in await engine.list_batches(BatchFilter())] != [batch.batch_id]:  # noqa: ASYNC110 - the search lags
+                await anyio.sleep(0.02)
+
+
+async def test_a_filter_with_any_text_is_an_empty_list(open_engine: OpenEngine) -> None:
+    async with open_engine(sample_flock()) as engine:
+        await engine.wait((await engine.submit("add", {"a": 1}, principal="ann", session_id="s")).run_id)
+        for odd in [*ODD, "x" * 100_000]:
+            for name in ("agent_name", "principal", "session_id", "after"):
+                assert await engine.list_runs(RunFilter(**{name: odd})) == [] or name == "after", (name, odd)
+            for name in ("agent_name", "principal"):
+                assert await engine.list_batches(BatchFilter(**{name: odd})) == [], (name, odd)
+            with pytest.raises(SessionNotFound):
+                await engine.get_session(odd)
+            with pytest.raises(RunNotFound):
+                await engine.get_run(odd)
+            with pytest.raises(BatchNotFound):
+                await engine.get_batch(odd)
+
+
+@pytest.mark.parametrize("made", ["embedded", "temporal"], indirect=True)
+async def test_requests_with_odd_texts_get_the_same_answer_on_each_engine(made: Engine) -> None:
+    statuses = {
+        **dict.fromkeys(("/runs?agent_name={}", "/batches?agent_name={}"), 200),
+        **dict.fromkeys((f"/{kind}?{name}={{}}" for kind in ("runs", "batches") for name in ("after", "status")), 422),
+        **dict.fromkeys(("/runs?created_after={}", "/runs?created_before={}"), 422),
+        **dict.fromkeys(("/session/{}", "/run/{}", "/run/{}/events", "/batch/{}", "/batch/{}/results"), 404),
+    }
+    app = create_app(sample_flock(), engine=made, auth="host")
+    transport = httpx.ASGITransport(app)
+    async with app.lifespan(), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for text in (*(quote(odd, safe="") for odd in ODD), "%ed%a0%80", "%ff", "%"):
+            for path, status in statuses.items():
+                response = await client.get(path.format(text))
+                assert response.status_code == status, (path, text)
+                assert status != 200 or next(iter(response.json().values())) == [], (path, text)
 
 
 async def test_events_are_sent_once_and_resume_anywhere(engine: Engine, gate: Gate) -> None:

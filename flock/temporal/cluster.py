@@ -31,7 +31,16 @@ from temporalio.service import RetryConfig, RPCError, RPCStatusCode
 
 from flock.errors import DefinitionError, EngineFull, StoreError
 from flock.runs import Batch, Run
-from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, SEARCH_ATTRIBUTES, SESSION, TASK_TIMEOUT, decoded
+from flock.temporal.messages import (
+    AGENT,
+    FLOCK,
+    PRINCIPAL,
+    SEARCH_ATTRIBUTES,
+    SESSION,
+    TASK_TIMEOUT,
+    decoded,
+    keyword_of,
+)
 from flock.temporal.payloads import PayloadFolder
 
 __all__ = ["Cluster"]
@@ -224,11 +233,9 @@ class Cluster:
             WorkflowAlreadyStartedError: this attempt was started before.
             StoreError, EngineFull: see ``rpc_scope``.
         """
-        attributes = [SearchAttributePair(FLOCK, record.flock), SearchAttributePair(AGENT, record.agent_name)]
-        if record.principal is not None:
-            attributes.append(SearchAttributePair(PRINCIPAL, record.principal))
-        if isinstance(record, Run) and record.session_id is not None:
-            attributes.append(SearchAttributePair(SESSION, record.session_id))
+        session_id = record.session_id if isinstance(record, Run) else None
+        named = {FLOCK: record.flock, AGENT: record.agent_name, PRINCIPAL: record.principal, SESSION: session_id}
+        attributes = [SearchAttributePair(key, keyword_of(name)) for key, name in named.items() if name is not None]
         async with self.rpc_scope():
             await self.client.start_workflow(
                 workflow,

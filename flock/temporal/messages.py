@@ -4,6 +4,7 @@ They are stored in histories. So a new field needs a default, and no field may b
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -80,6 +81,7 @@ __all__ = [
     "decoded",
     "item_id",
     "items_queue_of",
+    "keyword_of",
     "latest",
     "new_batch_id",
     "parse_item_id",
@@ -137,6 +139,20 @@ STATUS = SearchAttributeKey.for_keyword("FlockStatus")
 SEARCH_ATTRIBUTES = {
     key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for key in (FLOCK, AGENT, PRINCIPAL, SESSION, STATUS)
 }
+
+
+#: Characters that no query of the cluster can express: it escapes them in a text, and does not undo that.
+NOT_IN_QUERIES = re.compile(r"""["\\\x00-\x1f\x7f\ud800-\udfff␛]|^'|'$""")
+#: The cluster takes up to 2,048 bytes as the value of a search attribute.
+MAX_KEYWORD_BYTES = 2000
+
+
+def keyword_of(text: str) -> str:
+    """Return *text* as the value of a search attribute. Different texts have different values."""
+    value = NOT_IN_QUERIES.sub(lambda found: f"␛{ord(found[0]):x};", text)
+    if len(value.encode()) <= MAX_KEYWORD_BYTES:
+        return value
+    return "␛" + hashlib.sha256(value.encode()).hexdigest()
 
 
 class RunOrder(msgspec.Struct, frozen=True, kw_only=True):

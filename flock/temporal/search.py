@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from flock.engine.rows import first_id_at
 from flock.runs import BatchFilter, Run, RunFilter, RunStatus, now
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS
+from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of
 
 __all__ = ["ID", "earlier_turns", "newest_first", "open_runs", "waiting_runs", "workflows_of"]
 
@@ -116,4 +116,4 @@ def _id_at(milliseconds: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return "'" + keyword_of(text).replace("'", "''") + "'"
