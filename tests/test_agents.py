@@ -19,6 +19,7 @@ import pytest
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent, Resources, agent
 from flock.agents.llm import ModelClient
 from flock.agents.signature import Signature
+from flock.agents.versions import version_of
 from flock.core import Flock, FlockFactory
 from flock.engine.journal import Journal
 from flock.errors import DefinitionError, InvalidOutput, ModelError, SignatureError
@@ -133,6 +134,35 @@ async def test_a_type_is_described_in_words(type_: str, words: str, model: FakeM
     with pytest.raises(ModelError):
         await turn(FlockFactory.create_default_agent("x", output=f"a: {type_}"), resources)
     assert f"Determine:\n- a ({words})\n" in model.requests[0]["messages"][1]["content"]
+
+
+def test_the_version_of_an_agent_changes_with_its_signature_and_its_definition() -> None:
+    """It does not depend on the object or on what only limits it."""
+
+    def look_up(word: str) -> str:
+        return word
+
+    def like(**options: Any) -> Agent:
+        return analyzer(tools=[look_up], max_concurrency=len(options) + 1, **options)
+
+    def doubled(n: int) -> int:
+        return 2 * n
+
+    def tripled(n: int) -> int:
+        return 3 * n
+
+    assert version_of(like()) == version_of(like(max_retries=5))
+    changes: list[dict[str, Any]] = [
+        *({"instructions": "Be brief."}, {"model": "openai/gpt-4o"}, {"next_agent": "other"}, {"temperature": 0.5}),
+        {"description": "Another one."},
+        {"on_interrupt": "fail"},
+    ]
+    versions = [version_of(like(**change)) for change in changes]
+    versions += [version_of(each) for each in (like(), analyzer(), agent(doubled), agent(tripled))]
+    with_inputs, with_outputs = like(), like()
+    with_inputs.input, with_outputs.output = Signature.of("text: str"), Signature.of("sentiment: str")
+    versions += [version_of(with_inputs), version_of(with_outputs)]
+    assert len(set(versions)) == len(versions)
 
 
 async def test_an_agents_own_model_overrides_the_flocks(model: FakeModel, resources: Resources) -> None:

@@ -35,6 +35,7 @@ from temporalio.testing import ActivityEnvironment
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
 from flock.agents.llm import ModelClient
+from flock.agents.versions import version_of
 from flock.command.cli import main
 from flock.core import Flock
 from flock.errors import AgentError, BatchNotFound, Conflict, DefinitionError, EngineFull, Replayed, StoreError
@@ -45,11 +46,15 @@ from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
 from flock.temporal.messages import (
     CONVERTER,
+    MAX_TRIES,
     Counts,
+    Heartbeat,
     ItemOutcome,
     ItemsDone,
     ItemsOrder,
     Part,
+    RunOrder,
+    chunk_workflow_id,
     decoded,
     item_id,
     new_batch_id,
@@ -960,20 +965,273 @@ async def test_changes_made_by_others_on_the_cluster_are_reported(temporal_addre
     assert run.error == "The run was terminated on the cluster before it ended."
 
 
-async def test_a_run_fails_if_the_worker_no_longer_has_its_agent(temporal_address: str) -> None:
-    """For a run that was accepted earlier, and for one that is already at its second step."""
-    before, after = sample_flock(), Flock()
-    before.name = after.name = new_id()
-    before.agents["add"].next_agent = "summarise"
-    after.add_agent(before.agents["add"])
-    async with open_pair(before, temporal_address, with_worker=False) as engine, open_pair(after, temporal_address):
+# Agents that a worker lacks
+
+
+class Deployment:
+    """Two versions of a program, of which one lacks agents of the other. ``calls`` has a word for each turn."""
+
+    def __init__(self) -> None:
+        self.whole, self.part, self.calls = Flock(new_id()), Flock(), list[str]()
+        self.part.name = self.whole.name
+
+        async def note(word: str) -> int:
+            self.calls.append(word)
+            return len(word)
+
+        @self.whole.agent(on_interrupt="fail")
+        async def fresh(n: int) -> int:
+            return await note(f"fresh {n}")
+
+        @self.whole.agent(next_agent="second")
+        async def first(n: int) -> int:
+            return await note(f"first {n}")
+
+        @self.whole.agent(on_interrupt="fail")
+        async def second(n: int) -> int:
+            return await note(f"second {n}")
+
+        @self.whole.agent
+        async def caller(n: int, context: RunContext) -> int:
+            found = await asyncio.gather(
+                context.call(note, f"called {n}"), *(context.run_agent("helper", {"n": n + more}) for more in (0, 100))
+            )
+            return len(found)
+
+        @self.whole.agent
+        async def helper(n: int) -> int:
+            return await note(f"helper {n}")
+
+        for name in ("first", "caller"):
+            self.part.add_agent(self.whole.agents[name])
+
+
+def worker_of(flock: Flock, address: str) -> TemporalWorker:
+    return TemporalWorker(flock.agents, ModelClient(flock.model), address, flock=flock.name, drain_timeout_s=0)
+
+
+async def until_left(engine: TemporalEngine, workflow_id: str) -> None:
+    """Wait until a worker has left an activity of a workflow to others, three times."""
+    handle = engine.cluster.client.get_workflow_handle(workflow_id)
+    with anyio.fail_after(PATIENCE_S):
+        while True:
+            with contextlib.suppress(RPCError):
+                pending = (await handle.describe()).raw_description.pending_activities
+                if any(activity.attempt > 3 for activity in pending):
+                    return
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("accepted_by", ["whole", "part"])
+async def test_a_rolling_deployment_loses_nothing(accepted_by: str, temporal_address: str) -> None:
+    """Whichever version the API has. The part ends its runs after the first agent, and the whole hands them off."""
+    versions = Deployment()
+    del versions.part.agents["first"]
+
+    @versions.part.agent(name="first")
+    async def ends_here(n: int) -> int:
+        return n
+
+    names = ["first"] if accepted_by == "part" else ["first", "fresh", "caller"]
+    async with (
+        worker_of(versions.whole, temporal_address),
+        worker_of(versions.part, temporal_address),
+        open_pair(getattr(versions, accepted_by), temporal_address, with_worker=False) as engine,
+    ):
+        runs = [await engine.submit(name, {"n": n}) for name in names for n in range(8)]
+        batches = [await engine.submit_batch(name, numbers(8), BatchOptions(max_workers=8)) for name in names]
+        runs = [await engine.wait(run.run_id, PATIENCE_S) for run in runs]
+        for batch in batches:
+            await ended(engine, batch)
+            runs += await engine.get_items(batch.batch_id)
+    assert {(run.status, run.error, run.attempt) for run in runs} == {(RunStatus.COMPLETED, None, 1)}
+    assert len(runs) == 16 * len(names)
+
+
+@pytest.mark.parametrize(
+    ("agent_name", "status", "calls"),
+    [
+        pytest.param("fresh", RunStatus.STARTING, ["fresh 1"], id="first step"),
+        pytest.param("first", RunStatus.RUNNING, ["first 1", "second 1"], id="second step"),
+        pytest.param("caller", RunStatus.RUNNING, ["called 1", "helper 1", "helper 101"], id="called agent"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["run", "item"])
+async def test_work_waits_for_a_worker_that_has_its_agent(
+    kind: str, agent_name: str, status: RunStatus, calls: list[str], temporal_address: str
+) -> None:
+    """Nothing is counted or stored as a failure, and nothing is executed twice. See ``on_interrupt="fail"`` above."""
+    versions = Deployment()
+    async with open_pair(versions.whole, temporal_address, with_worker=False) as engine:
+        async with worker_of(versions.part, temporal_address):
+            if kind == "run":
+                run = await engine.submit(agent_name, {"n": 1})
+                await until_left(engine, run_workflow_id(run.run_id, 1))
+            else:
+                batch = await engine.submit_batch(agent_name, [{"n": 1}], BatchOptions())
+                await until_left(engine, chunk_workflow_id(batch.batch_id, 0, 1))
+                (run,) = await engine.get_items(batch.batch_id)
+            run = await engine.get_run(run.run_id)
+            assert (run.status, run.error, run.attempt) == (status, None, 1)
+            assert (run.started_at is None) == (status is RunStatus.STARTING)
+            async with worker_of(versions.whole, temporal_address):
+                with anyio.fail_after(PATIENCE_S):
+                    run = await engine.wait(run.run_id)
+    assert (run.status, run.error, run.attempt) == (RunStatus.COMPLETED, None, 1)
+    assert sorted(versions.calls) == calls
+
+
+@pytest.mark.parametrize("kind", ["run", "item"])
+async def test_a_step_whose_worker_was_killed_waits_for_one_that_has_its_agent(
+    kind: str, temporal_address: str, tmp_path: Path
+) -> None:
+    """The retry of a killed step is one, however often other workers have left it: on_interrupt="fail" holds."""
+    target, log = tmp_path / "noting.py", tmp_path / "log"
+    text = NOTING.format(name=new_id(), log=str(log), item_s=0)
+    target.write_text(text.replace("sleep(0.3)", "sleep(600)"))
+    flock, without = runpy.run_path(str(target))["flock"], Flock()
+    without.name = flock.name
+    runs, batches = list[Run](), list[Batch]()
+    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+        with working(target, temporal_address) as doomed:
+            for name, inputs in (("first", {"n": 1}), ("once", {})):
+                if kind == "run":
+                    runs.append(await engine.submit(name, inputs))
+                else:
+                    batches.append(await engine.submit_batch(name, [inputs], BatchOptions()))
+            await until_started(log, 2)
+            doomed.kill()
+            doomed.wait()
+        async with worker_of(without, temporal_address):
+            for run in runs:
+                await until_left(engine, run_workflow_id(run.run_id, 1))
+            for batch in batches:
+                await until_left(engine, chunk_workflow_id(batch.batch_id, 0, 1))
+            target.write_text(text)
+            with working(target, temporal_address):
+                for batch in batches:
+                    await engine.wait_batch(batch.batch_id, PATIENCE_S)
+                    runs += await engine.get_items(batch.batch_id)
+                first, once = [await engine.wait(run.run_id, PATIENCE_S) for run in runs]
+    assert (first.status, first.error) == (RunStatus.COMPLETED, None)
+    assert (once.status, once.error_type) == (RunStatus.FAILED, "interrupted")
+    assert [entry.agent for entry in entries_in(log) if entry.pid != doomed.pid] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("agent_name", "timeout_s", "error_type"),
+    [
+        pytest.param("fresh", None, "queue_timeout", id="first step"),
+        pytest.param("first", 1, "timeout", id="second step"),
+        pytest.param("caller", 1, "timeout", id="called agent"),
+    ],
+)
+async def test_a_run_does_not_wait_for_an_agent_beyond_its_time(
+    agent_name: str, timeout_s: float | None, error_type: str, temporal_address: str
+) -> None:
+    """As if it waited for any worker."""
+    versions, queue_timeout_s = Deployment(), 1 if timeout_s is None else None
+    async with (
+        open_pair(versions.whole, temporal_address, with_worker=False, queue_timeout_s=queue_timeout_s) as engine,
+        worker_of(versions.part, temporal_address),
+    ):
+        run = await engine.submit(agent_name, {"n": 1}, timeout_s=timeout_s)
         with anyio.fail_after(PATIENCE_S):
-            first = await engine.wait((await engine.submit("summarise", {"text": "x"})).run_id)
-            second = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
-    for run, path in ((first, "summarise"), (second, "add → summarise")):
-        assert (run.status, run.error_type) == (RunStatus.FAILED, "invalid_handoff")
-        assert run.error == f"There is no agent 'summarise' to hand off to ({path}). Known agents: add."
-    assert [step.agent_name for step in second.steps] == ["add"], "finished steps are kept"
+            run = await engine.wait(run.run_id)
+    assert (run.status, run.error_type) == (RunStatus.FAILED, error_type)
+    assert (run.started_at is None) == (agent_name == "fresh")
+
+
+async def test_an_item_does_not_wait_for_an_agent_beyond_its_time(temporal_address: str) -> None:
+    versions = Deployment()
+    async with (
+        open_pair(versions.whole, temporal_address, with_worker=False) as engine,
+        worker_of(versions.part, temporal_address),
+    ):
+        batch = await ended(engine, await engine.submit_batch("first", numbers(2), BatchOptions(timeout_s=1)))
+        items = await engine.get_items(batch.batch_id)
+    assert {(item.status, item.error_type) for item in items} == {(RunStatus.FAILED, "timeout")}
+
+
+async def test_work_that_waits_for_an_agent_is_cancelled_at_once(temporal_address: str) -> None:
+    versions = Deployment()
+    async with (
+        open_pair(versions.whole, temporal_address, with_worker=False) as engine,
+        worker_of(versions.part, temporal_address),
+    ):
+        run = await engine.submit("fresh", {"n": 1})
+        batch = await engine.submit_batch("fresh", numbers(2), BatchOptions(max_workers=1))
+        await until_left(engine, run_workflow_id(run.run_id, 1))
+        await until_left(engine, chunk_workflow_id(batch.batch_id, 0, 1))
+        one, other = await engine.get_items(batch.batch_id)
+        with anyio.fail_after(PATIENCE_S):
+            for run_id in (run.run_id, one.run_id):
+                await engine.cancel_run(run_id)
+                assert (await engine.wait(run_id)).status is RunStatus.CANCELLED
+            await engine.cancel_batch(batch.batch_id)
+            assert (await engine.wait(other.run_id)).status is RunStatus.CANCELLED
+    assert versions.calls == []
+
+
+async def test_a_turn_that_kills_its_workers_is_given_up() -> None:
+    """Attempts in which a worker has left it to others do not count."""
+    flock = Flock("f")
+    worker = TemporalWorker(flock.agents, ModelClient(None), "127.0.0.1:1", flock="f")
+    run = Run(run_id=new_id(), flock="f", agent_name="gone", created_at=now(), inputs=EMPTY)
+    environment = ActivityEnvironment()
+
+    def given(attempt: int, heartbeat: Any) -> None:
+        beats = [msgspec.to_builtins(heartbeat)]
+        environment.info = dataclasses.replace(environment.info, heartbeat_details=beats, attempt=attempt)
+
+    given(MAX_TRIES + 1, Heartbeat())
+    with pytest.raises(ApplicationError, match=r"died or stopped in each of 20 attempts\. The run may be") as caught:
+        await environment.run(worker._run_agent, RunOrder(run=run, timeout_s=1))
+    assert (caught.value.type, caught.value.non_retryable) == ("interrupted", True)
+    given(MAX_TRIES + 1, Heartbeat(misses=1))
+    with pytest.raises(ApplicationError, match="This worker has no agent 'gone'") as left:
+        await environment.run(worker._run_agent, RunOrder(run=run, timeout_s=1))
+    assert not left.value.non_retryable
+    items = ItemActivities(worker.cluster, worker._turns, 0)
+    order = ItemsOrder(batch_id="b", chunk=0, parts=(Part(position=0), Part(position=1)), timeout_s=1)
+    given(MAX_TRIES + 1, ItemsDone())
+    done = await environment.run(items.run, order)
+    assert [(ended.position, ended.status, ended.error_type) for ended in done.ended] == [
+        (0, RunStatus.FAILED, "interrupted")
+    ]
+
+
+async def test_a_batch_that_mixes_versions_of_its_agent_is_a_warning(
+    temporal_address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One for a batch, which names both versions. Another version of an agent that it does not use is none."""
+    at_api, at_worker = Flock(new_id()), Flock()
+    at_worker.name = at_api.name
+
+    @at_api.agent(name="item", next_agent="same")
+    async def item_of_api(n: int) -> int:
+        return n
+
+    @at_worker.agent(name="item", next_agent="same")
+    async def item_of_worker(n: int) -> int:
+        return n + 1
+
+    @at_api.agent
+    async def same(n: int) -> int:
+        return n
+
+    at_worker.add_agent(same)
+    async with (
+        open_pair(at_api, temporal_address, with_worker=False) as engine,
+        worker_of(at_worker, temporal_address),
+    ):
+        batch = await ended(engine, await engine.submit_batch("item", numbers(45), BatchOptions(max_workers=4)))
+        unmixed = await ended(engine, await engine.submit_batch("same", numbers(5), BatchOptions()))
+    assert (batch.status, unmixed.status) == (RunStatus.COMPLETED, RunStatus.COMPLETED)
+    (warning,) = [record for record in caplog.records if "version" in record.getMessage()]
+    assert warning.levelname == "WARNING"
+    expected = (batch.batch_id, "'item'", version_of(item_of_api), version_of(item_of_worker))
+    assert all(word in warning.getMessage() for word in expected)
 
 
 # Long payloads

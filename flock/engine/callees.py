@@ -1,7 +1,7 @@
 """Agents that a step calls; see ``RunContext.run_agent``."""
 
 import hashlib
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 import msgspec
@@ -21,13 +21,22 @@ TakeTurn = Callable[[Agent, msgspec.Raw, RunContext], Awaitable[msgspec.Raw]]
 
 
 class Callees:
-    """The agents that one step may call."""
+    """The agents that one step may call. ``elsewhere``: see ``ActiveRun``."""
 
-    def __init__(self, run: Run, agents: Mapping[str, Agent], *, max_steps: int, take_turn: TakeTurn) -> None:
+    def __init__(
+        self,
+        run: Run,
+        agents: Mapping[str, Agent],
+        *,
+        max_steps: int,
+        take_turn: TakeTurn,
+        elsewhere: Collection[str] = (),
+    ) -> None:
         self._run = run
         self._agents = agents
         self._max_steps = max_steps
         self._take_turn = take_turn
+        self._elsewhere = elsewhere
 
     def run(
         self, journal: Journal, context: RunContext, name: str, inputs: Mapping[str, Any]
@@ -35,6 +44,8 @@ class Callees:
         """Call an agent, and the agents that it hands off to. Each is one call of *journal*."""
         check_in_loop(context)
         agent = self._agents.get(name)
+        if agent is None and name in self._elsewhere:
+            return journal.wait_elsewhere(name)
         if agent is None:
             known = ", ".join(self._agents)
             raise CallError(
@@ -61,6 +72,8 @@ class Callees:
             chosen = await agent.choose_next(result)
             step = Step(agent_name=agent.name, result=result, next_agent=chosen, started_at=at, completed_at=at)
             run = replace(run, steps=(*run.steps, step))
+            if chosen is not None and chosen not in self._agents and chosen in self._elsewhere:
+                await journal.wait_elsewhere(chosen)
             following = next_agent(run, self._agents, self._max_steps)
             if following is None:
                 found: dict[str, Any] = msgspec.json.decode(result)

@@ -80,6 +80,7 @@ class Journal:
         spent: the tokens that the run has used so far.
         scope: the scope in which the step runs. It is cancelled to end the turn.
         questions: the questions for which the turn was ended.
+        elsewhere: the agent for which it was ended, because only another process has it.
     """
 
     def __init__(
@@ -101,7 +102,9 @@ class Journal:
         self.scope = anyio.CancelScope()
         self.questions: tuple[Question, ...] = ()
         self._answer = answer
-        self._asked: dict[str, Question] = {}
+        self.elsewhere: str | None = None
+        #: questions, and names of agents that other processes have, by the id of the call that waits for them
+        self._asked: dict[str, Question | str] = {}
         #: the calls that are executing or wait for an answer
         self._open: set[str] = set()
         self._changed: anyio.Event | None = None
@@ -214,29 +217,41 @@ class Journal:
                 default=default,
             )
             if self._answer is None:
-                await self._wait_for_answer(asked)
+                await self._suspend(CURRENT_CALL.get(), asked)
             return await self._execute(self._answer, (asked,), {})
 
         key = name or hashlib.sha256(b"\0".join([text.encode(), schema])).hexdigest()[:DIGEST_CHARS]
         return self.once(ASK, key, answer, kind="question", arguments=question_json(text), decode=decode)
 
-    async def _wait_for_answer(self, question: Question) -> NoReturn:
+    async def wait_elsewhere(self, agent_name: str) -> NoReturn:
+        """End the turn as a question does, because the step calls an agent that only another process has."""
+        key = f"{CURRENT_CALL.get()}{NESTED}{agent_name}"
+        await self._suspend(f"{key}:{self._take_number(agent_name, key)}", agent_name)
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether the turn was ended to start again later or elsewhere."""
+        return bool(self.questions or self.elsewhere)
+
+    async def _suspend(self, call_id: str, asked: Question | str) -> NoReturn:
         """End the turn when all calls that are open wait for answers, themselves or in the calls that they make."""
-        self._asked[question.call_id] = question
+        self._asked[call_id] = asked
         try:
             while True:
                 for _ in range(CHECKPOINTS):  # for a sibling that is between two calls
                     await anyio.lowlevel.checkpoint()
                 if self._is_closed:
                     raise CallError(_LATE.format(ASK))
-                is_last_asked = next(reversed(self._asked)) == question.call_id  # only one needs to check
+                is_last_asked = next(reversed(self._asked)) == call_id  # only one needs to check
                 if is_last_asked and self._open <= set(_with_callers(self._asked)):
-                    self.questions, self._is_closed = tuple(self._asked.values()), True
+                    self.questions = tuple(each for each in self._asked.values() if isinstance(each, Question))
+                    self.elsewhere = next((each for each in self._asked.values() if isinstance(each, str)), None)
+                    self._is_closed = True
                     self.scope.cancel()
                 self._changed = self._changed or anyio.Event()
                 await self._changed.wait()
         finally:
-            del self._asked[question.call_id]
+            del self._asked[call_id]
 
     def _notify(self) -> None:
         if self._changed is not None:
@@ -301,7 +316,7 @@ class Journal:
         """Return the number of a call among the equal ones that run or have finished, from 1."""
         if self._save_error is not None:
             raise self._save_error
-        if self._is_closed and not self.questions:
+        if self._is_closed and not self.is_suspended:
             raise CallError(_LATE.format(label))
         if self._made >= self._max_calls:
             raise CallError("The run has made as many calls as one run may make (max_calls). Split its work into runs.")

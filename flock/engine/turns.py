@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
@@ -47,7 +47,7 @@ from flock.runs import (
     now,
 )
 
-__all__ = ["MAX_HISTORY_BYTES", "ActiveRun", "Turns", "WaitingForAnswers"]
+__all__ = ["MAX_HISTORY_BYTES", "ActiveRun", "AgentElsewhere", "Turns", "WaitingForAnswers"]
 
 logger = logging.getLogger("flock.runs")
 
@@ -65,6 +65,14 @@ class WaitingForAnswers(Exception):
     def __init__(self, questions: Sequence[Question]) -> None:
         super().__init__(f"{len(questions)} questions")
         self.questions = questions
+
+
+class AgentElsewhere(Exception):
+    """A turn ended because it calls the agent *name*, which another process has. It starts again there."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 class ActiveRun:
@@ -88,6 +96,8 @@ class ActiveRun:
     """
 
     live: LiveOutput | None = None
+    #: The agents that another process has if this one lacks them.
+    elsewhere: Collection[str] = ()
     #: Calls of the next step have finished, so they must be read.
     has_calls = False
     #: Seconds of ``queue_timeout_s`` that have already passed in another process.
@@ -225,7 +235,7 @@ class Turns:
         """Run the next agent of a run, in a slot of the engine and one of the agent.
 
         Raises: what the agent raises; Interrupted, InvalidHandoff, QueueTimeout, ResultTooLarge, TooManySteps;
-            WaitingForAnswers if the agent asks a person.
+            WaitingForAnswers if the agent asks a person; AgentElsewhere if it calls an agent that only others have.
         Cancellation: the step is lost. The slots stay taken until no thread is running for the run.
         """
         agent = next_agent(active.run, self._agents, self._max_steps)
@@ -292,7 +302,10 @@ class Turns:
 
     async def _journal(self, active: ActiveRun, run: Run, resources: Resources, *, is_again: bool) -> Journal:
         take_turn_of_callee = functools.partial(self._take_turn_of_callee, _batch_of(run), resources)
-        callees = Callees(run, self._agents, max_steps=self._max_steps, take_turn=take_turn_of_callee)
+        elsewhere = () if self.is_at_most_once(run) else active.elsewhere  # it must not start a second time there
+        callees = Callees(
+            run, self._agents, max_steps=self._max_steps, take_turn=take_turn_of_callee, elsewhere=elsewhere
+        )
         return Journal(
             await active.finished_calls() if is_again or active.has_calls else (),
             save=functools.partial(self._keep_call, active),
@@ -318,7 +331,7 @@ class Turns:
         resources: Resources,
         journal: Journal,
     ) -> msgspec.Raw:
-        """Let *agent* take its turn, and return its result. Raises WaitingForAnswers if it waits for a person."""
+        """Let *agent* take its turn, and return its result. Raises WaitingForAnswers, AgentElsewhere; see ``take``."""
         active.context = context = RunContext(
             run,
             agent.name,
@@ -342,13 +355,15 @@ class Turns:
             with journal.scope:
                 result = await take_turn(agent, inputs, resources, context)
         except Exception:
-            if not journal.questions:
+            if not journal.is_suspended:
                 raise
         finally:
             CURRENT_SLOT.reset(reset)
             not_repeated = journal.close()
         if journal.questions:
             raise WaitingForAnswers(journal.questions)
+        if journal.elsewhere is not None:
+            raise AgentElsewhere(journal.elsewhere)
         if not_repeated:
             ids = ", ".join(not_repeated)
             logger.warning("run %s: %s did not repeat these calls: %s", run.run_id, agent.name, ids)
@@ -405,9 +420,13 @@ class Turns:
             return CANCELLED
         return failure_of(active.run, exc, expose_errors=self._expose_errors)
 
+    def find(self, name: str | None) -> Agent | None:
+        """Return the agent with this name, or None."""
+        return self._agents.get(name or "")
+
     def is_at_most_once(self, run: Run) -> bool:
         """Whether the next turn of *run* must not be started a second time."""
-        agent = self._agents.get(run.next_agent_name or "")
+        agent = self.find(run.next_agent_name)
         return agent is not None and agent.on_interrupt == "fail"
 
     def notify(self, event: str, *arguments: Run | Step | Call | Usage | str) -> None:

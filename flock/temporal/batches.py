@@ -23,6 +23,8 @@ from temporalio.client import WorkflowHandle
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
+from flock.agents.agent import Agent
+from flock.agents.versions import version_of
 from flock.engine.intake import Intake
 from flock.engine.outcomes import BATCH_CANCELLED
 from flock.engine.refusals import already_retried, not_cancelled, not_deleted, not_retried, too_many_items
@@ -111,6 +113,7 @@ class TemporalBatches:
         *,
         limits: Limits,
         heartbeat_timeout_s: float,
+        agents: Mapping[str, Agent],
     ) -> None:
         self._cluster = cluster
         self._reservations = reservations
@@ -118,6 +121,7 @@ class TemporalBatches:
         self._task_queue = task_queue
         self._limits = limits
         self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._agents = agents
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
         #: by batch and attempt; keeps counts from going back while an activity's results are on their way to the chunk
         self._last_reported: OrderedDict[tuple[str, int], Batch] = OrderedDict()
@@ -133,7 +137,8 @@ class TemporalBatches:
         Cancellation: workers delete the rows that were sent.
         """
         batch = intake.batch
-        rows = _RowSender(self._cluster, self._task_queue, batch.batch_id)
+        versions = {name: version_of(agent) for name, agent in self._agents.items()}
+        rows = _RowSender(self._cluster, self._task_queue, batch.batch_id, versions)
         staged = 0
 
         async def stage(page: Sequence[Run]) -> None:
@@ -498,7 +503,7 @@ class TemporalBatches:
 
 
 class _RowSender:
-    """Sends the rows of one batch to the cluster, chunk by chunk.
+    """Sends the rows of one batch to the cluster, chunk by chunk. *agents*: see ``RowsOrder``.
 
     Attributes:
         starts: the first position of each chunk.
@@ -507,7 +512,7 @@ class _RowSender:
         may_be_in_use: a batch may have started with these rows, so they must not be deleted.
     """
 
-    def __init__(self, cluster: Cluster, task_queue: str, batch_id: str) -> None:
+    def __init__(self, cluster: Cluster, task_queue: str, batch_id: str, agents: dict[str, str]) -> None:
         self.starts: list[int] = []
         self.failed_in = 0
         self.first_error: tuple[int, str] | None = None
@@ -516,6 +521,7 @@ class _RowSender:
         self._cluster = cluster
         self._task_queue = task_queue
         self._batch_id = batch_id
+        self._agents = agents
         self._sending: set[asyncio.Task[None]] = set()
 
     async def send(self, page: Sequence[Run]) -> None:
@@ -528,7 +534,7 @@ class _RowSender:
                 self.failed_in |= 1 << chunk
                 self.first_error = self.first_error or (position, item.error)
         rows = tuple(ItemRow(item.inputs, item.error, item.extra or msgspec.UNSET) for item in page)
-        order = RowsOrder(item=_common_of(page[0]), first=self._total, rows=rows)
+        order = RowsOrder(item=_common_of(page[0]), first=self._total, rows=rows, agents=self._agents)
         self.starts.append(self._total)
         self._total += len(page)
         self._sending.add(asyncio.create_task(self._send(chunk, order)))

@@ -68,9 +68,11 @@ class Chunk:
     Attributes:
         items: by position.
         calls: the calls that have ended, by the position of their item and of their step.
+        agents: see ``RowsOrder``.
     """
 
     def __init__(self, batch_id: str, rows: RowsOrder) -> None:
+        self.agents = rows.agents
         self.items: dict[int, Run] = {}
         self.calls: dict[int, dict[int, list[Call]]] = {}
         #: what each item had spent before the attempt that is being applied

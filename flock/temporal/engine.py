@@ -143,6 +143,7 @@ class TemporalEngine(EngineBase):
             self._task_queue,
             limits=limits,
             heartbeat_timeout_s=heartbeat_timeout_s,
+            agents=agents,
         )
         self._watch_task: asyncio.Task[None] | None = None
         self._is_stopping = False
@@ -272,6 +273,7 @@ class TemporalEngine(EngineBase):
             timeout_s=timeout_s,
             queue_timeout_s=self._limits.queue_timeout_s,
             heartbeat_timeout_s=self._heartbeat_timeout_s,
+            agents=tuple(self._agents),
         )
 
     async def _start(self, order: RunOrder) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +17,7 @@ from msgspec.structs import asdict, replace
 from temporalio import activity
 from temporalio.service import RPCError, RPCStatusCode
 
+from flock.agents.versions import version_of
 from flock.engine.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
 from flock.engine.turns import Turns, WaitingForAnswers
 from flock.errors import StoreError
@@ -27,6 +28,7 @@ from flock.temporal.messages import (
     DELETE_ACTIVITY,
     FIND_ACTIVITY,
     ITEMS_ACTIVITY,
+    MAX_TRIES,
     DeleteOrder,
     ItemOutcome,
     ItemsDone,
@@ -38,6 +40,7 @@ from flock.temporal.messages import (
     rows_workflow_id,
 )
 from flock.temporal.payloads import payload_lost
+from flock.temporal.records import done_after_failure
 from flock.temporal.turns import ActivityTurn, until_done
 
 __all__ = ["ItemActivities"]
@@ -68,6 +71,9 @@ class _Job:
         self.waiting = list(done.waiting)
         self.bytes = sum(map(_bytes_of, self.ended)) + sum(map(_bytes_of, self.waiting))
         self.turn: ActivityTurn | None = None
+        self.misses = done.misses
+        #: a turn for which this worker lacks an agent
+        self.left: ActivityTurn | None = None
         #: what the current item had spent before this attempt of the batch
         self.spent_before = Usage()
         self.has_taken_turns = False
@@ -111,7 +117,7 @@ class _Job:
         if current is not None and self.turn is not None:
             usage = self.usage(self.turn.spent)
             current = replace(current, progress=self.turn.progress, has_calls=self.turn.has_calls, usage=usage)
-        return ItemsDone(ended=tuple(self.ended), unfinished=current, waiting=tuple(self.waiting))
+        return ItemsDone(ended=tuple(self.ended), unfinished=current, waiting=tuple(self.waiting), misses=self.misses)
 
     def usage(self, spent: Usage | None) -> Usage | None:
         """Return what the current item has spent in this attempt, if it has *spent* that much in all of them."""
@@ -127,19 +133,27 @@ class ItemActivities:
         self._drain_timeout_s = drain_timeout_s
         self._jobs: set[_Job] = set()
         self._lookups: dict[tuple[str, int, int], asyncio.Task[None]] = {}
+        #: of agents, by name
+        self._versions: dict[str, str] = {}
+        #: batches with a warning about a version
+        self._mixed: deque[str | None] = deque(maxlen=1000)
         self._chunks: OrderedDict[tuple[str, int, int], asyncio.Task[Chunk]] = OrderedDict()
 
     @activity.defn(name=ITEMS_ACTIVITY)
     async def run(self, order: ItemsOrder) -> ItemsDone:
         """Run items. Those that it does not return must be scheduled again.
 
+        Raises: ApplicationError if this worker lacks the agent of the first one that is left. The cluster retries it.
         Cancellation: the chunk's memo has the items to cancel. When they have stopped, it returns as usual.
         """
         info = activity.info()
         reported = [recoded(heartbeat, ItemsDone) for heartbeat in info.heartbeat_details]
         job = _Job(order, reported[0] if reported else ItemsDone())
+        tries = info.attempt - job.misses
+        if tries > MAX_TRIES:
+            return done_after_failure(order, job.done(), now(), is_cancelled=False)
         self._jobs.add(job)
-        work = asyncio.create_task(self._run_items(job, is_again=info.attempt > 1))
+        work = asyncio.create_task(self._run_items(job, is_again=tries > 1))
         heartbeats = asyncio.create_task(_send_heartbeats(job))
         polls: list[asyncio.Task[None]] = []
 
@@ -163,12 +177,20 @@ class ItemActivities:
             return job.done().for_retry()
         work.result()
         done = job.done()
+        if job.left is not None and not (done.ended or done.waiting or polls):
+            activity.heartbeat(replace(done, misses=job.misses + 1))
+            raise job.left.left_to_others(job.misses)
+        if job.left is not None and tries > 1:
+            return done.for_retry()
         unfinished = done.unfinished
-        has_progress = unfinished is not None and (unfinished.steps or unfinished.has_calls or unfinished.usage)
+        has_progress = unfinished is not None and (
+            unfinished.steps or unfinished.has_calls or unfinished.usage or unfinished.needs
+        )
         return done if has_progress else replace(done, unfinished=None)
 
     async def _run_items(self, job: _Job, *, is_again: bool) -> None:
-        items = (await self._chunk(job.order)).items
+        chunk = await self._chunk(job.order)
+        items = chunk.items
         return_at = time.monotonic() + SLICE_S
         is_retry = is_again  # heartbeats lag, so any of its turns may have finished calls
         for part in job.remaining_parts():
@@ -180,7 +202,7 @@ class ItemActivities:
             job.spent_before = run.usage or Usage()
             run = replace(run, steps=part.steps or run.steps, spent=added(run.usage, part.usage))
             part = replace(part, is_again=is_again or part.is_again, has_calls=is_retry or part.has_calls)
-            ended = await self._run_item(job, run, part)
+            ended = await self._run_item(job, run, part, chunk.agents)
             if ended is None:
                 return
             job.end(ended)
@@ -190,22 +212,30 @@ class ItemActivities:
             if time.monotonic() > return_at or job.bytes > SLICE_BYTES:
                 return
 
-    async def _run_item(self, job: _Job, run: Run, part: Part) -> ItemOutcome | Part | None:
+    async def _run_item(self, job: _Job, run: Run, part: Part, agents: Mapping[str, str]) -> ItemOutcome | Part | None:
         """Run one item until it ends or waits for answers. Returns None if it is left for a later order."""
-        position, is_again = part.position, part.is_again
+        position, is_again, needs = part.position, part.is_again, part.needs
+        elsewhere = {run.agent_name, *agents}
+        if part.steps:  # the worker that has chosen the next agent has it, or the item would have ended
+            elsewhere.add(run.next_agent_name or "")
         while run.next_agent_name is not None:
             if self._turns.is_at_most_once(run) and job.has_taken_turns:
                 return None  # it needs an order of its own, so that a retry knows that it was started
             turn = job.turn = ActivityTurn(run, job.order.timeout_s, self._cluster, is_again=is_again)
-            turn.has_calls, turn.waited_s = part.has_calls, part.waited_s
-            job.has_taken_turns, is_again = True, False
-            job.current = job.part(run, part.waited_s)
+            turn.has_calls, turn.waited_s, turn.elsewhere, turn.needs = part.has_calls, part.waited_s, elsewhere, needs
+            job.has_taken_turns, is_again, needs = True, False, None
+            before, job.current = job.current, job.part(run, part.waited_s)
+            self._check_version(run, agents)
             taking = asyncio.create_task(turn.take(self._turns))
             while not taking.done():
                 await asyncio.wait([taking])
             job.turn = None
             if turn.outcome is None:
-                job.current = replace(job.current, has_calls=turn.has_calls, usage=job.usage(turn.spent))
+                usage = job.usage(turn.spent)
+                job.current = replace(job.current, has_calls=turn.has_calls, usage=usage, needs=turn.needs)
+                if turn.lacks is not None:
+                    started = replace(job.current, started_at=run.started_at or turn.started_at)
+                    job.left, job.current = turn, before if turn.started_at is None else started
                 return None
             run = replace(run, started_at=run.started_at or turn.started_at, progress=turn.progress, spent=turn.spent)
             if isinstance(turn.outcome, WaitingForAnswers):
@@ -229,6 +259,21 @@ class ItemActivities:
             usage=job.usage(run.spent),
         )
         return self._report_end(run, ended)
+
+    def _check_version(self, run: Run, versions: Mapping[str, str]) -> None:
+        """Warn, once for a batch, if the next agent of an item has another version than at the submission."""
+        agent = self._turns.find(run.next_agent_name)
+        if agent is None or agent.name not in versions or run.batch_id in self._mixed:
+            return
+        if agent.name not in self._versions:
+            self._versions[agent.name] = version_of(agent)
+        accepted, own = versions[agent.name], self._versions[agent.name]
+        if accepted != own:
+            self._mixed.append(run.batch_id)
+            logger.warning(
+                "The batch %s was accepted with the version %s of the agent %r, and this worker has the version %s.",
+                *(run.batch_id, accepted, agent.name, own),
+            )
 
     def _report_end(self, run: Run, ended: ItemOutcome) -> ItemOutcome:
         result = ended.steps[-1].result if ended.status is RunStatus.COMPLETED else None

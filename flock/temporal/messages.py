@@ -48,6 +48,7 @@ __all__ = [
     "LEAVE_SIGNAL",
     "MARK_WORKFLOW",
     "MAX_ITEMS",
+    "MAX_TRIES",
     "PRINCIPAL",
     "RESUME_SIGNAL",
     "ROWS_WORKFLOW",
@@ -59,6 +60,7 @@ __all__ = [
     "STATUS",
     "STOP_SIGNAL",
     "TASK_TIMEOUT",
+    "WORN_OUT",
     "Attempt",
     "BatchOrder",
     "CallDone",
@@ -126,6 +128,9 @@ HEARTBEAT_TIMEOUT_S = 3.0
 #: How long a worker may take for a workflow task before the cluster gives the task to another worker.
 TASK_TIMEOUT = timedelta(seconds=3)
 
+#: How often the cluster starts a turn whose worker dies or stops. The limit is for a turn that kills its workers.
+MAX_TRIES = 20
+WORN_OUT = f"The worker died or stopped in each of {MAX_TRIES} attempts. The run may be the cause."
 #: ``error_type`` if a worker stops or dies before the end of its turn. The cluster retries the turn on another worker.
 INTERRUPTED = "interrupted"
 
@@ -168,6 +173,8 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
         latest: the workflow ids of the last runs of its session. The last one may still be about to close.
         has_calls: its next step has asked, and runs again. Its workflow has the answers, and other calls of the step.
         waited_s: seconds for which the attempt waited for answers. They are not part of ``timeout_s``.
+        agents: the agents that another worker has if this one lacks them: those of the API, and those that a worker has
+            handed off to.
     """
 
     run: Run
@@ -179,6 +186,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     latest: tuple[str, ...] = ()
     has_calls: bool = False
     waited_s: float = 0.0
+    agents: tuple[str, ...] = ()
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,6 +195,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         step: None if the turn ended because its agent asks *questions*.
         worked_s, spent: see ``Run``.
+        has_next: its worker has the agent that is next.
     """
 
     step: Step | None = None
@@ -195,14 +204,21 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True):
     spent: Usage | None = None
     questions: tuple[Question, ...] = ()
     worked_s: float = 0.0
+    has_next: bool = False
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """The progress of a turn, in its heartbeats and its failure. ``begun_at`` is None while it waits for its slot."""
+    """The progress of a turn, in its heartbeats and its failure. ``begun_at`` is None while it waits for its slot.
+
+    ``misses``: how many workers have left it to others, because they lack an agent. ``needs``: an agent that it calls
+    and that the last of these lacked.
+    """
 
     begun_at: datetime | None = None
     progress: Progress | None = None
     spent: Usage | None = None
+    misses: int = 0
+    needs: str | None = None
 
 
 class ItemRow(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -219,12 +235,14 @@ class ItemRow(msgspec.Struct, frozen=True, omit_defaults=True):
 class RowsOrder(msgspec.Struct, frozen=True, kw_only=True):
     """The rows of one chunk. They are stored before the batch starts, and read by the workers that run its items.
 
-    ``item`` has the fields that all items of the batch share.
+    ``item`` has the fields that all items of the batch share. ``agents`` are the versions of the agents of the API, by
+    name.
     """
 
     item: Run
     first: int
     rows: tuple[ItemRow, ...]
+    agents: dict[str, str] = {}
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -356,7 +374,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``is_again``: a worker that died may have started the next step. ``has_calls``: calls of that step have finished.
     ``usage``: what it has spent in this attempt.
     ``questions``: while it waits, those that were open when it began to. ``worked_s``, ``waited_s``: see ``Run`` and
-    ``RunOrder``.
+    ``RunOrder``. ``needs``: see ``Heartbeat``.
     """
 
     position: int
@@ -369,6 +387,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     questions: tuple[Question, ...] = ()
     worked_s: float = 0.0
     waited_s: float = 0.0
+    needs: str | None = None
 
 
 class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -475,12 +494,13 @@ class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The progress of an ``ItemsOrder``: the result of ``run_items``, and its heartbeats, from which a retry resumes.
 
     ``unfinished`` was started and has not ended. ``waiting`` are the items that wait for answers. Items that are not
-    listed must be scheduled again.
+    listed must be scheduled again. ``misses``: see ``Heartbeat``.
     """
 
     ended: tuple[ItemOutcome, ...] = ()
     unfinished: Part | None = None
     waiting: tuple[Part, ...] = ()
+    misses: int = 0
 
     def for_retry(self) -> "ItemsDone":
         """A copy for the retry after a worker died: the next worker may start the unfinished turn a second time."""

@@ -6,23 +6,29 @@ ends only that turn.
 
 import asyncio
 import contextlib
+import logging
+import math
 from asyncio import FIRST_COMPLETED
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import msgspec
 from temporalio import activity
 from temporalio.client import WorkflowHandle, WorkflowQueryFailedError
+from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.engine.outcomes import Outcome
-from flock.engine.turns import ActiveRun, Turns, WaitingForAnswers
+from flock.engine.outcomes import Outcome, queue_timeout, timeout_of
+from flock.engine.turns import ActiveRun, AgentElsewhere, Turns, WaitingForAnswers
 from flock.errors import CallError, EngineFull, OwnershipLost, StoreError
-from flock.runs import Call, Run, Step, Usage
+from flock.runs import Call, Run, Step, Usage, now
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, SPENT_QUERY, CallDone, latest, recoded
 
 __all__ = ["MAX_RUN_BYTES", "ActivityTurn", "until_done"]
+
+logger = logging.getLogger("flock.temporal")
 
 T = TypeVar("T")
 
@@ -32,17 +38,24 @@ MAX_RUN_BYTES = 1_500_000
 REFUSALS = (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION)
 #: The pause before a failed request for calls is sent again.
 RETRY_AFTER_S = 1.0
+#: The pause before an activity that a worker left to others is given to a worker again, in seconds: the first one, and
+#: the longest. Any worker may get it, so there must be several attempts soon.
+MISS_PAUSE_S, MAX_MISS_PAUSE_S = 0.1, 10.0
 
 
 class ActivityTurn(ActiveRun):
     """The next turn of a run.
 
     Attributes:
-        outcome: its step, its questions, or how the run ends; None if the worker shuts down and leaves the turn to
-            another one.
+        outcome: its step, its questions, or how the run ends; None if the worker leaves the turn to another one,
+            because it shuts down or lacks an agent.
+        lacks: the agent that this worker lacks.
+        needs: see ``Heartbeat``.
     """
 
     outcome: Step | WaitingForAnswers | Outcome | None = None
+    lacks: str | None = None
+    needs: str | None = None
 
     def __init__(self, run: Run, timeout_s: float, cluster: Cluster, **options: Any) -> None:
         super().__init__(run, timeout_s, **options)
@@ -99,12 +112,20 @@ class ActivityTurn(ActiveRun):
     async def take(self, turns: Turns) -> None:
         """Execute the turn and set ``outcome``. A return value would be lost if an agent left a cancellation behind."""
         failure: BaseException | None = None
+        for name in (self.run.next_agent_name, self.needs):
+            if name is not None and name in self.elsewhere and turns.find(name) is None:
+                self._leave(turns, name)
+                return
         try:
             with self.scope:
                 self.outcome = await turns.take(self)
                 return
         except BaseException as exc:  # an agent's SystemExit would end the worker
             failure = exc
+        if isinstance(failure, AgentElsewhere) and not self.cancel_requested:
+            self.needs = failure.name
+            self._leave(turns, failure.name)
+            return
         if isinstance(failure, WaitingForAnswers) and not self.cancel_requested:
             length = len(msgspec.json.encode(failure.questions))
             if length <= MAX_RUN_BYTES:
@@ -115,6 +136,39 @@ class ActivityTurn(ActiveRun):
             )
         if not self.is_stopped:
             self.outcome = turns.outcome_of(self, failure)
+
+    def _leave(self, turns: Turns, name: str) -> None:
+        """Leave the turn to a worker that has the agent *name*, unless the time of the run is over."""
+        if self.left_s > 0:
+            self.lacks = name
+        elif self._begun_at is None:
+            self.outcome = turns.outcome_of(self, queue_timeout(self.queue_timeout_s or 0))
+        else:
+            self.outcome = timeout_of(self.timeout_s)
+
+    @property
+    def _begun_at(self) -> datetime | None:
+        return self.run.started_at or self.started_at
+
+    @property
+    def left_s(self) -> float:
+        """For how long the run may wait for a worker, in seconds."""
+        if self._begun_at is not None:
+            return self.timeout_s + self.waited_s - (now() - self._begun_at).total_seconds()
+        return math.inf if self.queue_timeout_s is None else self.queue_timeout_s - self.queued_s
+
+    def left_to_others(self, misses: int, *details: Any) -> ApplicationError:
+        """Return the failure after which the cluster gives the activity to any worker again, each time a bit later."""
+        if not misses:
+            logger.warning("run %s waits for a worker that has the agent %r.", self.run.run_id, self.lacks)
+        pause_s = min(MISS_PAUSE_S * 2 ** min(misses, 10), MAX_MISS_PAUSE_S, max(0.001, self.left_s))
+        return ApplicationError(
+            f"This worker has no agent {self.lacks!r}.",
+            *details,
+            type="no_agent",
+            next_retry_delay=timedelta(seconds=pause_s),
+            category=ApplicationErrorCategory.BENIGN,
+        )
 
     def stop(self, turns: Turns) -> None:
         """Stop the turn because the worker shuts down. A function in a thread sees ``cancel_requested``."""

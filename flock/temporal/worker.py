@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Self
 
+from msgspec.structs import replace
 from temporalio import activity
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
@@ -30,6 +31,8 @@ from flock.temporal.messages import (
     ACTIVITY,
     HEARTBEAT_TIMEOUT_S,
     INTERRUPTED,
+    MAX_TRIES,
+    WORN_OUT,
     Heartbeat,
     RunOrder,
     StepDone,
@@ -166,9 +169,11 @@ class TemporalWorker:
 
         Raises:
             ApplicationError: the run failed or was cancelled (not retryable), or the worker shut down before the end of
-                the turn (retryable).
+                the turn or lacks an agent (retryable).
         """
-        turn = _RunTurn(order, self.cluster)
+        turn = _RunTurn(order, self.cluster, self._turns)
+        if turn.tries > MAX_TRIES:
+            raise ApplicationError(WORN_OUT, turn.heartbeat(), type=INTERRUPTED, non_retryable=True)
         work = asyncio.create_task(turn.take(self._turns))
         heartbeats = asyncio.create_task(_send_heartbeats(turn, order.heartbeat_timeout_s))
         try:
@@ -181,6 +186,10 @@ class TemporalWorker:
         finally:
             heartbeats.cancel()
         outcome = turn.outcome
+        if outcome is None and turn.lacks is not None:
+            beat = turn.heartbeat()
+            activity.heartbeat(replace(beat, misses=turn.misses + 1))
+            raise turn.left_to_others(turn.misses, beat)
         if isinstance(outcome, Step):
             return turn.done(outcome)
         if isinstance(outcome, WaitingForAnswers):
@@ -199,17 +208,24 @@ class TemporalWorker:
 class _RunTurn(ActivityTurn):
     """The next turn of a run. Its heartbeats report its start and its progress."""
 
-    def __init__(self, order: RunOrder, cluster: Cluster) -> None:
+    misses = 0
+
+    def __init__(self, order: RunOrder, cluster: Cluster, turns: Turns) -> None:
         info = activity.info()
-        super().__init__(
-            order.run, order.timeout_s, cluster, is_again=info.attempt > 1, queue_timeout_s=order.queue_timeout_s
-        )
+        super().__init__(order.run, order.timeout_s, cluster, queue_timeout_s=order.queue_timeout_s)
+        self._turns = turns
+        self.elsewhere = {order.run.agent_name, *order.agents}
         self._latest = order.latest
         self.has_calls, self.waited_s = order.has_calls, order.waited_s
         self.queued_s = order.queued_s + (now() - info.scheduled_time).total_seconds()
         for sent in info.heartbeat_details:  # the start that a dead worker reported stays valid
             heartbeat = recoded(sent, Heartbeat)
             self.started_at, self.spent = heartbeat.begun_at, latest(self.spent, heartbeat.spent)
+            self.misses, self.needs = heartbeat.misses, heartbeat.needs
+            self.has_calls |= heartbeat.needs is not None
+        #: how often a worker has started the activity, without those that left it to others
+        self.tries = info.attempt - self.misses
+        self.is_again = self.tries > 1
         self._progress_when_done: Progress | None = None
         self._spent_when_done: Usage | None = None
 
@@ -236,7 +252,11 @@ class _RunTurn(ActivityTurn):
     def done(self, step: Step) -> StepDone:
         assert self.started_at is not None
         return StepDone(
-            step=step, begun_at=self.started_at, progress=self._progress_when_done, spent=self._spent_when_done
+            step=step,
+            begun_at=self.started_at,
+            progress=self._progress_when_done,
+            spent=self._spent_when_done,
+            has_next=self._turns.find(step.next_agent) is not None,
         )
 
     def asked(self, questions: Sequence[Question]) -> StepDone:
@@ -250,7 +270,9 @@ class _RunTurn(ActivityTurn):
         )
 
     def heartbeat(self) -> Heartbeat:
-        return Heartbeat(begun_at=self.started_at, progress=self.progress, spent=self.spent)
+        return Heartbeat(
+            begun_at=self.started_at, progress=self.progress, spent=self.spent, misses=self.misses, needs=self.needs
+        )
 
 
 async def _shut_down(worker: Worker, timeout_s: float, *exc_info: Any) -> None:

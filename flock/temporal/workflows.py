@@ -39,6 +39,7 @@ from flock.temporal.messages import (
     SPENT_QUERY,
     STATUS,
     TASK_TIMEOUT,
+    WORN_OUT,
     CallDone,
     Calls,
     RunOrder,
@@ -48,12 +49,11 @@ from flock.temporal.messages import (
 
 __all__ = ["CallKeeper", "FlockMark", "FlockRun", "FlockSession", "time_to_expiry"]
 
-#: Only turns whose worker died or stopped are retried. The limit is for a turn that kills its workers.
+#: Only turns are retried whose worker died, stopped or lacks their agent. Workers count the former; see ``MAX_TRIES``.
 RETRIES = RetryPolicy(
     initial_interval=timedelta(seconds=0.5),
     backoff_coefficient=2,
     maximum_interval=timedelta(seconds=30),
-    maximum_attempts=20,
 )
 #: The worker enforces the deadline, and heartbeats show that it is alive. So the cluster needs no limit of its own.
 NO_LIMIT = timedelta(days=365)
@@ -165,7 +165,10 @@ class FlockRun(CallKeeper):
                 order = replace(order, run=run, has_calls=True, waited_s=waited_s)
             else:
                 self._calls = Calls()
-                order = replace(order, run=replace(run, steps=(*run.steps, done.step)), has_calls=False)
+                agents, chosen = order.agents, done.step.next_agent
+                if done.has_next and chosen is not None and chosen not in agents:
+                    agents = (*agents, chosen)
+                order = replace(order, run=replace(run, steps=(*run.steps, done.step)), has_calls=False, agents=agents)
             _check_cancelled()
 
     async def _wait_for_answers(self, run: Run, done: StepDone) -> float:
@@ -307,5 +310,4 @@ def _failure(order: RunOrder, cause: BaseException | None) -> ApplicationError:
         if order.run.started_at is not None:
             return _failed(timeout_of(order.timeout_s))
         return _late(order)
-    message = f"The worker died or stopped in each of {RETRIES.maximum_attempts} attempts. The run may be the cause."
-    return ApplicationError(message, type=INTERRUPTED, non_retryable=True)
+    return ApplicationError(WORN_OUT, type=INTERRUPTED, non_retryable=True)
