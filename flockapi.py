@@ -457,7 +457,7 @@ async def _accepted_run(
             run_request.inputs,
             request_id=request_id_of(request),
             traceparent=traceparent_of(request),
-            is_async=is_async or key is not None,
+            is_async=is_async,
             timeout_s=run_request.timeout_s,
             session_id=run_request.session_id,
             max_cost=run_request.max_cost,

@@ -1,13 +1,16 @@
-"""The cancel scopes of a task that runs code of a user, which may leave one open."""
+"""The cancel scopes of a task that runs code of a user: their deadlines, and those that it leaves open."""
 
 import asyncio
 import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from contextvars import Context
 from typing import Any
 
-__all__ = ["closing_scopes", "current_task"]
+import anyio
+
+__all__ = ["closing_scopes", "current_task", "set_deadline"]
 
 logger = logging.getLogger("flock.runs")
 
@@ -18,6 +21,14 @@ def current_task() -> "asyncio.Task[Any] | None":
         return asyncio.current_task()
     except RuntimeError:
         return None
+
+
+def set_deadline(scope: anyio.CancelScope, deadline: float) -> None:
+    """Set the deadline of a scope that was entered, in an empty context.
+
+    Until its time has come, asyncio keeps a timer and its context, with objects of a request, even if it is cancelled.
+    """
+    Context().run(setattr, scope, "deadline", deadline)
 
 
 @contextlib.contextmanager

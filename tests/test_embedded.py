@@ -1,27 +1,38 @@
 """The embedded engine: every run ends in one way and does not affect others."""
 
 import asyncio
+import contextlib
+import gc
 import glob
 import uuid
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.lowlevel
+import httpx
 import msgspec
 import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flock import fair
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.runner import Runner
 from flock.errors import BatchNotFound, EngineStopped, RunNotFound, TooLarge
-from flock.runs import Batch, BatchOptions, Run, RunStatus, new_id
+from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunStatus, new_id
 from flock.scopes import closing_scopes
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import until
-from tests.support.http import client_of, post_run
+from tests.support.http import client_of, get, post_run
+from tests.support.servers import Served
 
 pytestmark = pytest.mark.anyio
 
@@ -351,3 +362,216 @@ async def test_other_tasks_run_while_many_runs_are_taken_over(tmp_path: Path, mo
             assert len(seen) == 100
             assert len(set(seen)) > 50
         tasks.cancel_scope.cancel()
+
+
+#: What the host of these tests knows of the request that it handles.
+TENANT: ContextVar[Any] = ContextVar("tenant", default="nobody")
+ON_BOTH = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+STORES = pytest.mark.parametrize("store", [":memory:", "flock.db"])
+
+
+@contextlib.contextmanager
+def as_tenant(tenant: Any) -> Iterator[None]:
+    token = TENANT.set(tenant)
+    try:
+        yield
+    finally:
+        TENANT.reset(token)
+
+
+class SetsTenant:
+    """Middleware that sets TENANT to the header of a request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with as_tenant(dict(scope.get("headers", ())).get(b"tenant", b"lifespan").decode()):
+            await self.app(scope, receive, send)
+
+
+def tenants() -> Flock:
+    """A flock of agents that return the tenant that they see."""
+    flock = Flock()
+
+    @flock.agent
+    async def tenant() -> str:
+        return str(TENANT.get())
+
+    @flock.agent
+    def tenant_in_thread() -> str:
+        return str(TENANT.get())
+
+    @flock.agent
+    async def tenant_after_an_answer(context: RunContext) -> str:
+        await context.ask("Go on?", bool)
+        return str(TENANT.get())
+
+    @flock.agent
+    async def tenant_at_second_try(context: RunContext) -> str:
+        if context.attempt == 1:
+            raise ValueError("again")
+        return str(TENANT.get())
+
+    return flock
+
+
+def text_of(run: Run) -> str:
+    assert run.result is not None, run.error
+    text: str = msgspec.json.decode(run.result)["result"]
+    return text
+
+
+@ON_BOTH
+@STORES
+async def test_an_asynchronous_run_starts_in_an_empty_context(store: str) -> None:
+    """It may start later or elsewhere, so it sees neither its caller nor the program that opened the engine."""
+    seen = set[str]()
+    with as_tenant("opener"):
+        async with tenants().engine(store=store) as engine:
+            with as_tenant("caller"):
+                for name in ("tenant", "tenant_in_thread"):
+                    run = await engine.wait((await engine.submit(name, EMPTY)).run_id)
+                    seen.add(text_of(run))
+                run = await engine.wait((await engine.submit("tenant_at_second_try", EMPTY)).run_id)
+                seen.add(text_of(await engine.wait((await engine.retry_run(run.run_id)).run_id)))
+    assert seen == {"nobody"}
+
+
+@ON_BOTH
+@STORES
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_run_that_got_an_answer_continues_in_an_empty_context(store: str, is_async: bool) -> None:
+    async with tenants().engine(store=store) as engine:
+        with as_tenant("caller"):
+            asking = await engine.submit("tenant_after_an_answer", EMPTY, is_async=is_async)
+            run = await engine.wait(asking.run_id)
+            (question,) = run.waiting_for
+            with as_tenant("answerer"):
+                await engine.answer_call(run.run_id, question.call_id, msgspec.Raw(b"true"))
+            assert text_of(await engine.wait(run.run_id)) == "nobody"
+
+
+@ON_BOTH
+async def test_a_resumed_run_starts_in_an_empty_context(tmp_path: Path) -> None:
+    flock, started, may_end = Flock(), anyio.Event(), anyio.Event()
+
+    @flock.agent
+    async def tenant() -> str:
+        started.set()
+        await may_end.wait()
+        return str(TENANT.get())
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await engine.submit("tenant", EMPTY)
+        batch = await engine.submit_batch("tenant", [EMPTY], BatchOptions())
+        await started.wait()
+    may_end.set()
+    with as_tenant("opener"):
+        async with flock.engine(store=tmp_path / "flock.db") as engine:
+            (item,) = await engine.get_items(batch.batch_id)
+            assert [text_of(await engine.wait(each.run_id)) for each in (run, item)] == ["nobody"] * 2
+
+
+@ON_BOTH
+@STORES
+async def test_the_items_of_a_batch_start_in_an_empty_context(store: str) -> None:
+    """Each of them: what an agent sets in its own context is gone when the next item starts."""
+    flock = Flock()
+
+    @flock.agent
+    async def tenant(number: int) -> str:
+        seen = str(TENANT.get())
+        TENANT.set(f"item {number}")
+        return seen
+
+    with as_tenant("opener"):
+        async with flock.engine(store=store) as engine:
+            with as_tenant("caller"):
+                for parallel in (True, False):
+                    rows = [{"number": number} for number in range(20)]
+                    batch = await engine.submit_batch("tenant", rows, BatchOptions(parallel=parallel, max_workers=2))
+                    with anyio.fail_after(PATIENCE_S):
+                        await engine.wait_batch(batch.batch_id)
+                    items = await engine.get_items(batch.batch_id)
+                    assert {text_of(item) for item in items} == {"nobody"}
+
+
+@ON_BOTH
+@STORES
+@pytest.mark.parametrize("more", [{}, {"session_id": "s"}, {"key": IdempotencyKey("k", b"1")}], ids=str)
+async def test_a_synchronous_run_sees_the_context_of_its_caller(store: str, more: Any) -> None:
+    async with tenants().engine(store=store) as engine:
+        with as_tenant("caller"):
+            run = await engine.submit("tenant", EMPTY, is_async=False, **more)
+        assert text_of(await engine.wait(run.run_id)) == "caller"
+
+
+def test_a_run_without_a_server_sees_the_context_of_its_caller() -> None:
+    with as_tenant("script"):
+        assert tenants().run("tenant") == {"result": "script"}
+        assert tenants().run("tenant_in_thread") == {"result": "script"}
+
+
+@STORES
+@pytest.mark.parametrize("host", ["mounted", "mounted, with a lifespan", "served"])
+async def test_a_run_does_not_see_the_context_of_another_request(store: str, host: str) -> None:
+    """The first request opens the engine if no lifespan does. Later requests are of another tenant."""
+    middleware, prefix = [Middleware(SetsTenant)], "" if host == "served" else "/ai"
+    app = create_app(tenants(), store=store, auth="host", middleware=middleware if host == "served" else ())
+    with_lifespan = app.lifespan() if host == "mounted, with a lifespan" else contextlib.nullcontext()
+    async with with_lifespan, Served(Starlette(routes=[Mount(prefix, app)], middleware=middleware)) as mounted:
+        async with Served(app) if host == "served" else contextlib.nullcontext(mounted) as served:
+            async with httpx.AsyncClient(base_url=served.url + prefix) as client:
+                await check_contexts_of_requests(client)
+
+
+async def check_contexts_of_requests(client: httpx.AsyncClient) -> None:
+    client.headers["tenant"] = "first"
+    await get(client, "/agents")
+    await get(client, "/runs")
+    client.headers["tenant"] = "second"
+    for more, headers in (({}, {}), ({"session_id": "s"}, {}), ({}, {"Idempotency-Key": '"k"'})):
+        body = {"agent_name": "tenant", **more}
+        run = (await client.post("/run/flock", json=body, headers=headers)).json()
+        assert run["result"] == {"result": "second"}
+    run = (await post_run(client, "tenant", async_run=True)).json()
+    assert (await get(client, f"/run/{run['run_id']}", wait=60))["result"] == {"result": "nobody"}
+    batch = (await client.post("/run/batch", json={"agent_name": "tenant", "batch_inputs": [{}] * 5})).json()
+    batch = await get(client, f"/batch/{batch['batch_id']}", wait=60)
+    assert batch["results"] == [{"result": "nobody"}] * 5
+
+
+class Tenant:
+    """What a host keeps of a request."""
+
+
+@STORES
+async def test_nothing_keeps_the_objects_of_a_request_alive(store: str) -> None:
+    """The request opens the engine, and starts a batch and a run that continue."""
+    flock, started, may_end = tenants(), anyio.Event(), anyio.Event()
+
+    @flock.agent
+    async def hold() -> None:
+        started.set()
+        await may_end.wait()
+
+    app = create_app(flock, store=store, auth="host")
+    tenant = Tenant()
+    kept = weakref.ref(tenant)
+
+    async def requests() -> None:
+        async with client_of(app) as client:
+            assert (await post_run(client, "hold", async_run=True)).status_code == 202
+            assert (await client.post("/run/batch", json={"agent_name": "hold", "batch_inputs": [{}]})).is_success
+            for name in ("tenant", "tenant_in_thread"):
+                assert (await post_run(client, name)).json()["status"] == "completed"
+
+    with as_tenant(tenant):
+        task = asyncio.create_task(requests())
+    del tenant
+    await task
+    del task
+    await started.wait()
+    await until(lambda: gc.collect() >= 0 and kept() is None)
+    may_end.set()

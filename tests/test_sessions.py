@@ -6,6 +6,7 @@ import os
 import signal
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
+from contextvars import Context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,7 +266,7 @@ async def test_runs_are_ordered_as_they_were_accepted_not_as_their_ids(store: st
         turns.hold(0)
         first = await submit(engine, 0)
         earlier_id = msgspec.structs.replace(first, run_id="00" + first.run_id[2:], inputs=msgspec.Raw(b'{"n": 1}'))
-        await engine._accept(earlier_id, None)
+        await engine._accept(earlier_id, None, Context())
         assert engine.store.active_before(earlier_id) == first.run_id
         assert engine.store.active_before(first) is None
 

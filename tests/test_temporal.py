@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -1523,6 +1524,29 @@ def test_options_without_effect_are_refused(tmp_path: Path) -> None:
         assert words in result.output
     result = CliRunner().invoke(main, ["serve", "x.py", "--payload-dir", str(tmp_path)])
     assert (result.exit_code, "needs --temporal" in result.output) == (2, True)
+
+
+async def test_the_engine_and_its_runs_do_not_see_the_context_of_a_caller(temporal_address: str) -> None:
+    tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
+    flock, seen = Flock(f"contexts {new_id()}"), list[str]()
+
+    @flock.agent
+    async def agent() -> str:
+        return tenant.get()
+
+    class Watched(TemporalEngine):
+        async def _watch(self) -> None:
+            seen.append(tenant.get())
+            await super()._watch()
+
+    async with TemporalWorker(flock.agents, ModelClient(), temporal_address, flock=flock.name):
+        tenant.set("caller")
+        async with Watched(flock.agents, temporal_address, flock=flock.name) as engine:
+            for is_async in (True, False):
+                run = await engine.wait((await engine.submit("agent", EMPTY, is_async=is_async)).run_id)
+                assert run.result is not None
+                assert bytes(run.result) == b'{"result":"nobody"}'
+    assert seen == ["nobody"]
 
 
 def test_a_worker_warns_at_startup_about_agents_that_cannot_run(temporal_address: str, tmp_path: Path) -> None:

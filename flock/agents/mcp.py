@@ -11,6 +11,7 @@ import itertools
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextvars import Context
 from typing import Any, TypeVar
 
 import anyio
@@ -321,7 +322,7 @@ async def listing_tools(sources: Iterable[ToolSource]) -> AsyncIterator[None]:
 
     async with anyio.create_task_group() as tasks:
         for source in sources:
-            tasks.start_soon(list_tools, source)
+            Context().run(tasks.start_soon, list_tools, source)
         yield
         tasks.cancel_scope.cancel()
 

@@ -6,6 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import Context, copy_context
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -174,8 +175,8 @@ class EngineBase(ABC):
     def _is_store_ok(self) -> bool: ...
 
     @abstractmethod
-    async def _accept(self, run: Run, key: IdempotencyKey | None) -> None:
-        """Store *run* and start it. Raises the same as ``Engine.submit``."""
+    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context) -> None:
+        """Store *run*, and start it in *context* if this process executes it. Raises the same as ``Engine.submit``."""
 
     @abstractmethod
     async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
@@ -292,13 +293,13 @@ class EngineBase(ABC):
             request_id=request_id,
             traceparent=valid_traceparent(traceparent),
             principal=principal,
-            is_async=is_async,
+            is_async=is_async or key is not None,
             timeout_s=timeout_s,
             owner=self._owner,
             session_id=session_id,
             max_cost=max_cost,
         )
-        await self._accept(run, key)
+        await self._accept(run, key, Context() if is_async else copy_context())
         return run
 
     async def submit_batch(

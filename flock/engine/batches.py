@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextvars import Context, copy_context
 from typing import Any
 
 import anyio
@@ -192,7 +193,7 @@ class _Work:
         """Start the next worker. Called when the item of a worker has a slot, so that only one worker waits."""
         if self._idle_workers:
             self._idle_workers -= 1
-            self._tasks.start_soon(self._run_items)
+            Context().run(self._tasks.start_soon, self._run_items)
 
     async def _run_items(self) -> None:
         items = iter(self._take, None)
@@ -200,6 +201,9 @@ class _Work:
         try:
             for work in map(self._runner.execute, items, *callbacks):
                 await work
+                if copy_context():  # the agent has set a context variable, which must not reach the next item
+                    Context().run(self._tasks.start_soon, self._run_items)
+                    return
         except StoreError as exc:  # the next page cannot be read
             logger.error("pending items cannot be read: %s", exc)
         self._idle_workers += 1
@@ -226,7 +230,7 @@ class _Work:
         """Called when an item begins to wait for an answer."""
         if not self._is_watching:
             self._is_watching = True
-            self._tasks.start_soon(self._watch_answers)
+            Context().run(self._tasks.start_soon, self._watch_answers)
 
     async def _watch_answers(self) -> None:
         """Let items continue that got an answer, until none waits for one."""

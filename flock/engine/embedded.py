@@ -1,5 +1,8 @@
 """The embedded engine: each run is a task in an anyio task group that lives as long as the engine.
 
+The engine's own tasks, asynchronous runs and batches start in an empty context, since they may outlive the request that
+starts them. A synchronous run starts in a copy of its caller's context.
+
 Accepted runs and their steps are stored. Several engines may share a store: each executes the runs that it owns, and a
 watch task checks 20 times a second whether another process has committed anything.
 """
@@ -12,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
+from contextvars import Context
 from datetime import datetime, timedelta
 from typing import Any, Self
 
@@ -217,9 +221,8 @@ class EmbeddedEngine(EngineBase):
         except BaseException:
             await self.__aexit__()
             raise
-        self._tasks.start_soon(self._watch)
-        self._tasks.start_soon(self._expire_questions)
-        self._tasks.start_soon(self._apply_retention)
+        for task in (self._watch, self._expire_questions, self._apply_retention):
+            Context().run(self._tasks.start_soon, task)
         return self
 
     async def _serve_live(self, tasks: anyio.abc.TaskGroup) -> None:
@@ -231,7 +234,8 @@ class EmbeddedEngine(EngineBase):
             )
             logger.info(template, self.store.path)
         elif listener := await relay.listen(path):
-            tasks.start_soon(relay.serve, listener, path, self._runner.watch, self._runner.active.__contains__)
+            is_active = self._runner.active.__contains__
+            Context().run(tasks.start_soon, relay.serve, listener, path, self._runner.watch, is_active)
 
     def _warn_about_store(self, differences: str) -> None:
         """Warn if other programs use the store, or other users can read it. This may be unintentional."""
@@ -311,7 +315,7 @@ class EmbeddedEngine(EngineBase):
 
     # Runs
 
-    async def _accept(self, run: Run, key: IdempotencyKey | None) -> None:
+    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context) -> None:
         full = self._full(run.principal)
         if not run.is_async and key is None and run.session_id is None:
             if full is not None:
@@ -319,10 +323,11 @@ class EmbeddedEngine(EngineBase):
             # Only its end must be on disk: if the process dies, its caller is gone, and the run is not resumed.
             self._check_room(run.principal)
             self.store.save_nowait(run, is_new=True)
-            self._start(run)
+            self._start(run, context)
         else:
+            start = functools.partial(self._start, context=context)
             with self._accepting_key(key), self._counting_inputs(run.principal, len(run.inputs)):
-                await self.store.accept(run, self._limits.queue, key, then=self._start, full=full)
+                await self.store.accept(run, self._limits.queue, key, then=start, full=full)
 
     @contextlib.contextmanager
     def _counting_inputs(self, principal: str | None, length: int) -> Iterator[None]:
@@ -519,7 +524,7 @@ class EmbeddedEngine(EngineBase):
             owner = run.owner if run.batch_id is None else (await self.get_batch(run.batch_id)).owner
             if owner not in (None, self._engine_id, live.lost_owner) and live.follower is None:
                 live.follower = anyio.CancelScope()
-                self._tasks.start_soon(self._copy_live, run.run_id, owner, live)
+                Context().run(self._tasks.start_soon, self._copy_live, run.run_id, owner, live)
         with anyio.move_on_after(MAX_COPY_S):
             while live.follower is not None and live.ended_steps < len(run.steps):
                 await live.changed.wait()
@@ -575,10 +580,13 @@ class EmbeddedEngine(EngineBase):
         if agent_name not in self._agents:
             raise Conflict(f"This program does not have the required agent {agent_name!r}. Use a program that has it.")
 
-    def _start(self, run: Run | None) -> None:
-        """Start *run*. If the engine is shutting down, the run is recovered at the next start instead."""
+    def _start(self, run: Run | None, context: Context | None = None) -> None:
+        """Start *run* in *context*, or in an empty one, whoever calls this.
+
+        If the engine is shutting down, the run is recovered at the next start instead.
+        """
         if run is not None and self._tasks is not None and not self.is_draining:
-            self._runner.start(self._tasks, run)
+            self._runner.start(self._tasks, run, context or Context())
 
     @contextlib.contextmanager
     def _accepting_key(self, key: IdempotencyKey | None) -> Iterator[None]:
@@ -762,7 +770,7 @@ class EmbeddedEngine(EngineBase):
     def _start_batch(self, work: Callable[[Batch], Coroutine[Any, Any, None]], batch: Batch) -> None:
         """Start *work* on *batch*. If the engine is shutting down, the batch is recovered at the next start instead."""
         if self._tasks is not None and not self.is_draining:
-            self._tasks.start_soon(work, batch)
+            Context().run(self._tasks.start_soon, work, batch)
 
     async def get_batch(self, batch_id: str) -> Batch:
         self._check_entered()

@@ -12,6 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextvars import Context
 from typing import Any, TypeVar
 
 import anyio
@@ -285,9 +286,9 @@ class Runner:
         self.is_draining = False
         self.queued_bytes: Counter[str | None] = Counter()
 
-    def start(self, tasks: anyio.abc.TaskGroup, run: Run) -> None:
-        """Execute a run in a task of its own."""
-        tasks.start_soon(self._execute, self._admit(run), name="run")
+    def start(self, tasks: anyio.abc.TaskGroup, run: Run, context: Context) -> None:
+        """Execute a run in a task of its own, which starts in a copy of *context*."""
+        context.run(tasks.start_soon, self._execute, self._admit(run), name="run")
 
     def execute(self, run: Run, on_begin: Callable[[], None], on_wait: Callable[[], None]) -> Coroutine[Any, Any, None]:
         """Return a coroutine that executes a run until it ends, or begins to wait for an answer.

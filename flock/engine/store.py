@@ -18,6 +18,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from contextvars import Context
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal, Self, TypeVar
@@ -152,7 +153,7 @@ class Store:
         self._file.note_identity()
         self._threads = anyio.CapacityLimiter(1)
         tasks = await stack.enter_async_context(anyio.create_task_group())
-        tasks.start_soon(self._write_until_closed)
+        Context().run(tasks.start_soon, self._write_until_closed)
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Write pending records, and close. Cancellation: they are written anyway."""

@@ -15,6 +15,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from flock.engine.slots import BatchKey, Slots
+from flock.scopes import set_deadline
 
 __all__ = ["Threads", "loop_scheduler"]
 
@@ -22,9 +23,9 @@ T = TypeVar("T")
 
 
 class _Call:
-    def __init__(self, batch: BatchKey, deadline: float) -> None:
+    def __init__(self, batch: BatchKey) -> None:
         self.batch = batch
-        self.scope = anyio.CancelScope(shield=True, deadline=deadline)
+        self.scope = anyio.CancelScope(shield=True)
         self.is_started = False
         self.is_done = False
         self.is_abandoned = False
@@ -50,7 +51,7 @@ class Threads:
         Raises: what *function* raises; TimeoutError if the call is abandoned.
         Cancellation: immediate while waiting for a slot. After that, only when the function has returned.
         """
-        call, schedule_in_loop = _Call(batch, deadline), loop_scheduler()
+        call, schedule_in_loop = _Call(batch), loop_scheduler()
         await self._slots.acquire(batch)
         self._calls.setdefault(owner, []).append(call)
 
@@ -69,6 +70,7 @@ class Threads:
 
         try:
             with call.scope:
+                set_deadline(call.scope, deadline)
                 # The call gets its own limiter, because anyio would release a shared one before the slot is free.
                 try:
                     return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))

@@ -46,6 +46,7 @@ from flock.runs import (
     added,
     now,
 )
+from flock.scopes import set_deadline
 
 __all__ = ["MAX_HISTORY_BYTES", "ActiveRun", "AgentElsewhere", "Turns", "WaitingForAnswers"]
 
@@ -258,7 +259,7 @@ class Turns:
             elif run.started_at is not None:
                 spent_s = (now() - run.started_at).total_seconds() - active.waited_s
             if active.scope.deadline == math.inf:
-                active.scope.deadline = anyio.current_time() + active.timeout_s - spent_s
+                set_deadline(active.scope, anyio.current_time() + active.timeout_s - spent_s)
             if is_start:
                 await active.started(run, agent)
                 if not run.worked_s:

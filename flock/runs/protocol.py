@@ -159,7 +159,9 @@ class Engine(Protocol):
                 one is ignored.
             principal: name of the run's owner.
             is_async: True for a run that does not need a waiting caller. It is on disk when this method returns, and is
-                resumed after a crash. Otherwise it is written as it runs, and fails as interrupted if the process dies.
+                resumed after a crash. It starts in an empty context. Otherwise it is written as it runs, fails as
+                interrupted if the process dies, and sees the caller's context variables if it runs in this process.
+                With a *key*, every run is stored and resumed like the former.
             timeout_s: wall-clock seconds for each attempt, capped at the engine's limit.
             session_id: the session of *principal* that the run joins, 1 to 128 visible ASCII characters. The run starts
                 when the runs of the session that were accepted before it have ended. A retry joins again as the last.

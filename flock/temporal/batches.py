@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextvars import Context
 from datetime import UTC, timedelta
 from itertools import islice
 from typing import Any, TypeVar
@@ -178,7 +179,8 @@ class TemporalBatches:
         except BaseException:
             rows.stop()
             if rows.starts and not rows.may_be_in_use:
-                drop = asyncio.create_task(self._drop(batch.batch_id, len(rows.starts), key if is_whole else None))
+                dropping = self._drop(batch.batch_id, len(rows.starts), key if is_whole else None)
+                drop = asyncio.create_task(dropping, context=Context())  # it outlives its request
                 self._drops.add(drop)
                 drop.add_done_callback(self._drops.discard)
             raise

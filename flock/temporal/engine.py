@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextvars import Context
 from itertools import islice
 from typing import Any, Self, TypeVar
 
@@ -176,7 +177,7 @@ class TemporalEngine(EngineBase):
         self._is_stopping, self._error = False, None
         #: _wake_waiters is set while no caller may wait, because the engine stops or the cluster does not answer
         self._wake_waiters, self._no_waiters = asyncio.Event(), asyncio.Event()
-        self._watch_task = asyncio.create_task(self._watch())
+        self._watch_task = asyncio.create_task(self._watch(), context=Context())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -247,7 +248,7 @@ class TemporalEngine(EngineBase):
 
     # Runs
 
-    async def _accept(self, run: Run, key: IdempotencyKey | None) -> None:
+    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context) -> None:
         try:
             await self._check_room(run.principal)
         except EngineFull:

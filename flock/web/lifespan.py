@@ -13,6 +13,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import AsyncIterator
+from contextvars import Context
 
 import anyio
 
@@ -101,7 +102,8 @@ class EngineLifespan:
             await asyncio.wait([self._task])  # it is closing, so open a new one afterwards
         if self._task is None or self._task.done():
             self._all_released, self._opened = anyio.Event(), loop.create_future()
-            self._task = loop.create_task(self._run(self._opened, self._all_released))
+            # In an empty context: the engine outlives the request that opens it.
+            self._task = loop.create_task(self._run(self._opened, self._all_released), context=Context())
         elif self._task.get_loop() is not loop:
             raise EngineStopped(
                 "This engine runs in another event loop, or its event loop was closed while it ran. Use a separate "
