@@ -1,6 +1,7 @@
 """What an operator sees: traces, logs, readiness, metrics."""
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx
@@ -136,7 +138,7 @@ async def test_readiness_reports_the_state_of_engine_and_store(flock: Flock, tmp
             await engine.drain(0)
             leaving = (await client.get("/readyz")).json()
             assert (leaving["status"], leaving["engine"], leaving["store"]) == (503, "stopping", "ok")
-        assert (await client.get("/readyz")).json()["engine"] == "stopped"
+        assert engine.health().engine == "stopped"
         assert (await client.get("/healthz")).json() == {"status": "ok"}
     unusable = create_app(flock, store=tmp_path / "nowhere" / "flock.db")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(unusable), base_url="http://t") as client:
@@ -205,6 +207,73 @@ def test_the_log_can_be_json_lines(tmp_path: Path) -> None:
 def test_a_record_with_a_lone_surrogate_is_logged() -> None:
     record = logging.makeLogRecord({"msg": "bad %s", "args": ("\ud800",), "levelname": "INFO"})
     assert json.loads(JSONFormatter().format(record))["message"] == "bad ?"
+
+
+def logged(**extra: Any) -> dict[str, Any]:
+    """Log a record with *extra*, and return its line."""
+    handler = logging.StreamHandler(stream := io.StringIO())
+    handler.setFormatter(JSONFormatter())
+    log = logging.Logger("host")
+    log.addHandler(handler)
+    log.warning("sold %d", 3, extra=extra)
+    (text,) = stream.getvalue().splitlines()
+    line: dict[str, Any] = json.loads(text)
+    return line
+
+
+def test_the_extra_members_of_a_hosts_log_are_kept() -> None:
+    line = logged(order_id=7, tags=["a", "b"], customer={"name": "Ann"}, none=None, run_id="r", batch_id=None)
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "level": "WARNING",
+        "logger": "host",
+        "message": "sold 3",
+        "order_id": 7,
+        "tags": ["a", "b"],
+        "customer": {"name": "Ann"},
+        "none": None,
+        "run_id": "r",
+    }
+
+
+def test_an_extra_member_does_not_replace_a_field_of_the_log() -> None:
+    line = logged(time="then", level="LOW", logger="mine", exception="none", order_id=7)
+    assert (line["level"], line["logger"], line["message"], line["order_id"]) == ("WARNING", "host", "sold 3", 7)
+    assert line["time"] != "then"
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+
+def test_extra_members_that_are_not_json_are_logged_as_text() -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    line = logged(
+        path=Path("a/b"),
+        nested={"error": ValueError("bad")},
+        keys={(1, 2): 3},
+        cycle=cycle,
+        surrogate="\ud800",
+        huge=2**70,
+        nan=float("nan"),
+        unprintable=Unprintable(),
+        deep_unprintable=[Unprintable()],
+        **{"na\ud800me": 1},
+    )
+    assert line["path"] == "a/b"
+    assert line["nested"] == {"error": "bad"}
+    assert line["keys"] == {"(1, 2)": 3}
+    assert line["cycle"] == "[[...]]"
+    assert line["surrogate"] == "?"
+    assert line["huge"] in (2**70, str(2**70))
+    assert line["nan"] is None
+    assert line["unprintable"] == "(Unprintable)"
+    assert line["deep_unprintable"] == "(list)"
+    assert line["na?me"] == 1
 
 
 # Metrics
