@@ -167,7 +167,6 @@ class FlockAPI(Starlette):
         contract: the specification as this app serves it.
         metrics: the Prometheus metrics, or None.
         engine: the engine that executes the runs. It is open during the app's lifespan, or from the first request.
-        has_ended: True after the lifespan has ended. From then on, requests do not open the engine.
     """
 
     def __init__(self, flock: DeclaredFlock, options: AppOptions | None = None, **given: Any) -> None:
@@ -199,16 +198,22 @@ class FlockAPI(Starlette):
         self.event_streams = ConcurrencyLimit(options.max_event_streams, "event streams")
         self.uploads = ConcurrencyLimit(options.max_uploads_per_principal, "uploads")
         self.downloads = ConcurrencyLimit(options.max_downloads_per_principal, "downloads")
-        self.has_ended = False
+        self._lifespan = lifespan_of(self.engine)
+        self._has_warned = False
         wants_metrics = find_spec("prometheus_client") is not None if options.metrics is None else options.metrics
         self.metrics = _metrics(self.engine, flock) if wants_metrics else None
 
     def build_middleware_stack(self) -> ASGIApp:
         """Log the warnings, then build the stack. Starlette calls this once, before the first response."""
-        if self.options.api_keys is None and self.options.auth is None:
-            logger.warning(NO_AUTH, self.contract.title)
-        self.warn_of_problems()
+        self._warn_once()
         return super().build_middleware_stack()
+
+    def _warn_once(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            if self.options.api_keys is None and self.options.auth is None:
+                logger.warning(NO_AUTH, self.contract.title)
+            self.warn_of_problems()
 
     def warn_of_problems(self) -> None:
         """Log a WARNING for each problem that would make runs fail; see ``flock.agents.checks``."""
@@ -223,13 +228,10 @@ class FlockAPI(Starlette):
         and the last exit closes it. If it is never entered, the engine opens at the first request and closes with the
         event loop.
         """
+        self._warn_once()  # a host enters it before the first response
         host_lifespan = contextlib.nullcontext() if self.options.lifespan is None else self.options.lifespan(self)
-        try:
-            async with lifespan_of(self.engine).span(), host_lifespan:
-                self.has_ended = False
-                yield
-        finally:
-            self.has_ended = True
+        async with self._lifespan.span(), host_lifespan:
+            yield
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request. Its id is in the ``X-Request-ID`` header of every response, including errors.
@@ -245,6 +247,7 @@ class FlockAPI(Starlette):
             scope = {**scope, "path": above + scope["path"]}
         scope["flock.request_id"] = request_id = request_id_for(scope)
         scope["flock.found"] = route_match = RouteMatch()
+        scope["flock.host"], scope["flock.ended"] = scope.get("app"), self._lifespan.ended
         status_code, started_at = 0, time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
@@ -348,12 +351,11 @@ def app_of(request: Request) -> "FlockAPI":
 async def engine_of(request: Request) -> Engine:
     """Return the engine, limited to the records of the caller. Open it first if the app's lifespan was not run."""
     engine = app_of(request).engine
-    if not app_of(request).has_ended:
-        try:
-            await lifespan_of(engine).open()
-        except StoreError as exc:  # the message has the store's path, which clients must not see
-            logger.error("request %s: %s", request_id_of(request), exc)
-            raise StoreError("The store cannot be opened now. The server's log has the reason.") from exc
+    try:
+        await lifespan_of(engine).open(request.scope.get("flock.ended"))
+    except StoreError as exc:  # the message has the store's path, which clients must not see
+        logger.error("request %s: %s", request_id_of(request), exc)
+        raise StoreError("The store cannot be opened now. The server's log has the reason.") from exc
     principal = principal_of(request)
     return engine if principal is None else ScopedEngine(engine, principal)
 

@@ -16,6 +16,7 @@ from flock.command.cli import main
 from flock.core import Flock, FlockFactory
 from flock.errors import RunFailed
 from flockapi import create_app
+from tests.support.http import client_of
 from tests.support.servers import flockapi_command, running
 
 pytestmark = pytest.mark.anyio
@@ -227,3 +228,29 @@ async def test_each_missing_agent_of_a_mapping_is_reported_as_in_a_run(
         with pytest.raises(RunFailed) as caught:
             await flock.run_async("sort", {"to": value})
         assert str(caught.value) == problem
+
+
+async def test_a_host_that_enters_the_lifespan_gets_the_warnings_at_its_start(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them once, however often it is entered, and whether a request or a lifespan comes first."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    flock = Flock()
+    flock.add_agent(FlockFactory.create_default_agent("keyless", output="answer", model="openai/gpt-4o"))
+
+    @flock.agent(next_agent="nobody")
+    def hands_off() -> int:
+        return 1
+
+    words = ("has no authentication", "OPENAI_API_KEY", "'nobody'")
+    for lifespan_first in (True, False):
+        caplog.clear()
+        app = create_app(flock, store=":memory:")
+        async with client_of(app) as client:
+            if not lifespan_first:
+                await client.get("/healthz")
+            for _ in range(2):
+                async with app.lifespan():
+                    assert [caplog.text.count(each) for each in words] == [1, 1, 1]
+                    assert (await client.get("/healthz")).status_code == 200
+        assert [caplog.text.count(each) for each in words] == [1, 1, 1]

@@ -1,35 +1,43 @@
 """Everything can be changed without a fork: routes, middleware, handlers, lifespan, docs, the specification."""
 
 import contextlib
+import functools
 import re
 import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import httpx
 import msgspec
 import pytest
 import yaml
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Host, Mount, Route, Router, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from flock.core import Flock
 from flock.errors import AgentNotFound, DefinitionError
 from flock.runs import Principal
 from flock.web.options import AppOptions
 from flockapi import FlockAPI, create_app, engine_of, healthz, principal_of
-from tests.support import ROOT
+from tests.support import PATIENCE_S, ROOT
+from tests.support.engines import until
 from tests.support.flocks import sample_flock
-from tests.support.http import client_of
+from tests.support.http import client_of, post_run
 from tests.support.servers import running
 
 pytestmark = pytest.mark.anyio
@@ -162,6 +170,170 @@ async def test_auth_sees_the_scope_of_host_middleware_and_may_raise_its_own_erro
         assert (await client.get("/whoami?ann")).json() == {"name": "ann"}
         refused = (await client.get("/whoami?expired")).json()
         assert (refused["status"], refused["detail"]) == (403, "Log in again.")
+
+
+class AsyncAuth:
+    async def __call__(self, connection: HTTPConnection) -> Principal:
+        return identified(connection)
+
+
+class PlainAuth:
+    def __call__(self, connection: HTTPConnection) -> Principal:
+        return identified(connection)
+
+
+def identified(connection: HTTPConnection, name: str = "ann") -> Principal:
+    """Identify each caller as the thread that executes this, by the number of that thread."""
+    return Principal(name=f"{name} {threading.get_ident()}")
+
+
+async def identified_async(connection: HTTPConnection, name: str = "ann") -> Principal:
+    return identified(connection, name)
+
+
+@pytest.mark.parametrize(
+    ("auth", "in_thread"),
+    [
+        pytest.param(identified, True, id="function"),
+        pytest.param(PlainAuth(), True, id="object"),
+        pytest.param(functools.partial(identified, name="ben"), True, id="partial"),
+        pytest.param(lambda connection: identified_async(connection), True, id="a plain wrapper of an async function"),
+        pytest.param(identified_async, False, id="async function"),
+        pytest.param(AsyncAuth(), False, id="async object"),
+        pytest.param(AsyncAuth().__call__, False, id="async method"),
+        pytest.param(functools.partial(identified_async, name="ben"), False, id="partial of an async function"),
+        pytest.param(functools.partial(AsyncAuth()), False, id="partial of an async object"),
+    ],
+)
+async def test_only_a_plain_auth_function_runs_in_a_thread(auth: Any, in_thread: bool) -> None:
+    app = create_app(sample_flock(), store=":memory:", auth=auth, routes=[Route("/whoami", whoami)])
+    async with client_of(app) as client:
+        name = (await client.get("/whoami")).json()["name"]
+    is_wrapper = getattr(auth, "__name__", "") == "<lambda>"  # its coroutine is awaited in the event loop
+    assert (int(name.split()[1]) != threading.get_ident()) == (in_thread and not is_wrapper)
+
+
+async def test_a_plain_auth_function_that_waits_holds_up_no_other_request() -> None:
+    started, may_go = threading.Event(), threading.Event()
+
+    def auth(connection: HTTPConnection) -> Principal:
+        started.set()
+        assert may_go.wait(PATIENCE_S)
+        return Principal(name="ann")
+
+    app = create_app(sample_flock(), store=":memory:", auth=auth)
+    async with client_of(app) as client, anyio.create_task_group() as tasks:
+        statuses: list[int] = []
+
+        async def ask() -> None:
+            statuses.append((await client.get("/runs")).status_code)
+
+        tasks.start_soon(ask)
+        await until(started.is_set)
+        assert (await client.get("/healthz")).status_code == 200
+        assert statuses == []
+        may_go.set()
+    assert statuses == [200]
+
+
+async def test_api_keys_are_checked_without_a_thread() -> None:
+    """Here none is free."""
+    key = {"Authorization": "Bearer fk_0123456789abcdef"}
+    app = create_app(sample_flock(), store=":memory:", api_keys={"ann": "fk_0123456789abcdef"})
+    limiter, borrowers = anyio.to_thread.current_default_thread_limiter(), list[object]()
+    async with client_of(app) as client:
+        try:
+            while limiter.available_tokens:
+                borrowers.append(object())
+                limiter.acquire_on_behalf_of_nowait(borrowers[-1])
+            with anyio.fail_after(PATIENCE_S):
+                assert (await client.get("/runs", headers=key)).status_code == 200
+        finally:
+            for borrower in borrowers:
+                limiter.release_on_behalf_of(borrower)
+
+
+@pytest.mark.parametrize(("error", "status"), [(HTTPException(403, "Log in."), 403), (ValueError("bug"), 500)])
+async def test_an_exception_of_a_plain_auth_function_is_that_of_an_async_one(error: Exception, status: int) -> None:
+    def plain(connection: HTTPConnection) -> Principal:
+        raise error
+
+    async def is_async(connection: HTTPConnection) -> Principal:
+        raise error
+
+    for auth in (plain, is_async):
+        async with client_of(create_app(sample_flock(), store=":memory:", auth=auth)) as client:
+            assert (await client.get("/runs")).status_code == status
+
+
+async def test_a_run_sees_the_context_variables_that_a_plain_auth_function_sets() -> None:
+    user, flock = ContextVar("user", default="nobody"), Flock()
+
+    def auth(connection: HTTPConnection) -> Principal:
+        user.set("ann")
+        return Principal(name="ann")
+
+    @flock.agent
+    async def name() -> str:
+        return user.get()
+
+    async with client_of(create_app(flock, store=":memory:", auth=auth)) as client:
+        assert (await post_run(client, "name")).json()["result"] == {"result": "ann"}
+
+
+async def test_a_request_that_is_cancelled_during_its_auth_ends_with_the_function() -> None:
+    started, may_go, has_ended = threading.Event(), threading.Event(), threading.Event()
+
+    def auth(connection: HTTPConnection) -> Principal:
+        started.set()
+        assert may_go.wait(PATIENCE_S)
+        has_ended.set()
+        return Principal(name="ann")
+
+    async with client_of(create_app(sample_flock(), store=":memory:", auth=auth)) as client:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(client.get, "/runs")
+            await until(started.is_set)
+            tasks.cancel_scope.cancel()
+            may_go.set()
+        assert has_ended.is_set()
+        assert anyio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+        assert (await client.get("/runs")).status_code == 200
+
+
+PAGE, OTHER_PAGE = "https://page.example", "https://other.example"
+
+
+@pytest.mark.parametrize("where", ["host", "middleware="])
+async def test_an_origin_that_the_host_names_in_its_cors_middleware_is_allowed(where: str) -> None:
+    cors = [Middleware(CORSMiddleware, allow_origins=[PAGE], allow_methods=["POST"], allow_headers=["content-type"])]
+    app = create_app(sample_flock(), store=":memory:", auth="host", middleware=cors if where == "middleware=" else ())
+    host = Starlette(routes=[Mount("/ai", app)], middleware=cors if where == "host" else ())
+    add = {"agent_name": "add", "inputs": {"a": 1}}
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t/ai") as client:
+        for origin, status in ((PAGE, 200), (OTHER_PAGE, 403), ("null", 403)):
+            sent = {"Origin": origin, "Sec-Fetch-Site": "cross-site"}
+            preflight = await client.options("/run/flock", headers=sent | ask)
+            answer = await client.post("/run/flock", json=add, headers=sent)
+            assert (preflight.status_code == 200) == (status == 200)
+            assert answer.status_code == status
+            assert answer.headers.get("Access-Control-Allow-Origin") == (origin if status == 200 else None)
+            if status == 403:
+                assert "cors_origins=" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("allowed", [{"allow_origins": ["*"]}, {"allow_origin_regex": "https://.*"}], ids=str)
+async def test_a_host_that_allows_any_origin_does_not_turn_the_protection_off(allowed: Any) -> None:
+    """Any page could run agents through the browser of a user. The response says what to set."""
+    app = create_app(sample_flock(), store=":memory:", auth="host")
+    host = FastAPI()
+    host.add_middleware(CORSMiddleware, **allowed)
+    host.mount("/ai", app)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t/ai") as client:
+        answer = await client.post("/run/flock", json={"agent_name": "add"}, headers={"Origin": PAGE})
+        assert answer.status_code == 403
+        assert "cors_origins=" in answer.json()["detail"]
 
 
 async def test_a_host_route_that_shadows_an_open_page_is_not_open() -> None:

@@ -6,7 +6,7 @@ import gc
 import glob
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -575,3 +575,80 @@ async def test_nothing_keeps_the_objects_of_a_request_alive(store: str) -> None:
     await started.wait()
     await until(lambda: gc.collect() >= 0 and kept() is None)
     may_end.set()
+
+
+@STORES
+async def test_after_a_lifespan_has_ended_a_request_opens_the_engine_again(store: str) -> None:
+    """A host's tests do not depend on their order."""
+    app = create_app(tenants(), store=store, auth="host")
+    async with client_of(app) as client:
+        for _ in range(2):
+            async with app.lifespan():
+                assert (await post_run(client, "tenant")).json()["status"] == "completed"
+            assert app.engine.health().engine == "stopped"
+            assert (await post_run(client, "tenant")).json()["status"] == "completed"
+
+
+async def test_a_request_while_the_engine_stops_is_answered_with_503() -> None:
+    flock, started, is_stopping, may_stop = Flock(), anyio.Event(), anyio.Event(), anyio.Event()
+
+    @flock.agent
+    async def clean_up_slowly() -> None:
+        started.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            is_stopping.set()
+            with anyio.CancelScope(shield=True):
+                await may_stop.wait()
+
+    app, may_exit = create_app(flock, store="flock.db", auth="host"), anyio.Event()
+
+    async def serve() -> None:
+        async with app.lifespan():
+            await may_exit.wait()
+
+    async with client_of(app) as client, anyio.create_task_group() as tasks:
+        tasks.start_soon(serve)
+        assert (await post_run(client, "clean_up_slowly", async_run=True)).status_code == 202
+        await started.wait()
+        may_exit.set()
+        await is_stopping.wait()
+        answers: list[int] = []
+
+        async def ask(path: str) -> None:
+            answers.append((await client.get(path)).status_code)
+            if len(answers) == 2:
+                may_stop.set()
+
+        for path in ("/runs", "/readyz"):
+            tasks.start_soon(ask, path)
+        with anyio.move_on_after(PATIENCE_S):
+            await may_stop.wait()
+        may_stop.set()
+    assert answers == [503, 503]
+    assert app.engine.health().engine == "stopped"
+
+
+async def test_a_request_that_outlasts_its_lifespan_does_not_open_the_engine_again() -> None:
+    """A server that has stopped must not leave an engine open because of a slow upload."""
+    app, is_sending, may_go = create_app(tenants(), store="flock.db", auth="host"), anyio.Event(), anyio.Event()
+    answers: list[httpx.Response] = []
+
+    async def body() -> AsyncIterator[bytes]:
+        is_sending.set()
+        await may_go.wait()
+        yield b'{"agent_name": "tenant"}'
+
+    async with client_of(app) as client, anyio.create_task_group() as tasks:
+
+        async def upload() -> None:
+            headers = {"Content-Type": "application/json"}
+            answers.append(await client.post("/run/flock", content=body(), headers=headers))
+
+        async with app.lifespan():
+            tasks.start_soon(upload)
+            await is_sending.wait()
+        may_go.set()
+    assert [answer.status_code for answer in answers] == [503]
+    assert app.engine.health().engine == "stopped"

@@ -450,7 +450,9 @@ def context_parameter(function: Callable[..., Any]) -> str | None:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Whether a function, a method or a callable object is a coroutine function."""
+    """Whether a function, a method, a callable object or a partial of one is a coroutine function."""
+    while isinstance(function, functools.partial):
+        function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 

@@ -1,5 +1,8 @@
 """The lifespan of an engine: it opens with an app's lifespan, or at the first request if no lifespan runs.
 
+A request that arrives before an engine closes does not open it again, so that a server that has stopped leaves no
+engine open. A later request does, as if there had been no lifespan.
+
 A server runs the lifespan of the app that it serves, but not those of apps mounted in it. So a host may enter a mounted
 app's lifespan in its own. If it does not, the engine stays open until the event loop ends.
 
@@ -26,11 +29,15 @@ logger = logging.getLogger("flock.api")
 
 
 class EngineLifespan:
-    """The lifespan of one engine, shared by all apps on it; see ``lifespan_of``."""
+    """The lifespan of one engine, shared by all apps on it; see ``lifespan_of``.
+
+    Attributes:
+        ended: how often the last holder has exited.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.ref(engine)
-        self._holders = 0
+        self._holders = self.ended = 0
         self._task: asyncio.Task[None] | None = None
         self._opened: asyncio.Future[None] | None = None
         self._all_released = anyio.Event()
@@ -50,7 +57,7 @@ class EngineLifespan:
             finally:
                 self._holders -= 1
                 if self._holders == 0 and self._task is not None and self._task.get_loop() is loop:
-                    self._all_released.set()
+                    self._release()
                     with anyio.CancelScope(shield=True):
                         await asyncio.wait([self._task])
                     if not self._task.cancelled():
@@ -75,18 +82,33 @@ class EngineLifespan:
         finally:
             self._holders -= 1
             if self._holders == 0:
-                self._all_released.set()
+                self._release()
             if is_first:
                 with anyio.CancelScope(shield=True):
                     await self._all_released.wait()
                 await stack.aclose()
 
-    async def open(self) -> None:
-        """Open the engine if it is not open. It stays open until the event loop ends.
+    def _release(self) -> None:
+        """Let the engine close."""
+        self.ended += 1
+        self._all_released.set()
 
-        Raises: EngineStopped if it cannot open under this event loop; StoreError if its store cannot be used.
+    async def open(self, ended: int | None = None) -> None:
+        """Open the engine for a request if it is not open. It stays open until the event loop ends.
+
+        Args:
+            ended: the value of ``ended`` when the request arrived; None if that is not known.
+
+        Raises:
+            EngineStopped: it is closing, it has closed since the request arrived and no lifespan has opened it again,
+                or it cannot open under this event loop.
+            StoreError: its store cannot be used.
+
         Cancellation: the engine opens anyway.
         """
+        is_closing = self._all_released.is_set() and self._task is not None and not self._task.done()
+        if is_closing or (not self._holders and ended not in (None, self.ended)):
+            raise EngineStopped("The server is shutting down. Try again when it has started.")
         if _running_loop() is None:
             if self._holders:
                 return

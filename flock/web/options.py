@@ -134,16 +134,17 @@ class AppOptions(Options, frozen=True, kw_only=True):
     #: API keys by name. Requests send one as ``Authorization: Bearer`` or ``X-API-Key``. An admin, such as
     #: ``"ops:admin"``, sees the runs of all principals, and ``/metrics``. The environment is not read.
     api_keys: Annotated[Mapping[str, str] | None, KEYS] = None
-    #: In place of keys: a sync or async function of the connection that returns a ``Principal``, or None to reject the
-    #: request with 401 before its body is read. It runs after *middleware*, and protects all routes except those that
-    #: the route table declares as public. ``"host"`` means that the host lets only its own users reach the app. It
-    #: identifies no principals. Without *auth* and *api_keys*, every client may call the app, and a warning is logged
-    #: at the start. ``"anybody"`` means that this is intended, and turns the warning off. In both cases a page of
-    #: another origin can read only public routes.
+    #: In place of keys: a function of the connection that returns a ``Principal``, or None to reject the request with
+    #: 401 before its body is read. A plain function is called in a thread, an ``async`` one is not. It runs after
+    #: *middleware*, and protects all routes except those that the route table declares as public. ``"host"`` means that
+    #: the host lets only its own users reach the app. It identifies no principals. Without *auth* and *api_keys*, every
+    #: client may call the app, and a warning is logged at the start. ``"anybody"`` means that this is intended, and
+    #: turns the warning off. In both cases a page of another origin can read only public routes.
     auth: Annotated[Auth | Literal["host", "anybody"] | None, AUTH] = None
     #: Allowed values of ``Host``, without the port. None allows any.
     allowed_hosts: Annotated[Collection[str] | None, HOSTS] = None
-    #: Origins whose pages may call the app from a browser. Pages of other origins cannot change anything.
+    #: Origins whose pages may call the app from a browser, beside those that ``CORSMiddleware`` of *middleware* or of a
+    #: Starlette host names. Pages of other origins cannot change anything.
     cors_origins: Annotated[Sequence[str], ORIGINS] = ()
 
     # Extensions by the host

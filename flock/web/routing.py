@@ -2,16 +2,20 @@
 
 import inspect
 import ipaddress
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar, copy_context
 from typing import Any, Literal
 
+import anyio.to_thread
 import msgspec
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException, WebSocketException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.routing import BaseRoute, Match, Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
+from flock.agents.signature import is_async
 from flock.errors import FlockError, Forbidden, Unauthenticated
 from flock.runs import Principal
 from flock.web.auth import Caller, KeyRing, RateLimit, check_host, check_origin
@@ -30,7 +34,7 @@ __all__ = [
 ]
 
 #: Returns the principal of a request, or None if it cannot be identified. It may read headers, a session or a
-#: certificate, but not the body.
+#: certificate, but not the body. A plain function is called in a thread, so it may wait.
 Auth = Callable[[HTTPConnection], Awaitable[Principal | None] | Principal | None]
 
 #: The methods and headers that a page of an allowed origin may use.
@@ -119,6 +123,7 @@ class AppRouter(Router):
     ) -> None:
         super().__init__(routes, redirect_slashes=False, **options)  # a redirect would use the unchecked ``Host``
         self._auth = auth
+        self._auth_needs_thread = auth is not None and not is_async(auth)
         self._is_anonymous = is_anonymous
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
         self._origins = origins
@@ -175,12 +180,12 @@ class AppRouter(Router):
         if self._hosts is not None:
             check_host(headers.get("host", ""), self._hosts)
         if is_from_browser and (is_protected or scope.get("method") not in SAFE_METHODS):
-            check_origin(headers, self._origins)
+            check_origin(headers, {*self._origins, *_origins_in_middleware(scope)})
 
     async def _authorise(self, scope: Scope, route_match: RouteMatch, needs: Needs) -> None:
         connection = HTTPConnection(scope)
         if self._auth is not None:
-            result = self._auth(connection)
+            result = await _in_thread(self._auth, connection) if self._auth_needs_thread else self._auth(connection)
             identified = await result if inspect.isawaitable(result) else result
             if not isinstance(identified, Principal):
                 raise Unauthenticated("The credentials of this request are missing, unknown or expired.")
@@ -192,10 +197,26 @@ class AppRouter(Router):
             raise Forbidden(f"{scope['path']} is only for admins, and {principal.name!r} is not an admin.")
 
 
+async def _in_thread(auth: Auth, connection: HTTPConnection) -> Any:
+    """Call a plain function in a thread, and keep the context variables that it sets.
+
+    Cancellation: when the function has returned.
+    """
+
+    def call() -> tuple[Any, Mapping[ContextVar[Any], Any]]:
+        before, result = copy_context(), auth(connection)
+        return result, {each: value for each, value in copy_context().items() if before.get(each, before) is not value}
+
+    result, variables = await anyio.to_thread.run_sync(call)
+    for variable, value in variables.items():
+        variable.set(value)
+    return result
+
+
 def api_key_auth(keys: KeyRing) -> Auth:
     """Return an ``auth`` function for ``Authorization: Bearer`` (RFC 6750) and ``X-API-Key``."""
 
-    def auth(connection: HTTPConnection) -> Principal:
+    async def auth(connection: HTTPConnection) -> Principal:
         scheme, _, key = connection.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             key = connection.headers.get("x-api-key", "")
@@ -205,6 +226,17 @@ def api_key_auth(keys: KeyRing) -> Auth:
         return principal
 
     return auth
+
+
+def _origins_in_middleware(scope: Scope) -> Iterator[str]:
+    """Yield the origins that CORSMiddleware of this app or its host names. A wildcard names none.
+
+    For ``*``, a browser sends no cookies, but its address and network may be all that lets it in here.
+    """
+    for app in (scope.get("app"), scope.get("flock.host")):
+        for middleware in getattr(app, "user_middleware", ()):
+            if middleware.cls is CORSMiddleware:
+                yield from (origin for origin in middleware.kwargs.get("allow_origins", ()) if origin != "*")
 
 
 def principal_of(request: HTTPConnection) -> Principal | None:
