@@ -267,7 +267,7 @@ class DeclaredFlock:
                 "ignore" drops it, "keep" copies it unchanged to the results, before the outputs. A column with the name
                 of an output cannot be kept.
             timeout_s: wall-clock seconds for each item.
-            max_cost: US dollars after which no more items start. The others fail with ``cost_limit``.
+            max_cost: US dollars that all items together may cost. Those that are left then fail with ``cost_limit``.
             delimiter, decimal, encoding: the format of a CSV file; see ``CSVDialect``.
             progress: show a progress line on stderr. If None, only if stderr is a terminal.
             answer: see ``run_async``. By default a question fails its item.

@@ -21,10 +21,11 @@ import httpx
 import msgspec
 import pytest
 
-from flock.agents.prices import PRICES, merged, price_of, priced
+from flock.agents.pace import _CLOCKS, fail_after_working
+from flock.agents.prices import PRICES, Budget, merged, price_of, priced
 from flock.core import Flock, FlockFactory, Price
 from flock.engine.migrations import MIGRATIONS
-from flock.errors import DefinitionError, InvalidData
+from flock.errors import CostLimit, DefinitionError, InvalidData
 from flock.runs import (
     Batch,
     BatchOptions,
@@ -449,6 +450,188 @@ async def test_a_batch_of_free_agents_writes_no_more_than_before(tmp_path: Path)
     assert len(updates) <= 1000, "an item is written once"
     assert not [text for text in statements if "usage" in text.partition("WHERE")[0] and "batches SET" in text]
     assert not [text for text in statements if text.startswith("SELECT spent")]
+
+
+# Many calls at the same time
+
+#: One answer of "measure" with at most 100 tokens costs a dollar.
+A_DOLLAR = {MODEL: Price(input=0, output=10_000)}
+
+
+class Crowd(FakeModel):
+    """A model server whose answers cost a dollar each, and come when *count* requests are open, or never."""
+
+    def __init__(self, count: int = 0) -> None:
+        self.open = self.most = 0
+        self.count, self.enough = count, anyio.Event()
+        self.may_answer = anyio.Event()
+        self.may_answer.set()
+        super().__init__(self._reply)
+
+    async def _reply(self, request: ModelRequest) -> Reply:
+        self.open += 1
+        self.most = max(self.most, self.open)
+        if self.open == self.count:
+            self.enough.set()
+        try:
+            await self.may_answer.wait()
+            await anyio.lowlevel.checkpoint()
+        finally:
+            self.open -= 1
+        return Reply({"length": 1}, usage=Usage(input_tokens=1, output_tokens=100))
+
+
+def crowded(prices: Any = A_DOLLAR, max_tokens: int | None = 100) -> Flock:
+    """A flock whose agent "all" calls a model *count* times at once, and counts the answers and the refusals."""
+    flock = Flock(f"costs {new_id()}", model=MODEL, prices=prices)
+    flock.add_agent(
+        FlockFactory.create_default_agent(
+            "measure", "", None, "text: str", "length: int", max_retries=0, max_tokens=max_tokens
+        )
+    )
+
+    @flock.agent
+    async def all(context: RunContext, count: int, catches: bool = True) -> dict[str, int]:
+        outcomes = Counter[str]()
+
+        async def one(n: int) -> None:
+            try:
+                await context.run_agent("measure", {"text": str(n)})
+                outcomes["answered"] += 1
+            except CostLimit as exc:
+                if not catches:
+                    raise
+                text = str(exc)
+                outcomes["refused"] += "before 'measure' called its model. The run may cost 2 US dollars (m" in text
+
+        async with anyio.create_task_group() as tasks:
+            for n in range(count):
+                tasks.start_soon(one, n)
+        return dict(outcomes)
+
+    return flock
+
+
+async def test_parallel_calls_stop_at_the_max_cost_of_their_run(open_engine: OpenEngine) -> None:
+    """200 calls of a dollar each, of which two are allowed: two are made, and the others are refused."""
+    model = Crowd()
+    async with open_engine(crowded(), transport=model.transport) as engine:
+        run = await finish(engine, (await engine.submit("all", {"count": 200}, max_cost=2)).run_id)
+    assert (run.status, run.usage and run.usage.cost, len(model.requests)) == (RunStatus.COMPLETED, 2, 2), run.error
+    assert msgspec.json.decode(run.result or b"") == {"result": {"answered": 2, "refused": 198}}
+
+
+async def test_a_run_whose_parallel_calls_are_refused_fails_with_cost_limit(open_engine: OpenEngine) -> None:
+    """Also if several tasks of a group were refused."""
+    model, flock = Crowd(), crowded()
+    async with open_engine(flock, transport=model.transport) as engine:
+        run_id = (await engine.submit("all", {"count": 20, "catches": False}, max_cost=2)).run_id
+        run = await finish(engine, run_id)
+        assert (run.status, run.error_type, len(model.requests)) == (RunStatus.FAILED, "cost_limit", 2)
+        await engine.retry_run(run_id, max_cost=30)
+        run = await finish(engine, run_id)
+    assert (run.status, run.usage and run.usage.cost, len(model.requests)) == (RunStatus.COMPLETED, 22, 22)
+
+
+async def test_calls_that_the_limit_allows_run_at_the_same_time(open_engine: OpenEngine) -> None:
+    model = Crowd(20)
+    model.may_answer = anyio.Event()
+    async with open_engine(crowded(), transport=model.transport) as engine:
+        run_id = (await engine.submit("all", {"count": 20}, max_cost=20)).run_id
+        with anyio.fail_after(PATIENCE_S):
+            await model.enough.wait()
+        model.may_answer.set()
+        run = await finish(engine, run_id)
+    assert (run.status, run.usage and run.usage.cost) == (RunStatus.COMPLETED, 20)
+
+
+async def test_calls_whose_estimate_is_too_high_run_one_at_a_time(open_engine: OpenEngine) -> None:
+    """A prompt of so many tokens would cost more than is left, and the provider counts one token."""
+    model = Crowd()
+    prices = {MODEL: Price(input=100_000, output=0)}
+    async with open_engine(crowded(prices), transport=model.transport) as engine:
+        run = await finish(engine, (await engine.submit("all", {"count": 15}, max_cost=2)).run_id)
+    assert (run.status, run.usage and run.usage.cost, len(model.requests)) == (RunStatus.COMPLETED, 1.5, 15)
+    assert model.most == 1
+
+
+async def test_the_length_of_an_answer_is_learned_from_the_first(open_engine: OpenEngine) -> None:
+    """Without max_tokens, a long answer is expected at first: one call is made, and then as many as fit."""
+    model, prices = Crowd(), {MODEL: Price(input=0, output=100)}
+    async with open_engine(crowded(prices, None), transport=model.transport) as engine:
+        run = await finish(engine, (await engine.submit("all", {"count": 8}, max_cost=0.1)).run_id)
+    assert (run.status, run.usage and run.usage.cost) == (RunStatus.COMPLETED, 0.08)
+    assert 1 < model.most <= 7
+
+
+async def test_a_call_that_waits_for_the_limit_can_be_cancelled(open_engine: OpenEngine) -> None:
+    """Those behind it go on, and what was reserved is free again."""
+    model, flock = Crowd(2), crowded()
+    model.may_answer = anyio.Event()
+
+    @flock.agent
+    async def impatient(context: RunContext) -> int:
+        async def measure(text: str) -> None:
+            await context.run_agent("measure", {"text": text})
+
+        async with anyio.create_task_group() as patient:
+            for text in "ab":
+                patient.start_soon(measure, text)
+            await model.enough.wait()
+            async with anyio.create_task_group() as tasks:
+                for text in "cd":
+                    tasks.start_soon(measure, text)
+                await anyio.wait_all_tasks_blocked()
+                patient.start_soon(measure, "e")
+                await anyio.wait_all_tasks_blocked()
+                tasks.cancel_scope.cancel()
+            model.may_answer.set()
+        return len(model.requests)
+
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await finish(engine, (await engine.submit("impatient", {}, max_cost=2.5)).run_id)
+    assert (run.status, bytes(run.result or b"")) == (RunStatus.COMPLETED, b'{"result":3}'), run.error
+
+
+async def test_the_items_of_a_batch_share_its_max_cost(model: FakeModel, tmp_path: Path) -> None:
+    """With 100 workers, as many calls are made as the limit allows, and the items that were refused are cancelled."""
+    crowd = Crowd()
+    async with crowded().engine(transport=crowd.transport, store=tmp_path / "flock.db") as engine:
+        options = BatchOptions(max_workers=100, max_cost=20)
+        batch = await ended(engine, await engine.submit_batch("measure", texts(200), options))
+        assert (batch.status, batch.error_type, len(crowd.requests)) == (RunStatus.FAILED, "cost_limit", 20)
+        assert Counter((item.status, item.error_type) for item in await all_items(engine, batch)) == {
+            (RunStatus.COMPLETED, None): 20,
+            (RunStatus.CANCELLED, "cost_limit"): 180,
+        }
+        await engine.retry_batch(batch.batch_id, max_cost=300)
+        batch = await ended(engine, batch)
+    assert (batch.status, batch.completed_items, len(crowd.requests)) == (RunStatus.COMPLETED, 200, 200)
+
+
+async def test_the_calls_of_one_item_count_for_the_max_cost_of_its_batch(tmp_path: Path) -> None:
+    crowd = Crowd()
+    async with crowded().engine(transport=crowd.transport, store=tmp_path / "flock.db") as engine:
+        items = [{"count": 50, "catches": False}] * 3
+        batch = await ended(engine, await engine.submit_batch("all", items, BatchOptions(max_cost=2)))
+    assert (batch.status, batch.error_type, batch.cancelled_items) == (RunStatus.FAILED, "cost_limit", 3)
+    assert len(crowd.requests) == 2
+
+
+async def test_an_agents_time_out_does_not_count_the_wait_for_the_limit() -> None:
+    budget = Budget(A_DOLLAR, 2, None, "run")
+    clocks: list[Any] = []
+
+    async def second() -> None:
+        with fail_after_working(PATIENCE_S):
+            clocks.extend(_CLOCKS.get())
+            async with budget.reserve(MODEL, [], 100):
+                assert clocks[0]._scope.deadline < math.inf
+
+    async with anyio.create_task_group() as tasks, budget.reserve(MODEL, [], 150):
+        tasks.start_soon(second)
+        await anyio.wait_all_tasks_blocked()
+        assert clocks[0]._scope.deadline == math.inf, "the clock stands still"
 
 
 # Questions

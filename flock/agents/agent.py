@@ -408,11 +408,11 @@ class ModelAgent(Agent):
             toolbox,
             context,
             models=names_of(models),
+            max_tokens=self.max_tokens,
             complete=functools.partial(
                 resources.models.complete,
                 models or None,
                 schema=self._answer.schema,
-                max_tokens=self.max_tokens,
                 temperature=self.temperature,
                 traceparent=context.traceparent,
                 caller=Caller(is_item=context.is_item, on_wait=context.report_wait),

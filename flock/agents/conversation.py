@@ -23,6 +23,7 @@ class Conversation:
     Args:
         messages: the messages that begin the conversation.
         models: the names of the models that may answer. The first one identifies their calls in the journal.
+        max_tokens: of each reply; None means no limit.
         complete: sends messages to the model and offers it tools; see ``ModelClient.complete``.
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
         listen: returns a listener for one reply. It is called if somebody watches the run.
@@ -35,6 +36,7 @@ class Conversation:
         context: RunContext,
         *,
         models: Sequence[str],
+        max_tokens: int | None,
         complete: Callable[..., Awaitable[Completion]],
         read: Callable[[str], msgspec.Raw],
         listen: Callable[[], Listener],
@@ -43,6 +45,7 @@ class Conversation:
         self._toolbox = toolbox
         self._context = context
         self._models = models
+        self._max_tokens = max_tokens
         self._label = re.sub(r"[^A-Za-z0-9_.-]", "_", next(iter(models), ""))
         self._complete = complete
         self._read = read
@@ -84,21 +87,24 @@ class Conversation:
         context = self._context
 
         async def ask() -> Completion:
-            context.check_tokens(self._models)
-            try:
-                completion = await self._complete(
-                    messages=self._messages,
-                    tools=self._toolbox.offered,
-                    # Each call needs its own key, or a provider would return the invalid answer again.
-                    idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
-                    listener=self._listen() if context.is_watched else None,
-                    on_unfinished=context.spend,
-                )
-            except ModelError as exc:
-                if exc.usage is not None:  # the answer is paid for, even if it cannot be used
-                    context.spend(exc.usage, exc.model)
-                raise
-            context.spend(completion.usage, completion.model)
+            prompt = self._messages, self._toolbox.offered
+            async with context.reserve(next(iter(self._models), ""), prompt, self._max_tokens):
+                context.check_tokens(self._models)
+                try:
+                    completion = await self._complete(
+                        messages=self._messages,
+                        tools=self._toolbox.offered,
+                        max_tokens=self._max_tokens,
+                        # Each call needs its own key, or a provider would return the invalid answer again.
+                        idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
+                        listener=self._listen() if context.is_watched else None,
+                        on_unfinished=context.spend,
+                    )
+                except ModelError as exc:
+                    if exc.usage is not None:  # the answer is paid for, even if it cannot be used
+                        context.spend(exc.usage, exc.model)
+                    raise
+                context.spend(completion.usage, completion.model)
             return completion
 
         def needs_more(reply: Completion) -> bool:

@@ -4,23 +4,29 @@ The table is small, and dated. ``Flock(prices=…)`` adds entries, or replaces t
 which is not a cost of zero: its tokens are counted, and the cost of everything that includes them is unknown.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from decimal import Decimal
+from typing import Any
 
+import anyio
 import msgspec
 from msgspec.structs import force_setattr, replace
 
+from flock.agents.pace import clocks_stopped
 from flock.errors import CostLimit, DefinitionError
-from flock.runs import Usage, cost_in_words, is_spent
+from flock.runs import DOLLAR, Usage, added, cost_in_words, is_spent
 
-__all__ = ["PRICES", "Price", "check_budget", "merged", "no_price", "price_of", "priced"]
+__all__ = ["PRICES", "Budget", "Price", "merged", "no_price", "price_of", "priced"]
 
 #: Max price of a million tokens, in US dollars.
 MAX_PRICE = 1_000_000
 #: US dollars of a million tokens to picodollars of one: 10**12 / 10**6.
 PICODOLLARS = 10**6
+#: How many tokens an answer is expected to have before the first one is known, unless its agent limits it.
+EXPECTED_TOKENS = 4096
 
 
 class Price(msgspec.Struct, frozen=True):
@@ -125,20 +131,80 @@ def priced(prices: Mapping[str, Price], usage: Usage, model: str | None) -> Usag
     return replace(usage, picodollars=price.picodollars(usage), priced_tokens=usage.input_tokens + usage.output_tokens)
 
 
-def check_budget(
-    prices: Mapping[str, Price], usage: Usage | None, max_cost: float | None, agent_name: str, models: Sequence[str]
-) -> None:
-    """Raise CostLimit if a run that has spent *usage* may not call one of *models*."""
-    if max_cost is None:
-        return
-    if is_spent(usage, max_cost):
-        raise CostLimit(
-            f"Stopped after {cost_in_words(usage)}, before {agent_name!r} called its model. The run may cost "
-            f"{max_cost:g} US dollars (max_cost). Retry it with a higher max_cost to continue."
-        )
-    for model in models:
-        if price_of(prices, model) is None:
-            raise CostLimit(no_price(model, agent_name))
+class Budget:
+    """What the model calls of a run, or of all items of a batch, may cost together. Only ``add`` is thread-safe.
+
+    A call reserves what it is expected to cost: the tokens of its prompt, and as many as the longest answer so far had.
+
+    Args:
+        spent: by earlier attempts and steps.
+        owner: "run" or "batch".
+    """
+
+    def __init__(self, prices: Mapping[str, Price], max_cost: float, spent: Usage | None, owner: str) -> None:
+        self._prices, self._max_cost, self._spent, self._owner = prices, max_cost, spent, owner
+        self._longest = self._open = 0
+        self._reserved = 0.0
+        #: the calls that wait, in FIFO order; the first one waits for the end of an open call
+        self._line = anyio.Lock(fast_acquire=True)
+        self._ended = anyio.Event()
+
+    @property
+    def is_spent(self) -> bool:
+        return is_spent(self._spent, self._max_cost)
+
+    def add(self, usage: Usage) -> None:
+        """Count the tokens of an answer."""
+        self._spent = added(self._spent, usage)
+        self._longest = max(self._longest, usage.output_tokens)
+
+    def check(self, agent_name: str, models: Sequence[str]) -> None:
+        """Raise CostLimit if everything is spent, or a run may call one of *models* that has no price."""
+        if self.is_spent:
+            raise CostLimit(
+                f"Stopped after {cost_in_words(self._spent)}, before {agent_name!r} called its model. The "
+                f"{self._owner} may cost {self._max_cost:g} US dollars (max_cost). Retry it with a higher max_cost to "
+                "continue."
+            )
+        for model in models if self._owner == "run" else ():
+            if price_of(self._prices, model) is None:
+                raise CostLimit(no_price(model, agent_name))
+
+    @contextlib.asynccontextmanager
+    async def reserve(self, model: str, prompt: Any, max_tokens: int | None) -> AsyncGenerator[None, None]:
+        """Reserve the cost of a call until the block ends. Wait while others are open, and it might exceed the limit.
+
+        Args:
+            prompt: the messages and the like. They can be encoded as JSON.
+            max_tokens: of the answer; None means no limit.
+
+        Cancellation: nothing stays reserved.
+        """
+        price, tokens = price_of(self._prices, model), len(msgspec.json.encode(prompt)) // 4
+        with clocks_stopped():
+            async with self._line:
+                while self._exceeds(cost := self._expected(price, tokens, max_tokens)) and self._open:
+                    self._ended = anyio.Event()
+                    await self._ended.wait()
+                self._open += 1
+                self._reserved += cost
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self._reserved = self._reserved - cost if self._open else 0
+            self._ended.set()
+
+    def _expected(self, price: Price | None, tokens: int, max_tokens: int | None) -> float:
+        """Return what a call will probably cost, in picodollars."""
+        if price is None:
+            return math.inf
+        longest = min(self._longest or max_tokens or EXPECTED_TOKENS, max_tokens or math.inf)
+        return price.picodollars(Usage(input_tokens=tokens, output_tokens=int(longest)))
+
+    def _exceeds(self, cost: float) -> bool:
+        spent = 0 if self._spent is None else self._spent.picodollars
+        return self.is_spent or spent + self._reserved + cost > round(self._max_cost * DOLLAR)
 
 
 def no_price(model: str, agent_name: str) -> str:

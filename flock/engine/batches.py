@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 
+from flock.agents.prices import Budget
 from flock.engine.batchstore import BatchStore
 from flock.engine.intake import ITEMS_PER_PAGE, Intake
 from flock.engine.outcomes import COST_LIMIT
@@ -132,12 +133,13 @@ class Batches:
         while batch.reopening and id_ not in self._cancelled:
             batch = await self._store.reopen_some(batch)
         batch = await self._store.begin(batch, now())
+        budget = self._runner.turns.budget(batch.options.max_cost, batch.usage, "batch")
         if id_ not in self._cancelled:
             workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self._limits.max_concurrency)
-            await _Work(batch, self, self._store, self._runner).run(workers if batch.options.parallel else 1)
+            await _Work(batch, self, self._store, self._runner, budget).run(workers if batch.options.parallel else 1)
         while id_ in self._cancelled and await self._store.cancel_waiting(batch, now()):
             pass
-        if self._is_spent(batch):
+        if budget is not None and budget.is_spent:
             while await self._store.cancel_waiting(batch, now(), COST_LIMIT):
                 pass
         if self._runner.is_draining or self._store.pending_items(batch, -1, 1):
@@ -153,25 +155,21 @@ class Batches:
         return batch
 
     def is_stopped(self, batch: Batch) -> bool:
-        """Whether no more items may start: at shutdown, or if *batch* is cancelled or spent. Raises StoreError."""
-        return self._runner.is_draining or batch.batch_id in self._cancelled or self._is_spent(batch)
-
-    def _is_spent(self, batch: Batch) -> bool:
-        """Whether the ``max_cost`` of *batch* is spent. A worker asks after the end of its last item is written."""
-        if batch.options.max_cost is None:
-            return False
-        current = self._store.get(batch.batch_id)
-        return current is not None and current.is_spent
+        """Whether no more items may start: at shutdown, or if *batch* is cancelled."""
+        return self._runner.is_draining or batch.batch_id in self._cancelled
 
 
 class _Work:
-    """Runs the items of one batch that are left."""
+    """Runs the items of one batch that are left, as far as its *budget* allows."""
 
-    def __init__(self, batch: Batch, batches: Batches, store: BatchStore, runner: Runner) -> None:
+    def __init__(
+        self, batch: Batch, batches: Batches, store: BatchStore, runner: Runner, budget: Budget | None
+    ) -> None:
         self._batch = batch
         self._batches = batches
         self._store = store
         self._runner = runner
+        self._budget = budget
         self._tasks = anyio.create_task_group()
         self._idle_workers = 0
         self._pending = self._pending_items()
@@ -197,9 +195,9 @@ class _Work:
 
     async def _run_items(self) -> None:
         items = iter(self._take, None)
-        callbacks = itertools.repeat(self._start_worker), itertools.repeat(self._watch)
+        same = map(itertools.repeat, (self._start_worker, self._watch, self._budget))
         try:
-            for work in map(self._runner.execute, items, *callbacks):
+            for work in map(self._runner.execute, items, *same):
                 await work
                 if copy_context():  # the agent has set a context variable, which must not reach the next item
                     Context().run(self._tasks.start_soon, self._run_items)
@@ -208,9 +206,13 @@ class _Work:
             logger.error("pending items cannot be read: %s", exc)
         self._idle_workers += 1
 
+    @property
+    def _is_stopped(self) -> bool:
+        return self._batches.is_stopped(self._batch) or (self._budget is not None and self._budget.is_spent)
+
     def _take(self) -> Run | None:
         """Return the next item, or None if none can start now."""
-        if self._batches.is_stopped(self._batch):
+        if self._is_stopped:
             return None
         if self._answered:
             return self._answered.pop(next(iter(self._answered)))
@@ -235,7 +237,7 @@ class _Work:
     async def _watch_answers(self) -> None:
         """Let items continue that got an answer, until none waits for one."""
         try:
-            while not self._batches.is_stopped(self._batch):
+            while not self._is_stopped:
                 changed, batch = self._batches.next_change(), self._store.get(self._batch.batch_id)
                 for item in self._store.pending_items(self._batch, -1, ITEMS_PER_PAGE, before=self._position + 1):
                     if item.worked_s and item.run_id not in self._runner.active:

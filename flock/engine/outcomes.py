@@ -37,7 +37,7 @@ class Outcome(msgspec.Struct, frozen=True):
 CANCELLED = Outcome(RunStatus.CANCELLED, "The run was cancelled.", "cancelled")
 CANCELLED_BEFORE_START = Outcome(RunStatus.CANCELLED, "The batch was cancelled before this item started.", "cancelled")
 COST_LIMIT = Outcome(
-    RunStatus.CANCELLED, "The batch had spent its max_cost before this item could run.", CostLimit.error_type
+    RunStatus.CANCELLED, "The batch had spent its max_cost before this item was done.", CostLimit.error_type
 )
 
 
@@ -56,8 +56,10 @@ def expiry_of(question: Question) -> Outcome:
 
 def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> Outcome:
     """Return the outcome, as clients see it, of a run whose agent raised *exc*. Log the details."""
-    while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
+    while isinstance(exc, BaseExceptionGroup) and (len(exc.exceptions) == 1 or exc.split(StepError)[1] is None):
         exc = exc.exceptions[0]
+    if isinstance(exc, CostLimit) and run.batch_id is not None:
+        return COST_LIMIT
     if isinstance(exc, StepError):
         text = safe_text(exc)
         template, message = "run %s: %s (request %s)", one_line(f"{text} {exc.log_detail}".strip())

@@ -22,6 +22,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from flock.agents.agent import Agent
+from flock.agents.prices import Budget
 from flock.engine.live import LiveOutput
 from flock.engine.logs import fields_of_run
 from flock.engine.outcomes import CANCELLED, failure_of
@@ -290,7 +291,9 @@ class Runner:
         """Execute a run in a task of its own, which starts in a copy of *context*."""
         context.run(tasks.start_soon, self._execute, self._admit(run), name="run")
 
-    def execute(self, run: Run, on_begin: Callable[[], None], on_wait: Callable[[], None]) -> Coroutine[Any, Any, None]:
+    def execute(
+        self, run: Run, on_begin: Callable[[], None], on_wait: Callable[[], None], budget: Budget | None
+    ) -> Coroutine[Any, Any, None]:
         """Return a coroutine that executes a run until it ends, or begins to wait for an answer.
 
         It calls *on_begin* when the run gets a slot, and *on_wait* when it begins to wait for an answer.
@@ -298,7 +301,7 @@ class Runner:
         It raises only if the engine is cancelled. It holds no reference to *run*.
         """
         active = self._admit(run)
-        active.on_begin, active.on_wait = on_begin, on_wait
+        active.on_begin, active.on_wait, active.budget = on_begin, on_wait, budget
         return self._execute(active)
 
     def _admit(self, run: Run) -> StoredRun:

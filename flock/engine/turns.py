@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent, Exchange, Resources
 from flock.agents.llm import ModelClient
-from flock.agents.prices import PRICES, Price, check_budget, priced
+from flock.agents.prices import PRICES, Budget, Price, priced
 from flock.agents.workflow import exchanges_of, inputs_for, next_agent, take_turn
 from flock.engine.callees import Callees
 from flock.engine.journal import Journal
@@ -94,8 +94,10 @@ class ActiveRun:
         progress: the latest progress that an agent has reported.
         live: what its agents write; None while it is not kept.
         spent: see ``Run``; including what is not written yet.
+        budget: what it may cost, or its batch; None if there is no ``max_cost``.
     """
 
+    budget: Budget | None = None
     live: LiveOutput | None = None
     #: The agents that another process has if this one lacks them.
     elsewhere: Collection[str] = ()
@@ -129,6 +131,8 @@ class ActiveRun:
         """Add the tokens of an answer. It may be called from any thread."""
         with SPENDING:
             self.spent = added(self.spent, usage)
+            if self.budget is not None:
+                self.budget.add(usage)
 
     def cancel(self) -> None:
         """Request the run to stop."""
@@ -232,6 +236,9 @@ class Turns:
         self._slots = Slots(limits.max_concurrency, reserved=reserved)
         self._agent_slots: dict[str, Slots] = {}
 
+    def budget(self, max_cost: float | None, spent: Usage | None, owner: str) -> Budget | None:
+        return None if max_cost is None else Budget(self._prices, max_cost, spent, owner)
+
     async def take(self, active: ActiveRun) -> Step:
         """Run the next agent of a run, in a slot of the engine and one of the agent.
 
@@ -333,6 +340,8 @@ class Turns:
         journal: Journal,
     ) -> msgspec.Raw:
         """Let *agent* take its turn, and return its result. Raises WaitingForAnswers, AgentElsewhere; see ``take``."""
+        if active.budget is None:
+            active.budget = self.budget(run.max_cost, active.spent, "run")
         active.context = context = RunContext(
             run,
             agent.name,
@@ -343,9 +352,7 @@ class Turns:
             watched=active,
             output_names=agent.output_names,
             priced=functools.partial(priced, self._prices),
-            check_cost=lambda agent_name, models: check_budget(
-                self._prices, active.spent, run.max_cost, agent_name, models
-            ),
+            budget=active.budget,
         )
         if active.cancel_requested:
             context.request_cancel()

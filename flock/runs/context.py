@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal, Protocol, TypeVar, overload
 
@@ -13,7 +14,7 @@ from flock.runs.records import CallKind, Progress, Run
 from flock.runs.text import safe_text
 from flock.runs.usage import Usage
 
-__all__ = ["CURRENT_CALL", "Live", "RunContext", "StepJournal", "Watched"]
+__all__ = ["CURRENT_CALL", "Budget", "Live", "RunContext", "StepJournal", "Watched"]
 
 T = TypeVar("T")
 
@@ -90,6 +91,14 @@ class Watched(Protocol):
     def live(self) -> Live | None: ...
 
 
+class Budget(Protocol):
+    """What a run may cost; see ``flock.agents.prices``."""
+
+    def check(self, agent_name: str, models: Sequence[str]) -> None: ...
+
+    def reserve(self, model: str, prompt: Any, max_tokens: int | None) -> AbstractAsyncContextManager[None]: ...
+
+
 class RunContext:
     """The context of a running step. It is passed to the parameter annotated with this type, and is thread-safe.
 
@@ -117,7 +126,7 @@ class RunContext:
         watched: Watched | None = None,
         output_names: Sequence[str] = (),
         priced: Callable[[Usage, str | None], Usage] = lambda usage, model: usage,
-        check_cost: Callable[[str, Sequence[str]], None] = lambda agent_name, models: None,
+        budget: Budget | None = None,
     ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
@@ -135,7 +144,7 @@ class RunContext:
         self._on_usage = on_usage
         self._max_tokens = max_tokens
         self._priced = priced
-        self._check_cost = check_cost
+        self._budget = budget
         self._journal = journal
         self._watched = watched
         self._output_names = output_names
@@ -371,13 +380,18 @@ class RunContext:
             self._journal.spend(usage, model)
         self._on_usage(self.agent_name, usage)
 
+    def reserve(self, model: str, prompt: Any, max_tokens: int | None) -> AbstractAsyncContextManager[None]:
+        """Reserve what a call of *model* will probably cost, if there is a ``max_cost``; see ``Budget``."""
+        return nullcontext() if self._budget is None else self._budget.reserve(model, prompt, max_tokens)
+
     def check_tokens(self, models: Sequence[str] = ()) -> None:
-        """Check that the run may call one of *models*. An agent must call this before each model call.
+        """Check that the run may call one of *models*. An agent must call this before each model call of its own.
 
         Raises: TooManyTokens if it has no tokens left; CostLimit if it has spent its ``max_cost``, or has one and
             one of *models* has no price.
         """
-        self._check_cost(self.agent_name, models)
+        if self._budget is not None:
+            self._budget.check(self.agent_name, models)
         if self._max_tokens is None or self._journal is None:
             return
         spent = self._journal.spent.input_tokens + self._journal.spent.output_tokens

@@ -311,7 +311,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
         return_errors: True returns ``{"error", "error_type"}`` as the result of a failed item; False returns null.
         box_results: False returns the bare value if a result has a single member. Kept columns count as members.
         timeout_s: wall-clock seconds for each item.
-        max_cost: US dollars after which no more items start, in all attempts of the batch; None means no limit.
+        max_cost: US dollars that its items may cost, in all attempts of the batch; None means no limit.
     """
 
     max_workers: int = 5
