@@ -395,10 +395,10 @@ async def run_flock(request: Request) -> Response:
     A client whose connection broke may repeat a synchronous request with an idempotency key. So its run is stored like
     an asynchronous one, and continues if the client disconnects.
     """
-    prefer = preferences(request.headers.getlist("prefer"))
+    prefer, reasoning = preferences(request.headers.getlist("prefer")), query_of(request, wire.StreamQuery).reasoning
     responds_async = "respond-async" in prefer
     if _prefers_events(request.headers.get("accept", "")):
-        return await _streamed_run(request, responds_async)
+        return await _streamed_run(request, responds_async, reasoning=reasoning)
     run, is_async, headers = await _accepted_run(request, responds_async)
     if not is_async:
         run_id, outlives_client = run.run_id, run.is_async
@@ -406,7 +406,7 @@ async def run_flock(request: Request) -> Response:
         run = await _end_of(request, run_id, outlives_client)
     elif responds_async:
         applied = "respond-async"
-        if re.fullmatch(r"\d{1,9}", prefer.get("wait", "")):
+        if re.fullmatch(r"[0-9]{1,9}", prefer.get("wait", "")):
             wait_s = min(int(prefer["wait"]), app_of(request).options.max_wait_s)
             waiting = (await engine_of(request)).wait(run.run_id, wait_s)
             del run
@@ -421,13 +421,12 @@ def _prefers_events(accept: str) -> bool:
     return preferred(accept, ["application/json", EventStream.media_type]) == EventStream.media_type
 
 
-async def _streamed_run(request: Request, responds_async: bool) -> Response:
+async def _streamed_run(request: Request, responds_async: bool, *, reasoning: bool) -> Response:
     """Start the run in the body, and stream its events until it ends or waits for an answer.
 
     It is watched from its start, so that no text is missed. If the client disconnects, see ``run_flock``.
     """
     app, engine, run_id = app_of(request), await engine_of(request), new_id()
-    reasoning = query_of(request, wire.StreamQuery).reasoning
     with contextlib.ExitStack() as held:
         held.enter_context(stream_slot(request))  # before the run is accepted
         held.enter_context(engine.watch(run_id))
@@ -520,6 +519,7 @@ async def one_run(request: Request) -> Response:
     """GET and DELETE /run/{run_id}"""
     engine, run_id = await engine_of(request), request.path_params["run_id"]
     if request.method == "DELETE":
+        query_of(request, wire.NoQuery)
         await engine.delete_run(run_id)
         return Response(status_code=204)
     if wait_s := wait_of(request):
@@ -541,6 +541,7 @@ async def cancel_run(request: Request) -> Response:
 
 async def retry_run(request: Request) -> Response:
     """POST /run/{run_id}/retry: the body is optional; see ``retry_batch``."""
+    query_of(request, wire.NoQuery)
     sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
     retry, engine = wire.RUN_RETRY.decode(sent), await engine_of(request)
     return await run_response(request, await engine.retry_run(request.path_params["run_id"], retry.max_cost), 202)
@@ -548,8 +549,8 @@ async def retry_run(request: Request) -> Response:
 
 async def answer_call(request: Request) -> Response:
     """POST /run/{run_id}/calls/{call_id}: the answer to a question that the run waits for."""
-    answer = wire.ANSWER.decode(await read_json(request))
-    engine, run_id, wait_s = await engine_of(request), request.path_params["run_id"], wait_of(request)
+    wait_s, answer = wait_of(request), wire.ANSWER.decode(await read_json(request))
+    engine, run_id = await engine_of(request), request.path_params["run_id"]
     run = await engine.answer_call(run_id, request.path_params["call_id"], answer.output)
     if wait_s and run.status.is_active:
         run = await while_connected(request, engine.wait(run_id, wait_s))
@@ -558,6 +559,7 @@ async def answer_call(request: Request) -> Response:
 
 async def one_session(request: Request) -> Response:
     """GET and DELETE /session/{session_id}: the runs that ``GET /runs?session_id=`` lists, for an admin of everyone."""
+    query_of(request, wire.NoQuery)
     engine, session_id = await engine_of(request), request.path_params["session_id"]
     if request.method != "DELETE":
         return JSONResponse(wire.shown_as(wire.SessionSummary, await engine.get_session(session_id)))
@@ -568,7 +570,8 @@ async def one_session(request: Request) -> Response:
 async def run_events(request: Request) -> Response:
     """GET /run/{run_id}/events"""
     engine, run_id = await engine_of(request), request.path_params["run_id"]
-    run, after, query = await engine.get_outline(run_id), last_event_of(request), query_of(request, wire.RunEventsQuery)
+    query = query_of(request, wire.RunEventsQuery)
+    run, after = await engine.get_outline(run_id), last_event_of(request, query.after)
     if run.status.is_final and end_id(run.attempt) <= after:
         return Response(status_code=204)  # otherwise a browser would reconnect forever
     return event_stream(request, engine, engine.events(run_id, after, reasoning=query.reasoning))
@@ -640,6 +643,7 @@ async def one_batch(request: Request) -> Response:
     """GET and DELETE /batch/{batch_id}"""
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     if request.method == "DELETE":
+        query_of(request, wire.NoQuery)
         await engine.delete_batch(batch_id)
         return Response(status_code=204)
     query = query_of(request, wire.BatchQuery)
@@ -673,7 +677,8 @@ async def batch_results(request: Request) -> Response:
 async def batch_events(request: Request) -> Response:
     """GET /batch/{batch_id}/events"""
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
-    batch, after = await engine.get_batch(batch_id), last_event_of(request)
+    after = last_event_of(request, query_of(request, wire.EventsQuery).after)
+    batch = await engine.get_batch(batch_id)
     if batch.status.is_final and batch.attempt <= after:
         return Response(status_code=204)
     return event_stream(request, engine, engine.batch_events(batch_id, after))
@@ -691,6 +696,7 @@ async def cancel_batch(request: Request) -> Response:
 
 async def retry_batch(request: Request) -> Response:
     """POST /batch/{batch_id}/retry: the body is optional. Generated clients send its content type even without one."""
+    query_of(request, wire.NoQuery)
     sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
     retry = wire.BATCH_RETRY.decode(sent)
     only = () if retry.only is None else (RunStatus(retry.only),)
@@ -705,6 +711,7 @@ async def retry_batch(request: Request) -> Response:
 
 async def list_agents(request: Request) -> Response:
     """GET /agents"""
+    query_of(request, wire.NoQuery)
     agents = [
         wire.AgentSummary(name=agent.name, description=agent.description, next_agent=next_agent_of(agent))
         for agent in app_of(request).flock.agents.values()
@@ -714,6 +721,7 @@ async def list_agents(request: Request) -> Response:
 
 async def get_agent(request: Request) -> Response:
     """GET /agents/{name}"""
+    query_of(request, wire.NoQuery)
     agents = app_of(request).flock.agents
     agent = agent_of(agents, request.path_params["name"])
     graph = graph_of(agent.name, agents)

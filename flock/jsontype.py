@@ -355,13 +355,18 @@ def _number(text: str) -> Any:
     return number if math.isfinite(number) else msgspec.Raw(text.encode())
 
 
+def _integer(text: str) -> Any:
+    """Return an int, or the text itself if it is so long that Python may not read it, or msgspec not write it."""
+    return int(text) if len(text) < 19 else msgspec.Raw(text.encode())
+
+
 def _resolve(type_: Any, raw: bytes, path: str) -> str:
     """Convert msgspec's path to a JSON pointer. The path has ``[...]`` for dict keys, which are found by bisection."""
     steps, pointer = re.findall(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]", path), ""
     if len(raw) > MAX_SEARCHED_BYTES:
         known_steps = itertools.takewhile(lambda step: step != ("", "..."), steps)
         return "".join(f"/{escape_pointer(name or index)}" for name, index in known_steps)
-    value: Any = [json.loads(raw, parse_float=_number)]
+    value: Any = [json.loads(raw, parse_float=_number, parse_int=_integer)]
     whole = value  # a root whose value can be replaced
     key: Any = 0
     for name, index in steps:

@@ -25,7 +25,7 @@ from flock.agents.questions import check_answer, schema_of
 from flock.core import Flock, FlockFactory
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import CallNotFound, Conflict, InvalidData, RunFailed
-from flock.runs import BatchOptions, Engine, Question, Run, RunContext, RunFilter, RunStatus, now
+from flock.runs import BatchOptions, Engine, Question, Run, RunContext, RunFilter, RunStatus, new_id, now
 from flock.testing import FakeModel, Reply
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
@@ -137,6 +137,30 @@ async def test_an_answer_that_does_not_fit_is_refused_with_a_pointer(
             await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(output))
         assert [error.pointer for error in caught.value.errors] == [pointer]
         assert (await engine.get_run(run.run_id)).waiting_for == run.waiting_for
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "9" * 5000])
+async def test_a_number_out_of_range_in_an_answer_is_refused_with_its_pointer(
+    number: str, open_engine: OpenEngine
+) -> None:
+    """Also in an answer to a question that has been answered."""
+    flock = Flock(f"asking {new_id()}")
+
+    @flock.agent
+    async def ask(context: RunContext) -> Any:
+        return await context.ask("What?", Any)
+
+    async with open_engine(flock) as engine:
+        run = await asked(engine, "ask", {})
+        call_id = run.waiting_for[0].call_id
+        for is_answered in (False, True):
+            for output, pointer in ((number, ""), (f'{{"a": [0, {number}]}}', "/a/1")):
+                with pytest.raises(InvalidData, match="out of range") as caught:
+                    await engine.answer_call(run.run_id, call_id, msgspec.Raw(output.encode()))
+                assert [error.pointer for error in caught.value.errors] == [f"/output{pointer}"]
+            if not is_answered:
+                await engine.answer_call(run.run_id, call_id, json_of(1.5))
+                assert await result_of(engine, run.run_id) == 1.5
 
 
 async def test_the_same_answer_may_be_given_again_and_no_other(open_engine: OpenEngine) -> None:

@@ -257,6 +257,42 @@ async def test_batch_options_of_older_clients_are_ignored(client: httpx.AsyncCli
     assert (await post(client, body, "/run/batch")).status_code == 202
 
 
+#: Numbers that are valid JSON, and that no program can read.
+OUT_OF_RANGE = ["1e400", "-1e400", "9" * 5000]
+
+
+@pytest.mark.parametrize("number", OUT_OF_RANGE)
+async def test_no_number_is_a_500(number: str, client: httpx.AsyncClient) -> None:
+    """In a body, in rows of each format, in options, in a query and in headers."""
+    value = f'{{"value": [{{"deep": {number}}}]}}'
+    for body, path, pointer in (
+        (f'{{"agent_name": "anything", "inputs": {value}}}', "/run/flock", "/inputs/value/0/deep"),
+        (f'{{"agent_name": "anything", "batch_inputs": [{value}]}}', "/run/batch", "/batch_inputs/0/value/0/deep"),
+        (f'{{"agent_name": "add", "inputs": {{"a": 1}}, "timeout_s": {number}}}', "/run/flock", "/timeout_s"),
+        (f'{{"agent_name": "add", "inputs": {{"a": 1}}, "max_cost": {number}}}', "/run/flock", "/max_cost"),
+        (
+            f'{{"agent_name": "add", "batch_inputs": [{{"a": 1}}], "max_workers": {number}}}',
+            "/run/batch",
+            "/max_workers",
+        ),
+    ):
+        problem = check_problem(await post(client, body, path), 422)
+        assert [error["pointer"] for error in problem["errors"]] == [pointer]
+    for media_type, rows in (("text/csv", f"a\n{number}\n"), ("application/x-ndjson", f'{{"a": {number}}}\n')):
+        sent = await client.post("/run/batch?agent_name=add", content=rows, headers={"Content-Type": media_type})
+        assert check_problem(sent, 422)["errors"][0]["pointer"].endswith("/a")
+    batch = (await post(client, {"agent_name": "add", "batch_inputs": [{"a": 1}]}, "/run/batch")).headers["Location"]
+    for path in ("/runs?limit=", f"{batch}?after=", f"{batch}?wait=", f"{batch}/results?limit=", "/runs?after="):
+        for text in (number, "²", "٣"):
+            check_problem(await client.get(path + text), 422)
+    for sent_text in (number.encode(), "²".encode(), "٣".encode()):
+        events = await client.get(f"{batch}/events", headers=[(b"last-event-id", sent_text)])
+        assert events.status_code == 200
+        preferred = [(b"prefer", b"respond-async, wait=" + sent_text), (b"content-type", b"application/json")]
+        sent = await client.post("/run/flock", content=b'{"agent_name": "add", "inputs": {"a": 1}}', headers=preferred)
+        assert sent.status_code == 202
+
+
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x", "limit=", "after=-2", "after=" + "9" * 5000])
 async def test_an_invalid_query_is_422(query: str, client: httpx.AsyncClient) -> None:
     accepted = await post(client, {"agent_name": "add", "batch_inputs": [{"a": 1}]}, "/run/batch")

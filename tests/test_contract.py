@@ -1,6 +1,7 @@
 """``openapi.yaml`` describes exactly what the server does: routes, fields, statuses, examples."""
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -25,13 +26,13 @@ import flockapi
 from flock.agents.agent import Handoff
 from flock.core import Flock
 from flock.errors import FieldError
-from flock.runs import Progress, Question, RunStatus
+from flock.runs import Progress, Question, RunStatus, new_id
 from flock.testing import FakeModel, Reply
 from flock.web import wire
 from flock.web.problems import PLAIN, PROBLEMS
 from flockapi import ROUTES, FlockAPI, create_app
 from tests.support import ROOT
-from tests.support.http import post_run, wait_for
+from tests.support.http import check_problem, post_run, wait_for
 from tests.support.spec import NDJSON, SPEC, TWIN, check_described, operations, resolve, validator
 
 SCHEMAS = SPEC["components"]["schemas"]
@@ -60,6 +61,10 @@ QUERIES = {
     "BatchQuery": ["getBatch"],
     "ResultsQuery": ["getBatchResults"],
     "BatchesQuery": ["listBatches"],
+    "NoQuery": [
+        *("listAgents", "getAgent", "deleteRun", "retryRun", "getSession", "deleteSession"),
+        *("deleteBatch", "retryBatch"),
+    ],
 }
 
 
@@ -225,6 +230,35 @@ def test_a_query_struct_and_its_parameters_are_the_same(name: str) -> None:
 
 def _text_of(parameter: Any) -> Any:
     return {"type": "string"} if list(parameter.get("content", ())) == ["application/json"] else parameter["schema"]
+
+
+def test_every_protected_operation_has_its_query_struct() -> None:
+    """Those of the metrics, the health and the documents ignore their query."""
+    reading = {operation["operationId"] for path, _, operation in _reading()}
+    assert reading == set(itertools.chain.from_iterable(QUERIES.values()))
+
+
+def _reading() -> list[tuple[str, str, Any]]:
+    """Return the path, the method and the operation of each route that needs access."""
+    access = {route.path_format for route in ROUTES if getattr(route, "needs", "") == "access"}
+    return [(path, method, operation) for method, path, operation in operations() if path in access]
+
+
+async def test_a_parameter_that_is_not_in_the_document_is_422_everywhere(client: httpx.AsyncClient) -> None:
+    """And so is an invalid one, also where it has no effect, such as ``reasoning`` without a stream."""
+    body = {"agent_name": "add", "inputs": {"a": 1}}
+    for path, method, operation in _reading():
+        address = re.sub(r"\{.*?\}", new_id(), path)
+        invalid = {"unknown": "1"}
+        for parameter in map(resolve, operation["parameters"]):
+            if parameter["in"] == "query" and _shape(resolve(_text_of(parameter))).get("type") != "string":
+                invalid[parameter["name"]] = ""
+        for name, value in invalid.items():
+            sent = await client.request(method, address, params={name: value}, json=body if method == "POST" else None)
+            problem = check_problem(sent, 422)
+            assert name in problem["detail"], (method, path)
+    for path in ("/healthz", "/readyz", "/openapi.json"):
+        assert (await client.get(path, params={"unknown": "1"})).status_code == 200
 
 
 def test_the_statuses_of_a_run_are_the_same() -> None:

@@ -206,6 +206,32 @@ async def test_details_of_tokens_are_read(sent: Any, cached: int, reasoning: int
     assert run.usage.picodollars == 10**6 * (2.5 * (10 - cached) + 1.25 * cached + 10 * 5)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("count", ["1e400", "-1e400", "9" * 400, "7" * 5000, "1.5", '"10"', "[1]", "null", "10.0"])
+async def test_a_token_count_out_of_range_is_ignored(count: str, stream: bool, model: FakeModel) -> None:
+    """The answer is not lost, and neither are its other counts."""
+    for name in ("prompt_tokens", "total_tokens"):
+        usage = f'"usage":{{"completion_tokens":5,"{name}":{count}}}'
+        if stream:
+            delta = f'{{"choices":[{{"delta":{{"content":"{{\\"length\\":1}}"}},"finish_reason":"stop"}}],{usage}}}'
+            reply = httpx.Response(
+                200, text=f"data: {delta}\n\ndata: [DONE]\n\n", headers={"content-type": "text/event-stream"}
+            )
+        else:
+            whole = f'{{"choices":[{{"message":{{"content":"{{\\"length\\":1}}"}}}}],{usage}}}'
+            reply = httpx.Response(200, text=whole)
+        model.replies = [reply]
+        async with measuring().engine(transport=model.transport) as engine:
+            run_id = new_id()
+            with engine.watch(run_id) if stream else contextlib.nullcontext():
+                await engine.submit("measure", {"text": "a"}, run_id=run_id)
+                run = await finish(engine, run_id)
+        assert run.status is RunStatus.COMPLETED, run.error
+        assert run.usage is not None
+        assert run.usage.input_tokens == (10 if (name, count) == ("prompt_tokens", "10.0") else 0)
+        assert (run.usage.output_tokens, run.usage.cost is None) == (5, False)
+
+
 # Runs
 
 

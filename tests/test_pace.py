@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import subprocess
 import sys
@@ -245,6 +246,24 @@ def test_headers_about_limits_are_read() -> None:
         assert hold_s(openai | {"x-ratelimit-reset-requests": garbage}, is_refused=True) >= 0
     assert hold_s({"x-ratelimit-remaining-requests": "-1", "x-ratelimit-reset-requests": "60"}, is_refused=True) == 0
     assert hold_s({}, is_refused=True) == 0
+
+
+@pytest.mark.parametrize("value", ["²", "٣", "5" * 5000, "1e400", "nan", "-1", "0x1", "1_0", "", "0"])
+async def test_a_header_that_is_not_a_number_is_ignored(value: str, model: FakeModel) -> None:
+    """A good answer stays one, whatever a proxy has written beside it."""
+    for counted, suffix in itertools.product(("requests", "tokens"), ("limit", "reset", "remaining")):
+        headers = {
+            f"x-ratelimit-remaining-{counted}": "0",
+            f"x-ratelimit-reset-{counted}": "1ms",
+            f"x-ratelimit-{suffix}-{counted}": value,
+            f"anthropic-ratelimit-{counted}-remaining": "0",
+            f"anthropic-ratelimit-{counted}-{suffix}": value,
+        }
+        sent = [(name.encode(), text.encode()) for name, text in headers.items()]
+        model.replies = [httpx.Response(200, json=Reply(ANSWER).completion(), headers=sent)]
+        async with client(model) as models:
+            with anyio.fail_after(PATIENCE_S):
+                assert (await complete(models)).text
 
 
 @pytest.mark.parametrize("asked", ["1e9", "1e999", "100", "Fri, 31 Dec 2100 23:59:59 GMT"])

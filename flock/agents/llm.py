@@ -12,7 +12,6 @@ ignore unknown headers (RFC 9110, section 5.1).
 """
 
 import contextlib
-import json
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -47,11 +46,13 @@ from flock.agents.replies import (
     TRANSIENT,
     bad_response,
     completion_of,
+    decoded,
     hold_s,
     model_error,
     provider_message,
     retry_after_s,
     status_error,
+    token_count,
 )
 from flock.agents.requests import (
     FORMATS,
@@ -421,7 +422,7 @@ class ModelClient:
                 raise _TransientError(error, response.status_code)
             raise error
         try:
-            return json.loads(response.content)
+            return decoded(response.content)
         except (ValueError, RecursionError) as exc:
             reason = "returned status 200 with a body that is not JSON"
             raise model_error(endpoint.name, "model_bad_response", reason, provider_message(response)) from exc
@@ -545,8 +546,7 @@ def _estimate(body: Mapping[str, Any], content: bytes) -> float:
 def _counted(answer: Any, estimate: float) -> float:
     """Return the tokens that the provider has counted, or the estimate."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
-    total = usage.get("total_tokens") if isinstance(usage, dict) else None
-    return total if isinstance(total, int) else estimate
+    return (token_count(usage.get("total_tokens")) if isinstance(usage, dict) else 0) or estimate
 
 
 # Other providers, through litellm

@@ -70,8 +70,9 @@ def question_json(text: str) -> msgspec.Raw:
 
 def check_answer(question: Question, output: msgspec.Raw) -> None:
     """Raise InvalidData if *output*, which is valid JSON, does not match the schema of *question*."""
-    schema = msgspec.json.decode(question.schema)
-    if errors := list(_errors(msgspec.json.decode(output), schema, f"/{OUTPUT}", schema.get("$defs", {}))):
+    schema, at = msgspec.json.decode(question.schema), f"/{OUTPUT}"
+    errors = explain(Any, bytes(output), at)  # a number may be out of range
+    if errors := errors or list(_errors(msgspec.json.decode(output), schema, at, schema.get("$defs", {}))):
         raise InvalidData(errors)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import email.utils
 import json
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -22,17 +23,25 @@ __all__ = [
     "TRANSIENT",
     "bad_response",
     "completion_of",
+    "decoded",
     "hold_s",
     "model_error",
     "provider_message",
     "retry_after_s",
     "status_error",
     "stream_error",
+    "token_count",
     "unfinished_usage",
 ]
 
 #: Max characters of a provider's message in the log.
 MAX_LOGGED_CHARS = 500
+#: The largest number of tokens that a reply may have used. A larger one is ignored.
+MAX_TOKENS = 10**12
+#: Longer integers in a reply are out of range.
+MAX_DIGITS = 500
+#: A number in a header. Others, such as ``1e400`` and digits of other scripts, are ignored.
+NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,15})?")
 
 
 class _AnswerFunction(msgspec.Struct):
@@ -57,9 +66,9 @@ class _Choice(msgspec.Struct):
 
 
 class _AnswerUsage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
     # Any: an answer must not be lost because of a detail.
+    prompt_tokens: Any = None
+    completion_tokens: Any = None
     prompt_tokens_details: Any = None
     completion_tokens_details: Any = None
     prompt_cache_hit_tokens: Any = None
@@ -68,6 +77,14 @@ class _AnswerUsage(msgspec.Struct):
 class _Answer(msgspec.Struct):
     choices: list[_Choice]
     usage: _AnswerUsage | None = None
+
+
+def decoded(reply: bytes) -> Any:
+    """Decode JSON. An integer of so many digits that Python may not read it becomes infinite.
+
+    Raises: ValueError, RecursionError.
+    """
+    return json.loads(reply, parse_int=lambda digits: int(digits) if len(digits) < MAX_DIGITS else math.inf)
 
 
 def completion_of(answer: Any, request: Request) -> Completion:
@@ -118,11 +135,11 @@ def _completion_of(parsed: _Answer, usage: Usage, request: Request) -> Completio
 
 def _usage_of(sent: _AnswerUsage) -> Usage:
     """Return the token counts in a response. DeepSeek has a name of its own for tokens from the cache."""
-    cached = _count_in(sent.prompt_tokens_details, "cached_tokens")
     return Usage(
-        input_tokens=max(0, sent.prompt_tokens or 0),
-        output_tokens=max(0, sent.completion_tokens or 0),
-        cached_tokens=cached or _count_in({"hits": sent.prompt_cache_hit_tokens}, "hits"),
+        input_tokens=token_count(sent.prompt_tokens),
+        output_tokens=token_count(sent.completion_tokens),
+        cached_tokens=_count_in(sent.prompt_tokens_details, "cached_tokens")
+        or token_count(sent.prompt_cache_hit_tokens),
         reasoning_tokens=_count_in(sent.completion_tokens_details, "reasoning_tokens"),
     )
 
@@ -142,8 +159,13 @@ def unfinished_usage(sent: Any, input_tokens: int, output_tokens: int) -> Usage:
 
 
 def _count_in(details: Any, name: str) -> int:
-    count = details.get(name) if isinstance(details, dict) else None
-    return max(0, count) if isinstance(count, int) else 0
+    return token_count(details.get(name)) if isinstance(details, dict) else 0
+
+
+def token_count(sent: Any) -> int:
+    """Return a number of tokens as a server has sent it, or 0 if it cannot be one."""
+    is_count = isinstance(sent, int | float) and 0 <= sent <= MAX_TOKENS and sent == int(sent)
+    return int(sent) if is_count else 0
 
 
 def _tool_call(call: _AnswerCall, number: int) -> ToolCall:
@@ -221,7 +243,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     try:
         if "retry-after-ms" in headers:
             seconds = float(headers["retry-after-ms"]) / 1000
-        elif value.strip()[:1].isdigit():
+        elif value.strip()[:1].isdecimal():
             seconds = float(value)
         else:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
@@ -247,8 +269,8 @@ def hold_s(headers: Mapping[str, str], *, is_refused: bool, tokens: float = 0) -
                 continue
             wait_s = _reset_s(headers.get(f"{prefix}reset{suffix}", ""))
             limit = headers.get(f"{prefix}limit{suffix}", "").strip()
-            if not is_refused and limit.isdigit() and int(limit):
-                wait_s *= min(1.0, (1 if counted == "requests" else tokens) / int(limit))
+            if not is_refused and NUMBER.fullmatch(limit) and float(limit):
+                wait_s *= min(1.0, (1 if counted == "requests" else tokens) / float(limit))
             longest = max(longest, wait_s)
     return longest
 
@@ -256,7 +278,7 @@ def hold_s(headers: Mapping[str, str], *, is_refused: bool, tokens: float = 0) -
 def _reset_s(text: str) -> float:
     """Return the seconds until a reset: ``1s``, ``6m0s``, ``12ms``, seconds, or a time (RFC 3339); 0 if invalid."""
     units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
-    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[hms]|$)", text)
+    parts = re.findall(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)(ms|[hms]|$)", text)
     if parts and "".join(map("".join, parts)) == text:
         return sum(float(number) * units[unit] for number, unit in parts)
     try:

@@ -1,7 +1,6 @@
 """Streamed replies of model servers: server-sent events with the pieces of one chat completion."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import msgspec
 from flock.agents.bodies import BadBody
 from flock.agents.completions import Listener
 from flock.agents.pieces import Joiner, joined
-from flock.agents.replies import bad_response, model_error, stream_error, unfinished_usage
+from flock.agents.replies import bad_response, decoded, model_error, stream_error, unfinished_usage
 from flock.agents.sse import Event, events_in
 from flock.errors import ModelError
 from flock.runs import Usage
@@ -115,7 +114,7 @@ class StreamedReply:
             self.is_complete = self.is_ended = True
             return
         try:
-            data = json.loads(event.data)
+            data = decoded(event.data)
         except (ValueError, RecursionError) as exc:
             if event.name == "error":
                 raise stream_error(self._name, event.data.decode(errors="replace")) from exc

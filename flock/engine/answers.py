@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from datetime import datetime
+from typing import Any
 
 import msgspec
 
 from flock.agents.questions import ASK, check_answer, question_json
-from flock.errors import CallNotFound, Conflict
+from flock.errors import CallNotFound, Conflict, InvalidData
+from flock.jsontype import explain
 from flock.runs import Call, Question, Run, RunStatus
 
 __all__ = ["answer_of", "is_expired", "question_for"]
@@ -27,6 +29,8 @@ def question_for(
         given = find_answer()
         if given is None:
             raise CallNotFound(run.run_id, call_id)
+        if errors := explain(Any, bytes(output), "/output"):
+            raise InvalidData(errors)
         if _normal(given) != _normal(output):
             raise Conflict(f"The question {call_id!r} of the run {run.run_id} has already been answered otherwise.")
         return None

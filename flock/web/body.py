@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import re
 import zlib
 from collections.abc import AsyncIterator, Iterator
 
@@ -63,7 +64,7 @@ class Body:
         self._hash = hashlib.sha256()
         request.scope["flock.is_unread"] = True  # a response before the body's end must close the connection
         declared = request.headers.get("content-length", "")
-        self._declared_bytes = int(declared) if declared.isdecimal() else 0
+        self._declared_bytes = int(declared) if re.fullmatch(r"[0-9]{1,18}", declared) else 0
 
     async def json(self, max_depth: int, default: bytes | None = None) -> bytes:
         """Return the whole JSON body, or *default* if it is empty.

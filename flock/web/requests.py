@@ -18,7 +18,6 @@ from starlette.types import Scope
 from flock.errors import FieldError, InvalidData
 from flock.jsontype import example_for
 from flock.runs import IdempotencyKey
-from flock.web.wire import EventsQuery
 
 __all__ = [
     "fingerprint_of",
@@ -124,14 +123,13 @@ def fingerprint_of(request: Request, body: bytes) -> bytes:
     return hashlib.sha256(request.scope["endpoint"].__name__.encode() + b" " + body).digest()
 
 
-def last_event_of(request: Request) -> int:
-    """Return the id of the last event that the client received: ``Last-Event-ID``, or else ``?after=``.
+def last_event_of(request: Request, after: int) -> int:
+    """Return the id of the last event that the client received: ``Last-Event-ID``, or else *after* of the query.
 
-    The header wins, since a browser that reconnects repeats the original query. Raises InvalidData if the query is
-    invalid, even if the header is used.
+    The header wins, since a browser that reconnects repeats the original query.
     """
-    last_id, query = request.headers.get("last-event-id", ""), query_of(request, EventsQuery)
-    return int(last_id) if re.fullmatch(r"\d{1,18}", last_id) else query.after
+    last_id = request.headers.get("last-event-id", "")
+    return int(last_id) if re.fullmatch(r"[0-9]{1,18}", last_id) else after
 
 
 async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
