@@ -180,6 +180,36 @@ def calls_of(site: Site, run_id: str) -> dict[str, Any]:
     return {call["kind"]: call for call in site.get(f"/run/{run_id}")["steps"][0]["calls"]}
 
 
+def test_a_call_that_waits_for_an_answer_is_not_shown_as_running(visit: Visit, closed: Site, gate: str) -> None:
+    run_id = closed.start("errand", order="A7", gate=gate)
+    page = visit.page(closed, f"run/{run_id}")
+    expect(steps_of(page)).to_contain_text("errand running for")
+    closed.open_gate(gate)
+    expect(status_of(page)).to_contain_text("waiting")
+    expect(steps_of(page)).to_contain_text("errand waiting, started")
+    expect(lines_of(steps_of(page).locator("> .calls")).first).to_contain_text("agent refund ? waiting")
+    expect(page.locator(".steps .running")).to_have_count(0)
+    httpx.post(f"{closed.url}/run/{run_id}/cancel", headers=closed.headers).raise_for_status()
+
+
+def test_rows_that_wait_for_an_answer_are_shown_as_waiting(visit: Visit, closed: Site) -> None:
+    """In the bar, in the words, in the status if no other row is left, and in the list of batches."""
+    items = [{"order": f"A{number}"} for number in range(3)]
+    body = {"agent_name": "refund", "batch_inputs": items}
+    sent = httpx.post(f"{closed.url}/run/batch", json=body, headers=closed.headers).raise_for_status()
+    batch_id = sent.json()["batch_id"]
+    page = visit.page(closed, f"batch/{batch_id}")
+    expect(page.get_by_role("progressbar")).to_have_attribute("aria-valuetext", "3 rows: 3 waiting")
+    expect(page.locator(".outcomes")).to_have_text("0 of 3 rows (0 %)? 3 waiting")
+    expect(status_of(page)).to_contain_text("waiting")
+    listed = visit.page(closed, "batches?agent_name=refund")
+    row = listed.get_by_role("row", name=batch_id[-12:])
+    expect(row).to_contain_text("3 waiting")
+    expect(row.locator(".badge")).to_have_text("? waiting")
+    httpx.post(f"{closed.url}/batch/{batch_id}/cancel", headers=closed.headers).raise_for_status()
+    expect(status_of(page)).to_contain_text("cancelled")
+
+
 def test_a_call_of_a_tool_is_approved(visit: Visit, closed: Site) -> None:
     run_id = closed.run("cashier", complaint="cold soup")
     page = visit.page(closed, f"run/{run_id}")

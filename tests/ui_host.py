@@ -152,6 +152,12 @@ def ui_flock(folder: Path) -> Flock:
         )
         return {"amount": amount, "approved": approval["approved"], "reason": approval.get("reason")}
 
+    @flock.agent
+    async def errand(order: str, context: RunContext, gate: str) -> dict[str, Any]:
+        """Lets another agent ask two people."""
+        await until(gate)
+        return await context.run_agent("refund", {"order": order})
+
     def pay_back(amount: float, order: str = "A7") -> str:
         """Pay money back."""
         return f"paid {amount:g} for {order}"

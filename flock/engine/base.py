@@ -454,12 +454,13 @@ class EngineBase(ABC):
 
     async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
         """See ``Engine.batch_events``."""
-        sent_count, sent_at = -1, anyio.current_time()
+        sent, sent_at = (-1, -1), anyio.current_time()
         while True:
             changed, batch = self._next_change(), await self.get_batch(batch_id)
-            is_new = batch.attempt > after if batch.status.is_final else batch.completed_items != sent_count
+            counts = batch.completed_items, batch.waiting_items
+            is_new = batch.attempt > after if batch.status.is_final else counts != sent
             if is_new or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
-                sent_count, sent_at = batch.completed_items, anyio.current_time()
+                sent, sent_at = counts, anyio.current_time()
                 yield event_of_batch(batch) if is_new else None
             if batch.status.is_final or self.is_draining:
                 return

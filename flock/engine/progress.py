@@ -44,7 +44,7 @@ async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None =
 
 
 def _status_text(now: dict[str, Any], before: Batch, took_s: float) -> str:
-    """Return the text after the counts: items per second while following, the remaining time, cost, and failures."""
+    """Return the text after the counts: items per second while following, the remaining time, cost, and outcomes."""
     parts = []
     if ended := now["completed_items"] - before.completed_items:
         parts.append(f"{ended / max(took_s, 1e-3):.1f}/s")
@@ -53,7 +53,7 @@ def _status_text(now: dict[str, Any], before: Batch, took_s: float) -> str:
     if "cost" in now:
         is_partial = "estimated_cost" in now and now["completed_items"] < now["total_items"]
         parts.append(f"${now['cost']:.4f}" + (f" of about ${now['estimated_cost']:.4f}" if is_partial else ""))
-    parts += [f"{count} {what}" for what in ("failed", "cancelled") if (count := now[f"{what}_items"])]
+    parts += [f"{count} {what}" for what in ("waiting", "failed", "cancelled") if (count := now[f"{what}_items"])]
     return "  ".join(parts)
 
 

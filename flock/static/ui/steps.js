@@ -119,8 +119,8 @@ class Step {
 
   draw(status) {
     const isOver = this.completed_at || isFinal(status);
-    if (!isOver) for (const call of this.calls.values()) call.draw();
-    this.node.className = this.completed_at ? "done" : isOver ? "" : "busy";
+    if (!isOver) for (const call of this.calls.values()) call.draw(status);
+    this.node.className = this.completed_at ? "done" : isOver || status === "waiting" ? "" : "busy";
     const took = duration(between(this.started_at, this.completed_at));
     const state = this.completed_at
       ? `done in ${took}`
@@ -152,11 +152,12 @@ class Call {
     this.drawContent();
   }
 
-  draw() {
-    if (!this.data.completed_at) this.drawSummary();
+  /** Draw the call of a run with this status, if the call has not ended. */
+  draw(status) {
+    if (!this.data.completed_at) this.drawSummary(status === "waiting" ? status : "running");
   }
 
-  drawSummary() {
+  drawSummary(open = "running") {
     const { kind, name, started_at, completed_at, error, usage } = this.data;
     fill(
       this.summary,
@@ -164,7 +165,7 @@ class Call {
       " ",
       h("strong", name),
       " ",
-      badge(error ? "failed" : completed_at ? "completed" : "running"),
+      badge(error ? "failed" : completed_at ? "completed" : open),
       h(
         "span.quiet",
         started_at && ` ${duration(between(started_at, completed_at))}`,
