@@ -230,7 +230,10 @@ class DeclaredFlock:
     ) -> dict[str, Any]:
         """Run an agent and block until its result is available; see ``run_async``."""
         _check_no_loop("run_async")
-        return anyio.run(functools.partial(self.run_async, agent_name, inputs, answer=answer, on_event=on_event))
+        try:
+            return anyio.run(functools.partial(self.run_async, agent_name, inputs, answer=answer, on_event=on_event))
+        except RunFailed as exc:
+            raise exc.with_traceback(None) from None  # the lines of the event loop would hide its message
 
     async def run_batch_async(
         self,

@@ -437,6 +437,17 @@ async def test_items_of_a_batch_may_wait_and_are_counted(open_engine: OpenEngine
         assert counts == (RunStatus.COMPLETED, 6, 1, 0)
 
 
+async def test_the_events_of_a_batch_count_the_items_that_wait(open_engine: OpenEngine) -> None:
+    async with open_engine(Refunds().flock) as engine:
+        batch = await engine.submit_batch("refund", [{"order": "A7"}] * 2, BatchOptions())
+        async with contextlib.aclosing(engine.batch_events(batch.batch_id)) as events:
+            with anyio.fail_after(PATIENCE_S):
+                async for event in events:
+                    if event is not None and event.data["waiting_items"] == 2:
+                        break
+        await engine.cancel_batch(batch.batch_id)
+
+
 async def test_cancelling_a_batch_cancels_its_waiting_items(open_engine: OpenEngine) -> None:
     flock = Flock()
 
@@ -767,9 +778,7 @@ def test_the_command_without_a_terminal_says_what_to_do(tmp_path: Path) -> None:
         flockapi_command("run", str(script), "refund"), stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert done.stderr.endswith(
-        "\nError: The agent asks a question. Run the command at a terminal to answer: Refund 40?\n"
-    )
+    assert done.stderr == "Error: The agent asks a question. Run the command at a terminal to answer: Refund 40?\n"
 
 
 # Over HTTP

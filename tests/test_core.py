@@ -20,10 +20,13 @@ import anyio.to_thread
 import pytest
 
 from flock.core import Flock, FlockFactory
+from flock.engine.progress import follow_batch
 from flock.errors import AgentNotFound, DefinitionError, InvalidData, RunFailed, SignatureError
-from flock.runs import RunContext
-from tests.support import ROOT
+from flock.runs import BatchOptions, RunContext
+from flock.testing import Failure, FakeModel
+from tests.support import PATIENCE_S, ROOT
 from tests.support.flocks import sample_flock
+from tests.support.servers import flockapi_command
 
 
 def test_run_returns_the_result() -> None:
@@ -396,6 +399,63 @@ def test_progress_is_a_line_on_stderr(capfd: pytest.CaptureFixture[str]) -> None
     flock.run_batch("often", [{"n": 1}])
     flock.run_batch("often", [{"n": 1}], progress=False)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.anyio
+async def test_the_progress_line_counts_the_items_that_wait_for_an_answer(capfd: pytest.CaptureFixture[str]) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def ask(n: int, context: RunContext) -> bool:
+        return await context.ask("Go on?", bool)
+
+    async with flock.engine() as engine:
+        batch = await engine.submit_batch("ask", [{"n": n} for n in range(3)], BatchOptions())
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(functools.partial(follow_batch, engine, batch.batch_id, is_shown=True))
+            shown = ""
+            with anyio.fail_after(PATIENCE_S):
+                while "0/3  3 waiting" not in shown:
+                    await anyio.sleep(0.05)
+                    shown += capfd.readouterr().err
+            await engine.cancel_batch(batch.batch_id)
+
+
+REFUSED = """
+from flock.core import Flock, FlockFactory
+
+flock = Flock(model="openai/gpt-4o")
+flock.add_agent(FlockFactory.create_default_agent("measure", "", None, "text: str", "length: int"))
+
+if __name__ == "__main__":
+    flock.run("measure", {"text": "a"})
+"""
+
+
+@pytest.mark.parametrize(
+    ("replies", "words"),
+    [
+        ([Failure(401, message="No such key.")], "rejected the API key in OPENAI_API_KEY (HTTP 401). "),
+        ([Failure(400, message="No such key.")], "rejected the request (HTTP 400). "),
+        ([Failure(500, message="No such key.")] * 3, "failed (HTTP 500). "),
+        (None, "needs an API key. Set the environment variable OPENAI_API_KEY."),
+    ],
+)
+def test_a_refusal_of_a_provider_is_one_line_without_a_server(replies: Any, words: str, tmp_path: Path) -> None:
+    """It has the cause and the provider's message, and nothing about servers, requests, batches or event loops."""
+    (script := tmp_path / "script.py").write_text(REFUSED)
+    for command in ([sys.executable, str(script)], flockapi_command("run", str(script), "measure", "-i", "text=a")):
+        model = FakeModel(replies and [*replies])
+        with model.serve() as url:
+            env = {**os.environ, "PYTHONPATH": str(ROOT), "OPENAI_BASE_URL": url, "OPENAI_API_KEY": "sk-test"}
+            if replies is None:
+                del env["OPENAI_API_KEY"]
+            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE_S, check=False)
+        lines = done.stderr.splitlines()
+        assert words in lines[-1]
+        assert ("No such key." in lines[-1]) is (replies is not None)
+        assert not re.search("server|request None|atch|anyio|run 0", done.stderr), done.stderr
+        assert len(lines) == 1 or (command[0] == sys.executable and len(lines) <= 8), done.stderr
 
 
 def test_progress_is_shown_if_stderr_is_a_terminal(tmp_path: Path) -> None:

@@ -201,7 +201,9 @@ async def test_an_exception_is_one_line_for_the_model(model: FakeModel, caplog: 
     told = "Error: There is no such city.\\nTry another."
     assert results(model.requests[1]) == ["Error: The call 'explode' raised ValueError", told]
     assert "ValueError: a secret" in caplog.text
-    assert re.search(r"run [0-9a-f-]+: the tool refuse failed: There is no such city.\\nTry another. \(", caplog.text)
+    assert re.search(
+        r"run [0-9a-f-]+: the tool refuse failed: There is no such city.\\nTry another\.$", caplog.text, re.M
+    )
     await answered(flock, model, expose_errors=True)
     assert results(model.requests[3]) == ["Error: The call 'explode' raised ValueError: a secret", told]
 

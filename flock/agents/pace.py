@@ -615,7 +615,7 @@ class Pace(Gate):
             return
         else:
             self._pause_s, self._rate_before = MIN_PROBE_PAUSE_S, self.rate.current(now)
-            logger.warning("%s does not answer. Items of batches wait for it. %s", self.provider, error)
+            logger.warning("%s does not answer. %s", self.provider, error)
         self.outage.open(now, now + self._pause_s, error)
         self.wake_all()
 

@@ -226,9 +226,7 @@ def _key_of(model: str | Model) -> tuple[str, str | None]:
         if key := os.environ.get(known, "").strip():
             return key, known
     if provider.key_variable and not (isinstance(model, Model) and model.base_url):
-        raise _not_configured(
-            f"{name!r} needs an API key. Set the environment variable {variable} where the server starts"
-        )
+        raise _not_configured(f"{name!r} needs an API key. Set the environment variable {variable}")
     return "", None
 
 
@@ -239,8 +237,7 @@ def _base_url_of(model: str | Model) -> str:
     if not base_url:
         variable = provider.url_variables[0]
         raise _not_configured(
-            f"{name_of(model)!r} needs the address of your resource. Set the environment variable {variable} where the "
-            "server starts"
+            f"{name_of(model)!r} needs the address of your resource. Set the environment variable {variable}"
         )
     return base_url.rstrip("/")
 

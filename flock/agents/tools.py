@@ -19,7 +19,7 @@ from flock.agents.signature import Signature, context_parameter, is_async, name_
 from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON, StepError
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import RunContext, one_line, safe_text
+from flock.runs import RunContext, of_request, one_line, safe_text
 from flock.scopes import current_task
 
 __all__ = ["AgentTool", "Tool", "ToolSource", "Toolbox", "Unlisted", "by_name"]
@@ -258,9 +258,11 @@ class Toolbox:
                     tool.name, tool.execute(arguments, context, self._call_in_thread, self._timeout_s)
                 )
             except (Exception, SystemExit, KeyboardInterrupt) as exc:  # the journal makes an error of an exit
-                template, text = "run %s: the tool %s failed: %s (request %s)", one_line(safe_text(exc))
+                template, text = "run %s: the tool %s failed: %s%s", one_line(safe_text(exc))
                 details = None if isinstance(exc, StepError) else exc
-                logger.warning(template, context.run_id, tool.name, text, context.request_id, exc_info=details)
+                logger.warning(
+                    template, context.run_id, tool.name, text, of_request(context.request_id), exc_info=details
+                )
                 raise
 
         value = await context.journal.once(

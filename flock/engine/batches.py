@@ -22,7 +22,7 @@ from flock.engine.runner import Runner
 from flock.engine.store import RETRY_AFTER_S
 from flock.errors import OwnershipLost, StoreError
 from flock.limits import Limits
-from flock.runs import Batch, IdempotencyKey, Run, now
+from flock.runs import Batch, IdempotencyKey, Run, now, of_request
 
 __all__ = ["Batches"]
 
@@ -150,8 +150,8 @@ class Batches:
         if not batch.status.is_final:
             return batch
         counts = (batch.total_items, batch.failed_items, batch.cancelled_items)
-        template = "batch %s: %s, agent %s, %d items, %d failed, %d cancelled (request %s)"
-        logger.info(template, batch.batch_id, batch.status, batch.agent_name, *counts, batch.request_id)
+        template, source = "batch %s: %s, agent %s, %d items, %d failed, %d cancelled%s", of_request(batch.request_id)
+        logger.info(template, batch.batch_id, batch.status, batch.agent_name, *counts, source)
         return batch
 
     def is_stopped(self, batch: Batch) -> bool:

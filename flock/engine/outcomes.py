@@ -6,7 +6,7 @@ import msgspec
 
 from flock.engine.logs import fields_of_run
 from flock.errors import CostLimit, QueueTimeout, StepError, cut
-from flock.runs import Batch, Question, Run, RunStatus, cost_in_words, one_line, safe_text
+from flock.runs import Batch, Question, Run, RunStatus, cost_in_words, of_request, one_line, safe_text
 
 __all__ = [
     "BATCH_CANCELLED",
@@ -62,12 +62,15 @@ def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> O
         return COST_LIMIT
     if isinstance(exc, StepError):
         text = safe_text(exc)
-        template, message = "run %s: %s (request %s)", one_line(f"{text} {exc.log_detail}".strip())
-        logger.warning(template, run.run_id, message, run.request_id, extra=fields_of_run(run))
+        details = f"{text} {exc.log_detail}".strip()
+        is_told = expose_errors and run.request_id is None  # the program itself gets all of it
+        log = logger.info if is_told else logger.warning
+        log("run %s: %s%s", run.run_id, one_line(details), of_request(run.request_id), extra=fields_of_run(run))
+        text = one_line(details) if is_told else text
         return Outcome(RunStatus.FAILED, cut(text), cut(safe_text(exc.error_type)))
     agent_name = run.next_agent_name
-    template = "run %s: agent %s raised (request %s)"
-    logger.error(template, run.run_id, agent_name, run.request_id, exc_info=exc, extra=fields_of_run(run))
+    template, source = "run %s: agent %s raised%s", of_request(run.request_id)
+    logger.error(template, run.run_id, agent_name, source, exc_info=exc, extra=fields_of_run(run))
     error, error_type = error_of(exc, f"The agent {agent_name!r}", expose_errors=expose_errors)
     if not expose_errors:
         where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"

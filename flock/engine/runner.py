@@ -33,7 +33,7 @@ from flock.engine.turns import MAX_HISTORY_BYTES, ActiveRun, Turns, WaitingForAn
 from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.fair import FairShare
 from flock.limits import Limits
-from flock.runs import Call, Question, Run, RunStatus, Step, now, stub_of
+from flock.runs import Call, Question, Run, RunStatus, Step, now, of_request, stub_of
 from flock.scopes import current_task
 
 __all__ = ["Runner", "StoredRun"]
@@ -509,9 +509,9 @@ class Runner:
         level = logging.INFO if run.batch_id is None else logging.DEBUG  # items are too many; the batch logs a summary
         if logger.isEnabledFor(level):
             took_ms = round((now() - run.created_at).total_seconds() * 1000)
-            template = "run %s: %s, agent %s, %d ms (request %s)"
+            template, source = "run %s: %s, agent %s, %d ms%s", of_request(run.request_id)
             extra = fields_of_run(run) | {"status": run.status.value, "duration_ms": took_ms}
-            logger.log(level, template, run.run_id, run.status, run.agent_name, took_ms, run.request_id, extra=extra)
+            logger.log(level, template, run.run_id, run.status, run.agent_name, took_ms, source, extra=extra)
 
     def _remove(self, active: StoredRun) -> None:
         active.dequeue()

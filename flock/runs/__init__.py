@@ -45,7 +45,7 @@ from flock.runs.records import (
     Time,
     stub_of,
 )
-from flock.runs.text import one_line, safe_text, valid_traceparent
+from flock.runs.text import of_request, one_line, safe_text, valid_traceparent
 from flock.runs.usage import DOLLAR, MAX_COST, Usage, added, cost_in_words, is_spent, shown_usage
 
 __all__ = [
@@ -103,6 +103,7 @@ __all__ = [
     "make_ids_after",
     "new_id",
     "now",
+    "of_request",
     "one_line",
     "safe_text",
     "shown_usage",

@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["TRACEPARENT", "one_line", "safe_text", "valid_traceparent"]
+__all__ = ["TRACEPARENT", "of_request", "one_line", "safe_text", "valid_traceparent"]
 
 #: A later version may append fields to those of version 00.
 TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(-.*)?")
@@ -20,6 +20,11 @@ def safe_text(value: object) -> str:
         return str(value).encode("utf-8", "replace").decode()
     except Exception:
         return f"({type(value).__name__})"
+
+
+def of_request(request_id: str | None) -> str:
+    """Return the end of a line of the log; nothing if there was no request."""
+    return "" if request_id is None else f" (request {request_id})"
 
 
 def one_line(text: str) -> str:
