@@ -31,7 +31,7 @@ from flock.limits import Limits
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
-from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, Row, RunStatus, new_id
+from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, Row, RunStatus
 
 __all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent"]
 
@@ -206,15 +206,13 @@ class DeclaredFlock:
         Cancellation: the run is cancelled.
         """
         async with self.engine(expose_errors=True, answer=answer) as engine:
-            run_id = new_id()
-            with contextlib.nullcontext() if on_event is None else engine.watch(run_id):
-                await engine.submit(agent_name, inputs or {}, is_async=False, run_id=run_id)
-                if on_event is not None:
-                    async with contextlib.aclosing(engine.events(run_id)) as events:
-                        async for event in events:
-                            if event is not None:
-                                on_event(event)
-            run = await engine.wait(run_id)
+            run = await engine.submit(agent_name, inputs or {}, is_async=False, watch=on_event is not None)
+            if on_event is not None:
+                async with contextlib.aclosing(engine.events(run.run_id)) as events:
+                    async for event in events:
+                        if event is not None:
+                            on_event(event)
+            run = await engine.wait(run.run_id)
         if run.status is not RunStatus.COMPLETED or run.result is None:
             raise RunFailed(run.error or "The run has no result.", run.error_type or "unknown")
         result: dict[str, Any] = msgspec.json.decode(run.result)

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from flock.core import Flock
+from flock.engine.embedded import EmbeddedEngine
 from flock.errors import (
     AgentError,
     AgentNotFound,
@@ -669,6 +670,28 @@ async def test_events_of_a_retried_run_keep_the_steps_that_were_done(engine: Eng
 def with_ids(events: Sequence[Event]) -> list[bytes]:
     """Return the encoded events that are stored, which are all except progress."""
     return [msgspec.json.encode(event) for event in events if event.id is not None]
+
+
+async def test_the_first_reader_of_a_watched_run_that_has_ended_gets_its_text(open_engine: OpenEngine) -> None:
+    """Through the engine of a caller, too. A cluster has no text, and the same stored events."""
+    flock = Flock()
+
+    @flock.agent
+    async def write(topic: str) -> AsyncIterator[str]:
+        yield "All about "
+        yield topic
+
+    async with open_engine(flock) as engine:
+        ann = ScopedEngine(engine, Principal(name="ann"))
+        run = await ann.submit("write", {"topic": "tea"}, watch=True)
+        with anyio.fail_after(PATIENCE_S):
+            await ann.wait(run.run_id)
+            events = [event async for event in ann.events(run.run_id) if event]
+    texts = [event.data["text"] for event in events if event.name == "output.delta"]
+    assert "".join(texts) == ("All about tea" if isinstance(engine, EmbeddedEngine) else "")
+    assert [event.name for event in events if event.id] == [
+        *("run.started", "step.started", "step.completed", "run.completed")
+    ]
 
 
 @pytest.mark.parametrize("end", ["completed", "failed", "cancelled"])

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from flock.core import Flock
 from flock.engine.logs import JSONFormatter
 from flock.engine.migrations import MIGRATIONS
 from flock.engine.store import Store
-from flock.errors import DefinitionError
-from flock.runs import Run, RunContext, now
+from flock.errors import AgentError, DefinitionError
+from flock.runs import Batch, BatchOptions, Engine, Observer, Run, RunContext, RunStatus, new_id, now
 from flock.testing import Failure, FakeModel, Reply
 from flock.web.metrics import Metrics
 from flockapi import create_app
@@ -488,6 +489,131 @@ async def test_a_failing_observer_does_not_affect_runs(flock: Flock, caplog: pyt
         run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
     assert run.status == "completed"
     assert "an observer raised in run_ended" in caplog.text
+
+
+class Noted(Observer):
+    """Notes the names of the events of batches and of runs, with the status and the attempt of each record."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str, int]] = []
+
+    def run_started(self, run: Run) -> None:
+        self.events.append(("run_started", run.status, run.attempt))
+
+    def run_waiting(self, run: Run) -> None:
+        assert [question.question for question in run.waiting_for] == ["Go on?"]
+        self.events.append(("run_waiting", run.status, run.attempt))
+
+    def run_ended(self, run: Run) -> None:
+        self.events.append(("run_ended", run.status, run.attempt))
+
+    def batch_accepted(self, batch: Batch) -> None:
+        assert batch.total_items == 1
+        self.events.append(("batch_accepted", batch.status, batch.attempt))
+
+    def batch_ended(self, batch: Batch) -> None:
+        assert batch.completed_items == 1
+        self.events.append(("batch_ended", batch.status, batch.attempt))
+
+
+def asking_flock() -> Flock:
+    flock = Flock()
+
+    @flock.agent
+    async def ask(context: RunContext) -> bool:
+        if not await context.ask("Go on?", bool):
+            raise AgentError("no")
+        return True
+
+    return flock
+
+
+@pytest.mark.parametrize("store", [":memory:", "flock.db"], ids=["memory", "disk"])
+async def test_an_observer_is_told_of_batches_and_of_items_that_wait(store: str) -> None:
+    """A retry of the batch is accepted as its next attempt."""
+    noted, flock = Noted(), asking_flock()
+    async with flock.engine(store=store) as engine:
+        engine.observe(noted)
+        batch = await engine.submit_batch("ask", [{}], BatchOptions())
+        for answer in (b"false", b"true"):
+            (item,) = await waiting_items(engine, batch.batch_id)
+            (question,) = (await engine.get_run(item.run_id)).waiting_for
+            await engine.answer_call(item.run_id, question.call_id, msgspec.Raw(answer))
+            with anyio.fail_after(PATIENCE_S):
+                batch = await engine.wait_batch(batch.batch_id)
+            if batch.status == "failed":
+                await engine.retry_batch(batch.batch_id)
+    assert noted.events == [
+        ("batch_accepted", "starting", 1),
+        ("run_started", "running", 1),
+        ("run_waiting", "waiting", 1),
+        ("run_ended", "failed", 1),
+        ("batch_ended", "failed", 1),
+        ("batch_accepted", "starting", 2),
+        ("run_started", "running", 2),
+        ("run_waiting", "waiting", 2),
+        ("run_ended", "completed", 2),
+        ("batch_ended", "completed", 2),
+    ]
+
+
+async def waiting_items(engine: Engine, batch_id: str) -> Sequence[Run]:
+    with anyio.fail_after(PATIENCE_S):
+        while not (items := await engine.get_items(batch_id, statuses=[RunStatus.WAITING])):  # noqa: ASYNC110
+            await anyio.sleep(0.01)
+    return items
+
+
+async def test_a_batch_that_is_resumed_after_a_stop_is_not_accepted_again() -> None:
+    first, second, flock = Noted(), Noted(), asking_flock()
+    async with flock.engine(store="flock.db") as engine:
+        engine.observe(first)
+        batch = await engine.submit_batch("ask", [{}], BatchOptions())
+        await waiting_items(engine, batch.batch_id)
+    async with flock.engine(store="flock.db") as engine:
+        engine.observe(second)
+        (item,) = await waiting_items(engine, batch.batch_id)
+        await engine.cancel_run(item.run_id)
+        with anyio.fail_after(PATIENCE_S):
+            await engine.wait_batch(batch.batch_id)
+    assert [name for name, *_ in first.events] == ["batch_accepted", "run_started", "run_waiting"]
+    assert [name for name, *_ in second.events] == ["run_ended", "batch_ended"]
+
+
+async def test_an_observer_need_not_have_all_methods(flock: Flock, caplog: pytest.LogCaptureFixture) -> None:
+    """One that was written for an earlier version does not know the later events."""
+    ended: list[str] = []
+
+    class Old:
+        def run_ended(self, run: Run) -> None:
+            ended.append(run.run_id)
+
+    async with flock.engine() as engine:
+        engine.observe(Old())  # type: ignore[arg-type]
+        run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
+    assert ended == [run.run_id]
+    assert "an observer raised" not in caplog.text
+
+
+@pytest.mark.cluster
+async def test_a_worker_tells_its_observers_of_runs_and_items_that_wait(temporal_address: str) -> None:
+    from flock.agents.llm import ModelClient
+    from flock.temporal import TemporalEngine, TemporalWorker
+
+    noted, flock, name = Noted(), asking_flock(), new_id()
+    async with (
+        TemporalWorker(flock.agents, ModelClient(None), temporal_address, flock=name, observers=[noted]),
+        TemporalEngine(flock.agents, temporal_address, flock=name) as engine,
+    ):
+        run = await engine.submit("ask", {}, watch=True)
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+        assert (run.status, noted.events) == ("waiting", [("run_started", "running", 1), ("run_waiting", "waiting", 1)])
+        batch = await engine.submit_batch("ask", [{}], BatchOptions())
+        await waiting_items(engine, batch.batch_id)
+        assert noted.events[2:] == [("run_started", "running", 1), ("run_waiting", "waiting", 1)]
+        await engine.cancel_batch(batch.batch_id)
+        await engine.cancel_run(run.run_id)
 
 
 @pytest.mark.slow

@@ -6,20 +6,23 @@ import os
 import signal
 import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypedDict
 
 import anyio
 import anyio.lowlevel
 import httpx
+import msgspec
 import pytest
 
 from flock import fair
 from flock.core import Flock, FlockFactory, Result
+from flock.engine import live
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.queries import CALLS_PER_PAGE
-from flock.errors import DefinitionError, SignatureError
-from flock.runs import MAX_SHOWN_BYTES, BatchOptions, Event, Run, RunContext, shown_usage
+from flock.errors import DefinitionError, InvalidData, SignatureError
+from flock.runs import MAX_SHOWN_BYTES, BatchOptions, Event, Run, RunContext, new_id, shown_usage
 from flock.testing import FakeModel, Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
@@ -514,6 +517,96 @@ async def test_a_reader_who_joins_late_gets_a_snapshot(client: httpx.AsyncClient
         [name async for name in events]
     assert late.outputs == {**first.outputs, **late.outputs}
     assert late.outputs[0, ""] == first.outputs[0, ""] == {"result": "0 1 2 "}
+
+
+# Runs that end before their first reader comes
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize("store", [":memory:", "flock.db"], ids=["memory", "disk"])
+async def test_a_fast_run_submitted_with_watch_has_all_its_text(writer: Writer, is_async: bool, store: str) -> None:
+    """Of all its steps, and only the first reader gets it."""
+    writer.may_go = anyio.Semaphore(10)
+    async with writer.flock.engine(store=store) as engine:
+        run = await engine.submit("draft", {"topic": "tea"}, is_async=is_async, watch=True)
+        await engine.wait(run.run_id)
+        assert await text_of(engine, run.run_id) == {0: " about tea", 1: "abouttea"}
+        assert await text_of(engine, run.run_id) == {}
+        assert engine._runner.watched == {}
+
+
+async def test_a_run_that_waits_keeps_the_text_before_its_question(writer: Writer) -> None:
+    async with writer.flock.engine(store=":memory:") as engine:
+        run = await engine.wait((await engine.submit("asks", {}, is_async=False, watch=True)).run_id)
+        (question,) = run.waiting_for
+        async with aclosing(engine.events(run.run_id)) as events:
+            async for event in events:
+                if event is not None and event.name == "output.delta":
+                    break
+        assert event is not None
+        assert event.data["text"] == "The answer is "
+        await engine.answer_call(run.run_id, question.call_id, msgspec.Raw(b'"42"'))
+
+
+async def test_a_watched_run_keeps_the_text_of_earlier_steps_for_its_first_reader(writer: Writer) -> None:
+    """A step that starts does not drop the text of the step before it, which nobody has read yet."""
+    writer.may_go = anyio.Semaphore(10)
+    async with writer.flock.engine(store=":memory:") as engine:
+        run_id = new_id()
+        with engine.watch(run_id):
+            await engine.submit("draft", {"topic": "tea"}, run_id=run_id)
+            await engine.wait(run_id)
+            assert await text_of(engine, run_id) == {0: " about tea", 1: "abouttea"}
+
+
+async def text_of(engine: EmbeddedEngine, run_id: str) -> dict[int, str]:
+    """Return the text in the events of a run that has ended, by position."""
+    texts: dict[int, str] = {}
+    async for event in engine.events(run_id):
+        if event is not None and event.name == "output.delta":
+            position = event.data["position"]
+            texts[position] = texts.get(position, "") + event.data["text"]
+    return texts
+
+
+async def test_text_that_nobody_reads_is_forgotten_a_moment_after_the_end(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "UNREAD_S", 0.0)
+    async with writer.flock.engine(store=":memory:") as engine:
+        run = await engine.submit("write", {"count": 1}, watch=True)
+        await writer.started.wait()
+        assert list(engine._runner.watched) == [run.run_id], "it is active"
+        writer.may_go.release()
+        await engine.wait(run.run_id)
+        await until(lambda: not engine._runner.watched)
+
+
+async def test_many_watched_runs_that_nobody_reads_take_little_memory(
+    writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest are kept."""
+    monkeypatch.setattr(live, "MAX_UNREAD_RUNS", 3)
+    writer.may_go = anyio.Semaphore(100)
+    async with writer.flock.engine(store=":memory:") as engine:
+        runs = [await engine.submit("write", {"count": 1}, watch=True) for _ in range(20)]
+        for run in runs:
+            await engine.wait(run.run_id)
+        assert len(engine._runner.watched) == 3
+        assert await text_of(engine, runs[-1].run_id) == {0: "0 "}
+        assert await text_of(engine, runs[0].run_id) == {}
+
+
+async def test_the_unread_text_of_all_runs_is_limited_together(writer: Writer) -> None:
+    writer.may_go = anyio.Semaphore(10_000)
+    async with writer.flock.engine(store=":memory:", max_result_bytes=3000) as engine:
+        runs = [await engine.submit("write", {"count": 300}, watch=True) for _ in range(10)]
+        for run in runs:
+            await engine.wait(run.run_id)
+        assert len(engine._runner.watched) == 1, "one of them has 1,090 characters"
+        with pytest.raises(InvalidData):
+            await engine.submit("write", {"count": "many"}, watch=True)
+        assert len(engine._runner.watched) == 1, "a run that is not accepted is not watched"
 
 
 # Runs that nobody watches, and calls

@@ -23,7 +23,7 @@ from flock.agents.checks import problems
 from flock.agents.tools import MAX_RESULT_CHARS, Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, DefinitionError, SignatureError
-from flock.runs import Engine, Run, RunContext, RunStatus, Usage
+from flock.runs import Engine, Observer, Run, RunContext, RunStatus, Usage
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import EXAMPLES, PATIENCE_S
 from tests.support.engines import OpenEngine
@@ -500,12 +500,9 @@ async def test_finished_replies_and_calls_are_not_paid_again(tmp_path: Path, mod
             await anyio.sleep_forever()
         return "ended"
 
-    class Observed:
+    class Observed(Observer):
         def tokens_spent(self, agent_name: str, usage: Usage) -> None:
             reported.append(usage)
-
-        def __getattr__(self, name: str) -> Any:
-            return lambda *args: None
 
     model.replies = [
         Reply(calls=[("look", {"n": 1}), ("look", {"n": 1}), ("fail", {})]),

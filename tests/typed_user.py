@@ -296,23 +296,13 @@ class Fixed(Agent):
 # Without HTTP
 
 
-class Counter:
-    """An ``Observer``."""
-
+class Counter(Observer):
     ended = 0
-
-    def run_started(self, run: Run) -> None: ...
 
     def step_completed(self, step: Step) -> None: ...
 
-    def call_completed(self, call: Call) -> None: ...
-
-    def tokens_spent(self, agent_name: str, usage: Usage) -> None: ...
-
     def run_ended(self, run: Run) -> None:
         self.ended += run.status is RunStatus.COMPLETED
-
-    def model_call_retried(self) -> None: ...
 
 
 async def use(engine: Engine, inputs: Inputs) -> Progress | None:
@@ -322,6 +312,7 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
     assert_type(engine.item_limits, ItemLimits)
     assert_type(await engine.queue(), Queue)
     run = await engine.submit("measure", inputs, timeout_s=3, key=IdempotencyKey("k", b"f"), request_id=new_id())
+    await engine.submit("measure", inputs, run_id=new_id(), watch=True)
     assert_type(await engine.wait(run.run_id, 2.5), Run)
     with engine.watch(run.run_id):
         async for event in engine.events(run.run_id, started_id(1, 0), reasoning=True):

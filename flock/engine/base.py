@@ -210,6 +210,10 @@ class EngineBase(ABC):
         """See ``Engine.watch``. By default there is no live output."""
         return contextlib.nullcontext()
 
+    def _watch_until_read(self, run_id: str) -> AbstractContextManager[object]:
+        """Watch a run that is accepted inside the block, until its first reader comes; see ``Engine.submit``."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def _reader(self, run_id: str, after: int, *, reasoning: bool) -> Iterator[RunReader]:
         yield RunReader(self.get_run, self.get_calls, run_id)
@@ -278,6 +282,7 @@ class EngineBase(ABC):
         max_cost: float | None = None,
         key: IdempotencyKey | None = None,
         run_id: str | None = None,
+        watch: bool = False,
     ) -> Run:
         """See ``Engine.submit``."""
         self._check_running()
@@ -299,7 +304,8 @@ class EngineBase(ABC):
             session_id=session_id,
             max_cost=max_cost,
         )
-        await self._accept(run, key, Context() if is_async else copy_context())
+        with self._watch_until_read(run.run_id) if watch else contextlib.nullcontext():
+            await self._accept(run, key, Context() if is_async else copy_context())
         return run
 
     async def submit_batch(

@@ -94,10 +94,15 @@ class Batches:
                 return
 
     def start(self, batch: Batch | None) -> None:
-        """Start or resume a batch."""
+        """Start an attempt of a batch that was just accepted; None if it was not."""
         if batch is not None:
-            self._cancelled.discard(batch.batch_id)  # the cancellation may be of an earlier attempt
-            self._start(self._run, batch)
+            self._runner.turns.notify("batch_accepted", batch)
+            self.resume(batch)
+
+    def resume(self, batch: Batch) -> None:
+        """Process the items of a batch that are left."""
+        self._cancelled.discard(batch.batch_id)  # the cancellation may be of an earlier attempt
+        self._start(self._run, batch)
 
     def cancel(self, batch_id: str) -> None:
         """Cancel a batch that is being processed here: stop its active items and start no others."""
@@ -149,6 +154,7 @@ class Batches:
         batch = await self._store.end(batch, now())
         if not batch.status.is_final:
             return batch
+        self._runner.turns.notify("batch_ended", batch)
         counts = (batch.total_items, batch.failed_items, batch.cancelled_items)
         template, source = "batch %s: %s, agent %s, %d items, %d failed, %d cancelled%s", of_request(batch.request_id)
         logger.info(template, batch.batch_id, batch.status, batch.agent_name, *counts, source)

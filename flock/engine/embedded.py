@@ -513,9 +513,13 @@ class EmbeddedEngine(EngineBase):
     def watch(self, run_id: str) -> AbstractContextManager[LiveOutput]:
         return self._runner.watch(run_id)
 
+    def _watch_until_read(self, run_id: str) -> AbstractContextManager[None]:
+        return self._runner.watch_until_read(run_id)
+
     @contextlib.contextmanager
     def _reader(self, run_id: str, after: int, *, reasoning: bool) -> Iterator[RunReader]:
         with self.watch(run_id) as output, output.reader(after, reasoning=reasoning) as live:
+            self._runner.unread.drop(run_id)
             yield _StoreReader(self, run_id, output, live)
 
     async def _follow(self, run: Run, live: LiveOutput) -> None:
@@ -622,6 +626,7 @@ class EmbeddedEngine(EngineBase):
                 if at >= active.wake_at:
                     active.wake_at = math.inf
                     active.wake()
+            self._runner.unread.drop_expired()
             self.store.flush_nowait()
             try:
                 if is_check_due := self.store.is_shared and at >= check_at:
@@ -660,7 +665,7 @@ class EmbeddedEngine(EngineBase):
         changed.set()
         for run_id, live in self._runner.watched.items():
             active = self._runner.active.get(run_id)
-            if active is None or active.run.is_stub:
+            if live.readers and (active is None or active.run.is_stub):
                 live.note_news()
 
     def _wake_all(self) -> None:
@@ -706,7 +711,7 @@ class EmbeddedEngine(EngineBase):
             template = "resuming %d runs and %d batches of an engine that has stopped; %d of its runs were ended"
             logger.info(template, len(runs), len(taken.batches), len(ended))
         for batch in taken.batches:
-            self._batches.start(batch)
+            self._batches.resume(batch)
         share = FairShare()
         for run in runs:
             self._start(run)

@@ -8,7 +8,8 @@ import contextlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from datetime import datetime
 from typing import Any
 
@@ -20,10 +21,13 @@ from flock.engine.threads import loop_scheduler
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
 
-__all__ = ["LiveOutput", "LiveReader"]
+__all__ = ["LiveOutput", "LiveReader", "Unread"]
 
 #: What one writer counts for the size of a live output, in addition to its text.
 WRITER_CHARS = 512
+#: How long the live output of a run that has ended is kept for its first reader, in seconds, and of how many such runs.
+UNREAD_S = 10.0
+MAX_UNREAD_RUNS = 1000
 
 
 class _RemoteTurn(msgspec.Struct, kw_only=True):
@@ -135,6 +139,12 @@ class LiveOutput:
         self._done: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
         self._changes = self._done_chars = 0
 
+    @property
+    def chars(self) -> int:
+        """Its size in characters, at least 1."""
+        with self._lock:
+            return 1 + sum(written.chars + WRITER_CHARS for written in self._writers.values())
+
     def note_news(self) -> None:
         """Let the readers read the run's record again."""
         self.news += 1
@@ -236,7 +246,8 @@ class LiveOutput:
 
     def begin_turn(self, turn: Turn) -> None:
         """Drop what an earlier turn of the same step has written, except in calls that have ended."""
-        lowest = min((reader.position for reader in self.readers), default=turn.position)
+        unread = turn.position if self.next_is_late else 0  # the first reader is still to come
+        lowest = min((reader.position for reader in self.readers), default=unread)
         with self._lock:
             for written in list(self._writers.values()):
                 if written.position < lowest:  # all readers have the end of its step
@@ -352,6 +363,49 @@ class LiveOutput:
         with self._lock:
             text.seek(start)
             return text.read()
+
+
+class Unread:
+    """Watches runs for their first readers, and for ``UNREAD_S`` after they have ended or begun to wait for an answer.
+
+    Args:
+        watch: see ``Runner.watch``.
+        max_chars: max characters of all that have ended. Beyond it, or beyond ``MAX_UNREAD_RUNS``, the oldest are
+            dropped, but never the newest.
+    """
+
+    def __init__(self, watch: Callable[[str], AbstractContextManager[LiveOutput]], max_chars: int) -> None:
+        self._watch = watch
+        self._max_chars = max_chars
+        self._watched: dict[str, tuple[LiveOutput, ExitStack]] = {}
+        #: when each that has ended is dropped, and its size, oldest first
+        self._ended: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self._chars = 0
+
+    def add(self, run_id: str) -> None:
+        """Watch a run."""
+        stack = ExitStack()
+        self._watched[run_id] = stack.enter_context(self._watch(run_id)), stack
+
+    def end(self, run_id: str) -> None:
+        """Note that a run is no longer active here."""
+        if run_id in self._watched:
+            chars = self._watched[run_id][0].chars
+            self._chars += chars - self._ended.pop(run_id, (0, 0))[1]
+            self._ended[run_id] = anyio.current_time() + UNREAD_S, chars
+            while len(self._ended) > MAX_UNREAD_RUNS or (self._chars > self._max_chars and len(self._ended) > 1):
+                self.drop(next(iter(self._ended)))
+
+    def drop(self, run_id: str) -> None:
+        """Stop watching a run."""
+        if run_id in self._watched:
+            self._chars -= self._ended.pop(run_id, (0, 0))[1]
+            self._watched.pop(run_id)[1].close()
+
+    def drop_expired(self) -> None:
+        """Stop watching the runs that have ended a while ago."""
+        while self._ended and next(iter(self._ended.values()))[0] <= anyio.current_time():
+            self.drop(next(iter(self._ended)))
 
 
 class _Place:

@@ -23,7 +23,7 @@ from msgspec.structs import asdict, replace
 
 from flock.agents.agent import Agent
 from flock.agents.prices import Budget
-from flock.engine.live import LiveOutput
+from flock.engine.live import LiveOutput, Unread
 from flock.engine.logs import fields_of_run
 from flock.engine.outcomes import CANCELLED, failure_of
 from flock.engine.rows import DAMAGED_RUN, Damaged
@@ -265,6 +265,7 @@ class Runner:
     Attributes:
         active: the runs that are running here or wait for their session or a slot, by id.
         watched: the live output of each run that is watched, also of one that is not active here, by id.
+        unread: watches the runs that were submitted with ``watch``.
         awaited: the events of ``end_of``, for batches and for runs of other engines.
         cancelled_before: for runs that were cancelled before they were active here, the cancelled attempt, by id.
         watch_task: a task of the engine. It is cancelled only when the engine or the event loop ends.
@@ -281,6 +282,7 @@ class Runner:
         self._expose_errors = expose_errors
         self.active: dict[str, StoredRun] = {}
         self.watched: dict[str, LiveOutput] = {}
+        self.unread = Unread(self.watch, limits.max_result_bytes // 4)  # in StringIO, a character takes 4 bytes
         self.awaited: dict[str, anyio.Event] = {}
         self.cancelled_before: dict[str, int] = {}
         self.watch_task: asyncio.Task[Any] | None = None
@@ -337,6 +339,15 @@ class Runner:
                     live.follower.cancel()
                 if (active := self.active.get(run_id)) is not None and not active.keeps_text:
                     active.live = None
+
+    @contextlib.contextmanager
+    def watch_until_read(self, run_id: str) -> Iterator[None]:
+        """Watch a run that is accepted inside the block, until its first reader comes; see ``Unread``."""
+        with self.watch(run_id):
+            yield
+            self.unread.add(run_id)
+            if run_id not in self.active:
+                self.unread.end(run_id)
 
     def _new_live(self, run: Run | None) -> LiveOutput:
         live = LiveOutput(self.limits.max_result_bytes)
@@ -459,6 +470,7 @@ class Runner:
             if is_waiting:
                 self._remove(active)
                 active.update(run)
+                self.turns.notify("run_waiting", run)
                 if active.on_wait is not None:
                     active.on_wait()
 
@@ -517,6 +529,7 @@ class Runner:
         active.dequeue()
         if self.active.get(active.run.run_id) is active:
             del self.active[active.run.run_id]
+            self.unread.end(active.run.run_id)
 
     def _on_ownership_lost(self, active: StoredRun) -> None:
         """Stop executing a run that another engine has taken over."""

@@ -33,6 +33,7 @@ from flock.errors import Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
 from flock.runs import (
     Answer,
+    Batch,
     Call,
     CallKind,
     Observer,
@@ -437,11 +438,11 @@ class Turns:
         agent = self.find(run.next_agent_name)
         return agent is not None and agent.on_interrupt == "fail"
 
-    def notify(self, event: str, *arguments: Run | Step | Call | Usage | str) -> None:
-        """Call the method *event* of each observer. Log an exception that an observer raises."""
+    def notify(self, event: str, *arguments: Run | Step | Call | Usage | Batch | str) -> None:
+        """Call the method *event* of each observer that has it. Log an exception that an observer raises."""
         for observer in self._observers:
             try:
-                getattr(observer, event)(*arguments)
+                getattr(observer, event, _ignore)(*arguments)
             except Exception:
                 logger.exception("an observer raised in %s", event)
 
@@ -486,6 +487,10 @@ class Turns:
                 f"The result of {step.agent_name!r} has {length} bytes. All inputs and results of the run have {size} "
                 f"bytes, more than the cluster can store for one run ({limit}, max_run_bytes)."
             )
+
+
+def _ignore(*arguments: object) -> None:
+    """The method of an observer that was written for an earlier version."""
 
 
 def _call_started(

@@ -76,8 +76,14 @@ class EngineHealth(msgspec.Struct, frozen=True):
     store: Literal["ok", "failing"] = "ok"
 
 
-class Observer(Protocol):
-    """Receives events of an engine. Its methods are called in the event loop, so they must be fast."""
+class Observer:
+    """Receives events of an engine. Its methods are called in the event loop, so they must be fast.
+
+    Subclass it, and define the methods that you need. An exception that one raises is logged.
+
+    An engine reports what it executes itself, not what other processes on its store do. On a cluster, workers report
+    runs (``TemporalWorker(observers=[…])``), without the end of runs that are not items, and without batches.
+    """
 
     def run_started(self, run: Run) -> None:
         """An attempt of a run has started."""
@@ -91,8 +97,17 @@ class Observer(Protocol):
     def tokens_spent(self, agent_name: str, usage: Usage) -> None:
         """A model has answered an agent; the answer may still be invalid."""
 
+    def run_waiting(self, run: Run) -> None:
+        """A run, or an item, has begun to wait for answers; see ``run.waiting_for``."""
+
     def run_ended(self, run: Run) -> None:
         """A run has reached a final status. If it ended while it was waiting, it may be a stub without inputs."""
+
+    def batch_accepted(self, batch: Batch) -> None:
+        """A batch was accepted, or a retry of it: then ``batch.attempt`` is 2 or more. No item of it has started."""
+
+    def batch_ended(self, batch: Batch) -> None:
+        """A batch has reached a final status."""
 
     def model_call_retried(self) -> None:
         """A model call failed and will be retried."""
@@ -130,7 +145,7 @@ class Engine(Protocol):
         """Return the state of the engine and its store."""
 
     def observe(self, observer: Observer) -> None:
-        """Notify *observer* of all events from now on."""
+        """Notify *observer* of all events from now on. No effect on a cluster, where workers have observers."""
 
     async def queue(self) -> Queue:
         """Return the state of the queue, over all processes that share it. Raises StoreError."""
@@ -149,6 +164,7 @@ class Engine(Protocol):
         max_cost: float | None = None,
         key: IdempotencyKey | None = None,
         run_id: str | None = None,
+        watch: bool = False,
     ) -> Run:
         """Accept a run and return without waiting for its result.
 
@@ -168,7 +184,10 @@ class Engine(Protocol):
             max_cost: US dollars that its model calls may cost in all attempts, 0 < max_cost <= ``MAX_COST``. It is
                 checked before each call.
             key: detects repeated requests.
-            run_id: of the run, a ``new_id()`` for ``watch``; None creates one.
+            run_id: of the run: a ``new_id()`` that no other run has; None creates one.
+            watch: keep what its agents write, from the start, for the first reader of its ``events``: at most 10 s
+                after the run has ended or begun to wait for an answer, and less if many such runs have no reader.
+                Otherwise only the text of asynchronous runs is kept, while they are active.
 
         Returns:
             Run: status "starting".
@@ -288,7 +307,8 @@ class Engine(Protocol):
     def watch(self, run_id: str) -> AbstractContextManager[object]:
         """Keep the live output of a run inside the block, so that a reader of its events gets it from the start.
 
-        The run need not exist yet: its id can be passed to ``submit``.
+        The run need not exist yet: its id can be passed to ``submit``. If the events are read once, ``submit`` with
+        ``watch=True`` is shorter.
         """
 
     def events(self, run_id: str, after: int = 0, *, reasoning: bool = False) -> AsyncGenerator[Event | None, None]:

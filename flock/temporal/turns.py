@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 from temporalio import activity
 from temporalio.client import WorkflowHandle, WorkflowQueryFailedError
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
@@ -22,7 +23,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from flock.engine.outcomes import Outcome, queue_timeout, timeout_of
 from flock.engine.turns import ActiveRun, AgentElsewhere, Turns, WaitingForAnswers
 from flock.errors import CallError, EngineFull, OwnershipLost, StoreError
-from flock.runs import Call, Run, Step, Usage, now
+from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, SPENT_QUERY, CallDone, latest, recoded
 
@@ -130,6 +131,7 @@ class ActivityTurn(ActiveRun):
             length = len(msgspec.json.encode(failure.questions))
             if length <= MAX_RUN_BYTES:
                 self.outcome = failure
+                turns.notify("run_waiting", self._waiting_for(failure.questions))
                 return
             failure = CallError(
                 f"The questions have {length} bytes, more than the cluster can store. Ask shorter ones."
@@ -168,6 +170,17 @@ class ActivityTurn(ActiveRun):
             type="no_agent",
             next_retry_delay=timedelta(seconds=pause_s),
             category=ApplicationErrorCategory.BENIGN,
+        )
+
+    def _waiting_for(self, questions: Sequence[Question]) -> Run:
+        return replace(
+            self.run,
+            status=RunStatus.WAITING,
+            started_at=self.run.started_at or self.started_at,
+            waiting_for=tuple(questions),
+            worked_s=self.worked_s,
+            progress=self.progress,
+            spent=self.spent,
         )
 
     def stop(self, turns: Turns) -> None:

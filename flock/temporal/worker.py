@@ -70,7 +70,7 @@ class TemporalWorker:
         models: the client for the model calls of agents; the worker closes it.
         address, namespace: of the cluster; see ``Cluster``.
         flock: the name under which runs are stored.
-        observers: receive the events of this worker. The end of an item is reported, but not the end of a run.
+        observers: receive the events of this worker; see ``Observer``.
         max_steps, expose_errors: see ``EmbeddedEngine``.
         max_run_bytes: max total size of the inputs and results of one run, as JSON. A result beyond it fails its run.
             The default is 1.5 million, or 64 MiB with a ``payload_dir``.

@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from flock.runs import DOLLAR, Call, Engine, Queue, Run, RunStatus, Step, Usage, now
+from flock.runs import DOLLAR, Call, Engine, Observer, Queue, Run, RunStatus, Step, Usage, now
 
 __all__ = ["Metrics", "metrics_of"]
 
@@ -79,7 +79,7 @@ class _Families:
 _shared_families = functools.cache(_Families)
 
 
-class Metrics:
+class Metrics(Observer):
     """An ``Observer`` of one engine that also counts the requests of the apps on it; see ``metrics_of``.
 
     If ``PROMETHEUS_MULTIPROC_DIR`` was set before prometheus_client was imported, ``page`` shows the sum over all
