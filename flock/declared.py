@@ -26,12 +26,12 @@ from flock.engine.intake import mapping_rows
 from flock.engine.progress import follow_batch
 from flock.engine.rowchecks import as_json
 from flock.engine.store import Durability, Store
-from flock.errors import AgentNotFound, DefinitionError, RunFailed
+from flock.errors import AgentNotFound, DefinitionError
 from flock.limits import Limits
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
-from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, Row, RunStatus
+from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, Row
 
 __all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent"]
 
@@ -213,10 +213,7 @@ class DeclaredFlock:
                         if event is not None:
                             on_event(event)
             run = await engine.wait(run.run_id)
-        if run.status is not RunStatus.COMPLETED or run.result is None:
-            raise RunFailed(run.error or "The run has no result.", run.error_type or "unknown")
-        result: dict[str, Any] = msgspec.json.decode(run.result)
-        return result
+        return run.value_as(dict[str, Any])
 
     def run(
         self,

@@ -22,7 +22,7 @@ from flock.core import agent as agent_decorator
 from flock.errors import ERROR_TYPES, AgentError
 from flock.limits import Limits
 from flock.options import Options
-from flock.runs import Engine, Observer, Principal, RunContext, new_id
+from flock.runs import Engine, Observer, Principal, Run, RunContext, new_id
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from flock.web.options import AppOptions
 from flock.web.problems import PLAIN, PROBLEMS
@@ -89,6 +89,7 @@ SECTIONS: list[tuple[str, list[tuple[str, Any, list[str]]]]] = [
         [
             ("RunContext", RunContext, ["call", "run_agent", "ask", "idempotency_key", "progress"]),
             ("Principal", Principal, []),
+            ("Run", Run, ["value", "value_as"]),
             ("Engine", Engine, [name for name in vars(Engine) if not name.startswith("_")]),
             ("Observer", Observer, [name for name in vars(Observer) if not name.startswith("_")]),
             ("new_id", new_id, []),
@@ -160,7 +161,7 @@ def _entry(name: str, shown: Any) -> Iterator[str]:
     is_struct = inspect.isclass(shown) and issubclass(shown, Options)
     is_called = inspect.isfunction(getattr(shown, "__init__", None) if inspect.isclass(shown) else shown)
     is_called = is_called or shown in (Reply, Failure)
-    is_made_by_others = shown in (RunContext, ModelRequest, Engine, Observer)
+    is_made_by_others = shown in (RunContext, Run, ModelRequest, Engine, Observer)
     call = f"{_call_of(name, shown)}\n\n" if is_called and not is_property and not is_made_by_others else ""
     yield f"### {name}\n\n```text\n{call}{text}\n```\n"
     if is_struct:

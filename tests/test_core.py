@@ -17,12 +17,14 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import anyio.to_thread
+import msgspec
+import pydantic
 import pytest
 
 from flock.core import Flock, FlockFactory
 from flock.engine.progress import follow_batch
-from flock.errors import AgentNotFound, DefinitionError, InvalidData, RunFailed, SignatureError
-from flock.runs import BatchOptions, RunContext
+from flock.errors import AgentNotFound, Conflict, DefinitionError, InvalidData, RunFailed, SignatureError
+from flock.runs import BatchFilter, BatchOptions, Run, RunContext, RunFilter, RunStatus, now
 from flock.testing import Failure, FakeModel
 from tests.support import PATIENCE_S, ROOT
 from tests.support.flocks import sample_flock
@@ -55,6 +57,70 @@ def test_run_failed_has_an_error_type() -> None:
     with pytest.raises(RunFailed) as caught:
         sample_flock().run("refuse", {"text": "This"})
     assert caught.value.error_type == "agent_error"
+
+
+# The value of a run
+
+
+class Count(msgspec.Struct):
+    result: int
+
+
+class CountModel(pydantic.BaseModel):
+    result: int
+
+
+def run_with(status: RunStatus, result: bytes | None = None, **more: Any) -> Run:
+    raw = None if result is None else msgspec.Raw(result)
+    return Run(
+        run_id="r",
+        flock="f",
+        agent_name="a",
+        inputs=msgspec.Raw(b"{}"),
+        created_at=now(),
+        **more,
+        status=status,
+        result=raw,
+    )
+
+
+def test_the_value_of_a_run_is_its_decoded_result() -> None:
+    run = run_with(RunStatus.COMPLETED, b'{"result":3}')
+    assert run.value == {"result": 3}
+    assert run.value_as(dict[str, int]) == {"result": 3}
+    assert run.value_as(Count) == Count(3)
+    assert run.value_as(CountModel) == CountModel(result=3)
+    assert run_with(RunStatus.RUNNING).value is None
+
+
+def test_a_result_of_another_type_is_an_error_with_a_pointer() -> None:
+    run = run_with(RunStatus.COMPLETED, b'{"result":"three"}')
+    for type_ in (dict[str, int], Count, CountModel):
+        with pytest.raises(InvalidData, match=r"^/result/result: ") as caught:
+            run.value_as(type_)
+        assert len(caught.value.errors) == 1
+
+
+def test_a_run_without_a_result_has_no_value_of_a_type() -> None:
+    """What is wrong depends on whether it has ended."""
+    failed = run_with(RunStatus.FAILED, error="It rains.", error_type="weather")
+    with pytest.raises(RunFailed, match=r"It rains\.") as caught:
+        failed.value_as(Count)
+    assert caught.value.error_type == "weather"
+    for status in (RunStatus.RUNNING, RunStatus.WAITING):
+        with pytest.raises(Conflict, match=rf"The run r is {status}, and has no result here\. .*engine\.wait"):
+            run_with(status).value_as(Count)
+    with pytest.raises(Conflict, match="with_results=True"):  # as in a list
+        run_with(RunStatus.COMPLETED).value_as(Count)
+
+
+def test_an_unknown_status_of_a_filter_is_an_error() -> None:
+    for make in (RunFilter, BatchFilter):
+        assert make(status="failed").status is RunStatus.FAILED
+        with pytest.raises(
+            DefinitionError, match=r"^'done' is not a status\. Use starting, running, waiting, completed,"
+        ):
+            make(status="done")  # type: ignore[arg-type]
 
 
 @pytest.mark.anyio

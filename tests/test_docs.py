@@ -72,6 +72,24 @@ def test_a_python_block_runs_by_itself_and_prints_what_it_shows(page: Path, code
     assert printed == shown_output(code)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["mypy", "pyright"])
+def test_the_python_blocks_pass_the_type_checkers(tool: str, tmp_path: Path) -> None:
+    """Those of the page about tests are checked by running them."""
+    for page in [ROOT / "README.md", *DOCS]:
+        for number, block in enumerate(blocks_of(page)):
+            if block.language == "python" and page != TESTING:
+                (tmp_path / f"{page.stem.replace('-', '_')}_{number}.py").write_text(block.text)
+    options = {
+        "mypy": ["--check-untyped-defs", "--ignore-missing-imports", "--config-file=", "--python-executable"],
+        "pyright": ["--pythonpath"],
+    }
+    command = [sys.executable, "-m", tool, *options[tool], sys.executable]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    found = subprocess.run([*command, *names], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert [line for line in found.stdout.splitlines() if ": error: " in line or " - error: " in line] == []
+
+
 def test_the_tests_of_the_testing_page_pass(tmp_path: Path) -> None:
     with Reader(tmp_path) as reader:
         reader.follow(blocks_of(TESTING))

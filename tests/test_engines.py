@@ -23,6 +23,7 @@ from flock.errors import (
     AgentNotFound,
     BatchNotFound,
     Conflict,
+    DefinitionError,
     EngineFull,
     EngineStopped,
     InvalidData,
@@ -670,6 +671,40 @@ async def test_events_of_a_retried_run_keep_the_steps_that_were_done(engine: Eng
 def with_ids(events: Sequence[Event]) -> list[bytes]:
     """Return the encoded events that are stored, which are all except progress."""
     return [msgspec.json.encode(event) for event in events if event.id is not None]
+
+
+async def test_statuses_may_be_strings(open_engine: OpenEngine) -> None:
+    """In filters, in a page of items and in a retry. An unknown one is an error."""
+    flock, fails = Flock(), True
+
+    @flock.agent
+    async def fail() -> int:
+        if fails:
+            raise AgentError("no")
+        return 1
+
+    async with open_engine(flock) as engine:
+        run = await engine.submit("fail", {})
+        batch = await engine.submit_batch("fail", [{}], BatchOptions())
+        with anyio.fail_after(PATIENCE_S):
+            await engine.wait(run.run_id)
+            await engine.wait_batch(batch.batch_id)
+            while not await engine.list_runs(RunFilter(status="failed")):  # noqa: ASYNC110 - the search of a cluster lags
+                await anyio.sleep(0.05)
+            while not await engine.list_batches(BatchFilter(status="failed")):  # noqa: ASYNC110
+                await anyio.sleep(0.05)
+        for status in ("starting", "waiting", "completed"):
+            assert await engine.list_runs(RunFilter(status=status)) == []
+        assert len(await engine.get_items(batch.batch_id, statuses=["failed"])) == 1
+        assert await engine.get_items(batch.batch_id, statuses=["completed"]) == []
+        with pytest.raises(DefinitionError, match="'f' is not a status"):
+            await engine.get_items(batch.batch_id, statuses="failed")  # type: ignore[arg-type]
+        with pytest.raises(DefinitionError, match="'done' is not a status"):
+            await engine.retry_batch(batch.batch_id, only=["done"])  # type: ignore[list-item]
+        fails = False
+        await engine.retry_batch(batch.batch_id, only=["failed"])
+        with anyio.fail_after(PATIENCE_S):
+            assert (await engine.wait_batch(batch.batch_id)).status == "completed"
 
 
 async def test_the_first_reader_of_a_watched_run_that_has_ended_gets_its_text(open_engine: OpenEngine) -> None:

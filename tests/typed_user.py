@@ -109,6 +109,8 @@ from flock.runs import (
     RunFilter,
     RunStatus,
     Session,
+    Statuses,
+    StatusName,
     Step,
     StepJournal,
     Time,
@@ -128,6 +130,7 @@ from flock.runs import (
     safe_text,
     shown_usage,
     started_id,
+    statuses_of,
     stub_of,
     valid_traceparent,
 )
@@ -296,6 +299,10 @@ class Fixed(Agent):
 # Without HTTP
 
 
+class Measured(msgspec.Struct):
+    length: int
+
+
 class Counter(Observer):
     ended = 0
 
@@ -320,6 +327,13 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
             if event is not None and event.id is not None:
                 print(is_end_of_step(event.id))
     await batches(engine, [{"text": "a"}, Row(inputs=msgspec.Raw(b"{}"), line=2)], "skip")
+    assert_type(run.value, Any)
+    assert_type(run.value_as(dict[str, int]), dict[str, int])
+    assert_type(run.value_as(Measured).length, int)
+    status: StatusName = "starting"
+    statuses: Statuses = [status, RunStatus.FAILED]
+    assert_type(statuses_of(statuses), tuple[RunStatus, ...])
+    await engine.list_runs(RunFilter(status=status))
     page: Page[Run] = await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now()))
     for item in page:
         print(one_line(safe_text(item.error)), [step.usage for step in item.steps], len(events_of(item)))
@@ -336,6 +350,9 @@ async def batches(engine: Engine, items: Items, on_invalid: OnInvalid) -> None:
         print(item.position, item.error_type == INVALID_INPUT)
     async for event in engine.batch_events(batch.batch_id):
         assert_type(event, Event | None)
+    await engine.get_items(batch.batch_id, statuses=["failed", "cancelled"])
+    await engine.list_batches(BatchFilter(status="running"))
+    await engine.retry_batch(batch.batch_id, only=["failed"])
     for found in await engine.list_batches(BatchFilter(status=RunStatus.RUNNING)):
         assert_type(await engine.cancel_batch(found.batch_id), Batch)
         assert_type(await engine.retry_batch(found.batch_id, [RunStatus.CANCELLED]), Batch)

@@ -70,10 +70,12 @@ from flock.runs import (
     RunFilter,
     RunStatus,
     Session,
+    Statuses,
     added,
     make_ids_after,
     new_id,
     now,
+    statuses_of,
 )
 from flock.runs.records import LONG_BYTES
 from flock.scopes import current_task
@@ -793,10 +795,10 @@ class EmbeddedEngine(EngineBase):
         return await self.get_batch(batch_id)
 
     async def get_items(
-        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
+        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
     ) -> Sequence[Run]:
         await self.get_batch(batch_id)
-        return self.batch_store.items(batch_id, after, limit, statuses)
+        return self.batch_store.items(batch_id, after, limit, statuses_of(statuses))
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()
@@ -816,12 +818,12 @@ class EmbeddedEngine(EngineBase):
             raise conflict
         return batch
 
-    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = (), max_cost: float | None = None) -> Batch:
+    async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
         self._check_running()
         agent_name = (await self.get_batch(batch_id)).agent_name
         self._check_has_agent(agent_name)
         self._check_prices(agent_name, max_cost)
-        statuses = only or (RunStatus.FAILED, RunStatus.CANCELLED)
+        statuses = statuses_of(only) or (RunStatus.FAILED, RunStatus.CANCELLED)
         reopened = await self.batch_store.reopen(
             batch_id, self._engine_id, statuses, self._limits.max_open_items, self._batches.start, max_cost
         )

@@ -41,8 +41,11 @@ from flock.runs.records import (
     RunFilter,
     RunStatus,
     Session,
+    Statuses,
+    StatusName,
     Step,
     Time,
+    statuses_of,
     stub_of,
 )
 from flock.runs.text import of_request, one_line, safe_text, valid_traceparent
@@ -86,6 +89,8 @@ __all__ = [
     "RunFilter",
     "RunStatus",
     "Session",
+    "StatusName",
+    "Statuses",
     "Step",
     "StepJournal",
     "Time",
@@ -108,6 +113,7 @@ __all__ = [
     "safe_text",
     "shown_usage",
     "started_id",
+    "statuses_of",
     "stub_of",
     "valid_traceparent",
 ]

@@ -24,6 +24,7 @@ from flock.runs.records import (
     RunFilter,
     RunStatus,
     Session,
+    Statuses,
     Step,
 )
 from flock.runs.usage import Usage
@@ -330,7 +331,7 @@ class Engine(Protocol):
         """Wait for a batch, like ``wait``."""
 
     async def get_items(
-        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
+        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
     ) -> Sequence[Run]:
         """Return up to *limit* items after the position *after*, in order, without their steps.
 
@@ -350,14 +351,15 @@ class Engine(Protocol):
     async def cancel_batch(self, batch_id: str) -> Batch:
         """Cancel a batch, like ``cancel_run``: no more items start, and running items are cancelled."""
 
-    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = (), max_cost: float | None = None) -> Batch:
+    async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
         """Start the next attempt of the failed and cancelled items of a final batch.
 
         Args:
             only: retry only items with these statuses.
             max_cost: replaces that of the batch. Earlier attempts count too.
 
-        Raises: BatchNotFound; Conflict if it is not final, or has no such item; EngineFull, EngineStopped.
+        Raises: DefinitionError if a status is unknown; BatchNotFound; Conflict if it is not final, or has no such item;
+            EngineFull, EngineStopped.
         """
 
     async def delete_batch(self, batch_id: str) -> None:

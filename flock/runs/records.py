@@ -7,7 +7,7 @@ new record, so each record is a consistent snapshot.
 JSON is stored as ``msgspec.Raw``, so runs cannot share mutable data, and a store can write it unchanged.
 """
 
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from enum import StrEnum
@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from flock.errors import FieldError
+from flock.errors import Conflict, DefinitionError, FieldError, InvalidData, RunFailed
+from flock.jsontype import explain
+from flock.pydanticmodel import from_json
 from flock.runs.ids import now
 from flock.runs.usage import DOLLAR, Usage, added, is_spent, shown_usage
 
@@ -51,10 +53,15 @@ __all__ = [
     "RunFilter",
     "RunStatus",
     "Session",
+    "StatusName",
+    "Statuses",
     "Step",
     "Time",
+    "statuses_of",
     "stub_of",
 ]
+
+T = TypeVar("T")
 
 #: Sent as RFC 3339, in UTC.
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
@@ -84,6 +91,20 @@ class RunStatus(StrEnum):
     @property
     def is_final(self) -> bool:
         return self not in (RunStatus.STARTING, RunStatus.RUNNING, RunStatus.WAITING)
+
+
+#: A ``RunStatus`` as a program may write it.
+StatusName = Literal["starting", "running", "waiting", "completed", "failed", "cancelled"]
+Statuses = Sequence[RunStatus | StatusName]
+
+
+def statuses_of(names: Statuses) -> tuple[RunStatus, ...]:
+    """Return the statuses with these names. Raises DefinitionError if one is unknown."""
+    try:
+        return tuple(map(RunStatus, names))
+    except ValueError as exc:
+        unknown = str(exc).partition(" is not a ")[0]
+        raise DefinitionError(f"{unknown} is not a status. Use {', '.join(RunStatus)}.") from exc
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -242,6 +263,31 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     session_id: str | None = None
     spent: Usage | None = None
     max_cost: float | None = None
+
+    @property
+    def value(self) -> Any:
+        """Its result as Python values; None if there is no result."""
+        return None if self.result is None else msgspec.json.decode(self.result)
+
+    def value_as(self, type_: type[T]) -> T:
+        """Return its result as *type_*: ``dict[str, int]``, a struct, a dataclass, a TypedDict or a pydantic model.
+
+        Raises:
+            InvalidData: it does not match; pointers begin with ``/result``.
+            RunFailed: the run has failed or was cancelled.
+            Conflict: the run has not ended, or was read without its result.
+        """
+        if self.result is not None:
+            try:
+                return msgspec.json.decode(self.result, type=type_, dec_hook=from_json)
+            except msgspec.ValidationError as exc:
+                raise InvalidData(explain(type_, bytes(self.result), "/result")) from exc
+        if self.status.is_final and self.status is not RunStatus.COMPLETED:
+            raise RunFailed(self.error or f"The run was {self.status}.", self.error_type or self.status)
+        raise Conflict(
+            f"The run {self.run_id} is {self.status}, and has no result here. Get it from engine.wait(), or list runs "
+            "with with_results=True."
+        )
 
     @property
     def is_stub(self) -> bool:
@@ -509,9 +555,11 @@ class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
         after: the last id of the previous page.
         limit: max runs per page.
         with_inputs, with_results: also read inputs or results; otherwise they are empty or None.
+
+    Raises: DefinitionError if the status is unknown.
     """
 
-    status: RunStatus | None = None
+    status: RunStatus | StatusName | None = None
     agent_name: str | None = None
     principal: str | None = None
     session_id: str | None = None
@@ -522,15 +570,29 @@ class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
     with_inputs: bool = False
     with_results: bool = False
 
+    def __post_init__(self) -> None:
+        _convert_status(self)
+
 
 class BatchFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """The filter of a list of batches. None matches all. ``after`` is the last id of the previous page."""
+    """The filter of a list of batches. None matches all. ``after`` is the last id of the previous page.
 
-    status: RunStatus | None = None
+    Raises: DefinitionError if the status is unknown.
+    """
+
+    status: RunStatus | StatusName | None = None
     agent_name: str | None = None
     principal: str | None = None
     after: str | None = None
     limit: int = 100
+
+    def __post_init__(self) -> None:
+        _convert_status(self)
+
+
+def _convert_status(wanted: RunFilter | BatchFilter) -> None:
+    if wanted.status is not None:
+        msgspec.structs.force_setattr(wanted, "status", *statuses_of([wanted.status]))
 
 
 #: Approximate max size of one page of records, in bytes of JSON.

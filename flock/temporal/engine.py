@@ -53,7 +53,9 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
+    Statuses,
     now,
+    statuses_of,
 )
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster
@@ -583,10 +585,10 @@ class TemporalEngine(EngineBase):
         return await self._wait(read, handle, timeout_s)
 
     async def get_items(
-        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
+        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
     ) -> Sequence[Run]:
         self._check_entered()
-        return await self._batches.items(batch_id, after, limit, statuses)
+        return await self._batches.items(batch_id, after, limit, statuses_of(statuses))
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()
@@ -596,10 +598,10 @@ class TemporalEngine(EngineBase):
         self._check_entered()
         return await self._batches.cancel(batch_id)
 
-    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = (), max_cost: float | None = None) -> Batch:
+    async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
         self._check_running()
         self._check_prices((await self.get_batch(batch_id)).agent_name, max_cost)
-        return await self._batches.retry(batch_id, only, max_cost=max_cost)
+        return await self._batches.retry(batch_id, statuses_of(only), max_cost=max_cost)
 
     async def delete_batch(self, batch_id: str) -> None:
         self._check_entered()

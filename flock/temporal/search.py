@@ -68,13 +68,14 @@ async def newest_first(
         prefix: the start of their workflow ids.
     """
     conditions, after = [query], wanted.after
-    if wanted.status is not None and isinstance(wanted, RunFilter):
-        statuses = EXECUTION_STATUS.get(wanted.status, "'Running'")
+    status = None if wanted.status is None else RunStatus(wanted.status)
+    if status is not None and isinstance(wanted, RunFilter):
+        statuses = EXECUTION_STATUS.get(status, "'Running'")
         conditions.append(f"ExecutionStatus IN ({statuses})")
-        if not wanted.status.is_final:
-            conditions.append(IS_WAITING if wanted.status is RunStatus.WAITING else f"{STATUS.name} IS NULL")
-    elif wanted.status is not None:  # the workflow of a batch completes, whatever the status of the batch is
-        conditions.append(f"ExecutionStatus {'!=' if wanted.status.is_final else '='} 'Running'")
+        if not status.is_final:
+            conditions.append(IS_WAITING if status is RunStatus.WAITING else f"{STATUS.name} IS NULL")
+    elif status is not None:  # the workflow of a batch completes, whatever the status of the batch is
+        conditions.append(f"ExecutionStatus {'!=' if status.is_final else '='} 'Running'")
     if wanted.agent_name is not None:
         conditions.append(f"{AGENT.name} = {_quoted(wanted.agent_name)}")
     if wanted.principal is not None:

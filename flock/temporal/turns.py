@@ -176,7 +176,7 @@ class ActivityTurn(ActiveRun):
         return replace(
             self.run,
             status=RunStatus.WAITING,
-            started_at=self.run.started_at or self.started_at,
+            started_at=self._begun_at,
             waiting_for=tuple(questions),
             worked_s=self.worked_s,
             progress=self.progress,

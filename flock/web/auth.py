@@ -41,6 +41,7 @@ from flock.runs import (
     RunFilter,
     RunStatus,
     Session,
+    Statuses,
 )
 
 __all__ = [
@@ -347,7 +348,7 @@ class ScopedEngine:
         return await self._engine.wait_batch(batch_id, timeout_s)
 
     async def get_items(
-        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Sequence[RunStatus] = tuple(RunStatus)
+        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
     ) -> Sequence[Run]:
         await self.get_batch(batch_id)
         return await self._engine.get_items(batch_id, after=after, limit=limit, statuses=statuses)
@@ -365,7 +366,7 @@ class ScopedEngine:
         await self.get_batch(batch_id)
         return await self._engine.cancel_batch(batch_id)
 
-    async def retry_batch(self, batch_id: str, only: Sequence[RunStatus] = (), max_cost: float | None = None) -> Batch:
+    async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
         await self.get_batch(batch_id)
         return await self._engine.retry_batch(batch_id, only, max_cost)
 
