@@ -7,10 +7,10 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import anyio
 import httpx
@@ -24,14 +24,15 @@ from starlette.types import Message, Receive, Scope, Send
 import flock as flock_package
 import flockapi
 from flock.agents.agent import Handoff
-from flock.core import Flock
-from flock.errors import FieldError
-from flock.runs import Progress, Question, RunStatus, new_id
+from flock.core import Flock, FlockFactory
+from flock.errors import AgentError, FieldError
+from flock.runs import BatchOptions, Event, Progress, Question, RunContext, RunStatus, Usage, new_id
 from flock.testing import FakeModel, Reply
 from flock.web import wire
 from flock.web.problems import PLAIN, PROBLEMS
+from flock.web.responses import events_of_new_run
 from flockapi import ROUTES, FlockAPI, create_app
-from tests.support import ROOT
+from tests.support import PATIENCE_S, ROOT
 from tests.support.http import check_problem, post_run, wait_for
 from tests.support.spec import NDJSON, SPEC, TWIN, check_described, operations, resolve, validator
 
@@ -152,7 +153,7 @@ def test_every_public_struct_has_a_schema() -> None:
     public = {name for name in PUBLIC if isinstance(getattr(flockapi, name), type)} - {*QUERIES, "AppOptions"}
     structs = {name for name in public if issubclass(getattr(flockapi, name), msgspec.Struct)}
     assert structs <= SCHEMAS.keys()
-    assert SCHEMAS.keys() - STRUCTS.keys() == {"RunStatus"}
+    assert SCHEMAS.keys() - STRUCTS.keys() == {"RunStatus", *EVENTS}
 
 
 @pytest.mark.parametrize("name", sorted(STRUCTS))
@@ -166,8 +167,172 @@ def test_a_struct_and_its_schema_have_the_same_fields(name: str) -> None:
         theirs_here = theirs["properties"][field]
         if (name, field) not in RAW:
             assert _shape(ours_here) == _shape(theirs_here), field
-            assert ours_here.get("default", ...) == theirs_here.get("default", ...), field
+            assert ours_here.get("default", ...) == _default_of(name, theirs_here), field
             assert ours_here.get("deprecated") == theirs_here.get("deprecated"), field
+
+
+def _default_of(name: str, schema: Any) -> Any:
+    """Return the default of a member; ``...`` if it has none.
+
+    In a request, the description says it: clients that are generated from ``default`` require the member, or send it.
+    A member that may be null and says nothing is null by default.
+    """
+    if "additionalProperties" not in SCHEMAS[name]:
+        return schema.get("default", ...)
+    assert "default" not in schema
+    said = re.search(r"Default: `(.*)`\.$", schema["description"])
+    if said is not None:
+        return json.loads(said[1])
+    return None if "null" in str(_shape(schema)) or schema.get("deprecated") else ...
+
+
+def test_every_object_says_which_members_it_has() -> None:
+    """Generated clients take an object without ``additionalProperties`` for an empty one."""
+    silent: list[str] = []
+
+    def look(node: Any, path: str) -> None:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+            if key not in ("example", "examples"):
+                look(value, f"{path}/{key}")
+        if isinstance(node, dict) and "object" in node.get("type", ()) and not node.keys() & {"properties", MEMBERS}:
+            silent.append(path)
+
+    look(SPEC, "")
+    assert silent == []
+
+
+MEMBERS = "additionalProperties"
+
+
+# Events
+
+
+class Drawing(TypedDict):
+    text: str
+    words: list[str]
+
+
+@pytest.mark.anyio
+async def test_every_event_of_a_run_is_documented(model: FakeModel) -> None:
+    """With all of its members, and no event is documented that does not exist."""
+    flock, may_go, seen = Flock(model="openai/gpt-4o"), [anyio.Event(), anyio.Event()], dict[str, list[Event]]()
+    flock.add_agent(FlockFactory.create_default_agent("see", input="text", output="mood"))
+
+    @flock.agent
+    async def draw(end: str, context: RunContext) -> Drawing:
+        if end == "completed":
+            context.progress(1, 2, "half")
+            context.emit_reasoning("Hm.")
+            context.emit("A dra")
+            await may_go[0].wait()
+            context.reset_output()
+            context.emit("A text")
+            context.emit_value("words", ["a"])
+            await may_go[1].wait()
+            await context.run_agent("see", {"text": "me"})
+        elif end == "failed":
+            raise AgentError("no")
+        elif await context.ask("Go on?", bool, default=True, expires_s=60):
+            await anyio.sleep_forever()
+        return {"text": "A text", "words": ["a"]}
+
+    def note(event: Event | None) -> None:
+        if event is not None:
+            seen.setdefault(event.name, []).append(event)
+
+    async def join_late(run_id: str) -> None:
+        async for event in engine.events(run_id, reasoning=True):
+            note(event)
+            if event is not None and event.name == "output.snapshot":
+                may_go[1].set()
+
+    model.replies = [Reply({"mood": "calm"})]
+    async with flock.engine(transport=model.transport) as engine, anyio.create_task_group() as tasks:
+        for end in ("completed", "failed", "cancelled"):
+            run = await engine.submit("draw", {"end": end}, watch=True)
+            with anyio.fail_after(PATIENCE_S):
+                async for event in events_of_new_run(engine, run, reasoning=True):
+                    note(event)
+                    if seen.keys() >= {"output.delta", "reasoning.delta", "run.progress"}:
+                        may_go[0].set()
+                    if event is not None and event.name == "output.value":
+                        tasks.start_soon(join_late, run.run_id)
+        await engine.cancel_run(run.run_id)
+        async for event in engine.events(run.run_id):
+            note(event)
+    check_events("RunEvent", seen)
+
+
+@pytest.mark.anyio
+async def test_every_event_of_a_batch_is_documented() -> None:
+    flock, seen = Flock(), dict[str, list[Event]]()
+
+    @flock.agent
+    async def work(end: str, context: RunContext) -> int:
+        if end == "failed":
+            raise AgentError("no")
+        if end == "cancelled":
+            await anyio.sleep_forever()
+        context.spend(Usage(input_tokens=1))
+        return 1
+
+    async with flock.engine() as engine:
+        for end in ("completed", "failed", "cancelled"):
+            batch = await engine.submit_batch("work", [{"end": end}] * 3, BatchOptions())
+            with anyio.fail_after(PATIENCE_S):
+                async for event in engine.batch_events(batch.batch_id):
+                    assert event is not None
+                    seen.setdefault(event.name, []).append(event)
+                    if end == "cancelled" and event.name == "batch.progress":
+                        await engine.cancel_batch(batch.batch_id)
+    check_events("BatchEvent", seen)
+
+
+#: The schemas of events, and members that these tests do not see.
+UNIONS = ("RunEvent", "BatchEvent")
+EACH_EVENT = {each["$ref"].rpartition("/")[2] for union in UNIONS for each in SCHEMAS[union]["oneOf"]}
+EVENTS = {*UNIONS, *EACH_EVENT, "DataOfRun", "DataOfStep", "DataOfBatch"}
+NOT_SENT = {"RunEvent": {"call_id"}, "BatchEvent": {"usage", "cost", "estimated_cost", "max_cost", "error_type"}}
+
+
+def check_events(schema_name: str, seen: Mapping[str, Sequence[Event]]) -> None:
+    """Check events with these names against a schema, and that it has no other names, and no other members."""
+    schema = {"$ref": f"#/components/schemas/{schema_name}"}
+    each_schema = list(map(resolve, SCHEMAS[schema_name]["oneOf"]))
+    schema_of = {name: each for each in each_schema for name in each["properties"]["event"]["enum"]}
+    assert schema_of.keys() == seen.keys()
+    for name, events in seen.items():
+        members, required = members_of(schema_of[name]["properties"]["data"])
+        for event in events:
+            data = msgspec.json.decode(msgspec.json.encode(event.data))
+            encoded = {"event": name, "data": data} | ({} if event.id is None else {"id": event.id})
+            assert list(validator(schema).iter_errors(encoded)) == [], name
+            assert data.keys() <= members, name
+            assert (data.get("usage") or {}).keys() <= SCHEMAS["Usage"]["properties"].keys(), name
+            assert ("id" in schema_of[name]["required"]) == (event.id is not None), name
+        assert required <= set.intersection(*(set(event.data) for event in events)), name
+        assert members - set().union(*(event.data for event in events)) <= NOT_SENT[schema_name], name
+
+
+def members_of(schema: Any) -> tuple[set[str], set[str]]:
+    """Return the names of all members of an object, and of those that are required."""
+    schema = resolve(schema)
+    parts = [members_of(part) for part in schema.get("allOf", ())]
+    own = (set(schema.get("properties", ())), set(schema.get("required", ())))
+    return set().union(own[0], *(part[0] for part in parts)), set().union(own[1], *(part[1] for part in parts))
+
+
+def test_the_examples_of_streams_have_documented_events() -> None:
+    for _, path, operation in operations():
+        content = operation["responses"].get("200", {}).get("content", {}).get("text/event-stream")
+        if content is not None:
+            assert content["schema"]["type"] == "string"
+            for block in content["example"].strip().split("\n\n"):
+                fields = dict(line.split(": ", 1) for line in block.splitlines())
+                event = {**fields, "data": json.loads(fields["data"])}
+                if "id" in fields:
+                    event["id"] = int(fields["id"])
+                assert list(validator(content["schema"]["contentSchema"]).iter_errors(event)) == [], path
 
 
 #: JSON that is stored as it was sent, so the struct does not describe it.

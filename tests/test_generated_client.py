@@ -1,8 +1,11 @@
-"""A client that another project generates from the specification runs, waits, lists and cancels.
+"""Clients that other projects generate from the specification run, wait, stream, list and cancel.
 
-The generator does not know CSV and NDJSON bodies, and says so when it runs.
+The generator for Python does not know CSV and NDJSON bodies, and says so when it runs.
 """
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +14,20 @@ import pytest
 
 from flock.web.auth import new_key
 from tests.support import ROOT
+from tests.support.pages import blocks_of
 from tests.support.servers import flockapi_command, running
 
 SERVED = """
 import anyio
+from collections.abc import AsyncIterator
 from flock.core import Flock
 
 flock = Flock()
+
+@flock.agent
+async def write(topic: str) -> AsyncIterator[str]:
+    for word in ("All ", "about ", topic):
+        yield word
 
 @flock.agent
 def add(a: int, b: int = 2) -> int:
@@ -29,7 +39,7 @@ async def nap() -> None:
 """
 
 PROGRAM = """
-import sys
+import json, sys
 from client import AuthenticatedClient, Client
 from client.api.agents import get_agent
 from client.api.batches import (
@@ -38,7 +48,7 @@ from client.api.batches import (
 from client.api.runs import cancel_run, get_run, list_runs, run_flock
 from client.models import (
     FlockAPIRequest, FlockAPIRequestInputs, FlockBatchRequest, FlockBatchRequestBatchInputsType0Item as Row,
-    FlockBatchRequestOnInvalid, Problem, RunStatus,
+    FlockBatchRequestOnInvalid, FlockBatchResponse, OutputDelta, Problem, RunEnded, RunStatus,
 )
 
 url, key = sys.argv[1:]
@@ -70,6 +80,19 @@ with AuthenticatedClient(base_url=url, token=key) as client:
     assert (adds.status, adds.completed_items, adds.failed_items) == (RunStatus.COMPLETED, 2, 1)
     assert adds.results[0] == {"result": 42} and adds.results[1]["error_type"] == "invalid_input"
     assert get_batch_results.sync(adds.batch_id, client=client)[0].result.to_dict() == {"result": 42}
+    http = client.get_httpx_client()
+    write = FlockAPIRequest(agent_name="write", inputs=FlockAPIRequestInputs.from_dict({"topic": "tea"})).to_dict()
+    stream = http.post("/run/flock", json=write, headers={"Accept": "text/event-stream"})
+    fields = [dict(line.split(": ", 1) for line in block.splitlines()) for block in stream.text.strip().split("\\n\\n")]
+    events = [{**each, "data": json.loads(each["data"])} for each in fields]
+    deltas = [OutputDelta.from_dict(each) for each in events if each["event"] == "output.delta"]
+    assert "".join(each.data.text for each in deltas) == "All about tea"
+    ended = RunEnded.from_dict({**events[-1], "id": int(events[-1]["id"])})
+    assert (ended.data.status, ended.data.error) == (RunStatus.COMPLETED, None)
+    sent = http.post("/run/batch?agent_name=add", content="a\\n1\\n2\\n", headers={"Content-Type": "text/csv"})
+    table = get_batch.sync(FlockBatchResponse.from_dict(sent.json()).batch_id, client=client, wait=30)
+    assert table.results == [{"result": 3}, {"result": 4}]
+    assert delete_batch.sync_detailed(table.batch_id, client=client).status_code == 204
     naps = run_batch.sync(client=client, body=FlockBatchRequest(agent_name="nap", batch_inputs=[Row(), Row()]))
     assert [found.batch_id for found in list_batches.sync(client=client).batches] == [naps.batch_id, adds.batch_id]
     stopped = cancel_batch.sync(naps.batch_id, client=client, wait=30)
@@ -80,6 +103,48 @@ with Client(base_url=url) as client:
     assert run_flock.sync(client=client, body=add).status == 401
 print("all of it")
 """
+
+
+#: The strictest options that programs use.
+TSCONFIG = {
+    "compilerOptions": {
+        **{"strict": True, "exactOptionalPropertyTypes": True, "noUncheckedIndexedAccess": True},
+        **{"module": "nodenext", "target": "es2022", "types": []},
+        "lib": ["es2022", "dom", "dom.iterable", "dom.asynciterable"],
+    },
+    "files": ["session.ts"],
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(shutil.which("npm") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI")
+def test_a_generated_typescript_client_runs_streams_and_sends_csv(tmp_path: Path) -> None:
+    """The program of the page "HTTP API", with the default options of the generator and strict types."""
+    (program,) = (block.text for block in blocks_of(ROOT / "docs" / "http-api.md") if block.language == "ts")
+    (tmp_path / "served.py").write_text(SERVED)
+    (tmp_path / "package.json").write_text('{"private": true, "type": "module"}')
+    (tmp_path / "tsconfig.json").write_text(json.dumps(TSCONFIG))
+    packages = ("openapi-typescript@7", "openapi-fetch@0", "typescript@5")
+    run("npm", "install", "--no-audit", "--no-fund", "--prefer-offline", *packages, folder=tmp_path)
+    run("npx", "openapi-typescript", str(ROOT / "openapi.yaml"), "--output", "schema.d.ts", folder=tmp_path)
+    key = new_key()
+    serve = flockapi_command("serve", str(tmp_path / "served.py"), "--port", "0", "--store", ":memory:")
+    with running(*serve, FLOCK_API_KEYS=f"ann={key}") as server:
+        program = program.replace("http://127.0.0.1:8000", server.url).replace("fk_...", key)
+        (tmp_path / "session.ts").write_text(program)
+        run("npx", "tsc", "--project", ".", folder=tmp_path)
+        output = run("node", "session.js", folder=tmp_path)
+    rows = ["topic,result,status,error", "tea,All about tea,completed,", "coffee,All about coffee,completed,"]
+    first, *deltas = output.partition("completed topic")[0].splitlines()
+    assert first == "completed All about tea"
+    assert "".join(deltas) == "All about tea"
+    assert output.partition("completed topic")[2].split() == " ".join(rows).removeprefix("topic").split()
+
+
+def run(*command: str, folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.timeout(300)

@@ -114,8 +114,8 @@ def event_of_call(started: Event, number: int, call: Call) -> Event:
     Calls are numbered in the order in which they were stored. A later attempt of the same step reports them again.
     """
     assert started.id is not None
-    names = ("call_id", "name", "kind", "result", "error", "error_type", "usage", "started_at", "completed_at")
-    data = {**started.data, **{name: getattr(call, name) for name in names}}
+    names = ("call_id", "name", "kind", "result", "error", "error_type", "started_at", "completed_at")
+    data = {**started.data, **{name: getattr(call, name) for name in names}, **shown_usage(call.usage)}
     if call.result is NOT_LOADED:
         del data["result"]
     return Event(id=started.id + 1 + number, name="call.completed", data=data)
