@@ -6,11 +6,13 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from flock.command.connection import MAX_HEAD_BYTES
 from tests.support import WORKERS
 from tests.support.servers import Server, free_port, memory_kib, running, serving
 from tests.support.sockets import KERNEL_BYTES, connected, read_to_end, sent_before_refused
@@ -63,6 +65,80 @@ def test_an_endless_head_is_not_read_during_a_response(
             grown_kib = memory_kib(server) - before_kib
         assert sent < KERNEL_BYTES
         assert grown_kib < KERNEL_BYTES // 1024
+
+
+CHUNKED = "POST {} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+RUN = CHUNKED.format("/run/flock")
+#: The start of a request, and what a client repeats after it without end. None of it is a body that the app reads.
+ENDLESS = [
+    pytest.param(RUN + "1\r\n{\r\n0\r\nX: ", "x", id="one trailer"),
+    pytest.param(RUN + "0\r\n", "X: x\r\n", id="trailers"),
+    pytest.param(RUN + "1;", "x", id="one chunk extension"),
+    pytest.param(RUN, "1;" + 100 * "x" + "\r\n \r\n", id="extensions of short chunks"),
+    pytest.param(RUN, "0", id="one chunk size"),
+    pytest.param(CHUNKED.format("/run/{run_id}?wait=60").replace("POST", "GET") + "1;", "x", id="during a response"),
+    pytest.param(CHUNKED.format("/healthz").replace("POST", "GET") + "1;", "x", id="after a response"),
+    pytest.param("GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ", "x", id="one header"),
+    pytest.param("GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n", "X: x\r\n", id="headers"),
+    pytest.param("GET /", "x", id="a path"),
+    pytest.param("", "\r\n", id="empty lines"),
+]
+
+
+@pytest.fixture(scope="module")
+def napping(script: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
+    """A server with a run that does not end, and the id of that run."""
+    with serving(script, tmp_path_factory.mktemp("napping")) as server:
+        run = {"agent_name": "nap", "inputs": {"seconds": 600}, "async_run": True}
+        yield server, httpx.post(f"{server.url}/run/flock", json=run).json()["run_id"]
+
+
+@pytest.mark.parametrize(("start", "repeated"), ENDLESS)
+def test_endless_bytes_without_a_body_close_the_connection(
+    start: str, repeated: str, napping: tuple[Server, str]
+) -> None:
+    """One connection with an endless trailer once delayed all others for 9 s, and 60 of them took 790 MB."""
+    server, run_id = napping
+    with connected(server, start.replace("{run_id}", run_id)) as connection:
+        sent = sent_before_refused(connection, repeated.encode() * (60_000 // len(repeated)))
+    assert sent < KERNEL_BYTES
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "start", ["", "GET /", "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ", RUN + "1;", RUN + "0\r\nX: "]
+)
+def test_too_many_bytes_without_a_body_are_answered_with_400(start: str, napping: tuple[Server, str]) -> None:
+    """The client has sent one byte too many and nothing after it, so it can read the response."""
+    server, _ = napping
+    with connected(server, start.encode().ljust(MAX_HEAD_BYTES, b"x" if start else b"\n")) as connection:
+        connection.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.settimeout(30)
+        connection.sendall(b"x" if start else b"\n")
+        received = read_to_end(connection)
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert received.endswith(b"More than 262144 bytes of this request are not its body.")
+
+
+def test_a_body_in_very_short_chunks_is_not_refused(napping: tuple[Server, str]) -> None:
+    """Its chunk heads are several times as long as MAX_HEAD_BYTES."""
+    server, _ = napping
+    body = b'{"agent_name": "length", "inputs": {"text": "%s"}}' % (b"x" * 100_000)
+    chunks = b"".join(b"00000001\r\n%c\r\n" % byte for byte in body)
+    with connected(server, RUN.encode() + chunks + b"0\r\nX: trailer\r\n\r\n") as connection:
+        assert b'"result":100000' in connection.recv(65_536)
+
+
+def test_each_request_of_a_connection_may_have_long_trailers(napping: tuple[Server, str]) -> None:
+    server, _ = napping
+    body = b'{"agent_name": "length", "inputs": {"text": "abc"}}'
+    request = RUN.encode() + b"%x\r\n%b\r\n0\r\nX: %b\r\n\r\n" % (len(body), body, b"x" * 200_000)
+    with connected(server) as connection:
+        for _ in range(3):
+            connection.sendall(request)
+            assert b'"result":3' in connection.recv(65_536)
 
 
 def test_requests_after_an_unread_response_take_no_memory(script: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 uvicorn waits forever for the head of a request, and for a client that does not read its response. It reads further
 requests during a response, and loses a response that it sends before the end of the body. This class differs:
 
-- The head of a request is limited by ``HEAD_TIMEOUT_S`` and ``MAX_HEAD_BYTES``.
+- The head of a request is limited by ``HEAD_TIMEOUT_S`` and ``MAX_HEAD_BYTES``. The size also limits what arrives later
+  and is not body: chunk extensions and trailers.
 - Data that arrives during a response is buffered up to ``MAX_PIPELINED_BYTES``. Then reading pauses, and a disconnect
   is noticed only at the next write.
 - A client that reads too slowly is disconnected; see ``Connection.watch_writes``.
@@ -37,6 +38,8 @@ __all__ = [
 #: (``max_header_bytes``).
 HEAD_TIMEOUT_S = 10
 MAX_HEAD_BYTES = 256 * 1024
+#: A chunked body may take this many times its size: a chunk of one byte takes 6. The rest counts as head.
+MAX_CHUNK_OVERHEAD = 16
 #: A client that reads more slowly than this, on average over ``write_timeout_s``, is disconnected.
 MIN_READ_BYTES_PER_S = 256
 #: At shutdown, a client that reads nothing for this long is disconnected, in seconds.
@@ -94,6 +97,7 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._is_in_head = True
+        #: The bytes of this request that have arrived and are not body; see ``MAX_CHUNK_OVERHEAD``.
         self._head_bytes = 0
         #: The remaining bytes of a body of known length.
         self._body_bytes = 0
@@ -123,13 +127,20 @@ class Connection(HttpToolsProtocol):
             if self.transport.get_protocol() is not self:  # upgraded to a WebSocket
                 self._cancel_timers()
                 return
-            if self.cycle is None or self.cycle.response_complete:  # the rest of the head has not arrived
-                self._head_bytes += end - start
-                if self._head_bytes > MAX_HEAD_BYTES:
-                    self._close()
-                elif self._head_timer is None:
-                    self._start_head()
+            # unless the whole request has arrived, or the parser has rejected it
+            if not self._is_responding() and not self.transport.is_closing():
+                self._count_head(end - start)
             start, pieces, self._tail = end, pieces + 1, data[max(start, end - 2) : end]
+
+    def _count_head(self, received_bytes: int) -> None:
+        self._head_bytes = max(0, self._head_bytes + received_bytes)
+        if self._head_bytes <= MAX_HEAD_BYTES:
+            if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
+                self._start_head()
+        elif self._is_in_head or not self.cycle.response_started:
+            self.send_400_response(f"More than {MAX_HEAD_BYTES} bytes of this request are not its body.")
+        else:
+            self._close()
 
     def _is_responding(self) -> bool:
         """Whether a request has arrived completely and its response has not ended."""
@@ -171,10 +182,12 @@ class Connection(HttpToolsProtocol):
         if self.is_discarding:
             return
         self._body_bytes = max(0, self._body_bytes - len(body))
+        if not self.cycle.response_complete:
+            self._head_bytes -= MAX_CHUNK_OVERHEAD * len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._is_in_head = True
+        self._is_in_head, self._head_bytes = True, 0
         if not self.is_discarding:
             self.scope["flock.body_has_arrived"] = True  # type: ignore[typeddict-unknown-key]
             super().on_message_complete()
