@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from flock.core import Flock
+from flock.engine.base import PROGRESS_INTERVAL_S
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import (
     AgentError,
@@ -1079,3 +1080,41 @@ async def test_a_draining_engine_refuses_new_work_and_answers_waiters(engine: En
         await submit(engine, "nap")
     with pytest.raises(EngineStopped):
         engine.check_ready()
+
+
+async def test_a_stream_of_a_new_run_continues_during_a_drain_until_the_run_ends(engine: Engine, gate: Gate) -> None:
+    names, run_id = [], new_id()
+
+    async def drain_and_end() -> None:
+        await gate.started.wait()
+        tasks.start_soon(engine.drain, 4 * PATIENCE_S)
+        await until(lambda: engine.is_draining)
+        await anyio.sleep(2 * PROGRESS_INTERVAL_S)  # a stream polls a cluster, so it would have ended by then
+        gate.may_go.set()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(drain_and_end)
+        with engine.watch(run_id):
+            await submit(engine, "nap", run_id=run_id)
+            async for event in engine.events(run_id):
+                if event is not None:
+                    names.append(event.name)
+    assert names[-1] == "run.completed"
+
+
+async def test_a_stream_of_a_new_run_ends_with_the_drain(engine: Engine, gate: Gate) -> None:
+    names, run_id = [], new_id()
+
+    async def drain() -> None:
+        await gate.started.wait()
+        await engine.drain(0.1)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(drain)
+        with anyio.fail_after(PATIENCE_S), engine.watch(run_id):
+            await submit(engine, "nap", run_id=run_id)
+            async for event in engine.events(run_id):
+                if event is not None:
+                    names.append(event.name)
+    assert names[:1] == ["run.started"]
+    assert "run.completed" not in names

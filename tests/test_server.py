@@ -181,16 +181,18 @@ def test_the_server_exits_if_its_workers_cannot_start(flock_file: Path, tmp_path
     assert "RuntimeError: broken in workers only" in done.stderr
 
 
-def test_a_stopping_server_ends_event_streams_with_a_retry_hint(flock_file: Path, tmp_path: Path) -> None:
-    """Streams end at once, before the runs do. Until the runs end, new work is refused and reads are answered."""
+def test_a_stopping_server_ends_streams_of_batches_with_a_retry_hint(flock_file: Path, tmp_path: Path) -> None:
+    """They end at once, before the runs do. Until the runs end, new work is refused and reads are answered."""
     store = str(tmp_path / "hint.db")
     command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", store, "--drain-timeout", "30")
     go = tmp_path / "go"
     with running(*command) as server:
         run_id = start(server, go)
-        with httpx.stream("GET", f"{server.url}/run/{run_id}/events", timeout=60) as stream:
+        body = {"agent_name": "who", "batch_inputs": [{"wait_for": str(go)}]}
+        batch_id = post(server, "/run/batch", body).json()["batch_id"]
+        with httpx.stream("GET", f"{server.url}/batch/{batch_id}/events", timeout=60) as stream:
             received = stream.iter_text()
-            assert "run.started" in next(received)
+            assert "batch.progress" in next(received)
             server.process.terminate()
             terminated_at = time.monotonic()
             assert "".join(received).endswith("retry: 1000\n\n")
@@ -205,6 +207,74 @@ def test_a_stopping_server_ends_event_streams_with_a_retry_hint(flock_file: Path
     log = "\n".join(server.lines)
     assert "ERROR" not in log
     assert f"run {run_id}: completed" in log
+
+
+def until_stopping(server: Server) -> None:
+    """Ask each of its workers for more until all of them refuse it, so that they drain."""
+    is_open = True
+    while is_open:
+        answers = in_parallel(lambda: httpx.get(f"{server.url}/readyz", timeout=60).status_code, 8)
+        is_open = 200 in answers
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["POST", "GET"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_stopping_server_streams_a_run_until_it_ends(
+    workers: str, is_new: bool, flock_file: Path, tmp_path: Path
+) -> None:
+    """Both the stream of a request that starts a run, and one of a run that a process of this server executes."""
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(tmp_path / "flock.db"))
+    go, run = tmp_path / "go", {"agent_name": "who", "inputs": {"wait_for": str(tmp_path / "go")}}
+    with running(*command, "--workers", workers, "--drain-timeout", "100") as server:
+        with httpx.Client(base_url=server.url, timeout=60) as client:  # one connection, so one process
+            if is_new:
+                path, method, body = "/run/flock", "POST", run
+            else:
+                accepted = client.post("/run/flock", json={**run, "async_run": True}).json()
+                path, method, body = f"/run/{accepted['run_id']}/events", "GET", None
+            headers = {"Accept": "text/event-stream"}
+            with client.stream(method, path, json=body, headers=headers) as stream:
+                text, received = "", stream.iter_text()
+                while "step.started" not in text:
+                    text += next(received)
+                server.process.terminate()
+                until_stopping(server)
+                go.touch()
+                text += "".join(received)
+        assert events_in(text)[-1]["event"] == "run.completed"
+        assert server.process.wait(60) in (0, -signal.SIGTERM)
+
+
+def test_a_stopping_server_streams_the_end_of_a_run_that_outlasts_the_drain(flock_file: Path, tmp_path: Path) -> None:
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(tmp_path / "flock.db"))
+    run = {"agent_name": "who", "inputs": {"wait_for": str(tmp_path / "never")}}
+    with running(*command, "--drain-timeout", "0.2") as server:
+        url, headers = f"{server.url}/run/flock", {"Accept": "text/event-stream"}
+        with httpx.stream("POST", url, json=run, headers=headers, timeout=60) as stream:
+            text, received = "", stream.iter_text()
+            while "step.started" not in text:
+                text += next(received)
+            server.process.terminate()
+            text += "".join(received)
+    last = events_in(text)[-1]
+    assert (last["event"], last["data"]["error_type"]) == ("run.failed", "interrupted")
+
+
+def test_a_stopping_server_ends_the_stream_of_an_asynchronous_run_after_the_drain(
+    flock_file: Path, tmp_path: Path
+) -> None:
+    """The run is resumed at the next start, so the client is told to reconnect."""
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(tmp_path / "flock.db"))
+    with running(*command, "--drain-timeout", "0.2") as server:
+        run_id = start(server, tmp_path / "never")
+        with httpx.stream("GET", f"{server.url}/run/{run_id}/events", timeout=60) as stream:
+            text, received = "", stream.iter_text()
+            while "step.started" not in text:
+                text += next(received)
+            server.process.terminate()
+            text += "".join(received)
+    assert events_in(text)[-1]["event"] != "run.failed"
+    assert text.endswith("retry: 1000\n\n")
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

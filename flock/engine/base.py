@@ -218,6 +218,10 @@ class EngineBase(ABC):
     def _reader(self, run_id: str, after: int, *, reasoning: bool) -> Iterator[RunReader]:
         yield RunReader(self.get_run, self.get_calls, run_id)
 
+    @abstractmethod
+    def _may_end_in_drain(self, run_id: str) -> bool:
+        """Whether event streams of a run continue while the engine drains, since it may end before the drain does."""
+
     def _next_change(self) -> Callable[[], Awaitable[None]]:
         """Return a function that waits for the next change of any record. The default does not wait: callers poll."""
         return anyio.lowlevel.checkpoint
@@ -389,7 +393,7 @@ class EngineBase(ABC):
                 run, event, is_last = None, None, False
                 if reader.has_news:
                     run = await reader.read()
-                    is_last = run.status.is_final or self.is_draining
+                    is_last = run.status.is_final or (self.is_draining and not self._may_end_in_drain(run_id))
                     event = await self._next_event(reader, run, after, latest)
                     if event is None and not is_last:
                         reader.seen()

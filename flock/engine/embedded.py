@@ -292,8 +292,6 @@ class EmbeddedEngine(EngineBase):
         self._check_entered()
         self._runner.is_draining = True
         self._wake_all()
-        for active in self._runner.active.values():
-            active.update(active.run)  # ends event streams
         for seconds in (timeout_s, FINAL_WRITE_TIMEOUT_S):
             with anyio.move_on_after(seconds):
                 while self._runner.active:
@@ -523,6 +521,9 @@ class EmbeddedEngine(EngineBase):
         with self.watch(run_id) as output, output.reader(after, reasoning=reasoning) as live:
             self._runner.unread.drop(run_id)
             yield _StoreReader(self, run_id, output, live)
+
+    def _may_end_in_drain(self, run_id: str) -> bool:
+        return run_id in self._runner.active
 
     async def _follow(self, run: Run, live: LiveOutput) -> None:
         """Copy the live output of a run of another engine. Return when that of the steps of *run* has arrived."""

@@ -136,7 +136,8 @@ class Engine(Protocol):
     async def drain(self, timeout_s: float) -> None:
         """Stop accepting work, wait up to *timeout_s* seconds for running work to end, then stop the rest.
 
-        Asynchronous runs that are stopped are resumed at the next start. Other runs fail as "interrupted".
+        Asynchronous runs that are stopped are resumed at the next start. Other runs fail as "interrupted". The event
+        streams of runs that may still end continue; others end at once.
         """
 
     def check_ready(self) -> None:

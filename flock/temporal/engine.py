@@ -158,6 +158,8 @@ class TemporalEngine(EngineBase):
         #: runs that are being sent to the cluster
         self._starting = 0
         self._waiting = 0
+        #: runs whose streams began with their requests
+        self._watched: set[str] = set()
 
     @property
     def is_draining(self) -> bool:
@@ -407,8 +409,7 @@ class TemporalEngine(EngineBase):
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         record, followed = None, None
-        self._waiting += 1
-        try:
+        with self._counted_as_waiting():
             while True:
                 left_s = None if deadline is None else deadline - time.monotonic()
                 if record is not None and left_s is not None and left_s <= 0:
@@ -423,10 +424,31 @@ class TemporalEngine(EngineBase):
                 record, handle = await read()
                 if not record.status.is_active:
                     return record
+
+    @contextlib.contextmanager
+    def _counted_as_waiting(self) -> Iterator[None]:
+        """Let ``drain`` wait for the end of the block."""
+        self._waiting += 1
+        try:
+            yield
         finally:
             self._waiting -= 1
             if not self._waiting:
                 self._no_waiters.set()
+
+    @contextlib.contextmanager
+    def watch(self, run_id: str) -> Iterator[None]:
+        """Let a drain wait for the stream of the run, as it does for a caller of ``wait``. There is no live output."""
+        self._check_entered()
+        self._watched.add(run_id)
+        try:
+            with self._counted_as_waiting():
+                yield
+        finally:
+            self._watched.discard(run_id)
+
+    def _may_end_in_drain(self, run_id: str) -> bool:
+        return run_id in self._watched and not self._wake_waiters.is_set()
 
     async def _until_change(
         self, handle: WorkflowHandle[Any, Any], timeout_s: float | None, waits: int | None = None
