@@ -165,6 +165,7 @@ class FlockAPI(Starlette):
     Attributes:
         flock: the flock whose agents are served.
         contract: the specification as this app serves it.
+        keys: the API keys, or None.
         metrics: the Prometheus metrics, or None.
         engine: the engine that executes the runs. It is open during the app's lifespan, or from the first request.
     """
@@ -179,10 +180,12 @@ class FlockAPI(Starlette):
             middleware=[*cors, *options.middleware],
             exception_handlers={**default_handlers, **(options.exception_handlers or {})},
         )
+        self.keys = _keys_of(options)
+        auth = None if isinstance(options.auth, str) else options.auth
         per_minute = options.max_requests_per_minute
         self.router = AppRouter(
             [*options.routes, *(ROUTES if options.docs else ROUTES[: -len(DOCS)]), *(UI if options.create_ui else ())],
-            auth=_auth_of(options),
+            auth=auth if self.keys is None else api_key_auth(self.keys),
             is_anonymous=options.api_keys is None and options.auth in (None, "anybody"),
             hosts=options.allowed_hosts,
             origins=origins,
@@ -267,13 +270,13 @@ class FlockAPI(Starlette):
                 self.metrics.request_ended(scope["method"], template, status_code, took_s)
 
 
-def _auth_of(options: AppOptions) -> Auth | None:
+def _keys_of(options: AppOptions) -> KeyRing | None:
     """Raises DefinitionError if both ``auth`` and ``api_keys`` are set, or a key is invalid."""
     if options.api_keys is None:
-        return None if isinstance(options.auth, str) else options.auth
+        return None
     if options.auth is not None:
         raise DefinitionError("auth= and api_keys= cannot be combined. Pass only one of them.")
-    return api_key_auth(KeyRing(options.api_keys))
+    return KeyRing(options.api_keys)
 
 
 def _metrics(engine: Engine, flock: DeclaredFlock) -> "Metrics":

@@ -393,7 +393,6 @@ def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
     options = serve.make_context("serve", ["target.py"], group).params
     settings = msgspec.structs.asdict(ServerSettings())
     app, limits = (msgspec.structs.asdict(settings.pop(name)) for name in ("app", "limits"))
-    assert options.pop("api_keys_file") is app["api_keys"]
     shared = ("store", "expose_errors", "allowed_hosts")  # the server has its own
     settings |= {name: limits[name] for name in limits.keys() & options.keys()}
     settings |= {name: app[name] for name in app.keys() & options.keys() if name not in shared}

@@ -1,12 +1,17 @@
 """The built-in server: several workers on one socket and one store, startup and shutdown."""
 
+import contextlib
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ import pytest
 from flock.web.auth import new_key
 from tests.support import ROOT
 from tests.support.http import events_in
-from tests.support.servers import Server, flockapi_command, running, workers_of
+from tests.support.servers import Server, flockapi_command, free_port, running, workers_of
 
 WORKERS = 3
 FLOCK = """
@@ -33,6 +38,11 @@ async def who(wait_for: str = "", context: RunContext = None) -> int:
     while wait_for and not pathlib.Path(wait_for).exists():
         await anyio.sleep(0.01)
     return os.getpid()
+
+@flock.agent
+async def hold(folder: str) -> None:
+    pathlib.Path(folder, f"held-{os.getpid()}").touch()
+    await anyio.sleep_forever()
 
 if os.environ.get("BREAK_WORKERS") and multiprocessing.parent_process():
     raise RuntimeError("broken in workers only")
@@ -275,6 +285,304 @@ def test_a_stopping_server_ends_the_stream_of_an_asynchronous_run_after_the_drai
             text += "".join(received)
     assert events_in(text)[-1]["event"] != "run.failed"
     assert text.endswith("retry: 1000\n\n")
+
+
+# API keys and SIGHUP
+
+
+@contextlib.contextmanager
+def keyed(flock_file: Path, keys: Path, workers: int) -> Iterator[Server]:
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(keys.with_suffix(".db")))
+    command += ["--api-keys-file", str(keys), "--workers", str(workers)]
+    with running(*command) as server:
+        server.wait_for_line("Application startup complete", times=workers)
+        yield server
+
+
+def statuses(server: Server, key: str) -> set[int]:
+    """Return the status codes of requests with *key* to all workers."""
+    headers = {"X-API-Key": key}
+    return set(in_parallel(lambda: httpx.get(f"{server.url}/runs", headers=headers, timeout=60).status_code, 12))
+
+
+@pytest.mark.parametrize("workers", [1, WORKERS])
+def test_sighup_reads_the_keys_again_and_interrupts_nothing(workers: int, flock_file: Path, tmp_path: Path) -> None:
+    keys, old, new = tmp_path / "keys", new_key(), new_key()
+    keys.write_text(f"ann={old}")
+    with keyed(flock_file, keys, workers) as server:
+        run = {"agent_name": "who", "inputs": {"wait_for": str(tmp_path / "go")}}
+        headers = {"X-API-Key": old, "Accept": "text/event-stream"}
+        with httpx.stream("POST", f"{server.url}/run/flock", json=run, headers=headers, timeout=60) as stream:
+            text, received = "", stream.iter_text()
+            while "step.started" not in text:
+                text += next(received)
+            keys.write_text(f"ann={new}")
+            os.kill(server.process.pid, signal.SIGHUP)
+            server.wait_for_line("The API keys were read again: ann.", times=workers)
+            (tmp_path / "go").touch()
+            text += "".join(received)
+        assert events_in(text)[-1]["event"] == "run.completed"
+        assert (statuses(server, old), statuses(server, new)) == ({401}, {200})
+    assert "exited" not in "\n".join(server.lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("ann", "Entry 1 .* not NAME=KEY"), ("ann=short", "at least 16"), ("", "empty"), (None, "read")],
+)
+@pytest.mark.parametrize("workers", [1, WORKERS])
+def test_sighup_keeps_the_keys_if_the_file_is_invalid(
+    workers: int, text: str | None, reason: str, flock_file: Path, tmp_path: Path
+) -> None:
+    """This also holds for a worker that replaces a dead one."""
+    keys, key = tmp_path / "keys", new_key()
+    keys.write_text(f"ann={new_key()}")
+    with keyed(flock_file, keys, workers) as server:
+        keys.write_text(f"ann={key}")
+        os.kill(server.process.pid, signal.SIGHUP)
+        server.wait_for_line("The API keys were read again", times=workers)
+        keys.unlink() if text is None else keys.write_text(text)
+        os.kill(server.process.pid, signal.SIGHUP)
+        server.wait_for_line("The API keys were not read again")
+        (line,) = [line for line in server.lines if "were not read again" in line]
+        assert line.startswith("ERROR:")
+        assert re.search(f"the former ones remain valid.*{reason}", line)
+        if workers > 1:
+            os.kill(workers_of(server)[0], signal.SIGKILL)
+            server.wait_for_line("Application startup complete", times=workers + 1)
+        assert statuses(server, key) == {200}
+
+
+def test_a_worker_that_replaces_a_dead_one_reads_the_keys_again(flock_file: Path, tmp_path: Path) -> None:
+    keys, old, new = tmp_path / "keys", new_key(), new_key()
+    keys.write_text(f"ann={old}")
+    with keyed(flock_file, keys, 2) as server:
+        keys.write_text(f"ann={new}")
+        for pid in workers_of(server):
+            os.kill(pid, signal.SIGKILL)
+        server.wait_for_line("Application startup complete", times=4)
+        assert (statuses(server, old), statuses(server, new)) == ({401}, {200})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sighup_stops_no_server_that_has_no_file_of_keys(workers: int, flock_file: Path, tmp_path: Path) -> None:
+    """Its workers get the signal while they start, too."""
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(tmp_path / "flock.db"))
+    with running(*command, "--workers", str(workers)) as server:
+        if workers > 1:
+            os.kill(server.process.pid, signal.SIGHUP)
+        server.wait_for_line("Application startup complete", times=workers)
+        os.kill(server.process.pid, signal.SIGHUP)
+        server.wait_for_line("SIGHUP has no effect without --api-keys-file", times=workers)
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+        assert server.stop() in (0, -signal.SIGTERM)
+    assert "exited" not in "\n".join(server.lines)
+
+
+# Restarts
+
+#: Starts a command with sockets that it listens on, as systemd does: from descriptor 3, with the variables.
+PASS_SOCKET = """
+import os, sys
+fd, count, *command = sys.argv[1:]
+os.dup2(int(fd), 3)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": count}
+os.execv(command[0], command)
+"""
+
+
+@contextlib.contextmanager
+def activated(listener: socket.socket, *command: str, count: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """Start a server with *listener*, and stop it with SIGTERM at the end of the block."""
+    launcher = [sys.executable, "-c", PASS_SOCKET, str(listener.fileno()), str(count), *command]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(launcher, pass_fds=[listener.fileno(), 3], **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+class Clients:
+    """Clients that start runs and read without a pause, each request on a new connection."""
+
+    def __init__(self, url: str, number: int = 4) -> None:
+        self.url = url
+        self.answers: list[int] = []
+        self.failures: list[str] = []
+        self._is_over = threading.Event()
+        self._threads = [threading.Thread(target=self._send) for _ in range(number)]
+
+    def _send(self) -> None:
+        while not self._is_over.is_set():
+            try:
+                answer = httpx.post(f"{self.url}/run/flock", json={"agent_name": "who"}, timeout=100)
+                self.answers.append(answer.status_code)
+                answer = httpx.get(f"{self.url}/agents/who", timeout=100)
+                self.answers.append(answer.status_code)
+            except httpx.HTTPError as exc:
+                self.failures.append(repr(exc))
+
+    def wait_for_answers(self, number: int) -> None:
+        wanted, deadline = len(self.answers) + number, time.monotonic() + 100
+        while len(self.answers) < wanted:
+            assert time.monotonic() < deadline, self.failures
+            time.sleep(0.01)
+
+    def __enter__(self) -> "Clients":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(200)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_server_on_a_passed_socket_restarts_without_a_refused_or_failed_request(
+    workers: str, flock_file: Path, tmp_path: Path
+) -> None:
+    """The next server answers the requests that arrive while the old one drains, and while no server runs."""
+    store = str(tmp_path / "flock.db")
+    command = flockapi_command("serve", str(flock_file), "--workers", workers, "--store", store)
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as listener:
+        with Clients(f"http://127.0.0.1:{listener.getsockname()[1]}") as clients:
+            for _ in range(3):
+                with activated(listener, *command):
+                    clients.wait_for_answers(40)
+            with activated(listener, *command):
+                clients.wait_for_answers(40)
+                clients.__exit__()
+    assert (clients.failures, set(clients.answers)) == ([], {200})
+
+
+NGINX = """
+daemon off; worker_processes 2; pid nginx.pid; error_log stderr;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path body; proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    include upstream.conf;
+    server {{
+        listen 127.0.0.1:{port};
+        {location}
+    }}
+}}
+"""
+
+
+def children_of(pid: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+class Nginx:
+    """nginx with the location and the upstream of ``examples/deploy``, for two servers on *ports*."""
+
+    def __init__(self, folder: Path, ports: Sequence[int]) -> None:
+        self.folder, self.ports, port = folder, ports, free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        text = (ROOT / "examples/deploy/nginx.conf").read_text("utf-8")
+        location = text[text.index("location / {") : text.rindex("}")].replace("127.0.0.1:8344", "flockapi")
+        (folder / "nginx.conf").write_text(NGINX.format(port=port, location=location))
+        self.write_upstream()
+        self.command = ["nginx", "-e", "stderr", "-p", str(folder), "-c", str(folder / "nginx.conf")]
+
+    def write_upstream(self, down: int | None = None) -> None:
+        text = (ROOT / "examples/deploy/upstream.conf").read_text("utf-8")
+        for shown, port in zip(("8344", "8345"), self.ports, strict=True):
+            text = text.replace(f":{shown};", f":{port}{' down' * (port == down)};")
+        (self.folder / "upstream.conf").write_text(text)
+
+    def reload(self, down: int | None = None) -> None:
+        """Take the server on the port *down* out, and wait until no worker has the former settings."""
+        self.write_upstream(down)
+        former = children_of(self.process.pid)
+        self.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 60
+        while former & (workers := children_of(self.process.pid)) or not workers:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def __enter__(self) -> "Nginx":
+        self.process = subprocess.Popen(self.command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                httpx.get(f"{self.url}/healthz")
+                return self
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed: apt-get install nginx-light")
+def test_two_servers_behind_nginx_are_replaced_without_a_failed_or_repeated_request(
+    flock_file: Path, tmp_path: Path
+) -> None:
+    """If one is killed, a run that it had accepted is not started again by the other."""
+    ports = (free_port(), free_port())
+    commands = {
+        port: flockapi_command("serve", str(flock_file), "--port", str(port), "--store", str(tmp_path / "flock.db"))
+        for port in ports
+    }
+    with contextlib.ExitStack() as stack:
+        servers = {port: stack.enter_context(running(*command)) for port, command in commands.items()}
+        nginx = stack.enter_context(Nginx(tmp_path, ports))
+        with Clients(nginx.url) as clients:
+            clients.wait_for_answers(40)
+            for port in ports:
+                nginx.reload(down=port)
+                servers[port].stop()
+                clients.wait_for_answers(40)
+                servers[port] = stack.enter_context(running(*commands[port]))
+                nginx.reload()
+                clients.wait_for_answers(40)
+        assert (clients.failures, set(clients.answers)) == ([], {200})
+        body = {"agent_name": "hold", "inputs": {"folder": str(tmp_path)}}
+        with ThreadPoolExecutor() as pool:
+            cut_off = pool.submit(lambda: httpx.post(f"{nginx.url}/run/flock", json=body, timeout=100))
+            while not (held := list(tmp_path.glob("held-*"))):
+                assert not cut_off.done()
+                time.sleep(0.01)
+            os.kill(int(held[0].name.removeprefix("held-")), signal.SIGKILL)
+            assert cut_off.result(100).status_code == 502
+        with Clients(nginx.url) as others:
+            others.wait_for_answers(40)
+        assert (others.failures, set(others.answers)) == ([], {200})
+        assert list(tmp_path.glob("held-*")) == held
+        runs, path = 0, "/runs?agent_name=who&limit=1000"
+        while path:
+            page = httpx.get(nginx.url + path, timeout=60).json()
+            runs, path = runs + len(page["runs"]), page["next"]
+        assert runs == len(clients.answers + others.answers) / 2, "half of the requests start a run"
+
+
+def test_a_passed_unix_socket_needs_a_key(flock_file: Path, tmp_path: Path) -> None:
+    """A proxy may be behind it, so the clients are not only programs on this machine."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "flock.sock"))
+        listener.listen()
+        command = flockapi_command("serve", str(flock_file), "--store", str(tmp_path / "flock.db"))
+        with activated(listener, *command), httpx.HTTPTransport(uds=str(tmp_path / "flock.sock")) as transport:
+            client = httpx.Client(transport=transport, base_url="http://t", timeout=60)
+            assert client.get("/healthz").status_code == 200
+            assert client.get("/runs").status_code == 401
+
+
+def test_several_passed_sockets_are_refused(flock_file: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = flockapi_command("serve", str(flock_file), "--store", str(tmp_path / "flock.db"))
+        with activated(listener, *command, count=2) as process:
+            output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "2 sockets were passed to this server, and it takes one" in output
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -1,7 +1,6 @@
 """The command ``flockapi``."""
 
 import functools
-import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ from flock.engine.store import MEMORY
 from flock.errors import CallError, FlockError, InvalidData
 from flock.limits import Limits, enforced_by
 from flock.runs import Event, Question
-from flock.web.auth import KEYS_VARIABLE, new_key, read_keys
+from flock.web.auth import new_key
 from flock.web.options import AppOptions
 
 __all__ = ["main"]
@@ -111,7 +110,8 @@ def main() -> None:
     "--api-keys-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="File of API keys, one NAME=KEY per line, in addition to FLOCK_API_KEYS. NAME:admin sees all runs.",
+    help="File of API keys, one NAME=KEY per line, in addition to FLOCK_API_KEYS. NAME:admin sees all runs. SIGHUP "
+    "reads it again.",
 )
 @click.option("--allow-anonymous", is_flag=True, help="Require no API key, even if other machines can connect.")
 @click.option(
@@ -151,9 +151,7 @@ def main() -> None:
     help="Serve /metrics for Prometheus.  [default: on if prometheus-client is installed]",
 )
 @click.pass_context
-def serve(
-    context: click.Context, /, target: str, model: str | None, workers: int, api_keys_file: Path | None, **options: Any
-) -> None:
+def serve(context: click.Context, /, target: str, model: str | None, workers: int, **options: Any) -> None:
     """Serve the flock TARGET over HTTP.
 
     If other machines can connect, directly or through a proxy, every request needs an API key. If no key is
@@ -167,8 +165,7 @@ def serve(
         raise click.UsageError("--payload-dir needs --temporal. An SQLite file stores long values itself.")
     try:
         own, limits = pop_fields(options, ServerSettings), Limits(**pop_fields(options, Limits))
-        app = AppOptions(api_keys=_keys(api_keys_file), **options)
-        settings = ServerSettings(app=app, limits=limits, **own)
+        settings = ServerSettings(app=AppOptions(**options), limits=limits, **own)
         if workers == 1:
             serve_flock(load(), settings)
         elif settings.store == MEMORY and not settings.temporal:
@@ -203,13 +200,6 @@ def _check_options_for_temporal(context: click.Context) -> None:
         if is_given and option.name in NOT_WITH_TEMPORAL:
             reason = NOT_WITH_TEMPORAL[option.name]
             raise click.UsageError(f"{option.opts[0]} has no effect with --temporal: {reason}.")
-
-
-def _keys(file: Path | None) -> dict[str, str] | None:
-    """Return the keys of *file* and of the environment. Without a file, return None: the server reads the latter."""
-    if file is None:
-        return None
-    return read_keys("\n".join([file.read_text("utf-8"), os.environ.get(KEYS_VARIABLE, "")]))
 
 
 @main.command()

@@ -41,7 +41,7 @@ from flock.errors import DefinitionError
 from flock.limits import Limits
 from flock.options import Options, seconds, whole
 from flock.runs import Engine, one_line
-from flock.web.auth import ADMIN, KEYS_VARIABLE, keys_from_environment, new_key
+from flock.web.auth import ADMIN, KEYS_VARIABLE, KeyRing, configured_keys, new_key
 from flock.web.options import AppOptions
 from flockapi import FlockAPI
 
@@ -70,6 +70,10 @@ ACCEPTS_PER_ITERATION = 16
 OPEN_FILES = 65_536
 #: How long to wait at exit for an idle worker thread to end, in seconds.
 THREAD_TIMEOUT_S = 1
+#: How long requests on accepted connections may still start runs before the drain, in seconds.
+LAST_REQUESTS_S = 0.5
+#: The file descriptor of the first socket that systemd passes.
+FIRST_PASSED_FD = 3
 #: The delay before a dead worker is replaced, in seconds.
 RESTART_DELAY_S = 1
 
@@ -84,6 +88,8 @@ class ServerSettings(Options, frozen=True, kw_only=True):
         store, durability, expose_errors: see ``Store`` and ``EmbeddedEngine``.
         temporal: ``host:port`` of a Temporal cluster that stores the runs instead. Its workers execute them.
         payload_dir: a folder for values that are too long for the cluster; see ``TemporalEngine``.
+        api_keys_file: more API keys, one ``name=key`` a line. It is read again at SIGHUP, and when a worker replaces
+            a dead one.
         allow_anonymous: require no key, even if other machines can connect, and allow any ``Host``.
         allowed_hosts: additional values of ``Host``, which a proxy forwards. Others are rejected with 421. This and the
             next two settings mean that others can connect through a proxy, so requests need a key.
@@ -112,6 +118,7 @@ class ServerSettings(Options, frozen=True, kw_only=True):
         seconds("How long runs may continue after the server is asked to stop.", allow_zero=True),
     ] = 20
     expose_errors: bool = False
+    api_keys_file: Path | None = None
     allow_anonymous: bool = False
     allowed_hosts: Sequence[str] = ()
     root_path: str = ""
@@ -153,11 +160,15 @@ def serve_flock(flock: DeclaredFlock, settings: ServerSettings) -> None:
 
     Raises: StoreError if the store cannot be used.
     """
-    settings = _with_access_control(settings)
+    _hold_sighup()
+    listener = _passed_listener()
+    settings = _with_access_control(_listening_on(listener, settings))
     config = _config(_app(flock, settings), settings)
     anyio.run(_prepare_storage, flock, settings)
     _log_start(flock, settings)
-    _serve(config, settings)
+    if listener is not None:
+        _log_listening(settings, listener)
+    _serve(config, settings, listener, is_passed=listener is not None)
 
 
 def serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: ServerSettings) -> None:
@@ -168,8 +179,9 @@ def serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: Ser
 
     Raises: StoreError if the store cannot be used.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the cleanup below runs
+    _hold_sighup()
     with _metrics_folder():
         sys.exit(_serve_workers(load, workers, settings))
 
@@ -188,20 +200,62 @@ def _metrics_folder() -> Iterator[None]:
 
 def _serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: ServerSettings) -> int:
     """Serve as in ``serve_workers``, and return the exit code."""
-    flock, settings = load(), _with_access_control(settings)
+    passed = _passed_listener()
+    flock, settings = load(), _with_access_control(_listening_on(passed, settings))
     app = _app(flock, settings)
     config = _config(app, settings)
     anyio.run(_prepare_storage, flock, settings)
     _log_start(flock, settings)
     app.warn_of_problems()
-    listener = _listen(settings, config.backlog)
-    stop_signals, wakeup = socket.socketpair()
+    listener = passed or _listen(settings, config.backlog)
+    _log_listening(settings, listener)
+    signals, wakeup = socket.socketpair()
     wakeup.setblocking(False)
     signal.set_wakeup_fd(wakeup.fileno())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # Python writes the signal to the wakeup socket
-    start = functools.partial(_start_worker, load, settings, listener, workers)
-    return _supervise(start, workers, stop_signals, on_exit=app.metrics.mark_process_dead if app.metrics else None)
+
+    def read_keys() -> bool:
+        nonlocal settings
+        read = _with_keys_of_file(settings)
+        settings = read or settings
+        return read is not None
+
+    def start() -> SpawnProcess:
+        read_keys()
+        return _start_worker(load, settings, listener, workers, passed is not None)
+
+    mark_dead = app.metrics.mark_process_dead if app.metrics else None
+    return _supervise(start, workers, signals, read_keys, on_exit=mark_dead)
+
+
+def _hold_sighup() -> None:
+    """Let SIGHUP wait until this process has a handler for it, instead of ending the process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+
+def _passed_listener() -> socket.socket | None:
+    """Return the socket that systemd, or another parent, has passed (``sd_listen_fds(3)``), or None.
+
+    Raises: DefinitionError if there are several.
+    """
+    names = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+    pid, count, _ = (os.environ.pop(name, "") for name in names)  # they are not meant for children
+    if pid != str(os.getpid()) or count in ("", "0"):
+        return None
+    if count != "1":
+        raise DefinitionError(f"{count} sockets were passed to this server, and it takes one. Use one ListenStream=.")
+    os.set_inheritable(FIRST_PASSED_FD, False)
+    return socket.socket(fileno=FIRST_PASSED_FD)
+
+
+def _listening_on(listener: socket.socket | None, settings: ServerSettings) -> ServerSettings:
+    """Return *settings* with the address of a passed *listener*, which decides who can connect."""
+    if listener is None:
+        return settings
+    address = listener.getsockname()
+    host, port = address[:2] if isinstance(address, tuple) else (address, settings.port)
+    return msgspec.structs.replace(settings, host=host, port=port)
 
 
 def _listen(settings: ServerSettings, backlog: int) -> socket.socket:
@@ -215,9 +269,15 @@ def _listen(settings: ServerSettings, backlog: int) -> socket.socket:
     except OSError as exc:
         _log_listen_error(settings.host, settings.port, exc)
         sys.exit(1)
-    host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
-    logger.info("Running on http://%s:%d (Press CTRL+C to quit)", host, listener.getsockname()[1])
     return listener
+
+
+def _log_listening(settings: ServerSettings, listener: socket.socket) -> None:
+    if listener.family == socket.AF_UNIX:
+        logger.info("Running on the Unix socket %s", settings.host)
+        return
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    logger.info("Running on http://%s:%d (Press CTRL+C to quit)", host, listener.getsockname()[1])
 
 
 def _log_listen_error(host: str, port: int, exc: OSError) -> None:
@@ -229,20 +289,23 @@ def _log_listen_error(host: str, port: int, exc: OSError) -> None:
 def _supervise(
     start: Callable[[], SpawnProcess],
     workers: int,
-    stop_signals: socket.socket,
+    signals: socket.socket,
+    on_sighup: Callable[[], bool],
     on_exit: Callable[[int | None], None] | None,
 ) -> int:
     """Replace workers that die, until a stop is requested or a worker cannot start. Return the exit code.
 
     Args:
+        signals: receives the number of each signal.
+        on_sighup: called before SIGHUP is passed on to the workers. If it returns False, it is not passed on.
         on_exit: called with the id of each process that has ended.
     """
     processes = [start() for _ in range(workers)]
-    exit_code = 0
-    while not exit_code:
-        ready = multiprocessing.connection.wait([stop_signals, *(process.sentinel for process in processes)])
-        if stop_signals in ready:
-            break
+    exit_code, is_stopping = 0, False
+    while not exit_code and not is_stopping:
+        ready = multiprocessing.connection.wait([signals, *(process.sentinel for process in processes)])
+        if signals in ready:
+            is_stopping = _is_stop(signals, processes, on_sighup)
         for process in [process for process in processes if process.sentinel in ready]:
             process.join()
             processes.remove(process)
@@ -250,7 +313,10 @@ def _supervise(
                 on_exit(process.pid)
             if process.exitcode == uvicorn.config.STARTUP_FAILURE:
                 exit_code = uvicorn.config.STARTUP_FAILURE
-            elif not multiprocessing.connection.wait([stop_signals], RESTART_DELAY_S):
+                continue
+            if not is_stopping and multiprocessing.connection.wait([signals], RESTART_DELAY_S):
+                is_stopping = _is_stop(signals, processes, on_sighup)
+            if not is_stopping:
                 logger.warning(
                     "Worker %s exited (exit code %s). A new worker replaces it.", process.pid, process.exitcode
                 )
@@ -262,18 +328,27 @@ def _supervise(
     return exit_code
 
 
-def _start_worker(
-    load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket, workers: int
-) -> SpawnProcess:
-    process = multiprocessing.get_context("spawn").Process(
-        target=_worker_main, args=(load, settings, listener, workers)
-    )
+def _is_stop(signals: socket.socket, processes: Sequence[SpawnProcess], on_sighup: Callable[[], bool]) -> bool:
+    """Read *signals*, pass SIGHUP on, and return whether there is another one."""
+    numbers = set(signals.recv(1024))
+    if signal.SIGHUP in numbers and on_sighup():
+        for process in processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGHUP)
+    return bool(numbers - {signal.SIGHUP})
+
+
+def _start_worker(*args: Any) -> SpawnProcess:
+    """Call ``_worker_main`` in a process of its own."""
+    process = multiprocessing.get_context("spawn").Process(target=_worker_main, args=args)
+    _hold_sighup()  # in the new process, which inherits this
     process.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     return process
 
 
 def _worker_main(
-    load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket, workers: int
+    load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket, workers: int, is_passed: bool
 ) -> None:
     """Serve in one of *workers* processes."""
     share_limits_among(workers)
@@ -284,7 +359,7 @@ def _worker_main(
     except Exception:
         traceback.print_exc()
         sys.exit(uvicorn.config.STARTUP_FAILURE)
-    _serve(config, settings, [listener])
+    _serve(config, settings, listener, is_passed=is_passed)
 
 
 def _stop_with_parent() -> None:
@@ -298,7 +373,7 @@ def _stop_with_parent() -> None:
 def _with_access_control(settings: ServerSettings) -> ServerSettings:
     """Return *settings* with the configured keys. If there are none and others can connect, generate and print one."""
     if settings.app.api_keys is None:
-        settings = _with_keys(settings, keys_from_environment())
+        settings = _with_keys(settings, configured_keys(settings.api_keys_file))
     if settings.app.api_keys is not None or settings.allow_anonymous or _is_private(settings):
         return settings
     key = new_key()
@@ -316,6 +391,19 @@ def _with_access_control(settings: ServerSettings) -> ServerSettings:
 
 def _with_keys(settings: ServerSettings, api_keys: Mapping[str, str] | None) -> ServerSettings:
     return msgspec.structs.replace(settings, app=msgspec.structs.replace(settings.app, api_keys=api_keys))
+
+
+def _with_keys_of_file(settings: ServerSettings) -> ServerSettings | None:
+    """Return *settings* with the keys that the file has now. If it is invalid, log an ERROR and return None."""
+    if settings.api_keys_file is None:
+        return settings
+    try:
+        keys = configured_keys(settings.api_keys_file)
+        KeyRing(keys or {})
+    except DefinitionError as exc:
+        logger.error("The API keys were not read again, and the former ones remain valid. %s", exc)
+        return None
+    return _with_keys(settings, keys)
 
 
 def _allowed_hosts(settings: ServerSettings) -> Collection[str] | None:
@@ -484,11 +572,13 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
-def _serve(config: uvicorn.Config, settings: ServerSettings, sockets: list[socket.socket] | None = None) -> None:
+def _serve(
+    config: uvicorn.Config, settings: ServerSettings, listener: socket.socket | None, *, is_passed: bool
+) -> None:
     tune_gc()
     _allow_open_files()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the normal way to stop the server
-        _Server(config, settings.drain_timeout_s).run(sockets)
+        _Server(config, settings, is_passed=is_passed).run(None if listener is None else [listener])
     abandon_busy_threads()
     if settings.temporal:
         _exit_now()  # as in run_worker
@@ -509,11 +599,17 @@ class _TextFormatter(uvicorn.logging.DefaultFormatter):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, but it still responds while it drains. uvicorn would close its listener first."""
+    """uvicorn's server, but it still responds while it drains. uvicorn would close its listener first.
 
-    def __init__(self, config: uvicorn.Config, drain_timeout_s: float) -> None:
+    Args:
+        is_passed: its listener stays open after it. So it accepts no connections while it drains: they wait for the
+            next server.
+    """
+
+    def __init__(self, config: uvicorn.Config, settings: ServerSettings, *, is_passed: bool) -> None:
         super().__init__(config)
-        self._drain_timeout_s = drain_timeout_s
+        self._settings = settings
+        self._is_passed = is_passed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
@@ -525,6 +621,18 @@ class _Server(uvicorn.Server):
         await self._accept_faster()
         # A forked child that outlives this process, such as a process pool's, must not hold the port.
         os.register_at_fork(after_in_child=self._close_listeners)
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._read_keys)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+    def _read_keys(self) -> None:
+        app = self.config.app
+        assert isinstance(app, FlockAPI)
+        if self._settings.api_keys_file is None or app.keys is None:
+            logger.info("SIGHUP has no effect without --api-keys-file.")
+        elif (read := _with_keys_of_file(self._settings)) is not None and read.app.api_keys is not None:
+            app.keys.replace(read.app.api_keys)
+            logger.info("The API keys were read again: %s.", ", ".join(read.app.api_keys))
 
     async def _accept_faster(self) -> None:
         """Listen on copies of each socket, since libuv accepts one connection per socket and iteration of the loop.
@@ -551,9 +659,13 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app = self.config.app
         assert isinstance(app, FlockAPI)
+        if self._is_passed:
+            for server in self.servers:
+                server.close()
+            await anyio.sleep(LAST_REQUESTS_S)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._end_drain_on_second_signal, app)
-            await app.engine.drain(self._drain_timeout_s)
+            await app.engine.drain(self._settings.drain_timeout_s)
             tasks.cancel_scope.cancel()
         self.force_exit = False  # it would skip the end of the lifespan, in which the engine closes
         await super().shutdown(sockets)

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -52,7 +53,7 @@ __all__ = [
     "ScopedEngine",
     "check_host",
     "check_origin",
-    "keys_from_environment",
+    "configured_keys",
     "new_key",
     "read_keys",
 ]
@@ -95,10 +96,16 @@ def read_keys(text: str) -> dict[str, str]:
     return keys
 
 
-def keys_from_environment() -> dict[str, str] | None:
-    """Return the keys in ``FLOCK_API_KEYS``, or None if it is not set or empty. Raises DefinitionError."""
-    text = os.environ.get(KEYS_VARIABLE)
-    return read_keys(text) if text else None
+def configured_keys(file: Path | None) -> dict[str, str] | None:
+    """Return the keys in *file* and in ``FLOCK_API_KEYS``, or None if there is neither. Raises DefinitionError."""
+    text = os.environ.get(KEYS_VARIABLE, "")
+    if file is None:
+        return read_keys(text) if text else None
+    try:
+        return read_keys("\n".join([file.read_text("utf-8"), text]))
+    except (OSError, UnicodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        raise DefinitionError(f"The API keys in {file} cannot be read: {reason}.") from exc
 
 
 class KeyRing:
@@ -111,7 +118,11 @@ class KeyRing:
     """
 
     def __init__(self, keys: Mapping[str, str]) -> None:
-        self._principals: dict[bytes, Principal] = {}
+        self.replace(keys)
+
+    def replace(self, keys: Mapping[str, str]) -> None:
+        """Accept *keys* from now on, and no others. If they are invalid, raise as ``KeyRing``, and change nothing."""
+        principals: dict[bytes, Principal] = {}
         for name, key in keys.items():
             bare = name.removesuffix(ADMIN)
             if not re.fullmatch(r"[\w.@-]{1,64}", bare, re.ASCII):
@@ -124,10 +135,11 @@ class KeyRing:
                     "no spaces. 'flockapi key' prints a new one."
                 )
             principal = Principal(name=bare, admin=name.endswith(ADMIN))
-            if self._principals.setdefault(_digest(key), principal) is not principal:
+            if principals.setdefault(_digest(key), principal) is not principal:
                 raise DefinitionError(f"{name!r} has the same key as another name. Give each name its own key.")
-        if not self._principals:
+        if not principals:
             raise DefinitionError("api_keys is empty, so every request would be rejected. Add a key, or omit api_keys.")
+        self._principals = principals
 
     def find(self, key: str) -> Principal | None:
         """Return the principal of *key*, or None if the key is unknown. Both take the same time."""
