@@ -1,12 +1,15 @@
 """The command line and our own server, each in its own process."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
 import threading
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from flock.command.cli import main, serve
 from flock.command.server import ServerSettings
 from flock.command.target import load_flock
 from flock.core import Flock
+from flock.runs import for_terminal
 from tests.support import EXAMPLES, ROOT
 from tests.support.servers import flockapi_command, running
 
@@ -443,3 +447,169 @@ def test_an_unusable_store_is_reported_in_one_line(flock_file: Path, tmp_path: P
         assert "file is not a database" in result.output
         assert "Traceback" not in result.output
     assert (tmp_path / "notes.db").read_text() == "these are my notes"
+
+
+# A terminal
+
+#: The classes of characters that change the direction of others (UAX 9).
+BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+#: Codes that write to the clipboard, erase, delete and reverse what follows. JSON escapes only the first three.
+CODES = "\x1b]52;c;ZXZpbA==\x07\x1b[2K\x9b2J\x7f\u202e"
+SHOWN = r"\u001b]52;c;ZXZpbA==\u0007\u001b[2K\u009b2J\u007f\u202e"
+
+HOSTILE = f"""
+import logging
+from collections.abc import AsyncIterator
+from flock.agents.tools import Tool
+from flock.core import Flock, FlockFactory
+from flock.errors import AgentError
+from flock.runs import RunContext
+from flock.testing import FakeModel
+
+CODES = {CODES!r}
+flock = Flock("hostile", model="openai/gpt-4o")
+
+@flock.agent
+def say(text: str = "") -> str:
+    logging.getLogger("flock.test").warning("logged %s", CODES)
+    return text + CODES
+
+@flock.agent
+async def tell() -> AsyncIterator[str]:
+    for char in CODES:
+        yield char
+
+@flock.agent
+def refuse() -> str:
+    raise AgentError(CODES)
+
+@flock.agent
+def break_() -> str:
+    raise ValueError(CODES)
+
+@flock.agent
+async def ask(context: RunContext) -> str:
+    return "answered " + await context.ask(CODES, str)
+
+@flock.agent
+async def crash() -> str:
+    raise SystemExit(CODES)
+
+def pay(to: str, euros: int) -> str:
+    return f"paid {{to}}"
+
+PAY = Tool(pay, needs_approval=True)
+flock.add_agent(FlockFactory.create_default_agent(name="payer", input="order: str", output="done: str", tools=[PAY]))
+"""
+
+PAYING = """
+from flock.testing import Reply
+FakeModel([Reply(calls=[("pay", {"to": "Mallory" + CODES, "euros": 5000})]), {"done": "it is paid"}]).__enter__()
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    path = tmp_path / "hostile.py"
+    path.write_text(HOSTILE)
+    return path
+
+
+def at_terminal(*arguments: str, typed: str = "") -> str:
+    """Run the command at a terminal at which a person types *typed*, and return what the terminal receives."""
+    ours, theirs = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            flockapi_command(*arguments),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8", "OPENAI_API_KEY": "none"},
+        )
+        os.close(theirs)
+        os.write(ours, typed.encode())
+        received = bytearray()
+        with contextlib.suppress(OSError):  # on Linux, the end is an error
+            while part := os.read(ours, 65_536):
+                received += part
+        process.wait(60)
+    finally:
+        os.close(ours)
+    return received.decode().replace("\r\n", "\n")
+
+
+def assert_escaped(text: str) -> None:
+    assert "52;c;ZXZpbA==" in text
+    styled = re.sub(r"\x1b\[([02]m|\?25[lh]|K)", "", text).replace("\r", "")  # our own: dim text, the progress line
+    assert [char for char in styled if not char.isprintable() and char not in "\n\t"] == []
+
+
+def test_all_control_characters_are_escaped_except_newlines_and_tabs() -> None:
+    text = "".join(map(chr, range(0x110000)))
+    changed = {char for char in text if for_terminal(char) != char}
+    assert {char for char in changed if char.isprintable()} == set()
+    assert {chr(code) for code in (*range(32), *range(127, 160))} - changed == {"\n", "\t"}
+    assert {char for char in text if unicodedata.bidirectional(char) in BIDI_CONTROLS} <= changed
+    assert for_terminal("a\r\nb\rc") == "a\r\nb\\u000dc"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "typed"),
+    [
+        pytest.param(["run", "say"], "", id="a result and a log record"),
+        pytest.param(["run", "tell"], "", id="a streamed result"),
+        pytest.param(["run", "tell", "--stream"], "", id="a stream"),
+        pytest.param(["run", "refuse"], "", id="an error"),
+        pytest.param(["run", "break_"], "", id="an exception"),
+        pytest.param(["run", "crash"], "", id="an exit"),
+        pytest.param(["run", "ask"], "yes\n", id="a question"),
+    ],
+)
+def test_run_escapes_what_could_control_the_terminal(arguments: list[str], typed: str, hostile: Path) -> None:
+    command, agent, *options = arguments
+    assert_escaped(at_terminal(command, str(hostile), agent, *options, typed=typed))
+
+
+@pytest.mark.slow
+def test_an_approval_at_the_terminal_shows_the_tool_and_its_arguments(hostile: Path) -> None:
+    hostile.write_text(HOSTILE + PAYING)
+    text = at_terminal("run", str(hostile), "payer", "-i", "order=x", "--stream", typed='{"approved": true}\n')
+    assert_escaped(text)
+    question = text.index("May payer call pay?")
+    assert f'"to": "Mallory{SHOWN}",\n  "euros": 5000' in text[:question]
+    assert "it is paid" in text[question:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--dry-run"], ["-o", "-"], ["-o", "-", "--format", "ndjson"], ["-o", "out.csv"]])
+@pytest.mark.parametrize("column", ["text", f"tex{CODES}t"], ids=["valid", "invalid"])
+def test_batch_escapes_what_could_control_the_terminal(
+    column: str, options: list[str], hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.ndjson").write_text(json.dumps({column: CODES}, ensure_ascii=False) + "\n")
+    text = at_terminal("batch", str(hostile), "say", "rows.ndjson", *options)
+    assert_escaped(text)
+
+
+@pytest.mark.slow
+def test_check_escapes_what_could_control_the_terminal(hostile: Path) -> None:
+    hostile.write_text(f"{HOSTILE}flock.model = 'anthropic/' + CODES")
+    assert_escaped(at_terminal("check", str(hostile)))
+
+
+@pytest.mark.slow
+def test_an_error_of_the_users_code_is_escaped(hostile: Path) -> None:
+    hostile.write_text(f"raise ValueError({CODES!r})")
+    assert_escaped(at_terminal("check", str(hostile)))
+
+
+def test_what_is_piped_is_not_changed(hostile: Path) -> None:
+    def piped(*arguments: str) -> str:
+        command = flockapi_command("run", str(hostile), *arguments)
+        return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout.decode()
+
+    assert piped("tell", "--stream").startswith(f"{CODES}\n{{")
+    assert json.loads(piped("say")) == {"result": CODES}
+    assert "\x7f" in piped("say")

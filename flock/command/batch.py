@@ -19,6 +19,7 @@ from flock.command.server import (
     abandon_busy_threads,
 )
 from flock.command.target import load_flock
+from flock.command.terminal import TerminalBytes, echo
 from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
 from flock.engine.store import MEMORY
@@ -205,7 +206,8 @@ def batch(
             _print_check(check, rows)
             sys.exit(0 if check.ok else 1)
         with _batch_process():
-            done = anyio.run(run_batch_file, flock, job, sys.stdout.buffer, _print_stderr)
+            stdout = TerminalBytes() if sys.stdout.isatty() else sys.stdout.buffer
+            done = anyio.run(run_batch_file, flock, job, stdout, _print_stderr)
         _print_stderr(_summary(done, output) if done.error_type is None else f"{done.error}{_resume_hint(state)}")
     _exit(0 if done.completed_items and not (done.failed_items or done.cancelled_items) else 1)
 
@@ -245,7 +247,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def _print_stderr(text: str) -> None:
-    click.echo(text, err=True)
+    echo(text, err=True)
 
 
 def _check_paths(rows: Path, output: Path, state: Path) -> None:
@@ -311,12 +313,12 @@ def _summary(done: Batch, output: Path) -> str:
 def _print_check(check: BatchCheck, rows: Path) -> None:
     for row, extra, _ in check.rows:
         kept = f" keeps {bytes(extra).decode()}" if extra else ""
-        click.echo(f"line {row.line}: {bytes(row.inputs).decode()}{kept}")
+        echo(f"line {row.line}: {bytes(row.inputs).decode()}{kept}")
     if check.total_items > len(check.rows):
-        click.echo("…")
+        echo("…")
     valid = check.total_items - check.invalid_items
-    click.echo(f"{valid:,} of {check.total_items:,} rows in {rows} are valid.")
-    click.echo("".join(f"{line}\n" for line in _error_lines(check.errors)), nl=False)
+    echo(f"{valid:,} of {check.total_items:,} rows in {rows} are valid.")
+    echo("".join(f"{line}\n" for line in _error_lines(check.errors)), nl=False)
 
 
 def _rejection(exc: InvalidData, rows: Path) -> str:

@@ -32,17 +32,18 @@ from flock.command.server import (
     serve_workers,
 )
 from flock.command.target import load_flock
+from flock.command.terminal import Commands, echo
 from flock.engine.store import MEMORY
 from flock.errors import CallError, FlockError, InvalidData
 from flock.limits import Limits, enforced_by
-from flock.runs import Event, Question
+from flock.runs import Event, Question, for_terminal
 from flock.web.auth import new_key
 from flock.web.options import AppOptions
 
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="flockapi")
 def main() -> None:
     """Serve agents as a REST API.
@@ -250,10 +251,10 @@ def check(target: str, model: str | None) -> None:
     flock = load_flock(target, model)
     found = problems(flock.agents, flock.model)
     for problem in found:
-        click.echo(problem)
+        echo(problem)
     if found:
         sys.exit(1)
-    click.echo(f"{', '.join(flock.agents)}: nothing is missing.")
+    echo(f"{', '.join(flock.agents)}: nothing is missing.")
 
 
 @main.command()
@@ -272,7 +273,7 @@ def check(target: str, model: str | None) -> None:
 def run(target: str, agent: str, inputs: Sequence[str], stream: bool, model: str | None) -> None:
     """Run AGENT of the flock TARGET once, and print its result as JSON.
 
-    If the agent asks a question, it is asked at the terminal.
+    If the agent asks a question, it is asked at the terminal. For an approval, the arguments of the tool are shown.
     """
     flock = load_flock(target, model)
     texts, printer = pairs(inputs, "-i", "KEY=VALUE"), _LivePrinter() if stream else None
@@ -285,7 +286,7 @@ def run(target: str, agent: str, inputs: Sequence[str], stream: bool, model: str
     finally:
         if printer is not None:
             printer.end_line()
-    click.echo(msgspec.json.format(msgspec.json.encode(result)).decode())
+    echo(msgspec.json.format(msgspec.json.encode(result)).decode())
 
 
 class _LivePrinter:
@@ -305,11 +306,11 @@ class _LivePrinter:
             if field != self._field:
                 self.end_line()
             self._field = field
-            click.echo(data["text"], nl=False)
+            echo(data["text"], nl=False)
 
     def _print_note(self, text: str) -> None:
         self.end_line()
-        click.secho(text, dim=True, err=True)
+        echo(text, dim=True, err=True)
 
     def end_line(self) -> None:
         """End the line of the last text, if there is any."""
@@ -331,13 +332,15 @@ def _answer_on_terminal(question: Question) -> Any:
     hint = "text" if is_text else f"JSON: {bytes(question.schema).decode()}"
     while True:
         with TERMINAL:
-            text = click.prompt(f"{question.question} ({hint})", err=True)
+            if question.arguments is not msgspec.UNSET:
+                echo(msgspec.json.format(question.arguments).decode(), err=True)
+            text = click.prompt(for_terminal(f"{question.question} ({hint})"), err=True)
         try:
             output = msgspec.Raw(msgspec.json.encode(text) if is_text else text.encode())
             check_answer(question, output)
             return msgspec.json.decode(output)
         except (InvalidData, msgspec.DecodeError) as exc:
-            click.echo(str(exc), err=True)
+            echo(str(exc), err=True)
 
 
 main.add_command(batch)

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from flock.runs import Run, safe_text
+from flock.runs import Run, for_terminal, safe_text
 
 __all__ = ["JSONFormatter", "fields_of_run"]
 
@@ -49,7 +49,7 @@ class JSONFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = safe_text(self.formatException(record.exc_info))
-        return msgspec.json.encode(line).decode()
+        return for_terminal(msgspec.json.encode(line).decode())
 
 
 def _as_json(value: Any) -> msgspec.Raw | str:

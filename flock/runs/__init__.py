@@ -48,7 +48,7 @@ from flock.runs.records import (
     statuses_of,
     stub_of,
 )
-from flock.runs.text import of_request, one_line, safe_text, valid_traceparent
+from flock.runs.text import for_terminal, of_request, one_line, safe_text, valid_traceparent
 from flock.runs.usage import DOLLAR, MAX_COST, Usage, added, cost_in_words, is_spent, shown_usage
 
 __all__ = [
@@ -103,6 +103,7 @@ __all__ = [
     "event_of_call",
     "events_after",
     "events_of",
+    "for_terminal",
     "is_end_of_step",
     "is_spent",
     "make_ids_after",

@@ -2,7 +2,10 @@
 
 import re
 
-__all__ = ["TRACEPARENT", "of_request", "one_line", "safe_text", "valid_traceparent"]
+__all__ = ["TRACEPARENT", "for_terminal", "of_request", "one_line", "safe_text", "valid_traceparent"]
+
+#: What a terminal may obey instead of showing it: C0, DEL and C1 without newlines and tabs, and bidirectional controls.
+CONTROLS = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|\r(?!\n)")
 
 #: A later version may append fields to those of version 00.
 TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(-.*)?")
@@ -25,6 +28,11 @@ def safe_text(value: object) -> str:
 def of_request(request_id: str | None) -> str:
     """Return the end of a line of the log; nothing if there was no request."""
     return "" if request_id is None else f" (request {request_id})"
+
+
+def for_terminal(text: str) -> str:
+    """Return *text* with CONTROLS as ``\\uXXXX``. JSON stays the same JSON."""
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def one_line(text: str) -> str:

@@ -1,0 +1,57 @@
+"""What the commands print. Text of models, tools, rows and clients may contain codes that control a terminal."""
+
+import codecs
+import io
+import logging
+import sys
+import traceback
+from types import TracebackType
+from typing import Any
+
+import click
+
+from flock.runs import for_terminal
+
+__all__ = ["Commands", "TerminalBytes", "echo"]
+
+
+def echo(text: str, *, nl: bool = True, err: bool = False, dim: bool = False) -> None:
+    """Print *text* with its control characters escaped. In a file or a pipe, stdout gets it as it is."""
+    is_raw = not err and not sys.stdout.isatty()
+    text = text if is_raw else for_terminal(text)
+    click.echo(click.style(text, dim=True) if dim else text, nl=nl, err=err, color=True if is_raw else None)
+
+
+class TerminalBytes(io.BytesIO):
+    """A file that prints UTF-8 as ``echo`` prints text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, data: Any) -> int:
+        echo(self._decoder.decode(data), nl=False)
+        return len(data)
+
+
+class Commands(click.Group):
+    """A group of commands whose errors, log records and tracebacks are escaped, too."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        sys.excepthook = _print_traceback
+        if logging.lastResort is not None:  # it prints the records of commands that set up no logging
+            logging.lastResort.setFormatter(_Formatter())
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as exc:
+            vars(exc)["message"] = for_terminal(exc.message)  # its subclasses show it in different ways
+            raise
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return for_terminal(super().format(record))
+
+
+def _print_traceback(type_: type[BaseException], exc: BaseException, where: TracebackType | None) -> None:
+    echo("".join(traceback.format_exception(type_, exc, where)), nl=False, err=True)
