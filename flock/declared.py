@@ -26,7 +26,7 @@ from flock.engine.intake import mapping_rows
 from flock.engine.progress import follow_batch
 from flock.engine.rowchecks import as_json
 from flock.engine.store import Durability, Store
-from flock.errors import AgentNotFound, DefinitionError
+from flock.errors import AgentNotFound, DefinitionError, RunFailed
 from flock.limits import Limits
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages

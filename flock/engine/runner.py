@@ -291,7 +291,7 @@ class Runner:
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run, context: Context) -> None:
         """Execute a run in a task of its own, which starts in a copy of *context*."""
-        context.run(tasks.start_soon, self._execute, self._admit(run), name="run")
+        context.run(lambda: tasks.start_soon(self._execute, self._admit(run), name="run"))
 
     def execute(
         self, run: Run, on_begin: Callable[[], None], on_wait: Callable[[], None], budget: Budget | None
