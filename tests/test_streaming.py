@@ -587,22 +587,26 @@ async def test_many_watched_runs_that_nobody_reads_take_little_memory(
 ) -> None:
     """The newest are kept."""
     monkeypatch.setattr(live, "MAX_UNREAD_RUNS", 3)
+    monkeypatch.setattr(live, "UNREAD_S", 3600.0)
     writer.may_go = anyio.Semaphore(100)
     async with writer.flock.engine(store=":memory:") as engine:
-        runs = [await engine.submit("write", {"count": 1}, watch=True) for _ in range(20)]
-        for run in runs:
-            await engine.wait(run.run_id)
+        runs = [await ended_unread(engine, 1) for _ in range(20)]
         assert len(engine._runner.watched) == 3
         assert await text_of(engine, runs[-1].run_id) == {0: "0 "}
         assert await text_of(engine, runs[0].run_id) == {}
 
 
-async def test_the_unread_text_of_all_runs_is_limited_together(writer: Writer) -> None:
+async def ended_unread(engine: EmbeddedEngine, count: int) -> Run:
+    run = await engine.submit("write", {"count": count}, watch=True)
+    return await engine.wait(run.run_id)
+
+
+async def test_the_unread_text_of_all_runs_is_limited_together(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "UNREAD_S", 3600.0)
     writer.may_go = anyio.Semaphore(10_000)
     async with writer.flock.engine(store=":memory:", max_result_bytes=3000) as engine:
-        runs = [await engine.submit("write", {"count": 300}, watch=True) for _ in range(10)]
-        for run in runs:
-            await engine.wait(run.run_id)
+        for _ in range(10):
+            await ended_unread(engine, 300)
         assert len(engine._runner.watched) == 1, "one of them has 1,090 characters"
         with pytest.raises(InvalidData):
             await engine.submit("write", {"count": "many"}, watch=True)

@@ -141,9 +141,9 @@ class LiveOutput:
 
     @property
     def chars(self) -> int:
-        """Its size in characters, at least 1."""
+        """Its size in characters, with ``WRITER_CHARS`` for each writer."""
         with self._lock:
-            return 1 + sum(written.chars + WRITER_CHARS for written in self._writers.values())
+            return sum(written.chars + WRITER_CHARS for written in self._writers.values())
 
     def note_news(self) -> None:
         """Let the readers read the run's record again."""
