@@ -469,7 +469,7 @@ async def _accepted_run(
             run_id=run_id,
         )
     except Replayed as exc:
-        return await _replayed(engine.get_outline(exc.made_id)), is_async, REPLAYED
+        return await _replayed(engine.get_run(exc.made_id)), is_async, REPLAYED
     except anyio.get_cancelled_exc_class():  # it may be accepted nevertheless
         await _cancel_unless(is_async or key is not None, app, run_id)
         raise
@@ -528,7 +528,7 @@ async def one_run(request: Request) -> Response:
     if wait_s := wait_of(request):
         run = await while_connected(request, engine.wait(run_id, wait_s))
     else:
-        run = await engine.get_outline(run_id)
+        run = await (engine.get_outline(run_id) if request.method == "HEAD" else engine.get_run(run_id))
     return await run_response(request, run)
 
 

@@ -233,7 +233,6 @@ async def test_small_requests_about_a_long_run_do_not_read_its_results() -> None
     async with long_run("completed") as (app, path):
         for method, suffix, status in (
             ("HEAD", "", 200),
-            ("GET", "", 200),
             ("POST", "/cancel", 409),
             ("POST", "/retry", 409),
             ("GET", "/events", 204),
@@ -257,6 +256,15 @@ async def test_a_cancelled_long_run_is_shown_without_holding_its_results() -> No
             shown = (await client.post(f"{path}/cancel", headers=headers)).json()
             assert shown["steps"][0]["result"] == {"result": "x" * LONG}
             assert shown == (await client.get(path, headers=headers)).json()
+
+
+async def test_a_damaged_result_is_not_sent_by_a_cancellation() -> None:
+    async with long_run("failed") as (app, path), client_of(app) as client:
+        assert isinstance(app.engine, EmbeddedEngine)
+        for statement in ("UPDATE runs SET status = 'cancelled'", "UPDATE steps SET result = x'7b'"):
+            await app.engine.store.change(lambda db, statement=statement: db.execute(statement) and None)  # type: ignore[misc]
+        answer = await client.post(f"{path}/cancel", headers={"Authorization": f"Bearer {KEYS['ann']}"})
+        assert answer.status_code == 503
 
 
 async def test_a_run_of_another_principal_takes_as_much_work_as_an_unknown_one() -> None:

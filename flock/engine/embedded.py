@@ -408,10 +408,12 @@ class EmbeddedEngine(EngineBase):
             active.wake_at = min(active.wake_at, deadline)  # for the watch task: a timer for each waiter is slower
             await active.end.wait()
         with anyio.CancelScope(deadline=deadline):
-            while (await self.get_outline(run_id)).status.is_active:
+            while (run := await self.get_run(run_id)).status.is_active:
+                del run  # do not hold a possibly long record during a possibly long wait
                 if self.is_draining:
                     raise wait_stopped()
                 await self._runner.end_of(run_id).wait()
+            return run
         return await self.get_run(run_id)
 
     async def cancel_run(self, run_id: str) -> Run:
@@ -564,7 +566,7 @@ class EmbeddedEngine(EngineBase):
         length = self.store.result_bytes(run.run_id, position) if run.is_stub else len(result)
         kept = functools.partial(self._protected, run.batch_id or run.run_id)
         long = LongJSON(length, functools.partial(self.store.read_result, run.run_id, position), kept)
-        return long if length > LONG_BYTES else msgspec.Raw(b"".join(long.pieces()))
+        return long if length > LONG_BYTES else self.store.short_result(run.run_id, position)
 
     @contextlib.contextmanager
     def _protected(self, id_: str) -> Iterator[None]:

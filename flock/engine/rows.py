@@ -50,6 +50,7 @@ __all__ = [
     "call_values",
     "first_id_at",
     "is_known_damage",
+    "json_from",
     "last_step_of",
     "micros",
     "names_json",
@@ -211,6 +212,9 @@ def _raising_damaged(convert: Callable[..., T]) -> Callable[..., T]:
             raise Damaged(exc) from exc
 
     return converted
+
+
+json_from = _raising_damaged(_json)
 
 
 def _reader(table: Mapping[str, Column]) -> Callable[[Sequence[Any]], dict[str, Any]]:

@@ -35,7 +35,7 @@ from flock.engine.groups import Change, Group, PendingRun, Refused
 from flock.engine.migrations import migrate
 from flock.engine.outcomes import Outcome
 from flock.engine.program import Program
-from flock.engine.rows import Damaged, first_id_at, micros, names_json, run_or_remains, time_from
+from flock.engine.rows import Damaged, first_id_at, json_from, micros, names_json, run_or_remains, time_from
 from flock.engine.storefile import Displaced, StoreFile
 from flock.engine.takeover import TakenOver
 from flock.errors import EngineFull, OwnershipLost, RunNotFound, StoreError, Unstorable
@@ -477,6 +477,10 @@ class Store:
             return result.read(length)
 
         return self._with_result(run_id, position, read)
+
+    def short_result(self, run_id: str, position: int | None) -> msgspec.Raw:
+        """Return a result as a whole, if it is not damaged. Raises RunNotFound, StoreError."""
+        return self._with_result(run_id, position, lambda result: json_from(result.read()))
 
     def _with_result(self, run_id: str, position: int | None, use: Callable[[sqlite3.Blob], T]) -> T:
         table, query, values = "runs", statements.ROW_OF_RUN, (run_id,) if position is None else (run_id, position)
