@@ -55,7 +55,6 @@ from flock.fair import FairShare
 from flock.limits import Limits
 from flock.options import replaced
 from flock.runs import (
-    NOT_LOADED,
     Answer,
     Batch,
     BatchFilter,
@@ -559,7 +558,7 @@ class EmbeddedEngine(EngineBase):
         Raises: RunNotFound, StoreError if *run* is a stub, whose results are only in the store.
         """
         result = run.result if position is None else run.steps[position].result
-        if result is None or (len(result) <= LONG_BYTES and not (run.is_stub and result == NOT_LOADED)):
+        if result is None or (not run.is_stub and len(result) <= LONG_BYTES):
             return result
         if run.status is RunStatus.COMPLETED and position == len(run.steps) - 1:
             position = None  # the last result is stored only once, as that of the run

@@ -36,10 +36,8 @@ def _columns_of_run(read: Collection[str], **instead: str) -> str:
 RUN_COLUMNS = ", ".join(RUN_TABLE)
 #: The columns of a row if only its beginning can be read. Its empty inputs mark it as damaged.
 SHORT_COLUMNS = _columns_of_run(HEAD, inputs="x''")
-#: A result that SQLite reads with its row, in place of a statement of its own, has at most this length.
-SHORT_BYTES = 4096
-#: A short result, the placeholder for one that is not read, or NULL if there is no result.
-OUTLINED = f"CASE WHEN typeof(result) = 'blob' AND length(result) > {SHORT_BYTES} THEN x'7b7d' ELSE result END"
+#: The placeholder for a result that is not read, or NULL if there is no result.
+OUTLINED = "CASE typeof(result) WHEN 'blob' THEN x'7b7d' ELSE result END"
 OUTLINE_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"inputs", "extra"}, result=OUTLINED)
 ITEM_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"last_step"})
 

@@ -429,7 +429,7 @@ class Store:
         return self.read(lambda db: queries.find_run(db, run_id))
 
     def outline(self, run_id: str) -> Run | None:
-        """Return a stub of a run: with ``{}`` in place of its inputs and long results, which are not read."""
+        """Return a stub of a run: with ``{}`` in place of its inputs and results, which are not read."""
         return self.read(lambda db: queries.find_run(db, run_id, is_outline=True))
 
     def is_of(self, run_id: str, principal: str) -> bool:

@@ -240,7 +240,7 @@ class Engine(Protocol):
         """Return the current state of the run. Raises RunNotFound, also if it is not of *principal*; None means any."""
 
     async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
-        """Like ``get_run``, but it may be a stub: its inputs and long results are not read; see ``Run.is_stub``."""
+        """Like ``get_run``, but it may be a stub: its inputs and results are not read; see ``Run.is_stub``."""
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         """Return the calls of *run* that have ended, by the position of their step, oldest first.
