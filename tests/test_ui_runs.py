@@ -193,7 +193,7 @@ def test_a_call_that_waits_for_an_answer_is_not_shown_as_running(visit: Visit, c
 
 
 def test_rows_that_wait_for_an_answer_are_shown_as_waiting(visit: Visit, closed: Site) -> None:
-    """In the bar, in the words, in the status if no other row is left, and in the list of batches."""
+    """In the bar and in the words, on the page of the batch and in the list of batches."""
     items = [{"order": f"A{number}"} for number in range(3)]
     body = {"agent_name": "refund", "batch_inputs": items}
     sent = httpx.post(f"{closed.url}/run/batch", json=body, headers=closed.headers).raise_for_status()
@@ -201,11 +201,8 @@ def test_rows_that_wait_for_an_answer_are_shown_as_waiting(visit: Visit, closed:
     page = visit.page(closed, f"batch/{batch_id}")
     expect(page.get_by_role("progressbar")).to_have_attribute("aria-valuetext", "3 rows: 3 waiting")
     expect(page.locator(".outcomes")).to_have_text("0 of 3 rows (0 %)? 3 waiting")
-    expect(status_of(page)).to_contain_text("waiting")
     listed = visit.page(closed, "batches?agent_name=refund")
-    row = listed.get_by_role("row", name=batch_id[-12:])
-    expect(row).to_contain_text("3 waiting")
-    expect(row.locator(".badge")).to_have_text("? waiting")
+    expect(listed.get_by_role("row", name=batch_id[-12:])).to_contain_text("? 3 waiting")
     httpx.post(f"{closed.url}/batch/{batch_id}/cancel", headers=closed.headers).raise_for_status()
     expect(status_of(page)).to_contain_text("cancelled")
 

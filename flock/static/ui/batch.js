@@ -217,7 +217,7 @@ export async function show(main, { id, params, signal }) {
             ]
           : [
               count(index + 1),
-              h("span.quiet", status || isFinal(batch.status) ? "…" : "not ended"),
+              h("span.quiet", "…"),
               ...columns.slice(2).map(() => ""),
             ],
       onError: showError,

@@ -5,7 +5,7 @@ import { get } from "./api.js";
 import { drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
 import { actions, h } from "./dom.js";
 import { agentChoice, choice, list } from "./list.js";
-import { STATUSES, aboutBatches, badge, duration, isFinal, statusOf, when } from "./words.js";
+import { STATUSES, aboutBatches, badge, duration, isFinal, when } from "./words.js";
 
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);
@@ -21,7 +21,7 @@ export async function show(main, { params, signal }) {
     row: (batch) => [
       h("a", { href: link(`batch/${batch.batch_id}`), class: "mono" }, batch.batch_id.slice(-12)),
       batch.agent_name,
-      badge(statusOf(batch)),
+      badge(batch.status),
       isFinal(batch.status) ? "–" : duration(batch.eta_s),
       when(batch.created_at),
       [drawOutcomes(outcomeBar(), batch), h("span.outcomes", outcomeWords(batch))],

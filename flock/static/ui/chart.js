@@ -10,13 +10,12 @@ const OUTCOMES = ["completed", "failed", "cancelled"];
 /** Count the rows of a batch by outcome: `[[name, number]]`, without zeros. */
 function outcomes(batch) {
   const { total_items: total, completed_items: ended, failed_items: failed, cancelled_items: cancelled } = batch;
-  const { waiting_items: waiting } = batch;
   return [
     ["completed", ended - failed - cancelled],
     ["failed", failed],
     ["cancelled", cancelled],
-    ["waiting", waiting],
-    [isFinal(batch.status) ? "not run" : "remaining", total - ended - waiting],
+    ["waiting", batch.waiting_items],
+    [isFinal(batch.status) ? "not run" : "remaining", total - ended - batch.waiting_items],
   ].filter(([, number]) => number > 0);
 }
 

@@ -2,7 +2,7 @@
 
 import { actions, button, fill, h, quiet, title } from "./dom.js";
 import { copy } from "./notices.js";
-import { badge, count, statusOf } from "./words.js";
+import { badge, count } from "./words.js";
 
 /** A final status as the verb of a sentence. */
 export const ended = { completed: "completed", failed: "failed", cancelled: "was cancelled" };
@@ -19,7 +19,7 @@ export function heading() {
       fill(node, title(record.agent_name, status, actions(buttons(), copyLink)));
       if (hadFocus) node.querySelector("h1").focus();
     }
-    fill(status, badge(statusOf(record)));
+    fill(status, badge(record.status));
   };
   return { node, draw };
 }

@@ -152,9 +152,8 @@ class Call {
     this.drawContent();
   }
 
-  /** Draw the call of a run with this status, if the call has not ended. */
   draw(status) {
-    if (!this.data.completed_at) this.drawSummary(status === "waiting" ? status : "running");
+    if (!this.data.completed_at) this.drawSummary(status);
   }
 
   drawSummary(open = "running") {

@@ -8,10 +8,6 @@ export const SIGNS = { starting: "○", running: "◐", waiting: "?", completed:
 export const badge = (status) =>
   h("span", { class: `badge ${status}` }, h("span", { "aria-hidden": "true" }, SIGNS[status]), ` ${status}`);
 
-/** The status of a batch, "waiting" if all its open rows wait for answers. */
-export const statusOf = ({ status, total_items, completed_items, waiting_items }) =>
-  status === "running" && waiting_items > 0 && waiting_items === total_items - completed_items ? "waiting" : status;
-
 export const STATUSES = Object.keys(SIGNS);
 export const isFinal = (status) => ["completed", "failed", "cancelled"].includes(status);
 
