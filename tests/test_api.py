@@ -21,7 +21,6 @@ from flock.runs import end_id, new_id
 from flock.testing import Failure, FakeModel, Reply
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
-from tests.support.flocks import sample_flock
 from tests.support.http import client_of, post_run, wait_for, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -551,18 +550,6 @@ async def test_a_request_id_with_invalid_characters_is_replaced(sent: str, clien
     received = (await client.get("/agents", headers={"X-Request-ID": sent})).headers["X-Request-ID"]
     assert received != sent
     assert uuid.UUID(received)
-
-
-async def test_a_stopped_app_answers_503() -> None:
-    app = create_app(sample_flock())
-    async with app.lifespan():
-        pass
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
-        response = await post_run(client, "add", {"a": 1})
-        assert (await client.get("/agents")).status_code == 200
-    assert response.status_code == 503
-    assert response.headers["Retry-After"] == "1"
-    assert "lifespan" in response.json()["detail"]
 
 
 async def test_links_of_a_mounted_app_have_its_prefix(flock: Flock, model: FakeModel) -> None:

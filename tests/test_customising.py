@@ -17,7 +17,6 @@ import httpx
 import msgspec
 import pytest
 import yaml
-from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -327,7 +326,7 @@ async def test_an_origin_that_the_host_names_in_its_cors_middleware_is_allowed(w
 async def test_a_host_that_allows_any_origin_does_not_turn_the_protection_off(allowed: Any) -> None:
     """Any page could run agents through the browser of a user. The response says what to set."""
     app = create_app(sample_flock(), store=":memory:", auth="host")
-    host = FastAPI()
+    host = Starlette()
     host.add_middleware(CORSMiddleware, **allowed)
     host.mount("/ai", app)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t/ai") as client:

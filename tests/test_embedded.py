@@ -614,10 +614,11 @@ async def test_a_request_while_the_engine_stops_is_answered_with_503() -> None:
         await started.wait()
         may_exit.set()
         await is_stopping.wait()
-        answers: list[int] = []
+        answers: list[tuple[int, str | None]] = []
 
         async def ask(path: str) -> None:
-            answers.append((await client.get(path)).status_code)
+            answer = await client.get(path)
+            answers.append((answer.status_code, answer.headers.get("Retry-After")))
             if len(answers) == 2:
                 may_stop.set()
 
@@ -626,7 +627,7 @@ async def test_a_request_while_the_engine_stops_is_answered_with_503() -> None:
         with anyio.move_on_after(PATIENCE_S):
             await may_stop.wait()
         may_stop.set()
-    assert answers == [503, 503]
+    assert answers == [(503, "1")] * 2
     assert app.engine.health().engine == "stopped"
 
 
