@@ -276,7 +276,7 @@ class FieldError(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         line = "" if self.line is msgspec.UNSET else f"line {self.line}"
-        return f"{' '.join(filter(None, [line, self.pointer])) or 'the value'}: {self.detail}"
+        return ": ".join(filter(None, [" ".join(filter(None, [line, self.pointer])), self.detail]))
 
 
 class InvalidData(FlockError):

@@ -309,7 +309,7 @@ async def test_a_list_has_inputs_and_results_on_request(client: httpx.AsyncClien
         ({"limit": "1001"}, "'limit' in the query: Expected 'int' <= 1000."),
         ({"created_after": "yesterday"}, "'created_after' in the query: Invalid RFC3339 encoded datetime."),
         ({"created_after": "2026-01-01T00:00:00"}, "Expected 'datetime' with a timezone component."),
-        ({"agent": "steady"}, "The query: Object contains unknown field 'agent'."),
+        ({"agent": "steady"}, "The query has no parameter 'agent' here. Did you mean 'agent_name'?"),
         ({"include": "steps"}, "'include' in the query: Invalid enum value 'steps'."),
     ],
 )

@@ -17,6 +17,7 @@ from starlette.types import Scope
 
 from flock.errors import FieldError, InvalidData
 from flock.jsontype import example_for
+from flock.nearest import did_you_mean
 from flock.runs import IdempotencyKey
 
 __all__ = [
@@ -77,6 +78,11 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
     if len({name for name, _ in sent}) < len(sent):
         raise InvalidData([FieldError(detail="A parameter of the query is repeated. Send it once.", pointer="")])
     fields = _fields_of(type_)
+    names = [field.name for field in fields]
+    for name, _ in sent:
+        if name not in names:
+            detail = f"The query has no parameter {name!r} here.{did_you_mean(name, names)}"
+            raise InvalidData([FieldError(detail=detail, pointer="")])
     read: dict[str, Any] = defaults | dict(sent)
     for field in fields:
         if field.required and field.name not in read:
@@ -95,8 +101,8 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
         return msgspec.convert(read, type_)
     except msgspec.ValidationError as exc:
         reason, _, path = str(exc).replace("`", "'").partition(" - at '$.")
-        name = f"'{path[:-1]}' in the query" if path else "The query"
-        raise InvalidData([FieldError(detail=f"{name}: {reason}.{example_for(reason)}", pointer="")]) from exc
+        detail = f"'{path[:-1]}' in the query: {reason}.{example_for(reason)}"
+        raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
 
 
 def traceparent_of(request: Request) -> str | None:
