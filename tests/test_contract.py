@@ -18,6 +18,7 @@ import msgspec
 import pytest
 import yaml
 from openapi_spec_validator import validate
+from starlette.requests import HTTPConnection
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
@@ -26,14 +27,15 @@ import flockapi
 from flock.agents.agent import Handoff
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError
-from flock.runs import BatchOptions, Event, Progress, Question, RunContext, RunStatus, Usage, new_id
+from flock.runs import BatchOptions, Event, Principal, Progress, Question, RunContext, RunStatus, Usage, new_id
 from flock.testing import FakeModel, Reply
 from flock.web import wire
 from flock.web.problems import PLAIN, PROBLEMS
 from flock.web.responses import events_of_new_run
 from flockapi import ROUTES, FlockAPI, create_app
 from tests.support import PATIENCE_S, ROOT
-from tests.support.http import check_problem, post_run, wait_for
+from tests.support.flocks import sample_flock
+from tests.support.http import check_problem, client_of, post_run, wait_for
 from tests.support.spec import NDJSON, SPEC, TWIN, check_described, operations, resolve, validator
 
 SCHEMAS = SPEC["components"]["schemas"]
@@ -424,6 +426,20 @@ async def test_a_parameter_that_is_not_in_the_document_is_422_everywhere(client:
             assert name in problem["detail"], (method, path)
     for path in ("/healthz", "/readyz", "/openapi.json"):
         assert (await client.get(path, params={"unknown": "1"})).status_code == 200
+
+
+async def test_an_auth_function_may_read_parameters_of_its_own() -> None:
+    """A browser's EventSource sends no headers, so its token is in the query."""
+
+    async def auth(connection: HTTPConnection) -> Principal | None:
+        return Principal(name="ann") if connection.query_params.get("token") == "t" else None
+
+    async with client_of(create_app(sample_flock(), store=":memory:", auth=auth)) as client:
+        sent = {"agent_name": "add", "inputs": {"a": 1}}
+        run = (await client.post("/run/flock", params={"token": "t"}, json=sent)).json()
+        for path in (f"/run/{run['run_id']}", f"/run/{run['run_id']}/events", "/runs"):
+            assert (await client.get(path, params={"token": "t"})).status_code == 200
+            assert (await client.get(path, params={"token": "x"})).status_code == 401
 
 
 def test_the_statuses_of_a_run_are_the_same() -> None:

@@ -590,6 +590,15 @@ async def test_the_length_of_an_answer_is_learned_from_the_first(open_engine: Op
     assert 1 < model.most <= 7
 
 
+async def test_a_reported_length_without_measure_does_not_hold_up_the_other_calls() -> None:
+    budget = Budget({MODEL: Price(input=0, output=1)}, 100, None, "batch")
+    budget.add(Usage(output_tokens=10**12, priced_tokens=10**12))
+    async with budget.reserve(MODEL, [], None):
+        with anyio.fail_after(PATIENCE_S):
+            async with budget.reserve(MODEL, [], None):
+                pass
+
+
 async def test_a_call_that_waits_for_the_limit_can_be_cancelled(open_engine: OpenEngine) -> None:
     """Those behind it go on, and what was reserved is free again."""
     model, flock = Crowd(2), crowded()

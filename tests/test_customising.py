@@ -322,6 +322,17 @@ async def test_an_origin_that_the_host_names_in_its_cors_middleware_is_allowed(w
                 assert "cors_origins=" in answer.json()["detail"]
 
 
+async def test_null_is_no_origin_that_a_host_can_allow() -> None:
+    """Any site can send it from a sandboxed frame. An origin that is passed by position is allowed, too."""
+    app = create_app(sample_flock(), store=":memory:", auth="host")
+    host = Starlette(routes=[Mount("/ai", app)], middleware=[Middleware(CORSMiddleware, ["null", PAGE])])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t/ai") as client:
+        for origin, status in ((PAGE, 200), ("null", 403)):
+            sent = {"Origin": origin, "Sec-Fetch-Site": "cross-site"}
+            add = {"agent_name": "add", "inputs": {"a": 1}}
+            assert (await client.post("/run/flock", json=add, headers=sent)).status_code == status
+
+
 @pytest.mark.parametrize("allowed", [{"allow_origins": ["*"]}, {"allow_origin_regex": "https://.*"}], ids=str)
 async def test_a_host_that_allows_any_origin_does_not_turn_the_protection_off(allowed: Any) -> None:
     """Any page could run agents through the browser of a user. The response says what to set."""

@@ -11,6 +11,8 @@ __all__ = ["ENCODING", "BadBody", "pieces_of", "read_whole"]
 
 #: What is accepted as a ``Content-Encoding``: httpx would decompress others too, but without a bound.
 ENCODING = "gzip"
+#: What servers send nevertheless, and zlib decompresses with a bound.
+WINDOW_BITS = {"gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
 #: Max size of one JSON message: a body, or an event of a stream.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 #: How much of the body of an error is read.
@@ -33,9 +35,10 @@ async def pieces_of(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     if response.is_stream_consumed:  # httpx has read it, since it was never on a network
         yield response.content
         return
-    if encoding not in (ENCODING, "identity", ""):
+    if "," in encoding or encoding in ("br", "zstd", "compress"):
         raise BadBody(f"an answer with the Content-Encoding {encoding[:100]!r}, although only {ENCODING!r} is accepted")
-    gunzip = zlib.decompressobj(zlib.MAX_WBITS | 16) if encoding == ENCODING else None
+    window_bits = WINDOW_BITS.get(encoding)  # what is not an encoding, such as "utf-8", is ignored, as httpx does
+    gunzip = None if window_bits is None else zlib.decompressobj(window_bits)
     async with contextlib.aclosing(response.aiter_raw()) as chunks:  # type: ignore[type-var]
         async for chunk in chunks:
             if gunzip is None:

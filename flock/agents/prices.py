@@ -27,6 +27,8 @@ MAX_PRICE = 1_000_000
 PICODOLLARS = 10**6
 #: How many tokens an answer is expected to have before the first one is known, unless its agent limits it.
 EXPECTED_TOKENS = 4096
+#: However long an answer has been, or was reported to be, no other one is expected to be longer than this.
+MOST_EXPECTED_TOKENS = 128 * 1024
 
 
 class Price(msgspec.Struct, frozen=True):
@@ -197,9 +199,9 @@ class Budget:
 
     def _expected(self, price: Price | None, tokens: int, max_tokens: int | None) -> float:
         """Return what a call will probably cost, in picodollars."""
-        if price is None:
+        if price is None:  # its answer ends the batch, so it is asked alone
             return math.inf
-        longest = min(self._longest or max_tokens or EXPECTED_TOKENS, max_tokens or math.inf)
+        longest = min(self._longest or max_tokens or EXPECTED_TOKENS, max_tokens or MOST_EXPECTED_TOKENS)
         return price.picodollars(Usage(input_tokens=tokens, output_tokens=int(longest)))
 
     def _exceeds(self, cost: float) -> bool:

@@ -27,6 +27,7 @@ from flock.command.batch import batch
 from flock.command.server import (
     ServerSettings,
     WorkerSettings,
+    passed_listener,
     run_worker,
     serve_flock,
     serve_workers,
@@ -168,7 +169,7 @@ def serve(context: click.Context, /, target: str, model: str | None, workers: in
         own, limits = pop_fields(options, ServerSettings), Limits(**pop_fields(options, Limits))
         settings = ServerSettings(app=AppOptions(**options), limits=limits, **own)
         if workers == 1:
-            serve_flock(load(), settings)
+            serve_flock(load(), settings, passed_listener())
         elif settings.store == MEMORY and not settings.temporal:
             raise click.UsageError(
                 "Several workers need a file to share their runs. Choose one with --store, or omit --workers."

@@ -52,6 +52,7 @@ __all__ = [
     "ServerSettings",
     "WorkerSettings",
     "abandon_busy_threads",
+    "passed_listener",
     "run_worker",
     "serve_flock",
     "serve_workers",
@@ -155,16 +156,22 @@ class WorkerSettings(Options, frozen=True, kw_only=True):
     log_json: bool = False
 
 
-def serve_flock(flock: DeclaredFlock, settings: ServerSettings) -> None:
+def serve_flock(flock: DeclaredFlock, settings: ServerSettings, listener: socket.socket | None = None) -> None:
     """Serve *flock* until SIGINT or SIGTERM. This configures logging for the whole process.
+
+    Args:
+        listener: see ``passed_listener``.
 
     Raises: StoreError if the store cannot be used.
     """
     _hold_sighup()
-    listener = _passed_listener()
-    settings = _with_access_control(_listening_on(listener, settings))
-    config = _config(_app(flock, settings), settings)
-    anyio.run(_prepare_storage, flock, settings)
+    try:
+        settings = _with_access_control(_listening_on(listener, settings))
+        config = _config(_app(flock, settings), settings)
+        anyio.run(_prepare_storage, flock, settings)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        raise
     _log_start(flock, settings)
     if listener is not None:
         _log_listening(settings, listener)
@@ -200,7 +207,7 @@ def _metrics_folder() -> Iterator[None]:
 
 def _serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: ServerSettings) -> int:
     """Serve as in ``serve_workers``, and return the exit code."""
-    passed = _passed_listener()
+    passed = passed_listener()
     flock, settings = load(), _with_access_control(_listening_on(passed, settings))
     app = _app(flock, settings)
     config = _config(app, settings)
@@ -234,7 +241,7 @@ def _hold_sighup() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
-def _passed_listener() -> socket.socket | None:
+def passed_listener() -> socket.socket | None:
     """Return the socket that systemd, or another parent, has passed (``sd_listen_fds(3)``), or None.
 
     Raises: DefinitionError if there are several.

@@ -159,8 +159,10 @@ class StoredRun(ActiveRun):
     async def wait_for_store(self) -> None:
         """A result stays in memory until it is written, so no more work starts while results cannot be written."""
         while await self._read(self._runner.store.is_behind):
-            with contextlib.suppress(StoreError):
+            try:
                 await self._runner.store.catch_up()
+            except StoreError:
+                await anyio.sleep(RETRY_AFTER_S)
 
     async def earlier_runs(self, limit: int) -> Sequence[Run]:
         """Raises Unreadable."""

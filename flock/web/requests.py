@@ -74,11 +74,13 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
 
     Raises InvalidData, which names the parameter.
     """
-    sent = request.query_params.multi_items() if request.scope["query_string"] else ()
-    if len({name for name, _ in sent}) < len(sent):
-        raise InvalidData([FieldError(detail="A parameter of the query is repeated. Send it once.", pointer="")])
+    sent = request.query_params.multi_items() if request.scope["query_string"] else []
     fields = _fields_of(type_)
     names = [field.name for field in fields]
+    if callable(request.app.options.auth):  # it may read parameters of its own, such as a token
+        sent = [(name, value) for name, value in sent if name in names]
+    if len({name for name, _ in sent}) < len(sent):
+        raise InvalidData([FieldError(detail="A parameter of the query is repeated. Send it once.", pointer="")])
     for name, _ in sent:
         if name not in names:
             detail = f"The query has no parameter {name!r} here.{did_you_mean(name, names)}"

@@ -229,14 +229,15 @@ def api_key_auth(keys: KeyRing) -> Auth:
 
 
 def _origins_in_middleware(scope: Scope) -> Iterator[str]:
-    """Yield the origins that CORSMiddleware of this app or its host names. A wildcard names none.
+    """Yield the origins that CORSMiddleware of this app or its host names. A wildcard or "null" names none.
 
     For ``*``, a browser sends no cookies, but its address and network may be all that lets it in here.
     """
     for app in (scope.get("app"), scope.get("flock.host")):
         for middleware in getattr(app, "user_middleware", ()):
-            if middleware.cls is CORSMiddleware:
-                yield from (origin for origin in middleware.kwargs.get("allow_origins", ()) if origin != "*")
+            if isinstance(middleware.cls, type) and issubclass(middleware.cls, CORSMiddleware):
+                origins = next(iter(middleware.args), middleware.kwargs.get("allow_origins", ()))
+                yield from (origin for origin in origins if origin not in ("*", "null"))
 
 
 def principal_of(request: HTTPConnection) -> Principal | None:
