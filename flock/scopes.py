@@ -1,16 +1,17 @@
-"""The cancel scopes of a task that runs code of a user: their deadlines, and those that it leaves open."""
+"""Tasks in an empty context, and the cancel scopes of a task that runs code of a user."""
 
 import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context
 from typing import Any
 
 import anyio
+from anyio.abc import TaskGroup
 
-__all__ = ["closing_scopes", "current_task", "set_deadline"]
+__all__ = ["closing_scopes", "current_task", "set_deadline", "start_in_empty_context"]
 
 logger = logging.getLogger("flock.runs")
 
@@ -23,10 +24,15 @@ def current_task() -> "asyncio.Task[Any] | None":
         return None
 
 
+def start_in_empty_context(tasks: TaskGroup, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
+    """Start a task that does not see the context variables of its caller, and does not keep them alive."""
+    Context().run(tasks.start_soon, function, *args)
+
+
 def set_deadline(scope: anyio.CancelScope, deadline: float) -> None:
     """Set the deadline of a scope that was entered, in an empty context.
 
-    Until its time has come, asyncio keeps a timer and its context, with objects of a request, even if it is cancelled.
+    asyncio keeps a timer and its context, with the objects of a request, until the deadline, even if it is cancelled.
     """
     Context().run(setattr, scope, "deadline", deadline)
 

@@ -390,7 +390,7 @@ def test_after_an_outage_the_rate_is_that_of_before(monkeypatch: pytest.MonkeyPa
         provider.admit(tenth / 10, ITEM, passage := Passage())
         passage.sent_at = tenth / 10
         provider.answered(tenth / 10, passage)
-    provider.failed(5, Passage(), OUTAGE, is_last=True)
+    provider.failed(5, Passage(), OUTAGE, is_last=True, has_others=False)
     assert provider.wait_s(5, ITEM, Passage()) == 1
     assert provider.wait_s(6, ITEM, Passage()) == 0
     provider.admit(6, ITEM, probe := Passage())
@@ -773,7 +773,7 @@ def test_one_of_several_models_is_asked_within_5_s_of_its_return() -> None:
     """However long the outage was. Only a call that waits for an answer is a reason to wait longer."""
     provider, now = Pace("openai"), 0.0
     caller = Caller(is_item=True, has_fallback=True, models=2, have_all_failed=True)
-    provider.failed(now, Passage(), OUTAGE, is_last=True, max_pause_s=pace.FALLBACK_WAIT_S)
+    provider.failed(now, Passage(), OUTAGE, is_last=True, has_others=True)
     for _ in range(20):
         with pytest.raises(ModelError, match="could not be reached"):
             provider.check(now, caller)
@@ -784,7 +784,7 @@ def test_one_of_several_models_is_asked_within_5_s_of_its_return() -> None:
         provider.admit(now, caller, probe := Passage())
         with pytest.raises(ModelError, match="could not be reached"):
             provider.check(now, caller)
-        provider.failed(now, probe, OUTAGE, is_last=False, max_pause_s=pace.FALLBACK_WAIT_S)
+        provider.failed(now, probe, OUTAGE, is_last=False, has_others=True)
         provider.leave(probe)
 
 

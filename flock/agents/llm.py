@@ -494,8 +494,7 @@ class _Call:
         self._is_outage = not is_timeout and status not in (408, 409)
         if self._is_outage or self.caller.has_fallback:
             is_last = self._is_last and not self._are_others_answered
-            max_pause_s = FALLBACK_WAIT_S if self.caller.models > 1 else None
-            self.pace.failed(now, passage, error, is_last=is_last, max_pause_s=max_pause_s)
+            self.pace.failed(now, passage, error, is_last=is_last, has_others=self.caller.models > 1)
 
     def pause_s(self, failure: _TransientError) -> float:
         """Return the seconds until the next attempt. Raises the error if there is none."""

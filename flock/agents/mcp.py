@@ -11,7 +11,6 @@ import itertools
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextvars import Context
 from typing import Any, TypeVar
 
 import anyio
@@ -27,6 +26,7 @@ from flock.agents.sse import events_in, is_stream
 from flock.agents.tools import Tool, ToolSource, Unlisted
 from flock.errors import CallError, DefinitionError
 from flock.runs import RunContext, one_line, safe_text
+from flock.scopes import start_in_empty_context
 
 __all__ = ["ListedTool", "MCPTool", "MCPTools", "listing_tools", "mcp_tools"]
 
@@ -322,7 +322,7 @@ async def listing_tools(sources: Iterable[ToolSource]) -> AsyncIterator[None]:
 
     async with anyio.create_task_group() as tasks:
         for source in sources:
-            Context().run(tasks.start_soon, list_tools, source)
+            start_in_empty_context(tasks, list_tools, source)
         yield
         tasks.cancel_scope.cancel()
 

@@ -450,7 +450,7 @@ class ModelLimits(Gate):
         super().__init__()
         self._name, self._pace = name, pace
         if pace is not None:
-            pace.limits.append(self)
+            pace.gates.append(self)
         requests, tokens, calls = (math.inf if limit is None else limit / _processes for limit in limits)
         self._requests = _Bucket(requests / 60, max(1.0, requests / 60))
         self._tokens = _Bucket(tokens / 60, tokens / 60 * self.TOKEN_BURST_S)
@@ -506,7 +506,7 @@ class Pace(Gate):
         super().__init__()
         self.provider = provider
         #: the gates whose calls wait there until they may pass here
-        self.limits: list[Gate] = []
+        self.gates: list[Gate] = []
         self.rate = Rate(shortest_s)
         #: the provider asked to wait; it does not answer; the quota is used up
         self.limit, self.outage, self.quota = Breaker(), Breaker(), Breaker()
@@ -557,13 +557,13 @@ class Pace(Gate):
 
     def wake(self) -> None:
         super().wake()
-        for limits in self.limits:
-            limits.wake()
+        for gate in self.gates:
+            gate.wake()
 
     def wake_all(self) -> None:
         super().wake_all()
-        for limits in self.limits:
-            limits.wake_all()
+        for gate in self.gates:
+            gate.wake_all()
 
     def leave(self, passage: Passage) -> None:
         for breaker in (self.quota, self.limit, self.outage):
@@ -581,7 +581,7 @@ class Pace(Gate):
         for breaker in (self.quota, self.limit, self.outage):
             if breaker.is_open and (breaker.probe is passage or passage.sent_at > breaker.opened_at):
                 breaker.close()
-                if breaker is self.outage and (self.waiting or any(limits.waiting for limits in self.limits)):
+                if breaker is self.outage and (self.waiting or any(gate.waiting for gate in self.gates)):
                     self.rate.restart(now, self._rate_before)
         if hold_s > 0:
             self._asked_until = now + hold_s
@@ -604,13 +604,11 @@ class Pace(Gate):
             self.limit.open(now, now + pause_s, error, needs_probe=pause_s > PROBE_AFTER_S)
             self.wake_all()
 
-    def failed(
-        self, now: float, passage: Passage, error: ModelError, *, is_last: bool, max_pause_s: float | None = None
-    ) -> None:
+    def failed(self, now: float, passage: Passage, error: ModelError, *, is_last: bool, has_others: bool) -> None:
         """A call could not reach the provider, or the provider failed. *is_last*: the call is not repeated at once."""
         if self.outage.probe is passage:
-            pause_s = max(MIN_PROBE_PAUSE_S, 2 * self._pause_s)
-            self._pause_s = min(MAX_PROBE_PAUSE_S if max_pause_s is None else max_pause_s, pause_s)
+            longest_s = FALLBACK_WAIT_S if has_others else MAX_PROBE_PAUSE_S
+            self._pause_s = min(longest_s, max(MIN_PROBE_PAUSE_S, 2 * self._pause_s))
         elif self.outage.is_open or not is_last:
             return
         else:
@@ -643,7 +641,7 @@ class AllOut(Gate):
         self._paces = paces
         self.reason = f"waiting for {' or '.join(dict.fromkeys(pace.provider for pace in paces))}, which do not answer,"
         for pace in paces:
-            pace.limits.append(self)
+            pace.gates.append(self)
 
     def wait_s(self, now: float, caller: Caller, passage: Passage) -> float:
         return min(pace.outage.wait_s(now) for pace in self._paces)

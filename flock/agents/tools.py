@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import itertools
 import logging
 import math
 import re
@@ -15,7 +14,7 @@ import msgspec
 from flock.agents.completions import Message, ToolCall, ToolSchema
 from flock.agents.pace import Caller, wait
 from flock.agents.react import FINISH
-from flock.agents.signature import Signature, context_parameter, is_async, name_of
+from flock.agents.signature import Signature, context_parameter, is_async, is_generator, name_of
 from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON, StepError
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
@@ -66,8 +65,7 @@ class Tool:
     ) -> None:
         if not callable(function) or inspect.isclass(function):
             raise DefinitionError(f"{function!r} is not a tool. Pass a typed function, an agent, or mcp_tools(…).")
-        called = (function, type(function).__call__)
-        if any(map(inspect.isgeneratorfunction, called)) or any(map(inspect.isasyncgenfunction, called)):
+        if is_generator(function):
             raise DefinitionError(f"{function!r} is a generator. A tool must return its complete result.")
         if callable(needs_approval) and is_async(needs_approval):
             raise DefinitionError(
@@ -168,15 +166,15 @@ class ToolSource:
 
     async def tools_in_time(self, context: RunContext) -> Sequence[Tool]:
         """Return the tools, after as many attempts as the caller's deadline allows. Raises CallError."""
-        for number in itertools.count():
+        pause_s = LIST_PAUSE_S
+        while True:
             try:
                 return await self.tools()
             except Unlisted as exc:
-                pause_s = min(LIST_PAUSE_S * 2 ** min(number, 30), MAX_LIST_PAUSE_S)
                 if anyio.current_time() + pause_s > anyio.current_effective_deadline():
                     raise
                 await wait(pause_s, Caller(on_wait=context.report_wait), f"{exc} Waiting to try again")
-        raise AssertionError("the loop returns or raises")
+                pause_s = min(2 * pause_s, MAX_LIST_PAUSE_S)
 
 
 class Toolbox:

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from typing import Any
 
 import anyio
@@ -23,6 +23,7 @@ from flock.engine.store import RETRY_AFTER_S
 from flock.errors import OwnershipLost, StoreError
 from flock.limits import Limits
 from flock.runs import Batch, IdempotencyKey, Run, now, of_request
+from flock.scopes import start_in_empty_context
 
 __all__ = ["Batches"]
 
@@ -197,7 +198,7 @@ class _Work:
         """Start the next worker. Called when the item of a worker has a slot, so that only one worker waits."""
         if self._idle_workers:
             self._idle_workers -= 1
-            Context().run(self._tasks.start_soon, self._run_items)
+            start_in_empty_context(self._tasks, self._run_items)
 
     async def _run_items(self) -> None:
         items = iter(self._take, None)
@@ -206,7 +207,7 @@ class _Work:
             for work in map(self._runner.execute, items, *same):
                 await work
                 if copy_context():  # the agent has set a context variable, which must not reach the next item
-                    Context().run(self._tasks.start_soon, self._run_items)
+                    start_in_empty_context(self._tasks, self._run_items)
                     return
         except StoreError as exc:  # the next page cannot be read
             logger.error("pending items cannot be read: %s", exc)
@@ -238,7 +239,7 @@ class _Work:
         """Called when an item begins to wait for an answer."""
         if not self._is_watching:
             self._is_watching = True
-            Context().run(self._tasks.start_soon, self._watch_answers)
+            start_in_empty_context(self._tasks, self._watch_answers)
 
     async def _watch_answers(self) -> None:
         """Let items continue that got an answer, until none waits for one."""

@@ -77,7 +77,7 @@ from flock.runs import (
     statuses_of,
 )
 from flock.runs.records import LONG_BYTES
-from flock.scopes import current_task
+from flock.scopes import current_task, start_in_empty_context
 
 __all__ = ["EmbeddedEngine", "limits_for_one_batch"]
 
@@ -223,7 +223,7 @@ class EmbeddedEngine(EngineBase):
             await self.__aexit__()
             raise
         for task in (self._watch, self._expire_questions, self._apply_retention):
-            Context().run(self._tasks.start_soon, task)
+            start_in_empty_context(self._tasks, task)
         return self
 
     async def _serve_live(self, tasks: anyio.abc.TaskGroup) -> None:
@@ -236,7 +236,7 @@ class EmbeddedEngine(EngineBase):
             logger.info(template, self.store.path)
         elif listener := await relay.listen(path):
             is_active = self._runner.active.__contains__
-            Context().run(tasks.start_soon, relay.serve, listener, path, self._runner.watch, is_active)
+            start_in_empty_context(tasks, relay.serve, listener, path, self._runner.watch, is_active)
 
     def _warn_about_store(self, differences: str) -> None:
         """Warn if other programs use the store, or other users can read it. This may be unintentional."""
@@ -532,7 +532,7 @@ class EmbeddedEngine(EngineBase):
             owner = run.owner if run.batch_id is None else (await self.get_batch(run.batch_id)).owner
             if owner not in (None, self._engine_id, live.lost_owner) and live.follower is None:
                 live.follower = anyio.CancelScope()
-                Context().run(self._tasks.start_soon, self._copy_live, run.run_id, owner, live)
+                start_in_empty_context(self._tasks, self._copy_live, run.run_id, owner, live)
         with anyio.move_on_after(MAX_COPY_S):
             while live.follower is not None and live.ended_steps < len(run.steps):
                 await live.changed.wait()
@@ -779,7 +779,7 @@ class EmbeddedEngine(EngineBase):
     def _start_batch(self, work: Callable[[Batch], Coroutine[Any, Any, None]], batch: Batch) -> None:
         """Start *work* on *batch*. If the engine is shutting down, the batch is recovered at the next start instead."""
         if self._tasks is not None and not self.is_draining:
-            Context().run(self._tasks.start_soon, work, batch)
+            start_in_empty_context(self._tasks, work, batch)
 
     async def get_batch(self, batch_id: str) -> Batch:
         self._check_entered()

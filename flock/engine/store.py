@@ -18,7 +18,6 @@ import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from contextvars import Context
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal, Self, TypeVar
@@ -40,6 +39,7 @@ from flock.engine.storefile import Displaced, StoreFile
 from flock.engine.takeover import TakenOver
 from flock.errors import EngineFull, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import Call, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step, Usage
+from flock.scopes import start_in_empty_context
 
 __all__ = ["Durability", "Store"]
 
@@ -153,7 +153,7 @@ class Store:
         self._file.note_identity()
         self._threads = anyio.CapacityLimiter(1)
         tasks = await stack.enter_async_context(anyio.create_task_group())
-        Context().run(tasks.start_soon, self._write_until_closed)
+        start_in_empty_context(tasks, self._write_until_closed)
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Write pending records, and close. Cancellation: they are written anyway."""

@@ -44,11 +44,6 @@ def started_id(attempt: int, position: int) -> int:
     return attempt * EVENTS_PER_ATTEMPT + position * EVENTS_PER_STEP + 1
 
 
-def _step_end_id(attempt: int, position: int) -> int:
-    """Return the id of the event ``step.completed``."""
-    return attempt * EVENTS_PER_ATTEMPT + (position + 1) * EVENTS_PER_STEP
-
-
 def end_id(attempt: int) -> int:
     """Return the id of the last event of an attempt."""
     return (attempt + 1) * EVENTS_PER_ATTEMPT - 1
@@ -80,7 +75,7 @@ def events_after(run: Run, after: int) -> Iterator[Event]:
     has_started = run.started_at is not None and run.status is not RunStatus.STARTING
     started = [event(run.attempt, 0, "run.started", agent_name=run.agent_name, started_at=run.started_at)]
     positions = range(len(run.steps))
-    first = bisect_right(positions, after, key=lambda at: _step_end_id(run.steps[at].attempt, at))
+    first = bisect_right(positions, after, key=lambda at: started_id(run.steps[at].attempt, at + 1) - 1)
     if first and run.steps[first - 1].attempt == run.attempt:
         started = []
     for position in positions[first:]:
