@@ -22,7 +22,7 @@ PIECE_BYTES = 64 * 1024
 
 
 class BadBody(Exception):
-    """A body that is not read to its end. The text is the object of "sent"."""
+    """A body that was not read to its end. Its text follows "sent" in a message."""
 
     @classmethod
     def too_long(cls) -> "BadBody":
@@ -32,7 +32,7 @@ class BadBody(Exception):
 async def pieces_of(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     """Yield the decompressed body in small pieces. Raises BadBody; httpx.HTTPError."""
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
-    if response.is_stream_consumed:  # httpx has read it, since it was never on a network
+    if response.is_stream_consumed:  # a transport without a network, as in tests
         yield response.content
         return
     if "," in encoding or encoding in ("br", "zstd", "compress"):

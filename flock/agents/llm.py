@@ -102,7 +102,7 @@ class _TransientError(Exception):
 
 
 class _Sending(msgspec.Struct, frozen=True):
-    """What is sent in each attempt of a call, and who receives the reply, or the tokens of one that has no end."""
+    """What each attempt of a call sends, and who receives the reply, or the tokens of an unfinished one."""
 
     endpoint: Endpoint
     body: Mapping[str, Any]

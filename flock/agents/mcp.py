@@ -34,7 +34,7 @@ logger = logging.getLogger("flock.checks")
 
 T = TypeVar("T")
 
-#: Receives what is done, the total if it is known, and a message.
+#: Receives the progress, the total if it is known, and a message.
 OnProgress = Callable[[float, float | None, str], None]
 
 PROTOCOL_VERSION = "2025-11-25"

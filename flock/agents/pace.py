@@ -241,7 +241,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
         has_fallback: there is another model to ask next.
         models: how many models may be asked. If there are several, an item waits for the first one that is back.
         have_all_failed: none of the models has answered, so that a provider is not left alone for long.
-        server_errors: a list with an entry for each status 500 that the call has got.
+        server_errors: an entry for each status 500 that the call has received.
         on_wait: called with what the call waits for, and with None when it no longer waits.
     """
 
@@ -571,7 +571,7 @@ class Pace(Gate):
                 breaker.probe = None
         self.wake()
 
-    # What a call tells about its provider
+    # What a call reveals about its provider
 
     def answered(self, now: float, passage: Passage, hold_s: float = 0.0) -> None:
         """A call was answered. *hold_s* is the time until the next one is possible, as the answer says."""

@@ -165,7 +165,7 @@ class ToolSource:
         raise NotImplementedError
 
     async def tools_in_time(self, context: RunContext) -> Sequence[Tool]:
-        """Return the tools, after as many attempts as the caller's deadline allows. Raises CallError."""
+        """Return the tools. Retry until the caller's deadline if they cannot be listed now. Raises CallError."""
         pause_s = LIST_PAUSE_S
         while True:
             try:

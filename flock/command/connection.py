@@ -3,8 +3,8 @@
 uvicorn waits forever for the head of a request, and for a client that does not read its response. It reads further
 requests during a response, and loses a response that it sends before the end of the body. This class differs:
 
-- The head of a request is limited by ``HEAD_TIMEOUT_S`` and ``MAX_HEAD_BYTES``. The size also limits what arrives later
-  and is not body: chunk extensions and trailers.
+- The head of a request is limited by ``HEAD_TIMEOUT_S`` and ``MAX_HEAD_BYTES``. The size also limits chunk
+  extensions and trailers.
 - Data that arrives during a response is buffered up to ``MAX_PIPELINED_BYTES``. Then reading pauses, and a disconnect
   is noticed only at the next write.
 - A client that reads too slowly is disconnected; see ``Connection.watch_writes``.

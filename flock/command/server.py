@@ -609,8 +609,8 @@ class _Server(uvicorn.Server):
     """uvicorn's server, but it still responds while it drains. uvicorn would close its listener first.
 
     Args:
-        is_passed: its listener stays open after it. So it accepts no connections while it drains: they wait for the
-            next server.
+        is_passed: the listener outlives this server. So connections that arrive while it drains are not accepted:
+            they wait for the next server.
     """
 
     def __init__(self, config: uvicorn.Config, settings: ServerSettings, *, is_passed: bool) -> None:

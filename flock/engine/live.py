@@ -366,7 +366,7 @@ class LiveOutput:
 
 
 class Unread:
-    """Watches runs for their first readers, and for ``UNREAD_S`` after they have ended or begun to wait for an answer.
+    """Keeps what runs write for their first readers, until ``UNREAD_S`` after they have ended or begun to wait.
 
     Args:
         watch: see ``Runner.watch``.

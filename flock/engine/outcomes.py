@@ -63,10 +63,10 @@ def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> O
     if isinstance(exc, StepError):
         text = safe_text(exc)
         details = f"{text} {exc.log_detail}".strip()
-        is_told = expose_errors and run.request_id is None  # the program itself gets all of it
-        log = logger.info if is_told else logger.warning
+        shows_details = expose_errors and run.request_id is None  # to the program itself, not to a client
+        log = logger.info if shows_details else logger.warning
         log("run %s: %s%s", run.run_id, one_line(details), of_request(run.request_id), extra=fields_of_run(run))
-        text = one_line(details) if is_told else text
+        text = one_line(details) if shows_details else text
         return Outcome(RunStatus.FAILED, cut(text), cut(safe_text(exc.error_type)))
     agent_name = run.next_agent_name
     template, source = "run %s: agent %s raised%s", of_request(run.request_id)

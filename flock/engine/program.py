@@ -41,7 +41,7 @@ class Program(msgspec.Struct, frozen=True):
         return cls(agents=dict.fromkeys(stored, "")) if isinstance(stored, list) else stored
 
     def differences(self, before: "Program") -> str:
-        """Return in words what *before*, of the same name, had or was that this program has not or is not."""
+        """Describe how *before*, which has a flock of the same name, differs from this program; "" if it does not."""
         found = []
         if self.path and before.path not in ("", self.path):
             found.append(f"which is defined in {before.path} and not in {self.path}")

@@ -342,7 +342,7 @@ def _delete_details(db: sqlite3.Connection, run_ids: Sequence[tuple[str]]) -> No
 def find_spent(db: sqlite3.Connection, query: str, values: Mapping[str, Any]) -> list[tuple[str, Usage | None]]:
     """Return ``spent`` of the runs that *query* finds, by id. It is None if only the steps of a run have its usage.
 
-    The columns of the query are the id, ``spent``, and the length of what SQLite skips to read it, which is limited.
+    The query returns the id, ``spent``, and how many bytes SQLite skips to read it. A page has ``PAGE_BYTES`` of these.
     """
     page, bytes_left = list[tuple[str, Usage | None]](), PAGE_BYTES
     for run_id, stored, length in db.execute(query, values):

@@ -65,7 +65,7 @@ def events_of(run: Run) -> list[Event]:
 
 
 def events_after(run: Run, after: int) -> Iterator[Event]:
-    """Yield the events of *run* like ``events_of``, except those of the steps that ended up to the id *after*."""
+    """Yield the events of *run*, without those of steps that end at or before the id *after*; see ``events_of``."""
 
     def event(attempt: int, number: int | None, name: str, **data: Any) -> Event:
         id_ = None if number is None else attempt * EVENTS_PER_ATTEMPT + number

@@ -179,14 +179,14 @@ class Engine(Protocol):
             is_async: True for a run that does not need a waiting caller. It is on disk when this method returns, and is
                 resumed after a crash. It starts in an empty context. Otherwise it is written as it runs, fails as
                 interrupted if the process dies, and sees the caller's context variables if it runs in this process.
-                With a *key*, every run is stored and resumed like the former.
+                With a *key*, it is stored and resumed like an asynchronous one in any case.
             timeout_s: wall-clock seconds for each attempt, capped at the engine's limit.
             session_id: the session of *principal* that the run joins, 1 to 128 visible ASCII characters. The run starts
                 when the runs of the session that were accepted before it have ended. A retry joins again as the last.
             max_cost: US dollars that its model calls may cost in all attempts, 0 < max_cost <= ``MAX_COST``. It is
                 checked before each call.
             key: detects repeated requests.
-            run_id: of the run: a ``new_id()`` that no other run has; None creates one.
+            run_id: a ``new_id()`` that no other run has; None creates one.
             watch: keep what its agents write, from the start, for the first reader of its ``events``: at most 10 s
                 after the run has ended or begun to wait for an answer, and less if many such runs have no reader.
                 Otherwise only the text of asynchronous runs is kept, while they are active.

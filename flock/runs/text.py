@@ -4,7 +4,7 @@ import re
 
 __all__ = ["TRACEPARENT", "for_terminal", "of_request", "one_line", "safe_text", "valid_traceparent"]
 
-#: What a terminal may obey instead of showing it: C0, DEL and C1 without newlines and tabs, and bidirectional controls.
+#: What a terminal may execute, not show: C0, DEL and C1 except newlines and tabs, and bidirectional controls.
 CONTROLS = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|\r(?!\n)")
 
 #: A later version may append fields to those of version 00.
@@ -26,7 +26,7 @@ def safe_text(value: object) -> str:
 
 
 def of_request(request_id: str | None) -> str:
-    """Return the end of a line of the log; nothing if there was no request."""
+    """Return `` (request ID)``, which ends a line of the log, or "" if there was no request."""
     return "" if request_id is None else f" (request {request_id})"
 
 

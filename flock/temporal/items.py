@@ -133,9 +133,9 @@ class ItemActivities:
         self._drain_timeout_s = drain_timeout_s
         self._jobs: set[_Job] = set()
         self._lookups: dict[tuple[str, int, int], asyncio.Task[None]] = {}
-        #: of agents, by name
+        #: the versions of agents, by name
         self._versions: dict[str, str] = {}
-        #: batches with a warning about a version
+        #: batches for which a warning about a version was logged
         self._mixed: deque[str | None] = deque(maxlen=1000)
         self._chunks: OrderedDict[tuple[str, int, int], asyncio.Task[Chunk]] = OrderedDict()
 

@@ -143,8 +143,8 @@ class AppOptions(Options, frozen=True, kw_only=True):
     auth: Annotated[Auth | Literal["host", "anybody"] | None, AUTH] = None
     #: Allowed values of ``Host``, without the port. None allows any.
     allowed_hosts: Annotated[Collection[str] | None, HOSTS] = None
-    #: Origins whose pages may call the app from a browser, beside those that ``CORSMiddleware`` of *middleware* or of a
-    #: Starlette host names. Pages of other origins cannot change anything.
+    #: Origins whose pages may call the app from a browser, in addition to those in the ``CORSMiddleware`` of
+    #: *middleware* or of a Starlette host. Pages of other origins cannot change anything.
     cors_origins: Annotated[Sequence[str], ORIGINS] = ()
 
     # Extensions by the host

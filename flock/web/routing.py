@@ -231,7 +231,7 @@ def api_key_auth(keys: KeyRing) -> Auth:
 def _origins_in_middleware(scope: Scope) -> Iterator[str]:
     """Yield the origins that CORSMiddleware of this app or its host names. A wildcard or "null" names none.
 
-    For ``*``, a browser sends no cookies, but its address and network may be all that lets it in here.
+    A browser sends no cookies to ``*``, but here its network address alone may give it access.
     """
     for app in (scope.get("app"), scope.get("flock.host")):
         for middleware in getattr(app, "user_middleware", ()):
