@@ -52,9 +52,9 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
-    end_id,
     new_id,
 )
+from flock.runs.events import end_id
 from flock.web import wire
 from flock.web.auth import ConcurrencyLimit, KeyRing, RateLimit, ScopedEngine
 from flock.web.batches import (
@@ -522,7 +522,6 @@ async def one_run(request: Request) -> Response:
     """GET and DELETE /run/{run_id}"""
     engine, run_id = await engine_of(request), request.path_params["run_id"]
     if request.method == "DELETE":
-        query_of(request, wire.NoQuery)
         await engine.delete_run(run_id)
         return Response(status_code=204)
     if wait_s := wait_of(request):
@@ -544,7 +543,6 @@ async def cancel_run(request: Request) -> Response:
 
 async def retry_run(request: Request) -> Response:
     """POST /run/{run_id}/retry: the body is optional; see ``retry_batch``."""
-    query_of(request, wire.NoQuery)
     sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
     retry, engine = wire.RUN_RETRY.decode(sent), await engine_of(request)
     return await run_response(request, await engine.retry_run(request.path_params["run_id"], retry.max_cost), 202)
@@ -562,7 +560,6 @@ async def answer_call(request: Request) -> Response:
 
 async def one_session(request: Request) -> Response:
     """GET and DELETE /session/{session_id}: the runs that ``GET /runs?session_id=`` lists, for an admin of everyone."""
-    query_of(request, wire.NoQuery)
     engine, session_id = await engine_of(request), request.path_params["session_id"]
     if request.method != "DELETE":
         return JSONResponse(wire.shown_as(wire.SessionSummary, await engine.get_session(session_id)))
@@ -646,7 +643,6 @@ async def one_batch(request: Request) -> Response:
     """GET and DELETE /batch/{batch_id}"""
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     if request.method == "DELETE":
-        query_of(request, wire.NoQuery)
         await engine.delete_batch(batch_id)
         return Response(status_code=204)
     query = query_of(request, wire.BatchQuery)
@@ -699,7 +695,6 @@ async def cancel_batch(request: Request) -> Response:
 
 async def retry_batch(request: Request) -> Response:
     """POST /batch/{batch_id}/retry: the body is optional. Generated clients send its content type even without one."""
-    query_of(request, wire.NoQuery)
     sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
     retry = wire.BATCH_RETRY.decode(sent)
     only = () if retry.only is None else (RunStatus(retry.only),)
@@ -714,7 +709,6 @@ async def retry_batch(request: Request) -> Response:
 
 async def list_agents(request: Request) -> Response:
     """GET /agents"""
-    query_of(request, wire.NoQuery)
     agents = [
         wire.AgentSummary(name=agent.name, description=agent.description, next_agent=next_agent_of(agent))
         for agent in app_of(request).flock.agents.values()
@@ -724,7 +718,6 @@ async def list_agents(request: Request) -> Response:
 
 async def get_agent(request: Request) -> Response:
     """GET /agents/{name}"""
-    query_of(request, wire.NoQuery)
     agents = app_of(request).flock.agents
     agent = agent_of(agents, request.path_params["name"])
     graph = graph_of(agent.name, agents)

@@ -17,7 +17,8 @@ from starlette.types import Message
 
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
-from flock.runs import end_id, new_id
+from flock.runs import new_id
+from flock.runs.events import end_id
 from flock.testing import Failure, FakeModel, Reply
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app

@@ -24,7 +24,7 @@ from flock.command.cli import main, serve
 from flock.command.server import ServerSettings
 from flock.command.target import load_flock
 from flock.core import Flock
-from flock.runs import for_terminal
+from flock.runs.text import for_terminal
 from tests.support import EXAMPLES, ROOT
 from tests.support.servers import flockapi_command, running
 

@@ -18,7 +18,8 @@ from flock.agents.signature import Signature, context_parameter, is_async, is_ge
 from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON, StepError
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import RunContext, of_request, one_line, safe_text
+from flock.runs import RunContext, one_line, safe_text
+from flock.runs.text import of_request
 from flock.scopes import current_task
 
 __all__ = ["AgentTool", "Tool", "ToolSource", "Toolbox", "Unlisted", "by_name"]

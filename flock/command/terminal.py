@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from flock.runs import for_terminal
+from flock.runs.text import for_terminal
 
 __all__ = ["Commands", "TerminalBytes", "echo"]
 

@@ -53,12 +53,11 @@ from flock.runs import (
     added,
     event_of_batch,
     event_of_call,
-    events_after,
     new_id,
     now,
     valid_traceparent,
 )
-from flock.runs.events import EVENTS_PER_STEP
+from flock.runs.events import EVENTS_PER_STEP, events_after
 
 __all__ = ["KEEP_KEYS_FOR", "EngineBase", "RunReader"]
 

@@ -22,7 +22,8 @@ from flock.engine.runner import Runner
 from flock.engine.store import RETRY_AFTER_S
 from flock.errors import OwnershipLost, StoreError
 from flock.limits import Limits
-from flock.runs import Batch, IdempotencyKey, Run, now, of_request
+from flock.runs import Batch, IdempotencyKey, Run, now
+from flock.runs.text import of_request
 from flock.scopes import start_in_empty_context
 
 __all__ = ["Batches"]

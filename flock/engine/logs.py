@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from flock.runs import Run, for_terminal, safe_text
+from flock.runs import Run, safe_text
+from flock.runs.text import for_terminal
 
 __all__ = ["JSONFormatter", "fields_of_run"]
 

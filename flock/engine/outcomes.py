@@ -6,7 +6,8 @@ import msgspec
 
 from flock.engine.logs import fields_of_run
 from flock.errors import CostLimit, QueueTimeout, StepError, cut
-from flock.runs import Batch, Question, Run, RunStatus, cost_in_words, of_request, one_line, safe_text
+from flock.runs import Batch, Question, Run, RunStatus, cost_in_words, one_line, safe_text
+from flock.runs.text import of_request
 
 __all__ = [
     "BATCH_CANCELLED",

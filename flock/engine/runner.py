@@ -33,7 +33,8 @@ from flock.engine.turns import MAX_HISTORY_BYTES, ActiveRun, Turns, WaitingForAn
 from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.fair import FairShare
 from flock.limits import Limits
-from flock.runs import Call, Question, Run, RunStatus, Step, now, of_request, stub_of
+from flock.runs import Call, Question, Run, RunStatus, Step, now, stub_of
+from flock.runs.text import of_request
 from flock.scopes import current_task
 
 __all__ = ["Runner", "StoredRun"]

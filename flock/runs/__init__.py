@@ -3,10 +3,8 @@
 from flock.runs.context import Live, RunContext, StepJournal, Watched
 from flock.runs.events import (
     Event,
-    end_id,
     event_of_batch,
     event_of_call,
-    events_after,
     events_of,
     is_end_of_step,
     started_id,
@@ -48,7 +46,7 @@ from flock.runs.records import (
     statuses_of,
     stub_of,
 )
-from flock.runs.text import for_terminal, of_request, one_line, safe_text, valid_traceparent
+from flock.runs.text import one_line, safe_text, valid_traceparent
 from flock.runs.usage import DOLLAR, MAX_COST, Usage, added, cost_in_words, is_spent, shown_usage
 
 __all__ = [
@@ -98,18 +96,14 @@ __all__ = [
     "Watched",
     "added",
     "cost_in_words",
-    "end_id",
     "event_of_batch",
     "event_of_call",
-    "events_after",
     "events_of",
-    "for_terminal",
     "is_end_of_step",
     "is_spent",
     "make_ids_after",
     "new_id",
     "now",
-    "of_request",
     "one_line",
     "safe_text",
     "shown_usage",

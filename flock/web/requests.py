@@ -77,7 +77,8 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
     sent = request.query_params.multi_items() if request.scope["query_string"] else []
     fields = _fields_of(type_)
     names = [field.name for field in fields]
-    if callable(request.app.options.auth):  # it may read parameters of its own, such as a token
+    # An auth= function may read parameters of its own, such as a token.
+    if callable(request.app.options.auth) or not type_.__struct_config__.forbid_unknown_fields:
         sent = [(name, value) for name, value in sent if name in names]
     if len({name for name, _ in sent}) < len(sent):
         raise InvalidData([FieldError(detail="A parameter of the query is repeated. Send it once.", pointer="")])

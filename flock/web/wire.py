@@ -53,7 +53,6 @@ __all__ = [
     "FlockBatchRetry",
     "FlockRunRetry",
     "Health",
-    "NoQuery",
     "Problem",
     "Readiness",
     "ResultsQuery",
@@ -188,23 +187,19 @@ class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     encoding: str = "utf-8"
 
 
-class NoQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The query of a route without parameters."""
-
-
-class WaitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class WaitQuery(msgspec.Struct, frozen=True):
     """The number of seconds to wait for the end of a run."""
 
     wait: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 0
 
 
-class EventsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EventsQuery(msgspec.Struct, frozen=True):
     """The id of the last event that the client has received."""
 
     after: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
-class RunEventsQuery(EventsQuery, frozen=True, forbid_unknown_fields=True):
+class RunEventsQuery(EventsQuery, frozen=True):
     """The id of the last event of a run that the client has received, and whether it wants the reasoning of models."""
 
     reasoning: bool = False
@@ -216,7 +211,7 @@ class StreamQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reasoning: bool = False
 
 
-class BatchQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BatchQuery(msgspec.Struct, frozen=True):
     """The results of a batch to return, and the number of seconds to wait for its end.
 
     The page has up to ``limit`` results after the position ``after``.
