@@ -218,7 +218,7 @@ async def test_columns_can_be_renamed_and_gaps_filled(client: httpx.AsyncClient)
         pytest.param(
             "show", b"text\na\n", {"parallel": "yes"}, [("", None, "'parallel' in the query")], id="a boolean"
         ),
-        pytest.param("show", b"text\na\n", {"workers": "1"}, [("", None, "unknown field")], id="an unknown option"),
+        pytest.param("show", b"text\na\n", {"workers": "1"}, [("", None, "no parameter")], id="an unknown option"),
         pytest.param("show", b"text\na\n", {"timeout_s": "-1"}, [("", None, "'timeout_s' in the query")], id="a time"),
     ],
 )
