@@ -241,7 +241,7 @@ def test_a_form_shows_defaults_and_leaves_out_empty_fields(visit: Visit, closed:
     page.get_by_label("more").fill("[1, 2")
     page.get_by_role("button", name="Run", exact=True).click()
     expect(page.get_by_role("heading", name="Result")).to_be_visible()
-    inputs = closed.get("/runs?include=inputs&limit=1")["runs"][0]["inputs"]
+    inputs = closed.get("/runs?include=inputs&limit=1&agent_name=defaults")["runs"][0]["inputs"]
     assert inputs == {"name": "a line\n" * 8, "times": 2, "loud": True, "tags": [], "more": "[1, 2"}
 
 
@@ -273,7 +273,7 @@ def test_a_number_is_sent_as_it_is_typed_or_refused(visit: Visit, closed: Site) 
     expect(seat).to_have_value("12345678901234567890")
     run.click()
     expect(page.get_by_role("group", name="Result")).to_contain_text("12345678901234567890")
-    inputs = closed.get("/runs?include=inputs&limit=1")["runs"][0]["inputs"]
+    inputs = closed.get("/runs?include=inputs&limit=1&agent_name=book")["runs"][0]["inputs"]
     assert inputs == {"seat": 12345678901234567890, "price": 119.5}
 
 
@@ -328,7 +328,7 @@ def test_dates_and_times_have_pickers_and_are_sent_in_the_format_of_the_api(visi
     lasts.fill("PT1H30M")
     page.get_by_role("button", name="Run", exact=True).click()
     expect(status_of(page)).to_contain_text("completed")
-    inputs = closed.get("/runs?include=inputs&limit=1")["runs"][0]["inputs"]
+    inputs = closed.get("/runs?include=inputs&limit=1&agent_name=book")["runs"][0]["inputs"]
     given = {"at": "2026-07-01T09:30:00-04:00", "opens": "08:15:00", "lasts": "PT1H30M"}
     assert inputs == {"seat": 1, "price": 2} | given
 
@@ -341,7 +341,10 @@ def test_dates_and_times_have_pickers_and_are_sent_in_the_format_of_the_api(visi
     expect(page.get_by_label("opens")).to_have_value("08:15:00.123456")
     page.get_by_role("button", name="Run", exact=True).click()
     expect(status_of(page)).to_contain_text("completed")
-    assert closed.get("/runs?include=inputs&limit=1")["runs"][0]["inputs"] == {"seat": 1, "price": 2} | given
+    assert (
+        closed.get("/runs?include=inputs&limit=1&agent_name=book")["runs"][0]["inputs"]
+        == {"seat": 1, "price": 2} | given
+    )
 
 
 # A run

@@ -75,7 +75,7 @@ def _script(modules: Sequence[bytes], name: str, script_of: Mapping[str, str]) -
 
 def _file(name: str, plain: bytes) -> UIFile:
     media_type = "text/javascript" if name.endswith(".js") else mimetypes.guess_type(name)[0] or "text/plain"
-    etag = f'W/"{hashlib.sha256(plain).hexdigest()[:32]}"'
+    etag = f'W/"{hashlib.sha256(plain).hexdigest()[:16]}"'
     return UIFile(media_type, etag, plain, gzip.compress(plain, 9, mtime=0))
 
 
