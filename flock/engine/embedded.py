@@ -589,7 +589,7 @@ class EmbeddedEngine(EngineBase):
             raise Conflict(f"This program does not have the required agent {agent_name!r}. Use a program that has it.")
 
     def _start(self, run: Run | None, context: Context | None = None) -> None:
-        """Start *run* in *context*, or in an empty one, whoever calls this.
+        """Start *run* in *context*, by default an empty one.
 
         If the engine is shutting down, the run is recovered at the next start instead.
         """
