@@ -9,9 +9,9 @@ from uuid import uuid4
 
 import msgspec
 
-from flock.engine import queries
-from flock.engine.migrations import MIGRATIONS
 from flock.runs import Run, RunStatus, Step, new_id, now
+from flock.store import queries
+from flock.store.migrations import MIGRATIONS
 
 #: The name of the flock whose runs they are.
 FLOCK = "bench"

@@ -31,8 +31,8 @@ from temporalio import activity, workflow
 from temporalio.client import Client
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
-from flock.agents.llm import ModelClient
 from flock.core import Flock
+from flock.models.llm import ModelClient
 from flock.runs import BatchOptions, RunStatus, new_id
 from flock.temporal import TemporalEngine, TemporalWorker
 from tests.support.cluster import temporal_server

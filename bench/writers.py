@@ -22,9 +22,9 @@ import msgspec
 import uvloop
 from msgspec.structs import replace
 
-from flock.engine.groups import Group
-from flock.engine.store import Durability, Store
 from flock.runs import Run, RunStatus, Step, new_id, now
+from flock.store.groups import Group
+from flock.store.store import Durability, Store
 
 BEAT_S = 0.001
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flock.agents.messages import Messages
-from flock.agents.models import Model
-from flock.agents.prices import Price
 from flock.agents.result import Result
 from flock.declared import BatchInputs, DeclaredFlock, FlockFactory, agent
+from flock.models.models import Model
+from flock.models.prices import Price
 
 __all__ = ["BatchInputs", "Flock", "FlockFactory", "Messages", "Model", "Price", "Result", "agent"]
 

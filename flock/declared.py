@@ -15,23 +15,23 @@ import httpx
 import msgspec
 
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike, agent
-from flock.agents.llm import ModelClient
-from flock.agents.models import ModelChoice, models_of
-from flock.agents.prices import Price, merged
 from flock.agents.questions import nobody
 from flock.agents.signature import Signature
 from flock.agents.workflow import result_names
 from flock.engine.embedded import EmbeddedEngine, limits_for_one_batch
 from flock.engine.intake import mapping_rows
-from flock.engine.progress import follow_batch
 from flock.engine.rowchecks import as_json
-from flock.engine.store import Durability, Store
 from flock.errors import AgentNotFound, DefinitionError, RunFailed
 from flock.limits import Limits
+from flock.models.llm import ModelClient
+from flock.models.models import ModelChoice, models_of
+from flock.models.prices import Price, merged
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
 from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, Row
+from flock.steps.progress import follow_batch
+from flock.store.store import Durability, Store
 
 __all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent"]
 
@@ -61,10 +61,10 @@ class DeclaredFlock:
             them after a crash if they have the agents. Flocks with another name do not see them. If several programs
             share a store, give each its own name, unless they are copies of the same program.
         model: default model for agents without one: ``provider/model``, a ``Model``, or a list of these; see
-            ``ModelAgent`` and ``flock.agents.providers.PROVIDERS``.
+            ``ModelAgent`` and ``flock.models.providers.PROVIDERS``.
         max_steps: max steps in one run.
         prices: what models cost, ``{"openai/gpt-4o": Price(input=2.5, output=10, cached_input=1.25)}``. They are added
-            to those that come with the package, ``flock.agents.prices.PRICES``, or replace them.
+            to those that come with the package, ``flock.models.prices.PRICES``, or replace them.
 
     Raises: DefinitionError if a price is invalid.
 

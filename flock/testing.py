@@ -20,9 +20,9 @@ import anyio.lowlevel
 import httpx
 import msgspec
 
-from flock.agents.llm import ModelClient
-from flock.agents.models import Model
-from flock.agents.providers import name_of
+from flock.models.llm import ModelClient
+from flock.models.models import Model
+from flock.models.providers import name_of
 from flock.runs import Usage
 
 __all__ = ["Failure", "FakeModel", "ModelRequest", "Reply"]

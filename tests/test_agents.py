@@ -17,13 +17,13 @@ import msgspec
 import pytest
 
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent, Resources, agent
-from flock.agents.llm import ModelClient
 from flock.agents.signature import Signature
 from flock.agents.versions import version_of
 from flock.core import Flock, FlockFactory
-from flock.engine.journal import Journal
 from flock.errors import DefinitionError, InvalidOutput, ModelError, SignatureError
+from flock.models.llm import ModelClient
 from flock.runs import Call, Run, RunContext, Usage, now
+from flock.steps.journal import Journal
 from flock.testing import Failure, FakeModel, Reply
 from flockapi import create_app
 

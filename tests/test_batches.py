@@ -13,10 +13,6 @@ import msgspec
 import pytest
 
 from flock.core import Flock
-from flock.engine.batchstore import BatchStore
-from flock.engine.migrations import MIGRATIONS
-from flock.engine.rows import DAMAGED_RUN
-from flock.engine.store import Store
 from flock.errors import (
     BatchNotFound,
     EngineStopped,
@@ -27,6 +23,10 @@ from flock.errors import (
 )
 from flock.rows.results import item_pages
 from flock.runs import Batch, BatchFilter, BatchOptions, RunStatus, new_id, now
+from flock.store.batchstore import BatchStore
+from flock.store.columns import DAMAGED_RUN
+from flock.store.migrations import MIGRATIONS
+from flock.store.store import Store
 from tests.support import PATIENCE_S
 from tests.support.engines import ended
 from tests.support.flocks import Work, numbers

@@ -211,9 +211,9 @@ def test_the_guard_exits_with_1_and_says_what_to_do_if_it_fails(
 
 PERF_SCRIPT = f"""python 7
 \t    55d0 sqlite3_step
-\t    7f01 py::write_run:{ROOT}/flock/engine/queries.py
-\t    7f02 py::Group._write_runs:{ROOT}/flock/engine/groups.py
-\t    7f03 py::Store._write:{ROOT}/flock/engine/store.py
+\t    7f01 py::write_run:{ROOT}/flock/store/queries.py
+\t    7f02 py::Group._write_runs:{ROOT}/flock/store/groups.py
+\t    7f03 py::Store._write:{ROOT}/flock/store/store.py
 
 python 6
 \t    7f04 py::Route.matches:/venv/lib/site-packages/starlette/routing.py

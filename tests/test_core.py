@@ -22,9 +22,9 @@ import pydantic
 import pytest
 
 from flock.core import Flock, FlockFactory
-from flock.engine.progress import follow_batch
 from flock.errors import AgentNotFound, Conflict, DefinitionError, InvalidData, RunFailed, SignatureError
 from flock.runs import BatchFilter, BatchOptions, Run, RunContext, RunFilter, RunStatus, now
+from flock.steps.progress import follow_batch
 from flock.testing import Failure, FakeModel
 from tests.support import PATIENCE_S, ROOT
 from tests.support.flocks import sample_flock

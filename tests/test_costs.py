@@ -21,11 +21,10 @@ import httpx
 import msgspec
 import pytest
 
-from flock.agents.pace import _CLOCKS, fail_after_working
-from flock.agents.prices import PRICES, Budget, merged, price_of, priced
 from flock.core import Flock, FlockFactory, Price
-from flock.engine.migrations import MIGRATIONS
 from flock.errors import CostLimit, DefinitionError, InvalidData
+from flock.models.pace import _CLOCKS, fail_after_working
+from flock.models.prices import PRICES, Budget, merged, price_of, priced
 from flock.runs import (
     Batch,
     BatchOptions,
@@ -40,6 +39,7 @@ from flock.runs import (
     now,
 )
 from flock.runs.usage import shown_usage
+from flock.store.migrations import MIGRATIONS
 from flock.testing import FakeModel, ModelRequest, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S

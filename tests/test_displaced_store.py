@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 from flock.core import Flock
-from flock.engine.migrations import MIGRATIONS
-from flock.engine.store import Store
 from flock.errors import StoreError
+from flock.store.migrations import MIGRATIONS
+from flock.store.store import Store
 from tests.support import PATIENCE_S
 from tests.support.servers import Server, flockapi_command, running
 
@@ -120,7 +120,7 @@ def test_a_store_that_comes_back_is_used_again(server: Server, tmp_path: Path) -
 #: The command of a version with one more migration.
 NEWER = """
 from flock.command.cli import main
-from flock.engine.migrations import MIGRATIONS
+from flock.store.migrations import MIGRATIONS
 
 MIGRATIONS.append(["ALTER TABLE runs ADD COLUMN later TEXT"])
 main()

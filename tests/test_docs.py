@@ -13,14 +13,14 @@ import msgspec
 import pytest
 from starlette.routing import Route
 
-from flock.agents.providers import PROVIDERS
 from flock.command.cli import main
-from flock.engine import migrations
-from flock.engine.outcomes import CANCELLED, COST_LIMIT, error_of, expiry_of, timeout_of
-from flock.engine.rows import UNREADABLE
-from flock.engine.takeover import INTERRUPTED
 from flock.errors import ERROR_TYPES, ModelError, StepError
+from flock.models.providers import PROVIDERS
 from flock.runs import INVALID_INPUT, Question, now
+from flock.steps.outcomes import CANCELLED, COST_LIMIT, error_of, expiry_of, timeout_of
+from flock.store import migrations
+from flock.store.columns import UNREADABLE
+from flock.store.takeover import INTERRUPTED
 from flock.web.auth import new_key
 from flock.web.problems import PLAIN
 from flock.web.wire import UploadQuery

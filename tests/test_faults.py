@@ -25,10 +25,10 @@ import httpx
 import msgspec
 import pytest
 
-import flock.engine.files
-import flock.engine.store
-import flock.engine.storefile
 import flock.runs.ids
+import flock.store.files
+import flock.store.store
+import flock.store.storefile
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Replayed, StoreError
@@ -381,11 +381,11 @@ async def test_nothing_that_costs_money_starts_while_the_store_fails(tmp_path: P
 @pytest.mark.anyio
 async def test_a_store_that_cannot_keep_up_holds_back_new_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results of 1 MB wait while another process writes. At 16 MB no more runs start until they are written."""
-    monkeypatch.setattr(flock.engine.storefile, "LOCK_TIMEOUT_S", math.inf)
+    monkeypatch.setattr(flock.store.storefile, "LOCK_TIMEOUT_S", math.inf)
     paid = Paid()
     async with paid.flock.engine(store=tmp_path / "flock.db", max_concurrency=1) as engine:
-        with flock.engine.files.open_lock(f"{engine.store.path}-lock", 0o600) as file:
-            await until_true(lambda: flock.engine.files.try_lock(file))
+        with flock.store.files.open_lock(f"{engine.store.path}-lock", 0o600) as file:
+            await until_true(lambda: flock.store.files.try_lock(file))
             paid.end("long")
             for _ in range(40):
                 run = await engine.submit("long", {"what": "long"}, is_async=False)
@@ -568,7 +568,7 @@ def suspend(pid: int, store: Path) -> None:
     def is_suspended() -> bool:
         os.kill(pid, signal.SIGSTOP)
         until(lambda: state_of(pid) == "T", "stop")
-        if flock.engine.files.is_locked(f"{store}-lock"):
+        if flock.store.files.is_locked(f"{store}-lock"):
             os.kill(pid, signal.SIGCONT)
             return False
         return True
@@ -595,7 +595,7 @@ def test_a_server_that_resumes_after_its_runs_were_taken_over_overwrites_nothing
         until(lambda: len(starts(tmp_path)) == 3, "beginning of each run")
         until(lambda: len(rows(store, "SELECT run_id FROM runs")) == 5, "record of the run that is waited for")
         suspend(pid, store)
-        assert flock.engine.files.is_locked(str(lock_file)), "a stopped process keeps its lock"
+        assert flock.store.files.is_locked(str(lock_file)), "a stopped process keeps its lock"
         lock_file.unlink()
         until(lambda: (1, other_pid) in starts(tmp_path), "take-over")
         (tmp_path / f"go-{other_pid}").touch()
@@ -637,7 +637,7 @@ def test_a_process_that_keeps_the_store_locked_does_not_block_others_forever(flo
         run_id = accepted(client, "length", text="abc")
         shown = ended(client, run_id)
         with open(f"{store}-lock", "ab") as file:
-            until(lambda: flock.engine.files.try_lock(file), "moment between two transactions")
+            until(lambda: flock.store.files.try_lock(file), "moment between two transactions")
             late = pool.submit(
                 subprocess.run, serve_command(flock_file, store), capture_output=True, text=True, timeout=30
             )
@@ -693,7 +693,7 @@ class Clock:
         monkeypatch.setattr(flock.runs.ids, "_last_id_time", flock.runs.ids._last_id_time)  # restored at the end
         monkeypatch.setattr(time, "time", lambda: seconds() + clock.ahead.total_seconds())
         monkeypatch.setattr(time, "time_ns", lambda: time_ns() + int(clock.ahead.total_seconds()) * 1_000_000_000)
-        for module in (flock.runs.ids, flock.engine.store):
+        for module in (flock.runs.ids, flock.store.store):
             monkeypatch.setattr(module, "datetime", Settable)
 
 

@@ -20,8 +20,6 @@ import pytest
 from msgspec.structs import replace
 
 from flock.core import Flock
-from flock.engine.batchstore import BatchStore
-from flock.engine.store import Store
 from flock.errors import CUT, MAX_TEXT_BYTES, AgentError, FieldError, cut
 from flock.runs import (
     Engine,
@@ -33,6 +31,8 @@ from flock.runs import (
     now,
 )
 from flock.runs.records import PAGE_BYTES
+from flock.store.batchstore import BatchStore
+from flock.store.store import Store
 from flockapi import create_app
 from tests.support import PATIENCE_S, WORKERS
 from tests.support.cluster import engine_for

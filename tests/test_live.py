@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flock.engine import relay
-from flock.engine.live import LiveOutput, LiveReader
 from flock.runs import JSON_NULL, Event, Run, RunContext, new_id, now, started_id
+from flock.steps.live import LiveOutput, LiveReader
 
 RUN = Run(run_id=new_id(), flock="f", agent_name="a", inputs=msgspec.Raw(b"{}"), created_at=now())
 FIELDS = ("title", "text")

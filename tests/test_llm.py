@@ -22,11 +22,11 @@ import httpx
 import msgspec
 import pytest
 
-from flock.agents.completions import Completion, Message
-from flock.agents.llm import ModelClient
-from flock.agents.providers import PROVIDERS, check_model
 from flock.agents.signature import Signature
 from flock.errors import ModelError
+from flock.models.completions import Completion, Message
+from flock.models.llm import ModelClient
+from flock.models.providers import PROVIDERS, check_model
 from flock.runs import Usage
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
@@ -639,8 +639,8 @@ def test_with_litellm_only_a_near_miss_is_an_unknown_provider(monkeypatch: pytes
 LITELLM = """
 import asyncio, json, sys
 from flock.errors import ModelError
-from flock.agents.completions import Message
-from flock.agents.llm import ModelClient
+from flock.models.completions import Message
+from flock.models.llm import ModelClient
 
 async def main():
     async with ModelClient() as models:
@@ -679,9 +679,9 @@ async def test_litellm_itself_calls_a_provider_that_is_not_built_in(model: FakeM
 
 LITELLM_TOOLS = """
 import asyncio, json
-from flock.agents.completions import Message
-from flock.agents.llm import ModelClient
-from flock.agents.completions import ToolSchema
+from flock.models.completions import Message
+from flock.models.llm import ModelClient
+from flock.models.completions import ToolSchema
 
 async def main():
     async with ModelClient() as models:

@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
-from flock.agents import localmodel
-from flock.agents.localmodel import bounded_schema, serve
 from flock.agents.signature import Signature
 from flock.core import Flock, FlockFactory
 from flock.errors import ModelError, RunFailed
+from flock.models import localmodel
+from flock.models.localmodel import bounded_schema, serve
 
 
 def weights() -> Path:

@@ -18,13 +18,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from flock.agents import bodies
-from flock.agents.localmodel import bounded_schema
 from flock.agents.mcp import ListedTool, MCPTool, mcp_tools
-from flock.agents.react import schema_of
 from flock.agents.tools import Tool, ToolSource
 from flock.core import Flock, FlockFactory
 from flock.errors import DefinitionError
+from flock.models import bodies
+from flock.models.localmodel import bounded_schema
+from flock.models.react import schema_of
 from flock.runs import Progress, RunStatus
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S

@@ -24,13 +24,13 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from flock.agents import bodies, streams
-from flock.agents.completions import Completion, Message, ToolSchema
-from flock.agents.llm import ModelClient
 from flock.agents.signature import Signature
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import ModelError
+from flock.models import bodies, streams
+from flock.models.completions import Completion, Message, ToolSchema
+from flock.models.llm import ModelClient
 from flock.runs import Run, RunContext, RunStatus, Usage
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
@@ -994,8 +994,8 @@ async def test_the_local_model_streams() -> None:
 
 LITELLM = """
 import asyncio
-from flock.agents.completions import Message
-from flock.agents.llm import ModelClient
+from flock.models.completions import Message
+from flock.models.llm import ModelClient
 
 class Listener:
     def text(self, piece):

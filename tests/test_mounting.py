@@ -22,8 +22,8 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from flock.agents.llm import ModelClient
 from flock.core import Flock
+from flock.models.llm import ModelClient
 from flock.runs import new_id
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S, ROOT

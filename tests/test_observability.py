@@ -27,11 +27,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flock.core import Flock
-from flock.engine.logs import JSONFormatter
-from flock.engine.migrations import MIGRATIONS
-from flock.engine.store import Store
 from flock.errors import AgentError, DefinitionError
+from flock.logs import JSONFormatter
 from flock.runs import Batch, BatchOptions, Engine, Observer, Run, RunContext, RunStatus, new_id, now
+from flock.store.migrations import MIGRATIONS
+from flock.store.store import Store
 from flock.testing import Failure, FakeModel, Reply
 from flock.web.metrics import Metrics
 from flockapi import create_app
@@ -599,7 +599,7 @@ async def test_an_observer_need_not_have_all_methods(flock: Flock, caplog: pytes
 
 @pytest.mark.cluster
 async def test_a_worker_tells_its_observers_of_runs_and_items_that_wait(temporal_address: str) -> None:
-    from flock.agents.llm import ModelClient
+    from flock.models.llm import ModelClient
     from flock.temporal import TemporalEngine, TemporalWorker
 
     noted, flock, name = Noted(), asking_flock(), new_id()

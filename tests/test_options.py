@@ -8,11 +8,11 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from flock.agents.llm import ModelClient
 from flock.command.arguments import options_of
 from flock.core import Flock
 from flock.errors import DefinitionError
 from flock.limits import Limits, enforced_by
+from flock.models.llm import ModelClient
 from flock.options import whole
 from flockapi import AppOptions, FlockAPI, create_app
 

@@ -17,15 +17,15 @@ import anyio.lowlevel
 import httpx
 import pytest
 
-from flock.agents import pace
 from flock.agents.checks import problems
-from flock.agents.completions import Completion, Message
-from flock.agents.llm import MAX_SERVER_ERRORS, ModelClient
-from flock.agents.models import ModelChoice
-from flock.agents.pace import Breaker, Caller, Gate, ModelLimits, Pace, Passage, Rate
-from flock.agents.replies import hold_s
 from flock.core import Flock, FlockFactory, Model
 from flock.errors import DefinitionError, ModelError
+from flock.models import pace
+from flock.models.completions import Completion, Message
+from flock.models.llm import MAX_SERVER_ERRORS, ModelClient
+from flock.models.models import ModelChoice
+from flock.models.pace import Breaker, Caller, Gate, ModelLimits, Pace, Passage, Rate
+from flock.models.replies import hold_s
 from flock.runs import BatchOptions, RunStatus
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from tests.support import PATIENCE_S, ROOT

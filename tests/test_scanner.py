@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flock.agents.pieces import Joiner
-from flock.agents.scanner import Scanner
+from flock.models.pieces import Joiner
+from flock.models.scanner import Scanner
 
 #: The members of the answers here: two texts, and two values.
 FIELDS = {"a": True, "b": True, "n": False, "s": False}

@@ -19,10 +19,11 @@ import pytest
 
 from flock.command.target import load_flock
 from flock.core import Flock, FlockFactory
-from flock.engine import base, queries
+from flock.engine import base
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Conflict, EngineFull, RunNotFound
 from flock.runs import BatchFilter, BatchOptions, RunFilter, RunStatus
+from flock.store import queries
 from tests.support import PATIENCE_S
 from tests.support.engines import until
 from tests.support.servers import flockapi_command, running

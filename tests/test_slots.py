@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from flock.engine.slots import BatchKey, Slots, acquire_all
+from flock.steps.slots import BatchKey, Slots, acquire_all
 
 pytestmark = pytest.mark.anyio
 

@@ -24,12 +24,6 @@ from msgspec.structs import replace
 
 from flock.command.batchfile import _mark
 from flock.core import Flock
-from flock.engine import statements
-from flock.engine.batchstore import BatchStore
-from flock.engine.migrations import MIGRATIONS
-from flock.engine.rows import BATCH_TABLE, RUN_TABLE, STEP_TABLE, Column
-from flock.engine.statements import RUN_COLUMNS, merged
-from flock.engine.store import Store
 from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Replayed, StoreError, Unstorable
 from flock.runs import (
     Batch,
@@ -45,6 +39,12 @@ from flock.runs import (
     new_id,
     now,
 )
+from flock.store import statements
+from flock.store.batchstore import BatchStore
+from flock.store.columns import BATCH_TABLE, RUN_TABLE, STEP_TABLE, Column
+from flock.store.migrations import MIGRATIONS
+from flock.store.statements import RUN_COLUMNS, merged
+from flock.store.store import Store
 from tests.support import ROOT
 
 pytestmark = pytest.mark.anyio
@@ -65,7 +65,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         yield made
 
 
-@pytest.mark.parametrize("module", ["flock.engine.store", "flock.core", "flockapi", "flock.command.cli"])
+@pytest.mark.parametrize("module", ["flock.store.store", "flock.core", "flockapi", "flock.command.cli"])
 @pytest.mark.slow
 def test_without_fcntl_the_import_names_the_supported_systems(module: str) -> None:
     """As on Windows. The project's classifiers and markers agree."""

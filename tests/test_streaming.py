@@ -18,11 +18,11 @@ import pytest
 
 from flock import fair
 from flock.core import Flock, FlockFactory, Result
-from flock.engine import live
 from flock.engine.embedded import EmbeddedEngine
-from flock.engine.queries import CALLS_PER_PAGE
 from flock.errors import DefinitionError, InvalidData, SignatureError
 from flock.runs import MAX_SHOWN_BYTES, BatchOptions, Event, Run, RunContext, new_id, shown_usage
+from flock.steps import live
+from flock.store.queries import CALLS_PER_PAGE
 from flock.testing import FakeModel, Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S

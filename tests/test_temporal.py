@@ -35,11 +35,11 @@ from temporalio.service import RPCError
 from temporalio.testing import ActivityEnvironment
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
-from flock.agents.llm import ModelClient
 from flock.agents.versions import version_of
 from flock.command.cli import main
 from flock.core import Flock
 from flock.errors import AgentError, BatchNotFound, Conflict, DefinitionError, EngineFull, Replayed, StoreError
+from flock.models.llm import ModelClient
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, Usage, new_id, now
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows

@@ -7,10 +7,10 @@ import anyio
 import httpx
 import pytest
 
-from flock.agents.completions import Message
-from flock.agents.llm import ModelClient
 from flock.core import Flock, FlockFactory, Model
 from flock.errors import RunFailed
+from flock.models.completions import Message
+from flock.models.llm import ModelClient
 from flock.runs import Event, RunStatus, Usage
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from flockapi import create_app

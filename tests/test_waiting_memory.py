@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flock import fair
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
-from flock.engine.rows import Damaged
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
 from flock.rows.results import RESULT_TYPES, item_pages, results_as
 from flock.runs import (
@@ -36,6 +35,7 @@ from flock.runs import (
     RunStatus,
 )
 from flock.runs.records import LONG_BYTES
+from flock.store.columns import Damaged
 from flockapi import create_app
 from tests.support import PATIENCE_S, WORKERS
 from tests.support.engines import ended, until

@@ -16,13 +16,8 @@ from typing import Any, Literal, overload
 import msgspec
 
 from flock.agents.chat import ChatInput, chat_input
-from flock.agents.completions import Message
 from flock.agents.conversation import Conversation
 from flock.agents.live import LiveAnswer
-from flock.agents.llm import ModelClient
-from flock.agents.models import ModelChoice, models_of, names_of
-from flock.agents.pace import Caller, fail_after_working
-from flock.agents.pieces import Joiner
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
 from flock.agents.signature import (
@@ -43,6 +38,11 @@ from flock.errors import (
     MalformedJSON,
     ModelError,
 )
+from flock.models.completions import Message
+from flock.models.llm import ModelClient
+from flock.models.models import ModelChoice, models_of, names_of
+from flock.models.pace import Caller, fail_after_working
+from flock.models.pieces import Joiner
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
 from flock.runs import RunContext

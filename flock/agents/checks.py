@@ -4,12 +4,12 @@ import logging
 from collections.abc import Mapping
 
 from flock.agents.agent import Agent, ModelAgent
-from flock.agents.llm import ModelClient
-from flock.agents.models import ModelChoice, models_of
-from flock.agents.providers import check_model
 from flock.agents.tools import AgentTool, ToolSource
 from flock.agents.workflow import missing_agents
 from flock.errors import ModelError
+from flock.models.llm import ModelClient
+from flock.models.models import ModelChoice, models_of
+from flock.models.providers import check_model
 from flock.nearest import did_you_mean
 
 __all__ = ["problems", "tool_sources", "warn_of_problems"]

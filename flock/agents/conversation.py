@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from flock.agents.completions import Completion, Listener, Message, with_user_text
 from flock.agents.tools import Toolbox
 from flock.errors import InvalidData, InvalidOutput, MalformedJSON, ModelError
+from flock.models.completions import Completion, Listener, Message, with_user_text
 from flock.runs import JSON_NULL, RunContext
 
 __all__ = ["Conversation"]

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flock.agents.scanner import Scanner
 from flock.agents.signature import Signature
+from flock.models.scanner import Scanner
 from flock.runs import RunContext
 
 __all__ = ["LiveAnswer"]

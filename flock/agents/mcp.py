@@ -18,13 +18,13 @@ import httpx
 import msgspec
 
 from flock import __version__
-from flock.agents import bodies
-from flock.agents.bodies import ENCODING, BadBody, read_whole
-from flock.agents.react import FINISH
 from flock.agents.signature import Signature
-from flock.agents.sse import events_in, is_stream
 from flock.agents.tools import Tool, ToolSource, Unlisted
 from flock.errors import CallError, DefinitionError
+from flock.models import bodies
+from flock.models.bodies import ENCODING, BadBody, read_whole
+from flock.models.react import FINISH
+from flock.models.sse import events_in, is_stream
 from flock.runs import RunContext, one_line, safe_text
 from flock.scopes import start_in_empty_context
 

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import anyio
 import msgspec
 
-from flock.agents.completions import Message, ToolCall, ToolSchema
-from flock.agents.pace import Caller, wait
-from flock.agents.react import FINISH
 from flock.agents.signature import Signature, context_parameter, is_async, is_generator, name_of
 from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON, StepError
+from flock.models.completions import Message, ToolCall, ToolSchema
+from flock.models.pace import Caller, wait
+from flock.models.react import FINISH
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
 from flock.runs import RunContext, one_line, safe_text

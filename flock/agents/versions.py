@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent
-from flock.agents.models import models_of, names_of
 from flock.agents.tools import Tool
+from flock.models.models import models_of, names_of
 
 __all__ = ["version_of"]
 

@@ -22,12 +22,12 @@ from flock.command.target import load_flock
 from flock.command.terminal import TerminalBytes, echo
 from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
-from flock.engine.store import MEMORY
 from flock.errors import DefinitionError, FieldError, FlockError, InvalidData
 from flock.options import MAX_SECONDS
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
 from flock.runs import MAX_COST, Batch, BatchOptions, OnExtra, OnInvalid, cost_in_words
+from flock.store.store import MEMORY
 
 __all__ = ["batch"]
 

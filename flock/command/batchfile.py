@@ -18,22 +18,22 @@ from typing import IO, cast
 
 import msgspec
 
-from flock.agents.models import models_of, names_of
 from flock.agents.questions import nobody
 from flock.agents.workflow import columns_of
 from flock.declared import DeclaredFlock
-from flock.engine.batchstore import BatchStore
 from flock.engine.embedded import limits_for_one_batch
-from flock.engine.files import create_private, exclusive_lock, sync_folder
-from flock.engine.progress import follow_batch
 from flock.engine.rowchecks import BatchCheck, check_batch
-from flock.engine.statements import COUNT_TABLES
-from flock.engine.store import Store
 from flock.errors import AgentNotFound, StoreError
+from flock.models.models import models_of, names_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages, results_as
 from flock.rows.tables import TableFormat, file_rows, is_gzipped
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, RunStatus
+from flock.steps.progress import follow_batch
+from flock.store.batchstore import BatchStore
+from flock.store.files import create_private, exclusive_lock, sync_folder
+from flock.store.statements import COUNT_TABLES
+from flock.store.store import Store
 
 __all__ = ["BatchFile", "check_batch_file", "run_batch_file"]
 

@@ -34,11 +34,11 @@ from flock.command.server import (
 )
 from flock.command.target import load_flock
 from flock.command.terminal import Commands, echo
-from flock.engine.store import MEMORY
 from flock.errors import CallError, FlockError, InvalidData
 from flock.limits import Limits, enforced_by
 from flock.runs import Event, Question
 from flock.runs.text import for_terminal
+from flock.store.store import MEMORY
 from flock.web.auth import new_key
 from flock.web.options import AppOptions
 

@@ -32,15 +32,15 @@ import uvicorn.config
 import uvicorn.logging
 
 from flock.agents.checks import warn_of_problems
-from flock.agents.llm import ModelClient
-from flock.agents.pace import share_limits_among
 from flock.command.connection import Connection
 from flock.declared import DeclaredFlock
-from flock.engine.store import MEMORY, Durability, Store
 from flock.errors import DefinitionError
 from flock.limits import Limits
+from flock.models.llm import ModelClient
+from flock.models.pace import share_limits_among
 from flock.options import Options, seconds, whole
 from flock.runs import Engine, one_line
+from flock.store.store import MEMORY, Durability, Store
 from flock.web.auth import ADMIN, KEYS_VARIABLE, KeyRing, configured_keys, new_key
 from flock.web.options import AppOptions
 from flockapi import FlockAPI
@@ -532,7 +532,7 @@ def _log_config(as_json: bool) -> dict[str, Any]:
     log_config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     log_config["formatters"]["default"]["()"] = _TextFormatter
     if as_json:
-        log_config["formatters"] = {key: {"()": "flock.engine.logs.JSONFormatter"} for key in log_config["formatters"]}
+        log_config["formatters"] = {key: {"()": "flock.logs.JSONFormatter"} for key in log_config["formatters"]}
     log_config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
     return log_config
 

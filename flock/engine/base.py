@@ -16,11 +16,7 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent, ModelAgent
 from flock.agents.graph import graph_of
-from flock.agents.models import ModelChoice, models_of, names_of
-from flock.agents.prices import Price, merged, no_price, price_of
 from flock.engine.intake import Intake
-from flock.engine.live import LiveReader
-from flock.engine.refusals import not_accepting, not_deleted
 from flock.engine.rowchecks import as_json
 from flock.errors import (
     AgentNotFound,
@@ -33,6 +29,8 @@ from flock.errors import (
 )
 from flock.fair import FairShare
 from flock.limits import Limits
+from flock.models.models import ModelChoice, models_of, names_of
+from flock.models.prices import Price, merged, no_price, price_of
 from flock.runs import (
     MAX_COST,
     Batch,
@@ -58,6 +56,8 @@ from flock.runs import (
     valid_traceparent,
 )
 from flock.runs.events import EVENTS_PER_STEP, events_after
+from flock.steps.live import LiveReader
+from flock.steps.refusals import not_accepting, not_deleted
 
 __all__ = ["KEEP_KEYS_FOR", "EngineBase", "RunReader"]
 

@@ -13,18 +13,18 @@ from typing import Any
 
 import anyio
 
-from flock.agents.prices import Budget
-from flock.engine.batchstore import BatchStore
 from flock.engine.intake import ITEMS_PER_PAGE, Intake
-from flock.engine.outcomes import COST_LIMIT
-from flock.engine.refusals import not_accepting
 from flock.engine.runner import Runner
-from flock.engine.store import RETRY_AFTER_S
 from flock.errors import OwnershipLost, StoreError
 from flock.limits import Limits
+from flock.models.prices import Budget
 from flock.runs import Batch, IdempotencyKey, Run, now
 from flock.runs.text import of_request
 from flock.scopes import start_in_empty_context
+from flock.steps.outcomes import COST_LIMIT
+from flock.steps.refusals import not_accepting
+from flock.store.batchstore import BatchStore
+from flock.store.store import RETRY_AFTER_S
 
 __all__ = ["Batches"]
 

@@ -27,21 +27,13 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent
 from flock.agents.checks import tool_sources
-from flock.agents.llm import ModelClient
 from flock.agents.mcp import listing_tools
-from flock.agents.prices import Price
+from flock.agents.program import Program
 from flock.engine import relay
 from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
 from flock.engine.batches import Batches
-from flock.engine.batchstore import BatchStore
 from flock.engine.intake import Intake
-from flock.engine.live import LiveOutput, LiveReader
-from flock.engine.program import Program
-from flock.engine.refusals import not_cancelled, not_deleted, not_retried, run_not_retried, wait_stopped
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun
-from flock.engine.store import Store
-from flock.engine.takeover import INTERRUPTED, TakenOver
-from flock.engine.turns import Turns
 from flock.errors import (
     BatchNotFound,
     Conflict,
@@ -53,6 +45,8 @@ from flock.errors import (
 )
 from flock.fair import FairShare
 from flock.limits import Limits
+from flock.models.llm import ModelClient
+from flock.models.prices import Price
 from flock.options import replaced
 from flock.runs import (
     Answer,
@@ -78,6 +72,12 @@ from flock.runs import (
 )
 from flock.runs.records import LONG_BYTES
 from flock.scopes import current_task, start_in_empty_context
+from flock.steps.live import LiveOutput, LiveReader
+from flock.steps.refusals import not_cancelled, not_deleted, not_retried, run_not_retried, wait_stopped
+from flock.steps.turns import Turns
+from flock.store.batchstore import BatchStore
+from flock.store.store import Store
+from flock.store.takeover import INTERRUPTED, TakenOver
 
 __all__ = ["EmbeddedEngine", "limits_for_one_batch"]
 
@@ -116,7 +116,7 @@ class EmbeddedEngine(EngineBase):
         max_steps: max steps in one run.
         expose_errors: put the text of any exception into a run's ``error``; for development.
         answer: answers the questions of agents at once. Without it, their runs wait for answers.
-        prices: of models, by name. They are added to ``flock.agents.prices.PRICES``, or replace its entries.
+        prices: of models, by name. They are added to ``flock.models.prices.PRICES``, or replace its entries.
         limits: see ``Limits``.
         bounds: fields of ``Limits`` as keyword arguments. They override *limits*.
     """

@@ -17,8 +17,8 @@ import anyio.abc
 import msgspec
 from anyio.abc import SocketAttribute
 
-from flock.engine import files
-from flock.engine.live import LiveOutput
+from flock.steps.live import LiveOutput
+from flock.store import files
 
 __all__ = ["follow", "listen", "serve", "socket_path"]
 

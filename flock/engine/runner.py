@@ -22,20 +22,20 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from flock.agents.agent import Agent
-from flock.agents.prices import Budget
-from flock.engine.live import LiveOutput, Unread
-from flock.engine.logs import fields_of_run
-from flock.engine.outcomes import CANCELLED, failure_of
-from flock.engine.rows import DAMAGED_RUN, Damaged
-from flock.engine.store import RETRY_AFTER_S, Store
-from flock.engine.takeover import INTERRUPTED
-from flock.engine.turns import MAX_HISTORY_BYTES, ActiveRun, Turns, WaitingForAnswers
 from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.fair import FairShare
 from flock.limits import Limits
+from flock.logs import fields_of_run
+from flock.models.prices import Budget
 from flock.runs import Call, Question, Run, RunStatus, Step, now, stub_of
 from flock.runs.text import of_request
 from flock.scopes import current_task
+from flock.steps.live import LiveOutput, Unread
+from flock.steps.outcomes import CANCELLED, failure_of
+from flock.steps.turns import MAX_HISTORY_BYTES, ActiveRun, Turns, WaitingForAnswers
+from flock.store.columns import DAMAGED_RUN, Damaged
+from flock.store.store import RETRY_AFTER_S, Store
+from flock.store.takeover import INTERRUPTED
 
 __all__ = ["Runner", "StoredRun"]
 

@@ -23,7 +23,7 @@ CURRENT_CALL: ContextVar[str] = ContextVar("flock_call", default="")
 
 
 class StepJournal(Protocol):
-    """Where the running step of a run keeps its calls and counts its tokens; see ``flock.engine.journal``."""
+    """Where the running step of a run keeps its calls and counts its tokens; see ``flock.steps.journal``."""
 
     @property
     def spent(self) -> Usage:
@@ -71,7 +71,7 @@ class StepJournal(Protocol):
 
 
 class Live(Protocol):
-    """What the agents of a run write for its readers; see ``flock.engine.live``. It is thread-safe."""
+    """What the agents of a run write for its readers; see ``flock.steps.live``. It is thread-safe."""
 
     def write(self, writer: "RunContext", field: str, text: str) -> None: ...
 
@@ -92,7 +92,7 @@ class Watched(Protocol):
 
 
 class Budget(Protocol):
-    """What a run may cost; see ``flock.agents.prices``."""
+    """What a run may cost; see ``flock.models.prices``."""
 
     def check(self, agent_name: str, models: Sequence[str]) -> None: ...
 
@@ -283,7 +283,7 @@ class RunContext:
 
     @property
     def journal(self) -> StepJournal:
-        """The calls of the step. Agents may call ``once`` of it; see ``flock.engine.journal``."""
+        """The calls of the step. Agents may call ``once`` of it; see ``flock.steps.journal``."""
         assert self._journal is not None, "an engine made this context"
         return self._journal
 

@@ -2,7 +2,7 @@
 
 There are three kinds of processes. API processes have a ``TemporalEngine``, workers have a ``TemporalWorker``, and the
 cluster stores everything. The code of the workflows is generic and runs in workers. Agents run only in two activities,
-``run_agent`` and ``run_items``, which share ``flock.engine.turns`` with the embedded engine.
+``run_agent`` and ``run_items``, which share ``flock.steps.turns`` with the embedded engine.
 
 A run is one workflow. Its history is the run's record::
 

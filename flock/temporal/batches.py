@@ -27,8 +27,6 @@ from temporalio.service import RPCError
 from flock.agents.agent import Agent
 from flock.agents.versions import version_of
 from flock.engine.intake import Intake
-from flock.engine.outcomes import BATCH_CANCELLED
-from flock.engine.refusals import already_retried, not_cancelled, not_deleted, not_retried, too_many_items
 from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreError, cut
 from flock.limits import Limits
 from flock.runs import (
@@ -41,6 +39,8 @@ from flock.runs import (
     RunStatus,
     added,
 )
+from flock.steps.outcomes import BATCH_CANCELLED
+from flock.steps.refusals import already_retried, not_cancelled, not_deleted, not_retried, too_many_items
 from flock.temporal.chunks import Chunk, ended_so_far, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (

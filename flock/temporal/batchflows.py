@@ -28,8 +28,9 @@ from temporalio.exceptions import (
     TimeoutError,
 )
 
-from flock.engine.answers import is_expired
-from flock.engine.outcomes import (
+from flock.runs import DOLLAR, RunStatus, Usage, added, is_spent
+from flock.steps.answers import is_expired
+from flock.steps.outcomes import (
     BATCH_CANCELLED,
     CANCELLED_BEFORE_START,
     COST_LIMIT,
@@ -38,7 +39,6 @@ from flock.engine.outcomes import (
     expiry_of,
     none_completed,
 )
-from flock.runs import DOLLAR, RunStatus, Usage, added, is_spent
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
     CHUNK_SPENT_SIGNAL,

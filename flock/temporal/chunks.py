@@ -11,10 +11,10 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.engine.answers import is_expired
-from flock.engine.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
 from flock.errors import cut
 from flock.runs import INVALID_INPUT, Call, Run, RunStatus, Usage, added
+from flock.steps.answers import is_expired
+from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ITEMS_ACTIVITY,

@@ -25,21 +25,12 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
 from flock.agents.agent import Agent
-from flock.agents.models import ModelChoice
-from flock.agents.prices import Price
-from flock.engine.answers import answer_of, question_for
 from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
-from flock.engine.refusals import (
-    RETRYABLE,
-    already_retried,
-    not_cancelled,
-    not_deleted,
-    run_not_retried,
-    wait_stopped,
-)
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError, TooLarge
 from flock.limits import Limits, enforced_by
+from flock.models.models import ModelChoice
+from flock.models.prices import Price
 from flock.options import replaced
 from flock.runs import (
     INVALID_INPUT,
@@ -56,6 +47,15 @@ from flock.runs import (
     Statuses,
     now,
     statuses_of,
+)
+from flock.steps.answers import answer_of, question_for
+from flock.steps.refusals import (
+    RETRYABLE,
+    already_retried,
+    not_cancelled,
+    not_deleted,
+    run_not_retried,
+    wait_stopped,
 )
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster

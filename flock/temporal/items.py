@@ -18,10 +18,10 @@ from temporalio import activity
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.agents.versions import version_of
-from flock.engine.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
-from flock.engine.turns import Turns, WaitingForAnswers
 from flock.errors import StoreError
 from flock.runs import Run, RunStatus, Step, Usage, added, now
+from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
+from flock.steps.turns import Turns, WaitingForAnswers
 from flock.temporal.chunks import Chunk, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (

@@ -23,8 +23,8 @@ from temporalio.converter import (
     EncodingPayloadConverter,
 )
 
-from flock.engine.answers import answer_of, is_expired
 from flock.runs import Batch, Call, Progress, Question, Run, RunStatus, Step, Usage, added, new_id
+from flock.steps.answers import answer_of, is_expired
 
 __all__ = [
     "ACTIVITY",

@@ -35,8 +35,8 @@ from temporalio.converter import (
 )
 from temporalio.exceptions import ApplicationError
 
-from flock.engine.files import sync_folder
 from flock.errors import DefinitionError, StoreError
+from flock.store.files import sync_folder
 from flock.temporal.messages import CONVERTER
 
 __all__ = ["PAYLOAD_LOST", "PayloadFolder", "payload_lost"]

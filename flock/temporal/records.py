@@ -9,9 +9,9 @@ from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
 
-from flock.engine.outcomes import CANCELLED, Outcome
 from flock.errors import cut
 from flock.runs import MAX_SHOWN_BYTES, NOT_LOADED, Call, Run, RunStatus
+from flock.steps.outcomes import CANCELLED, Outcome
 from flock.temporal.messages import (
     CALL_SIGNAL,
     INTERRUPTED,

@@ -8,8 +8,8 @@ import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
-from flock.engine.rows import first_id_at
 from flock.runs import BatchFilter, Run, RunFilter, RunStatus, now
+from flock.store.columns import first_id_at
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of
 

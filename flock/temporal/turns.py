@@ -1,6 +1,6 @@
 """Turns of runs and of batch items, in the activities of a worker.
 
-``flock.engine.turns`` executes them. Here each turn has a task of its own, so that an exception or a stray cancellation
+``flock.steps.turns`` executes them. Here each turn has a task of its own, so that an exception or a stray cancellation
 ends only that turn.
 """
 
@@ -20,10 +20,10 @@ from temporalio.client import WorkflowHandle, WorkflowQueryFailedError
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.engine.outcomes import Outcome, queue_timeout, timeout_of
-from flock.engine.turns import ActiveRun, AgentElsewhere, Turns, WaitingForAnswers
 from flock.errors import CallError, EngineFull, OwnershipLost, StoreError
 from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
+from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
+from flock.steps.turns import ActiveRun, AgentElsewhere, Turns, WaitingForAnswers
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, SPENT_QUERY, CallDone, latest, recoded
 

@@ -16,14 +16,14 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from flock.agents.agent import Agent
 from flock.agents.checks import tool_sources
-from flock.agents.llm import ModelClient
 from flock.agents.mcp import listing_tools
-from flock.agents.prices import Price, merged
-from flock.engine.outcomes import CANCELLED
-from flock.engine.turns import MAX_HISTORY_BYTES, Turns, WaitingForAnswers
 from flock.limits import Limits, enforced_by
+from flock.models.llm import ModelClient
+from flock.models.prices import Price, merged
 from flock.options import replaced
 from flock.runs import Observer, Progress, Question, Run, RunStatus, Step, Usage, now
+from flock.steps.outcomes import CANCELLED
+from flock.steps.turns import MAX_HISTORY_BYTES, Turns, WaitingForAnswers
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities

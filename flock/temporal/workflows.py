@@ -22,9 +22,9 @@ from temporalio.exceptions import (
 )
 from temporalio.exceptions import TimeoutError as ActivityTimeout
 
-from flock.engine.answers import is_expired
-from flock.engine.outcomes import Outcome, expiry_of, queue_timeout, timeout_of
 from flock.runs import Call, Question, Run, RunStatus, Usage
+from flock.steps.answers import is_expired
+from flock.steps.outcomes import Outcome, expiry_of, queue_timeout, timeout_of
 from flock.temporal.messages import (
     ACTIVITY,
     BEGIN_SIGNAL,

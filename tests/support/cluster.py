@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from flock.agents.llm import ModelClient
 from flock.core import Flock
+from flock.models.llm import ModelClient
 from flock.runs import Engine, new_id
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ import anyio
 import httpx
 import msgspec
 
-from flock.agents.bodies import BadBody
-from flock.agents.completions import Listener
-from flock.agents.pieces import Joiner, joined
-from flock.agents.replies import bad_response, decoded, model_error, stream_error, unfinished_usage
-from flock.agents.sse import Event, events_in
 from flock.errors import ModelError
+from flock.models.bodies import BadBody
+from flock.models.completions import Listener
+from flock.models.pieces import Joiner, joined
+from flock.models.replies import bad_response, decoded, model_error, stream_error, unfinished_usage
+from flock.models.sse import Event, events_in
 from flock.runs import Usage
 
 __all__ = ["BYTES_PER_TOKEN", "StreamedReply", "counted", "read_reply"]

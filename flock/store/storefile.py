@@ -8,9 +8,9 @@ from typing import IO
 
 import anyio
 
-from flock.engine import files
-from flock.engine.migrations import MIGRATIONS
 from flock.errors import StoreError
+from flock.store import files
+from flock.store.migrations import MIGRATIONS
 
 __all__ = ["Displaced", "StoreFile"]
 

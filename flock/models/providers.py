@@ -15,10 +15,10 @@ from typing import Any
 import anyio.to_thread
 import msgspec
 
-from flock.agents import localmodel
-from flock.agents.models import Model
 from flock.errors import ModelError
 from flock.extras import pip_install
+from flock.models import localmodel
+from flock.models.models import Model
 from flock.nearest import did_you_mean
 
 __all__ = [
@@ -46,7 +46,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
         other_key_variables: other names of that variable.
         key_header: the header with the key, if it is not ``Authorization``.
         max_tokens_field: the name of the request field that limits the answer's length.
-        first_format: the strictest way to request JSON that it supports; see ``flock.agents.requests.FORMATS``.
+        first_format: the strictest way to request JSON that it supports; see ``flock.models.requests.FORMATS``.
         fixed_temperature: a pattern of the models that reject ``temperature``, or None.
         api_version: if it has a URL for each deployment, with this version unless ``{NAME}_OPENAI_API_VERSION`` is set.
     """

@@ -1,6 +1,6 @@
 """Runs that wait for the answers of people. They exist only in the store; no engine owns them.
 
-All functions are called inside a transaction of ``flock.engine.store``.
+All functions are called inside a transaction of ``flock.store.store``.
 """
 
 import logging
@@ -12,12 +12,12 @@ import msgspec
 from msgspec import UnsetType
 from msgspec.structs import replace
 
-from flock.engine import queries, statements
-from flock.engine.answers import answer_of, is_expired, question_for
-from flock.engine.outcomes import Outcome, expiry_of
-from flock.engine.rows import Damaged, call_values, micros, waiting_values
 from flock.errors import RunNotFound
 from flock.runs import Run, RunStatus
+from flock.steps.answers import answer_of, is_expired, question_for
+from flock.steps.outcomes import Outcome, expiry_of
+from flock.store import queries, statements
+from flock.store.columns import Damaged, call_values, micros, waiting_values
 
 __all__ = ["answer", "end", "expire", "suspend"]
 

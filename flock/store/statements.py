@@ -6,8 +6,8 @@ Parameters are positional (``?``) or named (``:name``). Statements that depend o
 import functools
 from collections.abc import Collection, Iterable
 
-from flock.engine.rows import BATCH_TABLE, CALL_TABLE, RUN_TABLE, STEP_TABLE, SUSPENDED, UPDATED
 from flock.runs import RunStatus
+from flock.store.columns import BATCH_TABLE, CALL_TABLE, RUN_TABLE, STEP_TABLE, SUSPENDED, UPDATED
 
 # All statements are public, but only functions are listed here.
 __all__ = ["batch_page", "find_run", "insert_run", "item_page", "list_columns", "merged", "run_page"]

@@ -7,8 +7,8 @@ import glob
 import sqlite3
 from collections.abc import Sequence
 
-from flock.engine import files, statements
 from flock.errors import StoreError
+from flock.store import files, statements
 
 __all__ = ["MIGRATIONS", "migrate"]
 

@@ -20,17 +20,11 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.agent import Agent, Exchange, Resources
-from flock.agents.llm import ModelClient
-from flock.agents.prices import PRICES, Budget, Price, priced
 from flock.agents.workflow import exchanges_of, inputs_for, next_agent, take_turn
-from flock.engine.callees import Callees
-from flock.engine.journal import Journal
-from flock.engine.live import LiveOutput
-from flock.engine.outcomes import CANCELLED, Outcome, failure_of, queue_timeout, timeout_of
-from flock.engine.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_all_nowait
-from flock.engine.threads import Threads
 from flock.errors import Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
+from flock.models.llm import ModelClient
+from flock.models.prices import PRICES, Budget, Price, priced
 from flock.runs import (
     Answer,
     Batch,
@@ -48,6 +42,12 @@ from flock.runs import (
     now,
 )
 from flock.scopes import set_deadline
+from flock.steps.callees import Callees
+from flock.steps.journal import Journal
+from flock.steps.live import LiveOutput
+from flock.steps.outcomes import CANCELLED, Outcome, failure_of, queue_timeout, timeout_of
+from flock.steps.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_all_nowait
+from flock.steps.threads import Threads
 
 __all__ = ["MAX_HISTORY_BYTES", "ActiveRun", "AgentElsewhere", "Turns", "WaitingForAnswers"]
 
@@ -198,7 +198,7 @@ class Turns:
         max_result_bytes: max size of the result of one step, as JSON.
         max_run_bytes, max_item_bytes: max total size of the inputs and results, as JSON, of a run and of an item.
         answer: answers the questions of agents at once. Without it, their runs wait for answers.
-        prices: of models, by name; see ``flock.agents.prices``.
+        prices: of models, by name; see ``flock.models.prices``.
 
     Attributes:
         item_slots: max batch items that run at the same time.

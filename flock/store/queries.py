@@ -1,6 +1,6 @@
 """Queries that the store and its batches share.
 
-All functions are called inside a transaction of ``flock.engine.store``, or on its read connection.
+All functions are called inside a transaction of ``flock.store.store``, or on its read connection.
 """
 
 import contextlib
@@ -14,9 +14,24 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from flock.engine import statements
-from flock.engine.refusals import not_accepting
-from flock.engine.rows import (
+from flock.errors import KeyReused, OwnershipLost, Replayed
+from flock.runs import (
+    MAX_SHOWN_BYTES,
+    MAX_SHOWN_CALLS,
+    NOT_LOADED,
+    Batch,
+    Call,
+    IdempotencyKey,
+    QueueLimits,
+    Run,
+    RunStatus,
+    Step,
+    Usage,
+)
+from flock.runs.records import PAGE_BYTES
+from flock.steps.refusals import not_accepting
+from flock.store import statements
+from flock.store.columns import (
     BATCH_TABLE,
     DAMAGED_BATCH,
     RUN_TABLE,
@@ -38,21 +53,6 @@ from flock.engine.rows import (
     steps_with_rows,
     updated_values,
 )
-from flock.errors import KeyReused, OwnershipLost, Replayed
-from flock.runs import (
-    MAX_SHOWN_BYTES,
-    MAX_SHOWN_CALLS,
-    NOT_LOADED,
-    Batch,
-    Call,
-    IdempotencyKey,
-    QueueLimits,
-    Run,
-    RunStatus,
-    Step,
-    Usage,
-)
-from flock.runs.records import PAGE_BYTES
 
 __all__ = [
     "Ended",

@@ -4,8 +4,8 @@ import logging
 
 import msgspec
 
-from flock.engine.logs import fields_of_run
 from flock.errors import CostLimit, QueueTimeout, StepError, cut
+from flock.logs import fields_of_run
 from flock.runs import Batch, Question, Run, RunStatus, cost_in_words, one_line, safe_text
 from flock.runs.text import of_request
 

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents import localmodel, react
-from flock.agents.completions import Listener, Message, ToolSchema
-from flock.agents.providers import Endpoint
 from flock.errors import ModelError
+from flock.models import localmodel, react
+from flock.models.completions import Listener, Message, ToolSchema
+from flock.models.providers import Endpoint
 from flock.runs import Usage
 
 __all__ = [

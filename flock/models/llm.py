@@ -22,11 +22,12 @@ import httpx
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents import react
-from flock.agents.bodies import ENCODING, BadBody, read_whole
-from flock.agents.completions import Completion, Listener, Message, ToolSchema
-from flock.agents.models import Model, ModelChoice, models_of
-from flock.agents.pace import (
+from flock.errors import ModelError
+from flock.models import react
+from flock.models.bodies import ENCODING, BadBody, read_whole
+from flock.models.completions import Completion, Listener, Message, ToolSchema
+from flock.models.models import Model, ModelChoice, models_of
+from flock.models.pace import (
     FALLBACK_WAIT_S,
     MAX_WAIT_S,
     AllOut,
@@ -41,8 +42,8 @@ from flock.agents.pace import (
     passing,
     wait,
 )
-from flock.agents.providers import Endpoint, endpoint_of, is_built_in, name_of, no_model, unknown_provider
-from flock.agents.replies import (
+from flock.models.providers import Endpoint, endpoint_of, is_built_in, name_of, no_model, unknown_provider
+from flock.models.replies import (
     TRANSIENT,
     bad_response,
     completion_of,
@@ -54,7 +55,7 @@ from flock.agents.replies import (
     status_error,
     token_count,
 )
-from flock.agents.requests import (
+from flock.models.requests import (
     FORMATS,
     STREAMS,
     Request,
@@ -66,9 +67,8 @@ from flock.agents.requests import (
     rejects_tools,
     streamed,
 )
-from flock.agents.sse import is_stream
-from flock.agents.streams import BYTES_PER_TOKEN, StreamedReply, counted, read_reply
-from flock.errors import ModelError
+from flock.models.sse import is_stream
+from flock.models.streams import BYTES_PER_TOKEN, StreamedReply, counted, read_reply
 from flock.runs import Usage
 
 __all__ = ["ModelClient"]

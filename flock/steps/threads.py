@@ -14,8 +14,8 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from flock.engine.slots import BatchKey, Slots
 from flock.scopes import set_deadline
+from flock.steps.slots import BatchKey, Slots
 
 __all__ = ["Threads", "loop_scheduler"]
 

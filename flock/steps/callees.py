@@ -9,10 +9,10 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent
 from flock.agents.workflow import inputs_for, next_agent
-from flock.engine.journal import DIGEST_CHARS, Journal, check_in_loop, depth_of_current_call
 from flock.errors import CallError, InvalidData, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext, Step, now
+from flock.steps.journal import DIGEST_CHARS, Journal, check_in_loop, depth_of_current_call
 
 __all__ = ["Callees"]
 

@@ -1,6 +1,6 @@
 """Recovery of the unfinished work of an engine whose process has ended: another engine takes it over.
 
-All functions are called inside a transaction of ``flock.engine.store``, or on its read connection.
+All functions are called inside a transaction of ``flock.store.store``, or on its read connection.
 """
 
 import logging
@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from flock.engine import queries, statements
-from flock.engine.rows import DAMAGED_BATCH, DAMAGED_RUN, UNREADABLE, Damaged, micros
 from flock.runs import Batch, Run, stub_of
+from flock.store import queries, statements
+from flock.store.columns import DAMAGED_BATCH, DAMAGED_RUN, UNREADABLE, Damaged, micros
 
 __all__ = ["INTERRUPTED", "TakenOver", "Unfinished", "find_unfinished", "remove_engine", "take_over"]
 

@@ -29,17 +29,17 @@ import anyio.to_thread
 import msgspec
 from msgspec.structs import asdict
 
-from flock.engine import files, queries, statements, takeover, waiting
-from flock.engine.groups import Change, Group, PendingRun, Refused
-from flock.engine.migrations import migrate
-from flock.engine.outcomes import Outcome
-from flock.engine.program import Program
-from flock.engine.rows import Damaged, first_id_at, json_from, micros, names_json, run_or_remains, time_from
-from flock.engine.storefile import Displaced, StoreFile
-from flock.engine.takeover import TakenOver
+from flock.agents.program import Program
 from flock.errors import EngineFull, OwnershipLost, RunNotFound, StoreError, Unstorable
 from flock.runs import Call, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Step, Usage
 from flock.scopes import start_in_empty_context
+from flock.steps.outcomes import Outcome
+from flock.store import files, queries, statements, takeover, waiting
+from flock.store.columns import Damaged, first_id_at, json_from, micros, names_json, run_or_remains, time_from
+from flock.store.groups import Change, Group, PendingRun, Refused
+from flock.store.migrations import migrate
+from flock.store.storefile import Displaced, StoreFile
+from flock.store.takeover import TakenOver
 
 __all__ = ["Durability", "Store"]
 

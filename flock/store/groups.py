@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 import anyio
 
-from flock.engine import queries
-from flock.engine.rows import Damaged, steps_with_rows
 from flock.errors import FlockError
 from flock.runs import Run, Step
+from flock.store import queries
+from flock.store.columns import Damaged, steps_with_rows
 
 __all__ = ["Change", "Group", "PendingRun", "Refused"]
 

@@ -23,7 +23,6 @@ import msgspec
 
 from flock.agents.questions import ASK, question_json, schema_of
 from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
-from flock.engine.outcomes import error_of
 from flock.errors import CallError, SignatureError, cut
 from flock.pydanticmodel import from_json, to_json, to_json_and_back
 from flock.runs import (
@@ -38,6 +37,7 @@ from flock.runs import (
     safe_text,
 )
 from flock.runs.context import CURRENT_CALL
+from flock.steps.outcomes import error_of
 
 __all__ = ["DIGEST_CHARS", "Journal", "check_in_loop", "depth_of_current_call"]
 

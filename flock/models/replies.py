@@ -14,9 +14,9 @@ import httpx
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.completions import Completion, FunctionCall, ToolCall
-from flock.agents.requests import Request
 from flock.errors import ModelError
+from flock.models.completions import Completion, FunctionCall, ToolCall
+from flock.models.requests import Request
 from flock.runs import Usage
 
 __all__ = [

@@ -16,10 +16,10 @@ from typing import Any
 import anyio
 import msgspec
 
-from flock.agents.pieces import Joiner
-from flock.engine.threads import loop_scheduler
+from flock.models.pieces import Joiner
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
+from flock.steps.threads import loop_scheduler
 
 __all__ = ["LiveOutput", "LiveReader", "Unread"]
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import httpx
 
-from flock.agents import bodies
-from flock.agents.bodies import BadBody, pieces_of
+from flock.models import bodies
+from flock.models.bodies import BadBody, pieces_of
 
 __all__ = ["Event", "events_in", "is_stream"]
 

@@ -13,8 +13,9 @@ import anyio
 import msgspec
 from msgspec.structs import asdict, replace
 
-from flock.engine import queries, statements
-from flock.engine.outcomes import (
+from flock.errors import OwnershipLost, StoreError
+from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Page, Run, RunStatus, stub_of
+from flock.steps.outcomes import (
     BATCH_CANCELLED,
     CANCELLED,
     CANCELLED_BEFORE_START,
@@ -23,8 +24,9 @@ from flock.engine.outcomes import (
     cost_limit_of,
     none_completed,
 )
-from flock.engine.refusals import too_many_items
-from flock.engine.rows import (
+from flock.steps.refusals import too_many_items
+from flock.store import queries, statements
+from flock.store.columns import (
     DAMAGED_RUN,
     UNREADABLE,
     Damaged,
@@ -35,9 +37,7 @@ from flock.engine.rows import (
     run_from,
     run_or_remains,
 )
-from flock.engine.store import Store
-from flock.errors import OwnershipLost, StoreError
-from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Page, Run, RunStatus, stub_of
+from flock.store.store import Store
 
 __all__ = ["BatchStore"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.completions import Completion, FunctionCall, Message, ToolCall, ToolSchema, with_user_text
+from flock.models.completions import Completion, FunctionCall, Message, ToolCall, ToolSchema, with_user_text
 
 __all__ = ["FINISH", "as_text", "completion_of", "schema_of", "with_tools"]
 

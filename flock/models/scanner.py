@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from flock.agents.pieces import Joiner
+from flock.models.pieces import Joiner
 from flock.runs import safe_text
 
 __all__ = ["Scanner"]

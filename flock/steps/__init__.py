@@ -1,0 +1,1 @@
+"""What both engines share: a step of a run, and everything that it owns."""
