@@ -1,17 +1,27 @@
-"""Tasks in an empty context, and the cancel scopes of a task that runs code of a user."""
+"""Tasks in an empty context, and the cancel scopes of a task that runs code of a user: their ends, and their clocks."""
 
 import asyncio
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from contextvars import Context
+from contextvars import Context, ContextVar
 from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-__all__ = ["closing_scopes", "current_task", "set_deadline", "start_in_empty_context"]
+__all__ = [
+    "Clock",
+    "cancellable",
+    "clocks_stopped",
+    "closing_scopes",
+    "current_task",
+    "move_on_after_working",
+    "set_deadline",
+    "start_in_empty_context",
+]
 
 logger = logging.getLogger("flock.runs")
 
@@ -35,6 +45,66 @@ def set_deadline(scope: anyio.CancelScope, deadline: float) -> None:
     asyncio keeps a timer and its context, with the objects of a request, until the deadline, even if it is cancelled.
     """
     Context().run(setattr, scope, "deadline", deadline)
+
+
+@contextlib.contextmanager
+def cancellable() -> Iterator[Callable[[], object]]:
+    """Yield a function that another task calls to cancel the block. It does so once, as asyncio does.
+
+    A scope of anyio would cancel a task on asyncio again and again, without a pause, until it leaves the block.
+    """
+    if (task := current_task()) is not None:
+        yield task.cancel
+        return
+    with anyio.CancelScope() as scope:
+        yield scope.cancel
+
+
+class Clock:
+    """The deadline of a scope, which does not move nearer while the clock is stopped."""
+
+    def __init__(self, scope: anyio.CancelScope) -> None:
+        self._scope = scope
+        self._stops = 0
+        self._left_s = 0.0
+
+    def stop(self) -> None:
+        if not self._stops:
+            self._left_s = self._scope.deadline - anyio.current_time()
+            set_deadline(self._scope, math.inf)
+        self._stops += 1
+
+    def start(self) -> None:
+        self._stops -= 1
+        if not self._stops:
+            set_deadline(self._scope, anyio.current_time() + self._left_s)
+
+
+_CLOCKS: ContextVar[tuple[Clock, ...]] = ContextVar("flock_clocks", default=())
+
+
+@contextlib.contextmanager
+def move_on_after_working(seconds: float) -> Iterator[None]:
+    """Leave the block after so many seconds inside it, without those in ``clocks_stopped``."""
+    with anyio.move_on_after(seconds) as scope:
+        reset = _CLOCKS.set((*_CLOCKS.get(), Clock(scope)))
+        try:
+            yield
+        finally:
+            _CLOCKS.reset(reset)
+
+
+@contextlib.contextmanager
+def clocks_stopped(*others: Clock) -> Iterator[None]:
+    """Stop the clocks of all enclosing ``move_on_after_working``, and *others*."""
+    clocks = (*_CLOCKS.get(), *others)
+    for clock in clocks:
+        clock.stop()
+    try:
+        yield
+    finally:
+        for clock in clocks:
+            clock.start()
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from flock.core import Flock, FlockFactory
 from flock.errors import DefinitionError, InvalidOutput, ModelError, SignatureError
 from flock.models.llm import ModelClient
 from flock.runs import Call, Run, RunContext, Usage, now
+from flock.scopes import Clock
 from flock.steps.journal import Journal
 from flock.testing import Failure, FakeModel, Reply
 from flockapi import create_app
@@ -81,6 +82,7 @@ def journal() -> Journal:
         max_result_bytes=math.inf,
         max_total_bytes=math.inf,
         expose_errors=False,
+        clock=Clock(anyio.CancelScope()),
     )
 
 

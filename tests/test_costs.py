@@ -23,7 +23,6 @@ import pytest
 
 from flock.core import Flock, FlockFactory, Price
 from flock.errors import CostLimit, DefinitionError, InvalidData
-from flock.models.pace import _CLOCKS, fail_after_working
 from flock.models.prices import PRICES, Budget, merged, price_of, priced
 from flock.runs import (
     Batch,
@@ -39,6 +38,7 @@ from flock.runs import (
     now,
 )
 from flock.runs.usage import shown_usage
+from flock.scopes import _CLOCKS, move_on_after_working
 from flock.store.migrations import MIGRATIONS
 from flock.testing import FakeModel, ModelRequest, Reply
 from flockapi import create_app
@@ -658,7 +658,7 @@ async def test_an_agents_time_out_does_not_count_the_wait_for_the_limit() -> Non
     clocks: list[Any] = []
 
     async def second() -> None:
-        with fail_after_working(PATIENCE_S):
+        with move_on_after_working(PATIENCE_S):
             clocks.extend(_CLOCKS.get())
             async with budget.reserve(MODEL, [], 100):
                 assert clocks[0]._scope.deadline < math.inf

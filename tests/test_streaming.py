@@ -829,6 +829,25 @@ async def write(context: RunContext) -> str:
 """
 
 
+async def test_a_run_is_on_disk_when_its_stream_says_that_it_was_accepted(tmp_path: Path) -> None:
+    """Also a synchronous one, which is not resumed."""
+    (tmp_path / "write.py").write_text(SCRIPT)
+    command = flockapi_command("serve", "write.py", "--port", "0", "--store", "flock.db")
+    locations, body = list[str](), {"agent_name": "write", "inputs": {}}
+    with chdir(tmp_path):
+        for _ in range(3):
+            with running(*command) as server:
+                async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+                    with contextlib.suppress(httpx.TransportError):
+                        async with client.stream("POST", "/run/flock", json=body, headers=STREAM) as response:
+                            kill(server)
+                            locations.append(response.headers["Location"])
+        with running(*command) as server:
+            async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+                runs = [(await client.get(location)).json() for location in locations]
+    assert [run.get("error_type") for run in runs] == ["interrupted"] * 3, runs
+
+
 @pytest.mark.parametrize("is_back_in_time", [True, False])
 async def test_a_stream_continues_after_the_server_was_killed(is_back_in_time: bool, tmp_path: Path) -> None:
     """Whether the client is back before the step has ended, or after."""

@@ -41,12 +41,12 @@ from flock.errors import (
 from flock.models.completions import Message
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of, names_of
-from flock.models.pace import Caller, fail_after_working
+from flock.models.pace import Caller
 from flock.models.pieces import Joiner
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
 from flock.runs import RunContext
-from flock.scopes import closing_scopes
+from flock.scopes import closing_scopes, move_on_after_working
 
 __all__ = [
     "Agent",
@@ -386,13 +386,11 @@ class ModelAgent(Agent):
         ]
 
     async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
-        try:
-            with fail_after_working(self.timeout_s):
-                history = [] if self.history is None else self._earlier(await resources.history(self, self.history))
-                return await self._converse(self._prompt(inputs, history), resources, context)
-        except TimeoutError as exc:
-            message = f"The model did not answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
-            raise ModelError(message, "model_timeout") from exc
+        with move_on_after_working(self.timeout_s):
+            history = [] if self.history is None else self._earlier(await resources.history(self, self.history))
+            return await self._converse(self._prompt(inputs, history), resources, context)
+        message = f"The model did not answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
+        raise ModelError(message, "model_timeout")
 
     async def _converse(self, messages: Sequence[Message], resources: Resources, context: RunContext) -> msgspec.Raw:
         toolbox = Toolbox(

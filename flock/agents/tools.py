@@ -20,7 +20,7 @@ from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
 from flock.runs import RunContext, one_line, safe_text
 from flock.runs.text import of_request
-from flock.scopes import current_task
+from flock.scopes import current_task, move_on_after_working
 
 __all__ = ["AgentTool", "Tool", "ToolSource", "Toolbox", "Unlisted", "by_name"]
 
@@ -107,10 +107,11 @@ class Tool:
     ) -> Any:
         """Call the function with *arguments*, which ``parameters`` has decoded.
 
-        Raises: CallError if it does not end within *timeout_s*; any exception of the function.
+        Raises: CallError if it does not end within *timeout_s*, not counting the wait for answers of people; any
+            exception of the function.
         Cancellation: a coroutine is cancelled. A thread runs to its end first, or until the timeout.
         """
-        with anyio.move_on_after(timeout_s):
+        with move_on_after_working(timeout_s):
             return await self.call(arguments, context, call_in_thread)
         raise CallError(f"{self.name!r} did not end within {timeout_s:g} s (tool_timeout_s).")
 

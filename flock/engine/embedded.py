@@ -316,7 +316,8 @@ class EmbeddedEngine(EngineBase):
 
     async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context) -> None:
         full = self._full(run.principal)
-        if not run.is_async and key is None and run.session_id is None:
+        is_announced = run.is_async or run.run_id in self._runner.watched  # its client gets its id before its end
+        if not is_announced and key is None and run.session_id is None:
             if full is not None:
                 raise full
             # Only its end must be on disk: if the process dies, its caller is gone, and the run is not resumed.

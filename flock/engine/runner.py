@@ -420,7 +420,7 @@ class Runner:
         if isinstance(failure, WaitingForAnswers) and await self._suspend(active, failure.questions):
             return
         if end is None:
-            end = asdict(self.turns.outcome_of(active, failure))
+            end = asdict(await self.turns.outcome_of(active, failure))
         if isinstance(failure, Unreadable) and not failure.is_writable:  # writing it would fail its whole group
             self._disown(active)
             return

@@ -37,7 +37,6 @@ from flock.models.pace import (
     ModelLimits,
     Pace,
     Passage,
-    clocks_stopped,
     paces_of_loop,
     passing,
     wait,
@@ -54,6 +53,7 @@ from flock.models.replies import (
     retry_after_s,
     status_error,
     token_count,
+    unfinished_usage,
 )
 from flock.models.requests import (
     FORMATS,
@@ -70,6 +70,7 @@ from flock.models.requests import (
 from flock.models.sse import is_stream
 from flock.models.streams import BYTES_PER_TOKEN, StreamedReply, counted, read_reply
 from flock.runs import Usage
+from flock.scopes import clocks_stopped
 
 __all__ = ["ModelClient"]
 
@@ -191,8 +192,8 @@ class ModelClient:
                 streamed request appends ``/stream`` at the end.
             listener: receives the reply while the model writes it. Without one, no stream is requested. A step as JSON
                 is never streamed, and other servers may not support streams: then the listener receives nothing.
-            on_unfinished: called with the tokens, and the model, of each stream that has begun and is not read to its
-                end: the call was cancelled, or the stream broke off. They are estimated if the server sent none.
+            on_unfinished: called with the tokens, and the model, of each request that was cancelled, and of each stream
+                that broke off. They are estimated if the server sent none.
             caller: who waits if the provider does not accept the call now.
 
         Raises:
@@ -394,6 +395,7 @@ class ModelClient:
     async def _send(self, sending: _Sending, passage: Passage) -> Any:
         endpoint, listener = sending.endpoint, sending.listener
         content, headers = msgspec.json.encode(sending.body), {**endpoint.headers, **sending.headers}
+        is_counted = False
         try:
             async with self._client().stream("POST", endpoint.url, content=content, headers=headers) as response:
                 passage.headers = response.headers
@@ -401,7 +403,12 @@ class ModelClient:
                     response = await read_whole(response)
                 if listener is not None and response.status_code == 200:
                     if is_stream(response) or response.content.startswith(b"data:"):  # with another type
+                        is_counted = True
                         return await read_reply(response, endpoint.name, listener, len(content), sending.on_unfinished)
+        except anyio.get_cancelled_exc_class():
+            if not is_counted:
+                sending.on_unfinished(unfinished_usage(None, -(-len(content) // BYTES_PER_TOKEN), 0))
+            raise
         except BadBody as exc:
             raise bad_response(endpoint.name, f"sent {exc}") from exc
         except httpx.TimeoutException as exc:

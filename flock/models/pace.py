@@ -6,11 +6,10 @@ decide, and are told the time. A ``Gate`` lets callers wait for their decisions.
 """
 
 import contextlib
-import contextvars
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +19,7 @@ from anyio.lowlevel import RunVar
 
 from flock.errors import ModelError
 from flock.runs import now as utc_now
+from flock.scopes import clocks_stopped
 
 __all__ = [
     "FALLBACK_WAIT_S",
@@ -33,8 +33,6 @@ __all__ = [
     "Pace",
     "Passage",
     "Rate",
-    "clocks_stopped",
-    "fail_after_working",
     "paces_of_loop",
     "passing",
     "share_limits_among",
@@ -266,53 +264,6 @@ class Passage:
         self.tokens = self.estimate = tokens
         self.sent_at = -math.inf
         self.headers: Mapping[str, str] = {}
-
-
-class _Clock:
-    """The deadline of an agent's work, which does not move nearer while its calls wait."""
-
-    def __init__(self, scope: anyio.CancelScope) -> None:
-        self._scope = scope
-        self._waits = 0
-        self._left_s = 0.0
-
-    def stop(self) -> None:
-        if not self._waits:
-            self._left_s = self._scope.deadline - anyio.current_time()
-            self._scope.deadline = math.inf
-        self._waits += 1
-
-    def start(self) -> None:
-        self._waits -= 1
-        if not self._waits:
-            self._scope.deadline = anyio.current_time() + self._left_s
-
-
-_CLOCKS: contextvars.ContextVar[tuple[_Clock, ...]] = contextvars.ContextVar("flock_clocks", default=())
-
-
-@contextlib.contextmanager
-def fail_after_working(seconds: float) -> Generator[None, None, None]:
-    """Raise TimeoutError after so many seconds inside the block, without those in ``clocks_stopped``."""
-    with anyio.fail_after(seconds) as scope:
-        reset = _CLOCKS.set((*_CLOCKS.get(), _Clock(scope)))
-        try:
-            yield
-        finally:
-            _CLOCKS.reset(reset)
-
-
-@contextlib.contextmanager
-def clocks_stopped() -> Generator[None, None, None]:
-    """Stop the clocks of all enclosing ``fail_after_working``."""
-    clocks = _CLOCKS.get()
-    for clock in clocks:
-        clock.stop()
-    try:
-        yield
-    finally:
-        for clock in clocks:
-            clock.start()
 
 
 async def wait(seconds: float, caller: Caller, reason: str) -> None:

@@ -16,8 +16,8 @@ import msgspec
 from msgspec.structs import force_setattr, replace
 
 from flock.errors import CostLimit, DefinitionError
-from flock.models.pace import clocks_stopped
 from flock.runs import DOLLAR, Usage, added, cost_in_words, is_spent
+from flock.scopes import clocks_stopped
 
 __all__ = ["PRICES", "Budget", "Price", "merged", "no_price", "price_of", "priced"]
 

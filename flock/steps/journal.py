@@ -6,11 +6,13 @@ executed again.
 """
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import inspect
 import itertools
 import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +39,7 @@ from flock.runs import (
     safe_text,
 )
 from flock.runs.context import CURRENT_CALL
+from flock.scopes import Clock, cancellable, clocks_stopped, current_task
 from flock.steps.outcomes import error_of
 
 __all__ = ["DIGEST_CHARS", "Journal", "check_in_loop", "depth_of_current_call"]
@@ -73,6 +76,7 @@ class Journal:
         max_result_bytes: max size of one result, as JSON.
         max_total_bytes: max size of all arguments and results together, as JSON.
         expose_errors: whether the text of any exception is stored with a failed call.
+        clock: that of the run.
         answer: answers the step's questions at once. Without it, the turn ends if nothing but answers is missing.
 
     Attributes:
@@ -97,16 +101,18 @@ class Journal:
         max_result_bytes: float,
         max_total_bytes: float,
         expose_errors: bool,
+        clock: Clock,
         answer: Answer | None = None,
     ) -> None:
+        self._clock = clock
         self.scope = anyio.CancelScope()
         self.questions: tuple[Question, ...] = ()
         self._answer = answer
         self.elsewhere: str | None = None
         #: questions, and names of agents that other processes have, by the id of the call that waits for them
         self._asked: dict[str, Question | str] = {}
-        #: the calls that are executing or wait for an answer
-        self._open: set[str] = set()
+        #: the calls that have begun and not ended, each with what cancels its task
+        self._open: dict[str, Callable[[], object]] = {}
         self._changed: anyio.Event | None = None
         self._finished = {call.call_id: call for call in finished if call.is_checkpoint}
         #: calls of this turn that were cancelled while they were saved. The next equal call returns the result.
@@ -123,7 +129,7 @@ class Journal:
         self.kept = self._made = 0
         #: the numbers of calls that run or have finished, for each key
         self._numbers: defaultdict[str, set[int]] = defaultdict(set)
-        self._is_closed = False
+        self._is_closed = self._is_over = False
         self._save_error: BaseException | None = None
         #: the tokens used in each unfinished call, by its id; those of the step outside of calls are under ""
         self._usage: defaultdict[str, Usage] = defaultdict(Usage)
@@ -132,10 +138,31 @@ class Journal:
         outermost = [call for call in self._finished.values() if _parent_of(call.call_id) not in self._finished]
         self.spent = sum((call.usage for call in outermost if call.usage is not None), spent)
 
-    def close(self) -> Sequence[str]:
-        """Accept no more calls. Returns the ids of finished calls that this turn has not repeated."""
+    async def end(self, grace_s: float, are_in_threads: Callable[[], bool]) -> int:
+        """Accept no more calls, cancel those that other tasks still await, and wait until they have ended.
+
+        Args:
+            grace_s: how long to wait for tasks that swallow their cancellation, in seconds.
+            are_in_threads: whether synchronous functions are running, which are waited for without a limit.
+
+        Returns: the number of calls that still run.
+        Cancellation: ignored, unless the event loop is ending.
+        """
         self._is_closed = True
-        self._notify()  # of a question that the step does not await
+        if self._open:
+            for cancel in set(self._open.values()):
+                cancel()
+            give_up_at, waiting = anyio.current_time() + grace_s, anyio.CancelScope()
+            with anyio.CancelScope(shield=True):
+                while self._open and not waiting.cancelled_caught:
+                    with anyio.CancelScope(deadline=math.inf if are_in_threads() else give_up_at) as waiting:
+                        await self._change.wait()
+        self._is_over = True
+        return len(self._open)
+
+    @property
+    def not_repeated(self) -> Sequence[str]:
+        """The ids of finished calls that this turn has not repeated."""
         return [call_id for call_id in self._finished if NESTED not in call_id]
 
     @property
@@ -218,7 +245,8 @@ class Journal:
             )
             if self._answer is None:
                 await self._suspend(CURRENT_CALL.get(), asked)
-            return await self._execute(self._answer, (asked,), {})
+            with clocks_stopped(self._clock):
+                return await self._execute(self._answer, (asked,), {})
 
         key = name or hashlib.sha256(b"\0".join([text.encode(), schema])).hexdigest()[:DIGEST_CHARS]
         return self.once(ASK, key, answer, kind="question", arguments=question_json(text), decode=decode)
@@ -237,21 +265,25 @@ class Journal:
         """End the turn when all calls that are open wait for answers, themselves or in the calls that they make."""
         self._asked[call_id] = asked
         try:
-            while True:
-                for _ in range(CHECKPOINTS):  # for a sibling that is between two calls
-                    await anyio.lowlevel.checkpoint()
-                if self._is_closed:
-                    raise CallError(_LATE.format(ASK))
-                is_last_asked = next(reversed(self._asked)) == call_id  # only one needs to check
-                if is_last_asked and self._open <= set(_with_callers(self._asked)):
-                    self.questions = tuple(each for each in self._asked.values() if isinstance(each, Question))
-                    self.elsewhere = next((each for each in self._asked.values() if isinstance(each, str)), None)
-                    self._is_closed = True
-                    self.scope.cancel()
-                self._changed = self._changed or anyio.Event()
-                await self._changed.wait()
+            with clocks_stopped():
+                while True:
+                    for _ in range(CHECKPOINTS):  # for a sibling that is between two calls
+                        await anyio.lowlevel.checkpoint()
+                    is_last_asked = next(reversed(self._asked)) == call_id  # only one needs to check
+                    if is_last_asked and self._open.keys() <= set(_with_callers(self._asked)):
+                        self.questions = tuple(each for each in self._asked.values() if isinstance(each, Question))
+                        self.elsewhere = next((each for each in self._asked.values() if isinstance(each, str)), None)
+                        self._is_closed = True
+                        self.scope.cancel()
+                    await self._change.wait()
         finally:
             del self._asked[call_id]
+
+    @property
+    def _change(self) -> anyio.Event:
+        """An event that is set when a call ends."""
+        self._changed = self._changed or anyio.Event()
+        return self._changed
 
     def _notify(self) -> None:
         if self._changed is not None:
@@ -301,11 +333,13 @@ class Journal:
         async def run() -> Any:
             is_done = False
             try:
-                result = await self._result_of(planned)
-                is_done = True
-                return result
+                with cancellable() as self._open[planned.call_id]:
+                    result = await self._result_of(planned)
+                    is_done = True
+                    return result
+                raise CallError(_LATE.format(label))  # only trio comes here
             finally:
-                self._open.discard(planned.call_id)
+                del self._open[planned.call_id]
                 self._notify()
                 if not is_done:  # the next equal call takes its place, also when the step runs again
                     self._numbers[key].discard(number)
@@ -341,9 +375,9 @@ class Journal:
 
     async def _make(self, planned: "_Planned") -> Any:
         """Execute a call, and store it."""
-        self._open.add(planned.call_id)
         await self._wait_for_store()
-        started_at = now()
+        started_at, task = now(), current_task()
+        cancelling = 0 if task is None else task.cancelling()
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, failure = JSON_NULL, None, None
         self._on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
@@ -365,21 +399,25 @@ class Journal:
                 raise failure
             result = JSON_NULL
             error, error_type = error_of(failure, f"The call {planned.label!r}", expose_errors=self._expose_errors)
-        await self._store(
-            Call(
-                call_id=planned.call_id,
-                name=planned.label,
-                kind=planned.kind,
-                arguments=planned.arguments,
-                result=result,
-                error=error and cut(error),
-                error_type=error_type,
-                usage=usage,
-                model=model,
-                started_at=started_at,
-                completed_at=now(),
-            )
+        call = Call(
+            call_id=planned.call_id,
+            name=planned.label,
+            kind=planned.kind,
+            arguments=planned.arguments,
+            result=result,
+            error=error and cut(error),
+            error_type=error_type,
+            usage=usage,
+            model=model,
+            started_at=started_at,
+            completed_at=now(),
         )
+        await self._store(call)
+        if task is not None and task.cancelling() > cancelling:  # while it was saved, or its thread was running
+            if call.is_checkpoint:
+                self._unread[call.call_id] = call
+            await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
+            raise asyncio.CancelledError
         if failure is None:
             return value
         if planned.on_error is None or error is None:
@@ -428,35 +466,27 @@ class Journal:
                 f"The arguments and results of the step's calls are larger than the cluster can store. The call "
                 f"{call.name!r} has {_bytes_of(call)} bytes of them. Return references to long results instead."
             )
-        if self._is_closed:
+        if self._is_over or self.is_suspended:  # a function may swallow the end of its turn, and return anything
             return
         try:
-            cancellation = await self._save_whole(call)
+            await self._save_whole(call)
         except Exception as exc:
             self._save_error = exc
             raise
         self.kept += 1
-        if cancellation is not None:
-            if call.is_checkpoint:
-                self._unread[call.call_id] = call
-            raise cancellation
 
-    async def _save_whole(self, call: Call) -> asyncio.CancelledError | None:
-        """Save a call that is done, so it must not be executed again. Returns a cancellation that came meanwhile."""
-        cancellation = None
+    async def _save_whole(self, call: Call) -> None:
+        """Save a call that is done, so it must not be executed again, even if this task is cancelled meanwhile."""
         with anyio.CancelScope(shield=True):
-            if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:  # trio
+            if current_task() is None:  # trio
                 await self._save(call)
-                return None
+                return
             # In a task of its own, since asyncio.timeout cancels this one in spite of the shield.
             saving = asyncio.ensure_future(self._save(call))
             while not saving.done():
-                try:
+                with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([saving])
-                except asyncio.CancelledError as exc:
-                    cancellation = exc
             saving.result()
-        return cancellation
 
 
 class _Planned(msgspec.Struct, frozen=True, kw_only=True):

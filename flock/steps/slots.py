@@ -90,22 +90,33 @@ class AgentSlot:
         self._slots = slots
         self.batch = batch
         self._is_held = is_held
+        self._is_over = False
         self._callees = 0
 
     async def acquire(self) -> None:
         """Wait for the slot, unless the turn waits for an agent that it has called. Cancellation: it is not held."""
-        if self._slots is None or self._callees or self._is_held:
+        if self._slots is None or not self._is_wanted:
             return
         await self._slots.acquire(self.batch)
-        if self._callees or self._is_held:  # the turn has called another agent, or this was called twice
+        if self._is_wanted:
+            self._is_held = True
+        else:  # the turn has ended or called another agent meanwhile, or this was called twice
             self._slots.release(self.batch)
-        self._is_held = not self._callees
+
+    @property
+    def _is_wanted(self) -> bool:
+        return not (self._callees or self._is_held or self._is_over)
 
     def release(self) -> None:
         """Release the slot if it is held."""
         if self._slots is not None and self._is_held:
             self._is_held = False
             self._slots.release(self.batch)
+
+    def close(self) -> None:
+        """Release the slot for good, because the turn has ended."""
+        self._is_over = True
+        self.release()
 
     @contextlib.asynccontextmanager
     async def waiting_for_callee(self) -> AsyncGenerator[None, None]:

@@ -7,8 +7,10 @@ the function returns, so that hanging functions cannot accumulate.
 
 import asyncio
 import contextlib
-from collections.abc import Callable
-from typing import Any, TypeVar
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NoReturn, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -22,8 +24,9 @@ __all__ = ["Threads", "loop_scheduler"]
 T = TypeVar("T")
 
 
-class _Call:
-    def __init__(self, batch: BatchKey) -> None:
+class _Call(Generic[T]):
+    def __init__(self, owners: Sequence[object], batch: BatchKey) -> None:
+        self.owners = owners
         self.batch = batch
         self.scope = anyio.CancelScope(shield=True)
         self.is_started = False
@@ -33,6 +36,8 @@ class _Call:
         #: set in the event loop when the function has returned, if ``needs_end`` was set before
         self.end = anyio.Event()
         self.needs_end = False
+        #: returns what the function returned, or raises what it raised; None before that, or if it returned a coroutine
+        self.outcome: Callable[[], T] | None = None
 
 
 class Threads:
@@ -40,33 +45,54 @@ class Threads:
 
     def __init__(self, max_threads: int) -> None:
         self._slots = Slots(max_threads, reserved=max_threads // 10)
-        self._calls: dict[object, list[_Call]] = {}
+        self._calls: dict[object, list[_Call[Any]]] = {}
         self._when_free: dict[object, list[Callable[[], None]]] = {}
+        #: the scopes of tasks in ``until_free``
+        self._waits: dict[object, anyio.CancelScope] = {}
 
-    async def call(self, function: Callable[[], T], owner: object, batch: BatchKey, deadline: float) -> T:
+    async def call(
+        self,
+        function: Callable[[], T],
+        owners: Sequence[object],
+        batch: BatchKey,
+        deadline: float,
+        *,
+        keeps_result: bool = False,
+    ) -> T:
         """Call *function* in a thread and wait for it, until *deadline* (of the loop's clock) or ``abandon``.
 
-        *batch* is that of *owner*, if it is an item.
+        Args:
+            owners: the run, and the turn that holds a slot meanwhile.
+            batch: that of the run, if it is an item.
+            keeps_result: end as the function has ended even if ``asyncio.timeout`` or the like has cancelled this task
+                meanwhile. The caller must then raise the cancellation, which ``Task.cancelling`` shows.
 
         Raises: what *function* raises; TimeoutError if the call is abandoned.
         Cancellation: immediate while waiting for a slot. After that, only when the function has returned.
         """
-        call, schedule_in_loop = _Call(batch), loop_scheduler()
+        call, schedule_in_loop = _Call[T](owners, batch), loop_scheduler()
         await self._slots.acquire(batch)
-        self._calls.setdefault(owner, []).append(call)
+        for owner in owners:
+            self._calls.setdefault(owner, []).append(call)
 
         def run() -> T:
             try:
                 call.is_started = True  # must be set before is_abandoned is read; see below
                 if call.is_abandoned:
                     raise TimeoutError
-                return function()
+                value = function()
+                if not inspect.isawaitable(value):
+                    call.outcome = lambda: value
+                return value
+            except BaseException as exc:
+                call.outcome = functools.partial(_raise, exc)
+                raise
             finally:
                 call.is_done = True
                 if call.needs_end:
                     schedule_in_loop(call.end.set)
                 if call.is_abandoned:  # do not wait for a result: if the loop is ending, the thread would never end
-                    schedule_in_loop(self._free, owner, call)
+                    schedule_in_loop(self._free, call)
 
         try:
             with call.scope:
@@ -80,30 +106,51 @@ class Threads:
                     while call.is_started and not (call.is_done or call.scope.cancel_called):
                         with contextlib.suppress(anyio.get_cancelled_exc_class()):
                             await call.end.wait()
+                    if keeps_result and call.outcome is not None:
+                        return call.outcome()
                     raise
         finally:
             # The thread sets is_started and is_done, then reads is_abandoned. This task sets it, then reads those.
             call.is_abandoned = True
             if call.is_done or not call.is_started:
-                self._free(owner, call)
+                self._free(call)
         await anyio.lowlevel.checkpoint_if_cancelled()
         raise TimeoutError
 
-    def _free(self, owner: object, call: _Call) -> None:
+    def _free(self, call: _Call[Any]) -> None:
         if call.is_released:
             return
         call.is_released = True
         self._slots.release(call.batch)
-        self._calls[owner].remove(call)
-        if not self._calls[owner]:
-            del self._calls[owner]
-            for callback in self._when_free.pop(owner, ()):
-                callback()
+        for owner in call.owners:
+            self._calls[owner].remove(call)
+            if not self._calls[owner]:
+                del self._calls[owner]
+                for callback in self._when_free.pop(owner, ()):
+                    callback()
 
     def abandon(self, owner: object) -> None:
         """Stop waiting for the calls of *owner*."""
         for call in self._calls.get(owner, ()):
             call.scope.cancel()
+        if owner in self._waits:
+            self._waits[owner].cancel()
+
+    def are_awaited(self, owner: object) -> bool:
+        """Whether a function is running for *owner* for which a task waits."""
+        return any(not call.is_abandoned for call in self._calls.get(owner, ()))
+
+    async def until_free(self, owner: object, deadline: float) -> None:
+        """Wait until no thread is running for *owner*, not even an abandoned one, until *deadline*, or ``abandon``."""
+        if owner not in self._calls:
+            return
+        is_free = anyio.Event()
+        self.when_free(owner, is_free.set)
+        with anyio.CancelScope(deadline=deadline) as self._waits[owner]:
+            try:
+                await is_free.wait()
+            finally:
+                del self._waits[owner]
 
     def when_free(self, owner: object, callback: Callable[[], None]) -> None:
         """Call *callback* when no thread is running for *owner*: now, or when its last function returns."""
@@ -111,6 +158,10 @@ class Threads:
             self._when_free.setdefault(owner, []).append(callback)
         else:
             callback()
+
+
+def _raise(exc: BaseException) -> NoReturn:
+    raise exc
 
 
 def loop_scheduler() -> Callable[..., None]:

@@ -23,6 +23,7 @@ from flock.agents.agent import Agent, Exchange, Resources
 from flock.agents.workflow import exchanges_of, inputs_for, next_agent, take_turn
 from flock.errors import Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
+from flock.logs import fields_of_run
 from flock.models.llm import ModelClient
 from flock.models.prices import PRICES, Budget, Price, priced
 from flock.runs import (
@@ -41,7 +42,8 @@ from flock.runs import (
     added,
     now,
 )
-from flock.scopes import set_deadline
+from flock.runs.context import CURRENT_CALL
+from flock.scopes import Clock, set_deadline
 from flock.steps.callees import Callees
 from flock.steps.journal import Journal
 from flock.steps.live import LiveOutput
@@ -192,8 +194,8 @@ class Turns:
     """Executes the turns of one engine or worker.
 
     Args:
-        limits: uses ``max_concurrency``, a tenth of which is reserved for runs that are not items, ``max_threads`` and
-            ``max_tokens``.
+        limits: uses ``max_concurrency``, a tenth of which is reserved for runs that are not items, ``max_threads``,
+            ``max_tokens``, ``max_calls`` and ``grace_s``.
         max_steps, expose_errors: see ``EmbeddedEngine``.
         max_result_bytes: max size of the result of one step, as JSON.
         max_run_bytes, max_item_bytes: max total size of the inputs and results, as JSON, of a run and of an item.
@@ -229,6 +231,7 @@ class Turns:
         self._max_result_bytes = max_result_bytes
         self._max_run_bytes = max_run_bytes
         self._max_item_bytes = max_item_bytes
+        self._grace_s = limits.grace_s
         self._answer = answer
         self._prices = prices
         self._threads = Threads(limits.max_threads)
@@ -327,6 +330,7 @@ class Turns:
             max_result_bytes=self._max_result_bytes,
             max_total_bytes=self._max_item_bytes,
             expose_errors=self._expose_errors,
+            clock=Clock(active.scope),
             answer=self._answer,
         )
 
@@ -368,13 +372,16 @@ class Turns:
                 raise
         finally:
             CURRENT_SLOT.reset(reset)
-            not_repeated = journal.close()
+            left = await journal.end(self._grace_s, functools.partial(self._threads.are_awaited, active))
+            if left:
+                template = "run %s: %s ended, but %d of its calls still run: their tasks swallow their cancellation"
+                logger.warning(template, run.run_id, agent.name, left, extra=fields_of_run(run))
         if journal.questions:
             raise WaitingForAnswers(journal.questions)
         if journal.elsewhere is not None:
             raise AgentElsewhere(journal.elsewhere)
-        if not_repeated:
-            ids = ", ".join(not_repeated)
+        if journal.not_repeated:
+            ids = ", ".join(journal.not_repeated)
             logger.warning("run %s: %s did not repeat these calls: %s", run.run_id, agent.name, ids)
         return result
 
@@ -385,7 +392,15 @@ class Turns:
     async def _call_in_thread(
         self, active: ActiveRun, batch: BatchKey, function: Callable[[], Any], deadline: float = math.inf
     ) -> Any:
-        return await self._threads.call(function, active, batch, min(deadline, active.scope.deadline))
+        """Call a synchronous function for a run, in the turn whose slot the current task holds."""
+        slot = CURRENT_SLOT.get(None)
+        return await self._threads.call(
+            function,
+            [active] if slot is None else [active, slot],
+            batch,
+            min(deadline, active.scope.deadline),
+            keeps_result=bool(CURRENT_CALL.get()),
+        )
 
     async def _take_turn_of_callee(
         self, batch: BatchKey, resources: Resources, agent: Agent, inputs: msgspec.Raw, context: RunContext
@@ -401,7 +416,7 @@ class Turns:
                 )
             finally:
                 CURRENT_SLOT.reset(reset)
-                slot.release()
+                self._threads.when_free(slot, slot.close)
 
     async def _keep_call(self, active: ActiveRun, call: Call) -> None:
         """Store a call. If another process owns the run now, stop the agent."""
@@ -421,8 +436,10 @@ class Turns:
         self._threads.abandon(active)
         active.scope.cancel()
 
-    def outcome_of(self, active: ActiveRun, exc: BaseException | None) -> Outcome:
-        """Return the outcome of a run whose turn was cancelled or raised *exc*."""
+    async def outcome_of(self, active: ActiveRun, exc: BaseException | None) -> Outcome:
+        """Return the outcome of a run whose turn was cancelled or raised *exc*. It is cancelled when no thread runs."""
+        if active.cancel_requested:
+            await self._threads.until_free(active, active.scope.deadline)
         if anyio.current_time() >= active.scope.deadline:
             return timeout_of(active.timeout_s)
         if active.cancel_requested:
@@ -471,7 +488,7 @@ class Turns:
     def _release(self, slot: AgentSlot) -> None:
         """Release the slots of a turn: that of the engine, and that of the agent."""
         self._slots.release(slot.batch)
-        slot.release()
+        slot.close()
 
     def _check_size(self, run: Run, step: Step) -> None:
         """Raise ResultTooLarge if the step cannot be stored, before another turn costs money."""

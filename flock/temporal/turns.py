@@ -115,7 +115,7 @@ class ActivityTurn(ActiveRun):
         failure: BaseException | None = None
         for name in (self.run.next_agent_name, self.needs):
             if name is not None and name in self.elsewhere and turns.find(name) is None:
-                self._leave(turns, name)
+                await self._leave(turns, name)
                 return
         try:
             with self.scope:
@@ -125,7 +125,7 @@ class ActivityTurn(ActiveRun):
             failure = exc
         if isinstance(failure, AgentElsewhere) and not self.cancel_requested:
             self.needs = failure.name
-            self._leave(turns, failure.name)
+            await self._leave(turns, failure.name)
             return
         if isinstance(failure, WaitingForAnswers) and not self.cancel_requested:
             length = len(msgspec.json.encode(failure.questions))
@@ -137,14 +137,14 @@ class ActivityTurn(ActiveRun):
                 f"The questions have {length} bytes, more than the cluster can store. Ask shorter ones."
             )
         if not self.is_stopped:
-            self.outcome = turns.outcome_of(self, failure)
+            self.outcome = await turns.outcome_of(self, failure)
 
-    def _leave(self, turns: Turns, name: str) -> None:
+    async def _leave(self, turns: Turns, name: str) -> None:
         """Leave the turn to a worker that has the agent *name*, unless the time of the run is over."""
         if self.left_s > 0:
             self.lacks = name
         elif self._begun_at is None:
-            self.outcome = turns.outcome_of(self, queue_timeout(self.queue_timeout_s or 0))
+            self.outcome = await turns.outcome_of(self, queue_timeout(self.queue_timeout_s or 0))
         else:
             self.outcome = timeout_of(self.timeout_s)
 

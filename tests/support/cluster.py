@@ -53,7 +53,7 @@ def temporal_server(store: Path, port: int) -> Iterator[subprocess.Popen[bytes]]
 HEARTBEAT_PATIENCE_S = 30.0
 
 #: Options of the worker, which the engine does not take.
-WORKER_OPTIONS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors")
+WORKER_OPTIONS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors", "grace_s")
 
 
 @contextlib.asynccontextmanager
