@@ -223,7 +223,7 @@ async def test_timeout_s_covers_the_whole_turn(model: FakeModel, resources: Reso
     async def never(_: Any) -> Any:
         await anyio.sleep_forever()
 
-    model.replies = [never]
+    model.replies = never  # a slow machine does not come to ask it
     with pytest.raises(ModelError, match=r"within 0.05 s \(timeout_s of the agent 'text_analyzer'\)") as caught:
         await turn(analyzer(timeout_s=0.05), resources, text="x", limit=1)
     assert caught.value.error_type == "model_timeout"

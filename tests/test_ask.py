@@ -677,7 +677,7 @@ async def test_a_question_that_cannot_be_asked_fails_the_run(
 
     @flock.agent
     def thread(context: RunContext) -> Any:
-        context.ask("Go on?", bool)
+        _ = context.ask("Go on?", bool)
 
     async with open_engine(flock) as engine:
         for name, error in (("work", words), ("thread", "'thread' is not async, so it cannot make calls")):

@@ -308,7 +308,7 @@ async def test_a_synchronous_agent_is_told_to_be_async() -> None:
 
     @flock.agent
     def work(context: RunContext) -> None:
-        context.call(long)
+        _ = context.call(long)
 
     async with flock.engine() as engine:
         run = await ended(engine, "work")
@@ -579,7 +579,7 @@ async def test_functions_that_differ_in_what_they_are_bound_to_are_different(tmp
             if kind == "partial":
                 return str(await context.call(functools.partial(send, to)))
             with pytest.raises(CallError, match="Pass name= to identify the call"):
-                context.call(Box(to, send).send)
+                _ = context.call(Box(to, send).send)
             return str(await context.call(Box(to, send).send, name=to))
 
         return list(await asyncio.gather(send_to("ann", 0.2), send_to("bob", 0.01)))

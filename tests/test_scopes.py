@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import contextvars
+import functools
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import anyio
@@ -297,8 +300,6 @@ class Place:
 
         def charge() -> str:
             self.calls += 1
-            import time
-
             time.sleep(0.3)
             return "paid"
 
@@ -344,8 +345,6 @@ async def test_a_function_that_failed_too_late_is_recorded() -> None:
     flock = Flock()
 
     def fail() -> None:
-        import time
-
         time.sleep(0.3)
         raise AgentError("declined")
 
@@ -515,7 +514,7 @@ async def test_a_call_that_is_never_awaited_never_starts() -> None:
         try:
             return int(await context.call(charge, 2))
         finally:
-            never.close()  # type: ignore[attr-defined]
+            never.close()
 
     async with flock.engine() as engine:
         assert result_of(await ended(engine, "work")) == 2
@@ -571,3 +570,140 @@ async def test_a_call_that_a_task_of_the_host_awaits_ends_with_its_step_on_trio(
             for _ in range(2):
                 assert result_of(await ended(engine, "work")) == "done"
             assert (ends, len(errors)) == (["hang"] * 2, 2)
+
+
+# Calls behave as plain coroutines do
+
+VAR = contextvars.ContextVar("var", default="unset")
+Made = Callable[..., Coroutine[Any, Any, Any]]
+
+
+async def work_for(seconds: float, result: str = "", error: str = "") -> str:
+    """Return *result* after a time, or raise *error*. It sets a context variable, and says how it ends."""
+    VAR.set(f"{VAR.get()}+{result}")
+    try:
+        await anyio.sleep(seconds)
+    except BaseException as exc:
+        SEEN.append(f"{result or error}: {type(exc).__name__}")
+        raise
+    if error:
+        raise AgentError(error)
+    SEEN.append(result)
+    return result
+
+
+SEEN: list[str] = []
+
+
+async def gathers(call: Made) -> Any:
+    return await asyncio.gather(call(0.02, "a"), call(0.01, "b"))
+
+
+async def gathers_errors(call: Made) -> Any:
+    found = await asyncio.gather(call(0.02, "a"), call(0.01, error="b"), return_exceptions=True)
+    return [str(each) for each in found]
+
+
+async def uses_a_task_group(call: Made) -> Any:
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(call(5, "a"))
+            tasks.create_task(call(0.01, error="b"))
+            tasks.create_task(call(5, "c"))
+    except ExceptionGroup as group:
+        return [str(each) for each in group.exceptions]
+
+
+async def uses_a_task_group_of_anyio(call: Made) -> Any:
+    found = []
+
+    async def add(seconds: float, result: str) -> None:
+        found.append(await call(seconds, result))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(add, 0.02, "a")
+        tasks.start_soon(add, 0.01, "b")
+        with anyio.move_on_after(0.03):
+            await call(5, "c")
+    return found
+
+
+async def waits_in_time(call: Made) -> Any:
+    try:
+        async with asyncio.timeout(0.02):
+            await call(5, "a")
+    except TimeoutError:
+        return await call(0, "b")
+
+
+async def waits_in_time_of_anyio(call: Made) -> Any:
+    try:
+        with anyio.fail_after(0.02):
+            await call(5, "a")
+    except TimeoutError:
+        return await call(0, "b")
+
+
+async def shields(call: Made) -> Any:
+    inner = asyncio.ensure_future(call(0.05, "a"))
+    try:
+        async with asyncio.timeout(0.01):
+            await asyncio.shield(inner)
+    except TimeoutError:
+        return await inner
+
+
+async def takes_the_first(call: Made) -> Any:
+    tasks = [asyncio.ensure_future(call(seconds, name)) for seconds, name in ((5, "a"), (0.01, "b"))]
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    await asyncio.wait(pending)
+    return [task.result() for task in done]
+
+
+async def takes_them_as_completed(call: Made) -> Any:
+    return [await each for each in asyncio.as_completed([call(0.03, "a"), call(0.01, "b"), call(0.02, "c")])]
+
+
+async def cancels_itself(call: Made) -> Any:
+    task = asyncio.ensure_future(call(5, "a"))
+    await asyncio.sleep(0.01)
+    task.cancel("enough")
+    try:
+        await task
+    except asyncio.CancelledError:
+        return task.cancelled()
+
+
+async def sets_variables(call: Made) -> Any:
+    VAR.set("before")
+    await call(0, "a")
+    await asyncio.create_task(call(0, "b"))
+    return VAR.get()
+
+
+PROGRAMS = [
+    *(gathers, gathers_errors, uses_a_task_group, uses_a_task_group_of_anyio, waits_in_time, waits_in_time_of_anyio),
+    *(shields, takes_the_first, takes_them_as_completed, cancels_itself, sets_variables),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_calls_behave_as_plain_coroutines_do(program: Callable[[Made], Awaitable[Any]]) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> Any:
+        return await program(functools.partial(context.call, work_for))
+
+    async def plain() -> tuple[Any, list[str]]:
+        return await program(work_for), sorted(SEEN)  # a task group cancels its tasks in any order
+
+    SEEN.clear()
+
+    expected = await asyncio.create_task(plain(), context=contextvars.Context())
+    SEEN.clear()
+    async with flock.engine() as engine:
+        found = result_of(await ended(engine, "work"))
+    assert (found, sorted(SEEN)) == expected

@@ -39,7 +39,7 @@ class StepJournal(Protocol):
         kwargs: Mapping[str, Any],
         name: str | None,
         keep: Literal["all", "result"],
-    ) -> Awaitable[Any]: ...
+    ) -> Coroutine[Any, Any, Any]: ...
 
     def once(
         self,
@@ -52,7 +52,7 @@ class StepJournal(Protocol):
         decode: Callable[[msgspec.Raw], Any],
         should_keep: Callable[[Any], bool] | None = None,
         on_error: Callable[[str], Any] | None = None,
-    ) -> Awaitable[Any]: ...
+    ) -> Coroutine[Any, Any, Any]: ...
 
     def run_agent(
         self, context: "RunContext", name: str, inputs: Mapping[str, Any]
@@ -67,7 +67,7 @@ class StepJournal(Protocol):
         expires_s: float | None,
         default: Any,
         about: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
-    ) -> Awaitable[Any]: ...
+    ) -> Coroutine[Any, Any, Any]: ...
 
 
 class Live(Protocol):
@@ -236,7 +236,7 @@ class RunContext:
         name: str | None = None,
         keep: Literal["all", "result"] = "all",
         **kwargs: Any,
-    ) -> Awaitable[Any]:
+    ) -> Coroutine[Any, Any, Any]:
         """Execute a function once, and store its result.
 
         If the step runs again after a crash, the stored result is returned and the function is not executed. So put
@@ -297,7 +297,7 @@ class RunContext:
         name: str | None = None,
         expires_s: float | None = None,
         default: Any = msgspec.UNSET,
-    ) -> Awaitable[T]: ...
+    ) -> Coroutine[Any, Any, T]: ...
 
     @overload
     def ask(
@@ -309,7 +309,7 @@ class RunContext:
         name: str | None = None,
         expires_s: float | None = None,
         default: Any = msgspec.UNSET,
-    ) -> Awaitable[Any]: ...
+    ) -> Coroutine[Any, Any, Any]: ...
 
     def ask(
         self,
@@ -320,7 +320,7 @@ class RunContext:
         name: str | None = None,
         expires_s: float | None = None,
         default: Any = msgspec.UNSET,
-    ) -> Awaitable[Any]:
+    ) -> Coroutine[Any, Any, Any]:
         """Ask a person. The run waits for the answer, and uses no memory and no slot meanwhile.
 
         The step ends here, and runs again when all its questions are answered: calls that have finished are not

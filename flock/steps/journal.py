@@ -189,7 +189,7 @@ class Journal:
         kwargs: Mapping[str, Any],
         name: str | None,
         keep: Literal["all", "result"],
-    ) -> Awaitable[Any]:
+    ) -> Coroutine[Any, Any, Any]:
         """See ``RunContext.call``. Equal calls are numbered here, before any of them can wait."""
         label = re.sub(r"[^A-Za-z0-9_.-]", "_", name_of(function))
         check_in_loop(context)
@@ -220,7 +220,7 @@ class Journal:
         expires_s: float | None,
         default: Any,
         about: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
-    ) -> Awaitable[Any]:
+    ) -> Coroutine[Any, Any, Any]:
         """See ``RunContext.ask``. *about* is what the question is about, as a JSON object."""
         check_in_loop(context)
         _check_name(ASK, name)
@@ -301,7 +301,7 @@ class Journal:
         decode: Callable[[msgspec.Raw], Any],
         should_keep: Callable[[Any], bool] | None = None,
         on_error: Callable[[str], Any] | None = None,
-    ) -> Awaitable[Any]:
+    ) -> Coroutine[Any, Any, Any]:
         """Return the result of a call from the journal, or execute it and store its result.
 
         Args:
