@@ -17,6 +17,7 @@ import pytest
 from flock.core import Flock
 from flock.models.llm import ModelClient
 from flock.runs import Engine, new_id
+from tests.support import PATIENCE_S
 
 if TYPE_CHECKING:
     from flock.temporal import TemporalEngine
@@ -72,7 +73,11 @@ async def engine_with_worker(
     }
     models = ModelClient(flock.model, transport=transport)
     async with TemporalWorker(flock.agents, models, address, **shared, **worker_options):
-        yield TemporalEngine(flock.agents, address, **shared, **options)
+        engine = TemporalEngine(flock.agents, address, **shared, **options)
+        # A busy machine may stop for longer than clients should wait for an answer.
+        patient = engine.cluster.rpc_scope
+        engine.cluster.rpc_scope = lambda timeout_s=PATIENCE_S: patient(timeout_s)  # type: ignore[method-assign]
+        yield engine
 
 
 @contextlib.asynccontextmanager
