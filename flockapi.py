@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flock.agents.agent import Agent
 from flock.agents.checks import warn_of_problems
 from flock.agents.graph import graph_of, mermaid_of
-from flock.agents.workflow import columns_of
+from flock.agents.handoff import columns_of
 from flock.declared import DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rowchecks import check_batch

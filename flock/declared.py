@@ -15,9 +15,9 @@ import httpx
 import msgspec
 
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike, agent
+from flock.agents.handoff import result_names
 from flock.agents.questions import nobody
 from flock.agents.signature import Signature
-from flock.agents.workflow import result_names
 from flock.engine.embedded import EmbeddedEngine, limits_for_one_batch
 from flock.engine.intake import mapping_rows
 from flock.engine.rowchecks import as_json

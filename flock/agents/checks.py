@@ -4,8 +4,8 @@ import logging
 from collections.abc import Mapping
 
 from flock.agents.agent import Agent, ModelAgent
+from flock.agents.handoff import missing_agents
 from flock.agents.tools import AgentTool, ToolSource
-from flock.agents.workflow import missing_agents
 from flock.errors import ModelError
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of

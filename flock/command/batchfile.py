@@ -18,8 +18,8 @@ from typing import IO, cast
 
 import msgspec
 
+from flock.agents.handoff import columns_of
 from flock.agents.questions import nobody
-from flock.agents.workflow import columns_of
 from flock.declared import DeclaredFlock
 from flock.engine.embedded import limits_for_one_batch
 from flock.engine.rowchecks import BatchCheck, check_batch

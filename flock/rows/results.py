@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import msgspec
 
-from flock.agents.workflow import Columns
+from flock.agents.handoff import Columns
 from flock.fair import FairShare
 from flock.runs import DOLLAR, Engine, Run, RunStatus, Time, shown_usage
 

@@ -8,7 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.agent import Agent
-from flock.agents.workflow import inputs_for, next_agent
+from flock.agents.handoff import inputs_for, next_agent
 from flock.errors import CallError, InvalidData, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext, Step, now

@@ -20,7 +20,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.agent import Agent, Exchange, Resources
-from flock.agents.workflow import exchanges_of, inputs_for, next_agent, take_turn
+from flock.agents.handoff import exchanges_of, inputs_for, next_agent, take_turn
 from flock.errors import Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
 from flock.logs import fields_of_run

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flock.agents.agent import Agent
-from flock.agents.workflow import result_names
+from flock.agents.handoff import result_names
 from flock.engine.rowchecks import BatchCheck
 from flock.errors import AgentNotFound, DefinitionError, FieldError, InvalidData
 from flock.rows.dialect import CSVDialect

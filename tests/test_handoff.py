@@ -1,4 +1,4 @@
-"""The planner, and hand-offs through a whole flock."""
+"""Which agent is next, its inputs, and hand-offs through a whole flock."""
 
 import enum
 import re
@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from flock.agents.workflow import columns_of, inputs_for, next_agent, result_names
+from flock.agents.handoff import columns_of, inputs_for, next_agent, result_names
 from flock.core import Flock, FlockFactory, agent
 from flock.errors import DefinitionError, InvalidHandoff, RunFailed, TooManySteps
 from flock.runs import Run, RunStatus, Step, events_of, now

@@ -1,4 +1,4 @@
-"""The steps of a run: which agent is next, its inputs, and its execution.
+"""Hand-offs from one agent to the next: which agent is next, its inputs, and its turn.
 
 ``next_agent`` and ``inputs_for`` are pure functions of a run's record, and ``take_turn`` executes an agent. They do not
 depend on a store, so every engine can use them.
