@@ -22,7 +22,6 @@ import msgspec
 
 from flock.models.llm import ModelClient
 from flock.models.models import Model
-from flock.models.providers import name_of
 from flock.runs import Usage
 
 __all__ = ["Failure", "FakeModel", "ModelRequest", "Reply"]
@@ -243,13 +242,11 @@ class FakeModel:
 class _StandIn(ModelClient):
     """Asks the fake model in place of any other one."""
 
-    async def _ask(self, model: str | Model, *args: Any) -> Any:
-        own, name = model if isinstance(model, Model) else Model("fake/model"), name_of(model)
-        provided = name if "/" in name else f"fake/{name}"
-        return await super()._ask(
-            Model(provided, base_url="http://fake/v1", api_key="fake", headers=own.headers, extra_body=own.extra_body),
-            *args,
-        )
+    async def _ask(self, model: Model, *args: Any) -> Any:
+        name = model.name if "/" in model.name else f"fake/{model.name}"
+        headers, extra_body = model.headers, model.extra_body
+        fake = Model(name, base_url="http://fake/v1", api_key="fake", headers=headers, extra_body=extra_body)
+        return await super()._ask(fake, *args)
 
 
 def _response_of(reply: Any, request: ModelRequest) -> httpx.Response:

@@ -41,7 +41,7 @@ from flock.models.pace import (
     passing,
     wait,
 )
-from flock.models.providers import Endpoint, endpoint_of, is_built_in, name_of, no_model, unknown_provider
+from flock.models.providers import Endpoint, endpoint_of, is_built_in, no_model, unknown_provider
 from flock.models.replies import (
     TRANSIENT,
     bad_response,
@@ -239,10 +239,8 @@ class ModelClient:
                 raise _all_of(errors) from errors[last].__cause__
             caller = replace(caller, have_all_failed=True)
 
-    async def _ask_one_of(
-        self, models: Sequence[str | Model], number: int, request: Request, caller: Caller
-    ) -> Completion:
-        has_next, name = number + 1 < len(models), name_of(models[number])
+    async def _ask_one_of(self, models: Sequence[Model], number: int, request: Request, caller: Caller) -> Completion:
+        has_next, name = number + 1 < len(models), models[number].name
         # A server may replay the answer of another model to the same key.
         key = request.key and (f"{request.key}/model{number + 1}" if number else request.key)
         try:
@@ -251,7 +249,7 @@ class ModelClient:
             )
         except ModelError as exc:
             if has_next and exc.error_type in FALLBACK_ERRORS and not caller.have_all_failed:
-                logger.info("%s Asking %s instead.", exc, name_of(models[number + 1]))
+                logger.info("%s Asking %s instead.", exc, models[number + 1].name)
             raise
         return replace(completion, model=name)
 
@@ -262,7 +260,7 @@ class ModelClient:
             gates[key] = AllOut(key)
         return gates[key]
 
-    async def _ask(self, model: str | Model, request: Request, caller: Caller) -> Completion:
+    async def _ask(self, model: Model, request: Request, caller: Caller) -> Completion:
         """Ask one model."""
         if not is_built_in(model):
             return await self._ask_with_litellm(model, request, caller)
@@ -283,17 +281,15 @@ class ModelClient:
                     self._without_tools.add(name)
         return react.completion_of(await self._complete_json(endpoint, next_step(request), caller))
 
-    async def _ask_with_litellm(self, model: str | Model, request: Request, caller: Caller) -> Completion:
+    async def _ask_with_litellm(self, model: Model, request: Request, caller: Caller) -> Completion:
         """Ask a model through litellm, which does its own retries."""
-        own = model if isinstance(model, Model) else None
-        limits = (None, None, None) if own is None else own.limits
         passage = Passage(_estimate({"max_tokens": request.max_tokens}, msgspec.json.encode(request.messages)))
-        async with passing(self._limits(("litellm", request.name), limits), caller, passage):
+        async with passing(self._limits(("litellm", request.name), model.limits), caller, passage):
             if not request.tools:
-                return await _complete_with_litellm(replace(request, messages=react.as_text(request.messages)), own)
+                return await _complete_with_litellm(replace(request, messages=react.as_text(request.messages)), model)
             if _litellm(request.name).supports_function_calling(request.name):
-                return await _complete_with_litellm(request, own)
-            return react.completion_of(await _complete_with_litellm(next_step(request), own))
+                return await _complete_with_litellm(request, model)
+            return react.completion_of(await _complete_with_litellm(next_step(request), model))
 
     async def _complete_or_call(self, endpoint: Endpoint, request: Request, caller: Caller) -> Completion:
         """Offer tools to a model whose server supports them."""
@@ -567,7 +563,7 @@ def _litellm(name: str) -> Any:
     return litellm
 
 
-async def _complete_with_litellm(request: Request, model: Model | None) -> Completion:
+async def _complete_with_litellm(request: Request, model: Model) -> Completion:
     litellm = _litellm(request.name)
     part = format_of("text" if request.tools else "json_schema", request)
     options: dict[str, Any] = msgspec.to_builtins({"messages": request.messages, **part})
@@ -582,11 +578,9 @@ async def _complete_with_litellm(request: Request, model: Model | None) -> Compl
         extra = {"extra_headers": headers} if headers else {}
         return litellm.acompletion(model=request.name, **options, **extra, **more)
 
-    listener, headers = request.listener, request.all_headers()
-    if model is not None:
-        headers |= model.headers
-        options |= {"extra_body": model.extra_body} if model.extra_body else {}
-        options |= {"api_key": model.api_key} if model.api_key else {}
+    listener, headers = request.listener, {**request.all_headers(), **model.headers}
+    options |= {"extra_body": model.extra_body} if model.extra_body else {}
+    options |= {"api_key": model.api_key} if model.api_key else {}
     if listener is not None:
         listener.reset()
         try:

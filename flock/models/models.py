@@ -1,10 +1,12 @@
 """Models as programs name them: one, or several of which the next is asked if one cannot answer."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from flock.errors import DefinitionError
 from flock.options import Option, Options, whole
@@ -81,6 +83,10 @@ class Model(_Named, frozen=True, kw_only=True):
         yield self.name
 
     @property
+    def provider(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
     def limits(self) -> tuple[int | None, int | None, int | None]:
         return self.requests_per_minute, self.tokens_per_minute, self.max_concurrency
 
@@ -91,8 +97,11 @@ _LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrency")
 ModelChoice = str | Model | Sequence[str | Model] | None
 
 
-def models_of(choice: ModelChoice, owner: str) -> tuple[str | Model, ...]:
-    """Return the models of *choice*; none if it is None or "". Raises DefinitionError if it is not a valid choice."""
+def models_of(choice: ModelChoice, owner: str) -> tuple[Model, ...]:
+    """Return the models of *choice*; none if it is None or "". Raises DefinitionError if it is not a valid choice.
+
+    A name alone may be any text: what is wrong with it is the error of each call.
+    """
     models = (choice,) if isinstance(choice, str | Model) else choice
     if models is None or models == ("",):
         return ()
@@ -102,8 +111,15 @@ def models_of(choice: ModelChoice, owner: str) -> tuple[str | Model, ...]:
         )
     if not models:
         raise DefinitionError(f"model= of {owner} is an empty list. Name a model, or omit it.")
-    return tuple(models)
+    return tuple(_named(model) if isinstance(model, str) else model for model in models)
 
 
-def names_of(models: Sequence[str | Model]) -> list[str]:
-    return [model if isinstance(model, str) else model.name for model in models]
+@functools.lru_cache(maxsize=1000)  # each turn names its models
+def _named(name: str) -> Model:
+    model = Model("any/model")
+    force_setattr(model, "name", name)
+    return model
+
+
+def names_of(models: Sequence[Model]) -> list[str]:
+    return [model.name for model in models]

@@ -18,7 +18,7 @@ import msgspec
 from flock.errors import ModelError
 from flock.extras import pip_install
 from flock.models import localmodel
-from flock.models.models import Model
+from flock.models.models import Model, models_of
 from flock.nearest import did_you_mean
 
 __all__ = [
@@ -29,8 +29,6 @@ __all__ = [
     "check_model",
     "endpoint_of",
     "is_built_in",
-    "is_local",
-    "name_of",
     "no_model",
     "unknown_provider",
 ]
@@ -145,22 +143,22 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         return self.account[0]
 
 
-def check_model(model: str | Model | None) -> None:
-    """Raise the ModelError that each call of *model* would raise with the current setup of this process.
+def check_model(choice: str | Model | None) -> None:
+    """Raise the ModelError that each call of a model would raise with the current setup of this process.
 
     It sends no request and loads no weights. If litellm is installed, any other provider is accepted, unless its name
     looks like a misspelling of a built-in one, because only litellm knows its own providers.
     """
-    if not model:
+    if not choice:
         raise no_model()
-    name = name_of(model)
+    [model] = models_of(choice, "the call")
     if not is_built_in(model):
-        if not _has_litellm() or did_you_mean(name.partition("/")[0], BUILT_IN, MISSPELLING_CUTOFF):
-            raise unknown_provider(name)
-    elif is_local(model):
-        localmodel.check(_model_of(name))
+        if not _has_litellm() or did_you_mean(model.provider, BUILT_IN, MISSPELLING_CUTOFF):
+            raise unknown_provider(model.name)
+    elif _is_local(model):
+        localmodel.check(_own_name(model))
     else:
-        _model_of(name)
+        _own_name(model)
         _key_of(model)
         _base_url_of(model)
 
@@ -173,122 +171,103 @@ def _has_litellm() -> bool:
     return importlib.util.find_spec("litellm") is not None
 
 
-def name_of(model: str | Model) -> str:
-    return model if isinstance(model, str) else model.name
-
-
 def no_model() -> ModelError:
     return _not_configured("no model is set. Pass model= to the agent or to Flock, or set FLOCK_MODEL")
 
 
-def is_built_in(model: str | Model) -> bool:
+def is_built_in(model: Model) -> bool:
     """Whether *model* is called without litellm: its provider is built in, or its address is known."""
-    provider = name_of(model).partition("/")[0]
-    return provider in BUILT_IN or _own_url(model) is not None
+    return model.provider in BUILT_IN or _own_url(model) is not None
 
 
-def is_local(model: str | Model) -> bool:
-    return name_of(model).partition("/")[0] == "local" and _own_url(model) is None
+def _is_local(model: Model) -> bool:
+    return model.provider == "local" and _own_url(model) is None
 
 
-def _own_url(model: str | Model) -> str | None:
+def _own_url(model: Model) -> str | None:
     """Return the address that the program or the environment gives for *model*."""
-    if isinstance(model, Model) and model.base_url:
+    if model.base_url:
         return model.base_url
-    provider, _, rest = name_of(model).partition("/")
-    return (os.environ.get(f"{_in_variables(provider)}_BASE_URL") or None) if rest else None
+    return (os.environ.get(f"{_in_variables(model)}_BASE_URL") or None) if model.provider != model.name else None
 
 
-def _in_variables(provider: str) -> str:
-    """Return the name of a provider as it is in the names of environment variables."""
-    return re.sub(r"\W", "_", provider).upper()
+def _in_variables(model: Model) -> str:
+    """Return the name of the provider as it is in the names of environment variables."""
+    return re.sub(r"\W", "_", model.provider).upper()
 
 
-def _provider_of(model: str | Model) -> Provider:
-    return PROVIDERS.get(name_of(model).partition("/")[0], Provider())
+def _provider_of(model: Model) -> Provider:
+    return PROVIDERS.get(model.provider, Provider())
 
 
-def _model_of(name: str) -> str:
-    """Return the part after the provider."""
-    model = name.partition("/")[2]
-    if not model:
-        raise _not_configured(f"{name!r} has no model name. Write provider/model, such as openai/gpt-4o")
-    return model
+def _own_name(model: Model) -> str:
+    """Return the name after that of the provider."""
+    name = model.name.partition("/")[2]
+    if not name:
+        raise _not_configured(f"{model.name!r} has no model name. Write provider/model, such as openai/gpt-4o")
+    return name
 
 
-def _key_of(model: str | Model) -> tuple[str, str | None]:
+def _key_of(model: Model) -> tuple[str, str | None]:
     """Return the API key for *model*, or "" if it needs none, and the environment variable that it is from."""
-    if isinstance(model, Model) and model.api_key:
+    if model.api_key:
         return model.api_key, None
-    name, provider = name_of(model), _provider_of(model)
-    variable = provider.key_variable or f"{_in_variables(name.partition('/')[0])}_API_KEY"
+    provider = _provider_of(model)
+    variable = provider.key_variable or f"{_in_variables(model)}_API_KEY"
     for known in (variable, *provider.other_key_variables):
         if key := os.environ.get(known, "").strip():
             return key, known
-    if provider.key_variable and not (isinstance(model, Model) and model.base_url):
-        raise _not_configured(f"{name!r} needs an API key. Set the environment variable {variable}")
+    if provider.key_variable and not model.base_url:
+        raise _not_configured(f"{model.name!r} needs an API key. Set the environment variable {variable}")
     return "", None
 
 
-def _base_url_of(model: str | Model) -> str:
+def _base_url_of(model: Model) -> str:
     provider = _provider_of(model)
     found = [os.environ[variable] for variable in provider.url_variables if os.environ.get(variable)]
     base_url = _own_url(model) or provider.base_url or next(iter(found), "")
     if not base_url:
         variable = provider.url_variables[0]
         raise _not_configured(
-            f"{name_of(model)!r} needs the address of your resource. Set the environment variable {variable}"
+            f"{model.name!r} needs the address of your resource. Set the environment variable {variable}"
         )
     return base_url.rstrip("/")
 
 
-async def endpoint_of(model: str | Model) -> Endpoint:
-    name = name_of(model)
-    provider_name, model_name = name.partition("/")[0], _model_of(name)
-    own = model if isinstance(model, Model) else None
-    if is_local(model):
+async def endpoint_of(model: Model) -> Endpoint:
+    provider, own_name = _provider_of(model), _own_name(model)
+    settings, is_local = model.extra_body, _is_local(model)
+    if is_local:
         # In a thread, because loading weights is slow. If cancelled, loading continues for the next caller.
-        server = await anyio.to_thread.run_sync(localmodel.serve, model_name, abandon_on_cancel=True)
-        return Endpoint(
-            name=name,
-            model=model_name,
-            url=f"{server.base_url}/chat/completions",
-            headers=_headers(server.key),
-            max_tokens_field="max_tokens",
-            settings={**localmodel.SETTINGS, "max_tokens": localmodel.MAX_TOKENS, **(own.extra_body if own else {})},
-            is_local=True,
-            account=(provider_name, server.base_url, b""),
-            limits=own.limits if own else (None, None, None),
-        )
-    provider, (key, key_variable), base_url = _provider_of(model), _key_of(model), _base_url_of(model)
-    headers = _headers(key, provider.key_header)
-    if provider_name == "openai":
+        server = await anyio.to_thread.run_sync(localmodel.serve, own_name, abandon_on_cancel=True)
+        base_url, key, key_variable = server.base_url, server.key, None
+        settings = {**localmodel.SETTINGS, "max_tokens": localmodel.MAX_TOKENS, **settings}
+    else:
+        (key, key_variable), base_url = _key_of(model), _base_url_of(model)
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers |= {provider.key_header: key} if provider.key_header else {"Authorization": f"Bearer {key}"}
+    if model.provider == "openai":
         headers |= {header: os.environ[name] for name, header in OPENAI_HEADERS.items() if os.environ.get(name)}
     url = f"{base_url}/chat/completions"
     if provider.api_version is not None:
-        variables = [f"{_in_variables(provider_name)}_{end}" for end in ("OPENAI_API_VERSION", "API_VERSION")]
+        variables = [f"{_in_variables(model)}_{end}" for end in ("OPENAI_API_VERSION", "API_VERSION")]
         version = next(filter(None, map(os.environ.get, variables)), provider.api_version)
-        url = f"{base_url}/openai/deployments/{model_name}/chat/completions?api-version={version}"
+        url = f"{base_url}/openai/deployments/{own_name}/chat/completions?api-version={version}"
     return Endpoint(
-        name=name,
-        model=model_name,
+        name=model.name,
+        model=own_name,
         url=url,
-        headers=headers | (dict(own.headers) if own else {}),
+        headers={**headers, **model.headers},
         max_tokens_field=provider.max_tokens_field,
-        settings=own.extra_body if own else {},
+        settings=settings,
+        is_local=is_local,
         first_format=provider.first_format,
-        has_temperature=not (provider.fixed_temperature and re.fullmatch(provider.fixed_temperature, model_name)),
+        has_temperature=not (provider.fixed_temperature and re.fullmatch(provider.fixed_temperature, own_name)),
         key_variable=key_variable,
-        account=(provider_name, base_url, hashlib.sha256(key.encode()).digest()),
-        limits=own.limits if own else (None, None, None),
+        account=(model.provider, base_url, hashlib.sha256(key.encode()).digest()),
+        limits=model.limits,
     )
-
-
-def _headers(key: str, key_header: str | None = None) -> dict[str, str]:
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers |= {"Authorization": f"Bearer {key}"} if key_header is None else {key_header: key}
-    return headers
 
 
 def _not_configured(reason: str) -> ModelError:
