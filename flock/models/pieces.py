@@ -1,30 +1,31 @@
 """Text that arrives in pieces."""
 
+import codecs
+
 from flock.runs import safe_text
 
 __all__ = ["Joiner", "joined"]
+
+#: With "surrogatepass" it joins the halves of pairs, also of those that arrive in two pieces, and keeps lone ones.
+UTF_16_DECODER = codecs.getincrementaldecoder("utf-16-le")
 
 
 class Joiner:
     """Joins the halves of surrogate pairs, and replaces lone ones, which cannot be sent or stored."""
 
     def __init__(self) -> None:
-        self._high = ""
+        self._decoder = UTF_16_DECODER("surrogatepass")
 
     def add(self, piece: str) -> str:
         """Return the text that is complete now. A high surrogate at the end waits for its other half."""
-        if not self._high and piece.isascii():
-            return piece
-        text = self._high + piece
-        self._high = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        return joined(text[: len(text) - len(self._high)])
+        return safe_text(self._decoder.decode(piece.encode("utf-16-le", "surrogatepass")))
 
     def end(self) -> str:
         """Return the rest."""
-        text, self._high = self._high, ""
-        return joined(text)
+        return safe_text(self._decoder.decode(b"", final=True))
 
 
 def joined(text: str) -> str:
     """Return a complete text, in the same way."""
-    return safe_text(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass"))
+    joiner = Joiner()
+    return joiner.add(text) + joiner.end()
