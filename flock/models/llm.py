@@ -14,8 +14,8 @@ ignore unknown headers (RFC 9110, section 5.1).
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar
 
 import anyio
 import httpx
@@ -75,6 +75,8 @@ from flock.scopes import clocks_stopped
 __all__ = ["ModelClient"]
 
 logger = logging.getLogger("flock.llm")
+
+G = TypeVar("G", bound=Gate)
 
 #: How often a call is sent before it fails.
 MAX_ATTEMPTS = 3
@@ -149,7 +151,7 @@ class ModelClient:
         self._without_tools: set[str] = set()
         self._local_lock = anyio.Lock()
         #: the paces of this client, if it does not use the network that other clients share
-        self._own_paces: dict[Any, Gate] = {}
+        self._own_paces: dict[Any, Any] = {}
         #: called before each retry
         self.on_retry: Callable[[], None] = lambda: None
 
@@ -231,7 +233,8 @@ class ModelClient:
             left = {number: exc.pace for number, exc in errors.items() if isinstance(exc, LeftAlone)}
             last = len(models) - 1
             if caller.is_item and last in left:
-                await client._all_out(left.values()).enter(caller, Passage())
+                paces = tuple(dict.fromkeys(left.values()))
+                await client._gate(paces, AllOut, paces).enter(caller, Passage())
                 numbers = range(len(models))
             elif left and not caller.have_all_failed:
                 numbers = list(left)
@@ -252,13 +255,6 @@ class ModelClient:
                 logger.info("%s Asking %s instead.", exc, models[number + 1].name)
             raise
         return replace(completion, model=name)
-
-    def _all_out(self, paces: Iterable[Pace]) -> Gate:
-        """Return the gate of items whose models have an outage."""
-        gates, key = self._paces, tuple(dict.fromkeys(paces))
-        if key not in gates:
-            gates[key] = AllOut(key)
-        return gates[key]
 
     async def _ask(self, model: Model, request: Request, caller: Caller) -> Completion:
         """Ask one model."""
@@ -323,13 +319,14 @@ class ModelClient:
         endpoint = sending.endpoint
         # The local model answers one request at a time. Waiting for the lock does not count as a timeout.
         async with self._local_lock if endpoint.is_local else contextlib.nullcontext():
-            call = _Call(caller, self._pace(endpoint), self._backoff_s)
-            limits = self._limits((endpoint.account, endpoint.name), endpoint.limits, call.pace)
+            pace = self._gate(endpoint.account, Pace, endpoint.provider, self._backoff_s)
+            call = _Call(caller, pace, self._backoff_s)
+            limits = self._limits((endpoint.account, endpoint.name), endpoint.limits, pace)
             tokens = _estimate(sending.body, msgspec.json.encode(sending.body))
             while True:
                 passage = Passage(tokens)
                 try:
-                    async with passing([*limits, call.pace], caller, passage):
+                    async with passing([*limits, pace], caller, passage):
                         return await call.attempt(self._attempt(sending, passage), passage)
                 except _TransientError as failure:
                     await self._pause(call, failure)
@@ -345,28 +342,19 @@ class ModelClient:
             self.on_retry()
             await wait(pause_s, call.caller, call.pace.reason)
 
-    def _pace(self, endpoint: Endpoint) -> Pace:
-        paces = self._paces
-        if endpoint.account not in paces:
-            paces[endpoint.account] = Pace(endpoint.provider, self._backoff_s)
-        pace = paces[endpoint.account]
-        assert isinstance(pace, Pace)
-        return pace
-
     def _limits(
         self, key: tuple[Any, str], limits: tuple[int | None, int | None, int | None], pace: Pace | None = None
     ) -> Sequence[Gate]:
         """Return the gate for the limits that a ``Model`` has named, if it has named any."""
-        if not any(limits):
-            return ()
-        gates, key_of_gate = self._paces, (*key, limits)
-        if key_of_gate not in gates:
-            gates[key_of_gate] = ModelLimits(key[1], limits, pace)
-        return (gates[key_of_gate],)
+        return [self._gate((*key, limits), ModelLimits, key[1], limits, pace)] if any(limits) else []
 
-    @property
-    def _paces(self) -> dict[Any, Gate]:
-        return paces_of_loop() if self._transport is None else self._own_paces
+    def _gate(self, key: tuple[Any, ...], make: Callable[..., G], *args: Any) -> G:
+        """Return the gate with this key. It is made for the first call that needs it."""
+        gates = paces_of_loop() if self._transport is None else self._own_paces
+        if key not in gates:
+            gates[key] = make(*args)
+        gate: G = gates[key]
+        return gate
 
     async def _attempt(self, sending: _Sending, passage: Passage) -> Any:
         """Request a response, as a stream if there is a listener and the server supports that."""

@@ -600,11 +600,11 @@ class AllOut(Gate):
 
 # Sharing
 
-_paces: RunVar[dict[Any, Gate]] = RunVar("flock_paces")
+_paces: RunVar[dict[Any, Any]] = RunVar("flock_paces")
 _processes = 1
 
 
-def paces_of_loop() -> dict[Any, Gate]:
+def paces_of_loop() -> dict[Any, Any]:
     """Return the gates that all engines of this event loop share, by key."""
     paces = _paces.get(None)
     if paces is None:
