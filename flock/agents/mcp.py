@@ -100,12 +100,10 @@ class MCPTools(ToolSource):
 
         Raises: CallError if the server responds with an error; Unlisted if it cannot be reached.
         """
-        # Each request has its own client, because a program may have several event loops, one after the other.
         try:
             with anyio.fail_after(self._timeout_s):
-                async with httpx.AsyncClient(timeout=self._timeout_s) as http:
-                    result = await self._send_in_session(http, method, params, on_progress)
-                    return self._decoded(result, result_type, f"returned an invalid result of {method}")
+                result = await self._send_in_session(method, params, on_progress)
+                return self._decoded(result, result_type, f"returned an invalid result of {method}")
         except (TimeoutError, httpx.TimeoutException) as exc:
             raise self._error(f"did not answer within {self._timeout_s:g} s (timeout_s)", Unlisted) from exc
         except BadBody as exc:
@@ -120,15 +118,18 @@ class MCPTools(ToolSource):
             raise self._error(f"{problem}: {exc}") from exc
 
     async def _send_in_session(
-        self, http: httpx.AsyncClient, method: str, params: Mapping[str, Any], on_progress: OnProgress | None
+        self, method: str, params: Mapping[str, Any], on_progress: OnProgress | None
     ) -> msgspec.Raw:
         used: Mapping[str, str] | None = None
         for _ in range(2):
-            async with self._opening:
-                if self._session is used:  # there is none, or it has expired
-                    self._session = await self._open_session(http)
-                used = self._session
-            result, _ = await self._send(http, method, params, used or {}, on_progress)
+            # Each request has its own client, because a program may have several event loops, one after the other.
+            async with httpx.AsyncClient(timeout=self._timeout_s, headers=self._headers) as http:
+                async with self._opening:
+                    if self._session is used:  # there is none, or it has expired
+                        self._session = await self._open_session(http)
+                    used = self._session
+                http.headers.update(used)
+                result, _ = await self._send(http, method, params, on_progress)
             if result is not None:
                 return result
         raise self._error("returned status 404")
@@ -139,7 +140,7 @@ class MCPTools(ToolSource):
             "capabilities": {},
             "clientInfo": {"name": "flockapi", "version": __version__},
         }
-        result, headers = await self._send(http, "initialize", params, {})
+        result, headers = await self._send(http, "initialize", params)
         if result is None:
             raise self._error("returned status 404")
         version = self._decoded(result, _Initialized, "returned an invalid result of initialize").protocol_version
@@ -148,34 +149,27 @@ class MCPTools(ToolSource):
             session["Mcp-Session-Id"] = headers["mcp-session-id"]
         if not all(map(str.isascii, session.values())):
             raise self._error("sent a session ID or a protocol version that is not ASCII")
-        body = {"jsonrpc": "2.0", "method": "notifications/initialized"}
-        await self._notify(http, body, session)
+        http.headers.update(session)
+        await self._notify(http, {"method": "notifications/initialized"})
         return session
 
-    async def _notify(self, http: httpx.AsyncClient, message: Mapping[str, Any], session: Mapping[str, str]) -> None:
-        async with self._posted(http, message, session) as response:
+    async def _notify(self, http: httpx.AsyncClient, message: Mapping[str, Any]) -> None:
+        async with self._posted(http, message) as response:
             await read_whole(response)  # so that the connection can be used again
 
     def _posted(
-        self, http: httpx.AsyncClient, message: Mapping[str, Any], session: Mapping[str, str]
+        self, http: httpx.AsyncClient, message: Mapping[str, Any]
     ) -> contextlib.AbstractAsyncContextManager[httpx.Response]:
-        headers = {**self._headers, **session}
-        return http.stream("POST", self._url, content=msgspec.json.encode(message), headers=headers)
+        return http.stream("POST", self._url, content=msgspec.json.encode({"jsonrpc": "2.0", **message}))
 
     async def _send(
-        self,
-        http: httpx.AsyncClient,
-        method: str,
-        params: Mapping[str, Any],
-        session: Mapping[str, str],
-        on_progress: OnProgress | None = None,
+        self, http: httpx.AsyncClient, method: str, params: Mapping[str, Any], on_progress: OnProgress | None = None
     ) -> tuple[msgspec.Raw | None, httpx.Headers]:
         """Send a request. Return its result, or None if the server does not know the session or the path."""
         number = next(self._ids)
         if on_progress is not None:
             params = {**params, "_meta": {"progressToken": number}}
-        message = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
-        async with self._posted(http, message, session) as response:
+        async with self._posted(http, {"id": number, "method": method, "params": params}) as response:
             if response.status_code == 404:
                 return None, response.headers
             if (status := response.status_code) >= 300:
@@ -184,7 +178,7 @@ class MCPTools(ToolSource):
                 async for text in texts:
                     received = self._decoded(text, _Message, "sent an invalid message")
                     if received.method is not None:
-                        await self._take(received, number, http, session, on_progress)
+                        await self._take(received, number, http, on_progress)
                     elif received.id == number and received.error is not None:
                         raise self._error(f"reports an error: {one_line(received.error.message)}")
                     elif received.id == number:
@@ -192,18 +186,13 @@ class MCPTools(ToolSource):
         raise self._error(f"closed the connection without a response to {method}")
 
     async def _take(
-        self,
-        received: "_Message",
-        number: int,
-        http: httpx.AsyncClient,
-        session: Mapping[str, str],
-        on_progress: OnProgress | None,
+        self, received: "_Message", number: int, http: httpx.AsyncClient, on_progress: OnProgress | None
     ) -> None:
         """Answer a request of the server, or report the progress of request *number*. Ignore other notifications."""
         if received.id is not None:
             error = {"code": METHOD_NOT_FOUND, "message": f"This client does not support {received.method}."}
             answer = {"result": {}} if received.method == "ping" else {"error": error}
-            await self._notify(http, {"jsonrpc": "2.0", "id": received.id, **answer}, session)
+            await self._notify(http, {"id": received.id, **answer})
         elif received.method == "notifications/progress" and on_progress is not None:
             with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):  # it is not worth an error
                 reported = msgspec.json.decode(received.params, type=_Progress)
