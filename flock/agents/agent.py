@@ -392,19 +392,13 @@ class ModelAgent(Agent):
         message = f"The model did not answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
         raise ModelError(message, "model_timeout")
 
-    async def _converse(self, messages: Sequence[Message], resources: Resources, context: RunContext) -> msgspec.Raw:
-        toolbox = Toolbox(
-            [known for tool in self.tools for known in await self._known(tool, resources.agents, context)],
-            max_calls=self.max_tool_calls,
-            timeout_s=self.tool_timeout_s,
-            context=context,
-            call_in_thread=resources.call_in_thread,
-        )
+    async def _converse(self, messages: list[Message], resources: Resources, context: RunContext) -> msgspec.Raw:
+        tools = [known for tool in self.tools for known in await self._known(tool, resources.agents, context)]
         models = models_of(self.model, repr(self.name)) or resources.models.default_model
         conversation = Conversation(
-            messages,
-            toolbox,
-            context,
+            messages=messages,
+            toolbox=Toolbox(tools, self.max_tool_calls, self.tool_timeout_s, context, resources.call_in_thread),
+            context=context,
             models=names_of(models),
             max_tokens=self.max_tokens,
             complete=functools.partial(

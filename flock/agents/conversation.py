@@ -15,13 +15,13 @@ from flock.runs import JSON_NULL, RunContext
 __all__ = ["Conversation"]
 
 
-class Conversation:
+class Conversation(msgspec.Struct, kw_only=True):
     """Asks a model until its answer is valid.
 
     A reply is a call of the step. It is stored if another call follows it: those of tools, or the next question.
 
-    Args:
-        messages: the messages that begin the conversation.
+    Attributes:
+        messages: of the conversation so far.
         models: the names of the models that may answer. The first one identifies their calls in the journal.
         max_tokens: of each reply; None means no limit.
         complete: sends messages to the model and offers it tools; see ``ModelClient.complete``.
@@ -29,27 +29,14 @@ class Conversation:
         listen: returns a listener for one reply. It is called if somebody watches the run.
     """
 
-    def __init__(
-        self,
-        messages: Sequence[Message],
-        toolbox: Toolbox,
-        context: RunContext,
-        *,
-        models: Sequence[str],
-        max_tokens: int | None,
-        complete: Callable[..., Awaitable[Completion]],
-        read: Callable[[str], msgspec.Raw],
-        listen: Callable[[], Listener],
-    ) -> None:
-        self._messages = list(messages)
-        self._toolbox = toolbox
-        self._context = context
-        self._models = models
-        self._max_tokens = max_tokens
-        self._label = re.sub(r"[^A-Za-z0-9_.-]", "_", next(iter(models), ""))
-        self._complete = complete
-        self._read = read
-        self._listen = listen
+    messages: list[Message]
+    toolbox: Toolbox
+    context: RunContext
+    models: Sequence[str]
+    max_tokens: int | None
+    complete: Callable[..., Awaitable[Completion]]
+    read: Callable[[str], msgspec.Raw]
+    listen: Callable[[], Listener]
 
     async def converse(self, max_retries: int) -> msgspec.Raw:
         """Return the result of the first valid answer.
@@ -60,10 +47,10 @@ class Conversation:
         for number in itertools.count(1):
             reply = await self._reply(number, is_last=retries == max_retries)
             if reply.tool_calls:
-                self._context.reset_output()  # a text beside calls is not the answer
-                self._messages.append(Message("assistant", reply.text or "", reply.tool_calls))
-                self._messages += await self._toolbox.results(reply.tool_calls, number)
-                if not self._toolbox.offered:
+                self.context.reset_output()  # a text beside calls is not the answer
+                self.messages.append(Message("assistant", reply.text or "", reply.tool_calls))
+                self.messages += await self.toolbox.results(reply.tool_calls, number)
+                if not self.toolbox.offered:
                     self._ask_for_answer("No more calls are possible.")
             elif reply.text is None:
                 self._ask_for_answer("Make no more calls.")
@@ -71,33 +58,33 @@ class Conversation:
                 result, problem = self._result_of(reply.text)
                 if result is not None:
                     return result
-                self._context.reset_output()
+                self.context.reset_output()
                 if retries == max_retries:
                     raise InvalidOutput(
-                        f"The model's answers did not match the output of {self._context.agent_name!r} "
+                        f"The model's answers did not match the output of {self.context.agent_name!r} "
                         f"in {max_retries + 1} attempts: {problem}"
                     )
                 retries += 1
-                self._messages.append(Message("assistant", reply.text))
+                self.messages.append(Message("assistant", reply.text))
                 self._ask_for_answer(f"That answer cannot be used. {problem}")
         raise AssertionError("the loop returns or raises")
 
     async def _reply(self, number: int, *, is_last: bool) -> Completion:
         """Ask the model, or read its reply if it was asked before the step started again."""
-        context = self._context
+        context, model = self.context, next(iter(self.models), "")
 
         async def ask() -> Completion:
-            prompt = self._messages, self._toolbox.offered
-            async with context.reserve(next(iter(self._models), ""), prompt, self._max_tokens):
-                context.check_tokens(self._models)
+            prompt = self.messages, self.toolbox.offered
+            async with context.reserve(model, prompt, self.max_tokens):
+                context.check_tokens(self.models)
                 try:
-                    completion = await self._complete(
-                        messages=self._messages,
-                        tools=self._toolbox.offered,
-                        max_tokens=self._max_tokens,
+                    completion = await self.complete(
+                        messages=self.messages,
+                        tools=self.toolbox.offered,
+                        max_tokens=self.max_tokens,
                         # Each call needs its own key, or a provider would return the invalid answer again.
                         idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
-                        listener=self._listen() if context.is_watched else None,
+                        listener=self.listen() if context.is_watched else None,
                         on_unfinished=context.spend,
                     )
                 except ModelError as exc:
@@ -114,7 +101,7 @@ class Conversation:
 
         step_key = context.step_key
         reply: Completion = await context.journal.once(
-            self._label,
+            re.sub(r"[^A-Za-z0-9_.-]", "_", model),
             str(number),
             ask,
             kind="model",
@@ -127,12 +114,12 @@ class Conversation:
     def _result_of(self, text: str) -> tuple[msgspec.Raw | None, str]:
         """Return the result for an answer, or None and the reason why it is invalid."""
         try:
-            return self._read(text), ""
+            return self.read(text), ""
         except (MalformedJSON, InvalidData, UnicodeEncodeError) as exc:
             return None, str(exc)
 
     def _ask_for_answer(self, reason: str) -> None:
         """Ask for the answer in the strictest format of the model's server, and offer no more tools."""
-        self._toolbox.close()
+        self.toolbox.close()
         request = f"{reason}\nAnswer now, with one JSON object and nothing else."
-        self._messages = with_user_text(self._messages, request)
+        self.messages = with_user_text(self.messages, request)

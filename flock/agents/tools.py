@@ -188,7 +188,6 @@ class Toolbox:
     def __init__(
         self,
         tools: Sequence[Tool],
-        *,
         max_calls: int,
         timeout_s: float,
         context: RunContext,
