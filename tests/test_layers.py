@@ -62,6 +62,17 @@ def imports_of(path: Path) -> set[str]:
     return found & MODULES.keys()
 
 
+def packages_of(path: Path) -> set[str]:
+    """Return the packages that a file imports, at the top or inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(str(node.module))
+    return {name.partition(".")[0] for name in names}
+
+
 def layer_of(module: str) -> str:
     """Return the folder of a module, or the module itself if it is not in a folder."""
     return module if module in RANKS else module.rpartition(".")[0]
@@ -91,23 +102,16 @@ def test_the_engine_imports_no_web_framework() -> None:
     Only the command line and the progress display of a batch import click.
     """
     for path in FILES:
-        roots = {
-            alias.name.partition(".")[0]
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import)
-            for alias in node.names
-        } | {
-            str(node.module).partition(".")[0]
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom)
-        }
+        roots = packages_of(path)
         if layer_of(module_of(path)) not in ("flock.web", "flockapi", "flock.command", "flock.testing"):
             assert not roots & {"starlette", "uvicorn"}
         if module_of(path) != "flock.steps.progress" and layer_of(module_of(path)) != "flock.command":
             assert "click" not in roots
-    flockapi = (ROOT / "flockapi.py").read_text()
-    assert "httpx" not in flockapi
-    assert "sqlite3" not in flockapi
+    assert "httpx" not in (ROOT / "flockapi.py").read_text()
+
+
+def test_only_the_store_imports_sqlite3() -> None:
+    assert {layer_of(module_of(path)) for path in FILES if "sqlite3" in packages_of(path)} == {"flock.store"}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from flock.command.batchfile import _mark
 from flock.core import Flock
 from flock.errors import EngineFull, EngineStopped, KeyReused, OwnershipLost, Replayed, StoreError, Unstorable
 from flock.runs import (
@@ -40,6 +39,7 @@ from flock.runs import (
     now,
 )
 from flock.store import statements
+from flock.store.batchstate import create_state
 from flock.store.batchstore import BatchStore
 from flock.store.columns import BATCH_TABLE, RUN_TABLE, STEP_TABLE, Column
 from flock.store.migrations import MIGRATIONS
@@ -456,7 +456,7 @@ async def test_only_the_owner_can_read_a_new_store_with_any_umask(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "make", [lambda path: Store(path)._connect().close(), _mark], ids=["store", "state of a batch"]
+    "make", [lambda path: Store(path)._connect().close(), create_state], ids=["store", "state of a batch"]
 )
 def test_a_new_store_is_private_before_sqlite_opens_it(
     make: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,17 +1,14 @@
 """A batch from a file to a file, which resumes if the same call is repeated.
 
 Finished rows are stored in the *state* of the batch: an SQLite store beside the output that holds only this batch. It
-is removed when the output has been written. A mark in the file distinguishes it from other databases, which are never
-touched.
+is removed when the output has been written.
 """
 
 import contextlib
 import errno
-import glob
 import gzip
 import hashlib
 import os
-import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, cast
@@ -23,22 +20,19 @@ from flock.agents.questions import nobody
 from flock.declared import DeclaredFlock
 from flock.engine.embedded import limits_for_one_batch
 from flock.engine.rowchecks import BatchCheck, check_batch
-from flock.errors import AgentNotFound, StoreError
+from flock.errors import AgentNotFound
 from flock.models.models import models_of, names_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages, results_as
 from flock.rows.tables import TableFormat, file_rows, is_gzipped
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, RunStatus
 from flock.steps.progress import follow_batch
+from flock.store.batchstate import create_state, remove_state
 from flock.store.batchstore import BatchStore
-from flock.store.files import create_private, exclusive_lock, sync_folder
-from flock.store.statements import COUNT_TABLES
+from flock.store.files import exclusive_lock, sync_folder
 from flock.store.store import Store
 
 __all__ = ["BatchFile", "check_batch_file", "run_batch_file"]
-
-#: ``PRAGMA application_id`` of a state: "Floc" in ASCII.
-MARK = 0x466C6F63
 
 
 class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,9 +114,9 @@ async def run_batch_file(
                     file.flush()
         except Exception:
             if batch is None:  # the state is empty
-                _remove_state(state)
+                remove_state(state)
             raise
-        _remove_state(state)
+        remove_state(state)
     return batch
 
 
@@ -184,7 +178,7 @@ async def _resumable_batch(
     flock: DeclaredFlock, state: str, digest: str, options: BatchOptions, report: Callable[[str], None]
 ) -> Batch | None:
     """Return the batch of an earlier call to resume, or None. Drop the state of a different batch."""
-    _mark(state)
+    create_state(state)
     async with Store(state) as store:
         batches = BatchStore(store)
         stored = next(iter(batches.page(flock.name, BatchFilter(limit=1))), None)
@@ -197,31 +191,9 @@ async def _resumable_batch(
             "The rows or the options have changed, so a new batch starts. The earlier batch is dropped "
             f"({stored.completed_items:,} of {stored.total_items:,} rows were done)."
         )
-    _remove_state(state)
-    _mark(state)
+    remove_state(state)
+    create_state(state)
     return None
-
-
-def _mark(state: str) -> None:
-    """Create the state, or check its mark if it exists. Raises StoreError if the file is not a state."""
-    try:
-        create_private(state)
-        with contextlib.closing(sqlite3.connect(state)) as db:
-            mark = db.execute("PRAGMA application_id").fetchone()[0]
-            if mark == 0 and not db.execute(COUNT_TABLES).fetchone()[0]:
-                db.execute(f"PRAGMA application_id = {MARK}")
-                mark = MARK
-    except (sqlite3.DatabaseError, OSError) as exc:
-        raise StoreError(f"{state} cannot hold the state of a batch: {exc}. Choose another file with --store.") from exc
-    if mark != MARK:
-        raise StoreError(f"{state} is not the state of a batch. Choose another file with --store.")
-
-
-def _remove_state(state: str) -> None:
-    """Remove the companion files, then the state itself: a new state must not find the journal of the old one."""
-    engines = [path for kind in ("engine", "live") for path in glob.glob(f"{glob.escape(state)}-{kind}-*")]
-    for path in (f"{state}-wal", f"{state}-shm", f"{state}-lock", f"{state}-output", *engines, state):
-        Path(path).unlink(missing_ok=True)
 
 
 # The output
