@@ -36,7 +36,6 @@ from flock.agents.checks import warn_of_problems
 from flock.agents.graph import graph_of, mermaid_of
 from flock.agents.handoff import columns_of
 from flock.declared import DeclaredFlock
-from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rowchecks import check_batch
 from flock.errors import Conflict, DefinitionError, FlockError, NotFound, Replayed, StoreError
 from flock.extras import pip_install
@@ -220,8 +219,7 @@ class FlockAPI(Starlette):
 
     def warn_of_problems(self) -> None:
         """Log a WARNING for each problem that would make runs fail; see ``flock.agents.checks``."""
-        calls_models = isinstance(self.engine, EmbeddedEngine)  # with another engine, its workers call the models
-        warn_of_problems(self.flock.agents, self.flock.model, calls_models=calls_models)
+        warn_of_problems(self.flock.agents, self.flock.model, calls_models=self.engine.calls_models)
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -777,10 +775,7 @@ async def run_response(
     engine = app_of(request).engine
     may_have_calls = any(step.call_count for step in run.steps) or (run.started_at and run.next_agent_name)
     calls = await engine.get_calls(run) if may_have_calls else {}
-    results: dict[int | None, msgspec.Raw | LongJSON | None] = {None: run.result}
-    results |= {at: step.result for at, step in enumerate(run.steps)}
-    if isinstance(engine, EmbeddedEngine):  # other engines hold results in memory anyway
-        results = {at: engine.shown_result(run, at) for at in results}
+    results = {at: engine.shown_result(run, at) for at in (None, *range(len(run.steps)))}
     calls_at = {at: [wire.run_call(call) for call in made] for at, made in calls.items() if made}
     steps = [
         wire.shown_as(wire.RunStep, step, result=results[at], calls=calls_at.get(at, msgspec.UNSET))

@@ -1025,7 +1025,9 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
 
 def test_each_method_that_needs_a_running_engine_is_in_the_table() -> None:
     public = {name for name in vars(Engine) if not name.startswith("_")}
-    assert public - {"item_limits", "is_draining", "health", "observe", "watch"} == set(CALLS)
+    assert public - {"item_limits", "calls_models", "is_draining", "health", "observe", "watch", "shown_result"} == set(
+        CALLS
+    )
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -110,6 +110,11 @@ def test_the_engine_imports_no_web_framework() -> None:
     assert "httpx" not in (ROOT / "flockapi.py").read_text()
 
 
+def test_the_api_imports_no_engine() -> None:
+    """It asks the engine's protocol, so an engine of a program's own is served like ours."""
+    assert not imports_of(ROOT / "flockapi.py") & {"flock.engine.embedded", "flock.engine.base", "flock.temporal"}
+
+
 def test_only_the_store_imports_sqlite3() -> None:
     assert {layer_of(module_of(path)) for path in FILES if "sqlite3" in packages_of(path)} == {"flock.store"}
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import anyio
 import anyio.lowlevel
+import msgspec
 from msgspec.structs import replace
 
 from flock.agents.agent import Agent, ModelAgent
@@ -42,6 +43,7 @@ from flock.runs import (
     Inputs,
     ItemLimits,
     Items,
+    LongJSON,
     OnInvalid,
     Page,
     Run,
@@ -151,6 +153,8 @@ class EngineBase(ABC):
 
     # To be implemented by an engine
 
+    #: See ``Engine.calls_models``.
+    calls_models: bool = False
     #: Max size of the inputs of one item, if it is lower than the limit for a run.
     _max_item_bytes: int = sys.maxsize
     _new_batch_id: Callable[[], str] = staticmethod(new_id)
@@ -204,6 +208,10 @@ class EngineBase(ABC):
     @abstractmethod
     async def get_calls(self, run: Run) -> Calls:
         """See ``Engine.get_calls``."""
+
+    def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
+        """See ``Engine.shown_result``. By default, a record holds its results."""
+        return run.result if position is None else run.steps[position].result
 
     def watch(self, run_id: str) -> AbstractContextManager[object]:
         """See ``Engine.watch``. By default there is no live output."""

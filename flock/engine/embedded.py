@@ -121,6 +121,8 @@ class EmbeddedEngine(EngineBase):
         bounds: fields of ``Limits`` as keyword arguments. They override *limits*.
     """
 
+    calls_models = True
+
     def __init__(
         self,
         agents: Mapping[str, Agent],

@@ -18,6 +18,7 @@ from flock.runs.records import (
     Inputs,
     ItemLimits,
     Items,
+    LongJSON,
     OnInvalid,
     Page,
     Run,
@@ -117,13 +118,17 @@ class Observer:
 class Engine(Protocol):
     """Accepts and executes runs and batches. The embedded engine and the Temporal engine both implement it.
 
-    Use it as an async context manager. Outside of the context, all methods except ``health`` and ``observe`` raise
-    EngineStopped.
+    Use it as an async context manager. Outside of the context, all methods except ``health``, ``observe``, ``watch``
+    and ``shown_result`` raise EngineStopped.
     """
 
     @property
     def item_limits(self) -> ItemLimits:
         """The limits on the number of items in a batch and on the size of each."""
+
+    @property
+    def calls_models(self) -> bool:
+        """Whether it calls the models itself, and needs their keys and packages. On a cluster, workers do."""
 
     @property
     def is_draining(self) -> bool:
@@ -247,6 +252,12 @@ class Engine(Protocol):
 
         Of long arguments and results only ``NOT_LOADED`` is returned, and at most ``MAX_SHOWN_CALLS`` calls of a run.
         If a step was retried, its calls are those of the last retry.
+        """
+
+    def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
+        """Return the result of *run*, or of its step at *position*. A long one may be a ``LongJSON``.
+
+        Raises: RunNotFound, StoreError if *run* is a stub, whose results are only in the store.
         """
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:

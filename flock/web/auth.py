@@ -34,6 +34,7 @@ from flock.runs import (
     Inputs,
     ItemLimits,
     Items,
+    LongJSON,
     Observer,
     Page,
     Principal,
@@ -257,6 +258,10 @@ class ScopedEngine:
         return self._engine.item_limits
 
     @property
+    def calls_models(self) -> bool:
+        return self._engine.calls_models
+
+    @property
     def is_draining(self) -> bool:
         return self._engine.is_draining
 
@@ -308,6 +313,9 @@ class ScopedEngine:
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         return await self._engine.get_calls(run) if self._may_see(run) else {}
+
+    def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
+        return self._engine.shown_result(run, position)
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
         await self.get_outline(run_id)
