@@ -7,6 +7,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from http.client import responses
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from flock.options import Options
 from flock.runs import Engine, Observer, Principal, Run, RunContext, new_id
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from flock.web.options import AppOptions
-from flock.web.problems import PLAIN, PROBLEMS
+from flock.web.problems import PROBLEMS
 from flockapi import create_app, engine_of, principal_of
 from tests import diagram
 from tests.support import ROOT
@@ -65,6 +66,117 @@ FAILED = """## A run failed
 A failed run is an answer, not a rejected request: its status is 200, with `status: "failed"`, `error` for people and
 `error_type` for programs. An agent can have error types of its own. These are built in:
 """
+
+GONE = (
+    "it never existed, was deleted, has expired (`--keep-for`), or belongs to another key",
+    "check the id and the key",
+)
+
+#: The cause of each problem, by its title, and what helps.
+CAUSES: Mapping[str, tuple[str, str]] = {
+    "Malformed JSON": (
+        "the body is not JSON, or is nested too deeply (`max_json_depth=`)",
+        "`detail` has the line and the column; with curl, put the body in single quotes: `-d '{…}'`",
+    ),
+    "Invalid input": (
+        "a value is missing, unknown, or of the wrong type",
+        "`errors` has the JSON pointer of each value, and its `line` if the body has lines",
+    ),
+    "Unknown agent": (
+        "no agent has this name",
+        "`detail` suggests the nearest one, and `GET /agents` lists all",
+    ),
+    "Unknown run": GONE,
+    "Unknown call": (
+        "the run does not ask this question",
+        "`GET /run/{run_id}` lists the open ones in `waiting_for`",
+    ),
+    "Unknown batch": GONE,
+    "Unknown session": GONE,
+    "Unauthorized": (
+        "the key is missing or unknown, or `auth=` found no user",
+        "send `-H 'Authorization: Bearer YOUR_KEY'`; see [Security](security.md)",
+    ),
+    "Forbidden": (
+        "a page of another origin sent the request, or `/metrics` was requested without an admin's key",
+        "allow the origin with [`--cors-origin`](security.md#browsers); use an admin's key",
+    ),
+    "Misdirected Request": (
+        "`Host` is neither a name of this machine nor an `--allowed-host`",
+        "behind a proxy, start the server with [`--allowed-host NAME`](security.md#behind-nginx)",
+    ),
+    "Conflict": (
+        "the state of the run does not allow this: cancel or answer after its end, delete before it, retry after "
+        "it completed, a second answer",
+        "read the run first",
+    ),
+    "Idempotency key reused": (
+        "the same `Idempotency-Key` was sent with another request",
+        "use a new key for new work",
+    ),
+    "Content too large": (
+        "a body, a batch or the inputs of a run are above a [limit](limits.md)",
+        "send less at once, or raise the limit that `detail` names",
+    ),
+    "Too many runs": (
+        "the queue is full",
+        "wait as long as `Retry-After` says; raise `--max-queue`",
+    ),
+    "Too many requests": (
+        "a key or a user sends too much, or has too many streams, uploads or downloads open",
+        "wait as long as `Retry-After` says",
+    ),
+    "Not running": (
+        "the server is starting or stopping",
+        "wait as long as `Retry-After` says",
+    ),
+    "Store unavailable": (
+        "the disk is full, or the file was moved or is locked",
+        "the log says which; nothing that was accepted is lost. If you were waiting for a run, it continues, and "
+        "`detail` says where to find its result",
+    ),
+    "Internal error": (
+        "a bug in the server, or in an `auth=` function or a route of yours",
+        "the log has the traceback under the `request_id`",
+    ),
+}
+
+#: The plain HTTP errors of the server, with their cause and what helps. Their ``type`` is about:blank.
+PLAIN: Mapping[int, tuple[str, str]] = {
+    400: (
+        "a header is invalid, or the body broke off",
+        "`detail` names the header",
+    ),
+    404: (
+        "there is no such path, or it ends in a slash",
+        "`detail` names the path that may be meant",
+    ),
+    405: (
+        "the path does not support the method",
+        "`Allow` has the methods",
+    ),
+    406: (
+        "results were requested in another format",
+        "accept JSON, CSV or NDJSON",
+    ),
+    408: (
+        "the body took too long to arrive (`body_timeout_s=`)",
+        "send less at once",
+    ),
+    415: (
+        "the `Content-Type` is not JSON (for a batch: JSON, CSV or NDJSON), or the body is compressed (a batch "
+        "may use gzip)",
+        "add `-H 'Content-Type: application/json'`",
+    ),
+    431: (
+        "the headers are too long (`max_header_bytes=`)",
+        "send fewer or shorter ones",
+    ),
+    503: (
+        "the server has too many connections (`--max-connections`)",
+        "wait as long as `Retry-After` says",
+    ),
+}
 
 #: The sections of the page: where the names are imported from, the names, and the methods that are shown.
 SECTIONS: list[tuple[str, list[tuple[str, Any, list[str]]]]] = [
@@ -135,12 +247,13 @@ def python_page() -> str:
 
 def errors_page() -> str:
     """Return ``docs/errors.md``: the cause of each problem and of each ``error_type``, and what helps."""
-    problems = [(kind.status, f"`{kind.type.rpartition(':')[2]}`", *kind[2:]) for kind in PROBLEMS.values()]
+    problems = [(kind.status, f"`{kind.type.rpartition(':')[2]}`", *CAUSES[kind.title]) for kind in PROBLEMS.values()]
+    plain = [(status, responses[status], *texts) for status, texts in PLAIN.items()]
     failures = [(f"`{name}`", *texts) for name, texts in ERROR_TYPES.items()]
     return "\n".join(
         [
             *(ERRORS, _table("status", "type", "cause", "what helps", rows=sorted(problems))),
-            *(PLAIN_ERRORS, _table("status", "title", "cause", "what helps", rows=PLAIN)),
+            *(PLAIN_ERRORS, _table("status", "title", "cause", "what helps", rows=plain)),
             *(FAILED, _table("`error_type`", "cause", "what helps", rows=failures)),
         ]
     )

@@ -29,9 +29,10 @@ from flock.errors import AgentError, FieldError
 from flock.runs import BatchOptions, Event, Principal, Progress, Question, RunContext, RunStatus, Usage
 from flock.testing import FakeModel, Reply
 from flock.web import wire
-from flock.web.problems import PLAIN, PROBLEMS
+from flock.web.problems import PROBLEMS
 from flock.web.responses import events_of_new_run
 from flockapi import ROUTES, FlockAPI, create_app
+from tests.made_pages import PLAIN
 from tests.support import PATIENCE_S, ROOT
 from tests.support.flocks import sample_flock
 from tests.support.http import check_problem, client_of, post_run, wait_for
@@ -140,7 +141,7 @@ def test_only_the_docs_pages_are_undocumented() -> None:
 def test_every_status_of_the_error_table_is_documented() -> None:
     statuses = {status for _, _, operation in operations() for status in operation["responses"]}
     no_operation = {"405"}  # of a method that a path does not have
-    assert {str(kind.status) for kind in [*PROBLEMS.values(), *PLAIN]} - no_operation <= statuses
+    assert {*map(str, PLAIN), *(str(kind.status) for kind in PROBLEMS.values())} - no_operation <= statuses
 
 
 # Structs, both ways

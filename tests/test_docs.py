@@ -22,7 +22,6 @@ from flock.store import migrations
 from flock.store.columns import UNREADABLE
 from flock.store.takeover import INTERRUPTED
 from flock.web.auth import new_key
-from flock.web.problems import PLAIN
 from flock.web.wire import UploadQuery
 from flockapi import ROUTES
 from tests import made_pages
@@ -177,7 +176,7 @@ def test_the_contract_describes_every_error_type() -> None:
 def test_every_status_that_the_code_raises_is_on_the_page_of_errors() -> None:
     code = "".join(path.read_text("utf-8") for path in [ROOT / "flockapi.py", *(ROOT / "flock").rglob("*.py")])
     raised = {int(status) for status in re.findall(r"HTTPException\(\s*(\d+)", code)}
-    assert raised | {405} == {kind.status for kind in PLAIN}
+    assert raised | {405} == made_pages.PLAIN.keys()
 
 
 def test_the_files_for_a_deployment_use_options_that_exist() -> None:

@@ -33,141 +33,43 @@ from flock.web.requests import path_of, request_id_of
 from flock.web.responses import JSONResponse
 from flock.web.wire import Problem
 
-__all__ = ["PLAIN", "PROBLEMS", "Kind", "on_error"]
+__all__ = ["PROBLEMS", "Kind", "on_error"]
 
 logger = logging.getLogger("flock.api")
 
 
 class Kind(NamedTuple):
-    """How an error is reported, and for docs/errors.md its cause and what helps, in Markdown."""
+    """How an error is reported."""
 
     status: int
     title: str
-    cause: str
-    remedy: str
 
     @property
     def type(self) -> str:
         return f"urn:flockapi:problem:{self.title.lower().replace(' ', '-')}"
 
-    @classmethod
-    def plain(cls, status: int, cause: str, remedy: str) -> "Kind":
-        return cls(status, responses[status], cause, remedy)
-
-
-GONE = (
-    "it never existed, was deleted, has expired (`--keep-for`), or belongs to another key",
-    "check the id and the key",
-)
-RETRY_LATER = "wait as long as `Retry-After` says"
 
 #: How each error class is reported. A class that is not listed uses the entry of its nearest base class.
 PROBLEMS: Mapping[type[Exception], Kind] = {
-    MalformedJSON: Kind(
-        400,
-        "Malformed JSON",
-        "the body is not JSON, or is nested too deeply (`max_json_depth=`)",
-        "`detail` has the line and the column; with curl, put the body in single quotes: `-d '{…}'`",
-    ),
-    InvalidData: Kind(
-        422,
-        "Invalid input",
-        "a value is missing, unknown, or of the wrong type",
-        "`errors` has the JSON pointer of each value, and its `line` if the body has lines",
-    ),
-    AgentNotFound: Kind(
-        404,
-        "Unknown agent",
-        "no agent has this name",
-        "`detail` suggests the nearest one, and `GET /agents` lists all",
-    ),
-    RunNotFound: Kind(404, "Unknown run", *GONE),
-    CallNotFound: Kind(
-        404,
-        "Unknown call",
-        "the run does not ask this question",
-        "`GET /run/{run_id}` lists the open ones in `waiting_for`",
-    ),
-    BatchNotFound: Kind(404, "Unknown batch", *GONE),
-    SessionNotFound: Kind(404, "Unknown session", *GONE),
-    Unauthenticated: Kind(
-        401,
-        "Unauthorized",
-        "the key is missing or unknown, or `auth=` found no user",
-        "send `-H 'Authorization: Bearer YOUR_KEY'`; see [Security](security.md)",
-    ),
-    Forbidden: Kind(
-        403,
-        "Forbidden",
-        "a page of another origin sent the request, or `/metrics` was requested without an admin's key",
-        "allow the origin with [`--cors-origin`](security.md#browsers); use an admin's key",
-    ),
-    WrongHost: Kind(
-        421,
-        "Misdirected Request",
-        "`Host` is neither a name of this machine nor an `--allowed-host`",
-        "behind a proxy, start the server with [`--allowed-host NAME`](security.md#behind-nginx)",
-    ),
-    Conflict: Kind(
-        409,
-        "Conflict",
-        "the state of the run does not allow this: cancel or answer after its end, delete before it, retry after it "
-        "completed, a second answer",
-        "read the run first",
-    ),
-    KeyReused: Kind(
-        422,
-        "Idempotency key reused",
-        "the same `Idempotency-Key` was sent with another request",
-        "use a new key for new work",
-    ),
-    TooLarge: Kind(
-        413,
-        "Content too large",
-        "a body, a batch or the inputs of a run are above a [limit](limits.md)",
-        "send less at once, or raise the limit that `detail` names",
-    ),
-    EngineFull: Kind(429, "Too many runs", "the queue is full", f"{RETRY_LATER}; raise `--max-queue`"),
-    TooManyRequests: Kind(
-        429,
-        "Too many requests",
-        "a key or a user sends too much, or has too many streams, uploads or downloads open",
-        RETRY_LATER,
-    ),
-    EngineStopped: Kind(503, "Not running", "the server is starting or stopping", RETRY_LATER),
-    StoreError: Kind(
-        503,
-        "Store unavailable",
-        "the disk is full, or the file was moved or is locked",
-        "the log says which; nothing that was accepted is lost. If you were waiting for a run, it continues, and "
-        "`detail` says where to find its result",
-    ),
-    Exception: Kind(
-        500,
-        "Internal error",
-        "a bug in the server, or in an `auth=` function or a route of yours",
-        "the log has the traceback under the `request_id`",
-    ),
+    MalformedJSON: Kind(400, "Malformed JSON"),
+    InvalidData: Kind(422, "Invalid input"),
+    AgentNotFound: Kind(404, "Unknown agent"),
+    RunNotFound: Kind(404, "Unknown run"),
+    CallNotFound: Kind(404, "Unknown call"),
+    BatchNotFound: Kind(404, "Unknown batch"),
+    SessionNotFound: Kind(404, "Unknown session"),
+    Unauthenticated: Kind(401, "Unauthorized"),
+    Forbidden: Kind(403, "Forbidden"),
+    WrongHost: Kind(421, "Misdirected Request"),
+    Conflict: Kind(409, "Conflict"),
+    KeyReused: Kind(422, "Idempotency key reused"),
+    TooLarge: Kind(413, "Content too large"),
+    EngineFull: Kind(429, "Too many runs"),
+    TooManyRequests: Kind(429, "Too many requests"),
+    EngineStopped: Kind(503, "Not running"),
+    StoreError: Kind(503, "Store unavailable"),
+    Exception: Kind(500, "Internal error"),
 }
-
-
-#: The plain HTTP errors of this server. Their ``type`` is about:blank.
-PLAIN = (
-    Kind.plain(400, "a header is invalid, or the body broke off", "`detail` names the header"),
-    Kind.plain(404, "there is no such path, or it ends in a slash", "`detail` names the path that may be meant"),
-    Kind.plain(405, "the path does not support the method", "`Allow` has the methods"),
-    Kind.plain(406, "results were requested in another format", "accept JSON, CSV or NDJSON"),
-    Kind.plain(408, "the body took too long to arrive (`body_timeout_s=`)", "send less at once"),
-    Kind.plain(
-        415,
-        "the `Content-Type` is not JSON (for a batch: JSON, CSV or NDJSON), or the body is compressed (a batch may use "
-        "gzip)",
-        "add `-H 'Content-Type: application/json'`",
-    ),
-    Kind.plain(431, "the headers are too long (`max_header_bytes=`)", "send fewer or shorter ones"),
-    Kind.plain(503, "the server has too many connections (`--max-connections`)", RETRY_LATER),
-)
-
 
 #: Statuses that may be sent before the body was read. The connection is closed after them, since the rest of the body
 #: would be parsed as the next request.
