@@ -35,7 +35,7 @@ from flock.agents.agent import Agent
 from flock.agents.checks import warn_of_problems
 from flock.agents.graph import graph_of, mermaid_of
 from flock.agents.handoff import columns_of
-from flock.declared import DeclaredFlock
+from flock.declared import DeclaredFlock, agent_of
 from flock.engine.rowchecks import check_batch
 from flock.errors import Conflict, DefinitionError, FlockError, NotFound, Replayed, StoreError
 from flock.extras import pip_install
@@ -58,7 +58,6 @@ from flock.web import wire
 from flock.web.auth import ConcurrencyLimit, KeyRing, RateLimit, ScopedEngine
 from flock.web.batches import (
     BATCH_TYPES,
-    agent_of,
     batch_options,
     check_response,
     options_in_body,
@@ -603,7 +602,7 @@ async def run_batch(request: Request) -> Response:
         else:
             batch_request = options_in_body(request, json_body)
         with upload_slot:
-            row_mapping = row_mapping_of(app.flock.agents, app.options, batch_request, body)
+            row_mapping = row_mapping_of(app.flock, app.options, batch_request, body)
             rows = rows_of(app.options, media_type, batch_request, body, row_mapping)
             options = batch_options(batch_request)
             if query_of(request, wire.UploadQuery, agent_name="").dry_run:

@@ -1,6 +1,5 @@
 """The declarations of a program: agents, and a flock that runs them in this process."""
 
-import asyncio
 import contextlib
 import functools
 import os
@@ -30,10 +29,11 @@ from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
 from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, Row
+from flock.scopes import current_task
 from flock.steps.progress import follow_batch
 from flock.store.store import Durability, Store
 
-__all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent"]
+__all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent", "agent_of"]
 
 #: Inputs of a batch: mappings, which are read one at a time, or the path of a CSV or NDJSON file.
 BatchInputs = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | str | Path
@@ -47,8 +47,13 @@ def _blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
 
     @functools.wraps(function, assigned=("__doc__",))
     def call(*args: P.args, **options: P.kwargs) -> T:
-        _check_no_loop(function.__name__)
-        return anyio.run(functools.partial(function, *args, **options))
+        if current_task() is not None:
+            name = function.__name__
+            raise RuntimeError(f"An event loop is already running. Use 'await flock.{name}(...)' instead.")
+        try:
+            return anyio.run(functools.partial(function, *args, **options))
+        except RunFailed as exc:
+            raise exc.with_traceback(None) from None  # the lines of the event loop would hide its message
 
     return call
 
@@ -166,19 +171,16 @@ class DeclaredFlock:
         return self._shared_engines.setdefault((engine.store.path, expose_errors), engine)
 
     def row_mapping(
-        self, agent_name: str, static: Mapping[str, msgspec.Raw], names: Mapping[str, str | None], on_extra: OnExtra
+        self,
+        agent_name: str,
+        static: Mapping[str, msgspec.Raw] | None,
+        names: Mapping[str, str | None] | None,
+        on_extra: OnExtra,
+        max_static_bytes: Callable[[], int] = lambda: sys.maxsize,
     ) -> RowMapping:
         """Return the mapping of the rows of a batch to the inputs of an agent. Raises AgentNotFound, InvalidData."""
-        if agent_name not in self.agents:
-            raise AgentNotFound(agent_name, list(self.agents))
-        return RowMapping(
-            self.agents[agent_name].input,
-            static,
-            names,
-            lambda: sys.maxsize,
-            on_extra=on_extra,
-            result_names=result_names(agent_name, self.agents),
-        )
+        inputs, results = agent_of(self.agents, agent_name).input, result_names(agent_name, self.agents)
+        return RowMapping(inputs, static, names, max_static_bytes, on_extra=on_extra, result_names=results)
 
     async def run_async(
         self,
@@ -215,20 +217,8 @@ class DeclaredFlock:
             run = await engine.wait(run.run_id)
         return run.value_as(dict[str, Any])
 
-    def run(
-        self,
-        agent_name: str,
-        inputs: Mapping[str, Any] | None = None,
-        *,
-        answer: Answer = nobody,
-        on_event: Callable[[Event], object] | None = None,
-    ) -> dict[str, Any]:
-        """Run an agent and block until its result is available; see ``run_async``."""
-        _check_no_loop("run_async")
-        try:
-            return anyio.run(functools.partial(self.run_async, agent_name, inputs, answer=answer, on_event=on_event))
-        except RunFailed as exc:
-            raise exc.with_traceback(None) from None  # the lines of the event loop would hide its message
+    #: ``run_async`` for scripts: blocks until the result is available.
+    run = _blocking(run_async)
 
     async def run_batch_async(
         self,
@@ -324,6 +314,13 @@ class DeclaredFlock:
     run_batch = _blocking(run_batch_async)
 
 
+def agent_of(agents: Mapping[str, Agent], name: str) -> Agent:
+    """Return the agent called *name*. Raises AgentNotFound."""
+    if name not in agents:
+        raise AgentNotFound(name, list(agents))
+    return agents[name]
+
+
 class FlockFactory:
     """Creates agents from signatures."""
 
@@ -387,14 +384,6 @@ class FlockFactory:
             max_concurrency=max_concurrency,
             on_interrupt=on_interrupt,
         )
-
-
-def _check_no_loop(async_name: str) -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    raise RuntimeError(f"An event loop is already running. Use 'await flock.{async_name}(...)' instead.")
 
 
 def _check_choices(on_invalid: str, on_extra: str, timeout_s: float | None) -> None:

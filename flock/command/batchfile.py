@@ -17,10 +17,9 @@ import msgspec
 
 from flock.agents.handoff import columns_of
 from flock.agents.questions import nobody
-from flock.declared import DeclaredFlock
+from flock.declared import DeclaredFlock, agent_of
 from flock.engine.embedded import limits_for_one_batch
 from flock.engine.rowchecks import BatchCheck, check_batch
-from flock.errors import AgentNotFound
 from flock.models.models import models_of, names_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages, results_as
@@ -84,8 +83,7 @@ async def run_batch_file(
 
     Cancellation: finished rows are kept for the next call.
     """
-    if job.agent_name not in flock.agents:
-        raise AgentNotFound(job.agent_name, list(flock.agents))
+    agent_of(flock.agents, job.agent_name)
     state = _real_path(job.state)
     digest = _digest(flock, job)
     with exclusive_lock(f"{state}-batch"):
@@ -146,14 +144,10 @@ def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
     """
     with _with_filename(job.rows), open(job.rows, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    names = names_of(models_of(flock.model, "the flock"))
-    model = names[0] if len(names) == 1 else names or None  # a single name as in older versions
-    options = (flock.name, model, job.agent_name, job.on_invalid, job.dialect.delimiter)
-    fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()), job.options.timeout_s)
+    models = names_of(models_of(flock.model, "the flock"))
+    options = (flock.name, models, job.agent_name, job.on_invalid, job.on_extra, job.dialect, job.options.timeout_s)
+    fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()))
     digest.update(msgspec.json.encode((options, fills)))
-    newer = (job.on_extra, job.dialect.decimal, job.dialect.encoding)
-    if newer != ("reject", ".", "utf-8"):  # without this condition, states of older versions could not be resumed
-        digest.update(msgspec.json.encode(newer))
     return digest.hexdigest()
 
 

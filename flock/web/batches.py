@@ -1,6 +1,5 @@
 """The request of ``POST /run/batch``: its rows and its options. The format of its results."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -8,10 +7,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock.agents.agent import Agent
-from flock.agents.handoff import result_names
+from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
-from flock.errors import AgentNotFound, DefinitionError, FieldError, InvalidData
+from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import RESULT_TYPES
 from flock.rows.tables import MAX_EXPANSION, RowMapping, csv_rows, json_rows, ndjson_rows, read_file
@@ -32,7 +30,6 @@ from flock.web.wire import (
 
 __all__ = [
     "BATCH_TYPES",
-    "agent_of",
     "batch_options",
     "check_response",
     "options_in_body",
@@ -60,28 +57,20 @@ def options_in_body(request: Request, sent: bytes) -> FlockBatchRequest:
     return BATCH_REQUEST.decode(sent)
 
 
-def agent_of(agents: Mapping[str, Agent], name: str) -> Agent:
-    """Return the agent called *name*. Raises AgentNotFound."""
-    if name not in agents:
-        raise AgentNotFound(name, list(agents))
-    return agents[name]
-
-
 def row_mapping_of(
-    agents: Mapping[str, Agent], options: AppOptions, batch_request: FlockBatchRequest, body: Body
+    flock: DeclaredFlock, options: AppOptions, batch_request: FlockBatchRequest, body: Body
 ) -> RowMapping:
     """Return the mapping from the rows of a batch to inputs. Raises InvalidData, AgentNotFound."""
 
     def max_static_bytes() -> int:
         return MAX_EXPANSION * max(options.max_body_bytes, body.received_bytes)
 
-    return RowMapping(
-        agent_of(agents, batch_request.agent_name).input,
+    return flock.row_mapping(
+        batch_request.agent_name,
         batch_request.static_inputs,
         batch_request.input_mapping,
+        batch_request.on_extra,
         max_static_bytes,
-        on_extra=batch_request.on_extra,
-        result_names=result_names(batch_request.agent_name, agents),
     )
 
 
