@@ -26,7 +26,7 @@ import flockapi
 from flock.agents.agent import Handoff
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError
-from flock.runs import BatchOptions, Event, Principal, Progress, Question, RunContext, RunStatus, Usage
+from flock.runs import BatchOptions, Event, Principal, Progress, Question, Run, RunContext, RunStatus, Usage
 from flock.testing import FakeModel, Reply
 from flock.web import wire
 from flock.web.problems import PROBLEMS
@@ -167,6 +167,29 @@ def test_a_struct_and_its_schema_have_the_same_fields(name: str) -> None:
             assert _shape(ours_here) == _shape(theirs_here), field
             assert ours_here.get("default", ...) == _default_of(name, theirs_here), field
             assert ours_here.get("deprecated") == theirs_here.get("deprecated"), field
+
+
+#: The fields of a run that each response leaves out.
+LEFT_OUT: dict[type[msgspec.Struct], str] = {
+    wire.FlockAPIResponse: "flock inputs principal is_async recoveries timeout_s extra owner cancel_requested worked_s "
+    "spent",
+    wire.RunSummary: "flock traceparent principal is_async recoveries timeout_s extra owner cancel_requested worked_s "
+    "spent batch_id position progress steps session_id max_cost",
+    flockapi.BatchItem: "flock agent_name created_at request_id batch_id traceparent principal is_async attempt "
+    "recoveries timeout_s owner cancel_requested progress waiting_for worked_s steps session_id spent max_cost",
+}
+
+
+@pytest.mark.parametrize("response", LEFT_OUT)
+def test_each_field_of_a_run_is_in_a_response_or_left_out_on_purpose(response: type[msgspec.Struct]) -> None:
+    """If this fails for a new field, see CONTRIBUTING.md."""
+    assert {*Run.__struct_fields__} - {*response.__struct_fields__} == {*LEFT_OUT[response].split()}
+
+
+def test_the_docs_name_each_member_of_a_run() -> None:
+    pages = "".join(path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md"))
+    members = wire.FlockAPIResponse.__struct_fields__
+    assert [name for name in members if not re.search(rf"[`\"]{name}[`\"]", pages)] == []
 
 
 def _default_of(name: str, schema: Any) -> Any:

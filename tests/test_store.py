@@ -45,6 +45,7 @@ from flock.store.columns import BATCH_TABLE, RUN_TABLE, STEP_TABLE, Column
 from flock.store.migrations import MIGRATIONS
 from flock.store.statements import RUN_COLUMNS, merged
 from flock.store.store import Store
+from flock.web.wire import RunSummary
 from tests.support import ROOT
 
 pytestmark = pytest.mark.anyio
@@ -384,6 +385,27 @@ async def test_each_field_of_a_record_has_a_column(
         assert (type(None) in column.types) is not bool(is_required or is_key), name
         (stand_in,) = store._db.execute(f"SELECT {column.placeholder}").fetchone()
         assert type(stand_in) in column.types
+
+
+#: The fields of a run that never change, and those that a retry does not reset.
+FIXED = """run_id flock agent_name inputs created_at request_id batch_id position traceparent principal timeout_s extra
+    session_id"""
+KEPT = "steps owner is_async recoveries spent max_cost"
+
+
+def test_each_field_of_a_run_is_fixed_or_written_when_it_changes() -> None:
+    """If this fails for a new field, see CONTRIBUTING.md. ``UPDATED`` and ``SUSPENDED`` are in these statements."""
+    texts = [text for text in vars(statements).values() if isinstance(text, str)]
+    updates = [text.partition("WHERE")[0] for text in texts if text.startswith("UPDATE runs SET")]
+    written = {"steps", *re.findall(r"(\w+) = ", "".join(updates))} & {*Run.__struct_fields__}
+    assert {*Run.__struct_fields__} - written == {*FIXED.split()}
+    assert written - {*re.findall(r"(\w+) = ", statements.REOPENED)} == {*KEPT.split()}
+
+
+def test_a_list_reads_each_field_that_it_shows() -> None:
+    columns = statements.list_columns(with_inputs=True, with_results=True).split(", ")
+    read = {name for name, column in zip(RUN_TABLE, columns, strict=True) if name in column}
+    assert {*RunSummary.__struct_fields__} <= read
 
 
 @pytest.mark.parametrize("query", [statements.ACTIVE_BEFORE, statements.EARLIER_RUNS], ids=["order", "history"])

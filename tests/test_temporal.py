@@ -40,7 +40,21 @@ from flock.command.cli import main
 from flock.core import Flock
 from flock.errors import AgentError, BatchNotFound, Conflict, DefinitionError, EngineFull, Replayed, StoreError
 from flock.models.llm import ModelClient
-from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus, Usage, new_id, now
+from flock.runs import (
+    Batch,
+    BatchOptions,
+    IdempotencyKey,
+    Progress,
+    Question,
+    Run,
+    RunContext,
+    RunFilter,
+    RunStatus,
+    Usage,
+    new_id,
+    now,
+)
+from flock.store.statements import REOPENED
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
@@ -62,7 +76,7 @@ from flock.temporal.messages import (
     run_workflow_id,
 )
 from flock.temporal.payloads import PayloadFolder
-from flock.temporal.records import run_of
+from flock.temporal.records import reset_for_retry, run_of
 from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
@@ -117,6 +131,29 @@ async def item(n: int, context: RunContext) -> int:
         raise
     return 2 * n
 """
+
+
+def test_a_retry_resets_the_same_fields_on_the_cluster_as_in_the_store() -> None:
+    """If this fails for a new field of a run, see CONTRIBUTING.md."""
+    times = {"created_at": now(), "started_at": now(), "completed_at": now()}
+    ended = Run(
+        run_id="1",
+        flock="flock",
+        agent_name="add",
+        inputs=EMPTY,
+        status=RunStatus.FAILED,
+        result=EMPTY,
+        error="It failed.",
+        error_type="agent_error",
+        cancel_requested=True,
+        progress=Progress(done=1),
+        waiting_for=(Question(call_id="1", question="?", schema=EMPTY, asked_at=now()),),
+        worked_s=1.0,
+        **times,
+    )
+    again = reset_for_retry(ended)
+    reset = {name for name in Run.__struct_fields__ if getattr(again, name) != getattr(ended, name)}
+    assert reset == {*re.findall(r"(\w+) = ", REOPENED)}
 
 
 class LogEntry(msgspec.Struct):
