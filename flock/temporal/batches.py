@@ -41,11 +41,11 @@ from flock.runs import (
 )
 from flock.steps.outcomes import BATCH_CANCELLED
 from flock.steps.refusals import already_retried, not_cancelled, not_deleted, not_retried, too_many_items
+from flock.temporal.batchflows import FlockRows
 from flock.temporal.chunks import Chunk, ended_so_far, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
-    ROWS_WORKFLOW,
     Attempt,
     BatchOrder,
     Counts,
@@ -557,7 +557,7 @@ class _RowSender:
     async def _send(self, chunk: int, order: RowsOrder) -> None:
         async with self._cluster.rpc_scope(SEND_TIMEOUT_S):
             await self._cluster.client.start_workflow(
-                ROWS_WORKFLOW,
+                FlockRows.run,
                 order,
                 id=rows_workflow_id(self._batch_id, chunk),
                 task_queue=self._task_queue,

@@ -41,16 +41,9 @@ from flock.steps.outcomes import (
 )
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
-    CHUNK_SPENT_SIGNAL,
-    CHUNK_WORKFLOW,
     DELETE_ACTIVITY,
-    DELETE_WORKFLOW,
     FIND_ACTIVITY,
-    IDLE_SIGNAL,
     ITEMS_ACTIVITY,
-    RESUME_SIGNAL,
-    ROWS_WORKFLOW,
-    STOP_SIGNAL,
     TASK_TIMEOUT,
     BatchOrder,
     Calls,
@@ -135,7 +128,7 @@ class FlockBatch(_Interruptible):
         #: chunks that have to give their lanes to items that got an answer
         self._yielding: set[int] = set()
 
-    @workflow.signal(name=IDLE_SIGNAL)
+    @workflow.signal
     def chunk_idle(self, idle: ChunkIdle) -> None:
         """Take back the lanes of a chunk."""
         if idle.chunk in self._lanes and idle.grants == self._grants[idle.chunk]:
@@ -143,7 +136,7 @@ class FlockBatch(_Interruptible):
             self._lanes[idle.chunk] = 0
             self._yielding.discard(idle.chunk)
 
-    @workflow.signal(name="cancel_item")
+    @workflow.signal
     def cancel_item(self, position: int) -> None:
         """Cancel one item."""
         if position >= self._order.first_of(self._next):
@@ -152,7 +145,7 @@ class FlockBatch(_Interruptible):
             if self._order.first_of(chunk) <= position < self._order.first_of(chunk + 1):
                 self._signal_chunk(chunk, "cancel_item", position)
 
-    @workflow.signal(name=CHUNK_SPENT_SIGNAL)
+    @workflow.signal
     def chunk_spent(self, chunk: int, usage: Usage) -> None:
         """Note what the items of a running chunk have spent."""
         if chunk in self._chunks:
@@ -193,7 +186,7 @@ class FlockBatch(_Interruptible):
             if self._is_spent and not self._is_stopping:
                 self._is_stopping = True
                 for chunk in self._chunks:
-                    self._signal_chunk(chunk, STOP_SIGNAL, 0)
+                    self._signal_chunk(chunk, "stop", 0)
             if len(self._cancelled) != known and not self.is_cancelled:
                 with contextlib.suppress(asyncio.TimeoutError):  # there may be more of them
                     await self._until(self._has_ended, MEMO_DELAY)
@@ -274,7 +267,7 @@ class FlockBatch(_Interruptible):
             del self._idle[chunk]
             self._lanes[chunk] = 1
             self._grants[chunk] += 1
-            self._signal_chunk(chunk, RESUME_SIGNAL, 1, is_final)
+            self._signal_chunk(chunk, "resume", 1, is_final)
         lacking = answered - len(granted) - sum(self._lanes[chunk] for chunk in self._yielding)
         for chunk in self._busy_chunks():
             if lacking <= 0:
@@ -311,10 +304,9 @@ class FlockBatch(_Interruptible):
     async def _run_chunk(self, order: ChunkOrder) -> Counts:
         """Run a chunk. This task is never cancelled, because the outcome of a cancelled start is unknown."""
         started = self._started[order.chunk] = await workflow.start_child_workflow(
-            CHUNK_WORKFLOW,
+            FlockChunk.run,
             order,
             id=chunk_workflow_id(order.batch_id, order.chunk, order.attempt),
-            result_type=Counts,
             task_timeout=TASK_TIMEOUT,
             parent_close_policy=workflow.ParentClosePolicy.REQUEST_CANCEL,
         )
@@ -428,7 +420,7 @@ class FlockBatch(_Interruptible):
         workflow.upsert_memo(self._memo() | retry_state)
 
 
-@workflow.defn(name=CHUNK_WORKFLOW)
+@workflow.defn(name="flock_batch_chunk")
 class FlockChunk(_Interruptible, CallKeeper):
     """One attempt of a chunk of items. Its history is their record (``flock.temporal.chunks``).
 
@@ -454,23 +446,23 @@ class FlockChunk(_Interruptible, CallKeeper):
         self._reported: ChunkIdle | None = None
         self._reports: set[asyncio.Task[None]] = set()
 
-    @workflow.signal(name="set_lanes")
+    @workflow.signal
     def set_lanes(self, lanes: int) -> None:
         """Change how many items run at the same time. With 0, the chunk becomes idle when none is running."""
         self._lanes = lanes
 
-    @workflow.signal(name=RESUME_SIGNAL)
+    @workflow.signal
     def resume(self, lanes: int, is_final: bool) -> None:
         """Use *lanes* again, and if *is_final*, never give them back."""
         self._lanes, self._is_idle, self._keeps_lanes = lanes, False, is_final
         self._grants += 1
 
-    @workflow.signal(name="cancel_item")
+    @workflow.signal
     def cancel_item(self, position: int) -> None:
         """Cancel one item."""
         self._cancelled.add(position)
 
-    @workflow.signal(name=STOP_SIGNAL)
+    @workflow.signal
     def stop(self, _: int) -> None:
         """Start no more items, because the ``max_cost`` of the batch is spent."""
         self._is_stopping = True
@@ -530,7 +522,7 @@ class FlockChunk(_Interruptible, CallKeeper):
         usage = self._usage or Usage()
         self._is_stopping |= usage.cost is None or usage.picodollars >= budget
         try:
-            await self._tell_batch(CHUNK_SPENT_SIGNAL, self._order.chunk, usage)
+            await self._tell_batch("chunk_spent", self._order.chunk, usage)
         except asyncio.CancelledError:
             self.is_cancelled = True
 
@@ -659,7 +651,7 @@ class FlockChunk(_Interruptible, CallKeeper):
         )
         if idle != self._reported:
             self._reported = idle
-            task = asyncio.create_task(self._tell_batch(IDLE_SIGNAL, idle))
+            task = asyncio.create_task(self._tell_batch("chunk_idle", idle))
             self._reports.add(task)
             task.add_done_callback(self._reports.discard)
 
@@ -713,7 +705,7 @@ def _outcome_of(cause: BaseException | None) -> Outcome:
     return outcome_of_failure(cause.type, cause.message) if isinstance(cause, ApplicationError) else GIVEN_UP
 
 
-@workflow.defn(name=ROWS_WORKFLOW)
+@workflow.defn(name="flock_batch_rows")
 class FlockRows:
     """Stores the rows of one chunk in its input, while it waits for its delayed start."""
 
@@ -721,7 +713,7 @@ class FlockRows:
     async def run(self, order: RowsOrder) -> None: ...
 
 
-@workflow.defn(name=DELETE_WORKFLOW)
+@workflow.defn(name="flock_forget")
 class FlockDelete:
     """Deletes the workflows of a batch, and marks it as deleted while it is open."""
 

@@ -18,7 +18,6 @@ from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, 
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ITEMS_ACTIVITY,
-    STOP_SIGNAL,
     Attempt,
     CallDone,
     Calls,
@@ -137,7 +136,7 @@ class Chunk:
                     if signal.signal_name == "cancel_item":
                         position = decoded(signal.input.payloads[0], int)
                         self.cancel([position], None if orders.has(position) else at)
-                    elif signal.signal_name == STOP_SIGNAL:
+                    elif signal.signal_name == "stop":
                         self._stopped_by = COST_LIMIT
                         self.end([position for position in self.items if not orders.has(position)], at, COST_LIMIT)
                 case E.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:

@@ -30,35 +30,23 @@ __all__ = [
     "ACTIVITY",
     "AGENT",
     "BATCH_WORKFLOW",
-    "BEGIN_SIGNAL",
     "CALLS_QUERY",
     "CALL_SIGNAL",
-    "CHUNK_SPENT_SIGNAL",
-    "CHUNK_WORKFLOW",
     "CONVERTER",
     "DELETE_ACTIVITY",
-    "DELETE_WORKFLOW",
     "FIND_ACTIVITY",
     "FLOCK",
     "HEARTBEAT_TIMEOUT_S",
-    "IDLE_SIGNAL",
     "INTERRUPTED",
     "ITEMS_ACTIVITY",
-    "JOIN_SIGNAL",
-    "LEAVE_SIGNAL",
-    "MARK_WORKFLOW",
     "MAX_ITEMS",
     "MAX_TRIES",
     "PRINCIPAL",
-    "RESUME_SIGNAL",
-    "ROWS_WORKFLOW",
     "RUN_WORKFLOW",
     "SEARCH_ATTRIBUTES",
     "SESSION",
-    "SESSION_WORKFLOW",
     "SPENT_QUERY",
     "STATUS",
-    "STOP_SIGNAL",
     "TASK_TIMEOUT",
     "WORN_OUT",
     "Attempt",
@@ -96,29 +84,15 @@ __all__ = [
 
 T = TypeVar("T")
 
-# Registered names. Running workflows and recorded histories use them, so they must not change.
+# Registered names. Running workflows and recorded histories use them, so they must not change. The same holds for the
+# names of other workflows, and for those of signals, which have the names of their methods.
 RUN_WORKFLOW = "flock_run"
-MARK_WORKFLOW = "flock_mark"
 BATCH_WORKFLOW = "flock_batch"
-CHUNK_WORKFLOW = "flock_batch_chunk"
-ROWS_WORKFLOW = "flock_batch_rows"
-DELETE_WORKFLOW = "flock_forget"
-SESSION_WORKFLOW = "flock_session"
 ACTIVITY = "run_agent"
 #: The signal and the query of a workflow whose activity makes calls.
 CALL_SIGNAL = "call_done"
 CALLS_QUERY = "calls"
 SPENT_QUERY = "spent"
-#: The signals of a session: a run joins and leaves. And that of a run: it may begin.
-JOIN_SIGNAL = "join"
-LEAVE_SIGNAL = "leave"
-BEGIN_SIGNAL = "begin"
-#: The signal of a chunk to its batch: what its items have spent. And that of a batch to its chunks: start no more.
-CHUNK_SPENT_SIGNAL = "chunk_spent"
-STOP_SIGNAL = "stop"
-#: The signal of a chunk to its batch, and that with which the batch gives it lanes again.
-IDLE_SIGNAL = "chunk_idle"
-RESUME_SIGNAL = "resume"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"

@@ -17,8 +17,10 @@ from temporalio.service import RPCError
 from flock.engine.base import KEEP_KEYS_FOR
 from flock.errors import KeyReused
 from flock.runs import IdempotencyKey
+from flock.temporal.batchflows import FlockDelete
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import DELETE_WORKFLOW, MARK_WORKFLOW, DeleteOrder
+from flock.temporal.messages import DeleteOrder
+from flock.temporal.workflows import FlockMark
 
 __all__ = ["Reservations"]
 
@@ -41,7 +43,7 @@ class Reservations:
     async def claim(self, key: IdempotencyKey, made_id: str) -> str:
         """Return the id for *key*: *made_id*, or that of an earlier claim. Raises KeyReused."""
         mine = {"run_id": made_id, "fingerprint": key.digest.hex()}
-        if await self._start(MARK_WORKFLOW, self.key_id(key), start_delay=KEEP_KEYS_FOR, memo=mine):
+        if await self._start(FlockMark.run, self.key_id(key), start_delay=KEEP_KEYS_FOR, memo=mine):
             return made_id
         return await self.find(key) or made_id
 
@@ -81,14 +83,14 @@ class Reservations:
 
     async def mark_deleted(self, id_: str) -> bool:
         """Mark a run as deleted. Returns False if it was marked before."""
-        return await self._start(MARK_WORKFLOW, f"gone:{id_}", start_delay=KEEP_DELETED_FOR)
+        return await self._start(FlockMark.run, f"gone:{id_}", start_delay=KEEP_DELETED_FOR)
 
     async def delete_batch(self, batch_id: str, chunks: int, rows_of: str | None = None) -> bool:
         """Mark a batch as deleted, and have workers delete its workflows. Returns False if it was marked before."""
         order = DeleteOrder(
             batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_DELETED_FOR.total_seconds(), rows_of=rows_of
         )
-        return await self._start(DELETE_WORKFLOW, f"gone:{batch_id}", order)
+        return await self._start(FlockDelete.run, f"gone:{batch_id}", order)
 
     async def is_deleted(self, id_: str) -> bool:
         try:
@@ -98,7 +100,7 @@ class Reservations:
             return False
         return True
 
-    async def _start(self, workflow: str, id_: str, *order: DeleteOrder, **options: Any) -> bool:
+    async def _start(self, workflow: Any, id_: str, *order: DeleteOrder, **options: Any) -> bool:
         """Start a marker, or the deletion of a batch, which is one too. Returns False if there is one with this id."""
         try:
             async with self._cluster.rpc_scope():

@@ -13,8 +13,6 @@ from temporalio.service import RPCError
 from flock.runs import Run, RunStatus
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
-    JOIN_SIGNAL,
-    SESSION_WORKFLOW,
     TASK_TIMEOUT,
     run_workflow_id,
     session_workflow_id,
@@ -23,6 +21,7 @@ from flock.temporal.messages import (
 from flock.temporal.records import run_of
 from flock.temporal.reservations import Reservations
 from flock.temporal.search import earlier_turns
+from flock.temporal.workflows import FlockSession
 
 __all__ = ["earlier_runs", "join_session"]
 
@@ -31,13 +30,13 @@ async def join_session(cluster: Cluster, run: Run) -> None:
     """Append an attempt of *run* to its session. No effect if it is in there. Raises StoreError, EngineFull."""
     async with cluster.rpc_scope():
         await cluster.client.start_workflow(
-            SESSION_WORKFLOW,
+            FlockSession.run,
             args=[[], []],
             id=session_workflow_id(run),
             task_queue=task_queue_of(run.flock),
             task_timeout=TASK_TIMEOUT,
             id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-            start_signal=JOIN_SIGNAL,
+            start_signal="join",
             start_signal_args=[run_workflow_id(run.run_id, run.attempt)],
         )
 

@@ -27,15 +27,10 @@ from flock.steps.answers import is_expired
 from flock.steps.outcomes import Outcome, expiry_of, queue_timeout, timeout_of
 from flock.temporal.messages import (
     ACTIVITY,
-    BEGIN_SIGNAL,
     CALL_SIGNAL,
     CALLS_QUERY,
     INTERRUPTED,
-    JOIN_SIGNAL,
-    LEAVE_SIGNAL,
-    MARK_WORKFLOW,
     RUN_WORKFLOW,
-    SESSION_WORKFLOW,
     SPENT_QUERY,
     STATUS,
     TASK_TIMEOUT,
@@ -101,7 +96,7 @@ class FlockRun(CallKeeper):
         self._calls = Calls()
         self._latest: tuple[str, ...] | None = None
 
-    @workflow.signal(name=BEGIN_SIGNAL)
+    @workflow.signal
     def begin(self, latest: list[str]) -> None:
         """Let the run begin: all earlier runs of its session have left. *latest* are the last of these."""
         self._latest = tuple(latest)
@@ -119,7 +114,7 @@ class FlockRun(CallKeeper):
 
     async def _leave(self, run: Run, *has_ended: bool) -> None:
         with contextlib.suppress(FailureError):  # the session was terminated, or has ended while the run waited
-            await _session_of(run).signal(LEAVE_SIGNAL, args=[workflow.info().workflow_id, *has_ended])
+            await _session_of(run).signal("leave", args=[workflow.info().workflow_id, *has_ended])
 
     async def _begun(self, order: RunOrder) -> RunOrder:
         """Wait until the run may begin. Return the order of its first turn."""
@@ -140,11 +135,11 @@ class FlockRun(CallKeeper):
         """Join the session: the process that started the run may have died before that, or the session is gone."""
         own_id = workflow.info().workflow_id
         try:
-            await _session_of(order.run).signal(JOIN_SIGNAL, own_id)
+            await _session_of(order.run).signal("join", own_id)
         except FailureError:
             with contextlib.suppress(WorkflowAlreadyStartedError):
                 await workflow.start_child_workflow(
-                    SESSION_WORKFLOW,
+                    FlockSession.run,
                     args=[[own_id], []],
                     id=session_workflow_id(order.run),
                     parent_close_policy=workflow.ParentClosePolicy.ABANDON,
@@ -237,7 +232,7 @@ def _session_of(run: Run) -> workflow.ExternalWorkflowHandle[None]:
     return workflow.get_external_workflow_handle(session_workflow_id(run))
 
 
-@workflow.defn(name=SESSION_WORKFLOW)
+@workflow.defn(name="flock_session")
 class FlockSession:
     """The runs of one session that have not ended, in the order in which they joined. The first of them may begin.
 
@@ -252,12 +247,12 @@ class FlockSession:
     def __init__(self, runs: list[str], latest: list[str]) -> None:
         self._runs, self._latest = runs, latest
 
-    @workflow.signal(name=JOIN_SIGNAL)
+    @workflow.signal
     def join(self, run: str) -> None:
         if run not in self._runs:
             self._runs.append(run)
 
-    @workflow.signal(name=LEAVE_SIGNAL)
+    @workflow.signal
     def leave(self, run: str, has_ended: bool = True) -> None:
         """Remove a run, because it has ended or waits for answers. In the latter case, it leaves again at its end."""
         if run in self._runs:
@@ -281,7 +276,7 @@ class FlockSession:
         wait_s = LOOK_AFTER_S
         while run in self._runs:
             try:
-                await workflow.get_external_workflow_handle(run).signal(BEGIN_SIGNAL, self._latest)
+                await workflow.get_external_workflow_handle(run).signal("begin", self._latest)
             except FailureError:
                 self.leave(run)
             with contextlib.suppress(TimeoutError):
@@ -289,7 +284,7 @@ class FlockSession:
             wait_s *= 2
 
 
-@workflow.defn(name=MARK_WORKFLOW)
+@workflow.defn(name="flock_mark")
 class FlockMark:
     """Reserves the id of an idempotency key or a deleted run, while it waits for its delayed start."""
 
