@@ -18,15 +18,7 @@ import msgspec
 from msgspec.structs import replace
 from temporalio import workflow
 from temporalio.common import RetryPolicy
-from temporalio.exceptions import (
-    ActivityError,
-    ApplicationError,
-    CancelledError,
-    ChildWorkflowError,
-    FailureError,
-    RetryState,
-    TimeoutError,
-)
+from temporalio.exceptions import ActivityError, ChildWorkflowError, FailureError, RetryState
 
 from flock.runs import DOLLAR, RunStatus, Usage, added, is_spent
 from flock.steps.answers import is_expired
@@ -34,7 +26,6 @@ from flock.steps.outcomes import (
     BATCH_CANCELLED,
     CANCELLED_BEFORE_START,
     COST_LIMIT,
-    Outcome,
     cost_limit_of,
     expiry_of,
     none_completed,
@@ -57,9 +48,8 @@ from flock.temporal.messages import (
     RowsOrder,
     chunk_workflow_id,
     items_queue_of,
-    recoded,
 )
-from flock.temporal.records import GIVEN_UP, done_after_failure, outcome_of_failure
+from flock.temporal.records import done_after_failure, outcome_of_failure
 from flock.temporal.workflows import NO_LIMIT, RETRIES, CallKeeper, time_to_expiry
 
 __all__ = ["FlockBatch", "FlockChunk", "FlockDelete", "FlockRows"]
@@ -346,7 +336,7 @@ class FlockBatch(_Interruptible):
                     self._cancelled_in |= 1 << chunk
                 else:  # it was closed from outside, or the retention of its rows is over
                     size = min(end - first, self._batch.total_items - self._batch.completed_items)
-                    outcome = _outcome_of(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
+                    outcome = outcome_of_failure(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
                     ended = Counts(failed=size, first_error=(first, outcome.error))
             batch = self._batch
             self._batch = replace(
@@ -690,19 +680,8 @@ def _result_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder) -> I
     try:
         return task.result()
     except ActivityError as exc:
-        if isinstance(exc.cause, CancelledError):  # it was cancelled before it started
-            return ItemsDone()
-        heartbeat = None
-        if isinstance(exc.cause, TimeoutError) and exc.cause.last_heartbeat_details:
-            heartbeat = recoded(exc.cause.last_heartbeat_details[0], ItemsDone)
         is_cancelled = exc.retry_state is RetryState.CANCEL_REQUESTED
-        return done_after_failure(
-            order, heartbeat, workflow.now(), is_cancelled=is_cancelled, outcome=_outcome_of(exc.cause)
-        )
-
-
-def _outcome_of(cause: BaseException | None) -> Outcome:
-    return outcome_of_failure(cause.type, cause.message) if isinstance(cause, ApplicationError) else GIVEN_UP
+        return done_after_failure(order, exc.cause, workflow.now(), is_cancelled=is_cancelled)
 
 
 @workflow.defn(name="flock_batch_rows")

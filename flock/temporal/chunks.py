@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from msgspec import UnsetType
 from msgspec.structs import asdict, replace
@@ -17,6 +18,7 @@ from flock.steps.answers import is_expired
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
+    CONVERTER,
     ITEMS_ACTIVITY,
     Attempt,
     CallDone,
@@ -38,7 +40,6 @@ from flock.temporal.records import (
     by_step,
     call_of,
     done_after_failure,
-    outcome_of_failure,
     reset_for_retry,
     with_answers,
 )
@@ -57,8 +58,6 @@ CLOSED = (
 REREAD_DELAYS_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 E = EventType
-#: The cluster does not retry an activity whose cancellation was requested.
-CANCEL_REQUESTED = RetryState.RETRY_STATE_CANCEL_REQUESTED
 
 
 class Chunk:
@@ -244,7 +243,6 @@ class _OpenOrders:
 
     def apply(self, event: HistoryEvent) -> tuple[ItemsOrder, ItemsDone] | None:
         """Apply *event*. If it ends an order, return the order and its progress."""
-        at = event.event_time.ToDatetime(UTC)
         match event.event_type:
             case E.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
                 scheduled = event.activity_task_scheduled_event_attributes
@@ -259,20 +257,18 @@ class _OpenOrders:
                 if taken := self._pop(event.activity_task_canceled_event_attributes.scheduled_event_id):
                     return taken, ItemsDone()
             case E.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
-                late = event.activity_task_timed_out_event_attributes
-                if taken := self._pop(late.scheduled_event_id):
-                    details = late.failure.timeout_failure_info.last_heartbeat_details.payloads
-                    heartbeat = decoded(details[0], ItemsDone) if details else None
-                    return taken, done_after_failure(
-                        taken, heartbeat, at, is_cancelled=late.retry_state == CANCEL_REQUESTED
-                    )
+                return self._failed(event, event.activity_task_timed_out_event_attributes)
             case E.EVENT_TYPE_ACTIVITY_TASK_FAILED:
-                failed = event.activity_task_failed_event_attributes
-                if taken := self._pop(failed.scheduled_event_id):
-                    is_cancelled = failed.retry_state == CANCEL_REQUESTED
-                    outcome = outcome_of_failure(failed.failure.application_failure_info.type, failed.failure.message)
-                    return taken, done_after_failure(taken, None, at, is_cancelled=is_cancelled, outcome=outcome)
+                return self._failed(event, event.activity_task_failed_event_attributes)
         return None
+
+    def _failed(self, event: HistoryEvent, end: Any) -> tuple[ItemsOrder, ItemsDone] | None:
+        order = self._pop(end.scheduled_event_id)
+        if order is None:
+            return None
+        cause = CONVERTER.failure_converter.from_failure(end.failure, CONVERTER.payload_converter)
+        is_cancelled = end.retry_state == RetryState.RETRY_STATE_CANCEL_REQUESTED
+        return order, done_after_failure(order, cause, event.event_time.ToDatetime(UTC), is_cancelled=is_cancelled)
 
     def _pop(self, event_id: int) -> ItemsOrder | None:
         return self._orders.pop(event_id, ("", None))[1]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 from temporalio import activity
 from temporalio.service import RPCError, RPCStatusCode
 
@@ -40,7 +40,7 @@ from flock.temporal.messages import (
     rows_workflow_id,
 )
 from flock.temporal.payloads import payload_lost
-from flock.temporal.records import done_after_failure
+from flock.temporal.records import GIVEN_UP
 from flock.temporal.turns import ActivityTurn, until_done
 
 __all__ = ["ItemActivities"]
@@ -151,7 +151,7 @@ class ItemActivities:
         job = _Job(order, reported[0] if reported else ItemsDone())
         tries = info.attempt - job.misses
         if tries > MAX_TRIES:
-            return done_after_failure(order, job.done(), now(), is_cancelled=False)
+            return order.failed_after(job.done(), GIVEN_UP, now())
         self._jobs.add(job)
         work = asyncio.create_task(self._run_items(job, is_again=tries > 1))
         heartbeats = asyncio.create_task(_send_heartbeats(job))
@@ -249,16 +249,9 @@ class ItemActivities:
                 if run.next_agent_name is not None and job.must_cancel(position):
                     outcome = CANCELLED
             if outcome is not None:
-                return self._report_end(run, _item_outcome(job.part(run), outcome))
-        ended = ItemOutcome(
-            position=position,
-            started_at=run.started_at or now(),
-            completed_at=now(),
-            progress=run.progress,
-            steps=run.steps,
-            usage=job.usage(run.spent),
-        )
-        return self._report_end(run, ended)
+                return self._report_end(run, job.part(run).ended(outcome, now()))
+        run = replace(run, started_at=run.started_at or now())  # a retry with no step left to run
+        return self._report_end(run, job.part(run).ended(None, now()))
 
     def _check_version(self, run: Run, versions: Mapping[str, str]) -> None:
         """Warn, once for a batch, if the next agent of an item has another version than at the submission."""
@@ -329,7 +322,7 @@ class ItemActivities:
             if is_current and job.turn is not None and job.must_cancel(part.position):
                 job.turn.cancel()
             elif not is_current and job.must_cancel(part.position):
-                job.end(_item_outcome(part, CANCELLED_BEFORE_START))
+                job.end(part.ended(CANCELLED_BEFORE_START, now()))
 
     async def _chunk(self, order: ItemsOrder) -> Chunk:
         """Return the items of a chunk as they were at the start of this attempt. Raises RPCError, ApplicationError."""
@@ -383,18 +376,6 @@ class ItemActivities:
                 await self._cluster.delete(workflow_id, run_id)
 
         await asyncio.gather(*(delete() for _ in range(DELETES_AT_ONCE)))
-
-
-def _item_outcome(part: Part, outcome: Outcome) -> ItemOutcome:
-    return ItemOutcome(
-        position=part.position,
-        **asdict(outcome),
-        started_at=part.started_at,
-        completed_at=now(),
-        progress=part.progress,
-        steps=part.steps,
-        usage=part.usage,
-    )
 
 
 def _bytes_of(ended: ItemOutcome | Part) -> int:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from msgspec import UnsetType
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.common import SearchAttributeKey
@@ -25,6 +25,7 @@ from temporalio.converter import (
 
 from flock.runs import Batch, Call, Progress, Question, Run, RunStatus, Step, Usage, added, new_id
 from flock.steps.answers import answer_of, is_expired
+from flock.steps.outcomes import Outcome
 
 __all__ = [
     "ACTIVITY",
@@ -363,6 +364,18 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     waited_s: float = 0.0
     needs: str | None = None
 
+    def ended(self, outcome: Outcome | None, at: datetime) -> "ItemOutcome":
+        """Return its end at *at*; without an *outcome*, it has completed."""
+        return ItemOutcome(
+            **({} if outcome is None else asdict(outcome)),
+            position=self.position,
+            started_at=self.started_at,
+            completed_at=at,
+            progress=self.progress,
+            steps=self.steps,
+            usage=self.usage,
+        )
+
 
 class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One attempt of a chunk: the input of its workflow, and its state when it continues as new.
@@ -437,6 +450,13 @@ class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             for part in self.parts
             if part.position not in handled_positions
         ]
+
+    def failed_after(self, done: "ItemsDone", outcome: Outcome, at: datetime) -> "ItemsDone":
+        """Return *done* with the *outcome* of the item that was running, so that the others can continue."""
+        failing_part = done.unfinished or next(iter(self.left_after(done)), None)
+        if failing_part is None:  # the worker died after the last item, before it returned
+            return done
+        return replace(done, ended=(*done.ended, failing_part.ended(outcome, at)), unfinished=None)
 
 
 class ItemOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

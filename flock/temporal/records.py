@@ -8,6 +8,7 @@ from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import EventType
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
+from temporalio.exceptions import ApplicationError, CancelledError, TimeoutError
 
 from flock.errors import cut
 from flock.runs import MAX_SHOWN_BYTES, NOT_LOADED, Call, Run, RunStatus
@@ -18,13 +19,13 @@ from flock.temporal.messages import (
     CallDone,
     Calls,
     Heartbeat,
-    ItemOutcome,
     ItemsDone,
     ItemsOrder,
     RunOrder,
     StepDone,
     decoded,
     latest,
+    recoded,
 )
 from flock.temporal.payloads import PAYLOAD_LOST
 
@@ -201,31 +202,23 @@ GIVEN_UP = Outcome(
 )
 
 
-def outcome_of_failure(error_type: str | None, error: str) -> Outcome:
-    """Return the outcome of an item whose activity failed with this error."""
-    return Outcome(RunStatus.FAILED, error, PAYLOAD_LOST) if error_type == PAYLOAD_LOST else GIVEN_UP
-
-
 def done_after_failure(
-    order: ItemsOrder, heartbeat: ItemsDone | None, at: datetime, *, is_cancelled: bool, outcome: Outcome = GIVEN_UP
+    order: ItemsOrder, cause: BaseException | None, at: datetime, *, is_cancelled: bool
 ) -> ItemsDone:
-    """Return the progress of an *order* that failed and that the cluster does not retry.
+    """Return the progress of an *order* that failed because of *cause* and that the cluster does not retry.
 
     After the last retry, the item that was running fails, so that the others can continue. If instead the worker died
     while the order was being cancelled, no item fails, and all that have not ended are scheduled again.
     """
-    heartbeat = heartbeat or ItemsDone()
-    if is_cancelled:
-        return heartbeat.for_retry()
-    failing_part = heartbeat.unfinished or next(iter(order.left_after(heartbeat)), None)
-    if failing_part is None:  # the worker died after the last item, before it returned
-        return heartbeat
-    failed = ItemOutcome(
-        position=failing_part.position,
-        **asdict(outcome),
-        started_at=failing_part.started_at,
-        completed_at=at,
-        steps=failing_part.steps,
-        usage=failing_part.usage,
-    )
-    return ItemsDone(ended=(*heartbeat.ended, failed), waiting=heartbeat.waiting)
+    if isinstance(cause, CancelledError):  # it was cancelled before it started
+        return ItemsDone()
+    heartbeats = cause.last_heartbeat_details if isinstance(cause, TimeoutError) else ()
+    done = recoded(heartbeats[0], ItemsDone) if heartbeats else ItemsDone()
+    return done.for_retry() if is_cancelled else order.failed_after(done, outcome_of_failure(cause), at)
+
+
+def outcome_of_failure(cause: BaseException | None) -> Outcome:
+    """Return the outcome of an item whose activity failed because of *cause*."""
+    if isinstance(cause, ApplicationError) and cause.type == PAYLOAD_LOST:
+        return Outcome(RunStatus.FAILED, cause.message, PAYLOAD_LOST)
+    return GIVEN_UP
