@@ -164,29 +164,14 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     agents: tuple[str, ...] = ()
 
 
-class StepDone(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of one turn. ``begun_at`` is when it got its slot, by the worker's clock.
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
+    """The progress of a turn, in its heartbeats and its failure.
 
     Attributes:
-        step: None if the turn ended because its agent asks *questions*.
-        worked_s, spent: see ``Run``.
-        has_next: its worker has the agent that is next.
-    """
-
-    step: Step | None = None
-    begun_at: datetime
-    progress: Progress | None = None
-    spent: Usage | None = None
-    questions: tuple[Question, ...] = ()
-    worked_s: float = 0.0
-    has_next: bool = False
-
-
-class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """The progress of a turn, in its heartbeats and its failure. ``begun_at`` is None while it waits for its slot.
-
-    ``misses``: how many workers have left it to others, because they lack an agent. ``needs``: an agent that it calls
-    and that the last of these lacked.
+        begun_at: when it got its slot, by the worker's clock; None while it waits for one.
+        spent: see ``Run``.
+        misses: how many workers have left it to others, because they lack an agent.
+        needs: an agent that it calls and that the last of these lacked.
     """
 
     begun_at: datetime | None = None
@@ -194,6 +179,21 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     spent: Usage | None = None
     misses: int = 0
     needs: str | None = None
+
+
+class StepDone(Heartbeat, frozen=True, kw_only=True):
+    """The result of one turn, and its last progress.
+
+    Attributes:
+        step: None if the turn ended because its agent asks *questions*.
+        worked_s: see ``Run``.
+        has_next: its worker has the agent that is next.
+    """
+
+    step: Step | None = None
+    questions: tuple[Question, ...] = ()
+    worked_s: float = 0.0
+    has_next: bool = False
 
 
 class ItemRow(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -95,10 +95,8 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
                 run = replace(run, status=RunStatus.RUNNING, started_at=run.started_at or at)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
                 payload = event.activity_task_completed_event_attributes.result.payloads[0]
-                done: StepDone = decoded(payload, StepDone)
-                started_at = done.begun_at if _is_first_turn(run) else run.started_at
-                progress, spent = done.progress or run.progress, latest(run.spent, done.spent)
-                run = replace(run, started_at=started_at, progress=progress, spent=spent)
+                done = decoded(payload, StepDone)
+                run = _with_progress(run, done)
                 if done.step is None:
                     waiting = {"status": RunStatus.WAITING, "waiting_for": done.questions, "worked_s": done.worked_s}
                     run = with_answers(replace(run, **waiting), answers)
@@ -180,17 +178,21 @@ def with_pending_activity(run: Run, pending: Sequence[PendingActivityInfo]) -> R
 
 
 def _with_heartbeats(run: Run, payloads: Iterable[Payload]) -> Run:
-    """Return *run* with the progress of its turn. The first turn of an attempt also reports the start of the run."""
-    for heartbeat in (decoded(sent, Heartbeat) for sent in payloads):
-        has_started = run.status is RunStatus.STARTING and heartbeat.begun_at is not None
-        run = replace(
-            run,
-            status=RunStatus.RUNNING if has_started else run.status,
-            started_at=heartbeat.begun_at if _is_first_turn(run) else run.started_at,
-            progress=heartbeat.progress or run.progress,
-            spent=latest(run.spent, heartbeat.spent),
-        )
+    for sent in payloads:
+        run = _with_progress(run, decoded(sent, Heartbeat))
     return run
+
+
+def _with_progress(run: Run, turn: Heartbeat) -> Run:
+    """Return *run* with the progress of its *turn*. The first turn of an attempt also reports the start of the run."""
+    has_started = run.status is RunStatus.STARTING and turn.begun_at is not None
+    return replace(
+        run,
+        status=RunStatus.RUNNING if has_started else run.status,
+        started_at=turn.begun_at if _is_first_turn(run) else run.started_at,
+        progress=turn.progress or run.progress,
+        spent=latest(run.spent, turn.spent),
+    )
 
 
 # Items

@@ -21,7 +21,7 @@ from flock.limits import Limits, enforced_by
 from flock.models.llm import ModelClient
 from flock.models.prices import Price, merged
 from flock.options import replaced
-from flock.runs import Observer, Progress, Question, Run, RunStatus, Step, Usage, now
+from flock.runs import Observer, Run, RunStatus, Step, now
 from flock.steps.outcomes import CANCELLED
 from flock.steps.turns import MAX_HISTORY_BYTES, Turns, WaitingForAnswers
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
@@ -191,9 +191,9 @@ class TemporalWorker:
             activity.heartbeat(replace(beat, misses=turn.misses + 1))
             raise turn.left_to_others(turn.misses, beat)
         if isinstance(outcome, Step):
-            return turn.done(outcome)
+            return turn.done
         if isinstance(outcome, WaitingForAnswers):
-            return turn.asked(outcome.questions)
+            return turn.ended(questions=tuple(outcome.questions), worked_s=turn.worked_s)
         if outcome is None:
             activity.heartbeat(turn.heartbeat())
             raise ApplicationError("The worker stopped before this step ended.", turn.heartbeat(), type=INTERRUPTED)
@@ -206,8 +206,12 @@ class TemporalWorker:
 
 
 class _RunTurn(ActivityTurn):
-    """The next turn of a run. Its heartbeats report its start and its progress."""
+    """The next turn of a run. Its heartbeats report its start and its progress.
 
+    ``done`` is its result, if it has completed a step.
+    """
+
+    done: StepDone
     misses = 0
 
     def __init__(self, order: RunOrder, cluster: Cluster, turns: Turns) -> None:
@@ -226,8 +230,6 @@ class _RunTurn(ActivityTurn):
         #: how often a worker has started the activity, without those that left it to others
         self.tries = info.attempt - self.misses
         self.is_again = self.tries > 1
-        self._progress_when_done: Progress | None = None
-        self._spent_when_done: Usage | None = None
 
     @property
     def is_next(self) -> bool:
@@ -245,29 +247,13 @@ class _RunTurn(ActivityTurn):
 
     async def keep(self, step: Step) -> None:
         """Store a long result while heartbeats are sent. Later, a slow disk would look like a dead worker."""
-        # A thread may still report both.
-        self._progress_when_done, self._spent_when_done = self.progress, self.spent
-        await self._cluster.payloads.store_ahead(activity.info().workflow_id or "", self.done(step))
+        # Later, a thread may still report progress.
+        self.done = self.ended(step=step, has_next=self._turns.find(step.next_agent) is not None)
+        await self._cluster.payloads.store_ahead(activity.info().workflow_id or "", self.done)
 
-    def done(self, step: Step) -> StepDone:
-        assert self.started_at is not None
-        return StepDone(
-            step=step,
-            begun_at=self.started_at,
-            progress=self._progress_when_done,
-            spent=self._spent_when_done,
-            has_next=self._turns.find(step.next_agent) is not None,
-        )
-
-    def asked(self, questions: Sequence[Question]) -> StepDone:
-        assert self.started_at is not None
-        return StepDone(
-            begun_at=self.started_at,
-            progress=self.progress,
-            spent=self.spent,
-            questions=tuple(questions),
-            worked_s=self.worked_s,
-        )
+    def ended(self, **end: Any) -> StepDone:
+        """Return the result of the turn, with the fields in *end*."""
+        return StepDone(begun_at=self.started_at, progress=self.progress, spent=self.spent, **end)
 
     def heartbeat(self) -> Heartbeat:
         return Heartbeat(
