@@ -281,12 +281,10 @@ class TemporalBatches:
     async def _attempt(self, batch_id: str, attempt: int) -> _AttemptState | None:
         if attempt == 0:
             return None
-        try:
-            async with self._cluster.rpc_scope():
-                described = (await self.handle(batch_id, attempt).describe()).raw_description
-        except RPCError:
+        described = await self._cluster.describe(batch_workflow_id(batch_id, attempt))
+        if described is None:
             return None
-        info = described.workflow_execution_info
+        info = described.raw_info
         memo = info.memo
         state = _AttemptState(decoded(memo.fields["batch"], Batch), decoded(memo.fields["about"], Attempt), memo)
         if state.batch.status.is_final:
@@ -311,18 +309,16 @@ class TemporalBatches:
 
     async def _counts_of(self, batch_id: str, chunk: int, attempt: int) -> Counts:
         """Count the items of a running chunk that have ended or wait for answers."""
-        handle = self._cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, attempt))
-        try:
-            async with self._cluster.rpc_scope():
-                described = (await handle.describe()).raw_description
-                if described.HasField("pending_workflow_task"):  # it may have results that are not counted yet
-                    await asyncio.sleep(COUNT_AGAIN_AFTER_S)
-                    described = (await handle.describe()).raw_description
-        except RPCError:  # it has not started yet
+        workflow_id = chunk_workflow_id(batch_id, chunk, attempt)
+        described = await self._cluster.describe(workflow_id)
+        if described is not None and described.raw_description.HasField("pending_workflow_task"):
+            await asyncio.sleep(COUNT_AGAIN_AFTER_S)  # it may have results that are not counted yet
+            described = await self._cluster.describe(workflow_id)
+        if described is None:  # it has not started yet
             return Counts()
-        memo = described.workflow_execution_info.memo.fields
+        memo = described.raw_info.memo.fields
         counted = decoded(memo["ended"], Counts) if "ended" in memo else Counts()
-        return counted + ended_so_far(described.pending_activities)
+        return counted + ended_so_far(described.raw_description.pending_activities)
 
     def handle(self, batch_id: str, attempt: int = 1) -> WorkflowHandle[Any, Any]:
         """Return the handle of the workflow of an attempt, even if it does not exist."""
@@ -428,9 +424,8 @@ class TemporalBatches:
     async def cancel(self, batch_id: str) -> Batch:
         batch = await self.get(batch_id)
         if not batch.status.is_final:
-            with contextlib.suppress(RPCError):  # it has ended in the meantime
-                async with self._cluster.rpc_scope():
-                    await self.handle(batch_id, batch.attempt).cancel()
+            async with self._cluster.rpc_scope(missing_ok=True):
+                await self.handle(batch_id, batch.attempt).cancel()
             batch = await self.get(batch_id)
         if conflict := not_cancelled(batch):
             raise conflict
@@ -439,9 +434,8 @@ class TemporalBatches:
     async def cancel_item(self, run: Run) -> None:
         batch_id, position = parse_item_id(run.run_id)
         batch = await self.get(batch_id)
-        with contextlib.suppress(RPCError):  # it has ended in the meantime
-            async with self._cluster.rpc_scope():
-                await self.handle(batch_id, batch.attempt).signal("cancel_item", position)
+        async with self._cluster.rpc_scope(missing_ok=True):
+            await self.handle(batch_id, batch.attempt).signal("cancel_item", position)
 
     async def retry(
         self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None, max_cost: float | None = None

@@ -19,7 +19,7 @@ from temporalio.api.workflowservice.v1 import (
     DescribeNamespaceRequest,
     RegisterNamespaceRequest,
 )
-from temporalio.client import Client, WorkflowHistoryEventFilterType
+from temporalio.client import Client, WorkflowExecutionDescription, WorkflowHistoryEventFilterType
 from temporalio.common import (
     SearchAttributePair,
     TypedSearchAttributes,
@@ -134,22 +134,27 @@ class Cluster:
             await asyncio.sleep(0.2)
 
     @contextlib.asynccontextmanager
-    async def rpc_scope(self, timeout_s: float | None = ANSWER_TIMEOUT_S) -> AsyncIterator[None]:
+    async def rpc_scope(
+        self, timeout_s: float | None = ANSWER_TIMEOUT_S, *, missing_ok: bool = False
+    ) -> AsyncIterator[None]:
         """Limit the time for the client's calls in the block, and translate their errors.
 
         Args:
             timeout_s: for all calls together; None means no limit.
+            missing_ok: leave the block if a workflow does not exist, or has ended.
 
         Raises:
             StoreError: the cluster does not answer, or a call fails.
             EngineFull: the cluster is overloaded.
-            RPCError: only NOT_FOUND and ALREADY_EXISTS, which the caller handles.
+            RPCError: only NOT_FOUND and ALREADY_EXISTS, which the caller handles, unless *missing_ok*.
         """
         try:
             async with asyncio.timeout(timeout_s):
                 yield
         except RPCError as exc:
             if exc.status in (RPCStatusCode.NOT_FOUND, RPCStatusCode.ALREADY_EXISTS):
+                if missing_ok:
+                    return
                 raise
             if exc.status is RPCStatusCode.RESOURCE_EXHAUSTED:
                 raise EngineFull("The cluster is overloaded. Try again later.") from exc
@@ -180,28 +185,33 @@ class Cluster:
         await self.payloads.resolve(event for event in events if with_inputs or event.event_type != scheduled)
         return events
 
-    async def until_closed(self, workflow_id: str) -> None:
-        """Wait until a workflow is closed or does not exist. Raises StoreError, EngineFull."""
-        end = WorkflowHistoryEventFilterType.CLOSE_EVENT
-        with contextlib.suppress(RPCError):
-            async with self.rpc_scope(None):
-                handle = self.client.get_workflow_handle(workflow_id)
-                async for _ in handle.fetch_history_events(wait_new_event=True, event_filter_type=end):
-                    return
+    async def describe(
+        self, workflow_id: str, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> WorkflowExecutionDescription | None:
+        """Return the current state of a workflow, or None if it does not exist. Raises StoreError, EngineFull."""
+        async with self.rpc_scope(timeout_s, missing_ok=True):
+            return await self.client.get_workflow_handle(workflow_id).describe()
+        return None
 
-    async def until_waiting(self, workflow_id: str, after: int) -> int:
-        """Wait until a run begins to wait for answers, after the event *after*, or until its workflow is closed.
+    async def until_change(self, workflow_id: str, after: int | None = None) -> int:
+        """Wait until a workflow is closed or does not exist.
 
-        Returns: the event, or 0 if it is closed or does not exist. Raises StoreError, EngineFull.
+        Args:
+            after: if given, also until it begins to wait for answers, after the event with this id.
+
+        Returns: the id of the event with which it began to wait, or 0. Raises StoreError, EngineFull.
         """
-        with contextlib.suppress(RPCError):
-            async with self.rpc_scope(None):
-                async for event in self.client.get_workflow_handle(workflow_id).fetch_history_events(
-                    wait_new_event=True
-                ):
-                    is_change = event.event_type == EventType.EVENT_TYPE_UPSERT_WORKFLOW_SEARCH_ATTRIBUTES
-                    if is_change and event.event_id > after:
-                        return event.event_id
+        wanted = (
+            WorkflowHistoryEventFilterType.CLOSE_EVENT if after is None else WorkflowHistoryEventFilterType.ALL_EVENT
+        )
+        handle = self.client.get_workflow_handle(workflow_id)
+        async with self.rpc_scope(None, missing_ok=True):
+            async for event in handle.fetch_history_events(wait_new_event=True, event_filter_type=wanted):
+                if after is None:
+                    break
+                is_change = event.event_type == EventType.EVENT_TYPE_UPSERT_WORKFLOW_SEARCH_ATTRIBUTES
+                if is_change and event.event_id > after:
+                    return event.event_id
         return 0
 
     async def last_attempt(self, workflow: str, first_id: str) -> int:

@@ -22,7 +22,6 @@ from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import WorkflowHandle
 from temporalio.common import Priority
 from temporalio.exceptions import WorkflowAlreadyStartedError
-from temporalio.service import RPCError
 
 from flock.agents.agent import Agent
 from flock.engine.base import EngineBase
@@ -358,9 +357,8 @@ class TemporalEngine(EngineBase):
             return await self._batches.calls_of_item(run.run_id)
         found: dict[int, list[Call]] = {}
         for attempt in sorted({*(step.attempt for step in run.steps if step.call_count), run.attempt}):
-            with contextlib.suppress(RPCError):  # its history was deleted
-                async with self.cluster.rpc_scope():
-                    found |= calls_of(await self.cluster.history_of(run_workflow_id(run.run_id, attempt)))
+            async with self.cluster.rpc_scope(missing_ok=True):  # its history may have been deleted
+                found |= calls_of(await self.cluster.history_of(run_workflow_id(run.run_id, attempt)))
         return found
 
     async def _attempt(self, run_id: str, attempt: int) -> Run | None:
@@ -368,17 +366,15 @@ class TemporalEngine(EngineBase):
         if attempt == 0:
             return None
         handle = self._handle(run_id, attempt)
-        try:
-            async with self.cluster.rpc_scope():
-                run = run_of(await self.cluster.history_of(handle.id))
-                if run.status.is_final:
-                    return run
-                described = (await handle.describe()).raw_description
-                if described.workflow_execution_info.HasField("close_time"):
-                    return run_of(await self.cluster.history_of(handle.id))
-                return with_pending_activity(run, described.pending_activities)
-        except RPCError:
-            return None
+        async with self.cluster.rpc_scope(missing_ok=True):
+            run = run_of(await self.cluster.history_of(handle.id))
+            if run.status.is_final:
+                return run
+            described = await handle.describe()
+            if described.close_time is not None:
+                return run_of(await self.cluster.history_of(handle.id))
+            return with_pending_activity(run, described.raw_description.pending_activities)
+        return None
 
     def _handle(self, run_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
         return self.cluster.client.get_workflow_handle(run_workflow_id(run_id, attempt))
@@ -461,9 +457,8 @@ class TemporalEngine(EngineBase):
 
         Returns: the id of the event, or *waits*. Raises EngineStopped, StoreError.
         """
-        following = asyncio.create_task(  # the next read reports a missing workflow
-            self.cluster.until_closed(handle.id) if waits is None else self.cluster.until_waiting(handle.id, waits)
-        )
+        # The next read reports a missing workflow.
+        following = asyncio.create_task(self.cluster.until_change(handle.id, waits))
         woken = asyncio.create_task(self._wake_waiters.wait())
         try:
             await asyncio.wait([following, woken], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -483,11 +478,10 @@ class TemporalEngine(EngineBase):
         if not run.status.is_final and run.batch_id is not None:
             await self._batches.cancel_item(run)
         elif not run.status.is_final:
-            with contextlib.suppress(RPCError):  # it has ended in the meantime
-                async with self.cluster.rpc_scope():
-                    await self._handle(run_id, run.attempt).cancel()
-                if run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
-                    await self._until_change(self._handle(run_id, run.attempt), CANCEL_WAIT_S)
+            async with self.cluster.rpc_scope(missing_ok=True):
+                await self._handle(run_id, run.attempt).cancel()
+            if run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
+                await self._until_change(self._handle(run_id, run.attempt), CANCEL_WAIT_S)
         run = await self.get_run(run_id)
         if conflict := not_cancelled(run):
             raise conflict
@@ -514,9 +508,8 @@ class TemporalEngine(EngineBase):
                 pause_s = min(2 * pause_s, 1.0)
                 continue
             done = CallDone(item=run.position or 0, step=len(run.steps), call=answer_of(question, output, now()))
-            with contextlib.suppress(RPCError):  # it has ended in the meantime
-                async with self.cluster.rpc_scope():
-                    await (await self._keeper_of(run)).signal(CALL_SIGNAL, done)
+            async with self.cluster.rpc_scope(missing_ok=True):
+                await (await self._keeper_of(run)).signal(CALL_SIGNAL, done)
             is_sent = True
 
     async def _keeper_of(self, run: Run) -> WorkflowHandle[Any, Any]:

@@ -3,7 +3,6 @@
 While a marker is open, no other workflow can have its id. It only waits, which needs no worker.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Mapping
 from datetime import timedelta
@@ -12,7 +11,6 @@ from typing import Any
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
-from temporalio.service import RPCError
 
 from flock.engine.base import KEEP_KEYS_FOR
 from flock.errors import KeyReused
@@ -61,25 +59,20 @@ class Reservations:
         return await self._memo_of(key) is not None
 
     async def _memo_of(self, key: IdempotencyKey) -> Mapping[str, str] | None:
-        try:
-            async with self._cluster.rpc_scope():
-                described = await self._cluster.client.get_workflow_handle(self.key_id(key)).describe()
-                memo = await described.memo()
-        except RPCError:
+        described = await self._cluster.describe(self.key_id(key))
+        if described is None or described.status is not WorkflowExecutionStatus.RUNNING:  # released, or expired
             return None
-        # A closed marker was released or has expired.
-        return memo if described.status is WorkflowExecutionStatus.RUNNING else None
+        return await described.memo()
 
     async def release(self, key_id: str | None, made_id: str) -> None:
         """Release a key, unless another id has claimed it since *made_id* did."""
         if key_id is None:
             return
-        with contextlib.suppress(RPCError):  # it was released, or has expired
-            async with self._cluster.rpc_scope():
-                described = await self._cluster.client.get_workflow_handle(key_id).describe()
-                if (await described.memo())["run_id"] == made_id:
-                    handle = self._cluster.client.get_workflow_handle(key_id, run_id=described.run_id)
-                    await handle.terminate()
+        async with self._cluster.rpc_scope(missing_ok=True):  # it was released, or has expired
+            described = await self._cluster.client.get_workflow_handle(key_id).describe()
+            if (await described.memo())["run_id"] == made_id:
+                handle = self._cluster.client.get_workflow_handle(key_id, run_id=described.run_id)
+                await handle.terminate()
 
     async def mark_deleted(self, id_: str) -> bool:
         """Mark a run as deleted. Returns False if it was marked before."""
@@ -93,12 +86,7 @@ class Reservations:
         return await self._start(FlockDelete.run, f"gone:{batch_id}", order)
 
     async def is_deleted(self, id_: str) -> bool:
-        try:
-            async with self._cluster.rpc_scope():
-                await self._cluster.client.get_workflow_handle(f"gone:{id_}").describe()
-        except RPCError:
-            return False
-        return True
+        return await self._cluster.describe(f"gone:{id_}") is not None
 
     async def _start(self, workflow: Any, id_: str, *order: DeleteOrder, **options: Any) -> bool:
         """Start a marker, or the deletion of a batch, which is one too. Returns False if there is one with this id."""

@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
 from temporalio.common import WorkflowIDConflictPolicy
-from temporalio.service import RPCError
 
 from flock.runs import Run, RunStatus
 from flock.temporal.cluster import Cluster
@@ -76,8 +75,7 @@ async def _workflow_ids(cluster: Cluster, run: Run, latest: Sequence[str]) -> As
 
 
 async def _completed(cluster: Cluster, workflow_id: str) -> Run | None:
-    with contextlib.suppress(RPCError):  # it has been deleted
-        async with cluster.rpc_scope():
-            run = run_of(await cluster.history_of(workflow_id))
-            return run if run.status is RunStatus.COMPLETED else None
+    async with cluster.rpc_scope(missing_ok=True):  # it may have been deleted
+        run = run_of(await cluster.history_of(workflow_id))
+        return run if run.status is RunStatus.COMPLETED else None
     return None

@@ -238,7 +238,7 @@ class _RunTurn(ActivityTurn):
     async def wait_begins(self) -> None:
         activity.heartbeat(self.heartbeat())  # to the cluster it has started, but it waits
         if not self.is_next:  # the run before it has left the session, and is about to close
-            await self._answered(lambda: self._cluster.until_closed(self._latest[-1]))
+            await self._answered(lambda: self._cluster.until_change(self._latest[-1]))
 
     async def earlier_runs(self, limit: int) -> Sequence[Run]:
         return await self._answered(
