@@ -568,7 +568,7 @@ async def test_a_batch_that_continues_in_new_histories_reads_as_one(
                 batch = await engine.get_batch(batch.batch_id)
                 counts.append(batch.completed_items)
         items = await engine.get_items(batch.batch_id)
-        history = (await engine._batches.handle(batch.batch_id).fetch_history()).events
+        history = (await engine._batch_handle(batch).fetch_history()).events
     at_first = history[0].workflow_execution_started_event_attributes.memo.fields
     assert decoded(at_first["batch"], Batch).completed_items >= 20, "as soon as a new history starts"
     assert counts == sorted(counts)
@@ -903,8 +903,8 @@ async def test_the_next_request_starts_the_batch_of_a_key_whose_claim_was_not_an
             with pytest.raises(StoreError):
                 await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
             monkeypatch.undo()
-            while engine._batches._drops:
-                await asyncio.wait(engine._batches._drops)
+            while engine._drops:
+                await asyncio.wait(engine._drops)
             try:
                 made_id = (await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)).batch_id
             except Replayed as exc:
@@ -931,7 +931,7 @@ async def test_the_next_request_starts_the_batch_of_a_key_whose_server_died(temp
         work.fails.clear()
         batch = await ended(engine, await engine.retry_batch(batch_id))
         assert (batch.completed_items, batch.failed_items) == (3, 0)
-        rows_of = (await engine._batches._order(batch)).attempts[0].rows_of
+        rows_of = (await engine._batch_order(batch)).attempts[0].rows_of
         assert rows_of not in (None, batch_id)
         rows = engine.cluster.client.get_workflow_handle(f"rows:{rows_of}:0")
         await rows.describe()
@@ -959,7 +959,7 @@ async def test_a_batch_whose_start_was_not_answered_keeps_its_rows(
         with pytest.raises(StoreError):
             await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
         monkeypatch.undo()
-        assert not engine._batches._drops
+        assert not engine._drops
         with pytest.raises(Replayed, match=batch_id):
             await engine.submit_batch("item", numbers(3), BatchOptions(), key=key)
         batch = await ended(engine, await engine.get_batch(batch_id))

@@ -26,6 +26,7 @@ from temporalio.service import RPCError
 
 from flock.agents.agent import Agent
 from flock.agents.versions import version_of
+from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
 from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreError, cut
 from flock.limits import Limits
@@ -37,7 +38,9 @@ from flock.runs import (
     Page,
     Run,
     RunStatus,
+    Statuses,
     added,
+    statuses_of,
 )
 from flock.steps.outcomes import BATCH_CANCELLED
 from flock.steps.refusals import already_retried, not_cancelled, not_deleted, not_retried, too_many_items
@@ -56,8 +59,10 @@ from flock.temporal.messages import (
     decoded,
     item_id,
     latest,
+    new_batch_id,
     parse_item_id,
     rows_workflow_id,
+    task_queue_of,
 )
 from flock.temporal.reservations import Reservations
 from flock.temporal.search import ID, newest_first, workflows_of
@@ -102,27 +107,30 @@ class _AttemptState:
         return decoded(self.memo.fields[name], type_) if name in self.memo.fields else default
 
 
-class TemporalBatches:
-    """The batches of one flock. For the arguments, see ``TemporalEngine``."""
+class TemporalBatches(EngineBase):
+    """The batches of a ``TemporalEngine``.
+
+    Args:
+        cluster: connected when the engine is entered.
+    """
+
+    _new_batch_id = staticmethod(new_batch_id)
 
     def __init__(
         self,
-        cluster: Cluster,
-        reservations: Reservations,
-        flock: str,
-        task_queue: str,
-        *,
-        limits: Limits,
-        heartbeat_timeout_s: float,
         agents: Mapping[str, Agent],
+        flock: str,
+        limits: Limits,
+        cluster: Cluster,
+        *,
+        heartbeat_timeout_s: float,
+        **models: Any,
     ) -> None:
-        self._cluster = cluster
-        self._reservations = reservations
-        self._flock = flock
-        self._task_queue = task_queue
-        self._limits = limits
+        super().__init__(agents, flock, limits, **models)
+        self.cluster = cluster
+        self._task_queue = task_queue_of(flock)
+        self._reservations = Reservations(cluster, flock, self._task_queue)
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._agents = agents
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
         #: by batch and attempt; keeps counts from going back while an activity's results are on their way to the chunk
         self._last_reported: OrderedDict[tuple[str, int], Batch] = OrderedDict()
@@ -132,14 +140,11 @@ class TemporalBatches:
 
     # Accepting
 
-    async def submit(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
-        """Accept a batch; see ``Engine.submit_batch``.
-
-        Cancellation: workers delete the rows that were sent.
-        """
+    async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
+        """Cancellation: workers delete the rows that were sent."""
         batch = intake.batch
         versions = {name: version_of(agent) for name, agent in self._agents.items()}
-        rows = _RowSender(self._cluster, self._task_queue, batch.batch_id, versions)
+        rows = _RowSender(self.cluster, self._task_queue, batch.batch_id, versions)
         staged = 0
 
         async def stage(page: Sequence[Run]) -> None:
@@ -151,7 +156,7 @@ class TemporalBatches:
             self._staged += count
             await rows.send(page)
 
-        waiting = await self._check_room(0)  # also fails early if the cluster does not answer
+        waiting = await self._check_room_for_items(0)  # also fails early if the cluster does not answer
         is_used = key is not None and await self._reservations.is_used(key)  # a replay comes before any limit
         is_whole = False
         try:
@@ -175,7 +180,7 @@ class TemporalBatches:
                 first_error=rows.first_error,
                 key_id=None if key is None else self._reservations.key_id(key),
             )
-            accepted = await self._accept(order, key, staged, rows)
+            accepted = await self._accept_sent(order, key, staged, rows)
         except BaseException:
             rows.stop()
             if rows.starts and not rows.may_be_in_use:
@@ -200,7 +205,9 @@ class TemporalBatches:
         except (StoreError, EngineFull) as exc:
             logger.warning("the uploaded rows of the batch %s cannot be deleted: %s", batch_id, exc)
 
-    async def _accept(self, order: BatchOrder, key: IdempotencyKey | None, staged: int, rows: "_RowSender") -> Batch:
+    async def _accept_sent(
+        self, order: BatchOrder, key: IdempotencyKey | None, staged: int, rows: "_RowSender"
+    ) -> Batch:
         """Start a batch under the id that its key has. Its *rows*, with *staged* open items, have been sent.
 
         Raises: Replayed, KeyReused, EngineFull.
@@ -211,8 +218,8 @@ class TemporalBatches:
             if await self._reservations.is_deleted(made_id):
                 await self._reservations.release(self._reservations.key_id(key), made_id)
             with contextlib.suppress(BatchNotFound):
-                raise Replayed((await self.get(made_id)).batch_id)
-        await self._check_room(batch.total_items - batch.completed_items - staged)
+                raise Replayed((await self.get_batch(made_id)).batch_id)
+        await self._check_room_for_items(batch.total_items - batch.completed_items - staged)
         if key is not None:
             # If the process that claimed the key died before it started the batch, this one starts it.
             made_id = await self._reservations.claim(key, batch.batch_id)
@@ -222,15 +229,15 @@ class TemporalBatches:
                 )
         rows.may_be_in_use = key is not None  # if the answer is lost, the batch may have started
         try:
-            await self._start(order)
+            await self._start_batch(order)
         except WorkflowAlreadyStartedError:
             rows.may_be_in_use = False
             raise Replayed(order.batch.batch_id) from None
         return order.batch
 
-    async def _start(self, order: BatchOrder) -> None:
+    async def _start_batch(self, order: BatchOrder) -> None:
         """Start an attempt. Raises WorkflowAlreadyStartedError if it was started before."""
-        await self._cluster.start(
+        await self.cluster.start(
             BATCH_WORKFLOW,
             order,
             order.batch,
@@ -239,12 +246,12 @@ class TemporalBatches:
             memo={"batch": order.batch, "about": order.attempts[-1]},
         )
 
-    async def _check_room(self, more: int) -> int:
+    async def _check_room_for_items(self, more: int) -> int:
         """Return the number of open items in accepted batches. Raises EngineFull if there is no room for *more*."""
         query = f"{workflows_of(BATCH_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"
         waiting = 0
-        async with self._cluster.rpc_scope():
-            async for workflow in self._cluster.client.list_workflows(query):
+        async with self.cluster.rpc_scope():
+            async for workflow in self.cluster.client.list_workflows(query):
                 memo = workflow.raw_info.memo.fields
                 batch = decoded(memo["batch"], Batch)
                 waiting += batch.total_items - batch.completed_items
@@ -257,20 +264,21 @@ class TemporalBatches:
 
     # Reading
 
-    async def get(self, batch_id: str) -> Batch:
-        return (await self._find(batch_id)).batch
+    async def get_batch(self, batch_id: str) -> Batch:
+        self._check_entered()
+        return (await self._find_batch(batch_id)).batch
 
-    async def _find(self, batch_id: str) -> _AttemptState:
+    async def _find_batch(self, batch_id: str) -> _AttemptState:
         """Return the state of the last attempt of a batch. Raises BatchNotFound."""
         if ID.fullmatch(batch_id) is None or parse_item_id(batch_id)[1] >= 0:
             raise BatchNotFound(batch_id)
-        state = await self._attempt(batch_id, 1) or await self._attempt(
-            batch_id, await self._cluster.last_attempt(BATCH_WORKFLOW, batch_workflow_id(batch_id, 1))
+        state = await self._batch_attempt(batch_id, 1) or await self._batch_attempt(
+            batch_id, await self.cluster.last_attempt(BATCH_WORKFLOW, batch_workflow_id(batch_id, 1))
         )
         if state is None or state.batch.flock != self._flock:
             raise BatchNotFound(batch_id)
         while state.batch.status.is_final:
-            later = await self._attempt(batch_id, state.batch.attempt + 1)
+            later = await self._batch_attempt(batch_id, state.batch.attempt + 1)
             if later is None:
                 break
             state = later
@@ -278,10 +286,10 @@ class TemporalBatches:
             raise BatchNotFound(batch_id)
         return state
 
-    async def _attempt(self, batch_id: str, attempt: int) -> _AttemptState | None:
+    async def _batch_attempt(self, batch_id: str, attempt: int) -> _AttemptState | None:
         if attempt == 0:
             return None
-        described = await self._cluster.describe(batch_workflow_id(batch_id, attempt))
+        described = await self.cluster.describe(batch_workflow_id(batch_id, attempt))
         if described is None:
             return None
         info = described.raw_info
@@ -310,43 +318,45 @@ class TemporalBatches:
     async def _counts_of(self, batch_id: str, chunk: int, attempt: int) -> Counts:
         """Count the items of a running chunk that have ended or wait for answers."""
         workflow_id = chunk_workflow_id(batch_id, chunk, attempt)
-        described = await self._cluster.describe(workflow_id)
+        described = await self.cluster.describe(workflow_id)
         if described is not None and described.raw_description.HasField("pending_workflow_task"):
             await asyncio.sleep(COUNT_AGAIN_AFTER_S)  # it may have results that are not counted yet
-            described = await self._cluster.describe(workflow_id)
+            described = await self.cluster.describe(workflow_id)
         if described is None:  # it has not started yet
             return Counts()
         memo = described.raw_info.memo.fields
         counted = decoded(memo["ended"], Counts) if "ended" in memo else Counts()
         return counted + ended_so_far(described.raw_description.pending_activities)
 
-    def handle(self, batch_id: str, attempt: int = 1) -> WorkflowHandle[Any, Any]:
-        """Return the handle of the workflow of an attempt, even if it does not exist."""
-        return self._cluster.client.get_workflow_handle(batch_workflow_id(batch_id, attempt))
+    def _batch_handle(self, batch: Batch) -> WorkflowHandle[Any, Any]:
+        return self.cluster.client.get_workflow_handle(batch_workflow_id(batch.batch_id, batch.attempt))
 
-    async def _order(self, batch: Batch) -> BatchOrder:
+    async def _batch_order(self, batch: Batch) -> BatchOrder:
         """Return the order of an attempt, with the positions of its chunks and the earlier attempts."""
         key = (batch.batch_id, batch.attempt)
         if key not in self._orders:
-            async with self._cluster.rpc_scope():
-                self._orders[key] = await self._cluster.input_of(batch_workflow_id(*key), BatchOrder)
+            async with self.cluster.rpc_scope():
+                self._orders[key] = await self.cluster.input_of(batch_workflow_id(*key), BatchOrder)
         self._orders.move_to_end(key)
         if len(self._orders) > BATCH_CACHE_SIZE:
             self._orders.popitem(last=False)
         return self._orders[key]
 
-    async def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> Sequence[Run]:
-        """See ``Engine.get_items``."""
+    async def get_items(
+        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
+    ) -> Sequence[Run]:
+        self._check_entered()
+        wanted = statuses_of(statuses)
         try:
-            state = await self._find(batch_id)
-            order = await self._order(state.batch)
-            chunks = iter(self._chunks_with(state, order, max(0, after + 1), statuses))
+            state = await self._find_batch(batch_id)
+            order = await self._batch_order(state.batch)
+            chunks = iter(self._chunks_with(state, order, max(0, after + 1), wanted))
             page, at_once = Page[Run](limit), 1  # with long results, one chunk can exceed a page
             while next_chunks := list(islice(chunks, at_once)):
                 at_once = READ_AT_ONCE
                 read = await asyncio.gather(*(self._read(state, order, chunk) for chunk in next_chunks))
                 for item in (item for chunk in read for item in chunk.items.values()):
-                    if (item.position or 0) <= after or item.status not in statuses:
+                    if (item.position or 0) <= after or item.status not in wanted:
                         continue
                     if not page.add(replace(item, steps=())):
                         return page
@@ -370,8 +380,8 @@ class TemporalBatches:
 
     async def _read(self, state: _AttemptState, order: BatchOrder, chunk: int) -> Chunk:
         attempts = (*order.attempts[:-1], state.about)
-        async with self._cluster.rpc_scope(SEND_TIMEOUT_S):
-            return await read_chunk(self._cluster, state.batch.batch_id, chunk, attempts, attempts[0].rows_of)
+        async with self.cluster.rpc_scope(SEND_TIMEOUT_S):
+            return await read_chunk(self.cluster, state.batch.batch_id, chunk, attempts, attempts[0].rows_of)
 
     async def _chunk_with(self, run_id: str) -> Chunk | None:
         """Return the chunk that has the item with this id, or None if there is none, or its histories were deleted."""
@@ -379,39 +389,37 @@ class TemporalBatches:
         if position < 0:
             return None
         try:
-            state = await self._find(batch_id)
+            state = await self._find_batch(batch_id)
             if position >= state.batch.total_items:
                 return None
-            order = await self._order(state.batch)
+            order = await self._batch_order(state.batch)
             return await self._read(state, order, bisect.bisect_right(order.starts, position) - 1)
         except (BatchNotFound, RPCError):
             return None
 
-    async def item(self, run_id: str) -> Run | None:
-        """Return the item with this id, or None."""
+    async def _item(self, run_id: str) -> Run | None:
         chunk = await self._chunk_with(run_id)
         return None if chunk is None else chunk.items.get(parse_item_id(run_id)[1])
 
-    async def calls_of_item(self, run_id: str) -> Mapping[int, Sequence[Call]]:
-        """See ``Engine.get_calls``."""
+    async def _calls_of_item(self, run_id: str) -> Mapping[int, Sequence[Call]]:
         chunk = await self._chunk_with(run_id)
         return {} if chunk is None else chunk.calls.get(parse_item_id(run_id)[1], {})
 
-    async def chunk_of(self, run_id: str) -> WorkflowHandle[Any, Any]:
+    async def _chunk_of(self, run_id: str) -> WorkflowHandle[Any, Any]:
         """Return the workflow that runs an item. Raises BatchNotFound."""
         batch_id, position = parse_item_id(run_id)
-        batch = await self.get(batch_id)
-        chunk = bisect.bisect_right((await self._order(batch)).starts, position) - 1
-        return self._cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, batch.attempt))
+        batch = await self.get_batch(batch_id)
+        chunk = bisect.bisect_right((await self._batch_order(batch)).starts, position) - 1
+        return self.cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, batch.attempt))
 
-    async def page(self, wanted: BatchFilter) -> Page[Batch]:
-        """See ``Engine.list_batches``."""
+    async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
+        self._check_entered()
         page = Page[Batch](wanted.limit)
-        ranges = newest_first(self._cluster, workflows_of(BATCH_WORKFLOW, self._flock), "batch", wanted)
+        ranges = newest_first(self.cluster, workflows_of(BATCH_WORKFLOW, self._flock), "batch", wanted)
         async for batch_ids in ranges:
             for start in range(0, len(batch_ids), BATCHES_AT_ONCE):
                 next_ids = batch_ids[start : start + BATCHES_AT_ONCE]
-                for batch in await asyncio.gather(*map(self.get, next_ids), return_exceptions=True):
+                for batch in await asyncio.gather(*map(self.get_batch, next_ids), return_exceptions=True):
                     if isinstance(batch, BaseException):
                         if not isinstance(batch, BatchNotFound):
                             raise batch
@@ -421,29 +429,34 @@ class TemporalBatches:
 
     # Changing
 
-    async def cancel(self, batch_id: str) -> Batch:
-        batch = await self.get(batch_id)
+    async def cancel_batch(self, batch_id: str) -> Batch:
+        batch = await self.get_batch(batch_id)
         if not batch.status.is_final:
-            async with self._cluster.rpc_scope(missing_ok=True):
-                await self.handle(batch_id, batch.attempt).cancel()
-            batch = await self.get(batch_id)
+            async with self.cluster.rpc_scope(missing_ok=True):
+                await self._batch_handle(batch).cancel()
+            batch = await self.get_batch(batch_id)
         if conflict := not_cancelled(batch):
             raise conflict
         return replace(batch, cancel_requested=True)
 
-    async def cancel_item(self, run: Run) -> None:
+    async def _cancel_item(self, run: Run) -> None:
         batch_id, position = parse_item_id(run.run_id)
-        batch = await self.get(batch_id)
-        async with self._cluster.rpc_scope(missing_ok=True):
-            await self.handle(batch_id, batch.attempt).signal("cancel_item", position)
+        batch = await self.get_batch(batch_id)
+        async with self.cluster.rpc_scope(missing_ok=True):
+            await self._batch_handle(batch).signal("cancel_item", position)
 
-    async def retry(
+    async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
+        self._check_running()
+        self._check_prices((await self.get_batch(batch_id)).agent_name, max_cost)
+        return await self._retry_batch(batch_id, statuses_of(only), max_cost=max_cost)
+
+    async def _retry_batch(
         self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None, max_cost: float | None = None
     ) -> Batch:
         """Start the next attempt of a batch that has ended, for *item* alone if it is given."""
-        state = await self._find(batch_id)
+        state = await self._find_batch(batch_id)
         batch, statuses = state.batch, tuple(only or (RunStatus.FAILED, RunStatus.CANCELLED))
-        order = await self._order(batch)
+        order = await self._batch_order(batch)
         failed = batch.failed_items - order.invalid_items if RunStatus.FAILED in statuses else 0
         cancelled = batch.cancelled_items if RunStatus.CANCELLED in statuses else 0
         if item is not None:
@@ -454,7 +467,7 @@ class TemporalBatches:
             await self._read(state, order, 0)  # the retention of the first chunk ends first
         except RPCError as exc:
             raise BatchNotFound(batch_id) from exc
-        await self._check_room(failed + cancelled)
+        await self._check_room_for_items(failed + cancelled)
         all_chunks = "f" * (len(order.starts) // 4 + 1)
         again = replace(
             order,
@@ -483,16 +496,16 @@ class TemporalBatches:
             first_error=state.memo_value("first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
         )
         try:
-            await self._start(again)
+            await self._start_batch(again)
         except WorkflowAlreadyStartedError as exc:
             raise already_retried(batch) from exc
         return again.batch
 
-    async def delete(self, batch_id: str) -> None:
-        batch = await self.get(batch_id)
+    async def delete_batch(self, batch_id: str) -> None:
+        batch = await self.get_batch(batch_id)
         if not batch.status.is_final:
             raise not_deleted(batch)
-        order = await self._order(batch)
+        order = await self._batch_order(batch)
         if not await self._reservations.delete_batch(batch_id, len(order.starts), order.attempts[0].rows_of):
             raise BatchNotFound(batch_id)
         await self._reservations.release(order.key_id, batch_id)

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import Context
+from functools import partial
 from itertools import islice
 from typing import Any, Self, TypeVar
 
@@ -24,8 +25,6 @@ from temporalio.common import Priority
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.agents.agent import Agent
-from flock.engine.base import EngineBase
-from flock.engine.intake import Intake
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError, TooLarge
 from flock.limits import Limits, enforced_by
 from flock.models.models import ModelChoice
@@ -34,7 +33,6 @@ from flock.options import replaced
 from flock.runs import (
     INVALID_INPUT,
     Batch,
-    BatchFilter,
     Call,
     IdempotencyKey,
     Observer,
@@ -43,9 +41,7 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
-    Statuses,
     now,
-    statuses_of,
 )
 from flock.steps.answers import answer_of, question_for
 from flock.steps.refusals import (
@@ -65,12 +61,11 @@ from flock.temporal.messages import (
     RUN_WORKFLOW,
     CallDone,
     RunOrder,
-    new_batch_id,
+    batch_workflow_id,
     run_workflow_id,
-    task_queue_of,
+    workflow_id_of,
 )
 from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, with_pending_activity
-from flock.temporal.reservations import Reservations
 from flock.temporal.search import ID, newest_first, open_runs, waiting_runs, workflows_of
 from flock.temporal.sessions import join_session
 
@@ -95,7 +90,7 @@ CANCEL_WAIT_S = 3.0
 Record = TypeVar("Record", Run, Batch)
 
 
-class TemporalEngine(EngineBase):
+class TemporalEngine(TemporalBatches):
     """``Engine`` on a Temporal cluster. It needs a ``TemporalWorker`` of the same flock, on any machine.
 
     Every run is stored like an asynchronous one. It outlives this process, even if a caller waits for its result.
@@ -115,6 +110,8 @@ class TemporalEngine(EngineBase):
     The retention of the namespace decides how long runs are kept after they end.
     """
 
+    _max_item_bytes = MAX_INPUT_BYTES
+
     def __init__(
         self,
         agents: Mapping[str, Agent],
@@ -129,24 +126,13 @@ class TemporalEngine(EngineBase):
         limits: Limits | None = None,
         **bounds: Any,
     ) -> None:
-        self.cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir)
+        cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir)
         limits = replaced(limits or Limits(), bounds, enforced_by("server"))
         limits = replace(limits, max_items=min(limits.max_items, MAX_ITEMS))
         if payload_dir is None:
             limits = replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
-        super().__init__(agents, flock, limits, prices=prices, default_model=default_model)
-        self._task_queue = task_queue_of(flock)
-        self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._reservations = Reservations(self.cluster, flock, self._task_queue)
-        self._batches = TemporalBatches(
-            self.cluster,
-            self._reservations,
-            flock,
-            self._task_queue,
-            limits=limits,
-            heartbeat_timeout_s=heartbeat_timeout_s,
-            agents=agents,
-        )
+        models = {"prices": prices, "default_model": default_model}
+        super().__init__(agents, flock, limits, cluster, heartbeat_timeout_s=heartbeat_timeout_s, **models)
         self._watch_task: asyncio.Task[None] | None = None
         self._is_stopping = False
         self._error: StoreError | None = None
@@ -331,7 +317,7 @@ class TemporalEngine(EngineBase):
         self._check_entered()
         if ID.fullmatch(run_id) is None:
             raise RunNotFound(run_id)
-        run = await self._attempt(run_id, 1) or await self._batches.item(run_id)
+        run = await self._attempt(run_id, 1) or await self._item(run_id)
         if run is None:
             run = await self._attempt(run_id, await self.cluster.last_attempt(RUN_WORKFLOW, run_workflow_id(run_id, 1)))
         if run is None or run.flock != self._flock or principal not in (None, run.principal):
@@ -354,7 +340,7 @@ class TemporalEngine(EngineBase):
     async def _calls_of(self, run: Run) -> Mapping[int, Sequence[Call]]:
         """Return the calls of *run*, with long answers."""
         if run.batch_id is not None:
-            return await self._batches.calls_of_item(run.run_id)
+            return await self._calls_of_item(run.run_id)
         found: dict[int, list[Call]] = {}
         for attempt in sorted({*(step.attempt for step in run.steps if step.call_count), run.attempt}):
             async with self.cluster.rpc_scope(missing_ok=True):  # its history may have been deleted
@@ -380,27 +366,27 @@ class TemporalEngine(EngineBase):
         return self.cluster.client.get_workflow_handle(run_workflow_id(run_id, attempt))
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
-        async def read() -> tuple[Run, WorkflowHandle[Any, Any] | None]:
-            run = await self.get_run(run_id)
-            return run, None if run.batch_id is not None else self._handle(run_id, run.attempt)
-
         self._check_entered()
         may_ask = any(agent.may_ask for agent in self._agents.values())
-        handle = self._handle(run_id, 1) if ID.fullmatch(run_id) else None
-        return await self._wait(read, handle, timeout_s, waits=0 if may_ask else None)
+        first_id = run_workflow_id(run_id, 1) if ID.fullmatch(run_id) else None
+        return await self._wait(partial(self.get_run, run_id), first_id, timeout_s, waits=0 if may_ask else None)
+
+    async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
+        self._check_entered()
+        first_id = batch_workflow_id(batch_id, 1) if ID.fullmatch(batch_id) else None
+        return await self._wait(partial(self.get_batch, batch_id), first_id, timeout_s)
 
     async def _wait(
         self,
-        read: Callable[[], Awaitable[tuple[Record, WorkflowHandle[Any, Any] | None]]],
-        handle: WorkflowHandle[Any, Any] | None,
+        read: Callable[[], Awaitable[Record]],
+        workflow_id: str | None,
         timeout_s: float | None,
         waits: int | None = None,
     ) -> Record:
         """Return the record from *read* when it is not active, or the current one after *timeout_s*.
 
         Args:
-            read: returns the record, and the workflow to wait for.
-            handle: the workflow to wait for before the first call of *read*.
+            workflow_id: the workflow to wait for before the first call of *read*.
             waits: see ``_until_change``.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -410,16 +396,17 @@ class TemporalEngine(EngineBase):
                 left_s = None if deadline is None else deadline - time.monotonic()
                 if record is not None and left_s is not None and left_s <= 0:
                     return record
-                if handle is not None and (left_s is None or left_s > 0):
-                    waits = waits if handle.id == followed or waits is None else 0
-                    followed, waits = handle.id, await self._until_change(handle, left_s, waits)
+                if workflow_id is not None and (left_s is None or left_s > 0):
+                    waits = waits if workflow_id == followed or waits is None else 0
+                    followed, waits = workflow_id, await self._until_change(workflow_id, left_s, waits)
                 elif record is not None:  # an item has no workflow of its own
                     await asyncio.sleep(POLL_INTERVAL_S if left_s is None else min(left_s, POLL_INTERVAL_S))
                     if self._is_stopping:
                         raise wait_stopped()
-                record, handle = await read()
+                record = await read()
                 if not record.status.is_active:
                     return record
+                workflow_id = workflow_id_of(record)
 
     @contextlib.contextmanager
     def _counted_as_waiting(self) -> Iterator[None]:
@@ -446,9 +433,7 @@ class TemporalEngine(EngineBase):
     def _may_end_in_drain(self, run_id: str) -> bool:
         return run_id in self._watched and not self._wake_waiters.is_set()
 
-    async def _until_change(
-        self, handle: WorkflowHandle[Any, Any], timeout_s: float | None, waits: int | None = None
-    ) -> int | None:
+    async def _until_change(self, workflow_id: str, timeout_s: float | None, waits: int | None = None) -> int | None:
         """Wait until a workflow is closed, at most *timeout_s*.
 
         Args:
@@ -458,7 +443,7 @@ class TemporalEngine(EngineBase):
         Returns: the id of the event, or *waits*. Raises EngineStopped, StoreError.
         """
         # The next read reports a missing workflow.
-        following = asyncio.create_task(self.cluster.until_change(handle.id, waits))
+        following = asyncio.create_task(self.cluster.until_change(workflow_id, waits))
         woken = asyncio.create_task(self._wake_waiters.wait())
         try:
             await asyncio.wait([following, woken], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -476,12 +461,12 @@ class TemporalEngine(EngineBase):
     async def cancel_run(self, run_id: str) -> Run:
         run = await self.get_run(run_id)
         if not run.status.is_final and run.batch_id is not None:
-            await self._batches.cancel_item(run)
+            await self._cancel_item(run)
         elif not run.status.is_final:
             async with self.cluster.rpc_scope(missing_ok=True):
                 await self._handle(run_id, run.attempt).cancel()
             if run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
-                await self._until_change(self._handle(run_id, run.attempt), CANCEL_WAIT_S)
+                await self._until_change(run_workflow_id(run_id, run.attempt), CANCEL_WAIT_S)
         run = await self.get_run(run_id)
         if conflict := not_cancelled(run):
             raise conflict
@@ -514,16 +499,16 @@ class TemporalEngine(EngineBase):
 
     async def _keeper_of(self, run: Run) -> WorkflowHandle[Any, Any]:
         """Return the workflow that keeps the calls of *run*."""
-        return await self._batches.chunk_of(run.run_id) if run.batch_id else self._handle(run.run_id, run.attempt)
+        return await self._chunk_of(run.run_id) if run.batch_id else self._handle(run.run_id, run.attempt)
 
     async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
         self._check_prices(run.agent_name, max_cost)
-        batch = None if run.batch_id is None else await self._batches.get(run.batch_id)
+        batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
         if batch is not None:
             if batch.status.is_final and run.status in RETRYABLE and run.error_type != INVALID_INPUT:
-                await self._batches.retry(batch.batch_id, (run.status,), run, max_cost)
+                await self._retry_batch(batch.batch_id, (run.status,), run, max_cost)
                 return await self.get_run(run_id)
         if batch is not None or run.status not in RETRYABLE:
             raise run_not_retried(run, batch)
@@ -577,50 +562,6 @@ class TemporalEngine(EngineBase):
                     if run is not None and wanted.status in (None, run.status) and not page.add(run):
                         return page
         return page
-
-    # Batches
-
-    _new_batch_id = staticmethod(new_batch_id)
-    _max_item_bytes = MAX_INPUT_BYTES
-
-    async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
-        return await self._batches.submit(intake, key)
-
-    async def get_batch(self, batch_id: str) -> Batch:
-        self._check_entered()
-        return await self._batches.get(batch_id)
-
-    async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
-        async def read() -> tuple[Batch, WorkflowHandle[Any, Any] | None]:
-            batch = await self.get_batch(batch_id)
-            return batch, self._batches.handle(batch_id, batch.attempt)
-
-        self._check_entered()
-        handle = None if ID.fullmatch(batch_id) is None else self._batches.handle(batch_id)
-        return await self._wait(read, handle, timeout_s)
-
-    async def get_items(
-        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
-    ) -> Sequence[Run]:
-        self._check_entered()
-        return await self._batches.items(batch_id, after, limit, statuses_of(statuses))
-
-    async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
-        self._check_entered()
-        return await self._batches.page(wanted)
-
-    async def cancel_batch(self, batch_id: str) -> Batch:
-        self._check_entered()
-        return await self._batches.cancel(batch_id)
-
-    async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
-        self._check_running()
-        self._check_prices((await self.get_batch(batch_id)).agent_name, max_cost)
-        return await self._batches.retry(batch_id, statuses_of(only), max_cost=max_cost)
-
-    async def delete_batch(self, batch_id: str) -> None:
-        self._check_entered()
-        await self._batches.delete(batch_id)
 
 
 def _answer_in(calls: Mapping[int, Sequence[Call]], call_id: str) -> msgspec.Raw | None:

@@ -81,6 +81,7 @@ __all__ = [
     "run_workflow_id",
     "session_workflow_id",
     "task_queue_of",
+    "workflow_id_of",
 ]
 
 T = TypeVar("T")
@@ -555,6 +556,13 @@ def session_workflow_id(run: Run) -> str:
 
 def batch_workflow_id(batch_id: str, attempt: int) -> str:
     return f"batch:{batch_id}" if attempt == 1 else f"batch:{batch_id}:{attempt}"
+
+
+def workflow_id_of(record: Run | Batch) -> str | None:
+    """The workflow of the current attempt. None for an item, which has no workflow of its own."""
+    if isinstance(record, Batch):
+        return batch_workflow_id(record.batch_id, record.attempt)
+    return run_workflow_id(record.run_id, record.attempt) if record.batch_id is None else None
 
 
 def rows_workflow_id(batch_id: str, chunk: int) -> str:
