@@ -547,52 +547,42 @@ class IdempotencyKey(msgspec.Struct, frozen=True):
         return self.key if self.principal is None else f"{self.principal} {self.key}"
 
 
-class RunFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """The filter of a list of runs. A field that is None matches all runs.
+class BatchFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """The filter of a list of batches. A field that is None matches all batches.
+
+    Attributes:
+        after: the last id of the previous page.
+        limit: max batches per page.
+
+    Raises: DefinitionError if the status is unknown.
+    """
+
+    status: RunStatus | StatusName | None = None
+    agent_name: str | None = None
+    principal: str | None = None
+    after: str | None = None
+    limit: int = 100
+
+    def __post_init__(self) -> None:
+        if self.status is not None:
+            msgspec.structs.force_setattr(self, "status", *statuses_of([self.status]))
+
+
+class RunFilter(BatchFilter, frozen=True, kw_only=True):
+    """The filter of a list of runs: that of a list of batches, and more fields.
 
     Attributes:
         created_after, created_before: with a precision of one millisecond.
-        after: the last id of the previous page.
-        limit: max runs per page.
         with_inputs, with_results: also read inputs or results; otherwise they are empty or None.
 
     Raises: DefinitionError if the status is unknown.
     """
 
-    status: RunStatus | StatusName | None = None
-    agent_name: str | None = None
-    principal: str | None = None
     session_id: str | None = None
     created_after: datetime | None = None
     created_before: datetime | None = None
-    after: str | None = None
-    limit: int = 100
     with_inputs: bool = False
     with_results: bool = False
-
-    def __post_init__(self) -> None:
-        _convert_status(self)
-
-
-class BatchFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """The filter of a list of batches. None matches all. ``after`` is the last id of the previous page.
-
-    Raises: DefinitionError if the status is unknown.
-    """
-
-    status: RunStatus | StatusName | None = None
-    agent_name: str | None = None
-    principal: str | None = None
-    after: str | None = None
-    limit: int = 100
-
-    def __post_init__(self) -> None:
-        _convert_status(self)
-
-
-def _convert_status(wanted: RunFilter | BatchFilter) -> None:
-    if wanted.status is not None:
-        msgspec.structs.force_setattr(wanted, "status", *statuses_of([wanted.status]))
 
 
 #: Approximate max size of one page of records, in bytes of JSON.

@@ -58,9 +58,7 @@ def earlier_turns(run: Run) -> str:
     return f"{workflows_of(RUN_WORKFLOW, run.flock)} AND {of} AND {completed}"
 
 
-async def newest_first(
-    cluster: Cluster, query: str, prefix: str, wanted: RunFilter | BatchFilter
-) -> AsyncIterator[list[str]]:
+async def newest_first(cluster: Cluster, query: str, prefix: str, wanted: BatchFilter) -> AsyncIterator[list[str]]:
     """Yield the ids of runs or batches that may match *wanted*, newest first, one list for each range of ids.
 
     Args:
@@ -82,10 +80,10 @@ async def newest_first(
         conditions.append(f"{PRINCIPAL.name} = {_quoted(wanted.principal)}")
     if isinstance(wanted, RunFilter) and wanted.session_id is not None:
         conditions.append(f"{SESSION.name} = {_quoted(wanted.session_id)}")
-    created_after = wanted.created_after if isinstance(wanted, RunFilter) else None
-    created_before = wanted.created_before if isinstance(wanted, RunFilter) else None
-    bottom = 0 if created_after is None else _milliseconds(created_after) + 1
-    top = _milliseconds(now() + MAX_CLOCK_LEAD if created_before is None else created_before)
+    bottom, top = 0, _milliseconds(now() + MAX_CLOCK_LEAD)
+    if isinstance(wanted, RunFilter):
+        bottom = 0 if wanted.created_after is None else _milliseconds(wanted.created_after) + 1
+        top = top if wanted.created_before is None else _milliseconds(wanted.created_before)
     high = _id_at(top)
     if after is not None and not ID.fullmatch(after):
         return  # it is not an id, so no page follows it
