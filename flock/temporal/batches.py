@@ -5,7 +5,6 @@ that workflow has counted, plus the counts of its running chunks.
 """
 
 import asyncio
-import bisect
 import contextlib
 import logging
 from collections import OrderedDict
@@ -368,7 +367,7 @@ class TemporalBatches(EngineBase):
         self, state: _AttemptState, order: BatchOrder, position: int, statuses: Sequence[RunStatus]
     ) -> Sequence[int]:
         """Return the chunks from *position* on that may have items with these *statuses*."""
-        first = bisect.bisect_right(order.starts, position) - 1
+        first = order.chunk_of(position)
         chunks = range(first, len(order.starts) if position < state.batch.total_items else first)
         if not state.batch.status.is_final or not set(statuses) <= {RunStatus.FAILED, RunStatus.CANCELLED}:
             return chunks
@@ -393,7 +392,7 @@ class TemporalBatches(EngineBase):
             if position >= state.batch.total_items:
                 return None
             order = await self._batch_order(state.batch)
-            return await self._read(state, order, bisect.bisect_right(order.starts, position) - 1)
+            return await self._read(state, order, order.chunk_of(position))
         except (BatchNotFound, RPCError):
             return None
 
@@ -409,7 +408,7 @@ class TemporalBatches(EngineBase):
         """Return the workflow that runs an item. Raises BatchNotFound."""
         batch_id, position = parse_item_id(run_id)
         batch = await self.get_batch(batch_id)
-        chunk = bisect.bisect_right((await self._batch_order(batch)).starts, position) - 1
+        chunk = (await self._batch_order(batch)).chunk_of(position)
         return self.cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, batch.attempt))
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:

@@ -129,11 +129,11 @@ class FlockBatch(_Interruptible):
     @workflow.signal
     def cancel_item(self, position: int) -> None:
         """Cancel one item."""
-        if position >= self._order.first_of(self._next):
+        chunk = self._order.chunk_of(position)
+        if chunk >= self._next:
             self._cancelled[position] = workflow.now()
-        for chunk in self._chunks:
-            if self._order.first_of(chunk) <= position < self._order.first_of(chunk + 1):
-                self._signal_chunk(chunk, "cancel_item", position)
+        elif chunk in self._chunks:
+            self._signal_chunk(chunk, "cancel_item", position)
 
     @workflow.signal
     def chunk_spent(self, chunk: int, usage: Usage) -> None:
@@ -202,8 +202,7 @@ class FlockBatch(_Interruptible):
         if self._batch.attempt == 1:
             return chunks
         if attempt.position is not None:
-            at = attempt.position
-            return [k for k in chunks if self._order.first_of(k) <= at < self._order.first_of(k + 1)]
+            return [k for k in chunks if k == self._order.chunk_of(attempt.position)]
         bits = 0
         if RunStatus.FAILED in attempt.only:
             bits |= int(self._order.failed_in, 16)
@@ -601,10 +600,9 @@ class FlockChunk(_Interruptible, CallKeeper):
 
     def _has_answers(self) -> bool:
         """Whether an item may continue, or a question has expired."""
+        at = workflow.now()
         return any(
-            self._calls.still_open(part.position, len(part.steps), part.questions) != part.questions
-            or any(is_expired(question, workflow.now()) for question in part.questions)
-            for part in self._waiting.values()
+            self._calls.has_news(part.position, len(part.steps), part.questions, at) for part in self._waiting.values()
         )
 
     def _resume_answered(self) -> None:

@@ -3,6 +3,7 @@
 They are stored in histories. So a new field needs a default, and no field may be renamed or removed.
 """
 
+import bisect
 import hashlib
 import re
 from collections.abc import Iterable
@@ -273,6 +274,9 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The first position of *chunk*, or ``total_items`` after the last chunk."""
         return self.starts[chunk] if chunk < len(self.starts) else self.batch.total_items
 
+    def chunk_of(self, position: int) -> int:
+        return bisect.bisect_right(self.starts, position) - 1
+
 
 class CallDone(msgspec.Struct, frozen=True, kw_only=True):
     """A finished call: the signal that a worker sends to the workflow of its activity.
@@ -328,6 +332,11 @@ class Calls:
                 self.add(CallDone(item=item, step=step, call=answer_of(question, question.default, at)))
         answered = self._by_item.get(item, {})
         return tuple(question for question in questions if (step, question.call_id) not in answered)
+
+    def has_news(self, item: int, step: int, questions: tuple[Question, ...], at: datetime) -> bool:
+        """Whether one of *questions*, which were open, is answered or has expired."""
+        left = self.still_open(item, step, questions)
+        return left != questions or any(is_expired(question, at) for question in questions)
 
     def of_item(self, item: int) -> Iterable[CallDone]:
         return self._by_item.get(item, {}).values()

@@ -178,11 +178,7 @@ class FlockRun(CallKeeper):
                 raise _failed(expiry_of(late))
             with contextlib.suppress(TimeoutError):
                 await workflow.wait_condition(
-                    lambda: (
-                        self._calls.still_open(0, step, left) != left
-                        or any(is_expired(question, workflow.now()) for question in left)
-                    ),
-                    timeout=time_to_expiry(left),
+                    lambda: self._calls.has_news(0, step, left, workflow.now()), timeout=time_to_expiry(left)
                 )
         workflow.upsert_search_attributes([STATUS.value_unset()])
         assert run.started_at is not None
