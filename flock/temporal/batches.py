@@ -64,7 +64,7 @@ from flock.temporal.messages import (
     task_queue_of,
 )
 from flock.temporal.reservations import Reservations
-from flock.temporal.search import ID, newest_first, workflows_of
+from flock.temporal.search import ID, page_of, workflows_of
 
 __all__ = ["TemporalBatches"]
 
@@ -84,7 +84,6 @@ SEND_TIMEOUT_S = 10.0
 KEEP_ROWS_FOR = timedelta(days=30)
 #: How many batches are cached: their orders, and their last reported records.
 BATCH_CACHE_SIZE = 100
-BATCHES_AT_ONCE = 20
 #: The pause before counts are read again if a chunk has a pending workflow task, in seconds.
 COUNT_AGAIN_AFTER_S = 0.03
 
@@ -413,18 +412,8 @@ class TemporalBatches(EngineBase):
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()
-        page = Page[Batch](wanted.limit)
-        ranges = newest_first(self.cluster, workflows_of(BATCH_WORKFLOW, self._flock), "batch", wanted)
-        async for batch_ids in ranges:
-            for start in range(0, len(batch_ids), BATCHES_AT_ONCE):
-                next_ids = batch_ids[start : start + BATCHES_AT_ONCE]
-                for batch in await asyncio.gather(*map(self.get_batch, next_ids), return_exceptions=True):
-                    if isinstance(batch, BaseException):
-                        if not isinstance(batch, BatchNotFound):
-                            raise batch
-                    elif wanted.status in (None, batch.status) and not page.add(batch):
-                        return page
-        return page
+        query = workflows_of(BATCH_WORKFLOW, self._flock)
+        return await page_of(self.cluster, query, "batch", wanted, self.get_batch)
 
     # Changing
 

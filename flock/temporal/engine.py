@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import Context
 from functools import partial
-from itertools import islice
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -66,7 +65,7 @@ from flock.temporal.messages import (
     workflow_id_of,
 )
 from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, with_pending_activity
-from flock.temporal.search import ID, newest_first, open_runs, waiting_runs, workflows_of
+from flock.temporal.search import ID, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.sessions import join_session
 
 __all__ = ["TemporalEngine"]
@@ -80,8 +79,6 @@ WATCH_TIMEOUT_S = 0.7
 POLL_INTERVAL_S = 0.25
 #: Max size of the inputs of a run without a ``payload_dir``, and of any item.
 MAX_INPUT_BYTES = 1_000_000
-#: How many runs of a list are read concurrently.
-READS_AT_ONCE = 20
 #: The first pause before a history is read again that does not have an answer yet, in seconds. Later ones are longer.
 REREAD_DELAY_S = 0.02
 #: How long a request to cancel a waiting run waits for its end, in seconds. It ends at once if there is a worker.
@@ -543,25 +540,13 @@ class TemporalEngine(TemporalBatches):
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         """List runs. The cluster's search may lag by a moment, but the records are current."""
         self._check_entered()
-        page, at_once = Page[Run](wanted.limit), 1  # a long record can exceed a page
 
-        async def read(run_id: str) -> Run | None:
-            with contextlib.suppress(RunNotFound):  # it was deleted in the meantime
-                run = await self.get_run(run_id)
-                inputs = run.inputs if wanted.with_inputs else msgspec.Raw(b"{}")
-                return replace(run, inputs=inputs, result=run.result if wanted.with_results else None, steps=())
-            return None
+        async def read(run_id: str) -> Run:
+            run = await self.get_run(run_id)
+            inputs = run.inputs if wanted.with_inputs else msgspec.Raw(b"{}")
+            return replace(run, inputs=inputs, result=run.result if wanted.with_results else None, steps=())
 
-        ranges = newest_first(self.cluster, workflows_of(RUN_WORKFLOW, self._flock), "run", wanted)
-        async for run_ids in ranges:
-            unread = iter(run_ids)
-            while next_ids := list(islice(unread, at_once)):
-                at_once = min(READS_AT_ONCE, wanted.limit)
-                for run in await asyncio.gather(*map(read, next_ids)):
-                    # The search also finds earlier attempts, and lags.
-                    if run is not None and wanted.status in (None, run.status) and not page.add(run):
-                        return page
-        return page
+        return await page_of(self.cluster, workflows_of(RUN_WORKFLOW, self._flock), "run", wanted, read)
 
 
 def _answer_in(calls: Mapping[int, Sequence[Call]], call_id: str) -> msgspec.Raw | None:

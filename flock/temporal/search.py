@@ -4,17 +4,25 @@ The search may lag by a moment, and not every cluster can sort. So lists are rea
 time, and each range is sorted here.
 """
 
+import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import TypeVar
 
-from flock.runs import BatchFilter, Run, RunFilter, RunStatus, now
+from flock.errors import NotFound
+from flock.runs import Batch, BatchFilter, Page, Run, RunFilter, RunStatus, now
 from flock.store.columns import first_id_at
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of
 
-__all__ = ["ID", "earlier_turns", "newest_first", "open_runs", "waiting_runs", "workflows_of"]
+__all__ = ["ID", "earlier_turns", "open_runs", "page_of", "waiting_runs", "workflows_of"]
 
+R = TypeVar("R", Run, Batch)
+
+#: How many records of a list are read concurrently.
+READS_AT_ONCE = 20
 #: Max workflows in one range.
 WORKFLOWS_PER_RANGE = 1000
 #: Ids may come from a clock that is ahead by up to this time.
@@ -58,7 +66,32 @@ def earlier_turns(run: Run) -> str:
     return f"{workflows_of(RUN_WORKFLOW, run.flock)} AND {of} AND {completed}"
 
 
-async def newest_first(cluster: Cluster, query: str, prefix: str, wanted: BatchFilter) -> AsyncIterator[list[str]]:
+async def page_of(
+    cluster: Cluster, query: str, prefix: str, wanted: BatchFilter, read: Callable[[str], Awaitable[R]]
+) -> Page[R]:
+    """Return a page of the runs or batches that match *wanted*, newest first.
+
+    Args:
+        query, prefix: see ``_newest_first``.
+        read: returns the record with an id. Raises NotFound if it was deleted.
+    """
+    page, at_once = Page[R](wanted.limit), 1  # a long record can exceed a page
+    async for ids in _newest_first(cluster, query, prefix, wanted):
+        unread = iter(ids)
+        while next_ids := list(islice(unread, at_once)):
+            at_once = min(READS_AT_ONCE, wanted.limit)
+            for record in await asyncio.gather(*map(read, next_ids), return_exceptions=True):
+                if isinstance(record, NotFound):
+                    continue
+                if isinstance(record, BaseException):
+                    raise record
+                # The search also finds earlier attempts, and lags.
+                if wanted.status in (None, record.status) and not page.add(record):
+                    return page
+    return page
+
+
+async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: BatchFilter) -> AsyncIterator[list[str]]:
     """Yield the ids of runs or batches that may match *wanted*, newest first, one list for each range of ids.
 
     Args:
