@@ -531,7 +531,8 @@ class _RowSender:
                 self.failed_in |= 1 << chunk
                 self.first_error = self.first_error or (position, item.error)
         rows = tuple(ItemRow(item.inputs, item.error, item.extra or msgspec.UNSET) for item in page)
-        order = RowsOrder(item=_common_of(page[0]), first=self._total, rows=rows, agents=self._agents)
+        item = replace(page[0], inputs=msgspec.Raw(b"{}"), extra=None)
+        order = RowsOrder(item=item, first=self._total, rows=rows, agents=self._agents)
         self.starts.append(self._total)
         self._total += len(page)
         self._sending.add(asyncio.create_task(self._send(chunk, order)))
@@ -558,21 +559,6 @@ class _RowSender:
                 task_queue=self._task_queue,
                 start_delay=KEEP_ROWS_FOR,
             )
-
-
-def _common_of(item: Run) -> Run:
-    """Return the fields that all items of the batch share."""
-    return replace(
-        item,
-        run_id=item.batch_id or "",
-        inputs=msgspec.Raw(b"{}"),
-        status=RunStatus.STARTING,
-        error=None,
-        error_type=None,
-        completed_at=None,
-        position=None,
-        extra=None,
-    )
 
 
 def _closed_from_outside(state: _AttemptState, info: WorkflowExecutionInfo) -> None:

@@ -614,8 +614,7 @@ class FlockChunk(_Interruptible, CallKeeper):
             if late is not None:
                 del self._waiting[part.position]
                 self._calls.discard(part.position)
-                first_error = (part.position, expiry_of(late).error)
-                self._ended += Counts(failed=1, first_error=first_error, usage=part.usage)
+                self._ended += part.ended(expiry_of(late), at).counts
             elif left:
                 self._waiting[part.position] = replace(part, questions=left)
             else:

@@ -12,7 +12,6 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.errors import cut
 from flock.runs import INVALID_INPUT, Call, Run, RunStatus, Usage, added
 from flock.steps.answers import is_expired
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
@@ -80,18 +79,19 @@ class Chunk:
         #: the outcome of items that are not running, if the attempt starts no more
         self._stopped_by: Outcome | None = None
         for position, row in enumerate(rows.rows, rows.first):
-            item = replace(
+            is_invalid = row.error is not None
+            self.items[position] = replace(
                 rows.item,
                 run_id=item_id(batch_id, position),
                 batch_id=batch_id,
                 position=position,
                 inputs=row.inputs,
                 extra=None if isinstance(row.extra, UnsetType) else row.extra,
+                status=RunStatus.FAILED if is_invalid else RunStatus.STARTING,
+                error=row.error,
+                error_type=INVALID_INPUT if is_invalid else None,
+                completed_at=rows.item.created_at if is_invalid else None,
             )
-            if row.error is not None:
-                failure = {"error": row.error, "error_type": INVALID_INPUT, "completed_at": item.created_at}
-                item = replace(item, status=RunStatus.FAILED, **failure)
-            self.items[position] = item
 
     def reopen(self, attempt: Attempt) -> None:
         """Reset the items that an attempt of the batch retries. Invalid inputs would fail again."""
@@ -216,7 +216,7 @@ class Chunk:
             item,
             status=ended.status,
             result=steps[-1].result if ended.status is RunStatus.COMPLETED else None,
-            error=None if ended.error is None else cut(ended.error),
+            error=ended.error,
             error_type=ended.error_type,
             started_at=ended.started_at,
             completed_at=ended.completed_at,

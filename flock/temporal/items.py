@@ -101,12 +101,12 @@ class _Job:
     def must_cancel(self, position: int) -> bool:
         return self.is_cancelled or position in self.cancelled
 
-    def end(self, ended: ItemOutcome | Part) -> None:
+    def end(self, ended: Part) -> None:
         """Note that an item has ended, or waits for answers."""
-        if isinstance(ended, Part):
-            self.waiting.append(ended)
-        else:
+        if isinstance(ended, ItemOutcome):
             self.ended.append(ended)
+        else:
+            self.waiting.append(ended)
         if self.current is not None and self.current.position == ended.position:
             self.current = None
         self.bytes += _bytes_of(ended)
@@ -212,7 +212,7 @@ class ItemActivities:
             if time.monotonic() > return_at or job.bytes > SLICE_BYTES:
                 return
 
-    async def _run_item(self, job: _Job, run: Run, part: Part, agents: Mapping[str, str]) -> ItemOutcome | Part | None:
+    async def _run_item(self, job: _Job, run: Run, part: Part, agents: Mapping[str, str]) -> Part | None:
         """Run one item until it ends or waits for answers. Returns None if it is left for a later order."""
         position, is_again, needs = part.position, part.is_again, part.needs
         elsewhere = {run.agent_name, *agents}
@@ -378,7 +378,7 @@ class ItemActivities:
         await asyncio.gather(*(delete() for _ in range(DELETES_AT_ONCE)))
 
 
-def _bytes_of(ended: ItemOutcome | Part) -> int:
+def _bytes_of(ended: Part) -> int:
     return len(msgspec.json.encode(ended))
 
 

@@ -212,8 +212,8 @@ class ItemRow(msgspec.Struct, frozen=True, omit_defaults=True):
 class RowsOrder(msgspec.Struct, frozen=True, kw_only=True):
     """The rows of one chunk. They are stored before the batch starts, and read by the workers that run its items.
 
-    ``item`` has the fields that all items of the batch share. ``agents`` are the versions of the agents of the API, by
-    name.
+    ``item`` is the first of them, without its inputs: it has the fields that all items share. ``agents`` are the
+    versions of the agents of the API, by name.
     """
 
     item: Run
@@ -376,15 +376,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def ended(self, outcome: Outcome | None, at: datetime) -> "ItemOutcome":
         """Return its end at *at*; without an *outcome*, it has completed."""
-        return ItemOutcome(
-            **({} if outcome is None else asdict(outcome)),
-            position=self.position,
-            started_at=self.started_at,
-            completed_at=at,
-            progress=self.progress,
-            steps=self.steps,
-            usage=self.usage,
-        )
+        end = {} if outcome is None else asdict(outcome)
+        return ItemOutcome(**asdict(self), **end, completed_at=at)
 
 
 class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -469,18 +462,13 @@ class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return replace(done, ended=(*done.ended, failing_part.ended(outcome, at)), unfinished=None)
 
 
-class ItemOutcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The end of one item. Its result is that of its last step. ``usage``: what it has spent in this attempt."""
+class ItemOutcome(Part, frozen=True, kw_only=True, omit_defaults=True):
+    """The end of one item, with its last state. Its result is that of its last step."""
 
-    position: int
     status: RunStatus = RunStatus.COMPLETED
     error: str | None = None
     error_type: str | None = None
-    started_at: datetime | None = None
     completed_at: datetime
-    progress: Progress | None = None
-    steps: tuple[Step, ...] = ()
-    usage: Usage | None = None
 
     @property
     def counts(self) -> "Counts":
