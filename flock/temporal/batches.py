@@ -27,7 +27,7 @@ from flock.agents.agent import Agent
 from flock.agents.versions import version_of
 from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
-from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreError, cut
+from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreError
 from flock.limits import Limits
 from flock.runs import (
     Batch,
@@ -84,11 +84,13 @@ SEND_TIMEOUT_S = 10.0
 KEEP_ROWS_FOR = timedelta(days=30)
 #: How many batches are cached: their orders, and their last reported records.
 BATCH_CACHE_SIZE = 100
+#: As ``BatchOrder.failed_in``, if the workflow was closed before it could write which chunks have such items.
+ALL_CHUNKS = "-1"
 #: The pause before counts are read again if a chunk has a pending workflow task, in seconds.
 COUNT_AGAIN_AFTER_S = 0.03
 
 
-class _AttemptState:
+class _AttemptState(msgspec.Struct):
     """The current state of one attempt of a batch.
 
     Attributes:
@@ -96,10 +98,9 @@ class _AttemptState:
         memo: the memo of its workflow.
     """
 
-    def __init__(self, batch: Batch, about: Attempt, memo: Memo) -> None:
-        self.batch = batch if batch.error is None else replace(batch, error=cut(batch.error))
-        self.about = about
-        self.memo = memo
+    batch: Batch
+    about: Attempt
+    memo: Memo
 
     def memo_value(self, name: str, type_: type[T], default: T) -> T:
         return decoded(self.memo.fields[name], type_) if name in self.memo.fields else default
@@ -373,7 +374,7 @@ class TemporalBatches(EngineBase):
         bits = 0
         for status, name in ((RunStatus.FAILED, "failed_in"), (RunStatus.CANCELLED, "cancelled_in")):
             if status in statuses:
-                bits |= int(state.memo_value(name, str, "f" * (len(order.starts) // 4 + 1)), 16)
+                bits |= int(state.memo_value(name, str, ALL_CHUNKS), 16)
         return [chunk for chunk in chunks if bits >> chunk & 1]
 
     async def _read(self, state: _AttemptState, order: BatchOrder, chunk: int) -> Chunk:
@@ -381,34 +382,16 @@ class TemporalBatches(EngineBase):
         async with self.cluster.rpc_scope(SEND_TIMEOUT_S):
             return await read_chunk(self.cluster, state.batch.batch_id, chunk, attempts, attempts[0].rows_of)
 
-    async def _chunk_with(self, run_id: str) -> Chunk | None:
-        """Return the chunk that has the item with this id, or None if there is none, or its histories were deleted."""
+    async def _item(self, run_id: str) -> tuple[Run | None, Mapping[int, Sequence[Call]]]:
+        """Return the item with this id and its calls, or None if there is none, or its histories were deleted."""
         batch_id, position = parse_item_id(run_id)
-        if position < 0:
-            return None
-        try:
+        with contextlib.suppress(BatchNotFound, RPCError):
             state = await self._find_batch(batch_id)
-            if position >= state.batch.total_items:
-                return None
-            order = await self._batch_order(state.batch)
-            return await self._read(state, order, order.chunk_of(position))
-        except (BatchNotFound, RPCError):
-            return None
-
-    async def _item(self, run_id: str) -> Run | None:
-        chunk = await self._chunk_with(run_id)
-        return None if chunk is None else chunk.items.get(parse_item_id(run_id)[1])
-
-    async def _calls_of_item(self, run_id: str) -> Mapping[int, Sequence[Call]]:
-        chunk = await self._chunk_with(run_id)
-        return {} if chunk is None else chunk.calls.get(parse_item_id(run_id)[1], {})
-
-    async def _chunk_of(self, run_id: str) -> WorkflowHandle[Any, Any]:
-        """Return the workflow that runs an item. Raises BatchNotFound."""
-        batch_id, position = parse_item_id(run_id)
-        batch = await self.get_batch(batch_id)
-        chunk = (await self._batch_order(batch)).chunk_of(position)
-        return self.cluster.client.get_workflow_handle(chunk_workflow_id(batch_id, chunk, batch.attempt))
+            if 0 <= position < state.batch.total_items:
+                order = await self._batch_order(state.batch)
+                chunk = await self._read(state, order, order.chunk_of(position))
+                return chunk.items[position], chunk.calls.get(position, {})
+        return None, {}
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()
@@ -456,7 +439,6 @@ class TemporalBatches(EngineBase):
         except RPCError as exc:
             raise BatchNotFound(batch_id) from exc
         await self._check_room_for_items(failed + cancelled)
-        all_chunks = "f" * (len(order.starts) // 4 + 1)
         again = replace(
             order,
             batch=replace(
@@ -479,8 +461,8 @@ class TemporalBatches(EngineBase):
                 state.about,
                 Attempt(only=statuses, position=None if item is None else item.position),
             ),
-            failed_in=state.memo_value("failed_in", str, all_chunks),
-            cancelled_in=state.memo_value("cancelled_in", str, all_chunks),
+            failed_in=state.memo_value("failed_in", str, ALL_CHUNKS),
+            cancelled_in=state.memo_value("cancelled_in", str, ALL_CHUNKS),
             first_error=state.memo_value("first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
         )
         try:

@@ -260,7 +260,7 @@ class Cluster:
 
     async def _ensure_namespace(self) -> None:
         try:
-            namespace = await self._retrying(self._describe_namespace)
+            namespace = await self._describe_namespace()
         except RPCError as exc:
             if exc.status in DENIED:
                 raise DefinitionError(
@@ -293,11 +293,11 @@ class Cluster:
                 ) from exc
             if exc.status is not RPCStatusCode.ALREADY_EXISTS:
                 raise
-        await self._retrying(self._describe_namespace, is_new=True)
+        await self._when_known(self._describe_namespace)
 
     async def _ensure_search_attributes(self) -> None:
         try:
-            missing = await self._retrying(self._missing_attributes, is_new=True)
+            missing = await self._when_known(self._missing_attributes)
         except RPCError as exc:
             if exc.status not in DENIED:
                 raise
@@ -338,12 +338,12 @@ class Cluster:
         attributes = await self.client.operator_service.list_search_attributes(request)
         return [name for name in SEARCH_ATTRIBUTES if name not in attributes.custom_attributes]
 
-    async def _retrying(self, call: Callable[[], Any], *, is_new: bool = False) -> Any:
-        """Return the result of *call*. A namespace that *is_new* may be unknown to parts of the cluster for seconds."""
+    async def _when_known(self, call: Callable[[], Any]) -> Any:
+        """Return the result of *call*. A new namespace may be unknown to parts of the cluster for seconds."""
         while True:
             try:
                 return await call()
             except RPCError as exc:
-                if not is_new or exc.status is not RPCStatusCode.NOT_FOUND:
+                if exc.status is not RPCStatusCode.NOT_FOUND:
                     raise
             await asyncio.sleep(0.1)

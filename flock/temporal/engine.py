@@ -61,6 +61,7 @@ from flock.temporal.messages import (
     CallDone,
     RunOrder,
     batch_workflow_id,
+    chunk_workflow_id,
     run_workflow_id,
     workflow_id_of,
 )
@@ -314,7 +315,7 @@ class TemporalEngine(TemporalBatches):
         self._check_entered()
         if ID.fullmatch(run_id) is None:
             raise RunNotFound(run_id)
-        run = await self._attempt(run_id, 1) or await self._item(run_id)
+        run = await self._attempt(run_id, 1) or (await self._item(run_id))[0]
         if run is None:
             run = await self._attempt(run_id, await self.cluster.last_attempt(RUN_WORKFLOW, run_workflow_id(run_id, 1)))
         if run is None or run.flock != self._flock or principal not in (None, run.principal):
@@ -337,7 +338,7 @@ class TemporalEngine(TemporalBatches):
     async def _calls_of(self, run: Run) -> Mapping[int, Sequence[Call]]:
         """Return the calls of *run*, with long answers."""
         if run.batch_id is not None:
-            return await self._calls_of_item(run.run_id)
+            return (await self._item(run.run_id))[1]
         found: dict[int, list[Call]] = {}
         for attempt in sorted({*(step.attempt for step in run.steps if step.call_count), run.attempt}):
             async with self.cluster.rpc_scope(missing_ok=True):  # its history may have been deleted
@@ -496,7 +497,11 @@ class TemporalEngine(TemporalBatches):
 
     async def _keeper_of(self, run: Run) -> WorkflowHandle[Any, Any]:
         """Return the workflow that keeps the calls of *run*."""
-        return await self._chunk_of(run.run_id) if run.batch_id else self._handle(run.run_id, run.attempt)
+        if run.batch_id is None:
+            return self._handle(run.run_id, run.attempt)
+        batch = await self.get_batch(run.batch_id)
+        chunk = (await self._batch_order(batch)).chunk_of(run.position or 0)
+        return self.cluster.client.get_workflow_handle(chunk_workflow_id(batch.batch_id, chunk, batch.attempt))
 
     async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
         self._check_running()
