@@ -54,7 +54,7 @@ Where data is stored:
 
 - Rows: in the input of ``flock_batch_rows``.
 - Results and errors of items: in the results of ``run_items``, in the chunk's history. For activities that are still
-  running: in the last heartbeat. There is no second copy, and ``flock.temporal.chunks`` reads both.
+  running: in the last heartbeat. There is no second copy, and ``flock.temporal.records`` reads both.
 - Counts: in the memo of the batch for chunks that have ended, and in the memo of each running chunk. ``get_batch`` adds
   them to the counts in heartbeats. This needs no worker.
 - The items that each attempt covers: ``Attempt``, in orders and in the memo of the batch.

@@ -44,7 +44,6 @@ from flock.runs import (
 from flock.steps.outcomes import BATCH_CANCELLED
 from flock.steps.refusals import already_retried, not_cancelled, not_deleted, not_retried, too_many_items
 from flock.temporal.batchflows import FlockRows
-from flock.temporal.chunks import Chunk, ended_so_far, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
@@ -63,6 +62,7 @@ from flock.temporal.messages import (
     rows_workflow_id,
     task_queue_of,
 )
+from flock.temporal.records import Chunk, ended_so_far, read_chunk
 from flock.temporal.reservations import Reservations
 from flock.temporal.search import ID, page_of, workflows_of
 

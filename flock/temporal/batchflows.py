@@ -411,7 +411,7 @@ class FlockBatch(_Interruptible):
 
 @workflow.defn(name="flock_batch_chunk")
 class FlockChunk(_Interruptible, CallKeeper):
-    """One attempt of a chunk of items. Its history is their record (``flock.temporal.chunks``).
+    """One attempt of a chunk of items. Its history is their record (``flock.temporal.records``).
 
     Returns: the counts of this attempt. If it is cancelled, items that have not started count as cancelled.
     """

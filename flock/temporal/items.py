@@ -22,7 +22,6 @@ from flock.errors import StoreError
 from flock.runs import Run, RunStatus, Step, Usage, added, now
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
 from flock.steps.turns import Turns, WaitingForAnswers
-from flock.temporal.chunks import Chunk, read_chunk
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     DELETE_ACTIVITY,
@@ -40,7 +39,7 @@ from flock.temporal.messages import (
     rows_workflow_id,
 )
 from flock.temporal.payloads import payload_lost
-from flock.temporal.records import GIVEN_UP
+from flock.temporal.records import GIVEN_UP, Chunk, read_chunk
 from flock.temporal.turns import ActivityTurn, until_done
 
 __all__ = ["ItemActivities"]
