@@ -364,13 +364,12 @@ class FlockBatch(_Interruptible):
 
     def _memo(self) -> dict[str, Any]:
         """Return the record of the batch for the memo, where it can be read without a worker."""
-        memo = {
+        return {
             "batch": self._batch,
             "at_work": [chunk for chunk in sorted(self._chunks) if chunk not in self._idle],
             "idle": sum((idle.counts for idle in self._idle.values()), Counts()),
             "about": self._state().attempts[-1],
         }
-        return {name: msgspec.to_builtins(value) for name, value in memo.items()}
 
     def _finish(self) -> None:
         batch = self._batch
@@ -397,16 +396,13 @@ class FlockBatch(_Interruptible):
             completed_items=batch.total_items,
             cancelled_items=cancelled,
         )
-        state = self._state()
-        ended = {"completed_at": workflow.now(), "cancelled": {}, "is_spent": error_type is not None}
-        attempt = replace(state.attempts[-1], **ended)
-        self._order = replace(state, attempts=(*state.attempts[:-1], attempt))
-        retry_state = {
+        attempt = replace(self._state().attempts[-1], completed_at=workflow.now(), is_spent=error_type is not None)
+        for_retry = {
             "failed_in": f"{self._failed_in:x}",
             "cancelled_in": f"{self._cancelled_in:x}",
             "first_error": self._first_error,
         }
-        workflow.upsert_memo(self._memo() | retry_state)
+        workflow.upsert_memo(self._memo() | {"about": attempt} | for_retry)
 
 
 @workflow.defn(name="flock_batch_chunk")
@@ -669,8 +665,7 @@ class FlockChunk(_Interruptible, CallKeeper):
 
     def _memo(self) -> dict[str, Any]:
         """Return the counts and the items to cancel, for workers and API processes."""
-        memo = {"ended": self._counts(), "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
-        return {name: msgspec.to_builtins(value) for name, value in memo.items()}
+        return {"ended": self._counts(), "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
 
 
 def _result_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder) -> ItemsDone:

@@ -42,7 +42,7 @@ from flock.temporal.payloads import payload_lost
 from flock.temporal.records import GIVEN_UP, Chunk, read_chunk
 from flock.temporal.turns import ActivityTurn, until_done
 
-__all__ = ["ItemActivities"]
+__all__ = ["HEARTBEAT_INTERVAL_S", "ItemActivities"]
 
 logger = logging.getLogger("flock.temporal")
 
@@ -50,7 +50,7 @@ logger = logging.getLogger("flock.temporal")
 #: the chunk, and other work gets a slot.
 SLICE_S = 2.0
 SLICE_BYTES = 256 * 1024
-#: The interval between heartbeats while there is progress, in seconds.
+#: The interval between heartbeats while there is progress, in seconds. If a worker dies, later work is repeated.
 HEARTBEAT_INTERVAL_S = 0.1
 #: How many chunks are cached, since several lanes of one chunk read its rows one after the other.
 CHUNK_CACHE_SIZE = 32

@@ -107,16 +107,13 @@ async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: Batch
             conditions.append(IS_WAITING if status is RunStatus.WAITING else f"{STATUS.name} IS NULL")
     elif status is not None:  # the workflow of a batch completes, whatever the status of the batch is
         conditions.append(f"ExecutionStatus {'!=' if status.is_final else '='} 'Running'")
-    if wanted.agent_name is not None:
-        conditions.append(f"{AGENT.name} = {_quoted(wanted.agent_name)}")
-    if wanted.principal is not None:
-        conditions.append(f"{PRINCIPAL.name} = {_quoted(wanted.principal)}")
-    if isinstance(wanted, RunFilter) and wanted.session_id is not None:
-        conditions.append(f"{SESSION.name} = {_quoted(wanted.session_id)}")
+    named = {AGENT: wanted.agent_name, PRINCIPAL: wanted.principal}
     bottom, top = 0, _milliseconds(now() + MAX_CLOCK_LEAD)
     if isinstance(wanted, RunFilter):
+        named[SESSION] = wanted.session_id
         bottom = 0 if wanted.created_after is None else _milliseconds(wanted.created_after) + 1
         top = top if wanted.created_before is None else _milliseconds(wanted.created_before)
+    conditions += [f"{key.name} = {_quoted(name)}" for key, name in named.items() if name is not None]
     high = _id_at(top)
     if after is not None and not ID.fullmatch(after):
         return  # it is not an id, so no page follows it

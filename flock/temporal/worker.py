@@ -26,7 +26,7 @@ from flock.steps.outcomes import CANCELLED
 from flock.steps.turns import MAX_HISTORY_BYTES, Turns, WaitingForAnswers
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
-from flock.temporal.items import ItemActivities
+from flock.temporal.items import HEARTBEAT_INTERVAL_S, ItemActivities
 from flock.temporal.messages import (
     ACTIVITY,
     HEARTBEAT_TIMEOUT_S,
@@ -52,8 +52,6 @@ logger = logging.getLogger("flock.temporal")
 #: How long a workflow task waits for the worker that has the workflow in its cache, in seconds. A step that starts
 #: again asks its workflow for its finished calls, so it waits as long for a worker that has died.
 STICKY_TIMEOUT_S = 2
-#: The shortest interval between heartbeats of items, in seconds. If a worker dies, later work is repeated.
-ITEM_HEARTBEAT_INTERVAL_S = 0.1
 #: When a turn sends its first heartbeat, in seconds. Shorter turns need none.
 FIRST_HEARTBEAT_S = 0.2
 #: How long the SDK's worker may take to shut down after the drain timeout, in seconds.
@@ -136,7 +134,7 @@ class TemporalWorker:
                 task_queue=items_queue_of(self.task_queue),
                 activities=[items.run],
                 max_concurrent_activities=self._turns.item_slots,  # an item that waits here could run elsewhere
-                max_heartbeat_throttle_interval=timedelta(seconds=ITEM_HEARTBEAT_INTERVAL_S),
+                max_heartbeat_throttle_interval=timedelta(seconds=HEARTBEAT_INTERVAL_S),
                 graceful_shutdown_timeout=drain_timeout,
             )
             for_runs = Worker(
