@@ -340,14 +340,14 @@ async def test_a_run_joins_its_session_if_the_process_that_accepted_it_died(
     async def die(*_: Any) -> None: ...
 
     with monkeypatch.context() as patch:
-        patch.setattr("flock.temporal.engine.join_session", die)
+        patch.setattr(cluster, "_join_session", die)
         alone = await submit(cluster, 0)
     assert (await ended(cluster, alone)).status is RunStatus.COMPLETED
     may_go = turns.hold(1)
     first = await submit(cluster, 1)
     await started(turns, 1)
     with monkeypatch.context() as patch:
-        patch.setattr("flock.temporal.engine.join_session", die)
+        patch.setattr(cluster, "_join_session", die)
         second = await submit(cluster, 2)
     third = await submit(cluster, 3)
     may_go.set()

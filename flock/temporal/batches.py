@@ -61,6 +61,7 @@ from flock.temporal.messages import (
     parse_item_id,
     rows_workflow_id,
     task_queue_of,
+    workflow_id_of,
 )
 from flock.temporal.records import Chunk, ended_so_far, read_chunk
 from flock.temporal.reservations import Reservations
@@ -236,14 +237,8 @@ class TemporalBatches(EngineBase):
 
     async def _start_batch(self, order: BatchOrder) -> None:
         """Start an attempt. Raises WorkflowAlreadyStartedError if it was started before."""
-        await self.cluster.start(
-            BATCH_WORKFLOW,
-            order,
-            order.batch,
-            id=batch_workflow_id(order.batch.batch_id, order.batch.attempt),
-            task_queue=self._task_queue,
-            memo={"batch": order.batch, "about": order.attempts[-1]},
-        )
+        memo = {"batch": order.batch, "about": order.attempts[-1]}
+        await self.cluster.start(BATCH_WORKFLOW, order, order.batch, memo=memo)
 
     async def _check_room_for_items(self, more: int) -> int:
         """Return the number of open items in accepted batches. Raises EngineFull if there is no room for *more*."""
@@ -328,7 +323,7 @@ class TemporalBatches(EngineBase):
         return counted + ended_so_far(described.raw_description.pending_activities)
 
     def _batch_handle(self, batch: Batch) -> WorkflowHandle[Any, Any]:
-        return self.cluster.client.get_workflow_handle(batch_workflow_id(batch.batch_id, batch.attempt))
+        return self.cluster.client.get_workflow_handle(workflow_id_of(batch))
 
     async def _batch_order(self, batch: Batch) -> BatchOrder:
         """Return the order of an attempt, with the positions of its chunks and the earlier attempts."""

@@ -40,6 +40,8 @@ from flock.temporal.messages import (
     TASK_TIMEOUT,
     decoded,
     keyword_of,
+    task_queue_of,
+    workflow_id_of,
 )
 from flock.temporal.payloads import PayloadFolder
 
@@ -236,7 +238,7 @@ class Cluster:
                 raise
         await self.payloads.delete(workflow_id)
 
-    async def start(self, workflow: str, order: Any, record: Run | Batch, *, id: str, **options: Any) -> None:
+    async def start(self, workflow: str, order: Any, record: Run | Batch, **options: Any) -> None:
         """Start *workflow*, one attempt of a run or batch, with *order* and the search attributes for lists.
 
         Raises:
@@ -250,7 +252,8 @@ class Cluster:
             await self.client.start_workflow(
                 workflow,
                 order,
-                id=id,
+                id=workflow_id_of(record),
+                task_queue=task_queue_of(record.flock),
                 task_timeout=TASK_TIMEOUT,
                 id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,

@@ -20,7 +20,7 @@ from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import WorkflowHandle
-from temporalio.common import Priority
+from temporalio.common import Priority, WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.agents.agent import Agent
@@ -58,16 +58,18 @@ from flock.temporal.messages import (
     HEARTBEAT_TIMEOUT_S,
     MAX_ITEMS,
     RUN_WORKFLOW,
+    TASK_TIMEOUT,
     CallDone,
     RunOrder,
     batch_workflow_id,
     chunk_workflow_id,
     run_workflow_id,
+    session_workflow_id,
     workflow_id_of,
 )
 from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, with_pending_activity
 from flock.temporal.search import ID, open_runs, page_of, waiting_runs, workflows_of
-from flock.temporal.sessions import join_session
+from flock.temporal.workflows import FlockSession
 
 __all__ = ["TemporalEngine"]
 
@@ -269,18 +271,25 @@ class TemporalEngine(TemporalBatches):
 
         If this process dies before the run has joined its session, the run joins it by itself.
         """
-        await self.cluster.start(
-            RUN_WORKFLOW,
-            order,
-            order.run,
-            id=run_workflow_id(order.run.run_id, order.run.attempt),
-            task_queue=self._task_queue,
-            priority=Priority(priority_key=1),
-        )
+        await self.cluster.start(RUN_WORKFLOW, order, order.run, priority=Priority(priority_key=1))
         self._open_runs += 1
         self._started_runs += 1
         if order.run.session_id is not None:
-            await join_session(self.cluster, order.run)
+            await self._join_session(order.run)
+
+    async def _join_session(self, run: Run) -> None:
+        """Append an attempt of *run* to its session. No effect if it is in there. Raises StoreError, EngineFull."""
+        async with self.cluster.rpc_scope():
+            await self.cluster.client.start_workflow(
+                FlockSession.run,
+                args=[[], []],
+                id=session_workflow_id(run),
+                task_queue=self._task_queue,
+                task_timeout=TASK_TIMEOUT,
+                id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+                start_signal="join",
+                start_signal_args=[workflow_id_of(run)],
+            )
 
     async def _check_room(self, principal: str | None) -> None:
         """Raise EngineFull if too many runs are open, in total or of *principal*. The last check awaits nothing."""
@@ -404,7 +413,7 @@ class TemporalEngine(TemporalBatches):
                 record = await read()
                 if not record.status.is_active:
                     return record
-                workflow_id = workflow_id_of(record)
+                workflow_id = None if isinstance(record, Run) and record.batch_id else workflow_id_of(record)
 
     @contextlib.contextmanager
     def _counted_as_waiting(self) -> Iterator[None]:
@@ -464,7 +473,7 @@ class TemporalEngine(TemporalBatches):
             async with self.cluster.rpc_scope(missing_ok=True):
                 await self._handle(run_id, run.attempt).cancel()
             if run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
-                await self._until_change(run_workflow_id(run_id, run.attempt), CANCEL_WAIT_S)
+                await self._until_change(workflow_id_of(run), CANCEL_WAIT_S)
         run = await self.get_run(run_id)
         if conflict := not_cancelled(run):
             raise conflict
@@ -526,7 +535,7 @@ class TemporalEngine(TemporalBatches):
 
     async def _stored_key_id(self, run: Run) -> str | None:
         async with self.cluster.rpc_scope():
-            return (await self.cluster.input_of(run_workflow_id(run.run_id, run.attempt), RunOrder)).key_id
+            return (await self.cluster.input_of(workflow_id_of(run), RunOrder)).key_id
 
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_run(run_id)

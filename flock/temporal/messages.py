@@ -555,11 +555,11 @@ def batch_workflow_id(batch_id: str, attempt: int) -> str:
     return f"batch:{batch_id}" if attempt == 1 else f"batch:{batch_id}:{attempt}"
 
 
-def workflow_id_of(record: Run | Batch) -> str | None:
-    """The workflow of the current attempt. None for an item, which has no workflow of its own."""
+def workflow_id_of(record: Run | Batch) -> str:
+    """The workflow of the current attempt of a batch, or of a run that is not an item."""
     if isinstance(record, Batch):
         return batch_workflow_id(record.batch_id, record.attempt)
-    return run_workflow_id(record.run_id, record.attempt) if record.batch_id is None else None
+    return run_workflow_id(record.run_id, record.attempt)
 
 
 def rows_workflow_id(batch_id: str, chunk: int) -> str:

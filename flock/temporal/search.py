@@ -1,12 +1,13 @@
-"""Lists of runs and batches, from the search of the cluster.
+"""Lists of runs and batches, and the earlier runs of a session, from the search of the cluster.
 
 The search may lag by a moment, and not every cluster can sort. So lists are read in ranges of ids, which are ordered by
 time, and each range is sorted here.
 """
 
 import asyncio
+import contextlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import TypeVar
@@ -15,9 +16,11 @@ from flock.errors import NotFound
 from flock.runs import Batch, BatchFilter, Page, Run, RunFilter, RunStatus, now
 from flock.store.columns import first_id_at
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of
+from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of, task_queue_of
+from flock.temporal.records import run_of
+from flock.temporal.reservations import Reservations
 
-__all__ = ["ID", "earlier_turns", "open_runs", "page_of", "waiting_runs", "workflows_of"]
+__all__ = ["ID", "earlier_runs", "open_runs", "page_of", "waiting_runs", "workflows_of"]
 
 R = TypeVar("R", Run, Batch)
 
@@ -54,16 +57,6 @@ def open_runs(flock: str, principal: str | None = None) -> str:
 def waiting_runs(flock: str) -> str:
     """Return a query for the runs of *flock* that wait for answers."""
     return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running' AND {IS_WAITING}"
-
-
-def earlier_turns(run: Run) -> str:
-    """Return a query for the completed runs of the session and the agent of *run*. The last to close comes first."""
-    of = f"{SESSION.name} = {_quoted(run.session_id or '')} AND {AGENT.name} = {_quoted(run.agent_name)}"
-    principal = "IS NULL" if run.principal is None else f"= {_quoted(run.principal)}"
-    completed = f"{PRINCIPAL.name} {principal} AND ExecutionStatus = 'Completed'"
-    if run.started_at is not None:  # later runs of the session may have ended while it waited for an answer
-        completed += f" AND CloseTime < '{run.started_at.isoformat()}'"
-    return f"{workflows_of(RUN_WORKFLOW, run.flock)} AND {of} AND {completed}"
 
 
 async def page_of(
@@ -134,6 +127,57 @@ async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: Batch
         if low == bottom:
             return
         high, top, span = _id_at(low), low, span * 2
+
+
+async def earlier_runs(cluster: Cluster, run: Run, latest: Sequence[str], limit: int, max_bytes: int) -> Sequence[Run]:
+    """Return completed runs of the session and the agent of *run*; see ``ActiveRun.earlier_runs``.
+
+    Args:
+        latest: the workflow ids of the last runs of the session, since the search of the cluster may lag.
+
+    Raises: StoreError, EngineFull.
+    """
+    reservations = Reservations(cluster, run.flock, task_queue_of(run.flock))
+    found: list[Run] = []
+    async with contextlib.aclosing(_workflow_ids(cluster, run, latest)) as workflow_ids:
+        async for workflow_id in workflow_ids:
+            earlier = await _completed(cluster, workflow_id)
+            if earlier is None or earlier.agent_name != run.agent_name or await reservations.is_deleted(earlier.run_id):
+                continue
+            max_bytes -= earlier.turn_bytes
+            if max_bytes < 0:
+                break
+            found.append(earlier)
+            if len(found) == limit:
+                break
+    return sorted(found, key=lambda run: run.run_id)
+
+
+async def _workflow_ids(cluster: Cluster, run: Run, latest: Sequence[str]) -> AsyncGenerator[str, None]:
+    """Yield the workflow ids of *latest*, and of the completed runs that the search finds, last first."""
+    for workflow_id in reversed(latest):
+        yield workflow_id
+    async with cluster.rpc_scope(None):
+        async for workflow in cluster.client.list_workflows(_earlier_turns(run), page_size=100):
+            if workflow.id not in latest:
+                yield workflow.id
+
+
+async def _completed(cluster: Cluster, workflow_id: str) -> Run | None:
+    async with cluster.rpc_scope(missing_ok=True):  # it may have been deleted
+        run = run_of(await cluster.history_of(workflow_id))
+        return run if run.status is RunStatus.COMPLETED else None
+    return None
+
+
+def _earlier_turns(run: Run) -> str:
+    """Return a query for the completed runs of the session and the agent of *run*. The last to close comes first."""
+    of = f"{SESSION.name} = {_quoted(run.session_id or '')} AND {AGENT.name} = {_quoted(run.agent_name)}"
+    principal = "IS NULL" if run.principal is None else f"= {_quoted(run.principal)}"
+    completed = f"{PRINCIPAL.name} {principal} AND ExecutionStatus = 'Completed'"
+    if run.started_at is not None:  # later runs of the session may have ended while it waited for an answer
+        completed += f" AND CloseTime < '{run.started_at.isoformat()}'"
+    return f"{workflows_of(RUN_WORKFLOW, run.flock)} AND {of} AND {completed}"
 
 
 def _milliseconds(time: datetime) -> int:

@@ -41,7 +41,7 @@ from flock.temporal.messages import (
     recoded,
     task_queue_of,
 )
-from flock.temporal.sessions import earlier_runs
+from flock.temporal.search import earlier_runs
 from flock.temporal.turns import MAX_RUN_BYTES, ActivityTurn, until_done
 from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
 
