@@ -129,7 +129,7 @@ class TemporalBatches(EngineBase):
         super().__init__(agents, flock, limits, **models)
         self.cluster = cluster
         self._task_queue = task_queue_of(flock)
-        self._reservations = Reservations(cluster, flock, self._task_queue)
+        self._reservations = Reservations(cluster, flock)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
         #: by batch and attempt; keeps counts from going back while an activity's results are on their way to the chunk
@@ -281,8 +281,6 @@ class TemporalBatches(EngineBase):
         return state
 
     async def _batch_attempt(self, batch_id: str, attempt: int) -> _AttemptState | None:
-        if attempt == 0:
-            return None
         described = await self.cluster.describe(batch_workflow_id(batch_id, attempt))
         if described is None:
             return None

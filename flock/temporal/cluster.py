@@ -217,14 +217,14 @@ class Cluster:
         return 0
 
     async def last_attempt(self, workflow: str, first_id: str) -> int:
-        """Return the number of the last retry of the workflow *first_id*, from 2, or 0 if there is none.
+        """Return the number of the last retry of the workflow *first_id*, from 2, or 1 if there is none.
 
         This finds runs and batches whose first attempt is past its retention.
         """
         query = f"WorkflowType = '{workflow}' AND WorkflowId STARTS_WITH '{first_id}:'"
         async with self.rpc_scope():
             retries = self.client.list_workflows(query)
-            return max([int(retry.id.rpartition(":")[2]) async for retry in retries], default=0)
+            return max([int(retry.id.rpartition(":")[2]) async for retry in retries], default=1)
 
     async def delete(self, workflow_id: str, run_id: str = "") -> None:
         """Delete one execution of a workflow, or the latest, and its long payloads, if it exists."""

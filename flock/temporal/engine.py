@@ -356,8 +356,6 @@ class TemporalEngine(TemporalBatches):
 
     async def _attempt(self, run_id: str, attempt: int) -> Run | None:
         """Return the current record of one attempt of a run, or None."""
-        if attempt == 0:
-            return None
         handle = self._handle(run_id, attempt)
         async with self.cluster.rpc_scope(missing_ok=True):
             run = run_of(await self.cluster.history_of(handle.id))

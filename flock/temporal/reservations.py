@@ -17,7 +17,7 @@ from flock.errors import KeyReused
 from flock.runs import IdempotencyKey
 from flock.temporal.batchflows import FlockDelete
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import DeleteOrder
+from flock.temporal.messages import DeleteOrder, task_queue_of
 from flock.temporal.workflows import FlockMark
 
 __all__ = ["Reservations"]
@@ -29,10 +29,9 @@ KEEP_DELETED_FOR = timedelta(hours=1)
 class Reservations:
     """The markers of one flock."""
 
-    def __init__(self, cluster: Cluster, flock: str, task_queue: str) -> None:
+    def __init__(self, cluster: Cluster, flock: str) -> None:
         self._cluster = cluster
         self._flock = flock
-        self._task_queue = task_queue
 
     def key_id(self, key: IdempotencyKey) -> str:
         digest = hashlib.sha256(f"{self._flock}\n{key.scoped_key}".encode()).hexdigest()
@@ -96,7 +95,7 @@ class Reservations:
                     workflow,
                     args=order,
                     id=id_,
-                    task_queue=self._task_queue,
+                    task_queue=task_queue_of(self._flock),
                     id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
                     **options,
                 )

@@ -16,7 +16,7 @@ from flock.errors import NotFound
 from flock.runs import Batch, BatchFilter, Page, Run, RunFilter, RunStatus, now
 from flock.store.columns import first_id_at
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of, task_queue_of
+from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of
 from flock.temporal.records import run_of
 from flock.temporal.reservations import Reservations
 
@@ -137,7 +137,7 @@ async def earlier_runs(cluster: Cluster, run: Run, latest: Sequence[str], limit:
 
     Raises: StoreError, EngineFull.
     """
-    reservations = Reservations(cluster, run.flock, task_queue_of(run.flock))
+    reservations = Reservations(cluster, run.flock)
     found: list[Run] = []
     async with contextlib.aclosing(_workflow_ids(cluster, run, latest)) as workflow_ids:
         async for workflow_id in workflow_ids:
