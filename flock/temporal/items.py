@@ -19,7 +19,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from flock.agents.versions import version_of
 from flock.errors import StoreError
-from flock.runs import Run, RunStatus, Step, Usage, added, now
+from flock.runs import Run, RunStatus, Usage, added, now
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
 from flock.steps.turns import Turns, WaitingForAnswers
 from flock.temporal.cluster import Cluster
@@ -240,17 +240,15 @@ class ItemActivities:
             if isinstance(turn.outcome, WaitingForAnswers):
                 questions = tuple(turn.outcome.questions)
                 return replace(job.part(run, part.waited_s), questions=questions, worked_s=turn.worked_s)
-            outcome = turn.outcome if isinstance(turn.outcome, Outcome) else None
-            if isinstance(turn.outcome, Step):
-                run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, turn.outcome))
-                job.current = job.part(run, part.waited_s)
-                job.changed.set()
-                if run.next_agent_name is not None and job.must_cancel(position):
-                    outcome = CANCELLED
-            if outcome is not None:
-                return self._report_end(run, job.part(run).ended(outcome, now()))
+            if isinstance(turn.outcome, Outcome):
+                return self._ended(job, run, turn.outcome)
+            run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, turn.outcome))
+            job.current = job.part(run, part.waited_s)
+            job.changed.set()
+            if run.next_agent_name is not None and job.must_cancel(position):
+                return self._ended(job, run, CANCELLED)
         run = replace(run, started_at=run.started_at or now())  # a retry with no step left to run
-        return self._report_end(run, job.part(run).ended(None, now()))
+        return self._ended(job, run, None)
 
     def _check_version(self, run: Run, versions: Mapping[str, str]) -> None:
         """Warn, once for a batch, if the next agent of an item has another version than at the submission."""
@@ -267,11 +265,10 @@ class ItemActivities:
                 *(run.batch_id, accepted, agent.name, own),
             )
 
-    def _report_end(self, run: Run, ended: ItemOutcome) -> ItemOutcome:
-        result = ended.steps[-1].result if ended.status is RunStatus.COMPLETED else None
-        final = {"status": ended.status, "error": ended.error, "error_type": ended.error_type, "result": result}
-        self._turns.notify("run_ended", replace(run, completed_at=ended.completed_at, **final))
-        return ended
+    def _ended(self, job: _Job, run: Run, outcome: Outcome | None) -> ItemOutcome:
+        end = job.part(run).ended(outcome, now())
+        self._turns.notify("run_ended", end.of(run))
+        return end
 
     async def _stop_cancelled(self, order: ItemsOrder) -> None:
         """Poll for cancelled items in the chunk of *order* and stop them, until this task is cancelled.
@@ -307,13 +304,12 @@ class ItemActivities:
             self._cancel_parts(job)
 
     async def _memo_of(self, workflow_id: str) -> Mapping[str, Any]:
-        handle = self._cluster.client.get_workflow_handle(workflow_id)
         try:
-            async with self._cluster.rpc_scope(CANCEL_POLL_TIMEOUT_S):
-                return await (await handle.describe()).memo()
-        except (StoreError, RPCError) as exc:
+            described = await self._cluster.describe(workflow_id, CANCEL_POLL_TIMEOUT_S)
+        except StoreError as exc:
             logger.warning("cannot read which items of %s to cancel: %s", workflow_id, exc)
             return {}
+        return {} if described is None else await described.memo()
 
     def _cancel_parts(self, job: _Job) -> None:
         for part in job.remaining_parts():

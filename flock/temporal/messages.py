@@ -470,6 +470,21 @@ class ItemOutcome(Part, frozen=True, kw_only=True, omit_defaults=True):
     error_type: str | None = None
     completed_at: datetime
 
+    def of(self, item: Run) -> Run:
+        """Return *item* as it has ended."""
+        steps = self.steps or item.steps
+        return replace(
+            item,
+            status=self.status,
+            result=steps[-1].result if self.status is RunStatus.COMPLETED else None,
+            error=self.error,
+            error_type=self.error_type,
+            started_at=self.started_at,
+            completed_at=self.completed_at,
+            progress=self.progress,
+            steps=steps,
+        )
+
     @property
     def counts(self) -> "Counts":
         status = self.status

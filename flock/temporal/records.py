@@ -33,7 +33,6 @@ from flock.temporal.messages import (
     ChunkOrder,
     Counts,
     Heartbeat,
-    ItemOutcome,
     ItemsDone,
     ItemsOrder,
     Part,
@@ -376,7 +375,9 @@ class Chunk:
     def _apply(self, order: ItemsOrder, done: ItemsDone, at: datetime | None, answers: Calls) -> None:
         """Apply the progress of *order*. *at* is when the order ended, or None if it is running."""
         for ended in done.ended:
-            self._apply_end(ended)
+            item = self.items[ended.position]
+            spent = latest(item.spent, added(self._spent_before.get(ended.position), ended.usage))
+            self.items[ended.position] = replace(ended.of(item), spent=spent)
         for part in done.waiting:
             waiting = {"status": RunStatus.WAITING, "waiting_for": part.questions, "worked_s": part.worked_s}
             item = replace(self._started(part), **waiting)
@@ -405,22 +406,6 @@ class Chunk:
             return item
         steps = part.steps or item.steps
         return replace(item, status=RunStatus.RUNNING, started_at=part.started_at, steps=steps, progress=part.progress)
-
-    def _apply_end(self, ended: ItemOutcome) -> None:
-        item = self.items[ended.position]
-        steps = ended.steps or item.steps
-        self.items[ended.position] = replace(
-            item,
-            status=ended.status,
-            result=steps[-1].result if ended.status is RunStatus.COMPLETED else None,
-            error=ended.error,
-            error_type=ended.error_type,
-            started_at=ended.started_at,
-            completed_at=ended.completed_at,
-            progress=ended.progress,
-            steps=steps,
-            spent=latest(item.spent, added(self._spent_before.get(ended.position), ended.usage)),
-        )
 
 
 def _cancelled(item: Run, at: datetime, reason: Outcome | None = None) -> Run:
