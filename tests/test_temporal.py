@@ -135,7 +135,7 @@ async def item(n: int, context: RunContext) -> int:
 
 def test_a_retry_resets_the_same_fields_on_the_cluster_as_in_the_store() -> None:
     """If this fails for a new field of a run, see CONTRIBUTING.md."""
-    times = {"created_at": now(), "started_at": now(), "completed_at": now()}
+    at = now()
     ended = Run(
         run_id="1",
         flock="flock",
@@ -149,7 +149,9 @@ def test_a_retry_resets_the_same_fields_on_the_cluster_as_in_the_store() -> None
         progress=Progress(done=1),
         waiting_for=(Question(call_id="1", question="?", schema=EMPTY, asked_at=now()),),
         worked_s=1.0,
-        **times,
+        created_at=at,
+        started_at=at,
+        completed_at=at,
     )
     again = reset_for_retry(ended)
     reset = {name for name in Run.__struct_fields__ if getattr(again, name) != getattr(ended, name)}

@@ -75,8 +75,9 @@ async def engine_with_worker(
     async with TemporalWorker(flock.agents, models, address, **shared, **worker_options):
         engine = TemporalEngine(flock.agents, address, **shared, **options)
         # A busy machine may stop for longer than clients should wait for an answer.
-        patient = engine.cluster.rpc_scope
-        engine.cluster.rpc_scope = lambda timeout_s=PATIENCE_S: patient(timeout_s)  # type: ignore[method-assign]
+        cluster: Any = engine.cluster
+        scope = cluster.rpc_scope
+        cluster.rpc_scope = lambda timeout_s=PATIENCE_S, **options: scope(timeout_s, **options)
         yield engine
 
 
