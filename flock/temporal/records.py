@@ -62,6 +62,9 @@ __all__ = [
     "with_pending_activity",
 ]
 
+#: The events of a workflow, and its pending activities.
+History = tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]
+
 #: How a workflow was closed from outside, in words.
 CLOSED_FROM_OUTSIDE = {
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TERMINATED: "terminated",
@@ -296,19 +299,15 @@ class Chunk:
             if item.status in attempt.only and is_covered and item.error_type != INVALID_INPUT:
                 self.items[position] = reset_for_retry(item)
 
-    def fold(
-        self,
-        history: Iterable[HistoryEvent],
-        pending: Sequence[PendingActivityInfo] = (),
-        reason: Outcome | None = None,
-    ) -> None:
+    def fold(self, history: History, reason: Outcome | None) -> None:
         """Apply the history of one attempt to the items. *reason*: see ``end``."""
+        events, pending = history
         orders = _OpenOrders()
         calls: dict[int, list[CallDone]] = {}
         answers, task_at = Calls(), None
         self._spent_before = {position: item.usage for position, item in self.items.items()}
         self._stopped_by = None
-        for event in history:
+        for event in events:
             at = event.event_time.ToDatetime(UTC)
             if (call := _call_of(event)) is not None:
                 calls.setdefault(call.item, []).append(call)
@@ -378,24 +377,15 @@ class Chunk:
             item = self.items[ended.position]
             spent = latest(item.spent, added(self._spent_before.get(ended.position), ended.usage))
             self.items[ended.position] = replace(ended.of(item), spent=spent)
-        for part in done.waiting:
-            waiting = {"status": RunStatus.WAITING, "waiting_for": part.questions, "worked_s": part.worked_s}
-            item = replace(self._started(part), **waiting)
-            if self._must_end(item) and at is not None:
-                self.items[part.position] = _cancelled(item, at, self._stopped_by)
-                continue
-            self.items[part.position] = item
-            self._waiting.add(part.position)
-            self._answer([part.position], answers, None)
-        for part in order.left_after(done):
+        for part in (*done.waiting, *order.left_after(done)):
             item = self._started(part)
-            if self._must_end(item) and at is not None and not item.status.is_final:
+            must_end = item.cancel_requested or self._stopped_by is not None
+            if must_end and at is not None and not item.status.is_final:
                 item = _cancelled(item, at, self._stopped_by)
             self.items[part.position] = item
-
-    def _must_end(self, item: Run) -> bool:
-        """Whether *item* ends instead of running again."""
-        return item.cancel_requested or self._stopped_by is not None
+            if item.status is RunStatus.WAITING:
+                self._waiting.add(part.position)
+                self._answer([part.position], answers, None)
 
     def _started(self, part: Part) -> Run:
         item = self.items[part.position]
@@ -404,8 +394,15 @@ class Chunk:
         item = replace(item, spent=latest(item.spent, added(self._spent_before.get(part.position), part.usage)))
         if part.started_at is None:
             return item
-        steps = part.steps or item.steps
-        return replace(item, status=RunStatus.RUNNING, started_at=part.started_at, steps=steps, progress=part.progress)
+        return replace(
+            item,
+            status=RunStatus.WAITING if part.questions else RunStatus.RUNNING,
+            waiting_for=part.questions,
+            worked_s=part.worked_s or item.worked_s,
+            started_at=part.started_at,
+            steps=part.steps or item.steps,
+            progress=part.progress,
+        )
 
 
 def _cancelled(item: Run, at: datetime, reason: Outcome | None = None) -> Run:
@@ -485,9 +482,7 @@ def ended_so_far(pending: Iterable[PendingActivityInfo]) -> Counts:
     return ended + Counts(waiting=len(waiting), usage=added(*(part.usage for part in waiting)))
 
 
-async def _latest_history(
-    cluster: Cluster, workflow_id: str
-) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
+async def _latest_history(cluster: Cluster, workflow_id: str) -> History:
     """Return the latest history of a chunk's attempt and its pending activities. Raises RPCError, NOT_FOUND.
 
     While a workflow task is running, an activity that completes is no longer pending and not yet in the history. Its
@@ -535,15 +530,13 @@ async def read_chunk(
             items.cancel([position], at)
         reason = COST_LIMIT if attempt.is_spent else None
         if chunk < attempt.begun_to:
-            items.fold(*next(remaining_histories), reason)
+            items.fold(next(remaining_histories), reason)
         if attempt.completed_at is not None:
             items.end(items.items, attempt.completed_at, reason)
     return items
 
 
-async def _full_history(
-    cluster: Cluster, workflow_id: str, *, may_be_missing: bool
-) -> tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]:
+async def _full_history(cluster: Cluster, workflow_id: str, *, may_be_missing: bool) -> History:
     """Return all events of a chunk's attempt, across continue-as-new, and its pending activities."""
     events: list[HistoryEvent] = []
     run_id: str | None = None
