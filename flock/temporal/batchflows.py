@@ -46,7 +46,6 @@ from flock.temporal.messages import (
     ItemsOrder,
     Part,
     RowsOrder,
-    chunk_workflow_id,
     items_queue_of,
 )
 from flock.temporal.records import done_after_failure, outcome_of_failure
@@ -295,7 +294,7 @@ class FlockBatch(_Interruptible):
         started = self._started[order.chunk] = await workflow.start_child_workflow(
             FlockChunk.run,
             order,
-            id=chunk_workflow_id(order.batch_id, order.chunk, order.attempt),
+            id=order.workflow_id,
             task_timeout=TASK_TIMEOUT,
             parent_close_policy=workflow.ParentClosePolicy.REQUEST_CANCEL,
         )
@@ -520,7 +519,7 @@ class FlockChunk(_Interruptible, CallKeeper):
         finding = asyncio.create_task(
             workflow.execute_activity(
                 FIND_ACTIVITY,
-                self._items_order(()),
+                order.for_items(()),
                 result_type=list[int],
                 start_to_close_timeout=timedelta(seconds=30),
                 retry_policy=RETRY_FOREVER,
@@ -529,18 +528,6 @@ class FlockChunk(_Interruptible, CallKeeper):
         while not finding.done():
             await self._until(finding.done)
         self._todo.extend(Part(position=position) for position in finding.result())
-
-    def _items_order(self, parts: tuple[Part, ...]) -> ItemsOrder:
-        order = self._order
-        return ItemsOrder(
-            batch_id=order.batch_id,
-            chunk=order.chunk,
-            attempt=order.attempt,
-            attempts=order.attempts,
-            parts=parts,
-            timeout_s=order.timeout_s,
-            heartbeat_timeout_s=order.heartbeat_timeout_s,
-        )
 
     def _start_activities(self) -> bool:
         """Divide the items among the free lanes. Returns whether some must wait for the next workflow task."""
@@ -556,7 +543,7 @@ class FlockChunk(_Interruptible, CallKeeper):
                 parts.append(self._todo.popleft())
             if not parts:
                 return True
-            order = self._items_order(tuple(parts))
+            order = self._order.for_items(tuple(parts))
             handle = workflow.start_activity(
                 ITEMS_ACTIVITY,
                 order,

@@ -34,7 +34,6 @@ from flock.temporal.messages import (
     ItemsOrder,
     Part,
     batch_workflow_id,
-    chunk_workflow_id,
     recoded,
     rows_workflow_id,
 )
@@ -131,12 +130,12 @@ class ItemActivities:
         self._turns = turns
         self._drain_timeout_s = drain_timeout_s
         self._jobs: set[_Job] = set()
-        self._lookups: dict[tuple[str, int, int], asyncio.Task[None]] = {}
+        self._lookups: dict[str, asyncio.Task[None]] = {}
         #: the versions of agents, by name
         self._versions: dict[str, str] = {}
         #: batches for which a warning about a version was logged
         self._mixed: deque[str | None] = deque(maxlen=1000)
-        self._chunks: OrderedDict[tuple[str, int, int], asyncio.Task[Chunk]] = OrderedDict()
+        self._chunks: OrderedDict[str, asyncio.Task[Chunk]] = OrderedDict()
 
     @activity.defn(name=ITEMS_ACTIVITY)
     async def run(self, order: ItemsOrder) -> ItemsDone:
@@ -275,7 +274,7 @@ class ItemActivities:
 
         It must poll, because the cluster cancels an activity only once. While the memo cannot be read, items continue.
         """
-        key = (order.batch_id, order.chunk, order.attempt)
+        key = order.workflow_id
         while True:
             lookup = self._lookups.get(key)
             if lookup is None:
@@ -290,7 +289,7 @@ class ItemActivities:
         The memo of the batch is read too, because it has a cancellation of the whole batch before its chunks do.
         """
         batch_id, chunk, attempt = order.batch_id, order.chunk, order.attempt
-        memo = await self._memo_of(chunk_workflow_id(batch_id, chunk, attempt))
+        memo = await self._memo_of(order.workflow_id)
         batch: Mapping[str, Any] = {}
         if memo.get("is_cancelled"):
             batch = (await self._memo_of(batch_workflow_id(batch_id, attempt))).get("batch", {})
@@ -321,7 +320,7 @@ class ItemActivities:
 
     async def _chunk(self, order: ItemsOrder) -> Chunk:
         """Return the items of a chunk as they were at the start of this attempt. Raises RPCError, ApplicationError."""
-        key = (order.batch_id, order.chunk, order.attempt)
+        key = order.workflow_id
         if key in self._chunks:
             self._chunks.move_to_end(key)
         else:

@@ -64,6 +64,7 @@ __all__ = [
     "ItemRow",
     "ItemsDone",
     "ItemsOrder",
+    "OfChunk",
     "Part",
     "RowsOrder",
     "RunOrder",
@@ -380,7 +381,22 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return ItemOutcome(**asdict(self), **end, completed_at=at)
 
 
-class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class OfChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the orders of one attempt of a chunk share: its batch, the attempts so far, and the times for its items."""
+
+    batch_id: str
+    chunk: int
+    attempt: int = 1
+    attempts: tuple[Attempt, ...] = (Attempt(),)
+    timeout_s: float
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
+
+    @property
+    def workflow_id(self) -> str:
+        return chunk_workflow_id(self.batch_id, self.chunk, self.attempt)
+
+
+class ChunkOrder(OfChunk, frozen=True, kw_only=True, omit_defaults=True):
     """One attempt of a chunk: the input of its workflow, and its state when it continues as new.
 
     Attributes:
@@ -397,15 +413,9 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         keeps_lanes: it never becomes idle again, because the history of its batch is too long.
     """
 
-    batch_id: str
-    chunk: int
-    attempt: int = 1
-    attempts: tuple[Attempt, ...] = (Attempt(),)
     positions: tuple[int, int]
     lanes: int
     is_whole: bool = False
-    timeout_s: float
-    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
     parts: tuple[Part, ...] | None = None
     cancelled: dict[int, datetime] = {}
     before: "Counts | None" = None
@@ -415,6 +425,9 @@ class ChunkOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_idle: bool = False
     grants: int = 0
     keeps_lanes: bool = False
+
+    def for_items(self, parts: tuple[Part, ...]) -> "ItemsOrder":
+        return ItemsOrder(parts=parts, **{name: getattr(self, name) for name in OfChunk.__struct_fields__})
 
 
 class ChunkIdle(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -433,16 +446,10 @@ class ChunkIdle(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     grants: int
 
 
-class ItemsOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ItemsOrder(OfChunk, frozen=True, kw_only=True, omit_defaults=True):
     """Items that one worker runs in sequence, as many as it completes in a short time: the input of ``run_items``."""
 
-    batch_id: str
-    chunk: int
-    attempt: int = 1
-    attempts: tuple[Attempt, ...] = (Attempt(),)
     parts: tuple[Part, ...]
-    timeout_s: float
-    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
 
     def left_after(self, done: "ItemsDone") -> list[Part]:
         """The items that are left to run after *done*."""
