@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import UnsetType
 from msgspec.structs import asdict, replace
-from temporalio.api.common.v1 import Payload
+from temporalio.api.common.v1 import Payloads
 from temporalio.api.enums.v1 import EventType, RetryState
 from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflow.v1 import PendingActivityInfo
@@ -78,6 +78,13 @@ CLOSED = (
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TERMINATED,
     EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIMED_OUT,
 )
+#: The events that end an activity.
+ENDS = (
+    EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED,
+    EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED,
+    EventType.EVENT_TYPE_ACTIVITY_TASK_CANCELED,
+    EventType.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT,
+)
 #: Pauses between reads of a history that does not have the latest results yet, in seconds.
 REREAD_DELAYS_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
@@ -126,20 +133,17 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
             case EventType.EVENT_TYPE_ACTIVITY_TASK_STARTED if run.status is RunStatus.STARTING:
                 run = replace(run, status=RunStatus.RUNNING, started_at=run.started_at or at)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
-                payload = event.activity_task_completed_event_attributes.result.payloads[0]
-                done = decoded(payload, StepDone)
+                done = decoded(_attributes_of(event).result.payloads[0], StepDone)
                 run = _with_progress(run, done)
                 if done.step is None:
                     waiting = {"status": RunStatus.WAITING, "waiting_for": done.questions, "worked_s": done.worked_s}
                     run = _with_answers(replace(run, **waiting), answers)
                 else:
                     run = replace(run, steps=(*run.steps, done.step))
-            case EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED:
-                failed = event.activity_task_failed_event_attributes.failure
-                run = _with_heartbeats(run, failed.application_failure_info.details.payloads)
-            case EventType.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
-                late = event.activity_task_timed_out_event_attributes.failure
-                run = _with_heartbeats(run, late.timeout_failure_info.last_heartbeat_details.payloads)
+            case EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED | EventType.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
+                failure = _attributes_of(event).failure
+                run = _with_heartbeats(run, failure.application_failure_info.details)
+                run = _with_heartbeats(run, failure.timeout_failure_info.last_heartbeat_details)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED:
                 run = replace(
                     run,
@@ -149,16 +153,25 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
                     completed_at=at,
                 )
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
-                failure = event.workflow_execution_failed_event_attributes.failure
+                failure = _attributes_of(event).failure
                 info = failure.application_failure_info
-                ended = {"error": cut(failure.message), "error_type": info.type or INTERRUPTED, "completed_at": at}
-                run = replace(_with_heartbeats(run, info.details.payloads), status=RunStatus.FAILED, **ended)
+                outcome = Outcome(RunStatus.FAILED, cut(failure.message), info.type or INTERRUPTED)
+                run = _ended(_with_heartbeats(run, info.details), outcome, at)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED:
-                run = replace(run, **asdict(CANCELLED), completed_at=at)
+                run = _ended(run, CANCELLED, at)
             case end if end in CLOSED_FROM_OUTSIDE:
                 error = f"The run was {CLOSED_FROM_OUTSIDE[end]} on the cluster before it ended."
-                run = replace(run, status=RunStatus.FAILED, error=error, error_type=INTERRUPTED, completed_at=at)
+                run = _ended(run, Outcome(RunStatus.FAILED, error, INTERRUPTED), at)
     return run, answers
+
+
+def _attributes_of(event: HistoryEvent) -> Any:
+    """Return the attributes of an event of any type."""
+    return getattr(event, event.WhichOneof("attributes"))
+
+
+def _ended(run: Run, outcome: Outcome, at: datetime | None) -> Run:
+    return replace(run, **asdict(outcome), completed_at=at)
 
 
 def _with_answers(run: Run, answers: Calls, at: datetime | None = None) -> Run:
@@ -206,11 +219,11 @@ def with_pending_activity(run: Run, pending: Sequence[PendingActivityInfo]) -> R
 
     Without a heartbeat, the turn may still wait for its slot.
     """
-    return _with_heartbeats(run, pending[0].heartbeat_details.payloads if pending else ())
+    return _with_heartbeats(run, pending[0].heartbeat_details) if pending else run
 
 
-def _with_heartbeats(run: Run, payloads: Iterable[Payload]) -> Run:
-    for sent in payloads:
+def _with_heartbeats(run: Run, heartbeats: Payloads) -> Run:
+    for sent in heartbeats.payloads:
         run = _with_progress(run, decoded(sent, Heartbeat))
     return run
 
@@ -410,10 +423,6 @@ def _cancelled(item: Run, at: datetime, reason: Outcome | None = None) -> Run:
     return _ended(item, reason or (CANCELLED if is_waiting else CANCELLED_BEFORE_START), at)
 
 
-def _ended(item: Run, outcome: Outcome, at: datetime | None) -> Run:
-    return replace(item, **asdict(outcome), completed_at=at)
-
-
 class _OpenOrders:
     """The ``run_items`` activities of a chunk that have not ended, from its history."""
 
@@ -422,35 +431,15 @@ class _OpenOrders:
 
     def apply(self, event: HistoryEvent) -> tuple[ItemsOrder, ItemsDone] | None:
         """Apply *event*. If it ends an order, return the order and its progress."""
-        match event.event_type:
-            case EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
-                scheduled = event.activity_task_scheduled_event_attributes
-                if scheduled.activity_type.name == ITEMS_ACTIVITY:
-                    order = decoded(scheduled.input.payloads[0], ItemsOrder)
-                    self._orders[event.event_id] = (scheduled.activity_id, order)
-            case EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
-                completed = event.activity_task_completed_event_attributes
-                if taken := self._pop(completed.scheduled_event_id):
-                    return taken, decoded(completed.result.payloads[0], ItemsDone)
-            case EventType.EVENT_TYPE_ACTIVITY_TASK_CANCELED:
-                if taken := self._pop(event.activity_task_canceled_event_attributes.scheduled_event_id):
-                    return taken, ItemsDone()
-            case EventType.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
-                return self._failed(event, event.activity_task_timed_out_event_attributes)
-            case EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED:
-                return self._failed(event, event.activity_task_failed_event_attributes)
+        attributes = _attributes_of(event)
+        if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
+            if attributes.activity_type.name == ITEMS_ACTIVITY:
+                order = decoded(attributes.input.payloads[0], ItemsOrder)
+                self._orders[event.event_id] = (attributes.activity_id, order)
+        elif event.event_type in ENDS and attributes.scheduled_event_id in self._orders:
+            _, order = self._orders.pop(attributes.scheduled_event_id)
+            return order, _done_of(event, order)
         return None
-
-    def _failed(self, event: HistoryEvent, end: Any) -> tuple[ItemsOrder, ItemsDone] | None:
-        order = self._pop(end.scheduled_event_id)
-        if order is None:
-            return None
-        cause = CONVERTER.failure_converter.from_failure(end.failure, CONVERTER.payload_converter)
-        is_cancelled = end.retry_state == RetryState.RETRY_STATE_CANCEL_REQUESTED
-        return order, done_after_failure(order, cause, event.event_time.ToDatetime(UTC), is_cancelled=is_cancelled)
-
-    def _pop(self, event_id: int) -> ItemsOrder | None:
-        return self._orders.pop(event_id, ("", None))[1]
 
     def has(self, position: int) -> bool:
         return any(part.position == position for _, order in self._orders.values() for part in order.parts)
@@ -464,6 +453,18 @@ class _OpenOrders:
         """Whether *pending* has all open orders that were scheduled up to *last_event*."""
         ids = {activity.activity_id for activity in pending}
         return all(id_ in ids for event_id, (id_, _) in self._orders.items() if event_id <= last_event)
+
+
+def _done_of(event: HistoryEvent, order: ItemsOrder) -> ItemsDone:
+    """Return the progress of an *order* that ended with *event*."""
+    attributes = _attributes_of(event)
+    if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
+        return decoded(attributes.result.payloads[0], ItemsDone)
+    if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_CANCELED:
+        return ItemsDone()
+    cause = CONVERTER.failure_converter.from_failure(attributes.failure, CONVERTER.payload_converter)
+    is_cancelled = attributes.retry_state == RetryState.RETRY_STATE_CANCEL_REQUESTED
+    return done_after_failure(order, cause, event.event_time.ToDatetime(UTC), is_cancelled=is_cancelled)
 
 
 def _heartbeats_of(pending: Iterable[PendingActivityInfo]) -> list[tuple[str, ItemsDone]]:
