@@ -359,12 +359,12 @@ async def test_a_run_joins_its_session_if_the_process_that_accepted_it_died(
 async def test_a_session_continues_after_a_run_or_its_workflow_was_terminated(
     cluster: "TemporalEngine", turns: Turns
 ) -> None:
-    from flock.temporal.messages import session_workflow_id
+    from flock.temporal.messages import run_workflow_id, session_workflow_id
 
     turns.hold(0)
     first, second = [await submit(cluster, n) for n in range(2)]
     await started(turns, 0)
-    await cluster._handle(first.run_id, 1).terminate()
+    await cluster.cluster.handle(run_workflow_id(first.run_id, 1)).terminate()
     assert (await ended(cluster, second)).status is RunStatus.COMPLETED
     turns.hold(2)
     third, fourth = [await submit(cluster, n) for n in (2, 3)]

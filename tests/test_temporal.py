@@ -69,6 +69,7 @@ from flock.temporal.messages import (
     ItemsOrder,
     Part,
     RunOrder,
+    batch_workflow_id,
     chunk_workflow_id,
     decoded,
     item_id,
@@ -570,7 +571,7 @@ async def test_a_batch_that_continues_in_new_histories_reads_as_one(
                 batch = await engine.get_batch(batch.batch_id)
                 counts.append(batch.completed_items)
         items = await engine.get_items(batch.batch_id)
-        history = (await engine._batch_handle(batch).fetch_history()).events
+        history = (await engine.cluster.handle(batch_workflow_id(batch.batch_id, 1)).fetch_history()).events
     at_first = history[0].workflow_execution_started_event_attributes.memo.fields
     assert decoded(at_first["batch"], Batch).completed_items >= 20, "as soon as a new history starts"
     assert counts == sorted(counts)
@@ -933,7 +934,7 @@ async def test_the_next_request_starts_the_batch_of_a_key_whose_server_died(temp
         work.fails.clear()
         batch = await ended(engine, await engine.retry_batch(batch_id))
         assert (batch.completed_items, batch.failed_items) == (3, 0)
-        rows_of = (await engine._batch_order(batch)).attempts[0].rows_of
+        rows_of = (await engine._current(batch_id)).attempts[0].rows_of
         assert rows_of not in (None, batch_id)
         rows = engine.cluster.client.get_workflow_handle(f"rows:{rows_of}:0")
         await rows.describe()
@@ -999,7 +1000,7 @@ async def test_changes_made_by_others_on_the_cluster_are_reported(temporal_addre
             assert (await engine.wait(again.run_id)).attempt == 2
     async with open_pair(flock, temporal_address, with_worker=False) as engine:
         run = await engine.submit("add", {"a": 1})
-        await engine._handle(run.run_id, 1).terminate()
+        await engine.cluster.handle(run_workflow_id(run.run_id, 1)).terminate()
         run = await engine.wait(run.run_id)
     assert (run.status, run.error_type) == (RunStatus.FAILED, "interrupted")
     assert run.error == "The run was terminated on the cluster before it ended."
@@ -1409,7 +1410,7 @@ async def test_the_text_of_an_exception_is_not_in_the_history(temporal_address: 
     flock.name = new_id()
     async with open_pair(flock, temporal_address) as engine:
         run = await engine.wait((await engine.submit("explode", {"text": "xyzzy"})).run_id)
-        history = await engine._handle(run.run_id, 1).fetch_history()
+        history = await engine.cluster.handle(run_workflow_id(run.run_id, 1)).fetch_history()
     stored = str([event for event in history.events if event.HasField("activity_task_failed_event_attributes")])
     assert "explode" in stored
     assert "a secret" not in stored

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextvars import Context
 from datetime import UTC, timedelta
 from itertools import islice
@@ -19,7 +19,6 @@ from msgspec.structs import replace
 from temporalio.api.common.v1 import Memo
 from temporalio.api.enums.v1 import WorkflowExecutionStatus
 from temporalio.api.workflow.v1 import WorkflowExecutionInfo
-from temporalio.client import WorkflowHandle
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 
@@ -175,7 +174,6 @@ class TemporalBatches(EngineBase):
                 starts=tuple(rows.starts),
                 timeout_s=min(batch.options.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s),
                 heartbeat_timeout_s=self._heartbeat_timeout_s,
-                invalid_items=whole.failed_items,
                 failed_in=f"{rows.failed_in:x}",
                 first_error=rows.first_error,
                 key_id=None if key is None else self._reservations.key_id(key),
@@ -320,69 +318,68 @@ class TemporalBatches(EngineBase):
         counted = decoded(memo["ended"], Counts) if "ended" in memo else Counts()
         return counted + ended_so_far(described.raw_description.pending_activities)
 
-    def _batch_handle(self, batch: Batch) -> WorkflowHandle[Any, Any]:
-        return self.cluster.client.get_workflow_handle(workflow_id_of(batch))
-
-    async def _batch_order(self, batch: Batch) -> BatchOrder:
-        """Return the order of an attempt, with the positions of its chunks and the earlier attempts."""
-        key = (batch.batch_id, batch.attempt)
+    async def _current(self, batch_id: str) -> BatchOrder:
+        """Return the order of the last attempt of a batch, with its current state. Raises BatchNotFound."""
+        state = await self._find_batch(batch_id)
+        key = (batch_id, state.batch.attempt)
         if key not in self._orders:
-            async with self.cluster.rpc_scope():
+            async with self._reading(batch_id):
                 self._orders[key] = await self.cluster.input_of(batch_workflow_id(*key), BatchOrder)
         self._orders.move_to_end(key)
         if len(self._orders) > BATCH_CACHE_SIZE:
             self._orders.popitem(last=False)
-        return self._orders[key]
+        order = self._orders[key]
+        return replace(
+            order,
+            batch=state.batch,
+            attempts=(*order.attempts[:-1], state.about),
+            failed_in=state.memo_value("failed_in", str, ALL_CHUNKS),
+            cancelled_in=state.memo_value("cancelled_in", str, ALL_CHUNKS),
+            first_error=state.memo_value("first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
+        )
+
+    @contextlib.asynccontextmanager
+    async def _reading(self, batch_id: str) -> AsyncIterator[None]:
+        """Raise BatchNotFound if a workflow of the batch does not exist, because its retention is over."""
+        try:
+            async with self.cluster.rpc_scope(SEND_TIMEOUT_S):
+                yield
+        except RPCError as exc:
+            raise BatchNotFound(batch_id) from exc
 
     async def get_items(
         self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
     ) -> Sequence[Run]:
         self._check_entered()
-        wanted = statuses_of(statuses)
-        try:
-            state = await self._find_batch(batch_id)
-            order = await self._batch_order(state.batch)
-            chunks = iter(self._chunks_with(state, order, max(0, after + 1), wanted))
-            page, at_once = Page[Run](limit), 1  # with long results, one chunk can exceed a page
-            while next_chunks := list(islice(chunks, at_once)):
-                at_once = READ_AT_ONCE
-                read = await asyncio.gather(*(self._read(state, order, chunk) for chunk in next_chunks))
-                for item in (item for chunk in read for item in chunk.items.values()):
-                    if (item.position or 0) <= after or item.status not in wanted:
-                        continue
-                    if not page.add(replace(item, steps=())):
-                        return page
-            return page
-        except RPCError as exc:
-            raise BatchNotFound(batch_id) from exc  # the retention of some of its workflows is over
+        wanted, order = statuses_of(statuses), await self._current(batch_id)
+        first = order.chunk_of(max(0, after + 1))
+        chunks: Iterable[int] = range(first, len(order.starts) if after + 1 < order.batch.total_items else first)
+        if order.batch.status.is_final and set(wanted) <= {RunStatus.FAILED, RunStatus.CANCELLED}:
+            chunks = order.chunks_with(wanted, chunks)
+        unread = iter(chunks)
+        page, at_once = Page[Run](limit), 1  # with long results, one chunk can exceed a page
+        while next_chunks := list(islice(unread, at_once)):
+            at_once = READ_AT_ONCE
+            read = await asyncio.gather(*(self._read(order, chunk) for chunk in next_chunks))
+            for item in (item for chunk in read for item in chunk.items.values()):
+                if (item.position or 0) <= after or item.status not in wanted:
+                    continue
+                if not page.add(replace(item, steps=())):
+                    return page
+        return page
 
-    def _chunks_with(
-        self, state: _AttemptState, order: BatchOrder, position: int, statuses: Sequence[RunStatus]
-    ) -> Sequence[int]:
-        """Return the chunks from *position* on that may have items with these *statuses*."""
-        first = order.chunk_of(position)
-        chunks = range(first, len(order.starts) if position < state.batch.total_items else first)
-        if not state.batch.status.is_final or not set(statuses) <= {RunStatus.FAILED, RunStatus.CANCELLED}:
-            return chunks
-        bits = 0
-        for status, name in ((RunStatus.FAILED, "failed_in"), (RunStatus.CANCELLED, "cancelled_in")):
-            if status in statuses:
-                bits |= int(state.memo_value(name, str, ALL_CHUNKS), 16)
-        return [chunk for chunk in chunks if bits >> chunk & 1]
-
-    async def _read(self, state: _AttemptState, order: BatchOrder, chunk: int) -> Chunk:
-        attempts = (*order.attempts[:-1], state.about)
-        async with self.cluster.rpc_scope(SEND_TIMEOUT_S):
-            return await read_chunk(self.cluster, state.batch.batch_id, chunk, attempts, attempts[0].rows_of)
+    async def _read(self, order: BatchOrder, chunk: int) -> Chunk:
+        """Read a chunk of a batch, with its current *order*. Raises BatchNotFound."""
+        async with self._reading(order.batch.batch_id):
+            return await read_chunk(self.cluster, order.batch.batch_id, chunk, order.attempts)
 
     async def _item(self, run_id: str) -> tuple[Run | None, Mapping[int, Sequence[Call]]]:
         """Return the item with this id and its calls, or None if there is none, or its histories were deleted."""
         batch_id, position = parse_item_id(run_id)
-        with contextlib.suppress(BatchNotFound, RPCError):
-            state = await self._find_batch(batch_id)
-            if 0 <= position < state.batch.total_items:
-                order = await self._batch_order(state.batch)
-                chunk = await self._read(state, order, order.chunk_of(position))
+        with contextlib.suppress(BatchNotFound):
+            order = await self._current(batch_id)
+            if 0 <= position < order.batch.total_items:
+                chunk = await self._read(order, order.chunk_of(position))
                 return chunk.items[position], chunk.calls.get(position, {})
         return None, {}
 
@@ -397,17 +394,11 @@ class TemporalBatches(EngineBase):
         batch = await self.get_batch(batch_id)
         if not batch.status.is_final:
             async with self.cluster.rpc_scope(missing_ok=True):
-                await self._batch_handle(batch).cancel()
+                await self.cluster.handle(workflow_id_of(batch)).cancel()
             batch = await self.get_batch(batch_id)
         if conflict := not_cancelled(batch):
             raise conflict
         return replace(batch, cancel_requested=True)
-
-    async def _cancel_item(self, run: Run) -> None:
-        batch_id, position = parse_item_id(run.run_id)
-        batch = await self.get_batch(batch_id)
-        async with self.cluster.rpc_scope(missing_ok=True):
-            await self._batch_handle(batch).signal("cancel_item", position)
 
     async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
         self._check_running()
@@ -418,19 +409,15 @@ class TemporalBatches(EngineBase):
         self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None, max_cost: float | None = None
     ) -> Batch:
         """Start the next attempt of a batch that has ended, for *item* alone if it is given."""
-        state = await self._find_batch(batch_id)
-        batch, statuses = state.batch, tuple(only or (RunStatus.FAILED, RunStatus.CANCELLED))
-        order = await self._batch_order(batch)
-        failed = batch.failed_items - order.invalid_items if RunStatus.FAILED in statuses else 0
+        order = await self._current(batch_id)
+        batch, statuses = order.batch, tuple(only or (RunStatus.FAILED, RunStatus.CANCELLED))
+        failed = batch.failed_items - batch.invalid_items if RunStatus.FAILED in statuses else 0
         cancelled = batch.cancelled_items if RunStatus.CANCELLED in statuses else 0
         if item is not None:
             failed, cancelled = item.status is RunStatus.FAILED, item.status is RunStatus.CANCELLED
         if not batch.status.is_final or not failed + cancelled:
             raise not_retried(batch, statuses)
-        try:
-            await self._read(state, order, 0)  # the retention of the first chunk ends first
-        except RPCError as exc:
-            raise BatchNotFound(batch_id) from exc
+        await self._read(order, 0)  # the retention of the first chunk ends first
         await self._check_room_for_items(failed + cancelled)
         again = replace(
             order,
@@ -449,14 +436,7 @@ class TemporalBatches(EngineBase):
                 resumed_with=0,
                 cancel_requested=False,
             ),
-            attempts=(
-                *order.attempts[:-1],
-                state.about,
-                Attempt(only=statuses, position=None if item is None else item.position),
-            ),
-            failed_in=state.memo_value("failed_in", str, ALL_CHUNKS),
-            cancelled_in=state.memo_value("cancelled_in", str, ALL_CHUNKS),
-            first_error=state.memo_value("first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
+            attempts=(*order.attempts, Attempt(only=statuses, position=None if item is None else item.position)),
         )
         try:
             await self._start_batch(again)
@@ -465,10 +445,10 @@ class TemporalBatches(EngineBase):
         return again.batch
 
     async def delete_batch(self, batch_id: str) -> None:
-        batch = await self.get_batch(batch_id)
-        if not batch.status.is_final:
-            raise not_deleted(batch)
-        order = await self._batch_order(batch)
+        self._check_entered()
+        order = await self._current(batch_id)
+        if not order.batch.status.is_final:
+            raise not_deleted(order.batch)
         if not await self._reservations.delete_batch(batch_id, len(order.starts), order.attempts[0].rows_of):
             raise BatchNotFound(batch_id)
         await self._reservations.release(order.key_id, batch_id)

@@ -202,12 +202,7 @@ class FlockBatch(_Interruptible):
             return chunks
         if attempt.position is not None:
             return [k for k in chunks if k == self._order.chunk_of(attempt.position)]
-        bits = 0
-        if RunStatus.FAILED in attempt.only:
-            bits |= int(self._order.failed_in, 16)
-        if RunStatus.CANCELLED in attempt.only:
-            bits |= int(self._order.cancelled_in, 16)
-        return [k for k in chunks if bits >> k & 1]
+        return self._order.chunks_with(attempt.only, chunks)
 
     def _start_chunks(self) -> None:
         """Divide the free lanes among chunks that start now, or else among running ones."""
@@ -274,7 +269,7 @@ class FlockBatch(_Interruptible):
             attempts=(*self._order.attempts[:-1], replace(self._order.attempts[-1], cancelled={})),
             positions=(first, end),
             lanes=lanes,
-            is_whole=self._batch.attempt == 1 and not self._order.invalid_items,
+            is_whole=self._batch.attempt == 1 and not self._batch.invalid_items,
             timeout_s=self._order.timeout_s,
             heartbeat_timeout_s=self._order.heartbeat_timeout_s,
             cancelled={at: when for at, when in self._cancelled.items() if first <= at < end},

@@ -19,7 +19,7 @@ from temporalio.api.workflowservice.v1 import (
     DescribeNamespaceRequest,
     RegisterNamespaceRequest,
 )
-from temporalio.client import Client, WorkflowExecutionDescription, WorkflowHistoryEventFilterType
+from temporalio.client import Client, WorkflowExecutionDescription, WorkflowHandle, WorkflowHistoryEventFilterType
 from temporalio.common import (
     SearchAttributePair,
     TypedSearchAttributes,
@@ -102,6 +102,10 @@ class Cluster:
         assert self._client is not None, "call connect() first"
         return self._client
 
+    def handle(self, workflow_id: str) -> WorkflowHandle[Any, Any]:
+        """Return the handle of a workflow, even if it does not exist."""
+        return self.client.get_workflow_handle(workflow_id)
+
     async def connect(self, *, lazy: bool = True) -> None:
         """Connect to the cluster. Create the namespace and the search attributes if they are missing.
 
@@ -168,7 +172,7 @@ class Cluster:
 
     async def input_of(self, workflow_id: str, type_: type[T]) -> T:
         """Return the input of a workflow. Raises RPCError, NOT_FOUND if it does not exist or its retention is over."""
-        async for event in self.client.get_workflow_handle(workflow_id).fetch_history_events(page_size=1):
+        async for event in self.handle(workflow_id).fetch_history_events(page_size=1):
             await self.payloads.resolve([event])
             return decoded(event.workflow_execution_started_event_attributes.input.payloads[0], type_)
         raise AssertionError("every history has a first event")
@@ -192,7 +196,7 @@ class Cluster:
     ) -> WorkflowExecutionDescription | None:
         """Return the current state of a workflow, or None if it does not exist. Raises StoreError, EngineFull."""
         async with self.rpc_scope(timeout_s, missing_ok=True):
-            return await self.client.get_workflow_handle(workflow_id).describe()
+            return await self.handle(workflow_id).describe()
         return None
 
     async def until_change(self, workflow_id: str, after: int | None = None) -> int:
@@ -206,7 +210,7 @@ class Cluster:
         wanted = (
             WorkflowHistoryEventFilterType.CLOSE_EVENT if after is None else WorkflowHistoryEventFilterType.ALL_EVENT
         )
-        handle = self.client.get_workflow_handle(workflow_id)
+        handle = self.handle(workflow_id)
         async with self.rpc_scope(None, missing_ok=True):
             async for event in handle.fetch_history_events(wait_new_event=True, event_filter_type=wanted):
                 if after is None:

@@ -356,7 +356,7 @@ class TemporalEngine(TemporalBatches):
 
     async def _attempt(self, run_id: str, attempt: int) -> Run | None:
         """Return the current record of one attempt of a run, or None."""
-        handle = self._handle(run_id, attempt)
+        handle = self.cluster.handle(run_workflow_id(run_id, attempt))
         async with self.cluster.rpc_scope(missing_ok=True):
             run = run_of(await self.cluster.history_of(handle.id))
             if run.status.is_final:
@@ -366,9 +366,6 @@ class TemporalEngine(TemporalBatches):
                 return run_of(await self.cluster.history_of(handle.id))
             return with_pending_activity(run, described.raw_description.pending_activities)
         return None
-
-    def _handle(self, run_id: str, attempt: int) -> WorkflowHandle[Any, Any]:
-        return self.cluster.client.get_workflow_handle(run_workflow_id(run_id, attempt))
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
         self._check_entered()
@@ -466,10 +463,12 @@ class TemporalEngine(TemporalBatches):
     async def cancel_run(self, run_id: str) -> Run:
         run = await self.get_run(run_id)
         if not run.status.is_final and run.batch_id is not None:
-            await self._cancel_item(run)
+            batch = await self.get_batch(run.batch_id)
+            async with self.cluster.rpc_scope(missing_ok=True):
+                await self.cluster.handle(workflow_id_of(batch)).signal("cancel_item", run.position)
         elif not run.status.is_final:
             async with self.cluster.rpc_scope(missing_ok=True):
-                await self._handle(run_id, run.attempt).cancel()
+                await self.cluster.handle(workflow_id_of(run)).cancel()
             if run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
                 await self._until_change(workflow_id_of(run), CANCEL_WAIT_S)
         run = await self.get_run(run_id)
@@ -505,10 +504,10 @@ class TemporalEngine(TemporalBatches):
     async def _keeper_of(self, run: Run) -> WorkflowHandle[Any, Any]:
         """Return the workflow that keeps the calls of *run*."""
         if run.batch_id is None:
-            return self._handle(run.run_id, run.attempt)
-        batch = await self.get_batch(run.batch_id)
-        chunk = (await self._batch_order(batch)).chunk_of(run.position or 0)
-        return self.cluster.client.get_workflow_handle(chunk_workflow_id(batch.batch_id, chunk, batch.attempt))
+            return self.cluster.handle(workflow_id_of(run))
+        order = await self._current(run.batch_id)
+        chunk = order.chunk_of(run.position or 0)
+        return self.cluster.handle(chunk_workflow_id(run.batch_id, chunk, order.batch.attempt))
 
     async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
         self._check_running()

@@ -335,18 +335,14 @@ class ItemActivities:
         return chunk
 
     async def _read(self, order: ItemsOrder) -> Chunk:
-        *before, attempt = order.attempts
         try:
-            chunk = await read_chunk(self._cluster, order.batch_id, order.chunk, before, order.attempts[0].rows_of)
+            return await read_chunk(self._cluster, order.batch_id, order.chunk, order.attempts)
         except RPCError as exc:
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
             raise payload_lost(
                 "The cluster has deleted the rows of this chunk or an earlier attempt, because their retention is over."
             ) from exc
-        if before:
-            chunk.reopen(attempt)
-        return chunk
 
     @activity.defn(name=FIND_ACTIVITY)
     async def find(self, order: ItemsOrder) -> list[int]:

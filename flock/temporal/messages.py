@@ -6,7 +6,7 @@ They are stored in histories. So a new field needs a default, and no field may b
 import bisect
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -253,7 +253,6 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         batch: the record, without the items that ended in running chunks.
         starts: the first position of each chunk.
         timeout_s: wall-clock seconds for each item.
-        invalid_items: the number of items whose inputs are invalid. They are never retried.
         attempts: all attempts so far; this one is the last.
         failed_in, cancelled_in: the chunks that have such items, as a hexadecimal number with one bit for each chunk.
         first_error: the position and the error of the first failed item.
@@ -264,7 +263,6 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     starts: tuple[int, ...]
     timeout_s: float
     heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
-    invalid_items: int = 0
     attempts: tuple[Attempt, ...] = (Attempt(),)
     failed_in: str = "0"
     cancelled_in: str = "0"
@@ -277,6 +275,15 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def chunk_of(self, position: int) -> int:
         return bisect.bisect_right(self.starts, position) - 1
+
+    def chunks_with(self, statuses: Collection[RunStatus], chunks: Iterable[int]) -> list[int]:
+        """Return those of *chunks* that have failed or cancelled items, if *statuses* contains that status."""
+        bits = 0
+        if RunStatus.FAILED in statuses:
+            bits |= int(self.failed_in, 16)
+        if RunStatus.CANCELLED in statuses:
+            bits |= int(self.cancelled_in, 16)
+        return [chunk for chunk in chunks if bits >> chunk & 1]
 
 
 class CallDone(msgspec.Struct, frozen=True, kw_only=True):

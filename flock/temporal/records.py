@@ -167,7 +167,7 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
 
 def _attributes_of(event: HistoryEvent) -> Any:
     """Return the attributes of an event of any type."""
-    return getattr(event, event.WhichOneof("attributes"))
+    return getattr(event, event.WhichOneof("attributes") or "")
 
 
 def _ended(run: Run, outcome: Outcome, at: datetime | None) -> Run:
@@ -502,10 +502,8 @@ async def _latest_history(cluster: Cluster, workflow_id: str) -> History:
     return history, described.pending_activities
 
 
-async def read_chunk(
-    cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Attempt], rows_of: str | None
-) -> Chunk:
-    """Read the current state of a chunk from its rows and all *attempts*. *rows_of*: see ``Attempt``.
+async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Attempt]) -> Chunk:
+    """Read the current state of a chunk from its rows and all *attempts*.
 
     Raises: RPCError, NOT_FOUND if the retention of its rows or of the first attempt is over.
     """
@@ -521,7 +519,7 @@ async def read_chunk(
             if chunk < attempt.begun_to
         )
     )
-    rows = await cluster.input_of(rows_workflow_id(rows_of or batch_id, chunk), RowsOrder)
+    rows = await cluster.input_of(rows_workflow_id(attempts[0].rows_of or batch_id, chunk), RowsOrder)
     remaining_histories = iter(await histories)
     items = Chunk(batch_id, rows)
     for number, attempt in enumerate(attempts, 1):
