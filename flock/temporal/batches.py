@@ -121,7 +121,6 @@ class TemporalBatches(EngineBase):
         flock: str,
         limits: Limits,
         cluster: Cluster,
-        *,
         heartbeat_timeout_s: float,
         **models: Any,
     ) -> None:
@@ -178,7 +177,7 @@ class TemporalBatches(EngineBase):
                 first_error=rows.first_error,
                 key_id=None if key is None else self._reservations.key_id(key),
             )
-            accepted = await self._accept_sent(order, key, staged, rows)
+            return await self._accept_sent(order, key, staged, rows)
         except BaseException:
             rows.stop()
             if rows.starts and not rows.may_be_in_use:
@@ -189,9 +188,6 @@ class TemporalBatches(EngineBase):
             raise
         finally:
             self._staged -= staged
-        if accepted.batch_id != batch.batch_id:
-            raise Replayed(accepted.batch_id)
-        return accepted
 
     async def _drop(self, batch_id: str, chunks: int, key: IdempotencyKey | None) -> None:
         """Have workers delete the rows that were sent, unless *key* has this id: then the batch may have started."""
@@ -231,6 +227,8 @@ class TemporalBatches(EngineBase):
         except WorkflowAlreadyStartedError:
             rows.may_be_in_use = False
             raise Replayed(order.batch.batch_id) from None
+        if order.batch.batch_id != batch.batch_id:
+            raise Replayed(order.batch.batch_id)
         return order.batch
 
     async def _start_batch(self, order: BatchOrder) -> None:

@@ -556,7 +556,11 @@ class FlockChunk(_Interruptible, CallKeeper):
         """Count the items that have ended, and put the rest back."""
         for task, order in [(task, order) for task, order in self._running.items() if task.done()]:
             del self._running[task]
-            done = _result_of(task, order)
+            try:
+                done = task.result()
+            except ActivityError as exc:
+                is_cancelled = exc.retry_state is RetryState.CANCEL_REQUESTED
+                done = done_after_failure(order, exc.cause, workflow.now(), is_cancelled=is_cancelled)
             for ended in done.ended:
                 self._ended += ended.counts
                 self._calls.discard(ended.position)
@@ -648,14 +652,6 @@ class FlockChunk(_Interruptible, CallKeeper):
     def _memo(self) -> dict[str, Any]:
         """Return the counts and the items to cancel, for workers and API processes."""
         return {"ended": self._counts(), "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
-
-
-def _result_of(task: workflow.ActivityHandle[ItemsDone], order: ItemsOrder) -> ItemsDone:
-    try:
-        return task.result()
-    except ActivityError as exc:
-        is_cancelled = exc.retry_state is RetryState.CANCEL_REQUESTED
-        return done_after_failure(order, exc.cause, workflow.now(), is_cancelled=is_cancelled)
 
 
 @workflow.defn(name="flock_batch_rows")

@@ -131,8 +131,9 @@ class TemporalEngine(TemporalBatches):
         limits = replace(limits, max_items=min(limits.max_items, MAX_ITEMS))
         if payload_dir is None:
             limits = replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
-        models = {"prices": prices, "default_model": default_model}
-        super().__init__(agents, flock, limits, cluster, heartbeat_timeout_s=heartbeat_timeout_s, **models)
+        super().__init__(
+            agents, flock, limits, cluster, heartbeat_timeout_s, prices=prices, default_model=default_model
+        )
         self._watch_task: asyncio.Task[None] | None = None
         self._is_stopping = False
         self._error: StoreError | None = None
