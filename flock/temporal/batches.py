@@ -59,7 +59,6 @@ from flock.temporal.messages import (
     new_batch_id,
     parse_item_id,
     rows_workflow_id,
-    task_queue_of,
     workflow_id_of,
 )
 from flock.temporal.records import Chunk, ended_so_far, read_chunk
@@ -126,7 +125,6 @@ class TemporalBatches(EngineBase):
     ) -> None:
         super().__init__(agents, flock, limits, **models)
         self.cluster = cluster
-        self._task_queue = task_queue_of(flock)
         self._reservations = Reservations(cluster, flock)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
@@ -142,7 +140,7 @@ class TemporalBatches(EngineBase):
         """Cancellation: workers delete the rows that were sent."""
         batch = intake.batch
         versions = {name: version_of(agent) for name, agent in self._agents.items()}
-        rows = _RowSender(self.cluster, self._task_queue, batch.batch_id, versions)
+        rows = _RowSender(self.cluster, batch.batch_id, versions)
         staged = 0
 
         async def stage(page: Sequence[Run]) -> None:
@@ -462,14 +460,13 @@ class _RowSender:
         may_be_in_use: a batch may have started with these rows, so they must not be deleted.
     """
 
-    def __init__(self, cluster: Cluster, task_queue: str, batch_id: str, agents: dict[str, str]) -> None:
+    def __init__(self, cluster: Cluster, batch_id: str, agents: dict[str, str]) -> None:
         self.starts: list[int] = []
         self.failed_in = 0
         self.first_error: tuple[int, str] | None = None
         self.may_be_in_use = False
         self._total = 0
         self._cluster = cluster
-        self._task_queue = task_queue
         self._batch_id = batch_id
         self._agents = agents
         self._sending: set[asyncio.Task[None]] = set()
@@ -504,14 +501,14 @@ class _RowSender:
             task.result()
 
     async def _send(self, chunk: int, order: RowsOrder) -> None:
-        async with self._cluster.rpc_scope(SEND_TIMEOUT_S):
-            await self._cluster.client.start_workflow(
-                FlockRows.run,
-                order,
-                id=rows_workflow_id(self._batch_id, chunk),
-                task_queue=self._task_queue,
-                start_delay=KEEP_ROWS_FOR,
-            )
+        await self._cluster.start_workflow(
+            FlockRows.run,
+            order,
+            flock=order.item.flock,
+            id=rows_workflow_id(self._batch_id, chunk),
+            start_delay=KEEP_ROWS_FOR,
+            timeout_s=SEND_TIMEOUT_S,
+        )
 
 
 def _closed_from_outside(state: _AttemptState, info: WorkflowExecutionInfo) -> None:

@@ -23,7 +23,6 @@ from temporalio.client import Client, WorkflowExecutionDescription, WorkflowHand
 from temporalio.common import (
     SearchAttributePair,
     TypedSearchAttributes,
-    WorkflowIDConflictPolicy,
     WorkflowIDReusePolicy,
 )
 from temporalio.envconfig import ClientConfig
@@ -242,28 +241,37 @@ class Cluster:
                 raise
         await self.payloads.delete(workflow_id)
 
+    async def start_workflow(
+        self, workflow: Any, *orders: Any, flock: str, timeout_s: float = ANSWER_TIMEOUT_S, **options: Any
+    ) -> None:
+        """Start a workflow of *flock* with *orders*. *options*: as for the client.
+
+        Raises:
+            WorkflowAlreadyStartedError: there is one with this id.
+            StoreError, EngineFull: see ``rpc_scope``.
+        """
+        async with self.rpc_scope(timeout_s):
+            await self.client.start_workflow(
+                workflow, args=orders, task_queue=task_queue_of(flock), task_timeout=TASK_TIMEOUT, **options
+            )
+
     async def start(self, workflow: str, order: Any, record: Run | Batch, **options: Any) -> None:
         """Start *workflow*, one attempt of a run or batch, with *order* and the search attributes for lists.
 
-        Raises:
-            WorkflowAlreadyStartedError: this attempt was started before.
-            StoreError, EngineFull: see ``rpc_scope``.
+        Raises: WorkflowAlreadyStartedError if this attempt was started before; see ``start_workflow``.
         """
         session_id = record.session_id if isinstance(record, Run) else None
         named = {FLOCK: record.flock, AGENT: record.agent_name, PRINCIPAL: record.principal, SESSION: session_id}
         attributes = [SearchAttributePair(key, keyword_of(name)) for key, name in named.items() if name is not None]
-        async with self.rpc_scope():
-            await self.client.start_workflow(
-                workflow,
-                order,
-                id=workflow_id_of(record),
-                task_queue=task_queue_of(record.flock),
-                task_timeout=TASK_TIMEOUT,
-                id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
-                id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-                search_attributes=TypedSearchAttributes(attributes),
-                **options,
-            )
+        await self.start_workflow(
+            workflow,
+            order,
+            flock=record.flock,
+            id=workflow_id_of(record),
+            id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
+            search_attributes=TypedSearchAttributes(attributes),
+            **options,
+        )
 
     async def _ensure_namespace(self) -> None:
         try:

@@ -58,13 +58,13 @@ from flock.temporal.messages import (
     HEARTBEAT_TIMEOUT_S,
     MAX_ITEMS,
     RUN_WORKFLOW,
-    TASK_TIMEOUT,
     CallDone,
     RunOrder,
     batch_workflow_id,
     chunk_workflow_id,
     run_workflow_id,
     session_workflow_id,
+    task_queue_of,
     workflow_id_of,
 )
 from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, with_pending_activity
@@ -202,7 +202,7 @@ class TemporalEngine(TemporalBatches):
         self._check_entered()
         request = DescribeTaskQueueRequest(
             namespace=self.cluster.namespace,
-            task_queue=TaskQueue(name=self._task_queue),
+            task_queue=TaskQueue(name=task_queue_of(self._flock)),
             task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY,
             report_stats=True,
         )
@@ -280,17 +280,16 @@ class TemporalEngine(TemporalBatches):
 
     async def _join_session(self, run: Run) -> None:
         """Append an attempt of *run* to its session. No effect if it is in there. Raises StoreError, EngineFull."""
-        async with self.cluster.rpc_scope():
-            await self.cluster.client.start_workflow(
-                FlockSession.run,
-                args=[[], []],
-                id=session_workflow_id(run),
-                task_queue=self._task_queue,
-                task_timeout=TASK_TIMEOUT,
-                id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-                start_signal="join",
-                start_signal_args=[workflow_id_of(run)],
-            )
+        await self.cluster.start_workflow(
+            FlockSession.run,
+            [],
+            [],
+            flock=self._flock,
+            id=session_workflow_id(run),
+            id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+            start_signal="join",
+            start_signal_args=[workflow_id_of(run)],
+        )
 
     async def _check_room(self, principal: str | None) -> None:
         """Raise EngineFull if too many runs are open, in total or of *principal*. The last check awaits nothing."""

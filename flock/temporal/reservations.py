@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import Any
 
 from temporalio.client import WorkflowExecutionStatus
-from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.engine.base import KEEP_KEYS_FOR
@@ -17,7 +16,7 @@ from flock.errors import KeyReused
 from flock.runs import IdempotencyKey
 from flock.temporal.batchflows import FlockDelete
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import DeleteOrder, task_queue_of
+from flock.temporal.messages import DeleteOrder
 from flock.temporal.workflows import FlockMark
 
 __all__ = ["Reservations"]
@@ -90,15 +89,7 @@ class Reservations:
     async def _start(self, workflow: Any, id_: str, *order: DeleteOrder, **options: Any) -> bool:
         """Start a marker, or the deletion of a batch, which is one too. Returns False if there is one with this id."""
         try:
-            async with self._cluster.rpc_scope():
-                await self._cluster.client.start_workflow(
-                    workflow,
-                    args=order,
-                    id=id_,
-                    task_queue=task_queue_of(self._flock),
-                    id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-                    **options,
-                )
+            await self._cluster.start_workflow(workflow, *order, flock=self._flock, id=id_, **options)
         except WorkflowAlreadyStartedError:
             return False
         return True
