@@ -28,18 +28,7 @@ from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
 from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreError
 from flock.limits import Limits
-from flock.runs import (
-    Batch,
-    BatchFilter,
-    Call,
-    IdempotencyKey,
-    Page,
-    Run,
-    RunStatus,
-    Statuses,
-    added,
-    statuses_of,
-)
+from flock.runs import Batch, BatchFilter, Call, IdempotencyKey, Page, Run, RunStatus, Statuses, added, statuses_of
 from flock.steps.outcomes import BATCH_CANCELLED
 from flock.steps.refusals import already_retried, not_cancelled, not_deleted, not_retried, too_many_items
 from flock.temporal.batchflows import FlockRows

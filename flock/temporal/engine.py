@@ -29,28 +29,9 @@ from flock.limits import Limits, enforced_by
 from flock.models.models import ModelChoice
 from flock.models.prices import Price
 from flock.options import replaced
-from flock.runs import (
-    INVALID_INPUT,
-    Batch,
-    Call,
-    IdempotencyKey,
-    Observer,
-    Page,
-    Queue,
-    Run,
-    RunFilter,
-    RunStatus,
-    now,
-)
+from flock.runs import INVALID_INPUT, Batch, Call, IdempotencyKey, Observer, Page, Queue, Run, RunFilter, RunStatus, now
 from flock.steps.answers import answer_of, question_for
-from flock.steps.refusals import (
-    RETRYABLE,
-    already_retried,
-    not_cancelled,
-    not_deleted,
-    run_not_retried,
-    wait_stopped,
-)
+from flock.steps.refusals import RETRYABLE, already_retried, not_cancelled, not_deleted, run_not_retried, wait_stopped
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
