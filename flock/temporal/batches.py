@@ -130,14 +130,12 @@ class TemporalBatches(EngineBase):
         batch = intake.batch
         versions = {name: version_of(agent) for name, agent in self._agents.items()}
         rows = _RowSender(self.cluster, batch.batch_id, versions)
-        staged = 0
 
         async def stage(page: Sequence[Run]) -> None:
-            nonlocal staged
             count = sum(not item.status.is_final for item in page)
             if not is_used:
                 self._refuse_above(waiting + self._staged, count)
-            staged += count
+            rows.open_items += count
             self._staged += count
             await rows.send(page)
 
@@ -164,7 +162,7 @@ class TemporalBatches(EngineBase):
                 first_error=rows.first_error,
                 key_id=None if key is None else self._reservations.key_id(key),
             )
-            return await self._accept_sent(order, key, staged, rows)
+            return await self._accept_sent(order, key, rows)
         except BaseException:
             rows.stop()
             if rows.starts and not rows.may_be_in_use:
@@ -174,7 +172,7 @@ class TemporalBatches(EngineBase):
                 drop.add_done_callback(self._drops.discard)
             raise
         finally:
-            self._staged -= staged
+            self._staged -= rows.open_items
 
     async def _drop(self, batch_id: str, chunks: int, key: IdempotencyKey | None) -> None:
         """Have workers delete the rows that were sent, unless *key* has this id: then the batch may have started."""
@@ -186,10 +184,8 @@ class TemporalBatches(EngineBase):
         except (StoreError, EngineFull) as exc:
             logger.warning("the uploaded rows of the batch %s cannot be deleted: %s", batch_id, exc)
 
-    async def _accept_sent(
-        self, order: BatchOrder, key: IdempotencyKey | None, staged: int, rows: "_RowSender"
-    ) -> Batch:
-        """Start a batch under the id that its key has. Its *rows*, with *staged* open items, have been sent.
+    async def _accept_sent(self, order: BatchOrder, key: IdempotencyKey | None, rows: "_RowSender") -> Batch:
+        """Start a batch under the id that its key has. Its *rows* have been sent.
 
         Raises: Replayed, KeyReused, EngineFull.
         """
@@ -200,7 +196,7 @@ class TemporalBatches(EngineBase):
                 await self._reservations.release(self._reservations.key_id(key), made_id)
             with contextlib.suppress(BatchNotFound):
                 raise Replayed((await self.get_batch(made_id)).batch_id)
-        await self._check_room_for_items(batch.total_items - batch.completed_items - staged)
+        await self._check_room_for_items(batch.total_items - batch.completed_items - rows.open_items)
         if key is not None:
             # If the process that claimed the key died before it started the batch, this one starts it.
             made_id = await self._reservations.claim(key, batch.batch_id)
@@ -444,6 +440,7 @@ class _RowSender:
 
     Attributes:
         starts: the first position of each chunk.
+        open_items: how many of the rows are items to run.
         failed_in: the chunks that have items with invalid inputs, one bit for each chunk.
         first_error: the position and the error of the first such item.
         may_be_in_use: a batch may have started with these rows, so they must not be deleted.
@@ -451,6 +448,7 @@ class _RowSender:
 
     def __init__(self, cluster: Cluster, batch_id: str, agents: dict[str, str]) -> None:
         self.starts: list[int] = []
+        self.open_items = 0
         self.failed_in = 0
         self.first_error: tuple[int, str] | None = None
         self.may_be_in_use = False

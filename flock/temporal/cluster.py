@@ -281,15 +281,14 @@ class Cluster:
                 ) from exc
             if exc.status is not RPCStatusCode.NOT_FOUND:
                 raise
-            await self._register_namespace()
-            return
+            namespace = await self._register_namespace()
         retention = namespace.config.workflow_execution_retention_ttl.ToTimedelta()
         logger.info("The namespace %s of %s keeps runs for %s after they end.", self.namespace, self.address, retention)
 
     async def _describe_namespace(self) -> Any:
         return await self.client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=self.namespace))
 
-    async def _register_namespace(self) -> None:
+    async def _register_namespace(self) -> Any:
         retention = Duration()
         retention.FromTimedelta(RETENTION)
         request = RegisterNamespaceRequest(namespace=self.namespace, workflow_execution_retention_period=retention)
@@ -304,7 +303,7 @@ class Cluster:
                 ) from exc
             if exc.status is not RPCStatusCode.ALREADY_EXISTS:
                 raise
-        await self._when_known(self._describe_namespace)
+        return await self._when_known(self._describe_namespace)
 
     async def _ensure_search_attributes(self) -> None:
         try:
