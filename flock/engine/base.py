@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -147,16 +146,12 @@ class EngineBase(ABC):
         self._limits = limits
         self._prices = merged(prices)
         self._default_models = models_of(default_model, "the flock")
-        self.item_limits = ItemLimits(
-            max_items=limits.max_items, max_input_bytes=min(limits.max_input_bytes, self._max_item_bytes)
-        )
+        self.item_limits = ItemLimits(max_items=limits.max_items, max_input_bytes=limits.max_input_bytes)
 
     # To be implemented by an engine
 
     #: See ``Engine.calls_models``.
     calls_models: bool = False
-    #: Max size of the inputs of one item, if it is lower than the limit for a run.
-    _max_item_bytes: int = sys.maxsize
     _new_batch_id: Callable[[], str] = staticmethod(new_id)
 
     @property

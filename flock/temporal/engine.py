@@ -91,8 +91,6 @@ class TemporalEngine(TemporalBatches):
     The retention of the namespace decides how long runs are kept after they end.
     """
 
-    _max_item_bytes = MAX_INPUT_BYTES
-
     def __init__(
         self,
         agents: Mapping[str, Agent],
@@ -115,6 +113,7 @@ class TemporalEngine(TemporalBatches):
         super().__init__(
             agents, flock, limits, cluster, heartbeat_timeout_s, prices=prices, default_model=default_model
         )
+        self.item_limits = replace(self.item_limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
         self._watch_task: asyncio.Task[None] | None = None
         self._is_stopping = False
         self._error: StoreError | None = None
