@@ -91,6 +91,8 @@ class TemporalEngine(TemporalBatches):
     The retention of the namespace decides how long runs are kept after they end.
     """
 
+    is_draining = False
+
     def __init__(
         self,
         agents: Mapping[str, Agent],
@@ -115,7 +117,6 @@ class TemporalEngine(TemporalBatches):
         )
         self.item_limits = replace(self.item_limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
         self._watch_task: asyncio.Task[None] | None = None
-        self._is_stopping = False
         self._error: StoreError | None = None
         self._open_runs = 0
         self._started_runs = 0
@@ -126,10 +127,6 @@ class TemporalEngine(TemporalBatches):
         self._waiting = 0
         #: runs whose streams began with their requests
         self._watched: set[str] = set()
-
-    @property
-    def is_draining(self) -> bool:
-        return self._is_stopping
 
     @property
     def _is_entered(self) -> bool:
@@ -144,7 +141,7 @@ class TemporalEngine(TemporalBatches):
     async def __aenter__(self) -> Self:
         self._check_not_entered()
         await self.cluster.connect()
-        self._is_stopping, self._error = False, None
+        self.is_draining, self._error = False, None
         #: _wake_waiters is set while no caller may wait, because the engine stops or the cluster does not answer
         self._wake_waiters, self._no_waiters = asyncio.Event(), asyncio.Event()
         self._watch_task = asyncio.create_task(self._watch(), context=Context())
@@ -153,7 +150,7 @@ class TemporalEngine(TemporalBatches):
     async def __aexit__(self, *exc_info: object) -> None:
         task, self._watch_task = self._watch_task, None
         assert task is not None
-        self._is_stopping = True
+        self.is_draining = True
         self._wake_waiters.set()
         task.cancel()
         await asyncio.wait([task])
@@ -161,7 +158,7 @@ class TemporalEngine(TemporalBatches):
     async def drain(self, timeout_s: float) -> None:
         """Stop accepting work, and stop waiting for runs after *timeout_s*. Runs continue in workers."""
         self._check_entered()
-        self._is_stopping = True
+        self.is_draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self._waiting:
@@ -204,7 +201,7 @@ class TemporalEngine(TemporalBatches):
                     self._open_runs = count + self._started_runs - before  # it may not have counted the latest
                     self._open_runs_of.clear()
                 self._error, misses = None, 0
-                if not self._is_stopping:
+                if not self.is_draining:
                     self._wake_waiters.clear()
             except StoreError as exc:
                 misses += 1
@@ -383,7 +380,7 @@ class TemporalEngine(TemporalBatches):
                     followed, waits = workflow_id, await self._until_change(workflow_id, left_s, waits)
                 elif record is not None:  # an item has no workflow of its own
                     await asyncio.sleep(POLL_INTERVAL_S if left_s is None else min(left_s, POLL_INTERVAL_S))
-                    if self._is_stopping:
+                    if self.is_draining:
                         raise wait_stopped()
                 record = await read()
                 if not record.status.is_active:
@@ -431,7 +428,7 @@ class TemporalEngine(TemporalBatches):
             await asyncio.wait([following, woken], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if following.done():
                 return following.result() or waits
-            elif self._is_stopping and woken.done():
+            elif self.is_draining and woken.done():
                 raise wait_stopped()
             elif woken.done():
                 raise self._error or StoreError("The cluster did not answer for a moment. Try again.")
