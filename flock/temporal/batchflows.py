@@ -569,16 +569,12 @@ class FlockChunk(_Interruptible, CallKeeper):
 
     def _drop_cancelled(self) -> None:
         drops_all = self.is_cancelled or self._is_stopping
-        if not (drops_all or self._cancelled):
-            return
-        todo, self._todo = self._todo, deque()
-        for part in todo:
-            if drops_all or part.position in self._cancelled:
-                self._ended += Counts(cancelled=1, usage=part.usage)
-            else:
-                self._todo.append(part)
-        for position in [at for at in self._waiting if drops_all or at in self._cancelled]:
-            self._ended += Counts(cancelled=1, usage=self._waiting.pop(position).usage)
+        parts = (*self._todo, *self._waiting.values())
+        dropped = {part.position: part for part in parts if drops_all or part.position in self._cancelled}
+        for part in dropped.values():
+            self._ended += Counts(cancelled=1, usage=part.usage)
+            self._waiting.pop(part.position, None)
+        self._todo = deque(part for part in self._todo if part.position not in dropped)
 
     def _has_answers(self) -> bool:
         """Whether an item may continue, or a question has expired."""
