@@ -117,11 +117,10 @@ class _Parser:
             yield Field(name=name, type=type_, description=description)
 
     def _problem_after(self, name: str) -> str:
-        try:
-            end, _ = self._alternative(self.position)
-        except SignatureError:
+        found = self._alternative_or_none(self.position)
+        if found is None:
             return f"expected ':' or ',' after the field {name!r}"
-        return f"a colon is missing. Write '{name}: {self.text[self.position : end].strip()}'"
+        return f"a colon is missing. Write '{name}: {self.text[self.position : found[0]].strip()}'"
 
     def _error(self, message: str, position: int | None = None) -> SignatureError:
         at = self.position if position is None else position
@@ -148,13 +147,10 @@ class _Parser:
         start = self.position
         end, alternative = self._alternative(start)
         alternatives = [alternative]
-        while self.text[end : end + 1] == "|":
-            try:
-                next_end, alternative = self._alternative(end + 1)
-            except SignatureError:
-                break  # no type follows the bar, so the description starts here
+        # If no type follows a bar, the description starts there.
+        while self.text[end : end + 1] == "|" and (found := self._alternative_or_none(end + 1)):
+            end, alternative = found
             alternatives.append(alternative)
-            end = next_end
         self.position = end
         try:
             type_ = _union(alternatives)
@@ -182,6 +178,12 @@ class _Parser:
                 reason = ": put a comma before the next field"
             raise self._error(f"{source.strip()!r} is not a type{reason}", start) from exc
         return end, self._resolve(node, source[lead:], start + lead)
+
+    def _alternative_or_none(self, start: int) -> tuple[int, Any] | None:
+        try:
+            return self._alternative(start)
+        except SignatureError:
+            return None
 
     def _resolve(self, node: ast.expr, source: str, start: int) -> Any:
         """Return the type for *node*. Only names, brackets, bars and literals are supported."""
@@ -238,19 +240,14 @@ class _Parser:
         start = self.position
         next_field = re.compile(r",\s*([^\W\d]\w*)\s*:")
         for comma in re.compile(r",").finditer(self.text, start):
-            rest = self.text[comma.end() :]
-            if not rest.strip():  # a trailing comma
+            is_last = not self.text[comma.end() :].strip()
+            match = next_field.match(self.text, comma.start())
+            if is_last or (match and self._alternative_or_none(match.end())):
                 self.position = comma.start()
-                return self.text[start : comma.start()].strip()
-            if match := next_field.match(self.text, comma.start()):
-                try:
-                    self._alternative(match.end())
-                except SignatureError:
-                    continue
-                self.position = comma.start()
-                return self.text[start : comma.start()].strip()
-        self.position = len(self.text)
-        return self.text[start:].strip()
+                break
+        else:
+            self.position = len(self.text)
+        return self.text[start : self.position].strip()
 
 
 def _union(types: Sequence[Any]) -> Any:
@@ -362,11 +359,8 @@ class Signature:
                 raise SignatureError(f"{name}: the parameter {parameter.name!r} needs a type, such as {example}.")
             if problem := _name_problem(parameter.name):
                 raise SignatureError(f"{name}: {problem}.")
-            fields.append(
-                Field.of(parameter.name, hints[parameter.name])
-                if parameter.default is parameter.empty
-                else Field.of(parameter.name, hints[parameter.name], required=False, default=parameter.default)
-            )
+            default = {} if parameter.default is parameter.empty else {"required": False, "default": parameter.default}
+            fields.append(Field.of(parameter.name, hints[parameter.name], **default))
         return cls(_checked(fields, name), name=name)
 
     @classmethod
@@ -473,8 +467,8 @@ def is_generator(function: Callable[..., Any], *, is_async: bool | None = None) 
 def _result_among(yielded: Any) -> Any:
     """Return the type of the result of a generator that yields this type: what is not text, or else text."""
     is_union = typing.get_origin(yielded) in (Union, python_types.UnionType)
-    others = [member for member in (typing.get_args(yielded) if is_union else [yielded])]
-    others = [member for member in others if member not in (str, Result)]
+    members = typing.get_args(yielded) if is_union else [yielded]
+    others = [member for member in members if member not in (str, Result)]
     return UNION[tuple(others)] if others else str
 
 
