@@ -397,7 +397,9 @@ class ModelAgent(Agent):
         models = models_of(self.model, repr(self.name)) or resources.models.default_model
         conversation = Conversation(
             messages=messages,
-            toolbox=Toolbox(tools, self.max_tool_calls, self.tool_timeout_s, context, resources.call_in_thread),
+            toolbox=Toolbox(
+                by_name(tools), self.max_tool_calls, self.tool_timeout_s, context, resources.call_in_thread
+            ),
             context=context,
             models=names_of(models),
             max_tokens=self.max_tokens,

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -19,13 +19,13 @@ import msgspec
 
 from flock import __version__
 from flock.agents.signature import Signature
-from flock.agents.tools import Tool, ToolSource, Unlisted
+from flock.agents.tools import Tool, Toolbox, ToolSource, Unlisted
 from flock.errors import CallError, DefinitionError
 from flock.models import bodies
 from flock.models.bodies import ENCODING, BadBody, read_whole
 from flock.models.react import FINISH
 from flock.models.sse import events_in, is_stream
-from flock.runs import RunContext, one_line, safe_text
+from flock.runs import one_line, safe_text
 from flock.scopes import start_in_empty_context
 
 __all__ = ["ListedTool", "MCPTool", "MCPTools", "listing_tools", "mcp_tools"]
@@ -246,9 +246,9 @@ class MCPTool(Tool):
         self._server = server
         self._listed_name = listed.name
 
-    async def call(self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]]) -> Any:
+    async def call(self, arguments: Any, toolbox: Toolbox) -> Any:
         params = {"name": self._listed_name, "arguments": arguments}
-        called = await self._server.request("tools/call", params, _Called, context.progress)
+        called = await self._server.request("tools/call", params, _Called, toolbox.context.progress)
         text = "\n".join(map(_text_of, called.content)) or bytes(called.structured).decode()
         if called.is_error:
             raise CallError(text)

@@ -5,7 +5,7 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import anyio
@@ -102,28 +102,26 @@ class Tool:
             return self.needs_approval(**self._values(arguments))
         return self.needs_approval
 
-    async def execute(
-        self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
-    ) -> Any:
+    async def execute(self, arguments: Any, toolbox: "Toolbox") -> Any:
         """Call the function with *arguments*, which ``parameters`` has decoded.
 
-        Raises: CallError if it does not end within *timeout_s*, not counting the wait for answers of people; any
-            exception of the function.
+        Raises: CallError if it does not end within ``timeout_s`` of the toolbox, not counting the wait for answers of
+            people; any exception of the function.
         Cancellation: a coroutine is cancelled. A thread runs to its end first, or until the timeout.
         """
-        with move_on_after_working(timeout_s):
-            return await self.call(arguments, context, call_in_thread)
-        raise CallError(f"{self.name!r} did not end within {timeout_s:g} s (tool_timeout_s).")
+        with move_on_after_working(toolbox.timeout_s):
+            return await self.call(arguments, toolbox)
+        raise CallError(f"{self.name!r} did not end within {toolbox.timeout_s:g} s (tool_timeout_s).")
 
-    async def call(self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]]) -> Any:
+    async def call(self, arguments: Any, toolbox: "Toolbox") -> Any:
         """Call the function, without a timeout of its own."""
         values = self._values(arguments)
         if self._context_parameter is not None:
-            values[self._context_parameter] = context
+            values[self._context_parameter] = toolbox.context
         call = functools.partial(self.function, **values)
         if is_async(self.function):
             return await call()
-        value = await call_in_thread(call, anyio.current_effective_deadline())
+        value = await toolbox.call_in_thread(call, anyio.current_effective_deadline())
         return await value if inspect.isawaitable(value) else value
 
     def _values(self, arguments: Any) -> dict[str, Any]:
@@ -139,10 +137,8 @@ class AgentTool(Tool):
         self.parameters = inputs
         self.agent_name = agent_name
 
-    async def execute(
-        self, arguments: Any, context: RunContext, call_in_thread: Callable[..., Awaitable[Any]], timeout_s: float
-    ) -> Any:
-        return await context.run_agent(self.agent_name, msgspec.to_builtins(arguments, enc_hook=to_json))
+    async def execute(self, arguments: Any, toolbox: "Toolbox") -> Any:
+        return await toolbox.context.run_agent(self.agent_name, msgspec.to_builtins(arguments, enc_hook=to_json))
 
 
 def _checked_name(name: str) -> str:
@@ -179,41 +175,31 @@ class ToolSource:
                 pause_s = min(2 * pause_s, MAX_LIST_PAUSE_S)
 
 
-class Toolbox:
-    """The tools of one step, and the number of calls that are left.
+class Toolbox(msgspec.Struct):
+    """The tools of one step, by name, what they need, and the number of calls that were made."""
 
-    Raises: DefinitionError if two tools have the same name.
-    """
-
-    def __init__(
-        self,
-        tools: Sequence[Tool],
-        max_calls: int,
-        timeout_s: float,
-        context: RunContext,
-        call_in_thread: Callable[..., Awaitable[Any]],
-    ) -> None:
-        self._tools = by_name(tools)
-        self._calls_left = self._max_calls = max_calls
-        self._timeout_s = timeout_s
-        self._context = context
-        self._call_in_thread = call_in_thread
+    tools: Mapping[str, Tool]
+    max_calls: int
+    timeout_s: float
+    context: RunContext
+    call_in_thread: Callable[..., Awaitable[Any]]
+    calls_made: int = 0
 
     @property
     def offered(self) -> Sequence[ToolSchema]:
         """The tools that the model may call now."""
-        return [tool.schema for tool in self._tools.values()] if self._calls_left > 0 else []
+        return [tool.schema for tool in self.tools.values()] if self.calls_made < self.max_calls else []
 
     def close(self) -> None:
         """Offer no more tools."""
-        self._calls_left = 0
+        self.calls_made = self.max_calls
 
     async def results(self, calls: Sequence[ToolCall], reply_number: int) -> list[Message]:
         """Make the calls of one reply of the model, at the same time. Return a message for each of them, in order."""
-        refused = f"Error: Not called, because only {self._max_calls} calls are possible (max_tool_calls)."
+        refused = f"Error: Not called, because only {self.max_calls} calls are possible (max_tool_calls)."
         texts = [refused] * len(calls)
-        made = calls[: self._calls_left]
-        self._calls_left -= len(made)
+        made = calls[: self.max_calls - self.calls_made]
+        self.calls_made += len(made)
 
         async def make(number: int, call: ToolCall) -> None:
             try:
@@ -232,14 +218,14 @@ class Toolbox:
     async def _result(self, call: ToolCall, number: str) -> str:
         """Return what the model reads as the result of a call."""
         name, raw = call.function.name, (call.function.arguments.strip() or "{}").encode()
-        tool = self._tools.get(name)
+        tool = self.tools.get(name)
         if tool is None:
-            return f"Error: There is no tool {name[:64]!r}.{did_you_mean(name[:64], self._tools)}"
+            return f"Error: There is no tool {name[:64]!r}.{did_you_mean(name[:64], self.tools)}"
         try:
             arguments = tool.parameters.decode(raw)
         except (MalformedJSON, InvalidData) as exc:
             return f"Error: The arguments are invalid. {one_line(str(exc))}"
-        context, changed = self._context, ""
+        context, changed = self.context, ""
         if tool.must_be_approved(arguments):
             question, key = f"May {context.agent_name} call {tool.name}?", f"{tool.name}.{number}"
             approval = await context.journal.ask(
@@ -253,9 +239,7 @@ class Toolbox:
 
         async def execute() -> Any:
             try:
-                return await _not_cancelled(
-                    tool.name, tool.execute(arguments, context, self._call_in_thread, self._timeout_s)
-                )
+                return await _not_cancelled(tool.name, tool.execute(arguments, self))
             except (Exception, SystemExit, KeyboardInterrupt) as exc:  # the journal makes an error of an exit
                 template, text = "run %s: the tool %s failed: %s%s", one_line(safe_text(exc))
                 details = None if isinstance(exc, StepError) else exc
