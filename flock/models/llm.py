@@ -23,7 +23,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.errors import ModelError
-from flock.models import react
+from flock.models import react, replies
 from flock.models.bodies import ENCODING, BadBody, read_whole
 from flock.models.completions import Completion, Listener, Message, ToolSchema
 from flock.models.models import Model, ModelChoice, models_of
@@ -42,19 +42,6 @@ from flock.models.pace import (
     wait,
 )
 from flock.models.providers import Endpoint, endpoint_of, is_built_in, no_model, unknown_provider
-from flock.models.replies import (
-    TRANSIENT,
-    bad_response,
-    completion_of,
-    decoded,
-    hold_s,
-    model_error,
-    provider_message,
-    retry_after_s,
-    status_error,
-    token_count,
-    unfinished_usage,
-)
 from flock.models.requests import (
     FORMATS,
     STREAMS,
@@ -292,7 +279,7 @@ class ModelClient:
         body = request.body(endpoint) | format_of("text", request)
         body["tools"] = [function_of(tool) for tool in request.tools]
         sending = _Sending(endpoint, body, request.all_headers(), request.listener, request.unfinished)
-        return completion_of(await self._post(sending, caller), request)
+        return replies.completion_of(await self._post(sending, caller), request)
 
     async def _complete_json(self, endpoint: Endpoint, request: Request, caller: Caller) -> Completion:
         """Ask for a JSON object in the strictest way that the server supports."""
@@ -311,7 +298,7 @@ class ModelClient:
             else:
                 if not rejects_schema:  # the server rejects the format itself, not just this schema
                     self._formats[name] = format_
-                return completion_of(answer, request)
+                return replies.completion_of(answer, request)
         raise AssertionError("the last format returns or raises")
 
     async def _post(self, sending: _Sending, caller: Caller) -> Any:
@@ -391,32 +378,32 @@ class ModelClient:
                         return await read_reply(response, endpoint.name, listener, len(content), sending.on_unfinished)
         except anyio.get_cancelled_exc_class():
             if not is_counted:
-                sending.on_unfinished(unfinished_usage(None, -(-len(content) // BYTES_PER_TOKEN), 0))
+                sending.on_unfinished(replies.unfinished_usage(None, -(-len(content) // BYTES_PER_TOKEN), 0))
             raise
         except BadBody as exc:
-            raise bad_response(endpoint.name, f"sent {exc}") from exc
+            raise replies.bad_response(endpoint.name, f"sent {exc}") from exc
         except httpx.TimeoutException as exc:
-            error = model_error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)
+            error = replies.model_error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)
             raise _TransientError(error) from exc
         except httpx.RequestError as exc:
-            error = model_error(
+            error = replies.model_error(
                 endpoint.name, "model_unavailable", "could not be reached, or closed the connection", repr(exc)
             )
             raise _TransientError(error) from exc
         except ModelError as exc:
-            if exc.error_type in TRANSIENT:
+            if exc.error_type in replies.TRANSIENT:
                 raise _TransientError(exc, 429 if exc.error_type == "model_rate_limited" else None) from exc
             raise
         if response.status_code != 200:
-            error = status_error(endpoint.name, response, endpoint.key_variable)
-            if error.error_type in TRANSIENT:
+            error = replies.status_error(endpoint.name, response, endpoint.key_variable)
+            if error.error_type in replies.TRANSIENT:
                 raise _TransientError(error, response.status_code)
             raise error
         try:
-            return decoded(response.content)
+            return replies.decoded(response.content)
         except (ValueError, RecursionError) as exc:
-            reason = "returned status 200 with a body that is not JSON"
-            raise model_error(endpoint.name, "model_bad_response", reason, provider_message(response)) from exc
+            reason, message = "returned status 200 with a body that is not JSON", replies.provider_message(response)
+            raise replies.bad_response(endpoint.name, reason, message) from exc
 
     def _client(self) -> httpx.AsyncClient:
         if self._http is None:
@@ -459,17 +446,17 @@ class _Call:
                 pace.answered(anyio.current_time(), passage)
             raise
         passage.tokens = _counted(answer, passage.estimate)
-        left_s = hold_s(passage.headers, is_refused=False, tokens=passage.tokens)
+        left_s = replies.hold_s(passage.headers, is_refused=False, tokens=passage.tokens)
         pace.answered(anyio.current_time(), passage, left_s)
         return answer
 
     def _failed(self, failure: _TransientError, passage: Passage) -> None:
         now, status, error = anyio.current_time(), failure.status, failure.error
-        asked_s = None if status is None else retry_after_s(passage.headers)
+        asked_s = None if status is None else replies.retry_after_s(passage.headers)
         self.is_refused = status in (429, 529) or (status == 503 and asked_s is not None)
         if self.is_refused:
             if asked_s is None:
-                asked_s = min(hold_s(passage.headers, is_refused=True), MAX_WAIT_S) or None
+                asked_s = min(replies.hold_s(passage.headers, is_refused=True), MAX_WAIT_S) or None
             self._is_asked = bool(asked_s)
             self._refusals += not self._is_asked
             self._refused_sent_at = passage.sent_at
@@ -536,7 +523,7 @@ def _estimate(body: Mapping[str, Any], content: bytes) -> float:
 def _counted(answer: Any, estimate: float) -> float:
     """Return the tokens that the provider has counted, or the estimate."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
-    return (token_count(usage.get("total_tokens")) if isinstance(usage, dict) else 0) or estimate
+    return (replies.token_count(usage.get("total_tokens")) if isinstance(usage, dict) else 0) or estimate
 
 
 # Other providers, through litellm
@@ -577,13 +564,13 @@ async def _complete_with_litellm(request: Request, model: Model) -> Completion:
             logger.info("The stream of %s failed (%s). Asking without one.", request.name, type(exc).__name__)
             listener.reset()
         else:
-            return completion_of(answer, request)
+            return replies.completion_of(answer, request)
     try:
         answer = (await send(headers, num_retries=2)).model_dump()
     except Exception as exc:  # litellm's errors have a status, but no common base class except Exception
         status = getattr(exc, "status_code", None) or 500
-        raise status_error(request.name, httpx.Response(status, text=str(exc))) from exc
-    return completion_of(answer, request)
+        raise replies.status_error(request.name, httpx.Response(status, text=str(exc))) from exc
+    return replies.completion_of(answer, request)
 
 
 async def _stream_of_litellm(
