@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -12,6 +12,8 @@ from flock.runs import safe_text
 
 __all__ = ["Scanner"]
 
+#: What precedes the object.
+BEFORE = re.compile(r"[^{]*+")
 #: Complete characters and escapes in a string.
 IN_STRING = re.compile(r'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u[0-9A-Fa-f]{4})*+')
 #: An escape that continues in the next piece.
@@ -23,8 +25,15 @@ SCALAR = re.compile(r"[-+.0-9A-Za-z]*+")
 NESTED = re.compile(r'[^"\[\]{}]*+')
 
 
+T = TypeVar("T")
+Reader = Generator[None, None, T]
+
+
 class _Broken(Exception):
     """The text is not a JSON object."""
+
+
+def _ignore(part: str) -> None: ...
 
 
 class Scanner:
@@ -41,105 +50,88 @@ class Scanner:
     def __init__(self, fields: Mapping[str, bool]) -> None:
         self._fields = fields
         self._found: list[tuple[str, Any]] = []
-        self._seen: set[str] = set()
         self._text, self._at = "", 0
-        #: reads more of the text, and sets the next reader; None at the end
-        self._read: Callable[[], None] | None = self._before
-        self._name = ""
-        #: the name or value that is not complete
-        self._parts: list[str] = []
-        self._depth, self._in_string = 0, False
-        self._joiner = Joiner()
+        self._reader = self._object()
 
     def feed(self, piece: str) -> list[tuple[str, Any]]:
         """Return what *piece* adds: names of fields, each with more of its text or with its value."""
         self._text, self._at = self._text[self._at :] + piece, 0
         self._found = []
         try:
-            while self._read is not None and self._at < len(self._text):
-                before = self._read, self._at
-                self._read()
-                if before == (self._read, self._at):  # the rest is a part of an escape
-                    return self._found
-        except _Broken:
-            self._read = None
-        self._text, self._at = "", 0
+            next(self._reader)
+        except (StopIteration, _Broken):
+            self._at = len(self._text)
         return self._found
 
-    # Readers
+    # Readers: generators that yield when they need more text
 
-    def _before(self) -> None:
-        self._at = self._text.find("{") + 1
-        if self._at:
-            self._read = self._first_name
-        else:
-            self._at = len(self._text)
+    def _object(self) -> Reader[None]:
+        yield from self._until(BEFORE)
+        self._at += 1
+        names: set[str] = set()
+        while (yield from self._char()) == '"':
+            source = list[str]()
+            yield from self._string(source.append)
+            name = json.loads(f'"{"".join(source)}"')
+            if name in names or (yield from self._char()) != ":":
+                return
+            names.add(name)
+            yield from self._value(name)
+            if (yield from self._char()) != ",":  # the end, or the JSON is broken
+                return
 
-    def _first_name(self) -> None:
-        self._expect({'"': self._in_name, "}": None})
-
-    def _later_name(self) -> None:
-        self._expect({'"': self._in_name})
-
-    def _in_name(self) -> None:
-        self._parts.append(self._take(IN_STRING))
-        if self._ends_string():
-            self._name = json.loads(f'"{self._source()}"')
-            if self._name in self._seen:
-                raise _Broken
-            self._seen.add(self._name)
-            self._read = self._colon
-
-    def _colon(self) -> None:
-        self._expect({":": self._value})
-
-    def _value(self) -> None:
-        self._take(SPACE)
-        if self._fields.get(self._name) and self._text.startswith('"', self._at):
+    def _value(self, name: str) -> Reader[None]:
+        char = yield from self._until(SPACE)
+        if char == '"' and self._fields.get(name):
             self._at += 1
-            self._read = self._in_text
-        elif self._at < len(self._text):
-            self._read = self._in_value
-
-    def _in_text(self) -> None:
-        self._report(self._joiner.add(json.loads(f'"{self._take(IN_STRING)}"')))
-        if self._ends_string():
-            self._report(self._joiner.end())
-            self._read = self._after_value
-
-    def _in_value(self) -> None:
-        if self._in_string:
-            self._keep(self._take(IN_STRING))
-            if not self._ends_string():
-                return
-            self._in_string = False
-            self._keep('"')
-        else:
-            self._keep(self._take(NESTED if self._depth else SCALAR))
-            char = self._text[self._at : self._at + 1]
-            if not char:
-                return
-            if char in '"[{' or self._depth:
-                self._at += 1
-                self._keep(char)
-            self._in_string = char == '"'
-            self._depth += (char in "[{") - (char in "]}" and self._depth > 0)
-        if not self._depth and not self._in_string:
-            self._end_value()
-
-    def _end_value(self) -> None:
-        source = self._source()
-        if self._name in self._fields:
+            joiner = Joiner()
+            yield from self._string(lambda source: self._report(name, joiner.add(json.loads(f'"{source}"'))))
+            self._report(name, joiner.end())
+            return
+        source, depth = list[str](), 0
+        keep = source.append if name in self._fields else _ignore
+        while True:
+            char = yield from self._until(NESTED if depth else SCALAR, keep)
+            if not depth and char not in '"[{':  # the end of a scalar
+                break
+            self._at += 1
+            keep(char)
+            if char == '"':
+                yield from self._string(keep)
+                keep('"')
+            depth += (char in "[{") - (char in "]}")
+            if not depth:
+                break
+        if name in self._fields:
             try:
-                self._found.append((self._name, msgspec.json.decode(safe_text(source))))
+                self._found.append((name, msgspec.json.decode(safe_text("".join(source)))))
             except (msgspec.DecodeError, RecursionError) as exc:
                 raise _Broken from exc
-        self._read = self._after_value
 
-    def _after_value(self) -> None:
-        self._expect({",": self._later_name, "}": None})
+    def _string(self, keep: Callable[[str], None]) -> Reader[None]:
+        """Read the rest of a string, and pass the source of each part to *keep*."""
+        while True:
+            keep(self._take(IN_STRING))
+            if self._text.startswith('"', self._at):
+                self._at += 1
+                return
+            if self._at < len(self._text) and not PART_OF_ESCAPE.fullmatch(self._text, self._at):
+                raise _Broken
+            yield
 
-    # What they use
+    def _char(self) -> Reader[str]:
+        """Read white space and the next character, and return it."""
+        char = yield from self._until(SPACE)
+        self._at += 1
+        return char
+
+    def _until(self, pattern: re.Pattern[str], keep: Callable[[str], None] = _ignore) -> Reader[str]:
+        """Pass what *pattern* matches to *keep*, and return the character after it, which is not read yet."""
+        while True:
+            keep(self._take(pattern))
+            if self._at < len(self._text):
+                return self._text[self._at]
+            yield
 
     def _take(self, pattern: re.Pattern[str]) -> str:
         """Return what *pattern*, which also matches an empty text, matches here."""
@@ -148,34 +140,6 @@ class Scanner:
         self._at = match.end()
         return match[0]
 
-    def _expect(self, readers: Mapping[str, Callable[[], None] | None]) -> None:
-        """Skip white space and one of the given characters, and continue with its reader."""
-        self._take(SPACE)
-        if self._at < len(self._text):
-            char = self._text[self._at]
-            if char not in readers:
-                raise _Broken
-            self._at += 1
-            self._read = readers[char]
-
-    def _ends_string(self) -> bool:
-        """Skip the quote that ends a string. Return whether there is one."""
-        if self._text.startswith('"', self._at):
-            self._at += 1
-            return True
-        if self._at < len(self._text) and not PART_OF_ESCAPE.fullmatch(self._text, self._at):
-            raise _Broken
-        return False
-
-    def _report(self, text: str) -> None:
+    def _report(self, name: str, text: str) -> None:
         if text:
-            self._found.append((self._name, text))
-
-    def _keep(self, part: str) -> None:
-        if self._name in self._fields:
-            self._parts.append(part)
-
-    def _source(self) -> str:
-        source = "".join(self._parts)
-        self._parts.clear()
-        return source
+            self._found.append((name, text))
