@@ -212,7 +212,25 @@ MAX_SHOWN_BYTES = 4096
 MIN_STUB_BYTES = 1024
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
+class _Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What runs and batches have in common."""
+
+    flock: str
+    agent_name: str
+    status: RunStatus = RunStatus.STARTING
+    error: str | None = None
+    error_type: str | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    request_id: str | None = None
+    principal: str | None = None
+    attempt: int = 1
+    cancel_requested: bool = False
+    owner: str | None = None
+
+
+class Run(_Record, frozen=True, kw_only=True):
     """One request and its outcome. Ids are UUIDs of version 7, times are in UTC.
 
     Attributes:
@@ -234,28 +252,15 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     run_id: str
-    flock: str
-    agent_name: str
     inputs: msgspec.Raw
-    status: RunStatus = RunStatus.STARTING
     result: msgspec.Raw | None = None
-    error: str | None = None
-    error_type: str | None = None
-    created_at: datetime
-    started_at: datetime | None = None
-    completed_at: datetime | None = None
-    request_id: str | None = None
     batch_id: str | None = None
     position: int | None = None
     traceparent: str | None = None
-    principal: str | None = None
     is_async: bool = False
-    attempt: int = 1
     recoveries: int = 0
     timeout_s: float | None = None
     extra: msgspec.Raw | None = None
-    owner: str | None = None
-    cancel_requested: bool = False
     progress: Progress | None = None
     waiting_for: tuple[Question, ...] = ()
     worked_s: float = 0.0
@@ -379,7 +384,7 @@ OnInvalid = Literal["reject", "skip"]
 OnExtra = Literal["reject", "ignore", "keep"]
 
 
-class Batch(msgspec.Struct, frozen=True, kw_only=True):
+class Batch(_Record, frozen=True, kw_only=True):
     """Many runs of one agent. ``completed_items`` counts all items that have ended, in any final status.
 
     It is running until the last item has ended, also while all that are left wait for answers (``waiting_items``).
@@ -396,30 +401,17 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     batch_id: str
-    flock: str
-    agent_name: str
     options: BatchOptions
-    status: RunStatus = RunStatus.STARTING
     total_items: int
     completed_items: int = 0
     failed_items: int = 0
     cancelled_items: int = 0
     waiting_items: int = 0
-    error: str | None = None
-    created_at: datetime
-    started_at: datetime | None = None
-    completed_at: datetime | None = None
-    request_id: str | None = None
-    principal: str | None = None
-    attempt: int = 1
-    cancel_requested: bool = False
     reopening: str | None = None
     resumed_at: datetime | None = None
     resumed_with: int = 0
     extra_names: tuple[str, ...] = ()
-    owner: str | None = None
     usage: Usage | None = None
-    error_type: str | None = None
     invalid_items: int = 0
 
     @property

@@ -163,7 +163,7 @@ def merged(columns: str, statuses: Iterable[str], conditions: str, also: str = "
         f"SELECT {columns} FROM runs INDEXED BY {index} WHERE batch_id IS NULL AND {conditions} AND status = '{status}'"
         for status in statuses
     ]
-    return f"{' UNION ALL '.join([*ranges, also] if also else ranges)} ORDER BY 1 {order}"
+    return f"{' UNION ALL '.join([*ranges, also] if also else ranges)} ORDER BY run_id {order}"
 
 
 def run_page(columns: str, statuses: Iterable[str], names: Iterable[str]) -> str:
