@@ -319,8 +319,8 @@ class ModelClient:
                     await self._pause(call, failure)
 
     async def _pause(self, call: "_Call", failure: _TransientError) -> None:
-        """Wait before the next attempt. Raise the error if there is none, or if it would be too late."""
-        pause_s = call.pause_s(failure)
+        """Wait before the next attempt. Raise the error if it would be too late."""
+        pause_s = call.pause_s
         with clocks_stopped() if call.is_refused else contextlib.nullcontext():
             if anyio.current_time() + pause_s > anyio.current_effective_deadline():
                 raise failure.error from failure
@@ -424,20 +424,25 @@ class _Call:
         self.caller = caller
         self.pace = pace
         self._backoff_s = backoff_s
-        self._waits_for_outages = caller.is_item and not caller.has_fallback
         self._failures = self._refusals = 0
-        self._failed_at = self._refused_sent_at = 0.0
-        self.is_refused = self._is_asked = self._is_last = self._is_outage = False
+        self._failed_at = 0.0
+        #: of the last attempt: whether it was refused, and the seconds until the next one
+        self.is_refused, self.pause_s = False, 0.0
 
     async def attempt(self, attempt: Awaitable[Any], passage: Passage) -> Any:
-        """Return what *attempt* returns, and tell the pace about it."""
+        """Return what *attempt* returns, and tell the pace about it. After a failure, ``pause_s`` is set."""
         pace = self.pace
         if self._failures >= MAX_ATTEMPTS and not pace.outage.is_open:
             self._failures = 0  # the outage is over
         try:
             answer = await attempt
         except _TransientError as failure:
-            self._failed(failure, passage)
+            asked_s = None if failure.status is None else replies.retry_after_s(passage.headers)
+            self.is_refused = failure.status in (429, 529) or (failure.status == 503 and asked_s is not None)
+            if self.is_refused:
+                self.pause_s = self._pause_after_refusal(failure, asked_s, passage)
+            else:
+                self.pause_s = self._pause_after_failure(failure, passage)
             raise
         except ModelError as exc:
             if exc.error_type == "model_quota":
@@ -450,53 +455,45 @@ class _Call:
         pace.answered(anyio.current_time(), passage, left_s)
         return answer
 
-    def _failed(self, failure: _TransientError, passage: Passage) -> None:
+    def _pause_after_refusal(self, failure: _TransientError, asked_s: float | None, passage: Passage) -> float:
+        """Tell the pace about a refusal, and return the pause. Raises the error if another model is to be asked."""
+        if asked_s is None:
+            asked_s = min(replies.hold_s(passage.headers, is_refused=True), MAX_WAIT_S) or None
+        is_overload = failure.status != 429
+        self.pace.refused(anyio.current_time(), passage, failure.error, asked_s, is_overload=is_overload)
+        if asked_s:
+            return 0.0  # all calls wait at the gate
+        self._refusals += 1
+        are_others_answered = self.pace.answered_sent_at > passage.sent_at - SHORT_REFUSED_PAUSE_S
+        longest_s = SHORT_REFUSED_PAUSE_S if are_others_answered else MAX_REFUSED_PAUSE_S
+        pause_s = self._backoff(self._refusals, longest_s)
+        if self.caller.has_fallback and pause_s > FALLBACK_WAIT_S:
+            raise failure.error from failure
+        return pause_s
+
+    def _pause_after_failure(self, failure: _TransientError, passage: Passage) -> float:
+        """Tell the pace about a failure, and return the pause. Raises the error if there is no other attempt."""
         now, status, error = anyio.current_time(), failure.status, failure.error
-        asked_s = None if status is None else replies.retry_after_s(passage.headers)
-        self.is_refused = status in (429, 529) or (status == 503 and asked_s is not None)
-        if self.is_refused:
-            if asked_s is None:
-                asked_s = min(replies.hold_s(passage.headers, is_refused=True), MAX_WAIT_S) or None
-            self._is_asked = bool(asked_s)
-            self._refusals += not self._is_asked
-            self._refused_sent_at = passage.sent_at
-            self.pace.refused(now, passage, error, asked_s, is_overload=status != 429)
-            return
         self._failures += 1
         if status == 500:
             self.caller.server_errors.append(status)
         if self._failures == 1:
             self._failed_at = now
         is_timeout = error.error_type == "model_timeout" and error.log_detail != httpx.ConnectTimeout.__name__
-        self._is_last = self._failures >= MAX_ATTEMPTS or (is_timeout and self.caller.has_fallback)
-        self._is_outage = not is_timeout and status not in (408, 409)
-        if self._is_outage or self.caller.has_fallback:
-            is_last = self._is_last and not self._are_others_answered
-            self.pace.failed(now, passage, error, is_last=is_last, has_others=self.caller.models > 1)
-
-    def pause_s(self, failure: _TransientError) -> float:
-        """Return the seconds until the next attempt. Raises the error if there is none."""
-        if self.is_refused:
-            if self._is_asked:
-                return 0.0  # all calls wait at the gate
-            are_others_answered = self.pace.answered_sent_at > self._refused_sent_at - SHORT_REFUSED_PAUSE_S
-            longest_s = SHORT_REFUSED_PAUSE_S if are_others_answered else MAX_REFUSED_PAUSE_S
-            pause_s = self._backoff(self._refusals, longest_s)
-            if self.caller.has_fallback and pause_s > FALLBACK_WAIT_S:
-                raise failure.error from failure
-            return pause_s
+        is_last = self._failures >= MAX_ATTEMPTS or (is_timeout and self.caller.has_fallback)
+        is_outage = not is_timeout and status not in (408, 409)
+        # If calls that were sent after this one had failed were answered, there is no outage.
+        are_others_answered = self.pace.answered_sent_at > self._failed_at
+        if is_outage or self.caller.has_fallback:
+            has_others = self.caller.models > 1
+            self.pace.failed(now, passage, error, is_last=is_last and not are_others_answered, has_others=has_others)
         is_cause = len(self.caller.server_errors) >= MAX_SERVER_ERRORS * self.caller.models
-        if not (self._is_last or is_cause):
+        if not (is_last or is_cause):
             return self._backoff(self._failures, 8)
-        is_own = self._are_others_answered or is_cause
-        if is_own or not (self._waits_for_outages and self._is_outage):
-            raise failure.error from failure
+        waits_for_outages = self.caller.is_item and not self.caller.has_fallback
+        if are_others_answered or is_cause or not (waits_for_outages and is_outage):
+            raise error from failure
         return 0.0
-
-    @property
-    def _are_others_answered(self) -> bool:
-        """Whether calls that were sent after this one had failed were answered, so that there is no outage."""
-        return self.pace.answered_sent_at > self._failed_at
 
     def _backoff(self, times: int, longest_s: float) -> float:
         return float(min(self._backoff_s * 2 ** min(times - 1, 30), longest_s) * (1 - 0.25 * random.random()))
