@@ -27,6 +27,7 @@ from flock.errors import ModelError
 from flock.models.completions import Completion, Message
 from flock.models.llm import ModelClient
 from flock.models.providers import PROVIDERS, check_model
+from flock.models.requests import Request
 from flock.runs import Usage
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
@@ -56,7 +57,7 @@ class Ignored:
 
 
 async def ask(models: ModelClient, name: str | None = None, **settings: Any) -> Completion:
-    return await models.complete(name, MESSAGES, SCHEMA, **settings)
+    return await models.complete(name, Request(MESSAGES, SCHEMA, **settings))
 
 
 async def fail(models: ModelClient, name: str | None = None, **settings: Any) -> ModelError:
@@ -105,7 +106,7 @@ async def test_a_request_follows_the_openai_documentation(models: ModelClient, m
 async def test_a_strict_schema_has_only_supported_formats(models: ModelClient, model: FakeModel) -> None:
     model.replies = [Reply(GOOD)]
     schema = Signature.of("a: datetime, b: list[date], c: time | None, d: timedelta, e: Decimal").schema
-    await models.complete(None, MESSAGES, schema)
+    await models.complete(None, Request(MESSAGES, schema))
     sent = model.requests[0]["response_format"]["json_schema"]
     assert sent["strict"] is True
     assert sent["schema"]["properties"] == {
@@ -127,7 +128,7 @@ async def test_a_constraint_that_strict_mode_does_not_support_is_described(
         "plate": {"type": "string", "pattern": "^[A-Z]+$"},
         "tags": {"type": "array", "items": {"type": "string"}, "minItems": 1, "uniqueItems": True},
     }
-    await models.complete(None, MESSAGES, {"type": "object", "properties": constraints})
+    await models.complete(None, Request(MESSAGES, {"type": "object", "properties": constraints}))
     sent = model.requests[0]["response_format"]["json_schema"]
     assert sent["strict"] is True
     assert sent["schema"]["properties"] == {
@@ -189,7 +190,7 @@ async def test_strict_mode_is_requested_only_if_the_schema_allows_it(
     signature: str, is_strict: bool, models: ModelClient, model: FakeModel
 ) -> None:
     model.replies = [Reply(GOOD)]
-    await models.complete(None, MESSAGES, Signature.of(signature, {"Tree": Tree}).schema)
+    await models.complete(None, Request(MESSAGES, Signature.of(signature, {"Tree": Tree}).schema))
     assert model.requests[0]["response_format"]["json_schema"]["strict"] is is_strict
 
 
@@ -641,6 +642,7 @@ import asyncio, json, sys
 from flock.errors import ModelError
 from flock.models.completions import Message
 from flock.models.llm import ModelClient
+from flock.models.requests import Request
 
 async def main():
     async with ModelClient() as models:
@@ -650,7 +652,7 @@ async def main():
                 messages = [Message("user", "hi")]
                 options = {"max_tokens": 9, "temperature": 0, "traceparent": "00-some-trace"}
                 options["idempotency_key"] = "run:1/0"
-                done = await models.complete("lm_studio/some-model", messages, schema, **options)
+                done = await models.complete("lm_studio/some-model", Request(messages, schema, **options))
                 print("ANSWER", done.text, done.usage.output_tokens)
             except ModelError as exc:
                 print("ERROR", exc.error_type)
@@ -681,6 +683,7 @@ LITELLM_TOOLS = """
 import asyncio, json
 from flock.models.completions import Message
 from flock.models.llm import ModelClient
+from flock.models.requests import Request
 from flock.models.completions import ToolSchema
 
 async def main():
@@ -688,7 +691,7 @@ async def main():
         schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
         tools = [ToolSchema(name="look", description="Look.", schema={"type": "object", "properties": {}})]
         for model in ("fireworks_ai/some-model", "lm_studio/some-model"):
-            done = await models.complete(model, [Message("user", "hi")], schema, tools=tools)
+            done = await models.complete(model, Request([Message("user", "hi")], schema, tools=tools))
             print("CALL", done.tool_calls[0].function.name)
 
 asyncio.run(main())

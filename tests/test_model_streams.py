@@ -20,7 +20,7 @@ import msgspec
 import pydantic
 import pytest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
@@ -31,6 +31,7 @@ from flock.errors import ModelError
 from flock.models import bodies, streams
 from flock.models.completions import Completion, Message, ToolSchema
 from flock.models.llm import ModelClient
+from flock.models.requests import Request
 from flock.runs import Run, RunContext, RunStatus, Usage
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
@@ -119,7 +120,7 @@ def replying(*streams: httpx.AsyncByteStream | bytes) -> tuple[httpx.MockTranspo
 
 async def ask(models: ModelClient, listener: Recorder, name: str = "openai/x", **settings: Any) -> Completion:
     with anyio.fail_after(PATIENCE_S):
-        return await models.complete(name, MESSAGES, SCHEMA, listener=listener, **settings)
+        return await models.complete(name, Request(MESSAGES, SCHEMA, listener=listener, **settings))
 
 
 async def read(*streams: httpx.AsyncByteStream | bytes, **settings: Any) -> tuple[Completion, Recorder]:
@@ -382,7 +383,7 @@ async def test_a_call_without_arguments_or_a_name_is_still_a_call() -> None:
 
 async def test_a_stream_is_requested_only_for_a_listener(models: ModelClient, model: FakeModel) -> None:
     model.replies = [Reply({"a": "x", "n": []}), Reply(TEXT)]
-    plain = await models.complete(None, MESSAGES, SCHEMA, idempotency_key="run:1/0")
+    plain = await models.complete(None, Request(MESSAGES, SCHEMA, idempotency_key="run:1/0"))
     assert plain.text
     await ask(models, Recorder(), "openai/gpt-4o", idempotency_key="run:1/0")
     first, second = model.requests
@@ -607,7 +608,7 @@ async def test_a_body_that_cannot_be_decompressed_is_requested_again(
     headers = {"Content-Encoding": "gzip", "Content-Type": "text/event-stream"}
     broken = httpx.Response(200, headers=headers, stream=httpx.ByteStream(b"not gzip"))
     model.replies = [broken, Reply(TEXT)]
-    assert (await models.complete(None, MESSAGES, SCHEMA, listener=listener)).text == TEXT
+    assert (await models.complete(None, Request(MESSAGES, SCHEMA, listener=listener))).text == TEXT
 
 
 @pytest.mark.parametrize("is_reset", [False, True])
@@ -661,7 +662,7 @@ async def test_a_server_that_keeps_the_connection_open_is_not_waited_for(
 
 
 async def test_a_connection_is_used_again_after_a_stream(vllm: Callable[[str], None]) -> None:
-    async def reply(request: Request) -> Response:
+    async def reply(request: HTTPRequest) -> Response:
         await request.body()
         return StreamingResponse(iter([sse(chunk(TEXT)), sse(USAGE, "[DONE]")]), media_type="text/event-stream")
 
@@ -687,7 +688,7 @@ async def test_cancelling_stops_the_stream_of_the_server(vllm: Callable[[str], N
             stopped.append(time.monotonic())
             noticed.set()
 
-    async def reply(request: Request) -> Response:
+    async def reply(request: HTTPRequest) -> Response:
         await request.body()
         return StreamingResponse(write(), media_type="text/event-stream")
 
@@ -709,7 +710,7 @@ async def test_text_arrives_while_the_server_writes(vllm: Callable[[str], None])
     """The server writes more only after the first text has arrived."""
     recorder = Recorder()
 
-    async def reply(request: Request) -> Response:
+    async def reply(request: HTTPRequest) -> Response:
         await request.body()
 
         async def write() -> AsyncIterator[bytes]:
@@ -984,8 +985,8 @@ async def test_a_called_agent_emits_with_its_own_name(model: FakeModel, emitted:
 async def test_the_local_model_streams() -> None:
     recorder = Recorder()
     async with ModelClient() as models:
-        plain = await models.complete("local/smollm2-135m", MESSAGES, SCHEMA, max_tokens=60)
-        live = await models.complete("local/smollm2-135m", MESSAGES, SCHEMA, max_tokens=60, listener=recorder)
+        plain = await models.complete("local/smollm2-135m", Request(MESSAGES, SCHEMA, max_tokens=60))
+        live = await models.complete("local/smollm2-135m", Request(MESSAGES, SCHEMA, max_tokens=60, listener=recorder))
     assert live == plain, "answer and usage are the same with and without a stream"
     assert live.usage.output_tokens > 0
     assert recorder.all_of("text") == live.text
@@ -996,6 +997,7 @@ LITELLM = """
 import asyncio
 from flock.models.completions import Message
 from flock.models.llm import ModelClient
+from flock.models.requests import Request
 
 class Listener:
     def text(self, piece):
@@ -1011,7 +1013,8 @@ async def main():
     async with ModelClient() as models:
         schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
         for _ in range(2):
-            done = await models.complete("lm_studio/some-model", [Message("user", "hi")], schema, listener=Listener())
+            request = Request([Message("user", "hi")], schema, listener=Listener())
+            done = await models.complete("lm_studio/some-model", request)
             print("ANSWER", done.text, done.usage.output_tokens)
 
 asyncio.run(main())

@@ -26,6 +26,7 @@ from flock.models.llm import MAX_SERVER_ERRORS, ModelClient
 from flock.models.models import ModelChoice
 from flock.models.pace import Breaker, Caller, Gate, ModelLimits, Pace, Passage, Rate
 from flock.models.replies import hold_s
+from flock.models.requests import Request
 from flock.runs import BatchOptions, RunStatus
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from tests.support import PATIENCE_S, ROOT
@@ -47,8 +48,10 @@ def asking(model: ModelChoice, **options: Any) -> Flock:
     return flock
 
 
-async def complete(models: ModelClient, model: ModelChoice = None, **options: Any) -> Completion:
-    return await models.complete(model, [Message("user", "hi")], SCHEMA, **options)
+async def complete(
+    models: ModelClient, model: ModelChoice = None, *, caller: Caller = RUN, **options: Any
+) -> Completion:
+    return await models.complete(model, Request([Message("user", "hi")], SCHEMA, **options), caller)
 
 
 async def failure_of(models: ModelClient, model: ModelChoice = None, **options: Any) -> ModelError:

@@ -11,6 +11,7 @@ from flock.core import Flock, FlockFactory, Model
 from flock.errors import RunFailed
 from flock.models.completions import Message
 from flock.models.llm import ModelClient
+from flock.models.requests import Request
 from flock.runs import Event, RunStatus, Usage
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from flockapi import create_app
@@ -126,7 +127,7 @@ async def test_an_answer_is_streamed_in_pieces(reply: Any, pieces: list[str]) ->
     recorder = Recorder()
     with FakeModel([reply]):
         async with ModelClient() as models:
-            completion = await models.complete("openai/x", [Message("user", "Hi!")], {}, listener=recorder)
+            completion = await models.complete("openai/x", Request([Message("user", "Hi!")], {}, listener=recorder))
     assert recorder.events == [("reset", ""), *(("text", piece) for piece in pieces)]
     assert (completion.text, completion.usage) == ("".join(pieces), Usage(input_tokens=10, output_tokens=5))
 
@@ -144,7 +145,7 @@ async def test_thoughts_are_streamed_apart() -> None:
     recorder = Recorder()
     with FakeModel([Reply("{}", reasoning="Hm.")]):
         async with ModelClient() as models:
-            await models.complete("openai/x", [Message("user", "Hi!")], {}, listener=recorder)
+            await models.complete("openai/x", Request([Message("user", "Hi!")], {}, listener=recorder))
     assert recorder.events == [("reset", ""), ("reasoning", "Hm."), ("text", "{}")]
 
 

@@ -43,6 +43,7 @@ from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of, names_of
 from flock.models.pace import Caller
 from flock.models.pieces import Joiner
+from flock.models.requests import Request
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
 from flock.runs import RunContext
@@ -402,13 +403,16 @@ class ModelAgent(Agent):
             ),
             context=context,
             models=names_of(models),
-            max_tokens=self.max_tokens,
+            request=Request(
+                (),
+                self._answer.schema,
+                max_tokens=self.max_tokens,
+                temperature=self.temperature,
+                traceparent=context.traceparent,
+            ),
             complete=functools.partial(
                 resources.models.complete,
                 models or None,
-                schema=self._answer.schema,
-                temperature=self.temperature,
-                traceparent=context.traceparent,
                 caller=Caller(is_item=context.is_item, on_wait=context.report_wait),
             ),
             read=lambda text: self.output.encode(self._answer.decode(text.encode())),

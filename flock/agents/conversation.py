@@ -6,10 +6,12 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from flock.agents.tools import Toolbox
 from flock.errors import InvalidData, InvalidOutput, MalformedJSON, ModelError
 from flock.models.completions import Completion, Listener, Message, with_user_text
+from flock.models.requests import Request
 from flock.runs import JSON_NULL, RunContext
 
 __all__ = ["Conversation"]
@@ -23,8 +25,8 @@ class Conversation(msgspec.Struct, kw_only=True):
     Attributes:
         messages: of the conversation so far.
         models: the names of the models that may answer. The first one identifies their calls in the journal.
-        max_tokens: of each reply; None means no limit.
-        complete: sends messages to the model and offers it tools; see ``ModelClient.complete``.
+        request: what is the same in all of its requests.
+        complete: sends a request to the model; see ``ModelClient.complete``.
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
         listen: returns a listener for one reply. It is called if somebody watches the run.
     """
@@ -33,8 +35,8 @@ class Conversation(msgspec.Struct, kw_only=True):
     toolbox: Toolbox
     context: RunContext
     models: Sequence[str]
-    max_tokens: int | None
-    complete: Callable[..., Awaitable[Completion]]
+    request: Request
+    complete: Callable[[Request], Awaitable[Completion]]
     read: Callable[[str], msgspec.Raw]
     listen: Callable[[], Listener]
 
@@ -74,19 +76,19 @@ class Conversation(msgspec.Struct, kw_only=True):
         context, model = self.context, next(iter(self.models), "")
 
         async def ask() -> Completion:
-            prompt = self.messages, self.toolbox.offered
-            async with context.reserve(model, prompt, self.max_tokens):
+            request = replace(
+                self.request,
+                messages=self.messages,
+                tools=self.toolbox.offered,
+                # Each call needs its own key, or a provider would return the invalid answer again.
+                idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
+                listener=self.listen() if context.is_watched else None,
+                on_unfinished=context.spend,
+            )
+            async with context.reserve(model, (request.messages, request.tools), request.max_tokens):
                 context.check_tokens(self.models)
                 try:
-                    completion = await self.complete(
-                        messages=self.messages,
-                        tools=self.toolbox.offered,
-                        max_tokens=self.max_tokens,
-                        # Each call needs its own key, or a provider would return the invalid answer again.
-                        idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
-                        listener=self.listen() if context.is_watched else None,
-                        on_unfinished=context.spend,
-                    )
+                    completion = await self.complete(request)
                 except ModelError as exc:
                     if exc.usage is not None:  # the answer is paid for, even if it cannot be used
                         context.spend(exc.usage, exc.model)

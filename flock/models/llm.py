@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from flock.errors import ModelError
 from flock.models import react, replies
 from flock.models.bodies import ENCODING, BadBody, read_whole
-from flock.models.completions import Completion, Listener, Message, ToolSchema
+from flock.models.completions import Completion, Listener
 from flock.models.models import Model, ModelChoice, models_of
 from flock.models.pace import (
     FALLBACK_WAIT_S,
@@ -155,34 +155,16 @@ class ModelClient:
     async def complete(
         self,
         model: ModelChoice,
-        messages: Sequence[Message],
-        schema: Mapping[str, Any],
-        *,
-        tools: Sequence[ToolSchema] = (),
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        traceparent: str | None = None,
-        idempotency_key: str | None = None,
-        listener: Listener | None = None,
-        on_unfinished: Callable[[Usage, str], None] = lambda usage, model: None,
+        request: Request,
         caller: Caller = Caller(),  # noqa: B008 - it is frozen
     ) -> Completion:
-        """Ask *model* for one JSON object that matches *schema*, or for calls of *tools*. The caller validates both.
+        """Ask *model*. The caller validates the reply.
 
         With tools, the JSON is requested in words only: some servers reject a ``response_format`` beside ``tools``, and
         with others the model then never calls one. A model that cannot call tools is asked for its next step as JSON;
         see ``react``. Without tools, earlier calls and their results are sent as text, which every server accepts.
 
         Args:
-            traceparent: trace context, sent as a header so that gateways and providers can link the request to a trace.
-            idempotency_key: identifies this call in all attempts. If the server does not support strict JSON Schema,
-                the fallback requests append ``/json_object`` or ``/text`` to it. If it does not support tools, the
-                fallback appends ``/step`` before that. The second of several models gets ``/model2`` before that. A
-                streamed request appends ``/stream`` at the end.
-            listener: receives the reply while the model writes it. Without one, no stream is requested. A step as JSON
-                is never streamed, and other servers may not support streams: then the listener receives nothing.
-            on_unfinished: called with the tokens, and the model, of each request that was cancelled, and of each stream
-                that broke off. They are estimated if the server sent none.
             caller: who waits if the provider does not accept the call now.
 
         Raises:
@@ -194,18 +176,6 @@ class ModelClient:
         models = models_of(model, "the call") or self.default_model or client.default_model
         if not models:
             raise no_model()
-        request = Request(
-            name="",
-            messages=messages,
-            schema=schema,
-            tools=tools,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            headers={} if traceparent is None else {"traceparent": traceparent},
-            key=idempotency_key,
-            listener=listener,
-            on_unfinished=on_unfinished,
-        )
         caller = replace(caller, models=len(models), server_errors=[])
         errors: dict[int, ModelError] = {}
         numbers: Sequence[int] = range(len(models))
@@ -232,11 +202,10 @@ class ModelClient:
     async def _ask_one_of(self, models: Sequence[Model], number: int, request: Request, caller: Caller) -> Completion:
         has_next, name = number + 1 < len(models), models[number].name
         # A server may replay the answer of another model to the same key.
-        key = request.key and (f"{request.key}/model{number + 1}" if number else request.key)
+        key = request.idempotency_key
+        request = replace(request, name=name, idempotency_key=f"{key}/model{number + 1}" if key and number else key)
         try:
-            completion = await self._ask(
-                models[number], replace(request, name=name, key=key), replace(caller, has_fallback=has_next)
-            )
+            completion = await self._ask(models[number], request, replace(caller, has_fallback=has_next))
         except ModelError as exc:
             if has_next and exc.error_type in FALLBACK_ERRORS and not caller.have_all_failed:
                 logger.info("%s Asking %s instead.", exc, models[number + 1].name)

@@ -37,28 +37,43 @@ STREAMS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments of ``ModelClient.complete``."""
+class Request(msgspec.Struct, frozen=True):
+    """A request for one JSON object that matches *schema*, or for calls of *tools*.
 
-    name: str
+    Attributes:
+        traceparent: trace context, sent as a header so that gateways and providers can link the request to a trace.
+        idempotency_key: identifies this call in all attempts. If the server does not support strict JSON Schema,
+            the fallback requests append ``/json_object`` or ``/text`` to it. If it does not support tools, the
+            fallback appends ``/step`` before that. The second of several models gets ``/model2`` before that. A
+            streamed request appends ``/stream`` at the end.
+        listener: receives the reply while the model writes it. Without one, no stream is requested. A step as JSON
+            is never streamed, and other servers may not support streams: then the listener receives nothing.
+        on_unfinished: called with the tokens, and the model, of each request that was cancelled, and of each stream
+            that broke off. They are estimated if the server sent none.
+        name: of the model that is asked; the client sets it.
+    """
+
     messages: Sequence[Message]
     schema: Mapping[str, Any]
-    tools: Sequence[ToolSchema]
-    max_tokens: int | None
-    temperature: float | None
-    headers: Mapping[str, str]
-    key: str | None
+    tools: Sequence[ToolSchema] = ()
+    max_tokens: int | None = None
+    temperature: float | None = None
+    traceparent: str | None = None
+    idempotency_key: str | None = None
     listener: Listener | None = None
     on_unfinished: Callable[[Usage, str], None] = lambda usage, model: None
+    name: str = ""
 
     def unfinished(self, usage: Usage) -> None:
         self.on_unfinished(usage, self.name)
 
     def all_headers(self, format_: str = FORMATS[0]) -> dict[str, str]:
         """Return the headers, with a separate key per format: a server may store responses by key, also rejections."""
-        if self.key is None:
-            return dict(self.headers)
-        return {**self.headers, "Idempotency-Key": self.key if format_ == FORMATS[0] else f"{self.key}/{format_}"}
+        headers = {} if self.traceparent is None else {"traceparent": self.traceparent}
+        key = self.idempotency_key
+        if key is not None:
+            headers["Idempotency-Key"] = key if format_ == FORMATS[0] else f"{key}/{format_}"
+        return headers
 
     def body(self, endpoint: Endpoint) -> dict[str, Any]:
         """Return the body of a request, without the part that requests JSON."""
@@ -77,7 +92,7 @@ def next_step(request: Request) -> Request:
         messages=react.with_tools(react.as_text(request.messages), request.tools),
         schema=react.schema_of(request.tools),
         tools=(),
-        key=request.key and f"{request.key}/step",
+        idempotency_key=request.idempotency_key and f"{request.idempotency_key}/step",
         listener=None,  # a step is not an answer
     )
 
