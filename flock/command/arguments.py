@@ -65,7 +65,7 @@ def _type_of(option: Option) -> click.IntRange | Seconds:
     return Seconds(0, MAX_SECONDS, min_open=not option.is_valid(0))
 
 
-def pop_fields(options: dict[str, Any], struct: type[Options]) -> dict[str, Any]:
+def pop_fields(options: dict[str, Any], struct: type[msgspec.Struct]) -> dict[str, Any]:
     """Remove the fields of *struct* from *options*, and return them."""
     return {name: options.pop(name) for name in struct.__struct_fields__ if name in options}
 

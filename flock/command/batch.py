@@ -7,17 +7,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import anyio
 import click
 import msgspec
 
-from flock.command.arguments import Seconds, model_option, pairs
+from flock.command.arguments import Seconds, model_option, pairs, pop_fields
 from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
-from flock.command.server import (
-    abandon_busy_threads,
-)
+from flock.command.server import abandon_busy_threads
 from flock.command.target import load_flock
 from flock.command.terminal import TerminalBytes, echo
 from flock.declared import DeclaredFlock
@@ -26,7 +24,7 @@ from flock.errors import DefinitionError, FieldError, FlockError, InvalidData
 from flock.options import MAX_SECONDS
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
-from flock.runs import MAX_COST, Batch, BatchOptions, OnExtra, OnInvalid, cost_in_words
+from flock.runs import MAX_COST, Batch, BatchOptions, cost_in_words
 from flock.store.store import MEMORY
 
 __all__ = ["batch"]
@@ -148,21 +146,14 @@ def batch(
     output: Path | None,
     is_dry_run: bool,
     format_: TableFormat | None,
-    force: bool,
-    max_workers: int,
     model: str | None,
     mapped: Sequence[str],
     static: Sequence[str],
-    on_invalid: OnInvalid,
-    on_extra: OnExtra,
     delimiter: str,
     decimal: str,
     encoding: str,
-    timeout_s: float | None,
-    max_cost: float | None,
-    with_usage: bool,
-    escape_formulas: bool,
     state: Path | None,
+    **options: Any,
 ) -> None:
     """Run AGENT on each row of a file, and write the results to a file.
 
@@ -189,16 +180,12 @@ def batch(
             rows=rows,
             output=None if output == STDOUT else output,
             format=format_ or _format_of(output, rows),
-            force=force,
             state=state,
-            options=BatchOptions(max_workers=max_workers, timeout_s=timeout_s, max_cost=max_cost),
-            on_invalid=on_invalid,
+            options=BatchOptions(**pop_fields(options, BatchOptions)),
             input_mapping={key: name or None for key, name in pairs(mapped, "--map", "COLUMN=INPUT").items()},
             static_inputs=_static_inputs(flock, agent, pairs(static, "--static", "KEY=VALUE")),
-            on_extra=on_extra,
             dialect=CSVDialect(delimiter=delimiter.replace(r"\t", "\t"), decimal=decimal, encoding=encoding),
-            escape_formulas=escape_formulas,
-            with_usage=with_usage,
+            **options,
         )
         if is_dry_run:
             with _batch_process():
