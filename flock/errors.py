@@ -340,9 +340,7 @@ class SessionNotFound(NotFound):
 class EngineFull(FlockError):
     """A queue is full. Retry after ``retry_after_s`` seconds."""
 
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+    retry_after_s = 1
 
 
 class TooManyRequests(FlockError):

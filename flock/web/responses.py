@@ -7,6 +7,7 @@ from typing import Any
 
 import anyio
 import msgspec
+from starlette.datastructures import MutableHeaders
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
@@ -59,13 +60,11 @@ class JSONResponse(Response):
 
 def add_headers(start: Message, request_id: str, more: Mapping[str, str]) -> None:
     """Add the request id, *more* headers, and defaults that prevent caching and sniffing to the start of a response."""
-    names = {name.lower() for name, _ in start["headers"]}
-    added = [(b"x-request-id", request_id.encode()), *((name.encode(), value.encode()) for name, value in more.items())]
-    if b"x-content-type-options" not in names:
-        added.append((b"x-content-type-options", b"nosniff"))
-    if b"cache-control" not in names and b"etag" not in names:  # an ETag is there for caches
-        added.append((b"cache-control", b"no-store"))
-    start["headers"] = [*start["headers"], *added]
+    headers = MutableHeaders(scope=start)
+    headers.update({"X-Request-ID": request_id, **more})
+    headers.setdefault("X-Content-Type-Options", "nosniff")
+    if "ETag" not in headers:  # it is there for caches
+        headers.setdefault("Cache-Control", "no-store")
 
 
 def split_message(message: Message) -> Iterator[Message]:
