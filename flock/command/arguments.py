@@ -50,7 +50,6 @@ def options_of(struct: type[Options], names: Collection[str] | None = None) -> C
                     field.name,
                     type=_type_of(option),
                     default=field.default,
-                    show_default=True,
                     metavar=option.unit,
                     help=option.help,
                 )(command)

@@ -63,7 +63,6 @@ EXIT_INTERRUPTED = 130
     "--max-workers",
     type=click.IntRange(1),
     default=5,
-    show_default=True,
     metavar="N",
     help="Max rows running at the same time.",
 )
@@ -86,24 +85,19 @@ EXIT_INTERRUPTED = 130
     "--on-invalid",
     type=click.Choice(["reject", "skip"]),
     default="reject",
-    show_default=True,
     help="If a row is invalid: start nothing, or fail only that row.",
 )
 @click.option(
     "--on-extra",
     type=click.Choice(["reject", "ignore", "keep"]),
     default="reject",
-    show_default=True,
     help="If a column is not an input: start nothing, drop the column, or copy it to the results.",
 )
-@click.option("--delimiter", default=",", show_default=True, metavar="CHAR", help="Delimiter of the cells in ROWS.")
-@click.option(
-    "--decimal", default=".", show_default=True, metavar="CHAR", help="Decimal separator (. or ,) of numbers in ROWS."
-)
+@click.option("--delimiter", default=",", metavar="CHAR", help="Delimiter of the cells in ROWS.")
+@click.option("--decimal", default=".", metavar="CHAR", help="Decimal separator (. or ,) of numbers in ROWS.")
 @click.option(
     "--encoding",
     default="utf-8",
-    show_default=True,
     metavar="NAME",
     help="Encoding of ROWS if it is CSV, such as utf-16, or cp1252 for Western European Excel files.",
 )
@@ -129,7 +123,6 @@ EXIT_INTERRUPTED = 130
 @click.option(
     "--escape-formulas/--no-escape-formulas",
     default=True,
-    show_default=True,
     help="Put a ' before cells that a spreadsheet would execute as formulas.",
 )
 @click.option(

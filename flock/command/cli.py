@@ -45,7 +45,7 @@ from flock.web.options import AppOptions
 __all__ = ["main"]
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="flockapi")
 def main() -> None:
     """Serve agents as a REST API.
@@ -56,15 +56,14 @@ def main() -> None:
 
 @main.command()
 @click.argument("target")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=8344,
-    show_default=True,
     help="Port to listen on; 0 selects a free one.",
 )
-@click.option("--server-name", default="Flock Server", show_default=True, help="Title of the pages.")
+@click.option("--server-name", default="Flock Server", help="Title of the pages.")
 @click.option("--ui", "create_ui", is_flag=True, help="Serve the web page at /ui.")
 @model_option
 @click.option(
@@ -76,7 +75,6 @@ def main() -> None:
 @click.option(
     "--store",
     default="flock.db",
-    show_default=True,
     metavar="FILE",
     help="SQLite file that stores the runs. With :memory: they are lost when the server stops.",
 )
@@ -84,14 +82,12 @@ def main() -> None:
     "--durability",
     type=click.Choice(["power", "process"]),
     default="power",
-    show_default=True,
     help="What accepted runs survive: a power cut, or only a crash of the process, which is faster.",
 )
 @click.option(
     "--workers",
     type=click.IntRange(1),
     default=1,
-    show_default=True,
     help="Number of processes that share the port and the store.",
 )
 @options_of(Limits)
@@ -105,7 +101,6 @@ def main() -> None:
     "--on-disconnect",
     type=click.Choice(["cancel", "continue"]),
     default="cancel",
-    show_default=True,
     help="What happens to a synchronous run if its client disconnects.",
 )
 @expose_errors_option
@@ -128,6 +123,7 @@ def main() -> None:
 @click.option(
     "--root-path",
     default="",
+    show_default=False,
     metavar="PATH",
     help="Path prefix that a proxy removes from requests. Links begin with it.",
 )
