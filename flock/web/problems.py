@@ -9,26 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock.errors import (
-    AgentNotFound,
-    BatchNotFound,
-    CallNotFound,
-    Conflict,
-    EngineFull,
-    EngineStopped,
-    Forbidden,
-    InvalidData,
-    KeyReused,
-    MalformedJSON,
-    RunNotFound,
-    SessionNotFound,
-    StoreError,
-    TooLarge,
-    TooManyRequests,
-    Unauthenticated,
-    WrongHost,
-    cut,
-)
+from flock import errors
 from flock.web.requests import path_of, request_id_of
 from flock.web.responses import JSONResponse
 from flock.web.wire import Problem
@@ -51,23 +32,23 @@ class Kind(NamedTuple):
 
 #: How each error class is reported. A class that is not listed uses the entry of its nearest base class.
 PROBLEMS: Mapping[type[Exception], Kind] = {
-    MalformedJSON: Kind(400, "Malformed JSON"),
-    InvalidData: Kind(422, "Invalid input"),
-    AgentNotFound: Kind(404, "Unknown agent"),
-    RunNotFound: Kind(404, "Unknown run"),
-    CallNotFound: Kind(404, "Unknown call"),
-    BatchNotFound: Kind(404, "Unknown batch"),
-    SessionNotFound: Kind(404, "Unknown session"),
-    Unauthenticated: Kind(401, "Unauthorized"),
-    Forbidden: Kind(403, "Forbidden"),
-    WrongHost: Kind(421, "Misdirected Request"),
-    Conflict: Kind(409, "Conflict"),
-    KeyReused: Kind(422, "Idempotency key reused"),
-    TooLarge: Kind(413, "Content too large"),
-    EngineFull: Kind(429, "Too many runs"),
-    TooManyRequests: Kind(429, "Too many requests"),
-    EngineStopped: Kind(503, "Not running"),
-    StoreError: Kind(503, "Store unavailable"),
+    errors.MalformedJSON: Kind(400, "Malformed JSON"),
+    errors.InvalidData: Kind(422, "Invalid input"),
+    errors.AgentNotFound: Kind(404, "Unknown agent"),
+    errors.RunNotFound: Kind(404, "Unknown run"),
+    errors.CallNotFound: Kind(404, "Unknown call"),
+    errors.BatchNotFound: Kind(404, "Unknown batch"),
+    errors.SessionNotFound: Kind(404, "Unknown session"),
+    errors.Unauthenticated: Kind(401, "Unauthorized"),
+    errors.Forbidden: Kind(403, "Forbidden"),
+    errors.WrongHost: Kind(421, "Misdirected Request"),
+    errors.Conflict: Kind(409, "Conflict"),
+    errors.KeyReused: Kind(422, "Idempotency key reused"),
+    errors.TooLarge: Kind(413, "Content too large"),
+    errors.EngineFull: Kind(429, "Too many runs"),
+    errors.TooManyRequests: Kind(429, "Too many requests"),
+    errors.EngineStopped: Kind(503, "Not running"),
+    errors.StoreError: Kind(503, "Store unavailable"),
     Exception: Kind(500, "Internal error"),
 }
 
@@ -93,17 +74,17 @@ async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
         if status == 401:
             realm = "".join(c for c in request.app.contract.title if c.isascii() and c.isprintable() and c not in '"\\')
             headers["WWW-Authenticate"] = f'Bearer realm="{realm}"'
-        if isinstance(exc, TooManyRequests):
+        if isinstance(exc, errors.TooManyRequests):
             headers |= exc.headers
         if status in (429, 503):
             headers["Retry-After"] = str(getattr(exc, "retry_after_s", 1))
-        if isinstance(exc, InvalidData):
+        if isinstance(exc, errors.InvalidData):
             more["errors"] = exc.errors
     body = Problem(
         type=type_,
         title=title,
         status=status,
-        detail=cut(detail),
+        detail=errors.cut(detail),
         instance=path_of(request.scope),
         request_id=request_id_of(request),
         **more,
