@@ -54,6 +54,7 @@ from flock.runs import (
     new_id,
 )
 from flock.runs.events import end_id
+from flock.runs.records import shown_as
 from flock.web import wire
 from flock.web.auth import ConcurrencyLimit, KeyRing, RateLimit, ScopedEngine
 from flock.web.batches import (
@@ -510,7 +511,7 @@ async def list_runs(request: Request) -> Response:
     filter_ = RunFilter(**sent, with_inputs=query.includes("inputs"), with_results=query.includes("result"))
     page = await (await engine_of(request)).list_runs(filter_)
     left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not query.includes(name)}
-    runs = [wire.shown_as(wire.RunSummary, run, waiting_for=waiting_for(run), **left_out) for run in page]
+    runs = [shown_as(wire.RunSummary, run, waiting_for=waiting_for(run), **left_out) for run in page]
     path, headers = next_page(request, page[-1].run_id if page.has_more else None)
     return PageResponse(wire.RunList(runs=runs, next=path), download_slot(request), headers=headers)
 
@@ -559,7 +560,7 @@ async def one_session(request: Request) -> Response:
     """GET and DELETE /session/{session_id}: the runs that ``GET /runs?session_id=`` lists, for an admin of everyone."""
     engine, session_id = await engine_of(request), request.path_params["session_id"]
     if request.method != "DELETE":
-        return JSONResponse(wire.shown_as(wire.SessionSummary, await engine.get_session(session_id)))
+        return JSONResponse(wire.shown_with_costs(wire.SessionSummary, await engine.get_session(session_id)))
     await engine.delete_session(session_id)
     return Response(status_code=204)
 
@@ -631,7 +632,7 @@ async def list_batches(request: Request) -> Response:
     """GET /batches"""
     filter_ = BatchFilter(**parameters_of(query_of(request, wire.BatchesQuery)))
     page = await (await engine_of(request)).list_batches(filter_)
-    batches = [wire.shown_as(wire.BatchSummary, batch) for batch in page]
+    batches = [wire.shown_with_costs(wire.BatchSummary, batch) for batch in page]
     path, headers = next_page(request, page[-1].batch_id if page.has_more else None)
     return JSONResponse(wire.BatchList(batches=batches, next=path), headers=headers)
 
@@ -719,7 +720,7 @@ async def get_agent(request: Request) -> Response:
     agent = agent_of(agents, request.path_params["name"])
     graph = graph_of(agent.name, agents)
     return JSONResponse(
-        wire.shown_as(
+        shown_as(
             wire.AgentDetail,
             agent,
             next_agent=next_agent_of(agent),
@@ -777,10 +778,10 @@ async def run_response(
     results = {at: engine.shown_result(run, at) for at in (None, *range(len(run.steps)))}
     calls_at = {at: [wire.run_call(call) for call in made] for at, made in calls.items() if made}
     steps = [
-        wire.shown_as(wire.RunStep, step, result=results[at], calls=calls_at.get(at, msgspec.UNSET))
+        wire.shown_with_costs(wire.RunStep, step, result=results[at], calls=calls_at.get(at, msgspec.UNSET))
         for at, step in enumerate(run.steps)
     ]
-    body = wire.shown_as(
+    body = wire.shown_with_costs(
         wire.FlockAPIResponse,
         run,
         result=results[None],
@@ -815,7 +816,7 @@ def batch_response(
     last = items[-1].position if items else None
     more = last is not None and last + 1 < batch.total_items
     path = f"{root_path(request.scope)}/batch/{batch.batch_id}"
-    body = wire.shown_as(
+    body = wire.shown_with_costs(
         wire.FlockBatchResponse,
         batch,
         results=msgspec.UNSET if items is None else [batch.result_of(run) for run in items],

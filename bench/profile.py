@@ -33,7 +33,7 @@ REST = "event loop, and the rest"
 PARTS_OF_REQUEST = {
     "log line and observers": r"^Logger\.|^Runner\.ended|^Turns\.notify",
     "response sent": r"^_ResponseTransport|Cycle\.send |^Response\.__call__|send_with_id|\.sender |_send |^add_headers",
-    "response made": r"^run_response|^list_agents|^shown_as|^JSONResponse|^Response\.",
+    "response made": r"^run_response|^list_agents|^shown_|^JSONResponse|^Response\.",
     "request parsed by uvicorn": r"^HttpToolsProtocol|^Connection\.",
     "body read and checked": r"^read_json|^Body\.|^media_type_of",
     "record made, and its write awaited": r"^(Runner|StoredRun)\._?(finish|save|retrying)|^Store\.(save|_written)",

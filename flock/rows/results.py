@@ -11,6 +11,7 @@ import msgspec
 from flock.agents.handoff import Columns
 from flock.fair import FairShare
 from flock.runs import DOLLAR, Engine, Run, RunStatus, Time, shown_usage
+from flock.runs.records import shown_as
 
 __all__ = ["RESULT_TYPES", "BatchItem", "CSVWriter", "item_pages", "results_as"]
 
@@ -189,16 +190,5 @@ async def results_as(
 
 
 def _batch_item(item: Run, with_usage: bool) -> BatchItem:
-    return BatchItem(
-        position=item.position or 0,
-        run_id=item.run_id,
-        status=item.status,
-        extra=item.extra or msgspec.UNSET,
-        inputs=item.inputs,
-        result=item.result,
-        error=item.error,
-        error_type=item.error_type,
-        started_at=item.started_at,
-        completed_at=item.completed_at,
-        **(shown_usage(item.usage) if with_usage else {}),
-    )
+    costs = {"usage": msgspec.UNSET, "cost": msgspec.UNSET, **(shown_usage(item.usage) if with_usage else {})}
+    return shown_as(BatchItem, item, extra=item.extra or msgspec.UNSET, **costs)

@@ -7,6 +7,8 @@ new record, so each record is a consistent snapshot.
 JSON is stored as ``msgspec.Raw``, so runs cannot share mutable data, and a store can write it unchanged.
 """
 
+import functools
+import operator
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -57,6 +59,7 @@ __all__ = [
     "Statuses",
     "Step",
     "Time",
+    "shown_as",
     "statuses_of",
     "stub_of",
 ]
@@ -615,6 +618,18 @@ def _json_bytes(record: Run | Batch) -> int:
     if isinstance(record, Run):
         length += record.content_bytes + len(msgspec.json.encode(record.waiting_for))
     return length
+
+
+def shown_as(type_: type[T], record: Any, **more: Any) -> T:
+    """Return a *type_* with the fields of *record* that have the same names, and *more*."""
+    names, values_of = _shared_fields(type_, tuple(more))  # type: ignore[arg-type]
+    return type_(**dict(zip(names, values_of(record), strict=True)), **more)
+
+
+@functools.cache
+def _shared_fields(type_: type, others: Sequence[str]) -> tuple[Sequence[str], Callable[[Any], tuple[Any, ...]]]:
+    names = [name for name in type_.__struct_fields__ if name not in others]  # type: ignore[attr-defined]
+    return names, operator.attrgetter(*names)
 
 
 #: A result longer than this is read in pieces while it is sent.

@@ -14,6 +14,7 @@ from flock.rows.dialect import CSVDialect
 from flock.rows.results import RESULT_TYPES
 from flock.rows.tables import MAX_EXPANSION, RowMapping, csv_rows, json_rows, ndjson_rows, read_file
 from flock.runs import BatchOptions, Items
+from flock.runs.records import shown_as
 from flock.web.body import Body
 from flock.web.negotiation import preferred
 from flock.web.options import AppOptions
@@ -25,7 +26,6 @@ from flock.web.wire import (
     FlockBatchCheckRow,
     FlockBatchRequest,
     UploadQuery,
-    shown_as,
 )
 
 __all__ = [

@@ -1,8 +1,5 @@
 """The structs of the API: bodies, queries and responses. ``openapi.yaml`` describes the same structs."""
 
-import functools
-import operator
-from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
@@ -26,6 +23,7 @@ from flock.runs import (
     Time,
     shown_usage,
 )
+from flock.runs.records import shown_as
 
 __all__ = [
     "ANSWER",
@@ -69,7 +67,7 @@ __all__ = [
     "WaitQuery",
     "batch_request_from",
     "run_call",
-    "shown_as",
+    "shown_with_costs",
 ]
 
 T = TypeVar("T")
@@ -530,19 +528,9 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     store: Literal["ok", "failing"] | msgspec.UnsetType = msgspec.UNSET
 
 
-def shown_as(type_: type[T], record: Any, **more: Any) -> T:
-    """Return a *type_* with the fields of *record* that have the same names, and *more*.
-
-    Members about money are UNSET if they are unknown.
-    """
-    if type_ in WITH_COST:
-        more |= _costs(record)
-    names, values_of = _shared_fields(type_, tuple(more))  # type: ignore[arg-type]
-    return type_(**dict(zip(names, values_of(record), strict=True)), **more)
-
-
-#: The structs with ``usage`` and ``cost``.
-WITH_COST: Collection[type] = (RunStep, RunCall, SessionSummary, FlockAPIResponse, FlockBatchResponse, BatchSummary)
+def shown_with_costs(type_: type[T], record: Any, **more: Any) -> T:
+    """Like ``shown_as``, with ``usage`` and ``cost``. Members about money are UNSET if they are unknown."""
+    return shown_as(type_, record, **more, **_costs(record))
 
 
 def _costs(record: Any) -> dict[str, Any]:
@@ -558,10 +546,4 @@ def _costs(record: Any) -> dict[str, Any]:
 
 def run_call(call: Call) -> RunCall:
     values = {"arguments": call.arguments, "result": call.result}
-    return shown_as(RunCall, call, **{k: msgspec.UNSET if v is NOT_LOADED else v for k, v in values.items()})
-
-
-@functools.cache
-def _shared_fields(type_: type, others: Sequence[str]) -> tuple[Sequence[str], Callable[[Any], tuple[Any, ...]]]:
-    names = [name for name in type_.__struct_fields__ if name not in others]  # type: ignore[attr-defined]
-    return names, operator.attrgetter(*names)
+    return shown_with_costs(RunCall, call, **{k: msgspec.UNSET if v is NOT_LOADED else v for k, v in values.items()})
