@@ -158,6 +158,10 @@ ERROR_TYPES: Mapping[str, tuple[str, str]] = {
         "the server stopped, and this run must not be repeated",
         "send it again; asynchronous runs resume by themselves",
     ),
+    "crashed": (
+        "the process died repeatedly while it was executing this run, at last alone",
+        "find what ends the process, such as its memory, and retry the run",
+    ),
     "unstorable": ("a value cannot be stored, such as text that is not Unicode", "the message names the record"),
     "unreadable": (
         "the record in the store is damaged",

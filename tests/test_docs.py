@@ -20,7 +20,7 @@ from flock.runs import INVALID_INPUT, Question, now
 from flock.steps.outcomes import CANCELLED, COST_LIMIT, error_of, expiry_of, timeout_of
 from flock.store import migrations
 from flock.store.columns import UNREADABLE
-from flock.store.takeover import INTERRUPTED
+from flock.store.takeover import CRASHED, INTERRUPTED
 from flock.web.auth import new_key
 from flock.web.wire import UploadQuery
 from flockapi import ROUTES
@@ -155,7 +155,7 @@ def test_the_list_of_error_types_has_those_of_all_code() -> None:
         *(cls.error_type for cls in _built_in(StepError) if "error_type" in vars(cls)),
         *ModelError.ERROR_TYPES,
         *(outcome.error_type for outcome in (CANCELLED, COST_LIMIT, timeout_of(1), expiry_of(question))),
-        *(INTERRUPTED[1], INVALID_INPUT, UNREADABLE, payload_lost),
+        *(CRASHED[1], INTERRUPTED[1], INVALID_INPUT, UNREADABLE, payload_lost),
         error_of(ValueError(), "", expose_errors=False)[1],
     }
 

@@ -2,12 +2,17 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import sqlite3
+import subprocess
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -15,7 +20,7 @@ import httpx
 import pytest
 
 from tests.support import EXAMPLES, PATIENCE_S
-from tests.support.servers import flockapi_command, running, workers_of
+from tests.support.servers import flockapi_command, free_port, running, workers_of
 from tests.support.sockets import socket_server
 
 RUNS = 200
@@ -222,3 +227,211 @@ async def test_a_step_recovered_after_a_crash_reuses_its_key_and_a_retry_has_ano
                     assert (await client.post(f"{path}/retry")).status_code == 202
                     assert (await client.get(path, params={"wait": 30})).json()["status"] == "completed"
     assert provider.keys[4:] == [key.replace("/0", ":2/0", 1) for key in before]
+
+
+# A run that kills its process
+
+POISON = """
+import asyncio, os, time
+from flock.core import Flock
+
+flock = Flock("poison")
+
+@flock.agent
+async def good(n: int, seconds: float) -> int:
+    await asyncio.sleep(seconds)
+    return n
+
+@flock.agent
+async def bad(n: int, seconds: float) -> int:
+    os._exit(7)
+
+@flock.agent
+def greedy(n: int, seconds: float) -> int:
+    held = []
+    while True:
+        held.append(os.urandom(1024 * 1024) * 20)
+        time.sleep(0.1)
+
+@flock.agent
+async def item(n: int) -> int:
+    if n == 777:
+        os._exit(7)
+    await asyncio.sleep(0.01)
+    return n
+"""
+#: .ci/nightly sets 100,000.
+POISON_ITEMS = int(os.environ.get("POISON_ITEMS", "2000"))
+
+
+class Supervised:
+    """A server that is started again whenever it has died, and a client that sends again what it did not receive.
+
+    Args:
+        within: a cgroup for the server.
+        limit_bytes: the server is killed when its memory has this size.
+    """
+
+    def __init__(self, folder: Path, *options: str, within: Path | None = None, limit_bytes: float = math.inf) -> None:
+        (folder / "poison.py").write_text(POISON)
+        port = free_port()
+        store = ("--store", str(folder / "flock.db"), "--max-concurrency", "500", "--drain-timeout", "1")
+        self.command = flockapi_command("serve", str(folder / "poison.py"), "--port", str(port), *store, *options)
+        if within is not None:
+            self.command = ["sh", "-c", f'echo $$ > {within}/cgroup.procs && exec "$@"', "sh", *self.command]
+        self.log = folder / "server.log"
+        self.deaths = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self._limit_bytes = limit_bytes
+        self._stops = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+    def __enter__(self) -> "Supervised":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stops.set()
+        self._thread.join()
+        self.client.close()
+
+    def _run(self) -> None:
+        with self.log.open("wb") as log:
+            while not self._stops.is_set():
+                self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+                while self.process.poll() is None and not self._stops.wait(0.05):
+                    self._kill_if_too_large(self.process.pid)
+                if self._stops.is_set():
+                    self.process.terminate()
+                    self.process.wait()
+                else:
+                    self.deaths += 1
+
+    def _kill_if_too_large(self, pid: int) -> None:
+        with contextlib.suppress(OSError, ProcessLookupError):
+            if int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > self._limit_bytes:
+                os.kill(pid, 9)
+
+    def lines(self, words: str) -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if words in line]
+
+    def request(self, method: str, path: str, **more: Any) -> Any:
+        until_s = time.monotonic() + 240
+        while True:
+            try:
+                answer = self.client.request(method, path, **more)
+                assert answer.status_code in (200, 202), answer.text
+                return answer.json()
+            except httpx.TransportError:
+                assert time.monotonic() < until_s, "the server does not answer"
+                time.sleep(0.1)
+
+    def submit(self, *agents: str, seconds: float) -> list[str]:
+        """Send an asynchronous run for each of *agents*. The keys keep a run from being accepted twice."""
+        run_ids = []
+        for n, agent in enumerate(agents):
+            body = {"agent_name": agent, "inputs": {"n": n, "seconds": seconds}, "async_run": True}
+            run_ids.append(self.request("POST", "/run/flock", json=body, headers={"Idempotency-Key": str(n)})["run_id"])
+        return run_ids
+
+    def counts(self) -> Counter[str]:
+        """Count all runs by ``error_type`` or status."""
+        found, path = Counter[str](), "/runs?limit=1000"
+        while path:
+            page = self.request("GET", path)
+            found.update(run["error_type"] or run["status"] for run in page["runs"])
+            path = page["next"]
+        return found
+
+    def wait_for(self, timeout_s: float, **wanted: int) -> None:
+        until_s = time.monotonic() + timeout_s
+        while (found := self.counts()) != wanted:
+            assert time.monotonic() < until_s, (found, self.deaths, self.log.read_text()[-3000:])
+            time.sleep(0.2)
+
+
+@pytest.mark.timeout(400)
+def test_one_agent_that_exits_among_200_runs_fails_alone_with_two_workers(tmp_path: Path) -> None:
+    """After at most 3 + log2(200) deaths, each of one worker."""
+    with Supervised(tmp_path, "--workers", "2") as server:
+        (bad, *_) = server.submit("bad", *["good"] * 200, seconds=3)
+        server.wait_for(300, completed=200, crashed=1)
+        (line,) = server.lines("killed its process")
+        assert bad in line
+        assert "agent bad" in line
+        assert server.deaths == 0, "the parent stays up"
+        assert len(server.lines("A new worker replaces it")) <= 3 + math.log2(200)
+
+
+@contextlib.contextmanager
+def memory_group(max_bytes: int) -> Iterator[Path | None]:
+    """Make a cgroup whose processes the kernel kills if they use more memory; None if this user cannot."""
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(root, f"flock-{os.getpid()}")
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(max_bytes))
+        except OSError:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+            continue
+        try:
+            yield group
+        finally:
+            group.rmdir()
+        return
+    yield None
+
+
+@pytest.mark.timeout(400)
+def test_an_agent_that_takes_all_memory_fails_alone(tmp_path: Path) -> None:
+    """It takes 200 MB a second, until the kernel kills the process, beside runs that last longer than that."""
+    with memory_group(10**9) as group:
+        limit_bytes = math.inf if group else 1e9  # without a group, the test does what the kernel would do
+        with Supervised(tmp_path, within=group, limit_bytes=limit_bytes) as server:
+            server.submit("greedy", *["good"] * 20, seconds=10)
+            server.wait_for(350, completed=20, crashed=1)
+
+
+@pytest.mark.timeout(400)
+def test_two_agents_that_exit_fail_alone(tmp_path: Path) -> None:
+    with Supervised(tmp_path) as server:
+        server.submit("good", "bad", *["good"] * 30, "bad", seconds=1)
+        server.wait_for(350, completed=31, crashed=2)
+        assert server.deaths <= 2 * (3 + math.log2(33))
+
+
+@pytest.mark.timeout(400)
+def test_400_long_runs_after_two_kills_all_run_again_within_30_s(tmp_path: Path) -> None:
+    with Supervised(tmp_path) as server:
+        server.submit(*["good"] * 400, seconds=300)
+        server.wait_for(60, running=400)
+        for kills in (1, 2):
+            assert server.process is not None
+            os.kill(server.process.pid, 9)
+            killed_at = time.monotonic()
+            while server.deaths < kills:
+                time.sleep(0.01)
+            server.wait_for(60, running=400)
+        assert time.monotonic() - killed_at < 30
+        assert server.counts() == {"running": 400}
+
+
+@pytest.mark.timeout(900)
+def test_an_item_that_exits_fails_alone_in_its_batch(tmp_path: Path) -> None:
+    with Supervised(tmp_path) as server:
+        body = {
+            "agent_name": "item",
+            "batch_inputs": [{"n": n} for n in range(POISON_ITEMS)],
+            "max_workers": 100,
+        }
+        batch_id = server.request("POST", "/run/batch", json=body, headers={"Idempotency-Key": "b"})["batch_id"]
+        until_s = time.monotonic() + 800
+        while (batch := server.request("GET", f"/batch/{batch_id}"))["status"] != "completed":
+            assert time.monotonic() < until_s, batch
+            time.sleep(0.5)
+        assert (batch["total_items"], batch["failed_items"]) == (POISON_ITEMS, 1)
+        assert server.deaths <= 3 + math.log2(100)
+        (line,) = server.lines("killed its process")
+        assert "agent item" in line

@@ -150,6 +150,7 @@ def test_a_retry_resets_the_same_fields_on_the_cluster_as_in_the_store() -> None
         progress=Progress(done=1),
         waiting_for=(Question(call_id="1", question="?", schema=EMPTY, asked_at=now()),),
         worked_s=1.0,
+        deaths=1,
         created_at=at,
         started_at=at,
         completed_at=at,

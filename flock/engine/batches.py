@@ -180,18 +180,20 @@ class _Work:
         self._budget = budget
         self._tasks = anyio.create_task_group()
         self._idle_workers = 0
-        self._pending = self._pending_items()
+        self._pending = (item for item in self._pending_items() if not item.is_suspect)
         #: the position of the last pending item that was taken
         self._position = -1
-        #: items that got an answer and continue, by id
-        self._answered: dict[str, Run] = {}
+        #: items that are taken before the others: suspects, and those that got an answer and continue, by id
+        self._first: dict[str, Run] = {}
         self._is_watching = False
 
     async def run(self, workers: int) -> None:
         """Use up to *workers* workers, until no item is pending, running or waiting for an answer."""
         self._idle_workers = workers
+        self._first = {item.run_id: item for item in self._pending_items(are_suspects=True)}
         async with self._tasks:
-            self._start_worker()
+            for _ in self._first or [None]:  # suspects wait for each other, so each needs a worker
+                self._start_worker()
             if self._batch.waiting_items:
                 self._watch()
 
@@ -222,17 +224,17 @@ class _Work:
         """Return the next item, or None if none can start now."""
         if self._is_stopped:
             return None
-        if self._answered:
-            return self._answered.pop(next(iter(self._answered)))
+        if self._first:
+            return self._first.pop(next(iter(self._first)))
         item = next(self._pending, None)
         if item is not None:
             self._position = item.position or 0
         return item
 
-    def _pending_items(self) -> Iterator[Run]:
-        """Yield pending items, a page at a time."""
+    def _pending_items(self, *, are_suspects: bool = False) -> Iterator[Run]:
+        """Yield pending items, or only the suspects among them, a page at a time."""
         after = -1
-        while page := self._store.pending_items(self._batch, after, ITEMS_PER_PAGE):
+        while page := self._store.pending_items(self._batch, after, ITEMS_PER_PAGE, are_suspects=are_suspects):
             yield from page
             after = page[-1].position or 0
 
@@ -249,7 +251,7 @@ class _Work:
                 changed, batch = self._batches.next_change(), self._store.get(self._batch.batch_id)
                 for item in self._store.pending_items(self._batch, -1, ITEMS_PER_PAGE, before=self._position + 1):
                     if item.worked_s and item.run_id not in self._runner.active:
-                        self._answered[item.run_id] = item
+                        self._first[item.run_id] = item
                         self._start_worker()
                 if batch is None or not batch.waiting_items:
                     return

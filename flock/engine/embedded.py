@@ -45,6 +45,7 @@ from flock.errors import (
 )
 from flock.fair import FairShare
 from flock.limits import Limits
+from flock.logs import fields_of_run
 from flock.models.llm import ModelClient
 from flock.models.prices import Price
 from flock.options import replaced
@@ -71,13 +72,14 @@ from flock.runs import (
     statuses_of,
 )
 from flock.runs.records import LONG_BYTES
+from flock.runs.text import of_request
 from flock.scopes import current_task, start_in_empty_context
 from flock.steps.live import LiveOutput, LiveReader
 from flock.steps.refusals import not_cancelled, not_deleted, not_retried, run_not_retried, wait_stopped
 from flock.steps.turns import Turns
 from flock.store.batchstore import BatchStore
 from flock.store.store import Store
-from flock.store.takeover import INTERRUPTED, TakenOver
+from flock.store.takeover import CRASHED, INTERRUPTED, TakenOver
 
 __all__ = ["EmbeddedEngine", "limits_for_one_batch"]
 
@@ -91,6 +93,8 @@ SEEN_BY_ALL_S = 4 * WATCH_INTERVAL_S
 CHECK_INTERVAL_S = 0.5
 #: How long a reader waits for the text of a step that has ended in another process, in seconds.
 MAX_COPY_S = 1.0
+#: How long a busy engine leaves suspects to one that executes nothing, such as that of a new worker, in seconds.
+LEAVE_S = 10.0
 #: How often old runs are deleted, in seconds, and how many of them in one transaction.
 RETENTION_INTERVAL_S = 10.0
 RETENTION_CHUNK_SIZE = 100
@@ -196,6 +200,8 @@ class EmbeddedEngine(EngineBase):
         self._being_sent: Counter[str] = Counter()
         #: by dead engine: the agents that its remaining runs need, which this engine does not have
         self._waiting_for: dict[str, Collection[str]] = {}
+        #: the dead engines whose suspects are left to others, and until when
+        self._left: dict[str, float] = {}
 
     async def __aenter__(self) -> Self:
         self._check_not_entered()
@@ -274,6 +280,7 @@ class EmbeddedEngine(EngineBase):
         tasks, self._tasks = self._tasks, None
         assert tasks is not None
         self._runner.is_draining = True
+        self.store.executing.forget()
         tasks.cancel_scope.cancel()
         self._runner.stop()
         try:
@@ -292,6 +299,7 @@ class EmbeddedEngine(EngineBase):
     async def drain(self, timeout_s: float) -> None:
         self._check_entered()
         self._runner.is_draining = True
+        self.store.executing.forget()
         self._wake_all()
         for seconds in (timeout_s, FINAL_WRITE_TIMEOUT_S):
             with anyio.move_on_after(seconds):
@@ -634,6 +642,7 @@ class EmbeddedEngine(EngineBase):
                     active.wake_at = math.inf
                     active.wake()
             self._runner.unread.drop_expired()
+            self._runner.quarantine.check()
             self.store.flush_nowait()
             try:
                 if is_check_due := self.store.is_shared and at >= check_at:
@@ -685,20 +694,31 @@ class EmbeddedEngine(EngineBase):
         """Take over unfinished runs and batches of dead engines, if this engine has their agents."""
         dead = self.store.dead_engines(self._flock, self._engine_id)
         self._waiting_for = {dead_id: names for dead_id, names in self._waiting_for.items() if dead_id in dead}
-        for dead_id in dead:
-            names = self._waiting_for.get(dead_id)
-            if names is None or any(name in self._agents for name in names):
-                await self._take_over_from(dead_id)
+        self._left = {dead_id: until for dead_id, until in self._left.items() if dead_id in dead}
+        taken = []
+        try:
+            for dead_id in dead:
+                names = self._waiting_for.get(dead_id)
+                if (names is None or any(name in self._agents for name in names)) and not self._leaves(dead_id):
+                    taken.append(await self._take_over_from(dead_id))
+        finally:  # also if another one cannot be taken over
+            await self._resume(*taken)
+
+    def _leaves(self, dead_id: str) -> bool:
+        """Whether to leave a dead engine to an engine that executes nothing, since its suspects may kill that too."""
+        if not len(self.store.executing) or not self.store.may_have_suspects(dead_id):
+            return False
+        at = anyio.current_time()
+        return at < self._left.setdefault(dead_id, at + LEAVE_S)
 
     async def _take_over_cancelled(self, id_: str, owner: str | None) -> None:
         """Take over a cancelled run or batch of a dead engine, so that it ends even if no program has its agent."""
         if owner is not None and owner in self.store.dead_engines(self._flock, self._engine_id):
             await self._resume(await self.store.take_over(owner, self._engine_id, now(), only=id_))
 
-    async def _take_over_from(self, dead_id: str) -> None:
-        taken = await self.store.take_over(dead_id, self._engine_id, now())
+    async def _take_over_from(self, dead_id: str) -> TakenOver:
+        taken = await self.store.take_over(dead_id, self._engine_id, now(), max_recoveries=self._limits.max_recoveries)
         self.batch_store.has_dropped.set()  # its staged batches were dropped
-        await self._resume(taken)
         known = self._waiting_for.pop(dead_id, ())
         if not taken.is_complete:
             self._waiting_for[dead_id] = taken.waiting.keys()
@@ -709,23 +729,30 @@ class EmbeddedEngine(EngineBase):
                 self.store.path,
                 ", ".join(f"{name} ({count})" for name, count in taken.waiting.items()),
             )
+        return taken
 
-    async def _resume(self, taken: TakenOver) -> None:
+    async def _resume(self, *all_taken: TakenOver) -> None:
         """Start what was taken over. Cancellation: what is not started yet is left to another engine."""
-        ended = [run for run in taken.runs if run.status.is_final]
-        runs = [run for run in taken.runs if not run.status.is_final]
-        if ended or runs or taken.batches:
-            template = "resuming %d runs and %d batches of an engine that has stopped; %d of its runs were ended"
-            logger.info(template, len(runs), len(taken.batches), len(ended))
-        for batch in taken.batches:
-            self._batches.resume(batch)
-        share = FairShare()
-        for run in runs:
-            self._start(run)
-            await share.checkpoint()
-        for run in ended:
-            self._runner.turns.notify("run_ended", run)
-            await share.checkpoint()
+        self._runner.quarantine.add([group for taken in all_taken for group in taken.suspects])
+        for taken in all_taken:
+            ended = [run for run in taken.runs if run.status.is_final]
+            runs = [run for run in taken.runs if not run.status.is_final]
+            if ended or runs or taken.batches:
+                template = "resuming %d runs and %d batches of an engine that has stopped; %d of its runs were ended"
+                logger.info(template, len(runs), len(taken.batches), len(ended))
+            for batch in taken.batches:
+                self._batches.resume(batch)
+            share = FairShare()
+            for run in runs:
+                self._start(run)
+                await share.checkpoint()
+            for run in ended:
+                if run.error_type == CRASHED[1]:
+                    agent, source = run.next_agent_name, of_request(run.request_id)
+                    template = "run %s: agent %s killed its process, which died %d times while it was running%s"
+                    logger.error(template, run.run_id, agent, run.deaths, source, extra=fields_of_run(run))
+                self._runner.turns.notify("run_ended", run)
+                await share.checkpoint()
 
     async def _expire_questions(self) -> None:
         """Continue or end the runs with questions that have expired. All engines of the flock do, and one is first."""

@@ -22,6 +22,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from flock.agents.agent import Agent
+from flock.engine.quarantine import Quarantine
 from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.fair import FairShare
 from flock.limits import Limits
@@ -58,8 +59,9 @@ class StoredRun(ActiveRun):
 
     def __init__(self, run: Run, runner: "Runner") -> None:
         limits = runner.limits
-        # Items wait for each other, and a run that got an answer was already started once.
-        queue_timeout_s = limits.queue_timeout_s if run.batch_id is None and not run.worked_s else None
+        # Items wait for each other, and a suspect, or a run that got an answer, was already started once.
+        is_new = run.batch_id is None and not run.worked_s and not run.is_suspect
+        queue_timeout_s = limits.queue_timeout_s if is_new else None
         super().__init__(
             run,
             min(run.timeout_s or limits.max_timeout_s, limits.max_timeout_s),
@@ -110,9 +112,13 @@ class StoredRun(ActiveRun):
     def is_next(self) -> bool:
         """False if the store cannot be read."""
         try:
-            return self._before() is None
+            return self.may_begin and self._before() is None
         except StoreError:
             return False
+
+    @property
+    def may_begin(self) -> bool:
+        return self._runner.quarantine.admits(self.run)
 
     def _before(self) -> str | None:
         """Return the id of the run of its session for which it has to wait. Raises StoreError."""
@@ -122,6 +128,7 @@ class StoredRun(ActiveRun):
     async def wait_begins(self) -> None:
         await self._unload()
         await self._wait_for_session()
+        await self._runner.quarantine.wait(self.run)
 
     async def _unload(self) -> None:
         """Keep only a stub in memory while it waits for a slot. Store it first if it is not stored yet."""
@@ -141,6 +148,7 @@ class StoredRun(ActiveRun):
 
     async def begin(self) -> Run:
         """Raises: OwnershipLost, Unreadable."""
+        self._runner.quarantine.begin(self.run.run_id)  # before any await, since suspects start when nothing has begun
         await self.wait_for_store()
         self.dequeue()
         on_begin, self.on_begin = self.on_begin, None
@@ -149,7 +157,7 @@ class StoredRun(ActiveRun):
         return await self.load()
 
     async def started(self, run: Run, agent: Agent) -> None:
-        if run.is_async and agent.on_interrupt == "fail":
+        if run.is_async and (agent.on_interrupt == "fail" or run.is_suspect):
             await self.save(run, None)  # after a crash it must be known that the agent was started
         else:
             self._runner.store.save_nowait(run)
@@ -276,6 +284,7 @@ class Runner:
         queued_bytes: the total length of the inputs of runs that wait for their first step, by principal. It includes
             neither items of batches nor runs that were recovered after a crash.
         turns: executes single turns.
+        quarantine: which runs may start.
     """
 
     def __init__(self, store: Store, turns: Turns, *, limits: Limits, expose_errors: bool) -> None:
@@ -291,6 +300,7 @@ class Runner:
         self.watch_task: asyncio.Task[Any] | None = None
         self.is_draining = False
         self.queued_bytes: Counter[str | None] = Counter()
+        self.quarantine = Quarantine(store.executing)
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run, context: Context) -> None:
         """Execute a run in a task of its own, which starts in a copy of *context*."""
@@ -532,6 +542,7 @@ class Runner:
         active.dequeue()
         if self.active.get(active.run.run_id) is active:
             del self.active[active.run.run_id]
+            self.quarantine.end(active.run.run_id)
             self.unread.end(active.run.run_id)
 
     def _on_ownership_lost(self, active: StoredRun) -> None:

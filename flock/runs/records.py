@@ -244,6 +244,7 @@ class Run(_Record, frozen=True, kw_only=True):
         attempt: number of the current attempt, from 1. A retry or a recovery starts the next one.
         extra: extra columns of an item's row, as a JSON object, stored for the results; None if there are none.
         recoveries: number of attempts that were started by a recovery after a crash or a stop, not by a retry.
+        deaths: how often its process has died while it was running, since it last finished a step or a call.
         timeout_s: wall-clock seconds for one attempt, counted from the start of its first step.
         owner: the engine that is working on it; only this engine may write it.
         session_id: the conversation that it belongs to, within its flock and principal. Runs of a session are executed
@@ -262,6 +263,7 @@ class Run(_Record, frozen=True, kw_only=True):
     traceparent: str | None = None
     is_async: bool = False
     recoveries: int = 0
+    deaths: int = 0
     timeout_s: float | None = None
     extra: msgspec.Raw | None = None
     progress: Progress | None = None
@@ -301,6 +303,11 @@ class Run(_Record, frozen=True, kw_only=True):
     def is_stub(self) -> bool:
         """Whether its inputs and results are only in the store; see ``stub_of``."""
         return self.inputs is NOT_LOADED
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be the cause of the deaths of its process; see ``flock.store.suspects``."""
+        return self.deaths > 1
 
     @property
     def content_bytes(self) -> int:

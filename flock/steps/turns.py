@@ -162,6 +162,11 @@ class ActiveRun:
         """Whether its turn does not have to wait for an earlier run of its session."""
         return True
 
+    @property
+    def may_begin(self) -> bool:
+        """Whether its turn may use the slot for which it has waited. Otherwise it waits again."""
+        return True
+
     async def wait_begins(self) -> None:
         """Called before its turn waits for a slot. Returns when it need not wait for its session."""
 
@@ -479,9 +484,13 @@ class Turns:
             return AgentSlot(of_agent, batch, is_held=True)
         limit_s = active.queue_timeout_s if active.run.status is RunStatus.STARTING else None
         with contextlib.nullcontext() if limit_s is None else anyio.move_on_after(limit_s - active.queued_s):
-            await active.wait_begins()
-            await acquire_all(slots, batch)
-            return AgentSlot(of_agent, batch, is_held=True)
+            while True:
+                await active.wait_begins()
+                await acquire_all(slots, batch)
+                if active.may_begin:
+                    return AgentSlot(of_agent, batch, is_held=True)
+                for taken in slots:
+                    taken.release(batch)
         assert limit_s is not None
         raise queue_timeout(limit_s)
 

@@ -4,6 +4,7 @@ An item is a row of ``runs``. Its batch records which engine owns it. Operations
 one transaction each, so that other writes can run between them, and so that they can be resumed after a crash.
 """
 
+import functools
 import sqlite3
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -166,11 +167,16 @@ class BatchStore:
 
         return self._store.read(find)
 
-    def pending_items(self, batch: Batch, after: int, limit: int, before: int | None = None) -> list[Run]:
+    def pending_items(
+        self, batch: Batch, after: int, limit: int, before: int | None = None, *, are_suspects: bool = False
+    ) -> list[Run]:
         """Return up to *limit* pending items between two positions, in order, with their completed steps.
 
         If items are long, a page has fewer of them, and a long item is returned as a stub. Items that cannot be read
         are skipped; see ``fail_unreadable``. The page is empty if the batch belongs to another engine.
+
+        Args:
+            are_suspects: return only suspects.
         """
         values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
         last = statements.MAX_POSITION if before is None else before - 1
@@ -180,7 +186,8 @@ class BatchStore:
             if current is None or current.owner != batch.owner:
                 return []
             statuses = [RunStatus.STARTING]
-            rows = queries.rows_of(db, lambda columns: statements.item_page(columns, statuses, last), values)
+            query = functools.partial(statements.item_page, statuses=statuses, last=last)
+            rows = queries.rows_of(db, statements.suspect_items if are_suspects else query, values)
             page, bytes_left = list[Run](), WORK_PAGE_BYTES
             for row in rows:
                 try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +87,7 @@ def open_lock(path: str, mode: int) -> IO[bytes]:
     """Open a lock file. Raises OSError, also if *path* is not a regular file, since opening a pipe would block."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise FileExistsError(errno.EEXIST, "it is not a file", path)
-    file = open(path, "ab", opener=functools.partial(os.open, mode=mode))
+    file = open(path, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, mode))
     _open_locks.add(file)
     return file
 

@@ -167,6 +167,11 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "ALTER TABLE batches ADD COLUMN error_type TEXT",
         "ALTER TABLE batches ADD COLUMN invalid_items INTEGER NOT NULL DEFAULT 0",
     ],
+    # Runs that may have killed their process.
+    [
+        "ALTER TABLE runs ADD COLUMN deaths INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX runs_that_died ON runs (batch_id) WHERE deaths > 0",
+    ],
 ]
 
 

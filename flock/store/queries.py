@@ -117,6 +117,8 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
             return False
     for position, step in own_rows.items():
         db.execute(statements.INSERT_STEP, step_values(run.run_id, position, step))
+    if steps and run.deaths:
+        db.execute(statements.CLEAR_DEATHS, (run.run_id,))
     if run.batch_id is not None and run.status.is_final:
         ended[run.batch_id, run.status] += 1
     if run.batch_id is not None and spent is not None:
@@ -424,3 +426,5 @@ def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> N
     check_owner(db, run)
     write_spent(db, run)
     db.execute(statements.INSERT_CALL, call_values(run, position, call))
+    if run.deaths:
+        db.execute(statements.CLEAR_DEATHS, (run.run_id,))

@@ -10,7 +10,7 @@ from flock.runs import RunStatus
 from flock.store.columns import BATCH_TABLE, CALL_TABLE, RUN_TABLE, STEP_TABLE, SUSPENDED, UPDATED
 
 # All statements are public, but only functions are listed here.
-__all__ = ["batch_page", "find_run", "insert_run", "item_page", "list_columns", "merged", "run_page"]
+__all__ = ["batch_page", "find_run", "insert_run", "item_page", "list_columns", "merged", "run_page", "suspect_items"]
 
 
 def _marks(columns: Collection[str]) -> str:
@@ -71,7 +71,7 @@ UPDATE_ITEM = f"{UPDATE} AND EXISTS (SELECT 1 FROM batches WHERE batch_id = ? AN
 #: Changes nothing if the run was cancelled. It is also used for a waiting run that got one of several answers.
 SUSPEND_RUN = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in SUSPENDED)}, expires_at = ?, status = 'waiting',
     is_async = 1 WHERE run_id = ? AND cancel_requested = 0"""
-RESUME_RUN = """UPDATE runs SET status = 'starting', owner = ?, waiting_for = NULL, expires_at = NULL
+RESUME_RUN = """UPDATE runs SET status = 'starting', owner = ?, waiting_for = NULL, expires_at = NULL, deaths = 0
     WHERE run_id = ? AND status = 'waiting'"""
 END_WAITING_RUN = """UPDATE runs SET status = ?, error = ?, error_type = ?, completed_at = ?, expires_at = NULL
     WHERE run_id = ? AND status = 'waiting'"""
@@ -90,8 +90,23 @@ FAIL_RUN = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, comp
 TAKE_RUN = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'),
     recoveries = recoveries + (status = 'running'), worked_s = CASE status WHEN 'running' THEN 0 ELSE worked_s END,
     status = 'starting' WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"""
+#: Of those that a dead process was executing, those that can start again.
+EXECUTED_RUNS = """SELECT run_id, batch_id FROM runs WHERE run_id IN (SELECT value FROM json_each(?))
+    AND status = 'starting' AND cancel_requested = 0"""
+COUNT_DEATH = "UPDATE runs SET deaths = deaths + 1 WHERE run_id = ?"
+CLEAR_DEATHS = "UPDATE runs SET deaths = 0 WHERE run_id = ?"
+#: A run that was alone at a death is the cause of it.
+FAIL_CRASHED = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
+    WHERE run_id = ? AND deaths >= ?"""
+SUSPECTS = """SELECT run_id, batch_id, deaths FROM runs INDEXED BY runs_that_died
+    WHERE deaths > 0 AND deaths > 1 AND status = 'starting' AND cancel_requested = 0"""
+#: Whether unfinished runs of an engine, or items of its batches, were running in a death before.
+MAY_HAVE_SUSPECTS = """SELECT 1 FROM runs INDEXED BY runs_that_died
+    WHERE deaths > 0 AND status IN ('starting', 'running') AND (owner = ? OR EXISTS
+    (SELECT 1 FROM batches WHERE batches.batch_id = runs.batch_id AND batches.owner = ?)) LIMIT 1"""
 REOPENED = """status = 'starting', attempt = attempt + 1, result = NULL, error = NULL, error_type = NULL,
-    started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0, waiting_for = NULL, worked_s = 0"""
+    started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0, waiting_for = NULL, worked_s = 0,
+    deaths = 0"""
 REOPEN_RUN = f"""UPDATE runs SET {REOPENED}, owner = ?, is_async = 1,
     rowid = CASE WHEN session_id IS NULL THEN rowid ELSE (SELECT max(rowid) + 1 FROM runs) END
     WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"""
@@ -230,6 +245,12 @@ def item_page(columns: str, statuses: Iterable[str], last: int = MAX_POSITION) -
         for status in statuses
     )
     return f"{' UNION ALL '.join(ranges)} ORDER BY place LIMIT :limit"
+
+
+def suspect_items(columns: str) -> str:
+    """Return a query for the pending items of :batch_id that are suspects, after the position :after, in order."""
+    return f"""SELECT {columns} FROM runs INDEXED BY runs_that_died WHERE deaths > 0 AND deaths > 1
+        AND batch_id = :batch_id AND status = 'starting' AND position > :after ORDER BY position LIMIT :limit"""
 
 
 FIRST_ERROR = item_page("error", RunStatus)

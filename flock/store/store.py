@@ -39,6 +39,7 @@ from flock.store.columns import Damaged, first_id_at, json_from, micros, names_j
 from flock.store.groups import Change, Group, PendingRun, Refused
 from flock.store.migrations import migrate
 from flock.store.storefile import Displaced, StoreFile
+from flock.store.suspects import Executing, executed_until_death
 from flock.store.takeover import TakenOver
 
 __all__ = ["Durability", "Store"]
@@ -92,6 +93,7 @@ class Store:
 
     Attributes:
         agents: the names of the agents whose runs are recovered and counted. ``register_engine`` sets it.
+        executing: the runs that its engine is executing.
 
     Raises:
         StoreError: on entry, if the file cannot be used.
@@ -103,6 +105,7 @@ class Store:
         self.durability = durability
         self.is_shared = self.path != MEMORY
         self.agents: Collection[str] = ()
+        self.executing = Executing()
         self._open = Group()
         self._unawaited: dict[str, PendingRun] = {}
         #: runs whose first record was refused and so have no row
@@ -695,6 +698,7 @@ class Store:
         self.agents = agents
         if self.is_shared:
             self._engine_lock = files.acquire_lock(f"{self.path}-engine-{engine_id}", self._file.mode)
+            self.executing.open(self._engine_lock)
 
         def apply(db: sqlite3.Connection) -> Program:
             row = db.execute(statements.PROGRAM_OF_FLOCK, (flock,)).fetchone()
@@ -725,6 +729,7 @@ class Store:
         if not is_known or not files.is_locked(path):
             files.close_lock(self._engine_lock)
             self._engine_lock = files.acquire_lock(path, self._file.mode)
+            self.executing.open(self._engine_lock)
         if not is_known:
             await self._insert_engine(engine_id, flock)
         return is_known
@@ -735,6 +740,7 @@ class Store:
 
     async def unregister_engine(self, engine_id: str) -> None:
         """Unregister an engine and close its lock file. If it has unfinished work, its row stays for another engine."""
+        self.executing.forget()
         try:
             if await self.change(lambda db: takeover.remove_engine(db, engine_id)) and self.is_shared:
                 files.remove(f"{self.path}-engine-{engine_id}")
@@ -747,12 +753,19 @@ class Store:
         others = self.read(lambda db: [row[0] for row in db.execute(statements.OTHER_ENGINES, (flock, own_id))])
         return [engine_id for engine_id in others if not files.is_locked(f"{self.path}-engine-{engine_id}")]
 
-    async def take_over(self, dead_id: str, owner: str, now: datetime, only: str | None = None) -> TakenOver:
+    def may_have_suspects(self, engine_id: str) -> bool:
+        """Whether unfinished work of an engine was running in a death before, so that it may have killed it."""
+        values = (engine_id, engine_id)
+        return self.read(lambda db: db.execute(statements.MAY_HAVE_SUSPECTS, values).fetchone()) is not None
+
+    async def take_over(
+        self, dead_id: str, owner: str, now: datetime, only: str | None = None, max_recoveries: int = 3
+    ) -> TakenOver:
         """Make *owner* the owner of the unfinished work of *dead_id* for ``agents``.
 
         Runs and batches with a cancellation request are taken over even without their agent. Synchronous runs end as
         interrupted, since their callers are gone. Work that cannot be read ends as failed. The rest stays for a program
-        that has its agent.
+        that has its agent. A run that was executed alone in its last death, and in *max_recoveries*, ends as crashed.
 
         Args:
             only: the id of a run or a batch. If given, all other work is ignored.
@@ -762,8 +775,10 @@ class Store:
             self.read, lambda db: takeover.find_unfinished(db, dead_id, self.agents, only)
         )
 
+        executed = executed_until_death(f"{self.path}-engine-{dead_id}")
+
         def apply(db: sqlite3.Connection) -> TakenOver:
-            taken = takeover.take_over(db, unfinished, dead_id, owner, now)
+            taken = takeover.take_over(db, unfinished, dead_id, owner, now, executed, max_recoveries)
             if taken.is_complete:
                 files.remove(f"{self.path}-live-{dead_id}")
                 files.remove(f"{self.path}-engine-{dead_id}")  # before the commit; see renew_registration

@@ -10,32 +10,37 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from flock.runs import Batch, Run, stub_of
+from flock.runs import Batch, Run, RunStatus, stub_of
 from flock.store import queries, statements
-from flock.store.columns import DAMAGED_BATCH, DAMAGED_RUN, UNREADABLE, Damaged, micros
+from flock.store.columns import DAMAGED_BATCH, DAMAGED_RUN, UNREADABLE, Damaged, micros, names_json
+from flock.store.suspects import SuspectGroup, groups_of
 
-__all__ = ["INTERRUPTED", "TakenOver", "Unfinished", "find_unfinished", "remove_engine", "take_over"]
+__all__ = ["CRASHED", "INTERRUPTED", "TakenOver", "Unfinished", "find_unfinished", "remove_engine", "take_over"]
 
 logger = logging.getLogger("flock.store")
 
 #: ``error`` and ``error_type`` of a synchronous run whose server stopped.
 INTERRUPTED = ("The server stopped before this run ended.", "interrupted")
+#: ``error`` and ``error_type`` of a run that has killed its process.
+CRASHED = ("The process died repeatedly while it was executing this run, and at last nothing else.", "crashed")
 
 
 class TakenOver(NamedTuple):
     """The work that an engine took over from a dead one.
 
     Attributes:
-        runs: runs that were ended, and runs to resume. They are stubs, unless they are short.
+        runs: runs and items that were ended, and runs to resume. They are stubs, unless they are short.
         batches: batches to resume.
         waiting: the number of runs and batches that were not taken over, by the agent that is missing.
         is_complete: the dead engine has no unfinished work left.
+        suspects: those of the runs, and of the items of the batches, that may have killed it.
     """
 
     runs: Sequence[Run]
     batches: Sequence[Batch]
     waiting: Mapping[str, int]
     is_complete: bool
+    suspects: Sequence[SuspectGroup]
 
 
 class Unfinished:
@@ -89,8 +94,20 @@ def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str
     return unfinished
 
 
-def take_over(db: sqlite3.Connection, unfinished: Unfinished, dead_id: str, owner: str, now: datetime) -> TakenOver:
-    """Make *owner* the owner of work that can be resumed, and end the rest. Skip what *dead_id* no longer owns."""
+def take_over(
+    db: sqlite3.Connection,
+    unfinished: Unfinished,
+    dead_id: str,
+    owner: str,
+    now: datetime,
+    executed: Mapping[str, int],
+    max_recoveries: int,
+) -> TakenOver:
+    """Make *owner* the owner of work that can be resumed, and end the rest. Skip what *dead_id* no longer owns.
+
+    Args:
+        executed: see ``flock.store.suspects``.
+    """
     at = micros(now)
     ended = [id_ for id_, end in unfinished.ends.items() if _changes(db, statements.FAIL_RUN, *end, at, id_, dead_id)]
     runs = ended + [id_ for id_ in unfinished.runs if _changes(db, statements.TAKE_RUN, owner, id_, dead_id)]
@@ -100,13 +117,36 @@ def take_over(db: sqlite3.Connection, unfinished: Unfinished, dead_id: str, owne
     for batch_id in unfinished.damaged_batches:
         if _changes(db, statements.FAIL_BATCH, DAMAGED_BATCH, at, batch_id, dead_id):
             db.execute(statements.FAIL_ITEMS, (DAMAGED_BATCH, UNREADABLE, at, batch_id))
+    crashed, suspects = _judge(db, {*runs, *batches}, executed, max_recoveries, at)
     is_complete = remove_engine(db, dead_id)
+    runs += [run_id for run_id in crashed if run_id not in runs]
     return TakenOver(
         [stub_of(run) for run_id in runs if (run := queries.find_run(db, run_id)) is not None],
         [batch for batch_id in batches if (batch := queries.find_batch(db, batch_id)) is not None],
         unfinished.waiting,
         is_complete,
+        suspects,
     )
+
+
+def _judge(
+    db: sqlite3.Connection, taken: set[str], executed: Mapping[str, int], max_recoveries: int, at: int | None
+) -> tuple[Sequence[str], Sequence[SuspectGroup]]:
+    """Count the death of a process for the runs, and for the items of batches, that were *taken* and *executed*.
+
+    Returns: those that failed, because they were alone, and those that may be the cause.
+    """
+    died = [row for row in db.execute(statements.EXECUTED_RUNS, (names_json(executed),)) if not taken.isdisjoint(row)]
+    db.executemany(statements.COUNT_DEATH, [(run_id,) for run_id, _ in died])
+    crashed = []
+    for run_id, batch_id in died if len(executed) == 1 else ():
+        if _changes(db, statements.FAIL_CRASHED, *CRASHED, at, run_id, max_recoveries):
+            crashed.append(run_id)
+            if batch_id is not None:
+                queries.count_ended(db, queries.Ended({(batch_id, RunStatus.FAILED): 1}))
+    found = db.execute(statements.SUSPECTS).fetchall()
+    suspects = {run_id: deaths for run_id, batch_id, deaths in found if not taken.isdisjoint((run_id, batch_id))}
+    return crashed, groups_of(suspects, executed)
 
 
 def _changes(db: sqlite3.Connection, query: str, *values: Any) -> bool:

@@ -103,6 +103,7 @@ def reset_for_retry(run: Run) -> Run:
         cancel_requested=False,
         waiting_for=(),
         worked_s=0.0,
+        deaths=0,
     )
 
 

@@ -1,0 +1,107 @@
+"""Suspects are executed in groups, so that the process does not die with all its runs if one of them kills it again."""
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+import anyio
+
+from flock.runs import Run, RunStatus
+from flock.store.suspects import Executing, SuspectGroup
+
+__all__ = ["Quarantine"]
+
+logger = logging.getLogger("flock.runs")
+
+#: How long no run may start, so that the process has nothing to execute and suspects can, and then how long runs may
+#: start again: one that is running may be waiting for another one to start. In seconds.
+HOLD_S = 10.0
+#: How long a group waits for members that do not start, such as items of a batch that is being cancelled, in seconds.
+ARRIVAL_S = 5.0
+
+
+class Quarantine:
+    """Which runs may start in this process.
+
+    While groups of suspects are left, nothing else starts. The first group starts when nothing else is executed, and
+    each other one when the one before has ended, or has lived for its time. When the last one has, all runs may start.
+    """
+
+    def __init__(self, executing: Executing) -> None:
+        self._executing = executing
+        self._groups: deque[SuspectGroup] = deque()
+        #: suspects whose group has not started, and those whose group has
+        self._waiting: set[str] = set()
+        self._admitted: set[str] = set()
+        #: of the newest group: who has not ended, who has not begun, and the time after which the next group may start
+        self._living: set[str] = set()
+        self._absent: set[str] = set()
+        self._life_s = self._lives_until = self._since = 0.0
+        self._is_closed = False
+        self._changed = anyio.Event()
+
+    def add(self, groups: Sequence[SuspectGroup]) -> None:
+        """Execute *groups* behind those that are left. Call it before their runs can start."""
+        if groups:
+            template = "%d runs were running in two or more deaths of their process: they start first, in %d groups"
+            logger.warning(template, sum(len(group.run_ids) for group in groups), len(groups))
+        if not self._waiting:
+            self._since = anyio.current_time()
+        self._groups += groups
+        self._waiting.update(*(group.run_ids for group in groups))
+        self.check()
+
+    def admits(self, run: Run) -> bool:
+        """Whether a run may start. One that has started here is never held up."""
+        if not self._is_closed and not self._waiting:
+            return True
+        if run.status is not RunStatus.STARTING or run.run_id in self._admitted:
+            return True
+        return not self._is_closed and run.run_id not in self._waiting
+
+    async def wait(self, run: Run) -> None:
+        """Wait until a run may start."""
+        while not self.admits(run):
+            await self._changed.wait()
+
+    def begin(self, run_id: str) -> None:
+        """Note that a run is being executed."""
+        self._executing.begin(run_id)
+        if run_id in self._absent:
+            self._absent.discard(run_id)
+            self._lives_until = anyio.current_time() + self._life_s + (ARRIVAL_S if self._absent else 0)
+
+    def end(self, run_id: str) -> None:
+        """Note that a run is not executed any more."""
+        self._executing.end(run_id)
+        self._living.discard(run_id)
+        self._absent.discard(run_id)
+
+    def check(self) -> None:
+        """Let the next group start, or all runs, if it is time to. It is called 20 times a second."""
+        at = anyio.current_time()
+        if self._admitted:
+            if self._living and at < self._lives_until:
+                return
+        elif not self._waiting:
+            return
+        elif len(self._executing):
+            if (is_closed := (at - self._since) % (2 * HOLD_S) < HOLD_S) is not self._is_closed:
+                self._close(is_closed)
+            return
+        self._executing.group += 1
+        if self._groups:
+            run_ids, self._life_s = self._groups.popleft()
+            self._admitted.update(run_ids)
+            self._waiting.difference_update(run_ids)
+            self._living, self._absent = set(run_ids), set(run_ids)
+            self._lives_until = at + self._life_s + ARRIVAL_S
+        else:
+            self._admitted.clear()
+        self._close(bool(self._admitted))
+
+    def _close(self, is_closed: bool) -> None:
+        """Let only admitted suspects start, or all runs except suspects. Those that wait look again."""
+        self._is_closed = is_closed
+        changed, self._changed = self._changed, anyio.Event()
+        changed.set()
