@@ -65,7 +65,7 @@ class Limits(Options, frozen=True, kw_only=True):
     max_calls: Annotated[int, whole(1, on_cluster="worker")] = 10_000
     #: How long a step waits for its calls, if their tasks swallow their cancellation when the step ends.
     grace_s: Annotated[float, seconds(allow_zero=True, on_cluster="worker")] = 5.0
-    #: A run that was running in so many deaths of its process, and in the last one alone, fails as crashed.
+    #: A run that was running in so many deaths of its process, in two of them and the last one alone, fails as crashed.
     max_recoveries: Annotated[
         int, whole(1, "Deaths of its process after which a run fails that was running in them.", on_cluster="cluster")
     ] = 3

@@ -307,7 +307,16 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         of_sessions = ("runs_by_session", "runs_by_session_and_principal", "sessions_active")
         for index in (*of_sessions, "runs_expiring", "runs_that_died"):
             db.execute(f"DROP INDEX {index}")
-        for column in ("session_id", "waiting_for", "expires_at", "worked_s", "spent", "max_cost", "deaths"):
+        for column in (
+            "session_id",
+            "waiting_for",
+            "expires_at",
+            "worked_s",
+            "spent",
+            "max_cost",
+            "deaths",
+            "deaths_alone",
+        ):
             db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
         for column in ("waiting_items", "usage", "error_type", "invalid_items"):
             db.execute(f"ALTER TABLE batches DROP COLUMN {column}")

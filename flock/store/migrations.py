@@ -170,6 +170,7 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     # Runs that may have killed their process.
     [
         "ALTER TABLE runs ADD COLUMN deaths INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE runs ADD COLUMN deaths_alone INTEGER NOT NULL DEFAULT 0",
         "CREATE INDEX runs_that_died ON runs (batch_id) WHERE deaths > 0",
     ],
 ]

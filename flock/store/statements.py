@@ -93,11 +93,12 @@ TAKE_RUN = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'
 #: Of those that a dead process was executing, those that can start again.
 EXECUTED_RUNS = """SELECT run_id, batch_id FROM runs WHERE run_id IN (SELECT value FROM json_each(?))
     AND status = 'starting' AND cancel_requested = 0"""
-COUNT_DEATH = "UPDATE runs SET deaths = deaths + 1 WHERE run_id = ?"
+#: The deaths in which it was alone count from the same time on.
+COUNT_DEATH = """UPDATE runs SET deaths_alone = (deaths > 0) * deaths_alone + ?, deaths = deaths + 1 WHERE run_id = ?"""
 CLEAR_DEATHS = "UPDATE runs SET deaths = 0 WHERE run_id = ?"
-#: A run that was alone at a death is the cause of it.
+#: A run that was alone at a death is the cause of it, unless somebody happened to kill the process just then.
 FAIL_CRASHED = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
-    WHERE run_id = ? AND deaths >= ?"""
+    WHERE run_id = ? AND deaths >= ? AND deaths_alone >= ?"""
 SUSPECTS = """SELECT run_id, batch_id, deaths FROM runs INDEXED BY runs_that_died
     WHERE deaths > 0 AND deaths > 1 AND status = 'starting' AND cancel_requested = 0"""
 #: Whether unfinished runs of an engine, or items of its batches, were running in a death before.

@@ -765,7 +765,7 @@ class Store:
 
         Runs and batches with a cancellation request are taken over even without their agent. Synchronous runs end as
         interrupted, since their callers are gone. Work that cannot be read ends as failed. The rest stays for a program
-        that has its agent. A run that was executed alone in its last death, and in *max_recoveries*, ends as crashed.
+        that has its agent. A run that was executed in *max_recoveries* deaths, in two of them alone, ends as crashed.
 
         Args:
             only: the id of a run or a batch. If given, all other work is ignored.

@@ -23,6 +23,8 @@ logger = logging.getLogger("flock.store")
 INTERRUPTED = ("The server stopped before this run ended.", "interrupted")
 #: ``error`` and ``error_type`` of a run that has killed its process.
 CRASHED = ("The process died repeatedly while it was executing this run, and at last nothing else.", "crashed")
+#: Somebody may kill a process while it happens to execute only one run, but hardly so often.
+DEATHS_ALONE = 2
 
 
 class TakenOver(NamedTuple):
@@ -137,10 +139,12 @@ def _judge(
     Returns: those that failed, because they were alone, and those that may be the cause.
     """
     died = [row for row in db.execute(statements.EXECUTED_RUNS, (names_json(executed),)) if not taken.isdisjoint(row)]
-    db.executemany(statements.COUNT_DEATH, [(run_id,) for run_id, _ in died])
-    crashed = []
-    for run_id, batch_id in died if len(executed) == 1 else ():
-        if _changes(db, statements.FAIL_CRASHED, *CRASHED, at, run_id, max_recoveries):
+    is_alone, crashed = len(executed) == 1, []
+    db.executemany(statements.COUNT_DEATH, [(is_alone, run_id) for run_id, _ in died])
+    for run_id, batch_id in died if is_alone else ():
+        if _changes(
+            db, statements.FAIL_CRASHED, *CRASHED, at, run_id, max_recoveries, min(max_recoveries, DEATHS_ALONE)
+        ):
             crashed.append(run_id)
             if batch_id is not None:
                 queries.count_ended(db, queries.Ended({(batch_id, RunStatus.FAILED): 1}))
