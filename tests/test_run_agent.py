@@ -4,6 +4,7 @@ import asyncio
 import functools
 import threading
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,27 @@ async def test_the_hand_offs_of_a_called_agent_are_followed(open_engine: OpenEng
 
     async with open_engine(flock) as engine:
         assert result_of(await ended(engine, "work")) == [{"text": "hello", "kind": "plain"}, {"text": "HELLO!"}]
+
+
+async def test_a_called_agent_whose_task_never_starts_leaves_no_coroutine(open_engine: OpenEngine) -> None:
+    """Python would warn that a coroutine was never awaited."""
+    flock, begun = Flock(), list[str]()
+
+    @flock.agent
+    async def research() -> None:
+        begun.append("research")
+
+    @flock.agent
+    async def work(context: RunContext) -> list[str]:
+        researching = asyncio.ensure_future(context.run_agent("research", {}))
+        researching.cancel()
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            await asyncio.wait([researching])
+        return [str(warning.message) for warning in caught]
+
+    async with open_engine(flock) as engine:
+        assert result_of(await ended(engine, "work")) == []
+    assert begun == []
 
 
 async def test_finished_agents_do_not_run_again(tmp_path: Path) -> None:

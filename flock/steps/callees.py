@@ -1,5 +1,6 @@
 """Agents that a step calls; see ``RunContext.run_agent``."""
 
+import functools
 import hashlib
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any
@@ -60,12 +61,9 @@ class Callees:
             run = replace(self._run, agent_name=name, inputs=agent.input.encode(inputs), steps=())
         except InvalidData as exc:
             raise CallError(f"The inputs for the agent {name!r} are invalid. {exc}") from exc
-        return self._follow(journal, context, run, self._call(journal, context, agent, run))
+        return self._call(journal, context, agent, run, then=functools.partial(self._follow, journal, context, run))
 
-    async def _follow(
-        self, journal: Journal, context: RunContext, run: Run, first: Awaitable[msgspec.Raw]
-    ) -> dict[str, Any]:
-        result = await first
+    async def _follow(self, journal: Journal, context: RunContext, run: Run, result: msgspec.Raw) -> dict[str, Any]:
         while True:
             agent = self._agents[run.next_agent_name or ""]
             at = now()
@@ -80,7 +78,14 @@ class Callees:
                 return found
             result = await self._call(journal, context, following, run)
 
-    def _call(self, journal: Journal, context: RunContext, agent: Agent, run: Run) -> Awaitable[msgspec.Raw]:
+    def _call(
+        self,
+        journal: Journal,
+        context: RunContext,
+        agent: Agent,
+        run: Run,
+        then: Callable[[msgspec.Raw], Awaitable[Any]] | None = None,
+    ) -> Coroutine[Any, Any, Any]:
         if agent.on_interrupt == "fail":
             raise CallError(
                 f"{agent.name!r} may not be repeated (on_interrupt='fail'), but a step that runs again after a crash "
@@ -92,4 +97,4 @@ class Callees:
         async def execute() -> msgspec.Raw:
             return await self._take_turn(agent, inputs, context)
 
-        return journal.once(agent.name, digest, execute, kind="agent", arguments=inputs, decode=msgspec.Raw)
+        return journal.once(agent.name, digest, execute, kind="agent", arguments=inputs, decode=msgspec.Raw, then=then)

@@ -301,6 +301,7 @@ class Journal:
         decode: Callable[[msgspec.Raw], Any],
         should_keep: Callable[[Any], bool] | None = None,
         on_error: Callable[[str], Any] | None = None,
+        then: Callable[[Any], Awaitable[Any]] | None = None,
     ) -> Coroutine[Any, Any, Any]:
         """Return the result of a call from the journal, or execute it and store its result.
 
@@ -312,6 +313,7 @@ class Journal:
             should_keep: whether a result must be stored before the step continues. A failure is then not stored.
             on_error: makes the result of a call of a tool that raised, from what clients may see of the error. Such a
                 call has finished, so it is not executed again.
+            then: is awaited with the result after the call. Its result is returned.
         """
         self._check_size(label, "arguments", arguments)
         key = f"{label}:{key}"
@@ -344,7 +346,10 @@ class Journal:
                 if not is_done:  # the next equal call takes its place, also when the step runs again
                     self._numbers[key].discard(number)
 
-        return run()
+        async def run_and_then(then: Callable[[Any], Awaitable[Any]]) -> Any:
+            return await then(await run())  # a coroutine made before would be left over if its task never starts
+
+        return run() if then is None else run_and_then(then)
 
     def _take_number(self, label: str, key: str) -> int:
         """Return the number of a call among the equal ones that run or have finished, from 1."""
