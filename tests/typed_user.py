@@ -83,6 +83,7 @@ from flock.runs import (
     Batch,
     BatchFilter,
     BatchOptions,
+    Budget,
     Call,
     CallKind,
     Engine,
@@ -118,16 +119,21 @@ from flock.runs import (
     Watched,
     added,
     cost_in_words,
+    end_id,
     event_of_batch,
     event_of_call,
+    events_after,
     events_of,
+    for_terminal,
     is_end_of_step,
     is_spent,
     make_ids_after,
     new_id,
     now,
+    of_request,
     one_line,
     safe_text,
+    shown_as,
     shown_usage,
     started_id,
     statuses_of,
@@ -337,6 +343,7 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
     page: Page[Run] = await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now()))
     for item in page:
         print(one_line(safe_text(item.error)), [step.usage for step in item.steps], len(events_of(item)))
+        print(for_terminal(f"{item.value}{of_request(item.request_id)}"), list(events_after(item, end_id(1))))
     make_ids_after(run.run_id)
     assert_type(valid_traceparent("00-"), str | None)
     return run.progress
@@ -437,7 +444,8 @@ host = Starlette(lifespan=lifespan)
 host.mount("/ai", ai)
 
 
-def write(context: RunContext, source: Watched, started: Event, call: Call) -> Live | None:
+def write(context: RunContext, source: Watched, budget: Budget, started: Event, call: Call) -> Live | None:
+    budget.check(context.agent_name, ["openai/gpt-4o"])
     if context.is_watched:
         context.emit("text")
         context.emit_value("tags", ["a"])
@@ -448,6 +456,7 @@ def write(context: RunContext, source: Watched, started: Event, call: Call) -> L
 
 def look_at(run: Run, limits: QueueLimits, at: Time) -> LongJSON:
     assert_type(stub_of(run), Run)
+    assert_type(shown_as(Progress, run.progress), Progress)
     assert_type(limits.max_runs, int)
     return LongJSON(len(run.inputs), lambda start, length: bytes(run.inputs)[start : start + length], nullcontext)
 

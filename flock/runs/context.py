@@ -14,7 +14,7 @@ from flock.runs.records import CallKind, Progress, Run
 from flock.runs.text import safe_text
 from flock.runs.usage import Usage
 
-__all__ = ["CURRENT_CALL", "Budget", "Live", "RunContext", "StepJournal", "Watched"]
+__all__ = ["Budget", "Live", "RunContext", "StepJournal", "Watched"]
 
 T = TypeVar("T")
 

@@ -10,8 +10,6 @@ from flock.runs.records import NOT_LOADED, Batch, Call, Run, RunStatus
 from flock.runs.usage import shown_usage
 
 __all__ = [
-    "EVENTS_PER_ATTEMPT",
-    "EVENTS_PER_STEP",
     "Event",
     "end_id",
     "event_of_batch",

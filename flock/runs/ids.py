@@ -6,7 +6,7 @@ import time
 from datetime import UTC, datetime
 from uuid import UUID
 
-__all__ = ["MAX_CLOCK_SKEW_S", "make_ids_after", "new_id", "now"]
+__all__ = ["make_ids_after", "new_id", "now"]
 
 
 def now() -> datetime:

@@ -26,13 +26,9 @@ from flock.runs.usage import DOLLAR, Usage, added, is_spent, shown_usage
 __all__ = [
     "INVALID_INPUT",
     "JSON_NULL",
-    "LONG_BYTES",
     "MAX_SHOWN_BYTES",
     "MAX_SHOWN_CALLS",
-    "MIN_STUB_BYTES",
     "NOT_LOADED",
-    "PAGE_BYTES",
-    "PIECE_BYTES",
     "Answer",
     "Batch",
     "BatchFilter",

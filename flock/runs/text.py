@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["TRACEPARENT", "for_terminal", "of_request", "one_line", "safe_text", "valid_traceparent"]
+__all__ = ["for_terminal", "of_request", "one_line", "safe_text", "valid_traceparent"]
 
 #: What a terminal may execute, not show: C0, DEL and C1 except newlines and tabs, and bidirectional controls.
 CONTROLS = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|\r(?!\n)")
