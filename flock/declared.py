@@ -7,13 +7,13 @@ import sys
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, get_args, overload
+from typing import Any, ParamSpec, TypeVar, Unpack, get_args, overload
 
 import anyio
 import httpx
 import msgspec
 
-from flock.agents.agent import Agent, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike, agent
+from flock.agents.agent import Agent, AgentOptions, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike, agent
 from flock.agents.handoff import result_names
 from flock.agents.questions import nobody
 from flock.agents.signature import Signature
@@ -118,18 +118,7 @@ class DeclaredFlock:
     def agent(self, function: Callable[..., Any], /) -> FunctionAgent: ...
 
     @overload
-    def agent(
-        self,
-        /,
-        *,
-        name: str | None = None,
-        description: str | None = None,
-        output: Any = None,
-        types: Mapping[str, Any] | None = None,
-        next_agent: NextAgent = None,
-        max_concurrency: int | None = None,
-        on_interrupt: OnInterrupt = "retry",
-    ) -> Callable[[Callable[..., Any]], FunctionAgent]: ...
+    def agent(self, /, **options: Unpack[AgentOptions]) -> Callable[[Callable[..., Any]], FunctionAgent]: ...
 
     def agent(self, function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         """Convert a typed function to an agent, like ``flock.core.agent``, and add it."""

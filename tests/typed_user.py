@@ -14,6 +14,7 @@ from starlette.routing import Route
 from flock import __version__
 from flock.agents.agent import (
     Agent,
+    AgentOptions,
     Exchange,
     FunctionAgent,
     Handoff,
@@ -249,6 +250,10 @@ def name_of(call: Call) -> str:
 @agent(name="other", next_agent="measure", max_concurrency=2, on_interrupt="fail")
 async def shout(text: str) -> str:
     return text.upper()
+
+
+options: AgentOptions = {"next_agent": "measure", "max_concurrency": 2}
+assert_type(flock.agent(**options)(shout), FunctionAgent)
 
 
 @agent

@@ -11,7 +11,7 @@ import json
 import re
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import msgspec
 
@@ -51,6 +51,7 @@ from flock.scopes import closing_scopes, move_on_after_working
 
 __all__ = [
     "Agent",
+    "AgentOptions",
     "Exchange",
     "FunctionAgent",
     "Handoff",
@@ -631,21 +632,24 @@ class FunctionAgent(Agent):
         return results[0]
 
 
+class AgentOptions(TypedDict, total=False):
+    """The options of ``@agent``."""
+
+    name: str | None
+    description: str | None
+    output: Any
+    types: Mapping[str, Any] | None
+    next_agent: NextAgent
+    max_concurrency: int | None
+    on_interrupt: OnInterrupt
+
+
 @overload
 def agent(function: Callable[..., Any], /) -> FunctionAgent: ...
 
 
 @overload
-def agent(
-    *,
-    name: str | None = None,
-    description: str | None = None,
-    output: Any = None,
-    types: Mapping[str, Any] | None = None,
-    next_agent: NextAgent = None,
-    max_concurrency: int | None = None,
-    on_interrupt: OnInterrupt = "retry",
-) -> Callable[[Callable[..., Any]], FunctionAgent]: ...
+def agent(**options: Unpack[AgentOptions]) -> Callable[[Callable[..., Any]], FunctionAgent]: ...
 
 
 def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Literal, Protocol, TypeVar, overload
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import msgspec
 
@@ -97,6 +97,12 @@ class Budget(Protocol):
     def check(self, agent_name: str, models: Sequence[str]) -> None: ...
 
     def reserve(self, model: str, prompt: Any, max_tokens: int | None) -> AbstractAsyncContextManager[None]: ...
+
+
+class _AskOptions(TypedDict, total=False):
+    name: str | None
+    expires_s: float | None
+    default: Any
 
 
 class RunContext:
@@ -288,28 +294,10 @@ class RunContext:
         return self._journal
 
     @overload
-    def ask(
-        self,
-        question: str,
-        type: type[T],
-        /,
-        *,
-        name: str | None = None,
-        expires_s: float | None = None,
-        default: Any = msgspec.UNSET,
-    ) -> Coroutine[Any, Any, T]: ...
+    def ask(self, question: str, type: type[T], /, **options: Unpack[_AskOptions]) -> Coroutine[Any, Any, T]: ...
 
     @overload
-    def ask(
-        self,
-        question: str,
-        type: Any,
-        /,
-        *,
-        name: str | None = None,
-        expires_s: float | None = None,
-        default: Any = msgspec.UNSET,
-    ) -> Coroutine[Any, Any, Any]: ...
+    def ask(self, question: str, type: Any, /, **options: Unpack[_AskOptions]) -> Coroutine[Any, Any, Any]: ...
 
     def ask(
         self,
