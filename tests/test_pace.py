@@ -443,7 +443,7 @@ async def test_an_item_that_the_server_cannot_process_fails(quick_probes: None) 
 
 
 async def test_requests_per_minute_spread_the_calls() -> None:
-    gate = ModelLimits("m", (600, None, None))
+    gate = ModelLimits("m", (600, None, None), Pace("m"))
     started = time.monotonic()
     for _ in range(13):
         await gate.enter(RUN, Passage())
@@ -451,7 +451,7 @@ async def test_requests_per_minute_spread_the_calls() -> None:
 
 
 async def test_tokens_per_minute_are_corrected_by_what_was_used() -> None:
-    gate = ModelLimits("m", (None, 6000, None))
+    gate = ModelLimits("m", (None, 6000, None), Pace("m"))
     passage = Passage(1000)
     await gate.enter(RUN, passage)
     assert gate.wait_s(anyio.current_time(), RUN, Passage(500)) > 4
@@ -500,7 +500,7 @@ async def test_a_call_that_waits_for_its_provider_holds_no_slot(monkeypatch: pyt
 
 def test_processes_share_the_limits_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "_processes", 4)
-    gate = ModelLimits("m", (60, None, 2))
+    gate = ModelLimits("m", (60, None, 2), Pace("m"))
     assert gate.wait_s(0, RUN, Passage()) == 0
     gate.admit(0, RUN, Passage())
     assert gate.wait_s(0, RUN, Passage()) == math.inf

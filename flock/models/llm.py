@@ -236,7 +236,8 @@ class ModelClient:
     async def _ask_with_litellm(self, model: Model, request: Request, caller: Caller) -> Completion:
         """Ask a model through litellm, which does its own retries."""
         passage = Passage(_estimate({"max_tokens": request.max_tokens}, msgspec.json.encode(request.messages)))
-        async with passing(self._limits(("litellm", request.name), model.limits), caller, passage):
+        pace = self._gate(("litellm", request.name), Pace, model.provider)
+        async with passing(self._limits(("litellm", request.name), model.limits, pace), caller, passage):
             if not request.tools:
                 return await _complete_with_litellm(replace(request, messages=react.as_text(request.messages)), model)
             if _litellm(request.name).supports_function_calling(request.name):
@@ -299,7 +300,7 @@ class ModelClient:
             await wait(pause_s, call.caller, call.pace.reason)
 
     def _limits(
-        self, key: tuple[Any, str], limits: tuple[int | None, int | None, int | None], pace: Pace | None = None
+        self, key: tuple[Any, str], limits: tuple[int | None, int | None, int | None], pace: Pace
     ) -> Sequence[Gate]:
         """Return the gate for the limits that a ``Model`` has named, if it has named any."""
         return [self._gate((*key, limits), ModelLimits, key[1], limits, pace)] if any(limits) else []

@@ -321,33 +321,24 @@ class Gate:
 
     async def enter(self, caller: Caller, passage: Passage) -> None:
         """Wait until the call may pass. Raises ModelError if waiting is of no use."""
-        with clocks_stopped():
-            now = anyio.current_time()
-            self.check(now, caller)
-            is_first = not self._runs and (not self._items or not caller.is_item)
-            if is_first and self.wait_s(now, caller, passage) <= 0:
-                self.admit(now, caller, passage)
-            else:
-                await self._wait(now, caller, passage)
-
-    async def _wait(self, began_at: float, caller: Caller, passage: Passage) -> None:
-        queue = self._items if caller.is_item else self._runs
+        queue, began_at = self._items if caller.is_item else self._runs, anyio.current_time()
         is_reported = False
         queue[passage] = anyio.Event()
         try:
-            while True:
-                now = anyio.current_time()
-                self.check(now, caller)
-                wait_s = self.wait_s(now, caller, passage) if self._first() is queue[passage] else math.inf
-                if wait_s <= 0:
-                    self.admit(now, caller, passage)
-                    return
-                if not is_reported and now - began_at >= REPORT_AFTER_S:
-                    is_reported = True
-                    caller.on_wait(_until(self.reason, wait_s))
-                with anyio.move_on_after(wait_s if is_reported else min(wait_s, REPORT_AFTER_S)):
-                    await queue[passage].wait()
-                queue[passage] = anyio.Event()
+            with clocks_stopped():
+                while True:
+                    now = anyio.current_time()
+                    self.check(now, caller)
+                    wait_s = self.wait_s(now, caller, passage) if self._first() is queue[passage] else math.inf
+                    if wait_s <= 0:
+                        self.admit(now, caller, passage)
+                        return
+                    if not is_reported and now - began_at >= REPORT_AFTER_S:
+                        is_reported = True
+                        caller.on_wait(_until(self.reason, wait_s))
+                    with anyio.move_on_after(wait_s if is_reported else min(wait_s, REPORT_AFTER_S)):
+                        await queue[passage].wait()
+                    queue[passage] = anyio.Event()
         finally:
             del queue[passage]
             self.wake()
@@ -389,19 +380,16 @@ class ModelLimits(Gate):
 
     Args:
         limits: requests per minute, tokens per minute, and calls at the same time; None means no limit.
-        pace: the pace of its provider, if it has one.
+        pace: the pace of its provider.
     """
 
     #: How many seconds of tokens may be used at once. Requests are spread, but one call needs many tokens.
     TOKEN_BURST_S = 10
 
-    def __init__(
-        self, name: str, limits: tuple[int | None, int | None, int | None], pace: "Pace | None" = None
-    ) -> None:
+    def __init__(self, name: str, limits: tuple[int | None, int | None, int | None], pace: "Pace") -> None:
         super().__init__()
         self._name, self._pace = name, pace
-        if pace is not None:
-            pace.gates.append(self)
+        pace.gates.append(self)
         requests, tokens, calls = (math.inf if limit is None else limit / _processes for limit in limits)
         self._requests = _Bucket(requests / 60, max(1.0, requests / 60))
         self._tokens = _Bucket(tokens / 60, tokens / 60 * self.TOKEN_BURST_S)
@@ -409,7 +397,7 @@ class ModelLimits(Gate):
 
     @property
     def reason(self) -> str:  # type: ignore[override]
-        if self._pace is not None and (self._pace.outage.is_open or self._pace.limit.is_open):
+        if self._pace.outage.is_open or self._pace.limit.is_open:
             return self._pace.reason
         return f"waiting for the limits of the Model {self._name}"
 
@@ -425,14 +413,13 @@ class ModelLimits(Gate):
         raise ModelError(message, "model_rate_limited")
 
     def check(self, now: float, caller: Caller) -> None:
-        if self._pace is not None:
-            self._pace.check(now, caller)
+        self._pace.check(now, caller)
 
     def wait_s(self, now: float, caller: Caller, passage: Passage) -> float:
         if self._free < 1:
             return math.inf
-        pace_s = 0.0 if self._pace is None else self._pace.wait_s(now, caller, passage)
-        return max(pace_s, self._requests.wait_s(now), self._tokens.wait_s(now, passage.estimate))
+        own_s = max(self._requests.wait_s(now), self._tokens.wait_s(now, passage.estimate))
+        return max(own_s, self._pace.wait_s(now, caller, passage))
 
     def admit(self, now: float, caller: Caller, passage: Passage) -> None:
         self._free -= 1
