@@ -420,7 +420,7 @@ class _Call:
             else:
                 pace.answered(anyio.current_time(), passage)
             raise
-        passage.tokens = _counted(answer, passage.estimate)
+        passage.tokens = replies.token_count(answer, "usage", "total_tokens") or passage.estimate
         left_s = replies.hold_s(passage.headers, is_refused=False, tokens=passage.tokens)
         pace.answered(anyio.current_time(), passage, left_s)
         return answer
@@ -485,12 +485,6 @@ def _estimate(body: Mapping[str, Any], content: bytes) -> float:
     """Return about how many tokens a call will use."""
     longest = max((value for name in MAX_TOKENS_FIELDS if isinstance(value := body.get(name), int)), default=256)
     return len(content) / BYTES_PER_TOKEN + longest
-
-
-def _counted(answer: Any, estimate: float) -> float:
-    """Return the tokens that the provider has counted, or the estimate."""
-    usage = answer.get("usage") if isinstance(answer, dict) else None
-    return (replies.token_count(usage.get("total_tokens")) if isinstance(usage, dict) else 0) or estimate
 
 
 # Other providers, through litellm

@@ -1,6 +1,5 @@
 """Replies of a model server: a chat completion, or an error."""
 
-import contextlib
 import email.utils
 import json
 import math
@@ -65,18 +64,10 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _AnswerUsage(msgspec.Struct):
-    # Any: an answer must not be lost because of a detail.
-    prompt_tokens: Any = None
-    completion_tokens: Any = None
-    prompt_tokens_details: Any = None
-    completion_tokens_details: Any = None
-    prompt_cache_hit_tokens: Any = None
-
-
 class _Answer(msgspec.Struct):
     choices: list[_Choice]
-    usage: _AnswerUsage | None = None
+    # Any: an answer must not be lost because of a detail.
+    usage: dict[str, Any] | None = None
 
 
 def decoded(reply: bytes) -> Any:
@@ -96,7 +87,7 @@ def completion_of(answer: Any, request: Request) -> Completion:
         parsed = msgspec.convert(answer, _Answer)
     except msgspec.ValidationError as exc:
         raise bad_response(name, "returned status 200 without a valid chat completion", str(exc)) from exc
-    usage = _usage_of(parsed.usage or _AnswerUsage())
+    usage = _usage_of(parsed.usage)
     try:
         return _completion_of(parsed, usage, request)
     except ModelError as exc:
@@ -133,22 +124,20 @@ def _completion_of(parsed: _Answer, usage: Usage, request: Request) -> Completio
     )
 
 
-def _usage_of(sent: _AnswerUsage) -> Usage:
+def _usage_of(sent: Any) -> Usage:
     """Return the token counts in a response. DeepSeek has a name of its own for tokens from the cache."""
+    cached = token_count(sent, "prompt_tokens_details", "cached_tokens")
     return Usage(
-        input_tokens=token_count(sent.prompt_tokens),
-        output_tokens=token_count(sent.completion_tokens),
-        cached_tokens=_count_in(sent.prompt_tokens_details, "cached_tokens")
-        or token_count(sent.prompt_cache_hit_tokens),
-        reasoning_tokens=_count_in(sent.completion_tokens_details, "reasoning_tokens"),
+        input_tokens=token_count(sent, "prompt_tokens"),
+        output_tokens=token_count(sent, "completion_tokens"),
+        cached_tokens=cached or token_count(sent, "prompt_cache_hit_tokens"),
+        reasoning_tokens=token_count(sent, "completion_tokens_details", "reasoning_tokens"),
     )
 
 
 def unfinished_usage(sent: Any, input_tokens: int, output_tokens: int) -> Usage:
     """Return the tokens of a reply that was not read to its end: at least what was *sent*, or else the estimates."""
-    counted = Usage()
-    with contextlib.suppress(msgspec.ValidationError):
-        counted = _usage_of(msgspec.convert(sent or {}, _AnswerUsage))
+    counted = _usage_of(sent)
     usage = replace(
         counted,
         input_tokens=counted.input_tokens or input_tokens,
@@ -158,12 +147,10 @@ def unfinished_usage(sent: Any, input_tokens: int, output_tokens: int) -> Usage:
     return replace(usage, estimated_tokens=total - known)
 
 
-def _count_in(details: Any, name: str) -> int:
-    return token_count(details.get(name)) if isinstance(details, dict) else 0
-
-
-def token_count(sent: Any) -> int:
-    """Return a number of tokens as a server has sent it, or 0 if it cannot be one."""
+def token_count(sent: Any, *path: str) -> int:
+    """Return the number of tokens at *path* in what a server has sent, or 0 if there is none."""
+    for name in path:
+        sent = sent.get(name) if isinstance(sent, dict) else None
     is_count = isinstance(sent, int | float) and 0 <= sent <= MAX_TOKENS and sent == int(sent)
     return int(sent) if is_count else 0
 
