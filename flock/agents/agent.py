@@ -22,9 +22,9 @@ from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
 from flock.agents.signature import (
     Signature,
+    called,
     context_parameter,
     hints_of_function,
-    is_async,
     is_generator,
     name_of,
 )
@@ -552,12 +552,11 @@ class FunctionAgent(Agent):
             **options,
         )
         self.function = function
-        self._is_async = is_async(function)
         self._context_parameter = context_parameter(function)
         self.uses_context = self.may_ask = self._context_parameter is not None
         self._is_generator = is_generator(function)
         if self._is_generator:
-            self._is_async, self.uses_context = is_generator(function, is_async=True), True
+            self.uses_context = True
             self._check_generator(types_only=output is not None)
 
     def _check_generator(self, *, types_only: bool) -> None:
@@ -584,12 +583,8 @@ class FunctionAgent(Agent):
         with closing_scopes(self.name):
             if self._is_generator:
                 value = await self._written(call, resources, context)
-            elif self._is_async:
-                value = await call()
             else:
-                value = await resources.call_in_thread(call)
-                if inspect.isawaitable(value):  # a plain wrapper around an async function
-                    value = await value
+                value = await called(call, resources.call_in_thread)
         try:
             return self.output.encode({"result": value} if self._is_boxed else value)
         except InvalidData as exc:
@@ -617,7 +612,7 @@ class FunctionAgent(Agent):
                         break
                     add(part)
 
-        if self._is_async:
+        if is_generator(self.function, is_async=True):
             async with contextlib.aclosing(call()) as parts:
                 async for part in parts:
                     add(part)

@@ -26,7 +26,7 @@ import re
 import types as python_types
 import typing
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
 import msgspec
@@ -52,6 +52,7 @@ from flock.runs import RunContext
 
 __all__ = [
     "Signature",
+    "called",
     "context_parameter",
     "hints_of_function",
     "is_async",
@@ -448,6 +449,14 @@ def is_async(function: Callable[..., Any]) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+async def called(function: Callable[[], Any], call_in_thread: Callable[..., Awaitable[Any]], *deadline: float) -> Any:
+    """Return what *function* returns. It is async, or runs in a thread, and may be a plain wrapper of an async one."""
+    if is_async(function):
+        return await function()
+    value = await call_in_thread(function, *deadline)
+    return await value if inspect.isawaitable(value) else value
 
 
 #: What the return type of a generator may be.

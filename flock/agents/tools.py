@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import anyio
 import msgspec
 
-from flock.agents.signature import Signature, context_parameter, is_async, is_generator, name_of
+from flock.agents.signature import Signature, called, context_parameter, is_async, is_generator, name_of
 from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON, StepError
 from flock.models.completions import Message, ToolCall, ToolSchema
 from flock.models.pace import Caller, wait
@@ -99,7 +99,7 @@ class Tool:
     def must_be_approved(self, arguments: Any) -> bool:
         """Whether a person must allow a call with *arguments*. Raises what the tool's function for this raises."""
         if callable(self.needs_approval):
-            return self.needs_approval(**self._values(arguments))
+            return self.needs_approval(**msgspec.structs.asdict(arguments))
         return self.needs_approval
 
     async def execute(self, arguments: Any, toolbox: "Toolbox") -> Any:
@@ -115,17 +115,11 @@ class Tool:
 
     async def call(self, arguments: Any, toolbox: "Toolbox") -> Any:
         """Call the function, without a timeout of its own."""
-        values = self._values(arguments)
+        values = msgspec.structs.asdict(arguments)
         if self._context_parameter is not None:
             values[self._context_parameter] = toolbox.context
         call = functools.partial(self.function, **values)
-        if is_async(self.function):
-            return await call()
-        value = await toolbox.call_in_thread(call, anyio.current_effective_deadline())
-        return await value if inspect.isawaitable(value) else value
-
-    def _values(self, arguments: Any) -> dict[str, Any]:
-        return {field.name: getattr(arguments, field.name) for field in self.parameters.fields}
+        return await called(call, toolbox.call_in_thread, anyio.current_effective_deadline())
 
 
 class AgentTool(Tool):
