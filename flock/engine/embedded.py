@@ -75,7 +75,7 @@ from flock.runs.records import LONG_BYTES
 from flock.runs.text import of_request
 from flock.scopes import current_task, start_in_empty_context
 from flock.steps.live import LiveOutput, LiveReader
-from flock.steps.refusals import not_cancelled, not_deleted, not_retried, run_not_retried, wait_stopped
+from flock.steps.refusals import check_cancel, not_deleted, not_retried, run_not_retried, wait_stopped
 from flock.steps.turns import Turns
 from flock.store.batchstore import BatchStore
 from flock.store.store import Store
@@ -447,8 +447,7 @@ class EmbeddedEngine(EngineBase):
             run = await self.get_outline(run_id)
             if run.status is RunStatus.WAITING:  # since a moment
                 return await self.cancel_run(run_id)
-            if conflict := not_cancelled(run):
-                raise conflict
+            check_cancel(run)
             return run
         active.cancel()
         if active.run.is_async:
@@ -846,8 +845,7 @@ class EmbeddedEngine(EngineBase):
                 await self._take_over_cancelled(batch_id, batch.owner)
                 await anyio.sleep(SEEN_BY_ALL_S)  # after that its owner starts no more items
         batch = await self.get_batch(batch_id)
-        if conflict := not_cancelled(batch):
-            raise conflict
+        check_cancel(batch)
         return batch
 
     async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:

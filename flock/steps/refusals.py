@@ -8,8 +8,8 @@ from flock.runs import Batch, Run, RunStatus
 __all__ = [
     "RETRYABLE",
     "already_retried",
+    "check_cancel",
     "not_accepting",
-    "not_cancelled",
     "not_deleted",
     "not_retried",
     "run_not_retried",
@@ -38,11 +38,10 @@ def too_many_items(waiting: int, more: int, max_open_items: int) -> EngineFull:
     )
 
 
-def not_cancelled(record: Run | Batch) -> Conflict | None:
-    """Return why *record* cannot be cancelled, or None if it can be, or has been."""
-    if not record.status.is_final or record.status is RunStatus.CANCELLED:
-        return None
-    return Conflict(f"The {_name_of(record)} is {record.status} and can no longer be cancelled.")
+def check_cancel(record: Run | Batch) -> None:
+    """Raise Conflict if *record* has ended and was not cancelled."""
+    if record.status.is_final and record.status is not RunStatus.CANCELLED:
+        raise Conflict(f"The {_name_of(record)} is {record.status} and can no longer be cancelled.")
 
 
 def not_deleted(record: Run | Batch) -> Conflict:

@@ -30,7 +30,7 @@ from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreEr
 from flock.limits import Limits
 from flock.runs import Batch, BatchFilter, Call, IdempotencyKey, Page, Run, RunStatus, Statuses, added, statuses_of
 from flock.steps.outcomes import BATCH_CANCELLED
-from flock.steps.refusals import already_retried, not_cancelled, not_deleted, not_retried, too_many_items
+from flock.steps.refusals import already_retried, check_cancel, not_deleted, not_retried, too_many_items
 from flock.temporal.batchflows import FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
@@ -377,8 +377,7 @@ class TemporalBatches(EngineBase):
             async with self.cluster.rpc_scope(missing_ok=True):
                 await self.cluster.handle(workflow_id_of(batch)).cancel()
             batch = await self.get_batch(batch_id)
-        if conflict := not_cancelled(batch):
-            raise conflict
+        check_cancel(batch)
         return replace(batch, cancel_requested=True)
 
     async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:

@@ -295,8 +295,7 @@ class FlockBatch(_Interruptible):
         )
         if self._batch.cancel_requested:
             started.cancel()
-        ended: Counts = await started
-        return ended
+        return await started
 
     def _signal_chunk(self, chunk: int, signal: str, *values: int) -> None:
         async def send() -> None:

@@ -31,7 +31,7 @@ from flock.models.prices import Price
 from flock.options import replaced
 from flock.runs import INVALID_INPUT, Batch, Call, IdempotencyKey, Observer, Page, Queue, Run, RunFilter, RunStatus, now
 from flock.steps.answers import answer_of, question_for
-from flock.steps.refusals import RETRYABLE, already_retried, not_cancelled, not_deleted, run_not_retried, wait_stopped
+from flock.steps.refusals import RETRYABLE, already_retried, check_cancel, not_deleted, run_not_retried, wait_stopped
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
@@ -449,8 +449,7 @@ class TemporalEngine(TemporalBatches):
             if run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
                 await self._until_change(workflow_id_of(run), CANCEL_WAIT_S)
         run = await self.get_run(run_id)
-        if conflict := not_cancelled(run):
-            raise conflict
+        check_cancel(run)
         return replace(run, cancel_requested=True)
 
     async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
