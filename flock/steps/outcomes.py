@@ -1,6 +1,7 @@
 """How a run ends if it does not complete. Both engines use the same texts."""
 
 import logging
+from collections.abc import Callable
 
 import msgspec
 
@@ -16,6 +17,7 @@ __all__ = [
     "COST_LIMIT",
     "Outcome",
     "cost_limit_of",
+    "end_of_batch",
     "error_of",
     "expiry_of",
     "failure_of",
@@ -98,6 +100,25 @@ def cost_limit_of(batch: Batch) -> str:
 def none_completed(total_items: int, first_error: str) -> str:
     """Return the error of a batch of which no item completed."""
     return cut(f"None of the {total_items} items completed. The first error: {first_error}")
+
+
+def end_of_batch(
+    batch: Batch, first_error: Callable[[], str], *, is_cancelled: bool, is_unpaid: bool
+) -> tuple[RunStatus, str | None, str | None]:
+    """Return the final status of *batch*, which has its final counts, and its ``error`` and ``error_type``.
+
+    Args:
+        first_error: returns the error of the first item, for a batch of which no item completed.
+        is_cancelled: the batch was cancelled.
+        is_unpaid: items did not run because ``max_cost`` is spent.
+    """
+    if is_cancelled and batch.cancelled_items:
+        return RunStatus.CANCELLED, BATCH_CANCELLED, None
+    if is_unpaid:
+        return RunStatus.FAILED, cost_limit_of(batch), COST_LIMIT.error_type
+    if batch.failed_items + batch.cancelled_items == batch.total_items:
+        return RunStatus.FAILED, none_completed(batch.total_items, first_error()), None
+    return RunStatus.COMPLETED, None, None
 
 
 def queue_timeout(limit_s: float) -> QueueTimeout:

@@ -22,14 +22,7 @@ from temporalio.exceptions import ActivityError, ChildWorkflowError, FailureErro
 
 from flock.runs import DOLLAR, RunStatus, Usage, added, is_spent
 from flock.steps.answers import is_expired
-from flock.steps.outcomes import (
-    BATCH_CANCELLED,
-    CANCELLED_BEFORE_START,
-    COST_LIMIT,
-    cost_limit_of,
-    expiry_of,
-    none_completed,
-)
+from flock.steps.outcomes import CANCELLED_BEFORE_START, end_of_batch, expiry_of
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
     DELETE_ACTIVITY,
@@ -370,25 +363,13 @@ class FlockBatch(_Interruptible):
         for chunk in self._chunks_to_start() if unfinished else ():
             self._cancelled_in |= 1 << chunk
         cancelled = batch.cancelled_items + unfinished
-        status = RunStatus.COMPLETED
-        error = error_type = None
-        if self.is_cancelled and cancelled:
-            status, error = RunStatus.CANCELLED, BATCH_CANCELLED
-        elif self._is_spent and cancelled:
-            status, error, error_type = RunStatus.FAILED, cost_limit_of(batch), COST_LIMIT.error_type
-        elif batch.failed_items + cancelled == batch.total_items:
-            status = RunStatus.FAILED
-            first = self._first_error[1] if self._first_error else CANCELLED_BEFORE_START.error
-            error = none_completed(batch.total_items, first)
-        self._batch = replace(
-            batch,
-            status=status,
-            error=error,
-            error_type=error_type,
-            completed_at=workflow.now(),
-            completed_items=batch.total_items,
-            cancelled_items=cancelled,
+        batch = replace(batch, completed_items=batch.total_items, cancelled_items=cancelled)
+        _, first_error = self._first_error or (0, CANCELLED_BEFORE_START.error)
+        status, error, error_type = end_of_batch(
+            batch, lambda: first_error, is_cancelled=self.is_cancelled, is_unpaid=self._is_spent and cancelled > 0
         )
+        ended = {"status": status, "error": error, "error_type": error_type, "completed_at": workflow.now()}
+        self._batch = replace(batch, **ended)
         attempt = replace(self._state().attempts[-1], completed_at=workflow.now(), is_spent=error_type is not None)
         for_retry = {
             "failed_in": f"{self._failed_in:x}",
