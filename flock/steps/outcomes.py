@@ -16,12 +16,10 @@ __all__ = [
     "CANCELLED_BEFORE_START",
     "COST_LIMIT",
     "Outcome",
-    "cost_limit_of",
     "end_of_batch",
     "error_of",
     "expiry_of",
     "failure_of",
-    "none_completed",
     "queue_timeout",
     "timeout_of",
 ]
@@ -89,19 +87,6 @@ def error_of(exc: BaseException | None, subject: str, *, expose_errors: bool) ->
     return (f"{error}: {safe_text(exc)}" if expose_errors else error), "agent_exception"
 
 
-def cost_limit_of(batch: Batch) -> str:
-    """Return the error of a batch that has spent its ``max_cost``."""
-    return (
-        f"The batch stopped after {cost_in_words(batch.usage)}. It may cost {batch.options.max_cost or 0:g} US dollars "
-        "(max_cost). Retry it with a higher max_cost to run the items that are left."
-    )
-
-
-def none_completed(total_items: int, first_error: str) -> str:
-    """Return the error of a batch of which no item completed."""
-    return cut(f"None of the {total_items} items completed. The first error: {first_error}")
-
-
 def end_of_batch(
     batch: Batch, first_error: Callable[[], str], *, is_cancelled: bool, is_unpaid: bool
 ) -> tuple[RunStatus, str | None, str | None]:
@@ -115,9 +100,14 @@ def end_of_batch(
     if is_cancelled and batch.cancelled_items:
         return RunStatus.CANCELLED, BATCH_CANCELLED, None
     if is_unpaid:
-        return RunStatus.FAILED, cost_limit_of(batch), COST_LIMIT.error_type
+        error = (
+            f"The batch stopped after {cost_in_words(batch.usage)}. It may cost {batch.options.max_cost or 0:g} US "
+            "dollars (max_cost). Retry it with a higher max_cost to run the items that are left."
+        )
+        return RunStatus.FAILED, error, COST_LIMIT.error_type
     if batch.failed_items + batch.cancelled_items == batch.total_items:
-        return RunStatus.FAILED, none_completed(batch.total_items, first_error()), None
+        error = f"None of the {batch.total_items} items completed. The first error: {first_error()}"
+        return RunStatus.FAILED, cut(error), None
     return RunStatus.COMPLETED, None, None
 
 

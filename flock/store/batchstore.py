@@ -16,15 +16,7 @@ from msgspec.structs import asdict, replace
 
 from flock.errors import OwnershipLost, StoreError
 from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Page, Run, RunStatus, stub_of
-from flock.steps.outcomes import (
-    BATCH_CANCELLED,
-    CANCELLED,
-    CANCELLED_BEFORE_START,
-    COST_LIMIT,
-    Outcome,
-    cost_limit_of,
-    none_completed,
-)
+from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, end_of_batch
 from flock.steps.refusals import too_many_items
 from flock.store import queries, statements
 from flock.store.columns import (
@@ -219,23 +211,24 @@ class BatchStore:
         """
 
         def apply(db: sqlite3.Connection) -> None:
-            current, status = queries.find_batch(db, batch.batch_id), RunStatus.COMPLETED
-            error = error_type = None
+            current = queries.find_batch(db, batch.batch_id)
             assert current is not None
             if current.waiting_items:
                 return
             failed = current.failed_items + current.total_items - current.completed_items
             unpaid = (batch.batch_id, COST_LIMIT.error_type)
-            if current.cancel_requested and current.cancelled_items:
-                status, error = RunStatus.CANCELLED, BATCH_CANCELLED
-            elif current.is_spent and db.execute(statements.HAS_UNPAID_ITEMS, unpaid).fetchone():
-                status, error, error_type = RunStatus.FAILED, cost_limit_of(current), COST_LIMIT.error_type
-            elif failed + current.cancelled_items == current.total_items:
-                status = RunStatus.FAILED
+
+            def first_error() -> str:
                 values = {"batch_id": batch.batch_id, "after": -1, "limit": 1}
                 first = db.execute(statements.FIRST_ERROR, values).fetchone()
-                first_error = DAMAGED_RUN if first is None else first[0]
-                error = none_completed(current.total_items, first_error)
+                return DAMAGED_RUN if first is None else first[0]
+
+            status, error, error_type = end_of_batch(
+                replace(current, failed_items=failed),
+                first_error,
+                is_cancelled=current.cancel_requested,
+                is_unpaid=current.is_spent and bool(db.execute(statements.HAS_UNPAID_ITEMS, unpaid).fetchone()),
+            )
             db.execute(statements.END_BATCH, (status.value, error, error_type, micros(now), failed, batch.batch_id))
 
         return await self._change_own(batch, apply)
