@@ -370,12 +370,9 @@ class FlockBatch(_Interruptible):
         )
         ended = {"status": status, "error": error, "error_type": error_type, "completed_at": workflow.now()}
         self._batch = replace(batch, **ended)
-        attempt = replace(self._state().attempts[-1], completed_at=workflow.now(), is_spent=error_type is not None)
-        for_retry = {
-            "failed_in": f"{self._failed_in:x}",
-            "cancelled_in": f"{self._cancelled_in:x}",
-            "first_error": self._first_error,
-        }
+        state = self._state()
+        attempt = replace(state.attempts[-1], completed_at=workflow.now(), is_spent=error_type is not None)
+        for_retry = {name: getattr(state, name) for name in ("failed_in", "cancelled_in", "first_error")}
         workflow.upsert_memo(self._memo() | {"about": attempt} | for_retry)
 
 
@@ -491,14 +488,12 @@ class FlockChunk(_Interruptible, CallKeeper):
         if order.is_whole:
             self._todo.extend(Part(position=position) for position in range(*order.positions))
             return
-        finding = asyncio.create_task(
-            workflow.execute_activity(
-                FIND_ACTIVITY,
-                order.for_items(()),
-                result_type=list[int],
-                start_to_close_timeout=timedelta(seconds=30),
-                retry_policy=RETRY_FOREVER,
-            )
+        finding = workflow.start_activity(
+            FIND_ACTIVITY,
+            order.for_items(()),
+            result_type=list[int],
+            start_to_close_timeout=timedelta(seconds=30),
+            retry_policy=RETRY_FOREVER,
         )
         while not finding.done():
             await self._until(finding.done)

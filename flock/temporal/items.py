@@ -6,6 +6,7 @@ tenth of a second old. If the item is cancelled, it is reported as cancelled onl
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections import OrderedDict, deque
@@ -131,8 +132,7 @@ class ItemActivities:
         self._drain_timeout_s = drain_timeout_s
         self._jobs: set[_Job] = set()
         self._lookups: dict[str, asyncio.Task[None]] = {}
-        #: the versions of agents, by name
-        self._versions: dict[str, str] = {}
+        self._version_of = functools.cache(version_of)
         #: batches for which a warning about a version was logged
         self._mixed: deque[str | None] = deque(maxlen=1000)
         self._chunks: OrderedDict[str, asyncio.Task[Chunk]] = OrderedDict()
@@ -254,9 +254,7 @@ class ItemActivities:
         agent = self._turns.find(run.next_agent_name)
         if agent is None or agent.name not in versions or run.batch_id in self._mixed:
             return
-        if agent.name not in self._versions:
-            self._versions[agent.name] = version_of(agent)
-        accepted, own = versions[agent.name], self._versions[agent.name]
+        accepted, own = versions[agent.name], self._version_of(agent)
         if accepted != own:
             self._mixed.append(run.batch_id)
             logger.warning(
