@@ -490,10 +490,9 @@ class TemporalEngine(TemporalBatches):
         run = await self.get_run(run_id)
         self._check_prices(run.agent_name, max_cost)
         batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
-        if batch is not None:
-            if batch.status.is_final and run.status in RETRYABLE and run.error_type != INVALID_INPUT:
-                await self._retry_batch(batch.batch_id, (run.status,), run, max_cost)
-                return await self.get_run(run_id)
+        if batch is not None and batch.status.is_final and run.status in RETRYABLE and run.error_type != INVALID_INPUT:
+            await self._retry_batch(batch.batch_id, (run.status,), run, max_cost)
+            return await self.get_run(run_id)
         if batch is not None or run.status not in RETRYABLE:
             raise run_not_retried(run, batch)
         max_cost = run.max_cost if max_cost is None else max_cost

@@ -141,15 +141,17 @@ async def earlier_runs(cluster: Cluster, run: Run, latest: Sequence[str], limit:
     found: list[Run] = []
     async with contextlib.aclosing(_workflow_ids(cluster, run, latest)) as workflow_ids:
         async for workflow_id in workflow_ids:
-            earlier = await _completed(cluster, workflow_id)
-            if earlier is None or earlier.agent_name != run.agent_name or await reservations.is_deleted(earlier.run_id):
-                continue
-            max_bytes -= earlier.turn_bytes
-            if max_bytes < 0:
-                break
-            found.append(earlier)
-            if len(found) == limit:
-                break
+            async with cluster.rpc_scope(missing_ok=True):  # it may have been deleted
+                earlier = run_of(await cluster.history_of(workflow_id))
+                is_turn = earlier.status is RunStatus.COMPLETED and earlier.agent_name == run.agent_name
+                if not is_turn or await reservations.is_deleted(earlier.run_id):
+                    continue
+                max_bytes -= earlier.turn_bytes
+                if max_bytes < 0:
+                    break
+                found.append(earlier)
+                if len(found) == limit:
+                    break
     return sorted(found, key=lambda run: run.run_id)
 
 
@@ -161,13 +163,6 @@ async def _workflow_ids(cluster: Cluster, run: Run, latest: Sequence[str]) -> As
         async for workflow in cluster.client.list_workflows(_earlier_turns(run), page_size=100):
             if workflow.id not in latest:
                 yield workflow.id
-
-
-async def _completed(cluster: Cluster, workflow_id: str) -> Run | None:
-    async with cluster.rpc_scope(missing_ok=True):  # it may have been deleted
-        run = run_of(await cluster.history_of(workflow_id))
-        return run if run.status is RunStatus.COMPLETED else None
-    return None
 
 
 def _earlier_turns(run: Run) -> str:
