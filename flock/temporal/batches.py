@@ -225,8 +225,7 @@ class TemporalBatches(EngineBase):
         waiting = 0
         async with self.cluster.rpc_scope():
             async for workflow in self.cluster.client.list_workflows(query):
-                memo = workflow.raw_info.memo.fields
-                batch = decoded(memo["batch"], Batch)
+                batch = decoded(workflow.raw_info.memo.fields["batch"], Batch)
                 waiting += batch.total_items - batch.completed_items
         self._refuse_above(waiting + self._staged, more)
         return waiting

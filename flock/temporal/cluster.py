@@ -19,7 +19,8 @@ from temporalio.api.workflowservice.v1 import (
     DescribeNamespaceRequest,
     RegisterNamespaceRequest,
 )
-from temporalio.client import Client, WorkflowExecutionDescription, WorkflowHandle, WorkflowHistoryEventFilterType
+from temporalio.client import Client, WorkflowExecutionDescription, WorkflowHandle
+from temporalio.client import WorkflowHistoryEventFilterType as EventFilter
 from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDReusePolicy
 from temporalio.envconfig import ClientConfig
 from temporalio.service import RetryConfig, RPCError, RPCStatusCode
@@ -202,9 +203,7 @@ class Cluster:
 
         Returns: the id of the event with which it began to wait, or 0. Raises StoreError, EngineFull.
         """
-        wanted = (
-            WorkflowHistoryEventFilterType.CLOSE_EVENT if after is None else WorkflowHistoryEventFilterType.ALL_EVENT
-        )
+        wanted = EventFilter.CLOSE_EVENT if after is None else EventFilter.ALL_EVENT
         handle = self.handle(workflow_id)
         async with self.rpc_scope(None, missing_ok=True):
             async for event in handle.fetch_history_events(wait_new_event=True, event_filter_type=wanted):
@@ -226,15 +225,15 @@ class Cluster:
             return max([int(retry.id.rpartition(":")[2]) async for retry in retries], default=1)
 
     async def delete(self, workflow_id: str, run_id: str = "") -> None:
-        """Delete one execution of a workflow, or the latest, and its long payloads, if it exists."""
+        """Delete one execution of a workflow, or the latest, and its long payloads, if it exists.
+
+        Raises: StoreError, EngineFull.
+        """
         request = DeleteWorkflowExecutionRequest(
             namespace=self.namespace, workflow_execution=WorkflowExecution(workflow_id=workflow_id, run_id=run_id)
         )
-        try:
+        async with self.rpc_scope(None, missing_ok=True):
             await self.client.workflow_service.delete_workflow_execution(request)
-        except RPCError as exc:
-            if exc.status is not RPCStatusCode.NOT_FOUND:
-                raise
         await self.payloads.delete(workflow_id)
 
     async def start_workflow(

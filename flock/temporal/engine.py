@@ -195,9 +195,8 @@ class TemporalEngine(TemporalBatches):
         while True:
             try:
                 async with self.cluster.rpc_scope(WATCH_TIMEOUT_S):
-                    query = open_runs(self._flock)
                     before = self._started_runs
-                    count = (await self.cluster.client.count_workflows(query)).count
+                    count = (await self.cluster.client.count_workflows(open_runs(self._flock))).count
                     self._open_runs = count + self._started_runs - before  # it may not have counted the latest
                     self._open_runs_of.clear()
                 self._error, misses = None, 0
