@@ -159,7 +159,7 @@ class FlockAPI(Starlette):
         options: all options as one value; see ``AppOptions``.
         given: options as keyword arguments. They override those in *options*.
 
-    Raises: DefinitionError if an option is invalid, or if metrics cannot be collected.
+    Raises: DefinitionError if an option or a key is invalid, or if metrics cannot be collected.
 
     Attributes:
         flock: the flock whose agents are served.
@@ -179,7 +179,9 @@ class FlockAPI(Starlette):
             middleware=[*cors, *options.middleware],
             exception_handlers={**default_handlers, **(options.exception_handlers or {})},
         )
-        self.keys = _keys_of(options)
+        if options.api_keys is not None and options.auth is not None:
+            raise DefinitionError("auth= and api_keys= cannot be combined. Pass only one of them.")
+        self.keys = None if options.api_keys is None else KeyRing(options.api_keys)
         auth = None if isinstance(options.auth, str) else options.auth
         per_minute = options.max_requests_per_minute
         self.router = AppRouter(
@@ -266,15 +268,6 @@ class FlockAPI(Starlette):
                 took_s = time.perf_counter() - started_at
                 template = getattr(route_match.route, "path", "")
                 self.metrics.request_ended(scope["method"], template, status_code, took_s)
-
-
-def _keys_of(options: AppOptions) -> KeyRing | None:
-    """Raises DefinitionError if both ``auth`` and ``api_keys`` are set, or a key is invalid."""
-    if options.api_keys is None:
-        return None
-    if options.auth is not None:
-        raise DefinitionError("auth= and api_keys= cannot be combined. Pass only one of them.")
-    return KeyRing(options.api_keys)
 
 
 def _metrics(engine: Engine, flock: DeclaredFlock) -> "Metrics":

@@ -188,12 +188,9 @@ class FakeModel:
 
     async def __call__(self, scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
         """Respond as an ASGI application."""
-        body, has_more = b"", True
-        while has_more:
-            message = await receive()
-            body += message.get("body", b"")
-            has_more = message.get("more_body", False)
-        url = f"http://fake{scope['path']}"
+        from starlette.requests import Request  # not needed by most tests
+
+        body, url = await Request(scope, receive).body(), f"http://fake{scope['path']}"
         status, headers = 200, [(b"content-length", b"1")]
         stream: Any = httpx.ByteStream(b"")
         with contextlib.suppress(Exception):

@@ -11,14 +11,12 @@ from typing import Any, NoReturn
 
 import anyio
 import click
-import msgspec
 
 from flock.command.arguments import Seconds, model_option, pairs, pop_fields
 from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
 from flock.command.server import abandon_busy_threads
 from flock.command.target import load_flock
 from flock.command.terminal import TerminalBytes, echo
-from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
 from flock.errors import DefinitionError, FieldError, FlockError, InvalidData
 from flock.options import MAX_SECONDS
@@ -167,6 +165,7 @@ def batch(
     state = state or Path(f"{rows.name if output == STDOUT else output}.flock.db")
     _check_paths(rows, output, state)
     flock = load_flock(target, model)
+    texts = pairs(static, "--static", "KEY=VALUE")
     with _explaining_errors(rows, output, state):
         job = BatchFile(
             agent_name=agent,
@@ -176,7 +175,7 @@ def batch(
             state=state,
             options=BatchOptions(**pop_fields(options, BatchOptions)),
             input_mapping={key: name or None for key, name in pairs(mapped, "--map", "COLUMN=INPUT").items()},
-            static_inputs=_static_inputs(flock, agent, pairs(static, "--static", "KEY=VALUE")),
+            static_inputs=flock.agents[agent].input.from_text(texts) if agent in flock.agents else {},
             dialect=CSVDialect(delimiter=delimiter.replace(r"\t", "\t"), decimal=decimal, encoding=encoding),
             **options,
         )
@@ -254,10 +253,6 @@ def _format_of(output: Path, rows: Path) -> TableFormat:
             "optionally followed by .gz, or choose a format with --format."
         )
     return table_format(output) or table_format(rows) or "csv"
-
-
-def _static_inputs(flock: DeclaredFlock, agent: str, texts: dict[str, str]) -> dict[str, msgspec.Raw]:
-    return flock.agents[agent].input.from_text(texts) if agent in flock.agents else {}
 
 
 @contextlib.contextmanager
