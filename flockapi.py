@@ -781,9 +781,6 @@ async def run_response(
         steps=steps,
         calls=calls_at.get(len(run.steps), msgspec.UNSET),
         waiting_for=waiting_for(run),
-        batch_id=msgspec.UNSET if run.batch_id is None else run.batch_id,
-        position=msgspec.UNSET if run.position is None else run.position,
-        session_id=msgspec.UNSET if run.session_id is None else run.session_id,
     )
     headers = {"Flock-Run-Status": run.status.value, **(headers or {})}
     headers |= _accepted(request, f"/run/{run.run_id}", status_code)

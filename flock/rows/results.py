@@ -190,5 +190,5 @@ async def results_as(
 
 
 def _batch_item(item: Run, with_usage: bool) -> BatchItem:
-    costs = {"usage": msgspec.UNSET, "cost": msgspec.UNSET, **(shown_usage(item.usage) if with_usage else {})}
-    return shown_as(BatchItem, item, extra=item.extra or msgspec.UNSET, **costs)
+    costs = {"cost": None, **shown_usage(item.usage)} if with_usage else {"cost": None, "usage": msgspec.UNSET}
+    return shown_as(BatchItem, item, **costs)

@@ -13,7 +13,8 @@ from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -624,15 +625,25 @@ def _json_bytes(record: Run | Batch) -> int:
 
 
 def shown_as(type_: type[T], record: Any, **more: Any) -> T:
-    """Return a *type_* with the fields of *record* that have the same names, and *more*."""
-    names, values_of = _shared_fields(type_, tuple(more))  # type: ignore[arg-type]
-    return type_(**dict(zip(names, values_of(record), strict=True)), **more)
+    """Return a *type_* with the fields of *record* that have the same names, and *more*.
+
+    A field that is None is absent if its type allows that and not null.
+    """
+    names, values_of, without_null = _shared_fields(type_, tuple(more))  # type: ignore[arg-type]
+    values = dict(zip(names, values_of(record), strict=True)) | more
+    absent = {name: msgspec.UNSET for name in without_null if values[name] is None}
+    return type_(**values | absent)
 
 
 @functools.cache
-def _shared_fields(type_: type, others: Sequence[str]) -> tuple[Sequence[str], Callable[[Any], tuple[Any, ...]]]:
-    names = [name for name in type_.__struct_fields__ if name not in others]  # type: ignore[attr-defined]
-    return names, operator.attrgetter(*names)
+def _shared_fields(
+    type_: type[msgspec.Struct], others: Sequence[str]
+) -> tuple[Sequence[str], Callable[[Any], tuple[Any, ...]], Sequence[str]]:
+    """Return the fields of *type_* without *others*, a function that reads them, and those that are absent if None."""
+    types = {field.name: get_args(field.type) for field in msgspec.structs.fields(type_)}
+    names = [name for name in types if name not in others]
+    without_null = [name for name in types if msgspec.UnsetType in types[name] and NoneType not in types[name]]
+    return names, operator.attrgetter(*names), without_null
 
 
 #: A result longer than this is read in pieces while it is sent.

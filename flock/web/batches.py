@@ -122,10 +122,5 @@ def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
 
 def check_response(check: BatchCheck, row_mapping: RowMapping) -> Response:
     """Return the errors for which a batch would be rejected, or its first rows as they would be stored."""
-    rows = [
-        FlockBatchCheckRow(
-            line=msgspec.UNSET if row.line is None else row.line, inputs=row.inputs, extra=extra or msgspec.UNSET
-        )
-        for row, extra, _ in check.rows
-    ]
+    rows = [shown_as(FlockBatchCheckRow, row, extra=extra) for row, extra, _ in check.rows]
     return JSONResponse(shown_as(FlockBatchCheck, check, columns=list(row_mapping.columns), rows=rows))

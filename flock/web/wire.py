@@ -18,7 +18,6 @@ from flock.runs import (
     OnInvalid,
     Progress,
     Question,
-    Run,
     RunStatus,
     Time,
     shown_usage,
@@ -529,19 +528,13 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def shown_with_costs(type_: type[T], record: Any, **more: Any) -> T:
-    """Like ``shown_as``, with ``usage`` and ``cost``. Members about money are UNSET if they are unknown."""
-    return shown_as(type_, record, **more, **_costs(record))
-
-
-def _costs(record: Any) -> dict[str, Any]:
-    names = ("usage", "cost", "max_cost", "estimated_cost", "error_type") if isinstance(record, Batch) else ("cost",)
-    shown: dict[str, Any] = dict.fromkeys(names, msgspec.UNSET)
-    shown |= record.costs if isinstance(record, Batch) else shown_usage(record.usage)
-    if isinstance(record, Run):
-        shown["max_cost"] = msgspec.UNSET if record.max_cost is None else record.max_cost
-    if isinstance(shown["usage"], dict):
+    """Like ``shown_as``, with ``usage`` and ``cost``."""
+    shown = {"cost": None, **shown_usage(record.usage)}
+    if shown["usage"] is not None:
         shown["usage"] = Usage(**shown["usage"])
-    return shown
+    if isinstance(record, Batch):
+        shown["max_cost"] = record.options.max_cost
+    return shown_as(type_, record, **more, **shown)
 
 
 def run_call(call: Call) -> RunCall:
