@@ -423,9 +423,9 @@ async def test_an_agent_that_swallows_its_cancellation_is_cancelled(engine: Engi
 
 
 async def test_a_run_that_times_out_keeps_its_slot_until_its_thread_returns(engine: Engine, gate: Gate) -> None:
-    run = await submit(engine, "block", timeout_s=0.1)
-    run = await engine.wait(run.run_id)
-    assert (run.status, run.error_type) == (RunStatus.FAILED, "timeout")
+    while not gate.thread_begun.is_set():  # a busy machine may not start it in time
+        run = await engine.wait((await submit(engine, "block", timeout_s=0.1)).run_id)
+        assert (run.status, run.error_type) == (RunStatus.FAILED, "timeout")
     second = await submit(engine, "block")
     await engine.wait(second.run_id, timeout_s=0.1)
     assert (await engine.get_run(second.run_id)).status is RunStatus.STARTING, "the slot is taken"
@@ -1105,10 +1105,10 @@ async def test_a_stream_of_a_new_run_continues_during_a_drain_until_the_run_ends
 
 
 async def test_a_stream_of_a_new_run_ends_with_the_drain(engine: Engine, gate: Gate) -> None:
-    names, run_id = [], new_id()
+    names, run_id, has_begun = list[str](), new_id(), anyio.Event()
 
     async def drain() -> None:
-        await gate.started.wait()
+        await has_begun.wait()
         await engine.drain(0.1)
 
     async with anyio.create_task_group() as tasks:
@@ -1118,5 +1118,6 @@ async def test_a_stream_of_a_new_run_ends_with_the_drain(engine: Engine, gate: G
             async for event in engine.events(run_id):
                 if event is not None:
                     names.append(event.name)
+                    has_begun.set()
     assert names[:1] == ["run.started"]
     assert "run.completed" not in names

@@ -126,7 +126,7 @@ class Cluster:
                     await self._ensure_namespace()
                     await self._ensure_search_attributes()
                 return
-            except StoreError as exc:  # the cluster may be starting too
+            except (StoreError, EngineFull) as exc:  # the cluster may be starting too
                 if time.monotonic() > give_up_at:
                     raise StoreError(
                         f"The Temporal cluster at {self.address} cannot be used: {exc.__cause__ or exc}. Start it, or "

@@ -19,7 +19,7 @@ from temporalio import activity
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.agents.versions import version_of
-from flock.errors import StoreError
+from flock.errors import EngineFull, StoreError
 from flock.runs import Run, RunStatus, Usage, added, now
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
 from flock.steps.turns import Turns, WaitingForAnswers
@@ -303,7 +303,7 @@ class ItemActivities:
     async def _memo_of(self, workflow_id: str) -> Mapping[str, Any]:
         try:
             described = await self._cluster.describe(workflow_id, CANCEL_POLL_TIMEOUT_S)
-        except StoreError as exc:
+        except (StoreError, EngineFull) as exc:
             logger.warning("cannot read which items of %s to cancel: %s", workflow_id, exc)
             return {}
         return {} if described is None else await described.memo()
