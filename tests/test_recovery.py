@@ -421,12 +421,10 @@ def test_400_long_runs_after_two_kills_all_run_again_within_30_s(tmp_path: Path)
 @pytest.mark.timeout(900)
 def test_an_item_that_exits_fails_alone_in_its_batch(tmp_path: Path) -> None:
     with Supervised(tmp_path) as server:
-        body = {
-            "agent_name": "item",
-            "batch_inputs": [{"n": n} for n in range(POISON_ITEMS)],
-            "max_workers": 100,
-        }
-        batch_id = server.request("POST", "/run/batch", json=body, headers={"Idempotency-Key": "b"})["batch_id"]
+        rows = "\n".join(["n", *map(str, range(POISON_ITEMS))])
+        headers = {"Idempotency-Key": "b", "Content-Type": "text/csv"}
+        path = "/run/batch?agent_name=item&max_workers=100"
+        batch_id = server.request("POST", path, content=rows, headers=headers)["batch_id"]
         until_s = time.monotonic() + 800
         while (batch := server.request("GET", f"/batch/{batch_id}"))["status"] != "completed":
             assert time.monotonic() < until_s, batch
