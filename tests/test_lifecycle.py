@@ -14,7 +14,6 @@ from flock.core import Flock
 from flock.engine.embedded import WATCH_INTERVAL_S, EmbeddedEngine
 from flock.errors import StoreError
 from flock.runs import (
-    Batch,
     BatchOptions,
     Event,
     Progress,
@@ -166,10 +165,10 @@ async def test_a_batch_survives_a_transient_store_failure(
     gate.fails = False
     read, failures = engine.batch_store.pending_items, [StoreError("now"), StoreError("and now")]
 
-    def fail_first(batch: Batch, after: int, limit: int) -> list[Run]:
+    def fail_first(*args: Any, **options: Any) -> list[Run]:
         if failures:
             raise failures.pop()
-        return read(batch, after, limit)
+        return read(*args, **options)
 
     monkeypatch.setattr(engine.batch_store, "pending_items", fail_first)
     batch = await engine.submit_batch("steady", [EMPTY] * 3, BatchOptions())

@@ -367,7 +367,7 @@ async def test_a_page_of_a_list_is_read_from_an_index_in_order(
 @pytest.mark.parametrize(
     ("table", "columns", "others"),
     [
-        ("runs", RUN_TABLE, ("expires_at",)),
+        ("runs", RUN_TABLE, ("expires_at", "deaths_alone")),
         ("steps", STEP_TABLE, ("run_id", "position")),
         ("batches", BATCH_TABLE, ("hidden",)),
     ],
