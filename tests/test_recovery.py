@@ -384,6 +384,7 @@ def memory_group(max_bytes: int) -> Iterator[Path | None]:
     yield None
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_an_agent_that_takes_all_memory_fails_alone(tmp_path: Path) -> None:
     """It takes 200 MB a second, until the kernel kills the process, beside runs that last longer than that."""
