@@ -395,6 +395,7 @@ def test_an_agent_that_takes_all_memory_fails_alone(tmp_path: Path) -> None:
             server.wait_for(350, completed=20, crashed=1)
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_two_agents_that_exit_fail_alone(tmp_path: Path) -> None:
     with Supervised(tmp_path) as server:

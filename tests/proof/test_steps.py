@@ -24,12 +24,12 @@ from tests.support import ROOT
 each_program = pytest.mark.parametrize("name", PROGRAMS)
 
 
-def lanes(fast: Any, slow: Any, nightly: Any) -> list[Any]:
-    """Return the parameters of one test in three lanes."""
+def lanes(fast: Any, more: Any, most: Any) -> list[Any]:
+    """Return the parameters of one test: a part for each change, and more of them each night."""
     return [
         pytest.param(fast, id="fast"),
-        pytest.param(slow, id="slow", marks=pytest.mark.slow),
-        pytest.param(nightly, id="nightly", marks=pytest.mark.nightly),
+        pytest.param(more, id="more", marks=pytest.mark.nightly),
+        pytest.param(most, id="most", marks=pytest.mark.nightly),
     ]
 
 
