@@ -739,7 +739,7 @@ async def healthz(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """GET /readyz: the server accepts work, or the reason why it does not."""
     try:
-        (await engine_of(request)).check_ready()
+        await (await engine_of(request)).check_ready()
     except FlockError as exc:
         health = app_of(request).engine.health()
         store = "failing" if isinstance(exc, StoreError) else health.store
@@ -768,7 +768,7 @@ async def run_response(
     engine = app_of(request).engine
     may_have_calls = any(step.call_count for step in run.steps) or (run.started_at and run.next_agent_name)
     calls = await engine.get_calls(run) if may_have_calls else {}
-    results = {at: engine.shown_result(run, at) for at in (None, *range(len(run.steps)))}
+    results = {at: await engine.shown_result(run, at) for at in (None, *range(len(run.steps)))}
     calls_at = {at: [wire.run_call(call) for call in made] for at, made in calls.items() if made}
     steps = [
         wire.shown_with_costs(wire.RunStep, step, result=results[at], calls=calls_at.get(at, msgspec.UNSET))

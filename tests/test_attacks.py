@@ -302,7 +302,7 @@ async def test_a_scoped_engine_can_be_used_as_an_engine() -> None:
             seen.append(run.principal)
 
     async with ScopedEngine(flock.engine(), Principal(name="ann")) as ann:
-        ann.check_ready()
+        await ann.check_ready()
         observer = Counter([])
         ann.observe(observer)
         run = await ann.wait((await ann.submit("add", {"a": 1})).run_id)

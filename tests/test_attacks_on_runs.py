@@ -77,7 +77,7 @@ async def test_invalid_progress_fails_only_its_own_run(
 
     async with flock.engine(store=store) as engine:
         assert (await end_of(engine, "tell")).status is status
-        engine.check_ready()
+        await engine.check_ready()
         (listed,) = await engine.list_runs(RunFilter())
         await engine.delete_run(listed.run_id)
 
@@ -109,7 +109,7 @@ async def test_an_unstorable_value_or_error_fails_only_its_own_run(expose_errors
         assert [run.status for run in runs] == [RunStatus.FAILED] * 3
         assert runs[0].error_type == "unstorable"
         assert (await end_of(engine, "fine")).status is RunStatus.COMPLETED
-        engine.check_ready()
+        await engine.check_ready()
 
 
 @pytest.mark.parametrize("is_long", [False, True])
@@ -134,7 +134,7 @@ async def test_a_run_with_an_unstorable_value_ends_and_harms_no_other(is_long: b
             await engine.submit_batch("echo", [{"n": 1}], BatchOptions(), principal=principal)
         run = await engine.submit("echo", {"n": 0})
         assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
-        engine.check_ready()
+        await engine.check_ready()
 
 
 async def test_short_timeouts_leave_no_slot_or_thread_occupied(store: str) -> None:
@@ -238,17 +238,17 @@ async def test_the_watch_of_the_store_continues_after_an_error(tmp_path: Path, m
         failures = [OSError(24, "Too many open files"), StoreError("now")]
         seen, data_version = anyio.Event(), engine.store.data_version
 
-        def fail_first() -> int:
+        async def fail_first() -> int:
             if failures:
                 raise failures.pop()
             seen.set()
-            return data_version()
+            return await data_version()
 
         monkeypatch.setattr(engine.store, "data_version", fail_first)
         with anyio.fail_after(PATIENCE_S):
             await seen.wait()
         assert (await end_of(engine, "one")).status is RunStatus.COMPLETED
-        engine.check_ready()
+        await engine.check_ready()
 
 
 async def test_an_engine_whose_host_is_cancelled_shuts_down_cleanly(tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ async def test_an_item_with_lost_pages_does_not_keep_its_batch_from_ending(tmp_p
         items = await engine.get_items(batch.batch_id)
         assert [item.run_id for item in items] == ids
         assert [item.error_type for item in items] == [None, None, None, "unreadable", None]
-        engine.check_ready()
+        await engine.check_ready()
     assert sorted(set(work.calls)) == [0, 1, 2, 4]
 
 

@@ -331,7 +331,7 @@ async def test_a_call_left_behind_by_its_step_leaves_no_entry(tmp_path: Path) ->
         run = await ended(engine, "work")
         assert left[0].cancelled()
         assert result_of(await engine.get_run(run.run_id)) == "done"
-        assert engine.store.calls(run, 0) == []
+        assert await engine.store.calls(run, 0) == []
 
 
 async def test_a_cancelled_run_stores_no_call_that_was_running(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ async def test_a_cancelled_run_stores_no_call_that_was_running(tmp_path: Path) -
         await engine.cancel_run(run.run_id)
         run = await engine.wait(run.run_id)
         assert run.status is RunStatus.CANCELLED
-        assert [call.name for _, call in engine.store.calls(run, 0)] == ["long"]
+        assert [call.name for _, call in await engine.store.calls(run, 0)] == ["long"]
         await engine.delete_run(run.run_id)
         assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM calls").fetchone()) == (0,)
 

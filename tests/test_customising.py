@@ -102,10 +102,10 @@ async def test_a_lifespan_of_the_host_runs_inside_the_apps_own() -> None:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
-        app.engine.check_ready()
+        await app.engine.check_ready()
         seen.append("in")
         yield
-        app.engine.check_ready()
+        await app.engine.check_ready()
         seen.append("out")
 
     app = create_app(sample_flock(), store=":memory:", lifespan=lifespan)

@@ -1060,7 +1060,7 @@ async def test_an_engine_outside_its_context_raises_engine_stopped(
 
 async def test_an_engine_can_be_entered_again_but_not_twice(open_engine: OpenEngine) -> None:
     async with open_engine(sample_flock()) as engine:
-        engine.check_ready()
+        await engine.check_ready()
         assert (engine.health().engine, engine.health().store) == ("running", "ok")
         with pytest.raises(EngineStopped, match="already running"):
             await engine.__aenter__()
@@ -1081,7 +1081,7 @@ async def test_a_draining_engine_refuses_new_work_and_answers_waiters(engine: En
     with pytest.raises(EngineStopped, match="shutting down"):
         await submit(engine, "nap")
     with pytest.raises(EngineStopped):
-        engine.check_ready()
+        await engine.check_ready()
 
 
 async def test_a_stream_of_a_new_run_continues_during_a_drain_until_the_run_ends(engine: Engine, gate: Gate) -> None:

@@ -781,7 +781,7 @@ async def test_a_run_ends_if_the_clock_is_set_back_during_it(clock: Clock, tmp_p
         assert run.status is RunStatus.CANCELLED
         assert run.completed_at
         assert run.completed_at < run.created_at
-        assert engine.store.get_run(run.run_id) == run
+        assert await engine.store.get_run(run.run_id) == run
 
 
 @pytest.mark.anyio

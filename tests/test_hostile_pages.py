@@ -219,8 +219,8 @@ async def test_a_download_is_read_in_pages_of_a_mebibyte(tmp_path: Path, monkeyp
     flock, pages = long_flock(), list[int]()
     items_of = BatchStore.items
 
-    def items(self: BatchStore, *args: Any) -> Any:
-        page = items_of(self, *args)
+    async def items(self: BatchStore, *args: Any) -> Any:
+        page = await items_of(self, *args)
         pages.append(sum(len(item.inputs) + len(item.result or b"") + len(item.error or "") for item in page))
         return page
 
@@ -545,6 +545,6 @@ async def test_a_list_filtered_by_agent_reads_no_other_runs_of_a_principal(tmp_p
             await store.save(replace(run, run_id=new_id(), principal="ben"), is_new=True)
             counted = itertools.count()
             store.read(lambda db, counted=counted: db.set_progress_handler(lambda: next(counted) < 0, 1))  # type: ignore[misc]
-            assert len(store.list_runs("f", RunFilter(agent_name="rare", principal="ann"))) == 2
+            assert len(await store.list_runs("f", RunFilter(agent_name="rare", principal="ann"))) == 2
             steps.append(next(counted))
     assert steps[1] < 2 * steps[0]

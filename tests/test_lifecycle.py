@@ -165,10 +165,10 @@ async def test_a_batch_survives_a_transient_store_failure(
     gate.fails = False
     read, failures = engine.batch_store.pending_items, [StoreError("now"), StoreError("and now")]
 
-    def fail_first(*args: Any, **options: Any) -> list[Run]:
+    async def fail_first(*args: Any, **options: Any) -> list[Run]:
         if failures:
             raise failures.pop()
-        return read(*args, **options)
+        return await read(*args, **options)
 
     monkeypatch.setattr(engine.batch_store, "pending_items", fail_first)
     batch = await engine.submit_batch("steady", [EMPTY] * 3, BatchOptions())
@@ -284,7 +284,7 @@ async def test_an_agent_with_on_interrupt_fail_is_not_restarted(gate: Gate, tmp_
 
     @gate.flock.agent(on_interrupt="fail")
     async def once(context: RunContext) -> None:
-        stored = opened.store.get_run(context.run_id)
+        stored = await opened.store.get_run(context.run_id)
         assert stored
         assert stored.started_at, "the start is on disk before the agent starts"
         started.set()

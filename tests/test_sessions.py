@@ -267,8 +267,8 @@ async def test_runs_are_ordered_as_they_were_accepted_not_as_their_ids(store: st
         first = await submit(engine, 0)
         earlier_id = msgspec.structs.replace(first, run_id="00" + first.run_id[2:], inputs=msgspec.Raw(b'{"n": 1}'))
         await engine._accept(earlier_id, None, Context())
-        assert engine.store.active_before(earlier_id) == first.run_id
-        assert engine.store.active_before(first) is None
+        assert await engine.store.active_before(earlier_id) == first.run_id
+        assert await engine.store.active_before(first) is None
 
 
 async def test_the_order_holds_after_a_restart(store: str, turns: Turns) -> None:

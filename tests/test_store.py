@@ -84,20 +84,20 @@ def test_without_fcntl_the_import_names_the_supported_systems(module: str) -> No
 async def test_a_run_is_read_as_it_was_written(store: Store) -> None:
     run = run_of(request_id="r1", timeout_s=2.5)
     await store.save(run, is_new=True)
-    assert store.get_run(run.run_id) == run
+    assert await store.get_run(run.run_id) == run
     step = step_of(usage=Usage(input_tokens=1, output_tokens=2), next_agent="b")
     run = replace(run, status=RunStatus.RUNNING, started_at=now(), steps=(step,))
     await store.save(run, step)
-    assert store.get_run(run.run_id) == run
+    assert await store.get_run(run.run_id) == run
     run = replace(run, status=RunStatus.COMPLETED, result=msgspec.Raw(b"{}"), completed_at=now())
     await store.save(run)
-    assert store.get_run(run.run_id) == run
-    assert store.get_run("nobody") is None
+    assert await store.get_run(run.run_id) == run
+    assert await store.get_run("nobody") is None
 
 
 async def test_concurrent_writes_share_a_transaction(store: Store) -> None:
     """A run that starts and ends between two commits is one row, written once."""
-    before = store.data_version()
+    before = await store.data_version()
     run = run_of()
     async with anyio.create_task_group() as tasks:
         for other in [run_of() for _ in range(50)]:
@@ -105,9 +105,9 @@ async def test_concurrent_writes_share_a_transaction(store: Store) -> None:
         store.save_nowait(run, is_new=True)
         run = replace(run, status=RunStatus.COMPLETED, completed_at=now())
         await store.save(run)
-    assert store.get_run(run.run_id) == run
+    assert await store.get_run(run.run_id) == run
     if store.is_shared:
-        assert store.data_version() - before <= 3
+        assert await store.data_version() - before <= 3
 
 
 async def test_a_write_by_another_owner_or_attempt_is_refused(store: Store) -> None:
@@ -120,7 +120,7 @@ async def test_a_write_by_another_owner_or_attempt_is_refused(store: Store) -> N
     await store.save(ended)
     with pytest.raises(OwnershipLost):
         await store.save(replace(run, status=RunStatus.RUNNING))
-    assert store.get_run(run.run_id) == ended
+    assert await store.get_run(run.run_id) == ended
 
 
 async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) -> None:
@@ -139,7 +139,7 @@ async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) ->
     assert await store.take_over("me", "late", now()) == ([], [], {}, True, [])
     with pytest.raises(OwnershipLost):
         await store.save(replace(running, status=RunStatus.COMPLETED))
-    interrupted = store.get_run(waited_for.run_id)
+    interrupted = await store.get_run(waited_for.run_id)
     assert interrupted
     assert (interrupted.status, interrupted.error_type) == (RunStatus.FAILED, "interrupted")
     await store.unregister_engine("me")
@@ -190,11 +190,11 @@ async def test_runs_that_are_accepted_in_one_transaction_count_toward_the_limits
     assert accepted == [None, "ann", "bob"] * 2
     await accept_many()
     assert len(accepted) == 6
-    waiting = store.list_runs("f", RunFilter(status=RunStatus.STARTING, principal="bob"))[0]
+    waiting = (await store.list_runs("f", RunFilter(status=RunStatus.STARTING, principal="bob")))[0]
     await store.save(replace(waiting, status=RunStatus.COMPLETED, completed_at=now()))
     await accept_many()
     assert len(accepted) == 7
-    assert store.queue("f").depth == 6
+    assert (await store.queue("f")).depth == 6
     await store.unregister_engine("me")
 
 
@@ -220,10 +220,10 @@ async def test_lists_are_filtered_and_newest_first(wanted: RunFilter, expected: 
     for run in (*runs, run_of(flock="other")):
         await store.save(run, is_new=True)
     ids = [run.run_id for run in runs]
-    assert [ids.index(run.run_id) for run in store.list_runs("f", wanted)] == expected
-    page = store.list_runs("f", replace(wanted, limit=1))
+    assert [ids.index(run.run_id) for run in await store.list_runs("f", wanted)] == expected
+    page = await store.list_runs("f", replace(wanted, limit=1))
     if len(expected) > 1 and wanted.limit > 2:
-        rest = store.list_runs("f", replace(wanted, after=page[0].run_id))
+        rest = await store.list_runs("f", replace(wanted, after=page[0].run_id))
         assert [ids.index(run.run_id) for run in rest] == expected[1:]
 
 
@@ -313,13 +313,14 @@ async def test_a_record_that_sqlite_refuses_fails_alone(
         tasks.start_soon(functools.partial(store.save, others[2], is_new=True))
         tasks.start_soon(functools.partial(store.accept, others[3], QueueLimits(1000, 1000), None))
     store.check_writable()
-    assert {stored.run_id for stored in store.list_runs("f", RunFilter())} == {each.run_id for each in (run, *others)}
-    assert store.get_run(run.run_id) == run
+    stored = await store.list_runs("f", RunFilter())
+    assert {each.run_id for each in stored} == {each.run_id for each in (run, *others)}
+    assert await store.get_run(run.run_id) == run
     for table in ("steps", "batches", "idempotency_keys"):
         assert store.read(lambda db: db.execute(f"SELECT count(*) FROM {table}").fetchone()) == (0,)  # noqa: B023
     ended = replace(run, status=RunStatus.COMPLETED, completed_at=now())
     await store.save(ended)
-    assert store.get_run(run.run_id) == ended
+    assert await store.get_run(run.run_id) == ended
     await store.unregister_engine("me")
 
 
@@ -331,7 +332,7 @@ async def test_a_refused_new_run_can_be_saved_as_failed(store: Store) -> None:
         await store.save(replace(run, status=RunStatus.FAILED, error="\ud800"))
     failed = replace(run, status=RunStatus.FAILED, error="unstorable")
     await store.save(failed)
-    assert store.get_run(run.run_id) == failed
+    assert await store.get_run(run.run_id) == failed
 
 
 # Files
@@ -520,7 +521,7 @@ async def test_writes_are_there_after_a_restart(durability: Any, tmp_path: Path)
     async with Store(tmp_path / "flock.db", durability=durability) as store:
         store.save_nowait(run, is_new=True)  # closing flushes it
     async with Store(tmp_path / "flock.db") as store:
-        assert store.get_run(run.run_id) == run
+        assert await store.get_run(run.run_id) == run
 
 
 async def test_a_full_disk_fails_writes_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -534,9 +535,9 @@ async def test_a_full_disk_fails_writes_and_loses_nothing(tmp_path: Path, caplog
         with pytest.raises(StoreError, match="cannot be written now"):
             await store.save(large, is_new=True)
         assert "full" in caplog.text
-        assert store.get_run(stored.run_id) == stored
+        assert await store.get_run(stored.run_id) == stored
         store._db.execute("PRAGMA max_page_count = 1073741823")
         later = run_of()
         await store.save(later, is_new=True)
-        assert store.get_run(large.run_id) == large
-        assert store.get_run(later.run_id) == later
+        assert await store.get_run(large.run_id) == large
+        assert await store.get_run(later.run_id) == later

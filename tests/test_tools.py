@@ -521,7 +521,7 @@ async def test_finished_replies_and_calls_are_not_paid_again(tmp_path: Path, mod
         engine.observe(Observed())
         with anyio.fail_after(PATIENCE_S):
             run = await engine.wait(run.run_id)
-        calls = [call for _, call in engine.store.calls(run, 0)]
+        calls = [call for _, call in await engine.store.calls(run, 0)]
     assert run.status is RunStatus.COMPLETED, run.error
     assert executed[4:] == ["hang"]
     assert len(model.requests) == 3
@@ -572,7 +572,7 @@ async def test_an_agent_without_tools_stores_no_call(tmp_path: Path, model: Fake
     """A repaired answer is stored, since another call follows it."""
     model.replies = [Reply({"a": "1"}), Reply("no"), Reply({"a": "2"}), Failure(401), *[Reply("no")] * 3]
     async with flock_of().engine(store=tmp_path / "flock.db", transport=model.transport) as engine:
-        calls = [engine.store.calls(await ended(engine), 0) for _ in range(2)]
+        calls = [await engine.store.calls(await ended(engine), 0) for _ in range(2)]
         assert [[call.call_id for _, call in made] for made in calls] == [[], ["openai_gpt-4o:1"]]
         failed = [await ended(engine) for _ in range(2)]
         assert [run.error_type for run in failed] == ["model_authentication", "invalid_output"]

@@ -442,13 +442,13 @@ async def test_events_read_a_long_result_from_the_store(store: str) -> None:
         assert results.keys() == expected.keys()
         for name, long in results.items():
             assert isinstance(long, LongJSON)
-            pieces = list(long.pieces())
+            pieces = [piece async for piece in long.pieces()]
             assert max(map(len, pieces)) <= 2 * LONG_BYTES
             assert len(b"".join(pieces)) == long.length
             assert json.loads(b"".join(pieces)) == {"result": expected[name]}
         await engine.delete_run(run.run_id)
         with pytest.raises(RunNotFound):
-            next(long.pieces())
+            await anext(long.pieces())
 
 
 @pytest.mark.anyio
@@ -508,9 +508,9 @@ async def test_an_event_that_cannot_be_read_completely_is_left_unterminated(monk
         run = await end_of(engine, await engine.submit("first", {"text": "x" * 3 * LONG_BYTES}))
         read_result = engine.store.read_result
 
-        def read_only_the_start(run_id: str, position: int | None, start: int, length: int) -> bytes:
+        async def read_only_the_start(run_id: str, position: int | None, start: int, length: int) -> bytes:
             if start == 0:
-                return read_result(run_id, position, start, length)
+                return await read_result(run_id, position, start, length)
             engine._runner.is_draining = True
             raise StoreError("The store cannot be read now.")
 

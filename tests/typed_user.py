@@ -463,7 +463,11 @@ def look_at(run: Run, limits: QueueLimits, at: Time) -> LongJSON:
     assert_type(stub_of(run), Run)
     assert_type(shown_as(Progress, run.progress), Progress)
     assert_type(limits.max_runs, int)
-    return LongJSON(len(run.inputs), lambda start, length: bytes(run.inputs)[start : start + length], nullcontext)
+
+    async def read(start: int, length: int) -> bytes:
+        return bytes(run.inputs)[start : start + length]
+
+    return LongJSON(len(run.inputs), read, nullcontext)
 
 
 # Requests, answers and errors

@@ -175,7 +175,7 @@ async def _resumable_batch(
     create_state(state)
     async with Store(state) as store:
         batches = BatchStore(store)
-        stored = next(iter(batches.page(flock.name, BatchFilter(limit=1))), None)
+        stored = next(iter(await batches.page(flock.name, BatchFilter(limit=1))), None)
         if stored is not None and stored.request_id == digest:
             report(f"Resuming: {stored.completed_items:,} of {stored.total_items:,} rows are already done.")
             await batches.set_options(stored.batch_id, options)

@@ -117,7 +117,7 @@ class RunReader:
         self._run = self._calls = None
         await anyio.sleep(PROGRESS_INTERVAL_S)
 
-    def present(self, event: Event, run: Run) -> Event:
+    async def present(self, event: Event, run: Run) -> Event:
         """Return *event* of *run* with its result."""
         return event
 
@@ -204,7 +204,7 @@ class EngineBase(ABC):
     async def get_calls(self, run: Run) -> Calls:
         """See ``Engine.get_calls``."""
 
-    def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
+    async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
         """See ``Engine.shown_result``. By default, a record holds its results."""
         return run.result if position is None else run.steps[position].result
 
@@ -414,7 +414,7 @@ class EngineBase(ABC):
                     continue
                 flushed = None
                 if event is not None and run is not None:
-                    event = reader.present(event, run)
+                    event = await reader.present(event, run)
                 del run
                 if event is None and is_last:
                     return

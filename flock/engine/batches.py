@@ -5,9 +5,8 @@ the only state: an engine that resumes an interrupted batch reads from them whic
 """
 
 import contextlib
-import itertools
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextvars import copy_context
 from typing import Any
 
@@ -149,7 +148,7 @@ class Batches:
         if budget is not None and budget.is_spent:
             while await self._store.cancel_waiting(batch, now(), COST_LIMIT):
                 pass
-        if self._runner.is_draining or self._store.pending_items(batch, -1, 1):
+        if self._runner.is_draining or await self._store.pending_items(batch, -1, 1):
             return batch
         for item_id, reason in await self._store.fail_unreadable(batch, now()):
             logger.error("batch %s: item %s cannot be read and was marked as failed: %s", id_, item_id, reason)
@@ -180,7 +179,8 @@ class _Work:
         self._budget = budget
         self._tasks = anyio.create_task_group()
         self._idle_workers = 0
-        self._pending = (item for item in self._pending_items() if not item.is_suspect)
+        self._pending = self._pending_items()
+        self._reading = anyio.Lock(fast_acquire=True)
         #: the position of the last pending item that was taken
         self._position = -1
         #: items that are taken before the others: suspects, and those that got an answer and continue, by id
@@ -190,7 +190,7 @@ class _Work:
     async def run(self, workers: int) -> None:
         """Use up to *workers* workers, until no item is pending, running or waiting for an answer."""
         self._idle_workers = workers
-        self._first = {item.run_id: item for item in self._pending_items(are_suspects=True)}
+        self._first = {item.run_id: item async for item in self._pending_items(are_suspects=True)}
         async with self._tasks:
             for _ in self._first or [None]:  # suspects wait for each other, so each needs a worker
                 self._start_worker()
@@ -204,10 +204,8 @@ class _Work:
             start_in_empty_context(self._tasks, self._run_items)
 
     async def _run_items(self) -> None:
-        items = iter(self._take, None)
-        same = map(itertools.repeat, (self._start_worker, self._watch, self._budget))
         try:
-            for work in map(self._runner.execute, items, *same):
+            while (work := await self._next_work()) is not None:
                 await work
                 if copy_context():  # the agent has set a context variable, which must not reach the next item
                     start_in_empty_context(self._tasks, self._run_items)
@@ -220,22 +218,29 @@ class _Work:
     def _is_stopped(self) -> bool:
         return self._batches.is_stopped(self._batch) or (self._budget is not None and self._budget.is_spent)
 
-    def _take(self) -> Run | None:
-        """Return the next item, or None if none can start now."""
+    async def _next_work(self) -> Coroutine[Any, Any, None] | None:
+        """Return what executes the next item, or None if none can start now."""
+        async with self._reading:
+            item = await self._next_item()
+        return None if item is None else self._runner.execute(item, self._start_worker, self._watch, self._budget)
+
+    async def _next_item(self) -> Run | None:
         if self._is_stopped:
             return None
         if self._first:
             return self._first.pop(next(iter(self._first)))
-        item = next(self._pending, None)
-        if item is not None:
+        async for item in self._pending:
             self._position = item.position or 0
-        return item
+            if not item.is_suspect:
+                return item
+        return None
 
-    def _pending_items(self, *, are_suspects: bool = False) -> Iterator[Run]:
+    async def _pending_items(self, *, are_suspects: bool = False) -> AsyncIterator[Run]:
         """Yield pending items, or only the suspects among them, a page at a time."""
         after = -1
-        while page := self._store.pending_items(self._batch, after, ITEMS_PER_PAGE, are_suspects=are_suspects):
-            yield from page
+        while page := await self._store.pending_items(self._batch, after, ITEMS_PER_PAGE, are_suspects=are_suspects):
+            for item in page:
+                yield item
             after = page[-1].position or 0
 
     def _watch(self) -> None:
@@ -248,8 +253,8 @@ class _Work:
         """Let items continue that got an answer, until none waits for one."""
         try:
             while not self._is_stopped:
-                changed, batch = self._batches.next_change(), self._store.get(self._batch.batch_id)
-                for item in self._store.pending_items(self._batch, -1, ITEMS_PER_PAGE, before=self._position + 1):
+                changed, batch = self._batches.next_change(), await self._store.get(self._batch.batch_id)
+                for item in await self._store.pending_items(self._batch, -1, ITEMS_PER_PAGE, before=self._position + 1):
                     if item.worked_s and item.run_id not in self._runner.active:
                         self._first[item.run_id] = item
                         self._start_worker()

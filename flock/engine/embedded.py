@@ -215,8 +215,8 @@ class EmbeddedEngine(EngineBase):
             with self._explaining_store_errors():
                 program = Program.of(self._program_path, self._agents)
                 before = await self.store.register_engine(self._engine_id, self._flock, self._agents.keys(), program)
-                self._warn_about_store(program.differences(before))
-                if (newest := self.store.last_id()) is not None:
+                await self._warn_about_store(program.differences(before))
+                if (newest := await self.store.last_id()) is not None:
                     with contextlib.suppress(ValueError):  # the file is damaged, which is reported when the run is read
                         make_ids_after(newest)
             self._exit = stack.pop_all()
@@ -246,7 +246,7 @@ class EmbeddedEngine(EngineBase):
             is_active = self._runner.active.__contains__
             start_in_empty_context(tasks, relay.serve, listener, path, self._runner.watch, is_active)
 
-    def _warn_about_store(self, differences: str) -> None:
+    async def _warn_about_store(self, differences: str) -> None:
         """Warn if other programs use the store, or other users can read it. This may be unintentional."""
         if self.store.is_public:
             template = "Every user of this machine can read the store %s. To change that, run: chmod go= %s*"
@@ -258,7 +258,7 @@ class EmbeddedEngine(EngineBase):
                 "name, Flock(name), or another store (store=, --store).",
                 *(self.store.path, self._flock, differences),
             )
-        for name, count in self.store.unfinished_of_other_flocks(self._flock).items():
+        for name, count in (await self.store.unfinished_of_other_flocks(self._flock)).items():
             logger.warning(
                 "The store %s has %d unfinished runs and batches of the flock %r. This flock, %r, does not execute "
                 "them. To give it a separate store, use store= or --store.",
@@ -311,16 +311,16 @@ class EmbeddedEngine(EngineBase):
         super()._check_running()
         self.store.check_writable()
 
-    def check_ready(self) -> None:
+    async def check_ready(self) -> None:
         self._check_running()
-        self.store.queue(self._flock)  # raises if the store cannot be read
+        await self.store.queue(self._flock)  # raises if the store cannot be read
 
     def observe(self, observer: Observer) -> None:
         self._observers.append(observer)
 
     async def queue(self) -> Queue:
         self._check_entered()
-        return self.store.queue(self._flock)
+        return await self.store.queue(self._flock)
 
     # Runs
 
@@ -370,36 +370,36 @@ class EmbeddedEngine(EngineBase):
         )
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
-        active = self._active(run_id, principal)
+        active = await self._active(run_id, principal)
         if active is not None and not active.run.is_stub:
             return active.run
         self._check_entered()
-        return self._check_visible(run_id, self.store.get_run(run_id))
+        return await self._check_visible(run_id, await self.store.get_run(run_id))
 
     async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
-        active = self._active(run_id, principal)
-        return self._check_visible(run_id, self.store.outline(run_id)) if active is None else active.run
+        active = await self._active(run_id, principal)
+        return await self._check_visible(run_id, await self.store.outline(run_id)) if active is None else active.run
 
-    def _active(self, run_id: str, principal: str | None) -> StoredRun | None:
+    async def _active(self, run_id: str, principal: str | None) -> StoredRun | None:
         """Return the run if it is active here. Raises RunNotFound if it is not of *principal*, before it is read."""
         active = self._runner.active.get(run_id)
         if active is None:
             self._check_entered()
         if principal is not None:
-            is_own = self.store.is_of(run_id, principal) if active is None else active.run.principal == principal
+            is_own = await self.store.is_of(run_id, principal) if active is None else active.run.principal == principal
             if not is_own:
                 raise RunNotFound(run_id)
         return active
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         self._check_entered()
-        return self.store.shown_calls(run.run_id)
+        return await self.store.shown_calls(run.run_id)
 
-    def _check_visible(self, run_id: str, run: Run | None) -> Run:
+    async def _check_visible(self, run_id: str, run: Run | None) -> Run:
         """Return *run* if clients may see it. Raises RunNotFound."""
         if run is None or run.flock != self._flock:
             raise RunNotFound(run_id)
-        if run.batch_id is not None and self.batch_store.get(run.batch_id) is None:  # its batch is hidden
+        if run.batch_id is not None and await self.batch_store.get(run.batch_id) is None:  # its batch is hidden
             raise RunNotFound(run_id)
         return run
 
@@ -430,7 +430,7 @@ class EmbeddedEngine(EngineBase):
         active = self._runner.active.get(run_id)
         if active is None:
             self._check_entered()
-            if self.store.version(run_id) is None:
+            if await self.store.version(run_id) is None:
                 await self.store.change(lambda db: None)  # it may be among the writes before this one
                 active = self._runner.active.get(run_id)
         if active is None:
@@ -459,7 +459,7 @@ class EmbeddedEngine(EngineBase):
         run = active.run
         if run.is_stub:
             with contextlib.suppress(StoreError):
-                run = self.store.get_run(run.run_id) or run
+                run = await self.store.get_run(run.run_id) or run
         return replace(run, steps=()) if run.is_stub else run
 
     async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
@@ -486,7 +486,7 @@ class EmbeddedEngine(EngineBase):
             if run.batch_id is None:
                 if (full := self._full(run.principal)) is not None:
                     raise full
-                with self._counting_inputs(run.principal, self.store.input_bytes(run_id)):
+                with self._counting_inputs(run.principal, await self.store.input_bytes(run_id)):
                     reopened = await self.store.reopen(run, self._engine_id, self._limits.queue, self._start, max_cost)
             elif await self.batch_store.reopen_item(run, self._engine_id, self._batches.start, max_cost):
                 reopened = await self.get_outline(run_id)
@@ -503,16 +503,16 @@ class EmbeddedEngine(EngineBase):
 
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         self._check_entered()
-        return self.store.list_runs(self._flock, wanted)
+        return await self.store.list_runs(self._flock, wanted)
 
     async def get_session(self, session_id: str, principal: str | None = None) -> Session:
         self._check_entered()
         usage, total, share = None, 0, FairShare()
         wanted = RunFilter(session_id=session_id, principal=principal)
-        while page := self.store.spent(self._flock, wanted):
+        while page := await self.store.spent(self._flock, wanted):
             for run_id, spent in page:
                 if spent is None:  # its agents asked no model, or an earlier version stored it
-                    outline = self.store.outline(run_id)
+                    outline = await self.store.outline(run_id)
                     spent = None if outline is None else outline.usage
                 usage, total = added(usage, spent), total + 1
                 await share.checkpoint()
@@ -562,7 +562,7 @@ class EmbeddedEngine(EngineBase):
     def _next_change(self) -> Callable[[], Awaitable[None]]:
         return self._store_changed.wait
 
-    def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
+    async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
         """Return the result of *run*, or of its step at *position*: a long one as ``LongJSON``, which holds no *run*.
 
         Raises: RunNotFound, StoreError if *run* is a stub, whose results are only in the store.
@@ -572,10 +572,10 @@ class EmbeddedEngine(EngineBase):
             return result
         if run.status is RunStatus.COMPLETED and position == len(run.steps) - 1:
             position = None  # the last result is stored only once, as that of the run
-        length = self.store.result_bytes(run.run_id, position) if run.is_stub else len(result)
+        length = await self.store.result_bytes(run.run_id, position) if run.is_stub else len(result)
         kept = functools.partial(self._protected, run.batch_id or run.run_id)
         long = LongJSON(length, functools.partial(self.store.read_result, run.run_id, position), kept)
-        return long if length > LONG_BYTES else self.store.short_result(run.run_id, position)
+        return long if length > LONG_BYTES else await self.store.short_result(run.run_id, position)
 
     @contextlib.contextmanager
     def _protected(self, id_: str) -> Iterator[None]:
@@ -650,19 +650,19 @@ class EmbeddedEngine(EngineBase):
                 if self.store.is_displaced:
                     self._wake_all()  # their next read raises StoreError
                     continue
-                seen = self.store.data_version() if self.store.is_shared else version - 1
+                seen = await self.store.data_version() if self.store.is_shared else version - 1
                 if seen != version:
                     version = seen
                     self._notify_store_changed()
-                    for run_id, attempt in self.store.cancels_for(self._engine_id):
+                    for run_id, attempt in await self.store.cancels_for(self._engine_id):
                         if run_id in self._runner.active:
                             self._runner.active[run_id].cancel()
                         else:
                             self._runner.cancelled_before[run_id] = attempt
-                    for batch_id in self.batch_store.cancels_for(self._engine_id):
+                    for batch_id in await self.batch_store.cancels_for(self._engine_id):
                         self._batches.cancel(batch_id)
                     awaited = self._runner.awaited
-                    for id_ in self.store.ended(awaited) if awaited else ():
+                    for id_ in await self.store.ended(awaited) if awaited else ():
                         awaited.pop(id_).set()
                 if is_check_due:
                     if not await self.store.renew_registration(self._engine_id, self._flock):
@@ -691,28 +691,28 @@ class EmbeddedEngine(EngineBase):
 
     async def _take_over(self) -> None:
         """Take over unfinished runs and batches of dead engines, if this engine has their agents."""
-        dead = self.store.dead_engines(self._flock, self._engine_id)
+        dead = await self.store.dead_engines(self._flock, self._engine_id)
         self._waiting_for = {dead_id: names for dead_id, names in self._waiting_for.items() if dead_id in dead}
         self._left = {dead_id: until for dead_id, until in self._left.items() if dead_id in dead}
         taken = []
         try:
             for dead_id in dead:
                 names = self._waiting_for.get(dead_id)
-                if (names is None or any(name in self._agents for name in names)) and not self._leaves(dead_id):
+                if (names is None or any(name in self._agents for name in names)) and not await self._leaves(dead_id):
                     taken.append(await self._take_over_from(dead_id))
         finally:  # also if another one cannot be taken over
             await self._resume(*taken)
 
-    def _leaves(self, dead_id: str) -> bool:
+    async def _leaves(self, dead_id: str) -> bool:
         """Whether to leave a dead engine to an engine that executes nothing, since its suspects may kill that too."""
-        if not len(self.store.executing) or not self.store.may_have_suspects(dead_id):
+        if not len(self.store.executing) or not await self.store.may_have_suspects(dead_id):
             return False
         at = anyio.current_time()
         return at < self._left.setdefault(dead_id, at + LEAVE_S)
 
     async def _take_over_cancelled(self, id_: str, owner: str | None) -> None:
         """Take over a cancelled run or batch of a dead engine, so that it ends even if no program has its agent."""
-        if owner is not None and owner in self.store.dead_engines(self._flock, self._engine_id):
+        if owner is not None and owner in await self.store.dead_engines(self._flock, self._engine_id):
             await self._resume(await self.store.take_over(owner, self._engine_id, now(), only=id_))
 
     async def _take_over_from(self, dead_id: str) -> TakenOver:
@@ -812,7 +812,7 @@ class EmbeddedEngine(EngineBase):
 
     async def get_batch(self, batch_id: str) -> Batch:
         self._check_entered()
-        batch = self.batch_store.get(batch_id)
+        batch = await self.batch_store.get(batch_id)
         if batch is None or batch.flock != self._flock:
             raise BatchNotFound(batch_id)
         return batch
@@ -829,11 +829,11 @@ class EmbeddedEngine(EngineBase):
         self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
     ) -> Sequence[Run]:
         await self.get_batch(batch_id)
-        return self.batch_store.items(batch_id, after, limit, statuses_of(statuses))
+        return await self.batch_store.items(batch_id, after, limit, statuses_of(statuses))
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()
-        return self.batch_store.page(self._flock, wanted)
+        return await self.batch_store.page(self._flock, wanted)
 
     async def cancel_batch(self, batch_id: str) -> Batch:
         await self.get_batch(batch_id)
@@ -897,9 +897,12 @@ class _StoreReader(RunReader):
             return active.run
         engine._check_entered()
         if self._outline is None or news != self._news:
-            newest = engine.store.version(run_id)
+            newest = await engine.store.version(run_id)
             if self._outline is None or newest != self._version:
-                self._version, self._outline = newest, engine._check_visible(run_id, engine.store.outline(run_id))
+                self._version, self._outline = (
+                    newest,
+                    await engine._check_visible(run_id, await engine.store.outline(run_id)),
+                )
         await engine._follow(self._outline, self._output)
         return self._outline
 
@@ -912,7 +915,7 @@ class _StoreReader(RunReader):
             after, skipped = 0, number
             if self._page and at == len(self._page):
                 after, skipped = self._page[-1][0], 0  # the next one is found at once
-            found = self._engine.store.next_calls(run.run_id, position, tries, skipped, after)
+            found = await self._engine.store.next_calls(run.run_id, position, tries, skipped, after)
             if not found:
                 return None
             self._first, self._page, at = number, found, 0
@@ -925,7 +928,9 @@ class _StoreReader(RunReader):
         await self._change.wait()
         self._change = self._output.changed
 
-    def present(self, event: Event, run: Run) -> Event:
+    async def present(self, event: Event, run: Run) -> Event:
         if event.data.get("result") is None or event.name == "call.completed":
             return event
-        return replace(event, data={**event.data, "result": self._engine.shown_result(run, event.data.get("position"))})
+        return replace(
+            event, data={**event.data, "result": await self._engine.shown_result(run, event.data.get("position"))}
+        )

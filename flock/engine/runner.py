@@ -108,11 +108,10 @@ class StoredRun(ActiveRun):
 
     # For its turns; see ``ActiveRun``
 
-    @property
-    def is_next(self) -> bool:
+    async def is_next(self) -> bool:
         """False if the store cannot be read."""
         try:
-            return self.may_begin and self._before() is None
+            return self.may_begin and await self._before() is None
         except StoreError:
             return False
 
@@ -120,10 +119,10 @@ class StoredRun(ActiveRun):
     def may_begin(self) -> bool:
         return self._runner.quarantine.admits(self.run)
 
-    def _before(self) -> str | None:
+    async def _before(self) -> str | None:
         """Return the id of the run of its session for which it has to wait. Raises StoreError."""
         has_to_wait = self.run.session_id is not None and self.run.status is RunStatus.STARTING
-        return self._runner.store.active_before(self.run) if has_to_wait else None
+        return await self._runner.store.active_before(self.run) if has_to_wait else None
 
     async def wait_begins(self) -> None:
         await self._unload()
@@ -167,11 +166,14 @@ class StoredRun(ActiveRun):
 
     async def wait_for_store(self) -> None:
         """A result stays in memory until it is written, so no more work starts while results cannot be written."""
-        while await self._read(self._runner.store.is_behind):
+        while await self._read(self._is_store_behind):
             try:
                 await self._runner.store.catch_up()
             except StoreError:
                 await anyio.sleep(RETRY_AFTER_S)
+
+    async def _is_store_behind(self) -> bool:
+        return self._runner.store.is_behind()
 
     async def earlier_runs(self, limit: int) -> Sequence[Run]:
         """Raises Unreadable."""
@@ -205,14 +207,14 @@ class StoredRun(ActiveRun):
             self.run = replace(stored, owner=self.run.owner, progress=self.progress, spent=self.spent)
         return self.run
 
-    async def _read(self, read: Callable[[], T]) -> T:
+    async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
         """Return what *read* reads from the store. Retry while the store cannot be read.
 
         Raises: Unreadable if a record is damaged.
         """
         while True:
             try:
-                value = read()
+                value = await read()
             except StoreError as exc:
                 if isinstance(damage := exc.__cause__, Damaged):
                     error = Unreadable(DAMAGED_RUN)

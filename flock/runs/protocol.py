@@ -145,7 +145,7 @@ class Engine(Protocol):
         streams of runs that may still end continue; others end at once.
         """
 
-    def check_ready(self) -> None:
+    async def check_ready(self) -> None:
         """Raise EngineStopped or StoreError if new runs cannot be accepted now."""
 
     def health(self) -> EngineHealth:
@@ -254,7 +254,7 @@ class Engine(Protocol):
         If a step was retried, its calls are those of the last retry.
         """
 
-    def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
+    async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
         """Return the result of *run*, or of its step at *position*. A long one may be a ``LongJSON``.
 
         Raises: RunNotFound, StoreError if *run* is a stub, whose results are only in the store.

@@ -9,7 +9,7 @@ JSON is stored as ``msgspec.Raw``, so runs cannot share mutable data, and a stor
 
 import functools
 import operator
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from enum import StrEnum
@@ -658,21 +658,25 @@ class LongJSON:
 
     Attributes:
         length: size in bytes.
-        read: called as ``read(start, size)``, returns up to *size* bytes from *start*. Raises RunNotFound, StoreError.
+        read: called as ``await read(start, size)``, returns up to *size* bytes from *start*. Raises RunNotFound and
+            StoreError.
         kept: returns a context manager. While it is active, retention does not delete the text.
     """
 
     def __init__(
-        self, length: int, read: Callable[[int, int], bytes], kept: Callable[[], AbstractContextManager[None]]
+        self,
+        length: int,
+        read: Callable[[int, int], Awaitable[bytes]],
+        kept: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.length = length
         self.read = read
         self.kept = kept
 
-    def pieces(self) -> Iterator[bytes]:
+    async def pieces(self) -> AsyncIterator[bytes]:
         """Yield the whole text in pieces. Raises RunNotFound, StoreError."""
         for start in range(0, self.length, PIECE_BYTES):
-            yield self.read(start, PIECE_BYTES)
+            yield await self.read(start, PIECE_BYTES)
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):

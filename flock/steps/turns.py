@@ -157,8 +157,7 @@ class ActiveRun:
 
     # To be overridden by an engine
 
-    @property
-    def is_next(self) -> bool:
+    async def is_next(self) -> bool:
         """Whether its turn does not have to wait for an earlier run of its session."""
         return True
 
@@ -480,7 +479,7 @@ class Turns:
         slots = [self._slots] if of_agent is None else [self._slots, of_agent]
         if active.scope.cancel_called:  # an unconditional checkpoint would take as long as a short step
             await anyio.lowlevel.checkpoint_if_cancelled()
-        if active.is_next and acquire_all_nowait(slots, batch):
+        if await active.is_next() and acquire_all_nowait(slots, batch):
             return AgentSlot(of_agent, batch, is_held=True)
         limit_s = active.queue_timeout_s if active.run.status is RunStatus.STARTING else None
         with contextlib.nullcontext() if limit_s is None else anyio.move_on_after(limit_s - active.queued_s):

@@ -135,16 +135,16 @@ class BatchStore:
 
     # Reading
 
-    def get(self, batch_id: str) -> Batch | None:
+    async def get(self, batch_id: str) -> Batch | None:
         return self._store.read(lambda db: queries.find_batch(db, batch_id))
 
-    def page(self, flock: str, wanted: BatchFilter) -> Page[Batch]:
+    async def page(self, flock: str, wanted: BatchFilter) -> Page[Batch]:
         """Return one page of batches, newest first."""
         values = asdict(wanted) | {"flock": flock, "limit": wanted.limit + 1}
         query = statements.batch_page([name for name in statements.BATCH_CONDITIONS if values[name] is not None])
         return self._store.read(lambda db: Page(wanted.limit, map(batch_or_remains, db.execute(query, values))))
 
-    def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> Page[Run]:
+    async def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> Page[Run]:
         """Return up to *limit* items of a batch after the position *after*, in order, without their steps.
 
         If items are long, a page has fewer of them. An empty page means that there are no more.
@@ -159,7 +159,7 @@ class BatchStore:
 
         return self._store.read(find)
 
-    def pending_items(
+    async def pending_items(
         self, batch: Batch, after: int, limit: int, before: int | None = None, *, are_suspects: bool = False
     ) -> list[Run]:
         """Return up to *limit* pending items between two positions, in order, with their completed steps.
@@ -311,7 +311,7 @@ class BatchStore:
         """Request the owner of a batch to cancel it. Returns False if the batch is not active."""
         return await self._store.change(lambda db: db.execute(statements.CANCEL_BATCH, (batch_id,)).rowcount == 1)
 
-    def cancels_for(self, owner: str) -> Sequence[str]:
+    async def cancels_for(self, owner: str) -> Sequence[str]:
         """Return the batches of *owner* that have a cancellation request."""
         return self._store.read(lambda db: [row[0] for row in db.execute(statements.BATCHES_TO_CANCEL, (owner,))])
 

@@ -152,7 +152,7 @@ class Store:
                 f"The store {self.path!r} cannot be used: {exc}. If that process is suspended, resume or end it. "
                 "Otherwise use another file (store=, --store)."
             ) from exc
-        self.data_version()  # with the first read, SQLite creates the journal
+        await self.data_version()  # with the first read, SQLite creates the journal
         self._file.note_identity()
         self._threads = anyio.CapacityLimiter(1)
         tasks = await stack.enter_async_context(anyio.create_task_group())
@@ -423,53 +423,53 @@ class Store:
         logger.error("the store %s cannot be read: %s", self.path, exc)
         return _unusable("read")
 
-    def data_version(self) -> int:
+    async def data_version(self) -> int:
         """Return a number that changes with each commit of any process."""
         version: int = self.read(lambda db: db.execute("PRAGMA data_version").fetchone()[0])
         return version
 
-    def get_run(self, run_id: str) -> Run | None:
+    async def get_run(self, run_id: str) -> Run | None:
         return self.read(lambda db: queries.find_run(db, run_id))
 
-    def outline(self, run_id: str) -> Run | None:
+    async def outline(self, run_id: str) -> Run | None:
         """Return a stub of a run: with ``{}`` in place of its inputs and results, which are not read."""
         return self.read(lambda db: queries.find_run(db, run_id, is_outline=True))
 
-    def is_of(self, run_id: str, principal: str) -> bool:
+    async def is_of(self, run_id: str, principal: str) -> bool:
         """Return whether there is such a run of *principal*. Nothing long is read."""
         values = (run_id, principal, principal)
         return self.read(lambda db: db.execute(statements.IS_OF_PRINCIPAL, values).fetchone()) is not None
 
-    def input_bytes(self, run_id: str) -> int:
+    async def input_bytes(self, run_id: str) -> int:
         """Return the length of the inputs of a run, which are not read, or 0 if there is no such run."""
         row = self.read(lambda db: db.execute(statements.INPUT_BYTES, (run_id,)).fetchone())
         return 0 if row is None else row[0]
 
-    def version(self, run_id: str) -> tuple[Any, ...] | None:
+    async def version(self, run_id: str) -> tuple[Any, ...] | None:
         """Return a value that changes when the outline of a run changes. Reading it takes a few microseconds."""
         version: tuple[Any, ...] | None
         version = self.read(lambda db: db.execute(statements.VERSION, (run_id,)).fetchone())
         return version
 
-    def calls(self, run: Run, position: int, after_row: int = 0) -> Sequence[tuple[int, Call]]:
+    async def calls(self, run: Run, position: int, after_row: int = 0) -> Sequence[tuple[int, Call]]:
         """Return a page of the finished calls of a step, with their rows. Raises StoreError."""
         return self.read(lambda db: queries.find_calls(db, run, position, after_row))
 
-    def active_before(self, run: Run) -> str | None:
+    async def active_before(self, run: Run) -> str | None:
         """Return the id of the last run of its session that was accepted before *run* and has not ended, or None."""
         values = (run.flock, run.session_id, run.principal, run.run_id)
         row = self.read(lambda db: db.execute(statements.ACTIVE_BEFORE, values).fetchone())
         return None if row is None else row[0]
 
-    def earlier_runs(self, run: Run, limit: int, max_bytes: int) -> Sequence[Run]:
+    async def earlier_runs(self, run: Run, limit: int, max_bytes: int) -> Sequence[Run]:
         """Return completed runs of the session and the agent of *run*; see ``queries.earlier_runs``."""
         return self.read(lambda db: queries.earlier_runs(db, run, limit, max_bytes))
 
-    def result_bytes(self, run_id: str, position: int | None) -> int:
+    async def result_bytes(self, run_id: str, position: int | None) -> int:
         """Return the length of the result of a run or of its step at *position*. Raises RunNotFound, StoreError."""
         return self._with_result(run_id, position, len)
 
-    def read_result(self, run_id: str, position: int | None, start: int, length: int) -> bytes:
+    async def read_result(self, run_id: str, position: int | None, start: int, length: int) -> bytes:
         """Return up to *length* bytes of the result of a run or of its step at *position*.
 
         Raises: RunNotFound, StoreError.
@@ -481,7 +481,7 @@ class Store:
 
         return self._with_result(run_id, position, read)
 
-    def short_result(self, run_id: str, position: int | None) -> msgspec.Raw:
+    async def short_result(self, run_id: str, position: int | None) -> msgspec.Raw:
         """Return a result as a whole, if it is not damaged. Raises RunNotFound, StoreError."""
         return self._with_result(run_id, position, lambda result: json_from(result.read()))
 
@@ -499,7 +499,7 @@ class Store:
 
         return self.read(find)
 
-    def list_runs(self, flock: str, wanted: RunFilter) -> Page[Run]:
+    async def list_runs(self, flock: str, wanted: RunFilter) -> Page[Run]:
         """Return one page of runs that are not items, newest first, without steps. A damaged run has an ``error``."""
         columns = statements.list_columns(wanted.with_inputs, wanted.with_results)
         query, values = _page_of(flock, wanted)
@@ -507,19 +507,19 @@ class Store:
             lambda db: Page(wanted.limit, map(run_or_remains, queries.rows_of(db, query, values, columns)))
         )
 
-    def spent(self, flock: str, wanted: RunFilter) -> Sequence[tuple[str, Usage | None]]:
+    async def spent(self, flock: str, wanted: RunFilter) -> Sequence[tuple[str, Usage | None]]:
         """Return the ids of one page of runs, and what each has spent; see ``queries.find_spent``."""
         query, values = _page_of(flock, wanted)
         return self.read(lambda db: queries.find_spent(db, query(statements.SPENT_COLUMNS), values))
 
-    def queue(self, flock: str) -> Queue:
+    async def queue(self, flock: str) -> Queue:
         """Return the queue of runs for ``agents``, without items. Retried runs do not count for its age."""
         values = (flock, names_json(self.agents))
         depth, oldest = self.read(lambda db: db.execute(statements.QUEUE, values).fetchone())
         (asking,) = self.read(lambda db: db.execute(statements.COUNT_ASKING, values).fetchone())
         return Queue(depth, time_from(oldest), asking)
 
-    def last_id(self) -> str | None:
+    async def last_id(self) -> str | None:
         """Return the id of the newest run."""
         newest: str | None = self.read(lambda db: db.execute(statements.NEWEST_ID).fetchone()[0])
         return newest
@@ -558,11 +558,11 @@ class Store:
 
         await self.change(apply, then)
 
-    def shown_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
+    async def shown_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
         """Return the calls of a run for people to see; see ``Engine.get_calls``. Raises StoreError."""
         return self.read(lambda db: queries.find_shown_calls(db, run_id))
 
-    def next_calls(
+    async def next_calls(
         self, run_id: str, position: int, tries: int | None, number: int, after_row: int
     ) -> Sequence[tuple[int, Call]]:
         """Return a page of calls of a step for people to see, with their rows; see ``queries.find_next_calls``."""
@@ -674,11 +674,11 @@ class Store:
     async def delete_old_keys(self, before: datetime) -> None:
         await self.change(lambda db: db.execute(statements.DELETE_OLD_KEYS, (micros(before),)) and None)
 
-    def cancels_for(self, owner: str) -> list[tuple[str, int]]:
+    async def cancels_for(self, owner: str) -> list[tuple[str, int]]:
         """Return runs of *owner*, and items of its batches, with a cancellation request, and their attempts."""
         return self.read(lambda db: db.execute(statements.RUNS_TO_CANCEL, (owner, owner)).fetchall())
 
-    def ended(self, ids: Iterable[str]) -> list[str]:
+    async def ended(self, ids: Iterable[str]) -> list[str]:
         """Return those of *ids* whose run or batch is final or deleted."""
         ids_json = msgspec.json.encode(list(ids)).decode()
         return self.read(lambda db: [row[0] for row in db.execute(statements.ENDED, (ids_json,))])
@@ -708,7 +708,7 @@ class Store:
         await self._insert_engine(engine_id, flock)
         return await self.change(apply)
 
-    def unfinished_of_other_flocks(self, flock: str) -> Mapping[str, int]:
+    async def unfinished_of_other_flocks(self, flock: str) -> Mapping[str, int]:
         """Return the numbers of unfinished runs and batches of flocks with other names, by name."""
 
         def find(db: sqlite3.Connection) -> Mapping[str, int]:
@@ -748,12 +748,12 @@ class Store:
             if self.is_shared:
                 files.close_lock(self._engine_lock)
 
-    def dead_engines(self, flock: str, own_id: str) -> list[str]:
+    async def dead_engines(self, flock: str, own_id: str) -> list[str]:
         """Return the engines of this flock whose process has ended."""
         others = self.read(lambda db: [row[0] for row in db.execute(statements.OTHER_ENGINES, (flock, own_id))])
         return [engine_id for engine_id in others if not files.is_locked(f"{self.path}-engine-{engine_id}")]
 
-    def may_have_suspects(self, engine_id: str) -> bool:
+    async def may_have_suspects(self, engine_id: str) -> bool:
         """Whether unfinished work of an engine was running in a death before, so that it may have killed it."""
         values = (engine_id, engine_id)
         return self.read(lambda db: db.execute(statements.MAY_HAVE_SUSPECTS, values).fetchone()) is not None

@@ -166,7 +166,7 @@ class TemporalEngine(TemporalBatches):
                     await self._no_waiters.wait()
         self._wake_waiters.set()
 
-    def check_ready(self) -> None:
+    async def check_ready(self) -> None:
         self._check_running()
         if self._error is not None:
             raise self._error

@@ -229,13 +229,12 @@ class _RunTurn(ActivityTurn):
         self.tries = info.attempt - self.misses
         self.is_again = self.tries > 1
 
-    @property
-    def is_next(self) -> bool:
+    async def is_next(self) -> bool:
         return not self._latest or self.run.status is not RunStatus.STARTING
 
     async def wait_begins(self) -> None:
         activity.heartbeat(self.heartbeat())  # to the cluster it has started, but it waits
-        if not self.is_next:  # the run before it has left the session, and is about to close
+        if not await self.is_next():  # the run before it has left the session, and is about to close
             await self._answered(lambda: self._cluster.until_change(self._latest[-1]))
 
     async def earlier_runs(self, limit: int) -> Sequence[Run]:

@@ -275,8 +275,8 @@ class ScopedEngine:
     async def drain(self, timeout_s: float) -> None:
         await self._engine.drain(timeout_s)
 
-    def check_ready(self) -> None:
-        self._engine.check_ready()
+    async def check_ready(self) -> None:
+        await self._engine.check_ready()
 
     def health(self) -> EngineHealth:
         return self._engine.health()
@@ -314,8 +314,8 @@ class ScopedEngine:
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         return await self._engine.get_calls(run) if self._may_see(run) else {}
 
-    def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
-        return self._engine.shown_result(run, position)
+    async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
+        return await self._engine.shown_result(run, position)
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
         await self.get_outline(run_id)

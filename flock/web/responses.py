@@ -89,7 +89,7 @@ async def event_text(
                 is_event_whole = False
                 parts = event_parts(event)
                 with held(parts):
-                    for piece in event_pieces(parts):
+                    async for piece in event_pieces(parts):
                         yield piece
                 is_event_whole = True
     except FlockError as exc:
@@ -133,28 +133,26 @@ def held(parts: Sequence[bytes | LongJSON]) -> Iterator[None]:
         yield
 
 
-def pieces(parts: Sequence[bytes | LongJSON]) -> Iterator[bytes]:
+async def pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[bytes]:
     """Yield all *parts*. A long one is read from the store piece by piece. Raises RunNotFound, StoreError."""
     for part in parts:
-        yield from part.pieces() if isinstance(part, LongJSON) else (part,)
+        if isinstance(part, LongJSON):
+            async for piece in part.pieces():
+                yield piece
+        else:
+            yield part
 
 
-def event_pieces(parts: Sequence[bytes | LongJSON]) -> Iterator[bytes]:
+async def event_pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[bytes]:
     """Yield all *parts* of an event, with the characters in LINE_ENDS as JSON escapes. Raises as ``pieces`` does."""
     rest = b""  # the last bytes of a piece may be the first ones of such a character
-    for piece in pieces(parts):
+    async for piece in pieces(parts):
         text = rest + piece
         whole = text.rstrip(b"\xc2\xe2\x80")
         rest = text[len(whole) :]
         for character, escape in LINE_ENDS.items():
             whole = whole.replace(character, escape)
         yield whole
-
-
-async def _in_loop(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield *pieces* in the event loop. Starlette would read each in a thread."""
-    for piece in pieces:
-        yield piece
 
 
 class LongResponse(StreamingResponse):
@@ -169,7 +167,7 @@ class LongResponse(StreamingResponse):
         parts = long_parts(content, b"", b"\n")
         length = sum(part.length if isinstance(part, LongJSON) else len(part) for part in parts)
         self._parts: Sequence[bytes | LongJSON] = [] if is_head else parts
-        super().__init__(_in_loop(pieces(self._parts)), status_code, {**headers, "Content-Length": str(length)})
+        super().__init__(pieces(self._parts), status_code, {**headers, "Content-Length": str(length)})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with held(self._parts):
