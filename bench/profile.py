@@ -31,14 +31,14 @@ REST = "event loop, and the rest"
 
 #: The functions of each part, as "name (file)". The first part that matches a function has it.
 PARTS_OF_REQUEST = {
-    "log line and observers": r"^Logger\.|^Runner\.ended|^Turns\.notify",
+    "log line and observers": r"^Logger\.|^Runner\.ended|^StepExecutor\.notify",
     "response sent": r"^_ResponseTransport|Cycle\.send |^Response\.__call__|send_with_id|\.sender |_send |^add_headers",
     "response made": r"^run_response|^list_agents|^shown_|^JSONResponse|^Response\.",
     "request parsed by uvicorn": r"^HttpToolsProtocol|^Connection\.",
     "body read and checked": r"^read_json|^Body\.|^media_type_of",
     "record made, and its write awaited": r"^(Runner|StoredRun)\._?(finish|save|retrying)|^Store\.(save|_written)",
     "SQLite: statements, commit, thread": r"^Store\.|^Group|^StoreFile|^WorkerThread|^run_sync|/(rows|queries)\.py",
-    "turn: slot, deadline, agent": r"^Turns\.|^take_turn|^FunctionAgent",
+    "step: slot, deadline, agent": r"^StepExecutor\.|^execute_agent|^FunctionAgent",
     "client wakes up": r"^_end_of|^EmbeddedEngine\.wait",
     "task and scope of the run": r"^Runner\.|^StoredRun|^TaskGroup|^TaskHandle",
     "run accepted: limits, inputs, id, record": r"^EngineBase|^EmbeddedEngine\._(accept|start|check)|^_accepted_run",
@@ -49,8 +49,8 @@ PARTS_OF_ITEM = {
     "record made, and its write awaited": r"^(Runner|StoredRun)\._?(finish|save|retry|ended)|^Store\.(save|_written)",
     "row read": r"^BatchStore|^rows_of|^Store\.read|^run_from|^_reader|^find_batch",
     "SQLite: statements, commit, thread": r"^Store\.|^Group|^StoreFile|^WorkerThread|^run_sync|/(rows|queries)\.py",
-    "agent: inputs, function, result": r"^FunctionAgent|^take_turn|^Signature",
-    "turn: slot, step": r"^Turns|^acquire_all|^Slots",
+    "agent: inputs, function, result": r"^FunctionAgent|^execute_agent|^Signature",
+    "step: slot, result": r"^StepExecutor|^acquire_all|^Slots",
     "worker and run": r"^Runner|^StoredRun|^ActiveRun|^_Work|^Batches",
 }
 

@@ -88,7 +88,7 @@ def journal() -> Journal:
 
 async def turn(made: Agent, resources: Resources, **inputs: Any) -> Done:
     decoded, spent = made.input.decode(msgspec.json.encode(inputs)), list[Usage]()
-    result = await made.take_turn(decoded, resources, context_of(made.name, spent))
+    result = await made.execute(decoded, resources, context_of(made.name, spent))
     return Done(result, sum(spent, Usage()) if spent else None)
 
 
@@ -687,4 +687,4 @@ async def test_partial_and_cached_functions_keep_their_types(resources: Resource
 async def test_the_base_class_cannot_take_a_turn(resources: Resources) -> None:
     empty = Signature.of("")
     with pytest.raises(NotImplementedError):
-        await Agent("x", empty, empty).take_turn(None, resources, context_of("x", []))
+        await Agent("x", empty, empty).execute(None, resources, context_of("x", []))

@@ -140,7 +140,7 @@ def test_each_reader_ends_with_the_exact_output(
                     context.reset_output()
                     written.clear()
                 case ("begin",):
-                    live.begin_turn(context)
+                    live.begin_step(context)
                     written.clear()
                     has_written = False
                 case ("join", has_stale_text):
@@ -253,7 +253,7 @@ async def test_a_turn_that_starts_again_resets_what_was_written_but_not_the_call
     live.end_call(0, "done")
     client.read()
     again = context_of(live, attempt=2)
-    live.begin_turn(again)
+    live.begin_step(again)
     again.emit("b", "text")
     client.read(after=STEP)
     assert client.outputs == {"": {"text": "a"}, "done": {"text": "done"}, "open": {"text": "open"}}, "not yet started"

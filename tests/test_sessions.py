@@ -21,7 +21,7 @@ from flock.core import Flock, FlockFactory
 from flock.engine.embedded import SEEN_BY_ALL_S
 from flock.errors import Conflict, DefinitionError, SessionNotFound
 from flock.runs import Engine, Principal, Run, RunFilter, RunStatus, Usage, now
-from flock.steps.turns import MAX_HISTORY_BYTES
+from flock.steps.executor import MAX_HISTORY_BYTES
 from flock.testing import FakeModel, Reply
 from flock.web.auth import ScopedEngine
 from flockapi import FlockAPI, create_app

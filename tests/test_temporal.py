@@ -1234,7 +1234,7 @@ async def test_a_turn_that_kills_its_workers_is_given_up() -> None:
     with pytest.raises(ApplicationError, match="This worker has no agent 'gone'") as left:
         await environment.run(worker._run_agent, RunOrder(run=run, timeout_s=1))
     assert not left.value.non_retryable
-    items = ItemActivities(worker.cluster, worker._turns, 0)
+    items = ItemActivities(worker.cluster, worker._executor, 0)
     order = ItemsOrder(batch_id="b", chunk=0, parts=(Part(position=0), Part(position=1)), timeout_s=1)
     given(MAX_TRIES + 1, ItemsDone())
     done = await environment.run(items.run, order)

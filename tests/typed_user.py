@@ -300,7 +300,7 @@ assert_type(flock.run_batch("measure", rows, max_workers=2, progress=False), lis
 
 
 class Fixed(Agent):
-    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
+    async def execute(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         context.spend(Usage(input_tokens=1))
         assert_type(context.journal, StepJournal)
         assert_type(list(await resources.history(self, 5)), list[Exchange])

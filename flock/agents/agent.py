@@ -113,12 +113,12 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Agent:
-    """The base class of all agents. Subclasses implement ``take_turn``.
+    """The base class of all agents. Subclasses implement ``execute``.
 
     Attributes:
         output_names: the fields of its output, and first the one that is written if no field is named.
-        uses_context: whether a turn may make calls, report progress or use tokens. A function without a context cannot.
-        may_ask: whether a turn may ask a person. A model without tools cannot.
+        uses_context: whether it may make calls, report progress or use tokens. A function without a context cannot.
+        may_ask: whether it may ask a person. A model without tools cannot.
 
     Args:
         name: unique in its flock. It consists of letters, digits, ``_``, ``-`` and ``.``, because it is part of URLs.
@@ -193,7 +193,7 @@ class Agent:
             return [Handoff(from_=self.name, to=chosen, kind="fixed", field=None, value=None)]
         return [Handoff(from_=self.name, to=None, kind="function", field=None, value=None)]
 
-    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
+    async def execute(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         """Execute one step with *inputs*, an instance of ``input.type``, and return its result: a JSON object.
 
         Raises:
@@ -387,7 +387,7 @@ class ModelAgent(Agent):
             message for number, example in enumerate(examples) for message in self._example_messages(example, number)
         ]
 
-    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
+    async def execute(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         with move_on_after_working(self.timeout_s):
             history = [] if self.history is None else self._earlier(await resources.history(self, self.history))
             return await self._converse(self._prompt(inputs, history), resources, context)
@@ -575,7 +575,7 @@ class FunctionAgent(Agent):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
-    async def take_turn(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
+    async def execute(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         values = msgspec.structs.asdict(inputs)
         if self._context_parameter is not None:
             values[self._context_parameter] = context

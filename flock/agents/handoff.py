@@ -1,7 +1,7 @@
-"""Hand-offs from one agent to the next: which agent is next, its inputs, and its turn.
+"""Hand-offs from one agent to the next: which agent is next, its inputs, and its execution.
 
-``next_agent`` and ``inputs_for`` are pure functions of a run's record, and ``take_turn`` executes an agent. They do not
-depend on a store, so every engine can use them.
+``next_agent`` and ``inputs_for`` are pure functions of a run's record. They and ``execute_agent`` do not depend on a
+store, so every engine can use them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,11 +19,11 @@ __all__ = [
     "Columns",
     "columns_of",
     "exchanges_of",
+    "execute_agent",
     "inputs_for",
     "missing_agents",
     "next_agent",
     "result_names",
-    "take_turn",
 ]
 
 #: The names of a run's inputs and of its result's members. Each is None if it is not known in advance.
@@ -89,17 +89,17 @@ def _no_such_agent(name: str, path: str, agents: Mapping[str, Agent]) -> Invalid
     )
 
 
-async def take_turn(agent: Agent, inputs: msgspec.Raw, resources: Resources, context: RunContext) -> msgspec.Raw:
-    """Validate *inputs*, let *agent* take one turn with them, and return its result.
+async def execute_agent(agent: Agent, inputs: msgspec.Raw, resources: Resources, context: RunContext) -> msgspec.Raw:
+    """Validate *inputs*, execute *agent* with them, and return its result.
 
     Raises: InvalidHandoff if the inputs are missing or invalid; any exception of the agent.
-    Cancellation: the turn is lost.
+    Cancellation: what it has done is lost.
     """
     try:
         decoded = agent.input.decode(inputs)
     except InvalidData as exc:
         raise InvalidHandoff(f"The inputs for the agent {agent.name!r} are missing or invalid. {exc}") from exc
-    result = await agent.take_turn(decoded, resources, context)
+    result = await agent.execute(decoded, resources, context)
     context.settle_output(result)
     return result
 

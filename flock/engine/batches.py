@@ -97,7 +97,7 @@ class Batches:
     def start(self, batch: Batch | None) -> None:
         """Start an attempt of a batch that was just accepted; None if it was not."""
         if batch is not None:
-            self._runner.turns.notify("batch_accepted", batch)
+            self._runner.executor.notify("batch_accepted", batch)
             self.resume(batch)
 
     def resume(self, batch: Batch) -> None:
@@ -139,7 +139,7 @@ class Batches:
         while batch.reopening and id_ not in self._cancelled:
             batch = await self._store.reopen_some(batch)
         batch = await self._store.begin(batch, now())
-        budget = self._runner.turns.budget(batch.options.max_cost, batch.usage, "batch")
+        budget = self._runner.executor.budget(batch.options.max_cost, batch.usage, "batch")
         if id_ not in self._cancelled:
             workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self._limits.max_concurrency)
             await _Work(batch, self, self._store, self._runner, budget).run(workers if batch.options.parallel else 1)
@@ -155,7 +155,7 @@ class Batches:
         batch = await self._store.end(batch, now())
         if not batch.status.is_final:
             return batch
-        self._runner.turns.notify("batch_ended", batch)
+        self._runner.executor.notify("batch_ended", batch)
         counts = (batch.total_items, batch.failed_items, batch.cancelled_items)
         template, source = "batch %s: %s, agent %s, %d items, %d failed, %d cancelled%s", of_request(batch.request_id)
         logger.info(template, batch.batch_id, batch.status, batch.agent_name, *counts, source)

@@ -74,9 +74,9 @@ from flock.runs import (
 from flock.runs.records import LONG_BYTES
 from flock.runs.text import of_request
 from flock.scopes import current_task, start_in_empty_context
+from flock.steps.executor import StepExecutor
 from flock.steps.live import LiveOutput, LiveReader
 from flock.steps.refusals import check_cancel, not_deleted, not_retried, run_not_retried, wait_stopped
-from flock.steps.turns import Turns
 from flock.store.batchstore import BatchStore
 from flock.store.store import Store
 from flock.store.takeover import CRASHED, INTERRUPTED, TakenOver
@@ -152,11 +152,11 @@ class EmbeddedEngine(EngineBase):
         self.store = store
         self._program_path = program_path
         self._models = models
-        models.on_retry = lambda: self._runner.turns.notify("model_call_retried")
+        models.on_retry = lambda: self._runner.executor.notify("model_call_retried")
         self._observers: list[Observer] = []
         self._expose_errors = expose_errors
-        self._make_turns = functools.partial(
-            Turns,
+        self._make_executor = functools.partial(
+            StepExecutor,
             agents,
             models,
             self._observers,
@@ -192,7 +192,7 @@ class EmbeddedEngine(EngineBase):
     def _reset(self) -> None:
         """Create the state that is bound to one event loop, such as events."""
         self.batch_store = BatchStore(self.store)
-        self._runner = Runner(self.store, self._make_turns(), limits=self._limits, expose_errors=self._expose_errors)
+        self._runner = Runner(self.store, self._make_executor(), limits=self._limits, expose_errors=self._expose_errors)
         self._batches = Batches(self.batch_store, self._runner, self._start_batch, self._next_change, self._limits)
         self._accepting: set[str] = set()
         self._store_changed = anyio.Event()
@@ -632,7 +632,7 @@ class EmbeddedEngine(EngineBase):
             await anyio.sleep(WATCH_INTERVAL_S)
             at = anyio.current_time()
             for active in list(self._runner.active.values()):
-                # After its turn, a newer record is already being written, which must not be replaced by this one.
+                # After its step, a newer record is already being written, which must not be replaced by this one.
                 is_changed = active.progress is not active.run.progress or active.spent is not active.run.spent
                 if active.context is not None and is_changed:
                     active.update(replace(active.run, progress=active.progress, spent=active.spent))
@@ -750,7 +750,7 @@ class EmbeddedEngine(EngineBase):
                     agent, source = run.next_agent_name, of_request(run.request_id)
                     template = "run %s: agent %s killed its process, which died %d times while it was running%s"
                     logger.error(template, run.run_id, agent, run.deaths, source, extra=fields_of_run(run))
-                self._runner.turns.notify("run_ended", run)
+                self._runner.executor.notify("run_ended", run)
                 await share.checkpoint()
 
     async def _expire_questions(self) -> None:

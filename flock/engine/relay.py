@@ -121,7 +121,7 @@ async def follow(path: str, run_id: str, live: LiveOutput) -> bool:
     try:
         async with await anyio.connect_unix(path) as stream:
             await stream.send(msgspec.json.encode(run_id) + b"\n")
-            live.drop_open()  # what is known is of an earlier turn
+            live.drop_open()  # what is known is of an earlier execution
             async for line in _lines(stream):
                 name, data = msgspec.json.decode(line, type=tuple[str, dict[str, Any]])
                 if name == STATE:

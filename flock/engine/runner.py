@@ -31,9 +31,9 @@ from flock.models.prices import Budget
 from flock.runs import Call, Question, Run, RunStatus, Step, now, stub_of
 from flock.runs.text import of_request
 from flock.scopes import current_task
+from flock.steps.executor import MAX_HISTORY_BYTES, ActiveRun, StepExecutor, WaitingForAnswers
 from flock.steps.live import LiveOutput, Unread
 from flock.steps.outcomes import CANCELLED, failure_of
-from flock.steps.turns import MAX_HISTORY_BYTES, ActiveRun, Turns, WaitingForAnswers
 from flock.store.columns import DAMAGED_RUN, Damaged
 from flock.store.store import RETRY_AFTER_S, Store
 from flock.store.takeover import INTERRUPTED
@@ -106,7 +106,7 @@ class StoredRun(ActiveRun):
         """Whether its live output is kept while nobody watches. Clients of asynchronous runs come after the start."""
         return self.run.is_async and self.run.batch_id is None
 
-    # For its turns; see ``ActiveRun``
+    # For its steps; see ``ActiveRun``
 
     async def is_next(self) -> bool:
         """False if the store cannot be read."""
@@ -285,13 +285,13 @@ class Runner:
         is_draining: the engine is shutting down. Failed writes are not retried.
         queued_bytes: the total length of the inputs of runs that wait for their first step, by principal. It includes
             neither items of batches nor runs that were recovered after a crash.
-        turns: executes single turns.
+        executor: executes single steps.
         quarantine: which runs may start.
     """
 
-    def __init__(self, store: Store, turns: Turns, *, limits: Limits, expose_errors: bool) -> None:
+    def __init__(self, store: Store, executor: StepExecutor, *, limits: Limits, expose_errors: bool) -> None:
         self.store = store
-        self.turns = turns
+        self.executor = executor
         self.limits = limits
         self._expose_errors = expose_errors
         self.active: dict[str, StoredRun] = {}
@@ -378,7 +378,7 @@ class Runner:
     def stop(self) -> None:
         """Stop all runs, because the engine is shutting down."""
         for active in list(self.active.values()):
-            self.turns.stop(active)
+            self.executor.stop(active)
 
     async def interrupt(self, active: StoredRun) -> None:
         """Leave an asynchronous run in a file for the next start, at shutdown. End any other as interrupted."""
@@ -391,7 +391,7 @@ class Runner:
             ended = replace(run, status=RunStatus.FAILED, error=error, error_type=error_type, completed_at=now())
             with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost, Unstorable):
                 await self.store.save(ended, run.steps[-1] if active.unsaved is not None else None)
-                self.turns.notify("run_ended", ended)
+                self.executor.notify("run_ended", ended)
             active.run = ended
         active.is_interrupted = True
         active.update(active.run)
@@ -432,7 +432,7 @@ class Runner:
         if isinstance(failure, WaitingForAnswers) and await self._suspend(active, failure.questions):
             return
         if end is None:
-            end = asdict(await self.turns.outcome_of(active, failure))
+            end = asdict(await self.executor.outcome_of(active, failure))
         if isinstance(failure, Unreadable) and not failure.is_writable:  # writing it would fail its whole group
             self._disown(active)
             return
@@ -447,7 +447,7 @@ class Runner:
         while (active.unsaved or active.run).next_agent_name is not None:
             if self.is_draining:
                 await anyio.lowlevel.checkpoint_if_cancelled()
-            step = await self.turns.take(active)
+            step = await self.executor.execute(active)
             run = replace(active.run, steps=(*active.run.steps, step), spent=active.spent)
             if step.next_agent is None:
                 active.unsaved = run
@@ -485,7 +485,7 @@ class Runner:
             if is_waiting:
                 self._remove(active)
                 active.update(run)
-                self.turns.notify("run_waiting", run)
+                self.executor.notify("run_waiting", run)
                 if active.on_wait is not None:
                     active.on_wait()
 
@@ -532,7 +532,7 @@ class Runner:
 
     def ended(self, run: Run) -> None:
         """Notify the observers of the end of *run*, and log it."""
-        self.turns.notify("run_ended", run)
+        self.executor.notify("run_ended", run)
         level = logging.INFO if run.batch_id is None else logging.DEBUG  # items are too many; the batch logs a summary
         if logger.isEnabledFor(level):
             took_ms = round((now() - run.created_at).total_seconds() * 1000)

@@ -114,7 +114,7 @@ def models_of(choice: ModelChoice, owner: str) -> tuple[Model, ...]:
     return tuple(_named(model) if isinstance(model, str) else model for model in models)
 
 
-@functools.lru_cache(maxsize=1000)  # each turn names its models
+@functools.lru_cache(maxsize=1000)  # each step names its models
 def _named(name: str) -> Model:
     model = Model("any/model")
     force_setattr(model, "name", name)

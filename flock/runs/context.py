@@ -223,7 +223,7 @@ class RunContext:
             live.write_reasoning(self, text)
 
     def reset_output(self) -> None:
-        """Drop what this agent has written in this turn. It begins anew. No effect if it has written nothing."""
+        """Drop what this agent has written in this execution. It begins anew. No effect if it has written nothing."""
         self._began_in = msgspec.UNSET
         if (live := self._live) is not None:
             live.reset(self)

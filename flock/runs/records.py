@@ -309,10 +309,10 @@ class Run(_Record, frozen=True, kw_only=True):
     @property
     def content_bytes(self) -> int:
         """The total size of its inputs, extra columns and results."""
-        return self.turn_bytes + len(self.result or b"") + len(self.extra or b"")
+        return self.exchange_bytes + len(self.result or b"") + len(self.extra or b"")
 
     @property
-    def turn_bytes(self) -> int:
+    def exchange_bytes(self) -> int:
         """The total size of its inputs and of the results of its steps."""
         return len(self.inputs) + sum(len(step.result) for step in self.steps)
 

@@ -17,8 +17,8 @@ from flock.steps.journal import DIGEST_CHARS, Journal, check_in_loop, depth_of_c
 
 __all__ = ["Callees"]
 
-#: Executes a turn of an agent, with its inputs and the context of its caller, and returns its result.
-TakeTurn = Callable[[Agent, msgspec.Raw, RunContext], Awaitable[msgspec.Raw]]
+#: Executes an agent, with its inputs and the context of its caller, and returns its result.
+Execute = Callable[[Agent, msgspec.Raw, RunContext], Awaitable[msgspec.Raw]]
 
 
 class Callees:
@@ -30,13 +30,13 @@ class Callees:
         agents: Mapping[str, Agent],
         *,
         max_steps: int,
-        take_turn: TakeTurn,
+        execute: Execute,
         elsewhere: Collection[str] = (),
     ) -> None:
         self._run = run
         self._agents = agents
         self._max_steps = max_steps
-        self._take_turn = take_turn
+        self._execute = execute
         self._elsewhere = elsewhere
 
     def run(
@@ -95,6 +95,6 @@ class Callees:
         digest = hashlib.sha256(inputs).hexdigest()[:DIGEST_CHARS]
 
         async def execute() -> msgspec.Raw:
-            return await self._take_turn(agent, inputs, context)
+            return await self._execute(agent, inputs, context)
 
         return journal.once(agent.name, digest, execute, kind="agent", arguments=inputs, decode=msgspec.Raw, then=then)

@@ -62,10 +62,10 @@ RunAgent = Callable[["Journal", RunContext, str, Mapping[str, Any]], Coroutine[A
 
 
 class Journal:
-    """The calls of one turn.
+    """The calls of one execution of a step.
 
     Args:
-        finished: the calls that earlier turns of the same step have finished, oldest first.
+        finished: the calls that earlier executions of the same step have finished, oldest first.
         save: stores a call; on return it is on disk.
         wait_for_store: is called before each call that is executed.
         on_start: is called with the id, name, kind, arguments and start time of each call that is executed.
@@ -77,13 +77,13 @@ class Journal:
         max_total_bytes: max size of all arguments and results together, as JSON.
         expose_errors: whether the text of any exception is stored with a failed call.
         clock: that of the run.
-        answer: answers the step's questions at once. Without it, the turn ends if nothing but answers is missing.
+        answer: answers the step's questions at once. Without it, the step ends if nothing but answers is missing.
 
     Attributes:
-        kept: calls of this turn that are stored.
+        kept: calls of this execution that are stored.
         spent: the tokens that the run has used so far.
-        scope: the scope in which the step runs. It is cancelled to end the turn.
-        questions: the questions for which the turn was ended.
+        scope: the scope in which the step runs. It is cancelled to end the step.
+        questions: the questions for which the step was ended.
         elsewhere: the agent for which it was ended, because only another process has it.
     """
 
@@ -115,7 +115,7 @@ class Journal:
         self._open: dict[str, Callable[[], object]] = {}
         self._changed: anyio.Event | None = None
         self._finished = {call.call_id: call for call in finished if call.is_checkpoint}
-        #: calls of this turn that were cancelled while they were saved. The next equal call returns the result.
+        #: calls of this execution that were cancelled while they were saved. The next equal call returns the result.
         self._unread: dict[str, Call] = {}
         self._save = save
         self._wait_for_store = wait_for_store
@@ -162,7 +162,7 @@ class Journal:
 
     @property
     def not_repeated(self) -> Sequence[str]:
-        """The ids of finished calls that this turn has not repeated."""
+        """The ids of finished calls that this execution has not repeated."""
         return [call_id for call_id in self._finished if NESTED not in call_id]
 
     @property
@@ -252,17 +252,17 @@ class Journal:
         return self.once(ASK, key, answer, kind="question", arguments=question_json(text), decode=decode)
 
     async def wait_elsewhere(self, agent_name: str) -> NoReturn:
-        """End the turn as a question does, because the step calls an agent that only another process has."""
+        """End the step as a question does, because the step calls an agent that only another process has."""
         key = f"{CURRENT_CALL.get()}{NESTED}{agent_name}"
         await self._suspend(f"{key}:{self._take_number(agent_name, key)}", agent_name)
 
     @property
     def is_suspended(self) -> bool:
-        """Whether the turn was ended to start again later or elsewhere."""
+        """Whether the step was ended to start again later or elsewhere."""
         return bool(self.questions or self.elsewhere)
 
     async def _suspend(self, call_id: str, asked: Question | str) -> NoReturn:
-        """End the turn when all calls that are open wait for answers, themselves or in the calls that they make."""
+        """End the step when all calls that are open wait for answers, themselves or in the calls that they make."""
         self._asked[call_id] = asked
         try:
             with clocks_stopped():
@@ -367,7 +367,7 @@ class Journal:
 
     async def _result_of(self, planned: "_Planned") -> Any:
         if self._is_closed:
-            await anyio.lowlevel.checkpoint()  # raises if the turn was ended for a question
+            await anyio.lowlevel.checkpoint()  # raises if the step was ended for a question
             raise CallError(_LATE.format(planned.label))
         if (finished := self._finished.pop(planned.call_id, None)) is not None:
             self.kept += 1
@@ -471,7 +471,7 @@ class Journal:
                 f"The arguments and results of the step's calls are larger than the cluster can store. The call "
                 f"{call.name!r} has {_bytes_of(call)} bytes of them. Return references to long results instead."
             )
-        if self._is_over or self.is_suspended:  # a function may swallow the end of its turn, and return anything
+        if self._is_over or self.is_suspended:  # a function may swallow the end of its step, and return anything
             return
         try:
             await self._save_whole(call)

@@ -1,4 +1,4 @@
-"""The live output of a run: what its agents write in their current turns.
+"""The live output of a run: what its agents write in their current steps.
 
 It is not a log. It holds the text that each agent has written so far, and each reader has its own place in that text.
 So a slow reader costs nothing, and gets all that was written since its last event in one piece. Nothing is stored.
@@ -30,8 +30,8 @@ UNREAD_S = 10.0
 MAX_UNREAD_RUNS = 1000
 
 
-class _RemoteTurn(msgspec.Struct, kw_only=True):
-    """A turn of an agent in another process."""
+class _RemoteContext(msgspec.Struct, kw_only=True):
+    """The context of an agent in another process."""
 
     run_id: str
     attempt: int
@@ -40,7 +40,7 @@ class _RemoteTurn(msgspec.Struct, kw_only=True):
     call_id: str = ""
 
 
-Turn = RunContext | _RemoteTurn
+Context = RunContext | _RemoteContext
 
 
 class _Text(io.StringIO):
@@ -57,7 +57,7 @@ class _Text(io.StringIO):
 
 
 class _Writer:
-    """What one agent has written in its turn: that of a step, or of a call of the step.
+    """What one agent has written in a step, or in a call of the step.
 
     Attributes:
         fields: text that grows; or a whole value, with the number of the change that set it, made negative.
@@ -65,7 +65,7 @@ class _Writer:
         resets: how many times its text was dropped.
         changed, created: the number of its last change and of its first one, in the live output.
         is_done: its call has ended.
-        has_output: it has written a part of its output in this turn, even if that was dropped.
+        has_output: it has written a part of its output in this execution, even if that was dropped.
     """
 
     def __init__(self, run_id: str, attempt: int, position: int, agent_name: str, call_id: str, created: int) -> None:
@@ -108,7 +108,7 @@ class LiveOutput:
 
     Args:
         max_chars: max characters that are kept, of one agent and of all calls that have ended. What exceeds it is
-            dropped, and an agent's text is corrected at the end of its turn.
+            dropped, and an agent's text is corrected at its end.
 
     Attributes:
         watchers: how many watch the run.
@@ -157,7 +157,7 @@ class LiveOutput:
 
     # Writing: in any thread
 
-    def write(self, writer: Turn, field: str, text: str) -> None:
+    def write(self, writer: Context, field: str, text: str) -> None:
         with self._writing(writer) as written:
             written.has_output = True
             content = written.fields.get(field)
@@ -168,26 +168,26 @@ class LiveOutput:
             if self._has_room(written, writer):
                 written.chars += content.append(text)
 
-    def write_value(self, writer: Turn, field: str, value: Any) -> None:
+    def write_value(self, writer: Context, field: str, value: Any) -> None:
         raw = msgspec.Raw(msgspec.json.encode(value, enc_hook=to_json))
         with self._writing(writer) as written:
             written.has_output = True
             if self._has_room(written, writer):
                 written.set_value(field, raw, -self._changes)
 
-    def write_reasoning(self, writer: Turn, text: str) -> None:
+    def write_reasoning(self, writer: Context, text: str) -> None:
         with self._writing(writer) as written:
             if self._has_room(written, writer):
                 written.chars += written.reasoning.append(text)
 
-    def reset(self, writer: Turn) -> None:
+    def reset(self, writer: Context) -> None:
         known = self._writers.get((writer.position, writer.call_id))
         if known is not None and not known.is_empty:
             with self._writing(writer) as written:
                 written.clear()
                 written.resets += 1
 
-    def settle(self, writer: Turn, result: msgspec.Raw, *, has_missed: bool) -> None:
+    def settle(self, writer: Context, result: msgspec.Raw, *, has_missed: bool) -> None:
         """Complete what *writer* has written, or replace it where it differs from its *result*."""
         known = self._writers.get((writer.position, writer.call_id))
         if not has_missed and (known is None or not (known.has_output or known.resets)):
@@ -208,14 +208,14 @@ class LiveOutput:
                 elif content is None or content[1] != members[name]:
                     written.set_value(name, members[name], -self._changes)
 
-    def _has_room(self, written: _Writer, writer: Turn) -> bool:
+    def _has_room(self, written: _Writer, writer: Context) -> bool:
         if written.is_done:
             return False  # what a call has left behind is not its output
-        is_limited = isinstance(writer, _RemoteTurn)  # by the other process, which sends the whole text at the end
+        is_limited = isinstance(writer, _RemoteContext)  # by the other process, which sends the whole text at the end
         return is_limited or written.chars < self._max_chars
 
     @contextlib.contextmanager
-    def _writing(self, writer: Turn) -> Iterator[_Writer]:
+    def _writing(self, writer: Context) -> Iterator[_Writer]:
         """Change what *writer* has written, and wake the readers."""
         with self._lock:
             written = self._writer(writer.run_id, writer.attempt, writer.position, writer.agent_name, writer.call_id)
@@ -244,15 +244,15 @@ class LiveOutput:
 
     # The course of the run: in the event loop
 
-    def begin_turn(self, turn: Turn) -> None:
-        """Drop what an earlier turn of the same step has written, except in calls that have ended."""
-        unread = turn.position if self.next_is_late else 0  # the first reader is still to come
+    def begin_step(self, context: Context) -> None:
+        """Drop what an earlier execution of the same step has written, except in calls that have ended."""
+        unread = context.position if self.next_is_late else 0  # the first reader is still to come
         lowest = min((reader.position for reader in self.readers), default=unread)
         with self._lock:
             for written in list(self._writers.values()):
                 if written.position < lowest:  # all readers have the end of its step
                     self._forget(written)
-            self._restart(turn.position, turn.attempt)
+            self._restart(context.position, context.attempt)
         self._wake_soon()
 
     def _restart(self, position: int, attempt: int = 0) -> None:
@@ -272,13 +272,13 @@ class LiveOutput:
         self._wake_soon()
 
     def begin_call(
-        self, turn: Turn, call_id: str, name: str, kind: CallKind, arguments: msgspec.Raw, started_at: datetime
+        self, context: Context, call_id: str, name: str, kind: CallKind, arguments: msgspec.Raw, started_at: datetime
     ) -> None:
         """Note that a call of the step has started."""
         with self._lock:
-            written = self._writer(turn.run_id, turn.attempt, turn.position, turn.agent_name, call_id)
+            written = self._writer(context.run_id, context.attempt, context.position, context.agent_name, call_id)
             self._count_done(written, False)
-            written.attempt, written.created = turn.attempt, self._changes
+            written.attempt, written.created = context.attempt, self._changes
             written.call = {"name": name, "kind": kind, "started_at": started_at}
             if arguments != JSON_NULL and len(arguments) <= MAX_SHOWN_BYTES:
                 written.call["arguments"] = arguments
@@ -312,23 +312,23 @@ class LiveOutput:
 
     def apply(self, name: str, data: dict[str, Any]) -> None:
         """Do what a live event of another process says."""
-        turn = msgspec.convert(data, _RemoteTurn)
+        context = msgspec.convert(data, _RemoteContext)
         if name in ("output.reset", "output.snapshot"):
-            self.reset(turn)
+            self.reset(context)
         if name == "output.delta":
-            self.write(turn, data["field"], data["text"])
+            self.write(context, data["field"], data["text"])
         elif name == "reasoning.delta":
-            self.write_reasoning(turn, data["text"])
+            self.write_reasoning(context, data["text"])
         elif name == "call.started":
             arguments = msgspec.Raw(msgspec.json.encode(data.get("arguments")))
             started_at = msgspec.convert(data["started_at"], datetime)
-            self.begin_call(turn, turn.call_id, data["name"], data["kind"], arguments, started_at)
+            self.begin_call(context, context.call_id, data["name"], data["kind"], arguments, started_at)
         values = {data["field"]: data["value"]} if name == "output.value" else data.get("output", {})
         for field, value in values.items():
             if isinstance(value, str) and name == "output.snapshot":
-                self.write(turn, field, value)
+                self.write(context, field, value)
             else:
-                self.write_value(turn, field, value)
+                self.write_value(context, field, value)
 
     def drop_open(self) -> None:
         """Drop what is not known to have ended, because the process that wrote it is gone."""

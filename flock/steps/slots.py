@@ -81,7 +81,7 @@ class Slots:
 
 
 class AgentSlot:
-    """A slot that a turn holds while it works, and releases while it waits for an agent that it has called.
+    """A slot that a step holds while it works, and releases while it waits for an agent that it has called.
 
     So agents that call each other cannot wait for each other's slots. *slots* is None if there is no limit.
     """
@@ -94,13 +94,13 @@ class AgentSlot:
         self._callees = 0
 
     async def acquire(self) -> None:
-        """Wait for the slot, unless the turn waits for an agent that it has called. Cancellation: it is not held."""
+        """Wait for the slot, unless the step waits for an agent that it has called. Cancellation: it is not held."""
         if self._slots is None or not self._is_wanted:
             return
         await self._slots.acquire(self.batch)
         if self._is_wanted:
             self._is_held = True
-        else:  # the turn has ended or called another agent meanwhile, or this was called twice
+        else:  # the step has ended or called another agent meanwhile, or this was called twice
             self._slots.release(self.batch)
 
     @property
@@ -114,13 +114,13 @@ class AgentSlot:
             self._slots.release(self.batch)
 
     def close(self) -> None:
-        """Release the slot for good, because the turn has ended."""
+        """Release the slot for good, because the step has ended."""
         self._is_over = True
         self.release()
 
     @contextlib.asynccontextmanager
     async def waiting_for_callee(self) -> AsyncGenerator[None, None]:
-        """Release the slot while one or more agents work for this turn."""
+        """Release the slot while one or more agents work for this step."""
         self.release()
         self._callees += 1
         try:

@@ -62,7 +62,7 @@ class Threads:
         """Call *function* in a thread and wait for it, until *deadline* (of the loop's clock) or ``abandon``.
 
         Args:
-            owners: the run, and the turn that holds a slot meanwhile.
+            owners: the run, and the step that holds a slot meanwhile.
             batch: that of the run, if it is an item.
             keeps_result: end as the function has ended even if ``asyncio.timeout`` or the like has cancelled this task
                 meanwhile. The caller must then raise the cancellation, which ``Task.cancelling`` shows.

@@ -368,7 +368,7 @@ def earlier_runs(db: sqlite3.Connection, run: Run, limit: int, max_bytes: int) -
     for (run_id,) in db.execute(statements.EARLIER_RUNS, values).fetchall():
         with contextlib.suppress(Damaged):
             earlier = find_run(db, run_id)
-            max_bytes -= 0 if earlier is None else earlier.turn_bytes
+            max_bytes -= 0 if earlier is None else earlier.exchange_bytes
             if max_bytes < 0:
                 break
             runs += [] if earlier is None else [earlier]

@@ -231,7 +231,7 @@ class Store:
         group, pending = self._open, self._unawaited.pop(run.run_id, None)
         if pending is not None:
             group.runs[run.run_id] = pending
-        size = run.turn_bytes
+        size = run.exchange_bytes
         self._unwritten_bytes += size
         try:
             await self._written(group, shield=shield)

@@ -2,16 +2,16 @@
 
 There are three kinds of processes. API processes have a ``TemporalEngine``, workers have a ``TemporalWorker``, and the
 cluster stores everything. The code of the workflows is generic and runs in workers. Agents run only in two activities,
-``run_agent`` and ``run_items``, which share ``flock.steps.turns`` with the embedded engine.
+``run_agent`` and ``run_items``, which share ``flock.steps.executor`` with the embedded engine.
 
 A run is one workflow. Its history is the run's record::
 
     API process                  cluster (workflow)                   worker (activity)
 
     submit --- RunOrder -------> flock_run  run:{id}
-                                     one turn at a time  -RunOrder->  run_agent
+                                     one step at a time  -RunOrder->  run_agent
                                                                           heartbeats
-                                     the next turn       <-StepDone-      one step
+                                     the next step       <-StepDone-      one step
     wait  <--- close event ----- ends
 
 A run with a session waits for its turn first. The session is a workflow too, which has the order of its runs::

@@ -178,7 +178,7 @@ class Cluster:
     ) -> Sequence[HistoryEvent]:
         """Return the history of a workflow, or of one of its executions.
 
-        The inputs of the turns of a run are not needed: they follow from the results of earlier ones.
+        The inputs of the steps of a run are not needed: they follow from the results of earlier ones.
 
         Raises: RPCError, with NOT_FOUND if it does not exist.
         """

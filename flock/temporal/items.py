@@ -21,8 +21,8 @@ from temporalio.service import RPCError, RPCStatusCode
 from flock.agents.versions import version_of
 from flock.errors import EngineFull, StoreError
 from flock.runs import Run, RunStatus, Usage, added, now
+from flock.steps.executor import StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
-from flock.steps.turns import Turns, WaitingForAnswers
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     DELETE_ACTIVITY,
@@ -40,7 +40,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.payloads import payload_lost
 from flock.temporal.records import GIVEN_UP, Chunk, read_chunk
-from flock.temporal.turns import ActivityTurn, until_done
+from flock.temporal.steps import ActivityStep, until_done
 
 __all__ = ["HEARTBEAT_INTERVAL_S", "ItemActivities"]
 
@@ -69,13 +69,13 @@ class _Job:
         self.current = done.unfinished
         self.waiting = list(done.waiting)
         self.bytes = sum(map(_bytes_of, self.ended)) + sum(map(_bytes_of, self.waiting))
-        self.turn: ActivityTurn | None = None
+        self.active: ActivityStep | None = None
         self.misses = done.misses
-        #: a turn for which this worker lacks an agent
-        self.left: ActivityTurn | None = None
+        #: a step for which this worker lacks an agent
+        self.left: ActivityStep | None = None
         #: what the current item had spent before this attempt of the batch
         self.spent_before = Usage()
-        self.has_taken_turns = False
+        self.has_begun = False
         #: items to cancel: all of them, or these positions
         self.is_cancelled = False
         self.cancelled: set[int] = set()
@@ -113,9 +113,9 @@ class _Job:
 
     def done(self) -> ItemsDone:
         current = self.current
-        if current is not None and self.turn is not None:
-            usage = self.usage(self.turn.spent)
-            current = replace(current, progress=self.turn.progress, has_calls=self.turn.has_calls, usage=usage)
+        if current is not None and self.active is not None:
+            usage = self.usage(self.active.spent)
+            current = replace(current, progress=self.active.progress, has_calls=self.active.has_calls, usage=usage)
         return ItemsDone(ended=tuple(self.ended), unfinished=current, waiting=tuple(self.waiting), misses=self.misses)
 
     def usage(self, spent: Usage | None) -> Usage | None:
@@ -126,9 +126,9 @@ class _Job:
 class ItemActivities:
     """The activities of a worker for batches."""
 
-    def __init__(self, cluster: Cluster, turns: Turns, drain_timeout_s: float) -> None:
+    def __init__(self, cluster: Cluster, executor: StepExecutor, drain_timeout_s: float) -> None:
         self._cluster = cluster
-        self._turns = turns
+        self._executor = executor
         self._drain_timeout_s = drain_timeout_s
         self._jobs: set[_Job] = set()
         self._lookups: dict[str, asyncio.Task[None]] = {}
@@ -157,8 +157,8 @@ class ItemActivities:
 
         def stop() -> None:
             job.should_return = True
-            if job.turn is not None:
-                job.turn.stop(self._turns)
+            if job.active is not None:
+                job.active.stop(self._executor)
 
         def cancel() -> None:
             job.should_return = True
@@ -190,7 +190,7 @@ class ItemActivities:
         chunk = await self._chunk(job.order)
         items = chunk.items
         return_at = time.monotonic() + SLICE_S
-        is_retry = is_again  # heartbeats lag, so any of its turns may have finished calls
+        is_retry = is_again  # heartbeats lag, so any of its steps may have finished calls
         for part in job.remaining_parts():
             if job.must_cancel(part.position):
                 continue
@@ -217,31 +217,38 @@ class ItemActivities:
         if part.steps:  # the worker that has chosen the next agent has it, or the item would have ended
             elsewhere.add(run.next_agent_name or "")
         while run.next_agent_name is not None:
-            if self._turns.is_at_most_once(run) and job.has_taken_turns:
+            if self._executor.is_at_most_once(run) and job.has_begun:
                 return None  # it needs an order of its own, so that a retry knows that it was started
-            turn = job.turn = ActivityTurn(run, job.order.timeout_s, self._cluster, is_again=is_again)
-            turn.has_calls, turn.waited_s, turn.elsewhere, turn.needs = part.has_calls, part.waited_s, elsewhere, needs
-            job.has_taken_turns, is_again, needs = True, False, None
+            active = job.active = ActivityStep(run, job.order.timeout_s, self._cluster, is_again=is_again)
+            active.has_calls, active.waited_s, active.elsewhere, active.needs = (
+                part.has_calls,
+                part.waited_s,
+                elsewhere,
+                needs,
+            )
+            job.has_begun, is_again, needs = True, False, None
             before, job.current = job.current, job.part(run, part.waited_s)
             self._check_version(run, agents)
-            taking = asyncio.create_task(turn.take(self._turns))
+            taking = asyncio.create_task(active.execute(self._executor))
             while not taking.done():
                 await asyncio.wait([taking])
-            job.turn = None
-            if turn.outcome is None:
-                usage = job.usage(turn.spent)
-                job.current = replace(job.current, has_calls=turn.has_calls, usage=usage, needs=turn.needs)
-                if turn.lacks is not None:
-                    started = replace(job.current, started_at=run.started_at or turn.started_at)
-                    job.left, job.current = turn, before if turn.started_at is None else started
+            job.active = None
+            if active.outcome is None:
+                usage = job.usage(active.spent)
+                job.current = replace(job.current, has_calls=active.has_calls, usage=usage, needs=active.needs)
+                if active.lacks is not None:
+                    started = replace(job.current, started_at=run.started_at or active.started_at)
+                    job.left, job.current = active, before if active.started_at is None else started
                 return None
-            run = replace(run, started_at=run.started_at or turn.started_at, progress=turn.progress, spent=turn.spent)
-            if isinstance(turn.outcome, WaitingForAnswers):
-                questions = tuple(turn.outcome.questions)
-                return replace(job.part(run, part.waited_s), questions=questions, worked_s=turn.worked_s)
-            if isinstance(turn.outcome, Outcome):
-                return self._ended(job, run, turn.outcome)
-            run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, turn.outcome))
+            run = replace(
+                run, started_at=run.started_at or active.started_at, progress=active.progress, spent=active.spent
+            )
+            if isinstance(active.outcome, WaitingForAnswers):
+                questions = tuple(active.outcome.questions)
+                return replace(job.part(run, part.waited_s), questions=questions, worked_s=active.worked_s)
+            if isinstance(active.outcome, Outcome):
+                return self._ended(job, run, active.outcome)
+            run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, active.outcome))
             job.current = job.part(run, part.waited_s)
             job.changed.set()
             if run.next_agent_name is not None and job.must_cancel(position):
@@ -251,7 +258,7 @@ class ItemActivities:
 
     def _check_version(self, run: Run, versions: Mapping[str, str]) -> None:
         """Warn, once for a batch, if the next agent of an item has another version than at the submission."""
-        agent = self._turns.find(run.next_agent_name)
+        agent = self._executor.find(run.next_agent_name)
         if agent is None or agent.name not in versions or run.batch_id in self._mixed:
             return
         accepted, own = versions[agent.name], self._version_of(agent)
@@ -264,7 +271,7 @@ class ItemActivities:
 
     def _ended(self, job: _Job, run: Run, outcome: Outcome | None) -> ItemOutcome:
         end = job.part(run).ended(outcome, now())
-        self._turns.notify("run_ended", end.of(run))
+        self._executor.notify("run_ended", end.of(run))
         return end
 
     async def _stop_cancelled(self, order: ItemsOrder) -> None:
@@ -311,8 +318,8 @@ class ItemActivities:
     def _cancel_parts(self, job: _Job) -> None:
         for part in job.remaining_parts():
             is_current = job.current is not None and part.position == job.current.position
-            if is_current and job.turn is not None and job.must_cancel(part.position):
-                job.turn.cancel()
+            if is_current and job.active is not None and job.must_cancel(part.position):
+                job.active.cancel()
             elif not is_current and job.must_cancel(part.position):
                 job.end(part.ended(CANCELLED_BEFORE_START, now()))
 

@@ -106,10 +106,10 @@ HEARTBEAT_TIMEOUT_S = 3.0
 #: How long a worker may take for a workflow task before the cluster gives the task to another worker.
 TASK_TIMEOUT = timedelta(seconds=3)
 
-#: How often the cluster starts a turn whose worker dies or stops. The limit is for a turn that kills its workers.
+#: How often the cluster starts a step whose worker dies or stops. The limit is for a step that kills its workers.
 MAX_TRIES = 20
 WORN_OUT = f"The worker died or stopped in each of {MAX_TRIES} attempts. The run may be the cause."
-#: ``error_type`` if a worker stops or dies before the end of its turn. The cluster retries the turn on another worker.
+#: ``error_type`` if a worker stops or dies before the end of its step. The cluster retries the step on another worker.
 INTERRUPTED = "interrupted"
 
 # Search attributes, by which runs and batches are listed.
@@ -168,7 +168,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """The progress of a turn, in its heartbeats and its failure.
+    """The progress of a step, in its heartbeats and its failure.
 
     Attributes:
         begun_at: when it got its slot, by the worker's clock; None while it waits for one.
@@ -185,10 +185,10 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepDone(Heartbeat, frozen=True, kw_only=True):
-    """The result of one turn, and its last progress.
+    """The result of one step, and its last progress.
 
     Attributes:
-        step: None if the turn ended because its agent asks *questions*.
+        step: None if it ended because its agent asks *questions*.
         worked_s: see ``Run``.
         has_next: its worker has the agent that is next.
     """
@@ -524,7 +524,7 @@ class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     misses: int = 0
 
     def for_retry(self) -> "ItemsDone":
-        """A copy for the retry after a worker died: the next worker may start the unfinished turn a second time."""
+        """A copy for the retry after a worker died: the next worker may start the unfinished step a second time."""
         return self if self.unfinished is None else replace(self, unfinished=replace(self.unfinished, is_again=True))
 
 

@@ -108,7 +108,7 @@ def reset_for_retry(run: Run) -> Run:
 
 
 def run_of(history: Sequence[HistoryEvent]) -> Run:
-    """Build a run from its history. For the progress of a running turn, see ``with_pending_activity``."""
+    """Build a run from its history. For the progress of a running step, see ``with_pending_activity``."""
     return _read(history)[0]
 
 
@@ -180,7 +180,7 @@ def _with_answers(run: Run, answers: Calls, at: datetime | None = None) -> Run:
     return replace(run, waiting_for=left, status=RunStatus.WAITING if left else RunStatus.STARTING)
 
 
-def _is_first_turn(run: Run) -> bool:
+def _is_at_first_step(run: Run) -> bool:
     """Whether its attempt has neither completed a step nor waited for an answer."""
     return not run.worked_s and not any(step.attempt == run.attempt for step in run.steps)
 
@@ -215,9 +215,9 @@ def _by_step(done: Iterable[CallDone], answers: Calls, item: int = 0) -> dict[in
 
 
 def with_pending_activity(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:
-    """Return *run*, which has not ended, with the last heartbeat of its turn.
+    """Return *run*, which has not ended, with the last heartbeat of its step.
 
-    Without a heartbeat, the turn may still wait for its slot.
+    Without a heartbeat, the step may still wait for its slot.
     """
     return _with_heartbeats(run, pending[0].heartbeat_details) if pending else run
 
@@ -228,15 +228,15 @@ def _with_heartbeats(run: Run, heartbeats: Payloads) -> Run:
     return run
 
 
-def _with_progress(run: Run, turn: Heartbeat) -> Run:
-    """Return *run* with the progress of its *turn*. The first turn of an attempt also reports the start of the run."""
-    has_started = run.status is RunStatus.STARTING and turn.begun_at is not None
+def _with_progress(run: Run, beat: Heartbeat) -> Run:
+    """Return *run* with the progress of its *beat*. The first step of an attempt also reports the start of the run."""
+    has_started = run.status is RunStatus.STARTING and beat.begun_at is not None
     return replace(
         run,
         status=RunStatus.RUNNING if has_started else run.status,
-        started_at=turn.begun_at if _is_first_turn(run) else run.started_at,
-        progress=turn.progress or run.progress,
-        spent=latest(run.spent, turn.spent),
+        started_at=beat.begun_at if _is_at_first_step(run) else run.started_at,
+        progress=beat.progress or run.progress,
+        spent=latest(run.spent, beat.spent),
     )
 
 
@@ -324,7 +324,7 @@ class Chunk:
             at = event.event_time.ToDatetime(UTC)
             if (call := _call_of(event)) is not None:
                 calls.setdefault(call.item, []).append(call)
-                if call.call.kind == "question":  # perhaps of a turn whose order has not ended yet
+                if call.call.kind == "question":  # perhaps of a step whose order has not ended yet
                     answers.add(call)
                     self._answer([call.item], answers, None)
             if completed := orders.apply(event):

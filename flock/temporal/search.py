@@ -146,7 +146,7 @@ async def earlier_runs(cluster: Cluster, run: Run, latest: Sequence[str], limit:
                 is_turn = earlier.status is RunStatus.COMPLETED and earlier.agent_name == run.agent_name
                 if not is_turn or await reservations.is_deleted(earlier.run_id):
                     continue
-                max_bytes -= earlier.turn_bytes
+                max_bytes -= earlier.exchange_bytes
                 if max_bytes < 0:
                     break
                 found.append(earlier)

@@ -22,8 +22,8 @@ from flock.models.llm import ModelClient
 from flock.models.prices import Price, merged
 from flock.options import replaced
 from flock.runs import Observer, Run, RunStatus, Step, now
+from flock.steps.executor import MAX_HISTORY_BYTES, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import CANCELLED
-from flock.steps.turns import MAX_HISTORY_BYTES, Turns, WaitingForAnswers
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import HEARTBEAT_INTERVAL_S, ItemActivities
@@ -42,7 +42,7 @@ from flock.temporal.messages import (
     task_queue_of,
 )
 from flock.temporal.search import earlier_runs
-from flock.temporal.turns import MAX_RUN_BYTES, ActivityTurn, until_done
+from flock.temporal.steps import MAX_RUN_BYTES, ActivityStep, until_done
 from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
 
 __all__ = ["TemporalWorker"]
@@ -52,7 +52,7 @@ logger = logging.getLogger("flock.temporal")
 #: How long a workflow task waits for the worker that has the workflow in its cache, in seconds. A step that starts
 #: again asks its workflow for its finished calls, so it waits as long for a worker that has died.
 STICKY_TIMEOUT_S = 2
-#: When a turn sends its first heartbeat, in seconds. Shorter turns need none.
+#: When a step sends its first heartbeat, in seconds. Shorter steps need none.
 FIRST_HEARTBEAT_S = 0.2
 #: How long the SDK's worker may take to shut down after the drain timeout, in seconds.
 SHUTDOWN_GRACE_S = 5
@@ -72,7 +72,7 @@ class TemporalWorker:
         max_steps, expose_errors: see ``EmbeddedEngine``.
         max_run_bytes: max total size of the inputs and results of one run, as JSON. A result beyond it fails its run.
             The default is 1.5 million, or 64 MiB with a ``payload_dir``.
-        drain_timeout_s: how long turns may continue when the worker shuts down. Other workers retry the rest.
+        drain_timeout_s: how long steps may continue when the worker shuts down. Other workers retry the rest.
         payload_dir: the folder for payloads too long for the cluster, the same as the engine's; see docs/temporal.md.
         prices: see ``EmbeddedEngine``.
         limits, bounds: limits as one value, or as keyword arguments, which override it; see ``Limits``. Batch items
@@ -109,7 +109,7 @@ class TemporalWorker:
         if max_run_bytes is None:
             max_run_bytes = MAX_RUN_BYTES if payload_dir is None else 64 * 1024 * 1024
         self._drain_timeout_s = drain_timeout_s
-        self._turns = Turns(
+        self._executor = StepExecutor(
             agents,
             models,
             observers,
@@ -120,20 +120,20 @@ class TemporalWorker:
             max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats carry results, and never use the folder
             prices=merged(prices),
         )
-        models.on_retry = lambda: self._turns.notify("model_call_retried")
+        models.on_retry = lambda: self._executor.notify("model_call_retried")
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._models)
             await stack.enter_async_context(listing_tools(self._tool_sources))
             await self.cluster.connect(lazy=False)
-            client, items = self.cluster.client, ItemActivities(self.cluster, self._turns, self._drain_timeout_s)
+            client, items = self.cluster.client, ItemActivities(self.cluster, self._executor, self._drain_timeout_s)
             drain_timeout = timedelta(seconds=self._drain_timeout_s)
             for_items = Worker(
                 client,
                 task_queue=items_queue_of(self.task_queue),
                 activities=[items.run],
-                max_concurrent_activities=self._turns.item_slots,  # an item that waits here could run elsewhere
+                max_concurrent_activities=self._executor.item_slots,  # an item that waits here could run elsewhere
                 max_heartbeat_throttle_interval=timedelta(seconds=HEARTBEAT_INTERVAL_S),
                 graceful_shutdown_timeout=drain_timeout,
             )
@@ -156,10 +156,10 @@ class TemporalWorker:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Start no new turns, drain the running ones, and leave the rest to other workers."""
+        """Start no new steps, drain the running ones, and leave the rest to other workers."""
         await self._exit.aclose()
 
-    # One turn of a run
+    # One step of a run
 
     @activity.defn(name=ACTIVITY)
     async def _run_agent(self, order: RunOrder) -> StepDone:
@@ -167,44 +167,44 @@ class TemporalWorker:
 
         Raises:
             ApplicationError: the run failed or was cancelled (not retryable), or the worker shut down before the end of
-                the turn or lacks an agent (retryable).
+                the step or lacks an agent (retryable).
         """
-        turn = _RunTurn(order, self.cluster, self._turns)
-        if turn.tries > MAX_TRIES:
-            raise ApplicationError(WORN_OUT, turn.heartbeat(), type=INTERRUPTED, non_retryable=True)
-        work = asyncio.create_task(turn.take(self._turns))
-        heartbeats = asyncio.create_task(_send_heartbeats(turn, order.heartbeat_timeout_s))
+        active = _RunStep(order, self.cluster, self._executor)
+        if active.tries > MAX_TRIES:
+            raise ApplicationError(WORN_OUT, active.heartbeat(), type=INTERRUPTED, non_retryable=True)
+        work = asyncio.create_task(active.execute(self._executor))
+        heartbeats = asyncio.create_task(_send_heartbeats(active, order.heartbeat_timeout_s))
         try:
             await until_done(
                 work,
                 drain_timeout_s=self._drain_timeout_s,
-                stop=lambda: turn.stop(self._turns),
-                cancel=turn.cancel,
+                stop=lambda: active.stop(self._executor),
+                cancel=active.cancel,
             )
         finally:
             heartbeats.cancel()
-        outcome = turn.outcome
-        if outcome is None and turn.lacks is not None:
-            beat = turn.heartbeat()
-            activity.heartbeat(replace(beat, misses=turn.misses + 1))
-            raise turn.left_to_others(turn.misses, beat)
+        outcome = active.outcome
+        if outcome is None and active.lacks is not None:
+            beat = active.heartbeat()
+            activity.heartbeat(replace(beat, misses=active.misses + 1))
+            raise active.left_to_others(active.misses, beat)
         if isinstance(outcome, Step):
-            return turn.done
+            return active.done
         if isinstance(outcome, WaitingForAnswers):
-            return turn.ended(questions=tuple(outcome.questions), worked_s=turn.worked_s)
+            return active.ended(questions=tuple(outcome.questions), worked_s=active.worked_s)
         if outcome is None:
-            activity.heartbeat(turn.heartbeat())
-            raise ApplicationError("The worker stopped before this step ended.", turn.heartbeat(), type=INTERRUPTED)
-        # A CancelledError could not carry the start of the turn. The workflow knows that it was cancelled.
+            activity.heartbeat(active.heartbeat())
+            raise ApplicationError("The worker stopped before this step ended.", active.heartbeat(), type=INTERRUPTED)
+        # A CancelledError could not carry the start of the step. The workflow knows that it was cancelled.
         # BENIGN keeps a requested cancellation out of the SDK's log.
         category = ApplicationErrorCategory.BENIGN if outcome is CANCELLED else ApplicationErrorCategory.UNSPECIFIED
         raise ApplicationError(
-            outcome.error, turn.heartbeat(), type=outcome.error_type, non_retryable=True, category=category
+            outcome.error, active.heartbeat(), type=outcome.error_type, non_retryable=True, category=category
         ) from None  # its cause is for our log only
 
 
-class _RunTurn(ActivityTurn):
-    """The next turn of a run. Its heartbeats report its start and its progress.
+class _RunStep(ActivityStep):
+    """The next step of a run. Its heartbeats report its start and its progress.
 
     ``done`` is its result, if it has completed a step.
     """
@@ -212,10 +212,10 @@ class _RunTurn(ActivityTurn):
     done: StepDone
     misses = 0
 
-    def __init__(self, order: RunOrder, cluster: Cluster, turns: Turns) -> None:
+    def __init__(self, order: RunOrder, cluster: Cluster, executor: StepExecutor) -> None:
         info = activity.info()
         super().__init__(order.run, order.timeout_s, cluster, queue_timeout_s=order.queue_timeout_s)
-        self._turns = turns
+        self._executor = executor
         self.elsewhere = {order.run.agent_name, *order.agents}
         self._latest = order.latest
         self.has_calls, self.waited_s = order.has_calls, order.waited_s
@@ -245,11 +245,11 @@ class _RunTurn(ActivityTurn):
     async def keep(self, step: Step) -> None:
         """Store a long result while heartbeats are sent. Later, a slow disk would look like a dead worker."""
         # Later, a thread may still report progress.
-        self.done = self.ended(step=step, has_next=self._turns.find(step.next_agent) is not None)
+        self.done = self.ended(step=step, has_next=self._executor.find(step.next_agent) is not None)
         await self._cluster.payloads.store_ahead(activity.info().workflow_id or "", self.done)
 
     def ended(self, **end: Any) -> StepDone:
-        """Return the result of the turn, with the fields in *end*."""
+        """Return the result of the step, with the fields in *end*."""
         return StepDone(begun_at=self.started_at, progress=self.progress, spent=self.spent, **end)
 
     def heartbeat(self) -> Heartbeat:
@@ -267,9 +267,9 @@ async def _shut_down(worker: Worker, timeout_s: float, *exc_info: Any) -> None:
         logger.warning("The worker of %s did not shut down within %g s and is abandoned.", worker.task_queue, timeout_s)
 
 
-async def _send_heartbeats(turn: _RunTurn, heartbeat_timeout_s: float) -> None:
+async def _send_heartbeats(active: _RunStep, heartbeat_timeout_s: float) -> None:
     pause_s = min(FIRST_HEARTBEAT_S, heartbeat_timeout_s / 3)
     while True:
         await asyncio.sleep(pause_s)
-        activity.heartbeat(turn.heartbeat())
+        activity.heartbeat(active.heartbeat())
         pause_s = heartbeat_timeout_s / 3

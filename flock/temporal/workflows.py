@@ -44,7 +44,7 @@ from flock.temporal.messages import (
 
 __all__ = ["CallKeeper", "FlockMark", "FlockRun", "FlockSession", "time_to_expiry"]
 
-#: Only turns are retried whose worker died, stopped or lacks their agent. Workers count the former; see ``MAX_TRIES``.
+#: Only steps are retried whose worker died, stopped or lacks their agent. Workers count the former; see ``MAX_TRIES``.
 RETRIES = RetryPolicy(
     initial_interval=timedelta(seconds=0.5),
     backoff_coefficient=2,
@@ -117,7 +117,7 @@ class FlockRun(CallKeeper):
             await _session_of(run).signal("leave", args=[workflow.info().workflow_id, *has_ended])
 
     async def _begun(self, order: RunOrder) -> RunOrder:
-        """Wait until the run may begin. Return the order of its first turn."""
+        """Wait until the run may begin. Return the order of its first step."""
         since, look_after_s, limit_s = workflow.now(), LOOK_AFTER_S, order.queue_timeout_s or math.inf
         while self._latest is None:
             waited_s = (workflow.now() - since).total_seconds()
@@ -148,7 +148,7 @@ class FlockRun(CallKeeper):
 
     async def _steps(self, order: RunOrder) -> None:
         while order.run.next_agent_name is not None:
-            done = await self._turn(order)
+            done = await self._step(order)
             run = replace(
                 order.run,
                 status=RunStatus.RUNNING,
@@ -184,7 +184,7 @@ class FlockRun(CallKeeper):
         assert run.started_at is not None
         return (workflow.now() - run.started_at).total_seconds() - done.worked_s
 
-    async def _turn(self, order: RunOrder) -> StepDone:
+    async def _step(self, order: RunOrder) -> StepDone:
         max_wait_s = order.queue_timeout_s and max(0.001, order.queue_timeout_s - order.queued_s)
         if order.run.started_at is not None:
             spent_s = (workflow.now() - order.run.started_at).total_seconds() - order.waited_s

@@ -160,8 +160,8 @@ class World(Observer):
 
     def check_rest(self, engine: EmbeddedEngine, idle: set[asyncio.Task[Any]]) -> None:
         """Check that everything was given back. *idle* are the tasks of an engine without runs."""
-        turns, loop = engine._runner.turns, asyncio.get_running_loop()
-        slots = {"engine": turns._slots, "threads": turns._threads._slots, **turns._agent_slots}
+        executor, loop = engine._runner.executor, asyncio.get_running_loop()
+        slots = {"engine": executor._slots, "threads": executor._threads._slots, **executor._agent_slots}
         for name, each in slots.items():
             free, count = sum(1 for _ in iter(lambda: each.acquire_nowait(None), False)), SLOTS.get(name, 1)  # noqa: B023
             if free != count:

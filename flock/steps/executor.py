@@ -1,4 +1,4 @@
-"""Turns: a turn is the execution of one step of a run, in the embedded engine or in a worker of a cluster.
+"""Executes the steps of runs, in the embedded engine or in a worker of a cluster.
 
 This module handles slots, deadlines, threads, interruption, size checks, observers and the step itself. To store
 records and to wake waiting callers, an engine overrides methods of ``ActiveRun``.
@@ -20,7 +20,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.agent import Agent, Exchange, Resources
-from flock.agents.handoff import exchanges_of, inputs_for, next_agent, take_turn
+from flock.agents.handoff import exchanges_of, execute_agent, inputs_for, next_agent
 from flock.errors import Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
 from flock.logs import fields_of_run
@@ -51,11 +51,11 @@ from flock.steps.outcomes import CANCELLED, Outcome, failure_of, queue_timeout, 
 from flock.steps.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_all_nowait
 from flock.steps.threads import Threads
 
-__all__ = ["MAX_HISTORY_BYTES", "ActiveRun", "AgentElsewhere", "Turns", "WaitingForAnswers"]
+__all__ = ["MAX_HISTORY_BYTES", "ActiveRun", "AgentElsewhere", "StepExecutor", "WaitingForAnswers"]
 
 logger = logging.getLogger("flock.runs")
 
-#: The slot of the turn that the current task, or its thread, is executing.
+#: The slot of the step that the current task, or its thread, is executing.
 CURRENT_SLOT: ContextVar[AgentSlot] = ContextVar("flock_slot")
 #: Max total size of the runs in the history of an agent, as JSON.
 MAX_HISTORY_BYTES = 256 * 1024
@@ -64,7 +64,7 @@ SPENDING = threading.Lock()
 
 
 class WaitingForAnswers(Exception):
-    """A turn ended because its agent asks *questions*. It starts again when they are answered."""
+    """A step ended because its agent asks *questions*. It starts again when they are answered."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
         super().__init__(f"{len(questions)} questions")
@@ -72,7 +72,7 @@ class WaitingForAnswers(Exception):
 
 
 class AgentElsewhere(Exception):
-    """A turn ended because it calls the agent *name*, which another process has. It starts again there."""
+    """A step ended because it calls the agent *name*, which another process has. It starts again there."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -83,15 +83,15 @@ class ActiveRun:
     """A run that is running in this process, or waits for a slot.
 
     Args:
-        timeout_s: wall-clock seconds for the attempt, from the start of its first turn.
-        is_again: its next turn may have been started before, by a process that died.
-        queue_timeout_s: max seconds to wait for its first turn; None means no limit.
+        timeout_s: wall-clock seconds for the attempt, from the start of its first step.
+        is_again: its next step may have been started before, by a process that died.
+        queue_timeout_s: max seconds to wait for its first step; None means no limit.
 
     Attributes:
         run: the record. It may be a stub while the run waits.
-        scope: cancels its turns. The deadline is set when the first turn in this process gets its slot.
-        context: the context of the current turn.
-        started_at: when its first turn in this process got its slot.
+        scope: cancels its steps. The deadline is set when the first step in this process gets its slot.
+        context: the context of the current step.
+        started_at: when its first step in this process got its slot.
         cancel_requested: a client requested its cancellation.
         is_stopped: it was cancelled because the engine is shutting down. It is resumed later or elsewhere.
         progress: the latest progress that an agent has reported.
@@ -158,23 +158,23 @@ class ActiveRun:
     # To be overridden by an engine
 
     async def is_next(self) -> bool:
-        """Whether its turn does not have to wait for an earlier run of its session."""
+        """Whether its step does not have to wait for an earlier run of its session."""
         return True
 
     @property
     def may_begin(self) -> bool:
-        """Whether its turn may use the slot for which it has waited. Otherwise it waits again."""
+        """Whether its step may use the slot for which it has waited. Otherwise it waits again."""
         return True
 
     async def wait_begins(self) -> None:
-        """Called before its turn waits for a slot. Returns when it need not wait for its session."""
+        """Called before its step waits for a slot. Returns when it need not wait for its session."""
 
     async def begin(self) -> Run:
-        """Called when a turn gets its slot. Returns the whole record."""
+        """Called when a step gets its slot. Returns the whole record."""
         return self.run
 
     async def started(self, run: Run, agent: Agent) -> None:
-        """Called when the attempt starts, with its new record and the agent of its first turn."""
+        """Called when the attempt starts, with its new record and the agent of its first step."""
 
     async def wait_for_store(self) -> None:
         """Called before each call. Returns when its result can be stored."""
@@ -191,11 +191,11 @@ class ActiveRun:
         return ()
 
     async def keep(self, step: Step) -> None:
-        """Called with the step of a turn while the turn still holds its slot."""
+        """Called with a step while it still holds its slot."""
 
 
-class Turns:
-    """Executes the turns of one engine or worker.
+class StepExecutor:
+    """Executes the steps of one engine or worker.
 
     Args:
         limits: uses ``max_concurrency``, a tenth of which is reserved for runs that are not items, ``max_threads``,
@@ -247,7 +247,7 @@ class Turns:
     def budget(self, max_cost: float | None, spent: Usage | None, owner: str) -> Budget | None:
         return None if max_cost is None else Budget(self._prices, max_cost, spent, owner)
 
-    async def take(self, active: ActiveRun) -> Step:
+    async def execute(self, active: ActiveRun) -> Step:
         """Run the next agent of a run, in a slot of the engine and one of the agent.
 
         Raises: what the agent raises; Interrupted, InvalidHandoff, QueueTimeout, ResultTooLarge, TooManySteps;
@@ -255,7 +255,7 @@ class Turns:
         Cancellation: the step is lost. The slots stay taken until no thread is running for the run.
         """
         agent = next_agent(active.run, self._agents, self._max_steps)
-        assert agent is not None, "all turns are done"
+        assert agent is not None, "all steps are done"
         is_again, active.is_again = active.is_again, False
         if is_again and agent.on_interrupt == "fail" and not active.run.worked_s:
             raise Interrupted(
@@ -293,17 +293,17 @@ class Turns:
     async def _step(
         self, active: ActiveRun, run: Run, agent: Agent, inputs: msgspec.Raw, slot: AgentSlot, *, is_again: bool
     ) -> Step:
-        """Let *agent* take its turn. If it uses its context, there is a journal of its calls."""
+        """Execute *agent*. If it uses its context, there is a journal of its calls."""
         started_at, batch = now(), _batch_of(run)
         call_in_thread = functools.partial(self._call_in_thread, active, batch)
         resources = Resources(self._models, call_in_thread, active.history, self._agents)
         usage, model, call_count = None, None, 0
         if agent.uses_context:
             journal = await self._journal(active, run, resources, is_again=is_again)
-            result = await self._turn(active, run, agent, inputs, slot, resources, journal)
+            result = await self._with_journal(active, run, agent, inputs, slot, resources, journal)
             usage, model, call_count = journal.usage, journal.model, journal.kept
         else:  # a journal takes longer than a short function
-            result = await take_turn(agent, inputs, resources, RunContext(run, agent.name, active.note_progress))
+            result = await execute_agent(agent, inputs, resources, RunContext(run, agent.name, active.note_progress))
         return Step(
             agent_name=agent.name,
             result=result,
@@ -317,11 +317,9 @@ class Turns:
         )
 
     async def _journal(self, active: ActiveRun, run: Run, resources: Resources, *, is_again: bool) -> Journal:
-        take_turn_of_callee = functools.partial(self._take_turn_of_callee, _batch_of(run), resources)
+        execute_callee = functools.partial(self._execute_callee, _batch_of(run), resources)
         elsewhere = () if self.is_at_most_once(run) else active.elsewhere  # it must not start a second time there
-        callees = Callees(
-            run, self._agents, max_steps=self._max_steps, take_turn=take_turn_of_callee, elsewhere=elsewhere
-        )
+        callees = Callees(run, self._agents, max_steps=self._max_steps, execute=execute_callee, elsewhere=elsewhere)
         return Journal(
             await active.finished_calls() if is_again or active.has_calls else (),
             save=functools.partial(self._keep_call, active),
@@ -338,7 +336,7 @@ class Turns:
             answer=self._answer,
         )
 
-    async def _turn(
+    async def _with_journal(
         self,
         active: ActiveRun,
         run: Run,
@@ -348,7 +346,7 @@ class Turns:
         resources: Resources,
         journal: Journal,
     ) -> msgspec.Raw:
-        """Let *agent* take its turn, and return its result. Raises WaitingForAnswers, AgentElsewhere; see ``take``."""
+        """Execute *agent*, and return its result. Raises WaitingForAnswers, AgentElsewhere; see ``execute``."""
         if active.budget is None:
             active.budget = self.budget(run.max_cost, active.spent, "run")
         active.context = context = RunContext(
@@ -366,11 +364,11 @@ class Turns:
         if active.cancel_requested:
             context.request_cancel()
         if active.live is not None:
-            active.live.begin_turn(context)
+            active.live.begin_step(context)
         reset = CURRENT_SLOT.set(slot)
         try:
             with journal.scope:
-                result = await take_turn(agent, inputs, resources, context)
+                result = await execute_agent(agent, inputs, resources, context)
         except Exception:
             if not journal.is_suspended:
                 raise
@@ -396,7 +394,7 @@ class Turns:
     async def _call_in_thread(
         self, active: ActiveRun, batch: BatchKey, function: Callable[[], Any], deadline: float = math.inf
     ) -> Any:
-        """Call a synchronous function for a run, in the turn whose slot the current task holds."""
+        """Call a synchronous function for a run, in the step whose slot the current task holds."""
         slot = CURRENT_SLOT.get(None)
         return await self._threads.call(
             function,
@@ -406,16 +404,16 @@ class Turns:
             keeps_result=bool(CURRENT_CALL.get()),
         )
 
-    async def _take_turn_of_callee(
+    async def _execute_callee(
         self, batch: BatchKey, resources: Resources, agent: Agent, inputs: msgspec.Raw, context: RunContext
     ) -> msgspec.Raw:
-        """Let an agent that a step has called take its turn, in the slot of the run."""
+        """Execute an agent that a step has called, in the slot of the run."""
         slot = AgentSlot(self._slots_of(agent), batch)
         async with CURRENT_SLOT.get().waiting_for_callee():
             await slot.acquire()
             reset = CURRENT_SLOT.set(slot)
             try:
-                return await take_turn(
+                return await execute_agent(
                     agent, inputs, resources, context.of_called_agent(agent.name, agent.output_names)
                 )
             finally:
@@ -441,7 +439,7 @@ class Turns:
         active.scope.cancel()
 
     async def outcome_of(self, active: ActiveRun, exc: BaseException | None) -> Outcome:
-        """Return the outcome of a run whose turn was cancelled or raised *exc*. It is cancelled when no thread runs."""
+        """Return the outcome of a run whose step was cancelled or raised *exc*. It is cancelled when no thread runs."""
         if active.cancel_requested:
             await self._threads.until_free(active, active.scope.deadline)
         if anyio.current_time() >= active.scope.deadline:
@@ -455,7 +453,7 @@ class Turns:
         return self._agents.get(name or "")
 
     def is_at_most_once(self, run: Run) -> bool:
-        """Whether the next turn of *run* must not be started a second time."""
+        """Whether the next step of *run* must not be started a second time."""
         agent = self.find(run.next_agent_name)
         return agent is not None and agent.on_interrupt == "fail"
 
@@ -494,13 +492,13 @@ class Turns:
         raise queue_timeout(limit_s)
 
     def _release(self, slot: AgentSlot) -> None:
-        """Release the slots of a turn: that of the engine, and that of the agent."""
+        """Release the slots of a step: that of the engine, and that of the agent."""
         self._slots.release(slot.batch)
         slot.close()
 
     def _check_size(self, run: Run, step: Step) -> None:
-        """Raise ResultTooLarge if the step cannot be stored, before another turn costs money."""
-        length, size = len(step.result), run.turn_bytes + len(step.result)
+        """Raise ResultTooLarge if the step cannot be stored, before another step costs money."""
+        length, size = len(step.result), run.exchange_bytes + len(step.result)
         if length > self._max_result_bytes:
             raise ResultTooLarge(
                 f"The result of {step.agent_name!r} has {length} bytes, more than the maximum "

@@ -1,7 +1,7 @@
-"""Turns of runs and of batch items, in the activities of a worker.
+"""Steps of runs and of batch items, in the activities of a worker.
 
-``flock.steps.turns`` executes them. Here each turn has a task of its own, so that an exception or a stray cancellation
-ends only that turn.
+``flock.steps.executor`` executes them. Here each step has a task of its own, so that an exception or a stray
+cancellation ends only that step.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from flock.errors import CallError, EngineFull, OwnershipLost, StoreError
 from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
+from flock.steps.executor import ActiveRun, AgentElsewhere, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
-from flock.steps.turns import ActiveRun, AgentElsewhere, Turns, WaitingForAnswers
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, SPENT_QUERY, CallDone, latest, recoded
 
-__all__ = ["MAX_RUN_BYTES", "ActivityTurn", "until_done"]
+__all__ = ["MAX_RUN_BYTES", "ActivityStep", "until_done"]
 
 logger = logging.getLogger("flock.temporal")
 
@@ -44,11 +44,11 @@ RETRY_AFTER_S = 1.0
 MISS_PAUSE_S, MAX_MISS_PAUSE_S = 0.1, 10.0
 
 
-class ActivityTurn(ActiveRun):
-    """The next turn of a run.
+class ActivityStep(ActiveRun):
+    """The next step of a run.
 
     Attributes:
-        outcome: its step, its questions, or how the run ends; None if the worker leaves the turn to another one,
+        outcome: its step, its questions, or how the run ends; None if the worker leaves the step to another one,
             because it shuts down or lacks an agent.
         lacks: the agent that this worker lacks.
         needs: see ``Heartbeat``.
@@ -110,41 +110,41 @@ class ActivityTurn(ActiveRun):
         # Without its run id, since a chunk may continue as new.
         return self._cluster.client.get_workflow_handle(activity.info().workflow_id or "")
 
-    async def take(self, turns: Turns) -> None:
-        """Execute the turn and set ``outcome``. A return value would be lost if an agent left a cancellation behind."""
+    async def execute(self, executor: StepExecutor) -> None:
+        """Execute the step and set ``outcome``. A return value would be lost if an agent left a cancellation behind."""
         failure: BaseException | None = None
         for name in (self.run.next_agent_name, self.needs):
-            if name is not None and name in self.elsewhere and turns.find(name) is None:
-                await self._leave(turns, name)
+            if name is not None and name in self.elsewhere and executor.find(name) is None:
+                await self._leave(executor, name)
                 return
         try:
             with self.scope:
-                self.outcome = await turns.take(self)
+                self.outcome = await executor.execute(self)
                 return
         except BaseException as exc:  # an agent's SystemExit would end the worker
             failure = exc
         if isinstance(failure, AgentElsewhere) and not self.cancel_requested:
             self.needs = failure.name
-            await self._leave(turns, failure.name)
+            await self._leave(executor, failure.name)
             return
         if isinstance(failure, WaitingForAnswers) and not self.cancel_requested:
             length = len(msgspec.json.encode(failure.questions))
             if length <= MAX_RUN_BYTES:
                 self.outcome = failure
-                turns.notify("run_waiting", self._waiting_for(failure.questions))
+                executor.notify("run_waiting", self._waiting_for(failure.questions))
                 return
             failure = CallError(
                 f"The questions have {length} bytes, more than the cluster can store. Ask shorter ones."
             )
         if not self.is_stopped:
-            self.outcome = await turns.outcome_of(self, failure)
+            self.outcome = await executor.outcome_of(self, failure)
 
-    async def _leave(self, turns: Turns, name: str) -> None:
-        """Leave the turn to a worker that has the agent *name*, unless the time of the run is over."""
+    async def _leave(self, executor: StepExecutor, name: str) -> None:
+        """Leave the step to a worker that has the agent *name*, unless the time of the run is over."""
         if self.left_s > 0:
             self.lacks = name
         elif self._begun_at is None:
-            self.outcome = await turns.outcome_of(self, queue_timeout(self.queue_timeout_s or 0))
+            self.outcome = await executor.outcome_of(self, queue_timeout(self.queue_timeout_s or 0))
         else:
             self.outcome = timeout_of(self.timeout_s)
 
@@ -183,9 +183,9 @@ class ActivityTurn(ActiveRun):
             spent=self.spent,
         )
 
-    def stop(self, turns: Turns) -> None:
-        """Stop the turn because the worker shuts down. A function in a thread sees ``cancel_requested``."""
-        turns.stop(self)
+    def stop(self, executor: StepExecutor) -> None:
+        """Stop the step because the worker shuts down. A function in a thread sees ``cancel_requested``."""
+        executor.stop(self)
         self.cancel()
 
 
