@@ -153,7 +153,7 @@ async def test_work_whose_agent_is_missing_does_not_count_toward_the_limits() ->
         await engine.submit("other", {})
         await other.started.wait()
         await engine.submit("other", {})
-        with pytest.raises(EngineFull, match="1 runs are already waiting"):
+        with pytest.raises(EngineFull, match="1 runs are already queued"):
             await engine.submit("other", {})
         assert (await engine.queue()).depth == 1
         await engine.submit_batch("other", [{}] * 3, BatchOptions())

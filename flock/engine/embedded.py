@@ -199,7 +199,7 @@ class EmbeddedEngine(EngineBase):
         #: runs and batches with a long result that is being sent, and the number of responses that send it
         self._being_sent: Counter[str] = Counter()
         #: by dead engine: the agents that its remaining runs need, which this engine does not have
-        self._waiting_for: dict[str, Collection[str]] = {}
+        self._missing_agents: dict[str, Collection[str]] = {}
         #: the dead engines whose suspects are left to others, and until when
         self._left: dict[str, float] = {}
 
@@ -349,20 +349,20 @@ class EmbeddedEngine(EngineBase):
             self._runner.count_queued(principal, -length)
 
     def _check_room(self, principal: str | None) -> None:
-        """Like ``queries.Waiting.check_room``, for a run that is not in the store until it ends."""
-        waiting, limits = len(self._runner.active) - self._limits.max_concurrency, self._limits.queue
-        limits.check(waiting)
-        if principal is not None and waiting >= limits.max_runs_per_principal:
+        """Like ``queries.QueuedRuns.check_room``, for a run that is not in the store until it ends."""
+        queued, limits = len(self._runner.active) - self._limits.max_concurrency, self._limits.queue
+        limits.check(queued)
+        if principal is not None and queued >= limits.max_runs_per_principal:
             runs = [active.run for active in self._runner.active.values()]
             limits.check_share(sum(run.principal == principal and run.status is RunStatus.STARTING for run in runs))
 
     def _full(self, principal: str | None) -> EngineFull | None:
-        """Return an error for new runs if the inputs of waiting runs have reached their limit."""
+        """Return an error for new runs if the inputs of queued runs have reached their limit."""
         queued, limit = self._runner.queued_bytes, self._limits.max_queue_bytes
         if queued.total() >= limit:
-            whose, words = "waiting runs", "this server (max_queue_bytes)"
+            whose, words = "queued runs", "this server (max_queue_bytes)"
         elif principal is not None and queued[principal] >= limit / 2:
-            whose, words = "this caller's waiting runs", "one caller (half of max_queue_bytes)"
+            whose, words = "this caller's queued runs", "one caller (half of max_queue_bytes)"
         else:
             return None
         return EngineFull(
@@ -692,12 +692,12 @@ class EmbeddedEngine(EngineBase):
     async def _take_over(self) -> None:
         """Take over unfinished runs and batches of dead engines, if this engine has their agents."""
         dead = await self.store.dead_engines(self._flock, self._engine_id)
-        self._waiting_for = {dead_id: names for dead_id, names in self._waiting_for.items() if dead_id in dead}
+        self._missing_agents = {dead_id: names for dead_id, names in self._missing_agents.items() if dead_id in dead}
         self._left = {dead_id: until for dead_id, until in self._left.items() if dead_id in dead}
         taken = []
         try:
             for dead_id in dead:
-                names = self._waiting_for.get(dead_id)
+                names = self._missing_agents.get(dead_id)
                 if (names is None or any(name in self._agents for name in names)) and not await self._leaves(dead_id):
                     taken.append(await self._take_over_from(dead_id))
         finally:  # also if another one cannot be taken over
@@ -718,15 +718,15 @@ class EmbeddedEngine(EngineBase):
     async def _take_over_from(self, dead_id: str) -> TakenOver:
         taken = await self.store.take_over(dead_id, self._engine_id, now(), max_recoveries=self._limits.max_recoveries)
         self.batch_store.has_dropped.set()  # its staged batches were dropped
-        known = self._waiting_for.pop(dead_id, ())
+        known = self._missing_agents.pop(dead_id, ())
         if not taken.is_complete:
-            self._waiting_for[dead_id] = taken.waiting.keys()
-        if not taken.waiting.keys() <= set(known):
+            self._missing_agents[dead_id] = taken.missing.keys()
+        if not taken.missing.keys() <= set(known):
             logger.warning(
                 "The store %s has unfinished runs of agents that this program does not have: %s. They wait until a "
                 "program that has these agents is started. You can also cancel them.",
                 self.store.path,
-                ", ".join(f"{name} ({count})" for name, count in taken.waiting.items()),
+                ", ".join(f"{name} ({count})" for name, count in taken.missing.items()),
             )
         return taken
 

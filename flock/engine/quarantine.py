@@ -31,7 +31,7 @@ class Quarantine:
         self._executing = executing
         self._groups: deque[SuspectGroup] = deque()
         #: suspects whose group has not started, and those whose group has
-        self._waiting: set[str] = set()
+        self._held_back: set[str] = set()
         self._admitted: set[str] = set()
         #: of the newest group: who has not ended, who has not begun, and the time after which the next group may start
         self._living: set[str] = set()
@@ -45,19 +45,19 @@ class Quarantine:
         if groups:
             template = "%d runs were running in two or more deaths of their process: they start first, in %d groups"
             logger.warning(template, sum(len(group.run_ids) for group in groups), len(groups))
-        if not self._waiting:
+        if not self._held_back:
             self._since = anyio.current_time()
         self._groups += groups
-        self._waiting.update(*(group.run_ids for group in groups))
+        self._held_back.update(*(group.run_ids for group in groups))
         self.check()
 
     def admits(self, run: Run) -> bool:
         """Whether a run may start. One that has started here is never held up."""
-        if not self._is_closed and not self._waiting:
+        if not self._is_closed and not self._held_back:
             return True
         if run.status is not RunStatus.STARTING or run.run_id in self._admitted:
             return True
-        return not self._is_closed and run.run_id not in self._waiting
+        return not self._is_closed and run.run_id not in self._held_back
 
     async def wait(self, run: Run) -> None:
         """Wait until a run may start."""
@@ -83,7 +83,7 @@ class Quarantine:
         if self._admitted:
             if self._living and at < self._lives_until:
                 return
-        elif not self._waiting:
+        elif not self._held_back:
             return
         elif len(self._executing):
             if (is_closed := (at - self._since) % (2 * HOLD_S) < HOLD_S) is not self._is_closed:
@@ -93,7 +93,7 @@ class Quarantine:
         if self._groups:
             run_ids, self._life_s = self._groups.popleft()
             self._admitted.update(run_ids)
-            self._waiting.difference_update(run_ids)
+            self._held_back.difference_update(run_ids)
             self._living, self._absent = set(run_ids), set(run_ids)
             self._lives_until = at + self._life_s + ARRIVAL_S
         else:

@@ -55,18 +55,18 @@ class QueueLimits(msgspec.Struct, frozen=True):
         """Return the limits for these options of an engine. By default one principal may use half of the queue."""
         return cls(max_queue, max(1, max_queue // 2) if max_queue_per_principal is None else max_queue_per_principal)
 
-    def check(self, waiting: int, state: str = "waiting") -> None:
-        """Raise EngineFull if *waiting* runs fill the queue."""
-        if waiting >= self.max_runs:
+    def check(self, count: int, state: str = "queued") -> None:
+        """Raise EngineFull if *count* runs fill the queue."""
+        if count >= self.max_runs:
             raise EngineFull(
-                f"{waiting} runs are already {state}, the limit of this server (max_queue). Try again later."
+                f"{count} runs are already {state}, the limit of this server (max_queue). Try again later."
             )
 
-    def check_share(self, waiting: int, state: str = "waiting") -> None:
-        """Raise EngineFull if *waiting* runs of one principal fill its share of the queue."""
-        if waiting >= self.max_runs_per_principal:
+    def check_share(self, count: int, state: str = "queued") -> None:
+        """Raise EngineFull if *count* runs of one principal fill its share of the queue."""
+        if count >= self.max_runs_per_principal:
             raise EngineFull(
-                f"{waiting} runs of this caller are already {state}, the limit for one caller "
+                f"{count} runs of this caller are already {state}, the limit for one caller "
                 "(max_queue_per_principal). Try again later."
             )
 

@@ -31,10 +31,10 @@ def wait_stopped() -> EngineStopped:
     return EngineStopped("The server is shutting down. Ask another server, or this one after it has restarted.")
 
 
-def too_many_items(waiting: int, more: int, max_open_items: int) -> EngineFull:
+def too_many_items(open_items: int, more: int, max_open_items: int) -> EngineFull:
     return EngineFull(
-        f"{waiting} items of batches have not ended or are being uploaded, and {more} more would exceed the limit of "
-        f"this server ({max_open_items}, max_open_items). Try again later."
+        f"{open_items} items of batches have not ended or are being uploaded, and {more} more would exceed the limit "
+        f"of this server ({max_open_items}, max_open_items). Try again later."
     )
 
 

@@ -23,7 +23,7 @@ class Slots:
         self._free = count
         self._free_for_items = count - reserved
         self._runs: deque[anyio.Event] = deque()
-        #: the waiting items, by principal and batch; the next ones come first
+        #: the queued items, by principal and batch; the next ones come first
         self._items: dict[str | None, dict[str, deque[anyio.Event]]] = {}
 
     def acquire_nowait(self, batch: BatchKey) -> bool:

@@ -129,9 +129,9 @@ class BatchStore:
     ) -> None:
         """Raise EngineFull if there is no room for *more* items. Items of the batch *excluded_id* do not count."""
         values = (flock, names_json(self._store.agents), excluded_id)
-        waiting = db.execute(statements.OPEN_ITEMS, values).fetchone()[0] or 0
-        if waiting + more > max_open_items:
-            raise too_many_items(waiting, more, max_open_items)
+        open_items = db.execute(statements.OPEN_ITEMS, values).fetchone()[0] or 0
+        if open_items + more > max_open_items:
+            raise too_many_items(open_items, more, max_open_items)
 
     # Reading
 
@@ -269,10 +269,10 @@ class BatchStore:
         def apply(db: sqlite3.Connection) -> bool:
             _check_owner(db, batch)
             pending = cancel(db, RunStatus.STARTING, reason or CANCELLED_BEFORE_START)
-            asking = cancel(db, RunStatus.WAITING, reason or CANCELLED)
-            queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.CANCELLED): pending + asking}))
-            db.execute(statements.COUNT_WAITING_ITEMS, (-asking, batch.batch_id))
-            return CHUNK_SIZE in (pending, asking)
+            waiting = cancel(db, RunStatus.WAITING, reason or CANCELLED)
+            queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.CANCELLED): pending + waiting}))
+            db.execute(statements.COUNT_WAITING_ITEMS, (-waiting, batch.batch_id))
+            return CHUNK_SIZE in (pending, waiting)
 
         return await self._store.change(apply)
 

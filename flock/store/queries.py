@@ -56,7 +56,7 @@ from flock.store.columns import (
 
 __all__ = [
     "Ended",
-    "Waiting",
+    "QueuedRuns",
     "check_engine",
     "check_key",
     "check_owner",
@@ -256,10 +256,10 @@ def find_batch(db: sqlite3.Connection, batch_id: str) -> Batch | None:
     return batch_or_remains(row) if row[list(BATCH_TABLE).index("error")] == DAMAGED_BATCH else batch_from(row)
 
 
-class Waiting:
-    """The numbers of runs that wait, in all and of each principal.
+class QueuedRuns:
+    """The numbers of queued runs, in all and of each principal.
 
-    They are counted once for all runs that a transaction accepts, since counting takes longer the more runs wait.
+    They are counted once for all runs that a transaction accepts, since counting takes longer the more runs are queued.
     """
 
     def __init__(self) -> None:
@@ -274,18 +274,18 @@ class Waiting:
     def check_room(
         self, db: sqlite3.Connection, flock: str, agents: Collection[str], principal: str | None, limits: QueueLimits
     ) -> None:
-        """Raise EngineFull if too many runs of these agents, or of *principal*, are waiting."""
+        """Raise EngineFull if too many runs of these agents, or of *principal*, are queued."""
         if db.total_changes != self._changes:  # something else was written
             self.forget()
         counts, names = self._counts, names_json(agents)
         if (flock, None) not in counts:
-            counts[flock, None] = db.execute(statements.COUNT_WAITING, (flock, names)).fetchone()[0]
+            counts[flock, None] = db.execute(statements.COUNT_QUEUED, (flock, names)).fetchone()[0]
         limits.check(counts[flock, None])
         if principal is None:
             return
         if (flock, principal) not in counts:
             values = (flock, principal, names)
-            counts[flock, principal] = db.execute(statements.COUNT_WAITING_OF_PRINCIPAL, values).fetchone()[0]
+            counts[flock, principal] = db.execute(statements.COUNT_QUEUED_OF_PRINCIPAL, values).fetchone()[0]
         limits.check_share(counts[flock, principal])
 
     def insert(self, db: sqlite3.Connection, run: Run, key: IdempotencyKey | None) -> None:

@@ -142,13 +142,13 @@ ENDED = """SELECT value FROM json_each(?) WHERE NOT EXISTS
     (SELECT 1 FROM runs WHERE run_id = value AND status IN ('starting', 'running')) AND NOT EXISTS
     (SELECT 1 FROM batches WHERE batch_id = value AND status IN ('starting', 'running'))"""
 #: Limited to the agents of this program: runs of agents that no program has wait too, but not for a slot.
-WAITING = """FROM runs INDEXED BY runs_by_both WHERE batch_id IS NULL AND flock = ?
+QUEUED = """FROM runs INDEXED BY runs_by_both WHERE batch_id IS NULL AND flock = ?
     AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
-QUEUE = f"SELECT count(*), min(CASE WHEN attempt = 1 AND started_at IS NULL THEN created_at END) {WAITING}"
-COUNT_WAITING = f"SELECT count(*) {WAITING}"
+QUEUE = f"SELECT count(*), min(CASE WHEN attempt = 1 AND started_at IS NULL THEN created_at END) {QUEUED}"
+COUNT_QUEUED = f"SELECT count(*) {QUEUED}"
 #: It reads only the index: a millisecond for 100,000 of them.
-COUNT_ASKING = f"SELECT count(*) {WAITING.replace('starting', 'waiting')}"
-COUNT_WAITING_OF_PRINCIPAL = """SELECT count(*) FROM runs INDEXED BY runs_by_principal_and_agent
+COUNT_WAITING = f"SELECT count(*) {QUEUED.replace('starting', 'waiting')}"
+COUNT_QUEUED_OF_PRINCIPAL = """SELECT count(*) FROM runs INDEXED BY runs_by_principal_and_agent
     WHERE batch_id IS NULL AND flock = ? AND principal = ? AND agent_name IN (SELECT value FROM json_each(?))
     AND status = 'starting'"""
 #: The conditions of a list of runs, by parameter name.

@@ -110,7 +110,7 @@ class Store:
         self._unawaited: dict[str, PendingRun] = {}
         #: runs whose first record was refused and so have no row
         self._without_row: set[str] = set()
-        self._waiting = queries.Waiting()
+        self._queued = queries.QueuedRuns()
         self._has_work = anyio.Event()
         self._is_closing = False
         self._write_error: Exception | None = None
@@ -126,7 +126,7 @@ class Store:
         self._displaced = None
         self._unawaited.clear()
         self._without_row.clear()
-        self._waiting.forget()
+        self._queued.forget()
         self._all_written = anyio.Event()
         async with AsyncExitStack() as stack:
             self._db = stack.enter_context(contextlib.closing(self._connect()))
@@ -392,7 +392,7 @@ class Store:
 
     def _write_once(self, write: Callable[[], None]) -> None:
         self._db.execute("BEGIN IMMEDIATE")
-        self._waiting.forget()
+        self._queued.forget()
         try:
             self._file.check(self._db)
             if self._write_error is not None:  # an empty transaction would always succeed
@@ -516,8 +516,8 @@ class Store:
         """Return the queue of runs for ``agents``, without items. Retried runs do not count for its age."""
         values = (flock, names_json(self.agents))
         depth, oldest = self.read(lambda db: db.execute(statements.QUEUE, values).fetchone())
-        (asking,) = self.read(lambda db: db.execute(statements.COUNT_ASKING, values).fetchone())
-        return Queue(depth, time_from(oldest), asking)
+        (waiting,) = self.read(lambda db: db.execute(statements.COUNT_WAITING, values).fetchone())
+        return Queue(depth, time_from(oldest), waiting)
 
     async def last_id(self) -> str | None:
         """Return the id of the newest run."""
@@ -544,7 +544,7 @@ class Store:
             Replayed: the same request was accepted under this key before. This takes precedence over limits.
             KeyReused: the key was used for another request.
             EngineStopped: its engine has shut down.
-            EngineFull: too many runs of ``agents``, or of its principal, are waiting, in all processes together.
+            EngineFull: too many runs of ``agents``, or of its principal, are queued, in all processes together.
         """
 
         def apply(db: sqlite3.Connection) -> Run:
@@ -552,8 +552,8 @@ class Store:
             queries.check_engine(db, run.owner)
             if full is not None:
                 raise full
-            self._waiting.check_room(db, run.flock, self.agents, run.principal, limits)
-            self._waiting.insert(db, run, key)
+            self._queued.check_room(db, run.flock, self.agents, run.principal, limits)
+            self._queued.insert(db, run, key)
             return run
 
         await self.change(apply, then)
@@ -627,7 +627,7 @@ class Store:
 
         def apply(db: sqlite3.Connection) -> Run | None:
             queries.check_engine(db, owner)
-            self._waiting.check_room(db, run.flock, self.agents, run.principal, limits)
+            self._queued.check_room(db, run.flock, self.agents, run.principal, limits)
             is_reopened = db.execute(statements.REOPEN_RUN, (owner, run.run_id)).rowcount == 1
             if is_reopened and max_cost is not None:
                 db.execute(statements.SET_MAX_COST, (max_cost, run.run_id))

@@ -33,14 +33,14 @@ class TakenOver(NamedTuple):
     Attributes:
         runs: runs and items that were ended, and runs to resume. They are stubs, unless they are short.
         batches: batches to resume.
-        waiting: the number of runs and batches that were not taken over, by the agent that is missing.
+        missing: the number of runs and batches that were not taken over, by the agent that is missing.
         is_complete: the dead engine has no unfinished work left.
         suspects: those of the runs, and of the items of the batches, that may have killed it.
     """
 
     runs: Sequence[Run]
     batches: Sequence[Batch]
-    waiting: Mapping[str, int]
+    missing: Mapping[str, int]
     is_complete: bool
     suspects: Sequence[SuspectGroup]
 
@@ -55,7 +55,7 @@ class Unfinished:
         #: runs to mark as failed, with their ``error`` and ``error_type``
         self.ends: dict[str, tuple[str, str]] = {}
         #: the number of runs and batches that stay, by their missing agent
-        self.waiting: Counter[str] = Counter()
+        self.missing: Counter[str] = Counter()
 
 
 def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only: str | None) -> Unfinished:
@@ -79,7 +79,7 @@ def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str
         elif run.cancel_requested or agent_name in agents:
             unfinished.runs.append(run_id)
         else:
-            unfinished.waiting[agent_name] += 1
+            unfinished.missing[agent_name] += 1
     for (batch_id,) in db.execute(statements.UNFINISHED_BATCHES, (dead_id,)).fetchall():
         if only not in (None, batch_id):
             continue
@@ -92,7 +92,7 @@ def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str
         if batch is not None and (batch.cancel_requested or batch.agent_name in agents):
             unfinished.batches.append(batch_id)
         elif batch is not None:
-            unfinished.waiting[batch.agent_name] += 1
+            unfinished.missing[batch.agent_name] += 1
     return unfinished
 
 
@@ -125,7 +125,7 @@ def take_over(
     return TakenOver(
         [stub_of(run) for run_id in runs if (run := queries.find_run(db, run_id)) is not None],
         [batch for batch_id in batches if (batch := queries.find_batch(db, batch_id)) is not None],
-        unfinished.waiting,
+        unfinished.missing,
         is_complete,
         suspects,
     )

@@ -134,12 +134,12 @@ class TemporalBatches(EngineBase):
         async def stage(page: Sequence[Run]) -> None:
             count = sum(not item.status.is_final for item in page)
             if not is_used:
-                self._refuse_above(waiting + self._staged, count)
+                self._refuse_above(open_items + self._staged, count)
             rows.open_items += count
             self._staged += count
             await rows.send(page)
 
-        waiting = await self._check_room_for_items(0)  # also fails early if the cluster does not answer
+        open_items = await self._check_room_for_items(0)  # also fails early if the cluster does not answer
         is_used = key is not None and await self._reservations.is_used(key)  # a replay comes before any limit
         is_whole = False
         try:
@@ -222,17 +222,17 @@ class TemporalBatches(EngineBase):
     async def _check_room_for_items(self, more: int) -> int:
         """Return the number of open items in accepted batches. Raises EngineFull if there is no room for *more*."""
         query = f"{workflows_of(BATCH_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"
-        waiting = 0
+        open_items = 0
         async with self.cluster.rpc_scope():
             async for workflow in self.cluster.client.list_workflows(query):
                 batch = decoded(workflow.raw_info.memo.fields["batch"], Batch)
-                waiting += batch.total_items - batch.completed_items
-        self._refuse_above(waiting + self._staged, more)
-        return waiting
+                open_items += batch.total_items - batch.completed_items
+        self._refuse_above(open_items + self._staged, more)
+        return open_items
 
-    def _refuse_above(self, waiting: int, more: int) -> None:
-        if waiting + more > self._limits.max_open_items:
-            raise too_many_items(waiting, more, self._limits.max_open_items)
+    def _refuse_above(self, open_items: int, more: int) -> None:
+        if open_items + more > self._limits.max_open_items:
+            raise too_many_items(open_items, more, self._limits.max_open_items)
 
     # Reading
 

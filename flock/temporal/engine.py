@@ -124,7 +124,7 @@ class TemporalEngine(TemporalBatches):
         self._open_runs_of: dict[str, int] = {}
         #: runs that are being sent to the cluster
         self._starting = 0
-        self._waiting = 0
+        self._callers = 0
         #: runs whose streams began with their requests
         self._watched: set[str] = set()
 
@@ -161,7 +161,7 @@ class TemporalEngine(TemporalBatches):
         self.is_draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._waiting:
+                while self._callers:
                     self._no_waiters.clear()
                     await self._no_waiters.wait()
         self._wake_waiters.set()
@@ -369,7 +369,7 @@ class TemporalEngine(TemporalBatches):
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         record, followed = None, None
-        with self._counted_as_waiting():
+        with self._counted_as_caller():
             while True:
                 left_s = None if deadline is None else deadline - time.monotonic()
                 if record is not None and left_s is not None and left_s <= 0:
@@ -387,14 +387,14 @@ class TemporalEngine(TemporalBatches):
                 workflow_id = None if isinstance(record, Run) and record.batch_id else workflow_id_of(record)
 
     @contextlib.contextmanager
-    def _counted_as_waiting(self) -> Iterator[None]:
+    def _counted_as_caller(self) -> Iterator[None]:
         """Let ``drain`` wait for the end of the block."""
-        self._waiting += 1
+        self._callers += 1
         try:
             yield
         finally:
-            self._waiting -= 1
-            if not self._waiting:
+            self._callers -= 1
+            if not self._callers:
                 self._no_waiters.set()
 
     @contextlib.contextmanager
@@ -403,7 +403,7 @@ class TemporalEngine(TemporalBatches):
         self._check_entered()
         self._watched.add(run_id)
         try:
-            with self._counted_as_waiting():
+            with self._counted_as_caller():
                 yield
         finally:
             self._watched.discard(run_id)
