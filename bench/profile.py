@@ -36,8 +36,8 @@ PARTS_OF_REQUEST = {
     "response made": r"^run_response|^list_agents|^shown_|^JSONResponse|^Response\.",
     "request parsed by uvicorn": r"^HttpToolsProtocol|^Connection\.",
     "body read and checked": r"^read_json|^Body\.|^media_type_of",
-    "record made, and its write awaited": r"^(Runner|StoredRun)\._?(finish|save|retrying)|^Store\.(save|_written)",
-    "SQLite: statements, commit, thread": r"^Store\.|^Group|^StoreFile|^WorkerThread|^run_sync|/(rows|queries)\.py",
+    "record made, and its write awaited": r"^(Runner|StoredRun)\._?(finish|save|retrying)|^Database\.(save|_written)",
+    "SQLite: statements, commit, thread": r"^(SQLite|Database|Group|StoreFile|WorkerThr|run_sync)|/(rows|queries)\.py",
     "step: slot, deadline, agent": r"^StepExecutor\.|^execute_agent|^FunctionAgent",
     "client wakes up": r"^_end_of|^EmbeddedEngine\.wait",
     "task and scope of the run": r"^Runner\.|^StoredRun|^TaskGroup|^TaskHandle",
@@ -46,9 +46,9 @@ PARTS_OF_REQUEST = {
 }
 PARTS_OF_ITEM = {
     "scope, its deadline, search for open ones": r"^CancelScope|^closing_scopes|_scopes?(_above)? \(flock/scopes",
-    "record made, and its write awaited": r"^(Runner|StoredRun)\._?(finish|save|retry|ended)|^Store\.(save|_written)",
-    "row read": r"^BatchStore|^rows_of|^Store\.read|^run_from|^_reader|^find_batch",
-    "SQLite: statements, commit, thread": r"^Store\.|^Group|^StoreFile|^WorkerThread|^run_sync|/(rows|queries)\.py",
+    "record made, and its write awaited": r"^(Runner|StoredRun)\._?(finish|save|retry|ended)|^Database\.(save|_wr)",
+    "row read": r"^SQLiteBatchStore|^rows_of|^Database\.read|^run_from|^_reader|^find_batch",
+    "SQLite: statements, commit, thread": r"^(SQLite|Database|Group|StoreFile|WorkerThr|run_sync)|/(rows|queries)\.py",
     "agent: inputs, function, result": r"^FunctionAgent|^execute_agent|^Signature",
     "step: slot, result": r"^StepExecutor|^acquire_all|^Slots",
     "worker and run": r"^Runner|^StoredRun|^ActiveRun|^_Work|^Batches",

@@ -23,17 +23,18 @@ import uvloop
 from msgspec.structs import replace
 
 from flock.runs import Run, RunStatus, Step, new_id, now
+from flock.store.database import Durability
 from flock.store.groups import Group
-from flock.store.store import Durability, Store
+from flock.store.store import SQLiteStore
 
 BEAT_S = 0.001
 
 
-class AllInThread(Store):
+class AllInThread(SQLiteStore):
     """everything in a thread: the store's own strategy"""
 
 
-class CommitInThread(Store):
+class CommitInThread(SQLiteStore):
     """rows in the loop, COMMIT in a thread"""
 
     async def _transact(self, group: Group) -> None:
@@ -43,7 +44,7 @@ class CommitInThread(Store):
             await anyio.to_thread.run_sync(self._db.execute, "COMMIT", limiter=self._threads)
 
 
-class AllInLoop(Store):
+class AllInLoop(SQLiteStore):
     """everything in the loop"""
 
     async def _transact(self, group: Group) -> None:
@@ -68,13 +69,13 @@ def work(seconds: float) -> None:
 
 
 async def sample(
-    strategy: type[Store], path: Path, durability: Durability, savers: int, seconds: float, work_s: float
+    strategy: type[SQLiteStore], path: Path, durability: Durability, savers: int, seconds: float, work_s: float
 ) -> Sample:
     saves, beats = [], []
     until = time.perf_counter() + seconds
     owner = new_id()
 
-    async def save_repeatedly(store: Store) -> None:
+    async def save_repeatedly(store: SQLiteStore) -> None:
         while time.perf_counter() < until:
             work(work_s)
             at, result = now(), msgspec.Raw(b'{"result":3}')
@@ -105,7 +106,7 @@ async def sample(
     )
 
 
-def print_samples(strategies: Sequence[type[Store]], samples: Sequence[Sequence[Sample]]) -> None:
+def print_samples(strategies: Sequence[type[SQLiteStore]], samples: Sequence[Sequence[Sample]]) -> None:
     for strategy, taken in zip(strategies, samples, strict=True):
         pairs = zip(taken, samples[0], strict=True)
         ratios = [one.saves_per_s / other.saves_per_s for one, other in pairs]

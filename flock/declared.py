@@ -31,7 +31,8 @@ from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
 from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, Row
 from flock.scopes import current_task
 from flock.steps.progress import follow_batch
-from flock.store.store import Durability, Store
+from flock.store.database import Durability
+from flock.store.store import SQLiteStore
 
 __all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent", "agent_of"]
 
@@ -152,7 +153,7 @@ class DeclaredFlock:
         models = ModelClient(self.model, transport=transport)
         own = {"flock": self.name, "program_path": self.program_path}
         options = {**own, "max_steps": self.max_steps, "prices": self.prices, **options}
-        return EmbeddedEngine(self.agents, models, Store(store, durability=durability), limits=limits, **options)
+        return EmbeddedEngine(self.agents, models, SQLiteStore(store, durability=durability), limits=limits, **options)
 
     def shared_engine(self, *, store: str | Path, expose_errors: bool = False) -> EmbeddedEngine:
         """Like ``engine``, but return the same engine for equal arguments while it is in use."""

@@ -22,6 +22,7 @@ from flock.runs.events import end_id
 from flock.testing import Failure, FakeModel, Reply
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
+from tests.support.engines import sqlite_of
 from tests.support.http import client_of, post_run, wait_for, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -247,7 +248,7 @@ async def test_a_cancelled_long_run_is_shown_without_holding_its_results() -> No
     async with long_run("failed") as (app, path):
         assert isinstance(app.engine, EmbeddedEngine)
         statement = "UPDATE runs SET status = 'cancelled'"
-        await app.engine.store.change(lambda db: db.execute(statement) and None)
+        await sqlite_of(app.engine).change(lambda db: db.execute(statement) and None)
         status, peak = await peak_of(app, "POST", f"{path}/cancel")
         assert status == 200
         assert peak < LONG / 2
@@ -262,7 +263,7 @@ async def test_a_damaged_result_is_not_sent_by_a_cancellation() -> None:
     async with long_run("failed") as (app, path), client_of(app) as client:
         assert isinstance(app.engine, EmbeddedEngine)
         for statement in ("UPDATE runs SET status = 'cancelled'", "UPDATE steps SET result = x'7b'"):
-            await app.engine.store.change(lambda db, statement=statement: db.execute(statement) and None)  # type: ignore[misc]
+            await sqlite_of(app.engine).change(lambda db, statement=statement: db.execute(statement) and None)  # type: ignore[misc]
         answer = await client.post(f"{path}/cancel", headers={"Authorization": f"Bearer {KEYS['ann']}"})
         assert answer.status_code == 503
 
@@ -272,7 +273,7 @@ async def test_a_run_of_another_principal_takes_as_much_work_as_an_unknown_one()
     async with long_run("completed") as (app, path):
         assert isinstance(app.engine, EmbeddedEngine)
         unknown, queries = f"/run/{new_id()}", list[str]()
-        app.engine.store._reader.set_trace_callback(queries.append)
+        sqlite_of(app.engine)._reader.set_trace_callback(queries.append)
         for method, suffix in (
             ("HEAD", ""),
             ("GET", ""),

@@ -23,12 +23,12 @@ from flock.errors import (
 )
 from flock.rows.results import item_pages
 from flock.runs import Batch, BatchFilter, BatchOptions, RunStatus, new_id, now
-from flock.store.batchstore import BatchStore
-from flock.store.columns import DAMAGED_RUN
+from flock.steps.outcomes import DAMAGED
+from flock.store.batchstore import SQLiteBatchStore
 from flock.store.migrations import MIGRATIONS
-from flock.store.store import Store
+from flock.store.store import SQLiteStore
 from tests.support import PATIENCE_S
-from tests.support.engines import ended
+from tests.support.engines import ended, sqlite_of
 from tests.support.flocks import Work, numbers
 
 pytestmark = pytest.mark.anyio
@@ -74,10 +74,10 @@ async def test_a_batch_is_accepted_whole_or_not_at_all(items: Any, error: type[E
         with pytest.raises(error):
             await engine.submit_batch("item", items(), OPTIONS)
         assert await engine.list_batches(BatchFilter()) == []
-        while await engine.batch_store.sweep():
+        while await engine.store.batches.sweep():
             pass
-        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (0,)
-        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM batches").fetchone()) == (0,)
+        assert sqlite_of(engine).read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (0,)
+        assert sqlite_of(engine).read(lambda db: db.execute("SELECT count(*) FROM batches").fetchone()) == (0,)
     assert work.calls == []
 
 
@@ -96,7 +96,7 @@ async def test_an_unfinished_upload_is_hidden_and_dropped_with_its_sender(store:
             tasks.start_soon(engine.submit_batch, "item", stalls(), OPTIONS)
             await staged.wait()
             query = "SELECT batch_id, run_id FROM runs LIMIT 1"
-            batch_id, run_id = engine.store.read(lambda db: db.execute(query).fetchone())
+            batch_id, run_id = sqlite_of(engine).read(lambda db: db.execute(query).fetchone())
             assert await engine.list_batches(BatchFilter()) == []
             for look, id_, error in (
                 (engine.get_batch, batch_id, BatchNotFound),
@@ -106,9 +106,9 @@ async def test_an_unfinished_upload_is_hidden_and_dropped_with_its_sender(store:
                 with pytest.raises(error):
                     await look(id_)
             tasks.cancel_scope.cancel()
-        while await engine.batch_store.sweep():
+        while await engine.store.batches.sweep():
             pass
-        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (0,)
+        assert sqlite_of(engine).read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (0,)
     assert work.calls == []
 
 
@@ -126,15 +126,15 @@ async def test_the_staged_items_of_a_dead_process_are_dropped() -> None:
             created_at=now(),
             owner=dead_id,
         )
-        await engine.store.change(
+        await sqlite_of(engine).change(
             lambda db: db.execute("INSERT INTO engines VALUES (?, 'work', 0)", (dead_id,)) and None
         )
-        await engine.batch_store.stage(batch, [], 1000, is_first=True)
+        await engine.store.batches.stage(batch, [], 1000, is_first=True)
     async with work.flock.engine(store="flock.db") as engine:
         with anyio.fail_after(PATIENCE_S):
             while rows("flock.db", "SELECT * FROM batches"):
                 await anyio.sleep(0.02)
-                engine.batch_store.has_dropped.set()
+                sqlite_of(engine).batches.has_dropped.set()
 
 
 @pytest.mark.parametrize("swept", [False, True])
@@ -146,8 +146,8 @@ async def test_an_upload_that_another_engine_dropped_is_refused(count: int, swep
     async def pauses() -> AsyncIterator[Any]:
         for item in numbers(550):
             yield item
-        await engine.store.change(lambda db: db.execute("UPDATE batches SET hidden = 'dropped'") and None)
-        while swept and await engine.batch_store.sweep():
+        await sqlite_of(engine).change(lambda db: db.execute("UPDATE batches SET hidden = 'dropped'") and None)
+        while swept and await engine.store.batches.sweep():
             pass
         for item in numbers(count - 550):
             yield item
@@ -155,9 +155,9 @@ async def test_an_upload_that_another_engine_dropped_is_refused(count: int, swep
     async with work.flock.engine(store=store) as engine:
         with pytest.raises(StoreError, match="Upload the whole batch again"):
             await engine.submit_batch("item", pauses(), OPTIONS)
-        while await engine.batch_store.sweep():
+        while await engine.store.batches.sweep():
             pass
-        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (0,)
+        assert sqlite_of(engine).read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (0,)
     assert work.calls == []
 
 
@@ -224,14 +224,14 @@ async def test_waiters_of_a_batch_are_woken_only_by_its_end(store: str, monkeypa
     work, reads = Work(), 0
     work.holds = True
 
-    def count(batch_id: str, get: Any = BatchStore.get) -> Any:
+    def count(batch_id: str, get: Any = SQLiteBatchStore.get) -> Any:
         nonlocal reads
         reads += 1
-        return get(engine.batch_store, batch_id)
+        return get(engine.store.batches, batch_id)
 
     async with work.flock.engine(store=store) as engine:
         batch = await engine.submit_batch("item", numbers(1), OPTIONS)
-        monkeypatch.setattr(engine.batch_store, "get", count)
+        monkeypatch.setattr(engine.store.batches, "get", count)
         async with anyio.create_task_group() as tasks:
             for _ in range(20):
                 tasks.start_soon(ended, engine, batch)
@@ -310,7 +310,7 @@ async def test_a_batch_of_unreadable_items_fails(tmp_path: Path) -> None:
     async with work.flock.engine(store=store) as engine:
         batch = await ended(engine, batch)
         assert (batch.status, batch.failed_items, batch.completed_items) == (RunStatus.FAILED, 2500, 2500)
-        assert batch.error == f"None of the 2500 items completed. The first error: {DAMAGED_RUN}"
+        assert batch.error == f"None of the 2500 items completed. The first error: {DAMAGED.error}"
         retried = await ended(engine, await engine.retry_batch(batch.batch_id))
         assert (retried.status, retried.failed_items) == (RunStatus.FAILED, 2500)
 
@@ -364,7 +364,7 @@ async def test_an_engine_recovers_a_batch_that_another_left(tmp_path: Path) -> N
     work.holds = False
     async with work.flock.engine(store=path) as engine:
         assert (await ended(engine, going)).completed_items == 20
-        reopened = await engine.batch_store.reopen(
+        reopened = await engine.store.batches.reopen(
             going.batch_id, engine._engine_id, [RunStatus.FAILED], 100, lambda batch: None
         )
         assert reopened is not None
@@ -399,7 +399,7 @@ async def test_an_engine_taken_for_dead_starts_no_item_of_a_batch_that_it_lost(t
         batch = await engine.submit_batch("item", numbers(2000), BatchOptions(max_workers=2))
         await work.started.wait()
         await anyio.wait_all_tasks_blocked()
-        await engine.store.change(lambda db: db.execute("UPDATE batches SET owner = 'another'") and None)
+        await sqlite_of(engine).change(lambda db: db.execute("UPDATE batches SET owner = 'another'") and None)
         work.may_go.set()
         await anyio.wait_all_tasks_blocked()
         with anyio.fail_after(PATIENCE_S):
@@ -455,9 +455,9 @@ async def test_old_batches_are_deleted_as_a_whole(tmp_path: Path) -> None:
             batch = await ended(engine, await engine.submit_batch("item", numbers(3), OPTIONS))
         await engine.delete_old()
         assert [each.batch_id for each in await engine.list_batches(BatchFilter())] == [batch.batch_id]
-        while await engine.batch_store.sweep():
+        while await engine.store.batches.sweep():
             pass
-        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (3,)
+        assert sqlite_of(engine).read(lambda db: db.execute("SELECT count(*) FROM runs").fetchone()) == (3,)
 
 
 @pytest.fixture
@@ -485,14 +485,14 @@ async def test_a_batch_continues_after_a_failed_write(name: str, fails_at_first:
     work.holds, work.fails = name == "cancel_waiting", {1}
     async with work.flock.engine(store=store) as engine:
         if name != "reopen_some":
-            fails_at_first(engine.batch_store, name)
+            fails_at_first(engine.store.batches, name)
         batch = await engine.submit_batch("item", numbers(3), BatchOptions(max_workers=1))
         if name == "cancel_waiting":
             await work.started.wait()
             await engine.cancel_batch(batch.batch_id)
         batch = await ended(engine, batch)
         if name == "reopen_some":
-            fails_at_first(engine.batch_store, name)
+            fails_at_first(engine.store.batches, name)
             work.fails = set()
             batch = await ended(engine, await engine.retry_batch(batch.batch_id))
         assert batch.completed_items == 3
@@ -502,11 +502,11 @@ async def test_a_batch_continues_after_a_failed_write(name: str, fails_at_first:
 async def test_staged_items_are_dropped_when_the_store_can_be_written_again(fails_at_first: Any, store: str) -> None:
     """The sender gets the error of its upload, and not the error of the store."""
     async with Work().flock.engine(store=store) as engine:
-        fails_at_first(engine.batch_store, "drop")
+        fails_at_first(engine.store.batches, "drop")
         with pytest.raises(ConnectionError):
             await engine.submit_batch("item", numbers_then_error(1100), OPTIONS)
         with anyio.fail_after(PATIENCE_S):
-            while engine.store.read(lambda db: db.execute("SELECT 1 FROM runs").fetchone()):  # noqa: ASYNC110
+            while sqlite_of(engine).read(lambda db: db.execute("SELECT 1 FROM runs").fetchone()):  # noqa: ASYNC110
                 await anyio.sleep(0.01)
 
 
@@ -530,7 +530,7 @@ async def test_an_engine_that_has_left_its_store_accepts_no_batch(
         except EngineStopped as exc:
             errors.append(exc)
 
-    async def leave(engine_id: str, leave: Any = Store.unregister_engine) -> None:
+    async def leave(engine_id: str, leave: Any = SQLiteStore.unregister_engine) -> None:
         await leave(engine.store, engine_id)
         arrived.set()
         await anyio.sleep(0.1)

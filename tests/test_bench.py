@@ -213,7 +213,7 @@ PERF_SCRIPT = f"""python 7
 \t    55d0 sqlite3_step
 \t    7f01 py::write_run:{ROOT}/flock/store/queries.py
 \t    7f02 py::Group._write_runs:{ROOT}/flock/store/groups.py
-\t    7f03 py::Store._write:{ROOT}/flock/store/store.py
+\t    7f03 py::Database._write:{ROOT}/flock/store/database.py
 
 python 6
 \t    7f04 py::Route.matches:/venv/lib/site-packages/starlette/routing.py

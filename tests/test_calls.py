@@ -28,7 +28,7 @@ from flock.errors import AgentError, CallError
 from flock.runs import MAX_SHOWN_CALLS, NOT_LOADED, BatchOptions, Engine, Run, RunContext, RunStatus
 from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.engines import OpenEngine, until
+from tests.support.engines import OpenEngine, sqlite_of, until
 from tests.support.servers import serving
 
 pytestmark = pytest.mark.anyio
@@ -354,7 +354,7 @@ async def test_a_cancelled_run_stores_no_call_that_was_running(tmp_path: Path) -
         assert run.status is RunStatus.CANCELLED
         assert [call.name for _, call in await engine.store.calls(run, 0)] == ["long"]
         await engine.delete_run(run.run_id)
-        assert engine.store.read(lambda db: db.execute("SELECT count(*) FROM calls").fetchone()) == (0,)
+        assert sqlite_of(engine).read(lambda db: db.execute("SELECT count(*) FROM calls").fetchone()) == (0,)
 
 
 async def test_calls_in_threads_run_at_the_same_time() -> None:
@@ -485,13 +485,13 @@ async def test_a_call_whose_time_ends_while_it_is_saved_is_not_executed_again(ki
     async def charge(amount: int) -> int:
         charged.append(amount)
         if len(charged) == 1:
-            tasks.start_soon(engine.store.change, block)
+            tasks.start_soon(sqlite_of(engine).change, block)
             await until(is_blocked.is_set)
             tasks.start_soon(end_in_time)
         return amount
 
     async def end_in_time() -> None:
-        await until(lambda: bool(engine.store._open.changes))  # the call waits for the disk
+        await until(lambda: bool(sqlite_of(engine)._open.changes))  # the call waits for the disk
         end_time[0](anyio.current_time())
         await anyio.wait_all_tasks_blocked()
         disk_is_free.set()
@@ -816,15 +816,15 @@ async def test_ten_thousand_calls_are_shown_without_reading_each_for_each(tmp_pa
                 f"INSERT INTO calls ({columns}) SELECT {columns} FROM calls, n"
             )
 
-        await engine.store.change(copy)
+        await sqlite_of(engine).change(copy)
         operations = []
 
         def count() -> int:
             operations.append(1)
             return 0
 
-        engine.store.read(lambda db: db.set_progress_handler(count, 1000))
+        sqlite_of(engine).read(lambda db: db.set_progress_handler(count, 1000))
         calls = await engine.get_calls(run)
-        engine.store.read(lambda db: db.set_progress_handler(None, 0))
+        sqlite_of(engine).read(lambda db: db.set_progress_handler(None, 0))
     assert len(calls[0]) == MAX_SHOWN_CALLS
     assert len(operations) < 1000, "a million operations"

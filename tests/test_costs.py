@@ -43,7 +43,7 @@ from flock.store.migrations import MIGRATIONS
 from flock.testing import FakeModel, ModelRequest, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.engines import OpenEngine, all_items, ended
+from tests.support.engines import OpenEngine, all_items, ended, sqlite_of
 from tests.support.http import client_of, get, post_run, wait_for, wait_until
 from tests.support.models import usage_of_gpt_4o
 from tests.support.servers import flockapi_command, running
@@ -291,7 +291,7 @@ async def test_a_run_of_an_older_version_counts_its_earlier_steps(tmp_path: Path
     async with flock.engine(transport=model.transport, store=tmp_path / "flock.db") as engine:
         run = await finish(engine, (await engine.submit("measure", {"text": "a"})).run_id)
         assert (run.error_type, run.usage) == ("invalid_output", usage_of_gpt_4o(20, 10))
-        await engine.store.change(lambda db: db.execute("UPDATE runs SET spent = NULL") and None)
+        await sqlite_of(engine).change(lambda db: db.execute("UPDATE runs SET spent = NULL") and None)
         assert (await engine.get_run(run.run_id)).usage == usage_of_gpt_4o(10, 5)
         await engine.retry_run(run.run_id)
         assert (await finish(engine, run.run_id)).usage == usage_of_gpt_4o(20, 10)
@@ -466,10 +466,10 @@ async def test_a_batch_of_free_agents_writes_no_more_than_before(tmp_path: Path)
         return 2 * n
 
     async with flock.engine(store=tmp_path / "flock.db") as engine:
-        engine.store._db.set_trace_callback(statements.append)
+        sqlite_of(engine)._db.set_trace_callback(statements.append)
         batch = await engine.submit_batch("double", [{"n": n} for n in range(1000)], BatchOptions(max_workers=10))
         batch = await ended(engine, batch)
-        engine.store._db.set_trace_callback(None)
+        sqlite_of(engine)._db.set_trace_callback(None)
         assert batch.usage is None
         assert (await engine.get_items(batch.batch_id, limit=1))[0].spent is None
     updates = [text for text in statements if text.startswith("UPDATE runs SET status")]

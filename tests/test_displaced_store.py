@@ -17,7 +17,7 @@ import pytest
 from flock.core import Flock
 from flock.errors import StoreError
 from flock.store.migrations import MIGRATIONS
-from flock.store.store import Store
+from flock.store.store import SQLiteStore
 from tests.support import PATIENCE_S
 from tests.support.servers import Server, flockapi_command, running
 
@@ -169,7 +169,7 @@ def test_a_new_version_does_not_start_while_an_older_one_uses_the_store(tmp_path
 @pytest.mark.anyio
 async def test_an_older_process_that_starts_during_the_migration_gives_up(tmp_path: Path) -> None:
     """It had read the old schema version, and was not registered yet when the new version looked for others."""
-    async with Store(tmp_path / "flock.db") as store:
+    async with SQLiteStore(tmp_path / "flock.db") as store:
         upgrade(tmp_path / "flock.db")
         with pytest.raises(StoreError) as caught:
             await store.register_engine("older", "displaced", ())
@@ -178,7 +178,7 @@ async def test_an_older_process_that_starts_during_the_migration_gives_up(tmp_pa
 
 @pytest.mark.anyio
 async def test_a_commit_to_a_file_that_was_just_removed_is_not_acknowledged(tmp_path: Path) -> None:
-    async with Store(tmp_path / "flock.db") as store:
+    async with SQLiteStore(tmp_path / "flock.db") as store:
         with pytest.raises(StoreError):
             await store.change(lambda db: remove_all(tmp_path / "flock.db"))
 
@@ -187,14 +187,14 @@ async def test_a_commit_to_a_file_that_was_just_removed_is_not_acknowledged(tmp_
 async def test_a_store_is_displaced_if_its_folder_becomes_a_file(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
-    async with Store(folder / "flock.db") as store:
+    async with SQLiteStore(folder / "flock.db") as store:
         folder.rename(tmp_path / "away")
         folder.touch()
-        store.check_file()
+        await store.check_file()
         assert store.is_displaced
         folder.unlink()
         (tmp_path / "away").rename(folder)
-        store.check_file()
+        await store.check_file()
         assert not store.is_displaced
 
 

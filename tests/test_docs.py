@@ -17,10 +17,8 @@ from flock.command.cli import main
 from flock.errors import ERROR_TYPES, ModelError, StepError
 from flock.models.providers import PROVIDERS
 from flock.runs import INVALID_INPUT, Question, now
-from flock.steps.outcomes import CANCELLED, COST_LIMIT, error_of, expiry_of, timeout_of
+from flock.steps.outcomes import CANCELLED, COST_LIMIT, CRASHED, DAMAGED, INTERRUPTED, error_of, expiry_of, timeout_of
 from flock.store import migrations
-from flock.store.columns import UNREADABLE
-from flock.store.takeover import CRASHED, INTERRUPTED
 from flock.web.auth import new_key
 from flock.web.wire import UploadQuery
 from flockapi import ROUTES
@@ -154,8 +152,8 @@ def test_the_list_of_error_types_has_those_of_all_code() -> None:
     assert ERROR_TYPES.keys() == {
         *(cls.error_type for cls in _built_in(StepError) if "error_type" in vars(cls)),
         *ModelError.ERROR_TYPES,
-        *(outcome.error_type for outcome in (CANCELLED, COST_LIMIT, timeout_of(1), expiry_of(question))),
-        *(CRASHED[1], INTERRUPTED[1], INVALID_INPUT, UNREADABLE, payload_lost),
+        *(outcome.error_type for outcome in (CANCELLED, COST_LIMIT, CRASHED, DAMAGED, INTERRUPTED)),
+        *(timeout_of(1).error_type, expiry_of(question).error_type, INVALID_INPUT, payload_lost),
         error_of(ValueError(), "", expose_errors=False)[1],
     }
 

@@ -34,8 +34,8 @@ from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Replayed, StoreError
 from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
 from tests.support import PATIENCE_S
+from tests.support.engines import sqlite_of, until_run
 from tests.support.engines import until as until_true
-from tests.support.engines import until_run
 from tests.support.servers import Server, flockapi_command, memory_kib, running
 
 T = TypeVar("T")
@@ -349,7 +349,7 @@ async def test_nothing_that_costs_money_starts_while_the_store_fails(tmp_path: P
         failed = await engine.wait(failed.run_id)
         begun = sorted(paid.begun)
 
-        database = engine.store._db
+        database = sqlite_of(engine)._db
         database.execute(f"PRAGMA max_page_count = {database.execute('PRAGMA page_count').fetchone()[0]}")
         paid.end("long")
         await until_true(lambda: engine.health().store == "failing")

@@ -31,8 +31,8 @@ from flock.runs import (
     now,
 )
 from flock.runs.records import PAGE_BYTES
-from flock.store.batchstore import BatchStore
-from flock.store.store import Store
+from flock.store.batchstore import SQLiteBatchStore
+from flock.store.store import SQLiteStore
 from flockapi import create_app
 from tests.support import PATIENCE_S, WORKERS
 from tests.support.cluster import engine_for
@@ -217,14 +217,14 @@ async def test_a_page_is_read_without_the_rest_of_the_list(tmp_path: Path) -> No
 @pytest.mark.anyio
 async def test_a_download_is_read_in_pages_of_a_mebibyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flock, pages = long_flock(), list[int]()
-    items_of = BatchStore.items
+    items_of = SQLiteBatchStore.items
 
-    async def items(self: BatchStore, *args: Any) -> Any:
+    async def items(self: SQLiteBatchStore, *args: Any) -> Any:
         page = await items_of(self, *args)
         pages.append(sum(len(item.inputs) + len(item.result or b"") + len(item.error or "") for item in page))
         return page
 
-    monkeypatch.setattr(BatchStore, "items", items)
+    monkeypatch.setattr(SQLiteBatchStore, "items", items)
     async with client_of(flock, flock.engine(store=tmp_path / "flock.db")) as client:
         rows = [{"text": "x" * 20_000, "times": 10}] * 20
         sent = {"agent_name": "repeat", "batch_inputs": rows}
@@ -537,7 +537,7 @@ async def test_a_list_filtered_by_agent_reads_no_other_runs_of_a_principal(tmp_p
     """SQLite's steps are counted: of 5,000 runs of another agent, none is read."""
     steps = []
     for others in (0, 5_000):
-        async with Store(tmp_path / f"{others}.db") as store:
+        async with SQLiteStore(tmp_path / f"{others}.db") as store:
             for name in ("rare", *["other"] * others, "rare"):
                 run = Run(run_id=new_id(), flock="f", agent_name=name, inputs=msgspec.Raw(b"{}"), created_at=now())
                 store.save_nowait(replace(run, principal="ann", status=RunStatus.COMPLETED), is_new=True)

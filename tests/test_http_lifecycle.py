@@ -19,7 +19,7 @@ from flock.runs import RunContext
 from flock.testing import FakeModel, Reply
 from flockapi import WATCH_DELAY_S, FlockAPI, create_app
 from tests.support.cluster import engine_for
-from tests.support.engines import until
+from tests.support.engines import sqlite_of, until
 from tests.support.http import check_problem, events_in, get, post_run, wait_until
 from tests.support.servers import Served
 from tests.support.sockets import socket_server
@@ -464,7 +464,7 @@ async def test_a_store_that_fails_does_not_cancel_the_run_that_a_client_waits_fo
     engine = flock.engine(store=tmp_path / "flock.db")
     app = create_app(flock, engine=engine)
     async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
-        database = engine.store._db
+        database = sqlite_of(engine)._db
         database.execute(f"PRAGMA max_page_count = {database.execute('PRAGMA page_count').fetchone()[0]}")
 
         async def release() -> None:
@@ -604,10 +604,10 @@ async def test_a_run_is_cancelled_if_its_host_cancels_the_request_while_it_is_ac
 
     async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
         async with anyio.create_task_group() as writes, anyio.create_task_group() as requests:
-            writes.start_soon(engine.store.change, hold)
+            writes.start_soon(sqlite_of(engine).change, hold)
             await until(is_held.is_set)
             requests.start_soon(functools.partial(post_run, client, "nap", session_id="s"))
-            await until(lambda: bool(engine.store._open.changes))
+            await until(lambda: bool(sqlite_of(engine)._open.changes))
             requests.cancel_scope.cancel()
             may_write.set()
         gate.may_go.set()

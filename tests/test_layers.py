@@ -115,6 +115,20 @@ def test_the_api_imports_no_engine() -> None:
     assert not imports_of(ROOT / "flockapi.py") & {"flock.engine.embedded", "flock.engine.base", "flock.temporal"}
 
 
+def test_the_engine_knows_only_the_port_of_the_store() -> None:
+    """Only ``flock.declared`` and the command choose SQLite. The cluster's engine uses a function for files."""
+    used: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        stores = {imported for imported in imports_of(path) if layer_of(imported) == "flock.store"}
+        used.setdefault(layer_of(module), set()).update(stores)
+    assert used["flock.engine"] == {"flock.store.port", "flock.store.suspects"}
+    assert used["flock.temporal"] == {"flock.store.files"}
+    assert {layer for layer, stores in used.items() if "flock.store.store" in stores} == {
+        "flock.command",
+        "flock.declared",
+    }
+
+
 def test_only_the_store_imports_sqlite3() -> None:
     assert {layer_of(module_of(path)) for path in FILES if "sqlite3" in packages_of(path)} == {"flock.store"}
 

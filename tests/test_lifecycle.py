@@ -24,7 +24,7 @@ from flock.runs import (
     Step,
 )
 from tests.support import PATIENCE_S
-from tests.support.engines import until, until_run
+from tests.support.engines import sqlite_of, until, until_run
 from tests.support.flocks import Gate
 
 pytestmark = pytest.mark.anyio
@@ -82,7 +82,7 @@ async def test_a_run_cancelled_between_its_steps_keeps_its_finished_step(
 async def test_a_run_cancelled_while_its_step_is_written_keeps_the_step(gate: Gate, tmp_path: Path) -> None:
     disk_is_free = threading.Event()
     async with gate.flock.engine(store=tmp_path / "flock.db") as engine, anyio.create_task_group() as tasks:
-        tasks.start_soon(engine.store.change, lambda db: disk_is_free.wait(PATIENCE_S))
+        tasks.start_soon(sqlite_of(engine).change, lambda db: disk_is_free.wait(PATIENCE_S))
         await anyio.wait_all_tasks_blocked()
         run = await submit(engine, "steady", is_async=False)
         await until(lambda: gate.calls == ["steady"])
@@ -103,10 +103,10 @@ async def test_a_result_that_is_being_written_survives_the_cancellation_of_its_h
     run: Run | None = None
     with anyio.CancelScope() as host:
         async with gate.flock.engine(store=tmp_path / "flock.db") as engine, anyio.create_task_group() as tasks:
-            tasks.start_soon(engine.store.change, lambda db: disk_is_free.wait(PATIENCE_S))
+            tasks.start_soon(sqlite_of(engine).change, lambda db: disk_is_free.wait(PATIENCE_S))
             await anyio.wait_all_tasks_blocked()
             run = await submit(engine, "report", is_async=False)
-            await until(lambda: bool(engine.store._open.runs))  # its final record waits for the disk
+            await until(lambda: bool(sqlite_of(engine)._open.runs))  # its final record waits for the disk
             asyncio.get_running_loop().call_later(0.2, disk_is_free.set)
             host.cancel()
             await anyio.sleep_forever()
@@ -128,7 +128,7 @@ async def test_an_agent_that_cancels_its_task_too_late_has_no_effect(gate: Gate,
         return 1
 
     async with flock.engine(store=tmp_path / "flock.db") as engine, anyio.create_task_group() as tasks:
-        tasks.start_soon(engine.store.change, lambda db: disk_is_free.wait(PATIENCE_S))
+        tasks.start_soon(sqlite_of(engine).change, lambda db: disk_is_free.wait(PATIENCE_S))
         await anyio.wait_all_tasks_blocked()
         run = await submit(engine, "late", is_async=False)
         assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
@@ -145,7 +145,7 @@ async def test_unreported_progress_does_not_overwrite_the_final_status(gate: Gat
     disk_is_free = threading.Event()
     gate.may_go.set()
     async with gate.flock.engine(store=tmp_path / "flock.db") as engine, anyio.create_task_group() as tasks:
-        tasks.start_soon(engine.store.change, lambda db: disk_is_free.wait(20))
+        tasks.start_soon(sqlite_of(engine).change, lambda db: disk_is_free.wait(20))
         await anyio.wait_all_tasks_blocked()
         run = await submit(engine, "report", is_async=False)
         await anyio.sleep(3 * WATCH_INTERVAL_S)
@@ -163,14 +163,14 @@ async def test_a_batch_survives_a_transient_store_failure(
 ) -> None:
     """Neither its items nor the engine fail."""
     gate.fails = False
-    read, failures = engine.batch_store.pending_items, [StoreError("now"), StoreError("and now")]
+    read, failures = engine.store.batches.pending_items, [StoreError("now"), StoreError("and now")]
 
     async def fail_first(*args: Any, **options: Any) -> list[Run]:
         if failures:
             raise failures.pop()
         return await read(*args, **options)
 
-    monkeypatch.setattr(engine.batch_store, "pending_items", fail_first)
+    monkeypatch.setattr(engine.store.batches, "pending_items", fail_first)
     batch = await engine.submit_batch("steady", [EMPTY] * 3, BatchOptions())
     with anyio.fail_after(PATIENCE_S):
         while not (batch := await engine.get_batch(batch.batch_id)).status.is_final:  # noqa: ASYNC110 - as a client

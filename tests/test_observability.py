@@ -31,7 +31,7 @@ from flock.errors import AgentError, DefinitionError
 from flock.logs import JSONFormatter
 from flock.runs import Batch, BatchOptions, Engine, Observer, Run, RunContext, RunStatus, new_id, now
 from flock.store.migrations import MIGRATIONS
-from flock.store.store import Store
+from flock.store.store import SQLiteStore
 from flock.testing import Failure, FakeModel, Reply
 from flock.web.metrics import Metrics
 from flockapi import create_app
@@ -366,7 +366,7 @@ async def test_metrics_report_queued_runs_and_open_event_streams(tmp_path: Path)
 
 async def test_a_run_interrupted_by_a_crash_is_counted_by_the_next_server(flock: Flock, tmp_path: Path) -> None:
     """An agent that no longer exists gets no label of its own."""
-    async with Store(tmp_path / "flock.db") as store:
+    async with SQLiteStore(tmp_path / "flock.db") as store:
         await store.register_engine("gone", "sample", ())
         old = Run(run_id="1", flock="sample", agent_name="left", inputs=msgspec.Raw(b"{}"), created_at=now())
         await store.save(msgspec.structs.replace(old, owner="gone"), is_new=True)

@@ -27,7 +27,7 @@ from flock.web.auth import ScopedEngine
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.cluster import engine_with_worker
-from tests.support.engines import OpenEngine, until
+from tests.support.engines import OpenEngine, sqlite_of, until
 from tests.support.servers import serving
 
 if TYPE_CHECKING:
@@ -489,7 +489,7 @@ async def test_a_session_is_summed_without_reading_its_runs(
             db.execute("UPDATE runs SET spent = NULL, last_step = ? WHERE run_id = ?", values)
 
         page = await engine.list_runs(RunFilter(session_id="s"))
-        await engine.store.change(spend)
+        await sqlite_of(engine).change(spend)
         monkeypatch.setattr(engine.store, "get_run", None)
         async with Turned() as other:
             session = await engine.get_session("s")

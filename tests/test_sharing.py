@@ -25,7 +25,7 @@ from flock.errors import Conflict, EngineFull, RunNotFound
 from flock.runs import BatchFilter, BatchOptions, RunFilter, RunStatus
 from flock.store import queries
 from tests.support import PATIENCE_S
-from tests.support.engines import until
+from tests.support.engines import sqlite_of, until
 from tests.support.servers import flockapi_command, running
 
 pytestmark = pytest.mark.anyio
@@ -218,7 +218,9 @@ async def test_startup_warns_once_if_an_agent_has_another_signature(caplog: pyte
 
 async def test_an_older_version_has_stored_only_the_names_of_agents(caplog: pytest.LogCaptureFixture) -> None:
     async with Program("ours").engine() as engine:
-        await engine.store.change(lambda db: db.execute("""UPDATE flocks SET agents = '["gone", "ours"]'""") and None)
+        await sqlite_of(engine).change(
+            lambda db: db.execute("""UPDATE flocks SET agents = '["gone", "ours"]'""") and None
+        )
     async with Program("ours").engine():
         pass
     (warning,) = warnings_of(caplog)

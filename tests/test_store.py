@@ -40,11 +40,10 @@ from flock.runs import (
 )
 from flock.store import statements
 from flock.store.batchstate import create_state
-from flock.store.batchstore import BatchStore
 from flock.store.columns import BATCH_TABLE, RUN_TABLE, STEP_TABLE, Column
 from flock.store.migrations import MIGRATIONS
 from flock.store.statements import RUN_COLUMNS, merged
-from flock.store.store import Store
+from flock.store.store import SQLiteStore
 from flock.web.wire import RunSummary
 from tests.support import ROOT
 
@@ -61,8 +60,8 @@ def step_of(**more: Any) -> Step:
 
 
 @pytest.fixture(params=["disk", "memory"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    async with Store(tmp_path / "flock.db" if request.param == "disk" else ":memory:") as made:
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[SQLiteStore]:
+    async with SQLiteStore(tmp_path / "flock.db" if request.param == "disk" else ":memory:") as made:
         yield made
 
 
@@ -81,7 +80,7 @@ def test_without_fcntl_the_import_names_the_supported_systems(module: str) -> No
     assert all("sys_platform != 'win32'" in each for each in markers)
 
 
-async def test_a_run_is_read_as_it_was_written(store: Store) -> None:
+async def test_a_run_is_read_as_it_was_written(store: SQLiteStore) -> None:
     run = run_of(request_id="r1", timeout_s=2.5)
     await store.save(run, is_new=True)
     assert await store.get_run(run.run_id) == run
@@ -95,7 +94,7 @@ async def test_a_run_is_read_as_it_was_written(store: Store) -> None:
     assert await store.get_run("nobody") is None
 
 
-async def test_concurrent_writes_share_a_transaction(store: Store) -> None:
+async def test_concurrent_writes_share_a_transaction(store: SQLiteStore) -> None:
     """A run that starts and ends between two commits is one row, written once."""
     before = await store.data_version()
     run = run_of()
@@ -110,7 +109,7 @@ async def test_concurrent_writes_share_a_transaction(store: Store) -> None:
         assert await store.data_version() - before <= 3
 
 
-async def test_a_write_by_another_owner_or_attempt_is_refused(store: Store) -> None:
+async def test_a_write_by_another_owner_or_attempt_is_refused(store: SQLiteStore) -> None:
     run = run_of()
     await store.save(run, is_new=True)
     ended = replace(run, status=RunStatus.COMPLETED, completed_at=now())
@@ -123,7 +122,7 @@ async def test_a_write_by_another_owner_or_attempt_is_refused(store: Store) -> N
     assert await store.get_run(run.run_id) == ended
 
 
-async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) -> None:
+async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: SQLiteStore) -> None:
     running = run_of(status=RunStatus.RUNNING, started_at=now())
     waiting, waited_for = run_of(), run_of(is_async=False)
     already_owned = run_of(owner="successor")
@@ -145,7 +144,7 @@ async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: Store) ->
     await store.unregister_engine("me")
 
 
-async def test_limits_and_keys_are_checked_in_one_transaction(store: Store) -> None:
+async def test_limits_and_keys_are_checked_in_one_transaction(store: SQLiteStore) -> None:
     key = IdempotencyKey("k", b"1")
     first = run_of()
     with pytest.raises(EngineStopped):  # no engine would resume it
@@ -166,7 +165,7 @@ async def test_limits_and_keys_are_checked_in_one_transaction(store: Store) -> N
     await store.unregister_engine("me")
 
 
-async def test_runs_that_are_accepted_in_one_transaction_count_toward_the_limits(store: Store) -> None:
+async def test_runs_that_are_accepted_in_one_transaction_count_toward_the_limits(store: SQLiteStore) -> None:
     """Also after other writes of the transaction, and in the next ones."""
     await store.register_engine("me", "f", {"a"})
     accepted: list[str | None] = []
@@ -211,7 +210,7 @@ async def test_runs_that_are_accepted_in_one_transaction_count_toward_the_limits
         (RunFilter(created_after=datetime(2020, 1, 1, tzinfo=UTC)), [3, 2, 1, 0]),
     ],
 )
-async def test_lists_are_filtered_and_newest_first(wanted: RunFilter, expected: list[int], store: Store) -> None:
+async def test_lists_are_filtered_and_newest_first(wanted: RunFilter, expected: list[int], store: SQLiteStore) -> None:
     runs = [
         run_of(agent_name=agent_name, status=status)
         for agent_name in ("a", "b")
@@ -233,29 +232,29 @@ async def test_lists_are_filtered_and_newest_first(wanted: RunFilter, expected: 
 REFUSED: dict[str, Any] = {"type": uuid.uuid4(), "range": 10**30, "encoding": "\ud800"}
 
 
-async def refused_run(store: Store, run: Run, value: Any) -> None:
+async def refused_run(store: SQLiteStore, run: Run, value: Any) -> None:
     await store.save(run_of(principal=value), is_new=True)
 
 
-async def refused_end(store: Store, run: Run, value: Any) -> None:
+async def refused_end(store: SQLiteStore, run: Run, value: Any) -> None:
     await store.save(replace(run, status=RunStatus.FAILED, error=value))
 
 
-async def refused_step(store: Store, run: Run, value: Any) -> None:
+async def refused_step(store: SQLiteStore, run: Run, value: Any) -> None:
     step = step_of(next_agent=value)
     await store.save(replace(run, status=RunStatus.RUNNING, steps=(step,)), step)
 
 
-async def refused_progress(store: Store, run: Run, value: Any) -> None:
+async def refused_progress(store: SQLiteStore, run: Run, value: Any) -> None:
     progress = Progress(done=1, message=value if isinstance(value, str) else REFUSED["encoding"])
     await store.save(replace(run, status=RunStatus.RUNNING, progress=progress))
 
 
-async def refused_acceptance(store: Store, run: Run, value: Any) -> None:
+async def refused_acceptance(store: SQLiteStore, run: Run, value: Any) -> None:
     await store.accept(run_of(principal=value), QueueLimits(1000, 1000), None)
 
 
-async def refused_key(store: Store, run: Run, value: Any) -> None:
+async def refused_key(store: SQLiteStore, run: Run, value: Any) -> None:
     digest: Any = value if isinstance(value, uuid.UUID | int) else b""
     await store.accept(
         run_of(), QueueLimits(1000, 1000), IdempotencyKey(value if isinstance(value, str) else "k", digest)
@@ -267,15 +266,15 @@ def batch_of(**more: Any) -> Batch:
     return Batch(batch_id=new_id(), created_at=now(), **values)
 
 
-async def refused_batch(store: Store, run: Run, value: Any) -> None:
+async def refused_batch(store: SQLiteStore, run: Run, value: Any) -> None:
     batch = batch_of(principal=value)
-    await BatchStore(store).accept(batch, [], 1000, None, then=lambda batch: None, is_staged=False)
+    await store.batches.accept(batch, [], 1000, None, then=lambda batch: None, is_staged=False)
 
 
-async def refused_item(store: Store, run: Run, value: Any) -> None:
+async def refused_item(store: SQLiteStore, run: Run, value: Any) -> None:
     batch = batch_of()
     items = [run_of(batch_id=batch.batch_id, position=0), run_of(batch_id=batch.batch_id, position=1, error=value)]
-    await BatchStore(store).stage(batch, items, 1000, is_first=True)
+    await store.batches.stage(batch, items, 1000, is_first=True)
 
 
 @pytest.mark.parametrize("value", REFUSED.values(), ids=REFUSED)
@@ -294,7 +293,7 @@ async def refused_item(store: Store, run: Run, value: Any) -> None:
 )
 @pytest.mark.slow
 async def test_a_record_that_sqlite_refuses_fails_alone(
-    write: Callable[[Store, Run, Any], Awaitable[None]], value: Any, store: Store
+    write: Callable[[SQLiteStore, Run, Any], Awaitable[None]], value: Any, store: SQLiteStore
 ) -> None:
     """The other records of its transaction are written, and no part of the refused one."""
     run, others = run_of(), [run_of() for _ in range(4)]
@@ -324,7 +323,7 @@ async def test_a_record_that_sqlite_refuses_fails_alone(
     await store.unregister_engine("me")
 
 
-async def test_a_refused_new_run_can_be_saved_as_failed(store: Store) -> None:
+async def test_a_refused_new_run_can_be_saved_as_failed(store: SQLiteStore) -> None:
     """A short run is written once, when it ends. If its result is refused, its failure is its first record."""
     run = run_of(is_async=False)
     store.save_nowait(run, is_new=True)
@@ -352,7 +351,7 @@ async def test_a_refused_new_run_can_be_saved_as_failed(store: Store) -> None:
 )
 @pytest.mark.parametrize("statuses", [list(RunStatus), [RunStatus.FAILED]], ids=["any", "one"])
 async def test_a_page_of_a_list_is_read_from_an_index_in_order(
-    conditions: str, statuses: list[RunStatus], store: Store
+    conditions: str, statuses: list[RunStatus], store: SQLiteStore
 ) -> None:
     """Nothing is sorted or scanned, so its time does not grow with the store. bench/list_runs.py measures it."""
     values = {"flock": "f", "agent_name": "a", "principal": "p", "after": "x", "session_id": "s"}
@@ -374,7 +373,7 @@ async def test_a_page_of_a_list_is_read_from_an_index_in_order(
     ],
 )
 async def test_each_field_of_a_record_has_a_column(
-    table: str, columns: Mapping[str, Column], others: tuple[str, ...], store: Store
+    table: str, columns: Mapping[str, Column], others: tuple[str, ...], store: SQLiteStore
 ) -> None:
     """The column has the type of the field. A new field needs only a migration."""
     python_types = {"TEXT": str, "INTEGER": int, "REAL": float, "BLOB": bytes}
@@ -410,7 +409,7 @@ def test_a_list_reads_each_field_that_it_shows() -> None:
 
 
 @pytest.mark.parametrize("query", [statements.ACTIVE_BEFORE, statements.EARLIER_RUNS], ids=["order", "history"])
-async def test_the_runs_of_a_session_are_read_from_an_index_in_order(query: str, store: Store) -> None:
+async def test_the_runs_of_a_session_are_read_from_an_index_in_order(query: str, store: SQLiteStore) -> None:
     plan = [row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {query}", [None] * query.count("?"))]
     assert not [line for line in plan if "TEMP B-TREE" in line or line.startswith("SCAN")], plan
 
@@ -425,7 +424,7 @@ def test_every_sql_statement_is_in_one_module() -> None:
         assert not found or path.stem in ("statements", "migrations"), path
 
 
-async def test_every_sql_statement_matches_the_tables(store: Store) -> None:
+async def test_every_sql_statement_matches_the_tables(store: SQLiteStore) -> None:
     found = [text for text in vars(statements).values() if isinstance(text, str) and re.match("[A-Z]+ ", text)]
     queries = [text for text in found if text.split()[0] in ("SELECT", "INSERT", "UPDATE", "DELETE")]
     assert len(queries) > 50
@@ -444,10 +443,10 @@ async def test_a_file_that_is_not_a_store_is_refused_and_unchanged(tmp_path: Pat
     before = foreign.read_bytes()[200:]
     for path, words in ((newer, "newer version"), (foreign, "another program"), (text, "not a database")):
         with pytest.raises(StoreError, match=words):
-            async with Store(path):
+            async with SQLiteStore(path):
                 pytest.fail("it was opened")
     with pytest.raises(StoreError, match="':memory:'"):
-        async with Store(tmp_path / "nowhere" / "flock.db"):
+        async with SQLiteStore(tmp_path / "nowhere" / "flock.db"):
             pytest.fail("it was opened")
     assert foreign.read_bytes()[200:] == before
 
@@ -472,14 +471,14 @@ FILES = ("", "-wal", "-shm", "-lock", "-engine")
 
 async def test_only_the_owner_can_read_a_new_store_with_any_umask(tmp_path: Path) -> None:
     with umask(0):
-        async with Store(tmp_path / "flock.db") as store:
+        async with SQLiteStore(tmp_path / "flock.db") as store:
             await store.register_engine("1", "f", ())
             assert modes_of(tmp_path) == dict.fromkeys(FILES, "0o600")
             await store.unregister_engine("1")
 
 
 @pytest.mark.parametrize(
-    "make", [lambda path: Store(path)._connect().close(), create_state], ids=["store", "state of a batch"]
+    "make", [lambda path: SQLiteStore(path)._connect().close(), create_state], ids=["store", "state of a batch"]
 )
 def test_a_new_store_is_private_before_sqlite_opens_it(
     make: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -518,15 +517,15 @@ async def test_an_existing_store_keeps_its_permissions_and_startup_warns_if_it_i
 @pytest.mark.parametrize("durability", ["power", "process"])
 async def test_writes_are_there_after_a_restart(durability: Any, tmp_path: Path) -> None:
     run = run_of()
-    async with Store(tmp_path / "flock.db", durability=durability) as store:
+    async with SQLiteStore(tmp_path / "flock.db", durability=durability) as store:
         store.save_nowait(run, is_new=True)  # closing flushes it
-    async with Store(tmp_path / "flock.db") as store:
+    async with SQLiteStore(tmp_path / "flock.db") as store:
         assert await store.get_run(run.run_id) == run
 
 
 async def test_a_full_disk_fails_writes_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The file cannot grow, as on a full disk. Acknowledged writes are kept, and the failed one is retried."""
-    async with Store(tmp_path / "flock.db") as store:
+    async with SQLiteStore(tmp_path / "flock.db") as store:
         stored = run_of()
         await store.save(stored, is_new=True)
         pages = store._db.execute("PRAGMA page_count").fetchone()[0]

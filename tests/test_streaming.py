@@ -26,7 +26,7 @@ from flock.store.queries import CALLS_PER_PAGE
 from flock.testing import FakeModel, Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
-from tests.support.engines import until
+from tests.support.engines import sqlite_of, until
 from tests.support.http import check_problem
 from tests.support.servers import Served, Server, flockapi_command, running
 
@@ -662,14 +662,14 @@ async def run_with_calls(engine: EmbeddedEngine, count: int) -> Run:
             f"INSERT INTO calls ({columns}) SELECT {columns} FROM calls, n"
         )
 
-    await engine.store.change(copy)
+    await sqlite_of(engine).change(copy)
     return run
 
 
 async def test_many_calls_are_read_in_pages(writer: Writer) -> None:
     async with writer.flock.engine(store="flock.db", durability="process") as engine:
         run, queries = await run_with_calls(engine, 800), list[str]()
-        engine.store._reader.set_trace_callback(queries.append)
+        sqlite_of(engine)._reader.set_trace_callback(queries.append)
         events = await events_after(engine, run.run_id, 0)
         assert [event.name for event in events].count("call.completed") == 800
         assert len(queries) < 100

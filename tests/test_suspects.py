@@ -20,7 +20,7 @@ from flock.engine.quarantine import Quarantine
 from flock.runs import Batch, BatchOptions, Question, Run, RunContext, RunStatus, new_id, now
 from flock.store import files, statements, suspects
 from flock.store.columns import batch_values
-from flock.store.store import Store
+from flock.store.store import SQLiteStore
 from flock.store.suspects import Executing, SuspectGroup, executed_until_death, groups_of
 from tests.support import PATIENCE_S
 from tests.support.engines import until
@@ -175,7 +175,7 @@ class Work:
 
     async def die(self, runs: Sequence[Run], *groups: Sequence[Run], batch: Batch | None = None) -> None:
         """Leave *runs* in the store as a process does that was executing *groups* when it died."""
-        async with Store(self.path) as store:
+        async with SQLiteStore(self.path) as store:
             owner = new_id()
             await store.register_engine(owner, "work", {"work"})
             for run in runs:
@@ -241,13 +241,13 @@ async def test_a_run_that_was_alone_in_only_one_death_does_not_fail(work: Work) 
     work.may_end.set()
     once, cleared = run_of(0, deaths=1), run_of(1)
     await work.die([once, cleared], [once])
-    async with Store(work.path) as store:
+    async with SQLiteStore(work.path) as store:
         await store.change(lambda db: db.execute("UPDATE runs SET deaths_alone = 5 WHERE deaths = 0") and None)
     async with work.engine(max_recoveries=2) as engine:
         assert (await engine.wait(once.run_id)).status is RunStatus.COMPLETED
         assert (await engine.wait(cleared.run_id)).status is RunStatus.COMPLETED
     await work.die([last := run_of(2)], [last])
-    async with Store(work.path) as store:
+    async with SQLiteStore(work.path) as store:
         await store.change(lambda db: db.execute("UPDATE runs SET deaths_alone = 5 WHERE deaths = 0") and None)
     async with work.engine(max_recoveries=2) as engine:
         assert (await engine.wait(last.run_id)).status is RunStatus.COMPLETED
@@ -359,7 +359,7 @@ async def test_a_step_or_a_call_clears_its_run_and_only_that_one(tmp_path: Path)
         return n
 
     by_step, by_call, uncleared = (run_of(n, 1, agent_name=name) for n, name in enumerate(("step", "call", "work")))
-    async with Store(work.path) as store:
+    async with SQLiteStore(work.path) as store:
         await store.register_engine("dead", "work", {"work", "step", "call"})
         for run in (by_step, by_call, uncleared):
             await store.save(replace(run, owner="dead"), is_new=True)
@@ -379,7 +379,7 @@ async def test_an_answer_clears_its_run(tmp_path: Path) -> None:
         return answer
 
     run = run_of(0, deaths=1, agent_name="ask")
-    async with Store(work.path) as store:
+    async with SQLiteStore(work.path) as store:
         await store.register_engine("dead", "work", {"ask"})
         await store.save(replace(run, owner="dead"), is_new=True)
         store.executing.begin(run.run_id)
@@ -444,7 +444,7 @@ async def test_a_cancelled_batch_with_suspects_does_not_hold_up_others(
     """Its items never start, so nothing waits for them for long."""
     monkeypatch.setattr(quarantine, "ARRIVAL_S", 0.2)
     batch = await leave_batch(work, [1, 1], [0, 1])
-    async with Store(work.path) as store:
+    async with SQLiteStore(work.path) as store:
         query = "UPDATE batches SET cancel_requested = 1"
         await store.change(lambda db: db.execute(query) and None)
     work.may_end.set()

@@ -35,10 +35,10 @@ from flock.runs import (
     RunStatus,
 )
 from flock.runs.records import LONG_BYTES
-from flock.store.columns import Damaged
+from flock.store.port import DamagedRecord
 from flockapi import create_app
 from tests.support import PATIENCE_S, WORKERS
-from tests.support.engines import ended, until
+from tests.support.engines import ended, sqlite_of, until
 from tests.support.http import client_of
 from tests.support.servers import Server, memory_kib, serving
 from tests.support.sockets import connected, read_to_end
@@ -368,7 +368,9 @@ async def test_a_damaged_run_that_cannot_be_written_is_left_unchanged(
     work = Work()
 
     def damaged(run_id: str) -> Run:
-        raise StoreError("The store cannot be read now.") from Damaged(sqlite3.DatabaseError(), is_writable=False)
+        error = DamagedRecord("The store cannot be read now.")
+        error.is_writable = False
+        raise error from sqlite3.DatabaseError()
 
     async with work.busy(store=tmp_path / "flock.db") as engine:
         run = await engine.submit("read", TEXT)
@@ -479,7 +481,7 @@ async def test_events_reread_a_record_only_if_it_has_changed(tmp_path: Path) -> 
     async with work.busy(store=path) as engine, work.flock.engine(store=path) as other:
         run = await engine.submit("read", TEXT)
         statements: list[str] = []
-        other.store._reader.set_trace_callback(statements.append)
+        sqlite_of(other)._reader.set_trace_callback(statements.append)
 
         def about_run() -> list[str]:
             return [statement for statement in statements if run.run_id in statement]

@@ -23,7 +23,7 @@ from flock.options import MAX_SECONDS
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
 from flock.runs import MAX_COST, Batch, BatchOptions, cost_in_words
-from flock.store.store import MEMORY
+from flock.store.database import MEMORY
 
 __all__ = ["batch"]
 

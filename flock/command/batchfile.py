@@ -27,9 +27,8 @@ from flock.rows.tables import TableFormat, file_rows, is_gzipped
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, RunStatus
 from flock.steps.progress import follow_batch
 from flock.store.batchstate import create_state, remove_state
-from flock.store.batchstore import BatchStore
 from flock.store.files import exclusive_lock, sync_folder
-from flock.store.store import Store
+from flock.store.store import SQLiteStore
 
 __all__ = ["BatchFile", "check_batch_file", "run_batch_file"]
 
@@ -173,8 +172,8 @@ async def _resumable_batch(
 ) -> Batch | None:
     """Return the batch of an earlier call to resume, or None. Drop the state of a different batch."""
     create_state(state)
-    async with Store(state) as store:
-        batches = BatchStore(store)
+    async with SQLiteStore(state) as store:
+        batches = store.batches
         stored = next(iter(await batches.page(flock.name, BatchFilter(limit=1))), None)
         if stored is not None and stored.request_id == digest:
             report(f"Resuming: {stored.completed_items:,} of {stored.total_items:,} rows are already done.")

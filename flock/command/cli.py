@@ -38,7 +38,7 @@ from flock.errors import CallError, FlockError, InvalidData
 from flock.limits import Limits, enforced_by
 from flock.runs import Event, Question
 from flock.runs.text import for_terminal
-from flock.store.store import MEMORY
+from flock.store.database import MEMORY
 from flock.web.auth import new_key
 from flock.web.options import AppOptions
 

@@ -40,7 +40,8 @@ from flock.models.llm import ModelClient
 from flock.models.pace import share_limits_among
 from flock.options import Options, seconds, whole
 from flock.runs import Engine, one_line
-from flock.store.store import MEMORY, Durability, Store
+from flock.store.database import MEMORY, Durability
+from flock.store.store import SQLiteStore
 from flock.web.auth import ADMIN, KEYS_VARIABLE, KeyRing, configured_keys, new_key
 from flock.web.options import AppOptions
 from flockapi import FlockAPI
@@ -86,7 +87,7 @@ class ServerSettings(Options, frozen=True, kw_only=True):
         limits: the limits of the engine.
         app: the options of ``create_app``, except those that the server sets: ``engine``, ``auth`` and
             ``allowed_hosts``.
-        store, durability, expose_errors: see ``Store`` and ``EmbeddedEngine``.
+        store, durability, expose_errors: see ``SQLiteStore`` and ``EmbeddedEngine``.
         temporal: ``host:port`` of a Temporal cluster that stores the runs instead. Its workers execute them.
         payload_dir: a folder for values that are too long for the cluster; see ``TemporalEngine``.
         api_keys_file: more API keys, one ``name=key`` a line. It is read again at SIGHUP, and when a worker replaces
@@ -542,7 +543,7 @@ async def _prepare_storage(flock: DeclaredFlock, settings: ServerSettings) -> No
     if settings.temporal:
         await _temporal_engine(flock, settings).cluster.connect()
         return
-    async with Store(settings.store, durability=settings.durability):
+    async with SQLiteStore(settings.store, durability=settings.durability):
         pass
 
 

@@ -22,8 +22,7 @@ from flock.runs.text import of_request
 from flock.scopes import start_in_empty_context
 from flock.steps.outcomes import COST_LIMIT
 from flock.steps.refusals import not_accepting
-from flock.store.batchstore import BatchStore
-from flock.store.store import RETRY_AFTER_S
+from flock.store.port import RETRY_AFTER_S, BatchStore
 
 __all__ = ["Batches"]
 

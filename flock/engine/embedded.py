@@ -76,10 +76,9 @@ from flock.runs.text import of_request
 from flock.scopes import current_task, start_in_empty_context
 from flock.steps.executor import StepExecutor
 from flock.steps.live import LiveOutput, LiveReader
+from flock.steps.outcomes import CRASHED, INTERRUPTED
 from flock.steps.refusals import check_cancel, not_deleted, not_retried, run_not_retried, wait_stopped
-from flock.store.batchstore import BatchStore
-from flock.store.store import Store
-from flock.store.takeover import CRASHED, INTERRUPTED, TakenOver
+from flock.store.port import Store, TakenOver
 
 __all__ = ["EmbeddedEngine", "limits_for_one_batch"]
 
@@ -191,9 +190,8 @@ class EmbeddedEngine(EngineBase):
 
     def _reset(self) -> None:
         """Create the state that is bound to one event loop, such as events."""
-        self.batch_store = BatchStore(self.store)
         self._runner = Runner(self.store, self._make_executor(), limits=self._limits, expose_errors=self._expose_errors)
-        self._batches = Batches(self.batch_store, self._runner, self._start_batch, self._next_change, self._limits)
+        self._batches = Batches(self.store.batches, self._runner, self._start_batch, self._next_change, self._limits)
         self._accepting: set[str] = set()
         self._store_changed = anyio.Event()
         #: runs and batches with a long result that is being sent, and the number of responses that send it
@@ -399,7 +397,7 @@ class EmbeddedEngine(EngineBase):
         """Return *run* if clients may see it. Raises RunNotFound."""
         if run is None or run.flock != self._flock:
             raise RunNotFound(run_id)
-        if run.batch_id is not None and await self.batch_store.get(run.batch_id) is None:  # its batch is hidden
+        if run.batch_id is not None and await self.store.batches.get(run.batch_id) is None:  # its batch is hidden
             raise RunNotFound(run_id)
         return run
 
@@ -412,7 +410,7 @@ class EmbeddedEngine(EngineBase):
             if active.store_error is not None:
                 raise active.store_error
             if active.is_interrupted:
-                raise EngineStopped(f"{INTERRUPTED[0]} The run is resumed at the next start.")
+                raise EngineStopped(f"{INTERRUPTED.error} The run is resumed at the next start.")
             if timeout_s is not None and anyio.current_time() >= deadline:
                 return await self._record_of(active)
             active.wake_at = min(active.wake_at, deadline)  # for the watch task: a timer for each waiter is slower
@@ -431,7 +429,7 @@ class EmbeddedEngine(EngineBase):
         if active is None:
             self._check_entered()
             if await self.store.version(run_id) is None:
-                await self.store.change(lambda db: None)  # it may be among the writes before this one
+                await self.store.catch_up()  # it may be among the writes before this one
                 active = self._runner.active.get(run_id)
         if active is None:
             run = await self.get_outline(run_id)
@@ -488,7 +486,7 @@ class EmbeddedEngine(EngineBase):
                     raise full
                 with self._counting_inputs(run.principal, await self.store.input_bytes(run_id)):
                     reopened = await self.store.reopen(run, self._engine_id, self._limits.queue, self._start, max_cost)
-            elif await self.batch_store.reopen_item(run, self._engine_id, self._batches.start, max_cost):
+            elif await self.store.batches.reopen_item(run, self._engine_id, self._batches.start, max_cost):
                 reopened = await self.get_outline(run_id)
         if reopened is None:
             batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
@@ -646,7 +644,7 @@ class EmbeddedEngine(EngineBase):
             try:
                 if is_check_due := self.store.is_shared and at >= check_at:
                     check_at = at + CHECK_INTERVAL_S
-                    self.store.check_file()
+                    await self.store.check_file()
                 if self.store.is_displaced:
                     self._wake_all()  # their next read raises StoreError
                     continue
@@ -659,7 +657,7 @@ class EmbeddedEngine(EngineBase):
                             self._runner.active[run_id].cancel()
                         else:
                             self._runner.cancelled_before[run_id] = attempt
-                    for batch_id in await self.batch_store.cancels_for(self._engine_id):
+                    for batch_id in await self.store.batches.cancels_for(self._engine_id):
                         self._batches.cancel(batch_id)
                     awaited = self._runner.awaited
                     for id_ in await self.store.ended(awaited) if awaited else ():
@@ -717,7 +715,6 @@ class EmbeddedEngine(EngineBase):
 
     async def _take_over_from(self, dead_id: str) -> TakenOver:
         taken = await self.store.take_over(dead_id, self._engine_id, now(), max_recoveries=self._limits.max_recoveries)
-        self.batch_store.has_dropped.set()  # its staged batches were dropped
         known = self._missing_agents.pop(dead_id, ())
         if not taken.is_complete:
             self._missing_agents[dead_id] = taken.missing.keys()
@@ -746,7 +743,7 @@ class EmbeddedEngine(EngineBase):
                 self._start(run)
                 await share.checkpoint()
             for run in ended:
-                if run.error_type == CRASHED[1]:
+                if run.error_type == CRASHED.error_type:
                     agent, source = run.next_agent_name, of_request(run.request_id)
                     template = "run %s: agent %s killed its process, which died %d times while it was running%s"
                     logger.error(template, run.run_id, agent, run.deaths, source, extra=fields_of_run(run))
@@ -775,12 +772,11 @@ class EmbeddedEngine(EngineBase):
         """Delete old runs and dropped items, in small chunks."""
         while True:
             with anyio.move_on_after(RETENTION_INTERVAL_S):
-                await self.batch_store.has_dropped.wait()
-            self.batch_store.has_dropped = anyio.Event()
+                await self.store.batches.dropped()
             try:
                 await self.store.delete_old_keys(now() - KEEP_KEYS_FOR)
                 await self.delete_old()
-                while await self.batch_store.sweep():
+                while await self.store.batches.sweep():
                     await anyio.lowlevel.checkpoint()
             except StoreError:
                 pass  # the store has logged it
@@ -812,7 +808,7 @@ class EmbeddedEngine(EngineBase):
 
     async def get_batch(self, batch_id: str) -> Batch:
         self._check_entered()
-        batch = await self.batch_store.get(batch_id)
+        batch = await self.store.batches.get(batch_id)
         if batch is None or batch.flock != self._flock:
             raise BatchNotFound(batch_id)
         return batch
@@ -829,15 +825,15 @@ class EmbeddedEngine(EngineBase):
         self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
     ) -> Sequence[Run]:
         await self.get_batch(batch_id)
-        return await self.batch_store.items(batch_id, after, limit, statuses_of(statuses))
+        return await self.store.batches.items(batch_id, after, limit, statuses_of(statuses))
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()
-        return await self.batch_store.page(self._flock, wanted)
+        return await self.store.batches.page(self._flock, wanted)
 
     async def cancel_batch(self, batch_id: str) -> Batch:
         await self.get_batch(batch_id)
-        if await self.batch_store.request_cancel(batch_id):
+        if await self.store.batches.request_cancel(batch_id):
             batch = await self.get_batch(batch_id)
             if batch.owner == self._engine_id:
                 self._batches.cancel(batch_id)
@@ -854,7 +850,7 @@ class EmbeddedEngine(EngineBase):
         self._check_has_agent(agent_name)
         self._check_prices(agent_name, max_cost)
         statuses = statuses_of(only) or (RunStatus.FAILED, RunStatus.CANCELLED)
-        reopened = await self.batch_store.reopen(
+        reopened = await self.store.batches.reopen(
             batch_id, self._engine_id, statuses, self._limits.max_open_items, self._batches.start, max_cost
         )
         if reopened is None:
@@ -864,7 +860,7 @@ class EmbeddedEngine(EngineBase):
     async def delete_batch(self, batch_id: str) -> None:
         batch = await self.get_batch(batch_id)
         await self._wait_until_seen(batch.completed_at)
-        if not await self.batch_store.drop(batch_id):
+        if not await self.store.batches.drop(batch_id):
             raise not_deleted(batch)
 
 

@@ -18,7 +18,6 @@ import msgspec
 from anyio.abc import SocketAttribute
 
 from flock.steps.live import LiveOutput
-from flock.store import files
 
 __all__ = ["follow", "listen", "serve", "socket_path"]
 
@@ -47,7 +46,7 @@ def socket_path(store_path: str, engine_id: str) -> str | None:
 async def listen(path: str) -> anyio.abc.SocketListener | None:
     """Return a listener on a Unix socket; None, with a warning, if there can be none. ``serve`` closes it."""
     try:
-        return await anyio.create_unix_listener(path, mode=files.PRIVATE)
+        return await anyio.create_unix_listener(path, mode=0o600)
     except OSError as exc:
         logger.warning("Other processes on this store do not get the text of running agents: %s: %s", path, exc)
         return None
@@ -112,7 +111,7 @@ def _removing(path: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            files.remove(whole_path)
+            os.unlink(whole_path)
 
 
 async def follow(path: str, run_id: str, live: LiveOutput) -> bool:

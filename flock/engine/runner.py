@@ -33,10 +33,8 @@ from flock.runs.text import of_request
 from flock.scopes import current_task
 from flock.steps.executor import MAX_HISTORY_BYTES, ActiveRun, StepExecutor, WaitingForAnswers
 from flock.steps.live import LiveOutput, Unread
-from flock.steps.outcomes import CANCELLED, failure_of
-from flock.store.columns import DAMAGED_RUN, Damaged
-from flock.store.store import RETRY_AFTER_S, Store
-from flock.store.takeover import INTERRUPTED
+from flock.steps.outcomes import CANCELLED, DAMAGED, INTERRUPTED, failure_of
+from flock.store.port import RETRY_AFTER_S, DamagedRecord, Store
 
 __all__ = ["Runner", "StoredRun"]
 
@@ -216,9 +214,9 @@ class StoredRun(ActiveRun):
             try:
                 value = await read()
             except StoreError as exc:
-                if isinstance(damage := exc.__cause__, Damaged):
-                    error = Unreadable(DAMAGED_RUN)
-                    error.is_writable, error.log_detail = damage.is_writable, str(damage)
+                if isinstance(exc, DamagedRecord):
+                    error = Unreadable(DAMAGED.error)
+                    error.is_writable, error.log_detail = exc.is_writable, str(exc.__cause__)
                     raise error from exc
                 self.store_error = exc
                 self.wake()
@@ -387,8 +385,7 @@ class Runner:
             if active.spent is not active.run.spent:
                 self.store.save_nowait(replace(active.run, spent=active.spent))
         else:
-            error, error_type = INTERRUPTED
-            ended = replace(run, status=RunStatus.FAILED, error=error, error_type=error_type, completed_at=now())
+            ended = replace(run, completed_at=now(), **asdict(INTERRUPTED))
             with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost, Unstorable):
                 await self.store.save(ended, run.steps[-1] if active.unsaved is not None else None)
                 self.executor.notify("run_ended", ended)

@@ -3,10 +3,10 @@
 import os
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-__all__ = ["make_ids_after", "new_id", "now"]
+__all__ = ["first_id_at", "make_ids_after", "new_id", "now"]
 
 
 def now() -> datetime:
@@ -30,6 +30,13 @@ def new_id() -> str:
         _last_id_time = ticks = max(_last_id_time + 1, time.time_ns() * 4096 // 1_000_000)
     digits = f"{ticks >> 12:012x}7{ticks & 0xFFF:03x}{0b10 << 62 | int.from_bytes(os.urandom(8)) >> 2:016x}"
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def first_id_at(time: datetime, milliseconds_later: int = 0) -> str:
+    """Return the lowest prefix of ids that were created at *time*: their first 48 bits are milliseconds."""
+    milliseconds = (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+    digits = f"{max(0, milliseconds + milliseconds_later):012x}"
+    return f"{digits[:8]}-{digits[8:]}"
 
 
 def make_ids_after(id_: str) -> None:

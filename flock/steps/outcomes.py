@@ -15,6 +15,9 @@ __all__ = [
     "CANCELLED",
     "CANCELLED_BEFORE_START",
     "COST_LIMIT",
+    "CRASHED",
+    "DAMAGED",
+    "INTERRUPTED",
     "Outcome",
     "end_of_batch",
     "error_of",
@@ -40,7 +43,15 @@ CANCELLED_BEFORE_START = Outcome(RunStatus.CANCELLED, "The batch was cancelled b
 COST_LIMIT = Outcome(
     RunStatus.CANCELLED, "The batch had spent its max_cost before this item was done.", CostLimit.error_type
 )
-
+#: A synchronous run whose server stopped.
+INTERRUPTED = Outcome(RunStatus.FAILED, "The server stopped before this run ended.", "interrupted")
+#: A run that has killed its process.
+CRASHED = Outcome(
+    RunStatus.FAILED,
+    "The process died repeatedly while it was executing this run, and at last nothing else.",
+    "crashed",
+)
+DAMAGED = Outcome(RunStatus.FAILED, "The record of this run is damaged and cannot be read.", "unreadable")
 
 #: ``error`` of a cancelled batch.
 BATCH_CANCELLED = "The batch was cancelled."

@@ -1,4 +1,4 @@
-"""Batches and their items in a ``Store``.
+"""Batches and their items in a ``Database``.
 
 An item is a row of ``runs``. Its batch records which engine owns it. Operations on many items are split into chunks of
 one transaction each, so that other writes can run between them, and so that they can be resumed after a crash.
@@ -16,12 +16,10 @@ from msgspec.structs import asdict, replace
 
 from flock.errors import OwnershipLost, StoreError
 from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Page, Run, RunStatus, stub_of
-from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, end_of_batch
+from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, DAMAGED, Outcome, end_of_batch
 from flock.steps.refusals import too_many_items
 from flock.store import queries, statements
 from flock.store.columns import (
-    DAMAGED_RUN,
-    UNREADABLE,
     Damaged,
     batch_or_remains,
     batch_values,
@@ -30,9 +28,10 @@ from flock.store.columns import (
     run_from,
     run_or_remains,
 )
-from flock.store.store import Store
+from flock.store.database import Database
+from flock.store.port import BatchStore
 
-__all__ = ["BatchStore"]
+__all__ = ["SQLiteBatchStore"]
 
 #: Max items that one transaction changes. It takes tens of milliseconds.
 CHUNK_SIZE = 2000
@@ -42,15 +41,13 @@ WORK_PAGE_BYTES = 64 * 1024
 RECORD_BYTES = 1024
 
 
-class BatchStore:
-    """The batches and items in *store*.
+class SQLiteBatchStore(BatchStore):
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self.has_dropped = anyio.Event()
 
-    Attributes:
-        has_dropped: set when there are dropped items for ``sweep``.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    async def dropped(self) -> None:
+        await self.has_dropped.wait()
         self.has_dropped = anyio.Event()
 
     # Accepting
@@ -64,15 +61,6 @@ class BatchStore:
         *,
         is_first: bool,
     ) -> None:
-        """Store *items* of a batch, hidden until it is accepted. They count as open from now on.
-
-        Nothing is stored if *key* was used before. ``accept`` then raises Replayed, which takes precedence over limits,
-        or KeyReused.
-
-        Raises:
-            EngineFull: there would be more than *max_open_items* unfinished items in all batches together.
-            StoreError: the batch was dropped.
-        """
         count = sum(not item.status.is_final for item in items)
 
         def apply(db: sqlite3.Connection) -> None:
@@ -86,7 +74,7 @@ class BatchStore:
             queries.insert_runs(db, items)
             db.execute(statements.COUNT_STAGED_ITEMS, (count, batch.batch_id))
 
-        await self._store.change(apply)
+        await self._db.change(apply)
 
     async def accept(
         self,
@@ -98,16 +86,6 @@ class BatchStore:
         *,
         is_staged: bool,
     ) -> None:
-        """Write a batch with its last *items*, make it visible, and call *then* with it.
-
-        Raises:
-            Replayed: the same request was accepted under this key before. This takes precedence over limits.
-            KeyReused: the key was used for another request.
-            EngineStopped: its engine has shut down, or another engine considered it dead.
-            EngineFull: there would be more than *max_open_items* unfinished items in all batches together.
-            StoreError: the staged items were dropped.
-        """
-
         def apply(db: sqlite3.Connection) -> Batch:
             queries.check_key(db, batch.flock, key)
             queries.check_engine(db, batch.owner)
@@ -122,13 +100,13 @@ class BatchStore:
             queries.insert_key(db, batch.flock, key, batch.batch_id, batch.created_at)
             return batch
 
-        await self._store.change(apply, then)
+        await self._db.change(apply, then)
 
     def _check_room(
         self, db: sqlite3.Connection, flock: str, more: int, max_open_items: int, excluded_id: str = ""
     ) -> None:
         """Raise EngineFull if there is no room for *more* items. Items of the batch *excluded_id* do not count."""
-        values = (flock, names_json(self._store.agents), excluded_id)
+        values = (flock, names_json(self._db.agents), excluded_id)
         open_items = db.execute(statements.OPEN_ITEMS, values).fetchone()[0] or 0
         if open_items + more > max_open_items:
             raise too_many_items(open_items, more, max_open_items)
@@ -136,19 +114,14 @@ class BatchStore:
     # Reading
 
     async def get(self, batch_id: str) -> Batch | None:
-        return self._store.read(lambda db: queries.find_batch(db, batch_id))
+        return self._db.read(lambda db: queries.find_batch(db, batch_id))
 
     async def page(self, flock: str, wanted: BatchFilter) -> Page[Batch]:
-        """Return one page of batches, newest first."""
         values = asdict(wanted) | {"flock": flock, "limit": wanted.limit + 1}
         query = statements.batch_page([name for name in statements.BATCH_CONDITIONS if values[name] is not None])
-        return self._store.read(lambda db: Page(wanted.limit, map(batch_or_remains, db.execute(query, values))))
+        return self._db.read(lambda db: Page(wanted.limit, map(batch_or_remains, db.execute(query, values))))
 
     async def items(self, batch_id: str, after: int, limit: int, statuses: Sequence[RunStatus]) -> Page[Run]:
-        """Return up to *limit* items of a batch after the position *after*, in order, without their steps.
-
-        If items are long, a page has fewer of them. An empty page means that there are no more.
-        """
         values = {"batch_id": batch_id, "after": after, "limit": limit}
 
         def find(db: sqlite3.Connection) -> Page[Run]:
@@ -157,19 +130,11 @@ class BatchStore:
             )
             return Page(limit, map(run_or_remains, rows))
 
-        return self._store.read(find)
+        return self._db.read(find)
 
     async def pending_items(
         self, batch: Batch, after: int, limit: int, before: int | None = None, *, are_suspects: bool = False
     ) -> list[Run]:
-        """Return up to *limit* pending items between two positions, in order, with their completed steps.
-
-        If items are long, a page has fewer of them, and a long item is returned as a stub. Items that cannot be read
-        are skipped; see ``fail_unreadable``. The page is empty if the batch belongs to another engine.
-
-        Args:
-            are_suspects: return only suspects.
-        """
         values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
         last = statements.MAX_POSITION if before is None else before - 1
 
@@ -193,23 +158,15 @@ class BatchStore:
                     break
             return page
 
-        return self._store.read(find)
+        return self._db.read(find)
 
     # Processing
 
     async def begin(self, batch: Batch, now: datetime) -> Batch:
-        """Mark a batch as running and return it. Raises OwnershipLost."""
         values = {"now": micros(now), "batch_id": batch.batch_id}
         return await self._change_own(batch, lambda db: db.execute(statements.BEGIN_BATCH, values))
 
     async def end(self, batch: Batch, now: datetime) -> Batch:
-        """Write the final status of a batch, and an error if no item completed, or if ``max_cost`` is spent.
-
-        Unfinished items count as failed.
-
-        A batch with items that wait for answers does not end. Raises OwnershipLost.
-        """
-
         def apply(db: sqlite3.Connection) -> None:
             current = queries.find_batch(db, batch.batch_id)
             assert current is not None
@@ -221,7 +178,7 @@ class BatchStore:
             def first_error() -> str:
                 values = {"batch_id": batch.batch_id, "after": -1, "limit": 1}
                 first = db.execute(statements.FIRST_ERROR, values).fetchone()
-                return DAMAGED_RUN if first is None else first[0]
+                return DAMAGED.error if first is None else first[0]
 
             status, error, error_type = end_of_batch(
                 replace(current, failed_items=failed),
@@ -234,13 +191,9 @@ class BatchStore:
         return await self._change_own(batch, apply)
 
     async def fail_unreadable(self, batch: Batch, now: datetime) -> list[tuple[str, str]]:
-        """Mark unfinished items as failed. Call it when ``pending_items`` is empty: those left cannot be read.
-
-        Returns: the id of each item and what is wrong with it. Raises OwnershipLost.
-        """
-        unreadable = self._store.read(lambda db: _unfinished(db, batch.batch_id))
+        unreadable = self._db.read(lambda db: _unfinished(db, batch.batch_id))
         row_ids = [row_id for row_id, _, _, is_writable in unreadable if is_writable]
-        end = (DAMAGED_RUN, UNREADABLE, micros(now))
+        end = (DAMAGED.error, DAMAGED.error_type, micros(now))
         for start in range(0, len(row_ids), CHUNK_SIZE):
             chunk = row_ids[start : start + CHUNK_SIZE]
 
@@ -250,18 +203,10 @@ class BatchStore:
                 failed = db.executemany(statements.FAIL_ITEM, values).rowcount
                 queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.FAILED): failed}))
 
-            await self._store.change(apply)
+            await self._db.change(apply)
         return [(run_id, reason) for _, run_id, reason, _ in unreadable]
 
     async def cancel_waiting(self, batch: Batch, now: datetime, reason: Outcome | None = None) -> bool:
-        """Cancel one chunk of the pending items, and one of those that wait for answers.
-
-        Args:
-            reason: the outcome of the items, if the batch is not cancelled by a client.
-
-        Returns: whether there may be more. Raises: OwnershipLost.
-        """
-
         def cancel(db: sqlite3.Connection, status: RunStatus, outcome: Outcome) -> int:
             values = (outcome.error, outcome.error_type, micros(now), batch.batch_id, status.value, CHUNK_SIZE)
             return db.execute(statements.CANCEL_ITEMS, values).rowcount
@@ -274,10 +219,9 @@ class BatchStore:
             db.execute(statements.COUNT_WAITING_ITEMS, (-waiting, batch.batch_id))
             return CHUNK_SIZE in (pending, waiting)
 
-        return await self._store.change(apply)
+        return await self._db.change(apply)
 
     async def reopen_some(self, batch: Batch) -> Batch:
-        """Reopen one chunk of the items to retry. ``reopening`` is None after the last chunk. Raises OwnershipLost."""
         status, *remaining = map(RunStatus, (batch.reopening or "").split(","))
 
         def apply(db: sqlite3.Connection) -> None:
@@ -298,22 +242,20 @@ class BatchStore:
             apply(db)
             return _check_owner(db, batch)
 
-        return await self._store.change(apply_and_find)
+        return await self._db.change(apply_and_find)
 
     # Requests of clients
 
     async def set_options(self, batch_id: str, options: BatchOptions) -> None:
         """Replace the options of a batch, from its next start or resume on. Its items keep their timeout."""
         values = (msgspec.json.encode(options), batch_id)
-        await self._store.change(lambda db: db.execute(statements.SET_OPTIONS, values) and None)
+        await self._db.change(lambda db: db.execute(statements.SET_OPTIONS, values) and None)
 
     async def request_cancel(self, batch_id: str) -> bool:
-        """Request the owner of a batch to cancel it. Returns False if the batch is not active."""
-        return await self._store.change(lambda db: db.execute(statements.CANCEL_BATCH, (batch_id,)).rowcount == 1)
+        return await self._db.change(lambda db: db.execute(statements.CANCEL_BATCH, (batch_id,)).rowcount == 1)
 
     async def cancels_for(self, owner: str) -> Sequence[str]:
-        """Return the batches of *owner* that have a cancellation request."""
-        return self._store.read(lambda db: [row[0] for row in db.execute(statements.BATCHES_TO_CANCEL, (owner,))])
+        return self._db.read(lambda db: [row[0] for row in db.execute(statements.BATCHES_TO_CANCEL, (owner,))])
 
     async def reopen(
         self,
@@ -324,14 +266,6 @@ class BatchStore:
         then: Callable[[Batch | None], None],
         max_cost: float | None = None,
     ) -> Batch | None:
-        """Open the next attempt of a final batch. Returns None if it is not final or has no items to retry.
-
-        Args:
-            max_cost: replaces that of the batch.
-
-        Raises EngineFull, EngineStopped.
-        """
-
         def apply(db: sqlite3.Connection) -> Batch | None:
             queries.check_engine(db, owner)
             batch = queries.find_batch(db, batch_id)
@@ -350,13 +284,11 @@ class BatchStore:
             _set_max_cost(db, batch, max_cost)
             return queries.find_batch(db, batch_id)
 
-        return await self._store.change(apply, then)
+        return await self._db.change(apply, then)
 
     async def reopen_item(
         self, run: Run, owner: str, then: Callable[[Batch | None], None], max_cost: float | None = None
     ) -> Batch | None:
-        """Like ``reopen``, for one item that failed or was cancelled."""
-
         def apply(db: sqlite3.Connection) -> Batch | None:
             batch = queries.find_batch(db, run.batch_id or "")
             queries.check_engine(db, owner)
@@ -369,17 +301,14 @@ class BatchStore:
             _set_max_cost(db, batch, max_cost)
             return queries.find_batch(db, batch.batch_id)
 
-        return await self._store.change(apply, then)
+        return await self._db.change(apply, then)
 
     # Deleting
 
     async def drop_staged(self, batch_id: str) -> None:
-        """Drop a batch that was not accepted."""
         await self._drop(lambda db: db.execute(statements.DROP_STAGED_BATCH, (batch_id,)).rowcount == 1)
 
     async def drop(self, batch_id: str) -> bool:
-        """Hide a batch permanently, unless it is active. ``sweep`` deletes its items."""
-
         def apply(db: sqlite3.Connection) -> bool:
             is_dropped = db.execute(statements.DROP_BATCH, (batch_id,)).rowcount == 1
             if is_dropped:  # so that the same key can create the batch again
@@ -389,18 +318,17 @@ class BatchStore:
         return await self._drop(apply)
 
     async def _drop(self, apply: Callable[[sqlite3.Connection], bool]) -> bool:
-        return await self._store.change(apply, then=lambda is_dropped: self.has_dropped.set())
+        return await self._db.change(apply, then=lambda is_dropped: self.has_dropped.set())
 
     async def sweep(self) -> bool:
-        """Delete one chunk of the items of dropped batches. Returns False if there are none left."""
-        if self._store.read(lambda db: db.execute(statements.DROPPED_BATCH).fetchone()) is None:
+        if self._db.read(lambda db: db.execute(statements.DROPPED_BATCH).fetchone()) is None:
             return False
 
         def apply(db: sqlite3.Connection) -> bool:
             row = db.execute(statements.DROPPED_BATCH).fetchone()
             return row is not None and queries.delete_items(db, row[0], CHUNK_SIZE) > 0
 
-        return await self._store.change(apply)
+        return await self._db.change(apply)
 
 
 def _set_max_cost(db: sqlite3.Connection, batch: Batch, max_cost: float | None) -> None:

@@ -30,16 +30,15 @@ from flock.runs import (
     Step,
     Usage,
 )
+from flock.steps.outcomes import DAMAGED
 
 __all__ = [
     "BATCH_TABLE",
     "CALL_TABLE",
     "DAMAGED_BATCH",
-    "DAMAGED_RUN",
     "EPOCH",
     "RUN_TABLE",
     "STEP_TABLE",
-    "UNREADABLE",
     "UPDATED",
     "Column",
     "Damaged",
@@ -48,7 +47,6 @@ __all__ = [
     "batch_values",
     "call_from",
     "call_values",
-    "first_id_at",
     "is_known_damage",
     "json_from",
     "last_step_of",
@@ -70,10 +68,8 @@ __all__ = [
 T = TypeVar("T")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
-#: ``error`` of a run or a batch whose row in the store is damaged, and ``error_type`` of the run.
-DAMAGED_RUN = "The record of this run is damaged and cannot be read."
+#: ``error`` of a batch whose row in the store is damaged; see ``outcomes.DAMAGED`` for a run.
 DAMAGED_BATCH = "The record of this batch is damaged and cannot be read."
-UNREADABLE = "unreadable"
 
 
 def micros(time: datetime | None) -> int | None:
@@ -86,12 +82,6 @@ def time_from(micros: int | None) -> datetime | None:
 
 def names_json(names: Iterable[str]) -> str:
     return msgspec.json.encode(sorted(names)).decode()
-
-
-def first_id_at(time: datetime, milliseconds_later: int = 0) -> str:
-    """Return the lowest prefix of ids that were created at *time* (RFC 9562: their first 48 bits are milliseconds)."""
-    digits = f"{max(0, (micros(time) or 0) // 1000 + milliseconds_later):012x}"
-    return f"{digits[:8]}-{digits[8:]}"
 
 
 def _json(stored: bytes) -> msgspec.Raw:
@@ -330,15 +320,16 @@ def run_or_remains(row: Sequence[Any]) -> Run:
 
 def remains_of_run(row: Sequence[Any]) -> Run:
     values: dict[str, Any]
+    end = {"error": DAMAGED.error, "error_type": DAMAGED.error_type}
     values = {"run_id": "", "flock": "", "agent_name": "", "inputs": msgspec.Raw(b"{}"), "status": RunStatus.FAILED}
-    values |= {"created_at": EPOCH, **_remains_of(row, RUN_TABLE), "error": DAMAGED_RUN, "error_type": UNREADABLE}
+    values |= {"created_at": EPOCH, **_remains_of(row, RUN_TABLE), **end}
     values.pop("last_step", None)
     return Run(**values)
 
 
 def is_known_damage(row: Sequence[Any]) -> bool:
     """Whether the run of a damaged row has already failed because of the damage."""
-    return _remains_of(row, RUN_TABLE).get("error_type") == UNREADABLE
+    return _remains_of(row, RUN_TABLE).get("error_type") == DAMAGED.error_type
 
 
 def steps_with_rows(run: Run, steps: Mapping[int, Step]) -> Mapping[int, Step]:

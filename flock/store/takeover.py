@@ -8,41 +8,21 @@ import sqlite3
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
-from flock.runs import Batch, Run, RunStatus, stub_of
+from flock.runs import RunStatus, stub_of
+from flock.steps.outcomes import CRASHED, DAMAGED, INTERRUPTED, Outcome
 from flock.store import queries, statements
-from flock.store.columns import DAMAGED_BATCH, DAMAGED_RUN, UNREADABLE, Damaged, micros, names_json
+from flock.store.columns import DAMAGED_BATCH, Damaged, micros, names_json
+from flock.store.port import TakenOver
 from flock.store.suspects import SuspectGroup, groups_of
 
-__all__ = ["CRASHED", "INTERRUPTED", "TakenOver", "Unfinished", "find_unfinished", "remove_engine", "take_over"]
+__all__ = ["Unfinished", "find_unfinished", "remove_engine", "take_over"]
 
 logger = logging.getLogger("flock.store")
 
-#: ``error`` and ``error_type`` of a synchronous run whose server stopped.
-INTERRUPTED = ("The server stopped before this run ended.", "interrupted")
-#: ``error`` and ``error_type`` of a run that has killed its process.
-CRASHED = ("The process died repeatedly while it was executing this run, and at last nothing else.", "crashed")
 #: Somebody may kill a process while it happens to execute only one run, but hardly so often.
 DEATHS_ALONE = 2
-
-
-class TakenOver(NamedTuple):
-    """The work that an engine took over from a dead one.
-
-    Attributes:
-        runs: runs and items that were ended, and runs to resume. They are stubs, unless they are short.
-        batches: batches to resume.
-        missing: the number of runs and batches that were not taken over, by the agent that is missing.
-        is_complete: the dead engine has no unfinished work left.
-        suspects: those of the runs, and of the items of the batches, that may have killed it.
-    """
-
-    runs: Sequence[Run]
-    batches: Sequence[Batch]
-    missing: Mapping[str, int]
-    is_complete: bool
-    suspects: Sequence[SuspectGroup]
 
 
 class Unfinished:
@@ -52,8 +32,8 @@ class Unfinished:
         self.runs: list[str] = []
         self.batches: list[str] = []
         self.damaged_batches: list[str] = []
-        #: runs to mark as failed, with their ``error`` and ``error_type``
-        self.ends: dict[str, tuple[str, str]] = {}
+        #: runs to mark as failed
+        self.ends: dict[str, Outcome] = {}
         #: the number of runs and batches that stay, by their missing agent
         self.missing: Counter[str] = Counter()
 
@@ -69,7 +49,7 @@ def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str
         except Damaged as exc:
             logger.error("run %s is unfinished and cannot be read: %s", run_id, exc)
             if exc.is_writable:
-                unfinished.ends[run_id] = (DAMAGED_RUN, UNREADABLE)
+                unfinished.ends[run_id] = DAMAGED
             continue
         if run is None:
             continue
@@ -111,14 +91,18 @@ def take_over(
         executed: see ``flock.store.suspects``.
     """
     at = micros(now)
-    ended = [id_ for id_, end in unfinished.ends.items() if _changes(db, statements.FAIL_RUN, *end, at, id_, dead_id)]
+    ended = [
+        run_id
+        for run_id, end in unfinished.ends.items()
+        if _changes(db, statements.FAIL_RUN, end.error, end.error_type, at, run_id, dead_id)
+    ]
     runs = ended + [id_ for id_ in unfinished.runs if _changes(db, statements.TAKE_RUN, owner, id_, dead_id)]
     batches = [id_ for id_ in unfinished.batches if _changes(db, statements.TAKE_BATCH, owner, id_, dead_id)]
     for batch_id in batches:
         db.execute(statements.TAKE_ITEMS, (batch_id,))
     for batch_id in unfinished.damaged_batches:
         if _changes(db, statements.FAIL_BATCH, DAMAGED_BATCH, at, batch_id, dead_id):
-            db.execute(statements.FAIL_ITEMS, (DAMAGED_BATCH, UNREADABLE, at, batch_id))
+            db.execute(statements.FAIL_ITEMS, (DAMAGED_BATCH, DAMAGED.error_type, at, batch_id))
     crashed, suspects = _judge(db, {*runs, *batches}, executed, max_recoveries, at)
     is_complete = remove_engine(db, dead_id)
     runs += [run_id for run_id in crashed if run_id not in runs]
@@ -141,10 +125,9 @@ def _judge(
     died = [row for row in db.execute(statements.EXECUTED_RUNS, (names_json(executed),)) if not taken.isdisjoint(row)]
     is_alone, crashed = len(executed) == 1, []
     db.executemany(statements.COUNT_DEATH, [(is_alone, run_id) for run_id, _ in died])
+    limits = (max_recoveries, min(max_recoveries, DEATHS_ALONE))
     for run_id, batch_id in died if is_alone else ():
-        if _changes(
-            db, statements.FAIL_CRASHED, *CRASHED, at, run_id, max_recoveries, min(max_recoveries, DEATHS_ALONE)
-        ):
+        if _changes(db, statements.FAIL_CRASHED, CRASHED.error, CRASHED.error_type, at, run_id, *limits):
             crashed.append(run_id)
             if batch_id is not None:
                 queries.count_ended(db, queries.Ended({(batch_id, RunStatus.FAILED): 1}))

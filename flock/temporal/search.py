@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from flock.errors import NotFound
 from flock.runs import Batch, BatchFilter, Page, Run, RunFilter, RunStatus, now
-from flock.store.columns import first_id_at
+from flock.runs.ids import first_id_at
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of
 from flock.temporal.records import run_of

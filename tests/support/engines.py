@@ -7,7 +7,9 @@ from typing import Any
 import anyio
 import anyio.abc
 
+from flock.engine.embedded import EmbeddedEngine
 from flock.runs import Batch, Engine, Run
+from flock.store.store import SQLiteStore
 from tests.support import PATIENCE_S
 
 #: A function that opens an engine of the kind under test, for a flock and with options that all kinds take.
@@ -38,3 +40,10 @@ async def until_run(engine: Engine, run_id: str, is_enough: Callable[[Run], bool
         while not is_enough(run := await engine.get_run(run_id)):  # noqa: ASYNC110 - polls like a client
             await anyio.sleep(0.01)
     return run
+
+
+def sqlite_of(engine: Engine) -> SQLiteStore:
+    """Return the store of an embedded engine, to look into its file."""
+    assert isinstance(engine, EmbeddedEngine)
+    assert isinstance(engine.store, SQLiteStore)
+    return engine.store
