@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flock.agents.agent import agent
 from flock.agents.messages import Messages
 from flock.agents.result import Result
-from flock.declared import BatchInputs, DeclaredFlock, FlockFactory, agent
+from flock.declared import BatchInputs, DeclaredFlock, FlockFactory
 from flock.models.models import Model
 from flock.models.prices import Price
 

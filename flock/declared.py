@@ -13,7 +13,7 @@ import anyio
 import httpx
 import msgspec
 
-from flock.agents.agent import Agent, AgentOptions, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike, agent
+from flock.agents.agent import Agent, AgentOptions, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike
 from flock.agents.handoff import result_names
 from flock.agents.questions import nobody
 from flock.agents.signature import Signature
@@ -33,8 +33,6 @@ from flock.scopes import current_task
 from flock.steps.progress import follow_batch
 from flock.store.database import Durability
 from flock.store.store import SQLiteStore
-
-__all__ = ["BatchInputs", "DeclaredFlock", "FlockFactory", "agent", "agent_of"]
 
 #: Inputs of a batch: mappings, which are read one at a time, or the path of a CSV or NDJSON file.
 BatchInputs = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | str | Path

@@ -3,8 +3,6 @@
 import re
 import shlex
 
-__all__ = ["pip_install"]
-
 
 def pip_install(package: str) -> str:
     """Return the command that installs *package* in the versions that this distribution declares.

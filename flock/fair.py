@@ -5,8 +5,6 @@ import time
 import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
-__all__ = ["FairShare"]
-
 #: How long a task may occupy the event loop before it yields, in seconds.
 SHARE_S = 0.002
 

@@ -21,22 +21,6 @@ import msgspec
 from flock.errors import FieldError, FlockError, InvalidData, MalformedJSON
 from flock.pydanticmodel import InvalidModel, from_json, has_model_fields, is_model, model_fields
 
-__all__ = [
-    "MEMBERS",
-    "Field",
-    "JSONType",
-    "check_depth",
-    "depth_steps",
-    "escape_pointer",
-    "example_for",
-    "explain",
-    "fields_of",
-    "has_fields",
-    "hints_of",
-    "malformed",
-    "unknown_field",
-]
-
 T = TypeVar("T")
 
 #: Max unknown fields that are reported.

@@ -11,8 +11,6 @@ from msgspec.structs import replace
 from flock.errors import MAX_ECHOED_CHARS, DefinitionError
 from flock.nearest import did_you_mean
 
-__all__ = ["MAX_SECONDS", "Option", "Options", "check", "many", "of_type", "option_of", "replaced", "seconds", "whole"]
-
 #: Max seconds that an option accepts: about 30 years.
 MAX_SECONDS = 1e9
 

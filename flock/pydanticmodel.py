@@ -8,22 +8,6 @@ from typing import Any, Literal
 
 import msgspec
 
-__all__ = [
-    "InvalidModel",
-    "KeptModel",
-    "SchemaMode",
-    "from_json",
-    "has_model_fields",
-    "is_model",
-    "is_pydantic_constraint",
-    "is_pydantic_dataclass",
-    "keep",
-    "model_fields",
-    "model_schemas",
-    "to_json",
-    "to_json_and_back",
-]
-
 #: "validation" describes what a model is read from, "serialization" what it is written as. They differ, for example, in
 #: aliases and computed fields.
 SchemaMode = Literal["validation", "serialization"]

@@ -12,17 +12,6 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-__all__ = [
-    "Clock",
-    "cancellable",
-    "clocks_stopped",
-    "closing_scopes",
-    "current_task",
-    "move_on_after_working",
-    "set_deadline",
-    "start_in_empty_context",
-]
-
 logger = logging.getLogger("flock.runs")
 
 

@@ -12,8 +12,6 @@ from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.jsontype import escape_pointer
 from flock.pydanticmodel import to_json
 
-__all__ = ["ChatInput", "chat_input"]
-
 
 class ChatInput(Signature):
     """An input signature with one field of the type ``Messages``. Its last message must be the user's."""

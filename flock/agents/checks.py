@@ -12,8 +12,6 @@ from flock.models.models import ModelChoice, models_of
 from flock.models.providers import check_model
 from flock.nearest import did_you_mean
 
-__all__ = ["problems", "tool_sources", "warn_of_problems"]
-
 logger = logging.getLogger("flock.checks")
 
 

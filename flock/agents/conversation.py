@@ -14,8 +14,6 @@ from flock.models.completions import Completion, Listener, Message, with_user_te
 from flock.models.requests import Request
 from flock.runs import JSON_NULL, RunContext
 
-__all__ = ["Conversation"]
-
 
 class Conversation(msgspec.Struct, kw_only=True):
     """Asks a model until its answer is valid.

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 
 from flock.agents.agent import Agent, Handoff
 
-__all__ = ["graph_of", "mermaid_of"]
-
 
 def graph_of(agent_name: str, agents: Mapping[str, Agent]) -> list[Handoff]:
     """Return the hand-offs of an agent and of all agents that can follow it, the nearest first, each agent once.

@@ -15,17 +15,6 @@ from flock.errors import InvalidData, InvalidHandoff, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext
 
-__all__ = [
-    "Columns",
-    "columns_of",
-    "exchanges_of",
-    "execute_agent",
-    "inputs_for",
-    "missing_agents",
-    "next_agent",
-    "result_names",
-]
-
 #: The names of a run's inputs and of its result's members. Each is None if it is not known in advance.
 Columns = tuple[Sequence[str] | None, Sequence[str] | None]
 

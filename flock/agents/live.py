@@ -7,8 +7,6 @@ from flock.agents.signature import Signature
 from flock.models.scanner import Scanner
 from flock.runs import RunContext
 
-__all__ = ["LiveAnswer"]
-
 
 class LiveAnswer:
     """A ``Listener`` that emits the fields of the output.

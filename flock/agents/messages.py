@@ -4,8 +4,6 @@ from typing import Annotated
 
 import msgspec
 
-__all__ = ["ChatMessage", "Messages"]
-
 ROLES = ["user", "assistant"]
 
 

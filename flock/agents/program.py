@@ -9,8 +9,6 @@ import msgspec
 from flock.agents.agent import Agent
 from flock.agents.signature import Signature
 
-__all__ = ["Program"]
-
 DIGEST_CHARS = 8
 #: Keywords of JSON Schema that do not belong to a type.
 NOTES = ("description", "title", "examples")

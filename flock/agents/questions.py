@@ -16,8 +16,6 @@ from flock.errors import CallError, FieldError, InvalidData, SignatureError
 from flock.jsontype import Field, escape_pointer, explain, unknown_field
 from flock.runs import Question
 
-__all__ = ["ASK", "check_answer", "nobody", "question_json", "schema_of"]
-
 #: What a question is called among the calls of its step.
 ASK = "ask"
 

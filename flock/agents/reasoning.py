@@ -8,8 +8,6 @@ import msgspec
 from flock.agents.signature import Signature
 from flock.jsontype import MEMBERS
 
-__all__ = ["ReasonedAnswer"]
-
 REASONING = Signature.of("reasoning: str | think step by step before you answer")
 
 

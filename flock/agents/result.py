@@ -4,8 +4,6 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Result"]
-
 
 class Result(msgspec.Struct, frozen=True):
     """The result of a generator that writes text: ``yield Result(value)``. Without it, a text is a part of the output.

@@ -50,17 +50,6 @@ from flock.pydanticmodel import (
 )
 from flock.runs import RunContext
 
-__all__ = [
-    "Signature",
-    "called",
-    "context_parameter",
-    "hints_of_function",
-    "is_async",
-    "is_generator",
-    "name_of",
-    "text_as_json",
-]
-
 NAMED_TYPES: Mapping[str, Any] = {
     "str": str,
     "int": int,

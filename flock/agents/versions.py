@@ -11,8 +11,6 @@ from flock.agents.agent import Agent, FunctionAgent, ModelAgent
 from flock.agents.tools import Tool
 from flock.models.models import models_of, names_of
 
-__all__ = ["version_of"]
-
 
 def version_of(agent: Agent) -> str:
     """Return a digest of the signature and the definition of *agent*, the same in all processes that have its code.

@@ -10,18 +10,6 @@ import msgspec
 from flock.options import MAX_SECONDS, Option, Options, option_of
 from flock.web.options import is_host_name
 
-__all__ = [
-    "Seconds",
-    "check_host_names",
-    "expose_errors_option",
-    "log_json_option",
-    "model_option",
-    "options_of",
-    "pairs",
-    "payload_dir_option",
-    "pop_fields",
-]
-
 
 class Seconds(click.FloatRange):
     """A finite number of seconds. A plain FloatRange accepts nan."""

@@ -25,8 +25,6 @@ from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_forma
 from flock.runs import MAX_COST, Batch, BatchOptions, cost_in_words
 from flock.store.database import MEMORY
 
-__all__ = ["batch"]
-
 #: Max row errors that are printed.
 MAX_LISTED_ERRORS = 20
 #: The conventional exit code after Ctrl-C.

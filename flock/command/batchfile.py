@@ -30,8 +30,6 @@ from flock.store.batchstate import create_state, remove_state
 from flock.store.files import exclusive_lock, sync_folder
 from flock.store.store import SQLiteStore
 
-__all__ = ["BatchFile", "check_batch_file", "run_batch_file"]
-
 
 class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     """The files and options of a batch.

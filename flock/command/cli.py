@@ -42,8 +42,6 @@ from flock.store.database import MEMORY
 from flock.web.auth import new_key
 from flock.web.options import AppOptions
 
-__all__ = ["main"]
-
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="flockapi")

@@ -25,15 +25,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from flock.web.problems import on_error
 from flock.web.requests import request_id_for
 
-__all__ = [
-    "HEAD_TIMEOUT_S",
-    "MAX_HEAD_BYTES",
-    "MAX_PIPELINED_BYTES",
-    "MIN_READ_BYTES_PER_S",
-    "STALL_AT_EXIT_S",
-    "Connection",
-]
-
 #: Limits of the head of a request: seconds to arrive, and size. The app rejects shorter heads with 431
 #: (``max_header_bytes``).
 HEAD_TIMEOUT_S = 10

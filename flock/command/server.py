@@ -49,17 +49,6 @@ from flockapi import FlockAPI
 if TYPE_CHECKING:
     from flock.temporal import TemporalEngine
 
-__all__ = [
-    "ServerSettings",
-    "WorkerSettings",
-    "abandon_busy_threads",
-    "passed_listener",
-    "run_worker",
-    "serve_flock",
-    "serve_workers",
-    "tune_gc",
-]
-
 logger = logging.getLogger("flock.server")
 
 #: The names of this machine, which are allowed whenever ``Host`` is checked.

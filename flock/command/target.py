@@ -15,8 +15,6 @@ import click
 from flock.declared import DeclaredFlock
 from flock.errors import FlockError
 
-__all__ = ["load_flock"]
-
 
 def load_flock(target: str, model: str | None = None) -> DeclaredFlock:
     """Return the flock that *target* names: ``path/to/file.py[:name]`` or ``module[:name]``.

@@ -12,8 +12,6 @@ import click
 
 from flock.runs.text import for_terminal
 
-__all__ = ["Commands", "TerminalBytes", "echo"]
-
 
 def echo(text: str, *, nl: bool = True, err: bool = False, dim: bool = False) -> None:
     """Print *text* with its control characters escaped. In a file or a pipe, stdout gets it as it is."""

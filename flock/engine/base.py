@@ -60,8 +60,6 @@ from flock.runs.events import EVENTS_PER_STEP, events_after
 from flock.steps.live import LiveReader
 from flock.steps.refusals import not_accepting, not_deleted
 
-__all__ = ["KEEP_KEYS_FOR", "EngineBase", "RunReader"]
-
 #: How long an event stream may be silent, in seconds.
 KEEP_ALIVE_S = 15.0
 #: The shortest interval between two progress events of a batch, and between two polls of a run, in seconds.

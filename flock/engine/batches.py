@@ -24,8 +24,6 @@ from flock.steps.outcomes import COST_LIMIT
 from flock.steps.refusals import not_accepting
 from flock.store.port import RETRY_AFTER_S, BatchStore
 
-__all__ = ["Batches"]
-
 logger = logging.getLogger("flock.runs")
 
 #: One worker runs an item while another writes its result. More workers would only hold items that wait for a slot.

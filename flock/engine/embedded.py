@@ -80,8 +80,6 @@ from flock.steps.outcomes import CRASHED, INTERRUPTED
 from flock.steps.refusals import check_cancel, not_deleted, not_retried, run_not_retried, wait_stopped
 from flock.store.port import Store, TakenOver
 
-__all__ = ["EmbeddedEngine", "limits_for_one_batch"]
-
 logger = logging.getLogger("flock.runs")
 
 #: How often the store is checked for commits of other processes, in seconds.

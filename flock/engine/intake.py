@@ -12,8 +12,6 @@ from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.rows.tables import RowMapping
 from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Row, Run, RunStatus, new_id
 
-__all__ = ["ITEMS_PER_PAGE", "Intake", "mapping_rows"]
-
 #: How many items are written or read at once, and about how many bytes of inputs are written at once.
 ITEMS_PER_PAGE = 500
 PAGE_BYTES = 4 * 1024 * 1024

@@ -9,8 +9,6 @@ import anyio
 from flock.runs import Run, RunStatus
 from flock.store.suspects import Executing, SuspectGroup
 
-__all__ = ["Quarantine"]
-
 logger = logging.getLogger("flock.runs")
 
 #: How long no run may start, so that the process has nothing to execute and suspects can, and then how long runs may

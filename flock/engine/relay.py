@@ -19,8 +19,6 @@ from anyio.abc import SocketAttribute
 
 from flock.steps.live import LiveOutput
 
-__all__ = ["follow", "listen", "serve", "socket_path"]
-
 logger = logging.getLogger("flock.store")
 
 #: Max length of the path of a Unix socket on macOS; Linux allows 107 bytes.

@@ -13,8 +13,6 @@ from flock.pydanticmodel import to_json
 from flock.rows.tables import RowMapping
 from flock.runs import Engine, Inputs, ItemLimits, Items, OnInvalid, Row
 
-__all__ = ["NO_ROWS", "BatchCheck", "CheckedRow", "RowChecks", "RowErrors", "as_json", "check_batch", "iterate"]
-
 #: Max errors in a batch's items that are reported at once.
 MAX_ITEM_ERRORS = 100
 #: Max total length of the names of all kept columns. They are stored with each state of the batch.

@@ -36,8 +36,6 @@ from flock.steps.live import LiveOutput, Unread
 from flock.steps.outcomes import CANCELLED, DAMAGED, INTERRUPTED, failure_of
 from flock.store.port import RETRY_AFTER_S, DamagedRecord, Store
 
-__all__ = ["Runner", "StoredRun"]
-
 T = TypeVar("T")
 
 logger = logging.getLogger("flock.runs")

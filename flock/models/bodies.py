@@ -7,8 +7,6 @@ from collections.abc import AsyncGenerator
 import anyio.lowlevel
 import httpx
 
-__all__ = ["ENCODING", "BadBody", "pieces_of", "read_whole"]
-
 #: What is accepted as a ``Content-Encoding``: httpx would decompress others too, but without a bound.
 ENCODING = "gzip"
 #: What servers send nevertheless, and zlib decompresses with a bound.

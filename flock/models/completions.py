@@ -7,8 +7,6 @@ import msgspec
 
 from flock.runs import Usage
 
-__all__ = ["Completion", "FunctionCall", "Listener", "Message", "ToolCall", "ToolSchema", "with_user_text"]
-
 
 class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
     """What a model wants to call. ``arguments`` should be a JSON object, but a model may write anything."""

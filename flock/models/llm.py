@@ -59,8 +59,6 @@ from flock.models.streams import BYTES_PER_TOKEN, StreamedReply, counted, read_r
 from flock.runs import Usage
 from flock.scopes import clocks_stopped
 
-__all__ = ["ModelClient"]
-
 logger = logging.getLogger("flock.llm")
 
 G = TypeVar("G", bound=Gate)

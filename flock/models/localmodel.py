@@ -20,8 +20,6 @@ import msgspec
 from flock.errors import ModelError
 from flock.extras import pip_install
 
-__all__ = ["SETTINGS", "LocalServer", "bounded_schema", "check", "has_lookaround", "serve"]
-
 #: Default request settings. The prompt cache is off so that equal inputs give equal answers.
 SETTINGS: Mapping[str, Any] = {"temperature": 0, "frequency_penalty": 0.6, "cache_prompt": False}
 #: Default max length of an answer.

@@ -11,8 +11,6 @@ from msgspec.structs import force_setattr
 from flock.errors import DefinitionError
 from flock.options import Option, Options, whole
 
-__all__ = ["Model", "ModelChoice", "models_of", "names_of"]
-
 
 def _is_text(value: Any, pattern: str) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None

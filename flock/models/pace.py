@@ -21,24 +21,6 @@ from flock.errors import ModelError
 from flock.runs import now as utc_now
 from flock.scopes import clocks_stopped
 
-__all__ = [
-    "FALLBACK_WAIT_S",
-    "MAX_WAIT_S",
-    "AllOut",
-    "Breaker",
-    "Caller",
-    "Gate",
-    "LeftAlone",
-    "ModelLimits",
-    "Pace",
-    "Passage",
-    "Rate",
-    "paces_of_loop",
-    "passing",
-    "share_limits_among",
-    "wait",
-]
-
 logger = logging.getLogger("flock.llm")
 
 #: Max seconds of one wait that a provider asks for. Then an item of a batch asks again, and a run fails at once.

@@ -4,8 +4,6 @@ import codecs
 
 from flock.runs import safe_text
 
-__all__ = ["Joiner", "joined"]
-
 #: With "surrogatepass" it joins the halves of pairs, also of those that arrive in two pieces, and keeps lone ones.
 UTF_16_DECODER = codecs.getincrementaldecoder("utf-16-le")
 

@@ -19,8 +19,6 @@ from flock.errors import CostLimit, DefinitionError
 from flock.runs import DOLLAR, Usage, added, cost_in_words, is_spent
 from flock.scopes import clocks_stopped
 
-__all__ = ["PRICES", "Budget", "Price", "merged", "no_price", "price_of", "priced"]
-
 #: Max price of a million tokens, in US dollars.
 MAX_PRICE = 1_000_000
 #: US dollars of a million tokens to picodollars of one: 10**12 / 10**6.

@@ -21,18 +21,6 @@ from flock.models import localmodel
 from flock.models.models import Model, models_of
 from flock.nearest import did_you_mean
 
-__all__ = [
-    "BUILT_IN",
-    "PROVIDERS",
-    "Endpoint",
-    "Provider",
-    "check_model",
-    "endpoint_of",
-    "is_built_in",
-    "no_model",
-    "unknown_provider",
-]
-
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
     """A server that supports chat completions, and what it does not support.

@@ -15,8 +15,6 @@ from msgspec.structs import replace
 
 from flock.models.completions import Completion, FunctionCall, Message, ToolCall, ToolSchema, with_user_text
 
-__all__ = ["FINISH", "as_text", "completion_of", "schema_of", "with_tools"]
-
 #: The tool that ends the calls.
 FINISH = "finish"
 _FINISH_TOOL = ToolSchema(

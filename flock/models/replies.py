@@ -18,21 +18,6 @@ from flock.models.completions import Completion, FunctionCall, ToolCall
 from flock.models.requests import Request
 from flock.runs import Usage
 
-__all__ = [
-    "TRANSIENT",
-    "bad_response",
-    "completion_of",
-    "decoded",
-    "hold_s",
-    "model_error",
-    "provider_message",
-    "retry_after_s",
-    "status_error",
-    "stream_error",
-    "token_count",
-    "unfinished_usage",
-]
-
 #: Max characters of a provider's message in the log.
 MAX_LOGGED_CHARS = 500
 #: The largest number of tokens that a reply may have used. A larger one is ignored.

@@ -14,19 +14,6 @@ from flock.models.completions import Listener, Message, ToolSchema
 from flock.models.providers import Endpoint
 from flock.runs import Usage
 
-__all__ = [
-    "FORMATS",
-    "STREAMS",
-    "Request",
-    "format_of",
-    "function_of",
-    "next_step",
-    "rejects_format",
-    "rejects_stream",
-    "rejects_tools",
-    "streamed",
-]
-
 #: Ways to request JSON, the strictest first. If a server does not support one, the next one is tried.
 FORMATS = ("json_schema", "json_object", "text")
 #: Ways to request a stream, the best first, and the parts of the request. The last one is for servers without streams.

@@ -10,8 +10,6 @@ import msgspec
 from flock.models.pieces import Joiner
 from flock.runs import safe_text
 
-__all__ = ["Scanner"]
-
 #: What precedes the object.
 BEFORE = re.compile(r"[^{]*+")
 #: Complete characters and escapes in a string.

@@ -9,8 +9,6 @@ import httpx
 from flock.models import bodies
 from flock.models.bodies import BadBody, pieces_of
 
-__all__ = ["Event", "events_in", "is_stream"]
-
 
 class Event(NamedTuple):
     name: str

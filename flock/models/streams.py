@@ -16,8 +16,6 @@ from flock.models.replies import bad_response, decoded, model_error, stream_erro
 from flock.models.sse import Event, events_in
 from flock.runs import Usage
 
-__all__ = ["BYTES_PER_TOKEN", "StreamedReply", "counted", "read_reply"]
-
 #: Max memory of a reply, if each of its pieces needs this much beside its text.
 MAX_REPLY_BYTES, PIECE_BYTES = 64 * 1024 * 1024, 200
 #: About how many bytes of text are one token.

@@ -11,8 +11,6 @@ import msgspec
 
 from flock.errors import DefinitionError
 
-__all__ = ["ENCODINGS", "CSVDialect"]
-
 #: Supported encodings, by their names in Python. Other codecs decompress data, are slow, or are not for text. Unknown
 #: names are not looked up, because Python caches each of them without a limit.
 ENCODINGS = (

@@ -13,8 +13,6 @@ from flock.fair import FairShare
 from flock.runs import DOLLAR, Engine, Run, RunStatus, Time, shown_usage
 from flock.runs.records import shown_as
 
-__all__ = ["RESULT_TYPES", "BatchItem", "CSVWriter", "item_pages", "results_as"]
-
 #: The media types of downloads, by their names in ``?format=``.
 RESULT_TYPES = {"json": "application/json", "ndjson": "application/x-ndjson", "csv": "text/csv"}
 #: The last columns of CSV, on request.

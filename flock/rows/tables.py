@@ -39,21 +39,6 @@ from flock.jsontype import Field, check_depth, depth_steps, escape_pointer, expl
 from flock.rows.dialect import CSVDialect
 from flock.runs import OnExtra, Row
 
-__all__ = [
-    "MAX_EXPANSION",
-    "MAX_ROW_BYTES",
-    "RowMapping",
-    "TableFormat",
-    "csv_rows",
-    "file_rows",
-    "is_gzipped",
-    "json_rows",
-    "ndjson_rows",
-    "read_file",
-    "suffix_of",
-    "table_format",
-]
-
 #: The format of a file with rows.
 TableFormat = Literal["csv", "ndjson"]
 

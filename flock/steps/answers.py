@@ -11,8 +11,6 @@ from flock.errors import CallNotFound, Conflict, InvalidData
 from flock.jsontype import explain
 from flock.runs import Call, Question, Run, RunStatus
 
-__all__ = ["answer_of", "is_expired", "question_for"]
-
 
 def question_for(
     run: Run, call_id: str, output: msgspec.Raw, find_answer: Callable[[], bytes | msgspec.Raw | None]

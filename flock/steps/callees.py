@@ -15,8 +15,6 @@ from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext, Step, now
 from flock.steps.journal import DIGEST_CHARS, Journal, check_in_loop, depth_of_current_call
 
-__all__ = ["Callees"]
-
 #: Executes an agent, with its inputs and the context of its caller, and returns its result.
 Execute = Callable[[Agent, msgspec.Raw, RunContext], Awaitable[msgspec.Raw]]
 

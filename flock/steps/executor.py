@@ -51,8 +51,6 @@ from flock.steps.outcomes import CANCELLED, Outcome, failure_of, queue_timeout, 
 from flock.steps.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_all_nowait
 from flock.steps.threads import Threads
 
-__all__ = ["MAX_HISTORY_BYTES", "ActiveRun", "AgentElsewhere", "StepExecutor", "WaitingForAnswers"]
-
 logger = logging.getLogger("flock.runs")
 
 #: The slot of the step that the current task, or its thread, is executing.

@@ -42,8 +42,6 @@ from flock.runs.context import CURRENT_CALL
 from flock.scopes import Clock, cancellable, clocks_stopped, current_task
 from flock.steps.outcomes import error_of
 
-__all__ = ["DIGEST_CHARS", "Journal", "check_in_loop", "depth_of_current_call"]
-
 logger = logging.getLogger("flock.runs")
 
 #: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.

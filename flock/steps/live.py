@@ -21,8 +21,6 @@ from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
 from flock.steps.threads import loop_scheduler
 
-__all__ = ["LiveOutput", "LiveReader", "Unread"]
-
 #: What one writer counts for the size of a live output, in addition to its text.
 WRITER_CHARS = 512
 #: How long the live output of a run that has ended is kept for its first reader, in seconds, and of how many such runs.

@@ -10,23 +10,6 @@ from flock.logs import fields_of_run
 from flock.runs import Batch, Question, Run, RunStatus, cost_in_words, one_line, safe_text
 from flock.runs.text import of_request
 
-__all__ = [
-    "BATCH_CANCELLED",
-    "CANCELLED",
-    "CANCELLED_BEFORE_START",
-    "COST_LIMIT",
-    "CRASHED",
-    "DAMAGED",
-    "INTERRUPTED",
-    "Outcome",
-    "end_of_batch",
-    "error_of",
-    "expiry_of",
-    "failure_of",
-    "queue_timeout",
-    "timeout_of",
-]
-
 logger = logging.getLogger("flock.runs")
 
 

@@ -9,8 +9,6 @@ import anyio
 
 from flock.runs import Batch, Engine
 
-__all__ = ["follow_batch"]
-
 
 async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None = None) -> Batch:
     """Return the batch when it is final. Until then, show its progress on stderr.

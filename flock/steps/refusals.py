@@ -5,18 +5,6 @@ from collections.abc import Sequence
 from flock.errors import Conflict, EngineFull, EngineStopped
 from flock.runs import Batch, Run, RunStatus
 
-__all__ = [
-    "RETRYABLE",
-    "already_retried",
-    "check_cancel",
-    "not_accepting",
-    "not_deleted",
-    "not_retried",
-    "run_not_retried",
-    "too_many_items",
-    "wait_stopped",
-]
-
 #: The statuses that can be retried, in words.
 RETRYABLE = {RunStatus.FAILED: "failed", RunStatus.CANCELLED: "was cancelled"}
 

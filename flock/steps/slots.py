@@ -6,8 +6,6 @@ from collections.abc import AsyncGenerator, Sequence
 
 import anyio
 
-__all__ = ["AgentSlot", "BatchKey", "Slots", "acquire_all", "acquire_all_nowait"]
-
 #: The principal and the id of the batch of an item; None for a run that is not an item.
 BatchKey = tuple[str | None, str] | None
 

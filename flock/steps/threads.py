@@ -19,8 +19,6 @@ import anyio.to_thread
 from flock.scopes import set_deadline
 from flock.steps.slots import BatchKey, Slots
 
-__all__ = ["Threads", "loop_scheduler"]
-
 T = TypeVar("T")
 
 

@@ -9,8 +9,6 @@ from flock.errors import StoreError
 from flock.store.files import create_private
 from flock.store.statements import COUNT_TABLES
 
-__all__ = ["create_state", "remove_state"]
-
 #: ``PRAGMA application_id`` of a state: "Floc" in ASCII.
 MARK = 0x466C6F63
 

@@ -31,8 +31,6 @@ from flock.store.columns import (
 from flock.store.database import Database
 from flock.store.port import BatchStore
 
-__all__ = ["SQLiteBatchStore"]
-
 #: Max items that one transaction changes. It takes tens of milliseconds.
 CHUNK_SIZE = 2000
 #: About how many bytes of pending items are read at once. Each batch holds that much in memory, even while it waits.

@@ -32,39 +32,6 @@ from flock.runs import (
 )
 from flock.steps.outcomes import DAMAGED
 
-__all__ = [
-    "BATCH_TABLE",
-    "CALL_TABLE",
-    "DAMAGED_BATCH",
-    "EPOCH",
-    "RUN_TABLE",
-    "STEP_TABLE",
-    "UPDATED",
-    "Column",
-    "Damaged",
-    "batch_from",
-    "batch_or_remains",
-    "batch_values",
-    "call_from",
-    "call_values",
-    "is_known_damage",
-    "json_from",
-    "last_step_of",
-    "micros",
-    "names_json",
-    "remains_of_run",
-    "run_from",
-    "run_or_remains",
-    "run_values",
-    "shown_call_from",
-    "step_from",
-    "step_values",
-    "steps_with_rows",
-    "time_from",
-    "updated_values",
-    "waiting_values",
-]
-
 T = TypeVar("T")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)

@@ -33,8 +33,6 @@ from flock.store.migrations import migrate
 from flock.store.port import RETRY_AFTER_S, DamagedRecord
 from flock.store.storefile import Displaced, StoreFile
 
-__all__ = ["Database", "Durability"]
-
 T = TypeVar("T")
 
 logger = logging.getLogger("flock.store")

@@ -15,22 +15,6 @@ except ImportError as exc:
         "Run it in WSL or in a container."
     ) from exc
 
-__all__ = [
-    "PRIVATE",
-    "acquire_lock",
-    "close_lock",
-    "create_private",
-    "device_and_inode",
-    "exclusive_lock",
-    "holders_of",
-    "is_locked",
-    "open_lock",
-    "remove",
-    "sync_folder",
-    "try_lock",
-    "unlock",
-]
-
 #: The permissions of new files.
 PRIVATE = 0o600
 

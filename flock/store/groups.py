@@ -14,8 +14,6 @@ from flock.runs import Run, Step
 from flock.store import queries
 from flock.store.columns import Damaged, steps_with_rows
 
-__all__ = ["Change", "Group", "PendingRun", "Refused"]
-
 logger = logging.getLogger("flock.store")
 
 

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from flock.errors import StoreError
 from flock.store import files, statements
 
-__all__ = ["MIGRATIONS", "migrate"]
-
 #: The statements of each migration.
 MIGRATIONS: Sequence[Sequence[str]] = [
     [

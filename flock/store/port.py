@@ -29,8 +29,6 @@ from flock.runs import (
 from flock.steps.outcomes import Outcome
 from flock.store.suspects import Executing, SuspectGroup
 
-__all__ = ["BatchStore", "DamagedRecord", "Store", "TakenOver"]
-
 #: The delay before a failed write or read is retried, in seconds.
 RETRY_AFTER_S = 1.0
 

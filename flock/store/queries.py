@@ -54,34 +54,6 @@ from flock.store.columns import (
     updated_values,
 )
 
-__all__ = [
-    "Ended",
-    "QueuedRuns",
-    "check_engine",
-    "check_key",
-    "check_owner",
-    "count_ended",
-    "delete_items",
-    "delete_runs",
-    "earlier_runs",
-    "find_batch",
-    "find_calls",
-    "find_next_calls",
-    "find_run",
-    "find_shown_calls",
-    "find_spent",
-    "find_steps",
-    "insert_key",
-    "insert_runs",
-    "newly_spent",
-    "read_row",
-    "rows_of",
-    "write_call",
-    "write_run",
-    "write_spent",
-]
-
-
 #: What a call counts for the size of a page, in addition to its result.
 CALL_BYTES = 1024
 #: How many calls a reader of events holds, each of at most ``MAX_SHOWN_BYTES``.
@@ -105,7 +77,7 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
 
     The last step of a completed run is written in the row of the run, because both have the same result.
     """
-    spent = newly_spent(db, run)
+    spent = _newly_spent(db, run)
     own_rows = steps_with_rows(run, steps)
     last_step = last_step_of(run) if len(own_rows) < len(steps) else None
     if is_new:
@@ -126,7 +98,7 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
     return True
 
 
-def newly_spent(db: sqlite3.Connection, run: Run) -> Usage | None:
+def _newly_spent(db: sqlite3.Connection, run: Run) -> Usage | None:
     """Return the tokens that *run*, if it is an item, has used since it was last written. Call it before writing."""
     if run.batch_id is None or run.spent is None:
         return None
@@ -142,7 +114,7 @@ def write_spent(db: sqlite3.Connection, run: Run) -> None:
     """Write ``Run.spent``, and add to the usage of its batch."""
     if run.spent is None:
         return
-    ended, spent = Ended(), newly_spent(db, run)
+    ended, spent = Ended(), _newly_spent(db, run)
     db.execute(statements.SET_SPENT, (msgspec.json.encode(run.spent), run.run_id))
     if spent is not None and run.batch_id is not None:
         ended.spent[run.batch_id] = spent

@@ -10,7 +10,6 @@ from flock.runs import RunStatus
 from flock.store.columns import BATCH_TABLE, CALL_TABLE, RUN_TABLE, STEP_TABLE, SUSPENDED, UPDATED
 
 # All statements are public, but only functions are listed here.
-__all__ = ["batch_page", "find_run", "insert_run", "item_page", "list_columns", "merged", "run_page", "suspect_items"]
 
 
 def _marks(columns: Collection[str]) -> str:

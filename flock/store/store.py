@@ -30,8 +30,6 @@ from flock.store.database import MEMORY, Database, Durability
 from flock.store.port import Store, TakenOver
 from flock.store.suspects import Executing, executed_until_death
 
-__all__ = ["SQLiteStore"]
-
 T = TypeVar("T")
 
 #: Later than any stored time, in microseconds.

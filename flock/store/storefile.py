@@ -12,8 +12,6 @@ from flock.errors import StoreError
 from flock.store import files
 from flock.store.migrations import MIGRATIONS
 
-__all__ = ["Displaced", "StoreFile"]
-
 #: How long to wait for the transaction of another process, and how often to try the lock, in seconds.
 LOCK_TIMEOUT_S = 5.0
 LOCK_INTERVAL_S = 0.001

@@ -7,8 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-__all__ = ["Executing", "SuspectGroup", "executed_until_death", "groups_of"]
-
 #: The length of a line of ``Executing``: the number of a group, and the id of a run.
 LINE_BYTES = 64
 #: Into how many groups suspects are divided. With two, the process would die twice as often until one run is left.

@@ -17,8 +17,6 @@ from flock.store.columns import DAMAGED_BATCH, Damaged, micros, names_json
 from flock.store.port import TakenOver
 from flock.store.suspects import SuspectGroup, groups_of
 
-__all__ = ["Unfinished", "find_unfinished", "remove_engine", "take_over"]
-
 logger = logging.getLogger("flock.store")
 
 #: Somebody may kill a process while it happens to execute only one run, but hardly so often.

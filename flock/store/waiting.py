@@ -19,8 +19,6 @@ from flock.steps.outcomes import Outcome, expiry_of
 from flock.store import queries, statements
 from flock.store.columns import Damaged, call_values, micros, waiting_values
 
-__all__ = ["answer", "end", "expire", "suspend"]
-
 logger = logging.getLogger("flock.store")
 
 

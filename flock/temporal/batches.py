@@ -54,8 +54,6 @@ from flock.temporal.records import Chunk, ended_so_far, read_chunk
 from flock.temporal.reservations import Reservations
 from flock.temporal.search import ID, page_of, workflows_of
 
-__all__ = ["TemporalBatches"]
-
 logger = logging.getLogger("flock.temporal")
 
 T = TypeVar("T")

@@ -44,8 +44,6 @@ from flock.temporal.messages import (
 from flock.temporal.records import done_after_failure, outcome_of_failure
 from flock.temporal.workflows import NO_LIMIT, RETRIES, CallKeeper, time_to_expiry
 
-__all__ = ["FlockBatch", "FlockChunk", "FlockDelete", "FlockRows"]
-
 #: Chunks of one batch that run at the same time. Each one adds a request to ``get_batch``.
 CHUNKS_AT_ONCE = 20
 #: Items of one batch that run at the same time. The cluster takes 2,000 activities of one workflow.

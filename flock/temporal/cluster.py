@@ -41,8 +41,6 @@ from flock.temporal.messages import (
 )
 from flock.temporal.payloads import PayloadFolder
 
-__all__ = ["Cluster"]
-
 logger = logging.getLogger("flock.temporal")
 
 T = TypeVar("T")

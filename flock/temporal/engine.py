@@ -52,8 +52,6 @@ from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, wit
 from flock.temporal.search import ID, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.workflows import FlockSession
 
-__all__ = ["TemporalEngine"]
-
 logger = logging.getLogger("flock.temporal")
 
 #: The interval and the timeout of requests that check the cluster and count open runs, in seconds.

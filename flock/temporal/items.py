@@ -42,8 +42,6 @@ from flock.temporal.payloads import payload_lost
 from flock.temporal.records import GIVEN_UP, Chunk, read_chunk
 from flock.temporal.steps import ActivityStep, until_done
 
-__all__ = ["HEARTBEAT_INTERVAL_S", "ItemActivities"]
-
 logger = logging.getLogger("flock.temporal")
 
 #: An activity starts no more items after this many seconds or bytes of results. Then its results are in the history of

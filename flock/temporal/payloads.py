@@ -39,8 +39,6 @@ from flock.errors import DefinitionError, StoreError
 from flock.store.files import sync_folder
 from flock.temporal.messages import CONVERTER
 
-__all__ = ["PAYLOAD_LOST", "PayloadFolder", "payload_lost"]
-
 logger = logging.getLogger("flock.temporal")
 
 #: ``error_type`` of a run whose worker cannot read a long payload.

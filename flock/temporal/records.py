@@ -48,20 +48,6 @@ from flock.temporal.messages import (
 )
 from flock.temporal.payloads import PAYLOAD_LOST
 
-__all__ = [
-    "GIVEN_UP",
-    "Chunk",
-    "calls_of",
-    "done_after_failure",
-    "ended_so_far",
-    "outcome_of_failure",
-    "read_chunk",
-    "reset_for_retry",
-    "run_of",
-    "shown",
-    "with_pending_activity",
-]
-
 #: The events of a workflow, and its pending activities.
 History = tuple[Sequence[HistoryEvent], Sequence[PendingActivityInfo]]
 

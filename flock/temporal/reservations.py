@@ -19,8 +19,6 @@ from flock.temporal.cluster import Cluster
 from flock.temporal.messages import DeleteOrder
 from flock.temporal.workflows import FlockMark
 
-__all__ = ["Reservations"]
-
 #: How long a deletion stays marked. The cluster takes half a minute to delete a closed workflow.
 KEEP_DELETED_FOR = timedelta(hours=1)
 

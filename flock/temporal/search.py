@@ -20,8 +20,6 @@ from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSI
 from flock.temporal.records import run_of
 from flock.temporal.reservations import Reservations
 
-__all__ = ["ID", "earlier_runs", "open_runs", "page_of", "waiting_runs", "workflows_of"]
-
 R = TypeVar("R", Run, Batch)
 
 #: How many records of a list are read concurrently.

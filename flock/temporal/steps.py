@@ -27,8 +27,6 @@ from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, SPENT_QUERY, CallDone, latest, recoded
 
-__all__ = ["MAX_RUN_BYTES", "ActivityStep", "until_done"]
-
 logger = logging.getLogger("flock.temporal")
 
 T = TypeVar("T")

@@ -45,8 +45,6 @@ from flock.temporal.search import earlier_runs
 from flock.temporal.steps import MAX_RUN_BYTES, ActivityStep, until_done
 from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
 
-__all__ = ["TemporalWorker"]
-
 logger = logging.getLogger("flock.temporal")
 
 #: How long a workflow task waits for the worker that has the workflow in its cache, in seconds. A step that starts

@@ -42,8 +42,6 @@ from flock.temporal.messages import (
     session_workflow_id,
 )
 
-__all__ = ["CallKeeper", "FlockMark", "FlockRun", "FlockSession", "time_to_expiry"]
-
 #: Only steps are retried whose worker died, stopped or lacks their agent. Workers count the former; see ``MAX_TRIES``.
 RETRIES = RetryPolicy(
     initial_interval=timedelta(seconds=0.5),

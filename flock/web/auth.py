@@ -46,19 +46,6 @@ from flock.runs import (
     Statuses,
 )
 
-__all__ = [
-    "Caller",
-    "ConcurrencyLimit",
-    "KeyRing",
-    "RateLimit",
-    "ScopedEngine",
-    "check_host",
-    "check_origin",
-    "configured_keys",
-    "new_key",
-    "read_keys",
-]
-
 Filter = TypeVar("Filter", RunFilter, BatchFilter)
 
 #: The unit that a limit counts for: ("principal", its name), or ("address" or "network", that of an anonymous client).

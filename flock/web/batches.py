@@ -28,16 +28,6 @@ from flock.web.wire import (
     UploadQuery,
 )
 
-__all__ = [
-    "BATCH_TYPES",
-    "batch_options",
-    "check_response",
-    "options_in_body",
-    "results_format",
-    "row_mapping_of",
-    "rows_of",
-]
-
 #: The media types that ``POST /run/batch`` accepts.
 BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
 

@@ -14,8 +14,6 @@ from flock.errors import FieldError, InvalidData, MalformedJSON, TooLarge
 from flock.fair import FairShare
 from flock.jsontype import depth_steps, malformed
 
-__all__ = ["Body", "media_type_of"]
-
 #: The timeout of a body applies to a JSON body as a whole, and to each of these pieces of an upload.
 PACE_BYTES = 64 * 1024
 #: Max size of a piece of an upload that is yielded, and of a piece of gzip that is decompressed in one step.

@@ -9,8 +9,6 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["PAGE_HEADERS", "STATIC", "Contract"]
-
 PACKAGE = Path(__file__).parent.parent
 STATIC = PACKAGE / "static"
 

@@ -23,8 +23,6 @@ import anyio
 from flock.errors import EngineStopped
 from flock.runs import Engine
 
-__all__ = ["EngineLifespan", "lifespan_of"]
-
 logger = logging.getLogger("flock.api")
 
 

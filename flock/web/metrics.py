@@ -17,8 +17,6 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from flock.runs import DOLLAR, Call, Engine, Observer, Queue, Run, RunStatus, Step, Usage, now
 
-__all__ = ["Metrics", "metrics_of"]
-
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 #: In seconds, from a trivial function to a model that takes an hour.

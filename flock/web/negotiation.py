@@ -4,8 +4,6 @@ import re
 from collections.abc import Sequence
 from urllib.request import parse_http_list
 
-__all__ = ["preferences", "preferred"]
-
 
 def preferences(sent: Sequence[str]) -> dict[str, str]:
     """Parse ``Prefer``, without parameters. If a preference is sent twice, the first one counts (RFC 7240, 2)."""

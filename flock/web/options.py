@@ -13,8 +13,6 @@ from flock.options import Option, Options, many, of_type, seconds, whole
 from flock.runs import Engine
 from flock.web.routing import Auth
 
-__all__ = ["AppOptions", "OnDisconnect", "is_host_name"]
-
 #: What happens to a synchronous run if its client disconnects.
 OnDisconnect = Literal["cancel", "continue"]
 

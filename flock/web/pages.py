@@ -15,8 +15,6 @@ from flock.web.requests import path_of, root_path
 from flock.web.routing import AppRoute, PublicMount
 from flock.web.ui import takes_gzip
 
-__all__ = ["DOCS", "SPECIFICATION", "UI", "docs", "no_ui", "openapi_json", "openapi_yaml", "redoc", "to_ui", "ui"]
-
 
 async def openapi_yaml(request: Request) -> Response:
     """GET /openapi.yaml"""

@@ -14,8 +14,6 @@ from flock.web.requests import path_of, request_id_of
 from flock.web.responses import JSONResponse
 from flock.web.wire import Problem
 
-__all__ = ["PROBLEMS", "Kind", "on_error"]
-
 logger = logging.getLogger("flock.api")
 
 

@@ -20,21 +20,6 @@ from flock.jsontype import example_for
 from flock.nearest import did_you_mean
 from flock.runs import IdempotencyKey
 
-__all__ = [
-    "fingerprint_of",
-    "idempotency_key",
-    "last_event_of",
-    "next_page",
-    "parameters_of",
-    "path_of",
-    "query_of",
-    "request_id_for",
-    "request_id_of",
-    "root_path",
-    "traceparent_of",
-    "while_connected",
-]
-
 T = TypeVar("T")
 Query = TypeVar("Query", bound=msgspec.Struct)
 

@@ -14,25 +14,6 @@ from starlette.types import Message, Receive, Scope, Send
 from flock.errors import FlockError
 from flock.runs import Engine, Event, LongJSON, Run
 
-__all__ = [
-    "PIECE_BYTES",
-    "EventStream",
-    "JSONResponse",
-    "LimitedStream",
-    "LongResponse",
-    "PageResponse",
-    "add_headers",
-    "event_parts",
-    "event_pieces",
-    "event_text",
-    "events_of_new_run",
-    "head_of_stream",
-    "held",
-    "long_parts",
-    "pieces",
-    "split_message",
-]
-
 logger = logging.getLogger("flock.api")
 
 #: Max size of a piece that is passed to the server, which holds a copy until the client has read it.
@@ -87,9 +68,9 @@ async def event_text(
         async with aclosing(events):
             async for event in events:
                 is_event_whole = False
-                parts = event_parts(event)
+                parts = _event_parts(event)
                 with held(parts):
-                    async for piece in event_pieces(parts):
+                    async for piece in _event_pieces(parts):
                         yield piece
                 is_event_whole = True
     except FlockError as exc:
@@ -110,7 +91,7 @@ async def events_of_new_run(engine: Engine, run: Run, *, reasoning: bool) -> Asy
                 return
 
 
-def long_parts(content: Any, before: bytes, after: bytes) -> list[bytes | LongJSON]:
+def _long_parts(content: Any, before: bytes, after: bytes) -> list[bytes | LongJSON]:
     """Return *before*, the JSON of *content*, and *after*, with each ``LongJSON`` as a part of its own."""
     long: list[LongJSON] = []
 
@@ -143,7 +124,7 @@ async def pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[bytes]:
             yield part
 
 
-async def event_pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[bytes]:
+async def _event_pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[bytes]:
     """Yield all *parts* of an event, with the characters in LINE_ENDS as JSON escapes. Raises as ``pieces`` does."""
     rest = b""  # the last bytes of a piece may be the first ones of such a character
     async for piece in pieces(parts):
@@ -164,7 +145,7 @@ class LongResponse(StreamingResponse):
     media_type = "application/json"
 
     def __init__(self, content: Any, status_code: int, headers: Mapping[str, str], *, is_head: bool) -> None:
-        parts = long_parts(content, b"", b"\n")
+        parts = _long_parts(content, b"", b"\n")
         length = sum(part.length if isinstance(part, LongJSON) else len(part) for part in parts)
         self._parts: Sequence[bytes | LongJSON] = [] if is_head else parts
         super().__init__(pieces(self._parts), status_code, {**headers, "Content-Length": str(length)})
@@ -257,9 +238,9 @@ def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
     return response
 
 
-def event_parts(event: Event | None) -> list[bytes | LongJSON]:
+def _event_parts(event: Event | None) -> list[bytes | LongJSON]:
     """Return one event as ``text/event-stream``. None becomes a comment, which keeps the connection open."""
     if event is None:
         return [b": keep-alive\n\n"]
     id_ = b"" if event.id is None else b"id: %d\n" % event.id
-    return long_parts(event.data, b"%sevent: %s\ndata: " % (id_, event.name.encode()), b"\n\n")
+    return _long_parts(event.data, b"%sevent: %s\ndata: " % (id_, event.name.encode()), b"\n\n")

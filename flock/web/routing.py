@@ -20,19 +20,6 @@ from flock.errors import FlockError, Forbidden, Unauthenticated
 from flock.runs import Principal
 from flock.web.auth import Caller, KeyRing, RateLimit, check_host, check_origin
 
-__all__ = [
-    "CORS",
-    "AppRoute",
-    "AppRouter",
-    "Auth",
-    "Needs",
-    "PublicMount",
-    "RouteMatch",
-    "api_key_auth",
-    "caller_of",
-    "principal_of",
-]
-
 #: Returns the principal of a request, or None if it cannot be identified. It may read headers, a session or a
 #: certificate, but not the body. A plain function is called in a thread, so it may wait.
 Auth = Callable[[HTTPConnection], Awaitable[Principal | None] | Principal | None]

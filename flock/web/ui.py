@@ -12,8 +12,6 @@ import msgspec
 
 from flock.web.contract import STATIC
 
-__all__ = ["UIFile", "takes_gzip", "ui_files"]
-
 #: The script that loads the views.
 ENTRY = "main.js"
 #: A static import in the form that all our scripts use. They never rename an import.
