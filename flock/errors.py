@@ -107,117 +107,16 @@ MAX_TEXT_BYTES = 8 * 1024
 CUT = "… (cut)"
 
 
-#: The cause of each ``error_type``, and what helps, in Markdown for docs/errors.md. Agents can define their own types.
-ERROR_TYPES: Mapping[str, tuple[str, str]] = {
-    "agent_error": ("the agent raised `AgentError` with this text", "it is the agent's own message"),
-    "agent_exception": (
-        "the agent's code raised another exception",
-        "the log has the traceback; for development, `--expose-errors` sends the text to clients",
-    ),
-    "call_error": (
-        "a call of a step cannot be made, or its result cannot be JSON",
-        "the message names the call; see [Workflows](workflows.md#work-that-is-done-once)",
-    ),
-    "invalid_output": (
-        "a result, or a model's answer after all repairs, does not match the output signature",
-        "simplify the signature, use `Literal`, or show the model `examples=`",
-    ),
-    "invalid_handoff": (
-        "the next agent does not exist, or its inputs are missing",
-        "`flockapi check` finds most of these before the start",
-    ),
-    "invalid_input": (
-        'a row of a batch is invalid and was skipped (`on_invalid: "skip"`)',
-        "correct the row; `--dry-run` shows all errors first",
-    ),
-    "result_too_large": ("a result is longer than `max_result_bytes`", "return a reference to the long value"),
-    "too_many_steps": (
-        "agents hand off in a circle, or a chain is longer than `max_steps`",
-        "check `next_agent`; raise `Flock(max_steps=…)`",
-    ),
-    "too_many_tokens": ("the run has used its `max_tokens`", "raise `--max-tokens`, or send less"),
-    "cost_limit": (
-        "the run or its batch has cost `max_cost`, or a model has no price",
-        'retry it with a higher limit: `{"max_cost": 5}` in the body of `POST …/retry`; '
-        "[set the price](models.md#spending)",
-    ),
-    "timeout": ("the run took longer than its `timeout_s`", "raise it, or make the agent faster"),
-    "queue_timeout": (
-        "the run waited for its first step longer than `--queue-timeout`",
-        "more workers, or fewer requests",
-    ),
-    "expired": (
-        "nobody answered a question of the run in time",
-        "ask again with `POST /run/{run_id}/retry`",
-    ),
-    "cancelled": (
-        "somebody cancelled it, or the client of a synchronous run disconnected",
-        "send `async_run: true`, or an `Idempotency-Key`",
-    ),
-    "interrupted": (
-        "the server stopped, and this run must not be repeated",
-        "send it again; asynchronous runs resume by themselves",
-    ),
-    "crashed": (
-        "the process died repeatedly while it was executing this run, at last alone",
-        "find what ends the process, such as its memory, and retry the run",
-    ),
-    "unstorable": ("a value cannot be stored, such as text that is not Unicode", "the message names the record"),
-    "unreadable": (
-        "the record in the store is damaged",
-        "restore a [backup](durability.md#backup-and-upgrade)",
-    ),
-    "payload_lost": (
-        "on a cluster: the file of a long value is missing from `--payload-dir`",
-        "share this folder between all processes",
-    ),
-    "model_not_configured": (
-        "no model, no key, an unknown provider or a missing package",
-        "the message names the variable; `flockapi check` reports it before the start",
-    ),
-    "model_authentication": (
-        "the provider rejected the key, or the key has no access to the model (401, 403)",
-        "check the key where the server runs",
-    ),
-    "model_not_found": ("the provider has no such model (404)", "check the name after the slash"),
-    "model_bad_request": (
-        "the provider rejected the request, and a retry cannot help (400, 422)",
-        "the log has the provider's message",
-    ),
-    "model_context_length": (
-        "the prompt is longer than the context window of the model",
-        "shorten the inputs or `history=`",
-    ),
-    "model_content_filter": (
-        "the provider's filter blocked the prompt or the answer",
-        "change the prompt; a retry seldom helps",
-    ),
-    "model_refusal": ("the model declined to answer", "change the prompt; a retry seldom helps"),
-    "model_rate_limited": (
-        "the provider would not accept the call before the deadline of the run (429)",
-        "a longer `timeout_s`, a higher limit at the provider, or a [second model](models.md#other-models-to-ask)",
-    ),
-    "model_quota": (
-        "the account has no credit left (429); for a minute, all calls with this key fail at once",
-        "check billing at the provider",
-    ),
-    "model_unavailable": (
-        "the provider failed, or the connection was lost, after all retries (408, 409, 5xx)",
-        "retry the run; rows of a batch wait for the end of an outage",
-    ),
-    "model_timeout": (
-        "the provider did not answer in time, after all retries",
-        "retry the run; raise the agent's `timeout_s`",
-    ),
-    "model_truncated": (
-        "the answer reached the token limit",
-        "raise `max_tokens=` of the agent, or bound lists and texts in the signature",
-    ),
-    "model_bad_response": (
-        "the provider returned something that is not a chat completion",
-        "check the base URL; the log has the response",
-    ),
-}
+#: Each ``error_type`` that is not an agent's own; docs/errors.md has its cause, and what helps.
+ERROR_TYPES = frozenset(
+    """
+    agent_error agent_exception call_error invalid_output invalid_handoff invalid_input result_too_large
+    too_many_steps too_many_tokens cost_limit timeout queue_timeout expired cancelled interrupted crashed
+    unstorable unreadable payload_lost model_not_configured model_authentication model_not_found model_bad_request
+    model_context_length model_content_filter model_refusal model_rate_limited model_quota model_unavailable
+    model_timeout model_truncated model_bad_response
+    """.split()
+)
 
 
 def cut(text: str) -> str:

@@ -509,5 +509,5 @@ ERRORS: tuple[type[FlockError], ...] = (
     ),
     Unreadable,
 )
-assert_type(ERROR_TYPES["timeout"], tuple[str, str])
+assert_type(ERROR_TYPES, frozenset[str])
 assert_type(cut("text"), str)
