@@ -23,7 +23,15 @@ T = TypeVar("T")
 
 
 class _Call(Generic[T]):
-    def __init__(self, owners: Sequence[object], batch: BatchKey) -> None:
+    """A call of *function* in a thread. The thread calls *free* in the event loop if the call was abandoned."""
+
+    def __init__(
+        self,
+        function: Callable[[], T],
+        owners: Sequence[object],
+        batch: BatchKey,
+        free: "Callable[[_Call[T]], None]",
+    ) -> None:
         self.owners = owners
         self.batch = batch
         self.scope = anyio.CancelScope(shield=True)
@@ -31,11 +39,44 @@ class _Call(Generic[T]):
         self.is_done = False
         self.is_abandoned = False
         self.is_released = False
-        #: set in the event loop when the function has returned, if ``needs_end`` was set before
-        self.end = anyio.Event()
-        self.needs_end = False
         #: returns what the function returned, or raises what it raised; None before that, or if it returned a coroutine
         self.outcome: Callable[[], T] | None = None
+        self._function = function
+        self._free = free
+        self._schedule_in_loop = loop_scheduler()
+        #: set in the event loop when the function has returned, if ``_needs_end`` was set before
+        self._end = anyio.Event()
+        self._needs_end = False
+
+    def execute(self) -> T:
+        """Call the function. It is called in the thread."""
+        try:
+            self.is_started = True  # must be set before is_abandoned is read; see ``Threads.call``
+            if self.is_abandoned:
+                raise TimeoutError
+            value = self._function()
+            if not inspect.isawaitable(value):
+                self.outcome = lambda: value
+            return value
+        except BaseException as exc:
+            self.outcome = functools.partial(_raise, exc)
+            raise
+        finally:
+            self.is_done = True
+            if self._needs_end:
+                self._schedule_in_loop(self._end.set)
+            if self.is_abandoned:  # do not wait for a result: if the loop is ending, the thread would never end
+                self._schedule_in_loop(self._free, self)
+
+    async def wait(self) -> None:
+        """Wait until the function has returned, if it has started, or ``scope`` is cancelled.
+
+        Cancellation: ignored, since asyncio cancels the tasks of a gather itself, and no shield of anyio prevents that.
+        """
+        self._needs_end = True
+        while self.is_started and not (self.is_done or self.scope.cancel_called):
+            with contextlib.suppress(anyio.get_cancelled_exc_class()):
+                await self._end.wait()
 
 
 class Threads:
@@ -68,42 +109,19 @@ class Threads:
         Raises: what *function* raises; TimeoutError if the call is abandoned.
         Cancellation: immediate while waiting for a slot. After that, only when the function has returned.
         """
-        call, schedule_in_loop = _Call[T](owners, batch), loop_scheduler()
+        call = _Call[T](function, owners, batch, self._free)
         await self._slots.acquire(batch)
         for owner in owners:
             self._calls.setdefault(owner, []).append(call)
-
-        def run() -> T:
-            try:
-                call.is_started = True  # must be set before is_abandoned is read; see below
-                if call.is_abandoned:
-                    raise TimeoutError
-                value = function()
-                if not inspect.isawaitable(value):
-                    call.outcome = lambda: value
-                return value
-            except BaseException as exc:
-                call.outcome = functools.partial(_raise, exc)
-                raise
-            finally:
-                call.is_done = True
-                if call.needs_end:
-                    schedule_in_loop(call.end.set)
-                if call.is_abandoned:  # do not wait for a result: if the loop is ending, the thread would never end
-                    schedule_in_loop(self._free, call)
-
         try:
             with call.scope:
                 set_deadline(call.scope, deadline)
                 # The call gets its own limiter, because anyio would release a shared one before the slot is free.
+                limiter = anyio.CapacityLimiter(1)
                 try:
-                    return await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+                    return await anyio.to_thread.run_sync(call.execute, abandon_on_cancel=True, limiter=limiter)
                 except anyio.get_cancelled_exc_class():
-                    # asyncio cancels the tasks of a gather itself, and no shield of anyio prevents that.
-                    call.needs_end = True
-                    while call.is_started and not (call.is_done or call.scope.cancel_called):
-                        with contextlib.suppress(anyio.get_cancelled_exc_class()):
-                            await call.end.wait()
+                    await call.wait()
                     if keeps_result and call.outcome is not None:
                         return call.outcome()
                     raise
