@@ -19,58 +19,49 @@ from flock.steps.journal import DIGEST_CHARS, Journal, check_in_loop, depth_of_c
 Execute = Callable[[Agent, msgspec.Raw, RunContext], Awaitable[msgspec.Raw]]
 
 
-class Callees:
-    """The agents that one step may call. ``elsewhere``: see ``ActiveRun``."""
+class Callees(msgspec.Struct, frozen=True, kw_only=True):
+    """The agents that one step of the run *caller* may call. ``elsewhere``: see ``ActiveRun``."""
 
-    def __init__(
-        self,
-        run: Run,
-        agents: Mapping[str, Agent],
-        *,
-        max_steps: int,
-        execute: Execute,
-        elsewhere: Collection[str] = (),
-    ) -> None:
-        self._run = run
-        self._agents = agents
-        self._max_steps = max_steps
-        self._execute = execute
-        self._elsewhere = elsewhere
+    caller: Run
+    agents: Mapping[str, Agent]
+    max_steps: int
+    execute: Execute
+    elsewhere: Collection[str]
 
     def run(
         self, journal: Journal, context: RunContext, name: str, inputs: Mapping[str, Any]
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """Call an agent, and the agents that it hands off to. Each is one call of *journal*."""
         check_in_loop(context)
-        agent = self._agents.get(name)
-        if agent is None and name in self._elsewhere:
+        agent = self.agents.get(name)
+        if agent is None and name in self.elsewhere:
             return journal.wait_elsewhere(name)
         if agent is None:
-            known = ", ".join(self._agents)
+            known = ", ".join(self.agents)
             raise CallError(
-                f"There is no agent {name!r} to call.{did_you_mean(name, self._agents)} Known agents: {known}."
+                f"There is no agent {name!r} to call.{did_you_mean(name, self.agents)} Known agents: {known}."
             )
-        if depth_of_current_call() >= self._max_steps:
+        if depth_of_current_call() >= self.max_steps:
             raise TooManySteps(
-                f"{name!r} was not called, because {self._max_steps} calls are already nested, the limit (max_steps). "
+                f"{name!r} was not called, because {self.max_steps} calls are already nested, the limit (max_steps). "
                 "Check for agents that call each other in a loop."
             )
         try:
-            run = replace(self._run, agent_name=name, inputs=agent.input.encode(inputs), steps=())
+            run = replace(self.caller, agent_name=name, inputs=agent.input.encode(inputs), steps=())
         except InvalidData as exc:
             raise CallError(f"The inputs for the agent {name!r} are invalid. {exc}") from exc
         return self._call(journal, context, agent, run, then=functools.partial(self._follow, journal, context, run))
 
     async def _follow(self, journal: Journal, context: RunContext, run: Run, result: msgspec.Raw) -> dict[str, Any]:
         while True:
-            agent = self._agents[run.next_agent_name or ""]
+            agent = self.agents[run.next_agent_name or ""]
             at = now()
             chosen = await agent.choose_next(result)
             step = Step(agent_name=agent.name, result=result, next_agent=chosen, started_at=at, completed_at=at)
             run = replace(run, steps=(*run.steps, step))
-            if chosen is not None and chosen not in self._agents and chosen in self._elsewhere:
+            if chosen is not None and chosen not in self.agents and chosen in self.elsewhere:
                 await journal.wait_elsewhere(chosen)
-            following = next_agent(run, self._agents, self._max_steps)
+            following = next_agent(run, self.agents, self.max_steps)
             if following is None:
                 found: dict[str, Any] = msgspec.json.decode(result)
                 return found
@@ -93,6 +84,6 @@ class Callees:
         digest = hashlib.sha256(inputs).hexdigest()[:DIGEST_CHARS]
 
         async def execute() -> msgspec.Raw:
-            return await self._execute(agent, inputs, context)
+            return await self.execute(agent, inputs, context)
 
         return journal.once(agent.name, digest, execute, kind="agent", arguments=inputs, decode=msgspec.Raw, then=then)

@@ -227,13 +227,11 @@ class StepExecutor:
         self._models = models
         self._observers = observers
         self._max_steps = max_steps
-        self._max_tokens = limits.max_tokens
-        self._max_calls = limits.max_calls
+        self._limits = limits
         self._expose_errors = expose_errors
         self._max_result_bytes = max_result_bytes
         self._max_run_bytes = max_run_bytes
         self._max_item_bytes = max_item_bytes
-        self._grace_s = limits.grace_s
         self._answer = answer
         self._prices = prices
         self._threads = Threads(limits.max_threads)
@@ -317,7 +315,9 @@ class StepExecutor:
     async def _journal(self, active: ActiveRun, run: Run, resources: Resources, *, is_again: bool) -> Journal:
         execute_callee = functools.partial(self._execute_callee, _batch_of(run), resources)
         elsewhere = () if self.is_at_most_once(run) else active.elsewhere  # it must not start a second time there
-        callees = Callees(run, self._agents, max_steps=self._max_steps, execute=execute_callee, elsewhere=elsewhere)
+        callees = Callees(
+            caller=run, agents=self._agents, max_steps=self._max_steps, execute=execute_callee, elsewhere=elsewhere
+        )
         return Journal(
             await active.finished_calls() if is_again or active.has_calls else (),
             save=functools.partial(self._keep_call, active),
@@ -326,7 +326,7 @@ class StepExecutor:
             call_in_thread=resources.call_in_thread,
             run_agent=callees.run,
             spent=run.usage_of_steps or Usage(),
-            max_calls=self._max_calls - sum(step.call_count for step in run.steps),
+            max_calls=self._limits.max_calls - sum(step.call_count for step in run.steps),
             max_result_bytes=self._max_result_bytes,
             max_total_bytes=self._max_item_bytes,
             expose_errors=self._expose_errors,
@@ -353,7 +353,7 @@ class StepExecutor:
             active.note_progress,
             journal,
             on_usage=functools.partial(self._on_usage, active),
-            max_tokens=self._max_tokens,
+            max_tokens=self._limits.max_tokens,
             watched=active,
             output_names=agent.output_names,
             priced=functools.partial(priced, self._prices),
@@ -372,7 +372,7 @@ class StepExecutor:
                 raise
         finally:
             CURRENT_SLOT.reset(reset)
-            left = await journal.end(self._grace_s, functools.partial(self._threads.are_awaited, active))
+            left = await journal.end(self._limits.grace_s, functools.partial(self._threads.are_awaited, active))
             if left:
                 template = "run %s: %s ended, but %d of its calls still run: their tasks swallow their cancellation"
                 logger.warning(template, run.run_id, agent.name, left, extra=fields_of_run(run))
