@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -62,6 +62,10 @@ class SQLiteStore(Database, Store):
         self.batches = SQLiteBatchStore(self)
         self.executing = Executing()
         self._engine_lock: IO[bytes] | None = None
+
+    async def __aenter__(self) -> Self:
+        self.batches.has_dropped = anyio.Event()  # an event belongs to one event loop
+        return await super().__aenter__()
 
     async def get_run(self, run_id: str) -> Run | None:
         return self.read(lambda db: queries.find_run(db, run_id))
