@@ -51,52 +51,6 @@ import msgspec
 
 from flock.nearest import did_you_mean
 
-__all__ = [
-    "ERROR_TYPES",
-    "AccessDenied",
-    "AgentError",
-    "AgentNotFound",
-    "BatchNotFound",
-    "CallError",
-    "CallNotFound",
-    "Conflict",
-    "CostLimit",
-    "DefinitionError",
-    "EngineFull",
-    "EngineStopped",
-    "FieldError",
-    "FlockError",
-    "Forbidden",
-    "Interrupted",
-    "InvalidData",
-    "InvalidHandoff",
-    "InvalidOutput",
-    "KeyReused",
-    "MalformedJSON",
-    "ModelError",
-    "NotFound",
-    "OwnershipLost",
-    "QueueTimeout",
-    "Replayed",
-    "ResultTooLarge",
-    "RunFailed",
-    "RunNotFound",
-    "SessionNotFound",
-    "SignatureError",
-    "StepError",
-    "StoreError",
-    "TooLarge",
-    "TooManyRequests",
-    "TooManySteps",
-    "TooManyTokens",
-    "Unauthenticated",
-    "Unreadable",
-    "Unstorable",
-    "WrongHost",
-    "cut",
-]
-
-
 #: Max errors in the message of an ``InvalidData``; ``errors`` has all of them.
 MAX_LISTED_ERRORS = 10
 #: Max characters of a client's text that a message repeats.

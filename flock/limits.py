@@ -8,8 +8,6 @@ import msgspec
 from flock.options import Options, option_of, seconds, whole
 from flock.runs import QueueLimits
 
-__all__ = ["Limits", "enforced_by"]
-
 
 class Limits(Options, frozen=True, kw_only=True):
     """The limits of an engine, its API and its workers. ``docs/limits.md`` describes what happens at each limit.

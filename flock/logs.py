@@ -9,8 +9,6 @@ import msgspec
 from flock.runs import Run, safe_text
 from flock.runs.text import for_terminal
 
-__all__ = ["JSONFormatter", "fields_of_run"]
-
 
 def fields_of_run(run: Run) -> dict[str, Any]:
     """Return the fields that identify the run of a log record. Pass them as ``extra=``; each becomes a JSON member."""

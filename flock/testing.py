@@ -24,8 +24,6 @@ from flock.models.llm import ModelClient
 from flock.models.models import Model
 from flock.runs import Usage
 
-__all__ = ["Failure", "FakeModel", "ModelRequest", "Reply"]
-
 #: The length of the pieces of a streamed answer, in characters.
 PIECE_CHARS = 8
 

@@ -143,7 +143,7 @@ def test_only_the_store_imports_sqlite3() -> None:
     ],
 )
 def test_a_function_without_underscore_is_used_elsewhere(path: Path) -> None:
-    """``__all__`` of a module that programs import from lists its classes and functions.
+    """``__all__`` is only in modules that offer names of others, or whose names another one offers.
 
     In others it would only repeat the names without an underscore.
     """

@@ -28,8 +28,6 @@ from flock.models.sse import events_in, is_stream
 from flock.runs import one_line, safe_text
 from flock.scopes import start_in_empty_context
 
-__all__ = ["ListedTool", "MCPTool", "MCPTools", "listing_tools", "mcp_tools"]
-
 logger = logging.getLogger("flock.checks")
 
 T = TypeVar("T")

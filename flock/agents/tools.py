@@ -22,8 +22,6 @@ from flock.runs import RunContext, one_line, safe_text
 from flock.runs.text import of_request
 from flock.scopes import current_task, move_on_after_working
 
-__all__ = ["AgentTool", "Tool", "ToolSource", "Toolbox", "Unlisted", "by_name"]
-
 logger = logging.getLogger("flock.runs")
 
 #: What all providers accept as the name of a tool.
