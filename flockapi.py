@@ -41,18 +41,7 @@ from flock.errors import Conflict, DefinitionError, FlockError, NotFound, Replay
 from flock.extras import pip_install
 from flock.options import Option, check, replaced
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
-from flock.runs import (
-    Batch,
-    BatchFilter,
-    Engine,
-    Event,
-    LongJSON,
-    Question,
-    Run,
-    RunFilter,
-    RunStatus,
-    new_id,
-)
+from flock.runs import Batch, BatchFilter, Engine, Event, LongJSON, Question, Run, RunFilter, RunStatus, new_id
 from flock.runs.events import end_id
 from flock.runs.records import shown_as
 from flock.web import wire

@@ -33,12 +33,7 @@ MAX_SEARCHED_BYTES = 64 * 1024
 GC_PAUSE_BYTES = 64 * 1024
 
 #: Example values for types, by msgspec's names for the types.
-EXAMPLES = {
-    "datetime": "2026-11-30T14:30:00Z",
-    "date": "2026-11-30",
-    "time": "14:30:00Z",
-    "duration": "PT1H30M",
-}
+EXAMPLES = {"datetime": "2026-11-30T14:30:00Z", "date": "2026-11-30", "time": "14:30:00Z", "duration": "PT1H30M"}
 #: The undecoded members of an object.
 MEMBERS = dict[str, msgspec.Raw]
 #: The end of msgspec's message about an item of a list, or of nested lists, in a field.

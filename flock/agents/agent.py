@@ -20,14 +20,7 @@ from flock.agents.conversation import Conversation
 from flock.agents.live import LiveAnswer
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
-from flock.agents.signature import (
-    Signature,
-    called,
-    context_parameter,
-    hints_of_function,
-    is_generator,
-    name_of,
-)
+from flock.agents.signature import Signature, called, context_parameter, hints_of_function, is_generator, name_of
 from flock.agents.tools import AgentTool, Tool, Toolbox, ToolSource, by_name
 from flock.errors import (
     CallError,

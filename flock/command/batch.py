@@ -56,11 +56,7 @@ EXIT_INTERRUPTED = 130
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option(
-    "--max-workers",
-    type=click.IntRange(1),
-    default=5,
-    metavar="N",
-    help="Max rows running at the same time.",
+    "--max-workers", type=click.IntRange(1), default=5, metavar="N", help="Max rows running at the same time."
 )
 @model_option
 @click.option(
@@ -111,10 +107,7 @@ EXIT_INTERRUPTED = 130
     help="Start no more rows after that many US dollars. Run the command again with more to continue.",
 )
 @click.option(
-    "--usage",
-    "with_usage",
-    is_flag=True,
-    help="Add input_tokens, output_tokens and cost of each row to the results.",
+    "--usage", "with_usage", is_flag=True, help="Add input_tokens, output_tokens and cost of each row to the results."
 )
 @click.option(
     "--escape-formulas/--no-escape-formulas",

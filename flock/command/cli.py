@@ -24,14 +24,7 @@ from flock.command.arguments import (
     pop_fields,
 )
 from flock.command.batch import batch
-from flock.command.server import (
-    ServerSettings,
-    WorkerSettings,
-    passed_listener,
-    run_worker,
-    serve_flock,
-    serve_workers,
-)
+from flock.command.server import ServerSettings, WorkerSettings, passed_listener, run_worker, serve_flock, serve_workers
 from flock.command.target import load_flock
 from flock.command.terminal import Commands, echo
 from flock.errors import CallError, FlockError, InvalidData
@@ -55,12 +48,7 @@ def main() -> None:
 @main.command()
 @click.argument("target")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8344,
-    help="Port to listen on; 0 selects a free one.",
-)
+@click.option("--port", type=click.IntRange(0, 65535), default=8344, help="Port to listen on; 0 selects a free one.")
 @click.option("--server-name", default="Flock Server", help="Title of the pages.")
 @click.option("--ui", "create_ui", is_flag=True, help="Serve the web page at /ui.")
 @model_option
@@ -83,10 +71,7 @@ def main() -> None:
     help="What accepted runs survive: a power cut, or only a crash of the process, which is faster.",
 )
 @click.option(
-    "--workers",
-    type=click.IntRange(1),
-    default=1,
-    help="Number of processes that share the port and the store.",
+    "--workers", type=click.IntRange(1), default=1, help="Number of processes that share the port and the store."
 )
 @options_of(Limits)
 @click.option(

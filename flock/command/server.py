@@ -105,8 +105,7 @@ class ServerSettings(Options, frozen=True, kw_only=True):
     #: How long runs may continue after the server is asked to stop. Then asynchronous runs are left for the next start,
     #: and the others end as interrupted.
     drain_timeout_s: Annotated[
-        float,
-        seconds("How long runs may continue after the server is asked to stop.", allow_zero=True),
+        float, seconds("How long runs may continue after the server is asked to stop.", allow_zero=True)
     ] = 20
     expose_errors: bool = False
     api_keys_file: Path | None = None
@@ -116,8 +115,7 @@ class ServerSettings(Options, frozen=True, kw_only=True):
     forwarded_allow_ips: str | None = None
     #: Max concurrent connections. New ones above the limit are rejected with 503. Admitted ones continue.
     max_connections: Annotated[
-        int,
-        whole(1, "Max concurrent connections, per process. New ones above the limit are rejected with 503."),
+        int, whole(1, "Max concurrent connections, per process. New ones above the limit are rejected with 503.")
     ] = 20_000
     #: See ``Connection``.
     write_timeout_s: Annotated[

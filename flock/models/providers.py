@@ -88,9 +88,7 @@ PROVIDERS: Mapping[str, Provider] = {
     ),
     "fireworks": Provider(base_url="https://api.fireworks.ai/inference/v1", key_variable="FIREWORKS_API_KEY"),
     "cerebras": Provider(
-        base_url="https://api.cerebras.ai/v1",
-        key_variable="CEREBRAS_API_KEY",
-        max_tokens_field="max_completion_tokens",
+        base_url="https://api.cerebras.ai/v1", key_variable="CEREBRAS_API_KEY", max_tokens_field="max_completion_tokens"
     ),
     "nvidia": Provider(base_url="https://integrate.api.nvidia.com/v1", key_variable="NVIDIA_API_KEY"),
     "ollama": Provider(base_url="http://127.0.0.1:11434/v1"),

@@ -281,13 +281,7 @@ class ScopedEngine:
         return await self._engine.submit(agent_name, inputs, **options)
 
     async def submit_batch(
-        self,
-        agent_name: str,
-        items: Items,
-        options: BatchOptions,
-        *,
-        key: IdempotencyKey | None = None,
-        **more: Any,
+        self, agent_name: str, items: Items, options: BatchOptions, *, key: IdempotencyKey | None = None, **more: Any
     ) -> Batch:
         more = {"principal": self._principal.name, **more, "key": self._own(key)}
         return await self._engine.submit_batch(agent_name, items, options, **more)

@@ -20,13 +20,7 @@ from flock.web.negotiation import preferred
 from flock.web.options import AppOptions
 from flock.web.requests import query_of
 from flock.web.responses import JSONResponse
-from flock.web.wire import (
-    BATCH_REQUEST,
-    FlockBatchCheck,
-    FlockBatchCheckRow,
-    FlockBatchRequest,
-    UploadQuery,
-)
+from flock.web.wire import BATCH_REQUEST, FlockBatchCheck, FlockBatchCheckRow, FlockBatchRequest, UploadQuery
 
 #: The media types that ``POST /run/batch`` accepts.
 BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
