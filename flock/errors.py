@@ -145,6 +145,11 @@ class InvalidData(FlockError):
         super().__init__(cut("; ".join(listed + more)))
         self.errors = list(errors)
 
+    @classmethod
+    def of(cls, detail: str, pointer: str = "", line: int | msgspec.UnsetType = msgspec.UNSET) -> "InvalidData":
+        """Return the error for a single problem."""
+        return cls([FieldError(detail=detail, pointer=pointer, line=line)])
+
 
 class NotFound(FlockError):
     """There is nothing with the requested name or id."""

@@ -8,7 +8,7 @@ import msgspec
 
 from flock.agents.messages import ChatMessage
 from flock.agents.signature import Signature
-from flock.errors import DefinitionError, FieldError, InvalidData
+from flock.errors import DefinitionError, InvalidData
 from flock.jsontype import escape_pointer
 from flock.pydanticmodel import to_json
 
@@ -26,7 +26,7 @@ class ChatInput(Signature):
         if messages[-1]["role"] != "user":
             pointer = f"{at}/{escape_pointer(self._conversation)}/{len(messages) - 1}/role"
             detail = "The last message must have the role 'user', because the agent answers it."
-            raise InvalidData([FieldError(detail=detail, pointer=pointer)])
+            raise InvalidData.of(detail, pointer)
         return inputs
 
     def split(self, inputs: Any) -> tuple[list[dict[str, str]], dict[str, Any]]:

@@ -34,7 +34,7 @@ import msgspec.inspect
 
 from flock.agents.messages import Messages
 from flock.agents.result import Result
-from flock.errors import FieldError, InvalidData, MalformedJSON, SignatureError
+from flock.errors import InvalidData, MalformedJSON, SignatureError
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hints_of
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import (
@@ -389,15 +389,13 @@ class Signature:
             except msgspec.ValidationError as exc:
                 # This raises with all errors and their locations.
                 self.decode(msgspec.json.encode(plain, enc_hook=to_json))
-                raise InvalidData([FieldError(detail=str(exc), pointer="")]) from exc
+                raise InvalidData.of(str(exc)) from exc
             return msgspec.Raw(msgspec.json.encode(typed, enc_hook=to_json))
         except (RecursionError, MalformedJSON) as exc:
-            raise InvalidData(
-                [FieldError(detail="It is nested too deeply to be encoded as JSON.", pointer="")]
-            ) from exc
+            raise InvalidData.of("It is nested too deeply to be encoded as JSON.") from exc
         except (TypeError, ValueError, OverflowError) as exc:
             remedy = " Write await before the call that returned it." if "type coroutine" in str(exc) else ""
-            raise InvalidData([FieldError(detail=f"It cannot be encoded as JSON: {exc}.{remedy}", pointer="")]) from exc
+            raise InvalidData.of(f"It cannot be encoded as JSON: {exc}.{remedy}") from exc
 
     def from_text(self, values: Mapping[str, str]) -> dict[str, msgspec.Raw]:
         """Convert text values, such as ``{"limit": "5"}``, to JSON: to strings if the field accepts them."""

@@ -101,7 +101,7 @@ class RowMapping:
     ) -> None:
         for name, given in (("static_inputs", static), ("input_mapping", names)):
             if given is not None and len(given) > MAX_MEMBERS:
-                raise InvalidData([FieldError(detail=_too_many(len(given), "members"), pointer=f"/{name}")])
+                raise InvalidData.of(_too_many(len(given), "members"), f"/{name}")
         self.fields = {field.name: field for field in signature.fields}
         self.static = static or {}
         self.names = {key: name for key, name in (names or {}).items() if name is not None}
@@ -333,7 +333,7 @@ async def csv_rows(
     async for line, cells in _records(chunks, dialect, max_row_bytes):
         if columns is None:
             if len(cells) > MAX_MEMBERS:
-                raise _unreadable(_too_many(len(cells), "columns"), line)
+                raise InvalidData.of(_too_many(len(cells), "columns"), line=line)
             columns = _Columns(cells, row_mapping, dialect, line, max_depth)
             names_bytes = columns.names_bytes if are_names_counted else 0
             await share.checkpoint()
@@ -341,7 +341,7 @@ async def csv_rows(
             row_mapping.count_bytes(names_bytes, "names of the columns")
             yield columns.row(cells, line)
     if columns is None:
-        raise _unreadable("The header is missing. The first line must contain the column names.", 1)
+        raise InvalidData.of("The header is missing. The first line must contain the column names.", line=1)
 
 
 async def _records(
@@ -362,7 +362,7 @@ async def _records(
             line = number + "".join([rest, *new]).count("\n")
             if isinstance(exc, UnicodeDecodeError):
                 line += exc.object[: exc.start].count(b"\n")
-            raise _unreadable(dialect.decoding_problem(first_bytes), line) from exc
+            raise InvalidData.of(dialect.decoding_problem(first_bytes), line=line) from exc
         new_chars += len(new[-1])
         if chunk is not None and new_chars < max(GATHERED_CHARS, len(rest)):
             continue  # an incomplete record is parsed again each time, so wait for enough input
@@ -391,7 +391,7 @@ async def _records(
                     reason = (
                         f"A cell has more than {csv.field_size_limit():,} characters. Use NDJSON for longer values."
                     )
-                raise _unreadable(reason, number + done) from exc
+                raise InvalidData.of(reason, line=number + done) from exc
         rest = "".join(lines) + rest
         number += done
         if len(rest) > max_bytes:
@@ -404,7 +404,7 @@ def _recorded(text: str, lines: list[str], number: int) -> Iterator[str]:
         lines.append(line)
         if len(lines) > MAX_ROW_LINES:
             detail = f"This row has more than {MAX_ROW_LINES:,} lines. A closing quote may be missing."
-            raise _unreadable(detail, number + read - MAX_ROW_LINES)
+            raise InvalidData.of(detail, line=number + read - MAX_ROW_LINES)
         yield line
 
 
@@ -412,10 +412,6 @@ async def _with_end(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes | None]
     async for chunk in chunks:
         yield chunk
     yield None
-
-
-def _unreadable(detail: str, line: int, pointer: str = "") -> InvalidData:
-    return InvalidData([FieldError(detail=detail, pointer=pointer, line=line)])
 
 
 class _Columns:
@@ -434,7 +430,7 @@ class _Columns:
         self._dialect = dialect
         self._row_mapping = row_mapping = _ignoring_case(row_mapping, self._header)
         if "\x00" in header[0]:
-            raise _unreadable(dialect.format_problem(header[0]), line)
+            raise InvalidData.of(dialect.format_problem(header[0]), line=line)
         row_mapping.add_columns(self._header)
         errors = [
             FieldError(detail=problem, pointer=f"/{escape_pointer(column)}", line=line)
@@ -443,7 +439,7 @@ class _Columns:
         if all(map(row_mapping.is_extra, self._header)):
             known = {name.casefold() for name in (*row_mapping.fields, *row_mapping.names, *row_mapping.dropped)}
             if problem := dialect.delimiter_problem(self._header, known, is_refused=bool(errors)):
-                raise _unreadable(problem, line)
+                raise InvalidData.of(problem, line=line)
         if errors:
             raise InvalidData(errors)
         self._cells = [self._reader(column, max_depth) for column in self._header]
@@ -620,8 +616,7 @@ async def _local_file(path: Path) -> AsyncIterator[bytes]:
             while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
                 yield chunk
         except (gzip.BadGzipFile, EOFError, zlib.error) as exc:
-            detail = f"{path.name} is not a valid gzip file: {exc}."
-            raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
+            raise InvalidData.of(f"{path.name} is not a valid gzip file: {exc}.") from exc
 
 
 async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[bytes]:
@@ -635,7 +630,7 @@ async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[by
         file = await anyio.to_thread.run_sync(_open_below, folder, name)
     except (OSError, ValueError) as exc:
         detail = "There is no file with that name in the folder that this server reads."
-        raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")]) from exc
+        raise InvalidData.of(detail, "/batch_inputs") from exc
     with file:
         bytes_left = max_bytes
         while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):

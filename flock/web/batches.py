@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
-from flock.errors import DefinitionError, FieldError, InvalidData
+from flock.errors import DefinitionError, InvalidData
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import RESULT_TYPES
 from flock.rows.tables import MAX_EXPANSION, RowMapping, csv_rows, json_rows, ndjson_rows, read_file
@@ -33,11 +33,10 @@ def options_in_body(request: Request, sent: bytes) -> FlockBatchRequest:
     """
     query = query_of(request, UploadQuery, agent_name="")
     if query != UploadQuery(agent_name="", dry_run=query.dry_run):
-        detail = (
+        raise InvalidData.of(
             "With a JSON body, put the options into the body. Options in the query are only for text/csv and "
             "application/x-ndjson."
         )
-        raise InvalidData([FieldError(detail=detail, pointer="")])
     return BATCH_REQUEST.decode(sent)
 
 
@@ -74,14 +73,14 @@ def rows_of(
                 "This server does not read files of its own. Send the rows as a list of objects here, or the file as a "
                 "text/csv body. The server's owner can allow one folder with --csv-dir (csv_dir= in Python)."
             )
-            raise InvalidData([FieldError(detail=detail, pointer="/batch_inputs")])
+            raise InvalidData.of(detail, "/batch_inputs")
         chunks = read_file(Path(options.csv_dir), batch_request.batch_inputs, options.max_upload_bytes)
     try:
         dialect = CSVDialect(
             delimiter=batch_request.delimiter, decimal=batch_request.decimal, encoding=batch_request.encoding
         )
     except DefinitionError as exc:
-        raise InvalidData([FieldError(detail=str(exc), pointer="")]) from exc
+        raise InvalidData.of(str(exc)) from exc
     # A file below csv_dir was not sent by the client, so its column names do not count against the size of the body.
     return csv_rows(chunks, row_mapping, dialect, **limits, are_names_counted=media_type == "text/csv")
 
@@ -90,7 +89,7 @@ def batch_options(batch_request: FlockBatchRequest) -> BatchOptions:
     """Return the options of the batch. Raises InvalidData if the server should write a file."""
     if batch_request.write_to_csv is not None:
         detail = "This server does not write files for a client. Omit write_to_csv, and download the results over HTTP."
-        raise InvalidData([FieldError(detail=detail, pointer="/write_to_csv")])
+        raise InvalidData.of(detail, "/write_to_csv")
     return msgspec.convert(batch_request, BatchOptions, from_attributes=True)
 
 

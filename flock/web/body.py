@@ -10,7 +10,7 @@ import anyio
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from flock.errors import FieldError, InvalidData, MalformedJSON, TooLarge
+from flock.errors import InvalidData, MalformedJSON, TooLarge
 from flock.fair import FairShare
 from flock.jsontype import depth_steps, malformed
 
@@ -217,15 +217,11 @@ class _Gunzip:
                 try:
                     piece = self._member.decompress(data, PIECE_BYTES)
                 except zlib.error as exc:
-                    raise _not_gzip("it cannot be decompressed") from exc
+                    raise InvalidData.of("The body is not valid gzip: it cannot be decompressed.") from exc
                 yield piece
                 data = self._member.unused_data if self._member.eof else self._member.unconsumed_tail
 
     def check_end(self) -> None:
         """Raise InvalidData if the end is missing."""
         if not self._member.eof:
-            raise _not_gzip("its end is missing")
-
-
-def _not_gzip(reason: str) -> InvalidData:
-    return InvalidData([FieldError(detail=f"The body is not valid gzip: {reason}.", pointer="")])
+            raise InvalidData.of("The body is not valid gzip: its end is missing.")

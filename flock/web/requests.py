@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Scope
 
-from flock.errors import FieldError, InvalidData
+from flock.errors import InvalidData
 from flock.jsontype import example_for
 from flock.nearest import did_you_mean
 from flock.runs import IdempotencyKey
@@ -66,16 +66,14 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
     if callable(request.app.options.auth) or not type_.__struct_config__.forbid_unknown_fields:
         sent = [(name, value) for name, value in sent if name in names]
     if len({name for name, _ in sent}) < len(sent):
-        raise InvalidData([FieldError(detail="A parameter of the query is repeated. Send it once.", pointer="")])
+        raise InvalidData.of("A parameter of the query is repeated. Send it once.")
     for name, _ in sent:
         if name not in names:
-            detail = f"The query has no parameter {name!r} here.{did_you_mean(name, names)}"
-            raise InvalidData([FieldError(detail=detail, pointer="")])
+            raise InvalidData.of(f"The query has no parameter {name!r} here.{did_you_mean(name, names)}")
     read: dict[str, Any] = defaults | dict(sent)
     for field in fields:
         if field.required and field.name not in read:
-            detail = f"{field.name!r} is missing in the query. Add ?{field.name}="
-            raise InvalidData([FieldError(detail=detail, pointer="")])
+            raise InvalidData.of(f"{field.name!r} is missing in the query. Add ?{field.name}=")
     # Only numbers and booleans are converted here. msgspec would take a bare number as a valid time.
     field_defaults = {field.name: field.default for field in fields}
     for name, value in sent:
@@ -89,8 +87,7 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
         return msgspec.convert(read, type_)
     except msgspec.ValidationError as exc:
         reason, _, path = str(exc).replace("`", "'").partition(" - at '$.")
-        detail = f"'{path[:-1]}' in the query: {reason}.{example_for(reason)}"
-        raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
+        raise InvalidData.of(f"'{path[:-1]}' in the query: {reason}.{example_for(reason)}") from exc
 
 
 def traceparent_of(request: Request) -> str | None:

@@ -270,7 +270,7 @@ def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
                 options[name] = msgspec.json.decode(options[name], type=type_)
             except (MalformedJSON, msgspec.DecodeError, RecursionError) as exc:
                 detail = f"{name!r} in the query must be a JSON object ({str(exc).replace('`', chr(39))})."
-                raise InvalidData([FieldError(detail=detail, pointer="")]) from exc
+                raise InvalidData.of(detail) from exc
     return FlockBatchRequest(
         batch_inputs=[], **{name: value for name, value in options.items() if value is not msgspec.UNSET}
     )
