@@ -18,7 +18,7 @@ from flock.command.server import abandon_busy_threads
 from flock.command.target import load_flock
 from flock.command.terminal import TerminalBytes, echo
 from flock.engine.rowchecks import BatchCheck
-from flock.errors import DefinitionError, FieldError, FlockError, InvalidData
+from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.options import MAX_SECONDS
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
@@ -157,7 +157,7 @@ def batch(
     _check_paths(rows, output, state)
     flock = load_flock(target, model)
     texts = pairs(static, "--static", "KEY=VALUE")
-    with _explaining_errors(rows, output, state):
+    with _explaining_errors(rows, output, state), _batch_process():
         job = BatchFile(
             agent_name=agent,
             rows=rows,
@@ -171,13 +171,11 @@ def batch(
             **options,
         )
         if is_dry_run:
-            with _batch_process():
-                check = anyio.run(check_batch_file, flock, job)
+            check = anyio.run(check_batch_file, flock, job)
             _print_check(check, rows)
             sys.exit(0 if check.ok else 1)
-        with _batch_process():
-            stdout = TerminalBytes() if sys.stdout.isatty() else sys.stdout.buffer
-            done = anyio.run(run_batch_file, flock, job, stdout, _print_stderr)
+        stdout = TerminalBytes() if sys.stdout.isatty() else sys.stdout.buffer
+        done = anyio.run(run_batch_file, flock, job, stdout, _print_stderr)
         _print_stderr(_summary(done, output) if done.error_type is None else f"{done.error}{_resume_hint(state)}")
     _exit(0 if done.completed_items and not (done.failed_items or done.cancelled_items) else 1)
 
@@ -187,7 +185,7 @@ STDOUT = Path("-")
 
 @contextlib.contextmanager
 def _explaining_errors(rows: Path, output: Path, state: Path) -> Iterator[None]:
-    """Turn each error into a message that says how to go on, and an exit code."""
+    """Turn errors into messages that say how to continue, and into exit codes. ``Commands`` prints any FlockError."""
     try:
         yield
     except KeyboardInterrupt:
@@ -197,8 +195,6 @@ def _explaining_errors(rows: Path, output: Path, state: Path) -> Iterator[None]:
         raise click.ClickException(_rejection(exc, rows)) from exc
     except DefinitionError as exc:
         raise click.UsageError(str(exc)) from exc
-    except FlockError as exc:
-        raise click.ClickException(str(exc)) from exc
     except BlockingIOError as exc:
         raise click.ClickException(
             f"Another command is using {state}. Wait until it ends, or choose another file with --store."

@@ -27,7 +27,7 @@ from flock.command.batch import batch
 from flock.command.server import ServerSettings, WorkerSettings, passed_listener, run_worker, serve_flock, serve_workers
 from flock.command.target import load_flock
 from flock.command.terminal import Commands, echo
-from flock.errors import CallError, FlockError, InvalidData
+from flock.errors import CallError, InvalidData
 from flock.limits import Limits, enforced_by
 from flock.runs import Event, Question
 from flock.runs.text import for_terminal
@@ -145,19 +145,16 @@ def serve(context: click.Context, /, target: str, model: str | None, workers: in
         _check_options_for_temporal(context)
     elif options["payload_dir"]:
         raise click.UsageError("--payload-dir needs --temporal. An SQLite file stores long values itself.")
-    try:
-        own, limits = pop_fields(options, ServerSettings), Limits(**pop_fields(options, Limits))
-        settings = ServerSettings(app=AppOptions(**options), limits=limits, **own)
-        if workers == 1:
-            serve_flock(load(), settings, passed_listener())
-        elif settings.store == MEMORY and not settings.temporal:
-            raise click.UsageError(
-                "Several workers need a file to share their runs. Choose one with --store, or omit --workers."
-            )
-        else:
-            serve_workers(load, workers, settings)
-    except FlockError as exc:
-        raise click.ClickException(str(exc)) from exc
+    own, limits = pop_fields(options, ServerSettings), Limits(**pop_fields(options, Limits))
+    settings = ServerSettings(app=AppOptions(**options), limits=limits, **own)
+    if workers == 1:
+        serve_flock(load(), settings, passed_listener())
+    elif settings.store == MEMORY and not settings.temporal:
+        raise click.UsageError(
+            "Several workers need a file to share their runs. Choose one with --store, or omit --workers."
+        )
+    else:
+        serve_workers(load, workers, settings)
 
 
 #: Why an option of ``serve`` has no effect with a cluster, by the component that enforces the limit instead.
@@ -207,11 +204,8 @@ def worker(target: str, model: str | None, **options: Any) -> None:
     'flockapi serve --temporal' accepts the runs. Start as many workers as the load needs, on any number of machines.
     They listen on no port.
     """
-    try:
-        settings = WorkerSettings(limits=Limits(**pop_fields(options, Limits)), **options)
-        run_worker(load_flock(target, model), settings)
-    except FlockError as exc:
-        raise click.ClickException(str(exc)) from exc
+    settings = WorkerSettings(limits=Limits(**pop_fields(options, Limits)), **options)
+    run_worker(load_flock(target, model), settings)
 
 
 @main.command()
@@ -262,8 +256,6 @@ def run(target: str, agent: str, inputs: Sequence[str], stream: bool, model: str
         signature = flock.agents[agent].input if agent in flock.agents else None
         values = signature.from_text(texts) if signature else texts
         result = flock.run(agent, values, answer=_answer_on_terminal, on_event=printer)
-    except FlockError as exc:
-        raise click.ClickException(str(exc)) from exc
     finally:
         if printer is not None:
             printer.end_line()

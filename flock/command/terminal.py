@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from flock.errors import FlockError
 from flock.runs.text import for_terminal
 
 
@@ -33,7 +34,7 @@ class TerminalBytes(io.BytesIO):
 
 
 class Commands(click.Group):
-    """A group of commands whose errors, log records and tracebacks are escaped, too."""
+    """A group of commands. It prints a FlockError as a message, and escapes messages, log records and tracebacks."""
 
     def invoke(self, ctx: click.Context) -> Any:
         sys.excepthook = _print_traceback
@@ -41,6 +42,8 @@ class Commands(click.Group):
             logging.lastResort.setFormatter(_Formatter())
         try:
             return super().invoke(ctx)
+        except FlockError as exc:
+            raise click.ClickException(for_terminal(str(exc))) from exc
         except click.ClickException as exc:
             vars(exc)["message"] = for_terminal(exc.message)  # its subclasses show it in different ways
             raise
