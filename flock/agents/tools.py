@@ -267,19 +267,11 @@ async def _not_cancelled(name: str, call: Awaitable[Any]) -> Any:
 
 def _approval_type(tool: Tool) -> type[msgspec.Struct]:
     """Return the type of a person's answer: whether a call is allowed, a reason for the model, and other arguments."""
-    return msgspec.defstruct(
-        "Approval",
-        [
-            ("approved", bool),
-            ("reason", Annotated[str, msgspec.Meta(description="the model reads it if the call is denied")], ""),
-            (
-                "arguments",
-                Annotated[tool.parameters.type | None, msgspec.Meta(description="in place of the model's arguments")],
-                None,
-            ),
-        ],
-        forbid_unknown_fields=True,
-    )
+    reason = Annotated[str, msgspec.Meta(description="the model reads it if the call is denied")]
+    about_arguments = msgspec.Meta(description="in place of the model's arguments")
+    arguments: Any = Annotated[tool.parameters.type | None, about_arguments]
+    fields: list[Any] = [("approved", bool), ("reason", reason, ""), ("arguments", arguments, None)]
+    return msgspec.defstruct("Approval", fields, forbid_unknown_fields=True)
 
 
 def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
