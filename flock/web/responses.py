@@ -179,6 +179,9 @@ class PageResponse(JSONResponse):
 class LimitedStream(StreamingResponse):
     """A stream of unknown length. It holds *slot* while it is sent, and closes *content* at the end.
 
+    Args:
+        on_cut_off: called if the client disconnects, or the request is cancelled, before the end of the stream.
+
     Raises: when it is sent, the error of entering *slot*. It becomes a response like any error of the handler.
     """
 
@@ -188,35 +191,11 @@ class LimitedStream(StreamingResponse):
         slot: AbstractContextManager[object],
         headers: Mapping[str, str],
         media_type: str | None = None,
-    ) -> None:
-        super().__init__(content, headers=headers, media_type=media_type)
-        self._content, self._slot = content, slot
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._slot:
-            async with aclosing(self._content):
-                await super().__call__(scope, receive, send)
-
-
-class EventStream(LimitedStream):
-    """Server-sent events.
-
-    Args:
-        on_cut_off: called if the client disconnects, or the request is cancelled, before the end of the stream.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self,
-        content: AsyncGenerator[bytes, None],
-        slot: AbstractContextManager[object],
-        headers: Mapping[str, str],
         *,
         on_cut_off: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
-        super().__init__(content, slot, headers)
-        self._on_cut_off = on_cut_off
+        super().__init__(content, headers=headers, media_type=media_type)
+        self._content, self._slot, self._on_cut_off = content, slot, on_cut_off
 
     async def stream_response(self, send: Send) -> None:
         await super().stream_response(send)
@@ -224,11 +203,19 @@ class EventStream(LimitedStream):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with self._slot:
+                async with aclosing(self._content):
+                    await super().__call__(scope, receive, send)
         finally:
             if self._on_cut_off is not None:
                 with anyio.CancelScope(shield=True), suppress(FlockError):
                     await self._on_cut_off()
+
+
+class EventStream(LimitedStream):
+    """Server-sent events."""
+
+    media_type = "text/event-stream"
 
 
 def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
