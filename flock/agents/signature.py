@@ -51,24 +51,11 @@ from flock.pydanticmodel import (
 from flock.runs import RunContext
 
 NAMED_TYPES: Mapping[str, Any] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "bytes": bytes,
-    "list": list,
-    "dict": dict,
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
+    **{type_.__name__: type_ for type_ in (str, int, float, bool, bytes, list, dict, tuple, set, frozenset)},
+    **{type_.__name__: type_ for type_ in (datetime.datetime, datetime.date, datetime.time, datetime.timedelta)},
+    **{type_.__name__: type_ for type_ in (uuid.UUID, decimal.Decimal)},
     "Any": Any,
     "None": None,
-    "datetime": datetime.datetime,
-    "date": datetime.date,
-    "time": datetime.time,
-    "timedelta": datetime.timedelta,
-    "UUID": uuid.UUID,
-    "Decimal": decimal.Decimal,
     "Messages": Messages,
     # The capitalised names of the typing module, for older scripts.
     "List": list,
@@ -274,8 +261,8 @@ def _check_json(type_: Any) -> None:
 
 def _reason(exc: Exception) -> str:
     """Return msgspec's message without its list of suggestions."""
-    first, *_, last = [*str(exc).split("\n"), ""] if "\n" not in str(exc) else str(exc).split("\n")
-    return (last if first.endswith("requires either:") else first).replace("`", "'")
+    lines = str(exc).split("\n")
+    return lines[-1 if lines[0].endswith("requires either:") else 0].replace("`", "'")
 
 
 # Signatures
