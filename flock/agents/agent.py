@@ -441,7 +441,8 @@ class ModelAgent(Agent):
         return Message("user", prompt), Message("assistant", answer)
 
     def _prompt(self, inputs: Any, history: Sequence[Message]) -> list[Message]:
-        system = Message("system", self._system_prompt())
+        parts = [f"You are {self.name}.", self.description, self.instructions]
+        system = Message("system", "\n".join(filter(None, parts)))
         if not isinstance(self.input, ChatInput):
             return [system, *self._examples, *history, Message("user", self._user_prompt(inputs))]
         conversation, others = self.input.split(inputs)
@@ -460,10 +461,6 @@ class ModelAgent(Agent):
                 answer_json = bytes(self.output.encode(answer)).decode()
                 messages += [Message("user", prompt), Message("assistant", answer_json)]
         return messages
-
-    def _system_prompt(self) -> str:
-        parts = [f"You are {self.name}.", self.description, self.instructions]
-        return "\n".join(part for part in parts if part)
 
     def _user_prompt(self, inputs: Any) -> str:
         """Return the inputs as JSON, then the task: small models follow best what they read last."""
