@@ -346,10 +346,9 @@ async def engine_of(request: Request) -> Engine:
 async def read_json(request: Request, default: bytes | None = None) -> bytes:
     """Return the body of a JSON request; see ``Body.json``. Raises HTTPException 415 for another content type."""
     media_type_of(request, "application/json")
-    app = app_of(request)
-    return await Body(request, app.options.max_body_bytes, app.options.body_timeout_s).json(
-        app.options.max_json_depth, default
-    )
+    options = app_of(request).options
+    body = Body(request, options.max_body_bytes, options.body_timeout_s)
+    return await body.json(options.max_json_depth, default)
 
 
 def wait_of(request: Request, query: wire.WaitQuery | wire.BatchQuery | None = None) -> int:
@@ -590,9 +589,8 @@ async def run_batch(request: Request) -> Response:
             options = batch_options(batch_request)
             if query_of(request, wire.UploadQuery, agent_name="").dry_run:
                 agent = app.flock.agents[batch_request.agent_name]
-                return check_response(
-                    await check_batch(engine, agent, rows, row_mapping, batch_request.on_invalid), row_mapping
-                )
+                check = await check_batch(engine, agent, rows, row_mapping, batch_request.on_invalid)
+                return check_response(check, row_mapping)
             batch = await engine.submit_batch(
                 batch_request.agent_name,
                 rows,
