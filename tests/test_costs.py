@@ -33,7 +33,7 @@ from flock.runs import (
     RunStatus,
     Usage,
     event_of_batch,
-    events_of,
+    events_after,
     new_id,
     now,
 )
@@ -277,7 +277,7 @@ async def test_the_calls_and_steps_of_a_run_have_their_costs(open_engine: OpenEn
         run = await finish(engine, (await engine.submit("both", {"names": ["free"]})).run_id)
         assert run.usage == Usage(input_tokens=10, output_tokens=5)
         assert run.usage.cost is None
-        (completed,) = [event for event in events_of(run) if event.name == "step.completed"]
+        (completed,) = [event for event in events_after(run) if event.name == "step.completed"]
         assert completed.data["usage"] == {"input_tokens": 10, "output_tokens": 5}
         assert "cost" not in completed.data
 

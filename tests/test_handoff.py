@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from flock.agents.handoff import columns_of, inputs_for, next_agent, result_names
 from flock.core import Flock, FlockFactory, agent
 from flock.errors import DefinitionError, InvalidHandoff, RunFailed, TooManySteps
-from flock.runs import Run, RunStatus, Step, events_of, now
+from flock.runs import Run, RunStatus, Step, events_after, now
 from flock.testing import FakeModel, Reply
 from tests.support.flocks import sample_flock
 from tests.support.models import usage_of_gpt_4o
@@ -68,7 +68,7 @@ def test_a_loop_is_stopped_and_reported_with_the_path() -> None:
 def test_no_step_starts_after_the_last_one() -> None:
     """On a cluster, a run is still running for a moment after its last step."""
     run = replace(run_of("add", step_of("add", None, result=3), a=1), status=RunStatus.RUNNING, started_at=now())
-    assert [event.name for event in events_of(run)] == ["run.started", "step.started", "step.completed"]
+    assert [event.name for event in events_after(run)] == ["run.started", "step.started", "step.completed"]
 
 
 # Hand-offs

@@ -124,7 +124,6 @@ from flock.runs import (
     event_of_batch,
     event_of_call,
     events_after,
-    events_of,
     for_terminal,
     is_end_of_step,
     is_spent,
@@ -347,7 +346,7 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
     await engine.list_runs(RunFilter(status=status))
     page: Page[Run] = await engine.list_runs(RunFilter(status=RunStatus.FAILED, created_after=now()))
     for item in page:
-        print(one_line(safe_text(item.error)), [step.usage for step in item.steps], len(events_of(item)))
+        print(one_line(safe_text(item.error)), [step.usage for step in item.steps], len(list(events_after(item))))
         print(for_terminal(f"{item.value}{of_request(item.request_id)}"), list(events_after(item, end_id(1))))
     make_ids_after(run.run_id)
     assert_type(valid_traceparent("00-"), str | None)

@@ -15,7 +15,6 @@ __all__ = [
     "event_of_batch",
     "event_of_call",
     "events_after",
-    "events_of",
     "is_end_of_step",
     "started_id",
 ]
@@ -53,17 +52,12 @@ def is_end_of_step(event_id: int) -> bool:
     return number > 0 and number % EVENTS_PER_STEP == 0
 
 
-def events_of(run: Run) -> list[Event]:
-    """Return all events of *run* so far, in order, except those of its calls; see ``event_of_call``.
+def events_after(run: Run, after: int = 0) -> Iterator[Event]:
+    """Yield the events of *run* so far, in order, without those of steps that end at or before the id *after*.
 
     They are derived from its record, so any process can send them. The content of an id never changes: an event
-    contains only data that was known when it happened.
+    contains only data that was known when it happened. For those of its calls, see ``event_of_call``.
     """
-    return list(events_after(run, 0))
-
-
-def events_after(run: Run, after: int) -> Iterator[Event]:
-    """Yield the events of *run*, without those of steps that end at or before the id *after*; see ``events_of``."""
 
     def event(attempt: int, number: int | None, name: str, **data: Any) -> Event:
         id_ = None if number is None else attempt * EVENTS_PER_ATTEMPT + number
