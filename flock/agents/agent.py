@@ -390,11 +390,11 @@ class ModelAgent(Agent):
     async def _converse(self, messages: list[Message], resources: Resources, context: RunContext) -> msgspec.Raw:
         tools = [known for tool in self.tools for known in await self._known(tool, resources.agents, context)]
         models = models_of(self.model, repr(self.name)) or resources.models.default_model
+        caller = Caller(is_item=context.is_item, on_wait=context.report_wait)
+        toolbox = Toolbox(by_name(tools), self.max_tool_calls, self.tool_timeout_s, context, resources.call_in_thread)
         conversation = Conversation(
             messages=messages,
-            toolbox=Toolbox(
-                by_name(tools), self.max_tool_calls, self.tool_timeout_s, context, resources.call_in_thread
-            ),
+            toolbox=toolbox,
             context=context,
             models=names_of(models),
             request=Request(
@@ -404,11 +404,7 @@ class ModelAgent(Agent):
                 temperature=self.temperature,
                 traceparent=context.traceparent,
             ),
-            complete=functools.partial(
-                resources.models.complete,
-                models or None,
-                caller=Caller(is_item=context.is_item, on_wait=context.report_wait),
-            ),
+            complete=functools.partial(resources.models.complete, models or None, caller=caller),
             read=lambda text: self.output.encode(self._answer.decode(text.encode())),
             listen=functools.partial(LiveAnswer, self._answer, self.output, context),
         )
