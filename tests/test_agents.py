@@ -161,6 +161,7 @@ def test_the_version_of_an_agent_changes_with_its_signature_and_its_definition()
     ]
     versions = [version_of(like(**change)) for change in changes]
     versions += [version_of(each) for each in (like(), analyzer(), agent(doubled), agent(tripled))]
+    versions.append(version_of(analyzer(tools=[agent(doubled)])))
     with_inputs, with_outputs = like(), like()
     with_inputs.input, with_outputs.output = Signature.of("text: str"), Signature.of("sentiment: str")
     versions += [version_of(with_inputs), version_of(with_outputs)]

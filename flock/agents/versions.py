@@ -23,8 +23,8 @@ def version_of(agent: Agent) -> str:
         definition.append(_source_of(agent.function))
     elif isinstance(agent, ModelAgent):
         models = names_of(models_of(agent.model, repr(agent.name)))
-        tools = [
-            [tool.name, tool.description, tool.parameters.schema, _source_of(tool.function)]
+        tools = [  # an agent as a tool has no function
+            [tool.name, tool.description, tool.parameters.schema, _source_of(getattr(tool, "function", None))]
             for tool in agent.tools
             if isinstance(tool, Tool)
         ]
