@@ -10,22 +10,17 @@ from flock.runs import Run, safe_text
 from flock.runs.text import for_terminal
 
 
-def fields_of_run(run: Run) -> dict[str, Any]:
-    """Return the fields that identify the run of a log record. Pass them as ``extra=``; each becomes a JSON member."""
-    return {
-        "run_id": run.run_id,
-        "agent_name": run.agent_name,
-        "attempt": run.attempt,
-        "batch_id": run.batch_id,
-        "request_id": run.request_id,
-        "trace_id": run.trace_id,
-    }
-
-
+#: What identifies the run of a log record.
+OF_RUN = ("run_id", "agent_name", "attempt", "batch_id", "request_id", "trace_id")
 #: Members of our own records. They are left out if they are None.
-OWN = ("run_id", "agent_name", "attempt", "batch_id", "request_id", "trace_id", "status", "duration_ms")
+OWN = (*OF_RUN, "status", "duration_ms")
 #: The attributes of each record, which are not ``extra=``, and the copy of its message that uvicorn adds, with colours.
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
+
+
+def fields_of_run(run: Run) -> dict[str, Any]:
+    """Return the fields that identify the run of a log record. Pass them as ``extra=``; each becomes a JSON member."""
+    return {name: getattr(run, name) for name in OF_RUN}
 
 
 class JSONFormatter(logging.Formatter):
