@@ -687,11 +687,9 @@ async def retry_batch(request: Request) -> Response:
 
 async def list_agents(request: Request) -> Response:
     """GET /agents"""
-    agents = [
-        wire.AgentSummary(name=agent.name, description=agent.description, next_agent=next_agent_of(agent))
-        for agent in app_of(request).flock.agents.values()
-    ]
-    return JSONResponse(wire.AgentList(agents=agents))
+    agents = app_of(request).flock.agents.values()
+    shown = [shown_as(wire.AgentSummary, agent, next_agent=next_agent_of(agent)) for agent in agents]
+    return JSONResponse(wire.AgentList(agents=shown))
 
 
 async def get_agent(request: Request) -> Response:
