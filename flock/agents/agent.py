@@ -520,23 +520,17 @@ class FunctionAgent(Agent):
     ) -> None:
         if inspect.isclass(function):
             raise DefinitionError(f"{function!r} is a class. Pass a function or a callable object.")
+        name = name or name_of(function)
         if "tools" in options:
-            raise DefinitionError(
-                f"{name or name_of(function)!r} is a function, so it has no tools=. Call the other functions in it."
-            )
+            raise DefinitionError(f"{name!r} is a function, so it has no tools=. Call the other functions in it.")
         if output is None:
             output_signature, self._is_boxed = Signature.of_result(function)
         else:
             output_signature, self._is_boxed = Signature.of(output, types), False
         if description is None:
             description = (inspect.getdoc(function) or "").partition("\n")[0]
-        super().__init__(
-            name or name_of(function),
-            Signature.of_parameters(function),
-            output_signature,
-            description=description,
-            **options,
-        )
+        inputs = Signature.of_parameters(function)
+        super().__init__(name, inputs, output_signature, description=description, **options)
         self.function = function
         self._context_parameter = context_parameter(function)
         self.uses_context = self.may_ask = self._context_parameter is not None

@@ -63,12 +63,9 @@ def exchanges_of(agent: Agent, runs: Iterable[Run]) -> list[Exchange]:
 
 def missing_agents(agent: Agent, agents: Mapping[str, Agent]) -> list[InvalidHandoff]:
     """Return the error of a run for each agent that *agent* can hand off to and that does not exist."""
-    names = dict.fromkeys(handoff.to for handoff in agent.handoffs())
-    return [
-        _no_such_agent(name, f"{agent.name} → {name}", agents)
-        for name in names
-        if name is not None and name not in agents
-    ]
+    names = dict.fromkeys(handoff.to for handoff in agent.handoffs() if handoff.to is not None)
+    missing = [name for name in names if name not in agents]
+    return [_no_such_agent(name, f"{agent.name} → {name}", agents) for name in missing]
 
 
 def _no_such_agent(name: str, path: str, agents: Mapping[str, Agent]) -> InvalidHandoff:
