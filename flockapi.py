@@ -449,7 +449,7 @@ async def _accepted_run(
         )
     except Replayed as exc:
         return await _replayed(engine.get_run(exc.made_id)), is_async, REPLAYED
-    except anyio.get_cancelled_exc_class():  # it may be accepted nevertheless
+    except anyio.get_cancelled_exc_class():  # it may still be accepted
         await _cancel_unless(is_async or key is not None, app, run_id)
         raise
     return run, is_async, {}

@@ -29,7 +29,7 @@ MAX_ERRORS = 100
 STEP_BYTES = 64 * 1024
 #: In longer values, the invalid entry of a dict is not searched for, and the pointer ends at the dict.
 MAX_SEARCHED_BYTES = 64 * 1024
-#: Texts of this size may contain so many small lists that garbage collection takes longer than decoding.
+#: Texts of this size may contain enough small lists for garbage collection to take longer than decoding.
 GC_PAUSE_BYTES = 64 * 1024
 
 #: Example values for types, by msgspec's names for the types.
@@ -335,7 +335,7 @@ def _number(text: str) -> Any:
 
 
 def _integer(text: str) -> Any:
-    """Return an int, or the text itself if it is so long that Python may not read it, or msgspec not write it."""
+    """Return an int, or the text itself if it may be too long for Python to read, or for msgspec to write."""
     return int(text) if len(text) < 19 else msgspec.Raw(text.encode())
 
 

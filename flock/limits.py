@@ -63,7 +63,8 @@ class Limits(Options, frozen=True, kw_only=True):
     max_calls: Annotated[int, whole(1, on_cluster="worker")] = 10_000
     #: How long a step waits for its calls, if their tasks swallow their cancellation when the step ends.
     grace_s: Annotated[float, seconds(allow_zero=True, on_cluster="worker")] = 5.0
-    #: A run that was running in so many deaths of its process, in two of them and the last one alone, fails as crashed.
+    #: Max deaths of its process while a run was running. Then it fails as crashed, if it was the only run in two of
+    #: them, including the last.
     max_recoveries: Annotated[
         int, whole(1, "Deaths of its process after which a run fails that was running in them.", on_cluster="cluster")
     ] = 3

@@ -74,7 +74,7 @@ _CLOCKS: ContextVar[tuple[Clock, ...]] = ContextVar("flock_clocks", default=())
 
 @contextlib.contextmanager
 def move_on_after_working(seconds: float) -> Iterator[None]:
-    """Leave the block after so many seconds inside it, without those in ``clocks_stopped``."""
+    """Leave the block after that many seconds inside it, without those in ``clocks_stopped``."""
     with anyio.move_on_after(seconds) as scope:
         reset = _CLOCKS.set((*_CLOCKS.get(), Clock(scope)))
         try:

@@ -29,12 +29,12 @@ PIECE_CHARS = 8
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What a fake model writes. If the request asks for a stream, it is sent in pieces.
+    """A reply of the fake model. If the request asks for a stream, it is sent in pieces.
 
     Args:
         content: the answer. A mapping is encoded as JSON; a ``str`` is sent as it is, valid or not. A tuple has the
             pieces of a text as they are streamed. If an exception is among them, the connection breaks off there. None
-            is no text.
+            means no text.
         calls: the tools that the model calls: pairs of a name and the arguments, a mapping or a ``str``.
         finish_reason: such as "length", if the answer is cut off, or "content_filter". None is "tool_calls" if there
             are calls, otherwise "stop".
@@ -168,7 +168,7 @@ class FakeModel:
             port: the port to listen on; 0 picks a free one.
 
         Yields:
-            str: the address, for an environment variable such as ``OPENAI_BASE_URL``. Of a provider's key, any will do.
+            str: the address, for an environment variable such as ``OPENAI_BASE_URL``. Any key works.
 
         Functions among the replies are called in another thread. Every exception closes the connection.
         """

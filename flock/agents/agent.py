@@ -540,7 +540,7 @@ class FunctionAgent(Agent):
             self._check_generator(types_only=output is not None)
 
     def _check_generator(self, *, types_only: bool) -> None:
-        """Raise DefinitionError if what the generator yields does not make up its output."""
+        """Raise DefinitionError if the generator cannot yield its output."""
         members, required = self.output.result_schema["properties"], self.output.result_schema.get("required", [])
         yields = typing.get_args(hints_of_function(self.function).get("return"))[:1]
         is_text, has_text = yields == (str,), any(member.get("type") == "string" for member in members.values())

@@ -23,7 +23,7 @@ class Conversation(msgspec.Struct, kw_only=True):
     Attributes:
         messages: of the conversation so far.
         models: the names of the models that may answer. The first one identifies their calls in the journal.
-        request: what is the same in all of its requests.
+        request: the parts that all of its requests share.
         complete: sends a request to the model; see ``ModelClient.complete``.
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
         listen: returns a listener for one reply. It is called if somebody watches the run.
@@ -47,7 +47,7 @@ class Conversation(msgspec.Struct, kw_only=True):
         for number in itertools.count(1):
             reply = await self._reply(number, is_last=retries == max_retries)
             if reply.tool_calls:
-                self.context.reset_output()  # a text beside calls is not the answer
+                self.context.reset_output()  # a text with calls is not the answer
                 self.messages.append(Message("assistant", reply.text or "", reply.tool_calls))
                 self.messages += await self.toolbox.results(reply.tool_calls, number)
                 if not self.toolbox.offered:

@@ -1,4 +1,4 @@
-"""The answer of a model, reported to those who watch the run while the model writes it."""
+"""The answer of a model, reported to clients that watch the run while the model writes it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ class LiveAnswer:
     is valid in the field, apart from limits such as its length.
 
     Args:
-        answer: the output as the model sees it. What it has beside *output* is reasoning.
+        answer: the output as the model sees it. Fields that *output* does not have are reasoning.
     """
 
     def __init__(self, answer: Signature, output: Signature, context: RunContext) -> None:

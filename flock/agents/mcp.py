@@ -1,7 +1,7 @@
 """Tools of MCP servers, over streamable HTTP.
 
 ``mcp_tools("https://…")`` is an entry of ``tools=``. The server's tools are listed when the engine starts, and at each
-use until that has succeeded. What a server asks of its client, such as to ask a person ("elicitation"), is refused.
+use until that has succeeded. Requests of a server to its client, such as to ask a person ("elicitation"), are refused.
 
 Source: Model Context Protocol 2025-11-25, "Transports", "Lifecycle", "Progress", "Tools". Newer servers accept it too.
 """

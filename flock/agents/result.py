@@ -8,7 +8,7 @@ import msgspec
 class Result(msgspec.Struct, frozen=True):
     """The result of a generator that writes text: ``yield Result(value)``. Without it, a text is a part of the output.
 
-    Only a result that is a text itself, and another one than was written, needs it.
+    It is only needed if the result is itself a text, and differs from the text that was written.
     """
 
     value: Any

@@ -433,7 +433,7 @@ async def called(function: Callable[[], Any], call_in_thread: Callable[..., Awai
     return await value if inspect.isawaitable(value) else value
 
 
-#: What the return type of a generator may be.
+#: The possible return types of a generator.
 ITERATORS = (
     *(collections.abc.AsyncGenerator, collections.abc.AsyncIterable, collections.abc.AsyncIterator),
     *(collections.abc.Generator, collections.abc.Iterable, collections.abc.Iterator),

@@ -24,7 +24,7 @@ from flock.scopes import current_task, move_on_after_working
 
 logger = logging.getLogger("flock.runs")
 
-#: What all providers accept as the name of a tool.
+#: Names of tools that all providers accept.
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 #: The first and the longest pause before the tools of a source are listed again, in seconds.
 LIST_PAUSE_S, MAX_LIST_PAUSE_S = 0.5, 8.0

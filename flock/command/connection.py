@@ -35,7 +35,7 @@ MAX_CHUNK_OVERHEAD = 16
 MIN_READ_BYTES_PER_S = 256
 #: At shutdown, a client that reads nothing for this long is disconnected, in seconds.
 STALL_AT_EXIT_S = 1.0
-#: How much may arrive during a response before reading pauses.
+#: Max bytes that may arrive during a response before reading pauses.
 MAX_PIPELINED_BYTES = 64 * 1024
 #: A message ends with an empty line, unless it has a body of a known length.
 EMPTY_LINE = re.compile(rb"\n\r?\n")

@@ -1,4 +1,4 @@
-"""What the commands print. Text of models, tools, rows and clients may contain codes that control a terminal."""
+"""Output of the commands. Text of models, tools, rows and clients may contain codes that control a terminal."""
 
 import codecs
 import io

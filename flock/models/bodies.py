@@ -9,11 +9,11 @@ import httpx
 
 #: What is accepted as a ``Content-Encoding``: httpx would decompress others too, but without a bound.
 ENCODING = "gzip"
-#: What servers send nevertheless, and zlib decompresses with a bound.
+#: Encodings that servers send anyway, and zlib decompresses with a bound.
 WINDOW_BITS = {"gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
 #: Max size of one JSON message: a body, or an event of a stream.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-#: How much of the body of an error is read.
+#: Max bytes of the body of an error that are read.
 MAX_ERROR_BYTES = 64 * 1024
 #: Max size of a piece that is decompressed in one step.
 PIECE_BYTES = 64 * 1024
@@ -35,7 +35,7 @@ async def pieces_of(response: httpx.Response) -> AsyncGenerator[bytes, None]:
         return
     if "," in encoding or encoding in ("br", "zstd", "compress"):
         raise BadBody(f"an answer with the Content-Encoding {encoding[:100]!r}, although only {ENCODING!r} is accepted")
-    window_bits = WINDOW_BITS.get(encoding)  # what is not an encoding, such as "utf-8", is ignored, as httpx does
+    window_bits = WINDOW_BITS.get(encoding)  # like httpx, ignore values that are not encodings, such as "utf-8"
     gunzip = None if window_bits is None else zlib.decompressobj(window_bits)
     async with contextlib.aclosing(response.aiter_raw()) as chunks:  # type: ignore[type-var]
         async for chunk in chunks:

@@ -9,7 +9,7 @@ from flock.runs import Usage
 
 
 class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model wants to call. ``arguments`` should be a JSON object, but a model may write anything."""
+    """The function that a model calls. ``arguments`` should be a JSON object, but a model may write anything."""
 
     name: str
     arguments: str

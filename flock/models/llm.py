@@ -63,9 +63,9 @@ logger = logging.getLogger("flock.llm")
 
 G = TypeVar("G", bound=Gate)
 
-#: How often a call is sent before it fails.
+#: Max attempts of a call.
 MAX_ATTEMPTS = 3
-#: How often an item of a batch is sent to each server that fails with status 500: the call itself may be the reason.
+#: Max calls of an item to each server that responds with status 500: the call itself may be the reason.
 MAX_SERVER_ERRORS = 10
 #: The longest pause after a refusal if the server does not say how long to wait, in seconds.
 MAX_REFUSED_PAUSE_S = 30.0
@@ -90,7 +90,7 @@ class _TransientError(Exception):
 
 
 class _Sending(msgspec.Struct, frozen=True):
-    """What each attempt of a call sends, and who receives the reply, or the tokens of an unfinished one."""
+    """The content of each attempt of a call, and the receivers of its reply and of the tokens of an unfinished one."""
 
     endpoint: Endpoint
     body: Mapping[str, Any]
@@ -163,7 +163,7 @@ class ModelClient:
         see ``react``. Without tools, earlier calls and their results are sent as text, which every server accepts.
 
         Args:
-            caller: who waits if the provider does not accept the call now.
+            caller: it waits if the provider does not accept the call now.
 
         Raises:
             ModelError: there is no usable answer; ``error_type`` has the reason.
@@ -386,7 +386,7 @@ class ModelClient:
 
 
 class _Call:
-    """The attempts of one call, and what they tell about its provider."""
+    """The attempts of one call, and what they reveal about its provider."""
 
     def __init__(self, caller: Caller, pace: Pace, backoff_s: float) -> None:
         self.caller = caller
@@ -398,7 +398,7 @@ class _Call:
         self.is_refused, self.pause_s = False, 0.0
 
     async def attempt(self, attempt: Awaitable[Any], passage: Passage) -> Any:
-        """Return what *attempt* returns, and tell the pace about it. After a failure, ``pause_s`` is set."""
+        """Return what *attempt* returns, and report it to the pace. After a failure, ``pause_s`` is set."""
         pace = self.pace
         if self._failures >= MAX_ATTEMPTS and not pace.outage.is_open:
             self._failures = 0  # the outage is over
@@ -424,7 +424,7 @@ class _Call:
         return answer
 
     def _pause_after_refusal(self, failure: _TransientError, asked_s: float | None, passage: Passage) -> float:
-        """Tell the pace about a refusal, and return the pause. Raises the error if another model is to be asked."""
+        """Report a refusal to the pace, and return the pause. Raises the error if another model is to be asked."""
         if asked_s is None:
             asked_s = min(replies.hold_s(passage.headers, is_refused=True), MAX_WAIT_S) or None
         is_overload = failure.status != 429
@@ -440,7 +440,7 @@ class _Call:
         return pause_s
 
     def _pause_after_failure(self, failure: _TransientError, passage: Passage) -> float:
-        """Tell the pace about a failure, and return the pause. Raises the error if there is no other attempt."""
+        """Report a failure to the pace, and return the pause. Raises the error if there are no more attempts."""
         now, status, error = anyio.current_time(), failure.status, failure.error
         self._failures += 1
         if status == 500:

@@ -2,7 +2,7 @@
 
 All calls with one key of a provider share a ``Pace``. It does not throttle before the first refusal. A refusal halves
 the rate, which then grows again (AIMD), and all calls wait as long as the provider asks. ``Rate`` and ``Breaker``
-decide, and are told the time. A ``Gate`` lets callers wait for their decisions.
+decide, and receive the time as an argument. At a ``Gate``, callers wait for their decisions.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ class _Bucket:
 
 
 class Rate:
-    """How many calls per second a provider accepts, found out from its refusals.
+    """The number of calls per second that a provider accepts, learned from its refusals.
 
     The rate after a refusal is half of the current one, but not less than what the provider accepts at the same time.
     Refusals because of an overload (529) change nothing unless they are many, since they may hit any call.
@@ -103,7 +103,7 @@ class Rate:
 
     #: Growth after a refusal: by ``exp(GROWTH t²)`` in t seconds, so 1 % in the first one, and tenfold in 15.
     GROWTH = 0.01
-    #: Beyond this growth there is no limit any more.
+    #: Beyond this growth there is no limit.
     UNLIMITED = 1e4
     #: The rate after a refusal, as a share of the calls that were within the limit, or were answered in an overload.
     WITHIN_LIMIT, IN_OVERLOAD = 0.95, 1.25
@@ -214,7 +214,7 @@ def _again(error: ModelError, more: str = "") -> ModelError:
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """Who calls a model, as far as waiting is concerned.
+    """The caller of a model, with everything that affects how long it waits.
 
     Attributes:
         is_item: it is an item of a batch, which can wait. Runs go first, since clients may wait for them.
@@ -554,7 +554,7 @@ class LeftAlone(ModelError):
 
 
 class AllOut(Gate):
-    """Where an item waits if all of its models have an outage, until one of them may be asked."""
+    """The gate at which an item waits if all of its models have an outage, until one of them may be asked."""
 
     def __init__(self, paces: Sequence[Pace]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What model providers charge for tokens.
+"""The prices of model providers for tokens.
 
 The table is small, and dated. ``Flock(prices=…)`` adds entries, or replaces them. A model without a price has no cost,
 which is not a cost of zero: its tokens are counted, and the cost of everything that includes them is unknown.
@@ -132,7 +132,7 @@ def priced(prices: Mapping[str, Price], usage: Usage, model: str | None) -> Usag
 
 
 class Budget:
-    """What the model calls of a run, or of all items of a batch, may cost together. Only ``add`` is thread-safe.
+    """The max total cost of the model calls of a run, or of all items of a batch. Only ``add`` is thread-safe.
 
     A call reserves what it is expected to cost: the tokens of its prompt, and as many as the longest answer so far had.
 

@@ -56,7 +56,7 @@ class _Answer(msgspec.Struct):
 
 
 def decoded(reply: bytes) -> Any:
-    """Decode JSON. An integer of so many digits that Python may not read it becomes infinite.
+    """Decode JSON. An integer with too many digits for Python becomes infinite.
 
     Raises: ValueError, RecursionError.
     """
@@ -229,7 +229,7 @@ COUNTED = ("requests", "tokens", "input-tokens", "output-tokens")
 
 
 def hold_s(headers: Mapping[str, str], *, is_refused: bool, tokens: float = 0) -> float:
-    """Return how long to wait since nothing is left of a limit, as the headers say: ``x-ratelimit-remaining-requests``,
+    """Return how long to wait if a limit is used up, according to the headers: ``x-ratelimit-remaining-requests``,
     ``anthropic-ratelimit-tokens-reset`` and the like. 0 if something is left.
 
     A limit is replenished evenly until its reset. So after an answer, the next call only has to wait for its own share.

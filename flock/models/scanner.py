@@ -19,7 +19,7 @@ PART_OF_ESCAPE = re.compile(r"\\(?:u[0-9A-Fa-f]{0,3})?")
 SPACE = re.compile(r"[ \t\r\n]*+")
 #: A number, true, false or null.
 SCALAR = re.compile(r"[-+.0-9A-Za-z]*+")
-#: What precedes the next quote or bracket in a list or object.
+#: The text before the next quote or bracket in a list or object.
 NESTED = re.compile(r'[^"\[\]{}]*+')
 
 

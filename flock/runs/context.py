@@ -1,4 +1,4 @@
-"""What a running agent can do: report progress, write output, make calls, call agents, ask people."""
+"""The context of a running agent, which reports progress, writes output, makes calls, calls agents and asks people."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ CURRENT_CALL: ContextVar[str] = ContextVar("flock_call", default="")
 
 
 class StepJournal(Protocol):
-    """Where the running step of a run keeps its calls and counts its tokens; see ``flock.steps.journal``."""
+    """Keeps the calls of the running step, and counts its tokens; see ``flock.steps.journal``."""
 
     @property
     def spent(self) -> Usage:
@@ -71,7 +71,7 @@ class StepJournal(Protocol):
 
 
 class Live(Protocol):
-    """What the agents of a run write for its readers; see ``flock.steps.live``. It is thread-safe."""
+    """The text that the agents of a run write for its readers; see ``flock.steps.live``. It is thread-safe."""
 
     def write(self, writer: "RunContext", field: str, text: str) -> None: ...
 
@@ -85,14 +85,14 @@ class Live(Protocol):
 
 
 class Watched(Protocol):
-    """Where a run keeps its live output; None if it keeps none."""
+    """A run with live output, or None if it has none."""
 
     @property
     def live(self) -> Live | None: ...
 
 
 class Budget(Protocol):
-    """What a run may cost; see ``flock.models.prices``."""
+    """The limit of what a run may cost; see ``flock.models.prices``."""
 
     def check(self, agent_name: str, models: Sequence[str]) -> None: ...
 
@@ -223,13 +223,13 @@ class RunContext:
             live.write_reasoning(self, text)
 
     def reset_output(self) -> None:
-        """Drop what this agent has written in this execution. It begins anew. No effect if it has written nothing."""
+        """Drop what this agent has written in this execution. It starts again. No effect if it has written nothing."""
         self._began_in = msgspec.UNSET
         if (live := self._live) is not None:
             live.reset(self)
 
     def settle_output(self, result: msgspec.Raw) -> None:
-        """Make what clients have got the fields of *result*, if this agent has written anything. Engines call it."""
+        """Correct the output that clients have received to *result*, if this agent has written any. Engines call it."""
         if (live := self._live) is not None:
             has_missed = self._began_in is not msgspec.UNSET and self._began_in is not live
             live.settle(self, result, has_missed=has_missed)

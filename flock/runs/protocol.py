@@ -1,4 +1,4 @@
-"""What an engine does: its methods, its limits, and what it tells its observers."""
+"""The protocol of engines: their methods, their limits, and the events that observers receive."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -175,7 +175,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         call_id: as that of a call; the answer becomes the result of this call.
         schema: JSON Schema (2020-12) of the answer.
-        arguments: what the question is about, as a JSON object; UNSET if the question says it all.
+        arguments: what the question is about, as a JSON object; UNSET if the question itself is enough.
         expires_at: when the run fails, or continues with *default*; None if it waits without a limit.
         default: the answer if nobody answers in time; UNSET if the run then fails.
     """
@@ -213,7 +213,7 @@ MIN_STUB_BYTES = 1024
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
-    """What runs and batches have in common."""
+    """The fields that runs and batches share."""
 
     flock: str
     agent_name: str

@@ -22,7 +22,7 @@ GZIP_PIECE_BYTES = 16 * 1024
 #: Max ratio of decompressed to received bytes. It applies only above MIN_DECOMPRESSED_BYTES.
 MAX_DECOMPRESSION_RATIO = 100
 MIN_DECOMPRESSED_BYTES = 16 * 1024 * 1024
-#: How much of a rejected body is still read, and for how many seconds. Many clients, and nginx, read no response
+#: Max bytes of a rejected body that are still read, and max seconds. Many clients, and nginx, read no response
 #: before they have sent the whole body. If the server closes the connection earlier, they lose the response.
 DRAIN_BYTES = 8 * 1024 * 1024
 DRAIN_TIMEOUT_S = 5
