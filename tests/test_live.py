@@ -27,16 +27,9 @@ FIELDS = ("title", "text")
 STEP = started_id(1, 0)
 
 
-class Source:
-    """A watched run."""
-
-    def __init__(self, live: LiveOutput | None) -> None:
-        self.live = live
-
-
 def context_of(live: LiveOutput | None, call_id: str = "", attempt: int = 1) -> RunContext:
     run = msgspec.structs.replace(RUN, attempt=attempt)
-    context = RunContext(run, "a", lambda progress: None, watched=Source(live), output_names=FIELDS)
+    context = RunContext(run, "a", lambda progress: None, live=lambda: live, output_names=FIELDS)
     context.call_id = call_id
     return context
 
@@ -308,11 +301,11 @@ async def test_the_results_of_calls_that_have_ended_take_bounded_room(value: Any
 @pytest.mark.anyio
 async def test_text_whose_beginning_nobody_watched_is_not_sent() -> None:
     """It would be wrong. At the end of the turn, the whole text is sent."""
-    source = Source(None)
-    context = RunContext(RUN, "a", lambda progress: None, watched=source, output_names=FIELDS)
+    live: LiveOutput | None = None
+    context = RunContext(RUN, "a", lambda progress: None, live=lambda: live, output_names=FIELDS)
     assert not context.is_watched
     context.emit("a", "text")
-    source.live = live = LiveOutput(10**6)
+    live = LiveOutput(10**6)
     client = Client(live)
     assert context.is_watched
     context.emit("b", "text")

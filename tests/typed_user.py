@@ -117,7 +117,6 @@ from flock.runs import (
     StepJournal,
     Time,
     Usage,
-    Watched,
     added,
     cost_in_words,
     end_id,
@@ -448,14 +447,14 @@ host = Starlette(lifespan=lifespan)
 host.mount("/ai", ai)
 
 
-def write(context: RunContext, source: Watched, budget: Budget, started: Event, call: Call) -> Live | None:
+def write(context: RunContext, live: Live, budget: Budget, started: Event, call: Call) -> None:
     budget.check(context.agent_name, ["openai/gpt-4o"])
     if context.is_watched:
         context.emit("text")
         context.emit_value("tags", ["a"])
         context.reset_output()
     assert_type(event_of_call(started, 0, call), Event)
-    return source.live
+    live.reset(context)
 
 
 def look_at(run: Run, limits: QueueLimits, at: Time) -> LongJSON:

@@ -14,7 +14,7 @@ from flock.runs.records import CallKind, Progress, Run
 from flock.runs.text import safe_text
 from flock.runs.usage import Usage
 
-__all__ = ["Budget", "Live", "RunContext", "StepJournal", "Watched"]
+__all__ = ["Budget", "Live", "RunContext", "StepJournal"]
 
 T = TypeVar("T")
 
@@ -84,13 +84,6 @@ class Live(Protocol):
     def settle(self, writer: "RunContext", result: msgspec.Raw, *, has_missed: bool) -> None: ...
 
 
-class Watched(Protocol):
-    """A run with live output, or None if it has none."""
-
-    @property
-    def live(self) -> Live | None: ...
-
-
 class Budget(Protocol):
     """The limit of what a run may cost; see ``flock.models.prices``."""
 
@@ -129,7 +122,7 @@ class RunContext:
         *,
         on_usage: Callable[[str, Usage], None] = lambda agent_name, usage: None,
         max_tokens: int | None = None,
-        watched: Watched | None = None,
+        live: Callable[[], Live | None] = lambda: None,
         output_names: Sequence[str] = (),
         priced: Callable[[Usage, str | None], Usage] = lambda usage, model: usage,
         budget: Budget | None = None,
@@ -152,7 +145,7 @@ class RunContext:
         self._priced = priced
         self._budget = budget
         self._journal = journal
-        self._watched = watched
+        self._live = live
         self._output_names = output_names
         self._began_in: Live | msgspec.UnsetType | None = msgspec.UNSET
 
@@ -177,13 +170,9 @@ class RunContext:
     # Output while it is written
 
     @property
-    def _live(self) -> Live | None:
-        return None if self._watched is None else self._watched.live
-
-    @property
     def is_watched(self) -> bool:
         """Whether it is worth writing the output piece by piece: the run is asynchronous, or somebody reads it now."""
-        return self._live is not None
+        return self._live() is not None
 
     def emit(self, text: str, field: str | None = None) -> None:
         """Append *text* to a field of the output, for clients that read the run's events now. Nothing is stored.
@@ -212,25 +201,25 @@ class RunContext:
 
     def _live_from_start(self) -> Live | None:
         """Return the live output, unless a part of what this agent has written is missing in it."""
-        live = self._live
+        live = self._live()
         if self._began_in is msgspec.UNSET:
             self._began_in = live
         return live if live is self._began_in else None
 
     def emit_reasoning(self, text: str) -> None:
         """Append *text* to the reasoning of the model, for clients that ask for it."""
-        if (live := self._live) is not None:
+        if (live := self._live()) is not None:
             live.write_reasoning(self, text)
 
     def reset_output(self) -> None:
         """Drop what this agent has written in this execution. It starts again. No effect if it has written nothing."""
         self._began_in = msgspec.UNSET
-        if (live := self._live) is not None:
+        if (live := self._live()) is not None:
             live.reset(self)
 
     def settle_output(self, result: msgspec.Raw) -> None:
         """Correct the output that clients have received to *result*, if this agent has written any. Engines call it."""
-        if (live := self._live) is not None:
+        if (live := self._live()) is not None:
             has_missed = self._began_in is not msgspec.UNSET and self._began_in is not live
             live.settle(self, result, has_missed=has_missed)
 
