@@ -44,16 +44,12 @@ def row_mapping_of(
     flock: DeclaredFlock, options: AppOptions, batch_request: FlockBatchRequest, body: Body
 ) -> RowMapping:
     """Return the mapping from the rows of a batch to inputs. Raises InvalidData, AgentNotFound."""
-
-    def max_static_bytes() -> int:
-        return MAX_EXPANSION * max(options.max_body_bytes, body.received_bytes)
-
     return flock.row_mapping(
         batch_request.agent_name,
         batch_request.static_inputs,
         batch_request.input_mapping,
         batch_request.on_extra,
-        max_static_bytes,
+        lambda: MAX_EXPANSION * max(options.max_body_bytes, body.received_bytes),
     )
 
 
@@ -76,9 +72,7 @@ def rows_of(
             raise InvalidData.of(detail, "/batch_inputs")
         chunks = read_file(Path(options.csv_dir), batch_request.batch_inputs, options.max_upload_bytes)
     try:
-        dialect = CSVDialect(
-            delimiter=batch_request.delimiter, decimal=batch_request.decimal, encoding=batch_request.encoding
-        )
+        dialect = msgspec.convert(batch_request, CSVDialect, from_attributes=True)
     except DefinitionError as exc:
         raise InvalidData.of(str(exc)) from exc
     # A file below csv_dir was not sent by the client, so its column names do not count against the size of the body.
