@@ -281,9 +281,8 @@ class Signature:
 
     def __init__(self, fields: Sequence[Field], type_: Any = None, *, name: str = "Fields") -> None:
         if type_ is None:
-            type_ = msgspec.defstruct(
-                name, [_struct_field(f) for f in fields], kw_only=True, forbid_unknown_fields=True
-            )
+            members = list(map(_struct_field, fields))
+            type_ = msgspec.defstruct(name, members, kw_only=True, forbid_unknown_fields=True)
         self.fields = tuple(fields)
         self.type = type_
         self.schema = _inlined_schema(type_, "validation")

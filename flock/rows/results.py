@@ -127,9 +127,10 @@ class CSVWriter:
         yield item.status.value
         yield self._cell(item.error or "")
         if self._with_usage:
-            usage = item.usage
-            yield from ("", "", "") if usage is None else map(str, (usage.input_tokens, usage.output_tokens))
-            if usage is not None:
+            if (usage := item.usage) is None:
+                yield from ("", "", "")
+            else:
+                yield from map(str, (usage.input_tokens, usage.output_tokens))
                 yield "" if usage.cost is None else f"{Decimal(usage.picodollars) / DOLLAR:f}"
 
     def _cell_of(self, raw: msgspec.Raw | None, *, is_kept: bool = False) -> str:

@@ -388,9 +388,8 @@ async def _records(
                 reason = "" if has_yielded else dialect.format_problem(lines[0])
                 reason = reason or f"This is not valid CSV: {exc}."
                 if str(exc).startswith("field larger"):
-                    reason = (
-                        f"A cell has more than {csv.field_size_limit():,} characters. Use NDJSON for longer values."
-                    )
+                    limit = csv.field_size_limit()
+                    reason = f"A cell has more than {limit:,} characters. Use NDJSON for longer values."
                 raise InvalidData.of(reason, line=number + done) from exc
         rest = "".join(lines) + rest
         number += done
