@@ -1,7 +1,6 @@
 """The conversation of one step with a model: its replies, the tool calls that it asks for, and its answer."""
 
 import functools
-import itertools
 import re
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -43,8 +42,9 @@ class Conversation(msgspec.Struct, kw_only=True):
 
         Raises: InvalidOutput if more than *max_retries* answers are invalid; ModelError; TooManyTokens; CostLimit.
         """
-        retries = 0
-        for number in itertools.count(1):
+        retries = number = 0
+        while True:
+            number += 1
             reply = await self._reply(number, is_last=retries == max_retries)
             if reply.tool_calls:
                 self.context.reset_output()  # a text with calls is not the answer
@@ -67,7 +67,6 @@ class Conversation(msgspec.Struct, kw_only=True):
                 retries += 1
                 self.messages.append(Message("assistant", reply.text))
                 self._ask_for_answer(f"That answer cannot be used. {problem}")
-        raise AssertionError("the loop returns or raises")
 
     async def _reply(self, number: int, *, is_last: bool) -> Completion:
         """Ask the model, or read its reply if it was asked before the step started again."""

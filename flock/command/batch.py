@@ -29,6 +29,7 @@ from flock.store.database import MEMORY
 MAX_LISTED_ERRORS = 20
 #: The conventional exit code after Ctrl-C.
 EXIT_INTERRUPTED = 130
+STDOUT = Path("-")
 
 
 @click.command()
@@ -178,9 +179,6 @@ def batch(
         done = anyio.run(run_batch_file, flock, job, stdout, _print_stderr)
         _print_stderr(_summary(done, output) if done.error_type is None else f"{done.error}{_resume_hint(state)}")
     _exit(0 if done.completed_items and not (done.failed_items or done.cancelled_items) else 1)
-
-
-STDOUT = Path("-")
 
 
 @contextlib.contextmanager
