@@ -69,16 +69,30 @@ FIRST_PASSED_FD = 3
 RESTART_DELAY_S = 1
 
 
-class ServerSettings(Options, frozen=True, kw_only=True):
-    """The settings of a server. The options of ``flockapi serve`` have the same names.
+class _Settings(Options, frozen=True, kw_only=True):
+    """The settings that servers and workers share.
 
     Attributes:
         limits: the limits of the engine.
+        payload_dir: a folder for values that are too long for the cluster; see ``TemporalEngine``.
+        expose_errors: see ``EmbeddedEngine``.
+        log_json: write the log as JSON, one object per line.
+    """
+
+    limits: Limits = Limits()
+    payload_dir: str | None = None
+    expose_errors: bool = False
+    log_json: bool = False
+
+
+class ServerSettings(_Settings, frozen=True, kw_only=True):
+    """The settings of a server. The options of ``flockapi serve`` have the same names.
+
+    Attributes:
         app: the options of ``create_app``, except those that the server sets: ``engine``, ``auth`` and
             ``allowed_hosts``.
         store, durability, expose_errors: see ``SQLiteStore`` and ``EmbeddedEngine``.
         temporal: ``host:port`` of a Temporal cluster that stores the runs instead. Its workers execute them.
-        payload_dir: a folder for values that are too long for the cluster; see ``TemporalEngine``.
         api_keys_file: more API keys, one ``name=key`` a line. It is read again at SIGHUP, and when a worker replaces
             a dead one.
         allow_anonymous: require no key, even if other machines can connect, and allow any ``Host``.
@@ -88,7 +102,6 @@ class ServerSettings(Options, frozen=True, kw_only=True):
         forwarded_allow_ips: comma-separated addresses of proxies whose ``X-Forwarded-For`` and ``X-Forwarded-Proto``
             are trusted; ``*`` trusts all. None is uvicorn's default: the variable ``FORWARDED_ALLOW_IPS``, or
             127.0.0.1.
-        log_json: write the log as JSON, one object per line.
         access_log: also log a line for each request. Each run that ends has a line anyway.
     """
 
@@ -97,9 +110,7 @@ class ServerSettings(Options, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8344
     app: AppOptions = AppOptions()
-    limits: Limits = Limits()
     temporal: str | None = None
-    payload_dir: str | None = None
     store: str = "flock.db"
     durability: Durability = "power"
     #: How long runs may continue after the server is asked to stop. Then asynchronous runs are left for the next start,
@@ -107,7 +118,6 @@ class ServerSettings(Options, frozen=True, kw_only=True):
     drain_timeout_s: Annotated[
         float, seconds("How long runs may continue after the server is asked to stop.", allow_zero=True)
     ] = 20
-    expose_errors: bool = False
     api_keys_file: Path | None = None
     allow_anonymous: bool = False
     allowed_hosts: Sequence[str] = ()
@@ -121,18 +131,15 @@ class ServerSettings(Options, frozen=True, kw_only=True):
     write_timeout_s: Annotated[
         float, seconds("A client that reads nothing of its response for this long is disconnected.")
     ] = 30
-    log_json: bool = False
     access_log: bool = False
 
 
-class WorkerSettings(Options, frozen=True, kw_only=True):
+class WorkerSettings(_Settings, frozen=True, kw_only=True):
     """The settings of a worker. The options of ``flockapi worker`` have the same names. See ``TemporalWorker``."""
 
     TAKEN_BY: ClassVar[str] = "worker"
 
     temporal: str
-    payload_dir: str | None = None
-    limits: Limits = Limits()
     drain_timeout_s: Annotated[
         float,
         seconds(
@@ -140,8 +147,6 @@ class WorkerSettings(Options, frozen=True, kw_only=True):
             allow_zero=True,
         ),
     ] = 20
-    expose_errors: bool = False
-    log_json: bool = False
 
 
 def serve_flock(flock: DeclaredFlock, settings: ServerSettings, listener: socket.socket | None = None) -> None:
