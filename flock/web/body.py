@@ -79,7 +79,7 @@ class Body:
         # Our server sets this. A deadline for each request would take as long as the rest of this function.
         has_arrived = self._request.scope.get("flock.body_has_arrived", False)
         try:
-            self._check_declared()
+            self._check_size(self._declared_bytes)
             with contextlib.nullcontext() if has_arrived else self._arriving(self._timeout_s):
                 while chunk := await self._next():
                     parts += self._counted(chunk)
@@ -111,7 +111,7 @@ class Body:
         if encoding not in ("identity", "gzip"):
             detail = f"Content-Encoding {encoding!r} is not supported. Use gzip, or send the body uncompressed."
             raise _wrong_encoding(detail, "gzip, identity")
-        self._check_declared()
+        self._check_size(self._declared_bytes)
         gunzip = _Gunzip() if encoding == "gzip" else None
         left_s, paced = self._timeout_s, 0
         while True:
@@ -172,25 +172,21 @@ class Body:
         if scope.cancelled_caught:  # otherwise a slow sender would hold its slot forever
             raise HTTPException(408, f"The body did not arrive within {self._timeout_s:g} s.")
 
-    def _check_declared(self) -> None:
-        if self._declared_bytes > self._max_bytes:
-            raise self._too_long()
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise TooLarge(
+                f"The body is longer than {self._max_bytes} bytes, the limit of this server. Send less at once."
+            )
 
     def _counted(self, piece: bytes) -> bytes:
         self.total_bytes += len(piece)
-        if self.total_bytes > self._max_bytes:
-            raise self._too_long()
+        self._check_size(self.total_bytes)
         if self.total_bytes > max(MIN_DECOMPRESSED_BYTES, MAX_DECOMPRESSION_RATIO * self.received_bytes):
             raise TooLarge(
                 f"The decompressed body is longer than {MIN_DECOMPRESSED_BYTES} bytes and more than "
                 f"{MAX_DECOMPRESSION_RATIO} times as long as the compressed one. Send it without Content-Encoding."
             )
         return piece
-
-    def _too_long(self) -> TooLarge:
-        return TooLarge(
-            f"The body is longer than {self._max_bytes} bytes, the limit of this server. Send less at once."
-        )
 
 
 def _wrong_encoding(detail: str, accepted: str) -> HTTPException:
