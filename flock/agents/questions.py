@@ -52,7 +52,7 @@ def schema_of(type_: Any) -> msgspec.Raw:
         schema = Signature([Field(name=OUTPUT, type=type_)]).schema
     except (SignatureError, TypeError, NameError) as exc:
         raise CallError(f"The answer cannot be of type {type_!r}: {exc}") from exc
-    definitions = {name: schema[name] for name in ("$defs",) if name in schema}
+    definitions = {"$defs": schema["$defs"]} if "$defs" in schema else {}
     return msgspec.Raw(msgspec.json.encode(schema["properties"][OUTPUT] | definitions))
 
 
