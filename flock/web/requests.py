@@ -26,7 +26,6 @@ Query = TypeVar("Query", bound=msgspec.Struct)
 NUMBER = re.compile(r"-?[0-9]{1,15}")
 DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?([eE](\+?[0-9]{1,2}|-[0-9]{1,3}))?")
 BOOLEANS = {"true": True, "false": False}
-_fields_of = functools.cache(msgspec.structs.fields)
 
 
 def root_path(scope: Scope) -> str:
@@ -54,6 +53,11 @@ def request_id_for(scope: Scope) -> str:
     return secrets.token_hex(16)
 
 
+@functools.cache
+def _fields_of(type_: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
+    return {field.name: field for field in msgspec.structs.fields(type_)}
+
+
 def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
     """Return the query as a struct. *defaults* replace missing parameters.
 
@@ -61,25 +65,24 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
     """
     sent = request.query_params.multi_items() if request.scope["query_string"] else []
     fields = _fields_of(type_)
-    names = [field.name for field in fields]
     # An auth= function may read parameters of its own, such as a token.
     if callable(request.app.options.auth) or not type_.__struct_config__.forbid_unknown_fields:
-        sent = [(name, value) for name, value in sent if name in names]
+        sent = [(name, value) for name, value in sent if name in fields]
     if len({name for name, _ in sent}) < len(sent):
         raise InvalidData.of("A parameter of the query is repeated. Send it once.")
     for name, _ in sent:
-        if name not in names:
-            raise InvalidData.of(f"The query has no parameter {name!r} here.{did_you_mean(name, names)}")
+        if name not in fields:
+            raise InvalidData.of(f"The query has no parameter {name!r} here.{did_you_mean(name, fields)}")
     read: dict[str, Any] = defaults | dict(sent)
-    for field in fields:
-        if field.required and field.name not in read:
-            raise InvalidData.of(f"{field.name!r} is missing in the query. Add ?{field.name}=")
+    for name, field in fields.items():
+        if field.required and name not in read:
+            raise InvalidData.of(f"{name!r} is missing in the query. Add ?{name}=")
     # Only numbers and booleans are converted here. msgspec would take a bare number as a valid time.
-    field_defaults = {field.name: field.default for field in fields}
     for name, value in sent:
-        if isinstance(field_defaults.get(name), bool):
+        default = fields[name].default
+        if isinstance(default, bool):
             read[name] = BOOLEANS.get(value, value)
-        elif isinstance(field_defaults.get(name), int) and NUMBER.fullmatch(value):
+        elif isinstance(default, int) and NUMBER.fullmatch(value):
             read[name] = int(value)
         elif name in ("timeout_s", "max_cost") and DECIMAL.fullmatch(value):
             read[name] = float(value)
