@@ -122,9 +122,8 @@ class DeclaredFlock:
     def agent(self, function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         """Convert a typed function to an agent, like ``flock.core.agent``, and add it."""
 
-        def add(function: Callable[..., Any]) -> FunctionAgent:
-            self.add_agent(new_agent := FunctionAgent(function, **options))
-            return new_agent
+        def add(function: Callable[..., Any]) -> Agent:
+            return self.add_agent(FunctionAgent(function, **options))
 
         return add if function is None else add(function)
 
