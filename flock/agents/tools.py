@@ -233,11 +233,9 @@ class Toolbox(msgspec.Struct):
             try:
                 return await _not_cancelled(tool.name, tool.execute(arguments, self))
             except (Exception, SystemExit, KeyboardInterrupt) as exc:  # the journal makes an error of an exit
-                template, text = "run %s: the tool %s failed: %s%s", one_line(safe_text(exc))
+                values = context.run_id, tool.name, one_line(safe_text(exc)), of_request(context.request_id)
                 details = None if isinstance(exc, StepError) else exc
-                logger.warning(
-                    template, context.run_id, tool.name, text, of_request(context.request_id), exc_info=details
-                )
+                logger.warning("run %s: the tool %s failed: %s%s", *values, exc_info=details)
                 raise
 
         value = await context.journal.once(

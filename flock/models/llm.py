@@ -354,9 +354,8 @@ class ModelClient:
             error = replies.model_error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)
             raise _TransientError(error) from exc
         except httpx.RequestError as exc:
-            error = replies.model_error(
-                endpoint.name, "model_unavailable", "could not be reached, or closed the connection", repr(exc)
-            )
+            reason = "could not be reached, or closed the connection"
+            error = replies.model_error(endpoint.name, "model_unavailable", reason, repr(exc))
             raise _TransientError(error) from exc
         except ModelError as exc:
             if exc.error_type in replies.TRANSIENT:
