@@ -216,7 +216,7 @@ class FlockAPI(Starlette):
     async def lifespan(self) -> AsyncIterator[None]:
         """Open the engine, and close it at the end. A server runs this. A host enters it in its own lifespan.
 
-        It may be entered several times, also by several apps that share an engine. The first entry opens the engine,
+        It may be entered several times, even by several apps that share an engine. The first entry opens the engine,
         and the last exit closes it. If it is never entered, the engine opens at the first request and closes with the
         event loop.
         """

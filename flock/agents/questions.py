@@ -1,6 +1,6 @@
 """Questions to a person: the JSON Schema of the answer, and the check of an answer against it.
 
-The schema is all that is stored of the type, so any process can check an answer, also one without the agent.
+Only the schema of the type is stored, so any process can check an answer, even one without the agent.
 """
 
 import datetime

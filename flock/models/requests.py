@@ -55,7 +55,7 @@ class Request(msgspec.Struct, frozen=True):
         self.on_unfinished(usage, self.name)
 
     def all_headers(self, format_: str = FORMATS[0]) -> dict[str, str]:
-        """Return the headers, with a separate key per format: a server may store responses by key, also rejections."""
+        """Return the headers, with a separate key per format: a server may store responses by key, even rejections."""
         headers = {} if self.traceparent is None else {"traceparent": self.traceparent}
         key = self.idempotency_key
         if key is not None:

@@ -25,7 +25,7 @@ async def events_in(response: httpx.Response) -> AsyncGenerator[Event, None]:
     Comments are ignored, and so is an event without the empty line that ends it: its connection was lost. The lines of
     httpx would also end at characters such as U+2028, which JSON may contain.
 
-    Raises: BadBody, also if an event is too long; httpx.HTTPError.
+    Raises: BadBody if the body is invalid, or an event is too long; httpx.HTTPError.
     """
     line, name, data, size, ended_with_cr = bytearray(), "", list[bytes](), 0, False
     async with contextlib.aclosing(pieces_of(response)) as pieces:

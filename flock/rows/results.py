@@ -19,7 +19,7 @@ RESULT_TYPES = {"json": "application/json", "ndjson": "application/x-ndjson", "c
 USAGE_COLUMNS = ("input_tokens", "output_tokens", "cost")
 #: Items per page.
 ITEMS_PER_PAGE = 500
-#: Characters at which a spreadsheet starts a formula, also in full width, and characters that it may skip before them:
+#: Characters at which a spreadsheet starts a formula, even in full width, and characters that it may skip before them:
 #: blanks, quotes, control characters, and zero-width characters such as a byte order mark.
 SIGNS = "[=+\\-@\uff1d\uff0b\uff0d\uff20]"
 SKIPPED = (
@@ -79,7 +79,7 @@ class CSVWriter:
     Args:
         extra: names of the kept columns; see ``Batch.extra_names``.
         inputs, outputs: names of the columns; None for a single column with all values as JSON.
-        escape_formulas: insert a ``'`` before text that a spreadsheet would execute, also after a semicolon, a tab or a
+        escape_formulas: insert a ``'`` before text that a spreadsheet would execute, even after a semicolon, a tab or a
             newline. In JSON, such a semicolon is written as ``\\u003b``.
         with_usage: add the columns ``input_tokens``, ``output_tokens`` and ``cost`` at the end.
     """

@@ -154,7 +154,7 @@ class RunContext:
         return bool(self._cancel_requested)
 
     def request_cancel(self) -> None:
-        """Set ``cancel_requested``, also for the agents that this step has called."""
+        """Set ``cancel_requested``, for this agent and those that this step has called."""
         self._cancel_requested.append(True)
 
     def of_called_agent(self, agent_name: str, output_names: Sequence[str] = ()) -> "RunContext":

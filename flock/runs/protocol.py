@@ -242,7 +242,7 @@ class Engine(Protocol):
         """
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
-        """Return the current state of the run. Raises RunNotFound, also if it is not of *principal*; None means any."""
+        """Return the current state of a run of *principal*; None means of any. Raises RunNotFound."""
 
     async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
         """Like ``get_run``, but it may be a stub: its inputs and results are not read; see ``Run.is_stub``."""

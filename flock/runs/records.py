@@ -148,7 +148,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         error, error_type: of a failed call. It is executed again if the step runs again, unless it is a call of a tool,
             because the model has read the error.
         usage: the tokens that it used, including those of the calls that it made.
-        model: the model that answered last, also in a call that it made; None if it has asked none.
+        model: the model that answered last, even in a call that it made; None if it has asked none.
     """
 
     call_id: str
@@ -248,7 +248,7 @@ class Run(_Record, frozen=True, kw_only=True):
             one after the other.
         waiting_for: the open questions of a waiting run. A run that ended while it was waiting keeps them.
         worked_s: seconds of ``timeout_s`` that the attempt had spent when it last began to wait; 0 if it never did.
-        spent: the tokens of all its attempts, also of steps that failed; None if there were none.
+        spent: the tokens of all its attempts, including failed steps; None if there were none.
         max_cost: US dollars that it may spend in all its attempts; None means no limit.
     """
 
@@ -342,7 +342,7 @@ class Run(_Record, frozen=True, kw_only=True):
     def step_key(self, position: int) -> str:
         """Return the idempotency key of the step at *position*, from 0: ``run:{run_id}/{position}``.
 
-        It stays the same if the step is repeated after a crash, also by another process. A retry is expected to give
+        It stays the same if the step is repeated after a crash, even by another process. A retry is expected to give
         a new answer, so the key changes to ``run:{run_id}:2/{position}``, and so on.
         """
         tries = self.tries
@@ -394,7 +394,7 @@ OnExtra = Literal["reject", "ignore", "keep"]
 class Batch(_Record, frozen=True, kw_only=True):
     """Many runs of one agent. ``completed_items`` counts all items that have ended, in any final status.
 
-    It is running until the last item has ended, also while all that are left wait for answers (``waiting_items``).
+    It is running until the last item has ended, even while all that are left wait for answers (``waiting_items``).
 
     Attributes:
         attempt: number of the current attempt, from 1. A retry starts the next one.

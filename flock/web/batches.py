@@ -27,7 +27,7 @@ BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
 
 
 def options_in_body(request: Request, sent: bytes) -> FlockBatchRequest:
-    """Parse a JSON body. Raises InvalidData, also if the query has options, since they would be ignored.
+    """Parse a JSON body. Raises InvalidData if it is invalid, or if the query has options, which would be ignored.
 
     Defaults in the query are accepted, since generated clients send them.
     """

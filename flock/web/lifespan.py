@@ -1,7 +1,7 @@
 """The lifespan of an engine: it opens with an app's lifespan, or at the first request if no lifespan runs.
 
 A request that arrives before an engine closes does not open it again, so that a server that has stopped leaves no
-engine open. A later request does, as if there had been no lifespan.
+engine open. A later request opens it again, as if there had been no lifespan.
 
 A server runs the lifespan of the app that it serves, but not those of apps mounted in it. So a host may enter a mounted
 app's lifespan in its own. If it does not, the engine stays open until the event loop ends.
