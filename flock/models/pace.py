@@ -276,6 +276,8 @@ class Gate:
     def __init__(self) -> None:
         self._runs: dict[Passage, anyio.Event] = {}
         self._items: dict[Passage, anyio.Event] = {}
+        #: the gates whose calls wait there until they may pass here
+        self.gates: list[Gate] = []
 
     # To be overridden
 
@@ -334,10 +336,14 @@ class Gate:
         """Let the first waiting call look again."""
         if first := self._first():
             first.set()
+        for gate in self.gates:
+            gate.wake()
 
     def wake_all(self) -> None:
         for event in (*self._runs.values(), *self._items.values()):
             event.set()
+        for gate in self.gates:
+            gate.wake_all()
 
 
 @contextlib.asynccontextmanager
@@ -425,8 +431,6 @@ class Pace(Gate):
     def __init__(self, provider: str, shortest_s: float = 0.5) -> None:
         super().__init__()
         self.provider = provider
-        #: the gates whose calls wait there until they may pass here
-        self.gates: list[Gate] = []
         self.rate = Rate(shortest_s)
         #: the provider asked to wait; it does not answer; the quota is used up
         self.limit, self.outage, self.quota = Breaker(), Breaker(), Breaker()
@@ -474,16 +478,6 @@ class Pace(Gate):
         if caller.is_item or caller.has_fallback:
             return self.quota, self.limit, self.outage
         return self.quota, self.limit
-
-    def wake(self) -> None:
-        super().wake()
-        for gate in self.gates:
-            gate.wake()
-
-    def wake_all(self) -> None:
-        super().wake_all()
-        for gate in self.gates:
-            gate.wake_all()
 
     def leave(self, passage: Passage) -> None:
         for breaker in (self.quota, self.limit, self.outage):
