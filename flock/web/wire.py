@@ -390,8 +390,8 @@ class RunList(msgspec.Struct, frozen=True, kw_only=True):
     next: str | None
 
 
-class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """The current state of a batch. ``results`` is one page, in order, and ``next`` the path of the next page."""
+class BatchSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch without its results, as in a list."""
 
     batch_id: str
     agent_name: str
@@ -403,8 +403,6 @@ class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
     waiting_items: int
     progress_percentage: float
     eta_s: float | None
-    results: list[Any] | msgspec.UnsetType = msgspec.UNSET
-    next: str | None
     error: str | None
     created_at: Time
     started_at: Time | None
@@ -416,6 +414,13 @@ class FlockBatchResponse(msgspec.Struct, frozen=True, kw_only=True):
     cost: float | msgspec.UnsetType = msgspec.UNSET
     estimated_cost: float | msgspec.UnsetType = msgspec.UNSET
     max_cost: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class FlockBatchResponse(BatchSummary, frozen=True, kw_only=True):
+    """The current state of a batch. ``results`` is one page, in order, and ``next`` the path of the next page."""
+
+    results: list[Any] | msgspec.UnsetType = msgspec.UNSET
+    next: str | None
 
 
 class FlockBatchCheckRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -435,32 +440,6 @@ class FlockBatchCheck(msgspec.Struct, frozen=True, kw_only=True):
     columns: list[str]
     rows: list[FlockBatchCheckRow]
     errors: list[FieldError]
-
-
-class BatchSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One batch in a list."""
-
-    batch_id: str
-    agent_name: str
-    status: RunStatus
-    total_items: int
-    completed_items: int
-    failed_items: int
-    cancelled_items: int
-    waiting_items: int
-    progress_percentage: float
-    eta_s: float | None
-    error: str | None
-    created_at: Time
-    started_at: Time | None
-    completed_at: Time | None
-    request_id: str | None
-    attempt: int
-    error_type: str | msgspec.UnsetType = msgspec.UNSET
-    usage: Usage | msgspec.UnsetType = msgspec.UNSET
-    cost: float | msgspec.UnsetType = msgspec.UNSET
-    estimated_cost: float | msgspec.UnsetType = msgspec.UNSET
-    max_cost: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class BatchList(msgspec.Struct, frozen=True, kw_only=True):
