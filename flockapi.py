@@ -343,12 +343,17 @@ async def engine_of(request: Request) -> Engine:
     return engine if principal is None else ScopedEngine(engine, principal)
 
 
-async def read_json(request: Request, default: bytes | None = None) -> bytes:
-    """Return the body of a JSON request; see ``Body.json``. Raises HTTPException 415 for another content type."""
+async def read_json(request: Request, *, is_optional: bool = False) -> bytes:
+    """Return the body of a JSON request; see ``Body.json``. Raises HTTPException 415 for another content type.
+
+    An optional body is ``{}`` by default. Generated clients send its content type even without one.
+    """
+    if is_optional and "content-type" not in request.headers:
+        return b"{}"
     media_type_of(request, "application/json")
     options = app_of(request).options
     body = Body(request, options.max_body_bytes, options.body_timeout_s)
-    return await body.json(options.max_json_depth, default)
+    return await body.json(options.max_json_depth, default=b"{}" if is_optional else None)
 
 
 def wait_of(request: Request, query: wire.WaitQuery | wire.BatchQuery | None = None) -> int:
@@ -521,9 +526,8 @@ async def cancel_run(request: Request) -> Response:
 
 
 async def retry_run(request: Request) -> Response:
-    """POST /run/{run_id}/retry: the body is optional; see ``retry_batch``."""
-    sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
-    retry, engine = wire.RUN_RETRY.decode(sent), await engine_of(request)
+    """POST /run/{run_id}/retry"""
+    retry, engine = wire.RUN_RETRY.decode(await read_json(request, is_optional=True)), await engine_of(request)
     return await run_response(request, await engine.retry_run(request.path_params["run_id"], retry.max_cost), 202)
 
 
@@ -672,9 +676,8 @@ async def cancel_batch(request: Request) -> Response:
 
 
 async def retry_batch(request: Request) -> Response:
-    """POST /batch/{batch_id}/retry: the body is optional. Generated clients send its content type even without one."""
-    sent = await read_json(request, default=b"{}") if "content-type" in request.headers else b"{}"
-    retry = wire.BATCH_RETRY.decode(sent)
+    """POST /batch/{batch_id}/retry"""
+    retry = wire.BATCH_RETRY.decode(await read_json(request, is_optional=True))
     only = () if retry.only is None else (RunStatus(retry.only),)
     batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only, retry.max_cost)
     return batch_response(request, batch, [], 202)
