@@ -48,7 +48,7 @@ from flock.pydanticmodel import (
     model_schemas,
     to_json,
 )
-from flock.runs import RunContext
+from flock.runs import RunContext, safe_text
 
 NAMED_TYPES: Mapping[str, Any] = {
     **{type_.__name__: type_ for type_ in (str, int, float, bool, bytes, list, dict, tuple, set, frozenset)},
@@ -391,7 +391,7 @@ class Signature:
 
 def text_as_json(type_: Any, text: str) -> msgspec.Raw:
     """Return *text* as a JSON string if *type_* accepts that or if *text* is not valid JSON, otherwise unchanged."""
-    text = text.encode("utf-8", "replace").decode()  # a shell may pass bytes that are not valid text
+    text = safe_text(text)  # a shell may pass bytes that are not valid text
     quoted = msgspec.json.encode(text)
     if not explain(type_, quoted, ""):
         return msgspec.Raw(quoted)

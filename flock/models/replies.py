@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from flock.errors import ModelError
 from flock.models.completions import Completion, FunctionCall, ToolCall
 from flock.models.requests import Request
-from flock.runs import Usage
+from flock.runs import Usage, safe_text
 
 #: Max characters of a provider's message in the log.
 MAX_LOGGED_CHARS = 500
@@ -102,7 +102,7 @@ def _completion_of(parsed: _Answer, usage: Usage, request: Request) -> Completio
     if not isinstance(text, str) or not (calls or text.strip()):
         raise bad_response(name, "returned an empty answer", f"finish_reason {choice.finish_reason}")
     return Completion(
-        text=_without_fence(_storable(text)),
+        text=_without_fence(safe_text(text)),
         usage=usage,
         tool_calls=tuple(_tool_call(call, number) for number, call in enumerate(calls)),
         model=name,
@@ -145,13 +145,8 @@ def _tool_call(call: _AnswerCall, number: int) -> ToolCall:
     arguments = call.function.arguments
     if not isinstance(arguments, str):
         arguments = json.dumps({} if arguments is None else arguments)
-    function = FunctionCall(name=_storable(call.function.name or ""), arguments=_storable(arguments) or "{}")
-    return ToolCall(id=_storable(call.id or f"call_{number}"), function=function)
-
-
-def _storable(text: str) -> str:
-    """Replace escaped lone surrogates, which JSON can contain, and which cannot be sent or stored."""
-    return text.encode("utf-8", "replace").decode()
+    function = FunctionCall(name=safe_text(call.function.name or ""), arguments=safe_text(arguments) or "{}")
+    return ToolCall(id=safe_text(call.id or f"call_{number}"), function=function)
 
 
 def _without_fence(text: str) -> str:
