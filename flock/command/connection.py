@@ -202,42 +202,42 @@ class Connection(HttpToolsProtocol):
     def _close(self) -> None:
         """Close the transport, which first waits for the client to read everything. Limit that time too."""
         self.transport.close()
-        self.watch_writes(self.write_timeout_s)
+        self.watch_writes()
 
     def send_400_response(self, msg: str) -> None:
         super().send_400_response(msg)
-        self.watch_writes(self.write_timeout_s)
+        self.watch_writes()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.watch_writes(self.write_timeout_s)
+        self.watch_writes()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self.watch_writes(self.write_timeout_s)
+        self.watch_writes()
 
     def shutdown(self) -> None:
         super().shutdown()
         self.write_timeout_s = min(self.write_timeout_s, STALL_AT_EXIT_S)  # also for responses that start later
-        self.watch_writes(self.write_timeout_s)
+        self.watch_writes()
 
-    def watch_writes(self, timeout_s: float) -> None:
-        """Abort the connection if its client reads less than ``MIN_READ_BYTES_PER_S`` on average over *timeout_s*.
+    def watch_writes(self) -> None:
+        """Abort the connection if its client reads less than ``MIN_READ_BYTES_PER_S`` over ``write_timeout_s``.
 
-        This is checked every *timeout_s* until everything is read. So detection takes up to twice that time.
+        This is checked at the end of each such time until everything is read. So detection takes up to twice the time.
         """
         if self._write_timer is not None:
             self._write_timer.cancel()
         unread_bytes = self.transport.get_write_buffer_size()
-        check = functools.partial(self._check_writes, unread_bytes, self.written_bytes, timeout_s)
-        self._write_timer = self.loop.call_later(timeout_s, check) if unread_bytes else None
+        check = functools.partial(self._check_writes, unread_bytes, self.written_bytes)
+        self._write_timer = self.loop.call_later(self.write_timeout_s, check) if unread_bytes else None
 
-    def _check_writes(self, unread_bytes: int, written_bytes: int, timeout_s: float) -> None:
+    def _check_writes(self, unread_bytes: int, written_bytes: int) -> None:
         read_bytes = unread_bytes + self.written_bytes - written_bytes - self.transport.get_write_buffer_size()
-        if read_bytes < min(unread_bytes, MIN_READ_BYTES_PER_S * timeout_s):
+        if read_bytes < min(unread_bytes, MIN_READ_BYTES_PER_S * self.write_timeout_s):
             self.transport.abort()
         else:
-            self.watch_writes(timeout_s)
+            self.watch_writes()
 
     def _cancel_timers(self) -> None:
         self._end_head()
@@ -291,4 +291,4 @@ class _ResponseTransport:
             transport.write_eof()
         else:
             transport.close()
-        connection.watch_writes(connection.write_timeout_s)
+        connection.watch_writes()
