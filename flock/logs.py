@@ -9,7 +9,6 @@ import msgspec
 from flock.runs import Run, safe_text
 from flock.runs.text import for_terminal
 
-
 #: What identifies the run of a log record.
 OF_RUN = ("run_id", "agent_name", "attempt", "batch_id", "request_id", "trace_id")
 #: Members of our own records. They are left out if they are None.

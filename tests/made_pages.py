@@ -102,7 +102,7 @@ FAILURES = {
         "ask again with `POST /run/{run_id}/retry`",
     ),
     "cancelled": (
-        "somebody cancelled it, or the client of a synchronous run disconnected",
+        "it was cancelled, or the client of a synchronous run disconnected",
         "send `async_run: true`, or an `Idempotency-Key`",
     ),
     "interrupted": (
@@ -110,7 +110,7 @@ FAILURES = {
         "send it again; asynchronous runs resume by themselves",
     ),
     "crashed": (
-        "the process died repeatedly while it was executing this run, at last alone",
+        "the process died repeatedly while it was executing this run, in the end only this one",
         "find what ends the process, such as its memory, and retry the run",
     ),
     "unstorable": ("a value cannot be stored, such as text that is not Unicode", "the message names the record"),

@@ -354,7 +354,7 @@ class StepExecutor:
             journal,
             on_usage=functools.partial(self._on_usage, active),
             max_tokens=self._limits.max_tokens,
-            watched=active,
+            live=lambda: active.live,
             output_names=agent.output_names,
             priced=functools.partial(priced, self._prices),
             budget=active.budget,
