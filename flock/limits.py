@@ -66,7 +66,7 @@ class Limits(Options, frozen=True, kw_only=True):
     #: Max deaths of its process while a run was running. Then it fails as crashed, if it was the only run in two of
     #: them, including the last.
     max_recoveries: Annotated[
-        int, whole(1, "Deaths of its process after which a run fails that was running in them.", on_cluster="cluster")
+        int, whole(1, "Deaths of its process after which a run fails that was running in them.", on_cluster="worker")
     ] = 3
     #: Max wall-clock seconds of one attempt of a run; also the default for requests without a timeout.
     max_timeout_s: Annotated[float, seconds("Max duration of one attempt of a run.")] = 86_400

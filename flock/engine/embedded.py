@@ -45,7 +45,6 @@ from flock.errors import (
 )
 from flock.fair import FairShare
 from flock.limits import Limits
-from flock.logs import fields_of_run
 from flock.models.llm import ModelClient
 from flock.models.prices import Price
 from flock.options import replaced
@@ -72,11 +71,10 @@ from flock.runs import (
     statuses_of,
 )
 from flock.runs.records import LONG_BYTES
-from flock.runs.text import of_request
 from flock.scopes import current_task, start_in_empty_context
 from flock.steps.executor import StepExecutor
 from flock.steps.live import LiveOutput, LiveReader
-from flock.steps.outcomes import CRASHED, INTERRUPTED
+from flock.steps.outcomes import CRASHED, INTERRUPTED, log_crash
 from flock.steps.refusals import check_cancel, not_deleted, not_retried, run_not_retried, wait_stopped
 from flock.store.port import Store, TakenOver
 
@@ -742,9 +740,7 @@ class EmbeddedEngine(EngineBase):
                 await share.checkpoint()
             for run in ended:
                 if run.error_type == CRASHED.error_type:
-                    agent, source = run.next_agent_name, of_request(run.request_id)
-                    template = "run %s: agent %s killed its process, which died %d times while it was running%s"
-                    logger.error(template, run.run_id, agent, run.deaths, source, extra=fields_of_run(run))
+                    log_crash(run, run.deaths)
                 self._runner.executor.notify("run_ended", run)
                 await share.checkpoint()
 

@@ -51,11 +51,10 @@ class Quarantine:
 
     def admits(self, run: Run) -> bool:
         """Whether a run may start. One that has started here is never held up."""
-        if not self._is_closed and not self._held_back:
-            return True
-        if run.status is not RunStatus.STARTING or run.run_id in self._admitted:
-            return True
-        return not self._is_closed and run.run_id not in self._held_back
+        return run.status is not RunStatus.STARTING or self.is_open_to(run.run_id)
+
+    def is_open_to(self, run_id: str) -> bool:
+        return run_id in self._admitted or not (self._is_closed or run_id in self._held_back)
 
     async def wait(self, run: Run) -> None:
         """Wait until a run may start."""
@@ -88,8 +87,8 @@ class Quarantine:
                 self._close(is_closed)
             return
         self._executing.group += 1
-        if self._groups:
-            run_ids, self._life_s = self._groups.popleft()
+        if (group := self._next_group()) is not None:
+            run_ids, self._life_s = group
             self._admitted.update(run_ids)
             self._held_back.difference_update(run_ids)
             self._living, self._absent = set(run_ids), set(run_ids)
@@ -97,6 +96,9 @@ class Quarantine:
         else:
             self._admitted.clear()
         self._close(bool(self._admitted))
+
+    def _next_group(self) -> SuspectGroup | None:
+        return self._groups.popleft() if self._groups else None
 
     def _close(self, is_closed: bool) -> None:
         """Let only admitted suspects start, or all runs except suspects. Those that wait look again."""

@@ -35,6 +35,8 @@ CRASHED = Outcome(
     "crashed",
 )
 DAMAGED = Outcome(RunStatus.FAILED, "The record of this run is damaged and cannot be read.", "unreadable")
+#: Somebody may kill a process while it happens to execute only one run, but hardly so often.
+DEATHS_ALONE = 2
 
 #: ``error`` of a cancelled batch.
 BATCH_CANCELLED = "The batch was cancelled."
@@ -47,6 +49,12 @@ def timeout_of(timeout_s: float) -> Outcome:
 def expiry_of(question: Question) -> Outcome:
     """Return the outcome of a run whose *question* nobody has answered in time."""
     return Outcome(RunStatus.FAILED, cut(f"Nobody answered in time: {question.question}"), "expired")
+
+
+def log_crash(run: Run, deaths: int) -> None:
+    agent, source = run.next_agent_name, of_request(run.request_id)
+    template = "run %s: agent %s killed its process, which died %d times while it was running%s"
+    logger.error(template, run.run_id, agent, deaths, source, extra=fields_of_run(run))
 
 
 def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> Outcome:

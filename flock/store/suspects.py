@@ -108,8 +108,9 @@ def groups_of(suspects: Mapping[str, int], executed: Mapping[str, int]) -> Seque
     for circle in circles:
         size = max(1, math.ceil(len(circle) / GROUPS))
         groups += [circle[start : start + size] for start in range(0, len(circle), size)]
-    return [SuspectGroup(group, _life_s(min(suspects[run_id] for run_id in group))) for group in groups]
+    return [SuspectGroup(group, life_s(min(suspects[run_id] for run_id in group))) for group in groups]
 
 
-def _life_s(deaths: int) -> float:
+def life_s(deaths: int) -> float:
+    """Return how long suspects have to live after so many deaths, in seconds."""
     return min(MAX_LIFE_S, FIRST_LIFE_S * 2.0 ** min(deaths - 2, 32))

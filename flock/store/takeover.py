@@ -11,16 +11,13 @@ from datetime import datetime
 from typing import Any
 
 from flock.runs import RunStatus, stub_of
-from flock.steps.outcomes import CRASHED, DAMAGED, INTERRUPTED, Outcome
+from flock.steps.outcomes import CRASHED, DAMAGED, DEATHS_ALONE, INTERRUPTED, Outcome
 from flock.store import queries, statements
 from flock.store.columns import DAMAGED_BATCH, Damaged, micros, names_json
 from flock.store.port import TakenOver
 from flock.store.suspects import SuspectGroup, groups_of
 
 logger = logging.getLogger("flock.store")
-
-#: Somebody may kill a process while it happens to execute only one run, but hardly so often.
-DEATHS_ALONE = 2
 
 
 class Unfinished:

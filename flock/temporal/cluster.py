@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -49,6 +49,8 @@ T = TypeVar("T")
 ANSWER_TIMEOUT_S = 1.8
 #: How long a starting process retries to connect, and the timeout of one attempt, in seconds.
 START_TIMEOUT_S = 5.0
+#: The pause before a request that a worker needs is sent again, in seconds.
+RETRY_AFTER_S = 1.0
 #: The retention of a namespace that is created here.
 RETENTION = timedelta(days=30)
 
@@ -163,6 +165,14 @@ class Cluster:
         except (TimeoutError, RuntimeError) as exc:  # a lazy client that cannot connect raises RuntimeError
             logger.warning("the Temporal cluster at %s does not answer: %r", self.address, exc)
             raise StoreError("The cluster does not answer. The server's log has the reason.") from exc
+
+    async def answered(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Return what *ask* returns. Call it until the cluster answers."""
+        while True:
+            try:
+                return await ask()
+            except (StoreError, EngineFull):
+                await asyncio.sleep(RETRY_AFTER_S)
 
     async def input_of(self, workflow_id: str, type_: type[T]) -> T:
         """Return the input of a workflow. Raises RPCError, NOT_FOUND if it does not exist or its retention is over."""

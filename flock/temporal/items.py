@@ -22,13 +22,12 @@ from flock.agents.versions import version_of
 from flock.errors import EngineFull, StoreError
 from flock.runs import Run, RunStatus, Usage, added, now
 from flock.steps.executor import StepExecutor, WaitingForAnswers
-from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, Outcome
+from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, CRASHED, Outcome, log_crash
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     DELETE_ACTIVITY,
     FIND_ACTIVITY,
     ITEMS_ACTIVITY,
-    MAX_TRIES,
     DeleteOrder,
     ItemOutcome,
     ItemsDone,
@@ -39,8 +38,9 @@ from flock.temporal.messages import (
     rows_workflow_id,
 )
 from flock.temporal.payloads import payload_lost
-from flock.temporal.records import GIVEN_UP, Chunk, read_chunk
+from flock.temporal.records import Chunk, read_chunk
 from flock.temporal.steps import ActivityStep, until_done
+from flock.temporal.suspects import Gate, Suspicion
 
 logger = logging.getLogger("flock.temporal")
 
@@ -61,8 +61,10 @@ DELETES_AT_ONCE = 8
 class _Job:
     """An ``ItemsOrder`` that is running in this worker."""
 
-    def __init__(self, order: ItemsOrder, done: ItemsDone) -> None:
+    def __init__(self, order: ItemsOrder, done: ItemsDone, cluster: Cluster) -> None:
         self.order = order
+        #: of the current item
+        self.suspicion = Suspicion(done, cluster, self.done)
         self.ended = list(done.ended)
         self.current = done.unfinished
         self.waiting = list(done.waiting)
@@ -113,8 +115,20 @@ class _Job:
         current = self.current
         if current is not None and self.active is not None:
             usage = self.usage(self.active.spent)
-            current = replace(current, progress=self.active.progress, has_calls=self.active.has_calls, usage=usage)
-        return ItemsDone(ended=tuple(self.ended), unfinished=current, waiting=tuple(self.waiting), misses=self.misses)
+            current = replace(
+                current,
+                progress=self.active.progress,
+                has_calls=self.active.has_calls,
+                usage=usage,
+                waited_s=self.active.waited_s,
+            )
+        return ItemsDone(
+            ended=tuple(self.ended),
+            unfinished=current,
+            waiting=tuple(self.waiting),
+            misses=self.misses,
+            deaths=self.suspicion.report(),
+        )
 
     def usage(self, spent: Usage | None) -> Usage | None:
         """Return what the current item has spent in this attempt, if it has *spent* that much in all of them."""
@@ -124,9 +138,10 @@ class _Job:
 class ItemActivities:
     """The activities of a worker for batches."""
 
-    def __init__(self, cluster: Cluster, executor: StepExecutor, drain_timeout_s: float) -> None:
+    def __init__(self, cluster: Cluster, executor: StepExecutor, gate: Gate, drain_timeout_s: float) -> None:
         self._cluster = cluster
         self._executor = executor
+        self._gate = gate
         self._drain_timeout_s = drain_timeout_s
         self._jobs: set[_Job] = set()
         self._lookups: dict[str, asyncio.Task[None]] = {}
@@ -142,14 +157,11 @@ class ItemActivities:
         Raises: ApplicationError if this worker lacks the agent of the first one that is left. The cluster retries it.
         Cancellation: the chunk's memo has the items to cancel. When they have stopped, it returns as usual.
         """
-        info = activity.info()
-        reported = [recoded(heartbeat, ItemsDone) for heartbeat in info.heartbeat_details]
-        job = _Job(order, reported[0] if reported else ItemsDone())
-        tries = info.attempt - job.misses
-        if tries > MAX_TRIES:
-            return order.failed_after(job.done(), GIVEN_UP, now())
+        reported = [recoded(heartbeat, ItemsDone) for heartbeat in activity.info().heartbeat_details]
+        job = _Job(order, reported[0] if reported else ItemsDone(), self._cluster)
+        is_again = job.suspicion.is_again
         self._jobs.add(job)
-        work = asyncio.create_task(self._run_items(job, is_again=tries > 1))
+        work = asyncio.create_task(self._run_items(job, is_again=is_again))
         heartbeats = asyncio.create_task(_send_heartbeats(job))
         polls: list[asyncio.Task[None]] = []
 
@@ -171,12 +183,15 @@ class ItemActivities:
             self._jobs.discard(job)
         if work.exception() is not None and (job.ended or job.waiting):  # keep the progress that a dead worker reported
             return job.done().for_retry()
+        left = None if job.ended or job.waiting or polls else job.left
+        if left is not None or work.exception() is not None:
+            job.suspicion.is_stopped = True
+            activity.heartbeat(replace(job.done(), misses=job.misses + (left is not None)))
         work.result()
+        if left is not None:
+            raise left.left_to_others(job.misses)
         done = job.done()
-        if job.left is not None and not (done.ended or done.waiting or polls):
-            activity.heartbeat(replace(done, misses=job.misses + 1))
-            raise job.left.left_to_others(job.misses)
-        if job.left is not None and tries > 1:
+        if job.left is not None and is_again:
             return done.for_retry()
         unfinished = done.unfinished
         has_progress = unfinished is not None and (
@@ -188,9 +203,10 @@ class ItemActivities:
         chunk = await self._chunk(job.order)
         items = chunk.items
         return_at = time.monotonic() + SLICE_S
-        is_retry = is_again  # heartbeats lag, so any of its steps may have finished calls
+        is_retry = job.suspicion.attempt > 1  # heartbeats lag, so any of its steps may have finished calls
         for part in job.remaining_parts():
             if job.must_cancel(part.position):
+                job.suspicion.clear()
                 continue
             run = items[part.position]
             if part.started_at is not None:
@@ -198,10 +214,15 @@ class ItemActivities:
             job.spent_before = run.usage or Usage()
             run = replace(run, steps=part.steps or run.steps, spent=added(run.usage, part.usage))
             part = replace(part, is_again=is_again or part.is_again, has_calls=is_retry or part.has_calls)
-            ended = await self._run_item(job, run, part, chunk.agents)
+            if self._gate.is_proven(job.suspicion):
+                log_crash(run, job.suspicion.deaths)
+                ended: Part | None = self._ended(job, run, CRASHED)
+            else:
+                ended = await self._run_item(job, run, part, chunk.agents)
             if ended is None:
                 return
             job.end(ended)
+            job.suspicion.clear()
             is_again = False
             if job.should_return or activity.is_worker_shutdown():
                 return
@@ -217,7 +238,9 @@ class ItemActivities:
         while run.next_agent_name is not None:
             if self._executor.is_at_most_once(run) and job.has_begun:
                 return None  # it needs an order of its own, so that a retry knows that it was started
-            active = job.active = ActivityStep(run, job.order.timeout_s, self._cluster, is_again=is_again)
+            active = job.active = ActivityStep(
+                run, job.order.timeout_s, self._cluster, self._gate, job.suspicion, is_again=is_again
+            )
             active.has_calls, active.waited_s, active.elsewhere, active.needs = (
                 part.has_calls,
                 part.waited_s,
@@ -231,9 +254,15 @@ class ItemActivities:
             while not taking.done():
                 await asyncio.wait([taking])
             job.active = None
+            part = replace(part, waited_s=active.waited_s)
             if active.outcome is None:
-                usage = job.usage(active.spent)
-                job.current = replace(job.current, has_calls=active.has_calls, usage=usage, needs=active.needs)
+                job.current = replace(
+                    job.current,
+                    has_calls=active.has_calls,
+                    usage=job.usage(active.spent),
+                    needs=active.needs,
+                    waited_s=part.waited_s,
+                )
                 if active.lacks is not None:
                     started = replace(job.current, started_at=run.started_at or active.started_at)
                     job.left, job.current = active, before if active.started_at is None else started
@@ -248,6 +277,7 @@ class ItemActivities:
                 return self._ended(job, run, active.outcome)
             run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, active.outcome))
             job.current = job.part(run, part.waited_s)
+            job.suspicion.clear()
             job.changed.set()
             if run.next_agent_name is not None and job.must_cancel(position):
                 return self._ended(job, run, CANCELLED)

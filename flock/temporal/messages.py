@@ -48,9 +48,6 @@ HEARTBEAT_TIMEOUT_S = 3.0
 #: How long a worker may take for a workflow task before the cluster gives the task to another worker.
 TASK_TIMEOUT = timedelta(seconds=3)
 
-#: How often the cluster starts a step whose worker dies or stops. The limit is for a step that kills its workers.
-MAX_TRIES = 20
-WORN_OUT = f"The worker died or stopped in each of {MAX_TRIES} attempts. The run may be the cause."
 #: ``error_type`` if a worker stops or dies before the end of its step. The cluster retries the step on another worker.
 INTERRUPTED = "interrupted"
 
@@ -109,6 +106,22 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     agents: tuple[str, ...] = ()
 
 
+class Deaths(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an attempt of an activity reports for the next one, in case its worker dies; see ``Suspicion``.
+
+    Attributes:
+        survived: in how many attempts no worker died while it executed what the activity executes now.
+        alone: in how many of the deaths nothing else was being executed.
+        alone_at: the attempt, if nothing else is being executed now.
+        is_held: it waits, because of suspects.
+    """
+
+    survived: int = 0
+    alone: int = 0
+    alone_at: int = 0
+    is_held: bool = False
+
+
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """The progress of a step, in its heartbeats and its failure.
 
@@ -117,6 +130,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
         spent: see ``Run``.
         misses: how many workers have left it to others, because they lack an agent.
         needs: an agent that it calls and that the last of these lacked.
+        held_s: for how many seconds it waited because of suspects. They are not part of ``timeout_s``.
     """
 
     begun_at: datetime | None = None
@@ -124,6 +138,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     spent: Usage | None = None
     misses: int = 0
     needs: str | None = None
+    held_s: float = 0.0
+    deaths: Deaths | None = None
 
 
 class StepDone(Heartbeat, frozen=True, kw_only=True):
@@ -464,6 +480,7 @@ class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     unfinished: Part | None = None
     waiting: tuple[Part, ...] = ()
     misses: int = 0
+    deaths: Deaths | None = None
 
     def for_retry(self) -> "ItemsDone":
         """A copy for the retry after a worker died: the next worker may start the unfinished step a second time."""

@@ -9,9 +9,9 @@ import contextlib
 import logging
 import math
 from asyncio import FIRST_COMPLETED
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -24,41 +24,67 @@ from flock.errors import CallError, EngineFull, OwnershipLost, StoreError
 from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
 from flock.steps.executor import ActiveRun, AgentElsewhere, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
-from flock.temporal.cluster import Cluster
+from flock.temporal.cluster import RETRY_AFTER_S, Cluster
 from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, SPENT_QUERY, CallDone, latest, recoded
+from flock.temporal.suspects import Gate, Suspicion
 
 logger = logging.getLogger("flock.temporal")
-
-T = TypeVar("T")
 
 #: Inputs and results of one run together. The cluster takes at most 2 MiB at once.
 MAX_RUN_BYTES = 1_500_000
 #: The cluster will not accept the same signal later.
 REFUSALS = (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION)
-#: The pause before a failed request for calls is sent again.
-RETRY_AFTER_S = 1.0
 #: The pause before an activity that a worker left to others is given to a worker again, in seconds: the first one, and
 #: the longest. Any worker may get it, so there must be several attempts soon.
 MISS_PAUSE_S, MAX_MISS_PAUSE_S = 0.1, 10.0
 
 
 class ActivityStep(ActiveRun):
-    """The next step of a run.
+    """The next step of a run. It may have killed workers before; see ``Suspicion``.
 
     Attributes:
         outcome: its step, its questions, or how the run ends; None if the worker leaves the step to another one,
             because it shuts down or lacks an agent.
         lacks: the agent that this worker lacks.
-        needs: see ``Heartbeat``.
+        needs, held_s: see ``Heartbeat``.
     """
 
     outcome: Step | WaitingForAnswers | Outcome | None = None
     lacks: str | None = None
     needs: str | None = None
+    held_s = 0.0
 
-    def __init__(self, run: Run, timeout_s: float, cluster: Cluster, **options: Any) -> None:
+    def __init__(
+        self, run: Run, timeout_s: float, cluster: Cluster, gate: Gate, suspicion: Suspicion, **options: Any
+    ) -> None:
         super().__init__(run, timeout_s, **options)
         self._cluster = cluster
+        self._gate = gate
+        self.suspicion = suspicion
+        self._key = f"{run.run_id} {suspicion.attempt}"  # an earlier attempt may still be running here
+
+    async def is_next(self) -> bool:
+        return self.may_begin
+
+    @property
+    def may_begin(self) -> bool:
+        return self._gate.is_open_to(self._key)
+
+    async def wait_begins(self) -> None:
+        if self.may_begin:
+            return
+        since = asyncio.get_running_loop().time()
+        try:
+            await self.suspicion.hold()
+            await self._gate.wait_for_turn(self._key)
+        finally:
+            if self._begun_at is not None:  # otherwise its time has not begun
+                held_s = asyncio.get_running_loop().time() - since
+                self.held_s, self.waited_s = self.held_s + held_s, self.waited_s + held_s
+
+    async def begin(self) -> Run:
+        await self._gate.start(self._key, self.suspicion)
+        return self.run
 
     async def finished_calls(self) -> Sequence[Call]:
         handle, run = self._workflow(), self.run
@@ -74,15 +100,7 @@ class ActivityStep(ActiveRun):
             self.spent = latest(self.spent, recoded(spent, Usage) if spent else None)
             return found
 
-        return await self._answered(ask)
-
-    async def _answered(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Return what *ask* returns. Call it until the cluster answers."""
-        while True:
-            try:
-                return await ask()
-            except (StoreError, EngineFull):
-                await asyncio.sleep(RETRY_AFTER_S)
+        return await self._cluster.answered(ask)
 
     async def keep_call(self, call: Call) -> None:
         """Send the call to the workflow of this activity. A signal is in its history when this returns.
@@ -96,13 +114,15 @@ class ActivityStep(ActiveRun):
             try:
                 async with self._cluster.rpc_scope():
                     await handle.signal(CALL_SIGNAL, done)
-                return
+                break
             except RPCError as exc:
                 raise OwnershipLost(run.run_id) from exc
             except (StoreError, EngineFull) as exc:
                 if isinstance(exc.__cause__, RPCError) and exc.__cause__.status in REFUSALS:
                     raise CallError(f"The cluster does not store the call {call.name!r}: {exc.__cause__}.") from exc
                 await asyncio.sleep(RETRY_AFTER_S)
+        if self.suspicion.clear():
+            await self.suspicion.confirm()
 
     def _workflow(self) -> WorkflowHandle[Any, Any]:
         # Without its run id, since a chunk may continue as new.
@@ -110,6 +130,13 @@ class ActivityStep(ActiveRun):
 
     async def execute(self, executor: StepExecutor) -> None:
         """Execute the step and set ``outcome``. A return value would be lost if an agent left a cancellation behind."""
+        self._gate.arrive(self._key, self.suspicion)
+        try:
+            await self._execute(executor)
+        finally:
+            await self._gate.leave(self._key, self.suspicion)
+
+    async def _execute(self, executor: StepExecutor) -> None:
         failure: BaseException | None = None
         for name in (self.run.next_agent_name, self.needs):
             if name is not None and name in self.elsewhere and executor.find(name) is None:

@@ -23,7 +23,7 @@ from flock.models.prices import Price, merged
 from flock.options import replaced
 from flock.runs import Observer, Run, RunStatus, Step, now
 from flock.steps.executor import MAX_HISTORY_BYTES, StepExecutor, WaitingForAnswers
-from flock.steps.outcomes import CANCELLED
+from flock.steps.outcomes import CANCELLED, CRASHED, log_crash
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import HEARTBEAT_INTERVAL_S, ItemActivities
@@ -31,8 +31,6 @@ from flock.temporal.messages import (
     ACTIVITY,
     HEARTBEAT_TIMEOUT_S,
     INTERRUPTED,
-    MAX_TRIES,
-    WORN_OUT,
     Heartbeat,
     RunOrder,
     StepDone,
@@ -43,6 +41,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.search import earlier_runs
 from flock.temporal.steps import MAX_RUN_BYTES, ActivityStep, until_done
+from flock.temporal.suspects import Gate, Suspicion
 from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
 
 logger = logging.getLogger("flock.temporal")
@@ -118,6 +117,7 @@ class TemporalWorker:
             max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats carry results, and never use the folder
             prices=merged(prices),
         )
+        self._gate = Gate(self._limits.max_recoveries)
         models.on_retry = lambda: self._executor.notify("model_call_retried")
 
     async def __aenter__(self) -> Self:
@@ -125,7 +125,8 @@ class TemporalWorker:
             await stack.enter_async_context(self._models)
             await stack.enter_async_context(listing_tools(self._tool_sources))
             await self.cluster.connect(lazy=False)
-            client, items = self.cluster.client, ItemActivities(self.cluster, self._executor, self._drain_timeout_s)
+            client = self.cluster.client
+            items = ItemActivities(self.cluster, self._executor, self._gate, self._drain_timeout_s)
             drain_timeout = timedelta(seconds=self._drain_timeout_s)
             for_items = Worker(
                 client,
@@ -167,9 +168,10 @@ class TemporalWorker:
             ApplicationError: the run failed or was cancelled (not retryable), or the worker shut down before the end of
                 the step or lacks an agent (retryable).
         """
-        active = _RunStep(order, self.cluster, self._executor)
-        if active.tries > MAX_TRIES:
-            raise ApplicationError(WORN_OUT, active.heartbeat(), type=INTERRUPTED, non_retryable=True)
+        active = _RunStep(order, self.cluster, self._executor, self._gate)
+        if self._gate.is_proven(active.suspicion):
+            log_crash(order.run, active.suspicion.deaths)
+            raise ApplicationError(CRASHED.error, active.heartbeat(), type=CRASHED.error_type, non_retryable=True)
         work = asyncio.create_task(active.execute(self._executor))
         heartbeats = asyncio.create_task(_send_heartbeats(active, order.heartbeat_timeout_s))
         try:
@@ -182,6 +184,7 @@ class TemporalWorker:
         finally:
             heartbeats.cancel()
         outcome = active.outcome
+        active.suspicion.is_stopped = outcome is None
         if outcome is None and active.lacks is not None:
             beat = active.heartbeat()
             activity.heartbeat(replace(beat, misses=active.misses + 1))
@@ -210,33 +213,44 @@ class _RunStep(ActivityStep):
     done: StepDone
     misses = 0
 
-    def __init__(self, order: RunOrder, cluster: Cluster, executor: StepExecutor) -> None:
+    def __init__(self, order: RunOrder, cluster: Cluster, executor: StepExecutor, gate: Gate) -> None:
         info = activity.info()
-        super().__init__(order.run, order.timeout_s, cluster, queue_timeout_s=order.queue_timeout_s)
+        last = next((recoded(sent, Heartbeat) for sent in info.heartbeat_details), Heartbeat())
+        suspicion = Suspicion(last, cluster, self.heartbeat)
+        is_new = last.begun_at is None and not suspicion.deaths
+        super().__init__(
+            order.run,
+            order.timeout_s,
+            cluster,
+            gate,
+            suspicion,
+            is_again=suspicion.is_again,
+            queue_timeout_s=order.queue_timeout_s if is_new else None,
+        )
         self._executor = executor
         self.elsewhere = {order.run.agent_name, *order.agents}
         self._latest = order.latest
-        self.has_calls, self.waited_s = order.has_calls, order.waited_s
+        self.has_calls = order.has_calls or last.needs is not None or last.begun_at is not None
+        self.held_s, self.waited_s = last.held_s, order.waited_s + last.held_s
         self.queued_s = order.queued_s + (now() - info.scheduled_time).total_seconds()
-        for sent in info.heartbeat_details:  # the start that a dead worker reported stays valid
-            heartbeat = recoded(sent, Heartbeat)
-            self.started_at, self.spent = heartbeat.begun_at, latest(self.spent, heartbeat.spent)
-            self.misses, self.needs = heartbeat.misses, heartbeat.needs
-            self.has_calls |= heartbeat.needs is not None
-        #: how often a worker has started the activity, without those that left it to others
-        self.tries = info.attempt - self.misses
-        self.is_again = self.tries > 1
+        self.started_at, self.spent = last.begun_at, latest(self.spent, last.spent)  # these stay valid
+        self.misses, self.needs = last.misses, last.needs
 
     async def is_next(self) -> bool:
+        return self._is_next and await super().is_next()
+
+    @property
+    def _is_next(self) -> bool:
         return not self._latest or self.run.status is not RunStatus.STARTING
 
     async def wait_begins(self) -> None:
         activity.heartbeat(self.heartbeat())  # to the cluster it has started, but it waits
-        if not await self.is_next():  # the run before it has left the session, and is about to close
-            await self._answered(lambda: self._cluster.until_change(self._latest[-1]))
+        if not self._is_next:  # the run before it has left the session, and is about to close
+            await self._cluster.answered(lambda: self._cluster.until_change(self._latest[-1]))
+        await super().wait_begins()
 
     async def earlier_runs(self, limit: int) -> Sequence[Run]:
-        return await self._answered(
+        return await self._cluster.answered(
             lambda: earlier_runs(self._cluster, self.run, self._latest, limit, MAX_HISTORY_BYTES)
         )
 
@@ -248,11 +262,17 @@ class _RunStep(ActivityStep):
 
     def ended(self, **end: Any) -> StepDone:
         """Return the result of the step, with the fields in *end*."""
-        return StepDone(begun_at=self.started_at, progress=self.progress, spent=self.spent, **end)
+        return StepDone(begun_at=self.started_at, progress=self.progress, spent=self.spent, held_s=self.held_s, **end)
 
     def heartbeat(self) -> Heartbeat:
         return Heartbeat(
-            begun_at=self.started_at, progress=self.progress, spent=self.spent, misses=self.misses, needs=self.needs
+            begun_at=self.started_at,
+            progress=self.progress,
+            spent=self.spent,
+            misses=self.misses,
+            needs=self.needs,
+            held_s=self.held_s,
+            deaths=self.suspicion.report(),
         )
 
 

@@ -34,7 +34,6 @@ from flock.temporal.messages import (
     SPENT_QUERY,
     STATUS,
     TASK_TIMEOUT,
-    WORN_OUT,
     CallDone,
     Calls,
     RunOrder,
@@ -42,7 +41,7 @@ from flock.temporal.messages import (
     session_workflow_id,
 )
 
-#: Only steps are retried whose worker died, stopped or lacks their agent. Workers count the former; see ``MAX_TRIES``.
+#: Only steps are retried whose worker died, stopped or lacks their agent. Workers count the deaths; see ``Suspicion``.
 RETRIES = RetryPolicy(
     initial_interval=timedelta(seconds=0.5),
     backoff_coefficient=2,
@@ -161,7 +160,9 @@ class FlockRun(CallKeeper):
                 agents, chosen = order.agents, done.step.next_agent
                 if done.has_next and chosen is not None and chosen not in agents:
                     agents = (*agents, chosen)
-                order = replace(order, run=replace(run, steps=(*run.steps, done.step)), has_calls=False, agents=agents)
+                run = replace(run, steps=(*run.steps, done.step))
+                waited_s = order.waited_s + done.held_s
+                order = replace(order, run=run, has_calls=False, agents=agents, waited_s=waited_s)
             _check_cancelled()
 
     async def _wait_for_answers(self, run: Run, done: StepDone) -> float:
@@ -299,4 +300,4 @@ def _failure(order: RunOrder, cause: BaseException | None) -> ApplicationError:
         if order.run.started_at is not None:
             return _failed(timeout_of(order.timeout_s))
         return _late(order)
-    return ApplicationError(WORN_OUT, type=INTERRUPTED, non_retryable=True)
+    return ApplicationError("The cluster ended a step of this run.", type=INTERRUPTED, non_retryable=True)
