@@ -60,6 +60,7 @@ LANES = {
     "test_recovery.py": ("slow", None),
     "test_server.py": ("slow", None),
     "test_sharing.py": ("slow", None),
+    "test_suspects_on_cluster.py": ("cluster", "temporalio"),
     "test_temporal.py": ("cluster", "temporalio"),
     "test_ui.py": ("browser", "playwright"),
     "test_ui_runs.py": ("browser", "playwright"),

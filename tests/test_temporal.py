@@ -55,20 +55,17 @@ from flock.runs import (
     now,
 )
 from flock.store.statements import REOPENED
-from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads
+from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads, suspects
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
 from flock.temporal.messages import (
     CONVERTER,
-    MAX_TRIES,
     Counts,
-    Heartbeat,
     ItemOutcome,
     ItemsDone,
     ItemsOrder,
     Part,
-    RunOrder,
     batch_workflow_id,
     chunk_workflow_id,
     decoded,
@@ -509,7 +506,7 @@ async def test_a_stopping_worker_hands_off_more_than_fits_in_one_message(tempora
 async def test_the_last_heartbeat_of_a_dead_worker_is_used_if_the_next_one_fails() -> None:
     """The cluster does not retry the activity if one of its items is being cancelled."""
     cluster = Cluster("127.0.0.1:1")
-    items = ItemActivities(cluster, cast("Any", None), 0)  # it runs no agent
+    items = ItemActivities(cluster, cast("Any", None), suspects.Gate(3), 0)  # it runs no agent
     ended, running_part = ItemOutcome(position=0, completed_at=now()), Part(position=1)
     order = ItemsOrder(batch_id="b", chunk=0, parts=(Part(position=0), running_part, Part(position=2)), timeout_s=1)
 
@@ -1213,34 +1210,6 @@ async def test_work_that_waits_for_an_agent_is_cancelled_at_once(temporal_addres
             await engine.cancel_batch(batch.batch_id)
             assert (await engine.wait(other.run_id)).status is RunStatus.CANCELLED
     assert versions.calls == []
-
-
-async def test_a_turn_that_kills_its_workers_is_given_up() -> None:
-    """Attempts in which a worker has left it to others do not count."""
-    flock = Flock("f")
-    worker = TemporalWorker(flock.agents, ModelClient(None), "127.0.0.1:1", flock="f")
-    run = Run(run_id=new_id(), flock="f", agent_name="gone", created_at=now(), inputs=EMPTY)
-    environment = ActivityEnvironment()
-
-    def given(attempt: int, heartbeat: Any) -> None:
-        beats = [msgspec.to_builtins(heartbeat)]
-        environment.info = dataclasses.replace(environment.info, heartbeat_details=beats, attempt=attempt)
-
-    given(MAX_TRIES + 1, Heartbeat())
-    with pytest.raises(ApplicationError, match=r"died or stopped in each of 20 attempts\. The run may be") as caught:
-        await environment.run(worker._run_agent, RunOrder(run=run, timeout_s=1))
-    assert (caught.value.type, caught.value.non_retryable) == ("interrupted", True)
-    given(MAX_TRIES + 1, Heartbeat(misses=1))
-    with pytest.raises(ApplicationError, match="This worker has no agent 'gone'") as left:
-        await environment.run(worker._run_agent, RunOrder(run=run, timeout_s=1))
-    assert not left.value.non_retryable
-    items = ItemActivities(worker.cluster, worker._executor, 0)
-    order = ItemsOrder(batch_id="b", chunk=0, parts=(Part(position=0), Part(position=1)), timeout_s=1)
-    given(MAX_TRIES + 1, ItemsDone())
-    done = await environment.run(items.run, order)
-    assert [(ended.position, ended.status, ended.error_type) for ended in done.ended] == [
-        (0, RunStatus.FAILED, "interrupted")
-    ]
 
 
 async def test_a_batch_that_mixes_versions_of_its_agent_is_a_warning(
