@@ -70,8 +70,7 @@ class _Job:
         self.waiting = list(done.waiting)
         self.bytes = sum(map(_bytes_of, self.ended)) + sum(map(_bytes_of, self.waiting))
         self.active: ActivityStep | None = None
-        self.misses = done.misses
-        #: a step for which this worker lacks an agent
+        #: a step that this worker leaves to others
         self.left: ActivityStep | None = None
         #: what the current item had spent before this attempt of the batch
         self.spent_before = Usage()
@@ -126,7 +125,7 @@ class _Job:
             ended=tuple(self.ended),
             unfinished=current,
             waiting=tuple(self.waiting),
-            misses=self.misses,
+            misses=self.suspicion.misses,
             deaths=self.suspicion.report(),
         )
 
@@ -183,13 +182,13 @@ class ItemActivities:
             self._jobs.discard(job)
         if work.exception() is not None and (job.ended or job.waiting):  # keep the progress that a dead worker reported
             return job.done().for_retry()
-        left = None if job.ended or job.waiting or polls else job.left
+        left = None if polls or (not job.suspicion.is_suspect and (job.ended or job.waiting)) else job.left
         if left is not None or work.exception() is not None:
             job.suspicion.is_stopped = True
-            activity.heartbeat(replace(job.done(), misses=job.misses + (left is not None)))
+            activity.heartbeat(replace(job.done(), misses=job.suspicion.misses + (left is not None)))
         work.result()
         if left is not None:
-            raise left.left_to_others(job.misses)
+            raise left.left_to_others()
         done = job.done()
         if job.left is not None and is_again:
             return done.for_retry()

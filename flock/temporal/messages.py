@@ -128,7 +128,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         begun_at: when it got its slot, by the worker's clock; None while it waits for one.
         spent: see ``Run``.
-        misses: how many workers have left it to others, because they lack an agent.
+        misses: how many workers have left it to others, because they lack an agent or it is a suspect.
         needs: an agent that it calls and that the last of these lacked.
         held_s: for how many seconds it waited because of suspects. They are not part of ``timeout_s``.
     """

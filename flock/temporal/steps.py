@@ -37,6 +37,8 @@ REFUSALS = (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION)
 #: The pause before an activity that a worker left to others is given to a worker again, in seconds: the first one, and
 #: the longest. Any worker may get it, so there must be several attempts soon.
 MISS_PAUSE_S, MAX_MISS_PAUSE_S = 0.1, 10.0
+#: How often a suspect is left to others, to find a worker that executes nothing.
+MAX_MOVES = 6
 
 
 class ActivityStep(ActiveRun):
@@ -44,8 +46,8 @@ class ActivityStep(ActiveRun):
 
     Attributes:
         outcome: its step, its questions, or how the run ends; None if the worker leaves the step to another one,
-            because it shuts down or lacks an agent.
-        lacks: the agent that this worker lacks.
+            because it shuts down or lacks something.
+        lacks: what this worker lacks for it, such as an agent.
         needs, held_s: see ``Heartbeat``.
     """
 
@@ -138,6 +140,9 @@ class ActivityStep(ActiveRun):
 
     async def _execute(self, executor: StepExecutor) -> None:
         failure: BaseException | None = None
+        if self.suspicion.is_suspect and self.suspicion.misses < MAX_MOVES and self._gate.is_busy:
+            self.lacks = "time for a suspect"
+            return
         for name in (self.run.next_agent_name, self.needs):
             if name is not None and name in self.elsewhere and executor.find(name) is None:
                 await self._leave(executor, name)
@@ -167,7 +172,7 @@ class ActivityStep(ActiveRun):
     async def _leave(self, executor: StepExecutor, name: str) -> None:
         """Leave the step to a worker that has the agent *name*, unless the time of the run is over."""
         if self.left_s > 0:
-            self.lacks = name
+            self.lacks = f"agent {name!r}"
         elif self._begun_at is None:
             self.outcome = await executor.outcome_of(self, queue_timeout(self.queue_timeout_s or 0))
         else:
@@ -184,15 +189,16 @@ class ActivityStep(ActiveRun):
             return self.timeout_s + self.waited_s - (now() - self._begun_at).total_seconds()
         return math.inf if self.queue_timeout_s is None else self.queue_timeout_s - self.queued_s
 
-    def left_to_others(self, misses: int, *details: Any) -> ApplicationError:
+    def left_to_others(self, *details: Any) -> ApplicationError:
         """Return the failure after which the cluster gives the activity to any worker again, each time a bit later."""
+        misses = self.suspicion.misses
         if not misses:
-            logger.warning("run %s waits for a worker that has the agent %r.", self.run.run_id, self.lacks)
+            logger.warning("run %s waits for a worker that has the %s.", self.run.run_id, self.lacks)
         pause_s = min(MISS_PAUSE_S * 2 ** min(misses, 10), MAX_MISS_PAUSE_S, max(0.001, self.left_s))
         return ApplicationError(
-            f"This worker has no agent {self.lacks!r}.",
+            f"This worker has no {self.lacks}.",
             *details,
-            type="no_agent",
+            type="left_to_others",
             next_retry_delay=timedelta(seconds=pause_s),
             category=ApplicationErrorCategory.BENIGN,
         )

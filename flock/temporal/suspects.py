@@ -36,6 +36,7 @@ class Suspicion:
         beat: returns the next heartbeat. It contains ``report``.
 
     Attributes:
+        misses: see ``Heartbeat``.
         is_again: the step may have been started before.
         is_held: it waits, because of suspects.
         is_stopped: the attempt ends without a death.
@@ -46,16 +47,16 @@ class Suspicion:
 
     def __init__(self, last: Heartbeat | ItemsDone, cluster: Cluster, beat: Callable[[], object]) -> None:
         info, deaths = activity.info(), last.deaths or Deaths()
-        self.attempt = info.attempt
+        self.attempt, self.misses = info.attempt, last.misses
         self._token = info.task_token
         self._context = contextvars.copy_context()  # another activity may send the heartbeat
         self._cluster = cluster
         self._beat = beat
         # Workers of earlier versions count only misses. An operator may have reset the attempts.
-        self._survived = min(max(deaths.survived, last.misses), info.attempt - 1)
+        self._survived = min(max(deaths.survived, self.misses), info.attempt - 1)
         self._alone = deaths.alone + (0 < deaths.alone_at == info.attempt - 1)
         self._was_held = False
-        self.is_again = self.deaths > 0 or (info.attempt - last.misses > 1 and not deaths.is_held)
+        self.is_again = self.deaths > 0 or (info.attempt - self.misses > 1 and not deaths.is_held)
 
     @property
     def deaths(self) -> int:
@@ -132,6 +133,11 @@ class Gate(Quarantine):
 
     def is_proven(self, suspicion: Suspicion) -> bool:
         return suspicion.is_proven(self._max_recoveries)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether suspects must wait for the end of what was executed here before them."""
+        return not self._admitted and len(self._executing) > 0
 
     def arrive(self, key: str, suspicion: Suspicion) -> None:
         """Call it before a step is executed."""

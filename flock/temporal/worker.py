@@ -187,8 +187,8 @@ class TemporalWorker:
         active.suspicion.is_stopped = outcome is None
         if outcome is None and active.lacks is not None:
             beat = active.heartbeat()
-            activity.heartbeat(replace(beat, misses=active.misses + 1))
-            raise active.left_to_others(active.misses, beat)
+            activity.heartbeat(replace(beat, misses=beat.misses + 1))
+            raise active.left_to_others(beat)
         if isinstance(outcome, Step):
             return active.done
         if isinstance(outcome, WaitingForAnswers):
@@ -211,7 +211,6 @@ class _RunStep(ActivityStep):
     """
 
     done: StepDone
-    misses = 0
 
     def __init__(self, order: RunOrder, cluster: Cluster, executor: StepExecutor, gate: Gate) -> None:
         info = activity.info()
@@ -234,7 +233,7 @@ class _RunStep(ActivityStep):
         self.held_s, self.waited_s = last.held_s, order.waited_s + last.held_s
         self.queued_s = order.queued_s + (now() - info.scheduled_time).total_seconds()
         self.started_at, self.spent = last.begun_at, latest(self.spent, last.spent)  # these stay valid
-        self.misses, self.needs = last.misses, last.needs
+        self.needs = last.needs
 
     async def is_next(self) -> bool:
         return self._is_next and await super().is_next()
@@ -269,7 +268,7 @@ class _RunStep(ActivityStep):
             begun_at=self.started_at,
             progress=self.progress,
             spent=self.spent,
-            misses=self.misses,
+            misses=self.suspicion.misses,
             needs=self.needs,
             held_s=self.held_s,
             deaths=self.suspicion.report(),

@@ -45,7 +45,7 @@ from flock.temporal.messages import (
 RETRIES = RetryPolicy(
     initial_interval=timedelta(seconds=0.5),
     backoff_coefficient=2,
-    maximum_interval=timedelta(seconds=30),
+    maximum_interval=timedelta(seconds=10),
 )
 #: The worker enforces the deadline, and heartbeats show that it is alive. So the cluster needs no limit of its own.
 NO_LIMIT = timedelta(days=365)
