@@ -69,6 +69,26 @@ class Clock:
             set_deadline(self._scope, anyio.current_time() + self._left_s)
 
 
+class Signal:
+    """Wakes all tasks that wait for it now. It creates an event only for these, since that takes a while."""
+
+    _event: anyio.Event | None = None
+
+    async def wait(self) -> None:
+        await self.next.wait()
+
+    @property
+    def next(self) -> anyio.Event:
+        """An event that the next ``notify`` sets."""
+        self._event = self._event or anyio.Event()
+        return self._event
+
+    def notify(self) -> None:
+        event, self._event = self._event, None
+        if event is not None:
+            event.set()
+
+
 _CLOCKS: ContextVar[tuple[Clock, ...]] = ContextVar("flock_clocks", default=())
 
 

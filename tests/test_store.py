@@ -129,13 +129,13 @@ async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: SQLiteSto
     for run in (running, waiting, waited_for, already_owned):
         await store.save(run, is_new=True)
     await store.register_engine("me", "f", {"a"})
-    runs, batches, waiting_for, is_all, suspects = await store.take_over("me", "successor", now())
+    runs, batches, waiting_for, is_all, suspects = await store.take_over("me", "successor", now(), 3)
     assert (batches, waiting_for, is_all, suspects) == ([], {}, True, [])
     ended, *resumed = runs
     assert (ended.run_id, ended.error_type) == (waited_for.run_id, "interrupted")
     assert [(run.run_id, run.attempt) for run in resumed] == [(running.run_id, 2), (waiting.run_id, 1)]
     assert [run.recoveries for run in resumed] == [1, 0]
-    assert await store.take_over("me", "late", now()) == ([], [], {}, True, [])
+    assert await store.take_over("me", "late", now(), 3) == ([], [], {}, True, [])
     with pytest.raises(OwnershipLost):
         await store.save(replace(running, status=RunStatus.COMPLETED))
     interrupted = await store.get_run(waited_for.run_id)

@@ -49,11 +49,14 @@ from flock.runs import (
     RunFilter,
     RunStatus,
     Session,
+    Statuses,
+    Usage,
     added,
     event_of_batch,
     event_of_call,
     new_id,
     now,
+    statuses_of,
     valid_traceparent,
 )
 from flock.runs.events import EVENTS_PER_STEP, events_after
@@ -259,7 +262,7 @@ class EngineBase(ABC):
     def _check_prices(self, agent_name: str, max_cost: float | None) -> None:
         """Raise InvalidData if *max_cost* cannot hold: an agent that may run has a model without a price.
 
-        Raises: DefinitionError if it is no amount.
+        Raises: DefinitionError if it is not a valid amount.
         """
         if max_cost is None:
             return
@@ -271,6 +274,14 @@ class EngineBase(ABC):
                 for model in names_of(models_of(agent.model, repr(agent.name)) or self._default_models):
                     if price_of(self._prices, model) is None:
                         raise InvalidData([FieldError(detail=no_price(model, agent.name), pointer="/max_cost")])
+
+    def _retried(self, only: Statuses) -> Sequence[RunStatus]:
+        """Return the statuses of the items that a retry executes again. Raises DefinitionError."""
+        retried = (RunStatus.FAILED, RunStatus.CANCELLED)
+        statuses = statuses_of(only) or retried
+        if not set(statuses) <= set(retried):
+            raise DefinitionError("only= of a retry must be 'failed', 'cancelled', or both.")
+        return statuses
 
     async def submit(
         self,
@@ -352,15 +363,23 @@ class EngineBase(ABC):
 
     async def get_session(self, session_id: str, principal: str | None = None) -> Session:
         """See ``Engine.get_session``."""
-        usage, total, page = None, 0, await self.list_runs(RunFilter(session_id=session_id, principal=principal))
-        while page:
-            for run in page:
+        usage, total, share = None, 0, FairShare()
+        wanted = RunFilter(session_id=session_id, principal=principal)
+        while page := await self._spent(wanted):
+            for run_id, spent in page:
                 with contextlib.suppress(RunNotFound):  # another request has deleted it
-                    usage, total = added(usage, (await self.get_run(run.run_id)).usage), total + 1
-            page = await self.list_runs(RunFilter(session_id=session_id, principal=principal, after=page[-1].run_id))
+                    if spent is None:  # its agents asked no model, or an earlier version stored it
+                        spent = (await self.get_outline(run_id)).usage
+                    usage, total = added(usage, spent), total + 1
+                await share.checkpoint()
+            wanted = replace(wanted, after=page[-1][0])
         if not total:
             raise SessionNotFound(session_id)
         return Session(session_id=session_id, total_runs=total, usage=usage)
+
+    async def _spent(self, wanted: RunFilter) -> Sequence[tuple[str, Usage | None]]:
+        """Return one page of runs, and what each has spent; None if that must be read from the run."""
+        return [(run.run_id, None) for run in await self.list_runs(wanted)]
 
     async def delete_session(self, session_id: str, principal: str | None = None) -> None:
         """See ``Engine.delete_session``."""

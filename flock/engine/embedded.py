@@ -33,14 +33,13 @@ from flock.engine import relay
 from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
 from flock.engine.batches import Batches
 from flock.engine.intake import Intake
-from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun
+from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, counted
 from flock.errors import (
     BatchNotFound,
     Conflict,
     EngineFull,
     EngineStopped,
     RunNotFound,
-    SessionNotFound,
     StoreError,
 )
 from flock.fair import FairShare
@@ -62,16 +61,15 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
-    Session,
     Statuses,
-    added,
+    Usage,
     make_ids_after,
     new_id,
     now,
     statuses_of,
 )
 from flock.runs.records import LONG_BYTES
-from flock.scopes import current_task, start_in_empty_context
+from flock.scopes import Signal, current_task, start_in_empty_context
 from flock.steps.executor import StepExecutor
 from flock.steps.live import LiveOutput, LiveReader
 from flock.steps.outcomes import CRASHED, INTERRUPTED, log_crash
@@ -111,7 +109,7 @@ class EmbeddedEngine(EngineBase):
         store: where runs are stored. The engine opens and closes it.
         flock: the name under which runs are stored. An engine sees only the runs of its own flock, and recovers only
             those whose agent it has.
-        program_path: where the flock is defined. Another path in the store is a warning at the start.
+        program_path: where the flock is defined. If the store has another path, a warning is logged at the start.
         max_steps: max steps in one run.
         expose_errors: put the text of any exception into a run's ``error``; for development.
         answer: answers the questions of agents at once. Without it, their runs wait for answers.
@@ -189,8 +187,8 @@ class EmbeddedEngine(EngineBase):
         self._runner = Runner(self.store, self._make_executor(), limits=self._limits, expose_errors=self._expose_errors)
         self._batches = Batches(self.store.batches, self._runner, self._start_batch, self._next_change, self._limits)
         self._accepting: set[str] = set()
-        self._store_changed = anyio.Event()
-        #: runs and batches with a long result that is being sent, and the number of responses that send it
+        self._store_changed = Signal()
+        #: runs and batches with a long result that is being sent, which retention must not delete, and how often it is
         self._being_sent: Counter[str] = Counter()
         #: by dead engine: the agents that its remaining runs need, which this engine does not have
         self._missing_agents: dict[str, Collection[str]] = {}
@@ -232,9 +230,7 @@ class EmbeddedEngine(EngineBase):
         """Listen before this engine owns a run: others that cannot connect to an owner do not try again."""
         path = relay.socket_path(self.store.path, self._engine_id)
         if path is None:
-            template = (
-                "The path of the store %s is too long for a socket: other processes get no text of running agents"
-            )
+            template = "Other processes do not get the text of running agents: the path of the store %s is too long."
             logger.info(template, self.store.path)
         elif listener := await relay.listen(path):
             is_active = self._runner.active.__contains__
@@ -280,11 +276,13 @@ class EmbeddedEngine(EngineBase):
         try:
             await tasks.__aexit__(None, None, None)
         finally:  # also if the host program is being cancelled
-            with anyio.CancelScope(shield=True):
-                async with anyio.create_task_group() as stops:  # concurrently, so that they share one timeout
-                    for active in list(self._runner.active.values()):
-                        stops.start_soon(self._runner.interrupt, active)
-            await self._exit.aclose()
+            try:
+                with anyio.CancelScope(shield=True):
+                    async with anyio.create_task_group() as stops:  # concurrently, so that they share one timeout
+                        for active in list(self._runner.active.values()):
+                            stops.start_soon(self._runner.interrupt, active)
+            finally:  # asyncio cancels a task in spite of the shield
+                await self._exit.aclose()
 
     async def _unregister(self) -> None:
         with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S, shield=True), contextlib.suppress(StoreError):
@@ -333,17 +331,12 @@ class EmbeddedEngine(EngineBase):
             with self._accepting_key(key), self._counting_inputs(run.principal, len(run.inputs)):
                 await self.store.accept(run, self._limits.queue, key, then=start, full=full)
 
-    @contextlib.contextmanager
-    def _counting_inputs(self, principal: str | None, length: int) -> Iterator[None]:
+    def _counting_inputs(self, principal: str | None, length: int) -> AbstractContextManager[None]:
         """Count the inputs of a run as queued inside the block. The runner counts them after it has started the run."""
-        self._runner.count_queued(principal, length)
-        try:
-            yield
-        finally:
-            self._runner.count_queued(principal, -length)
+        return counted(self._runner.queued_bytes, principal, length)
 
     def _check_room(self, principal: str | None) -> None:
-        """Like ``queries.QueuedRuns.check_room``, for a run that is not in the store until it ends."""
+        """Like the check in ``Store.accept``, for a run that is not in the store until it ends."""
         queued, limits = len(self._runner.active) - self._limits.max_concurrency, self._limits.queue
         limits.check(queued)
         if principal is not None and queued >= limits.max_runs_per_principal:
@@ -428,19 +421,15 @@ class EmbeddedEngine(EngineBase):
                 await self.store.catch_up()  # it may be among the writes before this one
                 active = self._runner.active.get(run_id)
         if active is None:
-            run = await self.get_outline(run_id)
-            while run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
-                await self._runner.cancel_waiting(run)
-                run = await self.get_outline(run_id)
-            if not run.status.is_final and await self.store.request_cancel(run_id):
-                owned = run if run.batch_id is None else await self.get_batch(run.batch_id)
-                if owned.owner == self._engine_id and run_id not in self._runner.active:
-                    self._runner.cancelled_before[run_id] = run.attempt
-                await self._take_over_cancelled(run_id, owned.owner)
-                return await self.get_outline(run_id)
-            run = await self.get_outline(run_id)
-            if run.status is RunStatus.WAITING:  # since a moment
-                return await self.cancel_run(run_id)
+            while not (run := await self.get_outline(run_id)).status.is_final:
+                if run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
+                    await self._runner.cancel_waiting(run)
+                elif await self.store.request_cancel(run_id):
+                    owned = run if run.batch_id is None else await self.get_batch(run.batch_id)
+                    if owned.owner == self._engine_id and run_id not in self._runner.active:
+                        self._runner.cancelled_before[run_id] = run.attempt
+                    await self._take_over_cancelled(run_id, owned.owner)
+                    return await self.get_outline(run_id)
             check_cancel(run)
             return run
         active.cancel()
@@ -499,21 +488,9 @@ class EmbeddedEngine(EngineBase):
         self._check_entered()
         return await self.store.list_runs(self._flock, wanted)
 
-    async def get_session(self, session_id: str, principal: str | None = None) -> Session:
+    async def _spent(self, wanted: RunFilter) -> Sequence[tuple[str, Usage | None]]:
         self._check_entered()
-        usage, total, share = None, 0, FairShare()
-        wanted = RunFilter(session_id=session_id, principal=principal)
-        while page := await self.store.spent(self._flock, wanted):
-            for run_id, spent in page:
-                if spent is None:  # its agents asked no model, or an earlier version stored it
-                    outline = await self.store.outline(run_id)
-                    spent = None if outline is None else outline.usage
-                usage, total = added(usage, spent), total + 1
-                await share.checkpoint()
-            wanted = replace(wanted, after=page[-1][0])
-        if not total:
-            raise SessionNotFound(session_id)
-        return Session(session_id=session_id, total_runs=total, usage=usage)
+        return await self.store.spent(self._flock, wanted)
 
     def watch(self, run_id: str) -> AbstractContextManager[LiveOutput]:
         return self._runner.watch(run_id)
@@ -554,7 +531,7 @@ class EmbeddedEngine(EngineBase):
         live.note_news()
 
     def _next_change(self) -> Callable[[], Awaitable[None]]:
-        return self._store_changed.wait
+        return self._store_changed.next.wait
 
     async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
         """Return the result of *run*, or of its step at *position*: a long one as ``LongJSON``, which holds no *run*.
@@ -567,21 +544,9 @@ class EmbeddedEngine(EngineBase):
         if run.status is RunStatus.COMPLETED and position == len(run.steps) - 1:
             position = None  # the last result is stored only once, as that of the run
         length = await self.store.result_bytes(run.run_id, position) if run.is_stub else len(result)
-        kept = functools.partial(self._protected, run.batch_id or run.run_id)
+        kept = functools.partial(counted, self._being_sent, run.batch_id or run.run_id)
         long = LongJSON(length, functools.partial(self.store.read_result, run.run_id, position), kept)
         return long if length > LONG_BYTES else await self.store.short_result(run.run_id, position)
-
-    @contextlib.contextmanager
-    def _protected(self, id_: str) -> Iterator[None]:
-        """Prevent this engine's retention from deleting a run or batch inside the block."""
-        being_sent = self._being_sent
-        being_sent[id_] += 1
-        try:
-            yield
-        finally:
-            being_sent[id_] -= 1
-            if not being_sent[id_]:
-                del being_sent[id_]
 
     async def _wait_until_seen(self, completed_at: datetime | None) -> None:
         """Wait until other engines have seen the end of a record, before it is deleted."""
@@ -646,7 +611,6 @@ class EmbeddedEngine(EngineBase):
                     continue
                 seen = await self.store.data_version() if self.store.is_shared else version - 1
                 if seen != version:
-                    version = seen
                     self._notify_store_changed()
                     for run_id, attempt in await self.store.cancels_for(self._engine_id):
                         if run_id in self._runner.active:
@@ -657,7 +621,8 @@ class EmbeddedEngine(EngineBase):
                         self._batches.cancel(batch_id)
                     awaited = self._runner.awaited
                     for id_ in await self.store.ended(awaited) if awaited else ():
-                        awaited.pop(id_).set()
+                        awaited.pop(id_).notify()
+                    version = seen  # only now, so that what could not be read is read again
                 if is_check_due:
                     if not await self.store.renew_registration(self._engine_id, self._flock):
                         logger.warning(
@@ -670,8 +635,7 @@ class EmbeddedEngine(EngineBase):
                 logger.exception("the store cannot be watched")
 
     def _notify_store_changed(self) -> None:
-        changed, self._store_changed = self._store_changed, anyio.Event()
-        changed.set()
+        self._store_changed.notify()
         for run_id, live in self._runner.watched.items():
             active = self._runner.active.get(run_id)
             if live.readers and (active is None or active.run.is_stub):
@@ -681,7 +645,7 @@ class EmbeddedEngine(EngineBase):
         """Wake all that wait for a run or a batch, so that they check again."""
         self._notify_store_changed()
         while self._runner.awaited:
-            self._runner.awaited.popitem()[1].set()
+            self._runner.awaited.popitem()[1].notify()
 
     async def _take_over(self) -> None:
         """Take over unfinished runs and batches of dead engines, if this engine has their agents."""
@@ -707,10 +671,12 @@ class EmbeddedEngine(EngineBase):
     async def _take_over_cancelled(self, id_: str, owner: str | None) -> None:
         """Take over a cancelled run or batch of a dead engine, so that it ends even if no program has its agent."""
         if owner is not None and owner in await self.store.dead_engines(self._flock, self._engine_id):
-            await self._resume(await self.store.take_over(owner, self._engine_id, now(), only=id_))
+            await self.store.take_over(
+                owner, self._engine_id, now(), self._limits.max_recoveries, only=id_, then=self._resume_soon
+            )
 
     async def _take_over_from(self, dead_id: str) -> TakenOver:
-        taken = await self.store.take_over(dead_id, self._engine_id, now(), max_recoveries=self._limits.max_recoveries)
+        taken = await self.store.take_over(dead_id, self._engine_id, now(), self._limits.max_recoveries)
         known = self._missing_agents.pop(dead_id, ())
         if not taken.is_complete:
             self._missing_agents[dead_id] = taken.missing.keys()
@@ -722,6 +688,10 @@ class EmbeddedEngine(EngineBase):
                 ", ".join(f"{name} ({count})" for name, count in taken.missing.items()),
             )
         return taken
+
+    def _resume_soon(self, taken: TakenOver) -> None:
+        if self._tasks is not None and not self.is_draining:
+            start_in_empty_context(self._tasks, self._resume, taken)
 
     async def _resume(self, *all_taken: TakenOver) -> None:
         """Start what was taken over. Cancellation: what is not started yet is left to another engine."""
@@ -753,7 +723,7 @@ class EmbeddedEngine(EngineBase):
             except StoreError:
                 pass  # the store has logged it
             except Exception:
-                logger.exception("questions cannot expire")
+                logger.exception("expired questions could not be processed")
 
     def _on_expired(self, runs: Sequence[Run]) -> None:
         for run in runs:
@@ -843,7 +813,7 @@ class EmbeddedEngine(EngineBase):
         agent_name = (await self.get_batch(batch_id)).agent_name
         self._check_has_agent(agent_name)
         self._check_prices(agent_name, max_cost)
-        statuses = statuses_of(only) or (RunStatus.FAILED, RunStatus.CANCELLED)
+        statuses = self._retried(only)
         reopened = await self.store.batches.reopen(
             batch_id, self._engine_id, statuses, self._limits.max_open_items, self._batches.start, max_cost
         )
@@ -889,10 +859,8 @@ class _StoreReader(RunReader):
         if self._outline is None or news != self._news:
             newest = await engine.store.version(run_id)
             if self._outline is None or newest != self._version:
-                self._version, self._outline = (
-                    newest,
-                    await engine._check_visible(run_id, await engine.store.outline(run_id)),
-                )
+                outline = await engine._check_visible(run_id, await engine.store.outline(run_id))
+                self._version, self._outline = newest, outline
         await engine._follow(self._outline, self._output)
         return self._outline
 

@@ -4,13 +4,14 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, 
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from flock.agents.agent import Agent
 from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, iterate
 from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.rows.tables import RowMapping
 from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Row, Run, RunStatus, new_id
+from flock.steps.outcomes import Outcome
 
 #: How many items are written or read at once, and about how many bytes of inputs are written at once.
 ITEMS_PER_PAGE = 500
@@ -97,12 +98,8 @@ class Intake:
         end: dict[str, Any] = {}
         if errors:
             self._failed += 1
-            end = {
-                "status": RunStatus.FAILED,
-                "error": str(InvalidData(errors)),
-                "error_type": INVALID_INPUT,
-                "completed_at": batch.created_at,
-            }
+            end = asdict(Outcome(RunStatus.FAILED, str(InvalidData(errors)), INVALID_INPUT))
+            end["completed_at"] = batch.created_at
         item = Run(
             run_id=id_of(position),
             flock=batch.flock,

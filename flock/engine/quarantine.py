@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import anyio
 
 from flock.runs import Run, RunStatus
+from flock.scopes import Signal
 from flock.store.suspects import Executing, SuspectGroup
 
 logger = logging.getLogger("flock.runs")
@@ -31,15 +32,15 @@ class Quarantine:
         #: suspects whose group has not started, and those whose group has
         self._held_back: set[str] = set()
         self._admitted: set[str] = set()
-        #: of the newest group: who has not ended, who has not begun, and the time after which the next group may start
+        #: of the newest group: the runs that have not ended, and those that have not begun
         self._living: set[str] = set()
         self._absent: set[str] = set()
         self._life_s = self._lives_until = self._since = 0.0
         self._is_closed = False
-        self._changed = anyio.Event()
+        self._changed = Signal()
 
     def add(self, groups: Sequence[SuspectGroup]) -> None:
-        """Execute *groups* behind those that are left. Call it before their runs can start."""
+        """Execute *groups* after those that are left. Call it before their runs can start."""
         if groups:
             template = "%d runs were running in two or more deaths of their process: they start first, in %d groups"
             logger.warning(template, sum(len(group.run_ids) for group in groups), len(groups))
@@ -101,7 +102,6 @@ class Quarantine:
         return self._groups.popleft() if self._groups else None
 
     def _close(self, is_closed: bool) -> None:
-        """Let only admitted suspects start, or all runs except suspects. Those that wait look again."""
+        """Let only admitted suspects start, or all runs except suspects. Waiting runs check again."""
         self._is_closed = is_closed
-        changed, self._changed = self._changed, anyio.Event()
-        changed.set()
+        self._changed.notify()

@@ -30,19 +30,20 @@ from flock.logs import fields_of_run
 from flock.models.prices import Budget
 from flock.runs import Call, Question, Run, RunStatus, Step, now, stub_of
 from flock.runs.text import of_request
-from flock.scopes import current_task
+from flock.scopes import Signal, current_task
 from flock.steps.executor import MAX_HISTORY_BYTES, ActiveRun, StepExecutor, WaitingForAnswers
 from flock.steps.live import LiveOutput, Unread
 from flock.steps.outcomes import CANCELLED, DAMAGED, INTERRUPTED, failure_of
 from flock.store.port import RETRY_AFTER_S, DamagedRecord, Store
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 logger = logging.getLogger("flock.runs")
 
 #: How long the last write of a run may take when the engine shuts down, in seconds.
 FINAL_WRITE_TIMEOUT_S = 5.0
-#: How often a run that waits for its session looks after the run of another engine before it, in seconds.
+#: How often a run checks whether an earlier run of its session, on another engine, has ended, in seconds.
 RECHECK_S = 1.0
 
 
@@ -79,23 +80,11 @@ class StoredRun(ActiveRun):
         self.is_interrupted = False
         #: only the store has its current state, because another engine owns it now or its record is damaged
         self.is_lost = False
-        # Created only if a caller waits, since creating an event takes longer than recording a step.
-        self._change: anyio.Event | None = None
-        self._end: anyio.Event | None = None
+        self.change = Signal()
+        #: also notified by ``wake``
+        self.end = Signal()
         if run.cancel_requested:
             self.cancel()
-
-    @property
-    def change(self) -> anyio.Event:
-        """An event that is set at the next change."""
-        self._change = self._change or anyio.Event()
-        return self._change
-
-    @property
-    def end(self) -> anyio.Event:
-        """An event that is set at the end, or earlier by ``wake``."""
-        self._end = self._end or anyio.Event()
-        return self._end
 
     @property
     def keeps_text(self) -> bool:
@@ -107,7 +96,7 @@ class StoredRun(ActiveRun):
     async def is_next(self) -> bool:
         """False if the store cannot be read."""
         try:
-            return self.may_begin and await self._before() is None
+            return await self._before() is None and self.may_begin
         except StoreError:
             return False
 
@@ -130,9 +119,7 @@ class StoredRun(ActiveRun):
         is_in_store = self.run.is_async or self.run.status is not RunStatus.STARTING
         if not is_in_store and stub_of(self.run).is_stub:
             await self.save(self.run, None)
-            is_in_store = True
-        if is_in_store:
-            self.run = stub_of(self.run)
+        self.run = stub_of(self.run)  # a short run stays as it is
 
     async def _wait_for_session(self) -> None:
         """Wait until no earlier run of its session is active. The end of a run wakes only the nearest one."""
@@ -247,7 +234,7 @@ class StoredRun(ActiveRun):
     def dequeue(self) -> None:
         """Its inputs no longer wait."""
         if self.queued_bytes:
-            self._runner.count_queued(self.run.principal, -self.queued_bytes)
+            add_to(self._runner.queued_bytes, self.run.principal, -self.queued_bytes)
             self.queued_bytes = 0
 
     def update(self, run: Run) -> None:
@@ -255,17 +242,13 @@ class StoredRun(ActiveRun):
         self.run = run
         if self.live is not None:
             self.live.note_news()
-        if self._change is not None:
-            self._change.set()
-            self._change = None
+        self.change.notify()
         if not run.status.is_active:
             self.wake()
 
     def wake(self) -> None:
         """Wake callers that wait for the end, so that they check the state again."""
-        if self._end is not None:
-            self._end.set()
-            self._end = None
+        self.end.notify()
 
 
 class Runner:
@@ -275,7 +258,7 @@ class Runner:
         active: the runs that are running here or wait for their session or a slot, by id.
         watched: the live output of each run that is watched, also of one that is not active here, by id.
         unread: watches the runs that were submitted with ``watch``.
-        awaited: the events of ``end_of``, for batches and for runs of other engines.
+        awaited: the signals of ``end_of``, for batches and for runs of other engines.
         cancelled_before: for runs that were cancelled before they were active here, the cancelled attempt, by id.
         watch_task: a task of the engine. It is cancelled only when the engine or the event loop ends.
         is_draining: the engine is shutting down. Failed writes are not retried.
@@ -293,7 +276,7 @@ class Runner:
         self.active: dict[str, StoredRun] = {}
         self.watched: dict[str, LiveOutput] = {}
         self.unread = Unread(self.watch, limits.max_result_bytes // 4)  # in StringIO, a character takes 4 bytes
-        self.awaited: dict[str, anyio.Event] = {}
+        self.awaited: dict[str, Signal] = {}
         self.cancelled_before: dict[str, int] = {}
         self.watch_task: asyncio.Task[Any] | None = None
         self.is_draining = False
@@ -327,7 +310,7 @@ class Runner:
             active.live.next_is_late = True
         if run.batch_id is None and not run.is_stub:
             active.queued_bytes = len(run.inputs)
-            self.count_queued(run.principal, active.queued_bytes)
+            add_to(self.queued_bytes, run.principal, active.queued_bytes)
         return active
 
     @contextlib.contextmanager
@@ -365,12 +348,6 @@ class Runner:
         live.ended_steps = 0 if run is None else len(run.steps)
         return live
 
-    def count_queued(self, principal: str | None, more_bytes: int) -> None:
-        """Add *more_bytes* to ``queued_bytes``."""
-        self.queued_bytes[principal] += more_bytes
-        if not self.queued_bytes[principal]:
-            del self.queued_bytes[principal]
-
     def stop(self) -> None:
         """Stop all runs, because the engine is shutting down."""
         for active in list(self.active.values()):
@@ -397,7 +374,8 @@ class Runner:
         try:
             await self._run_to_end(active)
         except Exception as exc:  # such as an exception whose name cannot be read: other runs must continue
-            logger.exception("run %s: unexpected error", active.run.run_id)
+            if not isinstance(exc, Unstorable):
+                logger.exception("run %s: unexpected error", active.run.run_id)
             active.unsaved = None
             await self._finish(active, asdict(failure_of(active.run, exc, expose_errors=self._expose_errors)))
 
@@ -431,11 +409,7 @@ class Runner:
         if isinstance(failure, Unreadable) and not failure.is_writable:  # writing it would fail its whole group
             self._disown(active)
             return
-        try:
-            await self._finish(active, end)
-        except Unstorable as exc:
-            active.unsaved = None
-            await self._finish(active, asdict(failure_of(active.run, exc, expose_errors=self._expose_errors)))
+        await self._finish(active, end)
 
     async def _steps(self, active: StoredRun) -> msgspec.Raw:
         """Run the agents in sequence. The last step is written together with the end of the run."""
@@ -456,10 +430,10 @@ class Runner:
             active.update(replace(run, status=RunStatus.RUNNING, started_at=now()))
         return run.steps[-1].result
 
-    def end_of(self, id_: str) -> anyio.Event:
-        """Return an event that the engine sets when a run or a batch has ended, or earlier to have it checked again."""
+    def end_of(self, id_: str) -> Signal:
+        """Return what the engine notifies when a run or a batch has ended, or earlier to have it checked again."""
         active = self.active.get(id_)
-        return self.awaited.setdefault(id_, anyio.Event()) if active is None else active.end
+        return self.awaited.setdefault(id_, Signal()) if active is None else active.end
 
     async def _suspend(self, active: StoredRun, questions: Sequence[Question]) -> bool:
         """Leave a run to the store until *questions* are answered. Returns False if it was cancelled."""
@@ -553,6 +527,23 @@ class Runner:
         self._remove(active)
         active.update(active.run)
         active.wake()
+
+
+def add_to(counter: Counter[K], key: K, more: int) -> None:
+    """Add to a count, which has no entry while it is 0."""
+    counter[key] += more
+    if not counter[key]:
+        del counter[key]
+
+
+@contextlib.contextmanager
+def counted(counter: Counter[K], key: K, more: int = 1) -> Iterator[None]:
+    """Add to a count inside the block."""
+    add_to(counter, key, more)
+    try:
+        yield
+    finally:
+        add_to(counter, key, -more)
 
 
 async def _absorb_cancellation() -> None:

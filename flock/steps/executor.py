@@ -25,7 +25,7 @@ from flock.errors import Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
 from flock.logs import fields_of_run
 from flock.models.llm import ModelClient
-from flock.models.prices import PRICES, Budget, Price, priced
+from flock.models.prices import Budget, Price, priced
 from flock.runs import (
     Answer,
     Batch,
@@ -143,7 +143,7 @@ class ActiveRun:
         self.scope.cancel()
 
     async def history(self, agent: Agent, limit: int) -> Sequence[Exchange]:
-        """Return the last *limit* turns of *agent* in earlier runs of the session, oldest first."""
+        """Return the last *limit* exchanges of *agent* in earlier runs of the session, oldest first."""
         if self.run.session_id is None:
             return ()
         return exchanges_of(agent, await self.earlier_runs(limit))[-limit:]
@@ -221,7 +221,7 @@ class StepExecutor:
         max_run_bytes: float = math.inf,
         max_item_bytes: float = math.inf,
         answer: Answer | None = None,
-        prices: Mapping[str, Price] = PRICES,
+        prices: Mapping[str, Price],
     ) -> None:
         self._agents = agents
         self._models = models

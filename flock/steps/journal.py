@@ -39,7 +39,7 @@ from flock.runs import (
     safe_text,
 )
 from flock.runs.context import CURRENT_CALL
-from flock.scopes import Clock, cancellable, clocks_stopped, current_task
+from flock.scopes import Clock, Signal, cancellable, clocks_stopped, current_task
 from flock.steps.outcomes import error_of
 
 logger = logging.getLogger("flock.runs")
@@ -111,7 +111,8 @@ class Journal:
         self._asked: dict[str, Question | str] = {}
         #: the calls that have begun and not ended, each with what cancels its task
         self._open: dict[str, Callable[[], object]] = {}
-        self._changed: anyio.Event | None = None
+        #: a call has ended
+        self._changed = Signal()
         self._finished = {call.call_id: call for call in finished if call.is_checkpoint}
         #: calls of this execution that were cancelled while they were saved. The next equal call returns the result.
         self._unread: dict[str, Call] = {}
@@ -154,7 +155,7 @@ class Journal:
             with anyio.CancelScope(shield=True):
                 while self._open and not waiting.cancelled_caught:
                     with anyio.CancelScope(deadline=math.inf if are_in_threads() else give_up_at) as waiting:
-                        await self._change.wait()
+                        await self._changed.wait()
         self._is_over = True
         return len(self._open)
 
@@ -273,20 +274,10 @@ class Journal:
                         self.elsewhere = next((each for each in self._asked.values() if isinstance(each, str)), None)
                         self._is_closed = True
                         self.scope.cancel()
-                    await self._change.wait()
+                    await self._changed.wait()
         finally:
             del self._asked[call_id]
-
-    @property
-    def _change(self) -> anyio.Event:
-        """An event that is set when a call ends."""
-        self._changed = self._changed or anyio.Event()
-        return self._changed
-
-    def _notify(self) -> None:
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
+            self._changed.notify()
 
     def once(
         self,
@@ -340,7 +331,7 @@ class Journal:
                 raise CallError(_LATE.format(label))  # only trio comes here
             finally:
                 del self._open[planned.call_id]
-                self._notify()
+                self._changed.notify()
                 if not is_done:  # the next equal call takes its place, also when the step runs again
                     self._numbers[key].discard(number)
 
@@ -463,12 +454,12 @@ class Journal:
             )
 
     async def _store(self, call: Call) -> None:
-        self._bytes_left -= _bytes_of(call)
-        if self._bytes_left < 0:
+        if (size := _bytes_of(call)) > self._bytes_left:
             raise CallError(
                 f"The arguments and results of the step's calls are larger than the cluster can store. The call "
-                f"{call.name!r} has {_bytes_of(call)} bytes of them. Return references to long results instead."
+                f"{call.name!r} has {size} bytes of them. Return references to long results instead."
             )
+        self._bytes_left -= size
         if self._is_over or self.is_suspended:  # a function may swallow the end of its step, and return anything
             return
         try:

@@ -115,7 +115,7 @@ class LiveOutput:
         next_is_late: whether the next reader gets what was written before it as a snapshot. The first one that watched
             the run from its start misses nothing.
         ended_steps: how many steps of the run have ended, with all of their text.
-        follower: cancels the task that copies it from another process; None if there is none.
+        follower: cancels the task that copies it from another process, or None.
         lost_owner: the engine to which the connection broke.
     """
 
@@ -189,7 +189,7 @@ class LiveOutput:
         """Complete what *writer* has written, or replace it where it differs from its *result*."""
         known = self._writers.get((writer.position, writer.call_id))
         if not has_missed and (known is None or not (known.has_output or known.resets)):
-            return  # no reader has ever got anything of it
+            return  # no reader has received any of it
         members = msgspec.json.decode(result, type=dict[str, msgspec.Raw])
         values = {name: msgspec.json.decode(member) for name, member in members.items()}
         with self._writing(writer) as written:
@@ -422,7 +422,7 @@ class _Place:
 
 
 class LiveReader:
-    """One reader of a live output. Who joins late gets what was written before as one ``output.snapshot``.
+    """One reader of a live output. A late one gets the earlier output as one ``output.snapshot``.
 
     Attributes:
         position: of the step that the reader has reached.
@@ -444,7 +444,7 @@ class LiveReader:
     def events(self, after: int) -> Iterator[Event]:
         """Yield what is new in the steps whose ``step.started`` is not after the id *after*.
 
-        Who does not take all events gets the others from the next call.
+        A reader that does not take all events gets the others from the next call.
         """
         changed, self._seen = self._live.changed_since(self._seen)
         for written in changed:
@@ -470,7 +470,7 @@ class LiveReader:
     def missed_output(self, event: Event) -> Event | None:
         """Return the whole output of a step, or of an agent that it called, before *event*, its end.
 
-        None if the reader cannot have an old part of it: from before it was disconnected while the agent went on.
+        None if the reader cannot have a stale part of it, from before it was disconnected.
         """
         data = event.data
         is_step = event.name == "step.completed"

@@ -31,11 +31,11 @@ INTERRUPTED = Outcome(RunStatus.FAILED, "The server stopped before this run ende
 #: A run that has killed its process.
 CRASHED = Outcome(
     RunStatus.FAILED,
-    "The process died repeatedly while it was executing this run, and at last nothing else.",
+    "The process died repeatedly while it was executing this run, the last time while it was executing nothing else.",
     "crashed",
 )
 DAMAGED = Outcome(RunStatus.FAILED, "The record of this run is damaged and cannot be read.", "unreadable")
-#: Somebody may kill a process while it happens to execute only one run, but hardly so often.
+#: A process may be killed by chance while it executes only one run, but not this often.
 DEATHS_ALONE = 2
 
 #: ``error`` of a cancelled batch.

@@ -34,10 +34,8 @@ def check_cancel(record: Run | Batch) -> None:
 
 def not_deleted(record: Run | Batch) -> Conflict:
     """Return why *record* cannot be deleted."""
-    if isinstance(record, Batch):
-        return Conflict(f"The {_name_of(record)} is still {record.status}. Cancel it first, or wait until it ends.")
     name = _name_of(record)
-    if record.batch_id:
+    if isinstance(record, Run) and record.batch_id:
         return Conflict(f"The {name} is an item of a batch and cannot be deleted alone. Delete the batch instead.")
     return Conflict(
         f"The {name} is still {record.status} and cannot be deleted. Cancel it first, or wait until it ends."

@@ -62,7 +62,7 @@ class Slots:
             self._take(served)
 
     def _next_item(self) -> tuple[BatchKey, anyio.Event]:
-        """Remove the next item. Move its principal and its batch behind the others."""
+        """Remove the next item. Move its principal and its batch after the others."""
         principal, batches = next(iter(self._items.items()))
         batch_id, queue = next(iter(batches.items()))
         slot_given = queue.popleft()
@@ -143,18 +143,10 @@ async def acquire_all(slots: Sequence[Slots], batch: BatchKey) -> None:
 
     Cancellation: no slot is acquired.
     """
-    waits_for = 0
+    first, *others = slots
     while True:
-        await slots[waits_for].acquire(batch)
-        taken = [slots[waits_for]]
-        for index, slot in enumerate(slots):
-            if index == waits_for:
-                continue
-            if not slot.acquire_nowait(batch):
-                waits_for = index
-                break
-            taken.append(slot)
-        else:
+        await first.acquire(batch)
+        if acquire_all_nowait(others, batch):
             return
-        for slot in taken:
-            slot.release(batch)
+        first.release(batch)
+        first, *others = *others, first  # wait for another one

@@ -269,7 +269,10 @@ class SQLiteBatchStore(BatchStore):
             batch = queries.find_batch(db, batch_id)
             if batch is None or not batch.status.is_final:
                 return None
-            counts = {RunStatus.FAILED: batch.failed_items, RunStatus.CANCELLED: batch.cancelled_items}
+            counts = {
+                RunStatus.FAILED: batch.failed_items - batch.invalid_items,
+                RunStatus.CANCELLED: batch.cancelled_items,
+            }
             statuses = [
                 status
                 for status in only

@@ -328,16 +328,8 @@ def last_step_of(run: Run) -> bytes:
 
 def _last_step_from(stored: bytes, result: msgspec.Raw) -> Step:
     last = msgspec.json.decode(stored, type=_LastStep)
-    return Step(
-        agent_name=last.agent_name,
-        result=result,
-        usage=last.usage,
-        attempt=last.attempt,
-        call_count=last.call_count,
-        model=last.model,
-        started_at=EPOCH + timedelta(microseconds=last.started_at or 0),
-        completed_at=EPOCH + timedelta(microseconds=last.completed_at or 0),
-    )
+    times = {"started_at": time_from(last.started_at or 0), "completed_at": time_from(last.completed_at or 0)}
+    return Step(result=result, **last._asdict() | times)
 
 
 @_raising_damaged

@@ -71,27 +71,25 @@ class Database:
         self.durability = durability
         self.is_shared = self.path != MEMORY
         self.agents: Collection[str] = ()
-        self._open = Group()
+        self._unwritten_bytes = 0
+        self._file = StoreFile(self.path)
+        self._reset()
+
+    # Lifecycle
+
+    def _reset(self) -> None:
+        """Create the state that is bound to one event loop, such as events."""
+        self._open, self._has_work, self._all_written = Group(), anyio.Event(), anyio.Event()
         self._unawaited: dict[str, PendingRun] = {}
         #: runs whose first record was refused and so have no row
         self._without_row: set[str] = set()
         self._queued = queries.QueuedRuns()
-        self._has_work = anyio.Event()
         self._is_closing = False
         self._write_error: Exception | None = None
-        self._unwritten_bytes = 0
-        self._file = StoreFile(self.path)
         self._displaced: Displaced | None = None
 
-    # Lifecycle
-
     async def __aenter__(self) -> Self:
-        self._open, self._has_work, self._is_closing, self._write_error = Group(), anyio.Event(), False, None
-        self._displaced = None
-        self._unawaited.clear()
-        self._without_row.clear()
-        self._queued.forget()
-        self._all_written = anyio.Event()
+        self._reset()
         async with AsyncExitStack() as stack:
             self._db = stack.enter_context(contextlib.closing(self._connect()))
             if self.is_shared:
@@ -127,10 +125,12 @@ class Database:
         self._is_closing = True
         self.flush_nowait()
         self._has_work.set()
-        if self.is_shared:
-            with anyio.CancelScope(shield=True):
-                await self._all_written.wait()
-        await self._exit.aclose()
+        try:
+            if self.is_shared:
+                with anyio.CancelScope(shield=True):
+                    await self._all_written.wait()
+        finally:  # asyncio cancels a task in spite of the shield
+            await self._exit.aclose()
 
     def _connect(self) -> sqlite3.Connection:
         db = None
@@ -241,7 +241,7 @@ class Database:
         try:
             self._file.check(self._reader)
         except (sqlite3.Error, Displaced) as exc:
-            problem = exc if isinstance(exc, Displaced) else Displaced(str(exc))
+            problem = exc if isinstance(exc, Displaced) else Displaced(f"{self.path!r} cannot be read: {exc}.")
         before, self._displaced = self._displaced, problem
         if self._displaced is not None and before is None:
             logger.error("%s Until then every request that needs the store gets status 503.", self._displaced)
@@ -294,7 +294,7 @@ class Database:
                 await self._transact(group)
                 self._write_error = None
                 group.run_callbacks()
-            except (sqlite3.Error, OSError) as exc:
+            except (sqlite3.Error, OSError, RuntimeError) as exc:  # the last one: no thread can be started
                 if str(exc) != str(self._write_error):  # it is retried every second, but logged once
                     logger.error("The store %s cannot be written: %s", self.path, exc)
                 self._write_error = group.error = exc
@@ -348,6 +348,15 @@ class Database:
         self._file.check(self._db)  # a commit to a removed file is lost
 
     # Reading
+
+    async def read_in_thread(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """Like ``read``, in a thread, with a connection of its own: for a query that takes long."""
+
+        def read() -> T:
+            with contextlib.closing(self._connect()) as db:
+                return self.read(lambda _: query(db))
+
+        return self.read(query) if not self.is_shared else await anyio.to_thread.run_sync(read)
 
     def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Call *query* with a connection that sees committed data, and return its result. Raises StoreError."""

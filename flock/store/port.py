@@ -1,7 +1,7 @@
-"""The port of the store: all that an engine asks of a store. Nothing above ``flock.store`` knows SQLite.
+"""The port of the store: all that an engine asks of a store. It knows nothing else of it.
 
 A method that may wait for the disk, or for other processes, is async. If a call is cancelled, what it writes is written
-anyway. *then* is called after the commit, also in that case, with what the method returns.
+anyway. *then* is called after the commit, even in that case.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -264,7 +264,7 @@ class Store(Protocol):
         """Whether the last ``check_file`` found that the file was removed, replaced or upgraded."""
 
     async def check_file(self) -> None:
-        """Check that the file was not removed, replaced or upgraded. If it was, ``read`` raises StoreError."""
+        """Check that the file was not removed, replaced or upgraded. If it was, reads and writes raise StoreError."""
 
     # Reading
 
@@ -292,7 +292,10 @@ class Store(Protocol):
         """Return the id of the last run of its session that was accepted before *run* and has not ended, or None."""
 
     async def earlier_runs(self, run: Run, limit: int, max_bytes: int) -> Sequence[Run]:
-        """Return completed runs of the session and the agent of *run*; see ``queries.earlier_runs``."""
+        """Return completed runs of the session and the agent of *run*, oldest first: the last *limit*, or *max_bytes*.
+
+        Damaged runs are left out.
+        """
 
     async def result_bytes(self, run_id: str, position: int | None) -> int:
         """Return the length of the result of a run or of its step at *position*. Raises RunNotFound, StoreError."""
@@ -310,10 +313,10 @@ class Store(Protocol):
         """Return one page of runs that are not items, newest first, without steps. A damaged run has an ``error``."""
 
     async def spent(self, flock: str, wanted: RunFilter) -> Sequence[tuple[str, Usage | None]]:
-        """Return the ids of one page of runs, and what each has spent; see ``queries.find_spent``."""
+        """Return the ids of one page of runs, and what each has spent; None if only its steps have its usage."""
 
     async def queue(self, flock: str) -> Queue:
-        """Return the queue of runs for ``agents``, without items. Retried runs do not count for its age."""
+        """Return the queue of runs of these agents, without items. Retried runs do not count for its age."""
 
     async def last_id(self) -> str | None:
         """Return the id of the newest run."""
@@ -338,7 +341,7 @@ class Store(Protocol):
             Replayed: the same request was accepted under this key before. This takes precedence over limits.
             KeyReused: the key was used for another request.
             EngineStopped: its engine has shut down.
-            EngineFull: too many runs of ``agents``, or of its principal, are queued, in all processes together.
+            EngineFull: too many runs of these agents, or of its principal, are queued, in all processes together.
         """
 
     async def shown_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
@@ -347,7 +350,10 @@ class Store(Protocol):
     async def next_calls(
         self, run_id: str, position: int, tries: int | None, number: int, after_row: int
     ) -> Sequence[tuple[int, Call]]:
-        """Return a page of calls of a step for people to see, with their rows; see ``queries.find_next_calls``."""
+        """Return a page of calls of a step for people to see, with their rows, from *number* after *after_row* on.
+
+        Their arguments are not read. *tries* are those of the run in which they were made; None means the last one.
+        """
 
     async def save_call(self, run: Run, position: int, call: Call) -> None:
         """Write a finished call of a step; on return it is on disk. Raises StoreError, Unstorable, OwnershipLost."""
@@ -451,9 +457,15 @@ class Store(Protocol):
         """Whether unfinished work of an engine was running in a death before, so that it may have killed it."""
 
     async def take_over(
-        self, dead_id: str, owner: str, now: datetime, only: str | None = None, max_recoveries: int = 3
+        self,
+        dead_id: str,
+        owner: str,
+        now: datetime,
+        max_recoveries: int,
+        only: str | None = None,
+        then: Callable[[TakenOver], None] = ...,
     ) -> TakenOver:
-        """Make *owner* the owner of the unfinished work of *dead_id* for ``agents``.
+        """Make *owner* the owner of the unfinished work of *dead_id* for its agents.
 
         Runs and batches with a cancellation request are taken over even without their agent. Synchronous runs end as
         interrupted, since their callers are gone. Work that cannot be read ends as failed. The rest stays for a program

@@ -1,6 +1,6 @@
 """Queries that the store and its batches share.
 
-All functions are called inside a transaction of ``flock.store.store``, or on its read connection.
+All functions are called inside a transaction of ``Database.change``, or on its read connection.
 """
 
 import contextlib

@@ -9,11 +9,13 @@ from collections.abc import Collection, Iterable
 from flock.runs import RunStatus
 from flock.store.columns import BATCH_TABLE, CALL_TABLE, RUN_TABLE, STEP_TABLE, SUSPENDED, UPDATED
 
-# All statements are public, but only functions are listed here.
-
 
 def _marks(columns: Collection[str]) -> str:
     return ", ".join("?" * len(columns))
+
+
+def _replaced(columns: Collection[str], **instead: str) -> str:
+    return ", ".join(instead.get(name, name) for name in columns)
 
 
 COUNT_TABLES = "SELECT count(*) FROM sqlite_master"
@@ -198,25 +200,16 @@ INSERT_STEP = f"""INSERT OR REPLACE INTO steps (run_id, position, {", ".join(STE
 INSERT_CALL = f"""INSERT INTO calls (run_id, position, tries, {", ".join(CALL_TABLE)})
     VALUES (?, ?, ?, {_marks(CALL_TABLE)})"""
 #: The arguments are not read: only the id of a call is compared.
-CALLS = f"""SELECT rowid, {", ".join("x'7b7d'" if name == "arguments" else name for name in CALL_TABLE)} FROM calls
+CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, arguments="x'7b7d'")} FROM calls
     WHERE run_id = ? AND position = ? AND tries = ? AND rowid > ? ORDER BY rowid"""
 #: The positions of the steps of a run that have made calls, each with its last try.
 LAST_TRIES = "SELECT position, max(tries) FROM calls WHERE run_id = ? GROUP BY position"
 #: NULL in place of long values.
-SHOWN_CALLS = f"""SELECT {
-    ", ".join(
-        f"CASE WHEN length({name}) <= ? THEN {name} END" if name in ("arguments", "result") else name
-        for name in CALL_TABLE
-    )
-}
+_SHORT = {name: f"CASE WHEN length({name}) <= ? THEN {name} END" for name in ("arguments", "result")}
+SHOWN_CALLS = f"""SELECT {_replaced(CALL_TABLE, **_SHORT)}
     FROM calls WHERE run_id = ? AND position = ? AND tries = ? ORDER BY rowid LIMIT ?"""
 #: Some of them, without their arguments. A call has no number of its own: numbers are those of the rows of a step.
-NEXT_CALLS = f"""SELECT rowid, {
-    ", ".join(
-        {"arguments": "NULL", "result": "CASE WHEN length(result) <= ? THEN result END"}.get(name, name)
-        for name in CALL_TABLE
-    )
-}
+NEXT_CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, **_SHORT | {"arguments": "NULL"})}
     FROM calls WHERE run_id = ? AND position = ?
     AND tries = ifnull(?, (SELECT tries FROM calls WHERE run_id = ? AND position = ? ORDER BY tries DESC LIMIT 1))
     AND rowid > ? ORDER BY rowid LIMIT ? OFFSET ?"""

@@ -318,13 +318,16 @@ class SQLiteStore(Database, Store):
         return self.read(lambda db: db.execute(statements.MAY_HAVE_SUSPECTS, values).fetchone()) is not None
 
     async def take_over(
-        self, dead_id: str, owner: str, now: datetime, only: str | None = None, max_recoveries: int = 3
+        self,
+        dead_id: str,
+        owner: str,
+        now: datetime,
+        max_recoveries: int,
+        only: str | None = None,
+        then: Callable[[TakenOver], None] = lambda taken: None,
     ) -> TakenOver:
         # In a thread, since there may be many long runs.
-        unfinished = await anyio.to_thread.run_sync(
-            self.read, lambda db: takeover.find_unfinished(db, dead_id, self.agents, only)
-        )
-
+        unfinished = await self.read_in_thread(lambda db: takeover.find_unfinished(db, dead_id, self.agents, only))
         executed = executed_until_death(f"{self.path}-engine-{dead_id}")
 
         def apply(db: sqlite3.Connection) -> TakenOver:
@@ -334,4 +337,8 @@ class SQLiteStore(Database, Store):
                 files.remove(f"{self.path}-engine-{dead_id}")  # before the commit; see renew_registration
             return taken
 
-        return await self.change(apply, then=lambda taken: self.batches.has_dropped.set())
+        def taken_over(taken: TakenOver) -> None:
+            self.batches.has_dropped.set()
+            then(taken)
+
+        return await self.change(apply, taken_over)

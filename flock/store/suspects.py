@@ -18,7 +18,7 @@ FIRST_LIFE_S, MAX_LIFE_S = 1.0, 512.0
 class Executing:
     """The runs that this process is executing. Its lock file lists them for the engine that takes over after its death.
 
-    What is written survives the death of the process, but not a power cut: then the boot id differs anyway.
+    What is written survives the death of the process, but not a power cut, after which the boot id differs.
 
     Attributes:
         group: the number of the newest group of suspects that has started here.
@@ -41,7 +41,7 @@ class Executing:
             self._write(line, f"{self.group} {run_id}")
 
     def forget(self) -> None:
-        """The process stops because it was asked to: what it executes is no cause of its end."""
+        """Clear the list: the process was asked to stop, so none of its runs is to blame."""
         file, self._file = self._file, None
         if file is not None:
             with contextlib.suppress(OSError, ValueError):

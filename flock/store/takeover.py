@@ -1,6 +1,6 @@
 """Recovery of the unfinished work of an engine whose process has ended: another engine takes it over.
 
-All functions are called inside a transaction of ``flock.store.store``, or on its read connection.
+All functions are called inside a transaction of ``Database.change``, or on its read connection.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Runs that wait for the answers of people. They exist only in the store; no engine owns them.
 
-All functions are called inside a transaction of ``flock.store.store``.
+All functions are called inside a transaction of ``Database.change``.
 """
 
 import logging

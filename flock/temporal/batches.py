@@ -380,7 +380,7 @@ class TemporalBatches(EngineBase):
     async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
         self._check_running()
         self._check_prices((await self.get_batch(batch_id)).agent_name, max_cost)
-        return await self._retry_batch(batch_id, statuses_of(only), max_cost=max_cost)
+        return await self._retry_batch(batch_id, self._retried(only), max_cost=max_cost)
 
     async def _retry_batch(
         self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None, max_cost: float | None = None
