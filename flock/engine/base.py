@@ -2,7 +2,8 @@
 
 import contextlib
 import itertools
-from abc import ABC, abstractmethod
+import sys
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context, copy_context
@@ -36,6 +37,7 @@ from flock.runs import (
     Batch,
     BatchOptions,
     Call,
+    Engine,
     EngineHealth,
     Event,
     IdempotencyKey,
@@ -44,7 +46,6 @@ from flock.runs import (
     Items,
     LongJSON,
     OnInvalid,
-    Page,
     Run,
     RunFilter,
     RunStatus,
@@ -123,8 +124,8 @@ class RunReader:
         return event
 
 
-class EngineBase(ABC):
-    """The part of ``flock.runs.Engine`` that does not depend on where records are stored.
+class EngineBase(Engine):
+    """The part of an engine that does not depend on where records are stored. Methods without a docstring: see there.
 
     Args:
         agents: by name. The mapping is read at each submission, so agents added later are found.
@@ -147,23 +148,18 @@ class EngineBase(ABC):
         self._limits = limits
         self._prices = merged(prices)
         self._default_models = models_of(default_model, "the flock")
-        self.item_limits = ItemLimits(max_items=limits.max_items, max_input_bytes=limits.max_input_bytes)
 
     # To be implemented by an engine
 
-    #: See ``Engine.calls_models``.
     calls_models: bool = False
+    #: Max size of the inputs of an item, if that is less than ``max_input_bytes``.
+    _max_item_bytes: int = sys.maxsize
     _new_batch_id: Callable[[], str] = staticmethod(new_id)
 
     @property
     def _owner(self) -> str | None:
         """The id of the engine that owns new work, or None if work has no owner."""
         return None
-
-    @property
-    @abstractmethod
-    def is_draining(self) -> bool:
-        """See ``Engine.is_draining``."""
 
     @property
     @abstractmethod
@@ -181,37 +177,14 @@ class EngineBase(ABC):
     async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
         """Store a batch with its items and start it. Raises the same as ``Engine.submit_batch``."""
 
-    @abstractmethod
-    async def get_batch(self, batch_id: str) -> Batch:
-        """See ``Engine.get_batch``."""
-
-    @abstractmethod
-    async def get_run(self, run_id: str, principal: str | None = None) -> Run:
-        """See ``Engine.get_run``."""
-
     async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
-        """See ``Engine.get_outline``. By default, the whole run is read."""
-        return await self.get_run(run_id, principal)
-
-    @abstractmethod
-    async def delete_run(self, run_id: str) -> None:
-        """See ``Engine.delete_run``."""
-
-    @abstractmethod
-    async def list_runs(self, wanted: RunFilter) -> Page[Run]:
-        """See ``Engine.list_runs``."""
-
-    @abstractmethod
-    async def get_calls(self, run: Run) -> Calls:
-        """See ``Engine.get_calls``."""
+        return await self.get_run(run_id, principal)  # by default, the whole run is read
 
     async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
-        """See ``Engine.shown_result``. By default, a record holds its results."""
         return run.result if position is None else run.steps[position].result
 
     def watch(self, run_id: str) -> AbstractContextManager[object]:
-        """See ``Engine.watch``. By default there is no live output."""
-        return contextlib.nullcontext()
+        return contextlib.nullcontext()  # by default, there is no live output
 
     def _watch_until_read(self, run_id: str) -> AbstractContextManager[object]:
         """Watch a run that is accepted inside the block, until its first reader comes; see ``Engine.submit``."""
@@ -231,6 +204,11 @@ class EngineBase(ABC):
 
     # State
 
+    @property
+    def item_limits(self) -> ItemLimits:
+        max_bytes = min(self._limits.max_input_bytes, self._max_item_bytes)
+        return ItemLimits(max_items=self._limits.max_items, max_input_bytes=max_bytes)
+
     def _check_entered(self) -> None:
         if not self._is_entered:
             raise EngineStopped()
@@ -245,7 +223,6 @@ class EngineBase(ABC):
             raise not_accepting()
 
     def health(self) -> EngineHealth:
-        """See ``Engine.health``."""
         store: Literal["ok", "failing"] = "ok" if self._is_store_ok else "failing"
         if not self._is_entered:
             return EngineHealth("stopped", store)
@@ -299,7 +276,6 @@ class EngineBase(ABC):
         run_id: str | None = None,
         watch: bool = False,
     ) -> Run:
-        """See ``Engine.submit``."""
         self._check_running()
         raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
         self._agent(agent_name).input.decode(raw, "/inputs")
@@ -335,7 +311,6 @@ class EngineBase(ABC):
         principal: str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
-        """See ``Engine.submit_batch``."""
         self._check_running()
         self._check_prices(agent_name, options.max_cost)
         batch = Batch(
@@ -362,7 +337,6 @@ class EngineBase(ABC):
     # Sessions
 
     async def get_session(self, session_id: str, principal: str | None = None) -> Session:
-        """See ``Engine.get_session``."""
         usage, total, share = None, 0, FairShare()
         wanted = RunFilter(session_id=session_id, principal=principal)
         while page := await self._spent(wanted):
@@ -382,7 +356,6 @@ class EngineBase(ABC):
         return [(run.run_id, None) for run in await self.list_runs(wanted)]
 
     async def delete_session(self, session_id: str, principal: str | None = None) -> None:
-        """See ``Engine.delete_session``."""
         wanted = RunFilter(session_id=session_id, principal=principal)
         for status in RunStatus:
             if not status.is_final:
@@ -403,7 +376,6 @@ class EngineBase(ABC):
     async def events(
         self, run_id: str, after: int = 0, *, reasoning: bool = False
     ) -> AsyncGenerator[Event | None, None]:
-        """See ``Engine.events``."""
         sent_at, latest = anyio.current_time(), dict[str, Event]()  # the latest of the stored events without an id
         share = FairShare()
         with self._reader(run_id, after, reasoning=reasoning) as reader:
@@ -482,7 +454,6 @@ class EngineBase(ABC):
         return agent is None or agent.uses_context
 
     async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
-        """See ``Engine.batch_events``."""
         sent, sent_at = (-1, -1), anyio.current_time()
         while True:
             changed, batch = self._next_change(), await self.get_batch(batch_id)

@@ -91,6 +91,8 @@ class TemporalEngine(TemporalBatches):
 
     is_draining = False
 
+    _max_item_bytes = MAX_INPUT_BYTES
+
     def __init__(
         self,
         agents: Mapping[str, Agent],
@@ -113,7 +115,6 @@ class TemporalEngine(TemporalBatches):
         super().__init__(
             agents, flock, limits, cluster, heartbeat_timeout_s, prices=prices, default_model=default_model
         )
-        self.item_limits = replace(self.item_limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
         self._watch_task: asyncio.Task[None] | None = None
         self._error: StoreError | None = None
         self._open_runs = 0
