@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextvars import copy_context
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -30,29 +31,24 @@ logger = logging.getLogger("flock.runs")
 WORKERS_PER_SLOT = 2
 
 
+@dataclass(eq=False)
 class Batches:
     """The batches that one engine accepts and processes.
 
     Args:
-        start: calls a function with a batch in a new task of the engine, unless the engine is shutting down.
+        start_task: calls a function with a batch in a new task of the engine, unless the engine is shutting down.
         next_change: returns a function that waits for the next change in the store.
     """
 
-    def __init__(
-        self,
-        store: BatchStore,
-        runner: Runner,
-        start: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], None],
-        next_change: Callable[[], Callable[[], Awaitable[None]]],
-        limits: Limits,
-    ) -> None:
-        self._store = store
-        self._runner = runner
-        self._start = start
-        self.next_change = next_change
-        self._limits = limits
+    store: BatchStore
+    runner: Runner
+    start_task: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], None]
+    next_change: Callable[[], Callable[[], Awaitable[None]]]
+    limits: Limits
+
+    def __post_init__(self) -> None:
         #: batches that are being processed here and were cancelled
-        self._cancelled: set[str] = set()
+        self.cancelled: set[str] = set()
 
     async def submit(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
         """Accept a batch; see ``Engine.submit_batch``.
@@ -63,58 +59,58 @@ class Batches:
 
         async def stage(page: Sequence[Run]) -> None:
             nonlocal is_staged
-            if self._runner.is_draining:  # a slow client must not delay the shutdown
+            if self.runner.is_draining:  # a slow client must not delay the shutdown
                 raise not_accepting(" Upload the whole batch again.")
             is_first, is_staged = not is_staged, True
-            await self._store.stage(batch, page, self._limits.max_open_items, key, is_first=is_first)
+            await self.store.stage(batch, page, self.limits.max_open_items, key, is_first=is_first)
 
         try:
             whole = await intake.read(stage)
-            await self._store.accept(
-                whole, intake.page, self._limits.max_open_items, key, then=self.start, is_staged=is_staged
+            await self.store.accept(
+                whole, intake.page, self.limits.max_open_items, key, then=self.start, is_staged=is_staged
             )
             return whole
         except BaseException:
             if is_staged:
                 with anyio.CancelScope(shield=True):
                     try:
-                        await self._store.drop_staged(batch.batch_id)
+                        await self.store.drop_staged(batch.batch_id)
                     except StoreError:  # such as a full disk; dropping the staged items frees space on it
-                        self._start(self._drop, batch)
+                        self.start_task(self._drop, batch)
             raise
 
     async def _drop(self, batch: Batch) -> None:
         """Drop the staged items of a batch. Retry while the store fails."""
-        while not self._runner.is_draining:
+        while not self.runner.is_draining:
             await anyio.sleep(RETRY_AFTER_S)
             with contextlib.suppress(StoreError):
-                await self._store.drop_staged(batch.batch_id)
+                await self.store.drop_staged(batch.batch_id)
                 return
 
     def start(self, batch: Batch | None) -> None:
         """Start an attempt of a batch that was just accepted; None if it was not."""
         if batch is not None:
-            self._runner.executor.notify("batch_accepted", batch)
+            self.runner.executor.notify("batch_accepted", batch)
             self.resume(batch)
 
     def resume(self, batch: Batch) -> None:
         """Process the items of a batch that are left."""
-        self._cancelled.discard(batch.batch_id)  # the cancellation may be of an earlier attempt
-        self._start(self._run, batch)
+        self.cancelled.discard(batch.batch_id)  # the cancellation may be of an earlier attempt
+        self.start_task(self._run, batch)
 
     def cancel(self, batch_id: str) -> None:
         """Cancel a batch that is being processed here: stop its active items and start no others."""
-        self._cancelled.add(batch_id)
-        for active in list(self._runner.active.values()):
+        self.cancelled.add(batch_id)
+        for active in list(self.runner.active.values()):
             if active.run.batch_id == batch_id:
                 active.cancel()
 
     async def _run(self, batch: Batch) -> None:
         """Process a batch until no item is left. Retry while the store fails."""
         if batch.cancel_requested:
-            self._cancelled.add(batch.batch_id)
+            self.cancelled.add(batch.batch_id)
         try:
-            while not self._runner.is_draining and not batch.status.is_final:
+            while not self.runner.is_draining and not batch.status.is_final:
                 try:
                     batch = await self._process(batch)
                 except OwnershipLost:
@@ -128,51 +124,44 @@ class Batches:
         except OwnershipLost:
             logger.warning("batch %s: it was taken over by another engine, or deleted", batch.batch_id)
         finally:
-            self._cancelled.discard(batch.batch_id)
+            self.cancelled.discard(batch.batch_id)
 
     async def _process(self, batch: Batch) -> Batch:
         """Run the items that are left, and end the batch if it is done. Raises OwnershipLost, StoreError."""
         id_ = batch.batch_id
-        while batch.reopening and id_ not in self._cancelled:
-            batch = await self._store.reopen_some(batch)
-        batch = await self._store.begin(batch, now())
-        budget = self._runner.executor.budget(batch.options.max_cost, batch.usage, "batch")
-        if id_ not in self._cancelled:
-            workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self._limits.max_concurrency)
-            await _Work(batch, self, self._store, self._runner, budget).run(workers if batch.options.parallel else 1)
-        while id_ in self._cancelled and await self._store.cancel_waiting(batch, now()):
+        while batch.reopening and id_ not in self.cancelled:
+            batch = await self.store.reopen_some(batch)
+        batch = await self.store.begin(batch, now())
+        budget = self.runner.executor.budget(batch.options.max_cost, batch.usage, "batch")
+        if id_ not in self.cancelled:
+            workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self.limits.max_concurrency)
+            await _Work(batch, self, budget).run(workers if batch.options.parallel else 1)
+        while id_ in self.cancelled and await self.store.cancel_waiting(batch, now()):
             pass
         if budget is not None and budget.is_spent:
-            while await self._store.cancel_waiting(batch, now(), COST_LIMIT):
+            while await self.store.cancel_waiting(batch, now(), COST_LIMIT):
                 pass
-        if self._runner.is_draining or await self._store.pending_items(batch, -1, 1):
+        if self.runner.is_draining or await self.store.pending_items(batch, -1, 1):
             return batch
-        for item_id, reason in await self._store.fail_unreadable(batch, now()):
+        for item_id, reason in await self.store.fail_unreadable(batch, now()):
             logger.error("batch %s: item %s cannot be read and was marked as failed: %s", id_, item_id, reason)
-        batch = await self._store.end(batch, now())
+        batch = await self.store.end(batch, now())
         if not batch.status.is_final:
             return batch
-        self._runner.executor.notify("batch_ended", batch)
+        self.runner.executor.notify("batch_ended", batch)
         counts = (batch.total_items, batch.failed_items, batch.cancelled_items)
         template, source = "batch %s: %s, agent %s, %d items, %d failed, %d cancelled%s", of_request(batch.request_id)
         logger.info(template, batch.batch_id, batch.status, batch.agent_name, *counts, source)
         return batch
 
-    def is_stopped(self, batch: Batch) -> bool:
-        """Whether no more items may start: at shutdown, or if *batch* is cancelled."""
-        return self._runner.is_draining or batch.batch_id in self._cancelled
-
 
 class _Work:
     """Runs the items of one batch that are left, as far as its *budget* allows."""
 
-    def __init__(
-        self, batch: Batch, batches: Batches, store: BatchStore, runner: Runner, budget: Budget | None
-    ) -> None:
+    def __init__(self, batch: Batch, batches: Batches, budget: Budget | None) -> None:
         self._batch = batch
         self._batches = batches
-        self._store = store
-        self._runner = runner
+        self._store, self._runner = batches.store, batches.runner
         self._budget = budget
         self._tasks = anyio.create_task_group()
         self._idle_workers = 0
@@ -213,7 +202,9 @@ class _Work:
 
     @property
     def _is_stopped(self) -> bool:
-        return self._batches.is_stopped(self._batch) or (self._budget is not None and self._budget.is_spent)
+        """Whether no more items may start."""
+        is_cancelled = self._batch.batch_id in self._batches.cancelled
+        return self._runner.is_draining or is_cancelled or (self._budget is not None and self._budget.is_spent)
 
     async def _next_work(self) -> Coroutine[Any, Any, None] | None:
         """Return what executes the next item, or None if none can start now."""

@@ -1,6 +1,7 @@
 """Intake of a batch, the same for both engines: its rows are checked, converted to items, and staged in pages."""
 
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ ITEMS_PER_PAGE = 500
 PAGE_BYTES = 4 * 1024 * 1024
 
 
+@dataclass(eq=False)
 class Intake:
     """Turns the rows of one batch into items, and stages them in pages.
 
@@ -29,24 +31,16 @@ class Intake:
         page: the items that are not staged yet.
     """
 
-    def __init__(
-        self,
-        agent: Agent,
-        items: Items,
-        batch: Batch,
-        *,
-        on_invalid: OnInvalid,
-        traceparent: str | None,
-        limits: ItemLimits,
-    ) -> None:
-        self.batch = batch
+    agent: Agent
+    items: Items
+    batch: Batch
+    on_invalid: OnInvalid
+    traceparent: str | None
+    limits: ItemLimits
+
+    def __post_init__(self) -> None:
         self.page: list[Run] = []
-        self._items = items
-        self._on_invalid = on_invalid
-        self._traceparent = traceparent
-        self._checks = RowChecks(agent, limits)
-        self._failed = 0
-        self._page_bytes = 0
+        self._failed = self._page_bytes = 0
 
     async def read(
         self,
@@ -69,9 +63,9 @@ class Intake:
         options = self.batch.options
         if options.max_workers < 1:
             raise DefinitionError(f"max_workers must be at least 1, not {options.max_workers}.")
-        checks, row_errors = self._checks, RowErrors()
-        async for checked in checks.rows(self._items):
-            if checked.errors and self._on_invalid == "reject":
+        checks, row_errors = RowChecks(self.agent, self.limits), RowErrors()
+        async for checked in checks.rows(self.items):
+            if checked.errors and self.on_invalid == "reject":
                 row_errors.add(checked.row, checked.errors)
                 if row_errors.is_full:
                     break
@@ -109,7 +103,7 @@ class Intake:
             request_id=batch.request_id,
             batch_id=batch.batch_id,
             position=position,
-            traceparent=self._traceparent,
+            traceparent=self.traceparent,
             principal=batch.principal,
             is_async=True,
             timeout_s=batch.options.timeout_s,

@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import KW_ONLY, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -192,6 +193,7 @@ class ActiveRun:
         """Called with a step while it still holds its slot."""
 
 
+@dataclass(eq=False)
 class StepExecutor:
     """Executes the steps of one engine or worker.
 
@@ -208,40 +210,28 @@ class StepExecutor:
         item_slots: max batch items that run at the same time.
     """
 
-    def __init__(
-        self,
-        agents: Mapping[str, Agent],
-        models: ModelClient,
-        observers: Sequence[Observer],
-        *,
-        limits: Limits,
-        max_steps: int,
-        expose_errors: bool,
-        max_result_bytes: float = math.inf,
-        max_run_bytes: float = math.inf,
-        max_item_bytes: float = math.inf,
-        answer: Answer | None = None,
-        prices: Mapping[str, Price],
-    ) -> None:
-        self._agents = agents
-        self._models = models
-        self._observers = observers
-        self._max_steps = max_steps
-        self._limits = limits
-        self._expose_errors = expose_errors
-        self._max_result_bytes = max_result_bytes
-        self._max_run_bytes = max_run_bytes
-        self._max_item_bytes = max_item_bytes
-        self._answer = answer
-        self._prices = prices
-        self._threads = Threads(limits.max_threads)
-        reserved = limits.max_concurrency // 10
-        self.item_slots = limits.max_concurrency - reserved
-        self._slots = Slots(limits.max_concurrency, reserved=reserved)
+    agents: Mapping[str, Agent]
+    models: ModelClient
+    observers: Sequence[Observer]
+    _: KW_ONLY
+    limits: Limits
+    max_steps: int
+    expose_errors: bool
+    max_result_bytes: float = math.inf
+    max_run_bytes: float = math.inf
+    max_item_bytes: float = math.inf
+    answer: Answer | None = None
+    prices: Mapping[str, Price]
+
+    def __post_init__(self) -> None:
+        count = self.limits.max_concurrency
+        self.item_slots = count - count // 10
+        self._slots = Slots(count, reserved=count // 10)
         self._agent_slots: dict[str, Slots] = {}
+        self._threads = Threads(self.limits.max_threads)
 
     def budget(self, max_cost: float | None, spent: Usage | None, owner: str) -> Budget | None:
-        return None if max_cost is None else Budget(self._prices, max_cost, spent, owner)
+        return None if max_cost is None else Budget(self.prices, max_cost, spent, owner)
 
     async def execute(self, active: ActiveRun) -> Step:
         """Run the next agent of a run, in a slot of the engine and one of the agent.
@@ -250,7 +240,7 @@ class StepExecutor:
             WaitingForAnswers if the agent asks a person; AgentElsewhere if it calls an agent that only others have.
         Cancellation: the step is lost. The slots stay taken until no thread is running for the run.
         """
-        agent = next_agent(active.run, self._agents, self._max_steps)
+        agent = next_agent(active.run, self.agents, self.max_steps)
         assert agent is not None, "all steps are done"
         is_again, active.is_again = active.is_again, False
         if is_again and agent.on_interrupt == "fail" and not active.run.worked_s:
@@ -292,7 +282,7 @@ class StepExecutor:
         """Execute *agent*. If it uses its context, there is a journal of its calls."""
         started_at, batch = now(), _batch_of(run)
         call_in_thread = functools.partial(self._call_in_thread, active, batch)
-        resources = Resources(self._models, call_in_thread, active.history, self._agents)
+        resources = Resources(self.models, call_in_thread, active.history, self.agents)
         usage, model, call_count = None, None, 0
         if agent.uses_context:
             journal = await self._journal(active, run, resources, is_again=is_again)
@@ -316,7 +306,7 @@ class StepExecutor:
         execute_callee = functools.partial(self._execute_callee, _batch_of(run), resources)
         elsewhere = () if self.is_at_most_once(run) else active.elsewhere  # it must not start a second time there
         callees = Callees(
-            caller=run, agents=self._agents, max_steps=self._max_steps, execute=execute_callee, elsewhere=elsewhere
+            caller=run, agents=self.agents, max_steps=self.max_steps, execute=execute_callee, elsewhere=elsewhere
         )
         return Journal(
             await active.finished_calls() if is_again or active.has_calls else (),
@@ -326,12 +316,12 @@ class StepExecutor:
             call_in_thread=resources.call_in_thread,
             run_agent=callees.run,
             spent=run.usage_of_steps or Usage(),
-            max_calls=self._limits.max_calls - sum(step.call_count for step in run.steps),
-            max_result_bytes=self._max_result_bytes,
-            max_total_bytes=self._max_item_bytes,
-            expose_errors=self._expose_errors,
+            max_calls=self.limits.max_calls - sum(step.call_count for step in run.steps),
+            max_result_bytes=self.max_result_bytes,
+            max_total_bytes=self.max_item_bytes,
+            expose_errors=self.expose_errors,
             clock=Clock(active.scope),
-            answer=self._answer,
+            answer=self.answer,
         )
 
     async def _with_journal(
@@ -353,10 +343,10 @@ class StepExecutor:
             active.note_progress,
             journal,
             on_usage=functools.partial(self._on_usage, active),
-            max_tokens=self._limits.max_tokens,
+            max_tokens=self.limits.max_tokens,
             live=lambda: active.live,
             output_names=agent.output_names,
-            priced=functools.partial(priced, self._prices),
+            priced=functools.partial(priced, self.prices),
             budget=active.budget,
         )
         if active.cancel_requested:
@@ -372,7 +362,7 @@ class StepExecutor:
                 raise
         finally:
             CURRENT_SLOT.reset(reset)
-            left = await journal.end(self._limits.grace_s, functools.partial(self._threads.are_awaited, active))
+            left = await journal.end(self.limits.grace_s, functools.partial(self._threads.are_awaited, active))
             if left:
                 template = "run %s: %s ended, but %d of its calls still run: their tasks swallow their cancellation"
                 logger.warning(template, run.run_id, agent.name, left, extra=fields_of_run(run))
@@ -444,11 +434,11 @@ class StepExecutor:
             return timeout_of(active.timeout_s)
         if active.cancel_requested:
             return CANCELLED
-        return failure_of(active.run, exc, expose_errors=self._expose_errors)
+        return failure_of(active.run, exc, expose_errors=self.expose_errors)
 
     def find(self, name: str | None) -> Agent | None:
         """Return the agent with this name, or None."""
-        return self._agents.get(name or "")
+        return self.agents.get(name or "")
 
     def is_at_most_once(self, run: Run) -> bool:
         """Whether the next step of *run* must not be started a second time."""
@@ -457,7 +447,7 @@ class StepExecutor:
 
     def notify(self, event: str, *arguments: Run | Step | Call | Usage | Batch | str) -> None:
         """Call the method *event* of each observer that has it. Log an exception that an observer raises."""
-        for observer in self._observers:
+        for observer in self.observers:
             try:
                 getattr(observer, event, _ignore)(*arguments)
             except Exception:
@@ -497,12 +487,12 @@ class StepExecutor:
     def _check_size(self, run: Run, step: Step) -> None:
         """Raise ResultTooLarge if the step cannot be stored, before another step costs money."""
         length, size = len(step.result), run.exchange_bytes + len(step.result)
-        if length > self._max_result_bytes:
+        if length > self.max_result_bytes:
             raise ResultTooLarge(
                 f"The result of {step.agent_name!r} has {length} bytes, more than the maximum "
-                f"({self._max_result_bytes}, max_result_bytes)."
+                f"({self.max_result_bytes}, max_result_bytes)."
             )
-        limit = self._max_run_bytes if run.batch_id is None else self._max_item_bytes
+        limit = self.max_run_bytes if run.batch_id is None else self.max_item_bytes
         if size > limit:
             raise ResultTooLarge(
                 f"The result of {step.agent_name!r} has {length} bytes. All inputs and results of the run have {size} "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import anyio
+import msgspec
 
 from flock.errors import FlockError
 from flock.runs import Run, Step
@@ -17,13 +18,12 @@ from flock.store.columns import Damaged, steps_with_rows
 logger = logging.getLogger("flock.store")
 
 
-class PendingRun:
+class PendingRun(msgspec.Struct):
     """The latest record of one run, and the steps that were added since the last write."""
 
-    def __init__(self, run: Run, is_new: bool) -> None:
-        self.run = run
-        self.is_new = is_new
-        self.steps: dict[int, Step] = {}
+    run: Run
+    is_new: bool
+    steps: dict[int, Step] = {}
 
     def add(self, run: Run, step: Step | None) -> None:
         self.run = run
@@ -31,14 +31,13 @@ class PendingRun:
             self.steps[len(run.steps) - 1] = step
 
 
-class Change:
+class Change(msgspec.Struct):
     """A function that is called inside the transaction, its outcome, and a callback for after the commit."""
 
-    def __init__(self, apply: Callable[[sqlite3.Connection], Any], then: Callable[[Any], None] | None) -> None:
-        self.apply = apply
-        self.then = then
-        self.result: Any = None
-        self.error: Exception | None = None
+    apply: Callable[[sqlite3.Connection], Any]
+    then: Callable[[Any], None] | None
+    result: Any = None
+    error: Exception | None = None
 
 
 #: Errors that concern the values of one record, or one damaged row, and not the store as a whole.
