@@ -638,10 +638,7 @@ class FlockDelete:
     @workflow.run
     async def run(self, order: DeleteOrder) -> None:
         await workflow.execute_activity(
-            DELETE_ACTIVITY,
-            order,
-            start_to_close_timeout=timedelta(minutes=10),
-            retry_policy=RETRY_FOREVER,
+            DELETE_ACTIVITY, order, start_to_close_timeout=timedelta(minutes=10), retry_policy=RETRY_FOREVER
         )
         await asyncio.sleep(order.keep_mark_s)
 

@@ -55,11 +55,7 @@ RETRY_AFTER_S = 1.0
 RETENTION = timedelta(days=30)
 
 #: The statuses of calls that are not permitted.
-DENIED = (
-    RPCStatusCode.PERMISSION_DENIED,
-    RPCStatusCode.UNAUTHENTICATED,
-    RPCStatusCode.UNIMPLEMENTED,
-)
+DENIED = (RPCStatusCode.PERMISSION_DENIED, RPCStatusCode.UNAUTHENTICATED, RPCStatusCode.UNIMPLEMENTED)
 
 
 class Cluster:
@@ -296,8 +292,7 @@ class Cluster:
         return await self.client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=self.namespace))
 
     async def _register_namespace(self) -> Any:
-        retention = Duration()
-        retention.FromTimedelta(RETENTION)
+        retention = Duration(seconds=round(RETENTION.total_seconds()))
         request = RegisterNamespaceRequest(namespace=self.namespace, workflow_execution_retention_period=retention)
         try:
             await self.client.workflow_service.register_namespace(request)

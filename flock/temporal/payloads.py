@@ -62,11 +62,7 @@ class PayloadFolder(StorageDriver):
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self._folder = None if folder is None else Path(folder)
-        storage = ExternalStorage(
-            drivers=[self],
-            driver_selector=self._select,
-            payload_size_threshold=THRESHOLD_BYTES,
-        )
+        storage = ExternalStorage(drivers=[self], driver_selector=self._select, payload_size_threshold=THRESHOLD_BYTES)
         #: replaces ``CONVERTER``
         self.converter: DataConverter = dataclasses.replace(CONVERTER, external_storage=storage)
 
