@@ -149,7 +149,7 @@ class TemporalBatches(EngineBase):
             )
             if intake.page:
                 await stage(intake.page)
-            await rows.all_sent()
+            await rows.until_sent()
             is_whole = True
             order = BatchOrder(
                 batch=whole,
@@ -431,7 +431,7 @@ class TemporalBatches(EngineBase):
         await self._reservations.release(order.key_id, batch_id)
 
 
-class _RowSender:
+class _RowSender(msgspec.Struct, eq=False):
     """Sends the rows of one batch to the cluster, chunk by chunk. *agents*: see ``RowsOrder``.
 
     Attributes:
@@ -442,56 +442,49 @@ class _RowSender:
         may_be_in_use: a batch may have started with these rows, so they must not be deleted.
     """
 
-    def __init__(self, cluster: Cluster, batch_id: str, agents: dict[str, str]) -> None:
-        self.starts: list[int] = []
-        self.open_items = 0
-        self.failed_in = 0
-        self.first_error: tuple[int, str] | None = None
-        self.may_be_in_use = False
-        self._total = 0
-        self._cluster = cluster
-        self._batch_id = batch_id
-        self._agents = agents
-        self._sending: set[asyncio.Task[None]] = set()
+    cluster: Cluster
+    batch_id: str
+    agents: dict[str, str]
+    starts: list[int] = []
+    open_items: int = 0
+    failed_in: int = 0
+    first_error: tuple[int, str] | None = None
+    may_be_in_use: bool = False
+    total: int = 0
+    sending: set[asyncio.Task[None]] = set()
 
     async def send(self, page: Sequence[Run]) -> None:
         """Send the next chunk, concurrently with a few others. Raises StoreError if one of them failed."""
-        while len(self._sending) >= SENT_AT_ONCE:
-            await self._some_sent()
+        await self.until_sent(SENT_AT_ONCE - 1)
         chunk = len(self.starts)
-        for position, item in enumerate(page, self._total):
+        for position, item in enumerate(page, self.total):
             if item.error is not None:
                 self.failed_in |= 1 << chunk
                 self.first_error = self.first_error or (position, item.error)
         rows = tuple(ItemRow(item.inputs, item.error, item.extra or msgspec.UNSET) for item in page)
         item = replace(page[0], inputs=msgspec.Raw(b"{}"), extra=None)
-        order = RowsOrder(item=item, first=self._total, rows=rows, agents=self._agents)
-        self.starts.append(self._total)
-        self._total += len(page)
-        self._sending.add(asyncio.create_task(self._send(chunk, order)))
-
-    async def all_sent(self) -> None:
-        while self._sending:
-            await self._some_sent()
-
-    def stop(self) -> None:
-        for task in self._sending:
-            task.cancel()
-
-    async def _some_sent(self) -> None:
-        done, self._sending = await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-
-    async def _send(self, chunk: int, order: RowsOrder) -> None:
-        await self._cluster.start_workflow(
+        sending = self.cluster.start_workflow(
             FlockRows.run,
-            order,
-            flock=order.item.flock,
-            id=rows_workflow_id(self._batch_id, chunk),
+            RowsOrder(item=item, first=self.total, rows=rows, agents=self.agents),
+            flock=item.flock,
+            id=rows_workflow_id(self.batch_id, chunk),
             start_delay=KEEP_ROWS_FOR,
             timeout_s=SEND_TIMEOUT_S,
         )
+        self.sending.add(asyncio.create_task(sending))
+        self.starts.append(self.total)
+        self.total += len(page)
+
+    async def until_sent(self, left: int = 0) -> None:
+        """Wait until at most *left* chunks are being sent. Raises StoreError if one of the others failed."""
+        while len(self.sending) > left:
+            done, self.sending = await asyncio.wait(self.sending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+
+    def stop(self) -> None:
+        for task in self.sending:
+            task.cancel()
 
 
 def _closed_from_outside(state: _AttemptState, info: WorkflowExecutionInfo) -> None:
