@@ -19,7 +19,6 @@ from msgspec.structs import replace
 from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
-from temporalio.client import WorkflowHandle
 from temporalio.common import Priority, WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
@@ -217,8 +216,9 @@ class TemporalEngine(TemporalBatches):
         try:
             await self._check_room(run.principal)
         except EngineFull:
-            if key is not None and (made_id := await self._started_under(key)) is not None:
-                raise Replayed(made_id) from None  # a replay comes before any limit
+            if key is not None and (made_id := await self._reservations.find(key)) is not None:
+                with contextlib.suppress(RunNotFound):  # a replay comes before any limit
+                    raise Replayed((await self.get_run(made_id)).run_id) from None
             raise
         with self._counted_as_starting():
             if key is None:
@@ -286,14 +286,6 @@ class TemporalEngine(TemporalBatches):
             yield
         finally:
             self._starting -= 1
-
-    async def _started_under(self, key: IdempotencyKey) -> str | None:
-        """Return the id of the run that was started under *key*, or None if there is none yet. Raises KeyReused."""
-        made_id = await self._reservations.find(key)
-        if made_id is not None:
-            with contextlib.suppress(RunNotFound):
-                return (await self.get_run(made_id)).run_id
-        return None
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         self._check_entered()
@@ -472,16 +464,15 @@ class TemporalEngine(TemporalBatches):
                 continue
             done = CallDone(item=run.position or 0, step=len(run.steps), call=answer_of(question, output, now()))
             async with self.cluster.rpc_scope(missing_ok=True):
-                await (await self._keeper_of(run)).signal(CALL_SIGNAL, done)
+                await self.cluster.handle(await self._keeper_of(run)).signal(CALL_SIGNAL, done)
             is_sent = True
 
-    async def _keeper_of(self, run: Run) -> WorkflowHandle[Any, Any]:
-        """Return the workflow that keeps the calls of *run*."""
+    async def _keeper_of(self, run: Run) -> str:
+        """Return the id of the workflow that keeps the calls of *run*."""
         if run.batch_id is None:
-            return self.cluster.handle(workflow_id_of(run))
+            return workflow_id_of(run)
         order = await self._current(run.batch_id)
-        chunk = order.chunk_of(run.position or 0)
-        return self.cluster.handle(chunk_workflow_id(run.batch_id, chunk, order.batch.attempt))
+        return chunk_workflow_id(run.batch_id, order.chunk_of(run.position or 0), order.batch.attempt)
 
     async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
         self._check_running()
