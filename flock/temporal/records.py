@@ -493,29 +493,24 @@ async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequ
 
     Raises: RPCError, NOT_FOUND if the retention of its rows or of the first attempt is over.
     """
-    # A retry starts only chunks that have items to retry, and a running attempt may not have started this one yet.
-    histories = asyncio.gather(
-        *(
-            _full_history(
-                cluster,
-                chunk_workflow_id(batch_id, chunk, number),
-                may_be_missing=number > 1 or attempt.completed_at is None,
-            )
-            for number, attempt in enumerate(attempts, 1)
-            if chunk < attempt.begun_to
-        )
-    )
+
+    async def read(number: int, attempt: Attempt) -> History:
+        if chunk >= attempt.begun_to:
+            return (), ()
+        # A retry starts only chunks that have items to retry, and a running attempt may not have started this one yet.
+        may_be_missing = number > 1 or attempt.completed_at is None
+        return await _full_history(cluster, chunk_workflow_id(batch_id, chunk, number), may_be_missing=may_be_missing)
+
+    histories = asyncio.gather(*(read(number, attempt) for number, attempt in enumerate(attempts, 1)))
     rows = await cluster.input_of(rows_workflow_id(attempts[0].rows_of or batch_id, chunk), RowsOrder)
-    remaining_histories = iter(await histories)
     items = Chunk(batch_id, rows)
-    for number, attempt in enumerate(attempts, 1):
+    for number, (attempt, history) in enumerate(zip(attempts, await histories, strict=True), 1):
         if number > 1:
             items.reopen(attempt)
         for position, at in attempt.cancelled.items():
             items.cancel([position], at)
         reason = COST_LIMIT if attempt.is_spent else None
-        if chunk < attempt.begun_to:
-            items.fold(next(remaining_histories), reason)
+        items.fold(history, reason)
         if attempt.completed_at is not None:
             items.end(items.items, attempt.completed_at, reason)
     return items
