@@ -418,13 +418,9 @@ class ItemsOrder(OfChunk, frozen=True, kw_only=True, omit_defaults=True):
 
     def left_after(self, done: "ItemsDone") -> list[Part]:
         """The items that are left to run after *done*."""
-        handled_positions = {ended.position for ended in done.ended} | {part.position for part in done.waiting}
-        unfinished = done.unfinished
-        return [
-            unfinished if unfinished is not None and unfinished.position == part.position else part
-            for part in self.parts
-            if part.position not in handled_positions
-        ]
+        handled = {part.position for part in (*done.ended, *done.waiting)}
+        started = {} if done.unfinished is None else {done.unfinished.position: done.unfinished}
+        return [started.get(part.position, part) for part in self.parts if part.position not in handled]
 
     def failed_after(self, done: "ItemsDone", outcome: Outcome, at: datetime) -> "ItemsDone":
         """Return *done* with the *outcome* of the item that was running, so that the others can continue."""
@@ -445,17 +441,9 @@ class ItemOutcome(Part, frozen=True, kw_only=True, omit_defaults=True):
     def of(self, item: Run) -> Run:
         """Return *item* as it has ended."""
         steps = self.steps or item.steps
-        return replace(
-            item,
-            status=self.status,
-            result=steps[-1].result if self.status is RunStatus.COMPLETED else None,
-            error=self.error,
-            error_type=self.error_type,
-            started_at=self.started_at,
-            completed_at=self.completed_at,
-            progress=self.progress,
-            steps=steps,
-        )
+        result = steps[-1].result if self.status is RunStatus.COMPLETED else None
+        same = ("status", "error", "error_type", "started_at", "completed_at", "progress")
+        return replace(item, result=result, steps=steps, **{name: getattr(self, name) for name in same})
 
     @property
     def counts(self) -> "Counts":
