@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context
 from datetime import UTC, timedelta
 from itertools import islice
@@ -20,7 +20,6 @@ from temporalio.api.common.v1 import Memo
 from temporalio.api.enums.v1 import WorkflowExecutionStatus
 from temporalio.api.workflow.v1 import WorkflowExecutionInfo
 from temporalio.exceptions import WorkflowAlreadyStartedError
-from temporalio.service import RPCError
 
 from flock.agents.agent import Agent
 from flock.agents.versions import version_of
@@ -301,7 +300,7 @@ class TemporalBatches(EngineBase):
         state = await self._find_batch(batch_id)
         key = (batch_id, state.batch.attempt)
         if key not in self._orders:
-            async with self._reading(batch_id):
+            async with self.cluster.rpc_scope(SEND_TIMEOUT_S, missing=BatchNotFound(batch_id)):
                 self._orders[key] = await self.cluster.input_of(batch_workflow_id(*key), BatchOrder)
         self._orders.move_to_end(key)
         if len(self._orders) > BATCH_CACHE_SIZE:
@@ -315,15 +314,6 @@ class TemporalBatches(EngineBase):
             cancelled_in=state.memo_value("cancelled_in", str, ALL_CHUNKS),
             first_error=state.memo_value("first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
         )
-
-    @contextlib.asynccontextmanager
-    async def _reading(self, batch_id: str) -> AsyncIterator[None]:
-        """Raise BatchNotFound if a workflow of the batch does not exist, because its retention is over."""
-        try:
-            async with self.cluster.rpc_scope(SEND_TIMEOUT_S):
-                yield
-        except RPCError as exc:
-            raise BatchNotFound(batch_id) from exc
 
     async def get_items(
         self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
@@ -347,9 +337,10 @@ class TemporalBatches(EngineBase):
         return page
 
     async def _read(self, order: BatchOrder, chunk: int) -> Chunk:
-        """Read a chunk of a batch, with its current *order*. Raises BatchNotFound."""
-        async with self._reading(order.batch.batch_id):
-            return await read_chunk(self.cluster, order.batch.batch_id, chunk, order.attempts)
+        """Read a chunk of a batch, with its current *order*. Raises BatchNotFound, also if its retention is over."""
+        batch_id = order.batch.batch_id
+        async with self.cluster.rpc_scope(SEND_TIMEOUT_S, missing=BatchNotFound(batch_id)):
+            return await read_chunk(self.cluster, batch_id, chunk, order.attempts)
 
     async def _item(self, run_id: str) -> tuple[Run | None, Mapping[int, Sequence[Call]]]:
         """Return the item with this id and its calls, or None if there is none, or its histories were deleted."""

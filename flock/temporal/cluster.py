@@ -133,18 +133,19 @@ class Cluster:
 
     @contextlib.asynccontextmanager
     async def rpc_scope(
-        self, timeout_s: float | None = ANSWER_TIMEOUT_S, *, missing_ok: bool = False
+        self, timeout_s: float | None = ANSWER_TIMEOUT_S, *, missing_ok: bool = False, missing: Exception | None = None
     ) -> AsyncIterator[None]:
         """Limit the time for the client's calls in the block, and translate their errors.
 
         Args:
             timeout_s: for all calls together; None means no limit.
             missing_ok: leave the block if a workflow does not exist, or has ended.
+            missing: raised in this case.
 
         Raises:
             StoreError: the cluster does not answer, or a call fails.
             EngineFull: the cluster is overloaded.
-            RPCError: only NOT_FOUND and ALREADY_EXISTS, which the caller handles, unless *missing_ok*.
+            RPCError: only NOT_FOUND and ALREADY_EXISTS, which the caller handles, unless *missing_ok* or *missing*.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -153,6 +154,8 @@ class Cluster:
             if exc.status in (RPCStatusCode.NOT_FOUND, RPCStatusCode.ALREADY_EXISTS):
                 if missing_ok:
                     return
+                if missing is not None:
+                    raise missing from exc
                 raise
             if exc.status is RPCStatusCode.RESOURCE_EXHAUSTED:
                 raise EngineFull("The cluster is overloaded. Try again later.") from exc

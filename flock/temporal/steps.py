@@ -114,11 +114,9 @@ class ActivityStep(ActiveRun):
         done = CallDone(item=run.position or 0, step=len(run.steps), call=call, spent=self.spent)
         while True:
             try:
-                async with self._cluster.rpc_scope():
+                async with self._cluster.rpc_scope(missing=OwnershipLost(run.run_id)):
                     await handle.signal(CALL_SIGNAL, done)
                 break
-            except RPCError as exc:
-                raise OwnershipLost(run.run_id) from exc
             except (StoreError, EngineFull) as exc:
                 if isinstance(exc.__cause__, RPCError) and exc.__cause__.status in REFUSALS:
                     raise CallError(f"The cluster does not store the call {call.name!r}: {exc.__cause__}.") from exc
