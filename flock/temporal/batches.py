@@ -21,12 +21,10 @@ from temporalio.api.enums.v1 import WorkflowExecutionStatus
 from temporalio.api.workflow.v1 import WorkflowExecutionInfo
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
-from flock.agents.agent import Agent
 from flock.agents.versions import version_of
 from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
 from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreError
-from flock.limits import Limits
 from flock.runs import Batch, BatchFilter, Call, IdempotencyKey, Page, Run, RunStatus, Statuses, added, statuses_of
 from flock.steps.outcomes import BATCH_CANCELLED
 from flock.steps.refusals import already_retried, check_cancel, not_deleted, not_retried, too_many_items
@@ -96,22 +94,15 @@ class TemporalBatches(EngineBase):
 
     Args:
         cluster: connected when the engine is entered.
+        of_base, models: see ``EngineBase``.
     """
 
     _new_batch_id = staticmethod(new_batch_id)
 
-    def __init__(
-        self,
-        agents: Mapping[str, Agent],
-        flock: str,
-        limits: Limits,
-        cluster: Cluster,
-        heartbeat_timeout_s: float,
-        **models: Any,
-    ) -> None:
-        super().__init__(agents, flock, limits, **models)
+    def __init__(self, cluster: Cluster, heartbeat_timeout_s: float, *of_base: Any, **models: Any) -> None:
+        super().__init__(*of_base, **models)
         self.cluster = cluster
-        self._reservations = Reservations(cluster, flock)
+        self._reservations = Reservations(cluster, self._flock)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
         #: by batch and attempt; keeps counts from going back while an activity's results are on their way to the chunk

@@ -112,7 +112,7 @@ class TemporalEngine(TemporalBatches):
         if payload_dir is None:
             limits = replace(limits, max_input_bytes=min(limits.max_input_bytes, MAX_INPUT_BYTES))
         super().__init__(
-            agents, flock, limits, cluster, heartbeat_timeout_s, prices=prices, default_model=default_model
+            cluster, heartbeat_timeout_s, agents, flock, limits, prices=prices, default_model=default_model
         )
         self._watch_task: asyncio.Task[None] | None = None
         self._error: StoreError | None = None
