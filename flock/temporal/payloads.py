@@ -8,6 +8,7 @@ anything refers to it, and never changes. So a file that exists already is not w
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -150,11 +151,9 @@ class PayloadFolder(StorageDriver):
         subfolder = self._folder / name
         path = subfolder / hashlib.sha256(content).hexdigest()
         file = f"{name}/{path.name}"
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.utime(path)  # the folder is cleaned up by age, which counts from the last use
             return file
-        except FileNotFoundError:
-            pass
         if not subfolder.is_dir():
             subfolder.mkdir(exist_ok=True)
             sync_folder(self._folder)

@@ -105,7 +105,7 @@ async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: Batch
         bottom = 0 if wanted.created_after is None else _milliseconds(wanted.created_after) + 1
         top = top if wanted.created_before is None else _milliseconds(wanted.created_before)
     conditions += [f"{key.name} = {_quoted(name)}" for key, name in named.items() if name is not None]
-    high = _id_at(top)
+    high = first_id_at(EPOCH, top)
     if after is not None and not ID.fullmatch(after):
         return  # it is not an id, so no page follows it
     if after is not None and after < high:
@@ -113,8 +113,8 @@ async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: Batch
     span = top - bottom
     while top >= bottom:
         low = max(bottom, top - span)
-        ranged = [*conditions, f"WorkflowId >= '{prefix}:{_id_at(low)}'", f"WorkflowId < '{prefix}:{high}'"]
-        within = " AND ".join(ranged)
+        low_id = first_id_at(EPOCH, low)
+        within = " AND ".join([*conditions, f"WorkflowId >= '{prefix}:{low_id}'", f"WorkflowId < '{prefix}:{high}'"])
         async with cluster.rpc_scope():
             if (await cluster.client.count_workflows(within)).count > WORKFLOWS_PER_RANGE and span > 1:
                 span = max(1, span // 4)
@@ -124,7 +124,7 @@ async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: Batch
         yield sorted(ids, reverse=True)
         if low == bottom:
             return
-        high, top, span = _id_at(low), low, span * 2
+        high, top, span = low_id, low, span * 2
 
 
 async def earlier_runs(cluster: Cluster, run: Run, latest: Sequence[str], limit: int, max_bytes: int) -> Sequence[Run]:
@@ -175,10 +175,6 @@ def _earlier_turns(run: Run) -> str:
 
 def _milliseconds(time: datetime) -> int:
     return max(0, (time - EPOCH) // timedelta(milliseconds=1))
-
-
-def _id_at(milliseconds: int) -> str:
-    return first_id_at(EPOCH + timedelta(milliseconds=milliseconds))
 
 
 def _quoted(text: str) -> str:

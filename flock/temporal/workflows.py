@@ -293,7 +293,5 @@ def _failure(order: RunOrder, cause: BaseException | None) -> ApplicationError:
     if isinstance(cause, ApplicationError):
         return ApplicationError(cause.message, *cause.details, type=cause.type, non_retryable=True)
     if isinstance(cause, ActivityTimeout) and cause.type is TimeoutType.SCHEDULE_TO_START:
-        if order.run.started_at is not None:
-            return _failed(timeout_of(order.timeout_s))
-        return _late(order)
+        return _late(order) if order.run.started_at is None else _failed(timeout_of(order.timeout_s))
     return ApplicationError("The cluster ended a step of this run.", type=INTERRUPTED, non_retryable=True)
