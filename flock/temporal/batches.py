@@ -25,7 +25,7 @@ from flock.agents.versions import version_of
 from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
 from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreError
-from flock.runs import Batch, BatchFilter, Call, IdempotencyKey, Page, Run, RunStatus, Statuses, added, statuses_of
+from flock.runs import Batch, BatchFilter, Call, IdempotencyKey, Page, Run, RunStatus, Statuses, statuses_of
 from flock.steps.outcomes import BATCH_CANCELLED
 from flock.steps.refusals import already_retried, check_cancel, not_deleted, not_retried, too_many_items
 from flock.temporal.batchflows import FlockRows
@@ -258,14 +258,13 @@ class TemporalBatches(EngineBase):
         at_work = state.memo_value("at_work", list[int], [])
         of_chunks = await asyncio.gather(*(self._counts_of(batch_id, chunk, attempt) for chunk in at_work))
         ended = sum(of_chunks, state.memo_value("idle", Counts, Counts()))
-        batch, reported = state.batch, self._last_reported.pop((batch_id, attempt), state.batch)
+        batch, reported = ended.in_batch(state.batch), self._last_reported.pop((batch_id, attempt), state.batch)
+        counts = ("completed_items", "failed_items", "cancelled_items")
         state.batch = self._last_reported[batch_id, attempt] = replace(
             batch,
-            completed_items=max(batch.completed_items + ended.total, reported.completed_items),
-            failed_items=max(batch.failed_items + ended.failed, reported.failed_items),
-            cancelled_items=max(batch.cancelled_items + ended.cancelled, reported.cancelled_items),
             waiting_items=ended.waiting,
-            usage=latest(added(batch.usage, ended.usage), reported.usage),
+            usage=latest(batch.usage, reported.usage),
+            **{name: max(getattr(batch, name), getattr(reported, name)) for name in counts},
         )
         if len(self._last_reported) > BATCH_CACHE_SIZE:
             self._last_reported.popitem(last=False)

@@ -141,8 +141,8 @@ class FlockBatch(_Interruptible):
 
     @workflow.run
     async def run(self, order: BatchOrder) -> None:
-        if self._batch.started_at is None or self._batch.resumed_at is None:
-            batch = self._batch
+        batch = self._batch
+        if batch.resumed_at is None:
             self._batch = replace(
                 batch,
                 status=RunStatus.RUNNING,
@@ -321,14 +321,7 @@ class FlockBatch(_Interruptible):
                     size = min(end - first, self._batch.total_items - self._batch.completed_items)
                     outcome = outcome_of_failure(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
                     ended = Counts(failed=size, first_error=(first, outcome.error))
-            batch = self._batch
-            self._batch = replace(
-                batch,
-                completed_items=batch.completed_items + ended.total,
-                failed_items=batch.failed_items + ended.failed,
-                cancelled_items=batch.cancelled_items + ended.cancelled,
-                usage=added(batch.usage, ended.usage),
-            )
+            self._batch = ended.in_batch(self._batch)
             self._failed_in |= bool(ended.failed) << chunk
             self._cancelled_in |= bool(ended.cancelled) << chunk
             errors = [error for error in (ended.first_error, self._first_error) if error]

@@ -492,6 +492,16 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def total(self) -> int:
         return self.completed + self.failed + self.cancelled
 
+    def in_batch(self, batch: Batch) -> Batch:
+        """Return *batch* with the items that are counted here."""
+        return replace(
+            batch,
+            completed_items=batch.completed_items + self.total,
+            failed_items=batch.failed_items + self.failed,
+            cancelled_items=batch.cancelled_items + self.cancelled,
+            usage=added(batch.usage, self.usage),
+        )
+
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
             completed=self.completed + other.completed,
