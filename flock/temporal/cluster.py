@@ -94,9 +94,9 @@ class Cluster:
         assert self._client is not None, "call connect() first"
         return self._client
 
-    def handle(self, workflow_id: str) -> WorkflowHandle[Any, Any]:
-        """Return the handle of a workflow, even if it does not exist."""
-        return self.client.get_workflow_handle(workflow_id)
+    def handle(self, workflow_id: str, run_id: str | None = None) -> WorkflowHandle[Any, Any]:
+        """Return the handle of a workflow, or of one of its executions, even if it does not exist."""
+        return self.client.get_workflow_handle(workflow_id, run_id=run_id)
 
     async def connect(self, *, lazy: bool = True) -> None:
         """Connect to the cluster. Create the namespace and the search attributes if they are missing.
@@ -189,7 +189,7 @@ class Cluster:
 
         Raises: RPCError, with NOT_FOUND if it does not exist.
         """
-        events = (await self.client.get_workflow_handle(workflow_id, run_id=run_id).fetch_history()).events
+        events = (await self.handle(workflow_id, run_id).fetch_history()).events
         scheduled = EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
         await self.payloads.resolve(event for event in events if with_inputs or event.event_type != scheduled)
         return events

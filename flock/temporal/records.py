@@ -476,7 +476,7 @@ async def _latest_history(cluster: Cluster, workflow_id: str) -> History:
     items would seem to wait again. So this waits for the history, for longer than the workflow task timeout.
     """
     for pause_s in (*REREAD_DELAYS_S, None):
-        described = (await cluster.client.get_workflow_handle(workflow_id).describe()).raw_description
+        described = (await cluster.handle(workflow_id).describe()).raw_description
         info = described.workflow_execution_info
         history = await cluster.history_of(workflow_id, info.execution.run_id, with_inputs=True)
         orders = _OpenOrders()

@@ -31,8 +31,7 @@ class Reservations:
         self._flock = flock
 
     def key_id(self, key: IdempotencyKey) -> str:
-        digest = hashlib.sha256(f"{self._flock}\n{key.scoped_key}".encode()).hexdigest()
-        return f"key:{digest}"
+        return "key:" + hashlib.sha256(f"{self._flock}\n{key.scoped_key}".encode()).hexdigest()
 
     async def claim(self, key: IdempotencyKey, made_id: str) -> str:
         """Return the id for *key*: *made_id*, or that of an earlier claim. Raises KeyReused."""
@@ -65,10 +64,9 @@ class Reservations:
         if key_id is None:
             return
         async with self._cluster.rpc_scope(missing_ok=True):  # it was released, or has expired
-            described = await self._cluster.client.get_workflow_handle(key_id).describe()
+            described = await self._cluster.handle(key_id).describe()
             if (await described.memo())["run_id"] == made_id:
-                handle = self._cluster.client.get_workflow_handle(key_id, run_id=described.run_id)
-                await handle.terminate()
+                await self._cluster.handle(key_id, described.run_id).terminate()
 
     async def mark_deleted(self, id_: str) -> bool:
         """Mark a run as deleted. Returns False if it was marked before."""

@@ -126,7 +126,7 @@ class ActivityStep(ActiveRun):
 
     def _workflow(self) -> WorkflowHandle[Any, Any]:
         # Without its run id, since a chunk may continue as new.
-        return self._cluster.client.get_workflow_handle(activity.info().workflow_id or "")
+        return self._cluster.handle(activity.info().workflow_id or "")
 
     async def execute(self, executor: StepExecutor) -> None:
         """Execute the step and set ``outcome``. A return value would be lost if an agent left a cancellation behind."""
