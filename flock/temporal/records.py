@@ -4,7 +4,7 @@ The items of a batch are built from the histories of its chunks.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -322,18 +322,17 @@ class Chunk:
                     self._answer(list(self._waiting), answers, task_at)
                 case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
                     payload = event.workflow_execution_started_event_attributes.input.payloads[0]
-                    for position, asked_at in decoded(payload, ChunkOrder).cancelled.items():
-                        self.cancel([position], asked_at)
+                    self.cancel(decoded(payload, ChunkOrder).cancelled)
                 case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
                     signal = event.workflow_execution_signaled_event_attributes
                     if signal.signal_name == "cancel_item":
                         position = decoded(signal.input.payloads[0], int)
-                        self.cancel([position], None if orders.has(position) else at)
+                        self.cancel({position: None if orders.has(position) else at})
                     elif signal.signal_name == "stop":
                         self._stopped_by = COST_LIMIT
                         self.end([position for position in self.items if not orders.has(position)], at, COST_LIMIT)
                 case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
-                    self.cancel(self.items, None)
+                    self.cancel(dict.fromkeys(self.items))
                 case closed if closed in CLOSED:
                     self.end(self.items, at, reason)
         for order, done in orders.heartbeats(pending):
@@ -342,9 +341,9 @@ class Chunk:
             found = _by_step(calls.get(position, ()), answers, position)
             self.calls.setdefault(position, {}).update(found)  # a retry replaces those of the failed step
 
-    def cancel(self, positions: Iterable[int], at: datetime | None) -> None:
-        """Note a request to cancel items. If *at* is given, they were waiting, and ended at that time."""
-        for position in positions:
+    def cancel(self, ends: Mapping[int, datetime | None]) -> None:
+        """Note requests to cancel items. Those with a time were waiting, and ended at that time."""
+        for position, at in ends.items():
             item = self.items.get(position)
             if item is not None and not item.status.is_final:
                 item = replace(item, cancel_requested=True)
@@ -507,8 +506,7 @@ async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequ
     for number, (attempt, history) in enumerate(zip(attempts, await histories, strict=True), 1):
         if number > 1:
             items.reopen(attempt)
-        for position, at in attempt.cancelled.items():
-            items.cancel([position], at)
+        items.cancel(attempt.cancelled)
         reason = COST_LIMIT if attempt.is_spent else None
         items.fold(history, reason)
         if attempt.completed_at is not None:
