@@ -85,9 +85,6 @@ class _AttemptState(msgspec.Struct):
     about: Attempt
     memo: Memo
 
-    def memo_value(self, name: str, type_: type[T], default: T) -> T:
-        return decoded(self.memo.fields[name], type_) if name in self.memo.fields else default
-
 
 class TemporalBatches(EngineBase):
     """The batches of a ``TemporalEngine``.
@@ -255,9 +252,9 @@ class TemporalBatches(EngineBase):
         state = _AttemptState(decoded(memo.fields["batch"], Batch), decoded(memo.fields["about"], Attempt), memo)
         if state.batch.status.is_final:
             return state
-        at_work = state.memo_value("at_work", list[int], [])
+        at_work = _memo_value(memo, "at_work", list[int], [])
         of_chunks = await asyncio.gather(*(self._counts_of(batch_id, chunk, attempt) for chunk in at_work))
-        ended = sum(of_chunks, state.memo_value("idle", Counts, Counts()))
+        ended = sum(of_chunks, _memo_value(memo, "idle", Counts, Counts()))
         batch, reported = ended.in_batch(state.batch), self._last_reported.pop((batch_id, attempt), state.batch)
         counts = ("completed_items", "failed_items", "cancelled_items")
         state.batch = self._last_reported[batch_id, attempt] = replace(
@@ -281,8 +278,7 @@ class TemporalBatches(EngineBase):
             described = await self.cluster.describe(workflow_id)
         if described is None:  # it has not started yet
             return Counts()
-        memo = described.raw_info.memo.fields
-        counted = decoded(memo["ended"], Counts) if "ended" in memo else Counts()
+        counted = _memo_value(described.raw_info.memo, "ended", Counts, Counts())
         return counted + ended_so_far(described.raw_description.pending_activities)
 
     async def _current(self, batch_id: str) -> BatchOrder:
@@ -300,9 +296,9 @@ class TemporalBatches(EngineBase):
             order,
             batch=state.batch,
             attempts=(*order.attempts[:-1], state.about),
-            failed_in=state.memo_value("failed_in", str, ALL_CHUNKS),
-            cancelled_in=state.memo_value("cancelled_in", str, ALL_CHUNKS),
-            first_error=state.memo_value("first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
+            failed_in=_memo_value(state.memo, "failed_in", str, ALL_CHUNKS),
+            cancelled_in=_memo_value(state.memo, "cancelled_in", str, ALL_CHUNKS),
+            first_error=_memo_value(state.memo, "first_error", tuple[int, str] | None, None),  # type: ignore[arg-type]
         )
 
     async def get_items(
@@ -466,6 +462,10 @@ class _RowSender(msgspec.Struct, eq=False):
     def stop(self) -> None:
         for task in self.sending:
             task.cancel()
+
+
+def _memo_value(memo: Memo, name: str, type_: type[T], default: T) -> T:
+    return decoded(memo.fields[name], type_) if name in memo.fields else default
 
 
 def _closed_from_outside(state: _AttemptState, info: WorkflowExecutionInfo) -> None:
