@@ -253,6 +253,8 @@ class FlockBatch(_Interruptible):
 
     def _start_chunk(self, chunk: int, lanes: int) -> None:
         first, end = self._order.first_of(chunk), self._order.first_of(chunk + 1)
+        max_cost, usage = self._batch.options.max_cost, self._usage or Usage()
+        budget = None if max_cost is None else round(max_cost * DOLLAR) - usage.picodollars
         order = ChunkOrder(
             batch_id=self._batch.batch_id,
             chunk=chunk,
@@ -264,16 +266,11 @@ class FlockBatch(_Interruptible):
             timeout_s=self._order.timeout_s,
             heartbeat_timeout_s=self._order.heartbeat_timeout_s,
             cancelled={at: when for at, when in self._cancelled.items() if first <= at < end},
-            budget=self._budget(),
+            budget=budget,
         )
         self._lanes[chunk] = lanes
         self._next = chunk + 1
         self._chunks[chunk] = asyncio.create_task(self._run_chunk(order))
-
-    def _budget(self) -> int | None:
-        """Return the picodollars that are left of ``max_cost``, or None if there is none."""
-        max_cost, usage = self._batch.options.max_cost, self._usage
-        return None if max_cost is None else round(max_cost * DOLLAR) - (0 if usage is None else usage.picodollars)
 
     async def _run_chunk(self, order: ChunkOrder) -> Counts:
         """Run a chunk. This task is never cancelled, because the outcome of a cancelled start is unknown."""
