@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import Context
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import msgspec
 from msgspec.structs import replace
@@ -48,7 +48,7 @@ from flock.temporal.messages import (
     workflow_id_of,
 )
 from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, with_pending_activity
-from flock.temporal.search import ID, open_runs, page_of, waiting_runs, workflows_of
+from flock.temporal.search import ID, Record, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.workflows import FlockSession
 
 logger = logging.getLogger("flock.temporal")
@@ -64,8 +64,6 @@ MAX_INPUT_BYTES = 1_000_000
 REREAD_DELAY_S = 0.02
 #: How long a request to cancel a waiting run waits for its end, in seconds. It ends at once if there is a worker.
 CANCEL_WAIT_S = 3.0
-
-Record = TypeVar("Record", Run, Batch)
 
 
 class TemporalEngine(TemporalBatches):

@@ -20,7 +20,7 @@ from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSI
 from flock.temporal.records import run_of
 from flock.temporal.reservations import Reservations
 
-R = TypeVar("R", Run, Batch)
+Record = TypeVar("Record", Run, Batch)
 
 #: How many records of a list are read concurrently.
 READS_AT_ONCE = 20
@@ -58,15 +58,15 @@ def waiting_runs(flock: str) -> str:
 
 
 async def page_of(
-    cluster: Cluster, query: str, prefix: str, wanted: BatchFilter, read: Callable[[str], Awaitable[R]]
-) -> Page[R]:
+    cluster: Cluster, query: str, prefix: str, wanted: BatchFilter, read: Callable[[str], Awaitable[Record]]
+) -> Page[Record]:
     """Return a page of the runs or batches that match *wanted*, newest first.
 
     Args:
         query, prefix: see ``_newest_first``.
         read: returns the record with an id. Raises NotFound if it was deleted.
     """
-    page, at_once = Page[R](wanted.limit), 1  # a long record can exceed a page
+    page, at_once = Page[Record](wanted.limit), 1  # a long record can exceed a page
     async for ids in _newest_first(cluster, query, prefix, wanted):
         unread = iter(ids)
         while next_ids := list(islice(unread, at_once)):
