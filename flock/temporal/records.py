@@ -35,7 +35,6 @@ from flock.temporal.messages import (
     Heartbeat,
     ItemsDone,
     ItemsOrder,
-    Part,
     RowsOrder,
     RunOrder,
     StepDone,
@@ -376,31 +375,26 @@ class Chunk:
             spent = latest(item.spent, added(self._spent_before.get(ended.position), ended.usage))
             self.items[ended.position] = replace(ended.of(item), spent=spent)
         for part in (*done.waiting, *order.left_after(done)):
-            item = self._started(part)
-            must_end = item.cancel_requested or self._stopped_by is not None
-            if must_end and at is not None and not item.status.is_final:
+            item = self.items[part.position]
+            if item.status.is_final:
+                continue
+            item = replace(item, spent=latest(item.spent, added(self._spent_before.get(part.position), part.usage)))
+            if part.started_at is not None:
+                item = replace(
+                    item,
+                    status=RunStatus.WAITING if part.questions else RunStatus.RUNNING,
+                    waiting_for=part.questions,
+                    worked_s=part.worked_s or item.worked_s,
+                    started_at=part.started_at,
+                    steps=part.steps or item.steps,
+                    progress=part.progress,
+                )
+            if at is not None and (item.cancel_requested or self._stopped_by is not None):
                 item = _cancelled(item, at, self._stopped_by)
             self.items[part.position] = item
             if item.status is RunStatus.WAITING:
                 self._waiting.add(part.position)
                 self._answer([part.position], answers, None)
-
-    def _started(self, part: Part) -> Run:
-        item = self.items[part.position]
-        if item.status.is_final:
-            return item
-        item = replace(item, spent=latest(item.spent, added(self._spent_before.get(part.position), part.usage)))
-        if part.started_at is None:
-            return item
-        return replace(
-            item,
-            status=RunStatus.WAITING if part.questions else RunStatus.RUNNING,
-            waiting_for=part.questions,
-            worked_s=part.worked_s or item.worked_s,
-            started_at=part.started_at,
-            steps=part.steps or item.steps,
-            progress=part.progress,
-        )
 
 
 def _cancelled(item: Run, at: datetime, reason: Outcome | None = None) -> Run:
