@@ -470,15 +470,13 @@ def _memo_value(memo: Memo, name: str, type_: type[T], default: T) -> T:
 
 def _closed_from_outside(state: _AttemptState, info: WorkflowExecutionInfo) -> None:
     """Set the final state of an attempt whose workflow was closed before it could write its own."""
-    batch = state.batch
     at = info.close_time.ToDatetime(UTC)
     is_cancelled = info.status == WorkflowExecutionStatus.WORKFLOW_EXECUTION_STATUS_CANCELED
+    unfinished = Counts(cancelled=state.batch.total_items - state.batch.completed_items)
     state.batch = replace(
-        batch,
+        unfinished.in_batch(state.batch),
         status=RunStatus.CANCELLED if is_cancelled else RunStatus.FAILED,
         error=BATCH_CANCELLED if is_cancelled else "The batch was ended on the cluster before it completed.",
         completed_at=at,
-        completed_items=batch.total_items,
-        cancelled_items=batch.cancelled_items + batch.total_items - batch.completed_items,
     )
     state.about = replace(state.about, completed_at=at)

@@ -350,11 +350,11 @@ class FlockBatch(_Interruptible):
         unfinished = batch.total_items - batch.completed_items
         for chunk in self._chunks_to_start() if unfinished else ():
             self._cancelled_in |= 1 << chunk
-        cancelled = batch.cancelled_items + unfinished
-        batch = replace(batch, completed_items=batch.total_items, cancelled_items=cancelled)
+        batch = Counts(cancelled=unfinished).in_batch(batch)
         _, first_error = self._first_error or (0, CANCELLED_BEFORE_START.error)
+        is_unpaid = self._is_spent and batch.cancelled_items > 0
         status, error, error_type = end_of_batch(
-            batch, lambda: first_error, is_cancelled=self.is_cancelled, is_unpaid=self._is_spent and cancelled > 0
+            batch, lambda: first_error, is_cancelled=self.is_cancelled, is_unpaid=is_unpaid
         )
         ended = {"status": status, "error": error, "error_type": error_type, "completed_at": workflow.now()}
         self._batch = replace(batch, **ended)
