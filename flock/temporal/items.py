@@ -113,12 +113,11 @@ class _Job:
     def done(self) -> ItemsDone:
         current = self.current
         if current is not None and self.active is not None:
-            usage = self.usage(self.active.spent)
             current = replace(
                 current,
                 progress=self.active.progress,
                 has_calls=self.active.has_calls,
-                usage=usage,
+                usage=self.usage(self.active.spent),
                 waited_s=self.active.waited_s,
             )
         return ItemsDone(
@@ -240,12 +239,8 @@ class ItemActivities:
             active = job.active = ActivityStep(
                 run, job.order.timeout_s, self._cluster, self._gate, job.suspicion, is_again=is_again
             )
-            active.has_calls, active.waited_s, active.elsewhere, active.needs = (
-                part.has_calls,
-                part.waited_s,
-                elsewhere,
-                needs,
-            )
+            active.has_calls, active.waited_s = part.has_calls, part.waited_s
+            active.elsewhere, active.needs = elsewhere, needs
             job.has_begun, is_again, needs = True, False, None
             before, job.current = job.current, job.part(run, part.waited_s)
             self._check_version(run, agents)
