@@ -117,13 +117,13 @@ def test_the_api_imports_no_engine() -> None:
 
 
 def test_the_engine_knows_only_the_port_of_the_store() -> None:
-    """Only ``flock.declared`` and the command choose SQLite. The cluster's engine uses a function for files."""
+    """And what it needs to know of suspects. Only ``flock.declared`` and the command choose SQLite."""
     used: dict[str, set[str]] = {}
     for module, path in MODULES.items():
         stores = {imported for imported in imports_of(path) if layer_of(imported) == "flock.store"}
         used.setdefault(layer_of(module), set()).update(stores)
     assert used["flock.engine"] == {"flock.store.port", "flock.store.suspects"}
-    assert used["flock.temporal"] == {"flock.store.files"}
+    assert used["flock.temporal"] == {"flock.store.files", "flock.store.suspects"}
     assert {layer for layer, stores in used.items() if "flock.store.store" in stores} == {
         "flock.command",
         "flock.declared",

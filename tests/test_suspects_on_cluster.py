@@ -129,9 +129,9 @@ class Workers:
 @pytest.mark.parametrize("bad", [1, pytest.param(3, marks=pytest.mark.nightly)])
 async def test_a_run_that_kills_its_workers_fails_alone(bad: int, temporal_address: str, tmp_path: Path) -> None:
     """The other runs, which both workers execute beside it, complete. The log names it."""
-    workers, names = Workers(tmp_path, temporal_address, 2), (["good"] * 12 + ["bad"]) * bad + ["good"] * 12
+    workers, names = Workers(tmp_path, temporal_address, 2), (["good"] * 10 + ["bad"]) * bad + ["good"] * 10
     async with workers as engine:
-        runs = [await engine.submit(name, {"seconds": 3} if name == "good" else {}) for name in names]
+        runs = [await engine.submit(name, {"seconds": 2} if name == "good" else {}) for name in names]
         with anyio.fail_after(280):
             runs = [await engine.wait(run.run_id) for run in runs]
     assert [run.error_type for run in runs] == ["crashed" if name == "bad" else None for name in names]

@@ -234,7 +234,7 @@ class StoredRun(ActiveRun):
     def dequeue(self) -> None:
         """Its inputs no longer wait."""
         if self.queued_bytes:
-            add_to(self._runner.queued_bytes, self.run.principal, -self.queued_bytes)
+            _add_to(self._runner.queued_bytes, self.run.principal, -self.queued_bytes)
             self.queued_bytes = 0
 
     def update(self, run: Run) -> None:
@@ -310,7 +310,7 @@ class Runner:
             active.live.next_is_late = True
         if run.batch_id is None and not run.is_stub:
             active.queued_bytes = len(run.inputs)
-            add_to(self.queued_bytes, run.principal, active.queued_bytes)
+            _add_to(self.queued_bytes, run.principal, active.queued_bytes)
         return active
 
     @contextlib.contextmanager
@@ -529,7 +529,7 @@ class Runner:
         active.wake()
 
 
-def add_to(counter: Counter[K], key: K, more: int) -> None:
+def _add_to(counter: Counter[K], key: K, more: int) -> None:
     """Add to a count, which has no entry while it is 0."""
     counter[key] += more
     if not counter[key]:
@@ -539,11 +539,11 @@ def add_to(counter: Counter[K], key: K, more: int) -> None:
 @contextlib.contextmanager
 def counted(counter: Counter[K], key: K, more: int = 1) -> Iterator[None]:
     """Add to a count inside the block."""
-    add_to(counter, key, more)
+    _add_to(counter, key, more)
     try:
         yield
     finally:
-        add_to(counter, key, -more)
+        _add_to(counter, key, -more)
 
 
 async def _absorb_cancellation() -> None:

@@ -71,7 +71,8 @@ What happens when:
 - A batch is cancelled: the batch cancels its chunks, and these cancel ``run_items``. The memos say that all items stop.
 - A worker shuts down: its ``run_items`` return their progress, and the chunks schedule the remaining items.
 - A worker dies: after ``heartbeat_timeout_s`` the cluster retries its activities on other workers, with the last
-  heartbeats. After 20 attempts the item that was running fails.
+  heartbeats. From the second death on, each worker executes what was running in groups, with nothing beside them. What
+  was alone in two deaths, and running in ``max_recoveries``, fails (``flock.temporal.suspects``).
 """
 
 from flock.extras import pip_install

@@ -171,7 +171,13 @@ class TemporalWorker:
         active = _RunStep(order, self.cluster, self._executor, self._gate)
         if self._gate.is_proven(active.suspicion):
             log_crash(order.run, active.suspicion.deaths)
-            raise ApplicationError(CRASHED.error, active.heartbeat(), type=CRASHED.error_type, non_retryable=True)
+            raise ApplicationError(
+                CRASHED.error,
+                active.heartbeat(),
+                type=CRASHED.error_type,
+                non_retryable=True,
+                category=ApplicationErrorCategory.BENIGN,  # it is in our log
+            )
         work = asyncio.create_task(active.execute(self._executor))
         heartbeats = asyncio.create_task(_send_heartbeats(active, order.heartbeat_timeout_s))
         try:

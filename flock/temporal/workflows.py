@@ -42,7 +42,7 @@ from flock.temporal.messages import (
 )
 
 #: Only steps are retried whose worker died, stopped or lacks their agent. Workers count the deaths; see ``Suspicion``.
-RETRIES = RetryPolicy(initial_interval=timedelta(seconds=0.5), maximum_interval=timedelta(seconds=10))
+RETRIES = RetryPolicy(initial_interval=timedelta(seconds=0.5), maximum_interval=timedelta(seconds=5))
 #: The worker enforces the deadline, and heartbeats show that it is alive. So the cluster needs no limit of its own.
 NO_LIMIT = timedelta(days=365)
 #: Runs have a higher priority than batch items.
