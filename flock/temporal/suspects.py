@@ -162,9 +162,9 @@ class Gate(Quarantine):
             return
         async with self._declaring:
             await self._withdraw()
-            if suspicion.is_suspect and len(self._executing) == 1:
-                self._alone, suspicion.is_alone = suspicion, True
             if suspicion.must_confirm:
+                if len(self._executing) == 1:
+                    self._alone, suspicion.is_alone = suspicion, True
                 await suspicion.confirm()
 
     async def leave(self, key: str, suspicion: Suspicion) -> None:
