@@ -76,7 +76,7 @@ def journal() -> Journal:
         save=save,
         wait_for_store=anyio.lowlevel.checkpoint,
         call_in_thread=anyio.to_thread.run_sync,
-        run_agent=run_agent,
+        run_callee=run_agent,
         spent=Usage(),
         max_calls=1000,
         max_result_bytes=math.inf,

@@ -314,7 +314,7 @@ class StepExecutor:
             wait_for_store=active.wait_for_store,
             on_start=functools.partial(_call_started, active),
             call_in_thread=resources.call_in_thread,
-            run_agent=callees.run,
+            run_callee=callees.run,
             spent=run.usage_of_steps or Usage(),
             max_calls=self.limits.max_calls - sum(step.call_count for step in run.steps),
             max_result_bytes=self.max_result_bytes,

@@ -16,6 +16,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal, NoReturn
 
@@ -59,6 +60,7 @@ _LATE = "The call {!r} was made after its step had ended. Await it in the step."
 RunAgent = Callable[["Journal", RunContext, str, Mapping[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
 
 
+@dataclass(eq=False)
 class Journal:
     """The calls of one execution of a step.
 
@@ -68,7 +70,7 @@ class Journal:
         wait_for_store: is called before each call that is executed.
         on_start: is called with the id, name, kind, arguments and start time of each call that is executed.
         call_in_thread: calls a synchronous function in a worker thread.
-        run_agent: see ``RunContext.run_agent``.
+        run_callee: see ``RunContext.run_agent``.
         spent: the tokens that earlier steps of the run have used.
         max_calls: how many more calls the run may make.
         max_result_bytes: max size of one result, as JSON.
@@ -85,27 +87,24 @@ class Journal:
         elsewhere: the agent for which it was ended, because only another process has it.
     """
 
-    def __init__(
-        self,
-        finished: Iterable[Call],
-        *,
-        save: Callable[[Call], Awaitable[None]],
-        wait_for_store: Callable[[], Awaitable[None]],
-        on_start: Callable[[str, str, CallKind, msgspec.Raw, datetime], None] = lambda *call: None,
-        call_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
-        run_agent: RunAgent,
-        spent: Usage,
-        max_calls: int,
-        max_result_bytes: float,
-        max_total_bytes: float,
-        expose_errors: bool,
-        clock: Clock,
-        answer: Answer | None = None,
-    ) -> None:
-        self._clock = clock
+    finished: InitVar[Iterable[Call]]
+    _: KW_ONLY
+    save: Callable[[Call], Awaitable[None]]
+    wait_for_store: Callable[[], Awaitable[None]]
+    on_start: Callable[[str, str, CallKind, msgspec.Raw, datetime], None] = lambda *call: None
+    call_in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]
+    run_callee: RunAgent
+    spent: Usage
+    max_calls: int
+    max_result_bytes: float
+    max_total_bytes: InitVar[float]
+    expose_errors: bool
+    clock: Clock
+    answer: Answer | None = None
+
+    def __post_init__(self, finished: Iterable[Call], max_total_bytes: float) -> None:
         self.scope = anyio.CancelScope()
         self.questions: tuple[Question, ...] = ()
-        self._answer = answer
         self.elsewhere: str | None = None
         #: questions, and names of agents that other processes have, by the id of the call that waits for them
         self._asked: dict[str, Question | str] = {}
@@ -116,15 +115,7 @@ class Journal:
         self._finished = {call.call_id: call for call in finished if call.is_checkpoint}
         #: calls of this execution that were cancelled while they were saved. The next equal call returns the result.
         self._unread: dict[str, Call] = {}
-        self._save = save
-        self._wait_for_store = wait_for_store
-        self._on_start = on_start
-        self._call_in_thread = call_in_thread
-        self._run_agent = run_agent
-        self._max_calls = max_calls
-        self._max_result_bytes = max_result_bytes
         self._bytes_left = max_total_bytes - sum(map(_bytes_of, self._finished.values()))
-        self._expose_errors = expose_errors
         self.kept = self._made = 0
         #: the numbers of calls that run or have finished, for each key
         self._numbers: defaultdict[str, set[int]] = defaultdict(set)
@@ -135,7 +126,7 @@ class Journal:
         #: the model that answered last in each of these
         self._models: dict[str, str] = {}
         outermost = [call for call in self._finished.values() if _parent_of(call.call_id) not in self._finished]
-        self.spent = sum((call.usage for call in outermost if call.usage is not None), spent)
+        self.spent = sum((call.usage for call in outermost if call.usage is not None), self.spent)
 
     async def end(self, grace_s: float, are_in_threads: Callable[[], bool]) -> int:
         """Accept no more calls, cancel those that other tasks still await, and wait until they have ended.
@@ -208,7 +199,7 @@ class Journal:
         self, context: RunContext, name: str, inputs: Mapping[str, Any]
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """See ``RunContext.run_agent``."""
-        return self._run_agent(self, context, name, inputs)
+        return self.run_callee(self, context, name, inputs)
 
     def ask(
         self,
@@ -242,10 +233,10 @@ class Journal:
                 expires_at=None if expires_s is None else asked_at + timedelta(seconds=expires_s),
                 default=default,
             )
-            if self._answer is None:
+            if self.answer is None:
                 await self._suspend(CURRENT_CALL.get(), asked)
-            with clocks_stopped(self._clock):
-                return await self._execute(self._answer, (asked,), {})
+            with clocks_stopped(self.clock):
+                return await self._execute(self.answer, (asked,), {})
 
         key = name or hashlib.sha256(b"\0".join([text.encode(), schema])).hexdigest()[:DIGEST_CHARS]
         return self.once(ASK, key, answer, kind="question", arguments=question_json(text), decode=decode)
@@ -346,7 +337,7 @@ class Journal:
             raise self._save_error
         if self._is_closed and not self.is_suspended:
             raise CallError(_LATE.format(label))
-        if self._made >= self._max_calls:
+        if self._made >= self.max_calls:
             raise CallError("The run has made as many calls as one run may make (max_calls). Split its work into runs.")
         self._made += 1
         numbers = self._numbers[key]
@@ -369,12 +360,12 @@ class Journal:
 
     async def _make(self, planned: "_Planned") -> Any:
         """Execute a call, and store it."""
-        await self._wait_for_store()
+        await self.wait_for_store()
         started_at, task = now(), current_task()
         cancelling = 0 if task is None else task.cancelling()
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, failure = JSON_NULL, None, None
-        self._on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
+        self.on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
         try:
             value = await planned.execute()
             if planned.should_keep is not None and not planned.should_keep(value):
@@ -392,7 +383,7 @@ class Journal:
             if planned.should_keep is not None:
                 raise failure
             result = JSON_NULL
-            error, error_type = error_of(failure, f"The call {planned.label!r}", expose_errors=self._expose_errors)
+            error, error_type = error_of(failure, f"The call {planned.label!r}", expose_errors=self.expose_errors)
         call = Call(
             call_id=planned.call_id,
             name=planned.label,
@@ -422,7 +413,7 @@ class Journal:
         """Return *exc*, or a CallError for an exit. asyncio ends its loop if an exit leaves a task, as in a gather."""
         if isinstance(exc, Exception):
             return exc
-        failure = CallError(error_of(exc, f"The call {label!r}", expose_errors=self._expose_errors)[0])
+        failure = CallError(error_of(exc, f"The call {label!r}", expose_errors=self.expose_errors)[0])
         failure.__cause__ = exc
         return failure
 
@@ -435,7 +426,7 @@ class Journal:
     async def _execute(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if is_async(function):
             return await function(*args, **kwargs)
-        value = await self._call_in_thread(functools.partial(function, *args, **kwargs))
+        value = await self.call_in_thread(functools.partial(function, *args, **kwargs))
         return await value if inspect.isawaitable(value) else value
 
     def _encode(self, label: str, value: Any) -> msgspec.Raw:
@@ -447,10 +438,10 @@ class Journal:
         return msgspec.Raw(result)
 
     def _check_size(self, label: str, part: str, content: bytes | msgspec.Raw) -> None:
-        if len(content) > self._max_result_bytes:
+        if len(content) > self.max_result_bytes:
             raise CallError(
                 f"The {part} of the call {label!r} has {len(content)} bytes, more than the maximum "
-                f"({self._max_result_bytes}, max_result_bytes). Use a reference to long values instead."
+                f"({self.max_result_bytes}, max_result_bytes). Use a reference to long values instead."
             )
 
     async def _store(self, call: Call) -> None:
@@ -473,10 +464,10 @@ class Journal:
         """Save a call that is done, so it must not be executed again, even if this task is cancelled meanwhile."""
         with anyio.CancelScope(shield=True):
             if current_task() is None:  # trio
-                await self._save(call)
+                await self.save(call)
                 return
             # In a task of its own, since asyncio.timeout cancels this one in spite of the shield.
-            saving = asyncio.ensure_future(self._save(call))
+            saving = asyncio.ensure_future(self.save(call))
             while not saving.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([saving])
