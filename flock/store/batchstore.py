@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from flock.errors import OwnershipLost, StoreError
-from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, IdempotencyKey, Page, Run, RunStatus, stub_of
+from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, Run, RunStatus, stub_of
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, DAMAGED, Outcome, end_of_batch
 from flock.steps.refusals import too_many_items
 from flock.store import queries, statements
@@ -29,7 +29,7 @@ from flock.store.columns import (
     run_or_remains,
 )
 from flock.store.database import Database
-from flock.store.port import BatchStore
+from flock.store.port import BatchStore, Key, Then
 
 #: Max items that one transaction changes. It takes tens of milliseconds.
 CHUNK_SIZE = 2000
@@ -51,13 +51,7 @@ class SQLiteBatchStore(BatchStore):
     # Accepting
 
     async def stage(
-        self,
-        batch: Batch,
-        items: Sequence[Run],
-        max_open_items: int,
-        key: IdempotencyKey | None = None,
-        *,
-        is_first: bool,
+        self, batch: Batch, items: Sequence[Run], max_open_items: int, key: Key = None, *, is_first: bool
     ) -> None:
         count = sum(not item.status.is_final for item in items)
 
@@ -75,14 +69,7 @@ class SQLiteBatchStore(BatchStore):
         await self._db.change(apply)
 
     async def accept(
-        self,
-        batch: Batch,
-        items: Sequence[Run],
-        max_open_items: int,
-        key: IdempotencyKey | None,
-        then: Callable[[Batch], None],
-        *,
-        is_staged: bool,
+        self, batch: Batch, items: Sequence[Run], max_open_items: int, key: Key, then: Then[Batch], *, is_staged: bool
     ) -> None:
         def apply(db: sqlite3.Connection) -> Batch:
             queries.check_key(db, batch.flock, key)
@@ -261,7 +248,7 @@ class SQLiteBatchStore(BatchStore):
         owner: str,
         only: Sequence[RunStatus],
         max_open_items: int,
-        then: Callable[[Batch | None], None],
+        then: Then[Batch | None],
         max_cost: float | None = None,
     ) -> Batch | None:
         def apply(db: sqlite3.Connection) -> Batch | None:
@@ -288,7 +275,7 @@ class SQLiteBatchStore(BatchStore):
         return await self._db.change(apply, then)
 
     async def reopen_item(
-        self, run: Run, owner: str, then: Callable[[Batch | None], None], max_cost: float | None = None
+        self, run: Run, owner: str, then: Then[Batch | None], max_cost: float | None = None
     ) -> Batch | None:
         def apply(db: sqlite3.Connection) -> Batch | None:
             batch = queries.find_batch(db, run.batch_id or "")

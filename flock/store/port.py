@@ -6,7 +6,7 @@ anyway. *then* is called after the commit, even in that case.
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import msgspec
 
@@ -28,6 +28,13 @@ from flock.runs import (
 )
 from flock.steps.outcomes import Outcome
 from flock.store.suspects import Executing, SuspectGroup
+
+T = TypeVar("T")
+
+#: The idempotency key of a request, if it has one.
+Key = IdempotencyKey | None
+#: A function that is called after the commit.
+Then = Callable[[T], None]
 
 #: The delay before a failed write or read is retried, in seconds.
 RETRY_AFTER_S = 1.0
@@ -64,13 +71,7 @@ class BatchStore(Protocol):
         """Wait until there are dropped items for ``sweep``."""
 
     async def stage(
-        self,
-        batch: Batch,
-        items: Sequence[Run],
-        max_open_items: int,
-        key: IdempotencyKey | None = None,
-        *,
-        is_first: bool,
+        self, batch: Batch, items: Sequence[Run], max_open_items: int, key: Key = None, *, is_first: bool
     ) -> None:
         """Store *items* of a batch, hidden until it is accepted. They count as open from now on.
 
@@ -83,14 +84,7 @@ class BatchStore(Protocol):
         """
 
     async def accept(
-        self,
-        batch: Batch,
-        items: Sequence[Run],
-        max_open_items: int,
-        key: IdempotencyKey | None,
-        then: Callable[[Batch], None],
-        *,
-        is_staged: bool,
+        self, batch: Batch, items: Sequence[Run], max_open_items: int, key: Key, then: Then[Batch], *, is_staged: bool
     ) -> None:
         """Write a batch with its last *items*, make it visible, and call *then* with it.
 
@@ -166,7 +160,7 @@ class BatchStore(Protocol):
         owner: str,
         only: Sequence[RunStatus],
         max_open_items: int,
-        then: Callable[[Batch | None], None],
+        then: Then[Batch | None],
         max_cost: float | None = None,
     ) -> Batch | None:
         """Open the next attempt of a final batch. Returns None if it is not final or has no items to retry.
@@ -178,7 +172,7 @@ class BatchStore(Protocol):
         """
 
     async def reopen_item(
-        self, run: Run, owner: str, then: Callable[[Batch | None], None], max_cost: float | None = None
+        self, run: Run, owner: str, then: Then[Batch | None], max_cost: float | None = None
     ) -> Batch | None:
         """Like ``reopen``, for one item that failed or was cancelled."""
 
@@ -324,13 +318,7 @@ class Store(Protocol):
     # Changing runs: each method is one transaction
 
     async def accept(
-        self,
-        run: Run,
-        limits: QueueLimits,
-        key: IdempotencyKey | None,
-        then: Callable[[Run], None] | None = None,
-        *,
-        full: EngineFull | None = None,
+        self, run: Run, limits: QueueLimits, key: Key, then: Then[Run] | None = None, *, full: EngineFull | None = None
     ) -> None:
         """Write a new run, if there is room for it, and call *then* with it.
 
@@ -358,20 +346,14 @@ class Store(Protocol):
     async def save_call(self, run: Run, position: int, call: Call) -> None:
         """Write a finished call of a step; on return it is on disk. Raises StoreError, Unstorable, OwnershipLost."""
 
-    async def suspend(self, run: Run, then: Callable[[bool], None]) -> None:
+    async def suspend(self, run: Run, then: Then[bool]) -> None:
         """Write *run*, which begins to wait, and call *then* with whether it does: it was not cancelled meanwhile.
 
         Raises StoreError, Unstorable, OwnershipLost.
         """
 
     async def answer(
-        self,
-        run_id: str,
-        call_id: str,
-        output: msgspec.Raw,
-        owner: str,
-        now: datetime,
-        then: Callable[[Run | None], None],
+        self, run_id: str, call_id: str, output: msgspec.Raw, owner: str, now: datetime, then: Then[Run | None]
     ) -> Run | None:
         """Answer a question. Return a stub of the run if it is ready to start, and call *then* with it; or None.
 
@@ -388,12 +370,7 @@ class Store(Protocol):
         """Request the owner of a run to cancel it. Returns False if the run is not active."""
 
     async def reopen(
-        self,
-        run: Run,
-        owner: str,
-        limits: QueueLimits,
-        then: Callable[[Run | None], None],
-        max_cost: float | None = None,
+        self, run: Run, owner: str, limits: QueueLimits, then: Then[Run | None], max_cost: float | None = None
     ) -> Run | None:
         """Open the next attempt of *run*, with this *max_cost* if it is given.
 
@@ -463,7 +440,7 @@ class Store(Protocol):
         now: datetime,
         max_recoveries: int,
         only: str | None = None,
-        then: Callable[[TakenOver], None] = ...,
+        then: Then[TakenOver] = ...,
     ) -> TakenOver:
         """Make *owner* the owner of the unfinished work of *dead_id* for its agents.
 

@@ -20,14 +20,14 @@ from msgspec.structs import asdict
 
 from flock.agents.program import Program
 from flock.errors import EngineFull, RunNotFound
-from flock.runs import Call, IdempotencyKey, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Usage
+from flock.runs import Call, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Usage
 from flock.runs.ids import first_id_at
 from flock.steps.outcomes import Outcome
 from flock.store import files, queries, statements, takeover, waiting
 from flock.store.batchstore import SQLiteBatchStore
 from flock.store.columns import json_from, micros, names_json, run_or_remains, time_from
 from flock.store.database import MEMORY, Database, Durability
-from flock.store.port import Store, TakenOver
+from flock.store.port import Key, Store, TakenOver, Then
 from flock.store.suspects import Executing, executed_until_death
 
 T = TypeVar("T")
@@ -148,13 +148,7 @@ class SQLiteStore(Database, Store):
     # Changing runs: each method is one transaction
 
     async def accept(
-        self,
-        run: Run,
-        limits: QueueLimits,
-        key: IdempotencyKey | None,
-        then: Callable[[Run], None] | None = None,
-        *,
-        full: EngineFull | None = None,
+        self, run: Run, limits: QueueLimits, key: Key, then: Then[Run] | None = None, *, full: EngineFull | None = None
     ) -> None:
         def apply(db: sqlite3.Connection) -> Run:
             queries.check_key(db, run.flock, key)
@@ -178,17 +172,11 @@ class SQLiteStore(Database, Store):
     async def save_call(self, run: Run, position: int, call: Call) -> None:
         await self.change(lambda db: queries.write_call(db, run, position, call))
 
-    async def suspend(self, run: Run, then: Callable[[bool], None]) -> None:
+    async def suspend(self, run: Run, then: Then[bool]) -> None:
         await self.change(lambda db: waiting.suspend(db, run), then)
 
     async def answer(
-        self,
-        run_id: str,
-        call_id: str,
-        output: msgspec.Raw,
-        owner: str,
-        now: datetime,
-        then: Callable[[Run | None], None],
+        self, run_id: str, call_id: str, output: msgspec.Raw, owner: str, now: datetime, then: Then[Run | None]
     ) -> Run | None:
         return await self.change(lambda db: waiting.answer(db, run_id, call_id, output, owner, now), then)
 
@@ -206,12 +194,7 @@ class SQLiteStore(Database, Store):
         return await self.change(lambda db: db.execute(statements.CANCEL_RUN, (run_id,)).rowcount == 1)
 
     async def reopen(
-        self,
-        run: Run,
-        owner: str,
-        limits: QueueLimits,
-        then: Callable[[Run | None], None],
-        max_cost: float | None = None,
+        self, run: Run, owner: str, limits: QueueLimits, then: Then[Run | None], max_cost: float | None = None
     ) -> Run | None:
         def apply(db: sqlite3.Connection) -> Run | None:
             queries.check_engine(db, owner)
@@ -324,7 +307,7 @@ class SQLiteStore(Database, Store):
         now: datetime,
         max_recoveries: int,
         only: str | None = None,
-        then: Callable[[TakenOver], None] = lambda taken: None,
+        then: Then[TakenOver] = lambda taken: None,
     ) -> TakenOver:
         # In a thread, since there may be many long runs.
         unfinished = await self.read_in_thread(lambda db: takeover.find_unfinished(db, dead_id, self.agents, only))
