@@ -6,7 +6,6 @@ that workflow has counted, plus the counts of its running chunks.
 
 import asyncio
 import contextlib
-import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import Context
@@ -29,7 +28,7 @@ from flock.runs import Batch, BatchFilter, Call, IdempotencyKey, Page, Run, RunS
 from flock.steps.outcomes import BATCH_CANCELLED
 from flock.steps.refusals import already_retried, check_cancel, not_deleted, not_retried, too_many_items
 from flock.temporal.batchflows import FlockRows
-from flock.temporal.cluster import Cluster
+from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
     Attempt,
@@ -50,8 +49,6 @@ from flock.temporal.messages import (
 from flock.temporal.records import Chunk, ended_so_far, read_chunk
 from flock.temporal.reservations import Reservations
 from flock.temporal.search import ID, page_of, workflows_of
-
-logger = logging.getLogger("flock.temporal")
 
 T = TypeVar("T")
 

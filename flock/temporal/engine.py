@@ -6,7 +6,6 @@ so on. Batches are in ``flock.temporal.batches``.
 
 import asyncio
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from flock.runs import INVALID_INPUT, Batch, Call, IdempotencyKey, Observer, Pag
 from flock.steps.answers import answer_of, question_for
 from flock.steps.refusals import RETRYABLE, already_retried, check_cancel, not_deleted, run_not_retried, wait_stopped
 from flock.temporal.batches import TemporalBatches
-from flock.temporal.cluster import Cluster
+from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
     CALL_SIGNAL,
     HEARTBEAT_TIMEOUT_S,
@@ -50,8 +49,6 @@ from flock.temporal.messages import (
 from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, with_pending_activity
 from flock.temporal.search import ID, Record, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.workflows import FlockSession
-
-logger = logging.getLogger("flock.temporal")
 
 #: The interval and the timeout of requests that check the cluster and count open runs, in seconds.
 WATCH_INTERVAL_S = 0.5
