@@ -7,7 +7,6 @@ tenth of a second old. If the item is cancelled, it is reported as cancelled onl
 import asyncio
 import contextlib
 import functools
-import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from flock.errors import EngineFull, StoreError
 from flock.runs import Run, RunStatus, Usage, added, now
 from flock.steps.executor import StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, CRASHED, Outcome, log_crash
-from flock.temporal.cluster import Cluster
+from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
     DELETE_ACTIVITY,
     FIND_ACTIVITY,
@@ -41,8 +40,6 @@ from flock.temporal.payloads import payload_lost
 from flock.temporal.records import Chunk, read_chunk
 from flock.temporal.steps import ActivityStep, until_done
 from flock.temporal.suspects import Gate, Suspicion
-
-logger = logging.getLogger("flock.temporal")
 
 #: An activity starts no more items after this many seconds or bytes of results. Then its results are in the history of
 #: the chunk, and other work gets a slot.

@@ -6,7 +6,6 @@ cancellation ends only that step.
 
 import asyncio
 import contextlib
-import logging
 import math
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Sequence
@@ -24,11 +23,9 @@ from flock.errors import CallError, EngineFull, OwnershipLost, StoreError
 from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
 from flock.steps.executor import ActiveRun, AgentElsewhere, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
-from flock.temporal.cluster import RETRY_AFTER_S, Cluster
+from flock.temporal.cluster import RETRY_AFTER_S, Cluster, logger
 from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, SPENT_QUERY, CallDone, latest, recoded
 from flock.temporal.suspects import Gate, Suspicion
-
-logger = logging.getLogger("flock.temporal")
 
 #: Inputs and results of one run together. The cluster takes at most 2 MiB at once.
 MAX_RUN_BYTES = 1_500_000

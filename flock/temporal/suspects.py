@@ -6,7 +6,6 @@ Heartbeats carry what is known. So a worker that starts an activity knows what b
 import asyncio
 import contextlib
 import contextvars
-import logging
 from collections.abc import Callable
 
 import anyio
@@ -16,10 +15,8 @@ from temporalio.client import AsyncActivityCancelledError
 from flock.engine.quarantine import Quarantine
 from flock.steps.outcomes import DEATHS_ALONE
 from flock.store.suspects import GROUPS, Executing, SuspectGroup, life_s
-from flock.temporal.cluster import Cluster
+from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import Deaths, Heartbeat, ItemsDone
-
-logger = logging.getLogger("flock.temporal")
 
 #: From this number of deaths on, what was being executed is a suspect.
 SUSPICIOUS = 2

@@ -1,7 +1,6 @@
 """A worker: executes agents for the cluster, with a limit on concurrency, and reports the outcomes."""
 
 import asyncio
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -25,7 +24,7 @@ from flock.runs import Observer, Run, RunStatus, Step, now
 from flock.steps.executor import MAX_HISTORY_BYTES, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import CANCELLED, CRASHED, log_crash
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
-from flock.temporal.cluster import Cluster
+from flock.temporal.cluster import Cluster, logger
 from flock.temporal.items import HEARTBEAT_INTERVAL_S, ItemActivities
 from flock.temporal.messages import (
     ACTIVITY,
@@ -43,8 +42,6 @@ from flock.temporal.search import earlier_runs
 from flock.temporal.steps import MAX_RUN_BYTES, ActivityStep, until_done
 from flock.temporal.suspects import Gate, Suspicion
 from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
-
-logger = logging.getLogger("flock.temporal")
 
 #: How long a workflow task waits for the worker that has the workflow in its cache, in seconds. A step that starts
 #: again asks its workflow for its finished calls, so it waits as long for a worker that has died.
