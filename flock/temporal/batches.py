@@ -313,9 +313,8 @@ class TemporalBatches(EngineBase):
             at_once = READ_AT_ONCE
             read = await asyncio.gather(*(self._read(order, chunk) for chunk in next_chunks))
             for item in (item for chunk in read for item in chunk.items.values()):
-                if (item.position or 0) <= after or item.status not in wanted:
-                    continue
-                if not page.add(replace(item, steps=())):
+                is_wanted = (item.position or 0) > after and item.status in wanted
+                if is_wanted and not page.add(replace(item, steps=())):
                     return page
         return page
 
