@@ -46,7 +46,7 @@ from flock.temporal.messages import (
     task_queue_of,
     workflow_id_of,
 )
-from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, with_pending_activity
+from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, with_heartbeats
 from flock.temporal.search import ID, Record, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.workflows import FlockSession
 
@@ -326,7 +326,9 @@ class TemporalEngine(TemporalBatches):
             described = await handle.describe()
             if described.close_time is not None:
                 return run_of(await self.cluster.history_of(handle.id))
-            return with_pending_activity(run, described.raw_description.pending_activities)
+            for step in described.raw_description.pending_activities:
+                run = with_heartbeats(run, step.heartbeat_details)
+            return run
         return None
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
@@ -413,10 +415,9 @@ class TemporalEngine(TemporalBatches):
             await asyncio.wait([following, woken], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if following.done():
                 return following.result() or waits
-            elif self.is_draining and woken.done():
-                raise wait_stopped()
-            elif woken.done():
-                raise self._error or StoreError("The cluster did not answer for a moment. Try again.")
+            if woken.done():
+                gone = self._error or StoreError("The cluster did not answer for a moment. Try again.")
+                raise wait_stopped() if self.is_draining else gone
             return waits
         finally:
             following.cancel()

@@ -93,7 +93,7 @@ def reset_for_retry(run: Run) -> Run:
 
 
 def run_of(history: Sequence[HistoryEvent]) -> Run:
-    """Build a run from its history. For the progress of a running step, see ``with_pending_activity``."""
+    """Build a run from its history. For the progress of a running step, see ``with_heartbeats``."""
     return _read(history)[0]
 
 
@@ -127,8 +127,8 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
                     run = replace(run, steps=(*run.steps, done.step))
             case EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED | EventType.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
                 failure = _attributes_of(event).failure
-                run = _with_heartbeats(run, failure.application_failure_info.details)
-                run = _with_heartbeats(run, failure.timeout_failure_info.last_heartbeat_details)
+                run = with_heartbeats(run, failure.application_failure_info.details)
+                run = with_heartbeats(run, failure.timeout_failure_info.last_heartbeat_details)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED:
                 run = replace(
                     run,
@@ -141,7 +141,7 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
                 failure = _attributes_of(event).failure
                 info = failure.application_failure_info
                 outcome = Outcome(RunStatus.FAILED, cut(failure.message), info.type or INTERRUPTED)
-                run = _ended(_with_heartbeats(run, info.details), outcome, at)
+                run = _ended(with_heartbeats(run, info.details), outcome, at)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED:
                 run = _ended(run, CANCELLED, at)
             case end if end in CLOSED_FROM_OUTSIDE:
@@ -199,15 +199,8 @@ def _by_step(done: Iterable[CallDone], answers: Calls, item: int = 0) -> dict[in
     return {step: sorted(calls, key=lambda call: call.completed_at) for step, calls in found.items()}
 
 
-def with_pending_activity(run: Run, pending: Sequence[PendingActivityInfo]) -> Run:
-    """Return *run*, which has not ended, with the last heartbeat of its step.
-
-    Without a heartbeat, the step may still wait for its slot.
-    """
-    return _with_heartbeats(run, pending[0].heartbeat_details) if pending else run
-
-
-def _with_heartbeats(run: Run, heartbeats: Payloads) -> Run:
+def with_heartbeats(run: Run, heartbeats: Payloads) -> Run:
+    """Return *run* with the *heartbeats* of its step. Without any, the step may still wait for its slot."""
     for sent in heartbeats.payloads:
         run = _with_progress(run, decoded(sent, Heartbeat))
     return run
