@@ -57,6 +57,11 @@ class Clock:
         self._stops = 0
         self._left_s = 0.0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the scope was cancelled, or its deadline has passed."""
+        return self._scope.cancel_called or anyio.current_time() >= self._scope.deadline
+
     def stop(self) -> None:
         if not self._stops:
             self._left_s = self._scope.deadline - anyio.current_time()

@@ -234,8 +234,9 @@ class RunContext:
     ) -> Coroutine[Any, Any, Any]:
         """Execute a function once, and store its result.
 
-        If the step runs again after a crash, the stored result is returned and the function is not executed. So put
-        side effects into calls: the code around them runs again. Calls may be made at the same time.
+        If the step runs again after a crash, the stored result is returned and the function is not executed. If it has
+        raised an exception, an equal one is raised. So put side effects into calls: the code around them runs again.
+        Calls may be made at the same time.
 
         Args:
             function: async, or sync, which runs in a worker thread. It is identified by its name and its arguments. A
@@ -248,7 +249,8 @@ class RunContext:
         Raises:
             CallError: the agent is not async; the arguments or the result cannot be JSON; or the result does not match
                 the return type.
-            Exception: what the function raises. A failed call is executed again if the step runs again.
+            Exception: what the function raises. If the step runs again, an equal exception, or a CallError with its
+                text if none can be made from JSON.
 
         Cancellation: a call that has not finished is not stored. A synchronous function is waited for.
         """

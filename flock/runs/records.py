@@ -135,6 +135,23 @@ JSON_NULL = msgspec.Raw(b"null")
 CallKind = Literal["function", "model", "tool", "agent", "question"]
 
 
+class Raised(msgspec.Struct, frozen=True, kw_only=True):
+    """An exception that a call has raised; see ``flock.steps.raised``. Its class has the name "" if none can be made.
+
+    Attributes:
+        module, name: of its class.
+        args: as a JSON array.
+        attributes: those that are JSON, as a JSON object.
+        exceptions: the members of a group.
+    """
+
+    module: str
+    name: str
+    args: msgspec.Raw = msgspec.Raw(b"[]")
+    attributes: msgspec.Raw = msgspec.Raw(b"{}")
+    exceptions: "tuple[Raised, ...]" = ()
+
+
 class Call(msgspec.Struct, frozen=True, kw_only=True):
     """A finished call of a step; see ``RunContext.call``.
 
@@ -145,8 +162,9 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         name: of the function, the agent, the tool or the model.
         arguments: by name, as a JSON object; null if they cannot be JSON, or are not kept.
         result: as JSON; null if the call failed.
-        error, error_type: of a failed call. It is executed again if the step runs again, unless it is a call of a tool,
-            because the model has read the error.
+        error, error_type: of a failed call.
+        raised: what it has raised, and raises again if the step runs again. None if it is then executed again: an
+            earlier version has stored it.
         usage: the tokens that it used, including those of the calls that it made.
         model: the model that answered last, even in a call that it made; None if it has asked none.
     """
@@ -158,6 +176,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     result: msgspec.Raw = JSON_NULL
     error: str | None = None
     error_type: str | None = None
+    raised: Raised | None = None
     usage: Usage | None = None
     model: str | None = None
     started_at: datetime
@@ -165,8 +184,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is not executed again if its step runs again."""
-        return self.error is None or self.kind == "tool"
+        """Whether it is not executed again if its step runs again. The model has read the error of a tool."""
+        return self.error is None or self.kind == "tool" or self.raised is not None
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,8 +1,8 @@
 """The journal of one step: the calls that it has finished.
 
-A call is executed once. Its result is on disk before the step continues, so that a step that runs again after a crash
-reads the result. If a call is cancelled, or the process dies, before its result is on disk, it has no entry and is
-executed again.
+A call is executed once. Its result, or what it has raised, is on disk before the step continues, so that a step that
+runs again after a crash gets the same. If a call is cancelled, or the process dies, before that is on disk, it has no
+entry and is executed again.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import itertools
 import logging
 import math
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import datetime, timedelta
@@ -42,6 +42,7 @@ from flock.runs import (
 from flock.runs.context import CURRENT_CALL
 from flock.scopes import Clock, Signal, cancellable, clocks_stopped, current_task
 from flock.steps.outcomes import error_of
+from flock.steps.raised import Refused, is_refused, raise_again, raised_by
 
 logger = logging.getLogger("flock.runs")
 
@@ -112,10 +113,14 @@ class Journal:
         self._open: dict[str, Callable[[], object]] = {}
         #: a call has ended
         self._changed = Signal()
-        self._finished = {call.call_id: call for call in finished if call.is_checkpoint}
+        #: those that have not been repeated, by their id: a call that failed may have been made again
+        self._finished: dict[str, deque[Call]] = {}
+        checkpoints = [call for call in finished if call.is_checkpoint]
+        for call in checkpoints:
+            self._finished.setdefault(call.call_id, deque()).append(call)
         #: calls of this execution that were cancelled while they were saved. The next equal call returns the result.
         self._unread: dict[str, Call] = {}
-        self._bytes_left = max_total_bytes - sum(map(_bytes_of, self._finished.values()))
+        self._bytes_left = max_total_bytes - sum(map(_bytes_of, checkpoints))
         self.kept = self._made = 0
         #: the numbers of calls that run or have finished, for each key
         self._numbers: defaultdict[str, set[int]] = defaultdict(set)
@@ -125,7 +130,7 @@ class Journal:
         self._usage: defaultdict[str, Usage] = defaultdict(Usage)
         #: the model that answered last in each of these
         self._models: dict[str, str] = {}
-        outermost = [call for call in self._finished.values() if _parent_of(call.call_id) not in self._finished]
+        outermost = [call for call in checkpoints if _parent_of(call.call_id) not in self._finished]
         self.spent = sum((call.usage for call in outermost if call.usage is not None), self.spent)
 
     async def end(self, grace_s: float, are_in_threads: Callable[[], bool]) -> int:
@@ -319,7 +324,7 @@ class Journal:
                     result = await self._result_of(planned)
                     is_done = True
                     return result
-                raise CallError(_LATE.format(label))  # only trio comes here
+                raise Refused(_LATE.format(label))  # only trio comes here
             finally:
                 del self._open[planned.call_id]
                 self._changed.notify()
@@ -336,9 +341,9 @@ class Journal:
         if self._save_error is not None:
             raise self._save_error
         if self._is_closed and not self.is_suspended:
-            raise CallError(_LATE.format(label))
+            raise Refused(_LATE.format(label))
         if self._made >= self.max_calls:
-            raise CallError("The run has made as many calls as one run may make (max_calls). Split its work into runs.")
+            raise Refused("The run has made as many calls as one run may make (max_calls). Split its work into runs.")
         self._made += 1
         numbers = self._numbers[key]
         number = next(n for n in itertools.count(1) if n not in numbers)
@@ -348,15 +353,25 @@ class Journal:
     async def _result_of(self, planned: "_Planned") -> Any:
         if self._is_closed:
             await anyio.lowlevel.checkpoint()  # raises if the step was ended for a question
-            raise CallError(_LATE.format(planned.label))
-        if (finished := self._finished.pop(planned.call_id, None)) is not None:
+            raise Refused(_LATE.format(planned.label))
+        if (finished := self._next_finished(planned.call_id)) is not None:
             self.kept += 1
             self._add_usage(planned.parent, finished.usage, finished.model)
         elif (finished := self._unread.pop(planned.call_id, None)) is None:
             return await self._make(planned)
-        if finished.error is not None and planned.on_error is not None:
+        if finished.error is None:
+            return planned.decode(finished.result)
+        if planned.on_error is not None:
             return planned.on_error(finished.error)
-        return planned.decode(finished.result)
+        raise raise_again(finished)
+
+    def _next_finished(self, call_id: str) -> Call | None:
+        """Return the next call with this id that an earlier execution of the step has finished, or None."""
+        if (calls := self._finished.get(call_id)) is None:
+            return None
+        if len(calls) == 1:
+            del self._finished[call_id]
+        return calls.popleft()
 
     async def _make(self, planned: "_Planned") -> Any:
         """Execute a call, and store it."""
@@ -378,12 +393,15 @@ class Journal:
             CURRENT_CALL.reset(reset)
             usage, model = self._usage.pop(planned.call_id, None), self._models.pop(planned.call_id, None)
             self._add_usage(planned.parent, usage, model)
-        error, error_type = None, None
+        error, error_type, raised = None, None, None
+        is_cancelled = task is not None and task.cancelling() > cancelling
         if failure is not None:
-            if planned.should_keep is not None:
+            if planned.should_keep is not None or is_refused(failure):
                 raise failure
             result = JSON_NULL
             error, error_type = error_of(failure, f"The call {planned.label!r}", expose_errors=self.expose_errors)
+            if planned.on_error is None and not is_cancelled and not self.clock.is_over:
+                raised = raised_by(planned.label, failure)
         call = Call(
             call_id=planned.call_id,
             name=planned.label,
@@ -392,6 +410,7 @@ class Journal:
             result=result,
             error=error and cut(error),
             error_type=error_type,
+            raised=raised,
             usage=usage,
             model=model,
             started_at=started_at,
@@ -399,7 +418,7 @@ class Journal:
         )
         await self._store(call)
         if task is not None and task.cancelling() > cancelling:  # while it was saved, or its thread was running
-            if call.is_checkpoint:
+            if call.is_checkpoint and raised is None:
                 self._unread[call.call_id] = call
             await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
             raise asyncio.CancelledError
@@ -446,7 +465,7 @@ class Journal:
 
     async def _store(self, call: Call) -> None:
         if (size := _bytes_of(call)) > self._bytes_left:
-            raise CallError(
+            raise Refused(
                 f"The arguments and results of the step's calls are larger than the cluster can store. The call "
                 f"{call.name!r} has {size} bytes of them. Return references to long results instead."
             )

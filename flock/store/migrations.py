@@ -171,6 +171,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "ALTER TABLE runs ADD COLUMN deaths_alone INTEGER NOT NULL DEFAULT 0",
         "CREATE INDEX runs_that_died ON runs (batch_id) WHERE deaths > 0",
     ],
+    # The exceptions of calls. NULL in older rows, whose calls are executed again.
+    ["ALTER TABLE calls ADD COLUMN raised BLOB"],
 ]
 
 

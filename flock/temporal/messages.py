@@ -277,10 +277,12 @@ class Calls:
             self.add(done)
 
     def add(self, done: CallDone) -> None:
-        """Add a call. Of several answers to one question, the first one counts."""
+        """Add a call. Of several answers to a question, the first one counts. A failed call may be made again."""
         self._spent[done.item] = latest(self._spent.get(done.item), done.spent)
-        if done.call.is_checkpoint:
-            self._by_item.setdefault(done.item, {}).setdefault((done.step, done.call.call_id), done)
+        call = done.call
+        if call.is_checkpoint:
+            call_id = call.call_id if call.raised is None else f"{call.call_id} {call.completed_at}"
+            self._by_item.setdefault(done.item, {}).setdefault((done.step, call_id), done)
 
     def of_step(self, item: int, step: int) -> list[Call]:
         return [done.call for done in self.of_item(item) if done.step == step]

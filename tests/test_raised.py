@@ -1,0 +1,286 @@
+"""A call that raised is finished: if its step runs again, it raises an equal exception, and nothing is done twice."""
+
+import asyncio
+import logging
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from flock.core import Flock
+from flock.errors import AgentError, CallError, CostLimit, StoreError
+from flock.runs import Engine, Run, RunContext, RunStatus, now
+from flock.runs.records import Call, Raised
+from flock.steps.raised import is_refused, raise_again, raised_by
+from tests.support import PATIENCE_S
+from tests.support.engines import OpenEngine, until_run
+
+
+class Declined(Exception):
+    """Its text is made from attributes, and ``args`` has one of three."""
+
+    def __init__(self, card: str, *, code: int, extra: object = None) -> None:
+        super().__init__(card)
+        self.code, self.extra = code, extra
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} was declined: {self.code}"
+
+
+class Sticky(Exception):
+    """It cannot be made again."""
+
+    def __new__(cls, *args: Any) -> "Sticky":
+        if args != (object,):
+            raise RuntimeError("made only once")
+        return super().__new__(cls, *args)
+
+
+def stored(exc: Exception) -> Call:
+    """Return the call that raised *exc*, as it is read from a store."""
+    call = Call(call_id="c", name="c", error=str(exc), raised=raised_by("c", exc), started_at=now(), completed_at=now())
+    return msgspec.json.decode(msgspec.json.encode(call), type=Call)
+
+
+def again(exc: Exception) -> Exception:
+    return raise_again(stored(exc))
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        pytest.param(ValueError("no", 3), id="arguments"),
+        pytest.param(KeyError("x"), id="built-in text"),
+        pytest.param(TimeoutError(), id="without arguments"),
+        pytest.param(FileNotFoundError(2, "No such file", "a.txt"), id="name of a file"),
+        pytest.param(Declined("4242", code=7), id="attributes"),
+        pytest.param(AgentError("the reason"), id="of flock"),
+        pytest.param(
+            ExceptionGroup("two", [ValueError("a"), ExceptionGroup("in", [Declined("1", code=2)])]), id="group"
+        ),
+    ],
+)
+def test_an_equal_exception_is_made_again(exc: Exception) -> None:
+    found = again(exc)
+    assert type(found) is type(exc)
+    assert str(found) == str(exc)
+    if isinstance(exc, ExceptionGroup):
+        assert isinstance(found, ExceptionGroup)
+        assert repr(found.exceptions) == repr(exc.exceptions)
+    else:
+        assert found.args == exc.args
+        assert vars(found) == vars(exc)
+
+
+def test_an_exception_has_its_notes_and_the_attributes_that_are_json() -> None:
+    exc = Declined("4242", code=7, extra=object())
+    exc.add_note("asked twice")
+    found = again(exc)
+    assert vars(found) == {"code": 7, "__notes__": ["asked twice"]}
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        pytest.param(lambda: ValueError(object()), id="no json"),
+        pytest.param(lambda: ValueError((1, 2)), id="a tuple"),
+        pytest.param(lambda: Sticky(object), id="cannot be made"),
+        pytest.param(lambda: type("Local", (Exception,), {})("x"), id="local class"),
+        pytest.param(lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), id="bytes"),
+        pytest.param(lambda: ValueError("x" * 5_000_000), id="5 MB"),
+    ],
+)
+def test_an_exception_that_cannot_be_made_is_a_call_error_with_its_text(
+    exc: Callable[[], Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    raised = exc()
+    call = stored(raised)
+    assert call.raised == Raised(module="", name="")
+    found = raise_again(call)
+    assert type(found) is CallError
+    assert str(found) == str(raised)
+
+
+def test_the_log_names_a_class_that_cannot_be_made_once(caplog: pytest.LogCaptureFixture) -> None:
+    local = type("Local", (Exception,), {})
+    for _ in range(3):
+        stored(local())
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "call c: if its step runs again, it raises a CallError, because a Local" in record.getMessage()
+
+
+def test_a_class_that_is_gone_is_a_call_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = stored(Declined("4242", code=7))
+    monkeypatch.delattr(sys.modules[__name__], "Declined")
+    assert repr(raise_again(call)) == repr(CallError("4242 was declined: 7"))
+
+
+def test_a_class_of_the_main_program_is_found_by_its_name_when_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``python shop.py`` and ``flockapi serve shop.py`` share a store."""
+    (tmp_path / "shop.py").write_text("class SoldOut(Exception):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shop: Any = type(sys)("__main__")
+    vars(shop).update(runpy.run_path(str(tmp_path / "shop.py"), run_name="__main__"))
+    shop.__file__, shop.__spec__ = str(tmp_path / "shop.py"), None
+    with monkeypatch.context() as started:
+        started.setitem(sys.modules, "__main__", shop)
+        call = stored(shop.SoldOut("tea"))
+        assert type(raise_again(call)) is shop.SoldOut
+    found = raise_again(call)
+    assert type(found).__module__ == "shop"
+    assert repr(found) == "SoldOut('tea')"
+    call = stored(found)
+    with monkeypatch.context() as started:
+        started.setitem(sys.modules, "__main__", shop)
+        assert type(raise_again(call)) is shop.SoldOut
+    monkeypatch.delitem(sys.modules, "shop")
+
+
+def test_what_the_engine_refuses_is_not_what_a_call_has_raised() -> None:
+    wrapped = ValueError("mine")
+    wrapped.__cause__ = ExceptionGroup("", [KeyError("k"), CostLimit("spent")])
+    assert is_refused(wrapped)
+    assert is_refused(StoreError("full"))
+    assert not is_refused(ExceptionGroup("", [ValueError("a")]))
+
+
+# In runs
+
+
+async def until_waiting(engine: Engine, run: Run) -> Run:
+    return await until_run(engine, run.run_id, lambda run: run.status is RunStatus.WAITING)
+
+
+@pytest.mark.anyio
+async def test_a_caught_failure_is_not_repeated_after_an_answer(open_engine: OpenEngine) -> None:
+    """The payment may have been made although its answer was lost. A person says so, and nothing is paid again."""
+    flock, charged = Flock(), list[int]()
+
+    async def charge(amount: int) -> None:
+        charged.append(amount)
+        raise TimeoutError("no answer")
+
+    @flock.agent
+    async def pay(amount: int, context: RunContext) -> str:
+        try:
+            await context.call(charge, amount)
+        except TimeoutError as exc:
+            return f"{exc}: {await context.ask('Was it charged?', bool)}"
+        return "charged"
+
+    async with open_engine(flock) as engine:
+        run = await until_waiting(engine, await engine.submit("pay", {"amount": 5}))
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.value, run.error) == ({"result": "no answer: True"}, None)
+    assert charged == [5]
+
+
+@pytest.mark.anyio
+async def test_each_try_of_a_loop_ends_as_it_did(open_engine: OpenEngine) -> None:
+    """Also of a tool, of a called agent, and in a gather."""
+    flock, tries = Flock(), list[str]()
+
+    async def flaky(name: str) -> str:
+        tries.append(name)
+        if tries.count(name) < 3:
+            raise ConnectionError(tries.count(name))
+        return f"{name} at the third try"
+
+    @flock.agent
+    async def child(name: str, context: RunContext) -> str:
+        return str(await context.call(flaky, name))
+
+    async def tried(context: RunContext, name: str) -> list[Any]:
+        seen: list[Any] = []
+        while not seen or not isinstance(seen[-1], str):
+            try:
+                seen.append(await context.call(flaky, name))
+            except ConnectionError as exc:
+                seen.append(exc.args[0])
+        return seen
+
+    @flock.agent
+    async def work(context: RunContext) -> list[Any]:
+        found = await asyncio.gather(tried(context, "a"), tried(context, "b"))
+        for _ in range(3):
+            try:
+                found.append([(await context.run_agent("child", {"name": "c"}))["result"]])
+            except ConnectionError as exc:
+                found.append([exc.args[0]])
+        return [*found, await context.ask("Go on?", bool)]
+
+    expected = [[1, 2, "a at the third try"], [1, 2, "b at the third try"], [1], [2], ["c at the third try"], True]
+    async with open_engine(flock) as engine:
+        run = await until_waiting(engine, await engine.submit("work", {}))
+        assert len(tries) == 9
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.value, run.error) == ({"result": expected}, None)
+    assert len(tries) == 9
+
+
+@pytest.mark.anyio
+async def test_a_call_that_the_end_of_its_run_cut_off_is_executed_again(tmp_path: Path) -> None:
+    """It has turned its cancellation into an exception of its own, when the engine stopped."""
+    flock, begun, may_go = Flock(), list[int](), anyio.Event()
+
+    async def stubborn() -> int:
+        begun.append(1)
+        if len(begun) == 1:
+            try:
+                may_go.set()
+                await anyio.sleep_forever()
+            except BaseException:
+                raise ConnectionError("closed") from None
+        return 7
+
+    @flock.agent
+    async def work(context: RunContext) -> int:
+        return int(await context.call(stubborn))
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await engine.submit("work", {})
+        await may_go.wait()
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.value, run.error) == ({"result": 7}, None)
+    assert len(begun) == 2
+
+
+@pytest.mark.anyio
+async def test_calls_beyond_the_limit_of_a_run_leave_no_failed_call(tmp_path: Path) -> None:
+    flock = Flock()
+
+    async def leaf(n: int) -> int:
+        return n
+
+    async def branch(context: RunContext) -> None:
+        for n in range(10):
+            await context.call(leaf, n)
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        try:
+            await context.call(branch)
+        except CallError as exc:
+            return str(exc)
+        return ""
+
+    async with flock.engine(store=tmp_path / "flock.db", max_calls=5) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait((await engine.submit("work", {})).run_id)
+        assert "max_calls" in str(run.value)
+        calls = (await engine.get_calls(run))[0]
+    assert [(call.name, call.error) for call in calls] == [("leaf", None)] * 4
