@@ -242,7 +242,7 @@ async def test_a_named_call_needs_no_json_arguments() -> None:
         first, error = result_of(await ended(engine, "work"))
     assert first == "A"
     assert error.startswith("The arguments of the call 'send' cannot be converted to JSON")
-    assert "Pass name=" in error
+    assert "Pass call_name=" in error
 
 
 def unserializable() -> Any:
@@ -578,7 +578,7 @@ async def test_functions_that_differ_in_what_they_are_bound_to_are_different(tmp
             await context.call(prepare, to, delay_s)
             if kind == "partial":
                 return str(await context.call(functools.partial(send, to)))
-            with pytest.raises(CallError, match="Pass name= to identify the call"):
+            with pytest.raises(CallError, match="Pass call_name= to identify the call"):
                 _ = context.call(Box(to, send).send)
             return str(await context.call(Box(to, send).send, name=to))
 
@@ -662,20 +662,99 @@ async def test_no_call_is_executed_after_the_run_was_lost(tmp_path: Path) -> Non
     assert executed in ([], [0])
 
 
-async def test_a_function_with_a_parameter_called_name_does_not_lose_it() -> None:
-    """``name=`` names the call, so it is refused, and not dropped, if the function has such a parameter."""
+async def test_options_of_a_call_are_not_taken_from_the_arguments_of_its_function() -> None:
+    """``name=`` and ``keep=`` are earlier names of options: they are arguments if the function has such a parameter."""
     flock = Flock()
 
-    async def greet(name: str = "you") -> str:
-        return f"hello {name}"
+    async def greet(name: str = "you", keep: str = "") -> str:
+        return f"hello {name}{keep}"
+
+    async def other(n: int = 0) -> int:
+        return n
 
     @flock.agent
-    async def work(context: RunContext) -> str:
-        return str(await context.call(greet, name="Ann"))
+    async def work(context: RunContext) -> list[Any]:
+        return [
+            await context.call(greet, name="Ann", keep="!"),
+            await context.call(greet, name="Ann", call_name="named", call_keep="result"),
+            await context.call(other, 3, name="other", keep="result"),
+        ]
 
     async with flock.engine() as engine:
         run = await ended(engine, "work")
-    assert run.error_type == "call_error" or result_of(run) == "hello Ann"
+        calls = (await engine.get_calls(run))[0]
+    assert result_of(run) == ["hello Ann!", "hello Ann", 3]
+    assert [call.call_id for call in calls[1:]] == ["greet:named", "other:other"]
+    assert [bytes(call.arguments) for call in calls] == [b'{"keep":"!","name":"Ann"}', b"null", b"null"]
+
+
+async def test_a_call_is_tried_again_with_one_key_until_it_returns() -> None:
+    flock, keys = Flock(), list[str]()
+
+    async def flaky(context: RunContext) -> int:
+        keys.append(context.idempotency_key)
+        if len(keys) < 3:
+            raise ConnectionError
+        return len(keys)
+
+    @flock.agent
+    async def work(context: RunContext) -> int:
+        return int(await context.call(flaky, call_retries=2))
+
+    async with flock.engine() as engine:
+        run = await ended(engine, "work")
+        calls = (await engine.get_calls(run))[0]
+    assert result_of(run) == 3
+    assert len(set(keys)) == 1
+    assert [(call.name, call.error) for call in calls] == [("flaky", None)]
+
+
+async def test_a_call_has_a_time_limit_for_each_try() -> None:
+    """A function in a thread has been executed when it returns, so its result counts even if it is late."""
+    flock, begun = Flock(), list[int]()
+
+    async def slow() -> int:
+        begun.append(1)
+        await anyio.sleep_forever()
+        return 1
+
+    def slow_in_thread() -> int:
+        time.sleep(0.1)
+        return 7
+
+    @flock.agent
+    async def work(context: RunContext) -> list[Any]:
+        try:
+            await context.call(slow, call_timeout_s=0.01, call_retries=1)
+        except TimeoutError as exc:
+            return [str(exc), await context.call(slow_in_thread, call_timeout_s=0.01)]
+        return []
+
+    async with flock.engine() as engine:
+        run = await ended(engine, "work")
+    assert result_of(run) == ["The call 'slow' did not end within 0.01 s (call_timeout_s).", 7]
+    assert len(begun) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"call_timeout_s": 0}, "call_timeout_s of 'long' must be above 0"),
+        ({"call_retries": -1}, "call_retries of 'long'"),
+    ],
+    ids=["time", "retries"],
+)
+async def test_an_option_of_a_call_that_makes_no_sense_is_an_error(options: Any, words: str) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        return str(await context.call(long, **options))
+
+    async with flock.engine() as engine:
+        run = await ended(engine, "work")
+    assert run.error_type == "call_error"
+    assert words in (run.error or "")
 
 
 async def test_a_long_journal_is_read_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

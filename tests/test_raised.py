@@ -211,7 +211,7 @@ async def test_each_try_of_a_loop_ends_as_it_did(open_engine: OpenEngine) -> Non
 
     @flock.agent
     async def work(context: RunContext) -> list[Any]:
-        found = await asyncio.gather(tried(context, "a"), tried(context, "b"))
+        found = [*await asyncio.gather(tried(context, "a"), tried(context, "b"))]
         for _ in range(3):
             try:
                 found.append([(await context.run_agent("child", {"name": "c"}))["result"]])

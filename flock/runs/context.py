@@ -22,6 +22,15 @@ T = TypeVar("T")
 CURRENT_CALL: ContextVar[str] = ContextVar("flock_call", default="")
 
 
+class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a call is made; see ``RunContext.call``."""
+
+    name: str | None = None
+    keep: Literal["all", "result"] = "all"
+    timeout_s: float | None = None
+    retries: int = 0
+
+
 class StepJournal(Protocol):
     """Keeps the calls of the running step, and counts its tokens; see ``flock.steps.journal``."""
 
@@ -37,8 +46,7 @@ class StepJournal(Protocol):
         function: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        name: str | None,
-        keep: Literal["all", "result"],
+        options: CallOptions,
     ) -> Coroutine[Any, Any, Any]: ...
 
     def once(
@@ -228,8 +236,10 @@ class RunContext:
         function: Callable[..., Any],
         /,
         *args: Any,
-        name: str | None = None,
-        keep: Literal["all", "result"] = "all",
+        call_name: str | None = None,
+        call_keep: Literal["all", "result"] = "all",
+        call_timeout_s: float | None = None,
+        call_retries: int = 0,
         **kwargs: Any,
     ) -> Coroutine[Any, Any, Any]:
         """Execute a function once, and store its result.
@@ -241,8 +251,13 @@ class RunContext:
         Args:
             function: async, or sync, which runs in a worker thread. It is identified by its name and its arguments. A
                 parameter annotated with ``RunContext`` receives this context.
-            name: identifies the call instead of its arguments. Equal calls are numbered in their order.
-            keep: "result" does not store the arguments. Use it if they are long or secret.
+            call_name: identifies the call instead of its arguments. Equal calls are numbered in their order. ``name=``
+                and ``keep=`` mean the same as ``call_name=`` and ``call_keep=`` if the function has no such parameter.
+            call_keep: "result" does not store the arguments. Use it if they are long or secret.
+            call_timeout_s: seconds for each try, without the time in which it waits for a person. Then the call raises
+                TimeoutError. A function in a thread is waited for, and its result counts even if it is late.
+            call_retries: how many more times to execute the function if it raises. The pauses grow from half a second
+                to eight seconds. All tries have the same ``idempotency_key``.
 
         Returns: the result, as its return type reads it from JSON. Without a return type, it is plain JSON values.
 
@@ -254,7 +269,8 @@ class RunContext:
 
         Cancellation: a call that has not finished is not stored. A synchronous function is waited for.
         """
-        return self.journal.call(self, function, args, kwargs, name, keep)
+        options = CallOptions(name=call_name, keep=call_keep, timeout_s=call_timeout_s, retries=call_retries)
+        return self.journal.call(self, function, args, kwargs, options)
 
     def run_agent(self, name: str, inputs: Mapping[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
         """Let another agent of the flock run, as a call of this step, and return its result.

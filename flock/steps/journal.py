@@ -13,16 +13,18 @@ import inspect
 import itertools
 import logging
 import math
+import random
 import re
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import anyio
 import anyio.lowlevel
 import msgspec
+from msgspec.structs import replace
 
 from flock.agents.questions import ASK, question_json, schema_of
 from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
@@ -39,8 +41,8 @@ from flock.runs import (
     now,
     safe_text,
 )
-from flock.runs.context import CURRENT_CALL
-from flock.scopes import Clock, Signal, cancellable, clocks_stopped, current_task
+from flock.runs.context import CURRENT_CALL, CallOptions
+from flock.scopes import Clock, Signal, cancellable, clocks_stopped, current_task, move_on_after_working
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, is_refused, raise_again, raised_by
 
@@ -51,6 +53,8 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 DIGEST_CHARS = 16
 #: How long a question may be open, in seconds: ten years.
 MAX_EXPIRES_S = 10 * 365 * 86_400
+#: The pause before a call is tried again, in seconds. It doubles with each try.
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
 #: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
 CHECKPOINTS = 10
 #: Between the id of a call and that of a call that it makes.
@@ -182,21 +186,20 @@ class Journal:
         function: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        name: str | None,
-        keep: Literal["all", "result"],
+        options: CallOptions,
     ) -> Coroutine[Any, Any, Any]:
         """See ``RunContext.call``. Equal calls are numbered here, before any of them can wait."""
         label = re.sub(r"[^A-Za-z0-9_.-]", "_", name_of(function))
         check_in_loop(context)
-        _check_callable(label, function, name)
+        options, kwargs = _options(label, function, kwargs, options)
         args, kwargs = _with_context(context, function, args, kwargs)
-        arguments = _arguments(label, function, args, kwargs, name)
-        key = name or _digest(label, function, arguments)
+        arguments = _arguments(label, function, args, kwargs, options.name)
+        key = options.name or _digest(label, function, arguments)
         return self.once(
             label,
             key,
-            functools.partial(self._execute, function, args, kwargs),
-            arguments=arguments if keep == "all" else JSON_NULL,
+            functools.partial(self._try, label, functools.partial(self._execute, function, args, kwargs), options),
+            arguments=arguments if options.keep == "all" else JSON_NULL,
             decode=functools.partial(_decode, label, _result_type(label, function)),
         )
 
@@ -442,6 +445,22 @@ class Journal:
         if model is not None:
             self._models[parent] = model
 
+    async def _try(self, label: str, execute: Callable[[], Awaitable[Any]], options: CallOptions) -> Any:
+        """Execute a call, again if it raises, and each time with its time limit."""
+        pause_s = FIRST_PAUSE_S
+        for tries_left in range(options.retries, -1, -1):
+            try:
+                if options.timeout_s is None:
+                    return await execute()
+                with move_on_after_working(options.timeout_s):
+                    return await execute()
+                raise TimeoutError(f"The call {label!r} did not end within {options.timeout_s:g} s (call_timeout_s).")
+            except Exception as exc:
+                if not tries_left or is_refused(exc) or self.clock.is_over:
+                    raise
+            await anyio.sleep(pause_s * (1 - 0.25 * random.random()))
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
+
     async def _execute(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if is_async(function):
             return await function(*args, **kwargs)
@@ -559,17 +578,21 @@ def _bytes_of(call: Call) -> int:
     return len(call.arguments) + len(call.result)
 
 
-def _check_callable(label: str, function: Callable[..., Any], name: str | None) -> None:
-    """Raise CallError if *function* cannot be identified, or is not a function."""
+def _options(
+    label: str, function: Callable[..., Any], kwargs: Mapping[str, Any], options: CallOptions
+) -> tuple[CallOptions, Mapping[str, Any]]:
+    """Return the options of a call, and its other keyword arguments. Raises CallError if it cannot be identified."""
     if not callable(function) or inspect.isclass(function):
         raise CallError(f"{function!r} is not a function. Call a function, a method, or an object that can be called.")
-    if name is None and getattr(function, "__name__", "") == "<lambda>":
-        raise CallError("A lambda has no name that identifies its call. Use a named function, or pass name=.")
-    if name is not None and "name" in _parameters(function):
-        raise CallError(
-            f"{label!r} has a parameter 'name', which cannot be passed here, since name= identifies the call. Use "
-            f"functools.partial({label}, name=…)."
-        )
+    earlier = {key: kwargs[key] for key in kwargs.keys() & {"name", "keep"} - _parameters(function).keys()}
+    options, kwargs = replace(options, **earlier), {key: kwargs[key] for key in kwargs if key not in earlier}
+    if options.name is None and getattr(function, "__name__", "") == "<lambda>":
+        raise CallError("A lambda has no name that identifies its call. Use a named function, or pass call_name=.")
+    if options.timeout_s is not None and not options.timeout_s > 0:
+        raise CallError(f"call_timeout_s of {label!r} must be above 0 seconds, not {options.timeout_s}.")
+    if options.retries < 0:
+        raise CallError(f"call_retries of {label!r} must be 0 or more, not {options.retries}.")
+    return options, kwargs
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -614,8 +637,8 @@ def _json(label: str, part: str, value: Any) -> msgspec.Raw:
         return msgspec.Raw(msgspec.json.encode(value, order="deterministic", enc_hook=to_json))
     except (TypeError, ValueError, OverflowError, RecursionError) as exc:
         raise CallError(
-            f"The {part} of the call {label!r} cannot be converted to JSON: {exc}. Pass name= to identify the call "
-            "without them."
+            f"The {part} of the call {label!r} cannot be converted to JSON: {exc}. Pass call_name= to identify the "
+            "call without them."
         ) from exc
 
 
