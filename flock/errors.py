@@ -62,7 +62,7 @@ CUT = "… (cut)"
 
 
 #: Each ``error_type`` that is not an agent's own; docs/errors.md has its cause, and what helps.
-ERROR_TYPES = frozenset(
+ERROR_TYPES: frozenset[str] = frozenset(
     """
     agent_error agent_exception call_error invalid_output invalid_handoff invalid_input result_too_large
     too_many_steps too_many_tokens cost_limit timeout queue_timeout expired cancelled interrupted crashed

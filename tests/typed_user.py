@@ -87,6 +87,7 @@ from flock.runs import (
     Budget,
     Call,
     CallKind,
+    CallOptions,
     Engine,
     EngineHealth,
     Event,
@@ -105,6 +106,7 @@ from flock.runs import (
     Question,
     Queue,
     QueueLimits,
+    Raised,
     Row,
     Run,
     RunContext,
@@ -123,6 +125,7 @@ from flock.runs import (
     event_of_batch,
     event_of_call,
     events_after,
+    first_id_at,
     for_terminal,
     is_end_of_step,
     is_spent,
@@ -448,6 +451,8 @@ host.mount("/ai", ai)
 
 
 def write(context: RunContext, live: Live, budget: Budget, started: Event, call: Call) -> None:
+    assert_type(call.raised, Raised | None)
+    assert_type(first_id_at(call.started_at), str)
     budget.check(context.agent_name, ["openai/gpt-4o"])
     if context.is_watched:
         context.emit("text")
@@ -460,6 +465,7 @@ def write(context: RunContext, live: Live, budget: Budget, started: Event, call:
 def look_at(run: Run, limits: QueueLimits, at: Time) -> LongJSON:
     assert_type(stub_of(run), Run)
     assert_type(shown_as(Progress, run.progress), Progress)
+    assert_type(CallOptions(retries=1).retries, int)
     assert_type(limits.max_runs, int)
 
     async def read(start: int, length: int) -> bytes:

@@ -14,7 +14,7 @@ from flock.runs.records import CallKind, Progress, Run
 from flock.runs.text import safe_text
 from flock.runs.usage import Usage
 
-__all__ = ["Budget", "Live", "RunContext", "StepJournal"]
+__all__ = ["Budget", "CallOptions", "Live", "RunContext", "StepJournal"]
 
 T = TypeVar("T")
 

@@ -47,6 +47,7 @@ __all__ = [
     "Principal",
     "Progress",
     "Question",
+    "Raised",
     "Row",
     "Run",
     "RunFilter",
