@@ -142,6 +142,7 @@ async def test_a_run_that_kills_its_workers_fails_alone(bad: int, temporal_addre
 
 
 @pytest.mark.timeout(150)
+@pytest.mark.nightly  # a minute and a half
 async def test_a_batch_continues_without_an_item_that_kills_its_workers(temporal_address: str, tmp_path: Path) -> None:
     workers = Workers(tmp_path, temporal_address, 2)
     async with workers as engine:
