@@ -98,7 +98,7 @@ FAILURES = {
         "more workers, or fewer requests",
     ),
     "expired": (
-        "nobody answered a question of the run in time",
+        "a question of the run was not answered in time",
         "ask again with `POST /run/{run_id}/retry`",
     ),
     "cancelled": (

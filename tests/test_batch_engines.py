@@ -129,6 +129,25 @@ async def test_invalid_items_are_skipped_on_request(open_engine: OpenEngine) -> 
     assert sorted(work.calls) == [0, 2, 2, 4]
 
 
+async def test_invalid_items_need_no_room_in_a_retry(open_engine: OpenEngine) -> None:
+    """They are never executed again, so only the one that failed counts for ``max_open_items``."""
+    work = Work()
+    work.fails = {0}
+    async with open_engine(work.flock, max_open_items=1) as engine:
+        batch = await engine.submit_batch("item", [{"n": 0}, {}, {}, {}], OPTIONS, on_invalid="skip")
+        await ended(engine, batch)
+        work.fails = set()
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+    assert (batch.status, batch.attempt, batch.failed_items) == (RunStatus.COMPLETED, 2, 3)
+
+
+async def test_a_retry_of_items_that_did_not_fail_is_an_error(open_engine: OpenEngine) -> None:
+    async with open_engine(Work().flock) as engine:
+        batch = await ended(engine, await engine.submit_batch("item", numbers(1), OPTIONS))
+        with pytest.raises(DefinitionError, match="only= of a retry must be 'failed', 'cancelled', or both"):
+            await engine.retry_batch(batch.batch_id, ["completed"])
+
+
 async def test_a_batch_fails_if_all_its_items_are_skipped(open_engine: OpenEngine) -> None:
     async with open_engine(Work().flock) as engine:
         batch = await ended(engine, await engine.submit_batch("item", [{}, {}], OPTIONS, on_invalid="skip"))

@@ -25,11 +25,12 @@ import pytest
 from flock import fair
 from flock.core import Flock
 from flock.errors import AgentError, CallError
-from flock.runs import MAX_SHOWN_CALLS, NOT_LOADED, BatchOptions, Engine, Run, RunContext, RunStatus
+from flock.runs import MAX_SHOWN_CALLS, NOT_LOADED, BatchOptions, CallOptions, Engine, Run, RunContext, RunStatus
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, sqlite_of, until
 from tests.support.servers import serving
+from tests.test_agents import context_of, journal
 
 pytestmark = pytest.mark.anyio
 
@@ -660,6 +661,19 @@ async def test_no_call_is_executed_after_the_run_was_lost(tmp_path: Path) -> Non
         may_go.set()
         await anyio.sleep(0.5)
     assert executed in ([], [0])
+
+
+async def test_a_call_that_is_too_long_for_its_step_does_not_make_shorter_ones_fail() -> None:
+    """Its message says to return a reference instead, and so the program may."""
+    made = dataclasses.replace(journal(), finished=(), max_total_bytes=100)
+    context = context_of("work", [])
+
+    async def value(length: int) -> str:
+        return "x" * length
+
+    with pytest.raises(CallError, match="larger than the cluster can store"):
+        await made.call(context, value, [200], {}, CallOptions())
+    assert await made.call(context, value, [20], {}, CallOptions()) == "x" * 20
 
 
 async def test_options_of_a_call_are_not_taken_from_the_arguments_of_its_function() -> None:

@@ -16,7 +16,7 @@ from flock.core import Flock
 from flock.errors import AgentError, CallError, CostLimit, StoreError
 from flock.runs import Engine, Run, RunContext, RunStatus, now
 from flock.runs.records import Call, Raised
-from flock.steps.raised import is_refused, raise_again, raised_by
+from flock.steps.raised import exception_of, is_refused, raised_by
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until_run
 
@@ -48,7 +48,7 @@ def stored(exc: Exception) -> Call:
 
 
 def again(exc: Exception) -> Exception:
-    return raise_again(stored(exc))
+    return exception_of(stored(exc))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_an_exception_that_cannot_be_made_is_a_call_error_with_its_text(
     raised = exc()
     call = stored(raised)
     assert call.raised == Raised(module="", name="")
-    found = raise_again(call)
+    found = exception_of(call)
     assert type(found) is CallError
     assert str(found) == str(raised)
 
@@ -118,7 +118,7 @@ def test_the_log_names_a_class_that_cannot_be_made_once(caplog: pytest.LogCaptur
 def test_a_class_that_is_gone_is_a_call_error(monkeypatch: pytest.MonkeyPatch) -> None:
     call = stored(Declined("4242", code=7))
     monkeypatch.delattr(sys.modules[__name__], "Declined")
-    assert repr(raise_again(call)) == repr(CallError("4242 was declined: 7"))
+    assert repr(exception_of(call)) == repr(CallError("4242 was declined: 7"))
 
 
 def test_a_class_of_the_main_program_is_found_by_its_name_when_it_is_imported(
@@ -133,14 +133,14 @@ def test_a_class_of_the_main_program_is_found_by_its_name_when_it_is_imported(
     with monkeypatch.context() as started:
         started.setitem(sys.modules, "__main__", shop)
         call = stored(shop.SoldOut("tea"))
-        assert type(raise_again(call)) is shop.SoldOut
-    found = raise_again(call)
+        assert type(exception_of(call)) is shop.SoldOut
+    found = exception_of(call)
     assert type(found).__module__ == "shop"
     assert repr(found) == "SoldOut('tea')"
     call = stored(found)
     with monkeypatch.context() as started:
         started.setitem(sys.modules, "__main__", shop)
-        assert type(raise_again(call)) is shop.SoldOut
+        assert type(exception_of(call)) is shop.SoldOut
     monkeypatch.delitem(sys.modules, "shop")
 
 

@@ -143,6 +143,36 @@ async def test_work_whose_agent_is_missing_can_be_cancelled_and_deleted(batches:
         assert (await wait(kept, timeout_s=PATIENCE_S)).status is RunStatus.COMPLETED
 
 
+@pytest.mark.parametrize("batches", [False, True], ids=["runs", "batches"])
+async def test_work_of_a_dead_engine_ends_even_if_the_request_to_cancel_it_is_cancelled(batches: bool) -> None:
+    """The engine is its owner from the commit on, which a cancelled request does not wait for."""
+    (id_,) = await leave_unfinished(Program("ours"), "ours", batches=batches)
+    is_blocked, may_write = anyio.Event(), threading.Event()
+    async with Program("other").engine() as engine, anyio.create_task_group() as tasks:
+        take_over = engine.store.take_over
+
+        async def blocked(*args: Any, **options: Any) -> Any:
+            tasks.start_soon(sqlite_of(engine).change, lambda db: may_write.wait(PATIENCE_S))
+            await anyio.wait_all_tasks_blocked()
+            is_blocked.set()
+            return await take_over(*args, **options)
+
+        engine.store.take_over = blocked  # type: ignore[method-assign]
+        with anyio.CancelScope() as request:
+            tasks.start_soon(cancel_when, is_blocked, request)
+            await (engine.cancel_batch(id_) if batches else engine.cancel_run(id_))
+        assert request.cancelled_caught
+        may_write.set()
+        wait = engine.wait_batch if batches else engine.wait
+        assert (await wait(id_, timeout_s=PATIENCE_S)).status is RunStatus.CANCELLED
+
+
+async def cancel_when(event: anyio.Event, scope: anyio.CancelScope) -> None:
+    await event.wait()
+    await anyio.sleep(0.2)  # for the read in a thread, after which the takeover waits for the disk
+    scope.cancel()
+
+
 async def test_work_whose_agent_is_missing_does_not_count_toward_the_limits() -> None:
     """Otherwise one program would stay full until another one comes back."""
     await leave_unfinished(Program("ours"), "ours", "ours", "ours")

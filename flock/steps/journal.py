@@ -44,7 +44,7 @@ from flock.runs import (
 from flock.runs.context import CURRENT_CALL, CallOptions
 from flock.scopes import Clock, Signal, cancellable, clocks_stopped, current_task, move_on_after_working
 from flock.steps.outcomes import error_of
-from flock.steps.raised import Refused, is_refused, raise_again, raised_by
+from flock.steps.raised import Refused, exception_of, is_refused, raised_by
 
 logger = logging.getLogger("flock.runs")
 
@@ -366,7 +366,7 @@ class Journal:
             return planned.decode(finished.result)
         if planned.on_error is not None:
             return planned.on_error(finished.error)
-        raise raise_again(finished)
+        raise exception_of(finished)
 
     def _next_finished(self, call_id: str) -> Call | None:
         """Return the next call with this id that an earlier execution of the step has finished, or None."""

@@ -49,7 +49,7 @@ def raised_by(label: str, exc: Exception) -> Raised:
     """Return *exc* as it is stored. Warn, once for each class, if an equal exception cannot be made from that."""
     try:
         raised = _stored(exc)
-        again = _exception_of(msgspec.json.decode(msgspec.json.encode(raised), type=Raised))
+        again = _made_from(msgspec.json.decode(msgspec.json.encode(raised), type=Raised))
         if _is_equal(again, exc) and len(msgspec.json.encode(raised)) <= MAX_RAISED_BYTES:
             return raised
     except Exception:  # any code of the class may have run
@@ -61,12 +61,12 @@ def raised_by(label: str, exc: Exception) -> Raised:
     return _UNKNOWN
 
 
-def raise_again(call: Call) -> Exception:
+def exception_of(call: Call) -> Exception:
     """Return an exception equal to the one that *call* has raised, or a CallError with its text."""
     assert call.raised is not None
     if call.raised.name:
         try:
-            return _exception_of(call.raised)
+            return _made_from(call.raised)
         except Exception:  # its class is gone, or has changed
             logger.warning("call %s: the %s that it has raised cannot be made", call.call_id, call.raised.name)
     return CallError(call.error or "")
@@ -91,12 +91,12 @@ def _is_json(value: Any) -> bool:
         return False
 
 
-def _exception_of(raised: Raised) -> Exception:
+def _made_from(raised: Raised) -> Exception:
     """Return a new exception. Raises any exception if it cannot be made."""
     cls = _class_of(raised)
     args = msgspec.json.decode(raised.args)
     if raised.exceptions:
-        args.append([_exception_of(each) for each in raised.exceptions])
+        args.append([_made_from(each) for each in raised.exceptions])
     exc = cls.__new__(cls, *args)
     vars(exc).update(msgspec.json.decode(raised.attributes))
     return exc

@@ -351,12 +351,15 @@ class Database:
 
     async def read_in_thread(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Like ``read``, in a thread, with a connection of its own: for a query that takes long."""
+        if not self.is_shared:
+            return self.read(query)
 
-        def read() -> T:
-            with contextlib.closing(self._connect()) as db:
-                return self.read(lambda _: query(db))
+        def find(_: sqlite3.Connection) -> T:
+            # It must not create the file, if that was removed a moment ago.
+            with contextlib.closing(sqlite3.connect(f"{Path(self.path).as_uri()}?mode=ro", uri=True)) as db:
+                return query(db)
 
-        return self.read(query) if not self.is_shared else await anyio.to_thread.run_sync(read)
+        return await anyio.to_thread.run_sync(self.read, find)
 
     def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Call *query* with a connection that sees committed data, and return its result. Raises StoreError."""

@@ -84,7 +84,6 @@ class TemporalEngine(TemporalBatches):
     """
 
     is_draining = False
-
     _max_item_bytes = MAX_INPUT_BYTES
 
     def __init__(

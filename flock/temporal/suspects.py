@@ -94,7 +94,7 @@ class Suspicion:
         return None if report == Deaths() else report
 
     async def hold(self) -> None:
-        """Note that the step waits, which is no cause of a death."""
+        """Note that the step waits: if its worker dies now, the step is not the cause."""
         self.is_held = self._was_held = True
         await self.confirm()
 
