@@ -750,6 +750,31 @@ async def test_a_call_has_a_time_limit_for_each_try() -> None:
     assert len(begun) == 2
 
 
+async def test_a_call_that_the_program_has_cancelled_is_not_tried_again() -> None:
+    """Its function turns the cancellation into an exception of its own."""
+    flock, begun = Flock(), list[int]()
+
+    async def stubborn() -> None:
+        begun.append(1)
+        try:
+            await anyio.sleep_forever()
+        except asyncio.CancelledError:
+            raise ConnectionError("closed") from None
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        try:
+            async with asyncio.timeout(0.01):
+                await context.call(stubborn, call_retries=3)
+        except (ConnectionError, TimeoutError) as exc:
+            return type(exc).__name__
+        return ""
+
+    async with flock.engine() as engine:
+        run = await ended(engine, "work")
+    assert (result_of(run), len(begun)) == ("TimeoutError", 1)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

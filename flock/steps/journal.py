@@ -447,7 +447,8 @@ class Journal:
 
     async def _try(self, label: str, execute: Callable[[], Awaitable[Any]], options: CallOptions) -> Any:
         """Execute a call, again if it raises, and each time with its time limit."""
-        pause_s = FIRST_PAUSE_S
+        pause_s, task = FIRST_PAUSE_S, current_task()
+        cancelling = 0 if task is None else task.cancelling()
         for tries_left in range(options.retries, -1, -1):
             try:
                 if options.timeout_s is None:
@@ -456,7 +457,9 @@ class Journal:
                     return await execute()
                 raise TimeoutError(f"The call {label!r} did not end within {options.timeout_s:g} s (call_timeout_s).")
             except Exception as exc:
-                if not tries_left or is_refused(exc) or self.clock.is_over:
+                # A function may turn its cancellation into an exception, and asyncio cancels a task only once.
+                is_cancelled = task is not None and task.cancelling() > cancelling
+                if not tries_left or is_cancelled or is_refused(exc) or self.clock.is_over:
                     raise
             await anyio.sleep(pause_s * (1 - 0.25 * random.random()))
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
