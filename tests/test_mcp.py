@@ -5,7 +5,6 @@ import base64
 import json
 import socket
 import subprocess
-import venv
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from flock.runs import Progress, RunStatus
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until, until_run
+from tests.support.environments import new_environment, pip
 from tests.support.servers import Served, free_port
 from tests.support.sockets import gzip_bomb, little_memory
 
@@ -530,12 +530,10 @@ def is_open(port: int) -> bool:
 
 @pytest.fixture(scope="module")
 def sdk_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the interpreter of a new environment with the SDK, which has many dependencies."""
-    folder = tmp_path_factory.mktemp("mcp")
-    venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", "mcp>=2.3,<3"]
-    subprocess.run(pip, check=True, capture_output=True)
-    return folder / "bin" / "python"
+    """Return the interpreter of a new environment with the SDK. It finds the dependencies that this one has, too."""
+    python = new_environment(tmp_path_factory.mktemp("mcp"), with_ours=True)
+    subprocess.run(pip(python, "install", "--quiet", "mcp>=2.3,<3"), check=True, capture_output=True)
+    return python
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import types
-import venv
 import zipfile
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import flock.testing
 import flockapi
 from flock.extras import pip_install
 from tests.support import EXAMPLES, ROOT
+from tests.support.environments import new_environment, pip
 from tests.support.servers import NO_COVERAGE, running
 
 pytestmark = pytest.mark.timeout(600)
@@ -45,7 +45,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the sdist, and the wheel that is built from it."""
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)  # that of an editable install is isolated
     return folder
 
 
@@ -55,14 +55,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(request: pytest.FixtureRequest, built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the interpreter of a new environment with the package installed."""
     folder = tmp_path_factory.mktemp(request.param)
-    venv.create(folder, with_pip=True)
+    python = new_environment(folder)
     sources: dict[str, list[str | Path]] = {
         "wheel": [next(built.glob("*.whl"))],
         "sdist": [next(built.glob("*.tar.gz"))],
         "editable": ["-e", ROOT],
     }
-    run(folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", *sources[request.param])
-    return folder / "bin" / "python"
+    run(*pip(python, "install", "--quiet", *sources[request.param]))
+    return python
 
 
 def test_the_installed_package_serves_the_contract_and_the_docs(python: Path, tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_the_installed_package_serves_the_contract_and_the_docs(python: Path, tm
 
 
 def test_the_package_installs_few_others(python: Path) -> None:
-    listed = json.loads(run(python, "-m", "pip", "--disable-pip-version-check", "list", "--format", "json"))
-    names = {package["name"] for package in listed} - {"pip", "setuptools", "flockapi"}
+    listed = json.loads(run(*pip(python, "list", "--format", "json")))
+    names = {package["name"] for package in listed} - {"flockapi"}
     assert len(names) <= MAX_PACKAGES, sorted(names)
 
 
@@ -144,20 +144,24 @@ def install_commands() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("python", ["editable"], indirect=True)
-def test_every_install_command_in_a_message_works_in_an_editable_install(python: Path, tmp_path: Path) -> None:
+def test_every_install_command_in_a_message_works_in_an_editable_install(tmp_path: Path) -> None:
     """pip finds each package. No command names this distribution, which may not be on an index."""
+    python = new_environment(tmp_path / "editable", with_ours=True)
+    run(*pip(python, "install", "--quiet", "--no-deps", "-e", ROOT))
     commands = install_commands()
     assert len(commands) == 5, commands
     code = f"from flock.extras import pip_install; print({', '.join(sorted(commands))}, sep='\\n')"
+    wanted, options = [], set[str]()
     for line in run(python, "-c", code, cwd=tmp_path).splitlines():
         assert "flockapi" not in line
         program, command, *arguments = shlex.split(line)
         assert (program, command) == ("pip", "install"), line
-        options = ["--dry-run", "--no-deps", "--quiet", "--disable-pip-version-check", "--report", "-"]
-        report = json.loads(run(python.parent / "pip", "install", *options, *arguments))
-        (package,) = report["install"]
-        assert re.split("[<>=]", arguments[-1])[0] == package["metadata"]["name"].replace("_", "-")
+        options |= set(arguments[:-1])
+        wanted.append(arguments[-1])
+    found = pip(python, "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-", *wanted)
+    packages = {package["metadata"]["name"].replace("_", "-") for package in json.loads(run(*found))["install"]}
+    assert packages == {re.split("[<>=]", name)[0] for name in wanted}
+    assert options <= {"--no-deps"}
     assert pip_install("prometheus-client") in (ROOT / "openapi.yaml").read_text("utf-8")
 
 
