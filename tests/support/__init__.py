@@ -1,6 +1,9 @@
 """Code that tests share. Only ``browser`` imports Playwright, and ``cluster`` imports temporalio when it is called."""
 
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +25,21 @@ def slowness() -> float:
     while time.thread_time() - cpu_began_s < cpu_s:
         pass
     return max(1.0, (time.monotonic() - began_s) / cpu_s)
+
+
+@contextlib.contextmanager
+def slowness_meanwhile() -> Iterator[list[float]]:
+    """Add the ``slowness`` to the list that it yields, again and again until the block ends, since it changes."""
+    found, is_over = [slowness()], threading.Event()
+
+    def measure() -> None:
+        while not is_over.wait(0.2):
+            found.append(slowness())
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    try:
+        yield found
+    finally:
+        is_over.set()
+        thread.join()
