@@ -149,7 +149,7 @@ def test_the_figures_of_the_readme_are_those_of_the_page() -> None:
     assert dates(bench.run.README) == dates(bench.run.PAGE)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # a minute alone; .ci/run runs the guard, which measures with the same code
 @pytest.mark.alone
 def test_one_command_prints_all_rows() -> None:
     """With little effort, so the figures mean nothing."""

@@ -70,7 +70,7 @@ def test_a_python_block_runs_by_itself_and_prints_what_it_shows(page: Path, code
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["mypy", "pyright"])
+@pytest.mark.parametrize("tool", [pytest.param("mypy", marks=pytest.mark.nightly), "pyright"])
 def test_the_python_blocks_pass_the_type_checkers(tool: str, tmp_path: Path) -> None:
     """Those of the page about tests are checked by running them."""
     for page in [ROOT / "README.md", *DOCS]:

@@ -968,7 +968,7 @@ def test_a_batch_can_be_cancelled_and_resumed(visit: Visit, closed: Site, gate: 
 
 
 def test_a_table_of_thousands_of_rows_loads_only_the_pages_it_shows(visit: Visit, closed: Site) -> None:
-    batch_id = closed.batch(6000)
+    batch_id = closed.batch(2000)
     page = visit.page(closed, f"batch/{batch_id}")
     table = page.get_by_role("table", name="Results")
     expect(table.get_by_role("link", name="1", exact=True)).to_be_visible()
@@ -976,22 +976,22 @@ def test_a_table_of_thousands_of_rows_loads_only_the_pages_it_shows(visit: Visit
     page.on("request", lambda request: requested.append(request.url))
     table.press("End")
     last = table.get_by_role("row").last
-    expect(last).to_contain_text("ROW 5999")
-    expect(last).to_have_attribute("aria-rowindex", "6001")
+    expect(last).to_contain_text("ROW 1999")
+    expect(last).to_have_attribute("aria-rowindex", "2001")
     assert len(requested) <= 2
     assert table.get_by_role("row").count() < 40
     table.press("PageUp")
     table.press("ArrowUp")
-    page.get_by_label("Go to row").fill("3210")
+    page.get_by_label("Go to row").fill("1210")
     page.get_by_role("button", name="Go", exact=True).click()
-    expect(table.get_by_role("row").nth(1)).to_contain_text("ROW 3209")
-    page.wait_for_url("**row=3210*")
+    expect(table.get_by_role("row").nth(1)).to_contain_text("ROW 1209")
+    page.wait_for_url("**row=1210*")
     page.add_init_script("requestAnimationFrame = (draw) => setTimeout(draw, 500)")  # as in a hidden tab
     page.reload()
-    expect(table.get_by_role("row").nth(1)).to_contain_text("ROW 3209")
+    expect(table.get_by_role("row").nth(1)).to_contain_text("ROW 1209")
     expect(table.get_by_role("row").nth(1)).to_be_in_viewport()
     table.evaluate("table => table.scrollTop = table.scrollHeight")
-    expect(table.get_by_role("row").last).to_contain_text("ROW 5999")
+    expect(table.get_by_role("row").last).to_contain_text("ROW 1999")
 
 
 def test_every_row_in_a_table_of_a_million_can_be_reached(visit: Visit, closed: Site) -> None:
