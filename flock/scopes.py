@@ -36,19 +36,6 @@ def set_deadline(scope: anyio.CancelScope, deadline: float) -> None:
     Context().run(setattr, scope, "deadline", deadline)
 
 
-@contextlib.contextmanager
-def cancellable() -> Iterator[Callable[[], object]]:
-    """Yield a function that another task calls to cancel the block. It does so once, as asyncio does.
-
-    A scope of anyio would cancel a task on asyncio again and again, without a pause, until it leaves the block.
-    """
-    if (task := current_task()) is not None:
-        yield task.cancel
-        return
-    with anyio.CancelScope() as scope:
-        yield scope.cancel
-
-
 class Clock:
     """The deadline of a scope, which does not move nearer while the clock is stopped."""
 

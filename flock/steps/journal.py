@@ -42,7 +42,7 @@ from flock.runs import (
     safe_text,
 )
 from flock.runs.context import CURRENT_CALL, CallOptions
-from flock.scopes import Clock, Signal, cancellable, clocks_stopped, current_task, move_on_after_working
+from flock.scopes import Clock, Signal, clocks_stopped, current_task, move_on_after_working
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
 
@@ -321,10 +321,12 @@ class Journal:
         )
 
         async def run() -> Any:
-            is_done = False
+            is_done, task = False, current_task()
             try:
-                with cancellable() as self._open[planned.call_id]:
-                    result = await self._result_of(planned)
+                # On asyncio a scope of anyio would cancel a task again and again until it leaves the block.
+                with anyio.CancelScope() if task is None else contextlib.nullcontext(task) as running:
+                    self._open[planned.call_id] = running.cancel
+                    result = await self._result_of(planned, task)
                     is_done = True
                     return result
                 raise Refused(_LATE.format(label))  # only trio comes here
@@ -353,7 +355,7 @@ class Journal:
         numbers.add(number)
         return number
 
-    async def _result_of(self, planned: "_Planned") -> Any:
+    async def _result_of(self, planned: "_Planned", task: "asyncio.Task[Any] | None") -> Any:
         if self._is_closed:
             await anyio.lowlevel.checkpoint()  # raises if the step was ended for a question
             raise Refused(_LATE.format(planned.label))
@@ -361,7 +363,7 @@ class Journal:
             self.kept += 1
             self._add_usage(planned.parent, finished.usage, finished.model)
         elif (finished := self._unread.pop(planned.call_id, None)) is None:
-            return await self._make(planned)
+            return await self._make(planned, task)
         if finished.error is None:
             return planned.decode(finished.result)
         if planned.on_error is not None:
@@ -376,11 +378,10 @@ class Journal:
             del self._finished[call_id]
         return calls.popleft()
 
-    async def _make(self, planned: "_Planned") -> Any:
+    async def _make(self, planned: "_Planned", task: "asyncio.Task[Any] | None") -> Any:
         """Execute a call, and store it."""
         await self.wait_for_store()
-        started_at, task = now(), current_task()
-        cancelling = 0 if task is None else task.cancelling()
+        started_at, cancelling = now(), 0 if task is None else task.cancelling()
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, failure = JSON_NULL, None, None
         self.on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
@@ -419,7 +420,7 @@ class Journal:
             started_at=started_at,
             completed_at=now(),
         )
-        await self._store(call)
+        await self._store(call, task)
         if task is not None and task.cancelling() > cancelling:  # while it was saved, or its thread was running
             if call.is_checkpoint and raised is None:
                 self._unread[call.call_id] = call
@@ -485,7 +486,7 @@ class Journal:
                 f"({self.max_result_bytes}, max_result_bytes). Use a reference to long values instead."
             )
 
-    async def _store(self, call: Call) -> None:
+    async def _store(self, call: Call, task: "asyncio.Task[Any] | None") -> None:
         if (size := _bytes_of(call)) > self._bytes_left:
             raise Refused(
                 f"The arguments and results of the step's calls are larger than the cluster can store. The call "
@@ -495,16 +496,16 @@ class Journal:
         if self._is_over or self.is_suspended:  # a function may swallow the end of its step, and return anything
             return
         try:
-            await self._save_whole(call)
+            await self._save_whole(call, task)
         except Exception as exc:
             self._save_error = exc
             raise
         self.kept += 1
 
-    async def _save_whole(self, call: Call) -> None:
+    async def _save_whole(self, call: Call, task: "asyncio.Task[Any] | None") -> None:
         """Save a call that is done, so it must not be executed again, even if this task is cancelled meanwhile."""
         with anyio.CancelScope(shield=True):
-            if current_task() is None:  # trio
+            if task is None:  # trio
                 await self.save(call)
                 return
             # In a task of its own, since asyncio.timeout cancels this one in spite of the shield.
