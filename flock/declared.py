@@ -13,7 +13,16 @@ import anyio
 import httpx
 import msgspec
 
-from flock.agents.agent import Agent, AgentOptions, FunctionAgent, ModelAgent, NextAgent, OnInterrupt, ToolLike
+from flock.agents.agent import (
+    Agent,
+    AgentOptions,
+    FunctionAgent,
+    ModelAgent,
+    NextAgent,
+    OnChange,
+    OnInterrupt,
+    ToolLike,
+)
 from flock.agents.handoff import result_names
 from flock.agents.questions import nobody
 from flock.agents.signature import Signature
@@ -334,6 +343,7 @@ class FlockFactory:
         next_agent: NextAgent = None,
         max_concurrency: int | None = None,
         on_interrupt: OnInterrupt = "retry",
+        on_change: OnChange = "stop",
     ) -> ModelAgent:
         """Create an agent that calls a language model.
 
@@ -343,7 +353,7 @@ class FlockFactory:
             types: additional types, by name, that the strings may use.
             model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
                 max_tokens, max_retries, timeout_s: see ``ModelAgent``.
-            next_agent, max_concurrency, on_interrupt: see ``Agent``.
+            next_agent, max_concurrency, on_interrupt, on_change: see ``Agent``.
 
         Raises:
             SignatureError: a signature is invalid.
@@ -370,6 +380,7 @@ class FlockFactory:
             next_agent=next_agent,
             max_concurrency=max_concurrency,
             on_interrupt=on_interrupt,
+            on_change=on_change,
         )
 
 

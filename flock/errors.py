@@ -38,6 +38,7 @@
         ├── CostLimit            the run has spent ``max_cost``
         ├── QueueTimeout         the run waited longer than ``queue_timeout_s`` for its first step
         ├── Interrupted          the process died during a step that must not be repeated
+        ├── ChangedProgram       a step that runs again makes other calls than before
         └── ModelError           a model call failed; ``error_type`` has the reason
 
 ``flockapi.py`` maps each class to an HTTP status by its MRO. A ``StepError`` has no status: a failed run is a valid
@@ -66,9 +67,9 @@ ERROR_TYPES: frozenset[str] = frozenset(
     """
     agent_error agent_exception call_error invalid_output invalid_handoff invalid_input result_too_large
     too_many_steps too_many_tokens cost_limit timeout queue_timeout expired cancelled interrupted crashed
-    unstorable unreadable payload_lost model_not_configured model_authentication model_not_found model_bad_request
-    model_context_length model_content_filter model_refusal model_rate_limited model_quota model_unavailable
-    model_timeout model_truncated model_bad_response
+    changed_program unstorable unreadable payload_lost model_not_configured model_authentication model_not_found
+    model_bad_request model_context_length model_content_filter model_refusal model_rate_limited model_quota
+    model_unavailable model_timeout model_truncated model_bad_response
     """.split()
 )
 
@@ -368,6 +369,12 @@ class Interrupted(StepError):
     """The process died while an agent with ``on_interrupt="fail"`` was running."""
 
     error_type = "interrupted"
+
+
+class ChangedProgram(StepError):
+    """A step that runs again makes other calls than before, because its program was changed."""
+
+    error_type = "changed_program"
 
 
 class ModelError(StepError):

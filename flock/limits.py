@@ -63,6 +63,8 @@ class Limits(Options, frozen=True, kw_only=True):
     max_calls: Annotated[int, whole(1, on_cluster="worker")] = 10_000
     #: How long a step waits for its calls, if their tasks swallow their cancellation when the step ends.
     grace_s: Annotated[float, seconds(allow_zero=True, on_cluster="worker")] = 5.0
+    #: How long the stored results of a step that runs again wait for a call that it does not make again.
+    replay_grace_s: Annotated[float, seconds(allow_zero=True, on_cluster="worker")] = 5.0
     #: Max deaths of its process while a run was running. Then it fails as crashed, if it was the only run in two of
     #: them, including the last.
     max_recoveries: Annotated[

@@ -83,6 +83,8 @@ def journal() -> Journal:
         max_total_bytes=math.inf,
         expose_errors=False,
         clock=Clock(anyio.CancelScope()),
+        is_cut_off=lambda: False,
+        replay_grace_s=5.0,
     )
 
 

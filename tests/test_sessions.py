@@ -323,6 +323,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         for table in ("steps", "calls"):
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")
         db.execute("ALTER TABLE calls DROP COLUMN raised")
+        db.execute("ALTER TABLE calls DROP COLUMN place")
         db.execute("PRAGMA user_version = 9")
     db.close()
     async with turns.flock.engine(store=store) as engine:

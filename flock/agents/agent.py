@@ -50,6 +50,7 @@ __all__ = [
     "Handoff",
     "ModelAgent",
     "NextAgent",
+    "OnChange",
     "OnInterrupt",
     "Resources",
     "ToolLike",
@@ -57,6 +58,7 @@ __all__ = [
 ]
 
 OnInterrupt = Literal["retry", "fail"]
+OnChange = Literal["stop", "continue"]
 
 #: The next agent: a name; or a mapping from each value of one output field to a name, an agent or None, optionally in a
 #: mapping that names the field; or a function of the result that returns a name, an agent or None. The function runs in
@@ -122,6 +124,9 @@ class Agent:
         max_concurrency: max concurrent steps of this agent in one process; None means no separate limit.
         on_interrupt: how to handle a run whose process died in a step of this agent. "retry" repeats the step. "fail"
             fails the run; use it for work that must not be repeated.
+        on_change: what happens if a step of this agent runs again, and makes another call than before where it had
+            made one, because the program was changed. "stop" fails the run as "changed_program" before that call.
+            "continue" executes it; the log names what was not repeated.
 
     Raises:
         DefinitionError: the name is invalid, or ``next_agent`` is a mapping that does not match the output signature.
@@ -140,6 +145,7 @@ class Agent:
         next_agent: NextAgent = None,
         max_concurrency: int | None = None,
         on_interrupt: OnInterrupt = "retry",
+        on_change: OnChange = "stop",
     ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise DefinitionError(f"{name!r} is not a valid agent name. Use letters, digits, '_', '-' and '.'.")
@@ -152,6 +158,7 @@ class Agent:
         self.next_agent = next_agent
         self.max_concurrency = max_concurrency
         self.on_interrupt = on_interrupt
+        self.on_change = on_change
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -617,6 +624,7 @@ class AgentOptions(TypedDict, total=False):
     next_agent: NextAgent
     max_concurrency: int | None
     on_interrupt: OnInterrupt
+    on_change: OnChange
 
 
 @overload
@@ -638,7 +646,7 @@ def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         output: the output signature, if not the return annotation. Use it for functions that return a plain dict:
             ``output="sentiment: str, keywords: list[str]"``.
         types: additional types, by name, for the string in ``output``.
-        next_agent, max_concurrency, on_interrupt: see ``Agent``.
+        next_agent, max_concurrency, on_interrupt, on_change: see ``Agent``.
 
     Raises:
         SignatureError: a parameter has no type, or its type cannot be read from JSON.

@@ -87,6 +87,11 @@ class StoredRun(ActiveRun):
             self.cancel()
 
     @property
+    def is_cut_off(self) -> bool:
+        watch_task = self._runner.watch_task
+        return super().is_cut_off or (watch_task is not None and watch_task.cancelling() > 0)
+
+    @property
     def keeps_text(self) -> bool:
         """Whether its live output is kept while nobody watches. Clients of asynchronous runs come after the start."""
         return self.run.is_async and self.run.batch_id is None

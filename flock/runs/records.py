@@ -153,6 +153,36 @@ class Raised(msgspec.Struct, frozen=True, kw_only=True):
     exceptions: "tuple[Raised, ...]" = ()
 
 
+class Mark(msgspec.Struct, frozen=True, array_like=True):
+    """A call that has started, and if it is one for whose answer the step has waited, that it has got that.
+
+    Attributes:
+        start, end: see ``Place``; *end* is 0 before that.
+    """
+
+    call_id: str
+    start: int
+    end: int = 0
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a call stands in its step; see ``flock.steps.replay``.
+
+    Attributes:
+        start, end: the numbers of its start and of its end, as the program has seen them, in one sequence.
+        start_s, end_s: seconds from when the step began, in the execution in which they happened.
+        is_cancelled: the program has cancelled the call. Another call with the same *start* has its late result.
+        also: what has happened in the step since the call that was stored before.
+    """
+
+    start: int
+    end: int
+    start_s: float = 0.0
+    end_s: float = 0.0
+    is_cancelled: bool = False
+    also: tuple[Mark, ...] = ()
+
+
 class Call(msgspec.Struct, frozen=True, kw_only=True):
     """A finished call of a step; see ``RunContext.call``.
 
@@ -168,6 +198,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             earlier version has stored it.
         usage: the tokens that it used, including those of the calls that it made.
         model: the model that answered last, even in a call that it made; None if it has asked none.
+        place: None for an answer, and if an earlier version has stored it.
     """
 
     call_id: str
@@ -180,13 +211,19 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     raised: Raised | None = None
     usage: Usage | None = None
     model: str | None = None
+    place: Place | None = None
     started_at: datetime
     completed_at: datetime
 
     @property
+    def is_cancelled(self) -> bool:
+        """Whether the program has cancelled it. If its step runs again, it waits until it is cancelled again."""
+        return self.place is not None and self.place.is_cancelled
+
+    @property
     def is_checkpoint(self) -> bool:
         """Whether it is not executed again if its step runs again. The model has read the error of a tool."""
-        return self.error is None or self.kind == "tool" or self.raised is not None
+        return self.error is None or self.kind == "tool" or self.raised is not None or self.is_cancelled
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ This module handles slots, deadlines, threads, interruption, size checks, observ
 records and to wake waiting callers, an engine overrides methods of ``ActiveRun``.
 """
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -22,7 +23,7 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent, Exchange, Resources
 from flock.agents.handoff import exchanges_of, execute_agent, inputs_for, next_agent
-from flock.errors import Interrupted, OwnershipLost, ResultTooLarge
+from flock.errors import ChangedProgram, Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
 from flock.logs import fields_of_run
 from flock.models.llm import ModelClient
@@ -148,6 +149,11 @@ class ActiveRun:
         if self.run.session_id is None:
             return ()
         return exchanges_of(agent, await self.earlier_runs(limit))[-limit:]
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it is being stopped, or its deadline has passed, so that what ends now is to be executed again."""
+        return Clock(self.scope).is_over
 
     @property
     def worked_s(self) -> float:
@@ -285,7 +291,7 @@ class StepExecutor:
         resources = Resources(self.models, call_in_thread, active.history, self.agents)
         usage, model, call_count = None, None, 0
         if agent.uses_context:
-            journal = await self._journal(active, run, resources, is_again=is_again)
+            journal = await self._journal(active, run, agent, resources, is_again=is_again)
             result = await self._with_journal(active, run, agent, inputs, slot, resources, journal)
             usage, model, call_count = journal.usage, journal.model, journal.kept
         else:  # a journal takes longer than a short function
@@ -302,7 +308,9 @@ class StepExecutor:
             completed_at=now(),
         )
 
-    async def _journal(self, active: ActiveRun, run: Run, resources: Resources, *, is_again: bool) -> Journal:
+    async def _journal(
+        self, active: ActiveRun, run: Run, agent: Agent, resources: Resources, *, is_again: bool
+    ) -> Journal:
         execute_callee = functools.partial(self._execute_callee, _batch_of(run), resources)
         elsewhere = () if self.is_at_most_once(run) else active.elsewhere  # it must not start a second time there
         callees = Callees(
@@ -321,6 +329,9 @@ class StepExecutor:
             max_total_bytes=self.max_item_bytes,
             expose_errors=self.expose_errors,
             clock=Clock(active.scope),
+            is_cut_off=lambda: active.is_cut_off,
+            replay_grace_s=self.limits.replay_grace_s,
+            stops_on_change=agent.on_change == "stop",
             answer=self.answer,
         )
 
@@ -357,8 +368,8 @@ class StepExecutor:
         try:
             with journal.scope:
                 result = await execute_agent(agent, inputs, resources, context)
-        except Exception:
-            if not journal.is_suspended:
+        except (Exception, asyncio.CancelledError):  # a TaskGroup of Python 3.11 may leave a cancellation behind
+            if not journal.is_suspended or active.is_cut_off:
                 raise
         finally:
             CURRENT_SLOT.reset(reset)
@@ -366,6 +377,12 @@ class StepExecutor:
             if left:
                 template = "run %s: %s ended, but %d of its calls still run: their tasks swallow their cancellation"
                 logger.warning(template, run.run_id, agent.name, left, extra=fields_of_run(run))
+        if journal.change is not None:
+            raise ChangedProgram(
+                f"The program of {agent.name!r} was changed before this step had ended: {journal.change}. So it was "
+                "stopped, because something might be done twice. Retry the run with the earlier program, or start "
+                "another one."
+            )
         if journal.questions:
             raise WaitingForAnswers(journal.questions)
         if journal.elsewhere is not None:

@@ -1,8 +1,9 @@
 """The journal of one step: the calls that it has finished.
 
-A call is executed once. Its result, or what it has raised, is on disk before the step continues, so that a step that
-runs again after a crash gets the same. If a call is cancelled, or the process dies, before that is on disk, it has no
-entry and is executed again.
+A call is executed once. How it ended is on disk before the step continues: its result, what it has raised, or that the
+program has cancelled it. So a step that runs again after a crash gets the same, in the same order; see
+``flock.steps.replay``. If its run or step ends before that is on disk, or the process dies, a call has no entry and is
+executed again.
 """
 
 import asyncio
@@ -15,8 +16,8 @@ import logging
 import math
 import random
 import re
-from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import datetime, timedelta
 from typing import Any, NoReturn
@@ -45,20 +46,19 @@ from flock.runs.context import CURRENT_CALL, CallOptions
 from flock.scopes import Clock, Signal, clocks_stopped, current_task, move_on_after_working
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
+from flock.steps.replay import NESTED, Entry, Replay, callers
 
 logger = logging.getLogger("flock.runs")
 
 #: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 DIGEST_CHARS = 16
+#: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
+CHECKPOINTS = 10
 #: How long a question may be open, in seconds: ten years.
 MAX_EXPIRES_S = 10 * 365 * 86_400
 #: The pause before a call is tried again, in seconds. It doubles with each try.
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
-#: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
-CHECKPOINTS = 10
-#: Between the id of a call and that of a call that it makes.
-NESTED = "~"
 _LATE = "The call {!r} was made after its step had ended. Await it in the step."
 
 
@@ -82,6 +82,9 @@ class Journal:
         max_total_bytes: max size of all arguments and results together, as JSON.
         expose_errors: whether the text of any exception is stored with a failed call.
         clock: that of the run.
+        is_cut_off: whether the run is being stopped, or its deadline has passed. What then ends has no entry.
+        replay_grace_s: how long a call that does not start again holds up the others, in seconds.
+        stops_on_change: end the step before a call that replaces another one, because the program was changed.
         answer: answers the step's questions at once. Without it, the step ends if nothing but answers is missing.
 
     Attributes:
@@ -90,6 +93,7 @@ class Journal:
         scope: the scope in which the step runs. It is cancelled to end the step.
         questions: the questions for which the step was ended.
         elsewhere: the agent for which it was ended, because only another process has it.
+        change: how the program was changed, for which it was ended.
     """
 
     finished: InitVar[Iterable[Call]]
@@ -105,25 +109,24 @@ class Journal:
     max_total_bytes: InitVar[float]
     expose_errors: bool
     clock: Clock
+    is_cut_off: Callable[[], bool]
+    replay_grace_s: InitVar[float]
+    stops_on_change: bool = True
     answer: Answer | None = None
 
-    def __post_init__(self, finished: Iterable[Call], max_total_bytes: float) -> None:
+    def __post_init__(self, finished: Iterable[Call], max_total_bytes: float, replay_grace_s: float) -> None:
         self.scope = anyio.CancelScope()
         self.questions: tuple[Question, ...] = ()
         self.elsewhere: str | None = None
+        self.change: str | None = None
         #: questions, and names of agents that other processes have, by the id of the call that waits for them
         self._asked: dict[str, Question | str] = {}
         #: the calls that have begun and not ended, each with what cancels its task
         self._open: dict[str, Callable[[], object]] = {}
         #: a call has ended
         self._changed = Signal()
-        #: those that have not been repeated, by their id: a call that failed may have been made again
-        self._finished: dict[str, deque[Call]] = {}
         checkpoints = [call for call in finished if call.is_checkpoint]
-        for call in checkpoints:
-            self._finished.setdefault(call.call_id, deque()).append(call)
-        #: calls of this execution that were cancelled while they were saved. The next equal call returns the result.
-        self._unread: dict[str, Call] = {}
+        self._replay = Replay(checkpoints, replay_grace_s)
         self._bytes_left = max_total_bytes - sum(map(_bytes_of, checkpoints))
         self.kept = self._made = 0
         #: the numbers of calls that run or have finished, for each key
@@ -134,8 +137,10 @@ class Journal:
         self._usage: defaultdict[str, Usage] = defaultdict(Usage)
         #: the model that answered last in each of these
         self._models: dict[str, str] = {}
-        outermost = [call for call in checkpoints if _parent_of(call.call_id) not in self._finished]
-        self.spent = sum((call.usage for call in outermost if call.usage is not None), self.spent)
+        for call_id in self._replay.contained:
+            key, number = _numbered(call_id)
+            self._numbers[key].add(number)
+        self.spent = sum((call.usage for call in self._replay.calls if call.usage is not None), self.spent)
 
     async def end(self, grace_s: float, are_in_threads: Callable[[], bool]) -> int:
         """Accept no more calls, cancel those that other tasks still await, and wait until they have ended.
@@ -162,7 +167,7 @@ class Journal:
     @property
     def not_repeated(self) -> Sequence[str]:
         """The ids of finished calls that this execution has not repeated."""
-        return [call_id for call_id in self._finished if NESTED not in call_id]
+        return [call_id for call_id in self._replay.not_repeated if NESTED not in call_id]
 
     @property
     def usage(self) -> Usage | None:
@@ -256,8 +261,8 @@ class Journal:
 
     @property
     def is_suspended(self) -> bool:
-        """Whether the step was ended to start again later or elsewhere."""
-        return bool(self.questions or self.elsewhere)
+        """Whether the step was ended to start again later or elsewhere, or because the program was changed."""
+        return bool(self.questions or self.elsewhere or self.change)
 
     async def _suspend(self, call_id: str, asked: Question | str) -> NoReturn:
         """End the step when all calls that are open wait for answers, themselves or in the calls that they make."""
@@ -268,7 +273,9 @@ class Journal:
                     for _ in range(CHECKPOINTS):  # for a sibling that is between two calls
                         await anyio.lowlevel.checkpoint()
                     is_last_asked = next(reversed(self._asked)) == call_id  # only one needs to check
-                    if is_last_asked and self._open.keys() <= set(_with_callers(self._asked)):
+                    if is_last_asked and self._open.keys() <= {
+                        caller for call_id in self._asked for caller in (call_id, *callers(call_id))
+                    }:
                         self.questions = tuple(each for each in self._asked.values() if isinstance(each, Question))
                         self.elsewhere = next((each for each in self._asked.values() if isinstance(each, str)), None)
                         self._is_closed = True
@@ -359,52 +366,59 @@ class Journal:
         if self._is_closed:
             await anyio.lowlevel.checkpoint()  # raises if the step was ended for a question
             raise Refused(_LATE.format(planned.label))
-        if (finished := self._next_finished(planned.call_id)) is not None:
-            self.kept += 1
-            self._add_usage(planned.parent, finished.usage, finished.model)
-        elif (finished := self._unread.pop(planned.call_id, None)) is None:
-            return await self._make(planned, task)
-        if finished.error is None:
-            return planned.decode(finished.result)
+        entry = self._replay.begin(planned.call_id)
+        if (stored := entry.stored) is None:
+            return await self._make(planned, entry, task)
+        self.kept += not entry.is_late
+        self._add_usage(planned.parent, stored.usage, stored.model)
+        if stored.is_cancelled:
+            await self._replay.until_cancelled(entry)
+            if self.stops_on_change:
+                await self._stop(f"it does not cancel the call {planned.call_id!r} again")
+            entry.stored = None
+            return await self._make(planned, entry, task)
+        await self._deliver(stored, entry, task)
+        if stored.error is None:
+            return planned.decode(stored.result)
         if planned.on_error is not None:
-            return planned.on_error(finished.error)
-        raise exception_of(finished)
+            return planned.on_error(stored.error)
+        raise exception_of(stored)
 
-    def _next_finished(self, call_id: str) -> Call | None:
-        """Return the next call with this id that an earlier execution of the step has finished, or None."""
-        if (calls := self._finished.get(call_id)) is None:
-            return None
-        if len(calls) == 1:
-            del self._finished[call_id]
-        return calls.popleft()
-
-    async def _make(self, planned: "_Planned", task: "asyncio.Task[Any] | None") -> Any:
-        """Execute a call, and store it."""
+    async def _make(self, planned: "_Planned", entry: Entry, task: "asyncio.Task[Any] | None") -> Any:
+        """Execute a call, and store how it ended."""
+        if self.stops_on_change and not entry.is_known:
+            replaced = await self._replay.replaced_by(planned.call_id, planned.label)
+            if replaced is not None:
+                await self._stop(f"it makes the call {planned.call_id!r} instead of {replaced.call_id!r}")
         await self.wait_for_store()
         started_at, cancelling = now(), 0 if task is None else task.cancelling()
         reset = CURRENT_CALL.set(planned.call_id)
-        result, value, failure = JSON_NULL, None, None
+        result, value, failure, cancelled = JSON_NULL, None, None, None
         self.on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
         try:
             value = await planned.execute()
             if planned.should_keep is not None and not planned.should_keep(value):
+                self._replay.forget(entry)
                 return value
             result = self._encode(planned.label, value)
             value = planned.decode(result)
         except (Exception, SystemExit, KeyboardInterrupt) as exc:
             failure = self._failure_of(planned.label, exc)
+            if planned.should_keep is not None or is_refused(failure):
+                self._replay.forget(entry)
+                raise failure from failure.__cause__
+        except BaseException as exc:
+            cancelled = exc
         finally:
             CURRENT_CALL.reset(reset)
             usage, model = self._usage.pop(planned.call_id, None), self._models.pop(planned.call_id, None)
             self._add_usage(planned.parent, usage, model)
+        is_cancelled = cancelled is not None if task is None else task.cancelling() > cancelling
         error, error_type, raised = None, None, None
-        is_cancelled = task is not None and task.cancelling() > cancelling
         if failure is not None:
-            if planned.should_keep is not None or is_refused(failure):
-                raise failure
             result = JSON_NULL
             error, error_type = error_of(failure, f"The call {planned.label!r}", expose_errors=self.expose_errors)
-            if planned.on_error is None and not is_cancelled and not self.clock.is_over:
+            if planned.on_error is None and not is_cancelled and not self.is_cut_off():
                 raised = raised_by(planned.label, failure)
         call = Call(
             call_id=planned.call_id,
@@ -420,17 +434,73 @@ class Journal:
             started_at=started_at,
             completed_at=now(),
         )
-        await self._store(call, task)
-        if task is not None and task.cancelling() > cancelling:  # while it was saved, or its thread was running
-            if call.is_checkpoint and raised is None:
-                self._unread[call.call_id] = call
+        if cancelled is not None or (failure is not None and is_cancelled):
+            if is_cancelled:
+                await self._store_cancelled(call, entry, task)
+                self.kept += 1
+            else:
+                self._replay.forget(entry)
+            if cancelled is not None:
+                raise cancelled
             await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
             raise asyncio.CancelledError
+        call = replace(call, place=self._replay.end(entry))
+        try:
+            await self._store(call, task)
+        except BaseException:
+            self._replay.forget(entry)
+            raise
+        self.kept += 1
+        await self._deliver(call, entry, task, cancelling)
         if failure is None:
             return value
         if planned.on_error is None or error is None:
             raise failure
         return planned.on_error(cut(error))
+
+    async def _deliver(
+        self, call: Call, entry: Entry, task: "asyncio.Task[Any] | None", cancelling: int | None = None
+    ) -> None:
+        """Wait for the turn of a call that has ended. If it is cancelled before, the next equal call gets its result.
+
+        Args:
+            cancelling: that of *task* when the call began.
+        """
+        try:
+            if task is not None and cancelling is not None and task.cancelling() > cancelling:
+                await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
+                raise asyncio.CancelledError
+            await self._replay.turn(entry, is_last=len(self._open) == 1)
+        except anyio.get_cancelled_exc_class():
+            self._replay.forget(entry)
+            call = replace(call, usage=None, model=None)  # they are stored with the result
+            if call.error is None:
+                self._replay.keep_late(call)
+            await self._store_cancelled(call, entry, task)
+            raise
+
+    async def _store_cancelled(self, call: Call, entry: Entry, task: "asyncio.Task[Any] | None") -> None:
+        """Store that the program has cancelled a call. If the run or the step is ending, nothing is stored."""
+        if self._is_closed or self.is_cut_off():
+            return
+        call = replace(
+            call,
+            result=JSON_NULL,
+            error=call.error or f"The program has cancelled the call {call.name!r}.",
+            error_type=call.error_type or "cancelled",
+            raised=None,
+            place=self._replay.end(entry, is_cancelled=True),
+            completed_at=now(),
+        )
+        with contextlib.suppress(Exception):  # the next call raises it
+            await self._store(call, task)
+
+    async def _stop(self, change: str) -> NoReturn:
+        """End the step, because the program was changed."""
+        self.change, self._is_closed = change, True
+        self.scope.cancel()
+        await anyio.sleep_forever()
+        raise AssertionError
 
     def _failure_of(self, label: str, exc: BaseException) -> Exception:
         """Return *exc*, or a CallError for an exit. asyncio ends its loop if an exit leaves a task, as in a gather."""
@@ -460,7 +530,7 @@ class Journal:
             except Exception as exc:
                 # A function may turn its cancellation into an exception, and asyncio cancels a task only once.
                 is_cancelled = task is not None and task.cancelling() > cancelling
-                if not tries_left or is_cancelled or is_refused(exc) or self.clock.is_over:
+                if not tries_left or is_cancelled or is_refused(exc) or self.is_cut_off():
                     raise
             await anyio.sleep(pause_s * (1 - 0.25 * random.random()))
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
@@ -500,7 +570,6 @@ class Journal:
         except Exception as exc:
             self._save_error = exc
             raise
-        self.kept += 1
 
     async def _save_whole(self, call: Call, task: "asyncio.Task[Any] | None") -> None:
         """Save a call that is done, so it must not be executed again, even if this task is cancelled meanwhile."""
@@ -536,16 +605,10 @@ def depth_of_current_call() -> int:
     return call_id.count(NESTED) + 1 if call_id else 0
 
 
-def _with_callers(call_ids: Iterable[str]) -> Iterator[str]:
-    """Yield the ids of calls, and of the calls that have made them."""
-    for call_id in call_ids:
-        while call_id:
-            yield call_id
-            call_id = _parent_of(call_id)
-
-
-def _parent_of(call_id: str) -> str:
-    return call_id.rpartition(NESTED)[0]
+def _numbered(call_id: str) -> tuple[str, int]:
+    """Split an id into what equal calls of one parent have in common, and their number."""
+    _, _, *number = call_id.rpartition(NESTED)[2].split(":")
+    return (call_id.rpartition(":")[0], int(number[0])) if number else (call_id, 1)
 
 
 def check_in_loop(context: RunContext) -> None:

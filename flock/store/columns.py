@@ -30,7 +30,7 @@ from flock.runs import (
     Step,
     Usage,
 )
-from flock.runs.records import Raised
+from flock.runs.records import Place, Raised
 from flock.steps.outcomes import DAMAGED
 
 T = TypeVar("T")
@@ -103,6 +103,7 @@ COLUMNS: Mapping[Any, Column] = {
     msgspec.Raw: Column({bytes}, "x'7b7d'", bytes, _json),
     Progress: Column({bytes}, "x'7b7d'", msgspec.json.encode, _progress),
     Usage: Column({bytes}, "x'7b7d'", msgspec.json.encode, functools.partial(msgspec.json.decode, type=Usage)),
+    Place: Column({bytes}, "x'7b7d'", msgspec.json.encode, functools.partial(msgspec.json.decode, type=Place)),
     Raised: Column({bytes}, "x'7b7d'", msgspec.json.encode, functools.partial(msgspec.json.decode, type=Raised)),
     BatchOptions: Column(
         {bytes, str}, "x'7b7d'", msgspec.json.encode, functools.partial(msgspec.json.decode, type=BatchOptions)

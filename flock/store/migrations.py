@@ -173,6 +173,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ],
     # The exceptions of calls. NULL in older rows, whose calls are executed again.
     ["ALTER TABLE calls ADD COLUMN raised BLOB"],
+    # In which order they started and ended. NULL for answers, and in older rows.
+    ["ALTER TABLE calls ADD COLUMN place BLOB"],
 ]
 
 

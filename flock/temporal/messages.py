@@ -281,7 +281,8 @@ class Calls:
         self._spent[done.item] = latest(self._spent.get(done.item), done.spent)
         call = done.call
         if call.is_checkpoint:
-            call_id = call.call_id if call.raised is None else f"{call.call_id} {call.completed_at}"
+            of = call.completed_at if call.place is None else f"{call.place.start} {call.place.end}"
+            call_id = call.call_id if call.raised is None and call.place is None else f"{call.call_id} {of}"
             self._by_item.setdefault(done.item, {}).setdefault((done.step, call_id), done)
 
     def of_step(self, item: int, step: int) -> list[Call]:

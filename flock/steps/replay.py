@@ -1,0 +1,320 @@
+"""The order in which the calls of a step start and end, and that they end in the same order if the step runs again.
+
+Starts and ends are numbered in one sequence; see ``Place``. When the step runs again, a stored end is delivered after
+all starts and ends with lower numbers, so that a race has the same winner. What is executed for the first time ends
+after all stored ends. A call that does not start again holds up the others only for a while.
+"""
+
+import functools
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import anyio
+import anyio.lowlevel
+from msgspec.structs import replace
+
+from flock.runs import Call
+from flock.runs.records import Mark, Place
+from flock.scopes import Signal
+
+#: Between the id of a call and that of a call that it makes.
+NESTED = "~"
+#: How many iterations of the event loop other tasks get to act before the next end is delivered.
+CHECKPOINTS = 6
+
+
+class Entry:
+    """A call of the step, in all executions.
+
+    Attributes:
+        start, end: the numbers of its start and of its end; 0 before that. An answer that was not delivered has a
+            number after those of all other ends.
+        start_s: when it started in this execution; see ``Place``.
+        stored: how it ended in an earlier execution; None if it is to be executed.
+        is_known: an earlier execution has started it.
+        is_unseen: no execution has delivered its end.
+    """
+
+    __slots__ = ("call_id", "end", "is_known", "is_unseen", "start", "start_s", "stored")
+
+    def __init__(self, call_id: str, start: int = 0, stored: Call | None = None) -> None:
+        self.call_id, self.start, self.end, self.stored = call_id, start, 0, stored
+        self.start_s, self.is_known, self.is_unseen = 0.0, bool(start), stored is not None
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it gets the result of an equal call that the program had cancelled."""
+        return self.stored is not None and self.stored.place is not None and self.stored.place.start != self.start
+
+
+class Replay:
+    """The starts and ends of one execution of a step.
+
+    Args:
+        calls: those that earlier executions have finished, in the order in which they were stored.
+        grace_s: how long to wait for a call that does not start again, in seconds.
+
+    Attributes:
+        calls: those of *calls* that no other one contains which has ended.
+        contained: the ids of the others that have returned. This execution does not make them.
+    """
+
+    def __init__(self, calls: Iterable[Call], grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._began_at = self._recurred_at = self._struck_at = anyio.current_time()
+        self._recurred = Signal()
+        #: the last number, and that of the end that was delivered last
+        self._number = self._last_end = 0
+        #: those that have not started in this execution, by call; first those that have started before
+        self._expected = defaultdict[str, deque[Entry]](deque)
+        #: those of them that have ended, by the call that contains them and their name
+        self._ended = defaultdict[tuple[str, str], dict[Entry, None]](dict)
+        #: results that came after the program had stopped waiting for them. The next equal call returns them.
+        self._late = defaultdict[str, deque[Call]](deque)
+        #: the numbers of starts that have not recurred, and of ends that are not delivered, in order
+        self._missing, self._ends = dict[int, None](), dict[int, None]()
+        #: what wakes the calls that wait for their turn, by the number of their end
+        self._turns = dict[int, anyio.Event]()
+        #: the ends of calls that wait to be cancelled again
+        self._to_cancel = set[int]()
+        #: starts, and answers that were delivered, that are in no stored call yet, by the number of the start
+        self._unwritten = dict[int, Mark]()
+        self.calls, self.contained = list[Call](), list[str]()
+        self._load(list(calls))
+
+    def _load(self, calls: Sequence[Call]) -> None:
+        entries, unplaced = dict[int, Entry](), list[Call]()
+        for call in calls:
+            if (place := call.place) is None:
+                unplaced.append(call)
+                continue
+            for mark in (*place.also, Mark(call.call_id, place.start, place.end)):
+                entry = entries.setdefault(mark.start, Entry(mark.call_id, mark.start))
+                entry.end = max(mark.end, entry.end)
+            entry = entries[place.start]
+            if (returned := entry.stored) is not None:  # before it was cancelled
+                if returned.error is None:
+                    self._late[call.call_id].append(replace(returned, usage=None, model=None))
+                call = replace(call, usage=returned.usage, model=returned.model)
+            entry.stored = call
+        delivered, open_ = defaultdict[str, deque[Entry]](deque), defaultdict[str, deque[Entry]](deque)
+        for entry in sorted(entries.values(), key=lambda entry: entry.end or entry.start):
+            if entry.stored is None:
+                (delivered if entry.end else open_)[entry.call_id].append(entry)
+        for call_id, late in self._late.items():
+            while late and delivered[call_id]:
+                delivered[call_id].popleft().stored = late.popleft()
+        answers = list[Entry]()
+        for call in unplaced:
+            if delivered[call.call_id]:
+                delivered[call.call_id].popleft().stored = call
+            else:
+                entry = open_[call.call_id].popleft() if open_[call.call_id] else Entry(call.call_id)
+                entry.stored, entry.is_unseen = call, True
+                answers.append(entry)
+        self._number = max((max(entry.start, entry.end) for entry in entries.values()), default=0)
+        ended = defaultdict[str, list[tuple[int, float]]](list)
+        known = [entries[start] for start in sorted(entries)]
+        known += [entry for entry in answers if not entry.start]
+        for entry in known:
+            if entry.stored is not None:
+                ended[entry.call_id].append((entry.start, math.inf if entry.is_unseen else entry.end))
+        for entry in answers:  # also what an earlier version has stored
+            self._number += 1
+            entry.end = self._number
+        for entry in known:
+            if any(
+                first <= entry.start <= last
+                for parent in callers(entry.call_id)
+                for first, last in ended.get(parent, ())
+            ):
+                if entry.stored is not None and entry.stored.error is None:
+                    self.contained.append(entry.call_id)
+                continue
+            if entry.start:
+                self._missing[entry.start] = None
+            self._expected[entry.call_id].append(entry)
+            if entry.stored is not None:
+                self.calls.append(entry.stored)
+                self._ended[_kind_of(entry.call_id, entry.stored.name)][entry] = None
+        ends = (entry.end for each in self._expected.values() for entry in each if entry.stored is not None)
+        self._ends = dict.fromkeys(sorted(ends))
+
+    @property
+    def not_repeated(self) -> Sequence[str]:
+        """The ids of the calls that have ended in an earlier execution, and have not started in this one."""
+        return [entry.call_id for ended in self._ended.values() for entry in ended]
+
+    def begin(self, call_id: str) -> Entry:
+        """A call starts."""
+        if (expected := self._expected.get(call_id)) is None:
+            late = self._late.get(call_id)
+            entry = Entry(call_id, stored=late.popleft() if late else None)
+        else:
+            entry = expected.popleft()
+            if not expected:
+                del self._expected[call_id]
+            if entry.stored is not None:
+                of_kind = _kind_of(call_id, entry.stored.name)
+                del self._ended[of_kind][entry]
+                if not self._ended[of_kind]:
+                    del self._ended[of_kind]
+            self._missing.pop(entry.start, None)
+            self._recur()
+        if not entry.start:
+            entry.start = self._next_number()
+            self._unwritten[entry.start] = Mark(call_id, entry.start)
+        entry.start_s = anyio.current_time() - self._began_at
+        return entry
+
+    def end(self, entry: Entry, *, is_cancelled: bool = False) -> Place:
+        """A call ends in this execution. Return what is stored with it. Then ``turn``, unless it was cancelled."""
+        end = self._next_number()
+        if not is_cancelled:
+            entry.end = end
+            self._ends[end] = None
+        self._unwritten.pop(entry.start, None)
+        also = tuple(self._unwritten.values())
+        self._unwritten.clear()
+        return Place(
+            start=entry.start,
+            end=end,
+            start_s=round(entry.start_s, 3),
+            end_s=round(anyio.current_time() - self._began_at, 3),
+            is_cancelled=is_cancelled,
+            also=also,
+        )
+
+    def forget(self, entry: Entry) -> None:
+        """The end of a call is not stored, so it is not known that it has started."""
+        self._unwritten.pop(entry.start, None)
+        self._ends.pop(entry.end, None)
+        self._advance()
+
+    def keep_late(self, call: Call) -> None:
+        """The program has stopped waiting for the result of *call*."""
+        self._late[call.call_id].append(call)
+
+    async def turn(self, entry: Entry, *, is_last: bool) -> None:
+        """Wait until it is the turn of an end. If other calls were open meanwhile, tasks see it alone.
+
+        Args:
+            is_last: no other call is open now.
+        """
+        end = entry.end or self._next_number()  # one that came too late has none
+        try:
+            while not self._is_turn(end):
+                await self._wait_for_turn(end)
+            if not is_last or self._last_end > entry.start:
+                for _ in range(CHECKPOINTS):
+                    await anyio.lowlevel.checkpoint()
+            elif entry.stored is not None:
+                await anyio.lowlevel.checkpoint()
+        finally:
+            self._last_end = end
+            self._ends.pop(end, None)
+            if entry.stored is not None:
+                self._recur()
+            else:
+                self._advance()
+        if entry.is_unseen:
+            self._unwritten[entry.start] = Mark(entry.call_id, entry.start, self._next_number())
+
+    async def until_cancelled(self, entry: Entry) -> None:
+        """Wait until the program cancels a call again, for as long as it took before. Returns if it does not."""
+        assert entry.stored is not None
+        assert entry.stored.place is not None
+        self._to_cancel.add(entry.end)
+        try:
+            await self._is_in_vain(entry.stored.place.end_s, lambda: False)
+        finally:
+            self._to_cancel.discard(entry.end)
+            self._ends.pop(entry.end, None)
+            self._recur()
+
+    async def replaced_by(self, call_id: str, name: str) -> Call | None:
+        """Return a call that a new one seems to replace, since the program was changed; None if there is none.
+
+        It has ended, and has the same name and parent as the new one, but other arguments. It does not start again,
+        even if this method waits for as long as that took before.
+        """
+        kind = _kind_of(call_id, name)
+        while kind in self._ended:
+            entry = next(iter(self._ended[kind]))
+            assert entry.stored is not None
+            start_s = 0.0 if entry.stored.place is None else entry.stored.place.start_s
+            if await self._is_in_vain(start_s, functools.partial(self._has_begun, entry)):
+                return entry.stored
+        return None
+
+    def _has_begun(self, entry: Entry) -> bool:
+        assert entry.stored is not None
+        return entry not in self._ended.get(_kind_of(entry.call_id, entry.stored.name), ())
+
+    async def _is_in_vain(self, step_s: float, is_over: Callable[[], bool]) -> bool:
+        """Wait until *is_over*. Returns True if it is not, and nothing has recurred for *step_s* and the grace."""
+        while not is_over():
+            left_s = self._recurred_at + step_s + self._grace_s - anyio.current_time()
+            if left_s <= 0:
+                return True
+            with anyio.move_on_after(left_s):
+                await self._recurred.wait()
+        return False
+
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number
+
+    def _recur(self) -> None:
+        """Something of an earlier execution happens again."""
+        self._recurred_at = anyio.current_time()
+        self._recurred.notify()
+        self._advance()
+
+    def _advance(self) -> None:
+        """Wake the call whose turn it is now."""
+        if self._turns and (turn := self._turns.get(end := next(iter(self._ends)))) is not None and self._is_turn(end):
+            turn.set()
+
+    def _is_turn(self, end: int) -> bool:
+        if end not in self._ends:
+            return True
+        return next(iter(self._ends)) == end and not (self._missing and next(iter(self._missing)) < end)
+
+    async def _wait_for_turn(self, end: int) -> None:
+        """Wait until it may be the turn of *end*. If nothing recurs, strike out what was waited for in vain."""
+        turn = self._turns[end] = anyio.Event()
+        try:
+            since = max(self._recurred_at, self._struck_at)
+            with anyio.move_on_after(since + self._grace_s - anyio.current_time()):
+                await turn.wait()
+                return
+            if since == max(self._recurred_at, self._struck_at):
+                self._strike_out(min(self._turns))
+        finally:
+            del self._turns[end]
+
+    def _strike_out(self, end: int) -> None:
+        """Let what comes before *end* hold up no other, apart from calls that wait to be cancelled."""
+        self._struck_at = anyio.current_time()
+        for number in [number for number in self._missing if number < end]:
+            del self._missing[number]
+        for number in [number for number in self._ends if number < end and number not in self._to_cancel]:
+            del self._ends[number]
+        self._advance()
+
+
+def callers(call_id: str) -> Iterator[str]:
+    """Yield the ids of the calls that contain a call, from the inside out."""
+    while call_id := parent_of(call_id):
+        yield call_id
+
+
+def parent_of(call_id: str) -> str:
+    """Return the id of the call that has made a call, or ""."""
+    return call_id.rpartition(NESTED)[0]
+
+
+def _kind_of(call_id: str, name: str) -> tuple[str, str]:
+    return parent_of(call_id), name

@@ -1,0 +1,483 @@
+"""A step that runs again takes the same way: calls end in the same order, what it has cancelled is cancelled again."""
+
+import asyncio
+import re
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import msgspec
+import pytest
+
+from flock.agents.agent import OnChange
+from flock.core import Flock
+from flock.runs import Engine, Run, RunContext, RunStatus
+from tests.support import PATIENCE_S
+from tests.support.engines import OpenEngine, until, until_run
+from tests.test_calls import interrupt
+
+pytestmark = pytest.mark.anyio
+
+
+class World:
+    """What programs do: ``begun`` has each function that was executed."""
+
+    def __init__(self) -> None:
+        self.begun, ended = list[str](), defaultdict[str, anyio.Event](anyio.Event)
+
+        async def after(name: str, others: list[str]) -> str:
+            """Return *name* when the *others* have returned."""
+            self.begun.append(name)
+            for other in others:
+                await ended[other].wait()
+            ended[name].set()
+            return name
+
+        async def hang(name: str) -> None:
+            self.begun.append(name)
+            await anyio.sleep_forever()
+
+        async def fail(name: str) -> None:
+            """Raise ValueError when another one has begun."""
+            self.begun.append(name)
+            await until(lambda: len(self.begun) > 1)
+            raise ValueError(name)
+
+        def block(name: str) -> str:
+            self.begun.append(name)
+            time.sleep(0.3)
+            return name
+
+        self.after, self.hang, self.fail, self.block = after, hang, fail, block
+
+
+Program = Callable[[World, RunContext], Awaitable[Any]]
+
+
+async def first_of_two(world: World, context: RunContext) -> Any:
+    """Both end before the step runs again, and only the second one has won."""
+    calls = [context.call(world.after, "a", ["b"]), context.call(world.after, "b", [])]
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    return [[task.result() for task in done], [await task for task in left]]
+
+
+async def as_completed(world: World, context: RunContext) -> Any:
+    order = "dbeac"
+    calls = [context.call(world.after, name, list(order[: order.index(name)])) for name in sorted(order)]
+    return "".join([await each for each in asyncio.as_completed(calls)])
+
+
+async def loser_of_a_race(world: World, context: RunContext) -> Any:
+    slow = asyncio.ensure_future(context.call(world.hang, "slow"))
+    fast = asyncio.ensure_future(context.call(world.after, "fast", []))
+    done, _ = await asyncio.wait([slow, fast], return_when=asyncio.FIRST_COMPLETED)
+    slow.cancel()
+    await asyncio.wait([slow])
+    return [task.result() for task in done]
+
+
+async def time_out(world: World, context: RunContext) -> Any:
+    try:
+        async with asyncio.timeout(0.1):
+            await context.call(world.hang, "charge")
+    except TimeoutError:
+        return "unknown"
+
+
+async def time_outs_of_equal_calls(world: World, context: RunContext) -> Any:
+    found = []
+    for _ in range(3):
+        with anyio.move_on_after(0.1):
+            await context.call(world.hang, "charge")
+        found.append(await context.call(world.after, f"after {len(found)}", []))
+    return found
+
+
+async def wait_with_a_timeout(world: World, context: RunContext) -> Any:
+    calls = [context.call(world.hang, "slow"), context.call(world.after, "fast", [])]
+    tasks = {name: asyncio.ensure_future(call) for name, call in zip(["slow", "fast"], calls, strict=True)}
+    done, left = await asyncio.wait(tasks.values(), timeout=0.3)
+    for task in left:
+        task.cancel()
+    return [name for name, task in tasks.items() if task in done]
+
+
+async def sibling_of_a_failure(world: World, context: RunContext) -> Any:
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for call in (context.call(world.hang, "sibling"), context.call(world.fail, "failure")):
+                made: Any = call
+                tasks.create_task(made)
+    except* ValueError as exc:
+        found = [str(each) for each in exc.exceptions]
+    return found
+
+
+async def cancelled_agent(world: World, context: RunContext) -> Any:
+    try:
+        async with asyncio.timeout(0.3):
+            await context.run_agent("child", {"name": "child"})
+    except TimeoutError:
+        return await context.call(world.after, "then", [])
+
+
+async def result_that_came_too_late(world: World, context: RunContext) -> Any:
+    """It has been executed. The next equal call returns it."""
+    try:
+        async with asyncio.timeout(0.05):
+            await context.call(world.block, "a")
+    except TimeoutError:
+        found = await context.call(world.block, "a")
+    return [found, await context.call(world.block, "a")]
+
+
+async def failures_in_parallel(world: World, context: RunContext) -> Any:
+    async def tried(name: str) -> str:
+        try:
+            await context.call(world.fail, name)
+        except ValueError as exc:
+            return str(exc)
+        return ""
+
+    return [await each for each in asyncio.as_completed([tried("a"), tried("b")])]
+
+
+PROGRAMS: dict[Program, tuple[Any, int]] = {
+    first_of_two: ([["b"], ["a"]], 2),
+    as_completed: ("dbeac", 5),
+    loser_of_a_race: (["fast"], 2),
+    time_out: ("unknown", 1),
+    time_outs_of_equal_calls: (["after 0", "after 1", "after 2"], 6),
+    wait_with_a_timeout: (["fast"], 2),
+    sibling_of_a_failure: (["failure"], 2),
+    cancelled_agent: ("then", 2),
+    result_that_came_too_late: (["a", "a"], 2),
+    failures_in_parallel: (None, 2),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+async def test_a_step_takes_the_same_way_again(program: Program, open_engine: OpenEngine) -> None:
+    """It has ended for a question, and runs again when that is answered. Nothing is executed a second time."""
+    flock, world, found = Flock(), World(), list[Any]()
+
+    @flock.agent
+    async def child(name: str, context: RunContext) -> None:
+        await context.call(world.hang, name)
+
+    @flock.agent
+    async def work(context: RunContext) -> Any:
+        found.append(await program(world, context))
+        return await context.ask("Go on?", bool)
+
+    async with open_engine(flock) as engine:
+        run = await _waiting(engine, await engine.submit("work", {}), "Go on?")
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.error, run.value) == (None, {"result": True})
+    result, count = PROGRAMS[program]
+    assert found[0] == found[1]
+    assert result in (None, found[0])
+    assert len(world.begun) == count, world.begun
+
+
+async def test_answers_end_in_the_order_in_which_they_were_given(open_engine: OpenEngine) -> None:
+    flock, seen = Flock(), list[list[str]]()
+
+    async def note(text: str) -> str:
+        return text
+
+    @flock.agent
+    async def work(context: RunContext) -> list[str]:
+        seen.append([])
+
+        async def asked(name: str) -> None:
+            seen[-1].append(await context.call(note, await context.ask(name, str)))
+
+        await asyncio.gather(*(asked(name) for name in "abc"))
+        await context.ask("Go on?", bool)
+        return seen[-1]
+
+    async with open_engine(flock) as engine:
+        run = await engine.submit("work", {})
+        for name in "cab":
+            run = await _waiting(engine, run, name)
+            call_id = next(each.call_id for each in run.waiting_for if each.question == name)
+            await engine.answer_call(run.run_id, call_id, msgspec.Raw(msgspec.json.encode(name)))
+        run = await _waiting(engine, run, "Go on?")
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.error, run.value) == (None, {"result": ["c", "a", "b"]})
+
+
+async def _waiting(engine: Engine, run: Run, question: str) -> Run:
+    def asks(run: Run) -> bool:
+        assert run.completed_at is None, run.error
+        return run.status is RunStatus.WAITING and question in [each.question for each in run.waiting_for]
+
+    return await until_run(engine, run.run_id, asks)
+
+
+async def test_a_call_that_was_in_flight_is_executed_at_once(tmp_path: Path) -> None:
+    """It is known that it had started, from the calls that have ended later."""
+    flock, begun, reached = Flock(), list[str](), anyio.Event()
+
+    async def work_on(name: str) -> str:
+        begun.append(name)
+        if len(begun) == 2:
+            reached.set()
+        if name == "slow" and begun.count("slow") == 1:
+            await anyio.sleep_forever()
+        return name
+
+    @flock.agent
+    async def work(context: RunContext) -> list[str]:
+        return [*await asyncio.gather(context.call(work_on, "slow"), context.call(work_on, "fast"))]
+
+    store = tmp_path / "flock.db"
+    run_id = await interrupt(flock, store, "work", reached)
+    async with flock.engine(store=store, replay_grace_s=1000) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run_id)
+    assert (run.error, run.value) == (None, {"result": ["slow", "fast"]})
+    assert sorted(begun) == ["fast", "slow", "slow"]
+
+
+async def test_slow_code_between_calls_is_no_change(tmp_path: Path) -> None:
+    """Much slower than the grace, and in another order than before."""
+    flock, begun, reached, pause_s = Flock(), list[int](), anyio.Event(), [0.0, 0.3]
+
+    async def note(n: int) -> int:
+        begun.append(n)
+        return n
+
+    @flock.agent
+    async def work(context: RunContext) -> list[int]:
+        async def pair(n: int, seconds: float) -> int:
+            await anyio.sleep(seconds)
+            first = await context.call(note, n)
+            await anyio.sleep(seconds)
+            return int(await context.call(note, first + 10))
+
+        found = await asyncio.gather(pair(1, pause_s[0]), pair(2, pause_s[1]))
+        if not reached.is_set():
+            reached.set()
+            await anyio.sleep_forever()
+        return [*found, await context.call(note, 3)]
+
+    store = tmp_path / "flock.db"
+    run_id = await interrupt(flock, store, "work", reached)
+    pause_s.reverse()
+    async with flock.engine(store=store, replay_grace_s=0.05) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run_id)
+    assert (run.error, run.value) == (None, {"result": [11, 12, 3]})
+    assert sorted(begun) == [1, 2, 3, 11, 12]
+
+
+async def test_what_an_engine_cuts_off_at_its_end_was_not_cancelled_by_the_program(tmp_path: Path) -> None:
+    """Also if the event loop cancels the task that has opened the engine."""
+    flock, begun, reached, opened = Flock(), list[int](), anyio.Event(), list[str]()
+
+    async def hang() -> int:
+        begun.append(1)
+        if len(begun) == 2:
+            return 7
+        reached.set()
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    @flock.agent
+    async def work(context: RunContext) -> int:
+        async with asyncio.timeout(PATIENCE_S):
+            return int(await context.call(hang))
+
+    async def host() -> None:
+        async with flock.engine(store=tmp_path / "flock.db") as engine:
+            opened.append((await engine.submit("work", {})).run_id)
+            await anyio.sleep_forever()
+
+    hosting = asyncio.ensure_future(host())
+    await reached.wait()
+    hosting.cancel()
+    await asyncio.wait([hosting])
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(opened[0])
+    assert (run.error, run.value) == (None, {"result": 7})
+
+
+# Programs that were changed
+
+
+class Change(NamedTuple):
+    """What a step does before and after a change. It fails with *error*, or executes *executed* again."""
+
+    before: Callable[[RunContext, "Shop"], Awaitable[Any]]
+    after: Callable[[RunContext, "Shop"], Awaitable[Any]]
+    error: str | None
+    executed: list[str]
+
+
+class Shop:
+    """What programs do before and after a change: ``log`` has each function that was executed."""
+
+    def __init__(self) -> None:
+        self.log = list[str]()
+
+        async def charge(amount: int) -> None:
+            self.log.append(f"charge {amount}")
+
+        async def send(to: str) -> None:
+            self.log.append(f"send {to}")
+
+        async def mail(to: str) -> None:
+            self.log.append(f"mail {to}")
+
+        async def hang() -> None:
+            self.log.append("hang")
+            if self.log.count("hang") == 1:
+                await anyio.sleep_forever()
+
+        self.charge, self.send, self.mail, self.hang = charge, send, mail, hang
+
+
+async def charged_5(context: RunContext, shop: Shop) -> Any:
+    return await context.call(shop.charge, 5)
+
+
+async def charged_6(context: RunContext, shop: Shop) -> Any:
+    return await context.call(shop.charge, 6)
+
+
+async def charged_5_and_6(context: RunContext, shop: Shop) -> Any:
+    return [await charged_5(context, shop), await charged_6(context, shop)]
+
+
+async def charged_6_and_5(context: RunContext, shop: Shop) -> Any:
+    return [await charged_6(context, shop), await charged_5(context, shop)]
+
+
+async def charged_6_beside_5(context: RunContext, shop: Shop) -> Any:
+    return await asyncio.gather(context.call(shop.charge, 6), context.call(shop.charge, 5))
+
+
+async def sent(context: RunContext, shop: Shop) -> Any:
+    return await context.call(shop.send, "a")
+
+
+async def mailed(context: RunContext, shop: Shop) -> Any:
+    return await context.call(shop.mail, "a")
+
+
+async def sent_and_charged(context: RunContext, shop: Shop) -> Any:
+    return [await sent(context, shop), await charged_5(context, shop)]
+
+
+async def nothing(context: RunContext, shop: Shop) -> Any:
+    return "nothing"
+
+
+async def hung_for_a_moment(context: RunContext, shop: Shop) -> Any:
+    with anyio.move_on_after(0.05):
+        return await context.call(shop.hang)
+    return "hung"
+
+
+async def hung(context: RunContext, shop: Shop) -> Any:
+    return await context.call(shop.hang)
+
+
+CHANGES = {
+    "other arguments": Change(charged_5, charged_6, r"makes the call 'charge:\w+' instead of 'charge:\w+'", []),
+    "a call of the same function before it": Change(charged_5, charged_6_and_5, "instead of", []),
+    "a call of the same function beside it": Change(charged_5, charged_6_beside_5, None, ["charge 6"]),
+    "a call of the same function after it": Change(charged_5, charged_5_and_6, None, ["charge 6"]),
+    "another function": Change(sent, mailed, None, ["mail a"]),
+    "a call before it": Change(charged_5, sent_and_charged, None, ["send a"]),
+    "removed": Change(charged_5, nothing, None, []),
+    "removed before another one": Change(sent_and_charged, charged_5, None, []),
+    "not cancelled any more": Change(hung_for_a_moment, hung, "does not cancel the call 'hang:", []),
+}
+
+
+@pytest.mark.parametrize("on_change", ["stop", "continue"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+async def test_a_changed_program_does_nothing_twice(change: Change, on_change: OnChange, tmp_path: Path) -> None:
+    flock, shop, reached = Flock(), Shop(), anyio.Event()
+
+    @flock.agent(on_change=on_change)
+    async def work(context: RunContext) -> Any:
+        if reached.is_set():
+            return await change.after(context, shop)
+        await change.before(context, shop)
+        reached.set()
+        await anyio.sleep_forever()
+
+    store = tmp_path / "flock.db"
+    run_id = await interrupt(flock, store, "work", reached)
+    done = len(shop.log)
+    async with flock.engine(store=store, replay_grace_s=0.1) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run_id)
+    if change.error is None:
+        assert run.status is RunStatus.COMPLETED, run.error
+        assert shop.log[done:] == change.executed
+    elif on_change == "stop":
+        assert (run.status, run.error_type) == (RunStatus.FAILED, "changed_program")
+        assert re.search(change.error, run.error or "")
+        assert shop.log[done:] == []
+    else:
+        assert run.status is RunStatus.COMPLETED, run.error
+
+
+@pytest.mark.parametrize("on_change", ["stop", "continue"])
+async def test_another_question_is_not_asked_in_place_of_an_answered_one(
+    on_change: OnChange, open_engine: OpenEngine
+) -> None:
+    flock, questions = Flock(), ["Pay 5?", "Pay 6?"]
+
+    @flock.agent(on_change=on_change)
+    async def work(context: RunContext) -> str:
+        question = questions.pop(0)
+        return f"{question} {await context.ask(question, bool)}"
+
+    async with open_engine(flock, replay_grace_s=0.1) as engine:
+        run = await _waiting(engine, await engine.submit("work", {}), "Pay 5?")
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        if on_change == "continue":
+            await _waiting(engine, run, "Pay 6?")
+        else:
+            with anyio.fail_after(PATIENCE_S):
+                run = await engine.wait(run.run_id)
+            assert run.error_type == "changed_program"
+            assert "makes the call 'ask:" in (run.error or "")
+
+
+async def test_a_program_cannot_catch_that_it_was_changed(tmp_path: Path) -> None:
+    flock, shop, reached = Flock(), Shop(), anyio.Event()
+
+    @flock.agent
+    async def work(context: RunContext) -> Any:
+        if not reached.is_set():
+            await context.call(shop.charge, 5)
+            reached.set()
+            await anyio.sleep_forever()
+        try:
+            return await context.call(shop.charge, 6)
+        except BaseException:
+            return "caught"
+
+    store = tmp_path / "flock.db"
+    run_id = await interrupt(flock, store, "work", reached)
+    async with flock.engine(store=store, replay_grace_s=0.1) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run_id)
+    assert run.error_type == "changed_program"
+    assert shop.log == ["charge 5"]
