@@ -249,8 +249,9 @@ class RunContext:
         Calls may be made at the same time.
 
         Args:
-            function: async, or sync, which runs in a worker thread. It is identified by its name and its arguments. A
-                parameter annotated with ``RunContext`` receives this context.
+            function: async, or sync, which runs in a worker thread. It is identified by its name, without its module,
+                and its arguments, as their types read them. A parameter annotated with ``RunContext`` receives this
+                context.
             call_name: identifies the call instead of its arguments. Equal calls are numbered in their order. ``name=``
                 and ``keep=`` mean the same as ``call_name=`` and ``call_keep=`` if the function has no such parameter.
             call_keep: "result" does not store the arguments. Use it if they are long or secret.
@@ -262,8 +263,8 @@ class RunContext:
         Returns: the result, as its return type reads it from JSON. Without a return type, it is plain JSON values.
 
         Raises:
-            CallError: the agent is not async; the arguments or the result cannot be JSON; or the result does not match
-                the return type.
+            CallError: the agent is not async; the arguments or the result cannot be JSON; the result does not match the
+                return type; or another function has the same name and its call the same id.
             Exception: what the function raises. If the step runs again, an equal exception, or a CallError with its
                 text if none can be made from JSON.
 

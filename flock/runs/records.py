@@ -129,6 +129,9 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: datetime
 
 
+#: ``Run.call_ids`` of new runs.
+CALL_IDS = 2
+
 #: In place of None, since msgspec cannot decode a union of Raw and None.
 JSON_NULL = msgspec.Raw(b"null")
 
@@ -270,6 +273,7 @@ class Run(_Record, frozen=True, kw_only=True):
         worked_s: seconds of ``timeout_s`` that the attempt had spent when it last began to wait; 0 if it never did.
         spent: the tokens of all its attempts, including failed steps; None if there were none.
         max_cost: US dollars that it may spend in all its attempts; None means no limit.
+        call_ids: how the ids of its calls are made: ``CALL_IDS``, or 1 if an earlier version has accepted the run.
     """
 
     run_id: str
@@ -290,6 +294,7 @@ class Run(_Record, frozen=True, kw_only=True):
     session_id: str | None = None
     spent: Usage | None = None
     max_cost: float | None = None
+    call_ids: int = 1
 
     @property
     def value(self) -> Any:

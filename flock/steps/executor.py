@@ -321,6 +321,7 @@ class StepExecutor:
             max_total_bytes=self.max_item_bytes,
             expose_errors=self.expose_errors,
             clock=Clock(active.scope),
+            call_ids=run.call_ids,
             answer=self.answer,
         )
 

@@ -29,7 +29,7 @@ from msgspec.structs import replace
 from flock.agents.questions import ASK, question_json, schema_of
 from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
 from flock.errors import CallError, SignatureError, cut
-from flock.pydanticmodel import from_json, to_json, to_json_and_back
+from flock.pydanticmodel import from_json, to_json_and_back
 from flock.runs import (
     JSON_NULL,
     Answer,
@@ -42,7 +42,9 @@ from flock.runs import (
     safe_text,
 )
 from flock.runs.context import CURRENT_CALL, CallOptions
+from flock.runs.records import CALL_IDS
 from flock.scopes import Clock, Signal, cancellable, clocks_stopped, current_task, move_on_after_working
+from flock.steps.identity import DIGEST_CHARS, code_of, digest_of, json_of
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
 
@@ -50,7 +52,6 @@ logger = logging.getLogger("flock.runs")
 
 #: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-DIGEST_CHARS = 16
 #: How long a question may be open, in seconds: ten years.
 MAX_EXPIRES_S = 10 * 365 * 86_400
 #: The pause before a call is tried again, in seconds. It doubles with each try.
@@ -82,6 +83,7 @@ class Journal:
         max_total_bytes: max size of all arguments and results together, as JSON.
         expose_errors: whether the text of any exception is stored with a failed call.
         clock: that of the run.
+        call_ids: see ``Run``.
         answer: answers the step's questions at once. Without it, the step ends if nothing but answers is missing.
 
     Attributes:
@@ -105,6 +107,7 @@ class Journal:
     max_total_bytes: InitVar[float]
     expose_errors: bool
     clock: Clock
+    call_ids: int = CALL_IDS
     answer: Answer | None = None
 
     def __post_init__(self, finished: Iterable[Call], max_total_bytes: float) -> None:
@@ -128,6 +131,8 @@ class Journal:
         self.kept = self._made = 0
         #: the numbers of calls that run or have finished, for each key
         self._numbers: defaultdict[str, set[int]] = defaultdict(set)
+        #: what the functions of calls execute, by the parent, the label and the key of the call
+        self._codes: dict[tuple[str, str, str], object] = {}
         self._is_closed = self._is_over = False
         self._save_error: BaseException | None = None
         #: the tokens used in each unfinished call, by its id; those of the step outside of calls are under ""
@@ -194,14 +199,28 @@ class Journal:
         options, kwargs = _options(label, function, kwargs, options)
         args, kwargs = _with_context(context, function, args, kwargs)
         arguments = _arguments(label, function, args, kwargs, options.name)
-        key = options.name or _digest(label, function, arguments)
+        hints = _hints(label, function)
+        key = options.name or digest_of(label, function, arguments, hints, version=self.call_ids)
+        self._check_code(label, key, function)
         return self.once(
             label,
             key,
             functools.partial(self._try, label, functools.partial(self._execute, function, args, kwargs), options),
             arguments=arguments if options.keep == "all" else JSON_NULL,
-            decode=functools.partial(_decode, label, _result_type(label, function)),
+            decode=functools.partial(_decode, label, hints.get("return", Any)),
         )
+
+    def _check_code(self, label: str, key: str, function: Callable[..., Any]) -> None:
+        """Raise CallError if another function has a call with the same id. Earlier versions told modules apart."""
+        if self.call_ids == 1:
+            return
+        code = code_of(function)
+        known = self._codes.setdefault((CURRENT_CALL.get(), label, key), code)
+        if known is not code and known != code:
+            raise CallError(
+                f"Two functions are called {label!r}, and calls of both cannot be told apart. Rename one of them, or "
+                "pass another call_name= to each call."
+            )
 
     def run_agent(
         self, context: RunContext, name: str, inputs: Mapping[str, Any]
@@ -605,18 +624,6 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
         return {}
 
 
-def _digest(label: str, function: Callable[..., Any], arguments: msgspec.Raw) -> str:
-    """Return what identifies a call: its function, what a partial or a method is bound to, and its arguments."""
-    bound: list[Any] = []
-    while isinstance(function, functools.partial):
-        bound += [function.args, function.keywords]
-        function = function.func
-    owner = getattr(function, "__self__", None)
-    bound_json = _json(label, "object or the bound arguments", [bound, None if inspect.ismodule(owner) else owner])
-    of = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    return hashlib.sha256(b"\0".join([of.encode(), bound_json, arguments])).hexdigest()[:DIGEST_CHARS]
-
-
 def _arguments(
     label: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None
 ) -> msgspec.Raw:
@@ -628,26 +635,16 @@ def _arguments(
         given = {"args": args, "kwargs": kwargs}
     given = {key: value for key, value in given.items() if not isinstance(value, RunContext)}
     try:
-        return _json(label, "arguments", given)
+        return json_of(label, "arguments", given)
     except CallError:
         if name is None:
             raise
         return JSON_NULL
 
 
-def _json(label: str, part: str, value: Any) -> msgspec.Raw:
+def _hints(label: str, function: Callable[..., Any]) -> Mapping[str, Any]:
     try:
-        return msgspec.Raw(msgspec.json.encode(value, order="deterministic", enc_hook=to_json))
-    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
-        raise CallError(
-            f"The {part} of the call {label!r} cannot be converted to JSON: {exc}. Pass call_name= to identify the "
-            "call without them."
-        ) from exc
-
-
-def _result_type(label: str, function: Callable[..., Any]) -> Any:
-    try:
-        return hints_of_function(function).get("return", Any)
+        return hints_of_function(function)
     except (SignatureError, TypeError) as exc:
         raise CallError(f"The return type of the call {label!r} is unknown: {exc}.") from exc
 

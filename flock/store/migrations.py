@@ -173,6 +173,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ],
     # The exceptions of calls. NULL in older rows, whose calls are executed again.
     ["ALTER TABLE calls ADD COLUMN raised BLOB"],
+    # How the ids of calls are made: runs that are in the store already keep theirs.
+    ["ALTER TABLE runs ADD COLUMN call_ids INTEGER NOT NULL DEFAULT 1"],
 ]
 
 
