@@ -324,7 +324,8 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             db.execute(f"ALTER TABLE batches DROP COLUMN {column}")
         for table in ("steps", "calls"):
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")
-        db.execute("ALTER TABLE calls DROP COLUMN raised")
+        for column in ("raised", "once"):
+            db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
         db.execute("PRAGMA user_version = 9")
     db.close()
     async with turns.flock.engine(store=store) as engine:

@@ -76,6 +76,13 @@ KEEP_KEYS_FOR = timedelta(hours=24)
 Calls = Mapping[int, Sequence[Call]]
 
 
+def ended_calls(run: Run, calls: Calls) -> Calls:
+    """Return the *calls* of *run* that have ended, and if it does not run, those whose end is not recorded."""
+    if not run.status.is_active:
+        return calls
+    return {position: [call for call in made if not call.is_start] for position, made in calls.items()}
+
+
 class RunReader:
     """Reads the record of one run repeatedly. It polls unless an engine overrides ``changed``.
 

@@ -30,7 +30,7 @@ from flock.agents.checks import tool_sources
 from flock.agents.mcp import listing_tools
 from flock.agents.program import Program
 from flock.engine import relay
-from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
+from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader, ended_calls
 from flock.engine.batches import Batches
 from flock.engine.intake import Intake
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, counted
@@ -380,7 +380,7 @@ class EmbeddedEngine(EngineBase):
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         self._check_entered()
-        return await self.store.shown_calls(run.run_id)
+        return ended_calls(run, await self.store.shown_calls(run.run_id))
 
     async def _check_visible(self, run_id: str, run: Run | None) -> Run:
         """Return *run* if clients may see it. Raises RunNotFound."""

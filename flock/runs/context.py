@@ -29,6 +29,7 @@ class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
     keep: Literal["all", "result"] = "all"
     timeout_s: float | None = None
     retries: int = 0
+    once: bool = False
 
 
 class StepJournal(Protocol):
@@ -60,6 +61,7 @@ class StepJournal(Protocol):
         decode: Callable[[msgspec.Raw], Any],
         should_keep: Callable[[Any], bool] | None = None,
         on_error: Callable[[str], Any] | None = None,
+        at_most_once: bool = False,
     ) -> Coroutine[Any, Any, Any]: ...
 
     def run_agent(
@@ -240,6 +242,7 @@ class RunContext:
         call_keep: Literal["all", "result"] = "all",
         call_timeout_s: float | None = None,
         call_retries: int = 0,
+        call_once: bool = False,
         **kwargs: Any,
     ) -> Coroutine[Any, Any, Any]:
         """Execute a function once, and store its result.
@@ -259,18 +262,25 @@ class RunContext:
                 TimeoutError. A function in a thread is waited for, and its result counts even if it is late.
             call_retries: how many more times to execute the function if it raises. The pauses grow from half a second
                 to eight seconds. All tries have the same ``idempotency_key``.
+            call_once: never execute the function a second time. Its start is stored before it is executed. If it was
+                started and its end is not stored, because the process died or it was cancelled, the call raises
+                Uncertain. If it has raised, it raises the same whenever it is made. Only a retry with
+                ``{"calls": "again"}`` executes it again.
 
         Returns: the result, as its return type reads it from JSON. Without a return type, it is plain JSON values.
 
         Raises:
             CallError: the agent is not async; the arguments or the result cannot be JSON; the result does not match the
                 return type; or another function has the same name and its call the same id.
+            Uncertain: it was started before with ``call_once``, and its end is not known.
             Exception: what the function raises. If the step runs again, an equal exception, or a CallError with its
                 text if none can be made from JSON.
 
         Cancellation: a call that has not finished is not stored. A synchronous function is waited for.
         """
-        options = CallOptions(name=call_name, keep=call_keep, timeout_s=call_timeout_s, retries=call_retries)
+        options = CallOptions(
+            name=call_name, keep=call_keep, timeout_s=call_timeout_s, retries=call_retries, once=call_once
+        )
         return self.journal.call(self, function, args, kwargs, options)
 
     def run_agent(self, name: str, inputs: Mapping[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:

@@ -250,6 +250,7 @@ class Engine(Protocol):
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         """Return the calls of *run* that have ended, by the position of their step, oldest first.
 
+        If the run does not run now, they include calls that may be executed only once and whose end is not recorded.
         Of long arguments and results only ``NOT_LOADED`` is returned, and at most ``MAX_SHOWN_CALLS`` calls of a run.
         If a step was retried, its calls are those of the last retry.
         """

@@ -171,6 +171,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             earlier version has stored it.
         usage: the tokens that it used, including those of the calls that it made.
         model: the model that answered last, even in a call that it made; None if it has asked none.
+        once: "started" or "ended" if it is executed at most once. A started one has no end, so its ``completed_at`` is
+            that of its start.
     """
 
     call_id: str
@@ -183,13 +185,19 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     raised: Raised | None = None
     usage: Usage | None = None
     model: str | None = None
+    once: str | None = None
     started_at: datetime
     completed_at: datetime
 
     @property
+    def is_start(self) -> bool:
+        """Whether it is only the start of a call that is executed at most once."""
+        return self.once == "started"
+
+    @property
     def is_checkpoint(self) -> bool:
         """Whether it is not executed again if its step runs again. The model has read the error of a tool."""
-        return self.error is None or self.kind == "tool" or self.raised is not None
+        return self.error is None or self.kind == "tool" or self.raised is not None or self.once is not None
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):

@@ -183,7 +183,10 @@ class ActiveRun:
         return ()
 
     async def keep_call(self, call: Call) -> None:
-        """Called with each finished call. On return it is stored."""
+        """Called with each finished call, and with the start of one that is executed at most once.
+
+        On return it is stored. Raises Uncertain if another process has started the same call.
+        """
 
     async def earlier_runs(self, limit: int) -> Sequence[Run]:
         """Return the last *limit* completed runs of its session and agent, oldest first, or fewer if they are long."""
@@ -416,6 +419,8 @@ class StepExecutor:
         except OwnershipLost:
             active.scope.cancel()
             raise
+        if call.is_start:
+            return
         if active.live is not None and active.context is not None:
             active.live.end_call(active.context.position, call.call_id)
             active.live.note_news()

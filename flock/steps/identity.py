@@ -36,11 +36,11 @@ def digest_of(
         unbound = unbound.func
     owner = getattr(unbound, "__self__", None)
     bound_json = json_of(label, "object or the bound arguments", [bound, None if inspect.ismodule(owner) else owner])
-    name = getattr(unbound, "__qualname__", type(unbound).__qualname__)
+    name, read = getattr(unbound, "__qualname__", type(unbound).__qualname__), bytes(arguments)
     if version == 1:
-        name, read = f"{getattr(unbound, '__module__', '')}.{name}", arguments
+        name = f"{getattr(unbound, '__module__', '')}.{name}"
     else:
-        read = _as_declared(function, arguments, hints)
+        read = _as_declared(function, read, hints)
     return hashlib.sha256(b"\0".join([name.encode(), bound_json, read])).hexdigest()[:DIGEST_CHARS]
 
 
@@ -65,11 +65,11 @@ def json_of(label: str, part: str, value: Any) -> msgspec.Raw:
         ) from exc
 
 
-def _as_declared(function: Callable[..., Any], arguments: msgspec.Raw, hints: Mapping[str, Any]) -> bytes:
+def _as_declared(function: Callable[..., Any], arguments: bytes, hints: Mapping[str, Any]) -> bytes:
     """Return *arguments* as their declared types read them, so that ``9`` and ``9.0`` are one ``float``."""
     types = {name: type_ for name, type_ in hints.items() if type_ not in _PLAIN}
     if not types or arguments == b"{}":
-        return bytes(arguments)
+        return arguments
     values = msgspec.json.decode(arguments, type=dict[str, msgspec.Raw])
     kinds = inspect.signature(function).parameters
     for name in values.keys() & types.keys() & kinds.keys():

@@ -28,7 +28,7 @@ from msgspec.structs import replace
 
 from flock.agents.questions import ASK, question_json, schema_of
 from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
-from flock.errors import CallError, SignatureError, cut
+from flock.errors import CallError, SignatureError, Uncertain, cut
 from flock.pydanticmodel import from_json, to_json_and_back
 from flock.runs import (
     JSON_NULL,
@@ -122,9 +122,16 @@ class Journal:
         self._changed = Signal()
         #: those that have not been repeated, by their id: a call that failed may have been made again
         self._finished: dict[str, deque[Call]] = {}
+        #: those that are executed at most once, by their id: their start, or their end if it is stored
+        self._once: dict[str, Call] = {}
+        self._once_to_repeat: set[str] = set()
         checkpoints = [call for call in finished if call.is_checkpoint]
         for call in checkpoints:
-            self._finished.setdefault(call.call_id, deque()).append(call)
+            if call.once is None:
+                self._finished.setdefault(call.call_id, deque()).append(call)
+            elif call.call_id not in self._once or self._once[call.call_id].is_start:
+                self._once[call.call_id] = call
+                self._once_to_repeat.add(call.call_id)
         #: calls of this execution that were cancelled while they were saved. The next equal call returns the result.
         self._unread: dict[str, Call] = {}
         self._bytes_left = max_total_bytes - sum(map(_bytes_of, checkpoints))
@@ -139,7 +146,8 @@ class Journal:
         self._usage: defaultdict[str, Usage] = defaultdict(Usage)
         #: the model that answered last in each of these
         self._models: dict[str, str] = {}
-        outermost = [call for call in checkpoints if _parent_of(call.call_id) not in self._finished]
+        ended = {call.call_id for call in checkpoints if not call.is_start}
+        outermost = [call for call in checkpoints if _parent_of(call.call_id) not in ended]
         self.spent = sum((call.usage for call in outermost if call.usage is not None), self.spent)
 
     async def end(self, grace_s: float, are_in_threads: Callable[[], bool]) -> int:
@@ -167,7 +175,7 @@ class Journal:
     @property
     def not_repeated(self) -> Sequence[str]:
         """The ids of finished calls that this execution has not repeated."""
-        return [call_id for call_id in self._finished if NESTED not in call_id]
+        return [call_id for call_id in (*self._finished, *self._once_to_repeat) if NESTED not in call_id]
 
     @property
     def usage(self) -> Usage | None:
@@ -208,6 +216,7 @@ class Journal:
             functools.partial(self._try, label, functools.partial(self._execute, function, args, kwargs), options),
             arguments=arguments if options.keep == "all" else JSON_NULL,
             decode=functools.partial(_decode, label, hints.get("return", Any)),
+            at_most_once=options.once,
         )
 
     def _check_code(self, label: str, key: str, function: Callable[..., Any]) -> None:
@@ -241,6 +250,7 @@ class Journal:
         """See ``RunContext.ask``. *about* is what the question is about, as a JSON object."""
         check_in_loop(context)
         _check_name(ASK, name)
+        self.check_may_wait("ask")
         if expires_s is not None and not 0 < expires_s <= MAX_EXPIRES_S:
             raise CallError(f"expires_s must be above 0 and at most {MAX_EXPIRES_S} seconds, not {expires_s}.")
         schema, text = schema_of(type_), safe_text(question)
@@ -270,8 +280,18 @@ class Journal:
 
     async def wait_elsewhere(self, agent_name: str) -> NoReturn:
         """End the step as a question does, because the step calls an agent that only another process has."""
+        self.check_may_wait(f"call {agent_name!r}, which only another process has")
         key = f"{CURRENT_CALL.get()}{NESTED}{agent_name}"
         await self._suspend(f"{key}:{self._take_number(agent_name, key)}", agent_name)
+
+    def check_may_wait(self, what: str) -> None:
+        """Raise CallError in a call that is executed at most once: its step may end for *what*, and then run again."""
+        for call_id in _with_callers([CURRENT_CALL.get()]):
+            if call_id in self._open and call_id in self._once:
+                raise CallError(
+                    f"The call {self._once[call_id].name!r} is executed at most once (call_once, once=True), so it "
+                    f"cannot {what}. Do that before the call, in the step."
+                )
 
     @property
     def is_suspended(self) -> bool:
@@ -309,6 +329,7 @@ class Journal:
         should_keep: Callable[[Any], bool] | None = None,
         on_error: Callable[[str], Any] | None = None,
         then: Callable[[Any], Awaitable[Any]] | None = None,
+        at_most_once: bool = False,
     ) -> Coroutine[Any, Any, Any]:
         """Return the result of a call from the journal, or execute it and store its result.
 
@@ -321,6 +342,7 @@ class Journal:
             on_error: makes the result of a call of a tool that raised, from what clients may see of the error. Such a
                 call has finished, so it is not executed again.
             then: is awaited with the result after the call. Its result is returned.
+            at_most_once: see ``call_once`` of ``RunContext.call``.
         """
         self._check_size(label, "arguments", arguments)
         key = f"{label}:{key}"
@@ -337,6 +359,7 @@ class Journal:
             decode=decode,
             should_keep=should_keep,
             on_error=on_error,
+            at_most_once=at_most_once,
         )
 
         async def run() -> Any:
@@ -376,14 +399,18 @@ class Journal:
         if self._is_closed:
             await anyio.lowlevel.checkpoint()  # raises if the step was ended for a question
             raise Refused(_LATE.format(planned.label))
-        if (finished := self._next_finished(planned.call_id)) is not None:
+        finished = self._once.get(planned.call_id)
+        self._once_to_repeat.discard(planned.call_id)
+        if finished is not None and finished.is_start:
+            finished = await self._uncertain(planned, finished)
+        elif finished is not None or (finished := self._next_finished(planned.call_id)) is not None:
             self.kept += 1
             self._add_usage(planned.parent, finished.usage, finished.model)
         elif (finished := self._unread.pop(planned.call_id, None)) is None:
             return await self._make(planned)
         if finished.error is None:
             return planned.decode(finished.result)
-        if planned.on_error is not None:
+        if planned.on_error is not None and finished.raised is None:
             return planned.on_error(finished.error)
         raise exception_of(finished)
 
@@ -395,11 +422,56 @@ class Journal:
             del self._finished[call_id]
         return calls.popleft()
 
+    async def _start(self, planned: "_Planned", started_at: datetime) -> None:
+        """Store the start of a call that is executed at most once."""
+        if self._is_closed:  # while the store was waited for
+            await anyio.lowlevel.checkpoint()
+            raise Refused(_LATE.format(planned.label))
+        start = Call(
+            call_id=planned.call_id,
+            name=planned.label,
+            kind=planned.kind,
+            arguments=planned.arguments,
+            error="Its end is not recorded.",
+            error_type=Uncertain.error_type,
+            once="started",
+            started_at=started_at,
+            completed_at=started_at,
+        )
+        await self._store(start)
+        self._once[planned.call_id] = start
+
+    async def _uncertain(self, planned: "_Planned", start: Call) -> Call:
+        """Store that nobody knows how a call has ended, so that it stays so even if its end comes late."""
+        exc = Uncertain(
+            f"The call {planned.label!r} was started at {start.started_at:%Y-%m-%d %H:%M:%S} UTC, and its end is not "
+            "recorded. It is executed at most once, so find out whether it was done. A retry with "
+            '{"calls": "again"} executes it again.'
+        )
+        ended = replace(
+            start,
+            arguments=planned.arguments,
+            once="ended",
+            error=str(exc),
+            error_type=exc.error_type,
+            raised=raised_by(planned.label, exc),
+            completed_at=now(),
+        )
+        task = current_task()
+        cancelling = 0 if task is None else task.cancelling()
+        await self._store(ended)
+        self._once[planned.call_id] = ended
+        await _check_cancelled(task, cancelling)
+        return ended
+
     async def _make(self, planned: "_Planned") -> Any:
         """Execute a call, and store it."""
         await self.wait_for_store()
         started_at, task = now(), current_task()
         cancelling = 0 if task is None else task.cancelling()
+        if planned.at_most_once:
+            await self._start(planned, started_at)
+            await _check_cancelled(task, cancelling)
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, failure = JSON_NULL, None, None
         self.on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
@@ -418,11 +490,12 @@ class Journal:
         error, error_type, raised = None, None, None
         is_cancelled = task is not None and task.cancelling() > cancelling
         if failure is not None:
-            if planned.should_keep is not None or is_refused(failure):
+            is_cut_off = is_cancelled or self.clock.is_over
+            if planned.should_keep is not None or is_refused(failure) or (planned.at_most_once and is_cut_off):
                 raise failure
             result = JSON_NULL
             error, error_type = error_of(failure, f"The call {planned.label!r}", expose_errors=self.expose_errors)
-            if planned.on_error is None and not is_cancelled and not self.clock.is_over:
+            if (planned.on_error is None or isinstance(failure, Uncertain)) and not is_cut_off:
                 raised = raised_by(planned.label, failure)
         call = Call(
             call_id=planned.call_id,
@@ -435,18 +508,19 @@ class Journal:
             raised=raised,
             usage=usage,
             model=model,
+            once="ended" if planned.at_most_once else None,
             started_at=started_at,
             completed_at=now(),
         )
         await self._store(call)
-        if task is not None and task.cancelling() > cancelling:  # while it was saved, or its thread was running
-            if call.is_checkpoint and raised is None:
-                self._unread[call.call_id] = call
-            await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
-            raise asyncio.CancelledError
+        if planned.at_most_once:
+            self._once[call.call_id] = call
+        elif task is not None and task.cancelling() > cancelling and call.is_checkpoint and raised is None:
+            self._unread[call.call_id] = call
+        await _check_cancelled(task, cancelling)  # while it was saved, or its thread was running
         if failure is None:
             return value
-        if planned.on_error is None or error is None:
+        if planned.on_error is None or error is None or isinstance(failure, Uncertain):
             raise failure
         return planned.on_error(cut(error))
 
@@ -515,10 +589,12 @@ class Journal:
             return
         try:
             await self._save_whole(call)
+        except Uncertain:  # another process has started it too
+            raise
         except Exception as exc:
             self._save_error = exc
             raise
-        self.kept += 1
+        self.kept += not call.is_start
 
     async def _save_whole(self, call: Call) -> None:
         """Save a call that is done, so it must not be executed again, even if this task is cancelled meanwhile."""
@@ -546,6 +622,14 @@ class _Planned(msgspec.Struct, frozen=True, kw_only=True):
     decode: Callable[[msgspec.Raw], Any]
     should_keep: Callable[[Any], bool] | None
     on_error: Callable[[str], Any] | None
+    at_most_once: bool
+
+
+async def _check_cancelled(task: asyncio.Task[Any] | None, cancelling: int) -> None:
+    """Raise CancelledError if *task* was cancelled more often than *cancelling* times."""
+    if task is not None and task.cancelling() > cancelling:
+        await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
+        raise asyncio.CancelledError
 
 
 def depth_of_current_call() -> int:
@@ -614,6 +698,8 @@ def _options(
         raise CallError(f"call_timeout_s of {label!r} must be above 0 seconds, not {options.timeout_s}.")
     if options.retries < 0:
         raise CallError(f"call_retries of {label!r} must be 0 or more, not {options.retries}.")
+    if options.retries and options.once:
+        raise CallError(f"{label!r} is executed at most once (call_once), so omit call_retries.")
     return options, kwargs
 
 

@@ -175,6 +175,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ["ALTER TABLE calls ADD COLUMN raised BLOB"],
     # How the ids of calls are made: runs that are in the store already keep theirs.
     ["ALTER TABLE runs ADD COLUMN call_ids INTEGER NOT NULL DEFAULT 1"],
+    # Calls that are executed at most once: "started" or "ended".
+    ["ALTER TABLE calls ADD COLUMN once TEXT"],
 ]
 
 

@@ -394,9 +394,11 @@ def find_next_calls(
 
 
 def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> None:
-    """Write a finished call of a step, and what the run has spent. Raises OwnershipLost."""
+    """Write a finished call of a step, or its start, and what the run has spent. Raises OwnershipLost."""
     check_owner(db, run)
     write_spent(db, run)
+    if call.once == "ended":
+        db.execute(statements.DELETE_START, (run.run_id, position, call.call_id))
     db.execute(statements.INSERT_CALL, call_values(run, position, call))
-    if run.deaths:
+    if run.deaths and not call.is_start:
         db.execute(statements.CLEAR_DEATHS, (run.run_id,))

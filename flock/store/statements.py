@@ -199,6 +199,8 @@ INSERT_STEP = f"""INSERT OR REPLACE INTO steps (run_id, position, {", ".join(STE
     VALUES (?, ?, {_marks(STEP_TABLE)})"""
 INSERT_CALL = f"""INSERT INTO calls (run_id, position, tries, {", ".join(CALL_TABLE)})
     VALUES (?, ?, ?, {_marks(CALL_TABLE)})"""
+#: Its end replaces the start of a call that is executed at most once.
+DELETE_START = "DELETE FROM calls WHERE run_id = ? AND position = ? AND call_id = ? AND once = 'started'"
 #: The arguments are not read: only the id of a call is compared.
 CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, arguments="x'7b7d'")} FROM calls
     WHERE run_id = ? AND position = ? AND tries = ? AND rowid > ? ORDER BY rowid"""
@@ -212,7 +214,7 @@ SHOWN_CALLS = f"""SELECT {_replaced(CALL_TABLE, **_SHORT)}
 NEXT_CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, **_SHORT | {"arguments": "NULL"})}
     FROM calls WHERE run_id = ? AND position = ?
     AND tries = ifnull(?, (SELECT tries FROM calls WHERE run_id = ? AND position = ? ORDER BY tries DESC LIMIT 1))
-    AND rowid > ? ORDER BY rowid LIMIT ? OFFSET ?"""
+    AND rowid > ? AND once IS NOT 'started' ORDER BY rowid LIMIT ? OFFSET ?"""
 DELETE_CALLS = "DELETE FROM calls WHERE run_id = ?"
 #: Whether an engine still owns a run, or the batch of an item, in an attempt.
 OWNS_RUN = """SELECT 1 FROM runs WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')

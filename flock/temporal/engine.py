@@ -22,6 +22,7 @@ from temporalio.common import Priority, WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.agents.agent import Agent
+from flock.engine.base import ended_calls
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError, TooLarge
 from flock.limits import Limits, enforced_by
 from flock.models.models import ModelChoice
@@ -303,7 +304,8 @@ class TemporalEngine(TemporalBatches):
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         self._check_entered()
-        return {step: list(map(shown, calls)) for step, calls in (await self._calls_of(run)).items()}
+        calls = {step: list(map(shown, calls)) for step, calls in (await self._calls_of(run)).items()}
+        return ended_calls(run, calls)
 
     async def _calls_of(self, run: Run) -> Mapping[int, Sequence[Call]]:
         """Return the calls of *run*, with long answers."""

@@ -277,12 +277,22 @@ class Calls:
             self.add(done)
 
     def add(self, done: CallDone) -> None:
-        """Add a call. Of several answers to a question, the first one counts. A failed call may be made again."""
+        """Add a call. Of several answers to a question, the first one counts. A failed call may be made again.
+
+        The end of a call that is executed at most once replaces its start, and the first one counts.
+        """
         self._spent[done.item] = latest(self._spent.get(done.item), done.spent)
         call = done.call
         if call.is_checkpoint:
-            call_id = call.call_id if call.raised is None else f"{call.call_id} {call.completed_at}"
-            self._by_item.setdefault(done.item, {}).setdefault((done.step, call_id), done)
+            of_item = self._by_item.setdefault(done.item, {})
+            started = f"{call.call_id} started"
+            if call.once is not None:
+                call_id = started if call.is_start else call.call_id
+            else:
+                call_id = call.call_id if call.raised is None else f"{call.call_id} {call.completed_at}"
+            of_item.setdefault((done.step, call_id), done)
+            if call.once == "ended":
+                of_item.pop((done.step, started), None)
 
     def of_step(self, item: int, step: int) -> list[Call]:
         return [done.call for done in self.of_item(item) if done.step == step]

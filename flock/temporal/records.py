@@ -194,7 +194,10 @@ def calls_of(history: Sequence[HistoryEvent]) -> dict[int, list[Call]]:
 def _by_step(done: Iterable[CallDone], answers: Calls, item: int = 0) -> dict[int, list[Call]]:
     """Return the calls that workers have *done*, and *answers*, oldest first, by the position of their step."""
     found: dict[int, list[Call]] = {}
-    for each in [*(each for each in done if each.call.kind != "question"), *answers.of_item(item)]:
+    made = [each for each in done if each.call.kind != "question"]
+    ended = {(each.step, each.call.call_id) for each in made if each.call.once == "ended"}
+    made = [each for each in made if not (each.call.is_start and (each.step, each.call.call_id) in ended)]
+    for each in [*made, *answers.of_item(item)]:
         found.setdefault(each.step, []).append(each.call)
     return {step: sorted(calls, key=lambda call: call.completed_at) for step, calls in found.items()}
 

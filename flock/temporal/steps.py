@@ -19,7 +19,7 @@ from temporalio.client import WorkflowHandle, WorkflowQueryFailedError
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.errors import CallError, EngineFull, OwnershipLost, StoreError
+from flock.errors import CallError, EngineFull, OwnershipLost, StoreError, Uncertain
 from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
 from flock.steps.executor import ActiveRun, AgentElsewhere, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
@@ -104,7 +104,8 @@ class ActivityStep(ActiveRun):
     async def keep_call(self, call: Call) -> None:
         """Send the call to the workflow of this activity. A signal is in its history when this returns.
 
-        Raises: CallError if the cluster refuses it, OwnershipLost if the workflow has ended.
+        Raises: CallError if the cluster refuses it, OwnershipLost if the workflow has ended, Uncertain if it is a start
+            and another worker, which seems to be dead, has started the call too.
         """
         self.has_calls = True
         handle, run = self._workflow(), self.run
@@ -118,7 +119,11 @@ class ActivityStep(ActiveRun):
                 if isinstance(exc.__cause__, RPCError) and exc.__cause__.status in REFUSALS:
                     raise CallError(f"The cluster does not store the call {call.name!r}: {exc.__cause__}.") from exc
                 await asyncio.sleep(RETRY_AFTER_S)
-        if self.suspicion.clear():
+        if call.is_start:
+            same = [each.started_at for each in await self.finished_calls() if each.call_id == call.call_id]
+            if same[:1] != [call.started_at]:
+                raise Uncertain(f"Two workers have started the call {call.name!r}.")
+        elif self.suspicion.clear():
             await self.suspicion.confirm()
 
     def _workflow(self) -> WorkflowHandle[Any, Any]:
