@@ -528,7 +528,8 @@ async def cancel_run(request: Request) -> Response:
 async def retry_run(request: Request) -> Response:
     """POST /run/{run_id}/retry"""
     retry, engine = wire.RUN_RETRY.decode(await read_json(request, is_optional=True)), await engine_of(request)
-    return await run_response(request, await engine.retry_run(request.path_params["run_id"], retry.max_cost), 202)
+    run = await engine.retry_run(request.path_params["run_id"], retry.max_cost, calls=retry.calls)
+    return await run_response(request, run, 202)
 
 
 async def answer_call(request: Request) -> Response:
@@ -679,7 +680,8 @@ async def retry_batch(request: Request) -> Response:
     """POST /batch/{batch_id}/retry"""
     retry = wire.BATCH_RETRY.decode(await read_json(request, is_optional=True))
     only = () if retry.only is None else (RunStatus(retry.only),)
-    batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only, retry.max_cost)
+    engine, batch_id = await engine_of(request), request.path_params["batch_id"]
+    batch = await engine.retry_batch(batch_id, only, retry.max_cost, calls=retry.calls)
     return batch_response(request, batch, [], 202)
 
 

@@ -28,7 +28,7 @@ from flock.models.prices import Price, merged
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
-from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, Row
+from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, RetriedCalls, Row
 from flock.scopes import current_task
 from flock.steps.progress import follow_batch
 from flock.store.database import Durability
@@ -334,6 +334,7 @@ class FlockFactory:
         next_agent: NextAgent = None,
         max_concurrency: int | None = None,
         on_interrupt: OnInterrupt = "retry",
+        retry: RetriedCalls = "keep",
     ) -> ModelAgent:
         """Create an agent that calls a language model.
 
@@ -343,7 +344,7 @@ class FlockFactory:
             types: additional types, by name, that the strings may use.
             model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
                 max_tokens, max_retries, timeout_s: see ``ModelAgent``.
-            next_agent, max_concurrency, on_interrupt: see ``Agent``.
+            next_agent, max_concurrency, on_interrupt, retry: see ``Agent``.
 
         Raises:
             SignatureError: a signature is invalid.
@@ -370,6 +371,7 @@ class FlockFactory:
             next_agent=next_agent,
             max_concurrency=max_concurrency,
             on_interrupt=on_interrupt,
+            retry=retry,
         )
 
 

@@ -318,6 +318,9 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             "deaths",
             "deaths_alone",
             "call_ids",
+            "journal",
+            "dropped",
+            "earlier_error",
         ):
             db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
         for column in ("waiting_items", "usage", "error_type", "invalid_items"):

@@ -11,7 +11,7 @@ import json
 import re
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import msgspec
 
@@ -39,7 +39,7 @@ from flock.models.pieces import Joiner
 from flock.models.requests import Request
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import RunContext
+from flock.runs import RetriedCalls, RunContext
 from flock.scopes import closing_scopes, move_on_after_working
 
 __all__ = [
@@ -122,6 +122,9 @@ class Agent:
         max_concurrency: max concurrent steps of this agent in one process; None means no separate limit.
         on_interrupt: how to handle a run whose process died in a step of this agent. "retry" repeats the step. "fail"
             fails the run; use it for work that must not be repeated.
+        retry: what a retry of a run does with the calls that a step of this agent has made. "keep" executes only those
+            again that failed. "again" executes all of them again; use it for a workflow that undoes its work if it
+            fails.
 
     Raises:
         DefinitionError: the name is invalid, or ``next_agent`` is a mapping that does not match the output signature.
@@ -140,10 +143,13 @@ class Agent:
         next_agent: NextAgent = None,
         max_concurrency: int | None = None,
         on_interrupt: OnInterrupt = "retry",
+        retry: RetriedCalls = "keep",
     ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise DefinitionError(f"{name!r} is not a valid agent name. Use letters, digits, '_', '-' and '.'.")
         _check_text(description, f"description= of {name!r}")
+        if retry not in get_args(RetriedCalls):
+            raise DefinitionError(f"retry= of {name!r} must be 'keep' or 'again', not {retry!r}.")
         self.name = name
         self.description = description
         self.input = input
@@ -152,6 +158,7 @@ class Agent:
         self.next_agent = next_agent
         self.max_concurrency = max_concurrency
         self.on_interrupt = on_interrupt
+        self.retry = retry
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -617,6 +624,7 @@ class AgentOptions(TypedDict, total=False):
     next_agent: NextAgent
     max_concurrency: int | None
     on_interrupt: OnInterrupt
+    retry: RetriedCalls
 
 
 @overload
@@ -638,7 +646,7 @@ def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         output: the output signature, if not the return annotation. Use it for functions that return a plain dict:
             ``output="sentiment: str, keywords: list[str]"``.
         types: additional types, by name, for the string in ``output``.
-        next_agent, max_concurrency, on_interrupt: see ``Agent``.
+        next_agent, max_concurrency, on_interrupt, retry: see ``Agent``.
 
     Raises:
         SignatureError: a parameter has no type, or its type cannot be read from JSON.

@@ -164,8 +164,16 @@ class StoredRun(ActiveRun):
 
     async def finished_calls(self) -> Sequence[Call]:
         """Raises Unreadable."""
+        return await self._calls(self.run.tries, self.run.tries)
+
+    async def earlier_calls(self, run: Run) -> Sequence[Call]:
+        """Raises Unreadable."""
+        return await self._calls(run.first_try, run.tries - 1)
+
+    async def _calls(self, first_try: int, last_try: int) -> Sequence[Call]:
         calls, after, share = list[Call](), 0, FairShare()
-        read = functools.partial(self._runner.store.calls, self.run, len(self.run.steps))
+        tries = first_try, last_try
+        read = functools.partial(self._runner.store.calls, self.run, len(self.run.steps), tries=tries)
         while page := await self._read(functools.partial(read, after)):
             calls += [call for _, call in page]
             after = page[-1][0]
@@ -480,7 +488,8 @@ class Runner:
     async def _finish(self, active: StoredRun, end: Mapping[str, Any]) -> None:
         run = active.unsaved or active.run
         step = run.steps[-1] if active.unsaved is not None else None
-        run = replace(run, **end, completed_at=now(), progress=active.progress, spent=active.spent)
+        now_known = {"progress": active.progress, "spent": active.spent, "dropped": active.dropped}
+        run = replace(run, **end, **now_known, completed_at=now())
         try:
             await active.save(run, step)
         except OwnershipLost:

@@ -116,8 +116,9 @@ class RunContext:
         position: of the step in the run, from 0.
         call_id: of the call of the step that this agent executes; "" if the agent is that of the step.
         step_key: idempotency key of this step, ``run:{run_id}/{position}``, from 0. It stays the same if the step is
-            repeated after a crash, and changes with each retry. Send it as ``Idempotency-Key`` to paid services. If a
-            step makes several calls, append a suffix of your own to each. Model agents do this.
+            repeated after a crash or in a retry, unless that executes all calls again. Send it as ``Idempotency-Key``
+            to paid services. If a step makes several calls, append a suffix of your own to each.
+        model_key: the same for calls of models. It changes with each retry, since a provider may repeat its answer.
         is_item: whether the run is an item of a batch.
         cancel_requested: True after cancellation of the run was requested. A synchronous function should check it
             regularly, and return or raise. An async function is cancelled at its next await, so it need not check.
@@ -148,6 +149,7 @@ class RunContext:
         #: the progress that the agents of the step have reported last
         self._reported: list[Progress] = []
         self.step_key = self._root_key = run.step_key(len(run.steps))
+        self.model_key = self._root_model_key = run.model_key(len(run.steps))
         self._cancel_requested: list[bool] = []
         self._on_progress = on_progress
         self._on_usage = on_usage
@@ -173,6 +175,7 @@ class RunContext:
         context.agent_name = agent_name
         context.step_key = self.idempotency_key
         context.call_id = CURRENT_CALL.get()
+        context.model_key = f"{self._root_model_key}/{context.call_id}"
         context._output_names = output_names
         context._began_in = msgspec.UNSET
         return context

@@ -48,7 +48,8 @@ from flock.scopes import Clock, set_deadline
 from flock.steps.callees import Callees
 from flock.steps.journal import Journal
 from flock.steps.live import LiveOutput
-from flock.steps.outcomes import CANCELLED, Outcome, failure_of, queue_timeout, timeout_of
+from flock.steps.outcomes import CANCELLED, Outcome, failure_of, queue_timeout, timeout_of, with_hint
+from flock.steps.retries import dropped_calls, kept_calls
 from flock.steps.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_all_nowait
 from flock.steps.threads import Threads
 
@@ -96,6 +97,7 @@ class ActiveRun:
         progress: the latest progress that an agent has reported.
         live: what its agents write; None while it is not kept.
         spent: see ``Run``; including what is not written yet.
+        dropped: see ``Run``; including the calls of a step that has failed now.
         budget: what it may cost, or its batch; None if there is no ``max_cost``.
     """
 
@@ -124,6 +126,7 @@ class ActiveRun:
         self.is_stopped = False
         self.progress = run.progress
         self.spent = run.usage
+        self.dropped = run.dropped
 
     def note_progress(self, progress: Progress | None) -> None:
         """Record progress. It may be called from any thread."""
@@ -179,7 +182,14 @@ class ActiveRun:
         """Called before each call. Returns when its result can be stored."""
 
     async def finished_calls(self) -> Sequence[Call]:
-        """Called if the next step may have run before. Returns its finished calls."""
+        """Called if the next step may have run before in this attempt. Returns its finished calls."""
+        return ()
+
+    async def earlier_calls(self, run: Run) -> Sequence[Call]:
+        """Called in a retry. Returns the finished calls of the next step of *run* in tries from its ``first_try`` on.
+
+        Those of the current one are left out.
+        """
         return ()
 
     async def keep_call(self, call: Call) -> None:
@@ -256,6 +266,8 @@ class StepExecutor:
             run = await active.begin()
             inputs = inputs_for(agent, run)
             active.started_at = active.started_at or now()
+            if agent.retry == "again":
+                run = replace(run, journal=None)
             is_start, spent_s = run.status is RunStatus.STARTING, run.worked_s
             if is_start:
                 started_at = run.started_at if run.worked_s else active.started_at
@@ -307,12 +319,17 @@ class StepExecutor:
 
     async def _journal(self, active: ActiveRun, run: Run, resources: Resources, *, is_again: bool) -> Journal:
         execute_callee = functools.partial(self._execute_callee, _batch_of(run), resources)
+        calls: list[Call] = []
+        if run.first_try < run.tries:
+            calls += kept_calls(await active.earlier_calls(run), run.dropped)
+        if is_again or active.has_calls:
+            calls += await active.finished_calls()
         elsewhere = () if self.is_at_most_once(run) else active.elsewhere  # it must not start a second time there
         callees = Callees(
             caller=run, agents=self.agents, max_steps=self.max_steps, execute=execute_callee, elsewhere=elsewhere
         )
         return Journal(
-            await active.finished_calls() if is_again or active.has_calls else (),
+            calls,
             save=functools.partial(self._keep_call, active),
             wait_for_store=active.wait_for_store,
             on_start=functools.partial(_call_started, active),
@@ -358,15 +375,20 @@ class StepExecutor:
         if active.live is not None:
             active.live.begin_step(context)
         reset = CURRENT_SLOT.set(slot)
+        failure: BaseException | None = None
         try:
             with journal.scope:
                 result = await execute_agent(agent, inputs, resources, context)
-        except Exception:
-            if not journal.is_suspended:
+        except BaseException as exc:
+            failure = exc
+            if not isinstance(exc, Exception) or not journal.is_suspended:
                 raise
         finally:
             CURRENT_SLOT.reset(reset)
             left = await journal.end(self.limits.grace_s, functools.partial(self._threads.are_awaited, active))
+            if failure is not None:
+                active.dropped = (*run.dropped, *dropped_calls(journal.failed, failure, journal.last_start))
+                failure = None  # it refers to this frame
             if left:
                 template = "run %s: %s ended, but %d of its calls still run: their tasks swallow their cancellation"
                 logger.warning(template, run.run_id, agent.name, left, extra=fields_of_run(run))
@@ -437,10 +459,14 @@ class StepExecutor:
         if active.cancel_requested:
             await self._threads.until_free(active, active.scope.deadline)
         if anyio.current_time() >= active.scope.deadline:
-            return timeout_of(active.timeout_s)
+            return self._with_hint(active.run, timeout_of(active.timeout_s))
         if active.cancel_requested:
             return CANCELLED
-        return failure_of(active.run, exc, expose_errors=self.expose_errors)
+        return self._with_hint(active.run, failure_of(active.run, exc, expose_errors=self.expose_errors))
+
+    def _with_hint(self, run: Run, outcome: Outcome) -> Outcome:
+        agent = self.find(run.next_agent_name)
+        return outcome if agent is None or agent.retry == "again" else with_hint(run, outcome)
 
     def find(self, name: str | None) -> Agent | None:
         """Return the agent with this name, or None."""

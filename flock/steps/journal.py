@@ -18,7 +18,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
 import anyio
@@ -58,6 +58,7 @@ MAX_EXPIRES_S = 10 * 365 * 86_400
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
 #: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
 CHECKPOINTS = 10
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Between the id of a call and that of a call that it makes.
 NESTED = "~"
 _LATE = "The call {!r} was made after its step had ended. Await it in the step."
@@ -92,6 +93,7 @@ class Journal:
         scope: the scope in which the step runs. It is cancelled to end the step.
         questions: the questions for which the step was ended.
         elsewhere: the agent for which it was ended, because only another process has it.
+        last_start: when the last call was started.
     """
 
     finished: InitVar[Iterable[Call]]
@@ -136,6 +138,8 @@ class Journal:
         self._unread: dict[str, Call] = {}
         self._bytes_left = max_total_bytes - sum(map(_bytes_of, checkpoints))
         self.kept = self._made = 0
+        self._failed: list[tuple[Call, BaseException | None]] = []
+        self.last_start = max((call.started_at for call in checkpoints), default=EPOCH)
         #: the numbers of calls that run or have finished, for each key
         self._numbers: defaultdict[str, set[int]] = defaultdict(set)
         #: what the functions of calls execute, by the parent, the label and the key of the call
@@ -176,6 +180,12 @@ class Journal:
     def not_repeated(self) -> Sequence[str]:
         """The ids of finished calls that this execution has not repeated."""
         return [call_id for call_id in (*self._finished, *self._once_to_repeat) if NESTED not in call_id]
+
+    @property
+    def failed(self) -> Sequence[tuple[Call, BaseException | None]]:
+        """The calls that have failed, each with the exception that this execution has seen, if it has seen one."""
+        unseen = [(call, None) for calls in self._finished.values() for call in calls if call.error is not None]
+        return [*self._failed, *unseen]
 
     @property
     def usage(self) -> Usage | None:
@@ -411,8 +421,11 @@ class Journal:
         if finished.error is None:
             return planned.decode(finished.result)
         if planned.on_error is not None and finished.raised is None:
+            self._failed.append((finished, None))
             return planned.on_error(finished.error)
-        raise exception_of(finished)
+        exc = exception_of(finished)
+        self._failed.append((finished, exc))
+        raise exc
 
     def _next_finished(self, call_id: str) -> Call | None:
         """Return the next call with this id that an earlier execution of the step has finished, or None."""
@@ -468,6 +481,7 @@ class Journal:
         """Execute a call, and store it."""
         await self.wait_for_store()
         started_at, task = now(), current_task()
+        self.last_start = max(self.last_start, started_at)
         cancelling = 0 if task is None else task.cancelling()
         if planned.at_most_once:
             await self._start(planned, started_at)
@@ -513,6 +527,8 @@ class Journal:
             completed_at=now(),
         )
         await self._store(call)
+        if failure is not None:
+            self._failed.append((call, failure))
         if planned.at_most_once:
             self._once[call.call_id] = call
         elif task is not None and task.cancelling() > cancelling and call.is_checkpoint and raised is None:

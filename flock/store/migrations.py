@@ -177,6 +177,12 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ["ALTER TABLE runs ADD COLUMN call_ids INTEGER NOT NULL DEFAULT 1"],
     # Calls that are executed at most once: "started" or "ended".
     ["ALTER TABLE calls ADD COLUMN once TEXT"],
+    # What a retry keeps of the calls of earlier attempts.
+    [
+        "ALTER TABLE runs ADD COLUMN journal INTEGER",
+        "ALTER TABLE runs ADD COLUMN dropped BLOB",
+        "ALTER TABLE runs ADD COLUMN earlier_error TEXT",
+    ],
 ]
 
 
