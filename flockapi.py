@@ -756,7 +756,8 @@ async def run_response(
     request: Request, run: Run, status_code: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     engine = app_of(request).engine
-    may_have_calls = any(step.call_count for step in run.steps) or (run.started_at and run.next_agent_name)
+    has_begun = run.started_at is not None or run.attempt > 1
+    may_have_calls = any(step.call_count for step in run.steps) or (has_begun and run.next_agent_name is not None)
     calls = await engine.get_calls(run) if may_have_calls else {}
     results = {at: await engine.shown_result(run, at) for at in (None, *range(len(run.steps)))}
     calls_at = {at: [wire.run_call(call) for call in made] for at, made in calls.items() if made}

@@ -501,7 +501,7 @@ async def test_calls_whose_history_was_deleted_are_not_executed_again_by_surpris
         run = await started(engine, "work_")
         await engine.cluster.delete(run_workflow_id(run.run_id, 1))
         with anyio.fail_after(PATIENCE_S):
-            while await engine._attempt(run.run_id, 1) is not None:
+            while await engine._attempt(run.run_id, 1) is not None:  # noqa: ASYNC110 - there is no event for it
                 await anyio.sleep(0.01)
         run_again = msgspec.structs.replace(run, attempt=2, journal=1, status=RunStatus.STARTING, error=None)
         await engine._start(engine._order(run_again))

@@ -164,15 +164,14 @@ class StoredRun(ActiveRun):
 
     async def finished_calls(self) -> Sequence[Call]:
         """Raises Unreadable."""
-        return await self._calls(self.run.tries, self.run.tries)
+        return await self._calls(self.run.tries)
 
     async def earlier_calls(self, run: Run) -> Sequence[Call]:
         """Raises Unreadable."""
-        return await self._calls(run.first_try, run.tries - 1)
+        return [call for tries in range(run.first_try, run.tries) for call in await self._calls(tries)]
 
-    async def _calls(self, first_try: int, last_try: int) -> Sequence[Call]:
+    async def _calls(self, tries: int) -> Sequence[Call]:
         calls, after, share = list[Call](), 0, FairShare()
-        tries = first_try, last_try
         read = functools.partial(self._runner.store.calls, self.run, len(self.run.steps), tries=tries)
         while page := await self._read(functools.partial(read, after)):
             calls += [call for _, call in page]

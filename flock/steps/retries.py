@@ -60,8 +60,11 @@ def _has_failed_in(call: Call, parent: Call) -> bool:
 
     If the step has run twice, that is not the same exception, but an equal one.
     """
-    is_equal = call.raised is not None and (call.error, call.raised) == (parent.error, parent.raised)
-    return is_equal and call.call_id.startswith(f"{parent.call_id}{NESTED}")
+    return (
+        call.raised is not None
+        and call.raised == parent.raised
+        and call.call_id.startswith(f"{parent.call_id}{NESTED}")
+    )
 
 
 def _named_by(exc: BaseException | None) -> Iterator[BaseException]:

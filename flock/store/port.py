@@ -288,12 +288,12 @@ class Store(Protocol):
         """Return a value that changes when the outline of a run changes. Reading it takes a few microseconds."""
 
     async def calls(
-        self, run: Run, position: int, after_row: int = 0, tries: tuple[int, int] | None = None
+        self, run: Run, position: int, after_row: int = 0, tries: int | None = None
     ) -> Sequence[tuple[int, Call]]:
         """Return a page of the finished calls of a step, with their rows. Raises StoreError.
 
         Args:
-            tries: the first and the last one whose calls are read; None means only the current one.
+            tries: those of the run when the calls were made; None means the current ones.
         """
 
     async def active_before(self, run: Run) -> str | None:

@@ -347,19 +347,17 @@ def earlier_runs(db: sqlite3.Connection, run: Run, limit: int, max_bytes: int) -
     return runs[::-1]
 
 
-def find_calls(
-    db: sqlite3.Connection, run: Run, position: int, after_row: int, tries: tuple[int, int]
-) -> list[tuple[int, Call]]:
+def find_calls(db: sqlite3.Connection, run: Run, position: int, after_row: int, tries: int) -> list[tuple[int, Call]]:
     """Return a page of the finished calls of a step, each with its row, in the order in which they finished.
 
     Args:
-        tries: the first and the last one whose calls are read.
+        tries: those of the run when the calls were made.
 
     Raises Damaged.
     """
     page, bytes_left = list[tuple[int, Call]](), PAGE_BYTES
     with _detecting_damage():
-        for row, *values in db.execute(statements.CALLS, (run.run_id, position, *tries, after_row)):
+        for row, *values in db.execute(statements.CALLS, (run.run_id, position, tries, after_row)):
             page.append((row, call := call_from(values)))
             bytes_left -= CALL_BYTES + len(call.result)
             if bytes_left < 0:

@@ -204,17 +204,17 @@ INSERT_CALL = f"""INSERT INTO calls (run_id, position, tries, {", ".join(CALL_TA
 DELETE_START = "DELETE FROM calls WHERE run_id = ? AND position = ? AND call_id = ? AND once = 'started'"
 #: The arguments are not read: only the id of a call is compared.
 CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, arguments="x'7b7d'")} FROM calls
-    WHERE run_id = ? AND position = ? AND tries BETWEEN ? AND ? AND rowid > ? ORDER BY rowid"""
+    WHERE run_id = ? AND position = ? AND tries = ? AND rowid > ? ORDER BY rowid"""
 #: The positions of the steps of a run that have made calls.
 POSITIONS = "SELECT DISTINCT position FROM calls WHERE run_id = ? ORDER BY position"
-#: NULL in place of long values.
+#: NULL in place of long values. The order is that of the rows, and that of the index.
 _SHORT = {name: f"CASE WHEN length({name}) <= ? THEN {name} END" for name in ("arguments", "result")}
 SHOWN_CALLS = f"""SELECT {_replaced(CALL_TABLE, **_SHORT)}
-    FROM calls WHERE run_id = ? AND position = ? ORDER BY rowid LIMIT ?"""
+    FROM calls WHERE run_id = ? AND position = ? ORDER BY tries, rowid LIMIT ?"""
 #: Some of them, without their arguments. A call has no number of its own: numbers are those of the rows of a step.
 NEXT_CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, **_SHORT | {"arguments": "NULL"})}
     FROM calls WHERE run_id = ? AND position = ? AND rowid > ? AND once IS NOT 'started'
-    ORDER BY rowid LIMIT ? OFFSET ?"""
+    ORDER BY tries, rowid LIMIT ? OFFSET ?"""
 DELETE_CALLS = "DELETE FROM calls WHERE run_id = ?"
 #: Whether an engine still owns a run, or the batch of an item, in an attempt.
 OWNS_RUN = """SELECT 1 FROM runs WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')

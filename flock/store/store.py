@@ -87,9 +87,9 @@ class SQLiteStore(Database, Store):
         return version
 
     async def calls(
-        self, run: Run, position: int, after_row: int = 0, tries: tuple[int, int] | None = None
+        self, run: Run, position: int, after_row: int = 0, tries: int | None = None
     ) -> Sequence[tuple[int, Call]]:
-        return self.read(lambda db: queries.find_calls(db, run, position, after_row, tries or (run.tries, run.tries)))
+        return self.read(lambda db: queries.find_calls(db, run, position, after_row, tries or run.tries))
 
     async def active_before(self, run: Run) -> str | None:
         values = (run.flock, run.session_id, run.principal, run.run_id)
