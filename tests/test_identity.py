@@ -266,6 +266,38 @@ async def test_a_step_that_an_earlier_version_has_begun_keeps_its_ids_and_keys(t
     assert keys == [f"run:{run.run_id}/0/{call_id}"] * 2
 
 
+@pytest.mark.anyio
+async def test_a_retry_keeps_the_calls_of_a_run_that_failed_in_an_earlier_version(tmp_path: Path) -> None:
+    flock, module, shipped = Flock(), program("shop"), list[str]()
+
+    async def ship(context: RunContext) -> str:
+        shipped.append(context.idempotency_key)
+        if len(shipped) == 1:
+            raise ConnectionError("not now")
+        return "shipped"
+
+    @flock.agent
+    async def pay(context: RunContext) -> str:
+        await context.call(module.charge, 5)
+        return str(await context.call(ship, call_name="x"))
+
+    store = tmp_path / "flock.db"
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr(base, "CALL_IDS", 1)
+        async with flock.engine(store=store) as engine:
+            with anyio.fail_after(PATIENCE_S):
+                run = await engine.wait((await engine.submit("pay", {})).run_id)
+    with sqlite3.connect(store) as db:  # as that version has left it: failed calls had no exception
+        undo(db, next(n for n, each in enumerate(MIGRATIONS) if "ADD COLUMN raised" in each[0]))
+    db.close()
+    async with flock.engine(store=store) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait((await engine.retry_run(run.run_id)).run_id)
+    assert (run.value, run.error) == ({"result": "shipped"}, None)
+    assert module.charged == [5]
+    assert shipped == [f"run:{run.run_id}/0/ship:x"] * 2
+
+
 def undo(db: sqlite3.Connection, version: int) -> None:
     """Undo the migrations after *version*, which only add columns."""
     for migration in reversed(MIGRATIONS[version:]):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, Conflict, DefinitionError, Uncertain
 from flock.runs import BatchOptions, Call, Engine, Run, RunContext, RunStatus, now
+from flock.runs.records import Raised
 from flock.steps.retries import dropped_calls, kept_calls, key_of
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
@@ -177,6 +179,27 @@ async def test_it_is_kept_if_the_deadline_cut_off_the_next_call(open_engine: Ope
     assert (run.value, run.error) == ({"result": "charged"}, None)
     assert work.counts == {"charge": 1}
     assert len(looked) == 2
+
+
+async def test_a_run_that_was_cancelled_while_it_waited_keeps_its_answers(open_engine: OpenEngine) -> None:
+    flock, work = Flock(), Work()
+
+    @flock.agent
+    async def work_(context: RunContext) -> list[Any]:
+        first = await context.ask("First?", str)
+        return [first, await context.call(work.do, "a", call_name="a"), await context.ask("Second?", str)]
+
+    async with open_engine(flock) as engine:
+        run = await engine.submit("work_", {})
+        run = await until_run(engine, run.run_id, lambda run: run.status is RunStatus.WAITING)
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b'"one"'))
+        await until_run(engine, run.run_id, lambda run: run.status is RunStatus.WAITING and bool(work.keys))
+        await engine.cancel_run(run.run_id)
+        run = await ended(engine, run)
+        assert run.status is RunStatus.CANCELLED
+        run = await answered(engine, await engine.retry_run(run.run_id), b'"two"')
+    assert (run.value, run.error) == ({"result": ["one", "a 1", "two"]}, None)
+    assert work.counts == {"a": 1}
 
 
 # What is executed again
@@ -578,3 +601,11 @@ def test_a_call_at_most_once_is_never_dropped() -> None:
     call, _ = failed("a", Uncertain("?"), once="ended")
     other, _ = failed("b", ValueError("?"))
     assert kept_calls([call, other], {key_of(call), key_of(other)}) == [call]
+
+
+def test_thousands_of_failed_calls_are_compared_quickly() -> None:
+    entries = [failed(f"p~{n}", ValueError(n), raised=Raised(module="m", name="E")) for n in range(5000)]
+    parent = failed("p", ValueError("p"), raised=Raised(module="m", name="E"))
+    began = time.process_time()
+    assert len(dropped([*entries, parent], parent[1], 9)) == 5001
+    assert time.process_time() - began < 5

@@ -40,7 +40,9 @@ def dropped_calls(
     """
     ends = set(map(id, _named_by(end)))
     dropped = [call for call, exc in failed if id(exc) in ends or not _has_gone_on(call, last_start)]
-    made = [call for call, _ in failed if any(_has_failed_in(call, parent) for parent in dropped)]
+    # If the step has run twice, the exception of a call is not that of the call that has made it, but an equal one.
+    raised = {call.call_id: call.raised for call in dropped if call.raised is not None}
+    made = [call for call, _ in failed if call.raised in [raised[id_] for id_ in _parents_of(call) if id_ in raised]]
     return list(dict.fromkeys(map(key_of, (*dropped, *made))))
 
 
@@ -55,16 +57,11 @@ def _has_gone_on(call: Call, last_start: datetime) -> bool:
     return last_start > call.completed_at
 
 
-def _has_failed_in(call: Call, parent: Call) -> bool:
-    """Whether *parent* has raised what *call*, which it has made, has raised.
-
-    If the step has run twice, that is not the same exception, but an equal one.
-    """
-    return (
-        call.raised is not None
-        and call.raised == parent.raised
-        and call.call_id.startswith(f"{parent.call_id}{NESTED}")
-    )
+def _parents_of(call: Call) -> Iterator[str]:
+    """Yield the ids of the calls in which *call* was made."""
+    call_id = call.call_id
+    while call_id := call_id.rpartition(NESTED)[0]:
+        yield call_id
 
 
 def _named_by(exc: BaseException | None) -> Iterator[BaseException]:
