@@ -343,6 +343,25 @@ async def test_a_retry_of_all_calls_has_new_keys(open_engine: OpenEngine) -> Non
     assert [call.call_id for call in calls] == ["do:a", "do:b", "do:a", "do:b", "do:b"], "all attempts are shown"
 
 
+@pytest.mark.parametrize("calls", ["keep", "again"])
+async def test_the_events_of_a_retry_have_the_calls_of_all_attempts(calls: Any, open_engine: OpenEngine) -> None:
+    flock, work = Flock(), Work(b=1)
+
+    @flock.agent
+    async def work_(context: RunContext) -> list[str]:
+        return [await context.call(work.do, name, call_name=name) for name in "ab"]
+
+    async with open_engine(flock) as engine:
+        run = await retried(engine, await started(engine, "work_"), calls=calls)
+        assert run.status is RunStatus.COMPLETED
+        with anyio.fail_after(PATIENCE_S):
+            events = [event async for event in engine.events(run.run_id) if event is not None]
+    made = [event.data["call_id"] for event in events if event.name == "call.completed"]
+    assert made == (["do:a", "do:b", "do:b"] if calls == "keep" else ["do:a", "do:b", "do:a", "do:b"])
+    ids = [event.id for event in events if event.id is not None]
+    assert ids == sorted(set(ids))
+
+
 async def test_the_error_of_a_second_equal_failure_says_how_to_begin_anew(open_engine: OpenEngine) -> None:
     flock, work = Flock(), Work()
 

@@ -109,7 +109,8 @@ MAY_HAVE_SUSPECTS = """SELECT 1 FROM runs INDEXED BY runs_that_died
 #: The parameter is whether the retry executes all calls again.
 REOPENED = """status = 'starting', attempt = attempt + 1, result = NULL, error = NULL, error_type = NULL,
     started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0, waiting_for = NULL, worked_s = 0,
-    deaths = 0, journal = iif(?, NULL, ifnull(journal, attempt - recoveries)), earlier_error = error"""
+    deaths = 0, journal = CASE WHEN ? THEN NULL ELSE ifnull(journal, attempt - recoveries) END,
+    earlier_error = error"""
 REOPEN_RUN = f"""UPDATE runs SET {REOPENED}, owner = ?, is_async = 1,
     rowid = CASE WHEN session_id IS NULL THEN rowid ELSE (SELECT max(rowid) + 1 FROM runs) END
     WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"""
