@@ -528,7 +528,8 @@ async def cancel_run(request: Request) -> Response:
 async def retry_run(request: Request) -> Response:
     """POST /run/{run_id}/retry"""
     retry, engine = wire.RUN_RETRY.decode(await read_json(request, is_optional=True)), await engine_of(request)
-    return await run_response(request, await engine.retry_run(request.path_params["run_id"], retry.max_cost), 202)
+    run = await engine.retry_run(request.path_params["run_id"], retry.max_cost, calls=retry.calls)
+    return await run_response(request, run, 202)
 
 
 async def answer_call(request: Request) -> Response:
@@ -679,7 +680,8 @@ async def retry_batch(request: Request) -> Response:
     """POST /batch/{batch_id}/retry"""
     retry = wire.BATCH_RETRY.decode(await read_json(request, is_optional=True))
     only = () if retry.only is None else (RunStatus(retry.only),)
-    batch = await (await engine_of(request)).retry_batch(request.path_params["batch_id"], only, retry.max_cost)
+    engine, batch_id = await engine_of(request), request.path_params["batch_id"]
+    batch = await engine.retry_batch(batch_id, only, retry.max_cost, calls=retry.calls)
     return batch_response(request, batch, [], 202)
 
 
@@ -754,7 +756,8 @@ async def run_response(
     request: Request, run: Run, status_code: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     engine = app_of(request).engine
-    may_have_calls = any(step.call_count for step in run.steps) or (run.started_at and run.next_agent_name)
+    has_begun = run.started_at is not None or run.attempt > 1
+    may_have_calls = any(step.call_count for step in run.steps) or (has_begun and run.next_agent_name is not None)
     calls = await engine.get_calls(run) if may_have_calls else {}
     results = {at: await engine.shown_result(run, at) for at in (None, *range(len(run.steps)))}
     calls_at = {at: [wire.run_call(call) for call in made] for at, made in calls.items() if made}

@@ -37,7 +37,7 @@ from flock.models.prices import Price, merged
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
-from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, Row
+from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, RetriedCalls, Row
 from flock.scopes import current_task
 from flock.steps.progress import follow_batch
 from flock.store.database import Durability
@@ -344,6 +344,7 @@ class FlockFactory:
         max_concurrency: int | None = None,
         on_interrupt: OnInterrupt = "retry",
         on_change: OnChange = "stop",
+        retry: RetriedCalls = "keep",
     ) -> ModelAgent:
         """Create an agent that calls a language model.
 
@@ -353,7 +354,7 @@ class FlockFactory:
             types: additional types, by name, that the strings may use.
             model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
                 max_tokens, max_retries, timeout_s: see ``ModelAgent``.
-            next_agent, max_concurrency, on_interrupt, on_change: see ``Agent``.
+            next_agent, max_concurrency, on_interrupt, on_change, retry: see ``Agent``.
 
         Raises:
             SignatureError: a signature is invalid.
@@ -381,6 +382,7 @@ class FlockFactory:
             max_concurrency=max_concurrency,
             on_interrupt=on_interrupt,
             on_change=on_change,
+            retry=retry,
         )
 
 

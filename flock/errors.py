@@ -28,6 +28,7 @@
     └── StepError                fails the run; its text is sent to the client
         ├── AgentError           raised by an agent's own code
         ├── CallError            a call cannot be made, or its result cannot be stored
+        │   └── Uncertain        a call that may be executed only once was started, and its end is not recorded
         ├── InvalidOutput        the result does not match the output signature
         ├── InvalidHandoff       the next agent does not exist, or its inputs are missing
         ├── Unstorable           a record has a value that the store cannot write
@@ -65,7 +66,7 @@ CUT = "… (cut)"
 #: Each ``error_type`` that is not an agent's own; docs/errors.md has its cause, and what helps.
 ERROR_TYPES: frozenset[str] = frozenset(
     """
-    agent_error agent_exception call_error invalid_output invalid_handoff invalid_input result_too_large
+    agent_error agent_exception call_error uncertain invalid_output invalid_handoff invalid_input result_too_large
     too_many_steps too_many_tokens cost_limit timeout queue_timeout expired cancelled interrupted crashed
     changed_program unstorable unreadable payload_lost model_not_configured model_authentication model_not_found
     model_bad_request model_context_length model_content_filter model_refusal model_rate_limited model_quota
@@ -304,6 +305,12 @@ class CallError(StepError):
     """A call of a step cannot be made, or its result cannot be stored. The message names the call."""
 
     error_type = "call_error"
+
+
+class Uncertain(CallError):
+    """A call that may be executed only once was started, and nobody knows how it ended; see ``call_once``."""
+
+    error_type = "uncertain"
 
 
 class InvalidOutput(StepError):

@@ -69,6 +69,10 @@ FAILURES = {
         "a call of a step cannot be made, or its result cannot be JSON",
         "the message names the call; see [Workflows](workflows.md#work-that-is-done-once)",
     ),
+    "uncertain": (
+        "a call with `call_once=True` was started, and its end is not recorded",
+        'find out whether it was done; `{"calls": "again"}` in the body of `POST …/retry` executes it again',
+    ),
     "invalid_output": (
         "a result, or a model's answer after all repairs, does not match the output signature",
         "simplify the signature, use `Literal`, or show the model `examples=`",

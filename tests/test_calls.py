@@ -179,7 +179,7 @@ async def test_a_gathered_call_that_exits_is_a_call_error() -> None:
     assert {call.error for call in stored} == {*caught}
 
 
-async def test_a_retry_begins_with_an_empty_journal(tmp_path: Path) -> None:
+async def test_a_retry_of_all_calls_begins_with_an_empty_journal(tmp_path: Path) -> None:
     flock, executed = Flock(), []
 
     async def look() -> int:
@@ -196,7 +196,7 @@ async def test_a_retry_begins_with_an_empty_journal(tmp_path: Path) -> None:
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         run = await ended(engine, "work")
         assert (run.status, run.error) == (RunStatus.FAILED, "not yet")
-        await engine.retry_run(run.run_id)
+        await engine.retry_run(run.run_id, calls="again")
         assert result_of(await engine.wait(run.run_id)) == 2
 
 
@@ -829,9 +829,9 @@ async def test_a_long_journal_is_read_in_pages(tmp_path: Path, monkeypatch: pyte
         run = await ended(engine, "work")
         find_calls = engine.store.calls
 
-        def read(*args: Any) -> Any:
+        def read(*args: Any, **options: Any) -> Any:
             pages.append(turns)
-            return find_calls(*args)
+            return find_calls(*args, **options)
 
         monkeypatch.setattr(engine.store, "calls", read)
         async with anyio.create_task_group() as tasks:

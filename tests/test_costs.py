@@ -554,9 +554,9 @@ async def test_a_run_whose_parallel_calls_are_refused_fails_with_cost_limit(open
         run_id = (await engine.submit("all", {"count": 20, "catches": False}, max_cost=2)).run_id
         run = await finish(engine, run_id)
         assert (run.status, run.error_type, len(model.requests)) == (RunStatus.FAILED, "cost_limit", 2)
-        await engine.retry_run(run_id, max_cost=30)
+        await engine.retry_run(run_id, max_cost=30)  # it keeps the two answers
         run = await finish(engine, run_id)
-    assert (run.status, run.usage and run.usage.cost, len(model.requests)) == (RunStatus.COMPLETED, 22, 22)
+    assert (run.status, run.usage and run.usage.cost, len(model.requests)) == (RunStatus.COMPLETED, 20, 20)
 
 
 async def test_calls_that_the_limit_allows_run_at_the_same_time(open_engine: OpenEngine) -> None:
@@ -702,7 +702,7 @@ async def test_what_a_run_spent_before_a_question_counts_after_the_answer(
         assert (run.status, run.error_type) == (RunStatus.FAILED, "cost_limit"), run.error
         assert run.usage == usage_of_gpt_4o(10, 5)
         model.replies = [Reply({"length": 1}), Reply({"length": 2})]
-        await engine.retry_run(run_id, max_cost=1)
+        await engine.retry_run(run_id, max_cost=1, calls="again")
         run = await waiting(engine, run_id)
         assert run.usage == usage_of_gpt_4o(20, 10)
         await engine.answer_call(run_id, run.waiting_for[0].call_id, json_of(False))
@@ -739,7 +739,7 @@ async def test_an_item_that_waits_is_counted_once(open_engine: OpenEngine, model
             (RunStatus.FAILED, usage_of_gpt_4o(10, 5)),
         ]
         model.replies = [Reply({"length": 1})]
-        await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED])
+        await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED], calls="again")
         (item,) = await items_waiting(engine, batch.batch_id, 1)
         assert item.usage == usage_of_gpt_4o(20, 10)
         await until_usage(engine, batch.batch_id, usage_of_gpt_4o(50, 25))
@@ -780,7 +780,7 @@ async def test_items_that_wait_are_cancelled_when_max_cost_is_spent(open_engine:
             (RunStatus.CANCELLED, "cost_limit"): 3,
         }
         model.replies = [Reply({"length": 1})] * 3
-        await engine.retry_batch(batch.batch_id, max_cost=1)
+        await engine.retry_batch(batch.batch_id, max_cost=1, calls="again")
         (item,) = await items_waiting(engine, batch.batch_id, 1)
         await engine.answer_call(item.run_id, item.waiting_for[0].call_id, json_of(True))
         batch = await ended(engine, batch)

@@ -178,14 +178,15 @@ async def test_the_usage_of_models_is_stored(open_engine: OpenEngine, model: Fak
 
 
 async def test_each_step_of_each_attempt_has_its_own_key(open_engine: OpenEngine, model: FakeModel) -> None:
-    """Model calls send it and functions can read it. A retry has another key, because it needs a new answer."""
-    flock, keys = sample_flock(), []
+    """Model calls send it and functions can read it. A retry has another key for models: it needs a new answer."""
+    flock, keys, model_keys = sample_flock(), [], []
     flock.agents["text_analyzer"].next_agent = "note"
 
     @flock.agent(output="text: str", next_agent=lambda result: "text_analyzer" if len(keys) == 1 else None)
     def note(context: RunContext, sentiment: str = "") -> dict[str, str]:
         keys.append(context.step_key)
-        if len(keys) == 2:
+        model_keys.append(context.model_key)
+        if len(keys) in (2, 3):
             raise AgentError("not yet")
         return {"text": "so"}
 
@@ -195,11 +196,15 @@ async def test_each_step_of_each_attempt_has_its_own_key(open_engine: OpenEngine
         assert (run.status, len(run.steps)) == (RunStatus.FAILED, 2)
         await engine.retry_run(run.run_id)
         with anyio.fail_after(PATIENCE_S):
+            assert (await engine.wait(run.run_id)).status is RunStatus.FAILED
+        await engine.retry_run(run.run_id, calls="again")
+        with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
     id_ = f"run:{run.run_id}"
     sent = [request.headers["idempotency-key"].removesuffix("/stream") for request in model.requests]
     assert sent == [f"{id_}/1", f"{id_}/1/2"]
-    assert keys == [f"{id_}/0", f"{id_}/2", f"{id_}:2/2"]
+    assert keys == [f"{id_}/0", f"{id_}/2", f"{id_}/2", f"{id_}:3/2"]
+    assert model_keys == [f"{id_}/0", f"{id_}/2", f"{id_}:2/2", f"{id_}:3/2"]
 
 
 # How agents fail

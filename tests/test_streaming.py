@@ -633,9 +633,9 @@ async def test_the_calls_of_a_step_are_read_once(writer: Writer, monkeypatch: py
     async with writer.flock.engine(store="flock.db", durability="process") as engine:
         rows, next_calls = list[int](), engine.store.next_calls
 
-        def count(run_id: str, position: int, tries: int | None, number: int, after_row: int) -> Any:
+        def count(run_id: str, position: int, number: int, after_row: int) -> Any:
             rows.append(number)
-            return next_calls(run_id, position, tries, number, after_row)
+            return next_calls(run_id, position, number, after_row)
 
         monkeypatch.setattr(engine.store, "next_calls", count)
         run = await engine.submit("many", {"count": 200})

@@ -66,6 +66,7 @@ from flock.errors import (
     TooManySteps,
     TooManyTokens,
     Unauthenticated,
+    Uncertain,
     Unreadable,
     Unstorable,
     WrongHost,
@@ -107,6 +108,7 @@ from flock.runs import (
     Queue,
     QueueLimits,
     Raised,
+    RetriedCalls,
     Row,
     Run,
     RunContext,
@@ -218,6 +220,9 @@ async def measure_once(text: str, context: RunContext) -> int:
         length: int = await context.call(len, text, name="length", keep="result")
         found: dict[str, Any] = await context.run_agent("measure", {"text": text})
         assert found
+        await context.call(len, text, call_once=True)
+    except Uncertain:
+        return -1
     except CallError as error:
         raise AgentError(context.idempotency_key) from error
     return length
@@ -248,7 +253,7 @@ def name_of(call: Call) -> str:
     return call.call_id if call.error is None else call.name
 
 
-@agent(name="other", next_agent="measure", max_concurrency=2, on_interrupt="fail")
+@agent(name="other", next_agent="measure", max_concurrency=2, on_interrupt="fail", retry="again")
 async def shout(text: str) -> str:
     return text.upper()
 
@@ -365,7 +370,9 @@ async def batches(engine: Engine, items: Items, on_invalid: OnInvalid) -> None:
         assert_type(event, Event | None)
     await engine.get_items(batch.batch_id, statuses=["failed", "cancelled"])
     await engine.list_batches(BatchFilter(status="running"))
-    await engine.retry_batch(batch.batch_id, only=["failed"])
+    kept: RetriedCalls = "keep"
+    await engine.retry_batch(batch.batch_id, only=["failed"], calls=kept)
+    await engine.retry_run("1", calls="again")
     for found in await engine.list_batches(BatchFilter(status=RunStatus.RUNNING)):
         assert_type(await engine.cancel_batch(found.batch_id), Batch)
         assert_type(await engine.retry_batch(found.batch_id, [RunStatus.CANCELLED]), Batch)
@@ -507,6 +514,7 @@ ERRORS: tuple[type[FlockError], ...] = (
         InvalidHandoff,
         TooManySteps,
         TooManyTokens,
+        Uncertain,
         CostLimit,
         QueueTimeout,
         Interrupted,

@@ -11,7 +11,7 @@ import json
 import re
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import msgspec
 
@@ -39,7 +39,7 @@ from flock.models.pieces import Joiner
 from flock.models.requests import Request
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import RunContext
+from flock.runs import RetriedCalls, RunContext
 from flock.scopes import closing_scopes, move_on_after_working
 
 __all__ = [
@@ -127,6 +127,9 @@ class Agent:
         on_change: what happens if a step of this agent runs again, and makes another call than before where it had
             made one, because the program was changed. "stop" fails the run as "changed_program" before that call.
             "continue" executes it; the log names what was not repeated.
+        retry: what a retry of a run does with the calls that a step of this agent has made. "keep" executes only those
+            again that failed. "again" executes all of them again; use it for a workflow that undoes its work if it
+            fails.
 
     Raises:
         DefinitionError: the name is invalid, or ``next_agent`` is a mapping that does not match the output signature.
@@ -146,10 +149,13 @@ class Agent:
         max_concurrency: int | None = None,
         on_interrupt: OnInterrupt = "retry",
         on_change: OnChange = "stop",
+        retry: RetriedCalls = "keep",
     ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise DefinitionError(f"{name!r} is not a valid agent name. Use letters, digits, '_', '-' and '.'.")
         _check_text(description, f"description= of {name!r}")
+        if retry not in get_args(RetriedCalls):
+            raise DefinitionError(f"retry= of {name!r} must be 'keep' or 'again', not {retry!r}.")
         self.name = name
         self.description = description
         self.input = input
@@ -159,6 +165,7 @@ class Agent:
         self.max_concurrency = max_concurrency
         self.on_interrupt = on_interrupt
         self.on_change = on_change
+        self.retry = retry
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -625,6 +632,7 @@ class AgentOptions(TypedDict, total=False):
     max_concurrency: int | None
     on_interrupt: OnInterrupt
     on_change: OnChange
+    retry: RetriedCalls
 
 
 @overload
@@ -646,7 +654,7 @@ def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         output: the output signature, if not the return annotation. Use it for functions that return a plain dict:
             ``output="sentiment: str, keywords: list[str]"``.
         types: additional types, by name, for the string in ``output``.
-        next_agent, max_concurrency, on_interrupt, on_change: see ``Agent``.
+        next_agent, max_concurrency, on_interrupt, on_change, retry: see ``Agent``.
 
     Raises:
         SignatureError: a parameter has no type, or its type cannot be read from JSON.

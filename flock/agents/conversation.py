@@ -78,7 +78,7 @@ class Conversation(msgspec.Struct, kw_only=True):
                 messages=self.messages,
                 tools=self.toolbox.offered,
                 # Each call needs its own key, or a provider would return the invalid answer again.
-                idempotency_key=step_key if number == 1 else f"{step_key}/{number}",
+                idempotency_key=key if number == 1 else f"{key}/{number}",
                 listener=self.listen() if context.is_watched else None,
                 on_unfinished=context.spend,
             )
@@ -98,7 +98,7 @@ class Conversation(msgspec.Struct, kw_only=True):
                 return True
             return not is_last and self._result_of(reply.text)[0] is None
 
-        step_key = context.step_key
+        key = context.model_key
         reply: Completion = await context.journal.once(
             re.sub(r"[^A-Za-z0-9_.-]", "_", model),
             str(number),

@@ -44,6 +44,8 @@ class Tool:
         needs_approval: whether a person must allow each call first; or a plain function that decides. It receives the
             arguments by name, without the context, and runs in the event loop. The run waits as for ``RunContext.ask``.
             The person can allow the call, deny it with a reason, which the model reads, or change the arguments.
+        once: whether a call is never executed a second time; see ``call_once`` of ``RunContext.call``. If nobody knows
+            how it ended, the step raises Uncertain, which the model does not read.
 
     Raises:
         DefinitionError: it is not a function, or its name is invalid, or the function for *needs_approval* is async.
@@ -53,6 +55,7 @@ class Tool:
     #: whether the schema is one of ours, which a provider can enforce
     may_be_strict = True
     needs_approval: bool | Callable[..., bool] = False
+    once = False
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class Tool:
         name: str | None = None,
         description: str | None = None,
         needs_approval: bool | Callable[..., bool] = False,
+        once: bool = False,
     ) -> None:
         if not callable(function) or inspect.isclass(function):
             raise DefinitionError(f"{function!r} is not a tool. Pass a typed function, an agent, or mcp_tools(…).")
@@ -79,6 +83,7 @@ class Tool:
         self.parameters = Signature.of_parameters(function)
         self.function = function
         self.needs_approval = needs_approval
+        self.once = once
         self._context_parameter = context_parameter(function)
 
     def __repr__(self) -> str:
@@ -246,6 +251,7 @@ class Toolbox(msgspec.Struct):
             arguments=msgspec.Raw(raw),
             decode=msgspec.json.decode,
             on_error=lambda error: f"Error: {one_line(error)}",
+            at_most_once=tool.once,
         )
         return changed + (value if isinstance(value, str) else msgspec.json.encode(value).decode())
 

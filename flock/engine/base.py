@@ -61,6 +61,7 @@ from flock.runs import (
     valid_traceparent,
 )
 from flock.runs.events import EVENTS_PER_STEP, events_after
+from flock.runs.records import CALL_IDS
 from flock.steps.live import LiveReader
 from flock.steps.refusals import not_accepting, not_deleted
 
@@ -73,6 +74,13 @@ KEEP_KEYS_FOR = timedelta(hours=24)
 
 
 Calls = Mapping[int, Sequence[Call]]
+
+
+def ended_calls(run: Run, calls: Calls) -> Calls:
+    """Return the *calls* of *run* that have ended, and if it does not run, those whose end is not recorded."""
+    if not run.status.is_active:
+        return calls
+    return {position: [call for call in made if not call.is_start] for position, made in calls.items()}
 
 
 class RunReader:
@@ -294,6 +302,7 @@ class EngineBase(Engine):
             owner=self._owner,
             session_id=session_id,
             max_cost=max_cost,
+            call_ids=CALL_IDS,
         )
         with self._watch_until_read(run.run_id) if watch else contextlib.nullcontext():
             await self._accept(run, key, Context() if is_async else copy_context())

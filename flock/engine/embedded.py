@@ -30,7 +30,7 @@ from flock.agents.checks import tool_sources
 from flock.agents.mcp import listing_tools
 from flock.agents.program import Program
 from flock.engine import relay
-from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader
+from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader, ended_calls
 from flock.engine.batches import Batches
 from flock.engine.intake import Intake
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, counted
@@ -58,6 +58,7 @@ from flock.runs import (
     Observer,
     Page,
     Queue,
+    RetriedCalls,
     Run,
     RunFilter,
     RunStatus,
@@ -380,7 +381,7 @@ class EmbeddedEngine(EngineBase):
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         self._check_entered()
-        return await self.store.shown_calls(run.run_id)
+        return ended_calls(run, await self.store.shown_calls(run.run_id))
 
     async def _check_visible(self, run_id: str, run: Run | None) -> Run:
         """Return *run* if clients may see it. Raises RunNotFound."""
@@ -459,7 +460,7 @@ class EmbeddedEngine(EngineBase):
         if run is not None and run.batch_id is None and run.run_id not in self._runner.active:
             self._start(run)
 
-    async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
+    async def retry_run(self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep") -> Run:
         self._check_running()
         run = await self.get_outline(run_id)
         self._check_has_agent(run.agent_name)
@@ -470,8 +471,10 @@ class EmbeddedEngine(EngineBase):
                 if (full := self._full(run.principal)) is not None:
                     raise full
                 with self._counting_inputs(run.principal, await self.store.input_bytes(run_id)):
-                    reopened = await self.store.reopen(run, self._engine_id, self._limits.queue, self._start, max_cost)
-            elif await self.store.batches.reopen_item(run, self._engine_id, self._batches.start, max_cost):
+                    reopened = await self.store.reopen(
+                        run, self._engine_id, self._limits.queue, self._start, max_cost, calls
+                    )
+            elif await self.store.batches.reopen_item(run, self._engine_id, self._batches.start, max_cost, calls):
                 reopened = await self.get_outline(run_id)
         if reopened is None:
             batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
@@ -808,14 +811,16 @@ class EmbeddedEngine(EngineBase):
         check_cancel(batch)
         return batch
 
-    async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
+    async def retry_batch(
+        self, batch_id: str, only: Statuses = (), max_cost: float | None = None, *, calls: RetriedCalls = "keep"
+    ) -> Batch:
         self._check_running()
         agent_name = (await self.get_batch(batch_id)).agent_name
         self._check_has_agent(agent_name)
         self._check_prices(agent_name, max_cost)
         statuses = self._retried(only)
         reopened = await self.store.batches.reopen(
-            batch_id, self._engine_id, statuses, self._limits.max_open_items, self._batches.start, max_cost
+            batch_id, self._engine_id, statuses, self._limits.max_open_items, self._batches.start, max_cost, calls
         )
         if reopened is None:
             raise not_retried(await self.get_batch(batch_id), statuses)
@@ -869,11 +874,10 @@ class _StoreReader(RunReader):
             self._step, self._first, self._page = (run.attempt, position), 0, ()
         at = number - self._first
         if not 0 <= at < len(self._page):
-            tries = run.tries if position == len(run.steps) else None
             after, skipped = 0, number
             if self._page and at == len(self._page):
                 after, skipped = self._page[-1][0], 0  # the next one is found at once
-            found = await self._engine.store.next_calls(run.run_id, position, tries, skipped, after)
+            found = await self._engine.store.next_calls(run.run_id, position, skipped, after)
             if not found:
                 return None
             self._first, self._page, at = number, found, 0

@@ -12,6 +12,7 @@ from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as
 from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.rows.tables import RowMapping
 from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Row, Run, RunStatus, new_id
+from flock.runs.records import CALL_IDS
 from flock.steps.outcomes import Outcome
 
 #: How many items are written or read at once, and about how many bytes of inputs are written at once.
@@ -108,6 +109,7 @@ class Intake:
             is_async=True,
             timeout_s=batch.options.timeout_s,
             extra=extra,
+            call_ids=CALL_IDS,
             **end,
         )
         self.page.append(item)

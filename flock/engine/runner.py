@@ -169,8 +169,15 @@ class StoredRun(ActiveRun):
 
     async def finished_calls(self) -> Sequence[Call]:
         """Raises Unreadable."""
+        return await self._calls(self.run.tries)
+
+    async def earlier_calls(self, run: Run) -> Sequence[Call]:
+        """Raises Unreadable."""
+        return [call for tries in range(run.first_try, run.tries) for call in await self._calls(tries)]
+
+    async def _calls(self, tries: int) -> Sequence[Call]:
         calls, after, share = list[Call](), 0, FairShare()
-        read = functools.partial(self._runner.store.calls, self.run, len(self.run.steps))
+        read = functools.partial(self._runner.store.calls, self.run, len(self.run.steps), tries=tries)
         while page := await self._read(functools.partial(read, after)):
             calls += [call for _, call in page]
             after = page[-1][0]
@@ -485,7 +492,8 @@ class Runner:
     async def _finish(self, active: StoredRun, end: Mapping[str, Any]) -> None:
         run = active.unsaved or active.run
         step = run.steps[-1] if active.unsaved is not None else None
-        run = replace(run, **end, completed_at=now(), progress=active.progress, spent=active.spent)
+        now_known = {"progress": active.progress, "spent": active.spent, "dropped": active.dropped}
+        run = replace(run, **end, **now_known, completed_at=now())
         try:
             await active.save(run, step)
         except OwnershipLost:

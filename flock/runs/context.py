@@ -29,6 +29,7 @@ class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
     keep: Literal["all", "result"] = "all"
     timeout_s: float | None = None
     retries: int = 0
+    once: bool = False
 
 
 class StepJournal(Protocol):
@@ -60,6 +61,7 @@ class StepJournal(Protocol):
         decode: Callable[[msgspec.Raw], Any],
         should_keep: Callable[[Any], bool] | None = None,
         on_error: Callable[[str], Any] | None = None,
+        at_most_once: bool = False,
     ) -> Coroutine[Any, Any, Any]: ...
 
     def run_agent(
@@ -114,8 +116,9 @@ class RunContext:
         position: of the step in the run, from 0.
         call_id: of the call of the step that this agent executes; "" if the agent is that of the step.
         step_key: idempotency key of this step, ``run:{run_id}/{position}``, from 0. It stays the same if the step is
-            repeated after a crash, and changes with each retry. Send it as ``Idempotency-Key`` to paid services. If a
-            step makes several calls, append a suffix of your own to each. Model agents do this.
+            repeated after a crash or in a retry, unless that executes all calls again. Send it as ``Idempotency-Key``
+            to paid services. If a step makes several calls, append a suffix of your own to each.
+        model_key: the same for calls of models. It changes with each retry, since a provider may repeat its answer.
         is_item: whether the run is an item of a batch.
         cancel_requested: True after cancellation of the run was requested. A synchronous function should check it
             regularly, and return or raise. An async function is cancelled at its next await, so it need not check.
@@ -146,6 +149,7 @@ class RunContext:
         #: the progress that the agents of the step have reported last
         self._reported: list[Progress] = []
         self.step_key = self._root_key = run.step_key(len(run.steps))
+        self.model_key = self._root_model_key = run.model_key(len(run.steps))
         self._cancel_requested: list[bool] = []
         self._on_progress = on_progress
         self._on_usage = on_usage
@@ -171,6 +175,7 @@ class RunContext:
         context.agent_name = agent_name
         context.step_key = self.idempotency_key
         context.call_id = CURRENT_CALL.get()
+        context.model_key = f"{self._root_model_key}/{context.call_id}"
         context._output_names = output_names
         context._began_in = msgspec.UNSET
         return context
@@ -240,6 +245,7 @@ class RunContext:
         call_keep: Literal["all", "result"] = "all",
         call_timeout_s: float | None = None,
         call_retries: int = 0,
+        call_once: bool = False,
         **kwargs: Any,
     ) -> Coroutine[Any, Any, Any]:
         """Execute a function once, and store its result.
@@ -249,8 +255,9 @@ class RunContext:
         Calls may be made at the same time.
 
         Args:
-            function: async, or sync, which runs in a worker thread. It is identified by its name and its arguments. A
-                parameter annotated with ``RunContext`` receives this context.
+            function: async, or sync, which runs in a worker thread. It is identified by its name, without its module,
+                and its arguments, as their types read them. A parameter annotated with ``RunContext`` receives this
+                context.
             call_name: identifies the call instead of its arguments. Equal calls are numbered in their order. ``name=``
                 and ``keep=`` mean the same as ``call_name=`` and ``call_keep=`` if the function has no such parameter.
             call_keep: "result" does not store the arguments. Use it if they are long or secret.
@@ -258,18 +265,25 @@ class RunContext:
                 TimeoutError. A function in a thread is waited for, and its result counts even if it is late.
             call_retries: how many more times to execute the function if it raises. The pauses grow from half a second
                 to eight seconds. All tries have the same ``idempotency_key``.
+            call_once: never execute the function a second time. Its start is stored before it is executed. If it was
+                started and its end is not stored, because the process died or it was cancelled, the call raises
+                Uncertain. If it has raised, it raises the same whenever it is made. Only a retry with
+                ``{"calls": "again"}`` executes it again.
 
         Returns: the result, as its return type reads it from JSON. Without a return type, it is plain JSON values.
 
         Raises:
-            CallError: the agent is not async; the arguments or the result cannot be JSON; or the result does not match
-                the return type.
+            CallError: the agent is not async; the arguments or the result cannot be JSON; the result does not match the
+                return type; or another function has the same name and its call the same id.
+            Uncertain: it was started before with ``call_once``, and its end is not known.
             Exception: what the function raises. If the step runs again, an equal exception, or a CallError with its
                 text if none can be made from JSON.
 
         Cancellation: a call that has not finished is not stored. A synchronous function is waited for.
         """
-        options = CallOptions(name=call_name, keep=call_keep, timeout_s=call_timeout_s, retries=call_retries)
+        options = CallOptions(
+            name=call_name, keep=call_keep, timeout_s=call_timeout_s, retries=call_retries, once=call_once
+        )
         return self.journal.call(self, function, args, kwargs, options)
 
     def run_agent(self, name: str, inputs: Mapping[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:

@@ -21,6 +21,7 @@ from flock.runs.records import (
     LongJSON,
     OnInvalid,
     Page,
+    RetriedCalls,
     Run,
     RunFilter,
     RunStatus,
@@ -250,8 +251,9 @@ class Engine(Protocol):
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         """Return the calls of *run* that have ended, by the position of their step, oldest first.
 
+        If the run does not run now, they include calls that may be executed only once and whose end is not recorded.
         Of long arguments and results only ``NOT_LOADED`` is returned, and at most ``MAX_SHOWN_CALLS`` calls of a run.
-        If a step was retried, its calls are those of the last retry.
+        They are those of all attempts.
         """
 
     async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
@@ -288,13 +290,16 @@ class Engine(Protocol):
             EngineStopped, StoreError.
         """
 
-    async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
+    async def retry_run(self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep") -> Run:
         """Start the next attempt of a failed or cancelled run after its last committed step.
 
         Retrying an item starts the next attempt of its batch, which must have ended too.
 
         Args:
             max_cost: replaces that of the run, or of the batch of an item. Earlier attempts count too.
+            calls: "keep" keeps what the calls of the failed step have returned, the answers of people, the idempotency
+                keys, and failures after which the step has made other calls. It executes again what the step has
+                failed with. "again" executes all calls again, with new keys.
 
         Raises: RunNotFound, Conflict, EngineFull, EngineStopped.
         """
@@ -363,12 +368,15 @@ class Engine(Protocol):
     async def cancel_batch(self, batch_id: str) -> Batch:
         """Cancel a batch, like ``cancel_run``: no more items start, and running items are cancelled."""
 
-    async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
+    async def retry_batch(
+        self, batch_id: str, only: Statuses = (), max_cost: float | None = None, *, calls: RetriedCalls = "keep"
+    ) -> Batch:
         """Start the next attempt of the failed and cancelled items of a final batch.
 
         Args:
             only: retry only items with these statuses.
             max_cost: replaces that of the batch. Earlier attempts count too.
+            calls: see ``retry_run``.
 
         Raises: DefinitionError if a status is unknown; BatchNotFound; Conflict if it is not final, or has no such item;
             EngineFull, EngineStopped.

@@ -48,6 +48,7 @@ __all__ = [
     "Progress",
     "Question",
     "Raised",
+    "RetriedCalls",
     "Row",
     "Run",
     "RunFilter",
@@ -129,11 +130,18 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: datetime
 
 
+#: ``Run.call_ids`` of new runs.
+CALL_IDS = 2
+
 #: In place of None, since msgspec cannot decode a union of Raw and None.
 JSON_NULL = msgspec.Raw(b"null")
 
 #: What a call executes.
 CallKind = Literal["function", "model", "tool", "agent", "question"]
+
+
+#: Whether a retry keeps the calls that have returned, or executes all calls again.
+RetriedCalls = Literal["keep", "again"]
 
 
 class Raised(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,6 +207,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         usage: the tokens that it used, including those of the calls that it made.
         model: the model that answered last, even in a call that it made; None if it has asked none.
         place: None for an answer, and if an earlier version has stored it.
+        once: "started" or "ended" if it is executed at most once. A started one has no end, so its ``completed_at`` is
+            that of its start.
     """
 
     call_id: str
@@ -212,6 +222,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     model: str | None = None
     place: Place | None = None
+    once: str | None = None
     started_at: datetime
     completed_at: datetime
 
@@ -221,9 +232,15 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         return self.place is not None and self.place.is_cancelled
 
     @property
+    def is_start(self) -> bool:
+        """Whether it is only the start of a call that is executed at most once."""
+        return self.once == "started"
+
+    @property
     def is_checkpoint(self) -> bool:
         """Whether it is not executed again if its step runs again. The model has read the error of a tool."""
-        return self.error is None or self.kind == "tool" or self.raised is not None or self.is_cancelled
+        is_known = self.raised is not None or self.once is not None or self.is_cancelled
+        return self.error is None or self.kind == "tool" or is_known
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -307,6 +324,10 @@ class Run(_Record, frozen=True, kw_only=True):
         worked_s: seconds of ``timeout_s`` that the attempt had spent when it last began to wait; 0 if it never did.
         spent: the tokens of all its attempts, including failed steps; None if there were none.
         max_cost: US dollars that it may spend in all its attempts; None means no limit.
+        call_ids: how the ids of its calls are made: ``CALL_IDS``, or 1 if an earlier version has accepted the run.
+        journal: see ``first_try``; None if no retry has kept calls since.
+        dropped: the keys of the failed calls that a retry executes again; see ``flock.steps.retries``.
+        earlier_error: the error of the attempt before.
     """
 
     run_id: str
@@ -327,6 +348,10 @@ class Run(_Record, frozen=True, kw_only=True):
     session_id: str | None = None
     spent: Usage | None = None
     max_cost: float | None = None
+    call_ids: int = 1
+    journal: int | None = None
+    dropped: tuple[str, ...] = ()
+    earlier_error: str | None = None
 
     @property
     def value(self) -> Any:
@@ -396,13 +421,24 @@ class Run(_Record, frozen=True, kw_only=True):
         """The number of attempts without recoveries: 1, and one more for each retry."""
         return self.attempt - self.recoveries
 
+    @property
+    def first_try(self) -> int:
+        """The first of the tries whose calls count now. A retry keeps the calls of earlier ones, or begins anew."""
+        return self.journal or self.tries
+
     def step_key(self, position: int) -> str:
         """Return the idempotency key of the step at *position*, from 0: ``run:{run_id}/{position}``.
 
-        It stays the same if the step is repeated after a crash, even by another process. A retry is expected to give
-        a new answer, so the key changes to ``run:{run_id}:2/{position}``, and so on.
+        It stays the same if the step is repeated after a crash, even by another process, and in a retry that keeps its
+        calls. A retry that executes all calls again changes it to ``run:{run_id}:2/{position}``, and so on.
         """
-        tries = self.tries
+        return self._key(self.first_try, position)
+
+    def model_key(self, position: int) -> str:
+        """Return the key of the step for its models. Each retry is expected to give a new answer, so it changes."""
+        return self._key(self.tries, position)
+
+    def _key(self, tries: int, position: int) -> str:
         return f"run:{self.run_id}/{position}" if tries == 1 else f"run:{self.run_id}:{tries}/{position}"
 
 
@@ -455,7 +491,8 @@ class Batch(_Record, frozen=True, kw_only=True):
 
     Attributes:
         attempt: number of the current attempt, from 1. A retry starts the next one.
-        reopening: statuses of the items that a retry still has to reopen, separated by commas.
+        reopening: statuses of the items that a retry still has to reopen, separated by commas; and last "again", if it
+            executes all their calls again.
         resumed_at, resumed_with: when an engine last started working on it, and how many items had ended before that.
         extra_names: the names in ``Run.extra`` of all its items, in order of first appearance.
         owner: the engine that is working on it; only this engine may write the batch and its items.

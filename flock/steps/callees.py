@@ -13,7 +13,8 @@ from flock.agents.handoff import inputs_for, next_agent
 from flock.errors import CallError, InvalidData, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext, Step, now
-from flock.steps.journal import DIGEST_CHARS, Journal, check_in_loop, depth_of_current_call
+from flock.steps.identity import DIGEST_CHARS
+from flock.steps.journal import Journal, check_in_loop, depth_of_current_call
 
 #: Executes an agent, with its inputs and the context of its caller, and returns its result.
 Execute = Callable[[Agent, msgspec.Raw, RunContext], Awaitable[msgspec.Raw]]

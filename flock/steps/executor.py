@@ -49,7 +49,8 @@ from flock.scopes import Clock, set_deadline
 from flock.steps.callees import Callees
 from flock.steps.journal import Journal
 from flock.steps.live import LiveOutput
-from flock.steps.outcomes import CANCELLED, Outcome, failure_of, queue_timeout, timeout_of
+from flock.steps.outcomes import CANCELLED, Outcome, failure_of, queue_timeout, timeout_of, with_hint
+from flock.steps.retries import dropped_calls, kept_calls
 from flock.steps.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_all_nowait
 from flock.steps.threads import Threads
 
@@ -97,6 +98,7 @@ class ActiveRun:
         progress: the latest progress that an agent has reported.
         live: what its agents write; None while it is not kept.
         spent: see ``Run``; including what is not written yet.
+        dropped: see ``Run``; including the calls of a step that has failed now.
         budget: what it may cost, or its batch; None if there is no ``max_cost``.
     """
 
@@ -125,6 +127,7 @@ class ActiveRun:
         self.is_stopped = False
         self.progress = run.progress
         self.spent = run.usage
+        self.dropped = run.dropped
 
     def note_progress(self, progress: Progress | None) -> None:
         """Record progress. It may be called from any thread."""
@@ -185,11 +188,21 @@ class ActiveRun:
         """Called before each call. Returns when its result can be stored."""
 
     async def finished_calls(self) -> Sequence[Call]:
-        """Called if the next step may have run before. Returns its finished calls."""
+        """Called if the next step may have run before in this attempt. Returns its finished calls."""
+        return ()
+
+    async def earlier_calls(self, run: Run) -> Sequence[Call]:
+        """Called in a retry. Returns the finished calls of the next step of *run* in tries from its ``first_try`` on.
+
+        Those of the current one are left out.
+        """
         return ()
 
     async def keep_call(self, call: Call) -> None:
-        """Called with each finished call. On return it is stored."""
+        """Called with each finished call, and with the start of one that is executed at most once.
+
+        On return it is stored. Raises Uncertain if another process has started the same call.
+        """
 
     async def earlier_runs(self, limit: int) -> Sequence[Run]:
         """Return the last *limit* completed runs of its session and agent, oldest first, or fewer if they are long."""
@@ -259,6 +272,8 @@ class StepExecutor:
             run = await active.begin()
             inputs = inputs_for(agent, run)
             active.started_at = active.started_at or now()
+            if agent.retry == "again":
+                run = replace(run, journal=None)
             is_start, spent_s = run.status is RunStatus.STARTING, run.worked_s
             if is_start:
                 started_at = run.started_at if run.worked_s else active.started_at
@@ -312,12 +327,17 @@ class StepExecutor:
         self, active: ActiveRun, run: Run, agent: Agent, resources: Resources, *, is_again: bool
     ) -> Journal:
         execute_callee = functools.partial(self._execute_callee, _batch_of(run), resources)
+        calls: list[Call] = []
+        if run.first_try < run.tries:
+            calls += kept_calls(await active.earlier_calls(run), run.dropped)
+        if is_again or active.has_calls:
+            calls += await active.finished_calls()
         elsewhere = () if self.is_at_most_once(run) else active.elsewhere  # it must not start a second time there
         callees = Callees(
             caller=run, agents=self.agents, max_steps=self.max_steps, execute=execute_callee, elsewhere=elsewhere
         )
         return Journal(
-            await active.finished_calls() if is_again or active.has_calls else (),
+            calls,
             save=functools.partial(self._keep_call, active),
             wait_for_store=active.wait_for_store,
             on_start=functools.partial(_call_started, active),
@@ -331,7 +351,8 @@ class StepExecutor:
             clock=Clock(active.scope),
             is_cut_off=lambda: active.is_cut_off,
             replay_grace_s=self.limits.replay_grace_s,
-            stops_on_change=agent.on_change == "stop",
+            stops_on_change=agent.on_change == "stop" and run.first_try == run.tries,
+            call_ids=run.call_ids,
             answer=self.answer,
         )
 
@@ -365,15 +386,21 @@ class StepExecutor:
         if active.live is not None:
             active.live.begin_step(context)
         reset = CURRENT_SLOT.set(slot)
+        failure: BaseException | None = None
         try:
             with journal.scope:
                 result = await execute_agent(agent, inputs, resources, context)
-        except (Exception, asyncio.CancelledError):  # a TaskGroup of Python 3.11 may leave a cancellation behind
-            if not journal.is_suspended or active.is_cut_off:
+        except BaseException as exc:  # a TaskGroup of Python 3.11 may leave a cancellation behind
+            failure = exc
+            is_ours = isinstance(exc, (Exception, asyncio.CancelledError)) and journal.is_suspended
+            if not is_ours or active.is_cut_off:
                 raise
         finally:
             CURRENT_SLOT.reset(reset)
             left = await journal.end(self.limits.grace_s, functools.partial(self._threads.are_awaited, active))
+            if failure is not None:
+                active.dropped = (*run.dropped, *dropped_calls(journal.failed, failure, journal.last_start))
+                failure = None  # it refers to this frame
             if left:
                 template = "run %s: %s ended, but %d of its calls still run: their tasks swallow their cancellation"
                 logger.warning(template, run.run_id, agent.name, left, extra=fields_of_run(run))
@@ -432,6 +459,8 @@ class StepExecutor:
         except OwnershipLost:
             active.scope.cancel()
             raise
+        if call.is_start:
+            return
         if active.live is not None and active.context is not None:
             active.live.end_call(active.context.position, call.call_id)
             active.live.note_news()
@@ -448,10 +477,14 @@ class StepExecutor:
         if active.cancel_requested:
             await self._threads.until_free(active, active.scope.deadline)
         if anyio.current_time() >= active.scope.deadline:
-            return timeout_of(active.timeout_s)
+            return self._with_hint(active.run, timeout_of(active.timeout_s))
         if active.cancel_requested:
             return CANCELLED
-        return failure_of(active.run, exc, expose_errors=self.expose_errors)
+        return self._with_hint(active.run, failure_of(active.run, exc, expose_errors=self.expose_errors))
+
+    def _with_hint(self, run: Run, outcome: Outcome) -> Outcome:
+        agent = self.find(run.next_agent_name)
+        return outcome if agent is None or agent.retry == "again" else with_hint(run, outcome)
 
     def find(self, name: str | None) -> Agent | None:
         """Return the agent with this name, or None."""

@@ -19,7 +19,7 @@ import re
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
 import anyio
@@ -29,8 +29,8 @@ from msgspec.structs import replace
 
 from flock.agents.questions import ASK, question_json, schema_of
 from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
-from flock.errors import CallError, SignatureError, cut
-from flock.pydanticmodel import from_json, to_json, to_json_and_back
+from flock.errors import CallError, SignatureError, Uncertain, cut
+from flock.pydanticmodel import from_json, to_json_and_back
 from flock.runs import (
     JSON_NULL,
     Answer,
@@ -43,7 +43,9 @@ from flock.runs import (
     safe_text,
 )
 from flock.runs.context import CURRENT_CALL, CallOptions
+from flock.runs.records import CALL_IDS
 from flock.scopes import Clock, Signal, clocks_stopped, current_task, move_on_after_working
+from flock.steps.identity import DIGEST_CHARS, code_of, digest_of, json_of
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
 from flock.steps.replay import NESTED, Entry, Replay, callers
@@ -52,13 +54,13 @@ logger = logging.getLogger("flock.runs")
 
 #: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-DIGEST_CHARS = 16
 #: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
 CHECKPOINTS = 10
 #: How long a question may be open, in seconds: ten years.
 MAX_EXPIRES_S = 10 * 365 * 86_400
 #: The pause before a call is tried again, in seconds. It doubles with each try.
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LATE = "The call {!r} was made after its step had ended. Await it in the step."
 
 
@@ -85,6 +87,7 @@ class Journal:
         is_cut_off: whether the run is being stopped, or its deadline has passed. What then ends has no entry.
         replay_grace_s: how long a call that does not start again holds up the others, in seconds.
         stops_on_change: end the step before a call that replaces another one, because the program was changed.
+        call_ids: see ``Run``.
         answer: answers the step's questions at once. Without it, the step ends if nothing but answers is missing.
 
     Attributes:
@@ -94,6 +97,7 @@ class Journal:
         questions: the questions for which the step was ended.
         elsewhere: the agent for which it was ended, because only another process has it.
         change: how the program was changed, for which it was ended.
+        last_start: when the last call was started.
     """
 
     finished: InitVar[Iterable[Call]]
@@ -112,6 +116,7 @@ class Journal:
     is_cut_off: Callable[[], bool]
     replay_grace_s: InitVar[float]
     stops_on_change: bool = True
+    call_ids: int = CALL_IDS
     answer: Answer | None = None
 
     def __post_init__(self, finished: Iterable[Call], max_total_bytes: float, replay_grace_s: float) -> None:
@@ -126,11 +131,20 @@ class Journal:
         #: a call has ended
         self._changed = Signal()
         checkpoints = [call for call in finished if call.is_checkpoint]
-        self._replay = Replay(checkpoints, replay_grace_s)
+        self._replay = Replay([call for call in checkpoints if not call.is_start], replay_grace_s)
+        #: those that are executed at most once, by their id: their start, or their end if it is stored
+        self._once: dict[str, Call] = {}
+        for call in checkpoints:
+            if call.once is not None and (call.call_id not in self._once or self._once[call.call_id].is_start):
+                self._once[call.call_id] = call
         self._bytes_left = max_total_bytes - sum(map(_bytes_of, checkpoints))
         self.kept = self._made = 0
+        self._failed: list[tuple[Call, BaseException | None]] = []
+        self.last_start = max((call.started_at for call in checkpoints), default=EPOCH)
         #: the numbers of calls that run or have finished, for each key
         self._numbers: defaultdict[str, set[int]] = defaultdict(set)
+        #: what the functions of calls execute, by the parent, the label and the key of the call
+        self._codes: dict[tuple[str, str, str], object] = {}
         self._is_closed = self._is_over = False
         self._save_error: BaseException | None = None
         #: the tokens used in each unfinished call, by its id; those of the step outside of calls are under ""
@@ -167,7 +181,12 @@ class Journal:
     @property
     def not_repeated(self) -> Sequence[str]:
         """The ids of finished calls that this execution has not repeated."""
-        return [call_id for call_id in self._replay.not_repeated if NESTED not in call_id]
+        return [call.call_id for call in self._replay.not_repeated if NESTED not in call.call_id]
+
+    @property
+    def failed(self) -> Sequence[tuple[Call, BaseException | None]]:
+        """The calls that have failed, each with the exception that this execution has seen, if it has seen one."""
+        return [*self._failed, *((call, None) for call in self._replay.not_repeated if call.error is not None)]
 
     @property
     def usage(self) -> Usage | None:
@@ -199,14 +218,29 @@ class Journal:
         options, kwargs = _options(label, function, kwargs, options)
         args, kwargs = _with_context(context, function, args, kwargs)
         arguments = _arguments(label, function, args, kwargs, options.name)
-        key = options.name or _digest(label, function, arguments)
+        hints = _hints(label, function)
+        key = options.name or digest_of(label, function, arguments, hints, version=self.call_ids)
+        self._check_code(label, key, function)
         return self.once(
             label,
             key,
             functools.partial(self._try, label, functools.partial(self._execute, function, args, kwargs), options),
             arguments=arguments if options.keep == "all" else JSON_NULL,
-            decode=functools.partial(_decode, label, _result_type(label, function)),
+            decode=functools.partial(_decode, label, hints.get("return", Any)),
+            at_most_once=options.once,
         )
+
+    def _check_code(self, label: str, key: str, function: Callable[..., Any]) -> None:
+        """Raise CallError if another function has a call with the same id. Earlier versions told modules apart."""
+        if self.call_ids == 1:
+            return
+        code = code_of(function)
+        known = self._codes.setdefault((CURRENT_CALL.get(), label, key), code)
+        if known is not code and known != code:
+            raise CallError(
+                f"Two functions are called {label!r}, and calls of both cannot be told apart. Rename one of them, or "
+                "pass another call_name= to each call."
+            )
 
     def run_agent(
         self, context: RunContext, name: str, inputs: Mapping[str, Any]
@@ -227,6 +261,7 @@ class Journal:
         """See ``RunContext.ask``. *about* is what the question is about, as a JSON object."""
         check_in_loop(context)
         _check_name(ASK, name)
+        self.check_may_wait("ask")
         if expires_s is not None and not 0 < expires_s <= MAX_EXPIRES_S:
             raise CallError(f"expires_s must be above 0 and at most {MAX_EXPIRES_S} seconds, not {expires_s}.")
         schema, text = schema_of(type_), safe_text(question)
@@ -256,8 +291,19 @@ class Journal:
 
     async def wait_elsewhere(self, agent_name: str) -> NoReturn:
         """End the step as a question does, because the step calls an agent that only another process has."""
+        self.check_may_wait(f"call {agent_name!r}, which only another process has")
         key = f"{CURRENT_CALL.get()}{NESTED}{agent_name}"
         await self._suspend(f"{key}:{self._take_number(agent_name, key)}", agent_name)
+
+    def check_may_wait(self, what: str) -> None:
+        """Raise CallError in a call that is executed at most once: its step may end for *what*, and then run again."""
+        current = CURRENT_CALL.get()
+        for call_id in (current, *callers(current)):
+            if call_id in self._open and call_id in self._once:
+                raise CallError(
+                    f"The call {self._once[call_id].name!r} is executed at most once (call_once, once=True), so it "
+                    f"cannot {what}. Do that before the call, in the step."
+                )
 
     @property
     def is_suspended(self) -> bool:
@@ -297,6 +343,7 @@ class Journal:
         should_keep: Callable[[Any], bool] | None = None,
         on_error: Callable[[str], Any] | None = None,
         then: Callable[[Any], Awaitable[Any]] | None = None,
+        at_most_once: bool = False,
     ) -> Coroutine[Any, Any, Any]:
         """Return the result of a call from the journal, or execute it and store its result.
 
@@ -309,6 +356,7 @@ class Journal:
             on_error: makes the result of a call of a tool that raised, from what clients may see of the error. Such a
                 call has finished, so it is not executed again.
             then: is awaited with the result after the call. Its result is returned.
+            at_most_once: see ``call_once`` of ``RunContext.call``.
         """
         self._check_size(label, "arguments", arguments)
         key = f"{label}:{key}"
@@ -325,6 +373,7 @@ class Journal:
             decode=decode,
             should_keep=should_keep,
             on_error=on_error,
+            at_most_once=at_most_once,
         )
 
         async def run() -> Any:
@@ -367,22 +416,78 @@ class Journal:
             await anyio.lowlevel.checkpoint()  # raises if the step was ended for a question
             raise Refused(_LATE.format(planned.label))
         entry = self._replay.begin(planned.call_id)
-        if (stored := entry.stored) is None:
+        if entry.stored is not None:
+            return await self._repeated(planned, entry, entry.stored, task)
+        if (once := self._once.get(planned.call_id)) is None:
             return await self._make(planned, entry, task)
+        if once.is_start:
+            return self._end_of(planned, await self._uncertain(planned, once, entry, task))
+        self._replay.forget(entry)
+        return self._end_of(planned, once)
+
+    async def _repeated(self, planned: "_Planned", entry: Entry, stored: Call, task: "asyncio.Task[Any] | None") -> Any:
+        """Let a call end as in an earlier execution of the step."""
         self.kept += not entry.is_late
         self._add_usage(planned.parent, stored.usage, stored.model)
-        if stored.is_cancelled:
-            await self._replay.until_cancelled(entry)
-            if self.stops_on_change:
-                await self._stop(f"it does not cancel the call {planned.call_id!r} again")
-            entry.stored = None
-            return await self._make(planned, entry, task)
-        await self._deliver(stored, entry, task)
+        if not stored.is_cancelled:
+            await self._deliver(stored, entry, task)
+            return self._end_of(planned, stored)
+        self._failed.append((stored, None))
+        await self._replay.until_cancelled(entry)
+        if self.stops_on_change:
+            await self._stop(f"it does not cancel the call {planned.call_id!r} again")
+        entry.stored = None
+        return await self._make(planned, entry, task)
+
+    def _end_of(self, planned: "_Planned", stored: Call) -> Any:
+        """Return what a stored call has returned, or raise what it has raised."""
         if stored.error is None:
             return planned.decode(stored.result)
-        if planned.on_error is not None:
+        if planned.on_error is not None and stored.raised is None:
+            self._failed.append((stored, None))
             return planned.on_error(stored.error)
-        raise exception_of(stored)
+        exc = exception_of(stored)
+        self._failed.append((stored, exc))
+        raise exc
+
+    async def _start(self, planned: "_Planned", started_at: datetime, task: "asyncio.Task[Any] | None") -> None:
+        """Store the start of a call that is executed at most once."""
+        if self._is_closed:  # while the store was waited for
+            await anyio.lowlevel.checkpoint()
+            raise Refused(_LATE.format(planned.label))
+        start = Call(
+            call_id=planned.call_id,
+            name=planned.label,
+            kind=planned.kind,
+            arguments=planned.arguments,
+            error="Its end is not recorded.",
+            error_type=Uncertain.error_type,
+            once="started",
+            started_at=started_at,
+            completed_at=started_at,
+        )
+        await self._store(start, task)
+        self._once[planned.call_id] = start
+
+    async def _uncertain(
+        self, planned: "_Planned", start: Call, entry: Entry, task: "asyncio.Task[Any] | None"
+    ) -> Call:
+        """Store that nobody knows how a call has ended, so that it stays so even if its end comes late."""
+        exc = Uncertain(
+            f"The call {planned.label!r} was started at {start.started_at:%Y-%m-%d %H:%M:%S} UTC, and its end is not "
+            "recorded. It is executed at most once, so find out whether it was done. A retry with "
+            '{"calls": "again"} executes it again.'
+        )
+        ended = replace(
+            start,
+            arguments=planned.arguments,
+            once="ended",
+            error=str(exc),
+            error_type=exc.error_type,
+            raised=raised_by(planned.label, exc),
+            completed_at=now(),
+        )
+        return await self._store_end(ended, entry, task, 0 if task is None else task.cancelling())
 
     async def _make(self, planned: "_Planned", entry: Entry, task: "asyncio.Task[Any] | None") -> Any:
         """Execute a call, and store how it ended."""
@@ -392,6 +497,10 @@ class Journal:
                 await self._stop(f"it makes the call {planned.call_id!r} instead of {replaced.call_id!r}")
         await self.wait_for_store()
         started_at, cancelling = now(), 0 if task is None else task.cancelling()
+        self.last_start = max(self.last_start, started_at)
+        if planned.at_most_once:
+            await self._start(planned, started_at, task)
+            await _check_cancelled(task, cancelling)
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, failure, cancelled = JSON_NULL, None, None, None
         self.on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
@@ -416,9 +525,12 @@ class Journal:
         is_cancelled = cancelled is not None if task is None else task.cancelling() > cancelling
         error, error_type, raised = None, None, None
         if failure is not None:
+            if planned.at_most_once and self.is_cut_off():
+                raise failure
             result = JSON_NULL
             error, error_type = error_of(failure, f"The call {planned.label!r}", expose_errors=self.expose_errors)
-            if planned.on_error is None and not is_cancelled and not self.is_cut_off():
+            is_raised = planned.on_error is None or isinstance(failure, Uncertain)
+            if is_raised and not is_cancelled and not self.is_cut_off():
                 raised = raised_by(planned.label, failure)
         call = Call(
             call_id=planned.call_id,
@@ -431,6 +543,7 @@ class Journal:
             raised=raised,
             usage=usage,
             model=model,
+            once="ended" if planned.at_most_once else None,
             started_at=started_at,
             completed_at=now(),
         )
@@ -444,6 +557,17 @@ class Journal:
                 raise cancelled
             await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
             raise asyncio.CancelledError
+        if failure is not None:
+            self._failed.append((call, failure))
+        await self._store_end(call, entry, task, cancelling)
+        if failure is None:
+            return value
+        if planned.on_error is None or error is None or isinstance(failure, Uncertain):
+            raise failure
+        return planned.on_error(cut(error))
+
+    async def _store_end(self, call: Call, entry: Entry, task: "asyncio.Task[Any] | None", cancelling: int) -> Call:
+        """Store how a call has ended, and wait for its turn; see ``_deliver``. Returns it as it is stored."""
         call = replace(call, place=self._replay.end(entry))
         try:
             await self._store(call, task)
@@ -451,12 +575,10 @@ class Journal:
             self._replay.forget(entry)
             raise
         self.kept += 1
+        if call.once is not None:
+            self._once[call.call_id] = call
         await self._deliver(call, entry, task, cancelling)
-        if failure is None:
-            return value
-        if planned.on_error is None or error is None:
-            raise failure
-        return planned.on_error(cut(error))
+        return call
 
     async def _deliver(
         self, call: Call, entry: Entry, task: "asyncio.Task[Any] | None", cancelling: int | None = None
@@ -467,9 +589,8 @@ class Journal:
             cancelling: that of *task* when the call began.
         """
         try:
-            if task is not None and cancelling is not None and task.cancelling() > cancelling:
-                await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
-                raise asyncio.CancelledError
+            if cancelling is not None:
+                await _check_cancelled(task, cancelling)  # while it was saved, or its thread was running
             await self._replay.turn(entry, is_last=len(self._open) == 1)
         except anyio.get_cancelled_exc_class():
             self._replay.forget(entry)
@@ -489,9 +610,11 @@ class Journal:
             error=call.error or f"The program has cancelled the call {call.name!r}.",
             error_type=call.error_type or "cancelled",
             raised=None,
+            once=None,
             place=self._replay.end(entry, is_cancelled=True),
             completed_at=now(),
         )
+        self._failed.append((call, None))
         with contextlib.suppress(Exception):  # the next call raises it
             await self._store(call, task)
 
@@ -567,6 +690,8 @@ class Journal:
             return
         try:
             await self._save_whole(call, task)
+        except Uncertain:  # another process has started it too
+            raise
         except Exception as exc:
             self._save_error = exc
             raise
@@ -597,6 +722,14 @@ class _Planned(msgspec.Struct, frozen=True, kw_only=True):
     decode: Callable[[msgspec.Raw], Any]
     should_keep: Callable[[Any], bool] | None
     on_error: Callable[[str], Any] | None
+    at_most_once: bool
+
+
+async def _check_cancelled(task: asyncio.Task[Any] | None, cancelling: int) -> None:
+    """Raise CancelledError if *task* was cancelled more often than *cancelling* times."""
+    if task is not None and task.cancelling() > cancelling:
+        await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
+        raise asyncio.CancelledError
 
 
 def depth_of_current_call() -> int:
@@ -659,6 +792,8 @@ def _options(
         raise CallError(f"call_timeout_s of {label!r} must be above 0 seconds, not {options.timeout_s}.")
     if options.retries < 0:
         raise CallError(f"call_retries of {label!r} must be 0 or more, not {options.retries}.")
+    if options.retries and options.once:
+        raise CallError(f"{label!r} is executed at most once (call_once), so omit call_retries.")
     return options, kwargs
 
 
@@ -667,18 +802,6 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
         return inspect.signature(function).parameters
     except (TypeError, ValueError):  # a built-in without a signature
         return {}
-
-
-def _digest(label: str, function: Callable[..., Any], arguments: msgspec.Raw) -> str:
-    """Return what identifies a call: its function, what a partial or a method is bound to, and its arguments."""
-    bound: list[Any] = []
-    while isinstance(function, functools.partial):
-        bound += [function.args, function.keywords]
-        function = function.func
-    owner = getattr(function, "__self__", None)
-    bound_json = _json(label, "object or the bound arguments", [bound, None if inspect.ismodule(owner) else owner])
-    of = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    return hashlib.sha256(b"\0".join([of.encode(), bound_json, arguments])).hexdigest()[:DIGEST_CHARS]
 
 
 def _arguments(
@@ -692,26 +815,16 @@ def _arguments(
         given = {"args": args, "kwargs": kwargs}
     given = {key: value for key, value in given.items() if not isinstance(value, RunContext)}
     try:
-        return _json(label, "arguments", given)
+        return json_of(label, "arguments", given)
     except CallError:
         if name is None:
             raise
         return JSON_NULL
 
 
-def _json(label: str, part: str, value: Any) -> msgspec.Raw:
+def _hints(label: str, function: Callable[..., Any]) -> Mapping[str, Any]:
     try:
-        return msgspec.Raw(msgspec.json.encode(value, order="deterministic", enc_hook=to_json))
-    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
-        raise CallError(
-            f"The {part} of the call {label!r} cannot be converted to JSON: {exc}. Pass call_name= to identify the "
-            "call without them."
-        ) from exc
-
-
-def _result_type(label: str, function: Callable[..., Any]) -> Any:
-    try:
-        return hints_of_function(function).get("return", Any)
+        return hints_of_function(function)
     except (SignatureError, TypeError) as exc:
         raise CallError(f"The return type of the call {label!r} is unknown: {exc}.") from exc
 

@@ -38,6 +38,9 @@ DAMAGED = Outcome(RunStatus.FAILED, "The record of this run is damaged and canno
 #: A process may be killed by chance while it executes only one run, but not this often.
 DEATHS_ALONE = 2
 
+#: Appended to the error of a run whose retry has failed in the same way.
+AGAIN = ' The attempt before has failed in the same way. A retry with {"calls": "again"} executes all calls again.'
+
 #: ``error`` of a cancelled batch.
 BATCH_CANCELLED = "The batch was cancelled."
 
@@ -79,6 +82,16 @@ def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> O
         where = f"request {run.request_id}" if run.request_id else f"run {run.run_id}"
         error += f". The server's log has the details under {where}."
     return Outcome(RunStatus.FAILED, cut(error), error_type)
+
+
+def with_hint(run: Run, outcome: Outcome) -> Outcome:
+    """Return the *outcome* of an attempt of *run*. If it fails as the one before, its error says what else helps."""
+    has_kept = run.first_try < run.tries and run.earlier_error is not None
+    if outcome.status is RunStatus.FAILED and has_kept:
+        error = cut(outcome.error + AGAIN)
+        if run.earlier_error in (outcome.error, error):
+            return msgspec.structs.replace(outcome, error=error)
+    return outcome
 
 
 def error_of(exc: BaseException | None, subject: str, *, expose_errors: bool) -> tuple[str, str]:

@@ -142,9 +142,9 @@ class Replay:
         self._ends = dict.fromkeys(sorted(ends))
 
     @property
-    def not_repeated(self) -> Sequence[str]:
-        """The ids of the calls that have ended in an earlier execution, and have not started in this one."""
-        return [entry.call_id for ended in self._ended.values() for entry in ended]
+    def not_repeated(self) -> Sequence[Call]:
+        """The calls that have ended in an earlier execution, and have not started in this one."""
+        return [entry.stored for ended in self._ended.values() for entry in ended if entry.stored is not None]
 
     def begin(self, call_id: str) -> Entry:
         """A call starts."""

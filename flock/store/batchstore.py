@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from flock.errors import OwnershipLost, StoreError
-from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, Run, RunStatus, stub_of
+from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, RetriedCalls, Run, RunStatus, stub_of
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, DAMAGED, Outcome, end_of_batch
 from flock.steps.refusals import too_many_items
 from flock.store import queries, statements
@@ -207,14 +207,16 @@ class SQLiteBatchStore(BatchStore):
         return await self._db.change(apply)
 
     async def reopen_some(self, batch: Batch) -> Batch:
-        status, *remaining = map(RunStatus, (batch.reopening or "").split(","))
+        status, *remaining = (batch.reopening or "").split(",")
+        is_again = "again" in remaining
 
         def apply(db: sqlite3.Connection) -> None:
-            selection = (batch.batch_id, status.value, INVALID_INPUT, CHUNK_SIZE)
+            selection = (is_again, batch.batch_id, status, INVALID_INPUT, CHUNK_SIZE)
             changed = db.execute(statements.REOPEN_ITEMS, selection).rowcount
-            queries.count_ended(db, queries.Ended({(batch.batch_id, status): -changed}))
+            queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus(status)): -changed}))
             if changed < CHUNK_SIZE:
-                values = (",".join(remaining) or None, batch.batch_id)
+                left = None if remaining in ([], ["again"]) else ",".join(remaining)
+                values = (left, batch.batch_id)
                 db.execute(statements.SET_REOPENING, values)
 
         return await self._change_own(batch, apply)
@@ -250,6 +252,7 @@ class SQLiteBatchStore(BatchStore):
         max_open_items: int,
         then: Then[Batch | None],
         max_cost: float | None = None,
+        calls: RetriedCalls = "keep",
     ) -> Batch | None:
         def apply(db: sqlite3.Connection) -> Batch | None:
             queries.check_engine(db, owner)
@@ -268,21 +271,28 @@ class SQLiteBatchStore(BatchStore):
             if not statuses:
                 return None
             self._check_room(db, batch.flock, sum(counts[status] for status in statuses), max_open_items)
-            db.execute(statements.REOPEN_BATCH, (owner, ",".join(statuses), batch_id))
+            reopening = [*statuses, "again"] if calls == "again" else statuses
+            db.execute(statements.REOPEN_BATCH, (owner, ",".join(reopening), batch_id))
             _set_max_cost(db, batch, max_cost)
             return queries.find_batch(db, batch_id)
 
         return await self._db.change(apply, then)
 
     async def reopen_item(
-        self, run: Run, owner: str, then: Then[Batch | None], max_cost: float | None = None
+        self,
+        run: Run,
+        owner: str,
+        then: Then[Batch | None],
+        max_cost: float | None = None,
+        calls: RetriedCalls = "keep",
     ) -> Batch | None:
         def apply(db: sqlite3.Connection) -> Batch | None:
             batch = queries.find_batch(db, run.batch_id or "")
             queries.check_engine(db, owner)
             if batch is None or not batch.status.is_final:
                 return None
-            if not db.execute(statements.REOPEN_ITEM, (run.run_id, run.status.value, INVALID_INPUT)).rowcount:
+            values = (calls == "again", run.run_id, run.status.value, INVALID_INPUT)
+            if not db.execute(statements.REOPEN_ITEM, values).rowcount:
                 return None
             queries.count_ended(db, queries.Ended({(batch.batch_id, run.status): -1}))
             db.execute(statements.REOPEN_BATCH, (owner, None, batch.batch_id))

@@ -123,7 +123,7 @@ def _columns_of(record: type[msgspec.Struct]) -> Mapping[str, Column]:
         may_be_null = isinstance(field.type, UnionType)
         (value_type,) = set(get_args(field.type)) - {NoneType} if may_be_null else {field.type}
         column = COLUMNS[value_type]
-        if field.name in ("error", "error_type"):
+        if field.name in ("error", "error_type", "earlier_error"):
             column = column._replace(read=cut)  # an earlier version stored texts of any length
         if may_be_null:
             column = column._replace(types={*column.types, NoneType}, placeholder="NULL")
@@ -141,7 +141,7 @@ LONG_IN_CALLS = ("arguments", "result")
 #: The columns of ``batches``, before ``hidden``.
 BATCH_TABLE = _columns_of(Batch)
 #: The fields of a run that change while it is executed. Its last step is written with them.
-UPDATED = ("status", "result", "error", "error_type", "started_at", "completed_at", "progress", "spent")
+UPDATED = ("status", "result", "error", "error_type", "started_at", "completed_at", "progress", "spent", "dropped")
 
 #: The fields of a run that change when it begins to wait for answers, or gets one.
 SUSPENDED = ("waiting_for", "worked_s", "progress")

@@ -175,6 +175,16 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ["ALTER TABLE calls ADD COLUMN raised BLOB"],
     # In which order they started and ended. NULL for answers, and in older rows.
     ["ALTER TABLE calls ADD COLUMN place BLOB"],
+    # How the ids of calls are made: runs that are in the store already keep theirs.
+    ["ALTER TABLE runs ADD COLUMN call_ids INTEGER NOT NULL DEFAULT 1"],
+    # Calls that are executed at most once: "started" or "ended".
+    ["ALTER TABLE calls ADD COLUMN once TEXT"],
+    # What a retry keeps of the calls of earlier attempts.
+    [
+        "ALTER TABLE runs ADD COLUMN journal INTEGER",
+        "ALTER TABLE runs ADD COLUMN dropped BLOB",
+        "ALTER TABLE runs ADD COLUMN earlier_error TEXT",
+    ],
 ]
 
 

@@ -20,6 +20,7 @@ from flock.runs import (
     Page,
     Queue,
     QueueLimits,
+    RetriedCalls,
     Run,
     RunFilter,
     RunStatus,
@@ -162,17 +163,24 @@ class BatchStore(Protocol):
         max_open_items: int,
         then: Then[Batch | None],
         max_cost: float | None = None,
+        calls: RetriedCalls = "keep",
     ) -> Batch | None:
         """Open the next attempt of a final batch. Returns None if it is not final or has no items to retry.
 
         Args:
             max_cost: replaces that of the batch.
+            calls: see ``Engine.retry_run``.
 
         Raises EngineFull, EngineStopped.
         """
 
     async def reopen_item(
-        self, run: Run, owner: str, then: Then[Batch | None], max_cost: float | None = None
+        self,
+        run: Run,
+        owner: str,
+        then: Then[Batch | None],
+        max_cost: float | None = None,
+        calls: RetriedCalls = "keep",
     ) -> Batch | None:
         """Like ``reopen``, for one item that failed or was cancelled."""
 
@@ -279,8 +287,14 @@ class Store(Protocol):
     async def version(self, run_id: str) -> tuple[Any, ...] | None:
         """Return a value that changes when the outline of a run changes. Reading it takes a few microseconds."""
 
-    async def calls(self, run: Run, position: int, after_row: int = 0) -> Sequence[tuple[int, Call]]:
-        """Return a page of the finished calls of a step, with their rows. Raises StoreError."""
+    async def calls(
+        self, run: Run, position: int, after_row: int = 0, tries: int | None = None
+    ) -> Sequence[tuple[int, Call]]:
+        """Return a page of the finished calls of a step, with their rows. Raises StoreError.
+
+        Args:
+            tries: those of the run when the calls were made; None means the current ones.
+        """
 
     async def active_before(self, run: Run) -> str | None:
         """Return the id of the last run of its session that was accepted before *run* and has not ended, or None."""
@@ -335,12 +349,10 @@ class Store(Protocol):
     async def shown_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
         """Return the calls of a run for people to see; see ``Engine.get_calls``. Raises StoreError."""
 
-    async def next_calls(
-        self, run_id: str, position: int, tries: int | None, number: int, after_row: int
-    ) -> Sequence[tuple[int, Call]]:
+    async def next_calls(self, run_id: str, position: int, number: int, after_row: int) -> Sequence[tuple[int, Call]]:
         """Return a page of calls of a step for people to see, with their rows, from *number* after *after_row* on.
 
-        Their arguments are not read. *tries* are those of the run in which they were made; None means the last one.
+        Their arguments are not read.
         """
 
     async def save_call(self, run: Run, position: int, call: Call) -> None:
@@ -370,9 +382,15 @@ class Store(Protocol):
         """Request the owner of a run to cancel it. Returns False if the run is not active."""
 
     async def reopen(
-        self, run: Run, owner: str, limits: QueueLimits, then: Then[Run | None], max_cost: float | None = None
+        self,
+        run: Run,
+        owner: str,
+        limits: QueueLimits,
+        then: Then[Run | None],
+        max_cost: float | None = None,
+        calls: RetriedCalls = "keep",
     ) -> Run | None:
-        """Open the next attempt of *run*, with this *max_cost* if it is given.
+        """Open the next attempt of *run*, with this *max_cost* if it is given. *calls*: see ``Engine.retry_run``.
 
         Returns None if it neither failed nor was cancelled.
 

@@ -347,14 +347,17 @@ def earlier_runs(db: sqlite3.Connection, run: Run, limit: int, max_bytes: int) -
     return runs[::-1]
 
 
-def find_calls(db: sqlite3.Connection, run: Run, position: int, after_row: int) -> list[tuple[int, Call]]:
+def find_calls(db: sqlite3.Connection, run: Run, position: int, after_row: int, tries: int) -> list[tuple[int, Call]]:
     """Return a page of the finished calls of a step, each with its row, in the order in which they finished.
+
+    Args:
+        tries: those of the run when the calls were made.
 
     Raises Damaged.
     """
     page, bytes_left = list[tuple[int, Call]](), PAGE_BYTES
     with _detecting_damage():
-        for row, *values in db.execute(statements.CALLS, (run.run_id, position, run.tries, after_row)):
+        for row, *values in db.execute(statements.CALLS, (run.run_id, position, tries, after_row)):
             page.append((row, call := call_from(values)))
             bytes_left -= CALL_BYTES + len(call.result)
             if bytes_left < 0:
@@ -367,8 +370,8 @@ def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call
     found: dict[int, list[Call]] = {}
     with _detecting_damage():
         left = MAX_SHOWN_CALLS
-        for position, tries in db.execute(statements.LAST_TRIES, (run_id,)).fetchall():
-            values = (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, position, tries, left)
+        for (position,) in db.execute(statements.POSITIONS, (run_id,)).fetchall():
+            values = (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, position, left)
             found[position] = list(map(shown_call_from, db.execute(statements.SHOWN_CALLS, values)))
             left -= len(found[position])
     return found
@@ -381,22 +384,23 @@ def check_owner(db: sqlite3.Connection, run: Run) -> None:
 
 
 def find_next_calls(
-    db: sqlite3.Connection, run_id: str, position: int, tries: int | None, number: int, after_row: int
+    db: sqlite3.Connection, run_id: str, position: int, number: int, after_row: int
 ) -> list[tuple[int, Call]]:
     """Return a page of the calls of a step that were stored after a row, each with its row, from *number* on.
 
-    Their arguments are not read. *tries* are those of the run in which they were made; None means the last one.
-    Raises Damaged.
+    Their arguments are not read. Raises Damaged.
     """
-    values = (MAX_SHOWN_BYTES, run_id, position, tries, run_id, position, after_row, CALLS_PER_PAGE, number)
+    values = (MAX_SHOWN_BYTES, run_id, position, after_row, CALLS_PER_PAGE, number)
     with _detecting_damage():
         return [(row, shown_call_from(call)) for row, *call in db.execute(statements.NEXT_CALLS, values)]
 
 
 def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> None:
-    """Write a finished call of a step, and what the run has spent. Raises OwnershipLost."""
+    """Write a finished call of a step, or its start, and what the run has spent. Raises OwnershipLost."""
     check_owner(db, run)
     write_spent(db, run)
+    if call.once == "ended":
+        db.execute(statements.DELETE_START, (run.run_id, position, call.call_id))
     db.execute(statements.INSERT_CALL, call_values(run, position, call))
-    if run.deaths:
+    if run.deaths and not call.is_start:
         db.execute(statements.CLEAR_DEATHS, (run.run_id,))

@@ -106,9 +106,11 @@ SUSPECTS = """SELECT run_id, batch_id, deaths FROM runs INDEXED BY runs_that_die
 MAY_HAVE_SUSPECTS = """SELECT 1 FROM runs INDEXED BY runs_that_died
     WHERE deaths > 0 AND status IN ('starting', 'running') AND (owner = ? OR EXISTS
     (SELECT 1 FROM batches WHERE batches.batch_id = runs.batch_id AND batches.owner = ?)) LIMIT 1"""
+#: The parameter is whether the retry executes all calls again.
 REOPENED = """status = 'starting', attempt = attempt + 1, result = NULL, error = NULL, error_type = NULL,
     started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0, waiting_for = NULL, worked_s = 0,
-    deaths = 0"""
+    deaths = 0, journal = CASE WHEN ? THEN NULL ELSE ifnull(journal, attempt - recoveries) END,
+    earlier_error = error"""
 REOPEN_RUN = f"""UPDATE runs SET {REOPENED}, owner = ?, is_async = 1,
     rowid = CASE WHEN session_id IS NULL THEN rowid ELSE (SELECT max(rowid) + 1 FROM runs) END
     WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"""
@@ -199,20 +201,21 @@ INSERT_STEP = f"""INSERT OR REPLACE INTO steps (run_id, position, {", ".join(STE
     VALUES (?, ?, {_marks(STEP_TABLE)})"""
 INSERT_CALL = f"""INSERT INTO calls (run_id, position, tries, {", ".join(CALL_TABLE)})
     VALUES (?, ?, ?, {_marks(CALL_TABLE)})"""
+#: Its end replaces the start of a call that is executed at most once.
+DELETE_START = "DELETE FROM calls WHERE run_id = ? AND position = ? AND call_id = ? AND once = 'started'"
 #: The arguments are not read: only the id of a call is compared.
 CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, arguments="x'7b7d'")} FROM calls
     WHERE run_id = ? AND position = ? AND tries = ? AND rowid > ? ORDER BY rowid"""
-#: The positions of the steps of a run that have made calls, each with its last try.
-LAST_TRIES = "SELECT position, max(tries) FROM calls WHERE run_id = ? GROUP BY position"
-#: NULL in place of long values.
+#: The positions of the steps of a run that have made calls.
+POSITIONS = "SELECT DISTINCT position FROM calls WHERE run_id = ? ORDER BY position"
+#: NULL in place of long values. The order is that of the rows, and that of the index.
 _SHORT = {name: f"CASE WHEN length({name}) <= ? THEN {name} END" for name in ("arguments", "result")}
 SHOWN_CALLS = f"""SELECT {_replaced(CALL_TABLE, **_SHORT)}
-    FROM calls WHERE run_id = ? AND position = ? AND tries = ? ORDER BY rowid LIMIT ?"""
+    FROM calls WHERE run_id = ? AND position = ? ORDER BY tries, rowid LIMIT ?"""
 #: Some of them, without their arguments. A call has no number of its own: numbers are those of the rows of a step.
 NEXT_CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, **_SHORT | {"arguments": "NULL"})}
-    FROM calls WHERE run_id = ? AND position = ?
-    AND tries = ifnull(?, (SELECT tries FROM calls WHERE run_id = ? AND position = ? ORDER BY tries DESC LIMIT 1))
-    AND rowid > ? ORDER BY rowid LIMIT ? OFFSET ?"""
+    FROM calls WHERE run_id = ? AND position = ? AND rowid > ? AND once IS NOT 'started'
+    ORDER BY tries, rowid LIMIT ? OFFSET ?"""
 DELETE_CALLS = "DELETE FROM calls WHERE run_id = ?"
 #: Whether an engine still owns a run, or the batch of an item, in an attempt.
 OWNS_RUN = """SELECT 1 FROM runs WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')
@@ -324,7 +327,7 @@ def batch_page(names: Iterable[str]) -> str:
 
 #: The answer of the last step that asked: of one that is completed, or of the current one in the same try.
 FIND_ANSWER = """SELECT result FROM calls WHERE run_id = ? AND call_id = ? AND kind = 'question'
-    AND (position < ? OR tries = ?) ORDER BY position DESC"""
+    AND (position < ? OR tries >= ?) ORDER BY position DESC, rowid DESC"""
 FIND_KEY = "SELECT fingerprint, made_id FROM idempotency_keys WHERE flock = ? AND key = ?"
 INSERT_KEY = "INSERT INTO idempotency_keys VALUES (?, ?, ?, ?, ?)"
 DELETE_KEYS_OF = "DELETE FROM idempotency_keys WHERE made_id = ?"

@@ -20,7 +20,7 @@ from msgspec.structs import asdict
 
 from flock.agents.program import Program
 from flock.errors import EngineFull, RunNotFound
-from flock.runs import Call, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Usage
+from flock.runs import Call, Page, Queue, QueueLimits, RetriedCalls, Run, RunFilter, RunStatus, Usage
 from flock.runs.ids import first_id_at
 from flock.steps.outcomes import Outcome
 from flock.store import files, queries, statements, takeover, waiting
@@ -86,8 +86,10 @@ class SQLiteStore(Database, Store):
         version = self.read(lambda db: db.execute(statements.VERSION, (run_id,)).fetchone())
         return version
 
-    async def calls(self, run: Run, position: int, after_row: int = 0) -> Sequence[tuple[int, Call]]:
-        return self.read(lambda db: queries.find_calls(db, run, position, after_row))
+    async def calls(
+        self, run: Run, position: int, after_row: int = 0, tries: int | None = None
+    ) -> Sequence[tuple[int, Call]]:
+        return self.read(lambda db: queries.find_calls(db, run, position, after_row, tries or run.tries))
 
     async def active_before(self, run: Run) -> str | None:
         values = (run.flock, run.session_id, run.principal, run.run_id)
@@ -164,10 +166,8 @@ class SQLiteStore(Database, Store):
     async def shown_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
         return self.read(lambda db: queries.find_shown_calls(db, run_id))
 
-    async def next_calls(
-        self, run_id: str, position: int, tries: int | None, number: int, after_row: int
-    ) -> Sequence[tuple[int, Call]]:
-        return self.read(lambda db: queries.find_next_calls(db, run_id, position, tries, number, after_row))
+    async def next_calls(self, run_id: str, position: int, number: int, after_row: int) -> Sequence[tuple[int, Call]]:
+        return self.read(lambda db: queries.find_next_calls(db, run_id, position, number, after_row))
 
     async def save_call(self, run: Run, position: int, call: Call) -> None:
         await self.change(lambda db: queries.write_call(db, run, position, call))
@@ -194,12 +194,18 @@ class SQLiteStore(Database, Store):
         return await self.change(lambda db: db.execute(statements.CANCEL_RUN, (run_id,)).rowcount == 1)
 
     async def reopen(
-        self, run: Run, owner: str, limits: QueueLimits, then: Then[Run | None], max_cost: float | None = None
+        self,
+        run: Run,
+        owner: str,
+        limits: QueueLimits,
+        then: Then[Run | None],
+        max_cost: float | None = None,
+        calls: RetriedCalls = "keep",
     ) -> Run | None:
         def apply(db: sqlite3.Connection) -> Run | None:
             queries.check_engine(db, owner)
             self._queued.check_room(db, run.flock, self.agents, run.principal, limits)
-            is_reopened = db.execute(statements.REOPEN_RUN, (owner, run.run_id)).rowcount == 1
+            is_reopened = db.execute(statements.REOPEN_RUN, (calls == "again", owner, run.run_id)).rowcount == 1
             if is_reopened and max_cost is not None:
                 db.execute(statements.SET_MAX_COST, (max_cost, run.run_id))
             return queries.find_run(db, run.run_id) if is_reopened else None

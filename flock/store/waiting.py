@@ -46,7 +46,7 @@ def answer(
         raise RunNotFound(run_id)
 
     def find_answer() -> bytes | None:
-        row = db.execute(statements.FIND_ANSWER, (run_id, call_id, len(run.steps), run.tries)).fetchone()
+        row = db.execute(statements.FIND_ANSWER, (run_id, call_id, len(run.steps), run.first_try)).fetchone()
         return None if row is None else row[0]
 
     if question_for(run, call_id, output, find_answer) is None:

@@ -24,7 +24,18 @@ from flock.agents.versions import version_of
 from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
 from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreError
-from flock.runs import Batch, BatchFilter, Call, IdempotencyKey, Page, Run, RunStatus, Statuses, statuses_of
+from flock.runs import (
+    Batch,
+    BatchFilter,
+    Call,
+    IdempotencyKey,
+    Page,
+    RetriedCalls,
+    Run,
+    RunStatus,
+    Statuses,
+    statuses_of,
+)
 from flock.steps.outcomes import BATCH_CANCELLED
 from flock.steps.refusals import already_retried, check_cancel, not_deleted, not_retried, too_many_items
 from flock.temporal.batchflows import FlockRows
@@ -350,13 +361,20 @@ class TemporalBatches(EngineBase):
         check_cancel(batch)
         return replace(batch, cancel_requested=True)
 
-    async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
+    async def retry_batch(
+        self, batch_id: str, only: Statuses = (), max_cost: float | None = None, *, calls: RetriedCalls = "keep"
+    ) -> Batch:
         self._check_running()
         self._check_prices((await self.get_batch(batch_id)).agent_name, max_cost)
-        return await self._retry_batch(batch_id, self._retried(only), max_cost=max_cost)
+        return await self._retry_batch(batch_id, self._retried(only), max_cost=max_cost, calls=calls)
 
     async def _retry_batch(
-        self, batch_id: str, only: Sequence[RunStatus], item: Run | None = None, max_cost: float | None = None
+        self,
+        batch_id: str,
+        only: Sequence[RunStatus],
+        item: Run | None = None,
+        max_cost: float | None = None,
+        calls: RetriedCalls = "keep",
     ) -> Batch:
         """Start the next attempt of a batch that has ended, for *item* alone if it is given."""
         order = await self._current(batch_id)
@@ -369,6 +387,7 @@ class TemporalBatches(EngineBase):
             raise not_retried(batch, statuses)
         await self._read(order, 0)  # the retention of the first chunk ends first
         await self._check_room_for_items(failed + cancelled)
+        position, keeps_calls = None if item is None else item.position, calls == "keep"
         again = replace(
             order,
             batch=replace(
@@ -386,7 +405,7 @@ class TemporalBatches(EngineBase):
                 resumed_with=0,
                 cancel_requested=False,
             ),
-            attempts=(*order.attempts, Attempt(only=statuses, position=None if item is None else item.position)),
+            attempts=(*order.attempts, Attempt(only=statuses, position=position, keeps_calls=keeps_calls)),
         )
         try:
             await self._start_batch(again)

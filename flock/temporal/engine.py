@@ -22,12 +22,26 @@ from temporalio.common import Priority, WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.agents.agent import Agent
+from flock.engine.base import ended_calls
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError, TooLarge
 from flock.limits import Limits, enforced_by
 from flock.models.models import ModelChoice
 from flock.models.prices import Price
 from flock.options import replaced
-from flock.runs import INVALID_INPUT, Batch, Call, IdempotencyKey, Observer, Page, Queue, Run, RunFilter, RunStatus, now
+from flock.runs import (
+    INVALID_INPUT,
+    Batch,
+    Call,
+    IdempotencyKey,
+    Observer,
+    Page,
+    Queue,
+    RetriedCalls,
+    Run,
+    RunFilter,
+    RunStatus,
+    now,
+)
 from flock.steps.answers import answer_of, question_for
 from flock.steps.refusals import RETRYABLE, already_retried, check_cancel, not_deleted, run_not_retried, wait_stopped
 from flock.temporal.batches import TemporalBatches
@@ -303,16 +317,19 @@ class TemporalEngine(TemporalBatches):
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         self._check_entered()
-        return {step: list(map(shown, calls)) for step, calls in (await self._calls_of(run)).items()}
+        calls = {step: list(map(shown, calls)) for step, calls in (await self._calls_of(run)).items()}
+        return ended_calls(run, calls)
 
     async def _calls_of(self, run: Run) -> Mapping[int, Sequence[Call]]:
         """Return the calls of *run*, with long answers."""
         if run.batch_id is not None:
             return (await self._item(run.run_id))[1]
         found: dict[int, list[Call]] = {}
-        for attempt in sorted({*(step.attempt for step in run.steps if step.call_count), run.attempt}):
+        for attempt in range(1, run.attempt + 1):
             async with self.cluster.rpc_scope(missing_ok=True):  # its history may have been deleted
-                found |= calls_of(await self.cluster.history_of(run_workflow_id(run.run_id, attempt)))
+                history = await self.cluster.history_of(run_workflow_id(run.run_id, attempt))
+                for step, calls in calls_of(history).items():
+                    found.setdefault(step, []).extend(calls)
         return found
 
     async def _attempt(self, run_id: str, attempt: int) -> Run | None:
@@ -469,18 +486,18 @@ class TemporalEngine(TemporalBatches):
         order = await self._current(run.batch_id)
         return chunk_workflow_id(run.batch_id, order.chunk_of(run.position or 0), order.batch.attempt)
 
-    async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
+    async def retry_run(self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep") -> Run:
         self._check_running()
         run = await self.get_run(run_id)
         self._check_prices(run.agent_name, max_cost)
         batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
         if batch is not None and batch.status.is_final and run.status in RETRYABLE and run.error_type != INVALID_INPUT:
-            await self._retry_batch(batch.batch_id, (run.status,), run, max_cost)
+            await self._retry_batch(batch.batch_id, (run.status,), run, max_cost, calls)
             return await self.get_run(run_id)
         if batch is not None or run.status not in RETRYABLE:
             raise run_not_retried(run, batch)
         max_cost = run.max_cost if max_cost is None else max_cost
-        again = reset_for_retry(replace(run, is_async=True, max_cost=max_cost))
+        again = reset_for_retry(replace(run, is_async=True, max_cost=max_cost), keeps_calls=calls == "keep")
         try:
             await self._check_room(run.principal)
             with self._counted_as_starting():
@@ -521,5 +538,5 @@ class TemporalEngine(TemporalBatches):
 
 def _answer_in(calls: Mapping[int, Sequence[Call]], call_id: str) -> msgspec.Raw | None:
     """Return the answer of the last step that asked."""
-    asked = (call for step in sorted(calls, reverse=True) for call in calls[step] if call.kind == "question")
+    asked = (call for step in sorted(calls, reverse=True) for call in reversed(calls[step]) if call.kind == "question")
     return next((call.result for call in asked if call.call_id == call_id), None)

@@ -91,6 +91,7 @@ class _Job:
             progress=run.progress,
             usage=self.usage(run.spent),
             waited_s=waited_s,
+            dropped=run.dropped,
         )
 
     def must_cancel(self, position: int) -> bool:
@@ -237,6 +238,7 @@ class ItemActivities:
                 run, job.order.timeout_s, self._cluster, self._gate, job.suspicion, is_again=is_again
             )
             active.has_calls, active.waited_s = part.has_calls, part.waited_s
+            active.of_chunk = job.order
             active.elsewhere, active.needs = elsewhere, needs
             job.has_begun, is_again, needs = True, False, None
             before, job.current = job.current, job.part(run, part.waited_s)
@@ -259,7 +261,11 @@ class ItemActivities:
                     job.left, job.current = active, before if active.started_at is None else started
                 return None
             run = replace(
-                run, started_at=run.started_at or active.started_at, progress=active.progress, spent=active.spent
+                run,
+                started_at=run.started_at or active.started_at,
+                progress=active.progress,
+                spent=active.spent,
+                dropped=active.dropped,
             )
             if isinstance(active.outcome, WaitingForAnswers):
                 questions = tuple(active.outcome.questions)

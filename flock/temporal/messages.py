@@ -131,6 +131,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
         misses: how many workers have left it to others, because they lack an agent or it is a suspect.
         needs: an agent that it calls and that the last of these lacked.
         held_s: for how many seconds it waited because of suspects. They are not part of ``timeout_s``.
+        dropped: see ``Run``.
     """
 
     begun_at: datetime | None = None
@@ -140,6 +141,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     needs: str | None = None
     held_s: float = 0.0
     deaths: Deaths | None = None
+    dropped: tuple[str, ...] = ()
 
 
 class StepDone(Heartbeat, frozen=True, kw_only=True):
@@ -193,6 +195,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             when their chunk has ended.
         rows_of: the batch id under which the rows were sent, if it is another one. Only set in the first attempt.
         is_spent: items were cancelled because the ``max_cost`` of the batch was spent.
+        keeps_calls: a retry keeps calls of the steps that failed. Those of earlier versions do not.
     """
 
     only: tuple[RunStatus, ...] = ()
@@ -202,6 +205,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cancelled: dict[int, datetime] = {}
     rows_of: str | None = None
     is_spent: bool = False
+    keeps_calls: bool = False
 
 
 class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -277,13 +281,24 @@ class Calls:
             self.add(done)
 
     def add(self, done: CallDone) -> None:
-        """Add a call. Of several answers to a question, the first one counts. A failed call may be made again."""
+        """Add a call. Of several answers to a question, the first one counts. A failed call may be made again.
+
+        The end of a call that is executed at most once replaces its start, and the first one counts.
+        """
         self._spent[done.item] = latest(self._spent.get(done.item), done.spent)
         call = done.call
         if call.is_checkpoint:
-            of = call.completed_at if call.place is None else f"{call.place.start} {call.place.end}"
-            call_id = call.call_id if call.raised is None and call.place is None else f"{call.call_id} {of}"
-            self._by_item.setdefault(done.item, {}).setdefault((done.step, call_id), done)
+            of_item, call_id = self._by_item.setdefault(done.item, {}), call.call_id
+            started = f"{call_id} started"
+            if call.is_start:
+                call_id = started
+            elif call.once is None and call.place is not None:
+                call_id = f"{call_id} {call.place.start} {call.place.end}"
+            elif call.once is None and call.raised is not None:
+                call_id = f"{call_id} {call.completed_at}"
+            of_item.setdefault((done.step, call_id), done)
+            if call.once == "ended":
+                of_item.pop((done.step, started), None)
 
     def of_step(self, item: int, step: int) -> list[Call]:
         return [done.call for done in self.of_item(item) if done.step == step]
@@ -328,7 +343,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``is_again``: a worker that died may have started the next step. ``has_calls``: calls of that step have finished.
     ``usage``: what it has spent in this attempt.
     ``questions``: while it waits, those that were open when it began to. ``worked_s``, ``waited_s``: see ``Run`` and
-    ``RunOrder``. ``needs``: see ``Heartbeat``.
+    ``RunOrder``. ``needs``: see ``Heartbeat``. ``dropped``: see ``Run``.
     """
 
     position: int
@@ -342,6 +357,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     worked_s: float = 0.0
     waited_s: float = 0.0
     needs: str | None = None
+    dropped: tuple[str, ...] = ()
 
     def ended(self, outcome: Outcome | None, at: datetime) -> "ItemOutcome":
         """Return its end at *at*; without an *outcome*, it has completed."""
@@ -446,7 +462,10 @@ class ItemOutcome(Part, frozen=True, kw_only=True, omit_defaults=True):
         steps = self.steps or item.steps
         result = steps[-1].result if self.status is RunStatus.COMPLETED else None
         same = ("status", "error", "error_type", "started_at", "completed_at", "progress")
-        return replace(item, result=result, steps=steps, **{name: getattr(self, name) for name in same})
+        dropped = self.dropped or item.dropped
+        return replace(
+            item, result=result, steps=steps, dropped=dropped, **{name: getattr(self, name) for name in same}
+        )
 
     @property
     def counts(self) -> "Counts":

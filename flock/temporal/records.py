@@ -73,8 +73,8 @@ ENDS = (
 REREAD_DELAYS_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
-def reset_for_retry(run: Run) -> Run:
-    """Return *run* as its next attempt starts. It keeps its steps."""
+def reset_for_retry(run: Run, *, keeps_calls: bool) -> Run:
+    """Return *run* as its next attempt starts. It keeps its steps, and perhaps the calls of the step that failed."""
     return replace(
         run,
         status=RunStatus.STARTING,
@@ -89,6 +89,8 @@ def reset_for_retry(run: Run) -> Run:
         waiting_for=(),
         worked_s=0.0,
         deaths=0,
+        journal=run.first_try if keeps_calls else None,
+        earlier_error=run.error,
     )
 
 
@@ -170,13 +172,16 @@ def _is_at_first_step(run: Run) -> bool:
     return not run.worked_s and not any(step.attempt == run.attempt for step in run.steps)
 
 
-def _call_of(event: HistoryEvent) -> CallDone | None:
-    """Return the finished call that *event* reports, or None. Its long values are not loaded, except for answers."""
+def _call_of(event: HistoryEvent, whole: int | None = None) -> CallDone | None:
+    """Return the finished call that *event* reports, or None.
+
+    Its long values are not loaded, except for answers and for calls of the item *whole*.
+    """
     signal = event.workflow_execution_signaled_event_attributes
     if event.event_type != EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED or signal.signal_name != CALL_SIGNAL:
         return None
     done: CallDone = decoded(signal.input.payloads[0], CallDone)
-    return done if done.call.kind == "question" else replace(done, call=shown(done.call))
+    return done if done.item == whole or done.call.kind == "question" else replace(done, call=shown(done.call))
 
 
 def shown(call: Call) -> Call:
@@ -185,16 +190,27 @@ def shown(call: Call) -> Call:
     return replace(call, **long) if long else call
 
 
-def calls_of(history: Sequence[HistoryEvent]) -> dict[int, list[Call]]:
-    """Return the calls of each step of a run in one attempt; see ``call_of``."""
-    done = [done for event in history if (done := _call_of(event)) is not None]
+def calls_of(history: Sequence[HistoryEvent], *, is_whole: bool = False) -> dict[int, list[Call]]:
+    """Return the calls of each step of a run in one attempt; see ``_call_of``."""
+    done = [done for event in history if (done := _call_of(event, 0 if is_whole else None)) is not None]
     return _by_step(done, _read(history)[1])
+
+
+def journal_of(step: int, calls: Iterable[Call]) -> list[Call]:
+    """Return those of *calls* that a step reads when it runs again: of several ends of one call, the first counts."""
+    journal = Calls()
+    for call in calls:
+        journal.add(CallDone(step=step, call=call))
+    return journal.of_step(0, step)
 
 
 def _by_step(done: Iterable[CallDone], answers: Calls, item: int = 0) -> dict[int, list[Call]]:
     """Return the calls that workers have *done*, and *answers*, oldest first, by the position of their step."""
     found: dict[int, list[Call]] = {}
-    for each in [*(each for each in done if each.call.kind != "question"), *answers.of_item(item)]:
+    made = [each for each in done if each.call.kind != "question"]
+    ended = {(each.step, each.call.call_id) for each in made if each.call.once == "ended"}
+    made = [each for each in made if not (each.call.is_start and (each.step, each.call.call_id) in ended)]
+    for each in [*made, *answers.of_item(item)]:
         found.setdefault(each.step, []).append(each.call)
     return {step: sorted(calls, key=lambda call: call.completed_at) for step, calls in found.items()}
 
@@ -215,6 +231,7 @@ def _with_progress(run: Run, beat: Heartbeat) -> Run:
         started_at=beat.begun_at if _is_at_first_step(run) else run.started_at,
         progress=beat.progress or run.progress,
         spent=latest(run.spent, beat.spent),
+        dropped=beat.dropped or run.dropped,
     )
 
 
@@ -256,10 +273,14 @@ class Chunk:
         items: by position.
         calls: the calls that have ended, by the position of their item and of their step.
         agents: see ``RowsOrder``.
+
+    Args:
+        whole: the position of an item whose calls are read whole, without those that no longer count.
     """
 
-    def __init__(self, batch_id: str, rows: RowsOrder) -> None:
+    def __init__(self, batch_id: str, rows: RowsOrder, whole: int | None = None) -> None:
         self.agents = rows.agents
+        self._whole = whole
         self.items: dict[int, Run] = {}
         self.calls: dict[int, dict[int, list[Call]]] = {}
         #: what each item had spent before the attempt that is being applied
@@ -288,7 +309,9 @@ class Chunk:
         for position, item in self.items.items():
             is_covered = attempt.position in (None, position)
             if item.status in attempt.only and is_covered and item.error_type != INVALID_INPUT:
-                self.items[position] = reset_for_retry(item)
+                self.items[position] = reset_for_retry(item, keeps_calls=attempt.keeps_calls)
+                if position == self._whole and not attempt.keeps_calls:
+                    self.calls.pop(position, None)
 
     def fold(self, history: History, reason: Outcome | None) -> None:
         """Apply the history of one attempt to the items. *reason*: see ``end``."""
@@ -300,7 +323,7 @@ class Chunk:
         self._stopped_by = None
         for event in events:
             at = event.event_time.ToDatetime(UTC)
-            if (call := _call_of(event)) is not None:
+            if (call := _call_of(event, self._whole)) is not None:
                 calls.setdefault(call.item, []).append(call)
                 if call.call.kind == "question":  # perhaps of a step whose order has not ended yet
                     answers.add(call)
@@ -330,8 +353,9 @@ class Chunk:
         for order, done in orders.heartbeats(pending):
             self._apply(order, done, None, answers)
         for position in calls.keys() | {answer.item for answer in answers.all()}:
-            found = _by_step(calls.get(position, ()), answers, position)
-            self.calls.setdefault(position, {}).update(found)  # a retry replaces those of the failed step
+            of_item = self.calls.setdefault(position, {})
+            for step, made in _by_step(calls.get(position, ()), answers, position).items():
+                of_item[step] = [*of_item.get(step, ()), *made]
 
     def cancel(self, ends: Mapping[int, datetime | None]) -> None:
         """Note requests to cancel items. Those with a time were waiting, and ended at that time."""
@@ -474,8 +498,10 @@ async def _latest_history(cluster: Cluster, workflow_id: str) -> History:
     return history, described.pending_activities
 
 
-async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Attempt]) -> Chunk:
-    """Read the current state of a chunk from its rows and all *attempts*.
+async def read_chunk(
+    cluster: Cluster, batch_id: str, chunk: int, attempts: Sequence[Attempt], whole: int | None = None
+) -> Chunk:
+    """Read the current state of a chunk from its rows and all *attempts*. *whole*: see ``Chunk``.
 
     Raises: RPCError, NOT_FOUND if the retention of its rows or of the first attempt is over.
     """
@@ -489,7 +515,7 @@ async def read_chunk(cluster: Cluster, batch_id: str, chunk: int, attempts: Sequ
 
     histories = asyncio.gather(*(read(number, attempt) for number, attempt in enumerate(attempts, 1)))
     rows = await cluster.input_of(rows_workflow_id(attempts[0].rows_of or batch_id, chunk), RowsOrder)
-    items = Chunk(batch_id, rows)
+    items = Chunk(batch_id, rows, whole)
     for number, (attempt, history) in enumerate(zip(attempts, await histories, strict=True), 1):
         if number > 1:
             items.reopen(attempt)

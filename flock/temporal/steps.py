@@ -19,16 +19,28 @@ from temporalio.client import WorkflowHandle, WorkflowQueryFailedError
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.errors import CallError, EngineFull, OwnershipLost, StoreError
+from flock.errors import CallError, EngineFull, OwnershipLost, StoreError, Uncertain, Unreadable
 from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
 from flock.steps.executor import ActiveRun, AgentElsewhere, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
 from flock.temporal.cluster import RETRY_AFTER_S, Cluster, logger
-from flock.temporal.messages import CALL_SIGNAL, CALLS_QUERY, SPENT_QUERY, CallDone, latest, recoded
+from flock.temporal.messages import (
+    CALL_SIGNAL,
+    CALLS_QUERY,
+    SPENT_QUERY,
+    CallDone,
+    OfChunk,
+    latest,
+    recoded,
+    run_workflow_id,
+)
+from flock.temporal.records import calls_of, journal_of, read_chunk
 from flock.temporal.suspects import Gate, Suspicion
 
 #: Inputs and results of one run together. The cluster takes at most 2 MiB at once.
 MAX_RUN_BYTES = 1_500_000
+#: How long the histories of earlier attempts may take to read, in seconds, before they are read again.
+PATIENCE_S = 60.0
 #: The cluster will not accept the same signal later.
 REFUSALS = (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION)
 #: The pause before an activity that a worker left to others is given to a worker again, in seconds: the first one, and
@@ -52,6 +64,8 @@ class ActivityStep(ActiveRun):
     lacks: str | None = None
     needs: str | None = None
     held_s = 0.0
+    #: Of the step of an item.
+    of_chunk: OfChunk | None = None
 
     def __init__(
         self, run: Run, timeout_s: float, cluster: Cluster, gate: Gate, suspicion: Suspicion, **options: Any
@@ -101,10 +115,33 @@ class ActivityStep(ActiveRun):
 
         return await self._cluster.answered(ask)
 
+    async def earlier_calls(self, run: Run) -> Sequence[Call]:
+        """Read them from the histories of the earlier attempts. Raises Unreadable if one was deleted."""
+        lost = Unreadable(
+            "The cluster has deleted the history of an earlier attempt, and with it the calls that a retry keeps. "
+            'A retry with {"calls": "again"} executes all calls again.'
+        )
+        step, of_chunk, found = len(run.steps), self.of_chunk, list[Call]()
+
+        async def ask() -> list[Call]:
+            async with self._cluster.rpc_scope(PATIENCE_S, missing=lost):
+                if of_chunk is not None:
+                    earlier, at = of_chunk.attempts[:-1], run.position or 0
+                    chunk = await read_chunk(self._cluster, of_chunk.batch_id, of_chunk.chunk, earlier, whole=at)
+                    return chunk.calls.get(at, {}).get(step, [])
+                found.clear()
+                for attempt in range(run.first_try, run.tries):
+                    history = await self._cluster.history_of(run_workflow_id(run.run_id, attempt))
+                    found.extend(calls_of(history, is_whole=True).get(step, ()))
+                return found
+
+        return journal_of(step, await self._cluster.answered(ask))
+
     async def keep_call(self, call: Call) -> None:
         """Send the call to the workflow of this activity. A signal is in its history when this returns.
 
-        Raises: CallError if the cluster refuses it, OwnershipLost if the workflow has ended.
+        Raises: CallError if the cluster refuses it, OwnershipLost if the workflow has ended, Uncertain if it is a start
+            and another worker, which seems to be dead, has started the call too.
         """
         self.has_calls = True
         handle, run = self._workflow(), self.run
@@ -118,7 +155,11 @@ class ActivityStep(ActiveRun):
                 if isinstance(exc.__cause__, RPCError) and exc.__cause__.status in REFUSALS:
                     raise CallError(f"The cluster does not store the call {call.name!r}: {exc.__cause__}.") from exc
                 await asyncio.sleep(RETRY_AFTER_S)
-        if self.suspicion.clear():
+        if call.is_start:
+            same = [each.started_at for each in await self.finished_calls() if each.call_id == call.call_id]
+            if same[:1] != [call.started_at]:
+                raise Uncertain(f"Two workers have started the call {call.name!r}.")
+        elif self.suspicion.clear():
             await self.suspicion.confirm()
 
     def _workflow(self) -> WorkflowHandle[Any, Any]:

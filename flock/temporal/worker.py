@@ -275,6 +275,7 @@ class _RunStep(ActivityStep):
             needs=self.needs,
             held_s=self.held_s,
             deaths=self.suspicion.report(),
+            dropped=self.dropped,
         )
 
 

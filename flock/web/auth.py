@@ -39,6 +39,7 @@ from flock.runs import (
     Page,
     Principal,
     Queue,
+    RetriedCalls,
     Run,
     RunFilter,
     RunStatus,
@@ -310,9 +311,9 @@ class ScopedEngine:
         await self.get_outline(run_id)
         return await self._engine.answer_call(run_id, call_id, output)
 
-    async def retry_run(self, run_id: str, max_cost: float | None = None) -> Run:
+    async def retry_run(self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep") -> Run:
         await self.get_outline(run_id)
-        return await self._engine.retry_run(run_id, max_cost)
+        return await self._engine.retry_run(run_id, max_cost, calls=calls)
 
     async def delete_run(self, run_id: str) -> None:
         await self.get_outline(run_id)
@@ -367,9 +368,11 @@ class ScopedEngine:
         await self.get_batch(batch_id)
         return await self._engine.cancel_batch(batch_id)
 
-    async def retry_batch(self, batch_id: str, only: Statuses = (), max_cost: float | None = None) -> Batch:
+    async def retry_batch(
+        self, batch_id: str, only: Statuses = (), max_cost: float | None = None, *, calls: RetriedCalls = "keep"
+    ) -> Batch:
         await self.get_batch(batch_id)
-        return await self._engine.retry_batch(batch_id, only, max_cost)
+        return await self._engine.retry_batch(batch_id, only, max_cost, calls=calls)
 
     async def delete_batch(self, batch_id: str) -> None:
         await self.get_batch(batch_id)

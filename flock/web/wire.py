@@ -18,6 +18,7 @@ from flock.runs import (
     OnInvalid,
     Progress,
     Question,
+    RetriedCalls,
     RunStatus,
     Time,
     shown_usage,
@@ -141,17 +142,22 @@ class FlockAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class FlockBatchRetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of ``POST /batch/{batch_id}/retry``: the items to retry. Default: all that failed or were cancelled.
 
-    ``max_cost`` replaces that of the batch.
+    ``max_cost`` replaces that of the batch. ``calls``: see ``Engine.retry_run``.
     """
 
     only: Literal["failed", "cancelled"] | None = None
     max_cost: MaxCost | None = None
+    calls: RetriedCalls = "keep"
 
 
 class FlockRunRetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /run/{run_id}/retry``. ``max_cost`` replaces that of the run, or of the batch of an item."""
+    """Body of ``POST /run/{run_id}/retry``. ``max_cost`` replaces that of the run, or of the batch of an item.
+
+    ``calls``: see ``Engine.retry_run``.
+    """
 
     max_cost: MaxCost | None = None
+    calls: RetriedCalls = "keep"
 
 
 RUN_REQUEST = JSONType(FlockAPIRequest)

@@ -1,0 +1,97 @@
+"""What identifies a call of a function, beside its parents: the name of the function, and its arguments."""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from flock.errors import CallError
+from flock.pydanticmodel import from_json, to_json
+
+DIGEST_CHARS = 16
+#: Types that read each value in only one way.
+_PLAIN = (Any, bool, str)
+
+
+def digest_of(
+    label: str, function: Callable[..., Any], arguments: msgspec.Raw, hints: Mapping[str, Any], *, version: int
+) -> str:
+    """Return what identifies a call: its function, what a partial or a method is bound to, and its arguments.
+
+    The module does not count, so a file may be renamed or moved, or be started as ``__main__``. Version 1 is that of an
+    earlier version of this package; see ``Run.call_ids``.
+
+    Args:
+        hints: the types of the parameters, by name.
+
+    Raises: CallError.
+    """
+    bound: list[Any] = []
+    unbound = function
+    while isinstance(unbound, functools.partial):
+        bound += [unbound.args, unbound.keywords]
+        unbound = unbound.func
+    owner = getattr(unbound, "__self__", None)
+    bound_json = json_of(label, "object or the bound arguments", [bound, None if inspect.ismodule(owner) else owner])
+    name, read = getattr(unbound, "__qualname__", type(unbound).__qualname__), bytes(arguments)
+    if version == 1:
+        name = f"{getattr(unbound, '__module__', '')}.{name}"
+    else:
+        read = _as_declared(function, read, hints)
+    return hashlib.sha256(b"\0".join([name.encode(), bound_json, read])).hexdigest()[:DIGEST_CHARS]
+
+
+def code_of(function: Callable[..., Any]) -> object:
+    """Return the code of *function*, or of what it wraps. That of two closures of one function is the same."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not hasattr(function, "__code__") and not inspect.isroutine(function):
+        function = type(function).__call__
+    function = inspect.unwrap(function)
+    of = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")  # of a built-in
+    return getattr(function, "__code__", of)
+
+
+def json_of(label: str, part: str, value: Any) -> msgspec.Raw:
+    try:
+        return msgspec.Raw(msgspec.json.encode(value, order="deterministic", enc_hook=to_json))
+    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+        raise CallError(
+            f"The {part} of the call {label!r} cannot be converted to JSON: {exc}. Pass call_name= to identify the "
+            "call without them."
+        ) from exc
+
+
+def _as_declared(function: Callable[..., Any], arguments: bytes, hints: Mapping[str, Any]) -> bytes:
+    """Return *arguments* as their declared types read them, so that ``9`` and ``9.0`` are one ``float``."""
+    types = {name: type_ for name, type_ in hints.items() if type_ not in _PLAIN}
+    if not types or arguments == b"{}":
+        return arguments
+    values = msgspec.json.decode(arguments, type=dict[str, msgspec.Raw])
+    kinds = inspect.signature(function).parameters
+    for name in values.keys() & types.keys() & kinds.keys():
+        type_: Any = types[name]
+        if kinds[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            type_ = list[type_]
+        elif kinds[name].kind is inspect.Parameter.VAR_KEYWORD:
+            type_ = dict[str, type_]
+        try:
+            value = msgspec.json.decode(values[name], type=type_, dec_hook=from_json)
+            read = msgspec.json.encode(value, order="deterministic", enc_hook=to_json)
+        except Exception:  # it does not match, or the type cannot be read, or any code of the type has run
+            continue
+        if _has_all(msgspec.json.decode(read), msgspec.json.decode(values[name])):
+            values[name] = msgspec.Raw(read)
+    return msgspec.json.encode(values, order="deterministic")
+
+
+def _has_all(read: Any, given: Any) -> bool:
+    """Whether *read* has all members of *given*: a base class does not read those of a subclass."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        return all(name in read and _has_all(read[name], value) for name, value in given.items())
+    if isinstance(given, list) and isinstance(read, list):
+        return len(read) == len(given) and all(map(_has_all, read, given))
+    return True

@@ -1,0 +1,76 @@
+"""What a retry keeps of the calls that earlier attempts have made."""
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from datetime import datetime
+
+import msgspec
+
+from flock.runs import Call
+from flock.steps.replay import callers
+
+#: Long enough to tell the failed calls of one run apart.
+KEY_CHARS = 16
+
+
+class _Reply(msgspec.Struct):
+    tool_calls: tuple[msgspec.Raw, ...] = ()
+
+
+def kept_calls(calls: Iterable[Call], dropped: Collection[str]) -> list[Call]:
+    """Return those of the *calls* of earlier attempts that a retry does not execute again.
+
+    Args:
+        dropped: see ``Run``.
+    """
+    return [
+        call for call in calls if call.once is not None or not (key_of(call) in dropped or _is_invalid_answer(call))
+    ]
+
+
+def dropped_calls(
+    failed: Sequence[tuple[Call, BaseException | None]], end: BaseException | None, last_start: datetime
+) -> list[str]:
+    """Return the keys of *failed* calls that a retry executes again: the program has not gone on from them.
+
+    Args:
+        failed: each with the exception that the program has seen.
+        end: what the step has raised; None if it was ended from outside.
+        last_start: when the last call of the step was started.
+    """
+    ends = set(map(id, _named_by(end)))
+    dropped = [call for call, exc in failed if id(exc) in ends or not _has_gone_on(call, last_start)]
+    # If the step has run twice, the exception of a call is not that of the call that has made it, but an equal one.
+    raised = {call.call_id: call.raised for call in dropped if call.raised is not None}
+    made = [
+        call for call, _ in failed if call.raised in [raised[id_] for id_ in callers(call.call_id) if id_ in raised]
+    ]
+    return list(dict.fromkeys(map(key_of, (*dropped, *made))))
+
+
+def key_of(call: Call) -> str:
+    """Return what identifies an entry of the journal: a call that failed may have been made again."""
+    of = f"{call.call_id} {call.completed_at.isoformat()}"
+    return hashlib.sha256(of.encode()).hexdigest()[:KEY_CHARS]
+
+
+def _has_gone_on(call: Call, last_start: datetime) -> bool:
+    """Whether a call of the step was started after *call* had failed."""
+    return last_start > call.completed_at
+
+
+def _named_by(exc: BaseException | None) -> Iterator[BaseException]:
+    """Yield *exc*, the members of groups, and the causes that they name, each once."""
+    found, left = set[int](), [exc]
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in found:
+            found.add(id(each))
+            yield each
+            left.append(each.__cause__)
+            left += each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+
+
+def _is_invalid_answer(call: Call) -> bool:
+    """Whether *call* is an answer of a model that was not valid: others are stored only if they call tools."""
+    return call.kind == "model" and call.error is None and not msgspec.json.decode(call.result, type=_Reply).tool_calls
