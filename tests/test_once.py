@@ -147,9 +147,10 @@ async def test_one_that_the_program_cancelled_is_uncertain(open_engine: OpenEngi
     assert isinstance(run.value, dict)
     assert run.value["result"][1:] == ["Uncertain", "Uncertain"]
     assert charged == [1]
-    assert [(call.name, call.error_type) for call in calls] == [("charge", "uncertain"), ("ask", None)]
-    assert calls[0].error is not None
-    assert "its end is not recorded" in calls[0].error
+    types = [(call.name, call.error_type) for call in calls]
+    assert types == [("charge", "cancelled"), ("charge", "uncertain"), ("ask", None)]
+    assert calls[1].error is not None
+    assert "its end is not recorded" in calls[1].error
 
 
 async def test_the_late_result_of_a_thread_is_its_end(open_engine: OpenEngine) -> None:

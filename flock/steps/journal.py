@@ -151,9 +151,10 @@ class Journal:
         self._usage: defaultdict[str, Usage] = defaultdict(Usage)
         #: the model that answered last in each of these
         self._models: dict[str, str] = {}
-        for call_id in self._replay.contained:
-            key, number = _numbered(call_id)
-            self._numbers[key].add(number)
+        for call in self._replay.contained:
+            if call.error is None:
+                key, number = _numbered(call.call_id)
+                self._numbers[key].add(number)
         self.spent = sum((call.usage for call in self._replay.calls if call.usage is not None), self.spent)
 
     async def end(self, grace_s: float, are_in_threads: Callable[[], bool]) -> int:
@@ -186,7 +187,8 @@ class Journal:
     @property
     def failed(self) -> Sequence[tuple[Call, BaseException | None]]:
         """The calls that have failed, each with the exception that this execution has seen, if it has seen one."""
-        return [*self._failed, *((call, None) for call in self._replay.not_repeated if call.error is not None)]
+        unseen = (*self._replay.not_repeated, *self._replay.contained)
+        return [*self._failed, *((call, None) for call in unseen if call.error is not None)]
 
     @property
     def usage(self) -> Usage | None:

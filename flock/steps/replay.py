@@ -57,7 +57,7 @@ class Replay:
 
     Attributes:
         calls: those of *calls* that no other one contains which has ended.
-        contained: the ids of the others that have returned. This execution does not make them.
+        contained: the others. This execution does not make them.
     """
 
     def __init__(self, calls: Iterable[Call], grace_s: float) -> None:
@@ -80,7 +80,7 @@ class Replay:
         self._to_cancel = set[int]()
         #: starts, and answers that were delivered, that are in no stored call yet, by the number of the start
         self._unwritten = dict[int, Mark]()
-        self.calls, self.contained = list[Call](), list[str]()
+        self.calls, self.contained = list[Call](), list[Call]()
         self._load(list(calls))
 
     def _load(self, calls: Sequence[Call]) -> None:
@@ -129,8 +129,7 @@ class Replay:
                 for parent in callers(entry.call_id)
                 for first, last in ended.get(parent, ())
             ):
-                if entry.stored is not None and entry.stored.error is None:
-                    self.contained.append(entry.call_id)
+                self.contained += [] if entry.stored is None else [entry.stored]
                 continue
             if entry.start:
                 self._missing[entry.start] = None
