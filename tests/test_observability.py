@@ -530,7 +530,7 @@ def asking_flock() -> Flock:
 
 @pytest.mark.parametrize("store", [":memory:", "flock.db"], ids=["memory", "disk"])
 async def test_an_observer_is_told_of_batches_and_of_items_that_wait(store: str) -> None:
-    """A retry of the batch is accepted as its next attempt."""
+    """A retry of the batch is accepted as its next attempt. The answer is not kept, so it waits again."""
     noted, flock = Noted(), asking_flock()
     async with flock.engine(store=store) as engine:
         engine.observe(noted)
@@ -543,7 +543,7 @@ async def test_an_observer_is_told_of_batches_and_of_items_that_wait(store: str)
             with anyio.fail_after(PATIENCE_S):
                 batch = await engine.wait_batch(batch.batch_id)
             if batch.status == "failed":
-                await engine.retry_batch(batch.batch_id)
+                await engine.retry_batch(batch.batch_id, calls="again")
     assert noted.events == [
         ("batch_accepted", "starting", 1),
         ("run_started", "running", 1),

@@ -108,6 +108,8 @@ class ActiveRun:
     elsewhere: Collection[str] = ()
     #: Calls of the next step have finished, so they must be read.
     has_calls = False
+    #: The step has read calls of earlier attempts.
+    has_kept = False
     #: Seconds of ``queue_timeout_s`` that have already passed in another process.
     queued_s = 0.0
     #: Seconds of the attempt that are not part of ``timeout_s``, because it waited for answers in another process.
@@ -330,6 +332,7 @@ class StepExecutor:
         calls: list[Call] = []
         if run.first_try < run.tries:
             calls += kept_calls(await active.earlier_calls(run), run.dropped)
+        active.has_kept = bool(calls)
         if is_again or active.has_calls:
             calls += await active.finished_calls()
         elsewhere = () if self.is_at_most_once(run) else active.elsewhere  # it must not start a second time there
@@ -477,14 +480,12 @@ class StepExecutor:
         if active.cancel_requested:
             await self._threads.until_free(active, active.scope.deadline)
         if anyio.current_time() >= active.scope.deadline:
-            return self._with_hint(active.run, timeout_of(active.timeout_s))
-        if active.cancel_requested:
+            outcome = timeout_of(active.timeout_s)
+        elif active.cancel_requested:
             return CANCELLED
-        return self._with_hint(active.run, failure_of(active.run, exc, expose_errors=self.expose_errors))
-
-    def _with_hint(self, run: Run, outcome: Outcome) -> Outcome:
-        agent = self.find(run.next_agent_name)
-        return outcome if agent is None or agent.retry == "again" else with_hint(run, outcome)
+        else:
+            outcome = failure_of(active.run, exc, expose_errors=self.expose_errors)
+        return with_hint(active.run, outcome) if active.has_kept else outcome
 
     def find(self, name: str | None) -> Agent | None:
         """Return the agent with this name, or None."""

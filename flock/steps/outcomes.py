@@ -85,13 +85,10 @@ def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> O
 
 
 def with_hint(run: Run, outcome: Outcome) -> Outcome:
-    """Return the *outcome* of an attempt of *run*. If it fails as the one before, its error says what else helps."""
-    has_kept = run.first_try < run.tries and run.earlier_error is not None
-    if outcome.status is RunStatus.FAILED and has_kept:
-        error = cut(outcome.error + AGAIN)
-        if run.earlier_error in (outcome.error, error):
-            return msgspec.structs.replace(outcome, error=error)
-    return outcome
+    """Return the *outcome* of an attempt of *run* that has kept calls. If it is the same again, its error says so."""
+    error = cut(outcome.error + AGAIN)
+    is_same = outcome.status is RunStatus.FAILED and run.earlier_error in (outcome.error, error)
+    return msgspec.structs.replace(outcome, error=error) if is_same else outcome
 
 
 def error_of(exc: BaseException | None, subject: str, *, expose_errors: bool) -> tuple[str, str]:
