@@ -75,7 +75,7 @@ class RunStatus(StrEnum):
     STARTING = "starting"
     #: an agent is running
     RUNNING = "running"
-    #: a person has to answer a question; nothing is running
+    #: for the answer of a person, a time or a message; nothing is running
     WAITING = "waiting"
     #: ended with a result
     COMPLETED = "completed"
@@ -86,7 +86,7 @@ class RunStatus(StrEnum):
 
     @property
     def is_active(self) -> bool:
-        """Whether it changes without the answer of a person, or a retry."""
+        """Whether it is queued or running. A run that waits for a time is active too; see ``Run.is_active``."""
         return self in (RunStatus.STARTING, RunStatus.RUNNING)
 
     @property
@@ -133,7 +133,10 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 JSON_NULL = msgspec.Raw(b"null")
 
 #: What a call executes.
-CallKind = Literal["function", "model", "tool", "agent", "question"]
+CallKind = Literal["function", "model", "tool", "agent", "question", "sleep", "message"]
+#: Those that a run can wait for without a slot.
+WaitKind = Literal["question", "sleep", "message"]
+WAIT_KINDS = get_args(WaitKind)
 
 
 class Raised(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,14 +193,17 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """A question to a person that is not answered yet; see ``RunContext.ask``.
+    """A question to a person that is not answered yet; see ``RunContext.ask``. Or a sleep, or an awaited message.
 
     Attributes:
         call_id: as that of a call; the answer becomes the result of this call.
+        question: its text. Of a message, its name.
         schema: JSON Schema (2020-12) of the answer.
         arguments: what the question is about, as a JSON object; UNSET if the question itself is enough.
+        asked_at: when the wait began.
         expires_at: when the run fails, or continues with *default*; None if it waits without a limit.
         default: the answer if nobody answers in time; UNSET if the run then fails.
+        kind: what it is, unless it is a question. A sleep has a *default*, null, and no other answer.
     """
 
     call_id: str
@@ -207,6 +213,11 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     asked_at: Time
     expires_at: Time | None = None
     default: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    kind: Literal["sleep", "message"] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def is_question(self) -> bool:
+        return self.kind is msgspec.UNSET
 
 
 #: Answers a question at once, in place of a person. It may be async.
@@ -266,7 +277,8 @@ class Run(_Record, frozen=True, kw_only=True):
         owner: the engine that is working on it; only this engine may write it.
         session_id: the conversation that it belongs to, within its flock and principal. Runs of a session are executed
             one after the other.
-        waiting_for: the open questions of a waiting run. A run that ended while it was waiting keeps them.
+        waiting_for: what a waiting run waits for: open questions, sleeps and messages. While its step runs again, those
+            that it waited for, with their times. A run that ended while it was waiting keeps them.
         worked_s: seconds of ``timeout_s`` that the attempt had spent when it last began to wait; 0 if it never did.
         spent: the tokens of all its attempts, including failed steps; None if there were none.
         max_cost: US dollars that it may spend in all its attempts; None means no limit.
@@ -315,6 +327,20 @@ class Run(_Record, frozen=True, kw_only=True):
             f"The run {self.run_id} is {self.status}, and has no result here. Get it from engine.wait(), or list runs "
             "with with_results=True."
         )
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """The open questions of a waiting run, without sleeps and messages."""
+        return tuple(each for each in self.waiting_for if each.is_question) if self._is_waiting else ()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it changes without the answer of a person, or a retry."""
+        return self.status.is_active or (self._is_waiting and not self.questions)
+
+    @property
+    def _is_waiting(self) -> bool:
+        return self.status is RunStatus.WAITING
 
     @property
     def is_stub(self) -> bool:

@@ -63,7 +63,7 @@ SPENDING = threading.Lock()
 
 
 class WaitingForAnswers(Exception):
-    """A step ended because its agent asks *questions*. It starts again when they are answered."""
+    """A step ended because its agent waits for *questions*, sleeps or messages. It starts again at the first answer."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
         super().__init__(f"{len(questions)} questions")
@@ -184,6 +184,10 @@ class ActiveRun:
 
     async def keep_call(self, call: Call) -> None:
         """Called with each finished call. On return it is stored."""
+
+    async def check_wait(self, wait: Question) -> Call | None:
+        """Called with a question or an awaited message of a step that still runs; see ``Journal``."""
+        return None
 
     async def earlier_runs(self, limit: int) -> Sequence[Run]:
         """Return the last *limit* completed runs of its session and agent, oldest first, or fewer if they are long."""
@@ -322,6 +326,8 @@ class StepExecutor:
             expose_errors=self.expose_errors,
             clock=Clock(active.scope),
             answer=self.answer,
+            waited_for=run.waiting_for,
+            check_wait=functools.partial(self._check_wait, active),
         )
 
     async def _with_journal(
@@ -415,6 +421,20 @@ class StepExecutor:
         except OwnershipLost:
             active.scope.cancel()
             raise
+        self._note_call(active, call)
+
+    async def _check_wait(self, active: ActiveRun, wait: Question) -> Call | None:
+        """Return the call that answers *wait*, or None. If another process owns the run now, stop the agent."""
+        try:
+            call = await active.check_wait(wait)
+        except OwnershipLost:
+            active.scope.cancel()
+            raise
+        if call is not None:
+            self._note_call(active, call)
+        return call
+
+    def _note_call(self, active: ActiveRun, call: Call) -> None:
         if active.live is not None and active.context is not None:
             active.live.end_call(active.context.position, call.call_id)
             active.live.note_news()

@@ -173,6 +173,15 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ],
     # The exceptions of calls. NULL in older rows, whose calls are executed again.
     ["ALTER TABLE calls ADD COLUMN raised BLOB"],
+    # Messages to runs that have not received them. A waiting run that asks nobody is asleep.
+    [
+        "CREATE TABLE messages (run_id TEXT NOT NULL, name TEXT NOT NULL, message BLOB NOT NULL, "
+        "sent_at INTEGER NOT NULL)",
+        "CREATE INDEX messages_of_runs ON messages (run_id, name)",
+        "ALTER TABLE runs ADD COLUMN is_asleep INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX runs_asleep ON runs (flock, agent_name) "
+        "WHERE batch_id IS NULL AND status = 'waiting' AND is_asleep = 1",
+    ],
 ]
 
 

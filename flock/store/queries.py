@@ -89,6 +89,8 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
             return False
     for position, step in own_rows.items():
         db.execute(statements.INSERT_STEP, step_values(run.run_id, position, step))
+    if steps and run.waiting_for:  # those of the step that has ended
+        db.execute(statements.SET_WAITS, (None, run.run_id))
     if steps and run.deaths:
         db.execute(statements.CLEAR_DEATHS, (run.run_id,))
     if run.batch_id is not None and run.status.is_final:
@@ -308,9 +310,10 @@ def delete_items(db: sqlite3.Connection, batch_id: str, limit: int) -> int:
 
 
 def _delete_details(db: sqlite3.Connection, run_ids: Sequence[tuple[str]]) -> None:
-    """Delete the steps and calls of these runs."""
+    """Delete the steps, calls and messages of these runs."""
     db.executemany(statements.DELETE_STEPS, run_ids)
     db.executemany(statements.DELETE_CALLS, run_ids)
+    db.executemany(statements.DELETE_MESSAGES, run_ids)
 
 
 def find_spent(db: sqlite3.Connection, query: str, values: Mapping[str, Any]) -> list[tuple[str, Usage | None]]:

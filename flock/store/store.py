@@ -20,7 +20,7 @@ from msgspec.structs import asdict
 
 from flock.agents.program import Program
 from flock.errors import EngineFull, RunNotFound
-from flock.runs import Call, Page, Queue, QueueLimits, Run, RunFilter, RunStatus, Usage
+from flock.runs import Call, Page, Question, Queue, QueueLimits, Run, RunFilter, RunStatus, Usage
 from flock.runs.ids import first_id_at
 from flock.steps.outcomes import Outcome
 from flock.store import files, queries, statements, takeover, waiting
@@ -138,8 +138,8 @@ class SQLiteStore(Database, Store):
     async def queue(self, flock: str) -> Queue:
         values = (flock, names_json(self.agents))
         depth, oldest = self.read(lambda db: db.execute(statements.QUEUE, values).fetchone())
-        (waiting,) = self.read(lambda db: db.execute(statements.COUNT_WAITING, values).fetchone())
-        return Queue(depth, time_from(oldest), waiting)
+        (asking,) = self.read(lambda db: db.execute(statements.COUNT_ASKING, values * 2).fetchone())
+        return Queue(depth, time_from(oldest), asking)
 
     async def last_id(self) -> str | None:
         newest: str | None = self.read(lambda db: db.execute(statements.NEWEST_ID).fetchone()[0])
@@ -172,8 +172,29 @@ class SQLiteStore(Database, Store):
     async def save_call(self, run: Run, position: int, call: Call) -> None:
         await self.change(lambda db: queries.write_call(db, run, position, call))
 
-    async def suspend(self, run: Run, then: Then[bool]) -> None:
-        await self.change(lambda db: waiting.suspend(db, run), then)
+    async def suspend(self, run: Run, now: datetime, then: Then[tuple[bool, Run | None]]) -> None:
+        await self.change(lambda db: waiting.suspend(db, run, now), then)
+
+    async def check_wait(self, run: Run, wait: Question, now: datetime) -> Call | None:
+        return await self.change(lambda db: waiting.check_wait(db, run, wait, now))
+
+    async def has_answer(self, run: Run, wait: Question) -> bool:
+        return self.read(lambda db: waiting.has_answer(db, run, wait))
+
+    async def send(
+        self,
+        run_id: str,
+        name: str,
+        message: msgspec.Raw,
+        key: Key,
+        owner: str,
+        now: datetime,
+        then: Then[Run | None],
+    ) -> None:
+        await self.change(lambda db: waiting.send(db, run_id, name, message, key, owner, now), then)
+
+    def unreceived(self, run_id: str) -> Sequence[str]:
+        return self.read(lambda db: [name for (name,) in db.execute(statements.NAMES_OF_MESSAGES, (run_id,))])
 
     async def answer(
         self, run_id: str, call_id: str, output: msgspec.Raw, owner: str, now: datetime, then: Then[Run | None]
