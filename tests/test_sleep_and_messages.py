@@ -1,18 +1,14 @@
 """Sleeps and messages: a run waits for a time or another system as it waits for people, in the store only."""
 
-import asyncio
 from typing import Any
 
-import anyio
-import msgspec
 import pytest
 
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
-from flock.errors import Conflict, EngineFull, InvalidData, KeyReused, Replayed, RunNotFound, TooLarge
-from flock.runs import Engine, IdempotencyKey, Run, RunContext, RunStatus, new_id
+from flock.errors import Conflict, InvalidData, RunNotFound
+from flock.runs import Engine, Run, RunContext, RunStatus, new_id
 from flock.steps import journal
-from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until_run
 from tests.test_ask import json_of, result_of
 

@@ -16,7 +16,7 @@ from flock.errors import NotFound
 from flock.runs import Batch, BatchFilter, Page, Run, RunFilter, RunStatus, now
 from flock.runs.ids import first_id_at
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of
+from flock.temporal.messages import AGENT, ASLEEP, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of
 from flock.temporal.records import run_of
 from flock.temporal.reservations import Reservations
 
@@ -32,7 +32,8 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The id of a run or a batch.
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-IS_WAITING = f"{STATUS.name} = '{RunStatus.WAITING}'"
+IS_ASKING = f"{STATUS.name} = '{RunStatus.WAITING}'"
+IS_WAITING = f"{STATUS.name} IN ('{RunStatus.WAITING}', '{ASLEEP}')"
 #: For each final status of a run, the execution statuses that its workflow may have. Before, it is "Running".
 EXECUTION_STATUS = {
     RunStatus.COMPLETED: "'Completed'",
@@ -54,7 +55,7 @@ def open_runs(flock: str, principal: str | None = None) -> str:
 
 def waiting_runs(flock: str) -> str:
     """Return a query for the runs of *flock* that wait for answers."""
-    return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running' AND {IS_WAITING}"
+    return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running' AND {IS_ASKING}"
 
 
 async def page_of(
