@@ -65,7 +65,7 @@ CUT = "… (cut)"
 ERROR_TYPES: frozenset[str] = frozenset(
     """
     agent_error agent_exception call_error invalid_output invalid_handoff invalid_input result_too_large
-    too_many_steps too_many_tokens cost_limit timeout queue_timeout expired invalid_message cancelled interrupted crashed
+    too_many_steps too_many_tokens cost_limit timeout queue_timeout expired cancelled interrupted crashed
     unstorable unreadable payload_lost model_not_configured model_authentication model_not_found model_bad_request
     model_context_length model_content_filter model_refusal model_rate_limited model_quota model_unavailable
     model_timeout model_truncated model_bad_response

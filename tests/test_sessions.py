@@ -305,7 +305,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         run = await ended(engine, await submit(engine, 0, None))
     with sqlite3.connect(store) as db:
         of_sessions = ("runs_by_session", "runs_by_session_and_principal", "sessions_active")
-        for index in (*of_sessions, "runs_expiring", "runs_that_died"):
+        for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asleep"):
             db.execute(f"DROP INDEX {index}")
         for column in (
             "session_id",
@@ -316,6 +316,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             "max_cost",
             "deaths",
             "deaths_alone",
+            "is_asleep",
         ):
             db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
         for column in ("waiting_items", "usage", "error_type", "invalid_items"):
@@ -323,6 +324,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         for table in ("steps", "calls"):
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")
         db.execute("ALTER TABLE calls DROP COLUMN raised")
+        db.execute("DROP TABLE messages")
         db.execute("PRAGMA user_version = 9")
     db.close()
     async with turns.flock.engine(store=store) as engine:

@@ -462,6 +462,9 @@ class EmbeddedEngine(EngineBase):
         del run  # with all its questions, which each of many waiting answers would hold
         answered = self.store.answer(run_id, call_id, output, self._engine_id, now(), then=self._start_answered)
         started = await answered
+        if (active := self._runner.active.get(run_id)) is not None:
+            left = tuple(wait for wait in active.run.waiting_for if wait.call_id != call_id)
+            active.update(replace(active.run, waiting_for=left))
         self._note_answer(run_id)
         return started or await self.get_outline(run_id)
 
@@ -480,7 +483,7 @@ class EmbeddedEngine(EngineBase):
     def _note_answer(self, run_id: str) -> None:
         """Let the step of a run that is active here check its waits."""
         active = self._runner.active.get(run_id)
-        if active is not None and active.context is not None and active.run.waiting_for:
+        if active is not None and active.context is not None:
             active.context.journal.note_answer()
 
     def _start_answered(self, run: Run | None) -> None:

@@ -308,7 +308,7 @@ class Engine(Protocol):
             InvalidData: the name is invalid, or the message does not match the type for which the run waits; pointers
                 begin with ``/message``.
             TooLarge: it is longer than ``max_input_bytes``.
-            EngineFull: too many messages are kept for this run.
+            TooManyRequests: too many messages are kept for this run.
             Replayed: the same message was sent with this key before.
             KeyReused: the key was already used for something else.
             Conflict: the run has ended; or this program does not have its agent.

@@ -330,17 +330,13 @@ class Run(_Record, frozen=True, kw_only=True):
 
     @property
     def questions(self) -> tuple[Question, ...]:
-        """The open questions of a waiting run, without sleeps and messages."""
-        return tuple(each for each in self.waiting_for if each.is_question) if self._is_waiting else ()
+        """The open questions of a run that has not ended, without sleeps and messages. Its step may still run."""
+        return () if self.status.is_final else tuple(each for each in self.waiting_for if each.is_question)
 
     @property
     def is_active(self) -> bool:
         """Whether it changes without the answer of a person, or a retry."""
-        return self.status.is_active or (self._is_waiting and not self.questions)
-
-    @property
-    def _is_waiting(self) -> bool:
-        return self.status is RunStatus.WAITING
+        return self.status.is_active or (self.status is RunStatus.WAITING and not self.questions)
 
     @property
     def is_stub(self) -> bool:

@@ -8,7 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.questions import ASK, MESSAGE, RECEIVE, SLEEP, check_answer, message_json, question_json
-from flock.errors import CallNotFound, Conflict, EngineFull, InvalidData, TooLarge, cut
+from flock.errors import CallError, CallNotFound, Conflict, InvalidData, TooLarge, TooManyRequests, cut
 from flock.jsontype import explain
 from flock.runs import JSON_NULL, Call, Question, Run, RunStatus
 from flock.steps.journal import NAME
@@ -67,7 +67,7 @@ def dropped_of(question: Question, error: InvalidData, at: datetime) -> Call:
     """Return the failed call of a message that had been sent before it was awaited, and does not fit."""
     error_text = f"A message {question.question!r} was dropped, because it does not fit: {error}"
     dropped = answer_of(question, JSON_NULL, at)
-    return replace(dropped, error=cut(error_text), error_type="invalid_message")
+    return replace(dropped, error=cut(error_text), error_type=CallError.error_type)
 
 
 def awaited(run: Run, name: str) -> Question | None:
@@ -89,7 +89,7 @@ def message_from(name: str, message: msgspec.Raw, max_bytes: int) -> msgspec.Raw
 def check_message(run: Run, name: str, message: msgspec.Raw, kept: int) -> None:
     """Check a message that is sent to *run*, for which *kept* messages are kept.
 
-    Raises: Conflict if the run has ended, InvalidData if the message does not fit, EngineFull if too many are kept.
+    Raises: Conflict if the run has ended; InvalidData if it does not fit; TooManyRequests if too many are kept.
     """
     if run.status.is_final:
         raise Conflict(f"The run {run.run_id} is {run.status}, so it can no longer receive a message {name!r}.")
@@ -98,7 +98,7 @@ def check_message(run: Run, name: str, message: msgspec.Raw, kept: int) -> None:
     elif errors := explain(Any, bytes(message), f"/{MESSAGE}"):
         raise InvalidData(errors)
     if kept >= MAX_MESSAGES:
-        raise EngineFull(
+        raise TooManyRequests(
             f"{kept} messages are kept for the run {run.run_id}, the limit of one run. Send more when it has received "
             "some of them."
         )

@@ -92,7 +92,7 @@ def send(
 ) -> Run | None:
     """Keep a message to a run. If the run waits for it, return a stub of the run, which is to be started by *owner*.
 
-    Raises: RunNotFound, Replayed, KeyReused, Conflict, InvalidData, EngineFull, EngineStopped.
+    Raises: RunNotFound, Replayed, KeyReused, Conflict, InvalidData, TooManyRequests, EngineStopped.
     """
     run = queries.find_run(db, run_id, is_outline=True)
     if run is None:

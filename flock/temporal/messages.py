@@ -364,8 +364,9 @@ class Calls:
     ) -> tuple[Question, ...]:
         """Return those of *questions* that are not answered. With *at*, expired ones get their default as the answer.
 
-        Messages that were sent become answers too: it is called when the step waits. A workflow and the readers of its history must agree: both call this with the time of each workflow task, after
-        they have added the answers that came before it.
+        Messages that were sent become answers too, so it is called when the step waits. A workflow and the readers of
+        its history must agree: both call this with the time of each workflow task, after they have added the answers
+        that came before it.
         """
         for question in questions:
             if question.kind == "message" and self.unanswered(item, step, [question]):
@@ -408,7 +409,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``is_again``: a worker that died may have started the next step. ``has_calls``: calls of that step have finished.
     ``usage``: what it has spent in this attempt.
     ``questions``: while it waits, those that were open when it began to. ``waited_for``: afterwards, those that are
-    left; see ``Run.waiting_for``. ``worked_s``, ``waited_s``: see ``Run`` and ``RunOrder``. ``needs``: see ``Heartbeat``.
+    left; see ``Run.waiting_for``. ``worked_s``, ``waited_s``, ``needs``: see ``Run``, ``RunOrder`` and ``Heartbeat``.
     """
 
     position: int

@@ -56,6 +56,7 @@ export async function list(
     start,
     hasPreviews,
     isLive = () => false,
+    isShown = () => true,
   },
 ) {
   const shown = Object.fromEntries(params);
@@ -77,7 +78,7 @@ export async function list(
     try {
       const page = await get(`${kind}?${query({ limit: PAGE_SIZE })}`, either);
       next = page.next;
-      draw(page[kind]);
+      draw(page[kind].filter(isShown));
       drawPager();
       if (hasPreviews) await preview(page[kind], either);
     } catch (error) {

@@ -33,7 +33,7 @@ const all = (agent, session) => ({
   row: (run) => [
     h("a.mono", { href: link(`run/${run.run_id}`) }, run.run_id.slice(-12)),
     preview(run.inputs ?? ""),
-    preview(run.error ?? run.waiting_for?.[0].question ?? run.result ?? ""),
+    preview(run.error ?? run.waiting_for?.[0]?.question ?? run.result ?? ""),
     run.agent_name,
     badge(run.status),
     when(run.created_at),
@@ -50,6 +50,7 @@ const waiting = (agent) => ({
   columns: ["Question", "About", "Agent", "Asked", "Expires"],
   about: quiet("These runs continue when their questions are answered."),
   noneYet: "No run waits for an answer.",
+  isShown: (run) => run.waiting_for, // others wait for a time or a message
   row: ({ run_id, agent_name, waiting_for }) => [
     waiting_for.map(({ question }) => h("a.preview", { href: link(`run/${run_id}`) }, question)),
     waiting_for.map((question) => preview(previewOf(question.arguments, true))),
