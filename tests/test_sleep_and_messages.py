@@ -285,7 +285,7 @@ async def test_a_sleep_keeps_its_time_when_an_answer_starts_the_step_again(open_
     @flock.agent
     async def work(context: RunContext) -> bool:
         answer, _ = await asyncio.gather(context.ask("Go on?", bool), context.sleep(3))
-        return answer
+        return bool(answer)
 
     async with open_engine(flock) as engine:
         run_id = await started(engine, "work")

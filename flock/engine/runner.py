@@ -175,7 +175,7 @@ class StoredRun(ActiveRun):
     async def check_wait(self, wait: Question) -> Call | None:
         """Cancellation: an answer that was found is in the journal when the step runs again. Raises OwnershipLost."""
         store = self._runner.store
-        others = tuple(each for each in self.run.waiting_for if each.call_id != wait.call_id)
+        others = _without(self.run.waiting_for, wait.call_id)
         is_known = len(others) < len(self.run.waiting_for)
         if is_known and not await self._read(lambda: store.has_answer(self.run, wait)):
             return None
@@ -187,14 +187,13 @@ class StoredRun(ActiveRun):
 
         await self.retrying(check)
         if found[0] is not None:
-            left = tuple(each for each in self.run.waiting_for if each.call_id != wait.call_id)
-            self.run = replace(self.run, waiting_for=left)
+            self.run = replace(self.run, waiting_for=_without(self.run.waiting_for, wait.call_id))
         self.update(self.run)
         return found[0]
 
     async def keep_call(self, call: Call) -> None:
         """Nothing cancels it, since the journal saves a call in a task of its own. Raises OwnershipLost."""
-        run = self.run = replace(self.run, spent=self.spent)
+        run = self.run = replace(self.run, spent=self.spent, waiting_for=_without(self.run.waiting_for, call.call_id))
         await self.retrying(lambda: self._runner.store.save_call(run, len(run.steps), call))
 
     # Reading and writing its record
@@ -555,8 +554,9 @@ class Runner:
 
     def _warn_of_messages(self, run: Run) -> None:
         """Name the messages that the run has not received."""
-        agent = self.executor.find(run.agent_name)
-        if agent is not None and not agent.uses_context and len(run.steps) < 2:
+        names_of_agents = {run.agent_name, run.next_agent_name, *(step.agent_name for step in run.steps)} - {None}
+        agents = map(self.executor.find, names_of_agents)
+        if not any(agent is None or agent.uses_context for agent in agents):  # the others receive none
             return
         with contextlib.suppress(StoreError):
             if names := self.store.unreceived(run.run_id):
@@ -581,6 +581,10 @@ class Runner:
         self._remove(active)
         active.update(active.run)
         active.wake()
+
+
+def _without(waits: tuple[Question, ...], call_id: str) -> tuple[Question, ...]:
+    return tuple(wait for wait in waits if wait.call_id != call_id)
 
 
 def _add_to(counter: Counter[K], key: K, more: int) -> None:

@@ -28,7 +28,7 @@ from flock.runs import (
     Step,
     Usage,
 )
-from flock.runs.records import PAGE_BYTES
+from flock.runs.records import PAGE_BYTES, WAIT_KINDS
 from flock.steps.refusals import not_accepting
 from flock.store import statements
 from flock.store.columns import (
@@ -52,6 +52,7 @@ from flock.store.columns import (
     step_values,
     steps_with_rows,
     updated_values,
+    waits_json,
 )
 
 #: What a call counts for the size of a page, in addition to its result.
@@ -401,5 +402,7 @@ def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> N
     check_owner(db, run)
     write_spent(db, run)
     db.execute(statements.INSERT_CALL, call_values(run, position, call))
+    if call.kind in WAIT_KINDS:
+        db.execute(statements.SET_WAITS, (waits_json(run.waiting_for), run.run_id))
     if run.deaths:
         db.execute(statements.CLEAR_DEATHS, (run.run_id,))

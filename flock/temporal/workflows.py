@@ -106,14 +106,15 @@ class FlockRun(CallKeeper):
     @workflow.run
     async def run(self, order: RunOrder) -> None:
         self._calls.keep_before(order.messages)
-        if order.run.session_id is None:
-            await self._steps(order)
-            return
         try:
-            await self._steps(await self._begun(order))
+            await self._steps(order if order.run.session_id is None else await self._begun(order))
         finally:
             if workflow.in_workflow():  # and not dropped from the memory of a worker
-                await self._leave(order.run)
+                if names := ", ".join(sorted({sent.name for sent in self._calls.messages_to(0)})):
+                    run_id = order.run.run_id
+                    workflow.logger.warning("run %s: it has ended and not received its messages %s", run_id, names)
+                if order.run.session_id is not None:
+                    await self._leave(order.run)
 
     async def _leave(self, run: Run, *has_ended: bool) -> None:
         with contextlib.suppress(FailureError):  # the session was terminated, or has ended while the run waited
@@ -170,9 +171,6 @@ class FlockRun(CallKeeper):
                 waited_s = order.waited_s + done.held_s
                 order = replace(order, run=run, has_calls=False, agents=agents, waited_s=waited_s)
             _check_cancelled()
-        if unreceived := {sent.name for sent in self._calls.messages_to(0)}:
-            names = ", ".join(sorted(unreceived))
-            workflow.logger.warning("run %s: it has ended and not received its messages %s", order.run.run_id, names)
 
     async def _wait_for_answers(self, run: Run, done: StepDone) -> tuple[tuple[Question, ...], float]:
         """Wait for the first answer, wake-up or message.
