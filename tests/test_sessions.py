@@ -305,7 +305,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         run = await ended(engine, await submit(engine, 0, None))
     with sqlite3.connect(store) as db:
         of_sessions = ("runs_by_session", "runs_by_session_and_principal", "sessions_active")
-        for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asleep"):
+        for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asking"):
             db.execute(f"DROP INDEX {index}")
         for column in (
             "session_id",

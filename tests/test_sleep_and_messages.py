@@ -374,6 +374,7 @@ async def test_a_sleeping_run_ends_at_once_when_it_is_cancelled(open_engine: Ope
         with anyio.fail_after(PATIENCE_S):
             while not await engine.list_runs(RunFilter(status=RunStatus.WAITING)):  # noqa: ASYNC110
                 await anyio.sleep(0.01)
+        assert await engine.list_runs(RunFilter(asking=True)) == [], "it asks nobody"
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(engine.wait, run_id)
             await anyio.lowlevel.checkpoint()
@@ -500,7 +501,7 @@ async def test_the_next_wake_up_and_the_count_of_runs_that_ask_read_only_an_inde
         db = sqlite_of(engine)._db
         for query, values, index in (
             (statements.EXPIRED_RUNS, ("flock", 0), "runs_expiring (flock=? AND expires_at<?)"),
-            (statements.COUNT_ASKING, ("flock", "[]") * 2, "INDEX runs_asleep (flock=? AND agent_name=?)"),
+            (statements.COUNT_ASKING, ("flock", "[]"), "INDEX runs_asking (flock=?)"),
             (statements.NEXT_MESSAGE, ("", ""), "messages_of_runs (run_id=? AND name=?)"),
         ):
             plan = "\n".join(row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}", values))

@@ -614,6 +614,7 @@ class RunFilter(BatchFilter, frozen=True, kw_only=True):
 
     Attributes:
         created_after, created_before: with a precision of one millisecond.
+        asking: only waiting runs with open questions, and not those that wait for a time or a message.
         with_inputs, with_results: also read inputs or results; otherwise they are empty or None.
 
     Raises: DefinitionError if the status is unknown.
@@ -622,6 +623,7 @@ class RunFilter(BatchFilter, frozen=True, kw_only=True):
     session_id: str | None = None
     created_after: datetime | None = None
     created_before: datetime | None = None
+    asking: bool = False
     with_inputs: bool = False
     with_results: bool = False
 

@@ -179,8 +179,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "sent_at INTEGER NOT NULL)",
         "CREATE INDEX messages_of_runs ON messages (run_id, name)",
         "ALTER TABLE runs ADD COLUMN is_asleep INTEGER NOT NULL DEFAULT 0",
-        "CREATE INDEX runs_asleep ON runs (flock, agent_name) "
-        "WHERE batch_id IS NULL AND status = 'waiting' AND is_asleep = 1",
+        "CREATE INDEX runs_asking ON runs (flock, run_id, agent_name) "
+        "WHERE batch_id IS NULL AND status = 'waiting' AND is_asleep = 0",
     ],
 ]
 

@@ -41,9 +41,17 @@ EXPIRY_CHUNK_SIZE = 500
 def _page_of(flock: str, wanted: RunFilter) -> tuple[Callable[[str], str], Mapping[str, Any]]:
     """Return the query for a page of runs, as a function of the columns, and its values."""
     statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
+    if wanted.asking:  # no other run asks
+        statuses = [status for status in statuses if status is RunStatus.WAITING]
     low = None if wanted.created_after is None else first_id_at(wanted.created_after, 1)
     high = None if wanted.created_before is None else first_id_at(wanted.created_before)
-    values = asdict(wanted) | {"flock": flock, "low": low, "high": high, "limit": wanted.limit + 1}
+    values = asdict(wanted) | {
+        "flock": flock,
+        "low": low,
+        "high": high,
+        "limit": wanted.limit + 1,
+        "asking": wanted.asking or None,
+    }
     names = [name for name in statements.RUN_CONDITIONS if values[name] is not None]
     return lambda columns: statements.run_page(columns, statuses, names), values
 
@@ -138,7 +146,7 @@ class SQLiteStore(Database, Store):
     async def queue(self, flock: str) -> Queue:
         values = (flock, names_json(self.agents))
         depth, oldest = self.read(lambda db: db.execute(statements.QUEUE, values).fetchone())
-        (asking,) = self.read(lambda db: db.execute(statements.COUNT_ASKING, values * 2).fetchone())
+        (asking,) = self.read(lambda db: db.execute(statements.COUNT_ASKING, values).fetchone())
         return Queue(depth, time_from(oldest), asking)
 
     async def last_id(self) -> str | None:

@@ -78,6 +78,12 @@ async def page_of(
                 if isinstance(record, BaseException):
                     raise record
                 # The search also finds earlier attempts, and lags.
+                if (
+                    isinstance(wanted, RunFilter)
+                    and wanted.asking
+                    and not (isinstance(record, Run) and record.questions)
+                ):
+                    continue
                 if wanted.status in (None, record.status) and not page.add(record):
                     return page
     return page
@@ -99,6 +105,8 @@ async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: Batch
             conditions.append(IS_WAITING if status is RunStatus.WAITING else f"{STATUS.name} IS NULL")
     elif status is not None:  # the workflow of a batch completes, whatever the status of the batch is
         conditions.append(f"ExecutionStatus {'!=' if status.is_final else '='} 'Running'")
+    if isinstance(wanted, RunFilter) and wanted.asking:
+        conditions.append(IS_ASKING)
     named = {AGENT: wanted.agent_name, PRINCIPAL: wanted.principal}
     bottom, top = 0, _milliseconds(now() + MAX_CLOCK_LEAD)
     if isinstance(wanted, RunFilter):

@@ -56,7 +56,6 @@ export async function list(
     start,
     hasPreviews,
     isLive = () => false,
-    isShown = () => true,
   },
 ) {
   const shown = Object.fromEntries(params);
@@ -78,7 +77,7 @@ export async function list(
     try {
       const page = await get(`${kind}?${query({ limit: PAGE_SIZE })}`, either);
       next = page.next;
-      draw(page[kind].filter(isShown));
+      draw(page[kind]);
       drawPager();
       if (hasPreviews) await preview(page[kind], either);
     } catch (error) {

@@ -45,12 +45,11 @@ const all = (agent, session) => ({
 
 const waiting = (agent) => ({
   heading: "Waiting for you",
-  only: { status: "waiting" },
+  only: { asking: true },
   filters: [agent],
   columns: ["Question", "About", "Agent", "Asked", "Expires"],
   about: quiet("These runs continue when their questions are answered."),
   noneYet: "No run waits for an answer.",
-  isShown: (run) => run.waiting_for, // others wait for a time or a message
   row: ({ run_id, agent_name, waiting_for }) => [
     waiting_for.map(({ question }) => h("a.preview", { href: link(`run/${run_id}`) }, question)),
     waiting_for.map((question) => preview(previewOf(question.arguments, true))),
