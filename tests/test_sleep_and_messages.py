@@ -38,7 +38,7 @@ from flock.store import statements
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
-from tests.support.cluster import engine_for
+from tests.support.cluster import engine_for, engine_with_worker
 from tests.support.engines import OpenEngine, sqlite_of, until, until_run
 from tests.support.http import check_problem, client_of, post_run
 from tests.support.servers import Served, memory_kib, serving
@@ -332,6 +332,7 @@ async def test_items_sleep_and_receive_messages(open_engine: OpenEngine) -> None
     async with open_engine(flock) as engine:
         batch = await engine.submit_batch("work", [{"n": 10}, {"n": 20}], BatchOptions())
         for item in await engine.get_items(batch.batch_id):
+            await suspended(engine, item.run_id)
             await send(engine, item.run_id, item.position, name="more")
         with anyio.fail_after(PATIENCE_S):
             batch = await engine.wait_batch(batch.batch_id)
@@ -451,6 +452,38 @@ async def test_answers_are_delivered_to_a_step_that_still_runs(tmp_path: Path) -
         assert await result_of(one, run_id) == 4
         calls = (await one.get_calls(await one.get_run(run_id)))[0]
         assert sorted(call.kind for call in calls) == ["function", "message", "message", "question"]
+
+
+@pytest.mark.cluster
+async def test_on_a_cluster_an_answer_is_delivered_within_a_second(temporal_address: str) -> None:
+    flock, answered, may_end = Flock(), anyio.Event(), anyio.Event()
+
+    async def slow() -> None:
+        await may_end.wait()
+
+    async def ask(context: RunContext) -> bool:
+        answer = await context.ask("Go on?", bool)
+        answered.set()
+        return answer
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        _, answer = await asyncio.gather(context.call(slow), ask(context))
+        return bool(answer)
+
+    async with engine_with_worker(temporal_address, flock) as engine, engine:
+        run_id = (await engine.submit("work", {})).run_id
+        run = await until_run(engine, run_id, lambda run: len(run.questions) == 1)
+        assert run.status.is_active
+        call_id = run.questions[0].call_id
+        await engine.answer_call(run_id, call_id, json_of(True))
+        assert (await engine.get_run(run_id)).questions == ()
+        with anyio.fail_after(PATIENCE_S):
+            await answered.wait()
+        may_end.set()
+        assert await result_of(engine, run_id) is True
+        calls = (await engine.get_calls(await engine.get_run(run_id)))[0]
+        assert [call.kind for call in calls] == ["question", "function"]
 
 
 # In the store

@@ -134,9 +134,8 @@ JSON_NULL = msgspec.Raw(b"null")
 
 #: What a call executes.
 CallKind = Literal["function", "model", "tool", "agent", "question", "sleep", "message"]
-#: Those that a run can wait for without a slot.
-WaitKind = Literal["question", "sleep", "message"]
-WAIT_KINDS = get_args(WaitKind)
+#: Those for which a run can wait without a slot.
+WAIT_KINDS = ("question", "sleep", "message")
 
 
 class Raised(msgspec.Struct, frozen=True, kw_only=True):

@@ -494,7 +494,8 @@ class TemporalEngine(TemporalBatches):
             check_message(run, name, message, len(await self._unreceived(run)))
         # If the process that claimed the key died before it sent the message, this one sends it.
         sent = Sent(item=run.position or 0, id=made_id or id_, name=name, message=message, at=now())
-        ended = Conflict(f"The run {run_id} has ended, so it can no longer receive a message {name!r}.")
+        why = "has not started yet" if run.batch_id and not run.status.is_final else "has ended"
+        ended = Conflict(f"The run {run_id} {why}, so it cannot receive a message {name!r}.")
         replayed = None if made_id in (None, id_) else Replayed(run_id)
         async with self.cluster.rpc_scope(missing=replayed or ended):
             await self.cluster.handle(await self._keeper_of(run)).signal(MESSAGE_SIGNAL, sent)

@@ -41,6 +41,7 @@ ACTIVITY = "run_agent"
 CALL_SIGNAL = "call_done"
 CALLS_QUERY = "calls"
 MESSAGE_SIGNAL = "message"
+ASKED_SIGNAL = "asked"
 SPENT_QUERY = "spent"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
@@ -94,6 +95,16 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     message: msgspec.Raw
     at: datetime
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """A question that a run asks while the step at this position still runs: the signal of a worker.
+
+    Only readers of the history need it. The result of the step has the questions that are left.
+    """
+
+    step: int
+    question: Question
 
 
 class RunOrder(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,11 +23,13 @@ from flock.steps.answers import is_expired
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
+    ASKED_SIGNAL,
     CALL_SIGNAL,
     CONVERTER,
     INTERRUPTED,
     ITEMS_ACTIVITY,
     MESSAGE_SIGNAL,
+    Asked,
     Attempt,
     CallDone,
     Calls,
@@ -118,6 +120,10 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (sent := _sent_in(event)) is not None:
                 answers.keep(sent)
                 run = _with_answers(run, answers)
+            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (asked := _asked_in(event)) is not None:
+                if asked.step == len(run.steps):
+                    others = [wait for wait in run.waiting_for if wait.call_id != asked.question.call_id]
+                    run = _with_answers(replace(run, waiting_for=(*others, asked.question)), answers)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED if run.status is RunStatus.WAITING:
                 run = replace(run, status=RunStatus.STARTING)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
@@ -195,6 +201,12 @@ def _sent_in(event: HistoryEvent) -> Sent | None:
     """Return the message that *event* brings, or None."""
     signal = event.workflow_execution_signaled_event_attributes
     return decoded(signal.input.payloads[0], Sent) if signal.signal_name == MESSAGE_SIGNAL else None
+
+
+def _asked_in(event: HistoryEvent) -> Asked | None:
+    """Return the question that *event* makes known, or None."""
+    signal = event.workflow_execution_signaled_event_attributes
+    return decoded(signal.input.payloads[0], Asked) if signal.signal_name == ASKED_SIGNAL else None
 
 
 def unreceived_of(history: Sequence[HistoryEvent]) -> tuple[Sent, ...]:

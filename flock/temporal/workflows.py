@@ -27,6 +27,7 @@ from flock.steps.answers import is_expired
 from flock.steps.outcomes import Outcome, expiry_of, queue_timeout, timeout_of
 from flock.temporal.messages import (
     ACTIVITY,
+    ASKED_SIGNAL,
     ASLEEP,
     CALL_SIGNAL,
     CALLS_QUERY,
@@ -36,6 +37,7 @@ from flock.temporal.messages import (
     SPENT_QUERY,
     STATUS,
     TASK_TIMEOUT,
+    Asked,
     CallDone,
     Calls,
     RunOrder,
@@ -73,6 +75,10 @@ class CallKeeper:
     @workflow.signal(name=MESSAGE_SIGNAL)
     def message(self, sent: Sent) -> None:
         self._calls.keep(sent)
+
+    @workflow.signal(name=ASKED_SIGNAL)
+    def asked(self, asked: Asked) -> None:
+        """See ``Asked``."""
 
     @workflow.query(name=CALLS_QUERY)
     def calls(self, item: int, step: int) -> list[Call]:
