@@ -41,7 +41,7 @@ from flock.errors import Conflict, DefinitionError, FlockError, NotFound, Replay
 from flock.extras import pip_install
 from flock.options import Option, check, replaced
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
-from flock.runs import Batch, BatchFilter, Engine, Event, LongJSON, Question, Run, RunFilter, RunStatus, new_id
+from flock.runs import Batch, BatchFilter, Engine, Event, LongJSON, Run, RunFilter, RunStatus, new_id
 from flock.runs.events import end_id
 from flock.runs.records import shown_as
 from flock.web import wire
@@ -305,6 +305,7 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
         AppRoute("access", "POST", "/run/{run_id}/cancel", cancel_run),
         AppRoute("access", "POST", "/run/{run_id}/retry", retry_run),
         AppRoute("access", "POST", "/run/{run_id}/calls/{call_id}", answer_call),
+        AppRoute("access", "POST", "/run/{run_id}/messages/{name}", send_message),
         AppRoute("access", "GET", "/run/{run_id}/events", run_events),
         AppRoute("access", "GET DELETE", "/session/{session_id:path}", one_session),
         AppRoute("access", "GET", "/batches", list_batches),
@@ -477,7 +478,7 @@ async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
     app = app_of(request)
     try:
         run = await app.engine.wait(run_id, WATCH_DELAY_S)
-        if not run.status.is_active:
+        if not run.is_active:
             return run
         del run  # frees its inputs, which may be long, during the wait
         return await while_connected(request, app.engine.wait(run_id))
@@ -497,7 +498,7 @@ async def list_runs(request: Request) -> Response:
     filter_ = RunFilter(**sent, with_inputs=query.includes("inputs"), with_results=query.includes("result"))
     page = await (await engine_of(request)).list_runs(filter_)
     left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not query.includes(name)}
-    runs = [shown_as(wire.RunSummary, run, waiting_for=waiting_for(run), **left_out) for run in page]
+    runs = [shown_as(wire.RunSummary, run, **waits_of(run), **left_out) for run in page]
     path, headers = next_page(request, page[-1].run_id if page.has_more else None)
     return PageResponse(wire.RunList(runs=runs, next=path), download_slot(request), headers=headers)
 
@@ -537,9 +538,22 @@ async def answer_call(request: Request) -> Response:
     wait_s, answer = wait_of(request), wire.ANSWER.decode(await read_json(request))
     engine, run_id = await engine_of(request), request.path_params["run_id"]
     run = await engine.answer_call(run_id, request.path_params["call_id"], answer.output)
-    if wait_s and run.status.is_active:
+    if wait_s and run.is_active:
         run = await while_connected(request, engine.wait(run_id, wait_s))
     return await run_response(request, run)
+
+
+async def send_message(request: Request) -> Response:
+    """POST /run/{run_id}/messages/{name}: a message of another system, which the run receives or is going to."""
+    run_id, name, headers = request.path_params["run_id"], request.path_params["name"], {}
+    body = await read_json(request)
+    key = idempotency_key(request, lambda: fingerprint_of(request, f"{run_id} {name} ".encode() + body))
+    engine = await engine_of(request)
+    try:
+        run = await engine.send_message(run_id, name, wire.MESSAGE.decode(body).message, key)
+    except Replayed as exc:
+        run, headers = await _replayed(engine.get_outline(exc.made_id)), REPLAYED
+    return await run_response(request, run, 202, headers)
 
 
 async def one_session(request: Request) -> Response:
@@ -771,7 +785,7 @@ async def run_response(
         result=results[None],
         steps=steps,
         calls=calls_at.get(len(run.steps), msgspec.UNSET),
-        waiting_for=waiting_for(run),
+        **waits_of(run),
     )
     headers = {"Flock-Run-Status": run.status.value, **(headers or {})}
     headers |= _accepted(request, f"/run/{run.run_id}", status_code)
@@ -780,9 +794,15 @@ async def run_response(
     return JSONResponse(body, status_code, headers)
 
 
-def waiting_for(run: Run) -> list[Question] | msgspec.UnsetType:
-    """Return the open questions of *run*, or UNSET if it does not wait."""
-    return list(run.waiting_for) if run.status is RunStatus.WAITING else msgspec.UNSET
+def waits_of(run: Run) -> dict[str, Any]:
+    """Return ``waiting_for``, the open questions of *run*, and ``waits``, its sleeps and awaited messages."""
+    others = [
+        wire.Wait(kind=wait.kind, name=wait.question or msgspec.UNSET, since=wait.asked_at, until=wait.expires_at)
+        for wait in (run.waiting_for if run.status is RunStatus.WAITING else ())
+        if wait.kind is not msgspec.UNSET
+    ]
+    questions = [shown_as(wire.Question, question) for question in run.questions]
+    return {"waiting_for": questions or msgspec.UNSET, "waits": others or msgspec.UNSET}
 
 
 def batch_response(

@@ -80,10 +80,35 @@ def asking_flock() -> Flock:
     return flock
 
 
+def waiting_flock() -> Flock:
+    flock = Flock("recorded")
+
+    @flock.agent
+    async def wait(n: int, context: RunContext) -> str:
+        await context.sleep(5)
+        waits = context.ask("Colour?", str), context.receive("size", int, expires_s=900), context.sleep(8)
+        return f"{n} {await asyncio.gather(*waits)}"
+
+    return flock
+
+
+async def record_waits(engine: TemporalEngine) -> None:
+    """A message is sent before it is awaited, with one that does not fit. Each wait starts the step again."""
+    run = await engine.submit("wait", {"n": 0})
+    batch = await engine.submit_batch("wait", numbers(2), BatchOptions())
+    for each in (run, *await engine.get_items(batch.batch_id)):
+        for message in (b'"large"', b"5"):
+            await engine.send_message(each.run_id, "size", msgspec.Raw(message))
+        await answered(engine, each.run_id)
+    await ended(engine, batch)
+    await record(engine, "completed-with-sleeps-and-a-message", run_workflow_id(run.run_id, 1))
+    await record(engine, "chunk-completed-2-with-sleeps-and-messages", chunk_workflow_id(batch.batch_id, 0, 1))
+
+
 async def answered(engine: TemporalEngine, run_id: str) -> Run:
     """Answer all questions of a run, and return it when it has ended."""
     run = await engine.wait(run_id)
-    for question in run.waiting_for:
+    for question in run.questions:
         await engine.answer_call(run_id, question.call_id, msgspec.Raw(b'"red"'))
     return await engine.wait(run_id)
 
@@ -124,6 +149,8 @@ async def main() -> None:
                 await record_all(engine, work)
         async with engine_with_worker(f"127.0.0.1:{port}", asking_flock()) as engine, engine:
             await record_questions(engine)
+        async with engine_with_worker(f"127.0.0.1:{port}", waiting_flock()) as engine, engine:
+            await record_waits(engine)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ async def test_a_run_waits_for_the_answer_and_continues_with_it(open_engine: Ope
             while not (listed := await engine.list_runs(RunFilter(status=RunStatus.WAITING))):  # noqa: ASYNC110
                 await anyio.sleep(0.01)
         assert [(item.run_id, item.waiting_for) for item in listed] == [(run.run_id, run.waiting_for)]
+        assert [item.run_id for item in await engine.list_runs(RunFilter(asking=True))] == [run.run_id]
         assert (await engine.queue()).asking == 1
         answered = await engine.answer_call(run.run_id, question.call_id, json_of({"approved": True}))
         assert answered.status is RunStatus.STARTING
@@ -256,8 +257,9 @@ async def test_questions_asked_together_wait_together_after_the_siblings_have_fi
         assert executed == ["slow", "after"]
         colour, number = run.waiting_for
         assert (colour.question, number.question) == ("Colour?", "How many?")
-        run = await engine.answer_call(run.run_id, number.call_id, json_of(3))
-        assert (run.status, run.waiting_for) == (RunStatus.WAITING, (colour,))
+        await engine.answer_call(run.run_id, number.call_id, json_of(3))
+        run = await until_run(engine, run.run_id, lambda run: run.status is RunStatus.WAITING)
+        assert run.waiting_for == (colour,), "the first answer starts the step again, and the other question is open"
         assert await engine.answer_call(run.run_id, number.call_id, json_of(3)) == run
         await engine.answer_call(run.run_id, colour.call_id, json_of("blue"))
         assert await result_of(engine, run.run_id) == ["blue", 3, "slow after"]

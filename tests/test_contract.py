@@ -26,7 +26,7 @@ import flockapi
 from flock.agents.agent import Handoff
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError
-from flock.runs import BatchOptions, Event, Principal, Progress, Question, Run, RunContext, RunStatus, Usage
+from flock.runs import BatchOptions, Event, Principal, Progress, Run, RunContext, RunStatus, Usage
 from flock.testing import FakeModel, Reply
 from flock.web import wire
 from flock.web.problems import PROBLEMS
@@ -47,7 +47,7 @@ PUBLIC = {*flockapi.__all__, *wire.__all__}
 STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for name in SCHEMAS if name in PUBLIC} | {
     "Usage": wire.Usage,
     "Progress": Progress,
-    "Question": Question,
+    "Wait": wire.Wait,
     "FieldError": FieldError,
     "Handoff": Handoff,
 }
@@ -481,12 +481,13 @@ async def test_an_example_of_a_request_gets_a_documented_response(
     run_id, call_id = await waiting_run(client)
     if operation["operationId"] == "retryRun":
         run_id = (await post_run(client, "explode", {"text": "x"})).json()["run_id"]
-    path = path.format(batch_id=await ended_batch(client, "explode"), run_id=run_id, call_id=call_id)
+    names = {"run_id": run_id, "call_id": call_id, "name": "payment"}
+    path = path.format(batch_id=await ended_batch(client, "explode"), **names)
     model.replies = [Reply({"sentiment": "positive", "keywords": ["great"]})] * 3
     response = await client.request(method, path, content=body, headers={"Content-Type": media_type})
     check_described(operation, response)
     assert response.is_success, response.text
-    if response.status_code == 202:
+    if response.status_code == 202 and operation["operationId"] != "sendMessage":  # the run waits for an answer
         ended = await wait_for(client, response.headers["Location"])
         assert ended["completed_at"] is not None
     model.replies = []
@@ -537,6 +538,9 @@ async def ended_batch(client: httpx.AsyncClient, agent_name: str) -> str:
         ("POST", "/run/42/retry", None, "/run/{run_id}/retry"),
         ("POST", "/run/{run_id}/calls/ask:1", '{"output": 1}', "/run/{run_id}/calls/{call_id}"),
         ("POST", "/run/42/calls/ask:1", '{"output": 1}', "/run/{run_id}/calls/{call_id}"),
+        ("POST", "/run/{run_id}/messages/a", '{"message": 1}', "/run/{run_id}/messages/{name}"),
+        ("POST", "/run/42/messages/a", '{"message": 1}', "/run/{run_id}/messages/{name}"),
+        ("POST", "/run/42/messages/a", '{"messag": 1}', "/run/{run_id}/messages/{name}"),
         ("POST", "/run/42/calls/ask:1", "{}", "/run/{run_id}/calls/{call_id}"),
         ("POST", "/run/42/calls/ask:1", "{", "/run/{run_id}/calls/{call_id}"),
         ("DELETE", "/run/{run_id}", None, "/run/{run_id}"),

@@ -89,7 +89,7 @@ async def time_out(world: World, context: RunContext) -> Any:
 
 
 async def time_outs_of_equal_calls(world: World, context: RunContext) -> Any:
-    found = []
+    found = list[str]()
     for _ in range(3):
         with anyio.move_on_after(0.1):
             await context.call(world.hang, "charge")

@@ -306,7 +306,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         run = await ended(engine, await submit(engine, 0, None))
     with sqlite3.connect(store) as db:
         of_sessions = ("runs_by_session", "runs_by_session_and_principal", "sessions_active")
-        for index in (*of_sessions, "runs_expiring", "runs_that_died"):
+        for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asking"):
             db.execute(f"DROP INDEX {index}")
         for column in (
             "session_id",
@@ -321,6 +321,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             "journal",
             "dropped",
             "earlier_error",
+            "is_asleep",
         ):
             db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
         for column in ("waiting_items", "usage", "error_type", "invalid_items"):
@@ -329,6 +330,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")
         for column in ("raised", "place", "once"):
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
+        db.execute("DROP TABLE messages")
         db.execute("PRAGMA user_version = 9")
     db.close()
     async with turns.flock.engine(store=store) as engine:

@@ -367,7 +367,7 @@ async def test_a_page_of_a_list_is_read_from_an_index_in_order(
 @pytest.mark.parametrize(
     ("table", "columns", "others"),
     [
-        ("runs", RUN_TABLE, ("expires_at", "deaths_alone")),
+        ("runs", RUN_TABLE, ("expires_at", "deaths_alone", "is_asleep")),
         ("steps", STEP_TABLE, ("run_id", "position")),
         ("batches", BATCH_TABLE, ("hidden",)),
     ],
@@ -405,7 +405,7 @@ def test_each_field_of_a_run_is_fixed_or_written_when_it_changes() -> None:
 def test_a_list_reads_each_field_that_it_shows() -> None:
     columns = statements.list_columns(with_inputs=True, with_results=True).split(", ")
     read = {name for name, column in zip(RUN_TABLE, columns, strict=True) if name in column}
-    assert {*RunSummary.__struct_fields__} <= read
+    assert {*RunSummary.__struct_fields__} - {"waits"} <= read, "waits are those in waiting_for"
 
 
 @pytest.mark.parametrize("query", [statements.ACTIVE_BEFORE, statements.EARLIER_RUNS], ids=["order", "history"])

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal, assert_type
 
 import msgspec
@@ -231,6 +231,10 @@ async def measure_once(text: str, context: RunContext) -> int:
 @flock.agent
 async def approve(text: str, context: RunContext) -> bool:
     assert_type(await context.ask("A number?", int, name="number", expires_s=60, default=1), int)
+    assert_type(await context.receive("number", int, expires_s=60, default=1), int)
+    assert_type(await context.sleep(1), None)
+    await context.sleep_until(datetime.now(UTC))
+    assert_type(context.is_suspending, bool)
     answer: Literal["yes", "no"] = await context.ask(f"Send {text}?", Literal["yes", "no"])
     return answer == "yes"
 
@@ -241,7 +245,8 @@ def answered(question: Question) -> Any:
 
 
 async def answer_all(engine: Engine, run: Run, answer: Answer) -> None:
-    for question in run.waiting_for:
+    await engine.send_message(run.run_id, "number", msgspec.Raw(b"1"))
+    for question in run.questions:
         assert_type(await engine.answer_call(run.run_id, question.call_id, answer(question)), Run)
 
 

@@ -16,11 +16,13 @@ from flock.errors import CallError, FieldError, InvalidData, SignatureError
 from flock.jsontype import Field, escape_pointer, explain, unknown_field
 from flock.runs import Question
 
-#: What a question is called among the calls of its step.
-ASK = "ask"
+#: What questions, sleeps and awaited messages are called among the calls of their step.
+ASK, SLEEP, RECEIVE = "ask", "sleep", "receive"
 
 NOBODY = "Pass answer= to flock.run and flock.run_batch, or serve the flock and answer over HTTP."
-OUTPUT = "output"
+NO_SENDER = "Pass answer= to flock.run and flock.run_batch, or serve the flock and send it over HTTP."
+#: What an answer and a message are called in requests, and in pointers.
+OUTPUT, MESSAGE = "output", "message"
 REF = "#/$defs/"
 SIMPLE_TYPES: Mapping[str, Any] = {"string": str, "integer": int, "number": float, "boolean": bool, "null": None}
 FORMATS: Mapping[str, Any] = {
@@ -58,7 +60,9 @@ def schema_of(type_: Any) -> msgspec.Raw:
 
 def nobody(question: Question) -> None:
     """Raise CallError: the ``Answer`` of a program without people to ask."""
-    raise CallError(f"Nobody is here to answer a question of the agent. {NOBODY} The question: {question.question}")
+    if question.is_question:
+        raise CallError(f"Nobody is here to answer a question of the agent. {NOBODY} The question: {question.question}")
+    raise CallError(f"Nobody is here to send the message {question.question!r} to the agent. {NO_SENDER}")
 
 
 def question_json(text: str) -> msgspec.Raw:
@@ -66,9 +70,18 @@ def question_json(text: str) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode({"question": text}))
 
 
-def check_answer(question: Question, output: msgspec.Raw) -> None:
-    """Raise InvalidData if *output*, which is valid JSON, does not match the schema of *question*."""
-    schema, at = msgspec.json.decode(question.schema), f"/{OUTPUT}"
+def message_json(name: str) -> msgspec.Raw:
+    """Return the arguments of the call that receives a message."""
+    return msgspec.Raw(msgspec.json.encode({"name": name}))
+
+
+def check_answer(question: Question, output: msgspec.Raw, name: str = OUTPUT) -> None:
+    """Raise InvalidData if *output*, which is valid JSON, does not match the schema of *question*.
+
+    Args:
+        name: what it is called; pointers begin with it.
+    """
+    schema, at = msgspec.json.decode(question.schema), f"/{name}"
     errors = explain(Any, bytes(output), at)  # a number may be out of range
     if errors := errors or list(_errors(msgspec.json.decode(output), schema, at, schema.get("$defs", {}))):
         raise InvalidData(errors)

@@ -71,6 +71,7 @@ from flock.runs import (
 )
 from flock.runs.records import LONG_BYTES
 from flock.scopes import Signal, current_task, start_in_empty_context
+from flock.steps.answers import message_from
 from flock.steps.executor import StepExecutor
 from flock.steps.live import LiveOutput, LiveReader
 from flock.steps.outcomes import CRASHED, INTERRUPTED, log_crash
@@ -185,7 +186,13 @@ class EmbeddedEngine(EngineBase):
 
     def _reset(self) -> None:
         """Create the state that is bound to one event loop, such as events."""
-        self._runner = Runner(self.store, self._make_executor(), limits=self._limits, expose_errors=self._expose_errors)
+        self._runner = Runner(
+            self.store,
+            self._make_executor(),
+            limits=self._limits,
+            expose_errors=self._expose_errors,
+            continue_answered=self._start_answered,
+        )
         self._batches = Batches(self.store.batches, self._runner, self._start_batch, self._next_change, self._limits)
         self._accepting: set[str] = set()
         self._store_changed = Signal()
@@ -223,7 +230,7 @@ class EmbeddedEngine(EngineBase):
         except BaseException:
             await self.__aexit__()
             raise
-        for task in (self._watch, self._expire_questions, self._apply_retention):
+        for task in (self._watch, self._end_waits, self._apply_retention):
             start_in_empty_context(self._tasks, task)
         return self
 
@@ -395,8 +402,10 @@ class EmbeddedEngine(EngineBase):
         deadline = math.inf if timeout_s is None else anyio.current_time() + timeout_s
         active = self._runner.active.get(run_id)
         while active is not None and not active.is_lost:
-            if not active.run.status.is_active:
+            if not active.run.is_active:
                 return await self._record_of(active)
+            if active.run.status is RunStatus.WAITING:  # for no person, and not here
+                break
             if active.store_error is not None:
                 raise active.store_error
             if active.is_interrupted:
@@ -406,7 +415,7 @@ class EmbeddedEngine(EngineBase):
             active.wake_at = min(active.wake_at, deadline)  # for the watch task: a timer for each waiter is slower
             await active.end.wait()
         with anyio.CancelScope(deadline=deadline):
-            while (run := await self.get_run(run_id)).status.is_active:
+            while (run := await self.get_run(run_id)).is_active:
                 del run  # do not hold a possibly long record during a possibly long wait
                 if self.is_draining:
                     raise wait_stopped()
@@ -453,10 +462,33 @@ class EmbeddedEngine(EngineBase):
             self._check_has_agent(run.next_agent_name or "")
         del run  # with all its questions, which each of many waiting answers would hold
         answered = self.store.answer(run_id, call_id, output, self._engine_id, now(), then=self._start_answered)
-        return await answered or await self.get_outline(run_id)
+        started = await answered
+        if (active := self._runner.active.get(run_id)) is not None:
+            left = tuple(wait for wait in active.run.waiting_for if wait.call_id != call_id)
+            active.update(replace(active.run, waiting_for=left))
+        self._note_answer(run_id)
+        return started or await self.get_outline(run_id)
+
+    async def send_message(
+        self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
+    ) -> Run:
+        self._check_running()
+        message = message_from(name, message, self._limits.max_input_bytes)
+        run = await self.get_outline(run_id)
+        if run.status is RunStatus.WAITING:
+            self._check_has_agent(run.next_agent_name or "")
+        await self.store.send(run_id, name, message, key, self._engine_id, now(), then=self._start_answered)
+        self._note_answer(run_id)
+        return await self.get_outline(run_id)
+
+    def _note_answer(self, run_id: str) -> None:
+        """Let the step of a run that is active here check its waits."""
+        active = self._runner.active.get(run_id)
+        if active is not None and active.context is not None:
+            active.context.journal.note_answer()
 
     def _start_answered(self, run: Run | None) -> None:
-        """Start a run whose last question was answered, unless it is None. An item is started by its batch."""
+        """Start a run that got an answer, a message or its wake-up, unless it is None. Its batch starts an item."""
         if run is not None and run.batch_id is None and run.run_id not in self._runner.active:
             self._start(run)
 
@@ -512,7 +544,7 @@ class EmbeddedEngine(EngineBase):
 
     async def _follow(self, run: Run, live: LiveOutput) -> None:
         """Copy the live output of a run of another engine. Return when that of the steps of *run* has arrived."""
-        if live.follower is None and run.status.is_active and self.store.is_shared and self._tasks is not None:
+        if live.follower is None and run.is_active and self.store.is_shared and self._tasks is not None:
             owner = run.owner if run.batch_id is None else (await self.get_batch(run.batch_id)).owner
             if owner not in (None, self._engine_id, live.lost_owner) and live.follower is None:
                 live.follower = anyio.CancelScope()
@@ -615,6 +647,8 @@ class EmbeddedEngine(EngineBase):
                 seen = await self.store.data_version() if self.store.is_shared else version - 1
                 if seen != version:
                     self._notify_store_changed()
+                    for run_id in self._runner.active:
+                        self._note_answer(run_id)
                     for run_id, attempt in await self.store.cancels_for(self._engine_id):
                         if run_id in self._runner.active:
                             self._runner.active[run_id].cancel()
@@ -717,8 +751,8 @@ class EmbeddedEngine(EngineBase):
                 self._runner.executor.notify("run_ended", run)
                 await share.checkpoint()
 
-    async def _expire_questions(self) -> None:
-        """Continue or end the runs with questions that have expired. All engines of the flock do, and one is first."""
+    async def _end_waits(self) -> None:
+        """Continue or end the runs whose waits are over. All engines of the flock do, and one is first."""
         while True:
             await anyio.sleep(CHECK_INTERVAL_S)
             try:
@@ -726,7 +760,7 @@ class EmbeddedEngine(EngineBase):
             except StoreError:
                 pass  # the store has logged it
             except Exception:
-                logger.exception("expired questions could not be processed")
+                logger.exception("runs whose waits are over could not be continued")
 
     def _on_expired(self, runs: Sequence[Run]) -> None:
         for run in runs:

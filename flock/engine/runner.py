@@ -184,9 +184,28 @@ class StoredRun(ActiveRun):
             await share.checkpoint()
         return calls
 
+    async def check_wait(self, wait: Question) -> Call | None:
+        """Cancellation: an answer that was found is in the journal when the step runs again. Raises OwnershipLost."""
+        store = self._runner.store
+        others = _without(self.run.waiting_for, wait.call_id)
+        is_known = len(others) < len(self.run.waiting_for)
+        if is_known and not await self._read(lambda: store.has_answer(self.run, wait)):
+            return None
+        run = self.run = replace(self.run, waiting_for=(*others, wait))
+        found: list[Call | None] = []
+
+        async def check() -> None:
+            found.append(await store.check_wait(run, wait, now()))
+
+        await self.retrying(check)
+        if found[0] is not None:
+            self.run = replace(self.run, waiting_for=_without(self.run.waiting_for, wait.call_id))
+        self.update(self.run)
+        return found[0]
+
     async def keep_call(self, call: Call) -> None:
         """Nothing cancels it, since the journal saves a call in a task of its own. Raises OwnershipLost."""
-        run = self.run = replace(self.run, spent=self.spent)
+        run = self.run = replace(self.run, spent=self.spent, waiting_for=_without(self.run.waiting_for, call.call_id))
         await self.retrying(lambda: self._runner.store.save_call(run, len(run.steps), call))
 
     # Reading and writing its record
@@ -225,7 +244,7 @@ class StoredRun(ActiveRun):
     async def save(self, run: Run, step: Step | None) -> None:
         """Write *run* and notify waiting callers. Retry while the store cannot be written."""
         await self.retrying(lambda: self._runner.store.save(run, step, shield=True))
-        self.update(run)
+        self.update(run if step is None else replace(run, waiting_for=()))
 
     async def retrying(self, write: Callable[[], Awaitable[None]]) -> None:
         """Call *write*, which ignores cancellation, until the store can be written, but only once during shutdown."""
@@ -280,9 +299,18 @@ class Runner:
         quarantine: which runs may start.
     """
 
-    def __init__(self, store: Store, executor: StepExecutor, *, limits: Limits, expose_errors: bool) -> None:
+    def __init__(
+        self,
+        store: Store,
+        executor: StepExecutor,
+        *,
+        limits: Limits,
+        expose_errors: bool,
+        continue_answered: Callable[[Run | None], None],
+    ) -> None:
         self.store = store
         self.executor = executor
+        self.continue_answered = continue_answered
         self.limits = limits
         self._expose_errors = expose_errors
         self.active: dict[str, StoredRun] = {}
@@ -448,7 +476,7 @@ class Runner:
         return self.awaited.setdefault(id_, Signal()) if active is None else active.end
 
     async def _suspend(self, active: StoredRun, questions: Sequence[Question]) -> bool:
-        """Leave a run to the store until *questions* are answered. Returns False if it was cancelled."""
+        """Leave a run to the store until one of *questions* is answered. Returns False if it was cancelled."""
         if active.cancel_requested:
             return False
         run = replace(
@@ -461,27 +489,41 @@ class Runner:
             spent=active.spent,
         )
 
-        def then(is_waiting: bool) -> None:
+        def then(suspended: tuple[bool, Run | None]) -> None:
+            is_waiting, answered = suspended
             active.cancel_requested |= not is_waiting
             if is_waiting:
                 self._remove(active)
-                active.update(run)
-                self.executor.notify("run_waiting", run)
+                if answered is None:
+                    active.update(run)
+                    self.executor.notify("run_waiting", run)
+                else:
+                    self.continue_answered(answered)
+                    self._disown(active)
                 if active.on_wait is not None:
                     active.on_wait()
 
         try:
             with anyio.CancelScope(shield=True):
-                await active.retrying(lambda: self.store.suspend(run, then))
+                await active.retrying(lambda: self.store.suspend(run, now(), then))
                 is_waiting = active.run.status is RunStatus.WAITING
                 if is_waiting and active.cancel_requested:  # while it was written
                     await active.retrying(lambda: self.cancel_waiting(run))
-                return is_waiting
+                elif active.is_lost and active.cancel_requested:
+                    self.cancel_soon(run)
+                return is_waiting or active.is_lost
         except OwnershipLost:
             self._on_ownership_lost(active)
         except StoreError:
             await self.interrupt(active)
         return True
+
+    def cancel_soon(self, run: Run) -> None:
+        """Cancel *run*, or when it becomes active here."""
+        if (active := self.active.get(run.run_id)) is not None:
+            active.cancel()
+        else:
+            self.cancelled_before[run.run_id] = run.attempt
 
     async def cancel_waiting(self, run: Run) -> None:
         """Cancel *run* if it is still waiting."""
@@ -515,12 +557,24 @@ class Runner:
     def ended(self, run: Run) -> None:
         """Notify the observers of the end of *run*, and log it."""
         self.executor.notify("run_ended", run)
+        self._warn_of_messages(run)
         level = logging.INFO if run.batch_id is None else logging.DEBUG  # items are too many; the batch logs a summary
         if logger.isEnabledFor(level):
             took_ms = round((now() - run.created_at).total_seconds() * 1000)
             template, source = "run %s: %s, agent %s, %d ms%s", of_request(run.request_id)
             extra = fields_of_run(run) | {"status": run.status.value, "duration_ms": took_ms}
             logger.log(level, template, run.run_id, run.status, run.agent_name, took_ms, source, extra=extra)
+
+    def _warn_of_messages(self, run: Run) -> None:
+        """Name the messages that the run has not received."""
+        names_of_agents = {run.agent_name, run.next_agent_name, *(step.agent_name for step in run.steps)} - {None}
+        agents = map(self.executor.find, names_of_agents)
+        if not any(agent is None or agent.uses_context for agent in agents):  # the others receive none
+            return
+        with contextlib.suppress(StoreError):
+            if names := self.store.unreceived(run.run_id):
+                template = "run %s: it has ended and not received its messages %s"
+                logger.warning(template, run.run_id, ", ".join(names), extra=fields_of_run(run))
 
     def _remove(self, active: StoredRun) -> None:
         active.dequeue()
@@ -540,6 +594,10 @@ class Runner:
         self._remove(active)
         active.update(active.run)
         active.wake()
+
+
+def _without(waits: tuple[Question, ...], call_id: str) -> tuple[Question, ...]:
+    return tuple(wait for wait in waits if wait.call_id != call_id)
 
 
 def _add_to(counter: Counter[K], key: K, more: int) -> None:

@@ -5,11 +5,13 @@ import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import msgspec
 
-from flock.errors import TooManyTokens, cut
+from flock.errors import CallError, TooManyTokens, cut
+from flock.runs.ids import now
 from flock.runs.records import CallKind, Progress, Run
 from flock.runs.text import safe_text
 from flock.runs.usage import Usage
@@ -79,6 +81,18 @@ class StepJournal(Protocol):
         about: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
     ) -> Coroutine[Any, Any, Any]: ...
 
+    def receive(
+        self, context: "RunContext", name: str, type_: Any, expires_s: float | None, default: Any
+    ) -> Coroutine[Any, Any, Any]: ...
+
+    def sleep(self, context: "RunContext", until: Callable[[datetime], datetime]) -> Coroutine[Any, Any, None]: ...
+
+    def note_answer(self) -> None: ...
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether the step was ended to start again later or elsewhere."""
+
 
 class Live(Protocol):
     """The text that the agents of a run write for its readers; see ``flock.steps.live``. It is thread-safe."""
@@ -102,10 +116,17 @@ class Budget(Protocol):
     def reserve(self, model: str, prompt: Any, max_tokens: int | None) -> AbstractAsyncContextManager[None]: ...
 
 
-class _AskOptions(TypedDict, total=False):
-    name: str | None
+class _WaitOptions(TypedDict, total=False):
     expires_s: float | None
     default: Any
+
+
+class _AskOptions(_WaitOptions, total=False):
+    name: str | None
+
+
+#: How long a run may sleep, in seconds: ten years.
+MAX_SLEEP_S = 10 * 365 * 86_400
 
 
 class RunContext:
@@ -332,8 +353,8 @@ class RunContext:
     ) -> Coroutine[Any, Any, Any]:
         """Ask a person. The run waits for the answer, and uses no memory and no slot meanwhile.
 
-        The step ends here, and runs again when all its questions are answered: calls that have finished are not
-        executed again, but the code around them is. Calls that run at the same time are finished first.
+        The step ends here, and runs again at the first answer: calls that have finished are not executed again, but
+        the code around them is. Calls that run at the same time are finished first.
 
         Args:
             question: identifies the call, together with the type. Equal questions are numbered in their order.
@@ -350,6 +371,75 @@ class RunContext:
         Cancellation: the question is not asked.
         """
         return self.journal.ask(self, question, type, name, expires_s, default)
+
+    def sleep(self, seconds: float) -> Coroutine[Any, Any, None]:
+        """Sleep. The run is "waiting" and uses no memory and no slot meanwhile, unless it is for less than 5 seconds.
+
+        The step ends here, as it does for ``ask``, and runs again when the time has come, also after a restart. The
+        wake-up time is on disk, by the clock of the machine. The sleep is identified by its order in the step, and not
+        by its time, which may be computed from the clock.
+
+        Raises: CallError if the agent is not async, or *seconds* is negative or above ten years.
+
+        Cancellation: the sleep is over. One of less than 5 seconds begins again after a crash.
+        """
+        if not 0 <= seconds <= MAX_SLEEP_S:
+            raise CallError(f"A run can sleep 0 to {MAX_SLEEP_S} seconds, not {seconds}.")
+        return self.journal.sleep(self, lambda at: at + timedelta(seconds=seconds))
+
+    def sleep_until(self, time: datetime) -> Coroutine[Any, Any, None]:
+        """Sleep until *time*, like ``sleep``. It must have a time zone, such as ``datetime.now(UTC)`` has.
+
+        If it is over already, this returns at once.
+
+        Raises: CallError, as ``sleep``, and if *time* has no time zone.
+        """
+        if time.tzinfo is None:
+            raise CallError(
+                f"The time {time.isoformat()} has no time zone. Use datetime(…, tzinfo=UTC), or a ZoneInfo."
+            )
+        time = time.astimezone(UTC)
+        if (time - now()).total_seconds() > MAX_SLEEP_S:
+            raise CallError(f"A run can sleep up to {MAX_SLEEP_S} seconds, not until {time.isoformat()}.")
+        return self.journal.sleep(self, lambda at: time)
+
+    @overload
+    def receive(self, name: str, type: type[T], /, **options: Unpack[_WaitOptions]) -> Coroutine[Any, Any, T]: ...
+
+    @overload
+    def receive(self, name: str, type: Any, /, **options: Unpack[_WaitOptions]) -> Coroutine[Any, Any, Any]: ...
+
+    def receive(
+        self, name: str, type: Any, /, *, expires_s: float | None = None, default: Any = msgspec.UNSET
+    ) -> Coroutine[Any, Any, Any]:
+        """Receive a message of another system, which sends it by ``POST /run/{run_id}/messages/{name}``.
+
+        The run waits as it does for ``ask``. Messages of one name are received in the order in which they were sent.
+        One that was sent before is kept. If it does not fit, it is dropped, and shown as a failed call of the run.
+
+        Args:
+            name: of the message: 1 to 128 letters, digits, "_", "-" and ".".
+            type: of the message: any type that can be read from JSON. One that does not fit is rejected while the run
+                waits for it.
+            expires_s: how long to wait, in seconds. Then the run fails as "expired". By default without a limit.
+            default: what is received if no message has come in time.
+
+        Returns: the message, read from JSON as *type*.
+
+        Raises: CallError, as ``ask``.
+
+        Cancellation: no message is received.
+        """
+        return self.journal.receive(self, name, type, expires_s, default)
+
+    @property
+    def is_suspending(self) -> bool:
+        """Whether the step is being ended to run again, when it need not wait any more. Use it in ``finally`` blocks.
+
+        ``finally``, ``except BaseException`` and the ends of ``async with`` are executed each time that a step ends to
+        wait.
+        """
+        return self.journal.is_suspended
 
     @property
     def idempotency_key(self) -> str:

@@ -88,8 +88,8 @@ def events_after(run: Run, after: int = 0) -> Iterator[Event]:
         yield event(run.attempt, number, "step.started", position=len(run.steps), agent_name=name)
     if run.progress is not None:
         yield event(run.attempt, None, "run.progress", **msgspec.structs.asdict(run.progress))
-    if run.status is RunStatus.WAITING:
-        yield event(run.attempt, None, "run.waiting", waiting_for=run.waiting_for)
+    if run.status is RunStatus.WAITING and run.questions:
+        yield event(run.attempt, None, "run.waiting", waiting_for=run.questions)
     if run.status.is_final:
         end = {name: getattr(run, name) for name in ("status", "result", "error", "error_type", "completed_at")}
         yield event(run.attempt, EVENTS_PER_ATTEMPT - 1, f"run.{run.status}", **end)

@@ -101,7 +101,7 @@ class Observer:
         """A model has answered an agent; the answer may still be invalid."""
 
     def run_waiting(self, run: Run) -> None:
-        """A run, or an item, has begun to wait for answers; see ``run.waiting_for``."""
+        """A run, or an item, has begun to wait for answers, a time or messages; see ``run.waiting_for``."""
 
     def run_ended(self, run: Run) -> None:
         """A run has reached a final status. If it ended while it was waiting, it may be a stub without inputs."""
@@ -263,7 +263,9 @@ class Engine(Protocol):
         """
 
     async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
-        """Wait until the run is final or waits for an answer, at most *timeout_s* seconds, and return it.
+        """Wait until the run is final or asks a question, at most *timeout_s* seconds, and return it.
+
+        One that waits for a time or a message is waited for.
 
         Raises: RunNotFound; StoreError if its final status cannot be written now; EngineStopped if the engine stops and
             leaves the run to be resumed later.
@@ -279,7 +281,7 @@ class Engine(Protocol):
         """
 
     async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
-        """Answer a question of a waiting run. After the last answer, the run continues.
+        """Answer a question of a run. If the run is waiting, it continues.
 
         Returns: the run, which may be a stub, as that of ``get_outline``. The same answer may be given again.
 
@@ -287,6 +289,31 @@ class Engine(Protocol):
             RunNotFound; CallNotFound if the run does not ask this.
             InvalidData: the answer does not match the question's schema; pointers begin with ``/output``.
             Conflict: the question was answered otherwise; the run has ended; or this program does not have its agent.
+            EngineStopped, StoreError.
+        """
+
+    async def send_message(
+        self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
+    ) -> Run:
+        """Send a message to a run; see ``RunContext.receive``. If the run waits for it, the run continues.
+
+        On return the message is on disk, or in the cluster. It is kept until the run receives it.
+
+        Args:
+            name: of the message.
+            key: detects repeated requests.
+
+        Returns: the run, which may be a stub, as that of ``get_outline``.
+
+        Raises:
+            RunNotFound.
+            InvalidData: the name is invalid, or the message does not match the type for which the run waits; pointers
+                begin with ``/message``.
+            TooLarge: it is longer than ``max_input_bytes``.
+            TooManyRequests: too many messages are kept for this run.
+            Replayed: the same message was sent with this key before.
+            KeyReused: the key was already used for something else.
+            Conflict: the run has ended; or this program does not have its agent.
             EngineStopped, StoreError.
         """
 

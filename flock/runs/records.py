@@ -76,7 +76,7 @@ class RunStatus(StrEnum):
     STARTING = "starting"
     #: an agent is running
     RUNNING = "running"
-    #: a person has to answer a question; nothing is running
+    #: for the answer of a person, a time or a message; nothing is running
     WAITING = "waiting"
     #: ended with a result
     COMPLETED = "completed"
@@ -87,7 +87,7 @@ class RunStatus(StrEnum):
 
     @property
     def is_active(self) -> bool:
-        """Whether it changes without the answer of a person, or a retry."""
+        """Whether it is queued or running. A run that waits for a time is active too; see ``Run.is_active``."""
         return self in (RunStatus.STARTING, RunStatus.RUNNING)
 
     @property
@@ -137,7 +137,9 @@ CALL_IDS = 2
 JSON_NULL = msgspec.Raw(b"null")
 
 #: What a call executes.
-CallKind = Literal["function", "model", "tool", "agent", "question"]
+CallKind = Literal["function", "model", "tool", "agent", "question", "sleep", "message"]
+#: Those for which a run can wait without a slot.
+WAIT_KINDS = ("question", "sleep", "message")
 
 
 #: Whether a retry keeps the calls that have returned, or executes all calls again.
@@ -244,14 +246,17 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """A question to a person that is not answered yet; see ``RunContext.ask``.
+    """A question to a person that is not answered yet; see ``RunContext.ask``. Or a sleep, or an awaited message.
 
     Attributes:
         call_id: as that of a call; the answer becomes the result of this call.
+        question: its text. Of a message, its name.
         schema: JSON Schema (2020-12) of the answer.
         arguments: what the question is about, as a JSON object; UNSET if the question itself is enough.
+        asked_at: when the wait began.
         expires_at: when the run fails, or continues with *default*; None if it waits without a limit.
         default: the answer if nobody answers in time; UNSET if the run then fails.
+        kind: what it is, unless it is a question. A sleep has a *default*, null, and no other answer.
     """
 
     call_id: str
@@ -261,6 +266,11 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     asked_at: Time
     expires_at: Time | None = None
     default: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    kind: Literal["sleep", "message"] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def is_question(self) -> bool:
+        return self.kind is msgspec.UNSET
 
 
 #: Answers a question at once, in place of a person. It may be async.
@@ -320,7 +330,8 @@ class Run(_Record, frozen=True, kw_only=True):
         owner: the engine that is working on it; only this engine may write it.
         session_id: the conversation that it belongs to, within its flock and principal. Runs of a session are executed
             one after the other.
-        waiting_for: the open questions of a waiting run. A run that ended while it was waiting keeps them.
+        waiting_for: what a waiting run waits for: open questions, sleeps and messages. While its step runs again, those
+            that it waited for, with their times. A run that ended while it was waiting keeps them.
         worked_s: seconds of ``timeout_s`` that the attempt had spent when it last began to wait; 0 if it never did.
         spent: the tokens of all its attempts, including failed steps; None if there were none.
         max_cost: US dollars that it may spend in all its attempts; None means no limit.
@@ -377,6 +388,16 @@ class Run(_Record, frozen=True, kw_only=True):
             f"The run {self.run_id} is {self.status}, and has no result here. Get it from engine.wait(), or list runs "
             "with with_results=True."
         )
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """The open questions of a run that has not ended, without sleeps and messages. Its step may still run."""
+        return () if self.status.is_final else tuple(each for each in self.waiting_for if each.is_question)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it changes without the answer of a person, or a retry."""
+        return self.status.is_active or (self.status is RunStatus.WAITING and not self.questions)
 
     @property
     def is_stub(self) -> bool:
@@ -666,6 +687,7 @@ class RunFilter(BatchFilter, frozen=True, kw_only=True):
 
     Attributes:
         created_after, created_before: with a precision of one millisecond.
+        asking: only waiting runs with open questions, and not those that wait for a time or a message.
         with_inputs, with_results: also read inputs or results; otherwise they are empty or None.
 
     Raises: DefinitionError if the status is unknown.
@@ -674,6 +696,7 @@ class RunFilter(BatchFilter, frozen=True, kw_only=True):
     session_id: str | None = None
     created_after: datetime | None = None
     created_before: datetime | None = None
+    asking: bool = False
     with_inputs: bool = False
     with_results: bool = False
 

@@ -5,11 +5,16 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
-from flock.agents.questions import ASK, check_answer, question_json
-from flock.errors import CallNotFound, Conflict, InvalidData
+from flock.agents.questions import ASK, MESSAGE, RECEIVE, SLEEP, check_answer, message_json, question_json
+from flock.errors import CallError, CallNotFound, Conflict, InvalidData, TooLarge, TooManyRequests, cut
 from flock.jsontype import explain
-from flock.runs import Call, Question, Run, RunStatus
+from flock.runs import JSON_NULL, Call, Question, Run, RunStatus
+from flock.steps.journal import NAME
+
+#: How many messages are kept for one run until it receives them.
+MAX_MESSAGES = 1000
 
 
 def question_for(
@@ -18,37 +23,85 @@ def question_for(
     """Return the open question that *output* answers, or None if it has been given before; see ``Engine.answer_call``.
 
     Args:
-        find_answer: returns the answer of a question that is not open, or None if it was not asked.
+        find_answer: returns the answer that a question has got, or None.
 
     Raises: CallNotFound, Conflict, InvalidData.
     """
-    question = next((open_ for open_ in run.waiting_for if open_.call_id == call_id), None)
-    if question is None:
-        given = find_answer()
-        if given is None:
-            raise CallNotFound(run.run_id, call_id)
+    question = next((open_ for open_ in run.waiting_for if open_.call_id == call_id and open_.is_question), None)
+    given = find_answer() if question is None or run.status is not RunStatus.WAITING else None
+    if question is None and given is None:
+        raise CallNotFound(run.run_id, call_id)
+    if given is not None:
         if errors := explain(Any, bytes(output), "/output"):
             raise InvalidData(errors)
         if _normal(given) != _normal(output):
             raise Conflict(f"The question {call_id!r} of the run {run.run_id} has already been answered otherwise.")
         return None
-    if run.status is not RunStatus.WAITING:
+    assert question is not None
+    if run.status.is_final:
         raise Conflict(f"The run {run.run_id} is {run.status}, so its question {call_id!r} can no longer be answered.")
     check_answer(question, output)
     return question
 
 
 def answer_of(question: Question, output: msgspec.Raw, at: datetime) -> Call:
-    """Return the finished call of *question*."""
-    return Call(
+    """Return the finished call of *question*, or of a sleep or a message."""
+    text = question.question
+    call = Call(
         call_id=question.call_id,
         name=ASK,
         kind="question",
-        arguments=question_json(question.question),
         result=output,
         started_at=question.asked_at,
         completed_at=at,
     )
+    match question.kind:
+        case "sleep":
+            return replace(call, name=SLEEP, kind="sleep", arguments=JSON_NULL)
+        case "message":
+            return replace(call, name=RECEIVE, kind="message", arguments=message_json(text))
+    return replace(call, arguments=question_json(text))
+
+
+def dropped_of(question: Question, error: InvalidData, at: datetime) -> Call:
+    """Return the failed call of a message that had been sent before it was awaited, and does not fit."""
+    error_text = f"A message {question.question!r} was dropped, because it does not fit: {error}"
+    dropped = answer_of(question, JSON_NULL, at)
+    return replace(dropped, error=cut(error_text), error_type=CallError.error_type)
+
+
+def awaited(run: Run, name: str) -> Question | None:
+    """Return the first wait of *run* for a message of this name, or None."""
+    return next((wait for wait in run.waiting_for if wait.kind == "message" and wait.question == name), None)
+
+
+def message_from(name: str, message: msgspec.Raw, max_bytes: int) -> msgspec.Raw:
+    """Return a copy of *message*, which may be a view of a request body. Raises InvalidData, TooLarge."""
+    if NAME.fullmatch(name) is None:
+        raise InvalidData.of(
+            f"{name!r} is not a valid name of a message. Use 1 to 128 letters, digits, '_', '-' and '.'."
+        )
+    if len(message) > max_bytes:
+        raise TooLarge(f"A message may have up to {max_bytes} bytes, and this one has {len(message)}.")
+    return msgspec.Raw(bytes(message))
+
+
+def check_message(run: Run, name: str, message: msgspec.Raw, kept: int) -> None:
+    """Check a message that is sent to *run*, for which *kept* messages are kept.
+
+    Raises: Conflict if the run has ended; InvalidData if it does not fit; TooManyRequests if too many are kept.
+    """
+    if run.status.is_final:
+        raise Conflict(f"The run {run.run_id} is {run.status}, so it can no longer receive a message {name!r}.")
+    if (wait := awaited(run, name)) is not None:
+        check_answer(wait, message, MESSAGE)
+    elif errors := explain(Any, bytes(message), f"/{MESSAGE}"):
+        raise InvalidData(errors)
+    if kept >= MAX_MESSAGES:
+        raise TooManyRequests(
+            f"{kept} messages are kept for the run {run.run_id}, the limit of one run. Send more when it has received "
+            "some of them."
+        )
 
 
 def is_expired(question: Question, at: datetime) -> bool:

@@ -65,7 +65,7 @@ SPENDING = threading.Lock()
 
 
 class WaitingForAnswers(Exception):
-    """A step ended because its agent asks *questions*. It starts again when they are answered."""
+    """A step ended because its agent waits for *questions*, sleeps or messages. It starts again at the first answer."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
         super().__init__(f"{len(questions)} questions")
@@ -205,6 +205,10 @@ class ActiveRun:
 
         On return it is stored. Raises Uncertain if another process has started the same call.
         """
+
+    async def check_wait(self, wait: Question) -> Call | None:
+        """Called with a question or an awaited message of a step that still runs; see ``Journal``."""
+        return None
 
     async def earlier_runs(self, limit: int) -> Sequence[Run]:
         """Return the last *limit* completed runs of its session and agent, oldest first, or fewer if they are long."""
@@ -357,6 +361,8 @@ class StepExecutor:
             stops_on_change=agent.on_change == "stop" and run.first_try == run.tries,
             call_ids=run.call_ids,
             answer=self.answer,
+            waited_for=run.waiting_for,
+            check_wait=functools.partial(self._check_wait, active),
         )
 
     async def _with_journal(
@@ -462,8 +468,21 @@ class StepExecutor:
         except OwnershipLost:
             active.scope.cancel()
             raise
-        if call.is_start:
-            return
+        if not call.is_start:
+            self._note_call(active, call)
+
+    async def _check_wait(self, active: ActiveRun, wait: Question) -> Call | None:
+        """Return the call that answers *wait*, or None. If another process owns the run now, stop the agent."""
+        try:
+            call = await active.check_wait(wait)
+        except OwnershipLost:
+            active.scope.cancel()
+            raise
+        if call is not None:
+            self._note_call(active, call)
+        return call
+
+    def _note_call(self, active: ActiveRun, call: Call) -> None:
         if active.live is not None and active.context is not None:
             active.live.end_call(active.context.position, call.call_id)
             active.live.note_news()

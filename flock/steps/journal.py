@@ -20,14 +20,15 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import anyio
 import anyio.lowlevel
 import msgspec
+from msgspec import UnsetType
 from msgspec.structs import replace
 
-from flock.agents.questions import ASK, question_json, schema_of
+from flock.agents.questions import ASK, RECEIVE, SLEEP, message_json, question_json, schema_of
 from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
 from flock.errors import CallError, SignatureError, Uncertain, cut
 from flock.pydanticmodel import from_json, to_json_and_back
@@ -58,9 +59,13 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 CHECKPOINTS = 10
 #: How long a question may be open, in seconds: ten years.
 MAX_EXPIRES_S = 10 * 365 * 86_400
+#: Shorter sleeps do not end the step, in seconds.
+MIN_SUSPENDED_S = 5.0
 #: The pause before a call is tried again, in seconds. It doubles with each try.
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+#: The JSON Schema of what a sleep returns.
+NULL_TYPE = msgspec.Raw(b'{"type":"null"}')
 _LATE = "The call {!r} was made after its step had ended. Await it in the step."
 
 
@@ -89,12 +94,15 @@ class Journal:
         stops_on_change: end the step before a call that replaces another one, because the program was changed.
         call_ids: see ``Run``.
         answer: answers the step's questions at once. Without it, the step ends if nothing but answers is missing.
+        waited_for: the waits of the last execution that are not over. They keep their times.
+        check_wait: is called with a question or an awaited message while the step runs. It returns the finished call if
+            there is an answer. Otherwise the wait is then visible to clients.
 
     Attributes:
         kept: calls of this execution that are stored.
         spent: the tokens that the run has used so far.
         scope: the scope in which the step runs. It is cancelled to end the step.
-        questions: the questions for which the step was ended.
+        questions: the questions, sleeps and messages for which the step was ended.
         elsewhere: the agent for which it was ended, because only another process has it.
         change: how the program was changed, for which it was ended.
         last_start: when the last call was started.
@@ -118,14 +126,25 @@ class Journal:
     stops_on_change: bool = True
     call_ids: int = CALL_IDS
     answer: Answer | None = None
+    waited_for: InitVar[Iterable[Question]] = ()
+    check_wait: Callable[[Question], Awaitable[Call | None]] | None = None
 
-    def __post_init__(self, finished: Iterable[Call], max_total_bytes: float, replay_grace_s: float) -> None:
+    def __post_init__(
+        self,
+        finished: Iterable[Call],
+        max_total_bytes: float,
+        replay_grace_s: float,
+        waited_for: Iterable[Question],
+    ) -> None:
         self.scope = anyio.CancelScope()
         self.questions: tuple[Question, ...] = ()
         self.elsewhere: str | None = None
         self.change: str | None = None
         #: questions, and names of agents that other processes have, by the id of the call that waits for them
         self._asked: dict[str, Question | str] = {}
+        self._waited_for = {each.call_id: each for each in waited_for}
+        #: how often an answer may have come; see ``note_answer``
+        self._news = 0
         #: the calls that have begun and not ended, each with what cancels its task
         self._open: dict[str, Callable[[], object]] = {}
         #: a call has ended
@@ -264,38 +283,91 @@ class Journal:
         check_in_loop(context)
         _check_name(ASK, name)
         self.check_may_wait("ask")
+        text = safe_text(question)
+        asked = self._asking(ASK, text, type_, expires_s, default, arguments=about)
+        key = name or hashlib.sha256(b"\0".join([text.encode(), asked(now()).schema])).hexdigest()[:DIGEST_CHARS]
+        return self._wait(ASK, key, asked, type_, "question", question_json(text))
+
+    def receive(
+        self, context: RunContext, name: str, type_: Any, expires_s: float | None, default: Any
+    ) -> Coroutine[Any, Any, Any]:
+        """See ``RunContext.receive``."""
+        check_in_loop(context)
+        _check_name(RECEIVE, name)
+        asked = self._asking(RECEIVE, name, type_, expires_s, default, kind="message")
+        return self._wait(RECEIVE, name, asked, type_, "message", message_json(name))
+
+    def sleep(self, context: RunContext, until: Callable[[datetime], datetime]) -> Coroutine[Any, Any, None]:
+        """Sleep until the time that *until* returns from the beginning; see ``RunContext.sleep``.
+
+        The time does not identify the call: the program may compute it from the clock whenever the step runs.
+        """
+        check_in_loop(context)
+
+        def asked(at: datetime) -> Question:
+            end = until(at)
+            return Question(
+                call_id="", question="", schema=NULL_TYPE, asked_at=at, expires_at=end, default=JSON_NULL, kind="sleep"
+            )
+
+        return self._wait(SLEEP, "timer", asked, None, "sleep", JSON_NULL)
+
+    def _asking(
+        self, label: str, text: str, type_: Any, expires_s: float | None, default: Any, **more: Any
+    ) -> Callable[[datetime], Question]:
+        """Return a function that makes a question, or an awaited message, from the time at which it begins to wait.
+
+        Raises: CallError if the *default* does not fit, or an option is invalid.
+        """
         if expires_s is not None and not 0 < expires_s <= MAX_EXPIRES_S:
             raise CallError(f"expires_s must be above 0 and at most {MAX_EXPIRES_S} seconds, not {expires_s}.")
-        schema, text = schema_of(type_), safe_text(question)
-        decode = functools.partial(_decode, ASK, type_)
+        schema = schema_of(type_)
         if default is not msgspec.UNSET:
-            default = self._encode(ASK, default)
-            decode(default)
+            default = self._encode(label, default)
+            _decode(label, type_, default)
 
-        async def answer() -> Any:
-            asked_at = now()
-            asked = Question(
-                call_id=CURRENT_CALL.get(),
-                question=text,
-                schema=schema,
-                arguments=about,
-                asked_at=asked_at,
-                expires_at=None if expires_s is None else asked_at + timedelta(seconds=expires_s),
-                default=default,
-            )
+        def asked(at: datetime) -> Question:
+            expires_at = None if expires_s is None else at + timedelta(seconds=expires_s)
+            fixed = {"question": text, "schema": schema, "default": default, **more}
+            return Question(call_id="", asked_at=at, expires_at=expires_at, **fixed)
+
+        return asked
+
+    def _wait(
+        self,
+        label: str,
+        key: str,
+        asked: Callable[[datetime], Question],
+        type_: Any,
+        kind: CallKind,
+        arguments: msgspec.Raw,
+    ) -> Coroutine[Any, Any, Any]:
+        """Return a call that waits for an answer, a time or a message. *asked* makes it from its beginning."""
+
+        async def wait() -> Any:
+            begun = replace(asked(now()), call_id=CURRENT_CALL.get())
+            if (before := self._waited_for.pop(begun.call_id, None)) is not None:
+                begun = replace(begun, asked_at=before.asked_at, expires_at=before.expires_at)
+            if kind == "sleep":
+                assert begun.expires_at is not None
+                left_s = (begun.expires_at - now()).total_seconds()
+                if left_s < MIN_SUSPENDED_S:  # its time counts, since other calls may work meanwhile
+                    return await anyio.sleep(max(0, left_s))
             if self.answer is None:
-                await self._suspend(CURRENT_CALL.get(), asked)
+                return await self._suspend(begun.call_id, begun)
             with clocks_stopped(self.clock):
-                return await self._execute(self.answer, (asked,), {})
+                return await (anyio.sleep(left_s) if kind == "sleep" else self._execute(self.answer, (begun,), {}))
 
-        key = name or hashlib.sha256(b"\0".join([text.encode(), schema])).hexdigest()[:DIGEST_CHARS]
-        return self.once(ASK, key, answer, kind="question", arguments=question_json(text), decode=decode)
+        return self.once(
+            label, key, wait, kind=kind, arguments=arguments, decode=functools.partial(_decode, label, type_)
+        )
 
     async def wait_elsewhere(self, agent_name: str) -> NoReturn:
         """End the step as a question does, because the step calls an agent that only another process has."""
         self.check_may_wait(f"call {agent_name!r}, which only another process has")
         key = f"{CURRENT_CALL.get()}{NESTED}{agent_name}"
         await self._suspend(f"{key}:{self._take_number(agent_name, key)}", agent_name)
+        raise AssertionError("the step has ended")
 
     def check_may_wait(self, what: str) -> None:
         """Raise CallError in a call that is executed at most once: its step may end for *what*, and then run again."""
@@ -312,26 +384,57 @@ class Journal:
         """Whether the step was ended to start again later or elsewhere, or because the program was changed."""
         return bool(self.questions or self.elsewhere or self.change)
 
-    async def _suspend(self, call_id: str, asked: Question | str) -> NoReturn:
-        """End the step when all calls that are open wait for answers, themselves or in the calls that they make."""
+    def note_answer(self) -> None:
+        """Check again whether there are answers, in the step that still runs."""
+        self._news += 1
+        self._changed.notify()
+
+    async def _suspend(self, call_id: str, asked: Question | str) -> Any:
+        """End the step when all calls that are open wait for answers, themselves or in the calls that they make.
+
+        Return the default if it is due while the step still runs. Raises _Answered if the answer comes meanwhile.
+        """
         self._asked[call_id] = asked
+        wait, checked = asked if isinstance(asked, Question) else None, -1
+        default = msgspec.UNSET if wait is None else wait.default
+        due_at = None if wait is None or isinstance(default, UnsetType) else wait.expires_at
         try:
             with clocks_stopped():
                 while True:
                     for _ in range(CHECKPOINTS):  # for a sibling that is between two calls
                         await anyio.lowlevel.checkpoint()
+                    if wait is not None and self._should_check(wait, checked):
+                        checked = self._news
+                        await self._check(wait)
+                        continue
                     is_last_asked = next(reversed(self._asked)) == call_id  # only one needs to check
-                    if is_last_asked and self._open.keys() <= {
-                        caller for call_id in self._asked for caller in (call_id, *callers(call_id))
-                    }:
+                    if is_last_asked and self._waits_only and not self._is_closed:
                         self.questions = tuple(each for each in self._asked.values() if isinstance(each, Question))
                         self.elsewhere = next((each for each in self._asked.values() if isinstance(each, str)), None)
                         self._is_closed = True
                         self.scope.cancel()
-                    await self._changed.wait()
+                    with anyio.move_on_after(None if due_at is None else (due_at - now()).total_seconds()):
+                        await self._changed.wait()
+                    if due_at is not None and due_at <= now() and not self._is_closed:
+                        return msgspec.json.decode(cast(msgspec.Raw, default))
         finally:
             del self._asked[call_id]
             self._changed.notify()
+
+    def _should_check(self, wait: Question, checked: int) -> bool:
+        if wait.kind == "sleep" or checked == self._news or self._is_closed:
+            return False
+        return wait.kind == "message" or not self._waits_only  # a message may be there, and it takes no second try
+
+    async def _check(self, wait: Question) -> None:
+        """Raise _Answered if there is an answer."""
+        if self.check_wait is not None and (call := await self.check_wait(wait)) is not None:
+            raise _Answered(call)
+
+    @property
+    def _waits_only(self) -> bool:
+        """Whether nothing but answers, times and messages is missing."""
+        return self._open.keys() <= {*self._asked, *itertools.chain.from_iterable(map(callers, self._asked))}
 
     def once(
         self,
@@ -421,7 +524,11 @@ class Journal:
         if entry.stored is not None:
             return await self._repeated(planned, entry, entry.stored, task)
         if (once := self._once.get(planned.call_id)) is None:
-            return await self._make(planned, entry, task)
+            try:
+                return await self._make(planned, entry, task)
+            except _Answered as answered:
+                self._replay.answer(entry, answered.call)
+                return await self._repeated(planned, entry, answered.call, task)
         if once.is_start:
             return self._end_of(planned, await self._uncertain(planned, once, entry, task))
         self._replay.forget(entry)
@@ -518,6 +625,8 @@ class Journal:
             if planned.should_keep is not None or is_refused(failure):
                 self._replay.forget(entry)
                 raise failure from failure.__cause__
+        except _Answered:
+            raise
         except BaseException as exc:
             cancelled = exc
         finally:
@@ -710,6 +819,14 @@ class Journal:
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([saving])
             saving.result()
+
+
+class _Answered(BaseException):
+    """The answer of a wait has come, and is stored as *call*. It is no Exception, so that it is not the call's own."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call.call_id)
+        self.call = call
 
 
 class _Planned(msgspec.Struct, frozen=True, kw_only=True):

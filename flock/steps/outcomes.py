@@ -50,7 +50,9 @@ def timeout_of(timeout_s: float) -> Outcome:
 
 
 def expiry_of(question: Question) -> Outcome:
-    """Return the outcome of a run whose *question* nobody has answered in time."""
+    """Return the outcome of a run whose *question* nobody has answered in time, or whose message has not come."""
+    if question.kind == "message":
+        return Outcome(RunStatus.FAILED, f"No message {question.question!r} has come in time.", "expired")
     return Outcome(RunStatus.FAILED, cut(f"Nobody answered in time: {question.question}"), "expired")
 
 

@@ -185,6 +185,11 @@ class Replay:
             also=also,
         )
 
+    def answer(self, entry: Entry, call: Call) -> None:
+        """The answer for which a call waits has come while the step runs. Then ``turn``."""
+        entry.stored, entry.is_unseen, entry.end = call, True, self._next_number()
+        self._ends[entry.end] = None
+
     def forget(self, entry: Entry) -> None:
         """The end of a call is not stored, so it is not known that it has started."""
         self._unwritten.pop(entry.start, None)

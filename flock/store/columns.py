@@ -251,9 +251,14 @@ def updated_values(run: Run, last_step: bytes | None) -> list[Any]:
 
 
 def waiting_values(run: Run) -> list[Any]:
-    """Return the values of the columns ``SUSPENDED``, and when the first question expires."""
-    expiries = [question.expires_at for question in run.waiting_for if question.expires_at is not None]
-    return [*_fields_of_waiting_run(run), micros(min(expiries, default=None))]
+    """Return the values of the columns ``SUSPENDED``, when the first wait expires, and whether it asks nobody."""
+    expiries = [wait.expires_at for wait in run.waiting_for if wait.expires_at is not None]
+    return [*_fields_of_waiting_run(run), micros(min(expiries, default=None)), int(run.is_active)]
+
+
+def waits_json(waits: Sequence[Question]) -> bytes | None:
+    """Return the column ``waiting_for``."""
+    return msgspec.json.encode(waits) if waits else None
 
 
 def step_values(run_id: str, position: int, step: Step) -> list[Any]:

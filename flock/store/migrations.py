@@ -185,6 +185,15 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "ALTER TABLE runs ADD COLUMN dropped BLOB",
         "ALTER TABLE runs ADD COLUMN earlier_error TEXT",
     ],
+    # Messages to runs that have not received them. A waiting run that asks nobody is asleep.
+    [
+        "CREATE TABLE messages (run_id TEXT NOT NULL, name TEXT NOT NULL, message BLOB NOT NULL, "
+        "sent_at INTEGER NOT NULL)",
+        "CREATE INDEX messages_of_runs ON messages (run_id, name)",
+        "ALTER TABLE runs ADD COLUMN is_asleep INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX runs_asking ON runs (flock, run_id, agent_name) "
+        "WHERE batch_id IS NULL AND status = 'waiting' AND is_asleep = 0",
+    ],
 ]
 
 

@@ -18,6 +18,7 @@ from flock.runs import (
     Call,
     IdempotencyKey,
     Page,
+    Question,
     Queue,
     QueueLimits,
     RetriedCalls,
@@ -358,11 +359,40 @@ class Store(Protocol):
     async def save_call(self, run: Run, position: int, call: Call) -> None:
         """Write a finished call of a step; on return it is on disk. Raises StoreError, Unstorable, OwnershipLost."""
 
-    async def suspend(self, run: Run, then: Then[bool]) -> None:
-        """Write *run*, which begins to wait, and call *then* with whether it does: it was not cancelled meanwhile.
+    async def suspend(self, run: Run, now: datetime, then: Then[tuple[bool, Run | None]]) -> None:
+        """Write *run*, which begins to wait. Call *then* with whether it does: it was not cancelled meanwhile.
+
+        If an answer or a message was there, the run continues at once, and *then* also gets a stub of it.
 
         Raises StoreError, Unstorable, OwnershipLost.
         """
+
+    async def check_wait(self, run: Run, wait: Question, now: datetime) -> Call | None:
+        """Return the answer of a wait of a running step. If there is none, write the waits of *run*, and return None.
+
+        A message is received by that. Raises StoreError, Unstorable, OwnershipLost.
+        """
+
+    async def has_answer(self, run: Run, wait: Question) -> bool:
+        """Whether ``check_wait`` may find an answer. It only reads."""
+
+    async def send(
+        self,
+        run_id: str,
+        name: str,
+        message: msgspec.Raw,
+        key: Key,
+        owner: str,
+        now: datetime,
+        then: Then[Run | None],
+    ) -> None:
+        """Keep a message to a run. Call *then* with a stub of the run if it waited for it and is ready to start.
+
+        Raises the same as ``Engine.send_message``.
+        """
+
+    def unreceived(self, run_id: str) -> Sequence[str]:
+        """Return the names of the messages that a run has not received. Raises StoreError."""
 
     async def answer(
         self, run_id: str, call_id: str, output: msgspec.Raw, owner: str, now: datetime, then: Then[Run | None]

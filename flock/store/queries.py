@@ -28,7 +28,7 @@ from flock.runs import (
     Step,
     Usage,
 )
-from flock.runs.records import PAGE_BYTES
+from flock.runs.records import PAGE_BYTES, WAIT_KINDS
 from flock.steps.refusals import not_accepting
 from flock.store import statements
 from flock.store.columns import (
@@ -52,6 +52,7 @@ from flock.store.columns import (
     step_values,
     steps_with_rows,
     updated_values,
+    waits_json,
 )
 
 #: What a call counts for the size of a page, in addition to its result.
@@ -89,6 +90,8 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
             return False
     for position, step in own_rows.items():
         db.execute(statements.INSERT_STEP, step_values(run.run_id, position, step))
+    if steps and run.waiting_for:  # those of the step that has ended
+        db.execute(statements.SET_WAITS, (None, run.run_id))
     if steps and run.deaths:
         db.execute(statements.CLEAR_DEATHS, (run.run_id,))
     if run.batch_id is not None and run.status.is_final:
@@ -308,9 +311,10 @@ def delete_items(db: sqlite3.Connection, batch_id: str, limit: int) -> int:
 
 
 def _delete_details(db: sqlite3.Connection, run_ids: Sequence[tuple[str]]) -> None:
-    """Delete the steps and calls of these runs."""
+    """Delete the steps, calls and messages of these runs."""
     db.executemany(statements.DELETE_STEPS, run_ids)
     db.executemany(statements.DELETE_CALLS, run_ids)
+    db.executemany(statements.DELETE_MESSAGES, run_ids)
 
 
 def find_spent(db: sqlite3.Connection, query: str, values: Mapping[str, Any]) -> list[tuple[str, Usage | None]]:
@@ -402,5 +406,7 @@ def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> N
     if call.once == "ended":
         db.execute(statements.DELETE_START, (run.run_id, position, call.call_id))
     db.execute(statements.INSERT_CALL, call_values(run, position, call))
+    if call.kind in WAIT_KINDS:
+        db.execute(statements.SET_WAITS, (waits_json(run.waiting_for), run.run_id))
     if run.deaths and not call.is_start:
         db.execute(statements.CLEAR_DEATHS, (run.run_id,))

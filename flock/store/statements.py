@@ -69,11 +69,12 @@ UPDATE = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in UPDATED)}, las
     WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')"""
 UPDATE_RUN = f"{UPDATE} AND owner = ?"
 UPDATE_ITEM = f"{UPDATE} AND EXISTS (SELECT 1 FROM batches WHERE batch_id = ? AND owner = ?)"
-#: Changes nothing if the run was cancelled. It is also used for a waiting run that got one of several answers.
-SUSPEND_RUN = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in SUSPENDED)}, expires_at = ?, status = 'waiting',
-    is_async = 1 WHERE run_id = ? AND cancel_requested = 0"""
-RESUME_RUN = """UPDATE runs SET status = 'starting', owner = ?, waiting_for = NULL, expires_at = NULL, deaths = 0
+#: Changes nothing if the run was cancelled.
+SUSPEND_RUN = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in SUSPENDED)}, expires_at = ?, is_asleep = ?,
+    status = 'waiting', is_async = 1 WHERE run_id = ? AND cancel_requested = 0"""
+RESUME_RUN = """UPDATE runs SET status = 'starting', owner = ?, waiting_for = ?, expires_at = NULL, deaths = 0
     WHERE run_id = ? AND status = 'waiting'"""
+SET_WAITS = "UPDATE runs SET waiting_for = ? WHERE run_id = ?"
 END_WAITING_RUN = """UPDATE runs SET status = ?, error = ?, error_type = ?, completed_at = ?, expires_at = NULL
     WHERE run_id = ? AND status = 'waiting'"""
 #: The runs, and the items of batches, with a question that has expired.
@@ -142,15 +143,17 @@ RUNS_TO_CANCEL = """SELECT run_id, attempt FROM runs INDEXED BY cancels WHERE ca
     AND status IN ('starting', 'running') AND (owner = ? OR EXISTS
     (SELECT 1 FROM batches WHERE batches.batch_id = runs.batch_id AND batches.owner = ?))"""
 ENDED = """SELECT value FROM json_each(?) WHERE NOT EXISTS
-    (SELECT 1 FROM runs WHERE run_id = value AND status IN ('starting', 'running')) AND NOT EXISTS
+    (SELECT 1 FROM runs WHERE run_id = value AND (status IN ('starting', 'running') OR
+    (status = 'waiting' AND is_asleep = 1))) AND NOT EXISTS
     (SELECT 1 FROM batches WHERE batch_id = value AND status IN ('starting', 'running'))"""
 #: Limited to the agents of this program: runs of agents that no program has wait too, but not for a slot.
 QUEUED = """FROM runs INDEXED BY runs_by_both WHERE batch_id IS NULL AND flock = ?
     AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
 QUEUE = f"SELECT count(*), min(CASE WHEN attempt = 1 AND started_at IS NULL THEN created_at END) {QUEUED}"
 COUNT_QUEUED = f"SELECT count(*) {QUEUED}"
-#: It reads only the index: a millisecond for 100,000 of them.
-COUNT_WAITING = f"SELECT count(*) {QUEUED.replace('starting', 'waiting')}"
+#: The runs that ask. It reads only the index: milliseconds for 100,000 of them.
+COUNT_ASKING = """SELECT count(*) FROM runs INDEXED BY runs_asking WHERE batch_id IS NULL AND flock = ?
+    AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'waiting' AND is_asleep = 0"""
 COUNT_QUEUED_OF_PRINCIPAL = """SELECT count(*) FROM runs INDEXED BY runs_by_principal_and_agent
     WHERE batch_id IS NULL AND flock = ? AND principal = ? AND agent_name IN (SELECT value FROM json_each(?))
     AND status = 'starting'"""
@@ -163,6 +166,7 @@ RUN_CONDITIONS = {
     "after": "run_id < :after",
     "low": "run_id > :low",
     "high": "run_id < :high",
+    "asking": "is_asleep = 0",
 }
 
 
@@ -178,6 +182,8 @@ def merged(columns: str, statuses: Iterable[str], conditions: str, also: str = "
         index = "runs_by_principal_and_agent" if is_of_agent else "runs_by_principal"
     if "session_id = " in conditions:
         index = "runs_by_session_and_principal" if "principal = " in conditions else "runs_by_session"
+    if "is_asleep = 0" in conditions:
+        index = "runs_asking"
     ranges = [
         f"SELECT {columns} FROM runs INDEXED BY {index} WHERE batch_id IS NULL AND {conditions} AND status = '{status}'"
         for status in statuses
@@ -328,6 +334,15 @@ def batch_page(names: Iterable[str]) -> str:
 #: The answer of the last step that asked: of one that is completed, or of the current one in the same try.
 FIND_ANSWER = """SELECT result FROM calls WHERE run_id = ? AND call_id = ? AND kind = 'question'
     AND (position < ? OR tries >= ?) ORDER BY position DESC, rowid DESC"""
+#: The answer of a wait that was given while the step runs.
+FIND_ANSWER_OF_WAIT = f"""SELECT {", ".join(CALL_TABLE)} FROM calls
+    WHERE run_id = ? AND position = ? AND tries = ? AND call_id = ? AND error IS NULL"""
+INSERT_MESSAGE = "INSERT INTO messages (run_id, name, message, sent_at) VALUES (?, ?, ?, ?)"
+NEXT_MESSAGE = "SELECT rowid, message FROM messages WHERE run_id = ? AND name = ? ORDER BY rowid LIMIT 1"
+DELETE_MESSAGE = "DELETE FROM messages WHERE rowid = ?"
+COUNT_MESSAGES = "SELECT count(*) FROM messages WHERE run_id = ?"
+NAMES_OF_MESSAGES = "SELECT DISTINCT name FROM messages WHERE run_id = ? ORDER BY name"
+DELETE_MESSAGES = "DELETE FROM messages WHERE run_id = ?"
 FIND_KEY = "SELECT fingerprint, made_id FROM idempotency_keys WHERE flock = ? AND key = ?"
 INSERT_KEY = "INSERT INTO idempotency_keys VALUES (?, ?, ?, ?, ?)"
 DELETE_KEYS_OF = "DELETE FROM idempotency_keys WHERE made_id = ?"

@@ -20,7 +20,7 @@ from msgspec.structs import asdict
 
 from flock.agents.program import Program
 from flock.errors import EngineFull, RunNotFound
-from flock.runs import Call, Page, Queue, QueueLimits, RetriedCalls, Run, RunFilter, RunStatus, Usage
+from flock.runs import Call, Page, Question, Queue, QueueLimits, RetriedCalls, Run, RunFilter, RunStatus, Usage
 from flock.runs.ids import first_id_at
 from flock.steps.outcomes import Outcome
 from flock.store import files, queries, statements, takeover, waiting
@@ -41,9 +41,17 @@ EXPIRY_CHUNK_SIZE = 500
 def _page_of(flock: str, wanted: RunFilter) -> tuple[Callable[[str], str], Mapping[str, Any]]:
     """Return the query for a page of runs, as a function of the columns, and its values."""
     statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
+    if wanted.asking:  # no other run asks
+        statuses = [status for status in statuses if status is RunStatus.WAITING]
     low = None if wanted.created_after is None else first_id_at(wanted.created_after, 1)
     high = None if wanted.created_before is None else first_id_at(wanted.created_before)
-    values = asdict(wanted) | {"flock": flock, "low": low, "high": high, "limit": wanted.limit + 1}
+    values = asdict(wanted) | {
+        "flock": flock,
+        "low": low,
+        "high": high,
+        "limit": wanted.limit + 1,
+        "asking": wanted.asking or None,
+    }
     names = [name for name in statements.RUN_CONDITIONS if values[name] is not None]
     return lambda columns: statements.run_page(columns, statuses, names), values
 
@@ -140,8 +148,8 @@ class SQLiteStore(Database, Store):
     async def queue(self, flock: str) -> Queue:
         values = (flock, names_json(self.agents))
         depth, oldest = self.read(lambda db: db.execute(statements.QUEUE, values).fetchone())
-        (waiting,) = self.read(lambda db: db.execute(statements.COUNT_WAITING, values).fetchone())
-        return Queue(depth, time_from(oldest), waiting)
+        (asking,) = self.read(lambda db: db.execute(statements.COUNT_ASKING, values).fetchone())
+        return Queue(depth, time_from(oldest), asking)
 
     async def last_id(self) -> str | None:
         newest: str | None = self.read(lambda db: db.execute(statements.NEWEST_ID).fetchone()[0])
@@ -172,8 +180,29 @@ class SQLiteStore(Database, Store):
     async def save_call(self, run: Run, position: int, call: Call) -> None:
         await self.change(lambda db: queries.write_call(db, run, position, call))
 
-    async def suspend(self, run: Run, then: Then[bool]) -> None:
-        await self.change(lambda db: waiting.suspend(db, run), then)
+    async def suspend(self, run: Run, now: datetime, then: Then[tuple[bool, Run | None]]) -> None:
+        await self.change(lambda db: waiting.suspend(db, run, now), then)
+
+    async def check_wait(self, run: Run, wait: Question, now: datetime) -> Call | None:
+        return await self.change(lambda db: waiting.check_wait(db, run, wait, now))
+
+    async def has_answer(self, run: Run, wait: Question) -> bool:
+        return self.read(lambda db: waiting.has_answer(db, run, wait))
+
+    async def send(
+        self,
+        run_id: str,
+        name: str,
+        message: msgspec.Raw,
+        key: Key,
+        owner: str,
+        now: datetime,
+        then: Then[Run | None],
+    ) -> None:
+        await self.change(lambda db: waiting.send(db, run_id, name, message, key, owner, now), then)
+
+    def unreceived(self, run_id: str) -> Sequence[str]:
+        return self.read(lambda db: [name for (name,) in db.execute(statements.NAMES_OF_MESSAGES, (run_id,))])
 
     async def answer(
         self, run_id: str, call_id: str, output: msgspec.Raw, owner: str, now: datetime, then: Then[Run | None]

@@ -1,43 +1,63 @@
-"""Runs that wait for the answers of people. They exist only in the store; no engine owns them.
+"""Runs that wait for answers, for a time, or for messages. They exist only in the store; no engine owns them.
 
 All functions are called inside a transaction of ``Database.change``.
 """
 
 import logging
 import sqlite3
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 
 import msgspec
 from msgspec import UnsetType
-from msgspec.structs import replace
 
-from flock.errors import RunNotFound
-from flock.runs import Run, RunStatus
-from flock.steps.answers import answer_of, is_expired, question_for
+from flock.agents.questions import MESSAGE, check_answer
+from flock.errors import InvalidData, RunNotFound
+from flock.runs import Call, IdempotencyKey, Question, Run, RunStatus
+from flock.steps.answers import answer_of, awaited, check_message, dropped_of, is_expired, question_for
 from flock.steps.outcomes import Outcome, expiry_of
 from flock.store import queries, statements
-from flock.store.columns import Damaged, call_values, micros, waiting_values
+from flock.store.columns import Damaged, call_from, call_values, json_from, micros, waiting_values, waits_json
 
 logger = logging.getLogger("flock.store")
 
 
-def suspend(db: sqlite3.Connection, run: Run) -> bool:
-    """Write a run that begins to wait. Returns False if it was cancelled meanwhile. Raises OwnershipLost."""
+def suspend(db: sqlite3.Connection, run: Run, at: datetime) -> tuple[bool, Run | None]:
+    """Write a run that begins to wait. Raises OwnershipLost.
+
+    Returns: whether it was not cancelled meanwhile; and a stub of the run if an answer was there, so that it can start.
+    """
     queries.check_owner(db, run)
     queries.write_spent(db, run)
-    is_waiting = db.execute(statements.SUSPEND_RUN, (*waiting_values(run), run.run_id)).rowcount == 1
-    if is_waiting:
-        db.execute(statements.COUNT_WAITING_ITEMS, (1, run.batch_id))
-    return is_waiting
+    if db.execute(statements.SUSPEND_RUN, (*waiting_values(run), run.run_id)).rowcount == 0:
+        return False, None
+    db.execute(statements.COUNT_WAITING_ITEMS, (1, run.batch_id))
+    answered = {wait.call_id for wait in run.waiting_for if _find_answer(db, run, wait, at) is not None}
+    return True, _resume(db, run, answered, run.owner) if answered else None
+
+
+def check_wait(db: sqlite3.Connection, run: Run, wait: Question, at: datetime) -> Call | None:
+    """Return the answer of a wait of a running step. If there is none, write all its waits. Raises OwnershipLost."""
+    queries.check_owner(db, run)
+    call = _find_answer(db, run, wait, at)
+    if call is None:
+        db.execute(statements.SET_WAITS, (waits_json(run.waiting_for), run.run_id))
+    return call
+
+
+def has_answer(db: sqlite3.Connection, run: Run, wait: Question) -> bool:
+    """Whether ``check_wait`` may find an answer. It only reads."""
+    values = (run.run_id, len(run.steps), run.tries, wait.call_id)
+    message = (run.run_id, wait.question) if wait.kind == "message" else None
+    return db.execute(statements.FIND_ANSWER_OF_WAIT, values).fetchone() is not None or (
+        message is not None and db.execute(statements.NEXT_MESSAGE, message).fetchone() is not None
+    )
 
 
 def answer(
     db: sqlite3.Connection, run_id: str, call_id: str, output: msgspec.Raw, owner: str, at: datetime
 ) -> Run | None:
-    """Answer a question. If it was the last one, return a stub of the run, which is to be started by *owner*.
-
-    Otherwise nothing is returned, since each of the answers in one transaction would hold all questions that are left.
+    """Answer a question. If the run was waiting, return a stub of it, which is to be started by *owner*.
 
     Raises: RunNotFound, CallNotFound, Conflict, InvalidData, EngineStopped.
     """
@@ -49,16 +69,50 @@ def answer(
         row = db.execute(statements.FIND_ANSWER, (run_id, call_id, len(run.steps), run.first_try)).fetchone()
         return None if row is None else row[0]
 
-    if question_for(run, call_id, output, find_answer) is None:
+    question = question_for(run, call_id, output, find_answer)
+    if question is None:
         return None
     queries.check_engine(db, owner)
-    return _continue(db, run, {call_id: output}, owner, at)
+    _write_call(db, run, answer_of(question, output, at))
+    if run.status is RunStatus.WAITING:
+        return _resume(db, run, [call_id], owner)
+    left = tuple(each for each in run.waiting_for if each is not question)
+    db.execute(statements.SET_WAITS, (waits_json(left), run_id))
+    return None
+
+
+def send(
+    db: sqlite3.Connection,
+    run_id: str,
+    name: str,
+    message: msgspec.Raw,
+    key: IdempotencyKey | None,
+    owner: str,
+    at: datetime,
+) -> Run | None:
+    """Keep a message to a run. If the run waits for it, return a stub of the run, which is to be started by *owner*.
+
+    Raises: RunNotFound, Replayed, KeyReused, Conflict, InvalidData, TooManyRequests, EngineStopped.
+    """
+    run = queries.find_run(db, run_id, is_outline=True)
+    if run is None:
+        raise RunNotFound(run_id)
+    queries.check_key(db, run.flock, key)
+    check_message(run, name, message, db.execute(statements.COUNT_MESSAGES, (run_id,)).fetchone()[0])
+    queries.check_engine(db, owner)
+    queries.insert_key(db, run.flock, key, run_id, at)
+    wait = awaited(run, name) if run.status is RunStatus.WAITING else None
+    if wait is None:
+        db.execute(statements.INSERT_MESSAGE, (run_id, name, bytes(message), micros(at)))
+        return None
+    _write_call(db, run, answer_of(wait, message, at))
+    return _resume(db, run, [wait.call_id], owner)
 
 
 def expire(
     run_ids: Iterable[str], agents: Collection[str], owner: str, at: datetime, db: sqlite3.Connection
 ) -> Sequence[Run]:
-    """End the waiting of runs with questions that have expired. Return stubs of those that have ended or are to start.
+    """End the waits that have expired. Return stubs of the runs that have ended or are to start.
 
     A run with a default waits until a program that has its agent continues it.
     """
@@ -72,13 +126,15 @@ def expire(
         if run is None or run.status is not RunStatus.WAITING:
             continue
         expired = [open_ for open_ in run.waiting_for if is_expired(open_, at)]
-        defaults = {open_.call_id: open_.default for open_ in expired if not isinstance(open_.default, UnsetType)}
-        unanswered = next((open_ for open_ in expired if open_.call_id not in defaults), None)
+        unanswered = next((open_ for open_ in expired if isinstance(open_.default, UnsetType)), None)
         if unanswered is not None:
             end(db, run, expiry_of(unanswered), at)
             changed.append(queries.find_run(db, run_id, is_outline=True))
-        elif run.next_agent_name in agents:
-            changed.append(_continue(db, run, defaults, owner, at))
+        elif expired and run.next_agent_name in agents:
+            for open_ in expired:
+                assert not isinstance(open_.default, UnsetType)
+                _write_call(db, run, answer_of(open_, open_.default, at))
+            changed.append(_resume(db, run, [open_.call_id for open_ in expired], owner))
     return [run for run in changed if run is not None]
 
 
@@ -92,18 +148,36 @@ def end(db: sqlite3.Connection, run: Run, outcome: Outcome, at: datetime) -> boo
     return is_ended
 
 
-def _continue(
-    db: sqlite3.Connection, run: Run, answers: Mapping[str, msgspec.Raw], owner: str, at: datetime
-) -> Run | None:
-    """Write *answers* to the journal. If no question is left, return a stub of the run, which can be started."""
-    for question in run.waiting_for:
-        if question.call_id in answers:
-            call = answer_of(question, answers[question.call_id], at)
-            db.execute(statements.INSERT_CALL, call_values(run, len(run.steps), call))
-    left = tuple(question for question in run.waiting_for if question.call_id not in answers)
-    if left:
-        db.execute(statements.SUSPEND_RUN, (*waiting_values(replace(run, waiting_for=left)), run.run_id))
+def _find_answer(db: sqlite3.Connection, run: Run, wait: Question, at: datetime) -> Call | None:
+    """Return the answer of a wait: one that has come while the step was running, or the next message that fits."""
+    row = db.execute(statements.FIND_ANSWER_OF_WAIT, (run.run_id, len(run.steps), run.tries, wait.call_id)).fetchone()
+    if row is not None:
+        return call_from(row)
+    if wait.kind != "message":
         return None
-    db.execute(statements.RESUME_RUN, (None if run.batch_id else owner, run.run_id))
+    while (row := db.execute(statements.NEXT_MESSAGE, (run.run_id, wait.question)).fetchone()) is not None:
+        db.execute(statements.DELETE_MESSAGE, (row[0],))
+        message = json_from(row[1])
+        try:
+            check_answer(wait, message, MESSAGE)
+        except InvalidData as exc:
+            call = dropped_of(wait, exc, at)
+            logger.warning("run %s: %s", run.run_id, call.error)
+        else:
+            call = answer_of(wait, message, at)
+        _write_call(db, run, call)
+        if call.error is None:
+            return call
+    return None
+
+
+def _write_call(db: sqlite3.Connection, run: Run, call: Call) -> None:
+    db.execute(statements.INSERT_CALL, call_values(run, len(run.steps), call))
+
+
+def _resume(db: sqlite3.Connection, run: Run, answered: Collection[str], owner: str | None) -> Run | None:
+    """Let a waiting run continue, and return a stub of it. It keeps the waits that are not *answered*."""
+    left = tuple(wait for wait in run.waiting_for if wait.call_id not in answered)
+    db.execute(statements.RESUME_RUN, (None if run.batch_id else owner, waits_json(left), run.run_id))
     db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
     return queries.find_run(db, run.run_id, is_outline=True)

@@ -42,7 +42,7 @@ from flock.temporal.messages import (
     items_queue_of,
 )
 from flock.temporal.records import done_after_failure, outcome_of_failure
-from flock.temporal.workflows import NO_LIMIT, RETRIES, CallKeeper, time_to_expiry
+from flock.temporal.workflows import FIRST_ANSWER, NO_LIMIT, RETRIES, CallKeeper, log_dropped, time_to_expiry
 
 #: Chunks of one batch that run at the same time. Each one adds a request to ``get_batch``.
 CHUNKS_AT_ONCE = 20
@@ -381,7 +381,7 @@ class FlockChunk(_Interruptible, CallKeeper):
         self._cancelled = set(order.cancelled)
         self._running: dict[workflow.ActivityHandle[ItemsDone], ItemsOrder] = {}
         self._is_stopping = False
-        self._calls = Calls(order.calls)
+        self._calls = Calls(order.calls, order.messages, log_dropped)
         #: items that wait for answers, by position
         self._waiting = {part.position: part for part in order.waiting}
         #: see ``ChunkIdle``
@@ -547,7 +547,7 @@ class FlockChunk(_Interruptible, CallKeeper):
         )
 
     def _resume_answered(self) -> None:
-        """Put items first that have all their answers, and end those that have a question that expired."""
+        """Put items first that got an answer, and end those that have a question that expired."""
         at = workflow.now()
         for part in list(self._waiting.values()):
             left = self._calls.still_open(part.position, len(part.steps), part.questions, at)
@@ -556,13 +556,14 @@ class FlockChunk(_Interruptible, CallKeeper):
                 del self._waiting[part.position]
                 self._calls.discard(part.position)
                 self._ended += part.ended(expiry_of(late), at).counts
-            elif left:
+            elif left == part.questions or (left and not workflow.patched(FIRST_ANSWER)):
                 self._waiting[part.position] = replace(part, questions=left)
             else:
                 del self._waiting[part.position]
                 assert part.started_at is not None
                 waited_s = (at - part.started_at).total_seconds() - part.worked_s
-                self._todo.appendleft(replace(part, questions=(), has_calls=True, waited_s=waited_s))
+                part = replace(part, questions=(), waited_for=left, has_calls=True, waited_s=waited_s)
+                self._todo.appendleft(part)
 
     def _report_idle(self) -> None:
         """Tell the batch that the chunk needs no lanes now, and when it needs some again."""
@@ -602,6 +603,7 @@ class FlockChunk(_Interruptible, CallKeeper):
             cancelled={position: workflow.now() for position in sorted(self._cancelled)},
             before=self._ended,
             calls=self._calls.all(),
+            messages=self._calls.all_messages(),
             waiting=tuple(self._waiting.values()),
             is_idle=self._is_idle,
             grants=self._grants,
@@ -634,7 +636,8 @@ class FlockDelete:
 
 
 def _bytes_of(part: Part) -> int:
-    return sum(len(step.result) for step in part.steps) + sum(len(msgspec.json.encode(q)) for q in part.questions)
+    waits = (*part.questions, *part.waited_for)
+    return sum(len(step.result) for step in part.steps) + sum(len(msgspec.json.encode(wait)) for wait in waits)
 
 
 async def _settle() -> None:

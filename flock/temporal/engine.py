@@ -23,7 +23,7 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.agents.agent import Agent
 from flock.engine.base import ended_calls
-from flock.errors import EngineFull, Replayed, RunNotFound, StoreError, TooLarge
+from flock.errors import Conflict, EngineFull, Replayed, RunNotFound, StoreError, TooLarge
 from flock.limits import Limits, enforced_by
 from flock.models.models import ModelChoice
 from flock.models.prices import Price
@@ -40,9 +40,10 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
+    new_id,
     now,
 )
-from flock.steps.answers import answer_of, question_for
+from flock.steps.answers import answer_of, check_message, message_from, question_for
 from flock.steps.refusals import RETRYABLE, already_retried, check_cancel, not_deleted, run_not_retried, wait_stopped
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster, logger
@@ -50,9 +51,11 @@ from flock.temporal.messages import (
     CALL_SIGNAL,
     HEARTBEAT_TIMEOUT_S,
     MAX_ITEMS,
+    MESSAGE_SIGNAL,
     RUN_WORKFLOW,
     CallDone,
     RunOrder,
+    Sent,
     batch_workflow_id,
     chunk_workflow_id,
     run_workflow_id,
@@ -60,7 +63,7 @@ from flock.temporal.messages import (
     task_queue_of,
     workflow_id_of,
 )
-from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, with_heartbeats
+from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, unreceived_of, with_heartbeats
 from flock.temporal.search import ID, Record, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.workflows import FlockSession
 
@@ -386,7 +389,7 @@ class TemporalEngine(TemporalBatches):
                     if self.is_draining:
                         raise wait_stopped()
                 record = await read()
-                if not record.status.is_active:
+                if not (record.is_active if isinstance(record, Run) else record.status.is_active):
                     return record
                 workflow_id = None if isinstance(record, Run) and record.batch_id else workflow_id_of(record)
 
@@ -465,7 +468,7 @@ class TemporalEngine(TemporalBatches):
         is_sent, pause_s = False, REREAD_DELAY_S
         while True:
             run = await self.get_run(run_id)
-            is_open = any(question.call_id == call_id for question in run.waiting_for)
+            is_open = any(wait.call_id == call_id and wait.is_question for wait in run.waiting_for)
             given = None if is_open else _answer_in(await self._calls_of(run), call_id)
             question = question_for(run, call_id, output, lambda: given)  # noqa: B023 - called at once
             if question is None:
@@ -478,6 +481,40 @@ class TemporalEngine(TemporalBatches):
             async with self.cluster.rpc_scope(missing_ok=True):
                 await self.cluster.handle(await self._keeper_of(run)).signal(CALL_SIGNAL, done)
             is_sent = True
+
+    async def send_message(
+        self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
+    ) -> Run:
+        """See ``Engine.send_message``. The message is a signal, so it needs no worker.
+
+        Cancellation: the message may have been sent.
+        """
+        self._check_entered()
+        message = message_from(name, message, MAX_INPUT_BYTES)
+        run, made_id, id_ = await self.get_run(run_id), None, new_id()
+        if key is not None and (made_id := await self._reservations.find(key)) is None:
+            check_message(run, name, message, len(await self._unreceived(run)))
+            made_id = await self._reservations.claim(key, id_)
+        elif key is None:
+            check_message(run, name, message, len(await self._unreceived(run)))
+        # If the process that claimed the key died before it sent the message, this one sends it.
+        sent = Sent(item=run.position or 0, id=made_id or id_, name=name, message=message, at=now())
+        why = "has not started yet" if run.batch_id and not run.status.is_final else "has ended"
+        ended = Conflict(f"The run {run_id} {why}, so it cannot receive a message {name!r}.")
+        replayed = None if made_id in (None, id_) else Replayed(run_id)
+        async with self.cluster.rpc_scope(missing=replayed or ended):
+            await self.cluster.handle(await self._keeper_of(run)).signal(MESSAGE_SIGNAL, sent)
+        if replayed is not None:
+            raise replayed
+        return await self.get_run(run_id)
+
+    async def _unreceived(self, run: Run) -> Sequence[Sent]:
+        """Return the messages that a run has not received. Those of items are not counted."""
+        if run.batch_id is not None:
+            return ()
+        async with self.cluster.rpc_scope(missing_ok=True):
+            return unreceived_of(await self.cluster.history_of(workflow_id_of(run)))
+        return ()
 
     async def _keeper_of(self, run: Run) -> str:
         """Return the id of the workflow that keeps the calls of *run*."""
@@ -501,7 +538,8 @@ class TemporalEngine(TemporalBatches):
         try:
             await self._check_room(run.principal)
             with self._counted_as_starting():
-                await self._start(replace(self._order(again), key_id=await self._stored_key_id(run)))
+                order = replace(self._order(again), key_id=await self._stored_key_id(run))
+                await self._start(replace(order, messages=tuple(await self._unreceived(run))))
         except WorkflowAlreadyStartedError as exc:
             raise already_retried(run) from exc
         return again

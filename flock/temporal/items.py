@@ -92,6 +92,7 @@ class _Job:
             usage=self.usage(run.spent),
             waited_s=waited_s,
             dropped=run.dropped,
+            waited_for=run.waiting_for,
         )
 
     def must_cancel(self, position: int) -> bool:
@@ -208,7 +209,9 @@ class ItemActivities:
             if part.started_at is not None:
                 run = replace(run, status=RunStatus.RUNNING, started_at=part.started_at)
             job.spent_before = run.usage or Usage()
-            run = replace(run, steps=part.steps or run.steps, spent=added(run.usage, part.usage))
+            run = replace(
+                run, steps=part.steps or run.steps, spent=added(run.usage, part.usage), waiting_for=part.waited_for
+            )
             part = replace(part, is_again=is_again or part.is_again, has_calls=is_retry or part.has_calls)
             if self._gate.is_proven(job.suspicion):
                 log_crash(run, job.suspicion.deaths)
@@ -269,10 +272,11 @@ class ItemActivities:
             )
             if isinstance(active.outcome, WaitingForAnswers):
                 questions = tuple(active.outcome.questions)
+                run = replace(run, waiting_for=())
                 return replace(job.part(run, part.waited_s), questions=questions, worked_s=active.worked_s)
             if isinstance(active.outcome, Outcome):
                 return self._ended(job, run, active.outcome)
-            run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, active.outcome))
+            run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, active.outcome), waiting_for=())
             job.current = job.part(run, part.waited_s)
             job.suspicion.clear()
             job.changed.set()

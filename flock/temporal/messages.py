@@ -6,7 +6,7 @@ They are stored in histories. So a new field needs a default, and no field may b
 import bisect
 import hashlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -24,8 +24,10 @@ from temporalio.converter import (
     EncodingPayloadConverter,
 )
 
+from flock.agents.questions import MESSAGE, check_answer
+from flock.errors import InvalidData
 from flock.runs import Batch, Call, Progress, Question, Run, RunStatus, Step, Usage, added, new_id
-from flock.steps.answers import answer_of, is_expired
+from flock.steps.answers import answer_of, dropped_of, is_expired
 from flock.steps.outcomes import Outcome
 
 T = TypeVar("T")
@@ -38,6 +40,8 @@ ACTIVITY = "run_agent"
 #: The signal and the query of a workflow whose activity makes calls.
 CALL_SIGNAL = "call_done"
 CALLS_QUERY = "calls"
+MESSAGE_SIGNAL = "message"
+ASKED_SIGNAL = "asked"
 SPENT_QUERY = "spent"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
@@ -56,8 +60,9 @@ FLOCK = SearchAttributeKey.for_keyword("FlockName")
 AGENT = SearchAttributeKey.for_keyword("FlockAgent")
 PRINCIPAL = SearchAttributeKey.for_keyword("FlockPrincipal")
 SESSION = SearchAttributeKey.for_keyword("FlockSession")
-#: "waiting" while a run waits for answers. It has no other value.
+#: "waiting" while a run waits for answers, and "asleep" while it only waits for a time or a message.
 STATUS = SearchAttributeKey.for_keyword("FlockStatus")
+ASLEEP = "asleep"
 SEARCH_ATTRIBUTES = {
     key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for key in (FLOCK, AGENT, PRINCIPAL, SESSION, STATUS)
 }
@@ -77,6 +82,31 @@ def keyword_of(text: str) -> str:
     return "␛" + hashlib.sha256(value.encode()).hexdigest()
 
 
+class Sent(msgspec.Struct, frozen=True, kw_only=True):
+    """A message to a run: the signal that an API process sends to its workflow.
+
+    Attributes:
+        item: the position of the item, or 0 for a run.
+        id: tells it apart from others. A signal may be sent again.
+    """
+
+    item: int = 0
+    id: str
+    name: str
+    message: msgspec.Raw
+    at: datetime
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """A question that a run asks while the step at this position still runs: the signal of a worker.
+
+    Only readers of the history need it. The result of the step has the questions that are left.
+    """
+
+    step: int
+    question: Question
+
+
 class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     """One attempt of a run, with the steps that it has completed: the input of its workflow and of its activities.
 
@@ -92,6 +122,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
         waited_s: seconds for which the attempt waited for answers. They are not part of ``timeout_s``.
         agents: the agents that another worker has if this one lacks them: those of the API, and those that a worker has
             handed off to.
+        messages: those that earlier attempts have not received.
     """
 
     run: Run
@@ -104,6 +135,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     has_calls: bool = False
     waited_s: float = 0.0
     agents: tuple[str, ...] = ()
+    messages: tuple[Sent, ...] = ()
 
 
 class Deaths(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -148,7 +180,7 @@ class StepDone(Heartbeat, frozen=True, kw_only=True):
     """The result of one step, and its last progress.
 
     Attributes:
-        step: None if it ended because its agent asks *questions*.
+        step: None if it ended because its agent waits for *questions*, sleeps or messages.
         worked_s: see ``Run``.
         has_next: its worker has the agent that is next.
     """
@@ -272,13 +304,64 @@ def latest(*spent: Usage | None) -> Usage | None:
 
 
 class Calls:
-    """The finished calls that a workflow has received."""
+    """The finished calls, and the messages to runs, that a workflow has received.
 
-    def __init__(self, calls: Iterable[CallDone] = ()) -> None:
+    Args:
+        on_drop: is called with the call of each message that does not fit.
+    """
+
+    def __init__(
+        self,
+        calls: Iterable[CallDone] = (),
+        messages: Iterable[Sent] = (),
+        on_drop: Callable[[Call], object] = lambda call: None,
+    ) -> None:
         self._by_item: dict[int, dict[tuple[int, str], CallDone]] = {}
         self._spent: dict[int, Usage | None] = {}
+        self._messages: dict[int, list[Sent]] = {}
+        self._message_ids: set[str] = set()
+        self._on_drop = on_drop
         for done in calls:
             self.add(done)
+        for sent in messages:
+            self.keep(sent)
+
+    def next_step(self) -> None:
+        """Drop the calls of a run, whose step has ended."""
+        self._by_item.clear()
+        self._spent.clear()
+
+    def keep(self, sent: Sent) -> None:
+        """Keep a message until a step receives it."""
+        if sent.id not in self._message_ids:
+            self._message_ids.add(sent.id)
+            self._messages.setdefault(sent.item, []).append(sent)
+
+    def keep_before(self, messages: Iterable[Sent]) -> None:
+        """Keep messages to a run that were sent before all others."""
+        later = self._messages.pop(0, [])
+        for sent in messages:
+            self.keep(sent)
+        self._messages.setdefault(0, []).extend(later)
+
+    def messages_to(self, item: int) -> tuple[Sent, ...]:
+        """Return the messages that an item, or a run, has not received."""
+        return tuple(self._messages.get(item, ()))
+
+    def _receive(self, item: int, step: int, wait: Question) -> None:
+        """Give *wait* the next message of its name that fits. Drop those that do not."""
+        sent = self._messages.get(item, [])
+        for message in [each for each in sent if each.name == wait.question]:
+            sent.remove(message)
+            try:
+                check_answer(wait, message.message, MESSAGE)
+            except InvalidData as exc:
+                dropped = CallDone(item=item, step=step, call=dropped_of(wait, exc, message.at))
+                self._by_item.setdefault(item, {}).setdefault((step, f"{wait.call_id} {message.id}"), dropped)
+                self._on_drop(dropped.call)
+            else:
+                self.add(CallDone(item=item, step=step, call=answer_of(wait, message.message, message.at)))
+                return
 
     def add(self, done: CallDone) -> None:
         """Add a call. Of several answers to a question, the first one counts. A failed call may be made again.
@@ -308,12 +391,19 @@ class Calls:
     ) -> tuple[Question, ...]:
         """Return those of *questions* that are not answered. With *at*, expired ones get their default as the answer.
 
-        A workflow and the readers of its history must agree: both call this with the time of each workflow task, after
-        they have added the answers that came before it.
+        Messages that were sent become answers too, so it is called when the step waits. A workflow and the readers of
+        its history must agree: both call this with the time of each workflow task, after they have added the answers
+        that came before it.
         """
         for question in questions:
+            if question.kind == "message" and self.unanswered(item, step, [question]):
+                self._receive(item, step, question)
             if at is not None and is_expired(question, at) and not isinstance(question.default, UnsetType):
                 self.add(CallDone(item=item, step=step, call=answer_of(question, question.default, at)))
+        return self.unanswered(item, step, questions)
+
+    def unanswered(self, item: int, step: int, questions: Iterable[Question]) -> tuple[Question, ...]:
+        """Return those of *questions* that are not answered, also while their step runs again."""
         answered = self._by_item.get(item, {})
         return tuple(question for question in questions if (step, question.call_id) not in answered)
 
@@ -330,8 +420,11 @@ class Calls:
         return self._spent.get(item)
 
     def discard(self, item: int) -> None:
-        self._by_item.pop(item, None)
-        self._spent.pop(item, None)
+        for kept in (self._by_item, self._spent, self._messages):
+            kept.pop(item, None)
+
+    def all_messages(self) -> tuple[Sent, ...]:
+        return tuple(sent for messages in self._messages.values() for sent in messages)
 
     def all(self) -> tuple[CallDone, ...]:
         return tuple(done for calls in self._by_item.values() for done in calls.values())
@@ -342,8 +435,9 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``is_again``: a worker that died may have started the next step. ``has_calls``: calls of that step have finished.
     ``usage``: what it has spent in this attempt.
-    ``questions``: while it waits, those that were open when it began to. ``worked_s``, ``waited_s``: see ``Run`` and
-    ``RunOrder``. ``needs``: see ``Heartbeat``. ``dropped``: see ``Run``.
+    ``questions``: while it waits, those that were open when it began to. ``waited_for``: afterwards, those that are
+    left; see ``Run.waiting_for``. ``worked_s``, ``waited_s``, ``needs``: see ``Run``, ``RunOrder`` and ``Heartbeat``.
+    ``dropped``: see ``Run``.
     """
 
     position: int
@@ -358,6 +452,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     waited_s: float = 0.0
     needs: str | None = None
     dropped: tuple[str, ...] = ()
+    waited_for: tuple[Question, ...] = ()
 
     def ended(self, outcome: Outcome | None, at: datetime) -> "ItemOutcome":
         """Return its end at *at*; without an *outcome*, it has completed."""
@@ -390,7 +485,7 @@ class ChunkOrder(OfChunk, frozen=True, kw_only=True, omit_defaults=True):
         parts: the items that are left to run; None if they are not known yet.
         cancelled: items to cancel, with the time of the request.
         before: the counts from earlier histories of this attempt.
-        calls: the finished calls of items that have not ended.
+        calls, messages: the finished calls of items that have not ended, and the messages that these have not received.
         budget: picodollars that its items may spend; None if the batch has no ``max_cost``.
         waiting: the items that wait for answers.
         is_idle, grants: see ``ChunkIdle``.
@@ -404,6 +499,7 @@ class ChunkOrder(OfChunk, frozen=True, kw_only=True, omit_defaults=True):
     cancelled: dict[int, datetime] = {}
     before: "Counts | None" = None
     calls: tuple["CallDone", ...] = ()
+    messages: tuple[Sent, ...] = ()
     budget: int | None = None
     waiting: tuple[Part, ...] = ()
     is_idle: bool = False

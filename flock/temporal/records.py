@@ -23,10 +23,13 @@ from flock.steps.answers import is_expired
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
+    ASKED_SIGNAL,
     CALL_SIGNAL,
     CONVERTER,
     INTERRUPTED,
     ITEMS_ACTIVITY,
+    MESSAGE_SIGNAL,
+    Asked,
     Attempt,
     CallDone,
     Calls,
@@ -37,6 +40,7 @@ from flock.temporal.messages import (
     ItemsOrder,
     RowsOrder,
     RunOrder,
+    Sent,
     StepDone,
     chunk_workflow_id,
     decoded,
@@ -100,9 +104,9 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
 
 
 def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
-    """Return the run, and the answers of its questions."""
+    """Return the run, and the answers of its questions with the messages that it has received or not."""
     order = decoded(history[0].workflow_execution_started_event_attributes.input.payloads[0], RunOrder)
-    run, answers, task_at = order.run, Calls(), None
+    run, answers, task_at = order.run, Calls(messages=order.messages), None
     for event in history:
         at = event.event_time.ToDatetime(UTC)
         match event.event_type:
@@ -112,9 +116,18 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
                 run = _with_answers(run, answers, task_at)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (call := _call_of(event)) is not None:
                 run = replace(run, spent=latest(run.spent, call.spent))
-                if run.status is RunStatus.WAITING:
+                if call.call.kind == "question" and not run.status.is_final:
                     answers.add(call)
                     run = _with_answers(run, answers)
+            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (sent := _sent_in(event)) is not None:
+                answers.keep(sent)
+                run = _with_answers(run, answers)
+            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (asked := _asked_in(event)) is not None:
+                if asked.step == len(run.steps):
+                    others = [wait for wait in run.waiting_for if wait.call_id != asked.question.call_id]
+                    run = _with_answers(replace(run, waiting_for=(*others, asked.question)), answers)
+            case EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED if run.status is RunStatus.WAITING:
+                run = replace(run, status=RunStatus.STARTING)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
                 run = replace(run, cancel_requested=True)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_STARTED if run.status is RunStatus.STARTING:
@@ -126,7 +139,7 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
                     waiting = {"status": RunStatus.WAITING, "waiting_for": done.questions, "worked_s": done.worked_s}
                     run = _with_answers(replace(run, **waiting), answers)
                 else:
-                    run = replace(run, steps=(*run.steps, done.step))
+                    run = replace(run, steps=(*run.steps, done.step), waiting_for=())
             case EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED | EventType.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
                 failure = _attributes_of(event).failure
                 run = with_heartbeats(run, failure.application_failure_info.details)
@@ -162,7 +175,12 @@ def _ended(run: Run, outcome: Outcome, at: datetime | None) -> Run:
 
 
 def _with_answers(run: Run, answers: Calls, at: datetime | None = None) -> Run:
-    """Return *run*, which waits, without the questions that have an answer, or expired before *at*."""
+    """Return *run* without the waits that have an answer, or expired before *at*. It goes on waiting for the others.
+
+    It no longer waits when its next step is scheduled, which a worker does after the first answer.
+    """
+    if run.status is not RunStatus.WAITING:  # those that it waited for, and its step runs again
+        return replace(run, waiting_for=answers.unanswered(run.position or 0, len(run.steps), run.waiting_for))
     left = answers.still_open(run.position or 0, len(run.steps), run.waiting_for, at)
     return replace(run, waiting_for=left, status=RunStatus.WAITING if left else RunStatus.STARTING)
 
@@ -182,6 +200,23 @@ def _call_of(event: HistoryEvent, whole: int | None = None) -> CallDone | None:
         return None
     done: CallDone = decoded(signal.input.payloads[0], CallDone)
     return done if done.item == whole or done.call.kind == "question" else replace(done, call=shown(done.call))
+
+
+def _sent_in(event: HistoryEvent) -> Sent | None:
+    """Return the message that *event* brings, or None."""
+    signal = event.workflow_execution_signaled_event_attributes
+    return decoded(signal.input.payloads[0], Sent) if signal.signal_name == MESSAGE_SIGNAL else None
+
+
+def _asked_in(event: HistoryEvent) -> Asked | None:
+    """Return the question that *event* makes known, or None."""
+    signal = event.workflow_execution_signaled_event_attributes
+    return decoded(signal.input.payloads[0], Asked) if signal.signal_name == ASKED_SIGNAL else None
+
+
+def unreceived_of(history: Sequence[HistoryEvent]) -> tuple[Sent, ...]:
+    """Return the messages that one attempt of a run has not received."""
+    return _read(history)[1].messages_to(0)
 
 
 def shown(call: Call) -> Call:
@@ -328,11 +363,18 @@ class Chunk:
                 if call.call.kind == "question":  # perhaps of a step whose order has not ended yet
                     answers.add(call)
                     self._answer([call.item], answers, None)
+            elif (sent := _sent_in(event)) is not None:
+                answers.keep(sent)
+                self._answer([sent.item], answers, None)
             if completed := orders.apply(event):
                 self._apply(*completed, at, answers)
             match event.event_type:
                 case EventType.EVENT_TYPE_WORKFLOW_TASK_STARTED:
                     task_at = at
+                case EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED if self._waiting:
+                    for position in [position for position in self._waiting if orders.has(position)]:
+                        self.items[position] = replace(self.items[position], status=RunStatus.STARTING)
+                        self._waiting.discard(position)
                 case EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED if self._waiting:
                     self._answer(list(self._waiting), answers, task_at)
                 case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
@@ -375,8 +417,13 @@ class Chunk:
             self._waiting.discard(position)
 
     def _answer(self, positions: Iterable[int], answers: Calls, at: datetime | None) -> None:
-        """Remove the questions of waiting items that have an answer, or that expired before *at*."""
-        for position in self._waiting.intersection(positions):
+        """Remove the waits of items that have an answer, or that expired before *at*."""
+        for position in self.items.keys() & positions:
+            if position not in self._waiting:
+                item = self.items[position]
+                if item.waiting_for and not item.status.is_final:
+                    self.items[position] = _with_answers(item, answers)
+                continue
             item = _with_answers(self.items[position], answers, at)
             late = next((question for question in item.waiting_for if at and is_expired(question, at)), None)
             if late is not None:
@@ -400,7 +447,7 @@ class Chunk:
                 item = replace(
                     item,
                     status=RunStatus.WAITING if part.questions else RunStatus.RUNNING,
-                    waiting_for=part.questions,
+                    waiting_for=part.questions or answers.unanswered(part.position, len(part.steps), part.waited_for),
                     worked_s=part.worked_s or item.worked_s,
                     started_at=part.started_at,
                     steps=part.steps or item.steps,

@@ -16,7 +16,7 @@ from flock.errors import NotFound
 from flock.runs import Batch, BatchFilter, Page, Run, RunFilter, RunStatus, now
 from flock.runs.ids import first_id_at
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import AGENT, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of
+from flock.temporal.messages import AGENT, ASLEEP, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of
 from flock.temporal.records import run_of
 from flock.temporal.reservations import Reservations
 
@@ -32,7 +32,8 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The id of a run or a batch.
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-IS_WAITING = f"{STATUS.name} = '{RunStatus.WAITING}'"
+IS_ASKING = f"{STATUS.name} = '{RunStatus.WAITING}'"
+IS_WAITING = f"{STATUS.name} IN ('{RunStatus.WAITING}', '{ASLEEP}')"
 #: For each final status of a run, the execution statuses that its workflow may have. Before, it is "Running".
 EXECUTION_STATUS = {
     RunStatus.COMPLETED: "'Completed'",
@@ -54,7 +55,7 @@ def open_runs(flock: str, principal: str | None = None) -> str:
 
 def waiting_runs(flock: str) -> str:
     """Return a query for the runs of *flock* that wait for answers."""
-    return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running' AND {IS_WAITING}"
+    return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running' AND {IS_ASKING}"
 
 
 async def page_of(
@@ -77,6 +78,12 @@ async def page_of(
                 if isinstance(record, BaseException):
                     raise record
                 # The search also finds earlier attempts, and lags.
+                if (
+                    isinstance(wanted, RunFilter)
+                    and wanted.asking
+                    and not (isinstance(record, Run) and record.questions)
+                ):
+                    continue
                 if wanted.status in (None, record.status) and not page.add(record):
                     return page
     return page
@@ -98,6 +105,8 @@ async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: Batch
             conditions.append(IS_WAITING if status is RunStatus.WAITING else f"{STATUS.name} IS NULL")
     elif status is not None:  # the workflow of a batch completes, whatever the status of the batch is
         conditions.append(f"ExecutionStatus {'!=' if status.is_final else '='} 'Running'")
+    if isinstance(wanted, RunFilter) and wanted.asking:
+        conditions.append(IS_ASKING)
     named = {AGENT: wanted.agent_name, PRINCIPAL: wanted.principal}
     bottom, top = 0, _milliseconds(now() + MAX_CLOCK_LEAD)
     if isinstance(wanted, RunFilter):

@@ -25,9 +25,11 @@ from flock.steps.executor import ActiveRun, AgentElsewhere, StepExecutor, Waitin
 from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
 from flock.temporal.cluster import RETRY_AFTER_S, Cluster, logger
 from flock.temporal.messages import (
+    ASKED_SIGNAL,
     CALL_SIGNAL,
     CALLS_QUERY,
     SPENT_QUERY,
+    Asked,
     CallDone,
     OfChunk,
     latest,
@@ -46,6 +48,8 @@ REFUSALS = (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION)
 #: The pause before an activity that a worker left to others is given to a worker again, in seconds: the first one, and
 #: the longest. Any worker may get it, so there must be several attempts soon.
 MISS_PAUSE_S, MAX_MISS_PAUSE_S = 0.1, 10.0
+#: How often a step that still runs looks for answers to its questions, in seconds.
+POLL_ANSWERS_S = 0.5
 #: How often a suspect is left to others, to find a worker that executes nothing.
 MAX_MOVES = 6
 
@@ -75,6 +79,10 @@ class ActivityStep(ActiveRun):
         self._gate = gate
         self.suspicion = suspicion
         self._key = f"{run.run_id} {suspicion.attempt}"  # an earlier attempt may still be running here
+        #: the questions that are open while the step runs, and answers, by call id
+        self._asked: set[str] = set()
+        self._answers: dict[str, Call] = {}
+        self._polling: asyncio.Task[None] | None = None
 
     async def is_next(self) -> bool:
         return self.may_begin
@@ -144,23 +152,48 @@ class ActivityStep(ActiveRun):
             and another worker, which seems to be dead, has started the call too.
         """
         self.has_calls = True
-        handle, run = self._workflow(), self.run
+        run = self.run
         done = CallDone(item=run.position or 0, step=len(run.steps), call=call, spent=self.spent)
-        while True:
-            try:
-                async with self._cluster.rpc_scope(missing=OwnershipLost(run.run_id)):
-                    await handle.signal(CALL_SIGNAL, done)
-                break
-            except (StoreError, EngineFull) as exc:
-                if isinstance(exc.__cause__, RPCError) and exc.__cause__.status in REFUSALS:
-                    raise CallError(f"The cluster does not store the call {call.name!r}: {exc.__cause__}.") from exc
-                await asyncio.sleep(RETRY_AFTER_S)
+        await self._send(CALL_SIGNAL, done, call.name)
         if call.is_start:
             same = [each.started_at for each in await self.finished_calls() if each.call_id == call.call_id]
             if same[:1] != [call.started_at]:
                 raise Uncertain(f"Two workers have started the call {call.name!r}.")
         elif self.suspicion.clear():
             await self.suspicion.confirm()
+
+    async def _send(self, signal: str, value: CallDone | Asked, name: str) -> None:
+        while True:
+            try:
+                async with self._cluster.rpc_scope(missing=OwnershipLost(self.run.run_id)):
+                    await self._workflow().signal(signal, value)
+                return
+            except (StoreError, EngineFull) as exc:
+                if isinstance(exc.__cause__, RPCError) and exc.__cause__.status in REFUSALS:
+                    raise CallError(f"The cluster does not store the call {name!r}: {exc.__cause__}.") from exc
+                await asyncio.sleep(RETRY_AFTER_S)
+
+    async def check_wait(self, wait: Question) -> Call | None:
+        """Questions of runs are open while their step runs. Messages, and answers of items, come when it has ended."""
+        if not wait.is_question or self.run.batch_id is not None:
+            return None
+        if wait.call_id not in self._asked:
+            self._asked.add(wait.call_id)
+            await self._send(ASKED_SIGNAL, Asked(step=len(self.run.steps), question=wait), "ask")
+            if self._polling is None:
+                self._polling = asyncio.create_task(self._poll_answers())
+        return self._answers.get(wait.call_id)
+
+    async def _poll_answers(self) -> None:
+        """Deliver answers to the step that still runs, until this task is cancelled or the workflow has ended."""
+        with contextlib.suppress(RPCError, WorkflowQueryFailedError):
+            while True:
+                await asyncio.sleep(POLL_ANSWERS_S)
+                found = {call.call_id: call for call in await self.finished_calls() if call.call_id in self._asked}
+                is_new = bool(found.keys() - self._answers.keys())
+                self._answers |= found
+                if is_new and self.context is not None:
+                    self.context.journal.note_answer()
 
     def _workflow(self) -> WorkflowHandle[Any, Any]:
         # Without its run id, since a chunk may continue as new.
@@ -172,6 +205,8 @@ class ActivityStep(ActiveRun):
         try:
             await self._execute(executor)
         finally:
+            if self._polling is not None:
+                self._polling.cancel()
             await self._gate.leave(self._key, self.suspicion)
 
     async def _execute(self, executor: StepExecutor) -> None:

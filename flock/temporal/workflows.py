@@ -27,16 +27,21 @@ from flock.steps.answers import is_expired
 from flock.steps.outcomes import Outcome, expiry_of, queue_timeout, timeout_of
 from flock.temporal.messages import (
     ACTIVITY,
+    ASKED_SIGNAL,
+    ASLEEP,
     CALL_SIGNAL,
     CALLS_QUERY,
     INTERRUPTED,
+    MESSAGE_SIGNAL,
     RUN_WORKFLOW,
     SPENT_QUERY,
     STATUS,
     TASK_TIMEOUT,
+    Asked,
     CallDone,
     Calls,
     RunOrder,
+    Sent,
     StepDone,
     session_workflow_id,
 )
@@ -52,18 +57,28 @@ RUNS_FIRST = Priority(priority_key=1)
 LOOK_AFTER_S = 30.0
 #: How long a session stays open after its last run. Until then the search of the cluster has surely found that run.
 KEEP_SESSION_S = 60.0
+#: The patch since which the first answer starts a step again. Before, it was the last one.
+FIRST_ANSWER = "first-answer"
 #: How many of its last runs a session remembers.
 LATEST = 50
 
 
 class CallKeeper:
-    """A workflow that keeps the finished calls of its activities in ``_calls``."""
+    """A workflow that keeps the finished calls of its activities, and messages to its runs, in ``_calls``."""
 
     _calls: Calls
 
     @workflow.signal(name=CALL_SIGNAL)
     def call_done(self, done: CallDone) -> None:
         self._calls.add(done)
+
+    @workflow.signal(name=MESSAGE_SIGNAL)
+    def message(self, sent: Sent) -> None:
+        self._calls.keep(sent)
+
+    @workflow.signal(name=ASKED_SIGNAL)
+    def asked(self, asked: Asked) -> None:
+        """See ``Asked``."""
 
     @workflow.query(name=CALLS_QUERY)
     def calls(self, item: int, step: int) -> list[Call]:
@@ -86,7 +101,7 @@ class FlockRun(CallKeeper):
     """
 
     def __init__(self) -> None:
-        self._calls = Calls()
+        self._calls = Calls(on_drop=log_dropped)
         self._latest: tuple[str, ...] | None = None
 
     @workflow.signal
@@ -96,14 +111,16 @@ class FlockRun(CallKeeper):
 
     @workflow.run
     async def run(self, order: RunOrder) -> None:
-        if order.run.session_id is None:
-            await self._steps(order)
-            return
+        self._calls.keep_before(order.messages)
         try:
-            await self._steps(await self._begun(order))
+            await self._steps(order if order.run.session_id is None else await self._begun(order))
         finally:
             if workflow.in_workflow():  # and not dropped from the memory of a worker
-                await self._leave(order.run)
+                if names := ", ".join(sorted({sent.name for sent in self._calls.messages_to(0)})):
+                    run_id = order.run.run_id
+                    workflow.logger.warning("run %s: it has ended and not received its messages %s", run_id, names)
+                if order.run.session_id is not None:
+                    await self._leave(order.run)
 
     async def _leave(self, run: Run, *has_ended: bool) -> None:
         with contextlib.suppress(FailureError):  # the session was terminated, or has ended while the run waited
@@ -149,21 +166,25 @@ class FlockRun(CallKeeper):
                 spent=done.spent or order.run.spent,
             )
             if done.step is None:
-                waited_s = await self._wait_for_answers(run, done)
-                order = replace(order, run=run, has_calls=True, waited_s=waited_s)
+                left, waited_s = await self._wait_for_answers(run, done)
+                order = replace(order, run=replace(run, waiting_for=left), has_calls=True, waited_s=waited_s)
             else:
-                self._calls = Calls()
+                self._calls.next_step()
                 agents, chosen = order.agents, done.step.next_agent
                 if done.has_next and chosen is not None and chosen not in agents:
                     agents = (*agents, chosen)
-                run = replace(run, steps=(*run.steps, done.step))
+                run = replace(run, steps=(*run.steps, done.step), waiting_for=())
                 waited_s = order.waited_s + done.held_s
                 order = replace(order, run=run, has_calls=False, agents=agents, waited_s=waited_s)
             _check_cancelled()
 
-    async def _wait_for_answers(self, run: Run, done: StepDone) -> float:
-        """Wait until no question is open. Return for how long the attempt has waited so far, in seconds."""
-        workflow.upsert_search_attributes([STATUS.value_set(RunStatus.WAITING)])
+    async def _wait_for_answers(self, run: Run, done: StepDone) -> tuple[tuple[Question, ...], float]:
+        """Wait for the first answer, wake-up or message.
+
+        Returns: the waits that are left, and for how long the attempt has waited so far, in seconds.
+        """
+        asks = any(wait.is_question for wait in done.questions)
+        workflow.upsert_search_attributes([STATUS.value_set(RunStatus.WAITING if asks else ASLEEP)])
         if run.session_id is not None:  # its other runs need not wait for a person
             self._leaving = asyncio.create_task(self._leave(run, False))
         step, left = len(run.steps), done.questions
@@ -171,13 +192,15 @@ class FlockRun(CallKeeper):
             late = next((question for question in left if is_expired(question, workflow.now())), None)
             if late is not None:
                 raise _failed(expiry_of(late))
+            if left != done.questions and workflow.patched(FIRST_ANSWER):
+                break
             with contextlib.suppress(TimeoutError):
                 await workflow.wait_condition(
                     lambda: self._calls.has_news(0, step, left, workflow.now()), timeout=time_to_expiry(left)
                 )
         workflow.upsert_search_attributes([STATUS.value_unset()])
         assert run.started_at is not None
-        return (workflow.now() - run.started_at).total_seconds() - done.worked_s
+        return left, (workflow.now() - run.started_at).total_seconds() - done.worked_s
 
     async def _step(self, order: RunOrder) -> StepDone:
         max_wait_s = order.queue_timeout_s and max(0.001, order.queue_timeout_s - order.queued_s)
@@ -202,6 +225,10 @@ class FlockRun(CallKeeper):
                 _check_cancelled()
             raise failure from None
         return done
+
+
+def log_dropped(call: Call) -> None:
+    workflow.logger.warning("%s", call.error)
 
 
 def _late(order: RunOrder) -> ApplicationError:

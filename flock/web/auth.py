@@ -311,6 +311,12 @@ class ScopedEngine:
         await self.get_outline(run_id)
         return await self._engine.answer_call(run_id, call_id, output)
 
+    async def send_message(
+        self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
+    ) -> Run:
+        await self.get_outline(run_id)
+        return await self._engine.send_message(run_id, name, message, self._own(key))
+
     async def retry_run(self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep") -> Run:
         await self.get_outline(run_id)
         return await self._engine.retry_run(run_id, max_cost, calls=calls)

@@ -17,7 +17,6 @@ from flock.runs import (
     OnExtra,
     OnInvalid,
     Progress,
-    Question,
     RetriedCalls,
     RunStatus,
     Time,
@@ -49,9 +48,11 @@ __all__ = [
     "FlockBatchRequest",
     "FlockBatchResponse",
     "FlockBatchRetry",
+    "FlockMessage",
     "FlockRunRetry",
     "Health",
     "Problem",
+    "Question",
     "Readiness",
     "ResultsQuery",
     "RunCall",
@@ -64,6 +65,7 @@ __all__ = [
     "StreamQuery",
     "UploadQuery",
     "Usage",
+    "Wait",
     "WaitQuery",
     "batch_request_from",
     "run_call",
@@ -139,6 +141,12 @@ class FlockAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     output: msgspec.Raw
 
 
+class FlockMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``POST /run/{run_id}/messages/{name}``."""
+
+    message: msgspec.Raw
+
+
 class FlockBatchRetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of ``POST /batch/{batch_id}/retry``: the items to retry. Default: all that failed or were cancelled.
 
@@ -162,6 +170,7 @@ class FlockRunRetry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 RUN_REQUEST = JSONType(FlockAPIRequest)
 ANSWER = JSONType(FlockAnswer)
+MESSAGE = JSONType(FlockMessage)
 BATCH_REQUEST = JSONType(FlockBatchRequest)
 BATCH_RETRY = JSONType(FlockBatchRetry)
 RUN_RETRY = JSONType(FlockRunRetry)
@@ -257,6 +266,7 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
     created_after: Time | msgspec.UnsetType = msgspec.UNSET
     created_before: Time | msgspec.UnsetType = msgspec.UNSET
+    asking: bool = False
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
     after: UUID | msgspec.UnsetType = msgspec.UNSET
     include: Literal["inputs", "result", "inputs,result", "result,inputs"] | msgspec.UnsetType = msgspec.UNSET
@@ -335,13 +345,35 @@ class RunCall(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: Time
 
 
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """An open question; see ``flock.runs.Question``."""
+
+    call_id: str
+    question: str
+    schema: msgspec.Raw
+    arguments: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    asked_at: Time
+    expires_at: Time | None = None
+    default: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class Wait(msgspec.Struct, frozen=True, kw_only=True):
+    """A time or a message for which a run waits. ``name`` is that of the message."""
+
+    kind: Literal["sleep", "message"]
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    since: Time
+    until: Time | None
+
+
 class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     """The current state of a run. Only items of a batch have ``batch_id`` and ``position``.
 
     ``session_id`` is there if the request named a session. ``calls`` are those of the step that has not ended, if it
     has made any.
 
-    Only a waiting run has ``waiting_for``: the open questions. ``cost`` is in US dollars, and absent if it is unknown.
+    ``waiting_for`` are the open questions, and ``waits`` the times and messages for which it waits, if there are any.
+    ``cost`` is in US dollars, and absent if it is unknown.
     """
 
     run_id: str
@@ -363,6 +395,7 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
     steps: list[RunStep]
     calls: list[RunCall] | msgspec.UnsetType = msgspec.UNSET
     waiting_for: list[Question] | msgspec.UnsetType = msgspec.UNSET
+    waits: list[Wait] | msgspec.UnsetType = msgspec.UNSET
     batch_id: str | msgspec.UnsetType = msgspec.UNSET
     position: int | msgspec.UnsetType = msgspec.UNSET
     session_id: str | msgspec.UnsetType = msgspec.UNSET
@@ -371,7 +404,7 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """One run in a list. It has ``inputs`` and ``result`` only if they were requested.
 
-    Only a waiting run has ``waiting_for``.
+    Only a waiting run has ``waiting_for`` and ``waits``.
     """
 
     run_id: str
@@ -387,6 +420,7 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     inputs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     result: msgspec.Raw | msgspec.UnsetType | None = msgspec.UNSET
     waiting_for: list[Question] | msgspec.UnsetType = msgspec.UNSET
+    waits: list[Wait] | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunList(msgspec.Struct, frozen=True, kw_only=True):

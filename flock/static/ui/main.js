@@ -60,7 +60,7 @@ async function show(isFirst) {
 }
 
 async function countWaiting() {
-  const { runs, next } = await get("runs?status=waiting&limit=50");
+  const { runs, next } = await get("runs?asking=true&limit=50");
   fill(document.getElementById("waiting"), runs.length ? `${runs.length}${next ? "+" : ""}` : null).hidden =
     !runs.length;
 }

@@ -132,7 +132,7 @@ export async function show(main, { id, signal }) {
 
   /** Add new questions and remove answered ones. The others stay, since somebody may be typing an answer. */
   function ask() {
-    const open = (run.status === "waiting" && run.waiting_for) || [];
+    const open = run.waiting_for || [];
     for (const [call_id, node] of questions)
       if (!open.some((each) => each.call_id === call_id)) {
         node.remove();

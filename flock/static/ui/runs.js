@@ -33,7 +33,7 @@ const all = (agent, session) => ({
   row: (run) => [
     h("a.mono", { href: link(`run/${run.run_id}`) }, run.run_id.slice(-12)),
     preview(run.inputs ?? ""),
-    preview(run.error ?? run.waiting_for?.[0].question ?? run.result ?? ""),
+    preview(run.error ?? run.waiting_for?.[0]?.question ?? run.result ?? ""),
     run.agent_name,
     badge(run.status),
     when(run.created_at),
@@ -45,7 +45,7 @@ const all = (agent, session) => ({
 
 const waiting = (agent) => ({
   heading: "Waiting for you",
-  only: { status: "waiting" },
+  only: { asking: true },
   filters: [agent],
   columns: ["Question", "About", "Agent", "Asked", "Expires"],
   about: quiet("These runs continue when their questions are answered."),
