@@ -125,6 +125,9 @@ class _Interpreter(NamedTuple):
                 found.ends_s, found.error = begin_s + s.limit_s, "TimeoutError"
             if found.error is None:
                 break
+        if s.limit_s is not None:
+            decision = self._decide(found, at, found.error or "in time")
+            found.error = None if decision == "in time" else decision
         return found
 
     def _parts(self, s: Statement, at: str, start_s: float) -> list[Course]:

@@ -216,14 +216,7 @@ class Walk(NamedTuple):
     async def _do(self, s: Statement, at: str) -> Any:
         match s.kind:
             case "work" | "fail" | "flaky" | "block" | "block_and_fail":
-                _NOW.set(_Now(self.life, at, s))
-                function = {f.__name__: f for f in (work, fail, flaky, block, block_and_fail)}[s.kind]
-                key = "equal" if s.is_equal else at
-                try:
-                    return await self.context.call(function, key, call_timeout_s=s.limit_s, call_retries=s.retries)
-                except asyncio.CancelledError:
-                    self.life.cancelled(at)
-                    raise
+                return await self._effect(s, at)
             case "ask":
                 return await self.context.ask(f"{s.n} at {at}", int)
             case "plain":
@@ -255,6 +248,23 @@ class Walk(NamedTuple):
             case "completed":
                 return await self._in_order(s, at)
         raise NotImplementedError(s.kind)
+
+    async def _effect(self, s: Statement, at: str) -> Any:
+        _NOW.set(_Now(self.life, at, s))
+        function = {f.__name__: f for f in (work, fail, flaky, block, block_and_fail)}[s.kind]
+        key = "equal" if s.is_equal else at
+        try:
+            value = await self.context.call(function, key, call_timeout_s=s.limit_s, call_retries=s.retries)
+        except asyncio.CancelledError:
+            self.life.cancelled(at)
+            raise
+        except Exception as exc:
+            if s.limit_s is not None:
+                self.life.decided(at, described(exc))
+            raise
+        if s.limit_s is not None:
+            self.life.decided(at, "in time")
+        return value
 
     async def _call_of_calls(self, s: Statement, at: str) -> Any:
         self.life.bodies[at] = self, s.parts[0]
