@@ -73,7 +73,7 @@ class Life:
     """One execution of the step. See ``workflows.Life``."""
 
     def __init__(self, world: "World") -> None:
-        self.world, self.is_alive = world, True
+        self.world, self.is_alive, self.is_stopping = world, True, False
         self.bodies: dict[str, tuple[Walk, Statement]] = {}
         #: the side effects that earlier lives have finished, and the places of those that this one has begun
         self.done, self.begun = frozenset(world.done), Counter[str]()
@@ -83,18 +83,22 @@ class Life:
         return seconds * self.world.random.random()
 
     def saw(self, at: str, outcome: Any) -> None:
-        if self.is_alive:
+        if self.is_alive and not self.is_stopping:
             self.world.saw(at, outcome)
+        elif self.is_alive:
+            self.world.last_seen[at] = outcome
 
     def decided(self, at: str, decision: Any) -> None:
-        if self.is_alive:
+        if self.is_alive and not self.is_stopping:
             self.world.decided(at, decision)
+        elif self.is_alive:
+            self.world.last_decisions[at] = decision
 
     def cancelled(self, at: str) -> None:
         self._cancelled.add(at)
 
     def cut_off(self, at: str) -> None:
-        if self.is_alive:
+        if self.is_alive and not self.is_stopping:
             below = {each for each in self._cancelled if each.startswith(f"{at}.")}
             self.world.done |= below
             self._cancelled -= below
@@ -119,6 +123,8 @@ class World(Observer):
         self.program, self.random = program, random.Random(fate.seed)
         self.lives = list[Life]()
         self.done, self.seen, self.decisions = set[str](), dict[str, Any](), dict[str, Any]()
+        #: the same while an engine stops, which may also raise errors of its own. They count if the run ends with them
+        self.last_seen, self.last_decisions = dict[str, Any](), dict[str, Any]()
         self.begun, self.answered = Counter[str](), set[str]()
         self.problems = list[str]()
         self._effects = dict[str, Statement]()
@@ -133,6 +139,10 @@ class World(Observer):
         self.lives.append(life := Life(self))
         LIVES[:] = [life]
         return life
+
+    def stop(self) -> None:
+        for life in self.lives:
+            life.is_stopping = True
 
     def end_lives(self) -> None:
         for life in self.lives:
@@ -255,7 +265,7 @@ def _all_processes(world: World, fate: Fate, rng: random.Random, folder: Path) -
                 for each in (answering, stopping):
                     each.cancel()
                 if not is_ended:
-                    world.end_lives()
+                    world.stop()
                 await asyncio.gather(answering, stopping, return_exceptions=True)
                 return answering.result() if is_ended else None
 
@@ -284,7 +294,7 @@ def _check(world: World, fate: Fate, run: Run) -> None:
     """Check what has come out of a run that has ended."""
     if fate.cancel is not None and run.status is RunStatus.CANCELLED:
         return
-    outcome, decisions = world.seen.get("0", "nothing"), world.decisions
+    outcome, decisions = (world.last_seen | world.seen).get("0", "nothing"), world.last_decisions | world.decisions
     found = run.value["result"] if run.status is RunStatus.COMPLETED else outcome
     if run.status is RunStatus.COMPLETED and found != outcome:
         world.problem(f"the run has {found}, and the program {outcome}")

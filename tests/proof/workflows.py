@@ -344,7 +344,8 @@ class Walk(NamedTuple):
             return value
 
         try:
-            for each in asyncio.as_completed([do(i, part) for i, part in enumerate(s.parts)]):
+            # Tasks, because as_completed starts coroutines in the order of a set.
+            for each in asyncio.as_completed([asyncio.ensure_future(do(i, part)) for i, part in enumerate(s.parts)]):
                 values.append(await each)  # noqa: PERF401
         except Exception:
             self.life.decided(at, order[: len(values) + 1])
