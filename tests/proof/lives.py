@@ -42,38 +42,47 @@ DOWN_S, ANSWER_S = 1.0, (0.0, 0.3, 2.0, 30.0)
 HORIZON_S = 900.0
 
 
+class End(msgspec.Struct, frozen=True, array_like=True):
+    """A process ends some steps of the event loop after what the program does there for the nth time."""
+
+    event: int
+    steps: int
+    is_kill: bool = True
+
+
 class Fate(msgspec.Struct, frozen=True, omit_defaults=True):
     """What happens to a run.
 
     Attributes:
         seed: of the order; 0 is that of asyncio. Also of random times.
         is_stored: in a file.
-        deaths: the steps of the event loop at which a process dies, counted from the one at which its engine is ready.
-        stops: as deaths, but the engine is stopped. At most one of both happens in each process.
-        cancel: the step at which the run is cancelled in the last process.
+        ends: of its processes but the last one, in each of which the engine is killed or stopped.
+        cancel: when the run is cancelled in the last process.
     """
 
     seed: int = 0
     is_stored: bool = False
-    ends: tuple[int, ...] = ()
-    cancel: int | None = None
+    ends: tuple[End, ...] = ()
+    cancel: End | None = None
 
 
 def fates(*, deadly: bool) -> st.SearchStrategy[Fate]:
-    """Return fates in which processes die or stop (a negative step), or nothing happens but the cancellation."""
-    seeds, steps = st.integers(0, 1000), st.integers(1, 160)
-    cancel = st.none() | steps if deadly else st.none()
+    """Return fates in which processes end, or nothing happens but the cancellation."""
+    seeds = st.just(0) | st.integers(0, 1000)
+    ends = st.builds(End, st.integers(0, 15), st.integers(0, 20), st.just(True) | st.booleans())
+    rarely = st.none() | st.none() | st.none() | ends
     if not deadly:
-        return st.builds(Fate, seeds, st.booleans(), cancel=cancel)
-    ends = st.lists(steps | steps.map(lambda step: -step), min_size=1, max_size=3).map(tuple)
-    return st.builds(Fate, seeds, st.just(True), ends, cancel=st.none() | st.none() | steps)
+        return st.builds(Fate, seeds, st.booleans(), cancel=rarely)
+    return st.builds(Fate, seeds, st.just(True), st.lists(ends, min_size=1, max_size=3).map(tuple), rarely)
 
 
 class Life:
     """One execution of the step. See ``workflows.Life``."""
 
     def __init__(self, world: "World") -> None:
-        self.world, self.is_alive, self.is_stopping = world, True, False
+        self.world, self.is_alive = world, True
+        #: its engine stops; or the agent has returned, so that tasks that it has left see nothing but cancellation
+        self.is_stopping = self.is_over = False
         self.bodies: dict[str, tuple[Walk, Statement]] = {}
         #: the side effects that earlier lives have finished, and the places of those that this one has begun
         self.done, self.begun = frozenset(world.done), Counter[str]()
@@ -83,22 +92,26 @@ class Life:
         return seconds * self.world.random.random()
 
     def saw(self, at: str, outcome: Any) -> None:
-        if self.is_alive and not self.is_stopping:
-            self.world.saw(at, outcome)
-        elif self.is_alive:
+        if not self.is_alive or self.is_over:
+            return
+        if self.is_stopping:
             self.world.last_seen[at] = outcome
+        else:
+            self.world.saw(at, outcome)
 
     def decided(self, at: str, decision: Any) -> None:
-        if self.is_alive and not self.is_stopping:
-            self.world.decided(at, decision)
-        elif self.is_alive:
+        if not self.is_alive or self.is_over:
+            return
+        if self.is_stopping:
             self.world.last_decisions[at] = decision
+        else:
+            self.world.decided(at, decision)
 
     def cancelled(self, at: str) -> None:
         self._cancelled.add(at)
 
     def cut_off(self, at: str) -> None:
-        if self.is_alive and not self.is_stopping:
+        if self.is_alive and not self.is_stopping and not self.is_over:
             below = {each for each in self._cancelled if each.startswith(f"{at}.")}
             self.world.done |= below
             self._cancelled -= below
@@ -127,8 +140,18 @@ class World(Observer):
         self.last_seen, self.last_decisions = dict[str, Any](), dict[str, Any]()
         self.begun, self.answered = Counter[str](), set[str]()
         self.problems = list[str]()
-        self._effects = dict[str, Statement]()
+        self.at(None)
         self._has_ended = False
+
+    def at(self, end: End | None, loop: Schedule | None = None, then: Callable[[], object] = lambda: None) -> None:
+        """Call *then* at an end in this process."""
+        self._end, self._loop, self._then, self._events = end, loop, then, -1
+        self._event()
+
+    def _event(self) -> None:
+        self._events += 1
+        if self._loop is not None and self._end is not None and self._events == self._end.event:
+            self._loop.at(self._loop.steps + 1 + self._end.steps, self._then)
 
     def problem(self, problem: str) -> None:
         if problem not in self.problems:
@@ -153,7 +176,7 @@ class World(Observer):
 
     def begin(self, life: Life, at: str, effect: Statement) -> None:
         self.begun[at] += 1
-        self._effects[at] = effect
+        self._event()
         if self._has_ended:
             self.problem(f"{effect.kind} at {at} is executed after the run has ended")
         if effect.is_equal:
@@ -164,12 +187,14 @@ class World(Observer):
             self.problem(f"{effect.kind}({effect.n}) is executed {life.begun[at]} times")
 
     def saw(self, at: str, outcome: Any) -> None:
+        self._event()
         before = self.seen.setdefault(at, outcome)
         self.done.add(at)
         if before != outcome:
             self.problem(f"the program saw {before} at {at}, and now {outcome}")
 
     def decided(self, at: str, decision: Any) -> None:
+        self._event()
         before = self.decisions.setdefault(at, decision)
         if before != decision:
             self.problem(f"the program went on with {before} at {at}, and now with {decision}")
@@ -182,7 +207,10 @@ WORLDS: list[World] = []
 @FLOCK.agent
 async def main(context: RunContext) -> Any:
     life = WORLDS[-1].new_life()
-    return await Walk(life, context).do(WORLDS[-1].program, "0")
+    try:
+        return await Walk(life, context).do(WORLDS[-1].program, "0")
+    finally:
+        life.is_over = True
 
 
 def engine_of(world: World, store: str) -> EmbeddedEngine:
@@ -232,10 +260,14 @@ def attempt(program: Statement, fate: Fate, folder: Path) -> None:
 def repeated(program: Statement, fate: Fate) -> str:
     """Return a program and its fate as text, and the command that repeats it."""
     words = [f"The order of seed {fate.seed}, in {'a file' if fate.is_stored else 'memory'}."]
-    words += [f"Process {i} {'dies' if n > 0 else 'stops'} at step {abs(n)}." for i, n in enumerate(fate.ends, 1)]
-    words += [] if fate.cancel is None else [f"The run is cancelled at step {fate.cancel} of the last process."]
+    words += [f"Process {i} {'dies' if end.is_kill else 'stops'} {_when(end)}." for i, end in enumerate(fate.ends, 1)]
+    words += [] if fate.cancel is None else [f"In the last process the run is cancelled {_when(fate.cancel)}."]
     command = shlex.quote(msgspec.json.encode([program, fate]).decode())
     return f"{text(program)}\n\n{' '.join(words)}\nTo repeat it: python -m tests.proof --program {command}"
+
+
+def _when(end: End) -> str:
+    return f"{end.steps} steps after event {end.event}"
 
 
 def _all_processes(world: World, fate: Fate, rng: random.Random, folder: Path) -> Run:
@@ -249,15 +281,16 @@ def _all_processes(world: World, fate: Fate, rng: random.Random, folder: Path) -
 
         async def process() -> Run | None:
             nonlocal run_id
+
+            def cancel() -> None:
+                cancelling.add(asyncio.ensure_future(_cancel(engine, run_id)))
+
             async with engine_of(world, store) as engine:
                 run_id = run_id or (await engine.submit("main", {})).run_id
                 if end is not None:
-                    loop.at(loop.steps + abs(end), _die if end > 0 else stop.set)
-                elif fate.cancel is not None:
-                    loop.at(
-                        loop.steps + fate.cancel,
-                        lambda: cancelling.add(asyncio.ensure_future(_cancel(engine, run_id))),
-                    )
+                    world.at(end, loop, _die if end.is_kill else stop.set)
+                else:
+                    world.at(fate.cancel, loop, cancel)
                 answering = asyncio.ensure_future(_answer(engine, world, run_id, rng))
                 stopping = asyncio.ensure_future(stop.wait())
                 await asyncio.wait([answering, stopping], return_when=asyncio.FIRST_COMPLETED)

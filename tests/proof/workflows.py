@@ -368,7 +368,8 @@ CLASSES: dict[str, Collection[str]] = {
     "calls": _SIMPLE,
     "gather": _SIMPLE | {"gather"},
     "questions": _SIMPLE | {"gather", "ask"},
-    "groups": _SIMPLE | {"group"},
+    "groups": (_SIMPLE | {"group"}) - {"tool", "agent"},
+    "groups in calls": _SIMPLE | {"group"},
     "races": _SIMPLE | {"first"},
     "as_completed": _SIMPLE | {"completed"},
     "timeouts": _SIMPLE | {"timeout", "wait"},
@@ -388,8 +389,18 @@ def programs(kinds: Collection[str]) -> st.SearchStrategy[Statement]:
         "flaky": st.builds(Statement, retried, seconds=seconds, retries=st.integers(0, 2), limit_s=limits),
         "block": st.builds(Statement, st.sampled_from(["block", "block_and_fail"]), seconds=seconds),
         "ask": st.just(Statement("ask")),
-        "plain": st.builds(Statement, st.just("plain"), times=st.sampled_from([1, 3, 20]), seconds=slow_s,
-                           is_random=st.booleans()),
+        # A call follows, because no journal can tell which of two tasks ends first if plain code is the last that they do.
+        "plain": st.builds(
+            lambda plain, call: Statement("seq", (plain, call)),
+            st.builds(
+                Statement,
+                st.just("plain"),
+                times=st.sampled_from([1, 3, 20]),
+                seconds=slow_s,
+                is_random=st.booleans() if "slow" in kinds else st.just(False),
+            ),
+            st.builds(Statement, st.just("work"), seconds=seconds),
+        ),
     }
 
     def more(parts: st.SearchStrategy[Statement]) -> st.SearchStrategy[Statement]:
@@ -406,10 +417,11 @@ def programs(kinds: Collection[str]) -> st.SearchStrategy[Statement]:
             "tool": st.builds(Statement, st.just("tool"), one, limit_s=limits),
             "agent": st.builds(Statement, st.just("agent"), one),
         }
-        return st.one_of([known[kind] for kind in known if kind in kinds])
+        return st.one_of([known[kind] for kind in known if kind in kinds for _ in range(1 if kind in _SIMPLE else 4)])
 
     whole = st.recursive(st.one_of([leaves[kind] for kind in leaves if kind in kinds]), more, max_leaves=8)
-    return whole.map(numbered)
+    last = Statement("work", seconds=SECONDS[0])  # so that a process can die after what comes before
+    return whole.map(lambda first: numbered(Statement("seq", (first, last, last))))
 
 
 def numbered(statement: Statement) -> Statement:
