@@ -201,7 +201,10 @@ class _Interpreter(NamedTuple):
             found.add(cut := part.until(ends_s))
             found.ends_s = max(found.ends_s, cut.ends_s)
         done = [parts[i] for i in self._decide(found, at, [i for i, end_s in enumerate(ends) if end_s <= ends_s])]
-        found.value, found.error = [part.value for part in done], next((part.error for part in done if part.error), None)
+        found.value, found.error = (
+            [part.value for part in done],
+            next((part.error for part in done if part.error), None),
+        )
         return found
 
     def _in_order(self, s: Statement, at: str, start_s: float) -> Course:

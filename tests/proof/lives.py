@@ -14,23 +14,23 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import strategies as st
 
 from flock.engine import embedded
 from flock.engine.embedded import EmbeddedEngine
-from flock.errors import Conflict, EngineStopped
+from flock.errors import Conflict
 from flock.runs import Observer, Run, RunContext, RunStatus
 from flock.store import database
 from flock.store.migrations import migrate
 from tests.proof.interpreter import interpret
 from tests.proof.schedules import Died, Schedule, Stuck, live
-from tests.proof.workflows import CALLS, FLOCK, LIVES, Statement, Walk, described, text
+from tests.proof.workflows import FLOCK, LIVES, Statement, Walk, text
 
 __all__ = ["Fate", "attempt", "fates", "processes"]
 
@@ -40,6 +40,8 @@ WATCH_INTERVAL_S = 1.0
 DOWN_S, ANSWER_S = 1.0, (0.0, 0.3, 2.0, 30.0)
 #: A run that has not ended after so many virtual seconds in one process never ends.
 HORIZON_S = 900.0
+#: How many fates each program has: one without the end of a process, and others.
+FATES = 5
 
 
 class End(msgspec.Struct, frozen=True, array_like=True):
@@ -66,14 +68,15 @@ class Fate(msgspec.Struct, frozen=True, omit_defaults=True):
     cancel: End | None = None
 
 
-def fates(*, deadly: bool) -> st.SearchStrategy[Fate]:
-    """Return fates in which processes end, or nothing happens but the cancellation."""
+def fates() -> st.SearchStrategy[tuple[Fate, ...]]:
+    """Return several fates for one program, since to make a program takes as long as to execute it."""
     seeds = st.just(0) | st.integers(0, 1000)
     ends = st.builds(End, st.integers(0, 15), st.integers(0, 20), st.just(True) | st.booleans())
     rarely = st.none() | st.none() | st.none() | ends
-    if not deadly:
-        return st.builds(Fate, seeds, st.booleans(), cancel=rarely)
-    return st.builds(Fate, seeds, st.just(True), st.lists(ends, min_size=1, max_size=3).map(tuple), rarely)
+    lists = st.lists(ends, min_size=1, max_size=3).map(tuple)
+    whole = st.builds(Fate, seeds, st.booleans(), cancel=rarely)
+    in_parts = st.builds(Fate, seeds, st.just(True), lists, rarely)
+    return st.tuples(whole, *[in_parts] * (FATES - 1))
 
 
 class Life:
@@ -134,7 +137,7 @@ class World(Observer):
 
     def __init__(self, program: Statement, fate: Fate) -> None:
         self.program, self.random = program, random.Random(fate.seed)
-        self.lives = list[Life]()
+        self.lives, self.run_id = list[Life](), ""
         self.done, self.seen, self.decisions = set[str](), dict[str, Any](), dict[str, Any]()
         #: the same while an engine stops, which may also raise errors of its own. They count if the run ends with them
         self.last_seen, self.last_decisions = dict[str, Any](), dict[str, Any]()
@@ -271,44 +274,43 @@ def _when(end: End) -> str:
 
 
 def _all_processes(world: World, fate: Fate, rng: random.Random, folder: Path) -> Run:
-    store, at, run_id = ":memory:", 0.0, ""
+    """Execute a run in one process after the other. Return it when it has ended."""
+    store, at = ":memory:", 0.0
     if fate.is_stored:
         store = str(folder / "0.db")
         shutil.copyfile(empty_store(), store)
     for number, end in enumerate((*fate.ends, None), 1):
-        loop = Schedule(fate.seed and fate.seed + number, begins_at=at, horizon_s=HORIZON_S)
-        stop, cancelling = asyncio.Event(), set[asyncio.Future[None]]()
-
-        async def process() -> Run | None:
-            nonlocal run_id
-
-            def cancel() -> None:
-                cancelling.add(asyncio.ensure_future(_cancel(engine, run_id)))
-
-            async with engine_of(world, store) as engine:
-                run_id = run_id or (await engine.submit("main", {})).run_id
-                if end is not None:
-                    world.at(end, loop, _die if end.is_kill else stop.set)
-                else:
-                    world.at(fate.cancel, loop, cancel)
-                answering = asyncio.ensure_future(_answer(engine, world, run_id, rng))
-                stopping = asyncio.ensure_future(stop.wait())
-                await asyncio.wait([answering, stopping], return_when=asyncio.FIRST_COMPLETED)
-                is_ended = answering.done()
-                for each in (answering, stopping):
-                    each.cancel()
-                if not is_ended:
-                    world.stop()
-                await asyncio.gather(answering, stopping, return_exceptions=True)
-                return answering.result() if is_ended else None
-
+        loop = Schedule(fate.seed and fate.seed + number, begins_at=at, horizon_s=HORIZON_S, is_traced=False)
         with contextlib.suppress(Died):
-            if (run := live(process(), loop)) is not None:
+            run = live(_process(world, store, end, None if end else fate.cancel, rng, loop), loop)
+            if run is not None:
                 return run
         world.end_lives()
         at = loop.time() + DOWN_S
         store = _copied(store, folder / f"{number}.db")
-    raise AssertionError
+    raise AssertionError("the last process does not end before its run")
+
+
+async def _process(
+    world: World, store: str, end: End | None, cancel: End | None, rng: random.Random, loop: Schedule
+) -> Run | None:
+    """Execute the run. Return it if it has ended, or None if the engine has stopped. Raises Died."""
+    stop, cancelling = asyncio.Event(), set[asyncio.Future[None]]()
+    async with engine_of(world, store) as engine:
+        world.run_id = run_id = world.run_id or (await engine.submit("main", {})).run_id
+        world.at(end, loop, _die if end is not None and end.is_kill else stop.set)
+        if cancel is not None:
+            world.at(cancel, loop, lambda: cancelling.add(asyncio.ensure_future(_cancel(engine, run_id))))
+        answering = asyncio.ensure_future(_answer(engine, world, run_id, rng))
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait([answering, stopping], return_when=asyncio.FIRST_COMPLETED)
+        is_ended = answering.done()
+        answering.cancel()
+        stopping.cancel()
+        if not is_ended:
+            world.stop()
+        await asyncio.gather(answering, stopping, return_exceptions=True)
+        return answering.result() if is_ended else None
 
 
 def _die() -> None:
@@ -390,13 +392,12 @@ def processes() -> Iterator[Callable[[Statement, Fate], None]]:
     gc.freeze()
     gc.disable()
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),  # of coroutines that dead processes have never started
-            mock.patch.object(database, "migrate", migrate_quickly),
-            mock.patch.object(embedded, "WATCH_INTERVAL_S", WATCH_INTERVAL_S),
-            mock.patch.object(random, "random", lambda: 0.0),
-            mock.patch.object(sys, "unraisablehook", lambda _: None),  # of coroutines of dead processes
-        ):
+        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+            warnings.simplefilter("ignore")  # of coroutines that dead processes have never started
+            patch.setattr(sys, "unraisablehook", lambda _: None)  # and of those that were running
+            patch.setattr(random, "random", lambda: 0.0)  # the pauses between tries
+            patch.setattr(database, "migrate", migrate_quickly)
+            patch.setattr(embedded, "WATCH_INTERVAL_S", WATCH_INTERVAL_S)
             yield execute
     finally:
         gc.enable()

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 
 import hypothesis
 from hypothesis import HealthCheck, Phase
-from hypothesis import strategies as st
 
-from tests.proof.lives import Fate, fates, processes
+from tests.proof.lives import FATES, Fate, fates, processes
 from tests.proof.workflows import CLASSES, Statement, programs
 
 __all__ = ["execute_many", "execute_some"]
@@ -19,7 +18,10 @@ CHUNK = 1000
 def execute_some(
     name: str, count: int, seed: int, attempt: Callable[[Statement, Fate], None], *, shrinks: bool = True
 ) -> int:
-    """Execute programs of a class, and return their number. Raises AssertionError with the smallest one that fails."""
+    """Execute programs of a class, each with its fates, and return their number.
+
+    Raises: AssertionError with the smallest one that fails.
+    """
     executed, failed = 0, dict[tuple[int, int], str]()
 
     @hypothesis.seed(seed)
@@ -31,15 +33,17 @@ def execute_some(
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
     )
-    @hypothesis.given(programs(CLASSES[name]), st.booleans().flatmap(lambda deadly: fates(deadly=deadly)))
-    def execute(program: Statement, fate: Fate) -> None:
+    @hypothesis.given(programs(CLASSES[name]), fates())
+    def execute(program: Statement, fates: Sequence[Fate]) -> None:
         nonlocal executed
         executed += 1
-        try:
-            attempt(program, fate)
-        except AssertionError as exc:
-            failed[len(list(program.all)) + len(fate.ends), sum(end.event + end.steps for end in fate.ends)] = str(exc)
-            raise
+        for fate in fates:
+            try:
+                attempt(program, fate)
+            except AssertionError as exc:
+                size = len(list(program.all)) + len(fate.ends)
+                failed[size, sum(end.event + end.steps for end in fate.ends)] = str(exc)
+                raise
 
     try:
         execute()
@@ -65,6 +69,10 @@ def execute_many(count: int, classes: Sequence[str], first: int) -> int:
             else:
                 turn += 1
             rate = executed / (time.monotonic() - begin)
-            print(f"{executed} programs, {rate:.0f} per second, {len(failures)} failures", end="\r", flush=True)
+            print(
+                f"{executed} programs with {FATES} fates each, {rate:.1f} per second, {len(failures)} failures",
+                end="\r",
+                flush=True,
+            )
     print(f"{executed} programs in {time.monotonic() - begin:.0f} s. Classes that failed: {len(failures)}.")
     return len(failures)

@@ -70,8 +70,11 @@ class Schedule(Base):  # type: ignore[misc]
 
     _ready: deque[asyncio.Handle]
 
-    def __init__(self, seed: int, *, begins_at: float = 0.0, horizon_s: float = HORIZON_S) -> None:
+    def __init__(
+        self, seed: int, *, begins_at: float = 0.0, horizon_s: float = HORIZON_S, is_traced: bool = True
+    ) -> None:
         super().__init__()
+        self._is_traced = is_traced
         self._seed, self._random, self._now, self._horizon = seed, random.Random(seed), begins_at, begins_at + horizon_s
         self._selector = self
         self._at: dict[int, Callable[[], object]] = {}
@@ -106,11 +109,13 @@ class Schedule(Base):  # type: ignore[misc]
         self.steps += 1
         if (callback := self._at.pop(self.steps, None)) is not None:
             self._ready.appendleft(asyncio.Handle(callback, (), self))
-        count = len(self._ready)
-        delays = [self._random.random() * count if self._seed and _task_of(each) else 0 for each in self._ready]
-        places = sorted(range(count), key=lambda place: place + delays[place])
-        self._ready = deque(self._ready[place] for place in places)
-        self.trace.append(" ".join([f"{self._now:.3f}", *map(_name_of, self._ready)]))
+        if self._seed:
+            count = len(self._ready)
+            delays = [self._random.random() * count if _task_of(each) else 0 for each in self._ready]
+            places = sorted(range(count), key=lambda place: place + delays[place])
+            self._ready = deque(self._ready[place] for place in places)
+        if self._is_traced:
+            self.trace.append(" ".join([f"{self._now:.3f}", *map(_name_of, self._ready)]))
         super()._run_once()
 
     # In place of a selector, since there are no files and sockets.

@@ -21,18 +21,46 @@ from msgspec.structs import replace
 from flock.core import Flock
 from flock.runs import RunContext
 
-__all__ = ["CALLS", "CLASSES", "FLOCK", "LIVES", "Life", "Oops", "Statement", "Walk", "described", "programs", "text", "total"]
+__all__ = [
+    "CALLS",
+    "CLASSES",
+    "FLOCK",
+    "LIVES",
+    "Life",
+    "Oops",
+    "Statement",
+    "Walk",
+    "described",
+    "programs",
+    "text",
+    "total",
+]
 
 Kind = Literal[
     # side effects: async functions, and functions in threads. They return n or raise Oops(n); a flaky one first raises
-    *("work", "fail", "flaky", "block", "block_and_fail"),
+    "work",
+    "fail",
+    "flaky",
+    "block",
+    "block_and_fail",
     # a person answers n; plain code
-    *("ask", "plain"),
+    "ask",
+    "plain",
     # calls whose functions make calls
-    *("tool", "agent"),
-    # the first that ends, those that end in time, in the order of their ends
-    *("seq", "gather", "group", "first", "wait", "completed"),
-    *("timeout", "try", "loop", "case"),
+    "tool",
+    "agent",
+    # parts one after the other, and at the same time: until the first ends, in time, in the order of their ends
+    "seq",
+    "gather",
+    "group",
+    "first",
+    "wait",
+    "completed",
+    # one part
+    "timeout",
+    "try",
+    "loop",
+    "case",
 ]
 CALLS = ("work", "fail", "flaky", "block", "block_and_fail")
 
@@ -346,7 +374,7 @@ class Walk(NamedTuple):
         try:
             # Tasks, because as_completed starts coroutines in the order of a set.
             for each in asyncio.as_completed([asyncio.ensure_future(do(i, part)) for i, part in enumerate(s.parts)]):
-                values.append(await each)  # noqa: PERF401
+                values.append(await each)
         except Exception:
             self.life.decided(at, order[: len(values) + 1])
             raise
@@ -389,7 +417,7 @@ def programs(kinds: Collection[str]) -> st.SearchStrategy[Statement]:
         "flaky": st.builds(Statement, retried, seconds=seconds, retries=st.integers(0, 2), limit_s=limits),
         "block": st.builds(Statement, st.sampled_from(["block", "block_and_fail"]), seconds=seconds),
         "ask": st.just(Statement("ask")),
-        # A call follows, because no journal can tell which of two tasks ends first if plain code is the last that they do.
+        # A call follows: if a task ends with plain code, no journal can tell whether it ends before another one.
         "plain": st.builds(
             lambda plain, call: Statement("seq", (plain, call)),
             st.builds(
