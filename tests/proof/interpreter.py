@@ -178,6 +178,7 @@ class _Interpreter(NamedTuple):
             found = Course(max(part.ends_s for part in parts), [part.value for part in parts])
             for part in parts:
                 found.add(part)
+            self._decide(found, at, [])
             return found
         ends_s = parts[failing[0]].ends_s
         found = Course(ends_s)

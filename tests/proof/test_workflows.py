@@ -1,10 +1,13 @@
 """Random workflow programs, whose processes die. ``interpreter`` says what must come out of them."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from flock.steps.journal import Journal
+from flock.store import queries
 from tests.proof.interpreter import interpret
 from tests.proof.lives import End, Fate, processes
 from tests.proof.many import execute_some
@@ -18,13 +21,16 @@ BROKEN = {
     "as_completed": "the ends of calls come in another order",
     "timeouts": "a call that the program has cancelled is executed again",
     "everything": "all of these",
+    "everything, slow": "all of these",
 }
 
 
 def classes(*, also_broken: bool) -> list[Any]:
     broken = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in BROKEN.items()}
     known = [name for name in CLASSES if also_broken or name not in broken]
-    return [pytest.param(name, marks=broken.get(name, ()), id=name.replace(" ", "_")) for name in known]
+    return [
+        pytest.param(name, marks=broken.get(name, ()), id=name.replace(" ", "_").replace(",", "")) for name in known
+    ]
 
 
 Attempt = Callable[[Statement, Fate], None]
@@ -117,3 +123,22 @@ def test_what_was_found(name: str, attempt: Attempt) -> None:
     events = 100 if "question" in name else 2 * expected.begun.total() + len(expected.decisions) - 1
     for event in (events, 0):
         attempt(FOUND[name], Fate(is_stored=True, ends=(End(event, 5),)))
+
+
+def test_a_call_that_a_store_forgets_is_found(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_calls = queries.find_calls
+    monkeypatch.setattr(queries, "find_calls", lambda *args: find_calls(*args)[1:])
+    with pytest.raises(AssertionError, match=r"work\(1\) is executed again.*\n\ncall work\(1\)  # takes 0.101 s\n"):
+        attempt(program("seq", call(1), call(9)), Fate(is_stored=True, ends=(End(2, 5),)))
+
+
+def test_an_answer_that_a_store_forgets_is_found(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "find_calls", lambda *args: [])
+    with pytest.raises(AssertionError, match="is asked again after its answer"):
+        attempt(program("seq", Statement("ask", n=1), call(9)), Fate())
+
+
+def test_a_run_that_never_ends_is_found(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "call", lambda *args: asyncio.Event().wait())
+    with pytest.raises(AssertionError, match="No end after"):
+        attempt(call(1), Fate())

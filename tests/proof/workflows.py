@@ -150,7 +150,7 @@ class Life(Protocol):
 
     def random_s(self, seconds: float) -> float: ...
 
-    def saw(self, at: str, outcome: Any) -> None:
+    def saw(self, at: str, outcome: Any, statement: Statement) -> None:
         """The program has the outcome of a statement. *at* is its place in the program, with its iterations."""
 
     def decided(self, at: str, decision: Any) -> None:
@@ -236,9 +236,9 @@ class Walk(NamedTuple):
         try:
             value = await self._do(s, at)
         except Exception as exc:
-            self.life.saw(at, f"raised {described(exc)}")
+            self.life.saw(at, f"raised {described(exc)}", s)
             raise
-        self.life.saw(at, value)
+        self.life.saw(at, value, s)
         return value
 
     async def _do(self, s: Statement, at: str) -> Any:
@@ -333,15 +333,18 @@ class Walk(NamedTuple):
 
         try:
             if s.kind == "gather":
-                return list(await asyncio.gather(*itertools.starmap(do, enumerate(s.parts))))
-            async with asyncio.TaskGroup() as tasks:
-                found = [tasks.create_task(do(i, part)) for i, part in enumerate(s.parts)]
-            return [task.result() for task in found]
+                values = list(await asyncio.gather(*itertools.starmap(do, enumerate(s.parts))))
+            else:
+                async with asyncio.TaskGroup() as tasks:
+                    found = [tasks.create_task(do(i, part)) for i, part in enumerate(s.parts)]
+                values = [task.result() for task in found]
         except Exception:
             self.life.decided(at, failed[:1] if s.kind == "gather" else list(failed))
             if s.kind == "group":
                 self.life.cut_off(at)
             raise
+        self.life.decided(at, [])
+        return values
 
     def _tasks(self, s: Statement, at: str) -> "list[asyncio.Task[Any]]":
         return [asyncio.ensure_future(self.do(part, f"{at}.{i}")) for i, part in enumerate(s.parts)]
@@ -386,7 +389,8 @@ class Walk(NamedTuple):
 
 SECONDS = (0.1, 0.2, 0.4, 0.8)
 LIMITS_S = (0.15, 0.3, 0.6, 1.2)
-#: Times of plain code: too short to matter, and longer than any engine waits for a step that runs again.
+#: Seconds of plain code: the last one is longer than an engine waits for something that has happened before. If they
+#: are random, they differ by less than that.
 SLOW_S = (0.05, 0.5, 3.0, 9.0)
 PRIMES = [n for n in range(2, 2000) if all(n % m for m in range(2, n))]
 
@@ -403,6 +407,7 @@ CLASSES: dict[str, Collection[str]] = {
     "timeouts": _SIMPLE | {"timeout", "wait"},
     "everything": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait"},
     "slow plain code": _SIMPLE | {"gather", "ask", "slow"},
+    "everything, slow": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait", "slow"},
 }
 
 
@@ -448,8 +453,9 @@ def programs(kinds: Collection[str]) -> st.SearchStrategy[Statement]:
         return st.one_of([known[kind] for kind in known if kind in kinds for _ in range(1 if kind in _SIMPLE else 4)])
 
     whole = st.recursive(st.one_of([leaves[kind] for kind in leaves if kind in kinds]), more, max_leaves=8)
-    last = Statement("work", seconds=SECONDS[0])  # so that a process can die after what comes before
-    return whole.map(lambda first: numbered(Statement("seq", (first, last, last))))
+    last = Statement("work", seconds=SECONDS[0])  # so that a process can die after what comes before, or has failed
+    caught = whole.map(lambda first: Statement("try", (first, last)))
+    return st.one_of(caught, caught, whole).map(lambda first: numbered(Statement("seq", (first, last, last))))
 
 
 def numbered(statement: Statement) -> Statement:
