@@ -405,7 +405,10 @@ def processes() -> Iterator[Callable[[Statement, Fate], None]]:
             patch.setattr(random, "random", lambda: 0.0)  # the pauses between tries
             patch.setattr(database, "migrate", migrate_quickly)
             patch.setattr(embedded, "WATCH_INTERVAL_S", WATCH_INTERVAL_S)
-            yield execute
+            try:
+                yield execute
+            finally:
+                gc.collect()
     finally:
         gc.enable()
         gc.unfreeze()

@@ -12,7 +12,7 @@ from tests.proof.workflows import CLASSES, Statement, programs
 __all__ = ["execute_many", "execute_some"]
 
 #: Programs of one Hypothesis run, which remembers all of them.
-CHUNK = 1000
+CHUNK = 100
 
 
 def execute_some(
