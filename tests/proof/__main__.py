@@ -1,23 +1,43 @@
-"""Execute one program in one order, and print the order: python -m tests.proof questions 17"""
+"""Execute one program in one order, and print the order: python -m tests.proof questions 17
+
+Or execute random workflow programs: python -m tests.proof --programs 100000
+"""
 
 import argparse
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from tests.proof.invariants import store_of, trial, trial_with_restart
+from tests.proof.lives import Fate, processes
+from tests.proof.many import execute_many
 from tests.proof.programs import PROGRAMS
 from tests.proof.schedules import Schedule, execute
+from tests.proof.workflows import CLASSES, Statement
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("program", choices=PROGRAMS)
-    parser.add_argument("seed", type=int)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", choices=PROGRAMS, nargs="?")
+    parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument(
         "--cancel-at", type=int, metavar="STEP", help="the step of the loop at which the run is cancelled"
     )
     parser.add_argument("--stop-at", type=int, metavar="STEP", help="the step at which its engine stops")
+    parser.add_argument("--programs", type=int, metavar="COUNT", help="execute random workflow programs")
+    parser.add_argument("--class", dest="classes", choices=CLASSES, action="append", help="only of this class")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="of the first thousand programs")
+    parser.add_argument("--program", dest="workflow", metavar="JSON", help="execute the workflow program of a failure")
     chosen = parser.parse_args()
+    if chosen.programs is not None:
+        raise SystemExit(execute_many(chosen.programs, chosen.classes or list(CLASSES), chosen.first))
+    if chosen.workflow is not None:
+        with processes() as attempt:
+            attempt(*msgspec.json.decode(chosen.workflow, type=tuple[Statement, Fate]))
+        return
+    if chosen.program is None:
+        parser.error("Name a program, or use --programs.")
 
     async def shown(loop: Schedule) -> None:
         program = PROGRAMS[chosen.program]

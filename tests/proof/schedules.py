@@ -23,13 +23,15 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
-from anyio._backends._asyncio import CancelScope
+from anyio._backends._asyncio import CancelScope, _task_states
 
 from flock import fair
 from flock.engine import relay
 from flock.runs import ids
+from flock.store import files
+from flock.store.database import Database
 
-__all__ = ["Schedule", "Stuck", "execute"]
+__all__ = ["Died", "Schedule", "Stuck", "execute", "live"]
 
 T = TypeVar("T")
 
@@ -43,6 +45,10 @@ BUSY_STEPS = 1000
 
 class Stuck(Exception):
     """A wait never ends. The text has what each task awaits."""
+
+
+class Died(SystemExit):
+    """The process has died, as by kill -9. A callback raises it: then nothing of the loop is executed any more."""
 
 
 Base: Any = asyncio.BaseEventLoop  # whose private parts are used
@@ -64,9 +70,12 @@ class Schedule(Base):  # type: ignore[misc]
 
     _ready: deque[asyncio.Handle]
 
-    def __init__(self, seed: int) -> None:
+    def __init__(
+        self, seed: int, *, begins_at: float = 0.0, horizon_s: float = HORIZON_S, is_traced: bool = True
+    ) -> None:
         super().__init__()
-        self._seed, self._random, self._now, self._horizon = seed, random.Random(seed), 0.0, HORIZON_S
+        self._is_traced = is_traced
+        self._seed, self._random, self._now, self._horizon = seed, random.Random(seed), begins_at, begins_at + horizon_s
         self._selector = self
         self._at: dict[int, Callable[[], object]] = {}
         self._steps_now = self.steps = 0
@@ -89,7 +98,9 @@ class Schedule(Base):  # type: ignore[misc]
         return timer
 
     def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-        thread = _Thread(self, lambda: func(*args))
+        # That of a store does not sleep, and a real thread takes longer than all that it does.
+        is_quick = any(getattr(each, "__func__", None) is Database._write for each in args)
+        thread = _Thread(self, lambda: func(*args), is_quick=is_quick)
         self.call_later(0, thread.proceed)
         future: asyncio.Future[T] = thread.future
         return future
@@ -98,11 +109,13 @@ class Schedule(Base):  # type: ignore[misc]
         self.steps += 1
         if (callback := self._at.pop(self.steps, None)) is not None:
             self._ready.appendleft(asyncio.Handle(callback, (), self))
-        count = len(self._ready)
-        delays = [self._random.random() * count if self._seed and _task_of(each) else 0 for each in self._ready]
-        places = sorted(range(count), key=lambda place: place + delays[place])
-        self._ready = deque(self._ready[place] for place in places)
-        self.trace.append(" ".join([f"{self._now:.3f}", *map(_name_of, self._ready)]))
+        if self._seed:
+            count = len(self._ready)
+            delays = [self._random.random() * count if _task_of(each) else 0 for each in self._ready]
+            places = sorted(range(count), key=lambda place: place + delays[place])
+            self._ready = deque(self._ready[place] for place in places)
+        if self._is_traced:
+            self.trace.append(" ".join([f"{self._now:.3f}", *map(_name_of, self._ready)]))
         super()._run_once()
 
     # In place of a selector, since there are no files and sockets.
@@ -136,9 +149,9 @@ class _Task(asyncio.Task[Any]):
 class _Thread(threading.Thread):
     """Executes a function while the loop stands still. While the function sleeps, the loop continues."""
 
-    def __init__(self, loop: Schedule, function: Callable[[], Any]) -> None:
+    def __init__(self, loop: Schedule, function: Callable[[], Any], *, is_quick: bool) -> None:
         super().__init__(daemon=True)
-        self.loop, self.future, self._function = loop, loop.create_future(), function
+        self.loop, self.future, self._function, self._is_quick = loop, loop.create_future(), function, is_quick
         self._may_go, self._has_stopped = threading.Semaphore(0), threading.Semaphore(0)
 
     def proceed(self) -> None:
@@ -147,7 +160,7 @@ class _Thread(threading.Thread):
             self._may_go.release()
         elif not self.future.cancelled():  # as in a pool
             self.loop.threads.add(self)
-            self.start()
+            self.run() if self._is_quick else self.start()
         else:
             return
         self._has_stopped.acquire()
@@ -195,6 +208,30 @@ def execute(main: Callable[[Schedule], Coroutine[Any, Any, T]], seed: int) -> T:
         gc.enable()
         gc.unfreeze()
         random.setstate(state)
+
+
+def live(main: Coroutine[Any, Any, T], loop: Schedule) -> T:
+    """Return the result of *main*, in a process of its own. Call it while the garbage collector is disabled.
+
+    What is left of the process is never executed. Its garbage must be collected while no other loop is running.
+
+    Raises: Died, Stuck.
+    """
+    locks = set(files._open_locks)
+    try:
+        with _virtual(loop):
+            result: T = loop.run_until_complete(main)
+            return result
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            _task_states.pop(task, None)  # it would keep the task
+        anyio.lowlevel._run_vars.pop(loop, None)
+        loop.close()
+        for thread in list(loop.threads):
+            thread.proceed()  # to its end
+        for lock in files._open_locks - locks:
+            files.close_lock(lock)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,480 @@
+"""Random workflow programs: a tree of statements, which an agent executes through its context.
+
+No two events of a program are at the same instant, because all sums of its durations differ. So their order is known.
+What the context can do next needs a kind here: its line in ``text``, what it does in ``Walk``, its draw in
+``programs``, and what comes out of it in ``interpreter``.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple, Protocol
+
+import msgspec
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from flock.core import Flock
+from flock.runs import RunContext
+
+__all__ = [
+    "CALLS",
+    "CLASSES",
+    "FLOCK",
+    "LIVES",
+    "Life",
+    "Oops",
+    "Statement",
+    "Walk",
+    "described",
+    "programs",
+    "text",
+    "total",
+]
+
+Kind = Literal[
+    # side effects: async functions, and functions in threads. They return n or raise Oops(n); a flaky one first raises
+    "work",
+    "fail",
+    "flaky",
+    "block",
+    "block_and_fail",
+    # a person answers n; plain code
+    "ask",
+    "plain",
+    # calls whose functions make calls
+    "tool",
+    "agent",
+    # parts one after the other, and at the same time: until the first ends, in time, in the order of their ends
+    "seq",
+    "gather",
+    "group",
+    "first",
+    "wait",
+    "completed",
+    # one part
+    "timeout",
+    "try",
+    "loop",
+    "case",
+]
+CALLS = ("work", "fail", "flaky", "block", "block_and_fail")
+
+
+class Statement(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A statement. Its value is a number or a list of values.
+
+    Attributes:
+        parts: the statements in it. "try" has its body and its handler; "case" has what it tests and then its cases.
+        n: its number in the program.
+        seconds: how long it takes, each time another part of it if it is random.
+        limit_s: the time-out of what is below, or ``call_timeout_s``.
+        times: iterations of a loop, or how often plain code lets other tasks run.
+        is_equal: the call has the same arguments as other such calls of the same parent. Its number is 0.
+    """
+
+    kind: Kind
+    parts: "tuple[Statement, ...]" = ()
+    n: int = 0
+    seconds: float = 0.0
+    is_random: bool = False
+    limit_s: float | None = None
+    retries: int = 0
+    times: int = 0
+    is_equal: bool = False
+
+    @property
+    def all(self) -> "Iterator[Statement]":
+        """This statement and all statements in it."""
+        yield self
+        for part in self.parts:
+            yield from part.all
+
+
+def total(value: Any) -> int:
+    return sum(map(total, value)) if isinstance(value, list) else int(value)
+
+
+class Oops(Exception):
+    """What a side effect raises."""
+
+
+def described(exc: BaseException) -> str:
+    """Return an exception as an outcome that can be compared."""
+    if isinstance(exc, BaseExceptionGroup):
+        return f"ExceptionGroup({', '.join(map(described, exc.exceptions))})"
+    if isinstance(exc, TimeoutError):
+        return "TimeoutError"
+    return f"Oops({exc})" if isinstance(exc, Oops) else f"{type(exc).__name__}: {exc}"
+
+
+def text(statement: Statement, indent: str = "") -> str:
+    """Return a program as people read it."""
+    s, more, below = statement, f"{indent}    ", ""
+    options = [f"takes {s.seconds:.3f} s"] if s.seconds else []
+    options += ["each time other seconds"] if s.is_random else []
+    options += [f"call_timeout_s={s.limit_s:.3f}"] if s.limit_s and s.kind != "timeout" else []
+    options += [f"call_retries={s.retries}"] if s.retries else []
+    comment = f"  # {', '.join(options)}" if options else ""
+    match s.kind:
+        case "plain":
+            return f"{indent}plain code{f', sleep(0) * {s.times}' if s.times else ''}{comment}"
+        case "ask":
+            return f"{indent}ask {s.n}"
+        case "seq":
+            return "\n".join(text(part, indent) for part in s.parts)
+        case "timeout":
+            head = f"async with asyncio.timeout({s.limit_s:.3f}):"
+        case "loop":
+            head = f"for _ in range({s.times}):"
+        case "try":
+            below = f"\n{indent}except Exception:\n{text(s.parts[1], more)}"
+            return f"{indent}try:\n{text(s.parts[0], more)}{below}"
+        case kind if kind in CALLS:
+            return f"{indent}call {kind}({'equal' if s.is_equal else s.n}){comment}"
+        case kind:
+            head = f"{kind}{f' {s.n}' if kind in ('tool', 'agent') else ''}:{comment}"
+    between = f"\n{indent}and:\n" if len(s.parts) > 1 and s.kind != "loop" else "\n"
+    return f"{indent}{head}\n{between.join(text(part, more) for part in s.parts)}"
+
+
+# The agent
+
+
+class Life(Protocol):
+    """What one execution of the agent's step reports while it lives."""
+
+    def random_s(self, seconds: float) -> float: ...
+
+    def saw(self, at: str, outcome: Any, statement: Statement) -> None:
+        """The program has the outcome of a statement. *at* is its place in the program, with its iterations."""
+
+    def decided(self, at: str, decision: Any) -> None:
+        """The program has gone on from what can end in several ways, such as the parts that have ended in time."""
+
+    def cancelled(self, at: str) -> None:
+        """A call was cancelled, by the program or by its engine."""
+
+    def cut_off(self, at: str) -> None:
+        """The program has cancelled calls below *at*, and has gone on."""
+
+    def executing(self, at: str, effect: Statement) -> contextlib.AbstractContextManager[bool]:
+        """A side effect is executed. Yields whether this is the first time in this life."""
+
+    bodies: dict[str, "tuple[Walk, Statement]"]
+
+
+class _Now(NamedTuple):
+    life: Life
+    at: str
+    effect: Statement
+
+
+_NOW: ContextVar[_Now] = ContextVar("now")
+#: the life of the step that is executed in this process; there is one at a time
+LIVES: list[Life] = []
+FLOCK = Flock("programs")
+
+
+async def work(key: str) -> int:
+    return await _work(fails=False)
+
+
+async def fail(key: str) -> int:
+    return await _work(fails=True)
+
+
+async def flaky(key: str) -> int:
+    return await _work(fails=None)
+
+
+async def _work(*, fails: bool | None) -> int:
+    now = _NOW.get()
+    with now.life.executing(now.at, now.effect) as is_first:
+        await asyncio.sleep(now.effect.seconds)
+    if is_first if fails is None else fails:
+        raise Oops(now.effect.n)
+    return now.effect.n
+
+
+def block(key: str) -> int:
+    now = _NOW.get()
+    with now.life.executing(now.at, now.effect):
+        time.sleep(now.effect.seconds)
+    return now.effect.n
+
+
+def block_and_fail(key: str) -> int:
+    raise Oops(block(key))
+
+
+async def tool(key: str, context: RunContext) -> Any:
+    return await _body(key, context)
+
+
+@FLOCK.agent
+async def helper(key: str, context: RunContext) -> Any:
+    return await _body(key, context)
+
+
+async def _body(key: str, context: RunContext) -> Any:
+    walk, statement = LIVES[-1].bodies[key]
+    return await walk._replace(context=context).do(statement, f"{key}.0")
+
+
+class Walk(NamedTuple):
+    """Executes statements."""
+
+    life: Life
+    context: RunContext
+
+    async def do(self, s: Statement, at: str) -> Any:
+        try:
+            value = await self._do(s, at)
+        except Exception as exc:
+            self.life.saw(at, f"raised {described(exc)}", s)
+            raise
+        self.life.saw(at, value, s)
+        return value
+
+    async def _do(self, s: Statement, at: str) -> Any:
+        match s.kind:
+            case "work" | "fail" | "flaky" | "block" | "block_and_fail":
+                return await self._effect(s, at)
+            case "ask":
+                return await self.context.ask(f"{s.n} at {at}", int)
+            case "plain":
+                for _ in range(s.times):
+                    await asyncio.sleep(0)
+                if s.seconds:
+                    await asyncio.sleep(self.life.random_s(s.seconds) if s.is_random else s.seconds)
+                return 0
+            case "tool" | "agent":
+                return await self._call_of_calls(s, at)
+            case "seq":
+                return [await self.do(part, f"{at}.{i}") for i, part in enumerate(s.parts)]
+            case "loop":
+                return [await self.do(s.parts[0], f"{at}.{i}") for i in range(s.times)]
+            case "try":
+                try:
+                    return await self.do(s.parts[0], f"{at}.0")
+                except Exception:
+                    return await self.do(s.parts[1], f"{at}.1")
+            case "case":
+                chosen = 1 + total(await self.do(s.parts[0], f"{at}.0")) % (len(s.parts) - 1)
+                return await self.do(s.parts[chosen], f"{at}.{chosen}")
+            case "timeout":
+                return await self._in_time(s, at)
+            case "gather" | "group":
+                return await self._all(s, at)
+            case "first" | "wait":
+                return await self._some(s, at)
+            case "completed":
+                return await self._in_order(s, at)
+        raise NotImplementedError(s.kind)
+
+    async def _effect(self, s: Statement, at: str) -> Any:
+        _NOW.set(_Now(self.life, at, s))
+        function = {f.__name__: f for f in (work, fail, flaky, block, block_and_fail)}[s.kind]
+        key = "equal" if s.is_equal else at
+        try:
+            value = await self.context.call(function, key, call_timeout_s=s.limit_s, call_retries=s.retries)
+        except asyncio.CancelledError:
+            self.life.cancelled(at)
+            raise
+        except Exception as exc:
+            if s.limit_s is not None:
+                self.life.decided(at, described(exc))
+            raise
+        if s.limit_s is not None:
+            self.life.decided(at, "in time")
+        return value
+
+    async def _call_of_calls(self, s: Statement, at: str) -> Any:
+        self.life.bodies[at] = self, s.parts[0]
+        if s.kind == "agent":
+            return (await self.context.run_agent("helper", {"key": at}))["result"]
+        try:
+            value = await self.context.call(tool, at, call_timeout_s=s.limit_s)
+        except Exception as exc:
+            is_over = s.limit_s is not None and f" {s.limit_s:g} s (call_timeout_s)" in str(exc)
+            if is_over:
+                self.life.cut_off(at)
+            self.life.decided(at, is_over)
+            raise
+        self.life.decided(at, False)
+        return value
+
+    async def _in_time(self, s: Statement, at: str) -> Any:
+        try:
+            async with asyncio.timeout(s.limit_s) as scope:
+                value = await self.do(s.parts[0], f"{at}.0")
+        except Exception:
+            if scope.expired():
+                self.life.cut_off(at)
+            self.life.decided(at, scope.expired())
+            raise
+        self.life.decided(at, False)
+        return value
+
+    async def _all(self, s: Statement, at: str) -> list[Any]:
+        failed = list[int]()
+
+        async def do(i: int, part: Statement) -> Any:
+            try:
+                return await self.do(part, f"{at}.{i}")
+            except Exception:
+                failed.append(i)
+                raise
+
+        try:
+            if s.kind == "gather":
+                values = list(await asyncio.gather(*itertools.starmap(do, enumerate(s.parts))))
+            else:
+                async with asyncio.TaskGroup() as tasks:
+                    found = [tasks.create_task(do(i, part)) for i, part in enumerate(s.parts)]
+                values = [task.result() for task in found]
+        except Exception:
+            self.life.decided(at, failed[:1] if s.kind == "gather" else list(failed))
+            if s.kind == "group":
+                self.life.cut_off(at)
+            raise
+        self.life.decided(at, [])
+        return values
+
+    def _tasks(self, s: Statement, at: str) -> "list[asyncio.Task[Any]]":
+        return [asyncio.ensure_future(self.do(part, f"{at}.{i}")) for i, part in enumerate(s.parts)]
+
+    async def _some(self, s: Statement, at: str) -> list[Any]:
+        tasks = self._tasks(s, at)
+        when = asyncio.FIRST_COMPLETED if s.kind == "first" else asyncio.ALL_COMPLETED
+        try:
+            done, _ = await asyncio.wait(tasks, timeout=s.limit_s, return_when=when)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        self.life.decided(at, [i for i, task in enumerate(tasks) if task in done])
+        self.life.cut_off(at)
+        return [task.result() for task in tasks if task in done]
+
+    async def _in_order(self, s: Statement, at: str) -> list[Any]:
+        values, order = list[Any](), list[int]()
+
+        async def do(i: int, part: Statement) -> Any:
+            try:
+                value = await self.do(part, f"{at}.{i}")
+            except Exception:
+                order.append(i)
+                raise
+            order.append(i)
+            return value
+
+        try:
+            # Tasks, because as_completed starts coroutines in the order of a set.
+            for each in asyncio.as_completed([asyncio.ensure_future(do(i, part)) for i, part in enumerate(s.parts)]):
+                values.append(await each)
+        except Exception:
+            self.life.decided(at, order[: len(values) + 1])
+            raise
+        self.life.decided(at, order)
+        return values
+
+
+# Random programs
+
+SECONDS = (0.1, 0.2, 0.4, 0.8)
+LIMITS_S = (0.15, 0.3, 0.6, 1.2)
+#: Seconds of plain code: the last one is longer than an engine waits for something that has happened before. If they
+#: are random, they differ by less than that.
+SLOW_S = (0.05, 0.5, 3.0, 9.0)
+PRIMES = [n for n in range(2, 2000) if all(n % m for m in range(2, n))]
+
+_SIMPLE = {*CALLS, "plain", "seq", "try", "loop", "case", "tool", "agent"}
+#: Which kinds the programs of a class have.
+CLASSES: dict[str, Collection[str]] = {
+    "calls": _SIMPLE,
+    "gather": _SIMPLE | {"gather"},
+    "questions": _SIMPLE | {"gather", "ask"},
+    "groups": (_SIMPLE | {"group"}) - {"tool", "agent"},
+    "groups in calls": _SIMPLE | {"group"},
+    "races": _SIMPLE | {"first"},
+    "as_completed": _SIMPLE | {"completed"},
+    "timeouts": _SIMPLE | {"timeout", "wait"},
+    "everything": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait"},
+    "slow plain code": _SIMPLE | {"gather", "ask", "slow"},
+    "everything, slow": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait", "slow"},
+}
+
+
+def programs(kinds: Collection[str]) -> st.SearchStrategy[Statement]:
+    """Return programs of some kinds of statements. Unless "slow" is one of them, plain code takes no time."""
+    seconds, limits = st.sampled_from(SECONDS), st.none() | st.sampled_from(LIMITS_S)
+    work, retried = st.sampled_from(["work", "fail"]), st.sampled_from(["work", "fail", "flaky"])
+    slow_s = st.sampled_from(SLOW_S) if "slow" in kinds else st.just(0.0)
+    leaves: dict[str, st.SearchStrategy[Statement]] = {
+        "work": st.builds(Statement, st.just("work"), seconds=seconds),
+        "fail": st.builds(Statement, work, seconds=seconds, is_equal=st.booleans()),
+        "flaky": st.builds(Statement, retried, seconds=seconds, retries=st.integers(0, 2), limit_s=limits),
+        "block": st.builds(Statement, st.sampled_from(["block", "block_and_fail"]), seconds=seconds),
+        "ask": st.just(Statement("ask")),
+        # A call follows: if a task ends with plain code, no journal can tell whether it ends before another one.
+        "plain": st.builds(
+            lambda plain, call: Statement("seq", (plain, call)),
+            st.builds(
+                Statement,
+                st.just("plain"),
+                times=st.sampled_from([1, 3, 20]),
+                seconds=slow_s,
+                is_random=st.booleans() if "slow" in kinds else st.just(False),
+            ),
+            st.builds(Statement, st.just("work"), seconds=seconds),
+        ),
+    }
+
+    def more(parts: st.SearchStrategy[Statement]) -> st.SearchStrategy[Statement]:
+        one, two, some = (st.lists(parts, min_size=n, max_size=m).map(tuple) for n, m in ((1, 1), (2, 2), (2, 4)))
+        limit = st.sampled_from(LIMITS_S)
+        known = {kind: st.builds(Statement, st.just(kind), some) for kind in ("seq", "gather", "group", "first")}
+        known |= {
+            "completed": st.builds(Statement, st.just("completed"), some),
+            "wait": st.builds(Statement, st.just("wait"), some, limit_s=limit),
+            "timeout": st.builds(Statement, st.just("timeout"), one, limit_s=limit),
+            "try": st.builds(Statement, st.just("try"), two),
+            "loop": st.builds(Statement, st.just("loop"), one, times=st.integers(2, 3)),
+            "case": st.builds(Statement, st.just("case"), st.lists(parts, min_size=3, max_size=3).map(tuple)),
+            "tool": st.builds(Statement, st.just("tool"), one, limit_s=limits),
+            "agent": st.builds(Statement, st.just("agent"), one),
+        }
+        return st.one_of([known[kind] for kind in known if kind in kinds for _ in range(1 if kind in _SIMPLE else 4)])
+
+    whole = st.recursive(st.one_of([leaves[kind] for kind in leaves if kind in kinds]), more, max_leaves=8)
+    last = Statement("work", seconds=SECONDS[0])  # so that a process can die after what comes before, or has failed
+    caught = whole.map(lambda first: Statement("try", (first, last)))
+    return st.one_of(caught, caught, whole).map(lambda first: numbered(Statement("seq", (first, last, last))))
+
+
+def numbered(statement: Statement) -> Statement:
+    """Give each statement its number, and each duration a part of its own."""
+    numbers, parts = itertools.count(1), iter(PRIMES)
+
+    def own(seconds: float) -> float:
+        return round(seconds + math.sqrt(next(parts)) / 1000, 6)
+
+    def give(s: Statement) -> Statement:
+        n, limit_s = next(numbers), s.limit_s
+        if s.kind == "tool" and any(each.kind.startswith("block") for each in s.all):
+            limit_s = None  # a thread cannot be cancelled, so whether the tool is too late depends on what follows it
+        return replace(
+            s,
+            n=0 if s.is_equal else n,
+            parts=tuple(map(give, s.parts)),
+            seconds=own(s.seconds) if s.seconds else 0.0,
+            limit_s=None if limit_s is None else own(limit_s),
+        )
+
+    return give(statement)
