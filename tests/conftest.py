@@ -78,9 +78,18 @@ def needs_cluster(item: pytest.Item) -> bool:
     return "temporal" in parameters or "temporal_address" in getattr(item, "fixturenames", ())
 
 
+#: How the ids of the longest tests begin, which start first, so that no worker has one left when the others are idle.
+LONG = (
+    "tests/test_readme.py::test_the_commands",
+    "tests/test_fuzz.py",
+    "tests/test_docs.py::test_the_commands_of_a_page_return_what_it_shows[tutorial]",
+    "tests/test_recovery.py",
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its lane, and run tests that measure last, when no other test can run beside them."""
+    """Mark each test with its lane. Long tests start first; those that measure are last, as no other can run beside."""
     has_chromium = shutil.which("chromium") is not None or "CI" in os.environ
     for item in items:
         if item.path.name in LANES:
@@ -89,7 +98,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("cluster")
         if item.get_closest_marker("browser") and not has_chromium:
             item.add_marker(pytest.mark.skip(reason="Chromium is not installed: apt-get install chromium"))
-    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+    items.sort(key=lambda item: (item.get_closest_marker("alone") is not None, not item.nodeid.startswith(LONG)))
 
 
 # Tests run in parallel, because most of them wait. Tests that measure have the machine to themselves.
@@ -148,9 +157,12 @@ def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def temporal_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Return the address of a real Temporal server, which tests share under different flock names."""
+    """Return the address of a real Temporal server, which tests share under different flock names.
+
+    They have thousands of task queues, so that partitions would take a quarter of its processor time.
+    """
     port = free_port()
-    with temporal_server(tmp_path_factory.mktemp("temporal") / "temporal.db", port):
+    with temporal_server(tmp_path_factory.mktemp("temporal") / "temporal.db", port, partitions=1):
         yield f"127.0.0.1:{port}"
 
 

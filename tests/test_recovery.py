@@ -261,7 +261,7 @@ async def item(n: int) -> int:
     return n
 """
 #: .ci/nightly sets 100,000.
-POISON_ITEMS = int(os.environ.get("POISON_ITEMS", "500"))
+POISON_ITEMS = int(os.environ.get("POISON_ITEMS", "1000"))
 
 
 class Supervised:

