@@ -283,6 +283,35 @@ async def test_its_start_is_on_disk_before_it_is_executed(tmp_path: Path) -> Non
         assert db.execute("SELECT name, once FROM calls").fetchall() == [("charge", "ended")]
 
 
+async def test_it_is_not_executed_if_another_engine_owns_the_run(tmp_path: Path) -> None:
+    flock, charged, reached, may_go, ended_at = Flock(), list[int](), anyio.Event(), anyio.Event(), anyio.Event()
+
+    async def charge() -> None:
+        charged.append(1)
+
+    @flock.agent
+    async def pay(context: RunContext) -> None:
+        reached.set()
+        await may_go.wait()
+        try:
+            await context.call(charge, call_once=True)
+        finally:
+            ended_at.set()
+
+    store = tmp_path / "flock.db"
+    async with flock.engine(store=store) as engine:
+        await engine.submit("pay", {})
+        await reached.wait()
+        with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as db:
+            db.execute("UPDATE runs SET owner = 'another', attempt = attempt + 1, recoveries = recoveries + 1")
+        may_go.set()
+        with anyio.fail_after(PATIENCE_S):
+            await ended_at.wait()
+    assert not charged
+    with contextlib.closing(sqlite3.connect(store)) as db:
+        assert not db.execute("SELECT 1 FROM calls").fetchall()
+
+
 @pytest.mark.parametrize("kind", ["ask", "in a called agent"])
 async def test_it_cannot_wait_for_a_person(kind: str, open_engine: OpenEngine) -> None:
     """Its step would run again when it is answered."""
@@ -394,7 +423,10 @@ async def test_of_two_workers_that_start_a_call_one_executes_it(temporal_address
             await context.call(charge, call_name="x", call_once=True)
 
         run = await ended(engine, await engine.submit("pay", {}))
-    assert (run.error_type, run.error) == ("uncertain", "Two workers have started the call 'charge'.")
+    assert (run.error_type, run.error) == (
+        "uncertain",
+        "Another worker has started the call 'charge' too. Find out whether it was done.",
+    )
     assert not charged
     calls = Calls()
     for call in (

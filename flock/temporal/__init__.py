@@ -47,7 +47,8 @@ A batch is one workflow. It starts a child workflow for each chunk of 20 to 200 
 
 The inputs of workflows and activities are called orders. A batch has ``max_workers`` lanes and divides them among its
 chunks. Each lane runs one ``ItemsOrder``, whose items run in sequence. Each retry of a run or batch has its own
-workflows, whose ids end in the number of the attempt. Before the history of a batch or chunk gets long, its workflow
+workflows, whose ids end in the number of the attempt. Its workers read the calls that it keeps from the histories of
+the attempts before. Before the history of a batch or chunk gets long, its workflow
 continues as new, with its state as the new order.
 
 Where data is stored:

@@ -158,7 +158,7 @@ class ActivityStep(ActiveRun):
         if call.is_start:
             same = [each.started_at for each in await self.finished_calls() if each.call_id == call.call_id]
             if same[:1] != [call.started_at]:
-                raise Uncertain(f"Two workers have started the call {call.name!r}.")
+                raise Uncertain(f"Another worker has started the call {call.name!r} too. Find out whether it was done.")
         elif self.suspicion.clear():
             await self.suspicion.confirm()
 
