@@ -85,7 +85,7 @@ def waiting_flock() -> Flock:
 
     @flock.agent
     async def wait(n: int, context: RunContext) -> str:
-        await context.sleep(5)
+        await context.sleep(20)
         waits = context.ask("Colour?", str), context.receive("size", int, expires_s=900), context.sleep(8)
         return f"{n} {await asyncio.gather(*waits)}"
 
@@ -96,9 +96,12 @@ async def record_waits(engine: TemporalEngine) -> None:
     """A message is sent before it is awaited, with one that does not fit. Each wait starts the step again."""
     run = await engine.submit("wait", {"n": 0})
     batch = await engine.submit_batch("wait", numbers(2), BatchOptions())
-    for each in (run, *await engine.get_items(batch.batch_id)):
+    runs = [run, *await engine.get_items(batch.batch_id)]
+    for each in runs:
+        await until_run(engine, each.run_id, lambda run: run.status is RunStatus.WAITING)
         for message in (b'"large"', b"5"):
             await engine.send_message(each.run_id, "size", msgspec.Raw(message))
+    for each in runs:
         await answered(engine, each.run_id)
     await ended(engine, batch)
     await record(engine, "completed-with-sleeps-and-a-message", run_workflow_id(run.run_id, 1))
