@@ -50,6 +50,7 @@ def test_what_is_done_stays_done(name: str, attempt: Attempt) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", classes(also_broken=True))
 def test_what_is_done_stays_done_in_more_programs(name: str, attempt: Attempt) -> None:
     for seed in (1, 2):
