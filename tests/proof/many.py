@@ -48,6 +48,8 @@ def execute_some(
     try:
         execute()
     except (AssertionError, hypothesis.errors.Flaky):
+        if not failed:  # it was interrupted
+            raise
         raise AssertionError(f"{name}: {failed[min(failed)]}") from None
     return executed
 
