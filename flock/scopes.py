@@ -5,11 +5,13 @@ import contextlib
 import logging
 import math
 import sys
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context, ContextVar
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 logger = logging.getLogger("flock.runs")
@@ -21,6 +23,50 @@ def current_task() -> "asyncio.Task[Any] | None":
         return asyncio.current_task()
     except RuntimeError:
         return None
+
+
+#: Tasks that were cancelled while they had to finish something. ``Task.cancelling`` alone does not show that: before
+#: Python 3.13 a ``TaskGroup`` that fails may leave it raised.
+_CANCELLED_LATE = weakref.WeakSet["asyncio.Task[Any]"]()
+
+
+def note_late_cancellation() -> None:
+    """The current task was cancelled while it has to finish something. A block around it raises that later."""
+    if (task := current_task()) is not None:
+        _CANCELLED_LATE.add(task)
+
+
+class Cancellation:
+    """Whether the current task is cancelled in a block, from the creation of this object on."""
+
+    __slots__ = ("_cancelling", "task")
+
+    def __init__(self) -> None:
+        self.task = current_task()
+        self._cancelling = 0 if self.task is None else self.task.cancelling()
+        if self.task is not None:
+            _CANCELLED_LATE.discard(self.task)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the task was cancelled while it had to finish something, which it has."""
+        return self.task in _CANCELLED_LATE and self._has_more
+
+    def is_cause_of(self, exc: BaseException) -> bool:
+        """Whether a function has turned the cancellation into *exc*."""
+        found: BaseException | None = exc
+        while found is not None and not isinstance(found, asyncio.CancelledError):
+            found = found.__context__
+        return found is not None and self._has_more
+
+    @property
+    def _has_more(self) -> bool:
+        return self.task is not None and self.task.cancelling() > self._cancelling
+
+    async def raise_if_late(self) -> None:
+        if self.is_late:
+            await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
+            raise asyncio.CancelledError
 
 
 def start_in_empty_context(tasks: TaskGroup, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:

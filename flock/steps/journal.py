@@ -45,7 +45,7 @@ from flock.runs import (
 )
 from flock.runs.context import CURRENT_CALL, CallOptions
 from flock.runs.records import CALL_IDS
-from flock.scopes import Clock, Signal, clocks_stopped, current_task, move_on_after_working
+from flock.scopes import Cancellation, Clock, Signal, clocks_stopped, move_on_after_working, note_late_cancellation
 from flock.steps.identity import DIGEST_CHARS, code_of, digest_of, json_of
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
@@ -482,12 +482,13 @@ class Journal:
         )
 
         async def run() -> Any:
-            is_done, task = False, current_task()
+            is_done, cancellation = False, Cancellation()
             try:
                 # On asyncio a scope of anyio would cancel a task again and again until it leaves the block.
+                task = cancellation.task
                 with anyio.CancelScope() if task is None else contextlib.nullcontext(task) as running:
                     self._open[planned.call_id] = running.cancel
-                    result = await self._result_of(planned, task)
+                    result = await self._result_of(planned, cancellation)
                     is_done = True
                     return result
                 raise Refused(_LATE.format(label))  # only trio comes here
@@ -516,37 +517,37 @@ class Journal:
         numbers.add(number)
         return number
 
-    async def _result_of(self, planned: "_Planned", task: "asyncio.Task[Any] | None") -> Any:
+    async def _result_of(self, planned: "_Planned", cancellation: Cancellation) -> Any:
         if self._is_closed:
             await anyio.lowlevel.checkpoint()  # raises if the step was ended for a question
             raise Refused(_LATE.format(planned.label))
         entry = self._replay.begin(planned.call_id)
         if entry.stored is not None:
-            return await self._repeated(planned, entry, entry.stored, task)
+            return await self._repeated(planned, entry, entry.stored, cancellation)
         if (once := self._once.get(planned.call_id)) is None:
             try:
-                return await self._make(planned, entry, task)
+                return await self._make(planned, entry, cancellation)
             except _Answered as answered:
                 self._replay.answer(entry, answered.call)
-                return await self._repeated(planned, entry, answered.call, task)
+                return await self._repeated(planned, entry, answered.call, cancellation)
         if once.is_start:
-            return self._end_of(planned, await self._uncertain(planned, once, entry, task))
+            return self._end_of(planned, await self._uncertain(planned, once, entry, cancellation))
         self._replay.forget(entry)
         return self._end_of(planned, once)
 
-    async def _repeated(self, planned: "_Planned", entry: Entry, stored: Call, task: "asyncio.Task[Any] | None") -> Any:
+    async def _repeated(self, planned: "_Planned", entry: Entry, stored: Call, cancellation: Cancellation) -> Any:
         """Let a call end as in an earlier execution of the step."""
         self.kept += not entry.is_late
         self._add_usage(planned.parent, stored.usage, stored.model)
         if not stored.is_cancelled:
-            await self._deliver(stored, entry, task)
+            await self._deliver(stored, entry, cancellation)
             return self._end_of(planned, stored)
         self._failed.append((stored, None))
         await self._replay.until_cancelled(entry)
         if self.stops_on_change:
             await self._stop(f"it does not cancel the call {planned.call_id!r} again")
         entry.stored = None
-        return await self._make(planned, entry, task)
+        return await self._make(planned, entry, cancellation)
 
     def _end_of(self, planned: "_Planned", stored: Call) -> Any:
         """Return what a stored call has returned, or raise what it has raised."""
@@ -559,7 +560,7 @@ class Journal:
         self._failed.append((stored, exc))
         raise exc
 
-    async def _start(self, planned: "_Planned", started_at: datetime, task: "asyncio.Task[Any] | None") -> None:
+    async def _start(self, planned: "_Planned", started_at: datetime, cancellation: Cancellation) -> None:
         """Store the start of a call that is executed at most once."""
         if self._is_closed:  # while the store was waited for
             await anyio.lowlevel.checkpoint()
@@ -575,12 +576,10 @@ class Journal:
             started_at=started_at,
             completed_at=started_at,
         )
-        await self._store(start, task)
+        await self._store(start, cancellation)
         self._once[planned.call_id] = start
 
-    async def _uncertain(
-        self, planned: "_Planned", start: Call, entry: Entry, task: "asyncio.Task[Any] | None"
-    ) -> Call:
+    async def _uncertain(self, planned: "_Planned", start: Call, entry: Entry, cancellation: Cancellation) -> Call:
         """Store that nobody knows how a call has ended, so that it stays so even if its end comes late."""
         exc = Uncertain(
             f"The call {planned.label!r} was started at {start.started_at:%Y-%m-%d %H:%M:%S} UTC, and its end is not "
@@ -596,20 +595,20 @@ class Journal:
             raised=raised_by(planned.label, exc),
             completed_at=now(),
         )
-        return await self._store_end(ended, entry, task, 0 if task is None else task.cancelling())
+        return await self._store_end(ended, entry, cancellation)
 
-    async def _make(self, planned: "_Planned", entry: Entry, task: "asyncio.Task[Any] | None") -> Any:
+    async def _make(self, planned: "_Planned", entry: Entry, cancellation: Cancellation) -> Any:
         """Execute a call, and store how it ended."""
         if self.stops_on_change and not entry.is_known:
             replaced = await self._replay.replaced_by(planned.call_id, planned.label)
             if replaced is not None:
                 await self._stop(f"it makes the call {planned.call_id!r} instead of {replaced.call_id!r}")
         await self.wait_for_store()
-        started_at, cancelling = now(), 0 if task is None else task.cancelling()
+        started_at = now()
         self.last_start = max(self.last_start, started_at)
         if planned.at_most_once:
-            await self._start(planned, started_at, task)
-            await _check_cancelled(task, cancelling)
+            await self._start(planned, started_at, cancellation)
+            await cancellation.raise_if_late()
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, failure, cancelled = JSON_NULL, None, None, None
         self.on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
@@ -633,7 +632,9 @@ class Journal:
             CURRENT_CALL.reset(reset)
             usage, model = self._usage.pop(planned.call_id, None), self._models.pop(planned.call_id, None)
             self._add_usage(planned.parent, usage, model)
-        is_cancelled = cancelled is not None if task is None else task.cancelling() > cancelling
+        is_cancelled = cancelled is not None or cancellation.is_late
+        if failure is not None:
+            is_cancelled |= cancellation.is_cause_of(failure)
         error, error_type, raised = None, None, None
         if failure is not None:
             if planned.at_most_once and self.is_cut_off():
@@ -660,7 +661,7 @@ class Journal:
         )
         if cancelled is not None or (failure is not None and is_cancelled):
             if is_cancelled:
-                await self._store_cancelled(call, entry, task)
+                await self._store_cancelled(call, entry, cancellation)
                 self.kept += 1
             else:
                 self._replay.forget(entry)
@@ -670,48 +671,41 @@ class Journal:
             raise asyncio.CancelledError
         if failure is not None:
             self._failed.append((call, failure))
-        await self._store_end(call, entry, task, cancelling)
+        await self._store_end(call, entry, cancellation)
         if failure is None:
             return value
         if planned.on_error is None or error is None or isinstance(failure, Uncertain):
             raise failure
         return planned.on_error(cut(error))
 
-    async def _store_end(self, call: Call, entry: Entry, task: "asyncio.Task[Any] | None", cancelling: int) -> Call:
+    async def _store_end(self, call: Call, entry: Entry, cancellation: Cancellation) -> Call:
         """Store how a call has ended, and wait for its turn; see ``_deliver``. Returns it as it is stored."""
         call = replace(call, place=self._replay.end(entry))
         try:
-            await self._store(call, task)
+            await self._store(call, cancellation)
         except BaseException:
             self._replay.forget(entry)
             raise
         self.kept += 1
         if call.once is not None:
             self._once[call.call_id] = call
-        await self._deliver(call, entry, task, cancelling)
+        await self._deliver(call, entry, cancellation)
         return call
 
-    async def _deliver(
-        self, call: Call, entry: Entry, task: "asyncio.Task[Any] | None", cancelling: int | None = None
-    ) -> None:
-        """Wait for the turn of a call that has ended. If it is cancelled before, the next equal call gets its result.
-
-        Args:
-            cancelling: that of *task* when the call began.
-        """
+    async def _deliver(self, call: Call, entry: Entry, cancellation: Cancellation) -> None:
+        """Wait for the turn of a call that has ended. If it is cancelled before, the next equal one gets its result."""
         try:
-            if cancelling is not None:
-                await _check_cancelled(task, cancelling)  # while it was saved, or its thread was running
+            await cancellation.raise_if_late()  # of while it was saved, or its thread was running
             await self._replay.turn(entry, is_last=len(self._open) == 1)
         except anyio.get_cancelled_exc_class():
             self._replay.forget(entry)
             call = replace(call, usage=None, model=None)  # they are stored with the result
             if call.error is None:
                 self._replay.keep_late(call)
-            await self._store_cancelled(call, entry, task)
+            await self._store_cancelled(call, entry, cancellation)
             raise
 
-    async def _store_cancelled(self, call: Call, entry: Entry, task: "asyncio.Task[Any] | None") -> None:
+    async def _store_cancelled(self, call: Call, entry: Entry, cancellation: Cancellation) -> None:
         """Store that the program has cancelled a call. If the run or the step is ending, nothing is stored."""
         if self._is_closed or self.is_cut_off():
             return
@@ -727,7 +721,7 @@ class Journal:
         )
         self._failed.append((call, None))
         with contextlib.suppress(Exception):  # the next call raises it
-            await self._store(call, task)
+            await self._store(call, cancellation)
 
     async def _stop(self, change: str) -> NoReturn:
         """End the step, because the program was changed."""
@@ -752,8 +746,7 @@ class Journal:
 
     async def _try(self, label: str, execute: Callable[[], Awaitable[Any]], options: CallOptions) -> Any:
         """Execute a call, again if it raises, and each time with its time limit."""
-        pause_s, task = FIRST_PAUSE_S, current_task()
-        cancelling = 0 if task is None else task.cancelling()
+        pause_s, cancellation = FIRST_PAUSE_S, Cancellation()
         for tries_left in range(options.retries, -1, -1):
             try:
                 if options.timeout_s is None:
@@ -763,7 +756,7 @@ class Journal:
                 raise TimeoutError(f"The call {label!r} did not end within {options.timeout_s:g} s (call_timeout_s).")
             except Exception as exc:
                 # A function may turn its cancellation into an exception, and asyncio cancels a task only once.
-                is_cancelled = task is not None and task.cancelling() > cancelling
+                is_cancelled = cancellation.is_late or cancellation.is_cause_of(exc)
                 if not tries_left or is_cancelled or is_refused(exc) or self.is_cut_off():
                     raise
             await anyio.sleep(pause_s * (1 - 0.25 * random.random()))
@@ -790,7 +783,7 @@ class Journal:
                 f"({self.max_result_bytes}, max_result_bytes). Use a reference to long values instead."
             )
 
-    async def _store(self, call: Call, task: "asyncio.Task[Any] | None") -> None:
+    async def _store(self, call: Call, cancellation: Cancellation) -> None:
         if (size := _bytes_of(call)) > self._bytes_left:
             raise Refused(
                 f"The arguments and results of the step's calls are larger than the cluster can store. The call "
@@ -800,24 +793,26 @@ class Journal:
         if self._is_over or self.is_suspended:  # a function may swallow the end of its step, and return anything
             return
         try:
-            await self._save_whole(call, task)
+            await self._save_whole(call, cancellation)
         except Uncertain:  # another process has started it too
             raise
         except Exception as exc:
             self._save_error = exc
             raise
 
-    async def _save_whole(self, call: Call, task: "asyncio.Task[Any] | None") -> None:
+    async def _save_whole(self, call: Call, cancellation: Cancellation) -> None:
         """Save a call that is done, so it must not be executed again, even if this task is cancelled meanwhile."""
         with anyio.CancelScope(shield=True):
-            if task is None:  # trio
+            if cancellation.task is None:  # trio
                 await self.save(call)
                 return
             # In a task of its own, since asyncio.timeout cancels this one in spite of the shield.
             saving = asyncio.ensure_future(self.save(call))
             while not saving.done():
-                with contextlib.suppress(asyncio.CancelledError):
+                try:
                     await asyncio.wait([saving])
+                except asyncio.CancelledError:
+                    note_late_cancellation()
             saving.result()
 
 
@@ -842,13 +837,6 @@ class _Planned(msgspec.Struct, frozen=True, kw_only=True):
     should_keep: Callable[[Any], bool] | None
     on_error: Callable[[str], Any] | None
     at_most_once: bool
-
-
-async def _check_cancelled(task: asyncio.Task[Any] | None, cancelling: int) -> None:
-    """Raise CancelledError if *task* was cancelled more often than *cancelling* times."""
-    if task is not None and task.cancelling() > cancelling:
-        await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
-        raise asyncio.CancelledError
 
 
 def depth_of_current_call() -> int:

@@ -16,7 +16,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from flock.scopes import set_deadline
+from flock.scopes import note_late_cancellation, set_deadline
 from flock.steps.slots import BatchKey, Slots
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Threads:
             owners: the run, and the step that holds a slot meanwhile.
             batch: that of the run, if it is an item.
             keeps_result: end as the function has ended even if ``asyncio.timeout`` or the like has cancelled this task
-                meanwhile. The caller must then raise the cancellation, which ``Task.cancelling`` shows.
+                meanwhile. The caller must then ``raise_late_cancellation``.
 
         Raises: what *function* raises; TimeoutError if the call is abandoned.
         Cancellation: immediate while waiting for a slot. After that, only when the function has returned.
@@ -123,6 +123,7 @@ class Threads:
                 except anyio.get_cancelled_exc_class():
                     await call.wait()
                     if keeps_result and call.outcome is not None:
+                        note_late_cancellation()
                         return call.outcome()
                     raise
         finally:
