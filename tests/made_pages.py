@@ -113,6 +113,10 @@ FAILURES = {
         "the server stopped, and this run must not be repeated",
         "send it again; asynchronous runs resume by themselves",
     ),
+    "changed_program": (
+        "a step that ran again made another call than before, or did not cancel one again; [more](upgrading.md)",
+        'retry the run with the earlier program, start another one, or set `on_change="continue"`',
+    ),
     "crashed": (
         "the process died repeatedly while it was executing this run, in the end only this one",
         "find what ends the process, such as its memory, and retry the run",

@@ -299,11 +299,10 @@ async def test_a_retry_keeps_the_calls_of_a_run_that_failed_in_an_earlier_versio
 
 
 def undo(db: sqlite3.Connection, version: int) -> None:
-    """Undo the migrations after *version*, which only add columns."""
-    for migration in reversed(MIGRATIONS[version:]):
-        for statement in migration:
-            _, _, table, _, _, column, *_ = statement.split()
-            db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+    """Undo the migrations after *version*, which add columns, tables and their indexes."""
+    for statement in reversed([statement for migration in MIGRATIONS[version:] for statement in migration]):
+        verb, what, name, *more = statement.split()
+        db.execute(f"ALTER TABLE {name} DROP COLUMN {more[2]}" if verb == "ALTER" else f"DROP {what} {name}")
     db.execute(f"PRAGMA user_version = {version}")
 
 

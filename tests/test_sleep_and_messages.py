@@ -342,6 +342,7 @@ async def test_items_sleep_and_receive_messages(open_engine: OpenEngine) -> None
 
 
 async def test_a_retry_starts_with_the_messages_that_were_not_received(open_engine: OpenEngine) -> None:
+    """A retry keeps those that were received, like answers, unless it executes all calls again."""
     flock, has_both = Flock(), anyio.Event()
 
     @flock.agent
@@ -359,6 +360,8 @@ async def test_a_retry_starts_with_the_messages_that_were_not_received(open_engi
         has_both.set()
         await until_run(engine, run_id, lambda run: run.status is RunStatus.FAILED)
         await engine.retry_run(run_id)
+        await until_run(engine, run_id, lambda run: run.status is RunStatus.FAILED and run.tries == 2)
+        await engine.retry_run(run_id, calls="again")
         assert await result_of(engine, run_id) == 2
 
 

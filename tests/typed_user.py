@@ -98,10 +98,12 @@ from flock.runs import (
     Items,
     Live,
     LongJSON,
+    Mark,
     Observer,
     OnExtra,
     OnInvalid,
     Page,
+    Place,
     Principal,
     Progress,
     Question,
@@ -464,6 +466,10 @@ host.mount("/ai", ai)
 
 def write(context: RunContext, live: Live, budget: Budget, started: Event, call: Call) -> None:
     assert_type(call.raised, Raised | None)
+    assert_type(call.place, Place | None)
+    assert_type(call.is_cancelled, bool)
+    if call.place is not None:
+        assert_type(call.place.also, tuple[Mark, ...])
     assert_type(first_id_at(call.started_at), str)
     budget.check(context.agent_name, ["openai/gpt-4o"])
     if context.is_watched:

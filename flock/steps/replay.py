@@ -210,6 +210,10 @@ class Replay:
         try:
             while not self._is_turn(end):
                 await self._wait_for_turn(end)
+            # While a time-out passes again, what was in time takes its time again, so that it stays in time.
+            while self._to_cancel and (left_s := self._left_s(entry)) > 0:
+                with anyio.move_on_after(left_s):
+                    await self._recurred.wait()
             if not is_last or self._last_end > entry.start:
                 for _ in range(CHECKPOINTS):
                     await anyio.lowlevel.checkpoint()
@@ -224,6 +228,12 @@ class Replay:
                 self._advance()
         if entry.is_unseen:
             self._unwritten[entry.start] = Mark(entry.call_id, entry.start, self._next_number())
+
+    def _left_s(self, entry: Entry) -> float:
+        """Return for how long a stored call had not ended yet, this long after the step began."""
+        if entry.stored is None or entry.stored.place is None:
+            return 0.0
+        return entry.stored.place.end_s - (anyio.current_time() - self._began_at)
 
     async def until_cancelled(self, entry: Entry) -> None:
         """Wait until the program cancels a call again, for as long as it took before. Returns if it does not."""
@@ -311,14 +321,14 @@ class Replay:
 
 def callers(call_id: str) -> Iterator[str]:
     """Yield the ids of the calls that contain a call, from the inside out."""
-    while call_id := parent_of(call_id):
+    while call_id := _parent_of(call_id):
         yield call_id
 
 
-def parent_of(call_id: str) -> str:
+def _parent_of(call_id: str) -> str:
     """Return the id of the call that has made a call, or ""."""
     return call_id.rpartition(NESTED)[0]
 
 
 def _kind_of(call_id: str, name: str) -> tuple[str, str]:
-    return parent_of(call_id), name
+    return _parent_of(call_id), name

@@ -1,7 +1,6 @@
 """Random workflow programs, whose processes die. ``interpreter`` says what must come out of them."""
 
 import asyncio
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,28 +13,6 @@ from tests.proof.lives import End, Fate, processes
 from tests.proof.many import execute_some
 from tests.proof.workflows import CLASSES, Statement
 
-#: Classes of random programs that fail today, and why. Remove the line of what is fixed.
-BROKEN = {
-    "gather": "the ends of calls come in another order",
-    "questions": "the same",
-    "groups": "a call that the program has cancelled is executed again",
-    "groups in calls": "the same, and a group that fails in a call ends its run on Python 3.11 and 3.12",
-    "races": "a call that the program has cancelled is executed again, and the ends of calls come in another order",
-    "as_completed": "the ends of calls come in another order",
-    "timeouts": "a call that the program has cancelled is executed again",
-    "everything": "all of these",
-    "everything, slow": "all of these",
-}
-
-
-def classes(*, also_broken: bool) -> list[Any]:
-    broken = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in BROKEN.items()}
-    known = [name for name in CLASSES if also_broken or name not in broken]
-    return [
-        pytest.param(name, marks=broken.get(name, ()), id=name.replace(" ", "_").replace(",", "")) for name in known
-    ]
-
-
 Attempt = Callable[[Statement, Fate], None]
 
 
@@ -45,17 +22,17 @@ def attempt() -> Iterator[Attempt]:
         yield attempt
 
 
-@pytest.mark.parametrize("name", classes(also_broken=False))
+@pytest.mark.parametrize("name", CLASSES)
 def test_what_is_done_stays_done(name: str, attempt: Attempt) -> None:
     execute_some(name, 4, 0, attempt)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", classes(also_broken=True))
+@pytest.mark.parametrize("name", CLASSES)
 def test_what_is_done_stays_done_in_more_programs(name: str, attempt: Attempt) -> None:
     for seed in (1, 2):
-        execute_some(name, 100, seed, attempt, shrinks=name not in BROKEN)
+        execute_some(name, 100, seed, attempt)
 
 
 # What such programs have found
@@ -108,32 +85,7 @@ FOUND = {
 }
 
 
-CANCELLED = "a call that the program has cancelled is executed again"
-ORDER = "the ends of calls come in another order"
-#: Those that fail today. Remove the line of what is fixed.
-FAILS = {
-    "the loser of a race": CANCELLED,
-    "a call that was timed out": CANCELLED,
-    "a call that was timed out, and a question": CANCELLED,
-    "a call that was timed out between two that were not": CANCELLED,
-    "a call in time beside one that was timed out": CANCELLED,
-    "the sibling of a task that fails": CANCELLED,
-    "the order of as_completed": ORDER,
-    "the order of two races": CANCELLED,
-    "the first that fails in a gather": ORDER,
-    "a thread that lost a race": "the late result of a thread is that of the call itself",
-}
-if sys.version_info < (3, 13):
-    FAILS["a group that fails in a tool"] = "asyncio leaves the task counted as cancelled after a TaskGroup that fails"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=FAILS[name]) if name in FAILS else ())
-        for name in FOUND
-    ],
-)
+@pytest.mark.parametrize("name", FOUND)
 def test_what_was_found(name: str, attempt: Attempt) -> None:
     expected = interpret(FOUND[name])
     events = 100 if "question" in name else 2 * expected.begun.total() + len(expected.decisions) - 1
@@ -146,12 +98,6 @@ def test_a_call_that_a_store_forgets_is_found(attempt: Attempt, monkeypatch: pyt
     monkeypatch.setattr(queries, "find_calls", lambda *args: find_calls(*args)[1:])
     with pytest.raises(AssertionError, match=r"work\(1\) is executed again.*\n\ncall work\(1\)  # takes 0.101 s\n"):
         attempt(program("seq", call(1), call(9)), Fate(is_stored=True, ends=(End(2, 5),)))
-
-
-def test_an_answer_that_a_store_forgets_is_found(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queries, "find_calls", lambda *args: [])
-    with pytest.raises(AssertionError, match="is asked again after its answer"):
-        attempt(program("seq", Statement("ask", n=1), call(9)), Fate())
 
 
 def test_a_run_that_never_ends_is_found(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
