@@ -14,7 +14,8 @@ import pytest
 
 from flock.agents.agent import OnChange
 from flock.core import Flock
-from flock.runs import Engine, Run, RunContext, RunStatus
+from flock.runs import Call, Engine, Mark, Place, Run, RunContext, RunStatus, now
+from flock.steps.replay import Replay
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until, until_run
 from tests.test_calls import interrupt
@@ -311,6 +312,36 @@ async def test_what_an_engine_cuts_off_at_its_end_was_not_cancelled_by_the_progr
         with anyio.fail_after(PATIENCE_S):
             run = await engine.wait(opened[0])
     assert (run.error, run.value) == (None, {"result": 7})
+
+
+# What two processes have stored, of which one was presumed dead
+
+
+def stored(call_id: str, start: int, end: int, result: bytes = b"1", **more: Any) -> Call:
+    place = Place(start=start, end=end, **more)
+    at = now()
+    return Call(call_id=call_id, name="f", result=msgspec.Raw(result), place=place, started_at=at, completed_at=at)
+
+
+async def test_the_first_of_two_ends_of_a_call_counts() -> None:
+    replay = Replay([stored("f:a", 1, 2), stored("f:a", 1, 2, b"2")], 5)
+    entry = replay.begin("f:a")
+    assert entry.stored is not None
+    assert bytes(entry.stored.result) == b"1"
+    await replay.turn(entry, is_last=True)
+    assert replay.begin("f:a").stored is None
+
+
+async def test_calls_with_one_number_are_both_kept() -> None:
+    marks = (Mark("f:c", 1),)
+    replay = Replay([stored("f:a", 1, 3), stored("f:b", 1, 2, also=marks)], 5)
+    for call_id in ("f:a", "f:b"):
+        entry = replay.begin(call_id)
+        assert entry.stored is not None
+        assert entry.stored.call_id == call_id
+        await replay.turn(entry, is_last=True)
+    assert replay.begin("f:c").stored is None
+    assert replay.not_repeated == []
 
 
 # Programs that were changed

@@ -91,8 +91,13 @@ class Replay:
                 continue
             for mark in (*place.also, Mark(call.call_id, place.start, place.end)):
                 entry = entries.setdefault(mark.start, Entry(mark.call_id, mark.start))
-                entry.end = max(mark.end, entry.end)
+                entry.end = max(mark.end, entry.end) if mark.call_id == entry.call_id else entry.end
             entry = entries[place.start]
+            if entry.call_id != call.call_id:  # two processes have executed the step at the same time
+                unplaced.append(replace(call, place=None))
+                continue
+            if entry.stored is not None and not call.is_cancelled:
+                continue
             if (returned := entry.stored) is not None:  # before it was cancelled
                 if returned.error is None:
                     self._late[call.call_id].append(replace(returned, usage=None, model=None))

@@ -376,7 +376,7 @@ class Calls:
             if call.is_start:
                 call_id = started
             elif call.once is None and call.place is not None:
-                call_id = f"{call_id} {call.place.start} {call.place.end}"
+                call_id = f"{call_id} {call.place.start} {call.completed_at}"
             elif call.once is None and call.raised is not None:
                 call_id = f"{call_id} {call.completed_at}"
             of_item.setdefault((done.step, call_id), done)

@@ -59,7 +59,7 @@ def temporal_server(store: Path, port: int, *, partitions: int = 4) -> Iterator[
 HEARTBEAT_PATIENCE_S = 30.0
 
 #: Options of the worker, which the engine does not take.
-WORKER_OPTIONS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors", "grace_s")
+WORKER_OPTIONS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors", "grace_s", "replay_grace_s")
 
 
 @contextlib.asynccontextmanager
