@@ -87,7 +87,7 @@ class Column(NamedTuple):
 
 def _tuple_column(type_: Any) -> Column:
     """Return a column for a tuple as JSON. It is NULL if the tuple is empty."""
-    read = functools.partial(msgspec.json.decode, type=type_)
+    read = msgspec.json.Decoder(type_).decode
     return Column({bytes, NoneType}, "NULL", lambda values: msgspec.json.encode(values) if values else None, read)
 
 
@@ -102,12 +102,10 @@ COLUMNS: Mapping[Any, Column] = {
     RunStatus: Column({str}, "''", operator.attrgetter("_value_"), RunStatus),
     msgspec.Raw: Column({bytes}, "x'7b7d'", bytes, _json),
     Progress: Column({bytes}, "x'7b7d'", msgspec.json.encode, _progress),
-    Usage: Column({bytes}, "x'7b7d'", msgspec.json.encode, functools.partial(msgspec.json.decode, type=Usage)),
-    Place: Column({bytes}, "x'7b7d'", msgspec.json.encode, functools.partial(msgspec.json.decode, type=Place)),
-    Raised: Column({bytes}, "x'7b7d'", msgspec.json.encode, functools.partial(msgspec.json.decode, type=Raised)),
-    BatchOptions: Column(
-        {bytes, str}, "x'7b7d'", msgspec.json.encode, functools.partial(msgspec.json.decode, type=BatchOptions)
-    ),
+    Usage: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Usage).decode),
+    Place: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Place).decode),
+    Raised: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Raised).decode),
+    BatchOptions: Column({bytes, str}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(BatchOptions).decode),
     tuple[str, ...]: _tuple_column(tuple[str, ...]),
     CallKind: Column({str}, "'function'"),
     tuple[Question, ...]: _tuple_column(tuple[Question, ...]),

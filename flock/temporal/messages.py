@@ -727,3 +727,8 @@ def decoded(payload: Payload, type_: type[T]) -> T:
 def recoded(value: Any, type_: type[T]) -> T:
     """Convert *value*, which the SDK decoded without a type hint."""
     return msgspec.json.decode(msgspec.json.encode(value), type=type_)
+
+
+# msgspec looks at a class when it decodes the first of its objects. It may crash if two threads do so at the same time.
+for _struct in [each for each in vars().values() if isinstance(each, type) and issubclass(each, msgspec.Struct)]:
+    msgspec.json.Decoder(_struct)
