@@ -312,7 +312,7 @@ async def test_it_is_not_executed_if_another_engine_owns_the_run(tmp_path: Path)
         assert not db.execute("SELECT 1 FROM calls").fetchall()
 
 
-@pytest.mark.parametrize("kind", ["ask", "in a called agent"])
+@pytest.mark.parametrize("kind", ["ask", "in a called agent", "sleep", "receive"])
 async def test_it_cannot_wait_for_a_person(kind: str, open_engine: OpenEngine) -> None:
     """Its step would run again when it is answered."""
     flock = Flock()
@@ -324,6 +324,10 @@ async def test_it_cannot_wait_for_a_person(kind: str, open_engine: OpenEngine) -
     async def charge(context: RunContext) -> bool:
         if kind == "ask":
             return await context.ask("Charge?", bool)
+        if kind == "sleep":
+            await context.sleep(60)
+        if kind == "receive":
+            return await context.receive("charge", bool)
         return bool((await context.run_agent("child", {}))["result"])
 
     @flock.agent

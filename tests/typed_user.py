@@ -235,6 +235,8 @@ async def approve(text: str, context: RunContext) -> bool:
     assert_type(await context.ask("A number?", int, name="number", expires_s=60, default=1), int)
     assert_type(await context.receive("number", int, expires_s=60, default=1), int)
     assert_type(await context.sleep(1), None)
+    async with context.timeout(60) as nothing:
+        assert_type(nothing, None)
     await context.sleep_until(datetime.now(UTC))
     assert_type(context.is_suspending, bool)
     answer: Literal["yes", "no"] = await context.ask(f"Send {text}?", Literal["yes", "no"])

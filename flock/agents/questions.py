@@ -18,6 +18,8 @@ from flock.runs import Question
 
 #: What questions, sleeps and awaited messages are called among the calls of their step.
 ASK, SLEEP, RECEIVE = "ask", "sleep", "receive"
+#: What ``RunContext.timeout`` is called among them: its deadline, and what waits for it.
+TIMEOUT, TIMER = "timeout", "timeout-end"
 
 NOBODY = "Pass answer= to flock.run and flock.run_batch, or serve the flock and answer over HTTP."
 NO_SENDER = "Pass answer= to flock.run and flock.run_batch, or serve the flock and send it over HTTP."

@@ -1,9 +1,10 @@
 """The context of a running agent, which reports progress, writes output, makes calls, calls agents and asks people."""
 
+import asyncio
 import copy
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
@@ -86,6 +87,10 @@ class StepJournal(Protocol):
     ) -> Coroutine[Any, Any, Any]: ...
 
     def sleep(self, context: "RunContext", until: Callable[[datetime], datetime]) -> Coroutine[Any, Any, None]: ...
+
+    async def deadline(self, context: "RunContext", seconds: float) -> datetime: ...
+
+    def timer(self, until: datetime) -> Coroutine[Any, Any, None]: ...
 
     def note_answer(self) -> None: ...
 
@@ -402,6 +407,37 @@ class RunContext:
         if (time - now()).total_seconds() > MAX_SLEEP_S:
             raise CallError(f"A run can sleep up to {MAX_SLEEP_S} seconds, not until {time.isoformat()}.")
         return self.journal.sleep(self, lambda at: time)
+
+    @asynccontextmanager
+    async def timeout(self, seconds: float) -> AsyncIterator[None]:
+        """Raise TimeoutError in the block if it takes longer: ``async with context.timeout(3600): …``.
+
+        The time counts from the first start of the block, on disk, also while the run waits and across restarts. When
+        it is over, calls of the block are cancelled, as by ``asyncio.timeout``, whose time would begin again whenever
+        the step runs again. It needs asyncio.
+
+        Raises: CallError if the agent is not async, or *seconds* is not above 0 and at most ten years; TimeoutError.
+        """
+        if not 0 < seconds <= MAX_SLEEP_S:
+            raise CallError(f"A time-out must be above 0 and at most {MAX_SLEEP_S} seconds, not {seconds}.")
+        until, is_over = await self.journal.deadline(self, seconds), False
+
+        def expire(timer: asyncio.Task[None]) -> None:
+            if not (is_over or timer.cancelled()):
+                limit.reschedule(0)
+
+        async with asyncio.timeout(None) as limit:
+            timer = asyncio.create_task(self.journal.timer(until))
+            timer.add_done_callback(expire)
+            try:
+                yield
+            finally:
+                is_over = True
+                if not timer.done():
+                    timer.cancel()
+                    await asyncio.wait([timer])
+                elif not timer.cancelled():
+                    timer.result()
 
     @overload
     def receive(self, name: str, type: type[T], /, **options: Unpack[_WaitOptions]) -> Coroutine[Any, Any, T]: ...

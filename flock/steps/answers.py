@@ -57,7 +57,7 @@ def answer_of(question: Question, output: msgspec.Raw, at: datetime) -> Call:
     )
     match question.kind:
         case "sleep":
-            return replace(call, name=SLEEP, kind="sleep", arguments=JSON_NULL)
+            return replace(call, name=text or SLEEP, kind="sleep", arguments=JSON_NULL)
         case "message":
             return replace(call, name=RECEIVE, kind="message", arguments=message_json(text))
     return replace(call, arguments=question_json(text))

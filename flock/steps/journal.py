@@ -28,7 +28,7 @@ import msgspec
 from msgspec import UnsetType
 from msgspec.structs import replace
 
-from flock.agents.questions import ASK, RECEIVE, SLEEP, message_json, question_json, schema_of
+from flock.agents.questions import ASK, RECEIVE, SLEEP, TIMEOUT, TIMER, message_json, question_json, schema_of
 from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
 from flock.errors import CallError, SignatureError, Uncertain, cut
 from flock.pydanticmodel import from_json, to_json_and_back
@@ -282,7 +282,6 @@ class Journal:
         """See ``RunContext.ask``. *about* is what the question is about, as a JSON object."""
         check_in_loop(context)
         _check_name(ASK, name)
-        self.check_may_wait("ask")
         text = safe_text(question)
         asked = self._asking(ASK, text, type_, expires_s, default, arguments=about)
         key = name or hashlib.sha256(b"\0".join([text.encode(), asked(now()).schema])).hexdigest()[:DIGEST_CHARS]
@@ -303,14 +302,23 @@ class Journal:
         The time does not identify the call: the program may compute it from the clock whenever the step runs.
         """
         check_in_loop(context)
+        return self._wait(SLEEP, "timer", lambda at: _timer("", at, until(at)), None, "sleep", JSON_NULL)
 
-        def asked(at: datetime) -> Question:
-            end = until(at)
-            return Question(
-                call_id="", question="", schema=NULL_TYPE, asked_at=at, expires_at=end, default=JSON_NULL, kind="sleep"
-            )
+    async def deadline(self, context: RunContext, seconds: float) -> datetime:
+        """Return the time that is *seconds* after the first execution of this call."""
+        check_in_loop(context)
 
-        return self._wait(SLEEP, "timer", asked, None, "sleep", JSON_NULL)
+        async def end() -> datetime:
+            return now() + timedelta(seconds=seconds)
+
+        arguments = msgspec.Raw(msgspec.json.encode({"seconds": seconds}))
+        decode = functools.partial(_decode, TIMEOUT, datetime)
+        time: datetime = await self.once(TIMEOUT, "deadline", end, arguments=arguments, decode=decode)
+        return time
+
+    def timer(self, until: datetime) -> Coroutine[Any, Any, None]:
+        """Wait until a time, beside other calls: a step does not end for timers alone."""
+        return self._wait(TIMER, "until", lambda at: _timer(TIMER, at, until), None, "sleep", JSON_NULL)
 
     def _asking(
         self, label: str, text: str, type_: Any, expires_s: float | None, default: Any, **more: Any
@@ -343,6 +351,8 @@ class Journal:
         arguments: msgspec.Raw,
     ) -> Coroutine[Any, Any, Any]:
         """Return a call that waits for an answer, a time or a message. *asked* makes it from its beginning."""
+        if label != TIMER:
+            self.check_may_wait(label)
 
         async def wait() -> Any:
             begun = replace(asked(now()), call_id=CURRENT_CALL.get())
@@ -399,7 +409,7 @@ class Journal:
         default = msgspec.UNSET if wait is None else wait.default
         due_at = None if wait is None or isinstance(default, UnsetType) else wait.expires_at
         try:
-            with clocks_stopped():
+            with contextlib.nullcontext() if _is_timer(asked) else clocks_stopped():
                 while True:
                     for _ in range(CHECKPOINTS):  # for a sibling that is between two calls
                         await anyio.lowlevel.checkpoint()
@@ -433,7 +443,9 @@ class Journal:
 
     @property
     def _waits_only(self) -> bool:
-        """Whether nothing but answers, times and messages is missing."""
+        """Whether nothing but answers, times and messages is missing. Timers alone wait for code that makes no call."""
+        if all(map(_is_timer, self._asked.values())):
+            return False
         return self._open.keys() <= {*self._asked, *itertools.chain.from_iterable(map(callers, self._asked))}
 
     def once(
@@ -700,14 +712,17 @@ class Journal:
         except anyio.get_cancelled_exc_class():
             self._replay.forget(entry)
             call = replace(call, usage=None, model=None)  # they are stored with the result
-            if call.error is None:
+            if call.error is None and call.name != TIMER:
                 self._replay.keep_late(call)
             await self._store_cancelled(call, entry, cancellation)
             raise
 
     async def _store_cancelled(self, call: Call, entry: Entry, cancellation: Cancellation) -> None:
-        """Store that the program has cancelled a call. If the run or the step is ending, nothing is stored."""
-        if self._is_closed or self.is_cut_off():
+        """Store that the program has cancelled a call. If the run or the step is ending, nothing is stored.
+
+        A timer ends after what is stored, and so after its block, if that has ended in time.
+        """
+        if self._is_closed or self.is_cut_off() or call.name == TIMER:
             return
         call = replace(
             call,
@@ -814,6 +829,16 @@ class Journal:
                 except asyncio.CancelledError:
                     note_late_cancellation()
             saving.result()
+
+
+def _timer(name: str, at: datetime, until: datetime) -> Question:
+    return Question(
+        call_id="", question=name, schema=NULL_TYPE, asked_at=at, expires_at=until, default=JSON_NULL, kind="sleep"
+    )
+
+
+def _is_timer(asked: Question | str) -> bool:
+    return isinstance(asked, Question) and asked.kind == "sleep" and asked.question == TIMER
 
 
 class _Answered(BaseException):

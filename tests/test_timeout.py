@@ -1,0 +1,170 @@
+"""``context.timeout``: its time counts from the first start of the block, also while the run waits."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from flock.core import Flock
+from flock.runs import Engine, Run, RunContext, RunStatus
+from flock.steps import journal
+from tests.support import PATIENCE_S
+from tests.support.engines import OpenEngine, until_run
+from tests.test_calls import interrupt
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def short_timers_suspend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "MIN_SUSPENDED_S", 0.0)
+
+
+async def asking(engine: Engine, run: Run) -> Run:
+    return await until_run(
+        engine, run.run_id, lambda run: run.status is RunStatus.WAITING and run.waiting_for[0].question == "Go on?"
+    )
+
+
+async def ended(engine: Engine, run: Run) -> Run:
+    return await until_run(engine, run.run_id, lambda run: run.completed_at is not None)
+
+
+async def answered(engine: Engine, run: Run) -> Run:
+    run = await asking(engine, run)
+    call_id = next(each.call_id for each in run.waiting_for if each.question == "Go on?")
+    await engine.answer_call(run.run_id, call_id, msgspec.Raw(b"true"))
+    return await ended(engine, run)
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+async def test_a_block_ends_as_it_did_when_the_step_runs_again(is_slow: bool, open_engine: OpenEngine) -> None:
+    flock, begun, seen = Flock(), list[str](), list[str]()
+
+    async def work_on(name: str) -> str:
+        begun.append(name)
+        await anyio.sleep(3600 if is_slow else 0)
+        return name
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        try:
+            async with context.timeout(0.5 if is_slow else 3600):
+                seen.append(await context.call(work_on, "a") + await context.call(work_on, "b"))
+        except TimeoutError:
+            seen.append("timeout")
+        return await context.ask("Go on?", bool)
+
+    async with open_engine(flock) as engine:
+        run = await answered(engine, await engine.submit("work", {}))
+    assert (run.error, run.value) == (None, {"result": True})
+    assert seen == ["timeout" if is_slow else "ab"] * 2
+    assert begun == (["a"] if is_slow else ["a", "b"])
+
+
+async def test_it_ends_the_wait_for_a_person(open_engine: OpenEngine) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        try:
+            async with context.timeout(1):
+                return str(await context.ask("Go on?", bool))
+        except TimeoutError:
+            return "nobody has answered"
+
+    async with open_engine(flock) as engine:
+        run = await asking(engine, await engine.submit("work", {}))
+        assert {each.kind for each in run.waiting_for} == {msgspec.UNSET, "sleep"}
+        run = await ended(engine, run)
+        assert (run.error, run.value) == (None, {"result": "nobody has answered"})
+        run = await answered(engine, await engine.submit("work", {}))
+        assert run.value in ({"result": "True"}, {"result": "nobody has answered"})
+
+
+async def test_its_time_counts_across_a_crash(tmp_path: Path) -> None:
+    flock, reached, begun = Flock(), anyio.Event(), list[float]()
+
+    async def hang() -> None:
+        begun.append(time.monotonic())
+        reached.set()
+        await anyio.sleep_forever()
+
+    @flock.agent
+    async def work(context: RunContext) -> float:
+        try:
+            async with context.timeout(2):
+                await context.call(hang)
+        except TimeoutError:
+            return time.monotonic() - begun[0]
+        return 0
+
+    store = tmp_path / "flock.db"
+    run_id = await interrupt(flock, store, "work", reached)
+    await asyncio.sleep(2)
+    async with flock.engine(store=store) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run_id)
+    assert run.error is None
+    assert isinstance(run.value, dict)
+    assert run.value["result"] >= 2
+    if len(begun) > 1:
+        assert run.value["result"] - (begun[1] - begun[0]) < 2, "the time did not begin again"
+
+
+async def test_code_that_makes_no_call_is_not_interrupted_for_a_timer(open_engine: OpenEngine) -> None:
+    flock, begun = Flock(), list[int]()
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        begun.append(1)
+        async with context.timeout(3600):
+            await anyio.sleep(0.3)
+        async with context.timeout(3600):
+            await anyio.sleep(0.3)
+        return "done"
+
+    async with open_engine(flock) as engine:
+        run = await ended(engine, await engine.submit("work", {}))
+    assert (run.error, run.value, begun) == (None, {"result": "done"}, [1])
+
+
+async def test_equal_blocks_have_times_of_their_own(open_engine: OpenEngine) -> None:
+    flock = Flock()
+
+    async def hang(n: int) -> None:
+        await anyio.sleep_forever()
+
+    @flock.agent
+    async def work(context: RunContext) -> list[Any]:
+        found: list[Any] = []
+        for n in range(3):
+            try:
+                async with context.timeout(0.3):
+                    await context.call(hang, n)
+            except TimeoutError:
+                found.append(n)
+        return [*found, await context.ask("Go on?", bool)]
+
+    async with open_engine(flock) as engine:
+        run = await answered(engine, await engine.submit("work", {}))
+    assert (run.error, run.value) == (None, {"result": [0, 1, 2, True]})
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 1e12, float("nan")])
+async def test_a_time_that_is_out_of_range_is_an_error(seconds: float) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        async with context.timeout(seconds):
+            pass
+
+    async with flock.engine() as engine:
+        run = await ended(engine, await engine.submit("work", {}))
+    assert run.error_type == "call_error"
+    assert "A time-out must be above 0" in (run.error or "")
