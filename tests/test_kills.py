@@ -1,0 +1,205 @@
+"""Four programs whose server is killed (kill -9) at random moments: nothing that was done is done again.
+
+``KILLS`` is how often the server of each program is killed: 100 times in ``.ci/nightly``.
+"""
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+from tests.support import PATIENCE_S
+from tests.support.servers import serving
+
+pytestmark = pytest.mark.nightly
+
+KILLS = int(os.environ.get("KILLS", "10"))
+#: How many runs of a program are started after each kill.
+RUNS = 3
+#: How long before a kill an effect may have ended that is not in the journal yet, in seconds.
+COMMIT_S = 1.0
+SLEEP_S = 6.0
+
+SCRIPT = """
+import asyncio
+import os
+import time
+
+from flock.core import Flock
+from flock.runs import RunContext
+
+LOG = os.open("effects.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+flock = Flock("kills")
+
+
+async def effect(run_id: str, name: str, seconds: float = 0.05, fails: bool = False) -> None:
+    os.write(LOG, f"{time.time()} begin {run_id} {name}\\n".encode())
+    await asyncio.sleep(seconds)
+    os.write(LOG, f"{time.time()} end {run_id} {name}\\n".encode())
+    if fails:
+        raise TimeoutError(name)
+
+
+@flock.agent
+async def payment(context: RunContext) -> str:
+    try:
+        await context.call(effect, context.run_id, "charge", fails=True)
+    except TimeoutError:
+        was_charged = await context.ask("Was it charged?", bool)
+        await context.call(effect, context.run_id, "note")
+        return str(was_charged)
+    return "charged"
+
+
+@flock.agent
+async def saga(context: RunContext) -> str:
+    done = []
+    try:
+        for name in ("flight", "hotel", "car"):
+            await context.call(effect, context.run_id, name, fails=name == "car")
+            done.append(name)
+    except TimeoutError:
+        for name in reversed(done):
+            await context.call(effect, context.run_id, f"cancel_{name}")
+    return ",".join(done)
+
+
+@flock.agent
+async def fan(context: RunContext) -> int:
+    async def one(n: int) -> int:
+        is_slow = n % 3 == 0
+        try:
+            async with asyncio.timeout(0.4 if is_slow else 60):
+                await context.call(effect, context.run_id, f"work_{n}", 60 if is_slow else 0.02 * n)
+        except TimeoutError:
+            await context.call(effect, context.run_id, f"late_{n}")
+            return 0
+        return 1
+
+    return sum(await asyncio.gather(*(one(n) for n in range(36))))
+
+
+@flock.agent
+async def reminder(context: RunContext) -> str:
+    await context.call(effect, context.run_id, "begin")
+    await context.sleep(SLEEP_S)
+    await context.call(effect, context.run_id, "remind")
+    paid = await context.receive("payment", int, expires_s=1, default=0)
+    if not paid:
+        await context.call(effect, context.run_id, "escalate")
+        paid = await context.receive("payment", int)
+    await context.call(effect, context.run_id, f"thank_{paid}")
+    return str(paid)
+""".replace("SLEEP_S", str(SLEEP_S))
+
+
+class Program(NamedTuple):
+    """What a run returns, and how often it has each effect. ``lost`` are effects that are cancelled."""
+
+    result: Any
+    effects: frozenset[str]
+    lost: frozenset[str] = frozenset()
+
+
+SLOW = frozenset(f"work_{n}" for n in range(0, 36, 3))
+PROGRAMS: Mapping[str, Program] = {
+    "payment": Program("True", frozenset({"charge", "note"})),
+    "saga": Program("flight,hotel", frozenset({"flight", "hotel", "car", "cancel_hotel", "cancel_flight"})),
+    "fan": Program(24, frozenset(f"work_{n}" for n in range(36)) | {f"late_{n}" for n in range(0, 36, 3)}, lost=SLOW),
+    "reminder": Program("7", frozenset({"begin", "remind", "escalate", "thank_7"})),
+}
+
+
+class Effects:
+    """When each effect of each run has begun and ended."""
+
+    def __init__(self, log: Path) -> None:
+        self.begun, self.ended = (
+            defaultdict[tuple[str, str], list[float]](list),
+            defaultdict[tuple[str, str], list[float]](list),
+        )
+        for line in log.read_text().splitlines() if log.exists() else ():
+            at, what, run_id, name = line.split()
+            (self.begun if what == "begin" else self.ended)[run_id, name].append(float(at))
+
+
+@pytest.mark.timeout(60 + 20 * KILLS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_killed_server_does_nothing_twice(name: str, tmp_path: Path) -> None:
+    script, log = tmp_path / "kills.py", tmp_path / "effects.log"
+    script.write_text(SCRIPT)
+    chance, paths, kills = random.Random(name), list[str](), list[float]()
+    for life in range(KILLS + 1):
+        with serving(script, tmp_path) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+            if life < KILLS:
+                for _ in range(RUNS):
+                    body = {"agent_name": name, "inputs": {}, "async_run": True}
+                    paths.append(client.post("/run/flock", json=body).headers["Location"])
+            _help(
+                client,
+                paths,
+                log,
+                until=time.monotonic() + (PATIENCE_S if life == KILLS else chance.uniform(0.05, 1.5)),
+            )
+            if life < KILLS:
+                kills.append(time.time())
+                os.killpg(server.process.pid, signal.SIGKILL)
+            else:
+                runs = [client.get(path).json() for path in paths]
+    program, effects = PROGRAMS[name], Effects(log)
+    assert Counter((run["status"], str(run["result"])) for run in runs) == {
+        ("completed", str({"result": program.result})): len(paths)
+    }, [run["error"] for run in runs if run["error"]]
+    repeated = list(_repeated(effects, kills, program))
+    assert repeated == []
+    for run in runs:
+        found = {effect for run_id, effect in effects.begun if run_id == run["run_id"]}
+        assert found == program.effects
+    if name == "reminder":
+        slept = [effects.begun[run["run_id"], "remind"][0] - effects.ended[run["run_id"], "begin"][-1] for run in runs]
+        assert min(slept) > SLEEP_S - 1
+    extra = sum(len(at) - 1 for at in effects.begun.values())
+    print(f"{name}: {len(kills)} kills, {len(paths)} runs, {len(effects.begun)} effects, {extra} repeated in flight")
+
+
+def _help(client: httpx.Client, paths: list[str], log: Path, *, until: float) -> None:
+    """Answer the questions of the runs, and pay what is escalated, until all have ended or the time is over."""
+    paid = set[str]()
+    while time.monotonic() < until:
+        runs = [client.get(path).json() for path in paths[-4 * RUNS :]]
+        if all(run["completed_at"] for run in runs):
+            runs = [client.get(path).json() for path in paths]
+        for run in runs:
+            for question in run.get("waiting_for") or ():
+                url = f"/run/{run['run_id']}/calls/{question['call_id']}"
+                client.post(url, json={"output": True})
+        for run_id, effect in Effects(log).ended:
+            if effect == "escalate" and run_id not in paid:
+                paid.add(run_id)
+                key = {"Idempotency-Key": f"pay-{run_id}"}
+                sent = client.post(f"/run/{run_id}/messages/payment", json={"message": 7}, headers=key)
+                assert sent.status_code in (202, 409), sent.text
+        if all(run["completed_at"] for run in runs):
+            return
+        time.sleep(0.05)
+
+
+def _repeated(effects: Effects, kills: list[float], program: Program) -> Iterator[tuple[str, str, list[float]]]:
+    """Yield effects that were repeated although they were not in flight when the server was killed."""
+    for (run_id, name), begun in effects.begun.items():
+        ended = effects.ended[run_id, name]
+        if name in program.lost:  # it has been cancelled when this one begins
+            ended = effects.begun[run_id, name.replace("work", "late")]
+        for first, second in itertools.pairwise(begun):
+            kill = next((at for at in kills if first < at < second), None)
+            end = next((at for at in ended if first < at < second), None)
+            if kill is None or (end is not None and end < kill - COMMIT_S):
+                yield run_id, name, begun
