@@ -8,7 +8,7 @@ after all stored ends. A call that does not start again holds up the others only
 import functools
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import anyio
 import anyio.lowlevel
@@ -84,6 +84,32 @@ class Replay:
         self._load(list(calls))
 
     def _load(self, calls: Sequence[Call]) -> None:
+        entries, unplaced = self._placed(calls)
+        answers = self._answers(entries, unplaced)
+        known = [entries[start] for start in sorted(entries)] + [entry for entry in answers if not entry.start]
+        self._number = max((max(entry.start, entry.end) for entry in entries.values()), default=0)
+        spans = defaultdict[str, list[tuple[int, float]]](list)
+        for entry in known:
+            if entry.stored is not None:
+                spans[entry.call_id].append((entry.start, math.inf if entry.is_unseen else entry.end))
+        for entry in answers:
+            entry.end = self._next_number()
+        for entry in known:
+            around = (span for caller in callers(entry.call_id) for span in spans.get(caller, ()))
+            if any(start <= entry.start <= end for start, end in around):
+                self.contained += [] if entry.stored is None else [entry.stored]
+                continue
+            if entry.start:
+                self._missing[entry.start] = None
+            self._expected[entry.call_id].append(entry)
+            if entry.stored is not None:
+                self.calls.append(entry.stored)
+                self._ended[_kind_of(entry.call_id, entry.stored.name)][entry] = None
+        ends = (entry.end for each in self._expected.values() for entry in each if entry.stored is not None)
+        self._ends = dict.fromkeys(sorted(ends))
+
+    def _placed(self, calls: Iterable[Call]) -> tuple[dict[int, Entry], list[Call]]:
+        """Return what has started, by the number of its start, and the calls without a place."""
         entries, unplaced = dict[int, Entry](), list[Call]()
         for call in calls:
             if (place := call.place) is None:
@@ -91,18 +117,24 @@ class Replay:
                 continue
             for mark in (*place.also, Mark(call.call_id, place.start, place.end)):
                 entry = entries.setdefault(mark.start, Entry(mark.call_id, mark.start))
-                entry.end = max(mark.end, entry.end) if mark.call_id == entry.call_id else entry.end
-            entry = entries[place.start]
+                if entry.call_id == mark.call_id:
+                    entry.end = max(mark.end, entry.end)
+            entry, returned = entries[place.start], entries[place.start].stored
             if entry.call_id != call.call_id:  # two processes have executed the step at the same time
                 unplaced.append(replace(call, place=None))
-                continue
-            if entry.stored is not None and not call.is_cancelled:
-                continue
-            if (returned := entry.stored) is not None:  # before it was cancelled
+            elif returned is None:
+                entry.stored = call
+            elif call.is_cancelled:  # after it had returned
+                entry.stored = replace(call, usage=returned.usage, model=returned.model)
                 if returned.error is None:
                     self._late[call.call_id].append(replace(returned, usage=None, model=None))
-                call = replace(call, usage=returned.usage, model=returned.model)
-            entry.stored = call
+        return entries, unplaced
+
+    def _answers(self, entries: Mapping[int, Entry], unplaced: Iterable[Call]) -> list[Entry]:
+        """Give answers and late results to the calls that have got them. Return the others, which wait for their calls.
+
+        Calls that an earlier version has stored are like answers, since they have no place either.
+        """
         delivered, open_ = defaultdict[str, deque[Entry]](deque), defaultdict[str, deque[Entry]](deque)
         for entry in sorted(entries.values(), key=lambda entry: entry.end or entry.start):
             if entry.stored is None:
@@ -114,36 +146,11 @@ class Replay:
         for call in unplaced:
             if delivered[call.call_id]:
                 delivered[call.call_id].popleft().stored = call
-            else:
-                entry = open_[call.call_id].popleft() if open_[call.call_id] else Entry(call.call_id)
-                entry.stored, entry.is_unseen = call, True
-                answers.append(entry)
-        self._number = max((max(entry.start, entry.end) for entry in entries.values()), default=0)
-        ended = defaultdict[str, list[tuple[int, float]]](list)
-        known = [entries[start] for start in sorted(entries)]
-        known += [entry for entry in answers if not entry.start]
-        for entry in known:
-            if entry.stored is not None:
-                ended[entry.call_id].append((entry.start, math.inf if entry.is_unseen else entry.end))
-        for entry in answers:  # also what an earlier version has stored
-            self._number += 1
-            entry.end = self._number
-        for entry in known:
-            if any(
-                first <= entry.start <= last
-                for parent in callers(entry.call_id)
-                for first, last in ended.get(parent, ())
-            ):
-                self.contained += [] if entry.stored is None else [entry.stored]
                 continue
-            if entry.start:
-                self._missing[entry.start] = None
-            self._expected[entry.call_id].append(entry)
-            if entry.stored is not None:
-                self.calls.append(entry.stored)
-                self._ended[_kind_of(entry.call_id, entry.stored.name)][entry] = None
-        ends = (entry.end for each in self._expected.values() for entry in each if entry.stored is not None)
-        self._ends = dict.fromkeys(sorted(ends))
+            entry = open_[call.call_id].popleft() if open_[call.call_id] else Entry(call.call_id)
+            entry.stored, entry.is_unseen = call, True
+            answers.append(entry)
+        return answers
 
     @property
     def not_repeated(self) -> Sequence[Call]:
