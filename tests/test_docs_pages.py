@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, expect
 
 from flock.web.contract import STATIC
 from flockapi import FlockAPI
-from tests.support import ROOT
+from tests.support import PATIENCE_S, ROOT
 from tests.support.browser import Watch, chromium
 from tests.support.servers import Server, running
 from tests.support.spec import operations
@@ -105,7 +105,7 @@ def test_redoc_shows_every_operation(browser: Browser, served: Server) -> None:
     watch = Watch(page, served.url)
     page.goto(f"{served.url}/redoc")
     for _, _, operation in operations():
-        expect(page.locator("h2", has_text=operation["summary"]).first).to_be_attached()
+        expect(page.locator("h2", has_text=operation["summary"]).first).to_be_attached(timeout=PATIENCE_S * 1000)
     expect(page.locator("h1").first).to_contain_text("Bold")
     assert watch.elsewhere == []
     # The content policy blocks the logo that ReDoc loads from another host, and reports that.

@@ -20,6 +20,7 @@ from flock.agents.agent import (
     Handoff,
     ModelAgent,
     NextAgent,
+    OnChange,
     OnInterrupt,
     Resources,
     ToolLike,
@@ -278,6 +279,7 @@ def last_words(messages: Messages) -> str:
 
 then: NextAgent = "measure"
 again: OnInterrupt = "retry"
+if_changed: OnChange = "continue"
 analyst = FlockFactory.create_default_agent(
     name="analyst",
     input="text: str",
@@ -287,6 +289,7 @@ analyst = FlockFactory.create_default_agent(
     history=20,
     next_agent=then,
     on_interrupt=again,
+    on_change=if_changed,
 )
 tools: list[ToolLike] = [
     shout,

@@ -41,15 +41,16 @@ EXPIRY_CHUNK_SIZE = 500
 def _page_of(flock: str, wanted: RunFilter) -> tuple[Callable[[str], str], Mapping[str, Any]]:
     """Return the query for a page of runs, as a function of the columns, and its values."""
     statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
+    is_none = wanted.asking and RunStatus.WAITING not in statuses
     if wanted.asking:  # no other run asks
-        statuses = [status for status in statuses if status is RunStatus.WAITING]
+        statuses = [RunStatus.WAITING]
     low = None if wanted.created_after is None else first_id_at(wanted.created_after, 1)
     high = None if wanted.created_before is None else first_id_at(wanted.created_before)
     values = asdict(wanted) | {
         "flock": flock,
         "low": low,
         "high": high,
-        "limit": wanted.limit + 1,
+        "limit": 0 if is_none else wanted.limit + 1,
         "asking": wanted.asking or None,
     }
     names = [name for name in statements.RUN_CONDITIONS if values[name] is not None]
