@@ -36,6 +36,7 @@ from flock.errors import (
     BatchNotFound,
     CallError,
     CallNotFound,
+    ChangedProgram,
     Conflict,
     CostLimit,
     DefinitionError,
@@ -534,6 +535,7 @@ ERRORS: tuple[type[FlockError], ...] = (
         CostLimit,
         QueueTimeout,
         Interrupted,
+        ChangedProgram,
     ),
     Unreadable,
 )
