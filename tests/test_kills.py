@@ -138,7 +138,8 @@ def test_a_killed_server_does_nothing_twice(name: str, tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     chance, paths, kills = random.Random(name), list[str](), list[float]()
     for life in range(KILLS + 1):
-        with serving(script, tmp_path) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        patience = ("--max-recoveries", str(KILLS + 1))  # these deaths are not the fault of the runs
+        with serving(script, tmp_path, *patience) as server, httpx.Client(base_url=server.url, timeout=60) as client:
             if life < KILLS:
                 for _ in range(RUNS):
                     body = {"agent_name": name, "inputs": {}, "async_run": True}
