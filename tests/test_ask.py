@@ -332,6 +332,34 @@ async def test_an_agent_that_swallows_the_end_of_its_turn_waits_all_the_same(ope
             assert await result_of(engine, run.run_id) == "True"
 
 
+@pytest.mark.parametrize("is_in_task", [False, True])
+async def test_a_run_asks_from_within_a_shield(is_in_task: bool, open_engine: OpenEngine) -> None:
+    """A shield of anyio keeps the end of the step from what is in it, and so the run would never end."""
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> list[bool]:
+        found = list[bool]()
+        with anyio.CancelScope(shield=True):
+            if is_in_task:
+                found += await asyncio.gather(context.ask("Go on?", bool), context.ask("Sure?", bool))
+            else:
+                found += [await context.ask("Go on?", bool), await context.ask("Sure?", bool)]
+        return found
+
+    async with open_engine(flock) as engine:
+        run = await engine.submit("work", {})
+        for question in ("Go on?", "Sure?"):
+            run = await until_run(
+                engine,
+                run.run_id,
+                lambda run: run.status is RunStatus.WAITING and any(q.question == question for q in run.waiting_for),  # noqa: B023
+            )
+            call_id = next(each.call_id for each in run.waiting_for if each.question == question)
+            await engine.answer_call(run.run_id, call_id, json_of(True))
+        assert await result_of(engine, run.run_id) == [True, True]
+
+
 async def test_the_time_of_waiting_is_not_part_of_the_timeout(open_engine: OpenEngine) -> None:
     flock = Flock()
 

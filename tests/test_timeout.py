@@ -133,6 +133,20 @@ async def test_code_that_makes_no_call_is_not_interrupted_for_a_timer(open_engin
     assert (run.error, run.value, begun) == (None, {"result": "done"}, [1])
 
 
+async def test_it_stops_no_other_clock() -> None:
+    """Also if questions are answered in place."""
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        async with context.timeout(3600):
+            await anyio.sleep_forever()
+
+    async with flock.engine(answer=lambda question: True) as engine:
+        run = await ended(engine, await engine.submit("work", {}, timeout_s=0.5))
+    assert run.error_type == "timeout"
+
+
 async def test_equal_blocks_have_times_of_their_own(open_engine: OpenEngine) -> None:
     flock = Flock()
 

@@ -45,7 +45,15 @@ from flock.runs import (
 )
 from flock.runs.context import CURRENT_CALL, CallOptions
 from flock.runs.records import CALL_IDS
-from flock.scopes import Cancellation, Clock, Signal, clocks_stopped, move_on_after_working, note_late_cancellation
+from flock.scopes import (
+    Cancellation,
+    Clock,
+    Signal,
+    clocks_stopped,
+    current_task,
+    move_on_after_working,
+    note_late_cancellation,
+)
 from flock.steps.identity import DIGEST_CHARS, code_of, digest_of, json_of
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
@@ -361,7 +369,8 @@ class Journal:
             if kind == "sleep":
                 assert begun.expires_at is not None
                 left_s = (begun.expires_at - now()).total_seconds()
-                if left_s < MIN_SUSPENDED_S:  # its time counts, since other calls may work meanwhile
+                # Other calls may work meanwhile, so its time counts.
+                if left_s < MIN_SUSPENDED_S or (label == TIMER and self.answer is not None):
                     return await anyio.sleep(max(0, left_s))
             if self.answer is None:
                 return await self._suspend(begun.call_id, begun)
@@ -421,11 +430,12 @@ class Journal:
                     if is_last_asked and self._waits_only and not self._is_closed:
                         self.questions = tuple(each for each in self._asked.values() if isinstance(each, Question))
                         self.elsewhere = next((each for each in self._asked.values() if isinstance(each, str)), None)
-                        self._is_closed = True
-                        self.scope.cancel()
+                        self._close()
+                    if self._is_closed:
+                        await self._end_with_step()
                     with anyio.move_on_after(None if due_at is None else (due_at - now()).total_seconds()):
                         await self._changed.wait()
-                    if due_at is not None and due_at <= now() and not self._is_closed:
+                    if due_at is not None and due_at <= now():
                         return msgspec.json.decode(cast(msgspec.Raw, default))
         finally:
             del self._asked[call_id]
@@ -740,10 +750,23 @@ class Journal:
 
     async def _stop(self, change: str) -> NoReturn:
         """End the step, because the program was changed."""
-        self.change, self._is_closed = change, True
+        self.change = change
+        self._close()
+        await self._end_with_step()
+
+    def _close(self) -> None:
+        """End the step, and let it start again later or elsewhere, or not at all."""
+        self._is_closed = True
         self.scope.cancel()
-        await anyio.sleep_forever()
-        raise AssertionError
+        self._changed.notify()
+
+    async def _end_with_step(self) -> NoReturn:
+        """End a call with its step. In a shield of anyio, nothing else would end it."""
+        for _ in range(CHECKPOINTS):  # tasks that are cancelled now come first
+            await anyio.lowlevel.checkpoint()
+        if current_task() is not None:
+            raise asyncio.CancelledError
+        raise Refused("The step has ended. Do not ask, sleep or receive in a shield.")
 
     def _failure_of(self, label: str, exc: BaseException) -> Exception:
         """Return *exc*, or a CallError for an exit. asyncio ends its loop if an exit leaves a task, as in a gather."""
