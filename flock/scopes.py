@@ -25,15 +25,15 @@ def current_task() -> "asyncio.Task[Any] | None":
         return None
 
 
-#: Tasks that were cancelled while they had to finish something. ``Task.cancelling`` alone does not show that: before
-#: Python 3.13 a ``TaskGroup`` that fails may leave it raised.
-_CANCELLED_LATE = weakref.WeakSet["asyncio.Task[Any]"]()
+#: Tasks that were cancelled while they had to finish something, with their ``Task.cancelling`` then. That alone does
+#: not show it: before Python 3.13 a ``TaskGroup`` that fails may leave it raised.
+_CANCELLED_LATE = weakref.WeakKeyDictionary["asyncio.Task[Any]", int]()
 
 
 def note_late_cancellation() -> None:
     """The current task was cancelled while it has to finish something. A block around it raises that later."""
     if (task := current_task()) is not None:
-        _CANCELLED_LATE.add(task)
+        _CANCELLED_LATE[task] = task.cancelling()
 
 
 class Cancellation:
@@ -44,13 +44,12 @@ class Cancellation:
     def __init__(self) -> None:
         self.task = current_task()
         self._cancelling = 0 if self.task is None else self.task.cancelling()
-        if self.task is not None:
-            _CANCELLED_LATE.discard(self.task)
 
     @property
     def is_late(self) -> bool:
         """Whether the task was cancelled while it had to finish something, which it has."""
-        return self.task in _CANCELLED_LATE and self._has_more
+        task = self.task
+        return task is not None and self._has_more and _CANCELLED_LATE.get(task) == task.cancelling()
 
     def is_cause_of(self, exc: BaseException) -> bool:
         """Whether a function has turned the cancellation into *exc*."""
@@ -67,6 +66,11 @@ class Cancellation:
         if self.is_late:
             await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
             raise asyncio.CancelledError
+
+
+def loop_clock() -> Callable[[], float]:
+    """Return a function for the time of the event loop. On asyncio it is faster than that of anyio."""
+    return anyio.current_time if current_task() is None else asyncio.get_running_loop().time
 
 
 def start_in_empty_context(tasks: TaskGroup, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:

@@ -71,13 +71,10 @@ def _as_declared(function: Callable[..., Any], arguments: bytes, hints: Mapping[
     if not types or arguments == b"{}":
         return arguments
     values = msgspec.json.decode(arguments, type=dict[str, msgspec.Raw])
-    kinds = inspect.signature(function).parameters
-    for name in values.keys() & types.keys() & kinds.keys():
-        type_: Any = types[name]
-        if kinds[name].kind is inspect.Parameter.VAR_POSITIONAL:
-            type_ = list[type_]
-        elif kinds[name].kind is inspect.Parameter.VAR_KEYWORD:
-            type_ = dict[str, type_]
+    for name in values.keys() & types.keys():
+        type_ = types[name]
+        if bytes(values[name])[:1] in (b"[", b"{"):  # a signature takes longer than the rest
+            type_ = _type_of(inspect.signature(function).parameters[name].kind, type_)
         try:
             value = msgspec.json.decode(values[name], type=type_, dec_hook=from_json)
             read = msgspec.json.encode(value, order="deterministic", enc_hook=to_json)
@@ -86,6 +83,13 @@ def _as_declared(function: Callable[..., Any], arguments: bytes, hints: Mapping[
         if _has_all(msgspec.json.decode(read), msgspec.json.decode(values[name])):
             values[name] = msgspec.Raw(read)
     return msgspec.json.encode(values, order="deterministic")
+
+
+def _type_of(kind: Any, annotation: Any) -> Any:
+    """Return the type of a parameter, which may be one for all other arguments: ``*args`` or ``**kwargs``."""
+    if kind is inspect.Parameter.VAR_POSITIONAL:
+        return list[annotation]
+    return dict[str, annotation] if kind is inspect.Parameter.VAR_KEYWORD else annotation
 
 
 def _has_all(read: Any, given: Any) -> bool:

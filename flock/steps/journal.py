@@ -939,8 +939,10 @@ def _options(
     """Return the options of a call, and its other keyword arguments. Raises CallError if it cannot be identified."""
     if not callable(function) or inspect.isclass(function):
         raise CallError(f"{function!r} is not a function. Call a function, a method, or an object that can be called.")
-    earlier = {key: kwargs[key] for key in kwargs.keys() & {"name", "keep"} - _parameters(function).keys()}
-    options, kwargs = replace(options, **earlier), {key: kwargs[key] for key in kwargs if key not in earlier}
+    if earlier := kwargs.keys() & {"name", "keep"}:
+        earlier -= _parameters(function).keys()
+        options = replace(options, **{key: kwargs[key] for key in earlier})
+        kwargs = {key: value for key, value in kwargs.items() if key not in earlier}
     if options.name is None and getattr(function, "__name__", "") == "<lambda>":
         raise CallError("A lambda has no name that identifies its call. Use a named function, or pass call_name=.")
     if options.timeout_s is not None and not options.timeout_s > 0:

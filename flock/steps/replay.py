@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from flock.runs import Call
 from flock.runs.records import Mark, Place
-from flock.scopes import Signal, current_task
+from flock.scopes import Signal, current_task, loop_clock
 
 #: Between the id of a call and that of a call that it makes.
 NESTED = "~"
@@ -61,9 +61,10 @@ class Replay:
         contained: the others. This execution does not make them.
     """
 
-    def __init__(self, calls: Iterable[Call], grace_s: float) -> None:
+    def __init__(self, calls: Sequence[Call], grace_s: float) -> None:
         self._grace_s = grace_s
-        self._began_at = self._recurred_at = self._struck_at = anyio.current_time()
+        self._time = loop_clock()
+        self._began_at = self._recurred_at = self._struck_at = self._time()
         self._recurred = Signal()
         #: the last number, and that of the end that was delivered last
         self._number = self._last_end = 0
@@ -82,7 +83,8 @@ class Replay:
         #: starts, and answers that were delivered, that are in no stored call yet, by the number of the start
         self._unwritten = dict[int, Mark]()
         self.calls, self.contained = list[Call](), list[Call]()
-        self._load(list(calls))
+        if calls:
+            self._load(calls)
 
     def _load(self, calls: Sequence[Call]) -> None:
         entries, unplaced = self._placed(calls)
@@ -177,7 +179,7 @@ class Replay:
         if not entry.start:
             entry.start = self._next_number()
             self._unwritten[entry.start] = Mark(call_id, entry.start)
-        entry.start_s = anyio.current_time() - self._began_at
+        entry.start_s = self._time() - self._began_at
         return entry
 
     def end(self, entry: Entry, *, is_cancelled: bool = False) -> Place:
@@ -193,7 +195,7 @@ class Replay:
             start=entry.start,
             end=end,
             start_s=round(entry.start_s, 3),
-            end_s=round(anyio.current_time() - self._began_at, 3),
+            end_s=round(self._time() - self._began_at, 3),
             is_cancelled=is_cancelled,
             also=also,
         )
@@ -247,7 +249,7 @@ class Replay:
         """Return for how long a stored call had not ended yet, this long after the step began."""
         if entry.stored is None or entry.stored.place is None:
             return 0.0
-        return entry.stored.place.end_s - (anyio.current_time() - self._began_at)
+        return entry.stored.place.end_s - (self._time() - self._began_at)
 
     async def until_cancelled(self, entry: Entry) -> None:
         """Wait until the program cancels a call again, for as long as it took before. Returns if it does not."""
@@ -283,7 +285,7 @@ class Replay:
     async def _is_in_vain(self, step_s: float, is_over: Callable[[], bool]) -> bool:
         """Wait until *is_over*. Returns True if it is not, and nothing has recurred for *step_s* and the grace."""
         while not is_over():
-            left_s = self._recurred_at + step_s + self._grace_s - anyio.current_time()
+            left_s = self._recurred_at + step_s + self._grace_s - self._time()
             if left_s <= 0:
                 return True
             with anyio.move_on_after(left_s):
@@ -296,7 +298,7 @@ class Replay:
 
     def _recur(self) -> None:
         """Something of an earlier execution happens again."""
-        self._recurred_at = anyio.current_time()
+        self._recurred_at = self._time()
         self._recurred.notify()
         self._advance()
 
@@ -318,7 +320,7 @@ class Replay:
                 await turn.wait()
                 return
             since = max(self._recurred_at, self._struck_at)
-            with anyio.move_on_after(since + self._grace_s - anyio.current_time()):
+            with anyio.move_on_after(since + self._grace_s - self._time()):
                 await turn.wait()
                 return
             if since == max(self._recurred_at, self._struck_at):
@@ -328,7 +330,7 @@ class Replay:
 
     def _strike_out(self, end: int) -> None:
         """Let what comes before *end* hold up no other, apart from calls that wait to be cancelled."""
-        self._struck_at = anyio.current_time()
+        self._struck_at = self._time()
         for number in [number for number in self._missing if number < end]:
             del self._missing[number]
         for number in [number for number in self._ends if number < end and number not in self._to_cancel]:
