@@ -52,7 +52,9 @@ class Cancellation:
         return task is not None and self._has_more and _CANCELLED_LATE.get(task) == task.cancelling()
 
     def is_cause_of(self, exc: BaseException) -> bool:
-        """Whether a function has turned the cancellation into *exc*."""
+        """Whether *exc* is the cancellation, or what a function has turned it into."""
+        if self.task is None:
+            return isinstance(exc, anyio.get_cancelled_exc_class())
         found: BaseException | None = exc
         while found is not None and not isinstance(found, asyncio.CancelledError):
             found = found.__context__

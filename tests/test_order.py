@@ -314,6 +314,35 @@ async def test_what_an_engine_cuts_off_at_its_end_was_not_cancelled_by_the_progr
     assert (run.error, run.value) == (None, {"result": 7})
 
 
+async def test_a_function_that_awaits_what_it_has_cancelled_is_not_cancelled_by_the_program(
+    open_engine: OpenEngine,
+) -> None:
+    """Its CancelledError is no time-out that would come again, so the step does not wait for one."""
+    flock, begun = Flock(), list[int]()
+
+    async def careless() -> None:
+        begun.append(1)
+        task = asyncio.ensure_future(anyio.sleep_forever())
+        task.cancel()
+        await task
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        try:
+            await context.call(careless)
+        except asyncio.CancelledError:
+            return await context.ask("Go on?", bool)
+        return False
+
+    async with open_engine(flock, replay_grace_s=0.1) as engine:
+        run = await _waiting(engine, await engine.submit("work", {}), "Go on?")
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.error, run.value) == (None, {"result": True})
+    assert len(begun) == 2
+
+
 # What two processes have stored, of which one was presumed dead
 
 

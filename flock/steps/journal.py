@@ -587,11 +587,7 @@ class Journal:
         if self._is_closed:  # while the store was waited for
             await anyio.lowlevel.checkpoint()
             raise Refused(_LATE.format(planned.label))
-        start = Call(
-            call_id=planned.call_id,
-            name=planned.label,
-            kind=planned.kind,
-            arguments=planned.arguments,
+        start = planned.call(
             error="Its end is not recorded.",
             error_type=Uncertain.error_type,
             once="started",
@@ -622,9 +618,7 @@ class Journal:
     async def _make(self, planned: "_Planned", entry: Entry, cancellation: Cancellation) -> Any:
         """Execute a call, and store how it ended."""
         if self.stops_on_change and not entry.is_known:
-            replaced = await self._replay.replaced_by(planned.call_id, planned.label)
-            if replaced is not None:
-                await self._stop(f"it makes the call {planned.call_id!r} instead of {replaced.call_id!r}")
+            await self._check_change(planned)
         await self.wait_for_store()
         started_at = now()
         self.last_start = max(self.last_start, started_at)
@@ -632,7 +626,7 @@ class Journal:
             await self._start(planned, started_at, cancellation)
             await cancellation.raise_if_late()
         reset = CURRENT_CALL.set(planned.call_id)
-        result, value, failure, cancelled = JSON_NULL, None, None, None
+        result, value, exc = JSON_NULL, None, None
         self.on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
         try:
             value = await planned.execute()
@@ -641,64 +635,63 @@ class Journal:
                 return value
             result = self._encode(planned.label, value)
             value = planned.decode(result)
-        except (Exception, SystemExit, KeyboardInterrupt) as exc:
-            failure = self._failure_of(planned.label, exc)
-            if planned.should_keep is not None or is_refused(failure):
-                self._replay.forget(entry)
-                raise failure from failure.__cause__
         except _Answered:
             raise
-        except BaseException as exc:
-            cancelled = exc
+        except BaseException as raised:
+            result, exc = JSON_NULL, self._failure_of(planned.label, raised)
         finally:
             CURRENT_CALL.reset(reset)
             usage, model = self._usage.pop(planned.call_id, None), self._models.pop(planned.call_id, None)
             self._add_usage(planned.parent, usage, model)
-        is_cancelled = cancelled is not None or cancellation.is_late
-        if failure is not None:
-            is_cancelled |= cancellation.is_cause_of(failure)
-        error, error_type, raised = None, None, None
-        if failure is not None:
-            if planned.at_most_once and self.is_cut_off():
-                raise failure
-            result = JSON_NULL
-            error, error_type = error_of(failure, f"The call {planned.label!r}", expose_errors=self.expose_errors)
-            is_raised = planned.on_error is None or isinstance(failure, Uncertain)
-            if is_raised and not is_cancelled and not self.is_cut_off():
-                raised = raised_by(planned.label, failure)
-        call = Call(
-            call_id=planned.call_id,
-            name=planned.label,
-            kind=planned.kind,
-            arguments=planned.arguments,
+        is_cancelled = cancellation.is_late or (exc is not None and cancellation.is_cause_of(exc))
+        if exc is not None and self._has_no_end(planned, exc, is_cancelled=is_cancelled):
+            self._replay.forget(entry)
+            raise exc
+        call = planned.call(
             result=result,
-            error=error and cut(error),
-            error_type=error_type,
-            raised=raised,
             usage=usage,
             model=model,
             once="ended" if planned.at_most_once else None,
             started_at=started_at,
             completed_at=now(),
         )
-        if cancelled is not None or (failure is not None and is_cancelled):
-            if is_cancelled:
-                await self._store_cancelled(call, entry, cancellation)
-                self.kept += 1
-            else:
-                self._replay.forget(entry)
-            if cancelled is not None:
-                raise cancelled
+        if isinstance(exc, Exception):
+            call = self._failed_call(planned, call, exc, is_cancelled=is_cancelled)
+        if exc is not None and is_cancelled:
+            await self._store_cancelled(call, entry, cancellation)
+            self.kept += 1
+            if not isinstance(exc, Exception):
+                raise exc
             await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
             raise asyncio.CancelledError
-        if failure is not None:
-            self._failed.append((call, failure))
+        if exc is not None:
+            self._failed.append((call, exc))
         await self._store_end(call, entry, cancellation)
-        if failure is None:
+        if exc is None:
             return value
-        if planned.on_error is None or error is None or isinstance(failure, Uncertain):
-            raise failure
-        return planned.on_error(cut(error))
+        if planned.on_error is None or call.error is None or isinstance(exc, Uncertain):
+            raise exc
+        return planned.on_error(call.error)
+
+    async def _check_change(self, planned: "_Planned") -> None:
+        """End the step if a call seems to replace another one, because the program was changed."""
+        replaced = await self._replay.replaced_by(planned.call_id, planned.label)
+        if replaced is not None:
+            await self._stop(f"it makes the call {planned.call_id!r} instead of {replaced.call_id!r}")
+
+    def _has_no_end(self, planned: "_Planned", exc: BaseException, *, is_cancelled: bool) -> bool:
+        """Whether a call that has raised *exc* is made again if the step runs again."""
+        if not isinstance(exc, Exception):
+            return not is_cancelled
+        return planned.should_keep is not None or is_refused(exc) or (planned.at_most_once and self.is_cut_off())
+
+    def _failed_call(self, planned: "_Planned", call: Call, exc: Exception, *, is_cancelled: bool) -> Call:
+        """Return *call* with what is stored of *exc*."""
+        error, error_type = error_of(exc, f"The call {planned.label!r}", expose_errors=self.expose_errors)
+        is_raised = planned.on_error is None or isinstance(exc, Uncertain)
+        is_final = is_raised and not is_cancelled and not self.is_cut_off()
+        raised = raised_by(planned.label, exc) if is_final else None
+        return replace(call, error=cut(error), error_type=error_type, raised=raised)
 
     async def _store_end(self, call: Call, entry: Entry, cancellation: Cancellation) -> Call:
         """Store how a call has ended, and wait for its turn; see ``_deliver``. Returns it as it is stored."""
@@ -768,9 +761,9 @@ class Journal:
             raise asyncio.CancelledError
         raise Refused("The step has ended. Do not ask, sleep or receive in a shield.")
 
-    def _failure_of(self, label: str, exc: BaseException) -> Exception:
+    def _failure_of(self, label: str, exc: BaseException) -> BaseException:
         """Return *exc*, or a CallError for an exit. asyncio ends its loop if an exit leaves a task, as in a gather."""
-        if isinstance(exc, Exception):
+        if not isinstance(exc, (SystemExit, KeyboardInterrupt)):
             return exc
         failure = CallError(error_of(exc, f"The call {label!r}", expose_errors=self.expose_errors)[0])
         failure.__cause__ = exc
@@ -885,6 +878,9 @@ class _Planned(msgspec.Struct, frozen=True, kw_only=True):
     should_keep: Callable[[Any], bool] | None
     on_error: Callable[[str], Any] | None
     at_most_once: bool
+
+    def call(self, **fields: Any) -> Call:
+        return Call(call_id=self.call_id, name=self.label, kind=self.kind, arguments=self.arguments, **fields)
 
 
 def depth_of_current_call() -> int:
