@@ -308,7 +308,7 @@ class CallError(StepError):
 
 
 class Uncertain(CallError):
-    """A call that may be executed only once was started, and nobody knows how it ended; see ``call_once``."""
+    """A call that may be executed only once was started, and its end is not stored; see ``call_once``."""
 
     error_type = "uncertain"
 

@@ -317,7 +317,7 @@ async def test_what_an_engine_cuts_off_at_its_end_was_not_cancelled_by_the_progr
 async def test_a_function_that_awaits_what_it_has_cancelled_is_not_cancelled_by_the_program(
     open_engine: OpenEngine,
 ) -> None:
-    """Its CancelledError is no time-out that would come again, so the step does not wait for one."""
+    """Its CancelledError does not recur by itself, so the step does not wait for it."""
     flock, begun = Flock(), list[int]()
 
     async def careless() -> None:

@@ -362,7 +362,7 @@ async def test_the_events_of_a_retry_have_the_calls_of_all_attempts(calls: Any, 
     assert ids == sorted(set(ids))
 
 
-async def test_the_error_of_a_second_equal_failure_says_how_to_begin_anew(open_engine: OpenEngine) -> None:
+async def test_the_error_of_a_second_equal_failure_says_how_to_start_again(open_engine: OpenEngine) -> None:
     flock, work = Flock(), Work()
 
     @flock.agent
@@ -383,7 +383,7 @@ async def test_the_error_of_a_second_equal_failure_says_how_to_begin_anew(open_e
         assert other.error == "no 2"
 
 
-async def test_retries_of_a_saga_begin_anew(open_engine: OpenEngine) -> None:
+async def test_retries_of_a_saga_start_again(open_engine: OpenEngine) -> None:
     """It has undone its work, so nothing that it has done counts."""
     flock, work = Flock(), Work(hotel=2)
 
@@ -515,7 +515,7 @@ asyncio.run(main())
 
 
 async def test_a_retry_of_an_attempt_that_was_killed_keeps_what_has_ended(tmp_path: Path) -> None:
-    """Nobody knows what the program has started after its last stored call, so that one is kept even if it failed."""
+    """The program may have started something after its last stored call, so that call is kept even if it failed."""
     (tmp_path / "killed.py").write_text(KILLED)
 
     async def execute(*arguments: str) -> str:

@@ -44,8 +44,8 @@ class Tool:
         needs_approval: whether a person must allow each call first; or a plain function that decides. It receives the
             arguments by name, without the context, and runs in the event loop. The run waits as for ``RunContext.ask``.
             The person can allow the call, deny it with a reason, which the model reads, or change the arguments.
-        once: whether a call is never executed a second time; see ``call_once`` of ``RunContext.call``. If nobody knows
-            how it ended, the step raises Uncertain, which the model does not read.
+        once: whether a call is never executed a second time; see ``call_once`` of ``RunContext.call``. If its
+            end is not stored, the step raises Uncertain, which the model does not read.
 
     Raises:
         DefinitionError: it is not a function, or its name is invalid, or the function for *needs_approval* is async.

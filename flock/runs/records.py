@@ -166,10 +166,10 @@ class Raised(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Mark(msgspec.Struct, frozen=True, array_like=True):
-    """A call that has started, and if it is one for whose answer the step has waited, that it has got that.
+    """A call that has started, or an answer that the step has received.
 
     Attributes:
-        start, end: see ``Place``; *end* is 0 before that.
+        start, end: see ``Place``; *end* is 0 for a call without an answer.
     """
 
     call_id: str
@@ -446,7 +446,7 @@ class Run(_Record, frozen=True, kw_only=True):
 
     @property
     def first_try(self) -> int:
-        """The first of the tries whose calls count now. A retry keeps the calls of earlier ones, or begins anew."""
+        """The first of the tries whose calls count now. A retry keeps the calls of earlier ones, or starts again."""
         return self.journal or self.tries
 
     def step_key(self, position: int) -> str:

@@ -407,22 +407,13 @@ class StepExecutor:
         finally:
             CURRENT_SLOT.reset(reset)
             left = await journal.end(self.limits.grace_s, functools.partial(self._threads.are_awaited, active))
-            if failure is not None:
+            if failure is not None and not journal.is_suspended:
                 active.dropped = (*run.dropped, *dropped_calls(journal.failed, failure, journal.last_start))
-                failure = None  # it refers to this frame
+            failure = None  # it refers to this frame
             if left:
                 template = "run %s: %s ended, but %d of its calls still run: their tasks swallow their cancellation"
                 logger.warning(template, run.run_id, agent.name, left, extra=fields_of_run(run))
-        if journal.change is not None:
-            raise ChangedProgram(
-                f"The program of {agent.name!r} was changed before this step had ended: {journal.change}. So it was "
-                "stopped, because something might be done twice. Retry the run with the earlier program, or start "
-                "another one."
-            )
-        if journal.questions:
-            raise WaitingForAnswers(journal.questions)
-        if journal.elsewhere is not None:
-            raise AgentElsewhere(journal.elsewhere)
+        _raise_if_ended(journal, agent)
         if journal.not_repeated:
             ids = ", ".join(journal.not_repeated)
             logger.warning("run %s: %s did not repeat these calls: %s", run.run_id, agent.name, ids)
@@ -568,6 +559,20 @@ class StepExecutor:
                 f"The result of {step.agent_name!r} has {length} bytes. All inputs and results of the run have {size} "
                 f"bytes, more than the cluster can store for one run ({limit}, max_run_bytes)."
             )
+
+
+def _raise_if_ended(journal: Journal, agent: Agent) -> None:
+    """Raise ChangedProgram, WaitingForAnswers or AgentElsewhere if the step was ended for that."""
+    if journal.change is not None:
+        raise ChangedProgram(
+            f"The program of {agent.name!r} was changed before this step had ended: {journal.change}. So it was "
+            "stopped, because something might be done twice. Retry the run with the earlier program, or start "
+            "another one."
+        )
+    if journal.questions:
+        raise WaitingForAnswers(journal.questions)
+    if journal.elsewhere is not None:
+        raise AgentElsewhere(journal.elsewhere)
 
 
 def _ignore(*arguments: object) -> None:

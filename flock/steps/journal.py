@@ -267,7 +267,7 @@ class Journal:
         known = self._codes.setdefault((CURRENT_CALL.get(), label, key), code)
         if known is not code and known != code:
             raise CallError(
-                f"Two functions are called {label!r}, and calls of both cannot be told apart. Rename one of them, or "
+                f"Two functions are called {label!r}, and their calls have the same id. Rename one of them, or "
                 "pass another call_name= to each call."
             )
 
@@ -598,7 +598,7 @@ class Journal:
         self._once[planned.call_id] = start
 
     async def _uncertain(self, planned: "_Planned", start: Call, entry: Entry, cancellation: Cancellation) -> Call:
-        """Store that nobody knows how a call has ended, so that it stays so even if its end comes late."""
+        """Store that the end of a call is unknown, so that an end that comes late does not count."""
         exc = Uncertain(
             f"The call {planned.label!r} was started at {start.started_at:%Y-%m-%d %H:%M:%S} UTC, and its end is not "
             "recorded. It is executed at most once, so find out whether it was done. A retry with "
@@ -858,7 +858,7 @@ def _is_timer(asked: Question | str) -> bool:
 
 
 class _Answered(BaseException):
-    """The answer of a wait has come, and is stored as *call*. It is no Exception, so that it is not the call's own."""
+    """The answer of a wait has come, and is stored as *call*. An Exception could be one of the call."""
 
     def __init__(self, call: Call) -> None:
         super().__init__(call.call_id)

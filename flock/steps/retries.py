@@ -31,7 +31,7 @@ def kept_calls(calls: Iterable[Call], dropped: Collection[str]) -> list[Call]:
 def dropped_calls(
     failed: Sequence[tuple[Call, BaseException | None]], end: BaseException | None, last_start: datetime
 ) -> list[str]:
-    """Return the keys of *failed* calls that a retry executes again: the program has not gone on from them.
+    """Return the keys of *failed* calls that a retry executes again: the program has not continued after them.
 
     Args:
         failed: each with the exception that the program has seen.

@@ -87,7 +87,7 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         item: the position of the item, or 0 for a run.
-        id: tells it apart from others. A signal may be sent again.
+        id: unique. A signal may be sent again.
     """
 
     item: int = 0

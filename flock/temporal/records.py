@@ -175,7 +175,7 @@ def _ended(run: Run, outcome: Outcome, at: datetime | None) -> Run:
 
 
 def _with_answers(run: Run, answers: Calls, at: datetime | None = None) -> Run:
-    """Return *run* without the waits that have an answer, or expired before *at*. It goes on waiting for the others.
+    """Return *run* without the waits that have an answer, or expired before *at*. It still waits for the others.
 
     It no longer waits when its next step is scheduled, which a worker does after the first answer.
     """
