@@ -450,6 +450,12 @@ async def hung_for_a_moment(context: RunContext, shop: Shop) -> Any:
     return "hung"
 
 
+async def asked_again(context: RunContext, shop: Shop) -> Any:
+    with anyio.move_on_after(0.05):
+        return await context.call(shop.hang)
+    return await context.call(shop.hang)
+
+
 async def hung(context: RunContext, shop: Shop) -> Any:
     return await context.call(shop.hang)
 
@@ -463,6 +469,7 @@ CHANGES = {
     "a call before it": Change(charged_5, sent_and_charged, None, ["send a"]),
     "removed": Change(charged_5, nothing, None, []),
     "removed before another one": Change(sent_and_charged, charged_5, None, []),
+    "not cancelled any more, before an equal one": Change(asked_again, hung, "does not cancel the call 'hang:", []),
     "not cancelled any more": Change(hung_for_a_moment, hung, "does not cancel the call 'hang:", []),
 }
 
@@ -495,6 +502,7 @@ async def test_a_changed_program_does_nothing_twice(change: Change, on_change: O
         assert shop.log[done:] == []
     else:
         assert run.status is RunStatus.COMPLETED, run.error
+        assert len(shop.log) - done == (0 if change.before is asked_again else 1)
 
 
 @pytest.mark.parametrize("on_change", ["stop", "continue"])

@@ -568,8 +568,7 @@ class Journal:
         await self._replay.until_cancelled(entry)
         if self.stops_on_change:
             await self._stop(f"it does not cancel the call {planned.call_id!r} again")
-        entry.stored = None
-        return await self._make(planned, entry, cancellation)
+        return await self._result_of(planned, cancellation)  # that of the next equal call, or it is executed
 
     def _end_of(self, planned: "_Planned", stored: Call) -> Any:
         """Return what a stored call has returned, or raise what it has raised."""
