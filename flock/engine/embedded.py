@@ -755,17 +755,22 @@ class EmbeddedEngine(EngineBase):
         """Continue or end the runs whose waits are over. All engines of the flock do, and one is first."""
         while True:
             await anyio.sleep(CHECK_INTERVAL_S)
+            ended = list[Run]()
             try:
-                await self.store.expire(self._flock, self._engine_id, now(), then=self._on_expired)
+                then = functools.partial(self._on_expired, ended)
+                await self.store.expire(self._flock, self._engine_id, now(), then=then)
+                for run in ended:
+                    await self._runner.warn_of_messages(run)
             except StoreError:
                 pass  # the store has logged it
             except Exception:
                 logger.exception("runs whose waits are over could not be continued")
 
-    def _on_expired(self, runs: Sequence[Run]) -> None:
+    def _on_expired(self, ended: list[Run], runs: Sequence[Run]) -> None:
         for run in runs:
             if run.status.is_final:
                 self._runner.ended(run)
+                ended.append(run)
             else:
                 self._start_answered(run)
 

@@ -529,7 +529,9 @@ class Runner:
         """Cancel *run* if it is still waiting."""
         at = now()
         if await self.store.end_waiting(run, CANCELLED, at):
-            self.ended(replace(run, **asdict(CANCELLED), completed_at=at))
+            run = replace(run, **asdict(CANCELLED), completed_at=at)
+            self.ended(run)
+            await self.warn_of_messages(run)
 
     async def _finish(self, active: StoredRun, end: Mapping[str, Any]) -> None:
         run = active.unsaved or active.run
@@ -553,11 +555,11 @@ class Runner:
             active.update(run)
         self._remove(active)
         self.ended(run)
+        await self.warn_of_messages(run)
 
     def ended(self, run: Run) -> None:
         """Notify the observers of the end of *run*, and log it."""
         self.executor.notify("run_ended", run)
-        self._warn_of_messages(run)
         level = logging.INFO if run.batch_id is None else logging.DEBUG  # items are too many; the batch logs a summary
         if logger.isEnabledFor(level):
             took_ms = round((now() - run.created_at).total_seconds() * 1000)
@@ -565,14 +567,14 @@ class Runner:
             extra = fields_of_run(run) | {"status": run.status.value, "duration_ms": took_ms}
             logger.log(level, template, run.run_id, run.status, run.agent_name, took_ms, source, extra=extra)
 
-    def _warn_of_messages(self, run: Run) -> None:
-        """Name the messages that the run has not received."""
+    async def warn_of_messages(self, run: Run) -> None:
+        """Name the messages that *run*, which has ended, has not received."""
         names_of_agents = {run.agent_name, run.next_agent_name, *(step.agent_name for step in run.steps)} - {None}
         agents = map(self.executor.find, names_of_agents)
         if not any(agent is None or agent.uses_context for agent in agents):  # the others receive none
             return
         with contextlib.suppress(StoreError):
-            if names := self.store.unreceived(run.run_id):
+            if names := await self.store.unreceived(run.run_id):
                 template = "run %s: it has ended and not received its messages %s"
                 logger.warning(template, run.run_id, ", ".join(names), extra=fields_of_run(run))
 

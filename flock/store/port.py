@@ -391,7 +391,7 @@ class Store(Protocol):
         Raises the same as ``Engine.send_message``.
         """
 
-    def unreceived(self, run_id: str) -> Sequence[str]:
+    async def unreceived(self, run_id: str) -> Sequence[str]:
         """Return the names of the messages that a run has not received. Raises StoreError."""
 
     async def answer(

@@ -202,7 +202,7 @@ class SQLiteStore(Database, Store):
     ) -> None:
         await self.change(lambda db: waiting.send(db, run_id, name, message, key, owner, now), then)
 
-    def unreceived(self, run_id: str) -> Sequence[str]:
+    async def unreceived(self, run_id: str) -> Sequence[str]:
         return self.read(lambda db: [name for (name,) in db.execute(statements.NAMES_OF_MESSAGES, (run_id,))])
 
     async def answer(
