@@ -49,7 +49,7 @@ class Cancellation:
     def is_late(self) -> bool:
         """Whether the task was cancelled while it had to finish something, which it has."""
         task = self.task
-        return task is not None and self._has_more and _CANCELLED_LATE.get(task) == task.cancelling()
+        return task is not None and self.is_requested and _CANCELLED_LATE.get(task) == task.cancelling()
 
     def is_cause_of(self, exc: BaseException) -> bool:
         """Whether *exc* is the cancellation, or what a function has turned it into."""
@@ -58,10 +58,11 @@ class Cancellation:
         found: BaseException | None = exc
         while found is not None and not isinstance(found, asyncio.CancelledError):
             found = found.__context__
-        return found is not None and self._has_more
+        return found is not None and self.is_requested
 
     @property
-    def _has_more(self) -> bool:
+    def is_requested(self) -> bool:
+        """Whether the task was cancelled, and the block has not ended. Always false on trio."""
         return self.task is not None and self.task.cancelling() > self._cancelling
 
     async def raise_if_late(self) -> None:

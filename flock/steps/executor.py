@@ -394,6 +394,12 @@ class StepExecutor:
             context.request_cancel()
         if active.live is not None:
             active.live.begin_step(context)
+        if journal.mixed_up:
+            template = (
+                "run %s: %s made equal calls of %s at the same time, which ended differently. Only the order in which "
+                "they start tells them apart. Pass another call_name= to each of them."
+            )
+            logger.warning(template, run.run_id, agent.name, journal.mixed_up, extra=fields_of_run(run))
         reset = CURRENT_SLOT.set(slot)
         failure: BaseException | None = None
         try:

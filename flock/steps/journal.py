@@ -57,7 +57,7 @@ from flock.scopes import (
 from flock.steps.identity import DIGEST_CHARS, code_of, digest_of, json_of
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
-from flock.steps.replay import NESTED, Entry, Replay, callers
+from flock.steps.replay import NESTED, Entry, Replay, callers, numbered
 
 logger = logging.getLogger("flock.runs")
 
@@ -168,8 +168,8 @@ class Journal:
         self.kept = self._made = 0
         self._failed: list[tuple[Call, BaseException | None]] = []
         self.last_start = max((call.started_at for call in checkpoints), default=EPOCH)
-        #: the numbers of calls that run or have finished, for each key
-        self._numbers: defaultdict[str, set[int]] = defaultdict(set)
+        #: equal calls, by what they have in common
+        self._equal: defaultdict[str, _Equal] = defaultdict(_Equal)
         #: what the functions of calls execute, by the parent, the label and the key of the call
         self._codes: dict[tuple[str, str, str], object] = {}
         self._is_closed = self._is_over = False
@@ -180,8 +180,8 @@ class Journal:
         self._models: dict[str, str] = {}
         for call in self._replay.contained:
             if call.error is None:
-                key, number = _numbered(call.call_id)
-                self._numbers[key].add(number)
+                key, number = numbered(call.call_id)
+                self._equal[key].taken.add(number)
         self.spent = sum((call.usage for call in self._replay.calls if call.usage is not None), self.spent)
 
     async def end(self, grace_s: float, are_in_threads: Callable[[], bool]) -> int:
@@ -210,6 +210,11 @@ class Journal:
     def not_repeated(self) -> Sequence[str]:
         """The ids of finished calls that this execution has not repeated."""
         return [call.call_id for call in self._replay.not_repeated if NESTED not in call.call_id]
+
+    @property
+    def mixed_up(self) -> str | None:
+        """See ``Replay``."""
+        return self._replay.mixed_up
 
     @property
     def failed(self) -> Sequence[tuple[Call, BaseException | None]]:
@@ -241,7 +246,7 @@ class Journal:
         kwargs: Mapping[str, Any],
         options: CallOptions,
     ) -> Coroutine[Any, Any, Any]:
-        """See ``RunContext.call``. Equal calls are numbered here, before any of them can wait."""
+        """See ``RunContext.call``. Equal calls are numbered when they begin, in that order."""
         label = re.sub(r"[^A-Za-z0-9_.-]", "_", name_of(function))
         check_in_loop(context)
         options, kwargs = _options(label, function, kwargs, options)
@@ -489,9 +494,8 @@ class Journal:
         key = f"{label}:{key}"
         if parent := CURRENT_CALL.get():
             key = f"{parent}{NESTED}{key}"
-        number = self._take_number(label, key)
-        planned = _Planned(
-            call_id=key if number == 1 else f"{key}:{number}",
+        plan = functools.partial(
+            _Planned,
             parent=parent,
             label=label,
             kind=kind,
@@ -504,7 +508,12 @@ class Journal:
         )
 
         async def run() -> Any:
-            is_done, cancellation = False, Cancellation()
+            is_done, cancellation, equal = False, Cancellation(), self._equal[key]
+            while equal.is_abandoned:  # it may still return, and what it returns is the result of this call
+                await self._changed.wait()
+            number = self._take_number(label, key)
+            planned = plan(call_id=_with_number(key, number))
+            equal.running[number] = cancellation
             try:
                 # On asyncio a scope of anyio would cancel a task again and again until it leaves the block.
                 task = cancellation.task
@@ -515,10 +524,10 @@ class Journal:
                     return result
                 raise Refused(_LATE.format(label))  # only trio comes here
             finally:
-                del self._open[planned.call_id]
+                del self._open[planned.call_id], equal.running[number]
                 self._changed.notify()
                 if not is_done:  # the next equal call takes its place, also when the step runs again
-                    self._numbers[key].discard(number)
+                    equal.free(number)
 
         async def run_and_then(then: Callable[[Any], Awaitable[Any]]) -> Any:
             return await then(await run())  # a coroutine made before would be left over if its task never starts
@@ -534,16 +543,13 @@ class Journal:
         if self._made >= self.max_calls:
             raise Refused("The run has made as many calls as one run may make (max_calls). Split its work into runs.")
         self._made += 1
-        numbers = self._numbers[key]
-        number = next(n for n in itertools.count(1) if n not in numbers)
-        numbers.add(number)
-        return number
+        return self._equal[key].take()
 
     async def _result_of(self, planned: "_Planned", cancellation: Cancellation) -> Any:
         if self._is_closed:
             await anyio.lowlevel.checkpoint()  # raises if the step was ended for a question
             raise Refused(_LATE.format(planned.label))
-        entry = self._replay.begin(planned.call_id)
+        entry = self._replay.begin(planned.call_id, planned.arguments)
         if entry.stored is not None:
             return await self._repeated(planned, entry, entry.stored, cancellation)
         if (once := self._once.get(planned.call_id)) is None:
@@ -566,7 +572,7 @@ class Journal:
             return self._end_of(planned, stored)
         self._failed.append((stored, None))
         await self._replay.until_cancelled(entry)
-        if self.stops_on_change:
+        if self.stops_on_change and not self._replay.has_end(planned.call_id):
             await self._stop(f"it does not cancel the call {planned.call_id!r} again")
         return await self._result_of(planned, cancellation)  # that of the next equal call, or it is executed
 
@@ -864,6 +870,36 @@ class _Answered(BaseException):
         self.call = call
 
 
+class _Equal:
+    """Calls that differ only in their number.
+
+    Attributes:
+        taken: the numbers of those that run or have returned.
+        running: those that run, by number.
+    """
+
+    __slots__ = ("_lowest", "running", "taken")
+
+    def __init__(self) -> None:
+        self._lowest, self.taken, self.running = 1, set[int](), dict[int, Cancellation]()
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether one of them runs although the program has cancelled it, such as a function in a thread."""
+        return any(cancellation.is_requested for cancellation in self.running.values())
+
+    def take(self) -> int:
+        """Return the smallest number that is free."""
+        while self._lowest in self.taken:
+            self._lowest += 1
+        self.taken.add(self._lowest)
+        return self._lowest
+
+    def free(self, number: int) -> None:
+        self.taken.discard(number)
+        self._lowest = min(number, self._lowest)
+
+
 class _Planned(msgspec.Struct, frozen=True, kw_only=True):
     """A call that is not executed yet. ``parent`` is the id of the call that makes it, or ""."""
 
@@ -888,10 +924,9 @@ def depth_of_current_call() -> int:
     return call_id.count(NESTED) + 1 if call_id else 0
 
 
-def _numbered(call_id: str) -> tuple[str, int]:
-    """Split an id into what equal calls of one parent have in common, and their number."""
-    _, _, *number = call_id.rpartition(NESTED)[2].split(":")
-    return (call_id.rpartition(":")[0], int(number[0])) if number else (call_id, 1)
+def _with_number(key: str, number: int) -> str:
+    """Return the id of a call; see ``numbered``."""
+    return key if number == 1 else f"{key}:{number}"
 
 
 def check_in_loop(context: RunContext) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import anyio
 import anyio.lowlevel
+import msgspec
 from msgspec.structs import replace
 
 from flock.runs import Call
@@ -59,6 +60,8 @@ class Replay:
     Attributes:
         calls: those of *calls* that no other one contains which has ended.
         contained: the others. This execution does not make them.
+        mixed_up: the name of equal calls that ran at the same time and ended differently, if there are any. Only the
+            order in which they start tells them apart.
     """
 
     def __init__(self, calls: Sequence[Call], grace_s: float) -> None:
@@ -83,6 +86,7 @@ class Replay:
         #: starts, and answers that were delivered, that are in no stored call yet, by the number of the start
         self._unwritten = dict[int, Mark]()
         self.calls, self.contained = list[Call](), list[Call]()
+        self.mixed_up: str | None = None
         if calls:
             self._load(calls)
 
@@ -110,6 +114,7 @@ class Replay:
                 self._ended[_kind_of(entry.call_id, entry.stored.name)][entry] = None
         ends = (entry.end for each in self._expected.values() for entry in each if entry.stored is not None)
         self._ends = dict.fromkeys(sorted(ends))
+        self.mixed_up = _mixed_up(entry for each in self._expected.values() for entry in each)
 
     def _placed(self, calls: Iterable[Call]) -> tuple[dict[int, Entry], list[Call]]:
         """Return what has started, by the number of its start, and the calls without a place."""
@@ -160,11 +165,10 @@ class Replay:
         """The calls that have ended in an earlier execution, and have not started in this one."""
         return [entry.stored for ended in self._ended.values() for entry in ended if entry.stored is not None]
 
-    def begin(self, call_id: str) -> Entry:
+    def begin(self, call_id: str, arguments: msgspec.Raw) -> Entry:
         """A call starts."""
         if (expected := self._expected.get(call_id)) is None:
-            late = self._late.get(call_id)
-            entry = Entry(call_id, stored=late.popleft() if late else None)
+            entry = Entry(call_id, stored=self._late_result(call_id, arguments))
         else:
             entry = expected.popleft()
             if not expected:
@@ -181,6 +185,17 @@ class Replay:
             self._unwritten[entry.start] = Mark(call_id, entry.start)
         entry.start_s = self._time() - self._began_at
         return entry
+
+    def has_end(self, call_id: str) -> bool:
+        """Whether the next call with this id has ended in an earlier execution."""
+        expected = self._expected.get(call_id)
+        return bool(expected and expected[0].stored is not None)
+
+    def _late_result(self, call_id: str, arguments: msgspec.Raw) -> Call | None:
+        late = self._late.get(call_id)
+        if not late or (late[0].kind == "tool" and late[0].arguments != arguments):  # only its position is in its id
+            return None
+        return late.popleft()
 
     def end(self, entry: Entry, *, is_cancelled: bool = False) -> Place:
         """A call ends in this execution. Return what is stored with it. Then ``turn``, unless it was cancelled."""
@@ -344,6 +359,12 @@ def callers(call_id: str) -> Iterator[str]:
         yield call_id
 
 
+def numbered(call_id: str) -> tuple[str, int]:
+    """Split an id into what equal calls of one parent have in common, and their number."""
+    _, _, *number = call_id.rpartition(NESTED)[2].split(":")
+    return (call_id.rpartition(":")[0], int(number[0])) if number else (call_id, 1)
+
+
 def _parent_of(call_id: str) -> str:
     """Return the id of the call that has made a call, or ""."""
     return call_id.rpartition(NESTED)[0]
@@ -351,3 +372,19 @@ def _parent_of(call_id: str) -> str:
 
 def _kind_of(call_id: str, name: str) -> tuple[str, str]:
     return _parent_of(call_id), name
+
+
+def _mixed_up(entries: Iterable[Entry]) -> str | None:
+    last = dict[str, Entry]()
+    for entry in sorted(entries, key=lambda entry: entry.start):
+        call = entry.stored
+        if call is None or call.is_cancelled or not entry.start:
+            continue
+        key, _ = numbered(entry.call_id)
+        other = last.get(key, entry)
+        assert other.stored is not None
+        if entry.start < other.end and (call.result, call.error) != (other.stored.result, other.stored.error):
+            return call.name
+        if entry.end >= other.end:
+            last[key] = entry
+    return None
