@@ -1,5 +1,6 @@
 """The lanes of the tests, and their common fixtures: a fake model, an app with its engine running, and a client."""
 
+import contextlib
 import fcntl
 import importlib.util
 import inspect
@@ -98,7 +99,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("cluster")
         if item.get_closest_marker("browser") and not has_chromium:
             item.add_marker(pytest.mark.skip(reason="Chromium is not installed: apt-get install chromium"))
-    items.sort(key=lambda item: (item.get_closest_marker("alone") is not None, not item.nodeid.startswith(LONG)))
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> tuple[bool, bool, bool]:
+    """Return what sorts the tests. Those of the cluster follow each other, so that its server runs only for them."""
+    alone, cluster = item.get_closest_marker("alone"), item.get_closest_marker("cluster")
+    return alone is not None, not item.nodeid.startswith(LONG), cluster is None
 
 
 # Tests run in parallel, because most of them wait. Tests that measure have the machine to themselves.
@@ -155,15 +162,32 @@ def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def temporal_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+#: The Temporal server of this process, and its address.
+_CLUSTER, _ADDRESSES = contextlib.ExitStack(), list[str]()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Stop the Temporal server before a test that does not need it: its task queues keep it busy."""
+    if item.get_closest_marker("cluster") is None:
+        pytest_sessionfinish()
+
+
+def pytest_sessionfinish() -> None:
+    _ADDRESSES.clear()
+    _CLUSTER.close()
+
+
+@pytest.fixture
+def temporal_address(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the address of a real Temporal server, which tests share under different flock names.
 
     They have thousands of task queues, so that partitions would take a quarter of its processor time.
     """
-    port = free_port()
-    with temporal_server(tmp_path_factory.mktemp("temporal") / "temporal.db", port, partitions=1):
-        yield f"127.0.0.1:{port}"
+    if not _ADDRESSES:
+        store, port = tmp_path_factory.mktemp("temporal") / "temporal.db", free_port()
+        _CLUSTER.enter_context(temporal_server(store, port, partitions=1))
+        _ADDRESSES.append(f"127.0.0.1:{port}")
+    return _ADDRESSES[0]
 
 
 @pytest.fixture(params=["memory", "disk", "temporal"])
