@@ -15,13 +15,11 @@ import logging
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-import anyio
-import anyio.lowlevel
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -37,15 +35,15 @@ from flock.agents.graph import graph_of, mermaid_of
 from flock.agents.handoff import columns_of
 from flock.declared import DeclaredFlock, agent_of
 from flock.engine.rowchecks import check_batch
-from flock.errors import Conflict, DefinitionError, FlockError, NotFound, Replayed, StoreError
+from flock.errors import DefinitionError, FlockError, Replayed, StoreError
 from flock.extras import pip_install
 from flock.options import Option, check, replaced
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
-from flock.runs import Batch, BatchFilter, Engine, Event, LongJSON, Run, RunFilter, RunStatus, new_id
+from flock.runs import Batch, BatchFilter, Engine, Event, LongJSON, Run, RunFilter, RunStatus
 from flock.runs.events import end_id
 from flock.runs.records import shown_as
-from flock.web import wire
-from flock.web.auth import ConcurrencyLimit, KeyRing, RateLimit, ScopedEngine
+from flock.web import orders, wire
+from flock.web.auth import ConcurrencyLimit, KeyRing, RateLimit
 from flock.web.batches import (
     BATCH_TYPES,
     batch_options,
@@ -60,6 +58,7 @@ from flock.web.contract import Contract
 from flock.web.lifespan import lifespan_of
 from flock.web.negotiation import preferences, preferred
 from flock.web.options import AppOptions, OnDisconnect
+from flock.web.orders import download_slot, engine_of, read_json, replayed, stream_slot
 from flock.web.pages import DOCS, SPECIFICATION, UI, no_ui
 from flock.web.problems import on_error
 from flock.web.requests import (
@@ -83,7 +82,6 @@ from flock.web.responses import (
     PageResponse,
     add_headers,
     event_text,
-    events_of_new_run,
     head_of_stream,
     split_message,
 )
@@ -129,9 +127,6 @@ NO_AUTH = (
     "runs and batches. FastAPI dependencies and Django logins do not protect a mounted app. Pass api_keys= or auth= to "
     'create_app, or auth="host" if the host lets only its own users reach the app.'
 )
-
-#: Seconds before the server starts to watch the connection of a synchronous run for a disconnect.
-WATCH_DELAY_S = 0.1
 
 #: The Idempotency-Key draft defines no header for a replay. This one is widely used.
 REPLAYED = {"Idempotency-Replayed": "true"}
@@ -332,44 +327,9 @@ def app_of(request: Request) -> "FlockAPI":
     return app
 
 
-async def engine_of(request: Request) -> Engine:
-    """Return the engine, limited to the records of the caller. Open it first if the app's lifespan was not run."""
-    engine = app_of(request).engine
-    try:
-        await lifespan_of(engine).open(request.scope.get("flock.ended"))
-    except StoreError as exc:  # the message has the store's path, which clients must not see
-        logger.error("request %s: %s", request_id_of(request), exc)
-        raise StoreError("The store cannot be opened now. The server's log has the reason.") from exc
-    principal = principal_of(request)
-    return engine if principal is None else ScopedEngine(engine, principal)
-
-
-async def read_json(request: Request, *, is_optional: bool = False) -> bytes:
-    """Return the body of a JSON request; see ``Body.json``. Raises HTTPException 415 for another content type.
-
-    An optional body is ``{}`` by default. Generated clients send its content type even without one.
-    """
-    if is_optional and "content-type" not in request.headers:
-        return b"{}"
-    media_type_of(request, "application/json")
-    options = app_of(request).options
-    body = Body(request, options.max_body_bytes, options.body_timeout_s)
-    return await body.json(options.max_json_depth, default=b"{}" if is_optional else None)
-
-
 def wait_of(request: Request, query: wire.WaitQuery | wire.BatchQuery | None = None) -> int:
     """Return the seconds to wait: the requested time, capped at ``max_wait_s``. Raises InvalidData."""
     return min((query or query_of(request, wire.WaitQuery)).wait, app_of(request).options.max_wait_s)
-
-
-async def _replayed(found: Awaitable[T]) -> T:
-    """Return the run or batch of the earlier request with the same key. Raises Conflict if it was deleted."""
-    try:
-        return await found
-    except NotFound as exc:
-        raise Conflict(
-            f"A request with this Idempotency-Key was accepted before, and its run or batch no longer exists. {exc}"
-        ) from exc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,18 +346,25 @@ async def run_flock(request: Request) -> Response:
     prefer, reasoning = preferences(request.headers.getlist("prefer")), query_of(request, wire.StreamQuery).reasoning
     responds_async = "respond-async" in prefer
     if _prefers_events(request.headers.get("accept", "")):
-        return await _streamed_run(request, responds_async, reasoning=reasoning)
-    run, is_async, headers = await _accepted_run(request, responds_async)
+        engine, order = await engine_of(request), await _order_of(request, responds_async)
+        stream = await orders.stream(request, order, reasoning=reasoning)
+        headers = REPLAYED if stream.accepted.is_replay else {}
+        headers = {**headers, "Location": f"{root_path(request.scope)}/run/{stream.accepted.run.run_id}"}
+        return event_stream(request, engine, stream.events, headers, stream.held, stream.on_cut_off)
+    order = await _order_of(request, responds_async)
+    is_async = order.is_async
+    run, is_replay = await orders.accept(request, order)
+    headers = REPLAYED if is_replay else {}
     if not is_async:
         run_id, outlives_client = run.run_id, run.is_async
-        del run  # frees its inputs, which may be long, during the wait
-        run = await _end_of(request, run_id, outlives_client)
+        del run, order  # frees the inputs, which may be long, during the wait
+        run = await orders.end_of(request, run_id, outlives_client)
     elif responds_async:
         applied = "respond-async"
         if re.fullmatch(r"[0-9]{1,9}", prefer.get("wait", "")):
             wait_s = min(int(prefer["wait"]), app_of(request).options.max_wait_s)
             waiting = (await engine_of(request)).wait(run.run_id, wait_s)
-            del run
+            del run, order
             run = await while_connected(request, waiting)
             applied += f", wait={wait_s}"
         headers = {**headers, "Preference-Applied": applied}
@@ -409,85 +376,19 @@ def _prefers_events(accept: str) -> bool:
     return preferred(accept, ["application/json", EventStream.media_type]) == EventStream.media_type
 
 
-async def _streamed_run(request: Request, responds_async: bool, *, reasoning: bool) -> Response:
-    """Start the run in the body, and stream its events until it ends or waits for an answer.
-
-    It is watched from its start, so that no text is missed. If the client disconnects, see ``run_flock``.
-    """
-    app, engine, run_id = app_of(request), await engine_of(request), new_id()
-    with contextlib.ExitStack() as held:
-        held.enter_context(stream_slot(request))  # before the run is accepted
-        held.enter_context(engine.watch(run_id))
-        run, is_async, headers = await _accepted_run(request, responds_async, run_id)
-        headers = {**headers, "Location": f"{root_path(request.scope)}/run/{run.run_id}"}
-        outlives_client = is_async or run.is_async or app.options.on_disconnect != "cancel"
-        on_cut_off = None if outlives_client else functools.partial(engine.cancel_run, run.run_id)
-        events = events_of_new_run(engine, run, reasoning=reasoning)
-        return event_stream(request, engine, events, headers, held.pop_all(), on_cut_off)
-
-
-async def _accepted_run(
-    request: Request, responds_async: bool, run_id: str | None = None
-) -> tuple[Run, bool, Mapping[str, str]]:
-    """Submit the run in the body. Return it, whether the request is asynchronous, and headers.
-
-    The body is freed when this returns.
-
-    Cancellation: counts as a disconnect, see ``_end_of``.
-    """
-    app, run_id = app_of(request), run_id or new_id()
+async def _order_of(request: Request, responds_async: bool) -> orders.Order:
     body = await read_json(request)
     key = idempotency_key(request, lambda: fingerprint_of(request, body))
-    run_request = wire.RUN_REQUEST.decode(body)
-    is_async, engine = run_request.async_run or responds_async, await engine_of(request)
-    try:
-        run = await engine.submit(
-            run_request.agent_name,
-            run_request.inputs,
-            request_id=request_id_of(request),
-            traceparent=traceparent_of(request),
-            is_async=is_async,
-            timeout_s=run_request.timeout_s,
-            session_id=run_request.session_id,
-            max_cost=run_request.max_cost,
-            key=key,
-            run_id=run_id,
-        )
-    except Replayed as exc:
-        return await _replayed(engine.get_run(exc.made_id)), is_async, REPLAYED
-    except anyio.get_cancelled_exc_class():  # it may still be accepted
-        await _cancel_unless(is_async or key is not None, app, run_id)
-        raise
-    return run, is_async, {}
-
-
-async def _cancel_unless(outlives_client: bool, app: FlockAPI, run_id: str) -> None:
-    if not outlives_client and app.options.on_disconnect == "cancel":
-        with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
-            await app.engine.cancel_run(run_id)
-
-
-async def _end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
-    """Return the run when it has ended or waits for an answer.
-
-    If the client disconnects first, cancel it unless *outlives_client*.
-
-    Raises: StoreError if the store fails during the wait. In this case, the run is not cancelled.
-    Cancellation: counts as a disconnect, since some hosts cancel the request when the client disconnects.
-    """
-    app = app_of(request)
-    try:
-        run = await app.engine.wait(run_id, WATCH_DELAY_S)
-        if not run.is_active:
-            return run
-        del run  # frees its inputs, which may be long, during the wait
-        return await while_connected(request, app.engine.wait(run_id))
-    except StoreError as exc:
-        path = f"{root_path(request.scope)}/run/{run_id}"
-        raise StoreError(f"{exc} The run was accepted and is not cancelled. GET {path} shows its status.") from exc
-    except (HTTPException, anyio.get_cancelled_exc_class()):
-        await _cancel_unless(outlives_client, app, run_id)
-        raise
+    sent = wire.RUN_REQUEST.decode(body)
+    return orders.Order(
+        agent_name=sent.agent_name,
+        inputs=sent.inputs,
+        is_async=sent.async_run or responds_async,
+        timeout_s=sent.timeout_s,
+        session_id=sent.session_id,
+        max_cost=sent.max_cost,
+        key=key,
+    )
 
 
 async def list_runs(request: Request) -> Response:
@@ -552,7 +453,7 @@ async def send_message(request: Request) -> Response:
     try:
         run = await engine.send_message(run_id, name, wire.MESSAGE.decode(body).message, key)
     except Replayed as exc:
-        run, headers = await _replayed(engine.get_outline(exc.made_id)), REPLAYED
+        run, headers = await replayed(engine.get_outline(exc.made_id)), REPLAYED
     return await run_response(request, run, 202, headers)
 
 
@@ -620,7 +521,7 @@ async def run_batch(request: Request) -> Response:
                 key=key,
             )
     except Replayed as exc:
-        batch, headers = await _replayed(engine.get_batch(exc.made_id)), REPLAYED
+        batch, headers = await replayed(engine.get_batch(exc.made_id)), REPLAYED
     except FlockError:
         await body.drain()
         raise
@@ -846,20 +747,6 @@ def event_stream(
         return head_of_stream(EventStream.media_type, headers)
     text = event_text(events, engine, request_id_of(request))
     return EventStream(text, slot or stream_slot(request), headers, on_cut_off=on_cut_off)
-
-
-@contextlib.contextmanager
-def stream_slot(request: Request) -> Iterator[None]:
-    """Hold the caller's slot for an event stream in the block. Raises TooManyRequests if none is free."""
-    app = app_of(request)
-    counted = contextlib.nullcontext() if app.metrics is None else app.metrics.event_streams.track_inprogress()
-    with app.event_streams.take(caller_of(request)), counted:
-        yield
-
-
-def download_slot(request: Request) -> AbstractContextManager[None]:
-    """Return the caller's slot for a download or a long page. Entering it raises TooManyRequests if none is free."""
-    return app_of(request).downloads.take(caller_of(request))
 
 
 #: The route table, which all apps share.

@@ -17,7 +17,8 @@ from flock.core import Flock, FlockFactory
 from flock.errors import StoreError
 from flock.runs import RunContext
 from flock.testing import FakeModel, Reply
-from flockapi import WATCH_DELAY_S, FlockAPI, create_app
+from flock.web.orders import WATCH_DELAY_S
+from flockapi import FlockAPI, create_app
 from tests.support.cluster import engine_for
 from tests.support.engines import sqlite_of, until
 from tests.support.http import check_problem, events_in, get, post_run, wait_until

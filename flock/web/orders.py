@@ -1,0 +1,211 @@
+"""What happens to the run of a request, apart from how a protocol spells the request and the response.
+
+Each handler that starts a run makes an ``Order`` of its request, and passes it to ``accept`` or ``stream``. So
+disconnects, replays, time-outs, limits and the first text of a fast run are the same in each protocol.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import anyio
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from flock.errors import Conflict, FlockError, NotFound, Replayed, StoreError
+from flock.runs import Engine, Event, IdempotencyKey, Inputs, Run, new_id
+from flock.web.auth import ConcurrencyLimit, ScopedEngine
+from flock.web.body import Body, media_type_of
+from flock.web.lifespan import lifespan_of
+from flock.web.options import AppOptions
+from flock.web.requests import request_id_of, root_path, traceparent_of, while_connected
+from flock.web.responses import events_of_new_run
+from flock.web.routing import caller_of, principal_of
+
+logger = logging.getLogger("flock.api")
+
+T = TypeVar("T")
+
+#: Seconds before the server starts to watch the connection of a synchronous run for a disconnect.
+WATCH_DELAY_S = 0.1
+
+
+class Serving(Protocol):
+    """What handlers need of the application."""
+
+    options: AppOptions
+    engine: Engine
+    event_streams: ConcurrencyLimit
+    downloads: ConcurrencyLimit
+    metrics: Any
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """A run that a client asks for. See ``Engine.submit``.
+
+    Attributes:
+        is_async: the client does not wait for the end, so the run continues if it disconnects.
+    """
+
+    agent_name: str
+    inputs: Inputs
+    is_async: bool = False
+    timeout_s: float | None = None
+    session_id: str | None = None
+    max_cost: float | None = None
+    key: IdempotencyKey | None = None
+
+
+class Accepted(NamedTuple):
+    """A run that is stored. ``is_replay``: an earlier request with the same key has started it."""
+
+    run: Run
+    is_replay: bool
+
+
+class Stream(NamedTuple):
+    """The events of a run that was just accepted, until it ends or waits for an answer.
+
+    Attributes:
+        held: is exited when the response has ended.
+        on_cut_off: is awaited if the client disconnects before; None if the run then continues.
+    """
+
+    accepted: Accepted
+    events: AsyncGenerator[Event | None, None]
+    held: AbstractContextManager[object]
+    on_cut_off: Callable[[], Awaitable[object]] | None
+
+
+def serving(request: Request) -> Serving:
+    """Return the application of a request."""
+    app: Serving = request.app
+    return app
+
+
+async def engine_of(request: Request) -> Engine:
+    """Return the engine, limited to the records of the caller. Open it first if the app's lifespan was not run."""
+    engine = serving(request).engine
+    try:
+        await lifespan_of(engine).open(request.scope.get("flock.ended"))
+    except StoreError as exc:  # the message has the store's path, which clients must not see
+        logger.error("request %s: %s", request_id_of(request), exc)
+        raise StoreError("The store cannot be opened now. The server's log has the reason.") from exc
+    principal = principal_of(request)
+    return engine if principal is None else ScopedEngine(engine, principal)
+
+
+async def read_json(request: Request, *, is_optional: bool = False) -> bytes:
+    """Return the body of a JSON request; see ``Body.json``. Raises HTTPException 415 for another content type.
+
+    An optional body is ``{}`` by default. Generated clients send its content type even without one.
+    """
+    if is_optional and "content-type" not in request.headers:
+        return b"{}"
+    media_type_of(request, "application/json")
+    options = serving(request).options
+    body = Body(request, options.max_body_bytes, options.body_timeout_s)
+    return await body.json(options.max_json_depth, default=b"{}" if is_optional else None)
+
+
+async def accept(request: Request, order: Order, run_id: str | None = None) -> Accepted:
+    """Store a run, which then starts.
+
+    Raises: the errors of ``Engine.submit``; Conflict if an earlier request with the same key has started a run that no
+        longer exists.
+    Cancellation: counts as a disconnect; see ``end_of``.
+    """
+    engine, run_id = await engine_of(request), run_id or new_id()
+    try:
+        run = await engine.submit(
+            order.agent_name,
+            order.inputs,
+            request_id=request_id_of(request),
+            traceparent=traceparent_of(request),
+            is_async=order.is_async,
+            timeout_s=order.timeout_s,
+            session_id=order.session_id,
+            max_cost=order.max_cost,
+            key=order.key,
+            run_id=run_id,
+        )
+    except Replayed as exc:
+        return Accepted(await replayed(engine.get_run(exc.made_id)), is_replay=True)
+    except anyio.get_cancelled_exc_class():  # it may still be accepted
+        await _cancel_unless(order.is_async or order.key is not None, request, run_id)
+        raise
+    return Accepted(run, is_replay=False)
+
+
+async def end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
+    """Return the run when it has ended or waits for an answer.
+
+    If the client disconnects first, cancel it unless *outlives_client* or the application says so.
+
+    Raises: StoreError if the store fails during the wait. In this case, the run is not cancelled.
+    Cancellation: counts as a disconnect, since some hosts cancel the request when the client disconnects.
+    """
+    engine = serving(request).engine
+    try:
+        run = await engine.wait(run_id, WATCH_DELAY_S)
+        if not run.is_active:
+            return run
+        del run  # frees its inputs, which may be long, during the wait
+        return await while_connected(request, engine.wait(run_id))
+    except StoreError as exc:
+        path = f"{root_path(request.scope)}/run/{run_id}"
+        raise StoreError(f"{exc} The run was accepted and is not cancelled. GET {path} shows its status.") from exc
+    except (HTTPException, anyio.get_cancelled_exc_class()):
+        await _cancel_unless(outlives_client, request, run_id)
+        raise
+
+
+async def stream(request: Request, order: Order, *, reasoning: bool) -> Stream:
+    """Store a run, which then starts. It is watched from its start, so that no text is missed.
+
+    Raises: the errors of ``accept``; TooManyRequests if the caller has too many streams open.
+    """
+    engine, run_id = await engine_of(request), new_id()
+    with contextlib.ExitStack() as held:
+        held.enter_context(stream_slot(request))  # before the run is accepted
+        held.enter_context(engine.watch(run_id))
+        accepted = await accept(request, order, run_id)
+        run = accepted.run
+        outlives_client = order.is_async or run.is_async or serving(request).options.on_disconnect != "cancel"
+        on_cut_off = None if outlives_client else functools.partial(engine.cancel_run, run.run_id)
+        return Stream(accepted, events_of_new_run(engine, run, reasoning=reasoning), held.pop_all(), on_cut_off)
+
+
+async def replayed(found: Awaitable[T]) -> T:
+    """Return the run or batch of the earlier request with the same key. Raises Conflict if it was deleted."""
+    try:
+        return await found
+    except NotFound as exc:
+        raise Conflict(
+            f"A request with this Idempotency-Key was accepted before, and its run or batch no longer exists. {exc}"
+        ) from exc
+
+
+async def _cancel_unless(outlives_client: bool, request: Request, run_id: str) -> None:
+    app = serving(request)
+    if not outlives_client and app.options.on_disconnect == "cancel":
+        with anyio.CancelScope(shield=True), contextlib.suppress(FlockError):
+            await app.engine.cancel_run(run_id)
+
+
+@contextlib.contextmanager
+def stream_slot(request: Request) -> Iterator[None]:
+    """Hold the caller's slot for an event stream in the block. Raises TooManyRequests if none is free."""
+    app = serving(request)
+    counted = contextlib.nullcontext() if app.metrics is None else app.metrics.event_streams.track_inprogress()
+    with app.event_streams.take(caller_of(request)), counted:
+        yield
+
+
+def download_slot(request: Request) -> AbstractContextManager[None]:
+    """Return the caller's slot for a download or a long page. Entering it raises TooManyRequests if none is free."""
+    return serving(request).downloads.take(caller_of(request))
