@@ -43,6 +43,7 @@ CALLS_QUERY = "calls"
 MESSAGE_SIGNAL = "message"
 ASKED_SIGNAL = "asked"
 SPENT_QUERY = "spent"
+WAITS_QUERY = "waits"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"
@@ -98,13 +99,31 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """A question that a run asks while the step at this position still runs: the signal of a worker.
+    """A question or an awaited message of a step that still runs: the signal of a worker.
 
-    Only readers of the history need it. The result of the step has the questions that are left.
+    Readers of the history learn of it. A message that was sent before is given to it, so a worker that learns of one
+    sends the signal again. The result of the step has the waits that are left.
+
+    Attributes:
+        item: the position of the item, or 0 for a run.
+        step: the position of the step.
     """
 
+    item: int = 0
     step: int
     question: Question
+
+
+class Waits(msgspec.Struct, frozen=True, kw_only=True):
+    """What has come for the waits of a step that still runs.
+
+    Attributes:
+        answers: to questions, and messages that were given to waits.
+        messages: the names of those that are kept.
+    """
+
+    answers: tuple[Call, ...] = ()
+    messages: frozenset[str] = frozenset()
 
 
 class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -347,6 +366,20 @@ class Calls:
     def messages_to(self, item: int) -> tuple[Sent, ...]:
         """Return the messages that an item, or a run, has not received."""
         return tuple(self._messages.get(item, ()))
+
+    def ask(self, asked: Asked) -> None:
+        """Give the next message to the wait of a step that still runs, if there is one."""
+        wait = asked.question
+        if wait.kind == "message" and self.unanswered(asked.item, asked.step, [wait]):
+            self._receive(asked.item, asked.step, wait)
+
+    def waits(self, item: int, step: int, call_ids: Iterable[str]) -> Waits:
+        """Return what has come for these waits of a step."""
+        answered = self._by_item.get(item, {})
+        return Waits(
+            answers=tuple(answered[step, call_id].call for call_id in call_ids if (step, call_id) in answered),
+            messages=frozenset(sent.name for sent in self.messages_to(item)),
+        )
 
     def _receive(self, item: int, step: int, wait: Question) -> None:
         """Give *wait* the next message of its name that fits. Drop those that do not."""

@@ -18,7 +18,7 @@ from temporalio.exceptions import ApplicationError, CancelledError, TimeoutError
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.errors import cut
-from flock.runs import INVALID_INPUT, MAX_SHOWN_BYTES, NOT_LOADED, Call, Run, RunStatus, Usage, added
+from flock.runs import INVALID_INPUT, MAX_SHOWN_BYTES, NOT_LOADED, Call, Question, Run, RunStatus, Usage, added
 from flock.steps.answers import is_expired
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
 from flock.temporal.cluster import Cluster
@@ -115,7 +115,7 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
             case EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED if run.status is RunStatus.WAITING:
                 run = _with_answers(run, answers, task_at)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (call := _call_of(event)) is not None:
-                run = replace(run, spent=latest(run.spent, call.spent))
+                run = replace(run, spent=latest(run.spent, call.spent), waiting_for=_left_after(call, run))
                 if call.call.kind == "question" and not run.status.is_final:
                     answers.add(call)
                     run = _with_answers(run, answers)
@@ -123,9 +123,9 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
                 answers.keep(sent)
                 run = _with_answers(run, answers)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (asked := _asked_in(event)) is not None:
+                answers.ask(asked)
                 if asked.step == len(run.steps):
-                    others = [wait for wait in run.waiting_for if wait.call_id != asked.question.call_id]
-                    run = _with_answers(replace(run, waiting_for=(*others, asked.question)), answers)
+                    run = _with_answers(_with_waits(run, [asked.question]), answers)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED if run.status is RunStatus.WAITING:
                 run = replace(run, status=RunStatus.STARTING)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
@@ -183,6 +183,18 @@ def _with_answers(run: Run, answers: Calls, at: datetime | None = None) -> Run:
         return replace(run, waiting_for=answers.unanswered(run.position or 0, len(run.steps), run.waiting_for))
     left = answers.still_open(run.position or 0, len(run.steps), run.waiting_for, at)
     return replace(run, waiting_for=left, status=RunStatus.WAITING if left else RunStatus.STARTING)
+
+
+def _with_waits(run: Run, asked: Iterable[Question]) -> Run:
+    """Return *run*, whose step still runs, with the waits that it has *asked* meanwhile."""
+    waits = {wait.call_id: wait for wait in (*run.waiting_for, *asked)}
+    return replace(run, waiting_for=tuple(waits.values()))
+
+
+def _left_after(done: CallDone, run: Run) -> tuple[Question, ...]:
+    """Return the waits of *run* without one that has ended in its step, because it was cancelled or had a default."""
+    is_of_step = done.call.place is not None and done.step == len(run.steps) and run.status is not RunStatus.WAITING
+    return tuple(wait for wait in run.waiting_for if not (is_of_step and wait.call_id == done.call.call_id))
 
 
 def _is_at_first_step(run: Run) -> bool:
@@ -320,6 +332,8 @@ class Chunk:
         self.calls: dict[int, dict[int, list[Call]]] = {}
         #: what each item had spent before the attempt that is being applied
         self._spent_before: dict[int, Usage | None] = {}
+        #: the waits that have begun in a step that still runs, by position and by step
+        self._asked: dict[tuple[int, int], dict[str, Question]] = {}
         #: positions of items that wait for answers
         self._waiting: set[int] = set()
         #: the outcome of items that are not running, if the attempt starts no more
@@ -355,17 +369,25 @@ class Chunk:
         calls: dict[int, list[CallDone]] = {}
         answers, task_at = Calls(), None
         self._spent_before = {position: item.usage for position, item in self.items.items()}
+        self._asked.clear()
         self._stopped_by = None
         for event in events:
             at = event.event_time.ToDatetime(UTC)
             if (call := _call_of(event, self._whole)) is not None:
                 calls.setdefault(call.item, []).append(call)
+                self._note_end(call)
                 if call.call.kind == "question":  # perhaps of a step whose order has not ended yet
                     answers.add(call)
                     self._answer([call.item], answers, None)
             elif (sent := _sent_in(event)) is not None:
                 answers.keep(sent)
                 self._answer([sent.item], answers, None)
+            elif (asked := _asked_in(event)) is not None:
+                answers.ask(asked)
+                self._asked.setdefault((asked.item, asked.step), {})[asked.question.call_id] = asked.question
+                item = self.items[asked.item]
+                if asked.step == len(item.steps) and asked.item not in self._waiting and not item.status.is_final:
+                    self.items[asked.item] = _with_answers(_with_waits(item, [asked.question]), answers)
             if completed := orders.apply(event):
                 self._apply(*completed, at, answers)
             match event.event_type:
@@ -416,6 +438,13 @@ class Chunk:
                 self.items[position] = _cancelled(item, at, reason)
             self._waiting.discard(position)
 
+    def _note_end(self, done: CallDone) -> None:
+        """Remove a wait that has ended while its step runs."""
+        if done.call.place is not None:
+            self._asked.get((done.item, done.step), {}).pop(done.call.call_id, None)
+            item = self.items[done.item]
+            self.items[done.item] = replace(item, waiting_for=_left_after(done, item))
+
     def _answer(self, positions: Iterable[int], answers: Calls, at: datetime | None) -> None:
         """Remove the waits of items that have an answer, or that expired before *at*."""
         for position in self.items.keys() & positions:
@@ -447,12 +476,17 @@ class Chunk:
                 item = replace(
                     item,
                     status=RunStatus.WAITING if part.questions else RunStatus.RUNNING,
-                    waiting_for=part.questions or answers.unanswered(part.position, len(part.steps), part.waited_for),
+                    waiting_for=part.questions or part.waited_for,
                     worked_s=part.worked_s or item.worked_s,
                     started_at=part.started_at,
                     steps=part.steps or item.steps,
                     progress=part.progress,
                 )
+                if part.questions:
+                    self._asked.pop((part.position, len(item.steps)), None)
+                else:
+                    asked = self._asked.get((part.position, len(item.steps)), {})
+                    item = _with_answers(_with_waits(item, asked.values()), answers)
             if at is not None and (item.cancel_requested or self._stopped_by is not None):
                 item = _cancelled(item, at, self._stopped_by)
             self.items[part.position] = item

@@ -29,9 +29,11 @@ from flock.temporal.messages import (
     CALL_SIGNAL,
     CALLS_QUERY,
     SPENT_QUERY,
+    WAITS_QUERY,
     Asked,
     CallDone,
     OfChunk,
+    Waits,
     latest,
     recoded,
     run_workflow_id,
@@ -48,8 +50,8 @@ REFUSALS = (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION)
 #: The pause before an activity that a worker left to others is given to a worker again, in seconds: the first one, and
 #: the longest. Any worker may get it, so there must be several attempts soon.
 MISS_PAUSE_S, MAX_MISS_PAUSE_S = 0.1, 10.0
-#: How often a step that still runs looks for answers to its questions, in seconds.
-POLL_ANSWERS_S = 0.5
+#: How often a step that still runs looks for answers and messages, in seconds.
+POLL_WAITS_S = 0.5
 #: How often a suspect is left to others, to find a worker that executes nothing.
 MAX_MOVES = 6
 
@@ -79,9 +81,11 @@ class ActivityStep(ActiveRun):
         self._gate = gate
         self.suspicion = suspicion
         self._key = f"{run.run_id} {suspicion.attempt}"  # an earlier attempt may still be running here
-        #: the questions that are open while the step runs, and answers, by call id
-        self._asked: set[str] = set()
+        #: the waits that have begun while the step runs, answers, and the names of messages that are kept
+        self._asked: dict[str, Question] = {}
         self._answers: dict[str, Call] = {}
+        self._kept: frozenset[str] = frozenset()
+        self._asking: set[asyncio.Task[None]] = set()
         self._polling: asyncio.Task[None] | None = None
 
     async def is_next(self) -> bool:
@@ -174,26 +178,50 @@ class ActivityStep(ActiveRun):
                 await asyncio.sleep(RETRY_AFTER_S)
 
     async def check_wait(self, wait: Question) -> Call | None:
-        """Questions of runs are open while their step runs. Messages, and answers of items, come when it has ended."""
-        if not wait.is_question or self.run.batch_id is not None:
-            return None
-        if wait.call_id not in self._asked:
-            self._asked.add(wait.call_id)
-            await self._send(ASKED_SIGNAL, Asked(step=len(self.run.steps), question=wait), "ask")
+        """Raises: CallError, OwnershipLost; see ``keep_call``.
+
+        Cancellation: a message that was given to the wait is in the journal when the step runs again.
+        """
+        if wait.call_id not in self._asked or (wait.kind == "message" and wait.question in self._kept):
+            self._asked[wait.call_id] = wait
+            asked = Asked(item=self.run.position or 0, step=len(self.run.steps), question=wait)
+            asking = asyncio.create_task(self._send(ASKED_SIGNAL, asked, "ask" if wait.is_question else "receive"))
+            self._asking.add(asking)
+            asking.add_done_callback(self._asking.discard)
+            await asyncio.shield(asking)
             if self._polling is None:
-                self._polling = asyncio.create_task(self._poll_answers())
+                self._polling = asyncio.create_task(self._poll_waits())
+            if wait.kind == "message":
+                with contextlib.suppress(RPCError, WorkflowQueryFailedError):
+                    await self._read_waits()
         return self._answers.get(wait.call_id)
 
-    async def _poll_answers(self) -> None:
-        """Deliver answers to the step that still runs, until this task is cancelled or the workflow has ended."""
+    async def _poll_waits(self) -> None:
+        """Deliver answers and messages to the step, until this task is cancelled or the workflow has ended."""
         with contextlib.suppress(RPCError, WorkflowQueryFailedError):
             while True:
-                await asyncio.sleep(POLL_ANSWERS_S)
-                found = {call.call_id: call for call in await self.finished_calls() if call.call_id in self._asked}
-                is_new = bool(found.keys() - self._answers.keys())
-                self._answers |= found
-                if is_new and self.context is not None:
-                    self.context.journal.note_answer()
+                await asyncio.sleep(POLL_WAITS_S)
+                await self._read_waits()
+                if any(wait.kind == "message" and wait.question in self._kept for wait in self._asked.values()):
+                    self._note_news()
+
+    async def _read_waits(self) -> None:
+        handle, args = self._workflow(), [self.run.position or 0, len(self.run.steps), list(self._asked)]
+
+        async def ask() -> Waits:
+            async with self._cluster.rpc_scope():
+                found: Waits = await handle.query(WAITS_QUERY, args=args, result_type=Waits)
+            return found
+
+        found = await self._cluster.answered(ask)
+        known, self._answers = self._answers.keys(), {call.call_id: call for call in found.answers}
+        self._kept = found.messages
+        if self._answers.keys() != known:
+            self._note_news()
+
+    def _note_news(self) -> None:
+        if self.context is not None:
+            self.context.journal.note_answer()
 
     def _workflow(self) -> WorkflowHandle[Any, Any]:
         # Without its run id, since a chunk may continue as new.
@@ -207,6 +235,8 @@ class ActivityStep(ActiveRun):
         finally:
             if self._polling is not None:
                 self._polling.cancel()
+            if self._asking:  # a message must not be given to a wait of a step that has ended
+                await asyncio.wait(self._asking)
             await self._gate.leave(self._key, self.suspicion)
 
     async def _execute(self, executor: StepExecutor) -> None:

@@ -37,12 +37,14 @@ from flock.temporal.messages import (
     SPENT_QUERY,
     STATUS,
     TASK_TIMEOUT,
+    WAITS_QUERY,
     Asked,
     CallDone,
     Calls,
     RunOrder,
     Sent,
     StepDone,
+    Waits,
     session_workflow_id,
 )
 
@@ -78,12 +80,17 @@ class CallKeeper:
 
     @workflow.signal(name=ASKED_SIGNAL)
     def asked(self, asked: Asked) -> None:
-        """See ``Asked``."""
+        self._calls.ask(asked)
 
     @workflow.query(name=CALLS_QUERY)
     def calls(self, item: int, step: int) -> list[Call]:
         """Return the finished calls of a step of an item, or of a run, whose *item* is 0."""
         return self._calls.of_step(item, step)
+
+    @workflow.query(name=WAITS_QUERY)
+    def waits(self, item: int, step: int, call_ids: list[str]) -> Waits:
+        """Return what has come for the waits of a step that still runs."""
+        return self._calls.waits(item, step, call_ids)
 
     @workflow.query(name=SPENT_QUERY)
     def spent(self, item: int) -> Usage | None:
