@@ -2,18 +2,22 @@
 
 import asyncio
 import contextlib
+import runpy
+from pathlib import Path
 
 import anyio
 import pytest
 
 from flock.core import Flock
 from flock.errors import Conflict, InvalidData
-from flock.runs import BatchOptions, RunContext
-from flock.temporal import steps
+from flock.runs import BatchOptions, Call, RunContext, new_id, now
+from flock.temporal import TemporalEngine, steps
+from flock.temporal.messages import CALL_SIGNAL, Begun, CallDone, Fence, chunk_workflow_id, run_workflow_id
 from tests.support.cluster import on_temporal
 from tests.support.engines import until, until_run
 from tests.test_ask import json_of, result_of
 from tests.test_sleep_and_messages import Beside, send
+from tests.test_temporal import working
 
 pytestmark = pytest.mark.anyio
 
@@ -75,3 +79,78 @@ async def test_a_message_is_not_given_to_a_wait_that_was_cancelled(temporal_addr
         assert (await engine.get_run(run_id)).waiting_for == ()
         may_go.set()
         assert await result_of(engine, run_id) == 5
+
+
+# Workers that were replaced
+
+REPLACED = """
+import asyncio, os, pathlib
+from flock.core import Flock
+from flock.runs import RunContext
+
+flock = Flock({name!r})
+log = pathlib.Path({log!r})
+
+def early() -> int:
+    return os.getpid()
+
+async def late() -> int:
+    with log.open("a") as file:
+        file.write(f"{{os.getpid()}}\\n")
+    while not log.with_name(f"{{os.getpid()}}").exists():
+        await asyncio.sleep(0.02)
+    return os.getpid()
+
+@flock.agent
+async def work(context: RunContext) -> list[int]:
+    return [await context.call(early), await context.call(late)]
+"""
+
+
+@pytest.mark.parametrize("kind", ["run", "item"])
+async def test_what_a_worker_reports_after_the_next_one_has_begun_does_not_count(
+    kind: str, temporal_address: str, tmp_path: Path
+) -> None:
+    """The first worker seems to be dead. What it had reported before counts."""
+    target, log, pids = tmp_path / "replaced.py", tmp_path / "log", list[int]()
+    target.write_text(REPLACED.format(name=new_id(), log=str(log)))
+    log.touch()
+    flock: Flock = runpy.run_path(str(target))["flock"]
+    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+        if kind == "run":
+            run_id = (await engine.submit("work", {})).run_id
+            workflow_id = run_workflow_id(run_id, 1)
+        else:
+            batch = await engine.submit_batch("work", [{}], BatchOptions())
+            (item,) = await engine.get_items(batch.batch_id)
+            run_id, workflow_id = item.run_id, chunk_workflow_id(batch.batch_id, 0, 1)
+        for number in range(3):
+            with working(target, temporal_address) as worker:
+                await until(lambda: len(log.read_text().split()) > number)  # noqa: B023 - awaited here
+                pids.append(worker.pid)
+                if number == 1:
+                    (early,) = (await engine.get_calls(await engine.get_run(run_id)))[0]
+                    call_id = early.call_id.replace("early", "late")
+                    late = Call(call_id=call_id, name="late", result=json_of(0), started_at=now(), completed_at=now())
+                    report = CallDone(step=0, call=late, by=(0, 1, 1))
+                    await engine.cluster.handle(workflow_id).signal(CALL_SIGNAL, report)
+                if number == 2:
+                    (tmp_path / str(worker.pid)).touch()
+                    assert await result_of(engine, run_id) == [pids[0], pids[2]]
+                worker.kill()
+                worker.wait()
+        calls = (await engine.get_calls(await engine.get_run(run_id)))[0]
+    assert [(call.name, bytes(call.result)) for call in calls] == [
+        ("early", str(pids[0]).encode()),
+        ("late", str(pids[2]).encode()),
+    ]
+
+
+def test_a_later_execution_is_one_of_a_later_generation_activity_or_attempt() -> None:
+    fence = Fence(1)
+    assert not fence.admits(Begun(by=(0, 7, 2)))
+    assert fence.admits(Begun(by=(1, 2, 3)))
+    assert [fence.admits(Begun(by=by)) for by in ((1, 2, 2), (1, 1, 4), (1, 2, 3), (1, 3, 1), None)] == [
+        *(False, False, True, True, True)
+    ]
+    assert fence.admits(Begun(item=1, by=(1, 1, 1)))

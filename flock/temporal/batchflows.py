@@ -381,7 +381,7 @@ class FlockChunk(_Interruptible, CallKeeper):
         self._cancelled = set(order.cancelled)
         self._running: dict[workflow.ActivityHandle[ItemsDone], ItemsOrder] = {}
         self._is_stopping = False
-        self._calls = Calls(order.calls, order.messages, log_dropped)
+        self._calls = Calls(order.calls, order.messages, log_dropped, order.generation)
         #: items that wait for answers, by position
         self._waiting = {part.position: part for part in order.waiting}
         #: see ``ChunkIdle``
@@ -608,6 +608,7 @@ class FlockChunk(_Interruptible, CallKeeper):
             is_idle=self._is_idle,
             grants=self._grants,
             keeps_lanes=self._keeps_lanes,
+            generation=self._order.generation + 1,
         )
 
     def _memo(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ CALL_SIGNAL = "call_done"
 CALLS_QUERY = "calls"
 MESSAGE_SIGNAL = "message"
 ASKED_SIGNAL = "asked"
+BEGUN_SIGNAL = "begun"
 SPENT_QUERY = "spent"
 WAITS_QUERY = "waits"
 ITEMS_ACTIVITY = "run_items"
@@ -98,18 +99,54 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
     at: datetime
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker reports of a step while it executes it.
+
+    Attributes:
+        item: the position of the item, or 0 for a run.
+        by: which execution of the step reports it: the generation of the chunk, the number of the activity, and its
+            attempt, so that a later one is greater. None if it is the answer of a person, or of an earlier version.
+    """
+
+    item: int = 0
+    by: tuple[int, int, int] | None = None
+
+
+class Begun(Report, frozen=True, kw_only=True):
+    """A step is executed again, perhaps because its worker seems to be dead: the signal of the next worker.
+
+    What the earlier one still reports does not count any more.
+    """
+
+
+class Fence:
+    """Which reports count: those of the last execution of each step, and what earlier ones had reported before.
+
+    Args:
+        generation: those of chunks with an earlier one do not count.
+    """
+
+    def __init__(self, generation: int = 0) -> None:
+        self._least = (generation, 0, 0)
+        self._last: dict[int, tuple[int, int, int]] = {}
+
+    def admits(self, report: Report) -> bool:
+        if report.by is None:
+            return True
+        last = self._last[report.item] = max(self._last.get(report.item, self._least), report.by)
+        return report.by == last
+
+
+class Asked(Report, frozen=True, kw_only=True):
     """A question or an awaited message of a step that still runs: the signal of a worker.
 
     Readers of the history learn of it. A message that was sent before is given to it, so a worker that learns of one
     sends the signal again. The result of the step has the waits that are left.
 
     Attributes:
-        item: the position of the item, or 0 for a run.
         step: the position of the step.
     """
 
-    item: int = 0
     step: int
     question: Question
 
@@ -299,18 +336,16 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return [chunk for chunk in chunks if bits >> chunk & 1]
 
 
-class CallDone(msgspec.Struct, frozen=True, kw_only=True):
+class CallDone(Report, frozen=True, kw_only=True):
     """A finished call: the signal that a worker sends to the workflow of its activity.
 
     The answer of a person is such a call too. The API sends it, so it needs no worker.
 
     Attributes:
-        item: the position of the item, or 0 for a run.
         step: the position of the step.
         spent: what the run has spent when the call finished; see ``Run``.
     """
 
-    item: int = 0
     step: int
     call: Call
     spent: Usage | None = None
@@ -327,6 +362,7 @@ class Calls:
 
     Args:
         on_drop: is called with the call of each message that does not fit.
+        generation: see ``Fence``.
     """
 
     def __init__(
@@ -334,14 +370,17 @@ class Calls:
         calls: Iterable[CallDone] = (),
         messages: Iterable[Sent] = (),
         on_drop: Callable[[Call], object] = lambda call: None,
+        generation: int = 0,
     ) -> None:
         self._by_item: dict[int, dict[tuple[int, str], CallDone]] = {}
         self._spent: dict[int, Usage | None] = {}
         self._messages: dict[int, list[Sent]] = {}
         self._message_ids: set[str] = set()
         self._on_drop = on_drop
+        self.fence = Fence()
         for done in calls:
             self.add(done)
+        self.fence = Fence(generation)
         for sent in messages:
             self.keep(sent)
 
@@ -370,6 +409,8 @@ class Calls:
     def ask(self, asked: Asked) -> None:
         """Give the next message to the wait of a step that still runs, if there is one."""
         wait = asked.question
+        if not self.fence.admits(asked):
+            return
         if wait.kind == "message" and self.unanswered(asked.item, asked.step, [wait]):
             self._receive(asked.item, asked.step, wait)
 
@@ -403,7 +444,7 @@ class Calls:
         """
         self._spent[done.item] = latest(self._spent.get(done.item), done.spent)
         call = done.call
-        if call.is_checkpoint:
+        if self.fence.admits(done) and call.is_checkpoint:
             of_item, call_id = self._by_item.setdefault(done.item, {}), call.call_id
             started = f"{call_id} started"
             if call.is_start:
@@ -494,7 +535,11 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class OfChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the orders of one attempt of a chunk share: its batch, the attempts so far, and the times for its items."""
+    """What the orders of one attempt of a chunk share: its batch, the attempts so far, and the times for its items.
+
+    Attributes:
+        generation: how often the chunk has continued as new.
+    """
 
     batch_id: str
     chunk: int
@@ -502,6 +547,7 @@ class OfChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     attempts: tuple[Attempt, ...] = (Attempt(),)
     timeout_s: float
     heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
+    generation: int = 0
 
     @property
     def workflow_id(self) -> str:

@@ -24,6 +24,7 @@ from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, 
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ASKED_SIGNAL,
+    BEGUN_SIGNAL,
     CALL_SIGNAL,
     CONVERTER,
     INTERRUPTED,
@@ -31,10 +32,12 @@ from flock.temporal.messages import (
     MESSAGE_SIGNAL,
     Asked,
     Attempt,
+    Begun,
     CallDone,
     Calls,
     ChunkOrder,
     Counts,
+    Fence,
     Heartbeat,
     ItemsDone,
     ItemsOrder,
@@ -103,29 +106,24 @@ def run_of(history: Sequence[HistoryEvent]) -> Run:
     return _read(history)[0]
 
 
-def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
-    """Return the run, and the answers of its questions with the messages that it has received or not."""
+def _read(history: Sequence[HistoryEvent], whole: int | None = None) -> tuple[Run, Calls, list[CallDone]]:
+    """Return the run, the answers of its questions with the messages that it has received or not, and all calls.
+
+    Args:
+        whole: see ``_signal_in``.
+    """
     order = decoded(history[0].workflow_execution_started_event_attributes.input.payloads[0], RunOrder)
     run, answers, task_at = order.run, Calls(messages=order.messages), None
+    calls: list[CallDone] = []
     for event in history:
         at = event.event_time.ToDatetime(UTC)
+        if (brought := _signal_in(event, whole)) is not None:
+            run = _with_signal(run, answers, calls, brought)
         match event.event_type:
             case EventType.EVENT_TYPE_WORKFLOW_TASK_STARTED:
                 task_at = at
             case EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED if run.status is RunStatus.WAITING:
                 run = _with_answers(run, answers, task_at)
-            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (call := _call_of(event)) is not None:
-                run = replace(run, spent=latest(run.spent, call.spent), waiting_for=_left_after(call, run))
-                if call.call.kind == "question" and not run.status.is_final:
-                    answers.add(call)
-                    run = _with_answers(run, answers)
-            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (sent := _sent_in(event)) is not None:
-                answers.keep(sent)
-                run = _with_answers(run, answers)
-            case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (asked := _asked_in(event)) is not None:
-                answers.ask(asked)
-                if asked.step == len(run.steps):
-                    run = _with_answers(_with_waits(run, [asked.question]), answers)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED if run.status is RunStatus.WAITING:
                 run = replace(run, status=RunStatus.STARTING)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
@@ -162,7 +160,28 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
             case end if end in CLOSED_FROM_OUTSIDE:
                 error = f"The run was {CLOSED_FROM_OUTSIDE[end]} on the cluster before it ended."
                 run = _ended(run, Outcome(RunStatus.FAILED, error, INTERRUPTED), at)
-    return run, answers
+    return run, answers, calls
+
+
+def _with_signal(run: Run, answers: Calls, calls: list[CallDone], brought: CallDone | Sent | Asked | Begun) -> Run:
+    """Return *run* after a signal, and add what it *brought* to the others."""
+    if isinstance(brought, CallDone):
+        run = replace(run, spent=latest(run.spent, brought.spent))
+    if isinstance(brought, Sent):
+        answers.keep(brought)
+        return _with_answers(run, answers)
+    if not answers.fence.admits(brought):
+        return run
+    if isinstance(brought, Asked):
+        answers.ask(brought)
+        return _with_answers(_with_waits(run, [brought.question]), answers) if brought.step == len(run.steps) else run
+    if isinstance(brought, CallDone):
+        calls.append(brought)
+        run = replace(run, waiting_for=_left_after(brought, run))
+        if brought.call.kind == "question" and not run.status.is_final:
+            answers.add(brought)
+            return _with_answers(run, answers)
+    return run
 
 
 def _attributes_of(event: HistoryEvent) -> Any:
@@ -202,28 +221,27 @@ def _is_at_first_step(run: Run) -> bool:
     return not run.worked_s and not any(step.attempt == run.attempt for step in run.steps)
 
 
-def _call_of(event: HistoryEvent, whole: int | None = None) -> CallDone | None:
-    """Return the finished call that *event* reports, or None.
+#: What the signals bring that workers and the API send to the workflow of a run or of a chunk.
+SIGNALS: Mapping[str, type[CallDone | Sent | Asked | Begun]] = {
+    CALL_SIGNAL: CallDone,
+    MESSAGE_SIGNAL: Sent,
+    ASKED_SIGNAL: Asked,
+    BEGUN_SIGNAL: Begun,
+}
 
-    Its long values are not loaded, except for answers and for calls of the item *whole*.
+
+def _signal_in(event: HistoryEvent, whole: int | None = None) -> CallDone | Sent | Asked | Begun | None:
+    """Return what *event* brings if it is such a signal.
+
+    Long values of a call are not loaded, except for answers and for calls of the item *whole*.
     """
     signal = event.workflow_execution_signaled_event_attributes
-    if event.event_type != EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED or signal.signal_name != CALL_SIGNAL:
+    if (type_ := SIGNALS.get(signal.signal_name)) is None:
         return None
-    done: CallDone = decoded(signal.input.payloads[0], CallDone)
-    return done if done.item == whole or done.call.kind == "question" else replace(done, call=shown(done.call))
-
-
-def _sent_in(event: HistoryEvent) -> Sent | None:
-    """Return the message that *event* brings, or None."""
-    signal = event.workflow_execution_signaled_event_attributes
-    return decoded(signal.input.payloads[0], Sent) if signal.signal_name == MESSAGE_SIGNAL else None
-
-
-def _asked_in(event: HistoryEvent) -> Asked | None:
-    """Return the question that *event* makes known, or None."""
-    signal = event.workflow_execution_signaled_event_attributes
-    return decoded(signal.input.payloads[0], Asked) if signal.signal_name == ASKED_SIGNAL else None
+    brought = decoded(signal.input.payloads[0], type_)
+    if not isinstance(brought, CallDone) or brought.item == whole or brought.call.kind == "question":
+        return brought
+    return replace(brought, call=shown(brought.call))
 
 
 def unreceived_of(history: Sequence[HistoryEvent]) -> tuple[Sent, ...]:
@@ -238,9 +256,9 @@ def shown(call: Call) -> Call:
 
 
 def calls_of(history: Sequence[HistoryEvent], *, is_whole: bool = False) -> dict[int, list[Call]]:
-    """Return the calls of each step of a run in one attempt; see ``_call_of``."""
-    done = [done for event in history if (done := _call_of(event, 0 if is_whole else None)) is not None]
-    return _by_step(done, _read(history)[1])
+    """Return the calls of each step of a run in one attempt; see ``_signal_in``."""
+    _, answers, calls = _read(history, 0 if is_whole else None)
+    return _by_step(calls, answers)
 
 
 def journal_of(step: int, calls: Iterable[Call]) -> list[Call]:
@@ -373,21 +391,21 @@ class Chunk:
         self._stopped_by = None
         for event in events:
             at = event.event_time.ToDatetime(UTC)
-            if (call := _call_of(event, self._whole)) is not None:
-                calls.setdefault(call.item, []).append(call)
-                self._note_end(call)
-                if call.call.kind == "question":  # perhaps of a step whose order has not ended yet
-                    answers.add(call)
-                    self._answer([call.item], answers, None)
-            elif (sent := _sent_in(event)) is not None:
-                answers.keep(sent)
-                self._answer([sent.item], answers, None)
-            elif (asked := _asked_in(event)) is not None:
-                answers.ask(asked)
-                self._asked.setdefault((asked.item, asked.step), {})[asked.question.call_id] = asked.question
-                item = self.items[asked.item]
-                if asked.step == len(item.steps) and asked.item not in self._waiting and not item.status.is_final:
-                    self.items[asked.item] = _with_answers(_with_waits(item, [asked.question]), answers)
+            match _signal_in(event, self._whole):
+                case Sent() as sent:
+                    answers.keep(sent)
+                    self._answer([sent.item], answers, None)
+                case CallDone() as call if answers.fence.admits(call):
+                    calls.setdefault(call.item, []).append(call)
+                    self._note_end(call)
+                    if call.call.kind == "question":  # perhaps of a step whose order has not ended yet
+                        answers.add(call)
+                        self._answer([call.item], answers, None)
+                case Asked() as asked if answers.fence.admits(asked):
+                    answers.ask(asked)
+                    self._ask(asked, answers)
+                case Begun() as begun:
+                    answers.fence.admits(begun)
             if completed := orders.apply(event):
                 self._apply(*completed, at, answers)
             match event.event_type:
@@ -401,7 +419,9 @@ class Chunk:
                     self._answer(list(self._waiting), answers, task_at)
                 case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
                     payload = event.workflow_execution_started_event_attributes.input.payloads[0]
-                    self.cancel(decoded(payload, ChunkOrder).cancelled)
+                    chunk = decoded(payload, ChunkOrder)
+                    answers.fence = Fence(chunk.generation)
+                    self.cancel(chunk.cancelled)
                 case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
                     signal = event.workflow_execution_signaled_event_attributes
                     if signal.signal_name == "cancel_item":
@@ -437,6 +457,13 @@ class Chunk:
             if not item.status.is_final:
                 self.items[position] = _cancelled(item, at, reason)
             self._waiting.discard(position)
+
+    def _ask(self, asked: Asked, answers: Calls) -> None:
+        """Note a wait of a step that still runs."""
+        self._asked.setdefault((asked.item, asked.step), {})[asked.question.call_id] = asked.question
+        item = self.items[asked.item]
+        if asked.step == len(item.steps) and asked.item not in self._waiting and not item.status.is_final:
+            self.items[asked.item] = _with_answers(_with_waits(item, [asked.question]), answers)
 
     def _note_end(self, done: CallDone) -> None:
         """Remove a wait that has ended while its step runs."""

@@ -26,13 +26,16 @@ from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
 from flock.temporal.cluster import RETRY_AFTER_S, Cluster, logger
 from flock.temporal.messages import (
     ASKED_SIGNAL,
+    BEGUN_SIGNAL,
     CALL_SIGNAL,
     CALLS_QUERY,
     SPENT_QUERY,
     WAITS_QUERY,
     Asked,
+    Begun,
     CallDone,
     OfChunk,
+    Report,
     Waits,
     latest,
     recoded,
@@ -79,6 +82,8 @@ class ActivityStep(ActiveRun):
         super().__init__(run, timeout_s, **options)
         self._cluster = cluster
         self._gate = gate
+        #: an earlier execution of the step may not have ended
+        self._is_again = self.is_again or suspicion.attempt > 1
         self.suspicion = suspicion
         self._key = f"{run.run_id} {suspicion.attempt}"  # an earlier attempt may still be running here
         #: the waits that have begun while the step runs, answers, and the names of messages that are kept
@@ -112,6 +117,18 @@ class ActivityStep(ActiveRun):
         return self.run
 
     async def finished_calls(self) -> Sequence[Call]:
+        """From now on, what the worker before this one reports does not count, since it only seems to be dead."""
+        if self._is_again:
+            await self._send(BEGUN_SIGNAL, Begun(**self._as_reporter), self.run.agent_name)
+        return await self._read_calls()
+
+    @property
+    def _as_reporter(self) -> dict[str, Any]:
+        """The fields of ``Report``."""
+        info, generation = activity.info(), 0 if self.of_chunk is None else self.of_chunk.generation
+        return {"item": self.run.position or 0, "by": (generation, int(info.activity_id), info.attempt)}
+
+    async def _read_calls(self) -> Sequence[Call]:
         handle, run = self._workflow(), self.run
 
         async def ask() -> list[Call]:
@@ -157,16 +174,16 @@ class ActivityStep(ActiveRun):
         """
         self.has_calls = True
         run = self.run
-        done = CallDone(item=run.position or 0, step=len(run.steps), call=call, spent=self.spent)
+        done = CallDone(step=len(run.steps), call=call, spent=self.spent, **self._as_reporter)
         await self._send(CALL_SIGNAL, done, call.name)
         if call.is_start:
-            same = [each.started_at for each in await self.finished_calls() if each.call_id == call.call_id]
+            same = [each.started_at for each in await self._read_calls() if each.call_id == call.call_id]
             if same[:1] != [call.started_at]:
                 raise Uncertain(f"Another worker has started the call {call.name!r} too. Find out whether it was done.")
         elif self.suspicion.clear():
             await self.suspicion.confirm()
 
-    async def _send(self, signal: str, value: CallDone | Asked, name: str) -> None:
+    async def _send(self, signal: str, value: Report, name: str) -> None:
         while True:
             try:
                 async with self._cluster.rpc_scope(missing=OwnershipLost(self.run.run_id)):
@@ -184,7 +201,7 @@ class ActivityStep(ActiveRun):
         """
         if wait.call_id not in self._asked or (wait.kind == "message" and wait.question in self._kept):
             self._asked[wait.call_id] = wait
-            asked = Asked(item=self.run.position or 0, step=len(self.run.steps), question=wait)
+            asked = Asked(step=len(self.run.steps), question=wait, **self._as_reporter)
             asking = asyncio.create_task(self._send(ASKED_SIGNAL, asked, "ask" if wait.is_question else "receive"))
             self._asking.add(asking)
             asking.add_done_callback(self._asking.discard)

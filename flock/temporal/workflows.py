@@ -29,6 +29,7 @@ from flock.temporal.messages import (
     ACTIVITY,
     ASKED_SIGNAL,
     ASLEEP,
+    BEGUN_SIGNAL,
     CALL_SIGNAL,
     CALLS_QUERY,
     INTERRUPTED,
@@ -39,6 +40,7 @@ from flock.temporal.messages import (
     TASK_TIMEOUT,
     WAITS_QUERY,
     Asked,
+    Begun,
     CallDone,
     Calls,
     RunOrder,
@@ -77,6 +79,10 @@ class CallKeeper:
     @workflow.signal(name=MESSAGE_SIGNAL)
     def message(self, sent: Sent) -> None:
         self._calls.keep(sent)
+
+    @workflow.signal(name=BEGUN_SIGNAL)
+    def begun(self, begun: Begun) -> None:
+        self._calls.fence.admits(begun)
 
     @workflow.signal(name=ASKED_SIGNAL)
     def asked(self, asked: Asked) -> None:
