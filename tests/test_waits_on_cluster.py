@@ -9,12 +9,21 @@ import anyio
 import pytest
 
 from flock.core import Flock
-from flock.errors import Conflict, InvalidData
-from flock.runs import BatchOptions, Call, RunContext, new_id, now
-from flock.temporal import TemporalEngine, steps
-from flock.temporal.messages import CALL_SIGNAL, Begun, CallDone, Fence, chunk_workflow_id, run_workflow_id
+from flock.errors import AgentError, Conflict, InvalidData, Replayed, TooManyRequests
+from flock.runs import BatchOptions, Call, IdempotencyKey, RunContext, RunStatus, new_id, now
+from flock.steps import answers
+from flock.temporal import TemporalEngine, batchflows, steps
+from flock.temporal.messages import (
+    CALL_SIGNAL,
+    Begun,
+    CallDone,
+    Fence,
+    batch_workflow_id,
+    chunk_workflow_id,
+    run_workflow_id,
+)
 from tests.support.cluster import on_temporal
-from tests.support.engines import until, until_run
+from tests.support.engines import ended, until, until_run
 from tests.test_ask import json_of, result_of
 from tests.test_sleep_and_messages import Beside, send
 from tests.test_temporal import working
@@ -79,6 +88,77 @@ async def test_a_message_is_not_given_to_a_wait_that_was_cancelled(temporal_addr
         assert (await engine.get_run(run_id)).waiting_for == ()
         may_go.set()
         assert await result_of(engine, run_id) == 5
+
+
+@pytest.mark.parametrize("max_events", [batchflows.MAX_EVENTS, 40])
+async def test_messages_to_items_that_have_not_started_are_kept(
+    max_events: int, monkeypatch: pytest.MonkeyPatch, temporal_address: str
+) -> None:
+    """Their chunk is started with them, also by a batch that has continued in a new history."""
+    monkeypatch.setattr(batchflows, "MAX_EVENTS", max_events)
+    monkeypatch.setattr(answers, "MAX_MESSAGES", 3)
+    flock, has_begun, may_go = Flock(), anyio.Event(), anyio.Event()
+
+    @flock.agent
+    async def work(n: int, context: RunContext) -> list[int]:
+        has_begun.set()
+        await may_go.wait()
+        return [await context.receive("payment", int) for _ in range(2)] if n in (1, 45) else []
+
+    async with on_temporal(temporal_address, flock) as engine:
+        batch = await engine.submit_batch("work", [{"n": n} for n in range(60)], BatchOptions(max_workers=1))
+        items = await engine.get_items(batch.batch_id)
+        await has_begun.wait()
+        for n in (1, 45):  # one whose chunk has started
+            run_id, key = items[n].run_id, IdempotencyKey(f"first {n}", b"same")
+            await engine.send_message(run_id, "payment", json_of(n), key)
+            with pytest.raises(Replayed):
+                await engine.send_message(run_id, "payment", json_of(n), key)
+            for message in ("none", n + 1):
+                await send(engine, run_id, message)
+            with pytest.raises(TooManyRequests, match="3 messages are kept for the run"):
+                await send(engine, run_id, n + 2)
+        await send(engine, items[46].run_id, "x" * 900_000)
+        with pytest.raises(TooManyRequests, match="for items of the batch"):
+            await send(engine, items[47].run_id, "x" * 900_000)
+        may_go.set()
+        batch = await ended(engine, batch)
+        assert (batch.status, batch.failed_items) == (RunStatus.COMPLETED, 0)
+        for n in (1, 45):
+            assert await result_of(engine, items[n].run_id) == [n, n + 1]
+            calls = (await engine.get_calls(await engine.get_run(items[n].run_id)))[0]
+            assert sorted(call.error is None for call in calls) == [False, True, True]
+        with pytest.raises(Conflict, match="can no longer receive a message"):
+            await send(engine, items[45].run_id, 1)
+        assert isinstance(engine, TemporalEngine)
+        history = await engine.cluster.history_of(batch_workflow_id(batch.batch_id, 1))
+        continued = history[0].workflow_execution_started_event_attributes.continued_execution_run_id
+        assert bool(continued) is (max_events == 40)
+
+
+async def test_a_message_that_is_sent_again_after_a_retry_is_received_once(temporal_address: str) -> None:
+    flock = Flock()
+
+    async def fail() -> None:
+        raise AgentError("not yet")
+
+    @flock.agent
+    async def work(context: RunContext) -> int:
+        amount = await context.receive("payment", int)
+        if context.attempt == 1:
+            await context.call(fail)
+        return amount + await context.receive("payment", int)
+
+    key = IdempotencyKey("payment 1", b"same")
+    async with on_temporal(temporal_address, flock) as engine:
+        run_id = (await engine.submit("work", {})).run_id
+        await engine.send_message(run_id, "payment", json_of(1), key)
+        await until_run(engine, run_id, lambda run: run.status is RunStatus.FAILED)
+        await engine.retry_run(run_id)
+        with pytest.raises(Replayed):
+            await engine.send_message(run_id, "payment", json_of(1), key)
+        await send(engine, run_id, 10)
+        assert await result_of(engine, run_id) == 11
 
 
 # Workers that were replaced

@@ -406,6 +406,7 @@ class TemporalBatches(EngineBase):
                 cancel_requested=False,
             ),
             attempts=(*order.attempts, Attempt(only=statuses, position=position, keeps_calls=keeps_calls)),
+            messages=(),
         )
         try:
             await self._start_batch(again)

@@ -7,11 +7,11 @@ code must be deterministic.
 
 import asyncio
 import contextlib
+import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from itertools import islice
 from typing import Any
 
 import msgspec
@@ -28,6 +28,7 @@ from flock.temporal.messages import (
     DELETE_ACTIVITY,
     FIND_ACTIVITY,
     ITEMS_ACTIVITY,
+    MESSAGE_SIGNAL,
     TASK_TIMEOUT,
     BatchOrder,
     Calls,
@@ -39,6 +40,7 @@ from flock.temporal.messages import (
     ItemsOrder,
     Part,
     RowsOrder,
+    Sent,
     items_queue_of,
 )
 from flock.temporal.records import done_after_failure, outcome_of_failure
@@ -101,6 +103,8 @@ class FlockBatch(_Interruptible):
         self._spent_in: dict[int, Usage] = {}
         self._is_stopping = False
         self._signals: set[asyncio.Task[None]] = set()
+        #: messages to items whose chunk has not started
+        self._early = Calls(messages=order.messages)
         #: chunks without lanes, by number, in the order in which they became idle
         self._idle: dict[int, ChunkIdle] = {}
         #: how often each chunk got lanes after it was idle
@@ -124,6 +128,15 @@ class FlockBatch(_Interruptible):
             self._cancelled[position] = workflow.now()
         elif chunk in self._chunks:
             self._signal_chunk(chunk, "cancel_item", position)
+
+    @workflow.signal(name=MESSAGE_SIGNAL)
+    def message(self, sent: Sent) -> None:
+        """Keep a message to an item until its chunk starts. If the chunk has just started, pass the message on."""
+        chunk = self._order.chunk_of(sent.item)
+        if chunk >= self._next:
+            self._early.keep(sent)
+        elif chunk in self._chunks:
+            self._signal_chunk(chunk, MESSAGE_SIGNAL, sent)
 
     @workflow.signal
     def chunk_spent(self, chunk: int, usage: Usage) -> None:
@@ -203,8 +216,9 @@ class FlockBatch(_Interruptible):
         free = self._resume_chunks(free)
         room = min(lanes, CHUNKS_AT_ONCE) - len(self._chunks) + len(self._idle)
         is_long = _is_long(IDLE_FACTOR if self._idle else 1)  # it can only continue as new without running chunks
+        is_long = is_long and self._early.size <= MAX_STEP_BYTES
         if not (self.is_cancelled or is_long or self._is_spent) and free and room:
-            chunks = list(islice(self._chunks_to_start(), room))
+            chunks = list(itertools.islice(self._chunks_to_start(), room))
             for index, chunk in enumerate(chunks):
                 share = math.ceil(free / (len(chunks) - index))
                 if share:
@@ -253,6 +267,10 @@ class FlockBatch(_Interruptible):
 
     def _start_chunk(self, chunk: int, lanes: int) -> None:
         first, end = self._order.first_of(chunk), self._order.first_of(chunk + 1)
+        messages = [sent for position in range(first, end) for sent in self._early.messages_to(position)]
+        for position in range(first, end):
+            self._early.discard(position)
+        fitting = list(itertools.takewhile(_fits_within(MAX_STEP_BYTES), messages))
         max_cost, usage = self._batch.options.max_cost, self._usage or Usage()
         budget = None if max_cost is None else round(max_cost * DOLLAR) - usage.picodollars
         order = ChunkOrder(
@@ -267,10 +285,13 @@ class FlockBatch(_Interruptible):
             heartbeat_timeout_s=self._order.heartbeat_timeout_s,
             cancelled={at: when for at, when in self._cancelled.items() if first <= at < end},
             budget=budget,
+            messages=tuple(fitting),
         )
         self._lanes[chunk] = lanes
         self._next = chunk + 1
         self._chunks[chunk] = asyncio.create_task(self._run_chunk(order))
+        for sent in messages[len(fitting) :]:
+            self._signal_chunk(chunk, MESSAGE_SIGNAL, sent)
 
     async def _run_chunk(self, order: ChunkOrder) -> Counts:
         """Run a chunk. This task is never cancelled, because the outcome of a cancelled start is unknown."""
@@ -285,7 +306,7 @@ class FlockBatch(_Interruptible):
             started.cancel()
         return await started
 
-    def _signal_chunk(self, chunk: int, signal: str, *values: int) -> None:
+    def _signal_chunk(self, chunk: int, signal: str, *values: Any) -> None:
         async def send() -> None:
             await workflow.wait_condition(lambda: chunk in self._started or chunk not in self._chunks)
             if chunk in self._started:
@@ -334,6 +355,7 @@ class FlockBatch(_Interruptible):
             failed_in=f"{self._failed_in:x}",
             cancelled_in=f"{self._cancelled_in:x}",
             first_error=self._first_error,
+            messages=self._early.all_messages(),
         )
 
     def _memo(self) -> dict[str, Any]:
@@ -421,7 +443,7 @@ class FlockChunk(_Interruptible, CallKeeper):
             if not (self._todo or self._running or self._waiting):
                 break
             has_more = False
-            if not _is_long() or sum(map(_bytes_of, (*self._todo, *self._waiting.values()))) > MAX_STEP_BYTES:
+            if not _is_long() or self._state_bytes > MAX_STEP_BYTES:
                 has_more = self._start_activities()
             elif not self._running:
                 workflow.continue_as_new(self._state(), memo=self._memo())
@@ -460,6 +482,11 @@ class FlockChunk(_Interruptible, CallKeeper):
     @property
     def _told(self) -> tuple[int, int, bool]:
         return self._lanes, self._grants, self._is_stopping
+
+    @property
+    def _state_bytes(self) -> int:
+        """About the length of what is left, as JSON, if the workflow continued as new."""
+        return sum(map(_bytes_of, (*self._todo, *self._waiting.values()))) + self._calls.size
 
     async def _report_usage(self, budget: int) -> None:
         """Tell the batch what the items have spent, and stop if that is all that was left when this chunk started."""
@@ -639,6 +666,18 @@ class FlockDelete:
 def _bytes_of(part: Part) -> int:
     waits = (*part.questions, *part.waited_for)
     return sum(len(step.result) for step in part.steps) + sum(len(msgspec.json.encode(wait)) for wait in waits)
+
+
+def _fits_within(max_bytes: int) -> Callable[[Sent], bool]:
+    """Return a function that says whether a message and those before it have at most *max_bytes*."""
+    total = 0
+
+    def fits(sent: Sent) -> bool:
+        nonlocal total
+        total += len(msgspec.json.encode(sent))
+        return total <= max_bytes
+
+    return fits
 
 
 async def _settle() -> None:

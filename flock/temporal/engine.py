@@ -23,7 +23,7 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.agents.agent import Agent
 from flock.engine.base import ended_calls
-from flock.errors import Conflict, EngineFull, Replayed, RunNotFound, StoreError, TooLarge
+from flock.errors import Conflict, EngineFull, Replayed, RunNotFound, StoreError, TooLarge, TooManyRequests
 from flock.limits import Limits, enforced_by
 from flock.models.models import ModelChoice
 from flock.models.prices import Price
@@ -63,7 +63,16 @@ from flock.temporal.messages import (
     task_queue_of,
     workflow_id_of,
 )
-from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, unreceived_of, with_heartbeats
+from flock.temporal.records import (
+    calls_of,
+    early_messages,
+    had_message,
+    reset_for_retry,
+    run_of,
+    shown,
+    unreceived_of,
+    with_heartbeats,
+)
 from flock.temporal.search import ID, Record, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.workflows import FlockSession
 
@@ -493,25 +502,69 @@ class TemporalEngine(TemporalBatches):
         message = message_from(name, message, MAX_INPUT_BYTES)
         run, made_id, id_ = await self.get_run(run_id), None, new_id()
         if key is not None and (made_id := await self._reservations.find(key)) is None:
-            check_message(run, name, message, len(await self._unreceived(run)))
+            check_message(run, name, message, await self._count_kept(run, message))
             made_id = await self._reservations.claim(key, id_)
         elif key is None:
-            check_message(run, name, message, len(await self._unreceived(run)))
+            check_message(run, name, message, await self._count_kept(run, message))
+        replayed = None if made_id in (None, id_) else Replayed(run_id)
+        if made_id is not None and replayed is not None and await self._has_had(run, made_id):
+            raise replayed
         # If the process that claimed the key died before it sent the message, this one sends it.
         sent = Sent(item=run.position or 0, id=made_id or id_, name=name, message=message, at=now())
-        why = "has not started yet" if run.batch_id and not run.status.is_final else "has ended"
-        ended = Conflict(f"The run {run_id} {why}, so it cannot receive a message {name!r}.")
-        replayed = None if made_id in (None, id_) else Replayed(run_id)
-        async with self.cluster.rpc_scope(missing=replayed or ended):
-            await self.cluster.handle(await self._keeper_of(run)).signal(MESSAGE_SIGNAL, sent)
+        is_sent = await self._signal(await self._keeper_of(run), sent)
+        if not is_sent and run.batch_id is not None and not (await self.get_run(run_id)).status.is_final:
+            batch = await self.get_batch(run.batch_id)  # it keeps those to items that have not started
+            is_sent = await self._signal(workflow_id_of(batch), sent)
         if replayed is not None:
             raise replayed
+        if not is_sent:
+            raise Conflict(f"The run {run_id} has ended, so it cannot receive a message {name!r}.")
         return await self.get_run(run_id)
 
-    async def _unreceived(self, run: Run) -> Sequence[Sent]:
-        """Return the messages that a run has not received. Those of items are not counted."""
+    async def _signal(self, workflow_id: str, sent: Sent) -> bool:
+        """Send a message to a workflow. Returns False if the workflow does not exist or has ended."""
+        async with self.cluster.rpc_scope(missing_ok=True):
+            await self.cluster.handle(workflow_id).signal(MESSAGE_SIGNAL, sent)
+            return True
+        return False
+
+    async def _count_kept(self, run: Run, message: msgspec.Raw) -> int:
+        """Return how many messages are kept for a run.
+
+        Raises: TooManyRequests if a batch cannot keep the *message* too, because the item has not started.
+        """
+        if run.batch_id is None:
+            return len(await self._unreceived(run))
+        order, position = await self._current(run.batch_id), run.position or 0
+        chunk = await self._read(order, order.chunk_of(position))
+        if chunk.has_begun:
+            return len(chunk.messages.messages_to(position))
+        begun_to = order.attempts[-1].begun_to
+        async with self.cluster.rpc_scope(missing_ok=True):
+            history = await self.cluster.history_of(workflow_id_of(order.batch))
+            early = [sent for sent in early_messages(history) if order.chunk_of(sent.item) >= begun_to]
+            size = sum(len(sent.message) for sent in early)
+            if early and size + len(message) > MAX_INPUT_BYTES:
+                raise TooManyRequests(
+                    f"Messages with {size} bytes are kept for items of the batch {run.batch_id} that have not started, "
+                    f"and there is room for {MAX_INPUT_BYTES}. Send more when some of these have started."
+                )
+            return sum(sent.item == position for sent in early)
+        return 0
+
+    async def _has_had(self, run: Run, message_id: str) -> bool:
+        """Whether an attempt of *run* has had a message."""
         if run.batch_id is not None:
-            return ()
+            order = await self._current(run.batch_id)
+            return (await self._read(order, order.chunk_of(run.position or 0))).messages.has_had(message_id)
+        for attempt in range(1, run.attempt + 1):
+            async with self.cluster.rpc_scope(missing_ok=True):  # its history may have been deleted
+                if had_message(await self.cluster.history_of(run_workflow_id(run.run_id, attempt)), message_id):
+                    return True
+        return False
+
+    async def _unreceived(self, run: Run) -> Sequence[Sent]:
+        """Return the messages that a run has not received, which is not an item."""
         async with self.cluster.rpc_scope(missing_ok=True):
             return unreceived_of(await self.cluster.history_of(workflow_id_of(run)))
         return ()

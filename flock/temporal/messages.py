@@ -307,6 +307,7 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         failed_in, cancelled_in: the chunks that have such items, as a hexadecimal number with one bit for each chunk.
         first_error: the position and the error of the first failed item.
         key_id: the workflow id of the marker of its idempotency key.
+        messages: those to items whose chunk has not started.
     """
 
     batch: Batch
@@ -318,6 +319,7 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cancelled_in: str = "0"
     first_error: tuple[int, str] | None = None
     key_id: str | None = None
+    messages: tuple[Sent, ...] = ()
 
     def first_of(self, chunk: int) -> int:
         """The first position of *chunk*, or ``total_items`` after the last chunk."""
@@ -388,6 +390,10 @@ class Calls:
         """Drop the calls of a run, whose step has ended."""
         self._by_item.clear()
         self._spent.clear()
+
+    def has_had(self, message_id: str) -> bool:
+        """Whether a message has been kept, received or not."""
+        return message_id in self._message_ids
 
     def keep(self, sent: Sent) -> None:
         """Keep a message until a step receives it."""
@@ -496,6 +502,11 @@ class Calls:
     def discard(self, item: int) -> None:
         for kept in (self._by_item, self._spent, self._messages):
             kept.pop(item, None)
+
+    @property
+    def size(self) -> int:
+        """The length of all calls and messages, as JSON."""
+        return sum(len(msgspec.json.encode(each)) for each in (*self.all(), *self.all_messages()))
 
     def all_messages(self) -> tuple[Sent, ...]:
         return tuple(sent for messages in self._messages.values() for sent in messages)

@@ -32,6 +32,7 @@ from flock.temporal.messages import (
     MESSAGE_SIGNAL,
     Asked,
     Attempt,
+    BatchOrder,
     Begun,
     CallDone,
     Calls,
@@ -249,6 +250,18 @@ def unreceived_of(history: Sequence[HistoryEvent]) -> tuple[Sent, ...]:
     return _read(history)[1].messages_to(0)
 
 
+def had_message(history: Sequence[HistoryEvent], message_id: str) -> bool:
+    """Whether one attempt of a run has had a message."""
+    return _read(history)[1].has_had(message_id)
+
+
+def early_messages(history: Sequence[HistoryEvent]) -> Sequence[Sent]:
+    """Return the messages in the history of a batch. Those of chunks that have started are in the chunks too."""
+    order = decoded(history[0].workflow_execution_started_event_attributes.input.payloads[0], BatchOrder)
+    brought = map(_signal_in, history)
+    return Calls(messages=(*order.messages, *(each for each in brought if isinstance(each, Sent)))).all_messages()
+
+
 def shown(call: Call) -> Call:
     """Return *call* without long values."""
     long = {name: NOT_LOADED for name in ("arguments", "result") if len(getattr(call, name)) > MAX_SHOWN_BYTES}
@@ -338,6 +351,8 @@ class Chunk:
         items: by position.
         calls: the calls that have ended, by the position of their item and of their step.
         agents: see ``RowsOrder``.
+        has_begun: the last attempt has started the chunk.
+        messages: those that its items have received in this attempt, or not.
 
     Args:
         whole: the position of an item whose calls are read whole, without those that no longer count.
@@ -345,6 +360,7 @@ class Chunk:
 
     def __init__(self, batch_id: str, rows: RowsOrder, whole: int | None = None) -> None:
         self.agents = rows.agents
+        self.has_begun, self.messages = False, Calls()
         self._whole = whole
         self.items: dict[int, Run] = {}
         self.calls: dict[int, dict[int, list[Call]]] = {}
@@ -386,6 +402,7 @@ class Chunk:
         orders = _OpenOrders()
         calls: dict[int, list[CallDone]] = {}
         answers, task_at = Calls(), None
+        self.has_begun, self.messages = bool(events), answers
         self._spent_before = {position: item.usage for position, item in self.items.items()}
         self._asked.clear()
         self._stopped_by = None
@@ -421,6 +438,8 @@ class Chunk:
                     payload = event.workflow_execution_started_event_attributes.input.payloads[0]
                     chunk = decoded(payload, ChunkOrder)
                     answers.fence = Fence(chunk.generation)
+                    for sent in chunk.messages:
+                        answers.keep(sent)
                     self.cancel(chunk.cancelled)
                 case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
                     signal = event.workflow_execution_signaled_event_attributes
