@@ -1,32 +1,40 @@
-"""Four programs whose server is killed (kill -9) at random moments: nothing that was done is done again.
+"""Four programs whose process is killed (kill -9) at random moments: nothing that was done is done again.
 
-``KILLS`` is how often the server of each program is killed: 100 times in ``.ci/nightly``.
+On a cluster, the worker is killed. ``KILLS`` is how often the process of each program is killed: 100 times in
+``.ci/nightly``.
 """
 
+import contextlib
 import itertools
 import os
 import random
 import signal
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import pytest
 
+from flock.runs import new_id
 from tests.support import PATIENCE_S
-from tests.support.servers import serving
+from tests.support.servers import flockapi_command, running, serving
 
 pytestmark = pytest.mark.nightly
 
 KILLS = int(os.environ.get("KILLS", "10"))
+PATIENCE = ("--max-recoveries", str(KILLS + 1))  # these deaths are not the fault of the runs
 #: How many runs of a program are started after each kill.
 RUNS = 3
 #: How long before a kill an effect may have ended that is not in the journal yet, in seconds.
 COMMIT_S = 1.0
 SLEEP_S = 6.0
+#: How long a process lives at most until it is killed, in seconds: one of these. On a cluster, the next worker starts
+#: unfinished steps again some seconds later.
+LIVES_S = {"embedded": [1.5], "temporal": [1.5, 9.0]}
 
 SCRIPT = """
 import asyncio
@@ -37,7 +45,7 @@ from flock.core import Flock
 from flock.runs import RunContext
 
 LOG = os.open("effects.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-flock = Flock("kills")
+flock = Flock("FLOCK")
 
 
 async def effect(run_id: str, name: str, seconds: float = 0.05, fails: bool = False) -> None:
@@ -131,30 +139,68 @@ class Effects:
             (self.begun if what == "begin" else self.ended)[run_id, name].append(float(at))
 
 
-@pytest.mark.timeout(60 + 20 * KILLS)
+class Life(NamedTuple):
+    """A process that executes the program: its id, and where the API is."""
+
+    pid: int
+    url: str
+
+
+@contextlib.contextmanager
+def _one_server(script: Path, tmp_path: Path) -> Iterator[Callable[[], AbstractContextManager[Life]]]:
+    """Yield a function that starts a server with its store in *tmp_path*."""
+
+    @contextlib.contextmanager
+    def life() -> Iterator[Life]:
+        with serving(script, tmp_path, *PATIENCE) as server:
+            yield Life(server.process.pid, server.url)
+
+    yield life
+
+
+@contextlib.contextmanager
+def _workers(script: Path, address: str) -> Iterator[Callable[[], AbstractContextManager[Life]]]:
+    """Start an API that lives until the end of the block, and yield a function that starts a worker."""
+    from tests.test_temporal import working
+
+    @contextlib.contextmanager
+    def life() -> Iterator[Life]:
+        with working(script, address, options=PATIENCE) as worker:
+            yield Life(worker.pid, api.url)
+
+    with running(*flockapi_command("serve", str(script), "--port", "0", "--temporal", address)) as api:
+        yield life
+
+
+@pytest.mark.timeout(60 + 30 * KILLS)
+@pytest.mark.parametrize("engine", LIVES_S)
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_killed_server_does_nothing_twice(name: str, tmp_path: Path) -> None:
+def test_a_killed_process_does_nothing_twice(
+    name: str, engine: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     script, log = tmp_path / "kills.py", tmp_path / "effects.log"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.replace("FLOCK", f"kills {new_id()}"))
     chance, paths, kills = random.Random(name), list[str](), list[float]()
-    for life in range(KILLS + 1):
-        patience = ("--max-recoveries", str(KILLS + 1))  # these deaths are not the fault of the runs
-        with serving(script, tmp_path, *patience) as server, httpx.Client(base_url=server.url, timeout=60) as client:
-            if life < KILLS:
-                for _ in range(RUNS):
-                    body = {"agent_name": name, "inputs": {}, "async_run": True}
-                    paths.append(client.post("/run/flock", json=body).headers["Location"])
-            _help(
-                client,
-                paths,
-                log,
-                until=time.monotonic() + (PATIENCE_S if life == KILLS else chance.uniform(0.05, 1.5)),
-            )
-            if life < KILLS:
-                kills.append(time.time())
-                os.killpg(server.process.pid, signal.SIGKILL)
-            else:
-                runs = [client.get(path).json() for path in paths]
+    lives = (
+        _workers(script, request.getfixturevalue("temporal_address"))
+        if engine == "temporal"
+        else _one_server(script, tmp_path)
+    )
+    with lives as start_life:
+        for number in range(KILLS + 1):
+            is_last = number == KILLS
+            with start_life() as life, httpx.Client(base_url=life.url, timeout=60) as client:
+                if not is_last:
+                    for _ in range(RUNS):
+                        body = {"agent_name": name, "inputs": {}, "async_run": True}
+                        paths.append(client.post("/run/flock", json=body).headers["Location"])
+                life_s = 2 * PATIENCE_S if is_last else chance.uniform(0.05, chance.choice(LIVES_S[engine]))
+                _help(client, paths, log, until=time.monotonic() + life_s)
+                if is_last:
+                    runs = [client.get(path).json() for path in paths]
+                else:
+                    kills.append(time.time())
+                    os.kill(life.pid, signal.SIGKILL)
     program, effects = PROGRAMS[name], Effects(log)
     assert Counter((run["status"], str(run["result"])) for run in runs) == {
         ("completed", str({"result": program.result})): len(paths)
@@ -168,7 +214,8 @@ def test_a_killed_server_does_nothing_twice(name: str, tmp_path: Path) -> None:
         slept = [effects.begun[run["run_id"], "remind"][0] - effects.ended[run["run_id"], "begin"][-1] for run in runs]
         assert min(slept) > SLEEP_S - 1
     extra = sum(len(at) - 1 for at in effects.begun.values())
-    print(f"{name}: {len(kills)} kills, {len(paths)} runs, {len(effects.begun)} effects, {extra} repeated in flight")
+    figures = f"{len(kills)} kills, {len(paths)} runs, {len(effects.begun)} effects, {extra} repeated in flight"
+    print(f"{name}, {engine}: {figures}")
 
 
 def _help(client: httpx.Client, paths: list[str], log: Path, *, until: float) -> None:
