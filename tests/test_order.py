@@ -16,7 +16,7 @@ import pytest
 from flock.agents.agent import OnChange
 from flock.core import Flock
 from flock.runs import JSON_NULL, Call, Engine, Mark, Place, Run, RunContext, RunStatus, now
-from flock.steps.replay import Replay
+from flock.steps.replay import MAX_MARK_BYTES, Replay
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until, until_run
 from tests.test_calls import interrupt
@@ -405,6 +405,20 @@ async def test_the_first_of_two_ends_of_a_call_counts() -> None:
     assert bytes(entry.stored.result) == b"1"
     await replay.turn(entry, is_last=True)
     assert replay.begin("f:a", JSON_NULL).stored is None
+
+
+async def test_marks_that_are_too_many_for_one_call_are_stored_with_the_next_ones() -> None:
+    """An answer comes first."""
+    replay = Replay([], 5)
+    open_ = [replay.begin(f"f:{number} {'x' * 300}", JSON_NULL) for number in range(3000)]
+    asked = replay.begin("ask:a", JSON_NULL)
+    replay.answer(asked, stored("ask:a", 0, 0, place=None))
+    await replay.turn(asked, is_last=False)
+    places = [replay.end(replay.begin(f"g:{number}", JSON_NULL)) for number in range(6)]
+    marks = [mark for place in places for mark in place.also]
+    assert [mark.call_id for mark in marks] == ["ask:a", *(entry.call_id for entry in open_)]
+    assert max(len(msgspec.json.encode(place)) for place in places) < 1.1 * MAX_MARK_BYTES
+    assert places[-1].also == ()
 
 
 async def test_calls_with_one_number_are_both_kept() -> None:

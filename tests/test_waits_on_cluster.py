@@ -11,8 +11,8 @@ import pytest
 from flock.core import Flock
 from flock.errors import AgentError, Conflict, InvalidData, Replayed, TooManyRequests
 from flock.runs import BatchOptions, Call, IdempotencyKey, RunContext, RunStatus, new_id, now
-from flock.steps import answers
-from flock.temporal import TemporalEngine, batchflows, steps
+from flock.steps import answers, replay
+from flock.temporal import TemporalEngine, batchflows, messages, steps
 from flock.temporal.messages import (
     CALL_SIGNAL,
     Begun,
@@ -22,6 +22,7 @@ from flock.temporal.messages import (
     chunk_workflow_id,
     run_workflow_id,
 )
+from tests.support import PATIENCE_S
 from tests.support.cluster import on_temporal
 from tests.support.engines import ended, until, until_run
 from tests.test_ask import json_of, result_of
@@ -234,3 +235,37 @@ def test_a_later_execution_is_one_of_a_later_generation_activity_or_attempt() ->
         *(False, False, True, True, True)
     ]
     assert fence.admits(Begun(item=1, by=(1, 1, 1)))
+
+
+# Many calls
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.nightly)])
+async def test_a_step_may_make_thousands_of_calls_at_once(
+    count: int, monkeypatch: pytest.MonkeyPatch, temporal_address: str
+) -> None:
+    """What the cluster stores with one call, and what it returns at once, is bounded."""
+    monkeypatch.setattr(replay, "MAX_MARK_BYTES", 2_000_000 // count)
+    monkeypatch.setattr(messages, "MAX_PAGE_BYTES", 20_000_000 // count)
+    flock, executed = Flock(), list[int]()
+
+    async def inner(n: int) -> int:
+        executed.append(n)
+        return n
+
+    async def outer(n: int, context: RunContext) -> int:
+        found: int = await context.call(inner, n)
+        return found
+
+    @flock.agent
+    async def work(context: RunContext) -> int:
+        numbers = await asyncio.gather(*(context.call(outer, n) for n in range(count)))
+        await context.ask("Go on?", bool)
+        return sum(numbers)
+
+    async with on_temporal(temporal_address, flock) as engine:
+        run_id = (await engine.submit("work", {})).run_id
+        run = await engine.wait(run_id, 2 * PATIENCE_S)
+        await engine.answer_call(run_id, run.waiting_for[0].call_id, json_of(True))
+        assert await result_of(engine, run_id) == sum(range(count))
+    assert sorted(executed) == list(range(count))

@@ -24,6 +24,11 @@ from flock.scopes import Signal, current_task, loop_clock
 NESTED = "~"
 #: How many iterations of the event loop other tasks get to act before the next end is delivered.
 CHECKPOINTS = 6
+#: Marks of about this size, in bytes, are stored with one call, since a cluster takes at most 2 MiB at once. The next
+#: call has the others.
+MAX_MARK_BYTES = 256 * 1024
+#: About what the numbers of a mark take, as JSON.
+MARK_BYTES = 20
 
 
 class Entry:
@@ -204,16 +209,23 @@ class Replay:
             entry.end = end
             self._ends[end] = None
         self._unwritten.pop(entry.start, None)
-        also = tuple(self._unwritten.values())
-        self._unwritten.clear()
         return Place(
             start=entry.start,
             end=end,
             start_s=round(entry.start_s, 3),
             end_s=round(self._time() - self._began_at, 3),
             is_cancelled=is_cancelled,
-            also=also,
+            also=tuple(self._take_unwritten()),
         )
+
+    def _take_unwritten(self) -> Iterator[Mark]:
+        """Yield what is stored with the next call: first the answers, which are few."""
+        size = 0
+        for start in sorted(self._unwritten, key=lambda start: (not self._unwritten[start].end, start)):
+            size += len(self._unwritten[start].call_id) + MARK_BYTES
+            if size > MAX_MARK_BYTES:
+                break
+            yield self._unwritten.pop(start)
 
     def answer(self, entry: Entry, call: Call) -> None:
         """The answer for which a call waits has come while the step runs. Then ``turn``."""

@@ -40,6 +40,7 @@ ACTIVITY = "run_agent"
 #: The signal and the query of a workflow whose activity makes calls.
 CALL_SIGNAL = "call_done"
 CALLS_QUERY = "calls"
+PAGE_QUERY = "calls_from"
 MESSAGE_SIGNAL = "message"
 ASKED_SIGNAL = "asked"
 BEGUN_SIGNAL = "begun"
@@ -53,6 +54,9 @@ DELETE_ACTIVITY = "forget_batch"
 HEARTBEAT_TIMEOUT_S = 3.0
 #: How long a worker may take for a workflow task before the cluster gives the task to another worker.
 TASK_TIMEOUT = timedelta(seconds=3)
+
+#: Calls of about this size, in bytes, are returned at once. The cluster returns at most 2 MiB, and warns before that.
+MAX_PAGE_BYTES = 400_000
 
 #: ``error_type`` if a worker stops or dies before the end of its step. The cluster retries the step on another worker.
 INTERRUPTED = "interrupted"
@@ -110,6 +114,18 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     item: int = 0
     by: tuple[int, int, int] | None = None
+
+
+class CallsPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Finished calls of a step, from one of them on.
+
+    Attributes:
+        spent: what the run had spent when the last call finished; see ``Run``.
+    """
+
+    calls: tuple[Call, ...] = ()
+    is_last: bool = True
+    spent: Usage | None = None
 
 
 class Begun(Report, frozen=True, kw_only=True):
@@ -452,19 +468,26 @@ class Calls:
         call = done.call
         if self.fence.admits(done) and call.is_checkpoint:
             of_item, call_id = self._by_item.setdefault(done.item, {}), call.call_id
-            started = f"{call_id} started"
-            if call.is_start:
-                call_id = started
-            elif call.once is None and call.place is not None:
+            if call.once is None and call.place is not None:
                 call_id = f"{call_id} {call.place.start} {call.completed_at}"
             elif call.once is None and call.raised is not None:
                 call_id = f"{call_id} {call.completed_at}"
-            of_item.setdefault((done.step, call_id), done)
-            if call.once == "ended":
-                of_item.pop((done.step, started), None)
+            known = of_item.setdefault((done.step, call_id), done)
+            if call.once == "ended" and known.call.is_start:
+                of_item[done.step, call_id] = done
 
     def of_step(self, item: int, step: int) -> list[Call]:
         return [done.call for done in self.of_item(item) if done.step == step]
+
+    def page(self, item: int, step: int, after: int) -> CallsPage:
+        """Return some calls of a step, without the first *after*. No call changes its position."""
+        left, page, size = self.of_step(item, step)[after:], list[Call](), 0
+        for call in left:
+            size += len(msgspec.json.encode(call))
+            if page and size > MAX_PAGE_BYTES:
+                break
+            page.append(call)
+        return CallsPage(calls=tuple(page), is_last=len(page) == len(left), spent=self.spent(item))
 
     def still_open(
         self, item: int, step: int, questions: Iterable[Question], at: datetime | None = None

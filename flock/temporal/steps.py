@@ -6,6 +6,7 @@ cancellation ends only that step.
 
 import asyncio
 import contextlib
+import functools
 import math
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.errors import CallError, EngineFull, OwnershipLost, StoreError, Uncertain, Unreadable
-from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
+from flock.runs import Call, Question, Run, RunStatus, Step, now
 from flock.steps.executor import ActiveRun, AgentElsewhere, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
 from flock.temporal.cluster import RETRY_AFTER_S, Cluster, logger
@@ -29,16 +30,16 @@ from flock.temporal.messages import (
     BEGUN_SIGNAL,
     CALL_SIGNAL,
     CALLS_QUERY,
-    SPENT_QUERY,
+    PAGE_QUERY,
     WAITS_QUERY,
     Asked,
     Begun,
     CallDone,
+    CallsPage,
     OfChunk,
     Report,
     Waits,
     latest,
-    recoded,
     run_workflow_id,
 )
 from flock.temporal.records import calls_of, journal_of, read_chunk
@@ -55,6 +56,8 @@ REFUSALS = (RPCStatusCode.INVALID_ARGUMENT, RPCStatusCode.FAILED_PRECONDITION)
 MISS_PAUSE_S, MAX_MISS_PAUSE_S = 0.1, 10.0
 #: How often a step that still runs looks for answers and messages, in seconds.
 POLL_WAITS_S = 0.5
+#: How many signals of one step are sent at the same time. The cluster holds back some dozens during a workflow task.
+SIGNALS_AT_ONCE = 50
 #: How often a suspect is left to others, to find a worker that executes nothing.
 MAX_MOVES = 6
 
@@ -90,6 +93,7 @@ class ActivityStep(ActiveRun):
         self._asked: dict[str, Question] = {}
         self._answers: dict[str, Call] = {}
         self._kept: frozenset[str] = frozenset()
+        self._signals = asyncio.Semaphore(SIGNALS_AT_ONCE)
         self._asking: set[asyncio.Task[None]] = set()
         self._polling: asyncio.Task[None] | None = None
 
@@ -129,20 +133,22 @@ class ActivityStep(ActiveRun):
         return {"item": self.run.position or 0, "by": (generation, int(info.activity_id), info.attempt)}
 
     async def _read_calls(self) -> Sequence[Call]:
-        handle, run = self._workflow(), self.run
+        calls, is_last = list[Call](), False
+        while not is_last:
+            page = await self._cluster.answered(functools.partial(self._page, len(calls)))
+            calls += page.calls
+            is_last, self.spent = page.is_last, latest(self.spent, page.spent)
+        return calls
 
-        async def ask() -> list[Call]:
-            async with self._cluster.rpc_scope():
-                spent = None
-                with contextlib.suppress(WorkflowQueryFailedError):  # a worker of an earlier version has answered
-                    spent = await handle.query(SPENT_QUERY, run.position or 0)
-                found: list[Call] = await handle.query(
-                    CALLS_QUERY, args=[run.position or 0, len(run.steps)], result_type=list[Call]
-                )
-            self.spent = latest(self.spent, recoded(spent, Usage) if spent else None)
-            return found
-
-        return await self._cluster.answered(ask)
+    async def _page(self, after: int) -> CallsPage:
+        handle, of_step = self._workflow(), [self.run.position or 0, len(self.run.steps)]
+        async with self._cluster.rpc_scope():
+            try:
+                page: CallsPage = await handle.query(PAGE_QUERY, args=[*of_step, after], result_type=CallsPage)
+            except WorkflowQueryFailedError:  # a worker of an earlier version has answered
+                calls: list[Call] = await handle.query(CALLS_QUERY, args=of_step, result_type=list[Call])
+                return CallsPage(calls=tuple(calls))
+        return page
 
     async def earlier_calls(self, run: Run) -> Sequence[Call]:
         """Read them from the histories of the earlier attempts. Raises Unreadable if one was deleted."""
@@ -186,7 +192,7 @@ class ActivityStep(ActiveRun):
     async def _send(self, signal: str, value: Report, name: str) -> None:
         while True:
             try:
-                async with self._cluster.rpc_scope(missing=OwnershipLost(self.run.run_id)):
+                async with self._signals, self._cluster.rpc_scope(missing=OwnershipLost(self.run.run_id)):
                     await self._workflow().signal(signal, value)
                 return
             except (StoreError, EngineFull) as exc:

@@ -34,6 +34,7 @@ from flock.temporal.messages import (
     CALLS_QUERY,
     INTERRUPTED,
     MESSAGE_SIGNAL,
+    PAGE_QUERY,
     RUN_WORKFLOW,
     SPENT_QUERY,
     STATUS,
@@ -43,6 +44,7 @@ from flock.temporal.messages import (
     Begun,
     CallDone,
     Calls,
+    CallsPage,
     RunOrder,
     Sent,
     StepDone,
@@ -88,7 +90,12 @@ class CallKeeper:
     def asked(self, asked: Asked) -> None:
         self._calls.ask(asked)
 
-    @workflow.query(name=CALLS_QUERY)
+    @workflow.query(name=PAGE_QUERY)
+    def calls_from(self, item: int, step: int, after: int) -> CallsPage:
+        """Return finished calls of a step, without the first *after*, and what the item or run has spent."""
+        return self._calls.page(item, step, after)
+
+    @workflow.query(name=CALLS_QUERY)  # of workers of an earlier version, as is the next one
     def calls(self, item: int, step: int) -> list[Call]:
         """Return the finished calls of a step of an item, or of a run, whose *item* is 0."""
         return self._calls.of_step(item, step)
