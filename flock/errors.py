@@ -16,6 +16,7 @@
     │   ├── Forbidden            the caller, or its origin, lacks permission
     │   └── WrongHost            the Host header does not name this server
     ├── Conflict                 the request conflicts with the current state
+    │   └── StaleAnswer          the question is no longer open; has those that are
     ├── KeyReused                an idempotency key was already used for a different request
     ├── Replayed                 not an error: the request was already accepted under the same key
     ├── EngineFull               a queue is full; retry after ``retry_after_s``
@@ -247,6 +248,14 @@ class WrongHost(AccessDenied):
 
 class Conflict(FlockError):
     """The request conflicts with the current state of the run or batch."""
+
+
+class StaleAnswer(Conflict):
+    """The question that is answered is no longer open. ``open_questions`` are those of the run that are."""
+
+    def __init__(self, message: str, open_questions: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.open_questions = open_questions
 
 
 class KeyReused(FlockError):

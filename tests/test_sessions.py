@@ -308,6 +308,8 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         of_sessions = ("runs_by_session", "runs_by_session_and_principal", "sessions_active")
         for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asking"):
             db.execute(f"DROP INDEX {index}")
+        db.execute("DROP TRIGGER questions_asked")
+        db.execute("DROP TABLE questions")
         for column in (
             "session_id",
             "waiting_for",

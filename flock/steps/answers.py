@@ -8,9 +8,10 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.questions import ASK, MESSAGE, RECEIVE, SLEEP, check_answer, message_json, question_json
-from flock.errors import CallError, CallNotFound, Conflict, InvalidData, TooLarge, TooManyRequests, cut
+from flock.errors import CallError, CallNotFound, Conflict, InvalidData, StaleAnswer, TooLarge, TooManyRequests, cut
 from flock.jsontype import explain
 from flock.runs import JSON_NULL, Call, Question, Run, RunStatus
+from flock.steps.identity import asking_call, try_of
 from flock.steps.journal import NAME
 
 #: How many messages are kept for one run until it receives them.
@@ -18,30 +19,50 @@ MAX_MESSAGES = 1000
 
 
 def question_for(
-    run: Run, call_id: str, output: msgspec.Raw, find_answer: Callable[[], bytes | msgspec.Raw | None]
+    run: Run,
+    call_id: str,
+    output: msgspec.Raw,
+    find_answer: Callable[[], Call | None],
+    was_asked: Callable[[], bool],
 ) -> Question | None:
     """Return the open question that *output* answers, or None if it has been given before; see ``Engine.answer_call``.
 
     Args:
         find_answer: returns the answer that a question has got, or None.
+        was_asked: returns whether an earlier question of the run had this id.
 
-    Raises: CallNotFound, Conflict, InvalidData.
+    Raises: CallNotFound, StaleAnswer, InvalidData.
     """
     question = next((open_ for open_ in run.waiting_for if open_.call_id == call_id and open_.is_question), None)
     given = find_answer() if question is None or run.status is not RunStatus.WAITING else None
-    if question is None and given is None:
-        raise CallNotFound(run.run_id, call_id)
-    if given is not None:
-        if errors := explain(Any, bytes(output), "/output"):
-            raise InvalidData(errors)
-        if _normal(given) != _normal(output):
-            raise Conflict(f"The question {call_id!r} of the run {run.run_id} has already been answered otherwise.")
-        return None
-    assert question is not None
-    if run.status.is_final:
-        raise Conflict(f"The run {run.run_id} is {run.status}, so its question {call_id!r} can no longer be answered.")
-    check_answer(question, output)
-    return question
+    if question is not None and given is None:
+        if run.status.is_final:
+            raise _stale(
+                run, f"The run {run.run_id} is {run.status}, so its question {call_id!r} can no longer be answered."
+            )
+        check_answer(question, output)
+        return question
+    is_replaced = any(asking_call(open_.call_id) == asking_call(call_id) for open_ in run.questions)
+    if given is None or is_replaced:
+        if given is None and not was_asked():
+            raise CallNotFound(run.run_id, call_id)
+        raise _stale(run, f"The run {run.run_id} no longer asks the question {call_id!r}.")
+    if errors := explain(Any, bytes(output), "/output"):
+        raise InvalidData(errors)
+    if _normal(given.result) != _normal(output):
+        raise _stale(run, f"The question {call_id!r} of the run {run.run_id} has already been answered otherwise.")
+    return None
+
+
+def _stale(run: Run, why: str) -> StaleAnswer:
+    asks = "; ".join(f"{open_.question!r} ({open_.call_id})" for open_ in run.questions)
+    return StaleAnswer(cut(f"{why} It asks now: {asks}" if asks else f"{why} It asks nothing now."), run.questions)
+
+
+def may_count(run: Run, position: int, call_id: str) -> bool:
+    """Whether the answer of a question of the step at *position* counts: no retry has dropped it."""
+    asked_in = try_of(call_id)
+    return position < len(run.steps) or asked_in is None or asked_in >= run.first_try
 
 
 def answer_of(question: Question, output: msgspec.Raw, at: datetime) -> Call:

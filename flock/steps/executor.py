@@ -362,6 +362,7 @@ class StepExecutor:
             call_ids=run.call_ids,
             answer=self.answer,
             waited_for=run.waiting_for,
+            tries=run.tries,
             check_wait=functools.partial(self._check_wait, active),
         )
 

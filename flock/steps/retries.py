@@ -7,6 +7,7 @@ from datetime import datetime
 import msgspec
 
 from flock.runs import Call
+from flock.steps.identity import asking_call
 from flock.steps.replay import callers
 
 #: Long enough to tell the failed calls of one run apart.
@@ -50,7 +51,7 @@ def dropped_calls(
 
 def key_of(call: Call) -> str:
     """Return what identifies an entry of the journal: a call that failed may have been made again."""
-    of = f"{call.call_id} {call.completed_at.isoformat()}"
+    of = f"{asking_call(call.call_id)} {call.completed_at.isoformat()}"
     return hashlib.sha256(of.encode()).hexdigest()[:KEY_CHARS]
 
 

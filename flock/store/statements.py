@@ -332,8 +332,11 @@ def batch_page(names: Iterable[str]) -> str:
 
 
 #: The answer of the last step that asked: of one that is completed, or of the current one in the same try.
-FIND_ANSWER = """SELECT result FROM calls WHERE run_id = ? AND call_id = ? AND kind = 'question'
-    AND (position < ? OR tries >= ?) ORDER BY position DESC, rowid DESC"""
+FIND_ANSWER = f"""SELECT {", ".join(CALL_TABLE)} FROM calls WHERE run_id = ? AND call_id = ? AND kind = 'question'
+    AND error IS NULL AND (position < ? OR tries >= ?) ORDER BY position DESC, rowid DESC"""
+#: Whether a run has asked a question, even if it is no longer open.
+WAS_ASKED = "SELECT 1 FROM questions WHERE run_id = ? AND call_id = ?"
+DELETE_QUESTIONS = "DELETE FROM questions WHERE run_id = ?"
 #: The answer of a wait that was given while the step runs.
 FIND_ANSWER_OF_WAIT = f"""SELECT {", ".join(CALL_TABLE)} FROM calls
     WHERE run_id = ? AND position = ? AND tries = ? AND call_id = ? AND error IS NULL"""

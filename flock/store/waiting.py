@@ -65,11 +65,14 @@ def answer(
     if run is None:
         raise RunNotFound(run_id)
 
-    def find_answer() -> bytes | None:
+    def find_answer() -> Call | None:
         row = db.execute(statements.FIND_ANSWER, (run_id, call_id, len(run.steps), run.first_try)).fetchone()
-        return None if row is None else row[0]
+        return None if row is None else call_from(row)
 
-    question = question_for(run, call_id, output, find_answer)
+    def was_asked() -> bool:
+        return db.execute(statements.WAS_ASKED, (run_id, call_id)).fetchone() is not None
+
+    question = question_for(run, call_id, output, find_answer, was_asked)
     if question is None:
         return None
     queries.check_engine(db, owner)

@@ -7,7 +7,7 @@ that workflow has counted, plus the counts of its running chunks.
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextvars import Context
 from datetime import UTC, timedelta
 from itertools import islice
@@ -335,15 +335,18 @@ class TemporalBatches(EngineBase):
         async with self.cluster.rpc_scope(SEND_TIMEOUT_S, missing=BatchNotFound(batch_id)):
             return await read_chunk(self.cluster, batch_id, chunk, order.attempts)
 
-    async def _item(self, run_id: str) -> tuple[Run | None, Mapping[int, Sequence[Call]]]:
-        """Return the item with this id and its calls, or None if there is none, or its histories were deleted."""
+    async def _item(self, run_id: str) -> tuple[Run | None, Mapping[int, Sequence[Call]], Collection[str]]:
+        """Return the item with this id, its calls, and the ids of all its questions.
+
+        It is None if there is none, or its histories were deleted.
+        """
         batch_id, position = parse_item_id(run_id)
         with contextlib.suppress(BatchNotFound):
             order = await self._current(batch_id)
             if 0 <= position < order.batch.total_items:
                 chunk = await self._read(order, order.chunk_of(position))
-                return chunk.items[position], chunk.calls.get(position, {})
-        return None, {}
+                return chunk.items[position], chunk.calls.get(position, {}), chunk.asked.get(position, ())
+        return None, {}, ()
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import Context
 from functools import partial
 from typing import Any, Self
@@ -43,7 +43,7 @@ from flock.runs import (
     new_id,
     now,
 )
-from flock.steps.answers import answer_of, check_message, message_from, question_for
+from flock.steps.answers import answer_of, check_message, may_count, message_from, question_for
 from flock.steps.refusals import RETRYABLE, already_retried, check_cancel, not_deleted, run_not_retried, wait_stopped
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster, logger
@@ -63,7 +63,15 @@ from flock.temporal.messages import (
     task_queue_of,
     workflow_id_of,
 )
-from flock.temporal.records import calls_of, reset_for_retry, run_of, shown, unreceived_of, with_heartbeats
+from flock.temporal.records import (
+    asked_in,
+    calls_of,
+    reset_for_retry,
+    run_of,
+    shown,
+    unreceived_of,
+    with_heartbeats,
+)
 from flock.temporal.search import ID, Record, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.workflows import FlockSession
 
@@ -469,8 +477,9 @@ class TemporalEngine(TemporalBatches):
         while True:
             run = await self.get_run(run_id)
             is_open = any(wait.call_id == call_id and wait.is_question for wait in run.waiting_for)
-            given = None if is_open else _answer_in(await self._calls_of(run), call_id)
-            question = question_for(run, call_id, output, lambda: given)  # noqa: B023 - called at once
+            given = None if is_open else _answer_in(run, await self._calls_of(run), call_id)
+            was_asked = not is_open and given is None and call_id in await self._asked_before(run)
+            question = question_for(run, call_id, output, lambda: given, lambda: was_asked)  # noqa: B023 - called at once
             if question is None:
                 return run
             if is_sent:  # the cluster adds it to the history when the workflow has completed its task
@@ -481,6 +490,16 @@ class TemporalEngine(TemporalBatches):
             async with self.cluster.rpc_scope(missing_ok=True):
                 await self.cluster.handle(await self._keeper_of(run)).signal(CALL_SIGNAL, done)
             is_sent = True
+
+    async def _asked_before(self, run: Run) -> Collection[str]:
+        """Return the ids of all questions that *run* has asked, in all its attempts."""
+        if run.batch_id is not None:
+            return (await self._item(run.run_id))[2]
+        found = set[str]()
+        for attempt in range(1, run.attempt + 1):
+            async with self.cluster.rpc_scope(missing_ok=True):  # its history may have been deleted
+                found |= asked_in(await self.cluster.history_of(run_workflow_id(run.run_id, attempt)))
+        return found
 
     async def send_message(
         self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
@@ -574,7 +593,10 @@ class TemporalEngine(TemporalBatches):
         return await page_of(self.cluster, workflows_of(RUN_WORKFLOW, self._flock), "run", wanted, read)
 
 
-def _answer_in(calls: Mapping[int, Sequence[Call]], call_id: str) -> msgspec.Raw | None:
-    """Return the answer of the last step that asked."""
-    asked = (call for step in sorted(calls, reverse=True) for call in reversed(calls[step]) if call.kind == "question")
-    return next((call.result for call in asked if call.call_id == call_id), None)
+def _answer_in(run: Run, calls: Mapping[int, Sequence[Call]], call_id: str) -> Call | None:
+    """Return the answer of the last step that asked, unless a retry has dropped it."""
+    for step in sorted(calls, reverse=True):
+        for call in reversed(calls[step]):
+            if call.kind == "question" and call.call_id == call_id and call.error is None:
+                return call if may_count(run, step, call_id) else None
+    return None

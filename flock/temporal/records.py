@@ -20,6 +20,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from flock.errors import cut
 from flock.runs import INVALID_INPUT, MAX_SHOWN_BYTES, NOT_LOADED, Call, Run, RunStatus, Usage, added
 from flock.steps.answers import is_expired
+from flock.steps.identity import asking_call
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
@@ -124,7 +125,8 @@ def _read(history: Sequence[HistoryEvent]) -> tuple[Run, Calls]:
                 run = _with_answers(run, answers)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED if (asked := _asked_in(event)) is not None:
                 if asked.step == len(run.steps):
-                    others = [wait for wait in run.waiting_for if wait.call_id != asked.question.call_id]
+                    by = asking_call(asked.question.call_id)  # after a death, it may ask the same in other words
+                    others = [wait for wait in run.waiting_for if asking_call(wait.call_id) != by]
                     run = _with_answers(replace(run, waiting_for=(*others, asked.question)), answers)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED if run.status is RunStatus.WAITING:
                 run = replace(run, status=RunStatus.STARTING)
@@ -212,6 +214,19 @@ def _asked_in(event: HistoryEvent) -> Asked | None:
     """Return the question that *event* makes known, or None."""
     signal = event.workflow_execution_signaled_event_attributes
     return decoded(signal.input.payloads[0], Asked) if signal.signal_name == ASKED_SIGNAL else None
+
+
+def asked_in(history: Iterable[HistoryEvent]) -> set[str]:
+    """Return the ids of all questions that a run has asked in one attempt."""
+    found = set[str]()
+    for event in history:
+        if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
+            done = decoded(_attributes_of(event).result.payloads[0], StepDone)
+            found |= {question.call_id for question in done.questions}
+        elif event.event_type == EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
+            if (asked := _asked_in(event)) is not None:
+                found.add(asked.question.call_id)
+    return found
 
 
 def unreceived_of(history: Sequence[HistoryEvent]) -> tuple[Sent, ...]:
@@ -307,6 +322,7 @@ class Chunk:
     Attributes:
         items: by position.
         calls: the calls that have ended, by the position of their item and of their step.
+        asked: the ids of all questions that items have asked, by position.
         agents: see ``RowsOrder``.
 
     Args:
@@ -318,6 +334,7 @@ class Chunk:
         self._whole = whole
         self.items: dict[int, Run] = {}
         self.calls: dict[int, dict[int, list[Call]]] = {}
+        self.asked: dict[int, set[str]] = {}
         #: what each item had spent before the attempt that is being applied
         self._spent_before: dict[int, Usage | None] = {}
         #: positions of items that wait for answers
@@ -440,6 +457,7 @@ class Chunk:
             self.items[ended.position] = replace(ended.of(item), spent=spent)
         for part in (*done.waiting, *order.left_after(done)):
             item = self.items[part.position]
+            self.asked.setdefault(part.position, set()).update(question.call_id for question in part.questions)
             if item.status.is_final:
                 continue
             item = replace(item, spent=latest(item.spent, added(self._spent_before.get(part.position), part.usage)))

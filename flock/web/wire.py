@@ -533,6 +533,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     """An error of the API (RFC 9457).
 
     ``errors`` has one entry for each invalid value of the input. Only ``/readyz`` sends ``engine`` and ``store``.
+    ``waiting_for`` are the open questions of a run, in place of one that is no longer open.
     """
 
     type: str
@@ -542,6 +543,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     instance: str
     request_id: str
     errors: list[FieldError] | msgspec.UnsetType = msgspec.UNSET
+    waiting_for: list[Question] | msgspec.UnsetType = msgspec.UNSET
     engine: Literal["running", "stopping", "stopped"] | msgspec.UnsetType = msgspec.UNSET
     store: Literal["ok", "failing"] | msgspec.UnsetType = msgspec.UNSET
 
