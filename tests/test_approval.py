@@ -1,6 +1,5 @@
 """Tools that a person must allow: ``Tool(function, needs_approval=…)``."""
 
-import functools
 import json
 import os
 import signal
@@ -9,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import msgspec
 import pytest
 
 from flock.agents.tools import Tool
 from flock.core import Flock
-from flock.errors import DefinitionError, InvalidData
+from flock.errors import InvalidData
 from flock.runs import Question, RunStatus
 from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
@@ -48,25 +48,27 @@ PAY = Reply(calls=[("refund", {"amount": 40})])
 
 
 class Decider:
+    """It decides otherwise when the step runs again, as a rule in a database may."""
+
+    def __init__(self) -> None:
+        self.decided = list[float]()
+
     async def __call__(self, amount: float, order: str) -> bool:
-        return False
+        await anyio.lowlevel.checkpoint()
+        self.decided.append(amount)
+        return amount > 10 and len(self.decided) < 3
 
 
-async def decide_later(amount: float, order: str) -> bool:
-    return False
-
-
-@pytest.mark.parametrize(
-    "decide", [decide_later, functools.partial(decide_later), Decider()], ids=["function", "partial", "object"]
-)
-def test_an_async_function_cannot_decide_about_approval(decide: Any) -> None:
-    """Its coroutine would count as True, so each call would need approval."""
-    with pytest.raises(DefinitionError) as caught:
-        Tool(Till().refund, needs_approval=decide)
-    assert str(caught.value) == (
-        "needs_approval= of the tool 'refund' is an async function, which is not supported. Use a plain function that "
-        "returns True or False, or needs_approval=True."
-    )
+async def test_an_async_function_decides_about_approval_once(model: FakeModel, open_engine: OpenEngine) -> None:
+    till, decide = Till(), Decider()
+    calls = [("refund", {"amount": 5}), ("refund", {"amount": 40})]
+    model.replies = [Reply(calls=calls), Reply({"a": "done"})]
+    async with open_engine(asking(till, decide), transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "?"})
+        assert (till.paid, decide.decided) == ([5], [5, 40])
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of({"approved": False}))
+        run = await engine.wait(run.run_id)
+    assert (run.status, till.paid, decide.decided) == (RunStatus.COMPLETED, [5], [5, 40])
 
 
 async def test_a_function_that_decides_and_exits_fails_its_run_alone(model: FakeModel) -> None:

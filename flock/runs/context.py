@@ -80,6 +80,9 @@ class StepJournal(Protocol):
         expires_s: float | None,
         default: Any,
         about: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
+        answerer: str | None = None,
+        *,
+        four_eyes: bool = False,
     ) -> Coroutine[Any, Any, Any]: ...
 
     def receive(
@@ -128,6 +131,7 @@ class _WaitOptions(TypedDict, total=False):
 
 class _AskOptions(_WaitOptions, total=False):
     name: str | None
+    answerer: str | None
 
 
 #: How long a run may sleep, in seconds: ten years.
@@ -355,6 +359,7 @@ class RunContext:
         name: str | None = None,
         expires_s: float | None = None,
         default: Any = msgspec.UNSET,
+        answerer: str | None = None,
     ) -> Coroutine[Any, Any, Any]:
         """Ask a person. The run waits for the answer, and uses no memory and no slot meanwhile.
 
@@ -367,6 +372,8 @@ class RunContext:
             name: identifies the call instead of the question, for one whose text changes.
             expires_s: how long to wait, in seconds. Then the run fails as "expired". By default without a limit.
             default: the answer if nobody has answered in time.
+            answerer: the role of those who may answer, which is one of ``Principal``, or of an API key; None means the
+                owner of the run and admins.
 
         Returns: the answer, read from JSON as *type*.
 
@@ -375,7 +382,7 @@ class RunContext:
 
         Cancellation: the question is not asked.
         """
-        return self.journal.ask(self, question, type, name, expires_s, default)
+        return self.journal.ask(self, question, type, name, expires_s, default, answerer=answerer)
 
     def sleep(self, seconds: float) -> Coroutine[Any, Any, None]:
         """Sleep. The run is "waiting" and uses no memory and no slot meanwhile, unless it is for less than 5 seconds.

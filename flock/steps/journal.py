@@ -30,6 +30,7 @@ from msgspec.structs import replace
 
 from flock.agents.questions import ASK, RECEIVE, SLEEP, TIMEOUT, TIMER, message_json, question_json, schema_of
 from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
+from flock.agents.tools import MAX_EXPIRES_S
 from flock.errors import CallError, SignatureError, Uncertain, cut
 from flock.pydanticmodel import from_json, to_json_and_back
 from flock.runs import (
@@ -40,6 +41,7 @@ from flock.runs import (
     Question,
     RunContext,
     Usage,
+    bad_role,
     now,
     safe_text,
 )
@@ -65,8 +67,6 @@ logger = logging.getLogger("flock.runs")
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 #: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
 CHECKPOINTS = 10
-#: How long a question may be open, in seconds: ten years.
-MAX_EXPIRES_S = 10 * 365 * 86_400
 #: Shorter sleeps do not end the step, in seconds.
 MIN_SUSPENDED_S = 5.0
 #: The pause before a call is tried again, in seconds. It doubles with each try.
@@ -296,14 +296,20 @@ class Journal:
         expires_s: float | None,
         default: Any,
         about: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
+        answerer: str | None = None,
+        *,
+        four_eyes: bool = False,
     ) -> Coroutine[Any, Any, Any]:
-        """See ``RunContext.ask``. *about* is what the question is about, as a JSON object."""
+        """See ``RunContext.ask`` and ``Tool``. *about* is what the question is about, as a JSON object."""
         check_in_loop(context)
         _check_name(ASK, name)
+        if answerer is not None and (problem := bad_role(answerer)):
+            raise CallError(f"answerer={problem}")
         text = safe_text(question)
-        asked = self._asking(ASK, text, type_, expires_s, default, arguments=about)
+        rules = {"answerer": msgspec.UNSET if answerer is None else answerer, "four_eyes": four_eyes}
+        asked = self._asking(ASK, text, type_, expires_s, default, arguments=about, **rules)
         key = name or hashlib.sha256(b"\0".join([text.encode(), asked(now()).schema])).hexdigest()[:DIGEST_CHARS]
-        return self._wait(ASK, key, asked, type_, "question", question_json(text))
+        return self._wait(ASK, key, asked, type_, "question", question_json(text, about))
 
     def receive(
         self, context: RunContext, name: str, type_: Any, expires_s: float | None, default: Any

@@ -259,6 +259,12 @@ def waits_json(waits: Sequence[Question]) -> bytes | None:
     return msgspec.json.encode(waits) if waits else None
 
 
+def names_of_retriers(record: Run | Batch, by: str | None) -> bytes | None:
+    """Return the column ``retried_by`` of a record that *by* retries."""
+    names = record.retried_by if by is None or by in record.retried_by else (*record.retried_by, by)
+    return msgspec.json.encode(names) if names else None
+
+
 def step_values(run_id: str, position: int, step: Step) -> list[Any]:
     """Return a row of ``steps``."""
     return [run_id, position, *_fields_of_step(step)]

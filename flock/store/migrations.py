@@ -11,7 +11,8 @@ from flock.errors import StoreError
 from flock.store import files, statements
 
 #: The questions that a run waits for, as rows.
-_QUESTIONS_OF = """SELECT {run}.run_id, json_extract(value, '$.call_id'), {run}.flock, value
+_QUESTIONS_OF = """SELECT {run}.run_id, json_extract(value, '$.call_id'), {run}.flock,
+    ifnull(json_extract(value, '$.answerer'), ''), value
     FROM {tables}json_each(CAST({run}.waiting_for AS TEXT))
     WHERE json_valid(CAST({run}.waiting_for AS TEXT)) AND json_extract(value, '$.kind') IS NULL"""
 #: The statements of each migration.
@@ -205,22 +206,30 @@ MIGRATIONS: Sequence[Sequence[str]] = [
             run_id TEXT NOT NULL,
             call_id TEXT NOT NULL,
             flock TEXT NOT NULL,
-            answerer TEXT NOT NULL DEFAULT '',
+            answerer TEXT NOT NULL,
             is_open INTEGER NOT NULL DEFAULT 1,
             question TEXT NOT NULL
         )""",
         "CREATE UNIQUE INDEX questions_of_runs ON questions (run_id, call_id)",
         "CREATE INDEX questions_open ON questions (flock, answerer) WHERE is_open = 1",
-        f"INSERT INTO questions (run_id, call_id, flock, question) {_QUESTIONS_OF.format(run='runs', tables='runs, ')} "
-        "AND runs.status IN ('starting', 'running', 'waiting')",
+        f"""INSERT INTO questions (run_id, call_id, flock, answerer, question)
+            {_QUESTIONS_OF.format(run="runs", tables="runs, ")}
+            AND runs.status IN ('starting', 'running', 'waiting')""",
         f"""CREATE TRIGGER questions_asked AFTER UPDATE OF waiting_for ON runs
             WHEN new.waiting_for IS NOT old.waiting_for BEGIN
             UPDATE questions SET is_open = 0 WHERE run_id = new.run_id AND is_open = 1 AND call_id NOT IN
                 (SELECT json_extract(value, '$.call_id') FROM json_each(CAST(ifnull(new.waiting_for, '[]') AS TEXT)));
-            INSERT INTO questions (run_id, call_id, flock, question)
+            INSERT INTO questions (run_id, call_id, flock, answerer, question)
                 {_QUESTIONS_OF.format(run="new", tables="")}
                 ON CONFLICT (run_id, call_id) DO UPDATE SET is_open = 1;
             END""",
+    ],
+    # Who has answered, and who has retried.
+    [
+        "ALTER TABLE calls ADD COLUMN answered_by TEXT",
+        "ALTER TABLE calls ADD COLUMN four_eyes INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE runs ADD COLUMN retried_by BLOB",
+        "ALTER TABLE batches ADD COLUMN retried_by BLOB",
     ],
 ]
 

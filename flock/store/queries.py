@@ -393,9 +393,9 @@ def find_next_calls(
 ) -> list[tuple[int, Call]]:
     """Return a page of the calls of a step that were stored after a row, each with its row, from *number* on.
 
-    Their arguments are not read. Raises Damaged.
+    Only the arguments of questions are read. Raises Damaged.
     """
-    values = (MAX_SHOWN_BYTES, run_id, position, after_row, CALLS_PER_PAGE, number)
+    values = (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, position, after_row, CALLS_PER_PAGE, number)
     with _detecting_damage():
         return [(row, shown_call_from(call)) for row, *call in db.execute(statements.NEXT_CALLS, values)]
 

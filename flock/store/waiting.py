@@ -13,8 +13,16 @@ from msgspec import UnsetType
 
 from flock.agents.questions import MESSAGE, check_answer
 from flock.errors import InvalidData, RunNotFound
-from flock.runs import Call, IdempotencyKey, Question, Run, RunStatus
-from flock.steps.answers import answer_of, awaited, check_message, dropped_of, is_expired, question_for
+from flock.runs import AskedQuestion, Call, IdempotencyKey, Principal, Question, Run, RunStatus
+from flock.steps.answers import (
+    answer_of,
+    asked_question,
+    awaited,
+    check_message,
+    dropped_of,
+    is_expired,
+    question_for,
+)
 from flock.steps.outcomes import Outcome, expiry_of
 from flock.store import queries, statements
 from flock.store.columns import Damaged, call_from, call_values, json_from, micros, waiting_values, waits_json
@@ -55,11 +63,18 @@ def has_answer(db: sqlite3.Connection, run: Run, wait: Question) -> bool:
 
 
 def answer(
-    db: sqlite3.Connection, run_id: str, call_id: str, output: msgspec.Raw, owner: str, at: datetime
+    db: sqlite3.Connection,
+    run_id: str,
+    call_id: str,
+    output: msgspec.Raw,
+    by: Principal | None,
+    owner: str,
+    at: datetime,
+    answered: list[tuple[Question, Call]],
 ) -> Run | None:
-    """Answer a question. If the run was waiting, return a stub of it, which is to be started by *owner*.
+    """Answer a question, and add it to *answered*. If the run was waiting, return a stub that *owner* is to start.
 
-    Raises: RunNotFound, CallNotFound, Conflict, InvalidData, EngineStopped.
+    Raises: RunNotFound, CallNotFound, Forbidden, Conflict, InvalidData, EngineStopped.
     """
     run = queries.find_run(db, run_id, is_outline=True)
     if run is None:
@@ -72,16 +87,36 @@ def answer(
     def was_asked() -> bool:
         return db.execute(statements.WAS_ASKED, (run_id, call_id)).fetchone() is not None
 
-    question = question_for(run, call_id, output, find_answer, was_asked)
+    question = question_for(run, call_id, output, find_answer, was_asked, by)
     if question is None:
         return None
     queries.check_engine(db, owner)
-    _write_call(db, run, answer_of(question, output, at))
+    call = answer_of(question, output, at, by)
+    _write_call(db, run, call)
+    answered.append((question, call))
     if run.status is RunStatus.WAITING:
         return _resume(db, run, [call_id], owner)
     left = tuple(each for each in run.waiting_for if each is not question)
     db.execute(statements.SET_WAITS, (waits_json(left), run_id))
     return None
+
+
+def may_answer(db: sqlite3.Connection, run_id: str, call_id: str, by: Principal) -> bool:
+    """Whether *by* may know of a question, as the owner of the run or because of a role. It takes as long for any."""
+    is_own = db.execute(statements.IS_OF_PRINCIPAL, (run_id, by.name, by.name)).fetchone() is not None
+    row = db.execute(statements.ANSWERER, (run_id, call_id)).fetchone()
+    return is_own or by.admin or (row is not None and row[0] in by.roles)
+
+
+def find_question(db: sqlite3.Connection, run_id: str, call_id: str) -> AskedQuestion | None:
+    """Return a question that a run has asked, or None. Raises Damaged."""
+    row = db.execute(statements.FIND_QUESTION, (run_id, call_id)).fetchone()
+    run = None if row is None else queries.find_run(db, run_id, is_outline=True)
+    if run is None:
+        return None
+    answered = db.execute(statements.FIND_ANSWER, (run_id, call_id, len(run.steps), 0)).fetchone()
+    question = msgspec.json.decode(row[0], type=Question)
+    return asked_question(run, question, None if answered is None else call_from(answered))
 
 
 def send(

@@ -228,6 +228,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         rows_of: the batch id under which the rows were sent, if it is another one. Only set in the first attempt.
         is_spent: items were cancelled because the ``max_cost`` of the batch was spent.
         keeps_calls: a retry keeps calls of the steps that failed. Those of earlier versions do not.
+        retried_by: the principal who has requested a retry.
     """
 
     only: tuple[RunStatus, ...] = ()
@@ -238,6 +239,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rows_of: str | None = None
     is_spent: bool = False
     keeps_calls: bool = False
+    retried_by: str | None = None
 
 
 class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

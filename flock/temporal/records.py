@@ -18,7 +18,7 @@ from temporalio.exceptions import ApplicationError, CancelledError, TimeoutError
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.errors import cut
-from flock.runs import INVALID_INPUT, MAX_SHOWN_BYTES, NOT_LOADED, Call, Run, RunStatus, Usage, added
+from flock.runs import INVALID_INPUT, MAX_SHOWN_BYTES, NOT_LOADED, Call, Question, Run, RunStatus, Usage, added
 from flock.steps.answers import is_expired
 from flock.steps.identity import asking_call
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
@@ -78,8 +78,11 @@ ENDS = (
 REREAD_DELAYS_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
-def reset_for_retry(run: Run, *, keeps_calls: bool) -> Run:
-    """Return *run* as its next attempt starts. It keeps its steps, and perhaps the calls of the step that failed."""
+def reset_for_retry(run: Run, *, keeps_calls: bool, by: str | None = None) -> Run:
+    """Return *run* as its next attempt starts, which the principal *by* has requested.
+
+    It keeps its steps, and perhaps the calls of the step that failed.
+    """
     return replace(
         run,
         status=RunStatus.STARTING,
@@ -96,6 +99,7 @@ def reset_for_retry(run: Run, *, keeps_calls: bool) -> Run:
         deaths=0,
         journal=run.first_try if keeps_calls else None,
         earlier_error=run.error,
+        retried_by=run.retried_by if by is None or by in run.retried_by else (*run.retried_by, by),
     )
 
 
@@ -216,16 +220,16 @@ def _asked_in(event: HistoryEvent) -> Asked | None:
     return decoded(signal.input.payloads[0], Asked) if signal.signal_name == ASKED_SIGNAL else None
 
 
-def asked_in(history: Iterable[HistoryEvent]) -> set[str]:
-    """Return the ids of all questions that a run has asked in one attempt."""
-    found = set[str]()
+def asked_in(history: Iterable[HistoryEvent]) -> dict[str, Question]:
+    """Return all questions that a run has asked in one attempt, by id."""
+    found = dict[str, Question]()
     for event in history:
         if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
             done = decoded(_attributes_of(event).result.payloads[0], StepDone)
-            found |= {question.call_id for question in done.questions}
+            found |= {question.call_id: question for question in done.questions if question.is_question}
         elif event.event_type == EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
             if (asked := _asked_in(event)) is not None:
-                found.add(asked.question.call_id)
+                found[asked.question.call_id] = asked.question
     return found
 
 
@@ -322,7 +326,7 @@ class Chunk:
     Attributes:
         items: by position.
         calls: the calls that have ended, by the position of their item and of their step.
-        asked: the ids of all questions that items have asked, by position.
+        asked: all questions that items have asked, by position and id.
         agents: see ``RowsOrder``.
 
     Args:
@@ -334,7 +338,7 @@ class Chunk:
         self._whole = whole
         self.items: dict[int, Run] = {}
         self.calls: dict[int, dict[int, list[Call]]] = {}
-        self.asked: dict[int, set[str]] = {}
+        self.asked: dict[int, dict[str, Question]] = {}
         #: what each item had spent before the attempt that is being applied
         self._spent_before: dict[int, Usage | None] = {}
         #: positions of items that wait for answers
@@ -361,7 +365,8 @@ class Chunk:
         for position, item in self.items.items():
             is_covered = attempt.position in (None, position)
             if item.status in attempt.only and is_covered and item.error_type != INVALID_INPUT:
-                self.items[position] = reset_for_retry(item, keeps_calls=attempt.keeps_calls)
+                keeps_calls, by = attempt.keeps_calls, attempt.retried_by
+                self.items[position] = reset_for_retry(item, keeps_calls=keeps_calls, by=by)
                 if position == self._whole and not attempt.keeps_calls:
                     self.calls.pop(position, None)
 
@@ -457,7 +462,8 @@ class Chunk:
             self.items[ended.position] = replace(ended.of(item), spent=spent)
         for part in (*done.waiting, *order.left_after(done)):
             item = self.items[part.position]
-            self.asked.setdefault(part.position, set()).update(question.call_id for question in part.questions)
+            asked = {question.call_id: question for question in part.questions if question.is_question}
+            self.asked.setdefault(part.position, {}).update(asked)
             if item.status.is_final:
                 continue
             item = replace(item, spent=latest(item.spent, added(self._spent_before.get(part.position), part.usage)))
