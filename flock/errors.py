@@ -29,6 +29,7 @@
     └── StepError                fails the run; its text is sent to the client
         ├── AgentError           raised by an agent's own code
         ├── CallError            a call cannot be made, or its result cannot be stored
+        │   ├── Expired          nobody has answered a question of an agent that was called
         │   └── Uncertain        a call that may be executed only once was started, and its end is not recorded
         ├── InvalidOutput        the result does not match the output signature
         ├── InvalidHandoff       the next agent does not exist, or its inputs are missing
@@ -314,6 +315,12 @@ class CallError(StepError):
     """A call of a step cannot be made, or its result cannot be stored. The message names the call."""
 
     error_type = "call_error"
+
+
+class Expired(CallError):
+    """Nobody has answered a question of an agent that was called, in time; see ``RunContext.ask``."""
+
+    error_type = "expired"
 
 
 class Uncertain(CallError):

@@ -473,6 +473,45 @@ async def test_an_item_is_approved_by_the_role_and_not_by_who_has_retried_its_ba
     assert till.paid == [40]
 
 
+# For whom a tool acts
+
+
+async def test_a_tool_knows_for_whom_it_acts(open_shop: OpenShop, model: FakeModel) -> None:
+    """As the request has identified its caller, also when the step runs again, and in an agent that it calls."""
+    seen = list[tuple[Principal | None, str | None, str, str | None]]()
+
+    def look(context: RunContext) -> str:
+        """Look."""
+        seen.append((context.principal, context.session_id, context.run_id, context.request_id))
+        return "seen"
+
+    flock = flock_of(Tool(look, needs_approval=True))
+    model.replies = [Reply(calls=[("look", {})]), DONE]
+    async with open_shop(flock) as at:
+        body = {"agent_name": "ask", "inputs": {"q": "?"}, "async_run": True, "session_id": "talk"}
+        run = (await at.send("cat", "POST", "/run/flock", json=body)).json()
+        run = await at.waiting(run["run_id"], "cat")
+        assert (await at.answer("cat", run, YES)).status_code == 200
+        assert (await at.done(run, "cat"))["status"] == "completed"
+    assert seen == [(CAT, "talk", run["run_id"], run["request_id"])]
+
+
+async def test_an_item_acts_for_who_has_sent_its_batch(open_engine: OpenEngine) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def who(context: RunContext) -> list[str]:
+        principal = context.principal
+        return [] if principal is None else [principal.name, *principal.roles]
+
+    async with open_engine(flock) as engine:
+        for principal, expected in ((CAT, ["cat", "refunds", "other"]), ("ann", ["ann"]), (None, [])):
+            batch = await engine.submit_batch("who", [{}], BatchOptions(), principal=principal)
+            await ended(engine, batch)
+            (item,) = await engine.get_items(batch.batch_id)
+            assert item.value == {"result": expected}
+
+
 # The start
 
 

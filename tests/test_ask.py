@@ -838,7 +838,7 @@ async def test_a_synchronous_request_is_answered_when_its_run_begins_to_wait(cli
     path = response.headers["Location"]
     assert path == f"/run/{body['run_id']}"
     [question] = body["waiting_for"]
-    assert question.keys() == {"call_id", "question", "schema", "asked_at", "expires_at"}
+    assert question.keys() == {"call_id", "question", "schema", "asked_at", "expires_at", "four_eyes"}
     assert question["schema"]["properties"]["approved"] == {"type": "boolean"}
     assert (await get(client, path, wait=60))["waiting_for"] == [question]
     with anyio.fail_after(PATIENCE_S):

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import anyio
 import msgspec
@@ -77,6 +77,13 @@ class Approval(msgspec.Struct, frozen=True, kw_only=True):
         return self.approver is None if self.may_edit is None else self.may_edit
 
 
+@runtime_checkable
+class AsTool(Protocol):
+    """An agent."""
+
+    def as_tool(self) -> "AgentTool": ...
+
+
 class Tool:
     """A function that a model may call.
 
@@ -107,13 +114,16 @@ class Tool:
 
     #: whether the schema is one of ours, which a provider can enforce
     may_be_strict = True
+    name: str
+    description: str
+    parameters: Signature
     approval = Approval()
     once = False
     function: Any = None
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: "Callable[..., Any] | AsTool",
         *,
         name: str | None = None,
         description: str | None = None,
@@ -135,8 +145,8 @@ class Tool:
             on_expiry=on_expiry,
         )
         self.once = once
-        if (as_tool := getattr(function, "as_tool", None)) is not None:  # it is an agent
-            made = as_tool()
+        if isinstance(function, AsTool):
+            made = function.as_tool()
             if once:
                 raise DefinitionError(f"{made.name!r} is an agent, so it cannot be a tool with once=True.")
             self.name = made.name if name is None else _checked_name(name)

@@ -13,7 +13,7 @@ import msgspec
 
 from flock.errors import CallError, TooManyTokens, cut
 from flock.runs.ids import now
-from flock.runs.records import CallKind, Progress, Run
+from flock.runs.records import CallKind, Principal, Progress, Run
 from flock.runs.text import safe_text
 from flock.runs.usage import Usage
 
@@ -142,7 +142,9 @@ class RunContext:
     """The context of a running step. It is passed to the parameter annotated with this type, and is thread-safe.
 
     Attributes:
-        run_id, agent_name, attempt, request_id, traceparent: of the run.
+        run_id, agent_name, attempt, request_id, session_id, traceparent: of the run.
+        principal: for whom the run acts: who has sent its request, or that of its batch, with the roles of that time.
+            None without API keys and ``auth=``.
         position: of the step in the run, from 0.
         call_id: of the call of the step that this agent executes; "" if the agent is that of the step.
         step_key: idempotency key of this step, ``run:{run_id}/{position}``, from 0. It stays the same if the step is
@@ -174,6 +176,8 @@ class RunContext:
         self.call_id = ""
         self.attempt = run.attempt
         self.request_id = run.request_id
+        self.session_id = run.session_id
+        self.principal: Principal | None = run.acts_for
         self.traceparent = run.traceparent
         self.is_item = run.batch_id is not None
         #: the progress that the agents of the step have reported last

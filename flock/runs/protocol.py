@@ -167,7 +167,7 @@ class Engine(Protocol):
         *,
         request_id: str | None = None,
         traceparent: str | None = None,
-        principal: str | None = None,
+        principal: Principal | str | None = None,
         is_async: bool = True,
         timeout_s: float | None = None,
         session_id: str | None = None,
@@ -183,7 +183,7 @@ class Engine(Protocol):
             request_id: id of the caller's request in the log.
             traceparent: trace context of the caller's request (W3C Trace Context), passed on to model calls. An invalid
                 one is ignored.
-            principal: name of the run's owner.
+            principal: the run's owner, or only its name.
             is_async: True for a run that does not need a waiting caller. It is on disk when this method returns, and is
                 resumed after a crash. It starts in an empty context. Otherwise it is written as it runs, fails as
                 interrupted if the process dies, and sees the caller's context variables if it runs in this process.
@@ -225,7 +225,7 @@ class Engine(Protocol):
         on_invalid: OnInvalid = "reject",
         request_id: str | None = None,
         traceparent: str | None = None,
-        principal: str | None = None,
+        principal: Principal | str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
         """Read and validate all items, then accept the batch. If an item is rejected, no item starts.

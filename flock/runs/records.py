@@ -63,6 +63,7 @@ __all__ = [
     "Step",
     "Time",
     "bad_role",
+    "name_and_caller",
     "shown_as",
     "statuses_of",
     "stub_of",
@@ -273,6 +274,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
         kind: what it is, unless it is a question. A sleep has a *default*, null, and no other answer.
         answerer: the role that may answer it; UNSET if the owner of the run and admins may.
         four_eyes: nobody may answer it who has started or retried the run.
+        raises: if it expires without a default, it raises Expired in the agent that asks, which another one has called.
     """
 
     call_id: str
@@ -285,6 +287,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["sleep", "message"] | msgspec.UnsetType = msgspec.UNSET
     answerer: str | msgspec.UnsetType = msgspec.UNSET
     four_eyes: bool = False
+    raises: bool | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def is_question(self) -> bool:
@@ -366,6 +369,7 @@ class Run(_Record, frozen=True, kw_only=True):
         flock: the name of the flock whose engine executes it.
         traceparent: the trace context of its request (W3C Trace Context, section 3.2).
         principal: the name of its owner; None if the request was not authenticated.
+        caller: its owner as the request has identified it; None if that is only a name. See ``acts_for``.
         is_async: whether it runs without a waiting client. Such a run is resumed after a crash.
         attempt: number of the current attempt, from 1. A retry or a recovery starts the next one.
         extra: extra columns of an item's row, as a JSON object, stored for the results; None if there are none.
@@ -409,6 +413,12 @@ class Run(_Record, frozen=True, kw_only=True):
     journal: int | None = None
     dropped: tuple[str, ...] = ()
     earlier_error: str | None = None
+    caller: "Principal | None" = None
+
+    @property
+    def acts_for(self) -> "Principal | None":
+        """Its owner, with what the request, or the batch, had identified; None without principals."""
+        return self.caller or (None if self.principal is None else Principal(name=self.principal))
 
     @property
     def value(self) -> Any:
@@ -708,6 +718,13 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
             self.name.encode()
         except UnicodeEncodeError as exc:
             raise ValueError(f"The name of a Principal must be valid Unicode, not {self.name!r}: {exc}.") from exc
+
+
+def name_and_caller(principal: "Principal | str | None") -> tuple[str | None, "Principal | None"]:
+    """Return the name of *principal*, and itself if it is more than a name; see ``Run.caller``."""
+    if not isinstance(principal, Principal):
+        return principal, None
+    return principal.name, None if principal == Principal(name=principal.name) else principal
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True):

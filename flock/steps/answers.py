@@ -1,6 +1,5 @@
 """Answers to questions: the rules that both engines share."""
 
-import logging
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -13,6 +12,7 @@ from flock.errors import (
     CallError,
     CallNotFound,
     Conflict,
+    Expired,
     Forbidden,
     InvalidData,
     RunNotFound,
@@ -25,8 +25,8 @@ from flock.jsontype import explain
 from flock.runs import JSON_NULL, AskedQuestion, Call, Principal, Question, Run, RunStatus, one_line
 from flock.steps.identity import asking_call, try_of
 from flock.steps.journal import NAME
-
-logger = logging.getLogger("flock.runs")
+from flock.steps.outcomes import expiry_of
+from flock.steps.raised import raised_by
 
 #: How many messages are kept for one run until it receives them.
 MAX_MESSAGES = 1000
@@ -144,8 +144,8 @@ def asked_question(run: Run, question: Question, answer: Call | None) -> AskedQu
     )
 
 
-def log_answer(run_id: str, question: Question, answer: Call) -> None:
-    """Log who has answered a question, and the arguments of a call that were changed. Other answers may be private."""
+def answer_in_words(question: Question, answer: Call) -> str:
+    """Return who has answered a question, and arguments that were changed. Other answers may be private."""
     output, about = msgspec.json.decode(answer.result), question.arguments
     what = ""
     if isinstance(about, msgspec.Raw) and isinstance(output, dict):
@@ -154,7 +154,18 @@ def log_answer(run_id: str, question: Question, answer: Call) -> None:
             changed = msgspec.json.encode(output["arguments"]).decode()
             what += f", with {one_line(cut(changed))} in place of {one_line(cut(bytes(about).decode()))}"
     who = "somebody" if answer.answered_by is None else repr(answer.answered_by)
-    logger.info("run %s: %s has answered the question %s%s", run_id, who, question.call_id, what)
+    return f"{who} has answered the question {question.call_id}{what}"
+
+
+def end_of_expired(question: Question, at: datetime) -> Call | None:
+    """Return the call of a question that has expired, with its default or what it raises; None if its run fails."""
+    if not isinstance(question.default, msgspec.UnsetType):
+        return answer_of(question, question.default, at)
+    if question.raises is not True:
+        return None
+    exc = Expired(expiry_of(question).error)
+    raised = raised_by(ASK, exc)
+    return replace(answer_of(question, JSON_NULL, at), error=str(exc), error_type=exc.error_type, raised=raised)
 
 
 def dropped_of(question: Question, error: InvalidData, at: datetime) -> Call:

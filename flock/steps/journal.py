@@ -306,7 +306,8 @@ class Journal:
         if answerer is not None and (problem := bad_role(answerer)):
             raise CallError(f"answerer={problem}")
         text = safe_text(question)
-        rules = {"answerer": msgspec.UNSET if answerer is None else answerer, "four_eyes": four_eyes}
+        rules: dict[str, Any] = {"answerer": msgspec.UNSET if answerer is None else answerer, "four_eyes": four_eyes}
+        rules |= {"raises": True} if context.call_id else {}
         asked = self._asking(ASK, text, type_, expires_s, default, arguments=about, **rules)
         key = name or hashlib.sha256(b"\0".join([text.encode(), asked(now()).schema])).hexdigest()[:DIGEST_CHARS]
         return self._wait(ASK, key, asked, type_, "question", question_json(text, about))

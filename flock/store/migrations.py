@@ -231,6 +231,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "ALTER TABLE runs ADD COLUMN retried_by BLOB",
         "ALTER TABLE batches ADD COLUMN retried_by BLOB",
     ],
+    # For whom a run acts, if that is more than a name.
+    ["ALTER TABLE runs ADD COLUMN caller BLOB"],
 ]
 
 

@@ -5,6 +5,7 @@ engine that has taken over its runs.
 """
 
 import functools
+import logging
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -35,7 +36,6 @@ from flock.runs import (
     Usage,
 )
 from flock.runs.ids import first_id_at
-from flock.steps.answers import log_answer
 from flock.steps.outcomes import Outcome
 from flock.store import files, queries, statements, takeover, waiting
 from flock.store.batchstore import SQLiteBatchStore
@@ -45,6 +45,8 @@ from flock.store.port import Key, Store, TakenOver, Then
 from flock.store.suspects import Executing, executed_until_death
 
 T = TypeVar("T")
+
+logger = logging.getLogger("flock.runs")
 
 #: Later than any stored time, in microseconds.
 MAX_TIME = 2**63 - 1
@@ -229,15 +231,15 @@ class SQLiteStore(Database, Store):
         now: datetime,
         then: Then[Run | None],
     ) -> Run | None:
-        answered = list[tuple[Question, Call]]()
+        answered = list[str]()
 
         def apply(db: sqlite3.Connection) -> Run | None:
             answered.clear()  # it may be repeated
             return waiting.answer(db, run_id, call_id, output, by, owner, now, answered)
 
         run = await self.change(apply, then)
-        for question, call in answered:
-            log_answer(run_id, question, call)
+        for words in answered:
+            logger.info("run %s: %s", run_id, words)
         return run
 
     async def may_answer(self, run_id: str, call_id: str, by: Principal) -> bool:

@@ -9,17 +9,18 @@ from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 
 import msgspec
-from msgspec import UnsetType
 
 from flock.agents.questions import MESSAGE, check_answer
 from flock.errors import InvalidData, RunNotFound
 from flock.runs import AskedQuestion, Call, IdempotencyKey, Principal, Question, Run, RunStatus
 from flock.steps.answers import (
+    answer_in_words,
     answer_of,
     asked_question,
     awaited,
     check_message,
     dropped_of,
+    end_of_expired,
     is_expired,
     question_for,
 )
@@ -70,9 +71,9 @@ def answer(
     by: Principal | None,
     owner: str,
     at: datetime,
-    answered: list[tuple[Question, Call]],
+    answered: list[str],
 ) -> Run | None:
-    """Answer a question, and add it to *answered*. If the run was waiting, return a stub that *owner* is to start.
+    """Answer a question, and add that in words to *answered*. If the run waits, return a stub that *owner* is to start.
 
     Raises: RunNotFound, CallNotFound, Forbidden, Conflict, InvalidData, EngineStopped.
     """
@@ -93,7 +94,7 @@ def answer(
     queries.check_engine(db, owner)
     call = answer_of(question, output, at, by)
     _write_call(db, run, call)
-    answered.append((question, call))
+    answered.append(answer_in_words(question, call))  # not the question, which holds all questions of the run
     if run.status is RunStatus.WAITING:
         return _resume(db, run, [call_id], owner)
     left = tuple(each for each in run.waiting_for if each is not question)
@@ -152,7 +153,7 @@ def expire(
 ) -> Sequence[Run]:
     """End the waits that have expired. Return stubs of the runs that have ended or are to start.
 
-    A run with a default waits until a program that has its agent continues it.
+    A run that goes on waits until a program that has its agent continues it.
     """
     changed = []
     for run_id in run_ids:
@@ -164,14 +165,15 @@ def expire(
         if run is None or run.status is not RunStatus.WAITING:
             continue
         expired = [open_ for open_ in run.waiting_for if is_expired(open_, at)]
-        unanswered = next((open_ for open_ in expired if isinstance(open_.default, UnsetType)), None)
+        ends = [(open_, end_of_expired(open_, at)) for open_ in expired]
+        unanswered = next((open_ for open_, call in ends if call is None), None)
         if unanswered is not None:
             end(db, run, expiry_of(unanswered), at)
             changed.append(queries.find_run(db, run_id, is_outline=True))
         elif expired and run.next_agent_name in agents:
-            for open_ in expired:
-                assert not isinstance(open_.default, UnsetType)
-                _write_call(db, run, answer_of(open_, open_.default, at))
+            for _, call in ends:
+                assert call is not None
+                _write_call(db, run, call)
             changed.append(_resume(db, run, [open_.call_id for open_ in expired], owner))
     return [run for run in changed if run is not None]
 

@@ -6,6 +6,7 @@ so on. Batches are in ``flock.temporal.batches``.
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -47,11 +48,11 @@ from flock.runs import (
     now,
 )
 from flock.steps.answers import (
+    answer_in_words,
     answer_of,
     asked_question,
     check_message,
     is_of,
-    log_answer,
     may_count,
     may_see,
     message_from,
@@ -87,6 +88,8 @@ from flock.temporal.records import (
 )
 from flock.temporal.search import ID, Record, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.workflows import FlockSession
+
+log_of_runs = logging.getLogger("flock.runs")
 
 #: The interval and the timeout of requests that check the cluster and count open runs, in seconds.
 WATCH_INTERVAL_S = 0.5
@@ -505,7 +508,7 @@ class TemporalEngine(TemporalBatches):
             done = CallDone(item=run.position or 0, step=len(run.steps), call=call)
             async with self.cluster.rpc_scope(missing_ok=True):
                 await self.cluster.handle(await self._keeper_of(run)).signal(CALL_SIGNAL, done)
-            log_answer(run_id, question, call)
+            log_of_runs.info("run %s: %s", run_id, answer_in_words(question, call))
             is_sent = True
 
     async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:

@@ -11,7 +11,6 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import msgspec
-from msgspec import UnsetType
 from msgspec.structs import asdict, replace
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import IndexedValueType
@@ -27,7 +26,7 @@ from temporalio.converter import (
 from flock.agents.questions import MESSAGE, check_answer
 from flock.errors import InvalidData
 from flock.runs import Batch, Call, Progress, Question, Run, RunStatus, Step, Usage, added, new_id
-from flock.steps.answers import answer_of, dropped_of, is_expired
+from flock.steps.answers import answer_of, dropped_of, end_of_expired, is_expired
 from flock.steps.outcomes import Outcome
 
 T = TypeVar("T")
@@ -379,7 +378,7 @@ class Calls:
                 call_id = started
             elif call.once is None and call.place is not None:
                 call_id = f"{call_id} {call.place.start} {call.completed_at}"
-            elif call.once is None and call.raised is not None:
+            elif call.once is None and call.raised is not None and call.kind != "question":
                 call_id = f"{call_id} {call.completed_at}"
             of_item.setdefault((done.step, call_id), done)
             if call.once == "ended":
@@ -391,7 +390,7 @@ class Calls:
     def still_open(
         self, item: int, step: int, questions: Iterable[Question], at: datetime | None = None
     ) -> tuple[Question, ...]:
-        """Return those of *questions* that are not answered. With *at*, expired ones get their default as the answer.
+        """Return those of *questions* that are not answered. With *at*, expired ones get their default, or raise.
 
         Messages that were sent become answers too, so it is called when the step waits. A workflow and the readers of
         its history must agree: both call this with the time of each workflow task, after they have added the answers
@@ -400,8 +399,9 @@ class Calls:
         for question in questions:
             if question.kind == "message" and self.unanswered(item, step, [question]):
                 self._receive(item, step, question)
-            if at is not None and is_expired(question, at) and not isinstance(question.default, UnsetType):
-                self.add(CallDone(item=item, step=step, call=answer_of(question, question.default, at)))
+            is_late = at is not None and is_expired(question, at) and self.unanswered(item, step, [question])
+            if at is not None and is_late and (call := end_of_expired(question, at)) is not None:
+                self.add(CallDone(item=item, step=step, call=call))
         return self.unanswered(item, step, questions)
 
     def unanswered(self, item: int, step: int, questions: Iterable[Question]) -> tuple[Question, ...]:

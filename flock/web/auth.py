@@ -295,13 +295,13 @@ class ScopedEngine:
     async def submit(
         self, agent_name: str, inputs: Inputs, *, key: IdempotencyKey | None = None, **options: Any
     ) -> Run:
-        options = {"principal": self._principal.name, **options, "key": self._own(key)}
+        options = {"principal": self._principal, **options, "key": self._own(key)}
         return await self._engine.submit(agent_name, inputs, **options)
 
     async def submit_batch(
         self, agent_name: str, items: Items, options: BatchOptions, *, key: IdempotencyKey | None = None, **more: Any
     ) -> Batch:
-        more = {"principal": self._principal.name, **more, "key": self._own(key)}
+        more = {"principal": self._principal, **more, "key": self._own(key)}
         return await self._engine.submit_batch(agent_name, items, options, **more)
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
