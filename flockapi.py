@@ -30,7 +30,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flock.agents.agent import Agent
-from flock.agents.checks import warn_of_problems
+from flock.agents.checks import check_nobody_is_named, warn_of_missing_roles, warn_of_problems
 from flock.agents.graph import graph_of, mermaid_of
 from flock.agents.handoff import columns_of
 from flock.declared import DeclaredFlock, agent_of
@@ -42,8 +42,9 @@ from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
 from flock.runs import Batch, BatchFilter, Engine, Event, LongJSON, Run, RunFilter, RunStatus
 from flock.runs.events import end_id
 from flock.runs.records import shown_as
+from flock.steps.answers import is_of
 from flock.web import orders, wire
-from flock.web.auth import ConcurrencyLimit, KeyRing, RateLimit
+from flock.web.auth import ANYBODY, ConcurrencyLimit, KeyRing, RateLimit
 from flock.web.batches import (
     BATCH_TYPES,
     batch_options,
@@ -180,6 +181,7 @@ class FlockAPI(Starlette):
             lifespan=lambda app: app.lifespan(),
         )
         self.flock = flock
+        self._check_approvers()
         self.engine = options.engine or flock.shared_engine(store=options.store, expose_errors=options.expose_errors)
         self.contract = Contract(options.server_name, options.openapi_paths)
         self.ui_files = ui_files(options.server_name, has_docs=bool(options.docs)) if options.create_ui else {}
@@ -199,6 +201,7 @@ class FlockAPI(Starlette):
     def _warn_once(self) -> None:
         if not self._has_warned:
             self._has_warned = True
+            self._check_approvers()  # of agents that were added since
             if self.options.api_keys is None and self.options.auth is None:
                 logger.warning(NO_AUTH, self.contract.title)
             self.warn_of_problems()
@@ -206,6 +209,14 @@ class FlockAPI(Starlette):
     def warn_of_problems(self) -> None:
         """Log a WARNING for each problem that would make runs fail; see ``flock.agents.checks``."""
         warn_of_problems(self.flock.agents, self.flock.model, calls_models=self.engine.calls_models)
+        if self.keys is not None:
+            warn_of_missing_roles(self.flock.agents, self.keys.roles)
+
+    def _check_approvers(self) -> None:
+        """Raise DefinitionError if a tool says who may approve its calls, and this app tells nobody apart."""
+        auth = self.options.auth
+        if self.keys is None and (auth is None or isinstance(auth, str)):
+            check_nobody_is_named(self.flock.agents, "" if auth is None else f' with auth="{auth}"')
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -299,7 +310,7 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
         AppRoute("access", "GET", "/agents/{name}", get_agent),
         AppRoute("access", "POST", "/run/{run_id}/cancel", cancel_run),
         AppRoute("access", "POST", "/run/{run_id}/retry", retry_run),
-        AppRoute("access", "POST", "/run/{run_id}/calls/{call_id}", answer_call),
+        AppRoute("access", "GET POST", "/run/{run_id}/calls/{call_id}", one_question),
         AppRoute("access", "POST", "/run/{run_id}/messages/{name}", send_message),
         AppRoute("access", "GET", "/run/{run_id}/events", run_events),
         AppRoute("access", "GET DELETE", "/session/{session_id:path}", one_session),
@@ -434,11 +445,21 @@ async def retry_run(request: Request) -> Response:
     return await run_response(request, run, 202)
 
 
-async def answer_call(request: Request) -> Response:
-    """POST /run/{run_id}/calls/{call_id}: the answer to a question that the run waits for."""
+async def one_question(request: Request) -> Response:
+    """GET and POST /run/{run_id}/calls/{call_id}: a question of the run, or the answer to it.
+
+    Who may answer it because of a role does not see the run.
+    """
+    run_id, call_id = request.path_params["run_id"], request.path_params["call_id"]
+    by = principal_of(request) or ANYBODY
+    if request.method != "POST":
+        engine = await engine_of(request)
+        return JSONResponse(wire.asked_question(await engine.get_question(run_id, call_id, by)))
     wait_s, answer = wait_of(request), wire.ANSWER.decode(await read_json(request))
-    engine, run_id = await engine_of(request), request.path_params["run_id"]
-    run = await engine.answer_call(run_id, request.path_params["call_id"], answer.output)
+    engine = await engine_of(request)
+    run = await engine.answer_call(run_id, call_id, answer.output, by)
+    if not is_of(run, by):
+        return JSONResponse(wire.asked_question(await engine.get_question(run_id, call_id, by)))
     if wait_s and run.is_active:
         run = await while_connected(request, engine.wait(run_id, wait_s))
     return await run_response(request, run)

@@ -16,6 +16,7 @@
     │   ├── Forbidden            the caller, or its origin, lacks permission
     │   └── WrongHost            the Host header does not name this server
     ├── Conflict                 the request conflicts with the current state
+    │   └── StaleAnswer          the question is no longer open; has those that are
     ├── KeyReused                an idempotency key was already used for a different request
     ├── Replayed                 not an error: the request was already accepted under the same key
     ├── EngineFull               a queue is full; retry after ``retry_after_s``
@@ -28,6 +29,7 @@
     └── StepError                fails the run; its text is sent to the client
         ├── AgentError           raised by an agent's own code
         ├── CallError            a call cannot be made, or its result cannot be stored
+        │   ├── Expired          nobody has answered a question of an agent that was called
         │   └── Uncertain        a call that may be executed only once was started, and its end is not recorded
         ├── InvalidOutput        the result does not match the output signature
         ├── InvalidHandoff       the next agent does not exist, or its inputs are missing
@@ -249,6 +251,14 @@ class Conflict(FlockError):
     """The request conflicts with the current state of the run or batch."""
 
 
+class StaleAnswer(Conflict):
+    """The question that is answered is no longer open. ``open_questions`` are those of the run that are."""
+
+    def __init__(self, message: str, open_questions: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.open_questions = open_questions
+
+
 class KeyReused(FlockError):
     """An idempotency key was already used for a different request."""
 
@@ -305,6 +315,12 @@ class CallError(StepError):
     """A call of a step cannot be made, or its result cannot be stored. The message names the call."""
 
     error_type = "call_error"
+
+
+class Expired(CallError):
+    """Nobody has answered a question of an agent that was called, in time; see ``RunContext.ask``."""
+
+    error_type = "expired"
 
 
 class Uncertain(CallError):

@@ -1,6 +1,5 @@
 """Tools that a person must allow: ``Tool(function, needs_approval=…)``."""
 
-import functools
 import json
 import os
 import signal
@@ -9,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import msgspec
 import pytest
 
 from flock.agents.tools import Tool
-from flock.core import Flock
-from flock.errors import DefinitionError, InvalidData
-from flock.runs import Question, RunStatus
+from flock.core import Flock, agent
+from flock.errors import DefinitionError, Expired, InvalidData
+from flock.runs import Question, RunContext, RunStatus
 from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
-from tests.support.engines import OpenEngine
+from tests.support.engines import OpenEngine, until_run
 from tests.support.models import usage_of_gpt_4o
 from tests.support.servers import serving
 from tests.test_ask import asked, json_of, waiting
@@ -48,25 +48,27 @@ PAY = Reply(calls=[("refund", {"amount": 40})])
 
 
 class Decider:
+    """It decides otherwise when the step runs again, as a rule in a database may."""
+
+    def __init__(self) -> None:
+        self.decided = list[float]()
+
     async def __call__(self, amount: float, order: str) -> bool:
-        return False
+        await anyio.lowlevel.checkpoint()
+        self.decided.append(amount)
+        return amount > 10 and len(self.decided) < 3
 
 
-async def decide_later(amount: float, order: str) -> bool:
-    return False
-
-
-@pytest.mark.parametrize(
-    "decide", [decide_later, functools.partial(decide_later), Decider()], ids=["function", "partial", "object"]
-)
-def test_an_async_function_cannot_decide_about_approval(decide: Any) -> None:
-    """Its coroutine would count as True, so each call would need approval."""
-    with pytest.raises(DefinitionError) as caught:
-        Tool(Till().refund, needs_approval=decide)
-    assert str(caught.value) == (
-        "needs_approval= of the tool 'refund' is an async function, which is not supported. Use a plain function that "
-        "returns True or False, or needs_approval=True."
-    )
+async def test_an_async_function_decides_about_approval_once(model: FakeModel, open_engine: OpenEngine) -> None:
+    till, decide = Till(), Decider()
+    calls = [("refund", {"amount": 5}), ("refund", {"amount": 40})]
+    model.replies = [Reply(calls=calls), Reply({"a": "done"})]
+    async with open_engine(asking(till, decide), transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "?"})
+        assert (till.paid, decide.decided) == ([5], [5, 40])
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of({"approved": False}))
+        run = await engine.wait(run.run_id)
+    assert (run.status, till.paid, decide.decided) == (RunStatus.COMPLETED, [5], [5, 40])
 
 
 async def test_a_function_that_decides_and_exits_fails_its_run_alone(model: FakeModel) -> None:
@@ -257,3 +259,76 @@ def test_a_tool_of_the_local_model_is_approved_after_a_restart(tmp_path: Path) -
     assert list(run["result"]) == ["answer"]
     kinds = [call["kind"] for call in run["steps"][0]["calls"]]
     assert kinds.count("tool") == kinds.count("question") == answered
+
+
+# Agents and tools of servers
+
+
+async def test_an_agent_that_is_a_tool_is_approved(model: FakeModel, open_engine: OpenEngine) -> None:
+    called = list[str]()
+
+    @agent
+    async def write(about: str) -> str:
+        called.append(about)
+        return f"a text about {about}"
+
+    flock = flock_of(Tool(write, needs_approval=True, name="draft"))
+    flock.add_agent(write)
+    model.replies = [Reply(calls=[("draft", {"about": "cups"})]), Reply({"a": "done"})]
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "?"})
+        assert (run.waiting_for[0].question, called) == ("May ask call draft?", [])
+        edited = {"approved": True, "arguments": {"about": "mugs"}}
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(edited))
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+    assert called == ["mugs"]
+    with pytest.raises(DefinitionError, match="is an agent, so it cannot be a tool with once=True"):
+        Tool(write, once=True)
+
+
+@pytest.mark.parametrize(("on_expiry", "end"), [("deny", "completed"), ("fail", "failed")])
+async def test_an_approval_that_nobody_gives_in_time(
+    on_expiry: Any, end: str, model: FakeModel, open_engine: OpenEngine
+) -> None:
+    till = Till()
+    model.replies = [PAY, *([Reply({"a": "done"})] if on_expiry == "deny" else [])]
+    flock = flock_of(Tool(till.refund, needs_approval=True, expires_s=0.5, on_expiry=on_expiry))
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await engine.submit("ask", {"q": "?"})
+        run = await until_run(engine, run.run_id, lambda run: run.status.is_final)
+    assert (run.status, run.error_type, till.paid) == (end, None if end == "completed" else "expired", [])
+    if on_expiry == "deny":
+        assert results(model.requests[1]) == ["A person denied this call. Nobody answered in time."]
+
+
+@pytest.mark.parametrize("catches", [True, False])
+async def test_a_question_of_a_called_agent_that_expires_raises_in_its_caller(
+    catches: bool, open_engine: OpenEngine
+) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def decide(context: RunContext) -> bool:
+        return await context.ask("Go on?", bool, expires_s=0.5)
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        try:
+            await context.run_agent("decide", {})
+        except Expired as exc:
+            if catches:
+                return f"{exc} {await context.ask('And now?', str)}"
+            raise
+        return "decided"
+
+    async with open_engine(flock) as engine:
+        run = await engine.submit("work", {})
+        if not catches:
+            run = await until_run(engine, run.run_id, lambda run: run.status.is_final)
+            expected = (RunStatus.FAILED, "expired", "Nobody answered in time: Go on?")
+            assert (run.status, run.error_type, run.error) == expected
+            return
+        run = await until_run(engine, run.run_id, lambda run: "And now?" in [q.question for q in run.questions])
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of("later"))
+        run = await engine.wait(run.run_id)
+    assert run.value == {"result": "Nobody answered in time: Go on? later"}

@@ -26,6 +26,7 @@ from flock.core import Flock, FlockFactory
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import CallNotFound, Conflict, InvalidData, RunFailed
 from flock.runs import BatchOptions, Engine, Question, Run, RunContext, RunFilter, RunStatus, new_id, now
+from flock.steps.identity import asking_call
 from flock.testing import FakeModel, Reply
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
@@ -287,7 +288,7 @@ async def test_a_question_inside_a_call_makes_the_whole_run_wait(open_engine: Op
         run = await asked(engine, "work")
         await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(True))
         again = await waiting(engine, run.run_id)
-        assert again.waiting_for[0].call_id == run.waiting_for[0].call_id + ":2"
+        assert asking_call(again.waiting_for[0].call_id) == asking_call(run.waiting_for[0].call_id) + ":2"
         assert again.waiting_for[0].call_id.startswith("approve:")
         await engine.answer_call(run.run_id, again.waiting_for[0].call_id, json_of(False))
         assert await result_of(engine, run.run_id) == ["paid", "True False"]
@@ -837,7 +838,7 @@ async def test_a_synchronous_request_is_answered_when_its_run_begins_to_wait(cli
     path = response.headers["Location"]
     assert path == f"/run/{body['run_id']}"
     [question] = body["waiting_for"]
-    assert question.keys() == {"call_id", "question", "schema", "asked_at", "expires_at"}
+    assert question.keys() == {"call_id", "question", "schema", "asked_at", "expires_at", "four_eyes"}
     assert question["schema"]["properties"]["approved"] == {"type": "boolean"}
     assert (await get(client, path, wait=60))["waiting_for"] == [question]
     with anyio.fail_after(PATIENCE_S):

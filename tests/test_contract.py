@@ -172,12 +172,13 @@ def test_a_struct_and_its_schema_have_the_same_fields(name: str) -> None:
 #: The fields of a run that each response leaves out.
 LEFT_OUT: dict[type[msgspec.Struct], str] = {
     wire.FlockAPIResponse: "flock inputs principal is_async recoveries deaths timeout_s extra owner cancel_requested "
-    "worked_s spent call_ids journal dropped earlier_error",
+    "worked_s spent call_ids journal dropped earlier_error retried_by caller",
     wire.RunSummary: "flock traceparent principal is_async recoveries deaths timeout_s extra owner cancel_requested "
-    "worked_s spent batch_id position progress steps session_id max_cost call_ids journal dropped earlier_error",
+    "worked_s spent batch_id position progress steps session_id max_cost call_ids journal dropped earlier_error "
+    "retried_by caller",
     flockapi.BatchItem: "flock agent_name created_at request_id batch_id traceparent principal is_async attempt "
     "recoveries deaths timeout_s owner cancel_requested progress waiting_for worked_s steps session_id spent max_cost "
-    "call_ids journal dropped earlier_error",
+    "call_ids journal dropped earlier_error retried_by caller",
 }
 
 
@@ -279,6 +280,8 @@ async def test_every_event_of_a_run_is_documented(model: FakeModel) -> None:
                         may_go[0].set()
                     if event is not None and event.name == "output.value":
                         tasks.start_soon(join_late, run.run_id)
+        (question,) = (await engine.get_run(run.run_id)).questions
+        await engine.answer_call(run.run_id, question.call_id, msgspec.Raw(b"true"))
         await engine.cancel_run(run.run_id)
         async for event in engine.events(run.run_id):
             note(event)
@@ -368,6 +371,7 @@ RAW = {
     ("RunSummary", "result"),
     ("FlockBatchCheckRow", "inputs"),
     ("FlockBatchCheckRow", "extra"),
+    *(("AskedQuestion", name) for name in ("schema", "arguments", "default", "output")),
     ("Question", "schema"),
     ("Question", "arguments"),
     ("Question", "default"),

@@ -1012,6 +1012,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
     "cancel_run": lambda engine: engine.cancel_run(new_id()),
     "retry_run": lambda engine: engine.retry_run(new_id()),
     "answer_call": lambda engine: engine.answer_call(new_id(), "ask:1", msgspec.Raw(b"1")),
+    "get_question": lambda engine: engine.get_question(new_id(), "ask:1"),
     "send_message": lambda engine: engine.send_message(new_id(), "name", msgspec.Raw(b"1")),
     "delete_run": lambda engine: engine.delete_run(new_id()),
     "get_session": lambda engine: engine.get_session("s"),

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from flock.agents.mcp import ListedTool, MCPTool, mcp_tools
 from flock.agents.tools import Tool, ToolSource
 from flock.core import Flock, FlockFactory
-from flock.errors import DefinitionError
+from flock.errors import DefinitionError, InvalidData
 from flock.models import bodies
 from flock.models.localmodel import bounded_schema
 from flock.models.react import schema_of
@@ -115,6 +115,42 @@ async def result_of_call(flock: Flock, model: FakeModel, arguments: Any = {"a": 
         run = await engine.wait(run.run_id, PATIENCE_S)
     assert run.status is RunStatus.COMPLETED, run.error
     return str(model.requests[-1]["messages"][-1]["content"])
+
+
+async def test_a_call_of_a_tool_of_a_server_is_approved_and_edited(model: FakeModel) -> None:
+    """The edited arguments are validated with the schema that the server has listed."""
+    server = FakeServer()
+    number = {"type": "integer"}
+    server.first_tool = {**ADD, "inputSchema": {"type": "object", "properties": {"a": number, "b": number}}}
+    model.replies = [Reply(calls=[("math_add", {"a": 1, "b": 2})]), Reply({"a": "done"})]
+    async with Served(server.app) as served:
+        flock = flock_of(f"{served.url}/mcp", only=["math.add"], needs_approval=lambda a, b: a > 0)
+        async with flock.engine(transport=model.transport) as engine:
+            run = await engine.submit("ask", {})
+            run = await engine.wait(run.run_id, PATIENCE_S)
+            (question,) = run.waiting_for
+            assert question.question == "May ask call math_add?"
+            wrong = msgspec.Raw(b'{"approved":true,"arguments":{"a":"x","b":2}}')
+            with pytest.raises(InvalidData, match="/output/arguments/a"):
+                await engine.answer_call(run.run_id, question.call_id, wrong)
+            edited = msgspec.Raw(b'{"approved":true,"arguments":{"a":5,"b":2}}')
+            await engine.answer_call(run.run_id, question.call_id, edited)
+            run = await engine.wait(run.run_id, PATIENCE_S)
+    assert run.status is RunStatus.COMPLETED, run.error
+    assert str(model.requests[-1]["messages"][-1]["content"]).endswith("The result: 7")
+    assert [tool["function"]["name"] for tool in model.requests[0]["tools"]] == ["math_add"]
+
+
+async def test_a_tool_that_a_server_does_not_have_is_not_left_out_in_silence(model: FakeModel) -> None:
+    server = FakeServer()
+    async with Served(server.app) as served:
+        flock = flock_of(f"{served.url}/mcp", only=["refund"])
+        async with flock.engine(transport=model.transport) as engine:
+            run = await engine.submit("ask", {})
+            run = await engine.wait(run.run_id, PATIENCE_S)
+    assert "has no tool 'refund' (only=). Its tools: " in (run.error or "")
+    with pytest.raises(DefinitionError, match="only= must be a list of names"):
+        mcp_tools("https://example.com/mcp", only="refund")
 
 
 async def check_listing_fails(flock: Flock, text: str, model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:

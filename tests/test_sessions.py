@@ -308,6 +308,8 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         of_sessions = ("runs_by_session", "runs_by_session_and_principal", "sessions_active")
         for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asking"):
             db.execute(f"DROP INDEX {index}")
+        db.execute("DROP TRIGGER questions_asked")
+        db.execute("DROP TABLE questions")
         for column in (
             "session_id",
             "waiting_for",
@@ -322,13 +324,15 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             "dropped",
             "earlier_error",
             "is_asleep",
+            "retried_by",
+            "caller",
         ):
             db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
-        for column in ("waiting_items", "usage", "error_type", "invalid_items"):
+        for column in ("waiting_items", "usage", "error_type", "invalid_items", "retried_by"):
             db.execute(f"ALTER TABLE batches DROP COLUMN {column}")
         for table in ("steps", "calls"):
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")
-        for column in ("raised", "place", "once"):
+        for column in ("raised", "place", "once", "answered_by", "four_eyes"):
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
         db.execute("DROP TABLE messages")
         db.execute("PRAGMA user_version = 9")

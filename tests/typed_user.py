@@ -42,6 +42,7 @@ from flock.errors import (
     DefinitionError,
     EngineFull,
     EngineStopped,
+    Expired,
     FieldError,
     FlockError,
     Forbidden,
@@ -61,6 +62,7 @@ from flock.errors import (
     RunNotFound,
     SessionNotFound,
     SignatureError,
+    StaleAnswer,
     StepError,
     StoreError,
     TooLarge,
@@ -84,6 +86,7 @@ from flock.runs import (
     MAX_SHOWN_CALLS,
     NOT_LOADED,
     Answer,
+    AskedQuestion,
     Batch,
     BatchFilter,
     BatchOptions,
@@ -126,6 +129,7 @@ from flock.runs import (
     Time,
     Usage,
     added,
+    bad_role,
     cost_in_words,
     end_id,
     event_of_batch,
@@ -136,6 +140,7 @@ from flock.runs import (
     is_end_of_step,
     is_spent,
     make_ids_after,
+    name_and_caller,
     new_id,
     now,
     of_request,
@@ -241,6 +246,9 @@ async def approve(text: str, context: RunContext) -> bool:
         assert_type(nothing, None)
     await context.sleep_until(datetime.now(UTC))
     assert_type(context.is_suspending, bool)
+    assert_type(context.principal, Principal | None)
+    assert_type(context.session_id, str | None)
+    assert_type(await context.ask("Send it?", bool, answerer="senders", expires_s=60), bool)
     answer: Literal["yes", "no"] = await context.ask(f"Send {text}?", Literal["yes", "no"])
     return answer == "yes"
 
@@ -292,13 +300,22 @@ analyst = FlockFactory.create_default_agent(
     on_interrupt=again,
     on_change=if_changed,
 )
+
+
+async def must_ask(text: str) -> bool:
+    return len(text) > 10
+
+
 tools: list[ToolLike] = [
     shout,
     Tool(measure_once, name="measure", description="Measure.", needs_approval=True),
+    Tool(shout, needs_approval=must_ask, approver="senders", four_eyes=True, may_edit=True),
+    Tool(analyst, name="ask_analyst", needs_approval=True, expires_s=60, on_expiry="deny"),
     analyst,
     "triage",
 ]
 tools.append(mcp_tools("https://example.com/mcp", headers={"Authorization": "Bearer x"}, timeout_s=5))
+tools.append(mcp_tools("https://example.com/mcp", prefix="pay_", only=["pay"], needs_approval=True, approver="senders"))
 triage = FlockFactory.create_default_agent(
     name="triage",
     output="kind: Literal['a', 'b', 'c']",
@@ -385,7 +402,10 @@ async def batches(engine: Engine, items: Items, on_invalid: OnInvalid) -> None:
     await engine.list_batches(BatchFilter(status="running"))
     kept: RetriedCalls = "keep"
     await engine.retry_batch(batch.batch_id, only=["failed"], calls=kept)
-    await engine.retry_run("1", calls="again")
+    await engine.retry_run("1", calls="again", by=Principal(name="ann", roles=("senders",)))
+    assert_type(await engine.get_question("1", "ask:1@1.0"), AskedQuestion)
+    assert_type(bad_role("senders"), str | None)
+    assert_type(name_and_caller("ann")[0], str | None)
     for found in await engine.list_batches(BatchFilter(status=RunStatus.RUNNING)):
         assert_type(await engine.cancel_batch(found.batch_id), Batch)
         assert_type(await engine.retry_batch(found.batch_id, [RunStatus.CANCELLED]), Batch)
@@ -517,6 +537,7 @@ ERRORS: tuple[type[FlockError], ...] = (
         BatchNotFound,
         SessionNotFound,
         Conflict,
+        StaleAnswer,
         KeyReused,
         Replayed,
         MalformedJSON,
@@ -531,6 +552,7 @@ ERRORS: tuple[type[FlockError], ...] = (
         InvalidHandoff,
         TooManySteps,
         TooManyTokens,
+        Expired,
         Uncertain,
         CostLimit,
         QueueTimeout,

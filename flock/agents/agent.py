@@ -179,14 +179,17 @@ class Agent:
         self._branches = _branches(self, chosen) if isinstance(chosen, Mapping) else None
         self._next_agent = chosen
 
-    def as_tool(self) -> AgentTool:
-        """Return this agent as a tool. Raises DefinitionError if its name is too long, or it may not be repeated."""
+    def as_tool(self, tool: Tool | None = None) -> AgentTool:
+        """Return this agent as a tool, with the options of *tool*.
+
+        Raises: DefinitionError if its name is too long, or it may not be repeated.
+        """
         if self.on_interrupt == "fail":
             raise DefinitionError(
                 f"{self.name!r} may not be repeated (on_interrupt='fail'), so it cannot be a tool. Hand off to it with "
                 "next_agent= instead."
             )
-        return AgentTool(self.name, self.description, self.input)
+        return AgentTool(self.name, self.description, self.input, tool)
 
     def handoffs(self) -> list[Handoff]:
         """Return what can follow a step of this agent: one entry, or one for each value of a mapping, in order."""
@@ -496,6 +499,8 @@ class ModelAgent(Agent):
 def _tool_of(tool: ToolLike) -> Tool | ToolSource | str:
     if isinstance(tool, Agent):
         return tool.as_tool()
+    if isinstance(tool, Tool) and isinstance(tool.function, Agent):
+        return tool.function.as_tool(tool)
     return tool if isinstance(tool, Tool | ToolSource | str) else Tool(tool)
 
 

@@ -1,12 +1,12 @@
 """Checks at startup for problems that would make runs fail, such as a missing API key."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from flock.agents.agent import Agent, ModelAgent
 from flock.agents.handoff import missing_agents
-from flock.agents.tools import AgentTool, ToolSource
-from flock.errors import ModelError
+from flock.agents.tools import AgentTool, Approval, Tool, ToolSource
+from flock.errors import DefinitionError, ModelError
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of
 from flock.models.providers import check_model
@@ -61,6 +61,42 @@ def _agents_as_tools(agent: Agent) -> list[str]:
     tools = agent.tools if isinstance(agent, ModelAgent) else []
     names = [tool.agent_name if isinstance(tool, AgentTool) else tool for tool in tools]
     return [name for name in names if isinstance(name, str)]
+
+
+def _approvals(agents: Mapping[str, Agent]) -> Iterator[tuple[str, Approval]]:
+    """Yield how calls of tools are approved, each with the tools in words."""
+    for agent in agents.values():
+        for tool in agent.tools if isinstance(agent, ModelAgent) else ():
+            if isinstance(tool, ToolSource):
+                yield f"the tools of {tool!r} of the agent {agent.name!r}", tool.approval
+            elif isinstance(tool, Tool):
+                yield f"the tool {tool.name!r} of the agent {agent.name!r}", tool.approval
+
+
+def check_nobody_is_named(agents: Mapping[str, Agent], auth: str) -> None:
+    """Raise DefinitionError if a tool says who may approve its calls, since everybody is one principal.
+
+    Args:
+        auth: why that is so, in words.
+    """
+    for tools, approval in _approvals(agents):
+        if approval.is_restricted:
+            option = "four_eyes=" if approval.approver is None else "approver="
+            raise DefinitionError(
+                f"{option} of {tools} says who may approve its calls, but{auth or ' without api_keys= and auth='} this "
+                "app cannot tell callers apart. Pass api_keys= (--api-keys-file, FLOCK_API_KEYS), or as auth= a "
+                "function that returns a Principal with roles."
+            )
+
+
+def warn_of_missing_roles(agents: Mapping[str, Agent], roles: Collection[str]) -> None:
+    """Log a WARNING for each role that may approve calls and that no API key has."""
+    for tools, approval in _approvals(agents):
+        if approval.approver is not None and approval.approver not in roles:
+            logger.warning(
+                "No API key has the role %r, so nobody can approve calls of %s. Add it to a key: NAME:role:%s=KEY",
+                *(approval.approver, tools, approval.approver),
+            )
 
 
 def tool_sources(agents: Mapping[str, Agent]) -> list[ToolSource]:

@@ -10,8 +10,8 @@ import contextlib
 import itertools
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
 import httpx
@@ -19,7 +19,7 @@ import msgspec
 
 from flock import __version__
 from flock.agents.signature import Signature
-from flock.agents.tools import Tool, Toolbox, ToolSource, Unlisted
+from flock.agents.tools import Approval, Tool, Toolbox, ToolSource, Unlisted
 from flock.errors import CallError, DefinitionError
 from flock.models import bodies
 from flock.models.bodies import ENCODING, BadBody, read_whole
@@ -45,7 +45,15 @@ MAX_PAGES = 100
 class MCPTools(ToolSource):
     """The tools of one server; see ``mcp_tools``."""
 
-    def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float, prefix: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        timeout_s: float,
+        prefix: str,
+        only: Collection[str] | None = None,
+        approval: Approval = ToolSource.approval,
+    ) -> None:
         parsed = httpx.URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise DefinitionError(f"{url!r} is not the URL of an MCP server. Write https://host/path.")
@@ -60,6 +68,8 @@ class MCPTools(ToolSource):
         }
         self._timeout_s = timeout_s
         self.prefix = prefix
+        self.approval = approval
+        self._only = only
         self._ids = itertools.count(1)
         #: headers of the session; None if there is none
         self._session: Mapping[str, str] | None = None
@@ -72,7 +82,11 @@ class MCPTools(ToolSource):
     async def tools(self) -> Sequence[Tool]:
         async with self._listing:
             if self._tools is None:
-                self._tools = [MCPTool(self, tool) for tool in await self._list()]
+                listed = await self._list()
+                names = [tool.name for tool in listed]
+                if missing := [name for name in self._only or () if name not in names]:
+                    raise self._error(f"has no tool {missing[0]!r} (only=). Its tools: {', '.join(names)}")
+                self._tools = [MCPTool(self, tool) for tool in listed if self._only is None or tool.name in self._only]
             return self._tools
 
     async def _list(self) -> list["ListedTool"]:
@@ -212,7 +226,18 @@ async def _texts_in(response: httpx.Response) -> AsyncGenerator[bytes, None]:
 
 
 def mcp_tools(
-    url: str, *, headers: Mapping[str, str] | None = None, timeout_s: float = 30, prefix: str = ""
+    url: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    timeout_s: float = 30,
+    prefix: str = "",
+    only: Collection[str] | None = None,
+    needs_approval: bool | Callable[..., bool | Awaitable[bool]] = False,
+    approver: str | None = None,
+    four_eyes: bool = False,
+    may_edit: bool | None = None,
+    expires_s: float | None = None,
+    on_expiry: Literal["fail", "deny"] = "fail",
 ) -> MCPTools:
     """Return the tools of an MCP server, as an entry of ``tools=``.
 
@@ -221,10 +246,22 @@ def mcp_tools(
         headers: are sent with each request, such as ``{"Authorization": "Bearer …"}``.
         timeout_s: wall-clock seconds for each request. ``tool_timeout_s`` of the agent applies too.
         prefix: is added to the names, such as ``"github_"``, if another tool of the agent has the same name.
+        only: the names of the tools to use, as the server lists them; None means all.
+        needs_approval, approver, four_eyes, may_edit, expires_s, on_expiry: of each of these tools; see ``Tool``.
 
-    Raises: DefinitionError if *url* is not an HTTP URL.
+    Raises: DefinitionError if *url* is not an HTTP URL, *only* is a text, or an option of the approval is invalid.
     """
-    return MCPTools(url, headers or {}, timeout_s, prefix)
+    if isinstance(only, str):
+        raise DefinitionError(f"only= must be a list of names, such as [{only!r}], not {only!r}.")
+    approval = Approval(
+        needs_approval=needs_approval,
+        approver=approver,
+        four_eyes=four_eyes,
+        may_edit=may_edit,
+        expires_s=expires_s,
+        on_expiry=on_expiry,
+    )
+    return MCPTools(url, headers or {}, timeout_s, prefix, only, approval)
 
 
 class MCPTool(Tool):
@@ -241,6 +278,7 @@ class MCPTool(Tool):
             self.parameters = _AnyArguments(listed.schema)
         except (ValueError, RecursionError) as exc:
             raise server._error(f"lists the tool {listed.name!r} with an invalid inputSchema: {exc}") from exc
+        self.approval = server.approval
         self._server = server
         self._listed_name = listed.name
 
@@ -259,10 +297,16 @@ class _AnyArguments(Signature):
     def __init__(self, schema: Any) -> None:
         self.fields = ()
         self.schema = {"type": "object", "properties": {}, **_as_ours(schema)}
+        # In the schema of an answer, a reference would have another root.
+        is_whole = b'"$ref"' not in msgspec.json.encode(self.schema)
+        self.type: Any = Annotated[dict[str, Any], msgspec.Meta(extra_json_schema=self.schema if is_whole else {})]
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
         Signature.decode(_OBJECT, b'{"arguments":' + bytes(raw) + b"}", at)
         return msgspec.json.decode(raw)
+
+    def encode(self, value: Any) -> msgspec.Raw:
+        return msgspec.Raw(msgspec.json.encode(value))
 
 
 def _as_ours(node: Any) -> dict[str, Any]:

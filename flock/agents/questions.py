@@ -67,9 +67,10 @@ def nobody(question: Question) -> None:
     raise CallError(f"Nobody is here to send the message {question.question!r} to the agent. {NO_SENDER}")
 
 
-def question_json(text: str) -> msgspec.Raw:
-    """Return the arguments of the call that asks a question."""
-    return msgspec.Raw(msgspec.json.encode({"question": text}))
+def question_json(text: str, about: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET) -> msgspec.Raw:
+    """Return the arguments of the call that asks a question, with the arguments that it is *about*."""
+    more = {} if isinstance(about, msgspec.UnsetType) else {"arguments": about}
+    return msgspec.Raw(msgspec.json.encode({"question": text, **more}))
 
 
 def message_json(name: str) -> msgspec.Raw:

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import anyio
 import msgspec
@@ -18,7 +18,7 @@ from flock.models.pace import Caller, wait
 from flock.models.react import FINISH
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import RunContext, one_line, safe_text
+from flock.runs import JSON_NULL, RunContext, bad_role, one_line, safe_text
 from flock.runs.text import of_request
 from flock.scopes import current_task, move_on_after_working
 
@@ -28,8 +28,60 @@ logger = logging.getLogger("flock.runs")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 #: The first and the longest pause before the tools of a source are listed again, in seconds.
 LIST_PAUSE_S, MAX_LIST_PAUSE_S = 0.5, 8.0
+#: How long a question may be open, in seconds: ten years.
+MAX_EXPIRES_S = 10 * 365 * 86_400
+#: The answer in place of a person who has not answered in time.
+DENIED_LATE = {"approved": False, "reason": "Nobody answered in time."}
 #: Max characters of a result that a model reads.
 MAX_RESULT_CHARS = 50_000
+
+
+class Approval(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a person must allow the calls of a tool first, and who; see ``Tool``.
+
+    Raises: DefinitionError.
+    """
+
+    needs_approval: bool | Callable[..., bool | Awaitable[bool]] = False
+    approver: str | None = None
+    four_eyes: bool = False
+    may_edit: bool | None = None
+    expires_s: float | None = None
+    on_expiry: Literal["fail", "deny"] = "fail"
+
+    def __post_init__(self) -> None:
+        others = [name for name, value in msgspec.structs.asdict(self).items() if value not in (None, False, "fail")]
+        if not self.needs_approval and others:
+            raise DefinitionError(
+                f"{others[0]}= has no effect without needs_approval=, so that nobody is asked. Pass both."
+            )
+        if self.approver is not None and (problem := bad_role(self.approver)):
+            raise DefinitionError(f"approver={problem}")
+        if self.on_expiry not in ("fail", "deny"):
+            raise DefinitionError(f"on_expiry= must be 'fail' or 'deny', not {self.on_expiry!r}.")
+        if self.expires_s is not None and not 0 < self.expires_s <= MAX_EXPIRES_S:
+            raise DefinitionError(
+                f"expires_s= must be above 0 and at most {MAX_EXPIRES_S} seconds, not {self.expires_s!r}."
+            )
+        if self.on_expiry == "deny" and self.expires_s is None:
+            raise DefinitionError("on_expiry='deny' has no effect without expires_s=. Pass both.")
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether it depends on who answers."""
+        return self.approver is not None or self.four_eyes
+
+    @property
+    def can_edit(self) -> bool:
+        """Whether the person may change the arguments."""
+        return self.approver is None if self.may_edit is None else self.may_edit
+
+
+@runtime_checkable
+class AsTool(Protocol):
+    """An agent."""
+
+    def as_tool(self) -> "AgentTool": ...
 
 
 class Tool:
@@ -39,51 +91,78 @@ class Tool:
         function: a function, a method or an object that can be called. It is async, or runs in a worker thread. Its
             parameters have types, and may have descriptions: ``Annotated[str, "an ISO code"]``. A parameter annotated
             with ``RunContext`` receives the context, and is not an argument. The result must be convertible to JSON.
+            Or an agent of the same flock.
         name: 1 to 64 letters, digits, ``_`` and ``-``; None uses the function's name.
         description: for the model: when to call it; None uses the first paragraph of the docstring.
-        needs_approval: whether a person must allow each call first; or a plain function that decides. It receives the
-            arguments by name, without the context, and runs in the event loop. The run waits as for ``RunContext.ask``.
-            The person can allow the call, deny it with a reason, which the model reads, or change the arguments.
+        needs_approval: whether a person must allow each call first; or a function that decides. It receives the
+            arguments by name, without the context, and runs in the event loop, or is async. What an async one has
+            decided is stored. The run waits as for ``RunContext.ask``. The person can allow the call, deny it with a
+            reason, which the model reads, or change the arguments.
+        approver: the role of those who may allow it, 1 to 64 letters, digits and ``_.@-``; None means the owner of the
+            run and admins. The role is one of ``Principal``, or of an API key.
+        four_eyes: whether who has started or retried the run may not allow it.
+        may_edit: whether the person may change the arguments; None means only without *approver*.
+        expires_s: how long to wait for the person, in seconds. By default without a limit.
+        on_expiry: "fail" fails the run as "expired" if nobody has answered in time; "deny" denies the call.
         once: whether a call is never executed a second time; see ``call_once`` of ``RunContext.call``. If its
             end is not stored, the step raises Uncertain, which the model does not read.
 
     Raises:
-        DefinitionError: it is not a function, or its name is invalid, or the function for *needs_approval* is async.
+        DefinitionError: it is not a function or an agent, or its name is invalid, or an option of the approval is.
         SignatureError: a parameter has no type, or its type cannot be read from JSON.
     """
 
     #: whether the schema is one of ours, which a provider can enforce
     may_be_strict = True
-    needs_approval: bool | Callable[..., bool] = False
+    name: str
+    description: str
+    parameters: Signature
+    approval = Approval()
     once = False
+    function: Any = None
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: "Callable[..., Any] | AsTool",
         *,
         name: str | None = None,
         description: str | None = None,
-        needs_approval: bool | Callable[..., bool] = False,
+        needs_approval: bool | Callable[..., bool | Awaitable[bool]] = False,
+        approver: str | None = None,
+        four_eyes: bool = False,
+        may_edit: bool | None = None,
+        expires_s: float | None = None,
+        on_expiry: Literal["fail", "deny"] = "fail",
         once: bool = False,
     ) -> None:
+        self.function = function
+        self.approval = Approval(
+            needs_approval=needs_approval,
+            approver=approver,
+            four_eyes=four_eyes,
+            may_edit=may_edit,
+            expires_s=expires_s,
+            on_expiry=on_expiry,
+        )
+        self.once = once
+        if isinstance(function, AsTool):
+            made = function.as_tool()
+            if once:
+                raise DefinitionError(f"{made.name!r} is an agent, so it cannot be a tool with once=True.")
+            self.name = made.name if name is None else _checked_name(name)
+            self.description = made.description if description is None else description
+            self.parameters = made.parameters
+            return
         if not callable(function) or inspect.isclass(function):
             raise DefinitionError(f"{function!r} is not a tool. Pass a typed function, an agent, or mcp_tools(…).")
         if is_generator(function):
             raise DefinitionError(f"{function!r} is a generator. A tool must return its complete result.")
-        if callable(needs_approval) and is_async(needs_approval):
-            raise DefinitionError(
-                f"needs_approval= of the tool {name_of(function)!r} is an async function, which is not supported. "
-                "Use a plain function that returns True or False, or needs_approval=True."
-            )
         self.name = _checked_name(name_of(function) if name is None else name)
         if description is None:
             documented = function.func if isinstance(function, functools.partial) else function
             description = " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
         self.description = description
         self.parameters = Signature.of_parameters(function)
-        self.function = function
-        self.needs_approval = needs_approval
-        self.once = once
         self._context_parameter = context_parameter(function)
 
     def __repr__(self) -> str:
@@ -99,11 +178,36 @@ class Tool:
             may_be_strict=self.may_be_strict,
         )
 
-    def must_be_approved(self, arguments: Any) -> bool:
-        """Whether a person must allow a call with *arguments*. Raises what the tool's function for this raises."""
-        if callable(self.needs_approval):
-            return self.needs_approval(**msgspec.structs.asdict(arguments))
-        return self.needs_approval
+    async def must_be_approved(self, arguments: Any, number: str, toolbox: "Toolbox") -> bool:
+        """Whether a person must allow a call with *arguments*.
+
+        If the step runs again, an async function could decide otherwise, so its decision is stored.
+
+        Raises: what the tool's function for this raises; CallError if it does not end within ``timeout_s``.
+        """
+        decide = self.approval.needs_approval
+        if not callable(decide):
+            return decide
+        values = arguments if isinstance(arguments, dict) else msgspec.structs.asdict(arguments)
+        if not is_async(decide):
+            return bool(decide(**values))
+
+        async def decided() -> bool:
+            with move_on_after_working(toolbox.timeout_s):
+                return bool(await decide(**values))  # type: ignore[misc]
+            raise CallError(
+                f"needs_approval= of {self.name!r} did not end within {toolbox.timeout_s:g} s (tool_timeout_s)."
+            )
+
+        is_needed: bool = await toolbox.context.journal.once(
+            "needs_approval",
+            f"{self.name}.{number}",
+            decided,
+            kind="function",
+            arguments=JSON_NULL,
+            decode=functools.partial(msgspec.json.decode, type=bool),
+        )
+        return is_needed
 
     async def execute(self, arguments: Any, toolbox: "Toolbox") -> Any:
         """Call the function with *arguments*, which ``parameters`` has decoded.
@@ -128,11 +232,12 @@ class Tool:
 class AgentTool(Tool):
     """Another agent of the same flock. It has its own limits of time, so ``tool_timeout_s`` does not apply."""
 
-    def __init__(self, agent_name: str, description: str, inputs: Signature) -> None:
-        self.name = _checked_name(agent_name.replace(".", "_"))
-        self.description = description
+    def __init__(self, agent_name: str, description: str, inputs: Signature, tool: Tool | None = None) -> None:
+        self.name = _checked_name(agent_name.replace(".", "_")) if tool is None else tool.name
+        self.description = description if tool is None else tool.description
         self.parameters = inputs
         self.agent_name = agent_name
+        self.approval = self.approval if tool is None else tool.approval
 
     async def execute(self, arguments: Any, toolbox: "Toolbox") -> Any:
         return await toolbox.context.run_agent(self.agent_name, msgspec.to_builtins(arguments, enc_hook=to_json))
@@ -154,6 +259,8 @@ class Unlisted(CallError):
 
 class ToolSource:
     """Tools that are known at run time only."""
+
+    approval = Approval()
 
     async def tools(self) -> Sequence[Tool]:
         """Return the tools. Raises CallError if they cannot be listed; Unlisted if another attempt may succeed."""
@@ -223,14 +330,22 @@ class Toolbox(msgspec.Struct):
         except (MalformedJSON, InvalidData) as exc:
             return f"Error: The arguments are invalid. {one_line(str(exc))}"
         context, changed = self.context, ""
-        if tool.must_be_approved(arguments):
-            question, key = f"May {context.agent_name} call {tool.name}?", f"{tool.name}.{number}"
+        if await tool.must_be_approved(arguments, number, self):
+            question, key, rules = f"May {context.agent_name} call {tool.name}?", f"{tool.name}.{number}", tool.approval
             approval = await context.journal.ask(
-                context, question, _approval_type(tool), key, None, msgspec.UNSET, msgspec.Raw(raw)
+                context,
+                question,
+                _approval_type(tool),
+                key,
+                rules.expires_s,
+                DENIED_LATE if rules.on_expiry == "deny" else msgspec.UNSET,
+                msgspec.Raw(raw),
+                rules.approver,
+                four_eyes=rules.four_eyes,
             )
             if not approval.approved:
                 return f"A person denied this call. {approval.reason}".strip()
-            if approval.arguments is not None:
+            if getattr(approval, "arguments", None) is not None:
                 arguments, raw = approval.arguments, tool.parameters.encode(approval.arguments)
                 changed = f"A person changed the arguments to {bytes(raw).decode()}. The result: "
 
@@ -274,7 +389,9 @@ def _approval_type(tool: Tool) -> type[msgspec.Struct]:
     reason = Annotated[str, msgspec.Meta(description="the model reads it if the call is denied")]
     about_arguments = msgspec.Meta(description="in place of the model's arguments")
     arguments: Any = Annotated[tool.parameters.type | None, about_arguments]
-    fields: list[Any] = [("approved", bool), ("reason", reason, ""), ("arguments", arguments, None)]
+    fields: list[Any] = [("approved", bool), ("reason", reason, "")]
+    if tool.approval.can_edit:
+        fields.append(("arguments", arguments, None))
     return msgspec.defstruct("Approval", fields, forbid_unknown_fields=True)
 
 

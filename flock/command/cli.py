@@ -32,7 +32,7 @@ from flock.limits import Limits, enforced_by
 from flock.runs import Event, Question
 from flock.runs.text import for_terminal
 from flock.store.database import MEMORY
-from flock.web.auth import new_key
+from flock.web.auth import KeyRing, new_key
 from flock.web.options import AppOptions
 
 
@@ -209,9 +209,23 @@ def worker(target: str, model: str | None, **options: Any) -> None:
 
 
 @main.command()
-def key() -> None:
+@click.option("--name", help="Print NAME=KEY, a line of the file of API keys. By default the name of the first role.")
+@click.option("--admin", is_flag=True, help="Its principal is an admin.")
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    help="A role of its principal, for questions that name it. Repeatable.",
+)
+def key(name: str | None, admin: bool, roles: tuple[str, ...]) -> None:
     """Print a new API key of 256 random bits."""
-    click.echo(new_key())
+    made = new_key()
+    if name is None and not roles and not admin:
+        click.echo(made)
+        return
+    name = ":role:".join([f"{name or (roles[0] if roles else 'admin')}{':admin' if admin else ''}", *roles])
+    KeyRing({name: made})  # raises if the name or a role is invalid
+    click.echo(f"{name}={made}")
 
 
 @main.command()

@@ -46,6 +46,7 @@ from flock.runs import (
     Items,
     LongJSON,
     OnInvalid,
+    Principal,
     Run,
     RunFilter,
     RunStatus,
@@ -61,7 +62,7 @@ from flock.runs import (
     valid_traceparent,
 )
 from flock.runs.events import EVENTS_PER_STEP, events_after
-from flock.runs.records import CALL_IDS
+from flock.runs.records import CALL_IDS, name_and_caller
 from flock.steps.live import LiveReader
 from flock.steps.refusals import not_accepting, not_deleted
 
@@ -275,7 +276,7 @@ class EngineBase(Engine):
         *,
         request_id: str | None = None,
         traceparent: str | None = None,
-        principal: str | None = None,
+        principal: Principal | str | None = None,
         is_async: bool = True,
         timeout_s: float | None = None,
         session_id: str | None = None,
@@ -288,6 +289,7 @@ class EngineBase(Engine):
         raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
         self._agent(agent_name).input.decode(raw, "/inputs")
         self._check_prices(agent_name, max_cost)
+        name, caller = name_and_caller(principal)
         run = Run(
             run_id=run_id or new_id(),
             flock=self._flock,
@@ -296,7 +298,8 @@ class EngineBase(Engine):
             created_at=now(),
             request_id=request_id,
             traceparent=valid_traceparent(traceparent),
-            principal=principal,
+            principal=name,
+            caller=caller,
             is_async=is_async or key is not None,
             timeout_s=timeout_s,
             owner=self._owner,
@@ -317,11 +320,12 @@ class EngineBase(Engine):
         on_invalid: OnInvalid = "reject",
         request_id: str | None = None,
         traceparent: str | None = None,
-        principal: str | None = None,
+        principal: Principal | str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
         self._check_running()
         self._check_prices(agent_name, options.max_cost)
+        name, caller = name_and_caller(principal)
         batch = Batch(
             batch_id=self._new_batch_id(),
             flock=self._flock,
@@ -330,7 +334,7 @@ class EngineBase(Engine):
             total_items=0,
             created_at=now(),
             request_id=request_id,
-            principal=principal,
+            principal=name,
             owner=self._owner,
         )
         intake = Intake(
@@ -339,6 +343,7 @@ class EngineBase(Engine):
             batch,
             on_invalid=on_invalid,
             traceparent=valid_traceparent(traceparent),
+            caller=caller,
             limits=self.item_limits,
         )
         return await self._accept_batch(intake, key)

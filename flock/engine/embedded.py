@@ -36,6 +36,7 @@ from flock.engine.intake import Intake
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, counted
 from flock.errors import (
     BatchNotFound,
+    CallNotFound,
     Conflict,
     EngineFull,
     EngineStopped,
@@ -49,6 +50,7 @@ from flock.models.prices import Price
 from flock.options import replaced
 from flock.runs import (
     Answer,
+    AskedQuestion,
     Batch,
     BatchFilter,
     Call,
@@ -57,6 +59,7 @@ from flock.runs import (
     LongJSON,
     Observer,
     Page,
+    Principal,
     Queue,
     RetriedCalls,
     Run,
@@ -455,19 +458,33 @@ class EmbeddedEngine(EngineBase):
                 run = await self.store.get_run(run.run_id) or run
         return replace(run, steps=()) if run.is_stub else run
 
-    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
+    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw, by: Principal | None = None) -> Run:
         self._check_running()
+        await self._check_may_answer(run_id, call_id, by)
         run = await self.get_outline(run_id)
         if run.status is RunStatus.WAITING:
             self._check_has_agent(run.next_agent_name or "")
         del run  # with all its questions, which each of many waiting answers would hold
-        answered = self.store.answer(run_id, call_id, output, self._engine_id, now(), then=self._start_answered)
+        answered = self.store.answer(run_id, call_id, output, by, self._engine_id, now(), then=self._start_answered)
         started = await answered
         if (active := self._runner.active.get(run_id)) is not None:
             left = tuple(wait for wait in active.run.waiting_for if wait.call_id != call_id)
             active.update(replace(active.run, waiting_for=left))
         self._note_answer(run_id)
         return started or await self.get_outline(run_id)
+
+    async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
+        self._check_entered()
+        await self._check_may_answer(run_id, call_id, by)
+        await self.get_outline(run_id)
+        if (found := await self.store.find_question(run_id, call_id)) is None:
+            raise CallNotFound(run_id, call_id)
+        return found
+
+    async def _check_may_answer(self, run_id: str, call_id: str, by: Principal | None) -> None:
+        """Raise RunNotFound if *by* may not know of a question, before anything of its run is read."""
+        if by is not None and not await self.store.may_answer(run_id, call_id, by):
+            raise RunNotFound(run_id)
 
     async def send_message(
         self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
@@ -492,8 +509,16 @@ class EmbeddedEngine(EngineBase):
         if run is not None and run.batch_id is None and run.run_id not in self._runner.active:
             self._start(run)
 
-    async def retry_run(self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep") -> Run:
+    async def retry_run(
+        self,
+        run_id: str,
+        max_cost: float | None = None,
+        *,
+        calls: RetriedCalls = "keep",
+        by: Principal | None = None,
+    ) -> Run:
         self._check_running()
+        name = None if by is None else by.name
         run = await self.get_outline(run_id)
         self._check_has_agent(run.agent_name)
         self._check_prices(run.agent_name, max_cost)
@@ -504,9 +529,9 @@ class EmbeddedEngine(EngineBase):
                     raise full
                 with self._counting_inputs(run.principal, await self.store.input_bytes(run_id)):
                     reopened = await self.store.reopen(
-                        run, self._engine_id, self._limits.queue, self._start, max_cost, calls
+                        run, self._engine_id, self._limits.queue, self._start, max_cost, calls, name
                     )
-            elif await self.store.batches.reopen_item(run, self._engine_id, self._batches.start, max_cost, calls):
+            elif await self.store.batches.reopen_item(run, self._engine_id, self._batches.start, max_cost, calls, name):
                 reopened = await self.get_outline(run_id)
         if reopened is None:
             batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
@@ -851,15 +876,22 @@ class EmbeddedEngine(EngineBase):
         return batch
 
     async def retry_batch(
-        self, batch_id: str, only: Statuses = (), max_cost: float | None = None, *, calls: RetriedCalls = "keep"
+        self,
+        batch_id: str,
+        only: Statuses = (),
+        max_cost: float | None = None,
+        *,
+        calls: RetriedCalls = "keep",
+        by: Principal | None = None,
     ) -> Batch:
         self._check_running()
+        name = None if by is None else by.name
         agent_name = (await self.get_batch(batch_id)).agent_name
         self._check_has_agent(agent_name)
         self._check_prices(agent_name, max_cost)
         statuses = self._retried(only)
         reopened = await self.store.batches.reopen(
-            batch_id, self._engine_id, statuses, self._limits.max_open_items, self._batches.start, max_cost, calls
+            batch_id, self._engine_id, statuses, self._limits.max_open_items, self._batches.start, max_cost, calls, name
         )
         if reopened is None:
             raise not_retried(await self.get_batch(batch_id), statuses)

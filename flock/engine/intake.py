@@ -11,7 +11,7 @@ from flock.agents.agent import Agent
 from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, iterate
 from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.rows.tables import RowMapping
-from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Row, Run, RunStatus, new_id
+from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Principal, Row, Run, RunStatus, new_id
 from flock.runs.records import CALL_IDS
 from flock.steps.outcomes import Outcome
 
@@ -38,6 +38,7 @@ class Intake:
     on_invalid: OnInvalid
     traceparent: str | None
     limits: ItemLimits
+    caller: Principal | None = None
 
     def __post_init__(self) -> None:
         self.page: list[Run] = []
@@ -106,6 +107,7 @@ class Intake:
             position=position,
             traceparent=self.traceparent,
             principal=batch.principal,
+            caller=self.caller,
             is_async=True,
             timeout_s=batch.options.timeout_s,
             extra=extra,

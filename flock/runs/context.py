@@ -13,7 +13,7 @@ import msgspec
 
 from flock.errors import CallError, TooManyTokens, cut
 from flock.runs.ids import now
-from flock.runs.records import CallKind, Progress, Run
+from flock.runs.records import CallKind, Principal, Progress, Run
 from flock.runs.text import safe_text
 from flock.runs.usage import Usage
 
@@ -80,6 +80,9 @@ class StepJournal(Protocol):
         expires_s: float | None,
         default: Any,
         about: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
+        answerer: str | None = None,
+        *,
+        four_eyes: bool = False,
     ) -> Coroutine[Any, Any, Any]: ...
 
     def receive(
@@ -128,6 +131,7 @@ class _WaitOptions(TypedDict, total=False):
 
 class _AskOptions(_WaitOptions, total=False):
     name: str | None
+    answerer: str | None
 
 
 #: How long a run may sleep, in seconds: ten years.
@@ -138,7 +142,9 @@ class RunContext:
     """The context of a running step. It is passed to the parameter annotated with this type, and is thread-safe.
 
     Attributes:
-        run_id, agent_name, attempt, request_id, traceparent: of the run.
+        run_id, agent_name, attempt, request_id, session_id, traceparent: of the run.
+        principal: for whom the run acts: who has sent its request, or that of its batch, with the roles of that time.
+            None without API keys and ``auth=``.
         position: of the step in the run, from 0.
         call_id: of the call of the step that this agent executes; "" if the agent is that of the step.
         step_key: idempotency key of this step, ``run:{run_id}/{position}``, from 0. It stays the same if the step is
@@ -170,6 +176,8 @@ class RunContext:
         self.call_id = ""
         self.attempt = run.attempt
         self.request_id = run.request_id
+        self.session_id = run.session_id
+        self.principal: Principal | None = run.acts_for
         self.traceparent = run.traceparent
         self.is_item = run.batch_id is not None
         #: the progress that the agents of the step have reported last
@@ -355,6 +363,7 @@ class RunContext:
         name: str | None = None,
         expires_s: float | None = None,
         default: Any = msgspec.UNSET,
+        answerer: str | None = None,
     ) -> Coroutine[Any, Any, Any]:
         """Ask a person. The run waits for the answer, and uses no memory and no slot meanwhile.
 
@@ -367,6 +376,8 @@ class RunContext:
             name: identifies the call instead of the question, for one whose text changes.
             expires_s: how long to wait, in seconds. Then the run fails as "expired". By default without a limit.
             default: the answer if nobody has answered in time.
+            answerer: the role of those who may answer, which is one of ``Principal``, or of an API key; None means the
+                owner of the run and admins.
 
         Returns: the answer, read from JSON as *type*.
 
@@ -375,7 +386,7 @@ class RunContext:
 
         Cancellation: the question is not asked.
         """
-        return self.journal.ask(self, question, type, name, expires_s, default)
+        return self.journal.ask(self, question, type, name, expires_s, default, answerer=answerer)
 
     def sleep(self, seconds: float) -> Coroutine[Any, Any, None]:
         """Sleep. The run is "waiting" and uses no memory and no slot meanwhile, unless it is for less than 5 seconds.

@@ -105,6 +105,9 @@ def event_of_call(started: Event, number: int, call: Call) -> Event:
     data = {**started.data, **{name: getattr(call, name) for name in names}, **shown_usage(call.usage)}
     if call.result is NOT_LOADED:
         del data["result"]
+    if call.kind == "question":
+        data |= {"answered_by": call.answered_by, "answered_at": call.answered_at}
+        data |= {} if call.arguments is NOT_LOADED else {"arguments": call.arguments}
     return Event(id=started.id + 1 + number, name="call.completed", data=data)
 
 

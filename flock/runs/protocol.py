@@ -10,6 +10,7 @@ import msgspec
 from flock.errors import EngineFull
 from flock.runs.events import Event
 from flock.runs.records import (
+    AskedQuestion,
     Batch,
     BatchFilter,
     BatchOptions,
@@ -21,6 +22,7 @@ from flock.runs.records import (
     LongJSON,
     OnInvalid,
     Page,
+    Principal,
     RetriedCalls,
     Run,
     RunFilter,
@@ -165,7 +167,7 @@ class Engine(Protocol):
         *,
         request_id: str | None = None,
         traceparent: str | None = None,
-        principal: str | None = None,
+        principal: Principal | str | None = None,
         is_async: bool = True,
         timeout_s: float | None = None,
         session_id: str | None = None,
@@ -181,7 +183,7 @@ class Engine(Protocol):
             request_id: id of the caller's request in the log.
             traceparent: trace context of the caller's request (W3C Trace Context), passed on to model calls. An invalid
                 one is ignored.
-            principal: name of the run's owner.
+            principal: the run's owner, or only its name.
             is_async: True for a run that does not need a waiting caller. It is on disk when this method returns, and is
                 resumed after a crash. It starts in an empty context. Otherwise it is written as it runs, fails as
                 interrupted if the process dies, and sees the caller's context variables if it runs in this process.
@@ -223,7 +225,7 @@ class Engine(Protocol):
         on_invalid: OnInvalid = "reject",
         request_id: str | None = None,
         traceparent: str | None = None,
-        principal: str | None = None,
+        principal: Principal | str | None = None,
         key: IdempotencyKey | None = None,
     ) -> Batch:
         """Read and validate all items, then accept the batch. If an item is rejected, no item starts.
@@ -280,16 +282,27 @@ class Engine(Protocol):
         Raises: RunNotFound; Conflict if it is completed or failed.
         """
 
-    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
+    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw, by: Principal | None = None) -> Run:
         """Answer a question of a run. If the run is waiting, it continues.
+
+        Args:
+            by: who answers; None is the program itself, which may answer any question.
 
         Returns: the run, which may be a stub, as that of ``get_outline``. The same answer may be given again.
 
         Raises:
-            RunNotFound; CallNotFound if the run does not ask this.
+            RunNotFound; CallNotFound if the run does not ask this, and has not asked it before.
+            Forbidden: *by* lacks the role that the question names, or has started or retried the run.
             InvalidData: the answer does not match the question's schema; pointers begin with ``/output``.
-            Conflict: the question was answered otherwise; the run has ended; or this program does not have its agent.
+            StaleAnswer: the question was answered otherwise, or is no longer open. It has the questions that are.
+            Conflict: this program does not have the agent.
             EngineStopped, StoreError.
+        """
+
+    async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
+        """Return a question that a run has asked, open or not. *by*: see ``answer_call``.
+
+        Raises: RunNotFound if *by* may not know of it; CallNotFound, StoreError.
         """
 
     async def send_message(
@@ -317,7 +330,14 @@ class Engine(Protocol):
             EngineStopped, StoreError.
         """
 
-    async def retry_run(self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep") -> Run:
+    async def retry_run(
+        self,
+        run_id: str,
+        max_cost: float | None = None,
+        *,
+        calls: RetriedCalls = "keep",
+        by: Principal | None = None,
+    ) -> Run:
         """Start the next attempt of a failed or cancelled run after its last committed step.
 
         Retrying an item starts the next attempt of its batch, which must have ended too.
@@ -327,6 +347,7 @@ class Engine(Protocol):
             calls: "keep" keeps what the calls of the failed step have returned, the answers of people, the idempotency
                 keys, and failures after which the step has made other calls. It executes again what the step has
                 failed with. "again" executes all calls again, with new keys.
+            by: who retries it, and so may not answer its questions with ``four_eyes``. None is the program itself.
 
         Raises: RunNotFound, Conflict, EngineFull, EngineStopped.
         """
@@ -396,14 +417,20 @@ class Engine(Protocol):
         """Cancel a batch, like ``cancel_run``: no more items start, and running items are cancelled."""
 
     async def retry_batch(
-        self, batch_id: str, only: Statuses = (), max_cost: float | None = None, *, calls: RetriedCalls = "keep"
+        self,
+        batch_id: str,
+        only: Statuses = (),
+        max_cost: float | None = None,
+        *,
+        calls: RetriedCalls = "keep",
+        by: Principal | None = None,
     ) -> Batch:
         """Start the next attempt of the failed and cancelled items of a final batch.
 
         Args:
             only: retry only items with these statuses.
             max_cost: replaces that of the batch. Earlier attempts count too.
-            calls: see ``retry_run``.
+            calls, by: see ``retry_run``.
 
         Raises: DefinitionError if a status is unknown; BatchNotFound; Conflict if it is not final, or has no such item;
             EngineFull, EngineStopped.

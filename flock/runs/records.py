@@ -9,6 +9,7 @@ JSON is stored as ``msgspec.Raw``, so runs cannot share mutable data, and a stor
 
 import functools
 import operator
+import re
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -31,6 +32,7 @@ __all__ = [
     "MAX_SHOWN_CALLS",
     "NOT_LOADED",
     "Answer",
+    "AskedQuestion",
     "Batch",
     "BatchFilter",
     "BatchOptions",
@@ -60,6 +62,8 @@ __all__ = [
     "Statuses",
     "Step",
     "Time",
+    "bad_role",
+    "name_and_caller",
     "shown_as",
     "statuses_of",
     "stub_of",
@@ -213,6 +217,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         place: None for an answer, and if an earlier version has stored it.
         once: "started" or "ended" if it is executed at most once. A started one has no end, so its ``completed_at`` is
             that of its start.
+        answered_by: the principal who has answered a question; None without principals, and for a default.
+        four_eyes: see ``Question``.
     """
 
     call_id: str
@@ -227,6 +233,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     place: Place | None = None
     once: str | None = None
+    answered_by: str | None = None
+    four_eyes: bool = False
     started_at: datetime
     completed_at: datetime
 
@@ -234,6 +242,11 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     def is_cancelled(self) -> bool:
         """Whether the program has cancelled it. If its step runs again, it waits until it is cancelled again."""
         return self.place is not None and self.place.is_cancelled
+
+    @property
+    def answered_at(self) -> datetime | None:
+        """When a question was answered."""
+        return self.completed_at if self.kind == "question" and self.error is None else None
 
     @property
     def is_start(self) -> bool:
@@ -259,6 +272,9 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
         expires_at: when the run fails, or continues with *default*; None if it waits without a limit.
         default: the answer if nobody answers in time; UNSET if the run then fails.
         kind: what it is, unless it is a question. A sleep has a *default*, null, and no other answer.
+        answerer: the role that may answer it; UNSET if the owner of the run and admins may.
+        four_eyes: nobody may answer it who has started or retried the run.
+        raises: if it expires without a default, it raises Expired in the agent that asks, which another one has called.
     """
 
     call_id: str
@@ -269,10 +285,34 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: Time | None = None
     default: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     kind: Literal["sleep", "message"] | msgspec.UnsetType = msgspec.UNSET
+    answerer: str | msgspec.UnsetType = msgspec.UNSET
+    four_eyes: bool = False
+    raises: bool | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def is_question(self) -> bool:
         return self.kind is msgspec.UNSET
+
+
+class AskedQuestion(msgspec.Struct, frozen=True, kw_only=True):
+    """A question with what people who may answer it see of its run.
+
+    Attributes:
+        run_id, agent_name, session_id, principal: of the run.
+        status: "closed" if it is no longer open and has no answer.
+        answer: as JSON; UNSET if there is none.
+        answered_by: the name of a principal; None if there is none.
+    """
+
+    run_id: str
+    agent_name: str
+    session_id: str | None
+    principal: str | None
+    question: Question
+    status: Literal["open", "answered", "closed"]
+    answer: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    answered_by: str | None = None
+    answered_at: datetime | None = None
 
 
 #: Answers a question at once, in place of a person. It may be async.
@@ -314,6 +354,12 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 1
     cancel_requested: bool = False
     owner: str | None = None
+    retried_by: tuple[str, ...] = ()
+
+    @property
+    def begun_by(self) -> tuple[str, ...]:
+        """The principals who have started or retried it."""
+        return self.retried_by if self.principal is None else (self.principal, *self.retried_by)
 
 
 class Run(_Record, frozen=True, kw_only=True):
@@ -323,6 +369,7 @@ class Run(_Record, frozen=True, kw_only=True):
         flock: the name of the flock whose engine executes it.
         traceparent: the trace context of its request (W3C Trace Context, section 3.2).
         principal: the name of its owner; None if the request was not authenticated.
+        caller: its owner as the request has identified it; None if that is only a name. See ``acts_for``.
         is_async: whether it runs without a waiting client. Such a run is resumed after a crash.
         attempt: number of the current attempt, from 1. A retry or a recovery starts the next one.
         extra: extra columns of an item's row, as a JSON object, stored for the results; None if there are none.
@@ -330,6 +377,7 @@ class Run(_Record, frozen=True, kw_only=True):
         deaths: how often its process has died while it was running, since it last finished a step or a call.
         timeout_s: wall-clock seconds for one attempt, counted from the start of its first step.
         owner: the engine that is working on it; only this engine may write it.
+        retried_by: the names of the principals who have retried it, or its batch.
         session_id: the conversation that it belongs to, within its flock and principal. Runs of a session are executed
             one after the other.
         waiting_for: what a waiting run waits for: open questions, sleeps and messages. While its step runs again, those
@@ -365,6 +413,12 @@ class Run(_Record, frozen=True, kw_only=True):
     journal: int | None = None
     dropped: tuple[str, ...] = ()
     earlier_error: str | None = None
+    caller: "Principal | None" = None
+
+    @property
+    def acts_for(self) -> "Principal | None":
+        """Its owner, with what the request, or the batch, had identified; None without principals."""
+        return self.caller or (None if self.principal is None else Principal(name=self.principal))
 
     @property
     def value(self) -> Any:
@@ -519,6 +573,7 @@ class Batch(_Record, frozen=True, kw_only=True):
         resumed_at, resumed_with: when an engine last started working on it, and how many items had ended before that.
         extra_names: the names in ``Run.extra`` of all its items, in order of first appearance.
         owner: the engine that is working on it; only this engine may write the batch and its items.
+        retried_by: the names of the principals who have retried it, or some of its items.
         usage: the sum of ``Run.spent`` of its items; None if they have used no tokens.
         error_type: why it failed, if not because all items did: "cost_limit".
         invalid_items: how many items have invalid inputs. They never run.
@@ -622,16 +677,38 @@ Inputs = msgspec.Raw | Mapping[str, Any]
 Items = Iterable[Inputs | Row] | AsyncIterable[Inputs | Row]
 
 
+#: The name of a role.
+ROLE = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
+
+
+def bad_role(role: object) -> str | None:
+    """Return why *role* is not the name of a role, or None if it is one."""
+    if isinstance(role, str) and ROLE.fullmatch(role):
+        return None
+    return f"{repr(role)[:100]} is not the name of a role. Use 1 to 64 letters, digits and '_.@-'."
+
+
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
     """An authenticated caller. An admin can also access the runs and batches of others.
 
-    Raises: TypeError if the name is not a string; ValueError if it cannot be written as UTF-8.
+    Attributes:
+        roles: what it may answer: the questions that name one of these as ``approver=`` or ``answerer=``.
+
+    Raises: TypeError if the name is not a string, or the roles are one; ValueError if the name cannot be written as
+        UTF-8, or a role is not 1 to 64 ASCII letters, digits and ``_.@-``.
     """
 
     name: str
     admin: bool = False
+    roles: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.roles, str):
+            raise TypeError(f"The roles of a Principal must be a sequence, such as ({self.roles[:100]!r},).")
+        for role in self.roles:
+            if problem := bad_role(role):
+                raise ValueError(problem)
+        msgspec.structs.force_setattr(self, "roles", tuple(self.roles))
         if not isinstance(self.name, str):
             raise TypeError(
                 f"The name of a Principal must be a str, not {type(self.name).__name__}. "
@@ -641,6 +718,13 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
             self.name.encode()
         except UnicodeEncodeError as exc:
             raise ValueError(f"The name of a Principal must be valid Unicode, not {self.name!r}: {exc}.") from exc
+
+
+def name_and_caller(principal: "Principal | str | None") -> tuple[str | None, "Principal | None"]:
+    """Return the name of *principal*, and itself if it is more than a name; see ``Run.caller``."""
+    if not isinstance(principal, Principal):
+        return principal, None
+    return principal.name, None if principal == Principal(name=principal.name) else principal
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True):

@@ -50,7 +50,7 @@ from flock.steps.callees import Callees
 from flock.steps.journal import Journal
 from flock.steps.live import LiveOutput
 from flock.steps.outcomes import CANCELLED, Outcome, failure_of, queue_timeout, timeout_of, with_hint
-from flock.steps.retries import dropped_calls, kept_calls
+from flock.steps.retries import dropped_calls, kept_calls, without_excluded
 from flock.steps.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_all_nowait
 from flock.steps.threads import Threads
 
@@ -335,7 +335,7 @@ class StepExecutor:
         execute_callee = functools.partial(self._execute_callee, _batch_of(run), resources)
         calls: list[Call] = []
         if run.first_try < run.tries:
-            calls += kept_calls(await active.earlier_calls(run), run.dropped)
+            calls += kept_calls(without_excluded(await active.earlier_calls(run), run.begun_by), run.dropped)
         active.has_kept = bool(calls)
         if is_again or active.has_calls:
             calls += await active.finished_calls()
@@ -362,6 +362,7 @@ class StepExecutor:
             call_ids=run.call_ids,
             answer=self.answer,
             waited_for=run.waiting_for,
+            tries=run.tries,
             check_wait=functools.partial(self._check_wait, active),
         )
 

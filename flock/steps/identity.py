@@ -1,4 +1,7 @@
-"""What identifies a call of a function, beside its parents: the name of the function, and its arguments."""
+"""What identifies a call of a function, beside its parents: the name of the function, and its arguments.
+
+And what identifies a question: the call that asks it, in which try of the run, and what it asks.
+"""
 
 import functools
 import hashlib
@@ -7,11 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+from msgspec import UnsetType
 
 from flock.errors import CallError
 from flock.pydanticmodel import from_json, to_json
+from flock.runs import Question
 
 DIGEST_CHARS = 16
+#: Between the id of the call that asks, and what belongs to the question. No call has it in its id.
+ASKED = "@"
 #: Types that read each value in only one way.
 _PLAIN = (Any, bool, str)
 
@@ -63,6 +70,28 @@ def json_of(label: str, part: str, value: Any) -> msgspec.Raw:
             f"The {part} of the call {label!r} cannot be converted to JSON: {exc}. Pass call_name= to identify the "
             "call without them."
         ) from exc
+
+
+def question_id(call_id: str, tries: int, question: Question) -> str:
+    """Return the id of a *question* that the call *call_id* first asks in the try *tries* of its run.
+
+    It belongs to what is asked, so that an answer never counts for something else.
+    """
+    about = question.arguments
+    asked = [question.question, question.schema, None if isinstance(about, UnsetType) else msgspec.json.decode(about)]
+    digest = hashlib.sha256(msgspec.json.encode(asked, order="deterministic")).hexdigest()[:DIGEST_CHARS]
+    return f"{call_id}{ASKED}{tries}.{digest}"
+
+
+def asking_call(question_id: str) -> str:
+    """Return the id of the call that asks a question. Earlier versions gave both the same id."""
+    return question_id.partition(ASKED)[0]
+
+
+def try_of(question_id: str) -> int | None:
+    """Return the try in which a question was first asked; None if an earlier version has asked it."""
+    number = question_id.partition(ASKED)[2].partition(".")[0]
+    return int(number) if number.isdecimal() else None
 
 
 def _as_declared(function: Callable[..., Any], arguments: bytes, hints: Mapping[str, Any]) -> bytes:

@@ -30,6 +30,7 @@ from msgspec.structs import replace
 
 from flock.agents.questions import ASK, RECEIVE, SLEEP, TIMEOUT, TIMER, message_json, question_json, schema_of
 from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
+from flock.agents.tools import MAX_EXPIRES_S
 from flock.errors import CallError, SignatureError, Uncertain, cut
 from flock.pydanticmodel import from_json, to_json_and_back
 from flock.runs import (
@@ -40,6 +41,7 @@ from flock.runs import (
     Question,
     RunContext,
     Usage,
+    bad_role,
     now,
     safe_text,
 )
@@ -54,7 +56,7 @@ from flock.scopes import (
     move_on_after_working,
     note_late_cancellation,
 )
-from flock.steps.identity import DIGEST_CHARS, code_of, digest_of, json_of
+from flock.steps.identity import DIGEST_CHARS, asking_call, code_of, digest_of, json_of, question_id
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
 from flock.steps.replay import NESTED, Entry, Replay, callers, numbered
@@ -65,8 +67,6 @@ logger = logging.getLogger("flock.runs")
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 #: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
 CHECKPOINTS = 10
-#: How long a question may be open, in seconds: ten years.
-MAX_EXPIRES_S = 10 * 365 * 86_400
 #: Shorter sleeps do not end the step, in seconds.
 MIN_SUSPENDED_S = 5.0
 #: The pause before a call is tried again, in seconds. It doubles with each try.
@@ -102,7 +102,9 @@ class Journal:
         stops_on_change: end the step before a call that replaces another one, because the program was changed.
         call_ids: see ``Run``.
         answer: answers the step's questions at once. Without it, the step ends if nothing but answers is missing.
-        waited_for: the waits of the last execution that are not over. They keep their times.
+        waited_for: the waits of the last execution that are not over. They keep their times, and questions what they
+            ask.
+        tries: see ``Run``.
         check_wait: is called with a question or an awaited message while the step runs. It returns the finished call if
             there is an answer. Otherwise the wait is then visible to clients.
 
@@ -135,6 +137,7 @@ class Journal:
     call_ids: int = CALL_IDS
     answer: Answer | None = None
     waited_for: InitVar[Iterable[Question]] = ()
+    tries: int = 1
     check_wait: Callable[[Question], Awaitable[Call | None]] | None = None
 
     def __post_init__(
@@ -150,14 +153,16 @@ class Journal:
         self.change: str | None = None
         #: questions, and names of agents that other processes have, by the id of the call that waits for them
         self._asked: dict[str, Question | str] = {}
-        self._waited_for = {each.call_id: each for each in waited_for}
+        self._waited_for = {asking_call(each.call_id): each for each in waited_for}
+        #: the ids of questions, by that of the call that asks
+        self._question_ids: dict[str, str] = {}
         #: how often an answer may have come; see ``note_answer``
         self._news = 0
         #: the calls that have begun and not ended, each with what cancels its task
         self._open: dict[str, Callable[[], object]] = {}
         #: a call has ended
         self._changed = Signal()
-        checkpoints = [call for call in finished if call.is_checkpoint]
+        checkpoints = [_as_asking(call) for call in finished if call.is_checkpoint]
         self._replay = Replay([call for call in checkpoints if not call.is_start], replay_grace_s)
         #: those that are executed at most once, by their id: their start, or their end if it is stored
         self._once: dict[str, Call] = {}
@@ -291,14 +296,21 @@ class Journal:
         expires_s: float | None,
         default: Any,
         about: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
+        answerer: str | None = None,
+        *,
+        four_eyes: bool = False,
     ) -> Coroutine[Any, Any, Any]:
-        """See ``RunContext.ask``. *about* is what the question is about, as a JSON object."""
+        """See ``RunContext.ask`` and ``Tool``. *about* is what the question is about, as a JSON object."""
         check_in_loop(context)
         _check_name(ASK, name)
+        if answerer is not None and (problem := bad_role(answerer)):
+            raise CallError(f"answerer={problem}")
         text = safe_text(question)
-        asked = self._asking(ASK, text, type_, expires_s, default, arguments=about)
+        rules: dict[str, Any] = {"answerer": msgspec.UNSET if answerer is None else answerer, "four_eyes": four_eyes}
+        rules |= {"raises": True} if context.call_id else {}
+        asked = self._asking(ASK, text, type_, expires_s, default, arguments=about, **rules)
         key = name or hashlib.sha256(b"\0".join([text.encode(), asked(now()).schema])).hexdigest()[:DIGEST_CHARS]
-        return self._wait(ASK, key, asked, type_, "question", question_json(text))
+        return self._wait(ASK, key, asked, type_, "question", question_json(text, about))
 
     def receive(
         self, context: RunContext, name: str, type_: Any, expires_s: float | None, default: Any
@@ -368,9 +380,11 @@ class Journal:
             self.check_may_wait(label)
 
         async def wait() -> Any:
-            begun = replace(asked(now()), call_id=CURRENT_CALL.get())
-            if (before := self._waited_for.pop(begun.call_id, None)) is not None:
-                begun = replace(begun, asked_at=before.asked_at, expires_at=before.expires_at)
+            call_id = CURRENT_CALL.get()
+            begun = self._begun(call_id, asked(now()))
+            if begun.is_question:
+                self._question_ids[call_id] = begun.call_id
+                self.on_start(begun.call_id, label, kind, arguments, begun.asked_at)
             if kind == "sleep":
                 assert begun.expires_at is not None
                 left_s = (begun.expires_at - now()).total_seconds()
@@ -378,13 +392,24 @@ class Journal:
                 if left_s < MIN_SUSPENDED_S or (label == TIMER and self.answer is not None):
                     return await anyio.sleep(max(0, left_s))
             if self.answer is None:
-                return await self._suspend(begun.call_id, begun)
+                return await self._suspend(call_id, begun)
             with clocks_stopped(self.clock):
                 return await (anyio.sleep(left_s) if kind == "sleep" else self._execute(self.answer, (begun,), {}))
 
         return self.once(
             label, key, wait, kind=kind, arguments=arguments, decode=functools.partial(_decode, label, type_)
         )
+
+    def _begun(self, call_id: str, asked: Question) -> Question:
+        """Return what a call waits for. If it has waited for it before, it is what it was then."""
+        before = self._waited_for.pop(call_id, None)
+        if not asked.is_question:
+            asked = replace(asked, call_id=call_id)
+        elif before is None:
+            asked = replace(asked, call_id=question_id(call_id, self.tries, asked))
+        else:
+            asked = replace(asked, call_id=before.call_id, question=before.question, arguments=before.arguments)
+        return asked if before is None else replace(asked, asked_at=before.asked_at, expires_at=before.expires_at)
 
     async def wait_elsewhere(self, agent_name: str) -> NoReturn:
         """End the step as a question does, because the step calls an agent that only another process has."""
@@ -454,7 +479,7 @@ class Journal:
     async def _check(self, wait: Question) -> None:
         """Raise _Answered if there is an answer."""
         if self.check_wait is not None and (call := await self.check_wait(wait)) is not None:
-            raise _Answered(call)
+            raise _Answered(_as_asking(call))
 
     @property
     def _waits_only(self) -> bool:
@@ -632,7 +657,8 @@ class Journal:
             await cancellation.raise_if_late()
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, exc = JSON_NULL, None, None
-        self.on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
+        if planned.kind != "question":  # its id depends on what it asks
+            self.on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
         try:
             value = await planned.execute()
             if planned.should_keep is not None and not planned.should_keep(value):
@@ -820,6 +846,7 @@ class Journal:
             )
 
     async def _store(self, call: Call, cancellation: Cancellation) -> None:
+        call = replace(call, call_id=self._question_ids.get(call.call_id, call.call_id))
         if (size := _bytes_of(call)) > self._bytes_left:
             raise Refused(
                 f"The arguments and results of the step's calls are larger than the cluster can store. The call "
@@ -850,6 +877,11 @@ class Journal:
                 except asyncio.CancelledError:
                     note_late_cancellation()
             saving.result()
+
+
+def _as_asking(call: Call) -> Call:
+    """Return an answer as the end of the call that has asked."""
+    return replace(call, call_id=asking_call(call.call_id)) if call.kind == "question" else call
 
 
 def _timer(name: str, at: datetime, until: datetime) -> Question:

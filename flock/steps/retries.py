@@ -7,7 +7,8 @@ from datetime import datetime
 import msgspec
 
 from flock.runs import Call
-from flock.steps.replay import callers
+from flock.steps.identity import asking_call
+from flock.steps.replay import NESTED, callers
 
 #: Long enough to tell the failed calls of one run apart.
 KEY_CHARS = 16
@@ -26,6 +27,27 @@ def kept_calls(calls: Iterable[Call], dropped: Collection[str]) -> list[Call]:
     return [
         call for call in calls if call.once is not None or not (key_of(call) in dropped or _is_invalid_answer(call))
     ]
+
+
+def without_excluded(calls: Sequence[Call], begun_by: Collection[str]) -> Sequence[Call]:
+    """Return *calls* without approvals of those who have started or retried the run, unless their tool has started.
+
+    Args:
+        begun_by: see ``Run``.
+    """
+    excluded = [call for call in calls if call.four_eyes and call.answered_by in begun_by]
+    if not excluded:
+        return calls
+    started = {call.call_id for call in calls if call.kind == "tool"}
+    dropped = [call for call in excluded if _tool_call_of(call) not in started]
+    return [call for call in calls if call not in dropped]
+
+
+def _tool_call_of(approval: Call) -> str:
+    """Return the id of the call of a tool that *approval* allows: ``refund:1.1`` for ``ask:refund.1.1``."""
+    parent, nested, own = asking_call(approval.call_id).rpartition(NESTED)
+    tool, _, number = own.partition(":")[2].partition(".")
+    return f"{parent}{nested}{tool}:{number}"
 
 
 def dropped_calls(
@@ -50,7 +72,7 @@ def dropped_calls(
 
 def key_of(call: Call) -> str:
     """Return what identifies an entry of the journal: a call that failed may have been made again."""
-    of = f"{call.call_id} {call.completed_at.isoformat()}"
+    of = f"{asking_call(call.call_id)} {call.completed_at.isoformat()}"
     return hashlib.sha256(of.encode()).hexdigest()[:KEY_CHARS]
 
 

@@ -25,6 +25,7 @@ from flock.store.columns import (
     batch_values,
     micros,
     names_json,
+    names_of_retriers,
     run_from,
     run_or_remains,
 )
@@ -211,7 +212,7 @@ class SQLiteBatchStore(BatchStore):
         is_again = "again" in remaining
 
         def apply(db: sqlite3.Connection) -> None:
-            selection = (is_again, batch.batch_id, status, INVALID_INPUT, CHUNK_SIZE)
+            selection = (is_again, names_of_retriers(batch, None), batch.batch_id, status, INVALID_INPUT, CHUNK_SIZE)
             changed = db.execute(statements.REOPEN_ITEMS, selection).rowcount
             queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus(status)): -changed}))
             if changed < CHUNK_SIZE:
@@ -253,6 +254,7 @@ class SQLiteBatchStore(BatchStore):
         then: Then[Batch | None],
         max_cost: float | None = None,
         calls: RetriedCalls = "keep",
+        by: str | None = None,
     ) -> Batch | None:
         def apply(db: sqlite3.Connection) -> Batch | None:
             queries.check_engine(db, owner)
@@ -272,7 +274,7 @@ class SQLiteBatchStore(BatchStore):
                 return None
             self._check_room(db, batch.flock, sum(counts[status] for status in statuses), max_open_items)
             reopening = [*statuses, "again"] if calls == "again" else statuses
-            db.execute(statements.REOPEN_BATCH, (owner, ",".join(reopening), batch_id))
+            db.execute(statements.REOPEN_BATCH, (owner, ",".join(reopening), names_of_retriers(batch, by), batch_id))
             _set_max_cost(db, batch, max_cost)
             return queries.find_batch(db, batch_id)
 
@@ -285,17 +287,19 @@ class SQLiteBatchStore(BatchStore):
         then: Then[Batch | None],
         max_cost: float | None = None,
         calls: RetriedCalls = "keep",
+        by: str | None = None,
     ) -> Batch | None:
         def apply(db: sqlite3.Connection) -> Batch | None:
             batch = queries.find_batch(db, run.batch_id or "")
             queries.check_engine(db, owner)
             if batch is None or not batch.status.is_final:
                 return None
-            values = (calls == "again", run.run_id, run.status.value, INVALID_INPUT)
+            retriers = names_of_retriers(batch, by)
+            values = (calls == "again", retriers, run.run_id, run.status.value, INVALID_INPUT)
             if not db.execute(statements.REOPEN_ITEM, values).rowcount:
                 return None
             queries.count_ended(db, queries.Ended({(batch.batch_id, run.status): -1}))
-            db.execute(statements.REOPEN_BATCH, (owner, None, batch.batch_id))
+            db.execute(statements.REOPEN_BATCH, (owner, None, retriers, batch.batch_id))
             _set_max_cost(db, batch, max_cost)
             return queries.find_batch(db, batch.batch_id)
 

@@ -23,6 +23,7 @@ from flock.runs import (
     BatchOptions,
     Call,
     CallKind,
+    Principal,
     Progress,
     Question,
     Run,
@@ -104,6 +105,7 @@ COLUMNS: Mapping[Any, Column] = {
     Progress: Column({bytes}, "x'7b7d'", msgspec.json.encode, _progress),
     Usage: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Usage).decode),
     Place: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Place).decode),
+    Principal: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Principal).decode),
     Raised: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Raised).decode),
     BatchOptions: Column({bytes, str}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(BatchOptions).decode),
     tuple[str, ...]: _tuple_column(tuple[str, ...]),
@@ -257,6 +259,12 @@ def waiting_values(run: Run) -> list[Any]:
 def waits_json(waits: Sequence[Question]) -> bytes | None:
     """Return the column ``waiting_for``."""
     return msgspec.json.encode(waits) if waits else None
+
+
+def names_of_retriers(record: Run | Batch, by: str | None) -> bytes | None:
+    """Return the column ``retried_by`` of a record that *by* retries."""
+    names = record.retried_by if by is None or by in record.retried_by else (*record.retried_by, by)
+    return msgspec.json.encode(names) if names else None
 
 
 def step_values(run_id: str, position: int, step: Step) -> list[Any]:

@@ -10,6 +10,11 @@ from collections.abc import Sequence
 from flock.errors import StoreError
 from flock.store import files, statements
 
+#: The questions that a run waits for, as rows.
+_QUESTIONS_OF = """SELECT {run}.run_id, json_extract(value, '$.call_id'), {run}.flock,
+    ifnull(json_extract(value, '$.answerer'), ''), value
+    FROM {tables}json_each(CAST({run}.waiting_for AS TEXT))
+    WHERE json_valid(CAST({run}.waiting_for AS TEXT)) AND json_extract(value, '$.kind') IS NULL"""
 #: The statements of each migration.
 MIGRATIONS: Sequence[Sequence[str]] = [
     [
@@ -194,6 +199,40 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "CREATE INDEX runs_asking ON runs (flock, run_id, agent_name) "
         "WHERE batch_id IS NULL AND status = 'waiting' AND is_asleep = 0",
     ],
+    # All questions that runs have asked, in their order. The trigger keeps them equal to ``waiting_for``, whichever
+    # statement writes that. A run that has ended while it was waiting keeps them open, in case it is read.
+    [
+        """CREATE TABLE questions (
+            run_id TEXT NOT NULL,
+            call_id TEXT NOT NULL,
+            flock TEXT NOT NULL,
+            answerer TEXT NOT NULL,
+            is_open INTEGER NOT NULL DEFAULT 1,
+            question TEXT NOT NULL
+        )""",
+        "CREATE UNIQUE INDEX questions_of_runs ON questions (run_id, call_id)",
+        "CREATE INDEX questions_open ON questions (flock, answerer) WHERE is_open = 1",
+        f"""INSERT INTO questions (run_id, call_id, flock, answerer, question)
+            {_QUESTIONS_OF.format(run="runs", tables="runs, ")}
+            AND runs.status IN ('starting', 'running', 'waiting')""",
+        f"""CREATE TRIGGER questions_asked AFTER UPDATE OF waiting_for ON runs
+            WHEN new.waiting_for IS NOT old.waiting_for BEGIN
+            UPDATE questions SET is_open = 0 WHERE run_id = new.run_id AND is_open = 1 AND call_id NOT IN
+                (SELECT json_extract(value, '$.call_id') FROM json_each(CAST(ifnull(new.waiting_for, '[]') AS TEXT)));
+            INSERT INTO questions (run_id, call_id, flock, answerer, question)
+                {_QUESTIONS_OF.format(run="new", tables="")}
+                ON CONFLICT (run_id, call_id) DO UPDATE SET is_open = 1;
+            END""",
+    ],
+    # Who has answered, and who has retried.
+    [
+        "ALTER TABLE calls ADD COLUMN answered_by TEXT",
+        "ALTER TABLE calls ADD COLUMN four_eyes INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE runs ADD COLUMN retried_by BLOB",
+        "ALTER TABLE batches ADD COLUMN retried_by BLOB",
+    ],
+    # For whom a run acts, if that is more than a name.
+    ["ALTER TABLE runs ADD COLUMN caller BLOB"],
 ]
 
 

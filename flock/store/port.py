@@ -13,11 +13,13 @@ import msgspec
 from flock.agents.program import Program
 from flock.errors import EngineFull, StoreError
 from flock.runs import (
+    AskedQuestion,
     Batch,
     BatchFilter,
     Call,
     IdempotencyKey,
     Page,
+    Principal,
     Question,
     Queue,
     QueueLimits,
@@ -165,12 +167,13 @@ class BatchStore(Protocol):
         then: Then[Batch | None],
         max_cost: float | None = None,
         calls: RetriedCalls = "keep",
+        by: str | None = None,
     ) -> Batch | None:
         """Open the next attempt of a final batch. Returns None if it is not final or has no items to retry.
 
         Args:
             max_cost: replaces that of the batch.
-            calls: see ``Engine.retry_run``.
+            calls, by: see ``Engine.retry_run``.
 
         Raises EngineFull, EngineStopped.
         """
@@ -182,6 +185,7 @@ class BatchStore(Protocol):
         then: Then[Batch | None],
         max_cost: float | None = None,
         calls: RetriedCalls = "keep",
+        by: str | None = None,
     ) -> Batch | None:
         """Like ``reopen``, for one item that failed or was cancelled."""
 
@@ -395,12 +399,25 @@ class Store(Protocol):
         """Return the names of the messages that a run has not received. Raises StoreError."""
 
     async def answer(
-        self, run_id: str, call_id: str, output: msgspec.Raw, owner: str, now: datetime, then: Then[Run | None]
+        self,
+        run_id: str,
+        call_id: str,
+        output: msgspec.Raw,
+        by: Principal | None,
+        owner: str,
+        now: datetime,
+        then: Then[Run | None],
     ) -> Run | None:
         """Answer a question. Return a stub of the run if it is ready to start, and call *then* with it; or None.
 
         Raises the same as ``Engine.answer_call``.
         """
+
+    async def may_answer(self, run_id: str, call_id: str, by: Principal) -> bool:
+        """Whether *by* may know of a question. It takes as long for one that does not exist."""
+
+    async def find_question(self, run_id: str, call_id: str) -> AskedQuestion | None:
+        """Return a question that a run has asked, open or not, or None."""
 
     async def end_waiting(self, run: Run, outcome: Outcome, now: datetime) -> bool:
         """End a waiting run. Returns False if it is no longer waiting."""
@@ -419,8 +436,9 @@ class Store(Protocol):
         then: Then[Run | None],
         max_cost: float | None = None,
         calls: RetriedCalls = "keep",
+        by: str | None = None,
     ) -> Run | None:
-        """Open the next attempt of *run*, with this *max_cost* if it is given. *calls*: see ``Engine.retry_run``.
+        """Open the next attempt of *run*, with this *max_cost* if it is given. *calls*, *by*: see ``Engine.retry_run``.
 
         Returns None if it neither failed nor was cancelled.
 

@@ -311,9 +311,10 @@ def delete_items(db: sqlite3.Connection, batch_id: str, limit: int) -> int:
 
 
 def _delete_details(db: sqlite3.Connection, run_ids: Sequence[tuple[str]]) -> None:
-    """Delete the steps, calls and messages of these runs."""
+    """Delete the steps, calls, questions and messages of these runs."""
     db.executemany(statements.DELETE_STEPS, run_ids)
     db.executemany(statements.DELETE_CALLS, run_ids)
+    db.executemany(statements.DELETE_QUESTIONS, run_ids)
     db.executemany(statements.DELETE_MESSAGES, run_ids)
 
 
@@ -392,9 +393,9 @@ def find_next_calls(
 ) -> list[tuple[int, Call]]:
     """Return a page of the calls of a step that were stored after a row, each with its row, from *number* on.
 
-    Their arguments are not read. Raises Damaged.
+    Only the arguments of questions are read. Raises Damaged.
     """
-    values = (MAX_SHOWN_BYTES, run_id, position, after_row, CALLS_PER_PAGE, number)
+    values = (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, position, after_row, CALLS_PER_PAGE, number)
     with _detecting_damage():
         return [(row, shown_call_from(call)) for row, *call in db.execute(statements.NEXT_CALLS, values)]
 

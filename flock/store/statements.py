@@ -107,11 +107,11 @@ SUSPECTS = """SELECT run_id, batch_id, deaths FROM runs INDEXED BY runs_that_die
 MAY_HAVE_SUSPECTS = """SELECT 1 FROM runs INDEXED BY runs_that_died
     WHERE deaths > 0 AND status IN ('starting', 'running') AND (owner = ? OR EXISTS
     (SELECT 1 FROM batches WHERE batches.batch_id = runs.batch_id AND batches.owner = ?)) LIMIT 1"""
-#: The parameter is whether the retry executes all calls again.
+#: The parameters are whether the retry executes all calls again, and all who have retried the run, as JSON.
 REOPENED = """status = 'starting', attempt = attempt + 1, result = NULL, error = NULL, error_type = NULL,
     started_at = NULL, completed_at = NULL, progress = NULL, cancel_requested = 0, waiting_for = NULL, worked_s = 0,
     deaths = 0, journal = CASE WHEN ? THEN NULL ELSE ifnull(journal, attempt - recoveries) END,
-    earlier_error = error"""
+    earlier_error = error, retried_by = ?"""
 REOPEN_RUN = f"""UPDATE runs SET {REOPENED}, owner = ?, is_async = 1,
     rowid = CASE WHEN session_id IS NULL THEN rowid ELSE (SELECT max(rowid) + 1 FROM runs) END
     WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"""
@@ -218,8 +218,10 @@ POSITIONS = "SELECT DISTINCT position FROM calls WHERE run_id = ? ORDER BY posit
 _SHORT = {name: f"CASE WHEN length({name}) <= ? THEN {name} END" for name in ("arguments", "result")}
 SHOWN_CALLS = f"""SELECT {_replaced(CALL_TABLE, **_SHORT)}
     FROM calls WHERE run_id = ? AND position = ? ORDER BY tries, rowid LIMIT ?"""
-#: Some of them, without their arguments. A call has no number of its own: numbers are those of the rows of a step.
-NEXT_CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, **_SHORT | {"arguments": "NULL"})}
+_ASKED = f"CASE kind WHEN 'question' THEN {_SHORT['arguments']} END"
+#: Some of them, with the arguments of questions only. A call has no number of its own: numbers are those of the rows
+#: of a step.
+NEXT_CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, **_SHORT | {"arguments": _ASKED})}
     FROM calls WHERE run_id = ? AND position = ? AND rowid > ? AND once IS NOT 'started'
     ORDER BY tries, rowid LIMIT ? OFFSET ?"""
 DELETE_CALLS = "DELETE FROM calls WHERE run_id = ?"
@@ -297,7 +299,8 @@ HAS_UNPAID_ITEMS = """SELECT 1 FROM runs INDEXED BY items_by_status
 FAIL_BATCH = "UPDATE batches SET status = 'failed', error = ?, completed_at = ? WHERE batch_id = ? AND owner = ?"
 TAKE_BATCH = "UPDATE batches SET owner = ? WHERE batch_id = ? AND owner = ? AND completed_at IS NULL"
 REOPEN_BATCH = """UPDATE batches SET status = 'starting', attempt = attempt + 1, owner = ?, reopening = ?,
-    error = NULL, error_type = NULL, completed_at = NULL, resumed_at = NULL, cancel_requested = 0 WHERE batch_id = ?"""
+    retried_by = ?, error = NULL, error_type = NULL, completed_at = NULL, resumed_at = NULL, cancel_requested = 0
+    WHERE batch_id = ?"""
 SET_REOPENING = "UPDATE batches SET reopening = ? WHERE batch_id = ?"
 SET_OPTIONS = "UPDATE batches SET options = ? WHERE batch_id = ?"
 CANCEL_BATCH = """UPDATE batches SET cancel_requested = 1
@@ -332,8 +335,13 @@ def batch_page(names: Iterable[str]) -> str:
 
 
 #: The answer of the last step that asked: of one that is completed, or of the current one in the same try.
-FIND_ANSWER = """SELECT result FROM calls WHERE run_id = ? AND call_id = ? AND kind = 'question'
-    AND (position < ? OR tries >= ?) ORDER BY position DESC, rowid DESC"""
+FIND_ANSWER = f"""SELECT {", ".join(CALL_TABLE)} FROM calls WHERE run_id = ? AND call_id = ? AND kind = 'question'
+    AND error IS NULL AND (position < ? OR tries >= ?) ORDER BY position DESC, rowid DESC"""
+#: Whether a run has asked a question, even if it is no longer open.
+WAS_ASKED = "SELECT 1 FROM questions WHERE run_id = ? AND call_id = ?"
+ANSWERER = "SELECT answerer FROM questions WHERE run_id = ? AND call_id = ?"
+FIND_QUESTION = "SELECT question FROM questions WHERE run_id = ? AND call_id = ?"
+DELETE_QUESTIONS = "DELETE FROM questions WHERE run_id = ?"
 #: The answer of a wait that was given while the step runs.
 FIND_ANSWER_OF_WAIT = f"""SELECT {", ".join(CALL_TABLE)} FROM calls
     WHERE run_id = ? AND position = ? AND tries = ? AND call_id = ? AND error IS NULL"""

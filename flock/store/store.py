@@ -5,6 +5,7 @@ engine that has taken over its runs.
 """
 
 import functools
+import logging
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,17 +21,32 @@ from msgspec.structs import asdict
 
 from flock.agents.program import Program
 from flock.errors import EngineFull, RunNotFound
-from flock.runs import Call, Page, Question, Queue, QueueLimits, RetriedCalls, Run, RunFilter, RunStatus, Usage
+from flock.runs import (
+    AskedQuestion,
+    Call,
+    Page,
+    Principal,
+    Question,
+    Queue,
+    QueueLimits,
+    RetriedCalls,
+    Run,
+    RunFilter,
+    RunStatus,
+    Usage,
+)
 from flock.runs.ids import first_id_at
 from flock.steps.outcomes import Outcome
 from flock.store import files, queries, statements, takeover, waiting
 from flock.store.batchstore import SQLiteBatchStore
-from flock.store.columns import json_from, micros, names_json, run_or_remains, time_from
+from flock.store.columns import json_from, micros, names_json, names_of_retriers, run_or_remains, time_from
 from flock.store.database import MEMORY, Database, Durability
 from flock.store.port import Key, Store, TakenOver, Then
 from flock.store.suspects import Executing, executed_until_death
 
 T = TypeVar("T")
+
+logger = logging.getLogger("flock.runs")
 
 #: Later than any stored time, in microseconds.
 MAX_TIME = 2**63 - 1
@@ -206,9 +222,31 @@ class SQLiteStore(Database, Store):
         return self.read(lambda db: [name for (name,) in db.execute(statements.NAMES_OF_MESSAGES, (run_id,))])
 
     async def answer(
-        self, run_id: str, call_id: str, output: msgspec.Raw, owner: str, now: datetime, then: Then[Run | None]
+        self,
+        run_id: str,
+        call_id: str,
+        output: msgspec.Raw,
+        by: Principal | None,
+        owner: str,
+        now: datetime,
+        then: Then[Run | None],
     ) -> Run | None:
-        return await self.change(lambda db: waiting.answer(db, run_id, call_id, output, owner, now), then)
+        answered = list[str]()
+
+        def apply(db: sqlite3.Connection) -> Run | None:
+            answered.clear()  # it may be repeated
+            return waiting.answer(db, run_id, call_id, output, by, owner, now, answered)
+
+        run = await self.change(apply, then)
+        for words in answered:
+            logger.info("run %s: %s", run_id, words)
+        return run
+
+    async def may_answer(self, run_id: str, call_id: str, by: Principal) -> bool:
+        return self.read(lambda db: waiting.may_answer(db, run_id, call_id, by))
+
+    async def find_question(self, run_id: str, call_id: str) -> AskedQuestion | None:
+        return self.read(lambda db: waiting.find_question(db, run_id, call_id))
 
     async def end_waiting(self, run: Run, outcome: Outcome, now: datetime) -> bool:
         return await self.change(lambda db: waiting.end(db, run, outcome, now))
@@ -231,11 +269,13 @@ class SQLiteStore(Database, Store):
         then: Then[Run | None],
         max_cost: float | None = None,
         calls: RetriedCalls = "keep",
+        by: str | None = None,
     ) -> Run | None:
         def apply(db: sqlite3.Connection) -> Run | None:
             queries.check_engine(db, owner)
             self._queued.check_room(db, run.flock, self.agents, run.principal, limits)
-            is_reopened = db.execute(statements.REOPEN_RUN, (calls == "again", owner, run.run_id)).rowcount == 1
+            values = (calls == "again", names_of_retriers(run, by), owner, run.run_id)
+            is_reopened = db.execute(statements.REOPEN_RUN, values).rowcount == 1
             if is_reopened and max_cost is not None:
                 db.execute(statements.SET_MAX_COST, (max_cost, run.run_id))
             return queries.find_run(db, run.run_id) if is_reopened else None

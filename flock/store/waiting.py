@@ -9,12 +9,21 @@ from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 
 import msgspec
-from msgspec import UnsetType
 
 from flock.agents.questions import MESSAGE, check_answer
 from flock.errors import InvalidData, RunNotFound
-from flock.runs import Call, IdempotencyKey, Question, Run, RunStatus
-from flock.steps.answers import answer_of, awaited, check_message, dropped_of, is_expired, question_for
+from flock.runs import AskedQuestion, Call, IdempotencyKey, Principal, Question, Run, RunStatus
+from flock.steps.answers import (
+    answer_in_words,
+    answer_of,
+    asked_question,
+    awaited,
+    check_message,
+    dropped_of,
+    end_of_expired,
+    is_expired,
+    question_for,
+)
 from flock.steps.outcomes import Outcome, expiry_of
 from flock.store import queries, statements
 from flock.store.columns import Damaged, call_from, call_values, json_from, micros, waiting_values, waits_json
@@ -55,30 +64,60 @@ def has_answer(db: sqlite3.Connection, run: Run, wait: Question) -> bool:
 
 
 def answer(
-    db: sqlite3.Connection, run_id: str, call_id: str, output: msgspec.Raw, owner: str, at: datetime
+    db: sqlite3.Connection,
+    run_id: str,
+    call_id: str,
+    output: msgspec.Raw,
+    by: Principal | None,
+    owner: str,
+    at: datetime,
+    answered: list[str],
 ) -> Run | None:
-    """Answer a question. If the run was waiting, return a stub of it, which is to be started by *owner*.
+    """Answer a question, and add that in words to *answered*. If the run waits, return a stub that *owner* is to start.
 
-    Raises: RunNotFound, CallNotFound, Conflict, InvalidData, EngineStopped.
+    Raises: RunNotFound, CallNotFound, Forbidden, Conflict, InvalidData, EngineStopped.
     """
     run = queries.find_run(db, run_id, is_outline=True)
     if run is None:
         raise RunNotFound(run_id)
 
-    def find_answer() -> bytes | None:
+    def find_answer() -> Call | None:
         row = db.execute(statements.FIND_ANSWER, (run_id, call_id, len(run.steps), run.first_try)).fetchone()
-        return None if row is None else row[0]
+        return None if row is None else call_from(row)
 
-    question = question_for(run, call_id, output, find_answer)
+    def was_asked() -> bool:
+        return db.execute(statements.WAS_ASKED, (run_id, call_id)).fetchone() is not None
+
+    question = question_for(run, call_id, output, find_answer, was_asked, by)
     if question is None:
         return None
     queries.check_engine(db, owner)
-    _write_call(db, run, answer_of(question, output, at))
+    call = answer_of(question, output, at, by)
+    _write_call(db, run, call)
+    answered.append(answer_in_words(question, call))  # not the question, which holds all questions of the run
     if run.status is RunStatus.WAITING:
         return _resume(db, run, [call_id], owner)
     left = tuple(each for each in run.waiting_for if each is not question)
     db.execute(statements.SET_WAITS, (waits_json(left), run_id))
     return None
+
+
+def may_answer(db: sqlite3.Connection, run_id: str, call_id: str, by: Principal) -> bool:
+    """Whether *by* may know of a question, as the owner of the run or because of a role. It takes as long for any."""
+    is_own = db.execute(statements.IS_OF_PRINCIPAL, (run_id, by.name, by.name)).fetchone() is not None
+    row = db.execute(statements.ANSWERER, (run_id, call_id)).fetchone()
+    return is_own or by.admin or (row is not None and row[0] in by.roles)
+
+
+def find_question(db: sqlite3.Connection, run_id: str, call_id: str) -> AskedQuestion | None:
+    """Return a question that a run has asked, or None. Raises Damaged."""
+    row = db.execute(statements.FIND_QUESTION, (run_id, call_id)).fetchone()
+    run = None if row is None else queries.find_run(db, run_id, is_outline=True)
+    if run is None:
+        return None
+    answered = db.execute(statements.FIND_ANSWER, (run_id, call_id, len(run.steps), 0)).fetchone()
+    question = msgspec.json.decode(row[0], type=Question)
+    return asked_question(run, question, None if answered is None else call_from(answered))
 
 
 def send(
@@ -114,7 +153,7 @@ def expire(
 ) -> Sequence[Run]:
     """End the waits that have expired. Return stubs of the runs that have ended or are to start.
 
-    A run with a default waits until a program that has its agent continues it.
+    A run that goes on waits until a program that has its agent continues it.
     """
     changed = []
     for run_id in run_ids:
@@ -126,14 +165,15 @@ def expire(
         if run is None or run.status is not RunStatus.WAITING:
             continue
         expired = [open_ for open_ in run.waiting_for if is_expired(open_, at)]
-        unanswered = next((open_ for open_ in expired if isinstance(open_.default, UnsetType)), None)
+        ends = [(open_, end_of_expired(open_, at)) for open_ in expired]
+        unanswered = next((open_ for open_, call in ends if call is None), None)
         if unanswered is not None:
             end(db, run, expiry_of(unanswered), at)
             changed.append(queries.find_run(db, run_id, is_outline=True))
         elif expired and run.next_agent_name in agents:
-            for open_ in expired:
-                assert not isinstance(open_.default, UnsetType)
-                _write_call(db, run, answer_of(open_, open_.default, at))
+            for _, call in ends:
+                assert call is not None
+                _write_call(db, run, call)
             changed.append(_resume(db, run, [open_.call_id for open_ in expired], owner))
     return [run for run in changed if run is not None]
 

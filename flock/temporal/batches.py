@@ -30,6 +30,8 @@ from flock.runs import (
     Call,
     IdempotencyKey,
     Page,
+    Principal,
+    Question,
     RetriedCalls,
     Run,
     RunStatus,
@@ -335,15 +337,18 @@ class TemporalBatches(EngineBase):
         async with self.cluster.rpc_scope(SEND_TIMEOUT_S, missing=BatchNotFound(batch_id)):
             return await read_chunk(self.cluster, batch_id, chunk, order.attempts)
 
-    async def _item(self, run_id: str) -> tuple[Run | None, Mapping[int, Sequence[Call]]]:
-        """Return the item with this id and its calls, or None if there is none, or its histories were deleted."""
+    async def _item(self, run_id: str) -> tuple[Run | None, Mapping[int, Sequence[Call]], Mapping[str, Question]]:
+        """Return the item with this id, its calls, and all its questions.
+
+        It is None if there is none, or its histories were deleted.
+        """
         batch_id, position = parse_item_id(run_id)
         with contextlib.suppress(BatchNotFound):
             order = await self._current(batch_id)
             if 0 <= position < order.batch.total_items:
                 chunk = await self._read(order, order.chunk_of(position))
-                return chunk.items[position], chunk.calls.get(position, {})
-        return None, {}
+                return chunk.items[position], chunk.calls.get(position, {}), chunk.asked.get(position, {})
+        return None, {}, {}
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()
@@ -362,11 +367,17 @@ class TemporalBatches(EngineBase):
         return replace(batch, cancel_requested=True)
 
     async def retry_batch(
-        self, batch_id: str, only: Statuses = (), max_cost: float | None = None, *, calls: RetriedCalls = "keep"
+        self,
+        batch_id: str,
+        only: Statuses = (),
+        max_cost: float | None = None,
+        *,
+        calls: RetriedCalls = "keep",
+        by: Principal | None = None,
     ) -> Batch:
         self._check_running()
         self._check_prices((await self.get_batch(batch_id)).agent_name, max_cost)
-        return await self._retry_batch(batch_id, self._retried(only), max_cost=max_cost, calls=calls)
+        return await self._retry_batch(batch_id, self._retried(only), max_cost=max_cost, calls=calls, by=by)
 
     async def _retry_batch(
         self,
@@ -375,6 +386,7 @@ class TemporalBatches(EngineBase):
         item: Run | None = None,
         max_cost: float | None = None,
         calls: RetriedCalls = "keep",
+        by: Principal | None = None,
     ) -> Batch:
         """Start the next attempt of a batch that has ended, for *item* alone if it is given."""
         order = await self._current(batch_id)
@@ -387,7 +399,8 @@ class TemporalBatches(EngineBase):
             raise not_retried(batch, statuses)
         await self._read(order, 0)  # the retention of the first chunk ends first
         await self._check_room_for_items(failed + cancelled)
-        position, keeps_calls = None if item is None else item.position, calls == "keep"
+        position, name = None if item is None else item.position, None if by is None else by.name
+        about = Attempt(only=statuses, position=position, keeps_calls=calls == "keep", retried_by=name)
         again = replace(
             order,
             batch=replace(
@@ -405,7 +418,7 @@ class TemporalBatches(EngineBase):
                 resumed_with=0,
                 cancel_requested=False,
             ),
-            attempts=(*order.attempts, Attempt(only=statuses, position=position, keeps_calls=keeps_calls)),
+            attempts=(*order.attempts, about),
             messages=(),
         )
         try:

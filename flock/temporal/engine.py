@@ -6,6 +6,7 @@ so on. Batches are in ``flock.temporal.batches``.
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -23,18 +24,30 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.agents.agent import Agent
 from flock.engine.base import ended_calls
-from flock.errors import Conflict, EngineFull, Replayed, RunNotFound, StoreError, TooLarge, TooManyRequests
+from flock.errors import (
+    CallNotFound,
+    Conflict,
+    EngineFull,
+    Replayed,
+    RunNotFound,
+    StoreError,
+    TooLarge,
+    TooManyRequests,
+)
 from flock.limits import Limits, enforced_by
 from flock.models.models import ModelChoice
 from flock.models.prices import Price
 from flock.options import replaced
 from flock.runs import (
     INVALID_INPUT,
+    AskedQuestion,
     Batch,
     Call,
     IdempotencyKey,
     Observer,
     Page,
+    Principal,
+    Question,
     Queue,
     RetriedCalls,
     Run,
@@ -43,7 +56,17 @@ from flock.runs import (
     new_id,
     now,
 )
-from flock.steps.answers import answer_of, check_message, message_from, question_for
+from flock.steps.answers import (
+    answer_in_words,
+    answer_of,
+    asked_question,
+    check_message,
+    is_of,
+    may_count,
+    may_see,
+    message_from,
+    question_for,
+)
 from flock.steps.refusals import RETRYABLE, already_retried, check_cancel, not_deleted, run_not_retried, wait_stopped
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster, logger
@@ -64,6 +87,7 @@ from flock.temporal.messages import (
     workflow_id_of,
 )
 from flock.temporal.records import (
+    asked_in,
     calls_of,
     early_messages,
     had_message,
@@ -75,6 +99,8 @@ from flock.temporal.records import (
 )
 from flock.temporal.search import ID, Record, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.workflows import FlockSession
+
+log_of_runs = logging.getLogger("flock.runs")
 
 #: The interval and the timeout of requests that check the cluster and count open runs, in seconds.
 WATCH_INTERVAL_S = 0.5
@@ -466,7 +492,7 @@ class TemporalEngine(TemporalBatches):
         check_cancel(run)
         return replace(run, cancel_requested=True)
 
-    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
+    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw, by: Principal | None = None) -> Run:
         """See ``Engine.answer_call``. The answer is a signal, so it needs no worker. Of several, the first one counts.
 
         Cancellation: the answer may have been sent.
@@ -478,18 +504,48 @@ class TemporalEngine(TemporalBatches):
         while True:
             run = await self.get_run(run_id)
             is_open = any(wait.call_id == call_id and wait.is_question for wait in run.waiting_for)
-            given = None if is_open else _answer_in(await self._calls_of(run), call_id)
-            question = question_for(run, call_id, output, lambda: given)  # noqa: B023 - called at once
+            given = None if is_open else _answer_in(run, await self._calls_of(run), call_id)
+            if not is_of(run, by) and (not is_open or given is not None):
+                await self._check_may_see(run, call_id, by)
+            was_asked = not is_open and given is None and call_id in await self._asked_by(run)
+            question = question_for(run, call_id, output, lambda: given, lambda: was_asked, by)  # noqa: B023 - called at once
             if question is None:
                 return run
             if is_sent:  # the cluster adds it to the history when the workflow has completed its task
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, 1.0)
                 continue
-            done = CallDone(item=run.position or 0, step=len(run.steps), call=answer_of(question, output, now()))
+            call = answer_of(question, output, now(), by)
+            done = CallDone(item=run.position or 0, step=len(run.steps), call=call)
             async with self.cluster.rpc_scope(missing_ok=True):
                 await self.cluster.handle(await self._keeper_of(run)).signal(CALL_SIGNAL, done)
+            log_of_runs.info("run %s: %s", run_id, answer_in_words(question, call))
             is_sent = True
+
+    async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
+        self._check_entered()
+        run = await self.get_run(run_id)
+        question = await self._check_may_see(run, call_id, by)
+        return asked_question(run, question, _answer_in(None, await self._calls_of(run), call_id))
+
+    async def _check_may_see(self, run: Run, call_id: str, by: Principal | None) -> Question:
+        """Return a question of *run*. Raises RunNotFound if *by* may not know of it, and CallNotFound."""
+        question = (await self._asked_by(run)).get(call_id)
+        if question is None and is_of(run, by):
+            raise CallNotFound(run.run_id, call_id)
+        if question is None or not may_see(run, question, by):
+            raise RunNotFound(run.run_id)
+        return question
+
+    async def _asked_by(self, run: Run) -> Mapping[str, Question]:
+        """Return all questions that *run* has asked, in all its attempts, by id."""
+        if run.batch_id is not None:
+            return (await self._item(run.run_id))[2]
+        found = dict[str, Question]()
+        for attempt in range(1, run.attempt + 1):
+            async with self.cluster.rpc_scope(missing_ok=True):  # its history may have been deleted
+                found |= asked_in(await self.cluster.history_of(run_workflow_id(run.run_id, attempt)))
+        return found
 
     async def send_message(
         self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
@@ -576,18 +632,26 @@ class TemporalEngine(TemporalBatches):
         order = await self._current(run.batch_id)
         return chunk_workflow_id(run.batch_id, order.chunk_of(run.position or 0), order.batch.attempt)
 
-    async def retry_run(self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep") -> Run:
+    async def retry_run(
+        self,
+        run_id: str,
+        max_cost: float | None = None,
+        *,
+        calls: RetriedCalls = "keep",
+        by: Principal | None = None,
+    ) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
         self._check_prices(run.agent_name, max_cost)
         batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
         if batch is not None and batch.status.is_final and run.status in RETRYABLE and run.error_type != INVALID_INPUT:
-            await self._retry_batch(batch.batch_id, (run.status,), run, max_cost, calls)
+            await self._retry_batch(batch.batch_id, (run.status,), run, max_cost, calls, by)
             return await self.get_run(run_id)
         if batch is not None or run.status not in RETRYABLE:
             raise run_not_retried(run, batch)
         max_cost = run.max_cost if max_cost is None else max_cost
-        again = reset_for_retry(replace(run, is_async=True, max_cost=max_cost), keeps_calls=calls == "keep")
+        run_again = replace(run, is_async=True, max_cost=max_cost)
+        again = reset_for_retry(run_again, keeps_calls=calls == "keep", by=None if by is None else by.name)
         try:
             await self._check_room(run.principal)
             with self._counted_as_starting():
@@ -627,7 +691,10 @@ class TemporalEngine(TemporalBatches):
         return await page_of(self.cluster, workflows_of(RUN_WORKFLOW, self._flock), "run", wanted, read)
 
 
-def _answer_in(calls: Mapping[int, Sequence[Call]], call_id: str) -> msgspec.Raw | None:
-    """Return the answer of the last step that asked."""
-    asked = (call for step in sorted(calls, reverse=True) for call in reversed(calls[step]) if call.kind == "question")
-    return next((call.result for call in asked if call.call_id == call_id), None)
+def _answer_in(run: Run | None, calls: Mapping[int, Sequence[Call]], call_id: str) -> Call | None:
+    """Return the answer of the last step that asked, unless a retry of *run* has dropped it."""
+    for step in sorted(calls, reverse=True):
+        for call in reversed(calls[step]):
+            if call.kind == "question" and call.call_id == call_id and call.error is None:
+                return call if run is None or may_count(run, step, call_id) else None
+    return None

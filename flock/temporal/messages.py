@@ -11,7 +11,6 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import msgspec
-from msgspec import UnsetType
 from msgspec.structs import asdict, replace
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import IndexedValueType
@@ -27,7 +26,7 @@ from temporalio.converter import (
 from flock.agents.questions import MESSAGE, check_answer
 from flock.errors import InvalidData
 from flock.runs import Batch, Call, Progress, Question, Run, RunStatus, Step, Usage, added, new_id
-from flock.steps.answers import answer_of, dropped_of, is_expired
+from flock.steps.answers import answer_of, dropped_of, end_of_expired, is_expired
 from flock.steps.outcomes import Outcome
 
 T = TypeVar("T")
@@ -300,6 +299,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         rows_of: the batch id under which the rows were sent, if it is another one. Only set in the first attempt.
         is_spent: items were cancelled because the ``max_cost`` of the batch was spent.
         keeps_calls: a retry keeps calls of the steps that failed. Those of earlier versions do not.
+        retried_by: the principal who has requested a retry.
     """
 
     only: tuple[RunStatus, ...] = ()
@@ -310,6 +310,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rows_of: str | None = None
     is_spent: bool = False
     keeps_calls: bool = False
+    retried_by: str | None = None
 
 
 class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -470,7 +471,7 @@ class Calls:
             of_item, call_id = self._by_item.setdefault(done.item, {}), call.call_id
             if call.once is None and call.place is not None:
                 call_id = f"{call_id} {call.place.start} {call.completed_at}"
-            elif call.once is None and call.raised is not None:
+            elif call.once is None and call.raised is not None and call.kind != "question":
                 call_id = f"{call_id} {call.completed_at}"
             known = of_item.setdefault((done.step, call_id), done)
             if call.once == "ended" and known.call.is_start:
@@ -492,7 +493,7 @@ class Calls:
     def still_open(
         self, item: int, step: int, questions: Iterable[Question], at: datetime | None = None
     ) -> tuple[Question, ...]:
-        """Return those of *questions* that are not answered. With *at*, expired ones get their default as the answer.
+        """Return those of *questions* that are not answered. With *at*, expired ones get their default, or raise.
 
         Messages that were sent become answers too, so it is called when the step waits. A workflow and the readers of
         its history must agree: both call this with the time of each workflow task, after they have added the answers
@@ -501,8 +502,9 @@ class Calls:
         for question in questions:
             if question.kind == "message" and self.unanswered(item, step, [question]):
                 self._receive(item, step, question)
-            if at is not None and is_expired(question, at) and not isinstance(question.default, UnsetType):
-                self.add(CallDone(item=item, step=step, call=answer_of(question, question.default, at)))
+            is_late = at is not None and is_expired(question, at) and self.unanswered(item, step, [question])
+            if at is not None and is_late and (call := end_of_expired(question, at)) is not None:
+                self.add(CallDone(item=item, step=step, call=call))
         return self.unanswered(item, step, questions)
 
     def unanswered(self, item: int, step: int, questions: Iterable[Question]) -> tuple[Question, ...]:

@@ -20,6 +20,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from flock.errors import cut
 from flock.runs import INVALID_INPUT, MAX_SHOWN_BYTES, NOT_LOADED, Call, Question, Run, RunStatus, Usage, added
 from flock.steps.answers import is_expired
+from flock.steps.identity import asking_call
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
@@ -81,8 +82,11 @@ ENDS = (
 REREAD_DELAYS_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
-def reset_for_retry(run: Run, *, keeps_calls: bool) -> Run:
-    """Return *run* as its next attempt starts. It keeps its steps, and perhaps the calls of the step that failed."""
+def reset_for_retry(run: Run, *, keeps_calls: bool, by: str | None = None) -> Run:
+    """Return *run* as its next attempt starts, which the principal *by* has requested.
+
+    It keeps its steps, and perhaps the calls of the step that failed.
+    """
     return replace(
         run,
         status=RunStatus.STARTING,
@@ -99,6 +103,7 @@ def reset_for_retry(run: Run, *, keeps_calls: bool) -> Run:
         deaths=0,
         journal=run.first_try if keeps_calls else None,
         earlier_error=run.error,
+        retried_by=run.retried_by if by is None or by in run.retried_by else (*run.retried_by, by),
     )
 
 
@@ -206,8 +211,11 @@ def _with_answers(run: Run, answers: Calls, at: datetime | None = None) -> Run:
 
 
 def _with_waits(run: Run, asked: Iterable[Question]) -> Run:
-    """Return *run*, whose step still runs, with the waits that it has *asked* meanwhile."""
-    waits = {wait.call_id: wait for wait in (*run.waiting_for, *asked)}
+    """Return *run*, whose step still runs, with the waits that it has *asked* meanwhile.
+
+    After a death, a call may ask the same in other words, under another id.
+    """
+    waits = {asking_call(wait.call_id): wait for wait in (*run.waiting_for, *asked)}
     return replace(run, waiting_for=tuple(waits.values()))
 
 
@@ -243,6 +251,20 @@ def _signal_in(event: HistoryEvent, whole: int | None = None) -> CallDone | Sent
     if not isinstance(brought, CallDone) or brought.item == whole or brought.call.kind == "question":
         return brought
     return replace(brought, call=shown(brought.call))
+
+
+def asked_in(history: Iterable[HistoryEvent]) -> dict[str, Question]:
+    """Return all questions that a run has asked in one attempt, by id."""
+    found = dict[str, Question]()
+    for event in history:
+        if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
+            done = decoded(_attributes_of(event).result.payloads[0], StepDone)
+            found |= {question.call_id: question for question in done.questions if question.is_question}
+        elif event.event_type == EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
+            asked = _signal_in(event)
+            if isinstance(asked, Asked) and asked.question.is_question:
+                found[asked.question.call_id] = asked.question
+    return found
 
 
 def unreceived_of(history: Sequence[HistoryEvent]) -> tuple[Sent, ...]:
@@ -350,6 +372,7 @@ class Chunk:
     Attributes:
         items: by position.
         calls: the calls that have ended, by the position of their item and of their step.
+        asked: all questions that items have asked, by position and id.
         agents: see ``RowsOrder``.
         has_begun: the last attempt has started the chunk.
         messages: those that its items have received in this attempt, or not.
@@ -364,6 +387,7 @@ class Chunk:
         self._whole = whole
         self.items: dict[int, Run] = {}
         self.calls: dict[int, dict[int, list[Call]]] = {}
+        self.asked: dict[int, dict[str, Question]] = {}
         #: what each item had spent before the attempt that is being applied
         self._spent_before: dict[int, Usage | None] = {}
         #: the waits that have begun in a step that still runs, by position and by step
@@ -392,7 +416,8 @@ class Chunk:
         for position, item in self.items.items():
             is_covered = attempt.position in (None, position)
             if item.status in attempt.only and is_covered and item.error_type != INVALID_INPUT:
-                self.items[position] = reset_for_retry(item, keeps_calls=attempt.keeps_calls)
+                keeps_calls, by = attempt.keeps_calls, attempt.retried_by
+                self.items[position] = reset_for_retry(item, keeps_calls=keeps_calls, by=by)
                 if position == self._whole and not attempt.keeps_calls:
                     self.calls.pop(position, None)
 
@@ -479,15 +504,18 @@ class Chunk:
 
     def _ask(self, asked: Asked, answers: Calls) -> None:
         """Note a wait of a step that still runs."""
-        self._asked.setdefault((asked.item, asked.step), {})[asked.question.call_id] = asked.question
+        wait = asked.question
+        self._asked.setdefault((asked.item, asked.step), {})[asking_call(wait.call_id)] = wait
+        if wait.is_question:
+            self.asked.setdefault(asked.item, {})[wait.call_id] = wait
         item = self.items[asked.item]
         if asked.step == len(item.steps) and asked.item not in self._waiting and not item.status.is_final:
-            self.items[asked.item] = _with_answers(_with_waits(item, [asked.question]), answers)
+            self.items[asked.item] = _with_answers(_with_waits(item, [wait]), answers)
 
     def _note_end(self, done: CallDone) -> None:
         """Remove a wait that has ended while its step runs."""
         if done.call.place is not None:
-            self._asked.get((done.item, done.step), {}).pop(done.call.call_id, None)
+            self._asked.get((done.item, done.step), {}).pop(asking_call(done.call.call_id), None)
             item = self.items[done.item]
             self.items[done.item] = replace(item, waiting_for=_left_after(done, item))
 
@@ -515,6 +543,8 @@ class Chunk:
             self.items[ended.position] = replace(ended.of(item), spent=spent)
         for part in (*done.waiting, *order.left_after(done)):
             item = self.items[part.position]
+            asked = {question.call_id: question for question in part.questions if question.is_question}
+            self.asked.setdefault(part.position, {}).update(asked)
             if item.status.is_final:
                 continue
             item = replace(item, spent=latest(item.spent, added(self._spent_before.get(part.position), part.usage)))

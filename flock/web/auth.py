@@ -23,6 +23,7 @@ from msgspec.structs import replace
 
 from flock.errors import BatchNotFound, DefinitionError, Forbidden, TooManyRequests, WrongHost
 from flock.runs import (
+    AskedQuestion,
     Batch,
     BatchFilter,
     BatchOptions,
@@ -45,6 +46,7 @@ from flock.runs import (
     RunStatus,
     Session,
     Statuses,
+    bad_role,
 )
 
 Filter = TypeVar("Filter", RunFilter, BatchFilter)
@@ -60,6 +62,8 @@ ADMIN = ":admin"
 CLEANUP_SIZE = 10_000
 #: The port in ``Host``.
 PORT = re.compile(r":\d*$")
+#: The part of a key's name that gives its principal a role.
+ROLE_PART = re.compile(r":role:([^:]*)")
 #: In characters. A shorter key could be guessed.
 MIN_KEY_LENGTH = 16
 
@@ -97,11 +101,16 @@ def configured_keys(file: Path | None) -> dict[str, str] | None:
         raise DefinitionError(f"The API keys in {file} cannot be read: {reason}.") from exc
 
 
+#: Who sends a request if an app identifies nobody. It has no roles.
+ANYBODY = Principal(name="", admin=True)
+
+
 class KeyRing:
     """The API keys, and the principal of each.
 
     Args:
-        keys: keys by the name of their principal; ``"ops:admin"`` is the admin "ops".
+        keys: keys by the name of their principal; ``"ops:admin"`` is the admin "ops", and ``"bob:role:refunds"`` has
+            the role "refunds".
 
     Raises: DefinitionError if a name is invalid, if a key is too short or used twice, or if there are no keys.
     """
@@ -112,7 +121,10 @@ class KeyRing:
     def replace(self, keys: Mapping[str, str]) -> None:
         """Accept *keys* from now on, and no others. If they are invalid, raise as ``KeyRing``, and change nothing."""
         principals: dict[bytes, Principal] = {}
-        for name, key in keys.items():
+        for full_name, key in keys.items():
+            roles, name = ROLE_PART.findall(full_name), ROLE_PART.sub("", full_name)
+            for problem in filter(None, map(bad_role, roles)):
+                raise DefinitionError(f"{full_name[:200]!r} is not a valid name for a key: {problem}")
             bare = name.removesuffix(ADMIN)
             if not re.fullmatch(r"[\w.@-]{1,64}", bare, re.ASCII):
                 raise DefinitionError(
@@ -123,12 +135,17 @@ class KeyRing:
                     f"The key of {name!r} is invalid. A key has at least {MIN_KEY_LENGTH} visible ASCII characters and "
                     "no spaces. 'flockapi key' prints a new one."
                 )
-            principal = Principal(name=bare, admin=name.endswith(ADMIN))
+            principal = Principal(name=bare, admin=name.endswith(ADMIN), roles=roles)
             if principals.setdefault(_digest(key), principal) is not principal:
                 raise DefinitionError(f"{name!r} has the same key as another name. Give each name its own key.")
         if not principals:
             raise DefinitionError("api_keys is empty, so every request would be rejected. Add a key, or omit api_keys.")
         self._principals = principals
+
+    @property
+    def roles(self) -> set[str]:
+        """The roles that any key has."""
+        return {role for principal in self._principals.values() for role in principal.roles}
 
     def find(self, key: str) -> Principal | None:
         """Return the principal of *key*, or None if the key is unknown. Both take the same time."""
@@ -278,13 +295,13 @@ class ScopedEngine:
     async def submit(
         self, agent_name: str, inputs: Inputs, *, key: IdempotencyKey | None = None, **options: Any
     ) -> Run:
-        options = {"principal": self._principal.name, **options, "key": self._own(key)}
+        options = {"principal": self._principal, **options, "key": self._own(key)}
         return await self._engine.submit(agent_name, inputs, **options)
 
     async def submit_batch(
         self, agent_name: str, items: Items, options: BatchOptions, *, key: IdempotencyKey | None = None, **more: Any
     ) -> Batch:
-        more = {"principal": self._principal.name, **more, "key": self._own(key)}
+        more = {"principal": self._principal, **more, "key": self._own(key)}
         return await self._engine.submit_batch(agent_name, items, options, **more)
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
@@ -307,9 +324,11 @@ class ScopedEngine:
         await self.get_outline(run_id)
         return await self._engine.cancel_run(run_id)
 
-    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw) -> Run:
-        await self.get_outline(run_id)
-        return await self._engine.answer_call(run_id, call_id, output)
+    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw, by: Principal | None = None) -> Run:
+        return await self._engine.answer_call(run_id, call_id, output, by or self._principal)
+
+    async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
+        return await self._engine.get_question(run_id, call_id, by or self._principal)
 
     async def send_message(
         self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
@@ -317,9 +336,16 @@ class ScopedEngine:
         await self.get_outline(run_id)
         return await self._engine.send_message(run_id, name, message, self._own(key))
 
-    async def retry_run(self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep") -> Run:
+    async def retry_run(
+        self,
+        run_id: str,
+        max_cost: float | None = None,
+        *,
+        calls: RetriedCalls = "keep",
+        by: Principal | None = None,
+    ) -> Run:
         await self.get_outline(run_id)
-        return await self._engine.retry_run(run_id, max_cost, calls=calls)
+        return await self._engine.retry_run(run_id, max_cost, calls=calls, by=by or self._principal)
 
     async def delete_run(self, run_id: str) -> None:
         await self.get_outline(run_id)
@@ -375,10 +401,16 @@ class ScopedEngine:
         return await self._engine.cancel_batch(batch_id)
 
     async def retry_batch(
-        self, batch_id: str, only: Statuses = (), max_cost: float | None = None, *, calls: RetriedCalls = "keep"
+        self,
+        batch_id: str,
+        only: Statuses = (),
+        max_cost: float | None = None,
+        *,
+        calls: RetriedCalls = "keep",
+        by: Principal | None = None,
     ) -> Batch:
         await self.get_batch(batch_id)
-        return await self._engine.retry_batch(batch_id, only, max_cost, calls=calls)
+        return await self._engine.retry_batch(batch_id, only, max_cost, calls=calls, by=by or self._principal)
 
     async def delete_batch(self, batch_id: str) -> None:
         await self.get_batch(batch_id)

@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flock import errors
+from flock.runs.records import shown_as
 from flock.web.requests import path_of, request_id_of
 from flock.web.responses import JSONResponse
-from flock.web.wire import Problem
+from flock.web.wire import Problem, Question
 
 logger = logging.getLogger("flock.api")
 
@@ -78,6 +79,8 @@ async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
             headers["Retry-After"] = str(getattr(exc, "retry_after_s", 1))
         if isinstance(exc, errors.InvalidData):
             more["errors"] = exc.errors
+        if isinstance(exc, errors.StaleAnswer):
+            more["waiting_for"] = [shown_as(Question, question) for question in exc.open_questions]
     body = Problem(
         type=type_,
         title=title,

@@ -20,6 +20,7 @@ from flock.runs import (
     RetriedCalls,
     RunStatus,
     Time,
+    records,
     shown_usage,
 )
 from flock.runs.records import shown_as
@@ -35,6 +36,7 @@ __all__ = [
     "AgentDetail",
     "AgentList",
     "AgentSummary",
+    "AskedQuestion",
     "BatchList",
     "BatchQuery",
     "BatchSummary",
@@ -67,6 +69,7 @@ __all__ = [
     "Usage",
     "Wait",
     "WaitQuery",
+    "asked_question",
     "batch_request_from",
     "run_call",
     "shown_with_costs",
@@ -329,7 +332,10 @@ class SessionSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunCall(msgspec.Struct, frozen=True, kw_only=True):
-    """One call of a step. Long ``arguments`` and a long ``result`` are left out."""
+    """One call of a step. Long ``arguments`` and a long ``result`` are left out.
+
+    Only an answer has ``answered_by`` and ``answered_at``. Its ``arguments`` are what was asked.
+    """
 
     call_id: str
     name: str
@@ -343,6 +349,8 @@ class RunCall(msgspec.Struct, frozen=True, kw_only=True):
     cost: float | msgspec.UnsetType = msgspec.UNSET
     started_at: Time
     completed_at: Time
+    answered_by: str | msgspec.UnsetType = msgspec.UNSET
+    answered_at: Time | msgspec.UnsetType = msgspec.UNSET
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -355,6 +363,21 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     asked_at: Time
     expires_at: Time | None = None
     default: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    answerer: str | msgspec.UnsetType = msgspec.UNSET
+    four_eyes: bool = False
+
+
+class AskedQuestion(Question, frozen=True, kw_only=True):
+    """A question as its answerers see it; see ``flock.runs.AskedQuestion``. ``output`` is its answer."""
+
+    run_id: str
+    agent_name: str
+    session_id: str | msgspec.UnsetType = msgspec.UNSET
+    requested_by: str | msgspec.UnsetType = msgspec.UNSET
+    status: Literal["open", "answered", "closed"]
+    output: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    answered_by: str | msgspec.UnsetType = msgspec.UNSET
+    answered_at: Time | msgspec.UnsetType = msgspec.UNSET
 
 
 class Wait(msgspec.Struct, frozen=True, kw_only=True):
@@ -533,6 +556,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     """An error of the API (RFC 9457).
 
     ``errors`` has one entry for each invalid value of the input. Only ``/readyz`` sends ``engine`` and ``store``.
+    ``waiting_for`` are the open questions of a run, in place of one that is no longer open.
     """
 
     type: str
@@ -542,6 +566,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     instance: str
     request_id: str
     errors: list[FieldError] | msgspec.UnsetType = msgspec.UNSET
+    waiting_for: list[Question] | msgspec.UnsetType = msgspec.UNSET
     engine: Literal["running", "stopping", "stopped"] | msgspec.UnsetType = msgspec.UNSET
     store: Literal["ok", "failing"] | msgspec.UnsetType = msgspec.UNSET
 
@@ -554,6 +579,13 @@ def shown_with_costs(type_: type[T], record: Any, **more: Any) -> T:
     if isinstance(record, Batch):
         shown["max_cost"] = record.options.max_cost
     return shown_as(type_, record, **more, **shown)
+
+
+def asked_question(asked: records.AskedQuestion) -> AskedQuestion:
+    question = msgspec.structs.asdict(shown_as(Question, asked.question))
+    return shown_as(
+        AskedQuestion, asked, **question, requested_by=asked.principal or msgspec.UNSET, output=asked.answer
+    )
 
 
 def run_call(call: Call) -> RunCall:

@@ -9,7 +9,8 @@ import { when } from "./words.js";
 /** `answer(output)` sends the answer. */
 export function question({ question, schema, arguments: about, expires_at }, answer) {
   const { properties = {} } = plain(schema, schema);
-  const isApproval = Object.keys(properties).sort().join() === "approved,arguments,reason";
+  const names = Object.keys(properties).sort().join();
+  const isApproval = names === "approved,arguments,reason" || (about && names === "approved,reason");
   const head = [h("h2", question), expires_at && quiet("Expires ", when(expires_at))];
   return isApproval
     ? h("section.panel", { "aria-label": question }, head, approvalForm(properties, schema.$defs, about, answer))
@@ -28,9 +29,9 @@ function answerForm(head, schema, answer) {
   return h("form.panel", { onsubmit }, head, fields.node, wrong, actions(h("button.primary", "Answer")));
 }
 
-/** Whether a tool may be called: approve it, deny it with a reason, or change its arguments first. */
+/** Whether a tool may be called: approve it, deny it with a reason, or change its arguments first, if that is allowed. */
 function approvalForm(properties, $defs, about, answer) {
-  const changed = { ...plain(properties.arguments, { $defs }), isNullable: false, default: undefined };
+  const changed = { ...plain(properties.arguments ?? {}, { $defs }), isNullable: false, default: undefined };
   const fields = form({ properties: { arguments: changed }, required: ["arguments"], $defs }, { arguments: about });
   const reason = form({ properties: { reason: properties.reason } });
   const { wrong, send } = sending(fields, "/output");
@@ -54,5 +55,5 @@ function approvalForm(properties, $defs, about, answer) {
     busyWhile(() => answer({ approved: false, ...reason.read() })),
   );
   draw();
-  return [call, reason.node, actions(approve, deny, edit)];
+  return [call, reason.node, actions(approve, deny, properties.arguments && edit)];
 }

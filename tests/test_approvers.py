@@ -1,0 +1,597 @@
+"""Who may answer a question, and that an answer belongs to what was asked."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+from urllib.parse import quote
+
+import anyio
+import httpx
+import pytest
+from starlette.requests import HTTPConnection
+
+from flock.agents.tools import Tool
+from flock.core import Flock
+from flock.errors import CallNotFound, Conflict, DefinitionError, Forbidden, RunNotFound, StaleAnswer
+from flock.runs import Batch, BatchOptions, Engine, Principal, Run, RunContext, RunStatus
+from flock.testing import FakeModel, Reply
+from flock.web.auth import KeyRing
+from flockapi import FlockAPI, create_app
+from tests.support import PATIENCE_S
+from tests.support.cluster import engine_for
+from tests.support.engines import OpenEngine, ended, until, until_run
+from tests.support.http import check_problem, client_of, events_in
+from tests.test_approval import Till
+from tests.test_ask import asked, json_of, result_of, waiting
+from tests.test_tools import flock_of
+
+pytestmark = pytest.mark.anyio
+
+APPROVED = json_of({"approved": True})
+DONE = Reply({"a": "done"})
+
+
+def refund(amount: float) -> Reply:
+    return Reply(calls=[("refund", {"amount": amount})])
+
+
+def shop(till: Till, **approval: Any) -> Flock:
+    return flock_of(Tool(till.refund, needs_approval=True, **approval))
+
+
+async def cancelled(engine: Engine, run_id: str) -> None:
+    await engine.cancel_run(run_id)
+    await until_run(engine, run_id, lambda run: run.status is RunStatus.CANCELLED)
+
+
+async def again(engine: Engine, run: Run, **options: Any) -> Run:
+    """Cancel and retry a run, and return it when it asks again."""
+    await cancelled(engine, run.run_id)
+    await engine.retry_run(run.run_id, **options)
+    return await waiting(engine, run.run_id)
+
+
+async def item_that_asks(engine: Engine, batch: Batch) -> Run:
+    with anyio.fail_after(PATIENCE_S):
+        while not (found := await engine.get_items(batch.batch_id, statuses=[RunStatus.WAITING])):  # noqa: ASYNC110
+            await anyio.sleep(0.02)
+    return found[0]
+
+
+def open_ids(exc: pytest.ExceptionInfo[StaleAnswer]) -> list[str]:
+    return [question.call_id for question in exc.value.open_questions]
+
+
+# An answer belongs to what was asked
+
+
+async def test_an_approval_of_an_old_page_does_not_pay_what_a_retry_asks_for(
+    model: FakeModel, open_engine: OpenEngine
+) -> None:
+    till = Till()
+    model.replies = [refund(40), refund(8000), DONE]
+    async with open_engine(shop(till), transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "?"})
+        (old,) = run.waiting_for
+        run = await again(engine, run, calls="again")
+        (new,) = run.waiting_for
+        assert json.loads(bytes(new.arguments)) == {"amount": 8000}  # type: ignore[arg-type]
+        for output in (APPROVED, json_of({"approved": False})):
+            with pytest.raises(StaleAnswer, match="no longer asks the question") as caught:
+                await engine.answer_call(run.run_id, old.call_id, output)
+            assert open_ids(caught) == [new.call_id]
+        assert till.paid == []
+        await engine.answer_call(run.run_id, new.call_id, APPROVED)
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+        assert till.paid == [8000]
+        await engine.answer_call(run.run_id, new.call_id, APPROVED)
+        with pytest.raises(StaleAnswer, match="It asks nothing now"):
+            await engine.answer_call(run.run_id, old.call_id, APPROVED)
+        with pytest.raises(CallNotFound):
+            await engine.answer_call(run.run_id, old.call_id[:-1] + "x", APPROVED)
+
+
+@pytest.mark.parametrize("calls", ["keep", "again"])
+async def test_an_equal_question_of_a_retry_has_another_id(
+    calls: Any, model: FakeModel, open_engine: OpenEngine
+) -> None:
+    model.replies = [refund(40)] * (1 if calls == "keep" else 2)
+    async with open_engine(shop(Till()), transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "?"})
+        (old,) = run.waiting_for
+        run = await again(engine, run, calls=calls)
+        (new,) = run.waiting_for
+        assert (new.question, new.arguments) == (old.question, old.arguments)
+        assert new.call_id != old.call_id
+        with pytest.raises(StaleAnswer) as caught:
+            await engine.answer_call(run.run_id, old.call_id, APPROVED)
+        assert open_ids(caught) == [new.call_id]
+        await cancelled(engine, run.run_id)
+
+
+async def test_a_question_that_a_retry_keeps_has_its_id_and_its_answer(open_engine: OpenEngine) -> None:
+    flock, failures = Flock(), [True]
+
+    @flock.agent
+    async def work(context: RunContext) -> list[int]:
+        first = await context.ask("First?", int)
+        if failures:
+            failures.pop()
+            raise ValueError
+        return [first, await context.ask("Second?", int)]
+
+    async with open_engine(flock) as engine:
+        run = await asked(engine, "work")
+        (first,) = run.waiting_for
+        await engine.answer_call(run.run_id, first.call_id, json_of(1))
+        assert (await engine.wait(run.run_id)).status is RunStatus.FAILED
+        await engine.retry_run(run.run_id)
+        run = await waiting(engine, run.run_id)
+        await engine.answer_call(run.run_id, first.call_id, json_of(1))
+        with pytest.raises(Conflict, match="already been answered otherwise"):
+            await engine.answer_call(run.run_id, first.call_id, json_of(2))
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(2))
+        assert await result_of(engine, run.run_id) == [1, 2]
+        calls = [call for call in (await engine.get_calls(run))[0] if call.kind == "question"]
+    assert [call.call_id for call in calls] == [first.call_id, run.waiting_for[0].call_id]
+
+
+async def test_a_question_keeps_what_it_asked_first_and_its_id_while_its_step_runs_again(
+    open_engine: OpenEngine,
+) -> None:
+    flock, amounts = Flock(), iter(range(40, 50))
+
+    @flock.agent
+    async def work(context: RunContext) -> list[bool]:
+        async with anyio.create_task_group() as tasks:
+            answers: dict[str, bool] = {}
+
+            async def ask(name: str, text: str) -> None:
+                answers[name] = await context.ask(text, bool, name=name)
+
+            tasks.start_soon(ask, "pay", f"Pay {next(amounts)} €?")
+            tasks.start_soon(ask, "send", "Send?")
+        return [answers["pay"], answers["send"]]
+
+    async with open_engine(flock) as engine:
+        run = await asked(engine, "work", count=2)
+        pay, send = run.waiting_for
+        await engine.answer_call(run.run_id, send.call_id, json_of(False))
+        run = await waiting(engine, run.run_id)
+        assert (pay.question, run.waiting_for) == ("Pay 40 €?", (pay,))
+        await engine.answer_call(run.run_id, pay.call_id, json_of(True))
+        assert await result_of(engine, run.run_id) == [True, False]
+
+
+async def test_the_ids_of_questions_tell_apart_what_they_ask(model: FakeModel, open_engine: OpenEngine) -> None:
+    """Only the arguments differ, or only the text behind a name."""
+    flock, texts = Flock(), iter(["Pay 40 €?", "Pay 41 €?"])
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        return await context.ask(next(texts), bool, name="pay")
+
+    def without_try(run: Run) -> str:
+        return run.waiting_for[0].call_id.rpartition(".")[2]
+
+    async with open_engine(flock) as engine:
+        runs = [await asked(engine, "work") for _ in range(2)]
+        assert without_try(runs[0]) != without_try(runs[1])
+        for run in runs:
+            await engine.cancel_run(run.run_id)
+
+
+async def test_the_questions_of_an_item_belong_to_what_it_asks(model: FakeModel, open_engine: OpenEngine) -> None:
+    till = Till()
+    model.replies = [refund(40), refund(8000), DONE]
+    async with open_engine(shop(till), transport=model.transport) as engine:
+        batch = await engine.submit_batch("ask", [{"q": "?"}], BatchOptions())
+
+        item = await item_that_asks(engine, batch)
+        (old,) = item.waiting_for
+        await engine.cancel_batch(batch.batch_id)
+        await ended(engine, batch)
+        await engine.retry_batch(batch.batch_id, calls="again")
+        item = await item_that_asks(engine, batch)
+        (new,) = item.waiting_for
+        with pytest.raises(StaleAnswer) as caught:
+            await engine.answer_call(item.run_id, old.call_id, APPROVED)
+        assert open_ids(caught) == [new.call_id]
+        with pytest.raises(CallNotFound):
+            await engine.answer_call(item.run_id, "ask:other", APPROVED)
+        await engine.answer_call(item.run_id, new.call_id, APPROVED)
+        assert (await ended(engine, batch)).status is RunStatus.COMPLETED
+    assert till.paid == [8000]
+
+
+# Who may answer
+
+ANN = Principal(name="ann")
+BOB, CAT = Principal(name="bob", roles=["refunds"]), Principal(name="cat", roles=["refunds", "other"])
+EVE, OPS = Principal(name="eve", roles=["other"]), Principal(name="ops", admin=True)
+EVERYBODY = {principal.name: principal for principal in (ANN, BOB, CAT, EVE, OPS)}
+KEYS = {
+    "ann": "key-of-ann-123456",
+    "bob:role:refunds": "key-of-bob-123456",
+    "cat:role:refunds:role:other": "key-of-cat-123456",
+    "eve:role:other": "key-of-eve-123456",
+    "ops:admin": "key-of-ops-123456",
+}
+
+
+def of_host(connection: HTTPConnection) -> Principal | None:
+    key = connection.headers.get("authorization", "")
+    return EVERYBODY.get(key.removeprefix("Bearer key-of-").removesuffix("-123456"))
+
+
+class Shop:
+    """An app over an engine, and the requests of each principal to it."""
+
+    def __init__(self, app: FlockAPI) -> None:
+        self.client = client_of(app)
+
+    async def send(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
+        return await self.client.request(
+            method, path, headers={"Authorization": f"Bearer key-of-{who}-123456"}, **options
+        )
+
+    async def ask(self, who: str = "ann") -> Any:
+        """Start a run of *who*, and return it when it waits."""
+        body = {"agent_name": "ask", "inputs": {"q": "?"}, "async_run": True}
+        response = await self.send(who, "POST", "/run/flock", json=body)
+        assert response.status_code == 202, response.text
+        return await self.waiting(response.json()["run_id"], who)
+
+    async def waiting(self, run_id: str, who: str = "ann") -> Any:
+        run = (await self.send(who, "GET", f"/run/{run_id}?wait=60")).json()
+        assert run["status"] == "waiting", run
+        return run
+
+    async def answer(self, who: str, run: Any, output: Any, call_id: str | None = None) -> httpx.Response:
+        path = f"/run/{run['run_id']}/calls/{quote(call_id or run['waiting_for'][0]['call_id'])}"
+        return await self.send(who, "POST", path, json={"output": output})
+
+    async def done(self, run: Any, who: str = "ann") -> Any:
+        return (await self.send(who, "GET", f"/run/{run['run_id']}?wait=60")).json()
+
+
+@pytest.fixture(params=["keys", "auth"])
+def access(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {"api_keys": KEYS} if request.param == "keys" else {"auth": of_host}
+
+
+OpenShop = Callable[..., AbstractAsyncContextManager[Shop]]
+
+
+@pytest.fixture(params=["embedded", "temporal"])
+def open_shop(request: pytest.FixtureRequest, access: dict[str, Any], model: FakeModel) -> OpenShop:
+    @asynccontextmanager
+    async def opened(flock: Flock) -> AsyncIterator[Shop]:
+        async with engine_for(request, flock, transport=model.transport) as engine:
+            app = create_app(flock, engine=engine, **access)
+            async with app.lifespan():
+                yield Shop(app)
+
+    return opened
+
+
+YES, NO = {"approved": True}, {"approved": False, "reason": "Too much."}
+
+
+async def test_only_the_role_may_answer_and_it_sees_nothing_but_the_question(
+    open_shop: OpenShop, model: FakeModel
+) -> None:
+    till = Till()
+    model.replies = [refund(40), DONE]
+    async with open_shop(shop(till, approver="refunds")) as at:
+        run = await at.ask()
+        (question,) = run["waiting_for"]
+        path = f"/run/{run['run_id']}/calls/{quote(question['call_id'])}"
+        assert question["answerer"] == "refunds"
+        for who, status in (("ann", 403), ("ops", 403), ("eve", 404)):
+            check_problem(await at.answer(who, run, YES), status)
+        check_problem(await at.answer("bob", run, YES, call_id=question["call_id"][:-1] + "_"), 404)
+        unknown = {**run, "run_id": "01a21894-71c3-7c0a-80ab-b29b3cf90781"}
+        check_problem(await at.answer("eve", unknown, YES), 404)
+        for who in ("bob", "cat"):
+            seen = (await at.send(who, "GET", path)).json()
+            assert seen.items() >= question.items()
+            assert (seen["status"], seen["requested_by"], seen["agent_name"]) == ("open", "ann", "ask")
+            for of_run in ("", "/events"):
+                check_problem(await at.send(who, "GET", f"/run/{run['run_id']}{of_run}"), 404)
+            for command in ("cancel", "retry", "messages/x"):
+                body = {"json": {"message": 1}} if command == "messages/x" else {}
+                check_problem(await at.send(who, "POST", f"/run/{run['run_id']}/{command}", **body), 404)
+            assert (await at.send(who, "GET", "/runs")).json()["runs"] == []
+        assert till.paid == []
+        response = await at.answer("bob", run, YES)
+        answered = response.json()
+        assert response.status_code == 200, answered
+        assert "inputs" not in answered
+        assert "steps" not in answered
+        assert (answered["status"], answered["answered_by"], answered["output"]) == ("answered", "bob", YES)
+        done = await at.done(run)
+        assert (done["status"], till.paid) == ("completed", [40])
+        assert (await at.answer("bob", run, YES)).json() == answered
+        call = next(call for call in done["steps"][0]["calls"] if call["kind"] == "question")
+        assert (call["call_id"], call["answered_by"]) == (question["call_id"], "bob")
+        assert call["answered_at"] == answered["answered_at"] == call["completed_at"]
+        assert call["arguments"] == {"question": question["question"], "arguments": {"amount": 40}}
+        events = events_in((await at.send("ann", "GET", f"/run/{run['run_id']}/events")).text)
+        event = next(event["data"] for event in events if event["data"].get("kind") == "question")
+        assert (event["answered_by"], event["arguments"]) == ("bob", call["arguments"])
+
+
+async def test_of_two_approvers_one_wins_and_the_other_reads_who_it_was(open_shop: OpenShop, model: FakeModel) -> None:
+    till = Till()
+    model.replies = [refund(40), DONE]
+    async with open_shop(shop(till, approver="refunds")) as at:
+        run = await at.ask()
+        responses = dict[str, httpx.Response]()
+
+        async def send(who: str) -> None:
+            responses[who] = await at.answer(who, run, YES)
+
+        async with anyio.create_task_group() as tasks:
+            for who in ("bob", "cat"):
+                tasks.start_soon(send, who)
+        assert sorted(response.status_code for response in responses.values()) == [200, 409]
+        first = next(who for who, response in responses.items() if response.status_code == 200)
+        other = next(who for who in responses if who != first)
+        problem = check_problem(responses[other], 409)
+        assert f"answered by '{first}'" in problem["detail"]
+        assert problem["waiting_for"] == []
+        assert (await at.done(run))["status"] == "completed"
+    assert till.paid == [40]
+
+
+async def test_four_eyes_exclude_who_started_or_retried_the_run(open_shop: OpenShop, model: FakeModel) -> None:
+    till = Till()
+    model.replies = [refund(40), DONE]
+    async with open_shop(shop(till, approver="refunds", four_eyes=True)) as at:
+        run = await at.ask("bob")
+        check_problem(await at.answer("bob", run, YES), 403)
+        check_problem(await at.answer("ops", run, YES), 403)
+        assert (await at.answer("cat", run, YES)).status_code == 200
+        assert (await at.done(run, "bob"))["status"] == "completed"
+    assert till.paid == [40]
+
+
+async def test_an_approval_of_who_retries_the_run_counts_only_if_its_tool_has_started(
+    open_engine: OpenEngine, model: FakeModel
+) -> None:
+    """Of two calls of one reply, the second stops the process, so to speak, before the first one is paid again."""
+    paid, failures = list[float](), [True]
+
+    async def pay(amount: float) -> str:
+        paid.append(amount)
+        if amount == 50 and failures:
+            failures.pop()
+            await anyio.sleep_forever()
+        return "paid"
+
+    model.replies = [Reply(calls=[("pay", {"amount": 40}), ("pay", {"amount": 50})]), DONE]
+    flock = flock_of(Tool(pay, needs_approval=True, approver="refunds", four_eyes=True))
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "?"}, count=2, principal="ann")
+        first, second = run.waiting_for
+        await engine.answer_call(run.run_id, first.call_id, APPROVED, BOB)
+        await until(lambda: paid == [40])
+        await waiting(engine, run.run_id)
+        await engine.answer_call(run.run_id, second.call_id, APPROVED, BOB)
+        await until(lambda: paid == [40, 50])
+        await cancelled(engine, run.run_id)
+        await engine.retry_run(run.run_id, by=BOB)
+        run = await waiting(engine, run.run_id)
+        (again,) = run.waiting_for
+        assert json.loads(bytes(again.arguments)) == {"amount": 50}  # type: ignore[arg-type]
+        with pytest.raises(StaleAnswer):
+            await engine.answer_call(run.run_id, second.call_id, APPROVED, BOB)
+        with pytest.raises(Forbidden):
+            await engine.answer_call(run.run_id, again.call_id, APPROVED, BOB)
+        await engine.answer_call(run.run_id, first.call_id, APPROVED, BOB)  # it is kept, since its tool has ended
+        await engine.answer_call(run.run_id, again.call_id, APPROVED, CAT)
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+    assert paid == [40, 50, 50]
+
+
+async def test_edits_are_refused_where_a_role_is_named_unless_they_are_allowed(
+    open_shop: OpenShop, model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    till = Till()
+    model.replies = [refund(40), DONE, refund(40), DONE]
+    edited = {"approved": True, "arguments": {"amount": 8000, "order": "A7"}}
+    async with open_shop(shop(till, approver="refunds")) as at:
+        run = await at.ask()
+        problem = check_problem(await at.answer("bob", run, edited), 422)
+        assert [error["pointer"] for error in problem["errors"]] == ["/output/arguments"]
+        assert (await at.answer("bob", run, YES)).status_code == 200
+        assert (await at.done(run))["status"] == "completed"
+    caplog.set_level("INFO", "flock.runs")
+    async with open_shop(shop(till, approver="refunds", may_edit=True)) as at:
+        run = await at.ask()
+        wrong = {"approved": True, "arguments": {"amount": "8000"}}
+        problem = check_problem(await at.answer("bob", run, wrong), 422)
+        assert problem["errors"][0]["pointer"] == "/output/arguments/amount"
+        assert (await at.answer("bob", run, edited)).status_code == 200
+        done = await at.done(run)
+        call = next(call for call in done["steps"][0]["calls"] if call["kind"] == "question")
+        assert call["arguments"]["arguments"] == {"amount": 40}
+        assert call["result"]["arguments"] == edited["arguments"]
+    assert till.paid == [40, 8000]
+    assert any(
+        f"'bob' has answered the question {call['call_id']}: approved, with" in message and "8000" in message
+        for message in caplog.messages
+    )
+
+
+async def test_a_question_of_a_program_names_who_may_answer_it(open_shop: OpenShop) -> None:
+    """A role is not enough for the other questions of the run, which its owner answers."""
+    flock = Flock()
+
+    @flock.agent
+    async def ask(q: str, context: RunContext) -> str:
+        size = await context.ask("Which size?", str)
+        return f"{size} {await context.ask('Send it?', bool, answerer='refunds')}"
+
+    async with open_shop(flock) as at:
+        run = await at.ask()
+        check_problem(await at.answer("bob", run, "small"), 404)
+        assert (await at.answer("ann", run, "small")).status_code == 200
+        run = await at.waiting(run["run_id"])
+        check_problem(await at.answer("ann", run, True), 403)
+        assert (await at.answer("bob", run, True)).status_code == 200
+        done = await at.done(run)
+    assert done["result"] == {"result": "small True"}
+
+
+async def test_an_item_is_approved_by_the_role_and_not_by_who_has_retried_its_batch(
+    open_engine: OpenEngine, model: FakeModel
+) -> None:
+    till = Till()
+    model.replies = [refund(40), DONE]
+    flock = shop(till, approver="refunds", four_eyes=True)
+    async with open_engine(flock, transport=model.transport) as engine:
+        batch = await engine.submit_batch("ask", [{"q": "?"}], BatchOptions(), principal="ann")
+        item = await item_that_asks(engine, batch)
+        await engine.cancel_batch(batch.batch_id)
+        await ended(engine, batch)
+        await engine.retry_batch(batch.batch_id, by=BOB)
+        item = await item_that_asks(engine, batch)
+        call_id = item.waiting_for[0].call_id
+        with pytest.raises(RunNotFound):
+            await engine.answer_call(item.run_id, call_id, APPROVED, EVE)
+        with pytest.raises(RunNotFound):
+            await engine.get_question(item.run_id, call_id, EVE)
+        with pytest.raises(Forbidden, match="started or retried"):
+            await engine.answer_call(item.run_id, call_id, APPROVED, BOB)
+        await engine.answer_call(item.run_id, call_id, APPROVED, CAT)
+        assert (await ended(engine, batch)).status is RunStatus.COMPLETED
+        asked = await engine.get_question(item.run_id, call_id, BOB)
+        assert (asked.status, asked.answered_by, asked.principal) == ("answered", "cat", "ann")
+    assert till.paid == [40]
+
+
+# For whom a tool acts
+
+
+async def test_a_tool_knows_for_whom_it_acts(open_shop: OpenShop, model: FakeModel) -> None:
+    """As the request has identified its caller, also when the step runs again, and in an agent that it calls."""
+    seen = list[tuple[Principal | None, str | None, str, str | None]]()
+
+    def look(context: RunContext) -> str:
+        """Look."""
+        seen.append((context.principal, context.session_id, context.run_id, context.request_id))
+        return "seen"
+
+    flock = flock_of(Tool(look, needs_approval=True))
+    model.replies = [Reply(calls=[("look", {})]), DONE]
+    async with open_shop(flock) as at:
+        body = {"agent_name": "ask", "inputs": {"q": "?"}, "async_run": True, "session_id": "talk"}
+        run = (await at.send("cat", "POST", "/run/flock", json=body)).json()
+        run = await at.waiting(run["run_id"], "cat")
+        assert (await at.answer("cat", run, YES)).status_code == 200
+        assert (await at.done(run, "cat"))["status"] == "completed"
+    assert seen == [(CAT, "talk", run["run_id"], run["request_id"])]
+
+
+async def test_an_item_acts_for_who_has_sent_its_batch(open_engine: OpenEngine) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def who(context: RunContext) -> list[str]:
+        principal = context.principal
+        return [] if principal is None else [principal.name, *principal.roles]
+
+    async with open_engine(flock) as engine:
+        for principal, expected in ((CAT, ["cat", "refunds", "other"]), ("ann", ["ann"]), (None, [])):
+            batch = await engine.submit_batch("who", [{}], BatchOptions(), principal=principal)
+            await ended(engine, batch)
+            (item,) = await engine.get_items(batch.batch_id)
+            assert item.value == {"result": expected}
+
+
+# The start
+
+
+@pytest.mark.parametrize("options", [{}, {"auth": "host"}, {"auth": "anybody"}], ids=str)
+@pytest.mark.parametrize("approval", [{"approver": "refunds"}, {"four_eyes": True}], ids=str)
+async def test_an_app_that_identifies_nobody_does_not_start_with_a_tool_that_names_its_approvers(
+    options: Any, approval: Any, model: FakeModel
+) -> None:
+    flock = shop(Till(), **approval)
+    with pytest.raises(DefinitionError, match=r"cannot tell callers apart\. Pass api_keys="):
+        create_app(flock, **options)
+    later = Flock()
+    app = create_app(later, **options)
+    later.add_agent(flock.agents["ask"])
+    with pytest.raises(DefinitionError, match="cannot tell callers apart"):
+        async with app.lifespan():
+            pass
+    model.replies = [refund(40), DONE]
+    async with flock.engine(transport=model.transport, answer=lambda question: YES) as engine:  # of a program
+        run = await engine.submit("ask", {"q": "?"})
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+
+
+async def test_without_principals_a_question_with_a_role_is_not_answered_over_http(model: FakeModel) -> None:
+    """A program may ask any role, and only the start of the app can tell."""
+    flock = Flock()
+
+    @flock.agent
+    async def ask(context: RunContext) -> bool:
+        return await context.ask("Send it?", bool, answerer="refunds")
+
+    app = create_app(flock, auth="anybody")
+    async with app.lifespan(), client_of(app) as client:
+        run = (await client.post("/run/flock", json={"agent_name": "ask", "inputs": {}})).json()
+        path = f"/run/{run['run_id']}/calls/{quote(run['waiting_for'][0]['call_id'])}"
+        check_problem(await client.post(path, json={"output": True}), 403)
+        assert (await client.get(path)).json()["status"] == "open"
+
+
+def test_a_role_that_no_key_has_is_a_warning_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(shop(Till(), approver="nobody"), api_keys=KEYS)
+    app.warn_of_problems()
+    (message,) = [message for message in caplog.messages if "nobody" in message]
+    assert message == (
+        "No API key has the role 'nobody', so nobody can approve calls of the tool 'refund' of the agent 'ask'. Add it "
+        "to a key: NAME:role:nobody=KEY"
+    )
+
+
+@pytest.mark.parametrize("role", ["", "a,b", "a b", "a\u202eb", "x" * 4096, "ä", 1, None], ids=repr)
+def test_a_name_that_is_no_role_is_refused(role: Any) -> None:
+    with pytest.raises(ValueError, match="is not the name of a role") as caught:
+        Principal(name="bob", roles=[role])
+    assert len(str(caught.value)) < 300
+    if role is not None:
+        with pytest.raises(DefinitionError, match="is not the name of a role"):
+            Tool(Till().refund, needs_approval=True, approver=role)
+    if isinstance(role, str):
+        with pytest.raises(DefinitionError, match="is not") as refused:
+            KeyRing({f"bob:role:{role}": "key-of-bob-123456"})
+        assert len(str(refused.value)) < 600
+
+
+def test_the_roles_of_a_principal_are_not_one_text() -> None:
+    with pytest.raises(TypeError, match="must be a sequence, such as"):
+        Principal(name="bob", roles="refunds")
+    assert Principal(name="bob", roles=["a", "b"]).roles == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"approver": "refunds"}, "approver= has no effect without needs_approval="),
+        ({"four_eyes": True}, "four_eyes= has no effect without needs_approval="),
+        ({"needs_approval": True, "on_expiry": "deny"}, "on_expiry='deny' has no effect without expires_s="),
+        ({"needs_approval": True, "on_expiry": "allow"}, "on_expiry= must be 'fail' or 'deny', not 'allow'"),
+        ({"needs_approval": True, "expires_s": 0}, "expires_s= must be above 0"),
+    ],
+)
+def test_an_approval_that_cannot_work_is_an_error_at_the_definition(options: Any, error: str) -> None:
+    with pytest.raises(DefinitionError) as caught:
+        Tool(Till().refund, **options)
+    assert error in str(caught.value)
