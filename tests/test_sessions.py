@@ -314,6 +314,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             "expires_at",
             "worked_s",
             "spent",
+            "spent_by",
             "max_cost",
             "deaths",
             "deaths_alone",
@@ -330,7 +331,8 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")
         for column in ("raised", "place", "once"):
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
-        db.execute("DROP TABLE messages")
+        for table in ("messages", "usage", "budgets"):
+            db.execute(f"DROP TABLE {table}")
         db.execute("PRAGMA user_version = 9")
     db.close()
     async with turns.flock.engine(store=store) as engine:

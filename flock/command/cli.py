@@ -29,10 +29,10 @@ from flock.command.target import load_flock
 from flock.command.terminal import Commands, echo
 from flock.errors import CallError, InvalidData
 from flock.limits import Limits, enforced_by
-from flock.runs import Event, Question
+from flock.runs import MAX_COST, Event, Question
 from flock.runs.text import for_terminal
 from flock.store.database import MEMORY
-from flock.web.auth import new_key
+from flock.web.auth import KeyRing, new_key, with_budget
 from flock.web.options import AppOptions
 
 
@@ -209,9 +209,23 @@ def worker(target: str, model: str | None, **options: Any) -> None:
 
 
 @main.command()
-def key() -> None:
+@click.option("--name", help="Print NAME=KEY, a line of the file of API keys.")
+@click.option(
+    "--max-cost-per-day",
+    type=click.FloatRange(0, MAX_COST, min_open=True),
+    help="US dollars that the runs of its principal may cost in a day. It needs --name.",
+)
+def key(name: str | None, max_cost_per_day: float | None) -> None:
     """Print a new API key of 256 random bits."""
-    click.echo(new_key())
+    made = new_key()
+    if name is None:
+        if max_cost_per_day is not None:
+            raise click.UsageError("--max-cost-per-day is a part of the name of a key. Add --name NAME.")
+        click.echo(made)
+        return
+    name = with_budget(name, max_cost_per_day)
+    KeyRing({name: made})  # raises if the name is invalid
+    click.echo(f"{name}={made}")
 
 
 @main.command()

@@ -4,7 +4,7 @@ import asyncio
 import copy
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
@@ -157,12 +157,12 @@ class RunContext:
         on_progress: Callable[[Progress | None], None],
         journal: StepJournal | None = None,
         *,
-        on_usage: Callable[[str, Usage], None] = lambda agent_name, usage: None,
+        on_usage: Callable[[str, Usage, str | None], None] = lambda agent_name, usage, model: None,
         max_tokens: int | None = None,
         live: Callable[[], Live | None] = lambda: None,
         output_names: Sequence[str] = (),
         priced: Callable[[Usage, str | None], Usage] = lambda usage, model: usage,
-        budget: Budget | None = None,
+        budgets: Sequence[Budget] = (),
     ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
@@ -181,7 +181,7 @@ class RunContext:
         self._on_usage = on_usage
         self._max_tokens = max_tokens
         self._priced = priced
-        self._budget = budget
+        self._budgets = budgets
         self._journal = journal
         self._live = live
         self._output_names = output_names
@@ -513,20 +513,24 @@ class RunContext:
         usage = self._priced(usage, model)
         if self._journal is not None:
             self._journal.spend(usage, model)
-        self._on_usage(self.agent_name, usage)
+        self._on_usage(self.agent_name, usage, model)
 
-    def reserve(self, model: str, prompt: Any, max_tokens: int | None) -> AbstractAsyncContextManager[None]:
-        """Reserve what a call of *model* will probably cost, if there is a ``max_cost``; see ``Budget``."""
-        return nullcontext() if self._budget is None else self._budget.reserve(model, prompt, max_tokens)
+    @asynccontextmanager
+    async def reserve(self, model: str, prompt: Any, max_tokens: int | None) -> AsyncIterator[None]:
+        """Reserve what a call of *model* will probably cost, if there is a limit; see ``Budget``."""
+        async with AsyncExitStack() as reserved:
+            for budget in self._budgets:
+                await reserved.enter_async_context(budget.reserve(model, prompt, max_tokens))
+            yield
 
     def check_tokens(self, models: Sequence[str] = ()) -> None:
         """Check that the run may call one of *models*. An agent must call this before each model call of its own.
 
-        Raises: TooManyTokens if it has no tokens left; CostLimit if it has spent its ``max_cost``, or has one and
-            one of *models* has no price.
+        Raises: TooManyTokens if it has no tokens left; CostLimit if its ``max_cost`` or the ``max_cost_per_day`` of its
+            principal is spent, or it has one of these and one of *models* has no price.
         """
-        if self._budget is not None:
-            self._budget.check(self.agent_name, models)
+        for budget in self._budgets:
+            budget.check(self.agent_name, models)
         if self._max_tokens is None or self._journal is None:
             return
         spent = self._journal.spent.input_tokens + self._journal.spent.output_tokens

@@ -22,7 +22,7 @@ from flock.errors import Conflict, DefinitionError, FieldError, InvalidData, Run
 from flock.jsontype import explain
 from flock.pydanticmodel import from_json
 from flock.runs.ids import now
-from flock.runs.usage import DOLLAR, Usage, added, is_spent, shown_usage
+from flock.runs.usage import DOLLAR, MAX_COST, Spent, Usage, added, is_spent, shown_usage
 
 __all__ = [
     "INVALID_INPUT",
@@ -336,6 +336,7 @@ class Run(_Record, frozen=True, kw_only=True):
             that it waited for, with their times. A run that ended while it was waiting keeps them.
         worked_s: seconds of ``timeout_s`` that the attempt had spent when it last began to wait; 0 if it never did.
         spent: the tokens of all its attempts, including failed steps; None if there were none.
+        spent_by: the same, by agent and model.
         max_cost: US dollars that it may spend in all its attempts; None means no limit.
         call_ids: how the ids of its calls are made: ``CALL_IDS``, or 1 if an earlier version has accepted the run.
         journal: see ``first_try``; None if no retry has kept calls since.
@@ -360,6 +361,7 @@ class Run(_Record, frozen=True, kw_only=True):
     steps: tuple[Step, ...] = ()
     session_id: str | None = None
     spent: Usage | None = None
+    spent_by: tuple[Spent, ...] = ()
     max_cost: float | None = None
     call_ids: int = 1
     journal: int | None = None
@@ -625,11 +627,16 @@ Items = Iterable[Inputs | Row] | AsyncIterable[Inputs | Row]
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
     """An authenticated caller. An admin can also access the runs and batches of others.
 
-    Raises: TypeError if the name is not a string; ValueError if it cannot be written as UTF-8.
+    Attributes:
+        max_cost_per_day: US dollars that its runs and batches may cost in a day, in UTC; None means no limit.
+
+    Raises: TypeError if the name is not a string; ValueError if it cannot be written as UTF-8, or if
+        *max_cost_per_day* is not above 0 and at most ``MAX_COST``.
     """
 
     name: str
     admin: bool = False
+    max_cost_per_day: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -641,6 +648,12 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
             self.name.encode()
         except UnicodeEncodeError as exc:
             raise ValueError(f"The name of a Principal must be valid Unicode, not {self.name!r}: {exc}.") from exc
+        limit = self.max_cost_per_day
+        is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+        if limit is not None and not (is_number and 0 < limit <= MAX_COST):
+            raise ValueError(
+                f"max_cost_per_day of a Principal must be US dollars above 0 and up to {MAX_COST:,}, not {limit!r}."
+            )
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True):
