@@ -319,6 +319,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             "deaths",
             "deaths_alone",
             "call_ids",
+            "call_key",
             "journal",
             "dropped",
             "earlier_error",
@@ -336,7 +337,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         db.execute("PRAGMA user_version = 9")
     db.close()
     async with turns.flock.engine(store=store) as engine:
-        assert await engine.get_run(run.run_id) == replace(run, call_ids=1)
+        assert await engine.get_run(run.run_id) == replace(run, call_ids=1, call_key="")
         assert (await ended(engine, await submit(engine, 1))).status is RunStatus.COMPLETED
 
 

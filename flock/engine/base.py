@@ -70,6 +70,7 @@ from flock.runs import (
 from flock.runs.events import EVENTS_PER_STEP, events_after
 from flock.runs.records import CALL_IDS
 from flock.runs.usage import UsageSums, next_day
+from flock.steps.identity import new_call_key
 from flock.steps.live import LiveReader
 from flock.steps.refusals import not_accepting, not_deleted
 
@@ -311,6 +312,7 @@ class EngineBase(Engine):
             session_id=session_id,
             max_cost=max_cost,
             call_ids=CALL_IDS,
+            call_key=new_call_key(),
         )
         with self._watch_until_read(run.run_id) if watch else contextlib.nullcontext():
             await self._accept(run, key, Context() if is_async else copy_context())

@@ -25,11 +25,15 @@ T = TypeVar("T")
 CURRENT_CALL: ContextVar[str] = ContextVar("flock_call", default="")
 
 
+#: Whether the arguments of a call are stored, or only its result.
+CallKeep = Literal["all", "result"]
+
+
 class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a call is made; see ``RunContext.call``."""
 
     name: str | None = None
-    keep: Literal["all", "result"] = "all"
+    keep: CallKeep = "all"
     timeout_s: float | None = None
     retries: int = 0
     once: bool = False
@@ -68,7 +72,7 @@ class StepJournal(Protocol):
     ) -> Coroutine[Any, Any, Any]: ...
 
     def run_agent(
-        self, context: "RunContext", name: str, inputs: Mapping[str, Any]
+        self, context: "RunContext", name: str, inputs: Mapping[str, Any], keep: CallKeep
     ) -> Coroutine[Any, Any, dict[str, Any]]: ...
 
     def ask(
@@ -268,7 +272,7 @@ class RunContext:
         /,
         *args: Any,
         call_name: str | None = None,
-        call_keep: Literal["all", "result"] = "all",
+        call_keep: CallKeep = "all",
         call_timeout_s: float | None = None,
         call_retries: int = 0,
         call_once: bool = False,
@@ -286,7 +290,8 @@ class RunContext:
                 context.
             call_name: identifies the call instead of its arguments. Equal calls are numbered in their order. ``name=``
                 and ``keep=`` mean the same as ``call_name=`` and ``call_keep=`` if the function has no such parameter.
-            call_keep: "result" does not store the arguments. Use it if they are long or secret.
+            call_keep: "result" does not store the arguments. Use it if they are long or secret: they cannot be guessed
+                from the id of the call either, which has a digest of them with a secret key of the run.
             call_timeout_s: seconds for each try, without the time in which it waits for a person. Then the call raises
                 TimeoutError. A function in a thread is waited for, and its result counts even if it is late.
             call_retries: how many more times to execute the function if it raises. The pauses grow from half a second
@@ -312,7 +317,9 @@ class RunContext:
         )
         return self.journal.call(self, function, args, kwargs, options)
 
-    def run_agent(self, name: str, inputs: Mapping[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
+    def run_agent(
+        self, name: str, inputs: Mapping[str, Any], *, call_keep: CallKeep = "all"
+    ) -> Coroutine[Any, Any, dict[str, Any]]:
         """Let another agent of the flock run, as a call of this step, and return its result.
 
         The agent runs in the slot of this run, and counts towards its own ``max_concurrency``. If it hands off, the
@@ -321,6 +328,8 @@ class RunContext:
         Args:
             name: of an agent of the same flock.
             inputs: one value for each field of its input signature.
+            call_keep: "result" does not store the inputs, as for ``call``. What the agent does with them is stored as
+                usual.
 
         Returns: the outputs of the last agent, as JSON values.
 
@@ -332,7 +341,7 @@ class RunContext:
 
         Cancellation: as for ``call``.
         """
-        return self.journal.run_agent(self, name, inputs)
+        return self.journal.run_agent(self, name, inputs, call_keep)
 
     @property
     def journal(self) -> StepJournal:

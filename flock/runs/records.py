@@ -339,6 +339,8 @@ class Run(_Record, frozen=True, kw_only=True):
         spent_by: the same, by agent and model.
         max_cost: US dollars that it may spend in all its attempts; None means no limit.
         call_ids: how the ids of its calls are made: ``CALL_IDS``, or 1 if an earlier version has accepted the run.
+        call_key: makes the ids of calls whose arguments are not stored. Without it they could be guessed: an id has a
+            digest of the arguments. It is "" if an earlier version has accepted the run.
         journal: see ``first_try``; None if no retry has kept calls since.
         dropped: the keys of the failed calls that a retry executes again; see ``flock.steps.retries``.
         earlier_error: the error of the attempt before.
@@ -364,6 +366,7 @@ class Run(_Record, frozen=True, kw_only=True):
     spent_by: tuple[Spent, ...] = ()
     max_cost: float | None = None
     call_ids: int = 1
+    call_key: str = ""
     journal: int | None = None
     dropped: tuple[str, ...] = ()
     earlier_error: str | None = None

@@ -375,6 +375,7 @@ class StepExecutor:
             replay_grace_s=self.limits.replay_grace_s,
             stops_on_change=agent.on_change == "stop" and run.first_try == run.tries,
             call_ids=run.call_ids,
+            call_key=run.call_key,
             answer=self.answer,
             waited_for=run.waiting_for,
             check_wait=functools.partial(self._check_wait, active),

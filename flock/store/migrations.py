@@ -194,6 +194,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "CREATE INDEX runs_asking ON runs (flock, run_id, agent_name) "
         "WHERE batch_id IS NULL AND status = 'waiting' AND is_asleep = 0",
     ],
+    # The key of the ids of calls whose arguments are secret. Runs that are in the store already have none.
+    ["ALTER TABLE runs ADD COLUMN call_key TEXT NOT NULL DEFAULT ''"],
     # What principals have spent, by day, and what each may spend in a day.
     [
         "ALTER TABLE runs ADD COLUMN spent_by BLOB",
