@@ -39,9 +39,10 @@ from flock.errors import DefinitionError, FlockError, Replayed, StoreError
 from flock.extras import pip_install
 from flock.options import Option, check, replaced
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
-from flock.runs import Batch, BatchFilter, Engine, Event, LongJSON, Run, RunFilter, RunStatus
+from flock.runs import DOLLAR, Batch, BatchFilter, Engine, Event, LongJSON, Run, RunFilter, RunStatus, now
 from flock.runs.events import end_id
 from flock.runs.records import shown_as
+from flock.runs.usage import next_day
 from flock.steps.answers import is_of
 from flock.web import orders, wire
 from flock.web.auth import ANYBODY, ConcurrencyLimit, KeyRing, RateLimit
@@ -314,6 +315,7 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
         AppRoute("access", "POST", "/run/{run_id}/messages/{name}", send_message),
         AppRoute("access", "GET", "/run/{run_id}/events", run_events),
         AppRoute("access", "GET DELETE", "/session/{session_id:path}", one_session),
+        AppRoute("access", "GET", "/usage", get_usage),
         AppRoute("access", "GET", "/batches", list_batches),
         AppRoute("access", "GET DELETE", "/batch/{batch_id}", one_batch),
         AppRoute("access", "GET", "/batch/{batch_id}/results", batch_results),
@@ -485,6 +487,20 @@ async def one_session(request: Request) -> Response:
         return JSONResponse(wire.shown_with_costs(wire.SessionSummary, await engine.get_session(session_id)))
     await engine.delete_session(session_id)
     return Response(status_code=204)
+
+
+async def get_usage(request: Request) -> Response:
+    """GET /usage: what the caller has spent, for an admin everyone. It stays when runs are deleted."""
+    engine, principal, at = await engine_of(request), principal_of(request), now()
+    wanted = query_of(request, wire.UsageQuery).filter_at(at.date())
+    page, budget = await engine.get_usage(wanted), None
+    if principal is not None:
+        account = await engine.get_account(wanted.principal or principal.name)
+        if account.max_cost is not None:
+            cost = account.picodollars / DOLLAR
+            budget = wire.UsageBudget(max_cost_per_day=account.max_cost, cost=cost, ends_at=next_day(at))
+    path, headers = next_page(request, wire.after_usage(page, wanted.by))
+    return JSONResponse(wire.usage_report(page, wanted, budget=budget or msgspec.UNSET, next=path), headers=headers)
 
 
 async def run_events(request: Request) -> Response:

@@ -377,9 +377,17 @@ class TooManyTokens(StepError):
 
 
 class CostLimit(StepError):
-    """The run tried to call a model after it had spent ``max_cost``, or to call a model without a price."""
+    """The run tried to call a model after it had spent ``max_cost``, or to call a model without a price.
+
+    Attributes:
+        limit: what is spent: "max_cost", or the "max_cost_per_day" of its principal. None if a model has no price.
+    """
 
     error_type = "cost_limit"
+
+    def __init__(self, message: str, limit: str | None = None) -> None:
+        super().__init__(message)
+        self.limit = limit
 
 
 class QueueTimeout(StepError):

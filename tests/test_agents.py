@@ -60,7 +60,7 @@ def context_of(agent_name: str, spent: list[Usage]) -> RunContext:
         agent_name,
         lambda progress: None,
         journal(),
-        on_usage=lambda agent_name, usage: spent.append(usage),
+        on_usage=lambda agent_name, usage, model: spent.append(usage),
     )
 
 

@@ -316,10 +316,12 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             "expires_at",
             "worked_s",
             "spent",
+            "spent_by",
             "max_cost",
             "deaths",
             "deaths_alone",
             "call_ids",
+            "call_key",
             "journal",
             "dropped",
             "earlier_error",
@@ -334,11 +336,12 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")
         for column in ("raised", "place", "once", "answered_by", "four_eyes"):
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
-        db.execute("DROP TABLE messages")
+        for table in ("messages", "usage", "budgets"):
+            db.execute(f"DROP TABLE {table}")
         db.execute("PRAGMA user_version = 9")
     db.close()
     async with turns.flock.engine(store=store) as engine:
-        assert await engine.get_run(run.run_id) == replace(run, call_ids=1)
+        assert await engine.get_run(run.run_id) == replace(run, call_ids=1, call_key="")
         assert (await ended(engine, await submit(engine, 1))).status is RunStatus.COMPLETED
 
 

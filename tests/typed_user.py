@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any, Literal, assert_type
 
 import msgspec
@@ -85,6 +85,7 @@ from flock.runs import (
     MAX_SHOWN_BYTES,
     MAX_SHOWN_CALLS,
     NOT_LOADED,
+    Account,
     Answer,
     AskedQuestion,
     Batch,
@@ -122,12 +123,17 @@ from flock.runs import (
     RunFilter,
     RunStatus,
     Session,
+    Spent,
     Statuses,
     StatusName,
     Step,
     StepJournal,
     Time,
     Usage,
+    UsageFilter,
+    UsagePage,
+    UsageRow,
+    UsageSums,
     added,
     bad_role,
     cost_in_words,
@@ -142,12 +148,15 @@ from flock.runs import (
     make_ids_after,
     name_and_caller,
     new_id,
+    next_day,
     now,
     of_request,
     one_line,
     safe_text,
     shown_as,
     shown_usage,
+    spent_since,
+    spent_with,
     started_id,
     statuses_of,
     stub_of,
@@ -200,6 +209,19 @@ flock = Flock(
     max_steps=8,
     prices={"ollama/llama3.2": Price(input=0.01, output=0.02)},
 )
+
+
+async def spent_on(engine: Engine, day: date) -> str:
+    page: UsagePage = await engine.get_usage(UsageFilter(first_day=day, last_day=day, by=("model",)))
+    sums = UsageSums(UsageFilter(first_day=day, last_day=day))
+    sums.add(page.rows)
+    rows: list[UsageRow] = [*sums.page.rows]
+    account: Account = await engine.get_account("ann")
+    ann = Principal(name="ann", max_cost_per_day=2.5)
+    await engine.check_budget(ann.name, ann.max_cost_per_day)
+    spent: tuple[Spent, ...] = spent_with((), "measure", "openai/gpt-4o", page.total)
+    assert_type(spent_since(spent, spent), list[Spent])
+    return f"{len(rows)} until {next_day(now())}" if account.is_spent else cost_in_words(page.total)
 
 
 async def cost_of(engine: Engine, session_id: str) -> str:

@@ -29,10 +29,10 @@ from flock.command.target import load_flock
 from flock.command.terminal import Commands, echo
 from flock.errors import CallError, InvalidData
 from flock.limits import Limits, enforced_by
-from flock.runs import Event, Question
+from flock.runs import MAX_COST, Event, Question
 from flock.runs.text import for_terminal
 from flock.store.database import MEMORY
-from flock.web.auth import KeyRing, new_key
+from flock.web.auth import KeyRing, new_key, with_budget
 from flock.web.options import AppOptions
 
 
@@ -217,13 +217,21 @@ def worker(target: str, model: str | None, **options: Any) -> None:
     multiple=True,
     help="A role of its principal, for questions that name it. Repeatable.",
 )
-def key(name: str | None, admin: bool, roles: tuple[str, ...]) -> None:
+@click.option(
+    "--max-cost-per-day",
+    type=click.FloatRange(0, MAX_COST, min_open=True),
+    help="US dollars that the runs of its principal may cost in a day. It needs --name.",
+)
+def key(name: str | None, admin: bool, roles: tuple[str, ...], max_cost_per_day: float | None) -> None:
     """Print a new API key of 256 random bits."""
     made = new_key()
+    if name is None and max_cost_per_day is not None:
+        raise click.UsageError("--max-cost-per-day is a part of the name of a key. Add --name NAME.")
     if name is None and not roles and not admin:
         click.echo(made)
         return
     name = ":role:".join([f"{name or (roles[0] if roles else 'admin')}{':admin' if admin else ''}", *roles])
+    name = with_budget(name, max_cost_per_day)
     KeyRing({name: made})  # raises if the name or a role is invalid
     click.echo(f"{name}={made}")
 

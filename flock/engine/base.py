@@ -2,9 +2,10 @@
 
 import contextlib
 import itertools
+import math
 import sys
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context, copy_context
 from datetime import timedelta
@@ -21,19 +22,22 @@ from flock.engine.intake import Intake
 from flock.engine.rowchecks import as_json
 from flock.errors import (
     AgentNotFound,
+    Conflict,
     DefinitionError,
     EngineStopped,
     FieldError,
     InvalidData,
     RunNotFound,
     SessionNotFound,
+    TooManyRequests,
 )
 from flock.fair import FairShare
 from flock.limits import Limits
 from flock.models.models import ModelChoice, models_of, names_of
-from flock.models.prices import Price, merged, no_price, price_of
+from flock.models.prices import Price, day_is_spent, merged, no_price, price_of
 from flock.runs import (
     MAX_COST,
+    Account,
     Batch,
     BatchOptions,
     Call,
@@ -53,6 +57,9 @@ from flock.runs import (
     Session,
     Statuses,
     Usage,
+    UsageFilter,
+    UsagePage,
+    UsageRow,
     added,
     event_of_batch,
     event_of_call,
@@ -63,6 +70,8 @@ from flock.runs import (
 )
 from flock.runs.events import EVENTS_PER_STEP, events_after
 from flock.runs.records import CALL_IDS, name_and_caller
+from flock.runs.usage import UsageSums, next_day
+from flock.steps.identity import new_call_key
 from flock.steps.live import LiveReader
 from flock.steps.refusals import not_accepting, not_deleted
 
@@ -306,6 +315,7 @@ class EngineBase(Engine):
             session_id=session_id,
             max_cost=max_cost,
             call_ids=CALL_IDS,
+            call_key=new_call_key(),
         )
         with self._watch_until_read(run.run_id) if watch else contextlib.nullcontext():
             await self._accept(run, key, Context() if is_async else copy_context())
@@ -347,6 +357,47 @@ class EngineBase(Engine):
             limits=self.item_limits,
         )
         return await self._accept_batch(intake, key)
+
+    # Usage
+
+    async def get_account(self, principal: str) -> Account:
+        return Account()  # by default, there are no budgets
+
+    async def _has_key(self, key: IdempotencyKey) -> bool:
+        """Whether a run or a batch was accepted with *key*. Raises StoreError."""
+        return False
+
+    async def _set_budget(self, principal: str, max_cost: float | None) -> None:
+        """Set what the runs of a principal may cost in a day. Raises StoreError."""
+        raise Conflict("max_cost_per_day is not supported on a cluster.")
+
+    async def _usage_pages(self, wanted: UsageFilter) -> AsyncIterator[Sequence[UsageRow]]:
+        """Yield the usage of the days and the principal of *wanted*, at least by its fields. Raises StoreError."""
+        yield ()
+
+    async def check_budget(
+        self,
+        principal: str,
+        max_cost: float | msgspec.UnsetType | None = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
+    ) -> None:
+        self._check_running()
+        account = await self.get_account(principal)
+        if max_cost is not msgspec.UNSET and max_cost != account.max_cost:
+            await self._set_budget(principal, max_cost)
+            account = replace(account, max_cost=max_cost)
+        if account.is_spent and (key is None or not await self._has_key(key)):
+            at = now()
+            wait_s = math.ceil((next_day(at) - at).total_seconds())
+            raise TooManyRequests(f"{day_is_spent(account)} The next day begins in {wait_s} s.", wait_s)
+
+    async def get_usage(self, wanted: UsageFilter) -> UsagePage:
+        self._check_entered()
+        sums, share = UsageSums(wanted), FairShare()
+        async for page in self._usage_pages(wanted):
+            sums.add(page)
+            await share.checkpoint()
+        return sums.page
 
     # Sessions
 

@@ -17,11 +17,11 @@ from flock.engine.intake import ITEMS_PER_PAGE, Intake
 from flock.engine.runner import Runner
 from flock.errors import OwnershipLost, StoreError
 from flock.limits import Limits
-from flock.models.prices import Budget
+from flock.models.prices import Budget, DayBudget
 from flock.runs import Batch, IdempotencyKey, Run, now
 from flock.runs.text import of_request
 from flock.scopes import start_in_empty_context
-from flock.steps.outcomes import COST_LIMIT
+from flock.steps.outcomes import COST_LIMIT, DAY_LIMIT
 from flock.steps.refusals import not_accepting
 from flock.store.port import RETRY_AFTER_S, BatchStore
 
@@ -133,19 +133,22 @@ class Batches:
             batch = await self.store.reopen_some(batch)
         batch = await self.store.begin(batch, now())
         budget = self.runner.executor.budget(batch.options.max_cost, batch.usage, "batch")
+        day_budget = self.runner.day_budget_of(batch)
+        if day_budget is not None:
+            await day_budget.refresh()
         if id_ not in self.cancelled:
             workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self.limits.max_concurrency)
-            await _Work(batch, self, budget).run(workers if batch.options.parallel else 1)
+            await _Work(batch, self, budget, day_budget).run(workers if batch.options.parallel else 1)
         while id_ in self.cancelled and await self.store.cancel_waiting(batch, now()):
             pass
-        if budget is not None and budget.is_spent:
-            while await self.store.cancel_waiting(batch, now(), COST_LIMIT):
+        for limit, outcome in ((budget, COST_LIMIT), (day_budget, DAY_LIMIT)):
+            while limit is not None and limit.is_spent and await self.store.cancel_waiting(batch, now(), outcome):
                 pass
         if self.runner.is_draining or await self.store.pending_items(batch, -1, 1):
             return batch
         for item_id, reason in await self.store.fail_unreadable(batch, now()):
             logger.error("batch %s: item %s cannot be read and was marked as failed: %s", id_, item_id, reason)
-        batch = await self.store.end(batch, now())
+        batch = await self.store.end(batch, now(), is_day_spent=day_budget is not None and day_budget.is_spent)
         if not batch.status.is_final:
             return batch
         self.runner.executor.notify("batch_ended", batch)
@@ -156,13 +159,13 @@ class Batches:
 
 
 class _Work:
-    """Runs the items of one batch that are left, as far as its *budget* allows."""
+    """Runs the items of one batch that are left, as far as its *budget* and that of its principal allow."""
 
-    def __init__(self, batch: Batch, batches: Batches, budget: Budget | None) -> None:
+    def __init__(self, batch: Batch, batches: Batches, budget: Budget | None, day_budget: DayBudget | None) -> None:
         self._batch = batch
         self._batches = batches
         self._store, self._runner = batches.store, batches.runner
-        self._budget = budget
+        self._budget, self._day_budget = budget, day_budget
         self._tasks = anyio.create_task_group()
         self._idle_workers = 0
         self._pending = self._pending_items()
@@ -204,7 +207,8 @@ class _Work:
     def _is_stopped(self) -> bool:
         """Whether no more items may start."""
         is_cancelled = self._batch.batch_id in self._batches.cancelled
-        return self._runner.is_draining or is_cancelled or (self._budget is not None and self._budget.is_spent)
+        is_spent = any(budget is not None and budget.is_spent for budget in (self._budget, self._day_budget))
+        return self._runner.is_draining or is_cancelled or is_spent
 
     async def _next_work(self) -> Coroutine[Any, Any, None] | None:
         """Return what executes the next item, or None if none can start now."""

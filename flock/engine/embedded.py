@@ -13,10 +13,10 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from contextvars import Context
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Any, Self
 
 import anyio
@@ -49,6 +49,7 @@ from flock.models.llm import ModelClient
 from flock.models.prices import Price
 from flock.options import replaced
 from flock.runs import (
+    Account,
     Answer,
     AskedQuestion,
     Batch,
@@ -67,6 +68,8 @@ from flock.runs import (
     RunStatus,
     Statuses,
     Usage,
+    UsageFilter,
+    UsageRow,
     make_ids_after,
     new_id,
     now,
@@ -96,6 +99,8 @@ LEAVE_S = 10.0
 #: How often old runs are deleted, in seconds, and how many of them in one transaction.
 RETENTION_INTERVAL_S = 10.0
 RETENTION_CHUNK_SIZE = 100
+#: How long the usage of a day is stored.
+KEEP_USAGE_FOR = timedelta(days=400)
 
 
 def limits_for_one_batch(max_workers: int) -> Limits:
@@ -552,6 +557,20 @@ class EmbeddedEngine(EngineBase):
         self._check_entered()
         return await self.store.spent(self._flock, wanted)
 
+    async def get_account(self, principal: str) -> Account:
+        self._check_entered()
+        return await self._runner.account(self._flock, principal)
+
+    async def _has_key(self, key: IdempotencyKey) -> bool:
+        return await self.store.has_key(self._flock, key)
+
+    async def _set_budget(self, principal: str, max_cost: float | None) -> None:
+        await self.store.set_budget(self._flock, principal, max_cost)
+
+    async def _usage_pages(self, wanted: UsageFilter) -> AsyncIterator[Sequence[UsageRow]]:
+        for day in range(wanted.first_day.toordinal(), wanted.last_day.toordinal() + 1):
+            yield await self.store.usage(self._flock, date.fromordinal(day), wanted)
+
     def watch(self, run_id: str) -> AbstractContextManager[LiveOutput]:
         return self._runner.watch(run_id)
 
@@ -654,7 +673,7 @@ class EmbeddedEngine(EngineBase):
                 # After its step, a newer record is already being written, which must not be replaced by this one.
                 is_changed = active.progress is not active.run.progress or active.spent is not active.run.spent
                 if active.context is not None and is_changed:
-                    active.update(replace(active.run, progress=active.progress, spent=active.spent))
+                    active.update(replace(active.run, progress=active.progress, **active.costs))
                     self.store.save_nowait(active.run)
                 if at >= active.wake_at:
                     active.wake_at = math.inf
@@ -806,6 +825,7 @@ class EmbeddedEngine(EngineBase):
                 await self.store.batches.dropped()
             try:
                 await self.store.delete_old_keys(now() - KEEP_KEYS_FOR)
+                await self.store.delete_old_usage(self._flock, now().date() - KEEP_USAGE_FOR)
                 await self.delete_old()
                 while await self.store.batches.sweep():
                     await anyio.lowlevel.checkpoint()

@@ -13,6 +13,7 @@ from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.rows.tables import RowMapping
 from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Principal, Row, Run, RunStatus, new_id
 from flock.runs.records import CALL_IDS
+from flock.steps.identity import new_call_key
 from flock.steps.outcomes import Outcome
 
 #: How many items are written or read at once, and about how many bytes of inputs are written at once.
@@ -112,6 +113,7 @@ class Intake:
             timeout_s=batch.options.timeout_s,
             extra=extra,
             call_ids=CALL_IDS,
+            call_key=new_call_key(),
             **end,
         )
         self.page.append(item)

@@ -10,10 +10,11 @@ import contextlib
 import functools
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextvars import Context
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import anyio
 import anyio.abc
@@ -27,8 +28,8 @@ from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.fair import FairShare
 from flock.limits import Limits
 from flock.logs import fields_of_run
-from flock.models.prices import Budget
-from flock.runs import Call, Question, Run, RunStatus, Step, now, stub_of
+from flock.models.prices import Budget, DayBudget
+from flock.runs import Account, Batch, Call, Question, Run, RunStatus, Step, Usage, now, stub_of
 from flock.runs.text import of_request
 from flock.scopes import Signal, current_task
 from flock.steps.executor import MAX_HISTORY_BYTES, ActiveRun, StepExecutor, WaitingForAnswers
@@ -83,6 +84,7 @@ class StoredRun(ActiveRun):
         self.change = Signal()
         #: also notified by ``wake``
         self.end = Signal()
+        self.day_budget = runner.day_budget_of(run)
         if run.cancel_requested:
             self.cancel()
 
@@ -95,6 +97,11 @@ class StoredRun(ActiveRun):
     def keeps_text(self) -> bool:
         """Whether its live output is kept while nobody watches. Clients of asynchronous runs come after the start."""
         return self.run.is_async and self.run.batch_id is None
+
+    def note_usage(self, agent_name: str, usage: Usage, model: str | None) -> None:
+        super().note_usage(agent_name, usage, model)
+        if self.run.principal is not None:
+            self._runner.spending[self.run.principal].add(self)
 
     # For its steps; see ``ActiveRun``
 
@@ -205,7 +212,7 @@ class StoredRun(ActiveRun):
 
     async def keep_call(self, call: Call) -> None:
         """Nothing cancels it, since the journal saves a call in a task of its own. Raises OwnershipLost."""
-        run = self.run = replace(self.run, spent=self.spent, waiting_for=_without(self.run.waiting_for, call.call_id))
+        run = self.run = replace(self.run, **self.costs, waiting_for=_without(self.run.waiting_for, call.call_id))
         await self.retrying(lambda: self._runner.store.save_call(run, len(run.steps), call))
 
     # Reading and writing its record
@@ -218,7 +225,7 @@ class StoredRun(ActiveRun):
                 raise OwnershipLost(self.run.run_id)
             if stored.batch_id is None and stored.owner != self.run.owner:
                 raise OwnershipLost(self.run.run_id)
-            self.run = replace(stored, owner=self.run.owner, progress=self.progress, spent=self.spent)
+            self.run = replace(stored, owner=self.run.owner, progress=self.progress, **self.costs)
         return self.run
 
     async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
@@ -322,6 +329,32 @@ class Runner:
         self.is_draining = False
         self.queued_bytes: Counter[str | None] = Counter()
         self.quarantine = Quarantine(store.executing)
+        #: the active runs of each principal that have spent something
+        self.spending: defaultdict[str, set[StoredRun]] = defaultdict(set)
+        self._day_budgets: WeakValueDictionary[str, DayBudget] = WeakValueDictionary()
+
+    def day_budget_of(self, record: Run | Batch) -> DayBudget | None:
+        """Return what the principal of a record may spend in a day. All its runs in this process share it."""
+        if record.principal is None:
+            return None
+        budget = self._day_budgets.get(record.principal)
+        if budget is None:
+            read = functools.partial(self._read_account, record.flock, record.principal)
+            budget = self._day_budgets[record.principal] = DayBudget(self.executor.prices, read)
+        return budget
+
+    async def account(self, flock: str, principal: str) -> Account:
+        """Return what a principal may spend in a day, and has spent, also if it is not written. Raises StoreError."""
+        spending = list(self.spending.get(principal, ()))
+        return await self.store.account(flock, principal, {each.run.run_id: each.spent_by for each in spending})
+
+    async def _read_account(self, flock: str, principal: str) -> Account:
+        """Like ``account``. Retry while the store cannot be read."""
+        while True:
+            try:
+                return await self.account(flock, principal)
+            except StoreError:
+                await anyio.sleep(RETRY_AFTER_S)
 
     def start(self, tasks: anyio.abc.TaskGroup, run: Run, context: Context) -> None:
         """Execute a run in a task of its own, which starts in a copy of *context*."""
@@ -395,10 +428,10 @@ class Runner:
 
     async def interrupt(self, active: StoredRun) -> None:
         """Leave an asynchronous run in a file for the next start, at shutdown. End any other as interrupted."""
-        run = replace(active.unsaved or active.run, spent=active.spent)
+        run = replace(active.unsaved or active.run, **active.costs)
         if run.is_async and self.store.is_shared:
             if active.spent is not active.run.spent:
-                self.store.save_nowait(replace(active.run, spent=active.spent))
+                self.store.save_nowait(replace(active.run, **active.costs))
         else:
             ended = replace(run, completed_at=now(), **asdict(INTERRUPTED))
             with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S), contextlib.suppress(StoreError, OwnershipLost, Unstorable):
@@ -457,7 +490,7 @@ class Runner:
             if self.is_draining:
                 await anyio.lowlevel.checkpoint_if_cancelled()
             step = await self.executor.execute(active)
-            run = replace(active.run, steps=(*active.run.steps, step), spent=active.spent)
+            run = replace(active.run, steps=(*active.run.steps, step), **active.costs)
             if step.next_agent is None:
                 active.unsaved = run
             else:
@@ -486,7 +519,7 @@ class Runner:
             waiting_for=tuple(questions),
             worked_s=active.worked_s,
             progress=active.progress,
-            spent=active.spent,
+            **active.costs,
         )
 
         def then(suspended: tuple[bool, Run | None]) -> None:
@@ -536,7 +569,7 @@ class Runner:
     async def _finish(self, active: StoredRun, end: Mapping[str, Any]) -> None:
         run = active.unsaved or active.run
         step = run.steps[-1] if active.unsaved is not None else None
-        now_known = {"progress": active.progress, "spent": active.spent, "dropped": active.dropped}
+        now_known = {"progress": active.progress, "dropped": active.dropped, **active.costs}
         run = replace(run, **end, **now_known, completed_at=now())
         try:
             await active.save(run, step)
@@ -582,6 +615,11 @@ class Runner:
         active.dequeue()
         if self.active.get(active.run.run_id) is active:
             del self.active[active.run.run_id]
+            principal = active.run.principal
+            if principal is not None and principal in self.spending:
+                self.spending[principal].discard(active)
+                if not self.spending[principal]:
+                    del self.spending[principal]
             self.quarantine.end(active.run.run_id)
             self.unread.end(active.run.run_id)
 

@@ -7,7 +7,7 @@ which is not a cost of zero: its tokens are counted, and the cost of everything 
 import contextlib
 import math
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -16,7 +16,7 @@ import msgspec
 from msgspec.structs import force_setattr, replace
 
 from flock.errors import CostLimit, DefinitionError
-from flock.runs import DOLLAR, Usage, added, cost_in_words, is_spent
+from flock.runs import DOLLAR, Account, Usage, added, cost_in_words, is_spent
 from flock.scopes import clocks_stopped
 
 #: Max price of a million tokens, in US dollars.
@@ -164,11 +164,15 @@ class Budget:
             raise CostLimit(
                 f"Stopped after {cost_in_words(self._spent)}, before {agent_name!r} called its model. The "
                 f"{self._owner} may cost {self._max_cost:g} US dollars (max_cost). Retry it with a higher max_cost to "
-                "continue."
+                "continue.",
+                "max_cost",
             )
         for model in models if self._owner == "run" else ():
             if price_of(self._prices, model) is None:
                 raise CostLimit(no_price(model, agent_name))
+
+    async def refresh(self) -> None:
+        """Called before a call is checked. Read what others have spent."""
 
     @contextlib.asynccontextmanager
     async def reserve(self, model: str, prompt: Any, max_tokens: int | None) -> AsyncGenerator[None, None]:
@@ -183,9 +187,11 @@ class Budget:
         price, tokens = price_of(self._prices, model), len(msgspec.json.encode(prompt)) // 4
         with clocks_stopped():
             async with self._line:
+                await self.refresh()
                 while self._exceeds(cost := self._expected(price, tokens, max_tokens)) and self._open:
                     self._ended = anyio.Event()
                     await self._ended.wait()
+                    await self.refresh()
                 self._open += 1
                 self._reserved += cost
         try:
@@ -207,8 +213,61 @@ class Budget:
         return self.is_spent or spent + self._reserved + cost > round(self._max_cost * DOLLAR)
 
 
-def no_price(model: str, agent_name: str) -> str:
+class DayBudget(Budget):
+    """The max total cost of the model calls of all runs of a principal in a day, in UTC; see ``Budget``.
+
+    Tokens without a price do not count, and models without one are not called while there is a limit.
+
+    Args:
+        read: returns the account of the principal, including what the runs of this process have spent.
+    """
+
+    def __init__(self, prices: Mapping[str, Price], read: Callable[[], Awaitable[Account]]) -> None:
+        super().__init__(prices, math.inf, None, "day")
+        self._read = read
+        self._account = Account()
+
+    @property
+    def is_spent(self) -> bool:
+        return self._account.is_spent
+
+    async def refresh(self) -> None:
+        self._account = await self._read()
+
+    def add(self, usage: Usage) -> None:
+        """Count the tokens of an answer until the account is read again."""
+        picodollars = self._account.picodollars + usage.picodollars
+        self._account = replace(self._account, picodollars=picodollars)
+        self._longest = max(self._longest, usage.output_tokens)
+
+    def check(self, agent_name: str, models: Sequence[str]) -> None:
+        """Raise CostLimit if the limit of the day is spent, or a run may call one of *models* that has no price."""
+        account = self._account
+        if account.max_cost is None:
+            return
+        if account.is_spent:
+            text = f"Stopped before {agent_name!r} called its model. {day_is_spent(account)} Retry it on another day."
+            raise CostLimit(text, "max_cost_per_day")
+        for model in models:
+            if price_of(self._prices, model) is None:
+                raise CostLimit(no_price(model, agent_name, "max_cost_per_day"))
+
+    def _exceeds(self, cost: float) -> bool:
+        account = self._account
+        if account.max_cost is None:
+            return False
+        return account.picodollars + self._reserved + cost > round(account.max_cost * DOLLAR)
+
+
+def day_is_spent(account: Account) -> str:
     return (
-        f"The model {model} of {agent_name!r} has no price, so max_cost cannot hold. Omit max_cost, or add the price: "
+        f"This caller has spent {account.picodollars / DOLLAR:.6f} US dollars today. It may spend "
+        f"{account.max_cost or 0:g} in a day, in UTC (max_cost_per_day)."
+    )
+
+
+def no_price(model: str, agent_name: str, limit: str = "max_cost") -> str:
+    return (
+        f"The model {model} of {agent_name!r} has no price, so {limit} cannot hold. Omit {limit}, or add the price: "
         f"Flock(prices={{{model!r}: Price(input=…, output=…)}})."
     )

@@ -4,7 +4,7 @@ import asyncio
 import copy
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
@@ -25,11 +25,15 @@ T = TypeVar("T")
 CURRENT_CALL: ContextVar[str] = ContextVar("flock_call", default="")
 
 
+#: Whether the arguments of a call are stored, or only its result.
+CallKeep = Literal["all", "result"]
+
+
 class CallOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a call is made; see ``RunContext.call``."""
 
     name: str | None = None
-    keep: Literal["all", "result"] = "all"
+    keep: CallKeep = "all"
     timeout_s: float | None = None
     retries: int = 0
     once: bool = False
@@ -68,7 +72,7 @@ class StepJournal(Protocol):
     ) -> Coroutine[Any, Any, Any]: ...
 
     def run_agent(
-        self, context: "RunContext", name: str, inputs: Mapping[str, Any]
+        self, context: "RunContext", name: str, inputs: Mapping[str, Any], keep: CallKeep
     ) -> Coroutine[Any, Any, dict[str, Any]]: ...
 
     def ask(
@@ -163,12 +167,12 @@ class RunContext:
         on_progress: Callable[[Progress | None], None],
         journal: StepJournal | None = None,
         *,
-        on_usage: Callable[[str, Usage], None] = lambda agent_name, usage: None,
+        on_usage: Callable[[str, Usage, str | None], None] = lambda agent_name, usage, model: None,
         max_tokens: int | None = None,
         live: Callable[[], Live | None] = lambda: None,
         output_names: Sequence[str] = (),
         priced: Callable[[Usage, str | None], Usage] = lambda usage, model: usage,
-        budget: Budget | None = None,
+        budgets: Sequence[Budget] = (),
     ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
@@ -189,7 +193,7 @@ class RunContext:
         self._on_usage = on_usage
         self._max_tokens = max_tokens
         self._priced = priced
-        self._budget = budget
+        self._budgets = budgets
         self._journal = journal
         self._live = live
         self._output_names = output_names
@@ -276,7 +280,7 @@ class RunContext:
         /,
         *args: Any,
         call_name: str | None = None,
-        call_keep: Literal["all", "result"] = "all",
+        call_keep: CallKeep = "all",
         call_timeout_s: float | None = None,
         call_retries: int = 0,
         call_once: bool = False,
@@ -294,7 +298,8 @@ class RunContext:
                 context.
             call_name: identifies the call instead of its arguments. Equal calls are numbered in their order. ``name=``
                 and ``keep=`` mean the same as ``call_name=`` and ``call_keep=`` if the function has no such parameter.
-            call_keep: "result" does not store the arguments. Use it if they are long or secret.
+            call_keep: "result" does not store the arguments. Use it if they are long or secret: they cannot be guessed
+                from the id of the call either, which has a digest of them with a secret key of the run.
             call_timeout_s: seconds for each try, without the time in which it waits for a person. Then the call raises
                 TimeoutError. A function in a thread is waited for, and its result counts even if it is late.
             call_retries: how many more times to execute the function if it raises. The pauses grow from half a second
@@ -320,7 +325,9 @@ class RunContext:
         )
         return self.journal.call(self, function, args, kwargs, options)
 
-    def run_agent(self, name: str, inputs: Mapping[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
+    def run_agent(
+        self, name: str, inputs: Mapping[str, Any], *, call_keep: CallKeep = "all"
+    ) -> Coroutine[Any, Any, dict[str, Any]]:
         """Let another agent of the flock run, as a call of this step, and return its result.
 
         The agent runs in the slot of this run, and counts towards its own ``max_concurrency``. If it hands off, the
@@ -329,6 +336,8 @@ class RunContext:
         Args:
             name: of an agent of the same flock.
             inputs: one value for each field of its input signature.
+            call_keep: "result" does not store the inputs, as for ``call``. What the agent does with them is stored as
+                usual.
 
         Returns: the outputs of the last agent, as JSON values.
 
@@ -340,7 +349,7 @@ class RunContext:
 
         Cancellation: as for ``call``.
         """
-        return self.journal.run_agent(self, name, inputs)
+        return self.journal.run_agent(self, name, inputs, call_keep)
 
     @property
     def journal(self) -> StepJournal:
@@ -524,20 +533,24 @@ class RunContext:
         usage = self._priced(usage, model)
         if self._journal is not None:
             self._journal.spend(usage, model)
-        self._on_usage(self.agent_name, usage)
+        self._on_usage(self.agent_name, usage, model)
 
-    def reserve(self, model: str, prompt: Any, max_tokens: int | None) -> AbstractAsyncContextManager[None]:
-        """Reserve what a call of *model* will probably cost, if there is a ``max_cost``; see ``Budget``."""
-        return nullcontext() if self._budget is None else self._budget.reserve(model, prompt, max_tokens)
+    @asynccontextmanager
+    async def reserve(self, model: str, prompt: Any, max_tokens: int | None) -> AsyncIterator[None]:
+        """Reserve what a call of *model* will probably cost, if there is a limit; see ``Budget``."""
+        async with AsyncExitStack() as reserved:
+            for budget in self._budgets:
+                await reserved.enter_async_context(budget.reserve(model, prompt, max_tokens))
+            yield
 
     def check_tokens(self, models: Sequence[str] = ()) -> None:
         """Check that the run may call one of *models*. An agent must call this before each model call of its own.
 
-        Raises: TooManyTokens if it has no tokens left; CostLimit if it has spent its ``max_cost``, or has one and
-            one of *models* has no price.
+        Raises: TooManyTokens if it has no tokens left; CostLimit if its ``max_cost`` or the ``max_cost_per_day`` of its
+            principal is spent, or it has one of these and one of *models* has no price.
         """
-        if self._budget is not None:
-            self._budget.check(self.agent_name, models)
+        for budget in self._budgets:
+            budget.check(self.agent_name, models)
         if self._max_tokens is None or self._journal is None:
             return
         spent = self._journal.spent.input_tokens + self._journal.spent.output_tokens

@@ -31,7 +31,7 @@ from flock.runs.records import (
     Statuses,
     Step,
 )
-from flock.runs.usage import Usage
+from flock.runs.usage import Account, Usage, UsageFilter, UsagePage
 
 __all__ = ["Engine", "EngineHealth", "Observer", "Queue", "QueueLimits"]
 
@@ -366,6 +366,28 @@ class Engine(Protocol):
 
         Raises: SessionNotFound if there are none; Conflict, before anything is deleted, if one of them is active.
         """
+
+    async def check_budget(
+        self,
+        principal: str,
+        max_cost: float | msgspec.UnsetType | None = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
+    ) -> None:
+        """Check that a principal may start runs today, and set what they may cost.
+
+        Args:
+            max_cost: US dollars that its runs and batches may cost in a day, in UTC, also those that run already; None
+                means no limit. By default it stays as it is.
+            key: that of the request. If one was accepted with it before, there is no check.
+
+        Raises: TooManyRequests if that is spent; EngineStopped, StoreError.
+        """
+
+    async def get_account(self, principal: str) -> Account:
+        """Return what the runs of a principal may cost in a day, and have cost today. Raises StoreError."""
+
+    async def get_usage(self, wanted: UsageFilter) -> UsagePage:
+        """Return one page of what was spent, newest days first. It is kept when runs are deleted. Raises StoreError."""
 
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         """Return one page of runs, newest first, without batch items and steps. Long runs make a page shorter."""

@@ -23,7 +23,7 @@ from flock.errors import Conflict, DefinitionError, FieldError, InvalidData, Run
 from flock.jsontype import explain
 from flock.pydanticmodel import from_json
 from flock.runs.ids import now
-from flock.runs.usage import DOLLAR, Usage, added, is_spent, shown_usage
+from flock.runs.usage import DOLLAR, MAX_COST, Spent, Usage, added, is_spent, shown_usage
 
 __all__ = [
     "INVALID_INPUT",
@@ -384,8 +384,11 @@ class Run(_Record, frozen=True, kw_only=True):
             that it waited for, with their times. A run that ended while it was waiting keeps them.
         worked_s: seconds of ``timeout_s`` that the attempt had spent when it last began to wait; 0 if it never did.
         spent: the tokens of all its attempts, including failed steps; None if there were none.
+        spent_by: the same, by agent and model.
         max_cost: US dollars that it may spend in all its attempts; None means no limit.
         call_ids: how the ids of its calls are made: ``CALL_IDS``, or 1 if an earlier version has accepted the run.
+        call_key: makes the ids of calls whose arguments are not stored. Without it they could be guessed: an id has a
+            digest of the arguments. It is "" if an earlier version has accepted the run.
         journal: see ``first_try``; None if no retry has kept calls since.
         dropped: the keys of the failed calls that a retry executes again; see ``flock.steps.retries``.
         earlier_error: the error of the attempt before.
@@ -408,8 +411,10 @@ class Run(_Record, frozen=True, kw_only=True):
     steps: tuple[Step, ...] = ()
     session_id: str | None = None
     spent: Usage | None = None
+    spent_by: tuple[Spent, ...] = ()
     max_cost: float | None = None
     call_ids: int = 1
+    call_key: str = ""
     journal: int | None = None
     dropped: tuple[str, ...] = ()
     earlier_error: str | None = None
@@ -693,14 +698,17 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         roles: what it may answer: the questions that name one of these as ``approver=`` or ``answerer=``.
+        max_cost_per_day: US dollars that its runs and batches may cost in a day, in UTC; None means no limit.
 
     Raises: TypeError if the name is not a string, or the roles are one; ValueError if the name cannot be written as
-        UTF-8, or a role is not 1 to 64 ASCII letters, digits and ``_.@-``.
+        UTF-8, a role is not 1 to 64 ASCII letters, digits and ``_.@-``, or *max_cost_per_day* is not above 0 and at
+        most ``MAX_COST``.
     """
 
     name: str
     admin: bool = False
     roles: Sequence[str] = ()
+    max_cost_per_day: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.roles, str):
@@ -718,6 +726,12 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
             self.name.encode()
         except UnicodeEncodeError as exc:
             raise ValueError(f"The name of a Principal must be valid Unicode, not {self.name!r}: {exc}.") from exc
+        limit = self.max_cost_per_day
+        is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+        if limit is not None and not (is_number and 0 < limit <= MAX_COST):
+            raise ValueError(
+                f"max_cost_per_day of a Principal must be US dollars above 0 and up to {MAX_COST:,}, not {limit!r}."
+            )
 
 
 def name_and_caller(principal: "Principal | str | None") -> tuple[str | None, "Principal | None"]:

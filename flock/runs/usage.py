@@ -1,10 +1,30 @@
 """Tokens and money."""
 
+from collections.abc import Iterable, Sequence
+from datetime import date, datetime, timedelta
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
-__all__ = ["DOLLAR", "MAX_COST", "Usage", "added", "cost_in_words", "is_spent", "shown_usage"]
+__all__ = [
+    "DOLLAR",
+    "MAX_COST",
+    "Account",
+    "Spent",
+    "Usage",
+    "UsageFilter",
+    "UsagePage",
+    "UsageRow",
+    "UsageSums",
+    "added",
+    "cost_in_words",
+    "is_spent",
+    "next_day",
+    "shown_usage",
+    "spent_since",
+    "spent_with",
+]
 
 #: A US dollar. Prices of a million tokens have at most six decimals, so that sums of picodollars are exact.
 DOLLAR = 10**12
@@ -48,6 +68,138 @@ def added(*usages: Usage | None) -> Usage | None:
     """Return the sum of *usages*, or None if there are none."""
     known = [usage for usage in usages if usage is not None]
     return sum(known[1:], known[0]) if known else None
+
+
+class Spent(msgspec.Struct, frozen=True, array_like=True):
+    """What one agent has spent on one model in a run. The model is "" if it is not known."""
+
+    agent_name: str
+    model: str
+    usage: Usage
+
+
+def spent_with(spent: tuple[Spent, ...], agent_name: str, model: str, usage: Usage) -> tuple[Spent, ...]:
+    """Return *spent* with more *usage* of an agent and a model."""
+    others = tuple(each for each in spent if (each.agent_name, each.model) != (agent_name, model))
+    known = (each.usage for each in spent if (each.agent_name, each.model) == (agent_name, model))
+    return (*others, Spent(agent_name, model, sum(known, usage)))
+
+
+def spent_since(spent: Iterable[Spent], before: Iterable[Spent]) -> list[Spent]:
+    """Return what was spent after *before*. Both count from the start of the run, so this is the same if repeated."""
+    known = {(each.agent_name, each.model): each.usage for each in before}
+    since = [
+        Spent(each.agent_name, each.model, each.usage - known.get((each.agent_name, each.model), Usage()))
+        for each in spent
+    ]
+    return [each for each in since if each.usage != Usage()]
+
+
+class Account(msgspec.Struct, frozen=True, kw_only=True):
+    """What a principal may spend in a day, and has spent today, in UTC.
+
+    Attributes:
+        max_cost: US dollars; None means no limit.
+        picodollars: the cost of the tokens that have a price.
+    """
+
+    max_cost: float | None = None
+    picodollars: int = 0
+
+    @property
+    def is_spent(self) -> bool:
+        return self.max_cost is not None and self.picodollars >= round(self.max_cost * DOLLAR)
+
+
+def next_day(at: datetime) -> datetime:
+    """Return the end of the day of *at*, a time in UTC."""
+    return at.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+
+
+class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What was spent on one day, in UTC, by one principal with one agent and one model.
+
+    A field is None if the row is a sum over its values. The principal "" is that of requests without one, and the
+    model "" one that is not known.
+    """
+
+    day: date | None = None
+    principal: str | None = None
+    agent_name: str | None = None
+    model: str | None = None
+    usage: Usage = Usage()
+
+    @property
+    def order(self) -> tuple[int, str, str, str]:
+        """Newest days first."""
+        return (-self.day.toordinal() if self.day else 0, self.principal or "", self.agent_name or "", self.model or "")
+
+
+class UsageFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which usage to return, and how; see ``Engine.get_usage``.
+
+    Attributes:
+        first_day, last_day: in UTC, both included.
+        principal: None means all principals.
+        by: the fields of ``UsageRow`` by which it is shown. It is summed over the others.
+        after: the last row of the previous page.
+        limit: max rows per page.
+    """
+
+    first_day: date
+    last_day: date
+    principal: str | None = None
+    by: tuple[str, ...] = ("day", "agent_name", "model")
+    after: UsageRow | None = None
+    limit: int = 100
+
+
+class UsagePage(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of usage, newest days first, and the sum of all pages."""
+
+    rows: Sequence[UsageRow]
+    total: Usage
+    has_more: bool
+
+    @property
+    def has_any(self) -> bool:
+        return self.total != Usage()
+
+
+class UsageSums:
+    """Sums usage, as *wanted*. It holds a few pages at most, whatever it is given."""
+
+    def __init__(self, wanted: UsageFilter) -> None:
+        self._wanted = wanted
+        self._total = Usage()
+        self._sums: dict[Any, UsageRow] = {}
+        #: rows in this order or later are not on this page
+        self._end: Any = None
+
+    def add(self, rows: Iterable[UsageRow]) -> None:
+        after = None if self._wanted.after is None else self._wanted.after.order
+        for row in rows:
+            self._total += row.usage
+            summed = UsageRow(**{name: getattr(row, name) for name in self._wanted.by}, usage=row.usage)
+            order = summed.order
+            if (after is None or order > after) and (self._end is None or order < self._end):
+                known = self._sums.get(order)
+                self._sums[order] = summed if known is None else replace(known, usage=known.usage + row.usage)
+        if len(self._sums) > 4 * self._wanted.limit:
+            self._cut()
+
+    def _cut(self) -> None:
+        """Keep one row more than the page has."""
+        orders = sorted(self._sums)
+        if len(orders) > self._wanted.limit + 1:
+            self._end = orders[self._wanted.limit + 1]
+            self._sums = {order: self._sums[order] for order in orders[: self._wanted.limit + 1]}
+
+    @property
+    def page(self) -> UsagePage:
+        rows = [self._sums[order] for order in sorted(self._sums)]
+        limit = self._wanted.limit
+        return UsagePage(rows=rows[:limit], total=self._total, has_more=len(rows) > limit)
 
 
 def is_spent(usage: Usage | None, max_cost: float | None) -> bool:

@@ -1,7 +1,6 @@
 """Agents that a step calls; see ``RunContext.run_agent``."""
 
 import functools
-import hashlib
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any
 
@@ -12,8 +11,9 @@ from flock.agents.agent import Agent
 from flock.agents.handoff import inputs_for, next_agent
 from flock.errors import CallError, InvalidData, TooManySteps
 from flock.nearest import did_you_mean
-from flock.runs import Run, RunContext, Step, now
-from flock.steps.identity import DIGEST_CHARS
+from flock.runs import JSON_NULL, Run, RunContext, Step, now
+from flock.runs.context import CallKeep
+from flock.steps.identity import digest
 from flock.steps.journal import Journal, check_in_loop, depth_of_current_call
 
 #: Executes an agent, with its inputs and the context of its caller, and returns its result.
@@ -30,7 +30,7 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
     elsewhere: Collection[str]
 
     def run(
-        self, journal: Journal, context: RunContext, name: str, inputs: Mapping[str, Any]
+        self, journal: Journal, context: RunContext, name: str, inputs: Mapping[str, Any], keep: CallKeep
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """Call an agent, and the agents that it hands off to. Each is one call of *journal*."""
         check_in_loop(context)
@@ -51,9 +51,12 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
             run = replace(self.caller, agent_name=name, inputs=agent.input.encode(inputs), steps=())
         except InvalidData as exc:
             raise CallError(f"The inputs for the agent {name!r} are invalid. {exc}") from exc
-        return self._call(journal, context, agent, run, then=functools.partial(self._follow, journal, context, run))
+        then = functools.partial(self._follow, journal, context, run, keep)
+        return self._call(journal, context, agent, run, keep, then)
 
-    async def _follow(self, journal: Journal, context: RunContext, run: Run, result: msgspec.Raw) -> dict[str, Any]:
+    async def _follow(
+        self, journal: Journal, context: RunContext, run: Run, keep: CallKeep, result: msgspec.Raw
+    ) -> dict[str, Any]:
         while True:
             agent = self.agents[run.next_agent_name or ""]
             at = now()
@@ -66,7 +69,7 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
             if following is None:
                 found: dict[str, Any] = msgspec.json.decode(result)
                 return found
-            result = await self._call(journal, context, following, run)
+            result = await self._call(journal, context, following, run, keep)
 
     def _call(
         self,
@@ -74,6 +77,7 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
         context: RunContext,
         agent: Agent,
         run: Run,
+        keep: CallKeep,
         then: Callable[[msgspec.Raw], Awaitable[Any]] | None = None,
     ) -> Coroutine[Any, Any, Any]:
         if agent.on_interrupt == "fail":
@@ -82,9 +86,11 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
                 "repeats the calls that were running. Hand off to it with next_agent= instead."
             )
         inputs = inputs_for(agent, run)
-        digest = hashlib.sha256(inputs).hexdigest()[:DIGEST_CHARS]
+        is_kept = keep == "all"
+        key = digest(inputs, "" if is_kept else journal.call_key)
+        shown = inputs if is_kept else JSON_NULL
 
         async def execute() -> msgspec.Raw:
             return await self.execute(agent, inputs, context)
 
-        return journal.once(agent.name, digest, execute, kind="agent", arguments=inputs, decode=msgspec.Raw, then=then)
+        return journal.once(agent.name, key, execute, kind="agent", arguments=shown, decode=msgspec.Raw, then=then)

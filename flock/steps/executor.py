@@ -27,7 +27,7 @@ from flock.errors import ChangedProgram, Interrupted, OwnershipLost, ResultTooLa
 from flock.limits import Limits
 from flock.logs import fields_of_run
 from flock.models.llm import ModelClient
-from flock.models.prices import Budget, Price, priced
+from flock.models.prices import Budget, DayBudget, Price, priced
 from flock.runs import (
     Answer,
     Batch,
@@ -45,6 +45,7 @@ from flock.runs import (
     now,
 )
 from flock.runs.context import CURRENT_CALL
+from flock.runs.usage import spent_with
 from flock.scopes import Clock, set_deadline
 from flock.steps.callees import Callees
 from flock.steps.journal import Journal
@@ -99,10 +100,13 @@ class ActiveRun:
         live: what its agents write; None while it is not kept.
         spent: see ``Run``; including what is not written yet.
         dropped: see ``Run``; including the calls of a step that has failed now.
+        spent_by: see ``Run``; including what is not written yet.
         budget: what it may cost, or its batch; None if there is no ``max_cost``.
+        day_budget: what its principal may spend in a day; None if it has no principal.
     """
 
     budget: Budget | None = None
+    day_budget: DayBudget | None = None
     live: LiveOutput | None = None
     #: The agents that another process has if this one lacks them.
     elsewhere: Collection[str] = ()
@@ -128,19 +132,30 @@ class ActiveRun:
         self.cancel_requested = False
         self.is_stopped = False
         self.progress = run.progress
-        self.spent = run.usage
+        self.spent, self.spent_by = run.usage, run.spent_by
         self.dropped = run.dropped
 
     def note_progress(self, progress: Progress | None) -> None:
         """Record progress. It may be called from any thread."""
         self.progress = progress
 
-    def note_usage(self, usage: Usage) -> None:
-        """Add the tokens of an answer. It may be called from any thread."""
+    def note_usage(self, agent_name: str, usage: Usage, model: str | None) -> None:
+        """Add the tokens of an answer to an agent. It may be called from any thread."""
         with SPENDING:
             self.spent = added(self.spent, usage)
-            if self.budget is not None:
-                self.budget.add(usage)
+            self.spent_by = spent_with(self.spent_by, agent_name, model or "", usage)
+            for budget in self.budgets:
+                budget.add(usage)
+
+    @property
+    def budgets(self) -> Sequence[Budget]:
+        return [budget for budget in (self.budget, self.day_budget) if budget is not None]
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """The fields ``spent`` and ``spent_by`` of the record."""
+        with SPENDING:
+            return {"spent": self.spent, "spent_by": self.spent_by}
 
     def cancel(self) -> None:
         """Request the run to stop."""
@@ -360,6 +375,7 @@ class StepExecutor:
             replay_grace_s=self.limits.replay_grace_s,
             stops_on_change=agent.on_change == "stop" and run.first_try == run.tries,
             call_ids=run.call_ids,
+            call_key=run.call_key,
             answer=self.answer,
             waited_for=run.waiting_for,
             tries=run.tries,
@@ -379,6 +395,8 @@ class StepExecutor:
         """Execute *agent*, and return its result. Raises WaitingForAnswers, AgentElsewhere; see ``execute``."""
         if active.budget is None:
             active.budget = self.budget(run.max_cost, active.spent, "run")
+        if active.day_budget is not None:
+            await active.day_budget.refresh()
         active.context = context = RunContext(
             run,
             agent.name,
@@ -389,7 +407,7 @@ class StepExecutor:
             live=lambda: active.live,
             output_names=agent.output_names,
             priced=functools.partial(priced, self.prices),
-            budget=active.budget,
+            budgets=active.budgets,
         )
         if active.cancel_requested:
             context.request_cancel()
@@ -426,8 +444,8 @@ class StepExecutor:
             logger.warning("run %s: %s did not repeat these calls: %s", run.run_id, agent.name, ids)
         return result
 
-    def _on_usage(self, active: ActiveRun, agent_name: str, usage: Usage) -> None:
-        active.note_usage(usage)
+    def _on_usage(self, active: ActiveRun, agent_name: str, usage: Usage, model: str | None) -> None:
+        active.note_usage(agent_name, usage, model)
         self.notify("tokens_spent", agent_name, usage)
 
     async def _call_in_thread(

@@ -5,7 +5,9 @@ And what identifies a question: the call that asks it, in which try of the run, 
 
 import functools
 import hashlib
+import hmac
 import inspect
+import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,8 +25,25 @@ ASKED = "@"
 _PLAIN = (Any, bool, str)
 
 
+def new_call_key() -> str:
+    """Return a new ``Run.call_key``."""
+    return secrets.token_urlsafe(16)
+
+
+def digest(content: bytes, key: str = "") -> str:
+    """Return a digest of *content*. With a *key*, nobody without it can find out whether a guess is right."""
+    hashed = hmac.new(key.encode(), content, hashlib.sha256) if key else hashlib.sha256(content)
+    return hashed.hexdigest()[:DIGEST_CHARS]
+
+
 def digest_of(
-    label: str, function: Callable[..., Any], arguments: msgspec.Raw, hints: Mapping[str, Any], *, version: int
+    label: str,
+    function: Callable[..., Any],
+    arguments: msgspec.Raw,
+    hints: Mapping[str, Any],
+    *,
+    version: int,
+    key: str = "",
 ) -> str:
     """Return what identifies a call: its function, what a partial or a method is bound to, and its arguments.
 
@@ -33,6 +52,7 @@ def digest_of(
 
     Args:
         hints: the types of the parameters, by name.
+        key: see ``digest``.
 
     Raises: CallError.
     """
@@ -48,7 +68,7 @@ def digest_of(
         name = f"{getattr(unbound, '__module__', '')}.{name}"
     else:
         read = _as_declared(function, read, hints)
-    return hashlib.sha256(b"\0".join([name.encode(), bound_json, read])).hexdigest()[:DIGEST_CHARS]
+    return digest(b"\0".join([name.encode(), bound_json, read]), key)
 
 
 def code_of(function: Callable[..., Any]) -> object:

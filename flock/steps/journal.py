@@ -45,7 +45,7 @@ from flock.runs import (
     now,
     safe_text,
 )
-from flock.runs.context import CURRENT_CALL, CallOptions
+from flock.runs.context import CURRENT_CALL, CallKeep, CallOptions
 from flock.runs.records import CALL_IDS
 from flock.scopes import (
     Cancellation,
@@ -77,7 +77,7 @@ NULL_TYPE = msgspec.Raw(b'{"type":"null"}')
 _LATE = "The call {!r} was made after its step had ended. Await it in the step."
 
 
-RunAgent = Callable[["Journal", RunContext, str, Mapping[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
+RunAgent = Callable[["Journal", RunContext, str, Mapping[str, Any], CallKeep], Coroutine[Any, Any, dict[str, Any]]]
 
 
 @dataclass(eq=False)
@@ -100,7 +100,7 @@ class Journal:
         is_cut_off: whether the run is being stopped, or its deadline has passed. What then ends has no entry.
         replay_grace_s: how long a call that does not start again holds up the others, in seconds.
         stops_on_change: end the step before a call that replaces another one, because the program was changed.
-        call_ids: see ``Run``.
+        call_ids, call_key: see ``Run``.
         answer: answers the step's questions at once. Without it, the step ends if nothing but answers is missing.
         waited_for: the waits of the last execution that are not over. They keep their times, and questions what they
             ask.
@@ -135,6 +135,7 @@ class Journal:
     replay_grace_s: InitVar[float]
     stops_on_change: bool = True
     call_ids: int = CALL_IDS
+    call_key: str = ""
     answer: Answer | None = None
     waited_for: InitVar[Iterable[Question]] = ()
     tries: int = 1
@@ -258,7 +259,8 @@ class Journal:
         args, kwargs = _with_context(context, function, args, kwargs)
         arguments = _arguments(label, function, args, kwargs, options.name)
         hints = _hints(label, function)
-        key = options.name or digest_of(label, function, arguments, hints, version=self.call_ids)
+        call_key = "" if options.keep == "all" else self.call_key
+        key = options.name or digest_of(label, function, arguments, hints, version=self.call_ids, key=call_key)
         self._check_code(label, key, function)
         return self.once(
             label,
@@ -282,10 +284,10 @@ class Journal:
             )
 
     def run_agent(
-        self, context: RunContext, name: str, inputs: Mapping[str, Any]
+        self, context: RunContext, name: str, inputs: Mapping[str, Any], keep: CallKeep
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """See ``RunContext.run_agent``."""
-        return self.run_callee(self, context, name, inputs)
+        return self.run_callee(self, context, name, inputs, keep)
 
     def ask(
         self,

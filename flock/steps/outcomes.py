@@ -26,6 +26,13 @@ CANCELLED_BEFORE_START = Outcome(RunStatus.CANCELLED, "The batch was cancelled b
 COST_LIMIT = Outcome(
     RunStatus.CANCELLED, "The batch had spent its max_cost before this item was done.", CostLimit.error_type
 )
+DAY_LIMIT = Outcome(
+    RunStatus.CANCELLED,
+    "The caller of the batch had spent its max_cost_per_day before this item was done.",
+    CostLimit.error_type,
+)
+#: What a batch has spent, and how its items end that are left.
+LIMITS = {"max_cost": COST_LIMIT, "max_cost_per_day": DAY_LIMIT}
 #: A synchronous run whose server stopped.
 INTERRUPTED = Outcome(RunStatus.FAILED, "The server stopped before this run ended.", "interrupted")
 #: A run that has killed its process.
@@ -66,8 +73,8 @@ def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> O
     """Return the outcome, as clients see it, of a run whose agent raised *exc*. Log the details."""
     while isinstance(exc, BaseExceptionGroup) and (len(exc.exceptions) == 1 or exc.split(StepError)[1] is None):
         exc = exc.exceptions[0]
-    if isinstance(exc, CostLimit) and run.batch_id is not None:
-        return COST_LIMIT
+    if isinstance(exc, CostLimit) and run.batch_id is not None and exc.limit in LIMITS:
+        return LIMITS[exc.limit]
     if isinstance(exc, StepError):
         text = safe_text(exc)
         details = f"{text} {exc.log_detail}".strip()
@@ -109,15 +116,18 @@ def end_of_batch(
     Args:
         first_error: returns the error of the first item, for a batch of which no item completed.
         is_cancelled: the batch was cancelled.
-        is_unpaid: items did not run because ``max_cost`` is spent.
+        is_unpaid: items did not run because ``max_cost``, or the ``max_cost_per_day`` of its principal, is spent.
     """
     if is_cancelled and batch.cancelled_items:
         return RunStatus.CANCELLED, BATCH_CANCELLED, None
     if is_unpaid:
         error = (
-            f"The batch stopped after {cost_in_words(batch.usage)}. It may cost {batch.options.max_cost or 0:g} US "
-            "dollars (max_cost). Retry it with a higher max_cost to run the items that are left."
+            f"It may cost {batch.options.max_cost or 0:g} US dollars (max_cost). Retry it with a higher max_cost to "
+            "run the items that are left."
+            if batch.is_spent
+            else "Its caller has spent its max_cost_per_day. Retry it on another day to run the items that are left."
         )
+        error = f"The batch stopped after {cost_in_words(batch.usage)}. {error}"
         return RunStatus.FAILED, error, COST_LIMIT.error_type
     if batch.failed_items + batch.cancelled_items == batch.total_items:
         error = f"None of the {batch.total_items} items completed. The first error: {first_error()}"

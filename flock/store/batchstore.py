@@ -152,7 +152,7 @@ class SQLiteBatchStore(BatchStore):
         values = {"now": micros(now), "batch_id": batch.batch_id}
         return await self._change_own(batch, lambda db: db.execute(statements.BEGIN_BATCH, values))
 
-    async def end(self, batch: Batch, now: datetime) -> Batch:
+    async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False) -> Batch:
         def apply(db: sqlite3.Connection) -> None:
             current = queries.find_batch(db, batch.batch_id)
             assert current is not None
@@ -170,7 +170,8 @@ class SQLiteBatchStore(BatchStore):
                 replace(current, failed_items=failed),
                 first_error,
                 is_cancelled=current.cancel_requested,
-                is_unpaid=current.is_spent and bool(db.execute(statements.HAS_UNPAID_ITEMS, unpaid).fetchone()),
+                is_unpaid=(current.is_spent or is_day_spent)
+                and db.execute(statements.HAS_UNPAID_ITEMS, unpaid).fetchone() is not None,
             )
             db.execute(statements.END_BATCH, (status.value, error, error_type, micros(now), failed, batch.batch_id))
 

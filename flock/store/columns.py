@@ -28,6 +28,7 @@ from flock.runs import (
     Question,
     Run,
     RunStatus,
+    Spent,
     Step,
     Usage,
 )
@@ -109,6 +110,7 @@ COLUMNS: Mapping[Any, Column] = {
     Raised: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Raised).decode),
     BatchOptions: Column({bytes, str}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(BatchOptions).decode),
     tuple[str, ...]: _tuple_column(tuple[str, ...]),
+    tuple[Spent, ...]: _tuple_column(tuple[Spent, ...]),
     CallKind: Column({str}, "'function'"),
     tuple[Question, ...]: _tuple_column(tuple[Question, ...]),
     # Each step has its own row, except for the last step of a completed run.
@@ -141,7 +143,10 @@ LONG_IN_CALLS = ("arguments", "result")
 #: The columns of ``batches``, before ``hidden``.
 BATCH_TABLE = _columns_of(Batch)
 #: The fields of a run that change while it is executed. Its last step is written with them.
-UPDATED = ("status", "result", "error", "error_type", "started_at", "completed_at", "progress", "spent", "dropped")
+UPDATED = (
+    *("status", "result", "error", "error_type", "started_at", "completed_at", "progress"),
+    *("spent", "spent_by", "dropped"),
+)
 
 #: The fields of a run that change when it begins to wait for answers, or gets one.
 SUSPENDED = ("waiting_for", "worked_s", "progress")
@@ -254,6 +259,12 @@ def waiting_values(run: Run) -> list[Any]:
     """Return the values of the columns ``SUSPENDED``, when the first wait expires, and whether it asks nobody."""
     expiries = [wait.expires_at for wait in run.waiting_for if wait.expires_at is not None]
     return [*_fields_of_waiting_run(run), micros(min(expiries, default=None)), int(run.is_active)]
+
+
+def spent_json(run: Run) -> tuple[bytes | None, bytes | None]:
+    """Return the columns ``spent`` and ``spent_by``."""
+    by = msgspec.json.encode(run.spent_by) if run.spent_by else None
+    return (None if run.spent is None else msgspec.json.encode(run.spent)), by
 
 
 def waits_json(waits: Sequence[Question]) -> bytes | None:

@@ -233,6 +233,33 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ],
     # For whom a run acts, if that is more than a name.
     ["ALTER TABLE runs ADD COLUMN caller BLOB"],
+    # The key of the ids of calls whose arguments are secret. Runs that are in the store already have none.
+    ["ALTER TABLE runs ADD COLUMN call_key TEXT NOT NULL DEFAULT ''"],
+    # What principals have spent, by day, and what each may spend in a day.
+    [
+        "ALTER TABLE runs ADD COLUMN spent_by BLOB",
+        """CREATE TABLE usage (
+            flock TEXT NOT NULL,
+            day INTEGER NOT NULL, -- as in date.toordinal
+            principal TEXT NOT NULL, -- '' for requests without one
+            agent_name TEXT NOT NULL,
+            model TEXT NOT NULL,
+            input_tokens INTEGER NOT NULL,
+            output_tokens INTEGER NOT NULL,
+            cached_tokens INTEGER NOT NULL,
+            reasoning_tokens INTEGER NOT NULL,
+            estimated_tokens INTEGER NOT NULL,
+            picodollars INTEGER NOT NULL,
+            priced_tokens INTEGER NOT NULL,
+            PRIMARY KEY (flock, day, principal, agent_name, model)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE budgets (
+            flock TEXT NOT NULL,
+            principal TEXT NOT NULL,
+            max_cost REAL NOT NULL,
+            PRIMARY KEY (flock, principal)
+        ) WITHOUT ROWID""",
+    ],
 ]
 
 

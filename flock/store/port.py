@@ -5,7 +5,7 @@ anyway. *then* is called after the commit, even in that case.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import msgspec
@@ -13,6 +13,7 @@ import msgspec
 from flock.agents.program import Program
 from flock.errors import EngineFull, StoreError
 from flock.runs import (
+    Account,
     AskedQuestion,
     Batch,
     BatchFilter,
@@ -27,8 +28,11 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
+    Spent,
     Step,
     Usage,
+    UsageFilter,
+    UsageRow,
 )
 from flock.steps.outcomes import Outcome
 from flock.store.suspects import Executing, SuspectGroup
@@ -126,10 +130,13 @@ class BatchStore(Protocol):
     async def begin(self, batch: Batch, now: datetime) -> Batch:
         """Mark a batch as running and return it. Raises OwnershipLost."""
 
-    async def end(self, batch: Batch, now: datetime) -> Batch:
+    async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False) -> Batch:
         """Write the final status of a batch, and an error if no item completed, or if ``max_cost`` is spent.
 
         Unfinished items count as failed.
+
+        Args:
+            is_day_spent: ``max_cost_per_day`` of its principal is spent.
 
         A batch with items that wait for answers does not end. Raises OwnershipLost.
         """
@@ -327,6 +334,25 @@ class Store(Protocol):
 
     async def spent(self, flock: str, wanted: RunFilter) -> Sequence[tuple[str, Usage | None]]:
         """Return the ids of one page of runs, and what each has spent; None if only its steps have its usage."""
+
+    async def account(self, flock: str, principal: str, spent: Mapping[str, tuple[Spent, ...]] = ...) -> Account:
+        """Return what a principal may spend in a day, and has spent today.
+
+        Args:
+            spent: ``Run.spent_by`` of runs of it whose latest value may not be written yet, by id.
+        """
+
+    async def set_budget(self, flock: str, principal: str, max_cost: float | None) -> None:
+        """Set what a principal may spend in a day, in US dollars; None means no limit. Raises StoreError."""
+
+    async def usage(self, flock: str, day: date, wanted: UsageFilter) -> Sequence[UsageRow]:
+        """Return the usage of one of the days of *wanted*, by the fields that it names. Raises StoreError."""
+
+    async def delete_old_usage(self, flock: str, before: date) -> None:
+        """Delete the usage of days before *before*."""
+
+    async def has_key(self, flock: str, key: IdempotencyKey) -> bool:
+        """Whether a request was accepted under the same key."""
 
     async def queue(self, flock: str) -> Queue:
         """Return the queue of runs of these agents, without items. Retried runs do not count for its age."""

@@ -8,7 +8,7 @@ import itertools
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 import msgspec
@@ -19,16 +19,22 @@ from flock.runs import (
     MAX_SHOWN_BYTES,
     MAX_SHOWN_CALLS,
     NOT_LOADED,
+    Account,
     Batch,
     Call,
     IdempotencyKey,
     QueueLimits,
     Run,
     RunStatus,
+    Spent,
     Step,
     Usage,
+    UsageFilter,
+    UsageRow,
+    now,
 )
 from flock.runs.records import PAGE_BYTES, WAIT_KINDS
+from flock.runs.usage import spent_since
 from flock.steps.refusals import not_accepting
 from flock.store import statements
 from flock.store.columns import (
@@ -48,6 +54,7 @@ from flock.store.columns import (
     run_from,
     run_values,
     shown_call_from,
+    spent_json,
     step_from,
     step_values,
     steps_with_rows,
@@ -78,7 +85,7 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
 
     The last step of a completed run is written in the row of the run, because both have the same result.
     """
-    spent = _newly_spent(db, run)
+    spent, used = _newly_spent(db, run), _newly_used(db, run)
     own_rows = steps_with_rows(run, steps)
     last_step = last_step_of(run) if len(own_rows) < len(steps) else None
     if is_new:
@@ -88,6 +95,7 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
         fence = (run.owner,) if run.batch_id is None else (run.batch_id, run.owner)
         if db.execute(update, (*updated_values(run, last_step), run.run_id, run.attempt, *fence)).rowcount == 0:
             return False
+    _count_used(db, run, used)
     for position, step in own_rows.items():
         db.execute(statements.INSERT_STEP, step_values(run.run_id, position, step))
     if steps and run.waiting_for:  # those of the step that has ended
@@ -109,6 +117,60 @@ def _newly_spent(db: sqlite3.Connection, run: Run) -> Usage | None:
     return run.spent - _usage_from(row)
 
 
+def _newly_used(db: sqlite3.Connection, run: Run) -> Sequence[Spent]:
+    """Return what *run* has spent since it was last written, by agent and model. Call it before writing."""
+    if not run.spent_by:
+        return ()
+    row = db.execute(statements.SPENT_BY, (run.run_id,)).fetchone()
+    return spent_since(run.spent_by, _spent_by_from(None if row is None else row[0]))
+
+
+def _spent_by_from(stored: bytes | None) -> tuple[Spent, ...]:
+    return () if stored is None else msgspec.json.decode(stored, type=tuple[Spent, ...])
+
+
+def _count_used(db: sqlite3.Connection, run: Run, used: Iterable[Spent]) -> None:
+    """Add to the usage of the principal of *run* today."""
+    for each in used:
+        counts = [min(count, statements.MAX_SUM) for count in msgspec.structs.astuple(each.usage)]
+        day = now().date().toordinal()
+        db.execute(statements.ADD_USAGE, (run.flock, day, run.principal or "", each.agent_name, each.model, *counts))
+
+
+def find_account(db: sqlite3.Connection, flock: str, principal: str, spent: Mapping[str, tuple[Spent, ...]]) -> Account:
+    """Return the account of a principal. *spent* is what runs have spent, by id, including what is not written yet."""
+    day = now().date().toordinal()
+    values = {"flock": flock, "principal": principal, "day": day, "runs": names_json(spent)}
+    rows = db.execute(statements.ACCOUNT, values).fetchall()
+    written = {run_id: _spent_by_from(stored) for *_, run_id, stored in rows}
+    unwritten = [
+        each.usage.picodollars for run_id in spent for each in spent_since(spent[run_id], written.get(run_id, ()))
+    ]
+    return Account(max_cost=rows[0][0], picodollars=int(rows[0][1]) + sum(unwritten))
+
+
+def set_budget(db: sqlite3.Connection, flock: str, principal: str, max_cost: float | None) -> None:
+    if max_cost is None:
+        db.execute(statements.DELETE_BUDGET, (flock, principal))
+    else:
+        db.execute(statements.SET_BUDGET, (flock, principal, max_cost))
+
+
+def find_usage(db: sqlite3.Connection, flock: str, day: date, wanted: UsageFilter) -> list[UsageRow]:
+    """Return the usage of a day, as *wanted*."""
+    by = tuple(name for name in wanted.by if name != "day")
+    values = {"flock": flock, "day": day.toordinal(), "principal": wanted.principal}
+    rows = db.execute(statements.usage_of_day(by, of_all=wanted.principal is None), values)
+    return [
+        UsageRow(
+            day=day,
+            **dict(zip(by, row[: len(by)], strict=True)),
+            usage=Usage(**dict(zip(Usage.__struct_fields__, map(int, row[len(by) :]), strict=True))),
+        )
+        for row in rows
+    ]
+
+
 def _usage_from(row: Sequence[Any] | None) -> Usage:
     return Usage() if row is None or row[0] is None else msgspec.json.decode(row[0], type=Usage)
 
@@ -117,8 +179,9 @@ def write_spent(db: sqlite3.Connection, run: Run) -> None:
     """Write ``Run.spent``, and add to the usage of its batch."""
     if run.spent is None:
         return
-    ended, spent = Ended(), _newly_spent(db, run)
-    db.execute(statements.SET_SPENT, (msgspec.json.encode(run.spent), run.run_id))
+    ended, spent, used = Ended(), _newly_spent(db, run), _newly_used(db, run)
+    db.execute(statements.SET_SPENT, (*spent_json(run), run.run_id))
+    _count_used(db, run, used)
     if spent is not None and run.batch_id is not None:
         ended.spent[run.batch_id] = spent
         count_ended(db, ended)

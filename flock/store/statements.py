@@ -6,7 +6,7 @@ Parameters are positional (``?``) or named (``:name``). Statements that depend o
 import functools
 from collections.abc import Collection, Iterable
 
-from flock.runs import RunStatus
+from flock.runs import RunStatus, Usage
 from flock.store.columns import BATCH_TABLE, CALL_TABLE, RUN_TABLE, STEP_TABLE, SUSPENDED, UPDATED
 
 
@@ -54,6 +54,17 @@ def list_columns(with_inputs: bool, with_results: bool) -> str:
 SPENT_COLUMNS = "run_id, spent, length(inputs) + ifnull(length(result), 0)"
 
 
+@functools.lru_cache
+def usage_of_day(by: tuple[str, ...], *, of_all: bool) -> str:
+    """Return the query for the usage of :day, by these columns, of all principals or of :principal.
+
+    Sums are floats, because a sum of integers may fail. They are exact up to 2**53.
+    """
+    condition = "" if of_all else "AND principal = :principal"
+    return f"""SELECT {", ".join([*by, *(f"total({name})" for name in _COUNTS)])} FROM usage
+        WHERE flock = :flock AND day = :day {condition} GROUP BY {", ".join(["flock", *by])}"""
+
+
 def find_run(columns: str, name: str = "run_id") -> str:
     return f"SELECT {columns} FROM runs WHERE {name} = ?"
 
@@ -81,7 +92,23 @@ END_WAITING_RUN = """UPDATE runs SET status = ?, error = ?, error_type = ?, comp
 EXPIRED_RUNS = """SELECT run_id FROM runs INDEXED BY runs_expiring
     WHERE flock = ? AND status = 'waiting' AND expires_at <= ?"""
 SPENT = "SELECT spent FROM runs WHERE run_id = ?"
-SET_SPENT = "UPDATE runs SET spent = ? WHERE run_id = ?"
+SPENT_BY = "SELECT spent_by FROM runs WHERE run_id = ?"
+SET_SPENT = "UPDATE runs SET spent = ?, spent_by = ? WHERE run_id = ?"
+#: Larger sums would become inexact. It is 4 million US dollars.
+MAX_SUM = 4 * 10**18
+_COUNTS = Usage.__struct_fields__
+ADD_USAGE = f"""INSERT INTO usage (flock, day, principal, agent_name, model, {", ".join(_COUNTS)})
+    VALUES (?, ?, ?, ?, ?, {_marks(_COUNTS)}) ON CONFLICT DO UPDATE SET
+    {", ".join(f"{name} = min({MAX_SUM}, {name} + excluded.{name})" for name in _COUNTS)}"""
+#: What a principal may spend in a day and has spent, with one row for each of its runs that may have spent more. It is
+#: one statement, so it sees one state of the store.
+ACCOUNT = """SELECT account.*, run_id, spent_by FROM
+    (SELECT (SELECT max_cost FROM budgets WHERE flock = :flock AND principal = :principal),
+    (SELECT total(picodollars) FROM usage WHERE flock = :flock AND day = :day AND principal = :principal)) AS account
+    LEFT JOIN runs ON run_id IN (SELECT value FROM json_each(:runs))"""
+SET_BUDGET = "INSERT OR REPLACE INTO budgets VALUES (?, ?, ?)"
+DELETE_BUDGET = "DELETE FROM budgets WHERE flock = ? AND principal = ?"
+DELETE_OLD_USAGE = "DELETE FROM usage WHERE flock = ? AND day < ?"
 SET_MAX_COST = "UPDATE runs SET max_cost = ? WHERE run_id = ?"
 USAGE_OF_BATCH = "SELECT usage FROM batches WHERE batch_id = ?"
 SET_USAGE_OF_BATCH = "UPDATE batches SET usage = ? WHERE batch_id = ?"

@@ -8,7 +8,7 @@ import functools
 import logging
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
@@ -22,8 +22,10 @@ from msgspec.structs import asdict
 from flock.agents.program import Program
 from flock.errors import EngineFull, RunNotFound
 from flock.runs import (
+    Account,
     AskedQuestion,
     Call,
+    IdempotencyKey,
     Page,
     Principal,
     Question,
@@ -33,7 +35,10 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
+    Spent,
     Usage,
+    UsageFilter,
+    UsageRow,
 )
 from flock.runs.ids import first_id_at
 from flock.steps.outcomes import Outcome
@@ -161,6 +166,23 @@ class SQLiteStore(Database, Store):
     async def spent(self, flock: str, wanted: RunFilter) -> Sequence[tuple[str, Usage | None]]:
         query, values = _page_of(flock, wanted)
         return self.read(lambda db: queries.find_spent(db, query(statements.SPENT_COLUMNS), values))
+
+    async def account(self, flock: str, principal: str, spent: Mapping[str, tuple[Spent, ...]] = {}) -> Account:
+        return self.read(lambda db: queries.find_account(db, flock, principal, spent))
+
+    async def set_budget(self, flock: str, principal: str, max_cost: float | None) -> None:
+        await self.change(lambda db: queries.set_budget(db, flock, principal, max_cost))
+
+    async def usage(self, flock: str, day: date, wanted: UsageFilter) -> Sequence[UsageRow]:
+        return self.read(lambda db: queries.find_usage(db, flock, day, wanted))
+
+    async def delete_old_usage(self, flock: str, before: date) -> None:
+        values = (flock, before.toordinal())
+        await self.change(lambda db: db.execute(statements.DELETE_OLD_USAGE, values) and None)
+
+    async def has_key(self, flock: str, key: IdempotencyKey) -> bool:
+        values = (flock, key.scoped_key)
+        return self.read(lambda db: db.execute(statements.FIND_KEY, values).fetchone()) is not None
 
     async def queue(self, flock: str) -> Queue:
         values = (flock, names_json(self.agents))

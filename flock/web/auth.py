@@ -23,6 +23,8 @@ from msgspec.structs import replace
 
 from flock.errors import BatchNotFound, DefinitionError, Forbidden, TooManyRequests, WrongHost
 from flock.runs import (
+    MAX_COST,
+    Account,
     AskedQuestion,
     Batch,
     BatchFilter,
@@ -46,6 +48,8 @@ from flock.runs import (
     RunStatus,
     Session,
     Statuses,
+    UsageFilter,
+    UsagePage,
     bad_role,
 )
 
@@ -58,6 +62,8 @@ Caller = tuple[str, str]
 KEYS_VARIABLE = "FLOCK_API_KEYS"
 #: The suffix of a key's name that makes its principal an admin.
 ADMIN = ":admin"
+#: The part of a key's name that limits what the runs of its principal may cost in a day, in US dollars.
+BUDGET = re.compile(r":max_cost_per_day:([^:]*)")
 #: The number of principals in a ``RateLimit`` above which idle ones are dropped.
 CLEANUP_SIZE = 10_000
 #: The port in ``Host``.
@@ -109,8 +115,8 @@ class KeyRing:
     """The API keys, and the principal of each.
 
     Args:
-        keys: keys by the name of their principal; ``"ops:admin"`` is the admin "ops", and ``"bob:role:refunds"`` has
-            the role "refunds".
+        keys: keys by the name of their principal; ``"ops:admin"`` is the admin "ops", ``"bob:role:refunds"`` has the
+            role "refunds", and the runs of ``"ann:max_cost_per_day:5"`` may cost 5 US dollars in a day.
 
     Raises: DefinitionError if a name is invalid, if a key is too short or used twice, or if there are no keys.
     """
@@ -122,7 +128,8 @@ class KeyRing:
         """Accept *keys* from now on, and no others. If they are invalid, raise as ``KeyRing``, and change nothing."""
         principals: dict[bytes, Principal] = {}
         for full_name, key in keys.items():
-            roles, name = ROLE_PART.findall(full_name), ROLE_PART.sub("", full_name)
+            name, max_cost_per_day = _without_budget(full_name)
+            roles, name = ROLE_PART.findall(name), ROLE_PART.sub("", name)
             for problem in filter(None, map(bad_role, roles)):
                 raise DefinitionError(f"{full_name[:200]!r} is not a valid name for a key: {problem}")
             bare = name.removesuffix(ADMIN)
@@ -135,7 +142,7 @@ class KeyRing:
                     f"The key of {name!r} is invalid. A key has at least {MIN_KEY_LENGTH} visible ASCII characters and "
                     "no spaces. 'flockapi key' prints a new one."
                 )
-            principal = Principal(name=bare, admin=name.endswith(ADMIN), roles=roles)
+            principal = Principal(name=bare, admin=name.endswith(ADMIN), roles=roles, max_cost_per_day=max_cost_per_day)
             if principals.setdefault(_digest(key), principal) is not principal:
                 raise DefinitionError(f"{name!r} has the same key as another name. Give each name its own key.")
         if not principals:
@@ -154,6 +161,27 @@ class KeyRing:
             if hmac.compare_digest(digest, sent_digest):
                 matching = principal
         return matching
+
+
+def with_budget(name: str, max_cost_per_day: float | None) -> str:
+    """Return the *name* of a key with a budget."""
+    if max_cost_per_day is None:
+        return name
+    amount = f"{max_cost_per_day:.12f}".rstrip("0").rstrip(".")
+    return f"{name}:max_cost_per_day:{amount}"
+
+
+def _without_budget(name: str) -> tuple[str, float | None]:
+    """Return the *name* of a key without its ``BUDGET``, and that. Raises DefinitionError."""
+    found = BUDGET.search(name)
+    if found is None:
+        return name, None
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", found[1]) or not 0 < float(found[1]) <= MAX_COST:
+        raise DefinitionError(
+            f"{name!r} is not a valid name for a key: max_cost_per_day must be US dollars above 0 and up to "
+            f"{MAX_COST:,}, such as ann:max_cost_per_day:2.50."
+        )
+    return name[: found.start()] + name[found.end() :], float(found[1])
 
 
 def _digest(key: str) -> bytes:
@@ -296,13 +324,42 @@ class ScopedEngine:
         self, agent_name: str, inputs: Inputs, *, key: IdempotencyKey | None = None, **options: Any
     ) -> Run:
         options = {"principal": self._principal, **options, "key": self._own(key)}
+        await self._check_budget(options["key"])
         return await self._engine.submit(agent_name, inputs, **options)
 
     async def submit_batch(
         self, agent_name: str, items: Items, options: BatchOptions, *, key: IdempotencyKey | None = None, **more: Any
     ) -> Batch:
         more = {"principal": self._principal, **more, "key": self._own(key)}
+        await self._check_budget(more["key"])
         return await self._engine.submit_batch(agent_name, items, options, **more)
+
+    async def check_budget(
+        self,
+        principal: str,
+        max_cost: float | msgspec.UnsetType | None = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
+    ) -> None:
+        await self._engine.check_budget(principal, max_cost, key)
+
+    async def _check_budget(self, key: IdempotencyKey | None) -> None:
+        """Raise TooManyRequests if the principal has spent its budget of the day."""
+        await self._engine.check_budget(self._principal.name, self._principal.max_cost_per_day, key)
+
+    async def _check_budget_of(self, record: Run | Batch) -> None:
+        """Raise TooManyRequests if the owner of *record* has, whoever sends the request."""
+        if record.principal == self._principal.name:
+            await self._check_budget(None)
+        elif record.principal is not None:
+            await self._engine.check_budget(record.principal)
+
+    async def get_account(self, principal: str) -> Account:
+        return await self._engine.get_account(self._own_principal(principal) or principal)
+
+    async def get_usage(self, wanted: UsageFilter) -> UsagePage:
+        if not self._principal.admin and wanted.principal not in (None, self._principal.name):
+            raise Forbidden(f"{self._principal.name!r} is not an admin, and can only see its own usage.")
+        return await self._engine.get_usage(replace(wanted, principal=self._own_principal(wanted.principal)))
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         return await self._engine.get_run(run_id, self._own_principal(principal))
@@ -344,7 +401,7 @@ class ScopedEngine:
         calls: RetriedCalls = "keep",
         by: Principal | None = None,
     ) -> Run:
-        await self.get_outline(run_id)
+        await self._check_budget_of(await self.get_outline(run_id))
         return await self._engine.retry_run(run_id, max_cost, calls=calls, by=by or self._principal)
 
     async def delete_run(self, run_id: str) -> None:
@@ -409,7 +466,7 @@ class ScopedEngine:
         calls: RetriedCalls = "keep",
         by: Principal | None = None,
     ) -> Batch:
-        await self.get_batch(batch_id)
+        await self._check_budget_of(await self.get_batch(batch_id))
         return await self._engine.retry_batch(batch_id, only, max_cost, calls=calls, by=by or self._principal)
 
     async def delete_batch(self, batch_id: str) -> None:

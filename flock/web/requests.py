@@ -55,7 +55,7 @@ def request_id_for(scope: Scope) -> str:
 
 @functools.cache
 def _fields_of(type_: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
-    return {field.name: field for field in msgspec.structs.fields(type_)}
+    return {field.encode_name: field for field in msgspec.structs.fields(type_)}
 
 
 def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:

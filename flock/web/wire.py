@@ -1,6 +1,7 @@
 """The structs of the API: bodies, queries and responses. ``openapi.yaml`` describes the same structs."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from datetime import date, timedelta
+from typing import Annotated, Any, Literal, TypeVar, get_args
 from uuid import UUID
 
 import msgspec
@@ -20,9 +21,13 @@ from flock.runs import (
     RetriedCalls,
     RunStatus,
     Time,
+    UsageFilter,
+    UsagePage,
+    UsageRow,
     records,
     shown_usage,
 )
+from flock.runs import Usage as RecordedUsage
 from flock.runs.records import shown_as
 
 __all__ = [
@@ -67,12 +72,18 @@ __all__ = [
     "StreamQuery",
     "UploadQuery",
     "Usage",
+    "UsageBudget",
+    "UsageEntry",
+    "UsageQuery",
+    "UsageReport",
     "Wait",
     "WaitQuery",
+    "after_usage",
     "asked_question",
     "batch_request_from",
     "run_call",
     "shown_with_costs",
+    "usage_report",
 ]
 
 T = TypeVar("T")
@@ -92,6 +103,9 @@ MaxCost = Annotated[float, msgspec.Meta(gt=0, le=MAX_COST)]
 
 #: Max records in one response.
 MAX_PAGE = 1000
+
+#: Max days in one report of usage.
+MAX_USAGE_DAYS = 366
 
 #: Max value of the ``wait`` parameter, in seconds; see also ``max_wait_s``.
 MAX_WAIT_S = 3600
@@ -278,6 +292,42 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return not isinstance(self.include, msgspec.UnsetType) and name in self.include
 
 
+UsageField = Literal["day", "principal", "agent_name", "model"]
+
+
+class UsageQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which usage to show, and by what. ``after`` is that of the previous page."""
+
+    from_: date | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="from")
+    to: date | msgspec.UnsetType = msgspec.UNSET
+    principal: str | msgspec.UnsetType = msgspec.UNSET
+    by: str = "day,agent_name,model"
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
+    after: str | msgspec.UnsetType = msgspec.UNSET
+
+    def filter_at(self, today: date) -> UsageFilter:
+        """Return it as a filter. The default is the last 30 days until *today*. Raises InvalidData."""
+        last = today if isinstance(self.to, msgspec.UnsetType) else self.to
+        first = last - timedelta(days=min(29, last.toordinal() - 1))
+        if not isinstance(self.from_, msgspec.UnsetType):
+            first = self.from_
+        if not 0 <= (last - first).days < MAX_USAGE_DAYS:
+            raise InvalidData.of(f"'from' in the query must be before 'to', and at most {MAX_USAGE_DAYS} days before.")
+        by = tuple(self.by.split(",")) if self.by else ()
+        if len(set(by)) < len(by) or not set(by) <= set(get_args(UsageField)):
+            names = ", ".join(get_args(UsageField))
+            raise InvalidData.of(f"'by' in the query must be some of these names, separated by commas: {names}.")
+        after = None
+        if not isinstance(self.after, msgspec.UnsetType):
+            try:
+                values = msgspec.json.decode(self.after, type=tuple[str, ...])
+                after = msgspec.convert(dict(zip(by, values, strict=True)), UsageRow)
+            except ValueError as exc:
+                raise InvalidData.of("'after' in the query must be that of 'next' of the previous page.") from exc
+        principal = None if isinstance(self.principal, msgspec.UnsetType) else self.principal
+        return UsageFilter(first_day=first, last_day=last, principal=principal, by=by, after=after, limit=self.limit)
+
+
 def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
     """Convert the query of an upload to the request of a JSON body, without rows. Raises InvalidData."""
     options = msgspec.structs.asdict(query)
@@ -320,6 +370,37 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None
     cost: float | msgspec.UnsetType = msgspec.UNSET
     calls: "list[RunCall] | msgspec.UnsetType" = msgspec.UNSET
+
+
+class UsageEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What was spent. It has the fields of ``by``. A ``model`` is null if it is not known."""
+
+    day: date | msgspec.UnsetType = msgspec.UNSET
+    principal: str | msgspec.UnsetType | None = msgspec.UNSET
+    agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    model: str | msgspec.UnsetType | None = msgspec.UNSET
+    usage: Usage | None
+    cost: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class UsageBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """What a principal may spend in a day, and has spent today."""
+
+    max_cost_per_day: float
+    cost: float
+    ends_at: Time
+
+
+class UsageReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of usage, newest days first, and the sum of all pages. ``next`` is as in ``RunList``."""
+
+    from_: date = msgspec.field(name="from")
+    to: date
+    entries: list[UsageEntry]
+    usage: Usage | None
+    cost: float | msgspec.UnsetType = msgspec.UNSET
+    budget: UsageBudget | msgspec.UnsetType = msgspec.UNSET
+    next: str | None
 
 
 class SessionSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -586,6 +667,33 @@ def asked_question(asked: records.AskedQuestion) -> AskedQuestion:
     return shown_as(
         AskedQuestion, asked, **question, requested_by=asked.principal or msgspec.UNSET, output=asked.answer
     )
+
+
+def usage_report(page: UsagePage, wanted: UsageFilter, **more: Any) -> UsageReport:
+    """Return one page of usage; *more* are the fields that depend on the request."""
+    return UsageReport(
+        from_=wanted.first_day,
+        to=wanted.last_day,
+        entries=[_usage_entry(row, wanted.by) for row in page.rows],
+        **_costs(page.total if page.has_any else None),
+        **more,
+    )
+
+
+def _usage_entry(row: UsageRow, by: tuple[str, ...]) -> UsageEntry:
+    values: dict[str, Any] = {name: getattr(row, name) or None for name in by}
+    return UsageEntry(**values, **_costs(row.usage))
+
+
+def _costs(usage: RecordedUsage | None) -> dict[str, Any]:
+    """Return the members ``usage`` and ``cost``."""
+    shown = shown_usage(usage)
+    return {**shown, "usage": None if shown["usage"] is None else Usage(**shown["usage"])}
+
+
+def after_usage(page: UsagePage, by: tuple[str, ...]) -> str | None:
+    """Return the parameter ``after`` of the next page, or None if there is none."""
+    return msgspec.json.encode([getattr(page.rows[-1], name) for name in by]).decode() if page.has_more else None
 
 
 def run_call(call: Call) -> RunCall:

@@ -1,0 +1,219 @@
+"""Arguments that are not stored cannot be guessed either: not from ids, in the store, on a cluster, or in answers."""
+
+import hashlib
+import json
+import logging
+import re
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from flock.core import Flock
+from flock.runs import BatchOptions, Engine, Run, RunContext, RunStatus
+from flock.steps.identity import DIGEST_CHARS, digest, digest_of
+from flockapi import create_app
+from tests.support import PATIENCE_S
+from tests.support.engines import OpenEngine
+from tests.support.http import client_of
+from tests.test_ask import json_of, waiting
+from tests.test_costs import finish
+
+pytestmark = pytest.mark.anyio
+
+PIN = "pin-4711"
+#: How often each function was executed.
+EXECUTED: dict[str, int] = {}
+
+
+def candidates() -> Iterator[str]:
+    return (f"pin-{n:04}" for n in range(10_000))
+
+
+async def check_pin(pin: str, attempt: int = 1) -> bool:
+    EXECUTED["check_pin"] = EXECUTED.get("check_pin", 0) + 1
+    return pin == PIN
+
+
+async def confirm(pin: str, context: RunContext) -> bool:
+    """Ask inside a call whose arguments are secret, so that the id of the question has that of the call."""
+    return bool(await context.ask("Is it you?", bool))
+
+
+def files_in(folder: Path) -> list[str]:
+    """Return the contents of the files of a store."""
+    return [path.read_bytes().decode("latin-1") for path in folder.glob("flock.db*")]
+
+
+def guarding() -> Flock:
+    flock = Flock("guarding")
+
+    @flock.agent
+    async def vault(pin: str, context: RunContext) -> bool:
+        EXECUTED["vault"] = EXECUTED.get("vault", 0) + 1
+        return pin == PIN
+
+    @flock.agent(next_agent="vault")
+    async def door(pin: str) -> dict[str, Any]:
+        return {"pin": "handed on"}
+
+    @flock.agent
+    async def guard(context: RunContext) -> list[bool]:
+        return [
+            await context.call(check_pin, PIN, call_keep="result"),
+            await context.call(check_pin, PIN, attempt=2, call_keep="result"),
+            (await context.run_agent("vault", {"pin": PIN}, call_keep="result"))["result"],
+            await context.call(confirm, PIN, call_keep="result"),
+        ]
+
+    return flock
+
+
+def guesses(pin: str) -> Iterator[str]:
+    """Yield what an id might have of a candidate: a digest of what is in it, as earlier versions made it."""
+    for arguments in ({"pin": pin}, {"pin": pin, "attempt": 1}, {"pin": pin, "attempt": 2}):
+        text = msgspec.json.encode(arguments, order="deterministic")
+        for function, hints in ((check_pin, {"pin": str, "attempt": int}), (confirm, {"pin": str})):
+            for version in (1, 2):
+                yield digest_of("f", function, msgspec.Raw(text), hints, version=version)
+        yield digest(text)
+    for written in (pin, f'"{pin}"', f'["{pin}"]'):
+        for algorithm in (hashlib.sha256, hashlib.sha1, hashlib.md5, hashlib.blake2b):
+            yield algorithm(written.encode()).hexdigest()[:DIGEST_CHARS]
+
+
+def check_not_guessable(seen: str) -> None:
+    """Check that *seen* has neither the PIN nor a digest that tells it from the other candidates."""
+    assert PIN not in seen
+    words = set(re.findall(rf"(?=([0-9a-f]{{{DIGEST_CHARS}}}))", seen))
+    found = {pin for pin in candidates() if not words.isdisjoint(guesses(pin))}
+    assert found == set()
+
+
+async def shown(engine: Engine, run: Run) -> str:
+    """Return all that the API shows of a run, and its events."""
+    app = create_app(guarding(), engine=engine, auth="host")
+    parts = [str(await engine.get_calls(run)), str(run.waiting_for)]
+    async with client_of(app) as client:
+        for path in (f"/run/{run.run_id}", "/runs?include=inputs,result"):
+            parts.append((await client.get(path)).text)
+    with anyio.fail_after(PATIENCE_S):
+        async for event in engine.events(run.run_id):
+            if event is None or event.name in ("run.waiting", "run.completed"):
+                parts.append(str(event))
+                break
+            parts.append(str(event))
+    return "\n".join(parts)
+
+
+def test_the_guesses_find_what_an_earlier_version_has_stored() -> None:
+    text = json.dumps({"id": digest_of("f", check_pin, msgspec.Raw(b'{"pin":"pin-4711"}'), {}, version=2)})
+    with pytest.raises(AssertionError):
+        check_not_guessable(text)
+
+
+async def test_a_pin_cannot_be_guessed_from_all_that_is_stored_and_shown(
+    open_engine: OpenEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Four digits, of which there are 10,000: in calls, calls of agents, and a question inside a call."""
+    caplog.set_level(logging.DEBUG)
+    EXECUTED.clear()
+    async with open_engine(guarding()) as engine:
+        run = await waiting(engine, (await engine.submit("guard", {})).run_id)
+        seen = [await shown(engine, run)]
+        (question,) = run.waiting_for
+        await engine.answer_call(run.run_id, question.call_id, json_of(True))
+        run = await finish(engine, run.run_id)
+        assert (run.status, run.value) == (RunStatus.COMPLETED, {"result": [True] * 4}), run.error
+        assert EXECUTED == {"check_pin": 2, "vault": 1}, "the step has run again, and found its calls"
+        seen.append(await shown(engine, run))
+        calls = (await engine.get_calls(run))[0]
+        secret = [call for call in calls if call.kind != "question"]
+        assert [bytes(call.arguments) for call in secret] == [b"null"] * 4
+        assert len({call.call_id for call in secret}) == 4
+        batch = await engine.submit_batch("guard", [{}, {}], BatchOptions())
+        if hasattr(engine, "cluster"):
+            from flock.temporal.messages import run_workflow_id
+
+            history = await engine.cluster.handle(run_workflow_id(run.run_id, 1)).fetch_history()
+            seen += [event.SerializeToString().decode("latin-1") for event in history.events]
+        await engine.cancel_batch(batch.batch_id)
+    seen += files_in(tmp_path)
+    seen.append(caplog.text)
+    check_not_guessable("\n".join(seen))
+
+
+async def test_equal_secret_calls_of_two_runs_have_different_ids(open_engine: OpenEngine) -> None:
+    """Otherwise a run with a known PIN would tell that of another one. Other calls keep their ids."""
+    flock = guarding()
+
+    @flock.agent
+    async def both(context: RunContext) -> bool:
+        await context.call(check_pin, PIN, attempt=7)
+        return bool(await context.call(check_pin, PIN, call_keep="result"))
+
+    ids = []
+    async with open_engine(flock) as engine:
+        for _ in range(2):
+            run = await finish(engine, (await engine.submit("both", {})).run_id)
+            ids.append([call.call_id for call in (await engine.get_calls(run))[0]])
+    assert ids[0][0] == ids[1][0]
+    assert ids[0][1] != ids[1][1]
+    arguments, hints = msgspec.Raw(b'{"attempt":7,"pin":"pin-4711"}'), {"pin": str, "attempt": int}
+    assert ids[0][0] == f"check_pin:{digest_of('check_pin', check_pin, arguments, hints, version=2)}"
+
+
+async def test_a_run_that_an_earlier_version_has_accepted_keeps_the_ids_of_its_secret_calls(tmp_path: Path) -> None:
+    """So that its calls are found when its step runs again."""
+    EXECUTED.clear()
+    store = tmp_path / "flock.db"
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr("flock.engine.base.new_call_key", lambda: "")
+        async with guarding().engine(store=store) as engine:
+            run = await waiting(engine, (await engine.submit("guard", {})).run_id)
+    with sqlite3.connect(store) as db:
+        assert db.execute("SELECT call_key FROM runs").fetchall() == [("",)]
+    db.close()
+    async with guarding().engine(store=store) as engine:
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(True))
+        run = await finish(engine, run.run_id)
+    assert (run.status, EXECUTED) == (RunStatus.COMPLETED, {"check_pin": 2, "vault": 1}), run.error
+
+
+async def test_a_retry_keeps_secret_calls(open_engine: OpenEngine) -> None:
+    flock, fails = guarding(), [True]
+    EXECUTED.clear()
+
+    @flock.agent
+    async def later(context: RunContext) -> bool:
+        first = await context.call(check_pin, PIN, call_keep="result")
+        second = (await context.run_agent("vault", {"pin": PIN}, call_keep="result"))["result"]
+        if fails:
+            raise ValueError("not yet")
+        return bool(first and second)
+
+    async with open_engine(flock) as engine:
+        run = await finish(engine, (await engine.submit("later", {})).run_id)
+        fails.clear()
+        await engine.retry_run(run.run_id)
+        run = await finish(engine, run.run_id)
+    assert (run.value, EXECUTED) == ({"result": True}, {"check_pin": 1, "vault": 1}), run.error
+
+
+async def test_agents_that_a_secret_call_hands_on_to_are_secret_too(open_engine: OpenEngine) -> None:
+    flock = guarding()
+
+    @flock.agent
+    async def knock(context: RunContext) -> bool:
+        return bool((await context.run_agent("door", {"pin": PIN}, call_keep="result"))["result"])
+
+    async with open_engine(flock) as engine:
+        run = await finish(engine, (await engine.submit("knock", {})).run_id)
+        calls = (await engine.get_calls(run))[0]
+    assert [(call.name, bytes(call.arguments)) for call in calls] == [("vault", b"null"), ("door", b"null")] or [
+        (call.name, bytes(call.arguments)) for call in calls
+    ] == [("door", b"null"), ("vault", b"null")], run.error
