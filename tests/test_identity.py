@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import math
+import re
 import sqlite3
 import types
 from collections.abc import Callable
@@ -301,8 +302,10 @@ async def test_a_retry_keeps_the_calls_of_a_run_that_failed_in_an_earlier_versio
 def undo(db: sqlite3.Connection, version: int) -> None:
     """Undo the migrations after *version*, which add columns, tables and their indexes."""
     for statement in reversed([statement for migration in MIGRATIONS[version:] for statement in migration]):
-        verb, what, name, *more = statement.split()
-        db.execute(f"ALTER TABLE {name} DROP COLUMN {more[2]}" if verb == "ALTER" else f"DROP {what} {name}")
+        if made := re.match(r"CREATE (?:UNIQUE )?(TABLE|INDEX|TRIGGER) (\w+)", statement):
+            db.execute(f"DROP {made[1]} {made[2]}")
+        elif added := re.match(r"ALTER TABLE (\w+) ADD COLUMN (\w+)", statement):
+            db.execute(f"ALTER TABLE {added[1]} DROP COLUMN {added[2]}")
     db.execute(f"PRAGMA user_version = {version}")
 
 
