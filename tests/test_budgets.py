@@ -28,6 +28,7 @@ from flock.runs import (
     Run,
     RunContext,
     RunStatus,
+    Spent,
     Usage,
     UsageFilter,
     UsageRow,
@@ -466,6 +467,67 @@ async def test_reports_of_usage_read_no_runs_and_little_else(tmp_path: Path, mod
         assert "day=? AND principal=?" in str(plan)
         await store.delete_old_usage(flock.name, date.fromordinal(today - 100))
         assert (await engine.get_usage(msgspec.structs.replace(year, principal="p7"))).total.input_tokens == 101
+
+
+async def test_a_report_that_a_worker_sends_again_counts_once() -> None:
+    messages = pytest.importorskip("flock.temporal.messages")
+    from flock.temporal.workflows import FlockAccount
+
+    account, today = FlockAccount(messages.AccountState(principal="ann")), now().date().toordinal()
+    spent = (Spent("measure", MODEL, Usage(input_tokens=1, picodollars=5, priced_tokens=1)),)
+    for worker, number, day in (
+        ("a", 1, today),
+        ("b", 1, today),
+        ("a", 1, today),
+        ("a", 3, today - 1),
+        ("a", 2, today),
+    ):
+        account.spent(messages.SpentReport(worker=worker, number=number, day=day, spent=spent))
+    account.set_budget(2)
+    assert account.account(today) == Account(max_cost=2, picodollars=10)
+    rows = account.usage(today - 1, today)
+    assert [(row.day, row.principal, row.usage.input_tokens) for row in rows] == [
+        (date.fromordinal(today), "ann", 2),
+        (date.fromordinal(today - 1), "ann", 1),
+    ]
+    assert account.usage(today - 3, today - 2) == []
+
+
+@pytest.mark.cluster
+async def test_reports_are_sent_in_order_even_if_a_step_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the account would ignore one that arrives later."""
+    accounts_module = pytest.importorskip("flock.temporal.accounts")
+    sent, may_arrive = list[Any](), anyio.Event()
+
+    async def signal_account(cluster: Any, flock: str, principal: str, signal: str, report: Any) -> None:
+        await may_arrive.wait()
+        sent.append((report.number, report.spent[0].usage.input_tokens))
+
+    class Cluster:
+        async def answered(self, ask: Any) -> Any:
+            return await ask()
+
+    monkeypatch.setattr(accounts_module, "signal_account", signal_account)
+    accounts = accounts_module.Accounts(Cluster(), "flock", A_DOLLAR)
+    accounts.spend("ann", "measure", Usage(input_tokens=1), MODEL)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(accounts.flush, "ann")
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    accounts.spend("ann", "measure", Usage(input_tokens=2), MODEL)
+    accounts.spend("ann", "measure", Usage(input_tokens=4), MODEL)
+    may_arrive.set()
+    await accounts.flush("ann")
+    assert sent == [(1, 1), (2, 6)]
+
+
+async def test_the_command_prints_a_key_with_a_budget() -> None:
+    made = await anyio.run_process(flockapi_command("key", "--name", "ann", "--max-cost-per-day", "2.5"))
+    name, _, key = made.stdout.decode().strip().partition("=")
+    assert name == "ann:max_cost_per_day:2.5"
+    assert KeyRing({name: key}).find(key) == Principal(name="ann", max_cost_per_day=2.5)
+    refused = await anyio.run_process(flockapi_command("key", "--max-cost-per-day", "2.5"), check=False)
+    assert b"Add --name NAME." in refused.stderr
 
 
 @pytest.mark.slow

@@ -532,6 +532,8 @@ async def ended_batch(client: httpx.AsyncClient, agent_name: str) -> str:
         ("GET", "/runs?include=inputs,result", None, "/runs"),
         ("GET", "/runs?limit=1", None, "/runs"),
         ("GET", "/runs?limit=0", None, "/runs"),
+        ("GET", "/usage", None, "/usage"),
+        ("GET", "/usage?by=cost", None, "/usage"),
         ("GET", "/run/{run_id}?wait=1", None, "/run/{run_id}"),
         ("GET", "/run/{run_id}?wait=x", None, "/run/{run_id}"),
         ("GET", "/run/{run_id}/events", None, "/run/{run_id}/events"),

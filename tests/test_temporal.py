@@ -75,7 +75,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import reset_for_retry, run_of
-from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
+from flock.temporal.workflows import FlockAccount, FlockMark, FlockRun, FlockSession
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S, ROOT, slowness_meanwhile
@@ -1404,7 +1404,7 @@ async def test_the_text_of_an_exception_is_not_in_the_history(temporal_address: 
 async def test_recorded_histories_can_be_replayed(path: Path) -> None:
     """A workflow that is running when a new version is deployed continues as it started."""
     history = WorkflowHistory.from_json(path.stem, await anyio.Path(path).read_text())
-    workflows = [FlockRun, FlockMark, FlockSession, FlockBatch, FlockChunk, FlockRows, FlockDelete]
+    workflows = [FlockRun, FlockMark, FlockSession, FlockAccount, FlockBatch, FlockChunk, FlockRows, FlockDelete]
     replayer = Replayer(workflows=workflows, data_converter=CONVERTER, workflow_runner=UnsandboxedWorkflowRunner())
     await replayer.replay_workflow(history)
     kind, _, rest = path.stem.partition("-")

@@ -22,7 +22,6 @@ from flock.engine.intake import Intake
 from flock.engine.rowchecks import as_json
 from flock.errors import (
     AgentNotFound,
-    Conflict,
     DefinitionError,
     EngineStopped,
     FieldError,
@@ -37,7 +36,6 @@ from flock.models.models import ModelChoice, models_of, names_of
 from flock.models.prices import Price, day_is_spent, merged, no_price, price_of
 from flock.runs import (
     MAX_COST,
-    Account,
     Batch,
     BatchOptions,
     Call,
@@ -81,6 +79,8 @@ KEEP_ALIVE_S = 15.0
 PROGRESS_INTERVAL_S = 0.25
 #: How long an idempotency key is stored.
 KEEP_KEYS_FOR = timedelta(hours=24)
+#: How long the usage of a day is stored.
+KEEP_USAGE_FOR = timedelta(days=400)
 
 
 Calls = Mapping[int, Sequence[Call]]
@@ -360,20 +360,17 @@ class EngineBase(Engine):
 
     # Usage
 
-    async def get_account(self, principal: str) -> Account:
-        return Account()  # by default, there are no budgets
-
+    @abstractmethod
     async def _has_key(self, key: IdempotencyKey) -> bool:
         """Whether a run or a batch was accepted with *key*. Raises StoreError."""
-        return False
 
+    @abstractmethod
     async def _set_budget(self, principal: str, max_cost: float | None) -> None:
         """Set what the runs of a principal may cost in a day. Raises StoreError."""
-        raise Conflict("max_cost_per_day is not supported on a cluster.")
 
-    async def _usage_pages(self, wanted: UsageFilter) -> AsyncIterator[Sequence[UsageRow]]:
+    @abstractmethod
+    def _usage_pages(self, wanted: UsageFilter) -> AsyncIterator[Sequence[UsageRow]]:
         """Yield the usage of the days and the principal of *wanted*, at least by its fields. Raises StoreError."""
-        yield ()
 
     async def check_budget(
         self,

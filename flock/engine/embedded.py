@@ -30,7 +30,7 @@ from flock.agents.checks import tool_sources
 from flock.agents.mcp import listing_tools
 from flock.agents.program import Program
 from flock.engine import relay
-from flock.engine.base import KEEP_KEYS_FOR, EngineBase, RunReader, ended_calls
+from flock.engine.base import KEEP_KEYS_FOR, KEEP_USAGE_FOR, EngineBase, RunReader, ended_calls
 from flock.engine.batches import Batches
 from flock.engine.intake import Intake
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, counted
@@ -99,8 +99,6 @@ LEAVE_S = 10.0
 #: How often old runs are deleted, in seconds, and how many of them in one transaction.
 RETENTION_INTERVAL_S = 10.0
 RETENTION_CHUNK_SIZE = 100
-#: How long the usage of a day is stored.
-KEEP_USAGE_FOR = timedelta(days=400)
 
 
 def limits_for_one_batch(max_workers: int) -> Limits:

@@ -59,6 +59,7 @@ Where data is stored:
 - Counts: in the memo of the batch for chunks that have ended, and in the memo of each running chunk. ``get_batch`` adds
   them to the counts in heartbeats. This needs no worker.
 - The items that each attempt covers: ``Attempt``, in orders and in the memo of the batch.
+- What principals have spent, and may spend in a day: in ``flock_account`` workflows (``flock.temporal.accounts``).
 - Idempotency keys and deleted runs: ``flock_mark`` workflows that never run (``flock.temporal.reservations``).
 
 What happens when:

@@ -420,6 +420,7 @@ class TemporalBatches(EngineBase):
             ),
             attempts=(*order.attempts, about),
             messages=(),
+            is_day_spent=False,
         )
         try:
             await self._start_batch(again)

@@ -93,7 +93,7 @@ class FlockBatch(_Interruptible):
         #: see ``Attempt.cancelled``
         self._cancelled = dict(order.attempts[-1].cancelled)
         self._failed_in, self._cancelled_in = int(order.failed_in, 16), int(order.cancelled_in, 16)
-        self._first_error = order.first_error
+        self._first_error, self._is_day_spent = order.first_error, order.is_day_spent
         self._next = order.attempts[-1].begun_to
         #: by chunk, for the running ones
         self._lanes: dict[int, int] = {}
@@ -340,6 +340,7 @@ class FlockBatch(_Interruptible):
                     outcome = outcome_of_failure(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
                     ended = Counts(failed=size, first_error=(first, outcome.error))
             self._batch = ended.in_batch(self._batch)
+            self._is_day_spent |= ended.unpaid > 0
             self._failed_in |= bool(ended.failed) << chunk
             self._cancelled_in |= bool(ended.cancelled) << chunk
             errors = [error for error in (ended.first_error, self._first_error) if error]
@@ -356,6 +357,7 @@ class FlockBatch(_Interruptible):
             cancelled_in=f"{self._cancelled_in:x}",
             first_error=self._first_error,
             messages=self._early.all_messages(),
+            is_day_spent=self._is_day_spent,
         )
 
     def _memo(self) -> dict[str, Any]:
@@ -374,7 +376,7 @@ class FlockBatch(_Interruptible):
             self._cancelled_in |= 1 << chunk
         batch = Counts(cancelled=unfinished).in_batch(batch)
         _, first_error = self._first_error or (0, CANCELLED_BEFORE_START.error)
-        is_unpaid = self._is_spent and batch.cancelled_items > 0
+        is_unpaid = (self._is_spent or self._is_day_spent) and batch.cancelled_items > 0
         status, error, error_type = end_of_batch(
             batch, lambda: first_error, is_cancelled=self.is_cancelled, is_unpaid=is_unpaid
         )

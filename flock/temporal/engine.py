@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import Context
 from functools import partial
 from typing import Any, Self
@@ -40,6 +40,7 @@ from flock.models.prices import Price
 from flock.options import replaced
 from flock.runs import (
     INVALID_INPUT,
+    Account,
     AskedQuestion,
     Batch,
     Call,
@@ -53,6 +54,8 @@ from flock.runs import (
     Run,
     RunFilter,
     RunStatus,
+    UsageFilter,
+    UsageRow,
     new_id,
     now,
 )
@@ -68,9 +71,11 @@ from flock.steps.answers import (
     question_for,
 )
 from flock.steps.refusals import RETRYABLE, already_retried, check_cancel, not_deleted, run_not_retried, wait_stopped
+from flock.temporal.accounts import account_in_memo, signal_account, usage_of
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
+    BUDGET_SIGNAL,
     CALL_SIGNAL,
     HEARTBEAT_TIMEOUT_S,
     MAX_ITEMS,
@@ -113,6 +118,8 @@ MAX_INPUT_BYTES = 1_000_000
 REREAD_DELAY_S = 0.02
 #: How long a request to cancel a waiting run waits for its end, in seconds. It ends at once if there is a worker.
 CANCEL_WAIT_S = 3.0
+#: How many principals without a budget are remembered.
+MAX_UNLIMITED = 10_000
 
 
 class TemporalEngine(TemporalBatches):
@@ -169,6 +176,8 @@ class TemporalEngine(TemporalBatches):
         #: runs that are being sent to the cluster
         self._starting = 0
         self._callers = 0
+        #: principals that have no budget, as this process has found
+        self._unlimited: set[str] = set()
         #: runs whose streams began with their requests
         self._watched: set[str] = set()
 
@@ -352,6 +361,37 @@ class TemporalEngine(TemporalBatches):
         if run.status.is_final and await self._reservations.is_deleted(run_id):
             raise RunNotFound(run_id)
         return run
+
+    async def check_budget(
+        self,
+        principal: str,
+        max_cost: float | msgspec.UnsetType | None = msgspec.UNSET,
+        key: IdempotencyKey | None = None,
+    ) -> None:
+        if max_cost is None and principal in self._unlimited:  # so that others pay nothing for this
+            self._check_running()
+            return
+        await super().check_budget(principal, max_cost, key)
+        if len(self._unlimited) > MAX_UNLIMITED:
+            self._unlimited.clear()
+        if max_cost is None:
+            self._unlimited.add(principal)
+        elif max_cost is not msgspec.UNSET:
+            self._unlimited.discard(principal)
+
+    async def get_account(self, principal: str) -> Account:
+        self._check_entered()
+        return await account_in_memo(self.cluster, self._flock, principal)
+
+    async def _has_key(self, key: IdempotencyKey) -> bool:
+        return await self._reservations.is_used(key)
+
+    async def _set_budget(self, principal: str, max_cost: float | None) -> None:
+        await signal_account(self.cluster, self._flock, principal, BUDGET_SIGNAL, max_cost)
+
+    async def _usage_pages(self, wanted: UsageFilter) -> AsyncIterator[Sequence[UsageRow]]:
+        for page in await usage_of(self.cluster, self._flock, wanted):
+            yield page
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         self._check_entered()

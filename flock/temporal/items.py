@@ -22,6 +22,7 @@ from flock.errors import EngineFull, StoreError
 from flock.runs import Run, RunStatus, Usage, added, now
 from flock.steps.executor import StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, CRASHED, Outcome, log_crash
+from flock.temporal.accounts import Accounts
 from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
     DELETE_ACTIVITY,
@@ -135,8 +136,16 @@ class _Job:
 class ItemActivities:
     """The activities of a worker for batches."""
 
-    def __init__(self, cluster: Cluster, executor: StepExecutor, gate: Gate, drain_timeout_s: float) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        executor: StepExecutor,
+        gate: Gate,
+        drain_timeout_s: float,
+        accounts: Accounts | None = None,
+    ) -> None:
         self._cluster = cluster
+        self._accounts = accounts
         self._executor = executor
         self._gate = gate
         self._drain_timeout_s = drain_timeout_s
@@ -242,6 +251,8 @@ class ItemActivities:
             )
             active.has_calls, active.waited_s = part.has_calls, part.waited_s
             active.of_chunk = job.order
+            if self._accounts is not None:
+                active.use(self._accounts)
             active.elsewhere, active.needs = elsewhere, needs
             job.has_begun, is_again, needs = True, False, None
             before, job.current = job.current, job.part(run, part.waited_s)

@@ -24,8 +24,8 @@ from temporalio.converter import (
 )
 
 from flock.agents.questions import MESSAGE, check_answer
-from flock.errors import InvalidData
-from flock.runs import Batch, Call, Progress, Question, Run, RunStatus, Step, Usage, added, new_id
+from flock.errors import CostLimit, InvalidData
+from flock.runs import Batch, Call, Progress, Question, Run, RunStatus, Spent, Step, Usage, added, new_id
 from flock.steps.answers import answer_of, dropped_of, end_of_expired, is_expired
 from flock.steps.outcomes import Outcome
 
@@ -48,6 +48,13 @@ WAITS_QUERY = "waits"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"
+
+#: The workflow that adds up what a principal has spent, its signals, and its queries.
+ACCOUNT_WORKFLOW = "flock_account"
+SPENT_SIGNAL = "spent"
+BUDGET_SIGNAL = "set_budget"
+ACCOUNT_QUERY = "account"
+USAGE_QUERY = "usage"
 
 #: Seconds without a heartbeat after which a worker is considered dead, unless the engine sets another time.
 HEARTBEAT_TIMEOUT_S = 3.0
@@ -176,6 +183,36 @@ class Waits(msgspec.Struct, frozen=True, kw_only=True):
 
     answers: tuple[Call, ...] = ()
     messages: frozenset[str] = frozenset()
+
+
+class SpentReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What the runs of a principal have spent since the last report of a worker: a signal of the worker.
+
+    Attributes:
+        worker, number: identify it. It may be sent again; those of one worker have growing numbers.
+        day: in UTC, as in ``date.toordinal``.
+    """
+
+    worker: str
+    number: int
+    day: int
+    spent: tuple[Spent, ...]
+
+
+class AccountState(msgspec.Struct, kw_only=True):
+    """What a principal has spent: the state of its workflow, which is its order when it continues as new.
+
+    Attributes:
+        principal: "" for requests without one.
+        max_cost: what it may spend in a day, in US dollars; None means no limit.
+        days: what it has spent, by day.
+        reports: the number of the last report of each worker, and its day.
+    """
+
+    principal: str
+    max_cost: float | None = None
+    days: dict[int, tuple[Spent, ...]] = {}
+    reports: dict[str, tuple[int, int]] = {}
 
 
 class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -323,6 +360,7 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         attempts: all attempts so far; this one is the last.
         failed_in, cancelled_in: the chunks that have such items, as a hexadecimal number with one bit for each chunk.
         first_error: the position and the error of the first failed item.
+        is_day_spent: items were cancelled because the ``max_cost_per_day`` of its principal was spent.
         key_id: the workflow id of the marker of its idempotency key.
         messages: those to items whose chunk has not started.
     """
@@ -335,6 +373,7 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     failed_in: str = "0"
     cancelled_in: str = "0"
     first_error: tuple[int, str] | None = None
+    is_day_spent: bool = False
     key_id: str | None = None
     messages: tuple[Sent, ...] = ()
 
@@ -687,6 +726,7 @@ class ItemOutcome(Part, frozen=True, kw_only=True, omit_defaults=True):
             cancelled=status is RunStatus.CANCELLED,
             first_error=(self.position, self.error or "") if status is RunStatus.FAILED else None,
             usage=self.usage,
+            unpaid=status is RunStatus.CANCELLED and self.error_type == CostLimit.error_type,
         )
 
 
@@ -711,7 +751,8 @@ class ItemsDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How many items of a chunk ended in one attempt, by final status, and how many wait for answers.
 
-    ``usage``: what these, and those that have asked and not ended, have spent in the attempt.
+    ``usage``: what these, and those that have asked and not ended, have spent in the attempt. ``unpaid``: how many of
+    them were cancelled because a limit of costs was spent.
     """
 
     completed: int = 0
@@ -720,6 +761,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     waiting: int = 0
     first_error: tuple[int, str] | None = None
     usage: Usage | None = None
+    unpaid: int = 0
 
     @property
     def total(self) -> int:
@@ -743,6 +785,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             waiting=self.waiting + other.waiting,
             first_error=min((error for error in (self.first_error, other.first_error) if error), default=None),
             usage=added(self.usage, other.usage),
+            unpaid=self.unpaid + other.unpaid,
         )
 
 
@@ -768,6 +811,10 @@ def run_workflow_id(run_id: str, attempt: int) -> str:
 def session_workflow_id(run: Run) -> str:
     of = msgspec.json.encode([run.flock, run.principal, run.session_id])
     return f"session:{hashlib.sha256(of).hexdigest()}"
+
+
+def account_workflow_id(flock: str, principal: str) -> str:
+    return f"account:{hashlib.sha256(msgspec.json.encode([flock, principal])).hexdigest()}"
 
 
 def batch_workflow_id(batch_id: str, attempt: int) -> str:

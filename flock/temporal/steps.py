@@ -21,9 +21,10 @@ from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.errors import CallError, EngineFull, OwnershipLost, StoreError, Uncertain, Unreadable
-from flock.runs import Call, Question, Run, RunStatus, Step, now
+from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
 from flock.steps.executor import ActiveRun, AgentElsewhere, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
+from flock.temporal.accounts import Accounts
 from flock.temporal.cluster import RETRY_AFTER_S, Cluster, logger
 from flock.temporal.messages import (
     ASKED_SIGNAL,
@@ -78,6 +79,7 @@ class ActivityStep(ActiveRun):
     held_s = 0.0
     #: Of the step of an item.
     of_chunk: OfChunk | None = None
+    _accounts: Accounts | None = None
 
     def __init__(
         self, run: Run, timeout_s: float, cluster: Cluster, gate: Gate, suspicion: Suspicion, **options: Any
@@ -96,6 +98,21 @@ class ActivityStep(ActiveRun):
         self._signals = asyncio.Semaphore(SIGNALS_AT_ONCE)
         self._asking: set[asyncio.Task[None]] = set()
         self._polling: asyncio.Task[None] | None = None
+
+    def use(self, accounts: Accounts) -> None:
+        """Report what it spends to *accounts*."""
+        self._accounts = accounts
+        self.day_budget = accounts.budget_of(self.run.principal)
+
+    def note_usage(self, agent_name: str, usage: Usage, model: str | None) -> None:
+        super().note_usage(agent_name, usage, model)
+        if self._accounts is not None:
+            self._accounts.spend(self.run.principal or "", agent_name, usage, model)
+
+    async def _report(self) -> None:
+        """Report what it has spent before this is stored, so that nothing that is stored is missing."""
+        if self._accounts is not None:
+            await self._accounts.flush(self.run.principal or "")
 
     async def is_next(self) -> bool:
         return self.may_begin
@@ -180,6 +197,7 @@ class ActivityStep(ActiveRun):
         """
         self.has_calls = True
         run = self.run
+        await self._report()
         done = CallDone(step=len(run.steps), call=call, spent=self.spent, **self._as_reporter)
         await self._send(CALL_SIGNAL, done, call.name)
         if call.is_start:
@@ -260,6 +278,7 @@ class ActivityStep(ActiveRun):
                 self._polling.cancel()
             if self._asking:  # a message must not be given to a wait of a step that has ended
                 await asyncio.wait(self._asking)
+            await self._report()
             await self._gate.leave(self._key, self.suspicion)
 
     async def _execute(self, executor: StepExecutor) -> None:

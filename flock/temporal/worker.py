@@ -23,6 +23,7 @@ from flock.options import replaced
 from flock.runs import Observer, Run, RunStatus, Step, now
 from flock.steps.executor import MAX_HISTORY_BYTES, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import CANCELLED, CRASHED, log_crash
+from flock.temporal.accounts import Accounts
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster, logger
 from flock.temporal.items import HEARTBEAT_INTERVAL_S, ItemActivities
@@ -41,7 +42,7 @@ from flock.temporal.messages import (
 from flock.temporal.search import earlier_runs
 from flock.temporal.steps import MAX_RUN_BYTES, ActivityStep, until_done
 from flock.temporal.suspects import Gate, Suspicion
-from flock.temporal.workflows import FlockMark, FlockRun, FlockSession
+from flock.temporal.workflows import FlockAccount, FlockMark, FlockRun, FlockSession
 
 #: How long a workflow task waits for the worker that has the workflow in its cache, in seconds. A step that starts
 #: again asks its workflow for its finished calls, so it waits as long for a worker that has died.
@@ -115,6 +116,7 @@ class TemporalWorker:
             prices=merged(prices),
         )
         self._gate = Gate(self._limits.max_recoveries)
+        self._accounts = Accounts(self.cluster, flock, self._executor.prices)
         models.on_retry = lambda: self._executor.notify("model_call_retried")
 
     async def __aenter__(self) -> Self:
@@ -123,7 +125,7 @@ class TemporalWorker:
             await stack.enter_async_context(listing_tools(self._tool_sources))
             await self.cluster.connect(lazy=False)
             client = self.cluster.client
-            items = ItemActivities(self.cluster, self._executor, self._gate, self._drain_timeout_s)
+            items = ItemActivities(self.cluster, self._executor, self._gate, self._drain_timeout_s, self._accounts)
             drain_timeout = timedelta(seconds=self._drain_timeout_s)
             for_items = Worker(
                 client,
@@ -136,7 +138,16 @@ class TemporalWorker:
             for_runs = Worker(
                 client,
                 task_queue=self.task_queue,
-                workflows=[FlockRun, FlockMark, FlockSession, FlockBatch, FlockChunk, FlockRows, FlockDelete],
+                workflows=[
+                    FlockRun,
+                    FlockMark,
+                    FlockSession,
+                    FlockAccount,
+                    FlockBatch,
+                    FlockChunk,
+                    FlockRows,
+                    FlockDelete,
+                ],
                 activities=[self._run_agent, items.find, items.delete_batch],
                 workflow_runner=UnsandboxedWorkflowRunner(),  # workflows contain no user code, and replays are tested
                 max_concurrent_activities=self._limits.max_concurrency,
@@ -166,6 +177,7 @@ class TemporalWorker:
                 the step or lacks an agent (retryable).
         """
         active = _RunStep(order, self.cluster, self._executor, self._gate)
+        active.use(self._accounts)
         if self._gate.is_proven(active.suspicion):
             log_crash(order.run, active.suspicion.deaths)
             raise ApplicationError(

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Iterable
-from datetime import timedelta
+from datetime import date, timedelta
 
 from msgspec.structs import replace
 from temporalio import workflow
@@ -22,14 +22,18 @@ from temporalio.exceptions import (
 )
 from temporalio.exceptions import TimeoutError as ActivityTimeout
 
-from flock.runs import Call, Question, Run, RunStatus, Usage
+from flock.engine.base import KEEP_USAGE_FOR
+from flock.runs import Account, Call, Question, Run, RunStatus, Usage, UsageRow, spent_with
 from flock.steps.answers import is_expired
 from flock.steps.outcomes import Outcome, expiry_of, queue_timeout, timeout_of
 from flock.temporal.messages import (
+    ACCOUNT_QUERY,
+    ACCOUNT_WORKFLOW,
     ACTIVITY,
     ASKED_SIGNAL,
     ASLEEP,
     BEGUN_SIGNAL,
+    BUDGET_SIGNAL,
     CALL_SIGNAL,
     CALLS_QUERY,
     INTERRUPTED,
@@ -37,9 +41,12 @@ from flock.temporal.messages import (
     PAGE_QUERY,
     RUN_WORKFLOW,
     SPENT_QUERY,
+    SPENT_SIGNAL,
     STATUS,
     TASK_TIMEOUT,
+    USAGE_QUERY,
     WAITS_QUERY,
+    AccountState,
     Asked,
     Begun,
     CallDone,
@@ -47,6 +54,7 @@ from flock.temporal.messages import (
     CallsPage,
     RunOrder,
     Sent,
+    SpentReport,
     StepDone,
     Waits,
     session_workflow_id,
@@ -67,6 +75,8 @@ KEEP_SESSION_S = 60.0
 FIRST_ANSWER = "first-answer"
 #: How many of its last runs a session remembers.
 LATEST = 50
+#: For how many days a report of a worker may be sent again.
+KEEP_REPORTS_DAYS = 7
 
 
 class CallKeeper:
@@ -320,6 +330,70 @@ class FlockSession:
             with contextlib.suppress(TimeoutError):
                 await workflow.wait_condition(lambda: run not in self._runs, timeout=wait_s)
             wait_s *= 2
+
+
+@workflow.defn(name=ACCOUNT_WORKFLOW)
+class FlockAccount:
+    """What a principal may spend in a day, and has spent. It never ends.
+
+    Its memo has the budget and what was spent today, so that engines can read that without a worker.
+    """
+
+    @workflow.init
+    def __init__(self, state: AccountState) -> None:
+        self._state = state
+        self._changed = False
+
+    @workflow.signal(name=SPENT_SIGNAL)
+    def spent(self, report: SpentReport) -> None:
+        state = self._state
+        number, _ = state.reports.get(report.worker, (0, 0))
+        if report.number <= number:
+            return
+        state.reports[report.worker] = (report.number, report.day)
+        for each in report.spent:
+            so_far = state.days.get(report.day, ())
+            state.days[report.day] = spent_with(so_far, each.agent_name, each.model, each.usage)
+        self._changed = True
+
+    @workflow.signal(name=BUDGET_SIGNAL)
+    def set_budget(self, max_cost: float | None) -> None:
+        self._state.max_cost = max_cost
+        self._changed = True
+
+    @workflow.query(name=ACCOUNT_QUERY)
+    def account(self, day: int) -> Account:
+        """Return what may be spent, and was spent on *day*."""
+        spent = sum(each.usage.picodollars for each in self._state.days.get(day, ()))
+        return Account(max_cost=self._state.max_cost, picodollars=spent)
+
+    @workflow.query(name=USAGE_QUERY)
+    def usage(self, first_day: int, last_day: int) -> list[UsageRow]:
+        return [
+            UsageRow(
+                day=date.fromordinal(day),
+                principal=self._state.principal,
+                agent_name=each.agent_name,
+                model=each.model,
+                usage=each.usage,
+            )
+            for day, spent in self._state.days.items()
+            if first_day <= day <= last_day
+            for each in spent
+        ]
+
+    @workflow.run
+    async def run(self, state: AccountState) -> None:
+        while not workflow.info().is_continue_as_new_suggested():
+            await workflow.wait_condition(lambda: self._changed or workflow.info().is_continue_as_new_suggested())
+            self._changed = False
+            day = workflow.now().date().toordinal()
+            account = self.account(day)
+            workflow.upsert_memo({"day": day, "max_cost": account.max_cost, "picodollars": account.picodollars})
+        today = workflow.now().date().toordinal()
+        days = {day: spent for day, spent in state.days.items() if day > today - KEEP_USAGE_FOR.days}
+        reports = {worker: report for worker, report in state.reports.items() if report[1] > today - KEEP_REPORTS_DAYS}
+        workflow.continue_as_new(replace(state, days=days, reports=reports))
 
 
 @workflow.defn(name="flock_mark")
