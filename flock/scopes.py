@@ -17,6 +17,10 @@ from anyio.abc import TaskGroup
 logger = logging.getLogger("flock.runs")
 
 
+#: By how much the timer of a scope comes after ours, in seconds.
+JUST_AFTER_S = 1e-6
+
+
 def current_task() -> "asyncio.Task[Any] | None":
     """Return the current asyncio task, or None on another event loop."""
     try:
@@ -81,7 +85,7 @@ def start_in_empty_context(tasks: TaskGroup, function: Callable[..., Coroutine[A
     Context().run(tasks.start_soon, function, *args)
 
 
-def set_deadline(scope: anyio.CancelScope, deadline: float) -> None:
+def set_deadline(scope: "anyio.CancelScope | _Limit", deadline: float) -> None:
     """Set the deadline of a scope that was entered, in an empty context.
 
     asyncio keeps a timer and its context, with the objects of a request, until the deadline, even if it is cancelled.
@@ -92,7 +96,7 @@ def set_deadline(scope: anyio.CancelScope, deadline: float) -> None:
 class Clock:
     """The deadline of a scope, which does not move nearer while the clock is stopped."""
 
-    def __init__(self, scope: anyio.CancelScope) -> None:
+    def __init__(self, scope: "anyio.CancelScope | _Limit") -> None:
         self._scope = scope
         self._stops = 0
         self._left_s = 0.0
@@ -137,15 +141,64 @@ class Signal:
 _CLOCKS: ContextVar[tuple[Clock, ...]] = ContextVar("flock_clocks", default=())
 
 
+class _Limit:
+    """The deadline of a scope, and how many cancellations the task had when it passed.
+
+    anyio takes it for cancelled by others if ``Task.cancelling`` has another reason, or if asyncio has lost the message
+    of its cancellation: before Python 3.13 a ``TaskGroup`` that fails leaves the one, and a ``gather`` does the other.
+    """
+
+    def __init__(self, scope: anyio.CancelScope, task: "asyncio.Task[Any]") -> None:
+        self._scope, self._task = scope, task
+        self._timer: asyncio.TimerHandle | None = None
+        self._before = -1
+
+    @property
+    def deadline(self) -> float:
+        return self._scope.deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float) -> None:
+        self.close()
+        if deadline != math.inf:
+            self._timer = asyncio.get_running_loop().call_at(deadline, self._pass)
+        self._scope.deadline = deadline + JUST_AFTER_S
+
+    @property
+    def cancel_called(self) -> bool:
+        return self._scope.cancel_called
+
+    def _pass(self) -> None:
+        self._before = self._task.cancelling()
+        self._scope.cancel()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def is_only_cause(self) -> bool:
+        """Whether nothing else has cancelled the task since it has passed. The scope was left."""
+        return self._task.cancelling() == self._before
+
+
 @contextlib.contextmanager
 def move_on_after_working(seconds: float) -> Iterator[None]:
     """Leave the block after that many seconds inside it, without those in ``clocks_stopped``."""
-    with anyio.move_on_after(seconds) as scope:
-        reset = _CLOCKS.set((*_CLOCKS.get(), Clock(scope)))
-        try:
+    scope, task = anyio.CancelScope(), current_task()
+    limit = None if task is None else _Limit(scope, task)
+    reset = _CLOCKS.set((*_CLOCKS.get(), Clock(limit or scope)))
+    try:
+        with scope:
+            (limit or scope).deadline = anyio.current_time() + seconds
             yield
-        finally:
-            _CLOCKS.reset(reset)
+    except asyncio.CancelledError:
+        if limit is None or not limit.is_only_cause:
+            raise
+    finally:
+        _CLOCKS.reset(reset)
+        if limit is not None:
+            limit.close()
 
 
 @contextlib.contextmanager
