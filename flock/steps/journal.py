@@ -598,7 +598,14 @@ class Journal:
             await self._deliver(stored, entry, cancellation)
             return self._end_of(planned, stored)
         self._failed.append((stored, None))
-        await self._replay.until_cancelled(entry)
+        try:
+            await self._replay.until_cancelled(entry)
+        except anyio.get_cancelled_exc_class():
+            if not self._replay.is_turn_of(entry):
+                await self._to_its_end(self._replay.turn_of(entry), cancellation)
+            raise
+        finally:
+            self._replay.cancelled_again(entry)
         if self.stops_on_change and not self._replay.has_end(planned.call_id):
             await self._stop(f"it does not cancel the call {planned.call_id!r} again")
         return await self._result_of(planned, cancellation)  # that of the next equal call, or it is executed
@@ -767,12 +774,15 @@ class Journal:
             error_type=call.error_type or "cancelled",
             raised=None,
             once=None,
-            place=self._replay.end(entry, is_cancelled=True),
+            place=(place := self._replay.end(entry, is_cancelled=True)),
             completed_at=now(),
         )
         self._failed.append((call, None))
-        with contextlib.suppress(Exception):  # the next call raises it
-            await self._store(call, cancellation)
+        try:
+            with contextlib.suppress(Exception):  # the next call raises it
+                await self._store(call, cancellation)
+        finally:
+            self._replay.saw(place)
 
     async def _stop(self, change: str) -> NoReturn:
         """End the step, because the program was changed."""
@@ -879,6 +889,19 @@ class Journal:
                 except asyncio.CancelledError:
                     note_late_cancellation()
             saving.result()
+
+    async def _to_its_end(self, wait: Coroutine[Any, Any, None], cancellation: Cancellation) -> None:
+        """Wait in spite of cancellations of this task, unless the run or the step is ending."""
+        if cancellation.task is None:  # trio
+            with anyio.CancelScope(shield=True):
+                await wait
+            return
+        waiting = asyncio.ensure_future(wait)
+        with anyio.CancelScope(shield=True):
+            while not (waiting.done() or self._is_closed or self.is_cut_off()):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([waiting])
+        waiting.cancel()
 
 
 def _as_asking(call: Call) -> Call:

@@ -73,6 +73,8 @@ class Replay:
         self._grace_s = grace_s
         self._time = loop_clock()
         self._began_at = self._recurred_at = self._struck_at = self._time()
+        #: how much longer it had taken before until the end that was delivered last
+        self._skipped_s = 0.0
         self._recurred = Signal()
         #: the last number, and that of the end that was delivered last
         self._number = self._last_end = 0
@@ -203,17 +205,17 @@ class Replay:
         return late.popleft()
 
     def end(self, entry: Entry, *, is_cancelled: bool = False) -> Place:
-        """A call ends in this execution. Return what is stored with it. Then ``turn``, unless it was cancelled."""
+        """A call ends in this execution. Return what is stored with it. Then ``turn``; or ``saw``, if cancelled."""
         end = self._next_number()
         if not is_cancelled:
             entry.end = end
-            self._ends[end] = None
+        self._ends[end] = None
         self._unwritten.pop(entry.start, None)
         return Place(
             start=entry.start,
             end=end,
             start_s=round(entry.start_s, 3),
-            end_s=round(self._time() - self._began_at, 3),
+            end_s=math.floor((self._time() - self._began_at) * 1000) / 1000,
             is_cancelled=is_cancelled,
             also=tuple(self._take_unwritten()),
         )
@@ -231,6 +233,11 @@ class Replay:
         """The answer for which a call waits has come while the step runs. Then ``turn``."""
         entry.stored, entry.is_unseen, entry.end = call, True, self._next_number()
         self._ends[entry.end] = None
+
+    def saw(self, place: Place) -> None:
+        """The program sees its cancellation of a call now."""
+        self._ends.pop(place.end, None)
+        self._advance()
 
     def forget(self, entry: Entry) -> None:
         """The end of a call is not stored, so it is not known that it has started."""
@@ -264,6 +271,7 @@ class Replay:
                 await anyio.lowlevel.checkpoint()
         finally:
             self._last_end = end
+            self._skipped_s += self._left_s(entry)
             self._ends.pop(end, None)
             if entry.stored is not None:
                 self._recur()
@@ -273,22 +281,33 @@ class Replay:
             self._unwritten[entry.start] = Mark(entry.call_id, entry.start, self._next_number())
 
     def _left_s(self, entry: Entry) -> float:
-        """Return for how long a stored call had not ended yet, this long after the step began."""
+        """Return for how long a stored call had not ended yet, this long after the end that was delivered last."""
         if entry.stored is None or entry.stored.place is None:
             return 0.0
-        return entry.stored.place.end_s - (self._time() - self._began_at)
+        return entry.stored.place.end_s - self._skipped_s - (self._time() - self._began_at)
 
     async def until_cancelled(self, entry: Entry) -> None:
-        """Wait until the program cancels a call again, for as long as it took before. Returns if it does not."""
+        """Wait until the program cancels a call again, for as long as it took before. Returns if it does not.
+
+        Then ``cancelled_again``, in both cases.
+        """
         assert entry.stored is not None
         assert entry.stored.place is not None
         self._to_cancel.add(entry.end)
-        try:
-            await self._is_in_vain(entry.stored.place.end_s, lambda: False)
-        finally:
-            self._to_cancel.discard(entry.end)
-            self._ends.pop(entry.end, None)
-            self._recur()
+        await self._is_in_vain(entry.stored.place.end_s, lambda: False)
+
+    def is_turn_of(self, entry: Entry) -> bool:
+        return self._is_turn(entry.end)
+
+    async def turn_of(self, entry: Entry) -> None:
+        """Wait until all is delivered that ended before the program saw this cancellation, as while a thread ran."""
+        while not self._is_turn(entry.end):
+            await self._wait_for_turn(entry.end)
+
+    def cancelled_again(self, entry: Entry) -> None:
+        self._to_cancel.discard(entry.end)
+        self._ends.pop(entry.end, None)
+        self._recur()
 
     async def replaced_by(self, call_id: str, name: str) -> Call | None:
         """Return a call that a new one seems to replace, since the program was changed; None if there is none.
