@@ -35,12 +35,16 @@ __all__ = ["Died", "Schedule", "Stuck", "execute", "live"]
 
 T = TypeVar("T")
 
-#: By how much a timer may be late, and how long a thread may take to start and to report its result, in seconds.
+#: By how much timers may be late, and a thread may take to start and to report its result, in seconds.
 LATE_S = (0.0, 0.0, 0.001, 0.02, 0.3)
 #: A program that has not ended after so many virtual seconds waits for something that never happens.
 HORIZON_S = 60.0
 #: Tasks that wake each other so many times, while no time passes, are busy waiting.
 BUSY_STEPS = 1000
+#: No program needs as many iterations.
+MAX_STEPS = 200_000
+#: After so many iterations while no time has passed, each takes some time, in seconds.
+QUICK_STEPS, STEP_S = 100, 1e-9
 
 
 class Stuck(Exception):
@@ -57,7 +61,7 @@ Base: Any = asyncio.BaseEventLoop  # whose private parts are used
 class Schedule(Base):  # type: ignore[misc]
     """An event loop in which *seed* decides what asyncio leaves open. Seed 0 has the order of asyncio without delays.
 
-    A task that is ready may be delayed until others that are ready have been executed, a timer may be late, and a
+    A task that is ready may be delayed until others that are ready have been executed, timers may be late, and a
     thread takes time to start and to report its result. Nothing else is reordered, because asyncio promises to call
     callbacks in the order in which they were registered, and libraries rely on it.
 
@@ -71,14 +75,21 @@ class Schedule(Base):  # type: ignore[misc]
     _ready: deque[asyncio.Handle]
 
     def __init__(
-        self, seed: int, *, begins_at: float = 0.0, horizon_s: float = HORIZON_S, is_traced: bool = True
+        self,
+        seed: int,
+        *,
+        begins_at: float = 0.0,
+        horizon_s: float = HORIZON_S,
+        is_traced: bool = True,
+        has_late_timers: bool = True,
     ) -> None:
         super().__init__()
+        self._late_s = LATE_S if seed and has_late_timers else LATE_S[:1]
         self._is_traced = is_traced
         self._seed, self._random, self._now, self._horizon = seed, random.Random(seed), begins_at, begins_at + horizon_s
         self._selector = self
         self._at: dict[int, Callable[[], object]] = {}
-        self._steps_now = self.steps = 0
+        self._steps_now, self.steps, self._max_steps = 0, 0, MAX_STEPS
         self.is_busy = False
         self.trace: list[str] = []
         self.threads: set[_Thread] = set()
@@ -88,20 +99,18 @@ class Schedule(Base):  # type: ignore[misc]
     def time(self) -> float:
         return self._now
 
+    def late_s(self) -> float:
+        return self._random.choice(self._late_s)
+
     def at(self, step: int, callback: Callable[[], object]) -> None:
         """Call *callback* at the beginning of an iteration."""
         self._at[step] = callback
-
-    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
-        late_s = self._random.choice(LATE_S) if self._seed else 0.0
-        timer: asyncio.TimerHandle = super().call_at(when + late_s, callback, *args, context=context)
-        return timer
 
     def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         # That of a store does not sleep, and a real thread takes longer than all that it does.
         is_quick = any(getattr(each, "__func__", None) is Database._write for each in args)
         thread = _Thread(self, lambda: func(*args), is_quick=is_quick)
-        self.call_later(0, thread.proceed)
+        self.call_later(self.late_s(), thread.proceed)
         future: asyncio.Future[T] = thread.future
         return future
 
@@ -124,9 +133,12 @@ class Schedule(Base):  # type: ignore[misc]
         self._steps_now = 0 if timeout else self._steps_now + 1
         if self._steps_now > BUSY_STEPS and self._scheduled:
             self.is_busy, self._steps_now, timeout = True, 0, max(0.0, self._scheduled[0].when() - self._now)
-        self._now += timeout or 0.0
-        if timeout is None or self._now > self._horizon:
-            self._horizon = self._now + HORIZON_S  # to close the loop
+        if timeout:  # all timers are late, in their order
+            self._now += timeout + self.late_s()
+        elif self._steps_now > QUICK_STEPS:  # a wait whose end is nearer than a float can tell does not last for ever
+            self._now += STEP_S
+        if timeout is None or self._now > self._horizon or self.steps > self._max_steps:
+            self._horizon, self._max_steps = self._now + HORIZON_S, self.steps + MAX_STEPS  # to close the loop
             raise Stuck("\n".join([f"No end after {self._now:g} s:", *sorted(map(_where, asyncio.all_tasks(self)))]))
         return []
 
@@ -173,7 +185,7 @@ class _Thread(threading.Thread):
             report, result = self.future.set_exception, exc
         self.loop.threads.discard(self)
         if not self.loop.is_closed():
-            self.loop.call_later(0, self._report, report, result)
+            self.loop.call_later(self.loop.late_s(), self._report, report, result)
         self._has_stopped.release()
 
     def _report(self, report: Callable[[Any], None], result: Any) -> None:

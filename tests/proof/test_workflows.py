@@ -4,14 +4,17 @@ import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from flock.steps.journal import Journal
 from flock.store import queries
+from tests.proof.generator import CLASSES, End, Fate
 from tests.proof.interpreter import interpret
-from tests.proof.lives import End, Fate, processes
-from tests.proof.many import execute_some
-from tests.proof.workflows import CLASSES, Statement
+from tests.proof.lives import processes
+from tests.proof.many import execute_seeds, execute_some
+from tests.proof.memory import memories
+from tests.proof.workflows import Statement
 
 Attempt = Callable[[Statement, Fate], None]
 
@@ -22,9 +25,20 @@ def attempt() -> Iterator[Attempt]:
         yield attempt
 
 
+@pytest.fixture(scope="module")
+def attempt_in_memory() -> Iterator[Attempt]:
+    with memories() as attempt:
+        yield attempt
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_is_done_stays_done(name: str, attempt: Attempt) -> None:
     execute_some(name, 4, 0, attempt)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_is_done_stays_done_in_memory(name: str, attempt_in_memory: Attempt) -> None:
+    execute_seeds(name, range(20), attempt_in_memory)
 
 
 @pytest.mark.nightly
@@ -91,6 +105,46 @@ def test_what_was_found(name: str, attempt: Attempt) -> None:
     events = 100 if "question" in name else 2 * expected.begun.total() + len(expected.decisions) - 1
     for event in (events, 0):
         attempt(FOUND[name], Fate(is_stored=True, ends=(End(event, 5),)))
+
+
+#: Those that have failed in memory, each with its fate. ``python -m tests.proof --in-memory --program`` shows them.
+FOUND_IN_MEMORY = {
+    "a call that ends while the cancellation of another one is stored": (
+        '[{"kind":"loop","parts":[{"kind":"first","parts":[{"kind":"first","parts":[{"kind":"first",'
+        '"parts":[{"kind":"block_and_fail","n":11,"seconds":0.401414},{"kind":"block_and_fail","n":12,'
+        '"seconds":0.401732}],"n":9},{"kind":"work","n":15,"seconds":0.402646}],"n":8}],"n":7}],"n":6,'
+        '"times":3},{"seed":384,"is_stored":true,"ends":[[6,0,true]]}]'
+    ),
+    "a call that ends while the thread of a cancelled one runs": (
+        '[{"kind":"try","parts":[{"kind":"completed","parts":[{"kind":"first","parts":[{"kind":"block","n":8,'
+        '"seconds":0.402236},{"kind":"work","n":9,"seconds":0.102646}]},{"kind":"tool",'
+        '"parts":[{"kind":"work","n":15,"seconds":0.404123}],"limit_s":0.304359}]},{"kind":"work","n":19,'
+        '"seconds":0.106083}]},{"is_stored":true,"ends":[[5,10,true]]}]'
+    ),
+    "a race in which a call ends while another one is stored": (
+        '[{"kind":"seq","parts":[{"kind":"first","parts":[{"kind":"first","parts":[{"kind":"work",'
+        '"seconds":0.101414,"is_equal":true},{"kind":"seq","parts":[{"kind":"plain","times":3},'
+        '{"kind":"work","n":9,"seconds":0.101732}]}]},{"kind":"loop","parts":[{"kind":"work","n":11,'
+        '"seconds":0.402236}],"times":3},{"kind":"first","parts":[{"kind":"seq","parts":[{"kind":"plain",'
+        '"times":3},{"kind":"work","n":17,"seconds":0.103606}]}]}]},{"kind":"work","n":21,'
+        '"seconds":0.106083}]},{"seed":606,"is_stored":true,"ends":[[3,10,true],[9,0,false]]}]'
+    ),
+    "a time-out after a loop": (
+        '[{"kind":"seq","parts":[{"kind":"loop","parts":[{"kind":"work","n":5,"seconds":0.201414}],'
+        '"times":2},{"kind":"agent","parts":[{"kind":"wait","parts":[{"kind":"fail","seconds":0.201732,'
+        '"is_equal":true},{"kind":"fail","n":11,"seconds":0.402646}],"limit_s":0.303317}]}]},'
+        '{"is_stored":true,"ends":[[8,10,true]]}]'
+    ),
+    "the time-out of a call in which a group has failed": (
+        '[{"kind":"tool","parts":[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"fail","n":10,'
+        '"seconds":0.201732}]},{"kind":"work","n":16,"seconds":0.403606}]}],"limit_s":0.305385},{}]'
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND_IN_MEMORY)
+def test_what_was_found_in_memory(name: str, attempt_in_memory: Attempt) -> None:
+    attempt_in_memory(*msgspec.json.decode(FOUND_IN_MEMORY[name], type=tuple[Statement, Fate]))
 
 
 def test_a_call_that_a_store_forgets_is_found(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:

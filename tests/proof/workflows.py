@@ -2,36 +2,33 @@
 
 No two events of a program are at the same instant, because all sums of its durations differ. So their order is known.
 What the context can do next needs a kind here: its line in ``text``, what it does in ``Walk``, its draw in
-``programs``, and what comes out of it in ``interpreter``.
+``generator``, and what comes out of it in ``interpreter``.
 """
 
 import asyncio
 import contextlib
 import itertools
-import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
-from hypothesis import strategies as st
-from msgspec.structs import replace
 
 from flock.core import Flock
 from flock.runs import RunContext
 
 __all__ = [
     "CALLS",
-    "CLASSES",
     "FLOCK",
     "LIVES",
+    "TIMEOUTS",
+    "Kind",
     "Life",
     "Oops",
     "Statement",
     "Walk",
     "described",
-    "programs",
     "text",
     "total",
 ]
@@ -62,6 +59,7 @@ Kind = Literal[
     "loop",
     "case",
 ]
+TIMEOUTS = ("timeout", "wait")
 CALLS = ("work", "fail", "flaky", "block", "block_and_fail")
 
 
@@ -383,98 +381,3 @@ class Walk(NamedTuple):
             raise
         self.life.decided(at, order)
         return values
-
-
-# Random programs
-
-SECONDS = (0.1, 0.2, 0.4, 0.8)
-LIMITS_S = (0.15, 0.3, 0.6, 1.2)
-#: Seconds of plain code: the last one is longer than an engine waits for something that has happened before. If they
-#: are random, they differ by less than that.
-SLOW_S = (0.05, 0.5, 3.0, 9.0)
-PRIMES = [n for n in range(2, 2000) if all(n % m for m in range(2, n))]
-
-_SIMPLE = {*CALLS, "plain", "seq", "try", "loop", "case", "tool", "agent"}
-#: Which kinds the programs of a class have.
-CLASSES: dict[str, Collection[str]] = {
-    "calls": _SIMPLE,
-    "gather": _SIMPLE | {"gather"},
-    "questions": _SIMPLE | {"gather", "ask"},
-    "groups": (_SIMPLE | {"group"}) - {"tool", "agent"},
-    "groups in calls": _SIMPLE | {"group"},
-    "races": _SIMPLE | {"first"},
-    "as_completed": _SIMPLE | {"completed"},
-    "timeouts": _SIMPLE | {"timeout", "wait"},
-    "everything": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait"},
-    "slow plain code": _SIMPLE | {"gather", "ask", "slow"},
-    "everything, slow": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait", "slow"},
-}
-
-
-def programs(kinds: Collection[str]) -> st.SearchStrategy[Statement]:
-    """Return programs of some kinds of statements. Unless "slow" is one of them, plain code takes no time."""
-    seconds, limits = st.sampled_from(SECONDS), st.none() | st.sampled_from(LIMITS_S)
-    work, retried = st.sampled_from(["work", "fail"]), st.sampled_from(["work", "fail", "flaky"])
-    slow_s = st.sampled_from(SLOW_S) if "slow" in kinds else st.just(0.0)
-    leaves: dict[str, st.SearchStrategy[Statement]] = {
-        "work": st.builds(Statement, st.just("work"), seconds=seconds),
-        "fail": st.builds(Statement, work, seconds=seconds, is_equal=st.booleans()),
-        "flaky": st.builds(Statement, retried, seconds=seconds, retries=st.integers(0, 2), limit_s=limits),
-        "block": st.builds(Statement, st.sampled_from(["block", "block_and_fail"]), seconds=seconds),
-        "ask": st.just(Statement("ask")),
-        # A call follows: if a task ends with plain code, no journal can tell whether it ends before another one.
-        "plain": st.builds(
-            lambda plain, call: Statement("seq", (plain, call)),
-            st.builds(
-                Statement,
-                st.just("plain"),
-                times=st.sampled_from([1, 3, 20]),
-                seconds=slow_s,
-                is_random=st.booleans() if "slow" in kinds else st.just(False),
-            ),
-            st.builds(Statement, st.just("work"), seconds=seconds),
-        ),
-    }
-
-    def more(parts: st.SearchStrategy[Statement]) -> st.SearchStrategy[Statement]:
-        one, two, some = (st.lists(parts, min_size=n, max_size=m).map(tuple) for n, m in ((1, 1), (2, 2), (2, 4)))
-        limit = st.sampled_from(LIMITS_S)
-        known = {kind: st.builds(Statement, st.just(kind), some) for kind in ("seq", "gather", "group", "first")}
-        known |= {
-            "completed": st.builds(Statement, st.just("completed"), some),
-            "wait": st.builds(Statement, st.just("wait"), some, limit_s=limit),
-            "timeout": st.builds(Statement, st.just("timeout"), one, limit_s=limit),
-            "try": st.builds(Statement, st.just("try"), two),
-            "loop": st.builds(Statement, st.just("loop"), one, times=st.integers(2, 3)),
-            "case": st.builds(Statement, st.just("case"), st.lists(parts, min_size=3, max_size=3).map(tuple)),
-            "tool": st.builds(Statement, st.just("tool"), one, limit_s=limits),
-            "agent": st.builds(Statement, st.just("agent"), one),
-        }
-        return st.one_of([known[kind] for kind in known if kind in kinds for _ in range(1 if kind in _SIMPLE else 4)])
-
-    whole = st.recursive(st.one_of([leaves[kind] for kind in leaves if kind in kinds]), more, max_leaves=8)
-    last = Statement("work", seconds=SECONDS[0])  # so that a process can die after what comes before, or has failed
-    caught = whole.map(lambda first: Statement("try", (first, last)))
-    return st.one_of(caught, caught, whole).map(lambda first: numbered(Statement("seq", (first, last, last))))
-
-
-def numbered(statement: Statement) -> Statement:
-    """Give each statement its number, and each duration a part of its own."""
-    numbers, parts = itertools.count(1), iter(PRIMES)
-
-    def own(seconds: float) -> float:
-        return round(seconds + math.sqrt(next(parts)) / 1000, 6)
-
-    def give(s: Statement) -> Statement:
-        n, limit_s = next(numbers), s.limit_s
-        if s.kind == "tool" and any(each.kind.startswith("block") for each in s.all):
-            limit_s = None  # a thread cannot be cancelled, so whether the tool is too late depends on what follows it
-        return replace(
-            s,
-            n=0 if s.is_equal else n,
-            parts=tuple(map(give, s.parts)),
-            seconds=own(s.seconds) if s.seconds else 0.0,
-            limit_s=None if limit_s is None else own(limit_s),
-        )
-
-    return give(statement)

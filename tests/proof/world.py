@@ -1,0 +1,283 @@
+"""What a random program does in all processes of its run, and the promises that are broken while it does that."""
+
+import contextlib
+import gc
+import logging
+import random
+import shlex
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from flock.limits import Limits
+from flock.runs import Observer, Run, RunContext, RunStatus
+from tests.proof.generator import End, Fate
+from tests.proof.interpreter import interpret
+from tests.proof.schedules import Died, Schedule, Stuck, live
+from tests.proof.workflows import CALLS, FLOCK, LIVES, TIMEOUTS, Statement, Walk, text
+
+__all__ = ["ANSWER_S", "LIMITS", "Life", "World", "attempt", "die", "in_processes", "quiet"]
+
+#: How long a process is down, and how long a person may take to answer, in seconds.
+DOWN_S, ANSWER_S = 1.0, (0.0, 0.3, 2.0, 30.0)
+#: A run that has not ended after so many virtual seconds in one process never ends.
+HORIZON_S = 900.0
+LIMITS = Limits(max_threads=50, max_recoveries=100)
+#: After how many runs the garbage of their processes is collected.
+RUNS_OF_GARBAGE = 10
+
+
+class Life:
+    """One execution of the step. See ``workflows.Life``."""
+
+    def __init__(self, world: "World") -> None:
+        self.world, self.is_alive = world, True
+        #: its engine stops; or the agent has returned, so that tasks that it has left see nothing but cancellation
+        self.is_stopping = self.is_over = False
+        self.bodies: dict[str, tuple[Walk, Statement]] = {}
+        #: the side effects that earlier lives have finished, and the places of those that this one has begun
+        self.done, self.begun = frozenset(world.done), Counter[str]()
+        self._cancelled = set[str]()
+
+    def random_s(self, seconds: float) -> float:
+        return seconds * (1 + self.world.random.random()) / 2
+
+    def saw(self, at: str, outcome: Any, statement: Statement) -> None:
+        if not self.is_alive or self.is_over:
+            return
+        if self.is_stopping:
+            self.world.last_seen[at] = outcome
+        else:
+            self.world.saw(at, outcome, statement)
+
+    def decided(self, at: str, decision: Any) -> None:
+        if not self.is_alive or self.is_over:
+            return
+        if self.is_stopping:
+            self.world.last_decisions[at] = decision
+        else:
+            self.world.decided(at, decision)
+
+    def cancelled(self, at: str) -> None:
+        self._cancelled.add(at)
+
+    def cut_off(self, at: str) -> None:
+        if self.is_alive and not self.is_stopping and not self.is_over:
+            below = {each for each in self._cancelled if each.startswith(f"{at}.")}
+            self.world.done |= below
+            self._cancelled -= below
+
+    @contextlib.contextmanager
+    def executing(self, at: str, effect: Statement) -> Iterator[bool]:
+        if self.is_alive:
+            self.begun[at] += 1
+            self.world.begin(self, at, effect)
+        yield self.begun[at] <= 1
+
+
+class World(Observer):
+    """What a program has done in all processes, and the promises that are broken while it does that.
+
+    Attributes:
+        done: the places of the side effects whose end the program has seen.
+        seen: the outcome that it has seen, by place.
+    """
+
+    def __init__(self, program: Statement, fate: Fate) -> None:
+        self.program, self.random = program, random.Random(fate.seed)
+        self.lives, self.run_id = list[Life](), ""
+        #: it takes the same branches again. No journal knows how long plain code takes, so it may delay a call until
+        #: the engine waits no longer for it, or a time-out comes first. Equal calls are told apart by their arrival
+        is_slow = any(each.kind == "plain" and each.seconds for each in program.all)
+        self.is_ordered = not is_slow and not (fate.seed and any(each.is_equal for each in program.all))
+        #: no journal knows how late a time-out of the program was, so none is late
+        self.has_late_timers = fate.seed and not any(each.kind in TIMEOUTS for each in program.all)
+        self.done, self.seen, self.decisions = set[str](), dict[str, Any](), dict[str, Any]()
+        #: the same while an engine stops, which may also raise errors of its own. They count if the run ends with them
+        self.last_seen, self.last_decisions = dict[str, Any](), dict[str, Any]()
+        self.begun, self.answered = Counter[str](), set[str]()
+        self.problems = list[str]()
+        self.at(None)
+        self._has_ended = False
+
+    def at(self, end: End | None, loop: Schedule | None = None, then: Callable[[], object] = lambda: None) -> None:
+        """Call *then* at an end in this process."""
+        self._end, self._loop, self._then, self._events = end, loop, then, -1
+        self._event()
+
+    def _event(self) -> None:
+        self._events += 1
+        if self._loop is not None and self._end is not None and self._events == self._end.event:
+            self._loop.at(self._loop.steps + 1 + self._end.steps, self._then)
+
+    def problem(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def new_life(self) -> Life:
+        self.end_lives()
+        self.lives.append(life := Life(self))
+        LIVES[:] = [life]
+        return life
+
+    def stop(self) -> None:
+        for life in self.lives:
+            life.is_stopping = True
+
+    def end_lives(self) -> None:
+        for life in self.lives:
+            life.is_alive = False
+
+    def run_ended(self, run: Run) -> None:
+        self._has_ended = True
+
+    def begin(self, life: Life, at: str, effect: Statement) -> None:
+        self.begun[at] += 1
+        self._event()
+        if self._has_ended:
+            self.problem(f"{effect.kind} at {at} is executed after the run has ended")
+        if effect.is_equal:
+            return  # which one of them is executed again may differ
+        if at in life.done:
+            self.problem(f"{effect.kind}({effect.n}) is executed again: the program has seen its end, or cancelled it")
+        elif life.begun[at] > effect.retries + 1:
+            self.problem(f"{effect.kind}({effect.n}) is executed {life.begun[at]} times")
+
+    def saw(self, at: str, outcome: Any, statement: Statement) -> None:
+        self._event()
+        before, self.seen[at] = self.seen.get(at, outcome), outcome
+        self.done.add(at)
+        if before != outcome and (self.is_ordered or statement.kind in (*CALLS, "ask")):
+            self.problem(f"the program saw {before} at {at}, and now {outcome}")
+
+    def decided(self, at: str, decision: Any) -> None:
+        self._event()
+        before, self.decisions[at] = self.decisions.get(at, decision), decision
+        if before != decision and self.is_ordered:
+            self.problem(f"the program went on with {before} at {at}, and now with {decision}")
+
+
+#: The one that is executed, and how many there were.
+WORLDS: list[World] = []
+ATTEMPTS = [0]
+
+
+@FLOCK.agent
+async def main(context: RunContext) -> Any:
+    life = WORLDS[-1].new_life()
+    try:
+        return await Walk(life, context).do(WORLDS[-1].program, "0")
+    finally:
+        life.is_over = True
+
+
+def attempt(program: Statement, fate: Fate, trial: Callable[[World, Fate, random.Random], Run], command: str) -> None:
+    """Execute a program once. Raises AssertionError if a promise is broken, with how to repeat it.
+
+    Args:
+        trial: executes the run until it has ended. Raises Stuck.
+        command: the option that repeats it.
+    """
+    world, rng = World(program, fate), random.Random(fate.seed)
+    WORLDS[:] = [world]
+    try:
+        _check(world, fate, trial(world, fate, rng))
+    except Stuck as exc:
+        world.problem(str(exc))
+    finally:
+        world.end_lives()
+        WORLDS.clear()
+        LIVES.clear()
+        ATTEMPTS[:] = [ATTEMPTS[0] + 1]
+        if not ATTEMPTS[0] % RUNS_OF_GARBAGE:
+            gc.collect()
+    if world.problems:
+        raise AssertionError(f"{'; '.join(world.problems)}\n\n{_repeated(program, fate, command)}")
+
+
+def in_processes(
+    world: World, fate: Fate, process: Callable[[int, End | None, Schedule], Coroutine[Any, Any, Run | None]]
+) -> Run:
+    """Execute a run in one process after the other. Return it when it has ended.
+
+    Args:
+        process: returns what the process of a number, from 0, does until its end; None is that of the run.
+    """
+    options: dict[str, Any] = {"horizon_s": HORIZON_S, "is_traced": False, "has_late_timers": world.has_late_timers}
+    at = 0.0
+    for number, end in enumerate((*fate.ends, None)):
+        loop = Schedule(fate.seed and fate.seed + number + 1, begins_at=at, **options)
+        with contextlib.suppress(Died):
+            run = live(process(number, end, loop), loop)
+            if run is not None:
+                return run
+        world.end_lives()
+        at = loop.time() + DOWN_S
+    raise AssertionError("the last process does not end before its run")
+
+
+def die() -> None:
+    raise Died
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let ``attempt`` collect the garbage, and let nobody complain of what dead processes have left."""
+    logging.disable(logging.CRITICAL)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+            warnings.simplefilter("ignore")  # of coroutines that were never started
+            patch.setattr(sys, "unraisablehook", lambda _: None)  # and of those that were running
+            patch.setattr(random, "random", lambda: 0.0)  # the pauses between tries
+            try:
+                yield
+            finally:
+                gc.collect()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        logging.disable(logging.NOTSET)
+
+
+def _repeated(program: Statement, fate: Fate, command: str) -> str:
+    """Return a program and its fate as text, and the command that repeats it."""
+    words = [f"The order of seed {fate.seed}, in {'a file' if fate.is_stored else 'memory'}."]
+    words += [f"Process {i} {'dies' if end.is_kill else 'stops'} {_when(end)}." for i, end in enumerate(fate.ends, 1)]
+    words += [] if fate.cancel is None else [f"In the last process the run is cancelled {_when(fate.cancel)}."]
+    json = shlex.quote(msgspec.json.encode([program, fate]).decode())
+    return f"{text(program)}\n\n{' '.join(words)}\nTo repeat it: python -m tests.proof {command} {json}"
+
+
+def _when(end: End) -> str:
+    return f"{end.steps} steps after event {end.event}"
+
+
+def _check(world: World, fate: Fate, run: Run) -> None:
+    """Check what has come out of a run that has ended."""
+    if fate.cancel is not None and run.status is RunStatus.CANCELLED:
+        return
+    outcome, decisions = (world.last_seen | world.seen).get("0", "nothing"), world.last_decisions | world.decisions
+    found = run.value["result"] if run.status is RunStatus.COMPLETED else outcome
+    if run.status is RunStatus.COMPLETED and found != outcome:
+        world.problem(f"the run has {found}, and the program {outcome}")
+    if run.status is not RunStatus.COMPLETED and not str(outcome).startswith("raised"):
+        world.problem(f"the run is {run.status}: {run.error_type}: {run.error}; the program has {outcome}")
+    expected = interpret(world.program, decisions)
+    if expected.outcome != outcome:
+        world.problem(f"the program has {outcome}, not {expected.outcome}")
+    has_questions = any(each.kind == "ask" for each in world.program.all)
+    is_exact = not fate.seed and not fate.ends and fate.cancel is None and not has_questions
+    if is_exact and not any(each.is_random for each in world.program.all):
+        expected = interpret(world.program)
+        if expected.decisions != decisions:
+            world.problem(f"the program went on with {decisions}, not {expected.decisions}")
+        if expected.begun != world.begun:
+            world.problem(f"executed {dict(world.begun)}, not {dict(expected.begun)}")
