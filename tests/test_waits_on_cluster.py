@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import runpy
+from datetime import timedelta
 from pathlib import Path
 
 import anyio
@@ -17,6 +18,7 @@ from flock.temporal.messages import (
     CALL_SIGNAL,
     Begun,
     CallDone,
+    Execution,
     Fence,
     batch_workflow_id,
     chunk_workflow_id,
@@ -213,7 +215,7 @@ async def test_what_a_worker_reports_after_the_next_one_has_begun_does_not_count
                     (early,) = (await engine.get_calls(await engine.get_run(run_id)))[0]
                     call_id = early.call_id.replace("early", "late")
                     late = Call(call_id=call_id, name="late", result=json_of(0), started_at=now(), completed_at=now())
-                    report = CallDone(step=0, call=late, by=(0, 1, 1))
+                    report = CallDone(step=0, call=late, by=Execution(0, 1, 1, early.started_at))
                     await engine.cluster.handle(workflow_id).signal(CALL_SIGNAL, report)
                 if number == 2:
                     (tmp_path / str(worker.pid)).touch()
@@ -228,13 +230,21 @@ async def test_what_a_worker_reports_after_the_next_one_has_begun_does_not_count
 
 
 def test_a_later_execution_is_one_of_a_later_generation_activity_or_attempt() -> None:
-    fence = Fence(1)
-    assert not fence.admits(Begun(by=(0, 7, 2)))
-    assert fence.admits(Begun(by=(1, 2, 3)))
-    assert [fence.admits(Begun(by=by)) for by in ((1, 2, 2), (1, 1, 4), (1, 2, 3), (1, 3, 1), None)] == [
-        *(False, False, True, True, True)
-    ]
-    assert fence.admits(Begun(item=1, by=(1, 1, 1)))
+    def admitted(generation: int, activity: int, attempt: int, minutes: int = 0, item: int = 0) -> bool:
+        by = Execution(generation, activity, attempt, at + timedelta(minutes=minutes))
+        return fence.admits(Begun(item=item, by=by))
+
+    fence, at = Fence(1), now()
+    assert not admitted(0, 7, 2)
+    assert admitted(1, 2, 3, minutes=3)
+    assert not admitted(1, 2, 2, minutes=2)
+    assert not admitted(1, 1, 4, minutes=4)
+    assert admitted(1, 1, 1, item=1)
+    assert fence.admits(Begun())
+    assert admitted(1, 2, 1, minutes=5)  # the attempts were reset
+    assert admitted(1, 2, 2, minutes=4)  # the clock has jumped back
+    assert admitted(1, 3, 1)
+    assert not admitted(1, 2, 2, minutes=4)
 
 
 # Many calls

@@ -59,6 +59,8 @@ Where data is stored:
 - Counts: in the memo of the batch for chunks that have ended, and in the memo of each running chunk. ``get_batch`` adds
   them to the counts in heartbeats. This needs no worker.
 - The items that each attempt covers: ``Attempt``, in orders and in the memo of the batch.
+- Finished calls, answers and messages: in signals to the workflow that has scheduled the step. A batch keeps messages
+  to items until it starts their chunk with them.
 - What principals have spent, and may spend in a day: in ``flock_account`` workflows (``flock.temporal.accounts``).
 - Idempotency keys and deleted runs: ``flock_mark`` workflows that never run (``flock.temporal.reservations``).
 
@@ -73,7 +75,8 @@ What happens when:
 - A batch is cancelled: the batch cancels its chunks, and these cancel ``run_items``. The memos say that all items stop.
 - A worker shuts down: its ``run_items`` return their progress, and the chunks schedule the remaining items.
 - A worker dies: after ``heartbeat_timeout_s`` the cluster retries its activities on other workers, with the last
-  heartbeats. From the second death on, each worker executes what was running in groups, with nothing beside them. What
+  heartbeats. The next worker signals that it has begun, and what the first one reports afterwards does not count
+  (``Fence``). From the second death on, each worker executes what was running in groups, with nothing beside them. What
   was alone in two deaths, and running in ``max_recoveries``, fails (``flock.temporal.suspects``).
 """
 

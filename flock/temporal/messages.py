@@ -109,17 +109,38 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
     at: datetime
 
 
+class Execution(msgspec.Struct, frozen=True, array_like=True):
+    """An attempt of an activity, which executes a step.
+
+    Attributes:
+        generation: see ``OfChunk``.
+        activity: its number in the workflow.
+        scheduled_at: when the cluster has scheduled the attempt.
+    """
+
+    generation: int
+    activity: int
+    attempt: int
+    scheduled_at: datetime
+
+    def is_before(self, other: "Execution") -> bool:
+        mine, others = (self.generation, self.activity), (other.generation, other.activity)
+        if mine != others:
+            return mine < others
+        # An operator may reset the attempts, and a clock may jump back.
+        return self.attempt < other.attempt and self.scheduled_at < other.scheduled_at
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker reports of a step while it executes it.
 
     Attributes:
         item: the position of the item, or 0 for a run.
-        by: which execution of the step reports it: the generation of the chunk, the number of the activity, and its
-            attempt, so that a later one is greater. None if it is the answer of a person, or of an earlier version.
+        by: the execution that reports it. None if it is the answer of a person, or of an earlier version.
     """
 
     item: int = 0
-    by: tuple[int, int, int] | None = None
+    by: Execution | None = None
 
 
 class CallsPage(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,14 +170,18 @@ class Fence:
     """
 
     def __init__(self, generation: int = 0) -> None:
-        self._least = (generation, 0, 0)
-        self._last: dict[int, tuple[int, int, int]] = {}
+        self._generation = generation
+        self._last: dict[int, Execution] = {}
 
     def admits(self, report: Report) -> bool:
-        if report.by is None:
+        """Whether a report counts. If it does, later ones of earlier executions do not."""
+        by = report.by
+        if by is None:
             return True
-        last = self._last[report.item] = max(self._last.get(report.item, self._least), report.by)
-        return report.by == last
+        if by.generation < self._generation or by.is_before(self._last.get(report.item, by)):
+            return False
+        self._last[report.item] = by
+        return True
 
 
 class Asked(Report, frozen=True, kw_only=True):

@@ -37,6 +37,7 @@ from flock.temporal.messages import (
     Begun,
     CallDone,
     CallsPage,
+    Execution,
     OfChunk,
     Report,
     Waits,
@@ -147,7 +148,8 @@ class ActivityStep(ActiveRun):
     def _as_reporter(self) -> dict[str, Any]:
         """The fields of ``Report``."""
         info, generation = activity.info(), 0 if self.of_chunk is None else self.of_chunk.generation
-        return {"item": self.run.position or 0, "by": (generation, int(info.activity_id), info.attempt)}
+        by = Execution(generation, int(info.activity_id), info.attempt, info.current_attempt_scheduled_time)
+        return {"item": self.run.position or 0, "by": by}
 
     async def _read_calls(self) -> Sequence[Call]:
         calls, is_last = list[Call](), False
