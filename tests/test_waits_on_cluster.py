@@ -18,6 +18,7 @@ from flock.temporal.messages import (
     CALL_SIGNAL,
     Begun,
     CallDone,
+    Calls,
     Execution,
     Fence,
     batch_workflow_id,
@@ -245,6 +246,19 @@ def test_a_later_execution_is_one_of_a_later_generation_activity_or_attempt() ->
     assert admitted(1, 2, 2, minutes=4)  # the clock has jumped back
     assert admitted(1, 3, 1)
     assert not admitted(1, 2, 2, minutes=4)
+
+
+def test_a_chunk_that_continues_as_new_keeps_its_calls() -> None:
+    """Also if the end of one, which has the position of its start, was reported by a later execution than the next."""
+
+    def done(name: str, attempt: int, once: str | None = None) -> CallDone:
+        call = Call(call_id=name, name=name, once=once, started_at=at, completed_at=at)
+        return CallDone(step=0, call=call, by=Execution(0, 1, attempt, at + timedelta(minutes=attempt)))
+
+    at = now()
+    calls = Calls([done("a", 1, "started"), done("b", 1), done("a", 2, "ended")])
+    kept = Calls(calls.all(), generation=1).of_step(0, 0)
+    assert [(call.name, call.once) for call in kept] == [("a", "ended"), ("b", None)]
 
 
 # Many calls

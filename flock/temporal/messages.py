@@ -460,10 +460,9 @@ class Calls:
         self._messages: dict[int, list[Sent]] = {}
         self._message_ids: set[str] = set()
         self._on_drop = on_drop
-        self.fence = Fence()
-        for done in calls:
-            self.add(done)
         self.fence = Fence(generation)
+        for done in calls:  # they count, whoever has reported them
+            self.add(replace(done, by=None))
         for sent in messages:
             self.keep(sent)
 
