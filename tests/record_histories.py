@@ -108,6 +108,38 @@ async def record_waits(engine: TemporalEngine) -> None:
     await record(engine, "chunk-completed-2-with-sleeps-and-messages", chunk_workflow_id(batch.batch_id, 0, 1))
 
 
+def running_flock() -> Flock:
+    flock = Flock("recorded")
+
+    async def slow() -> None:
+        await asyncio.sleep(2)
+
+    @flock.agent
+    async def wait(n: int, context: RunContext) -> str:
+        if n == 0:
+            await asyncio.sleep(1)
+        size = context.receive("size", int) if n in (0, 21) else asyncio.sleep(0)
+        return f"{n} {await asyncio.gather(size, context.call(slow) if n == 0 else asyncio.sleep(0))}"
+
+    return flock
+
+
+async def record_messages(engine: TemporalEngine) -> None:
+    """One is received by a step that still runs, and one is sent to an item before its chunk has started."""
+    run = await engine.submit("wait", {"n": 0})
+    await until_run(engine, run.run_id, lambda run: bool(run.waiting_for))
+    await engine.send_message(run.run_id, "size", msgspec.Raw(b"5"))
+    await engine.wait(run.run_id)
+    await record(engine, "completed-with-a-message-to-a-running-step", run_workflow_id(run.run_id, 1))
+    batch = await engine.submit_batch("wait", numbers(45), BatchOptions(max_workers=1))
+    items = await engine.get_items(batch.batch_id)
+    for n in (0, 21):
+        await engine.send_message(items[n].run_id, "size", msgspec.Raw(b"5"))
+    await ended(engine, batch)
+    await record(engine, "batch-completed-with-early-messages", batch_workflow_id(batch.batch_id, 1))
+    await record(engine, "chunk-completed-20-with-an-early-message", chunk_workflow_id(batch.batch_id, 1, 1))
+
+
 async def answered(engine: TemporalEngine, run_id: str) -> Run:
     """Answer all questions of a run, and return it when it has ended."""
     run = await engine.wait(run_id)
@@ -154,6 +186,8 @@ async def main() -> None:
             await record_questions(engine)
         async with engine_with_worker(f"127.0.0.1:{port}", waiting_flock()) as engine, engine:
             await record_waits(engine)
+        async with engine_with_worker(f"127.0.0.1:{port}", running_flock()) as engine, engine:
+            await record_messages(engine)
 
 
 if __name__ == "__main__":
