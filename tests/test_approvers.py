@@ -1,26 +1,31 @@
 """Who may answer a question, and that an answer belongs to what was asked."""
 
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import anyio
 import httpx
+import msgspec
 import pytest
+from msgspec.structs import replace
 from starlette.requests import HTTPConnection
 
 from flock.agents.tools import Tool
 from flock.core import Flock
 from flock.errors import CallNotFound, Conflict, DefinitionError, Forbidden, RunNotFound, StaleAnswer
-from flock.runs import Batch, BatchOptions, Engine, Principal, Run, RunContext, RunStatus
+from flock.runs import Batch, BatchOptions, Engine, Principal, QuestionFilter, Run, RunContext, RunStatus
+from flock.store import statements
 from flock.testing import FakeModel, Reply
 from flock.web.auth import KeyRing
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
-from tests.support.engines import OpenEngine, ended, until, until_run
+from tests.support.engines import OpenEngine, ended, sqlite_of, until, until_run
 from tests.support.http import check_problem, client_of, events_in
 from tests.test_approval import Till
 from tests.test_ask import asked, json_of, result_of, waiting
@@ -229,7 +234,7 @@ class Shop:
     """An app over an engine, and the requests of each principal to it."""
 
     def __init__(self, app: FlockAPI) -> None:
-        self.client = client_of(app)
+        self.app, self.client = app, client_of(app)
 
     async def send(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
         return await self.client.request(
@@ -595,3 +600,138 @@ def test_an_approval_that_cannot_work_is_an_error_at_the_definition(options: Any
     with pytest.raises(DefinitionError) as caught:
         Tool(Till().refund, **options)
     assert error in str(caught.value)
+
+
+# The list of open questions
+
+
+def asking_flock() -> Flock:
+    """A flock whose agent asks somebody with a role, or its owner, whichever its input says."""
+    flock = Flock("inbox")
+
+    @flock.agent
+    async def ask(q: str, context: RunContext) -> bool:
+        return await context.ask(f"{q}?", bool, answerer=q or None)
+
+    @flock.agent
+    async def other(q: str, context: RunContext) -> bool:
+        return await context.ask(f"{q}?", bool, answerer=q or None)
+
+    return flock
+
+
+async def listed(at: Shop, who: str, **query: Any) -> list[str]:
+    response = await at.send(who, "GET", "/questions", params=query)
+    assert response.status_code == 200, response.text
+    return [f"{each['agent_name']} {each['question']}" for each in response.json()["questions"]]
+
+
+async def test_everybody_lists_the_questions_that_he_may_answer(open_shop: OpenShop) -> None:
+    async with open_shop(asking_flock()) as at:
+        for agent_name, role, session in (("ask", "", None), ("ask", "refunds", "s"), ("other", "other", "s")):
+            body: Any = {"agent_name": agent_name, "inputs": {"q": role}, "async_run": True, "session_id": session}
+            response = await at.send("ann", "POST", "/run/flock", json=body)
+            run = await at.waiting(response.json()["run_id"])
+        with anyio.fail_after(PATIENCE_S):
+            while len(await listed(at, "cat")) < 2:  # noqa: ASYNC110 - the search of a cluster lags
+                await anyio.sleep(0.05)
+        expected = {
+            "ann": ["ask ?"],
+            "ops": ["ask ?"],
+            "bob": ["ask refunds?"],
+            "eve": ["other other?"],
+            "cat": ["other other?", "ask refunds?"],
+        }
+        assert {who: await listed(at, who) for who in expected} == expected
+        assert await listed(at, "cat", role="refunds") == ["ask refunds?"]
+        assert await listed(at, "cat", agent_name="other") == ["other other?"]
+        assert await listed(at, "cat", session_id="none") == []
+        assert await listed(at, "bob", role="other") == []
+        page = (await at.send("cat", "GET", "/questions?limit=1")).json()
+        assert [each["run_id"] for each in page["questions"]] == [run["run_id"]]
+        page = (await at.send("cat", "GET", page["next"])).json()
+        assert [each["question"] for each in page["questions"]] == ["refunds?"]
+        assert page["next"] is None
+        assert (await at.answer("eve", run, True)).status_code == 200
+        with anyio.fail_after(PATIENCE_S):
+            while await listed(at, "eve"):  # noqa: ASYNC110
+                await anyio.sleep(0.05)
+        check_problem(await at.send("ann", "GET", "/questions?limit=0"), 422)
+
+
+async def test_a_client_waits_for_a_question_and_follows_what_happens_to_it(open_shop: OpenShop) -> None:
+    async with open_shop(asking_flock()) as at:
+        engine, events = at.app.engine, list[tuple[str, str]]()
+        has_asked, has_closed, has_response = anyio.Event(), anyio.Event(), anyio.Event()
+
+        async def follow() -> None:
+            async with aclosing(engine.question_events(QuestionFilter(by=BOB))) as found:
+                async for event in found:
+                    if event is not None:
+                        events.append((event[0], event[1].question.question))
+                        (has_asked if event[0] == "question.asked" else has_closed).set()
+                        if has_closed.is_set():
+                            return
+
+        responses = list[Any]()
+
+        async def wait() -> None:
+            responses.append((await at.send("bob", "GET", "/questions?wait=60")).json())
+            has_response.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(follow)
+            tasks.start_soon(wait)
+            body = {"agent_name": "ask", "inputs": {"q": "refunds"}, "async_run": True}
+            run = (await at.send("ann", "POST", "/run/flock", json=body)).json()
+            run = await at.waiting(run["run_id"])
+            with anyio.fail_after(PATIENCE_S):
+                await has_asked.wait()
+                await has_response.wait()
+                await at.send("ann", "POST", f"/run/{run['run_id']}/cancel")
+                await has_closed.wait()
+        assert events == [("question.asked", "refunds?"), ("question.closed", "refunds?")]
+        assert [each["run_id"] for each in responses[0]["questions"]] == [run["run_id"]]
+
+
+async def test_an_inbox_of_10000_questions_is_read_in_pages_and_not_from_its_runs(tmp_path: Path) -> None:
+    """The query for a page is searched with an index, and reads nothing of a run but its status."""
+    flock = asking_flock()
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await asked(engine, "ask", {"q": "refunds"}, principal="ann")
+        store, (question,) = sqlite_of(engine), run.waiting_for
+
+        def fill(db: sqlite3.Connection) -> None:
+            columns = [row[1] for row in db.execute("PRAGMA table_info(runs)")]
+            columns = [name for name in columns if name not in ("run_id", "waiting_for")]
+            ids = [f"{run.run_id[:-5]}{number:05d}" for number in range(10_000)]
+            names = ", ".join(columns)
+            for id_ in ids:
+                copy = f"INSERT INTO runs ({names}, run_id) SELECT {names}, ? FROM runs WHERE run_id = ?"
+                db.execute(copy, (id_, run.run_id))
+            waits = msgspec.json.encode([replace(question, arguments=json_of({"text": "x" * 1000}))])
+            db.executemany("UPDATE runs SET waiting_for = ? WHERE run_id = ?", [(waits, id_) for id_ in ids])
+
+        await store.change(fill)
+        wanted, found = QuestionFilter(by=BOB, limit=1000), set[str]()
+        page = await engine.list_questions(wanted)
+        while page:
+            assert len(page) <= 1000
+            found |= {each.run_id for each in page}
+            if not page.has_more:
+                break
+            page = await engine.list_questions(replace(wanted, after=page[-1].run_id))
+        assert len(found) == 10_001
+        query = statements.open_questions(["role0"], "owner", [])
+        values = {"flock": "inbox", "role0": "refunds", "owner": "bob", "after": "~"}
+        reads = [row[3] for row in store.read(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}", values).fetchall())]
+    assert not any(line.startswith("SCAN") or "TEMP B-TREE" in line for line in reads), reads
+
+
+async def test_an_app_that_identifies_nobody_lists_the_questions_of_its_owners_only(model: FakeModel) -> None:
+    app = create_app(asking_flock(), auth="anybody")
+    async with app.lifespan(), client_of(app) as client:
+        for role in ("", "refunds"):
+            await client.post("/run/flock", json={"agent_name": "ask", "inputs": {"q": role}})
+        questions = (await client.get("/questions")).json()["questions"]
+    assert [each["question"] for each in questions] == ["?"]

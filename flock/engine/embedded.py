@@ -60,6 +60,8 @@ from flock.runs import (
     Observer,
     Page,
     Principal,
+    QuestionFilter,
+    QuestionPage,
     Queue,
     RetriedCalls,
     Run,
@@ -472,6 +474,9 @@ class EmbeddedEngine(EngineBase):
             active.update(replace(active.run, waiting_for=left))
         self._note_answer(run_id)
         return started or await self.get_outline(run_id)
+
+    async def _questions(self, wanted: QuestionFilter) -> QuestionPage:
+        return await self.store.list_questions(self._flock, wanted)
 
     async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
         self._check_entered()

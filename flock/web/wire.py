@@ -55,6 +55,9 @@ __all__ = [
     "Health",
     "Problem",
     "Question",
+    "QuestionEventsQuery",
+    "QuestionList",
+    "QuestionsQuery",
     "Readiness",
     "ResultsQuery",
     "RunCall",
@@ -278,6 +281,25 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return not isinstance(self.include, msgspec.UnsetType) and name in self.include
 
 
+class QuestionsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The filter of a list of open questions, and the number of seconds to wait for one if there is none."""
+
+    role: str | msgspec.UnsetType = msgspec.UNSET
+    agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
+    after: UUID | msgspec.UnsetType = msgspec.UNSET
+    wait: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 0
+
+
+class QuestionEventsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The filter of a stream of open questions."""
+
+    role: str | msgspec.UnsetType = msgspec.UNSET
+    agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
+
+
 def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
     """Convert the query of an upload to the request of a JSON body, without rows. Raises InvalidData."""
     options = msgspec.structs.asdict(query)
@@ -378,6 +400,13 @@ class AskedQuestion(Question, frozen=True, kw_only=True):
     output: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     answered_by: str | msgspec.UnsetType = msgspec.UNSET
     answered_at: Time | msgspec.UnsetType = msgspec.UNSET
+
+
+class QuestionList(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of open questions, the newest run first, with ``next`` as in ``RunList``."""
+
+    questions: list[AskedQuestion]
+    next: str | None
 
 
 class Wait(msgspec.Struct, frozen=True, kw_only=True):
