@@ -19,7 +19,9 @@ from flock.agents.tools import Tool
 from flock.core import Flock
 from flock.errors import CallNotFound, Conflict, DefinitionError, Forbidden, RunNotFound, StaleAnswer
 from flock.runs import Batch, BatchOptions, Engine, Principal, QuestionFilter, Run, RunContext, RunStatus
+from flock.steps.identity import asking_call
 from flock.store import statements
+from flock.store.migrations import MIGRATIONS
 from flock.testing import FakeModel, Reply
 from flock.web.auth import KeyRing
 from flockapi import FlockAPI, create_app
@@ -735,3 +737,84 @@ async def test_an_app_that_identifies_nobody_lists_the_questions_of_its_owners_o
             await client.post("/run/flock", json={"agent_name": "ask", "inputs": {"q": role}})
         questions = (await client.get("/questions")).json()["questions"]
     assert [each["question"] for each in questions] == ["?"]
+
+
+# What an earlier version has begun
+
+
+async def test_a_question_of_an_earlier_version_is_listed_and_answered(tmp_path: Path) -> None:
+    """Its id was that of the call. A store of that version has no table of questions."""
+    flock, store = asking_flock(), tmp_path / "flock.db"
+    async with flock.engine(store=store) as engine:
+        run = await asked(engine, "ask", {"q": ""}, principal="ann")
+    old_id = asking_call(run.waiting_for[0].call_id)
+    with sqlite3.connect(store) as db:
+        db.execute("DROP TRIGGER questions_asked")
+        db.execute("DROP TABLE questions")
+        for table, column in (
+            *(("calls", "answered_by"), ("calls", "four_eyes"), ("runs", "retried_by"), ("batches", "retried_by")),
+            ("runs", "caller"),
+        ):
+            db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        waits = msgspec.json.encode([replace(run.waiting_for[0], call_id=old_id)])
+        db.execute("UPDATE runs SET waiting_for = ?", (waits,))
+        first = next(number for number, each in enumerate(MIGRATIONS) if "CREATE TABLE questions" in each[0])
+        db.execute(f"PRAGMA user_version = {first}")
+    db.close()
+    async with flock.engine(store=store) as engine:
+        assert [each.question.call_id for each in await engine.list_questions(QuestionFilter(by=ANN))] == [old_id]
+        with pytest.raises(RunNotFound):
+            await engine.answer_call(run.run_id, old_id, json_of(True), BOB)
+        await engine.answer_call(run.run_id, old_id, json_of(True), ANN)
+        assert await result_of(engine, run.run_id) is True
+        asked_before = await engine.get_question(run.run_id, old_id, ANN)
+        assert (asked_before.status, asked_before.answered_by) == ("answered", "ann")
+
+
+async def test_who_has_lost_the_role_since_may_no_longer_answer(model: FakeModel) -> None:
+    model.replies = [refund(40), DONE]
+    till = Till()
+    flock = shop(till, approver="refunds")
+    app = create_app(flock, engine=flock.engine(transport=model.transport), api_keys=KEYS)
+    async with app.lifespan():
+        at = Shop(app)
+        run = await at.ask()
+        assert app.keys is not None
+        app.keys.replace({name.replace("bob:role:refunds", "bob"): key for name, key in KEYS.items()})
+        check_problem(await at.answer("bob", run, YES), 404)
+        assert (await at.answer("cat", run, YES)).status_code == 200
+        assert (await at.done(run))["status"] == "completed"
+    assert till.paid == [40]
+
+
+async def test_an_answer_after_its_time_is_stale(open_engine: OpenEngine) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        return await context.ask("Now?", bool, expires_s=0.5, answerer="refunds")
+
+    async with open_engine(flock) as engine:
+        run = await asked(engine, "work", principal="ann")
+        call_id = run.waiting_for[0].call_id
+        await until_run(engine, run.run_id, lambda run: run.status.is_final)
+        with pytest.raises(StaleAnswer, match="can no longer be answered"):
+            await engine.answer_call(run.run_id, call_id, json_of(True), BOB)
+        assert (await engine.get_question(run.run_id, call_id, BOB)).status == "closed"
+        assert await engine.list_questions(QuestionFilter(by=BOB)) == []
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["a run of others", "no run"])
+async def test_a_stranger_learns_nothing_from_the_error_about_a_question(is_known: bool, open_shop: OpenShop) -> None:
+    """It is the same as for a run that does not exist, whether the id is forged, foreign or right."""
+    async with open_shop(asking_flock()) as at:
+        body = {"agent_name": "ask", "inputs": {"q": "refunds"}, "async_run": True}
+        run = await at.waiting((await at.send("ann", "POST", "/run/flock", json=body)).json()["run_id"])
+        run_id = run["run_id"] if is_known else "01a21894-71c3-7c0a-80ab-b29b3cf90781"
+        for call_id in (run["waiting_for"][0]["call_id"], "ask:0123456789abcdef@1.0123456789abcdef", "x" * 4000):
+            for method in ("GET", "POST"):
+                path = f"/run/{run_id}/calls/{quote(call_id)}"
+                more = {"json": {"output": True}} if method == "POST" else {}
+                problem = check_problem(await at.send("eve", method, path, **more), 404)
+                expected = f"There is no run with the id '{run_id}'. It was never accepted, or is no longer stored."
+                assert (problem["type"], problem["detail"]) == ("urn:flockapi:problem:unknown-run", expected)
