@@ -39,7 +39,19 @@ from flock.errors import DefinitionError, FlockError, Replayed, StoreError
 from flock.extras import pip_install
 from flock.options import Option, check, replaced
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
-from flock.runs import DOLLAR, Batch, BatchFilter, Engine, Event, LongJSON, Run, RunFilter, RunStatus, now
+from flock.runs import (
+    DOLLAR,
+    Batch,
+    BatchFilter,
+    Engine,
+    Event,
+    LongJSON,
+    QuestionFilter,
+    Run,
+    RunFilter,
+    RunStatus,
+    now,
+)
 from flock.runs.events import end_id
 from flock.runs.records import shown_as
 from flock.runs.usage import next_day
@@ -308,6 +320,8 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
         AppRoute("access", "POST", "/run/batch", run_batch),
         AppRoute("access", "GET DELETE", "/run/{run_id}", one_run),
         AppRoute("access", "GET", "/runs", list_runs),
+        AppRoute("access", "GET", "/questions", list_questions),
+        AppRoute("access", "GET", "/questions/events", question_events),
         AppRoute("access", "GET", "/agents/{name}", get_agent),
         AppRoute("access", "POST", "/run/{run_id}/cancel", cancel_run),
         AppRoute("access", "POST", "/run/{run_id}/retry", retry_run),
@@ -445,6 +459,37 @@ async def retry_run(request: Request) -> Response:
     retry, engine = wire.RUN_RETRY.decode(await read_json(request, is_optional=True)), await engine_of(request)
     run = await engine.retry_run(request.path_params["run_id"], retry.max_cost, calls=retry.calls)
     return await run_response(request, run, 202)
+
+
+async def list_questions(request: Request) -> Response:
+    """GET /questions: the open questions that the caller may answer."""
+    query = query_of(request, wire.QuestionsQuery)
+    sent = parameters_of(query)
+    wait_s = min(sent.pop("wait"), app_of(request).options.max_wait_s)
+    waiting = (await engine_of(request)).list_questions(QuestionFilter(by=ANYBODY, **sent), wait_s)
+    page = await (while_connected(request, waiting) if wait_s else waiting)
+    path, headers = next_page(request, page[-1].run_id if page.has_more else None)
+    body = wire.QuestionList(questions=list(map(wire.asked_question, page)), next=path)
+    return PageResponse(body, download_slot(request), headers=headers)
+
+
+async def question_events(request: Request) -> Response:
+    """GET /questions/events: the open questions that the caller may answer, and what happens to them."""
+    sent, engine = parameters_of(query_of(request, wire.QuestionEventsQuery)), await engine_of(request)
+
+    async def events() -> AsyncGenerator[Event | None, None]:
+        async with contextlib.aclosing(engine.question_events(QuestionFilter(by=ANYBODY, **sent))) as found:
+            async for event in found:
+                if event is None:
+                    yield None
+                    continue
+                name, asked = event
+                data = msgspec.structs.asdict(wire.asked_question(asked))
+                if name == "question.closed":
+                    data = {"run_id": asked.run_id, "call_id": asked.question.call_id}
+                yield Event(id=None, name=name, data={k: v for k, v in data.items() if v is not msgspec.UNSET})
+
+    return event_stream(request, engine, events())
 
 
 async def one_question(request: Request) -> Response:

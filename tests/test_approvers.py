@@ -1,26 +1,33 @@
 """Who may answer a question, and that an answer belongs to what was asked."""
 
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import anyio
 import httpx
+import msgspec
 import pytest
+from msgspec.structs import replace
 from starlette.requests import HTTPConnection
 
 from flock.agents.tools import Tool
 from flock.core import Flock
 from flock.errors import CallNotFound, Conflict, DefinitionError, Forbidden, RunNotFound, StaleAnswer
-from flock.runs import Batch, BatchOptions, Engine, Principal, Run, RunContext, RunStatus
+from flock.runs import Batch, BatchOptions, Engine, Principal, QuestionFilter, Run, RunContext, RunStatus
+from flock.steps.identity import asking_call
+from flock.store import statements
+from flock.store.migrations import MIGRATIONS
 from flock.testing import FakeModel, Reply
 from flock.web.auth import KeyRing
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
-from tests.support.engines import OpenEngine, ended, until, until_run
+from tests.support.engines import OpenEngine, ended, sqlite_of, until, until_run
 from tests.support.http import check_problem, client_of, events_in
 from tests.test_approval import Till
 from tests.test_ask import asked, json_of, result_of, waiting
@@ -229,7 +236,7 @@ class Shop:
     """An app over an engine, and the requests of each principal to it."""
 
     def __init__(self, app: FlockAPI) -> None:
-        self.client = client_of(app)
+        self.app, self.client = app, client_of(app)
 
     async def send(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
         return await self.client.request(
@@ -595,3 +602,219 @@ def test_an_approval_that_cannot_work_is_an_error_at_the_definition(options: Any
     with pytest.raises(DefinitionError) as caught:
         Tool(Till().refund, **options)
     assert error in str(caught.value)
+
+
+# The list of open questions
+
+
+def asking_flock() -> Flock:
+    """A flock whose agent asks somebody with a role, or its owner, whichever its input says."""
+    flock = Flock("inbox")
+
+    @flock.agent
+    async def ask(q: str, context: RunContext) -> bool:
+        return await context.ask(f"{q}?", bool, answerer=q or None)
+
+    @flock.agent
+    async def other(q: str, context: RunContext) -> bool:
+        return await context.ask(f"{q}?", bool, answerer=q or None)
+
+    return flock
+
+
+async def listed(at: Shop, who: str, **query: Any) -> list[str]:
+    response = await at.send(who, "GET", "/questions", params=query)
+    assert response.status_code == 200, response.text
+    return [f"{each['agent_name']} {each['question']}" for each in response.json()["questions"]]
+
+
+async def test_everybody_lists_the_questions_that_he_may_answer(open_shop: OpenShop) -> None:
+    async with open_shop(asking_flock()) as at:
+        for agent_name, role, session in (("ask", "", None), ("ask", "refunds", "s"), ("other", "other", "s")):
+            body: Any = {"agent_name": agent_name, "inputs": {"q": role}, "async_run": True, "session_id": session}
+            response = await at.send("ann", "POST", "/run/flock", json=body)
+            run = await at.waiting(response.json()["run_id"])
+        with anyio.fail_after(PATIENCE_S):
+            while len(await listed(at, "cat")) < 2:  # noqa: ASYNC110 - the search of a cluster lags
+                await anyio.sleep(0.05)
+        expected = {
+            "ann": ["ask ?"],
+            "ops": ["ask ?"],
+            "bob": ["ask refunds?"],
+            "eve": ["other other?"],
+            "cat": ["other other?", "ask refunds?"],
+        }
+        assert {who: await listed(at, who) for who in expected} == expected
+        assert await listed(at, "cat", role="refunds") == ["ask refunds?"]
+        assert await listed(at, "cat", agent_name="other") == ["other other?"]
+        assert await listed(at, "cat", session_id="none") == []
+        assert await listed(at, "bob", role="other") == []
+        page = (await at.send("cat", "GET", "/questions?limit=1")).json()
+        assert [each["run_id"] for each in page["questions"]] == [run["run_id"]]
+        page = (await at.send("cat", "GET", page["next"])).json()
+        assert [each["question"] for each in page["questions"]] == ["refunds?"]
+        assert page["next"] is None
+        assert (await at.answer("eve", run, True)).status_code == 200
+        with anyio.fail_after(PATIENCE_S):
+            while await listed(at, "eve"):  # noqa: ASYNC110
+                await anyio.sleep(0.05)
+        check_problem(await at.send("ann", "GET", "/questions?limit=0"), 422)
+
+
+async def test_a_client_waits_for_a_question_and_follows_what_happens_to_it(open_shop: OpenShop) -> None:
+    async with open_shop(asking_flock()) as at:
+        engine, events = at.app.engine, list[tuple[str, str]]()
+        has_asked, has_closed, has_response = anyio.Event(), anyio.Event(), anyio.Event()
+
+        async def follow() -> None:
+            async with aclosing(engine.question_events(QuestionFilter(by=BOB))) as found:
+                async for event in found:
+                    if event is not None:
+                        events.append((event[0], event[1].question.question))
+                        (has_asked if event[0] == "question.asked" else has_closed).set()
+                        if has_closed.is_set():
+                            return
+
+        responses = list[Any]()
+
+        async def wait() -> None:
+            responses.append((await at.send("bob", "GET", "/questions?wait=60")).json())
+            has_response.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(follow)
+            tasks.start_soon(wait)
+            body = {"agent_name": "ask", "inputs": {"q": "refunds"}, "async_run": True}
+            run = (await at.send("ann", "POST", "/run/flock", json=body)).json()
+            run = await at.waiting(run["run_id"])
+            with anyio.fail_after(PATIENCE_S):
+                await has_asked.wait()
+                await has_response.wait()
+                await at.send("ann", "POST", f"/run/{run['run_id']}/cancel")
+                await has_closed.wait()
+        assert events == [("question.asked", "refunds?"), ("question.closed", "refunds?")]
+        assert [each["run_id"] for each in responses[0]["questions"]] == [run["run_id"]]
+
+
+async def test_an_inbox_of_10000_questions_is_read_in_pages_and_not_from_its_runs(tmp_path: Path) -> None:
+    """The query for a page is searched with an index, and reads nothing of a run but its status."""
+    flock = asking_flock()
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        run = await asked(engine, "ask", {"q": "refunds"}, principal="ann")
+        store, (question,) = sqlite_of(engine), run.waiting_for
+
+        def fill(db: sqlite3.Connection) -> None:
+            columns = [row[1] for row in db.execute("PRAGMA table_info(runs)")]
+            columns = [name for name in columns if name not in ("run_id", "waiting_for")]
+            ids = [f"{run.run_id[:-5]}{number:05d}" for number in range(10_000)]
+            names = ", ".join(columns)
+            for id_ in ids:
+                copy = f"INSERT INTO runs ({names}, run_id) SELECT {names}, ? FROM runs WHERE run_id = ?"
+                db.execute(copy, (id_, run.run_id))
+            waits = msgspec.json.encode([replace(question, arguments=json_of({"text": "x" * 1000}))])
+            db.executemany("UPDATE runs SET waiting_for = ? WHERE run_id = ?", [(waits, id_) for id_ in ids])
+
+        await store.change(fill)
+        wanted, found = QuestionFilter(by=BOB, limit=1000), set[str]()
+        page = await engine.list_questions(wanted)
+        while page:
+            assert len(page) <= 1000
+            found |= {each.run_id for each in page}
+            if not page.has_more:
+                break
+            page = await engine.list_questions(replace(wanted, after=page[-1].run_id))
+        assert len(found) == 10_001
+        query = statements.open_questions(["role0"], "owner", [])
+        values = {"flock": "inbox", "role0": "refunds", "owner": "bob", "after": "~"}
+        reads = [row[3] for row in store.read(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}", values).fetchall())]
+    assert not any(line.startswith("SCAN") or "TEMP B-TREE" in line for line in reads), reads
+
+
+async def test_an_app_that_identifies_nobody_lists_the_questions_of_its_owners_only(model: FakeModel) -> None:
+    app = create_app(asking_flock(), auth="anybody")
+    async with app.lifespan(), client_of(app) as client:
+        for role in ("", "refunds"):
+            await client.post("/run/flock", json={"agent_name": "ask", "inputs": {"q": role}})
+        questions = (await client.get("/questions")).json()["questions"]
+    assert [each["question"] for each in questions] == ["?"]
+
+
+# What an earlier version has begun
+
+
+async def test_a_question_of_an_earlier_version_is_listed_and_answered(tmp_path: Path) -> None:
+    """Its id was that of the call. A store of that version has no table of questions."""
+    flock, store = asking_flock(), tmp_path / "flock.db"
+    async with flock.engine(store=store) as engine:
+        run = await asked(engine, "ask", {"q": ""}, principal="ann")
+    old_id = asking_call(run.waiting_for[0].call_id)
+    with sqlite3.connect(store) as db:
+        db.execute("DROP TRIGGER questions_asked")
+        db.execute("DROP TABLE questions")
+        for table, column in (
+            *(("calls", "answered_by"), ("calls", "four_eyes"), ("runs", "retried_by"), ("batches", "retried_by")),
+            ("runs", "caller"),
+        ):
+            db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        waits = msgspec.json.encode([replace(run.waiting_for[0], call_id=old_id)])
+        db.execute("UPDATE runs SET waiting_for = ?", (waits,))
+        first = next(number for number, each in enumerate(MIGRATIONS) if "CREATE TABLE questions" in each[0])
+        db.execute(f"PRAGMA user_version = {first}")
+    db.close()
+    async with flock.engine(store=store) as engine:
+        assert [each.question.call_id for each in await engine.list_questions(QuestionFilter(by=ANN))] == [old_id]
+        with pytest.raises(RunNotFound):
+            await engine.answer_call(run.run_id, old_id, json_of(True), BOB)
+        await engine.answer_call(run.run_id, old_id, json_of(True), ANN)
+        assert await result_of(engine, run.run_id) is True
+        asked_before = await engine.get_question(run.run_id, old_id, ANN)
+        assert (asked_before.status, asked_before.answered_by) == ("answered", "ann")
+
+
+async def test_who_has_lost_the_role_since_may_no_longer_answer(model: FakeModel) -> None:
+    model.replies = [refund(40), DONE]
+    till = Till()
+    flock = shop(till, approver="refunds")
+    app = create_app(flock, engine=flock.engine(transport=model.transport), api_keys=KEYS)
+    async with app.lifespan():
+        at = Shop(app)
+        run = await at.ask()
+        assert app.keys is not None
+        app.keys.replace({name.replace("bob:role:refunds", "bob"): key for name, key in KEYS.items()})
+        check_problem(await at.answer("bob", run, YES), 404)
+        assert (await at.answer("cat", run, YES)).status_code == 200
+        assert (await at.done(run))["status"] == "completed"
+    assert till.paid == [40]
+
+
+async def test_an_answer_after_its_time_is_stale(open_engine: OpenEngine) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        return await context.ask("Now?", bool, expires_s=0.5, answerer="refunds")
+
+    async with open_engine(flock) as engine:
+        run = await asked(engine, "work", principal="ann")
+        call_id = run.waiting_for[0].call_id
+        await until_run(engine, run.run_id, lambda run: run.status.is_final)
+        with pytest.raises(StaleAnswer, match="can no longer be answered"):
+            await engine.answer_call(run.run_id, call_id, json_of(True), BOB)
+        assert (await engine.get_question(run.run_id, call_id, BOB)).status == "closed"
+        assert await engine.list_questions(QuestionFilter(by=BOB)) == []
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["a run of others", "no run"])
+async def test_a_stranger_learns_nothing_from_the_error_about_a_question(is_known: bool, open_shop: OpenShop) -> None:
+    """It is the same as for a run that does not exist, whether the id is forged, foreign or right."""
+    async with open_shop(asking_flock()) as at:
+        body = {"agent_name": "ask", "inputs": {"q": "refunds"}, "async_run": True}
+        run = await at.waiting((await at.send("ann", "POST", "/run/flock", json=body)).json()["run_id"])
+        run_id = run["run_id"] if is_known else "01a21894-71c3-7c0a-80ab-b29b3cf90781"
+        for call_id in (run["waiting_for"][0]["call_id"], "ask:0123456789abcdef@1.0123456789abcdef", "x" * 4000):
+            for method in ("GET", "POST"):
+                path = f"/run/{run_id}/calls/{quote(call_id)}"
+                more = {"json": {"output": True}} if method == "POST" else {}
+                problem = check_problem(await at.send("eve", method, path, **more), 404)
+                expected = f"There is no run with the id '{run_id}'. It was never accepted, or is no longer stored."
+                assert (problem["type"], problem["detail"]) == ("urn:flockapi:problem:unknown-run", expected)

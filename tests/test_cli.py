@@ -24,7 +24,9 @@ from flock.command.cli import main, serve
 from flock.command.server import ServerSettings
 from flock.command.target import load_flock
 from flock.core import Flock
+from flock.runs import Principal
 from flock.runs.text import for_terminal
+from flock.web.auth import KeyRing, configured_keys
 from tests.support import EXAMPLES, ROOT
 from tests.support.servers import flockapi_command, running
 
@@ -180,7 +182,7 @@ import asyncio
 from collections.abc import Iterator
 
 from flock.core import Flock
-from flock.runs import RunContext
+from flock.runs import RunContext, Principal
 
 flock = Flock()
 
@@ -613,3 +615,30 @@ def test_what_is_piped_is_not_changed(hostile: Path) -> None:
     assert piped("tell", "--stream").startswith(f"{CODES}\n{{")
     assert json.loads(piped("say")) == {"result": CODES}
     assert "\x7f" in piped("say")
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "principal"),
+    [
+        (["--role", "refunds"], "refunds:role:refunds", Principal(name="refunds", roles=["refunds"])),
+        (["--name", "bob", "--role", "a", "--role", "b"], "bob:role:a:role:b", Principal(name="bob", roles=["a", "b"])),
+        (["--name", "ops", "--admin"], "ops:admin", Principal(name="ops", admin=True)),
+        (["--admin", "--role", "a"], "a:admin:role:a", Principal(name="a", admin=True, roles=["a"])),
+    ],
+)
+def test_a_key_with_a_role_is_a_line_of_the_file_of_keys(
+    options: list[str], name: str, principal: Principal, tmp_path: Path
+) -> None:
+    printed = invoke("key", *options)
+    assert printed.exit_code == 0, printed.output
+    (tmp_path / "keys").write_text(printed.output)
+    keys = configured_keys(tmp_path / "keys")
+    assert keys is not None
+    assert list(keys) == [name]
+    assert KeyRing(keys).find(keys[name]) == principal
+
+
+def test_a_key_cannot_have_a_role_that_is_none() -> None:
+    refused = invoke("key", "--role", "a,b")
+    assert refused.exit_code != 0
+    assert "'a,b' is not the name of a role" in refused.output

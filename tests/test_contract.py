@@ -60,6 +60,8 @@ QUERIES = {
     "RunEventsQuery": ["getRunEvents"],
     "StreamQuery": ["runFlock"],
     "RunsQuery": ["listRuns"],
+    "QuestionsQuery": ["listQuestions"],
+    "QuestionEventsQuery": ["getQuestionEvents"],
     "UploadQuery": ["runBatch"],
     "BatchQuery": ["getBatch"],
     "ResultsQuery": ["getBatchResults"],
@@ -315,7 +317,7 @@ async def test_every_event_of_a_batch_is_documented() -> None:
 
 
 #: The schemas of events, and members that these tests do not see.
-UNIONS = ("RunEvent", "BatchEvent")
+UNIONS = ("RunEvent", "BatchEvent", "QuestionEvent")
 EACH_EVENT = {each["$ref"].rpartition("/")[2] for union in UNIONS for each in SCHEMAS[union]["oneOf"]}
 EVENTS = {*UNIONS, *EACH_EVENT, "DataOfRun", "DataOfStep", "DataOfBatch"}
 NOT_SENT = {"RunEvent": {"call_id"}, "BatchEvent": {"usage", "cost", "estimated_cost", "max_cost", "error_type"}}

@@ -252,31 +252,56 @@ def test_the_arguments_of_a_call_are_edited_before_it_is_approved(visit: Visit, 
     assert calls_of(closed, run_id)["tool"]["result"] == "paid 5 for A7"
 
 
-def test_runs_that_wait_are_counted_and_listed_with_their_questions(visit: Visit, closed: Site) -> None:
+def test_questions_are_counted_and_listed(visit: Visit, closed: Site) -> None:
     run_ids = [closed.run("refund", order="A9"), closed.run("cashier", complaint="cold soup")]
     page = visit.page(closed)
     link = page.get_by_role("navigation").get_by_role("link", name="Waiting for you")
-    waiting = len(closed.get("/runs?status=waiting")["runs"])
+    waiting = len(closed.get("/questions")["questions"])
     expect(link).to_have_text(f"Waiting for you {waiting}")
     link.click()
     expect(page.get_by_role("heading", name="Waiting for you")).to_be_focused()
     refund = page.get_by_role("row", name="Refund <b>A9</b>?")
-    expect(refund).to_contain_text("How much?")
-    expect(refund.locator("td").last.locator("time")).to_have_count(1)  # one of its questions expires
+    expect(refund.locator("td").last.locator("time")).to_have_count(1)  # it expires
+    how_much = page.get_by_role("row", name="How much?")
+    expect(how_much.locator("td").last.locator("time")).to_have_count(0)
     cashier = page.get_by_role("row", name="May cashier call pay_back?").first
     expect(cashier).to_contain_text("amount: 40")
     for run_id in run_ids:
         httpx.post(f"{closed.url}/run/{run_id}/cancel", headers=closed.headers).raise_for_status()
     expect(refund).to_have_count(0)
-    expect(link).to_have_text(f"Waiting for you {waiting - 2}" if waiting > 2 else "Waiting for you")
+    expect(link).to_have_text(f"Waiting for you {waiting - 3}" if waiting > 3 else "Waiting for you")
 
 
-def test_an_entry_of_the_waiting_runs_leads_to_the_form_that_answers_it(visit: Visit, closed: Site) -> None:
-    closed.run("cashier", complaint="cold soup")
+def test_the_inbox_is_worked_through_by_keyboard(visit: Visit, closed: Site) -> None:
+    """Each answer leads to the next question, until there is none."""
+    waiting = [closed.run("cashier", complaint="cold soup") for _ in range(2)]
+    page = visit.page(closed, "waiting?agent_name=cashier")
+    page.get_by_role("link", name="May cashier call pay_back?").first.press("Enter")
+    expect(page.get_by_role("heading", name="Question of cashier")).to_be_focused()
+    expect(fact(page, "Run")).to_have_text(re.compile("|".join(waiting)))
+    page.get_by_role("button", name="Approve").press("Enter")
+    other = page.get_by_role("link", name="Next question")
+    expect(other).to_be_focused()
+    expect(page.locator("main")).to_contain_text("Answered by ann")
+    page.keyboard.press("Enter")
+    page.get_by_label("reason").fill("Too much.")
+    page.get_by_role("button", name="Deny").press("Enter")
+    expect(page.get_by_role("row", name="reason")).to_contain_text("Too much.")
+    results = [calls_of(closed, run_id)["question"]["result"]["approved"] for run_id in waiting]
+    assert sorted(results) == [False, True]
+
+
+def test_a_question_that_another_person_has_answered_says_so(visit: Visit, closed: Site) -> None:
+    run_id = closed.run("cashier", complaint="cold soup")
     page = visit.page(closed, "waiting?agent_name=cashier")
     page.get_by_role("link", name="May cashier call pay_back?").first.click()
-    page.get_by_role("button", name="Approve").click()
-    expect(status_of(page)).to_contain_text("completed")
+    approve = page.get_by_role("button", name="Approve")
+    expect(approve).to_be_visible()
+    call_id = closed.get(f"/run/{run_id}")["waiting_for"][0]["call_id"]
+    answer = {"output": {"approved": False, "reason": "I was first."}}
+    httpx.post(f"{closed.url}/run/{run_id}/calls/{call_id}", json=answer, headers=closed.headers).raise_for_status()
+    expect(page.get_by_role("row", name="reason")).to_contain_text("I was first.")
+    expect(approve).to_have_count(0)
 
 
 # Facts

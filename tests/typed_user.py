@@ -113,6 +113,8 @@ from flock.runs import (
     Principal,
     Progress,
     Question,
+    QuestionFilter,
+    QuestionPage,
     Queue,
     QueueLimits,
     Raised,
@@ -426,6 +428,11 @@ async def batches(engine: Engine, items: Items, on_invalid: OnInvalid) -> None:
     await engine.retry_batch(batch.batch_id, only=["failed"], calls=kept)
     await engine.retry_run("1", calls="again", by=Principal(name="ann", roles=("senders",)))
     assert_type(await engine.get_question("1", "ask:1@1.0"), AskedQuestion)
+    page = await engine.list_questions(QuestionFilter(by=Principal(name="ann"), role="senders", limit=10), wait_s=5)
+    assert_type(page, QuestionPage)
+    assert_type([each.status for each in page], list[Literal["open", "answered", "closed"]])
+    async for named in engine.question_events(QuestionFilter()):
+        assert_type(named, tuple[str, AskedQuestion] | None)
     assert_type(bad_role("senders"), str | None)
     assert_type(name_and_caller("ann")[0], str | None)
     for found in await engine.list_batches(BatchFilter(status=RunStatus.RUNNING)):

@@ -36,6 +36,7 @@ from flock.models.models import ModelChoice, models_of, names_of
 from flock.models.prices import Price, day_is_spent, merged, no_price, price_of
 from flock.runs import (
     MAX_COST,
+    AskedQuestion,
     Batch,
     BatchOptions,
     Call,
@@ -49,6 +50,8 @@ from flock.runs import (
     LongJSON,
     OnInvalid,
     Principal,
+    QuestionFilter,
+    QuestionPage,
     Run,
     RunFilter,
     RunStatus,
@@ -433,6 +436,55 @@ class EngineBase(Engine):
                 await share.checkpoint()
             page = await self.list_runs(replace(wanted, after=page[-1].run_id))
 
+    # Questions
+
+    #: How often the open questions are read for a client that waits, at most, in seconds.
+    _questions_interval_s = PROGRESS_INTERVAL_S
+
+    @abstractmethod
+    async def _questions(self, wanted: QuestionFilter) -> QuestionPage:
+        """See ``Engine.list_questions``."""
+
+    async def list_questions(self, wanted: QuestionFilter, wait_s: float = 0) -> QuestionPage:
+        self._check_entered()
+        with anyio.move_on_after(wait_s) if wait_s else contextlib.nullcontext():
+            while True:
+                changed = self._next_change()
+                page = await self._questions(wanted)
+                if page or not wait_s or self.is_draining:
+                    return page
+                await anyio.sleep(self._questions_interval_s)
+                await changed()
+        return QuestionPage()
+
+    async def question_events(self, wanted: QuestionFilter) -> AsyncGenerator[tuple[str, AskedQuestion] | None, None]:
+        self._check_entered()
+        known, sent_at, share = dict[tuple[str, str], AskedQuestion](), anyio.current_time(), FairShare()
+        wanted = replace(wanted, after=None, limit=1000)
+        while True:
+            changed, left, page = self._next_change(), dict(known), None
+            while page is None or page.has_more:
+                page = await self._questions(wanted if page is None else replace(wanted, after=page[-1].run_id))
+                for asked in page:
+                    key = asked.run_id, asked.question.call_id
+                    if left.pop(key, None) is None:
+                        known[key] = _without_content(asked)
+                        yield "question.asked", asked
+                        sent_at = anyio.current_time()
+                await share.checkpoint()
+            for key, asked in left.items():
+                del known[key]
+                yield "question.closed", replace(asked, status="closed")
+                sent_at = anyio.current_time()
+            if self.is_draining:
+                return
+            if anyio.current_time() >= sent_at + KEEP_ALIVE_S:
+                yield None
+                sent_at = anyio.current_time()
+            await anyio.sleep(self._questions_interval_s)
+            with anyio.move_on_after(KEEP_ALIVE_S):
+                await changed()
+
     # Events
 
     async def events(
@@ -529,3 +581,9 @@ class EngineBase(Engine):
             await anyio.sleep(PROGRESS_INTERVAL_S)
             with anyio.move_on_after(KEEP_ALIVE_S):
                 await changed()
+
+
+def _without_content(asked: AskedQuestion) -> AskedQuestion:
+    """Return *asked* without what holds the whole page in memory."""
+    short = {"schema": msgspec.Raw(b"{}"), "arguments": msgspec.UNSET, "default": msgspec.UNSET}
+    return replace(asked, question=replace(asked.question, **short))

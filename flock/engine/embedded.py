@@ -61,6 +61,8 @@ from flock.runs import (
     Observer,
     Page,
     Principal,
+    QuestionFilter,
+    QuestionPage,
     Queue,
     RetriedCalls,
     Run,
@@ -475,6 +477,9 @@ class EmbeddedEngine(EngineBase):
             active.update(replace(active.run, waiting_for=left))
         self._note_answer(run_id)
         return started or await self.get_outline(run_id)
+
+    async def _questions(self, wanted: QuestionFilter) -> QuestionPage:
+        return await self.store.list_questions(self._flock, wanted)
 
     async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
         self._check_entered()

@@ -23,6 +23,8 @@ from flock.runs.records import (
     OnInvalid,
     Page,
     Principal,
+    QuestionFilter,
+    QuestionPage,
     RetriedCalls,
     Run,
     RunFilter,
@@ -328,6 +330,15 @@ class Engine(Protocol):
             KeyReused: the key was already used for something else.
             Conflict: the run has ended; or this program does not have its agent.
             EngineStopped, StoreError.
+        """
+
+    async def list_questions(self, wanted: QuestionFilter, wait_s: float = 0) -> QuestionPage:
+        """Return one page of open questions, the newest run first. If there are none, wait for one up to *wait_s*."""
+
+    def question_events(self, wanted: QuestionFilter) -> AsyncGenerator[tuple[str, AskedQuestion] | None, None]:
+        """Yield the open questions, then each that is asked, and each that is no longer open, until the engine drains.
+
+        With each comes the name of the event, "question.asked" or "question.closed"; and None after 15 s without one.
         """
 
     async def retry_run(

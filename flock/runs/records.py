@@ -51,6 +51,8 @@ __all__ = [
     "Principal",
     "Progress",
     "Question",
+    "QuestionFilter",
+    "QuestionPage",
     "Raised",
     "RetriedCalls",
     "Row",
@@ -799,6 +801,42 @@ class RunFilter(BatchFilter, frozen=True, kw_only=True):
     asking: bool = False
     with_inputs: bool = False
     with_results: bool = False
+
+
+class QuestionFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """The filter of a list of open questions. A field that is None matches all of them.
+
+    Attributes:
+        by: who may answer them; None is the program itself.
+        role: the one that they name.
+        agent_name, session_id: of their runs.
+        after: the id of the last run of the previous page.
+        limit: max questions per page. Those of one run are on one page.
+    """
+
+    by: "Principal | None" = None
+    role: str | None = None
+    agent_name: str | None = None
+    session_id: str | None = None
+    after: str | None = None
+    limit: int = 100
+
+
+class QuestionPage(list[AskedQuestion]):
+    """One page of open questions. ``has_more``: whether there may be others."""
+
+    has_more = False
+
+    def add(self, asked: AskedQuestion, limit: int) -> bool:
+        """Add a question, or return False if the page is full. The questions of one run are not divided."""
+        if self and self[-1].run_id != asked.run_id and (len(self) >= limit or self._bytes > PAGE_BYTES):
+            self.has_more = True
+            return False
+        self._bytes += len(msgspec.json.encode(asked))
+        self.append(asked)
+        return True
+
+    _bytes = 0
 
 
 #: Approximate max size of one page of records, in bytes of JSON.

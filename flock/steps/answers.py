@@ -1,6 +1,6 @@
 """Answers to questions: the rules that both engines share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 from typing import Any
 
@@ -88,6 +88,17 @@ def is_of(run: Run, by: Principal | None) -> bool:
 def may_see(run: Run, question: Question, by: Principal | None) -> bool:
     """Whether *by* may see a question of a run: as the run, or because of the role that may answer it."""
     return is_of(run, by) or (by is not None and question.answerer in by.roles)
+
+
+def can_answer(question: Question, principal: str | None, begun_by: Collection[str], by: Principal | None) -> bool:
+    """Whether *by* may answer a question of a run of *principal*, which *begun_by* have started or retried."""
+    if by is None:
+        return True
+    if question.four_eyes and (by.name in begun_by or not by.name):
+        return False
+    if isinstance(question.answerer, str):
+        return question.answerer in by.roles
+    return by.admin or principal == by.name
 
 
 def _check_access(run: Run, question: Question, by: Principal | None) -> None:

@@ -858,7 +858,8 @@ class Journal:
             )
 
     async def _store(self, call: Call, cancellation: Cancellation) -> None:
-        call = replace(call, call_id=self._question_ids.get(call.call_id, call.call_id))
+        if call.kind == "question":
+            call = replace(call, call_id=self._question_ids.get(call.call_id, call.call_id))
         if (size := _bytes_of(call)) > self._bytes_left:
             raise Refused(
                 f"The arguments and results of the step's calls are larger than the cluster can store. The call "

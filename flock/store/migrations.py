@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from flock.errors import StoreError
 from flock.store import files, statements
 
+_QUESTION_COLUMNS = "run_id, call_id, flock, answerer, question, agent_name, session_id, principal, retried_by"
 #: The questions that a run waits for, as rows.
 _QUESTIONS_OF = """SELECT {run}.run_id, json_extract(value, '$.call_id'), {run}.flock,
-    ifnull(json_extract(value, '$.answerer'), ''), value
+    ifnull(json_extract(value, '$.answerer'), ''), value, {run}.agent_name, {run}.session_id, {run}.principal,
+    {run}.retried_by
     FROM {tables}json_each(CAST({run}.waiting_for AS TEXT))
     WHERE json_valid(CAST({run}.waiting_for AS TEXT)) AND json_extract(value, '$.kind') IS NULL"""
 #: The statements of each migration.
@@ -208,18 +210,24 @@ MIGRATIONS: Sequence[Sequence[str]] = [
             flock TEXT NOT NULL,
             answerer TEXT NOT NULL,
             is_open INTEGER NOT NULL DEFAULT 1,
-            question TEXT NOT NULL
+            question TEXT NOT NULL,
+            agent_name TEXT NOT NULL,
+            session_id TEXT,
+            principal TEXT,
+            retried_by BLOB
         )""",
+        "ALTER TABLE runs ADD COLUMN retried_by BLOB",
         "CREATE UNIQUE INDEX questions_of_runs ON questions (run_id, call_id)",
-        "CREATE INDEX questions_open ON questions (flock, answerer) WHERE is_open = 1",
-        f"""INSERT INTO questions (run_id, call_id, flock, answerer, question)
+        "CREATE INDEX questions_open ON questions (flock, answerer, run_id) WHERE is_open = 1",
+        "CREATE INDEX questions_of_owners ON questions (flock, principal, run_id) WHERE is_open = 1 AND answerer = ''",
+        f"""INSERT INTO questions ({_QUESTION_COLUMNS})
             {_QUESTIONS_OF.format(run="runs", tables="runs, ")}
             AND runs.status IN ('starting', 'running', 'waiting')""",
         f"""CREATE TRIGGER questions_asked AFTER UPDATE OF waiting_for ON runs
             WHEN new.waiting_for IS NOT old.waiting_for BEGIN
             UPDATE questions SET is_open = 0 WHERE run_id = new.run_id AND is_open = 1 AND call_id NOT IN
                 (SELECT json_extract(value, '$.call_id') FROM json_each(CAST(ifnull(new.waiting_for, '[]') AS TEXT)));
-            INSERT INTO questions (run_id, call_id, flock, answerer, question)
+            INSERT INTO questions ({_QUESTION_COLUMNS})
                 {_QUESTIONS_OF.format(run="new", tables="")}
                 ON CONFLICT (run_id, call_id) DO UPDATE SET is_open = 1;
             END""",
@@ -228,7 +236,6 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     [
         "ALTER TABLE calls ADD COLUMN answered_by TEXT",
         "ALTER TABLE calls ADD COLUMN four_eyes INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE runs ADD COLUMN retried_by BLOB",
         "ALTER TABLE batches ADD COLUMN retried_by BLOB",
     ],
     # For whom a run acts, if that is more than a name.

@@ -22,6 +22,8 @@ from flock.runs import (
     Page,
     Principal,
     Question,
+    QuestionFilter,
+    QuestionPage,
     Queue,
     QueueLimits,
     RetriedCalls,
@@ -441,6 +443,9 @@ class Store(Protocol):
 
     async def may_answer(self, run_id: str, call_id: str, by: Principal) -> bool:
         """Whether *by* may know of a question. It takes as long for one that does not exist."""
+
+    async def list_questions(self, flock: str, wanted: QuestionFilter) -> QuestionPage:
+        """Return one page of open questions, the newest run first. Raises StoreError."""
 
     async def find_question(self, run_id: str, call_id: str) -> AskedQuestion | None:
         """Return a question that a run has asked, open or not, or None."""

@@ -368,6 +368,36 @@ FIND_ANSWER = f"""SELECT {", ".join(CALL_TABLE)} FROM calls WHERE run_id = ? AND
 WAS_ASKED = "SELECT 1 FROM questions WHERE run_id = ? AND call_id = ?"
 ANSWERER = "SELECT answerer FROM questions WHERE run_id = ? AND call_id = ?"
 FIND_QUESTION = "SELECT question FROM questions WHERE run_id = ? AND call_id = ?"
+CLOSE_QUESTIONS = "UPDATE questions SET is_open = 0 WHERE run_id = ? AND is_open = 1"
+#: The conditions of a list of open questions, by parameter name.
+QUESTION_CONDITIONS = {"agent_name": "agent_name = :agent_name", "session_id": "session_id = :session_id"}
+
+
+def open_questions(roles: Collection[str] | None, owner: str | None, names: Iterable[str]) -> str:
+    """Return a query for open questions, the newest run first. It reads nothing of a run but its status.
+
+    Args:
+        roles: parameters of the roles that they name; None means that they may name any.
+        owner: the parameter of the owner of those that name none: "" for any owner; None to leave them out.
+        names: the other parameters of its conditions.
+    """
+    conditions = " AND ".join([*map(QUESTION_CONDITIONS.__getitem__, names), "run_id < :after"])
+    ranges = [("questions_open", f"flock = :flock AND answerer = :{role}") for role in roles or ()]
+    if roles is None:
+        ranges.append(("questions_open", "flock = :flock"))
+    elif owner:
+        ranges.append(("questions_of_owners", f"flock = :flock AND principal = :{owner} AND answerer = ''"))
+    elif owner is not None:
+        ranges.append(("questions_open", "flock = :flock AND answerer = ''"))
+    selects = [
+        f"""SELECT run_id, agent_name, session_id, principal, retried_by, question FROM questions INDEXED BY {index}
+        WHERE is_open = 1 AND {range_} AND {conditions} AND EXISTS (SELECT 1 FROM runs
+        WHERE runs.run_id = questions.run_id AND status IN ('starting', 'running', 'waiting'))"""
+        for index, range_ in ranges
+    ]
+    return f"{' UNION ALL '.join(selects)} ORDER BY run_id DESC"
+
+
 DELETE_QUESTIONS = "DELETE FROM questions WHERE run_id = ?"
 #: The answer of a wait that was given while the step runs.
 FIND_ANSWER_OF_WAIT = f"""SELECT {", ".join(CALL_TABLE)} FROM calls

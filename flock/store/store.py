@@ -29,6 +29,8 @@ from flock.runs import (
     Page,
     Principal,
     Question,
+    QuestionFilter,
+    QuestionPage,
     Queue,
     QueueLimits,
     RetriedCalls,
@@ -266,6 +268,9 @@ class SQLiteStore(Database, Store):
 
     async def may_answer(self, run_id: str, call_id: str, by: Principal) -> bool:
         return self.read(lambda db: waiting.may_answer(db, run_id, call_id, by))
+
+    async def list_questions(self, flock: str, wanted: QuestionFilter) -> QuestionPage:
+        return self.read(lambda db: waiting.list_questions(db, flock, wanted))
 
     async def find_question(self, run_id: str, call_id: str) -> AskedQuestion | None:
         return self.read(lambda db: waiting.find_question(db, run_id, call_id))

@@ -12,12 +12,23 @@ import msgspec
 
 from flock.agents.questions import MESSAGE, check_answer
 from flock.errors import InvalidData, RunNotFound
-from flock.runs import AskedQuestion, Call, IdempotencyKey, Principal, Question, Run, RunStatus
+from flock.runs import (
+    AskedQuestion,
+    Call,
+    IdempotencyKey,
+    Principal,
+    Question,
+    QuestionFilter,
+    QuestionPage,
+    Run,
+    RunStatus,
+)
 from flock.steps.answers import (
     answer_in_words,
     answer_of,
     asked_question,
     awaited,
+    can_answer,
     check_message,
     dropped_of,
     end_of_expired,
@@ -120,6 +131,37 @@ def find_question(db: sqlite3.Connection, run_id: str, call_id: str) -> AskedQue
     return asked_question(run, question, None if answered is None else call_from(answered))
 
 
+def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter) -> QuestionPage:
+    """Return one page of the open questions that ``wanted.by`` may answer, the newest run first."""
+    by, owner, roles = wanted.by, "" if wanted.role is None else None, None if wanted.role is None else [wanted.role]
+    if by is not None:
+        roles = [role for role in by.roles if wanted.role in (None, role)]
+        owner = owner if owner is None or by.admin else "owner"
+    own = {name: getattr(wanted, name) for name in statements.QUESTION_CONDITIONS}
+    named = {f"role{number}": role for number, role in enumerate(roles or ())}
+    values = own | named | {"flock": flock, "after": wanted.after or "~", "owner": "" if by is None else by.name}
+    page, names = QuestionPage(), [name for name, value in own.items() if value is not None]
+    if roles == [] and owner is None:
+        return page
+    query = statements.open_questions(None if roles is None else list(named), owner, names)
+    for run_id, agent_name, session_id, principal, retried_by, stored in db.execute(query, values):
+        question = msgspec.json.decode(stored, type=Question)
+        begun_by = [principal, *(() if retried_by is None else msgspec.json.decode(retried_by))]
+        asked = AskedQuestion(
+            run_id=run_id,
+            agent_name=agent_name,
+            session_id=session_id,
+            principal=principal,
+            question=question,
+            status="open",
+        )
+        if can_answer(question, principal, begun_by, by) and not page.add(asked, wanted.limit):
+            break
+    page.sort(key=lambda asked: asked.question.asked_at)
+    page.sort(key=lambda asked: asked.run_id, reverse=True)
+    return page
+
+
 def send(
     db: sqlite3.Connection,
     run_id: str,
@@ -182,6 +224,8 @@ def end(db: sqlite3.Connection, run: Run, outcome: Outcome, at: datetime) -> boo
     """Write the end of a waiting run. Returns False if it is not waiting. Its questions stay for late answers."""
     values = (outcome.status.value, outcome.error, outcome.error_type, micros(at), run.run_id)
     is_ended = db.execute(statements.END_WAITING_RUN, values).rowcount == 1
+    if is_ended:
+        db.execute(statements.CLOSE_QUESTIONS, (run.run_id,))
     if is_ended and run.batch_id is not None:
         queries.count_ended(db, queries.Ended({(run.batch_id, outcome.status): 1}))
         db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))

@@ -49,6 +49,8 @@ from flock.runs import (
     Page,
     Principal,
     Question,
+    QuestionFilter,
+    QuestionPage,
     Queue,
     RetriedCalls,
     Run,
@@ -63,6 +65,7 @@ from flock.steps.answers import (
     answer_in_words,
     answer_of,
     asked_question,
+    can_answer,
     check_message,
     is_of,
     may_count,
@@ -105,6 +108,9 @@ from flock.temporal.records import (
 from flock.temporal.search import ID, Record, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.workflows import FlockSession
 
+#: How often open questions are read for a client that waits for one, in seconds, and how many runs at once.
+QUESTIONS_INTERVAL_S = 1.0
+QUESTIONS_PAGE = 100
 log_of_runs = logging.getLogger("flock.runs")
 
 #: The interval and the timeout of requests that check the cluster and count open runs, in seconds.
@@ -561,6 +567,33 @@ class TemporalEngine(TemporalBatches):
                 await self.cluster.handle(await self._keeper_of(run)).signal(CALL_SIGNAL, done)
             log_of_runs.info("run %s: %s", run_id, answer_in_words(question, call))
             is_sent = True
+
+    _questions_interval_s = QUESTIONS_INTERVAL_S
+
+    async def _questions(self, wanted: QuestionFilter) -> QuestionPage:
+        """Read the runs that ask. The search of the cluster knows no roles, and no items."""
+        by, page = wanted.by, QuestionPage()
+        is_own = by is not None and not by.admin and not by.roles
+        filter_ = RunFilter(
+            asking=True,
+            agent_name=wanted.agent_name,
+            session_id=wanted.session_id,
+            principal=by.name if by is not None and is_own else None,
+            after=wanted.after,
+            limit=QUESTIONS_PAGE,
+        )
+        while runs := await self.list_runs(filter_):
+            for run in runs:
+                for question in run.questions:
+                    is_wanted = wanted.role in (None, question.answerer)
+                    if not is_wanted or not can_answer(question, run.principal, run.begun_by, by):
+                        continue
+                    if not page.add(asked_question(run, question, None), wanted.limit):
+                        return page
+            if not runs.has_more:
+                break
+            filter_ = replace(filter_, after=runs[-1].run_id)
+        return page
 
     async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
         self._check_entered()

@@ -41,6 +41,8 @@ from flock.runs import (
     Observer,
     Page,
     Principal,
+    QuestionFilter,
+    QuestionPage,
     Queue,
     RetriedCalls,
     Run,
@@ -392,6 +394,15 @@ class ScopedEngine:
     ) -> Run:
         await self.get_outline(run_id)
         return await self._engine.send_message(run_id, name, message, self._own(key))
+
+    async def list_questions(self, wanted: QuestionFilter, wait_s: float = 0) -> QuestionPage:
+        return await self._engine.list_questions(replace(wanted, by=self._principal), wait_s)
+
+    async def question_events(self, wanted: QuestionFilter) -> AsyncGenerator[tuple[str, AskedQuestion] | None, None]:
+        events = self._engine.question_events(replace(wanted, by=self._principal))
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield event
 
     async def retry_run(
         self,

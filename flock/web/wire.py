@@ -60,6 +60,9 @@ __all__ = [
     "Health",
     "Problem",
     "Question",
+    "QuestionEventsQuery",
+    "QuestionList",
+    "QuestionsQuery",
     "Readiness",
     "ResultsQuery",
     "RunCall",
@@ -328,6 +331,25 @@ class UsageQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return UsageFilter(first_day=first, last_day=last, principal=principal, by=by, after=after, limit=self.limit)
 
 
+class QuestionsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The filter of a list of open questions, and the number of seconds to wait for one if there is none."""
+
+    role: str | msgspec.UnsetType = msgspec.UNSET
+    agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
+    after: UUID | msgspec.UnsetType = msgspec.UNSET
+    wait: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 0
+
+
+class QuestionEventsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The filter of a stream of open questions."""
+
+    role: str | msgspec.UnsetType = msgspec.UNSET
+    agent_name: str | msgspec.UnsetType = msgspec.UNSET
+    session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
+
+
 def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
     """Convert the query of an upload to the request of a JSON body, without rows. Raises InvalidData."""
     options = msgspec.structs.asdict(query)
@@ -459,6 +481,13 @@ class AskedQuestion(Question, frozen=True, kw_only=True):
     output: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     answered_by: str | msgspec.UnsetType = msgspec.UNSET
     answered_at: Time | msgspec.UnsetType = msgspec.UNSET
+
+
+class QuestionList(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of open questions, the newest run first, with ``next`` as in ``RunList``."""
+
+    questions: list[AskedQuestion]
+    next: str | None
 
 
 class Wait(msgspec.Struct, frozen=True, kw_only=True):

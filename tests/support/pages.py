@@ -25,6 +25,7 @@ URL = "http://127.0.0.1:8344"
 #: Members that differ from run to run, or from model to model.
 VARYING = {
     *("run_id", "batch_id", "created_at", "started_at", "asked_at", "completed_at", "request_id", "eta_s", "usage"),
+    "answered_at",
     *("result", "results", "steps", "sentiment", "keywords"),
     *("completed_items", "cancelled_items", "progress_percentage"),
 }

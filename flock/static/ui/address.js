@@ -10,6 +10,8 @@ export function link(path, params = {}) {
   return `#/${path}${query && `?${query}`}`;
 }
 
+export const linkToQuestion = ({ run_id, call_id }) => link(`question/${run_id}/${encodeURIComponent(call_id)}`);
+
 /** The hash of the current view. A link changes `location.hash` at once, but `hashchange` fires later. Until then, a
  * timer or a response of the old view must not overwrite the new address. */
 let currentHash = "";

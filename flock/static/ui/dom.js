@@ -34,6 +34,9 @@ export const quiet = (...children) => h("p.quiet", ...children);
 export const actions = (...children) => h("p.actions", ...children);
 export const title = (text, ...more) => h("div.title", h("h1", { tabindex: "-1" }, text), more);
 
+/** One entry of a list of facts. */
+export const fact = (name, ...value) => h("div", h("dt", name), h("dd", value));
+
 /** A box that scrolls sideways, also by keyboard. */
 export const wide = (label, ...children) =>
   h("div.wide", { tabindex: "0", role: "group", "aria-label": label }, children);

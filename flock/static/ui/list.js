@@ -43,7 +43,6 @@ export async function list(
     kind,
     view = kind,
     heading = kind[0].toUpperCase() + kind.slice(1),
-    only = {},
     signal,
     params,
     filters,
@@ -86,7 +85,7 @@ export async function list(
   }
 
   const query = (more) =>
-    new URLSearchParams(Object.entries({ ...shown, ...only, ...more }).filter(([, value]) => value)).toString();
+    new URLSearchParams(Object.entries({ ...shown, ...more }).filter(([, value]) => value)).toString();
 
   function drawPager() {
     older.disabled = !next;

@@ -14,11 +14,14 @@ const VIEWS = {
   agent: () => import("./agent.js"),
   runs: () => import("./runs.js"),
   run: () => import("./run.js"),
-  waiting: () => import("./runs.js"),
+  waiting: () => import("./questions.js"),
+  question: () => import("./run.js"),
   batches: () => import("./batches.js"),
   batch: () => import("./batch.js"),
   "new-batch": () => import("./newbatch.js"),
 };
+/** The tabs of views that have none of their own. */
+const TABS = { "new-batch": "batch", question: "waiting" };
 const COUNT_EVERY_MS = 5000;
 const name = document.title;
 let leaving = new AbortController();
@@ -31,7 +34,7 @@ async function show(isFirst) {
   const [path, query] = (location.hash.slice(2) || "agents").split("?");
   const [view, ...rest] = path.split("/").map(decodeURIComponent);
   for (const tab of document.querySelectorAll("nav a")) {
-    const isCurrent = tab.hash.startsWith(`#/${view.replace("new-batch", "batch").replace(/e?s$/, "")}`) && tab.hash;
+    const isCurrent = tab.hash.startsWith(`#/${(TABS[view] ?? view).replace(/e?s$/, "")}`) && tab.hash;
     isCurrent ? tab.setAttribute("aria-current", "page") : tab.removeAttribute("aria-current");
   }
   main.setAttribute("aria-busy", "true");
@@ -60,9 +63,9 @@ async function show(isFirst) {
 }
 
 async function countWaiting() {
-  const { runs, next } = await get("runs?asking=true&limit=50");
-  fill(document.getElementById("waiting"), runs.length ? `${runs.length}${next ? "+" : ""}` : null).hidden =
-    !runs.length;
+  const { questions, next } = await get("questions?limit=50");
+  const count = questions.length;
+  fill(document.getElementById("waiting"), count ? `${count}${next ? "+" : ""}` : null).hidden = !count;
 }
 
 const theme = document.getElementById("theme");

@@ -1,6 +1,6 @@
 // What the views of a run and of a batch share.
 
-import { actions, button, fill, h, quiet, title } from "./dom.js";
+import { actions, button, fact, fill, h, quiet, title } from "./dom.js";
 import { copy } from "./notices.js";
 import { badge, count } from "./words.js";
 
@@ -44,8 +44,6 @@ export function failure({ status, error, error_type, request_id }, heading) {
     codes.map(([name, code]) => quiet(name, " ", h("code", code))),
   );
 }
-
-export const fact = (name, ...value) => h("div", h("dt", name), h("dd", value));
 
 /** US dollars. Runs can cost much less than a cent. */
 const dollars = (amount) =>

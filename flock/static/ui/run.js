@@ -1,12 +1,13 @@
-// The view of a run: live while it runs, then its result.
+// The view of a run: live while it runs, then its result; and that of one of its questions.
 
 import { go, link } from "./address.js";
 import { get, post } from "./api.js";
-import { actions, button, fill, h, wide } from "./dom.js";
+import { showQuestion } from "./asked.js";
+import { actions, button, fact, fill, h, wide } from "./dom.js";
 import { events } from "./events.js";
 import { busyWhile, notify, problem } from "./notices.js";
 import { question } from "./question.js";
-import { announcer, ended, fact, failure, heading, spent } from "./record.js";
+import { announcer, ended, failure, heading, spent } from "./record.js";
 import { Steps } from "./steps.js";
 import { session } from "./storage.js";
 import { readable, result } from "./value.js";
@@ -14,7 +15,8 @@ import { between, count, duration, isFinal, when } from "./words.js";
 
 const PROGRESS_EVERY_MS = 5000;
 
-export async function show(main, { id, signal }) {
+export async function show(main, { view, id, signal }) {
+  if (view === "question") return showQuestion(main, id, signal);
   const path = `run/${encodeURIComponent(id)}`;
   let run = await get(path, signal),
     isStale = false; // the record may have more than the events

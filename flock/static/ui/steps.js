@@ -157,7 +157,7 @@ class Call {
   }
 
   drawSummary(open = "running") {
-    const { kind, name, started_at, completed_at, error, usage } = this.data;
+    const { kind, name, started_at, completed_at, error, usage, answered_by } = this.data;
     fill(
       this.summary,
       h("span.quiet", kind),
@@ -169,6 +169,7 @@ class Call {
         "span.quiet",
         started_at && ` ${duration(between(started_at, completed_at))}`,
         usage && `, ${count(usage.input_tokens + usage.output_tokens, "token")}`,
+        answered_by && `, answered by ${answered_by}`,
       ),
     );
   }

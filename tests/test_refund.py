@@ -1,0 +1,149 @@
+"""One refund from the model's request to the payment, with three principals, and a server that is killed between."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+
+from tests.support import PATIENCE_S
+from tests.support.servers import serving, workers_of
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = """
+import pathlib, time
+from flock.agents.tools import Tool
+from flock.core import Flock, FlockFactory
+from flock.runs import RunContext
+from flock.testing import FakeModel, Reply
+
+HERE = pathlib.Path({here!r})
+flock = Flock("shop", model="openai/gpt-4o")
+
+def reach(moment: str, note: str = "") -> None:
+    with open(HERE / "log", "a") as log:
+        log.write(f"{{moment}} {{note}}\\n")
+    while (HERE / f"stop-{{moment}}").exists():
+        time.sleep(0.01)
+
+def refund(euros: int, context: RunContext) -> str:
+    "Pay money back."
+    reach("paying")
+    assert context.principal is not None
+    with open(HERE / "paid", "a") as paid:  # as a bank does: once for each key
+        paid.write(f"{{context.idempotency_key}} {{euros}} for {{context.principal.name}}\\n")
+    reach("paid")
+    return "paid"
+
+def reply(request):
+    is_paid = request["messages"][-1]["role"] == "tool"
+    reach("answering" if is_paid else "asking")
+    return {{"reply": "It is paid."}} if is_paid else Reply(calls=[("refund", {{"euros": 80}})])
+
+tool = Tool(refund, needs_approval=True, approver="refunds", four_eyes=True)
+flock.add_agent(FlockFactory.create_default_agent("clerk", input="mail", output="reply", tools=[tool]))
+FakeModel(reply).__enter__()
+"""
+KEYS = "ann=key-of-ann-123456\nbob:role:refunds=key-of-bob-123456\neve:role:other=key-of-eve-123456\n"
+
+
+class Till:
+    """A server of the script that is killed and started again. Each request says who sends it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "till.py").write_text(SCRIPT.format(here=str(folder)))
+        (folder / "keys").write_text(KEYS)
+
+    @contextmanager
+    def served(self, stop: str = "") -> Iterator[None]:
+        """Serve in two workers, which stop at a moment. Kill them all at the end of the block."""
+        if stop:
+            (self.folder / f"stop-{stop}").touch()
+        with serving(
+            self.folder / "till.py", self.folder, "--api-keys-file", str(self.folder / "keys"), workers=2
+        ) as server:
+            self.url = server.url
+            yield
+            pids = [server.process.pid, *workers_of(server)]
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            server.process.wait()
+        if stop:
+            (self.folder / f"stop-{stop}").unlink()
+
+    def send(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer key-of-{who}-123456"}
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return httpx.request(method, f"{self.url}{path}", headers=headers, timeout=2, **options)
+            except httpx.TransportError:  # the worker that got it is stopped
+                assert time.monotonic() < deadline
+
+    def until(self, moment: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while moment not in self.log():
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.01)
+
+    def log(self) -> list[str]:
+        path = self.folder / "log"
+        return path.read_text().split() if path.exists() else []
+
+    def run(self, path: str, status: str) -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while (run := self.send("ann", "GET", path).json())["status"] != status:
+            assert time.monotonic() < deadline, run
+            time.sleep(0.05)
+        return run
+
+
+@pytest.mark.parametrize("moment", ["asking", "waiting", "answered", "paying", "paid", "answering"])
+def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(moment: str, tmp_path: Path) -> None:
+    till = Till(tmp_path)
+    body = {"agent_name": "clerk", "inputs": {"mail": "It is broken."}, "async_run": True}
+
+    def approve(run: Any) -> str:
+        """Try it as each principal, and return the path of the question."""
+        (question,) = run["waiting_for"]
+        path = f"/run/{run['run_id']}/calls/{quote(question['call_id'])}"
+        yes = {"json": {"output": {"approved": True}}}
+        assert till.send("ann", "POST", path, **yes).status_code == 403
+        assert till.send("eve", "POST", path, **yes).status_code == 404
+        listed = till.send("bob", "GET", "/questions").json()["questions"]
+        assert [each["call_id"] for each in listed] == [question["call_id"]]
+        assert till.send("bob", "POST", path, **yes).status_code == 200
+        return path
+
+    stop = {"waiting": "", "answered": "paying"}.get(moment, moment)
+    with till.served(stop):
+        path = till.send("ann", "POST", "/run/flock", json=body).headers["Location"]
+        if moment != "asking":
+            run = till.run(path, "waiting")
+        if moment not in ("asking", "waiting"):
+            question = approve(run)
+        if moment not in ("waiting", "answered"):
+            till.until(moment)
+    with till.served():
+        if moment in ("asking", "waiting"):
+            again = till.run(path, "waiting")
+            assert moment == "asking" or again["waiting_for"] == run["waiting_for"]
+            question = approve(again)
+        done = till.run(path, "completed")
+        assert till.send("eve", "GET", question).status_code == 404
+        seen = till.send("bob", "GET", question).json()
+        assert (seen["status"], seen["answered_by"], seen["requested_by"]) == ("answered", "bob", "ann")
+        assert till.send("bob", "GET", path).status_code == 404
+    (call,) = [call for call in done["steps"][0]["calls"] if call["kind"] == "question"]
+    assert (call["answered_by"], done["result"]) == ("bob", {"reply": "It is paid."})
+    paid = set((tmp_path / "paid").read_text().splitlines())
+    assert len(paid) == 1
+    assert paid.pop().endswith(" 80 for ann")
