@@ -229,7 +229,7 @@ class FlockAPI(Starlette):
         """Raise DefinitionError if a tool says who may approve its calls, and this app tells nobody apart."""
         auth = self.options.auth
         if self.keys is None and (auth is None or isinstance(auth, str)):
-            check_nobody_is_named(self.flock.agents, "" if auth is None else f' with auth="{auth}"')
+            check_nobody_is_named(self.flock.agents, ' with auth="host"' if auth == "host" else "")
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:

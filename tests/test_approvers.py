@@ -171,6 +171,31 @@ async def test_a_question_keeps_what_it_asked_first_and_its_id_while_its_step_ru
         assert await result_of(engine, run.run_id) == [True, False]
 
 
+async def test_an_answer_that_is_sent_again_does_not_answer_the_same_question_of_the_next_step(
+    open_engine: OpenEngine,
+) -> None:
+    flock = Flock()
+
+    @flock.agent(next_agent="second")
+    async def first(context: RunContext) -> bool:
+        return await context.ask("Pay 40 €?", bool)
+
+    @flock.agent
+    async def second(result: bool, context: RunContext) -> list[bool]:
+        return [result, await context.ask("Pay 40 €?", bool)]
+
+    async with open_engine(flock) as engine:
+        run = await asked(engine, "first")
+        (old,) = run.waiting_for
+        await engine.answer_call(run.run_id, old.call_id, json_of(True))
+        run = await waiting(engine, run.run_id)
+        (new,) = run.waiting_for
+        await engine.answer_call(run.run_id, old.call_id, json_of(True))
+        assert (await engine.get_run(run.run_id)).waiting_for == (new,)
+        await engine.answer_call(run.run_id, new.call_id, json_of(False))
+        assert await result_of(engine, run.run_id) == [True, False]
+
+
 async def test_the_ids_of_questions_tell_apart_what_they_ask(model: FakeModel, open_engine: OpenEngine) -> None:
     """Only the arguments differ, or only the text behind a name."""
     flock, texts = Flock(), iter(["Pay 40 €?", "Pay 41 €?"])
@@ -811,7 +836,7 @@ async def test_a_stranger_learns_nothing_from_the_error_about_a_question(is_know
         body = {"agent_name": "ask", "inputs": {"q": "refunds"}, "async_run": True}
         run = await at.waiting((await at.send("ann", "POST", "/run/flock", json=body)).json()["run_id"])
         run_id = run["run_id"] if is_known else "01a21894-71c3-7c0a-80ab-b29b3cf90781"
-        for call_id in (run["waiting_for"][0]["call_id"], "ask:0123456789abcdef@1.0123456789abcdef", "x" * 4000):
+        for call_id in (run["waiting_for"][0]["call_id"], "ask:0123456789abcdef@1.0.0123456789abcdef", "x" * 4000):
             for method in ("GET", "POST"):
                 path = f"/run/{run_id}/calls/{quote(call_id)}"
                 more = {"json": {"output": True}} if method == "POST" else {}

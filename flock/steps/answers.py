@@ -23,7 +23,7 @@ from flock.errors import (
 )
 from flock.jsontype import explain
 from flock.runs import JSON_NULL, AskedQuestion, Call, Principal, Question, Run, RunStatus, one_line
-from flock.steps.identity import asking_call, try_of
+from flock.steps.identity import place_of, try_of
 from flock.steps.journal import NAME
 from flock.steps.outcomes import expiry_of
 from flock.steps.raised import raised_by
@@ -57,7 +57,7 @@ def question_for(
         _check_access(run, question, by)
         check_answer(question, output)
         return question
-    is_replaced = any(asking_call(open_.call_id) == asking_call(call_id) for open_ in run.questions)
+    is_replaced = any(place_of(open_.call_id) == place_of(call_id) for open_ in run.questions)
     if given is None or is_replaced:
         if given is None and not was_asked():
             raise CallNotFound(run.run_id, call_id)

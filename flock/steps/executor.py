@@ -379,6 +379,7 @@ class StepExecutor:
             answer=self.answer,
             waited_for=run.waiting_for,
             tries=run.tries,
+            position=len(run.steps),
             check_wait=functools.partial(self._check_wait, active),
         )
 

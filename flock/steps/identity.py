@@ -92,20 +92,26 @@ def json_of(label: str, part: str, value: Any) -> msgspec.Raw:
         ) from exc
 
 
-def question_id(call_id: str, tries: int, question: Question) -> str:
-    """Return the id of a *question* that the call *call_id* first asks in the try *tries* of its run.
+def question_id(call_id: str, tries: int, position: int, question: Question) -> str:
+    """Return the id of a *question* that the call *call_id* of a step first asks in the try *tries* of its run.
 
     It belongs to what is asked, so that an answer never counts for something else.
     """
     about = question.arguments
     asked = [question.question, question.schema, None if isinstance(about, UnsetType) else msgspec.json.decode(about)]
     digest = hashlib.sha256(msgspec.json.encode(asked, order="deterministic")).hexdigest()[:DIGEST_CHARS]
-    return f"{call_id}{ASKED}{tries}.{digest}"
+    return f"{call_id}{ASKED}{tries}.{position}.{digest}"
 
 
 def asking_call(question_id: str) -> str:
     """Return the id of the call that asks a question. Earlier versions gave both the same id."""
     return question_id.partition(ASKED)[0]
+
+
+def place_of(question_id: str) -> tuple[str, str]:
+    """Return what only questions have in common of which one replaces the other: the call, and its step."""
+    call_id, _, asked = question_id.partition(ASKED)
+    return call_id, asked.partition(".")[2].partition(".")[0]
 
 
 def try_of(question_id: str) -> int | None:

@@ -104,7 +104,7 @@ class Journal:
         answer: answers the step's questions at once. Without it, the step ends if nothing but answers is missing.
         waited_for: the waits of the last execution that are not over. They keep their times, and questions what they
             ask.
-        tries: see ``Run``.
+        tries, position: that of the run, and that of the step.
         check_wait: is called with a question or an awaited message while the step runs. It returns the finished call if
             there is an answer. Otherwise the wait is then visible to clients.
 
@@ -139,6 +139,7 @@ class Journal:
     answer: Answer | None = None
     waited_for: InitVar[Iterable[Question]] = ()
     tries: int = 1
+    position: int = 0
     check_wait: Callable[[Question], Awaitable[Call | None]] | None = None
 
     def __post_init__(
@@ -408,7 +409,7 @@ class Journal:
         if not asked.is_question:
             asked = replace(asked, call_id=call_id)
         elif before is None:
-            asked = replace(asked, call_id=question_id(call_id, self.tries, asked))
+            asked = replace(asked, call_id=question_id(call_id, self.tries, self.position, asked))
         else:
             asked = replace(asked, call_id=before.call_id, question=before.question, arguments=before.arguments)
         return asked if before is None else replace(asked, asked_at=before.asked_at, expires_at=before.expires_at)
