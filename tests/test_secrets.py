@@ -1,5 +1,6 @@
 """Arguments that are not stored cannot be guessed either: not from ids, in the store, on a cluster, or in answers."""
 
+import base64
 import hashlib
 import json
 import logging
@@ -13,9 +14,13 @@ import anyio
 import msgspec
 import pytest
 
-from flock.core import Flock
+from flock.agents.secret import sealed, unsealed
+from flock.agents.tools import Tool
+from flock.core import Flock, FlockFactory
+from flock.errors import CallError, DefinitionError
 from flock.runs import BatchOptions, Engine, Run, RunContext, RunStatus
 from flock.steps.identity import DIGEST_CHARS, digest, digest_of
+from flock.testing import FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine
@@ -96,7 +101,7 @@ def check_not_guessable(seen: str) -> None:
 
 async def shown(engine: Engine, run: Run) -> str:
     """Return all that the API shows of a run, and its events."""
-    app = create_app(guarding(), engine=engine, auth="host")
+    app = create_app(Flock("guarding"), engine=engine, auth="host")
     parts = [str(await engine.get_calls(run)), str(run.waiting_for)]
     async with client_of(app) as client:
         for path in (f"/run/{run.run_id}", "/runs?include=inputs,result"):
@@ -217,3 +222,119 @@ async def test_agents_that_a_secret_call_hands_on_to_are_secret_too(open_engine:
     assert [(call.name, bytes(call.arguments)) for call in calls] == [("vault", b"null"), ("door", b"null")] or [
         (call.name, bytes(call.arguments)) for call in calls
     ] == [("door", b"null"), ("vault", b"null")], run.error
+
+
+# Tools
+
+
+PAID: list[tuple[str, str]] = []
+
+
+def pay(account: str, pin: str) -> str:
+    """Pay from an account."""
+    PAID.append((account, pin))
+    return "paid"
+
+
+def teller(**options: Any) -> Flock:
+    flock = Flock("teller", model="openai/gpt-4o")
+    flock.add_agent(
+        FlockFactory.create_default_agent(
+            "teller", input="wish: str", output="done: str", tools=[Tool(pay, secret=["pin"], **options)]
+        )
+    )
+    return flock
+
+
+REPLIES = [Reply(calls=[("pay", {"account": "A1", "pin": PIN})]), Reply({"done": "yes"})]
+
+
+async def test_a_secret_argument_of_a_tool_cannot_be_guessed(
+    open_engine: OpenEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model has chosen it, a person allows the call, and it is made after the step has started again."""
+    caplog.set_level(logging.DEBUG)
+    PAID.clear()
+    model = FakeModel(list(REPLIES))
+    async with open_engine(teller(needs_approval=True), transport=model.transport) as engine:
+        run = await waiting(engine, (await engine.submit("teller", {"wish": "pay"})).run_id)
+        (question,) = run.waiting_for
+        about = msgspec.json.decode(question.arguments if isinstance(question.arguments, msgspec.Raw) else b"")
+        assert (about["account"], about["pin"][:7]) == ("A1", "secret:")
+        assert "pin" not in str(bytes(question.schema)), "the person cannot change it"
+        seen = [await shown(engine, run)]
+        changed = {"approved": True, "arguments": {"account": "B2"}}
+        await engine.answer_call(run.run_id, question.call_id, json_of(changed))
+        run = await finish(engine, run.run_id)
+        assert (run.value, PAID) == ({"done": "yes"}, [("B2", PIN)]), run.error
+        seen.append(await shown(engine, run))
+        (tool,) = [call for call in (await engine.get_calls(run))[0] if call.kind == "tool"]
+        assert msgspec.json.decode(tool.arguments) == {"account": "B2", "pin": about["pin"]}
+        if hasattr(engine, "cluster"):
+            from flock.temporal.messages import run_workflow_id
+
+            history = await engine.cluster.handle(run_workflow_id(run.run_id, 1)).fetch_history()
+            seen += [event.SerializeToString().decode("latin-1") for event in history.events]
+    assert len(model.requests) == 2, "the reply was stored"
+    assert PIN in str(model.requests[1]["messages"]), "the model sees its own call"
+    seen += [*files_in(tmp_path), caplog.text]
+    check_not_guessable("\n".join(seen))
+    for text in (PIN, json.dumps(PIN), json.dumps({"account": "A1", "pin": PIN})):
+        assert base64.b64encode(text.encode()).decode()[:12] not in "\n".join(seen)
+
+
+async def test_a_call_of_another_secret_is_another_question(open_engine: OpenEngine) -> None:
+    """What people see of a secret depends on it, and differs between runs."""
+    pins = [PIN, "pin-0815", PIN]
+    model = FakeModel([Reply(calls=[("pay", {"account": "A1", "pin": pin})]) for pin in pins])
+    abouts = []
+    async with open_engine(teller(needs_approval=True), transport=model.transport) as engine:
+        for _ in pins:
+            run = await waiting(engine, (await engine.submit("teller", {"wish": "pay"})).run_id)
+            abouts.append(str(run.waiting_for[0].arguments))
+    assert len(set(abouts)) == 3
+
+
+def test_a_text_that_was_changed_in_the_store_is_not_used() -> None:
+    key = "k" * 22
+    text = sealed('{"pin": "pin-4711", "x": "é"}', key)
+    assert unsealed(text, key) == '{"pin": "pin-4711", "x": "é"}'
+    assert sealed("", key) != sealed("", key)
+    assert unsealed("plain", key) == "plain"
+    for damaged in (
+        text[:-4] + "AAAA",
+        text[:20] + ("B" if text[20] == "A" else "A") + text[21:],
+        text[:12],
+        "sealed:",
+    ):
+        with pytest.raises(CallError, match="they were changed in the store"):
+            unsealed(damaged, key)
+    with pytest.raises(CallError, match="they were changed in the store"):
+        unsealed(text, "another")
+
+
+@pytest.mark.parametrize(
+    ("secret", "message"), [(["pim"], "no parameter 'pim'.*Did you mean"), ("pin", "must be a list")]
+)
+def test_secret_names_are_parameters(secret: Any, message: str) -> None:
+    with pytest.raises(DefinitionError, match=message):
+        Tool(pay, secret=secret)
+
+
+async def test_all_arguments_of_a_tool_may_be_secret() -> None:
+    flock = Flock("locks", model="openai/gpt-4o")
+    opened = list[str]()
+
+    def unlock(pin: str) -> str:
+        """Open the door."""
+        opened.append(pin)
+        return "open"
+
+    tool = Tool(unlock, secret=["pin"], needs_approval=True)
+    flock.add_agent(FlockFactory.create_default_agent("door", input="wish: str", output="done: str", tools=[tool]))
+    model = FakeModel([Reply(calls=[("unlock", {"pin": PIN})]), Reply({"done": "yes"})])
+    async with flock.engine(transport=model.transport) as engine:
+        run = await waiting(engine, (await engine.submit("door", {"wish": "in"})).run_id)
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of({"approved": True}))
+        run = await finish(engine, run.run_id)
+    assert (run.value, opened) == ({"done": "yes"}, [PIN]), run.error

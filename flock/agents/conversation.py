@@ -91,7 +91,7 @@ class Conversation(msgspec.Struct, kw_only=True):
                         context.spend(exc.usage, exc.model)
                     raise
                 context.spend(completion.usage, completion.model)
-            return completion
+            return self.toolbox.sealed(completion)
 
         def needs_more(reply: Completion) -> bool:
             if reply.tool_calls or reply.text is None:
@@ -108,7 +108,7 @@ class Conversation(msgspec.Struct, kw_only=True):
             decode=functools.partial(msgspec.json.decode, type=Completion),
             should_keep=needs_more,
         )
-        return reply
+        return self.toolbox.unsealed(reply)
 
     def _result_of(self, text: str) -> tuple[msgspec.Raw | None, str]:
         """Return the result for an answer, or None and the reason why it is invalid."""

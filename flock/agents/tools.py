@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import anyio
 import msgspec
+from msgspec.structs import replace
 
+from flock.agents.secret import hidden, sealed, unsealed
 from flock.agents.signature import Signature, called, context_parameter, is_async, is_generator, name_of
 from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON, StepError
-from flock.models.completions import Message, ToolCall, ToolSchema
+from flock.models.completions import Completion, Message, ToolCall, ToolSchema
 from flock.models.pace import Caller, wait
 from flock.models.react import FINISH
 from flock.nearest import did_you_mean
@@ -106,9 +108,12 @@ class Tool:
         on_expiry: "fail" fails the run as "expired" if nobody has answered in time; "deny" denies the call.
         once: whether a call is never executed a second time; see ``call_once`` of ``RunContext.call``. If its
             end is not stored, the step raises Uncertain, which the model does not read.
+        secret: the names of parameters whose values people neither see nor change. They are stored encrypted, in the
+            reply of the model. Its texts, and what the function returns, are stored as they are.
 
     Raises:
-        DefinitionError: it is not a function or an agent, or its name is invalid, or an option of the approval is.
+        DefinitionError: it is not a function or an agent, or its name is invalid, or an option of the approval is, or
+            it has no parameter that *secret* names.
         SignatureError: a parameter has no type, or its type cannot be read from JSON.
     """
 
@@ -119,6 +124,7 @@ class Tool:
     parameters: Signature
     approval = Approval()
     once = False
+    secret: Sequence[str] = ()
     function: Any = None
 
     def __init__(
@@ -134,6 +140,7 @@ class Tool:
         expires_s: float | None = None,
         on_expiry: Literal["fail", "deny"] = "fail",
         once: bool = False,
+        secret: Sequence[str] = (),
     ) -> None:
         self.function = function
         self.approval = Approval(
@@ -149,6 +156,8 @@ class Tool:
             made = function.as_tool()
             if once:
                 raise DefinitionError(f"{made.name!r} is an agent, so it cannot be a tool with once=True.")
+            if secret:
+                raise DefinitionError(f"{made.name!r} is an agent, so it cannot be a tool with secret=.")
             self.name = made.name if name is None else _checked_name(name)
             self.description = made.description if description is None else description
             self.parameters = made.parameters
@@ -163,6 +172,7 @@ class Tool:
             description = " ".join((inspect.getdoc(documented) or "").partition("\n\n")[0].split())
         self.description = description
         self.parameters = Signature.of_parameters(function)
+        self.secret = _checked_secret(self.name, secret, self.parameters)
         self._context_parameter = context_parameter(function)
 
     def __repr__(self) -> str:
@@ -177,6 +187,16 @@ class Tool:
             schema=self.parameters.schema,
             may_be_strict=self.may_be_strict,
         )
+
+    def shown(self, arguments: msgspec.Raw, key: str) -> msgspec.Raw:
+        """Return *arguments* as people see them. *key*: see ``Run.call_key``."""
+        return hidden(arguments, self.secret, key) if self.secret else arguments
+
+    def changed(self, arguments: Any, by_person: Any) -> Any:
+        """Return *arguments* with what a person has changed."""
+        if not self.secret:
+            return by_person
+        return msgspec.structs.replace(arguments, **msgspec.structs.asdict(by_person))
 
     async def must_be_approved(self, arguments: Any, number: str, toolbox: "Toolbox") -> bool:
         """Whether a person must allow a call with *arguments*.
@@ -243,6 +263,18 @@ class AgentTool(Tool):
         return await toolbox.context.run_agent(self.agent_name, msgspec.to_builtins(arguments, enc_hook=to_json))
 
 
+def _checked_secret(tool: str, names: Sequence[str], parameters: Signature) -> Sequence[str]:
+    known = [field.name for field in parameters.fields]
+    if isinstance(names, str):
+        raise DefinitionError(f"secret= of the tool {tool!r} must be a list of parameters, such as [{names!r}].")
+    for name in names:
+        if name not in known:
+            raise DefinitionError(
+                f"The tool {tool!r} has no parameter {name!r} for secret=.{did_you_mean(name, known)}"
+            )
+    return tuple(names)
+
+
 def _checked_name(name: str) -> str:
     if name == "<lambda>":
         raise DefinitionError("A lambda has no name that a model can call. Use a named function.")
@@ -298,6 +330,25 @@ class Toolbox(msgspec.Struct):
         """Offer no more tools."""
         self.calls_made = self.max_calls
 
+    def sealed(self, reply: Completion) -> Completion:
+        """Return *reply* as it is stored: the arguments of tools with secrets are encrypted."""
+        return self._with_arguments(reply, sealed)
+
+    def unsealed(self, reply: Completion) -> Completion:
+        """Return a stored *reply*. Raises CallError if it was changed."""
+        return self._with_arguments(reply, unsealed)
+
+    def _with_arguments(self, reply: Completion, convert: Callable[[str, str], str]) -> Completion:
+        key = self.context.journal.call_key
+
+        def converted(call: ToolCall) -> ToolCall:
+            tool = self.tools.get(call.function.name)
+            if tool is None or not tool.secret:
+                return call
+            return replace(call, function=replace(call.function, arguments=convert(call.function.arguments, key)))
+
+        return replace(reply, tool_calls=tuple(map(converted, reply.tool_calls)))
+
     async def results(self, calls: Sequence[ToolCall], reply_number: int) -> list[Message]:
         """Make the calls of one reply of the model, at the same time. Return a message for each of them, in order."""
         refused = f"Error: Not called, because only {self.max_calls} calls are possible (max_tool_calls)."
@@ -330,6 +381,7 @@ class Toolbox(msgspec.Struct):
         except (MalformedJSON, InvalidData) as exc:
             return f"Error: The arguments are invalid. {one_line(str(exc))}"
         context, changed = self.context, ""
+        shown = tool.shown(msgspec.Raw(raw), context.journal.call_key)
         if await tool.must_be_approved(arguments, number, self):
             question, key, rules = f"May {context.agent_name} call {tool.name}?", f"{tool.name}.{number}", tool.approval
             approval = await context.journal.ask(
@@ -339,15 +391,17 @@ class Toolbox(msgspec.Struct):
                 key,
                 rules.expires_s,
                 DENIED_LATE if rules.on_expiry == "deny" else msgspec.UNSET,
-                msgspec.Raw(raw),
+                shown,
                 rules.approver,
                 four_eyes=rules.four_eyes,
             )
             if not approval.approved:
                 return f"A person denied this call. {approval.reason}".strip()
             if getattr(approval, "arguments", None) is not None:
-                arguments, raw = approval.arguments, tool.parameters.encode(approval.arguments)
-                changed = f"A person changed the arguments to {bytes(raw).decode()}. The result: "
+                arguments = tool.changed(arguments, approval.arguments)
+                raw = tool.parameters.encode(arguments)
+                shown = tool.shown(raw, context.journal.call_key)
+                changed = f"A person changed the arguments to {bytes(shown).decode()}. The result: "
 
         async def execute() -> Any:
             try:
@@ -363,7 +417,7 @@ class Toolbox(msgspec.Struct):
             number,
             execute,
             kind="tool",
-            arguments=msgspec.Raw(raw),
+            arguments=shown,
             decode=msgspec.json.decode,
             on_error=lambda error: f"Error: {one_line(error)}",
             at_most_once=tool.once,
@@ -388,7 +442,10 @@ def _approval_type(tool: Tool) -> type[msgspec.Struct]:
     """Return the type of a person's answer: whether a call is allowed, a reason for the model, and other arguments."""
     reason = Annotated[str, msgspec.Meta(description="the model reads it if the call is denied")]
     about_arguments = msgspec.Meta(description="in place of the model's arguments")
-    arguments: Any = Annotated[tool.parameters.type | None, about_arguments]
+    parameters = tool.parameters
+    if tool.secret:
+        parameters = Signature([each for each in parameters.fields if each.name not in tool.secret], name=tool.name)
+    arguments: Any = Annotated[parameters.type | None, about_arguments]
     fields: list[Any] = [("approved", bool), ("reason", reason, "")]
     if tool.approval.can_edit:
         fields.append(("arguments", arguments, None))

@@ -46,6 +46,10 @@ class StepJournal(Protocol):
     def spent(self) -> Usage:
         """The tokens that the run has used so far."""
 
+    @property
+    def call_key(self) -> str:
+        """See ``Run``."""
+
     def spend(self, usage: Usage, model: str | None) -> None: ...
 
     def call(
