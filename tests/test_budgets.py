@@ -306,6 +306,27 @@ async def test_a_spent_budget_is_a_429_with_the_seconds_until_the_day_ends() -> 
         assert len(model.requests) == 2
 
 
+async def test_a_host_can_give_its_users_budgets() -> None:
+    """By ``auth=``, for each request."""
+    model, budgets = Crowd(), {"ann": 1.0}
+
+    async def auth(request: Any) -> Principal:
+        name = request.headers["x-user"]
+        return Principal(name=name, max_cost_per_day=budgets.get(name))
+
+    async with serving_costs(crowded(), model, auth=auth) as client:
+
+        async def post(user: str) -> httpx.Response:
+            body = {"agent_name": "all", "inputs": {"count": 1}}
+            return await client.post("/run/flock", json=body, headers={"X-User": user})
+
+        assert [(await post("ann")).status_code, (await post("ann")).status_code] == [200, 429]
+        assert [(await post("bob")).status_code, (await post("bob")).status_code] == [200, 200]
+        budgets["ann"] = 2.0
+        assert [(await post("ann")).status_code, (await post("ann")).status_code] == [200, 429]
+    assert len(model.requests) == 4
+
+
 async def test_usage_is_shown_by_day_agent_and_model_to_whom_it_belongs(model: FakeModel) -> None:
     flock = measuring()
 
@@ -566,3 +587,19 @@ async def test_usage_counts_a_committed_call_once_over_kills(tmp_path: Path) -> 
     assert report["usage"]["input_tokens"] == total.input_tokens
     assert report["usage"]["output_tokens"] == total.output_tokens
     assert total.input_tokens > 0
+
+
+async def test_calls_without_a_budget_reserve_nothing() -> None:
+    """Also those of models without a price, which would reserve everything."""
+    account = Account()
+
+    async def read() -> Account:
+        return account
+
+    budget = DayBudget(A_DOLLAR, read)
+    with anyio.fail_after(PATIENCE_S):
+        async with budget.reserve("ollama/x", [], None), budget.reserve("ollama/x", [], None):
+            account = Account(max_cost=2)
+            async with budget.reserve(MODEL, [], 100):
+                assert budget._reserved == 10**12
+            assert budget._reserved == 0

@@ -100,7 +100,7 @@ class StoredRun(ActiveRun):
 
     def note_usage(self, agent_name: str, usage: Usage, model: str | None) -> None:
         super().note_usage(agent_name, usage, model)
-        if self.run.principal is not None:
+        if self.run.principal is not None and self._runner.active.get(self.run.run_id) is self:  # not a late thread
             self._runner.spending[self.run.principal].add(self)
 
     # For its steps; see ``ActiveRun``

@@ -252,6 +252,10 @@ class DayBudget(Budget):
             if price_of(self._prices, model) is None:
                 raise CostLimit(no_price(model, agent_name, "max_cost_per_day"))
 
+    def _expected(self, price: Price | None, tokens: int, max_tokens: int | None) -> float:
+        is_limited = self._account.max_cost is not None and price is not None  # otherwise nothing is reserved
+        return super()._expected(price, tokens, max_tokens) if is_limited else 0
+
     def _exceeds(self, cost: float) -> bool:
         account = self._account
         if account.max_cost is None:

@@ -315,7 +315,9 @@ class UsageQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if not isinstance(self.from_, msgspec.UnsetType):
             first = self.from_
         if not 0 <= (last - first).days < MAX_USAGE_DAYS:
-            raise InvalidData.of(f"'from' in the query must be before 'to', and at most {MAX_USAGE_DAYS} days before.")
+            raise InvalidData.of(
+                f"'from' in the query must be before 'to', and at most {MAX_USAGE_DAYS - 1} days before."
+            )
         by = tuple(self.by.split(",")) if self.by else ()
         if len(set(by)) < len(by) or not set(by) <= set(get_args(UsageField)):
             names = ", ".join(get_args(UsageField))
