@@ -602,8 +602,8 @@ class Journal:
         try:
             await self._replay.until_cancelled(entry)
         except anyio.get_cancelled_exc_class():
-            if not self._replay.is_turn_of(entry):
-                await self._to_its_end(self._replay.turn_of(entry), cancellation)
+            if not self._replay.is_cancelled_alone(entry):
+                await self._to_its_end(self._replay.until_it_may_see(entry.end), cancellation)
             raise
         finally:
             self._replay.cancelled_again(entry)
@@ -756,17 +756,19 @@ class Journal:
         except anyio.get_cancelled_exc_class():
             self._replay.forget(entry)
             call = replace(call, usage=None, model=None)  # they are stored with the result
-            if call.error is None and call.name != TIMER:
+            if call.error is None and call.kind != "sleep":  # the time of the next one has just begun
                 self._replay.keep_late(call)
-            await self._store_cancelled(call, entry, cancellation)
+            await self._store_cancelled(call, entry, cancellation, is_stored=True)
             raise
 
-    async def _store_cancelled(self, call: Call, entry: Entry, cancellation: Cancellation) -> None:
+    async def _store_cancelled(
+        self, call: Call, entry: Entry, cancellation: Cancellation, *, is_stored: bool = False
+    ) -> None:
         """Store that the program has cancelled a call. If the run or the step is ending, nothing is stored.
 
-        A timer ends after what is stored, and so after its block, if that has ended in time.
+        A timer ends after all that is stored, and so after a block that has ended in time, unless its end *is_stored*.
         """
-        if self._is_closed or self.is_cut_off() or call.name == TIMER:
+        if self._is_closed or self.is_cut_off() or (call.name == TIMER and not is_stored):
             return
         call = replace(
             call,
@@ -782,6 +784,8 @@ class Journal:
         try:
             with contextlib.suppress(Exception):  # the next call raises it
                 await self._store(call, cancellation)
+            if not self._replay.may_see(place.end):
+                await self._to_its_end(self._replay.until_it_may_see(place.end), cancellation)
         finally:
             self._replay.saw(place)
 

@@ -8,7 +8,7 @@ after all stored ends. A call that does not start again holds up the others only
 import asyncio
 import functools
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import anyio
@@ -90,6 +90,8 @@ class Replay:
         self._turns = dict[int, anyio.Event]()
         #: the ends of calls that wait to be cancelled again
         self._to_cancel = set[int]()
+        #: those of cancelled calls that the program has not seen
+        self._unseen = set[int]()
         #: starts, and answers that were delivered, that are in no stored call yet, by the number of the start
         self._unwritten = dict[int, Mark]()
         self.calls, self.contained = list[Call](), list[Call]()
@@ -141,7 +143,7 @@ class Replay:
                 entry.stored = call
             elif call.is_cancelled:  # after it had returned
                 entry.stored = replace(call, usage=returned.usage, model=returned.model)
-                if returned.error is None:
+                if returned.error is None and call.kind != "sleep":
                     self._late[call.call_id].append(replace(returned, usage=None, model=None))
         return entries, unplaced
 
@@ -157,10 +159,18 @@ class Replay:
         for call_id, late in self._late.items():
             while late and delivered[call_id]:
                 delivered[call_id].popleft().stored = late.popleft()
+        cancelled = Counter(
+            entry.call_id for entry in entries.values() if entry.stored is not None and entry.stored.is_cancelled
+        )
         answers = list[Entry]()
         for call in unplaced:
             if delivered[call.call_id]:
                 delivered[call.call_id].popleft().stored = call
+                continue
+            if not open_[call.call_id] and cancelled[call.call_id]:  # it came while its call was cancelled
+                cancelled[call.call_id] -= 1
+                if call.kind != "sleep":
+                    self._late[call.call_id].append(call)
                 continue
             entry = open_[call.call_id].popleft() if open_[call.call_id] else Entry(call.call_id)
             entry.stored, entry.is_unseen = call, True
@@ -296,13 +306,28 @@ class Replay:
         self._to_cancel.add(entry.end)
         await self._is_in_vain(entry.stored.place.end_s, lambda: False)
 
-    def is_turn_of(self, entry: Entry) -> bool:
-        return self._is_turn(entry.end)
+    def is_cancelled_alone(self, entry: Entry) -> bool:
+        """A call is cancelled again. Whether the program sees it at once: none waits for the same, or ended before."""
+        self._to_cancel.discard(entry.end)
+        return not self._to_cancel and self.may_see(entry.end)
 
-    async def turn_of(self, entry: Entry) -> None:
-        """Wait until all is delivered that ended before the program saw this cancellation, as while a thread ran."""
-        while not self._is_turn(entry.end):
-            await self._wait_for_turn(entry.end)
+    def may_see(self, end: int) -> bool:
+        """Whether the program may see a cancellation: after all that has ended before, as while a thread ran on.
+
+        It does not wait behind a call that waits to be cancelled itself, perhaps when the program has seen this.
+        """
+        first = next(iter(self._ends), end)
+        return first in self._to_cancel or (first >= end and not (self._missing and next(iter(self._missing)) < end))
+
+    async def until_it_may_see(self, end: int) -> None:
+        self._unseen.add(end)
+        try:
+            for _ in range(CHECKPOINTS):  # for those that are cancelled at the same time
+                await anyio.lowlevel.checkpoint()
+            while not self.may_see(end):
+                await self._wait_for_turn(end)
+        finally:
+            self._unseen.discard(end)
 
     def cancelled_again(self, entry: Entry) -> None:
         self._to_cancel.discard(entry.end)
@@ -352,6 +377,9 @@ class Replay:
         """Wake the call whose turn it is now."""
         if self._turns and (turn := self._turns.get(end := next(iter(self._ends)))) is not None and self._is_turn(end):
             turn.set()
+        for end in self._unseen:
+            if end in self._turns and self.may_see(end):
+                self._turns[end].set()
 
     def _is_turn(self, end: int) -> bool:
         if end not in self._ends:

@@ -24,9 +24,7 @@ def kept_calls(calls: Iterable[Call], dropped: Collection[str]) -> list[Call]:
     Args:
         dropped: see ``Run``.
     """
-    return [
-        call for call in calls if call.once is not None or not (key_of(call) in dropped or _is_invalid_answer(call))
-    ]
+    return [call for call in calls if call.once is not None or not (_is_in(dropped, call) or _is_invalid_answer(call))]
 
 
 def without_excluded(calls: Sequence[Call], begun_by: Collection[str]) -> Sequence[Call]:
@@ -74,6 +72,11 @@ def key_of(call: Call) -> str:
     """Return what identifies an entry of the journal: a call that failed may have been made again."""
     of = f"{asking_call(call.call_id)} {call.completed_at.isoformat()}"
     return hashlib.sha256(of.encode()).hexdigest()[:KEY_CHARS]
+
+
+def _is_in(dropped: Collection[str], call: Call) -> bool:
+    """Whether *call* is dropped. An answer has the same key as its call, if that was cancelled in the same instant."""
+    return call.error is not None and key_of(call) in dropped
 
 
 def _has_gone_on(call: Call, last_start: datetime) -> bool:
