@@ -7,12 +7,13 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from random import Random
+from typing import Literal
 
 import msgspec
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from tests.proof.workflows import CALLS, TIMEOUTS, Kind, Statement
+from tests.proof.workflows import TIMEOUTS, Kind, Statement
 
 __all__ = ["CLASSES", "End", "Fate", "fate_of", "fates", "program_of", "programs", "restricted"]
 
@@ -21,15 +22,18 @@ LIMITS_S = (0.15, 0.3, 0.6, 1.2)
 #: Seconds of plain code: the last one is longer than an engine waits for something that has happened before. If they
 #: are random, they differ by less than that.
 SLOW_S = (0.05, 0.5, 3.0, 9.0)
+#: How long a step sleeps, awaits a message, and may take: in place, or suspended.
+SLEEPS_S, EXPIRES_S, DEADLINES_S = (0.2, 0.7, 6.0, 20.0), (0.0, 2.0, 40.0), (0.3, 0.6, 1.2, 10.0, 30.0)
+COMES: Sequence[Literal["before", "during", "never"]] = ("before", "during", "never")
 PRIMES = [n for n in range(2, 2000) if all(n % m for m in range(2, n))]
 #: How many leaves a program has at most, and how deep it is.
 MAX_LEAVES, MAX_DEPTH = 8, 8
 
 #: Side effects in threads, each with the same one outside of them; and what may cancel its parts.
 THREADS: Mapping[str, Kind] = {"block": "work", "block_and_fail": "fail"}
-CANCELLING = {*TIMEOUTS, "group", "first", "tool"}
+CANCELLING = {*TIMEOUTS, "deadline", "group", "first", "tool"}
 
-_SIMPLE = {*CALLS, "plain", "seq", "try", "loop", "case", "tool", "agent"}
+_SIMPLE = {"work", "fail", "flaky", "block", "plain", "seq", "try", "loop", "case", "tool", "agent"}
 #: Which kinds the programs of a class have.
 CLASSES: dict[str, Collection[str]] = {
     "calls": _SIMPLE,
@@ -42,6 +46,11 @@ CLASSES: dict[str, Collection[str]] = {
     "timeouts": _SIMPLE | {"timeout", "wait"},
     "everything": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait"},
     "slow plain code": _SIMPLE | {"gather", "ask", "slow"},
+    "sleeps": _SIMPLE | {"gather", "first", "ask", "sleep"},
+    "messages": _SIMPLE | {"gather", "first", "receive", "sleep"},
+    "deadlines": _SIMPLE | {"gather", "first", "deadline", "sleep", "receive"},
+    "at most once": _SIMPLE | {"gather", "first", "group", "ask", "once"},
+    "retries": _SIMPLE | {"gather", "group", "completed", "ask", "once", "mended"},
     "everything, slow": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait", "slow"},
 }
 
@@ -59,6 +68,7 @@ PARTS: Mapping[str, tuple[int, int]] = {
     "completed": (2, 4),
     "wait": (2, 4),
     "timeout": (1, 1),
+    "deadline": (1, 1),
 }
 
 
@@ -70,13 +80,13 @@ def program_of(random: Random, kinds: Collection[str]) -> Statement:
     def made(size: int, depth: int = 0) -> Statement:
         fitting = [kind for kind in whole if PARTS[kind][0] <= size]
         if depth == MAX_DEPTH or not fitting or (size == 1 and random.randint(0, 2)):
-            return _LEAVES[random.choice(leaves)](random, "slow" in kinds)
+            return _LEAVES[random.choice(leaves)](random, kinds)
         kind = random.choice(fitting)
         least, most = PARTS[kind]
         count = random.randint(least, min(most, size))
         cuts = [0, *sorted(random.sample(range(1, size), count - 1)), size]
         parts = tuple(made(end - begin, depth + 1) for begin, end in itertools.pairwise(cuts))
-        limited = {"wait": LIMITS_S, "timeout": LIMITS_S, "tool": (None, *LIMITS_S)}
+        limited = {"wait": LIMITS_S, "timeout": LIMITS_S, "deadline": DEADLINES_S, "tool": (None, *LIMITS_S)}
         return Statement(
             kind,  # type: ignore[arg-type]
             parts,
@@ -91,41 +101,67 @@ def program_of(random: Random, kinds: Collection[str]) -> Statement:
     return numbered(restricted(Statement("seq", (first, last, last))))
 
 
-def _work(random: Random, is_slow: bool) -> Statement:
+def _work(random: Random, kinds: Collection[str]) -> Statement:
     return Statement("work", seconds=random.choice(SECONDS))
 
 
-def _fail(random: Random, is_slow: bool) -> Statement:
+def _fail(random: Random, kinds: Collection[str]) -> Statement:
     kind = random.choice(["work", "fail"])
     return Statement(kind, seconds=random.choice(SECONDS), is_equal=random.choice([False, True]))  # type: ignore[arg-type]
 
 
-def _flaky(random: Random, is_slow: bool) -> Statement:
+def _flaky(random: Random, kinds: Collection[str]) -> Statement:
     kind, limit_s = random.choice(["work", "fail", "flaky"]), random.choice([None, *LIMITS_S])
     return Statement(kind, seconds=random.choice(SECONDS), retries=random.randint(0, 2), limit_s=limit_s)  # type: ignore[arg-type]
 
 
-def _block(random: Random, is_slow: bool) -> Statement:
+def _block(random: Random, kinds: Collection[str]) -> Statement:
     return Statement(random.choice(["block", "block_and_fail"]), seconds=random.choice(SECONDS))
 
 
-def _ask(random: Random, is_slow: bool) -> Statement:
+def _ask(random: Random, kinds: Collection[str]) -> Statement:
     return Statement("ask")
 
 
-def _plain(random: Random, is_slow: bool) -> Statement:
-    """A call follows: if a task ends with plain code, no journal can tell whether it ends before another one."""
-    seconds, is_random = (random.choice(SLOW_S), random.choice([False, True])) if is_slow else (0.0, False)
-    plain = Statement("plain", times=random.choice([1, 3, 20]), seconds=seconds, is_random=is_random)
-    return Statement("seq", (plain, _work(random, is_slow)))
+def _receive(random: Random, kinds: Collection[str]) -> Statement:
+    comes = random.choice(COMES)
+    return Statement("receive", comes=comes, seconds=random.choice(EXPIRES_S[comes == "never" :]))
 
 
-_LEAVES: Mapping[str, Callable[[Random, bool], Statement]] = {
+def _sleep(random: Random, kinds: Collection[str]) -> Statement:
+    return Statement("sleep", seconds=random.choice(SLEEPS_S))
+
+
+def _once(random: Random, kinds: Collection[str]) -> Statement:
+    kind, limit_s = random.choice(["work", "fail", "block"]), random.choice([None, *LIMITS_S])
+    return Statement(kind, seconds=random.choice(SECONDS), limit_s=limit_s, is_once=True)  # type: ignore[arg-type]
+
+
+def _mended(random: Random, kinds: Collection[str]) -> Statement:
+    return Statement("mended", seconds=random.choice(SECONDS))
+
+
+def _plain(random: Random, kinds: Collection[str]) -> Statement:
+    """A call follows: if a task ends with plain code, no journal can tell whether it ends before another one.
+
+    Nor can it if the code takes more iterations of the loop than the end of a call that is not executed a second time.
+    """
+    seconds, is_random = (random.choice(SLOW_S), random.choice([False, True])) if "slow" in kinds else (0.0, False)
+    times = random.choice([1, 3] if "once" in kinds else [1, 3, 20])
+    plain = Statement("plain", times=times, seconds=seconds, is_random=is_random)
+    return Statement("seq", (plain, _work(random, kinds)))
+
+
+_LEAVES: Mapping[str, Callable[[Random, Collection[str]], Statement]] = {
     "work": _work,
     "fail": _fail,
     "flaky": _flaky,
     "block": _block,
     "ask": _ask,
+    "receive": _receive,
+    "sleep": _sleep,
+    "once": _once,
+    "mended": _mended,
     "plain": _plain,
 }
 
@@ -189,12 +225,14 @@ class Fate(msgspec.Struct, frozen=True, omit_defaults=True):
         is_stored: in a file.
         ends: of its processes but the last one, in each of which the engine is killed or stopped.
         cancel: when the run is cancelled in the last process.
+        retries: how often it is then retried if it has not completed.
     """
 
     seed: int = 0
     is_stored: bool = False
     ends: tuple[End, ...] = ()
     cancel: End | None = None
+    retries: int = 0
 
 
 def fate_of(random: Random, *, is_whole: bool) -> Fate:
@@ -202,7 +240,8 @@ def fate_of(random: Random, *, is_whole: bool) -> Fate:
     seed = random.randint(1, 1000) if random.randint(0, 1) else 0
     ends = () if is_whole else tuple(_end(random) for _ in range(random.randint(1, 3)))
     cancel = None if random.randint(0, 3) else _end(random)
-    return Fate(seed, not is_whole or random.choice([False, True]), ends, cancel)
+    retries = max(0, random.randint(-2, 2))
+    return Fate(seed, not is_whole or random.choice([False, True]), ends, cancel, retries)
 
 
 def _end(random: Random) -> End:

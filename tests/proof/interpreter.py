@@ -101,13 +101,26 @@ class _Interpreter(NamedTuple):
             return self._effect(s, at, start_s)
         parts: dict[str, Any] = {"seq": self._seq, "loop": self._seq, "try": self._try, "case": self._case}
         parts |= {"gather": self._all, "group": self._all, "first": self._some, "wait": self._some}
-        parts |= {"tool": self._in_time, "timeout": self._in_time, "completed": self._in_order}
+        parts |= {
+            "tool": self._in_time,
+            "timeout": self._in_time,
+            "deadline": self._in_time,
+            "completed": self._in_order,
+        }
         if s.kind == "agent":
             return self.course(s.parts[0], f"{at}.0", start_s)
         if s.kind in parts:
             course: Course = parts[s.kind](s, at, start_s)
             return course
+        if s.kind == "receive":
+            return self._receive(s, at, start_s)
         return Course(start_s + s.seconds, s.n if s.kind == "ask" else 0)
+
+    def _receive(self, s: Statement, at: str, start_s: float) -> Course:
+        found = Course(start_s + s.seconds if s.comes == "never" else start_s, 0 if s.comes == "never" else s.n)
+        if s.seconds:
+            found.value = self._decide(found, at, found.value)
+        return found
 
     def _effect(self, s: Statement, at: str, start_s: float) -> Course:
         found, pause_s = Course(start_s), FIRST_PAUSE_S
@@ -116,7 +129,7 @@ class _Interpreter(NamedTuple):
                 found.ends_s, pause_s = found.ends_s + pause_s, min(2 * pause_s, MAX_PAUSE_S)
             begin_s = found.ends_s
             found.events.append(Event(begin_s, at))
-            fails = s.kind in ("fail", "block_and_fail") or (s.kind == "flaky" and not tries)
+            fails = s.kind in ("fail", "mended", "block_and_fail") or (s.kind == "flaky" and not tries)
             found.value, found.error = s.n, f"Oops({s.n})" if fails else None
             found.ends_s += s.seconds
             if s.kind.startswith("block"):
@@ -125,7 +138,7 @@ class _Interpreter(NamedTuple):
                 found.ends_s, found.error = begin_s + s.limit_s, "TimeoutError"
             if found.error is None:
                 break
-        if s.limit_s is not None:
+        if s.limit_s is not None or s.is_once or s.kind == "mended":
             decision = self._decide(found, at, found.error or "in time")
             found.error = None if decision == "in time" else decision
         return found

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from flock.engine import embedded
 from flock.engine.embedded import EmbeddedEngine
@@ -41,7 +42,7 @@ def engine_of(world: World, store: str) -> EmbeddedEngine:
 async def _answer(engine: EmbeddedEngine, world: World, run_id: str, rng: random.Random) -> Run:
     """Answer all questions of a run at random moments until it ends."""
     while (run := await engine.wait(run_id)).status is RunStatus.WAITING:
-        questions = list(run.waiting_for)
+        questions = [each for each in run.waiting_for if each.is_question]
         rng.shuffle(questions)
         for question in questions:
             if question.call_id in world.answered:
@@ -52,12 +53,18 @@ async def _answer(engine: EmbeddedEngine, world: World, run_id: str, rng: random
             with contextlib.suppress(Conflict):  # the process has died after the answer was stored; or it is cancelled
                 await engine.answer_call(run_id, question.call_id, msgspec.Raw(msgspec.json.encode(number)))
             world.answered.add(question.call_id)
+    world.should_retry(run)
     return run
 
 
 async def _cancel(engine: EmbeddedEngine, run_id: str) -> None:
     with contextlib.suppress(Conflict):  # it has ended
         await engine.cancel_run(run_id)
+
+
+async def _send(engine: EmbeddedEngine, run_id: str, name: str, number: int) -> None:
+    with contextlib.suppress(Conflict):  # it has ended
+        await engine.send_message(run_id, name, msgspec.Raw(str(number).encode()))
 
 
 async def _process(
@@ -67,6 +74,8 @@ async def _process(
     stop, cancelling = asyncio.Event(), set[asyncio.Future[None]]()
     async with engine_of(world, store) as engine:
         world.run_id = run_id = world.run_id or (await engine.submit("main", {})).run_id
+        sending = set[asyncio.Future[None]]()
+        world.send = lambda name, number: sending.add(asyncio.ensure_future(_send(engine, run_id, name, number)))
         world.at(end, loop, die if end is not None and end.is_kill else stop.set)
         if cancel is not None:
             world.at(cancel, loop, lambda: cancelling.add(asyncio.ensure_future(_cancel(engine, run_id))))
@@ -136,6 +145,9 @@ def processes() -> Iterator[Callable[[Statement, Fate], None]]:
         migrate(db, path) if path != database.MEMORY else db.deserialize(schema)
 
     def execute(program: Statement, fate: Fate) -> None:
+        fate = replace(
+            fate, retries=0
+        )  # only in memory, until it is known which process has seen the end of an attempt
         attempt(program, fate, functools.partial(_trial, Path(base) / str(next(counter))), "--program")
 
     try:

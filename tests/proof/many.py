@@ -91,6 +91,8 @@ def _smaller(program: Statement, fate: Fate) -> Iterator[tuple[Statement, Fate]]
     yield from ((part, fate) for part in _smaller_programs(program))
     if fate.cancel is not None:
         yield program, replace(fate, cancel=None)
+    if fate.retries:
+        yield program, replace(fate, retries=fate.retries - 1)
     if fate.seed:
         yield program, replace(fate, seed=0)
     for i, end in enumerate(fate.ends):
@@ -102,6 +104,9 @@ def _smaller(program: Statement, fate: Fate) -> Iterator[tuple[Statement, Fate]]
 
 
 def _smaller_programs(s: Statement) -> Iterator[Statement]:
+    if s.parts and s.parts[0].kind == "plain":  # a call follows; see ``generator``
+        yield from s.parts[1:]
+        return
     yield from s.parts
     for i, part in enumerate(s.parts):
         if s.kind not in ("try", "case") and len(s.parts) > 1:

@@ -18,7 +18,7 @@ from flock.engine.runner import _absorb_cancellation, _without
 from flock.models.llm import ModelClient
 from flock.runs import Call, Question, Run, RunStatus, now
 from flock.runs.records import CALL_IDS
-from flock.steps.answers import answer_of, is_expired
+from flock.steps.answers import answer_of, awaited, is_expired
 from flock.steps.executor import ActiveRun, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import CANCELLED
 from tests.proof.generator import End, Fate
@@ -47,6 +47,7 @@ class Memory:
         ids: dict[str, Any] = {"run_id": "run", "flock": FLOCK.name, "agent_name": "main", "call_ids": CALL_IDS}
         self.run = Run(inputs=msgspec.Raw(b"{}"), is_async=True, created_at=now(), **ids)
         self.calls, self.kept = list[tuple[int, Call]](), 0
+        self.messages = list[tuple[str, msgspec.Raw]]()
 
     def die(self) -> None:
         """Some of the entries that were being saved are lost: all after one of them, since a store keeps the order."""
@@ -76,8 +77,25 @@ class Memory:
         if self.run.status is RunStatus.WAITING:
             self.run = replace(self.run, status=RunStatus.STARTING)
 
+    def send(self, name: str, message: msgspec.Raw) -> None:
+        """Keep a message. If the run waits for it, the run continues."""
+        if self.run.status is RunStatus.WAITING and (wait := awaited(self.run, name)) is not None:
+            self.answer(wait, message)
+        else:
+            self.messages.append((name, message))
+
+    def reopen(self) -> None:
+        """Start the next attempt; see ``REOPENED`` of a store."""
+        more = {"attempt": self.run.attempt + 1, "journal": self.run.first_try, "earlier_error": self.run.error}
+        gone = dict.fromkeys(("result", "error", "error_type", "started_at", "completed_at"))
+        self.run = replace(self.run, status=RunStatus.STARTING, waiting_for=(), worked_s=0.0, **gone, **more)
+
     def answer_of(self, wait: Question) -> Call | None:
-        """Return the answer of a wait, if there is one."""
+        """Return the answer of a wait, if there is one: also the next message, which is then received."""
+        message = next((each for each in self.messages if wait.kind == "message" and each[0] == wait.question), None)
+        if message is not None:
+            self.messages.remove(message)
+            self.answer(wait, message[1])
         of_wait = (call for tries, call in self.calls if call.call_id == wait.call_id and tries == self.run.tries)
         return next((call for call in of_wait if call.error is None), None)
 
@@ -126,6 +144,7 @@ class Process:
         self._active: Execution | None = None
         self._changed, self._is_stopped, self._is_cancelled = asyncio.Event(), False, False
         self._expected = set[str]()
+        self.world.send = self._send
         self.world.at(end, loop, die if end is not None and end.is_kill else self._stop)
         if cancel is not None:
             self.world.at(cancel, loop, self._cancel)
@@ -158,6 +177,11 @@ class Process:
         self.memory.answer(wait, msgspec.Raw(wait.question.partition(" ")[0].encode()))
         self._notify()
 
+    def _send(self, name: str, number: int) -> None:
+        if not self.memory.run.status.is_final:
+            self.memory.send(name, msgspec.Raw(str(number).encode()))
+            self._notify()
+
     def _notify(self) -> None:
         self._changed.set()
         if self._active is not None and self._active.context is not None:
@@ -165,7 +189,12 @@ class Process:
 
     async def run(self) -> Run | None:
         """Return the run when it has ended, or None if the process has stopped."""
-        while not self.memory.run.status.is_final:
+        while True:
+            if self.memory.run.status.is_final:
+                if not self.world.should_retry(self.memory.run):
+                    return self.memory.run
+                self.memory.reopen()
+                self._is_cancelled = False
             if self.memory.run.status is RunStatus.WAITING:
                 await self._until_answered()
             if self._is_stopped:
@@ -174,7 +203,6 @@ class Process:
                 self._end(asdict(CANCELLED))
             else:
                 await self._execute()
-        return self.memory.run
 
     async def _until_answered(self) -> None:
         for wait in (waits := self.memory.run.waiting_for):

@@ -41,6 +41,8 @@ LATE_S = (0.0, 0.0, 0.001, 0.02, 0.3)
 HORIZON_S = 60.0
 #: Tasks that wake each other so many times, while no time passes, are busy waiting.
 BUSY_STEPS = 1000
+#: When virtual time begins.
+BEGIN = datetime.now(UTC)
 #: No program needs as many iterations.
 MAX_STEPS = 200_000
 #: After so many iterations while no time has passed, each takes some time, in seconds.
@@ -249,13 +251,13 @@ def live(main: Coroutine[Any, Any, T], loop: Schedule) -> T:
 @contextlib.contextmanager
 def _virtual(loop: Schedule) -> Iterator[None]:
     """Let all clocks and threads be those of *loop*, and let sets have the same order each time."""
-    begin, real_sleep = datetime.now(UTC), time.sleep
+    real_sleep = time.sleep
     scopes = dict[int, tuple[int, Any]]()  # keeps them, so that no later one gets the same address
 
     class Clock(datetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> Any:
-            return begin + timedelta(seconds=loop.time())
+            return BEGIN + timedelta(seconds=loop.time())
 
     async def run_sync(
         function: Callable[..., T], *args: Any, abandon_on_cancel: bool = False, limiter: Any = None

@@ -139,6 +139,29 @@ FOUND_IN_MEMORY = {
         '[{"kind":"tool","parts":[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"fail","n":10,'
         '"seconds":0.201732}]},{"kind":"work","n":16,"seconds":0.403606}]}],"limit_s":0.305385},{}]'
     ),
+    "a message that came while its call was cancelled": (
+        '[{"kind":"loop","parts":[{"kind":"first","parts":[{"kind":"receive","n":6,"seconds":40.001414},'
+        '{"kind":"receive","n":7}]}],"times":2},{"is_stored":true,"ends":[[1,4,true]]}]'
+    ),
+    "an answer that came while its question was cancelled": (
+        '[{"kind":"loop","parts":[{"kind":"first","parts":[{"kind":"sleep","n":16,"seconds":0.204123},'
+        '{"kind":"ask","n":17}]}],"times":3},{"seed":919,"is_stored":true,"ends":[[4,3,false]]}]'
+    ),
+    "an answer that came when its question was cancelled, and a retry": (
+        '[{"kind":"first","parts":[{"kind":"fail","n":8,"seconds":0.102236},{"kind":"completed",'
+        '"parts":[{"kind":"work","n":13,"seconds":0.802646}]},{"kind":"ask","n":14}]},{"seed":377,'
+        '"is_stored":true,"ends":[[4,13,true]],"retries":1}]'
+    ),
+    "a sleep after one that was over when it was cancelled": (
+        '[{"kind":"loop","parts":[{"kind":"first","parts":[{"kind":"work","n":7,"seconds":0.101414},'
+        '{"kind":"sleep","n":8,"seconds":0.201732}]}],"times":2},{"seed":285,"is_stored":true}]'
+    ),
+    "a call that has ended, and waits for its turn while another one is cancelled": (
+        '[{"kind":"seq","parts":[{"kind":"first","parts":[{"kind":"work","n":4,"seconds":0.101414},'
+        '{"kind":"first","parts":[{"kind":"work","n":6,"seconds":0.101732},{"kind":"work","n":9,'
+        '"seconds":0.102236}]}]},{"kind":"work","n":12,"seconds":0.103606}]},{"seed":791,"is_stored":true,'
+        '"ends":[[5,4,true]]}]'
+    ),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 
 from flock.core import Flock
+from flock.errors import Uncertain
 from flock.runs import RunContext
 
 __all__ = [
@@ -34,14 +35,18 @@ __all__ = [
 ]
 
 Kind = Literal[
-    # side effects: async functions, and functions in threads. They return n or raise Oops(n); a flaky one first raises
+    # side effects: async functions, and functions in threads. They return n or raise Oops(n); a flaky one raises the
+    # first time in a process, and a mended one in the first attempt of the run
     "work",
     "fail",
     "flaky",
+    "mended",
     "block",
     "block_and_fail",
-    # a person answers n; plain code
+    # a person answers n; another system sends n; time; plain code
     "ask",
+    "receive",
+    "sleep",
     "plain",
     # calls whose functions make calls
     "tool",
@@ -53,14 +58,17 @@ Kind = Literal[
     "first",
     "wait",
     "completed",
-    # one part
+    # one part; a deadline is a ``context.timeout``
     "timeout",
+    "deadline",
     "try",
     "loop",
     "case",
 ]
 TIMEOUTS = ("timeout", "wait")
-CALLS = ("work", "fail", "flaky", "block", "block_and_fail")
+CALLS = ("work", "fail", "flaky", "mended", "block", "block_and_fail")
+#: After which a step may be suspended.
+WAITS = ("ask", "receive", "sleep")
 
 
 class Statement(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,10 +77,12 @@ class Statement(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         parts: the statements in it. "try" has its body and its handler; "case" has what it tests and then its cases.
         n: its number in the program.
-        seconds: how long it takes, each time another part of it if it is random.
+        seconds: how long it takes, each time another part of it if it is random; how long a message is awaited.
         limit_s: the time-out of what is below, or ``call_timeout_s``.
         times: iterations of a loop, or how often plain code lets other tasks run.
         is_equal: the call has the same arguments as other such calls of the same parent. Its number is 0.
+        is_once: the call is executed at most once.
+        comes: when a message comes, if it does.
     """
 
     kind: Kind
@@ -84,6 +94,8 @@ class Statement(msgspec.Struct, frozen=True, omit_defaults=True):
     retries: int = 0
     times: int = 0
     is_equal: bool = False
+    is_once: bool = False
+    comes: Literal["before", "during", "never"] = "before"
 
     @property
     def all(self) -> "Iterator[Statement]":
@@ -105,8 +117,8 @@ def described(exc: BaseException) -> str:
     """Return an exception as an outcome that can be compared."""
     if isinstance(exc, BaseExceptionGroup):
         return f"ExceptionGroup({', '.join(map(described, exc.exceptions))})"
-    if isinstance(exc, TimeoutError):
-        return "TimeoutError"
+    if isinstance(exc, (TimeoutError, Uncertain)):
+        return type(exc).__name__
     return f"Oops({exc})" if isinstance(exc, Oops) else f"{type(exc).__name__}: {exc}"
 
 
@@ -115,18 +127,25 @@ def text(statement: Statement, indent: str = "") -> str:
     s, more, below = statement, f"{indent}    ", ""
     options = [f"takes {s.seconds:.3f} s"] if s.seconds else []
     options += ["each time other seconds"] if s.is_random else []
-    options += [f"call_timeout_s={s.limit_s:.3f}"] if s.limit_s and s.kind != "timeout" else []
+    options += [f"call_timeout_s={s.limit_s:.3f}"] if s.limit_s and s.kind not in ("timeout", "deadline") else []
     options += [f"call_retries={s.retries}"] if s.retries else []
+    options += ["call_once"] if s.is_once else []
     comment = f"  # {', '.join(options)}" if options else ""
     match s.kind:
         case "plain":
             return f"{indent}plain code{f', sleep(0) * {s.times}' if s.times else ''}{comment}"
         case "ask":
             return f"{indent}ask {s.n}"
+        case "receive":
+            return f"{indent}receive {s.n}, which {s.comes if s.comes == 'never' else 'is sent ' + s.comes}{comment}"
+        case "sleep":
+            return f"{indent}sleep({s.seconds:.3f})"
         case "seq":
             return "\n".join(text(part, indent) for part in s.parts)
         case "timeout":
             head = f"async with asyncio.timeout({s.limit_s:.3f}):"
+        case "deadline":
+            head = f"async with context.timeout({s.limit_s:.3f}):"
         case "loop":
             head = f"for _ in range({s.times}):"
         case "try":
@@ -154,6 +173,12 @@ class Life(Protocol):
     def decided(self, at: str, decision: Any) -> None:
         """The program has gone on from what can end in several ways, such as the parts that have ended in time."""
 
+    def waits(self, at: str, statement: Statement) -> None:
+        """A sleep or a deadline begins, or a message is awaited."""
+
+    def waited(self, at: str, seconds: float) -> None:
+        """It has lasted *seconds*."""
+
     def cancelled(self, at: str) -> None:
         """A call was cancelled, by the program or by its engine."""
 
@@ -164,6 +189,8 @@ class Life(Protocol):
         """A side effect is executed. Yields whether this is the first time in this life."""
 
     bodies: dict[str, "tuple[Walk, Statement]"]
+    #: of the run, from 1
+    attempt: int
 
 
 class _Now(NamedTuple):
@@ -188,6 +215,10 @@ async def fail(key: str) -> int:
 
 async def flaky(key: str) -> int:
     return await _work(fails=None)
+
+
+async def mended(key: str) -> int:
+    return await _work(fails=_NOW.get().life.attempt == 1)
 
 
 async def _work(*, fails: bool | None) -> int:
@@ -241,8 +272,15 @@ class Walk(NamedTuple):
 
     async def _do(self, s: Statement, at: str) -> Any:
         match s.kind:
-            case "work" | "fail" | "flaky" | "block" | "block_and_fail":
+            case "work" | "fail" | "flaky" | "mended" | "block" | "block_and_fail":
                 return await self._effect(s, at)
+            case "receive":
+                return await self._receive(s, at)
+            case "sleep":
+                self.life.waits(at, s)
+                await self.context.sleep(s.seconds)
+                self.life.waited(at, s.seconds)
+                return 0
             case "ask":
                 return await self.context.ask(f"{s.n} at {at}", int)
             case "plain":
@@ -267,6 +305,8 @@ class Walk(NamedTuple):
                 return await self.do(s.parts[chosen], f"{at}.{chosen}")
             case "timeout":
                 return await self._in_time(s, at)
+            case "deadline":
+                return await self._before_deadline(s, at)
             case "gather" | "group":
                 return await self._all(s, at)
             case "first" | "wait":
@@ -277,19 +317,48 @@ class Walk(NamedTuple):
 
     async def _effect(self, s: Statement, at: str) -> Any:
         _NOW.set(_Now(self.life, at, s))
-        function = {f.__name__: f for f in (work, fail, flaky, block, block_and_fail)}[s.kind]
+        function = {f.__name__: f for f in (work, fail, flaky, mended, block, block_and_fail)}[s.kind]
         key = "equal" if s.is_equal else at
+        is_decided = s.limit_s is not None or s.is_once or s.kind == "mended"
+        options: dict[str, Any] = {"call_timeout_s": s.limit_s, "call_retries": s.retries, "call_once": s.is_once}
         try:
-            value = await self.context.call(function, key, call_timeout_s=s.limit_s, call_retries=s.retries)
+            value = await self.context.call(function, key, **options)
         except asyncio.CancelledError:
             self.life.cancelled(at)
             raise
         except Exception as exc:
-            if s.limit_s is not None:
+            if is_decided:
                 self.life.decided(at, described(exc))
             raise
-        if s.limit_s is not None:
+        if is_decided:
             self.life.decided(at, "in time")
+        return value
+
+    async def _receive(self, s: Statement, at: str) -> Any:
+        self.life.waits(at, s)
+        options = {"expires_s": s.seconds, "default": 0} if s.seconds else {}
+        value = await self.context.receive(f"to-{at}", int, **options)
+        if s.seconds:
+            self.life.decided(at, value)
+        return value
+
+    async def _before_deadline(self, s: Statement, at: str) -> Any:
+        self.life.waits(at, s)
+        is_cut = False
+        try:
+            async with self.context.timeout(s.limit_s or 0.0):
+                try:
+                    value = await self.do(s.parts[0], f"{at}.0")
+                except asyncio.CancelledError:
+                    is_cut = True
+                    raise
+        except Exception:
+            if is_cut:
+                self.life.waited(at, s.limit_s or 0.0)
+                self.life.cut_off(at)
+            self.life.decided(at, is_cut)
+            raise
+        self.life.decided(at, False)
         return value
 
     async def _call_of_calls(self, s: Statement, at: str) -> Any:

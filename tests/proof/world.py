@@ -1,8 +1,10 @@
 """What a random program does in all processes of its run, and the promises that are broken while it does that."""
 
+import asyncio
 import contextlib
 import gc
 import logging
+import math
 import random
 import shlex
 import sys
@@ -19,14 +21,14 @@ from flock.runs import Observer, Run, RunContext, RunStatus
 from tests.proof.generator import End, Fate
 from tests.proof.interpreter import interpret
 from tests.proof.schedules import Died, Schedule, Stuck, live
-from tests.proof.workflows import CALLS, FLOCK, LIVES, TIMEOUTS, Statement, Walk, text
+from tests.proof.workflows import CALLS, FLOCK, LIVES, TIMEOUTS, WAITS, Statement, Walk, text
 
 __all__ = ["ANSWER_S", "LIMITS", "Life", "World", "attempt", "die", "in_processes", "quiet"]
 
 #: How long a process is down, and how long a person may take to answer, in seconds.
 DOWN_S, ANSWER_S = 1.0, (0.0, 0.3, 2.0, 30.0)
 #: A run that has not ended after so many virtual seconds in one process never ends.
-HORIZON_S = 900.0
+HORIZON_S = 5000.0
 LIMITS = Limits(max_threads=50, max_recoveries=100)
 #: After how many runs the garbage of their processes is collected.
 RUNS_OF_GARBAGE = 10
@@ -36,7 +38,7 @@ class Life:
     """One execution of the step. See ``workflows.Life``."""
 
     def __init__(self, world: "World") -> None:
-        self.world, self.is_alive = world, True
+        self.world, self.is_alive, self.attempt = world, True, world.attempt
         #: its engine stops; or the agent has returned, so that tasks that it has left see nothing but cancellation
         self.is_stopping = self.is_over = False
         self.bodies: dict[str, tuple[Walk, Statement]] = {}
@@ -62,6 +64,14 @@ class Life:
             self.world.last_decisions[at] = decision
         else:
             self.world.decided(at, decision)
+
+    def waits(self, at: str, statement: Statement) -> None:
+        if self.is_alive:
+            self.world.waits(at, statement)
+
+    def waited(self, at: str, seconds: float) -> None:
+        if self.is_alive and not self.is_stopping and not self.is_over:
+            self.world.waited(at, seconds)
 
     def cancelled(self, at: str) -> None:
         self._cancelled.add(at)
@@ -89,17 +99,26 @@ class World(Observer):
     """
 
     def __init__(self, program: Statement, fate: Fate) -> None:
-        self.program, self.random = program, random.Random(fate.seed)
+        self.program, self.fate, self.random = program, fate, random.Random(fate.seed)
+        self.attempt = 1
+        self.send: Callable[[str, int], object] = lambda name, number: None
+        #: the outcome of the attempt before; when each wait has begun; and when each message was sent
+        self.outcome_before, self._since, self._sent = "", dict[str, float](), dict[str, float]()
+        self._returned = dict[str, Any]()
         self.lives, self.run_id = list[Life](), ""
         #: it takes the same branches again. No journal knows how long plain code takes, so it may delay a call until
         #: the engine waits no longer for it, or a time-out comes first. Equal calls are told apart by their arrival
         is_slow = any(each.kind == "plain" and each.seconds for each in program.all)
-        self.is_ordered = not is_slow and not (fate.seed and any(each.is_equal for each in program.all))
+        # And nothing is stored of a deadline that has not passed.
+        is_slow |= bool(fate.ends) and any(each.kind == "deadline" for each in program.all)
+        sleeps = sum(each.kind == "sleep" for each in program.all)
+        self.is_ordered = not is_slow and not (fate.seed and (sleeps > 1 or any(each.is_equal for each in program.all)))
         #: no journal knows how late a time-out of the program was, so none is late
         self.has_late_timers = fate.seed and not any(each.kind in TIMEOUTS for each in program.all)
         self.done, self.seen, self.decisions = set[str](), dict[str, Any](), dict[str, Any]()
         #: the same while an engine stops, which may also raise errors of its own. They count if the run ends with them
         self.last_seen, self.last_decisions = dict[str, Any](), dict[str, Any]()
+        self.earlier_decisions = dict[str, Any]()
         self.begun, self.answered = Counter[str](), set[str]()
         self.problems = list[str]()
         self.at(None)
@@ -141,6 +160,8 @@ class World(Observer):
         self._event()
         if self._has_ended:
             self.problem(f"{effect.kind} at {at} is executed after the run has ended")
+        if effect.is_once and self.begun[at] > 1:
+            self.problem(f"{effect.kind}({effect.n}) is executed more than once")
         if effect.is_equal:
             return  # which one of them is executed again may differ
         if at in life.done:
@@ -152,8 +173,50 @@ class World(Observer):
         self._event()
         before, self.seen[at] = self.seen.get(at, outcome), outcome
         self.done.add(at)
-        if before != outcome and (self.is_ordered or statement.kind in (*CALLS, "ask")):
+        if statement.kind in (*CALLS, *WAITS) and not str(outcome).startswith("raised"):
+            self._returned[at] = outcome
+        if before != outcome and (self.is_ordered or statement.kind in (*CALLS, *WAITS)):
             self.problem(f"the program saw {before} at {at}, and now {outcome}")
+        if outcome == "raised Uncertain" and not (self.fate.ends or self.fate.retries):
+            self.problem(f"the end of the call at {at} is unknown, in the first process")
+        if (
+            statement.kind == "receive"
+            and not outcome
+            and self._sent.get(at, math.inf) < self._since[at] + statement.seconds - 1
+        ):
+            self.problem(f"the message to {at} was not received, and was sent in time")
+
+    def waits(self, at: str, statement: Statement) -> None:
+        loop = asyncio.get_running_loop()
+        self._since.setdefault(at, loop.time())
+        if statement.kind != "receive" or at in self._sent:
+            return
+        if statement.comes == "before":
+            self._send(at, statement.n)
+        elif statement.comes == "during":
+            loop.call_later(self.random.choice(ANSWER_S), self._send, at, statement.n)
+
+    def _send(self, at: str, number: int) -> None:
+        if at not in self._sent:
+            self._sent[at] = asyncio.get_running_loop().time()
+            self.send(f"to-{at}", number)
+
+    def waited(self, at: str, seconds: float) -> None:
+        took_s = asyncio.get_running_loop().time() - self._since[at]
+        if took_s < seconds - 0.01 and self.is_ordered:
+            self.problem(f"what takes {seconds:.3f} s at {at} took {took_s:.3f} s")
+
+    def should_retry(self, run: Run) -> bool:
+        """Check an attempt that has ended. Whether it is to be retried: then the calls that have returned are known."""
+        _check(self, run)
+        if run.status is RunStatus.COMPLETED or self.attempt > self.fate.retries:
+            return False
+        self.attempt += 1
+        self._has_ended = False
+        self.seen, self.done = dict(self._returned), set(self._returned)
+        self.earlier_decisions |= self.last_decisions | self.decisions  # in calls that are not made again
+        self.last_seen, self.last_decisions, self.decisions = {}, {}, {}
+        return True
 
     def decided(self, at: str, decision: Any) -> None:
         self._event()
@@ -180,13 +243,13 @@ def attempt(program: Statement, fate: Fate, trial: Callable[[World, Fate, random
     """Execute a program once. Raises AssertionError if a promise is broken, with how to repeat it.
 
     Args:
-        trial: executes the run until it has ended. Raises Stuck.
+        trial: executes the run until it has ended, and ``should_retry`` says no. Raises Stuck.
         command: the option that repeats it.
     """
     world, rng = World(program, fate), random.Random(fate.seed)
     WORLDS[:] = [world]
     try:
-        _check(world, fate, trial(world, fate, rng))
+        trial(world, fate, rng)
     except Stuck as exc:
         world.problem(str(exc))
     finally:
@@ -252,6 +315,7 @@ def _repeated(program: Statement, fate: Fate, command: str) -> str:
     words = [f"The order of seed {fate.seed}, in {'a file' if fate.is_stored else 'memory'}."]
     words += [f"Process {i} {'dies' if end.is_kill else 'stops'} {_when(end)}." for i, end in enumerate(fate.ends, 1)]
     words += [] if fate.cancel is None else [f"In the last process the run is cancelled {_when(fate.cancel)}."]
+    words += [f"It is retried up to {fate.retries} times."] if fate.retries else []
     json = shlex.quote(msgspec.json.encode([program, fate]).decode())
     return f"{text(program)}\n\n{' '.join(words)}\nTo repeat it: python -m tests.proof {command} {json}"
 
@@ -260,8 +324,9 @@ def _when(end: End) -> str:
     return f"{end.steps} steps after event {end.event}"
 
 
-def _check(world: World, fate: Fate, run: Run) -> None:
+def _check(world: World, run: Run) -> None:
     """Check what has come out of a run that has ended."""
+    fate = world.fate
     if fate.cancel is not None and run.status is RunStatus.CANCELLED:
         return
     outcome, decisions = (world.last_seen | world.seen).get("0", "nothing"), world.last_decisions | world.decisions
@@ -270,11 +335,15 @@ def _check(world: World, fate: Fate, run: Run) -> None:
         world.problem(f"the run has {found}, and the program {outcome}")
     if run.status is not RunStatus.COMPLETED and not str(outcome).startswith("raised"):
         world.problem(f"the run is {run.status}: {run.error_type}: {run.error}; the program has {outcome}")
-    expected = interpret(world.program, decisions)
+    expected = interpret(world.program, world.earlier_decisions | decisions)
     if expected.outcome != outcome:
         world.problem(f"the program has {outcome}, not {expected.outcome}")
-    has_questions = any(each.kind == "ask" for each in world.program.all)
-    is_exact = not fate.seed and not fate.ends and fate.cancel is None and not has_questions
+    failed = {f"Oops({each.n})" for each in world.program.all if each.kind == "mended"}
+    if repeated := [each for each in failed if each in str(outcome) and each in world.outcome_before]:
+        world.problem(f"a retry repeats {', '.join(repeated)}, with which the attempt before has ended")
+    world.outcome_before = str(outcome)
+    has_waits = any(each.kind in WAITS for each in world.program.all)
+    is_exact = not fate.seed and not fate.ends and fate.cancel is None and not has_waits and world.attempt == 1
     if is_exact and not any(each.is_random for each in world.program.all):
         expected = interpret(world.program)
         if expected.decisions != decisions:
