@@ -409,7 +409,8 @@ async def test_a_model_does_not_read_that_a_tool_is_uncertain(open_again: OpenAg
 @pytest.mark.cluster
 async def test_of_two_workers_that_start_a_call_one_executes_it(temporal_address: str) -> None:
     """A worker that is taken for dead may still be running."""
-    from flock.temporal.messages import CALL_SIGNAL, CallDone, Calls, run_workflow_id
+    from flock.temporal.calls import Calls
+    from flock.temporal.messages import CALL_SIGNAL, CallDone, run_workflow_id
     from tests.support.cluster import engine_with_worker
 
     flock, charged = Flock(), list[int]()

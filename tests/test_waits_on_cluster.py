@@ -13,14 +13,13 @@ from flock.core import Flock
 from flock.errors import AgentError, Conflict, InvalidData, Replayed, TooManyRequests
 from flock.runs import BatchOptions, Call, IdempotencyKey, RunContext, RunStatus, new_id, now
 from flock.steps import answers, replay
-from flock.temporal import TemporalEngine, batchflows, messages, steps
+from flock.temporal import TemporalEngine, batchflows, calls, steps
+from flock.temporal.calls import Calls, Fence
 from flock.temporal.messages import (
     CALL_SIGNAL,
     Begun,
     CallDone,
-    Calls,
     Execution,
-    Fence,
     batch_workflow_id,
     chunk_workflow_id,
     run_workflow_id,
@@ -270,7 +269,7 @@ async def test_a_step_may_make_thousands_of_calls_at_once(
 ) -> None:
     """What the cluster stores with one call, and what it returns at once, is bounded."""
     monkeypatch.setattr(replay, "MAX_MARK_BYTES", 2_000_000 // count)
-    monkeypatch.setattr(messages, "MAX_PAGE_BYTES", 20_000_000 // count)
+    monkeypatch.setattr(calls, "MAX_PAGE_BYTES", 20_000_000 // count)
     flock, executed = Flock(), list[int]()
 
     async def inner(n: int) -> int:

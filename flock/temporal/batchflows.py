@@ -23,6 +23,7 @@ from temporalio.exceptions import ActivityError, ChildWorkflowError, FailureErro
 from flock.runs import DOLLAR, RunStatus, Usage, added, is_spent
 from flock.steps.answers import is_expired
 from flock.steps.outcomes import CANCELLED_BEFORE_START, end_of_batch, expiry_of
+from flock.temporal.calls import Calls
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
     DELETE_ACTIVITY,
@@ -31,7 +32,6 @@ from flock.temporal.messages import (
     MESSAGE_SIGNAL,
     TASK_TIMEOUT,
     BatchOrder,
-    Calls,
     ChunkIdle,
     ChunkOrder,
     Counts,

@@ -22,6 +22,7 @@ from flock.runs import INVALID_INPUT, MAX_SHOWN_BYTES, NOT_LOADED, Call, Questio
 from flock.steps.answers import is_expired
 from flock.steps.identity import asking_call
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
+from flock.temporal.calls import Calls, Fence
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
     ASKED_SIGNAL,
@@ -36,10 +37,8 @@ from flock.temporal.messages import (
     BatchOrder,
     Begun,
     CallDone,
-    Calls,
     ChunkOrder,
     Counts,
-    Fence,
     Heartbeat,
     ItemsDone,
     ItemsOrder,

@@ -26,6 +26,7 @@ from flock.engine.base import KEEP_USAGE_FOR
 from flock.runs import Account, Call, Question, Run, RunStatus, Usage, UsageRow, spent_with
 from flock.steps.answers import is_expired
 from flock.steps.outcomes import Outcome, expiry_of, queue_timeout, timeout_of
+from flock.temporal.calls import Calls
 from flock.temporal.messages import (
     ACCOUNT_QUERY,
     ACCOUNT_WORKFLOW,
@@ -50,7 +51,6 @@ from flock.temporal.messages import (
     Asked,
     Begun,
     CallDone,
-    Calls,
     CallsPage,
     RunOrder,
     Sent,
