@@ -29,6 +29,7 @@ from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
 from tests.support.engines import OpenEngine, ended, sqlite_of, until, until_run
 from tests.support.http import check_problem, client_of, events_in
+from tests.support.stores import undo
 from tests.test_approval import Till
 from tests.test_ask import asked, json_of, result_of, waiting
 from tests.test_tools import flock_of
@@ -774,17 +775,9 @@ async def test_a_question_of_an_earlier_version_is_listed_and_answered(tmp_path:
         run = await asked(engine, "ask", {"q": ""}, principal="ann")
     old_id = asking_call(run.waiting_for[0].call_id)
     with sqlite3.connect(store) as db:
-        db.execute("DROP TRIGGER questions_asked")
-        db.execute("DROP TABLE questions")
-        for table, column in (
-            *(("calls", "answered_by"), ("calls", "four_eyes"), ("runs", "retried_by"), ("batches", "retried_by")),
-            ("runs", "caller"),
-        ):
-            db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        undo(db, next(number for number, each in enumerate(MIGRATIONS) if "CREATE TABLE questions" in each[0]))
         waits = msgspec.json.encode([replace(run.waiting_for[0], call_id=old_id)])
         db.execute("UPDATE runs SET waiting_for = ?", (waits,))
-        first = next(number for number, each in enumerate(MIGRATIONS) if "CREATE TABLE questions" in each[0])
-        db.execute(f"PRAGMA user_version = {first}")
     db.close()
     async with flock.engine(store=store) as engine:
         assert [each.question.call_id for each in await engine.list_questions(QuestionFilter(by=ANN))] == [old_id]

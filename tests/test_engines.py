@@ -47,6 +47,7 @@ from flock.runs import (
     RunContext,
     RunFilter,
     RunStatus,
+    UsageFilter,
     new_id,
     now,
 )
@@ -1020,6 +1021,9 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
     "delete_run": lambda engine: engine.delete_run(new_id()),
     "get_session": lambda engine: engine.get_session("s"),
     "delete_session": lambda engine: engine.delete_session("s"),
+    "check_budget": lambda engine: engine.check_budget("alice", 5),
+    "get_account": lambda engine: engine.get_account("alice"),
+    "get_usage": lambda engine: engine.get_usage(UsageFilter(first_day=now().date(), last_day=now().date())),
     "list_runs": lambda engine: engine.list_runs(RunFilter()),
     "events": lambda engine: anext(engine.events(new_id())),
     "get_batch": lambda engine: engine.get_batch(new_id()),

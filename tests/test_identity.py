@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import math
-import re
 import sqlite3
 import types
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from flock.steps.identity import code_of, digest_of
 from flock.store.migrations import MIGRATIONS
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until_run
+from tests.support.stores import undo
 
 SHOP = """
 charged = []
@@ -297,16 +297,6 @@ async def test_a_retry_keeps_the_calls_of_a_run_that_failed_in_an_earlier_versio
     assert (run.value, run.error) == ({"result": "shipped"}, None)
     assert module.charged == [5]
     assert shipped == [f"run:{run.run_id}/0/ship:x"] * 2
-
-
-def undo(db: sqlite3.Connection, version: int) -> None:
-    """Undo the migrations after *version*, which add columns, tables and their indexes."""
-    for statement in reversed([statement for migration in MIGRATIONS[version:] for statement in migration]):
-        if made := re.match(r"CREATE (?:UNIQUE )?(TABLE|INDEX|TRIGGER) (\w+)", statement):
-            db.execute(f"DROP {made[1]} {made[2]}")
-        elif added := re.match(r"ALTER TABLE (\w+) ADD COLUMN (\w+)", statement):
-            db.execute(f"ALTER TABLE {added[1]} DROP COLUMN {added[2]}")
-    db.execute(f"PRAGMA user_version = {version}")
 
 
 def test_a_run_that_an_earlier_version_has_sent_to_a_cluster_keeps_its_ids() -> None:
