@@ -111,6 +111,9 @@ class World(Observer):
         is_slow = any(each.kind == "plain" and each.seconds for each in program.all)
         # And nothing is stored of a deadline that has not passed.
         is_slow |= bool(fate.ends) and any(each.kind == "deadline" for each in program.all)
+        # The order in which a step gets answers is stored with its next call, so it may be lost.
+        answers = sum(each.kind in ("ask", "receive") for each in program.all)
+        is_slow |= bool(fate.seed and fate.ends) and answers > 1
         sleeps = sum(each.kind == "sleep" for each in program.all)
         self.is_ordered = not is_slow and not (fate.seed and (sleeps > 1 or any(each.is_equal for each in program.all)))
         #: no journal knows how late a time-out of the program was, so none is late
