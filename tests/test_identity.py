@@ -299,10 +299,11 @@ async def test_a_retry_keeps_the_calls_of_a_run_that_failed_in_an_earlier_versio
 
 
 def undo(db: sqlite3.Connection, version: int) -> None:
-    """Undo the migrations after *version*, which add columns, tables and their indexes."""
+    """Undo the migrations after *version*, which add columns, and tables with their indexes and triggers."""
     for statement in reversed([statement for migration in MIGRATIONS[version:] for statement in migration]):
-        verb, what, name, *more = statement.split()
-        db.execute(f"ALTER TABLE {name} DROP COLUMN {more[2]}" if verb == "ALTER" else f"DROP {what} {name}")
+        verb, what, name, *more = statement.replace("CREATE UNIQUE", "CREATE").split()
+        if verb != "INSERT":  # its rows are dropped with their table
+            db.execute(f"ALTER TABLE {name} DROP COLUMN {more[2]}" if verb == "ALTER" else f"DROP {what} {name}")
     db.execute(f"PRAGMA user_version = {version}")
 
 
