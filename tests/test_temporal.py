@@ -152,7 +152,7 @@ def test_a_retry_resets_the_same_fields_on_the_cluster_as_in_the_store() -> None
         started_at=at,
         completed_at=at,
     )
-    again = reset_for_retry(ended, keeps_calls=True)
+    again = reset_for_retry(ended, keeps_calls=True, by="ann")
     reset = {name for name in Run.__struct_fields__ if getattr(again, name) != getattr(ended, name)}
     assert reset == {*re.findall(r"(\w+) = ", REOPENED)}
 

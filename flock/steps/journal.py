@@ -603,7 +603,7 @@ class Journal:
             await self._replay.until_cancelled(entry)
         except anyio.get_cancelled_exc_class():
             if not self._replay.is_cancelled_alone(entry):
-                await self._to_its_end(self._replay.until_it_may_see(entry.end), cancellation)
+                await self._until_it_may_see(entry.end, cancellation)
             raise
         finally:
             self._replay.cancelled_again(entry)
@@ -785,7 +785,7 @@ class Journal:
             with contextlib.suppress(Exception):  # the next call raises it
                 await self._store(call, cancellation)
             if not self._replay.may_see(place.end):
-                await self._to_its_end(self._replay.until_it_may_see(place.end), cancellation)
+                await self._until_it_may_see(place.end, cancellation)
         finally:
             self._replay.saw(place)
 
@@ -896,18 +896,19 @@ class Journal:
                     note_late_cancellation()
             saving.result()
 
-    async def _to_its_end(self, wait: Coroutine[Any, Any, None], cancellation: Cancellation) -> None:
-        """Wait in spite of cancellations of this task, unless the run or the step is ending."""
-        if cancellation.task is None:  # trio
-            with anyio.CancelScope(shield=True):
-                await wait
+    async def _until_it_may_see(self, end: int, cancellation: Cancellation) -> None:
+        """See ``Replay``. Wait in spite of cancellations of this task, unless the run or the step is ending."""
+        if cancellation.task is not current_task():  # the task is not executed any more, but destroyed
             return
-        waiting = asyncio.ensure_future(wait)
         with anyio.CancelScope(shield=True):
+            if cancellation.task is None:  # trio
+                await self._replay.until_it_may_see(end)
+                return
+            waiting = asyncio.ensure_future(self._replay.until_it_may_see(end))
             while not (waiting.done() or self._is_closed or self.is_cut_off()):
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([waiting])
-        waiting.cancel()
+            waiting.cancel()
 
 
 def _as_asking(call: Call) -> Call:
