@@ -295,6 +295,7 @@ def die() -> None:
 def quiet() -> Iterator[None]:
     """Let ``attempt`` collect the garbage, and let nobody complain of what dead processes have left."""
     logging.disable(logging.CRITICAL)
+    asyncio.set_event_loop(None)  # otherwise a coroutine that is destroyed could begin another one
     gc.collect()
     gc.freeze()
     gc.disable()
