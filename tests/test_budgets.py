@@ -490,6 +490,7 @@ async def test_reports_of_usage_read_no_runs_and_little_else(tmp_path: Path, mod
         assert (await engine.get_usage(msgspec.structs.replace(year, principal="p7"))).total.input_tokens == 101
 
 
+@pytest.mark.cluster  # it needs no server, but the package
 async def test_a_report_that_a_worker_sends_again_counts_once() -> None:
     messages = pytest.importorskip("flock.temporal.messages")
     from flock.temporal.workflows import FlockAccount
