@@ -82,6 +82,13 @@ def before_generate_case(context, strategy):
     likely = likely_bodies()
     return st.builds(made_likely, strategy.filter(may_be_wrong), st.none() | likely | likely | likely)
 
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    # Nobody asks here, so that a valid wait would last.
+    wait = str((case.query or {}).get("wait"))
+    if case.operation.path == "/questions" and wait.isdecimal() and 1 < int(wait) <= 3600:
+        case.query["wait"] = 1
+
 def may_be_wrong(case):
     # A list in place of a text is still sent as text, and its rows may be skipped.
     return case.media_type not in TYPES or not isinstance(case.body, (bool, int, float, list, dict, type(None)))
@@ -136,6 +143,7 @@ def fuzz(max_examples: int, seed: int) -> tuple[str, int]:
             command += ["--url", server.url, "--header", f"Authorization: Bearer {key}", "--checks", "all"]
             command += ["--max-examples", str(max_examples), "--seed", str(seed), "--no-color"]
             command += ["--request-timeout", str(PATIENCE_S)]
+            command += ["--exclude-operation-id", "getQuestionEvents"]  # it never ends
             env = {**os.environ, **NO_COVERAGE}
             done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
             server.stop()
