@@ -430,7 +430,8 @@ async def batches(engine: Engine, items: Items, on_invalid: OnInvalid) -> None:
     assert_type(await engine.get_question("1", "ask:1@1.0"), AskedQuestion)
     page = await engine.list_questions(QuestionFilter(by=Principal(name="ann"), role="senders", limit=10), wait_s=5)
     assert_type(page, QuestionPage)
-    assert_type([each.status for each in page], list[Literal["open", "answered", "closed"]])
+    for each in page:
+        assert_type(each.status, Literal["open", "answered", "closed"])
     async for named in engine.question_events(QuestionFilter()):
         assert_type(named, tuple[str, AskedQuestion] | None)
     assert_type(bad_role("senders"), str | None)

@@ -425,7 +425,9 @@ class Run(_Record, frozen=True, kw_only=True):
     @property
     def acts_for(self) -> "Principal | None":
         """Its owner, with what the request, or the batch, had identified; None without principals."""
-        return self.caller or (None if self.principal is None else Principal(name=self.principal))
+        if self.caller is not None or not isinstance(self.principal, str):  # the store says what is wrong with another
+            return self.caller
+        return Principal(name=self.principal)
 
     @property
     def value(self) -> Any:

@@ -17,6 +17,9 @@ ENTRY = "main.js"
 #: A static import in the form that all our scripts use. They never rename an import.
 IMPORT = re.compile(rb'^import \{(?P<names>[^}]*)\} from "\./(?P<module>[\w.]+)";\n', re.MULTILINE)
 
+#: Comments on lines of their own, which browsers need not load.
+COMMENT = re.compile(rb"^ *(?://[^\n]*|/\*\*.*?\*/)\n", re.MULTILINE | re.DOTALL)
+
 
 class UIFile(msgspec.Struct, frozen=True):
     """One file. ``etag`` is weak, since it is the same for the plain and the compressed form."""
@@ -68,7 +71,7 @@ def _script(modules: Sequence[bytes], name: str, script_of: Mapping[str, str]) -
         b'import { %s } from "./%s";\n' % (b", ".join(sorted(set(b", ".join(names).split(b", ")))), script.encode())
         for script, names in imported.items()
     ]
-    return b"".join(heads) + b"\n".join(IMPORT.sub(b"", module) for module in modules)
+    return b"".join(heads) + b"\n".join(COMMENT.sub(b"", IMPORT.sub(b"", module)) for module in modules)
 
 
 def _file(name: str, plain: bytes) -> UIFile:
