@@ -226,7 +226,7 @@ class FlockAPI(Starlette):
             warn_of_missing_roles(self.flock.agents, self.keys.roles)
 
     def _check_approvers(self) -> None:
-        """Raise DefinitionError if a tool says who may approve its calls, and this app tells nobody apart."""
+        """Raise DefinitionError if a tool names its approvers, and this app does not identify its users."""
         auth = self.options.auth
         if self.keys is None and (auth is None or isinstance(auth, str)):
             check_nobody_is_named(self.flock.agents, ' with auth="host"' if auth == "host" else "")
@@ -495,7 +495,7 @@ async def question_events(request: Request) -> Response:
 async def one_question(request: Request) -> Response:
     """GET and POST /run/{run_id}/calls/{call_id}: a question of the run, or the answer to it.
 
-    Who may answer it because of a role does not see the run.
+    A caller with the role of the question does not see the run.
     """
     run_id, call_id = request.path_params["run_id"], request.path_params["call_id"]
     by = principal_of(request) or ANYBODY

@@ -74,7 +74,7 @@ def _approvals(agents: Mapping[str, Agent]) -> Iterator[tuple[str, Approval]]:
 
 
 def check_nobody_is_named(agents: Mapping[str, Agent], auth: str) -> None:
-    """Raise DefinitionError if a tool says who may approve its calls, since everybody is one principal.
+    """Raise DefinitionError if a tool names its approvers, since all callers are one principal.
 
     Args:
         auth: why that is so, in words.

@@ -1,4 +1,4 @@
-"""Secret arguments of tools. Nobody who sees a call, or what is stored of it, can read or guess them.
+"""Secret arguments of tools. They can be neither read nor guessed from a call, or from what is stored of it.
 
 A model's reply must be stored with its tool calls, so that the calls can be made after a crash. So the arguments of a
 tool with secrets are encrypted in it, with a key of the run, which is stored in the record of the run only.

@@ -32,7 +32,7 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LIST_PAUSE_S, MAX_LIST_PAUSE_S = 0.5, 8.0
 #: How long a question may be open, in seconds: ten years.
 MAX_EXPIRES_S = 10 * 365 * 86_400
-#: The answer in place of a person who has not answered in time.
+#: The answer if a call was not approved in time.
 DENIED_LATE = {"approved": False, "reason": "Nobody answered in time."}
 #: Max characters of a result that a model reads.
 MAX_RESULT_CHARS = 50_000
@@ -54,9 +54,7 @@ class Approval(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         others = [name for name, value in msgspec.structs.asdict(self).items() if value not in (None, False, "fail")]
         if not self.needs_approval and others:
-            raise DefinitionError(
-                f"{others[0]}= has no effect without needs_approval=, so that nobody is asked. Pass both."
-            )
+            raise DefinitionError(f"{others[0]}= has no effect without needs_approval=, so nobody is asked. Pass both.")
         if self.approver is not None and (problem := bad_role(self.approver)):
             raise DefinitionError(f"approver={problem}")
         if self.on_expiry not in ("fail", "deny"):
@@ -102,10 +100,10 @@ class Tool:
             reason, which the model reads, or change the arguments.
         approver: the role of those who may allow it, 1 to 64 letters, digits and ``_.@-``; None means the owner of the
             run and admins. The role is one of ``Principal``, or of an API key.
-        four_eyes: whether who has started or retried the run may not allow it.
+        four_eyes: whether the principals who started or retried the run are excluded.
         may_edit: whether the person may change the arguments; None means only without *approver*.
         expires_s: how long to wait for the person, in seconds. By default without a limit.
-        on_expiry: "fail" fails the run as "expired" if nobody has answered in time; "deny" denies the call.
+        on_expiry: "fail" fails the run as "expired" if it is not answered in time; "deny" denies the call.
         once: whether a call is never executed a second time; see ``call_once`` of ``RunContext.call``. If its
             end is not stored, the step raises Uncertain, which the model does not read.
         secret: the names of parameters whose values people neither see nor change. They are stored encrypted, in the

@@ -151,7 +151,7 @@ class RunContext:
 
     Attributes:
         run_id, agent_name, attempt, request_id, session_id, traceparent: of the run.
-        principal: for whom the run acts: who has sent its request, or that of its batch, with the roles of that time.
+        principal: the principal who sent the request of the run, or of its batch, with its roles at that time.
             None without API keys and ``auth=``.
         position: of the step in the run, from 0.
         call_id: of the call of the step that this agent executes; "" if the agent is that of the step.

@@ -288,7 +288,7 @@ class Engine(Protocol):
         """Answer a question of a run. If the run is waiting, it continues.
 
         Args:
-            by: who answers; None is the program itself, which may answer any question.
+            by: the principal who answers; None is the program itself, which may answer any question.
 
         Returns: the run, which may be a stub, as that of ``get_outline``. The same answer may be given again.
 
@@ -358,7 +358,7 @@ class Engine(Protocol):
             calls: "keep" keeps what the calls of the failed step have returned, the answers of people, the idempotency
                 keys, and failures after which the step has made other calls. It executes again what the step has
                 failed with. "again" executes all calls again, with new keys.
-            by: who retries it, and so may not answer its questions with ``four_eyes``. None is the program itself.
+            by: the principal who retries it, and cannot answer its ``four_eyes`` questions. None is the program itself.
 
         Raises: RunNotFound, Conflict, EngineFull, EngineStopped.
         """

@@ -275,7 +275,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
         default: the answer if nobody answers in time; UNSET if the run then fails.
         kind: what it is, unless it is a question. A sleep has a *default*, null, and no other answer.
         answerer: the role that may answer it; UNSET if the owner of the run and admins may.
-        four_eyes: nobody may answer it who has started or retried the run.
+        four_eyes: the principals who started or retried the run cannot answer it.
         raises: if it expires without a default, it raises Expired in the agent that asks, which another one has called.
     """
 
@@ -297,7 +297,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AskedQuestion(msgspec.Struct, frozen=True, kw_only=True):
-    """A question with what people who may answer it see of its run.
+    """A question, with the facts of its run that its answerers may see.
 
     Attributes:
         run_id, agent_name, session_id, principal: of the run.
@@ -809,7 +809,7 @@ class QuestionFilter(msgspec.Struct, frozen=True, kw_only=True):
     """The filter of a list of open questions. A field that is None matches all of them.
 
     Attributes:
-        by: who may answer them; None is the program itself.
+        by: the principal who may answer them; None is the program itself.
         role: the one that they name.
         agent_name, session_id: of their runs.
         after: the id of the last run of the previous page.

@@ -110,7 +110,7 @@ def _check_access(run: Run, question: Question, by: Principal | None) -> None:
     if isinstance(question.answerer, str) and question.answerer not in by.roles:
         raise Forbidden(f"Only principals with the role {question.answerer!r} may answer this question.")
     if question.four_eyes and (by.name in run.begun_by or not by.name):
-        raise Forbidden("Who has started or retried the run may not answer this question (four_eyes).")
+        raise Forbidden("A principal who started or retried the run cannot answer this question (four_eyes).")
 
 
 def may_count(run: Run, position: int, call_id: str) -> bool:
@@ -156,7 +156,7 @@ def asked_question(run: Run, question: Question, answer: Call | None) -> AskedQu
 
 
 def answer_in_words(question: Question, answer: Call) -> str:
-    """Return who has answered a question, and arguments that were changed. Other answers may be private."""
+    """Return a log line about an answer, with changed arguments. Other answers may be private, so they are omitted."""
     output, about = msgspec.json.decode(answer.result), question.arguments
     what = ""
     if isinstance(about, msgspec.Raw) and isinstance(output, dict):

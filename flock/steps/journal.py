@@ -537,7 +537,7 @@ class Journal:
 
         async def run() -> Any:
             is_done, cancellation, equal = False, Cancellation(), self._equal[key]
-            while equal.is_abandoned:  # it may still return, and what it returns is the result of this call
+            while equal.is_abandoned and not self._is_closed:  # it may still return, and this call gets its result
                 await self._changed.wait()
             number = self._take_number(label, key)
             planned = plan(call_id=_with_number(key, number))

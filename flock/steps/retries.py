@@ -28,7 +28,7 @@ def kept_calls(calls: Iterable[Call], dropped: Collection[str]) -> list[Call]:
 
 
 def without_excluded(calls: Sequence[Call], begun_by: Collection[str]) -> Sequence[Call]:
-    """Return *calls* without approvals of those who have started or retried the run, unless their tool has started.
+    """Return *calls* without approvals by principals who started or retried the run, unless the tool has started.
 
     Args:
         begun_by: see ``Run``.

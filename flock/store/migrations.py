@@ -232,7 +232,7 @@ MIGRATIONS: Sequence[Sequence[str]] = [
                 ON CONFLICT (run_id, call_id) DO UPDATE SET is_open = 1;
             END""",
     ],
-    # Who has answered, and who has retried.
+    # The principals who answered and retried.
     [
         "ALTER TABLE calls ADD COLUMN answered_by TEXT",
         "ALTER TABLE calls ADD COLUMN four_eyes INTEGER NOT NULL DEFAULT 0",

@@ -109,7 +109,7 @@ def configured_keys(file: Path | None) -> dict[str, str] | None:
         raise DefinitionError(f"The API keys in {file} cannot be read: {reason}.") from exc
 
 
-#: Who sends a request if an app identifies nobody. It has no roles.
+#: The principal of requests if an app identifies none. It has no roles.
 ANYBODY = Principal(name="", admin=True)
 
 

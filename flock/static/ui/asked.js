@@ -1,4 +1,4 @@
-// The view of one question. Who may answer it because of a role sees it without its run.
+// The view of one question. A user with its role sees it without its run.
 
 import { link, linkToQuestion } from "./address.js";
 import { get, post } from "./api.js";
