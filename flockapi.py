@@ -11,6 +11,7 @@ the API are in ``flock.web.wire``. ``openapi.yaml`` is the contract. Tests check
 
 import contextlib
 import functools
+import importlib
 import logging
 import re
 import sys
@@ -182,8 +183,16 @@ class FlockAPI(Starlette):
         self.keys = None if options.api_keys is None else KeyRing(options.api_keys)
         auth = None if isinstance(options.auth, str) else options.auth
         per_minute = options.max_requests_per_minute
+        protocols = [importlib.import_module(f"flock.protocols.{name}") for name in options.protocols]
+        self.error_shapes = {protocol.PREFIX: protocol.error_shape for protocol in protocols}
+        more = [route for protocol in protocols for route in protocol.routes()]
         self.router = AppRouter(
-            [*options.routes, *(ROUTES if options.docs else ROUTES[: -len(DOCS)]), *(UI if options.create_ui else ())],
+            [
+                *options.routes,
+                *more,
+                *(ROUTES if options.docs else ROUTES[: -len(DOCS)]),
+                *(UI if options.create_ui else ()),
+            ],
             auth=auth if self.keys is None else api_key_auth(self.keys),
             is_anonymous=options.api_keys is None and options.auth in (None, "anybody"),
             hosts=options.allowed_hosts,

@@ -34,10 +34,11 @@ RANKS = {
     "flock.temporal": 7,
     "flock.declared": 8,
     "flock.web": 9,
-    "flockapi": 10,
-    "flock.command": 11,
-    "flock.core": 12,
-    "flock.__main__": 12,
+    "flock.protocols": 10,
+    "flockapi": 11,
+    "flock.command": 12,
+    "flock.core": 13,
+    "flock.__main__": 13,
 }
 
 FILES = sorted([*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"])

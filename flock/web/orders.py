@@ -16,6 +16,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from flock.declared import DeclaredFlock
 from flock.errors import Conflict, FlockError, NotFound, Replayed, StoreError
 from flock.runs import Engine, Event, IdempotencyKey, Inputs, Run, new_id
 from flock.web.auth import ConcurrencyLimit, ScopedEngine
@@ -42,6 +43,7 @@ class Serving(Protocol):
     event_streams: ConcurrencyLimit
     downloads: ConcurrencyLimit
     metrics: Any
+    flock: DeclaredFlock
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
