@@ -72,7 +72,7 @@ from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
 from flock.web.lifespan import lifespan_of
 from flock.web.negotiation import preferences, preferred
-from flock.web.options import AppOptions, OnDisconnect
+from flock.web.options import PROTOCOL_MODULES, AppOptions, OnDisconnect
 from flock.web.orders import download_slot, engine_of, read_json, replayed, stream_slot
 from flock.web.pages import DOCS, SPECIFICATION, UI, no_ui
 from flock.web.problems import on_error
@@ -183,7 +183,7 @@ class FlockAPI(Starlette):
         self.keys = None if options.api_keys is None else KeyRing(options.api_keys)
         auth = None if isinstance(options.auth, str) else options.auth
         per_minute = options.max_requests_per_minute
-        protocols = [importlib.import_module(f"flock.protocols.{name}") for name in options.protocols]
+        protocols = [importlib.import_module(PROTOCOL_MODULES[name]) for name in dict.fromkeys(options.protocols)]
         self.error_shapes = {protocol.PREFIX: protocol.error_shape for protocol in protocols}
         more = [route for protocol in protocols for route in protocol.routes()]
         self.router = AppRouter(

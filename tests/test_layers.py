@@ -117,6 +117,14 @@ def test_the_api_imports_no_engine() -> None:
     assert not imports_of(ROOT / "flockapi.py") & {"flock.engine.embedded", "flock.engine.base", "flock.temporal"}
 
 
+def test_a_protocol_knows_no_engine_and_no_store() -> None:
+    """It asks the engine's protocol, and reads what agents take and return."""
+    known = {"flock.protocols", "flock.web", "flock.runs", "flock.agents", "flock.declared", "flock.errors"}
+    for module, path in MODULES.items():
+        if layer_of(module) == "flock.protocols":
+            assert {layer_of(imported) for imported in imports_of(path)} <= {*known, "flock.jsontype"}
+
+
 def test_the_engine_knows_only_the_port_of_the_store() -> None:
     """And what it needs to know of suspects. Only ``flock.declared`` and the command choose SQLite."""
     used: dict[str, set[str]] = {}

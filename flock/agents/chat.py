@@ -18,13 +18,13 @@ class ChatInput(Signature):
 
     def __init__(self, input: Signature, conversation: str) -> None:
         super().__init__(input.fields, input.type)
-        self.conversation = conversation
+        self._conversation = conversation
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
         inputs = super().decode(raw, at)
         messages, _ = self.split(inputs)
         if messages[-1]["role"] != "user":
-            pointer = f"{at}/{escape_pointer(self.conversation)}/{len(messages) - 1}/role"
+            pointer = f"{at}/{escape_pointer(self._conversation)}/{len(messages) - 1}/role"
             detail = "The last message must have the role 'user', because the agent answers it."
             raise InvalidData.of(detail, pointer)
         return inputs
@@ -32,7 +32,7 @@ class ChatInput(Signature):
     def split(self, inputs: Any) -> tuple[list[dict[str, str]], dict[str, Any]]:
         """Return the messages of the conversation, and the other inputs, as plain values."""
         others = msgspec.to_builtins(inputs, enc_hook=to_json)
-        return others.pop(self.conversation), others
+        return others.pop(self._conversation), others
 
 
 def chat_input(input: Signature, owner: str) -> Signature:
@@ -50,6 +50,11 @@ def chat_input(input: Signature, owner: str) -> Signature:
             f"default of {names}."
         )
     return ChatInput(input, found[0].name)
+
+
+def conversation_of(input: Signature) -> str | None:
+    """Return the name of the first field of the type ``Messages``; None if there is none."""
+    return next((field.name for field in input.fields if _is_conversation(field.type)), None)
 
 
 def _is_conversation(type_: Any) -> bool:

@@ -1,11 +1,10 @@
-"""The protocol of OpenAI's clients: an agent is a model, and a chat completion is a run.
+"""The protocol of OpenAI's clients: an agent is a model, and each answer is a run.
 
-``GET /v1/models``, ``GET /v1/models/{model}`` and ``POST /v1/chat/completions``.
+This module has the routes, the errors, models and chat completions.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -14,60 +13,21 @@ from starlette.responses import Response
 
 from flock.agents.agent import Agent
 from flock.declared import agent_of
-from flock.errors import FlockError, InvalidData
+from flock.errors import FlockError
 from flock.jsontype import JSONType
-from flock.protocols.chats import Message, StreamedAnswer, TextReplaced, inputs_of, question_text, text_of
-from flock.runs import Engine, Run, RunStatus, Usage
+from flock.protocols import chats
+from flock.protocols import openai_parts as parts
+from flock.protocols import openai_responses as responses
+from flock.runs import Engine, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.requests import fingerprint_of, idempotency_key
-from flock.web.responses import EventStream, JSONResponse
+from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, sent_event
 from flock.web.routing import AppRoute
 
 #: How the paths of all routes begin, also of those that do not exist.
 PREFIX = "/v1/"
 
-KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
-
-
-# Requests
-
-
-class Part(msgspec.Struct, frozen=True):
-    """A part of the content of a message."""
-
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    """One message of the history that a client sends."""
-
-    role: str
-    content: str | list[Part] | None = None
-
-
-class StreamOptions(msgspec.Struct, frozen=True):
-    """``include_usage``: a chunk with the tokens of the run comes last."""
-
-    include_usage: bool = False
-
-
-class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of ``POST /v1/chat/completions``. ``metadata.inputs`` is a JSON object of further inputs."""
-
-    model: str
-    messages: list[ChatMessage]
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = None
-    metadata: dict[str, str] | None = None
-
-
-CHAT_REQUEST = JSONType(ChatRequest)
-
-
-# Responses
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -79,7 +39,9 @@ class Model(msgspec.Struct, frozen=True):
     owned_by: str = "flock"
 
 
-class Models(msgspec.Struct, frozen=True):
+class ModelList(msgspec.Struct, frozen=True):
+    """All agents."""
+
     data: list[Model]
     object: str = "list"
 
@@ -89,15 +51,25 @@ def routes() -> Sequence[AppRoute]:
         AppRoute("access", "GET", "/v1/models", list_models),
         AppRoute("access", "GET", "/v1/models/{model}", get_model),
         AppRoute("access", "POST", "/v1/chat/completions", chat),
+        AppRoute("access", "POST", "/v1/responses", responses.create_response),
+        AppRoute("access", "GET DELETE", "/v1/responses/{response_id}", responses.one_response),
+        AppRoute("access", "POST", "/v1/responses/{response_id}/cancel", responses.cancel_response),
+        AppRoute("access", "GET", "/v1/responses/{response_id}/input_items", responses.input_items),
+        AppRoute("access", "POST", "/v1/conversations", responses.create_conversation),
+        AppRoute("access", "GET DELETE", "/v1/conversations/{conversation_id}", responses.one_conversation),
+        AppRoute("access", "GET", "/v1/conversations/{conversation_id}/items", responses.conversation_items),
     ]
 
 
 def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
-    """Return the status and the body of an error. Clients know an invalid body by the status 400."""
+    """Return the status and the body of an error.
+
+    Clients expect 400 for an invalid body. They repeat requests that get 409, which would change nothing here.
+    """
     kind = problem.type.rpartition(":")[2].replace("-", "_")
-    code = {"unknown_agent": "model_not_found", "unauthorized": "invalid_api_key"}.get(kind, kind)
-    status = 400 if kind in ("invalid_input", "malformed_json") else problem.status
-    type_ = {429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
+    code = {"unknown_agent": "model_not_found", "unauthorized": "invalid_api_key", "blank": None}.get(kind, kind)
+    status = 400 if problem.status in (409, 422) else problem.status
+    type_ = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
     found = problem.errors or []
     texts = [problem.detail, *(each.detail for each in found if each.detail not in problem.detail)]
     param = found[0].pointer.strip("/").replace("/", ".") or None if found else None
@@ -105,12 +77,9 @@ def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
     return status, {"error": error, "request_id": problem.request_id}
 
 
-# Handlers
-
-
 async def list_models(request: Request) -> Response:
     """GET /v1/models"""
-    return JSONResponse(Models([Model(name) for name in orders.serving(request).flock.agents]))
+    return JSONResponse(ModelList([Model(name) for name in orders.serving(request).flock.agents]))
 
 
 async def get_model(request: Request) -> Response:
@@ -118,119 +87,121 @@ async def get_model(request: Request) -> Response:
     return JSONResponse(Model(agent_of(orders.serving(request).flock.agents, request.path_params["model"]).name))
 
 
+# Chat completions
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One message of the history that a client sends."""
+
+    role: str
+    content: str | list[parts.Part] | None = None
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """``include_usage``: a chunk with the tokens of the run comes last."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(parts.Settings, frozen=True, kw_only=True):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage]
+    stream_options: StreamOptions | None = None
+    response_format: parts.Format | None = None
+
+
+CHAT_REQUEST = JSONType(ChatRequest)
+
+
 async def chat(request: Request) -> Response:
     """POST /v1/chat/completions"""
     body, agents = await orders.read_json(request), orders.serving(request).flock.agents
     sent = CHAT_REQUEST.decode(body)
-    if sent.n not in (None, 1):
-        raise InvalidData.of("A run has one answer, so 'n' must be 1.", "/n")
+    parts.check_settings(body)
+    agent = agent_of(agents, sent.model)
+    as_json = parts.wants_json(agents, agent, sent.response_format, "/response_format")
     order = orders.Order(
         agent_name=sent.model,
-        inputs=inputs_of(agent_of(agents, sent.model), _messages(sent.messages), _more_inputs(sent.metadata)),
+        inputs=chats.inputs_of(agent, [*_messages(sent.messages)], sent.inputs, "/messages"),
         key=idempotency_key(request, lambda: fingerprint_of(request, body)),
     )
+    engine = await orders.engine_of(request)
     if sent.stream:
-        engine = await orders.engine_of(request)
         stream = await orders.stream(request, order, reasoning=False)
-        has_usage = sent.stream_options is not None and sent.stream_options.include_usage
-        chunks = _chunks(stream, engine, agents, has_usage=has_usage)
+        has_usage = sent.stream_options is not None and sent.stream_options.include_usage is True
+        chunks = _chunks(stream, engine, chats.StreamedAnswer(agents, as_json=as_json), has_usage=has_usage)
         headers = {"Flock-Run-Id": stream.accepted.run.run_id, "X-Accel-Buffering": "no"}
         return EventStream(chunks, stream.held, headers, on_cut_off=stream.on_cut_off)
     run, _ = await orders.accept(request, order)
-    run = await orders.end_of(request, run.run_id, run.is_async)
-    return _completion(run, agents)
+    run_id, outlives_client = run.run_id, run.is_async
+    del run, order, sent  # frees the inputs, which may be long, during the wait
+    return await _completion(engine, agents, await orders.end_of(request, run_id, outlives_client), as_json=as_json)
 
 
-def _messages(sent: Iterable[ChatMessage]) -> list[Message]:
-    return [Message(message.role, _text(message, at)) for at, message in enumerate(sent)]
+def _messages(sent: Iterable[ChatMessage]) -> Iterator[chats.Message]:
+    for at, message in enumerate(sent):
+        text = parts.content_text(message.content, f"/messages/{at}", is_shown=message.role == "user")
+        yield chats.Message(message.role, text)
 
 
-def _text(message: ChatMessage, at: int) -> str:
-    if not isinstance(message.content, list):
-        return message.content or ""
-    for number, part in enumerate(message.content):
-        if part.text is None and message.role == "user":
-            detail = f"A content part of the type {part.type!r} is not supported. Send text."
-            raise InvalidData.of(detail, f"/messages/{at}/content/{number}")
-    return "".join(part.text or "" for part in message.content)
-
-
-def _more_inputs(metadata: Mapping[str, str] | None) -> Mapping[str, msgspec.Raw]:
-    try:
-        return msgspec.json.decode((metadata or {}).get("inputs", "{}"), type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, RecursionError) as exc:
-        raise InvalidData.of("It must be a string with a JSON object of inputs.", "/metadata/inputs") from exc
-
-
-def _completion(run: Run, agents: Mapping[str, Agent]) -> Response:
+async def _completion(engine: Engine, agents: Mapping[str, Agent], run: Run, *, as_json: bool) -> Response:
     headers = {"Flock-Run-Id": run.run_id}
     if run.status is RunStatus.WAITING:
-        text = question_text(run.questions[0], run.run_id)
-    elif run.status is RunStatus.COMPLETED and run.result is not None:
-        text = text_of(agents[run.steps[-1].agent_name], bytes(run.result))
-    else:  # clients repeat requests with other statuses, which would start another run
+        text = chats.question_text(run.questions, run.run_id)
+    elif run.status is RunStatus.COMPLETED:
+        text = await chats.text_of(engine, agents, run, as_json=as_json)
+    else:  # clients repeat requests that get 409, 429 or 5xx, which would start another run
         return JSONResponse({"error": _failure(run.error, run.error_type, run.run_id)}, 422, headers)
     choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}}
     body = {
-        **_head(run.run_id, run.created_at, run.agent_name, "chat.completion"),
+        **_head(run, "chat.completion"),
         "choices": [{**choice, "logprobs": None, "finish_reason": "stop"}],
-        "usage": _usage(run.usage),
+        "usage": parts.usage_of(run.usage, "prompt", "completion"),
     }
     return JSONResponse(body, headers=headers)
 
 
-def _head(run_id: str, created_at: datetime, model: str, kind: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{run_id}", "object": kind, "created": int(created_at.timestamp()), "model": model}
-
-
-def _usage(usage: Usage | None) -> dict[str, Any]:
-    usage = usage or Usage()
-    return {
-        "prompt_tokens": usage.input_tokens,
-        "completion_tokens": usage.output_tokens,
-        "total_tokens": usage.input_tokens + usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-    }
+def _head(run: Run, kind: str) -> dict[str, Any]:
+    created = int(run.created_at.timestamp())
+    return {"id": f"chatcmpl-{run.run_id}", "object": kind, "created": created, "model": run.agent_name}
 
 
 def _failure(error: str | None, error_type: str | None, run_id: str) -> dict[str, Any]:
-    message = f"{error or 'The run was cancelled.'} The run is {run_id}."
-    return {"message": message, "type": "run_failed", "param": None, "code": error_type or "cancelled"}
+    code = error_type or "cancelled"
+    return {"message": parts.failure_text(error, run_id), "type": "run_failed", "param": None, "code": code}
 
 
 async def _chunks(
-    stream: orders.Stream, engine: Engine, agents: Mapping[str, Agent], *, has_usage: bool
+    stream: orders.Stream, engine: Engine, answer: chats.StreamedAnswer, *, has_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the body of a streamed completion."""
-    run_id, created_at = stream.accepted.run.run_id, stream.accepted.run.created_at
-    head = _head(run_id, created_at, stream.accepted.run.agent_name, "chat.completion.chunk")
-    answer = StreamedAnswer(agents)
+    """Yield the body of a streamed completion. It ends with ``[DONE]``, or with an error."""
+    run_id, head = stream.accepted.run.run_id, _head(stream.accepted.run, "chat.completion.chunk")
 
     def chunk(finish_reason: str | None = None, **delta: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return b"data: %b\n\n" % msgspec.json.encode({**head, "choices": [choice]})
+        return sent_event({**head, "choices": [choice]})
 
     def error(message: str | None, type_: str | None) -> bytes:
-        return b"data: %b\n\n" % msgspec.json.encode({"error": _failure(message, type_, run_id)})
+        return sent_event({"error": _failure(message, type_, run_id)})
 
     yield chunk(role="assistant", content="")
     try:
-        async with aclosing(stream.events) as events:
-            async for event in events:
-                if event is None:
+        async with aclosing(answer.pieces(stream.events)) as pieces:
+            async for piece in pieces:
+                if piece is None:
                     yield KEEP_ALIVE
-                elif event.name in ("run.failed", "run.cancelled"):
-                    yield error(event.data["error"], event.data["error_type"])
-                elif piece := await answer.add(event):
+                elif isinstance(piece, str):
                     yield chunk(content=piece)
-                if event is not None and event.name in ("run.completed", "run.waiting"):
+                elif piece.name in ("run.failed", "run.cancelled"):
+                    yield error(piece.data["error"], piece.data["error_type"])
+                else:
+                    if piece.name == "run.waiting":
+                        yield chunk(content=chats.question_text(piece.data["waiting_for"], run_id))
                     yield chunk("stop")
                     if has_usage:
-                        usage = _usage((await engine.get_outline(run_id)).usage)
-                        yield b"data: %b\n\n" % msgspec.json.encode({**head, "choices": [], "usage": usage})
+                        usage = parts.usage_of((await engine.get_outline(run_id)).usage, "prompt", "completion")
+                        yield sent_event({**head, "choices": [], "usage": usage})
                     yield DONE
-    except TextReplaced as exc:
-        yield error(str(exc), "text_replaced")
     except FlockError as exc:
-        yield error(str(exc), "interrupted")
+        yield error(str(exc), "text_replaced" if isinstance(exc, chats.TextReplaced) else "interrupted")

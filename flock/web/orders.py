@@ -7,7 +7,7 @@ disconnects, replays, time-outs, limits and the first text of a fast run are the
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -18,8 +18,8 @@ from starlette.requests import Request
 
 from flock.declared import DeclaredFlock
 from flock.errors import Conflict, FlockError, NotFound, Replayed, StoreError
-from flock.runs import Engine, Event, IdempotencyKey, Inputs, Run, new_id
-from flock.web.auth import ConcurrencyLimit, ScopedEngine
+from flock.runs import Engine, Event, IdempotencyKey, Inputs, Run, RunFilter, RunStatus, new_id
+from flock.web.auth import ANYBODY, ConcurrencyLimit, ScopedEngine
 from flock.web.body import Body, media_type_of
 from flock.web.lifespan import lifespan_of
 from flock.web.options import AppOptions
@@ -180,6 +180,47 @@ async def stream(request: Request, order: Order, *, reasoning: bool) -> Stream:
         outlives_client = order.is_async or run.is_async or serving(request).options.on_disconnect != "cancel"
         on_cut_off = None if outlives_client else functools.partial(engine.cancel_run, run.run_id)
         return Stream(accepted, events_of_new_run(engine, run, reasoning=reasoning), held.pop_all(), on_cut_off)
+
+
+async def answer(request: Request, run_id: str, outputs: Mapping[str, msgspec.Raw]) -> Run:
+    """Answer questions of a run, with *outputs* by the ids of their calls. It continues even if the client disconnects.
+
+    Raises: the errors of ``Engine.answer_call``. The answers before the one that is refused count.
+    """
+    engine, by = await engine_of(request), principal_of(request) or ANYBODY
+    run = await engine.get_run(run_id)
+    for call_id, output in outputs.items():
+        run = await engine.answer_call(run_id, call_id, output, by)
+    return run
+
+
+async def follow(request: Request, run_id: str, outputs: Mapping[str, msgspec.Raw] | None = None) -> Stream:
+    """Answer questions as ``answer`` does, and return the events of the run, which is watched from before the answers.
+
+    Raises: the errors of ``answer``; TooManyRequests if the caller has too many streams open.
+    """
+    engine = await engine_of(request)
+    with contextlib.ExitStack() as held:
+        held.enter_context(stream_slot(request))
+        held.enter_context(engine.watch(run_id))
+        run = await answer(request, run_id, outputs or {})
+        accepted = Accepted(run, is_replay=False)
+        return Stream(accepted, events_of_new_run(engine, run, reasoning=False), held.pop_all(), on_cut_off=None)
+
+
+async def runs_of_session(
+    request: Request, session_id: str, status: RunStatus | None = None
+) -> AsyncGenerator[Run, None]:
+    """Yield the caller's own runs of a session, newest first, without inputs and results."""
+    engine, principal, after = await engine_of(request), principal_of(request), None
+    owner = None if principal is None else principal.name
+    while True:
+        page = await engine.list_runs(RunFilter(session_id=session_id, status=status, principal=owner, after=after))
+        for run in page:
+            yield run
+        if not page.has_more:
+            return
+        after = page[-1].run_id
 
 
 async def replayed(found: Awaitable[T]) -> T:
