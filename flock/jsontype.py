@@ -121,15 +121,21 @@ def hints_of(type_: Any) -> dict[str, Any]:
 
 
 class JSONType(Generic[T]):
-    """Decodes JSON to a type with named fields (struct, dataclass, TypedDict or pydantic model)."""
+    """Decodes JSON to a type with named fields (struct, dataclass, TypedDict or pydantic model).
 
-    def __init__(self, type_: type[T]) -> None:
+    Args:
+        ignores_unknown: unknown fields are ignored, instead of rejected.
+    """
+
+    def __init__(self, type_: type[T], *, ignores_unknown: bool = False) -> None:
         self.type = type_
+        self._ignores_unknown = ignores_unknown
         self.fields = fields_of(type_)
         self._decoder = msgspec.json.Decoder(type_, dec_hook=from_json)
         config = getattr(type_, "__struct_config__", None)
         # A model has its own rule for unknown fields.
-        self._is_closed = is_model(type_) or (config is not None and config.forbid_unknown_fields)
+        forbids_unknown = config is not None and config.forbid_unknown_fields
+        self._is_closed = ignores_unknown or is_model(type_) or forbids_unknown
         self._names = {field.name for field in self.fields} | {getattr(config, "tag_field", None)}
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> T:
@@ -170,7 +176,7 @@ class JSONType(Generic[T]):
             return _field_errors(exc, at)
         if is_model(self.type):
             return _field_errors(first, at)
-        errors = self._unknown(members, at)
+        errors = [] if self._ignores_unknown else self._unknown(members, at)
         known = INDEXED.search(str(first))
         for field in self.fields:
             pointer = f"{at}/{escape_pointer(field.name)}"

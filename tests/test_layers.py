@@ -41,6 +41,8 @@ RANKS = {
     "flock.__main__": 13,
 }
 
+HTTP = ("flock.web", "flock.protocols", "flockapi", "flock.command", "flock.testing")
+PROTOCOLS = ("flock.protocols.openai", "flock.protocols.openai_responses")
 FILES = sorted([*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"])
 
 
@@ -99,13 +101,13 @@ def test_public_modules_can_be_imported(module: str) -> None:
 
 
 def test_the_engine_imports_no_web_framework() -> None:
-    """Only ``flock.web``, ``flockapi`` and ``flock.command`` import Starlette or uvicorn. ``flock.testing`` serves.
+    """Only the layers of HTTP import Starlette or uvicorn, and ``flock.testing``, which serves.
 
     Only the command line and the progress display of a batch import click.
     """
     for path in FILES:
         roots = packages_of(path)
-        if layer_of(module_of(path)) not in ("flock.web", "flockapi", "flock.command", "flock.testing"):
+        if layer_of(module_of(path)) not in HTTP:
             assert not roots & {"starlette", "uvicorn"}
         if module_of(path) != "flock.steps.progress" and layer_of(module_of(path)) != "flock.command":
             assert "click" not in roots
@@ -160,7 +162,7 @@ def test_a_function_without_underscore_is_used_elsewhere(path: Path) -> None:
     functions = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     classes = {node.name for node in body if isinstance(node, ast.ClassDef)}
     listed = getattr(module, "__all__", None)
-    if module_of(path) in ("flockapi", "flock.web.pages", "flock.command.cli"):
+    if module_of(path) in ("flockapi", "flock.web.pages", "flock.command.cli", *PROTOCOLS):
         functions = set()  # handlers and commands
     if listed is not None:
         assert all(hasattr(module, name) for name in listed)

@@ -125,7 +125,11 @@ def chunks_in(response: httpx.Response) -> list[Any]:
 
 
 def streamed_text(chunks: list[Any]) -> str:
-    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk.get("choices"))
+    return "".join(
+        chunk["choices"][0]["delta"].get("content", "")
+        for chunk in chunks
+        if isinstance(chunk, dict) and chunk.get("choices")
+    )
 
 
 def check_error(response: httpx.Response, status: int, code: Any, words: str = "") -> Any:
@@ -379,18 +383,12 @@ async def test_a_stream_has_a_role_the_text_an_end_and_the_tokens(client: httpx.
 
 
 async def test_a_text_that_is_replaced_goes_on_or_ends_with_an_error(client: httpx.AsyncClient, chats: Chats) -> None:
+    app = client._transport.app  # type: ignore[attr-defined]
+
     async def stream(text: str) -> list[Any]:
         chats.may_go = anyio.Event()
         body = {"model": "replace", "messages": said(text), "stream": True}
-        chunks = list[Any]()
-        app = client._transport.app  # type: ignore[attr-defined]
-        async with anyio.create_task_group() as tasks:
-            async for chunk in served(app, body):
-                chunks.append(chunk)
-                if streamed_text([chunk] if chunk != "[DONE]" else []):
-                    chats.may_go.set()
-            tasks.cancel_scope.cancel()
-        return chunks
+        return await serve(app, body, lambda chunk: streamed_text([chunk]) and chats.may_go.set())
 
     chunks = await stream("The first answer")
     assert (streamed_text(chunks[:-1]), chunks[-1]) == ("The first answer", "[DONE]")
@@ -400,15 +398,26 @@ async def test_a_text_that_is_replaced_goes_on_or_ends_with_an_error(client: htt
         assert "The run is " in last["error"]["message"]
 
 
-async def served(app: Any, body: Any, path: str = "/v1/chat/completions", query: str = "") -> AsyncIterator[Any]:
-    """Yield the events of a stream as they are sent. httpx would wait for the whole response."""
-    send, receive = anyio.create_memory_object_stream[Any](1000)
+async def serve(app: Any, body: Any, on_event: Any, path: str = "/v1/chat/completions", query: str = "") -> list[Any]:
+    """Return the events of a stream, and call *on_event* with each as it is sent. If it returns True, disconnect.
+
+    httpx would wait for the whole response.
+    """
+    events, ended = list[Any](), anyio.Event()
     sent = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
 
-    async def read() -> Any:
+    async def receive() -> Any:
         if sent:
             return sent.pop()
-        await anyio.sleep_forever()
+        await ended.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        for line in message.get("body", b"").decode().splitlines():
+            if line.startswith("data: ") and not ended.is_set():
+                events.append(line[6:] if line == "data: [DONE]" else json.loads(line[6:]))
+                if on_event(events[-1]):
+                    ended.set()
 
     scope = {
         **{"type": "http", "method": "GET" if body is None else "POST", "path": path, "query_string": query.encode()},
@@ -416,15 +425,8 @@ async def served(app: Any, body: Any, path: str = "/v1/chat/completions", query:
         **{"root_path": "", "scheme": "http", "server": ("t", 80), "asgi": {"version": "3.0"}},
     }
     with anyio.fail_after(PATIENCE_S):
-        async with anyio.create_task_group() as tasks, send, receive:
-            tasks.start_soon(app, scope, read, send.send)
-            async for message in receive:
-                for line in message.get("body", b"").decode().splitlines():
-                    if line.startswith("data: "):
-                        yield line[6:] if line == "data: [DONE]" else json.loads(line[6:])
-                if message["type"] == "http.response.body" and not message.get("more_body", False):
-                    break
-            tasks.cancel_scope.cancel()
+        await app(scope, receive, send)
+    return events
 
 
 @pytest.mark.parametrize(

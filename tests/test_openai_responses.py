@@ -17,7 +17,7 @@ from flock.testing import Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.http import client_of, get, wait_for
-from tests.test_openai import Chats, check_error, served
+from tests.test_openai import Chats, check_error, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -466,19 +466,19 @@ async def test_a_stream_resumes_after_any_event(client: httpx.AsyncClient) -> No
 
 async def test_a_resumed_stream_goes_on_with_a_run_that_is_running(client: httpx.AsyncClient, chats: Responses) -> None:
     app = client._transport.app  # type: ignore[attr-defined]
-    made, seen = await create(client, "write", background=True), list[Any]()
+    made = await create(client, "write", background=True)
     await chats.has_written.wait()
-    path, number = f"/v1/responses/{made['id']}", 3
-    async for event in served(app, None, path=path, query="stream=true"):
-        seen.append(event)
-        if event["type"] == "response.output_text.delta":
-            break
-    assert seen[-1]["delta"] == "All a"
-    number = seen[-1]["sequence_number"]
-    async for event in served(app, None, path=path, query=f"stream=true&starting_after={number}"):
-        seen.append(event)
-        chats.may_go.set()
+    path = f"/v1/responses/{made['id']}"
+    seen = await serve(app, None, is_delta, path, "stream=true")
+    assert (seen[-1]["type"], seen[-1]["delta"]) == ("response.output_text.delta", "All a")
+    query = f"stream=true&starting_after={seen[-1]['sequence_number']}"
+    chats.may_go.set()
+    seen += await serve(app, None, lambda _: False, path, query)
     assert "".join(event.get("delta", "") for event in seen) == text_of(seen[-1]["response"]) == "All about tea"
+
+
+def is_delta(event: Any) -> bool:
+    return bool(event["type"] == "response.output_text.delta")
 
 
 async def test_the_client_of_a_run_whose_text_was_replaced_gets_an_error(
@@ -487,9 +487,7 @@ async def test_the_client_of_a_run_whose_text_was_replaced_gets_an_error(
     chats.texts = ["Never about", "All about tea"]
     app = client._transport.app  # type: ignore[attr-defined]
     made = await create(client, "write", background=True)
-    async for event in served(app, None, path=f"/v1/responses/{made['id']}", query="stream=true"):
-        if event["type"] == "response.output_text.delta":
-            break
+    *_, event = await serve(app, None, is_delta, f"/v1/responses/{made['id']}", "stream=true")
     run = f"/run/{made['id'][5:-2]}"
     await client.post(f"{run}/cancel?wait=30")
     chats.may_go.set()

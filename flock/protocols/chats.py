@@ -88,7 +88,7 @@ def _text(value: Any) -> str:
 # Results
 
 
-async def whole_text(agent: Agent, result: msgspec.Raw | LongJSON, *, as_json: bool) -> str:
+async def _whole_text(agent: Agent, result: msgspec.Raw | LongJSON, *, as_json: bool) -> str:
     """Return a result of *agent* as text: its only output if that is a text, or else the JSON of all outputs.
 
     Raises: RunNotFound, StoreError.
@@ -103,7 +103,7 @@ async def text_of(engine: Engine, agents: Mapping[str, Agent], run: Run, *, as_j
     result, agent = await engine.shown_result(run), agents.get(run.steps[-1].agent_name)
     if result is None or agent is None:
         return _text(result)
-    return await whole_text(agent, result, as_json=as_json)
+    return await _whole_text(agent, result, as_json=as_json)
 
 
 def _text_output_of(agent: Agent) -> str | None:
@@ -206,7 +206,7 @@ class StreamedAnswer:
             case "output.snapshot" if self._is_answer(data) and self._name in data["output"]:
                 return self._text.restart(data["output"][self._name])
             case "run.completed" if self._agent is not None:
-                return self._text.end(await whole_text(self._agent, data["result"], as_json=self._as_json))
+                return self._text.end(await _whole_text(self._agent, data["result"], as_json=self._as_json))
         return ""
 
     @property

@@ -111,7 +111,7 @@ class ChatRequest(parts.Settings, frozen=True, kw_only=True):
     response_format: parts.Format | None = None
 
 
-CHAT_REQUEST = JSONType(ChatRequest)
+CHAT_REQUEST = JSONType(ChatRequest, ignores_unknown=True)
 
 
 async def chat(request: Request) -> Response:

@@ -71,7 +71,7 @@ class ResponseRequest(parts.Settings, frozen=True, kw_only=True):
         return self.conversation.get("id", "") if isinstance(self.conversation, dict) else self.conversation
 
 
-RESPONSE_REQUEST = JSONType(ResponseRequest)
+RESPONSE_REQUEST = JSONType(ResponseRequest, ignores_unknown=True)
 
 
 class ConversationRequest(msgspec.Struct, frozen=True):
@@ -80,7 +80,7 @@ class ConversationRequest(msgspec.Struct, frozen=True):
     items: list[Any] | None = None
 
 
-CONVERSATION_REQUEST = JSONType(ConversationRequest)
+CONVERSATION_REQUEST = JSONType(ConversationRequest, ignores_unknown=True)
 
 
 class ResponseQuery(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,7 +178,7 @@ def _asked(place: Place, questions: Sequence[Question]) -> list[JSON]:
         if question not in others:
             tool = re.sub(r".*ask:|(\.[0-9]+){2}([:@].*)?$", "", question.call_id)
             request = {"id": f"mcpr_{place.run_id}_{question.call_id}", "type": "mcp_approval_request", "name": tool}
-            arguments = msgspec.json.encode(question.arguments).decode()
+            arguments = msgspec.json.encode(msgspec.json.decode(msgspec.json.encode(question.arguments))).decode()
             items.append({**request, "server_label": "flock", "arguments": arguments})
     text = chats.question_text(others, place.run_id)
     return [*items, *([_message(f"{place.id[5:]}_asked", "assistant", text)] if others else [])]
