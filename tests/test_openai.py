@@ -385,10 +385,14 @@ async def test_a_stream_has_a_role_the_text_an_end_and_the_tokens(client: httpx.
 async def test_a_text_that_is_replaced_goes_on_or_ends_with_an_error(client: httpx.AsyncClient, chats: Chats) -> None:
     app = client._transport.app  # type: ignore[attr-defined]
 
+    def on_chunk(chunk: Any) -> None:
+        if streamed_text([chunk]):
+            chats.may_go.set()
+
     async def stream(text: str) -> list[Any]:
         chats.may_go = anyio.Event()
         body = {"model": "replace", "messages": said(text), "stream": True}
-        return await serve(app, body, lambda chunk: streamed_text([chunk]) and chats.may_go.set())
+        return await serve(app, body, on_chunk)
 
     chunks = await stream("The first answer")
     assert (streamed_text(chunks[:-1]), chunks[-1]) == ("The first answer", "[DONE]")
