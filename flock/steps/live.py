@@ -135,7 +135,7 @@ class LiveOutput:
         #: in the order of their last change
         self._writers: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
         self._done: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
-        self._changes = self._done_chars = 0
+        self.changes = self._done_chars = 0
 
     @property
     def chars(self) -> int:
@@ -146,9 +146,10 @@ class LiveOutput:
     def note_news(self) -> None:
         """Let the readers read the run's record again."""
         self.news += 1
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Wake the readers. In the event loop only."""
         self._is_waking = False
         changed, self.changed = self.changed, anyio.Event()
         changed.set()
@@ -171,7 +172,7 @@ class LiveOutput:
         with self._writing(writer) as written:
             written.has_output = True
             if self._has_room(written, writer):
-                written.set_value(field, raw, -self._changes)
+                written.set_value(field, raw, -self.changes)
 
     def write_reasoning(self, writer: Context, text: str) -> None:
         with self._writing(writer) as written:
@@ -204,7 +205,7 @@ class LiveOutput:
                 if isinstance(content, _Text):
                     written.chars += content.write(value[content.seek(0, io.SEEK_END) :])
                 elif content is None or content[1] != members[name]:
-                    written.set_value(name, members[name], -self._changes)
+                    written.set_value(name, members[name], -self.changes)
 
     def _has_room(self, written: _Writer, writer: Context) -> bool:
         if written.is_done:
@@ -225,20 +226,20 @@ class LiveOutput:
 
     def _writer(self, run_id: str, attempt: int, position: int, agent_name: str, call_id: str) -> _Writer:
         key = position, call_id
-        self._changes += 1
+        self.changes += 1
         written = self._writers.get(key)
         if written is None:
-            written = self._writers[key] = _Writer(run_id, attempt, position, agent_name, call_id, self._changes)
+            written = self._writers[key] = _Writer(run_id, attempt, position, agent_name, call_id, self.changes)
         else:
             self._writers.move_to_end(key)
-        written.agent_name, written.changed = agent_name, self._changes
+        written.agent_name, written.changed = agent_name, self.changes
         written.attempt = max(written.attempt, attempt)
         return written
 
     def _wake_soon(self) -> None:
         if not self._is_waking:  # many changes wake the readers once
             self._is_waking = True
-            self._call_soon(self._wake)
+            self._call_soon(self.wake)
 
     # The course of the run: in the event loop
 
@@ -256,8 +257,8 @@ class LiveOutput:
     def _restart(self, position: int, attempt: int = 0) -> None:
         for written in list(self._writers.values()):
             if written.position >= position and not written.is_done:
-                self._changes += 1
-                written.attempt, written.changed = max(written.attempt, attempt), self._changes
+                self.changes += 1
+                written.attempt, written.changed = max(written.attempt, attempt), self.changes
                 written.call, written.has_output = None, False
                 self._writers.move_to_end(written.key)
                 if not written.is_empty:
@@ -276,7 +277,7 @@ class LiveOutput:
         with self._lock:
             written = self._writer(context.run_id, context.attempt, context.position, context.agent_name, call_id)
             self._count_done(written, False)
-            written.attempt, written.created = context.attempt, self._changes
+            written.attempt, written.created = context.attempt, self.changes
             written.call = {"name": name, "kind": kind, "started_at": started_at}
             if arguments != JSON_NULL and len(arguments) <= MAX_SHOWN_BYTES:
                 written.call["arguments"] = arguments
@@ -354,7 +355,7 @@ class LiveOutput:
                 if written.changed <= seen:
                     break
                 found.append(written)
-            return found[::-1], self._changes
+            return found[::-1], self.changes
 
     def piece(self, text: _Text, start: int) -> str:
         """Return *text* from *start* to its end."""
@@ -440,6 +441,11 @@ class LiveReader:
         live.next_is_late = True
         self._seen = 0
         self.position = 0
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there may be something new. Reading it without the lock is safe: each change wakes the readers."""
+        return bool(self._pending) or self._seen != self._live.changes
 
     def events(self, after: int) -> Iterator[Event]:
         """Yield what is new in the steps whose ``step.started`` is not after the id *after*.

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -183,15 +184,18 @@ def _raise(exc: BaseException) -> NoReturn:
 
 def loop_scheduler() -> Callable[..., None]:
     """Return a function that schedules a call in this event loop, if that has not ended. It works in any thread."""
+    here = threading.get_ident()
     try:
-        schedule: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
+        loop = asyncio.get_running_loop()
+        schedule: Callable[..., object] = loop.call_soon_threadsafe
+        schedule_here: Callable[..., object] = loop.call_soon  # writes to no socket to wake the loop
     except RuntimeError:
         import trio
 
-        schedule = trio.lowlevel.current_trio_token().run_sync_soon
+        schedule = schedule_here = trio.lowlevel.current_trio_token().run_sync_soon
 
     def call_soon(function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop has ended
-            schedule(function, *args)
+            (schedule_here if threading.get_ident() == here else schedule)(function, *args)
 
     return call_soon
