@@ -7,6 +7,7 @@ So a slow reader costs nothing, and gets all that was written since its last eve
 import contextlib
 import io
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -21,6 +22,9 @@ from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
 from flock.steps.threads import loop_scheduler
 
+#: The shortest time between two pieces of a text that are sent, in seconds. What comes faster is sent together, since a
+#: screen shows no more pictures.
+FRAME_S = 1 / 60
 #: What one writer counts for the size of a live output, in addition to its text.
 WRITER_CHARS = 512
 #: How long the live output of a run that has ended is kept for its first reader, in seconds, and of how many such runs.
@@ -129,8 +133,8 @@ class LiveOutput:
         self.readers: set[LiveReader] = set()
         self.next_is_late = False
         self._max_chars = max_chars
-        self._call_soon = loop_scheduler()
-        self._is_waking = False
+        self._call_later = loop_scheduler()
+        self._is_waking, self._woken_at = False, 0.0
         self._lock = threading.Lock()
         #: in the order of their last change
         self._writers: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
@@ -150,22 +154,24 @@ class LiveOutput:
 
     def wake(self) -> None:
         """Wake the readers. In the event loop only."""
-        self._is_waking = False
+        self._is_waking, self._woken_at = False, time.monotonic()
         changed, self.changed = self.changed, anyio.Event()
         changed.set()
 
     # Writing: in any thread
 
     def write(self, writer: Context, field: str, text: str) -> None:
-        with self._writing(writer) as written:
+        with self._lock:  # as ``_writing``, in less time: this is done for each piece
+            written = self._writer(writer.run_id, writer.attempt, writer.position, writer.agent_name, writer.call_id)
             written.has_output = True
             content = written.fields.get(field)
             if not isinstance(content, _Text):
                 if content is not None:
                     written.resets += 1  # readers would append the text to the value
                 content = written.fields[field] = _Text()
-            if self._has_room(written, writer):
+            if self._has_room(written, writer):  # so its call has not ended
                 written.chars += content.append(text)
+        self._wake_soon()
 
     def write_value(self, writer: Context, field: str, value: Any) -> None:
         raw = msgspec.Raw(msgspec.json.encode(value, enc_hook=to_json))
@@ -239,7 +245,7 @@ class LiveOutput:
     def _wake_soon(self) -> None:
         if not self._is_waking:  # many changes wake the readers once
             self._is_waking = True
-            self._call_soon(self.wake)
+            self._call_later(self._woken_at + FRAME_S - time.monotonic(), self.wake)
 
     # The course of the run: in the event loop
 
