@@ -78,6 +78,8 @@ from flock.steps.refusals import not_accepting, not_deleted
 
 #: How long an event stream may be silent, in seconds.
 KEEP_ALIVE_S = 15.0
+#: How often a reader of events that waits for a change sees whether it must send one, in seconds.
+WAKE_INTERVAL_S = 5.0
 #: The shortest interval between two progress events of a batch, and between two polls of a run, in seconds.
 PROGRESS_INTERVAL_S = 0.25
 #: How long an idempotency key is stored.
@@ -136,7 +138,7 @@ class RunReader:
         """Called when all events of the record that ``read`` has returned were sent."""
 
     async def changed(self) -> None:
-        """Wait until the record may have changed since the last ``read``, or the live output."""
+        """Wait until the record may have changed since the last ``read``, or the live output, or WAKE_INTERVAL_S."""
         self._run = self._calls = None
         await anyio.sleep(PROGRESS_INTERVAL_S)
 
@@ -490,7 +492,8 @@ class EngineBase(Engine):
     async def events(
         self, run_id: str, after: int = 0, *, reasoning: bool = False
     ) -> AsyncGenerator[Event | None, None]:
-        sent_at, latest = anyio.current_time(), dict[str, Event]()  # the latest of the stored events without an id
+        idle_since: float | None = None
+        latest = dict[str, Event]()  # the latest of the stored events without an id
         share = FairShare()
         with self._reader(run_id, after, reasoning=reasoning) as reader:
             flushed: Any = None  # the event before which all that was written is sent
@@ -504,7 +507,7 @@ class EngineBase(Engine):
                         reader.seen()
                 # What was written before the event was stored is sent before it.
                 key = None if event is None else event.id or (event.name, event.data.get("waiting_for"))
-                has_all = reader.live is None or (key is not None and key == flushed)
+                has_all = reader.live is None or (key is not None and key == flushed) or not reader.live.has_news
                 pieces = iter(()) if reader.live is None or has_all else reader.live.events(after)
                 if (piece := next(pieces, None)) is not None:
                     flushed = key
@@ -513,7 +516,7 @@ class EngineBase(Engine):
                         yield piece
                         await share.checkpoint()
                         piece = next(pieces, None)
-                    sent_at = anyio.current_time()
+                    idle_since = None
                     continue
                 flushed = None
                 if event is not None and run is not None:
@@ -525,14 +528,19 @@ class EngineBase(Engine):
                     if self._makes_calls(event) and (missed := reader.live.missed_output(event)) is not None:
                         yield missed
                     reader.live.passed(event)
-                if event is not None or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
-                    yield event
-                    sent_at = anyio.current_time()
-                    await share.checkpoint()
                 if event is None:
-                    with anyio.CancelScope(deadline=sent_at + KEEP_ALIVE_S):
-                        await reader.changed()
-                elif event.id is None:
+                    at = anyio.current_time()
+                    idle_since = idle_since or at
+                    if at >= idle_since + KEEP_ALIVE_S - WAKE_INTERVAL_S:
+                        yield None
+                        idle_since = at
+                    await reader.changed()
+                    share = FairShare()  # others had their turn
+                    continue
+                yield event
+                idle_since = None
+                await share.checkpoint()
+                if event.id is None:
                     latest[event.name] = event
                 else:
                     after = event.id

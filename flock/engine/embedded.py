@@ -30,7 +30,7 @@ from flock.agents.checks import tool_sources
 from flock.agents.mcp import listing_tools
 from flock.agents.program import Program
 from flock.engine import relay
-from flock.engine.base import KEEP_KEYS_FOR, KEEP_USAGE_FOR, EngineBase, RunReader, ended_calls
+from flock.engine.base import KEEP_KEYS_FOR, KEEP_USAGE_FOR, WAKE_INTERVAL_S, EngineBase, RunReader, ended_calls
 from flock.engine.batches import Batches
 from flock.engine.intake import Intake
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, counted
@@ -238,7 +238,7 @@ class EmbeddedEngine(EngineBase):
         except BaseException:
             await self.__aexit__()
             raise
-        for task in (self._watch, self._end_waits, self._apply_retention):
+        for task in (self._watch, self._wake_readers, self._end_waits, self._apply_retention):
             start_in_empty_context(self._tasks, task)
         return self
 
@@ -797,6 +797,13 @@ class EmbeddedEngine(EngineBase):
                     log_crash(run, run.deaths)
                 self._runner.executor.notify("run_ended", run)
                 await share.checkpoint()
+
+    async def _wake_readers(self) -> None:
+        """Let those who read events see whether a keep-alive is due: one timer for all."""
+        while True:
+            await anyio.sleep(WAKE_INTERVAL_S)
+            for live in self._runner.watched.values():
+                live.wake()
 
     async def _end_waits(self) -> None:
         """Continue or end the runs whose waits are over. All engines of the flock do, and one is first."""
