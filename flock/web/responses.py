@@ -244,9 +244,7 @@ def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
 
 def sent_event(content: Any, name: str | None = None) -> bytes:
     """Return a server-sent event of another protocol, with *content* as JSON."""
-    data = msgspec.json.encode(content)
-    for character, escape in LINE_ENDS.items():
-        data = data.replace(character, escape)
+    data = _escaped(msgspec.json.encode(content))
     return b"%bdata: %b\n\n" % (b"" if name is None else b"event: %b\n" % name.encode(), data)
 
 
