@@ -504,8 +504,7 @@ async def _complete_with_litellm(request: Request, model: Model) -> Completion:
         options["tools"] = [function_of(tool) for tool in request.tools]
     if request.max_tokens is not None:
         options["max_tokens"] = request.max_tokens
-    if request.temperature is not None:
-        options["temperature"] = request.temperature
+    options |= request.all_options
 
     def send(headers: Mapping[str, str], **more: Any) -> Any:
         extra = {"extra_headers": headers} if headers else {}
