@@ -436,6 +436,7 @@ class ModelAgent(Agent):
                 max_tokens=min(filter(None, (self.max_tokens, client.max_output_tokens)), default=None),
                 temperature=self.temperature,
                 options=client.options,
+                is_strange=client != ClientSettings(),
                 traceparent=context.traceparent,
             ),
             complete=functools.partial(resources.models.complete, models or None, caller=caller),

@@ -85,9 +85,7 @@ def _errors_of_tools(
     settings: ClientSettings, takers: Sequence[ModelAgent], agents: Mapping[str, Agent]
 ) -> Iterator[FieldError]:
     if len(msgspec.json.encode(settings.tools)) > MAX_TOOLS_BYTES:
-        yield _error(
-            f"The tools are longer than {MAX_TOOLS_BYTES} bytes, as JSON. Send fewer, or shorter ones.", "/tools"
-        )
+        yield _error(f"They are longer than {MAX_TOOLS_BYTES} bytes, as JSON. Send fewer, or shorter ones.", "/tools")
         return
     seen = {FINISH: "Models end their calls with a tool of this name. Give it another one."}
     for agent in takers:

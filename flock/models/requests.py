@@ -38,6 +38,7 @@ class Request(msgspec.Struct, frozen=True):
             is never streamed, and other servers may not support streams: then the listener receives nothing.
         on_unfinished: called with the tokens, and the model, of each request that was cancelled, and of each stream
             that broke off. They are estimated if the server sent none.
+        is_strange: whether something in it is not ours, so that a server may reject it and accept all others.
         name: of the model that is asked; the client sets it.
     """
 
@@ -51,6 +52,7 @@ class Request(msgspec.Struct, frozen=True):
     idempotency_key: str | None = None
     listener: Listener | None = None
     on_unfinished: Callable[[Usage, str], None] = lambda usage, model: None
+    is_strange: bool = False
     name: str = ""
 
     @property

@@ -13,7 +13,7 @@ Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 OPTIONS = {"temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "seed": None}
 
 
-class ClientTool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ClientTool(msgspec.Struct, frozen=True, kw_only=True):
     """A tool that the client executes.
 
     Attributes:
@@ -28,7 +28,7 @@ class ClientTool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     strict: bool = False
 
 
-class ClientSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class ClientSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a client brings to its run. It applies to the agents of the run's steps, and not to those that they call.
 
     Attributes:
