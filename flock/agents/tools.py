@@ -396,9 +396,9 @@ class Toolbox(msgspec.Struct):
             return f"Error: The arguments are invalid. {one_line(str(exc))}"
         context, changed = self.context, ""
         if isinstance(tool, ToolOfClient):
-            options: Any = {"about": msgspec.Raw(raw), "kind": "client_tool"}
+            key, about = f"{name}.{number}", msgspec.Raw(raw)
             output: str = await context.journal.ask(
-                context, name, str, f"{name}.{number}", CLIENT_EXPIRES_S, msgspec.UNSET, **options
+                context, name, str, key, CLIENT_EXPIRES_S, msgspec.UNSET, about, kind="client_tool"
             )
             return output
         shown = tool.shown(msgspec.Raw(raw), context.journal.call_key)

@@ -42,7 +42,7 @@ __all__ = ["Engine", "EngineHealth", "Observer", "Queue", "QueueLimits"]
 class Queue(msgspec.Struct, frozen=True):
     """The number of runs that wait for their first step, and when the oldest one that never started was accepted.
 
-    ``asking`` is the number of runs that wait for answers of people. They do not count for any limit.
+    ``asking`` is the number of runs that wait for answers of people or clients. They do not count for any limit.
     """
 
     depth: int

@@ -85,7 +85,7 @@ class RunStatus(StrEnum):
     STARTING = "starting"
     #: an agent is running
     RUNNING = "running"
-    #: for the answer of a person, a time or a message; nothing is running
+    #: for the answer of a person or a client's tool, a time or a message; nothing is running
     WAITING = "waiting"
     #: ended with a result
     COMPLETED = "completed"
