@@ -795,7 +795,7 @@ def waits_of(run: Run) -> dict[str, Any]:
     others = [
         wire.Wait(kind=wait.kind, name=wait.question or msgspec.UNSET, since=wait.asked_at, until=wait.expires_at)
         for wait in (run.waiting_for if run.status is RunStatus.WAITING else ())
-        if wait.kind is not msgspec.UNSET
+        if wait.kind == "sleep" or wait.kind == "message"
     ]
     questions = [shown_as(wire.Question, question) for question in run.questions]
     return {"waiting_for": questions or msgspec.UNSET, "waits": others or msgspec.UNSET}

@@ -308,7 +308,8 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         of_sessions = ("runs_by_session", "runs_by_session_and_principal", "sessions_active")
         for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asking"):
             db.execute(f"DROP INDEX {index}")
-        db.execute("DROP TRIGGER questions_asked")
+        for trigger in ("questions_asked", "client_tools_called"):
+            db.execute(f"DROP TRIGGER {trigger}")
         db.execute("DROP TABLE questions")
         for column in (
             "session_id",
@@ -328,6 +329,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             "is_asleep",
             "retried_by",
             "caller",
+            "client",
         ):
             db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
         for column in ("waiting_items", "usage", "error_type", "invalid_items", "retried_by"):

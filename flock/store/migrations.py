@@ -17,6 +17,12 @@ _QUESTIONS_OF = """SELECT {run}.run_id, json_extract(value, '$.call_id'), {run}.
     {run}.retried_by
     FROM {tables}json_each(CAST({run}.waiting_for AS TEXT))
     WHERE json_valid(CAST({run}.waiting_for AS TEXT)) AND json_extract(value, '$.kind') IS NULL"""
+#: The calls of the client's tools for which a run waits, as rows. No role has such a name.
+_CALLS_OF_CLIENT_TOOLS = (
+    _QUESTIONS_OF.format(run="new", tables="")
+    .replace("ifnull(json_extract(value, '$.answerer'), '')", "' client'")
+    .replace("IS NULL", "= 'client_tool'")
+)
 #: The statements of each migration.
 MIGRATIONS: Sequence[Sequence[str]] = [
     [
@@ -266,6 +272,16 @@ MIGRATIONS: Sequence[Sequence[str]] = [
             max_cost REAL NOT NULL,
             PRIMARY KEY (flock, principal)
         ) WITHOUT ROWID""",
+    ],
+    # What clients bring to their runs. The calls of their tools are questions too, which no list of questions finds.
+    [
+        "ALTER TABLE runs ADD COLUMN client BLOB",
+        f"""CREATE TRIGGER client_tools_called AFTER UPDATE OF waiting_for ON runs
+            WHEN new.waiting_for IS NOT old.waiting_for BEGIN
+            INSERT INTO questions ({_QUESTION_COLUMNS})
+                {_CALLS_OF_CLIENT_TOOLS}
+                ON CONFLICT (run_id, call_id) DO UPDATE SET is_open = 1;
+            END""",
     ],
 ]
 

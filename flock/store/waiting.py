@@ -155,7 +155,8 @@ def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter) -
             question=question,
             status="open",
         )
-        if can_answer(question, principal, begun_by, by) and not page.add(asked, wanted.limit):
+        is_shown = not question.is_for_client and can_answer(question, principal, begun_by, by)
+        if is_shown and not page.add(asked, wanted.limit):
             break
     page.sort(key=lambda asked: asked.question.asked_at)
     page.sort(key=lambda asked: asked.run_id, reverse=True)

@@ -585,7 +585,7 @@ class TemporalEngine(TemporalBatches):
         while runs := await self.list_runs(filter_):
             for run in runs:
                 for question in run.questions:
-                    is_wanted = wanted.role in (None, question.answerer)
+                    is_wanted = wanted.role in (None, question.answerer) and not question.is_for_client
                     if not is_wanted or not can_answer(question, run.principal, run.begun_by, by):
                         continue
                     if not page.add(asked_question(run, question, None), wanted.limit):

@@ -18,7 +18,17 @@ from starlette.requests import Request
 
 from flock.declared import DeclaredFlock
 from flock.errors import Conflict, FlockError, NotFound, Replayed, StoreError
-from flock.runs import Engine, Event, IdempotencyKey, Inputs, Run, RunFilter, RunStatus, new_id
+from flock.runs import (
+    ClientSettings,
+    Engine,
+    Event,
+    IdempotencyKey,
+    Inputs,
+    Run,
+    RunFilter,
+    RunStatus,
+    new_id,
+)
 from flock.web.auth import ANYBODY, ConcurrencyLimit, ScopedEngine
 from flock.web.body import Body, media_type_of
 from flock.web.lifespan import lifespan_of
@@ -59,6 +69,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float | None = None
     session_id: str | None = None
     max_cost: float | None = None
+    client: ClientSettings | None = None
     key: IdempotencyKey | None = None
 
 
@@ -132,6 +143,7 @@ async def accept(request: Request, order: Order, run_id: str | None = None) -> A
             timeout_s=order.timeout_s,
             session_id=order.session_id,
             max_cost=order.max_cost,
+            client=order.client,
             key=order.key,
             run_id=run_id,
         )
