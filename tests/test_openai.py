@@ -38,6 +38,9 @@ class Chats:
         self.flock, self.may_go, self.model = Flock("chats", model="openai/gpt-4o"), anyio.Event(), FakeModel()
         flock = self.flock
         flock.add_agent(FlockFactory.create_default_agent("chat", input="talk: Messages", output="reply: str"))
+        takes: Any = {"client_tools": True, "client_instructions": True, "client_options": True}
+        agent = FlockFactory.create_default_agent("open", input="talk: Messages", output="reply: str", **takes)
+        flock.add_agent(agent)
 
         @flock.agent
         async def echo(text: str) -> AsyncIterator[str]:
@@ -228,6 +231,7 @@ async def test_messages_that_a_client_cannot_send_do_not_reach_the_agent(client:
         *said("a", "b"),
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]},
         {"role": "tool", "tool_call_id": "1", "content": "forged"},
+        {"role": "assistant", "content": ""},
         {"role": "user", "content": "c"},
     ]
     response = await client.post("/v1/chat/completions", json={"model": "roles", "messages": messages})
@@ -242,10 +246,13 @@ async def test_ten_thousand_messages_are_a_history(client: httpx.AsyncClient) ->
 @pytest.mark.parametrize(
     ("more", "param", "words"),
     [
-        ({"n": 2}, "n", "'n' has no effect. Leave it out, or send 1"),
-        ({"temperature": 0.2}, "temperature", "An agent has its own settings"),
-        ({"max_completion_tokens": 5}, "max_completion_tokens", "Leave it out."),
-        ({"tools": [{"type": "function"}]}, "tools", "Leave it out, or send []"),
+        ({"n": 2}, "n", "No agent takes 'n'. Leave it out, or send 1"),
+        ({"audio": {}}, "audio", "No agent takes 'audio'. Leave it out."),
+        ({"model": "chat", "temperature": 0.2}, "temperature", "does not let clients set it"),
+        ({"model": "chat", "max_completion_tokens": 0}, "max_output_tokens", ""),
+        ({"model": "chat", "tools": [{"type": "function", "function": {"name": "x"}}]}, "tools", "takes no tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0", "Only tools of the type 'function'"),
+        ({"tool_choice": "required"}, "tool_choice", "or send"),
         ({"stream": "yes"}, "stream", ""),
         ({"model": 1}, "model", ""),
         ({"messages": []}, "messages", "There is no message with the role 'user'."),
@@ -363,6 +370,87 @@ async def test_a_waiting_run_ends_the_answer_with_its_question(client: httpx.Asy
     *chunks, stop, done = chunks_in(streamed)
     assert streamed_text(chunks) == content_of(response).replace(run_id, streamed.headers["Flock-Run-Id"])
     assert (stop["choices"][0]["finish_reason"], done) == ("stop", "[DONE]")
+
+
+# The client's instructions, options and tools
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": "Look.", "parameters": {"type": "object"}}}
+    for name in ("look", "zoom")
+]
+
+
+async def test_an_agent_that_takes_them_gets_instructions_and_options(client: httpx.AsyncClient, chats: Chats) -> None:
+    chats.model.replies = [Reply({"reply": "Arr."})]
+    messages = [{"role": "system", "content": "Be a pirate."}, *said("Hi")]
+    body = {"model": "open", "messages": messages, "temperature": 0.2, "seed": 7, "max_completion_tokens": 50}
+    assert content_of(await client.post("/v1/chat/completions", json=body)) == "Arr."
+    (sent,) = chats.model.requests
+    assert "Be a pirate." in sent["messages"][0]["content"]
+    assert (sent["temperature"], sent["seed"]) == (0.2, 7)
+    assert 50 in sent.values()
+
+
+async def test_a_call_of_a_tool_of_the_client_is_answered_by_its_id(client: httpx.AsyncClient, chats: Chats) -> None:
+    calls = [("look", {"at": "sky"}), ("zoom", {})]
+    chats.model.replies = [Reply(calls=calls), Reply({"reply": "Blue."})]
+    asked = await chat(client, "open", "What colour?", tools=TOOLS)
+    choice, run_id = asked.json()["choices"][0], asked.headers["Flock-Run-Id"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+    made = choice["message"]["tool_calls"]
+    assert [(call["type"], call["function"]["name"]) for call in made] == [("function", "look"), ("function", "zoom")]
+    assert json.loads(made[0]["function"]["arguments"]) == {"at": "sky"}
+
+    async def answer(*outputs: str, ids: Any = None, stream: bool = False) -> httpx.Response:
+        ids = ids or [call["id"] for call in made]
+        tools = [
+            {"role": "tool", "tool_call_id": id_, "content": text} for id_, text in zip(ids, outputs, strict=False)
+        ]
+        body = {"model": "open", "messages": [*said("What colour?"), choice["message"], *tools], "tools": TOOLS}
+        return await client.post("/v1/chat/completions", json={**body, "stream": stream})
+
+    check_error(await answer("blue"), 400, "invalid_input", "The output of 'zoom' is missing.")
+    check_error(await answer("blue", "2x", ids=["1", "2"]), 400, "invalid_input", "not for calls that this server")
+    foreign = made[0]["id"].replace(run_id, "01a20e41-e4ec-74f9-8450-7dd74efe56ba")
+    check_error(await answer("blue", ids=[foreign]), 404, "unknown_run")
+    done = await answer("blue", "2x")
+    assert (content_of(done), done.headers["Flock-Run-Id"]) == ("Blue.", run_id)
+    assert content_of(await answer("blue", "2x")) == "Blue."  # clients repeat requests by themselves
+    assert streamed_text(chunks_in(await answer("blue", "2x", stream=True))) == "Blue."
+    check_error(await answer("red", "2x"), 400, "conflict", "answered otherwise")
+    assert (await get(client, "/runs"))["runs"][0]["run_id"] == run_id
+    chats.model.check()
+
+
+async def test_a_stream_ends_with_the_calls_of_tools(client: httpx.AsyncClient, chats: Chats) -> None:
+    chats.model.replies = [Reply(calls=[("look", {})])]
+    *_, calls, stop, done = chunks_in(await chat(client, "open", "What colour?", tools=TOOLS, stream=True))
+    (call,) = calls["choices"][0]["delta"]["tool_calls"]
+    assert (call["index"], call["function"]) == (0, {"name": "look", "arguments": "{}"})
+    assert (stop["choices"][0]["finish_reason"], done) == ("tool_calls", "[DONE]")
+
+
+async def test_outputs_of_tools_are_the_last_messages(client: httpx.AsyncClient) -> None:
+    messages = [*said("a"), {"role": "tool", "tool_call_id": "x", "content": "b"}, *said("c")]
+    response = await client.post("/v1/chat/completions", json={"model": "open", "messages": messages})
+    assert check_error(response, 400, "invalid_input", "must be the last messages")["param"] == "messages.2"
+
+
+async def test_only_the_principal_of_a_run_answers_its_calls(chats: Chats) -> None:
+    async def auth(connection: Any) -> Principal:
+        return Principal(name=connection.headers["x-user"], admin=connection.headers["x-user"] == "root")
+
+    chats.model.replies = [Reply(calls=[("look", {})])]
+    engine = chats.flock.engine(transport=chats.model.transport)
+    app = create_app(chats.flock, engine=engine, auth=auth, protocols=["openai"])
+    async with app.lifespan(), client_of(app) as client:
+        asked = await chat(client, "open", "What colour?", tools=TOOLS, headers={"X-User": "ann"})
+        (call,) = asked.json()["choices"][0]["message"]["tool_calls"]
+        body = {"model": "open", "messages": [{"role": "tool", "tool_call_id": call["id"], "content": "blue"}]}
+        for user, status in (("bob", 404), ("root", 403)):
+            refused = await client.post("/v1/chat/completions", json=body, headers={"X-User": user})
+            check_error(refused, status, ...)
 
 
 # Streams

@@ -175,7 +175,7 @@ async def test_an_input_becomes_inputs_and_the_result_a_message(
         ),
         ({"background": True, "store": False}, "store", "must be stored"),
         ({"previous_response_id": "x", "conversation": "y"}, "conversation", "not both"),
-        ({"max_output_tokens": 5}, "max_output_tokens", "Leave it out."),
+        ({"max_tool_calls": 5}, "max_tool_calls", "Leave it out."),
         (
             {"text": {"format": {"type": "json_schema", "schema": {}}}},
             "text.format.schema",
@@ -350,19 +350,14 @@ async def test_an_approval_is_asked_and_answered_by_items(client: httpx.AsyncCli
     (item,) = asked["output"]
     assert (asked["status"], item["type"], item["name"]) == ("completed", "mcp_approval_request", "pay")
     assert json.loads(item["arguments"]) == {"amount": 3}
-    check_error(
-        await send(client, "payer", "Go on!", previous_response_id=asked["id"]), 400, ..., "mcp_approval_response"
-    )
+    refused = await send(client, "payer", "Go on!", previous_response_id=asked["id"])
+    check_error(refused, 400, ..., "as an item, without messages")
     answered = await create(client, "payer", approval(asked), previous_response_id=asked["id"])
     assert (answered["id"], text_of(answered), chats.paid) == (asked["id"][:-1] + "1", "Paid.", [3])
     assert (await get(client, f"/v1/responses/{asked['id']}"))["output"] == asked["output"]
     assert (await get(client, f"/v1/responses/{answered['id']}"))["output"] == answered["output"]
     (given,) = (await get(client, f"/v1/responses/{answered['id']}/input_items"))["data"]
-    assert (given["type"], given["approval_request_id"], given["approve"]) == (
-        "mcp_approval_response",
-        item["id"],
-        True,
-    )
+    assert given["content"][0]["text"] == "Pay 3."
     *_, last = events_of(await client.get(f"/v1/responses/{asked['id']}?stream=true"))
     assert last["response"]["output"] == asked["output"]
 
@@ -381,7 +376,8 @@ async def test_the_same_answer_again_attaches_and_another_is_refused(
     check_error(await send(client, "payer", approval(asked)), 400, "conflict", "answered otherwise")
     forged = [{**denial[0], "approval_request_id": denial[0]["approval_request_id"] + "x"}]
     check_error(await send(client, "payer", forged), 404, "unknown_call")
-    check_error(await send(client, "payer", [{**denial[0], "approval_request_id": "mine"}]), 404, "unknown_run")
+    mine = [{**denial[0], "approval_request_id": "mine"}]
+    check_error(await send(client, "payer", mine), 400, "invalid_input", "not for calls that this server has asked")
 
 
 async def test_an_approval_that_was_answered_elsewhere_continues_too(
@@ -396,6 +392,31 @@ async def test_an_approval_that_was_answered_elsewhere_continues_too(
     error = await send(client, "payer", "And now?", previous_response_id=asked["id"])
     check_error(error, 400, ..., f"Continue {asked['id'][:-1]}1.")
     assert text_of(await create(client, "payer", [], previous_response_id=asked["id"])) == "Paid."
+
+
+async def test_a_call_of_a_tool_of_the_client_is_an_item(client: httpx.AsyncClient, chats: Responses) -> None:
+    tools = [{"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": None}]
+    chats.model.replies = [Reply(calls=[("look", {"at": "sky"})]), Reply({"reply": "Blue."})]
+    events = events_of(await send(client, "open", "What colour?", tools=tools, stream=True, instructions="Look well."))
+    assert "Look well." in chats.model.requests[0]["messages"][0]["content"]
+    asked = events[-1]["response"]
+    assert [event["type"] for event in events[2:]] == [
+        *("response.output_item.added", "response.function_call_arguments.delta"),
+        *("response.function_call_arguments.done", "response.output_item.done", "response.completed"),
+    ]
+    (item,) = asked["output"]
+    assert (asked["status"], item["type"], item["name"]) == ("completed", "function_call", "look")
+    assert json.loads(item["arguments"]) == {"at": "sky"}
+    output = {"type": "function_call_output", "call_id": item["call_id"], "output": "blue"}
+    history = [{"role": "user", "content": "What colour?"}, item, output]
+    for input, more in (([output], {"previous_response_id": asked["id"]}), (history, {})):
+        answered = await create(client, "open", input, tools=tools, **more)
+        assert (answered["id"], text_of(answered)) == (asked["id"][:-1] + "1", "Blue.")
+    assert (await get(client, f"/v1/responses/{asked['id']}"))["output"] == asked["output"]
+    other = [{**output, "output": "red"}]
+    check_error(await send(client, "open", other), 400, "conflict", "answered otherwise")
+    foreign = [{**output, "call_id": "call_1"}]
+    check_error(await send(client, "open", foreign), 400, "invalid_input", "not for calls that this server has asked")
 
 
 async def test_another_question_is_an_incomplete_response(client: httpx.AsyncClient) -> None:

@@ -3,7 +3,7 @@
 This module has the routes, the errors, models and chat completions.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from flock.agents.agent import Agent
 from flock.declared import agent_of
-from flock.errors import FlockError
+from flock.errors import FlockError, InvalidData
 from flock.jsontype import JSONType
 from flock.protocols import chats
 from flock.protocols import openai_parts as parts
 from flock.protocols import openai_responses as responses
-from flock.runs import Engine, Run, RunStatus
+from flock.runs import Engine, Question, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.requests import fingerprint_of, idempotency_key
 from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, sent_event
@@ -95,6 +95,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
     role: str
     content: str | list[parts.Part] | None = None
+    tool_call_id: str = ""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -118,45 +119,78 @@ async def chat(request: Request) -> Response:
     """POST /v1/chat/completions"""
     body, agents = await orders.read_json(request), orders.serving(request).flock.agents
     sent = CHAT_REQUEST.decode(body)
-    parts.check_settings(body)
-    agent = agent_of(agents, sent.model)
+    agent, engine = agent_of(agents, sent.model), await orders.engine_of(request)
     as_json = parts.wants_json(agents, agent, sent.response_format, "/response_format")
-    order = orders.Order(
-        agent_name=sent.model,
-        inputs=chats.inputs_of(agent, [*_messages(sent.messages)], sent.inputs, "/messages"),
-        key=idempotency_key(request, lambda: fingerprint_of(request, body)),
-    )
-    engine = await orders.engine_of(request)
-    if sent.stream:
-        stream = await orders.stream(request, order, reasoning=False)
+    messages, instructions, answers = _read(sent.messages)
+    client = parts.client_settings(body, "\n\n".join(instructions))
+    wanted: orders.Order | orders.Answers
+    if answers:
+        wanted = await parts.answers_in(engine, answers, "/messages")
+    else:
+        wanted = orders.Order(
+            agent_name=sent.model,
+            inputs=chats.inputs_of(agent, messages, sent.inputs, "/messages"),
+            client=client,
+            key=idempotency_key(request, lambda: fingerprint_of(request, body)),
+        )
+    stream = await orders.stream(request, wanted, reasoning=False) if sent.stream else None
+    run = (await orders.accept(request, wanted) if stream is None else stream.accepted).run
+    if stream is not None:
         has_usage = sent.stream_options is not None and sent.stream_options.include_usage is True
         chunks = _chunks(stream, engine, chats.StreamedAnswer(agents, as_json=as_json), has_usage=has_usage)
-        headers = {"Flock-Run-Id": stream.accepted.run.run_id, "X-Accel-Buffering": "no"}
+        headers = {"Flock-Run-Id": run.run_id, "X-Accel-Buffering": "no"}
         return EventStream(chunks, stream.held, headers, on_cut_off=stream.on_cut_off)
-    run, _ = await orders.accept(request, order)
     run_id, outlives_client = run.run_id, run.is_async
-    del run, order, sent  # frees the inputs, which may be long, during the wait
+    del run, wanted, sent, messages  # frees the inputs, which may be long, during the wait
     return await _completion(engine, agents, await orders.end_of(request, run_id, outlives_client), as_json=as_json)
 
 
-def _messages(sent: Iterable[ChatMessage]) -> Iterator[chats.Message]:
+def _read(sent: Sequence[ChatMessage]) -> tuple[list[chats.Message], list[str], dict[str, msgspec.Raw]]:
+    """Return the messages, the instructions, and the outputs of tools after the last message of the assistant, by call.
+
+    Raises: InvalidData.
+    """
+    messages, instructions, answers = list[chats.Message](), list[str](), dict[str, msgspec.Raw]()
     for at, message in enumerate(sent):
-        text = parts.content_text(message.content, f"/messages/{at}", is_shown=message.role == "user")
-        yield chats.Message(message.role, text)
+        text = parts.content_text(message.content, f"/messages/{at}", is_shown=message.role in ("user", "tool"))
+        if message.role in ("system", "developer"):
+            instructions.append(text)
+        elif message.role == "tool":
+            answers[message.tool_call_id] = msgspec.Raw(msgspec.json.encode(text))
+        else:
+            messages.append(chats.Message(message.role, text))
+            answers = {} if message.role == "assistant" else answers
+    if answers and sent[-1].role != "tool":
+        raise InvalidData.of("The outputs of tools must be the last messages.", f"/messages/{len(sent) - 1}")
+    return messages, instructions, answers
+
+
+def _asked(run_id: str, questions: Sequence[Question]) -> tuple[dict[str, Any], str]:
+    """Return the content for open questions, and why the answer ends: calls of the client's tools, or a text."""
+    calls = [
+        {
+            **{"index": at, "id": f"call_{run_id}_{call.call_id}", "type": "function"},
+            "function": {"name": call.question, "arguments": parts.arguments_of(call)},
+        }
+        for at, call in enumerate(question for question in questions if question.is_for_client)
+    ]
+    if calls:
+        return {"content": None, "tool_calls": calls}, "tool_calls"
+    return {"content": chats.question_text(questions, run_id)}, "stop"
 
 
 async def _completion(engine: Engine, agents: Mapping[str, Agent], run: Run, *, as_json: bool) -> Response:
-    headers = {"Flock-Run-Id": run.run_id}
+    headers, finish_reason = {"Flock-Run-Id": run.run_id}, "stop"
     if run.status is RunStatus.WAITING:
-        text = chats.question_text(run.questions, run.run_id)
+        content, finish_reason = _asked(run.run_id, run.questions)
     elif run.status is RunStatus.COMPLETED:
-        text = await chats.text_of(engine, agents, run, as_json=as_json)
+        content = {"content": await chats.text_of(engine, agents, run, as_json=as_json)}
     else:  # clients repeat requests that get 409, 429 or 5xx, which would start another run
         return JSONResponse({"error": _failure(run.error, run.error_type, run.run_id)}, 422, headers)
-    choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}}
+    message = {"role": "assistant", "refusal": None, **content}
     body = {
         **_head(run, "chat.completion"),
-        "choices": [{**choice, "logprobs": None, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],
         "usage": parts.usage_of(run.usage, "prompt", "completion"),
     }
     return JSONResponse(body, headers=headers)
@@ -196,9 +230,11 @@ async def _chunks(
                 elif piece.name in ("run.failed", "run.cancelled"):
                     yield error(piece.data["error"], piece.data["error_type"])
                 else:
+                    finish_reason = "stop"
                     if piece.name == "run.waiting":
-                        yield chunk(content=chats.question_text(piece.data["waiting_for"], run_id))
-                    yield chunk("stop")
+                        content, finish_reason = _asked(run_id, piece.data["waiting_for"])
+                        yield chunk(**content)
+                    yield chunk(finish_reason)
                     if has_usage:
                         usage = parts.usage_of((await engine.get_outline(run_id)).usage, "prompt", "completion")
                         yield sent_event({**head, "choices": [], "usage": usage})

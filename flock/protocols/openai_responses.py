@@ -33,7 +33,9 @@ from flock.web.routing import principal_of
 CHECK_BITS = 20
 
 #: Items of a history that are not messages. A client could forge them, so agents do not see them.
-UNSEEN = ("reasoning", "function_call", "function_call_output", "mcp_approval_request", "mcp_list_tools", "mcp_call")
+UNSEEN = ("reasoning", "function_call", "mcp_approval_request", "mcp_list_tools", "mcp_call")
+
+FAILED = (RunStatus.FAILED, RunStatus.CANCELLED)
 
 #: The runs of a conversation whose messages are listed.
 MAX_RUNS = 100
@@ -50,6 +52,8 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     approval_request_id: str | None = None
     approve: bool | None = None
     reason: str | None = None
+    call_id: str = ""
+    output: str | list[parts.Part] | None = None
 
 
 class TextSettings(msgspec.Struct, frozen=True):
@@ -65,6 +69,7 @@ class ResponseRequest(parts.Settings, frozen=True, kw_only=True):
     background: bool | None = None
     store: bool | None = None
     text: TextSettings | None = None
+    instructions: str | None = None
 
     @property
     def session_id(self) -> str | None:
@@ -123,9 +128,9 @@ class Reply(NamedTuple):
         return self.place.number >= len(self.answers)
 
     @property
-    def asks_for_approval(self) -> bool:
-        """Whether it asks for nothing else."""
-        return bool(self.questions) and all(map(_is_approval, self.questions))
+    def has_only_items(self) -> bool:
+        """Whether a client can answer all of its questions by items."""
+        return all(question.is_for_client or _is_approval(question) for question in self.questions)
 
 
 def _open_questions(run: Run) -> Sequence[Question]:
@@ -172,14 +177,19 @@ def _is_approval(question: Question) -> bool:
 
 
 def _asked(place: Place, questions: Sequence[Question]) -> list[JSON]:
-    """Return the items of questions: requests for approvals, and the others as one message."""
-    items, others = list[JSON](), [question for question in questions if not _is_approval(question)]
+    """Return the items of questions: calls of tools, requests for approvals, and the others as one message."""
+    items, others = list[JSON](), list[Question]()
     for question in questions:
-        if question not in others:
+        at, arguments = f"{place.run_id}_{question.call_id}", {"arguments": parts.arguments_of(question)}
+        if question.is_for_client:
+            call = {"id": f"fc_{at}", "type": "function_call", "call_id": f"call_{at}", "status": "completed"}
+            items.append({**call, "name": question.question, **arguments})
+        elif _is_approval(question):
             tool = re.sub(r".*ask:|(\.[0-9]+){2}([:@].*)?$", "", question.call_id)
-            request = {"id": f"mcpr_{place.run_id}_{question.call_id}", "type": "mcp_approval_request", "name": tool}
-            arguments = msgspec.json.encode(msgspec.json.decode(msgspec.json.encode(question.arguments))).decode()
-            items.append({**request, "server_label": "flock", "arguments": arguments})
+            request = {"id": f"mcpr_{at}", "type": "mcp_approval_request", "name": tool, "server_label": "flock"}
+            items.append({**request, **arguments})
+        else:
+            others.append(question)
     text = chats.question_text(others, place.run_id)
     return [*items, *([_message(f"{place.id[5:]}_asked", "assistant", text)] if others else [])]
 
@@ -189,7 +199,7 @@ def _response(reply: Reply, output: Sequence[Any], sent: ResponseRequest | None 
     run, has_ended = reply.run, bool(reply.questions) or reply.run.status.is_final
     status: str = run.status if has_ended else "queued" if run.status is RunStatus.STARTING else "in_progress"
     if reply.questions:
-        status = "completed" if reply.asks_for_approval else "incomplete"
+        status = "completed" if reply.has_only_items else "incomplete"
     error = {"code": "server_error", "message": parts.failure_text(run.error, run.run_id)}
     return {
         **{"id": reply.place.id, "object": "response", "created_at": int(run.created_at.timestamp())},
@@ -225,7 +235,7 @@ async def create_response(request: Request) -> Response:
     """POST /v1/responses: a new run, or the answers for which a run waits."""
     body, agents = await orders.read_json(request), _agents(request)
     sent = RESPONSE_REQUEST.decode(body)
-    parts.check_settings(body)
+    client = parts.client_settings(body, sent.instructions)
     if sent.background and sent.store is False:
         raise InvalidData.of("A response in the background must be stored. Leave this out.", "/store")
     if sent.previous_response_id is not None and sent.conversation is not None:
@@ -234,31 +244,31 @@ async def create_response(request: Request) -> Response:
     as_json = parts.wants_json(agents, agent, sent.text.format if sent.text else None, "/text/format")
     messages, answers = _read(sent.input)
     earlier = await _earlier(request, engine, sent, is_answer=bool(answers) or not messages)
-    stream, outlives_client = None, True
+    wanted: orders.Order | orders.Answers
     if answers or (earlier is not None and not messages):
-        run_id = earlier.run.run_id if earlier is not None else next(iter(answers))[5:41]
-        outputs = {id_.removeprefix(f"mcpr_{run_id}_"): output for id_, output in answers.items()}
-        before = (await _reply(engine, Place(run_id, -1))).answers
-        place = Place(run_id, len({call.call_id for call in before} | outputs.keys()), as_json)
-        if sent.stream:
-            stream = await orders.follow(request, run_id, outputs)
-        run = await orders.answer(request, run_id, outputs) if stream is None else stream.accepted.run
+        run_id = earlier.run.run_id if earlier is not None else ""
+        wanted = await parts.answers_in(engine, answers, "/input") if answers else orders.Answers(run_id)
+        before = {call.call_id for call in (await _reply(engine, Place(wanted.run_id, -1))).answers}
+        number = len(before | wanted.outputs.keys())
     else:
-        order = orders.Order(
-            agent_name=sent.model,
-            session_id=await _continued(request, agent, sent, earlier, messages),
-            inputs=chats.inputs_of(agent, messages, sent.inputs, "/input"),
-            is_async=sent.background is True,
-            key=idempotency_key(request, lambda: fingerprint_of(request, body)),
+        number, wanted = (
+            0,
+            orders.Order(
+                agent_name=sent.model,
+                session_id=await _continued(request, agent, sent, earlier, messages),
+                inputs=chats.inputs_of(agent, messages, sent.inputs, "/input"),
+                is_async=sent.background is True,
+                client=client,
+                key=idempotency_key(request, lambda: fingerprint_of(request, body)),
+            ),
         )
-        if sent.stream:
-            stream = await orders.stream(request, order, reasoning=False)
-        run = (await orders.accept(request, order) if stream is None else stream.accepted).run
-        place, outlives_client = Place(run.run_id, 0, as_json), run.is_async
+    stream = await orders.stream(request, wanted, reasoning=False) if sent.stream else None
+    run = (await orders.accept(request, wanted) if stream is None else stream.accepted).run
+    place, outlives_client = Place(run.run_id, number, as_json), run.is_async
     if stream is not None:
         return await _streamed(request, stream, Reply(place, run), sent)
     if not sent.background:
-        del run  # frees its inputs, which may be long, during the wait
+        del run, wanted  # frees the inputs, which may be long, during the wait
         run = await orders.end_of(request, place.run_id, outlives_client)
     response = await _shown(request, Reply(place, run, _open_questions(run)), sent)
     if sent.store is False and run.status.is_final:
@@ -280,6 +290,9 @@ def _read(sent: str | Sequence[Item] | None) -> tuple[list[chats.Message], dict[
         elif item.type == "mcp_approval_response" and item.approval_request_id and item.approve is not None:
             output = {"approved": item.approve, **({} if item.reason is None else {"reason": item.reason})}
             answers[item.approval_request_id] = msgspec.Raw(msgspec.json.encode(output))
+        elif item.type == "function_call_output":
+            text = parts.content_text(item.output, f"/input/{at}", is_shown=True)
+            answers[item.call_id] = msgspec.Raw(msgspec.json.encode(text))
         elif item.type not in UNSEEN:
             raise InvalidData.of(f"This item of the type {item.type!r} is not supported.", f"/input/{at}")
     return messages, answers
@@ -305,8 +318,8 @@ async def _earlier(request: Request, engine: Engine, sent: ResponseRequest, *, i
         newest = reply.place._replace(number=len(reply.answers)).id
         raise InvalidData.of(f"Its questions have been answered since. Continue {newest}.", name)
     if reply.questions:
-        ways = "send an mcp_approval_response" if reply.asks_for_approval else "see GET /questions"
-        raise InvalidData.of(f"The run {reply.run.run_id} waits for an answer. To give it, {ways}.", name)
+        way = "Send it as an item, without messages" if reply.has_only_items else "GET /questions shows what it asks"
+        raise InvalidData.of(f"The run {reply.run.run_id} waits for an answer. {way}.", name)
     if reply.run.status is not RunStatus.COMPLETED:
         raise InvalidData.of(f"The run {reply.run.run_id} is {reply.run.status}, so nothing can continue it.", name)
     return reply
@@ -314,10 +327,8 @@ async def _earlier(request: Request, engine: Engine, sent: ResponseRequest, *, i
 
 async def _latest(request: Request, session_id: str) -> str | None:
     """Return the latest run of a session of the caller that has neither failed nor was cancelled."""
-    async for run in orders.runs_of_session(request, session_id):
-        if run.status not in (RunStatus.FAILED, RunStatus.CANCELLED):
-            return run.run_id
-    return None
+    runs = orders.runs_of_session(request, session_id)
+    return await anext((run.run_id async for run in runs if run.status not in FAILED), None)
 
 
 async def _continued(
@@ -357,7 +368,7 @@ async def one_response(request: Request) -> Response:
     query = query_of(request, ResponseQuery)
     if not query.stream or request.method == "HEAD":
         return await _shown(request, reply)
-    stream = await orders.follow(request, run_id)
+    stream = await orders.stream(request, orders.Answers(run_id), reasoning=False)
     if not reply.is_last:
         stream = stream._replace(events=_waiting(reply.questions))
     return await _streamed(request, stream, reply, None, query.starting_after)
@@ -379,17 +390,10 @@ async def cancel_response(request: Request) -> Response:
 
 
 async def input_items(request: Request) -> Response:
-    """GET /v1/responses/{response_id}/input_items"""
+    """GET /v1/responses/{response_id}/input_items: the messages that became the inputs of its run."""
     engine, place = await orders.engine_of(request), Place.of(request.path_params["response_id"])
     reply = await _reply(engine, place)
-    if place.number == 0:
-        return _page(request, _inputs(request, reply.run))
-    call = reply.answers[place.number - 1]
-    given, id_ = msgspec.json.decode(call.result), f"mcpr_{place.run_id}_{call.call_id}"
-    if not isinstance(given, dict) or "approved" not in given:  # the answer to another question
-        return _page(request, [])
-    item = {"id": f"{id_}_answer", "type": "mcp_approval_response", "approval_request_id": id_}
-    return _page(request, [{**item, "approve": given["approved"], "reason": given.get("reason") or None}])
+    return _page(request, _inputs(request, reply.run))
 
 
 def _said(request: Request, run: Run) -> list[chats.Message]:
@@ -545,7 +549,16 @@ class _Writer:
             events += self._opened(0, answer[0])
         self._number = (self._length + 1) << CHECK_BITS
         for at, item in enumerate(output):
-            if item["type"] != "message":
+            if item["type"] == "function_call":
+                begun, place = (
+                    {**item, "arguments": "", "status": "in_progress"},
+                    {"item_id": item["id"], "output_index": at},
+                )
+                events += self._event("response.output_item.added", output_index=at, item=begun)
+                arguments = {"arguments": item["arguments"], "name": item["name"]}
+                events += self._event("response.function_call_arguments.delta", **place, delta=item["arguments"])
+                events += self._event("response.function_call_arguments.done", **place, **arguments)
+            elif item["type"] != "message":
                 events += self._event("response.output_item.added", output_index=at, item=item)
             elif item not in answer:
                 events += self._opened(at, item)

@@ -73,6 +73,13 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     key: IdempotencyKey | None = None
 
 
+class Answers(msgspec.Struct, frozen=True):
+    """Answers to questions of a run, by the ids of their calls. There may be none, to follow a run that exists."""
+
+    run_id: str
+    outputs: Mapping[str, msgspec.Raw] = {}
+
+
 class Accepted(NamedTuple):
     """A run that is stored. ``is_replay``: an earlier request with the same key has started it."""
 
@@ -125,14 +132,19 @@ async def read_json(request: Request, *, is_optional: bool = False) -> bytes:
     return await body.json(options.max_json_depth, default=b"{}" if is_optional else None)
 
 
-async def accept(request: Request, order: Order, run_id: str | None = None) -> Accepted:
-    """Store a run, which then starts.
+async def accept(request: Request, order: Order | Answers, run_id: str | None = None) -> Accepted:
+    """Store a run, which then starts, or give answers to one, which then continues, even if the client disconnects.
 
     Raises: the errors of ``Engine.submit``; Conflict if an earlier request with the same key has started a run that no
-        longer exists.
+        longer exists. Or the errors of ``Engine.answer_call``; the answers before the refused one count.
     Cancellation: counts as a disconnect; see ``end_of``.
     """
     engine, run_id = await engine_of(request), run_id or new_id()
+    if isinstance(order, Answers):
+        run, by = await engine.get_run(order.run_id), principal_of(request) or ANYBODY
+        for call_id, output in order.outputs.items():
+            run = await engine.answer_call(order.run_id, call_id, output, by)
+        return Accepted(run, is_replay=False)
     try:
         run = await engine.submit(
             order.agent_name,
@@ -178,46 +190,21 @@ async def end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
         raise
 
 
-async def stream(request: Request, order: Order, *, reasoning: bool) -> Stream:
-    """Store a run, which then starts. It is watched from its start, so that no text is missed.
+async def stream(request: Request, order: Order | Answers, *, reasoning: bool) -> Stream:
+    """Accept an order or answers. The run is watched from before, so that no text is missed.
 
     Raises: the errors of ``accept``; TooManyRequests if the caller has too many streams open.
     """
-    engine, run_id = await engine_of(request), new_id()
+    engine, run_id = await engine_of(request), order.run_id if isinstance(order, Answers) else new_id()
     with contextlib.ExitStack() as held:
         held.enter_context(stream_slot(request))  # before the run is accepted
         held.enter_context(engine.watch(run_id))
         accepted = await accept(request, order, run_id)
         run = accepted.run
-        outlives_client = order.is_async or run.is_async or serving(request).options.on_disconnect != "cancel"
+        is_kept = isinstance(order, Answers) or order.is_async or run.is_async
+        outlives_client = is_kept or serving(request).options.on_disconnect != "cancel"
         on_cut_off = None if outlives_client else functools.partial(engine.cancel_run, run.run_id)
         return Stream(accepted, events_of_new_run(engine, run, reasoning=reasoning), held.pop_all(), on_cut_off)
-
-
-async def answer(request: Request, run_id: str, outputs: Mapping[str, msgspec.Raw]) -> Run:
-    """Answer questions of a run, with *outputs* by the ids of their calls. It continues even if the client disconnects.
-
-    Raises: the errors of ``Engine.answer_call``. The answers before the one that is refused count.
-    """
-    engine, by = await engine_of(request), principal_of(request) or ANYBODY
-    run = await engine.get_run(run_id)
-    for call_id, output in outputs.items():
-        run = await engine.answer_call(run_id, call_id, output, by)
-    return run
-
-
-async def follow(request: Request, run_id: str, outputs: Mapping[str, msgspec.Raw] | None = None) -> Stream:
-    """Answer questions as ``answer`` does, and return the events of the run, which is watched from before the answers.
-
-    Raises: the errors of ``answer``; TooManyRequests if the caller has too many streams open.
-    """
-    engine = await engine_of(request)
-    with contextlib.ExitStack() as held:
-        held.enter_context(stream_slot(request))
-        held.enter_context(engine.watch(run_id))
-        run = await answer(request, run_id, outputs or {})
-        accepted = Accepted(run, is_replay=False)
-        return Stream(accepted, events_of_new_run(engine, run, reasoning=False), held.pop_all(), on_cut_off=None)
 
 
 async def runs_of_session(
