@@ -1,9 +1,13 @@
 """The real clients of OpenAI, in environments of their own, against a real server."""
 
+import json
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.support import ROOT
@@ -12,7 +16,7 @@ from tests.support.pages import URL, blocks_of
 from tests.support.servers import Server, flockapi_command, running
 
 SERVED = """
-import asyncio
+import asyncio, os
 from collections.abc import AsyncIterator
 from typing import Literal, TypedDict
 from flock.agents.messages import Messages
@@ -64,8 +68,23 @@ flock.add_agent(FlockFactory.create_default_agent(
     "payer", input="order: str", output="reply: str", tools=[Tool(pay, needs_approval=True)]
 ))
 
+flock.add_agent(FlockFactory.create_default_agent(
+    "guide", input="talk: Messages", output="reply: str", client_tools=True, client_instructions=True
+))
+
+@flock.agent
+async def hold(topic: str, context: RunContext) -> str:
+    context.emit("All ")
+    while not os.path.exists("may_go"):
+        await asyncio.sleep(0.05)
+    return f"All about {topic}"
+
 def reply(request):
-    return {"reply": "Done."} if request["messages"][-1]["role"] == "tool" else Reply(calls=[("pay", {"amount": 3})])
+    if request["messages"][-1]["role"] == "tool":
+        return {"reply": request["messages"][-1]["content"]}
+    if request.agent_name == "payer":
+        return Reply(calls=[("pay", {"amount": 3})])
+    return Reply(calls=[("look", {"at": "sky"}), ("look", {"at": "sea"})])
 
 FakeModel(reply).__enter__()
 """
@@ -179,8 +198,29 @@ asked = client.responses.create(model="payer", input="Pay 3.")
 assert (request.type, request.name) == ("mcp_approval_request", "pay")
 answer = {"type": "mcp_approval_response", "approval_request_id": request.id, "approve": True}
 with client.responses.stream(model="payer", input=[answer], previous_response_id=asked.id) as stream:
-    assert stream.get_final_response().output_text == "Done."
+    assert stream.get_final_response().output_text == "paid 3"
 assert client.responses.retrieve(asked.id).output[0].id == request.id
+
+# Tools of the client
+function = {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
+tools = [{"type": "function", "function": function}]
+messages = [{"role": "system", "content": "Look well."}, *said("What do you see?")]
+with client.chat.completions.stream(model="guide", messages=messages, tools=tools) as stream:
+    choice = stream.get_final_completion().choices[0]
+assert choice.finish_reason == "tool_calls" and len(choice.message.tool_calls) == 2
+assert [call.function.arguments for call in choice.message.tool_calls] == ['{"at":"sky"}', '{"at":"sea"}']
+messages.append(choice.message.to_dict())
+messages += [{"role": "tool", "tool_call_id": call.id, "content": "blue"} for call in choice.message.tool_calls]
+for _ in range(2):
+    answer = client.chat.completions.create(model="guide", messages=messages, tools=tools)
+    assert answer.choices[0].message.content == "blue"
+tools = [{"type": "function", "strict": None, **function}]
+with client.responses.stream(model="guide", input="What do you see?", tools=tools) as stream:
+    asked = stream.get_final_response()
+assert [item.type for item in asked.output] == ["function_call"] * 2
+outputs = [{"type": "function_call_output", "call_id": item.call_id, "output": "red"} for item in asked.output]
+answer = client.responses.create(model="guide", input=outputs, tools=tools, previous_response_id=asked.id)
+assert answer.output_text == "red"
 print("all of it")
 """
 
@@ -217,3 +257,41 @@ def test_the_program_of_the_page_runs(environment: Path, tmp_path: Path) -> None
     serve = flockapi_command("serve", str(ROOT / "examples" / "writer.py"), "--port", "0", "--store", ":memory:")
     with running(*serve) as server:
         assert run(environment, "-c", code.replace(URL, server.url)) == "All about tea\nAll about tea"
+
+
+def test_streams_of_a_server_that_is_killed_are_resumed(tmp_path: Path) -> None:
+    """A response by the number of its last event, a chat by the same request with its key."""
+    (tmp_path / "served.py").write_text(SERVED)
+    command = f"cd {tmp_path} && exec {shlex.join(flockapi_command('serve', 'served.py', '--port', '0'))}"
+    chat = {"model": "hold", "messages": [{"role": "user", "content": "tea"}], "stream": True}
+    response: dict[str, Any] = {"model": "hold", "input": "tea", "stream": True, "background": True}
+    key, seen = {"Idempotency-Key": "once"}, list[Any]()
+    with running("bash", "-c", command) as server:
+        with httpx.stream("POST", f"{server.url}/v1/responses", json=response) as stream:
+            for event in events_in(stream):
+                seen.append(event)
+                if event["type"] == "response.output_text.delta":
+                    break
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=chat, headers=key) as stream:
+            run_id = stream.headers["Flock-Run-Id"]
+            assert next(event for event in events_in(stream) if event["choices"][0]["delta"].get("content"))
+        server.process.kill()
+        server.process.wait()
+    (tmp_path / "may_go").touch()
+    path = f"/v1/responses/{seen[0]['response']['id']}"
+    with running("bash", "-c", command) as server:
+        query = f"?stream=true&starting_after={seen[-1]['sequence_number']}"
+        with httpx.stream("GET", f"{server.url}{path}{query}") as stream:
+            seen += events_in(stream)
+        text = httpx.get(f"{server.url}{path}").json()["output"][0]["content"][0]["text"]
+        assert "".join(event.get("delta", "") for event in seen) == text == "All about tea"
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=chat, headers=key) as stream:
+            assert stream.headers["Flock-Run-Id"] == run_id
+            chunks = list(events_in(stream))
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "All about tea"
+
+
+def events_in(stream: httpx.Response) -> Iterator[Any]:
+    for line in stream.iter_lines():
+        if line.startswith("data: {"):
+            yield json.loads(line[6:])
