@@ -478,8 +478,8 @@ class EmbeddedEngine(EngineBase):
         self._note_answer(run_id)
         return started or await self.get_outline(run_id)
 
-    async def _questions(self, wanted: QuestionFilter) -> QuestionPage:
-        return await self.store.list_questions(self._flock, wanted)
+    async def _questions(self, wanted: QuestionFilter, since: int | None = None) -> QuestionPage:
+        return await self.store.list_questions(self._flock, wanted, since)
 
     async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
         self._check_entered()

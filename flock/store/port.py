@@ -444,8 +444,15 @@ class Store(Protocol):
     async def may_answer(self, run_id: str, call_id: str, by: Principal) -> bool:
         """Whether *by* may know of a question. It takes as long for one that does not exist."""
 
-    async def list_questions(self, flock: str, wanted: QuestionFilter) -> QuestionPage:
-        """Return one page of open questions, the newest run first. Raises StoreError."""
+    async def list_questions(self, flock: str, wanted: QuestionFilter, since: int | None = None) -> QuestionPage:
+        """Return one page of open questions, the newest run first. It may be empty although there is a ``rest``.
+
+        Args:
+            since: ``newest`` of a page that was read before. Only questions that were asked or closed since are
+                returned, with a ``status``.
+
+        Raises StoreError.
+        """
 
     async def find_question(self, run_id: str, call_id: str) -> AskedQuestion | None:
         """Return a question that a run has asked, open or not, or None."""

@@ -64,18 +64,9 @@ EXPIRY_CHUNK_SIZE = 500
 def _page_of(flock: str, wanted: RunFilter) -> tuple[Callable[[str], str], Mapping[str, Any]]:
     """Return the query for a page of runs, as a function of the columns, and its values."""
     statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
-    is_none = wanted.asking and RunStatus.WAITING not in statuses
-    if wanted.asking:  # no other run asks
-        statuses = [RunStatus.WAITING]
     low = None if wanted.created_after is None else first_id_at(wanted.created_after, 1)
     high = None if wanted.created_before is None else first_id_at(wanted.created_before)
-    values = asdict(wanted) | {
-        "flock": flock,
-        "low": low,
-        "high": high,
-        "limit": 0 if is_none else wanted.limit + 1,
-        "asking": wanted.asking or None,
-    }
+    values = asdict(wanted) | {"flock": flock, "low": low, "high": high, "limit": wanted.limit + 1}
     names = [name for name in statements.RUN_CONDITIONS if values[name] is not None]
     return lambda columns: statements.run_page(columns, statuses, names), values
 
@@ -269,8 +260,8 @@ class SQLiteStore(Database, Store):
     async def may_answer(self, run_id: str, call_id: str, by: Principal) -> bool:
         return self.read(lambda db: waiting.may_answer(db, run_id, call_id, by))
 
-    async def list_questions(self, flock: str, wanted: QuestionFilter) -> QuestionPage:
-        return self.read(lambda db: waiting.list_questions(db, flock, wanted))
+    async def list_questions(self, flock: str, wanted: QuestionFilter, since: int | None = None) -> QuestionPage:
+        return self.read(lambda db: waiting.list_questions(db, flock, wanted, since))
 
     async def find_question(self, run_id: str, call_id: str) -> AskedQuestion | None:
         return self.read(lambda db: waiting.find_question(db, run_id, call_id))

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 
 import msgspec
+from msgspec.structs import replace
 
 from flock.agents.questions import MESSAGE, check_answer
 from flock.errors import InvalidData, RunNotFound
@@ -40,6 +41,9 @@ from flock.store import queries, statements
 from flock.store.columns import Damaged, call_from, call_values, json_from, micros, waiting_values, waits_json
 
 logger = logging.getLogger("flock.store")
+
+#: How many questions are read for one page, even if the principal may answer none of them.
+MAX_QUESTIONS_READ = 2000
 
 
 def suspend(db: sqlite3.Connection, run: Run, at: datetime) -> tuple[bool, Run | None]:
@@ -131,8 +135,8 @@ def find_question(db: sqlite3.Connection, run_id: str, call_id: str) -> AskedQue
     return asked_question(run, question, None if answered is None else call_from(answered))
 
 
-def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter) -> QuestionPage:
-    """Return one page of the open questions that ``wanted.by`` may answer, the newest run first."""
+def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter, since: int | None) -> QuestionPage:
+    """Return one page of the questions that ``wanted.by`` may answer; see ``Store.list_questions``."""
     by, owner, roles = wanted.by, "" if wanted.role is None else None, None if wanted.role is None else [wanted.role]
     if by is not None:
         roles = [role for role in by.roles if wanted.role in (None, role)]
@@ -141,10 +145,18 @@ def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter) -
     named = {f"role{number}": role for number, role in enumerate(roles or ())}
     values = own | named | {"flock": flock, "after": wanted.after or "~", "owner": "" if by is None else by.name}
     page, names = QuestionPage(), [name for name, value in own.items() if value is not None]
-    if roles == [] and owner is None:
+    (page.newest,) = db.execute(statements.NEWEST_CHANGE).fetchone()
+    if since is not None:
+        query = statements.changed_questions(names)
+    elif roles == [] and owner is None:
         return page
-    query = statements.open_questions(None if roles is None else list(named), owner, names)
-    for run_id, agent_name, session_id, principal, retried_by, stored in db.execute(query, values):
+    else:
+        query = statements.open_questions(None if roles is None else list(named), owner, names)
+    before = last = ""
+    for number, row in enumerate(db.execute(query, values | {"since": since})):
+        run_id, agent_name, session_id, principal, retried_by, stored, is_open, change = row
+        if is_next_run := run_id != last:
+            before, last = last, run_id
         question = msgspec.json.decode(stored, type=Question)
         begun_by = [principal, *(() if retried_by is None else msgspec.json.decode(retried_by))]
         asked = AskedQuestion(
@@ -153,9 +165,11 @@ def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter) -
             session_id=session_id,
             principal=principal,
             question=question,
-            status="open",
+            status="open" if is_open else "closed",
         )
-        if can_answer(question, principal, begun_by, by) and not page.add(asked, wanted.limit):
+        is_wanted = wanted.role in (None, question.answerer) and can_answer(question, principal, begun_by, by)
+        if (is_next_run and number >= MAX_QUESTIONS_READ) or (is_wanted and not page.add(asked, wanted.limit)):
+            page.rest = (replace(wanted, after=before), None) if since is None else (wanted, change - 1)
             break
     page.sort(key=lambda asked: asked.question.asked_at)
     page.sort(key=lambda asked: asked.run_id, reverse=True)
@@ -224,8 +238,6 @@ def end(db: sqlite3.Connection, run: Run, outcome: Outcome, at: datetime) -> boo
     """Write the end of a waiting run. Returns False if it is not waiting. Its questions stay for late answers."""
     values = (outcome.status.value, outcome.error, outcome.error_type, micros(at), run.run_id)
     is_ended = db.execute(statements.END_WAITING_RUN, values).rowcount == 1
-    if is_ended:
-        db.execute(statements.CLOSE_QUESTIONS, (run.run_id,))
     if is_ended and run.batch_id is not None:
         queries.count_ended(db, queries.Ended({(run.batch_id, outcome.status): 1}))
         db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))

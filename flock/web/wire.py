@@ -286,7 +286,6 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
     created_after: Time | msgspec.UnsetType = msgspec.UNSET
     created_before: Time | msgspec.UnsetType = msgspec.UNSET
-    asking: bool = False
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
     after: UUID | msgspec.UnsetType = msgspec.UNSET
     include: Literal["inputs", "result", "inputs,result", "result,inputs"] | msgspec.UnsetType = msgspec.UNSET
