@@ -84,7 +84,7 @@ from flock.steps.executor import StepExecutor
 from flock.steps.live import LiveOutput, LiveReader
 from flock.steps.outcomes import CRASHED, INTERRUPTED, log_crash
 from flock.steps.refusals import check_cancel, not_deleted, not_retried, run_not_retried, wait_stopped
-from flock.store.port import Store, TakenOver
+from flock.store.port import Retry, Store
 
 logger = logging.getLogger("flock.runs")
 
@@ -495,6 +495,9 @@ class EmbeddedEngine(EngineBase):
             raise RunNotFound(run_id)
 
     async def send_message(
+    def _retry(self, max_cost: float | None, calls: RetriedCalls, by: Principal | None) -> Retry:
+        return Retry(self._engine_id, max_cost, calls, None if by is None else by.name)
+
         self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
     ) -> Run:
         self._check_running()
@@ -526,8 +529,7 @@ class EmbeddedEngine(EngineBase):
         by: Principal | None = None,
     ) -> Run:
         self._check_running()
-        name = None if by is None else by.name
-        run = await self.get_outline(run_id)
+        run, retry = await self.get_outline(run_id), self._retry(max_cost, calls, by)
         self._check_has_agent(run.agent_name)
         self._check_prices(run.agent_name, max_cost)
         reopened = None
@@ -536,10 +538,8 @@ class EmbeddedEngine(EngineBase):
                 if (full := self._full(run.principal)) is not None:
                     raise full
                 with self._counting_inputs(run.principal, await self.store.input_bytes(run_id)):
-                    reopened = await self.store.reopen(
-                        run, self._engine_id, self._limits.queue, self._start, max_cost, calls, name
-                    )
-            elif await self.store.batches.reopen_item(run, self._engine_id, self._batches.start, max_cost, calls, name):
+                    reopened = await self.store.reopen(run, self._limits.queue, retry, self._start)
+            elif await self.store.batches.reopen_item(run, retry, self._batches.start):
                 reopened = await self.get_outline(run_id)
         if reopened is None:
             batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
@@ -908,13 +908,12 @@ class EmbeddedEngine(EngineBase):
         by: Principal | None = None,
     ) -> Batch:
         self._check_running()
-        name = None if by is None else by.name
         agent_name = (await self.get_batch(batch_id)).agent_name
         self._check_has_agent(agent_name)
         self._check_prices(agent_name, max_cost)
-        statuses = self._retried(only)
+        statuses, retry = self._retried(only), self._retry(max_cost, calls, by)
         reopened = await self.store.batches.reopen(
-            batch_id, self._engine_id, statuses, self._limits.max_open_items, self._batches.start, max_cost, calls, name
+            batch_id, statuses, self._limits.max_open_items, retry, self._batches.start
         )
         if reopened is None:
             raise not_retried(await self.get_batch(batch_id), statuses)

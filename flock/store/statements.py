@@ -91,8 +91,7 @@ END_WAITING_RUN = """UPDATE runs SET status = ?, error = ?, error_type = ?, comp
 #: The runs, and the items of batches, with a question that has expired.
 EXPIRED_RUNS = """SELECT run_id FROM runs INDEXED BY runs_expiring
     WHERE flock = ? AND status = 'waiting' AND expires_at <= ?"""
-SPENT = "SELECT spent FROM runs WHERE run_id = ?"
-SPENT_BY = "SELECT spent_by FROM runs WHERE run_id = ?"
+SPENT = "SELECT spent, spent_by FROM runs WHERE run_id = ?"
 SET_SPENT = "UPDATE runs SET spent = ?, spent_by = ? WHERE run_id = ?"
 #: Larger sums would become inexact. It is 4 million US dollars.
 MAX_SUM = 4 * 10**18
@@ -361,8 +360,7 @@ def batch_page(names: Iterable[str]) -> str:
 #: The answer of the last step that asked: of one that is completed, or of the current one in the same try.
 FIND_ANSWER = f"""SELECT {", ".join(CALL_TABLE)} FROM calls WHERE run_id = ? AND call_id = ? AND kind = 'question'
     AND error IS NULL AND (position < ? OR tries >= ?) ORDER BY position DESC, rowid DESC"""
-#: Whether a run has asked a question, even if it is no longer open.
-WAS_ASKED = "SELECT 1 FROM questions WHERE run_id = ? AND call_id = ?"
+#: The role that may answer a question which a run has asked, even if it is no longer open; "" if it names none.
 ANSWERER = "SELECT answerer FROM questions WHERE run_id = ? AND call_id = ?"
 FIND_QUESTION = "SELECT question FROM questions WHERE run_id = ? AND call_id = ?"
 NEWEST_CHANGE = "SELECT newest FROM question_changes"
@@ -387,6 +385,8 @@ def open_questions(roles: Collection[str] | None, owner: str | None, names: Iter
         ranges.append(("questions_open", "is_open = 1 AND answerer = ''"))
     selects = [_questions(index, range_, names) for index, range_ in ranges]
     return f"{' UNION ALL '.join(selects)} ORDER BY run_id DESC"
+
+
 def changed_questions(names: Iterable[str]) -> str:
     """Return a query for the questions that were asked or closed after the change :since, in that order.
 
@@ -401,8 +401,6 @@ def _questions(index: str, range_: str, names: Iterable[str]) -> str:
     conditions = " AND ".join(["flock = :flock", range_, "run_id < :after", *also])
     return f"""SELECT run_id, agent_name, session_id, principal, retried_by, question, is_open, change
         FROM questions INDEXED BY {index} WHERE {conditions}"""
-
-
 
 
 DELETE_QUESTIONS = "DELETE FROM questions WHERE run_id = ?"

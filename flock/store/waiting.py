@@ -38,7 +38,7 @@ from flock.steps.answers import (
 )
 from flock.steps.outcomes import Outcome, expiry_of
 from flock.store import queries, statements
-from flock.store.columns import Damaged, call_from, call_values, json_from, micros, waiting_values, waits_json
+from flock.store.columns import Damaged, call_from, call_values, json_from, json_or_null, micros, waiting_values
 
 logger = logging.getLogger("flock.store")
 
@@ -65,7 +65,7 @@ def check_wait(db: sqlite3.Connection, run: Run, wait: Question, at: datetime) -
     queries.check_owner(db, run)
     call = _find_answer(db, run, wait, at)
     if call is None:
-        db.execute(statements.SET_WAITS, (waits_json(run.waiting_for), run.run_id))
+        db.execute(statements.SET_WAITS, (json_or_null(run.waiting_for), run.run_id))
     return call
 
 
@@ -101,7 +101,7 @@ def answer(
         return None if row is None else call_from(row)
 
     def was_asked() -> bool:
-        return db.execute(statements.WAS_ASKED, (run_id, call_id)).fetchone() is not None
+        return db.execute(statements.ANSWERER, (run_id, call_id)).fetchone() is not None
 
     question = question_for(run, call_id, output, find_answer, was_asked, by)
     if question is None:
@@ -113,7 +113,7 @@ def answer(
     if run.status is RunStatus.WAITING:
         return _resume(db, run, [call_id], owner)
     left = tuple(each for each in run.waiting_for if each is not question)
-    db.execute(statements.SET_WAITS, (waits_json(left), run_id))
+    db.execute(statements.SET_WAITS, (json_or_null(left), run_id))
     return None
 
 
@@ -274,6 +274,6 @@ def _write_call(db: sqlite3.Connection, run: Run, call: Call) -> None:
 def _resume(db: sqlite3.Connection, run: Run, answered: Collection[str], owner: str | None) -> Run | None:
     """Let a waiting run continue, and return a stub of it. It keeps the waits that are not *answered*."""
     left = tuple(wait for wait in run.waiting_for if wait.call_id not in answered)
-    db.execute(statements.RESUME_RUN, (None if run.batch_id else owner, waits_json(left), run.run_id))
+    db.execute(statements.RESUME_RUN, (None if run.batch_id else owner, json_or_null(left), run.run_id))
     db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
     return queries.find_run(db, run.run_id, is_outline=True)
