@@ -220,6 +220,27 @@ async def test_a_budget_holds_over_restarts_and_over_processes(tmp_path: Path) -
         assert (await finish(other, run_id)).status is RunStatus.COMPLETED
 
 
+async def test_requests_of_a_principal_without_a_budget_do_not_read_its_account(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that gets a budget is read again, and so is one that has lost it."""
+    async with crowded().engine() as engine:
+        get_account, reads = engine.get_account, list[str]()
+
+        async def read(principal: str) -> Account:
+            reads.append(principal)
+            return await get_account(principal)
+
+        monkeypatch.setattr(engine, "get_account", read)
+        for _ in range(3):
+            await engine.check_budget("ann", None)
+        assert reads == ["ann"]
+        for max_cost in (5, 5, None, None):
+            await engine.check_budget("ann", max_cost)
+        assert reads == ["ann"] * 4
+        assert (await get_account("ann")).max_cost is None
+
+
 async def test_a_budget_begins_again_with_the_day(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, flock = Crowd(), crowded()
     tomorrow = now() + timedelta(days=1)

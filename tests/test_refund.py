@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from tests.support import PATIENCE_S
-from tests.support.servers import serving, workers_of
+from tests.support.servers import free_port, running, serving, workers_of
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +22,9 @@ SCRIPT = """
 import pathlib, time
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
-from flock.runs import RunContext
+from flock.runs import Principal, RunContext
 from flock.testing import FakeModel, Reply
+from flockapi import create_app
 
 HERE = pathlib.Path({here!r})
 flock = Flock("shop", model="openai/gpt-4o")
@@ -50,15 +52,31 @@ def reply(request):
 tool = Tool(refund, needs_approval=True, approver="refunds", four_eyes=True)
 flock.add_agent(FlockFactory.create_default_agent("clerk", input="mail", output="reply", tools=[tool]))
 FakeModel(reply).__enter__()
+
+USERS = {{
+    "ann": Principal(name="ann"),
+    "bob": Principal(name="bob", roles=["refunds"]),
+    "eve": Principal(name="eve", roles=["other"]),
+}}
+
+def identify(connection):
+    name = connection.headers["authorization"].removeprefix("Bearer key-of-").removesuffix("-123456")
+    return USERS.get(name)
+
+app = create_app(flock, store=HERE / "flock.db", auth=identify)  # for a host
 """
 KEYS = "ann=key-of-ann-123456\nbob:role:refunds=key-of-bob-123456\neve:role:other=key-of-eve-123456\n"
 
 
 class Till:
-    """A server of the script that is killed and started again. Each request says who sends it."""
+    """A server of the script that is killed and started again. Each request says who sends it.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        access: "keys" for our own server with keys, "auth" for the server of a host that identifies its users.
+    """
+
+    def __init__(self, folder: Path, access: str) -> None:
+        self.folder, self.access = folder, access
         (folder / "till.py").write_text(SCRIPT.format(here=str(folder)))
         (folder / "keys").write_text(KEYS)
 
@@ -67,9 +85,14 @@ class Till:
         """Serve in two workers, which stop at a moment. Kill them all at the end of the block."""
         if stop:
             (self.folder / f"stop-{stop}").touch()
-        with serving(
-            self.folder / "till.py", self.folder, "--api-keys-file", str(self.folder / "keys"), workers=2
-        ) as server:
+        script, port = self.folder / "till.py", str(free_port())
+        if self.access == "keys":
+            serves = serving(script, self.folder, "--api-keys-file", str(self.folder / "keys"), workers=2)
+        else:
+            host = ("uvicorn", "till:app", "--app-dir", str(self.folder), "--port", port, "--workers", "2")
+            serves = running(sys.executable, "-m", *host)
+        with serves as server:
+            server.wait_for_line("Application startup complete", times=2)
             self.url = server.url
             yield
             pids = [server.process.pid, *workers_of(server)]
@@ -106,9 +129,12 @@ class Till:
         return run
 
 
+@pytest.mark.parametrize("access", ["keys", "auth"])
 @pytest.mark.parametrize("moment", ["asking", "waiting", "answered", "paying", "paid", "answering"])
-def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(moment: str, tmp_path: Path) -> None:
-    till = Till(tmp_path)
+def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(
+    moment: str, access: str, tmp_path: Path
+) -> None:
+    till = Till(tmp_path, access)
     body = {"agent_name": "clerk", "inputs": {"mail": "It is broken."}, "async_run": True}
 
     def approve(run: Any) -> str:

@@ -105,7 +105,7 @@ from flock.temporal.records import (
     unreceived_of,
     with_heartbeats,
 )
-from flock.temporal.search import ID, Record, open_runs, page_of, waiting_runs, workflows_of
+from flock.temporal.search import ID, AskingRuns, Record, open_runs, page_of, waiting_runs, workflows_of
 from flock.temporal.workflows import FlockSession
 
 #: How often open questions are read for a client that waits for one, in seconds, and how many runs at once.
@@ -124,8 +124,6 @@ MAX_INPUT_BYTES = 1_000_000
 REREAD_DELAY_S = 0.02
 #: How long a request to cancel a waiting run waits for its end, in seconds. It ends at once if there is a worker.
 CANCEL_WAIT_S = 3.0
-#: How many principals without a budget are remembered.
-MAX_UNLIMITED = 10_000
 
 
 class TemporalEngine(TemporalBatches):
@@ -182,8 +180,6 @@ class TemporalEngine(TemporalBatches):
         #: runs that are being sent to the cluster
         self._starting = 0
         self._callers = 0
-        #: principals that have no budget, as this process has found
-        self._unlimited: set[str] = set()
         #: runs whose streams began with their requests
         self._watched: set[str] = set()
 
@@ -367,23 +363,6 @@ class TemporalEngine(TemporalBatches):
         if run.status.is_final and await self._reservations.is_deleted(run_id):
             raise RunNotFound(run_id)
         return run
-
-    async def check_budget(
-        self,
-        principal: str,
-        max_cost: float | msgspec.UnsetType | None = msgspec.UNSET,
-        key: IdempotencyKey | None = None,
-    ) -> None:
-        if max_cost is None and principal in self._unlimited:  # so that others pay nothing for this
-            self._check_running()
-            return
-        await super().check_budget(principal, max_cost, key)
-        if len(self._unlimited) > MAX_UNLIMITED:
-            self._unlimited.clear()
-        if max_cost is None:
-            self._unlimited.add(principal)
-        elif max_cost is not msgspec.UNSET:
-            self._unlimited.discard(principal)
 
     async def get_account(self, principal: str) -> Account:
         self._check_entered()
@@ -570,12 +549,11 @@ class TemporalEngine(TemporalBatches):
 
     _questions_interval_s = QUESTIONS_INTERVAL_S
 
-    async def _questions(self, wanted: QuestionFilter) -> QuestionPage:
+    async def _questions(self, wanted: QuestionFilter, since: int | None = None) -> QuestionPage:
         """Read the runs that ask. The search of the cluster knows no roles, and no items."""
         by, page = wanted.by, QuestionPage()
         is_own = by is not None and not by.admin and not by.roles
-        filter_ = RunFilter(
-            asking=True,
+        filter_ = AskingRuns(
             agent_name=wanted.agent_name,
             session_id=wanted.session_id,
             principal=by.name if by is not None and is_own else None,
@@ -589,6 +567,7 @@ class TemporalEngine(TemporalBatches):
                     if not is_wanted or not can_answer(question, run.principal, run.begun_by, by):
                         continue
                     if not page.add(asked_question(run, question, None), wanted.limit):
+                        page.rest = replace(wanted, after=page[-1].run_id), None
                         return page
             if not runs.has_more:
                 break

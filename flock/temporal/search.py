@@ -42,6 +42,10 @@ EXECUTION_STATUS = {
 }
 
 
+class AskingRuns(RunFilter, frozen=True, kw_only=True):
+    """Selects waiting runs with open questions, and not those that wait for a time or a message."""
+
+
 def workflows_of(workflow_type: str, flock: str) -> str:
     """Return a query for the workflows of *flock* that have this type."""
     return f"WorkflowType = '{workflow_type}' AND {FLOCK.name} = {_quoted(flock)}"
@@ -78,11 +82,7 @@ async def page_of(
                 if isinstance(record, BaseException):
                     raise record
                 # The search also finds earlier attempts, and lags.
-                if (
-                    isinstance(wanted, RunFilter)
-                    and wanted.asking
-                    and not (isinstance(record, Run) and record.questions)
-                ):
+                if isinstance(wanted, AskingRuns) and isinstance(record, Run) and not record.questions:
                     continue
                 if wanted.status in (None, record.status) and not page.add(record):
                     return page
@@ -105,7 +105,7 @@ async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: Batch
             conditions.append(IS_WAITING if status is RunStatus.WAITING else f"{STATUS.name} IS NULL")
     elif status is not None:  # the workflow of a batch completes, whatever the status of the batch is
         conditions.append(f"ExecutionStatus {'!=' if status.is_final else '='} 'Running'")
-    if isinstance(wanted, RunFilter) and wanted.asking:
+    if isinstance(wanted, AskingRuns):
         conditions.append(IS_ASKING)
     named = {AGENT: wanted.agent_name, PRINCIPAL: wanted.principal}
     bottom, top = 0, _milliseconds(now() + MAX_CLOCK_LEAD)
