@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,10 +12,9 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from flock.runs import new_id
 from tests.support import PATIENCE_S
-from tests.support.servers import serving, workers_of
-
-pytestmark = pytest.mark.slow
+from tests.support.servers import Server, flockapi_command, running, serving, workers_of
 
 SCRIPT = """
 import pathlib, time
@@ -25,7 +24,7 @@ from flock.runs import RunContext
 from flock.testing import FakeModel, Reply
 
 HERE = pathlib.Path({here!r})
-flock = Flock("shop", model="openai/gpt-4o")
+flock = Flock({name!r}, model="openai/gpt-4o")
 
 def reach(moment: str, note: str = "") -> None:
     with open(HERE / "log", "a") as log:
@@ -55,24 +54,40 @@ KEYS = "ann=key-of-ann-123456\nbob:role:refunds=key-of-bob-123456\neve:role:othe
 
 
 class Till:
-    """A server of the script that is killed and started again. Each request says who sends it."""
+    """A server of the script that is killed and started again. Each request says who sends it.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "till.py").write_text(SCRIPT.format(here=str(folder)))
+    With the *address* of a cluster, a worker of the cluster is killed too.
+    """
+
+    def __init__(self, folder: Path, address: str | None) -> None:
+        self.folder, self.address = folder, address
+        (folder / "till.py").write_text(SCRIPT.format(here=str(folder), name=new_id()))
         (folder / "keys").write_text(KEYS)
+
+    @contextmanager
+    def started(self) -> Iterator[tuple[Server, list[int]]]:
+        """Start the server with two processes, and yield it and the ids of all processes."""
+        script, keys = self.folder / "till.py", ("--api-keys-file", str(self.folder / "keys"))
+        with ExitStack() as stack:
+            if self.address is None:
+                server, pids = stack.enter_context(serving(script, self.folder, *keys, workers=2)), []
+            else:
+                from tests.test_temporal import working
+
+                pids = [stack.enter_context(working(script, self.address)).pid]
+                options = ("--port", "0", "--workers", "2", "--temporal", self.address, *keys)
+                server = stack.enter_context(running(*flockapi_command("serve", str(script), *options)))
+                server.wait_for_line("Application startup complete", times=2)
+            yield server, [server.process.pid, *workers_of(server), *pids]
 
     @contextmanager
     def served(self, stop: str = "") -> Iterator[None]:
         """Serve in two workers, which stop at a moment. Kill them all at the end of the block."""
         if stop:
             (self.folder / f"stop-{stop}").touch()
-        with serving(
-            self.folder / "till.py", self.folder, "--api-keys-file", str(self.folder / "keys"), workers=2
-        ) as server:
+        with self.started() as (server, pids):
             self.url = server.url
             yield
-            pids = [server.process.pid, *workers_of(server)]
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
             server.process.wait()
@@ -105,10 +120,21 @@ class Till:
             time.sleep(0.05)
         return run
 
+    def listed(self, who: str) -> list[str]:
+        """Return the ids of the open questions that *who* may answer, when there are any: the search may lag."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not (questions := self.send(who, "GET", "/questions").json()["questions"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return [each["call_id"] for each in questions]
+
 
 @pytest.mark.parametrize("moment", ["asking", "waiting", "answered", "paying", "paid", "answering"])
-def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(moment: str, tmp_path: Path) -> None:
-    till = Till(tmp_path)
+@pytest.mark.parametrize("store", [pytest.param("file", marks=pytest.mark.slow), "temporal"])
+def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(
+    store: str, moment: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    till = Till(tmp_path, request.getfixturevalue("temporal_address") if store == "temporal" else None)
     body = {"agent_name": "clerk", "inputs": {"mail": "It is broken."}, "async_run": True}
 
     def approve(run: Any) -> str:
@@ -118,8 +144,7 @@ def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(mo
         yes = {"json": {"output": {"approved": True}}}
         assert till.send("ann", "POST", path, **yes).status_code == 403
         assert till.send("eve", "POST", path, **yes).status_code == 404
-        listed = till.send("bob", "GET", "/questions").json()["questions"]
-        assert [each["call_id"] for each in listed] == [question["call_id"]]
+        assert till.listed("bob") == [question["call_id"]]
         assert till.send("bob", "POST", path, **yes).status_code == 200
         return path
 

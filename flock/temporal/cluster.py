@@ -21,21 +21,17 @@ from temporalio.api.workflowservice.v1 import (
 )
 from temporalio.client import Client, WorkflowExecutionDescription, WorkflowHandle
 from temporalio.client import WorkflowHistoryEventFilterType as EventFilter
-from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDReusePolicy
+from temporalio.common import WorkflowIDReusePolicy
 from temporalio.envconfig import ClientConfig
 from temporalio.service import RetryConfig, RPCError, RPCStatusCode
 
 from flock.errors import DefinitionError, EngineFull, StoreError
 from flock.runs import Batch, Run
 from flock.temporal.messages import (
-    AGENT,
-    FLOCK,
-    PRINCIPAL,
     SEARCH_ATTRIBUTES,
-    SESSION,
     TASK_TIMEOUT,
+    attributes_of,
     decoded,
-    keyword_of,
     task_queue_of,
     workflow_id_of,
 )
@@ -262,16 +258,13 @@ class Cluster:
 
         Raises: WorkflowAlreadyStartedError if this attempt was started before; see ``start_workflow``.
         """
-        session_id = record.session_id if isinstance(record, Run) else None
-        named = {FLOCK: record.flock, AGENT: record.agent_name, PRINCIPAL: record.principal, SESSION: session_id}
-        attributes = [SearchAttributePair(key, keyword_of(name)) for key, name in named.items() if name is not None]
         await self.start_workflow(
             workflow,
             order,
             flock=record.flock,
             id=workflow_id_of(record),
             id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
-            search_attributes=TypedSearchAttributes(attributes),
+            search_attributes=attributes_of(record),
             **options,
         )
 
