@@ -152,7 +152,7 @@ async def test_a_question_keeps_its_id_and_text_if_its_worker_is_killed_while_it
             doomed.kill()
             doomed.wait()
         (first,) = run.questions
-        assert (run.status, first.question) == (RunStatus.RUNNING, "Refund 41?")
+        assert (run.status.is_active, first.question) == (True, "Refund 41?")
         with working(target, temporal_address):
             await until(lambda: len(log.read_text().split()) == 2)
             log.with_suffix(".end").touch()

@@ -69,12 +69,11 @@ async def usage_of(cluster: Cluster, flock: str, wanted: UsageFilter) -> Sequenc
         else:
             query = f"{workflows_of(ACCOUNT_WORKFLOW, flock)} AND ExecutionStatus = 'Running'"
             ids = [found.id async for found in cluster.client.list_workflows(query)]
-    days = [wanted.first_day.toordinal(), wanted.last_day.toordinal()]
+    days = wanted.first_day.toordinal(), wanted.last_day.toordinal()
     pages = []
     for workflow_id in ids:
         async with cluster.rpc_scope(missing_ok=True):
-            handle = cluster.handle(workflow_id)
-            pages.append(await handle.query(FlockAccount.usage, args=days))
+            pages.append(await cluster.ask(workflow_id, FlockAccount.usage, *days))
     return pages
 
 
@@ -143,10 +142,10 @@ class SharedAccount:
         return self._account
 
     async def _query(self) -> Account:
+        day = now().date().toordinal()
         async with self._cluster.rpc_scope(missing_ok=True):
-            handle = self._cluster.handle(account_workflow_id(self._flock, self._principal))
-            found: Account = await handle.query(FlockAccount.account, now().date().toordinal())
-            return found
+            of_principal = account_workflow_id(self._flock, self._principal)
+            return await self._cluster.ask(of_principal, FlockAccount.account, day)
         return Account()
 
 

@@ -169,6 +169,22 @@ class Cluster:
             except (StoreError, EngineFull):
                 await asyncio.sleep(RETRY_AFTER_S)
 
+    async def ask(self, workflow_id: str, query: Callable[..., T], *args: Any) -> T:
+        """Return the answer of a workflow to a *query*, a method of its class. It needs a worker.
+
+        Raises: StoreError, EngineFull; RPCError, NOT_FOUND if it does not exist; WorkflowQueryFailedError.
+        """
+        async with self.rpc_scope():
+            found: T = await self.handle(workflow_id).query(query, args=args)
+        return found
+
+    async def signal(self, workflow_id: str, signal: str | Callable[..., None], value: Any) -> bool:
+        """Send a *signal*. Returns False if the workflow does not exist or has ended. Raises StoreError, EngineFull."""
+        async with self.rpc_scope(missing_ok=True):
+            await self.handle(workflow_id).signal(signal, value)
+            return True
+        return False
+
     async def input_of(self, workflow_id: str, type_: type[T]) -> T:
         """Return the input of a workflow. Raises RPCError, NOT_FOUND if it does not exist or its retention is over."""
         async for event in self.handle(workflow_id).fetch_history_events(page_size=1):

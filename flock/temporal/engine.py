@@ -537,8 +537,7 @@ class TemporalEngine(TemporalBatches):
         run = await self.get_run(run_id)
         if not run.status.is_final and run.batch_id is not None:
             batch = await self.get_batch(run.batch_id)
-            async with self.cluster.rpc_scope(missing_ok=True):
-                await self.cluster.handle(workflow_id_of(batch)).signal("cancel_item", run.position)
+            await self.cluster.signal(workflow_id_of(batch), "cancel_item", run.position)
         elif not run.status.is_final:
             async with self.cluster.rpc_scope(missing_ok=True):
                 await self.cluster.handle(workflow_id_of(run)).cancel()
@@ -571,8 +570,7 @@ class TemporalEngine(TemporalBatches):
                 continue
             call = answer_of(question, output, now(), by)
             done = CallDone(item=run.position or 0, step=len(run.steps), call=call)
-            async with self.cluster.rpc_scope(missing_ok=True):
-                await self.cluster.handle(await self._keeper_of(run)).signal(FlockRun.call_done, done)
+            await self.cluster.signal(await self._keeper_of(run), FlockRun.call_done, done)
             log_of_runs.info("run %s: %s", run_id, answer_in_words(question, call))
             is_sent = True
 
@@ -668,22 +666,15 @@ class TemporalEngine(TemporalBatches):
             raise replayed
         # If the process that claimed the key died before it sent the message, this one sends it.
         sent = Sent(item=run.position or 0, id=made_id or id_, name=name, message=message, at=now())
-        is_sent = await self._signal(await self._keeper_of(run), sent)
+        is_sent = await self.cluster.signal(await self._keeper_of(run), FlockRun.message, sent)
         if not is_sent and run.batch_id is not None and not (await self.get_run(run_id)).status.is_final:
             batch = await self.get_batch(run.batch_id)  # it keeps those to items that have not started
-            is_sent = await self._signal(workflow_id_of(batch), sent)
+            is_sent = await self.cluster.signal(workflow_id_of(batch), FlockRun.message, sent)
         if replayed is not None:
             raise replayed
         if not is_sent:
             raise Conflict(f"The run {run_id} has ended, so it cannot receive a message {name!r}.")
         return await self.get_run(run_id)
-
-    async def _signal(self, workflow_id: str, sent: Sent) -> bool:
-        """Send a message to a workflow. Returns False if the workflow does not exist or has ended."""
-        async with self.cluster.rpc_scope(missing_ok=True):
-            await self.cluster.handle(workflow_id).signal(FlockRun.message, sent)
-            return True
-        return False
 
     async def _count_kept(self, run: Run, message: msgspec.Raw) -> int:
         """Return how many messages are kept for a run.

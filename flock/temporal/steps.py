@@ -6,18 +6,17 @@ cancellation ends only that step.
 
 import asyncio
 import contextlib
-import functools
 import math
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 from temporalio import activity
-from temporalio.client import WorkflowHandle, WorkflowQueryFailedError
+from temporalio.client import WorkflowQueryFailedError
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.service import RPCError, RPCStatusCode
 
@@ -43,6 +42,8 @@ from flock.temporal.messages import (
 from flock.temporal.records import Traces, journal_of, read_chunk, run_of
 from flock.temporal.suspects import Gate, Suspicion
 from flock.temporal.workflows import FlockRun
+
+T = TypeVar("T")
 
 #: Inputs and results of one run together. The cluster takes at most 2 MiB at once.
 MAX_RUN_BYTES = 1_500_000
@@ -102,10 +103,9 @@ class ActivityStep(ActiveRun):
         self._is_again = self.is_again or suspicion.attempt > 1
         self.suspicion = suspicion
         self._key = f"{run.run_id} {suspicion.attempt}"  # an earlier attempt may still be running here
-        #: the waits that have begun while the step runs, answers, and the names of messages that are kept
+        #: the waits that have begun while the step runs, and what has come for them
         self._asked: dict[str, Question] = {}
-        self._answers: dict[str, Call] = {}
-        self._kept: frozenset[str] = frozenset()
+        self._found = Waits()
         self._signals = asyncio.Semaphore(SIGNALS_AT_ONCE)
         self._asking: set[asyncio.Task[None]] = set()
         self._polling: asyncio.Task[None] | None = None
@@ -160,16 +160,15 @@ class ActivityStep(ActiveRun):
         """Return the finished calls of the step, and the waits that it had begun."""
         calls, page = list[Call](), CallsPage(is_last=False)
         while not page.is_last:
-            page = await self._cluster.answered(functools.partial(self._page, len(calls)))
+            page = await self._ask(FlockRun.calls_from, len(calls))
             calls += page.calls
             self.spent = latest(self.spent, page.spent)
         return calls, page.waits
 
-    async def _page(self, after: int) -> CallsPage:
-        handle, of_step = self._workflow(), [self.run.position or 0, len(self.run.steps)]
-        async with self._cluster.rpc_scope():
-            page: CallsPage = await handle.query(FlockRun.calls_from, args=[*of_step, after])
-        return page
+    async def _ask(self, query: Callable[..., T], more: object) -> T:
+        """Return what the workflow answers to a *query* about the step."""
+        args = query, self.run.position or 0, len(self.run.steps), more
+        return await self._cluster.answered(lambda: self._cluster.ask(self._workflow_id, *args))
 
     async def earlier_calls(self, run: Run) -> Sequence[Call]:
         """Read them from the histories of the earlier attempts. Raises Unreadable if one was deleted."""
@@ -215,9 +214,10 @@ class ActivityStep(ActiveRun):
     async def _send(self, signal: Callable[..., None], value: Report, name: str) -> None:
         while True:
             try:
-                async with self._signals, self._cluster.rpc_scope(missing=OwnershipLost(self.run.run_id)):
-                    await self._workflow().signal(signal, value)
-                return
+                async with self._signals:
+                    if await self._cluster.signal(self._workflow_id, signal, value):
+                        return
+                raise OwnershipLost(self.run.run_id)
             except (StoreError, EngineFull) as exc:
                 if isinstance(exc.__cause__, RPCError) and exc.__cause__.status in REFUSALS:
                     raise CallError(f"The cluster does not store the call {name!r}: {exc.__cause__}.") from exc
@@ -228,7 +228,7 @@ class ActivityStep(ActiveRun):
 
         Cancellation: a message that was given to the wait is in the journal when the step runs again.
         """
-        if wait.call_id not in self._asked or (wait.kind == "message" and wait.question in self._kept):
+        if wait.call_id not in self._asked or (wait.kind == "message" and wait.question in self._found.messages):
             self._asked[wait.call_id] = wait
             asked = Asked(step=len(self.run.steps), question=wait, **self._as_reporter)
             asking = asyncio.create_task(self._send(FlockRun.asked, asked, "ask" if wait.is_question else "receive"))
@@ -240,7 +240,7 @@ class ActivityStep(ActiveRun):
             if wait.kind == "message":
                 with contextlib.suppress(RPCError, WorkflowQueryFailedError):
                     await self._read_waits()
-        return self._answers.get(wait.call_id)
+        return next((answer for answer in self._found.answers if answer.call_id == wait.call_id), None)
 
     async def _poll_waits(self) -> None:
         """Deliver answers and messages to the step, until this task is cancelled or the workflow has ended."""
@@ -248,30 +248,22 @@ class ActivityStep(ActiveRun):
             while True:
                 await asyncio.sleep(POLL_WAITS_S)
                 await self._read_waits()
-                if any(wait.kind == "message" and wait.question in self._kept for wait in self._asked.values()):
+                kept = self._found.messages
+                if any(wait.kind == "message" and wait.question in kept for wait in self._asked.values()):
                     self._note_news()
 
     async def _read_waits(self) -> None:
-        handle, args = self._workflow(), [self.run.position or 0, len(self.run.steps), list(self._asked)]
-
-        async def ask() -> Waits:
-            async with self._cluster.rpc_scope():
-                found: Waits = await handle.query(FlockRun.waits, args=args)
-            return found
-
-        found = await self._cluster.answered(ask)
-        known, self._answers = self._answers.keys(), {call.call_id: call for call in found.answers}
-        self._kept = found.messages
-        if self._answers.keys() != known:
+        before, self._found = self._found, await self._ask(FlockRun.waits, list(self._asked))
+        if len(self._found.answers) != len(before.answers):
             self._note_news()
 
     def _note_news(self) -> None:
         if self.context is not None:
             self.context.journal.note_answer()
 
-    def _workflow(self) -> WorkflowHandle[Any, Any]:
-        # Without its run id, since a chunk may continue as new.
-        return self._cluster.handle(activity.info().workflow_id or "")
+    @property
+    def _workflow_id(self) -> str:
+        return activity.info().workflow_id or ""
 
     async def execute(self) -> None:
         """Execute the step and set ``outcome``. A return value would be lost if an agent left a cancellation behind."""
