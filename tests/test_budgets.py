@@ -39,6 +39,7 @@ from flock.testing import FakeModel, Reply
 from flock.web.auth import KeyRing, ScopedEngine, read_keys
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
+from tests.support.cluster import on_temporal
 from tests.support.engines import OpenEngine, all_items, ended, sqlite_of
 from tests.support.http import check_problem, client_of, get
 from tests.support.servers import flockapi_command, running
@@ -536,6 +537,32 @@ async def test_a_report_that_a_worker_sends_again_counts_once() -> None:
     assert account.usage(today - 3, today - 2) == []
 
 
+async def test_a_principal_without_a_budget_costs_no_request_to_the_cluster(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But one, the first, because it may have had a budget before."""
+    flock, described = Flock("plain"), list[str]()
+
+    @flock.agent
+    async def work() -> str:
+        return "done"
+
+    async with on_temporal(temporal_address, flock) as engine:
+        cluster: Any = getattr(engine, "cluster")  # noqa: B009
+        describe = cluster.describe
+
+        async def noted(workflow_id: str, *args: Any) -> Any:
+            described.append(workflow_id.split(":")[0])
+            return await describe(workflow_id, *args)
+
+        monkeypatch.setattr(cluster, "describe", noted)
+        for number in range(3):
+            scoped = ScopedEngine(engine, Principal(name="ann"))
+            await engine.wait((await scoped.submit("work", {}, key=IdempotencyKey(f"{number}", b"same"))).run_id)
+            await engine.wait((await scoped.submit("work", {})).run_id)
+    assert described.count("account") == 1
+
+
 @pytest.mark.cluster
 async def test_reports_are_sent_in_order_even_if_a_step_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the account would ignore one that arrives later."""
@@ -551,16 +578,16 @@ async def test_reports_are_sent_in_order_even_if_a_step_is_cancelled(monkeypatch
             return await ask()
 
     monkeypatch.setattr(accounts_module, "signal_account", signal_account)
-    accounts = accounts_module.Accounts(Cluster(), "flock", A_DOLLAR)
-    accounts.spend("ann", "measure", Usage(input_tokens=1), MODEL)
+    account = accounts_module.Accounts(Cluster(), "flock", A_DOLLAR).of("ann")
+    account.spend("measure", Usage(input_tokens=1), MODEL)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(accounts.flush, "ann")
+        tasks.start_soon(account.flush)
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
-    accounts.spend("ann", "measure", Usage(input_tokens=2), MODEL)
-    accounts.spend("ann", "measure", Usage(input_tokens=4), MODEL)
+    account.spend("measure", Usage(input_tokens=2), MODEL)
+    account.spend("measure", Usage(input_tokens=4), MODEL)
     may_arrive.set()
-    await accounts.flush("ann")
+    await account.flush()
     assert sent == [(1, 1), (2, 6)]
 
 

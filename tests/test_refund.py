@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,10 +13,9 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from flock.runs import new_id
 from tests.support import PATIENCE_S
-from tests.support.servers import free_port, running, serving, workers_of
-
-pytestmark = pytest.mark.slow
+from tests.support.servers import Server, flockapi_command, free_port, running, serving, workers_of
 
 SCRIPT = """
 import pathlib, time
@@ -27,7 +26,7 @@ from flock.testing import FakeModel, Reply
 from flockapi import create_app
 
 HERE = pathlib.Path({here!r})
-flock = Flock("shop", model="openai/gpt-4o")
+flock = Flock({name!r}, model="openai/gpt-4o")
 
 def reach(moment: str, note: str = "") -> None:
     with open(HERE / "log", "a") as log:
@@ -72,30 +71,43 @@ class Till:
     """A server of the script that is killed and started again. Each request says who sends it.
 
     Args:
-        access: "keys" for our own server with keys, "auth" for the server of a host that identifies its users.
+        access: "keys" for our own server with keys, "auth" for the server of a host that identifies its users, or the
+            address of a cluster, of which a worker is killed too.
     """
 
     def __init__(self, folder: Path, access: str) -> None:
         self.folder, self.access = folder, access
-        (folder / "till.py").write_text(SCRIPT.format(here=str(folder)))
+        (folder / "till.py").write_text(SCRIPT.format(here=str(folder), name=new_id()))
         (folder / "keys").write_text(KEYS)
+
+    @contextmanager
+    def started(self) -> Iterator[tuple[Server, list[int]]]:
+        """Start the server with two processes, and yield it and the ids of all processes."""
+        script, keys = self.folder / "till.py", ("--api-keys-file", str(self.folder / "keys"))
+        pids: list[int] = []
+        with ExitStack() as stack:
+            if self.access == "keys":
+                server = stack.enter_context(serving(script, self.folder, *keys, workers=2))
+            elif self.access == "auth":
+                app = ("uvicorn", "till:app", "--app-dir", str(self.folder), "--port", str(free_port()))
+                server = stack.enter_context(running(sys.executable, "-m", *app, "--workers", "2"))
+            else:
+                from tests.test_temporal import working
+
+                pids = [stack.enter_context(working(script, self.access)).pid]
+                options = ("--port", "0", "--workers", "2", "--temporal", self.access, *keys)
+                server = stack.enter_context(running(*flockapi_command("serve", str(script), *options)))
+            server.wait_for_line("Application startup complete", times=2)
+            yield server, [server.process.pid, *workers_of(server), *pids]
 
     @contextmanager
     def served(self, stop: str = "") -> Iterator[None]:
         """Serve in two workers, which stop at a moment. Kill them all at the end of the block."""
         if stop:
             (self.folder / f"stop-{stop}").touch()
-        script, port = self.folder / "till.py", str(free_port())
-        if self.access == "keys":
-            serves = serving(script, self.folder, "--api-keys-file", str(self.folder / "keys"), workers=2)
-        else:
-            host = ("uvicorn", "till:app", "--app-dir", str(self.folder), "--port", port, "--workers", "2")
-            serves = running(sys.executable, "-m", *host)
-        with serves as server:
-            server.wait_for_line("Application startup complete", times=2)
+        with self.started() as (server, pids):
             self.url = server.url
             yield
-            pids = [server.process.pid, *workers_of(server)]
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
             server.process.wait()
@@ -128,13 +140,23 @@ class Till:
             time.sleep(0.05)
         return run
 
+    def listed(self, who: str) -> list[str]:
+        """Return the ids of the open questions that *who* may answer, when there are any: the search may lag."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not (questions := self.send(who, "GET", "/questions").json()["questions"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return [each["call_id"] for each in questions]
 
-@pytest.mark.parametrize("access", ["keys", "auth"])
+
+@pytest.mark.parametrize(
+    "access", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("keys", "auth")), "temporal"]
+)
 @pytest.mark.parametrize("moment", ["asking", "waiting", "answered", "paying", "paid", "answering"])
 def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(
-    moment: str, access: str, tmp_path: Path
+    moment: str, access: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    till = Till(tmp_path, access)
+    till = Till(tmp_path, request.getfixturevalue("temporal_address") if access == "temporal" else access)
     body = {"agent_name": "clerk", "inputs": {"mail": "It is broken."}, "async_run": True}
 
     def approve(run: Any) -> str:
@@ -144,8 +166,7 @@ def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(
         yes = {"json": {"output": {"approved": True}}}
         assert till.send("ann", "POST", path, **yes).status_code == 403
         assert till.send("eve", "POST", path, **yes).status_code == 404
-        listed = till.send("bob", "GET", "/questions").json()["questions"]
-        assert [each["call_id"] for each in listed] == [question["call_id"]]
+        assert till.listed("bob") == [question["call_id"]]
         assert till.send("bob", "POST", path, **yes).status_code == 200
         return path
 
