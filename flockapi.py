@@ -11,6 +11,7 @@ the API are in ``flock.web.wire``. ``openapi.yaml`` is the contract. Tests check
 
 import contextlib
 import functools
+import importlib
 import logging
 import re
 import sys
@@ -71,7 +72,7 @@ from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
 from flock.web.lifespan import lifespan_of
 from flock.web.negotiation import preferences, preferred
-from flock.web.options import AppOptions, OnDisconnect
+from flock.web.options import PROTOCOL_MODULES, AppOptions, OnDisconnect
 from flock.web.orders import download_slot, engine_of, read_json, replayed, stream_slot
 from flock.web.pages import DOCS, SPECIFICATION, UI, no_ui
 from flock.web.problems import on_error
@@ -183,8 +184,16 @@ class FlockAPI(Starlette):
         self.keys = None if options.api_keys is None else KeyRing(options.api_keys)
         auth = None if isinstance(options.auth, str) else options.auth
         per_minute = options.max_requests_per_minute
+        protocols = [importlib.import_module(PROTOCOL_MODULES[name]) for name in dict.fromkeys(options.protocols)]
+        self.error_shapes = {protocol.PREFIX: protocol.error_shape for protocol in protocols}
+        more = [route for protocol in protocols for route in protocol.routes()]
         self.router = AppRouter(
-            [*options.routes, *(ROUTES if options.docs else ROUTES[: -len(DOCS)]), *(UI if options.create_ui else ())],
+            [
+                *options.routes,
+                *more,
+                *(ROUTES if options.docs else ROUTES[: -len(DOCS)]),
+                *(UI if options.create_ui else ()),
+            ],
             auth=auth if self.keys is None else api_key_auth(self.keys),
             is_anonymous=options.api_keys is None and options.auth in (None, "anybody"),
             hosts=options.allowed_hosts,
@@ -786,7 +795,7 @@ def waits_of(run: Run) -> dict[str, Any]:
     others = [
         wire.Wait(kind=wait.kind, name=wait.question or msgspec.UNSET, since=wait.asked_at, until=wait.expires_at)
         for wait in (run.waiting_for if run.status is RunStatus.WAITING else ())
-        if wait.kind is not msgspec.UNSET
+        if wait.kind == "sleep" or wait.kind == "message"
     ]
     questions = [shown_as(wire.Question, question) for question in run.questions]
     return {"waiting_for": questions or msgspec.UNSET, "waits": others or msgspec.UNSET}

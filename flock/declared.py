@@ -340,6 +340,9 @@ class FlockFactory:
         max_tokens: int | None = None,
         max_retries: int = 2,
         timeout_s: float = 300,
+        client_instructions: bool = False,
+        client_tools: bool = False,
+        client_options: bool = False,
         next_agent: NextAgent = None,
         max_concurrency: int | None = None,
         on_interrupt: OnInterrupt = "retry",
@@ -353,7 +356,8 @@ class FlockFactory:
                 TypedDict or pydantic model.
             types: additional types, by name, that the strings may use.
             model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
-                max_tokens, max_retries, timeout_s: see ``ModelAgent``.
+                max_tokens, max_retries, timeout_s, client_instructions, client_tools, client_options: see
+                ``ModelAgent``.
             next_agent, max_concurrency, on_interrupt, on_change, retry: see ``Agent``.
 
         Raises:
@@ -378,6 +382,9 @@ class FlockFactory:
             max_tokens=max_tokens,
             max_retries=max_retries,
             timeout_s=timeout_s,
+            client_instructions=client_instructions,
+            client_tools=client_tools,
+            client_options=client_options,
             next_agent=next_agent,
             max_concurrency=max_concurrency,
             on_interrupt=on_interrupt,

@@ -23,7 +23,7 @@ from flock.core import agent as agent_decorator
 from flock.errors import AgentError
 from flock.limits import Limits
 from flock.options import Options
-from flock.runs import Engine, Observer, Principal, Run, RunContext, new_id
+from flock.runs import ClientSettings, ClientTool, Engine, Observer, Principal, Run, RunContext, new_id
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from flock.web.options import AppOptions
 from flock.web.problems import PROBLEMS
@@ -321,6 +321,8 @@ SECTIONS: list[tuple[str, list[tuple[str, Any, list[str]]]]] = [
         [
             ("RunContext", RunContext, ["call", "run_agent", "ask", "idempotency_key", "progress"]),
             ("Principal", Principal, []),
+            ("ClientSettings", ClientSettings, []),
+            ("ClientTool", ClientTool, []),
             ("Run", Run, ["value", "value_as"]),
             ("Engine", Engine, [name for name in vars(Engine) if not name.startswith("_")]),
             ("Observer", Observer, [name for name in vars(Observer) if not name.startswith("_")]),

@@ -95,6 +95,8 @@ from flock.runs import (
     Call,
     CallKind,
     CallOptions,
+    ClientSettings,
+    ClientTool,
     Engine,
     EngineHealth,
     Event,
@@ -426,6 +428,8 @@ async def batches(engine: Engine, items: Items, on_invalid: OnInvalid) -> None:
     await engine.list_batches(BatchFilter(status="running"))
     kept: RetriedCalls = "keep"
     await engine.retry_batch(batch.batch_id, only=["failed"], calls=kept)
+    client = ClientSettings(tools=(ClientTool(name="screen"),), instructions="Be brief.", max_output_tokens=100)
+    assert_type((await engine.submit("writer", {}, client=client)).client, ClientSettings | None)
     await engine.retry_run("1", calls="again", by=Principal(name="ann", roles=("senders",)))
     assert_type(await engine.get_question("1", "ask:1@1.0"), AskedQuestion)
     page = await engine.list_questions(QuestionFilter(by=Principal(name="ann"), role="senders", limit=10), wait_s=5)

@@ -21,7 +21,7 @@ from flock.agents.live import LiveAnswer
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
 from flock.agents.signature import Signature, called, context_parameter, hints_of_function, is_generator, name_of
-from flock.agents.tools import AgentTool, Tool, Toolbox, ToolSource, by_name
+from flock.agents.tools import AgentTool, Tool, Toolbox, ToolOfClient, ToolSource, by_name
 from flock.errors import (
     CallError,
     DefinitionError,
@@ -39,7 +39,7 @@ from flock.models.pieces import Joiner
 from flock.models.requests import Request
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import RetriedCalls, RunContext
+from flock.runs import ClientSettings, RetriedCalls, RunContext
 from flock.scopes import closing_scopes, move_on_after_working
 
 __all__ = [
@@ -325,6 +325,12 @@ class ModelAgent(Agent):
         max_retries: max times that an invalid answer is sent back to the model with the reason.
         timeout_s: wall-clock seconds for the whole step, including all retries and tools. The time does not count
             while a call waits because its provider accepts no more calls now.
+        client_instructions: whether the model gets the instructions of the client, such as the system messages of a
+            chat, after those of the agent. Otherwise they are dropped.
+        client_tools: whether the model may call tools of the client. Then the run waits until the client, as the
+            principal of the run, has sent the output, for a day at most. Otherwise a run with them is rejected.
+        client_options: whether the client may set the temperature and other options of the model, as
+            ``ClientSettings`` has them. Otherwise a run with others than the usual ones is rejected.
         options: see ``Agent``.
 
     If an input has the type ``Messages``, it is the conversation that the model continues. The prompt, and the other
@@ -357,6 +363,9 @@ class ModelAgent(Agent):
         max_tokens: int | None = None,
         max_retries: int = 2,
         timeout_s: float = 300,
+        client_instructions: bool = False,
+        client_tools: bool = False,
+        client_options: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(name, chat_input(input, name), output, description=description, **options)
@@ -384,7 +393,7 @@ class ModelAgent(Agent):
                 f"tools= of {name!r} must be a list, such as [look_up, 'other_agent'], not {tools!r}."
             )
         self.tools = [_tool_of(tool) for tool in tools]
-        self.may_ask = bool(tools)
+        self.may_ask = bool(tools) or client_tools
         by_name([tool for tool in self.tools if isinstance(tool, Tool)])
         self.max_tool_calls = max_tool_calls
         self.tool_timeout_s = tool_timeout_s
@@ -392,6 +401,7 @@ class ModelAgent(Agent):
         self.max_tokens = max_tokens
         self.max_retries = max_retries
         self.timeout_s = timeout_s
+        self.takes = {"instructions": client_instructions, "tools": client_tools, "options": client_options}
         self._answer = ReasonedAnswer(output) if reasoning else output
         self._examples = [
             message for number, example in enumerate(examples) for message in self._example_messages(example, number)
@@ -400,12 +410,18 @@ class ModelAgent(Agent):
     async def execute(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         with move_on_after_working(self.timeout_s):
             history = [] if self.history is None else self._earlier(await resources.history(self, self.history))
-            return await self._converse(self._prompt(inputs, history), resources, context)
+            client = (context.client or ClientSettings()).taken_by(**self.takes)
+            return await self._converse(self._prompt(inputs, history, client), resources, context, client)
         message = f"The model did not answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
         raise ModelError(message, "model_timeout")
 
-    async def _converse(self, messages: list[Message], resources: Resources, context: RunContext) -> msgspec.Raw:
+    async def _converse(
+        self, messages: list[Message], resources: Resources, context: RunContext, client: ClientSettings
+    ) -> msgspec.Raw:
         tools = [known for tool in self.tools for known in await self._known(tool, resources.agents, context)]
+        if same := {tool.name for tool in tools} & {tool.name for tool in client.tools}:
+            raise CallError(same_name(self.name, same.pop()))
+        tools = [*map(ToolOfClient, client.tools), *tools]  # the definitions of the last count, if two are called alike
         models = models_of(self.model, repr(self.name)) or resources.models.default_model
         caller = Caller(is_item=context.is_item, on_wait=context.report_wait)
         toolbox = Toolbox(by_name(tools), self.max_tool_calls, self.tool_timeout_s, context, resources.call_in_thread)
@@ -417,8 +433,10 @@ class ModelAgent(Agent):
             request=Request(
                 (),
                 self._answer.schema,
-                max_tokens=self.max_tokens,
+                max_tokens=min(filter(None, (self.max_tokens, client.max_output_tokens)), default=None),
                 temperature=self.temperature,
+                options=client.options,
+                is_strange=client != ClientSettings(),
                 traceparent=context.traceparent,
             ),
             complete=functools.partial(resources.models.complete, models or None, caller=caller),
@@ -453,8 +471,8 @@ class ModelAgent(Agent):
             raise DefinitionError(f"The {part} in {label} must match the signature. {exc}") from exc
         return Message("user", prompt), Message("assistant", answer)
 
-    def _prompt(self, inputs: Any, history: Sequence[Message]) -> list[Message]:
-        parts = [f"You are {self.name}.", self.description, self.instructions]
+    def _prompt(self, inputs: Any, history: Sequence[Message], client: ClientSettings) -> list[Message]:
+        parts = [f"You are {self.name}.", self.description, self.instructions, client.instructions]
         system = Message("system", "\n".join(filter(None, parts)))
         if not isinstance(self.input, ChatInput):
             return [system, *self._examples, *history, Message("user", self._user_prompt(inputs))]
@@ -494,6 +512,11 @@ class ModelAgent(Agent):
             for name, member in self._answer.schema["properties"].items()
         )
         return f"Determine:\n{outputs}\nAnswer with a JSON object only."
+
+
+def same_name(agent_name: str, tool_name: str) -> str:
+    """Return what is wrong if a tool of the client is called like one of the agent, in words."""
+    return f"{agent_name!r} has a tool {tool_name!r} of its own. Give the tool of the client another name."
 
 
 def _tool_of(tool: ToolLike) -> Tool | ToolSource | str:
@@ -542,6 +565,8 @@ class FunctionAgent(Agent):
         name = name or name_of(function)
         if "tools" in options:
             raise DefinitionError(f"{name!r} is a function, so it has no tools=. Call the other functions in it.")
+        if of_client := [option for option in options if option.startswith("client_")]:
+            raise DefinitionError(f"{name!r} is a function, so it has no {of_client[0]}=. Only agents with a model do.")
         if output is None:
             output_signature, self._is_boxed = Signature.of_result(function)
         else:

@@ -11,14 +11,14 @@ import itertools
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import anyio
 import httpx
 import msgspec
 
 from flock import __version__
-from flock.agents.signature import Signature
+from flock.agents.foreign import AnyArguments
 from flock.agents.tools import Approval, ApprovalOptions, Tool, Toolbox, ToolSource, Unlisted
 from flock.errors import CallError, DefinitionError
 from flock.models import bodies
@@ -78,6 +78,10 @@ class MCPTools(ToolSource):
 
     def __repr__(self) -> str:
         return f"<MCPTools {self.name!r}>"
+
+    @property
+    def known_names(self) -> Sequence[str]:
+        return [tool.name for tool in self._tools or ()]
 
     async def tools(self) -> Sequence[Tool]:
         async with self._listing:
@@ -262,7 +266,7 @@ class MCPTool(Tool):
         self.name = f"{FINISH}_" if name == FINISH else name
         self.description = listed.description
         try:
-            self.parameters = _AnyArguments(listed.schema)
+            self.parameters = AnyArguments(listed.schema)
         except (ValueError, RecursionError) as exc:
             raise server._error(f"lists the tool {listed.name!r} with an invalid inputSchema: {exc}") from exc
         self.approval = server.approval
@@ -276,53 +280,6 @@ class MCPTool(Tool):
         if called.is_error:
             raise CallError(text)
         return text
-
-
-class _AnyArguments(Signature):
-    """Arguments that must be a JSON object."""
-
-    def __init__(self, schema: Any) -> None:
-        self.fields = ()
-        self.schema = {"type": "object", "properties": {}, **_as_ours(schema)}
-        # In the schema of an answer, a reference would have another root.
-        is_whole = b'"$ref"' not in msgspec.json.encode(self.schema)
-        self.type: Any = Annotated[dict[str, Any], msgspec.Meta(extra_json_schema=self.schema if is_whole else {})]
-
-    def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
-        Signature.decode(_OBJECT, b'{"arguments":' + bytes(raw) + b"}", at)
-        return msgspec.json.decode(raw)
-
-    def encode(self, value: Any) -> msgspec.Raw:
-        return msgspec.Raw(msgspec.json.encode(value))
-
-
-def _as_ours(node: Any) -> dict[str, Any]:
-    """Return a JSON Schema in the form of our own: objects only, and ``anyOf`` in place of a list of types.
-
-    Raises: ValueError if a member has the wrong type.
-    """
-    if not isinstance(node, Mapping):  # true accepts any value
-        return {}
-    ours = dict(node)
-    for key in ("properties", "$defs"):
-        if key in node:
-            members = {} if node[key] == [] else node[key]  # PHP encodes an empty map as a list
-            if not isinstance(members, Mapping):
-                raise ValueError(f"{key} is not an object")
-            ours[key] = {name: _as_ours(member) for name, member in members.items()}
-    if "items" in node:
-        ours["items"] = _as_ours(node["items"])
-    if "anyOf" in node:
-        if not isinstance(node["anyOf"], list):
-            raise ValueError("anyOf is not an array")
-        ours["anyOf"] = [_as_ours(member) for member in node["anyOf"]]
-    if isinstance(types := ours.get("type"), list):
-        description = {"description": ours.pop("description")} if "description" in ours else {}
-        return description | {"anyOf": [{**ours, "type": type_} for type_ in types]}
-    return ours
-
-
-_OBJECT = Signature.of("arguments: dict")
 
 
 @contextlib.asynccontextmanager

@@ -12,6 +12,7 @@ import anyio
 import msgspec
 from msgspec.structs import replace
 
+from flock.agents.foreign import AnyArguments
 from flock.agents.secret import hidden, sealed, unsealed
 from flock.agents.signature import Signature, called, context_parameter, is_async, is_generator, name_of
 from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON, StepError
@@ -20,7 +21,7 @@ from flock.models.pace import Caller, wait
 from flock.models.react import FINISH
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import JSON_NULL, RunContext, bad_role, one_line, safe_text
+from flock.runs import JSON_NULL, ClientTool, RunContext, bad_role, one_line, safe_text
 from flock.runs.text import of_request
 from flock.scopes import current_task, move_on_after_working
 
@@ -32,6 +33,8 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 LIST_PAUSE_S, MAX_LIST_PAUSE_S = 0.5, 8.0
 #: How long a question may be open, in seconds: ten years.
 MAX_EXPIRES_S = 10 * 365 * 86_400
+#: How long a run waits for the output of a client's tool, in seconds: a day.
+CLIENT_EXPIRES_S = 86_400
 #: The answer if a call was not approved in time.
 DENIED_LATE = {"approved": False, "reason": "Nobody answered in time."}
 #: Max characters of a result that a model reads.
@@ -260,6 +263,14 @@ class AgentTool(Tool):
         return await toolbox.context.run_agent(self.agent_name, msgspec.to_builtins(arguments, enc_hook=to_json))
 
 
+class ToolOfClient(Tool):
+    """A tool that the client executes: a call waits for its output. Nothing checks its arguments and its output."""
+
+    def __init__(self, tool: ClientTool) -> None:
+        self.name, self.description, self.may_be_strict = tool.name, tool.description, tool.strict
+        self.parameters = AnyArguments(msgspec.json.decode(tool.parameters))
+
+
 def _checked_secret(tool: str, names: Sequence[str], parameters: Signature) -> Sequence[str]:
     known = [field.name for field in parameters.fields]
     if isinstance(names, str):
@@ -290,6 +301,11 @@ class ToolSource:
     """Tools that are known at run time only."""
 
     approval = Approval()
+
+    @property
+    def known_names(self) -> Sequence[str]:
+        """The names of the tools, as far as they are known now."""
+        return ()
 
     async def tools(self) -> Sequence[Tool]:
         """Return the tools. Raises CallError if they cannot be listed; Unlisted if another attempt may succeed."""
@@ -378,6 +394,12 @@ class Toolbox(msgspec.Struct):
         except (MalformedJSON, InvalidData) as exc:
             return f"Error: The arguments are invalid. {one_line(str(exc))}"
         context, changed = self.context, ""
+        if isinstance(tool, ToolOfClient):
+            key, about = f"{name}.{number}", msgspec.Raw(raw)
+            output: str = await context.journal.ask(
+                context, name, str, key, CLIENT_EXPIRES_S, msgspec.UNSET, about, kind="client_tool"
+            )
+            return output
         shown = tool.shown(msgspec.Raw(raw), context.journal.call_key)
         if await tool.must_be_approved(arguments, number, self):
             question, key, rules = f"May {context.agent_name} call {tool.name}?", f"{tool.name}.{number}", tool.approval

@@ -17,6 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.agent import Agent, ModelAgent
+from flock.agents.clients import settings_for
 from flock.agents.graph import graph_of
 from flock.engine.intake import Intake
 from flock.engine.rowchecks import as_json
@@ -40,6 +41,7 @@ from flock.runs import (
     Batch,
     BatchOptions,
     Call,
+    ClientSettings,
     Engine,
     EngineHealth,
     Event,
@@ -302,11 +304,14 @@ class EngineBase(Engine):
         key: IdempotencyKey | None = None,
         run_id: str | None = None,
         watch: bool = False,
+        client: ClientSettings | None = None,
     ) -> Run:
         self._check_running()
         raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
         self._agent(agent_name).input.decode(raw, "/inputs")
         self._check_prices(agent_name, max_cost)
+        if client is not None:
+            client = settings_for(agent_name, self._agents, client, self._limits.max_input_bytes - len(raw))
         name, caller = name_and_caller(principal)
         run = Run(
             run_id=run_id or new_id(),
@@ -325,6 +330,7 @@ class EngineBase(Engine):
             max_cost=max_cost,
             call_ids=CALL_IDS,
             call_key=new_call_key(),
+            client=client,
         )
         with self._watch_until_read(run.run_id) if watch else contextlib.nullcontext():
             await self._accept(run, key, Context() if is_async else copy_context())

@@ -309,7 +309,7 @@ class EmbeddedEngine(EngineBase):
             self._start(run, context)
         else:
             start = functools.partial(self._start, context=context)
-            with accepting(self._accepting, key), self._counting_inputs(run.principal, len(run.inputs)):
+            with accepting(self._accepting, key), self._counting_inputs(run.principal, run.input_bytes):
                 await self.store.accept(run, self._limits.queue, key, then=start, full=full)
 
     def _counting_inputs(self, principal: str | None, length: int) -> AbstractContextManager[None]:

@@ -403,7 +403,7 @@ class Runner:
             active.live = self._new_live(run)
             active.live.next_is_late = True
         if run.batch_id is None and not run.is_stub:
-            active.queued_bytes = len(run.inputs)
+            active.queued_bytes = run.input_bytes
             _add_to(self.queued_bytes, run.principal, active.queued_bytes)
         return active
 

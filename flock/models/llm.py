@@ -12,6 +12,7 @@ ignore unknown headers (RFC 9110, section 5.1).
 """
 
 import contextlib
+import copy
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -174,6 +175,8 @@ class ModelClient:
         models = models_of(model, "the call") or self.default_model or client.default_model
         if not models:
             raise no_model()
+        if request.is_strange:
+            client = client._forgetful()
         caller = replace(caller, models=len(models), server_errors=[])
         errors: dict[int, ModelError] = {}
         numbers: Sequence[int] = range(len(models))
@@ -196,6 +199,14 @@ class ModelClient:
             else:
                 raise _all_of(errors) from errors[last].__cause__
             caller = replace(caller, have_all_failed=True)
+
+    def _forgetful(self) -> "ModelClient":
+        """Return a client with the same connections. What a server rejects of its requests, this one does not learn."""
+        self._client()
+        client = copy.copy(self)
+        client._formats, client._streams = dict(self._formats), dict(self._streams)
+        client._without_tools = set(self._without_tools)
+        return client
 
     async def _ask_one_of(self, models: Sequence[Model], number: int, request: Request, caller: Caller) -> Completion:
         has_next, name = number + 1 < len(models), models[number].name
@@ -505,8 +516,7 @@ async def _complete_with_litellm(request: Request, model: Model) -> Completion:
         options["tools"] = [function_of(tool) for tool in request.tools]
     if request.max_tokens is not None:
         options["max_tokens"] = request.max_tokens
-    if request.temperature is not None:
-        options["temperature"] = request.temperature
+    options |= request.all_options
 
     def send(headers: Mapping[str, str], **more: Any) -> Any:
         extra = {"extra_headers": headers} if headers else {}

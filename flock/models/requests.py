@@ -28,6 +28,7 @@ class Request(msgspec.Struct, frozen=True):
     """A request for one JSON object that matches *schema*, or for calls of *tools*.
 
     Attributes:
+        options: others for the model, such as ``top_p``. Their ``temperature`` replaces that of the request.
         traceparent: trace context, sent as a header so that gateways and providers can link the request to a trace.
         idempotency_key: identifies this call in all attempts. If the server does not support strict JSON Schema,
             the fallback requests append ``/json_object`` or ``/text`` to it. If it does not support tools, the
@@ -37,6 +38,7 @@ class Request(msgspec.Struct, frozen=True):
             is never streamed, and other servers may not support streams: then the listener receives nothing.
         on_unfinished: called with the tokens, and the model, of each request that was cancelled, and of each stream
             that broke off. They are estimated if the server sent none.
+        is_strange: whether something in it is not ours, so that a server may reject it and accept all others.
         name: of the model that is asked; the client sets it.
     """
 
@@ -45,11 +47,18 @@ class Request(msgspec.Struct, frozen=True):
     tools: Sequence[ToolSchema] = ()
     max_tokens: int | None = None
     temperature: float | None = None
+    options: Mapping[str, Any] = {}
     traceparent: str | None = None
     idempotency_key: str | None = None
     listener: Listener | None = None
     on_unfinished: Callable[[Usage, str], None] = lambda usage, model: None
+    is_strange: bool = False
     name: str = ""
+
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """The options that only a model with a temperature has."""
+        return ({} if self.temperature is None else {"temperature": self.temperature}) | dict(self.options)
 
     def unfinished(self, usage: Usage) -> None:
         self.on_unfinished(usage, self.name)
@@ -65,8 +74,8 @@ class Request(msgspec.Struct, frozen=True):
     def body(self, endpoint: Endpoint) -> dict[str, Any]:
         """Return the body of a request, without the part that requests JSON."""
         body = {"model": endpoint.model, "messages": self.messages, **endpoint.settings}
-        if self.temperature is not None and endpoint.has_temperature:
-            body["temperature"] = self.temperature
+        if endpoint.has_temperature:
+            body |= self.all_options
         if self.max_tokens is not None:
             body[endpoint.max_tokens_field] = self.max_tokens
         return body

@@ -1,7 +1,8 @@
 """The records of runs and batches, what a running agent can do, and the engine protocol."""
 
 # ruff: noqa: F403 - the package offers what its modules offer
-from flock.runs import context, events, ids, protocol, records, text, usage
+from flock.runs import client, context, events, ids, protocol, records, text, usage
+from flock.runs.client import *
 from flock.runs.context import *
 from flock.runs.events import *
 from flock.runs.ids import *
@@ -11,6 +12,7 @@ from flock.runs.text import *
 from flock.runs.usage import *
 
 __all__: list[str] = []
+__all__ += client.__all__
 __all__ += context.__all__
 __all__ += events.__all__
 __all__ += ids.__all__

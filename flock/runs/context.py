@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 import msgspec
 
 from flock.errors import CallError, TooManyTokens, cut
+from flock.runs.client import ClientSettings
 from flock.runs.ids import now
 from flock.runs.records import CallKind, Principal, Progress, Run
 from flock.runs.text import safe_text
@@ -91,6 +92,7 @@ class StepJournal(Protocol):
         answerer: str | None = None,
         *,
         four_eyes: bool = False,
+        kind: Literal["client_tool"] | msgspec.UnsetType = msgspec.UNSET,
     ) -> Coroutine[Any, Any, Any]: ...
 
     def receive(
@@ -160,6 +162,7 @@ class RunContext:
             to paid services. If a step makes several calls, append a suffix of your own to each.
         model_key: the same for calls of models. It changes with each retry, since a provider may repeat its answer.
         is_item: whether the run is an item of a batch.
+        client: what the client of the run has brought for its models; None if nothing, and in an agent that was called.
         cancel_requested: True after cancellation of the run was requested. A synchronous function should check it
             regularly, and return or raise. An async function is cancelled at its next await, so it need not check.
     """
@@ -187,6 +190,7 @@ class RunContext:
         self.session_id = run.session_id
         self.principal: Principal | None = run.acts_for
         self.traceparent = run.traceparent
+        self.client: ClientSettings | None = run.client
         self.is_item = run.batch_id is not None
         #: the progress that the agents of the step have reported last
         self._reported: list[Progress] = []
@@ -217,6 +221,7 @@ class RunContext:
         context.agent_name = agent_name
         context.step_key = self.idempotency_key
         context.call_id = CURRENT_CALL.get()
+        context.client = None
         context.model_key = f"{self._root_model_key}/{context.call_id}"
         context._output_names = output_names
         context._began_in = msgspec.UNSET

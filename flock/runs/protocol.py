@@ -8,6 +8,7 @@ from typing import Literal, Protocol, Self
 import msgspec
 
 from flock.errors import EngineFull
+from flock.runs.client import ClientSettings
 from flock.runs.events import Event
 from flock.runs.records import (
     AskedQuestion,
@@ -41,7 +42,7 @@ __all__ = ["Engine", "EngineHealth", "Observer", "Queue", "QueueLimits"]
 class Queue(msgspec.Struct, frozen=True):
     """The number of runs that wait for their first step, and when the oldest one that never started was accepted.
 
-    ``asking`` is the number of runs that wait for answers of people. They do not count for any limit.
+    ``asking`` is the number of runs that wait for answers of people or clients. They do not count for any limit.
     """
 
     depth: int
@@ -177,6 +178,7 @@ class Engine(Protocol):
         key: IdempotencyKey | None = None,
         run_id: str | None = None,
         watch: bool = False,
+        client: ClientSettings | None = None,
     ) -> Run:
         """Accept a run and return without waiting for its result.
 
@@ -200,6 +202,7 @@ class Engine(Protocol):
             watch: keep what its agents write, from the start, for the first reader of its ``events``: at most 10 s
                 after the run has ended or begun to wait for an answer, and less if many such runs have no reader.
                 Otherwise only the text of asynchronous runs is kept, while they are active.
+            client: what the client brings. Instructions are dropped unless an agent takes them; see ``ModelAgent``.
 
         Returns:
             Run: status "starting".
@@ -207,7 +210,9 @@ class Engine(Protocol):
         Raises:
             AgentNotFound: there is no agent with that name.
             InvalidData: the inputs are invalid; pointers begin with ``/inputs``. Or there is a ``max_cost``, and the
-                agent, or one that can follow it, has a model without a price.
+                agent, or one that can follow it, has a model without a price. Or *client* is invalid, or has tools or
+                options that no agent of the run takes, or a tool with the name of one of the agent; see
+                ``flock.agents.clients``.
             Replayed: a run was already created with this key.
             KeyReused: the key was already used for a different request.
             Conflict: another request with this key is being accepted at the same time.

@@ -22,6 +22,7 @@ import msgspec
 from flock.errors import Conflict, DefinitionError, FieldError, InvalidData, RunFailed
 from flock.jsontype import explain
 from flock.pydanticmodel import from_json
+from flock.runs.client import ClientSettings
 from flock.runs.ids import now
 from flock.runs.usage import DOLLAR, MAX_COST, Spent, Usage, added, is_spent, shown_usage
 
@@ -84,7 +85,7 @@ class RunStatus(StrEnum):
     STARTING = "starting"
     #: an agent is running
     RUNNING = "running"
-    #: for the answer of a person, a time or a message; nothing is running
+    #: for the answer of a person or a client's tool, a time or a message; nothing is running
     WAITING = "waiting"
     #: ended with a result
     COMPLETED = "completed"
@@ -263,17 +264,21 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """A question to a person that is not answered yet; see ``RunContext.ask``. Or a sleep, or an awaited message.
+    """A question to a person that is not answered yet; see ``RunContext.ask``.
+
+    Or a call of a client's tool, a sleep, or an awaited message.
 
     Attributes:
         call_id: as that of a call; the answer becomes the result of this call.
-        question: its text. Of a message, its name.
+        question: its text. Of a message, its name. Of a client's tool, that of the tool.
         schema: JSON Schema (2020-12) of the answer.
-        arguments: what the question is about, as a JSON object; UNSET if the question itself is enough.
+        arguments: what the question is about, as a JSON object; UNSET if the question itself is enough. Those of a
+            client's tool are as the model has written them.
         asked_at: when the wait began.
         expires_at: when the run fails, or continues with *default*; None if it waits without a limit.
         default: the answer if nobody answers in time; UNSET if the run then fails.
-        kind: what it is, unless it is a question. A sleep has a *default*, null, and no other answer.
+        kind: what it is, unless it is a question to a person. A sleep has a *default*, null, and no other answer. The
+            answer of a client's tool is its output, a text, and only the principal of the run gives it.
         answerer: the role that may answer it; UNSET if the owner of the run and admins may.
         four_eyes: the principals who started or retried the run cannot answer it.
         raises: if it expires without a default, it raises Expired in the agent that asks, which another one has called.
@@ -286,14 +291,20 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     asked_at: Time
     expires_at: Time | None = None
     default: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    kind: Literal["sleep", "message"] | msgspec.UnsetType = msgspec.UNSET
+    kind: Literal["sleep", "message", "client_tool"] | msgspec.UnsetType = msgspec.UNSET
     answerer: str | msgspec.UnsetType = msgspec.UNSET
     four_eyes: bool = False
     raises: bool | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def is_question(self) -> bool:
-        return self.kind is msgspec.UNSET
+        """Whether it has an answer that somebody gives: a person, or the client whose tool was called."""
+        return self.kind in (msgspec.UNSET, "client_tool")
+
+    @property
+    def is_for_client(self) -> bool:
+        """Whether it is a call of a client's tool."""
+        return self.kind == "client_tool"
 
 
 class AskedQuestion(msgspec.Struct, frozen=True, kw_only=True):
@@ -394,6 +405,7 @@ class Run(_Record, frozen=True, kw_only=True):
         journal: see ``first_try``; None if no retry has kept calls since.
         dropped: the keys of the failed calls that a retry executes again; see ``flock.steps.retries``.
         earlier_error: the error of the attempt before.
+        client: what its client has brought: instructions, tools and options of the model; None if nothing.
     """
 
     run_id: str
@@ -421,6 +433,7 @@ class Run(_Record, frozen=True, kw_only=True):
     dropped: tuple[str, ...] = ()
     earlier_error: str | None = None
     caller: "Principal | None" = None
+    client: ClientSettings | None = None
 
     @property
     def acts_for(self) -> "Principal | None":
@@ -480,9 +493,14 @@ class Run(_Record, frozen=True, kw_only=True):
         return self.exchange_bytes + len(self.result or b"") + len(self.extra or b"")
 
     @property
+    def input_bytes(self) -> int:
+        """The size of its inputs, and of what its client has brought."""
+        return len(self.inputs) + (0 if self.client is None else len(msgspec.json.encode(self.client)))
+
+    @property
     def exchange_bytes(self) -> int:
         """The total size of its inputs and of the results of its steps."""
-        return len(self.inputs) + sum(len(step.result) for step in self.steps)
+        return self.input_bytes + sum(len(step.result) for step in self.steps)
 
     @property
     def trace_id(self) -> str | None:
@@ -536,7 +554,7 @@ def stub_of(run: Run) -> Run:
     if run.is_stub or run.content_bytes < MIN_STUB_BYTES:
         return run
     steps = tuple(msgspec.structs.replace(step, result=NOT_LOADED) for step in run.steps)
-    return msgspec.structs.replace(run, inputs=NOT_LOADED, result=None, extra=None, steps=steps)
+    return msgspec.structs.replace(run, inputs=NOT_LOADED, result=None, extra=None, client=None, steps=steps)
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):

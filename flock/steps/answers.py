@@ -94,6 +94,8 @@ def can_answer(question: Question, principal: str | None, begun_by: Collection[s
     """Whether *by* may answer a question of a run of *principal*, which *begun_by* have started or retried."""
     if by is None:
         return True
+    if question.is_for_client:
+        return by.name == (principal or "")
     if question.four_eyes and (by.name in begun_by or not by.name):
         return False
     if isinstance(question.answerer, str):
@@ -107,6 +109,8 @@ def _check_access(run: Run, question: Question, by: Principal | None) -> None:
         return
     if not may_see(run, question, by):
         raise RunNotFound(run.run_id)
+    if question.is_for_client and not can_answer(question, run.principal, (), by):
+        raise Forbidden("Only the principal of the run may send the output of a tool of its client.")
     if isinstance(question.answerer, str) and question.answerer not in by.roles:
         raise Forbidden(f"Only principals with the role {question.answerer!r} may answer this question.")
     if question.four_eyes and (by.name in run.begun_by or not by.name):

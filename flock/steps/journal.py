@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import anyio
 import anyio.lowlevel
@@ -302,6 +302,7 @@ class Journal:
         answerer: str | None = None,
         *,
         four_eyes: bool = False,
+        kind: Literal["client_tool"] | UnsetType = msgspec.UNSET,
     ) -> Coroutine[Any, Any, Any]:
         """See ``RunContext.ask`` and ``Tool``. *about* is what the question is about, as a JSON object."""
         check_in_loop(context)
@@ -310,7 +311,7 @@ class Journal:
             raise CallError(f"answerer={problem}")
         text = safe_text(question)
         rules: dict[str, Any] = {"answerer": msgspec.UNSET if answerer is None else answerer, "four_eyes": four_eyes}
-        rules |= {"raises": True} if context.call_id else {}
+        rules |= {"kind": kind} | ({"raises": True} if context.call_id else {})
         asked = self._asking(ASK, text, type_, expires_s, default, arguments=about, **rules)
         key = name or hashlib.sha256(b"\0".join([text.encode(), asked(now()).schema])).hexdigest()[:DIGEST_CHARS]
         return self._wait(ASK, key, asked, type_, "question", question_json(text, about))

@@ -60,6 +60,9 @@ def expiry_of(question: Question) -> Outcome:
     """Return the outcome of a run whose *question* nobody has answered in time, or whose message has not come."""
     if question.kind == "message":
         return Outcome(RunStatus.FAILED, f"No message {question.question!r} has come in time.", "expired")
+    if question.is_for_client:
+        error = f"The client has not sent the output of its tool {question.question!r} in time."
+        return Outcome(RunStatus.FAILED, error, "expired")
     return Outcome(RunStatus.FAILED, cut(f"Nobody answered in time: {question.question}"), "expired")
 
 

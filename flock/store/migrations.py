@@ -20,6 +20,12 @@ _QUESTIONS_OF = """SELECT {run}.run_id, json_extract(value, '$.call_id'), {run}.
 #: What counts a change of a question.
 _QUESTION_CHANGED = """UPDATE question_changes SET newest = newest + 1;
     UPDATE questions SET change = (SELECT newest FROM question_changes) WHERE rowid = new.rowid;"""
+#: The calls of the client's tools for which a run waits, as rows. No role has such a name.
+_CALLS_OF_CLIENT_TOOLS = (
+    _QUESTIONS_OF.format(run="new", tables="")
+    .replace("ifnull(json_extract(value, '$.answerer'), '')", "' client'")
+    .replace("IS NULL", "= 'client_tool'")
+)
 #: The statements of each migration.
 MIGRATIONS: Sequence[Sequence[str]] = [
     [
@@ -285,6 +291,16 @@ MIGRATIONS: Sequence[Sequence[str]] = [
             UPDATE questions SET is_open = 0 WHERE run_id = new.run_id AND is_open = 1; END""",
         """UPDATE questions SET is_open = 0 WHERE is_open = 1 AND NOT EXISTS (SELECT 1 FROM runs
             WHERE runs.run_id = questions.run_id AND status IN ('starting', 'running', 'waiting'))""",
+    ],
+    # What clients bring to their runs. The calls of their tools are questions too, which no list of questions finds.
+    [
+        "ALTER TABLE runs ADD COLUMN client BLOB",
+        f"""CREATE TRIGGER client_tools_called AFTER UPDATE OF waiting_for ON runs
+            WHEN new.waiting_for IS NOT old.waiting_for BEGIN
+            INSERT INTO questions ({_QUESTION_COLUMNS})
+                {_CALLS_OF_CLIENT_TOOLS}
+                ON CONFLICT (run_id, call_id) DO UPDATE SET is_open = 1;
+            END""",
     ],
 ]
 

@@ -39,7 +39,7 @@ RUN_COLUMNS = ", ".join(RUN_TABLE)
 SHORT_COLUMNS = _columns_of_run(HEAD, inputs="x''")
 #: The placeholder for a result that is not read, or NULL if there is no result.
 OUTLINED = "CASE typeof(result) WHEN 'blob' THEN x'7b7d' ELSE result END"
-OUTLINE_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"inputs", "extra"}, result=OUTLINED)
+OUTLINE_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"inputs", "extra", "client"}, result=OUTLINED)
 ITEM_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"last_step"})
 
 

@@ -167,7 +167,8 @@ def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter, s
             question=question,
             status="open" if is_open else "closed",
         )
-        is_wanted = wanted.role in (None, question.answerer) and can_answer(question, principal, begun_by, by)
+        is_wanted = wanted.role in (None, question.answerer) and not question.is_for_client
+        is_wanted &= can_answer(question, principal, begun_by, by)
         if (is_next_run and number >= MAX_QUESTIONS_READ) or (is_wanted and not page.add(asked, wanted.limit)):
             page.rest = (replace(wanted, after=before), None) if since is None else (wanted, change - 1)
             break

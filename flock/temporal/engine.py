@@ -570,7 +570,7 @@ class TemporalEngine(TemporalBatches):
         async with aclosing(newest_first(self.cluster, query, ("run", "chunk"), filter_, read)) as found:
             async for asked_questions in found:
                 for asked, begun_by in asked_questions:
-                    is_wanted = wanted.role in (None, asked.question.answerer)
+                    is_wanted = wanted.role in (None, asked.question.answerer) and not asked.question.is_for_client
                     is_wanted &= wanted.after is None or asked.run_id < wanted.after
                     if not is_wanted or not can_answer(asked.question, asked.principal, begun_by, by):
                         continue

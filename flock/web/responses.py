@@ -22,6 +22,9 @@ PIECE_BYTES = 64 * 1024
 #: In events these do not end a line, but they do for ``str.splitlines`` and the ``iter_lines`` of httpx.
 LINE_ENDS = {b"\xc2\x85": rb"\u0085", b"\xe2\x80\xa8": rb"\u2028", b"\xe2\x80\xa9": rb"\u2029"}
 
+#: A comment in an event stream.
+KEEP_ALIVE = b": keep-alive\n\n"
+
 #: How long a client should wait before it reconnects to an event stream that was cut off, in milliseconds.
 RECONNECT_MS = 1000
 
@@ -239,9 +242,15 @@ def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
     return response
 
 
+def sent_event(content: Any, name: str | None = None) -> bytes:
+    """Return a server-sent event of another protocol, with *content* as JSON."""
+    data = _escaped(msgspec.json.encode(content))
+    return b"%bdata: %b\n\n" % (b"" if name is None else b"event: %b\n" % name.encode(), data)
+
+
 def _event_parts(event: Event | None) -> list[bytes | LongJSON]:
     """Return one event as ``text/event-stream``. None becomes a comment, which keeps the connection open."""
     if event is None:
-        return [b": keep-alive\n\n"]
+        return [KEEP_ALIVE]
     id_ = b"" if event.id is None else b"id: %d\n" % event.id
     return _long_parts(event.data, b"%sevent: %s\ndata: " % (id_, event.name.encode()), b"\n\n")

@@ -455,7 +455,7 @@ class RunCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """An open question; see ``flock.runs.Question``."""
+    """An open question; see ``flock.runs.Question``. ``kind`` is there if it is not one to a person."""
 
     call_id: str
     question: str
@@ -466,6 +466,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     default: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     answerer: str | msgspec.UnsetType = msgspec.UNSET
     four_eyes: bool = False
+    kind: Literal["client_tool"] | msgspec.UnsetType = msgspec.UNSET
 
 
 class AskedQuestion(Question, frozen=True, kw_only=True):

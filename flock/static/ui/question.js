@@ -7,11 +7,11 @@ import { readable } from "./value.js";
 import { when } from "./words.js";
 
 /** `answer(output)` sends the answer. */
-export function question({ question, schema, arguments: about, expires_at }, answer) {
+export function question({ question, schema, arguments: about, expires_at, kind }, answer) {
   const { properties = {} } = plain(schema, schema);
   const names = Object.keys(properties).sort().join();
   const isApproval = names === "approved,arguments,reason" || (about && names === "approved,reason");
-  const head = [h("h2", question), expires_at && quiet("Expires ", when(expires_at))];
+  const head = [h("h2", kind ? `Output of the client's tool ${question}` : question), expires_at && quiet("Expires ", when(expires_at))];
   return isApproval
     ? h("section.panel", { "aria-label": question }, head, approvalForm(properties, schema.$defs, about, answer))
     : answerForm([head, about && wide("Arguments", readable(about))], schema, answer);

@@ -1,0 +1,59 @@
+"""What a client brings to its run, as OpenAI's API has it: instructions, tools, and options of the model."""
+
+from typing import Annotated, Any
+
+import msgspec
+
+__all__ = ["ClientSettings", "ClientTool"]
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+
+#: The options that only an agent with ``client_options=True`` takes, with their value at which models behave as usual.
+OPTIONS = {"temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "seed": None}
+
+
+class ClientTool(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool that the client executes.
+
+    Attributes:
+        name: 1 to 64 letters, digits, ``_`` and ``-``.
+        parameters: the JSON Schema of its arguments, an object.
+        strict: whether the provider is asked to enforce the schema, if it can.
+    """
+
+    name: Name
+    description: str = ""
+    parameters: msgspec.Raw = msgspec.Raw(b'{"type":"object","properties":{}}')
+    strict: bool = False
+
+
+class ClientSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a client brings to its run. It applies to the agents of the run's steps, and not to those that they call.
+
+    Attributes:
+        instructions: for the model, after those of the agent.
+        tools: up to 128. A call of one is a question of the kind "client_tool", whose answer is its output, a text.
+        max_output_tokens: max tokens in each answer of a model; an agent's own ``max_tokens`` may be lower.
+        temperature, top_p, presence_penalty, frequency_penalty, seed: as the provider has them.
+    """
+
+    instructions: str | None = None
+    tools: Annotated[tuple[ClientTool, ...], msgspec.Meta(max_length=128)] = ()
+    max_output_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: int | None = None
+
+    def taken_by(self, *, instructions: bool, tools: bool, options: bool) -> "ClientSettings":
+        """Return the settings without those that an agent does not take."""
+        left_out: dict[str, Any] = {} if options else dict.fromkeys(OPTIONS)
+        left_out |= {} if instructions else {"instructions": None}
+        return msgspec.structs.replace(self, **left_out, **({} if tools else {"tools": ()}))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options for the model that are set, without the limit of tokens."""
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
