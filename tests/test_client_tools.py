@@ -495,5 +495,6 @@ async def test_the_usual_values_of_options_are_ignored_and_the_limit_of_tokens_i
 
 @pytest.mark.parametrize("option", ["client_tools", "client_instructions", "client_options"])
 def test_a_function_has_nothing_for_a_client(option: str) -> None:
+    options: Any = {option: True}
     with pytest.raises(DefinitionError, match=f"'work' is a function, so it has no {option}="):
-        FunctionAgent(add, name="work", **{option: True})  # type: ignore[arg-type]
+        FunctionAgent(add, name="work", **options)

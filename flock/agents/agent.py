@@ -21,7 +21,7 @@ from flock.agents.live import LiveAnswer
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
 from flock.agents.signature import Signature, called, context_parameter, hints_of_function, is_generator, name_of
-from flock.agents.tools import AgentTool, Tool, Toolbox, ToolOfClient, ToolSource, by_name
+from flock.agents.tools import AgentTool, Tool, Toolbox, ToolOfClient, ToolSource, by_name, same_name
 from flock.errors import (
     CallError,
     DefinitionError,
@@ -512,11 +512,6 @@ class ModelAgent(Agent):
             for name, member in self._answer.schema["properties"].items()
         )
         return f"Determine:\n{outputs}\nAnswer with a JSON object only."
-
-
-def same_name(agent_name: str, tool_name: str) -> str:
-    """Return what is wrong if a tool of the client is called like one of the agent, in words."""
-    return f"{agent_name!r} has a tool {tool_name!r} of its own. Give the tool of the client another name."
 
 
 def _tool_of(tool: ToolLike) -> Tool | ToolSource | str:

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from flock.agents.agent import Agent, ModelAgent, same_name
+from flock.agents.agent import Agent, ModelAgent
 from flock.agents.graph import graph_of
-from flock.agents.tools import Tool, ToolSource
+from flock.agents.tools import Tool, ToolSource, same_name
 from flock.errors import FieldError, InvalidData, MalformedJSON, TooLarge
 from flock.jsontype import JSONType, check_depth, explain
 from flock.models.react import FINISH

@@ -271,6 +271,11 @@ class ToolOfClient(Tool):
         self.parameters = AnyArguments(msgspec.json.decode(tool.parameters))
 
 
+def same_name(agent_name: str, tool_name: str) -> str:
+    """Return what is wrong if a tool of the client is called like one of the agent, in words."""
+    return f"{agent_name!r} has a tool {tool_name!r} of its own. Give the tool of the client another name."
+
+
 def _checked_secret(tool: str, names: Sequence[str], parameters: Signature) -> Sequence[str]:
     known = [field.name for field in parameters.fields]
     if isinstance(names, str):
