@@ -397,8 +397,9 @@ async def test_an_approval_that_was_answered_elsewhere_continues_too(
 async def test_a_call_of_a_tool_of_the_client_is_an_item(client: httpx.AsyncClient, chats: Responses) -> None:
     tools = [{"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": None}]
     chats.model.replies = [Reply(calls=[("look", {"at": "sky"})]), Reply({"reply": "Blue."})]
-    events = events_of(await send(client, "open", "What colour?", tools=tools, stream=True, instructions="Look well."))
-    assert "Look well." in chats.model.requests[0]["messages"][0]["content"]
+    said = [{"role": "developer", "content": "Be quick."}, {"role": "user", "content": "What colour?"}]
+    events = events_of(await send(client, "open", said, tools=tools, stream=True, instructions="Look well."))
+    assert "Look well.\n\nBe quick." in chats.model.requests[0]["messages"][0]["content"]
     asked = events[-1]["response"]
     assert [event["type"] for event in events[2:]] == [
         *("response.output_item.added", "response.function_call_arguments.delta"),

@@ -121,8 +121,8 @@ async def chat(request: Request) -> Response:
     sent = CHAT_REQUEST.decode(body)
     agent, engine = agent_of(agents, sent.model), await orders.engine_of(request)
     as_json = parts.wants_json(agents, agent, sent.response_format, "/response_format")
-    messages, instructions, answers = _read(sent.messages)
-    client = parts.client_settings(body, "\n\n".join(instructions))
+    messages, answers = _read(sent.messages)
+    client = parts.client_settings(body, messages)
     wanted: orders.Order | orders.Answers
     if answers:
         wanted = await parts.answers_in(engine, answers, "/messages")
@@ -145,24 +145,22 @@ async def chat(request: Request) -> Response:
     return await _completion(engine, agents, await orders.end_of(request, run_id, outlives_client), as_json=as_json)
 
 
-def _read(sent: Sequence[ChatMessage]) -> tuple[list[chats.Message], list[str], dict[str, msgspec.Raw]]:
-    """Return the messages, the instructions, and the outputs of tools after the last message of the assistant, by call.
+def _read(sent: Sequence[ChatMessage]) -> tuple[list[chats.Message], dict[str, msgspec.Raw]]:
+    """Return the messages, and the outputs of tools after the last message of the assistant, by the ids of the calls.
 
     Raises: InvalidData.
     """
-    messages, instructions, answers = list[chats.Message](), list[str](), dict[str, msgspec.Raw]()
+    messages, answers = list[chats.Message](), dict[str, msgspec.Raw]()
     for at, message in enumerate(sent):
         text = parts.content_text(message.content, f"/messages/{at}", is_shown=message.role in ("user", "tool"))
-        if message.role in ("system", "developer"):
-            instructions.append(text)
-        elif message.role == "tool":
+        if message.role == "tool":
             answers[message.tool_call_id] = msgspec.Raw(msgspec.json.encode(text))
         else:
             messages.append(chats.Message(message.role, text))
             answers = {} if message.role == "assistant" else answers
     if answers and sent[-1].role != "tool":
         raise InvalidData.of("The outputs of tools must be the last messages.", f"/messages/{len(sent) - 1}")
-    return messages, instructions, answers
+    return messages, answers
 
 
 def _asked(run_id: str, questions: Sequence[Question]) -> tuple[dict[str, Any], str]:

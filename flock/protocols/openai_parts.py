@@ -1,14 +1,14 @@
 """What chat completions and responses have in common: settings, contents, tokens and errors."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from flock.agents.agent import Agent
 from flock.errors import InvalidData
-from flock.protocols.chats import check_schema
+from flock.protocols.chats import Message, check_schema
 from flock.runs import ClientSettings, ClientTool, Engine, Question, Usage
 from flock.runs.client import OPTIONS
 from flock.web import orders
@@ -69,8 +69,8 @@ _SETTINGS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
 )
 
 
-def client_settings(body: bytes, instructions: str | None) -> ClientSettings | None:
-    """Return what the client brings to its run. The engine checks the values.
+def client_settings(body: bytes, messages: Iterable[Message], instructions: str = "") -> ClientSettings | None:
+    """Return what the client brings to its run, with its system messages. The engine checks the values.
 
     Raises: InvalidData if a request has a setting that would have no effect, or another kind of tools.
     """
@@ -90,8 +90,9 @@ def client_settings(body: bytes, instructions: str | None) -> ClientSettings | N
         tools.append(ClientTool(**{"name": "", **about}))
     limits = [sent.max_completion_tokens, sent.max_tokens, sent.max_output_tokens]
     limit = next((each for each in limits if each is not None), None)
-    options = {name: getattr(sent, name) for name in OPTIONS}
-    client = ClientSettings(instructions=instructions or None, tools=tuple(tools), max_output_tokens=limit, **options)
+    texts = filter(None, [instructions, *(each.text for each in messages if each.role in ("system", "developer"))])
+    options: dict[str, Any] = {name: getattr(sent, name) for name in OPTIONS} | {"max_output_tokens": limit}
+    client = ClientSettings(instructions="\n\n".join(texts) or None, tools=tuple(tools), **options)
     return None if client == ClientSettings() else client
 
 

@@ -160,14 +160,14 @@ def _agents(request: Request) -> Mapping[str, Agent]:
 # What clients see
 
 
-def _message(id_: str, role: str, text: str, status: str = "completed") -> JSON:
+def _message(id_: str, role: str, text: str) -> JSON:
     type_ = "input_text" if role == "user" else "output_text"
     content = {"type": type_, "text": text, **({} if role == "user" else {"annotations": [], "logprobs": []})}
-    return {"id": f"msg_{id_}", "type": "message", "status": status, "role": role, "content": [content]}
+    return {"id": f"msg_{id_}", "type": "message", "status": "completed", "role": role, "content": [content]}
 
 
-def _answer(place: Place, text: str, status: str = "completed") -> JSON:
-    return _message(place.id[5:], "assistant", text, status)
+def _answer(place: Place, text: str) -> JSON:
+    return _message(place.id[5:], "assistant", text)
 
 
 def _is_approval(question: Question) -> bool:
@@ -235,7 +235,6 @@ async def create_response(request: Request) -> Response:
     """POST /v1/responses: a new run, or the answers for which a run waits."""
     body, agents = await orders.read_json(request), _agents(request)
     sent = RESPONSE_REQUEST.decode(body)
-    client = parts.client_settings(body, sent.instructions)
     if sent.background and sent.store is False:
         raise InvalidData.of("A response in the background must be stored. Leave this out.", "/store")
     if sent.previous_response_id is not None and sent.conversation is not None:
@@ -243,32 +242,31 @@ async def create_response(request: Request) -> Response:
     agent, engine = agent_of(agents, sent.model), await orders.engine_of(request)
     as_json = parts.wants_json(agents, agent, sent.text.format if sent.text else None, "/text/format")
     messages, answers = _read(sent.input)
+    client = parts.client_settings(body, messages, sent.instructions or "")
     earlier = await _earlier(request, engine, sent, is_answer=bool(answers) or not messages)
-    wanted: orders.Order | orders.Answers
-    if answers or (earlier is not None and not messages):
-        run_id = earlier.run.run_id if earlier is not None else ""
-        wanted = await parts.answers_in(engine, answers, "/input") if answers else orders.Answers(run_id)
+    number, wanted = 0, None
+    if answers:
+        wanted = await parts.answers_in(engine, answers, "/input")
+    elif earlier is not None and not messages:
+        wanted = orders.Answers(earlier.run.run_id)
+    if wanted is not None:
         before = {call.call_id for call in (await _reply(engine, Place(wanted.run_id, -1))).answers}
         number = len(before | wanted.outputs.keys())
-    else:
-        number, wanted = (
-            0,
-            orders.Order(
-                agent_name=sent.model,
-                session_id=await _continued(request, agent, sent, earlier, messages),
-                inputs=chats.inputs_of(agent, messages, sent.inputs, "/input"),
-                is_async=sent.background is True,
-                client=client,
-                key=idempotency_key(request, lambda: fingerprint_of(request, body)),
-            ),
-        )
-    stream = await orders.stream(request, wanted, reasoning=False) if sent.stream else None
-    run = (await orders.accept(request, wanted) if stream is None else stream.accepted).run
+    order = wanted or orders.Order(
+        agent_name=sent.model,
+        session_id=await _continued(request, agent, sent, earlier, messages),
+        inputs=chats.inputs_of(agent, messages, sent.inputs, "/input"),
+        is_async=sent.background is True,
+        client=client,
+        key=idempotency_key(request, lambda: fingerprint_of(request, body)),
+    )
+    stream = await orders.stream(request, order, reasoning=False) if sent.stream else None
+    run = (await orders.accept(request, order) if stream is None else stream.accepted).run
     place, outlives_client = Place(run.run_id, number, as_json), run.is_async
     if stream is not None:
         return await _streamed(request, stream, Reply(place, run), sent)
     if not sent.background:
-        del run, wanted  # frees the inputs, which may be long, during the wait
+        del run, order, messages  # frees the inputs, which may be long, during the wait
         run = await orders.end_of(request, place.run_id, outlives_client)
     response = await _shown(request, Reply(place, run, _open_questions(run)), sent)
     if sent.store is False and run.status.is_final:
@@ -479,10 +477,8 @@ async def conversation_items(request: Request) -> Response:
 async def _streamed(
     request: Request, stream: orders.Stream, reply: Reply, sent: ResponseRequest | None, after: int = -1
 ) -> Response:
-    engine, answer = (
-        await orders.engine_of(request),
-        chats.StreamedAnswer(_agents(request), as_json=reply.place.as_json),
-    )
+    engine, agents = await orders.engine_of(request), _agents(request)
+    answer = chats.StreamedAnswer(agents, as_json=reply.place.as_json)
     headers = {"Flock-Run-Id": reply.run.run_id, "X-Accel-Buffering": "no"}
 
     async def content() -> AsyncGenerator[bytes, None]:
@@ -520,9 +516,8 @@ class _Writer:
     def begin(self) -> bytes:
         run = msgspec.structs.replace(self._reply.run, status=RunStatus.RUNNING, completed_at=None)
         response = _response(Reply(self._reply.place, run), (), self._sent)
-        return self._event("response.created", response=response) + self._event(
-            "response.in_progress", response=response
-        )
+        events = (self._event(f"response.{name}", response=response) for name in ("created", "in_progress"))
+        return b"".join(events)
 
     def piece(self, text: str) -> bytes:
         """Return the events of more text. Raises TextReplaced if the client has another one."""
@@ -550,14 +545,10 @@ class _Writer:
         self._number = (self._length + 1) << CHECK_BITS
         for at, item in enumerate(output):
             if item["type"] == "function_call":
-                begun, place = (
-                    {**item, "arguments": "", "status": "in_progress"},
-                    {"item_id": item["id"], "output_index": at},
-                )
-                events += self._event("response.output_item.added", output_index=at, item=begun)
-                arguments = {"arguments": item["arguments"], "name": item["name"]}
-                events += self._event("response.function_call_arguments.delta", **place, delta=item["arguments"])
-                events += self._event("response.function_call_arguments.done", **place, **arguments)
+                added, place = {**item, "arguments": "", "status": "in_progress"}, (item["id"], at)
+                events += self._event("response.output_item.added", output_index=at, item=added)
+                events += self._arguments("delta", *place, delta=item["arguments"])
+                events += self._arguments("done", *place, arguments=item["arguments"], name=item["name"])
             elif item["type"] != "message":
                 events += self._event("response.output_item.added", output_index=at, item=item)
             elif item not in answer:
@@ -586,6 +577,9 @@ class _Writer:
 
     def _part(self, name: str, at: int, item: JSON, **data: Any) -> bytes:
         return self._event(f"response.output_text.{name}", **_at(item, at), **data)
+
+    def _arguments(self, kind: str, item_id: str, at: int, **data: Any) -> bytes:
+        return self._event(f"response.function_call_arguments.{kind}", item_id=item_id, output_index=at, **data)
 
     def _event(self, type_: str, **data: Any) -> bytes:
         number, self._number = self._number, self._number + 1
