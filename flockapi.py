@@ -11,6 +11,7 @@ the API are in ``flock.web.wire``. ``openapi.yaml`` is the contract. Tests check
 
 import contextlib
 import functools
+import importlib
 import logging
 import re
 import sys
@@ -71,7 +72,7 @@ from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
 from flock.web.lifespan import lifespan_of
 from flock.web.negotiation import preferences, preferred
-from flock.web.options import AppOptions, OnDisconnect
+from flock.web.options import PROTOCOL_MODULES, AppOptions, OnDisconnect
 from flock.web.orders import download_slot, engine_of, read_json, replayed, stream_slot
 from flock.web.pages import DOCS, SPECIFICATION, UI, no_ui
 from flock.web.problems import on_error
@@ -89,6 +90,7 @@ from flock.web.requests import (
     while_connected,
 )
 from flock.web.responses import (
+    PIECE_BYTES,
     EventStream,
     JSONResponse,
     LimitedStream,
@@ -182,8 +184,16 @@ class FlockAPI(Starlette):
         self.keys = None if options.api_keys is None else KeyRing(options.api_keys)
         auth = None if isinstance(options.auth, str) else options.auth
         per_minute = options.max_requests_per_minute
+        protocols = [importlib.import_module(PROTOCOL_MODULES[name]) for name in dict.fromkeys(options.protocols)]
+        self.error_shapes = {protocol.PREFIX: protocol.error_shape for protocol in protocols}
+        more = [route for protocol in protocols for route in protocol.routes()]
         self.router = AppRouter(
-            [*options.routes, *(ROUTES if options.docs else ROUTES[: -len(DOCS)]), *(UI if options.create_ui else ())],
+            [
+                *options.routes,
+                *more,
+                *(ROUTES if options.docs else ROUTES[: -len(DOCS)]),
+                *(UI if options.create_ui else ()),
+            ],
             auth=auth if self.keys is None else api_key_auth(self.keys),
             is_anonymous=options.api_keys is None and options.auth in (None, "anybody"),
             hosts=options.allowed_hosts,
@@ -266,8 +276,11 @@ class FlockAPI(Starlette):
             if message["type"] == "http.response.start":
                 status_code = message["status"]
                 add_headers(message, request_id, route_match.headers)
-            for part in split_message(message):
-                await send(part)
+            if len(message.get("body", b"")) <= PIECE_BYTES:
+                await send(message)
+            else:
+                for part in split_message(message):
+                    await send(part)
 
         try:
             await super().__call__(scope, receive, send_with_id)

@@ -26,11 +26,11 @@ from flock.agents.agent import (
 from flock.agents.handoff import result_names
 from flock.agents.questions import nobody
 from flock.agents.signature import Signature
-from flock.engine.embedded import EmbeddedEngine, limits_for_one_batch
+from flock.engine.embedded import EmbeddedEngine
 from flock.engine.intake import mapping_rows
 from flock.engine.rowchecks import as_json
 from flock.errors import AgentNotFound, DefinitionError, RunFailed
-from flock.limits import Limits
+from flock.limits import Limits, limits_for_one_batch
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of
 from flock.models.prices import Price, merged

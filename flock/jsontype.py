@@ -121,15 +121,21 @@ def hints_of(type_: Any) -> dict[str, Any]:
 
 
 class JSONType(Generic[T]):
-    """Decodes JSON to a type with named fields (struct, dataclass, TypedDict or pydantic model)."""
+    """Decodes JSON to a type with named fields (struct, dataclass, TypedDict or pydantic model).
 
-    def __init__(self, type_: type[T]) -> None:
+    Args:
+        ignores_unknown: unknown fields are ignored, instead of rejected.
+    """
+
+    def __init__(self, type_: type[T], *, ignores_unknown: bool = False) -> None:
         self.type = type_
+        self._ignores_unknown = ignores_unknown
         self.fields = fields_of(type_)
         self._decoder = msgspec.json.Decoder(type_, dec_hook=from_json)
         config = getattr(type_, "__struct_config__", None)
         # A model has its own rule for unknown fields.
-        self._is_closed = is_model(type_) or (config is not None and config.forbid_unknown_fields)
+        forbids_unknown = config is not None and config.forbid_unknown_fields
+        self._is_closed = ignores_unknown or is_model(type_) or forbids_unknown
         self._names = {field.name for field in self.fields} | {getattr(config, "tag_field", None)}
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> T:
@@ -170,7 +176,7 @@ class JSONType(Generic[T]):
             return _field_errors(exc, at)
         if is_model(self.type):
             return _field_errors(first, at)
-        errors = self._unknown(members, at)
+        errors = [] if self._ignores_unknown else self._unknown(members, at)
         known = INDEXED.search(str(first))
         for field in self.fields:
             pointer = f"{at}/{escape_pointer(field.name)}"
@@ -379,3 +385,60 @@ def _one_invalid_entry(type_: Any, whole: list[Any], parent: Any, key: Any, path
         else:
             break
     return entries
+
+
+#: Members of a JSON Schema that do not change what it allows.
+ASIDE_OF_SCHEMA = {"title", "description", "$schema", "$defs", "definitions", "default", "examples"}
+
+
+def is_same_schema(ours: Any, theirs: Any) -> bool:
+    """Whether two JSON Schemas are the same, apart from titles, descriptions, order and a few ways to write them.
+
+    Both are read side by side, and each pair of places only once, so references cannot make it long.
+    """
+    seen = set[tuple[int, int]]()
+
+    def resolved(node: Any, root: Any) -> Any:
+        for _ in range(100):
+            if not (isinstance(node, dict) and isinstance(node.get("$ref"), str)):
+                return node
+            name, definitions = node["$ref"].rpartition("/")[2], root.get("$defs", root.get("definitions"))
+            node = definitions.get(name) if isinstance(definitions, dict) else None
+        return None
+
+    def same(a: Any, b: Any) -> bool:
+        a, b = resolved(a, ours), resolved(b, theirs)
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            return bool(a == b) and a is not None
+        if (id(a), id(b)) in seen:
+            return True
+        seen.add((id(a), id(b)))
+        a, b = _normal_schema(a), _normal_schema(b)
+        return a.keys() == b.keys() and all(same_member(name, a[name], b[name]) for name in a)
+
+    def same_member(name: str, a: Any, b: Any) -> bool:
+        if name == "properties" and isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(same(a[each], b[each]) for each in a)
+        if name in ("required", "enum") and isinstance(a, list) and isinstance(b, list):
+            return sorted(map(msgspec.json.encode, a)) == sorted(map(msgspec.json.encode, b))
+        if name in ("items", "additionalProperties"):
+            return same(a, b)
+        if name in ("anyOf", "oneOf", "allOf", "prefixItems") and isinstance(a, list) and isinstance(b, list):
+            return len(a) == len(b) and all(map(same, a, b))
+        return bool(a == b)
+
+    return isinstance(theirs, dict) and same(ours, theirs)
+
+
+def _normal_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema in the one form that several spellings have."""
+    kept = {name: value for name, value in schema.items() if name not in ASIDE_OF_SCHEMA}
+    if "const" in kept:
+        kept["enum"] = [kept.pop("const")]
+    if "enum" in kept:
+        kept.pop("type", None)
+    if kept.get("additionalProperties") is False:  # required of strict schemas
+        del kept["additionalProperties"]
+    if isinstance(kept.get("type"), list) and len(kept) == 1:
+        return {"anyOf": [{"type": each} for each in kept["type"]]}
+    return kept

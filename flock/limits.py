@@ -1,5 +1,6 @@
 """The limits of an engine."""
 
+import sys
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
@@ -101,3 +102,10 @@ def enforced_by(component: str) -> Sequence[str]:
     """Return the limits that *component* enforces if runs are stored on a Temporal cluster; see ``Option``."""
     options = {field.name: option_of(field) for field in msgspec.structs.fields(Limits)}
     return [name for name, option in options.items() if option is not None and option.on_cluster == component]
+
+
+def limits_for_one_batch(max_workers: int) -> Limits:
+    """Return the limits of an engine that executes one batch of the program itself. Only its workers are limited."""
+    max_workers = max(1, max_workers)  # ``submit_batch`` reports the error if it is less
+    slots = max_workers + max_workers // 5 + 1  # a tenth of the slots is reserved for runs that are not items
+    return Limits(max_concurrency=slots, max_threads=slots, max_items=sys.maxsize, max_open_items=sys.maxsize)

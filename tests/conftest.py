@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 import tests
 from flock.core import Flock
 from flock.testing import FakeModel
+from flock.web.options import PROTOCOL_MODULES
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.cluster import on_temporal, temporal_server
@@ -56,6 +57,7 @@ LANES = {
     "test_hostile_uploads.py": ("slow", None),
     "test_localmodel.py": ("slow", "xllamacpp"),
     "test_mounting.py": ("slow", None),
+    "test_openai_clients.py": ("slow", None),
     "test_packaging.py": ("slow", None),
     "test_readme.py": ("slow", None),
     "test_recovery.py": ("slow", None),
@@ -115,6 +117,7 @@ def _turn(item: pytest.Item) -> tuple[bool, bool, bool]:
 TOGETHER = (
     "tests/test_localmodel.py",
     "tests/test_mcp.py::test_the_server_of_the_sdk",
+    "tests/test_openai_clients.py",
     "tests/test_packaging.py",
 )
 
@@ -215,7 +218,8 @@ def flock() -> Flock:
 
 @pytest.fixture
 async def app(flock: Flock, model: FakeModel) -> AsyncIterator[FlockAPI]:
-    made = create_app(flock, server_name="Sample", engine=flock.engine(transport=model.transport), auth="host")
+    engine, protocols = flock.engine(transport=model.transport), list(PROTOCOL_MODULES)
+    made = create_app(flock, server_name="Sample", engine=engine, auth="host", protocols=protocols)
     async with made.lifespan():
         yield made
 

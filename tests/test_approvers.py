@@ -1,9 +1,10 @@
 """Who may answer a question, and that an answer belongs to what was asked."""
 
+import itertools
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +19,7 @@ from starlette.requests import HTTPConnection
 from flock.agents.tools import Tool
 from flock.core import Flock
 from flock.errors import CallNotFound, Conflict, DefinitionError, Forbidden, RunNotFound, StaleAnswer
-from flock.runs import Batch, BatchOptions, Engine, Principal, QuestionFilter, Run, RunContext, RunStatus
+from flock.runs import Batch, BatchOptions, Engine, Principal, QuestionFilter, QuestionPage, Run, RunContext, RunStatus
 from flock.steps.identity import asking_call
 from flock.store import statements
 from flock.store.migrations import MIGRATIONS
@@ -259,13 +260,13 @@ def of_host(connection: HTTPConnection) -> Principal | None:
 
 
 class Shop:
-    """An app over an engine, and the requests of each principal to it."""
+    """Apps over engines, and the requests of each principal, which go to one app after the other."""
 
-    def __init__(self, app: FlockAPI) -> None:
-        self.app, self.client = app, client_of(app)
+    def __init__(self, *apps: FlockAPI) -> None:
+        self.app, self.clients = apps[0], itertools.cycle(map(client_of, apps))
 
     async def send(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
-        return await self.client.request(
+        return await next(self.clients).request(
             method, path, headers={"Authorization": f"Bearer key-of-{who}-123456"}, **options
         )
 
@@ -297,14 +298,20 @@ def access(request: pytest.FixtureRequest) -> dict[str, Any]:
 OpenShop = Callable[..., AbstractAsyncContextManager[Shop]]
 
 
-@pytest.fixture(params=["embedded", "temporal"])
-def open_shop(request: pytest.FixtureRequest, access: dict[str, Any], model: FakeModel) -> OpenShop:
+@pytest.fixture(params=["embedded", "workers", "temporal"])
+def open_shop(request: pytest.FixtureRequest, access: dict[str, Any], model: FakeModel, tmp_path: Path) -> OpenShop:
+    """Open an app, or as many as a server with ``--workers 2`` has: two on one store."""
+
     @asynccontextmanager
     async def opened(flock: Flock) -> AsyncIterator[Shop]:
-        async with engine_for(request, flock, transport=model.transport) as engine:
-            app = create_app(flock, engine=engine, **access)
-            async with app.lifespan():
-                yield Shop(app)
+        async with AsyncExitStack() as stack:
+            apps = list[FlockAPI]()
+            count, store = (2, tmp_path / "flock.db") if request.param == "workers" else (1, ":memory:")
+            for _ in range(count):
+                opening = engine_for(request, flock, store=store, transport=model.transport)
+                apps.append(create_app(flock, engine=await stack.enter_async_context(opening), **access))
+                await stack.enter_async_context(apps[-1].lifespan())
+            yield Shop(*apps)
 
     return opened
 
@@ -754,6 +761,83 @@ async def test_an_inbox_of_10000_questions_is_read_in_pages_and_not_from_its_run
         values = {"flock": "inbox", "role0": "refunds", "owner": "bob", "after": "~"}
         reads = [row[3] for row in store.read(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}", values).fetchall())]
     assert not any(line.startswith("SCAN") or "TEMP B-TREE" in line for line in reads), reads
+
+
+async def test_a_stream_of_questions_reads_only_those_that_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 30 open questions, after changes of other runs, of other processes, and of a run that fails while it asks."""
+    flock, reads, events = asking_flock(), list[tuple[int | None, int]](), list[tuple[str, str]]()
+
+    has_seen = anyio.Event()
+
+    async def until_seen() -> None:
+        await has_seen.wait()
+        raise ValueError
+
+    @flock.agent
+    async def fail(q: str, context: RunContext) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(context.ask, f"{q}?", bool)
+            await context.call(until_seen)
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine, flock.engine(store=tmp_path / "flock.db") as other:
+        for number in range(30):
+            await asked(engine, "ask", {"q": ""}, principal=f"ann{number}")
+        store = sqlite_of(engine)
+        list_questions = store.list_questions
+
+        async def read(flock: str, wanted: QuestionFilter, since: int | None = None) -> QuestionPage:
+            page = await list_questions(flock, wanted, since)
+            reads.append((since, len(page)))
+            return page
+
+        monkeypatch.setattr(store, "list_questions", read)
+
+        async def follow() -> None:
+            async with aclosing(engine.question_events(QuestionFilter())) as found:
+                async for event in found:
+                    if event is not None:
+                        events.append((event[0], event[1].agent_name))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(follow)
+            await until(lambda: len(events) == 30)
+            for each in (engine, other):
+                run = await asked(each, "ask", {"q": "refunds"}, principal="ann")
+                await until(lambda: events[30:] == [("question.asked", "ask")])
+                await each.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(True), BOB)
+                await until(lambda: events[30:] == [("question.asked", "ask"), ("question.closed", "ask")])
+                del events[30:]
+            run_id = (await other.submit("fail", {"q": ""})).run_id
+            await until(lambda: events[30:] == [("question.asked", "fail")])
+            has_seen.set()
+            await until(lambda: events[31:] == [("question.closed", "fail")])
+            assert (await engine.get_run(run_id)).status is RunStatus.FAILED
+            tasks.cancel_scope.cancel()
+    (first, *others) = reads
+    assert first == (None, 30)
+    assert all(since is not None and count <= 2 for since, count in others), reads
+
+
+async def test_an_approver_who_may_answer_none_of_many_questions_reads_them_in_bounded_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: FakeModel
+) -> None:
+    """The one that he may answer is found behind those that he has asked for himself."""
+    monkeypatch.setattr("flock.store.waiting.MAX_QUESTIONS_READ", 10)
+    model.replies = [refund(40)] * 36
+    flock = shop(Till(), approver="refunds", four_eyes=True)
+    async with flock.engine(store=tmp_path / "flock.db", transport=model.transport) as engine:
+        run = await asked(engine, "ask", {"q": "?"}, principal="ann")
+        for _ in range(35):
+            await asked(engine, "ask", {"q": "?"}, principal="bob")
+        wanted, pages = QuestionFilter(by=BOB), list[QuestionPage]()
+        pages.append(await sqlite_of(engine).list_questions(flock.name, wanted))
+        while (rest := pages[-1].rest) is not None:
+            pages.append(await sqlite_of(engine).list_questions(flock.name, *rest))
+        assert [len(page) for page in pages] == [0, 0, 0, 1]
+        assert [each.run_id for each in await engine.list_questions(wanted)] == [run.run_id]
+        assert await engine.list_questions(replace(wanted, after=run.run_id), wait_s=0.5) == []
 
 
 async def test_an_app_that_identifies_nobody_lists_the_questions_of_its_owners_only(model: FakeModel) -> None:

@@ -25,7 +25,18 @@ from flock.agents.questions import check_answer, schema_of
 from flock.core import Flock, FlockFactory
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import CallNotFound, Conflict, InvalidData, RunFailed
-from flock.runs import BatchOptions, Engine, Question, Run, RunContext, RunFilter, RunStatus, new_id, now
+from flock.runs import (
+    BatchOptions,
+    Engine,
+    Question,
+    QuestionFilter,
+    Run,
+    RunContext,
+    RunFilter,
+    RunStatus,
+    new_id,
+    now,
+)
 from flock.steps.identity import asking_call
 from flock.testing import FakeModel, Reply
 from flock.web.auth import new_key
@@ -112,7 +123,7 @@ async def test_a_run_waits_for_the_answer_and_continues_with_it(open_engine: Ope
             while not (listed := await engine.list_runs(RunFilter(status=RunStatus.WAITING))):  # noqa: ASYNC110
                 await anyio.sleep(0.01)
         assert [(item.run_id, item.waiting_for) for item in listed] == [(run.run_id, run.waiting_for)]
-        assert [item.run_id for item in await engine.list_runs(RunFilter(asking=True))] == [run.run_id]
+        assert [asked.run_id for asked in await engine.list_questions(QuestionFilter())] == [run.run_id]
         assert (await engine.queue()).asking == 1
         answered = await engine.answer_call(run.run_id, question.call_id, json_of({"approved": True}))
         assert answered.status is RunStatus.STARTING

@@ -1,7 +1,9 @@
 """Questions to a person on a cluster: killed workers, no worker, long histories, and the lanes of batches."""
 
 import asyncio
+import functools
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,21 @@ import pytest
 from temporalio.api.enums.v1 import EventType
 
 from flock.core import Flock, FlockFactory
-from flock.errors import CallError, Conflict, EngineFull, TooLarge
-from flock.runs import BatchOptions, Run, RunContext, RunStatus, new_id
+from flock.errors import CallError, Conflict, EngineFull, RunNotFound, TooLarge
+from flock.runs import (
+    AskedQuestion,
+    BatchOptions,
+    Engine,
+    Principal,
+    QuestionFilter,
+    Run,
+    RunContext,
+    RunStatus,
+    new_id,
+)
 from flock.temporal import TemporalEngine, batchflows, items
 from flock.temporal.engine import MAX_INPUT_BYTES
-from flock.temporal.messages import chunk_workflow_id, run_workflow_id
+from flock.temporal.messages import MAX_INBOX_BYTES, chunk_workflow_id, run_workflow_id
 from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.cluster import on_temporal
@@ -98,6 +110,149 @@ async def test_kill_9_of_workers_loses_neither_a_question_nor_an_answer(
             assert await result_of(engine, run.run_id) == "paid"
         assert (await engine.answer_call(run.run_id, call_id, json_of(True))).status is RunStatus.COMPLETED
     assert log.read_text().split() == ["look", "pay", "pay"]
+
+
+BESIDE = """
+import asyncio, pathlib
+from flock.core import Flock
+from flock.runs import RunContext
+
+flock, log = Flock({name!r}), pathlib.Path({log!r})
+
+async def slow() -> None:
+    while not log.with_suffix(".end").exists():
+        await asyncio.sleep(0.02)
+
+@flock.agent
+async def refund(context: RunContext) -> bool:
+    with log.open("a") as file:
+        file.write("begun\\n")
+    amount = 40 + len(log.read_text().split())
+    is_allowed, _ = await asyncio.gather(context.ask(f"Refund {{amount}}?", bool, name="pay"), context.call(slow))
+    return is_allowed
+"""
+
+
+@pytest.mark.parametrize("kind", ["run", "item"])
+async def test_a_question_keeps_its_id_and_text_if_its_worker_is_killed_while_its_step_runs(
+    kind: str, temporal_address: str, tmp_path: Path
+) -> None:
+    target, log = tmp_path / "beside.py", tmp_path / "log"
+    target.write_text(BESIDE.format(name=new_id(), log=str(log)))
+    flock: Flock = runpy.run_path(str(target))["flock"]
+    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+        if kind == "run":
+            run_id = (await engine.submit("refund", {})).run_id
+        else:
+            batch = await engine.submit_batch("refund", [{}], BatchOptions())
+            (item,) = await engine.get_items(batch.batch_id)
+            run_id = item.run_id
+        with working(target, temporal_address) as doomed:
+            run = await until_run(engine, run_id, lambda run: bool(run.questions))
+            doomed.kill()
+            doomed.wait()
+        (first,) = run.questions
+        assert (run.status.is_active, first.question) == (True, "Refund 41?")
+        with working(target, temporal_address):
+            await until(lambda: len(log.read_text().split()) == 2)
+            log.with_suffix(".end").touch()
+            run = await until_run(engine, run_id, lambda run: run.status is RunStatus.WAITING)
+            assert run.questions == (first,)
+            await engine.answer_call(run_id, first.call_id, json_of(True))
+            assert await result_of(engine, run_id) is True
+
+
+async def until_listed(engine: Engine, wanted: QuestionFilter, count: int) -> list[AskedQuestion]:
+    """Return the open questions when there are *count* of them. The search of the cluster lags."""
+    with anyio.fail_after(PATIENCE_S):
+        while len(found := await engine.list_questions(wanted)) != count:  # noqa: ASYNC110
+            await anyio.sleep(0.05)
+    return found
+
+
+BOB, EVE = Principal(name="bob", roles=["refunds"]), Principal(name="eve", roles=["other"])
+
+
+async def test_open_questions_of_runs_and_items_are_listed_and_no_run_is_read(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a chunk that has no question for the caller. The history of a run is read if its question is long."""
+    flock, read = Flock("inbox"), list[str]()
+
+    @flock.agent
+    async def ask(n: int, context: RunContext) -> list[Any]:
+        text = "?" * (MAX_INBOX_BYTES if n == 9 else 1)
+        asks = [context.ask(f"{n}{text}", bool, answerer="refunds", expires_s=600) for _ in range(1 if n else 2)]
+        sleeps = [context.sleep(600)] if n == 3 else []
+        return list(await asyncio.gather(*asks, *sleeps))[: len(asks)]
+
+    async with on_temporal(temporal_address, flock) as engine:
+        assert isinstance(engine, TemporalEngine)
+        history_of = engine.cluster.history_of
+
+        async def noted(workflow_id: str, *args: Any, **options: Any) -> Any:
+            read.append(workflow_id.split(":")[0])
+            return await history_of(workflow_id, *args, **options)
+
+        runs = [await engine.submit("ask", {"n": n}, principal="ann", session_id="s") for n in range(2)]
+        batch = await engine.submit_batch(
+            "ask", [{"n": n} for n in range(2, 26) if n != 9], BatchOptions(max_workers=30), principal="ann"
+        )
+        with anyio.fail_after(PATIENCE_S):
+            while (await engine.get_batch(batch.batch_id)).waiting_items < 23:  # noqa: ASYNC110
+                await anyio.sleep(0.05)
+        monkeypatch.setattr(engine.cluster, "history_of", noted)
+        everything = await until_listed(engine, QuestionFilter(by=BOB), 26)
+        items = await engine.get_items(batch.batch_id)
+        assert [each.run_id for each in everything] == [
+            *(item.run_id for item in reversed(items)),
+            runs[1].run_id,
+            runs[0].run_id,
+            runs[0].run_id,
+        ]
+        first, last = everything[0], everything[-1]
+        assert (first.agent_name, first.principal, first.status) == ("ask", "ann", "open")
+        assert (last.session_id, last.question.answerer) == ("s", "refunds")
+        assert last.question in (await engine.get_run(runs[0].run_id)).questions
+        pages, page = list[list[AskedQuestion]](), await engine.list_questions(QuestionFilter(by=BOB, limit=7))
+        while page:
+            pages.append(page)
+            page = await engine.list_questions(QuestionFilter(by=BOB, limit=7, after=page[-1].run_id))
+        assert [len(page) for page in pages] == [7, 7, 7, 5]
+        assert [each for page in pages for each in page] == everything
+        read.clear()
+        assert await engine.list_questions(QuestionFilter(by=EVE)) == []
+        assert await engine.list_questions(QuestionFilter(by=BOB, role="other")) == []
+        assert read == []
+        assert len(await engine.list_questions(QuestionFilter(by=BOB, session_id="s"))) == 3
+        assert read == []
+        long = await engine.submit("ask", {"n": 9}, principal="ann", session_id="long")
+        (listed,) = await until_listed(engine, QuestionFilter(by=BOB, session_id="long"), 1)
+        assert listed.question.question == "9" + "?" * MAX_INBOX_BYTES
+        assert read
+        await engine.answer_call(items[0].run_id, items[0].waiting_for[0].call_id, json_of(True), BOB)
+        await engine.cancel_run(long.run_id)
+        await until_listed(engine, QuestionFilter(by=BOB), 25)
+        await engine.cancel_batch(batch.batch_id)
+        await until_listed(engine, QuestionFilter(by=BOB), 3)
+
+
+async def test_an_error_about_a_question_takes_as_long_for_a_run_of_others_as_for_none(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flock.temporal.engine.SAME_S", 1.0)
+    async with on_temporal(temporal_address, Refunds().flock) as engine:
+        run = await asked(engine, "refund", {"order": "A7"}, principal="ann")
+        call_id = run.waiting_for[0].call_id
+        for run_id, asks_for in ((run.run_id, call_id), (run.run_id, f"{call_id[:-1]}_"), (new_id(), call_id)):
+            answer = functools.partial(engine.answer_call, output=json_of(1))
+            for request in (engine.get_question, answer):
+                since = time.monotonic()
+                with pytest.raises(RunNotFound):
+                    await request(run_id, asks_for, by=EVE)
+                assert time.monotonic() - since >= 1
+        assert (await engine.get_question(run.run_id, call_id, Principal(name="ann"))).status == "open"
+        await engine.cancel_run(run.run_id)
 
 
 async def test_a_waiting_run_is_cancelled_when_there_is_a_worker_again(temporal_address: str, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from flock.runs import Batch, BatchFilter, BatchOptions, RunStatus, new_id, now
 from flock.steps.outcomes import DAMAGED
 from flock.store.batchstore import SQLiteBatchStore
 from flock.store.migrations import MIGRATIONS
+from flock.store.port import Retry
 from flock.store.store import SQLiteStore
 from tests.support import PATIENCE_S
 from tests.support.engines import ended, sqlite_of
@@ -365,7 +366,7 @@ async def test_an_engine_recovers_a_batch_that_another_left(tmp_path: Path) -> N
     async with work.flock.engine(store=path) as engine:
         assert (await ended(engine, going)).completed_items == 20
         reopened = await engine.store.batches.reopen(
-            going.batch_id, engine._engine_id, [RunStatus.FAILED], 100, lambda batch: None
+            going.batch_id, [RunStatus.FAILED], 100, Retry(engine._engine_id), lambda batch: None
         )
         assert reopened is not None
         assert (reopened.reopening, reopened.failed_items) == ("failed", 10)

@@ -39,6 +39,7 @@ from flock.testing import FakeModel, Reply
 from flock.web.auth import KeyRing, ScopedEngine, read_keys
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
+from tests.support.cluster import on_temporal
 from tests.support.engines import OpenEngine, all_items, ended, sqlite_of
 from tests.support.http import check_problem, client_of, get
 from tests.support.servers import flockapi_command, running
@@ -218,6 +219,27 @@ async def test_a_budget_holds_over_restarts_and_over_processes(tmp_path: Path) -
         run_id = (await other.submit("all", {"count": 1, "catches": False}, principal="ann")).run_id
         await as_ann(one, 3.5).check_budget("ann", 3.5)
         assert (await finish(other, run_id)).status is RunStatus.COMPLETED
+
+
+async def test_requests_of_a_principal_without_a_budget_do_not_read_its_account(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that gets a budget is read again, and so is one that has lost it."""
+    async with crowded().engine() as engine:
+        get_account, reads = engine.get_account, list[str]()
+
+        async def read(principal: str) -> Account:
+            reads.append(principal)
+            return await get_account(principal)
+
+        monkeypatch.setattr(engine, "get_account", read)
+        for _ in range(3):
+            await engine.check_budget("ann", None)
+        assert reads == ["ann"]
+        for max_cost in (5, 5, None, None):
+            await engine.check_budget("ann", max_cost)
+        assert reads == ["ann"] * 4
+        assert (await get_account("ann")).max_cost is None
 
 
 async def test_a_budget_begins_again_with_the_day(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -515,6 +537,32 @@ async def test_a_report_that_a_worker_sends_again_counts_once() -> None:
     assert account.usage(today - 3, today - 2) == []
 
 
+async def test_a_principal_without_a_budget_costs_no_request_to_the_cluster(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But one, the first, because it may have had a budget before."""
+    flock, described = Flock("plain"), list[str]()
+
+    @flock.agent
+    async def work() -> str:
+        return "done"
+
+    async with on_temporal(temporal_address, flock) as engine:
+        cluster: Any = getattr(engine, "cluster")  # noqa: B009
+        describe = cluster.describe
+
+        async def noted(workflow_id: str, *args: Any) -> Any:
+            described.append(workflow_id.split(":")[0])
+            return await describe(workflow_id, *args)
+
+        monkeypatch.setattr(cluster, "describe", noted)
+        for number in range(3):
+            scoped = ScopedEngine(engine, Principal(name="ann"))
+            await engine.wait((await scoped.submit("work", {}, key=IdempotencyKey(f"{number}", b"same"))).run_id)
+            await engine.wait((await scoped.submit("work", {})).run_id)
+    assert described.count("account") == 1
+
+
 @pytest.mark.cluster
 async def test_reports_are_sent_in_order_even_if_a_step_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the account would ignore one that arrives later."""
@@ -530,16 +578,16 @@ async def test_reports_are_sent_in_order_even_if_a_step_is_cancelled(monkeypatch
             return await ask()
 
     monkeypatch.setattr(accounts_module, "signal_account", signal_account)
-    accounts = accounts_module.Accounts(Cluster(), "flock", A_DOLLAR)
-    accounts.spend("ann", "measure", Usage(input_tokens=1), MODEL)
+    account = accounts_module.Accounts(Cluster(), "flock", A_DOLLAR).of("ann")
+    account.spend("measure", Usage(input_tokens=1), MODEL)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(accounts.flush, "ann")
+        tasks.start_soon(account.flush)
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
-    accounts.spend("ann", "measure", Usage(input_tokens=2), MODEL)
-    accounts.spend("ann", "measure", Usage(input_tokens=4), MODEL)
+    account.spend("measure", Usage(input_tokens=2), MODEL)
+    account.spend("measure", Usage(input_tokens=4), MODEL)
     may_arrive.set()
-    await accounts.flush("ann")
+    await account.flush()
     assert sent == [(1, 1), (2, 6)]
 
 

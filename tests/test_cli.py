@@ -27,6 +27,7 @@ from flock.core import Flock
 from flock.runs import Principal
 from flock.runs.text import for_terminal
 from flock.web.auth import KeyRing, configured_keys
+from flock.web.options import PROTOCOL_MODULES
 from tests.support import EXAMPLES, ROOT
 from tests.support.servers import flockapi_command, running
 
@@ -394,7 +395,7 @@ def test_run_takes_json_inputs_in_its_own_process(flock_file: Path) -> None:
 
 
 def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
-    """Both have the same defaults, and the pages name only options that exist."""
+    """Both have the same defaults, except for the protocols, and the pages name only options that exist."""
     group = click.Context(main, **main.context_settings)  # a command keeps the names of its help option
     options = serve.make_context("serve", ["target.py"], group).params
     settings = msgspec.structs.asdict(ServerSettings())
@@ -402,6 +403,7 @@ def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
     shared = ("store", "expose_errors", "allowed_hosts")  # the server has its own
     settings |= {name: limits[name] for name in limits.keys() & options.keys()}
     settings |= {name: app[name] for name in app.keys() & options.keys() if name not in shared}
+    settings["protocols"] = tuple(PROTOCOL_MODULES)
     assert {name: options[name] for name in options.keys() - {"target", "model", "workers"}} == settings
     help_text = "".join(invoke(command, "--help").output for command in ("serve", "run", "batch", "check"))
     pages = [(ROOT / "README.md"), *(ROOT / "docs").glob("*.md")]
@@ -642,3 +644,12 @@ def test_a_key_cannot_have_a_role_that_is_none() -> None:
     refused = invoke("key", "--role", "a,b")
     assert refused.exit_code != 0
     assert "'a,b' is not the name of a role" in refused.output
+
+
+def test_protocols_are_chosen_one_by_one() -> None:
+    group = click.Context(main, **main.context_settings)
+    for given, protocols in (([], tuple(PROTOCOL_MODULES)), (["openai"], ("openai",)), (["none"], ())):
+        arguments = [argument for name in given for argument in ("--protocol", name)]
+        assert serve.make_context("serve", ["target.py", *arguments], group).params["protocols"] == protocols
+    refused = invoke("serve", "target.py", "--protocol", "none", "--protocol", "openai")
+    assert "'none' cannot be combined with another protocol." in refused.output

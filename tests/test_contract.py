@@ -26,6 +26,7 @@ import flockapi
 from flock.agents.agent import Handoff
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError
+from flock.protocols import openai
 from flock.runs import BatchOptions, Event, Principal, Progress, Run, RunContext, RunStatus, Usage
 from flock.testing import FakeModel, Reply
 from flock.web import wire
@@ -50,7 +51,17 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for na
     "Wait": wire.Wait,
     "FieldError": FieldError,
     "Handoff": Handoff,
+    "Model": openai.Model,
+    "ModelList": openai.ModelList,
 }
+
+#: What other protocols define, of which only a part is described.
+OF_OTHERS = {
+    *("OpenAIError", "ChatRequest", "ChatCompletion", "ChatChunk", "ResponseRequest", "Response", "ResponseEvent"),
+    *("ItemList", "ConversationRequest", "Conversation", "Deleted"),
+}
+
+ALL_ROUTES = [*ROUTES, *openai.routes()]
 
 
 #: The operations that take the query of each struct.
@@ -118,7 +129,7 @@ def test_no_component_is_unused() -> None:
 def test_every_route_is_documented_and_every_path_is_a_route() -> None:
     routed = {
         (method, route.path_format)
-        for route in ROUTES
+        for route in ALL_ROUTES
         if isinstance(route, Route) and route.include_in_schema
         for method in (route.methods or ())
         if method != "HEAD"
@@ -128,7 +139,7 @@ def test_every_route_is_documented_and_every_path_is_a_route() -> None:
 
 def test_a_route_requires_the_access_in_the_document() -> None:
     """A route is open if its operation has no security. Only the metrics require an admin."""
-    needs = {getattr(route, "path_format", route.path): route.needs for route in ROUTES}
+    needs = {getattr(route, "path_format", route.path): route.needs for route in ALL_ROUTES}
     described = {path: operation.get("security", SPEC["security"]) for _, path, operation in operations()}
     assert {path for path in described if needs[path] == "nothing"} == {
         path for path in described if not described[path]
@@ -154,7 +165,7 @@ def test_every_public_struct_has_a_schema() -> None:
     public = {name for name in PUBLIC if isinstance(getattr(flockapi, name), type)} - {*QUERIES, "AppOptions"}
     structs = {name for name in public if issubclass(getattr(flockapi, name), msgspec.Struct)}
     assert structs <= SCHEMAS.keys()
-    assert SCHEMAS.keys() - STRUCTS.keys() == {"RunStatus", *EVENTS}
+    assert SCHEMAS.keys() - STRUCTS.keys() == {"RunStatus", *EVENTS, *OF_OTHERS}
 
 
 @pytest.mark.parametrize("name", sorted(STRUCTS))
@@ -488,7 +499,7 @@ async def test_an_example_of_a_request_gets_a_documented_response(
     run_id, call_id = await waiting_run(client)
     if operation["operationId"] == "retryRun":
         run_id = (await post_run(client, "explode", {"text": "x"})).json()["run_id"]
-    names = {"run_id": run_id, "call_id": call_id, "name": "payment"}
+    names = {"run_id": run_id, "call_id": call_id, "name": "payment", "response_id": f"resp_{run_id}_0"}
     path = path.format(batch_id=await ended_batch(client, "explode"), **names)
     model.replies = [Reply({"sentiment": "positive", "keywords": ["great"]})] * 3
     response = await client.request(method, path, content=body, headers={"Content-Type": media_type})

@@ -543,6 +543,7 @@ MISTAKES: dict[str, Any] = {
     "lifespan": (True, "a function of the app"),
     "docs": ("/docs", "True or False, or None"),
     "create_ui": (1, "True or False"),
+    "protocols": (["soap"], "a list of 'openai'"),
     "metrics": ("prometheus", "True or False"),
 }
 

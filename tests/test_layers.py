@@ -34,12 +34,15 @@ RANKS = {
     "flock.temporal": 7,
     "flock.declared": 8,
     "flock.web": 9,
-    "flockapi": 10,
-    "flock.command": 11,
-    "flock.core": 12,
-    "flock.__main__": 12,
+    "flock.protocols": 10,
+    "flockapi": 11,
+    "flock.command": 12,
+    "flock.core": 13,
+    "flock.__main__": 13,
 }
 
+HTTP = ("flock.web", "flock.protocols", "flockapi", "flock.command", "flock.testing")
+PROTOCOLS = ("flock.protocols.openai", "flock.protocols.openai_responses")
 FILES = sorted([*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"])
 
 
@@ -98,13 +101,13 @@ def test_public_modules_can_be_imported(module: str) -> None:
 
 
 def test_the_engine_imports_no_web_framework() -> None:
-    """Only ``flock.web``, ``flockapi`` and ``flock.command`` import Starlette or uvicorn. ``flock.testing`` serves.
+    """Only the layers of HTTP import Starlette or uvicorn, and ``flock.testing``, which serves.
 
     Only the command line and the progress display of a batch import click.
     """
     for path in FILES:
         roots = packages_of(path)
-        if layer_of(module_of(path)) not in ("flock.web", "flockapi", "flock.command", "flock.testing"):
+        if layer_of(module_of(path)) not in HTTP:
             assert not roots & {"starlette", "uvicorn"}
         if module_of(path) != "flock.steps.progress" and layer_of(module_of(path)) != "flock.command":
             assert "click" not in roots
@@ -114,6 +117,14 @@ def test_the_engine_imports_no_web_framework() -> None:
 def test_the_api_imports_no_engine() -> None:
     """It asks the engine's protocol, so an engine of a program's own is served like ours."""
     assert not imports_of(ROOT / "flockapi.py") & {"flock.engine.embedded", "flock.engine.base", "flock.temporal"}
+
+
+def test_a_protocol_knows_no_engine_and_no_store() -> None:
+    """It asks the engine's protocol, and reads what agents take and return."""
+    known = {"flock.protocols", "flock.web", "flock.runs", "flock.agents", "flock.declared", "flock.errors"}
+    for module, path in MODULES.items():
+        if layer_of(module) == "flock.protocols":
+            assert {layer_of(imported) for imported in imports_of(path)} <= {*known, "flock.jsontype"}
 
 
 def test_the_engine_knows_only_the_port_of_the_store() -> None:
@@ -151,7 +162,7 @@ def test_a_function_without_underscore_is_used_elsewhere(path: Path) -> None:
     functions = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     classes = {node.name for node in body if isinstance(node, ast.ClassDef)}
     listed = getattr(module, "__all__", None)
-    if module_of(path) in ("flockapi", "flock.web.pages", "flock.command.cli"):
+    if module_of(path) in ("flockapi", "flock.web.pages", "flock.command.cli", *PROTOCOLS):
         functions = set()  # handlers and commands
     if listed is not None:
         assert all(hasattr(module, name) for name in listed)

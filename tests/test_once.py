@@ -410,7 +410,8 @@ async def test_a_model_does_not_read_that_a_tool_is_uncertain(open_again: OpenAg
 async def test_of_two_workers_that_start_a_call_one_executes_it(temporal_address: str) -> None:
     """A worker that is taken for dead may still be running."""
     from flock.temporal.calls import Calls
-    from flock.temporal.messages import CALL_SIGNAL, CallDone, run_workflow_id
+    from flock.temporal.messages import CallDone, run_workflow_id
+    from flock.temporal.workflows import FlockRun
     from tests.support.cluster import engine_with_worker
 
     flock, charged = Flock(), list[int]()
@@ -424,7 +425,7 @@ async def test_of_two_workers_that_start_a_call_one_executes_it(temporal_address
         @flock.agent
         async def pay(context: RunContext) -> None:
             workflow = engine.cluster.handle(run_workflow_id(context.run_id, 1))
-            await workflow.signal(CALL_SIGNAL, CallDone(step=0, call=start))
+            await workflow.signal(FlockRun.call_done, CallDone(step=0, call=start))
             await context.call(charge, call_name="x", call_once=True)
 
         run = await ended(engine, await engine.submit("pay", {}))

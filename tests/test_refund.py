@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,20 +13,20 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from flock.runs import new_id
 from tests.support import PATIENCE_S
-from tests.support.servers import serving, workers_of
-
-pytestmark = pytest.mark.slow
+from tests.support.servers import Server, flockapi_command, free_port, running, serving, workers_of
 
 SCRIPT = """
 import pathlib, time
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
-from flock.runs import RunContext
+from flock.runs import Principal, RunContext
 from flock.testing import FakeModel, Reply
+from flockapi import create_app
 
 HERE = pathlib.Path({here!r})
-flock = Flock("shop", model="openai/gpt-4o")
+flock = Flock({name!r}, model="openai/gpt-4o")
 
 def reach(moment: str, note: str = "") -> None:
     with open(HERE / "log", "a") as log:
@@ -50,29 +51,63 @@ def reply(request):
 tool = Tool(refund, needs_approval=True, approver="refunds", four_eyes=True)
 flock.add_agent(FlockFactory.create_default_agent("clerk", input="mail", output="reply", tools=[tool]))
 FakeModel(reply).__enter__()
+
+USERS = {{
+    "ann": Principal(name="ann"),
+    "bob": Principal(name="bob", roles=["refunds"]),
+    "eve": Principal(name="eve", roles=["other"]),
+}}
+
+def identify(connection):
+    name = connection.headers["authorization"].removeprefix("Bearer key-of-").removesuffix("-123456")
+    return USERS.get(name)
+
+app = create_app(flock, store=HERE / "flock.db", auth=identify)  # for a host
 """
 KEYS = "ann=key-of-ann-123456\nbob:role:refunds=key-of-bob-123456\neve:role:other=key-of-eve-123456\n"
 
 
 class Till:
-    """A server of the script that is killed and started again. Each request says who sends it."""
+    """A server of the script that is killed and started again. Each request says who sends it.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "till.py").write_text(SCRIPT.format(here=str(folder)))
+    Args:
+        access: "keys" for our own server with keys, "auth" for the server of a host that identifies its users, or the
+            address of a cluster, of which a worker is killed too.
+    """
+
+    def __init__(self, folder: Path, access: str) -> None:
+        self.folder, self.access = folder, access
+        (folder / "till.py").write_text(SCRIPT.format(here=str(folder), name=new_id()))
         (folder / "keys").write_text(KEYS)
+
+    @contextmanager
+    def started(self) -> Iterator[tuple[Server, list[int]]]:
+        """Start the server with two processes, and yield it and the ids of all processes."""
+        script, keys = self.folder / "till.py", ("--api-keys-file", str(self.folder / "keys"))
+        pids: list[int] = []
+        with ExitStack() as stack:
+            if self.access == "keys":
+                server = stack.enter_context(serving(script, self.folder, *keys, workers=2))
+            elif self.access == "auth":
+                app = ("uvicorn", "till:app", "--app-dir", str(self.folder), "--port", str(free_port()))
+                server = stack.enter_context(running(sys.executable, "-m", *app, "--workers", "2"))
+            else:
+                from tests.test_temporal import working
+
+                pids = [stack.enter_context(working(script, self.access)).pid]
+                options = ("--port", "0", "--workers", "2", "--temporal", self.access, *keys)
+                server = stack.enter_context(running(*flockapi_command("serve", str(script), *options)))
+            server.wait_for_line("Application startup complete", times=2)
+            yield server, [server.process.pid, *workers_of(server), *pids]
 
     @contextmanager
     def served(self, stop: str = "") -> Iterator[None]:
         """Serve in two workers, which stop at a moment. Kill them all at the end of the block."""
         if stop:
             (self.folder / f"stop-{stop}").touch()
-        with serving(
-            self.folder / "till.py", self.folder, "--api-keys-file", str(self.folder / "keys"), workers=2
-        ) as server:
+        with self.started() as (server, pids):
             self.url = server.url
             yield
-            pids = [server.process.pid, *workers_of(server)]
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
             server.process.wait()
@@ -105,10 +140,23 @@ class Till:
             time.sleep(0.05)
         return run
 
+    def listed(self, who: str) -> list[str]:
+        """Return the ids of the open questions that *who* may answer, when there are any: the search may lag."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not (questions := self.send(who, "GET", "/questions").json()["questions"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return [each["call_id"] for each in questions]
 
+
+@pytest.mark.parametrize(
+    "access", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("keys", "auth")), "temporal"]
+)
 @pytest.mark.parametrize("moment", ["asking", "waiting", "answered", "paying", "paid", "answering"])
-def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(moment: str, tmp_path: Path) -> None:
-    till = Till(tmp_path)
+def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(
+    moment: str, access: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    till = Till(tmp_path, request.getfixturevalue("temporal_address") if access == "temporal" else access)
     body = {"agent_name": "clerk", "inputs": {"mail": "It is broken."}, "async_run": True}
 
     def approve(run: Any) -> str:
@@ -118,8 +166,7 @@ def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(mo
         yes = {"json": {"output": {"approved": True}}}
         assert till.send("ann", "POST", path, **yes).status_code == 403
         assert till.send("eve", "POST", path, **yes).status_code == 404
-        listed = till.send("bob", "GET", "/questions").json()["questions"]
-        assert [each["call_id"] for each in listed] == [question["call_id"]]
+        assert till.listed("bob") == [question["call_id"]]
         assert till.send("bob", "POST", path, **yes).status_code == 200
         return path
 

@@ -308,9 +308,8 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         of_sessions = ("runs_by_session", "runs_by_session_and_principal", "sessions_active")
         for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asking"):
             db.execute(f"DROP INDEX {index}")
-        for trigger in ("questions_asked", "client_tools_called"):
+        for trigger in ("questions_asked", "questions_ended", "client_tools_called"):
             db.execute(f"DROP TRIGGER {trigger}")
-        db.execute("DROP TABLE questions")
         for column in (
             "session_id",
             "waiting_for",
@@ -338,7 +337,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")
         for column in ("raised", "place", "once", "answered_by", "four_eyes"):
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
-        for table in ("messages", "usage", "budgets"):
+        for table in ("questions", "question_changes", "messages", "usage", "budgets"):
             db.execute(f"DROP TABLE {table}")
         db.execute("PRAGMA user_version = 9")
     db.close()

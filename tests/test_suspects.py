@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from flock.core import Flock
-from flock.engine import embedded, quarantine
+from flock.engine import quarantine, recovery
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.quarantine import Quarantine
 from flock.runs import Batch, BatchOptions, Question, Run, RunContext, RunStatus, new_id, now
@@ -459,12 +459,12 @@ async def test_a_cancelled_batch_with_suspects_does_not_hold_up_others(
 
 
 async def test_a_busy_process_leaves_suspects_to_an_idle_one(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "LEAVE_S", PATIENCE_S)
+    monkeypatch.setattr(recovery, "LEAVE_S", PATIENCE_S)
     async with work.engine() as busy:
         own = await busy.submit("work", msgspec.Raw(b'{"n":100}'), is_async=True)
         await until(lambda: work.started == [100])
         await work.die([suspect := run_of(0, deaths=1)], [suspect])
-        await until(lambda: bool(busy._left))
+        await until(lambda: bool(busy._recovery._left))
         assert work.started == [100]
         async with work.engine() as idle:
             await until(lambda: work.started == [100, 0])
@@ -477,7 +477,7 @@ async def test_a_busy_process_that_takes_suspects_executes_them_when_nothing_els
     work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a while it starts nothing new, so that it can. Then it does, since what is running may wait for that."""
-    monkeypatch.setattr(embedded, "LEAVE_S", 0.0)
+    monkeypatch.setattr(recovery, "LEAVE_S", 0.0)
     monkeypatch.setattr(quarantine, "HOLD_S", 3600.0)
     async with work.engine() as engine:
 

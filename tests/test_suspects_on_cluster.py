@@ -236,7 +236,7 @@ async def test_an_item_fails_that_was_alone_in_two_deaths_of_three() -> None:
     """The next item has not been executed in any of them."""
     flock = Flock("f")
     worker = TemporalWorker(flock.agents, ModelClient(None), "127.0.0.1:1", flock="f")
-    items = ItemActivities(worker.cluster, worker._executor, worker._gate, 0)
+    items = ItemActivities(worker.workplace)
     run = Run(run_id=new_id(), flock="f", agent_name="gone", created_at=now(), inputs=EMPTY, batch_id="b", position=0)
 
     async def chunk(order: ItemsOrder) -> Any:

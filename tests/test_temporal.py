@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import anyio
 import httpx
@@ -75,6 +75,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import reset_for_retry, run_of
+from flock.temporal.steps import Workplace
 from flock.temporal.workflows import FlockAccount, FlockMark, FlockRun, FlockSession
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
@@ -520,7 +521,8 @@ async def test_a_stopping_worker_hands_off_more_than_fits_in_one_message(tempora
 async def test_the_last_heartbeat_of_a_dead_worker_is_used_if_the_next_one_fails() -> None:
     """The cluster does not retry the activity if one of its items is being cancelled."""
     cluster = Cluster("127.0.0.1:1")
-    items = ItemActivities(cluster, cast("Any", None), suspects.Gate(3), 0)  # it runs no agent
+    runs_no_agent: Any = None
+    items = ItemActivities(Workplace(cluster, runs_no_agent, suspects.Gate(3), runs_no_agent, 0))
     ended, running_part = ItemOutcome(position=0, completed_at=now()), Part(position=1)
     order = ItemsOrder(batch_id="b", chunk=0, parts=(Part(position=0), running_part, Part(position=2)), timeout_s=1)
 

@@ -16,7 +16,6 @@ from flock.steps import answers, replay
 from flock.temporal import TemporalEngine, batchflows, calls, steps
 from flock.temporal.calls import Calls, Fence
 from flock.temporal.messages import (
-    CALL_SIGNAL,
     Begun,
     CallDone,
     Execution,
@@ -24,6 +23,7 @@ from flock.temporal.messages import (
     chunk_workflow_id,
     run_workflow_id,
 )
+from flock.temporal.workflows import FlockRun
 from tests.support import PATIENCE_S
 from tests.support.cluster import on_temporal
 from tests.support.engines import ended, until, until_run
@@ -216,7 +216,7 @@ async def test_what_a_worker_reports_after_the_next_one_has_begun_does_not_count
                     call_id = early.call_id.replace("early", "late")
                     late = Call(call_id=call_id, name="late", result=json_of(0), started_at=now(), completed_at=now())
                     report = CallDone(step=0, call=late, by=Execution(0, 1, 1, early.started_at))
-                    await engine.cluster.handle(workflow_id).signal(CALL_SIGNAL, report)
+                    await engine.cluster.handle(workflow_id).signal(FlockRun.call_done, report)
                 if number == 2:
                     (tmp_path / str(worker.pid)).touch()
                     assert await result_of(engine, run_id) == [pids[0], pids[2]]

@@ -52,6 +52,11 @@ def chat_input(input: Signature, owner: str) -> Signature:
     return ChatInput(input, found[0].name)
 
 
+def conversation_of(input: Signature) -> str | None:
+    """Return the name of the first field of the type ``Messages``; None if there is none."""
+    return next((field.name for field in input.fields if _is_conversation(field.type)), None)
+
+
 def _is_conversation(type_: Any) -> bool:
     return bool((type_.__origin__ if typing.get_origin(type_) is Annotated else type_) == list[ChatMessage])
 

@@ -10,8 +10,8 @@ import contextlib
 import itertools
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, Unpack
 
 import anyio
 import httpx
@@ -19,7 +19,7 @@ import msgspec
 
 from flock import __version__
 from flock.agents.foreign import AnyArguments
-from flock.agents.tools import Approval, Tool, Toolbox, ToolSource, Unlisted
+from flock.agents.tools import Approval, ApprovalOptions, Tool, Toolbox, ToolSource, Unlisted
 from flock.errors import CallError, DefinitionError
 from flock.models import bodies
 from flock.models.bodies import ENCODING, BadBody, read_whole
@@ -236,12 +236,7 @@ def mcp_tools(
     timeout_s: float = 30,
     prefix: str = "",
     only: Collection[str] | None = None,
-    needs_approval: bool | Callable[..., bool | Awaitable[bool]] = False,
-    approver: str | None = None,
-    four_eyes: bool = False,
-    may_edit: bool | None = None,
-    expires_s: float | None = None,
-    on_expiry: Literal["fail", "deny"] = "fail",
+    **approval: Unpack[ApprovalOptions],
 ) -> MCPTools:
     """Return the tools of an MCP server, as an entry of ``tools=``.
 
@@ -257,15 +252,7 @@ def mcp_tools(
     """
     if isinstance(only, str):
         raise DefinitionError(f"only= must be a list of names, such as [{only!r}], not {only!r}.")
-    approval = Approval(
-        needs_approval=needs_approval,
-        approver=approver,
-        four_eyes=four_eyes,
-        may_edit=may_edit,
-        expires_s=expires_s,
-        on_expiry=on_expiry,
-    )
-    return MCPTools(url, headers or {}, timeout_s, prefix, only, approval)
+    return MCPTools(url, headers or {}, timeout_s, prefix, only, Approval(**approval))
 
 
 class MCPTool(Tool):

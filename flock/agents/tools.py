@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, TypedDict, Unpack, runtime_checkable
 
 import anyio
 import msgspec
@@ -80,6 +80,17 @@ class Approval(msgspec.Struct, frozen=True, kw_only=True):
         return self.approver is None if self.may_edit is None else self.may_edit
 
 
+class ApprovalOptions(TypedDict, total=False):
+    """The fields of ``Approval``, as options."""
+
+    needs_approval: bool | Callable[..., bool | Awaitable[bool]]
+    approver: str | None
+    four_eyes: bool
+    may_edit: bool | None
+    expires_s: float | None
+    on_expiry: Literal["fail", "deny"]
+
+
 @runtime_checkable
 class AsTool(Protocol):
     """An agent."""
@@ -134,24 +145,12 @@ class Tool:
         *,
         name: str | None = None,
         description: str | None = None,
-        needs_approval: bool | Callable[..., bool | Awaitable[bool]] = False,
-        approver: str | None = None,
-        four_eyes: bool = False,
-        may_edit: bool | None = None,
-        expires_s: float | None = None,
-        on_expiry: Literal["fail", "deny"] = "fail",
         once: bool = False,
         secret: Sequence[str] = (),
+        **approval: Unpack[ApprovalOptions],
     ) -> None:
         self.function = function
-        self.approval = Approval(
-            needs_approval=needs_approval,
-            approver=approver,
-            four_eyes=four_eyes,
-            may_edit=may_edit,
-            expires_s=expires_s,
-            on_expiry=on_expiry,
-        )
+        self.approval = Approval(**approval)
         self.once = once
         if isinstance(function, AsTool):
             made = function.as_tool()

@@ -18,8 +18,8 @@ import msgspec
 from flock.agents.handoff import columns_of
 from flock.agents.questions import nobody
 from flock.declared import DeclaredFlock, agent_of
-from flock.engine.embedded import limits_for_one_batch
 from flock.engine.rowchecks import BatchCheck, check_batch
+from flock.limits import limits_for_one_batch
 from flock.models.models import models_of, names_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages, results_as

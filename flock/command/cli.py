@@ -33,7 +33,7 @@ from flock.runs import MAX_COST, Event, Question
 from flock.runs.text import for_terminal
 from flock.store.database import MEMORY
 from flock.web.auth import KeyRing, new_key, with_budget
-from flock.web.options import AppOptions
+from flock.web.options import PROTOCOL_MODULES, AppOptions
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -45,12 +45,28 @@ def main() -> None:
     """
 
 
+def _protocols(context: click.Context, param: click.Parameter, names: Sequence[str]) -> Sequence[str]:
+    """Return the protocols that an option names. Raises BadParameter if it names none of them and another."""
+    if "none" in names and len(names) > 1:
+        raise click.BadParameter("'none' cannot be combined with another protocol.")
+    return () if "none" in names else names
+
+
 @main.command()
 @click.argument("target")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8344, help="Port to listen on; 0 selects a free one.")
 @click.option("--server-name", default="Flock Server", help="Title of the pages.")
 @click.option("--ui", "create_ui", is_flag=True, help="Serve the web page at /ui.")
+@click.option(
+    "--protocol",
+    "protocols",
+    type=click.Choice([*PROTOCOL_MODULES, "none"]),
+    multiple=True,
+    default=list(PROTOCOL_MODULES),
+    callback=_protocols,
+    help="Protocol of other clients to serve beside the REST API. Repeatable.",
+)
 @model_option
 @click.option(
     "--temporal",

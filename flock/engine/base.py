@@ -80,12 +80,16 @@ from flock.steps.refusals import not_accepting, not_deleted
 
 #: How long an event stream may be silent, in seconds.
 KEEP_ALIVE_S = 15.0
+#: How often a reader of events that waits for a change sees whether it must send one, in seconds.
+WAKE_INTERVAL_S = 5.0
 #: The shortest interval between two progress events of a batch, and between two polls of a run, in seconds.
 PROGRESS_INTERVAL_S = 0.25
 #: How long an idempotency key is stored.
 KEEP_KEYS_FOR = timedelta(hours=24)
 #: How long the usage of a day is stored.
 KEEP_USAGE_FOR = timedelta(days=400)
+#: How many principals without a budget are remembered, and how long, in seconds.
+MAX_UNLIMITED, UNLIMITED_S = 10_000, 60.0
 
 
 Calls = Mapping[int, Sequence[Call]]
@@ -138,7 +142,7 @@ class RunReader:
         """Called when all events of the record that ``read`` has returned were sent."""
 
     async def changed(self) -> None:
-        """Wait until the record may have changed since the last ``read``, or the live output."""
+        """Wait until the record may have changed since the last ``read``, or the live output, or WAKE_INTERVAL_S."""
         self._run = self._calls = None
         await anyio.sleep(PROGRESS_INTERVAL_S)
 
@@ -171,6 +175,8 @@ class EngineBase(Engine):
         self._limits = limits
         self._prices = merged(prices)
         self._default_models = models_of(default_model, "the flock")
+        #: the principals without a budget, and until when that need not be read again
+        self._unlimited: dict[str, float] = {}
 
     # To be implemented by an engine
 
@@ -388,10 +394,17 @@ class EngineBase(Engine):
         key: IdempotencyKey | None = None,
     ) -> None:
         self._check_running()
+        if max_cost is None and self._unlimited.get(principal, 0) > anyio.current_time():
+            return  # so that others pay nothing for budgets
         account = await self.get_account(principal)
         if max_cost is not msgspec.UNSET and max_cost != account.max_cost:
             await self._set_budget(principal, max_cost)
             account = replace(account, max_cost=max_cost)
+        self._unlimited.pop(principal, None)
+        if account.max_cost is None:
+            if len(self._unlimited) >= MAX_UNLIMITED:
+                self._unlimited.clear()
+            self._unlimited[principal] = anyio.current_time() + UNLIMITED_S
         if account.is_spent and (key is None or not await self._has_key(key)):
             at = now()
             wait_s = math.ceil((next_day(at) - at).total_seconds())
@@ -448,37 +461,47 @@ class EngineBase(Engine):
     _questions_interval_s = PROGRESS_INTERVAL_S
 
     @abstractmethod
-    async def _questions(self, wanted: QuestionFilter) -> QuestionPage:
-        """See ``Engine.list_questions``."""
+    async def _questions(self, wanted: QuestionFilter, since: int | None = None) -> QuestionPage:
+        """Return a page of open questions, or of those that have changed *since*; see ``Store.list_questions``."""
 
     async def list_questions(self, wanted: QuestionFilter, wait_s: float = 0) -> QuestionPage:
         self._check_entered()
-        with anyio.move_on_after(wait_s) if wait_s else contextlib.nullcontext():
-            while True:
-                changed = self._next_change()
-                page = await self._questions(wanted)
-                if page or not wait_s or self.is_draining:
-                    return page
-                await anyio.sleep(self._questions_interval_s)
-                await changed()
-        return QuestionPage()
+        page, share = await self._questions(wanted), FairShare()
+        while not page and page.rest is not None:
+            await share.checkpoint()
+            page = await self._questions(*page.rest)
+        if page or not wait_s:
+            return page
+        with anyio.move_on_after(wait_s):
+            async with contextlib.aclosing(self.question_events(wanted)) as events:
+                async for event in events:
+                    is_asked = event is not None and event[0] == "question.asked"
+                    if is_asked and (found := await self.list_questions(wanted)):
+                        return found
+        return page
 
     async def question_events(self, wanted: QuestionFilter) -> AsyncGenerator[tuple[str, AskedQuestion] | None, None]:
         self._check_entered()
         known, sent_at, share = dict[tuple[str, str], AskedQuestion](), anyio.current_time(), FairShare()
-        wanted = replace(wanted, after=None, limit=1000)
+        wanted, since = replace(wanted, limit=1000), None
         while True:
-            changed, left, page = self._next_change(), dict(known), None
-            while page is None or page.has_more:
-                page = await self._questions(wanted if page is None else replace(wanted, after=page[-1].run_id))
+            changed, page = self._next_change(), await self._questions(wanted, since)
+            closed, since = dict(known) if since is None else {}, page.newest
+            while True:
                 for asked in page:
                     key = asked.run_id, asked.question.call_id
-                    if left.pop(key, None) is None:
+                    closed.pop(key, None)
+                    if asked.status == "closed" and key in known:
+                        closed[key] = known[key]
+                    elif asked.status == "open" and key not in known:
                         known[key] = _without_content(asked)
                         yield "question.asked", asked
                         sent_at = anyio.current_time()
                 await share.checkpoint()
-            for key, asked in left.items():
+                if page.rest is None:
+                    break
+                page = await self._questions(*page.rest)
+            for key, asked in closed.items():
                 del known[key]
                 yield "question.closed", replace(asked, status="closed")
                 sent_at = anyio.current_time()
@@ -496,7 +519,8 @@ class EngineBase(Engine):
     async def events(
         self, run_id: str, after: int = 0, *, reasoning: bool = False
     ) -> AsyncGenerator[Event | None, None]:
-        sent_at, latest = anyio.current_time(), dict[str, Event]()  # the latest of the stored events without an id
+        idle_since: float | None = None
+        latest = dict[str, Event]()  # the latest of the stored events without an id
         share = FairShare()
         with self._reader(run_id, after, reasoning=reasoning) as reader:
             flushed: Any = None  # the event before which all that was written is sent
@@ -510,7 +534,7 @@ class EngineBase(Engine):
                         reader.seen()
                 # What was written before the event was stored is sent before it.
                 key = None if event is None else event.id or (event.name, event.data.get("waiting_for"))
-                has_all = reader.live is None or (key is not None and key == flushed)
+                has_all = reader.live is None or (key is not None and key == flushed) or not reader.live.has_news
                 pieces = iter(()) if reader.live is None or has_all else reader.live.events(after)
                 if (piece := next(pieces, None)) is not None:
                     flushed = key
@@ -519,7 +543,7 @@ class EngineBase(Engine):
                         yield piece
                         await share.checkpoint()
                         piece = next(pieces, None)
-                    sent_at = anyio.current_time()
+                    idle_since = None
                     continue
                 flushed = None
                 if event is not None and run is not None:
@@ -531,14 +555,19 @@ class EngineBase(Engine):
                     if self._makes_calls(event) and (missed := reader.live.missed_output(event)) is not None:
                         yield missed
                     reader.live.passed(event)
-                if event is not None or anyio.current_time() >= sent_at + KEEP_ALIVE_S:
-                    yield event
-                    sent_at = anyio.current_time()
-                    await share.checkpoint()
                 if event is None:
-                    with anyio.CancelScope(deadline=sent_at + KEEP_ALIVE_S):
-                        await reader.changed()
-                elif event.id is None:
+                    at = anyio.current_time()
+                    idle_since = idle_since or at
+                    if at >= idle_since + KEEP_ALIVE_S - WAKE_INTERVAL_S:
+                        yield None
+                        idle_since = at
+                    await reader.changed()
+                    share = FairShare()  # others had their turn
+                    continue
+                yield event
+                idle_since = None
+                await share.checkpoint()
+                if event.id is None:
                     latest[event.name] = event
                 else:
                     after = event.id

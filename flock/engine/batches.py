@@ -42,7 +42,7 @@ class Batches:
 
     store: BatchStore
     runner: Runner
-    start_task: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], None]
+    start_task: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], object]
     next_change: Callable[[], Callable[[], Awaitable[None]]]
     limits: Limits
 

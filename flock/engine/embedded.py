@@ -11,12 +11,10 @@ import contextlib
 import functools
 import logging
 import math
-import sys
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from contextvars import Context
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from typing import Any, Self
 
 import anyio
@@ -30,20 +28,22 @@ from flock.agents.checks import tool_sources
 from flock.agents.mcp import listing_tools
 from flock.agents.program import Program
 from flock.engine import relay
-from flock.engine.base import KEEP_KEYS_FOR, KEEP_USAGE_FOR, EngineBase, RunReader, ended_calls
+from flock.engine.base import WAKE_INTERVAL_S, EngineBase, RunReader, ended_calls
 from flock.engine.batches import Batches
 from flock.engine.intake import Intake
-from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, counted
+from flock.engine.recovery import Recovery
+from flock.engine.relay import Relay
+from flock.engine.retention import Retention
+from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, accepting, counted
+from flock.engine.storereader import StoreReader
 from flock.errors import (
     BatchNotFound,
     CallNotFound,
     Conflict,
-    EngineFull,
     EngineStopped,
     RunNotFound,
     StoreError,
 )
-from flock.fair import FairShare
 from flock.limits import Limits
 from flock.models.llm import ModelClient
 from flock.models.prices import Price
@@ -55,7 +55,6 @@ from flock.runs import (
     Batch,
     BatchFilter,
     Call,
-    Event,
     IdempotencyKey,
     LongJSON,
     Observer,
@@ -81,10 +80,10 @@ from flock.runs.records import LONG_BYTES
 from flock.scopes import Signal, current_task, start_in_empty_context
 from flock.steps.answers import message_from
 from flock.steps.executor import StepExecutor
-from flock.steps.live import LiveOutput, LiveReader
-from flock.steps.outcomes import CRASHED, INTERRUPTED, log_crash
+from flock.steps.live import LiveOutput
+from flock.steps.outcomes import INTERRUPTED
 from flock.steps.refusals import check_cancel, not_deleted, not_retried, run_not_retried, wait_stopped
-from flock.store.port import Store, TakenOver
+from flock.store.port import Retry, Store
 
 logger = logging.getLogger("flock.runs")
 
@@ -94,20 +93,6 @@ WATCH_INTERVAL_S = 0.05
 SEEN_BY_ALL_S = 4 * WATCH_INTERVAL_S
 #: How often the store's file and the other engines are checked, in seconds. Changes may go unnoticed that long.
 CHECK_INTERVAL_S = 0.5
-#: How long a reader waits for the text of a step that has ended in another process, in seconds.
-MAX_COPY_S = 1.0
-#: How long a busy engine leaves suspects to one that executes nothing, such as that of a new worker, in seconds.
-LEAVE_S = 10.0
-#: How often old runs are deleted, in seconds, and how many of them in one transaction.
-RETENTION_INTERVAL_S = 10.0
-RETENTION_CHUNK_SIZE = 100
-
-
-def limits_for_one_batch(max_workers: int) -> Limits:
-    """Return the limits of an engine that executes one batch of the program itself. Only its workers are limited."""
-    max_workers = max(1, max_workers)  # ``submit_batch`` reports the error if it is less
-    slots = max_workers + max_workers // 5 + 1  # a tenth of the slots is reserved for runs that are not items
-    return Limits(max_concurrency=slots, max_threads=slots, max_items=sys.maxsize, max_open_items=sys.maxsize)
 
 
 class EmbeddedEngine(EngineBase):
@@ -201,15 +186,14 @@ class EmbeddedEngine(EngineBase):
             expose_errors=self._expose_errors,
             continue_answered=self._start_answered,
         )
-        self._batches = Batches(self.store.batches, self._runner, self._start_batch, self._next_change, self._limits)
+        self._batches = Batches(self.store.batches, self._runner, self._start_task, self._next_change, self._limits)
         self._accepting: set[str] = set()
         self._store_changed = Signal()
-        #: runs and batches with a long result that is being sent, which retention must not delete, and how often it is
-        self._being_sent: Counter[str] = Counter()
-        #: by dead engine: the agents that its remaining runs need, which this engine does not have
-        self._missing_agents: dict[str, Collection[str]] = {}
-        #: the dead engines whose suspects are left to others, and until when
-        self._left: dict[str, float] = {}
+        self._recovery = Recovery(
+            self._runner, self._batches, self._agents, self._flock, self._engine_id, self._start, self._start_task
+        )
+        self._relay = Relay(self, self.store, self._engine_id, self._start_task)
+        self._retention = Retention(self.store, self._flock, self._limits)
 
     async def __aenter__(self) -> Self:
         self._check_not_entered()
@@ -223,7 +207,7 @@ class EmbeddedEngine(EngineBase):
             with self._explaining_store_errors():
                 program = Program.of(self._program_path, self._agents)
                 before = await self.store.register_engine(self._engine_id, self._flock, self._agents.keys(), program)
-                await self._warn_about_store(program.differences(before))
+                await self._recovery.warn_of_others(program.differences(before))
                 if (newest := await self.store.last_id()) is not None:
                     with contextlib.suppress(ValueError):  # the file is damaged, which is reported when the run is read
                         make_ids_after(newest)
@@ -234,11 +218,11 @@ class EmbeddedEngine(EngineBase):
             if self.store.is_shared:
                 await self._serve_live(self._tasks)
             with self._explaining_store_errors():
-                await self._take_over()
+                await self._recovery.take_over()
         except BaseException:
             await self.__aexit__()
             raise
-        for task in (self._watch, self._end_waits, self._apply_retention):
+        for task in (self._watch, self._wake_readers, self._end_waits, self._retention.apply):
             start_in_empty_context(self._tasks, task)
         return self
 
@@ -251,25 +235,6 @@ class EmbeddedEngine(EngineBase):
         elif listener := await relay.listen(path):
             is_active = self._runner.active.__contains__
             start_in_empty_context(tasks, relay.serve, listener, path, self._runner.watch, is_active)
-
-    async def _warn_about_store(self, differences: str) -> None:
-        """Warn if other programs use the store, or other users can read it. This may be unintentional."""
-        if self.store.is_public:
-            template = "Every user of this machine can read the store %s. To change that, run: chmod go= %s*"
-            logger.warning(template, self.store.path, self.store.path)
-        if differences:
-            logger.warning(
-                "The store %s was last used by a flock with the same name, %r, %s. If that is another program, both "
-                "see each other's runs, and each resumes those of the other after a crash. Give one of them another "
-                "name, Flock(name), or another store (store=, --store).",
-                *(self.store.path, self._flock, differences),
-            )
-        for name, count in (await self.store.unfinished_of_other_flocks(self._flock)).items():
-            logger.warning(
-                "The store %s has %d unfinished runs and batches of the flock %r. This flock, %r, does not execute "
-                "them. To give it a separate store, use store= or --store.",
-                *(self.store.path, count, name, self._flock),
-            )
 
     @contextlib.contextmanager
     def _explaining_store_errors(self) -> Iterator[None]:
@@ -333,44 +298,23 @@ class EmbeddedEngine(EngineBase):
     # Runs
 
     async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context) -> None:
-        full = self._full(run.principal)
+        full = self._runner.full(run.principal)
         is_announced = run.is_async or run.run_id in self._runner.watched  # its client gets its id before its end
         if not is_announced and key is None and run.session_id is None:
             if full is not None:
                 raise full
             # Only its end must be on disk: if the process dies, its caller is gone, and the run is not resumed.
-            self._check_room(run.principal)
+            self._runner.check_room(run.principal)
             self.store.save_nowait(run, is_new=True)
             self._start(run, context)
         else:
             start = functools.partial(self._start, context=context)
-            with self._accepting_key(key), self._counting_inputs(run.principal, run.input_bytes):
+            with accepting(self._accepting, key), self._counting_inputs(run.principal, run.input_bytes):
                 await self.store.accept(run, self._limits.queue, key, then=start, full=full)
 
     def _counting_inputs(self, principal: str | None, length: int) -> AbstractContextManager[None]:
         """Count the inputs of a run as queued inside the block. The runner counts them after it has started the run."""
         return counted(self._runner.queued_bytes, principal, length)
-
-    def _check_room(self, principal: str | None) -> None:
-        """Like the check in ``Store.accept``, for a run that is not in the store until it ends."""
-        queued, limits = len(self._runner.active) - self._limits.max_concurrency, self._limits.queue
-        limits.check(queued)
-        if principal is not None and queued >= limits.max_runs_per_principal:
-            runs = [active.run for active in self._runner.active.values()]
-            limits.check_share(sum(run.principal == principal and run.status is RunStatus.STARTING for run in runs))
-
-    def _full(self, principal: str | None) -> EngineFull | None:
-        """Return an error for new runs if the inputs of queued runs have reached their limit."""
-        queued, limit = self._runner.queued_bytes, self._limits.max_queue_bytes
-        if queued.total() >= limit:
-            whose, words = "queued runs", "this server (max_queue_bytes)"
-        elif principal is not None and queued[principal] >= limit / 2:
-            whose, words = "this caller's queued runs", "one caller (half of max_queue_bytes)"
-        else:
-            return None
-        return EngineFull(
-            f"The inputs of {whose} have reached the limit of {words}. Try again when some of the runs have started."
-        )
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         active = await self._active(run_id, principal)
@@ -397,6 +341,14 @@ class EmbeddedEngine(EngineBase):
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         self._check_entered()
         return ended_calls(run, await self.store.shown_calls(run.run_id))
+
+    async def _changed_outline(self, run_id: str, known: Any) -> tuple[Any, Run | None]:
+        """Return the version of a stored run, and its outline unless that version is *known*."""
+        self._check_entered()
+        version = await self.store.version(run_id)
+        if known is not None and version == known:
+            return version, None
+        return version, await self._check_visible(run_id, await self.store.outline(run_id))
 
     async def _check_visible(self, run_id: str, run: Run | None) -> Run:
         """Return *run* if clients may see it. Raises RunNotFound."""
@@ -446,7 +398,7 @@ class EmbeddedEngine(EngineBase):
                     owned = run if run.batch_id is None else await self.get_batch(run.batch_id)
                     if owned.owner == self._engine_id and run_id not in self._runner.active:
                         self._runner.cancelled_before[run_id] = run.attempt
-                    await self._take_over_cancelled(run_id, owned.owner)
+                    await self._recovery.take_over_cancelled(run_id, owned.owner)
                     return await self.get_outline(run_id)
             check_cancel(run)
             return run
@@ -478,8 +430,8 @@ class EmbeddedEngine(EngineBase):
         self._note_answer(run_id)
         return started or await self.get_outline(run_id)
 
-    async def _questions(self, wanted: QuestionFilter) -> QuestionPage:
-        return await self.store.list_questions(self._flock, wanted)
+    async def _questions(self, wanted: QuestionFilter, since: int | None = None) -> QuestionPage:
+        return await self.store.list_questions(self._flock, wanted, since)
 
     async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
         self._check_entered()
@@ -526,25 +478,25 @@ class EmbeddedEngine(EngineBase):
         by: Principal | None = None,
     ) -> Run:
         self._check_running()
-        name = None if by is None else by.name
-        run = await self.get_outline(run_id)
+        run, retry = await self.get_outline(run_id), self._retry(max_cost, calls, by)
         self._check_has_agent(run.agent_name)
         self._check_prices(run.agent_name, max_cost)
         reopened = None
         if run.status in (RunStatus.FAILED, RunStatus.CANCELLED):
             if run.batch_id is None:
-                if (full := self._full(run.principal)) is not None:
+                if (full := self._runner.full(run.principal)) is not None:
                     raise full
                 with self._counting_inputs(run.principal, await self.store.input_bytes(run_id)):
-                    reopened = await self.store.reopen(
-                        run, self._engine_id, self._limits.queue, self._start, max_cost, calls, name
-                    )
-            elif await self.store.batches.reopen_item(run, self._engine_id, self._batches.start, max_cost, calls, name):
+                    reopened = await self.store.reopen(run, self._limits.queue, retry, self._start)
+            elif await self.store.batches.reopen_item(run, retry, self._batches.start):
                 reopened = await self.get_outline(run_id)
         if reopened is None:
             batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
             raise run_not_retried(await self.get_outline(run_id), batch)
         return reopened
+
+    def _retry(self, max_cost: float | None, calls: RetriedCalls, by: Principal | None) -> Retry:
+        return Retry(self._engine_id, max_cost, calls, None if by is None else by.name)
 
     async def delete_run(self, run_id: str) -> None:
         run = await self.get_outline(run_id)
@@ -584,33 +536,10 @@ class EmbeddedEngine(EngineBase):
     def _reader(self, run_id: str, after: int, *, reasoning: bool) -> Iterator[RunReader]:
         with self.watch(run_id) as output, output.reader(after, reasoning=reasoning) as live:
             self._runner.unread.drop(run_id)
-            yield _StoreReader(self, run_id, output, live)
+            yield StoreReader(self, self._runner, self._relay.follow, self._changed_outline, run_id, output, live)
 
     def _may_end_in_drain(self, run_id: str) -> bool:
         return run_id in self._runner.active
-
-    async def _follow(self, run: Run, live: LiveOutput) -> None:
-        """Copy the live output of a run of another engine. Return when that of the steps of *run* has arrived."""
-        if live.follower is None and run.is_active and self.store.is_shared and self._tasks is not None:
-            owner = run.owner if run.batch_id is None else (await self.get_batch(run.batch_id)).owner
-            if owner not in (None, self._engine_id, live.lost_owner) and live.follower is None:
-                live.follower = anyio.CancelScope()
-                start_in_empty_context(self._tasks, self._copy_live, run.run_id, owner, live)
-        with anyio.move_on_after(MAX_COPY_S):
-            while live.follower is not None and live.ended_steps < len(run.steps):
-                await live.changed.wait()
-
-    async def _copy_live(self, run_id: str, owner: str, live: LiveOutput) -> None:
-        assert live.follower is not None
-        with live.follower:
-            path = relay.socket_path(self.store.path, owner)
-            if path is not None and await relay.follow(path, run_id, live):
-                await anyio.sleep(CHECK_INTERVAL_S)  # the record will have changed by then
-            else:
-                live.lost_owner = owner
-                live.drop_open()
-        live.follower = None
-        live.note_news()
 
     def _next_change(self) -> Callable[[], Awaitable[None]]:
         return self._store_changed.next.wait
@@ -626,7 +555,7 @@ class EmbeddedEngine(EngineBase):
         if run.status is RunStatus.COMPLETED and position == len(run.steps) - 1:
             position = None  # the last result is stored only once, as that of the run
         length = await self.store.result_bytes(run.run_id, position) if run.is_stub else len(result)
-        kept = functools.partial(counted, self._being_sent, run.batch_id or run.run_id)
+        kept = functools.partial(self._retention.keeping, run.batch_id or run.run_id)
         long = LongJSON(length, functools.partial(self.store.read_result, run.run_id, position), kept)
         return long if length > LONG_BYTES else await self.store.short_result(run.run_id, position)
 
@@ -639,29 +568,17 @@ class EmbeddedEngine(EngineBase):
         if agent_name not in self._agents:
             raise Conflict(f"This program does not have the required agent {agent_name!r}. Use a program that has it.")
 
-    def _start(self, run: Run | None, context: Context | None = None) -> None:
-        """Start *run* in *context*, by default an empty one.
+    def _start_task(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> bool:
+        """Start *work*. Return False if the engine is shutting down: it is recovered at the next start instead."""
+        if self._tasks is None or self.is_draining:
+            return False
+        start_in_empty_context(self._tasks, work, *args)
+        return True
 
-        If the engine is shutting down, the run is recovered at the next start instead.
-        """
+    def _start(self, run: Run | None, context: Context | None = None) -> None:
+        """Start *run* in *context*, by default an empty one, like ``_start_task``."""
         if run is not None and self._tasks is not None and not self.is_draining:
             self._runner.start(self._tasks, run, context or Context())
-
-    @contextlib.contextmanager
-    def _accepting_key(self, key: IdempotencyKey | None) -> Iterator[None]:
-        """Raise Conflict if another request with the same key is being accepted. A later one is a replay."""
-        if key is None:
-            yield
-            return
-        if key.scoped_key in self._accepting:
-            raise Conflict(
-                f"A request with the idempotency key {key.key!r} is still being accepted. Try again in a moment."
-            )
-        self._accepting.add(key.scoped_key)
-        try:
-            yield
-        finally:
-            self._accepting.discard(key.scoped_key)
 
     # Background tasks
 
@@ -712,7 +629,7 @@ class EmbeddedEngine(EngineBase):
                         logger.warning(
                             "another engine has taken over the runs of this one, which continues with new work"
                         )
-                    await self._take_over()
+                    await self._recovery.take_over()
             except StoreError as exc:
                 logger.error("the store cannot be watched: %s", exc)
             except Exception:  # such as too many open files: runs and the watch must continue
@@ -731,72 +648,12 @@ class EmbeddedEngine(EngineBase):
         while self._runner.awaited:
             self._runner.awaited.popitem()[1].notify()
 
-    async def _take_over(self) -> None:
-        """Take over unfinished runs and batches of dead engines, if this engine has their agents."""
-        dead = await self.store.dead_engines(self._flock, self._engine_id)
-        self._missing_agents = {dead_id: names for dead_id, names in self._missing_agents.items() if dead_id in dead}
-        self._left = {dead_id: until for dead_id, until in self._left.items() if dead_id in dead}
-        taken = []
-        try:
-            for dead_id in dead:
-                names = self._missing_agents.get(dead_id)
-                if (names is None or any(name in self._agents for name in names)) and not await self._leaves(dead_id):
-                    taken.append(await self._take_over_from(dead_id))
-        finally:  # also if another one cannot be taken over
-            await self._resume(*taken)
-
-    async def _leaves(self, dead_id: str) -> bool:
-        """Whether to leave a dead engine to an engine that executes nothing, since its suspects may kill that too."""
-        if not len(self.store.executing) or not await self.store.may_have_suspects(dead_id):
-            return False
-        at = anyio.current_time()
-        return at < self._left.setdefault(dead_id, at + LEAVE_S)
-
-    async def _take_over_cancelled(self, id_: str, owner: str | None) -> None:
-        """Take over a cancelled run or batch of a dead engine, so that it ends even if no program has its agent."""
-        if owner is not None and owner in await self.store.dead_engines(self._flock, self._engine_id):
-            await self.store.take_over(
-                owner, self._engine_id, now(), self._limits.max_recoveries, only=id_, then=self._resume_soon
-            )
-
-    async def _take_over_from(self, dead_id: str) -> TakenOver:
-        taken = await self.store.take_over(dead_id, self._engine_id, now(), self._limits.max_recoveries)
-        known = self._missing_agents.pop(dead_id, ())
-        if not taken.is_complete:
-            self._missing_agents[dead_id] = taken.missing.keys()
-        if not taken.missing.keys() <= set(known):
-            logger.warning(
-                "The store %s has unfinished runs of agents that this program does not have: %s. They wait until a "
-                "program that has these agents is started. You can also cancel them.",
-                self.store.path,
-                ", ".join(f"{name} ({count})" for name, count in taken.missing.items()),
-            )
-        return taken
-
-    def _resume_soon(self, taken: TakenOver) -> None:
-        if self._tasks is not None and not self.is_draining:
-            start_in_empty_context(self._tasks, self._resume, taken)
-
-    async def _resume(self, *all_taken: TakenOver) -> None:
-        """Start what was taken over. Cancellation: what is not started yet is left to another engine."""
-        self._runner.quarantine.add([group for taken in all_taken for group in taken.suspects])
-        for taken in all_taken:
-            ended = [run for run in taken.runs if run.status.is_final]
-            runs = [run for run in taken.runs if not run.status.is_final]
-            if ended or runs or taken.batches:
-                template = "resuming %d runs and %d batches of an engine that has stopped; %d of its runs were ended"
-                logger.info(template, len(runs), len(taken.batches), len(ended))
-            for batch in taken.batches:
-                self._batches.resume(batch)
-            share = FairShare()
-            for run in runs:
-                self._start(run)
-                await share.checkpoint()
-            for run in ended:
-                if run.error_type == CRASHED.error_type:
-                    log_crash(run, run.deaths)
-                self._runner.executor.notify("run_ended", run)
-                await share.checkpoint()
+    async def _wake_readers(self) -> None:
+        """Let those who read events see whether a keep-alive is due: one timer for all."""
+        while True:
+            await anyio.sleep(WAKE_INTERVAL_S)
+            for live in self._runner.watched.values():
+                live.wake()
 
     async def _end_waits(self) -> None:
         """Continue or end the runs whose waits are over. All engines of the flock do, and one is first."""
@@ -821,44 +678,15 @@ class EmbeddedEngine(EngineBase):
             else:
                 self._start_answered(run)
 
-    async def _apply_retention(self) -> None:
-        """Delete old runs and dropped items, in small chunks."""
-        while True:
-            with anyio.move_on_after(RETENTION_INTERVAL_S):
-                await self.store.batches.dropped()
-            try:
-                await self.store.delete_old_keys(now() - KEEP_KEYS_FOR)
-                await self.store.delete_old_usage(self._flock, now().date() - KEEP_USAGE_FOR)
-                await self.delete_old()
-                while await self.store.batches.sweep():
-                    await anyio.lowlevel.checkpoint()
-            except StoreError:
-                pass  # the store has logged it
-            except Exception:
-                logger.exception("old runs cannot be deleted")
-
     async def delete_old(self) -> None:
-        """Delete final runs that are older than ``keep_for_s`` or beyond the newest ``keep_runs``.
-
-        While this process is sending a long result of a run, the run is not deleted.
-        """
-        before = None if self._limits.keep_for_s is None else now() - timedelta(seconds=self._limits.keep_for_s)
-        if before is None and self._limits.keep_runs is None:
-            return
-        bounds = (self._flock, before, self._limits.keep_runs, RETENTION_CHUNK_SIZE)
-        while await self.store.delete_old(*bounds, self._being_sent.keys()):
-            await anyio.lowlevel.checkpoint()
+        """Delete old runs; see ``Retention.delete_old``."""
+        await self._retention.delete_old()
 
     # Batches
 
     async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
-        with self._accepting_key(key):
+        with accepting(self._accepting, key):
             return await self._batches.submit(intake, key)
-
-    def _start_batch(self, work: Callable[[Batch], Coroutine[Any, Any, None]], batch: Batch) -> None:
-        """Start *work* on *batch*. If the engine is shutting down, the batch is recovered at the next start instead."""
-        if self._tasks is not None and not self.is_draining:
-            start_in_empty_context(self._tasks, work, batch)
 
     async def get_batch(self, batch_id: str) -> Batch:
         self._check_entered()
@@ -892,7 +720,7 @@ class EmbeddedEngine(EngineBase):
             if batch.owner == self._engine_id:
                 self._batches.cancel(batch_id)
             else:
-                await self._take_over_cancelled(batch_id, batch.owner)
+                await self._recovery.take_over_cancelled(batch_id, batch.owner)
                 await anyio.sleep(SEEN_BY_ALL_S)  # after that its owner starts no more items
         batch = await self.get_batch(batch_id)
         check_cancel(batch)
@@ -908,13 +736,12 @@ class EmbeddedEngine(EngineBase):
         by: Principal | None = None,
     ) -> Batch:
         self._check_running()
-        name = None if by is None else by.name
         agent_name = (await self.get_batch(batch_id)).agent_name
         self._check_has_agent(agent_name)
         self._check_prices(agent_name, max_cost)
-        statuses = self._retried(only)
+        statuses, retry = self._retried(only), self._retry(max_cost, calls, by)
         reopened = await self.store.batches.reopen(
-            batch_id, self._engine_id, statuses, self._limits.max_open_items, self._batches.start, max_cost, calls, name
+            batch_id, statuses, self._limits.max_open_items, retry, self._batches.start
         )
         if reopened is None:
             raise not_retried(await self.get_batch(batch_id), statuses)
@@ -925,68 +752,3 @@ class EmbeddedEngine(EngineBase):
         await self._wait_until_seen(batch.completed_at)
         if not await self.store.batches.drop(batch_id):
             raise not_deleted(batch)
-
-
-class _StoreReader(RunReader):
-    """Reads a run from memory while it is active here, and otherwise an outline of it from the store."""
-
-    def __init__(self, engine: EmbeddedEngine, run_id: str, output: LiveOutput, live: LiveReader) -> None:
-        super().__init__(engine.get_run, engine.get_calls, run_id)
-        self.live = live
-        self._engine = engine
-        self._output = output
-        self._version: Any = None
-        self._outline: Run | None = None
-        self._change = output.changed
-        self._news = self._seen_news = -1
-        #: the attempt and position of a step, the number of the first call of the last page, and the page with its rows
-        self._step, self._first = (0, 0), 0
-        self._page: Sequence[tuple[int, Call]] = ()
-
-    @property
-    def has_news(self) -> bool:
-        return self._output.news != self._seen_news
-
-    async def read(self) -> Run:
-        engine, run_id = self._engine, self._run_id
-        active = engine._runner.active.get(run_id)
-        news, self._news = self._news, self._output.news
-        if active is not None and not active.run.is_stub:
-            self._outline = None
-            return active.run
-        engine._check_entered()
-        if self._outline is None or news != self._news:
-            newest = await engine.store.version(run_id)
-            if self._outline is None or newest != self._version:
-                outline = await engine._check_visible(run_id, await engine.store.outline(run_id))
-                self._version, self._outline = newest, outline
-        await engine._follow(self._outline, self._output)
-        return self._outline
-
-    async def call(self, run: Run, position: int, number: int) -> Call | None:
-        if self._step != (run.attempt, position):
-            self._step, self._first, self._page = (run.attempt, position), 0, ()
-        at = number - self._first
-        if not 0 <= at < len(self._page):
-            after, skipped = 0, number
-            if self._page and at == len(self._page):
-                after, skipped = self._page[-1][0], 0  # the next one is found at once
-            found = await self._engine.store.next_calls(run.run_id, position, skipped, after)
-            if not found:
-                return None
-            self._first, self._page, at = number, found, 0
-        return self._page[at][1]
-
-    def seen(self) -> None:
-        self._seen_news = self._news
-
-    async def changed(self) -> None:
-        await self._change.wait()
-        self._change = self._output.changed
-
-    async def present(self, event: Event, run: Run) -> Event:
-        if event.data.get("result") is None or event.name == "call.completed":
-            return event
-        return replace(
-            event, data={**event.data, "result": await self._engine.shown_result(run, event.data.get("position"))}
-        )

@@ -17,7 +17,9 @@ import anyio.abc
 import msgspec
 from anyio.abc import SocketAttribute
 
+from flock.runs import Engine, Run
 from flock.steps.live import LiveOutput
+from flock.store.port import Store
 
 logger = logging.getLogger("flock.store")
 
@@ -29,6 +31,10 @@ BROKEN = (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.E
 RETRY_AFTER_S = 1.0
 #: The name of a line that says how many steps have ended, and whether the run is no longer active there.
 STATE = "state"
+#: How long a reader waits for the text of a step that has ended in another process, in seconds.
+MAX_COPY_S = 1.0
+#: The time after which an engine has seen what another one has written, in seconds.
+SEEN_AFTER_S = 0.5
 #: Later than all events.
 ALL = 2**63
 
@@ -132,6 +138,41 @@ async def follow(path: str, run_id: str, live: LiveOutput) -> bool:
         logger.exception("the live output of a run of another process cannot be read")
         return False
     return is_last
+
+
+class Relay:
+    """Copies the live output of runs of other engines, for those who read it here.
+
+    Args:
+        engine_id: of *engine*.
+        start_task: starts a function with arguments in a new task. Returns False if the engine is shutting down.
+    """
+
+    def __init__(self, engine: Engine, store: Store, engine_id: str, start_task: Callable[..., bool]) -> None:
+        self._engine, self._store, self._engine_id, self._start_task = engine, store, engine_id, start_task
+
+    async def follow(self, run: Run, live: LiveOutput) -> None:
+        """Copy the live output of a run of another engine. Return when that of the steps of *run* has arrived."""
+        if live.follower is None and run.is_active and self._store.is_shared:
+            owner = run.owner if run.batch_id is None else (await self._engine.get_batch(run.batch_id)).owner
+            is_other = owner not in (None, self._engine_id, live.lost_owner)
+            if is_other and live.follower is None and self._start_task(self._copy_live, run.run_id, owner, live):
+                live.follower = anyio.CancelScope()
+        with anyio.move_on_after(MAX_COPY_S):
+            while live.follower is not None and live.ended_steps < len(run.steps):
+                await live.changed.wait()
+
+    async def _copy_live(self, run_id: str, owner: str, live: LiveOutput) -> None:
+        assert live.follower is not None
+        with live.follower:
+            path = socket_path(self._store.path, owner)
+            if path is not None and await follow(path, run_id, live):
+                await anyio.sleep(SEEN_AFTER_S)  # the record will have changed by then
+            else:
+                live.lost_owner = owner
+                live.drop_open()
+        live.follower = None
+        live.note_news()
 
 
 async def _cancel_at_end(lines: AsyncIterator[bytes], scope: anyio.CancelScope) -> None:

@@ -24,12 +24,12 @@ from msgspec.structs import asdict, replace
 
 from flock.agents.agent import Agent
 from flock.engine.quarantine import Quarantine
-from flock.errors import OwnershipLost, StoreError, Unreadable, Unstorable
+from flock.errors import Conflict, EngineFull, OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.fair import FairShare
 from flock.limits import Limits
 from flock.logs import fields_of_run
 from flock.models.prices import Budget, DayBudget
-from flock.runs import Account, Batch, Call, Question, Run, RunStatus, Step, Usage, now, stub_of
+from flock.runs import Account, Batch, Call, IdempotencyKey, Question, Run, RunStatus, Step, Usage, now, stub_of
 from flock.runs.text import of_request
 from flock.scopes import Signal, current_task
 from flock.steps.executor import MAX_HISTORY_BYTES, ActiveRun, StepExecutor, WaitingForAnswers
@@ -356,6 +356,27 @@ class Runner:
             except StoreError:
                 await anyio.sleep(RETRY_AFTER_S)
 
+    def check_room(self, principal: str | None) -> None:
+        """Like the check in ``Store.accept``, for a run that is not in the store until it ends."""
+        queued, limits = len(self.active) - self.limits.max_concurrency, self.limits.queue
+        limits.check(queued)
+        if principal is not None and queued >= limits.max_runs_per_principal:
+            runs = [active.run for active in self.active.values()]
+            limits.check_share(sum(run.principal == principal and run.status is RunStatus.STARTING for run in runs))
+
+    def full(self, principal: str | None) -> EngineFull | None:
+        """Return an error for new runs if the inputs of queued runs have reached their limit."""
+        queued, limit = self.queued_bytes, self.limits.max_queue_bytes
+        if queued.total() >= limit:
+            whose, words = "queued runs", "this server (max_queue_bytes)"
+        elif principal is not None and queued[principal] >= limit / 2:
+            whose, words = "this caller's queued runs", "one caller (half of max_queue_bytes)"
+        else:
+            return None
+        return EngineFull(
+            f"The inputs of {whose} have reached the limit of {words}. Try again when some of the runs have started."
+        )
+
     def start(self, tasks: anyio.abc.TaskGroup, run: Run, context: Context) -> None:
         """Execute a run in a task of its own, which starts in a copy of *context*."""
         context.run(lambda: tasks.start_soon(self._execute, self._admit(run), name="run"))
@@ -655,6 +676,23 @@ def counted(counter: Counter[K], key: K, more: int = 1) -> Iterator[None]:
         yield
     finally:
         _add_to(counter, key, -more)
+
+
+@contextlib.contextmanager
+def accepting(keys: set[str], key: IdempotencyKey | None) -> Iterator[None]:
+    """Raise Conflict if another request with the same key is being accepted. A later one is a replay."""
+    if key is None:
+        yield
+        return
+    if key.scoped_key in keys:
+        raise Conflict(
+            f"A request with the idempotency key {key.key!r} is still being accepted. Try again in a moment."
+        )
+    keys.add(key.scoped_key)
+    try:
+        yield
+    finally:
+        keys.discard(key.scoped_key)
 
 
 async def _absorb_cancellation() -> None:

@@ -389,8 +389,9 @@ class ModelClient:
                 transport=self._transport,
                 timeout=self._timeout,
                 headers={"Accept-Encoding": ENCODING},
-                # The engine limits concurrent calls. A second limit here would only hide the waiting.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
+                # The engine limits concurrent calls. A second limit here would only hide the waiting, and one of idle
+                # connections would open new ones all the time. They are closed after 5 s.
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             )
         return self._http
 

@@ -13,10 +13,15 @@ class Joiner:
 
     def __init__(self) -> None:
         self._decoder = UTF_16_DECODER("surrogatepass")
+        self._has_half = False
 
     def add(self, piece: str) -> str:
         """Return the text that is complete now. A high surrogate at the end waits for its other half."""
-        return safe_text(self._decoder.decode(piece.encode("utf-16-le", "surrogatepass")))
+        if not self._has_half and piece.isascii():
+            return piece
+        text = self._decoder.decode(piece.encode("utf-16-le", "surrogatepass"))
+        self._has_half = self._decoder.getstate()[0] != b""
+        return safe_text(text)
 
     def end(self) -> str:
         """Return the rest."""

@@ -809,7 +809,6 @@ class RunFilter(BatchFilter, frozen=True, kw_only=True):
 
     Attributes:
         created_after, created_before: with a precision of one millisecond.
-        asking: only waiting runs with open questions, and not those that wait for a time or a message.
         with_inputs, with_results: also read inputs or results; otherwise they are empty or None.
 
     Raises: DefinitionError if the status is unknown.
@@ -818,7 +817,6 @@ class RunFilter(BatchFilter, frozen=True, kw_only=True):
     session_id: str | None = None
     created_after: datetime | None = None
     created_before: datetime | None = None
-    asking: bool = False
     with_inputs: bool = False
     with_results: bool = False
 
@@ -843,14 +841,24 @@ class QuestionFilter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QuestionPage(list[AskedQuestion]):
-    """One page of open questions. ``has_more``: whether there may be others."""
+    """One page of open questions.
 
-    has_more = False
+    Attributes:
+        rest: what to read for the next page: a filter, and ``newest`` of an earlier page; None if this is the last one.
+        newest: the number of the last change of any question; None if the engine does not count changes.
+    """
+
+    rest: tuple[QuestionFilter, int | None] | None = None
+    newest: int | None = None
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there may be others."""
+        return self.rest is not None
 
     def add(self, asked: AskedQuestion, limit: int) -> bool:
         """Add a question, or return False if the page is full. The questions of one run are not divided."""
         if self and self[-1].run_id != asked.run_id and (len(self) >= limit or self._bytes > PAGE_BYTES):
-            self.has_more = True
             return False
         self._bytes += len(msgspec.json.encode(asked))
         self.append(asked)

@@ -377,7 +377,7 @@ class StepExecutor:
             call_ids=run.call_ids,
             call_key=run.call_key,
             answer=self.answer,
-            waited_for=run.waiting_for,
+            waited_for=active.run.waiting_for,  # it may have learnt of more
             tries=run.tries,
             position=len(run.steps),
             check_wait=functools.partial(self._check_wait, active),

@@ -7,6 +7,7 @@ So a slow reader costs nothing, and gets all that was written since its last eve
 import contextlib
 import io
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -21,6 +22,9 @@ from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
 from flock.steps.threads import loop_scheduler
 
+#: The shortest time between two pieces of a text that are sent, in seconds. What comes faster is sent together, since a
+#: screen shows no more pictures.
+FRAME_S = 1 / 60
 #: What one writer counts for the size of a live output, in addition to its text.
 WRITER_CHARS = 512
 #: How long the live output of a run that has ended is kept for its first reader, in seconds, and of how many such runs.
@@ -129,13 +133,13 @@ class LiveOutput:
         self.readers: set[LiveReader] = set()
         self.next_is_late = False
         self._max_chars = max_chars
-        self._call_soon = loop_scheduler()
-        self._is_waking = False
+        self._call_later = loop_scheduler()
+        self._is_waking, self._woken_at = False, 0.0
         self._lock = threading.Lock()
         #: in the order of their last change
         self._writers: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
         self._done: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
-        self._changes = self._done_chars = 0
+        self.changes = self._done_chars = 0
 
     @property
     def chars(self) -> int:
@@ -146,32 +150,35 @@ class LiveOutput:
     def note_news(self) -> None:
         """Let the readers read the run's record again."""
         self.news += 1
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
-        self._is_waking = False
+    def wake(self) -> None:
+        """Wake the readers. In the event loop only."""
+        self._is_waking, self._woken_at = False, time.monotonic()
         changed, self.changed = self.changed, anyio.Event()
         changed.set()
 
     # Writing: in any thread
 
     def write(self, writer: Context, field: str, text: str) -> None:
-        with self._writing(writer) as written:
+        with self._lock:  # as ``_writing``, in less time: this is done for each piece
+            written = self._writer(writer.run_id, writer.attempt, writer.position, writer.agent_name, writer.call_id)
             written.has_output = True
             content = written.fields.get(field)
             if not isinstance(content, _Text):
                 if content is not None:
                     written.resets += 1  # readers would append the text to the value
                 content = written.fields[field] = _Text()
-            if self._has_room(written, writer):
+            if self._has_room(written, writer):  # so its call has not ended
                 written.chars += content.append(text)
+        self._wake_soon()
 
     def write_value(self, writer: Context, field: str, value: Any) -> None:
         raw = msgspec.Raw(msgspec.json.encode(value, enc_hook=to_json))
         with self._writing(writer) as written:
             written.has_output = True
             if self._has_room(written, writer):
-                written.set_value(field, raw, -self._changes)
+                written.set_value(field, raw, -self.changes)
 
     def write_reasoning(self, writer: Context, text: str) -> None:
         with self._writing(writer) as written:
@@ -204,7 +211,7 @@ class LiveOutput:
                 if isinstance(content, _Text):
                     written.chars += content.write(value[content.seek(0, io.SEEK_END) :])
                 elif content is None or content[1] != members[name]:
-                    written.set_value(name, members[name], -self._changes)
+                    written.set_value(name, members[name], -self.changes)
 
     def _has_room(self, written: _Writer, writer: Context) -> bool:
         if written.is_done:
@@ -225,20 +232,20 @@ class LiveOutput:
 
     def _writer(self, run_id: str, attempt: int, position: int, agent_name: str, call_id: str) -> _Writer:
         key = position, call_id
-        self._changes += 1
+        self.changes += 1
         written = self._writers.get(key)
         if written is None:
-            written = self._writers[key] = _Writer(run_id, attempt, position, agent_name, call_id, self._changes)
+            written = self._writers[key] = _Writer(run_id, attempt, position, agent_name, call_id, self.changes)
         else:
             self._writers.move_to_end(key)
-        written.agent_name, written.changed = agent_name, self._changes
+        written.agent_name, written.changed = agent_name, self.changes
         written.attempt = max(written.attempt, attempt)
         return written
 
     def _wake_soon(self) -> None:
         if not self._is_waking:  # many changes wake the readers once
             self._is_waking = True
-            self._call_soon(self._wake)
+            self._call_later(self._woken_at + FRAME_S - time.monotonic(), self.wake)
 
     # The course of the run: in the event loop
 
@@ -256,8 +263,8 @@ class LiveOutput:
     def _restart(self, position: int, attempt: int = 0) -> None:
         for written in list(self._writers.values()):
             if written.position >= position and not written.is_done:
-                self._changes += 1
-                written.attempt, written.changed = max(written.attempt, attempt), self._changes
+                self.changes += 1
+                written.attempt, written.changed = max(written.attempt, attempt), self.changes
                 written.call, written.has_output = None, False
                 self._writers.move_to_end(written.key)
                 if not written.is_empty:
@@ -276,7 +283,7 @@ class LiveOutput:
         with self._lock:
             written = self._writer(context.run_id, context.attempt, context.position, context.agent_name, call_id)
             self._count_done(written, False)
-            written.attempt, written.created = context.attempt, self._changes
+            written.attempt, written.created = context.attempt, self.changes
             written.call = {"name": name, "kind": kind, "started_at": started_at}
             if arguments != JSON_NULL and len(arguments) <= MAX_SHOWN_BYTES:
                 written.call["arguments"] = arguments
@@ -354,7 +361,7 @@ class LiveOutput:
                 if written.changed <= seen:
                     break
                 found.append(written)
-            return found[::-1], self._changes
+            return found[::-1], self.changes
 
     def piece(self, text: _Text, start: int) -> str:
         """Return *text* from *start* to its end."""
@@ -440,6 +447,11 @@ class LiveReader:
         live.next_is_late = True
         self._seen = 0
         self.position = 0
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there may be something new. Reading it without the lock is safe: each change wakes the readers."""
+        return bool(self._pending) or self._seen != self._live.changes
 
     def events(self, after: int) -> Iterator[Event]:
         """Yield what is new in the steps whose ``step.started`` is not after the id *after*.

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -64,9 +65,9 @@ class _Call(Generic[T]):
         finally:
             self.is_done = True
             if self._needs_end:
-                self._schedule_in_loop(self._end.set)
+                self._schedule_in_loop(0, self._end.set)
             if self.is_abandoned:  # do not wait for a result: if the loop is ending, the thread would never end
-                self._schedule_in_loop(self._free, self)
+                self._schedule_in_loop(0, self._free, self)
 
     async def wait(self) -> None:
         """Wait until the function has returned, if it has started, or ``scope`` is cancelled.
@@ -182,16 +183,26 @@ def _raise(exc: BaseException) -> NoReturn:
 
 
 def loop_scheduler() -> Callable[..., None]:
-    """Return a function that schedules a call in this event loop, if that has not ended. It works in any thread."""
+    """Return a function that schedules a call in this event loop, if that has not ended. It works in any thread.
+
+    Its first argument is a delay in seconds. Under trio, there is none.
+    """
+    here = threading.get_ident()
     try:
-        schedule: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
+        loop = asyncio.get_running_loop()
     except RuntimeError:
         import trio
 
-        schedule = trio.lowlevel.current_trio_token().run_sync_soon
+        call_soon = trio.lowlevel.current_trio_token().run_sync_soon
+        return lambda delay_s, function, *args: call_soon(function, *args)
 
-    def call_soon(function: Callable[..., None], *args: Any) -> None:
+    def call_later(delay_s: float, function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop has ended
-            schedule(function, *args)
+            if threading.get_ident() != here:
+                loop.call_soon_threadsafe(loop.call_later, delay_s, function, *args)
+            elif delay_s > 0:
+                loop.call_later(delay_s, function, *args)
+            else:
+                loop.call_soon(function, *args)
 
-    return call_soon
+    return call_later

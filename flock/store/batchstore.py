@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from flock.errors import OwnershipLost, StoreError
-from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, RetriedCalls, Run, RunStatus, stub_of
+from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, Run, RunStatus, stub_of
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, DAMAGED, Outcome, end_of_batch
 from flock.steps.refusals import too_many_items
 from flock.store import queries, statements
@@ -30,7 +30,7 @@ from flock.store.columns import (
     run_or_remains,
 )
 from flock.store.database import Database
-from flock.store.port import BatchStore, Key, Then
+from flock.store.port import BatchStore, Key, Retry, Then
 
 #: Max items that one transaction changes. It takes tens of milliseconds.
 CHUNK_SIZE = 2000
@@ -247,18 +247,10 @@ class SQLiteBatchStore(BatchStore):
         return self._db.read(lambda db: [row[0] for row in db.execute(statements.BATCHES_TO_CANCEL, (owner,))])
 
     async def reopen(
-        self,
-        batch_id: str,
-        owner: str,
-        only: Sequence[RunStatus],
-        max_open_items: int,
-        then: Then[Batch | None],
-        max_cost: float | None = None,
-        calls: RetriedCalls = "keep",
-        by: str | None = None,
+        self, batch_id: str, only: Sequence[RunStatus], max_open_items: int, retry: Retry, then: Then[Batch | None]
     ) -> Batch | None:
         def apply(db: sqlite3.Connection) -> Batch | None:
-            queries.check_engine(db, owner)
+            queries.check_engine(db, retry.owner)
             batch = queries.find_batch(db, batch_id)
             if batch is None or not batch.status.is_final:
                 return None
@@ -274,35 +266,23 @@ class SQLiteBatchStore(BatchStore):
             if not statuses:
                 return None
             self._check_room(db, batch.flock, sum(counts[status] for status in statuses), max_open_items)
-            reopening = [*statuses, "again"] if calls == "again" else statuses
-            db.execute(statements.REOPEN_BATCH, (owner, ",".join(reopening), names_of_retriers(batch, by), batch_id))
-            _set_max_cost(db, batch, max_cost)
-            return queries.find_batch(db, batch_id)
+            reopening = ",".join([*statuses, "again"] if retry.calls == "again" else statuses)
+            return _reopened(db, batch, reopening, retry)
 
         return await self._db.change(apply, then)
 
-    async def reopen_item(
-        self,
-        run: Run,
-        owner: str,
-        then: Then[Batch | None],
-        max_cost: float | None = None,
-        calls: RetriedCalls = "keep",
-        by: str | None = None,
-    ) -> Batch | None:
+    async def reopen_item(self, run: Run, retry: Retry, then: Then[Batch | None]) -> Batch | None:
         def apply(db: sqlite3.Connection) -> Batch | None:
             batch = queries.find_batch(db, run.batch_id or "")
-            queries.check_engine(db, owner)
+            queries.check_engine(db, retry.owner)
             if batch is None or not batch.status.is_final:
                 return None
-            retriers = names_of_retriers(batch, by)
-            values = (calls == "again", retriers, run.run_id, run.status.value, INVALID_INPUT)
+            retriers = names_of_retriers(batch, retry.by)
+            values = (retry.calls == "again", retriers, run.run_id, run.status.value, INVALID_INPUT)
             if not db.execute(statements.REOPEN_ITEM, values).rowcount:
                 return None
             queries.count_ended(db, queries.Ended({(batch.batch_id, run.status): -1}))
-            db.execute(statements.REOPEN_BATCH, (owner, None, retriers, batch.batch_id))
-            _set_max_cost(db, batch, max_cost)
-            return queries.find_batch(db, batch.batch_id)
+            return _reopened(db, batch, None, retry)
 
         return await self._db.change(apply, then)
 
@@ -334,11 +314,14 @@ class SQLiteBatchStore(BatchStore):
         return await self._db.change(apply)
 
 
-def _set_max_cost(db: sqlite3.Connection, batch: Batch, max_cost: float | None) -> None:
-    """Replace the ``max_cost`` of a batch, unless it is None."""
-    if max_cost is not None:
-        options = msgspec.json.encode(replace(batch.options, max_cost=max_cost))
+def _reopened(db: sqlite3.Connection, batch: Batch, reopening: str | None, retry: Retry) -> Batch | None:
+    """Open the next attempt of *batch*, and return it. *reopening*: see ``Batch``."""
+    values = (retry.owner, reopening, names_of_retriers(batch, retry.by), batch.batch_id)
+    db.execute(statements.REOPEN_BATCH, values)
+    if retry.max_cost is not None:
+        options = msgspec.json.encode(replace(batch.options, max_cost=retry.max_cost))
         db.execute(statements.SET_OPTIONS, (options, batch.batch_id))
+    return queries.find_batch(db, batch.batch_id)
 
 
 def _check_staged(db: sqlite3.Connection, batch: Batch) -> None:

@@ -88,10 +88,13 @@ class Column(NamedTuple):
     read: Callable[[Any], Any] | None = None
 
 
+def json_or_null(value: Any) -> bytes | None:
+    """Return the column of a struct, or of a tuple, which is NULL if there is no value, or the tuple is empty."""
+    return msgspec.json.encode(value) if value else None
+
+
 def _tuple_column(type_: Any) -> Column:
-    """Return a column for a tuple as JSON. It is NULL if the tuple is empty."""
-    read = msgspec.json.Decoder(type_).decode
-    return Column({bytes, NoneType}, "NULL", lambda values: msgspec.json.encode(values) if values else None, read)
+    return Column({bytes, NoneType}, "NULL", json_or_null, msgspec.json.Decoder(type_).decode)
 
 
 #: By the type of the field. If a field may be None, its column may be NULL.
@@ -263,21 +266,9 @@ def waiting_values(run: Run) -> list[Any]:
     return [*_fields_of_waiting_run(run), micros(min(expiries, default=None)), int(run.is_active)]
 
 
-def spent_json(run: Run) -> tuple[bytes | None, bytes | None]:
-    """Return the columns ``spent`` and ``spent_by``."""
-    by = msgspec.json.encode(run.spent_by) if run.spent_by else None
-    return (None if run.spent is None else msgspec.json.encode(run.spent)), by
-
-
-def waits_json(waits: Sequence[Question]) -> bytes | None:
-    """Return the column ``waiting_for``."""
-    return msgspec.json.encode(waits) if waits else None
-
-
 def names_of_retriers(record: Run | Batch, by: str | None) -> bytes | None:
     """Return the column ``retried_by`` of a record that *by* retries."""
-    names = record.retried_by if by is None or by in record.retried_by else (*record.retried_by, by)
-    return msgspec.json.encode(names) if names else None
+    return json_or_null(record.retried_by if by is None or by in record.retried_by else (*record.retried_by, by))
 
 
 def step_values(run_id: str, position: int, step: Step) -> list[Any]:

@@ -17,6 +17,9 @@ _QUESTIONS_OF = """SELECT {run}.run_id, json_extract(value, '$.call_id'), {run}.
     {run}.retried_by
     FROM {tables}json_each(CAST({run}.waiting_for AS TEXT))
     WHERE json_valid(CAST({run}.waiting_for AS TEXT)) AND json_extract(value, '$.kind') IS NULL"""
+#: What counts a change of a question.
+_QUESTION_CHANGED = """UPDATE question_changes SET newest = newest + 1;
+    UPDATE questions SET change = (SELECT newest FROM question_changes) WHERE rowid = new.rowid;"""
 #: The calls of the client's tools for which a run waits, as rows. No role has such a name.
 _CALLS_OF_CLIENT_TOOLS = (
     _QUESTIONS_OF.format(run="new", tables="")
@@ -208,7 +211,7 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "WHERE batch_id IS NULL AND status = 'waiting' AND is_asleep = 0",
     ],
     # All questions that runs have asked, in their order. The trigger keeps them equal to ``waiting_for``, whichever
-    # statement writes that. A run that has ended while it was waiting keeps them open, in case it is read.
+    # statement writes that.
     [
         """CREATE TABLE questions (
             run_id TEXT NOT NULL,
@@ -272,6 +275,22 @@ MIGRATIONS: Sequence[Sequence[str]] = [
             max_cost REAL NOT NULL,
             PRIMARY KEY (flock, principal)
         ) WITHOUT ROWID""",
+    ],
+    # Each question has the number of its last change, so that what is new is read without the rest. A run that ends
+    # closes its questions, whichever statement ends it.
+    [
+        "ALTER TABLE questions ADD COLUMN change INTEGER NOT NULL DEFAULT 0",
+        "CREATE TABLE question_changes (newest INTEGER NOT NULL)",
+        "INSERT INTO question_changes VALUES (0)",
+        "CREATE INDEX questions_changed ON questions (flock, change)",
+        f"CREATE TRIGGER question_asked AFTER INSERT ON questions BEGIN {_QUESTION_CHANGED} END",
+        f"""CREATE TRIGGER question_opened_or_closed AFTER UPDATE OF is_open ON questions
+            WHEN new.is_open IS NOT old.is_open BEGIN {_QUESTION_CHANGED} END""",
+        """CREATE TRIGGER questions_ended AFTER UPDATE OF status ON runs
+            WHEN new.waiting_for IS NOT NULL AND new.status IN ('completed', 'failed', 'cancelled') BEGIN
+            UPDATE questions SET is_open = 0 WHERE run_id = new.run_id AND is_open = 1; END""",
+        """UPDATE questions SET is_open = 0 WHERE is_open = 1 AND NOT EXISTS (SELECT 1 FROM runs
+            WHERE runs.run_id = questions.run_id AND status IN ('starting', 'running', 'waiting'))""",
     ],
     # What clients bring to their runs. The calls of their tools are questions too, which no list of questions finds.
     [

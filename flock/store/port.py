@@ -74,6 +74,19 @@ class TakenOver(NamedTuple):
     suspects: Sequence[SuspectGroup]
 
 
+class Retry(NamedTuple):
+    """A retry: the engine that executes it, and as whom and how; see ``Engine.retry_run``.
+
+    Attributes:
+        max_cost: replaces that of the run or the batch, unless it is None.
+    """
+
+    owner: str
+    max_cost: float | None = None
+    calls: RetriedCalls = "keep"
+    by: str | None = None
+
+
 class BatchStore(Protocol):
     """The batches and items in a store."""
 
@@ -168,34 +181,14 @@ class BatchStore(Protocol):
         """Return the batches of *owner* that have a cancellation request."""
 
     async def reopen(
-        self,
-        batch_id: str,
-        owner: str,
-        only: Sequence[RunStatus],
-        max_open_items: int,
-        then: Then[Batch | None],
-        max_cost: float | None = None,
-        calls: RetriedCalls = "keep",
-        by: str | None = None,
+        self, batch_id: str, only: Sequence[RunStatus], max_open_items: int, retry: Retry, then: Then[Batch | None]
     ) -> Batch | None:
         """Open the next attempt of a final batch. Returns None if it is not final or has no items to retry.
-
-        Args:
-            max_cost: replaces that of the batch.
-            calls, by: see ``Engine.retry_run``.
 
         Raises EngineFull, EngineStopped.
         """
 
-    async def reopen_item(
-        self,
-        run: Run,
-        owner: str,
-        then: Then[Batch | None],
-        max_cost: float | None = None,
-        calls: RetriedCalls = "keep",
-        by: str | None = None,
-    ) -> Batch | None:
+    async def reopen_item(self, run: Run, retry: Retry, then: Then[Batch | None]) -> Batch | None:
         """Like ``reopen``, for one item that failed or was cancelled."""
 
     async def drop_staged(self, batch_id: str) -> None:
@@ -444,8 +437,15 @@ class Store(Protocol):
     async def may_answer(self, run_id: str, call_id: str, by: Principal) -> bool:
         """Whether *by* may know of a question. It takes as long for one that does not exist."""
 
-    async def list_questions(self, flock: str, wanted: QuestionFilter) -> QuestionPage:
-        """Return one page of open questions, the newest run first. Raises StoreError."""
+    async def list_questions(self, flock: str, wanted: QuestionFilter, since: int | None = None) -> QuestionPage:
+        """Return one page of open questions, the newest run first. It may be empty although there is a ``rest``.
+
+        Args:
+            since: ``newest`` of a page that was read before. Only questions that were asked or closed since are
+                returned, with a ``status``.
+
+        Raises StoreError.
+        """
 
     async def find_question(self, run_id: str, call_id: str) -> AskedQuestion | None:
         """Return a question that a run has asked, open or not, or None."""
@@ -459,19 +459,8 @@ class Store(Protocol):
     async def request_cancel(self, run_id: str) -> bool:
         """Request the owner of a run to cancel it. Returns False if the run is not active."""
 
-    async def reopen(
-        self,
-        run: Run,
-        owner: str,
-        limits: QueueLimits,
-        then: Then[Run | None],
-        max_cost: float | None = None,
-        calls: RetriedCalls = "keep",
-        by: str | None = None,
-    ) -> Run | None:
-        """Open the next attempt of *run*, with this *max_cost* if it is given. *calls*, *by*: see ``Engine.retry_run``.
-
-        Returns None if it neither failed nor was cancelled.
+    async def reopen(self, run: Run, limits: QueueLimits, retry: Retry, then: Then[Run | None]) -> Run | None:
+        """Open the next attempt of *run*. Returns None if it neither failed nor was cancelled.
 
         Raises EngineFull, EngineStopped.
         """

@@ -47,6 +47,7 @@ from flock.store.columns import (
     call_from,
     call_values,
     is_known_damage,
+    json_or_null,
     last_step_of,
     micros,
     names_json,
@@ -54,12 +55,10 @@ from flock.store.columns import (
     run_from,
     run_values,
     shown_call_from,
-    spent_json,
     step_from,
     step_values,
     steps_with_rows,
     updated_values,
-    waits_json,
 )
 
 #: What a call counts for the size of a page, in addition to its result.
@@ -85,7 +84,7 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
 
     The last step of a completed run is written in the row of the run, because both have the same result.
     """
-    spent, used = _newly_spent(db, run), _newly_used(db, run)
+    spent, used = _newly_spent(db, run)
     own_rows = steps_with_rows(run, steps)
     last_step = last_step_of(run) if len(own_rows) < len(steps) else None
     if is_new:
@@ -109,20 +108,16 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
     return True
 
 
-def _newly_spent(db: sqlite3.Connection, run: Run) -> Usage | None:
-    """Return the tokens that *run*, if it is an item, has used since it was last written. Call it before writing."""
-    if run.batch_id is None or run.spent is None:
-        return None
+def _newly_spent(db: sqlite3.Connection, run: Run) -> tuple[Usage | None, Sequence[Spent]]:
+    """Return what *run* has spent since it was last written: in all, if it is an item, and by agent and model.
+
+    Call it before writing.
+    """
+    if run.spent is None:
+        return None, ()
     row = db.execute(statements.SPENT, (run.run_id,)).fetchone()
-    return run.spent - _usage_from(row)
-
-
-def _newly_used(db: sqlite3.Connection, run: Run) -> Sequence[Spent]:
-    """Return what *run* has spent since it was last written, by agent and model. Call it before writing."""
-    if not run.spent_by:
-        return ()
-    row = db.execute(statements.SPENT_BY, (run.run_id,)).fetchone()
-    return spent_since(run.spent_by, _spent_by_from(None if row is None else row[0]))
+    of_item = None if run.batch_id is None else run.spent - _usage_from(row)
+    return of_item, spent_since(run.spent_by, _spent_by_from(None if row is None else row[1]))
 
 
 def _spent_by_from(stored: bytes | None) -> tuple[Spent, ...]:
@@ -179,8 +174,8 @@ def write_spent(db: sqlite3.Connection, run: Run) -> None:
     """Write ``Run.spent``, and add to the usage of its batch."""
     if run.spent is None:
         return
-    ended, spent, used = Ended(), _newly_spent(db, run), _newly_used(db, run)
-    db.execute(statements.SET_SPENT, (*spent_json(run), run.run_id))
+    ended, (spent, used) = Ended(), _newly_spent(db, run)
+    db.execute(statements.SET_SPENT, (json_or_null(run.spent), json_or_null(run.spent_by), run.run_id))
     _count_used(db, run, used)
     if spent is not None and run.batch_id is not None:
         ended.spent[run.batch_id] = spent
@@ -471,6 +466,6 @@ def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> N
         db.execute(statements.DELETE_START, (run.run_id, position, call.call_id))
     db.execute(statements.INSERT_CALL, call_values(run, position, call))
     if call.kind in WAIT_KINDS:
-        db.execute(statements.SET_WAITS, (waits_json(run.waiting_for), run.run_id))
+        db.execute(statements.SET_WAITS, (json_or_null(run.waiting_for), run.run_id))
     if run.deaths and not call.is_start:
         db.execute(statements.CLEAR_DEATHS, (run.run_id,))

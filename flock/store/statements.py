@@ -91,8 +91,7 @@ END_WAITING_RUN = """UPDATE runs SET status = ?, error = ?, error_type = ?, comp
 #: The runs, and the items of batches, with a question that has expired.
 EXPIRED_RUNS = """SELECT run_id FROM runs INDEXED BY runs_expiring
     WHERE flock = ? AND status = 'waiting' AND expires_at <= ?"""
-SPENT = "SELECT spent FROM runs WHERE run_id = ?"
-SPENT_BY = "SELECT spent_by FROM runs WHERE run_id = ?"
+SPENT = "SELECT spent, spent_by FROM runs WHERE run_id = ?"
 SET_SPENT = "UPDATE runs SET spent = ?, spent_by = ? WHERE run_id = ?"
 #: Larger sums would become inexact. It is 4 million US dollars.
 MAX_SUM = 4 * 10**18
@@ -193,7 +192,6 @@ RUN_CONDITIONS = {
     "after": "run_id < :after",
     "low": "run_id > :low",
     "high": "run_id < :high",
-    "asking": "is_asleep = 0",
 }
 
 
@@ -209,8 +207,6 @@ def merged(columns: str, statuses: Iterable[str], conditions: str, also: str = "
         index = "runs_by_principal_and_agent" if is_of_agent else "runs_by_principal"
     if "session_id = " in conditions:
         index = "runs_by_session_and_principal" if "principal = " in conditions else "runs_by_session"
-    if "is_asleep = 0" in conditions:
-        index = "runs_asking"
     ranges = [
         f"SELECT {columns} FROM runs INDEXED BY {index} WHERE batch_id IS NULL AND {conditions} AND status = '{status}'"
         for status in statuses
@@ -364,38 +360,47 @@ def batch_page(names: Iterable[str]) -> str:
 #: The answer of the last step that asked: of one that is completed, or of the current one in the same try.
 FIND_ANSWER = f"""SELECT {", ".join(CALL_TABLE)} FROM calls WHERE run_id = ? AND call_id = ? AND kind = 'question'
     AND error IS NULL AND (position < ? OR tries >= ?) ORDER BY position DESC, rowid DESC"""
-#: Whether a run has asked a question, even if it is no longer open.
-WAS_ASKED = "SELECT 1 FROM questions WHERE run_id = ? AND call_id = ?"
+#: The role that may answer a question which a run has asked, even if it is no longer open; "" if it names none.
 ANSWERER = "SELECT answerer FROM questions WHERE run_id = ? AND call_id = ?"
 FIND_QUESTION = "SELECT question FROM questions WHERE run_id = ? AND call_id = ?"
-CLOSE_QUESTIONS = "UPDATE questions SET is_open = 0 WHERE run_id = ? AND is_open = 1"
-#: The conditions of a list of open questions, by parameter name.
+NEWEST_CHANGE = "SELECT newest FROM question_changes"
+#: The conditions of a list of questions, by parameter name.
 QUESTION_CONDITIONS = {"agent_name": "agent_name = :agent_name", "session_id": "session_id = :session_id"}
 
 
 def open_questions(roles: Collection[str] | None, owner: str | None, names: Iterable[str]) -> str:
-    """Return a query for open questions, the newest run first. It reads nothing of a run but its status.
+    """Return a query for open questions, the newest run first.
 
     Args:
         roles: parameters of the roles that they name; None means that they may name any.
         owner: the parameter of the owner of those that name none: "" for any owner; None to leave them out.
         names: the other parameters of its conditions.
     """
-    conditions = " AND ".join([*map(QUESTION_CONDITIONS.__getitem__, names), "run_id < :after"])
-    ranges = [("questions_open", f"flock = :flock AND answerer = :{role}") for role in roles or ()]
+    ranges = [("questions_open", f"is_open = 1 AND answerer = :{role}") for role in roles or ()]
     if roles is None:
-        ranges.append(("questions_open", "flock = :flock"))
+        ranges.append(("questions_open", "is_open = 1"))
     elif owner:
-        ranges.append(("questions_of_owners", f"flock = :flock AND principal = :{owner} AND answerer = ''"))
+        ranges.append(("questions_of_owners", f"is_open = 1 AND principal = :{owner} AND answerer = ''"))
     elif owner is not None:
-        ranges.append(("questions_open", "flock = :flock AND answerer = ''"))
-    selects = [
-        f"""SELECT run_id, agent_name, session_id, principal, retried_by, question FROM questions INDEXED BY {index}
-        WHERE is_open = 1 AND {range_} AND {conditions} AND EXISTS (SELECT 1 FROM runs
-        WHERE runs.run_id = questions.run_id AND status IN ('starting', 'running', 'waiting'))"""
-        for index, range_ in ranges
-    ]
+        ranges.append(("questions_open", "is_open = 1 AND answerer = ''"))
+    selects = [_questions(index, range_, names) for index, range_ in ranges]
     return f"{' UNION ALL '.join(selects)} ORDER BY run_id DESC"
+
+
+def changed_questions(names: Iterable[str]) -> str:
+    """Return a query for the questions that were asked or closed after the change :since, in that order.
+
+    Args:
+        names: the other parameters of its conditions.
+    """
+    return f"{_questions('questions_changed', 'change > :since', names)} ORDER BY change"
+
+
+def _questions(index: str, range_: str, names: Iterable[str]) -> str:
+    also = [QUESTION_CONDITIONS[name] for name in names]
+    conditions = " AND ".join(["flock = :flock", range_, "run_id < :after", *also])
+    return f"""SELECT run_id, agent_name, session_id, principal, retried_by, question, is_open, change
+        FROM questions INDEXED BY {index} WHERE {conditions}"""
 
 
 DELETE_QUESTIONS = "DELETE FROM questions WHERE run_id = ?"

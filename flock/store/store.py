@@ -33,7 +33,6 @@ from flock.runs import (
     QuestionPage,
     Queue,
     QueueLimits,
-    RetriedCalls,
     Run,
     RunFilter,
     RunStatus,
@@ -48,7 +47,7 @@ from flock.store import files, queries, statements, takeover, waiting
 from flock.store.batchstore import SQLiteBatchStore
 from flock.store.columns import json_from, micros, names_json, names_of_retriers, run_or_remains, time_from
 from flock.store.database import MEMORY, Database, Durability
-from flock.store.port import Key, Store, TakenOver, Then
+from flock.store.port import Key, Retry, Store, TakenOver, Then
 from flock.store.suspects import Executing, executed_until_death
 
 T = TypeVar("T")
@@ -64,18 +63,9 @@ EXPIRY_CHUNK_SIZE = 500
 def _page_of(flock: str, wanted: RunFilter) -> tuple[Callable[[str], str], Mapping[str, Any]]:
     """Return the query for a page of runs, as a function of the columns, and its values."""
     statuses = RunStatus if wanted.status is None else [RunStatus(wanted.status)]
-    is_none = wanted.asking and RunStatus.WAITING not in statuses
-    if wanted.asking:  # no other run asks
-        statuses = [RunStatus.WAITING]
     low = None if wanted.created_after is None else first_id_at(wanted.created_after, 1)
     high = None if wanted.created_before is None else first_id_at(wanted.created_before)
-    values = asdict(wanted) | {
-        "flock": flock,
-        "low": low,
-        "high": high,
-        "limit": 0 if is_none else wanted.limit + 1,
-        "asking": wanted.asking or None,
-    }
+    values = asdict(wanted) | {"flock": flock, "low": low, "high": high, "limit": wanted.limit + 1}
     names = [name for name in statements.RUN_CONDITIONS if values[name] is not None]
     return lambda columns: statements.run_page(columns, statuses, names), values
 
@@ -105,18 +95,20 @@ class SQLiteStore(Database, Store):
     async def outline(self, run_id: str) -> Run | None:
         return self.read(lambda db: queries.find_run(db, run_id, is_outline=True))
 
+    def _first(self, query: str, *values: Any) -> tuple[Any, ...] | None:
+        """Return the first row of a query."""
+        row: tuple[Any, ...] | None = self.read(lambda db: db.execute(query, values).fetchone())
+        return row
+
     async def is_of(self, run_id: str, principal: str) -> bool:
-        values = (run_id, principal, principal)
-        return self.read(lambda db: db.execute(statements.IS_OF_PRINCIPAL, values).fetchone()) is not None
+        return self._first(statements.IS_OF_PRINCIPAL, run_id, principal, principal) is not None
 
     async def input_bytes(self, run_id: str) -> int:
-        row = self.read(lambda db: db.execute(statements.INPUT_BYTES, (run_id,)).fetchone())
+        row = self._first(statements.INPUT_BYTES, run_id)
         return 0 if row is None else row[0]
 
     async def version(self, run_id: str) -> tuple[Any, ...] | None:
-        version: tuple[Any, ...] | None
-        version = self.read(lambda db: db.execute(statements.VERSION, (run_id,)).fetchone())
-        return version
+        return self._first(statements.VERSION, run_id)
 
     async def calls(
         self, run: Run, position: int, after_row: int = 0, tries: int | None = None
@@ -124,8 +116,7 @@ class SQLiteStore(Database, Store):
         return self.read(lambda db: queries.find_calls(db, run, position, after_row, tries or run.tries))
 
     async def active_before(self, run: Run) -> str | None:
-        values = (run.flock, run.session_id, run.principal, run.run_id)
-        row = self.read(lambda db: db.execute(statements.ACTIVE_BEFORE, values).fetchone())
+        row = self._first(statements.ACTIVE_BEFORE, run.flock, run.session_id, run.principal, run.run_id)
         return None if row is None else row[0]
 
     async def earlier_runs(self, run: Run, limit: int, max_bytes: int) -> Sequence[Run]:
@@ -183,8 +174,7 @@ class SQLiteStore(Database, Store):
         await self.change(lambda db: db.execute(statements.DELETE_OLD_USAGE, values) and None)
 
     async def has_key(self, flock: str, key: IdempotencyKey) -> bool:
-        values = (flock, key.scoped_key)
-        return self.read(lambda db: db.execute(statements.FIND_KEY, values).fetchone()) is not None
+        return self._first(statements.FIND_KEY, flock, key.scoped_key) is not None
 
     async def queue(self, flock: str) -> Queue:
         values = (flock, names_json(self.agents))
@@ -193,8 +183,8 @@ class SQLiteStore(Database, Store):
         return Queue(depth, time_from(oldest), asking)
 
     async def last_id(self) -> str | None:
-        newest: str | None = self.read(lambda db: db.execute(statements.NEWEST_ID).fetchone()[0])
-        return newest
+        row = self._first(statements.NEWEST_ID)
+        return None if row is None else row[0]
 
     # Changing runs: each method is one transaction
 
@@ -269,8 +259,8 @@ class SQLiteStore(Database, Store):
     async def may_answer(self, run_id: str, call_id: str, by: Principal) -> bool:
         return self.read(lambda db: waiting.may_answer(db, run_id, call_id, by))
 
-    async def list_questions(self, flock: str, wanted: QuestionFilter) -> QuestionPage:
-        return self.read(lambda db: waiting.list_questions(db, flock, wanted))
+    async def list_questions(self, flock: str, wanted: QuestionFilter, since: int | None = None) -> QuestionPage:
+        return self.read(lambda db: waiting.list_questions(db, flock, wanted, since))
 
     async def find_question(self, run_id: str, call_id: str) -> AskedQuestion | None:
         return self.read(lambda db: waiting.find_question(db, run_id, call_id))
@@ -288,23 +278,14 @@ class SQLiteStore(Database, Store):
     async def request_cancel(self, run_id: str) -> bool:
         return await self.change(lambda db: db.execute(statements.CANCEL_RUN, (run_id,)).rowcount == 1)
 
-    async def reopen(
-        self,
-        run: Run,
-        owner: str,
-        limits: QueueLimits,
-        then: Then[Run | None],
-        max_cost: float | None = None,
-        calls: RetriedCalls = "keep",
-        by: str | None = None,
-    ) -> Run | None:
+    async def reopen(self, run: Run, limits: QueueLimits, retry: Retry, then: Then[Run | None]) -> Run | None:
         def apply(db: sqlite3.Connection) -> Run | None:
-            queries.check_engine(db, owner)
+            queries.check_engine(db, retry.owner)
             self._queued.check_room(db, run.flock, self.agents, run.principal, limits)
-            values = (calls == "again", names_of_retriers(run, by), owner, run.run_id)
+            values = (retry.calls == "again", names_of_retriers(run, retry.by), retry.owner, run.run_id)
             is_reopened = db.execute(statements.REOPEN_RUN, values).rowcount == 1
-            if is_reopened and max_cost is not None:
-                db.execute(statements.SET_MAX_COST, (max_cost, run.run_id))
+            if is_reopened and retry.max_cost is not None:
+                db.execute(statements.SET_MAX_COST, (retry.max_cost, run.run_id))
             return queries.find_run(db, run.run_id) if is_reopened else None
 
         return await self.change(apply, then)
@@ -352,8 +333,7 @@ class SQLiteStore(Database, Store):
     ) -> Program:
         self.agents = agents
         if self.is_shared:
-            self._engine_lock = files.acquire_lock(f"{self.path}-engine-{engine_id}", self._file.mode)
-            self.executing.open(self._engine_lock)
+            self._lock_engine(engine_id)
 
         def apply(db: sqlite3.Connection) -> Program:
             row = db.execute(statements.PROGRAM_OF_FLOCK, (flock,)).fetchone()
@@ -372,15 +352,20 @@ class SQLiteStore(Database, Store):
         return self.read(find)
 
     async def renew_registration(self, engine_id: str, flock: str) -> bool:
-        is_known = self.read(lambda db: db.execute(statements.FIND_ENGINE, (engine_id,)).fetchone()) is not None
-        path = f"{self.path}-engine-{engine_id}"
-        if not is_known or not files.is_locked(path):
+        is_known = self._first(statements.FIND_ENGINE, engine_id) is not None
+        if not is_known or not files.is_locked(self._lock_of(engine_id)):
             files.close_lock(self._engine_lock)
-            self._engine_lock = files.acquire_lock(path, self._file.mode)
-            self.executing.open(self._engine_lock)
+            self._lock_engine(engine_id)
         if not is_known:
             await self._insert_engine(engine_id, flock)
         return is_known
+
+    def _lock_of(self, engine_id: str) -> str:
+        return f"{self.path}-engine-{engine_id}"
+
+    def _lock_engine(self, engine_id: str) -> None:
+        self._engine_lock = files.acquire_lock(self._lock_of(engine_id), self._file.mode)
+        self.executing.open(self._engine_lock)
 
     async def _insert_engine(self, engine_id: str, flock: str) -> None:
         values = (engine_id, flock, micros(datetime.now(UTC)))
@@ -390,18 +375,17 @@ class SQLiteStore(Database, Store):
         self.executing.forget()
         try:
             if await self.change(lambda db: takeover.remove_engine(db, engine_id)) and self.is_shared:
-                files.remove(f"{self.path}-engine-{engine_id}")
+                files.remove(self._lock_of(engine_id))
         finally:
             if self.is_shared:
                 files.close_lock(self._engine_lock)
 
     async def dead_engines(self, flock: str, own_id: str) -> list[str]:
         others = self.read(lambda db: [row[0] for row in db.execute(statements.OTHER_ENGINES, (flock, own_id))])
-        return [engine_id for engine_id in others if not files.is_locked(f"{self.path}-engine-{engine_id}")]
+        return [engine_id for engine_id in others if not files.is_locked(self._lock_of(engine_id))]
 
     async def may_have_suspects(self, engine_id: str) -> bool:
-        values = (engine_id, engine_id)
-        return self.read(lambda db: db.execute(statements.MAY_HAVE_SUSPECTS, values).fetchone()) is not None
+        return self._first(statements.MAY_HAVE_SUSPECTS, engine_id, engine_id) is not None
 
     async def take_over(
         self,
@@ -414,13 +398,13 @@ class SQLiteStore(Database, Store):
     ) -> TakenOver:
         # In a thread, since there may be many long runs.
         unfinished = await self.read_in_thread(lambda db: takeover.find_unfinished(db, dead_id, self.agents, only))
-        executed = executed_until_death(f"{self.path}-engine-{dead_id}")
+        executed = executed_until_death(self._lock_of(dead_id))
 
         def apply(db: sqlite3.Connection) -> TakenOver:
             taken = takeover.take_over(db, unfinished, dead_id, owner, now, executed, max_recoveries)
             if taken.is_complete:
                 files.remove(f"{self.path}-live-{dead_id}")
-                files.remove(f"{self.path}-engine-{dead_id}")  # before the commit; see renew_registration
+                files.remove(self._lock_of(dead_id))  # before the commit; see renew_registration
             return taken
 
         def taken_over(taken: TakenOver) -> None:

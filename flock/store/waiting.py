@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 
 import msgspec
+from msgspec.structs import replace
 
 from flock.agents.questions import MESSAGE, check_answer
 from flock.errors import InvalidData, RunNotFound
@@ -37,9 +38,12 @@ from flock.steps.answers import (
 )
 from flock.steps.outcomes import Outcome, expiry_of
 from flock.store import queries, statements
-from flock.store.columns import Damaged, call_from, call_values, json_from, micros, waiting_values, waits_json
+from flock.store.columns import Damaged, call_from, call_values, json_from, json_or_null, micros, waiting_values
 
 logger = logging.getLogger("flock.store")
+
+#: How many questions are read for one page, even if the principal may answer none of them.
+MAX_QUESTIONS_READ = 2000
 
 
 def suspend(db: sqlite3.Connection, run: Run, at: datetime) -> tuple[bool, Run | None]:
@@ -61,7 +65,7 @@ def check_wait(db: sqlite3.Connection, run: Run, wait: Question, at: datetime) -
     queries.check_owner(db, run)
     call = _find_answer(db, run, wait, at)
     if call is None:
-        db.execute(statements.SET_WAITS, (waits_json(run.waiting_for), run.run_id))
+        db.execute(statements.SET_WAITS, (json_or_null(run.waiting_for), run.run_id))
     return call
 
 
@@ -97,7 +101,7 @@ def answer(
         return None if row is None else call_from(row)
 
     def was_asked() -> bool:
-        return db.execute(statements.WAS_ASKED, (run_id, call_id)).fetchone() is not None
+        return db.execute(statements.ANSWERER, (run_id, call_id)).fetchone() is not None
 
     question = question_for(run, call_id, output, find_answer, was_asked, by)
     if question is None:
@@ -109,7 +113,7 @@ def answer(
     if run.status is RunStatus.WAITING:
         return _resume(db, run, [call_id], owner)
     left = tuple(each for each in run.waiting_for if each is not question)
-    db.execute(statements.SET_WAITS, (waits_json(left), run_id))
+    db.execute(statements.SET_WAITS, (json_or_null(left), run_id))
     return None
 
 
@@ -131,8 +135,8 @@ def find_question(db: sqlite3.Connection, run_id: str, call_id: str) -> AskedQue
     return asked_question(run, question, None if answered is None else call_from(answered))
 
 
-def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter) -> QuestionPage:
-    """Return one page of the open questions that ``wanted.by`` may answer, the newest run first."""
+def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter, since: int | None) -> QuestionPage:
+    """Return one page of the questions that ``wanted.by`` may answer; see ``Store.list_questions``."""
     by, owner, roles = wanted.by, "" if wanted.role is None else None, None if wanted.role is None else [wanted.role]
     if by is not None:
         roles = [role for role in by.roles if wanted.role in (None, role)]
@@ -141,10 +145,18 @@ def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter) -
     named = {f"role{number}": role for number, role in enumerate(roles or ())}
     values = own | named | {"flock": flock, "after": wanted.after or "~", "owner": "" if by is None else by.name}
     page, names = QuestionPage(), [name for name, value in own.items() if value is not None]
-    if roles == [] and owner is None:
+    (page.newest,) = db.execute(statements.NEWEST_CHANGE).fetchone()
+    if since is not None:
+        query = statements.changed_questions(names)
+    elif roles == [] and owner is None:
         return page
-    query = statements.open_questions(None if roles is None else list(named), owner, names)
-    for run_id, agent_name, session_id, principal, retried_by, stored in db.execute(query, values):
+    else:
+        query = statements.open_questions(None if roles is None else list(named), owner, names)
+    before = last = ""
+    for number, row in enumerate(db.execute(query, values | {"since": since})):
+        run_id, agent_name, session_id, principal, retried_by, stored, is_open, change = row
+        if is_next_run := run_id != last:
+            before, last = last, run_id
         question = msgspec.json.decode(stored, type=Question)
         begun_by = [principal, *(() if retried_by is None else msgspec.json.decode(retried_by))]
         asked = AskedQuestion(
@@ -153,10 +165,12 @@ def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter) -
             session_id=session_id,
             principal=principal,
             question=question,
-            status="open",
+            status="open" if is_open else "closed",
         )
-        is_shown = not question.is_for_client and can_answer(question, principal, begun_by, by)
-        if is_shown and not page.add(asked, wanted.limit):
+        is_wanted = wanted.role in (None, question.answerer) and not question.is_for_client
+        is_wanted &= can_answer(question, principal, begun_by, by)
+        if (is_next_run and number >= MAX_QUESTIONS_READ) or (is_wanted and not page.add(asked, wanted.limit)):
+            page.rest = (replace(wanted, after=before), None) if since is None else (wanted, change - 1)
             break
     page.sort(key=lambda asked: asked.question.asked_at)
     page.sort(key=lambda asked: asked.run_id, reverse=True)
@@ -225,8 +239,6 @@ def end(db: sqlite3.Connection, run: Run, outcome: Outcome, at: datetime) -> boo
     """Write the end of a waiting run. Returns False if it is not waiting. Its questions stay for late answers."""
     values = (outcome.status.value, outcome.error, outcome.error_type, micros(at), run.run_id)
     is_ended = db.execute(statements.END_WAITING_RUN, values).rowcount == 1
-    if is_ended:
-        db.execute(statements.CLOSE_QUESTIONS, (run.run_id,))
     if is_ended and run.batch_id is not None:
         queries.count_ended(db, queries.Ended({(run.batch_id, outcome.status): 1}))
         db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
@@ -263,6 +275,6 @@ def _write_call(db: sqlite3.Connection, run: Run, call: Call) -> None:
 def _resume(db: sqlite3.Connection, run: Run, answered: Collection[str], owner: str | None) -> Run | None:
     """Let a waiting run continue, and return a stub of it. It keeps the waits that are not *answered*."""
     left = tuple(wait for wait in run.waiting_for if wait.call_id not in answered)
-    db.execute(statements.RESUME_RUN, (None if run.batch_id else owner, waits_json(left), run.run_id))
+    db.execute(statements.RESUME_RUN, (None if run.batch_id else owner, json_or_null(left), run.run_id))
     db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
     return queries.find_run(db, run.run_id, is_outline=True)

@@ -9,34 +9,31 @@ import functools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
 from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDConflictPolicy
-from temporalio.service import RPCError, RPCStatusCode
 
 from flock.models.prices import DayBudget, Price
 from flock.runs import Account, Spent, Usage, UsageFilter, UsageRow, new_id, now, spent_with
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
-    ACCOUNT_QUERY,
     ACCOUNT_WORKFLOW,
     FLOCK,
-    SPENT_SIGNAL,
-    USAGE_QUERY,
     AccountState,
     SpentReport,
     account_workflow_id,
     keyword_of,
 )
 from flock.temporal.search import workflows_of
+from flock.temporal.workflows import FlockAccount
 
 #: How long what other workers have spent may be unknown to a worker, in seconds.
 FRESH_S = 1.0
 
 
-async def signal_account(cluster: Cluster, flock: str, principal: str, signal: str, value: Any) -> None:
+async def signal_account(cluster: Cluster, flock: str, principal: str, signal: Callable[..., None], value: Any) -> None:
     """Send a signal to the workflow of a principal, which is started if there is none.
 
     Raises: StoreError, EngineFull.
@@ -48,7 +45,7 @@ async def signal_account(cluster: Cluster, flock: str, principal: str, signal: s
         id=account_workflow_id(flock, principal),
         id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
         search_attributes=TypedSearchAttributes([SearchAttributePair(FLOCK, keyword_of(flock))]),
-        start_signal=signal,
+        start_signal=signal.__name__,
         start_signal_args=[value],
     )
 
@@ -72,27 +69,84 @@ async def usage_of(cluster: Cluster, flock: str, wanted: UsageFilter) -> Sequenc
         else:
             query = f"{workflows_of(ACCOUNT_WORKFLOW, flock)} AND ExecutionStatus = 'Running'"
             ids = [found.id async for found in cluster.client.list_workflows(query)]
-    days = [wanted.first_day.toordinal(), wanted.last_day.toordinal()]
+    days = wanted.first_day.toordinal(), wanted.last_day.toordinal()
     pages = []
     for workflow_id in ids:
         async with cluster.rpc_scope(missing_ok=True):
-            handle = cluster.handle(workflow_id)
-            pages.append(await handle.query(USAGE_QUERY, args=days, result_type=list[UsageRow]))
+            pages.append(await cluster.ask(workflow_id, FlockAccount.usage, *days))
     return pages
 
 
-class _Known:
-    """What a worker knows of the account of one principal."""
+class SharedAccount:
+    """The account of one principal, as one worker sees it. All runs of the principal in the worker share it.
 
-    def __init__(self) -> None:
-        self.account = Account()
+    Attributes:
+        budget: what it may spend in a day.
+    """
+
+    def __init__(self, cluster: Cluster, flock: str, principal: str, prices: Mapping[str, Price], worker: str) -> None:
+        self._cluster, self._flock, self._principal, self._worker = cluster, flock, principal, worker
+        self.budget = DayBudget(prices, self._read)
+        self._account = Account()
         #: when the account has to be read again
-        self.stale_at = 0.0
+        self._stale_at = 0.0
         #: what is not reported yet, by day
-        self.unsent: defaultdict[int, tuple[Spent, ...]] = defaultdict(tuple)
-        self.sending: asyncio.Task[None] | None = None
+        self._unsent: defaultdict[int, tuple[Spent, ...]] = defaultdict(tuple)
+        self._sending: asyncio.Task[None] | None = None
+        self._sent = 0
         #: held while a report is sent, or the account is read
-        self.lock = asyncio.Lock()
+        self._lock = asyncio.Lock()
+        self._spending = threading.Lock()
+
+    def spend(self, agent_name: str, usage: Usage, model: str | None) -> None:
+        """Note what a call has cost. It may be called from any thread."""
+        with self._spending:
+            day, account = now().date().toordinal(), self._account
+            self._unsent[day] = spent_with(self._unsent[day], agent_name, model or "", usage)
+            self._account = replace(account, picodollars=account.picodollars + usage.picodollars)
+
+    async def flush(self) -> None:
+        """Return when all that was spent before is reported.
+
+        Cancellation: the report may be sent nevertheless, and is sent again.
+        """
+        async with self._lock:
+            await self._send()
+
+    async def _send(self) -> None:
+        """Send one report after the other, since the account ignores one with a lower number."""
+        while self._unsent or self._sending is not None:
+            if self._sending is None:
+                with self._spending:
+                    day, spent = self._unsent.popitem()
+                self._sent += 1
+                report = SpentReport(worker=self._worker, number=self._sent, day=day, spent=spent)
+                of = self._cluster, self._flock, self._principal
+                send = functools.partial(signal_account, *of, FlockAccount.spent, report)
+                # In a task of its own: if the caller is cancelled, the report is not lost.
+                self._sending = asyncio.create_task(self._cluster.answered(send))
+            await asyncio.shield(self._sending)
+            self._sending = None
+
+    async def _read(self) -> Account:
+        """Return the account with what this worker has spent. What others have spent may be missing for ``FRESH_S``."""
+        if time.monotonic() < self._stale_at and not self._account.is_spent:  # it may have been raised
+            return self._account
+        async with self._lock:
+            await self._send()
+            account = await self._cluster.answered(self._query)
+            with self._spending:
+                unsent = sum(each.usage.picodollars for spent in self._unsent.values() for each in spent)
+                self._account = replace(account, picodollars=account.picodollars + unsent)
+            self._stale_at = time.monotonic() + FRESH_S
+        return self._account
+
+    async def _query(self) -> Account:
+        day = now().date().toordinal()
+        async with self._cluster.rpc_scope(missing_ok=True):
+            of_principal = account_workflow_id(self._flock, self._principal)
+            return await self._cluster.ask(of_principal, FlockAccount.account, day)
+        return Account()
 
 
 class Accounts:
@@ -104,76 +158,13 @@ class Accounts:
     """
 
     def __init__(self, cluster: Cluster, flock: str, prices: Mapping[str, Price]) -> None:
-        self._cluster = cluster
-        self._flock = flock
-        self._prices = prices
-        self._worker_id = new_id()
-        self._sent = 0
-        self._known: defaultdict[str, _Known] = defaultdict(_Known)
-        self._budgets: dict[str, DayBudget] = {}
-        self._spending = threading.Lock()
+        self._of_worker = cluster, flock, prices, new_id()
+        self._known: dict[str, SharedAccount] = {}
 
-    def budget_of(self, principal: str | None) -> DayBudget | None:
-        """Return what a principal may spend in a day. All its runs in this worker share it."""
-        if principal is None:
-            return None
-        if principal not in self._budgets:
-            self._budgets[principal] = DayBudget(self._prices, lambda: self._read(principal))
-        return self._budgets[principal]
-
-    def spend(self, principal: str, agent_name: str, usage: Usage, model: str | None) -> None:
-        """Note what a call has cost. It may be called from any thread."""
-        with self._spending:
-            known, day = self._known[principal], now().date().toordinal()
-            known.unsent[day] = spent_with(known.unsent[day], agent_name, model or "", usage)
-            known.account = replace(known.account, picodollars=known.account.picodollars + usage.picodollars)
-
-    async def flush(self, principal: str) -> None:
-        """Return when all that was spent before is reported.
-
-        Cancellation: the report may be sent nevertheless, and is sent again.
-        """
-        if principal in self._known:
-            known = self._known[principal]
-            async with known.lock:
-                await self._send(principal, known)
-
-    async def _send(self, principal: str, known: _Known) -> None:
-        """Send one report after the other, since the account ignores one with a lower number."""
-        while known.unsent or known.sending is not None:
-            if known.sending is None:
-                with self._spending:
-                    day, spent = known.unsent.popitem()
-                self._sent += 1
-                report = SpentReport(worker=self._worker_id, number=self._sent, day=day, spent=spent)
-                send = functools.partial(signal_account, self._cluster, self._flock, principal, SPENT_SIGNAL, report)
-                # In a task of its own: if the caller is cancelled, the report is not lost.
-                known.sending = asyncio.create_task(self._cluster.answered(send))
-            await asyncio.shield(known.sending)
-            known.sending = None
-
-    async def _read(self, principal: str) -> Account:
-        """Return the account with what this worker has spent. What others have spent may be missing for ``FRESH_S``."""
-        known = self._known[principal]
-        if time.monotonic() < known.stale_at and not known.account.is_spent:  # it may have been raised
-            return known.account
-        async with known.lock:
-            await self._send(principal, known)
-            account = await self._cluster.answered(lambda: self._query(principal))
-            with self._spending:
-                unsent = sum(each.usage.picodollars for spent in known.unsent.values() for each in spent)
-                known.account = replace(account, picodollars=account.picodollars + unsent)
-            known.stale_at = time.monotonic() + FRESH_S
-        return known.account
-
-    async def _query(self, principal: str) -> Account:
-        day = now().date().toordinal()
-        try:
-            async with self._cluster.rpc_scope():
-                handle = self._cluster.handle(account_workflow_id(self._flock, principal))
-                found: Account = await handle.query(ACCOUNT_QUERY, day, result_type=Account)
-                return found
-        except RPCError as exc:
-            if exc.status is RPCStatusCode.NOT_FOUND:
-                return Account()
-            raise
+    def of(self, principal: str | None) -> SharedAccount:
+        """Return the account of a principal, or of the runs without one."""
+        name = principal or ""
+        if name not in self._known:
+            cluster, flock, prices, worker = self._of_worker
+            self._known[name] = SharedAccount(cluster, flock, name, prices, worker)
+        return self._known[name]

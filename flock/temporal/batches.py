@@ -7,7 +7,7 @@ that workflow has counted, plus the counts of its running chunks.
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import Context
 from datetime import UTC, timedelta
 from itertools import islice
@@ -27,11 +27,9 @@ from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreEr
 from flock.runs import (
     Batch,
     BatchFilter,
-    Call,
     IdempotencyKey,
     Page,
     Principal,
-    Question,
     RetriedCalls,
     Run,
     RunStatus,
@@ -46,6 +44,7 @@ from flock.temporal.messages import (
     BATCH_WORKFLOW,
     Attempt,
     BatchOrder,
+    ChunkOrder,
     Counts,
     ItemRow,
     RowsOrder,
@@ -59,7 +58,7 @@ from flock.temporal.messages import (
     rows_workflow_id,
     workflow_id_of,
 )
-from flock.temporal.records import Chunk, ended_so_far, read_chunk
+from flock.temporal.records import Chunk, Traces, ended_so_far, read_chunk
 from flock.temporal.reservations import Reservations
 from flock.temporal.search import ID, page_of, workflows_of
 
@@ -337,18 +336,23 @@ class TemporalBatches(EngineBase):
         async with self.cluster.rpc_scope(SEND_TIMEOUT_S, missing=BatchNotFound(batch_id)):
             return await read_chunk(self.cluster, batch_id, chunk, order.attempts)
 
-    async def _item(self, run_id: str) -> tuple[Run | None, Mapping[int, Sequence[Call]], Mapping[str, Question]]:
-        """Return the item with this id, its calls, and all its questions.
+    async def _running_chunk(self, workflow_id: str) -> Chunk:
+        """Read a chunk, and of its batch only what its workflow knows. Raises BatchNotFound."""
+        _, batch_id, chunk, *_ = workflow_id.split(":")
+        async with self.cluster.rpc_scope(SEND_TIMEOUT_S, missing=BatchNotFound(batch_id)):
+            *earlier, last = (await self.cluster.input_of(workflow_id, ChunkOrder)).attempts
+            attempts = [*earlier, replace(last, begun_to=int(chunk) + 1)]
+            return await read_chunk(self.cluster, batch_id, int(chunk), attempts)
 
-        It is None if there is none, or its histories were deleted.
-        """
+    async def _item(self, run_id: str) -> tuple[Run | None, Traces]:
+        """Return the item with this id, or None if there is none or its histories were deleted, and its traces."""
         batch_id, position = parse_item_id(run_id)
         with contextlib.suppress(BatchNotFound):
             order = await self._current(batch_id)
             if 0 <= position < order.batch.total_items:
                 chunk = await self._read(order, order.chunk_of(position))
-                return chunk.items[position], chunk.calls.get(position, {}), chunk.asked.get(position, {})
-        return None, {}, {}
+                return chunk.readings[position].run, chunk.readings[position].traces
+        return None, Traces()
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()

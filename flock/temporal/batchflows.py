@@ -25,23 +25,29 @@ from flock.steps.answers import is_expired
 from flock.steps.outcomes import CANCELLED_BEFORE_START, end_of_batch, expiry_of
 from flock.temporal.calls import Calls
 from flock.temporal.messages import (
+    ASKING,
     BATCH_WORKFLOW,
+    CHUNK_WORKFLOW,
     DELETE_ACTIVITY,
     FIND_ACTIVITY,
+    INBOX,
     ITEMS_ACTIVITY,
-    MESSAGE_SIGNAL,
+    STATUS,
     TASK_TIMEOUT,
     BatchOrder,
     ChunkIdle,
     ChunkOrder,
     Counts,
     DeleteOrder,
+    Inbox,
     ItemsDone,
     ItemsOrder,
     Part,
     RowsOrder,
     Sent,
+    attributes_of,
     items_queue_of,
+    roles_of,
 )
 from flock.temporal.records import done_after_failure, outcome_of_failure
 from flock.temporal.workflows import FIRST_ANSWER, NO_LIMIT, RETRIES, CallKeeper, log_dropped, time_to_expiry
@@ -129,14 +135,14 @@ class FlockBatch(_Interruptible):
         elif chunk in self._chunks:
             self._signal_chunk(chunk, "cancel_item", position)
 
-    @workflow.signal(name=MESSAGE_SIGNAL)
+    @workflow.signal
     def message(self, sent: Sent) -> None:
         """Keep a message to an item until its chunk starts. If the chunk has just started, pass the message on."""
         chunk = self._order.chunk_of(sent.item)
         if chunk >= self._next:
             self._early.keep(sent)
         elif chunk in self._chunks:
-            self._signal_chunk(chunk, MESSAGE_SIGNAL, sent)
+            self._signal_chunk(chunk, "message", sent)
 
     @workflow.signal
     def chunk_spent(self, chunk: int, usage: Usage) -> None:
@@ -291,7 +297,7 @@ class FlockBatch(_Interruptible):
         self._next = chunk + 1
         self._chunks[chunk] = asyncio.create_task(self._run_chunk(order))
         for sent in messages[len(fitting) :]:
-            self._signal_chunk(chunk, MESSAGE_SIGNAL, sent)
+            self._signal_chunk(chunk, "message", sent)
 
     async def _run_chunk(self, order: ChunkOrder) -> Counts:
         """Run a chunk. This task is never cancelled, because the outcome of a cancelled start is unknown."""
@@ -300,6 +306,7 @@ class FlockBatch(_Interruptible):
             order,
             id=order.workflow_id,
             task_timeout=TASK_TIMEOUT,
+            search_attributes=attributes_of(self._batch),
             parent_close_policy=workflow.ParentClosePolicy.REQUEST_CANCEL,
         )
         if self._batch.cancel_requested:
@@ -388,7 +395,7 @@ class FlockBatch(_Interruptible):
         workflow.upsert_memo(self._memo() | {"about": attempt} | for_retry)
 
 
-@workflow.defn(name="flock_batch_chunk")
+@workflow.defn(name=CHUNK_WORKFLOW)
 class FlockChunk(_Interruptible, CallKeeper):
     """One attempt of a chunk of items. Its history is their record (``flock.temporal.records``).
 
@@ -450,6 +457,7 @@ class FlockChunk(_Interruptible, CallKeeper):
             elif not self._running:
                 workflow.continue_as_new(self._state(), memo=self._memo())
             workflow.upsert_memo(self._memo())
+            self._show_asking()
             self._report_idle()
             told, cancelled, was_cancelled = self._told, set(self._cancelled), self.is_cancelled
             usage = self._usage
@@ -619,6 +627,16 @@ class FlockChunk(_Interruptible, CallKeeper):
         with contextlib.suppress(FailureError):  # the batch was terminated
             await workflow.get_external_workflow_handle(batch.workflow_id).signal(signal, args=values)
 
+    def _show_asking(self) -> None:
+        """Let the search of the cluster find the chunk while some of its items ask."""
+        asks = bool(self._roles)
+        if asks is not (workflow.info().typed_search_attributes.get(STATUS) is not None) and workflow.patched(INBOX):
+            workflow.upsert_search_attributes([STATUS.value_set(ASKING) if asks else STATUS.value_unset()])
+
+    @property
+    def _roles(self) -> tuple[str, ...]:
+        return roles_of(question for part in self._waiting.values() for question in part.questions)
+
     def _counts(self) -> Counts:
         """Return the counts without the items of running activities, whose heartbeats have theirs."""
         usages = [part.usage for part in (*self._todo, *self._waiting.values())]
@@ -642,7 +660,8 @@ class FlockChunk(_Interruptible, CallKeeper):
 
     def _memo(self) -> dict[str, Any]:
         """Return the counts and the items to cancel, for workers and API processes."""
-        return {"ended": self._counts(), "cancelled": sorted(self._cancelled), "is_cancelled": self.is_cancelled}
+        cancelled, inbox = sorted(self._cancelled), Inbox(roles=self._roles)
+        return {"ended": self._counts(), "cancelled": cancelled, "is_cancelled": self.is_cancelled, INBOX: inbox}
 
 
 @workflow.defn(name="flock_batch_rows")

@@ -10,6 +10,7 @@ from flock.agents.questions import MESSAGE, check_answer
 from flock.errors import InvalidData
 from flock.runs import Call, Question, Usage
 from flock.steps.answers import answer_of, dropped_of, end_of_expired, is_expired
+from flock.steps.identity import asking_call
 from flock.temporal.messages import Asked, CallDone, CallsPage, Execution, Report, Sent, Waits, latest
 
 #: Calls of about this size, in bytes, are returned at once. The cluster returns at most 2 MiB, and warns before that.
@@ -55,8 +56,11 @@ class Calls:
     ) -> None:
         self._by_item: dict[int, dict[tuple[int, str], CallDone]] = {}
         self._spent: dict[int, Usage | None] = {}
+        #: the waits that steps have begun while they ran, by the step and the call that waits
+        self._begun: dict[int, dict[tuple[int, str], Question]] = {}
         self._messages: dict[int, list[Sent]] = {}
-        self._message_ids: set[str] = set()
+        #: of all messages that have been kept, received or not
+        self.message_ids: set[str] = set()
         self._on_drop = on_drop
         self.fence = Fence(generation)
         for done in calls:  # they count, whoever has reported them
@@ -66,17 +70,13 @@ class Calls:
 
     def next_step(self) -> None:
         """Drop the calls of a run, whose step has ended."""
-        self._by_item.clear()
-        self._spent.clear()
-
-    def has_had(self, message_id: str) -> bool:
-        """Whether a message has been kept, received or not."""
-        return message_id in self._message_ids
+        for kept in (self._by_item, self._spent, self._begun):
+            kept.clear()
 
     def keep(self, sent: Sent) -> None:
         """Keep a message until a step receives it."""
-        if sent.id not in self._message_ids:
-            self._message_ids.add(sent.id)
+        if sent.id not in self.message_ids:
+            self.message_ids.add(sent.id)
             self._messages.setdefault(sent.item, []).append(sent)
 
     def keep_before(self, messages: Iterable[Sent]) -> None:
@@ -95,6 +95,7 @@ class Calls:
         wait = asked.question
         if not self.fence.admits(asked):
             return
+        self._begun.setdefault(asked.item, {})[asked.step, asking_call(wait.call_id)] = wait
         if wait.kind == "message" and self.unanswered(asked.item, asked.step, [wait]):
             self._receive(asked.item, asked.step, wait)
 
@@ -143,13 +144,15 @@ class Calls:
 
     def page(self, item: int, step: int, after: int) -> CallsPage:
         """Return some calls of a step, without the first *after*. No call changes its position."""
+        begun = [wait for (begun_in, _), wait in self._begun.get(item, {}).items() if begun_in == step]
         left, page, size = self.of_step(item, step)[after:], list[Call](), 0
         for call in left:
             size += len(msgspec.json.encode(call))
             if page and size > MAX_PAGE_BYTES:
                 break
             page.append(call)
-        return CallsPage(calls=tuple(page), is_last=len(page) == len(left), spent=self.spent(item))
+        waits, is_last = self.unanswered(item, step, begun), len(page) == len(left)
+        return CallsPage(calls=tuple(page), is_last=is_last, spent=self._spent.get(item), waits=waits)
 
     def still_open(
         self, item: int, step: int, questions: Iterable[Question], at: datetime | None = None
@@ -181,12 +184,8 @@ class Calls:
     def of_item(self, item: int) -> Iterable[CallDone]:
         return self._by_item.get(item, {}).values()
 
-    def spent(self, item: int) -> Usage | None:
-        """What an item, or a run, had spent when its last call finished."""
-        return self._spent.get(item)
-
     def discard(self, item: int) -> None:
-        for kept in (self._by_item, self._spent, self._messages):
+        for kept in (self._by_item, self._spent, self._begun, self._messages):
             kept.pop(item, None)
 
     @property

@@ -21,21 +21,17 @@ from temporalio.api.workflowservice.v1 import (
 )
 from temporalio.client import Client, WorkflowExecutionDescription, WorkflowHandle
 from temporalio.client import WorkflowHistoryEventFilterType as EventFilter
-from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDReusePolicy
+from temporalio.common import WorkflowIDReusePolicy
 from temporalio.envconfig import ClientConfig
 from temporalio.service import RetryConfig, RPCError, RPCStatusCode
 
 from flock.errors import DefinitionError, EngineFull, StoreError
 from flock.runs import Batch, Run
 from flock.temporal.messages import (
-    AGENT,
-    FLOCK,
-    PRINCIPAL,
     SEARCH_ATTRIBUTES,
-    SESSION,
     TASK_TIMEOUT,
+    attributes_of,
     decoded,
-    keyword_of,
     task_queue_of,
     workflow_id_of,
 )
@@ -173,6 +169,22 @@ class Cluster:
             except (StoreError, EngineFull):
                 await asyncio.sleep(RETRY_AFTER_S)
 
+    async def ask(self, workflow_id: str, query: Callable[..., T], *args: Any) -> T:
+        """Return the answer of a workflow to a *query*, a method of its class. It needs a worker.
+
+        Raises: StoreError, EngineFull; RPCError, NOT_FOUND if it does not exist; WorkflowQueryFailedError.
+        """
+        async with self.rpc_scope():
+            found: T = await self.handle(workflow_id).query(query, args=args)
+        return found
+
+    async def signal(self, workflow_id: str, signal: str | Callable[..., None], value: Any) -> bool:
+        """Send a *signal*. Returns False if the workflow does not exist or has ended. Raises StoreError, EngineFull."""
+        async with self.rpc_scope(missing_ok=True):
+            await self.handle(workflow_id).signal(signal, value)
+            return True
+        return False
+
     async def input_of(self, workflow_id: str, type_: type[T]) -> T:
         """Return the input of a workflow. Raises RPCError, NOT_FOUND if it does not exist or its retention is over."""
         async for event in self.handle(workflow_id).fetch_history_events(page_size=1):
@@ -262,16 +274,13 @@ class Cluster:
 
         Raises: WorkflowAlreadyStartedError if this attempt was started before; see ``start_workflow``.
         """
-        session_id = record.session_id if isinstance(record, Run) else None
-        named = {FLOCK: record.flock, AGENT: record.agent_name, PRINCIPAL: record.principal, SESSION: session_id}
-        attributes = [SearchAttributePair(key, keyword_of(name)) for key, name in named.items() if name is not None]
         await self.start_workflow(
             workflow,
             order,
             flock=record.flock,
             id=workflow_id_of(record),
             id_reuse_policy=WorkflowIDReusePolicy.REJECT_DUPLICATE,
-            search_attributes=TypedSearchAttributes(attributes),
+            search_attributes=attributes_of(record),
             **options,
         )
 

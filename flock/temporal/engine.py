@@ -9,7 +9,8 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from contextvars import Context
 from functools import partial
 from typing import Any, Self
@@ -19,6 +20,7 @@ from msgspec.structs import replace
 from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
+from temporalio.client import WorkflowExecution
 from temporalio.common import Priority, WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
@@ -78,12 +80,12 @@ from flock.temporal.accounts import account_in_memo, signal_account, usage_of
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
-    BUDGET_SIGNAL,
-    CALL_SIGNAL,
+    ASKING,
+    CHUNK_WORKFLOW,
     HEARTBEAT_TIMEOUT_S,
     MAX_ITEMS,
-    MESSAGE_SIGNAL,
     RUN_WORKFLOW,
+    STATUS,
     CallDone,
     RunOrder,
     Sent,
@@ -95,22 +97,33 @@ from flock.temporal.messages import (
     workflow_id_of,
 )
 from flock.temporal.records import (
-    asked_in,
-    calls_of,
+    Traces,
     early_messages,
-    had_message,
     reset_for_retry,
     run_of,
     shown,
-    unreceived_of,
     with_heartbeats,
 )
-from flock.temporal.search import ID, Record, open_runs, page_of, waiting_runs, workflows_of
-from flock.temporal.workflows import FlockSession
+from flock.temporal.search import (
+    ID,
+    AskingRuns,
+    Record,
+    asking_workflows,
+    inbox_in,
+    may_have,
+    newest_first,
+    open_runs,
+    page_of,
+    waiting_runs,
+    workflows_of,
+)
+from flock.temporal.workflows import FlockAccount, FlockRun, FlockSession
 
-#: How often open questions are read for a client that waits for one, in seconds, and how many runs at once.
+#: A multiple of this time, in seconds, is what the error takes that there is no such run, if somebody asks for a
+#: question. It is longer than the requests to the cluster take.
+SAME_S = 0.25
+#: How often open questions are read for a client that waits for one, in seconds.
 QUESTIONS_INTERVAL_S = 1.0
-QUESTIONS_PAGE = 100
 log_of_runs = logging.getLogger("flock.runs")
 
 #: The interval and the timeout of requests that check the cluster and count open runs, in seconds.
@@ -124,8 +137,6 @@ MAX_INPUT_BYTES = 1_000_000
 REREAD_DELAY_S = 0.02
 #: How long a request to cancel a waiting run waits for its end, in seconds. It ends at once if there is a worker.
 CANCEL_WAIT_S = 3.0
-#: How many principals without a budget are remembered.
-MAX_UNLIMITED = 10_000
 
 
 class TemporalEngine(TemporalBatches):
@@ -182,8 +193,6 @@ class TemporalEngine(TemporalBatches):
         #: runs that are being sent to the cluster
         self._starting = 0
         self._callers = 0
-        #: principals that have no budget, as this process has found
-        self._unlimited: set[str] = set()
         #: runs whose streams began with their requests
         self._watched: set[str] = set()
 
@@ -368,23 +377,6 @@ class TemporalEngine(TemporalBatches):
             raise RunNotFound(run_id)
         return run
 
-    async def check_budget(
-        self,
-        principal: str,
-        max_cost: float | msgspec.UnsetType | None = msgspec.UNSET,
-        key: IdempotencyKey | None = None,
-    ) -> None:
-        if max_cost is None and principal in self._unlimited:  # so that others pay nothing for this
-            self._check_running()
-            return
-        await super().check_budget(principal, max_cost, key)
-        if len(self._unlimited) > MAX_UNLIMITED:
-            self._unlimited.clear()
-        if max_cost is None:
-            self._unlimited.add(principal)
-        elif max_cost is not msgspec.UNSET:
-            self._unlimited.discard(principal)
-
     async def get_account(self, principal: str) -> Account:
         self._check_entered()
         return await account_in_memo(self.cluster, self._flock, principal)
@@ -393,7 +385,7 @@ class TemporalEngine(TemporalBatches):
         return await self._reservations.is_used(key)
 
     async def _set_budget(self, principal: str, max_cost: float | None) -> None:
-        await signal_account(self.cluster, self._flock, principal, BUDGET_SIGNAL, max_cost)
+        await signal_account(self.cluster, self._flock, principal, FlockAccount.set_budget, max_cost)
 
     async def _usage_pages(self, wanted: UsageFilter) -> AsyncIterator[Sequence[UsageRow]]:
         for page in await usage_of(self.cluster, self._flock, wanted):
@@ -401,19 +393,17 @@ class TemporalEngine(TemporalBatches):
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         self._check_entered()
-        calls = {step: list(map(shown, calls)) for step, calls in (await self._calls_of(run)).items()}
-        return ended_calls(run, calls)
+        traces = await self._traces_of(run)
+        return ended_calls(run, {step: list(map(shown, calls)) for step, calls in traces.calls.items()})
 
-    async def _calls_of(self, run: Run) -> Mapping[int, Sequence[Call]]:
-        """Return the calls of *run*, with long answers."""
+    async def _traces_of(self, run: Run) -> Traces:
+        """Return what all attempts of *run* have left in histories. Those that were deleted are missing."""
         if run.batch_id is not None:
             return (await self._item(run.run_id))[1]
-        found: dict[int, list[Call]] = {}
+        found = Traces()
         for attempt in range(1, run.attempt + 1):
-            async with self.cluster.rpc_scope(missing_ok=True):  # its history may have been deleted
-                history = await self.cluster.history_of(run_workflow_id(run.run_id, attempt))
-                for step, calls in calls_of(history).items():
-                    found.setdefault(step, []).extend(calls)
+            async with self.cluster.rpc_scope(missing_ok=True):
+                run_of(await self.cluster.history_of(run_workflow_id(run.run_id, attempt)), found)
         return found
 
     async def _attempt(self, run_id: str, attempt: int) -> Run | None:
@@ -527,8 +517,7 @@ class TemporalEngine(TemporalBatches):
         run = await self.get_run(run_id)
         if not run.status.is_final and run.batch_id is not None:
             batch = await self.get_batch(run.batch_id)
-            async with self.cluster.rpc_scope(missing_ok=True):
-                await self.cluster.handle(workflow_id_of(batch)).signal("cancel_item", run.position)
+            await self.cluster.signal(workflow_id_of(batch), "cancel_item", run.position)
         elif not run.status.is_final:
             async with self.cluster.rpc_scope(missing_ok=True):
                 await self.cluster.handle(workflow_id_of(run)).cancel()
@@ -548,12 +537,10 @@ class TemporalEngine(TemporalBatches):
             raise TooLarge(f"An answer may have up to {MAX_INPUT_BYTES} bytes, and this one has {len(output)}.")
         is_sent, pause_s = False, REREAD_DELAY_S
         while True:
-            run = await self.get_run(run_id)
-            is_open = any(wait.call_id == call_id and wait.is_question for wait in run.waiting_for)
-            given = None if is_open else _answer_in(run, await self._calls_of(run), call_id)
-            if not is_of(run, by) and (not is_open or given is not None):
-                await self._check_may_see(run, call_id, by)
-            was_asked = not is_open and given is None and call_id in await self._asked_by(run)
+            run, traces, _ = await self._find_question(run_id, call_id, by)
+            is_open = any(wait.call_id == call_id for wait in run.waiting_for)
+            given = None if is_open else _answer_in(run, traces, call_id)
+            was_asked = call_id in traces.asked
             question = question_for(run, call_id, output, lambda: given, lambda: was_asked, by)  # noqa: B023 - called at once
             if question is None:
                 return run
@@ -563,62 +550,81 @@ class TemporalEngine(TemporalBatches):
                 continue
             call = answer_of(question, output, now(), by)
             done = CallDone(item=run.position or 0, step=len(run.steps), call=call)
-            async with self.cluster.rpc_scope(missing_ok=True):
-                await self.cluster.handle(await self._keeper_of(run)).signal(CALL_SIGNAL, done)
+            await self.cluster.signal(await self._keeper_of(run), FlockRun.call_done, done)
             log_of_runs.info("run %s: %s", run_id, answer_in_words(question, call))
             is_sent = True
 
     _questions_interval_s = QUESTIONS_INTERVAL_S
 
-    async def _questions(self, wanted: QuestionFilter) -> QuestionPage:
-        """Read the runs that ask. The search of the cluster knows no roles, and no items."""
+    async def _questions(self, wanted: QuestionFilter, since: int | None = None) -> QuestionPage:
+        """Ask the workflows that the search of the cluster finds."""
         by, page = wanted.by, QuestionPage()
         is_own = by is not None and not by.admin and not by.roles
-        filter_ = RunFilter(
-            asking=True,
+        filter_ = AskingRuns(
             agent_name=wanted.agent_name,
             session_id=wanted.session_id,
             principal=by.name if by is not None and is_own else None,
             after=wanted.after,
-            limit=QUESTIONS_PAGE,
         )
-        while runs := await self.list_runs(filter_):
-            for run in runs:
-                for question in run.questions:
-                    is_wanted = wanted.role in (None, question.answerer) and not question.is_for_client
-                    if not is_wanted or not can_answer(question, run.principal, run.begun_by, by):
+        query, read = asking_workflows(self._flock), partial(self._asked_in, wanted)
+        async with aclosing(newest_first(self.cluster, query, ("run", "chunk"), filter_, read)) as found:
+            async for asked_questions in found:
+                for asked, begun_by in asked_questions:
+                    is_wanted = wanted.role in (None, asked.question.answerer) and not asked.question.is_for_client
+                    is_wanted &= wanted.after is None or asked.run_id < wanted.after
+                    if not is_wanted or not can_answer(asked.question, asked.principal, begun_by, by):
                         continue
-                    if not page.add(asked_question(run, question, None), wanted.limit):
+                    if not page.add(asked, wanted.limit):
+                        page.rest = replace(wanted, after=page[-1].run_id), None
                         return page
-            if not runs.has_more:
-                break
-            filter_ = replace(filter_, after=runs[-1].run_id)
         return page
+
+    async def _asked_in(
+        self, wanted: QuestionFilter, found: WorkflowExecution
+    ) -> Sequence[tuple[AskedQuestion, Collection[str]]]:
+        """Return the open questions of a run, or of the items of a chunk, and who has begun these. The newest is first.
+
+        They may be others than those *wanted*. If there are none of these, nothing else is read.
+        """
+        if not may_have(found, wanted):
+            return []
+        if found.workflow_type == CHUNK_WORKFLOW:
+            items = reversed((await self._running_chunk(found.id)).items.values())
+            return [(asked_question(item, each, None), item.begun_by) for item in items for each in item.questions]
+        current = await self.cluster.describe(found.id)
+        if current is None or current.close_time is not None or current.typed_search_attributes.get(STATUS) != ASKING:
+            return []  # the search lags
+        if (inbox := inbox_in(current)).asked:
+            return [(asked, inbox.begun_by) for asked in inbox.asked]
+        run = await self.get_run(found.id.split(":")[1])
+        return [(asked_question(run, each, None), run.begun_by) for each in run.questions]
 
     async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
         self._check_entered()
-        run = await self.get_run(run_id)
-        question = await self._check_may_see(run, call_id, by)
-        return asked_question(run, question, _answer_in(None, await self._calls_of(run), call_id))
+        run, traces, question = await self._find_question(run_id, call_id, by)
+        if question is None:
+            raise CallNotFound(run_id, call_id)
+        return asked_question(run, question, _answer_in(None, traces, call_id))
 
-    async def _check_may_see(self, run: Run, call_id: str, by: Principal | None) -> Question:
-        """Return a question of *run*. Raises RunNotFound if *by* may not know of it, and CallNotFound."""
-        question = (await self._asked_by(run)).get(call_id)
-        if question is None and is_of(run, by):
-            raise CallNotFound(run.run_id, call_id)
-        if question is None or not may_see(run, question, by):
-            raise RunNotFound(run.run_id)
-        return question
+    async def _find_question(
+        self, run_id: str, call_id: str, by: Principal | None
+    ) -> tuple[Run, Traces, Question | None]:
+        """Return a run with what it has left, and a question that it has asked, or None.
 
-    async def _asked_by(self, run: Run) -> Mapping[str, Question]:
-        """Return all questions that *run* has asked, in all its attempts, by id."""
-        if run.batch_id is not None:
-            return (await self._item(run.run_id))[2]
-        found = dict[str, Question]()
-        for attempt in range(1, run.attempt + 1):
-            async with self.cluster.rpc_scope(missing_ok=True):  # its history may have been deleted
-                found |= asked_in(await self.cluster.history_of(run_workflow_id(run.run_id, attempt)))
-        return found
+        Raises: RunNotFound if there is no such run, or *by* may not know of it. This takes a multiple of ``SAME_S``, so
+            that its time does not tell one from the other.
+        """
+        since = time.monotonic()
+        try:
+            run = await self.get_run(run_id)
+            traces = await self._traces_of(run)
+            question = traces.asked.get(call_id)
+            if not is_of(run, by) and (question is None or not may_see(run, question, by)):
+                raise RunNotFound(run_id)
+        except RunNotFound:
+            await asyncio.sleep(0 if by is None else (since - time.monotonic()) % SAME_S)
+            raise
+        return run, traces, question
 
     async def send_message(
         self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
@@ -636,26 +642,19 @@ class TemporalEngine(TemporalBatches):
         elif key is None:
             check_message(run, name, message, await self._count_kept(run, message))
         replayed = None if made_id in (None, id_) else Replayed(run_id)
-        if made_id is not None and replayed is not None and await self._has_had(run, made_id):
+        if replayed is not None and made_id in (await self._traces_of(run)).message_ids:
             raise replayed
         # If the process that claimed the key died before it sent the message, this one sends it.
         sent = Sent(item=run.position or 0, id=made_id or id_, name=name, message=message, at=now())
-        is_sent = await self._signal(await self._keeper_of(run), sent)
+        is_sent = await self.cluster.signal(await self._keeper_of(run), FlockRun.message, sent)
         if not is_sent and run.batch_id is not None and not (await self.get_run(run_id)).status.is_final:
             batch = await self.get_batch(run.batch_id)  # it keeps those to items that have not started
-            is_sent = await self._signal(workflow_id_of(batch), sent)
+            is_sent = await self.cluster.signal(workflow_id_of(batch), FlockRun.message, sent)
         if replayed is not None:
             raise replayed
         if not is_sent:
             raise Conflict(f"The run {run_id} has ended, so it cannot receive a message {name!r}.")
         return await self.get_run(run_id)
-
-    async def _signal(self, workflow_id: str, sent: Sent) -> bool:
-        """Send a message to a workflow. Returns False if the workflow does not exist or has ended."""
-        async with self.cluster.rpc_scope(missing_ok=True):
-            await self.cluster.handle(workflow_id).signal(MESSAGE_SIGNAL, sent)
-            return True
-        return False
 
     async def _count_kept(self, run: Run, message: msgspec.Raw) -> int:
         """Return how many messages are kept for a run.
@@ -663,11 +662,11 @@ class TemporalEngine(TemporalBatches):
         Raises: TooManyRequests if a batch cannot keep the *message* too, because the item has not started.
         """
         if run.batch_id is None:
-            return len(await self._unreceived(run))
+            return len((await self._traces_of(run)).unreceived)
         order, position = await self._current(run.batch_id), run.position or 0
         chunk = await self._read(order, order.chunk_of(position))
         if chunk.has_begun:
-            return len(chunk.messages.messages_to(position))
+            return len(chunk.readings[position].traces.unreceived)
         begun_to = order.attempts[-1].begun_to
         async with self.cluster.rpc_scope(missing_ok=True):
             history = await self.cluster.history_of(workflow_id_of(order.batch))
@@ -680,23 +679,6 @@ class TemporalEngine(TemporalBatches):
                 )
             return sum(sent.item == position for sent in early)
         return 0
-
-    async def _has_had(self, run: Run, message_id: str) -> bool:
-        """Whether an attempt of *run* has had a message."""
-        if run.batch_id is not None:
-            order = await self._current(run.batch_id)
-            return (await self._read(order, order.chunk_of(run.position or 0))).messages.has_had(message_id)
-        for attempt in range(1, run.attempt + 1):
-            async with self.cluster.rpc_scope(missing_ok=True):  # its history may have been deleted
-                if had_message(await self.cluster.history_of(run_workflow_id(run.run_id, attempt)), message_id):
-                    return True
-        return False
-
-    async def _unreceived(self, run: Run) -> Sequence[Sent]:
-        """Return the messages that a run has not received, which is not an item."""
-        async with self.cluster.rpc_scope(missing_ok=True):
-            return unreceived_of(await self.cluster.history_of(workflow_id_of(run)))
-        return ()
 
     async def _keeper_of(self, run: Run) -> str:
         """Return the id of the workflow that keeps the calls of *run*."""
@@ -729,7 +711,7 @@ class TemporalEngine(TemporalBatches):
             await self._check_room(run.principal)
             with self._counted_as_starting():
                 order = replace(self._order(again), key_id=await self._stored_key_id(run))
-                await self._start(replace(order, messages=tuple(await self._unreceived(run))))
+                await self._start(replace(order, messages=(await self._traces_of(run)).unreceived))
         except WorkflowAlreadyStartedError as exc:
             raise already_retried(run) from exc
         return again
@@ -764,10 +746,10 @@ class TemporalEngine(TemporalBatches):
         return await page_of(self.cluster, workflows_of(RUN_WORKFLOW, self._flock), "run", wanted, read)
 
 
-def _answer_in(run: Run | None, calls: Mapping[int, Sequence[Call]], call_id: str) -> Call | None:
+def _answer_in(run: Run | None, traces: Traces, call_id: str) -> Call | None:
     """Return the answer of the last step that asked, unless a retry of *run* has dropped it."""
-    for step in sorted(calls, reverse=True):
-        for call in reversed(calls[step]):
+    for step in sorted(traces.calls, reverse=True):
+        for call in reversed(traces.calls[step]):
             if call.kind == "question" and call.call_id == call_id and call.error is None:
                 return call if run is None or may_count(run, step, call_id) else None
     return None

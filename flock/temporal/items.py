@@ -20,9 +20,8 @@ from temporalio.service import RPCError, RPCStatusCode
 from flock.agents.versions import version_of
 from flock.errors import EngineFull, StoreError
 from flock.runs import Run, RunStatus, Usage, added, now
-from flock.steps.executor import StepExecutor, WaitingForAnswers
+from flock.steps.executor import WaitingForAnswers
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, CRASHED, Outcome, log_crash
-from flock.temporal.accounts import Accounts
 from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
     DELETE_ACTIVITY,
@@ -39,8 +38,8 @@ from flock.temporal.messages import (
 )
 from flock.temporal.payloads import payload_lost
 from flock.temporal.records import Chunk, read_chunk
-from flock.temporal.steps import ActivityStep, until_done
-from flock.temporal.suspects import Gate, Suspicion
+from flock.temporal.steps import ActivityStep, Workplace, until_done
+from flock.temporal.suspects import Suspicion
 
 #: An activity starts no more items after this many seconds or bytes of results. Then its results are in the history of
 #: the chunk, and other work gets a slot.
@@ -136,19 +135,8 @@ class _Job:
 class ItemActivities:
     """The activities of a worker for batches."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        executor: StepExecutor,
-        gate: Gate,
-        drain_timeout_s: float,
-        accounts: Accounts | None = None,
-    ) -> None:
-        self._cluster = cluster
-        self._accounts = accounts
-        self._executor = executor
-        self._gate = gate
-        self._drain_timeout_s = drain_timeout_s
+    def __init__(self, at: Workplace) -> None:
+        self._at, self._cluster, self._executor = at, at.cluster, at.executor
         self._jobs: set[_Job] = set()
         self._lookups: dict[str, asyncio.Task[None]] = {}
         self._version_of = functools.cache(version_of)
@@ -174,7 +162,7 @@ class ItemActivities:
         def stop() -> None:
             job.should_return = True
             if job.active is not None:
-                job.active.stop(self._executor)
+                job.active.stop()
 
         def cancel() -> None:
             job.should_return = True
@@ -182,7 +170,7 @@ class ItemActivities:
                 polls.append(asyncio.create_task(self._stop_cancelled(order)))
 
         try:
-            await until_done(work, drain_timeout_s=self._drain_timeout_s, stop=stop, cancel=cancel)
+            await until_done(work, drain_timeout_s=self._at.drain_timeout_s, stop=stop, cancel=cancel)
         finally:
             for task in (heartbeats, *polls):
                 task.cancel()
@@ -222,7 +210,7 @@ class ItemActivities:
                 run, steps=part.steps or run.steps, spent=added(run.usage, part.usage), waiting_for=part.waited_for
             )
             part = replace(part, is_again=is_again or part.is_again, has_calls=is_retry or part.has_calls)
-            if self._gate.is_proven(job.suspicion):
+            if self._at.gate.is_proven(job.suspicion):
                 log_crash(run, job.suspicion.deaths)
                 ended: Part | None = self._ended(job, run, CRASHED)
             else:
@@ -246,18 +234,14 @@ class ItemActivities:
         while run.next_agent_name is not None:
             if self._executor.is_at_most_once(run) and job.has_begun:
                 return None  # it needs an order of its own, so that a retry knows that it was started
-            active = job.active = ActivityStep(
-                run, job.order.timeout_s, self._cluster, self._gate, job.suspicion, is_again=is_again
-            )
+            active = job.active = ActivityStep(run, job.order.timeout_s, self._at, job.suspicion, is_again=is_again)
             active.has_calls, active.waited_s = part.has_calls, part.waited_s
             active.of_chunk = job.order
-            if self._accounts is not None:
-                active.use(self._accounts)
             active.elsewhere, active.needs = elsewhere, needs
             job.has_begun, is_again, needs = True, False, None
             before, job.current = job.current, job.part(run, part.waited_s)
             self._check_version(run, agents)
-            taking = asyncio.create_task(active.execute(self._executor))
+            taking = asyncio.create_task(active.execute())
             while not taking.done():
                 await asyncio.wait([taking])
             job.active = None

@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import IndexedValueType
-from temporalio.common import SearchAttributeKey
+from temporalio.common import SearchAttributeKey, SearchAttributePair, TypedSearchAttributes
 from temporalio.converter import (
     BinaryNullPayloadConverter,
     BinaryPlainPayloadConverter,
@@ -24,35 +24,22 @@ from temporalio.converter import (
 )
 
 from flock.errors import CostLimit
-from flock.runs import Batch, Call, Progress, Question, Run, RunStatus, Spent, Step, Usage, added, new_id
+from flock.runs import AskedQuestion, Batch, Call, Progress, Question, Run, RunStatus, Spent, Step, Usage, added, new_id
 from flock.steps.outcomes import Outcome
 
 T = TypeVar("T")
 
 # Registered names. Running workflows and recorded histories use them, so they must not change. The same holds for the
-# names of other workflows, and for those of signals, which have the names of their methods.
+# names of other workflows, and for those of signals and queries, which have the names of their methods.
 RUN_WORKFLOW = "flock_run"
 BATCH_WORKFLOW = "flock_batch"
+CHUNK_WORKFLOW = "flock_batch_chunk"
 ACTIVITY = "run_agent"
-#: The signal and the query of a workflow whose activity makes calls.
-CALL_SIGNAL = "call_done"
-CALLS_QUERY = "calls"
-PAGE_QUERY = "calls_from"
-MESSAGE_SIGNAL = "message"
-ASKED_SIGNAL = "asked"
-BEGUN_SIGNAL = "begun"
-SPENT_QUERY = "spent"
-WAITS_QUERY = "waits"
 ITEMS_ACTIVITY = "run_items"
 FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"
 
-#: The workflow that adds up what a principal has spent, its signals, and its queries.
 ACCOUNT_WORKFLOW = "flock_account"
-SPENT_SIGNAL = "spent"
-BUDGET_SIGNAL = "set_budget"
-ACCOUNT_QUERY = "account"
-USAGE_QUERY = "usage"
 
 #: Seconds without a heartbeat after which a worker is considered dead, unless the engine sets another time.
 HEARTBEAT_TIMEOUT_S = 3.0
@@ -67,18 +54,31 @@ FLOCK = SearchAttributeKey.for_keyword("FlockName")
 AGENT = SearchAttributeKey.for_keyword("FlockAgent")
 PRINCIPAL = SearchAttributeKey.for_keyword("FlockPrincipal")
 SESSION = SearchAttributeKey.for_keyword("FlockSession")
-#: "waiting" while a run waits for answers, and "asleep" while it only waits for a time or a message.
+#: "waiting" while a run, or an item of a chunk, waits for answers; "asleep" while a run only waits for a time or a
+#: message.
 STATUS = SearchAttributeKey.for_keyword("FlockStatus")
-ASLEEP = "asleep"
+ASKING, ASLEEP = RunStatus.WAITING.value, "asleep"
 SEARCH_ATTRIBUTES = {
     key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for key in (FLOCK, AGENT, PRINCIPAL, SESSION, STATUS)
 }
 
 
+#: In the memo of a workflow: its ``Inbox``. One of a run with more bytes of questions does not have them.
+INBOX = "inbox"
+MAX_INBOX_BYTES = 16_000
 #: Characters that no query of the cluster can express: it escapes them in a text, and does not undo that.
 NOT_IN_QUERIES = re.compile(r"""["\\\x00-\x1f\x7f\ud800-\udfff␛]|^'|'$""")
 #: The cluster takes up to 2,048 bytes as the value of a search attribute.
 MAX_KEYWORD_BYTES = 2000
+
+
+def attributes_of(record: Run | Batch) -> TypedSearchAttributes:
+    """Return the search attributes by which a run, a batch, or a chunk of it is found."""
+    session_id = record.session_id if isinstance(record, Run) else None
+    named = {FLOCK: record.flock, AGENT: record.agent_name, PRINCIPAL: record.principal, SESSION: session_id}
+    return TypedSearchAttributes(
+        [SearchAttributePair(key, keyword_of(name)) for key, name in named.items() if name is not None]
+    )
 
 
 def keyword_of(text: str) -> str:
@@ -143,11 +143,13 @@ class CallsPage(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         spent: what the run had spent when the last call finished; see ``Run``.
+        waits: those that the step has begun while it ran, and that have no answer.
     """
 
     calls: tuple[Call, ...] = ()
     is_last: bool = True
     spent: Usage | None = None
+    waits: tuple[Question, ...] = ()
 
 
 class Begun(Report, frozen=True, kw_only=True):
@@ -181,6 +183,26 @@ class Waits(msgspec.Struct, frozen=True, kw_only=True):
 
     answers: tuple[Call, ...] = ()
     messages: frozenset[str] = frozenset()
+
+
+class Inbox(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the workflow of a run or of a chunk says of the open questions in it: in its memo.
+
+    Attributes:
+        roles: those that may answer one. "" if its owner may.
+        begun_by: the principals who have started or retried the run.
+        asked: the questions of a run, unless they are long.
+    """
+
+    roles: tuple[str, ...] = ()
+    begun_by: tuple[str, ...] = ()
+    asked: tuple[AskedQuestion, ...] = ()
+
+
+def roles_of(waits: Iterable[Question]) -> tuple[str, ...]:
+    """Return the roles of an ``Inbox`` with the questions among *waits*."""
+    questions = [wait for wait in waits if wait.is_question]
+    return tuple(sorted({each.answerer if isinstance(each.answerer, str) else "" for each in questions}))
 
 
 class SpentReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,10 +4,12 @@ The items of a batch are built from the histories of its chunks.
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 from msgspec import UnsetType
 from msgspec.structs import asdict, replace
 from temporalio.api.common.v1 import Payloads
@@ -18,20 +20,16 @@ from temporalio.exceptions import ApplicationError, CancelledError, TimeoutError
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.errors import cut
-from flock.runs import INVALID_INPUT, MAX_SHOWN_BYTES, NOT_LOADED, Call, Question, Run, RunStatus, Usage, added
+from flock.runs import INVALID_INPUT, MAX_SHOWN_BYTES, NOT_LOADED, Call, Question, Run, RunStatus, added
 from flock.steps.answers import is_expired
 from flock.steps.identity import asking_call
 from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, Outcome, expiry_of
 from flock.temporal.calls import Calls, Fence
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
-    ASKED_SIGNAL,
-    BEGUN_SIGNAL,
-    CALL_SIGNAL,
     CONVERTER,
     INTERRUPTED,
     ITEMS_ACTIVITY,
-    MESSAGE_SIGNAL,
     Asked,
     Attempt,
     BatchOrder,
@@ -40,8 +38,10 @@ from flock.temporal.messages import (
     ChunkOrder,
     Counts,
     Heartbeat,
+    ItemOutcome,
     ItemsDone,
     ItemsOrder,
+    Part,
     RowsOrder,
     RunOrder,
     Sent,
@@ -106,87 +106,224 @@ def reset_for_retry(run: Run, *, keeps_calls: bool, by: str | None = None) -> Ru
     )
 
 
-def run_of(history: Sequence[HistoryEvent]) -> Run:
-    """Build a run from its history. For the progress of a running step, see ``with_heartbeats``."""
-    return _read(history)[0]
+class Traces(msgspec.Struct, kw_only=True):
+    """What a run or an item has left in histories, beside its record.
+
+    Attributes:
+        calls: those that have ended, oldest first, by the position of their step.
+        asked: all its questions, by id.
+        unreceived: the messages that it has not received. Earlier attempts may have had others.
+        message_ids: of the messages that it has received or not.
+    """
+
+    calls: dict[int, list[Call]] = {}
+    asked: dict[str, Question] = {}
+    unreceived: tuple[Sent, ...] = ()
+    message_ids: set[str] = set()
 
 
-def _read(history: Sequence[HistoryEvent], whole: int | None = None) -> tuple[Run, Calls, list[CallDone]]:
-    """Return the run, the answers of its questions with the messages that it has received or not, and all calls.
+class Reading:
+    """A run or an item, as far as its histories have been read.
+
+    Attributes:
+        run: its record.
+        traces: those of the attempts that have been read to their end.
+    """
+
+    def __init__(self, run: Run, traces: Traces | None = None) -> None:
+        self.run = run
+        self.traces = Traces() if traces is None else traces
+        self.begin(Calls())
+
+    def begin(self, answers: Calls) -> None:
+        """Read the next attempt. *answers* are those of all items of its chunk, with the messages to them."""
+        self._answers = answers
+        self._made: list[CallDone] = []
+        #: the waits that have begun in a step that still runs, by step
+        self._waits: defaultdict[int, dict[str, Question]] = defaultdict(dict)
+        #: what it had spent before
+        self._spent_before = self.run.usage
+
+    def end(self) -> None:
+        """Add what the attempt has left."""
+        for step, calls in _by_step(self._made, self._answers, self._item).items():
+            self.traces.calls[step] = [*self.traces.calls.get(step, ()), *calls]
+        self.traces.unreceived = self._answers.messages_to(self._item)
+        self.traces.message_ids = self.traces.message_ids | self._answers.message_ids
+
+    @property
+    def _item(self) -> int:
+        return self.run.position or 0
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.run.status is RunStatus.WAITING
+
+    def change(self, **fields: Any) -> None:
+        self.run = replace(self.run, **fields)
+
+    def take(self, brought: "Brought") -> None:
+        """Apply what a signal has *brought*."""
+        if isinstance(brought, CallDone) and brought.spent is not None:
+            self.change(spent=latest(self.run.spent, brought.spent))
+        if isinstance(brought, Sent):
+            self._answers.keep(brought)
+        elif not self._answers.fence.admits(brought):
+            return
+        elif isinstance(brought, Asked):
+            self._answers.ask(brought)
+            self._waits[brought.step][asking_call(brought.question.call_id)] = brought.question
+            self._note_questions([brought.question])
+            self._add_waits()
+        elif isinstance(brought, CallDone):
+            self._made.append(brought)
+            if brought.call.place is not None:
+                self._end_wait(brought)
+            if brought.call.kind == "question":  # perhaps of a step whose order has not ended yet
+                self._answers.add(brought)
+        self.answer()
+
+    def answer(self, at: datetime | None = None) -> None:
+        """Remove the waits that have an answer, or that expired before *at*. It still waits for the others.
+
+        It no longer waits when its next step is scheduled, which a worker does after the first answer.
+        """
+        run = self.run
+        if not run.waiting_for or run.status.is_final:
+            return
+        of_step = self._item, len(run.steps), run.waiting_for
+        if not self.is_waiting:  # those that it waited for, and its step runs again
+            self.change(waiting_for=self._answers.unanswered(*of_step))
+            return
+        left = self._answers.still_open(*of_step, at)
+        self.change(waiting_for=left, status=RunStatus.WAITING if left else RunStatus.STARTING)
+        if at is not None and (late := next((wait for wait in left if is_expired(wait, at)), None)) is not None:
+            self.close(expiry_of(late), at)
+
+    def wait_for(self, waits: tuple[Question, ...], worked_s: float) -> None:
+        """Note that its step has ended, and waits."""
+        self._waits.pop(len(self.run.steps), None)
+        self._note_questions(waits)
+        self.change(status=RunStatus.WAITING, waiting_for=waits, worked_s=worked_s)
+        self.answer()
+
+    def close(self, outcome: Outcome, at: datetime) -> None:
+        self.change(**asdict(outcome), completed_at=at)
+
+    def cancel(self, at: datetime, reason: Outcome | None = None) -> None:
+        """End an item that has not ended and is not running. *reason*: its outcome, if it was not cancelled."""
+        if not self.run.status.is_final:
+            self.close(reason or (CANCELLED if self.is_waiting else CANCELLED_BEFORE_START), at)
+
+    def progress(self, beat: Heartbeat) -> None:
+        """Apply the progress of a step. The first step of an attempt also reports the start of the run."""
+        run = self.run
+        if run.status is RunStatus.STARTING and beat.begun_at is not None:
+            self.change(status=RunStatus.RUNNING)
+        if not run.worked_s and not any(step.attempt == run.attempt for step in run.steps):
+            self.change(started_at=beat.begun_at)
+        self.change(
+            progress=beat.progress or run.progress,
+            spent=latest(run.spent, beat.spent),
+            dropped=beat.dropped or run.dropped,
+        )
+
+    def progress_of_item(self, part: Part) -> None:
+        """Apply the progress of an item, or its end."""
+        run = self.run
+        self._note_questions(part.questions)
+        if run.status.is_final and not isinstance(part, ItemOutcome):
+            return
+        spent = latest(run.spent, added(self._spent_before, part.usage))
+        if isinstance(part, ItemOutcome):
+            self.run = replace(part.of(run), spent=spent)
+            return
+        self.change(spent=spent)
+        if part.started_at is not None:
+            self.change(
+                status=RunStatus.RUNNING,
+                waiting_for=part.waited_for,
+                worked_s=part.worked_s or run.worked_s,
+                started_at=part.started_at,
+                steps=part.steps or run.steps,
+                progress=part.progress,
+            )
+        if part.questions:
+            self.wait_for(part.questions, self.run.worked_s)
+        else:
+            self._add_waits()
+            self.answer()
+
+    def _note_questions(self, waits: Iterable[Question]) -> None:
+        self.traces.asked |= {wait.call_id: wait for wait in waits if wait.is_question}
+
+    def _add_waits(self) -> None:
+        """Add the waits of the step that runs. After a death, a call may wait again, under another id."""
+        if not self.is_waiting and not self.run.status.is_final:
+            begun = self._waits[len(self.run.steps)]
+            waits = {asking_call(wait.call_id): wait for wait in (*self.run.waiting_for, *begun.values())}
+            self.change(waiting_for=tuple(waits.values()))
+
+    def _end_wait(self, done: CallDone) -> None:
+        """Remove a wait that has ended in its step, because it was cancelled or had a default."""
+        self._waits[done.step].pop(asking_call(done.call.call_id), None)
+        if done.step == len(self.run.steps) and not self.is_waiting:
+            self.change(waiting_for=tuple(wait for wait in self.run.waiting_for if wait.call_id != done.call.call_id))
+
+
+def run_of(history: Sequence[HistoryEvent], traces: Traces | None = None, *, is_whole: bool = False) -> Run:
+    """Build a run from the history of one attempt. For the progress of a running step, see ``with_heartbeats``.
 
     Args:
-        whole: see ``_signal_in``.
+        traces: of the earlier attempts. Those of this one are added.
+        is_whole: see ``_signal_in``.
     """
     order = decoded(history[0].workflow_execution_started_event_attributes.input.payloads[0], RunOrder)
-    run, answers, task_at = order.run, Calls(messages=order.messages), None
-    calls: list[CallDone] = []
+    reading, task_at = Reading(order.run, traces), None
+    reading.begin(Calls(messages=order.messages))
     for event in history:
         at = event.event_time.ToDatetime(UTC)
-        if (brought := _signal_in(event, whole)) is not None:
-            run = _with_signal(run, answers, calls, brought)
+        if (brought := _signal_in(event, 0 if is_whole else None)) is not None:
+            reading.take(brought)
+        run, status = reading.run, reading.run.status
         match event.event_type:
             case EventType.EVENT_TYPE_WORKFLOW_TASK_STARTED:
                 task_at = at
-            case EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED if run.status is RunStatus.WAITING:
-                run = _with_answers(run, answers, task_at)
-            case EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED if run.status is RunStatus.WAITING:
-                run = replace(run, status=RunStatus.STARTING)
+            case EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED if status is RunStatus.WAITING:
+                reading.answer(task_at)
+            case EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED if status is RunStatus.WAITING:
+                reading.change(status=RunStatus.STARTING)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
-                run = replace(run, cancel_requested=True)
-            case EventType.EVENT_TYPE_ACTIVITY_TASK_STARTED if run.status is RunStatus.STARTING:
-                run = replace(run, status=RunStatus.RUNNING, started_at=run.started_at or at)
+                reading.change(cancel_requested=True)
+            case EventType.EVENT_TYPE_ACTIVITY_TASK_STARTED if status is RunStatus.STARTING:
+                reading.change(status=RunStatus.RUNNING, started_at=run.started_at or at)
             case EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
                 done = decoded(_attributes_of(event).result.payloads[0], StepDone)
-                run = _with_progress(run, done)
+                reading.progress(done)
                 if done.step is None:
-                    waiting = {"status": RunStatus.WAITING, "waiting_for": done.questions, "worked_s": done.worked_s}
-                    run = _with_answers(replace(run, **waiting), answers)
+                    reading.wait_for(done.questions, done.worked_s)
                 else:
-                    run = replace(run, steps=(*run.steps, done.step), waiting_for=())
+                    reading.change(steps=(*run.steps, done.step), waiting_for=())
             case EventType.EVENT_TYPE_ACTIVITY_TASK_FAILED | EventType.EVENT_TYPE_ACTIVITY_TASK_TIMED_OUT:
                 failure = _attributes_of(event).failure
-                run = with_heartbeats(run, failure.application_failure_info.details)
-                run = with_heartbeats(run, failure.timeout_failure_info.last_heartbeat_details)
+                reading.run = with_heartbeats(run, failure.application_failure_info.details)
+                reading.run = with_heartbeats(reading.run, failure.timeout_failure_info.last_heartbeat_details)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED:
-                run = replace(
-                    run,
-                    status=RunStatus.COMPLETED,
-                    result=run.steps[-1].result,
-                    started_at=run.started_at or at,  # a retry with no step left to run
-                    completed_at=at,
-                )
+                # A retry may have had no step left to run.
+                reading.change(result=run.steps[-1].result, started_at=run.started_at or at)
+                reading.change(status=RunStatus.COMPLETED, completed_at=at)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
                 failure = _attributes_of(event).failure
                 info = failure.application_failure_info
-                outcome = Outcome(RunStatus.FAILED, cut(failure.message), info.type or INTERRUPTED)
-                run = _ended(with_heartbeats(run, info.details), outcome, at)
+                reading.run = with_heartbeats(run, info.details)
+                reading.close(Outcome(RunStatus.FAILED, cut(failure.message), info.type or INTERRUPTED), at)
             case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED:
-                run = _ended(run, CANCELLED, at)
+                reading.close(CANCELLED, at)
             case end if end in CLOSED_FROM_OUTSIDE:
                 error = f"The run was {CLOSED_FROM_OUTSIDE[end]} on the cluster before it ended."
-                run = _ended(run, Outcome(RunStatus.FAILED, error, INTERRUPTED), at)
-    return run, answers, calls
-
-
-def _with_signal(run: Run, answers: Calls, calls: list[CallDone], brought: CallDone | Sent | Asked | Begun) -> Run:
-    """Return *run* after a signal, and add what it *brought* to the others."""
-    if isinstance(brought, CallDone):
-        run = replace(run, spent=latest(run.spent, brought.spent))
-    if isinstance(brought, Sent):
-        answers.keep(brought)
-        return _with_answers(run, answers)
-    if not answers.fence.admits(brought):
-        return run
-    if isinstance(brought, Asked):
-        answers.ask(brought)
-        return _with_answers(_with_waits(run, [brought.question]), answers) if brought.step == len(run.steps) else run
-    if isinstance(brought, CallDone):
-        calls.append(brought)
-        run = replace(run, waiting_for=_left_after(brought, run))
-        if brought.call.kind == "question" and not run.status.is_final:
-            answers.add(brought)
-            return _with_answers(run, answers)
-    return run
+                reading.close(Outcome(RunStatus.FAILED, error, INTERRUPTED), at)
+    reading.end()
+    return reading.run
 
 
 def _attributes_of(event: HistoryEvent) -> Any:
@@ -194,51 +331,12 @@ def _attributes_of(event: HistoryEvent) -> Any:
     return getattr(event, event.WhichOneof("attributes") or "")
 
 
-def _ended(run: Run, outcome: Outcome, at: datetime | None) -> Run:
-    return replace(run, **asdict(outcome), completed_at=at)
+#: What a signal brings that workers and the API send to the workflow of a run or of a chunk.
+Brought = CallDone | Sent | Asked | Begun
+SIGNALS: Mapping[str, type[Brought]] = {"call_done": CallDone, "message": Sent, "asked": Asked, "begun": Begun}
 
 
-def _with_answers(run: Run, answers: Calls, at: datetime | None = None) -> Run:
-    """Return *run* without the waits that have an answer, or expired before *at*. It still waits for the others.
-
-    It no longer waits when its next step is scheduled, which a worker does after the first answer.
-    """
-    if run.status is not RunStatus.WAITING:  # those that it waited for, and its step runs again
-        return replace(run, waiting_for=answers.unanswered(run.position or 0, len(run.steps), run.waiting_for))
-    left = answers.still_open(run.position or 0, len(run.steps), run.waiting_for, at)
-    return replace(run, waiting_for=left, status=RunStatus.WAITING if left else RunStatus.STARTING)
-
-
-def _with_waits(run: Run, asked: Iterable[Question]) -> Run:
-    """Return *run*, whose step still runs, with the waits that it has *asked* meanwhile.
-
-    After a death, a call may ask the same in other words, under another id.
-    """
-    waits = {asking_call(wait.call_id): wait for wait in (*run.waiting_for, *asked)}
-    return replace(run, waiting_for=tuple(waits.values()))
-
-
-def _left_after(done: CallDone, run: Run) -> tuple[Question, ...]:
-    """Return the waits of *run* without one that has ended in its step, because it was cancelled or had a default."""
-    is_of_step = done.call.place is not None and done.step == len(run.steps) and run.status is not RunStatus.WAITING
-    return tuple(wait for wait in run.waiting_for if not (is_of_step and wait.call_id == done.call.call_id))
-
-
-def _is_at_first_step(run: Run) -> bool:
-    """Whether its attempt has neither completed a step nor waited for an answer."""
-    return not run.worked_s and not any(step.attempt == run.attempt for step in run.steps)
-
-
-#: What the signals bring that workers and the API send to the workflow of a run or of a chunk.
-SIGNALS: Mapping[str, type[CallDone | Sent | Asked | Begun]] = {
-    CALL_SIGNAL: CallDone,
-    MESSAGE_SIGNAL: Sent,
-    ASKED_SIGNAL: Asked,
-    BEGUN_SIGNAL: Begun,
-}
-
-
-def _signal_in(event: HistoryEvent, whole: int | None = None) -> CallDone | Sent | Asked | Begun | None:
+def _signal_in(event: HistoryEvent, whole: int | None = None) -> Brought | None:
     """Return what *event* brings if it is such a signal.
 
     Long values of a call are not loaded, except for answers and for calls of the item *whole*.
@@ -252,30 +350,6 @@ def _signal_in(event: HistoryEvent, whole: int | None = None) -> CallDone | Sent
     return replace(brought, call=shown(brought.call))
 
 
-def asked_in(history: Iterable[HistoryEvent]) -> dict[str, Question]:
-    """Return all questions that a run has asked in one attempt, by id."""
-    found = dict[str, Question]()
-    for event in history:
-        if event.event_type == EventType.EVENT_TYPE_ACTIVITY_TASK_COMPLETED:
-            done = decoded(_attributes_of(event).result.payloads[0], StepDone)
-            found |= {question.call_id: question for question in done.questions if question.is_question}
-        elif event.event_type == EventType.EVENT_TYPE_WORKFLOW_EXECUTION_SIGNALED:
-            asked = _signal_in(event)
-            if isinstance(asked, Asked) and asked.question.is_question:
-                found[asked.question.call_id] = asked.question
-    return found
-
-
-def unreceived_of(history: Sequence[HistoryEvent]) -> tuple[Sent, ...]:
-    """Return the messages that one attempt of a run has not received."""
-    return _read(history)[1].messages_to(0)
-
-
-def had_message(history: Sequence[HistoryEvent], message_id: str) -> bool:
-    """Whether one attempt of a run has had a message."""
-    return _read(history)[1].has_had(message_id)
-
-
 def early_messages(history: Sequence[HistoryEvent]) -> Sequence[Sent]:
     """Return the messages in the history of a batch. Those of chunks that have started are in the chunks too."""
     order = decoded(history[0].workflow_execution_started_event_attributes.input.payloads[0], BatchOrder)
@@ -287,12 +361,6 @@ def shown(call: Call) -> Call:
     """Return *call* without long values."""
     long = {name: NOT_LOADED for name in ("arguments", "result") if len(getattr(call, name)) > MAX_SHOWN_BYTES}
     return replace(call, **long) if long else call
-
-
-def calls_of(history: Sequence[HistoryEvent], *, is_whole: bool = False) -> dict[int, list[Call]]:
-    """Return the calls of each step of a run in one attempt; see ``_signal_in``."""
-    _, answers, calls = _read(history, 0 if is_whole else None)
-    return _by_step(calls, answers)
 
 
 def journal_of(step: int, calls: Iterable[Call]) -> list[Call]:
@@ -316,22 +384,10 @@ def _by_step(done: Iterable[CallDone], answers: Calls, item: int = 0) -> dict[in
 
 def with_heartbeats(run: Run, heartbeats: Payloads) -> Run:
     """Return *run* with the *heartbeats* of its step. Without any, the step may still wait for its slot."""
+    reading = Reading(run)
     for sent in heartbeats.payloads:
-        run = _with_progress(run, decoded(sent, Heartbeat))
-    return run
-
-
-def _with_progress(run: Run, beat: Heartbeat) -> Run:
-    """Return *run* with the progress of its *beat*. The first step of an attempt also reports the start of the run."""
-    has_started = run.status is RunStatus.STARTING and beat.begun_at is not None
-    return replace(
-        run,
-        status=RunStatus.RUNNING if has_started else run.status,
-        started_at=beat.begun_at if _is_at_first_step(run) else run.started_at,
-        progress=beat.progress or run.progress,
-        spent=latest(run.spent, beat.spent),
-        dropped=beat.dropped or run.dropped,
-    )
+        reading.progress(decoded(sent, Heartbeat))
+    return reading.run
 
 
 # Items
@@ -369,35 +425,22 @@ class Chunk:
     """The items of one chunk, from its rows and its histories.
 
     Attributes:
-        items: by position.
-        calls: the calls that have ended, by the position of their item and of their step.
-        asked: all questions that items have asked, by position and id.
+        readings: of the items, by position.
         agents: see ``RowsOrder``.
         has_begun: the last attempt has started the chunk.
-        messages: those that its items have received in this attempt, or not.
 
     Args:
         whole: the position of an item whose calls are read whole, without those that no longer count.
     """
 
     def __init__(self, batch_id: str, rows: RowsOrder, whole: int | None = None) -> None:
-        self.agents = rows.agents
-        self.has_begun, self.messages = False, Calls()
-        self._whole = whole
-        self.items: dict[int, Run] = {}
-        self.calls: dict[int, dict[int, list[Call]]] = {}
-        self.asked: dict[int, dict[str, Question]] = {}
-        #: what each item had spent before the attempt that is being applied
-        self._spent_before: dict[int, Usage | None] = {}
-        #: the waits that have begun in a step that still runs, by position and by step
-        self._asked: dict[tuple[int, int], dict[str, Question]] = {}
-        #: positions of items that wait for answers
-        self._waiting: set[int] = set()
+        self.agents, self.has_begun, self._whole = rows.agents, False, whole
+        self.readings: dict[int, Reading] = {}
         #: the outcome of items that are not running, if the attempt starts no more
         self._stopped_by: Outcome | None = None
         for position, row in enumerate(rows.rows, rows.first):
             is_invalid = row.error is not None
-            self.items[position] = replace(
+            item = replace(
                 rows.item,
                 run_id=item_id(batch_id, position),
                 batch_id=batch_id,
@@ -409,55 +452,45 @@ class Chunk:
                 error_type=INVALID_INPUT if is_invalid else None,
                 completed_at=rows.item.created_at if is_invalid else None,
             )
+            self.readings[position] = Reading(item)
+
+    @property
+    def items(self) -> dict[int, Run]:
+        """The items by position."""
+        return {position: reading.run for position, reading in self.readings.items()}
 
     def reopen(self, attempt: Attempt) -> None:
         """Reset the items that an attempt of the batch retries. Invalid inputs would fail again."""
-        for position, item in self.items.items():
-            is_covered = attempt.position in (None, position)
+        for position, reading in self.readings.items():
+            item, is_covered = reading.run, attempt.position in (None, position)
             if item.status in attempt.only and is_covered and item.error_type != INVALID_INPUT:
-                keeps_calls, by = attempt.keeps_calls, attempt.retried_by
-                self.items[position] = reset_for_retry(item, keeps_calls=keeps_calls, by=by)
+                reading.run = reset_for_retry(item, keeps_calls=attempt.keeps_calls, by=attempt.retried_by)
                 if position == self._whole and not attempt.keeps_calls:
-                    self.calls.pop(position, None)
+                    reading.traces.calls.clear()
 
     def fold(self, history: History, reason: Outcome | None) -> None:
         """Apply the history of one attempt to the items. *reason*: see ``end``."""
         events, pending = history
-        orders = _OpenOrders()
-        calls: dict[int, list[CallDone]] = {}
-        answers, task_at = Calls(), None
-        self.has_begun, self.messages = bool(events), answers
-        self._spent_before = {position: item.usage for position, item in self.items.items()}
-        self._asked.clear()
-        self._stopped_by = None
+        orders, answers, task_at = _OpenOrders(), Calls(), None
+        self.has_begun, self._stopped_by = bool(events), None
+        for reading in self.readings.values():
+            reading.begin(answers)
         for event in events:
             at = event.event_time.ToDatetime(UTC)
-            match _signal_in(event, self._whole):
-                case Sent() as sent:
-                    answers.keep(sent)
-                    self._answer([sent.item], answers, None)
-                case CallDone() as call if answers.fence.admits(call):
-                    calls.setdefault(call.item, []).append(call)
-                    self._note_end(call)
-                    if call.call.kind == "question":  # perhaps of a step whose order has not ended yet
-                        answers.add(call)
-                        self._answer([call.item], answers, None)
-                case Asked() as asked if answers.fence.admits(asked):
-                    answers.ask(asked)
-                    self._ask(asked, answers)
-                case Begun() as begun:
-                    answers.fence.admits(begun)
+            if (brought := _signal_in(event, self._whole)) is not None:
+                self.readings[brought.item].take(brought)
             if completed := orders.apply(event):
-                self._apply(*completed, at, answers)
+                self._apply(*completed, at)
             match event.event_type:
                 case EventType.EVENT_TYPE_WORKFLOW_TASK_STARTED:
                     task_at = at
-                case EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED if self._waiting:
-                    for position in [position for position in self._waiting if orders.has(position)]:
-                        self.items[position] = replace(self.items[position], status=RunStatus.STARTING)
-                        self._waiting.discard(position)
-                case EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED if self._waiting:
-                    self._answer(list(self._waiting), answers, task_at)
+                case EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED:
+                    for reading in self._waiting():
+                        if orders.has(reading.run.position or 0):
+                            reading.change(status=RunStatus.STARTING)
+                case EventType.EVENT_TYPE_WORKFLOW_TASK_COMPLETED:
+                    for reading in self._waiting():
+                        reading.answer(task_at)
                 case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_STARTED:
                     payload = event.workflow_execution_started_event_attributes.input.payloads[0]
                     chunk = decoded(payload, ChunkOrder)
@@ -472,107 +505,40 @@ class Chunk:
                         self.cancel({position: None if orders.has(position) else at})
                     elif signal.signal_name == "stop":
                         self._stopped_by = COST_LIMIT
-                        self.end([position for position in self.items if not orders.has(position)], at, COST_LIMIT)
+                        self.end([position for position in self.readings if not orders.has(position)], at, COST_LIMIT)
                 case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
-                    self.cancel(dict.fromkeys(self.items))
+                    self.cancel(dict.fromkeys(self.readings))
                 case closed if closed in CLOSED:
-                    self.end(self.items, at, reason)
+                    self.end(self.readings, at, reason)
         for order, done in orders.heartbeats(pending):
-            self._apply(order, done, None, answers)
-        for position in calls.keys() | {answer.item for answer in answers.all()}:
-            of_item = self.calls.setdefault(position, {})
-            for step, made in _by_step(calls.get(position, ()), answers, position).items():
-                of_item[step] = [*of_item.get(step, ()), *made]
+            self._apply(order, done, None)
+        for reading in self.readings.values():
+            reading.end()
 
     def cancel(self, ends: Mapping[int, datetime | None]) -> None:
         """Note requests to cancel items. Those with a time were waiting, and ended at that time."""
         for position, at in ends.items():
-            item = self.items.get(position)
-            if item is not None and not item.status.is_final:
-                item = replace(item, cancel_requested=True)
-                self.items[position] = item if at is None else _cancelled(item, at)
-                self._waiting.discard(position)
+            reading = self.readings.get(position)
+            if reading is not None and not reading.run.status.is_final:
+                reading.change(cancel_requested=True)
+                if at is not None:
+                    reading.cancel(at)
 
     def end(self, positions: Iterable[int], at: datetime, reason: Outcome | None) -> None:
         """End those items that have not ended. *reason* is their outcome, if they were not cancelled."""
         for position in positions:
-            item = self.items[position]
-            if not item.status.is_final:
-                self.items[position] = _cancelled(item, at, reason)
-            self._waiting.discard(position)
+            self.readings[position].cancel(at, reason)
 
-    def _ask(self, asked: Asked, answers: Calls) -> None:
-        """Note a wait of a step that still runs."""
-        wait = asked.question
-        self._asked.setdefault((asked.item, asked.step), {})[asking_call(wait.call_id)] = wait
-        if wait.is_question:
-            self.asked.setdefault(asked.item, {})[wait.call_id] = wait
-        item = self.items[asked.item]
-        if asked.step == len(item.steps) and asked.item not in self._waiting and not item.status.is_final:
-            self.items[asked.item] = _with_answers(_with_waits(item, [wait]), answers)
+    def _waiting(self) -> list[Reading]:
+        return [reading for reading in self.readings.values() if reading.is_waiting]
 
-    def _note_end(self, done: CallDone) -> None:
-        """Remove a wait that has ended while its step runs."""
-        if done.call.place is not None:
-            self._asked.get((done.item, done.step), {}).pop(asking_call(done.call.call_id), None)
-            item = self.items[done.item]
-            self.items[done.item] = replace(item, waiting_for=_left_after(done, item))
-
-    def _answer(self, positions: Iterable[int], answers: Calls, at: datetime | None) -> None:
-        """Remove the waits of items that have an answer, or that expired before *at*."""
-        for position in self.items.keys() & positions:
-            if position not in self._waiting:
-                item = self.items[position]
-                if item.waiting_for and not item.status.is_final:
-                    self.items[position] = _with_answers(item, answers)
-                continue
-            item = _with_answers(self.items[position], answers, at)
-            late = next((question for question in item.waiting_for if at and is_expired(question, at)), None)
-            if late is not None:
-                item = _ended(item, expiry_of(late), at)
-            self.items[position] = item
-            if item.status is not RunStatus.WAITING:
-                self._waiting.discard(position)
-
-    def _apply(self, order: ItemsOrder, done: ItemsDone, at: datetime | None, answers: Calls) -> None:
+    def _apply(self, order: ItemsOrder, done: ItemsDone, at: datetime | None) -> None:
         """Apply the progress of *order*. *at* is when the order ended, or None if it is running."""
-        for ended in done.ended:
-            item = self.items[ended.position]
-            spent = latest(item.spent, added(self._spent_before.get(ended.position), ended.usage))
-            self.items[ended.position] = replace(ended.of(item), spent=spent)
-        for part in (*done.waiting, *order.left_after(done)):
-            item = self.items[part.position]
-            asked = {question.call_id: question for question in part.questions if question.is_question}
-            self.asked.setdefault(part.position, {}).update(asked)
-            if item.status.is_final:
-                continue
-            item = replace(item, spent=latest(item.spent, added(self._spent_before.get(part.position), part.usage)))
-            if part.started_at is not None:
-                item = replace(
-                    item,
-                    status=RunStatus.WAITING if part.questions else RunStatus.RUNNING,
-                    waiting_for=part.questions or part.waited_for,
-                    worked_s=part.worked_s or item.worked_s,
-                    started_at=part.started_at,
-                    steps=part.steps or item.steps,
-                    progress=part.progress,
-                )
-                if part.questions:
-                    self._asked.pop((part.position, len(item.steps)), None)
-                else:
-                    asked = self._asked.get((part.position, len(item.steps)), {})
-                    item = _with_answers(_with_waits(item, asked.values()), answers)
-            if at is not None and (item.cancel_requested or self._stopped_by is not None):
-                item = _cancelled(item, at, self._stopped_by)
-            self.items[part.position] = item
-            if item.status is RunStatus.WAITING:
-                self._waiting.add(part.position)
-                self._answer([part.position], answers, None)
-
-
-def _cancelled(item: Run, at: datetime, reason: Outcome | None = None) -> Run:
-    is_waiting = item.status is RunStatus.WAITING
-    return _ended(item, reason or (CANCELLED if is_waiting else CANCELLED_BEFORE_START), at)
+        for part in (*done.ended, *done.waiting, *order.left_after(done)):
+            reading = self.readings[part.position]
+            reading.progress_of_item(part)
+            if at is not None and (reading.run.cancel_requested or self._stopped_by is not None):
+                reading.cancel(at, self._stopped_by)
 
 
 class _OpenOrders:

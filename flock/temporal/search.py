@@ -12,15 +12,32 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import TypeVar
 
+from temporalio.client import WorkflowExecution
+
 from flock.errors import NotFound
-from flock.runs import Batch, BatchFilter, Page, Run, RunFilter, RunStatus, now
+from flock.runs import Batch, BatchFilter, Page, QuestionFilter, Run, RunFilter, RunStatus, now
 from flock.runs.ids import first_id_at
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import AGENT, ASLEEP, FLOCK, PRINCIPAL, RUN_WORKFLOW, SESSION, STATUS, keyword_of
+from flock.temporal.messages import (
+    AGENT,
+    ASKING,
+    ASLEEP,
+    CHUNK_WORKFLOW,
+    FLOCK,
+    INBOX,
+    PRINCIPAL,
+    RUN_WORKFLOW,
+    SESSION,
+    STATUS,
+    Inbox,
+    decoded,
+    keyword_of,
+)
 from flock.temporal.records import run_of
 from flock.temporal.reservations import Reservations
 
 Record = TypeVar("Record", Run, Batch)
+T = TypeVar("T")
 
 #: How many records of a list are read concurrently.
 READS_AT_ONCE = 20
@@ -32,14 +49,18 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The id of a run or a batch.
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-IS_ASKING = f"{STATUS.name} = '{RunStatus.WAITING}'"
-IS_WAITING = f"{STATUS.name} IN ('{RunStatus.WAITING}', '{ASLEEP}')"
+IS_ASKING = f"{STATUS.name} = '{ASKING}'"
+IS_WAITING = f"{STATUS.name} IN ('{ASKING}', '{ASLEEP}')"
 #: For each final status of a run, the execution statuses that its workflow may have. Before, it is "Running".
 EXECUTION_STATUS = {
     RunStatus.COMPLETED: "'Completed'",
     RunStatus.FAILED: "'Failed', 'Terminated', 'TimedOut'",
     RunStatus.CANCELLED: "'Canceled'",
 }
+
+
+class AskingRuns(RunFilter, frozen=True, kw_only=True):
+    """Selects waiting runs with open questions, and not those that wait for a time or a message."""
 
 
 def workflows_of(workflow_type: str, flock: str) -> str:
@@ -53,6 +74,28 @@ def open_runs(flock: str, principal: str | None = None) -> str:
     return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running' AND {STATUS.name} IS NULL{of}"
 
 
+def asking_workflows(flock: str) -> str:
+    """Return a query for the workflows with runs or items of *flock*. Those that ask have ``IS_ASKING`` too."""
+    return f"WorkflowType IN ('{RUN_WORKFLOW}', '{CHUNK_WORKFLOW}') AND {FLOCK.name} = {_quoted(flock)}"
+
+
+def inbox_in(workflow: WorkflowExecution) -> Inbox:
+    """Return what a workflow has written into its memo. Those of earlier versions write nothing."""
+    fields = workflow.raw_info.memo.fields
+    return decoded(fields[INBOX], Inbox) if INBOX in fields else Inbox()
+
+
+def may_have(workflow: WorkflowExecution, wanted: QuestionFilter) -> bool:
+    """Whether a workflow may have questions that are *wanted*, by what it says of the roles that may answer them."""
+    by, roles = wanted.by, inbox_in(workflow).roles
+    if not roles:
+        return True
+    if by is not None:
+        is_own = by.admin or workflow.typed_search_attributes.get(PRINCIPAL) == keyword_of(by.name)
+        roles = tuple(role for role in roles if role in by.roles or (is_own and not role))
+    return any(wanted.role in (None, role) for role in roles)
+
+
 def waiting_runs(flock: str) -> str:
     """Return a query for the runs of *flock* that wait for answers."""
     return f"{workflows_of(RUN_WORKFLOW, flock)} AND ExecutionStatus = 'Running' AND {IS_ASKING}"
@@ -64,38 +107,55 @@ async def page_of(
     """Return a page of the runs or batches that match *wanted*, newest first.
 
     Args:
-        query, prefix: see ``_newest_first``.
+        query, prefix: see ``newest_first``.
         read: returns the record with an id. Raises NotFound if it was deleted.
     """
-    page, at_once = Page[Record](wanted.limit), 1  # a long record can exceed a page
-    async for ids in _newest_first(cluster, query, prefix, wanted):
-        unread = iter(ids)
-        while next_ids := list(islice(unread, at_once)):
-            at_once = min(READS_AT_ONCE, wanted.limit)
-            for record in await asyncio.gather(*map(read, next_ids), return_exceptions=True):
-                if isinstance(record, NotFound):
-                    continue
-                if isinstance(record, BaseException):
-                    raise record
-                # The search also finds earlier attempts, and lags.
-                if (
-                    isinstance(wanted, RunFilter)
-                    and wanted.asking
-                    and not (isinstance(record, Run) and record.questions)
-                ):
-                    continue
-                if wanted.status in (None, record.status) and not page.add(record):
-                    return page
+    page = Page[Record](wanted.limit)
+    found = newest_first(cluster, query, (prefix,), wanted, lambda each: read(each.id.split(":")[1]))
+    async with contextlib.aclosing(found) as records:
+        async for record in records:
+            # The search also finds earlier attempts, and lags.
+            if wanted.status in (None, record.status) and not page.add(record):
+                break
     return page
 
 
-async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: BatchFilter) -> AsyncIterator[list[str]]:
-    """Yield the ids of runs or batches that may match *wanted*, newest first, one list for each range of ids.
+async def newest_first(
+    cluster: Cluster,
+    query: str,
+    prefixes: Sequence[str],
+    wanted: BatchFilter,
+    read: Callable[[WorkflowExecution], Awaitable[T]],
+) -> AsyncGenerator[T, None]:
+    """Yield what *read* returns for the workflows that may match *wanted*, newest first.
 
     Args:
-        query: selects workflows of the right type and flock.
-        prefix: the start of their workflow ids.
+        query: selects workflows of the right types and flock.
+        prefixes: the starts of their workflow ids.
+        read: is called with one of the attempts of a run or batch. Raises NotFound if it was deleted.
     """
+    at_once = 1  # a long record can exceed a page
+    async for workflows in _ranges(cluster, query, prefixes, wanted):
+        unread = iter(workflows)
+        while some := list(islice(unread, at_once)):
+            at_once = min(READS_AT_ONCE, wanted.limit)
+            for found in await asyncio.gather(*map(read, some), return_exceptions=True):
+                if isinstance(found, BaseException) and not isinstance(found, NotFound):
+                    raise found
+                if not isinstance(found, BaseException):
+                    yield found
+
+
+def _order_of(workflow_id: str) -> tuple[str, int]:
+    """Return the id of a run or batch and the number of a chunk of it, from a workflow id; see ``messages``."""
+    kind, id_, *numbers = workflow_id.split(":")
+    return id_, int(numbers[0]) if kind == "chunk" else 0
+
+
+async def _ranges(
+    cluster: Cluster, query: str, prefixes: Sequence[str], wanted: BatchFilter
+) -> AsyncIterator[list[WorkflowExecution]]:
+    """Yield the workflows for ``newest_first``, one list for each range of ids."""
     conditions, after = [query], wanted.after
     status = None if wanted.status is None else RunStatus(wanted.status)
     if status is not None and isinstance(wanted, RunFilter):
@@ -105,8 +165,8 @@ async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: Batch
             conditions.append(IS_WAITING if status is RunStatus.WAITING else f"{STATUS.name} IS NULL")
     elif status is not None:  # the workflow of a batch completes, whatever the status of the batch is
         conditions.append(f"ExecutionStatus {'!=' if status.is_final else '='} 'Running'")
-    if isinstance(wanted, RunFilter) and wanted.asking:
-        conditions.append(IS_ASKING)
+    if isinstance(wanted, AskingRuns):
+        conditions.append(f"ExecutionStatus = 'Running' AND {IS_ASKING}")
     named = {AGENT: wanted.agent_name, PRINCIPAL: wanted.principal}
     bottom, top = 0, _milliseconds(now() + MAX_CLOCK_LEAD)
     if isinstance(wanted, RunFilter):
@@ -123,14 +183,15 @@ async def _newest_first(cluster: Cluster, query: str, prefix: str, wanted: Batch
     while top >= bottom:
         low = max(bottom, top - span)
         low_id = first_id_at(EPOCH, low)
-        within = " AND ".join([*conditions, f"WorkflowId >= '{prefix}:{low_id}'", f"WorkflowId < '{prefix}:{high}'"])
+        ids = [f"WorkflowId >= '{prefix}:{low_id}' AND WorkflowId < '{prefix}:{high}'" for prefix in prefixes]
+        within = " AND ".join([*conditions, f"({' OR '.join(ids)})"])
         async with cluster.rpc_scope():
             if (await cluster.client.count_workflows(within)).count > WORKFLOWS_PER_RANGE and span > 1:
                 span = max(1, span // 4)
                 continue
             workflows = cluster.client.list_workflows(within, page_size=1000)
-            ids = {workflow.id.split(":")[1] async for workflow in workflows}
-        yield sorted(ids, reverse=True)
+            found = {_order_of(workflow.id): workflow async for workflow in workflows}
+        yield [found[order] for order in sorted(found, reverse=True)]
         if low == bottom:
             return
         high, top, span = low_id, low, span * 2

@@ -6,33 +6,28 @@ cancellation ends only that step.
 
 import asyncio
 import contextlib
-import functools
 import math
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 from temporalio import activity
-from temporalio.client import WorkflowHandle, WorkflowQueryFailedError
+from temporalio.client import WorkflowQueryFailedError
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.service import RPCError, RPCStatusCode
 
 from flock.errors import CallError, EngineFull, OwnershipLost, StoreError, Uncertain, Unreadable
 from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
 from flock.steps.executor import ActiveRun, AgentElsewhere, StepExecutor, WaitingForAnswers
+from flock.steps.identity import asking_call
 from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
 from flock.temporal.accounts import Accounts
 from flock.temporal.cluster import RETRY_AFTER_S, Cluster, logger
 from flock.temporal.messages import (
-    ASKED_SIGNAL,
-    BEGUN_SIGNAL,
-    CALL_SIGNAL,
-    CALLS_QUERY,
-    PAGE_QUERY,
-    WAITS_QUERY,
     Asked,
     Begun,
     CallDone,
@@ -44,8 +39,11 @@ from flock.temporal.messages import (
     latest,
     run_workflow_id,
 )
-from flock.temporal.records import calls_of, journal_of, read_chunk
+from flock.temporal.records import Traces, journal_of, read_chunk, run_of
 from flock.temporal.suspects import Gate, Suspicion
+from flock.temporal.workflows import FlockRun
+
+T = TypeVar("T")
 
 #: Inputs and results of one run together. The cluster takes at most 2 MiB at once.
 MAX_RUN_BYTES = 1_500_000
@@ -64,6 +62,21 @@ SIGNALS_AT_ONCE = 50
 MAX_MOVES = 6
 
 
+@dataclass(frozen=True)
+class Workplace:
+    """What a worker has to execute steps.
+
+    Attributes:
+        drain_timeout_s: how long steps may continue when the worker shuts down.
+    """
+
+    cluster: Cluster
+    executor: StepExecutor
+    gate: Gate
+    accounts: Accounts
+    drain_timeout_s: float
+
+
 class ActivityStep(ActiveRun):
     """The next step of a run. It may have killed workers before; see ``Suspicion``.
 
@@ -80,40 +93,26 @@ class ActivityStep(ActiveRun):
     held_s = 0.0
     #: Of the step of an item.
     of_chunk: OfChunk | None = None
-    _accounts: Accounts | None = None
 
-    def __init__(
-        self, run: Run, timeout_s: float, cluster: Cluster, gate: Gate, suspicion: Suspicion, **options: Any
-    ) -> None:
+    def __init__(self, run: Run, timeout_s: float, at: Workplace, suspicion: Suspicion, **options: Any) -> None:
         super().__init__(run, timeout_s, **options)
-        self._cluster = cluster
-        self._gate = gate
+        self._cluster, self._executor, self._gate = at.cluster, at.executor, at.gate
+        self._account = at.accounts.of(run.principal)
+        self.day_budget = None if run.principal is None else self._account.budget
         #: an earlier execution of the step may not have ended
         self._is_again = self.is_again or suspicion.attempt > 1
         self.suspicion = suspicion
         self._key = f"{run.run_id} {suspicion.attempt}"  # an earlier attempt may still be running here
-        #: the waits that have begun while the step runs, answers, and the names of messages that are kept
+        #: the waits that have begun while the step runs, and what has come for them
         self._asked: dict[str, Question] = {}
-        self._answers: dict[str, Call] = {}
-        self._kept: frozenset[str] = frozenset()
+        self._found = Waits()
         self._signals = asyncio.Semaphore(SIGNALS_AT_ONCE)
         self._asking: set[asyncio.Task[None]] = set()
         self._polling: asyncio.Task[None] | None = None
 
-    def use(self, accounts: Accounts) -> None:
-        """Report what it spends to *accounts*."""
-        self._accounts = accounts
-        self.day_budget = accounts.budget_of(self.run.principal)
-
     def note_usage(self, agent_name: str, usage: Usage, model: str | None) -> None:
         super().note_usage(agent_name, usage, model)
-        if self._accounts is not None:
-            self._accounts.spend(self.run.principal or "", agent_name, usage, model)
-
-    async def _report(self) -> None:
-        """Report what it has spent before this is stored, so that nothing that is stored is missing."""
-        if self._accounts is not None:
-            await self._accounts.flush(self.run.principal or "")
+        self._account.spend(agent_name, usage, model)
 
     async def is_next(self) -> bool:
         return self.may_begin
@@ -139,10 +138,16 @@ class ActivityStep(ActiveRun):
         return self.run
 
     async def finished_calls(self) -> Sequence[Call]:
-        """From now on, what the worker before this one reports does not count, since it only seems to be dead."""
+        """From now on, what the worker before this one reports does not count, since it only seems to be dead.
+
+        What it has asked keeps its ids.
+        """
         if self._is_again:
-            await self._send(BEGUN_SIGNAL, Begun(**self._as_reporter), self.run.agent_name)
-        return await self._read_calls()
+            await self._send(FlockRun.begun, Begun(**self._as_reporter), self.run.agent_name)
+        calls, begun = await self._read_calls()
+        waits = {asking_call(wait.call_id): wait for wait in (*self.run.waiting_for, *begun)}
+        self.run = replace(self.run, waiting_for=tuple(waits.values()))
+        return calls
 
     @property
     def _as_reporter(self) -> dict[str, Any]:
@@ -151,23 +156,19 @@ class ActivityStep(ActiveRun):
         by = Execution(generation, int(info.activity_id), info.attempt, info.current_attempt_scheduled_time)
         return {"item": self.run.position or 0, "by": by}
 
-    async def _read_calls(self) -> Sequence[Call]:
-        calls, is_last = list[Call](), False
-        while not is_last:
-            page = await self._cluster.answered(functools.partial(self._page, len(calls)))
+    async def _read_calls(self) -> tuple[Sequence[Call], Sequence[Question]]:
+        """Return the finished calls of the step, and the waits that it had begun."""
+        calls, page = list[Call](), CallsPage(is_last=False)
+        while not page.is_last:
+            page = await self._ask(FlockRun.calls_from, len(calls))
             calls += page.calls
-            is_last, self.spent = page.is_last, latest(self.spent, page.spent)
-        return calls
+            self.spent = latest(self.spent, page.spent)
+        return calls, page.waits
 
-    async def _page(self, after: int) -> CallsPage:
-        handle, of_step = self._workflow(), [self.run.position or 0, len(self.run.steps)]
-        async with self._cluster.rpc_scope():
-            try:
-                page: CallsPage = await handle.query(PAGE_QUERY, args=[*of_step, after], result_type=CallsPage)
-            except WorkflowQueryFailedError:  # a worker of an earlier version has answered
-                calls: list[Call] = await handle.query(CALLS_QUERY, args=of_step, result_type=list[Call])
-                return CallsPage(calls=tuple(calls))
-        return page
+    async def _ask(self, query: Callable[..., T], more: object) -> T:
+        """Return what the workflow answers to a *query* about the step."""
+        args = query, self.run.position or 0, len(self.run.steps), more
+        return await self._cluster.answered(lambda: self._cluster.ask(self._workflow_id, *args))
 
     async def earlier_calls(self, run: Run) -> Sequence[Call]:
         """Read them from the histories of the earlier attempts. Raises Unreadable if one was deleted."""
@@ -175,19 +176,19 @@ class ActivityStep(ActiveRun):
             "The cluster has deleted the history of an earlier attempt, and with it the calls that a retry keeps. "
             'A retry with {"calls": "again"} executes all calls again.'
         )
-        step, of_chunk, found = len(run.steps), self.of_chunk, list[Call]()
+        step, of_chunk = len(run.steps), self.of_chunk
 
         async def ask() -> list[Call]:
             async with self._cluster.rpc_scope(PATIENCE_S, missing=lost):
                 if of_chunk is not None:
                     earlier, at = of_chunk.attempts[:-1], run.position or 0
                     chunk = await read_chunk(self._cluster, of_chunk.batch_id, of_chunk.chunk, earlier, whole=at)
-                    return chunk.calls.get(at, {}).get(step, [])
-                found.clear()
+                    return chunk.readings[at].traces.calls.get(step, [])
+                found = Traces()
                 for attempt in range(run.first_try, run.tries):
                     history = await self._cluster.history_of(run_workflow_id(run.run_id, attempt))
-                    found.extend(calls_of(history, is_whole=True).get(step, ()))
-                return found
+                    run_of(history, found, is_whole=True)
+                return found.calls.get(step, [])
 
         return journal_of(step, await self._cluster.answered(ask))
 
@@ -199,22 +200,24 @@ class ActivityStep(ActiveRun):
         """
         self.has_calls = True
         run = self.run
-        await self._report()
+        await self._account.flush()  # before it is stored, so that nothing that is stored is missing
         done = CallDone(step=len(run.steps), call=call, spent=self.spent, **self._as_reporter)
-        await self._send(CALL_SIGNAL, done, call.name)
+        await self._send(FlockRun.call_done, done, call.name)
         if call.is_start:
-            same = [each.started_at for each in await self._read_calls() if each.call_id == call.call_id]
+            calls, _ = await self._read_calls()
+            same = [each.started_at for each in calls if each.call_id == call.call_id]
             if same[:1] != [call.started_at]:
                 raise Uncertain(f"Another worker has started the call {call.name!r} too. Find out whether it was done.")
         elif self.suspicion.clear():
             await self.suspicion.confirm()
 
-    async def _send(self, signal: str, value: Report, name: str) -> None:
+    async def _send(self, signal: Callable[..., None], value: Report, name: str) -> None:
         while True:
             try:
-                async with self._signals, self._cluster.rpc_scope(missing=OwnershipLost(self.run.run_id)):
-                    await self._workflow().signal(signal, value)
-                return
+                async with self._signals:
+                    if await self._cluster.signal(self._workflow_id, signal, value):
+                        return
+                raise OwnershipLost(self.run.run_id)
             except (StoreError, EngineFull) as exc:
                 if isinstance(exc.__cause__, RPCError) and exc.__cause__.status in REFUSALS:
                     raise CallError(f"The cluster does not store the call {name!r}: {exc.__cause__}.") from exc
@@ -225,10 +228,10 @@ class ActivityStep(ActiveRun):
 
         Cancellation: a message that was given to the wait is in the journal when the step runs again.
         """
-        if wait.call_id not in self._asked or (wait.kind == "message" and wait.question in self._kept):
+        if wait.call_id not in self._asked or (wait.kind == "message" and wait.question in self._found.messages):
             self._asked[wait.call_id] = wait
             asked = Asked(step=len(self.run.steps), question=wait, **self._as_reporter)
-            asking = asyncio.create_task(self._send(ASKED_SIGNAL, asked, "ask" if wait.is_question else "receive"))
+            asking = asyncio.create_task(self._send(FlockRun.asked, asked, "ask" if wait.is_question else "receive"))
             self._asking.add(asking)
             asking.add_done_callback(self._asking.discard)
             await asyncio.shield(asking)
@@ -237,7 +240,7 @@ class ActivityStep(ActiveRun):
             if wait.kind == "message":
                 with contextlib.suppress(RPCError, WorkflowQueryFailedError):
                     await self._read_waits()
-        return self._answers.get(wait.call_id)
+        return next((answer for answer in self._found.answers if answer.call_id == wait.call_id), None)
 
     async def _poll_waits(self) -> None:
         """Deliver answers and messages to the step, until this task is cancelled or the workflow has ended."""
@@ -245,81 +248,73 @@ class ActivityStep(ActiveRun):
             while True:
                 await asyncio.sleep(POLL_WAITS_S)
                 await self._read_waits()
-                if any(wait.kind == "message" and wait.question in self._kept for wait in self._asked.values()):
+                kept = self._found.messages
+                if any(wait.kind == "message" and wait.question in kept for wait in self._asked.values()):
                     self._note_news()
 
     async def _read_waits(self) -> None:
-        handle, args = self._workflow(), [self.run.position or 0, len(self.run.steps), list(self._asked)]
-
-        async def ask() -> Waits:
-            async with self._cluster.rpc_scope():
-                found: Waits = await handle.query(WAITS_QUERY, args=args, result_type=Waits)
-            return found
-
-        found = await self._cluster.answered(ask)
-        known, self._answers = self._answers.keys(), {call.call_id: call for call in found.answers}
-        self._kept = found.messages
-        if self._answers.keys() != known:
+        before, self._found = self._found, await self._ask(FlockRun.waits, list(self._asked))
+        if len(self._found.answers) != len(before.answers):
             self._note_news()
 
     def _note_news(self) -> None:
         if self.context is not None:
             self.context.journal.note_answer()
 
-    def _workflow(self) -> WorkflowHandle[Any, Any]:
-        # Without its run id, since a chunk may continue as new.
-        return self._cluster.handle(activity.info().workflow_id or "")
+    @property
+    def _workflow_id(self) -> str:
+        return activity.info().workflow_id or ""
 
-    async def execute(self, executor: StepExecutor) -> None:
+    async def execute(self) -> None:
         """Execute the step and set ``outcome``. A return value would be lost if an agent left a cancellation behind."""
         self._gate.arrive(self._key, self.suspicion)
         try:
-            await self._execute(executor)
+            await self._execute()
         finally:
             if self._polling is not None:
                 self._polling.cancel()
             if self._asking:  # a message must not be given to a wait of a step that has ended
                 await asyncio.wait(self._asking)
-            await self._report()
+            await self._account.flush()
             await self._gate.leave(self._key, self.suspicion)
 
-    async def _execute(self, executor: StepExecutor) -> None:
+    async def _execute(self) -> None:
         failure: BaseException | None = None
         if self.suspicion.is_suspect and self.suspicion.misses < MAX_MOVES and self._gate.is_busy:
             self.lacks = "time for a suspect"
             return
         for name in (self.run.next_agent_name, self.needs):
-            if name is not None and name in self.elsewhere and executor.find(name) is None:
-                await self._leave(executor, name)
+            if name is not None and name in self.elsewhere and self._executor.find(name) is None:
+                await self._leave(name)
                 return
         try:
             with self.scope:
-                self.outcome = await executor.execute(self)
+                self.outcome = await self._executor.execute(self)
                 return
         except BaseException as exc:  # an agent's SystemExit would end the worker
             failure = exc
         if isinstance(failure, AgentElsewhere) and not self.cancel_requested:
             self.needs = failure.name
-            await self._leave(executor, failure.name)
+            await self._leave(failure.name)
             return
         if isinstance(failure, WaitingForAnswers) and not self.cancel_requested:
             length = len(msgspec.json.encode(failure.questions))
             if length <= MAX_RUN_BYTES:
                 self.outcome = failure
-                executor.notify("run_waiting", self._waiting_for(failure.questions))
+                self._executor.notify("run_waiting", self._waiting_for(failure.questions))
                 return
             failure = CallError(
                 f"The questions have {length} bytes, more than the cluster can store. Ask shorter ones."
             )
         if not self.is_stopped:
-            self.outcome = await executor.outcome_of(self, failure)
+            self.outcome = await self._executor.outcome_of(self, failure)
 
-    async def _leave(self, executor: StepExecutor, name: str) -> None:
+    async def _leave(self, name: str) -> None:
         """Leave the step to a worker that has the agent *name*, unless the time of the run is over."""
         if self.left_s > 0:
             self.lacks = f"agent {name!r}"
         elif self._begun_at is None:
-            self.outcome = await executor.outcome_of(self, queue_timeout(self.queue_timeout_s or 0))
+            self.outcome = await self._executor.outcome_of(self, queue_timeout(self.queue_timeout_s or 0))
         else:
             self.outcome = timeout_of(self.timeout_s)
 
@@ -359,9 +354,9 @@ class ActivityStep(ActiveRun):
             spent=self.spent,
         )
 
-    def stop(self, executor: StepExecutor) -> None:
+    def stop(self) -> None:
         """Stop the step because the worker shuts down. A function in a thread sees ``cancel_requested``."""
-        executor.stop(self)
+        self._executor.stop(self)
         self.cancel()
 
 

@@ -40,7 +40,7 @@ from flock.temporal.messages import (
     task_queue_of,
 )
 from flock.temporal.search import earlier_runs
-from flock.temporal.steps import MAX_RUN_BYTES, ActivityStep, until_done
+from flock.temporal.steps import MAX_RUN_BYTES, ActivityStep, Workplace, until_done
 from flock.temporal.suspects import Gate, Suspicion
 from flock.temporal.workflows import FlockAccount, FlockMark, FlockRun, FlockSession
 
@@ -103,8 +103,7 @@ class TemporalWorker:
         self._limits = replaced(limits or Limits(), bounds, enforced_by("worker"))
         if max_run_bytes is None:
             max_run_bytes = MAX_RUN_BYTES if payload_dir is None else 64 * 1024 * 1024
-        self._drain_timeout_s = drain_timeout_s
-        self._executor = StepExecutor(
+        executor = StepExecutor(
             agents,
             models,
             observers,
@@ -115,9 +114,9 @@ class TemporalWorker:
             max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats carry results, and never use the folder
             prices=merged(prices),
         )
-        self._gate = Gate(self._limits.max_recoveries)
-        self._accounts = Accounts(self.cluster, flock, self._executor.prices)
-        models.on_retry = lambda: self._executor.notify("model_call_retried")
+        gate, accounts = Gate(self._limits.max_recoveries), Accounts(self.cluster, flock, executor.prices)
+        self.workplace = Workplace(self.cluster, executor, gate, accounts, drain_timeout_s)
+        models.on_retry = lambda: executor.notify("model_call_retried")
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -125,13 +124,14 @@ class TemporalWorker:
             await stack.enter_async_context(listing_tools(self._tool_sources))
             await self.cluster.connect(lazy=False)
             client = self.cluster.client
-            items = ItemActivities(self.cluster, self._executor, self._gate, self._drain_timeout_s, self._accounts)
-            drain_timeout = timedelta(seconds=self._drain_timeout_s)
+            items, drain_timeout_s = ItemActivities(self.workplace), self.workplace.drain_timeout_s
+            drain_timeout = timedelta(seconds=drain_timeout_s)
             for_items = Worker(
                 client,
                 task_queue=items_queue_of(self.task_queue),
                 activities=[items.run],
-                max_concurrent_activities=self._executor.item_slots,  # an item that waits here could run elsewhere
+                # An item that waits here could run elsewhere.
+                max_concurrent_activities=self.workplace.executor.item_slots,
                 max_heartbeat_throttle_interval=timedelta(seconds=HEARTBEAT_INTERVAL_S),
                 graceful_shutdown_timeout=drain_timeout,
             )
@@ -158,7 +158,7 @@ class TemporalWorker:
             )
             for worker in (for_runs, for_items):
                 await worker.__aenter__()
-                stack.push_async_exit(partial(_shut_down, worker, self._drain_timeout_s + SHUTDOWN_GRACE_S))
+                stack.push_async_exit(partial(_shut_down, worker, drain_timeout_s + SHUTDOWN_GRACE_S))
             self._exit = stack.pop_all()
         return self
 
@@ -176,9 +176,8 @@ class TemporalWorker:
             ApplicationError: the run failed or was cancelled (not retryable), or the worker shut down before the end of
                 the step or lacks an agent (retryable).
         """
-        active = _RunStep(order, self.cluster, self._executor, self._gate)
-        active.use(self._accounts)
-        if self._gate.is_proven(active.suspicion):
+        active = _RunStep(order, self.workplace)
+        if self.workplace.gate.is_proven(active.suspicion):
             log_crash(order.run, active.suspicion.deaths)
             raise ApplicationError(
                 CRASHED.error,
@@ -187,13 +186,13 @@ class TemporalWorker:
                 non_retryable=True,
                 category=ApplicationErrorCategory.BENIGN,  # it is in our log
             )
-        work = asyncio.create_task(active.execute(self._executor))
+        work = asyncio.create_task(active.execute())
         heartbeats = asyncio.create_task(_send_heartbeats(active, order.heartbeat_timeout_s))
         try:
             await until_done(
                 work,
-                drain_timeout_s=self._drain_timeout_s,
-                stop=lambda: active.stop(self._executor),
+                drain_timeout_s=self.workplace.drain_timeout_s,
+                stop=active.stop,
                 cancel=active.cancel,
             )
         finally:
@@ -227,21 +226,19 @@ class _RunStep(ActivityStep):
 
     done: StepDone
 
-    def __init__(self, order: RunOrder, cluster: Cluster, executor: StepExecutor, gate: Gate) -> None:
+    def __init__(self, order: RunOrder, at: Workplace) -> None:
         info = activity.info()
         last = next((recoded(sent, Heartbeat) for sent in info.heartbeat_details), Heartbeat())
-        suspicion = Suspicion(last, cluster, self.heartbeat)
+        suspicion = Suspicion(last, at.cluster, self.heartbeat)
         is_new = last.begun_at is None and not suspicion.deaths
         super().__init__(
             order.run,
             order.timeout_s,
-            cluster,
-            gate,
+            at,
             suspicion,
             is_again=suspicion.is_again,
             queue_timeout_s=order.queue_timeout_s if is_new else None,
         )
-        self._executor = executor
         self.elsewhere = {order.run.agent_name, *order.agents}
         self._latest = order.latest
         self.has_calls = order.has_calls or last.needs is not None or last.begun_at is not None

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from datetime import date, timedelta
 
+import msgspec
 from msgspec.structs import replace
 from temporalio import workflow
 from temporalio.common import Priority, RetryPolicy
@@ -23,40 +24,33 @@ from temporalio.exceptions import (
 from temporalio.exceptions import TimeoutError as ActivityTimeout
 
 from flock.engine.base import KEEP_USAGE_FOR
-from flock.runs import Account, Call, Question, Run, RunStatus, Usage, UsageRow, spent_with
-from flock.steps.answers import is_expired
+from flock.runs import Account, Call, Question, Run, RunStatus, UsageRow, spent_with
+from flock.steps.answers import asked_question, is_expired
 from flock.steps.outcomes import Outcome, expiry_of, queue_timeout, timeout_of
 from flock.temporal.calls import Calls
 from flock.temporal.messages import (
-    ACCOUNT_QUERY,
     ACCOUNT_WORKFLOW,
     ACTIVITY,
-    ASKED_SIGNAL,
+    ASKING,
     ASLEEP,
-    BEGUN_SIGNAL,
-    BUDGET_SIGNAL,
-    CALL_SIGNAL,
-    CALLS_QUERY,
+    INBOX,
     INTERRUPTED,
-    MESSAGE_SIGNAL,
-    PAGE_QUERY,
+    MAX_INBOX_BYTES,
     RUN_WORKFLOW,
-    SPENT_QUERY,
-    SPENT_SIGNAL,
     STATUS,
     TASK_TIMEOUT,
-    USAGE_QUERY,
-    WAITS_QUERY,
     AccountState,
     Asked,
     Begun,
     CallDone,
     CallsPage,
+    Inbox,
     RunOrder,
     Sent,
     SpentReport,
     StepDone,
     Waits,
+    roles_of,
     session_workflow_id,
 )
 
@@ -84,41 +78,31 @@ class CallKeeper:
 
     _calls: Calls
 
-    @workflow.signal(name=CALL_SIGNAL)
+    @workflow.signal
     def call_done(self, done: CallDone) -> None:
         self._calls.add(done)
 
-    @workflow.signal(name=MESSAGE_SIGNAL)
+    @workflow.signal
     def message(self, sent: Sent) -> None:
         self._calls.keep(sent)
 
-    @workflow.signal(name=BEGUN_SIGNAL)
+    @workflow.signal
     def begun(self, begun: Begun) -> None:
         self._calls.fence.admits(begun)
 
-    @workflow.signal(name=ASKED_SIGNAL)
+    @workflow.signal
     def asked(self, asked: Asked) -> None:
         self._calls.ask(asked)
 
-    @workflow.query(name=PAGE_QUERY)
+    @workflow.query
     def calls_from(self, item: int, step: int, after: int) -> CallsPage:
         """Return finished calls of a step, without the first *after*, and what the item or run has spent."""
         return self._calls.page(item, step, after)
 
-    @workflow.query(name=CALLS_QUERY)  # of workers of an earlier version, as is the next one
-    def calls(self, item: int, step: int) -> list[Call]:
-        """Return the finished calls of a step of an item, or of a run, whose *item* is 0."""
-        return self._calls.of_step(item, step)
-
-    @workflow.query(name=WAITS_QUERY)
+    @workflow.query
     def waits(self, item: int, step: int, call_ids: list[str]) -> Waits:
         """Return what has come for the waits of a step that still runs."""
         return self._calls.waits(item, step, call_ids)
-
-    @workflow.query(name=SPENT_QUERY)
-    def spent(self, item: int) -> Usage | None:
-        """Return what an item, or a run, had spent when its last call finished."""
-        return self._calls.spent(item)
 
 
 @workflow.defn(name=RUN_WORKFLOW)
@@ -214,7 +198,9 @@ class FlockRun(CallKeeper):
         Returns: the waits that are left, and for how long the attempt has waited so far, in seconds.
         """
         asks = any(wait.is_question for wait in done.questions)
-        workflow.upsert_search_attributes([STATUS.value_set(RunStatus.WAITING if asks else ASLEEP)])
+        workflow.upsert_search_attributes([STATUS.value_set(ASKING if asks else ASLEEP)])
+        if asks and workflow.patched(INBOX):
+            workflow.upsert_memo({INBOX: _inbox_of(replace(run, status=RunStatus.WAITING, waiting_for=done.questions))})
         if run.session_id is not None:  # its other runs need not wait for a person
             self._leaving = asyncio.create_task(self._leave(run, False))
         step, left = len(run.steps), done.questions
@@ -255,6 +241,12 @@ class FlockRun(CallKeeper):
                 _check_cancelled()
             raise failure from None
         return done
+
+
+def _inbox_of(run: Run) -> Inbox:
+    asked = tuple(asked_question(run, question, None) for question in run.questions)
+    shown = asked if len(msgspec.json.encode(asked)) <= MAX_INBOX_BYTES else ()
+    return Inbox(roles=roles_of(run.questions), begun_by=run.begun_by, asked=shown)
 
 
 def log_dropped(call: Call) -> None:
@@ -344,7 +336,7 @@ class FlockAccount:
         self._state = state
         self._changed = False
 
-    @workflow.signal(name=SPENT_SIGNAL)
+    @workflow.signal
     def spent(self, report: SpentReport) -> None:
         state = self._state
         number, _ = state.reports.get(report.worker, (0, 0))
@@ -356,18 +348,18 @@ class FlockAccount:
             state.days[report.day] = spent_with(so_far, each.agent_name, each.model, each.usage)
         self._changed = True
 
-    @workflow.signal(name=BUDGET_SIGNAL)
+    @workflow.signal
     def set_budget(self, max_cost: float | None) -> None:
         self._state.max_cost = max_cost
         self._changed = True
 
-    @workflow.query(name=ACCOUNT_QUERY)
+    @workflow.query
     def account(self, day: int) -> Account:
         """Return what may be spent, and was spent on *day*."""
         spent = sum(each.usage.picodollars for each in self._state.days.get(day, ()))
         return Account(max_cost=self._state.max_cost, picodollars=spent)
 
-    @workflow.query(name=USAGE_QUERY)
+    @workflow.query
     def usage(self, first_day: int, last_day: int) -> list[UsageRow]:
         return [
             UsageRow(

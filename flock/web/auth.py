@@ -5,18 +5,19 @@ slower hash.
 """
 
 import contextlib
+import functools
 import hashlib
 import hmac
+import inspect
 import math
 import os
 import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import msgspec
 from msgspec.structs import replace
@@ -31,23 +32,17 @@ from flock.runs import (
     BatchOptions,
     Call,
     Engine,
-    EngineHealth,
     Event,
     IdempotencyKey,
     Inputs,
     ItemLimits,
     Items,
-    LongJSON,
-    Observer,
     Page,
     Principal,
     QuestionFilter,
     QuestionPage,
-    Queue,
-    RetriedCalls,
     Run,
     RunFilter,
-    RunStatus,
     Session,
     Statuses,
     UsageFilter,
@@ -56,6 +51,7 @@ from flock.runs import (
 )
 
 Filter = TypeVar("Filter", RunFilter, BatchFilter)
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 #: The unit that a limit counts for: ("principal", its name), or ("address" or "network", that of an anonymous client).
 Caller = tuple[str, str]
@@ -281,6 +277,37 @@ class RateLimit:
         return headers | {"RateLimit": f'"minute";r={available};t={math.ceil(interval_s)}'}
 
 
+def _forwarded(method: Method, find: str = "") -> Method:
+    """Return *method* of the whole engine, for a ``ScopedEngine``.
+
+    Args:
+        find: the method that first checks that the principal may see the record with the id in the first argument.
+    """
+    name, id_name = method.__name__, list(inspect.signature(method).parameters)[1:2]
+
+    @functools.wraps(method)
+    def call(self: "ScopedEngine", *args: Any, **options: Any) -> Any:
+        return getattr(self._engine, name)(*args, **options)
+
+    @functools.wraps(method)
+    async def call_if_found(self: "ScopedEngine", *args: Any, **options: Any) -> Any:
+        await getattr(self, find)(args[0] if args else options[id_name[0]])
+        return await call(self, *args, **options)
+
+    forwarded: Any = call_if_found if find else call
+    return cast(Method, forwarded)
+
+
+async def _events_if(
+    check: Callable[[], Awaitable[object]], events: AsyncGenerator[Event | None, None]
+) -> AsyncGenerator[Event | None, None]:
+    """Yield *events* after *check*."""
+    await check()
+    async with contextlib.aclosing(events):
+        async for event in events:
+            yield event
+
+
 class ScopedEngine:
     """An ``Engine`` as one principal sees it. Runs and batches of others do not exist in it, except for an admin."""
 
@@ -307,51 +334,88 @@ class ScopedEngine:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._engine.__aexit__(*exc_info)
 
-    async def drain(self, timeout_s: float) -> None:
-        await self._engine.drain(timeout_s)
+    # For everybody: what a principal asks for here says nothing of others, or it has the record already
 
-    async def check_ready(self) -> None:
-        await self._engine.check_ready()
+    drain = _forwarded(Engine.drain)
+    check_ready = _forwarded(Engine.check_ready)
+    health = _forwarded(Engine.health)
+    observe = _forwarded(Engine.observe)
+    queue = _forwarded(Engine.queue)
+    check_budget = _forwarded(Engine.check_budget)
+    shown_result = _forwarded(Engine.shown_result)
+    watch = _forwarded(Engine.watch)
 
-    def health(self) -> EngineHealth:
-        return self._engine.health()
-
-    def observe(self, observer: Observer) -> None:
-        self._engine.observe(observer)
-
-    async def queue(self) -> Queue:
-        return await self._engine.queue()
+    # Runs
 
     async def submit(
         self, agent_name: str, inputs: Inputs, *, key: IdempotencyKey | None = None, **options: Any
     ) -> Run:
         options = {"principal": self._principal, **options, "key": self._own(key)}
-        await self._check_budget(options["key"])
+        await self._check_own_budget(options["key"])
         return await self._engine.submit(agent_name, inputs, **options)
 
-    async def submit_batch(
-        self, agent_name: str, items: Items, options: BatchOptions, *, key: IdempotencyKey | None = None, **more: Any
-    ) -> Batch:
-        more = {"principal": self._principal, **more, "key": self._own(key)}
-        await self._check_budget(more["key"])
-        return await self._engine.submit_batch(agent_name, items, options, **more)
+    async def get_run(self, run_id: str, principal: str | None = None) -> Run:
+        return await self._engine.get_run(run_id, self._own_principal(principal))
 
-    async def check_budget(
-        self,
-        principal: str,
-        max_cost: float | msgspec.UnsetType | None = msgspec.UNSET,
-        key: IdempotencyKey | None = None,
-    ) -> None:
-        await self._engine.check_budget(principal, max_cost, key)
+    async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
+        return await self._engine.get_outline(run_id, self._own_principal(principal))
 
-    async def _check_budget(self, key: IdempotencyKey | None) -> None:
+    async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
+        return await self._engine.get_calls(run) if self._may_see(run) else {}
+
+    wait = _forwarded(Engine.wait, "get_outline")
+    cancel_run = _forwarded(Engine.cancel_run, "get_outline")
+    delete_run = _forwarded(Engine.delete_run, "get_outline")
+
+    async def retry_run(
+        self, run_id: str, max_cost: float | None = None, *, by: Principal | None = None, **options: Any
+    ) -> Run:
+        await self._check_budget_of(await self.get_outline(run_id))
+        return await self._engine.retry_run(run_id, max_cost, by=by or self._principal, **options)
+
+    async def send_message(
+        self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
+    ) -> Run:
+        await self.get_outline(run_id)
+        return await self._engine.send_message(run_id, name, message, self._own(key))
+
+    async def list_runs(self, wanted: RunFilter) -> Page[Run]:
+        return await self._engine.list_runs(self._own_only(wanted))
+
+    def events(self, run_id: str, after: int = 0, *, reasoning: bool = False) -> AsyncGenerator[Event | None, None]:
+        check = functools.partial(self.get_outline, run_id)
+        return _events_if(check, self._engine.events(run_id, after, reasoning=reasoning))
+
+    async def get_session(self, session_id: str, principal: str | None = None) -> Session:
+        return await self._engine.get_session(session_id, self._own_principal(principal))
+
+    async def delete_session(self, session_id: str, principal: str | None = None) -> None:
+        await self._engine.delete_session(session_id, self._own_principal(principal))
+
+    # Questions: the engine itself decides who may see them
+
+    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw, by: Principal | None = None) -> Run:
+        return await self._engine.answer_call(run_id, call_id, output, by or self._principal)
+
+    async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
+        return await self._engine.get_question(run_id, call_id, by or self._principal)
+
+    async def list_questions(self, wanted: QuestionFilter, wait_s: float = 0) -> QuestionPage:
+        return await self._engine.list_questions(replace(wanted, by=self._principal), wait_s)
+
+    def question_events(self, wanted: QuestionFilter) -> AsyncGenerator[tuple[str, AskedQuestion] | None, None]:
+        return self._engine.question_events(replace(wanted, by=self._principal))
+
+    # Usage
+
+    async def _check_own_budget(self, key: IdempotencyKey | None) -> None:
         """Raise TooManyRequests if the principal has spent its budget of the day."""
         await self._engine.check_budget(self._principal.name, self._principal.max_cost_per_day, key)
 
     async def _check_budget_of(self, record: Run | Batch) -> None:
         """Raise TooManyRequests if the owner of *record* has, whoever sends the request."""
         if record.principal == self._principal.name:
-            await self._check_budget(None)
+            await self._check_own_budget(None)
         elif record.principal is not None:
             await self._engine.check_budget(record.principal)
 
@@ -363,81 +427,14 @@ class ScopedEngine:
             raise Forbidden(f"{self._principal.name!r} is not an admin, and can only see its own usage.")
         return await self._engine.get_usage(replace(wanted, principal=self._own_principal(wanted.principal)))
 
-    async def get_run(self, run_id: str, principal: str | None = None) -> Run:
-        return await self._engine.get_run(run_id, self._own_principal(principal))
+    # Batches
 
-    async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
-        return await self._engine.get_outline(run_id, self._own_principal(principal))
-
-    async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
-        return await self._engine.get_calls(run) if self._may_see(run) else {}
-
-    async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
-        return await self._engine.shown_result(run, position)
-
-    async def wait(self, run_id: str, timeout_s: float | None = None) -> Run:
-        await self.get_outline(run_id)
-        return await self._engine.wait(run_id, timeout_s)
-
-    async def cancel_run(self, run_id: str) -> Run:
-        await self.get_outline(run_id)
-        return await self._engine.cancel_run(run_id)
-
-    async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw, by: Principal | None = None) -> Run:
-        return await self._engine.answer_call(run_id, call_id, output, by or self._principal)
-
-    async def get_question(self, run_id: str, call_id: str, by: Principal | None = None) -> AskedQuestion:
-        return await self._engine.get_question(run_id, call_id, by or self._principal)
-
-    async def send_message(
-        self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
-    ) -> Run:
-        await self.get_outline(run_id)
-        return await self._engine.send_message(run_id, name, message, self._own(key))
-
-    async def list_questions(self, wanted: QuestionFilter, wait_s: float = 0) -> QuestionPage:
-        return await self._engine.list_questions(replace(wanted, by=self._principal), wait_s)
-
-    async def question_events(self, wanted: QuestionFilter) -> AsyncGenerator[tuple[str, AskedQuestion] | None, None]:
-        events = self._engine.question_events(replace(wanted, by=self._principal))
-        async with contextlib.aclosing(events):
-            async for event in events:
-                yield event
-
-    async def retry_run(
-        self,
-        run_id: str,
-        max_cost: float | None = None,
-        *,
-        calls: RetriedCalls = "keep",
-        by: Principal | None = None,
-    ) -> Run:
-        await self._check_budget_of(await self.get_outline(run_id))
-        return await self._engine.retry_run(run_id, max_cost, calls=calls, by=by or self._principal)
-
-    async def delete_run(self, run_id: str) -> None:
-        await self.get_outline(run_id)
-        await self._engine.delete_run(run_id)
-
-    async def get_session(self, session_id: str, principal: str | None = None) -> Session:
-        return await self._engine.get_session(session_id, self._own_principal(principal))
-
-    async def delete_session(self, session_id: str, principal: str | None = None) -> None:
-        await self._engine.delete_session(session_id, self._own_principal(principal))
-
-    async def list_runs(self, wanted: RunFilter) -> Page[Run]:
-        return await self._engine.list_runs(self._own_only(wanted))
-
-    def watch(self, run_id: str) -> AbstractContextManager[object]:
-        return self._engine.watch(run_id)
-
-    async def events(
-        self, run_id: str, after: int = 0, *, reasoning: bool = False
-    ) -> AsyncGenerator[Event | None, None]:
-        await self.get_outline(run_id)
-        async with contextlib.aclosing(self._engine.events(run_id, after, reasoning=reasoning)) as events:
-            async for event in events:
-                yield event
+    async def submit_batch(
+        self, agent_name: str, items: Items, options: BatchOptions, *, key: IdempotencyKey | None = None, **more: Any
+    ) -> Batch:
+        more = {"principal": self._principal, **more, "key": self._own(key)}
+        await self._check_own_budget(more["key"])
+        return await self._engine.submit_batch(agent_name, items, options, **more)
 
     async def get_batch(self, batch_id: str) -> Batch:
         batch = await self._engine.get_batch(batch_id)
@@ -445,28 +442,10 @@ class ScopedEngine:
             raise BatchNotFound(batch_id)
         return batch
 
-    async def wait_batch(self, batch_id: str, timeout_s: float | None = None) -> Batch:
-        await self.get_batch(batch_id)
-        return await self._engine.wait_batch(batch_id, timeout_s)
-
-    async def get_items(
-        self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
-    ) -> Sequence[Run]:
-        await self.get_batch(batch_id)
-        return await self._engine.get_items(batch_id, after=after, limit=limit, statuses=statuses)
-
-    async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
-        return await self._engine.list_batches(self._own_only(wanted))
-
-    async def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
-        await self.get_batch(batch_id)
-        async with contextlib.aclosing(self._engine.batch_events(batch_id, after)) as events:
-            async for event in events:
-                yield event
-
-    async def cancel_batch(self, batch_id: str) -> Batch:
-        await self.get_batch(batch_id)
-        return await self._engine.cancel_batch(batch_id)
+    wait_batch = _forwarded(Engine.wait_batch, "get_batch")
+    get_items = _forwarded(Engine.get_items, "get_batch")
+    cancel_batch = _forwarded(Engine.cancel_batch, "get_batch")
+    delete_batch = _forwarded(Engine.delete_batch, "get_batch")
 
     async def retry_batch(
         self,
@@ -474,15 +453,17 @@ class ScopedEngine:
         only: Statuses = (),
         max_cost: float | None = None,
         *,
-        calls: RetriedCalls = "keep",
         by: Principal | None = None,
+        **options: Any,
     ) -> Batch:
         await self._check_budget_of(await self.get_batch(batch_id))
-        return await self._engine.retry_batch(batch_id, only, max_cost, calls=calls, by=by or self._principal)
+        return await self._engine.retry_batch(batch_id, only, max_cost, by=by or self._principal, **options)
 
-    async def delete_batch(self, batch_id: str) -> None:
-        await self.get_batch(batch_id)
-        await self._engine.delete_batch(batch_id)
+    async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
+        return await self._engine.list_batches(self._own_only(wanted))
+
+    def batch_events(self, batch_id: str, after: int = 0) -> AsyncGenerator[Event | None, None]:
+        return _events_if(functools.partial(self.get_batch, batch_id), self._engine.batch_events(batch_id, after))
 
     def _own_only(self, filter_: Filter) -> Filter:
         return filter_ if self._principal.admin else replace(filter_, principal=self._principal.name)

@@ -7,7 +7,7 @@ disconnects, replays, time-outs, limits and the first text of a fast run are the
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -16,9 +16,20 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from flock.declared import DeclaredFlock
 from flock.errors import Conflict, FlockError, NotFound, Replayed, StoreError
-from flock.runs import ClientSettings, Engine, Event, IdempotencyKey, Inputs, Run, new_id
-from flock.web.auth import ConcurrencyLimit, ScopedEngine
+from flock.runs import (
+    ClientSettings,
+    Engine,
+    Event,
+    IdempotencyKey,
+    Inputs,
+    Run,
+    RunFilter,
+    RunStatus,
+    new_id,
+)
+from flock.web.auth import ANYBODY, ConcurrencyLimit, ScopedEngine
 from flock.web.body import Body, media_type_of
 from flock.web.lifespan import lifespan_of
 from flock.web.options import AppOptions
@@ -42,6 +53,7 @@ class Serving(Protocol):
     event_streams: ConcurrencyLimit
     downloads: ConcurrencyLimit
     metrics: Any
+    flock: DeclaredFlock
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +71,13 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     max_cost: float | None = None
     client: ClientSettings | None = None
     key: IdempotencyKey | None = None
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """Answers to questions of a run, by the ids of their calls. There may be none, to follow a run that exists."""
+
+    run_id: str
+    outputs: Mapping[str, msgspec.Raw] = {}
 
 
 class Accepted(NamedTuple):
@@ -113,14 +132,19 @@ async def read_json(request: Request, *, is_optional: bool = False) -> bytes:
     return await body.json(options.max_json_depth, default=b"{}" if is_optional else None)
 
 
-async def accept(request: Request, order: Order, run_id: str | None = None) -> Accepted:
-    """Store a run, which then starts.
+async def accept(request: Request, order: Order | Answers, run_id: str | None = None) -> Accepted:
+    """Store a run, which then starts, or give answers to one, which then continues, even if the client disconnects.
 
     Raises: the errors of ``Engine.submit``; Conflict if an earlier request with the same key has started a run that no
-        longer exists.
+        longer exists. Or the errors of ``Engine.answer_call``; the answers before the refused one count.
     Cancellation: counts as a disconnect; see ``end_of``.
     """
     engine, run_id = await engine_of(request), run_id or new_id()
+    if isinstance(order, Answers):
+        run, by = await engine.get_run(order.run_id), principal_of(request) or ANYBODY
+        for call_id, output in order.outputs.items():
+            run = await engine.answer_call(order.run_id, call_id, output, by)
+        return Accepted(run, is_replay=False)
     try:
         run = await engine.submit(
             order.agent_name,
@@ -166,20 +190,36 @@ async def end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
         raise
 
 
-async def stream(request: Request, order: Order, *, reasoning: bool) -> Stream:
-    """Store a run, which then starts. It is watched from its start, so that no text is missed.
+async def stream(request: Request, order: Order | Answers, *, reasoning: bool) -> Stream:
+    """Accept an order or answers. The run is watched from before, so that no text is missed.
 
     Raises: the errors of ``accept``; TooManyRequests if the caller has too many streams open.
     """
-    engine, run_id = await engine_of(request), new_id()
+    engine, run_id = await engine_of(request), order.run_id if isinstance(order, Answers) else new_id()
     with contextlib.ExitStack() as held:
         held.enter_context(stream_slot(request))  # before the run is accepted
         held.enter_context(engine.watch(run_id))
         accepted = await accept(request, order, run_id)
         run = accepted.run
-        outlives_client = order.is_async or run.is_async or serving(request).options.on_disconnect != "cancel"
+        is_kept = isinstance(order, Answers) or order.is_async or run.is_async
+        outlives_client = is_kept or serving(request).options.on_disconnect != "cancel"
         on_cut_off = None if outlives_client else functools.partial(engine.cancel_run, run.run_id)
         return Stream(accepted, events_of_new_run(engine, run, reasoning=reasoning), held.pop_all(), on_cut_off)
+
+
+async def runs_of_session(
+    request: Request, session_id: str, status: RunStatus | None = None
+) -> AsyncGenerator[Run, None]:
+    """Yield the caller's own runs of a session, newest first, without inputs and results."""
+    engine, principal, after = await engine_of(request), principal_of(request), None
+    owner = None if principal is None else principal.name
+    while True:
+        page = await engine.list_runs(RunFilter(session_id=session_id, status=status, principal=owner, after=after))
+        for run in page:
+            yield run
+        if not page.has_more:
+            return
+        after = page[-1].run_id
 
 
 async def replayed(found: Awaitable[T]) -> T:

@@ -81,7 +81,7 @@ async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
             more["errors"] = exc.errors
         if isinstance(exc, errors.StaleAnswer):
             more["waiting_for"] = [shown_as(Question, question) for question in exc.open_questions]
-    body = Problem(
+    problem = Problem(
         type=type_,
         title=title,
         status=status,
@@ -93,4 +93,9 @@ async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
     is_unread = status in UNREAD or request.scope.get("flock.is_unread", False)
     if is_unread and request.scope.get("http_version", "1.1").startswith("1"):
         headers["Connection"] = "close"
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    for prefix, shape in getattr(request.app, "error_shapes", {}).items():
+        if path.startswith(prefix):
+            status, body = shape(problem)
+            return JSONResponse(body, status, headers)
+    return JSONResponse(problem, status, headers, media_type="application/problem+json")

@@ -22,9 +22,15 @@ PIECE_BYTES = 64 * 1024
 #: In events these do not end a line, but they do for ``str.splitlines`` and the ``iter_lines`` of httpx.
 LINE_ENDS = {b"\xc2\x85": rb"\u0085", b"\xe2\x80\xa8": rb"\u2028", b"\xe2\x80\xa9": rb"\u2029"}
 
+#: A comment in an event stream.
+KEEP_ALIVE = b": keep-alive\n\n"
+
 #: How long a client should wait before it reconnects to an event stream that was cut off, in milliseconds.
 RECONNECT_MS = 1000
 
+
+#: The events that are a piece of text.
+DELTAS = ("output.delta", "reasoning.delta")
 
 #: The members of ``run.accepted``.
 ACCEPTED = ("run_id", "attempt", "agent_name", "status")
@@ -50,10 +56,7 @@ def add_headers(start: Message, request_id: str, more: Mapping[str, str]) -> Non
 
 def split_message(message: Message) -> Iterator[Message]:
     """Split an ASGI message with a long body into several messages."""
-    body: bytes = message.get("body", b"")
-    if len(body) <= PIECE_BYTES:
-        yield message
-        return
+    body: bytes = message["body"]
     for start in range(0, len(body), PIECE_BYTES):
         end = start + PIECE_BYTES
         yield {**message, "body": body[start:end], "more_body": end < len(body) or message.get("more_body", False)}
@@ -63,12 +66,16 @@ async def event_text(
     events: AsyncGenerator[Event | None, None], engine: Engine, request_id: str
 ) -> AsyncGenerator[bytes, None]:
     """Yield the body of a stream of *events*. If the engine is draining, the last line is a ``retry`` hint."""
-    is_event_whole = True
+    is_event_whole, position = True, None
     try:
         async with aclosing(events):
             async for event in events:
-                is_event_whole = False
-                parts = _event_parts(event)
+                if event is not None and event.name in DELTAS and event.data["position"] == position:
+                    yield _delta(event)
+                    continue
+                if event is not None and event.name == "step.started":
+                    position = event.data["position"]
+                parts, is_event_whole = _event_parts(event), False
                 with held(parts):
                     async for piece in _event_pieces(parts):
                         yield piece
@@ -131,9 +138,19 @@ async def _event_pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[byte
         text = rest + piece
         whole = text.rstrip(b"\xc2\xe2\x80")
         rest = text[len(whole) :]
-        for character, escape in LINE_ENDS.items():
-            whole = whole.replace(character, escape)
-        yield whole
+        yield _escaped(whole)
+
+
+def _delta(event: Event) -> bytes:
+    """Return a piece of text, without what the last ``step.started``, or ``call.started`` of the call, has said."""
+    data = {name: event.data[name] for name in ("call_id", "field", "text") if name in event.data}
+    return _escaped(b"event: %b\ndata: %b\n\n" % (event.name.encode(), msgspec.json.encode(data)))
+
+
+def _escaped(text: bytes) -> bytes:
+    for character, escape in LINE_ENDS.items():
+        text = text.replace(character, escape)
+    return text
 
 
 class LongResponse(StreamingResponse):
@@ -225,9 +242,15 @@ def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
     return response
 
 
+def sent_event(content: Any, name: str | None = None) -> bytes:
+    """Return a server-sent event of another protocol, with *content* as JSON."""
+    data = _escaped(msgspec.json.encode(content))
+    return b"%bdata: %b\n\n" % (b"" if name is None else b"event: %b\n" % name.encode(), data)
+
+
 def _event_parts(event: Event | None) -> list[bytes | LongJSON]:
     """Return one event as ``text/event-stream``. None becomes a comment, which keeps the connection open."""
     if event is None:
-        return [b": keep-alive\n\n"]
+        return [KEEP_ALIVE]
     id_ = b"" if event.id is None else b"id: %d\n" % event.id
     return _long_parts(event.data, b"%sevent: %s\ndata: " % (id_, event.name.encode()), b"\n\n")

@@ -286,7 +286,6 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
     created_after: Time | msgspec.UnsetType = msgspec.UNSET
     created_before: Time | msgspec.UnsetType = msgspec.UNSET
-    asking: bool = False
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
     after: UUID | msgspec.UnsetType = msgspec.UNSET
     include: Literal["inputs", "result", "inputs,result", "result,inputs"] | msgspec.UnsetType = msgspec.UNSET
@@ -333,23 +332,20 @@ class UsageQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return UsageFilter(first_day=first, last_day=last, principal=principal, by=by, after=after, limit=self.limit)
 
 
-class QuestionsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The filter of a list of open questions, and the number of seconds to wait for one if there is none."""
-
-    role: str | msgspec.UnsetType = msgspec.UNSET
-    agent_name: str | msgspec.UnsetType = msgspec.UNSET
-    session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
-    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
-    after: UUID | msgspec.UnsetType = msgspec.UNSET
-    wait: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 0
-
-
 class QuestionEventsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The filter of a stream of open questions."""
 
     role: str | msgspec.UnsetType = msgspec.UNSET
     agent_name: str | msgspec.UnsetType = msgspec.UNSET
     session_id: SessionID | msgspec.UnsetType = msgspec.UNSET
+
+
+class QuestionsQuery(QuestionEventsQuery, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The filter of a list of open questions, and the number of seconds to wait for one if there is none."""
+
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
+    after: UUID | msgspec.UnsetType = msgspec.UNSET
+    wait: Annotated[int, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 0
 
 
 def batch_request_from(query: UploadQuery, max_depth: int) -> FlockBatchRequest:
@@ -686,12 +682,8 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 def shown_with_costs(type_: type[T], record: Any, **more: Any) -> T:
     """Like ``shown_as``, with ``usage`` and ``cost``."""
-    shown = {"cost": None, **shown_usage(record.usage)}
-    if shown["usage"] is not None:
-        shown["usage"] = Usage(**shown["usage"])
-    if isinstance(record, Batch):
-        shown["max_cost"] = record.options.max_cost
-    return shown_as(type_, record, **more, **shown)
+    of_batch = {"max_cost": record.options.max_cost} if isinstance(record, Batch) else {}
+    return shown_as(type_, record, **more, **of_batch, **{"cost": None, **_costs(record.usage)})
 
 
 def asked_question(asked: records.AskedQuestion) -> AskedQuestion:

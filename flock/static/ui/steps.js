@@ -11,9 +11,12 @@ const MAX_CALLS = 500;
 export class Steps {
   node = h("ol.steps", { "aria-label": "Steps" });
   steps = [];
+  /** the position of the step of the last event; a piece of its text does not say it */
+  current = 0;
 
   clear() {
     this.steps = [];
+    this.current = 0;
     fill(this.node);
   }
 
@@ -38,7 +41,8 @@ export class Steps {
   }
 
   on(name, data) {
-    const step = this.at(data.position);
+    const step = this.at(data.position ?? this.current);
+    this.current = step.position;
     if (name.startsWith("step.")) step.set(data);
     else if (name.startsWith("call.")) step.setCall(data);
     else step.outputOf(data).on(name, data);

@@ -1,0 +1,224 @@
+"""What protocols that look like a chat have in common: messages as the inputs of an agent, and its result as text."""
+
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, NamedTuple
+
+import msgspec
+
+from flock.agents.agent import Agent
+from flock.agents.chat import conversation_of
+from flock.agents.graph import graph_of
+from flock.errors import EngineStopped, FlockError, InvalidData
+from flock.jsontype import is_same_schema
+from flock.runs import Engine, Event, LongJSON, Question, Run
+
+#: The events after which an answer has no more text.
+ENDS = ("run.completed", "run.failed", "run.cancelled", "run.waiting")
+
+
+class Message(NamedTuple):
+    """A message that a client has sent, without what is not text."""
+
+    role: str
+    text: str
+
+
+class TextReplaced(FlockError):
+    """The text of a run was replaced, and a client that cannot take text back has a part of the old one."""
+
+
+# Inputs
+
+
+def inputs_of(agent: Agent, messages: Sequence[Message], others: Mapping[str, msgspec.Raw], at: str) -> msgspec.Raw:
+    """Return the inputs for *agent* that *messages*, oldest first, and *others*, by name, make together.
+
+    An input of the type ``Messages`` gets all messages of the user and the assistant. Otherwise the only input that is
+    a text gets the last message of the user. Otherwise that must be a JSON object of the inputs.
+
+    Args:
+        at: the pointer of the messages.
+
+    Raises: InvalidData if it is not, or if there is no message of the user.
+    """
+    said = [message for message in messages if message.role == "user" or (message.role == "assistant" and message.text)]
+    last = next((message.text for message in reversed(said) if message.role == "user"), None)
+    if last is None:
+        raise InvalidData.of("There is no message with the role 'user'.", at)
+    if (name := conversation_of(agent.input)) is not None:
+        return _encode({name: [{"role": message.role, "content": message.text} for message in said]}, others)
+    if (name := _text_input_of(agent, others)) is not None:
+        return _encode({name: last}, others)
+    if not agent.input.fields:
+        return msgspec.Raw(b"{}")
+    try:
+        return _encode(msgspec.json.decode(last, type=dict[str, msgspec.Raw]), others)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        names = ", ".join(f'"{field.name}": …' for field in agent.input.fields)
+        raise InvalidData.of(
+            f"{agent.name!r} does not take one text, so the last message of the user must be a JSON object of its "
+            f"inputs, such as {{{names}}}. Their schema: {_text(agent.input.schema)}",
+            at,
+        ) from exc
+
+
+def messages_of(agent: Agent, inputs: msgspec.Raw) -> list[Message]:
+    """Return the messages that have become *inputs*."""
+    values = msgspec.json.decode(inputs)
+    if (name := conversation_of(agent.input)) is not None:
+        return [Message(turn["role"], turn["content"]) for turn in values[name]]
+    name = _text_input_of(agent)
+    return [Message("user", _text(inputs) if name is None else values[name])]
+
+
+def _text_input_of(agent: Agent, others: Mapping[str, Any] | None = None) -> str | None:
+    texts = [field.name for field in agent.input.fields if field.type is str and field.name not in (others or {})]
+    return texts[0] if len(texts) == 1 else None
+
+
+def _encode(inputs: Mapping[str, Any], others: Mapping[str, msgspec.Raw]) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode({**inputs, **others}))
+
+
+def _text(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+# Results
+
+
+async def _whole_text(agent: Agent, result: msgspec.Raw | LongJSON, *, as_json: bool) -> str:
+    """Return a result of *agent* as text: its only output if that is a text, or else the JSON of all outputs.
+
+    Raises: RunNotFound, StoreError.
+    """
+    raw = b"".join([piece async for piece in result.pieces()]) if isinstance(result, LongJSON) else bytes(result)
+    name = None if as_json else _text_output_of(agent)
+    return raw.decode() if name is None else msgspec.json.decode(raw)[name]
+
+
+async def text_of(engine: Engine, agents: Mapping[str, Agent], run: Run, *, as_json: bool) -> str:
+    """Return the result of a completed run as text. Raises RunNotFound, StoreError."""
+    result, agent = await engine.shown_result(run), agents.get(run.steps[-1].agent_name)
+    if result is None or agent is None:
+        return _text(result)
+    return await _whole_text(agent, result, as_json=as_json)
+
+
+def _text_output_of(agent: Agent) -> str | None:
+    """Return the name of the only output of *agent*, if that is a text."""
+    fields = agent.output.fields
+    return fields[0].name if len(fields) == 1 and fields[0].type is str else None
+
+
+def check_schema(agents: Mapping[str, Agent], agent: Agent, schema: Any, at: str) -> None:
+    """Raise InvalidData if a JSON Schema of a client is not that of the outputs of an agent that ends runs of *agent*.
+
+    Titles and descriptions may differ.
+    """
+    last = {each.from_ for each in graph_of(agent.name, agents) if each.to is None} & agents.keys()
+    schemas = [agents[name].output.result_schema for name in sorted(last)]
+    if not any(is_same_schema(ours, schema) for ours in schemas):
+        shown = " or ".join(map(_text, schemas))
+        raise InvalidData.of(
+            f"This schema is not that of the outputs of {agent.name!r}, which is {shown}. Send that, or leave it out.",
+            at,
+        )
+
+
+# Streams
+
+
+class SentText:
+    """The text of an answer. What was sent cannot be taken back, so a text that replaces it must begin with it."""
+
+    def __init__(self) -> None:
+        self._sent, self._now = list[str](), list[str]()
+        self._is_behind = False
+
+    def add(self, text: str) -> str:
+        """Return what is to be sent after more *text* has come. Raises TextReplaced."""
+        self._now.append(text)
+        if not self._is_behind:
+            self._sent.append(text)
+            return text
+        sent, now = "".join(self._sent), "".join(self._now)
+        if not (now.startswith(sent) or sent.startswith(now)):
+            raise TextReplaced("The answer was replaced by another one after a part of it had been sent.")
+        new = now[len(sent) :]
+        self._is_behind = len(now) < len(sent)
+        self._sent.append(new)
+        return new
+
+    def restart(self, text: str = "") -> str:
+        """The text begins again, with *text*. Return what is to be sent. Raises TextReplaced."""
+        self._now, self._is_behind = [], bool(self._sent)
+        return self.add(text)
+
+    def end(self, text: str) -> str:
+        """The text ends as *text*. Return what is to be sent. Raises TextReplaced if more was sent than that."""
+        new = self.restart(text)
+        if self._is_behind:
+            raise TextReplaced("The answer was replaced by a shorter one after it had been sent.")
+        return new
+
+
+def question_text(questions: Iterable[Question], run_id: str) -> str:
+    """Return open questions for a client that has no other way to show them."""
+    asked = "\n\n".join(question.question for question in questions)
+    return f"{asked}\n\n(The run {run_id} waits for the answer.)"
+
+
+class StreamedAnswer:
+    """The answer of a run as text, made from its events. Only an agent that ends the run is read while it writes."""
+
+    def __init__(self, agents: Mapping[str, Agent], *, as_json: bool) -> None:
+        self._agents, self._as_json = agents, as_json
+        self._agent: Agent | None = None
+        self._text = SentText()
+
+    async def pieces(self, events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[str | Event | None, None]:
+        """Yield the text in pieces, None to keep the connection open, and at last the event that ends it, one of ENDS.
+
+        Raises: TextReplaced, RunNotFound, StoreError; EngineStopped if the server stops before the end.
+        """
+        async with aclosing(events):
+            async for event in events:
+                if event is None:
+                    yield None
+                elif text := await self._added(event):
+                    yield text
+                if event is not None and event.name in ENDS:
+                    yield event
+                    return
+        raise EngineStopped("The server is stopping, and the answer is not complete.")
+
+    async def _added(self, event: Event) -> str:
+        data = event.data
+        match event.name:
+            case "step.started":
+                self._agent = self._agents.get(data["agent_name"])
+            case "output.delta" if self._is_answer(data) and data["field"] == self._name:
+                return self._text.add(data["text"])
+            case "output.reset" if self._is_answer(data):
+                return self._text.restart()
+            case "output.snapshot" if self._is_answer(data) and self._name in data["output"]:
+                return self._text.restart(data["output"][self._name])
+            case "run.completed" if self._agent is not None:
+                return self._text.end(await _whole_text(self._agent, data["result"], as_json=self._as_json))
+        return ""
+
+    @property
+    def _name(self) -> str | None:
+        return None if self._agent is None or self._as_json else _text_output_of(self._agent)
+
+    def _is_answer(self, data: Mapping[str, Any]) -> bool:
+        """Whether an event is one of the step that ends the run."""
+        agent = self._agent
+        return (
+            agent is not None
+            and data["agent_name"] == agent.name
+            and "call_id" not in data
+            and all(handoff.kind == "fixed" and handoff.to is None for handoff in agent.handoffs())
+        )

@@ -1,0 +1,243 @@
+"""The protocol of OpenAI's clients: an agent is a model, and each answer is a run.
+
+This module has the routes, the errors, models and chat completions.
+"""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flock.agents.agent import Agent
+from flock.declared import agent_of
+from flock.errors import FlockError, InvalidData
+from flock.jsontype import JSONType
+from flock.protocols import chats
+from flock.protocols import openai_parts as parts
+from flock.protocols import openai_responses as responses
+from flock.runs import Engine, Question, Run, RunStatus
+from flock.web import orders, wire
+from flock.web.requests import fingerprint_of, idempotency_key
+from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, sent_event
+from flock.web.routing import AppRoute
+
+#: How the paths of all routes begin, also of those that do not exist.
+PREFIX = "/v1/"
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Model(msgspec.Struct, frozen=True):
+    """An agent. No time of its creation is known."""
+
+    id: str
+    object: str = "model"
+    created: int = 0
+    owned_by: str = "flock"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """All agents."""
+
+    data: list[Model]
+    object: str = "list"
+
+
+def routes() -> Sequence[AppRoute]:
+    return [
+        AppRoute("access", "GET", "/v1/models", list_models),
+        AppRoute("access", "GET", "/v1/models/{model}", get_model),
+        AppRoute("access", "POST", "/v1/chat/completions", chat),
+        AppRoute("access", "POST", "/v1/responses", responses.create_response),
+        AppRoute("access", "GET DELETE", "/v1/responses/{response_id}", responses.one_response),
+        AppRoute("access", "POST", "/v1/responses/{response_id}/cancel", responses.cancel_response),
+        AppRoute("access", "GET", "/v1/responses/{response_id}/input_items", responses.input_items),
+        AppRoute("access", "POST", "/v1/conversations", responses.create_conversation),
+        AppRoute("access", "GET DELETE", "/v1/conversations/{conversation_id}", responses.one_conversation),
+        AppRoute("access", "GET", "/v1/conversations/{conversation_id}/items", responses.conversation_items),
+    ]
+
+
+def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
+    """Return the status and the body of an error.
+
+    Clients expect 400 for an invalid body. They repeat requests that get 409, which would change nothing here.
+    """
+    kind = problem.type.rpartition(":")[2].replace("-", "_")
+    code = {"unknown_agent": "model_not_found", "unauthorized": "invalid_api_key", "blank": None}.get(kind, kind)
+    status = 400 if problem.status in (409, 422) else problem.status
+    type_ = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+    found = problem.errors or []
+    texts = [problem.detail, *(each.detail for each in found if each.detail not in problem.detail)]
+    param = found[0].pointer.strip("/").replace("/", ".") or None if found else None
+    error = {"message": " ".join(texts), "type": type_, "param": param, "code": code}
+    return status, {"error": error, "request_id": problem.request_id}
+
+
+async def list_models(request: Request) -> Response:
+    """GET /v1/models"""
+    return JSONResponse(ModelList([Model(name) for name in orders.serving(request).flock.agents]))
+
+
+async def get_model(request: Request) -> Response:
+    """GET /v1/models/{model}"""
+    return JSONResponse(Model(agent_of(orders.serving(request).flock.agents, request.path_params["model"]).name))
+
+
+# Chat completions
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One message of the history that a client sends."""
+
+    role: str
+    content: str | list[parts.Part] | None = None
+    tool_call_id: str = ""
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """``include_usage``: a chunk with the tokens of the run comes last."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(parts.Settings, frozen=True, kw_only=True):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage]
+    stream_options: StreamOptions | None = None
+    response_format: parts.Format | None = None
+
+
+CHAT_REQUEST = JSONType(ChatRequest, ignores_unknown=True)
+
+
+async def chat(request: Request) -> Response:
+    """POST /v1/chat/completions"""
+    body, agents = await orders.read_json(request), orders.serving(request).flock.agents
+    sent = CHAT_REQUEST.decode(body)
+    agent, engine = agent_of(agents, sent.model), await orders.engine_of(request)
+    as_json = parts.wants_json(agents, agent, sent.response_format, "/response_format")
+    messages, instructions, answers = _read(sent.messages)
+    client = parts.client_settings(body, "\n\n".join(instructions))
+    wanted: orders.Order | orders.Answers
+    if answers:
+        wanted = await parts.answers_in(engine, answers, "/messages")
+    else:
+        wanted = orders.Order(
+            agent_name=sent.model,
+            inputs=chats.inputs_of(agent, messages, sent.inputs, "/messages"),
+            client=client,
+            key=idempotency_key(request, lambda: fingerprint_of(request, body)),
+        )
+    stream = await orders.stream(request, wanted, reasoning=False) if sent.stream else None
+    run = (await orders.accept(request, wanted) if stream is None else stream.accepted).run
+    if stream is not None:
+        has_usage = sent.stream_options is not None and sent.stream_options.include_usage is True
+        chunks = _chunks(stream, engine, chats.StreamedAnswer(agents, as_json=as_json), has_usage=has_usage)
+        headers = {"Flock-Run-Id": run.run_id, "X-Accel-Buffering": "no"}
+        return EventStream(chunks, stream.held, headers, on_cut_off=stream.on_cut_off)
+    run_id, outlives_client = run.run_id, run.is_async
+    del run, wanted, sent, messages  # frees the inputs, which may be long, during the wait
+    return await _completion(engine, agents, await orders.end_of(request, run_id, outlives_client), as_json=as_json)
+
+
+def _read(sent: Sequence[ChatMessage]) -> tuple[list[chats.Message], list[str], dict[str, msgspec.Raw]]:
+    """Return the messages, the instructions, and the outputs of tools after the last message of the assistant, by call.
+
+    Raises: InvalidData.
+    """
+    messages, instructions, answers = list[chats.Message](), list[str](), dict[str, msgspec.Raw]()
+    for at, message in enumerate(sent):
+        text = parts.content_text(message.content, f"/messages/{at}", is_shown=message.role in ("user", "tool"))
+        if message.role in ("system", "developer"):
+            instructions.append(text)
+        elif message.role == "tool":
+            answers[message.tool_call_id] = msgspec.Raw(msgspec.json.encode(text))
+        else:
+            messages.append(chats.Message(message.role, text))
+            answers = {} if message.role == "assistant" else answers
+    if answers and sent[-1].role != "tool":
+        raise InvalidData.of("The outputs of tools must be the last messages.", f"/messages/{len(sent) - 1}")
+    return messages, instructions, answers
+
+
+def _asked(run_id: str, questions: Sequence[Question]) -> tuple[dict[str, Any], str]:
+    """Return the content for open questions, and why the answer ends: calls of the client's tools, or a text."""
+    calls = [
+        {
+            **{"index": at, "id": f"call_{run_id}_{call.call_id}", "type": "function"},
+            "function": {"name": call.question, "arguments": parts.arguments_of(call)},
+        }
+        for at, call in enumerate(question for question in questions if question.is_for_client)
+    ]
+    if calls:
+        return {"content": None, "tool_calls": calls}, "tool_calls"
+    return {"content": chats.question_text(questions, run_id)}, "stop"
+
+
+async def _completion(engine: Engine, agents: Mapping[str, Agent], run: Run, *, as_json: bool) -> Response:
+    headers, finish_reason = {"Flock-Run-Id": run.run_id}, "stop"
+    if run.status is RunStatus.WAITING:
+        content, finish_reason = _asked(run.run_id, run.questions)
+    elif run.status is RunStatus.COMPLETED:
+        content = {"content": await chats.text_of(engine, agents, run, as_json=as_json)}
+    else:  # clients repeat requests that get 409, 429 or 5xx, which would start another run
+        return JSONResponse({"error": _failure(run.error, run.error_type, run.run_id)}, 422, headers)
+    message = {"role": "assistant", "refusal": None, **content}
+    body = {
+        **_head(run, "chat.completion"),
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],
+        "usage": parts.usage_of(run.usage, "prompt", "completion"),
+    }
+    return JSONResponse(body, headers=headers)
+
+
+def _head(run: Run, kind: str) -> dict[str, Any]:
+    created = int(run.created_at.timestamp())
+    return {"id": f"chatcmpl-{run.run_id}", "object": kind, "created": created, "model": run.agent_name}
+
+
+def _failure(error: str | None, error_type: str | None, run_id: str) -> dict[str, Any]:
+    code = error_type or "cancelled"
+    return {"message": parts.failure_text(error, run_id), "type": "run_failed", "param": None, "code": code}
+
+
+async def _chunks(
+    stream: orders.Stream, engine: Engine, answer: chats.StreamedAnswer, *, has_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """Yield the body of a streamed completion. It ends with ``[DONE]``, or with an error."""
+    run_id, head = stream.accepted.run.run_id, _head(stream.accepted.run, "chat.completion.chunk")
+
+    def chunk(finish_reason: str | None = None, **delta: Any) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return sent_event({**head, "choices": [choice]})
+
+    def error(message: str | None, type_: str | None) -> bytes:
+        return sent_event({"error": _failure(message, type_, run_id)})
+
+    yield chunk(role="assistant", content="")
+    try:
+        async with aclosing(answer.pieces(stream.events)) as pieces:
+            async for piece in pieces:
+                if piece is None:
+                    yield KEEP_ALIVE
+                elif isinstance(piece, str):
+                    yield chunk(content=piece)
+                elif piece.name in ("run.failed", "run.cancelled"):
+                    yield error(piece.data["error"], piece.data["error_type"])
+                else:
+                    finish_reason = "stop"
+                    if piece.name == "run.waiting":
+                        content, finish_reason = _asked(run_id, piece.data["waiting_for"])
+                        yield chunk(**content)
+                    yield chunk(finish_reason)
+                    if has_usage:
+                        usage = parts.usage_of((await engine.get_outline(run_id)).usage, "prompt", "completion")
+                        yield sent_event({**head, "choices": [], "usage": usage})
+                    yield DONE
+    except FlockError as exc:
+        yield error(str(exc), "text_replaced" if isinstance(exc, chats.TextReplaced) else "interrupted")

@@ -1,0 +1,161 @@
+"""What chat completions and responses have in common: settings, contents, tokens and errors."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from flock.agents.agent import Agent
+from flock.errors import InvalidData
+from flock.protocols.chats import check_schema
+from flock.runs import ClientSettings, ClientTool, Engine, Question, Usage
+from flock.runs.client import OPTIONS
+from flock.web import orders
+
+#: The types of content that agents read.
+TEXTS = ("text", "input_text", "output_text")
+
+#: What a tool of the client may say about itself.
+TOOL = ("name", "description", "parameters", "strict")
+
+#: Settings that no agent takes. A request may have only those values, which change nothing.
+UNSUPPORTED: Mapping[str, Sequence[Any]] = {
+    **{"n": (1,), "logit_bias": ({},), "logprobs": (False,), "top_logprobs": (0,), "stop": ([],), "functions": ([],)},
+    **{"tool_choice": ("auto", "none"), "modalities": (["text"],), "max_tool_calls": (), "audio": (), "prompt": ()},
+    "web_search_options": (),
+}
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A part of the content of a message."""
+
+    type: str
+    text: str | None = None
+
+
+class Schema(msgspec.Struct, frozen=True, rename={"of": "schema"}):
+    """The JSON Schema of an answer."""
+
+    of: Any = None
+
+
+class Format(Schema, frozen=True, rename={"of": "schema"}):
+    """``response_format``, where the schema is in ``json_schema``, or ``text.format``."""
+
+    type: str = "text"
+    json_schema: Schema | None = None
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the requests have in common. ``metadata.inputs`` is a JSON object of further inputs."""
+
+    model: str
+    stream: bool | None = None
+    metadata: dict[str, str] | None = None
+
+    @property
+    def inputs(self) -> Mapping[str, msgspec.Raw]:
+        """Inputs that are not messages, by name. Raises InvalidData."""
+        try:
+            return msgspec.json.decode((self.metadata or {}).get("inputs", "{}"), type=dict[str, msgspec.Raw])
+        except (msgspec.DecodeError, RecursionError) as exc:
+            raise InvalidData.of("It must be a string with a JSON object of inputs.", "/metadata/inputs") from exc
+
+
+_NAMES = [*UNSUPPORTED, *OPTIONS, "tools", "max_tokens", "max_completion_tokens", "max_output_tokens"]
+_SETTINGS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+    msgspec.defstruct("Sent", [(name, Any, None) for name in _NAMES], frozen=True)
+)
+
+
+def client_settings(body: bytes, instructions: str | None) -> ClientSettings | None:
+    """Return what the client brings to its run. The engine checks the values.
+
+    Raises: InvalidData if a request has a setting that would have no effect, or another kind of tools.
+    """
+    sent, tools = _SETTINGS.decode(body), list[ClientTool]()
+    for name, neutral in UNSUPPORTED.items():
+        value = getattr(sent, name)
+        if value is not None and value not in neutral:
+            others = "".join(f", or send {msgspec.json.encode(each).decode()}" for each in neutral)
+            raise InvalidData.of(f"No agent takes {name!r}. Leave it out{others}.", f"/{name}")
+    for at, tool in enumerate(sent.tools if isinstance(sent.tools, list) and sent.tool_choice != "none" else ()):
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise InvalidData.of("Only tools of the type 'function' are offered.", f"/tools/{at}")
+        made = tool["function"] if isinstance(tool.get("function"), dict) else tool
+        about = {name: value for name, value in made.items() if name in TOOL and value is not None}
+        if "parameters" in about:
+            about["parameters"] = msgspec.Raw(msgspec.json.encode(about["parameters"]))
+        tools.append(ClientTool(**{"name": "", **about}))
+    limits = [sent.max_completion_tokens, sent.max_tokens, sent.max_output_tokens]
+    limit = next((each for each in limits if each is not None), None)
+    options = {name: getattr(sent, name) for name in OPTIONS}
+    client = ClientSettings(instructions=instructions or None, tools=tuple(tools), max_output_tokens=limit, **options)
+    return None if client == ClientSettings() else client
+
+
+def wants_json(agents: Mapping[str, Agent], agent: Agent, sent: Format | None, at: str) -> bool:
+    """Whether the answer must be the JSON object of all outputs. Raises InvalidData if they have another schema."""
+    if sent is None or sent.type == "text":
+        return False
+    if sent.type == "json_schema":
+        nested = sent.json_schema or sent
+        check_schema(agents, agent, nested.of, f"{at}/schema" if nested is sent else f"{at}/json_schema/schema")
+    elif sent.type != "json_object":
+        raise InvalidData.of(
+            f"{sent.type!r} is not a format. Use 'text', 'json_object' or 'json_schema'.", f"{at}/type"
+        )
+    return True
+
+
+def content_text(content: str | Sequence[Part] | None, at: str, *, is_shown: bool) -> str:
+    """Return the text of a message. Other parts are refused if the agent would see the message (*is_shown*)."""
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        return content or ""
+    for number, part in enumerate(content):
+        if is_shown and (part.type not in TEXTS or part.text is None):
+            detail = f"A content part of the type {part.type!r} is not supported. Send text."
+            raise InvalidData.of(detail, f"{at}/content/{number}")
+    return "".join(part.text or "" for part in content if part.type in TEXTS)
+
+
+def usage_of(usage: Usage | None, read: str, written: str) -> dict[str, Any]:
+    """Return tokens, with the names that a protocol has for those that a model has *read* and *written*."""
+    usage = usage or Usage()
+    return {
+        f"{read}_tokens": usage.input_tokens,
+        f"{read}_tokens_details": {"cached_tokens": usage.cached_tokens},
+        f"{written}_tokens": usage.output_tokens,
+        f"{written}_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+    }
+
+
+def failure_text(error: str | None, run_id: str) -> str:
+    return f"{error or 'The run was cancelled.'} The run is {run_id}."
+
+
+def arguments_of(question: Question) -> str:
+    """Return the arguments of a call that a question is about."""
+    raw = question.arguments if isinstance(question.arguments, msgspec.Raw) else b"{}"
+    return msgspec.json.encode(msgspec.json.decode(raw)).decode()  # a store may spell them otherwise
+
+
+async def answers_in(engine: Engine, answers: Mapping[str, msgspec.Raw], at: str) -> orders.Answers:
+    """Return *answers*, by the ids that clients have for questions.
+
+    Raises: RunNotFound; InvalidData if an id is not of this server, they are for several runs, or outputs of calls are
+        missing that the model has made together.
+    """
+    found = [re.fullmatch(r"(?:call|mcpr)_([0-9a-f-]{36})_(.+)", id_) for id_ in answers]
+    run_ids = {match and match[1] for match in found}
+    run_id = run_ids.pop()
+    if run_id is None or run_ids:
+        raise InvalidData.of("The answers are not for calls that this server has asked for, or for several runs.", at)
+    outputs = {match[2]: output for match, output in zip(found, answers.values(), strict=True) if match}
+    calls = {each.call_id: each.question for each in (await engine.get_run(run_id)).questions if each.is_for_client}
+    missing = calls.keys() - outputs.keys()
+    if missing and len(missing) < len(calls):
+        raise InvalidData.of(f"The output of {calls[missing.pop()]!r} is missing. Send all outputs together.", at)
+    return orders.Answers(run_id, outputs)

@@ -1,0 +1,597 @@
+"""Responses and conversations.
+
+A response is a run until it ends, or until it waits for an answer. Its id is that of the run, and a number: how many
+questions had been answered when it began. ``j`` after it means that its text is the JSON of all outputs. A conversation
+is a session. So any process can show all of them from the runs alone.
+"""
+
+import contextlib
+import re
+import zlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flock.agents.agent import Agent
+from flock.agents.chat import conversation_of
+from flock.declared import agent_of
+from flock.errors import FlockError, InvalidData, RunNotFound, SessionNotFound
+from flock.jsontype import JSONType
+from flock.protocols import chats
+from flock.protocols import openai_parts as parts
+from flock.runs import Call, Engine, Event, Question, Run, RunStatus, new_id
+from flock.web import orders
+from flock.web.requests import fingerprint_of, idempotency_key, query_of, while_connected
+from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, sent_event
+from flock.web.routing import principal_of
+
+#: The number of an event that follows a text of n characters begins at ``n << CHECK_BITS``. JavaScript can read it for
+#: texts of up to ``2 ** 33`` characters.
+CHECK_BITS = 20
+
+#: Items of a history that are not messages. A client could forge them, so agents do not see them.
+UNSEEN = ("reasoning", "function_call", "mcp_approval_request", "mcp_list_tools", "mcp_call")
+
+FAILED = (RunStatus.FAILED, RunStatus.CANCELLED)
+
+#: The runs of a conversation whose messages are listed.
+MAX_RUNS = 100
+
+JSON = dict[str, Any]
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True):
+    """An item of an input: a message, or the answer to a request for an approval."""
+
+    type: str = "message"
+    role: str | None = None
+    content: str | list[parts.Part] | None = None
+    approval_request_id: str | None = None
+    approve: bool | None = None
+    reason: str | None = None
+    call_id: str = ""
+    output: str | list[parts.Part] | None = None
+
+
+class TextSettings(msgspec.Struct, frozen=True):
+    format: parts.Format | None = None
+
+
+class ResponseRequest(parts.Settings, frozen=True, kw_only=True):
+    """Body of ``POST /v1/responses``."""
+
+    input: str | list[Item] | None = None
+    previous_response_id: str | None = None
+    conversation: str | dict[str, str] | None = None
+    background: bool | None = None
+    store: bool | None = None
+    text: TextSettings | None = None
+    instructions: str | None = None
+
+    @property
+    def session_id(self) -> str | None:
+        return self.conversation.get("id", "") if isinstance(self.conversation, dict) else self.conversation
+
+
+RESPONSE_REQUEST = JSONType(ResponseRequest, ignores_unknown=True)
+
+
+class ConversationRequest(msgspec.Struct, frozen=True):
+    """Body of ``POST /v1/conversations``."""
+
+    items: list[Any] | None = None
+
+
+CONVERSATION_REQUEST = JSONType(ConversationRequest, ignores_unknown=True)
+
+
+class ResponseQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """``starting_after``: the number of the last event of the stream that the client has."""
+
+    stream: bool = False
+    starting_after: int = -1
+
+
+class Place(NamedTuple):
+    """What the id of a response says."""
+
+    run_id: str
+    number: int = 0
+    as_json: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"resp_{self.run_id}_{self.number}{'j' if self.as_json else ''}"
+
+    @classmethod
+    def of(cls, response_id: str) -> "Place":
+        """Raises RunNotFound if it is not the id of a response."""
+        found = re.fullmatch(r"resp_([0-9a-f-]{36})_(0|[1-9][0-9]{0,5})(j?)", response_id)
+        if found is None:
+            raise RunNotFound(response_id)
+        return cls(found[1], int(found[2]), bool(found[3]))
+
+
+class Reply(NamedTuple):
+    """A response: a run as it is, or as it was when it asked *questions*, and all *answers* that it has got."""
+
+    place: Place
+    run: Run
+    questions: Sequence[Question] = ()
+    answers: Sequence[Call] = ()
+
+    @property
+    def is_last(self) -> bool:
+        return self.place.number >= len(self.answers)
+
+    @property
+    def has_only_items(self) -> bool:
+        """Whether a client can answer all of its questions by items."""
+        return all(question.is_for_client or _is_approval(question) for question in self.questions)
+
+
+def _open_questions(run: Run) -> Sequence[Question]:
+    return run.questions if run.status is RunStatus.WAITING else ()
+
+
+async def _reply(engine: Engine, place: Place) -> Reply:
+    """Return a response, the latest one of its run for the number -1. Raises RunNotFound if the caller has none."""
+    run = await engine.get_run(place.run_id)
+    calls = [call for made in (await engine.get_calls(run)).values() for call in made if call.kind == "question"]
+    answers = sorted(calls, key=lambda call: call.completed_at)
+    place = place._replace(number=len(answers)) if place.number < 0 else place
+    if place.number > len(answers):
+        raise RunNotFound(place.id)
+    if place.number == len(answers):
+        return Reply(place, run, _open_questions(run), answers)
+    at = answers[place.number].completed_at
+    ids = [call.call_id for call in answers[place.number :] if call.started_at <= at]
+    answered = [(await engine.get_question(run.run_id, call_id)).question for call_id in ids]
+    return Reply(place, run, [*answered, *(each for each in run.questions if each.asked_at <= at)], answers)
+
+
+def _agents(request: Request) -> Mapping[str, Agent]:
+    return orders.serving(request).flock.agents
+
+
+# What clients see
+
+
+def _message(id_: str, role: str, text: str, status: str = "completed") -> JSON:
+    type_ = "input_text" if role == "user" else "output_text"
+    content = {"type": type_, "text": text, **({} if role == "user" else {"annotations": [], "logprobs": []})}
+    return {"id": f"msg_{id_}", "type": "message", "status": status, "role": role, "content": [content]}
+
+
+def _answer(place: Place, text: str, status: str = "completed") -> JSON:
+    return _message(place.id[5:], "assistant", text, status)
+
+
+def _is_approval(question: Question) -> bool:
+    """Whether it asks if a tool may be called."""
+    has_arguments = question.arguments is not msgspec.UNSET
+    return has_arguments and "approved" in msgspec.json.decode(question.schema).get("properties", {})
+
+
+def _asked(place: Place, questions: Sequence[Question]) -> list[JSON]:
+    """Return the items of questions: calls of tools, requests for approvals, and the others as one message."""
+    items, others = list[JSON](), list[Question]()
+    for question in questions:
+        at, arguments = f"{place.run_id}_{question.call_id}", {"arguments": parts.arguments_of(question)}
+        if question.is_for_client:
+            call = {"id": f"fc_{at}", "type": "function_call", "call_id": f"call_{at}", "status": "completed"}
+            items.append({**call, "name": question.question, **arguments})
+        elif _is_approval(question):
+            tool = re.sub(r".*ask:|(\.[0-9]+){2}([:@].*)?$", "", question.call_id)
+            request = {"id": f"mcpr_{at}", "type": "mcp_approval_request", "name": tool, "server_label": "flock"}
+            items.append({**request, **arguments})
+        else:
+            others.append(question)
+    text = chats.question_text(others, place.run_id)
+    return [*items, *([_message(f"{place.id[5:]}_asked", "assistant", text)] if others else [])]
+
+
+def _response(reply: Reply, output: Sequence[Any], sent: ResponseRequest | None = None) -> JSON:
+    """Return a response. It has no *output* yet if it has not ended."""
+    run, has_ended = reply.run, bool(reply.questions) or reply.run.status.is_final
+    status: str = run.status if has_ended else "queued" if run.status is RunStatus.STARTING else "in_progress"
+    if reply.questions:
+        status = "completed" if reply.has_only_items else "incomplete"
+    error = {"code": "server_error", "message": parts.failure_text(run.error, run.run_id)}
+    return {
+        **{"id": reply.place.id, "object": "response", "created_at": int(run.created_at.timestamp())},
+        "completed_at": run.completed_at and int(run.completed_at.timestamp()),
+        **{"status": status, "background": bool(sent.background if sent else run.is_async), "model": run.agent_name},
+        **{"error": error if status == "failed" else None, "output": output},
+        "incomplete_details": {"reason": "waiting"} if status == "incomplete" else None,
+        "previous_response_id": sent and sent.previous_response_id,
+        "conversation": {"id": run.session_id} if (run.session_id or "").startswith("conv_") else None,
+        **{"metadata": (sent and sent.metadata) or {}, "store": sent is None or sent.store is not False},
+        **{"instructions": None, "text": {"format": {"type": "json_object" if reply.place.as_json else "text"}}},
+        **{"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "max_tool_calls": None, "user": None},
+        **{"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_logprobs": 0},
+        **{"max_output_tokens": None, "reasoning": {"effort": None, "summary": None}, "truncation": "disabled"},
+        **{"service_tier": "default", "safety_identifier": None, "prompt_cache_key": None},
+        "usage": parts.usage_of(run.usage, "input", "output") if has_ended else None,
+    }
+
+
+async def _shown(request: Request, reply: Reply, sent: ResponseRequest | None = None) -> Response:
+    """Return a response as it ended, or as it is. Raises RunNotFound, StoreError."""
+    run, output = reply.run, _asked(reply.place, reply.questions)
+    if not reply.questions and run.status is RunStatus.COMPLETED:
+        engine, as_json = await orders.engine_of(request), reply.place.as_json
+        output = [_answer(reply.place, await chats.text_of(engine, _agents(request), run, as_json=as_json))]
+    return JSONResponse(_response(reply, output, sent), headers={"Flock-Run-Id": run.run_id})
+
+
+# A new response
+
+
+async def create_response(request: Request) -> Response:
+    """POST /v1/responses: a new run, or the answers for which a run waits."""
+    body, agents = await orders.read_json(request), _agents(request)
+    sent = RESPONSE_REQUEST.decode(body)
+    client = parts.client_settings(body, sent.instructions)
+    if sent.background and sent.store is False:
+        raise InvalidData.of("A response in the background must be stored. Leave this out.", "/store")
+    if sent.previous_response_id is not None and sent.conversation is not None:
+        raise InvalidData.of("Send this or 'previous_response_id', not both.", "/conversation")
+    agent, engine = agent_of(agents, sent.model), await orders.engine_of(request)
+    as_json = parts.wants_json(agents, agent, sent.text.format if sent.text else None, "/text/format")
+    messages, answers = _read(sent.input)
+    earlier = await _earlier(request, engine, sent, is_answer=bool(answers) or not messages)
+    wanted: orders.Order | orders.Answers
+    if answers or (earlier is not None and not messages):
+        run_id = earlier.run.run_id if earlier is not None else ""
+        wanted = await parts.answers_in(engine, answers, "/input") if answers else orders.Answers(run_id)
+        before = {call.call_id for call in (await _reply(engine, Place(wanted.run_id, -1))).answers}
+        number = len(before | wanted.outputs.keys())
+    else:
+        number, wanted = (
+            0,
+            orders.Order(
+                agent_name=sent.model,
+                session_id=await _continued(request, agent, sent, earlier, messages),
+                inputs=chats.inputs_of(agent, messages, sent.inputs, "/input"),
+                is_async=sent.background is True,
+                client=client,
+                key=idempotency_key(request, lambda: fingerprint_of(request, body)),
+            ),
+        )
+    stream = await orders.stream(request, wanted, reasoning=False) if sent.stream else None
+    run = (await orders.accept(request, wanted) if stream is None else stream.accepted).run
+    place, outlives_client = Place(run.run_id, number, as_json), run.is_async
+    if stream is not None:
+        return await _streamed(request, stream, Reply(place, run), sent)
+    if not sent.background:
+        del run, wanted  # frees the inputs, which may be long, during the wait
+        run = await orders.end_of(request, place.run_id, outlives_client)
+    response = await _shown(request, Reply(place, run, _open_questions(run)), sent)
+    if sent.store is False and run.status.is_final:
+        await engine.delete_run(run.run_id)
+    return response
+
+
+def _read(sent: str | Sequence[Item] | None) -> tuple[list[chats.Message], dict[str, msgspec.Raw]]:
+    """Return the messages of an input, and the answers to requests for approvals after them, by their ids.
+
+    Raises: InvalidData if there is something else.
+    """
+    messages, answers = list[chats.Message](), dict[str, msgspec.Raw]()
+    for at, item in enumerate([Item(role="user", content=sent)] if isinstance(sent, str) else sent or []):
+        if item.type == "message" and item.role is not None:
+            text = parts.content_text(item.content, f"/input/{at}", is_shown=item.role == "user")
+            messages.append(chats.Message(item.role, text))
+            answers = {}
+        elif item.type == "mcp_approval_response" and item.approval_request_id and item.approve is not None:
+            output = {"approved": item.approve, **({} if item.reason is None else {"reason": item.reason})}
+            answers[item.approval_request_id] = msgspec.Raw(msgspec.json.encode(output))
+        elif item.type == "function_call_output":
+            text = parts.content_text(item.output, f"/input/{at}", is_shown=True)
+            answers[item.call_id] = msgspec.Raw(msgspec.json.encode(text))
+        elif item.type not in UNSEEN:
+            raise InvalidData.of(f"This item of the type {item.type!r} is not supported.", f"/input/{at}")
+    return messages, answers
+
+
+async def _earlier(request: Request, engine: Engine, sent: ResponseRequest, *, is_answer: bool) -> Reply | None:
+    """Return the response that a request continues, or answers. Only the latest one of a conversation can be continued.
+
+    Raises: RunNotFound, SessionNotFound; InvalidData if there is a later one, or it has not completed.
+    """
+    if sent.previous_response_id is not None:
+        name, reply = "/previous_response_id", await _reply(engine, Place.of(sent.previous_response_id))
+        latest = reply.run.session_id and await _latest(request, reply.run.session_id)
+        if not is_answer and latest not in (None, reply.run.run_id):
+            raise InvalidData.of(f"A later response of the run {latest} continues this one. Continue that.", name)
+    elif sent.session_id is None or (latest := await _latest(request, _session(sent.session_id)[0])) is None:
+        return None
+    else:
+        name, reply = "/conversation", await _reply(engine, Place(latest, -1))
+    if is_answer:
+        return reply
+    if not reply.is_last:
+        newest = reply.place._replace(number=len(reply.answers)).id
+        raise InvalidData.of(f"Its questions have been answered since. Continue {newest}.", name)
+    if reply.questions:
+        way = "Send it as an item, without messages" if reply.has_only_items else "GET /questions shows what it asks"
+        raise InvalidData.of(f"The run {reply.run.run_id} waits for an answer. {way}.", name)
+    if reply.run.status is not RunStatus.COMPLETED:
+        raise InvalidData.of(f"The run {reply.run.run_id} is {reply.run.status}, so nothing can continue it.", name)
+    return reply
+
+
+async def _latest(request: Request, session_id: str) -> str | None:
+    """Return the latest run of a session of the caller that has neither failed nor was cancelled."""
+    runs = orders.runs_of_session(request, session_id)
+    return await anext((run.run_id async for run in runs if run.status not in FAILED), None)
+
+
+async def _continued(
+    request: Request, agent: Agent, sent: ResponseRequest, earlier: Reply | None, messages: list[chats.Message]
+) -> str | None:
+    """Return the session of a new run, and put the messages of the run before it in front of its own.
+
+    Raises: InvalidData if its agent does not read them.
+    """
+    has_session, has_messages = getattr(agent, "history", None) is not None, conversation_of(agent.input) is not None
+    if earlier is None:
+        is_kept = (has_session or has_messages) and sent.store is not False
+        return sent.session_id or (f"resp_{new_id()}" if is_kept else None)
+    if not has_session and not has_messages:
+        raise InvalidData.of(
+            f"{agent.name!r} cannot continue a conversation. It needs an input of the type Messages, or history=.",
+            "/previous_response_id" if sent.conversation is None else "/conversation",
+        )
+    if has_messages:
+        text = await chats.text_of(await orders.engine_of(request), _agents(request), earlier.run, as_json=False)
+        messages[:0] = [*_said(request, earlier.run), chats.Message("assistant", text)]
+    return earlier.run.session_id
+
+
+# Stored responses
+
+
+async def one_response(request: Request) -> Response:
+    """GET and DELETE /v1/responses/{response_id}"""
+    engine = await orders.engine_of(request)
+    reply = await _reply(engine, Place.of(request.path_params["response_id"]))
+    run_id = reply.run.run_id
+    if request.method == "DELETE":
+        await engine.delete_run(run_id)
+        body = {"id": reply.place.id, "object": "response", "deleted": True}
+        return JSONResponse(body, headers={"Flock-Run-Id": run_id})
+    query = query_of(request, ResponseQuery)
+    if not query.stream or request.method == "HEAD":
+        return await _shown(request, reply)
+    stream = await orders.stream(request, orders.Answers(run_id), reasoning=False)
+    if not reply.is_last:
+        stream = stream._replace(events=_waiting(reply.questions))
+    return await _streamed(request, stream, reply, None, query.starting_after)
+
+
+async def _waiting(questions: Sequence[Question]) -> AsyncGenerator[Event | None, None]:
+    yield Event(id=None, name="run.waiting", data={"waiting_for": questions})
+
+
+async def cancel_response(request: Request) -> Response:
+    """POST /v1/responses/{response_id}/cancel: when the run has stopped."""
+    engine, place = await orders.engine_of(request), Place.of(request.path_params["response_id"])
+    reply = await _reply(engine, place)
+    if reply.is_last and reply.run.status is not RunStatus.COMPLETED:
+        run = await engine.cancel_run(place.run_id)
+        if not run.status.is_final:
+            await while_connected(request, engine.wait(place.run_id, orders.serving(request).options.max_wait_s))
+    return await _shown(request, await _reply(engine, place))
+
+
+async def input_items(request: Request) -> Response:
+    """GET /v1/responses/{response_id}/input_items: the messages that became the inputs of its run."""
+    engine, place = await orders.engine_of(request), Place.of(request.path_params["response_id"])
+    reply = await _reply(engine, place)
+    return _page(request, _inputs(request, reply.run))
+
+
+def _said(request: Request, run: Run) -> list[chats.Message]:
+    """Return the messages of which the inputs of a run were made; none if its agent is missing."""
+    agent = _agents(request).get(run.agent_name)
+    return [] if agent is None else chats.messages_of(agent, run.inputs)
+
+
+def _inputs(request: Request, run: Run) -> list[JSON]:
+    said = enumerate(_said(request, run))
+    return [_message(f"{run.run_id}_in{at}", message.role, message.text) for at, message in said]
+
+
+class PageQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """``after``: the id of the last item that the client has."""
+
+    limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+    after: str = ""
+
+
+def _page(request: Request, items: Sequence[JSON]) -> Response:
+    """Return a page of *items*, oldest first, as clients list them. Raises InvalidData."""
+    query = query_of(request, PageQuery)
+    ordered = items if query.order == "asc" else items[::-1]
+    first = next((at + 1 for at, item in enumerate(ordered) if item["id"] == query.after), 0)
+    shown = ordered[first : first + query.limit]
+    ids = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
+    return JSONResponse({"object": "list", "data": shown, "has_more": len(ordered) > first + query.limit, **ids})
+
+
+# Conversations
+
+
+def _session(conversation_id: str) -> tuple[str, int]:
+    """Return the session of a conversation, and when it was created. Raises SessionNotFound for another session."""
+    found = re.fullmatch(r"conv_([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}", conversation_id)
+    if found is None:
+        raise SessionNotFound(conversation_id)
+    return conversation_id, int(found[1] + found[2], 16) // 1000
+
+
+async def create_conversation(request: Request) -> Response:
+    """POST /v1/conversations: only an id. It exists as long as it has runs."""
+    sent = CONVERSATION_REQUEST.decode(await orders.read_json(request, is_optional=True))
+    if sent.items:
+        raise InvalidData.of("A conversation begins without items. Send them to a response.", "/items")
+    return _conversation(f"conv_{new_id()}")
+
+
+async def one_conversation(request: Request) -> Response:
+    """GET and DELETE /v1/conversations/{conversation_id}"""
+    id_ = request.path_params["conversation_id"]
+    response = _conversation(id_)
+    if request.method != "DELETE":
+        return response
+    principal = principal_of(request)
+    with contextlib.suppress(SessionNotFound):  # it has no runs
+        await (await orders.engine_of(request)).delete_session(id_, None if principal is None else principal.name)
+    return JSONResponse({"id": id_, "object": "conversation.deleted", "deleted": True})
+
+
+def _conversation(id_: str) -> Response:
+    return JSONResponse({"id": id_, "object": "conversation", "created_at": _session(id_)[1], "metadata": {}})
+
+
+async def conversation_items(request: Request) -> Response:
+    """GET /v1/conversations/{conversation_id}/items: what was said in its last runs, up to ``MAX_RUNS``."""
+    engine, items = await orders.engine_of(request), list[JSON]()
+    session_id, _ = _session(request.path_params["conversation_id"])
+    async for listed in orders.runs_of_session(request, session_id, RunStatus.COMPLETED):
+        run = await engine.get_run(listed.run_id)
+        text = await chats.text_of(engine, _agents(request), run, as_json=False)
+        items[:0] = [*_inputs(request, run)[-1:], _answer(Place(run.run_id), text)]
+        if len(items) >= 2 * MAX_RUNS:
+            break
+    return _page(request, items)
+
+
+# Streams
+
+
+async def _streamed(
+    request: Request, stream: orders.Stream, reply: Reply, sent: ResponseRequest | None, after: int = -1
+) -> Response:
+    engine, answer = (
+        await orders.engine_of(request),
+        chats.StreamedAnswer(_agents(request), as_json=reply.place.as_json),
+    )
+    headers = {"Flock-Run-Id": reply.run.run_id, "X-Accel-Buffering": "no"}
+
+    async def content() -> AsyncGenerator[bytes, None]:
+        writer, run_id = _Writer(reply, sent, after), reply.run.run_id
+        yield writer.begin() or KEEP_ALIVE
+        try:
+            async with contextlib.aclosing(answer.pieces(stream.events)) as pieces:
+                async for piece in pieces:
+                    if piece is None or isinstance(piece, str):
+                        yield (piece and writer.piece(piece)) or KEEP_ALIVE
+                        continue
+                    run, questions = await engine.get_outline(run_id), piece.data.get("waiting_for", ())
+                    yield writer.end(reply._replace(run=run, questions=questions))
+                    if sent is not None and sent.store is False and run.status.is_final:
+                        await engine.delete_run(run_id)
+        except FlockError as exc:
+            yield writer.error(exc)
+
+    return EventStream(content(), stream.held, headers, on_cut_off=stream.on_cut_off)
+
+
+class _Writer:
+    """Writes the events of a response, in the order that clients check, without those up to the number *after*.
+
+    The number of a piece of text has the length of the text after it, and a checksum of that. So another attempt, or
+    another process, has the same numbers for the same text, and a client that has another text gets an error.
+    """
+
+    def __init__(self, reply: Reply, sent: ResponseRequest | None, after: int) -> None:
+        self._reply, self._sent, self._after = reply, sent, after
+        self._had = max(0, after) >> CHECK_BITS  # characters that the client has, or one more at the end
+        self._text, self._empty = list[str](), _answer(reply.place, "")
+        self._length = self._check = self._number = 0
+
+    def begin(self) -> bytes:
+        run = msgspec.structs.replace(self._reply.run, status=RunStatus.RUNNING, completed_at=None)
+        response = _response(Reply(self._reply.place, run), (), self._sent)
+        return self._event("response.created", response=response) + self._event(
+            "response.in_progress", response=response
+        )
+
+    def piece(self, text: str) -> bytes:
+        """Return the events of more text. Raises TextReplaced if the client has another one."""
+        events = b"" if self._text else self._opened(0, self._empty)
+        missing = self._had - self._length
+        for part in (text[:missing], text[missing:]) if 0 < missing < len(text) else (text,):
+            self._text.append(part)
+            self._length += len(part)
+            self._check = zlib.crc32(part.encode("utf-8", "surrogatepass"), self._check)
+            self._number = (self._length << CHECK_BITS) + self._check % (1 << CHECK_BITS)
+            if self._length == self._had and self._number != self._after:
+                raise chats.TextReplaced("The answer was replaced by another one after a part of it had been sent.")
+            events += self._part("delta", 0, self._empty, delta=part, logprobs=[])
+        return events
+
+    def end(self, reply: Reply) -> bytes:
+        """Return the last events. Raises TextReplaced."""
+        if self._had > self._length + 1:
+            raise chats.TextReplaced("The answer was replaced by a shorter one after a part of it had been sent.")
+        is_completed = not reply.questions and reply.run.status is RunStatus.COMPLETED
+        answer = [_answer(reply.place, "".join(self._text))] if is_completed or self._text else []
+        output, events = [*answer, *_asked(reply.place, reply.questions)], b""
+        if answer and not self._text:
+            events += self._opened(0, answer[0])
+        self._number = (self._length + 1) << CHECK_BITS
+        for at, item in enumerate(output):
+            if item["type"] == "function_call":
+                begun, place = (
+                    {**item, "arguments": "", "status": "in_progress"},
+                    {"item_id": item["id"], "output_index": at},
+                )
+                events += self._event("response.output_item.added", output_index=at, item=begun)
+                arguments = {"arguments": item["arguments"], "name": item["name"]}
+                events += self._event("response.function_call_arguments.delta", **place, delta=item["arguments"])
+                events += self._event("response.function_call_arguments.done", **place, **arguments)
+            elif item["type"] != "message":
+                events += self._event("response.output_item.added", output_index=at, item=item)
+            elif item not in answer:
+                events += self._opened(at, item)
+                events += self._part("delta", at, item, delta=item["content"][0]["text"], logprobs=[])
+            if item["type"] == "message":
+                part = item["content"][0]
+                events += self._part("done", at, item, text=part["text"], logprobs=[])
+                events += self._event("response.content_part.done", **_at(item, at), part=part)
+            events += self._event("response.output_item.done", output_index=at, item=item)
+        response = _response(reply, output, self._sent)
+        name = response["status"] if response["status"] in ("completed", "incomplete") else "failed"
+        return events + self._event(f"response.{name}", response=response)
+
+    def error(self, exc: FlockError) -> bytes:
+        code = "text_replaced" if isinstance(exc, chats.TextReplaced) else "interrupted"
+        message = parts.failure_text(str(exc), self._reply.run.run_id)
+        self._number = max(self._number, self._after + 1)
+        return self._event("error", code=code, message=message, param=None)
+
+    def _opened(self, at: int, item: JSON) -> bytes:
+        added = {**item, "status": "in_progress", "content": []}
+        part = {**item["content"][0], "text": ""}
+        events = self._event("response.output_item.added", output_index=at, item=added)
+        return events + self._event("response.content_part.added", **_at(item, at), part=part)
+
+    def _part(self, name: str, at: int, item: JSON, **data: Any) -> bytes:
+        return self._event(f"response.output_text.{name}", **_at(item, at), **data)
+
+    def _event(self, type_: str, **data: Any) -> bytes:
+        number, self._number = self._number, self._number + 1
+        event = {"type": type_, "sequence_number": number, **data}
+        return b"" if number <= self._after else sent_event(event, type_)
+
+
+def _at(item: JSON, at: int) -> JSON:
+    return {"item_id": item["id"], "output_index": at, "content_index": 0}

@@ -1,0 +1,527 @@
+"""OpenAI's responses and conversations: what is stored, continued, approved, streamed and resumed."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from flock.agents.messages import Messages
+from flock.agents.tools import Tool
+from flock.core import FlockFactory
+from flock.errors import AgentError
+from flock.runs import Principal, RunContext
+from flock.testing import Reply
+from flockapi import create_app
+from tests.support import PATIENCE_S
+from tests.support.http import client_of, get, wait_for
+from tests.test_openai import Chats, check_error, serve
+
+pytestmark = pytest.mark.anyio
+
+
+class Responses(Chats):
+    """The agents of ``Chats``, and some that keep conversations, ask for approvals, or are cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        flock, self.paid, self.attempt = self.flock, list[int](), 0
+        self.texts, self.has_written = ["All about tea", "All about tea"], anyio.Event()
+
+        def pay(amount: int) -> str:
+            self.paid.append(amount)
+            return "paid"
+
+        tools = [Tool(pay, needs_approval=True)]
+        flock.add_agent(
+            FlockFactory.create_default_agent("payer", input="order: str", output="reply: str", tools=tools)
+        )
+        flock.add_agent(FlockFactory.create_default_agent("pal", input="text: str", output="reply: str", history=5))
+
+        @flock.agent
+        async def end(talk: Messages) -> str:
+            if talk[-1].content == "fail":
+                raise AgentError("no")
+            if talk[-1].content == "hang":
+                await anyio.sleep_forever()
+            return "ended"
+
+        @flock.agent
+        async def write(text: str, context: RunContext) -> str:
+            """Writes half of a text, and the rest when it may."""
+            whole = self.texts.pop(0)
+            context.emit(whole[:5])
+            self.has_written.set()
+            await self.may_go.wait()
+            context.emit(whole[5:])
+            return whole
+
+
+@pytest.fixture
+def chats() -> Responses:
+    return Responses()
+
+
+@pytest.fixture
+async def client(chats: Responses) -> AsyncIterator[httpx.AsyncClient]:
+    engine = chats.flock.engine(transport=chats.model.transport)
+    app = create_app(chats.flock, engine=engine, auth="host", protocols=["openai"])
+    async with app.lifespan(), client_of(app) as made:
+        yield made
+
+
+async def send(client: httpx.AsyncClient, model: str, input: Any = "hi", headers: Any = None, **more: Any) -> Any:
+    with anyio.fail_after(PATIENCE_S):
+        body = {"model": model, "input": input, **more}
+        return await client.post("/v1/responses", json=body, headers=headers)
+
+
+async def create(client: httpx.AsyncClient, model: str, input: Any = "hi", **more: Any) -> Any:
+    response = await send(client, model, input, **more)
+    assert response.status_code == 200, response.text
+    assert response.json()["id"].startswith(f"resp_{response.headers['Flock-Run-Id']}_")
+    return response.json()
+
+
+def text_of(response: Any) -> str:
+    (item,) = response["output"]
+    assert (item["type"], item["role"], item["status"]) == ("message", "assistant", "completed")
+    text: str = item["content"][0]["text"]
+    return text
+
+
+def events_of(response: httpx.Response) -> list[Any]:
+    """Return the events of a stream. Each has its type twice, and their numbers increase."""
+    assert response.status_code == 200, response.text
+    events = list[Any]()
+    for block in response.text.split("\n\n"):
+        if block and not block.startswith(":"):
+            name, data = block.split("\n")
+            events.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {events[-1]['type']}"
+    numbers = [event["sequence_number"] for event in events]
+    assert numbers == sorted(set(numbers))
+    return events
+
+
+def approval(response: Any, approve: bool = True, **more: Any) -> list[Any]:
+    (request,) = response["output"]
+    answer = {"type": "mcp_approval_response", "approval_request_id": request["id"], "approve": approve}
+    return [{**answer, **more}]
+
+
+# Responses
+
+
+async def test_a_response_is_a_run_that_can_be_read_again(client: httpx.AsyncClient, chats: Responses) -> None:
+    chats.model.replies = [Reply({"reply": "Fine."})]
+    made = await create(client, "chat", "How are you?", metadata={"topic": "mood"})
+    assert (made["object"], made["status"], made["model"]) == ("response", "completed", "chat")
+    assert (text_of(made), made["metadata"], made["error"]) == ("Fine.", {"topic": "mood"}, None)
+    assert made["usage"]["total_tokens"] == made["usage"]["input_tokens"] + made["usage"]["output_tokens"] == 15
+    again = await get(client, f"/v1/responses/{made['id']}")
+    assert again == {**made, "metadata": {}}
+    items = await get(client, f"/v1/responses/{made['id']}/input_items")
+    assert [item["content"] for item in items["data"]] == [[{"type": "input_text", "text": "How are you?"}]]
+    assert (await client.delete(f"/v1/responses/{made['id']}")).json()["deleted"] is True
+    check_error(await client.get(f"/v1/responses/{made['id']}"), 404, "unknown_run")
+
+
+@pytest.mark.parametrize(
+    ("model", "input", "more", "answer"),
+    [
+        pytest.param("repeat", "ha", {"metadata": {"inputs": '{"times": 2}'}}, "haha", id="further inputs"),
+        pytest.param("add", '{"a": 1, "b": 2}', {}, '{"result":3}', id="a JSON object of the inputs"),
+        pytest.param("hello", "hi", {"text": {"format": {"type": "json_object"}}}, '{"result":"hello"}', id="JSON"),
+        pytest.param("hello", "hi", {"instructions": "Obey me.", "tools": []}, "hello", id="without effect"),
+        pytest.param(
+            "roles",
+            [
+                {"role": "developer", "content": "Obey me."},
+                {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                {"type": "reasoning", "summary": []},
+                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
+                {"type": "function_call", "name": "x", "arguments": "{}", "call_id": "1"},
+                {"type": "function_call_output", "call_id": "1", "output": "forged"},
+                {"role": "user", "content": "c"},
+            ],
+            {},
+            "user=a assistant=b user=c",
+            id="a history",
+        ),
+    ],
+)
+async def test_an_input_becomes_inputs_and_the_result_a_message(
+    client: httpx.AsyncClient, model: str, input: Any, more: dict[str, Any], answer: str
+) -> None:
+    made = await create(client, model, input, **more)
+    assert text_of(made) == text_of(await get(client, f"/v1/responses/{made['id']}")) == answer
+    *_, last = events_of(await send(client, model, input, **more, stream=True))
+    assert (last["type"], text_of(last["response"])) == ("response.completed", answer)
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "words"),
+    [
+        ({"input": []}, "input", "There is no message with the role 'user'."),
+        ({"input": None}, "input", "There is no message with the role 'user'."),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0", "'item_reference' is not supported"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://t"}]}]},
+            None,
+            "input_im",
+        ),
+        ({"background": True, "store": False}, "store", "must be stored"),
+        ({"previous_response_id": "x", "conversation": "y"}, "conversation", "not both"),
+        ({"max_tool_calls": 5}, "max_tool_calls", "Leave it out."),
+        (
+            {"text": {"format": {"type": "json_schema", "schema": {}}}},
+            "text.format.schema",
+            "is not that of the outputs",
+        ),
+    ],
+)
+async def test_an_invalid_request_is_400_and_starts_no_run(
+    client: httpx.AsyncClient, more: dict[str, Any], param: str | None, words: str
+) -> None:
+    error = check_error(
+        await client.post("/v1/responses", json={"model": "echo", "input": "x", **more}), 400, ..., words
+    )
+    assert param is None or error["param"] == param
+    assert (await get(client, "/runs"))["runs"] == []
+
+
+async def test_an_unknown_id_is_404(client: httpx.AsyncClient) -> None:
+    made = await create(client, "hello")
+    for id_ in ("x", made["id"][:-1] + "1", "resp_01a20e41-e4ec-74f9-8450-7dd74efe56ba_0", f"{made['id']}0"):
+        for path in (f"/v1/responses/{id_}", f"/v1/responses/{id_}/input_items"):
+            check_error(await client.get(path), 404, "unknown_run")
+        check_error(await client.post(f"/v1/responses/{id_}/cancel"), 404, "unknown_run")
+        check_error(await client.delete(f"/v1/responses/{id_}"), 404, "unknown_run")
+        check_error(await send(client, "hello", previous_response_id=id_), 404, "unknown_run")
+    check_error(await send(client, "hello", conversation="mine"), 404, "unknown_session")
+    check_error(await client.get("/v1/conversations/mine"), 404, "unknown_session")
+
+
+async def test_a_failed_run_is_a_failed_response(client: httpx.AsyncClient) -> None:
+    made = await create(client, "fail", "That")
+    assert (made["status"], made["output"], made["error"]["code"]) == ("failed", [], "server_error")
+    assert "That is too much. The run is " in made["error"]["message"]
+    *_, last = events_of(await send(client, "fail", "That", stream=True))
+    assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+
+
+async def test_a_response_that_is_not_stored_is_deleted_after_its_answer(client: httpx.AsyncClient) -> None:
+    for stream in (False, True):
+        sent = await send(client, "hello", store=False, stream=stream)
+        assert sent.status_code == 200
+        check_error(await client.get(f"/v1/responses/resp_{sent.headers['Flock-Run-Id']}_0"), 404, "unknown_run")
+    assert (await get(client, "/runs"))["runs"] == []
+
+
+async def test_a_key_makes_a_repeated_request_one_run(client: httpx.AsyncClient) -> None:
+    made = [await create(client, "repeat", headers={"Idempotency-Key": "once"}) for _ in range(2)]
+    assert made[0] == made[1]
+
+
+# Background
+
+
+async def test_a_response_in_the_background_can_be_read_until_it_ends(
+    client: httpx.AsyncClient, chats: Responses
+) -> None:
+    made = await create(client, "write", background=True)
+    assert made["status"] in ("queued", "in_progress")
+    assert (made["background"], made["output"], made["usage"]) == (True, [], None)
+    await chats.has_written.wait()
+    assert (await get(client, f"/v1/responses/{made['id']}"))["status"] == "in_progress"
+    check_error(await client.delete(f"/v1/responses/{made['id']}"), 400, "conflict")
+    chats.may_go.set()
+    await wait_for(client, f"/run/{made['id'][5:-2]}")
+    ended = await get(client, f"/v1/responses/{made['id']}")
+    assert (ended["status"], text_of(ended)) == ("completed", "All about tea")
+
+
+async def test_cancel_returns_when_the_run_has_stopped(client: httpx.AsyncClient) -> None:
+    made = await create(client, "hang", background=True)
+    cancelled = (await client.post(f"/v1/responses/{made['id']}/cancel")).json()
+    assert (cancelled["id"], cancelled["status"], cancelled["output"]) == (made["id"], "cancelled", [])
+    again = await client.post(f"/v1/responses/{made['id']}/cancel")
+    assert again.json() == cancelled
+    done = await create(client, "hello")
+    assert (await client.post(f"/v1/responses/{done['id']}/cancel")).json()["status"] == "completed"
+
+
+# Conversations
+
+
+async def test_a_response_continues_the_latest_of_its_conversation(client: httpx.AsyncClient) -> None:
+    first = await create(client, "roles", "a")
+    second = await create(client, "roles", "b", previous_response_id=first["id"])
+    assert second["previous_response_id"] == first["id"]
+    assert text_of(second) == "user=a assistant=user=a user=b"
+    check_error(await send(client, "roles", "c", previous_response_id=first["id"]), 400, ..., "A later response")
+    third = await create(client, "roles", "c", previous_response_id=second["id"])
+    assert text_of(third).endswith("user=c")
+
+
+async def test_a_failed_or_cancelled_response_is_not_the_latest(client: httpx.AsyncClient) -> None:
+    """Clients send a request again that was cut off."""
+    conversation = (await client.post("/v1/conversations", json={})).json()["id"]
+    first = await create(client, "roles", "a", conversation=conversation)
+    assert (await create(client, "end", "fail", conversation=conversation))["status"] == "failed"
+    hanging = await create(client, "end", "hang", conversation=conversation, background=True)
+    error = await send(client, "roles", "d", conversation=conversation)
+    assert hanging["id"][5:-2] in check_error(error, 400, ..., "so nothing can continue it.")["message"]
+    await client.post(f"/v1/responses/{hanging['id']}/cancel")
+    assert text_of(await create(client, "roles", "d", previous_response_id=first["id"])).endswith("user=d")
+
+
+async def test_an_agent_with_a_history_reads_the_session(client: httpx.AsyncClient, chats: Responses) -> None:
+    chats.model.replies = [Reply({"reply": "one"}), Reply({"reply": "two"})]
+    first = await create(client, "pal", "a")
+    await create(client, "pal", "b", previous_response_id=first["id"])
+    assert "one" in chats.model.requests[-1]["messages"][-2]["content"]
+
+
+async def test_an_agent_that_reads_nothing_cannot_continue(client: httpx.AsyncClient) -> None:
+    first = await create(client, "echo", "a")
+    error = check_error(
+        await send(client, "echo", "b", previous_response_id=first["id"]), 400, ..., "'echo' cannot cont"
+    )
+    assert error["param"] == "previous_response_id"
+
+
+async def test_a_conversation_is_a_session(client: httpx.AsyncClient) -> None:
+    made = (await client.post("/v1/conversations")).json()
+    id_ = made["id"]
+    assert (made["object"], made["metadata"]) == ("conversation", {})
+    assert await get(client, f"/v1/conversations/{id_}") == made
+    for text in ("a", "b"):
+        response = await create(client, "roles", text, conversation={"id": id_})
+        assert response["conversation"] == {"id": id_}
+    assert (await get(client, f"/session/{id_}"))["total_runs"] == 2
+
+    async def listed(**query: Any) -> tuple[list[str], Any]:
+        page = await get(client, f"/v1/conversations/{id_}/items", **query)
+        return [item["content"][0]["text"] for item in page["data"]], page
+
+    texts = ["a", "user=a", "b", "user=a assistant=user=a user=b"]
+    assert (await listed(order="asc"))[0] == (await listed())[0][::-1] == texts
+    some, page = await listed(order="asc", limit=3)
+    assert (some, page["has_more"], page["last_id"]) == (texts[:3], True, page["data"][-1]["id"])
+    rest, page = await listed(order="asc", after=page["last_id"])
+    assert (rest, page["has_more"]) == (texts[3:], False)
+    check_error(await client.get(f"/v1/conversations/{id_}/items?order=up"), 400, "invalid_input")
+    check_error(await client.post("/v1/conversations", json={"items": [{}]}), 400, "invalid_input", "without items")
+    deleted = (await client.delete(f"/v1/conversations/{id_}")).json()
+    assert deleted == {"id": id_, "object": "conversation.deleted", "deleted": True}
+    assert (await listed())[0] == []
+    assert (await client.delete(f"/v1/conversations/{id_}")).status_code == 200
+
+
+async def test_conversations_and_responses_of_others_do_not_exist(chats: Responses) -> None:
+    async def auth(connection: Any) -> Principal:
+        return Principal(name=connection.headers["x-user"], admin=connection.headers["x-user"] == "root")
+
+    app = create_app(chats.flock, store=":memory:", auth=auth, protocols=["openai"])
+    ann, bob, root = ({"X-User": name} for name in ("ann", "bob", "root"))
+    async with app.lifespan(), client_of(app) as client:
+        id_ = (await client.post("/v1/conversations", headers=ann)).json()["id"]
+        made = (await send(client, "roles", "a", ann, conversation=id_)).json()
+        check_error(await client.get(f"/v1/responses/{made['id']}", headers=bob), 404, "unknown_run")
+        check_error(await send(client, "roles", "b", bob, previous_response_id=made["id"]), 404, "unknown_run")
+        for other in (bob, root):
+            assert text_of((await send(client, "roles", "b", other, conversation=id_)).json()) == "user=b"
+            assert len((await client.get(f"/v1/conversations/{id_}/items", headers=other)).json()["data"]) == 2
+        await client.delete(f"/v1/conversations/{id_}", headers=root)
+        assert (await client.get(f"/v1/responses/{made['id']}", headers=ann)).status_code == 200
+
+
+# Questions
+
+
+async def test_an_approval_is_asked_and_answered_by_items(client: httpx.AsyncClient, chats: Responses) -> None:
+    calls = [("pay", {"amount": 3})]
+    chats.model.replies = [Reply(calls=calls), Reply({"reply": "Paid."})]
+    asked = await create(client, "payer", "Pay 3.")
+    (item,) = asked["output"]
+    assert (asked["status"], item["type"], item["name"]) == ("completed", "mcp_approval_request", "pay")
+    assert json.loads(item["arguments"]) == {"amount": 3}
+    refused = await send(client, "payer", "Go on!", previous_response_id=asked["id"])
+    check_error(refused, 400, ..., "as an item, without messages")
+    answered = await create(client, "payer", approval(asked), previous_response_id=asked["id"])
+    assert (answered["id"], text_of(answered), chats.paid) == (asked["id"][:-1] + "1", "Paid.", [3])
+    assert (await get(client, f"/v1/responses/{asked['id']}"))["output"] == asked["output"]
+    assert (await get(client, f"/v1/responses/{answered['id']}"))["output"] == answered["output"]
+    (given,) = (await get(client, f"/v1/responses/{answered['id']}/input_items"))["data"]
+    assert given["content"][0]["text"] == "Pay 3."
+    *_, last = events_of(await client.get(f"/v1/responses/{asked['id']}?stream=true"))
+    assert last["response"]["output"] == asked["output"]
+
+
+async def test_the_same_answer_again_attaches_and_another_is_refused(
+    client: httpx.AsyncClient, chats: Responses
+) -> None:
+    chats.model.replies = [Reply(calls=[("pay", {"amount": 3})]), Reply({"reply": "Not paid."})]
+    asked = await create(client, "payer", "Pay 3.")
+    denial = approval(asked, False, reason="No money.")
+    answered = await create(client, "payer", denial)  # the id of the request names the run
+    assert (text_of(answered), chats.paid) == ("Not paid.", [])
+    assert "No money." in json.dumps(chats.model.requests[-1])
+    history = [{"role": "user", "content": "Pay 3."}, asked["output"][0], *denial]
+    assert await create(client, "payer", history) == answered
+    check_error(await send(client, "payer", approval(asked)), 400, "conflict", "answered otherwise")
+    forged = [{**denial[0], "approval_request_id": denial[0]["approval_request_id"] + "x"}]
+    check_error(await send(client, "payer", forged), 404, "unknown_call")
+    mine = [{**denial[0], "approval_request_id": "mine"}]
+    check_error(await send(client, "payer", mine), 400, "invalid_input", "not for calls that this server has asked")
+
+
+async def test_an_approval_that_was_answered_elsewhere_continues_too(
+    client: httpx.AsyncClient, chats: Responses
+) -> None:
+    chats.model.replies = [Reply(calls=[("pay", {"amount": 3})]), Reply({"reply": "Paid."})]
+    asked = await create(client, "payer", "Pay 3.")
+    (question,) = (await get(client, "/questions"))["questions"]
+    path = f"/run/{question['run_id']}"
+    await client.post(f"{path}/calls/{question['call_id']}?wait=30", json={"output": {"approved": True}})
+    assert (await get(client, f"/v1/responses/{asked['id']}"))["output"] == asked["output"]
+    error = await send(client, "payer", "And now?", previous_response_id=asked["id"])
+    check_error(error, 400, ..., f"Continue {asked['id'][:-1]}1.")
+    assert text_of(await create(client, "payer", [], previous_response_id=asked["id"])) == "Paid."
+
+
+async def test_a_call_of_a_tool_of_the_client_is_an_item(client: httpx.AsyncClient, chats: Responses) -> None:
+    tools = [{"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": None}]
+    chats.model.replies = [Reply(calls=[("look", {"at": "sky"})]), Reply({"reply": "Blue."})]
+    events = events_of(await send(client, "open", "What colour?", tools=tools, stream=True, instructions="Look well."))
+    assert "Look well." in chats.model.requests[0]["messages"][0]["content"]
+    asked = events[-1]["response"]
+    assert [event["type"] for event in events[2:]] == [
+        *("response.output_item.added", "response.function_call_arguments.delta"),
+        *("response.function_call_arguments.done", "response.output_item.done", "response.completed"),
+    ]
+    (item,) = asked["output"]
+    assert (asked["status"], item["type"], item["name"]) == ("completed", "function_call", "look")
+    assert json.loads(item["arguments"]) == {"at": "sky"}
+    output = {"type": "function_call_output", "call_id": item["call_id"], "output": "blue"}
+    history = [{"role": "user", "content": "What colour?"}, item, output]
+    for input, more in (([output], {"previous_response_id": asked["id"]}), (history, {})):
+        answered = await create(client, "open", input, tools=tools, **more)
+        assert (answered["id"], text_of(answered)) == (asked["id"][:-1] + "1", "Blue.")
+    assert (await get(client, f"/v1/responses/{asked['id']}"))["output"] == asked["output"]
+    other = [{**output, "output": "red"}]
+    check_error(await send(client, "open", other), 400, "conflict", "answered otherwise")
+    foreign = [{**output, "call_id": "call_1"}]
+    check_error(await send(client, "open", foreign), 400, "invalid_input", "not for calls that this server has asked")
+
+
+async def test_another_question_is_an_incomplete_response(client: httpx.AsyncClient) -> None:
+    asked = await create(client, "ask", "Tea")
+    run_id = asked["id"][5:-2]
+    assert (asked["status"], asked["incomplete_details"]) == ("incomplete", {"reason": "waiting"})
+    assert text_of(asked) == f"Which one?\n\n(The run {run_id} waits for the answer.)"
+    events = events_of(await send(client, "ask", "Tea", stream=True))
+    assert events[-1]["type"] == "response.incomplete"
+    (delta,) = [event["delta"] for event in events if event["type"] == "response.output_text.delta"]
+    assert delta == text_of(events[-1]["response"])
+    (question, _) = (await get(client, "/questions"))["questions"][::-1]
+    await client.post(f"/run/{run_id}/calls/{question['call_id']}", json={"output": "Assam"})
+    assert text_of(await create(client, "ask", [], previous_response_id=asked["id"])) == "Tea: Assam"
+
+
+# Streams
+
+
+ORDER = [
+    *("response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"),
+    *("response.output_text.delta", "response.output_text.done", "response.content_part.done"),
+    *("response.output_item.done", "response.completed"),
+]
+
+
+async def test_the_events_of_a_stream_have_the_order_that_clients_check(client: httpx.AsyncClient) -> None:
+    events = events_of(await send(client, "echo", "All about tea", stream=True))
+    types = [event["type"] for event in events]
+    assert list(dict.fromkeys(types)) == ORDER
+    assert len({event["response"]["id"] for event in events if "response" in event}) == 1
+    assert [event["response"]["status"] for event in events if "response" in event] == [
+        *["in_progress"] * 2,
+        "completed",
+    ]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    (done,) = [event for event in events if event["type"] == "response.output_text.done"]
+    assert "".join(event["delta"] for event in deltas) == done["text"] == "All about tea "
+    assert all(event["logprobs"] == [] for event in (*deltas, done))
+    item_ids = {event["item_id"] for event in events if "item_id" in event}
+    assert item_ids == {event["item"]["id"] for event in events if "item" in event}
+    made = await get(client, f"/v1/responses/{events[-1]['response']['id']}")
+    assert made["output"] == events[-1]["response"]["output"]
+    empty = events_of(await send(client, "repeat", "", stream=True))
+    assert [event["type"] for event in empty] == [type_ for type_ in ORDER if type_ != "response.output_text.delta"]
+
+
+async def test_a_stream_resumes_after_any_event(client: httpx.AsyncClient) -> None:
+    """In the middle of a piece of text too, since another process may have other pieces."""
+    made = await create(client, "repeat", "😀 é\u2028x")
+    path = f"/v1/responses/{made['id']}?stream=true"
+    events = events_of(await client.get(path))
+    for at, event in enumerate(events):
+        rest = events_of(await client.get(f"{path}&starting_after={event['sequence_number']}"))
+        assert rest == events[at + 1 :]
+    (one,) = [event for event in events if event["type"] == "response.output_text.delta"]
+    prefix = await create(client, "repeat", one["delta"][:3])
+    other = events_of(await client.get(f"/v1/responses/{prefix['id']}?stream=true"))
+    (had,) = [event["sequence_number"] for event in other if event["type"] == "response.output_text.delta"]
+    rest = events_of(await client.get(f"{path}&starting_after={had}"))
+    assert rest[0] == {**one, "delta": one["delta"][3:]}
+    assert rest[1:] == events[events.index(one) + 1 :]
+    for number in (had + 1, 50 << 20):
+        (*_, last) = events_of(await client.get(f"{path}&starting_after={number}"))
+        assert (last["type"], last["code"]) == ("error", "text_replaced")
+        assert made["id"][5:-2] in last["message"]
+
+
+async def test_a_resumed_stream_goes_on_with_a_run_that_is_running(client: httpx.AsyncClient, chats: Responses) -> None:
+    app = client._transport.app  # type: ignore[attr-defined]
+    made = await create(client, "write", background=True)
+    await chats.has_written.wait()
+    path = f"/v1/responses/{made['id']}"
+    seen = await serve(app, None, is_delta, path, "stream=true")
+    assert (seen[-1]["type"], seen[-1]["delta"]) == ("response.output_text.delta", "All a")
+    query = f"stream=true&starting_after={seen[-1]['sequence_number']}"
+    chats.may_go.set()
+    seen += await serve(app, None, lambda _: False, path, query)
+    assert "".join(event.get("delta", "") for event in seen) == text_of(seen[-1]["response"]) == "All about tea"
+
+
+def is_delta(event: Any) -> bool:
+    return bool(event["type"] == "response.output_text.delta")
+
+
+async def test_the_client_of_a_run_whose_text_was_replaced_gets_an_error(
+    client: httpx.AsyncClient, chats: Responses
+) -> None:
+    chats.texts = ["Never about", "All about tea"]
+    app = client._transport.app  # type: ignore[attr-defined]
+    made = await create(client, "write", background=True)
+    *_, event = await serve(app, None, is_delta, f"/v1/responses/{made['id']}", "stream=true")
+    run = f"/run/{made['id'][5:-2]}"
+    await client.post(f"{run}/cancel?wait=30")
+    chats.may_go.set()
+    await client.post(f"{run}/retry")
+    await wait_for(client, run)
+    assert text_of(await get(client, f"/v1/responses/{made['id']}")) == "All about tea"
+    resumed = f"/v1/responses/{made['id']}?stream=true&starting_after={event['sequence_number']}"
+    *_, last = events_of(await client.get(resumed))
+    assert (last["type"], last["code"]) == ("error", "text_replaced")
+
+
+async def test_a_head_request_has_no_stream(client: httpx.AsyncClient) -> None:
+    made = await create(client, "hello")
+    response = await client.head(f"/v1/responses/{made['id']}?stream=true")
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["Flock-Run-Id"] == made["id"][5:-2]
