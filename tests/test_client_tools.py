@@ -149,6 +149,7 @@ async def test_a_call_of_a_client_is_not_in_the_list_of_questions_for_people(
         for by in (ANN, ROOT, None):
             listed = await engine.list_questions(QuestionFilter(by=by))
             assert [asked.question.call_id for asked in listed] == [run.questions[0].call_id]
+        assert [each.run_id for each in await engine.list_runs(RunFilter(status="waiting"))] == [run.run_id]
         await engine.cancel_run(run.run_id)
         await until_run(engine, run.run_id, lambda run: run.status is RunStatus.CANCELLED)
         with pytest.raises(StaleAnswer, match="is cancelled"):
