@@ -176,7 +176,7 @@ async def test_a_completion_is_a_run_with_its_text_and_tokens(client: httpx.Asyn
     assert body["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": "Fine.", "refusal": None},
+            "message": {"role": "assistant", "content": "Fine.", "refusal": None, "annotations": []},
             "logprobs": None,
             "finish_reason": "stop",
         }
@@ -252,7 +252,6 @@ async def test_ten_thousand_messages_are_a_history(client: httpx.AsyncClient) ->
         ({"model": "chat", "max_completion_tokens": 0}, "max_output_tokens", ""),
         ({"model": "chat", "tools": [{"type": "function", "function": {"name": "x"}}]}, "tools", "takes no tools"),
         ({"tools": [{"type": "web_search"}]}, "tools.0", "Only tools of the type 'function'"),
-        ({"tool_choice": "required"}, "tool_choice", "or send"),
         ({"stream": "yes"}, "stream", ""),
         ({"model": 1}, "model", ""),
         ({"messages": []}, "messages", "There is no message with the role 'user'."),
@@ -421,6 +420,13 @@ async def test_a_call_of_a_tool_of_the_client_is_answered_by_its_id(client: http
     check_error(await answer("red", "2x"), 400, "conflict", "answered otherwise")
     assert (await get(client, "/runs"))["runs"][0]["run_id"] == run_id
     chats.model.check()
+
+
+async def test_tools_are_not_offered_if_the_client_wants_no_calls(client: httpx.AsyncClient, chats: Chats) -> None:
+    chats.model.replies = [Reply({"reply": "Blue."})]
+    response = await chat(client, "open", "What colour?", tools=TOOLS, tool_choice="none")
+    assert content_of(response) == "Blue."
+    assert chats.model.requests[0].tool_names == []
 
 
 async def test_a_stream_ends_with_the_calls_of_tools(client: httpx.AsyncClient, chats: Chats) -> None:

@@ -1,6 +1,7 @@
 """The real clients of OpenAI, in environments of their own, against a real server."""
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -295,3 +296,42 @@ def events_in(stream: httpx.Response) -> Iterator[Any]:
     for line in stream.iter_lines():
         if line.startswith("data: {"):
             yield json.loads(line[6:])
+
+
+@pytest.mark.timeout(300)
+def test_the_compliance_checks_pass_but_for_images_and_compaction(tmp_path: Path) -> None:
+    python = new_environment(tmp_path / "llm-comply")
+    subprocess.run(pip(python, "install", "--quiet", "llm-comply==0.5.0"), check=True)
+    (tmp_path / "served.py").write_text(CHECKED)
+    serve = flockapi_command("serve", f"{tmp_path}/served.py", "--port", "0", "--store", ":memory:")
+    with running(*serve) as server:
+        for format_, failing in FAILING.items():
+            command = [str(python.parent / "llm-comply"), "run", "--base-url", f"{server.url}/v1", "--format", format_]
+            command += ["--model", "guide", "--api-key", "none"]
+            report = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            assert re.findall(r"❌ (.+) \(", report) == failing, report
+            assert report.count("✅") >= 7
+
+
+#: The checks of what is not offered.
+FAILING = {
+    "openai-chat": ["Image Input"],
+    "open-responses": ["Image Input", "Compaction Endpoint", "Compaction Missing Required Model"],
+}
+
+CHECKED = """
+from flock.core import Flock, FlockFactory
+from flock.testing import FakeModel, Reply
+
+flock = Flock("checked", model="openai/gpt-4o")
+flock.add_agent(FlockFactory.create_default_agent(
+    "guide", input="talk: Messages", output="reply: str", client_tools=True, client_instructions=True
+))
+
+def reply(request):
+    if request.get("tools") and request["messages"][-1]["role"] != "tool":
+        return Reply(calls=[(request["tools"][0]["function"]["name"], {"location": "San Francisco"})])
+    return {"reply": "Hello, Alice: 1 2 3 4 5."}
+
+FakeModel(reply).__enter__()
+"""

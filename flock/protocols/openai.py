@@ -185,7 +185,7 @@ async def _completion(engine: Engine, agents: Mapping[str, Agent], run: Run, *, 
         content = {"content": await chats.text_of(engine, agents, run, as_json=as_json)}
     else:  # clients repeat requests that get 409, 429 or 5xx, which would start another run
         return JSONResponse({"error": _failure(run.error, run.error_type, run.run_id)}, 422, headers)
-    message = {"role": "assistant", "refusal": None, **content}
+    message = {"role": "assistant", "refusal": None, "annotations": [], **content}
     body = {
         **_head(run, "chat.completion"),
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],

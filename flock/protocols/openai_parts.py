@@ -22,7 +22,7 @@ TOOL = ("name", "description", "parameters", "strict")
 #: Settings that no agent takes. A request may have only those values, which change nothing.
 UNSUPPORTED: Mapping[str, Sequence[Any]] = {
     **{"n": (1,), "logit_bias": ({},), "logprobs": (False,), "top_logprobs": (0,), "stop": ([],), "functions": ([],)},
-    **{"tool_choice": ("auto", "none"), "modalities": (["text"],), "max_tool_calls": (), "audio": (), "prompt": ()},
+    **{"modalities": (["text"],), "max_tool_calls": (), "audio": (), "prompt": ()},
     "web_search_options": (),
 }
 
@@ -63,7 +63,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidData.of("It must be a string with a JSON object of inputs.", "/metadata/inputs") from exc
 
 
-_NAMES = [*UNSUPPORTED, *OPTIONS, "tools", "max_tokens", "max_completion_tokens", "max_output_tokens"]
+_NAMES = [*UNSUPPORTED, *OPTIONS, "tools", "tool_choice", "max_tokens", "max_completion_tokens", "max_output_tokens"]
 _SETTINGS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
     msgspec.defstruct("Sent", [(name, Any, None) for name in _NAMES], frozen=True)
 )
