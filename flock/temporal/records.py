@@ -183,10 +183,14 @@ def _with_signal(run: Run, answers: Calls, calls: list[CallDone], brought: CallD
     if isinstance(brought, CallDone):
         calls.append(brought)
         run = replace(run, waiting_for=_left_after(brought, run))
-        if brought.call.kind == "question" and not run.status.is_final:
+        if _is_of_answers(brought.call) and not run.status.is_final:
             answers.add(brought)
             return _with_answers(run, answers)
     return run
+
+
+def _is_of_answers(call: Call) -> bool:
+    return call.kind == "question" or call.is_answer
 
 
 def _attributes_of(event: HistoryEvent) -> Any:
@@ -306,7 +310,7 @@ def journal_of(step: int, calls: Iterable[Call]) -> list[Call]:
 def _by_step(done: Iterable[CallDone], answers: Calls, item: int = 0) -> dict[int, list[Call]]:
     """Return the calls that workers have *done*, and *answers*, oldest first, by the position of their step."""
     found: dict[int, list[Call]] = {}
-    made = [each for each in done if each.call.kind != "question"]
+    made = [each for each in done if not _is_of_answers(each.call)]
     ended = {(each.step, each.call.call_id) for each in made if each.call.once == "ended"}
     made = [each for each in made if not (each.call.is_start and (each.step, each.call.call_id) in ended)]
     for each in [*made, *answers.of_item(item)]:
@@ -439,7 +443,7 @@ class Chunk:
                 case CallDone() as call if answers.fence.admits(call):
                     calls.setdefault(call.item, []).append(call)
                     self._note_end(call)
-                    if call.call.kind == "question":  # perhaps of a step whose order has not ended yet
+                    if _is_of_answers(call.call):  # perhaps of a step whose order has not ended yet
                         answers.add(call)
                         self._answer([call.item], answers, None)
                 case Asked() as asked if answers.fence.admits(asked):
