@@ -914,7 +914,7 @@ class Journal:
 
     async def _finish(
         self,
-        work: Coroutine[Any, Any, None],
+        work: Awaitable[None],
         cancellation: Cancellation,
         is_over: Callable[[], bool] = lambda: False,
     ) -> None:
