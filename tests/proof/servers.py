@@ -62,6 +62,11 @@ class Control:
             file.seek(8)
             file.write(struct.pack("qqq", self.count + number, signal_number, 0))
 
+    def disarm(self) -> None:
+        with self.path.open("r+b") as file:
+            file.seek(8)
+            file.write(bytes(8))
+
 
 class Forge:
     """The parent of servers. Use it as a context manager.

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from typing import TypedDict
 
@@ -112,16 +113,16 @@ async def mended(word: str, context: RunContext) -> str:
     return word
 
 
+_MET = defaultdict[str, set[str]](set)
+
+
 @flock.agent
-async def meet(number: int, context: RunContext) -> int:
-    """Return when *number* runs of it are executed at the same time."""
-    _here.add(context.run_id)
-    while len(_here) < number:  # noqa: ASYNC110
+async def meet(place: str, number: int, context: RunContext) -> int:
+    """Return when *number* runs of it are executed at the same time in a place."""
+    _MET[place].add(context.run_id)
+    while len(_MET[place]) < number:  # noqa: ASYNC110
         await asyncio.sleep(0.005)
     return number
-
-
-_here = set[str]()
 
 
 async def refund(euros: int, context: RunContext) -> str:

@@ -1,0 +1,190 @@
+"""Crash points: a real server is killed before each system call that writes, syncs, renames, sends or receives.
+
+python -m tests.proof.crash                     every call of every scenario, some hours
+python -m tests.proof.crash --points 200        a sample
+python -m tests.proof.crash chain --at 17       one of them
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from tests.proof.mutations import mutated
+from tests.proof.scenarios import SCENARIOS, Client, check, provider
+from tests.proof.servers import Forge, Place
+from tests.support import ROOT
+
+Kind = Literal["start", "kill", "worker", "stop", "stopped worker"]
+#: How long a process is stopped: longer than others wait for the lock of the store, or for a sign of life.
+STOPS_S = {"stop": 6.0, "stopped worker": 32.0}
+CAPACITY = 3
+#: Scenarios are played on one store, one after the other, this often.
+PLAYS_OF_A_STORE = 12
+
+
+class Point(NamedTuple):
+    """Before which call of a scenario the process gets the signal, counted from the start of the scenario.
+
+    "start" is counted from the start of the server, with a new store.
+    """
+
+    scenario: str
+    kind: Kind
+    at: int
+
+    @property
+    def command(self) -> str:
+        return f"python -m tests.proof.crash {self.scenario} --kind '{self.kind}' --at {self.at}"
+
+
+class Broken(AssertionError):
+    """A promise is broken, at a point."""
+
+
+class Machine:
+    """Servers in which scenarios are played, with a signal before one of their calls.
+
+    Attributes:
+        reached: how many signals were sent, by kind.
+    """
+
+    def __init__(self, forge: Forge) -> None:
+        self._forge, self._stack = forge, contextlib.ExitStack()
+        self._model, self._env = self._stack.enter_context(provider())
+        self._left, self._options = 0, ("",)
+        self._on_store = contextlib.ExitStack()
+        self.reached = Counter[str]()
+
+    def close(self) -> None:
+        self._on_store.close()
+        self._stack.close()
+
+    def _open(self, point: Point) -> None:
+        """Use the store of earlier points, or a new one."""
+        several = "--workers", "2" if "worker" in point.kind else "1"
+        options = ("--max-concurrency", str(CAPACITY), *several, *SCENARIOS[point.scenario].options)
+        if self._left and options == self._options and point.kind != "start":
+            self._left -= 1
+            return
+        self._on_store.close()
+        self._left, self._options = PLAYS_OF_A_STORE, options
+        self._place = self._on_store.enter_context(Place(self._forge, self._env, *options))
+        self._model.requests.clear()
+        self._client = Client(self._place.url)
+        self._on_store.callback(self._client.close)
+        if point.kind == "start":
+            self._place.control.signal_at(point.at)
+        self._place.start()
+        if point.kind != "start":
+            self._place.wait_until_up()
+
+    def calls_of(self, scenario: str, kind: Kind) -> int:
+        """Return how many calls there are from the start of a scenario to its end."""
+        self._left = 0
+        self._open(Point(scenario, "kill" if kind == "start" else kind, 0))
+        before = self._place.control.count
+        if kind == "start":
+            return before
+        SCENARIOS[scenario].play(self._client)
+        return self._place.control.count - before
+
+    def play(self, point: Point) -> None:
+        """Play a scenario. Raises Broken."""
+        self._open(point)
+        place, control = self._place, self._place.control
+        if point.kind != "start":
+            control.signal_at(point.at, signal.SIGSTOP if "stop" in point.kind else signal.SIGKILL)
+        is_over = threading.Event()
+        helper = threading.Thread(target=self._help, args=[point, is_over])
+        helper.start()
+        try:
+            try:
+                SCENARIOS[point.scenario].play(self._client)
+            finally:
+                control.disarm()
+                is_over.set()
+                helper.join()
+            if point.scenario != "retention":
+                capacity = 0 if "worker" in point.kind else CAPACITY
+                check(self._client, self._model, place.log, capacity=capacity)
+        except Exception as exc:
+            self._left = 0
+            log = "\n".join(place.output.read_text().splitlines()[-30:])
+            raise Broken(f"{point}: {exc!r}\nTo repeat it: {point.command}\n{log}") from exc
+        self.reached[point.kind] += control.pid > 0
+
+    def _help(self, point: Point, is_over: threading.Event) -> None:
+        """Start a killed server again, and continue a stopped one."""
+        place, starts, continues_at, is_replaced = self._place, self._client.starts, 0.0, False
+        while not is_over.wait(0.005) or continues_at:
+            pid = place.control.pid
+            if "stop" in point.kind and pid and not continues_at:
+                continues_at = time.monotonic() + STOPS_S[point.kind]
+            elif continues_at and (time.monotonic() >= continues_at):
+                os.kill(pid, signal.SIGCONT)
+                return
+            elif point.kind == "worker" and pid and not is_replaced:
+                is_replaced = True
+                starts.append(time.time())  # its parent replaces it, and the other one takes over its runs
+            elif place.has_died():
+                place.kill()
+                starts.append(time.time())
+                place.start()
+
+
+def points_of(machine: Machine, scenarios: list[str], kinds: list[Kind]) -> Iterator[Point]:
+    for kind in kinds:
+        for scenario in ["function"] if kind == "start" else scenarios:
+            for at in range(1, machine.calls_of(scenario, kind) + 1):
+                yield Point(scenario, kind, at)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenario", nargs="*", help=", ".join(SCENARIOS))
+    parser.add_argument("--kind", choices=("start", "kill", "worker", "stop", "stopped worker"), action="append")
+    parser.add_argument("--at", type=int, metavar="N")
+    parser.add_argument("--points", type=int, metavar="COUNT", help="a sample of all points")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--mutation", type=Path, metavar="PATCH", help="change the product before")
+    chosen = parser.parse_args()
+    scenarios = chosen.scenario or [name for name, each in SCENARIOS.items() if not each.is_long]
+    kinds: list[Kind] = chosen.kind or ["start", "kill", "worker"]
+    began_s, failed, tried = time.monotonic(), list[str](), 0
+    with (
+        mutated(chosen.mutation) if chosen.mutation else contextlib.nullcontext(ROOT) as package,
+        Forge(package) as forge,
+    ):
+        machine = Machine(forge)
+        try:
+            if chosen.at is not None:
+                points = [Point(scenario, kind, chosen.at) for scenario in scenarios for kind in kinds]
+            else:
+                points = list(points_of(machine, scenarios, kinds))
+            if chosen.points is not None and chosen.points < len(points):
+                points = sorted(random.Random(chosen.seed).sample(points, chosen.points), key=lambda point: point[1:])
+            for point in points:
+                tried += 1
+                try:
+                    machine.play(point)
+                except Broken as exc:
+                    failed.append(point.command)
+                    print(exc, flush=True)
+        finally:
+            machine.close()
+    print(f"{tried} points, {dict(machine.reached)} reached, {time.monotonic() - began_s:.0f} s, {len(failed)} failed")
+    print(*failed, sep="\n")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
