@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,7 +120,10 @@ class Machine:
         except Exception as exc:
             self._left = 0
             log = "\n".join(place.output.read_text().splitlines()[-30:])
-            raise Broken(f"{point}: {exc!r}\nTo repeat it: {point.command}\n{log}") from exc
+            where = " < ".join(
+                f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(exc.__traceback__)[::-1]
+            )
+            raise Broken(f"{point}: {exc!r} at {where}\nTo repeat it: {point.command}\n{log}") from exc
         self.reached[point.kind] += control.pid > 0
 
     def _help(self, point: Point, is_over: threading.Event) -> None:

@@ -194,6 +194,23 @@ class Place:
         """Execute another command in the folder, and return its exit code, or minus its signal."""
         return self._forge.wait(self._forge.start(self.folder, self.output, self._env, *arguments))
 
+    def python(self, program: str) -> None:
+        """Execute a program in a process of its own, whose calls are recorded too."""
+        env = {**os.environ, **NO_COVERAGE, **self._env, "LD_PRELOAD": str(library())}
+        subprocess.run([sys.executable, "-c", program], cwd=self.folder, env=env, check=True)
+
+    def note(self, what: str, value: Any = None) -> None:
+        """Add a record of what is not a call: "A" is an acknowledgement, "Y" a sync of all files."""
+        data = json.dumps(value).encode()
+        with self.record.open("ab", buffering=0) as file:
+            file.write(struct.pack("c7xqqqqq", what.encode(), 0, 0, 0, 0, len(data)) + data)
+
+    def stop(self) -> int:
+        """Stop the server gracefully, and return its exit code."""
+        os.kill(self.pid, signal.SIGTERM)
+        pid, self.pid = self.pid, 0
+        return self._forge.wait(pid)
+
     def kill(self) -> None:
         if self.pid:
             self._forge.kill(self.pid)

@@ -106,7 +106,7 @@ async def endless(context: RunContext) -> str:
 
 @flock.agent(max_concurrency=1)
 async def mended(word: str, context: RunContext) -> str:
-    """Fail in the first attempt."""
+    """Fail in the first attempt, unless its process dies: then the next one begins."""
     await do(context, "before")
     if context.attempt == 1:
         raise AgentError("It is broken.")
