@@ -21,7 +21,7 @@ from tests.proof.shop import flock
 __all__ = ["RECORDINGS", "Recording"]
 
 #: The journal of SQLite is copied to the file when it has 4 MB.
-LONG, LONG_RUNS = "x" * 700_000, 7
+LONG, LONG_RUNS = "x" * 700_000, 4
 BACKUP = """
 import contextlib, sqlite3
 with contextlib.closing(sqlite3.connect("flock.db")) as db, contextlib.closing(sqlite3.connect("copy.db")) as copy:
@@ -53,8 +53,6 @@ def _serve(place: Place) -> None:
         for name in ("function", "caught", "delete", "batch", "cancel", "retry", "session"):
             SCENARIOS[name].play(client)
         client.message(client.run("reminder"), "payment", 7)
-        for _ in range(LONG_RUNS):
-            client.completed(client.run("plain", word=LONG), {"word": LONG})
         assert place.stop() in (0, -signal.SIGTERM), place.output.read_text()
         place.start()
         place.wait_until_up()
@@ -64,6 +62,17 @@ def _serve(place: Place) -> None:
         place.note("Y")
         place.note("A", ["backup ends", "", None])
         SCENARIOS["chain"].play(client)
+    finally:
+        client.close()
+
+
+def _serve_long(place: Place) -> None:
+    client = Client(place.url, lambda *ack: place.note("A", ack))
+    try:
+        place.start()
+        place.wait_until_up()
+        for _ in range(LONG_RUNS):
+            client.completed(client.run("plain", word=LONG), {"word": LONG})
     finally:
         client.close()
 
@@ -189,6 +198,7 @@ def _check_batch(place: Place, model: Provider, acks: Sequence[Any]) -> None:
 
 RECORDINGS: Mapping[str, Recording] = {
     "power": Recording(_serve, functools.partial(_check_server, is_durable=True), ("--durability", "power")),
+    "long": Recording(_serve_long, functools.partial(_check_server, is_durable=True)),
     "process": Recording(_serve, functools.partial(_check_server, is_durable=False), ("--durability", "process")),
     "command": Recording(_batch, _check_batch),
 }
