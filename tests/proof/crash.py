@@ -15,9 +15,9 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from tests.proof.mutations import mutated
 from tests.proof.scenarios import SCENARIOS, Client, check, provider
@@ -88,15 +88,18 @@ class Machine:
         if point.kind != "start":
             self._place.wait_until_up()
 
-    def calls_of(self, scenario: str, kind: Kind) -> int:
+    def calls_of(self, scenario: str) -> int:
         """Return how many calls there are from the start of a scenario to its end."""
-        self._left = 0
-        self._open(Point(scenario, "kill" if kind == "start" else kind, 0))
+        self._open(Point(scenario, "kill", 0))
         before = self._place.control.count
-        if kind == "start":
-            return before
         SCENARIOS[scenario].play(self._client)
         return self._place.control.count - before
+
+    def calls_at_start(self) -> int:
+        with Place(self._forge, self._env) as place:
+            place.start()
+            place.wait_until_up()
+            return place.control.count
 
     def play(self, point: Point) -> None:
         """Play a scenario. Raises Broken."""
@@ -145,49 +148,64 @@ class Machine:
                 place.start()
 
 
-def points_of(machine: Machine, scenarios: list[str], kinds: list[Kind]) -> Iterator[Point]:
-    for kind in kinds:
-        for scenario in ["function"] if kind == "start" else scenarios:
-            for at in range(1, machine.calls_of(scenario, kind) + 1):
-                yield Point(scenario, kind, at)
+def points_of(machine: Machine, scenarios: Collection[str], kinds: Collection[Kind]) -> list[Point]:
+    points = [Point("function", "start", at + 1) for at in range(machine.calls_at_start() if "start" in kinds else 0)]
+    for scenario in scenarios:
+        ats = range(1, machine.calls_of(scenario) + 1)
+        points += [Point(scenario, kind, at) for kind in kinds if kind != "start" for at in ats]
+    return points
+
+
+def execute(
+    scenarios: Collection[str],
+    kinds: Collection[Kind],
+    count: int | None = None,
+    seed: int = 0,
+    package: Path = ROOT,
+    at: int | None = None,
+) -> tuple[Counter[str], list[Broken]]:
+    """Play scenarios with a signal at each point, or at *count* of them. Return how many were reached, and what fails.
+
+    Args:
+        package: the folder of another copy of the product.
+        at: only before this call.
+    """
+    broken = list[Broken]()
+    with Forge(package) as forge, contextlib.closing(Machine(forge)) as machine:
+        if at is None:
+            points = points_of(machine, scenarios, kinds)
+        else:
+            points = [Point(scenario, kind, at) for scenario in scenarios for kind in kinds]
+        if count is not None and count < len(points):
+            points = random.Random(seed).sample(points, count)
+        for point in sorted(points, key=lambda point: point.kind):  # of one kind on one store
+            try:
+                machine.play(point)
+            except Broken as exc:
+                broken.append(exc)
+                print(exc, flush=True)
+        return machine.reached, broken
+
+
+#: The scenarios that take less than seconds.
+SHORT = [name for name, each in SCENARIOS.items() if not each.is_long]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", nargs="*", help=", ".join(SCENARIOS))
-    parser.add_argument("--kind", choices=("start", "kill", "worker", "stop", "stopped worker"), action="append")
+    parser.add_argument("--kind", choices=get_args(Kind), action="append")
     parser.add_argument("--at", type=int, metavar="N")
     parser.add_argument("--points", type=int, metavar="COUNT", help="a sample of all points")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--mutation", type=Path, metavar="PATCH", help="change the product before")
     chosen = parser.parse_args()
-    scenarios = chosen.scenario or [name for name, each in SCENARIOS.items() if not each.is_long]
-    kinds: list[Kind] = chosen.kind or ["start", "kill", "worker"]
-    began_s, failed, tried = time.monotonic(), list[str](), 0
-    with (
-        mutated(chosen.mutation) if chosen.mutation else contextlib.nullcontext(ROOT) as package,
-        Forge(package) as forge,
-    ):
-        machine = Machine(forge)
-        try:
-            if chosen.at is not None:
-                points = [Point(scenario, kind, chosen.at) for scenario in scenarios for kind in kinds]
-            else:
-                points = list(points_of(machine, scenarios, kinds))
-            if chosen.points is not None and chosen.points < len(points):
-                points = sorted(random.Random(chosen.seed).sample(points, chosen.points), key=lambda point: point[1:])
-            for point in points:
-                tried += 1
-                try:
-                    machine.play(point)
-                except Broken as exc:
-                    failed.append(point.command)
-                    print(exc, flush=True)
-        finally:
-            machine.close()
-    print(f"{tried} points, {dict(machine.reached)} reached, {time.monotonic() - began_s:.0f} s, {len(failed)} failed")
-    print(*failed, sep="\n")
-    sys.exit(bool(failed))
+    began_s = time.monotonic()
+    with mutated(chosen.mutation) if chosen.mutation else contextlib.nullcontext(ROOT) as package:
+        kinds = chosen.kind or ["start", "kill", "worker"]
+        reached, broken = execute(chosen.scenario or SHORT, kinds, chosen.points, chosen.seed, package, chosen.at)
+    print(f"{dict(reached)} points reached in {time.monotonic() - began_s:.0f} s, {len(broken)} broken")
+    sys.exit(bool(broken))
 
 
 if __name__ == "__main__":

@@ -157,8 +157,8 @@ class Disk:
         return {name: file.content(kept(file)) for name, file in names.items()}
 
 
-#: The number of states after each cut.
-COUNT = 6 + 2 * SAMPLES
+#: The number of states after each cut, and how many of them differ from those before on average.
+COUNT, STATES_OF_A_CUT = 6 + 2 * SAMPLES, 7
 
 
 def _set(names: dict[str, File], name: str, file: File | None) -> None:
@@ -188,6 +188,38 @@ def states(
                 yield cut, number, files, acks
 
 
+def execute(
+    recording: Recording, count: int | None = None, seed: int = 0, package: Path = ROOT, keep: Path | None = None
+) -> tuple[int, int, list[str]]:
+    """Record, and check all states, or about *count* of them. Return how many calls and states there are, and what fails.
+
+    Args:
+        package: the folder of another copy of the product.
+        keep: where to copy the files of the first state that fails.
+    """
+    tried, failed = 0, list[str]()
+    with Forge(package) as forge, provider() as (model, env):
+        with Place(forge, env, *recording.options, record=True) as place:
+            recording.play(place)
+            calls, root = calls_of(place.record.read_bytes()), str(place.folder)
+        cuts: Collection[int] = range(len(calls))
+        if count is not None:
+            cuts = set(random.Random(seed).sample(cuts, min(len(calls), max(1, count // STATES_OF_A_CUT))))
+        for cut, number, files, acks in states(calls, cuts, range(COUNT)):
+            tried += 1
+            with Place(forge, env, *recording.options) as place:
+                for path, content in files.items():
+                    Path(place.folder, os.path.relpath(path, root)).write_bytes(content)
+                try:
+                    recording.check(place, model, acks)
+                except Exception as exc:
+                    failed.append(f"cut {cut} of {len(calls)}, after {calls[cut][:4]}, state {number}: {exc!r}")
+                    print(failed[-1], flush=True)
+                    if keep is not None and len(failed) == 1:
+                        shutil.copytree(place.folder, keep)
+    return len(calls), tried, failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recording", nargs="*", help=", ".join(RECORDINGS))
@@ -197,40 +229,15 @@ def main() -> None:
     parser.add_argument("--mutation", type=Path, metavar="PATCH", help="change the product before")
     chosen = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    failed = 0
-    for name in chosen.recording or RECORDINGS:
-        failed += _execute(RECORDINGS[name], name, chosen)
-    sys.exit(failed > 0)
-
-
-def _execute(recording: Recording, name: str, chosen: argparse.Namespace) -> int:
-    """Record, and check the states. Return how many are wrong."""
-    began_s, tried, failed = time.monotonic(), 0, 0
-    package = mutated(chosen.mutation) if chosen.mutation else contextlib.nullcontext(ROOT)
-    with package as folder, Forge(folder) as forge, provider() as (model, env):
-        with Place(forge, env, *recording.options, record=True) as place:
-            recording.play(place)
-            calls, root = calls_of(place.record.read_bytes()), str(place.folder)
-        cuts: Collection[int] = range(len(calls))
-        if chosen.states is not None:
-            cuts = set(random.Random(chosen.seed).sample(cuts, min(len(calls), max(1, chosen.states // 6))))
-        for cut, number, files, acks in states(calls, cuts, range(COUNT)):
-            tried += 1
-            with Place(forge, env, *recording.options) as place:
-                for path, content in files.items():
-                    Path(place.folder, os.path.relpath(path, root)).write_bytes(content)
-                try:
-                    recording.check(place, model, acks)
-                except Exception as exc:
-                    failed += 1
-                    print(
-                        f"{name}, cut {cut} of {len(calls)} after {calls[cut][:4]}, state {number}: {exc!r}", flush=True
-                    )
-                    if chosen.keep is not None and failed == 1:
-                        shutil.copytree(place.folder, chosen.keep)
-    took_s = time.monotonic() - began_s
-    print(f"{name}: {len(calls)} calls, {tried} states, {failed} wrong, {took_s:.0f} s", flush=True)
-    return failed
+    is_broken = False
+    with mutated(chosen.mutation) if chosen.mutation else contextlib.nullcontext(ROOT) as package:
+        for name in chosen.recording or RECORDINGS:
+            began_s = time.monotonic()
+            calls, tried, failed = execute(RECORDINGS[name], chosen.states, chosen.seed, package, chosen.keep)
+            is_broken |= bool(failed)
+            took_s = time.monotonic() - began_s
+            print(f"{name}: {calls} calls, {tried} states, {len(failed)} wrong, {took_s:.0f} s", flush=True)
+    sys.exit(is_broken)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A parent process imports everything once, and forks into each server. ``calls.c`` is loaded into all of them.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -33,6 +34,7 @@ def library() -> Path:
     """Compile ``calls.c``, and return the path of the library."""
     made = Path(tempfile.gettempdir()) / f"flock-proof-{os.getuid()}-{os.getpid()}.so"
     source = Path(__file__).with_name("calls.c")
+    atexit.register(made.unlink, missing_ok=True)
     subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", str(made), str(source), "-ldl"], check=True)
     return made
 
