@@ -61,7 +61,7 @@ class Machine:
     def __init__(self, forge: Forge) -> None:
         self._forge, self._stack = forge, contextlib.ExitStack()
         self._model, self._env = self._stack.enter_context(provider())
-        self._left, self._options = 0, ("",)
+        self._left, self._options = 0, tuple[str, ...]()
         self._on_store = contextlib.ExitStack()
         self.reached = Counter[str]()
 

@@ -101,8 +101,8 @@ class Disk:
                 if self._names.pop(call.name, None) is not None:
                     self._pending_names.append((call.name, None))
             case "r" if call.name in self._names:
-                self._names[call.data.decode()] = file = self._names.pop(call.name)
-                self._pending_names += [(call.data.decode(), file), (call.name, None)]
+                self._names[call.data.decode()] = moved = self._names.pop(call.name)
+                self._pending_names += [(call.data.decode(), moved), (call.name, None)]
             case "Y":
                 for each in self._files.values():
                     each.durable, each.pending = each.content(each.pending), []
@@ -139,9 +139,9 @@ class Disk:
             if number in (1, 2):
                 return []
             if number in (4, 5):  # only the last write is torn
-                if not file.pending or file.pending[-1][1] is None:
+                offset, data = file.pending[-1] if file.pending else (0, None)
+                if data is None:
                     return file.pending
-                offset, data = file.pending[-1]
                 return [*file.pending[:-1], (offset, data[: choice.randrange(0, len(data), block)])]
             parts = list[tuple[int, bytes | None]]()
             for offset, data in file.pending:
@@ -191,7 +191,7 @@ def states(
 def execute(
     recording: Recording, count: int | None = None, seed: int = 0, package: Path = ROOT, keep: Path | None = None
 ) -> tuple[int, int, list[str]]:
-    """Record, and check all states, or about *count* of them. Return how many calls and states there are, and what fails.
+    """Record, and check all states, or about *count* of them. Return the number of calls, of states, and what fails.
 
     Args:
         package: the folder of another copy of the product.
@@ -204,7 +204,7 @@ def execute(
             calls, root = calls_of(place.record.read_bytes()), str(place.folder)
         cuts: Collection[int] = range(len(calls))
         if count is not None:
-            cuts = set(random.Random(seed).sample(cuts, min(len(calls), max(1, count // STATES_OF_A_CUT))))
+            cuts = set(random.Random(seed).sample(range(len(calls)), min(len(calls), max(1, count // STATES_OF_A_CUT))))
         for cut, number, files, acks in states(calls, cuts, range(COUNT)):
             tried += 1
             with Place(forge, env, *recording.options) as place:

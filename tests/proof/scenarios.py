@@ -299,7 +299,7 @@ def _stream(client: Client) -> None:
     run_id = client.run("write", topic="tea")
     text = client.read_text(run_id)
     client.completed(run_id, {"result": "All about tea."})
-    assert text == "All about tea."
+    assert text == "All about tea.", f"the events have written {text!r}"
 
 
 def _batch(client: Client) -> None:
