@@ -178,8 +178,11 @@ class _Limit:
 
     @property
     def is_only_cause(self) -> bool:
-        """Whether nothing else has cancelled the task since it has passed. The scope was left."""
-        return self._task.cancelling() == self._before
+        """Whether nothing else has cancelled the task since it has passed. The scope was left.
+
+        Scopes in it may have been left too, whose cancellations counted when it passed.
+        """
+        return self._task.cancelling() <= self._before
 
 
 @contextlib.contextmanager

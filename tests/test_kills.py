@@ -153,7 +153,7 @@ class Life(NamedTuple):
 
 
 @contextlib.contextmanager
-def _one_server(script: Path, tmp_path: Path) -> Iterator[Callable[[], AbstractContextManager[Life]]]:
+def one_server(script: Path, tmp_path: Path) -> Iterator[Callable[[], AbstractContextManager[Life]]]:
     """Yield a function that starts a server with its store in *tmp_path*."""
 
     @contextlib.contextmanager
@@ -165,7 +165,7 @@ def _one_server(script: Path, tmp_path: Path) -> Iterator[Callable[[], AbstractC
 
 
 @contextlib.contextmanager
-def _workers(script: Path, address: str) -> Iterator[Callable[[], AbstractContextManager[Life]]]:
+def workers(script: Path, address: str) -> Iterator[Callable[[], AbstractContextManager[Life]]]:
     """Start an API that lives until the end of the block, and yield a function that starts a worker."""
     from tests.test_temporal import working
 
@@ -188,9 +188,9 @@ def test_a_killed_process_does_nothing_twice(
     script.write_text(SCRIPT.replace("FLOCK", f"kills {new_id()}"))
     chance, paths, kills = random.Random(name), list[str](), list[float]()
     lives = (
-        _workers(script, request.getfixturevalue("temporal_address"))
+        workers(script, request.getfixturevalue("temporal_address"))
         if engine == "temporal"
-        else _one_server(script, tmp_path)
+        else one_server(script, tmp_path)
     )
     with lives as start_life:
         for number in range(KILLS + 1):
@@ -205,7 +205,7 @@ def test_a_killed_process_does_nothing_twice(
                     runs = [client.get(path).json() for path in paths]
                     break
                 life_s = chance.uniform(0.05, chance.choice(LIVES_S[engine]))
-                killer = threading.Timer(life_s, _kill, [life.pid, kills])
+                killer = threading.Timer(life_s, kill, [life.pid, kills])
                 killer.start()
                 try:
                     with contextlib.suppress(httpx.TransportError):  # the server has just been killed
@@ -214,7 +214,7 @@ def test_a_killed_process_does_nothing_twice(
                     killer.cancel()  # all runs may have ended before
                     killer.join()
                 if len(kills) == number:
-                    _kill(life.pid, kills)
+                    kill(life.pid, kills)
     program, effects = PROGRAMS[name], Effects(log)
     assert Counter((run["status"], str(run["result"])) for run in runs) == {
         ("completed", str({"result": program.result})): len(paths)
@@ -234,7 +234,7 @@ def test_a_killed_process_does_nothing_twice(
     print(f"{name}, {engine}: {figures}")
 
 
-def _kill(pid: int, kills: list[float]) -> None:
+def kill(pid: int, kills: list[float]) -> None:
     kills.append(time.time())
     os.kill(pid, signal.SIGKILL)
 

@@ -16,6 +16,7 @@ import pytest
 from flock.agents.agent import OnChange
 from flock.core import Flock
 from flock.runs import JSON_NULL, Call, Engine, Mark, Place, Run, RunContext, RunStatus, now
+from flock.steps.raised import Refused
 from flock.steps.replay import MAX_MARK_BYTES, Replay
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until, until_run
@@ -237,6 +238,52 @@ async def test_answers_end_in_the_order_in_which_they_were_given(open_engine: Op
     assert (run.error, run.value) == (None, {"result": ["c", "a", "b"]})
 
 
+@pytest.mark.parametrize("kind", ["ask", "receive"])
+async def test_what_is_received_while_a_step_runs_keeps_its_order(kind: str, open_engine: OpenEngine) -> None:
+    """Nothing else is stored before the step is ended to wait, and runs again."""
+    flock, seen = Flock(), list[list[str]]()
+
+    async def refused() -> None:
+        """Leave no entry."""
+        await until(lambda: len(seen[-1]) == 2)
+        raise Refused("The engine does not make the call.")
+
+    @flock.agent
+    async def work(context: RunContext) -> list[str]:
+        seen.append([])
+
+        async def first() -> None:
+            seen[-1].append(await (context.ask("a", str) if kind == "ask" else context.receive("a", str)))
+
+        async def second() -> None:
+            seen[-1].append(await context.ask("b", str))
+
+        await asyncio.gather(first(), second(), context.call(refused), return_exceptions=True)
+        await context.ask("Go on?", bool)
+        return seen[-1]
+
+    def asks_both(run: Run) -> bool:
+        return {each.question for each in run.waiting_for} == {"a", "b"}
+
+    async with open_engine(flock) as engine:
+        run = await until_run(engine, (await engine.submit("work", {})).run_id, asks_both)
+        assert run.status is RunStatus.RUNNING
+        ids = {each.question: each.call_id for each in run.waiting_for}
+        answer = engine.answer_call(run.run_id, ids["b"], msgspec.Raw(b'"b"'))
+        if kind == "ask":
+            await asyncio.gather(answer, engine.answer_call(run.run_id, ids["a"], msgspec.Raw(b'"a"')))
+        else:
+            await asyncio.gather(answer, engine.send_message(run.run_id, "a", msgspec.Raw(b'"a"')))
+        run = await _waiting(engine, run, "Go on?")
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+        calls = [call.call_id for call in (await engine.get_calls(run))[0]]
+    assert (run.error, run.value) == (None, {"result": seen[0]})
+    assert len(seen) == 2
+    assert len(calls) == len(set(calls)) == 3
+
+
 async def _waiting(engine: Engine, run: Run, question: str) -> Run:
     def asks(run: Run) -> bool:
         assert run.completed_at is None, run.error
@@ -390,6 +437,41 @@ async def test_equal_calls_that_may_be_swapped_are_named(
     assert len(warnings) == 1
 
 
+# Between the number of an end and its delivery
+
+
+def stored_at(place: Place, call_id: str, **more: Any) -> Call:
+    return stored(call_id, 0, 0, place=place, **more)
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_what_starts_while_an_end_is_stored_starts_before_it_again(is_cancelled: bool) -> None:
+    """Such as a call that a failed sibling then cancels."""
+    replay = Replay([], 5)
+    first = replay.begin("f:a", JSON_NULL)
+    ends = [stored_at(place := replay.end(first, is_cancelled=is_cancelled), "f:a")]
+    second = replay.begin("f:b", JSON_NULL)
+    if is_cancelled:
+        replay.saw(first, place.end)
+    else:
+        await replay.turn(first, is_last=False)
+    ends.append(stored_at(replay.end(second), "f:b"))
+
+    replay = Replay(ends, 1000)
+    first = replay.begin("f:a", JSON_NULL)
+    if is_cancelled:
+        assert not replay.may_see(first.end)
+        replay.begin("f:b", JSON_NULL)
+        assert replay.may_see(first.end)
+        return
+    turn = asyncio.ensure_future(replay.turn(first, is_last=False))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not turn.done()
+    replay.begin("f:b", JSON_NULL)
+    await turn
+
+
 # What two processes have stored, of which one was presumed dead
 
 
@@ -409,10 +491,9 @@ async def test_the_first_of_two_ends_of_a_call_counts() -> None:
 
 async def test_marks_that_are_too_many_for_one_call_are_stored_with_the_next_ones() -> None:
     """An answer comes first."""
-    replay = Replay([], 5)
+    replay = Replay([stored("ask:a", 0, 0, place=None)], 5)
     open_ = [replay.begin(f"f:{number} {'x' * 300}", JSON_NULL) for number in range(3000)]
     asked = replay.begin("ask:a", JSON_NULL)
-    replay.answer(asked, stored("ask:a", 0, 0, place=None))
     await replay.turn(asked, is_last=False)
     places = [replay.end(replay.begin(f"g:{number}", JSON_NULL)) for number in range(6)]
     marks = [mark for place in places for mark in place.also]

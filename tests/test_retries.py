@@ -594,7 +594,7 @@ def failed(name: str, exc: Exception, at: float = 0, **fields: Any) -> tuple[Cal
 
 def dropped(entries: Sequence[tuple[Call, Exception]], end: BaseException | None, last: float) -> list[str]:
     keys = {key_of(call): call.call_id for call, _ in entries}
-    return [keys[key] for key in dropped_calls(entries, end, now().fromtimestamp(last, tz=now().tzinfo))]
+    return [keys[key] for key in dropped_calls(entries, end, lambda call: call.completed_at.timestamp() < last)]
 
 
 def test_causes_and_members_of_the_exception_of_a_step_are_dropped() -> None:

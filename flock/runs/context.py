@@ -443,7 +443,7 @@ class RunContext:
 
         The time counts from the first start of the block, on disk, also while the run waits and across restarts. When
         it is over, calls of the block are cancelled, as by ``asyncio.timeout``, whose time would begin again whenever
-        the step runs again. It needs asyncio.
+        the step runs again. It needs asyncio. If *seconds* differ when the step runs again, the time counts from then.
 
         Raises: CallError if the agent is not async, or *seconds* is not above 0 and at most ten years; TimeoutError.
         """

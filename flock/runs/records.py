@@ -217,7 +217,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             earlier version has stored it.
         usage: the tokens that it used, including those of the calls that it made.
         model: the model that answered last, even in a call that it made; None if it has asked none.
-        place: None for an answer, and if an earlier version has stored it.
+        place: None for an answer that the step has not received while it ran, and if an earlier version has stored it.
         once: "started" or "ended" if it is executed at most once. A started one has no end, so its ``completed_at`` is
             that of its start.
         answered_by: the principal who has answered a question; None without principals, and for a default.
@@ -250,6 +250,11 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     def answered_at(self) -> datetime | None:
         """When a question was answered."""
         return self.completed_at if self.kind == "question" and self.error is None else None
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether it is an answer or a message. It is stored before the step receives it, and so before its place."""
+        return self.kind in ("question", "message") and self.error is None
 
     @property
     def is_start(self) -> bool:

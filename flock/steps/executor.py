@@ -218,7 +218,8 @@ class ActiveRun:
     async def keep_call(self, call: Call) -> None:
         """Called with each finished call, and with the start of one that is executed at most once.
 
-        On return it is stored. Raises Uncertain if another process has started the same call.
+        It may be an answer or a message that ``check_wait`` has returned: then its place is stored with it. On return
+        it is stored. Raises Uncertain if another process has started the same call.
         """
 
     async def check_wait(self, wait: Question) -> Call | None:
@@ -434,7 +435,7 @@ class StepExecutor:
             CURRENT_SLOT.reset(reset)
             left = await journal.end(self.limits.grace_s, functools.partial(self._threads.are_awaited, active))
             if failure is not None and not journal.is_suspended:
-                active.dropped = (*run.dropped, *dropped_calls(journal.failed, failure, journal.last_start))
+                active.dropped = (*run.dropped, *dropped_calls(journal.failed, failure, journal.has_gone_on))
             failure = None  # it refers to this frame
             if left:
                 template = "run %s: %s ended, but %d of its calls still run: their tasks swallow their cancellation"
@@ -486,24 +487,18 @@ class StepExecutor:
             active.scope.cancel()
             raise
         if not call.is_start:
-            self._note_call(active, call)
+            if active.live is not None and active.context is not None:
+                active.live.end_call(active.context.position, call.call_id)
+                active.live.note_news()
+            self.notify("call_completed", call)
 
     async def _check_wait(self, active: ActiveRun, wait: Question) -> Call | None:
         """Return the call that answers *wait*, or None. If another process owns the run now, stop the agent."""
         try:
-            call = await active.check_wait(wait)
+            return await active.check_wait(wait)
         except OwnershipLost:
             active.scope.cancel()
             raise
-        if call is not None:
-            self._note_call(active, call)
-        return call
-
-    def _note_call(self, active: ActiveRun, call: Call) -> None:
-        if active.live is not None and active.context is not None:
-            active.live.end_call(active.context.position, call.call_id)
-            active.live.note_news()
-        self.notify("call_completed", call)
 
     def stop(self, active: ActiveRun) -> None:
         """Stop a run because the engine is shutting down. Do not wait for a function in a thread."""

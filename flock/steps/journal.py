@@ -115,7 +115,6 @@ class Journal:
         questions: the questions, sleeps and messages for which the step was ended.
         elsewhere: the agent for which it was ended, because only another process has it.
         change: how the program was changed, for which it was ended.
-        last_start: when the last call was started.
     """
 
     finished: InitVar[Iterable[Call]]
@@ -174,7 +173,7 @@ class Journal:
         self._bytes_left = max_total_bytes - sum(map(_bytes_of, checkpoints))
         self.kept = self._made = 0
         self._failed: list[tuple[Call, BaseException | None]] = []
-        self.last_start = max((call.started_at for call in checkpoints), default=EPOCH)
+        self._last_start = max((call.started_at for call in checkpoints), default=EPOCH)
         #: equal calls, by what they have in common
         self._equal: defaultdict[str, _Equal] = defaultdict(_Equal)
         #: what the functions of calls execute, by the parent, the label and the key of the call
@@ -228,6 +227,12 @@ class Journal:
         """The calls that have failed, each with the exception that this execution has seen, if it has seen one."""
         unseen = (*self._replay.not_repeated, *self._replay.contained)
         return [*self._failed, *((call, None) for call in unseen if call.error is not None)]
+
+    def has_gone_on(self, call: Call) -> bool:
+        """Whether a call of the step has started after *call* had failed."""
+        if call.place is None:  # an answer
+            return self._last_start > call.completed_at
+        return self._replay.last_start > call.place.end
 
     @property
     def usage(self) -> Usage | None:
@@ -334,7 +339,10 @@ class Journal:
         return self._wait(SLEEP, "timer", lambda at: _timer("", at, until(at)), None, "sleep", JSON_NULL)
 
     async def deadline(self, context: RunContext, seconds: float) -> datetime:
-        """Return the time that is *seconds* after the first execution of this call."""
+        """Return the time that is *seconds* after the first execution of this call.
+
+        The seconds identify it, so that blocks of parallel tasks do not get the times of each other.
+        """
         check_in_loop(context)
 
         async def end() -> datetime:
@@ -342,12 +350,14 @@ class Journal:
 
         arguments = msgspec.Raw(msgspec.json.encode({"seconds": seconds}))
         decode = functools.partial(_decode, TIMEOUT, datetime)
-        time: datetime = await self.once(TIMEOUT, "deadline", end, arguments=arguments, decode=decode)
+        key = str(float(seconds))
+        time: datetime = await self.once(TIMEOUT, key, end, kind="sleep", arguments=arguments, decode=decode)
         return time
 
     def timer(self, until: datetime) -> Coroutine[Any, Any, None]:
         """Wait until a time, beside other calls: a step does not end for timers alone."""
-        return self._wait(TIMER, "until", lambda at: _timer(TIMER, at, until), None, "sleep", JSON_NULL)
+        key = str(until.timestamp())
+        return self._wait(TIMER, key, lambda at: _timer(TIMER, at, until), None, "sleep", JSON_NULL)
 
     def _asking(
         self, label: str, text: str, type_: Any, expires_s: float | None, default: Any, **more: Any
@@ -454,6 +464,7 @@ class Journal:
         try:
             with contextlib.nullcontext() if _is_timer(asked) else clocks_stopped():
                 while True:
+                    changed = self._changed.next
                     for _ in range(CHECKPOINTS):  # for a sibling that is between two calls
                         await anyio.lowlevel.checkpoint()
                     if wait is not None and self._should_check(wait, checked):
@@ -462,6 +473,8 @@ class Journal:
                         continue
                     is_last_asked = next(reversed(self._asked)) == call_id  # only one needs to check
                     if is_last_asked and self._waits_only and not self._is_closed:
+                        if changed.is_set():  # a sibling has just left a call
+                            continue
                         self.questions = tuple(each for each in self._asked.values() if isinstance(each, Question))
                         self.elsewhere = next((each for each in self._asked.values() if isinstance(each, str)), None)
                         self._close()
@@ -555,7 +568,9 @@ class Journal:
             finally:
                 del self._open[planned.call_id], equal.running[number]
                 self._changed.notify()
-                if not is_done:  # the next equal call takes its place, also when the step runs again
+                # The next equal call takes its place, also when the step runs again. But the time of a sleep may have
+                # come, which is then in the store.
+                if not is_done and kind != "sleep":
                     equal.free(number)
 
         async def run_and_then(then: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -575,18 +590,16 @@ class Journal:
         return self._equal[key].take()
 
     async def _result_of(self, planned: "_Planned", cancellation: Cancellation) -> Any:
-        if self._is_closed:
-            await anyio.lowlevel.checkpoint()  # raises if the step was ended for a question
-            raise Refused(_LATE.format(planned.label))
+        if self._is_closed:  # for a question, or because the program was changed
+            await self._end_with_step()
         entry = self._replay.begin(planned.call_id, planned.arguments)
         if entry.stored is not None:
             return await self._repeated(planned, entry, entry.stored, cancellation)
         if (once := self._once.get(planned.call_id)) is None:
             try:
                 return await self._make(planned, entry, cancellation)
-            except _Answered as answered:
-                self._replay.answer(entry, answered.call)
-                return await self._repeated(planned, entry, answered.call, cancellation)
+            except _Answered as answered:  # its place is stored too, since another answer may have been given before
+                return self._end_of(planned, await self._store_end(answered.call, entry, cancellation))
         if once.is_start:
             return self._end_of(planned, await self._uncertain(planned, once, entry, cancellation))
         self._replay.forget(entry)
@@ -608,7 +621,7 @@ class Journal:
             raise
         finally:
             self._replay.cancelled_again(entry)
-        if self.stops_on_change and not self._replay.has_end(planned.call_id):
+        if self._stops_before(planned) and not self._replay.has_end(planned.call_id):
             await self._stop(f"it does not cancel the call {planned.call_id!r} again")
         return await self._result_of(planned, cancellation)  # that of the next equal call, or it is executed
 
@@ -658,11 +671,11 @@ class Journal:
 
     async def _make(self, planned: "_Planned", entry: Entry, cancellation: Cancellation) -> Any:
         """Execute a call, and store how it ended."""
-        if self.stops_on_change and not entry.is_known:
+        if self._stops_before(planned) and not entry.is_known:
             await self._check_change(planned)
         await self.wait_for_store()
         started_at = now()
-        self.last_start = max(self.last_start, started_at)
+        self._last_start = max(self._last_start, started_at)
         if planned.at_most_once:
             await self._start(planned, started_at, cancellation)
             await cancellation.raise_if_late()
@@ -672,6 +685,8 @@ class Journal:
             self.on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
         try:
             value = await planned.execute()
+            if planned.label == TIMER:  # the block may have ended in time, perhaps in an earlier execution
+                await self._replay.settle()
             if planned.should_keep is not None and not planned.should_keep(value):
                 self._replay.forget(entry)
                 return value
@@ -714,6 +729,13 @@ class Journal:
         if planned.on_error is None or call.error is None or isinstance(exc, Uncertain):
             raise exc
         return planned.on_error(call.error)
+
+    def _stops_before(self, planned: "_Planned") -> bool:
+        """Whether a call that shows that the program was changed ends the step. What only takes time does not.
+
+        Nor does any, if equal calls may be mixed up.
+        """
+        return self.stops_on_change and planned.kind != "sleep" and self.mixed_up is None
 
     async def _check_change(self, planned: "_Planned") -> None:
         """End the step if a call seems to replace another one, because the program was changed."""
@@ -783,12 +805,13 @@ class Journal:
         )
         self._failed.append((call, None))
         try:
-            with contextlib.suppress(Exception):  # the next call raises it
-                await self._store(call, cancellation)
-            if not self._replay.may_see(place.end):
-                await self._until_it_may_see(place.end, cancellation)
+            with clocks_stopped():  # a limit that passes now would hide the cancellation
+                with contextlib.suppress(Exception):  # the next call raises it
+                    await self._store(call, cancellation)
+                if not self._replay.may_see(place.end):
+                    await self._until_it_may_see(place.end, cancellation)
         finally:
-            self._replay.saw(place)
+            self._replay.saw(entry, place.end)
 
     async def _stop(self, change: str) -> NoReturn:
         """End the step, because the program was changed."""
@@ -875,41 +898,40 @@ class Journal:
         if self._is_over or self.is_suspended:  # a function may swallow the end of its step, and return anything
             return
         try:
-            await self._save_whole(call, cancellation)
+            # It is done, so it must not be executed again, even if this task is cancelled meanwhile.
+            await self._finish(self.save(call), cancellation)
         except Uncertain:  # another process has started it too
             raise
         except Exception as exc:
             self._save_error = exc
             raise
 
-    async def _save_whole(self, call: Call, cancellation: Cancellation) -> None:
-        """Save a call that is done, so it must not be executed again, even if this task is cancelled meanwhile."""
+    async def _until_it_may_see(self, end: int, cancellation: Cancellation) -> None:
+        """See ``Replay``. If the run or the step is ending, it may see all."""
+        if cancellation.task is current_task():  # otherwise the task is not executed any more, but destroyed
+            sight = self._replay.until_it_may_see(end)
+            await self._finish(sight, cancellation, lambda: self._is_closed or self.is_cut_off())
+
+    async def _finish(
+        self,
+        work: Awaitable[None],
+        cancellation: Cancellation,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Await *work* in spite of cancellations of this task, until *is_over*."""
         with anyio.CancelScope(shield=True):
             if cancellation.task is None:  # trio
-                await self.save(call)
+                await work
                 return
             # In a task of its own, since asyncio.timeout cancels this one in spite of the shield.
-            saving = asyncio.ensure_future(self.save(call))
-            while not saving.done():
+            working = asyncio.ensure_future(work)
+            while not (working.done() or is_over()):
                 try:
-                    await asyncio.wait([saving])
+                    await asyncio.wait([working])
                 except asyncio.CancelledError:
                     note_late_cancellation()
-            saving.result()
-
-    async def _until_it_may_see(self, end: int, cancellation: Cancellation) -> None:
-        """See ``Replay``. Wait in spite of cancellations of this task, unless the run or the step is ending."""
-        if cancellation.task is not current_task():  # the task is not executed any more, but destroyed
-            return
-        with anyio.CancelScope(shield=True):
-            if cancellation.task is None:  # trio
-                await self._replay.until_it_may_see(end)
-                return
-            waiting = asyncio.ensure_future(self._replay.until_it_may_see(end))
-            while not (waiting.done() or self._is_closed or self.is_cut_off()):
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([waiting])
-            waiting.cancel()
+            if not working.cancel():
+                working.result()
 
 
 def _as_asking(call: Call) -> Call:

@@ -24,6 +24,8 @@ from flock.scopes import Signal, current_task, loop_clock
 NESTED = "~"
 #: How many iterations of the event loop other tasks get to act before the next end is delivered.
 CHECKPOINTS = 6
+#: How many of them a step gets to leave a block before a time-out of the block counts.
+SETTLING = 50
 #: Marks of about this size, in bytes, are stored with one call, since a cluster takes at most 2 MiB at once. The next
 #: call has the others.
 MAX_MARK_BYTES = 256 * 1024
@@ -37,16 +39,17 @@ class Entry:
     Attributes:
         start, end: the numbers of its start and of its end; 0 before that. An answer that was not delivered has a
             number after those of all other ends.
+        seen: the number of when its end was delivered, if calls have started since it was stored; 0 otherwise.
         start_s: when it started in this execution; see ``Place``.
         stored: how it ended in an earlier execution; None if it is to be executed.
         is_known: an earlier execution has started it.
         is_unseen: no execution has delivered its end.
     """
 
-    __slots__ = ("call_id", "end", "is_known", "is_unseen", "start", "start_s", "stored")
+    __slots__ = ("call_id", "end", "is_known", "is_unseen", "seen", "start", "start_s", "stored")
 
     def __init__(self, call_id: str, start: int = 0, stored: Call | None = None) -> None:
-        self.call_id, self.start, self.end, self.stored = call_id, start, 0, stored
+        self.call_id, self.start, self.end, self.seen, self.stored = call_id, start, 0, 0, stored
         self.start_s, self.is_known, self.is_unseen = 0.0, bool(start), stored is not None
 
     @property
@@ -65,8 +68,9 @@ class Replay:
     Attributes:
         calls: those of *calls* that no other one contains which has ended.
         contained: the others. This execution does not make them.
-        mixed_up: the name of equal calls that ran at the same time and ended differently, if there are any. Only the
-            order in which they start tells them apart.
+        last_start: the number of the last start of a call, in any execution.
+        mixed_up: the name of equal calls that ran at the same time and ended differently, or not all of which ended, if
+            there are any. Only the order in which they start tells them apart.
     """
 
     def __init__(self, calls: Sequence[Call], grace_s: float) -> None:
@@ -76,23 +80,26 @@ class Replay:
         #: how much longer it had taken before until the end that was delivered last
         self._skipped_s = 0.0
         self._recurred = Signal()
-        #: the last number, and that of the end that was delivered last
-        self._number = self._last_end = 0
+        #: the last number, that of the last start of this execution, and that of the end that was delivered last
+        self._number = self._new_start = self._last_end = 0
+        self.last_start = 0
         #: those that have not started in this execution, by call; first those that have started before
         self._expected = defaultdict[str, deque[Entry]](deque)
         #: those of them that have ended, by the call that contains them and their name
         self._ended = defaultdict[tuple[str, str], dict[Entry, None]](dict)
         #: results that came after the program had stopped waiting for them. The next equal call returns them.
         self._late = defaultdict[str, deque[Call]](deque)
-        #: the numbers of starts that have not recurred, and of ends that are not delivered, in order
-        self._missing, self._ends = dict[int, None](), dict[int, None]()
+        #: the numbers of starts that have not recurred, in order
+        self._missing = dict[int, None]()
+        #: those of ends that are not delivered, in order, each with that of when it was delivered before
+        self._ends = dict[int, int]()
         #: what wakes the calls that wait for their turn, by the number of their end
         self._turns = dict[int, anyio.Event]()
-        #: the ends of calls that wait to be cancelled again
-        self._to_cancel = set[int]()
+        #: the ends of calls that wait to be cancelled again, each with the time until which other cancellations wait
+        self._to_cancel = dict[int, float]()
         #: those of cancelled calls that the program has not seen
         self._unseen = set[int]()
-        #: starts, and answers that were delivered, that are in no stored call yet, by the number of the start
+        #: starts, and ends that were delivered, that are in no stored call yet, by the number of the start
         self._unwritten = dict[int, Mark]()
         self.calls, self.contained = list[Call](), list[Call]()
         self.mixed_up: str | None = None
@@ -103,16 +110,16 @@ class Replay:
         entries, unplaced = self._placed(calls)
         answers = self._answers(entries, unplaced)
         known = [entries[start] for start in sorted(entries)] + [entry for entry in answers if not entry.start]
-        self._number = max((max(entry.start, entry.end) for entry in entries.values()), default=0)
-        spans = defaultdict[str, list[tuple[int, float]]](list)
+        self._number = max((max(entry.start, entry.end, entry.seen) for entry in entries.values()), default=0)
+        self.last_start = max(entries, default=0)
+        over = dict[str, float]()  # until when calls were executed that have ended
         for entry in known:
             if entry.stored is not None:
-                spans[entry.call_id].append((entry.start, math.inf if entry.is_unseen else entry.end))
+                over[entry.call_id] = max(over.get(entry.call_id, 0), math.inf if entry.is_unseen else entry.end)
         for entry in answers:
             entry.end = self._next_number()
         for entry in known:
-            around = (span for caller in callers(entry.call_id) for span in spans.get(caller, ()))
-            if any(start <= entry.start <= end for start, end in around):
+            if entry.start and any(entry.start <= over.get(caller, 0) for caller in callers(entry.call_id)):
                 self.contained += [] if entry.stored is None else [entry.stored]
                 continue
             if entry.start:
@@ -121,8 +128,8 @@ class Replay:
             if entry.stored is not None:
                 self.calls.append(entry.stored)
                 self._ended[_kind_of(entry.call_id, entry.stored.name)][entry] = None
-        ends = (entry.end for each in self._expected.values() for entry in each if entry.stored is not None)
-        self._ends = dict.fromkeys(sorted(ends))
+        ended = [entry for each in self._expected.values() for entry in each if entry.stored is not None]
+        self._ends = {entry.end: entry.seen or entry.end for entry in sorted(ended, key=lambda entry: entry.end)}
         self.mixed_up = _mixed_up(entry for each in self._expected.values() for entry in each)
 
     def _placed(self, calls: Iterable[Call]) -> tuple[dict[int, Entry], list[Call]]:
@@ -134,8 +141,12 @@ class Replay:
                 continue
             for mark in (*place.also, Mark(call.call_id, place.start, place.end)):
                 entry = entries.setdefault(mark.start, Entry(mark.call_id, mark.start))
-                if entry.call_id == mark.call_id:
+                if entry.call_id != mark.call_id:
+                    continue
+                if entry.stored is None or mark.start == place.start:
                     entry.end = max(mark.end, entry.end)
+                else:  # it was stored before, and delivered then
+                    entry.seen = max(mark.end, entry.seen)
             entry, returned = entries[place.start], entries[place.start].stored
             if entry.call_id != call.call_id:  # two processes have executed the step at the same time
                 unplaced.append(replace(call, place=None))
@@ -198,7 +209,7 @@ class Replay:
             self._missing.pop(entry.start, None)
             self._recur()
         if not entry.start:
-            entry.start = self._next_number()
+            self.last_start = self._new_start = entry.start = self._next_number()
             self._unwritten[entry.start] = Mark(call_id, entry.start)
         entry.start_s = self._time() - self._began_at
         return entry
@@ -219,7 +230,7 @@ class Replay:
         end = self._next_number()
         if not is_cancelled:
             entry.end = end
-        self._ends[end] = None
+        self._ends[end] = end
         self._unwritten.pop(entry.start, None)
         return Place(
             start=entry.start,
@@ -231,7 +242,7 @@ class Replay:
         )
 
     def _take_unwritten(self) -> Iterator[Mark]:
-        """Yield what is stored with the next call: first the answers, which are few."""
+        """Yield what is stored with the next call: first the ends, which are few."""
         size = 0
         for start in sorted(self._unwritten, key=lambda start: (not self._unwritten[start].end, start)):
             size += len(self._unwritten[start].call_id) + MARK_BYTES
@@ -239,15 +250,16 @@ class Replay:
                 break
             yield self._unwritten.pop(start)
 
-    def answer(self, entry: Entry, call: Call) -> None:
-        """The answer for which a call waits has come while the step runs. Then ``turn``."""
-        entry.stored, entry.is_unseen, entry.end = call, True, self._next_number()
-        self._ends[entry.end] = None
-
-    def saw(self, place: Place) -> None:
-        """The program sees its cancellation of a call now."""
-        self._ends.pop(place.end, None)
-        self._advance()
+    def saw(self, entry: Entry, end: int) -> None:
+        """The program sees an end now. If the step runs again, what has started by now starts before that."""
+        if self._new_start > self._ends.pop(end, end) or entry.is_unseen:
+            self._unwritten[entry.start] = Mark(entry.call_id, entry.start, self._next_number())
+        self._last_end = end
+        self._skipped_s += self._left_s(entry)
+        if entry.stored is not None:
+            self._recur()
+        else:
+            self._advance()
 
     def forget(self, entry: Entry) -> None:
         """The end of a call is not stored, so it is not known that it has started."""
@@ -280,15 +292,20 @@ class Replay:
             elif entry.stored is not None:
                 await anyio.lowlevel.checkpoint()
         finally:
-            self._last_end = end
-            self._skipped_s += self._left_s(entry)
+            self.saw(entry, end)
+
+    async def settle(self) -> None:
+        """Wait until the program has seen all that has ended by now, and has had time to leave a block."""
+        end = self._next_number()
+        self._ends[end] = end
+        try:
+            while not self._is_turn(end):
+                await self._wait_for_turn(end)
+            for _ in range(SETTLING):
+                await anyio.lowlevel.checkpoint()
+        finally:
             self._ends.pop(end, None)
-            if entry.stored is not None:
-                self._recur()
-            else:
-                self._advance()
-        if entry.is_unseen:
-            self._unwritten[entry.start] = Mark(entry.call_id, entry.start, self._next_number())
+            self._advance()
 
     def _left_s(self, entry: Entry) -> float:
         """Return for how long a stored call had not ended yet, this long after the end that was delivered last."""
@@ -303,21 +320,26 @@ class Replay:
         """
         assert entry.stored is not None
         assert entry.stored.place is not None
-        self._to_cancel.add(entry.end)
+        self._to_cancel[entry.end] = self._time() + self._left_s(entry) + self._grace_s / 5
         await self._is_in_vain(entry.stored.place.end_s, lambda: False)
 
     def is_cancelled_alone(self, entry: Entry) -> bool:
         """A call is cancelled again. Whether the program sees it at once: none waits for the same, or ended before."""
-        self._to_cancel.discard(entry.end)
+        self._to_cancel.pop(entry.end, None)
         return not self._to_cancel and self.may_see(entry.end)
 
     def may_see(self, end: int) -> bool:
         """Whether the program may see a cancellation: after all that has ended before, as while a thread ran on.
 
-        It does not wait behind a call that waits to be cancelled itself, perhaps when the program has seen this.
+        It does not wait long for a call that waits to be cancelled itself, perhaps when the program has seen this.
         """
-        first = next(iter(self._ends), end)
-        return first in self._to_cancel or (first >= end and not (self._missing and next(iter(self._missing)) < end))
+        if (until := self._waits_until(end)) is not None:
+            return self._time() >= until
+        return next(iter(self._ends), end) >= end and not self._is_missing_before(end)
+
+    def _waits_until(self, end: int) -> float | None:
+        """Return until when a cancellation waits for another call that is cancelled before; None if there is none."""
+        return self._to_cancel.get(next(iter(self._ends), end))
 
     async def until_it_may_see(self, end: int) -> None:
         self._unseen.add(end)
@@ -325,14 +347,17 @@ class Replay:
             for _ in range(CHECKPOINTS):  # for those that are cancelled at the same time
                 await anyio.lowlevel.checkpoint()
             while not self.may_see(end):
-                await self._wait_for_turn(end)
+                until = self._waits_until(end)
+                with anyio.move_on_after(None if until is None else until - self._time()):
+                    await self._wait_for_turn(end)
+                for _ in range(CHECKPOINTS):  # for what the end before has caused
+                    await anyio.lowlevel.checkpoint()
         finally:
             self._unseen.discard(end)
 
     def cancelled_again(self, entry: Entry) -> None:
-        self._to_cancel.discard(entry.end)
-        self._ends.pop(entry.end, None)
-        self._recur()
+        self._to_cancel.pop(entry.end, None)
+        self.saw(entry, entry.end)
 
     async def replaced_by(self, call_id: str, name: str) -> Call | None:
         """Return a call that a new one seems to replace, since the program was changed; None if there is none.
@@ -375,7 +400,8 @@ class Replay:
 
     def _advance(self) -> None:
         """Wake the call whose turn it is now."""
-        if self._turns and (turn := self._turns.get(end := next(iter(self._ends)))) is not None and self._is_turn(end):
+        end = next(iter(self._ends), 0)
+        if (turn := self._turns.get(end)) is not None and self._is_turn(end):
             turn.set()
         for end in self._unseen:
             if end in self._turns and self.may_see(end):
@@ -384,7 +410,10 @@ class Replay:
     def _is_turn(self, end: int) -> bool:
         if end not in self._ends:
             return True
-        return next(iter(self._ends)) == end and not (self._missing and next(iter(self._missing)) < end)
+        return next(iter(self._ends)) == end and not self._is_missing_before(end)
+
+    def _is_missing_before(self, end: int) -> bool:
+        return bool(self._missing) and next(iter(self._missing)) < self._ends.get(end, end)
 
     async def _wait_for_turn(self, end: int) -> None:
         """Wait until it may be the turn of *end*. If nothing recurs, strike out what was waited for in vain."""
@@ -405,7 +434,7 @@ class Replay:
     def _strike_out(self, end: int) -> None:
         """Let what comes before *end* hold up no other, apart from calls that wait to be cancelled."""
         self._struck_at = self._time()
-        for number in [number for number in self._missing if number < end]:
+        for number in [number for number in self._missing if number < self._ends.get(end, end)]:
             del self._missing[number]
         for number in [number for number in self._ends if number < end and number not in self._to_cancel]:
             del self._ends[number]
@@ -436,14 +465,17 @@ def _kind_of(call_id: str, name: str) -> tuple[str, str]:
 def _mixed_up(entries: Iterable[Entry]) -> str | None:
     last = dict[str, Entry]()
     for entry in sorted(entries, key=lambda entry: entry.start):
-        call = entry.stored
-        if call is None or call.is_cancelled or not entry.start:
+        if not entry.start or (entry.stored is not None and entry.stored.kind == "sleep"):
             continue
         key, _ = numbered(entry.call_id)
         other = last.get(key, entry)
-        assert other.stored is not None
-        if entry.start < other.end and (call.result, call.error) != (other.stored.result, other.stored.error):
-            return call.name
-        if entry.end >= other.end:
+        if entry.start < (other.end or math.inf) and _outcome_of(entry) != _outcome_of(other):
+            return key.rpartition(NESTED)[2].partition(":")[0]
+        if (entry.end or math.inf) >= (other.end or math.inf):
             last[key] = entry
     return None
+
+
+def _outcome_of(entry: Entry) -> object:
+    call = entry.stored
+    return None if call is None else (call.result, call.error, call.is_cancelled)

@@ -1,8 +1,7 @@
 """What a retry keeps of the calls that earlier attempts have made."""
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from datetime import datetime
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -49,17 +48,19 @@ def _tool_call_of(approval: Call) -> str:
 
 
 def dropped_calls(
-    failed: Sequence[tuple[Call, BaseException | None]], end: BaseException | None, last_start: datetime
+    failed: Sequence[tuple[Call, BaseException | None]],
+    end: BaseException | None,
+    has_gone_on: Callable[[Call], bool],
 ) -> list[str]:
     """Return the keys of *failed* calls that a retry executes again: the program has not continued after them.
 
     Args:
         failed: each with the exception that the program has seen.
         end: what the step has raised; None if it was ended from outside.
-        last_start: when the last call of the step was started.
+        has_gone_on: whether a call of the step has started after a call had failed.
     """
     ends = set(map(id, _named_by(end)))
-    dropped = [call for call, exc in failed if id(exc) in ends or not _has_gone_on(call, last_start)]
+    dropped = [call for call, exc in failed if id(exc) in ends or not has_gone_on(call)]
     # If the step has run twice, the exception of a call is not that of the call that has made it, but an equal one.
     raised = {call.call_id: call.raised for call in dropped if call.raised is not None}
     made = [
@@ -77,11 +78,6 @@ def key_of(call: Call) -> str:
 def _is_in(dropped: Collection[str], call: Call) -> bool:
     """Whether *call* is dropped. An answer has the same key as its call, if that was cancelled in the same instant."""
     return call.error is not None and key_of(call) in dropped
-
-
-def _has_gone_on(call: Call, last_start: datetime) -> bool:
-    """Whether a call of the step was started after *call* had failed."""
-    return last_start > call.completed_at
 
 
 def _named_by(exc: BaseException | None) -> Iterator[BaseException]:

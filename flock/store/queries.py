@@ -458,13 +458,20 @@ def find_next_calls(
         return [(row, shown_call_from(call)) for row, *call in db.execute(statements.NEXT_CALLS, values)]
 
 
+def _place_answer(db: sqlite3.Connection, run: Run, position: int, call: Call) -> bool:
+    """Write the place of an answer. Returns False if it is not stored yet, since the program has given it itself."""
+    values = (msgspec.json.encode(call.place), run.run_id, position, run.tries, call.call_id)
+    return db.execute(statements.PLACE_ANSWER, values).rowcount == 1
+
+
 def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> None:
     """Write a finished call of a step, or its start, and what the run has spent. Raises OwnershipLost."""
     check_owner(db, run)
     write_spent(db, run)
     if call.once == "ended":
         db.execute(statements.DELETE_START, (run.run_id, position, call.call_id))
-    db.execute(statements.INSERT_CALL, call_values(run, position, call))
+    if not (call.is_answer and _place_answer(db, run, position, call)):
+        db.execute(statements.INSERT_CALL, call_values(run, position, call))
     if call.kind in WAIT_KINDS:
         db.execute(statements.SET_WAITS, (json_or_null(run.waiting_for), run.run_id))
     if run.deaths and not call.is_start:

@@ -230,6 +230,9 @@ INSERT_STEP = f"""INSERT OR REPLACE INTO steps (run_id, position, {", ".join(STE
     VALUES (?, ?, {_marks(STEP_TABLE)})"""
 INSERT_CALL = f"""INSERT INTO calls (run_id, position, tries, {", ".join(CALL_TABLE)})
     VALUES (?, ?, ?, {_marks(CALL_TABLE)})"""
+#: An answer is stored when it is given. Its step stores its place when it receives it.
+PLACE_ANSWER = """UPDATE calls SET place = ? WHERE rowid = (SELECT max(rowid) FROM calls WHERE run_id = ?
+    AND position = ? AND tries = ? AND call_id = ? AND error IS NULL AND place IS NULL)"""
 #: Its end replaces the start of a call that is executed at most once.
 DELETE_START = "DELETE FROM calls WHERE run_id = ? AND position = ? AND call_id = ? AND once = 'started'"
 #: The arguments are not read: only the id of a call is compared.

@@ -125,13 +125,17 @@ class Calls:
     def add(self, done: CallDone) -> None:
         """Add a call. Of several answers to a question, the first one counts. A failed call may be made again.
 
-        The end of a call that is executed at most once replaces its start, and the first one counts.
+        The end of a call that is executed at most once replaces its start, and the first one counts. A step that
+        receives an answer while it runs adds its place.
         """
         self._spent[done.item] = latest(self._spent.get(done.item), done.spent)
         call = done.call
         if self.fence.admits(done) and call.is_checkpoint:
             of_item, call_id = self._by_item.setdefault(done.item, {}), call.call_id
-            if call.once is None and call.place is not None:
+            if call.is_answer:
+                if call.place is not None and (given := of_item.get((done.step, call_id))) is not None:
+                    of_item[done.step, call_id] = replace(given, call=replace(given.call, place=call.place))
+            elif call.once is None and call.place is not None:
                 call_id = f"{call_id} {call.place.start} {call.completed_at}"
             elif call.once is None and call.raised is not None and call.kind != "question":
                 call_id = f"{call_id} {call.completed_at}"

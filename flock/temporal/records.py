@@ -179,7 +179,7 @@ class Reading:
             self._made.append(brought)
             if brought.call.place is not None:
                 self._end_wait(brought)
-            if brought.call.kind == "question":  # perhaps of a step whose order has not ended yet
+            if _is_of_answers(brought.call):  # perhaps of a step whose order has not ended yet
                 self._answers.add(brought)
         self.answer()
 
@@ -326,6 +326,10 @@ def run_of(history: Sequence[HistoryEvent], traces: Traces | None = None, *, is_
     return reading.run
 
 
+def _is_of_answers(call: Call) -> bool:
+    return call.kind == "question" or call.is_answer
+
+
 def _attributes_of(event: HistoryEvent) -> Any:
     """Return the attributes of an event of any type."""
     return getattr(event, event.WhichOneof("attributes") or "")
@@ -374,7 +378,7 @@ def journal_of(step: int, calls: Iterable[Call]) -> list[Call]:
 def _by_step(done: Iterable[CallDone], answers: Calls, item: int = 0) -> dict[int, list[Call]]:
     """Return the calls that workers have *done*, and *answers*, oldest first, by the position of their step."""
     found: dict[int, list[Call]] = {}
-    made = [each for each in done if each.call.kind != "question"]
+    made = [each for each in done if not _is_of_answers(each.call)]
     ended = {(each.step, each.call.call_id) for each in made if each.call.once == "ended"}
     made = [each for each in made if not (each.call.is_start and (each.step, each.call.call_id) in ended)]
     for each in [*made, *answers.of_item(item)]:

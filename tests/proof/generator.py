@@ -5,6 +5,7 @@ The first of all choices are the simplest ones, because Hypothesis tends to them
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from random import Random
 from typing import Literal
@@ -15,7 +16,7 @@ from msgspec.structs import replace
 
 from tests.proof.workflows import TIMEOUTS, Kind, Statement
 
-__all__ = ["CLASSES", "End", "Fate", "fate_of", "fates", "program_of", "programs", "restricted"]
+__all__ = ["CLASSES", "THREADS", "End", "Fate", "fate_of", "fates", "program_of", "programs", "restricted"]
 
 SECONDS = (0.1, 0.2, 0.4, 0.8)
 LIMITS_S = (0.15, 0.3, 0.6, 1.2)
@@ -196,6 +197,8 @@ def restricted(s: Statement, above: Set[str] = frozenset()) -> Statement:
         # A group that fails waits for its threads, and if it is cancelled meanwhile, it still fails. While a thread is
         # waited for after a time-out of the program, another one may pass.
         return replace(s, kind=THREADS[s.kind])
+    if s.kind == "group" and above & {"timeout", "deadline"} and sys.version_info < (3, 13):
+        s = replace(s, kind="gather")  # if a group fails, ``asyncio.timeout`` takes it for a cancellation
     if s.kind == "tool" and any(each.kind in THREADS for each in s.all):
         s = replace(s, limit_s=None)  # whether it is too late depends on what follows the thread
     below = {*above, s.kind}

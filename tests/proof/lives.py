@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from msgspec.structs import replace
 
 from flock.engine import embedded
 from flock.engine.embedded import EmbeddedEngine
@@ -40,7 +39,7 @@ def engine_of(world: World, store: str) -> EmbeddedEngine:
 
 
 async def _answer(engine: EmbeddedEngine, world: World, run_id: str, rng: random.Random) -> Run:
-    """Answer all questions of a run at random moments until it ends."""
+    """Answer all questions of a run at random moments until it ends, in each attempt."""
     while (run := await engine.wait(run_id)).status is RunStatus.WAITING:
         questions = [each for each in run.waiting_for if each.is_question]
         rng.shuffle(questions)
@@ -53,11 +52,14 @@ async def _answer(engine: EmbeddedEngine, world: World, run_id: str, rng: random
             with contextlib.suppress(Conflict):  # the process has died after the answer was stored; or it is cancelled
                 await engine.answer_call(run_id, question.call_id, msgspec.Raw(msgspec.json.encode(number)))
             world.answered.add(question.call_id)
-    world.should_retry(run)
-    return run
+    if run.tries == world.attempt and not world.should_retry(run):
+        return run
+    await engine.retry_run(run_id)  # perhaps after a process has died before that
+    return await _answer(engine, world, run_id, rng)
 
 
-async def _cancel(engine: EmbeddedEngine, run_id: str) -> None:
+async def _cancel(engine: EmbeddedEngine, world: World, run_id: str) -> None:
+    world.stop()
     with contextlib.suppress(Conflict):  # it has ended
         await engine.cancel_run(run_id)
 
@@ -78,7 +80,7 @@ async def _process(
         world.send = lambda name, number: sending.add(asyncio.ensure_future(_send(engine, run_id, name, number)))
         world.at(end, loop, die if end is not None and end.is_kill else stop.set)
         if cancel is not None:
-            world.at(cancel, loop, lambda: cancelling.add(asyncio.ensure_future(_cancel(engine, run_id))))
+            world.at(cancel, loop, lambda: cancelling.add(asyncio.ensure_future(_cancel(engine, world, run_id))))
         answering = asyncio.ensure_future(_answer(engine, world, run_id, rng))
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait([answering, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -145,9 +147,6 @@ def processes() -> Iterator[Callable[[Statement, Fate], None]]:
         migrate(db, path) if path != database.MEMORY else db.deserialize(schema)
 
     def execute(program: Statement, fate: Fate) -> None:
-        fate = replace(
-            fate, retries=0
-        )  # only in memory, until it is known which process has seen the end of an attempt
         attempt(program, fate, functools.partial(_trial, Path(base) / str(next(counter))), "--program")
 
     try:

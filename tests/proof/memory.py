@@ -7,7 +7,7 @@ some of those that were being saved.
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
 import anyio
@@ -100,6 +100,18 @@ class Memory:
         return next((call for call in of_wait if call.error is None), None)
 
 
+def _placed(calls: Iterable[Call]) -> Sequence[Call]:
+    """Return *calls*, with the place of each answer that its step has received while it ran."""
+    found = list[Call]()
+    for call in calls:
+        given = [i for i, each in enumerate(found) if each.call_id == call.call_id and each.place is None]
+        if call.is_answer and call.place is not None and given:
+            found[given[-1]] = call
+        else:
+            found.append(call)
+    return found
+
+
 class Execution(ActiveRun):
     """An execution of the step; see ``StoredRun``, which does the same with a store."""
 
@@ -113,10 +125,10 @@ class Execution(ActiveRun):
         self.run = self.memory.run = run
 
     async def finished_calls(self) -> Sequence[Call]:
-        return [call for tries, call in self.memory.calls if tries == self.run.tries]
+        return _placed(call for tries, call in self.memory.calls if tries == self.run.tries)
 
     async def earlier_calls(self, run: Run) -> Sequence[Call]:
-        return [call for tries, call in self.memory.calls if run.first_try <= tries < run.tries]
+        return _placed(call for tries, call in self.memory.calls if run.first_try <= tries < run.tries)
 
     async def keep_call(self, call: Call) -> None:
         run = self.memory.run
@@ -157,6 +169,7 @@ class Process:
         self._changed.set()
 
     def _cancel(self) -> None:
+        self.world.stop()
         self._is_cancelled = True
         if self._active is not None:
             self._active.cancel()

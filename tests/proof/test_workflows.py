@@ -162,6 +162,93 @@ FOUND_IN_MEMORY = {
         '"seconds":0.102236}]}]},{"kind":"work","n":12,"seconds":0.103606}]},{"seed":791,"is_stored":true,'
         '"ends":[[5,4,true]]}]'
     ),
+    "a call that starts while Uncertain, which cancels it, is stored": (
+        '[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"seq","parts":[{"kind":"plain","n":10,"times":3},'
+        '{"kind":"work","n":11,"seconds":0.402236}],"n":9},{"kind":"block","n":15,"seconds":0.803606,'
+        '"limit_s":0.154123,"is_once":true}],"n":3},{"kind":"work","n":16,"seconds":0.104359}],"n":2},'
+        '{"is_stored":true,"ends":[[0,1,false],[3,3,true]]}]'
+    ),
+    "a call that ends after a cancellation": (
+        '[{"kind":"seq","parts":[{"kind":"completed","parts":[{"kind":"flaky","n":4,"seconds":0.101414,"retries":2},'
+        '{"kind":"wait","parts":[{"kind":"ask","n":6},{"kind":"ask","n":7}],"n":5,"limit_s":0.301732}],"n":3},'
+        '{"kind":"work","n":10,"seconds":0.103317}],"n":1},{"is_stored":true,"ends":[[5,2,true]]}]'
+    ),
+    "a call in one that was in flight when the process died": (
+        '[{"kind":"group","parts":[{"kind":"group","parts":[{"kind":"fail","n":6,"seconds":0.101414},{"kind":"tool",'
+        '"parts":[{"kind":"seq","parts":[{"kind":"plain","n":9,"times":3},{"kind":"work","n":10,"seconds":0.101732}],'
+        '"n":8}],"n":7,"limit_s":0.602236}],"n":4},{"kind":"group","parts":[{"kind":"fail","n":13,"seconds":0.202646,'
+        '"limit_s":1.203317,"retries":1},{"kind":"work","n":14,"seconds":0.203606}],"n":12},{"kind":"work","n":15,'
+        '"seconds":0.104123,"limit_s":0.154359},{"kind":"group","parts":[{"kind":"fail","n":19,"seconds":0.104796},'
+        '{"kind":"work","n":20,"seconds":0.205385}],"n":17}],"n":3},{"seed":183,"is_stored":true,"ends":[[2,6,true],'
+        "[12,13,true]]}]"
+    ),
+    "a race whose loser is a thread, and one that fails then": (
+        '[{"kind":"try","parts":[{"kind":"first","parts":[{"kind":"first","parts":[{"kind":"fail","n":6,'
+        '"seconds":0.802236}],"n":5},{"kind":"first","parts":[{"kind":"work","n":11,"seconds":0.203317},'
+        '{"kind":"block_and_fail","n":12,"seconds":0.803606}],"n":8}],"n":3},{"kind":"work","n":13,'
+        '"seconds":0.104123}],"n":2},{"is_stored":true,"ends":[[8,0,true]]}]'
+    ),
+    "two cancellations, of which the later one is of a thread": (
+        '[{"kind":"gather","parts":[{"kind":"first","parts":[{"kind":"block","n":5,"seconds":0.801732},'
+        '{"kind":"fail","n":6,"seconds":0.202236,"is_once":true}],"n":4},{"kind":"group","parts":[{"kind":"group",'
+        '"parts":[{"kind":"work","n":11,"seconds":0.203317},{"kind":"work","n":13,"seconds":0.403606,'
+        '"limit_s":0.304123,"is_once":true}],"n":9},{"kind":"work","n":14,"seconds":0.804359}],"n":7}],"n":2},'
+        '{"is_stored":true,"ends":[[9,14,false]]}]'
+    ),
+    "the time of a call after a thread that was cancelled": (
+        '[{"kind":"loop","parts":[{"kind":"wait","parts":[{"kind":"block","n":6,"seconds":0.801414},{"kind":"work",'
+        '"n":7,"seconds":0.101732}],"n":5,"limit_s":0.152236}],"n":4,"times":3},{"is_stored":true,"ends":[[9,0,'
+        "true]]}]"
+    ),
+    "two limits that pass at the same time": (
+        '[{"kind":"gather","parts":[{"kind":"tool","parts":[{"kind":"tool","parts":[{"kind":"gather",'
+        '"parts":[{"kind":"work","n":10,"seconds":0.101414},{"kind":"work","n":11,"seconds":0.101732}],"n":9}],"n":7,'
+        '"limit_s":0.152236}],"n":6,"limit_s":0.602646},{"kind":"gather","parts":[{"kind":"seq",'
+        '"parts":[{"kind":"plain","n":15,"times":20},{"kind":"work","n":16,"seconds":0.203317}],"n":14},'
+        '{"kind":"ask","n":17}],"n":13},{"kind":"seq","parts":[{"kind":"plain","n":22,"times":3},{"kind":"work",'
+        '"n":23,"seconds":0.104123}],"n":21}],"n":4},{"seed":170,"is_stored":true}]'
+    ),
+    "a limit that passes while a cancellation is stored": (
+        '[{"kind":"group","parts":[{"kind":"fail","n":8,"seconds":0.401414},{"kind":"group","parts":[{"kind":"tool",'
+        '"parts":[{"kind":"fail","n":12,"seconds":0.102236,"retries":2}],"n":11,"limit_s":0.152646},{"kind":"fail",'
+        '"n":13,"seconds":0.103317},{"kind":"work","n":14,"seconds":0.103606},{"kind":"fail","n":15,'
+        '"seconds":0.804123}],"n":10}],"n":2},{"seed":726,"is_stored":true,"ends":[[7,2,true]]}]'
+    ),
+    "sleeps that start in another order": (
+        '[{"kind":"gather","parts":[{"kind":"block","n":4,"seconds":0.801414},{"kind":"first",'
+        '"parts":[{"kind":"sleep","n":8,"seconds":20.002236},{"kind":"work","n":9,"seconds":0.202646}],"n":6},'
+        '{"kind":"gather","parts":[{"kind":"sleep","n":11,"seconds":0.703317}],"n":10}],"n":3},{"seed":229,'
+        '"is_stored":true,"ends":[[3,3,true]]}]'
+    ),
+    "a sleep after one whose time had come when it was cancelled": (
+        '[{"kind":"case","parts":[{"kind":"first","parts":[{"kind":"sleep","n":5,"seconds":20.001414},'
+        '{"kind":"receive","n":6,"seconds":40.001732}],"n":4},{"kind":"sleep","n":17,"seconds":6.004359},'
+        '{"kind":"sleep","n":18,"seconds":0.704796}],"n":3},{"is_stored":true}]'
+    ),
+    "deadlines that start in another order": (
+        '[{"kind":"gather","parts":[{"kind":"deadline","parts":[{"kind":"deadline","parts":[{"kind":"deadline",'
+        '"parts":[{"kind":"work","n":19,"seconds":0.202646}],"n":16,"limit_s":30.003317}],"n":14,'
+        '"limit_s":10.004359}],"n":12,"limit_s":10.004796},{"kind":"first","parts":[{"kind":"receive","n":24},'
+        '{"kind":"deadline","parts":[{"kind":"deadline","parts":[{"kind":"sleep","n":27,"seconds":0.705568}],"n":26,'
+        '"limit_s":0.606083}],"n":25,"limit_s":10.006403}],"n":22}],"n":3},{"is_stored":true,"ends":[[1,4,true]]}]'
+    ),
+    "deadlines that have passed when their blocks end in time again": (
+        '[{"kind":"gather","parts":[{"kind":"deadline","parts":[{"kind":"deadline","parts":[{"kind":"work","n":7,'
+        '"seconds":0.101414}],"n":5,"limit_s":10.003606}],"n":4,"limit_s":30.004123},{"kind":"receive","n":15,'
+        '"seconds":40.004359,"comes":"never"}],"n":3},{"is_stored":true}]'
+    ),
+    "a sleep beside a call that has just ended": (
+        '[{"kind":"first","parts":[{"kind":"deadline","parts":[{"kind":"seq","parts":[{"kind":"plain","n":27,'
+        '"times":1},{"kind":"work","n":28,"seconds":0.105385}],"n":26}],"n":25,"limit_s":30.005568},{"kind":"sleep",'
+        '"n":29,"seconds":20.006083}],"n":24},{"is_stored":true}]'
+    ),
+    "a retry of a cancelled call that is not cancelled again": (
+        '[{"kind":"gather","parts":[{"kind":"first","parts":[{"kind":"flaky","n":7,"seconds":0.801732,'
+        '"limit_s":0.302236,"retries":2},{"kind":"block","n":8,"seconds":0.402646}],"n":3},{"kind":"tool",'
+        '"parts":[{"kind":"flaky","n":13,"seconds":0.103606,"retries":2}],"n":11,"limit_s":0.304359},{"kind":"agent",'
+        '"parts":[{"kind":"block","n":22,"seconds":0.804796}],"n":21}],"n":2},{"is_stored":true,"ends":[[9,16,true]],'
+        '"retries":1}]'
+    ),
 }
 
 

@@ -22,7 +22,7 @@ from flock.runs import RunContext
 __all__ = [
     "CALLS",
     "FLOCK",
-    "LIVES",
+    "LIFE",
     "TIMEOUTS",
     "Kind",
     "Life",
@@ -200,8 +200,8 @@ class _Now(NamedTuple):
 
 
 _NOW: ContextVar[_Now] = ContextVar("now")
-#: the life of the step that is executed in this process; there is one at a time
-LIVES: list[Life] = []
+#: that of the step that is executed
+LIFE: ContextVar[Life] = ContextVar("life")
 FLOCK = Flock("programs")
 
 
@@ -251,7 +251,7 @@ async def helper(key: str, context: RunContext) -> Any:
 
 
 async def _body(key: str, context: RunContext) -> Any:
-    walk, statement = LIVES[-1].bodies[key]
+    walk, statement = LIFE.get().bodies[key]
     return await walk._replace(context=context).do(statement, f"{key}.0")
 
 

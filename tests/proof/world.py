@@ -18,12 +18,12 @@ import pytest
 
 from flock.limits import Limits
 from flock.runs import Observer, Run, RunContext, RunStatus
-from tests.proof.generator import End, Fate
+from tests.proof.generator import THREADS, End, Fate
 from tests.proof.interpreter import interpret
 from tests.proof.schedules import Died, Schedule, Stuck, live
-from tests.proof.workflows import CALLS, FLOCK, LIVES, TIMEOUTS, WAITS, Statement, Walk, text
+from tests.proof.workflows import CALLS, FLOCK, LIFE, TIMEOUTS, WAITS, Statement, Walk, text
 
-__all__ = ["ANSWER_S", "LIMITS", "Life", "World", "attempt", "die", "in_processes", "quiet"]
+__all__ = ["ANSWER_S", "LIMITS", "Life", "World", "attempt", "check", "die", "in_processes", "quiet"]
 
 #: How long a process is down, and how long a person may take to answer, in seconds.
 DOWN_S, ANSWER_S = 1.0, (0.0, 0.3, 2.0, 30.0)
@@ -111,9 +111,10 @@ class World(Observer):
         is_slow = any(each.kind == "plain" and each.seconds for each in program.all)
         # And nothing is stored of a deadline that has not passed.
         is_slow |= bool(fate.ends) and any(each.kind == "deadline" for each in program.all)
-        # The order in which a step gets answers is stored with its next call, so it may be lost.
-        answers = sum(each.kind in ("ask", "receive") for each in program.all)
-        is_slow |= bool(fate.seed and fate.ends) and answers > 1
+        # Nor of when a plain time-out has begun, which cannot pass again in time if another one began later, or of its
+        # end if nothing is cancelled then.
+        limited = [part for each in program.all if each.kind in TIMEOUTS for whole in each.parts for part in whole.all]
+        is_slow |= bool(fate.ends) and any(part.kind in (*TIMEOUTS, "gather", "completed") for part in limited)
         sleeps = sum(each.kind == "sleep" for each in program.all)
         self.is_ordered = not is_slow and not (fate.seed and (sleeps > 1 or any(each.is_equal for each in program.all)))
         #: no journal knows how late a time-out of the program was, so none is late
@@ -144,7 +145,6 @@ class World(Observer):
     def new_life(self) -> Life:
         self.end_lives()
         self.lives.append(life := Life(self))
-        LIVES[:] = [life]
         return life
 
     def stop(self) -> None:
@@ -156,7 +156,7 @@ class World(Observer):
             life.is_alive = False
 
     def run_ended(self, run: Run) -> None:
-        self._has_ended = True
+        self._has_ended = run.tries >= self.attempt  # not late
 
     def begin(self, life: Life, at: str, effect: Statement) -> None:
         self.begun[at] += 1
@@ -185,7 +185,7 @@ class World(Observer):
         if (
             statement.kind == "receive"
             and not outcome
-            and self._sent.get(at, math.inf) < self._since[at] + statement.seconds - 1
+            and self._sent.get(at, math.inf) < self._since.get(at, 0.0) + statement.seconds - 1
         ):
             self.problem(f"the message to {at} was not received, and was sent in time")
 
@@ -211,10 +211,11 @@ class World(Observer):
 
     def should_retry(self, run: Run) -> bool:
         """Check an attempt that has ended. Whether it is to be retried: then the calls that have returned are known."""
-        _check(self, run)
+        check(self, run)
         if run.status is RunStatus.COMPLETED or self.attempt > self.fate.retries:
             return False
         self.attempt += 1
+        self.outcome_before = str((self.last_seen | self.seen).get("0"))
         self._has_ended = False
         self.seen, self.done = dict(self._returned), set(self._returned)
         self.earlier_decisions |= self.last_decisions | self.decisions  # in calls that are not made again
@@ -235,7 +236,7 @@ ATTEMPTS = [0]
 
 @FLOCK.agent
 async def main(context: RunContext) -> Any:
-    life = WORLDS[-1].new_life()
+    LIFE.set(life := WORLDS[-1].new_life())
     try:
         return await Walk(life, context).do(WORLDS[-1].program, "0")
     finally:
@@ -258,7 +259,6 @@ def attempt(program: Statement, fate: Fate, trial: Callable[[World, Fate, random
     finally:
         world.end_lives()
         WORLDS.clear()
-        LIVES.clear()
         ATTEMPTS[:] = [ATTEMPTS[0] + 1]
         if not ATTEMPTS[0] % RUNS_OF_GARBAGE:
             gc.collect()
@@ -328,7 +328,7 @@ def _when(end: End) -> str:
     return f"{end.steps} steps after event {end.event}"
 
 
-def _check(world: World, run: Run) -> None:
+def check(world: World, run: Run) -> None:
     """Check what has come out of a run that has ended."""
     fate = world.fate
     if fate.cancel is not None and run.status is RunStatus.CANCELLED:
@@ -345,8 +345,10 @@ def _check(world: World, run: Run) -> None:
     failed = {f"Oops({each.n})" for each in world.program.all if each.kind == "mended"}
     if repeated := [each for each in failed if each in str(outcome) and each in world.outcome_before]:
         world.problem(f"a retry repeats {', '.join(repeated)}, with which the attempt before has ended")
-    world.outcome_before = str(outcome)
     has_waits = any(each.kind in WAITS for each in world.program.all)
+    # A gather that is cancelled ends with the first of its parts, while the threads of others run on.
+    gathers = [each for each in world.program.all if each.kind == "gather"]
+    has_waits |= any(part.kind in THREADS for each in gathers for part in each.all)
     is_exact = not fate.seed and not fate.ends and fate.cancel is None and not has_waits and world.attempt == 1
     if is_exact and not any(each.is_random for each in world.program.all):
         expected = interpret(world.program)

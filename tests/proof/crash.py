@@ -1,0 +1,212 @@
+"""Crash points: a real server is killed before each system call that writes, syncs, renames, sends or receives.
+
+python -m tests.proof.crash                     every call of every scenario, some hours
+python -m tests.proof.crash --points 200        a sample
+python -m tests.proof.crash chain --at 17       one of them
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from tests.proof.mutations import mutated
+from tests.proof.scenarios import SCENARIOS, Client, check, provider
+from tests.proof.servers import Forge, Place
+from tests.support import ROOT
+
+Kind = Literal["start", "kill", "worker", "stop", "stopped worker"]
+#: How long a process is stopped: longer than others wait for the lock of the store, or for a sign of life.
+STOPS_S = {"stop": 6.0, "stopped worker": 32.0}
+CAPACITY = 3
+#: Scenarios are played on one store, one after the other, this often.
+PLAYS_OF_A_STORE = 12
+
+
+class Point(NamedTuple):
+    """Before which call of a scenario the process gets the signal, counted from the start of the scenario.
+
+    "start" is counted from the start of the server, with a new store.
+    """
+
+    scenario: str
+    kind: Kind
+    at: int
+
+    @property
+    def command(self) -> str:
+        return f"python -m tests.proof.crash {self.scenario} --kind '{self.kind}' --at {self.at}"
+
+
+class Broken(AssertionError):
+    """A promise is broken, at a point."""
+
+
+class Machine:
+    """Servers in which scenarios are played, with a signal before one of their calls.
+
+    Attributes:
+        reached: how many signals were sent, by kind.
+    """
+
+    def __init__(self, forge: Forge) -> None:
+        self._forge, self._stack = forge, contextlib.ExitStack()
+        self._model, self._env = self._stack.enter_context(provider())
+        self._left, self._options = 0, tuple[str, ...]()
+        self._on_store = contextlib.ExitStack()
+        self.reached = Counter[str]()
+
+    def close(self) -> None:
+        self._on_store.close()
+        self._stack.close()
+
+    def _open(self, point: Point) -> None:
+        """Use the store of earlier points, or a new one."""
+        several = "--workers", "2" if "worker" in point.kind else "1"
+        options = ("--max-concurrency", str(CAPACITY), *several, *SCENARIOS[point.scenario].options)
+        if self._left and options == self._options and point.kind != "start":
+            self._left -= 1
+            return
+        self._on_store.close()
+        self._left, self._options = PLAYS_OF_A_STORE, options
+        self._place = self._on_store.enter_context(Place(self._forge, self._env, *options))
+        self._model.requests.clear()
+        self._client = Client(self._place.url)
+        self._on_store.callback(self._client.close)
+        if point.kind == "start":
+            self._place.control.signal_at(point.at)
+        self._place.start()
+        if point.kind != "start":
+            self._place.wait_until_up()
+
+    def calls_of(self, scenario: str) -> int:
+        """Return how many calls there are from the start of a scenario to its end."""
+        self._open(Point(scenario, "kill", 0))
+        before = self._place.control.count
+        SCENARIOS[scenario].play(self._client)
+        return self._place.control.count - before
+
+    def calls_at_start(self) -> int:
+        with Place(self._forge, self._env) as place:
+            place.start()
+            place.wait_until_up()
+            return place.control.count
+
+    def play(self, point: Point) -> None:
+        """Play a scenario. Raises Broken."""
+        self._open(point)
+        place, control = self._place, self._place.control
+        if point.kind != "start":
+            control.signal_at(point.at, signal.SIGSTOP if "stop" in point.kind else signal.SIGKILL)
+        is_over = threading.Event()
+        helper = threading.Thread(target=self._help, args=[point, is_over])
+        helper.start()
+        try:
+            try:
+                SCENARIOS[point.scenario].play(self._client)
+            finally:
+                control.disarm()
+                is_over.set()
+                helper.join()
+            if point.scenario != "retention":
+                capacity = 0 if "worker" in point.kind else CAPACITY
+                check(self._client, self._model, place.log, capacity=capacity)
+        except Exception as exc:
+            self._left = 0
+            log = "\n".join(place.output.read_text().splitlines()[-30:])
+            where = " < ".join(
+                f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(exc.__traceback__)[::-1]
+            )
+            raise Broken(f"{point}: {exc!r} at {where}\nTo repeat it: {point.command}\n{log}") from exc
+        self.reached[point.kind] += control.pid > 0
+
+    def _help(self, point: Point, is_over: threading.Event) -> None:
+        """Start a killed server again, and continue a stopped one."""
+        place, starts, continues_at, is_replaced = self._place, self._client.starts, 0.0, False
+        while not is_over.wait(0.005) or continues_at:
+            pid = place.control.pid
+            if "stop" in point.kind and pid and not continues_at:
+                continues_at = time.monotonic() + STOPS_S[point.kind]
+            elif continues_at and (time.monotonic() >= continues_at):
+                os.kill(pid, signal.SIGCONT)
+                return
+            elif point.kind == "worker" and pid and not is_replaced:
+                is_replaced = True
+                starts.append(time.time())  # its parent replaces it, and the other one takes over its runs
+            elif place.has_died():
+                place.kill()
+                starts.append(time.time())
+                place.start()
+
+
+def points_of(machine: Machine, scenarios: Collection[str], kinds: Collection[Kind]) -> list[Point]:
+    points = [Point("function", "start", at + 1) for at in range(machine.calls_at_start() if "start" in kinds else 0)]
+    for scenario in scenarios:
+        ats = range(1, machine.calls_of(scenario) + 1)
+        points += [Point(scenario, kind, at) for kind in kinds if kind != "start" for at in ats]
+    return points
+
+
+def execute(
+    scenarios: Collection[str],
+    kinds: Collection[Kind],
+    count: int | None = None,
+    seed: int = 0,
+    package: Path = ROOT,
+    at: int | None = None,
+) -> tuple[Counter[str], list[Broken]]:
+    """Play scenarios with a signal at each point, or at *count* of them. Return how many were reached, and what fails.
+
+    Args:
+        package: the folder of another copy of the product.
+        at: only before this call.
+    """
+    broken = list[Broken]()
+    with Forge(package) as forge, contextlib.closing(Machine(forge)) as machine:
+        if at is None:
+            points = points_of(machine, scenarios, kinds)
+        else:
+            points = [Point(scenario, kind, at) for scenario in scenarios for kind in kinds]
+        if count is not None and count < len(points):
+            points = random.Random(seed).sample(points, count)
+        for point in sorted(points, key=lambda point: point.kind):  # of one kind on one store
+            try:
+                machine.play(point)
+            except Broken as exc:
+                broken.append(exc)
+                print(exc, flush=True)
+        return machine.reached, broken
+
+
+#: The scenarios that take less than seconds.
+SHORT = [name for name, each in SCENARIOS.items() if not each.is_long]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenario", nargs="*", help=", ".join(SCENARIOS))
+    parser.add_argument("--kind", choices=get_args(Kind), action="append")
+    parser.add_argument("--at", type=int, metavar="N")
+    parser.add_argument("--points", type=int, metavar="COUNT", help="a sample of all points")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--mutation", type=Path, metavar="PATCH", help="change the product before")
+    chosen = parser.parse_args()
+    began_s = time.monotonic()
+    with mutated(chosen.mutation) if chosen.mutation else contextlib.nullcontext(ROOT) as package:
+        kinds = chosen.kind or ["start", "kill", "worker"]
+        reached, broken = execute(chosen.scenario or SHORT, kinds, chosen.points, chosen.seed, package, chosen.at)
+    print(f"{dict(reached)} points reached in {time.monotonic() - began_s:.0f} s, {len(broken)} broken")
+    sys.exit(bool(broken))
+
+
+if __name__ == "__main__":
+    main()

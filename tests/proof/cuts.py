@@ -1,0 +1,244 @@
+"""Power cuts: what a real server does to its files is recorded, and every state in which a power cut may leave them is
+opened by the engine.
+
+python -m tests.proof.cuts                        all cuts of all recordings
+python -m tests.proof.cuts power --states 500     a sample of one
+"""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import random
+import shutil
+import struct
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.proof.mutations import mutated
+from tests.proof.recordings import RECORDINGS, Recording
+from tests.proof.scenarios import provider
+from tests.proof.servers import Forge, Place
+from tests.support import ROOT
+
+#: What a disk writes at once: a write may be torn at these sizes.
+BLOCKS = (512, 4096)
+#: The states of one cut: everything, nothing that was not synced, no data, no names, the last write torn, and samples.
+SAMPLES = 4
+HEAD = struct.Struct("c7xqqqqq")
+
+
+class Call(NamedTuple):
+    """A record of ``calls.c``; "A" is what was acknowledged then, as JSON in *data*, and "Y" a sync of all files."""
+
+    what: str
+    file: int
+    offset: int
+    name: str
+    data: bytes
+
+
+def calls_of(content: bytes) -> list[Call]:
+    at, calls = 0, list[Call]()
+    while at < len(content):
+        what, file, offset, _, name, data = HEAD.unpack_from(content, at)
+        at += HEAD.size
+        end = at + name + data
+        calls.append(Call(what.decode(), file, offset, content[at : at + name].decode(), content[at + name : end]))
+        at = end
+    return calls
+
+
+@dataclass(eq=False)
+class File:
+    """What is on disk of a file, and the writes that may be: an offset and data, or a size without data."""
+
+    durable: bytes = b""
+    pending: list[tuple[int, bytes | None]] = field(default_factory=list)
+
+    def content(self, kept: list[tuple[int, bytes | None]]) -> bytes:
+        content = bytearray(self.durable)
+        for offset, data in kept:
+            if len(content) < offset:
+                content += bytes(offset - len(content))
+            if data is None:
+                del content[offset:]
+            else:
+                content[offset : offset + len(data)] = data
+        return bytes(content)
+
+
+class Disk:
+    """The files of a folder after the calls so far, by what POSIX promises, which is nothing but syncs.
+
+    A name is on disk after a sync of its folder, and the data of a file after one of the file.
+    """
+
+    def __init__(self) -> None:
+        self._files = defaultdict[int, File](File)
+        self._names, self._durable_names = dict[str, File](), dict[str, File]()
+        self._pending_names = list[tuple[str, File | None]]()
+        self._syncs = defaultdict[int, list[int]](list)
+
+    def apply(self, call: Call) -> None:
+        match call.what:
+            case "c":
+                self._files[call.file] = self._names[call.name] = File()
+                self._pending_names.append((call.name, self._names[call.name]))
+            case "w":
+                self._files[call.file].pending.append((call.offset, call.data))
+            case "t":
+                self._files[call.file].pending.append((call.offset, None))
+            case "u":
+                if self._names.pop(call.name, None) is not None:
+                    self._pending_names.append((call.name, None))
+            case "r" if call.name in self._names:
+                self._names[call.data.decode()] = moved = self._names.pop(call.name)
+                self._pending_names += [(call.data.decode(), moved), (call.name, None)]
+            case "Y":
+                for each in self._files.values():
+                    each.durable, each.pending = each.content(each.pending), []
+                self._durable_names, self._pending_names = dict(self._names), []
+            case "s":
+                file = self._files.get(call.file)
+                self._syncs[call.file].append(len(self._pending_names if file is None else file.pending))
+            case "S":
+                self._sync(call.file, self._syncs[call.file].pop(0))
+
+    def _sync(self, number: int, count: int) -> None:
+        if (file := self._files.get(number)) is None:  # the folder
+            for name, each in self._pending_names[:count]:
+                _set(self._durable_names, name, each)
+            del self._pending_names[:count]
+        else:
+            file.durable = file.content(file.pending[:count])
+            del file.pending[:count]
+            for sync, left in enumerate(self._syncs[number]):
+                self._syncs[number][sync] = max(0, left - count)
+
+    def state(self, number: int, cut: int) -> Mapping[str, bytes]:
+        """Return the files after a power cut: one of ``COUNT`` states."""
+        choice = random.Random(f"{cut} {number}")
+        block = BLOCKS[number % 2]
+        names = dict(self._durable_names)
+        for name, each in self._pending_names:
+            if number in (0, 2, 4, 5) or (number > 5 and choice.random() < 0.7):
+                _set(names, name, each)
+
+        def kept(file: File) -> list[tuple[int, bytes | None]]:
+            if number in (0, 3):
+                return file.pending
+            if number in (1, 2):
+                return []
+            if number in (4, 5):  # only the last write is torn
+                offset, data = file.pending[-1] if file.pending else (0, None)
+                if data is None:
+                    return file.pending
+                return [*file.pending[:-1], (offset, data[: choice.randrange(0, len(data), block)])]
+            parts = list[tuple[int, bytes | None]]()
+            for offset, data in file.pending:
+                if data is None:
+                    parts.append((offset, None))
+                    continue
+                first = block - offset % block
+                cuts = [0, *range(first, len(data), block), len(data)]
+                parts += [(offset + a, data[a:b]) for a, b in itertools.pairwise(cuts)]
+            share = choice.choice((0.1, 0.5, 0.9))
+            return [part for part in parts if choice.random() < share]
+
+        return {name: file.content(kept(file)) for name, file in names.items()}
+
+
+#: The number of states after each cut, and how many of them differ from those before on average.
+COUNT, STATES_OF_A_CUT = 6 + 2 * SAMPLES, 7
+
+
+def _set(names: dict[str, File], name: str, file: File | None) -> None:
+    if file is None:
+        names.pop(name, None)
+    else:
+        names[name] = file
+
+
+def states(
+    calls: list[Call], cuts: Collection[int], numbers: Collection[int]
+) -> Iterator[tuple[int, int, Mapping[str, bytes], list[Any]]]:
+    """Yield the cut, the number of the state, the files, and what was acknowledged before. Equal ones come once."""
+    disk, acks, seen = Disk(), list[Any](), set[bytes]()
+    for cut, call in enumerate(calls):
+        if call.what == "A":
+            acks.append(json.loads(call.data))
+        else:
+            disk.apply(call)
+        for number in numbers if cut in cuts and call.what != "s" else ():
+            files = disk.state(number, cut)
+            digest = hashlib.blake2b(str(len(acks)).encode())
+            for name, content in sorted(files.items()):
+                digest.update(f"{name} {len(content)} ".encode() + content)
+            if digest.digest() not in seen:
+                seen.add(digest.digest())
+                yield cut, number, files, acks
+
+
+def execute(
+    recording: Recording, count: int | None = None, seed: int = 0, package: Path = ROOT, keep: Path | None = None
+) -> tuple[int, int, list[str]]:
+    """Record, and check all states, or about *count* of them. Return the number of calls, of states, and what fails.
+
+    Args:
+        package: the folder of another copy of the product.
+        keep: where to copy the files of the first state that fails.
+    """
+    tried, failed = 0, list[str]()
+    with Forge(package) as forge, provider() as (model, env):
+        with Place(forge, env, *recording.options, record=True) as place:
+            recording.play(place)
+            calls, root = calls_of(place.record.read_bytes()), str(place.folder)
+        cuts: Collection[int] = range(len(calls))
+        if count is not None:
+            cuts = set(random.Random(seed).sample(range(len(calls)), min(len(calls), max(1, count // STATES_OF_A_CUT))))
+        for cut, number, files, acks in states(calls, cuts, range(COUNT)):
+            tried += 1
+            with Place(forge, env, *recording.options) as place:
+                for path, content in files.items():
+                    Path(place.folder, os.path.relpath(path, root)).write_bytes(content)
+                try:
+                    recording.check(place, model, acks)
+                except Exception as exc:
+                    failed.append(f"cut {cut} of {len(calls)}, after {calls[cut][:4]}, state {number}: {exc!r}")
+                    print(failed[-1], flush=True)
+                    if keep is not None and len(failed) == 1:
+                        shutil.copytree(place.folder, keep)
+    return len(calls), tried, failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recording", nargs="*", help=", ".join(RECORDINGS))
+    parser.add_argument("--states", type=int, metavar="COUNT", help="about that many of each recording")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the files of the first state that fails")
+    parser.add_argument("--mutation", type=Path, metavar="PATCH", help="change the product before")
+    chosen = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    is_broken = False
+    with mutated(chosen.mutation) if chosen.mutation else contextlib.nullcontext(ROOT) as package:
+        for name in chosen.recording or RECORDINGS:
+            began_s = time.monotonic()
+            calls, tried, failed = execute(RECORDINGS[name], chosen.states, chosen.seed, package, chosen.keep)
+            is_broken |= bool(failed)
+            took_s = time.monotonic() - began_s
+            print(f"{name}: {calls} calls, {tried} states, {len(failed)} wrong, {took_s:.0f} s", flush=True)
+    sys.exit(is_broken)
+
+
+if __name__ == "__main__":
+    main()

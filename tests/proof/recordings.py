@@ -1,0 +1,204 @@
+"""What is done to the files of a store, an output and a backup, and what must be there after a power cut."""
+
+import functools
+import signal
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import msgspec
+
+from flock.errors import BatchNotFound, Conflict, KeyReused, RunNotFound
+from flock.runs import Engine, RunStatus
+from flock.runs.records import IdempotencyKey
+from flock.testing import FakeModel
+from tests.proof.scenarios import SCENARIOS, SHOP, Client, Provider
+from tests.proof.servers import Place
+from tests.proof.shop import flock
+
+__all__ = ["RECORDINGS", "Recording"]
+
+#: The journal of SQLite is copied to the file when it has 4 MB.
+LONG, LONG_RUNS = "x" * 700_000, 4
+BACKUP = """
+import contextlib, sqlite3
+with contextlib.closing(sqlite3.connect("flock.db")) as db, contextlib.closing(sqlite3.connect("copy.db")) as copy:
+    db.backup(copy)
+"""
+ROWS, OTHER_ROWS = ("good", "odd", "fine", "bad"), ("odd", "great")
+
+
+class Recording(NamedTuple):
+    """What is recorded in a place, and the check of a place with the files after a power cut.
+
+    ``check`` gets what was acknowledged before: lists of what, an id and a value. Raises AssertionError.
+    """
+
+    play: Callable[[Place], None]
+    check: Callable[[Place, Provider, Sequence[Any]], None]
+    options: tuple[str, ...] = ()
+
+
+# The server
+
+
+def _serve(place: Place) -> None:
+    client = Client(place.url, lambda *ack: place.note("A", ack))
+    try:
+        place.start()
+        place.wait_until_up()
+        for name in ("function", "caught", "delete", "batch", "cancel", "retry", "session"):
+            SCENARIOS[name].play(client)
+        client.message(client.run("reminder"), "payment", 7)
+        assert place.stop() in (0, -signal.SIGTERM), place.output.read_text()
+        place.start()
+        place.wait_until_up()
+        SCENARIOS["caught"].play(client)
+        place.note("A", ["backup begins", "", None])
+        place.python(BACKUP)
+        place.note("Y")
+        place.note("A", ["backup ends", "", None])
+        SCENARIOS["chain"].play(client)
+    finally:
+        client.close()
+
+
+def _serve_long(place: Place) -> None:
+    client = Client(place.url, lambda *ack: place.note("A", ack))
+    try:
+        place.start()
+        place.wait_until_up()
+        for _ in range(LONG_RUNS):
+            client.completed(client.run("plain", word=LONG), {"word": LONG})
+    finally:
+        client.close()
+
+
+class Expected:
+    """What must be in a store after some acknowledgements."""
+
+    def __init__(self, acks: Sequence[Any]) -> None:
+        self.runs, self.batches = dict[str, Any](), dict[str, Any]()
+        self.deleted, self.answers, self.messages = set[str](), set[tuple[str, str]](), set[tuple[str, str]]()
+        for what, each, value in acks:
+            match what:
+                case "accepted":
+                    self.runs[each] = None
+                case "ended":
+                    self.runs[each] = value
+                case "accepted batch" | "ended batch":
+                    self.batches[each] = value if what == "ended batch" else None
+                case "retrying" if each in self.runs:
+                    self.runs[each] = None
+                case "retrying":
+                    self.batches[each] = None
+                case "deleting":
+                    self.runs.pop(each)
+                case "deleted":
+                    self.deleted.add(each)
+                case "answered":
+                    self.answers.add((each, value))
+                case "sent":
+                    self.messages.add((each, value))
+
+    async def check(self, engine: Engine) -> None:
+        for run_id, ended in self.runs.items():
+            try:
+                run = await engine.get_run(run_id)
+            except RunNotFound:
+                raise AssertionError(f"the run {run_id} is lost") from None
+            if ended is not None:
+                found = [run.status, run.value if run.status is RunStatus.COMPLETED else None]
+                assert found == ended, f"the run {run_id} is {str(found)[:200]}, and was {str(ended)[:200]}"
+        for run_id in self.deleted:
+            try:
+                await engine.get_run(run_id)
+            except RunNotFound:
+                continue
+            raise AssertionError(f"the run {run_id} was deleted, and is back")
+        for run_id, call_id in self.answers & {
+            (run_id, call_id) for run_id, call_id in self.answers if run_id in self.runs
+        }:
+            question = await engine.get_question(run_id, call_id)
+            assert question.status == "answered", f"the answer to {call_id} is lost"
+        for batch_id, ended in self.batches.items():
+            try:
+                batch = await engine.get_batch(batch_id)
+            except BatchNotFound:
+                raise AssertionError(f"the batch {batch_id} is lost") from None
+            assert ended is None or [batch.attempt, batch.failed_items] == ended, f"{batch}, and was {ended}"
+        for run_id, name in self.messages:
+            try:
+                await engine.send_message(
+                    run_id, name, msgspec.Raw(b"8"), IdempotencyKey(f"{run_id}-{name}", b"", "ann")
+                )
+            except (KeyReused, Conflict):
+                continue
+            raise AssertionError(f"the message to {run_id} is lost")
+
+
+def _check_file(store: Path, acks: Sequence[Any] | None) -> None:
+    """Check a store, and with an engine that opens it what was acknowledged. None only means that it is not damaged."""
+    if not store.exists():
+        assert not acks, "the store is lost"
+        return
+
+    async def opened() -> None:
+        async with flock.engine(store=store, transport=FakeModel([]).transport) as engine:
+            await Expected(acks or []).check(engine)
+
+    anyio.run(opened)
+    db = sqlite3.connect(store)
+    try:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    finally:
+        db.close()
+
+
+def _check_server(place: Place, model: Provider, acks: Sequence[Any], *, is_durable: bool) -> None:
+    _check_file(place.folder / "flock.db", acks if is_durable else None)
+    names = [ack[0] for ack in acks]
+    if "backup ends" in names:
+        _check_file(place.folder / "copy.db", acks[: names.index("backup begins")])
+
+
+# The command
+
+
+def _complete(place: Place, rows: Sequence[str]) -> None:
+    (place.folder.parent / "rows.csv").write_text("text\n" + "".join(f"{text}\n" for text in rows))
+    command = ("batch", str(SHOP), "rate", "../rows.csv", "-o", "out.csv", "--max-workers", "2", "--force")
+    assert place.command(*command) == 0, place.output.read_text()
+
+
+def _results(rows: Sequence[str]) -> str:
+    return "text,stars,status,error\n" + "".join(f"{text},5,completed,\n" for text in rows)
+
+
+def _batch(place: Place) -> None:
+    for rows in (ROWS, OTHER_ROWS):
+        _complete(place, rows)
+        place.note("A", ["written", "", rows])
+
+
+def _check_batch(place: Place, model: Provider, acks: Sequence[Any]) -> None:
+    """The output is whole, and that of the last command if it has ended. The same command completes it."""
+    output, is_first = place.folder / "out.csv", not acks
+    if output.exists() or not is_first:
+        wanted = [_results(rows) for rows in (ROWS, OTHER_ROWS)[max(0, len(acks) - 1) : len(acks) + 1]]
+        assert output.read_text() in wanted, f"the output is {output.read_text()!r}"
+    if len(acks) < 2:
+        rows = ROWS if is_first else OTHER_ROWS
+        _complete(place, rows)
+        assert output.read_text() == _results(rows)
+        assert [path.name for path in place.folder.iterdir()] == ["out.csv"]
+
+
+RECORDINGS: Mapping[str, Recording] = {
+    "power": Recording(_serve, functools.partial(_check_server, is_durable=True), ("--durability", "power")),
+    "long": Recording(_serve_long, functools.partial(_check_server, is_durable=True)),
+    "process": Recording(_serve, functools.partial(_check_server, is_durable=False), ("--durability", "process")),
+    "command": Recording(_batch, _check_batch),
+}

@@ -1,0 +1,219 @@
+"""Random workflow programs on real engines, whose processes are killed (kill -9) at random moments.
+
+A process writes what its programs do to a log, and the same checks read it as of random programs in virtual time.
+``KILLS`` is how often a process is killed. Time-outs of programs are left out: no journal knows how late one was.
+"""
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from flock.runs import RunStatus, new_id
+from tests.proof.generator import CLASSES, End, Fate, program_of
+from tests.proof.workflows import TIMEOUTS, Statement, text
+from tests.proof.world import Life, World, check
+from tests.support import PATIENCE_S, ROOT
+from tests.test_kills import KILLS, LIVES_S, kill, one_server, workers
+from tests.test_kills import Life as Process
+
+pytestmark = pytest.mark.nightly
+
+#: How many programs are started after each kill.
+PROGRAMS = 12
+POLL_S = 0.2
+NAMES = [name for name, kinds in CLASSES.items() if not {*TIMEOUTS, "slow"} & {*kinds}]
+#: Not the first process, nor the order of asyncio.
+FATE = Fate(seed=1, is_stored=True, ends=(End(0, 0),))
+
+SCRIPT = """
+import contextlib
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+import msgspec
+
+sys.path.insert(0, ROOT)
+
+from flock.runs import RunContext, new_id
+from tests.proof.workflows import FLOCK as flock
+from tests.proof.workflows import LIFE, Statement, Walk
+
+flock.name = NAME
+LOG = os.open("lives.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+
+
+class Life:
+    attempt = 1
+
+    def __init__(self, run_id):
+        self.ids, self.bodies, self.begun = (run_id, new_id()), {}, Counter()
+
+    def note(self, what, at="", value=None):
+        os.write(LOG, msgspec.json.encode([*self.ids, what, at, value]) + b"\\n")
+
+    def saw(self, at, outcome, statement):
+        self.note("saw", at, outcome)
+
+    def decided(self, at, decision):
+        self.note("decided", at, decision)
+
+    def waits(self, at, statement):
+        self.note("waits", at)
+
+    def waited(self, at, seconds):
+        pass
+
+    def cancelled(self, at):
+        self.note("cancelled", at)
+
+    def cut_off(self, at):
+        self.note("cut_off", at)
+
+    @contextlib.contextmanager
+    def executing(self, at, effect):
+        self.begun[at] += 1
+        self.note("executing", at)
+        yield self.begun[at] <= 1
+
+
+@flock.agent
+async def main(program: str, context: RunContext) -> Any:
+    LIFE.set(life := Life(context.run_id))
+    life.note("begins")
+    try:
+        return await Walk(life, context).do(msgspec.json.decode(program, type=Statement), "0")
+    finally:
+        life.note("is over")
+"""
+
+
+class Log:
+    """What the programs have done, as their processes have noted it: each run has a ``World``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read, self._lives = path, 0, dict[str, Life]()
+        self.worlds = dict[str, World]()
+        #: the messages that runs wait for and that are not sent, each with its run and name
+        self.to_send = list[tuple[str, str, int]]()
+
+    def read(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._read += len(line)
+                    self._note(*msgspec.json.decode(line))
+
+    def _note(self, run_id: str, life_id: str, what: str, at: str, value: Any) -> None:
+        world = self.worlds[run_id]
+        if what == "begins":
+            self._lives[life_id] = world.new_life()
+        life, statement = self._lives[life_id], _statement_at(world.program, at)
+        match what:
+            case "saw":
+                life.saw(at, value, statement)
+            case "decided":
+                life.decided(at, value)
+            case "waits" if statement.kind == "receive" and statement.comes != "never":
+                self.to_send.append((run_id, f"to-{at}", statement.n))
+            case "cancelled":
+                life.cancelled(at)
+            case "cut_off":
+                life.cut_off(at)
+            case "executing":
+                with life.executing(at, statement):
+                    pass
+            case "is over":
+                life.is_over = True
+
+
+def _statement_at(program: Statement, at: str) -> Statement:
+    for index in at.split(".")[1:]:
+        program = program.parts[0 if program.kind == "loop" else int(index)]
+    return program
+
+
+@pytest.mark.timeout(120 + 30 * KILLS)
+@pytest.mark.parametrize("engine", LIVES_S)
+def test_what_is_done_stays_done_in_real_processes(engine: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    script, log = tmp_path / "programs.py", Log(tmp_path / "lives.log")
+    script.write_text(SCRIPT.replace("ROOT", repr(str(ROOT))).replace("NAME", repr(f"programs {new_id()}")))
+    chance, kills = random.Random(engine), list[float]()
+    lives = (
+        workers(script, request.getfixturevalue("temporal_address"))
+        if engine == "temporal"
+        else one_server(script, tmp_path)
+    )
+    with lives as start_life:
+        for number in range(KILLS):
+            life_s = chance.uniform(0.05, chance.choice(LIVES_S[engine]))
+            with start_life() as process, httpx.Client(base_url=process.url, timeout=60) as client:
+                _start(client, log, range(number * PROGRAMS, (number + 1) * PROGRAMS))
+                killer = threading.Timer(life_s, kill, [process.pid, kills])
+                killer.start()
+                with contextlib.suppress(httpx.TransportError):  # the server has just been killed
+                    _help(client, log, until=time.monotonic() + life_s)
+                killer.join()
+        runs = _end(start_life, log)
+    for run_id, run in runs.items():
+        check(log.worlds[run_id], run)
+    problems = [
+        f"{'; '.join(world.problems)}\n{text(world.program)}" for world in log.worlds.values() if world.problems
+    ]
+    assert not problems, "\n\n".join([f"{len(problems)} of {len(runs)}", *problems])
+    effects = sum(world.begun.total() for world in log.worlds.values())
+    print(f"{engine}: {len(kills)} kills, {len(runs)} programs, {effects} effects")
+
+
+def _start(client: httpx.Client, log: Log, numbers: Sequence[int]) -> None:
+    for number in numbers:
+        program = program_of(random.Random(number), CLASSES[NAMES[number % len(NAMES)]])
+        inputs = {"program": msgspec.json.encode(program).decode()}
+        body = {"agent_name": "main", "inputs": inputs, "async_run": True}
+        log.worlds[client.post("/run/flock", json=body).raise_for_status().json()["run_id"]] = World(program, FATE)
+
+
+def _help(client: httpx.Client, log: Log, *, until: float) -> dict[str, Any]:
+    """Answer questions and send messages until all runs have ended or the time is over. Returns what has ended."""
+    ended = dict[str, Any]()
+    while len(ended) < len(log.worlds) and time.monotonic() < until:
+        log.read()
+        while log.to_send:
+            run_id, name, number = log.to_send[-1]
+            key = {"Idempotency-Key": f"{run_id} {name}"}
+            client.post(f"/run/{run_id}/messages/{name}", json={"message": number}, headers=key)
+            log.to_send.pop()
+        for run_id in log.worlds.keys() - ended.keys():
+            run = client.get(f"/run/{run_id}").json()
+            if run["completed_at"]:
+                value = {"status": RunStatus(run["status"]), "value": run["result"]}
+                ended[run_id] = SimpleNamespace(**value, error=run["error"], error_type=run.get("error_type"))
+            for question in run.get("waiting_for") or ():
+                answer = {"output": int(question["question"].partition(" ")[0])}
+                client.post(f"/run/{run_id}/calls/{question['call_id']}", json=answer)
+        time.sleep(POLL_S)
+    return ended
+
+
+def _end(start_life: Callable[[], AbstractContextManager[Process]], log: Log) -> dict[str, Any]:
+    """Let all runs end in a last process."""
+    with start_life() as process, httpx.Client(base_url=process.url, timeout=60) as client:
+        runs = _help(client, log, until=time.monotonic() + 4 * PATIENCE_S)
+        log.read()
+    open_ = [text(log.worlds[run_id].program) for run_id in log.worlds.keys() - runs.keys()]
+    assert not open_, "\n\n".join([f"{len(open_)} have not ended", *open_])
+    return runs
