@@ -215,11 +215,12 @@ class World(Observer):
         if run.status is RunStatus.COMPLETED or self.attempt > self.fate.retries:
             return False
         self.attempt += 1
-        self.outcome_before = str((self.last_seen | self.seen).get("0"))
+        ended = {at: outcome for at, outcome in (self.last_seen | self.seen).items() if at == "0"}
+        self.outcome_before = str(ended)
         self._has_ended = False
         self.seen, self.done = dict(self._returned), set(self._returned)
         self.earlier_decisions |= self.last_decisions | self.decisions  # in calls that are not made again
-        self.last_seen, self.last_decisions, self.decisions = {}, {}, {}
+        self.last_seen, self.last_decisions, self.decisions = ended, {}, {}  # its step may be stored
         return True
 
     def decided(self, at: str, decision: Any) -> None:
