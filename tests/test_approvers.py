@@ -814,6 +814,12 @@ async def test_a_stream_of_questions_reads_only_those_that_have_changed(
             has_seen.set()
             await until(lambda: events[31:] == [("question.closed", "fail")])
             assert (await engine.get_run(run_id)).status is RunStatus.FAILED
+            del events[30:]
+            batch = await other.submit_batch("ask", [{"q": ""}], BatchOptions())
+            await until(lambda: events[30:] == [("question.asked", "ask")])
+            await item_that_asks(other, batch)
+            await other.cancel_batch(batch.batch_id)
+            await until(lambda: events[31:] == [("question.closed", "ask")])
             tasks.cancel_scope.cancel()
     (first, *others) = reads
     assert first == (None, 30)

@@ -308,7 +308,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         of_sessions = ("runs_by_session", "runs_by_session_and_principal", "sessions_active")
         for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asking"):
             db.execute(f"DROP INDEX {index}")
-        for trigger in ("questions_asked", "questions_ended", "client_tools_called"):
+        for trigger in ("questions_asked", "client_tools_called"):
             db.execute(f"DROP TRIGGER {trigger}")
         for column in (
             "session_id",

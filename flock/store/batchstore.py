@@ -201,6 +201,7 @@ class SQLiteBatchStore(BatchStore):
         def apply(db: sqlite3.Connection) -> bool:
             _check_owner(db, batch)
             pending = cancel(db, RunStatus.STARTING, reason or CANCELLED_BEFORE_START)
+            db.execute(statements.CLOSE_QUESTIONS_OF_ITEMS, (batch.batch_id, RunStatus.WAITING.value, CHUNK_SIZE))
             waiting = cancel(db, RunStatus.WAITING, reason or CANCELLED)
             queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.CANCELLED): pending + waiting}))
             db.execute(statements.COUNT_WAITING_ITEMS, (-waiting, batch.batch_id))

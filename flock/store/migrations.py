@@ -276,8 +276,7 @@ MIGRATIONS: Sequence[Sequence[str]] = [
             PRIMARY KEY (flock, principal)
         ) WITHOUT ROWID""",
     ],
-    # Each question has the number of its last change, so that what is new is read without the rest. A run that ends
-    # closes its questions, whichever statement ends it.
+    # Each question has the number of its last change, so that what is new is read without the rest.
     [
         "ALTER TABLE questions ADD COLUMN change INTEGER NOT NULL DEFAULT 0",
         "CREATE TABLE question_changes (newest INTEGER NOT NULL)",
@@ -286,9 +285,6 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         f"CREATE TRIGGER question_asked AFTER INSERT ON questions BEGIN {_QUESTION_CHANGED} END",
         f"""CREATE TRIGGER question_opened_or_closed AFTER UPDATE OF is_open ON questions
             WHEN new.is_open IS NOT old.is_open BEGIN {_QUESTION_CHANGED} END""",
-        """CREATE TRIGGER questions_ended AFTER UPDATE OF status ON runs
-            WHEN new.waiting_for IS NOT NULL AND new.status IN ('completed', 'failed', 'cancelled') BEGIN
-            UPDATE questions SET is_open = 0 WHERE run_id = new.run_id AND is_open = 1; END""",
         """UPDATE questions SET is_open = 0 WHERE is_open = 1 AND NOT EXISTS (SELECT 1 FROM runs
             WHERE runs.run_id = questions.run_id AND status IN ('starting', 'running', 'waiting'))""",
     ],

@@ -99,6 +99,8 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
         db.execute(statements.INSERT_STEP, step_values(run.run_id, position, step))
     if steps and run.waiting_for:  # those of the step that has ended
         db.execute(statements.SET_WAITS, (None, run.run_id))
+    elif run.waiting_for and run.status.is_final:
+        db.execute(statements.CLOSE_QUESTIONS, (run.run_id,))
     if steps and run.deaths:
         db.execute(statements.CLEAR_DEATHS, (run.run_id,))
     if run.batch_id is not None and run.status.is_final:

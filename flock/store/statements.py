@@ -296,9 +296,9 @@ FAIL_ITEMS = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, co
 #: NOT IN, so that an item with a damaged status is included.
 FAIL_ITEM = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
     WHERE rowid = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
-CANCEL_ITEMS = """UPDATE runs SET status = 'cancelled', error = ?, error_type = ?, completed_at = ?
-    WHERE run_id IN
-    (SELECT run_id FROM runs INDEXED BY items_by_status WHERE batch_id = ? AND status = ? LIMIT ?)"""
+ITEMS_BY_STATUS = "SELECT run_id FROM runs INDEXED BY items_by_status WHERE batch_id = ? AND status = ? LIMIT ?"
+CANCEL_ITEMS = f"""UPDATE runs SET status = 'cancelled', error = ?, error_type = ?, completed_at = ?
+    WHERE run_id IN ({ITEMS_BY_STATUS})"""
 UNFINISHED_ITEMS = """SELECT rowid, CAST(run_id AS BLOB) FROM runs INDEXED BY items_by_status
     WHERE batch_id = ? AND status NOT IN ('waiting', 'completed', 'failed', 'cancelled')"""
 HAS_UNFINISHED_ITEMS = "SELECT completed_items < total_items FROM batches WHERE batch_id = ?"
@@ -366,6 +366,9 @@ FIND_ANSWER = f"""SELECT {", ".join(CALL_TABLE)} FROM calls WHERE run_id = ? AND
 #: The role that may answer a question which a run has asked, even if it is no longer open; "" if it names none.
 ANSWERER = "SELECT answerer FROM questions WHERE run_id = ? AND call_id = ?"
 FIND_QUESTION = "SELECT question FROM questions WHERE run_id = ? AND call_id = ?"
+#: For a run that ends, which keeps its ``waiting_for``. A trigger for this would make the end of each run slower.
+CLOSE_QUESTIONS = "UPDATE questions SET is_open = 0 WHERE run_id = ? AND is_open = 1"
+CLOSE_QUESTIONS_OF_ITEMS = f"UPDATE questions SET is_open = 0 WHERE is_open = 1 AND run_id IN ({ITEMS_BY_STATUS})"
 NEWEST_CHANGE = "SELECT newest FROM question_changes"
 #: The conditions of a list of questions, by parameter name.
 QUESTION_CONDITIONS = {"agent_name": "agent_name = :agent_name", "session_id": "session_id = :session_id"}

@@ -97,8 +97,10 @@ def take_over(
         db.execute(statements.TAKE_ITEMS, (batch_id,))
     for batch_id in unfinished.damaged_batches:
         if _changes(db, statements.FAIL_BATCH, DAMAGED_BATCH, at, batch_id, dead_id):
+            db.execute(statements.CLOSE_QUESTIONS_OF_ITEMS, (batch_id, RunStatus.WAITING.value, -1))
             db.execute(statements.FAIL_ITEMS, (DAMAGED_BATCH, DAMAGED.error_type, at, batch_id))
     crashed, suspects = _judge(db, {*runs, *batches}, executed, max_recoveries, at)
+    db.executemany(statements.CLOSE_QUESTIONS, [(run_id,) for run_id in (*ended, *crashed)])
     is_complete = remove_engine(db, dead_id)
     runs += [run_id for run_id in crashed if run_id not in runs]
     return TakenOver(

@@ -239,6 +239,8 @@ def end(db: sqlite3.Connection, run: Run, outcome: Outcome, at: datetime) -> boo
     """Write the end of a waiting run. Returns False if it is not waiting. Its questions stay for late answers."""
     values = (outcome.status.value, outcome.error, outcome.error_type, micros(at), run.run_id)
     is_ended = db.execute(statements.END_WAITING_RUN, values).rowcount == 1
+    if is_ended:
+        db.execute(statements.CLOSE_QUESTIONS, (run.run_id,))
     if is_ended and run.batch_id is not None:
         queries.count_ended(db, queries.Ended({(run.batch_id, outcome.status): 1}))
         db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
