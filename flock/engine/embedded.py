@@ -240,7 +240,7 @@ class EmbeddedEngine(EngineBase):
     def _explaining_store_errors(self) -> Iterator[None]:
         try:
             yield
-        except StoreError as exc:
+        except (StoreError, OSError) as exc:
             raise StoreError(
                 f"The store {self.store.path!r} cannot be used: {exc.__cause__ or exc}. If its disk is full, free some "
                 "space. Otherwise restore the file, or use another one (store=, --store)."

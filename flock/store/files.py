@@ -85,7 +85,8 @@ def try_lock(file: IO[bytes]) -> bool:
 
 
 def unlock(file: IO[bytes]) -> None:
-    fcntl.flock(file, fcntl.LOCK_UN)
+    with contextlib.suppress(OSError):  # what was written under the lock is written; the next ``unlock`` releases it
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def close_lock(file: IO[bytes] | None) -> None:
