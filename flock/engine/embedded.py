@@ -266,7 +266,7 @@ class EmbeddedEngine(EngineBase):
                 await self._exit.aclose()
 
     async def _unregister(self) -> None:
-        with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S, shield=True), contextlib.suppress(StoreError):
+        with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S, shield=True), contextlib.suppress(StoreError, OSError):
             await self.store.unregister_engine(self._engine_id)
 
     async def drain(self, timeout_s: float) -> None:

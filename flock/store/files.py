@@ -63,7 +63,11 @@ def exclusive_lock(path: str) -> Iterator[None]:
 def acquire_lock(path: str, mode: int) -> IO[bytes]:
     """Wait for a lock on the file *path*, which is held until ``close_lock``."""
     file = open_lock(path, mode)
-    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        close_lock(file)
+        raise
     return file
 
 
