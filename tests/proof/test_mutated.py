@@ -19,7 +19,7 @@ for name in PROGRAMS:
 """
 MACHINES = {
     "schedules": ["-c", ORDERS],
-    "programs": ["-m", "tests.proof", "--in-memory", "--programs", "300"],
+    "programs": ["-m", "tests.proof", "--in-memory", "--programs", "40"],
     "failing": ["-m", "tests.proof.failing", "chain", "session", "--trials", "30"],
 }
 PATCHES = [patch for patch in sorted(MUTATIONS.glob("*.patch")) if patch.name.partition("-")[0] in MACHINES]
@@ -35,3 +35,8 @@ def test_a_machine_finds_a_fault_of_the_product(patch: Path) -> None:
         found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert found.returncode > 0
     assert "To repeat it: python -m tests.proof" in found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("patch", [pytest.param(patch, id=patch.stem) for patch in sorted(MUTATIONS.glob("*.patch"))])
+def test_a_fault_can_still_be_put_into_the_product(patch: Path) -> None:
+    subprocess.run(["git", "apply", "--check", patch], cwd=ROOT, check=True)
