@@ -295,11 +295,17 @@ async def listing_tools(sources: Iterable[ToolSource]) -> AsyncIterator[None]:
             )
             logger.warning("%s Its tools are listed again when an agent needs them.", safe_text(reason))
 
+    error: Exception | None = None
     async with anyio.create_task_group() as tasks:
         for source in sources:
             start_in_empty_context(tasks, list_tools, source)
-        yield
+        try:
+            yield
+        except Exception as exc:  # the task group would wrap it
+            error = exc
         tasks.cancel_scope.cancel()
+    if error is not None:
+        raise error
 
 
 # Messages of the protocol

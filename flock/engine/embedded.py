@@ -240,7 +240,7 @@ class EmbeddedEngine(EngineBase):
     def _explaining_store_errors(self) -> Iterator[None]:
         try:
             yield
-        except StoreError as exc:
+        except (StoreError, OSError) as exc:
             raise StoreError(
                 f"The store {self.store.path!r} cannot be used: {exc.__cause__ or exc}. If its disk is full, free some "
                 "space. Otherwise restore the file, or use another one (store=, --store)."
@@ -266,7 +266,7 @@ class EmbeddedEngine(EngineBase):
                 await self._exit.aclose()
 
     async def _unregister(self) -> None:
-        with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S, shield=True), contextlib.suppress(StoreError):
+        with anyio.move_on_after(FINAL_WRITE_TIMEOUT_S, shield=True), contextlib.suppress(StoreError, OSError):
             await self.store.unregister_engine(self._engine_id)
 
     async def drain(self, timeout_s: float) -> None:

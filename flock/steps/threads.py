@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
@@ -21,6 +22,11 @@ from flock.scopes import note_late_cancellation, set_deadline
 from flock.steps.slots import BatchKey, Slots
 
 T = TypeVar("T")
+
+logger = logging.getLogger("flock.runs")
+
+#: How long to wait after the system had no thread for a function, in seconds.
+RETRY_AFTER_S = 1.0
 
 
 class _Call(Generic[T]):
@@ -120,7 +126,14 @@ class Threads:
                 # The call gets its own limiter, because anyio would release a shared one before the slot is free.
                 limiter = anyio.CapacityLimiter(1)
                 try:
-                    return await anyio.to_thread.run_sync(call.execute, abandon_on_cancel=True, limiter=limiter)
+                    while True:
+                        try:
+                            return await anyio.to_thread.run_sync(call.execute, abandon_on_cancel=True, limiter=limiter)
+                        except RuntimeError as exc:
+                            if call.is_started:
+                                raise
+                            logger.warning("a thread for an agent cannot be started now: %s", exc)
+                        await anyio.sleep(RETRY_AFTER_S)
                 except anyio.get_cancelled_exc_class():
                     await call.wait()
                     if keeps_result and call.outcome is not None:

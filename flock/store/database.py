@@ -28,7 +28,7 @@ from flock.runs import Run, Step
 from flock.scopes import start_in_empty_context
 from flock.store import files, queries, statements
 from flock.store.columns import Damaged
-from flock.store.groups import Change, Group, PendingRun, Refused
+from flock.store.groups import SQLITE_ERRORS, Change, Group, PendingRun, Refused, reason_of
 from flock.store.migrations import migrate
 from flock.store.port import RETRY_AFTER_S, DamagedRecord
 from flock.store.storefile import Displaced, StoreFile
@@ -93,7 +93,10 @@ class Database:
         async with AsyncExitStack() as stack:
             self._db = stack.enter_context(contextlib.closing(self._connect()))
             if self.is_shared:
-                await self._open_shared(stack)
+                try:
+                    await self._open_shared(stack)
+                except OSError as exc:
+                    raise self._not_opened(exc) from exc
             else:
                 self._reader = self._db
                 migrate(self._db, self.path)
@@ -140,17 +143,19 @@ class Database:
             db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"PRAGMA synchronous = {'FULL' if self.durability == 'power' else 'NORMAL'}")
-        except (sqlite3.Error, OSError) as exc:
+        except (*SQLITE_ERRORS, OSError) as exc:
             if db is not None:
                 db.close()
-            remedy = "Restore it, or use another file (store=, --store)."
-            if isinstance(exc, sqlite3.OperationalError | OSError):
-                remedy = (
-                    "Use another file (store=, --store) in a writable folder, or store runs in memory only with "
-                    "':memory:'."
-                )
-            raise StoreError(f"The store {self.path!r} cannot be opened: {exc}. {remedy}") from exc
+            raise self._not_opened(exc) from exc
         return db
+
+    def _not_opened(self, exc: Exception) -> StoreError:
+        remedy = "Restore it, or use another file (store=, --store)."
+        if isinstance(exc, sqlite3.OperationalError | OSError):
+            remedy = (
+                "Use another file (store=, --store) in a writable folder, or store runs in memory only with ':memory:'."
+            )
+        return StoreError(f"The store {self.path!r} cannot be opened: {reason_of(exc)}. {remedy}")
 
     @property
     def is_public(self) -> bool:
@@ -208,6 +213,8 @@ class Database:
         await self._written(group)
         if isinstance(change.error, Damaged):
             raise self._unreadable(change.error) from change.error
+        if isinstance(change.error, OSError):  # it has to remove a file
+            raise _unusable("written") from change.error
         if isinstance(change.error, sqlite3.Error | ArithmeticError | TypeError | ValueError):
             raise _unstorable(change.error) from change.error
         if change.error is not None:
@@ -240,8 +247,10 @@ class Database:
         problem: Displaced | None = None
         try:
             self._file.check(self._reader)
-        except (sqlite3.Error, Displaced) as exc:
-            problem = exc if isinstance(exc, Displaced) else Displaced(f"{self.path!r} cannot be read: {exc}.")
+        except (*SQLITE_ERRORS, Displaced) as exc:
+            problem = (
+                exc if isinstance(exc, Displaced) else Displaced(f"{self.path!r} cannot be read: {reason_of(exc)}.")
+            )
         before, self._displaced = self._displaced, problem
         if self._displaced is not None and before is None:
             logger.error("%s Until then every request that needs the store gets status 503.", self._displaced)
@@ -294,9 +303,9 @@ class Database:
                 await self._transact(group)
                 self._write_error = None
                 group.run_callbacks()
-            except (sqlite3.Error, OSError, RuntimeError) as exc:  # the last one: no thread can be started
+            except (*SQLITE_ERRORS, OSError, RuntimeError) as exc:  # the last one: no thread can be started
                 if str(exc) != str(self._write_error):  # it is retried every second, but logged once
-                    logger.error("The store %s cannot be written: %s", self.path, exc)
+                    logger.error("The store %s cannot be written: %s", self.path, reason_of(exc))
                 self._write_error = group.error = exc
             except BaseException:
                 group.error = OSError("the event loop has ended")
@@ -333,6 +342,8 @@ class Database:
             self._write_once(functools.partial(group.write_separately, self._db, self._without_row))
 
     def _write_once(self, write: Callable[[], None]) -> None:
+        if self._db.in_transaction:  # its rollback has failed
+            self._db.execute("ROLLBACK")
         self._db.execute("BEGIN IMMEDIATE")
         self._queued.forget()
         try:
@@ -342,10 +353,10 @@ class Database:
             write()
             self._db.execute("COMMIT")
         except BaseException:
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(*SQLITE_ERRORS):
                 self._db.execute("ROLLBACK")
             raise
-        self._file.check(self._db)  # a commit to a removed file is lost
+        self._file.check_in_place()  # a commit to a removed file is lost
 
     # Reading
 
@@ -370,11 +381,11 @@ class Database:
             raise _unusable("read") from self._displaced
         try:
             return query(self._reader)
-        except sqlite3.Error as exc:
+        except SQLITE_ERRORS as exc:
             raise self._unreadable(exc) from exc
 
-    def _unreadable(self, exc: sqlite3.Error) -> StoreError:
-        logger.error("the store %s cannot be read: %s", self.path, exc)
+    def _unreadable(self, exc: Exception) -> StoreError:
+        logger.error("the store %s cannot be read: %s", self.path, reason_of(exc))
         error = _unusable("read")
         if isinstance(exc, Damaged):
             error = DamagedRecord(*error.args)

@@ -63,7 +63,11 @@ def exclusive_lock(path: str) -> Iterator[None]:
 def acquire_lock(path: str, mode: int) -> IO[bytes]:
     """Wait for a lock on the file *path*, which is held until ``close_lock``."""
     file = open_lock(path, mode)
-    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        close_lock(file)
+        raise
     return file
 
 
@@ -85,7 +89,8 @@ def try_lock(file: IO[bytes]) -> bool:
 
 
 def unlock(file: IO[bytes]) -> None:
-    fcntl.flock(file, fcntl.LOCK_UN)
+    with contextlib.suppress(OSError):  # what was written under the lock is written; the next ``unlock`` releases it
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def close_lock(file: IO[bytes] | None) -> None:

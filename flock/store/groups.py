@@ -50,13 +50,21 @@ RECORD_ERRORS = (
 )
 
 
+#: What SQLite raises. A MemoryError has no text.
+SQLITE_ERRORS = (sqlite3.Error, MemoryError)
+
+
+def reason_of(exc: Exception) -> str:
+    return str(exc) or "out of memory"
+
+
 class Refused(Exception):
     """One record of a group cannot be written. The cause of this exception says why."""
 
     @classmethod
     def reraise(cls, exc: Exception) -> NoReturn:
         """Raise *exc* itself if it concerns the file or the disk, since then the whole group fails."""
-        if isinstance(exc, sqlite3.Error) and not isinstance(exc, RECORD_ERRORS):
+        if isinstance(exc, SQLITE_ERRORS) and not isinstance(exc, RECORD_ERRORS):
             raise exc
         raise cls from exc
 

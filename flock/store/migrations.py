@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from flock.errors import StoreError
 from flock.store import files, statements
+from flock.store.groups import SQLITE_ERRORS, reason_of
 
 _QUESTION_COLUMNS = "run_id, call_id, flock, answerer, question, agent_name, session_id, principal, retried_by"
 #: The questions that a run waits for, as rows.
@@ -324,9 +325,9 @@ def migrate(db: sqlite3.Connection, path: str) -> None:
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {number}")
             db.execute("COMMIT")
-    except sqlite3.Error as exc:
+    except SQLITE_ERRORS as exc:
         raise StoreError(
-            f"The store {path!r} cannot be read: {exc}. Restore it, or use another file (store=, --store)."
+            f"The store {path!r} cannot be read: {reason_of(exc)}. Restore it, or use another file (store=, --store)."
         ) from exc
 
 

@@ -77,8 +77,8 @@ class StoreFile:
         paths = self.path, f"{self.path}-wal", f"{self.path}-shm"
         self._identities = {path: files.device_and_inode(path) for path in paths}
 
-    def check(self, db: sqlite3.Connection) -> None:
-        """Raise Displaced if the file was removed, replaced or upgraded.
+    def check_in_place(self) -> None:
+        """Raise Displaced if the file was removed or replaced.
 
         SQLite does not detect this. It continues to use a removed file, and its commits are lost.
         """
@@ -93,6 +93,10 @@ class StoreFile:
                     f"{path!r} was {what} while this server was using it, so new writes would be lost. "
                     f"Stop this server, restore {self.path!r} with its -wal file, and start it again."
                 )
+
+    def check(self, db: sqlite3.Connection) -> None:
+        """Raise Displaced if the file was removed, replaced or upgraded."""
+        self.check_in_place()
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if self._identities and version != len(MIGRATIONS):
             raise Displaced(

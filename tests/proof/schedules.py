@@ -31,7 +31,7 @@ from flock.runs import ids
 from flock.store import files
 from flock.store.database import Database
 
-__all__ = ["Died", "Schedule", "Stuck", "execute", "live"]
+__all__ = ["BEGIN", "Died", "Schedule", "Stuck", "Thread", "execute", "live"]
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ class Schedule(Base):  # type: ignore[misc]
         self._steps_now, self.steps, self._max_steps = 0, 0, MAX_STEPS
         self.is_busy = False
         self.trace: list[str] = []
-        self.threads: set[_Thread] = set()
+        self.threads: set[Thread] = set()
         numbers = itertools.count()
         self.set_task_factory(lambda loop, coro, **options: _Task(coro, next(numbers), loop=loop, **options))
 
@@ -111,7 +111,7 @@ class Schedule(Base):  # type: ignore[misc]
     def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         # That of a store does not sleep, and a real thread takes longer than all that it does.
         is_quick = any(getattr(each, "__func__", None) is Database._write for each in args)
-        thread = _Thread(self, lambda: func(*args), is_quick=is_quick)
+        thread = Thread(self, lambda: func(*args), is_quick=is_quick)
         self.call_later(self.late_s(), thread.proceed)
         future: asyncio.Future[T] = thread.future
         return future
@@ -160,7 +160,7 @@ class _Task(asyncio.Task[Any]):
         return self.number
 
 
-class _Thread(threading.Thread):
+class Thread(threading.Thread):
     """Executes a function while the loop stands still. While the function sleeps, the loop continues."""
 
     def __init__(self, loop: Schedule, function: Callable[[], Any], *, is_quick: bool) -> None:
@@ -196,6 +196,17 @@ class _Thread(threading.Thread):
 
     def sleep(self, seconds: float) -> None:
         self.loop.call_later(seconds, self.proceed)
+        self._stop()
+
+    def wait_for(self, awaited: Coroutine[Any, Any, T]) -> T:
+        """Return the result of a coroutine that the loop executes."""
+        task: asyncio.Task[T] = self.loop.create_task(awaited)
+        task.add_done_callback(lambda _: self.proceed())
+        self._stop()
+        return task.result()
+
+    def _stop(self) -> None:
+        """Let the loop continue until it calls ``proceed``."""
         self._has_stopped.release()
         self._may_go.acquire()
         if self.loop.is_closed():
@@ -271,7 +282,7 @@ def _virtual(loop: Schedule) -> Iterator[None]:
 
     def sleep(seconds: float) -> None:
         thread = threading.current_thread()
-        (thread.sleep if isinstance(thread, _Thread) else real_sleep)(seconds)
+        (thread.sleep if isinstance(thread, Thread) else real_sleep)(seconds)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(anyio.to_thread, "run_sync", run_sync)

@@ -1,0 +1,59 @@
+"""Operations that fail. ``failing`` tries them, and ``faults`` has them."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from tests.proof.failing import sample, trial
+from tests.proof.faults import ERRORS, Fault
+from tests.proof.scenarios import SCENARIOS
+
+pytestmark = pytest.mark.slow
+
+#: How many faults of each scenario are tried.
+TRIALS = 5
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_failing_operation_is_reported_and_overcome(name: str) -> None:
+    for fault in sample(trial(name), TRIALS, seed=0):
+        trial(name, fault)
+
+
+#: What was found: a scenario, and the operation that fails, by the beginning of its name.
+FOUND = {
+    "no memory for a write": ("function", "sql", "memory", "BEGIN IMMEDIATE", 0.0),
+    "no memory for a read": ("function", "sql", "memory", "PRAGMA data_version", 0.0),
+    "no memory to undo a write": ("function", "sql", "memory", "COMMIT", 3.0),
+    "no memory at the start": ("function", "sql", "memory", "PRAGMA user_version", 0.0),
+    "the version cannot be read after a commit": ("chain", "sql", "io", "row of PRAGMA user_version", 0.0),
+    "a lock cannot be released": ("session", "file", "EIO", "flock", 0.0),
+    "the first write of an engine": ("function", "sql", "full", "INSERT INTO engines", 0.0),
+    "a lock file that cannot be removed": ("function", "file", "EACCES", "unlink", 3.0),
+    "a thread for a function": ("function", "thread", "start", "", 3.0),
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("what", FOUND)
+def test_what_was_found(what: str) -> None:
+    name, kind, error, operation, seconds = FOUND[what]
+    places = [at for at, each in enumerate(trial(name)[kind]) if each.startswith(operation)]
+    assert places
+    for at in places[:: max(1, len(places) // 8)]:
+        trial(name, Fault(kind, error, at, seconds))
+
+
+def test_all_kinds_of_operations_are_tried() -> None:
+    names = trial("approval")
+    assert names.keys() == ERRORS.keys()
+    assert {fault.kind for fault in sample(names, 20, 0)} == ERRORS.keys()
