@@ -121,6 +121,12 @@ include-tag = "openai"
 [operations.checks.positive_data_acceptance]
 expected-statuses = ["2xx", "400", "401", "403", "404", "413", "422", "429"]
 
+# A method may be unknown, and what it needs is not in the document.
+[[operations]]
+include-tag = "mcp"
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", "400", "401", "403", "404", "413", "422", "429"]
+
 # A dry run of invalid rows is answered 200, and an accepted batch 202.
 [[operations]]
 include-operation-id = "runBatch"
