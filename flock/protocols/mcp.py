@@ -180,11 +180,10 @@ def routes() -> Sequence[AppRoute]:
 
 def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
     """Return the status and the body of an error that no method has raised."""
-    kind = problem.type.rpartition(":")[2]
-    code = {"malformed-json": PARSE_ERROR, "internal-error": INTERNAL_ERROR}.get(kind, OTHER_ERROR)
+    codes = {"malformed-json": PARSE_ERROR, "internal-error": INTERNAL_ERROR}
     data = {"type": problem.type, "status": problem.status, "request_id": problem.request_id}
-    error = {"code": code, "message": problem.detail, "data": data}
-    return problem.status, {"jsonrpc": "2.0", "id": None, "error": error}
+    code = codes.get(problem.type.rpartition(":")[2], OTHER_ERROR)
+    return problem.status, _reply(None, error={"code": code, "message": problem.detail, "data": data})
 
 
 # Handlers
@@ -219,8 +218,8 @@ async def _respond(request: Request, raw: bytes | msgspec.Raw, *, is_in_batch: b
             if key is not None:
                 await orders.cancel(request, key)
             return Response(status_code=202)
-        result = await _result_of(call)
-        return result if isinstance(result, Response) else _response(message, _complete(call, result))
+        answer = await _answer_to(call)
+        return answer if isinstance(answer, Response) else _response(message, _complete(call, answer))
     except RPCError as exc:
         return _response(message, exc, exc.status if call is None or call.is_latest else 200)
     except FlockError as exc:
@@ -292,7 +291,7 @@ def _server_info(call: Call) -> dict[str, str]:
     return {"name": "flockapi", "title": orders.serving(call.request).options.server_name, "version": __version__}
 
 
-async def _result_of(call: Call) -> Mapping[str, Any] | Response:
+async def _answer_to(call: Call) -> Mapping[str, Any] | Response:
     """Return the result of a request. Raises RPCError, and errors of the engine."""
     capabilities: Mapping[str, Any] = {"tools": {}, "resources": {}}
     match call.message.method:
@@ -353,7 +352,7 @@ async def _call(call: Call) -> Mapping[str, Any] | Response:
         raise RPCError(INVALID_PARAMS, str(exc)) from exc
     engine, problems = await orders.engine_of(request), dict[str, str]()
     takes_events = preferred(request.headers.get("accept", ""), [EventStream.media_type]) is not None
-    is_streamed, stream = params.meta.token is not None and call.may_stream and takes_events, None
+    is_streamed, stream = call.may_stream and takes_events and params.meta.token is not None, None
     if params.request_state is not None:
         run, problems, unanswered = await _answered(call, engine)
         if unanswered is not None:
