@@ -243,6 +243,7 @@ async def test_a_header_that_is_sent_twice_is_an_error(client: httpx.AsyncClient
         ('{"jsonrpc": "1.0", "id": 1, "method": "ping"}', -32600),
         ('{"jsonrpc": "2.0", "id": [1], "method": "ping"}', -32600),
         ('{"jsonrpc": "2.0", "id": 1.5, "method": "ping"}', -32600),
+        ('{"jsonrpc": "2.0", "id": null, "method": "ping"}', -32600),
         ('{"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": []}', -32602),
         ('{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": 1}}', -32602),
     ],

@@ -93,8 +93,12 @@ class Message(msgspec.Struct, frozen=True):
 
     jsonrpc: Literal["2.0"]
     method: str = ""
-    id: ID | None = None
+    sent_id: ID | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="id")
     params: msgspec.Raw = msgspec.Raw(b"{}")
+
+    @property
+    def id(self) -> ID | None:
+        return None if isinstance(self.sent_id, msgspec.UnsetType) else self.sent_id
 
 
 VERSION, CAPABILITIES = "io.modelcontextprotocol/protocolVersion", "io.modelcontextprotocol/clientCapabilities"
