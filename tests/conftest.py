@@ -56,6 +56,7 @@ LANES = {
     "test_hostile_hosts.py": ("slow", None),
     "test_hostile_uploads.py": ("slow", None),
     "test_localmodel.py": ("slow", "xllamacpp"),
+    "test_mcp_clients.py": ("slow", None),
     "test_mounting.py": ("slow", None),
     "test_openai_clients.py": ("slow", None),
     "test_packaging.py": ("slow", None),
@@ -116,6 +117,7 @@ def _turn(item: pytest.Item) -> tuple[bool, bool, bool]:
 #: How the ids of tests begin that one xdist worker runs, because what they share takes long to make.
 TOGETHER = (
     "tests/test_localmodel.py",
+    "tests/test_mcp_clients.py",
     "tests/test_mcp.py::test_the_server_of_the_sdk",
     "tests/test_openai_clients.py",
     "tests/test_packaging.py",

@@ -127,6 +127,14 @@ include-path-regex = "^/v1/conversations/"
 [operations.checks.use_after_free]
 enabled = false
 
+# A method may be unknown, and what it needs is not in the document.
+[[operations]]
+include-tag = "mcp"
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", "400", "401", "403", "404", "413", "422", "429"]
+[operations.checks.negative_data_rejection] # a batch is answered 200, with an error for each invalid message
+expected-statuses = ["2xx", "400", "401", "403", "404", "405", "406", "409", "415", "422", "428", "429", "5xx"]
+
 # A dry run of invalid rows is answered 200, and an accepted batch 202.
 [[operations]]
 include-operation-id = "runBatch"

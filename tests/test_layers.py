@@ -121,7 +121,7 @@ def test_the_api_imports_no_engine() -> None:
 
 def test_a_protocol_knows_no_engine_and_no_store() -> None:
     """It asks the engine's protocol, and reads what agents take and return."""
-    known = {"flock.protocols", "flock.web", "flock.runs", "flock.agents", "flock.declared", "flock.errors"}
+    known = {"flock", "flock.protocols", "flock.web", "flock.runs", "flock.agents", "flock.declared", "flock.errors"}
     for module, path in MODULES.items():
         if layer_of(module) == "flock.protocols":
             assert {layer_of(imported) for imported in imports_of(path)} <= {*known, "flock.jsontype"}

@@ -25,6 +25,7 @@ from flock.command.arguments import (
 )
 from flock.command.batch import batch
 from flock.command.server import ServerSettings, WorkerSettings, passed_listener, run_worker, serve_flock, serve_workers
+from flock.command.stdio import serve_stdio, state_file, take_streams
 from flock.command.target import load_flock
 from flock.command.terminal import Commands, echo
 from flock.errors import CallError, InvalidData
@@ -250,6 +251,23 @@ def key(name: str | None, admin: bool, roles: tuple[str, ...], max_cost_per_day:
     name = with_budget(name, max_cost_per_day)
     KeyRing({name: made})  # raises if the name or a role is invalid
     click.echo(f"{name}={made}")
+
+
+@main.command()
+@click.argument("target")
+@model_option
+@click.option(
+    "--store", metavar="FILE", help="SQLite file that stores the runs.  [default: one in the user's state folder]"
+)
+@log_json_option
+def mcp(target: str, model: str | None, store: str | None, log_json: bool) -> None:
+    """Serve the flock TARGET to a host of the Model Context Protocol that starts this command.
+
+    Each agent is a tool. Requests come from stdin, responses go to stdout, and the log to stderr. The command ends with
+    its input.
+    """
+    streams = take_streams()  # before the program is imported, which may print
+    serve_stdio(load_flock(target, model), streams, store=store or state_file(target), log_json=log_json)
 
 
 @main.command()

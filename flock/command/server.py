@@ -470,7 +470,7 @@ def run_worker(flock: DeclaredFlock, settings: WorkerSettings) -> None:
 
     Raises: StoreError if the cluster cannot be used; DefinitionError if the extra is not installed.
     """
-    logging.config.dictConfig(_log_config(settings.log_json))
+    logging.config.dictConfig(log_config(settings.log_json))
     tune_gc()
     anyio.run(_run_until_signal, flock, settings)
     abandon_busy_threads()
@@ -510,7 +510,7 @@ def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
-        log_config=_log_config(settings.log_json),
+        log_config=log_config(settings.log_json),
         access_log=settings.access_log,
         server_header=False,
         http=functools.partial(Connection, write_timeout_s=settings.write_timeout_s),  # type: ignore[arg-type]
@@ -521,13 +521,14 @@ def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
     )
 
 
-def _log_config(as_json: bool) -> dict[str, Any]:
-    log_config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-    log_config["formatters"]["default"]["()"] = _TextFormatter
+def log_config(as_json: bool) -> dict[str, Any]:
+    """Return the configuration of the log of a command, which goes to stderr."""
+    config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["formatters"]["default"]["()"] = _TextFormatter
     if as_json:
-        log_config["formatters"] = {key: {"()": "flock.logs.JSONFormatter"} for key in log_config["formatters"]}
-    log_config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
-    return log_config
+        config["formatters"] = {key: {"()": "flock.logs.JSONFormatter"} for key in config["formatters"]}
+    config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    return config
 
 
 async def _prepare_storage(flock: DeclaredFlock, settings: ServerSettings) -> None:

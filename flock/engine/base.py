@@ -376,8 +376,7 @@ class EngineBase(Engine):
     # Usage
 
     @abstractmethod
-    async def _has_key(self, key: IdempotencyKey) -> bool:
-        """Whether a run or a batch was accepted with *key*. Raises StoreError."""
+    async def made_by(self, key: IdempotencyKey) -> str | None: ...
 
     @abstractmethod
     async def _set_budget(self, principal: str, max_cost: float | None) -> None:
@@ -405,7 +404,7 @@ class EngineBase(Engine):
             if len(self._unlimited) >= MAX_UNLIMITED:
                 self._unlimited.clear()
             self._unlimited[principal] = anyio.current_time() + UNLIMITED_S
-        if account.is_spent and (key is None or not await self._has_key(key)):
+        if account.is_spent and (key is None or await self.made_by(key) is None):
             at = now()
             wait_s = math.ceil((next_day(at) - at).total_seconds())
             raise TooManyRequests(f"{day_is_spent(account)} The next day begins in {wait_s} s.", wait_s)

@@ -516,8 +516,9 @@ class EmbeddedEngine(EngineBase):
         self._check_entered()
         return await self._runner.account(self._flock, principal)
 
-    async def _has_key(self, key: IdempotencyKey) -> bool:
-        return await self.store.has_key(self._flock, key)
+    async def made_by(self, key: IdempotencyKey) -> str | None:
+        self._check_entered()
+        return await self.store.made_by(self._flock, key)
 
     async def _set_budget(self, principal: str, max_cost: float | None) -> None:
         await self.store.set_budget(self._flock, principal, max_cost)

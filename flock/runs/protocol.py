@@ -251,6 +251,9 @@ class Engine(Protocol):
         Cancellation: the batch is either accepted completely or not at all.
         """
 
+    async def made_by(self, key: IdempotencyKey) -> str | None:
+        """Return the id of the run or batch that was accepted with *key*, or None. Raises StoreError."""
+
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         """Return the current state of a run of *principal*; None means of any. Raises RunNotFound."""
 

@@ -346,8 +346,8 @@ class Store(Protocol):
     async def delete_old_usage(self, flock: str, before: date) -> None:
         """Delete the usage of days before *before*."""
 
-    async def has_key(self, flock: str, key: IdempotencyKey) -> bool:
-        """Whether a request was accepted under the same key."""
+    async def made_by(self, flock: str, key: IdempotencyKey) -> str | None:
+        """Return the id of the run or batch that was accepted under *key*, or None."""
 
     async def queue(self, flock: str) -> Queue:
         """Return the queue of runs of these agents, without items. Retried runs do not count for its age."""

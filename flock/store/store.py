@@ -173,8 +173,9 @@ class SQLiteStore(Database, Store):
         values = (flock, before.toordinal())
         await self.change(lambda db: db.execute(statements.DELETE_OLD_USAGE, values) and None)
 
-    async def has_key(self, flock: str, key: IdempotencyKey) -> bool:
-        return self._first(statements.FIND_KEY, flock, key.scoped_key) is not None
+    async def made_by(self, flock: str, key: IdempotencyKey) -> str | None:
+        found = self._first(statements.FIND_KEY, flock, key.scoped_key)
+        return None if found is None else found[1]
 
     async def queue(self, flock: str) -> Queue:
         values = (flock, names_json(self.agents))

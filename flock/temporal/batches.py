@@ -134,7 +134,8 @@ class TemporalBatches(EngineBase):
             await rows.send(page)
 
         open_items = await self._check_room_for_items(0)  # also fails early if the cluster does not answer
-        is_used = key is not None and await self._reservations.is_used(key)  # a replay comes before any limit
+        # A replay comes before any limit.
+        is_used = key is not None and await self._reservations.made_by(key) is not None
         is_whole = False
         try:
             whole = await intake.read(

@@ -381,8 +381,9 @@ class TemporalEngine(TemporalBatches):
         self._check_entered()
         return await account_in_memo(self.cluster, self._flock, principal)
 
-    async def _has_key(self, key: IdempotencyKey) -> bool:
-        return await self._reservations.is_used(key)
+    async def made_by(self, key: IdempotencyKey) -> str | None:
+        self._check_entered()
+        return await self._reservations.made_by(key)
 
     async def _set_budget(self, principal: str, max_cost: float | None) -> None:
         await signal_account(self.cluster, self._flock, principal, FlockAccount.set_budget, max_cost)

@@ -49,9 +49,10 @@ class Reservations:
             raise KeyReused(key.key)
         return memo["run_id"]
 
-    async def is_used(self, key: IdempotencyKey) -> bool:
-        """Whether *key* is claimed, by this request or another one."""
-        return await self._memo_of(key) is not None
+    async def made_by(self, key: IdempotencyKey) -> str | None:
+        """Return the id for *key*, whatever its request was, or None if it is not claimed."""
+        memo = await self._memo_of(key)
+        return None if memo is None else memo["run_id"]
 
     async def _memo_of(self, key: IdempotencyKey) -> Mapping[str, str] | None:
         described = await self._cluster.describe(self.key_id(key))

@@ -354,6 +354,9 @@ class ScopedEngine:
         await self._check_own_budget(options["key"])
         return await self._engine.submit(agent_name, inputs, **options)
 
+    async def made_by(self, key: IdempotencyKey) -> str | None:
+        return await self._engine.made_by(self._own(key) or key)
+
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         return await self._engine.get_run(run_id, self._own_principal(principal))
 

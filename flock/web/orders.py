@@ -24,11 +24,13 @@ from flock.runs import (
     Event,
     IdempotencyKey,
     Inputs,
+    Question,
     Run,
     RunFilter,
     RunStatus,
     new_id,
 )
+from flock.steps.answers import can_answer
 from flock.web.auth import ANYBODY, ConcurrencyLimit, ScopedEngine
 from flock.web.body import Body, media_type_of
 from flock.web.lifespan import lifespan_of
@@ -74,10 +76,15 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answers(msgspec.Struct, frozen=True):
-    """Answers to questions of a run, by the ids of their calls. There may be none, to follow a run that exists."""
+    """Answers to questions of a run, by the ids of their calls. There may be none, to follow a run that exists.
+
+    Attributes:
+        is_async: the run continues if the client disconnects from its stream.
+    """
 
     run_id: str
     outputs: Mapping[str, msgspec.Raw] = {}
+    is_async: bool = True
 
 
 class Accepted(NamedTuple):
@@ -201,8 +208,7 @@ async def stream(request: Request, order: Order | Answers, *, reasoning: bool) -
         held.enter_context(engine.watch(run_id))
         accepted = await accept(request, order, run_id)
         run = accepted.run
-        is_kept = isinstance(order, Answers) or order.is_async or run.is_async
-        outlives_client = is_kept or serving(request).options.on_disconnect != "cancel"
+        outlives_client = order.is_async or run.is_async or serving(request).options.on_disconnect != "cancel"
         on_cut_off = None if outlives_client else functools.partial(engine.cancel_run, run.run_id)
         return Stream(accepted, events_of_new_run(engine, run, reasoning=reasoning), held.pop_all(), on_cut_off)
 
@@ -220,6 +226,20 @@ async def runs_of_session(
         if not page.has_more:
             return
         after = page[-1].run_id
+
+
+def may_answer(request: Request, run: Run, question: Question) -> bool:
+    """Whether the caller may answer a question of a run."""
+    return can_answer(question, run.principal, run.begun_by, principal_of(request) or ANYBODY)
+
+
+async def cancel(request: Request, key: IdempotencyKey) -> None:
+    """Cancel the run that was accepted with *key*. No effect if there is none, or if it has ended."""
+    engine = await engine_of(request)
+    run_id = await engine.made_by(key)
+    if run_id is not None:
+        with contextlib.suppress(NotFound, Conflict):
+            await engine.cancel_run(run_id)
 
 
 async def replayed(found: Awaitable[T]) -> T:

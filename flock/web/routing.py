@@ -29,11 +29,11 @@ CORS: Mapping[str, Any] = {
     "allow_methods": ("GET", "POST", "DELETE"),
     "allow_headers": (
         *("Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer", "traceparent"),
-        "X-Request-ID",
+        *("X-Request-ID", "MCP-Protocol-Version", "Mcp-Session-Id", "Mcp-Method", "Mcp-Name"),
     ),
     "expose_headers": (
         *("Flock-Run-Status", "Idempotency-Replayed", "Link", "Location", "Preference-Applied", "Retry-After"),
-        "X-Request-ID",
+        *("X-Request-ID", "Flock-Run-Id", "Mcp-Session-Id"),
     ),
 }
 

@@ -1,0 +1,161 @@
+"""The MCP server as real clients see it: the SDK for Python, a checker, and the conformance suite."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+from tests.support.environments import new_environment, pip
+from tests.support.servers import Server, flockapi_command, running
+
+pytestmark = pytest.mark.timeout(600)
+
+AGENTS = ROOT / "tests" / "mcp_agents.py"
+#: What is not expected to pass, with the reasons.
+BASELINE = ROOT / "tests" / "mcp_conformance.yaml"
+KEY = "key-of-the-clients"
+
+#: It prints what it has seen. Its arguments: the mode, and a URL, or a command.
+CLIENT = """
+import json, sys
+import anyio
+import httpx2
+from mcp import Client, StdioServerParameters
+from mcp.client.streamable_http import streamable_http_client
+from mcp_types import ElicitResult
+
+mode, key, *target = sys.argv[1:]
+asked, pieces = [], []
+
+
+async def elicit(context, params):
+    asked.append(params.message)
+    return ElicitResult(action="accept", content={"approved": True})
+
+
+async def progress(done, total, message):
+    pieces.append(message)
+
+
+def server(http):
+    if target[0].startswith("http"):
+        return streamable_http_client(target[0], http_client=http)
+    return StdioServerParameters(command=target[0], args=target[1:], env={"XDG_STATE_HOME": "state"})
+
+
+async def main():
+    headers = {"Authorization": f"Bearer {key}"}
+    async with httpx2.AsyncClient(headers=headers, timeout=60) as http:
+        async with Client(server(http), mode=mode, elicitation_callback=elicit) as client:
+            tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+            templates = (await client.list_resource_templates()).resource_templates
+            added = await client.call_tool("add", {"a": 1})
+            invalid = await client.call_tool("add", {"a": "one"})
+            written = await client.call_tool("write", {"topic": "tea"}, progress_callback=progress)
+            approved = await client.call_tool("approve", {"text": "it"})
+            long = await client.call_tool("long", {"length": 100_000})
+            with anyio.move_on_after(1):
+                await client.call_tool("nap", {})
+            read = None
+            for part in long.content:
+                if part.type == "resource_link":
+                    read = json.loads((await client.read_resource(part.uri)).contents[0].text)["status"]
+            seen = {
+                "version": client.session.protocol_version,
+                "tool": [tools["add"].title, tools["add"].output_schema["properties"]["result"]["type"]],
+                "templates": [template.uri_template for template in templates],
+                "added": added.structured_content,
+                "invalid": invalid.is_error,
+                "written": [written.content[0].text, "".join(pieces)],
+                "approved": [approved.is_error, approved.structured_content, asked],
+                "long": [len(long.structured_content["result"]), read],
+                "still": (await client.call_tool("add", {"a": 2})).structured_content,
+            }
+    print(json.dumps(seen))
+
+
+anyio.run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def client_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the interpreter of an environment with the clients."""
+    python = new_environment(tmp_path_factory.mktemp("clients"))
+    subprocess.run(pip(python, "install", "--quiet", "mcp==2.3.*", "jbt-mcpcheck==0.1.*"), check=True)
+    return python
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    command = flockapi_command("serve", str(AGENTS), "--port", "0", "--store", ":memory:")
+    with running(*command) as made:
+        yield made
+
+
+def run(*command: str | Path, folder: Path, **env: str) -> str:
+    done = subprocess.run(
+        list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("transport", ["http", "stdio"])
+@pytest.mark.parametrize(("mode", "version"), [("auto", "2026-07-28"), ("legacy", "2025-11-25")])
+def test_the_client_of_the_sdk_calls_answers_and_cancels(
+    mode: str, version: str, transport: str, client_python: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "client.py").write_text(CLIENT)
+    keys = {"FLOCK_API_KEYS": f"ann={KEY}"}
+    if transport == "http":
+        command = flockapi_command("serve", str(AGENTS), "--port", "0", "--store", ":memory:")
+        with running(*command, **keys) as server:
+            seen = json.loads(run(client_python, "client.py", mode, KEY, f"{server.url}/mcp", folder=tmp_path))
+    else:
+        target = flockapi_command("mcp", str(AGENTS), "--store", str(tmp_path / "x.db"))
+        seen = json.loads(run(client_python, "client.py", mode, KEY, *target, folder=tmp_path))
+    is_latest = mode == "auto"
+    assert seen["version"] == version
+    assert seen["tool"] == ["Add", "integer"]
+    assert seen["templates"] == ["flock://run/{run_id}"]
+    assert (seen["added"], seen["invalid"], seen["still"]) == ({"result": 3}, True, {"result": 4})
+    assert seen["written"] == ["All about tea", "All about tea"]
+    assert seen["approved"] == ([False, {"result": "sent"}, ["Send it?"]] if is_latest else [True, None, []])
+    # Without the header of HTTP, an older client may be of the first revision, which knows no links.
+    assert seen["long"] == [100_000, "completed" if is_latest or transport == "http" else None]
+
+
+def test_the_checker_of_the_revision_finds_nothing_wrong(client_python: Path, server: Server, tmp_path: Path) -> None:
+    report = run(
+        *(client_python.with_name("jbt-mcpcheck"), f"{server.url}/mcp", "--probe", "all", "--legacy-probes", "--json"),
+        folder=tmp_path,
+    )
+    assert json.loads(report)
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the command of the conformance suite, which needs a newer Node than many machines have."""
+    folder = tmp_path_factory.mktemp("suite")
+    packages = ("node@22", "@modelcontextprotocol/conformance@0.2.0-alpha.12")
+    run("npm", "install", "--no-audit", "--no-fund", "--prefer-offline", *packages, folder=folder)
+    modules = folder / "node_modules"
+    return [
+        str(modules / ".bin" / "node"),
+        str(modules / "@modelcontextprotocol" / "conformance" / "dist" / "index.js"),
+    ]
+
+
+@pytest.mark.skipif(shutil.which("npm") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI")
+@pytest.mark.parametrize("version", ["2025-06-18", "2025-11-25", "2026-07-28"])
+def test_the_conformance_suite_fails_where_the_baseline_says_why(
+    version: str, suite: list[str], server: Server, tmp_path: Path
+) -> None:
+    options = ["--url", f"{server.url}/mcp", "--spec-version", version, "--expected-failures", str(BASELINE)]
+    run(*suite, "server", "--suite", "all", *options, folder=tmp_path)
