@@ -309,12 +309,8 @@ class EmbeddedEngine(EngineBase):
             self._start(run, context)
         else:
             start = functools.partial(self._start, context=context)
-            with accepting(self._accepting, key), self._counting_inputs(run.principal, run.input_bytes):
+            with accepting(self._accepting, key), counted(self._runner.queued_bytes, run.principal, run.input_bytes):
                 await self.store.accept(run, self._limits.queue, key, then=start, full=full)
-
-    def _counting_inputs(self, principal: str | None, length: int) -> AbstractContextManager[None]:
-        """Count the inputs of a run as queued inside the block. The runner counts them after it has started the run."""
-        return counted(self._runner.queued_bytes, principal, length)
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         active = await self._active(run_id, principal)
@@ -486,7 +482,7 @@ class EmbeddedEngine(EngineBase):
             if run.batch_id is None:
                 if (full := self._runner.full(run.principal)) is not None:
                     raise full
-                with self._counting_inputs(run.principal, await self.store.input_bytes(run_id)):
+                with counted(self._runner.queued_bytes, run.principal, await self.store.input_bytes(run_id)):
                     reopened = await self.store.reopen(run, self._limits.queue, retry, self._start)
             elif await self.store.batches.reopen_item(run, retry, self._batches.start):
                 reopened = await self.get_outline(run_id)
