@@ -130,22 +130,24 @@ class Machine:
         self.reached[point.kind] += control.pid > 0
 
     def _help(self, point: Point, is_over: threading.Event) -> None:
-        """Start a killed server again, and continue a stopped one."""
+        """Start a killed server again, and continue a stopped one, also if that is at the end of the scenario."""
         place, starts, continues_at, is_replaced = self._place, self._client.starts, 0.0, False
-        while not is_over.wait(0.005) or continues_at:
+        while not (is_over.wait(0.005) and (not place.control.pid or is_replaced)):
             pid = place.control.pid
-            if "stop" in point.kind and pid and not continues_at:
-                continues_at = time.monotonic() + STOPS_S[point.kind]
-            elif continues_at and (time.monotonic() >= continues_at):
-                os.kill(pid, signal.SIGCONT)
-                return
-            elif point.kind == "worker" and pid and not is_replaced:
-                is_replaced = True
+            if "stop" in point.kind:
+                if pid and not continues_at:
+                    continues_at = time.monotonic() + STOPS_S[point.kind]
+                elif continues_at and time.monotonic() >= continues_at:
+                    os.kill(pid, signal.SIGCONT)
+                    is_replaced = True
+            elif pid and not is_replaced and point.kind == "worker":
                 starts.append(time.time())  # its parent replaces it, and the other one takes over its runs
-            elif place.has_died():
+                is_replaced = True
+            elif not is_replaced and place.has_died():
                 place.kill()
                 starts.append(time.time())
                 place.start()
+                is_replaced = True
 
 
 def points_of(machine: Machine, scenarios: Collection[str], kinds: Collection[Kind]) -> list[Point]:
