@@ -267,7 +267,7 @@ class Reading:
     def _end_wait(self, done: CallDone) -> None:
         """Remove a wait that has ended in its step, because it was cancelled or had a default."""
         self._waits[done.step].pop(asking_call(done.call.call_id), None)
-        if done.step == len(self.run.steps) and not self.is_waiting:
+        if self.run.waiting_for and done.step == len(self.run.steps) and not self.is_waiting:
             self.change(waiting_for=tuple(wait for wait in self.run.waiting_for if wait.call_id != done.call.call_id))
 
 
