@@ -184,7 +184,14 @@ def _start(client: httpx.Client, log: Log, numbers: Sequence[int]) -> None:
         program = program_of(random.Random(number), CLASSES[NAMES[number % len(NAMES)]])
         inputs = {"program": msgspec.json.encode(program).decode()}
         body = {"agent_name": "main", "inputs": inputs, "async_run": True}
-        log.worlds[client.post("/run/flock", json=body).raise_for_status().json()["run_id"]] = World(program, FATE)
+        log.worlds[_answered(client, "POST", "/run/flock", json=body)["run_id"]] = World(program, FATE)
+
+
+def _answered(client: httpx.Client, method: str, path: str, **request: Any) -> Any:
+    """Return the body of a response. A busy cluster may be too slow for one (503)."""
+    while (response := client.request(method, path, **request)).status_code == 503:
+        time.sleep(POLL_S)
+    return response.json()
 
 
 def _help(client: httpx.Client, log: Log, *, until: float) -> dict[str, Any]:
@@ -195,10 +202,10 @@ def _help(client: httpx.Client, log: Log, *, until: float) -> dict[str, Any]:
         while log.to_send:
             run_id, name, number = log.to_send[-1]
             key = {"Idempotency-Key": f"{run_id} {name}"}
-            client.post(f"/run/{run_id}/messages/{name}", json={"message": number}, headers=key)
+            _answered(client, "POST", f"/run/{run_id}/messages/{name}", json={"message": number}, headers=key)
             log.to_send.pop()
         for run_id in log.worlds.keys() - ended.keys():
-            run = client.get(f"/run/{run_id}").json()
+            run = _answered(client, "GET", f"/run/{run_id}")
             if run["completed_at"]:
                 value = {"status": RunStatus(run["status"]), "value": run["result"]}
                 ended[run_id] = SimpleNamespace(**value, error=run["error"], error_type=run.get("error_type"))
