@@ -1,0 +1,93 @@
+"""A run as clients of three protocols see it at the same time: REST, OpenAI and MCP."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import httpx
+import pytest
+
+from flock.testing import Reply
+from flockapi import create_app
+from tests.support.http import client_of, get
+from tests.test_mcp_server import answers, latest, post, result_of
+from tests.test_openai_responses import Responses, approval, send, text_of
+
+pytestmark = pytest.mark.anyio
+
+ANN, BOB = ({"Authorization": f"Bearer {letter * 20}"} for letter in "ab")
+PAY_3 = [Reply(calls=[("pay", {"amount": 3})]), Reply({"reply": "Paid."})]
+
+
+@pytest.fixture
+def chats() -> Responses:
+    return Responses()
+
+
+@pytest.fixture
+async def client(chats: Responses) -> AsyncIterator[httpx.AsyncClient]:
+    engine = chats.flock.engine(transport=chats.model.transport)
+    keys = {"ann": "a" * 20, "bob": "b" * 20}
+    app = create_app(chats.flock, engine=engine, api_keys=keys, protocols=["openai", "mcp"])
+    async with app.lifespan(), client_of(app) as made:
+        made.headers.update(ANN)
+        yield made
+
+
+async def seen(client: httpx.AsyncClient, run_id: str, headers: Mapping[str, str] = ANN) -> list[Any]:
+    """Return the run as REST, OpenAI and MCP show it to one principal: None where it does not exist."""
+    rest = await client.get(f"/run/{run_id}", headers=headers)
+    response = await client.get(f"/v1/responses/resp_{run_id}_0", headers=headers)
+    resource = await post(client, latest("resources/read", uri=f"flock://run/{run_id}"), **headers)
+    shown: list[Any] = [each.json() if each.status_code == 200 else None for each in (rest, response, resource)]
+    return [*shown[:2], shown[2] and json.loads(shown[2]["result"]["contents"][0]["text"])]
+
+
+async def test_a_run_has_one_id_one_owner_and_one_end_in_all_protocols(
+    client: httpx.AsyncClient, chats: Responses
+) -> None:
+    made = await send(client, "repeat", "tea")
+    run_id = made.headers["Flock-Run-Id"]
+    rest, response, resource = await seen(client, run_id)
+    assert rest["run_id"] == resource["run_id"] == run_id
+    assert rest["status"] == response["status"] == resource["status"] == "completed"
+    assert rest["result"] == resource["result"] == {"result": text_of(response)}
+    assert await seen(client, run_id, BOB) == [None, None, None]
+    assert (await client.delete(f"/run/{run_id}")).status_code == 204
+    assert await seen(client, run_id) == [None, None, None]
+
+
+async def test_an_approval_asked_through_openai_is_answered_in_the_inbox_and_ends_in_all_protocols(
+    client: httpx.AsyncClient, chats: Responses
+) -> None:
+    chats.model.replies = [*PAY_3]
+    asked = (await send(client, "payer", "Pay 3.")).json()
+    (question,) = (await get(client, "/questions"))["questions"]
+    run_id = question["run_id"]
+    assert asked["output"][0]["id"] == f"mcpr_{run_id}_{question['call_id']}"
+    rest, _, resource = await seen(client, run_id)
+    assert (rest["status"], resource["status"], chats.paid) == ("waiting", "waiting", [])
+    path = f"/run/{run_id}/calls/{question['call_id']}"
+    assert (await client.post(path, json={"output": {"approved": True}}, headers=BOB)).status_code == 404
+    await client.post(f"{path}?wait=30", json={"output": {"approved": True}})
+    rest, _, resource = await seen(client, run_id)
+    continued = (await send(client, "payer", [], previous_response_id=asked["id"])).json()
+    assert rest["result"] == resource["result"] == {"reply": text_of(continued)} == {"reply": "Paid."}
+    assert (chats.paid, rest["run_id"]) == ([3], continued["id"].split("_")[1])
+
+
+async def test_an_approval_asked_through_mcp_is_answered_by_the_item_of_openai(
+    client: httpx.AsyncClient, chats: Responses
+) -> None:
+    """The client of MCP, which answers later, gets the result of what was decided elsewhere."""
+    chats.model.replies = [*PAY_3]
+    order = {"name": "payer", "arguments": {"order": "Pay 3."}}
+    waiting = await result_of(client, latest("tools/call", {"elicitation": {}}, **order))
+    (question,) = (await get(client, "/questions"))["questions"]
+    asked = (await client.get(f"/v1/responses/resp_{question['run_id']}_0")).json()
+    assert text_of((await send(client, "payer", approval(asked))).json()) == "Paid."
+    (id_,) = waiting["inputRequests"]
+    late = {id_: {"action": "accept", "content": {"approved": False}}}
+    more = {**answers(waiting), "inputResponses": late}
+    ended = await result_of(client, latest("tools/call", {"elicitation": {}}, **order, **more))
+    assert (ended["structuredContent"], chats.paid) == ({"reply": "Paid."}, [3])
