@@ -1,9 +1,12 @@
 """The real clients of OpenAI, in environments of their own, against a real server."""
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -258,6 +261,67 @@ def test_the_program_of_the_page_runs(environment: Path, tmp_path: Path) -> None
     serve = flockapi_command("serve", str(ROOT / "examples" / "writer.py"), "--port", "0", "--store", ":memory:")
     with running(*serve) as server:
         assert run(environment, "-c", code.replace(URL, server.url)) == "All about tea\nAll about tea"
+
+
+LITELLM = """
+import sys
+import litellm
+
+said = {"messages": [{"role": "user", "content": "tea"}], "api_base": sys.argv[1] + "/v1", "api_key": "none"}
+chat = litellm.completion(model="openai/write", **said)
+assert chat.choices[0].message.content == "All about tea", chat
+chunks = litellm.completion(model="openai/write", stream=True, **said)
+assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "All about tea"
+response = litellm.responses(model="openai/write", input="tea", api_base=said["api_base"], api_key="none")
+assert response.output[0].content[0].text == "All about tea", response
+try:
+    litellm.completion(model="openai/wrote", **said)
+except litellm.NotFoundError as exc:
+    assert "wrote" in str(exc)
+else:
+    raise AssertionError
+print("all of it")
+"""
+
+#: Programs of clients for Node. They end with "all of it".
+CLIENTS = ROOT / "tests" / "clients"
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with clients for Node, and a version of Node that is new enough for them."""
+    folder = tmp_path_factory.mktemp("node")
+    packages = ("node@22", "openai@7", "ai@7", "@ai-sdk/openai-compatible@2")
+    subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", *packages], check=True, cwd=folder)
+    for program in CLIENTS.glob("*.mjs"):
+        shutil.copy(program, folder)  # it imports the packages beside it
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("npm") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI")
+@pytest.mark.parametrize("program", ["openai.mjs", "ai.mjs"])
+@pytest.mark.timeout(400)
+def test_clients_for_node(program: str, node: Path, server: Server) -> None:
+    """``ai.mjs`` is the AI SDK of Vercel, whose loop executes the client's tools."""
+    assert run(node / "node_modules" / ".bin" / "node", str(node / program), server.url) == "all of it\n"
+
+
+@pytest.mark.timeout(300)
+def test_litellm_as_a_client(server: Server) -> None:
+    assert "all of it\n" in run(Path(sys.executable), "-c", LITELLM, server.url)
+
+
+@pytest.mark.timeout(300)
+def test_the_command_llm_knows_agents_from_one_file(server: Server, tmp_path: Path) -> None:
+    python = new_environment(tmp_path / "llm")
+    subprocess.run(pip(python, "install", "--quiet", "llm==0.36"), check=True)
+    model = {"model_id": "flock-write", "model_name": "write", "api_base": f"{server.url}/v1"}
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
+    for options in ([], ["--no-stream"]):
+        command = [str(python.with_name("llm")), "-m", "flock-write", "--key", "none", *options, "tea"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert (done.stdout, done.returncode) == ("All about tea\n", 0), done.stderr
 
 
 def test_streams_of_a_server_that_is_killed_are_resumed(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ So a slow reader costs nothing, and gets all that was written since its last eve
 import contextlib
 import io
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -20,6 +19,7 @@ import msgspec
 from flock.models.pieces import Joiner
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
+from flock.scopes import loop_clock
 from flock.steps.threads import loop_scheduler
 
 #: The shortest time between two pieces of a text that are sent, in seconds. What comes faster is sent together, since a
@@ -133,7 +133,7 @@ class LiveOutput:
         self.readers: set[LiveReader] = set()
         self.next_is_late = False
         self._max_chars = max_chars
-        self._call_later = loop_scheduler()
+        self._now, self._call_at = loop_clock(), loop_scheduler()
         self._is_waking, self._woken_at = False, 0.0
         self._lock = threading.Lock()
         #: in the order of their last change
@@ -154,7 +154,7 @@ class LiveOutput:
 
     def wake(self) -> None:
         """Wake the readers. In the event loop only."""
-        self._is_waking, self._woken_at = False, time.monotonic()
+        self._is_waking, self._woken_at = False, self._now()
         changed, self.changed = self.changed, anyio.Event()
         changed.set()
 
@@ -245,7 +245,7 @@ class LiveOutput:
     def _wake_soon(self) -> None:
         if not self._is_waking:  # many changes wake the readers once
             self._is_waking = True
-            self._call_later(self._woken_at + FRAME_S - time.monotonic(), self.wake)
+            self._call_at(self._woken_at + FRAME_S, self.wake)
 
     # The course of the run: in the event loop
 

@@ -50,7 +50,7 @@ class _Call(Generic[T]):
         self.outcome: Callable[[], T] | None = None
         self._function = function
         self._free = free
-        self._schedule_in_loop = loop_scheduler()
+        self._call_at = loop_scheduler()
         #: set in the event loop when the function has returned, if ``_needs_end`` was set before
         self._end = anyio.Event()
         self._needs_end = False
@@ -71,9 +71,9 @@ class _Call(Generic[T]):
         finally:
             self.is_done = True
             if self._needs_end:
-                self._schedule_in_loop(0, self._end.set)
+                self._call_at(0, self._end.set)
             if self.is_abandoned:  # do not wait for a result: if the loop is ending, the thread would never end
-                self._schedule_in_loop(0, self._free, self)
+                self._call_at(0, self._free, self)
 
     async def wait(self) -> None:
         """Wait until the function has returned, if it has started, or ``scope`` is cancelled.
@@ -198,7 +198,7 @@ def _raise(exc: BaseException) -> NoReturn:
 def loop_scheduler() -> Callable[..., None]:
     """Return a function that schedules a call in this event loop, if that has not ended. It works in any thread.
 
-    Its first argument is a delay in seconds. Under trio, there is none.
+    Its first argument is the earliest time of the call, by ``loop_clock``. Under trio, it is ignored.
     """
     here = threading.get_ident()
     try:
@@ -207,15 +207,15 @@ def loop_scheduler() -> Callable[..., None]:
         import trio
 
         call_soon = trio.lowlevel.current_trio_token().run_sync_soon
-        return lambda delay_s, function, *args: call_soon(function, *args)
+        return lambda when, function, *args: call_soon(function, *args)
 
-    def call_later(delay_s: float, function: Callable[..., None], *args: Any) -> None:
+    def call_at(when: float, function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop has ended
             if threading.get_ident() != here:
-                loop.call_soon_threadsafe(loop.call_later, delay_s, function, *args)
-            elif delay_s > 0:
-                loop.call_later(delay_s, function, *args)
+                loop.call_soon_threadsafe(loop.call_at, when, function, *args)
+            elif when > loop.time():
+                loop.call_at(when, function, *args)
             else:
                 loop.call_soon(function, *args)
 
-    return call_later
+    return call_at
