@@ -25,7 +25,7 @@ from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
 from tests.support.engines import until_run
 from tests.support.flocks import Gate, sample_flock
-from tests.support.http import client_of, events_in, get
+from tests.support.http import client_of, events_in, get, left
 from tests.support.servers import Served, flockapi_command
 from tests.test_approval import Till
 from tests.test_tools import flock_of
@@ -499,6 +499,23 @@ async def test_a_long_result_is_not_repeated_as_text(client: httpx.AsyncClient) 
     assert json.loads(text_in(older)) == result["structuredContent"]  # 2025-03-26 knows only texts
 
 
+@pytest.mark.parametrize("body", ["[1,", '["\\ud800"]', '[{"jsonrpc": "2.0"}]x'])
+async def test_a_batch_that_is_no_json_is_refused(client: httpx.AsyncClient, body: str) -> None:
+    sent = await client.post("/mcp", content=body, headers={"Content-Type": "application/json"})
+    assert (sent.status_code, sent.json()["error"]["code"]) == (400, mcp.PARSE_ERROR)
+
+
+async def test_arguments_and_states_that_cannot_be_read_are_refused(client: httpx.AsyncClient) -> None:
+    started = await post(client, body_of("initialize", protocolVersion="2025-06-18", capabilities={}))
+    session = {"Mcp-Session-Id": started.headers["Mcp-Session-Id"], "Content-Type": "application/json"}
+    body = '{"jsonrpc":"2.0","id":2,"method":"tools/call","params":{"name":"add","arguments":{"a":1e999}}}'
+    sent = await client.post("/mcp", content=body, headers=session)
+    assert (sent.status_code, "error" in sent.json() or sent.json()["result"]["isError"]) == (200, True)
+    state = base64.urlsafe_b64encode(b"[" * 60_000).decode() + ".x"
+    again = latest("tools/call", FORMS, name="add", arguments={"a": 1}, requestState=state)
+    assert (await post(client, again)).status_code == 400
+
+
 # Resources
 
 
@@ -539,6 +556,25 @@ def answers(result: Any, content: Any = None, action: str = "accept") -> dict[st
     """Return what a client sends after a person has filled in the forms of *result*."""
     given = {"action": action, **({} if content is None else {"content": content})}
     return {"inputResponses": dict.fromkeys(result["inputRequests"], given), "requestState": result["requestState"]}
+
+
+async def test_a_client_that_answers_and_closes_cancels_the_run() -> None:
+    flock, has_answer = Flock("closes"), anyio.Event()
+
+    @flock.agent
+    async def hold(context: RunContext) -> bool:
+        answer = await context.ask("Go on?", bool)
+        has_answer.set()
+        await anyio.sleep_forever()
+        return answer
+
+    app = served(flock)
+    async with app.lifespan(), client_of(app) as client:
+        waiting = await result_of(client, latest("tools/call", FORMS, name="hold", arguments={}))
+        body = latest("tools/call", FORMS, name="hold", arguments={}, **answers(waiting, {"answer": True}))
+        await left(app, "/mcp", body, has_answer.wait, headers_of(body))
+        run_id = waiting["_meta"][mcp.RUN_ID]
+        assert (await until_run(app.engine, run_id, lambda run: run.status.is_final)).status is RunStatus.CANCELLED
 
 
 async def test_a_question_becomes_a_form_and_its_answer_continues_the_run(client: httpx.AsyncClient) -> None:

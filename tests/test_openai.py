@@ -6,6 +6,7 @@ The requests and the members that are checked are those of the real client, whic
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from typing import Any, Literal, TypedDict
 
@@ -525,6 +526,26 @@ async def serve(app: Any, body: Any, on_event: Any, path: str = "/v1/chat/comple
     with anyio.fail_after(PATIENCE_S):
         await app(scope, receive, send)
     return events
+
+
+def test_a_long_text_that_starts_again_is_compared_once() -> None:
+    text, pieces = SentText(), ["word "] * 40_000
+    for piece in pieces:
+        text.add(piece)
+    text.restart()
+    since = time.process_time()
+    assert [text.add(piece) for piece in pieces] == [""] * len(pieces)
+    assert time.process_time() - since < 2, "not each time with all of it"
+    assert text.add("more") == "more"
+    with pytest.raises(TextReplaced):
+        text.end("word")
+
+
+@pytest.mark.parametrize("more", ['"temperature": 1e999', '"n": 1e999', f'"seed": {"9" * 5000}', '"tools": "x"'])
+async def test_a_setting_that_is_no_value_of_its_type_is_400(client: httpx.AsyncClient, more: str) -> None:
+    body = f'{{"model": "echo", "messages": [{{"role": "user", "content": "hi"}}], {more}}}'
+    sent = await client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    check_error(sent, 400, ...)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import pytest
 
@@ -14,9 +15,9 @@ from flock.core import FlockFactory
 from flock.errors import AgentError
 from flock.runs import Principal, RunContext
 from flock.testing import Reply
-from flockapi import create_app
+from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
-from tests.support.http import client_of, get, wait_for
+from tests.support.http import client_of, get, left, wait_for
 from tests.test_openai import Chats, check_error, serve
 
 pytestmark = pytest.mark.anyio
@@ -65,10 +66,16 @@ def chats() -> Responses:
 
 
 @pytest.fixture
-async def client(chats: Responses) -> AsyncIterator[httpx.AsyncClient]:
+async def app(chats: Responses) -> AsyncIterator[FlockAPI]:
     engine = chats.flock.engine(transport=chats.model.transport)
-    app = create_app(chats.flock, engine=engine, auth="host", protocols=["openai"])
-    async with app.lifespan(), client_of(app) as made:
+    made = create_app(chats.flock, engine=engine, auth="host", protocols=["openai"])
+    async with made.lifespan():
+        yield made
+
+
+@pytest.fixture
+async def client(app: FlockAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(app) as made:
         yield made
 
 
@@ -219,6 +226,52 @@ async def test_a_response_that_is_not_stored_is_deleted_after_its_answer(client:
         assert sent.status_code == 200
         check_error(await client.get(f"/v1/responses/resp_{sent.headers['Flock-Run-Id']}_0"), 404, "unknown_run")
     assert (await get(client, "/runs"))["runs"] == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_that_is_not_stored_is_deleted_if_its_client_leaves(
+    chats: Responses, app: FlockAPI, client: httpx.AsyncClient, stream: bool
+) -> None:
+    body = {"model": "write", "input": "a secret", "store": False, "stream": stream}
+    await left(app, "/v1/responses", body, chats.has_written.wait)
+    assert (await get(client, "/runs"))["runs"] == []
+
+
+async def test_who_follows_a_response_of_another_request_and_leaves_does_not_cancel_it(
+    chats: Responses, app: FlockAPI, client: httpx.AsyncClient
+) -> None:
+    has_left = anyio.Event()
+
+    async def follow() -> None:
+        await chats.has_written.wait()
+        (run,) = (await get(client, "/runs"))["runs"]
+        await left(app, "/v1/responses", {"model": "write", "previous_response_id": f"resp_{run['run_id']}_0"}, checked)
+        has_left.set()
+        chats.may_go.set()
+
+    async def checked() -> None:
+        for _ in range(100):  # the request has begun to wait for the run
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(follow)
+        made = await create(client, "write", "tea")
+    assert (text_of(made), has_left.is_set()) == ("All about tea", True)
+
+
+async def test_a_run_of_another_version_of_its_agent_is_shown_as_json(
+    chats: Responses, client: httpx.AsyncClient
+) -> None:
+    """Its input and its output had other names, or the input was left out."""
+    chats.model.replies = [Reply({"reply": "hello"})]
+    id_ = (await client.post("/v1/conversations")).json()["id"]
+    made = await create(client, "pal", "hi", conversation=id_)
+    other = FlockFactory.create_default_agent("pal", input="words: str", output="answer: str", history=5)
+    chats.flock.agents["pal"] = other
+    assert json.loads(text_of(await get(client, f"/v1/responses/{made['id']}"))).keys() == {"reply"}
+    (item,) = (await get(client, f"/v1/responses/{made['id']}/input_items"))["data"]
+    assert json.loads(item["content"][0]["text"]) == {"text": "hi"}
+    assert len((await get(client, f"/v1/conversations/{id_}/items"))["data"]) == 2
 
 
 async def test_a_key_makes_a_repeated_request_one_run(client: httpx.AsyncClient) -> None:

@@ -70,10 +70,15 @@ def serve_stdio(flock: DeclaredFlock, streams: tuple[int, int], *, store: str, l
 
 async def _serve(app: FlockAPI, source: int, sink: int) -> None:
     one_at_a_time = anyio.CapacityLimiter(1)
-    with os.fdopen(source, "rb") as read, os.fdopen(sink, "wb", 0) as written:
+    os.set_blocking(sink, True)  # otherwise a full pipe would get a part of a line
+    with os.fdopen(source, "rb") as read, os.fdopen(sink, "wb") as written:
+
+        def write_line(line: bytes) -> None:
+            written.write(line + b"\n")
+            written.flush()
 
         async def write(line: bytes) -> None:
-            await anyio.to_thread.run_sync(written.write, line + b"\n", limiter=one_at_a_time)
+            await anyio.to_thread.run_sync(write_line, line, limiter=one_at_a_time)
 
         async with app.lifespan():
             await serve_lines(app, anyio.wrap_file(read), write)

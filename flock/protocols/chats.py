@@ -67,9 +67,11 @@ def messages_of(agent: Agent, inputs: msgspec.Raw) -> list[Message]:
     """Return the messages that have become *inputs*."""
     values = msgspec.json.decode(inputs)
     if (name := conversation_of(agent.input)) is not None:
-        return [Message(turn["role"], turn["content"]) for turn in values[name]]
-    name = _text_input_of(agent)
-    return [Message("user", _text(inputs) if name is None else values[name])]
+        turns = values.get(name)  # another version of the agent may have had other inputs, and a default is not stored
+        if isinstance(turns, list):
+            return [Message(turn["role"], turn["content"]) for turn in turns]
+    text = values.get(_text_input_of(agent))
+    return [Message("user", text if isinstance(text, str) else _text(inputs))]
 
 
 def _text_input_of(agent: Agent, others: Mapping[str, Any] | None = None) -> str | None:
@@ -95,7 +97,8 @@ async def _whole_text(agent: Agent, result: msgspec.Raw | LongJSON, *, as_json: 
     """
     raw = b"".join([piece async for piece in result.pieces()]) if isinstance(result, LongJSON) else bytes(result)
     name = None if as_json else _text_output_of(agent)
-    return raw.decode() if name is None else msgspec.json.decode(raw)[name]
+    text = None if name is None else msgspec.json.decode(raw).get(name)
+    return text if isinstance(text, str) else raw.decode()  # another version of the agent may have had other outputs
 
 
 async def text_of(engine: Engine, agents: Mapping[str, Agent], run: Run, *, as_json: bool) -> str:
@@ -119,7 +122,11 @@ def check_schema(agents: Mapping[str, Agent], agent: Agent, schema: Any, at: str
     """
     last = {each.from_ for each in graph_of(agent.name, agents) if each.to is None} & agents.keys()
     schemas = [agents[name].output.result_schema for name in sorted(last)]
-    if not any(is_same_schema(ours, schema) for ours in schemas):
+    try:
+        is_same = any(is_same_schema(ours, schema) for ours in schemas)
+    except RecursionError:
+        is_same = False
+    if not is_same:
         shown = " or ".join(map(_text, schemas))
         raise InvalidData.of(
             f"This schema is not that of the outputs of {agent.name!r}, which is {shown}. Send that, or leave it out.",
@@ -134,26 +141,27 @@ class SentText:
     """The text of an answer. What was sent cannot be taken back, so a text that replaces it must begin with it."""
 
     def __init__(self) -> None:
-        self._sent, self._now = list[str](), list[str]()
+        self._sent, self._all, self._at = list[str](), "", 0
         self._is_behind = False
 
     def add(self, text: str) -> str:
         """Return what is to be sent after more *text* has come. Raises TextReplaced."""
-        self._now.append(text)
         if not self._is_behind:
             self._sent.append(text)
             return text
-        sent, now = "".join(self._sent), "".join(self._now)
-        if not (now.startswith(sent) or sent.startswith(now)):
+        known = self._all[self._at : self._at + len(text)]
+        if not text.startswith(known):
             raise TextReplaced("The answer was replaced by another one after a part of it had been sent.")
-        new = now[len(sent) :]
-        self._is_behind = len(now) < len(sent)
+        self._at += len(text)
+        self._is_behind = self._at < len(self._all)
+        new = text[len(known) :]
         self._sent.append(new)
         return new
 
     def restart(self, text: str = "") -> str:
         """The text begins again, with *text*. Return what is to be sent. Raises TextReplaced."""
-        self._now, self._is_behind = [], bool(self._sent)
+        self._all, self._at = "".join(self._sent), 0
+        self._sent, self._is_behind = [self._all], bool(self._all)
         return self.add(text)
 
     def end(self, text: str) -> str:

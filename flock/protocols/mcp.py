@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from starlette.requests import Request
@@ -71,7 +71,6 @@ RUN_URI = "flock://run/"
 #: In the metadata of a result.
 RUN_ID = "flockapi/run_id"
 
-T = TypeVar("T")
 
 ID = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)] | Annotated[str, msgspec.Meta(max_length=256)]
 
@@ -164,7 +163,7 @@ class Call(NamedTuple):
     @property
     def digest(self) -> str:
         """A digest of what is called. Another request with the same digest is the same call."""
-        arguments = msgspec.json.decode(msgspec.json.encode(self.params.arguments or {}))
+        arguments = _decoded(msgspec.json.encode(self.params.arguments or {}), Any, INVALID_PARAMS)
         return _sha256([self.params.name, arguments])
 
     def key_of(self, request_id: ID | None) -> IdempotencyKey | None:
@@ -198,7 +197,10 @@ async def mcp(request: Request) -> Response:
     body = await orders.read_json(request)
     if body.lstrip()[:1] != b"[":
         return await _respond(request, body)
-    messages = msgspec.json.decode(body, type=list[msgspec.Raw])
+    try:
+        messages = _decoded(body, list[msgspec.Raw], INVALID_REQUEST)
+    except RPCError as exc:
+        return _response(None, exc)
     if request.headers.get("mcp-protocol-version", OLDER[-1]) != OLDER[-1] or not 0 < len(messages) <= MAX_BATCH:
         problem = f"Only {OLDER[-1]} has batches, of 1 to {MAX_BATCH} messages. Send one message."
         return _response(None, RPCError(INVALID_REQUEST, problem))
@@ -233,7 +235,7 @@ async def _respond(request: Request, raw: bytes | msgspec.Raw, *, is_in_batch: b
         return JSONResponse(_reply(message, error=error), response.status_code, response.headers)
 
 
-def _decoded(raw: bytes | msgspec.Raw, type_: type[T], code: int) -> T:
+def _decoded(raw: bytes | msgspec.Raw, type_: Any, code: int) -> Any:
     try:
         return msgspec.json.decode(raw, type=type_)
     except (msgspec.DecodeError, RecursionError) as exc:
@@ -371,7 +373,8 @@ async def _call(call: Call) -> Mapping[str, Any] | Response:
         except InvalidData as exc:  # a model can read it, and call again
             return {"content": [_text(str(exc))], "isError": True}
     if stream is None:
-        return await _outcome(call, engine, await orders.end_of(request, run.run_id, run.is_async), problems)
+        outlives = run.is_async and params.request_state is None  # a run that has waited is async
+        return await _outcome(call, engine, await orders.end_of(request, run.run_id, outlives), problems)
     headers = {"Flock-Run-Id": run.run_id, "X-Accel-Buffering": "no"}
     return EventStream(_events(call, stream, engine, problems), stream.held, headers, on_cut_off=stream.on_cut_off)
 
@@ -537,7 +540,7 @@ async def _verified(call: Call, engine: Engine) -> tuple[Run, Sequence[str]]:
     try:
         run_id, until, *call_ids = msgspec.json.decode(base64.urlsafe_b64decode(payload))
         run = await engine.get_outline(str(run_id))
-    except (ValueError, TypeError, NotFound) as exc:
+    except (ValueError, TypeError, RecursionError, NotFound) as exc:
         raise error from exc
     is_valid = run.call_key and hmac.compare_digest(mac.encode(), _mac(call, run, payload).encode())
     if not is_valid or until < time.time():

@@ -8,6 +8,7 @@ import msgspec
 
 from flock.agents.agent import Agent
 from flock.errors import InvalidData
+from flock.jsontype import JSONType
 from flock.protocols.chats import Message, check_schema
 from flock.runs import ClientSettings, ClientTool, Engine, Question, Usage
 from flock.runs.client import OPTIONS
@@ -64,8 +65,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _NAMES = [*UNSUPPORTED, *OPTIONS, "tools", "tool_choice", "max_tokens", "max_completion_tokens", "max_output_tokens"]
-_SETTINGS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
-    msgspec.defstruct("Sent", [(name, Any, None) for name in _NAMES], frozen=True)
+_SETTINGS: JSONType[Any] = JSONType(
+    msgspec.defstruct("Sent", [(name, Any, None) for name in _NAMES], frozen=True), ignores_unknown=True
 )
 
 
@@ -80,7 +81,9 @@ def client_settings(body: bytes, messages: Iterable[Message], instructions: str 
         if value is not None and value not in neutral:
             others = "".join(f", or send {msgspec.json.encode(each).decode()}" for each in neutral)
             raise InvalidData.of(f"No agent takes {name!r}. Leave it out{others}.", f"/{name}")
-    for at, tool in enumerate(sent.tools if isinstance(sent.tools, list) and sent.tool_choice != "none" else ()):
+    if not isinstance(sent.tools, list | None):
+        raise InvalidData.of("It must be an array.", "/tools")
+    for at, tool in enumerate(sent.tools if sent.tools and sent.tool_choice != "none" else ()):
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise InvalidData.of("Only tools of the type 'function' are offered.", f"/tools/{at}")
         made = tool["function"] if isinstance(tool.get("function"), dict) else tool
@@ -112,7 +115,7 @@ def wants_json(agents: Mapping[str, Agent], agent: Agent, sent: Format | None, a
 
 def content_text(content: str | Sequence[Part] | None, at: str, *, is_shown: bool) -> str:
     """Return the text of a message. Other parts are refused if the agent would see the message (*is_shown*)."""
-    if not isinstance(content, Sequence) or isinstance(content, str):
+    if content is None or isinstance(content, str):
         return content or ""
     for number, part in enumerate(content):
         if is_shown and (part.type not in TEXTS or part.text is None):

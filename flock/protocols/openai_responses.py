@@ -11,7 +11,10 @@ import zlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
+import anyio
+import anyio.lowlevel
 import msgspec
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,7 +28,7 @@ from flock.protocols import openai_parts as parts
 from flock.runs import Call, Engine, Event, Question, Run, RunStatus, new_id
 from flock.web import orders
 from flock.web.requests import fingerprint_of, idempotency_key, query_of, while_connected
-from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, sent_event
+from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, PageResponse, sent_event
 from flock.web.routing import principal_of
 
 #: The number of an event that follows a text of n characters begins at ``n << CHECK_BITS``. JavaScript can read it for
@@ -225,7 +228,10 @@ async def _shown(request: Request, reply: Reply, sent: ResponseRequest | None = 
     if not reply.questions and run.status is RunStatus.COMPLETED:
         engine, as_json = await orders.engine_of(request), reply.place.as_json
         output = [_answer(reply.place, await chats.text_of(engine, _agents(request), run, as_json=as_json))]
-    return JSONResponse(_response(reply, output, sent), headers={"Flock-Run-Id": run.run_id})
+    body, headers = _response(reply, output, sent), {"Flock-Run-Id": run.run_id}
+    if request.method == "GET":  # a client repeats what gets 429, which must not be a new run
+        return PageResponse(body, orders.download_slot(request), headers=headers)
+    return JSONResponse(body, headers=headers)
 
 
 # A new response
@@ -262,16 +268,28 @@ async def create_response(request: Request) -> Response:
     )
     stream = await orders.stream(request, order, reasoning=False) if sent.stream else None
     run = (await orders.accept(request, order) if stream is None else stream.accepted).run
-    place, outlives_client = Place(run.run_id, number, as_json), run.is_async
+    place, outlives_client = Place(run.run_id, number, as_json), run.is_async or wanted is not None
     if stream is not None:
         return await _streamed(request, stream, Reply(place, run), sent)
     if not sent.background:
         del run, order, messages  # frees the inputs, which may be long, during the wait
-        run = await orders.end_of(request, place.run_id, outlives_client)
+        try:
+            run = await orders.end_of(request, place.run_id, outlives_client)
+        except (HTTPException, anyio.get_cancelled_exc_class()):
+            if sent.store is False and not outlives_client:
+                await _forget(engine, place.run_id)
+            raise
     response = await _shown(request, Reply(place, run, _open_questions(run)), sent)
     if sent.store is False and run.status.is_final:
         await engine.delete_run(run.run_id)
     return response
+
+
+async def _forget(engine: Engine, run_id: str) -> None:
+    """Delete a run with ``store: false`` that was cancelled because its client has left."""
+    with anyio.move_on_after(5, shield=True), contextlib.suppress(FlockError):
+        if (await engine.wait(run_id, 5)).status.is_final:
+            await engine.delete_run(run_id)
 
 
 def _read(sent: str | Sequence[Item] | None) -> tuple[list[chats.Message], dict[str, msgspec.Raw]]:
@@ -420,7 +438,8 @@ def _page(request: Request, items: Sequence[JSON]) -> Response:
     first = next((at + 1 for at, item in enumerate(ordered) if item["id"] == query.after), 0)
     shown = ordered[first : first + query.limit]
     ids = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
-    return JSONResponse({"object": "list", "data": shown, "has_more": len(ordered) > first + query.limit, **ids})
+    body = {"object": "list", "data": shown, "has_more": len(ordered) > first + query.limit, **ids}
+    return PageResponse(body, orders.download_slot(request))
 
 
 # Conversations
@@ -460,15 +479,24 @@ def _conversation(id_: str) -> Response:
 
 async def conversation_items(request: Request) -> Response:
     """GET /v1/conversations/{conversation_id}/items: what was said in its last runs, up to ``MAX_RUNS``."""
-    engine, items = await orders.engine_of(request), list[JSON]()
+    engine, query = await orders.engine_of(request), query_of(request, PageQuery)
     session_id, _ = _session(request.path_params["conversation_id"])
+    ids = list[str]()
     async for listed in orders.runs_of_session(request, session_id, RunStatus.COMPLETED):
-        run = await engine.get_run(listed.run_id)
-        text = await chats.text_of(engine, _agents(request), run, as_json=False)
-        items[:0] = [*_inputs(request, run)[-1:], _answer(Place(run.run_id), text)]
-        if len(items) >= 2 * MAX_RUNS:
+        ids.append(listed.run_id)
+        if len(ids) == MAX_RUNS:
             break
-    return _page(request, items)
+    ids = ids[::-1] if query.order == "asc" else ids
+    first = next((at for at, run_id in enumerate(ids) if run_id in query.after), 0)
+    items = list[JSON]()
+    for run_id in ids[first : first + query.limit // 2 + 2]:  # two items each; what is left out makes has_more true
+        run = await engine.get_run(run_id)
+        said = _said(request, run)
+        asked = [_message(f"{run_id}_in{len(said) - 1}", each.role, each.text) for each in said[-1:]]
+        pair = [*asked, _answer(Place(run_id), await chats.text_of(engine, _agents(request), run, as_json=False))]
+        items += pair if query.order == "asc" else pair[::-1]
+        await anyio.lowlevel.checkpoint()
+    return _page(request, items if query.order == "asc" else items[::-1])
 
 
 # Streams
@@ -497,7 +525,13 @@ async def _streamed(
         except FlockError as exc:
             yield writer.error(exc)
 
-    return EventStream(content(), stream.held, headers, on_cut_off=stream.on_cut_off)
+    async def cut_off() -> None:
+        if stream.on_cut_off is not None:
+            await stream.on_cut_off()
+            await _forget(engine, reply.run.run_id)
+
+    is_kept = sent is None or sent.store is not False
+    return EventStream(content(), stream.held, headers, on_cut_off=stream.on_cut_off if is_kept else cut_off)
 
 
 class _Writer:

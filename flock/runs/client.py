@@ -6,7 +6,7 @@ import msgspec
 
 __all__ = ["ClientSettings", "ClientTool"]
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 
 #: The options that only an agent with ``client_options=True`` takes, with their value at which models behave as usual.

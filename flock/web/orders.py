@@ -208,7 +208,8 @@ async def stream(request: Request, order: Order | Answers, *, reasoning: bool) -
         held.enter_context(engine.watch(run_id))
         accepted = await accept(request, order, run_id)
         run = accepted.run
-        outlives_client = order.is_async or run.is_async or serving(request).options.on_disconnect != "cancel"
+        is_kept = order.is_async or (run.is_async and isinstance(order, Order))  # a run that has waited is async
+        outlives_client = is_kept or serving(request).options.on_disconnect != "cancel"
         on_cut_off = None if outlives_client else functools.partial(engine.cancel_run, run.run_id)
         return Stream(accepted, events_of_new_run(engine, run, reasoning=reasoning), held.pop_all(), on_cut_off)
 

@@ -1,7 +1,7 @@
 """HTTP requests that many tests send."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import anyio
@@ -13,6 +13,31 @@ from tests.support import PATIENCE_S
 
 def client_of(app: FlockAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://t")
+
+
+async def left(
+    app: FlockAPI, path: str, body: Any, until: Callable[[], Awaitable[Any]], headers: Mapping[str, str] | None = None
+) -> None:
+    """Post JSON, and disconnect after *until*. httpx would cancel the request in the server."""
+    sent = [json.dumps(body).encode()]
+
+    async def receive() -> Any:
+        if sent:
+            return {"type": "http.request", "body": sent.pop(), "more_body": False}
+        await until()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    all_headers = {"content-type": "application/json", **(headers or {})}
+    scope = {
+        **{"type": "http", "method": "POST", "path": path, "root_path": "", "query_string": b"", "scheme": "http"},
+        **{"headers": [(name.lower().encode(), value.encode()) for name, value in all_headers.items()]},
+        **{"http_version": "1.1", "client": None, "server": ("t", 80), "asgi": {"version": "3.0"}},
+    }
+    with anyio.fail_after(PATIENCE_S):
+        await app(scope, receive, send)
 
 
 async def get(client: httpx.AsyncClient, path: str, **query: Any) -> Any:
