@@ -58,7 +58,7 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for na
 #: What other protocols define, of which only a part is described.
 OF_OTHERS = {
     *("OpenAIError", "ChatRequest", "ChatCompletion", "ChatChunk", "ResponseRequest", "Response", "ResponseEvent"),
-    *("ItemList", "ConversationRequest", "Conversation", "Deleted", "MCPMessage", "MCPResponse"),
+    *("ItemList", "ConversationRequest", "Conversation", "Deleted", "MCPMessage", "MCPEvent", "MCPResponse"),
 }
 
 ALL_ROUTES = [*ROUTES, *openai.routes(), *mcp.routes()]
