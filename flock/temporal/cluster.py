@@ -201,7 +201,13 @@ class Cluster:
 
         Raises: RPCError, with NOT_FOUND if it does not exist.
         """
-        events = (await self.handle(workflow_id, run_id).fetch_history()).events
+        for is_last in (False, False, True):
+            try:
+                events = (await self.handle(workflow_id, run_id).fetch_history()).events
+                break
+            except RPCError as exc:  # the cluster has changed the history between two of its pages
+                if is_last or exc.status is not RPCStatusCode.INVALID_ARGUMENT:
+                    raise
         scheduled = EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
         await self.payloads.resolve(event for event in events if with_inputs or event.event_type != scheduled)
         return events

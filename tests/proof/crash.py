@@ -193,7 +193,7 @@ def execute(
 SHORT = [name for name, each in SCENARIOS.items() if not each.is_long]
 
 
-def main() -> None:
+def main() -> None:  # pragma: no cover - run by hand
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", nargs="*", help=", ".join(SCENARIOS))
     parser.add_argument("--kind", choices=get_args(Kind), action="append")

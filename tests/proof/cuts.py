@@ -220,7 +220,7 @@ def execute(
     return len(calls), tried, failed
 
 
-def main() -> None:
+def main() -> None:  # pragma: no cover - run by hand
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recording", nargs="*", help=", ".join(RECORDINGS))
     parser.add_argument("--states", type=int, metavar="COUNT", help="about that many of each recording")

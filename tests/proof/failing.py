@@ -207,7 +207,7 @@ def sample(names: Mapping[str, Sequence[str]], count: int, seed: int) -> Sequenc
     return found
 
 
-def main() -> None:
+def main() -> None:  # pragma: no cover - run by hand
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", nargs="*", help=f"by default all: {', '.join(SCENARIOS)}")
     parser.add_argument("--trials", type=int, metavar="COUNT", help="of each scenario; by default, each fault is tried")
