@@ -154,9 +154,13 @@ class LiveOutput:
 
     def wake(self) -> None:
         """Wake the readers. In the event loop only."""
-        self._is_waking, self._woken_at = False, self._now()
+        self._is_waking = False
         changed, self.changed = self.changed, anyio.Event()
         changed.set()
+
+    def _wake_for_text(self) -> None:
+        self._woken_at = self._now()
+        self.wake()
 
     # Writing: in any thread
 
@@ -245,7 +249,7 @@ class LiveOutput:
     def _wake_soon(self) -> None:
         if not self._is_waking:  # many changes wake the readers once
             self._is_waking = True
-            self._call_at(self._woken_at + FRAME_S, self.wake)
+            self._call_at(self._woken_at + FRAME_S, self._wake_for_text)
 
     # The course of the run: in the event loop
 
