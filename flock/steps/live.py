@@ -19,12 +19,8 @@ import msgspec
 from flock.models.pieces import Joiner
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
-from flock.scopes import loop_clock
 from flock.steps.threads import loop_scheduler
 
-#: The shortest time between two pieces of a text that are sent, in seconds. What comes faster is sent together, since a
-#: screen shows no more pictures.
-FRAME_S = 1 / 60
 #: What one writer counts for the size of a live output, in addition to its text.
 WRITER_CHARS = 512
 #: How long the live output of a run that has ended is kept for its first reader, in seconds, and of how many such runs.
@@ -133,8 +129,8 @@ class LiveOutput:
         self.readers: set[LiveReader] = set()
         self.next_is_late = False
         self._max_chars = max_chars
-        self._now, self._call_at = loop_clock(), loop_scheduler()
-        self._is_waking, self._woken_at = False, 0.0
+        self._call_at = loop_scheduler()
+        self._is_waking = False
         self._lock = threading.Lock()
         #: in the order of their last change
         self._writers: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
@@ -157,10 +153,6 @@ class LiveOutput:
         self._is_waking = False
         changed, self.changed = self.changed, anyio.Event()
         changed.set()
-
-    def _wake_for_text(self) -> None:
-        self._woken_at = self._now()
-        self.wake()
 
     # Writing: in any thread
 
@@ -249,7 +241,7 @@ class LiveOutput:
     def _wake_soon(self) -> None:
         if not self._is_waking:  # many changes wake the readers once
             self._is_waking = True
-            self._call_at(self._woken_at + FRAME_S, self._wake_for_text)
+            self._call_at(0, self.wake)
 
     # The course of the run: in the event loop
 
