@@ -90,7 +90,6 @@ from flock.web.requests import (
     while_connected,
 )
 from flock.web.responses import (
-    PIECE_BYTES,
     EventStream,
     JSONResponse,
     LimitedStream,
@@ -276,11 +275,8 @@ class FlockAPI(Starlette):
             if message["type"] == "http.response.start":
                 status_code = message["status"]
                 add_headers(message, request_id, route_match.headers)
-            if len(message.get("body", b"")) <= PIECE_BYTES:
-                await send(message)
-            else:
-                for part in split_message(message):
-                    await send(part)
+            for part in split_message(message):
+                await send(part)
 
         try:
             await super().__call__(scope, receive, send_with_id)

@@ -53,7 +53,7 @@ def chat_input(input: Signature, owner: str) -> Signature:
 
 
 def conversation_of(input: Signature) -> str | None:
-    """Return the name of the first field of the type ``Messages``; None if there is none."""
+    """Return the name of the first field of the type ``Messages``, or None."""
     return next((field.name for field in input.fields if _is_conversation(field.type)), None)
 
 

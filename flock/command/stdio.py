@@ -20,7 +20,7 @@ from flock.declared import DeclaredFlock
 from flock.runs import Principal
 from flockapi import FlockAPI
 
-#: The owner of all runs: the person who uses the host. Nobody has given them a role.
+#: The owner of all runs: the person who uses the host. It has no roles.
 LOCAL = Principal(name="local")
 #: How long requests may still take after the input has ended, in seconds. Then their runs are cancelled.
 LAST_REQUESTS_S = 2

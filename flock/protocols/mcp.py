@@ -29,7 +29,7 @@ from flock.web import orders, wire
 from flock.web.auth import ANYBODY
 from flock.web.negotiation import preferred
 from flock.web.problems import on_error
-from flock.web.responses import EventStream, JSONResponse, sent_event
+from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, sent_event
 from flock.web.routing import AppRoute, principal_of
 
 #: How the paths of all routes begin.
@@ -88,7 +88,7 @@ class RPCError(FlockError):
 
 
 class Message(msgspec.Struct, frozen=True):
-    """A request, or a notification if it has no id. Without a method it is a response, which nobody awaits."""
+    """A request, or a notification if its id is missing. Without a method it is a response, which is ignored."""
 
     jsonrpc: Literal["2.0"]
     method: str = ""
@@ -388,7 +388,7 @@ async def _events(
         async with aclosing(stream.events) as events:
             async for event in events:
                 if event is None:
-                    yield b": keep-alive\n\n"
+                    yield KEEP_ALIVE
                     continue
                 data, shown = event.data, dict[str, Any]()
                 if event.name == "run.progress" and data["done"] > done:  # it must increase
@@ -515,7 +515,7 @@ async def _answered(call: Call, engine: Engine) -> tuple[Run, dict[str, str], Qu
         except InvalidData as exc:
             problems[call_id] = f"{exc}\n\n"
         except (Conflict, NotFound):
-            continue  # it is no longer open
+            pass  # somebody else has answered it
     return run, problems, None
 
 

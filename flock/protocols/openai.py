@@ -25,7 +25,7 @@ from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, sent_even
 from flock.web.routing import AppRoute
 
 #: How the paths of all routes begin, also of those that do not exist.
-PREFIX = "/v1/"
+PREFIX = "/v1"
 
 DONE = b"data: [DONE]\n\n"
 

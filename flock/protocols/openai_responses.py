@@ -270,7 +270,7 @@ async def create_response(request: Request) -> Response:
     run = (await orders.accept(request, order) if stream is None else stream.accepted).run
     place, outlives_client = Place(run.run_id, number, as_json), run.is_async or wanted is not None
     if stream is not None:
-        return await _streamed(request, stream, Reply(place, run), sent)
+        return _streamed(request, engine, stream, Reply(place, run), sent)
     if not sent.background:
         del run, order, messages  # frees the inputs, which may be long, during the wait
         try:
@@ -387,7 +387,7 @@ async def one_response(request: Request) -> Response:
     stream = await orders.stream(request, orders.Answers(run_id), reasoning=False)
     if not reply.is_last:
         stream = stream._replace(events=_waiting(reply.questions))
-    return await _streamed(request, stream, reply, None, query.starting_after)
+    return _streamed(request, engine, stream, reply, None, query.starting_after)
 
 
 async def _waiting(questions: Sequence[Question]) -> AsyncGenerator[Event | None, None]:
@@ -502,11 +502,16 @@ async def conversation_items(request: Request) -> Response:
 # Streams
 
 
-async def _streamed(
-    request: Request, stream: orders.Stream, reply: Reply, sent: ResponseRequest | None, after: int = -1
+def _streamed(
+    request: Request,
+    engine: Engine,
+    stream: orders.Stream,
+    reply: Reply,
+    sent: ResponseRequest | None,
+    after: int = -1,
 ) -> Response:
-    engine, agents = await orders.engine_of(request), _agents(request)
-    answer = chats.StreamedAnswer(agents, as_json=reply.place.as_json)
+    """Return the stream of a run that was accepted. It fails nowhere, so that the slot of *stream* is given back."""
+    answer = chats.StreamedAnswer(_agents(request), as_json=reply.place.as_json)
     headers = {"Flock-Run-Id": reply.run.run_id, "X-Accel-Buffering": "no"}
 
     async def content() -> AsyncGenerator[bytes, None]:

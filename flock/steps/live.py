@@ -129,7 +129,7 @@ class LiveOutput:
         self.readers: set[LiveReader] = set()
         self.next_is_late = False
         self._max_chars = max_chars
-        self._call_at = loop_scheduler()
+        self._call_soon = loop_scheduler()
         self._is_waking = False
         self._lock = threading.Lock()
         #: in the order of their last change
@@ -241,7 +241,7 @@ class LiveOutput:
     def _wake_soon(self) -> None:
         if not self._is_waking:  # many changes wake the readers once
             self._is_waking = True
-            self._call_at(0, self.wake)
+            self._call_soon(self.wake)
 
     # The course of the run: in the event loop
 

@@ -50,7 +50,7 @@ class _Call(Generic[T]):
         self.outcome: Callable[[], T] | None = None
         self._function = function
         self._free = free
-        self._call_at = loop_scheduler()
+        self._schedule_in_loop = loop_scheduler()
         #: set in the event loop when the function has returned, if ``_needs_end`` was set before
         self._end = anyio.Event()
         self._needs_end = False
@@ -71,9 +71,9 @@ class _Call(Generic[T]):
         finally:
             self.is_done = True
             if self._needs_end:
-                self._call_at(0, self._end.set)
+                self._schedule_in_loop(self._end.set)
             if self.is_abandoned:  # do not wait for a result: if the loop is ending, the thread would never end
-                self._call_at(0, self._free, self)
+                self._schedule_in_loop(self._free, self)
 
     async def wait(self) -> None:
         """Wait until the function has returned, if it has started, or ``scope`` is cancelled.
@@ -196,26 +196,19 @@ def _raise(exc: BaseException) -> NoReturn:
 
 
 def loop_scheduler() -> Callable[..., None]:
-    """Return a function that schedules a call in this event loop, if that has not ended. It works in any thread.
-
-    Its first argument is the earliest time of the call, by ``loop_clock``. Under trio, it is ignored.
-    """
+    """Return a function that schedules a call in this event loop, if that has not ended. It works in any thread."""
     here = threading.get_ident()
     try:
         loop = asyncio.get_running_loop()
+        from_here: Callable[..., object] = loop.call_soon  # in contrast to the other one, it writes to no socket
+        from_thread: Callable[..., object] = loop.call_soon_threadsafe
     except RuntimeError:
         import trio
 
-        call_soon = trio.lowlevel.current_trio_token().run_sync_soon
-        return lambda when, function, *args: call_soon(function, *args)
+        from_here = from_thread = trio.lowlevel.current_trio_token().run_sync_soon
 
-    def call_at(when: float, function: Callable[..., None], *args: Any) -> None:
+    def call_soon(function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop has ended
-            if threading.get_ident() != here:
-                loop.call_soon_threadsafe(loop.call_at, when, function, *args)
-            elif when > loop.time():
-                loop.call_at(when, function, *args)
-            else:
-                loop.call_soon(function, *args)
+            (from_here if threading.get_ident() == here else from_thread)(function, *args)
 
-    return call_at
+    return call_soon

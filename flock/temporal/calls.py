@@ -146,6 +146,10 @@ class Calls:
     def of_step(self, item: int, step: int) -> list[Call]:
         return [done.call for done in self.of_item(item) if done.step == step]
 
+    def spent(self, item: int) -> Usage | None:
+        """Return what an item, or a run, had spent when its last call finished."""
+        return self._spent.get(item)
+
     def page(self, item: int, step: int, after: int) -> CallsPage:
         """Return some calls of a step, without the first *after*. No call changes its position."""
         begun = [wait for (begun_in, _), wait in self._begun.get(item, {}).items() if begun_in == step]
@@ -156,7 +160,7 @@ class Calls:
                 break
             page.append(call)
         waits, is_last = self.unanswered(item, step, begun), len(page) == len(left)
-        return CallsPage(calls=tuple(page), is_last=is_last, spent=self._spent.get(item), waits=waits)
+        return CallsPage(calls=tuple(page), is_last=is_last, spent=self.spent(item), waits=waits)
 
     def still_open(
         self, item: int, step: int, questions: Iterable[Question], at: datetime | None = None

@@ -95,7 +95,7 @@ async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
         headers["Connection"] = "close"
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
     for prefix, shape in getattr(request.app, "error_shapes", {}).items():
-        if path.startswith(prefix):
+        if f"{path}/".startswith(f"{prefix}/"):
             status, body = shape(problem)
             return JSONResponse(body, status, headers)
     return JSONResponse(problem, status, headers, media_type="application/problem+json")

@@ -56,7 +56,10 @@ def add_headers(start: Message, request_id: str, more: Mapping[str, str]) -> Non
 
 def split_message(message: Message) -> Iterator[Message]:
     """Split an ASGI message with a long body into several messages."""
-    body: bytes = message["body"]
+    body: bytes = message.get("body", b"")
+    if len(body) <= PIECE_BYTES:
+        yield message
+        return
     for start in range(0, len(body), PIECE_BYTES):
         end = start + PIECE_BYTES
         yield {**message, "body": body[start:end], "more_body": end < len(body) or message.get("more_body", False)}
@@ -143,8 +146,8 @@ async def _event_pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[byte
 
 def _delta(event: Event) -> bytes:
     """Return a piece of text, without what the last ``step.started``, or ``call.started`` of the call, has said."""
-    data = {name: event.data[name] for name in ("call_id", "field", "text") if name in event.data}
-    return _escaped(b"event: %b\ndata: %b\n\n" % (event.name.encode(), msgspec.json.encode(data)))
+    shown = {name: event.data[name] for name in ("call_id", "field", "text") if name in event.data}
+    return sent_event(shown, event.name)
 
 
 def _escaped(text: bytes) -> bytes:
@@ -243,7 +246,7 @@ def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
 
 
 def sent_event(content: Any, name: str | None = None) -> bytes:
-    """Return a server-sent event of another protocol, with *content* as JSON."""
+    """Return a server-sent event with *content*, which is not long, as JSON."""
     data = _escaped(msgspec.json.encode(content))
     return b"%bdata: %b\n\n" % (b"" if name is None else b"event: %b\n" % name.encode(), data)
 
