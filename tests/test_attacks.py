@@ -832,10 +832,12 @@ def test_connections_beyond_the_limit_are_refused(script: Path) -> None:
     with (
         running(*command, PYTHONPATH=str(ROOT)) as server,
         httpx.Client(base_url=server.url, headers={"X-Request-ID": "mine"}) as known,
+        contextlib.ExitStack() as held,
     ):
         assert known.get("/agents").status_code == 200
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
-        held = [socket.create_connection(address) for _ in range(4)]
+        for _ in range(4):
+            held.enter_context(socket.create_connection(address))
         for method, path, body in (("GET", "/agents", None), ("POST", "/run/flock", ADD), ("GET", "/healthz", None)):
             refused = httpx.request(method, server.url + path, json=body, headers={"X-Request-ID": "mine"})
             check_described(SPEC["paths"][path][method.lower()], refused)
@@ -844,8 +846,7 @@ def test_connections_beyond_the_limit_are_refused(script: Path) -> None:
             assert problem["request_id"] == refused.headers["X-Request-ID"] == "mine"
             assert (refused.headers["Retry-After"], refused.headers["Connection"]) == ("1", "close")
             assert known.post("/run/flock", json=ADD).status_code == 200
-        for connection in held:
-            connection.close()
+        held.close()
         deadline = time.monotonic() + 20
         while httpx.get(f"{server.url}/agents").status_code == 503:
             assert time.monotonic() < deadline, "their slots are not free again"

@@ -174,6 +174,8 @@ async def test_an_older_process_that_starts_during_the_migration_gives_up(tmp_pa
         with pytest.raises(StoreError) as caught:
             await store.register_engine("older", "displaced", ())
         assert "was changed by another version" in str(caught.value.__cause__)
+        with pytest.raises(StoreError):
+            await store.unregister_engine("older")
 
 
 @pytest.mark.anyio

@@ -287,6 +287,8 @@ def test_the_inbox_is_worked_through_by_keyboard(visit: Visit, closed: Site) -> 
     page.get_by_label("reason").fill("Too much.")
     page.get_by_role("button", name="Deny").press("Enter")
     expect(page.get_by_role("row", name="reason")).to_contain_text("Too much.")
+    for run_id in waiting:
+        assert closed.get(f"/run/{run_id}?wait=30")["status"] == "completed"
     results = [calls_of(closed, run_id)["question"]["result"]["approved"] for run_id in waiting]
     assert sorted(results) == [False, True]
 

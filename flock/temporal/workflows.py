@@ -136,13 +136,18 @@ class FlockRun(CallKeeper):
         self._calls.keep_before(order.messages)
         try:
             await self._steps(order if order.run.session_id is None else await self._begun(order))
-        finally:
-            if workflow.in_workflow():  # and not dropped from the memory of a worker
-                if names := ", ".join(sorted({sent.name for sent in self._calls.messages_to(0)})):
-                    run_id = order.run.run_id
-                    workflow.logger.warning("run %s: it has ended and not received its messages %s", run_id, names)
-                if order.run.session_id is not None:
-                    await self._leave(order.run)
+        except GeneratorExit:  # a worker drops it from its memory, so it has not ended
+            raise
+        except BaseException:
+            await self._end(order.run)
+            raise
+        await self._end(order.run)
+
+    async def _end(self, run: Run) -> None:
+        if names := ", ".join(sorted({sent.name for sent in self._calls.messages_to(0)})):
+            workflow.logger.warning("run %s: it has ended and not received its messages %s", run.run_id, names)
+        if run.session_id is not None:
+            await self._leave(run)
 
     async def _leave(self, run: Run, *has_ended: bool) -> None:
         with contextlib.suppress(FailureError):  # the session was terminated, or has ended while the run waited

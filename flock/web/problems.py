@@ -94,7 +94,7 @@ async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
     if is_unread and request.scope.get("http_version", "1.1").startswith("1"):
         headers["Connection"] = "close"
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-    for prefix, shape in getattr(request.app, "error_shapes", {}).items():
+    for prefix, shape in getattr(request.scope.get("app"), "error_shapes", {}).items():
         if f"{path}/".startswith(f"{prefix}/"):
             status, body = shape(problem)
             return JSONResponse(body, status, headers)
