@@ -24,6 +24,7 @@ RANKS = {
     "flock.pydanticmodel": 0,
     "flock.runs": 0,
     "flock.scopes": 0,
+    "flock.client": 1,
     "flock.models": 1,
     "flock.agents": 2,
     "flock.rows": 3,
