@@ -671,14 +671,8 @@ class Journal:
 
     async def _make(self, planned: "_Planned", entry: Entry, cancellation: Cancellation) -> Any:
         """Execute a call, and store how it ended."""
-        if self._stops_before(planned) and not entry.is_known:
-            await self._check_change(planned)
-        await self.wait_for_store()
-        started_at = now()
+        started_at = await self._before_execution(planned, entry, cancellation)
         self._last_start = max(self._last_start, started_at)
-        if planned.at_most_once:
-            await self._start(planned, started_at, cancellation)
-            await cancellation.raise_if_late()
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, exc = JSON_NULL, None, None
         if planned.kind != "question":  # its id depends on what it asks
@@ -729,6 +723,23 @@ class Journal:
         if planned.on_error is None or call.error is None or isinstance(exc, Uncertain):
             raise exc
         return planned.on_error(call.error)
+
+    async def _before_execution(self, planned: "_Planned", entry: Entry, cancellation: Cancellation) -> datetime:
+        """Wait until a call may be executed. Return when it starts. If it is cancelled meanwhile, it never starts."""
+        try:
+            if self._stops_before(planned) and not entry.is_known:
+                await self._check_change(planned)
+            await self.wait_for_store()
+            started_at = now()
+            if planned.at_most_once:
+                await self._start(planned, started_at, cancellation)
+                await cancellation.raise_if_late()
+        except BaseException as exc:
+            if cancellation.is_late or cancellation.is_cause_of(exc):
+                call = planned.call(started_at=now(), completed_at=now())
+                await self._store_cancelled(call, entry, cancellation)
+            raise
+        return started_at
 
     def _stops_before(self, planned: "_Planned") -> bool:
         """Whether a call that shows that the program was changed ends the step. What only takes time does not.
