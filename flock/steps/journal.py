@@ -621,7 +621,8 @@ class Journal:
             raise
         finally:
             self._replay.cancelled_again(entry)
-        if self._stops_before(planned) and not self._replay.has_end(planned.call_id):
+        is_sure = self._stops_before(planned) and self._replay.is_sure(entry.end)
+        if is_sure and not self._replay.has_end(planned.call_id):
             await self._stop(f"it does not cancel the call {planned.call_id!r} again")
         return await self._result_of(planned, cancellation)  # that of the next equal call, or it is executed
 
@@ -742,11 +743,8 @@ class Journal:
         return started_at
 
     def _stops_before(self, planned: "_Planned") -> bool:
-        """Whether a call that shows that the program was changed ends the step. What only takes time does not.
-
-        Nor does any, if equal calls may be mixed up.
-        """
-        return self.stops_on_change and planned.kind != "sleep" and self.mixed_up is None
+        """Whether a call that shows that the program was changed ends the step. What only takes time does not."""
+        return self.stops_on_change and planned.kind != "sleep"
 
     async def _check_change(self, planned: "_Planned") -> None:
         """End the step if a call seems to replace another one, because the program was changed."""
