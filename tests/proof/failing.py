@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,9 @@ def trial(name: str, fault: Fault | None = None) -> Mapping[str, Sequence[str]]:
                     await Schedule.run_in_executor(loop, None, check, client, model, log)
             client.close()
             gc.collect()  # a statement that has failed keeps its connection open
-            left = {"tasks": asyncio.all_tasks() - before, "files": _open_files() - files, "threads": loop.threads}
+            left: dict[str, Collection[Any]] = {"tasks": asyncio.all_tasks() - before, "files": _open_files() - files, "threads": loop.threads}
+            if fault is None or fault.kind != "file" or not fault.seconds:  # otherwise they could not be removed
+                left["names"] = set(os.listdir(folder)) - {"flock.db", "flock.db-lock", "log"}
             faults.problems += [f"{what} are left: {each}" for what, each in left.items() if each]
         assert not faults.problems, "\n".join(faults.problems)
         return faults.names
