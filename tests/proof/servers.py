@@ -22,7 +22,8 @@ from typing import Any, Self
 
 import httpx
 
-from tests.proof.scenarios import KEYS, SHOP
+from tests.proof.client import KEYS
+from tests.proof.scenarios import SHOP
 from tests.support import PATIENCE_S, ROOT
 from tests.support.servers import NO_COVERAGE, free_port
 
