@@ -33,13 +33,16 @@ class Client:
         attempts: how often each was started or retried by her.
         starts: the times at which a process was started in place of one that was killed, in seconds of the epoch.
         acks: called with what was acknowledged, in the order of acknowledgement: ``(what, id, value)``.
+        first: the number of its first name. Two clients of the same name have different ones.
     """
 
-    def __init__(self, url: str, acks: Callable[[str, str, Any], object] = lambda what, id, value: None) -> None:
+    def __init__(
+        self, url: str, acks: Callable[[str, str, Any], object] = lambda what, id, value: None, first: int = 0
+    ) -> None:
         self.url, self.acks = url, acks
         self.runs, self.batches, self.deleted = dict[str, Any](), dict[str, Any](), set[str]()
         self.ended_at, self.attempts = dict[str, float](), Counter[str]()
-        self._number, self.starts = 0, list[float]()
+        self._number, self.starts = first, list[float]()
         self._http = httpx.Client(timeout=PATIENCE_S / 2, limits=httpx.Limits(max_keepalive_connections=0))
 
     def close(self) -> None:
