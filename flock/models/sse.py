@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import NamedTuple
-
-import httpx
+from typing import TYPE_CHECKING, NamedTuple
 
 from flock.models import bodies
 from flock.models.bodies import BadBody, pieces_of
+
+if TYPE_CHECKING:
+    import httpx
 
 
 class Event(NamedTuple):
@@ -15,11 +16,11 @@ class Event(NamedTuple):
     data: bytes
 
 
-def is_stream(response: httpx.Response) -> bool:
+def is_stream(response: "httpx.Response") -> bool:
     return str(response.headers.get("content-type", "")).lower().startswith("text/event-stream")
 
 
-async def events_in(response: httpx.Response) -> AsyncGenerator[Event, None]:
+async def events_in(response: "httpx.Response") -> AsyncGenerator[Event, None]:
     """Yield each event of a response, whose bytes arrive in any pieces (HTML, section 9.2.6).
 
     Comments are ignored, and so is an event without the empty line that ends it: its connection was lost. The lines of

@@ -2,19 +2,22 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
-import httpx
 import msgspec
 
 from flock.errors import ModelError
+from flock.models import http
 from flock.models.bodies import BadBody
 from flock.models.completions import Listener
 from flock.models.pieces import Joiner, joined
 from flock.models.replies import bad_response, decoded, model_error, stream_error, unfinished_usage
 from flock.models.sse import Event, events_in
 from flock.runs import Usage
+
+if TYPE_CHECKING:
+    import httpx
 
 #: Max memory of a reply, if each of its pieces needs this much beside its text.
 MAX_REPLY_BYTES, PIECE_BYTES = 64 * 1024 * 1024, 200
@@ -219,7 +222,7 @@ def counted(reply: StreamedReply, prompt_bytes: int, on_unfinished: Callable[[Us
 
 
 async def read_reply(
-    response: httpx.Response, name: str, listener: Listener, prompt_bytes: int, on_unfinished: Callable[[Usage], None]
+    response: "httpx.Response", name: str, listener: Listener, prompt_bytes: int, on_unfinished: Callable[[Usage], None]
 ) -> dict[str, Any]:
     """Read a stream, and return the chat completion. *on_unfinished* receives the tokens if it is not read to its end.
 
@@ -235,7 +238,7 @@ async def read_reply(
         return reply.end()
 
 
-async def _read(response: httpx.Response, reply: StreamedReply, name: str) -> None:
+async def _read(response: "httpx.Response", reply: StreamedReply, name: str) -> None:
     try:
         with anyio.CancelScope() as scope:
             async with contextlib.aclosing(events_in(response)) as events:
@@ -246,6 +249,6 @@ async def _read(response: httpx.Response, reply: StreamedReply, name: str) -> No
                         scope.deadline = min(scope.deadline, anyio.current_time() + wait_s)
     except BadBody as exc:
         raise bad_response(name, f"sent {exc}") from exc
-    except httpx.TransportError:
+    except http.errors("TransportError"):
         if not reply.is_complete:
             raise
