@@ -7,10 +7,9 @@ import sys
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, Unpack, get_args, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, get_args, overload
 
 import anyio
-import httpx
 import msgspec
 
 from flock.agents.agent import (
@@ -42,6 +41,9 @@ from flock.scopes import current_task
 from flock.steps.progress import follow_batch
 from flock.store.database import Durability
 from flock.store.store import SQLiteStore
+
+if TYPE_CHECKING:
+    import httpx
 
 #: Inputs of a batch: mappings, which are read one at a time, or the path of a CSV or NDJSON file.
 BatchInputs = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | str | Path
@@ -141,7 +143,7 @@ class DeclaredFlock:
         *,
         store: str | Path = ":memory:",
         durability: Durability = "power",
-        transport: httpx.AsyncBaseTransport | None = None,
+        transport: "httpx.AsyncBaseTransport | None" = None,
         limits: Limits | None = None,
         **options: Any,
     ) -> EmbeddedEngine:

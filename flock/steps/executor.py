@@ -21,7 +21,7 @@ import anyio.lowlevel
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.agent import Agent, Exchange, Resources
+from flock.agents.agent import Agent, Exchange, ModelAgent, Resources
 from flock.agents.handoff import exchanges_of, execute_agent, inputs_for, next_agent
 from flock.errors import ChangedProgram, Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
@@ -270,6 +270,8 @@ class StepExecutor:
         self._slots = Slots(count, reserved=count // 10)
         self._agent_slots: dict[str, Slots] = {}
         self._threads = Threads(self.limits.max_threads)
+        if any(isinstance(agent, ModelAgent) for agent in self.agents.values()):
+            self.models.prepare()
 
     def budget(self, max_cost: float | None, spent: Usage | None, owner: str) -> Budget | None:
         return None if max_cost is None else Budget(self.prices, max_cost, spent, owner)

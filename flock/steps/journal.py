@@ -64,7 +64,7 @@ from flock.steps.replay import NESTED, Entry, Replay, callers, numbered
 logger = logging.getLogger("flock.runs")
 
 #: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+NAME = r"[A-Za-z0-9_.-]{1,128}"
 #: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
 CHECKPOINTS = 10
 #: Shorter sleeps do not end the step, in seconds.
@@ -1049,7 +1049,7 @@ def _with_context(
 
 
 def _check_name(label: str, name: str | None) -> None:
-    if name is not None and not NAME.fullmatch(name):
+    if name is not None and not re.fullmatch(NAME, name):
         raise CallError(
             f"{name!r} is not a valid name for a call of {label!r}. Use 1 to 128 letters, digits, '_', '-' and '.'."
         )
