@@ -339,6 +339,7 @@ class FlockFactory:
         temperature: float | None = None,
         max_tokens: int | None = None,
         max_retries: int = 2,
+        validate: Callable[..., Any] | None = None,
         timeout_s: float = 300,
         client_instructions: bool = False,
         client_tools: bool = False,
@@ -356,7 +357,7 @@ class FlockFactory:
                 TypedDict or pydantic model.
             types: additional types, by name, that the strings may use.
             model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
-                max_tokens, max_retries, timeout_s, client_instructions, client_tools, client_options: see
+                max_tokens, max_retries, validate, timeout_s, client_instructions, client_tools, client_options: see
                 ``ModelAgent``.
             next_agent, max_concurrency, on_interrupt, on_change, retry: see ``Agent``.
 
@@ -381,6 +382,7 @@ class FlockFactory:
             temperature=temperature,
             max_tokens=max_tokens,
             max_retries=max_retries,
+            validate=validate,
             timeout_s=timeout_s,
             client_instructions=client_instructions,
             client_tools=client_tools,

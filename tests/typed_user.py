@@ -315,6 +315,14 @@ def last_words(messages: Messages) -> str:
 then: NextAgent = "measure"
 again: OnInterrupt = "retry"
 if_changed: OnChange = "continue"
+
+
+async def checked(answer: dict[str, Any], context: RunContext) -> dict[str, Any]:
+    if not answer["mood"]:
+        raise AgentError(f"{context.agent_name} must name a mood.")
+    return answer
+
+
 analyst = FlockFactory.create_default_agent(
     name="analyst",
     input="text: str",
@@ -322,6 +330,7 @@ analyst = FlockFactory.create_default_agent(
     examples=[({"text": "hi"}, {"mood": "calm"})],
     reasoning=True,
     history=20,
+    validate=checked,
     next_agent=then,
     on_interrupt=again,
     on_change=if_changed,

@@ -16,13 +16,15 @@ from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 import msgspec
 
 from flock.agents.chat import ChatInput, chat_input
-from flock.agents.conversation import Conversation
+from flock.agents.conversation import Conversation, Verdict
+from flock.agents.functions import OwnFunction
 from flock.agents.live import LiveAnswer
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
 from flock.agents.signature import Signature, called, context_parameter, hints_of_function, is_generator, name_of
 from flock.agents.tools import AgentTool, Tool, Toolbox, ToolOfClient, ToolSource, by_name, same_name
 from flock.errors import (
+    AgentError,
     CallError,
     DefinitionError,
     InvalidData,
@@ -30,6 +32,7 @@ from flock.errors import (
     InvalidOutput,
     MalformedJSON,
     ModelError,
+    cut,
 )
 from flock.models.completions import Message
 from flock.models.llm import ModelClient
@@ -323,6 +326,10 @@ class ModelAgent(Agent):
         temperature: sampling temperature; None uses the provider's default.
         max_tokens: max tokens in each answer; None uses the provider's default.
         max_retries: max times that an invalid answer is sent back to the model with the reason.
+        validate: a function of each valid answer, and of the context if it has one more parameter. If it raises
+            AgentError, its text is sent back to the model as the reason, within *max_retries*; the model may then call
+            tools. It may return a changed result. The answer has the type of the output, or is a dict if that is
+            written as a string. The function is async, or runs in a worker thread, for ``tool_timeout_s`` at most.
         timeout_s: wall-clock seconds for the whole step, including all retries and tools. The time does not count
             while a call waits because its provider accepts no more calls now.
         client_instructions: whether the model gets the instructions of the client, such as the system messages of a
@@ -362,6 +369,7 @@ class ModelAgent(Agent):
         temperature: float | None = None,
         max_tokens: int | None = None,
         max_retries: int = 2,
+        validate: Callable[..., Any] | None = None,
         timeout_s: float = 300,
         client_instructions: bool = False,
         client_tools: bool = False,
@@ -400,6 +408,7 @@ class ModelAgent(Agent):
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.max_retries = max_retries
+        self.validate = None if validate is None else OwnFunction(f"validate= of {name!r}", validate, 1)
         self.timeout_s = timeout_s
         self.takes = {"instructions": client_instructions, "tools": client_tools, "options": client_options}
         self._answer = ReasonedAnswer(output) if reasoning else output
@@ -442,8 +451,28 @@ class ModelAgent(Agent):
             complete=functools.partial(resources.models.complete, models or None, caller=caller),
             read=lambda text: self.output.encode(self._answer.decode(text.encode())),
             listen=functools.partial(LiveAnswer, self._answer, self.output, context),
+            validate=None if self.validate is None else functools.partial(self._validated, resources, context),
         )
         return await conversation.converse(self.max_retries)
+
+    async def _validated(self, resources: Resources, context: RunContext, text: str) -> Verdict:
+        """Return what ``validate=`` says about a valid answer."""
+        assert self.validate is not None
+        value = self._answer.decode(text.encode())
+        if not self.output.is_declared:
+            value = msgspec.to_builtins(value, enc_hook=to_json)
+        try:
+            changed = await self._called(self.validate, value, resources=resources, context=context)
+        except AgentError as exc:
+            return Verdict(reason=cut(str(exc)))
+        try:
+            return Verdict(result=self.output.encode(value if changed is None else changed))
+        except InvalidData as exc:
+            raise InvalidOutput(f"{self.validate.option} returned a result that does not match. {exc}") from exc
+
+    async def _called(self, function: OwnFunction, *args: Any, resources: Resources, context: RunContext) -> Any:
+        options: dict[str, Any] = {"context": context, "call_in_thread": resources.call_in_thread}
+        return await function.call(*args, **options, timeout_s=self.tool_timeout_s)
 
     async def _known(
         self, tool: Tool | ToolSource | str, agents: Mapping[str, Agent], context: RunContext

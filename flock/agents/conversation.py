@@ -14,6 +14,13 @@ from flock.models.requests import Request
 from flock.runs import JSON_NULL, RunContext
 
 
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``validate=`` says about an answer: its result, or the reason why it is sent back."""
+
+    result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    reason: str = ""
+
+
 class Conversation(msgspec.Struct, kw_only=True):
     """Asks a model until its answer is valid.
 
@@ -26,6 +33,7 @@ class Conversation(msgspec.Struct, kw_only=True):
         complete: sends a request to the model; see ``ModelClient.complete``.
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
         listen: returns a listener for one reply. It is called if somebody watches the run.
+        validate: checks a valid answer; None if all are accepted.
     """
 
     messages: list[Message]
@@ -36,6 +44,7 @@ class Conversation(msgspec.Struct, kw_only=True):
     complete: Callable[[Request], Awaitable[Completion]]
     read: Callable[[str], msgspec.Raw]
     listen: Callable[[], Listener]
+    validate: Callable[[str], Awaitable[Verdict]] | None = None
 
     async def converse(self, max_retries: int) -> msgspec.Raw:
         """Return the result of the first valid answer.
@@ -56,6 +65,9 @@ class Conversation(msgspec.Struct, kw_only=True):
                 self._ask_for_answer("Make no more calls.")
             else:
                 result, problem = self._result_of(reply.text)
+                if is_checked := result is not None and self.validate is not None:
+                    verdict = await self._verdict(self.validate, reply.text, number)
+                    result, problem = verdict.result or None, verdict.reason
                 if result is not None:
                     return result
                 self.context.reset_output()
@@ -66,7 +78,11 @@ class Conversation(msgspec.Struct, kw_only=True):
                     )
                 retries += 1
                 self.messages.append(Message("assistant", reply.text))
-                self._ask_for_answer(f"That answer cannot be used. {problem}")
+                problem = f"That answer cannot be used. {problem}"
+                if is_checked and self.toolbox.offered:
+                    self.messages = with_user_text(self.messages, problem)
+                else:
+                    self._ask_for_answer(problem)
 
     async def _reply(self, number: int, *, is_last: bool) -> Completion:
         """Ask the model, or read its reply if it was asked before the step started again."""
@@ -94,7 +110,7 @@ class Conversation(msgspec.Struct, kw_only=True):
             return self.toolbox.sealed(completion)
 
         def needs_more(reply: Completion) -> bool:
-            if reply.tool_calls or reply.text is None:
+            if reply.tool_calls or reply.text is None or self.validate is not None:
                 return True
             return not is_last and self._result_of(reply.text)[0] is None
 
@@ -109,6 +125,18 @@ class Conversation(msgspec.Struct, kw_only=True):
             should_keep=needs_more,
         )
         return self.toolbox.unsealed(reply)
+
+    async def _verdict(self, validate: Callable[[str], Awaitable[Verdict]], text: str, number: int) -> Verdict:
+        """Return what ``validate=`` says. It is a call of the step, since it may decide otherwise the next time."""
+        verdict: Verdict = await self.context.journal.once(
+            "validate",
+            str(number),
+            functools.partial(validate, text),
+            kind="function",
+            arguments=JSON_NULL,
+            decode=functools.partial(msgspec.json.decode, type=Verdict),
+        )
+        return verdict
 
     def _result_of(self, text: str) -> tuple[msgspec.Raw | None, str]:
         """Return the result for an answer, or None and the reason why it is invalid."""

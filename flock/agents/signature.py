@@ -274,12 +274,14 @@ class Signature:
     Attributes:
         fields: in order of declaration.
         type: the struct, dataclass, TypedDict or pydantic model that JSON is decoded to.
+        is_declared: whether the program has declared that type. Otherwise it was made from the fields.
         schema: its JSON Schema (2020-12). The root is an object, and all types that are not recursive are inlined.
         result_schema: the schema of what ``encode`` returns. It is the same, except for pydantic models with computed
             fields, or whose names or types in JSON differ between reading and writing.
     """
 
     def __init__(self, fields: Sequence[Field], type_: Any = None, *, name: str = "Fields") -> None:
+        self.is_declared = type_ is not None
         if type_ is None:
             members = list(map(_struct_field, fields))
             type_ = msgspec.defstruct(name, members, kw_only=True, forbid_unknown_fields=True)
