@@ -329,7 +329,7 @@ class FlockFactory:
         output: Any = "",
         *,
         types: Mapping[str, Any] | None = None,
-        instructions: str = "",
+        instructions: str | Callable[..., Any] = "",
         examples: Sequence[tuple[Any, Any]] = (),
         reasoning: bool = False,
         history: int | None = None,

@@ -133,3 +133,55 @@ async def test_a_step_that_runs_again_does_not_validate_again(open_engine: OpenE
     assert (run.status, run.value) == (RunStatus.COMPLETED, {"text": "bb"}), run.error
     assert checks == ["a", "bb", "bb"], "what comes before the question is executed again in the open call"
     assert len(model.requests) == 2
+
+
+# instructions= as a function
+
+
+async def test_instructions_may_be_a_function_which_is_called_for_each_call_of_the_model(
+    open_engine: OpenEngine, model: FakeModel
+) -> None:
+    numbers = iter(range(9))
+
+    async def instructions(context: RunContext) -> str:
+        return f"You work for {context.session_id}, {next(numbers)}."
+
+    model.replies = [{"wrong": 1}, {"text": "a"}]
+    async with open_engine(flock_of(instructions=instructions), transport=model.transport) as engine:
+        run = await ended(engine, session_id="ann")
+        calls = (await engine.get_calls(run))[0]
+    assert run.status is RunStatus.COMPLETED, run.error
+    texts = [f"You work for ann, {number}." for number in range(2)]
+    assert [request["messages"][0]["content"] for request in model.requests] == [
+        f"You are writer.\n{text}" for text in texts
+    ]
+    assert [msgspec.json.decode(call.result)["instructions"] for call in calls] == texts
+
+
+async def test_instructions_of_a_conversation_may_be_a_function(model: FakeModel) -> None:
+    flock = Flock("chat", model="openai/gpt-4o")
+    options: dict[str, Any] = {"input": "messages: Messages", "output": "reply: str"}
+    agent = FlockFactory.create_default_agent("chat", instructions=lambda context: "Be brief.", **options)
+    flock.add_agent(agent)
+    model.replies = [{"reply": "Hi."}]
+    async with flock.engine(transport=model.transport) as engine:
+        run = await engine.submit("chat", {"messages": [{"role": "user", "content": "Hi!"}]})
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+    assert model.requests[0]["messages"][0]["content"].startswith("You are chat.\nBe brief.\n\nDetermine:")
+
+
+@pytest.mark.parametrize(
+    ("instructions", "error_type", "words"),
+    [
+        (lambda: "x" * 1_000_000, "call_error", "instructions= of 'writer' returned 1000000 characters, more than"),
+        (lambda: None, "call_error", "instructions= of 'writer' returned NoneType, not a text."),
+        (lambda context: 1 / 0, "agent_exception", "ZeroDivisionError"),
+    ],
+)
+async def test_instructions_that_cannot_be_used_fail_the_run_before_the_model_is_paid(
+    instructions: Any, error_type: str, words: str, model: FakeModel
+) -> None:
+    run = await run_of(flock_of(instructions=instructions), model)
+    assert (run.status, run.error_type) == (RunStatus.FAILED, error_type)
+    assert words in (run.error or "")
+    assert model.requests == []

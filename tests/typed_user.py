@@ -317,6 +317,10 @@ again: OnInterrupt = "retry"
 if_changed: OnChange = "continue"
 
 
+def instructed(context: RunContext) -> str:
+    return f"You are called by {context.principal}."
+
+
 async def checked(answer: dict[str, Any], context: RunContext) -> dict[str, Any]:
     if not answer["mood"]:
         raise AgentError(f"{context.agent_name} must name a mood.")
@@ -330,6 +334,7 @@ analyst = FlockFactory.create_default_agent(
     examples=[({"text": "hi"}, {"mood": "calm"})],
     reasoning=True,
     history=20,
+    instructions=instructed,
     validate=checked,
     next_agent=then,
     on_interrupt=again,

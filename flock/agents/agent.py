@@ -42,7 +42,7 @@ from flock.models.pieces import Joiner
 from flock.models.requests import Request
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import ClientSettings, RetriedCalls, RunContext
+from flock.runs import ClientSettings, RetriedCalls, RunContext, safe_text
 from flock.scopes import closing_scopes, move_on_after_working
 
 __all__ = [
@@ -74,6 +74,9 @@ NextAgent = (
     | None
 )
 
+
+#: Max characters of the instructions that a function returns.
+MAX_INSTRUCTIONS_CHARS = 100_000
 
 #: The inputs and the result of an earlier turn.
 Exchange = tuple[msgspec.Raw, msgspec.Raw]
@@ -245,7 +248,7 @@ def _check_text(value: Any, where: str) -> None:
     """Raise DefinitionError if *value* is neither a text nor None."""
     if value is None or isinstance(value, str):
         return
-    hint = " It is not called for each run: make what differs between runs an input." if callable(value) else ""
+    hint = " It is not called for each run: only instructions= may be a function." if callable(value) else ""
     raise DefinitionError(f"{where} must be a text, not {value!r}.{hint}")
 
 
@@ -312,7 +315,9 @@ class ModelAgent(Agent):
     Args:
         model: ``provider/model``, a ``Model``, or a list of these: the next one is asked if one cannot answer. None
             uses the model of the flock.
-        instructions: instructions for the model, in addition to the signatures.
+        instructions: instructions for the model, in addition to the signatures: a text, or a function of the context
+            that returns it. That is called for each call of the model, and its text is stored with the reply. It is
+            async, or runs in a worker thread, for ``tool_timeout_s`` at most.
         examples: pairs (inputs, output) that the model sees before the real inputs, as earlier turns of the
             conversation. Each is a mapping, or an instance of the signature's type.
         reasoning: True asks the model to write its thoughts before the answer, in a field ``reasoning`` that is not
@@ -347,7 +352,8 @@ class ModelAgent(Agent):
         DefinitionError: there is no output field, or it is called ``reasoning`` although *reasoning* is on, or an
             example does not match the signatures; the message has its number, and a JSON pointer. Or there are several
             conversations, or an optional one, or one and examples or a history. Or *history* is not a whole number
-            from 1, or *instructions* is not a text. Or a tool has no valid name, or one that another tool has.
+            from 1, or *instructions* is neither a text nor a function. Or a tool has no valid name, or one that another
+            tool has.
         SignatureError: a parameter of a tool has no type.
     """
 
@@ -359,7 +365,7 @@ class ModelAgent(Agent):
         *,
         description: str = "",
         model: ModelChoice = None,
-        instructions: str = "",
+        instructions: str | Callable[..., Any] = "",
         examples: Sequence[tuple[Any, Any]] = (),
         reasoning: bool = False,
         history: int | None = None,
@@ -391,6 +397,9 @@ class ModelAgent(Agent):
                 if examples
                 else f"{name!r} has a conversation as an input, so history= would add other messages. Omit it."
             )
+        self.dynamic_instructions = None
+        if callable(instructions):
+            instructions, self.dynamic_instructions = "", OwnFunction(f"instructions= of {name!r}", instructions, 0)
         _check_text(instructions, f"instructions= of {name!r}")
         models_of(model, repr(name))
         self.model = model
@@ -434,6 +443,7 @@ class ModelAgent(Agent):
         models = models_of(self.model, repr(self.name)) or resources.models.default_model
         caller = Caller(is_item=context.is_item, on_wait=context.report_wait)
         toolbox = Toolbox(by_name(tools), self.max_tool_calls, self.tool_timeout_s, context, resources.call_in_thread)
+        instruct = self.dynamic_instructions
         conversation = Conversation(
             messages=messages,
             toolbox=toolbox,
@@ -452,6 +462,7 @@ class ModelAgent(Agent):
             read=lambda text: self.output.encode(self._answer.decode(text.encode())),
             listen=functools.partial(LiveAnswer, self._answer, self.output, context),
             validate=None if self.validate is None else functools.partial(self._validated, resources, context),
+            instruct=instruct and functools.partial(self._instructed, instruct, resources, context, client),
         )
         return await conversation.converse(self.max_retries)
 
@@ -469,6 +480,20 @@ class ModelAgent(Agent):
             return Verdict(result=self.output.encode(value if changed is None else changed))
         except InvalidData as exc:
             raise InvalidOutput(f"{self.validate.option} returned a result that does not match. {exc}") from exc
+
+    async def _instructed(
+        self, function: OwnFunction, resources: Resources, context: RunContext, client: ClientSettings
+    ) -> tuple[str, Message]:
+        """Return the instructions for one call of the model, and the system message with them."""
+        text = await self._called(function, resources=resources, context=context)
+        if not isinstance(text, str):
+            raise CallError(f"{function.option} returned {type(text).__name__}, not a text.")
+        if len(text) > MAX_INSTRUCTIONS_CHARS:
+            raise CallError(
+                f"{function.option} returned {len(text)} characters, more than the maximum ({MAX_INSTRUCTIONS_CHARS})."
+            )
+        text = safe_text(text)
+        return text, self._system(text, client)
 
     async def _called(self, function: OwnFunction, *args: Any, resources: Resources, context: RunContext) -> Any:
         options: dict[str, Any] = {"context": context, "call_in_thread": resources.call_in_thread}
@@ -501,16 +526,20 @@ class ModelAgent(Agent):
         return Message("user", prompt), Message("assistant", answer)
 
     def _prompt(self, inputs: Any, history: Sequence[Message], client: ClientSettings) -> list[Message]:
-        parts = [f"You are {self.name}.", self.description, self.instructions, client.instructions]
-        system = Message("system", "\n".join(filter(None, parts)))
+        system = self._system(self.instructions, client)
         if not isinstance(self.input, ChatInput):
             return [system, *self._examples, *history, Message("user", self._user_prompt(inputs))]
         conversation, others = self.input.split(inputs)
         return [
-            Message("system", f"{system.content}\n\n{self._task()}"),
+            system,
             *([Message("user", self._described(others))] if others else []),
             *(Message(message["role"], message["content"]) for message in conversation),
         ]
+
+    def _system(self, instructions: str, client: ClientSettings) -> Message:
+        parts = [f"You are {self.name}.", self.description, instructions, client.instructions]
+        text = "\n".join(filter(None, parts))
+        return Message("system", f"{text}\n\n{self._task()}" if isinstance(self.input, ChatInput) else text)
 
     def _earlier(self, exchanges: Sequence[Exchange]) -> list[Message]:
         """Return earlier turns as messages, without those that no longer match the signatures."""

@@ -34,6 +34,7 @@ class Conversation(msgspec.Struct, kw_only=True):
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
         listen: returns a listener for one reply. It is called if somebody watches the run.
         validate: checks a valid answer; None if all are accepted.
+        instruct: returns the instructions for one call, and the system message that has them; None if they are fixed.
     """
 
     messages: list[Message]
@@ -45,6 +46,7 @@ class Conversation(msgspec.Struct, kw_only=True):
     read: Callable[[str], msgspec.Raw]
     listen: Callable[[], Listener]
     validate: Callable[[str], Awaitable[Verdict]] | None = None
+    instruct: Callable[[], Awaitable[tuple[str, Message]]] | None = None
 
     async def converse(self, max_retries: int) -> msgspec.Raw:
         """Return the result of the first valid answer.
@@ -89,6 +91,10 @@ class Conversation(msgspec.Struct, kw_only=True):
         context, model = self.context, next(iter(self.models), "")
 
         async def ask() -> Completion:
+            instructions: str | msgspec.UnsetType = msgspec.UNSET
+            if self.instruct is not None:
+                instructions, system = await self.instruct()
+                self.messages = [system, *self.messages[1:]]
             request = replace(
                 self.request,
                 messages=self.messages,
@@ -107,10 +113,10 @@ class Conversation(msgspec.Struct, kw_only=True):
                         context.spend(exc.usage, exc.model)
                     raise
                 context.spend(completion.usage, completion.model)
-            return self.toolbox.sealed(completion)
+            return self.toolbox.sealed(replace(completion, instructions=instructions))
 
         def needs_more(reply: Completion) -> bool:
-            if reply.tool_calls or reply.text is None or self.validate is not None:
+            if reply.tool_calls or reply.text is None or self.validate is not None or self.instruct is not None:
                 return True
             return not is_last and self._result_of(reply.text)[0] is None
 
