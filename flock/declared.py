@@ -37,7 +37,7 @@ from flock.models.prices import Price, merged
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
-from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, RetriedCalls, Row
+from flock.runs import Answer, BatchOptions, Event, ModelOptions, OnExtra, OnInvalid, RetriedCalls, Row
 from flock.scopes import current_task
 from flock.steps.progress import follow_batch
 from flock.store.database import Durability
@@ -338,6 +338,7 @@ class FlockFactory:
         tool_timeout_s: float = 60,
         temperature: float | None = None,
         max_tokens: int | None = None,
+        options: ModelOptions | None = None,
         max_retries: int = 2,
         validate: Callable[..., Any] | None = None,
         timeout_s: float = 300,
@@ -357,8 +358,8 @@ class FlockFactory:
                 TypedDict or pydantic model.
             types: additional types, by name, that the strings may use.
             model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
-                max_tokens, max_retries, validate, timeout_s, client_instructions, client_tools, client_options: see
-                ``ModelAgent``.
+                max_tokens, options, max_retries, validate, timeout_s, client_instructions, client_tools,
+                client_options: see ``ModelAgent``.
             next_agent, max_concurrency, on_interrupt, on_change, retry: see ``Agent``.
 
         Raises:
@@ -381,6 +382,7 @@ class FlockFactory:
             tool_timeout_s=tool_timeout_s,
             temperature=temperature,
             max_tokens=max_tokens,
+            options=options,
             max_retries=max_retries,
             validate=validate,
             timeout_s=timeout_s,

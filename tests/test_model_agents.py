@@ -10,7 +10,7 @@ import pytest
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, DefinitionError
 from flock.runs import Engine, Run, RunContext, RunStatus
-from flock.testing import FakeModel, Reply
+from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine
 
@@ -185,3 +185,127 @@ async def test_instructions_that_cannot_be_used_fail_the_run_before_the_model_is
     assert (run.status, run.error_type) == (RunStatus.FAILED, error_type)
     assert words in (run.error or "")
     assert model.requests == []
+
+
+# Options of the model
+
+
+def look_up(name: str) -> str:
+    return f"{name}: 42"
+
+
+async def test_options_of_an_agent_are_sent_under_the_names_of_the_provider(model: FakeModel) -> None:
+    options: Any = {"top_p": 0.5, "max_tokens": 9, "reasoning_effort": "low", "extra_body": {"service_tier": "flex"}}
+    model.replies = [{"text": "a"}] * 2
+    for name in ("openai/gpt-4o", "openai/o3"):
+        run = await run_of(flock_of(options=options, temperature=0.1, max_tokens=50, model=name), model)
+        assert run.status is RunStatus.COMPLETED, run.error
+    first, second = model.requests
+    sent = {"top_p": 0.5, "max_completion_tokens": 9, "reasoning_effort": "low", "service_tier": "flex"}
+    assert first.items() >= {**sent, "temperature": 0.1}.items()
+    assert "extra_body" not in first
+    del sent["top_p"]
+    assert second.items() >= sent.items()
+    assert second.keys().isdisjoint({"temperature", "top_p"}), "a reasoning model rejects them"
+
+
+@pytest.mark.parametrize("choice", ["required", "look_up"])
+async def test_a_choice_of_tools_is_for_the_first_reply(choice: str, model: FakeModel) -> None:
+    """Otherwise the model could never answer."""
+    model.replies = [Reply(calls=[("look_up", {"name": "x"})]), {"text": "42"}]
+    flock = flock_of(tools=[look_up], options={"tool_choice": choice, "parallel_tool_calls": False})
+    assert (await run_of(flock, model)).value == {"text": "42"}
+    first, second = model.requests
+    named = {"type": "function", "function": {"name": "look_up"}}
+    assert first["tool_choice"] == ("required" if choice == "required" else named)
+    assert "tool_choice" not in second
+    assert first["parallel_tool_calls"] is second["parallel_tool_calls"] is False
+
+
+async def test_a_choice_of_tools_holds_for_a_model_that_calls_them_as_json(model: FakeModel) -> None:
+    def other() -> str:
+        return ""
+
+    step = {"next_thought": "", "next_tool_name": "look_up", "next_tool_args": {"name": "x"}}
+    finish = {"next_thought": "", "next_tool_name": "finish", "next_tool_args": {}}
+    model.replies = [Failure(400, message="tools are not supported"), step, finish, {"text": "42"}]
+    flock = flock_of(tools=[look_up, other], options={"tool_choice": "look_up"})
+    assert (await run_of(flock, model)).value == {"text": "42"}
+    names = [
+        [step["properties"]["next_tool_name"]["enum"][0] for step in request.schema["anyOf"]]
+        for request in model.requests[1:3]
+    ]
+    assert names == [["look_up"], ["look_up", "other", "finish"]]
+
+
+async def test_no_tools_are_offered_for_the_choice_none(model: FakeModel) -> None:
+    model.replies = [{"text": "a"}]
+    assert (await run_of(flock_of(tools=[look_up], options={"tool_choice": "none"}), model)).value == {"text": "a"}
+    assert model.requests[0].tool_names == []
+
+
+@pytest.mark.parametrize(("choice", "tools"), [("look_upp", [look_up]), ("required", [])])
+async def test_a_choice_of_a_tool_that_is_missing_fails_the_run(choice: str, tools: Any, model: FakeModel) -> None:
+    run = await run_of(flock_of(tools=tools, options={"tool_choice": choice}), model)
+    assert (run.error or "").startswith(f"'writer' has no tool for tool_choice='{choice}'.")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temprature": 1}, "has an unknown option 'temprature'. Did you mean 'temperature'?"),
+        ({"temperature": 3}, "is invalid. /temperature: "),
+        ({"extra_body": {"x": object()}}, "is invalid. "),
+        ([("seed", 1)], "must be a mapping such as"),
+    ],
+)
+def test_options_that_are_invalid_are_an_error_at_the_definition(options: Any, words: str) -> None:
+    with pytest.raises(DefinitionError) as caught:
+        flock_of(options=options)
+    assert words in str(caught.value)
+
+
+async def test_a_called_agent_gets_options_for_one_call(open_engine: OpenEngine, model: FakeModel) -> None:
+    """The same inputs with other options are another call. What the called agent calls itself does not get them."""
+    flock = flock_of(options={"seed": 1}, tools=["helper"])
+    flock.add_agent(FlockFactory.create_default_agent("helper", input="q", output="text: str"))
+
+    @flock.agent
+    async def caller(q: str, context: RunContext) -> list[str]:
+        options: list[Any] = [None, {"seed": 2}, {"top_p": 0.5}]
+        return [(await context.run_agent("writer", {"q": q}, options=each))["text"] for each in options]
+
+    answers = iter("abc")
+    call_helper = Reply(calls=[("helper", {"q": "?"})])
+    model.replies = {
+        "writer": lambda request: {"text": next(answers)} if request["messages"][-1]["role"] == "tool" else call_helper,
+        "helper": {"text": "h"},
+    }
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await ended(engine, "caller")
+        calls = (await engine.get_calls(run))[0]
+    assert (run.status, run.value) == (RunStatus.COMPLETED, {"result": ["a", "b", "c"]}), run.error
+    sent = [(each.get("seed"), each.get("top_p")) for each in model.requests if each.agent_name == "writer"]
+    assert sent == [(1, None)] * 2 + [(2, None)] * 2 + [(1, 0.5)] * 2
+    assert {each.get("seed") for each in model.requests if each.agent_name == "helper"} == {None}
+    assert len({call.call_id for call in calls if call.name == "writer"}) == 3
+
+
+async def test_options_for_a_call_that_are_invalid_are_an_error() -> None:
+    flock = flock_of()
+
+    @flock.agent
+    async def caller(q: str, name: str, context: RunContext) -> str:
+        options: Any = {"seed": "x"}
+        return str(await context.run_agent(name, {"q": q}, options=options))
+
+    @flock.agent
+    def plain(q: str) -> str:
+        return q
+
+    async with flock.engine() as engine:
+        for name, words in {"plain": "'plain' is a function", "writer": "options= for 'writer' is invalid."}.items():
+            run = await engine.submit("caller", {"q": "?", "name": name})
+            run = await engine.wait(run.run_id)
+            assert run.error_type == "call_error"
+            assert words in (run.error or "")

@@ -107,6 +107,7 @@ from flock.runs import (
     Live,
     LongJSON,
     Mark,
+    ModelOptions,
     Observer,
     OnExtra,
     OnInvalid,
@@ -253,7 +254,7 @@ async def polish(text: str) -> AsyncIterator[str | Result]:
 async def measure_once(text: str, context: RunContext) -> int:
     try:
         length: int = await context.call(len, text, name="length", keep="result")
-        found: dict[str, Any] = await context.run_agent("measure", {"text": text})
+        found: dict[str, Any] = await context.run_agent("measure", {"text": text}, options={"top_p": 0.5})
         assert found
         await context.call(len, text, call_once=True)
     except Uncertain:
@@ -327,6 +328,7 @@ async def checked(answer: dict[str, Any], context: RunContext) -> dict[str, Any]
     return answer
 
 
+options: ModelOptions = {"tool_choice": "required", "extra_body": {"service_tier": "flex"}}
 analyst = FlockFactory.create_default_agent(
     name="analyst",
     input="text: str",
@@ -336,6 +338,7 @@ analyst = FlockFactory.create_default_agent(
     history=20,
     instructions=instructed,
     validate=checked,
+    options=options,
     next_agent=then,
     on_interrupt=again,
     on_change=if_changed,

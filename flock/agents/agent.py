@@ -34,6 +34,7 @@ from flock.errors import (
     ModelError,
     cut,
 )
+from flock.jsontype import JSONType
 from flock.models.completions import Message
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of, names_of
@@ -42,7 +43,7 @@ from flock.models.pieces import Joiner
 from flock.models.requests import Request
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import ClientSettings, RetriedCalls, RunContext, safe_text
+from flock.runs import ClientSettings, ModelOptions, RetriedCalls, RunContext, safe_text
 from flock.scopes import closing_scopes, move_on_after_working
 
 __all__ = [
@@ -75,6 +76,7 @@ NextAgent = (
 )
 
 
+_OPTIONS: JSONType[Any] = JSONType(ModelOptions)
 #: Max characters of the instructions that a function returns.
 MAX_INSTRUCTIONS_CHARS = 100_000
 
@@ -330,6 +332,8 @@ class ModelAgent(Agent):
         tool_timeout_s: wall-clock seconds for each call of a tool.
         temperature: sampling temperature; None uses the provider's default.
         max_tokens: max tokens in each answer; None uses the provider's default.
+        options: other options of the model, such as ``{"reasoning_effort": "low", "tool_choice": "required"}``; see
+            ``ModelOptions``.
         max_retries: max times that an invalid answer is sent back to the model with the reason.
         validate: a function of each valid answer, and of the context if it has one more parameter. If it raises
             AgentError, its text is sent back to the model as the reason, within *max_retries*; the model may then call
@@ -343,7 +347,7 @@ class ModelAgent(Agent):
             principal of the run, has sent the output, for a day at most. Otherwise a run with them is rejected.
         client_options: whether the client may set the temperature and other options of the model, as
             ``ClientSettings`` has them. Otherwise a run with others than the usual ones is rejected.
-        options: see ``Agent``.
+        others: see ``Agent``.
 
     If an input has the type ``Messages``, it is the conversation that the model continues. The prompt, and the other
     inputs, come before it.
@@ -374,15 +378,16 @@ class ModelAgent(Agent):
         tool_timeout_s: float = 60,
         temperature: float | None = None,
         max_tokens: int | None = None,
+        options: ModelOptions | None = None,
         max_retries: int = 2,
         validate: Callable[..., Any] | None = None,
         timeout_s: float = 300,
         client_instructions: bool = False,
         client_tools: bool = False,
         client_options: bool = False,
-        **options: Any,
+        **others: Any,
     ) -> None:
-        super().__init__(name, chat_input(input, name), output, description=description, **options)
+        super().__init__(name, chat_input(input, name), output, description=description, **others)
         if not output.fields:
             raise DefinitionError(f"The agent {name!r} needs at least one output field for the model's answer.")
         if reasoning and "reasoning" in output.schema["properties"]:
@@ -416,6 +421,7 @@ class ModelAgent(Agent):
         self.tool_timeout_s = tool_timeout_s
         self.temperature = temperature
         self.max_tokens = max_tokens
+        self.options = checked_options(options or {}, f"options= of {name!r}")
         self.max_retries = max_retries
         self.validate = None if validate is None else OwnFunction(f"validate= of {name!r}", validate, 1)
         self.timeout_s = timeout_s
@@ -443,7 +449,14 @@ class ModelAgent(Agent):
         models = models_of(self.model, repr(self.name)) or resources.models.default_model
         caller = Caller(is_item=context.is_item, on_wait=context.report_wait)
         toolbox = Toolbox(by_name(tools), self.max_tool_calls, self.tool_timeout_s, context, resources.call_in_thread)
-        instruct = self.dynamic_instructions
+        options = {"max_tokens": self.max_tokens, **self.options, **context.model_options}
+        choice = options.get("tool_choice", "auto")
+        if choice == "none":
+            toolbox.close()
+        elif choice != "auto" and not (toolbox.tools and choice in ("required", *toolbox.tools)):
+            raise CallError(
+                f"{self.name!r} has no tool for tool_choice={choice!r}.{did_you_mean(choice, toolbox.tools)}"
+            )
         conversation = Conversation(
             messages=messages,
             toolbox=toolbox,
@@ -452,9 +465,9 @@ class ModelAgent(Agent):
             request=Request(
                 (),
                 self._answer.schema,
-                max_tokens=min(filter(None, (self.max_tokens, client.max_output_tokens)), default=None),
+                max_tokens=min(filter(None, (options["max_tokens"], client.max_output_tokens)), default=None),
                 temperature=self.temperature,
-                options=client.options,
+                options=options | client.options,
                 is_strange=client != ClientSettings(),
                 traceparent=context.traceparent,
             ),
@@ -462,7 +475,11 @@ class ModelAgent(Agent):
             read=lambda text: self.output.encode(self._answer.decode(text.encode())),
             listen=functools.partial(LiveAnswer, self._answer, self.output, context),
             validate=None if self.validate is None else functools.partial(self._validated, resources, context),
-            instruct=instruct and functools.partial(self._instructed, instruct, resources, context, client),
+            instruct=(
+                None
+                if self.dynamic_instructions is None
+                else functools.partial(self._instructed, self.dynamic_instructions, resources, context, client)
+            ),
         )
         return await conversation.converse(self.max_retries)
 
@@ -570,6 +587,23 @@ class ModelAgent(Agent):
             for name, member in self._answer.schema["properties"].items()
         )
         return f"Determine:\n{outputs}\nAnswer with a JSON object only."
+
+
+def checked_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a copy of options of a model. Raises DefinitionError if they are invalid."""
+    if not isinstance(options, Mapping):
+        raise DefinitionError(f"{where} must be a mapping such as {{'top_p': 0.5}}, not {options!r}.")
+    known = ModelOptions.__annotations__
+    if unknown := [name for name in options if name not in known]:
+        raise DefinitionError(
+            f"{where} has an unknown option {unknown[0]!r}.{did_you_mean(str(unknown[0]), known)} Others than "
+            f"{', '.join(known)} belong into extra_body."
+        )
+    try:
+        found: dict[str, Any] = _OPTIONS.decode(msgspec.json.encode(options))
+    except (TypeError, InvalidData) as exc:
+        raise DefinitionError(f"{where} is invalid. {exc}") from exc
+    return found
 
 
 def _tool_of(tool: ToolLike) -> Tool | ToolSource | str:

@@ -2,7 +2,8 @@
 
 import functools
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -99,6 +100,7 @@ class Conversation(msgspec.Struct, kw_only=True):
                 self.request,
                 messages=self.messages,
                 tools=self.toolbox.offered,
+                options=self._options,
                 # Each call needs its own key, or a provider would return the invalid answer again.
                 idempotency_key=key if number == 1 else f"{key}/{number}",
                 listener=self.listen() if context.is_watched else None,
@@ -131,6 +133,14 @@ class Conversation(msgspec.Struct, kw_only=True):
             should_keep=needs_more,
         )
         return self.toolbox.unsealed(reply)
+
+    @property
+    def _options(self) -> Mapping[str, Any]:
+        """The options of the next request. A model that must call tools would never answer, so that is asked once."""
+        options = dict(self.request.options)
+        if self.toolbox.calls_made:
+            options.pop("tool_choice", None)
+        return options
 
     async def _verdict(self, validate: Callable[[str], Awaitable[Verdict]], text: str, number: int) -> Verdict:
         """Return what ``validate=`` says. It is a call of the step, since it may decide otherwise the next time."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 import msgspec
 
 from flock.errors import CallError, TooManyTokens, cut
-from flock.runs.client import ClientSettings
+from flock.runs.client import ClientSettings, ModelOptions
 from flock.runs.ids import now
 from flock.runs.records import CallKind, Principal, Progress, Run
 from flock.runs.text import safe_text
@@ -77,7 +77,12 @@ class StepJournal(Protocol):
     ) -> Coroutine[Any, Any, Any]: ...
 
     def run_agent(
-        self, context: "RunContext", name: str, inputs: Mapping[str, Any], keep: CallKeep
+        self,
+        context: "RunContext",
+        name: str,
+        inputs: Mapping[str, Any],
+        keep: CallKeep,
+        options: Mapping[str, Any],
     ) -> Coroutine[Any, Any, dict[str, Any]]: ...
 
     def ask(
@@ -191,6 +196,8 @@ class RunContext:
         self.principal: Principal | None = run.acts_for
         self.traceparent = run.traceparent
         self.client: ClientSettings | None = run.client
+        #: of the call of ``run_agent`` that this agent executes
+        self.model_options: Mapping[str, Any] = {}
         self.is_item = run.batch_id is not None
         #: the progress that the agents of the step have reported last
         self._reported: list[Progress] = []
@@ -214,6 +221,12 @@ class RunContext:
     def request_cancel(self) -> None:
         """Set ``cancel_requested``, for this agent and those that this step has called."""
         self._cancel_requested.append(True)
+
+    def with_options(self, options: Mapping[str, Any]) -> "RunContext":
+        """Return this context for an agent that is called with options of its model. Only an engine uses it."""
+        context = copy.copy(self)
+        context.model_options = options
+        return context
 
     def of_called_agent(self, agent_name: str, output_names: Sequence[str] = ()) -> "RunContext":
         """Return the context of an agent that the current call executes. Only an engine uses it."""
@@ -335,7 +348,12 @@ class RunContext:
         return self.journal.call(self, function, args, kwargs, options)
 
     def run_agent(
-        self, name: str, inputs: Mapping[str, Any], *, call_keep: CallKeep = "all"
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        *,
+        call_keep: CallKeep = "all",
+        options: ModelOptions | None = None,
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """Let another agent of the flock run, as a call of this step, and return its result.
 
@@ -347,18 +365,20 @@ class RunContext:
             inputs: one value for each field of its input signature.
             call_keep: "result" does not store the inputs, as for ``call``. What the agent does with them is stored as
                 usual.
+            options: options of its model for this call, in place of the agent's own; see ``ModelOptions``. They
+                identify the call, together with the inputs. Agents to which it hands off do not get them.
 
         Returns: the outputs of the last agent, as JSON values.
 
         Raises:
             CallError: this agent is not async, or the inputs are invalid, or there is no such agent, or it may not be
-                repeated (``on_interrupt="fail"``).
+                repeated (``on_interrupt="fail"``), or it has no model for *options*, or they are invalid.
             InvalidHandoff, TooManySteps: the agent hands off to an agent that does not exist, or too many times.
             Exception: what the agent raises.
 
         Cancellation: as for ``call``.
         """
-        return self.journal.run_agent(self, name, inputs, call_keep)
+        return self.journal.run_agent(self, name, inputs, call_keep, options or {})
 
     @property
     def journal(self) -> StepJournal:
