@@ -25,6 +25,7 @@ from flock.agents.agent import (
 )
 from flock.agents.handoff import result_names
 from flock.agents.questions import nobody
+from flock.agents.shared import Shared
 from flock.agents.signature import Signature
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.intake import mapping_rows
@@ -76,10 +77,13 @@ class DeclaredFlock:
         model: default model for agents without one: ``provider/model``, a ``Model``, or a list of these; see
             ``ModelAgent`` and ``flock.models.providers.PROVIDERS``.
         max_steps: max steps in one run.
+        state: what agents share in a process, such as a database pool: ``context.state``. It is a value, or a function
+            that returns an async context manager: each engine or worker enters it at its start, and leaves it when its
+            steps have ended. It is never stored.
         prices: what models cost, ``{"openai/gpt-4o": Price(input=2.5, output=10, cached_input=1.25)}``. They are added
             to those that come with the package, ``flock.models.prices.PRICES``, or replace them.
 
-    Raises: DefinitionError if a price is invalid.
+    Raises: DefinitionError if a price or the state is invalid.
 
     Attributes:
         agents: the agents by name. Use ``add_agent`` to add one.
@@ -93,8 +97,10 @@ class DeclaredFlock:
         model: ModelChoice = None,
         max_steps: int = 32,
         prices: Mapping[str, Price] | None = None,
+        state: Any = None,
     ) -> None:
         models_of(model, "the flock")
+        self.shared = Shared(state)
         self.name = name
         self.model = model
         self.max_steps = max_steps
@@ -158,7 +164,7 @@ class DeclaredFlock:
         """
         models = ModelClient(self.model, transport=transport)
         own = {"flock": self.name, "program_path": self.program_path}
-        options = {**own, "max_steps": self.max_steps, "prices": self.prices, **options}
+        options = {**own, "max_steps": self.max_steps, "prices": self.prices, "shared": self.shared, **options}
         return EmbeddedEngine(self.agents, models, SQLiteStore(store, durability=durability), limits=limits, **options)
 
     def shared_engine(self, *, store: str | Path, expose_errors: bool = False) -> EmbeddedEngine:

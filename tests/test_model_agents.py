@@ -1,6 +1,8 @@
 """What a program adds to an agent with a model: checks of answers, and functions in place of texts."""
 
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -8,9 +10,10 @@ import msgspec
 import pytest
 
 from flock.core import Flock, FlockFactory
-from flock.errors import AgentError, DefinitionError
+from flock.errors import AgentError, DefinitionError, EngineStopped, RunFailed
 from flock.runs import Engine, Run, RunContext, RunStatus
 from flock.testing import Failure, FakeModel, Reply
+from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine
 
@@ -309,3 +312,91 @@ async def test_options_for_a_call_that_are_invalid_are_an_error() -> None:
             run = await engine.wait(run.run_id)
             assert run.error_type == "call_error"
             assert words in (run.error or "")
+
+
+# state=
+
+
+class Pool:
+    def __init__(self) -> None:
+        self.is_open = False
+        self.used = 0
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator["Pool"]:
+        self.is_open = True
+        yield self
+        self.is_open = False
+
+
+async def test_the_state_is_open_while_the_engine_is(open_engine: OpenEngine, model: FakeModel) -> None:
+    pool = Pool()
+    flock = Flock("state", model="openai/gpt-4o", state=pool.opened)
+
+    def look_up(name: str, context: RunContext[Pool]) -> str:
+        context.state.used += 1
+        return name
+
+    flock.add_agent(FlockFactory.create_default_agent("writer", input="q", output="text: str", tools=[look_up]))
+
+    @flock.agent
+    async def caller(q: str, context: RunContext[Pool]) -> bool:
+        context.state.used += 1
+        await context.run_agent("writer", {"q": q})
+        return context.state.is_open
+
+    model.replies = [Reply(calls=[("look_up", {"name": "x"})]), {"text": "a"}]
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await ended(engine, "caller")
+        assert (run.status, run.value) == (RunStatus.COMPLETED, {"result": True}), run.error
+        assert b"Pool" not in msgspec.json.encode(run)
+    assert (pool.used, pool.is_open) == (2, False)
+
+
+async def test_the_state_is_that_of_the_lifespan_of_an_app() -> None:
+    pool = Pool()
+    flock = Flock("state", state=pool.opened)
+    app = create_app(flock, auth="host", store=":memory:")
+    assert not pool.is_open
+    async with app.lifespan():
+        assert pool.is_open
+    assert not pool.is_open
+
+
+async def test_a_state_that_is_used_too_late_is_an_error() -> None:
+    kept: list[RunContext] = []
+    flock = Flock("state", state="value")
+
+    @flock.agent
+    async def keep(context: RunContext) -> str:
+        kept.append(context)
+        return str(context.state)
+
+    assert await flock.run_async("keep") == {"result": "value"}
+    with pytest.raises(EngineStopped, match="state of the flock is closed"):
+        kept[0].state  # noqa: B018
+
+
+async def test_a_flock_without_a_state_says_so() -> None:
+    flock = Flock("state")
+
+    @flock.agent
+    async def read(context: RunContext) -> str:
+        return str(context.state)
+
+    with pytest.raises(RunFailed, match=r"This flock has no state. Pass Flock\(state=…\)."):
+        await flock.run_async("read")
+
+
+async def test_a_state_that_cannot_be_set_up_ends_the_start() -> None:
+    @asynccontextmanager
+    async def broken() -> AsyncIterator[None]:
+        raise OSError("no database")
+        yield
+
+    for state, error in ((broken, OSError), (dict, DefinitionError)):
+        with pytest.raises(error):
+            async with Flock("state", state=state).engine():
+                pass
+    with pytest.raises(DefinitionError, match="Decorate it with @asynccontextmanager"):
+        Flock("state", state=broken.__wrapped__)

@@ -208,10 +208,22 @@ from flockapi import (
 
 # Agents
 
+
+@asynccontextmanager
+async def pool() -> AsyncIterator[dict[str, int]]:
+    yield {"size": 1}
+
+
+def size_of_pool(context: RunContext[dict[str, int]]) -> int:
+    assert_type(context.state, dict[str, int])
+    return context.state["size"]
+
+
 flock = Flock(
     "typed",
     model=["openai/gpt-4o", Model("ollama/llama3.2", max_concurrency=2)],
     max_steps=8,
+    state=pool,
     prices={"ollama/llama3.2": Price(input=0.01, output=0.02)},
 )
 
@@ -328,7 +340,7 @@ async def checked(answer: dict[str, Any], context: RunContext) -> dict[str, Any]
     return answer
 
 
-options: ModelOptions = {"tool_choice": "required", "extra_body": {"service_tier": "flex"}}
+model_options: ModelOptions = {"tool_choice": "required", "extra_body": {"service_tier": "flex"}}
 analyst = FlockFactory.create_default_agent(
     name="analyst",
     input="text: str",
@@ -338,7 +350,7 @@ analyst = FlockFactory.create_default_agent(
     history=20,
     instructions=instructed,
     validate=checked,
-    options=options,
+    options=model_options,
     next_agent=then,
     on_interrupt=again,
     on_change=if_changed,

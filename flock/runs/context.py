@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import msgspec
 
@@ -21,6 +21,12 @@ from flock.runs.usage import Usage
 __all__ = ["Budget", "CallOptions", "Live", "RunContext", "StepJournal"]
 
 T = TypeVar("T")
+if TYPE_CHECKING:  # a default of a type variable needs Python 3.13
+    import typing_extensions
+
+    S = typing_extensions.TypeVar("S", default=Any)
+else:
+    S = TypeVar("S")
 
 #: The id of the call that the current task, or its thread, is executing; "" outside of calls.
 CURRENT_CALL: ContextVar[str] = ContextVar("flock_call", default="")
@@ -153,8 +159,10 @@ class _AskOptions(_WaitOptions, total=False):
 MAX_SLEEP_S = 10 * 365 * 86_400
 
 
-class RunContext:
+class RunContext(Generic[S]):
     """The context of a running step. It is passed to the parameter annotated with this type, and is thread-safe.
+
+    ``RunContext[Pool]`` says that ``state`` is a ``Pool``.
 
     Attributes:
         run_id, agent_name, attempt, request_id, session_id, traceparent: of the run.
@@ -185,6 +193,7 @@ class RunContext:
         output_names: Sequence[str] = (),
         priced: Callable[[Usage, str | None], Usage] = lambda usage, model: usage,
         budgets: Sequence[Budget] = (),
+        state: Callable[[], Any] = lambda: None,
     ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
@@ -209,10 +218,20 @@ class RunContext:
         self._max_tokens = max_tokens
         self._priced = priced
         self._budgets = budgets
+        self._state = state
         self._journal = journal
         self._live = live
         self._output_names = output_names
         self._began_in: Live | msgspec.UnsetType | None = msgspec.UNSET
+
+    @property
+    def state(self) -> S:
+        """What ``Flock(state=…)`` has set up in this process.
+
+        Raises: CallError if the flock has no state; EngineStopped if the engine has ended.
+        """
+        state: S = self._state()
+        return state
 
     @property
     def cancel_requested(self) -> bool:

@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -23,6 +23,7 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent, Exchange, Resources
 from flock.agents.handoff import exchanges_of, execute_agent, inputs_for, next_agent
+from flock.agents.shared import Shared, State
 from flock.errors import ChangedProgram, Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
 from flock.logs import fields_of_run
@@ -246,8 +247,10 @@ class StepExecutor:
         max_run_bytes, max_item_bytes: max total size of the inputs and results, as JSON, of a run and of an item.
         answer: answers the questions of agents at once. Without it, their runs wait for answers.
         prices: of models, by name; see ``flock.models.prices``.
+        shared: what the agents share.
 
     Attributes:
+        state: the state of the flock. The engine enters it.
         item_slots: max batch items that run at the same time.
     """
 
@@ -263,8 +266,10 @@ class StepExecutor:
     max_item_bytes: float = math.inf
     answer: Answer | None = None
     prices: Mapping[str, Price]
+    shared: Shared = field(default_factory=Shared)
 
     def __post_init__(self) -> None:
+        self.state = State(self.shared)
         count = self.limits.max_concurrency
         self.item_slots = count - count // 10
         self._slots = Slots(count, reserved=count // 10)
@@ -410,6 +415,7 @@ class StepExecutor:
             output_names=agent.output_names,
             priced=functools.partial(priced, self.prices),
             budgets=active.budgets,
+            state=lambda: self.state.value,
         )
         if active.cancel_requested:
             context.request_cancel()

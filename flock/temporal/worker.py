@@ -16,6 +16,7 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 from flock.agents.agent import Agent
 from flock.agents.checks import tool_sources
 from flock.agents.mcp import listing_tools
+from flock.agents.shared import Shared
 from flock.limits import Limits, enforced_by
 from flock.models.llm import ModelClient
 from flock.models.prices import Price, merged
@@ -69,7 +70,7 @@ class TemporalWorker:
             The default is 1.5 million, or 64 MiB with a ``payload_dir``.
         drain_timeout_s: how long steps may continue when the worker shuts down. Other workers retry the rest.
         payload_dir: the folder for payloads too long for the cluster, the same as the engine's; see docs/temporal.md.
-        prices: see ``EmbeddedEngine``.
+        prices, shared: see ``EmbeddedEngine``.
         limits, bounds: limits as one value, or as keyword arguments, which override it; see ``Limits``. Batch items
             leave a tenth of ``max_concurrency`` to runs.
 
@@ -93,6 +94,7 @@ class TemporalWorker:
         expose_errors: bool = False,
         payload_dir: str | os.PathLike[str] | None = None,
         prices: Mapping[str, Price] | None = None,
+        shared: Shared | None = None,
         limits: Limits | None = None,
         **bounds: Any,
     ) -> None:
@@ -113,6 +115,7 @@ class TemporalWorker:
             max_run_bytes=max_run_bytes,
             max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats carry results, and never use the folder
             prices=merged(prices),
+            shared=shared or Shared(),
         )
         gate, accounts = Gate(self._limits.max_recoveries), Accounts(self.cluster, flock, executor.prices)
         self.workplace = Workplace(self.cluster, executor, gate, accounts, drain_timeout_s)
@@ -122,6 +125,7 @@ class TemporalWorker:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._models)
             await stack.enter_async_context(listing_tools(self._tool_sources))
+            await stack.enter_async_context(self.workplace.executor.state)
             await self.cluster.connect(lazy=False)
             client = self.cluster.client
             items, drain_timeout_s = ItemActivities(self.workplace), self.workplace.drain_timeout_s
