@@ -24,6 +24,7 @@ from flock.agents.agent import (
     ToolLike,
 )
 from flock.agents.handoff import result_names
+from flock.agents.history import History
 from flock.agents.questions import nobody
 from flock.agents.shared import Shared
 from flock.agents.signature import Signature
@@ -338,7 +339,7 @@ class FlockFactory:
         instructions: str | Callable[..., Any] = "",
         examples: Sequence[tuple[Any, Any]] = (),
         reasoning: bool = False,
-        history: int | None = None,
+        history: int | History | None = None,
         tools: Sequence[ToolLike] = (),
         max_tool_calls: int = 10,
         tool_timeout_s: float = 60,

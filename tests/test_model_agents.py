@@ -1,5 +1,6 @@
 """What a program adds to an agent with a model: checks of answers, and functions in place of texts."""
 
+import inspect
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,7 +10,8 @@ import anyio
 import msgspec
 import pytest
 
-from flock.core import Flock, FlockFactory
+from flock.agents.tools import Tool
+from flock.core import Flock, FlockFactory, History
 from flock.errors import AgentError, DefinitionError, EngineStopped, RunFailed
 from flock.runs import Engine, Run, RunContext, RunStatus
 from flock.testing import Failure, FakeModel, Reply
@@ -399,4 +401,128 @@ async def test_a_state_that_cannot_be_set_up_ends_the_start() -> None:
             async with Flock("state", state=state).engine():
                 pass
     with pytest.raises(DefinitionError, match="Decorate it with @asynccontextmanager"):
-        Flock("state", state=broken.__wrapped__)
+        Flock("state", state=inspect.unwrap(broken))
+
+
+# history=
+
+
+async def turn(engine: Engine, q: str) -> Run:
+    run = await engine.submit("writer", {"q": q}, session_id="s")
+    with anyio.fail_after(PATIENCE_S):
+        run = await engine.wait(run.run_id)
+    assert run.status is RunStatus.COMPLETED, run.error
+    return run
+
+
+def seen(model: FakeModel) -> list[str]:
+    """Return the messages of the last request, without those of the system and of this turn, each in short."""
+    shown = []
+    for message in model.requests[-1]["messages"][1:-1]:
+        names = [call["function"]["name"] + call["function"]["arguments"] for call in message.get("tool_calls", ())]
+        shown.append(" ".join([message["role"], message["content"].partition("\n")[0], *names]).strip())
+    return shown
+
+
+async def test_the_next_turn_sees_the_calls_of_tools_and_their_results(
+    open_engine: OpenEngine, model: FakeModel
+) -> None:
+    """Arguments of a tool with secrets are left out. A call that a person has denied has no result."""
+
+    def pay(amount: int, pin: str) -> str:
+        raise AgentError("no money")
+
+    long = "x" * 10_000
+
+    def find(name: str) -> str:
+        return long
+
+    tools = [find, Tool(pay, secret=["pin"]), "helper"]
+    calls = [("find", {"name": "x"}), ("pay", {"amount": 1, "pin": "0000"}), ("nothing", {}), ("helper", {"q": "?"})]
+    writers: list[Any] = [Reply(calls=calls), {"text": "a"}, {"text": "b"}]
+    model.replies = {"writer": writers, "helper": [Reply(calls=[("find", {"name": "y"})]), {"text": "h"}]}
+    flock = flock_of(tools=tools, history=History(turns=5, calls=True))
+    flock.add_agent(FlockFactory.create_default_agent("helper", input="q", output="text: str", tools=[find]))
+    async with open_engine(flock, transport=model.transport) as engine:
+        await turn(engine, "one")
+        await turn(engine, "two")
+    assert seen(model) == [
+        'user {"q": "one"}',
+        'assistant  find{"name": "x"} pay{} nothing{} helper{"q": "?"}',
+        f"tool {long}",
+        "tool Error: no money",
+        "tool It was not called.",
+        'tool {"text":"h"}',
+        'assistant {"text":"a"}',
+    ]
+
+
+async def test_the_oldest_turns_beyond_the_tokens_are_left_out_whole(model: FakeModel) -> None:
+    model.replies = lambda request: {"text": "a" * 400}
+    flock = flock_of(history=History(turns=9, max_tokens=400))
+    async with flock.engine(transport=model.transport) as engine:
+        for q in ("one", "two", "three", "four"):
+            await turn(engine, q)
+    assert [text for text in seen(model) if text.startswith("user")] == ['user {"q": "two"}', 'user {"q": "three"}']
+
+
+async def test_an_edited_history_is_kept_for_the_session(open_engine: OpenEngine, model: FakeModel) -> None:
+    edits: list[list[str]] = []
+
+    async def summarise(messages: list[dict[str, Any]], context: RunContext) -> list[dict[str, Any]]:
+        edits.append([message["content"].partition("\n")[0] for message in messages])
+        found = await context.run_agent("summary", {"n": len(messages)})
+        return [{"role": "user", "content": found["text"]}]
+
+    flock = flock_of(history=History(edit=summarise))
+    flock.add_agent(FlockFactory.create_default_agent("summary", input="n: int", output="text: str"))
+    answers, summaries = iter("abc"), iter(["S1", "S2"])
+    model.replies = {
+        "writer": lambda request: {"text": next(answers)},
+        "summary": lambda request: {"text": next(summaries)},
+    }
+    async with open_engine(flock, transport=model.transport) as engine:
+        for q in ("one", "two", "three"):
+            await turn(engine, q)
+    assert edits == [['{"q": "one"}', '{"text":"a"}'], ["S1", '{"q": "two"}', '{"text":"b"}']]
+    [message] = model.requests[-1]["messages"][1:]
+    assert message["content"].startswith('S2\n\n{"q": "three"}'), (
+        "many models allow no two messages of the user in a row"
+    )
+
+
+@pytest.mark.parametrize(
+    ("edited", "words"),
+    [
+        ([{"role": "system", "content": "x"}], "message 0 has the role 'system'"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "message 0 has the role 'tool'"),
+        ("all", "returned what is not a list of messages"),
+        (None, "returned what is not a list of messages"),
+        (
+            [
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": ""}}],
+                },
+                {"role": "user", "content": "x"},
+            ],
+            "a call of a tool has no result",
+        ),
+    ],
+)
+async def test_a_history_that_is_not_a_conversation_fails_the_run(edited: Any, words: str, model: FakeModel) -> None:
+    model.replies = [{"text": "a"}]
+    async with flock_of(history=History(edit=lambda messages: edited)).engine(transport=model.transport) as engine:
+        await turn(engine, "one")
+        run = await ended(engine, session_id="s")
+    assert run.error_type == "call_error"
+    assert words in (run.error or "")
+
+
+@pytest.mark.parametrize("options", [{"turns": 0}, {"turns": None}, {"max_tokens": 0}, {"max_tokens": True}])
+def test_a_history_that_is_invalid_is_an_error_at_the_definition(options: Any) -> None:
+    with pytest.raises(DefinitionError, match="must be a whole number from 1"):
+        History(**options)
+    with pytest.raises(DefinitionError, match=r"edit= of the history of 'writer' must be a function"):
+        flock_of(history=History(edit=lambda: None))

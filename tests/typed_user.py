@@ -15,7 +15,6 @@ from flock import __version__
 from flock.agents.agent import (
     Agent,
     AgentOptions,
-    Exchange,
     FunctionAgent,
     Handoff,
     ModelAgent,
@@ -25,9 +24,10 @@ from flock.agents.agent import (
     Resources,
     ToolLike,
 )
+from flock.agents.history import Exchange
 from flock.agents.mcp import mcp_tools
 from flock.agents.tools import Tool
-from flock.core import BatchInputs, Flock, FlockFactory, Messages, Model, Price, Result, agent
+from flock.core import BatchInputs, Flock, FlockFactory, History, Messages, Model, Price, Result, agent
 from flock.errors import (
     ERROR_TYPES,
     AccessDenied,
@@ -334,6 +334,10 @@ def instructed(context: RunContext) -> str:
     return f"You are called by {context.principal}."
 
 
+async def edited(messages: list[dict[str, Any]], context: RunContext) -> list[dict[str, Any]]:
+    return messages[-2:]
+
+
 async def checked(answer: dict[str, Any], context: RunContext) -> dict[str, Any]:
     if not answer["mood"]:
         raise AgentError(f"{context.agent_name} must name a mood.")
@@ -347,7 +351,7 @@ analyst = FlockFactory.create_default_agent(
     output="mood: str",
     examples=[({"text": "hi"}, {"mood": "calm"})],
     reasoning=True,
-    history=20,
+    history=History(turns=20, calls=True, max_tokens=1000, edit=edited),
     instructions=instructed,
     validate=checked,
     options=model_options,

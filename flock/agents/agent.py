@@ -18,6 +18,7 @@ import msgspec
 from flock.agents.chat import ChatInput, chat_input
 from flock.agents.conversation import Conversation, Verdict
 from flock.agents.functions import OwnFunction
+from flock.agents.history import EDIT, Exchange, History, as_plain, checked_messages, edited_by, messages_of
 from flock.agents.live import LiveAnswer
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
@@ -35,7 +36,7 @@ from flock.errors import (
     cut,
 )
 from flock.jsontype import JSONType
-from flock.models.completions import Message
+from flock.models.completions import Message, with_user_text
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of, names_of
 from flock.models.pace import Caller
@@ -43,13 +44,12 @@ from flock.models.pieces import Joiner
 from flock.models.requests import Request
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import ClientSettings, ModelOptions, RetriedCalls, RunContext, safe_text
+from flock.runs import JSON_NULL, ClientSettings, ModelOptions, RetriedCalls, RunContext, safe_text
 from flock.scopes import closing_scopes, move_on_after_working
 
 __all__ = [
     "Agent",
     "AgentOptions",
-    "Exchange",
     "FunctionAgent",
     "Handoff",
     "ModelAgent",
@@ -80,11 +80,8 @@ _OPTIONS: JSONType[Any] = JSONType(ModelOptions)
 #: Max characters of the instructions that a function returns.
 MAX_INSTRUCTIONS_CHARS = 100_000
 
-#: The inputs and the result of an earlier turn.
-Exchange = tuple[msgspec.Raw, msgspec.Raw]
 
-
-async def _no_history(agent: "Agent", limit: int) -> Sequence[Exchange]:
+async def _no_history(agent: "Agent", limit: int, has_calls: bool = False) -> Sequence[Exchange]:
     return ()
 
 
@@ -95,8 +92,9 @@ class Resources(msgspec.Struct, frozen=True):
     models: ModelClient
     #: calls a synchronous function in a worker thread, and waits for it until an optional deadline of the loop's clock
     call_in_thread: Callable[..., Awaitable[Any]]
-    #: returns up to as many of an agent's last turns in completed runs of the session, oldest first
-    history: Callable[["Agent", int], Awaitable[Sequence[Exchange]]] = _no_history
+    #: returns up to as many of an agent's last turns in completed runs of the session, oldest first; optionally with
+    #: their calls
+    history: Callable[..., Awaitable[Sequence[Exchange]]] = _no_history
     #: the agents of the flock, by name
     agents: "Mapping[str, Agent]" = {}
 
@@ -325,7 +323,7 @@ class ModelAgent(Agent):
         reasoning: True asks the model to write its thoughts before the answer, in a field ``reasoning`` that is not
             part of the result. They count as output tokens. The output of an example may have that field.
         history: how many of its last turns in the session of the run the model sees, after the examples and in the same
-            form. None is for an agent that needs no memory.
+            form, or a ``History``. None is for an agent that needs no memory.
         tools: what the model may call before it answers: typed functions, each optionally as a ``Tool``, other agents
             of the flock or their names, and ``mcp_tools(…)``.
         max_tool_calls: max calls of tools in one step, at least 1. Then the model must answer.
@@ -372,7 +370,7 @@ class ModelAgent(Agent):
         instructions: str | Callable[..., Any] = "",
         examples: Sequence[tuple[Any, Any]] = (),
         reasoning: bool = False,
-        history: int | None = None,
+        history: int | History | None = None,
         tools: Sequence[ToolLike] = (),
         max_tool_calls: int = 10,
         tool_timeout_s: float = 60,
@@ -394,8 +392,12 @@ class ModelAgent(Agent):
             raise DefinitionError(
                 f"The output of {name!r} has its own field 'reasoning'. Rename that field, or omit reasoning=True."
             )
-        if history is not None and (not isinstance(history, int) or isinstance(history, bool) or history < 1):
-            raise DefinitionError(f"history= of {name!r} must be a whole number from 1, or None, not {history!r}.")
+        if isinstance(history, int) and not isinstance(history, bool) and history >= 1:
+            history = History(turns=history)
+        elif not isinstance(history, History | None):
+            raise DefinitionError(
+                f"history= of {name!r} must be a whole number from 1, a History, or None, not {history!r}."
+            )
         if (examples or history) and isinstance(self.input, ChatInput):
             raise DefinitionError(
                 f"{name!r} has a conversation, and examples= would look like its messages. Use instructions= instead."
@@ -410,6 +412,9 @@ class ModelAgent(Agent):
         self.model = model
         self.instructions = instructions
         self.history = history
+        self._edit = None
+        if history is not None and history.edit is not None:
+            self._edit = OwnFunction(f"edit= of the history of {name!r}", history.edit, 1)
         if not isinstance(tools, Sequence) or isinstance(tools, str):
             raise DefinitionError(
                 f"tools= of {name!r} must be a list, such as [look_up, 'other_agent'], not {tools!r}."
@@ -433,7 +438,7 @@ class ModelAgent(Agent):
 
     async def execute(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         with move_on_after_working(self.timeout_s):
-            history = [] if self.history is None else self._earlier(await resources.history(self, self.history))
+            history = await self._earlier(resources, context)
             client = (context.client or ClientSettings()).taken_by(**self.takes)
             return await self._converse(self._prompt(inputs, history, client), resources, context, client)
         message = f"The model did not answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
@@ -545,7 +550,7 @@ class ModelAgent(Agent):
     def _prompt(self, inputs: Any, history: Sequence[Message], client: ClientSettings) -> list[Message]:
         system = self._system(self.instructions, client)
         if not isinstance(self.input, ChatInput):
-            return [system, *self._examples, *history, Message("user", self._user_prompt(inputs))]
+            return with_user_text([system, *self._examples, *history], self._user_prompt(inputs))
         conversation, others = self.input.split(inputs)
         return [
             system,
@@ -558,15 +563,35 @@ class ModelAgent(Agent):
         text = "\n".join(filter(None, parts))
         return Message("system", f"{text}\n\n{self._task()}" if isinstance(self.input, ChatInput) else text)
 
-    def _earlier(self, exchanges: Sequence[Exchange]) -> list[Message]:
+    async def _earlier(self, resources: Resources, context: RunContext) -> list[Message]:
         """Return earlier turns as messages, without those that no longer match the signatures."""
-        messages: list[Message] = []
-        for inputs, result in exchanges:
+        history, turns = self.history, list[Sequence[Message]]()
+        if history is None:
+            return []
+        tools = {tool.name: tool for tool in self.tools if isinstance(tool, Tool)}
+        for inputs, result, calls in await resources.history(self, history.turns, history.needs_calls):
+            if (edited := edited_by(calls)) is not None:
+                turns = [edited]
             with contextlib.suppress(InvalidData, MalformedJSON):
                 prompt, answer = self._user_prompt(self.input.decode(inputs)), self.output.decode(result)
                 answer_json = bytes(self.output.encode(answer)).decode()
-                messages += [Message("user", prompt), Message("assistant", answer_json)]
-        return messages
+                made = messages_of(calls, lambda name: name in tools and bool(tools[name].secret))
+                made = made if history.calls else []
+                turns.append([Message("user", prompt), *made, Message("assistant", answer_json)])
+        messages = history.within_limit(turns)
+        if self._edit is None or not messages:
+            return messages
+
+        async def edit() -> list[Message]:
+            assert self._edit is not None
+            returned = await self._called(self._edit, as_plain(messages), resources=resources, context=context)
+            return checked_messages(self._edit.option, returned)
+
+        decode = functools.partial(msgspec.json.decode, type=list[Message])
+        found: list[Message] = await context.journal.once(
+            EDIT, "1", edit, kind="function", arguments=JSON_NULL, decode=decode
+        )
+        return found
 
     def _user_prompt(self, inputs: Any) -> str:
         """Return the inputs as JSON, then the task: small models follow best what they read last."""

@@ -21,8 +21,9 @@ import anyio.lowlevel
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.agent import Agent, Exchange, Resources
+from flock.agents.agent import Agent, Resources
 from flock.agents.handoff import exchanges_of, execute_agent, inputs_for, next_agent
+from flock.agents.history import Exchange
 from flock.agents.shared import Shared, State
 from flock.errors import ChangedProgram, Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
@@ -165,11 +166,15 @@ class ActiveRun:
             self.context.request_cancel()
         self.scope.cancel()
 
-    async def history(self, agent: Agent, limit: int) -> Sequence[Exchange]:
+    async def history(self, agent: Agent, limit: int, has_calls: bool = False) -> Sequence[Exchange]:
         """Return the last *limit* exchanges of *agent* in earlier runs of the session, oldest first."""
         if self.run.session_id is None:
             return ()
-        return exchanges_of(agent, await self.earlier_runs(limit))[-limit:]
+        found = exchanges_of(agent, await self.earlier_runs(limit))[-limit:]
+        return [
+            exchange._replace(calls=await self.calls_of(run, position)) if has_calls else exchange
+            for run, position, exchange in found
+        ]
 
     @property
     def is_cut_off(self) -> bool:
@@ -229,6 +234,10 @@ class ActiveRun:
 
     async def earlier_runs(self, limit: int) -> Sequence[Run]:
         """Return the last *limit* completed runs of its session and agent, oldest first, or fewer if they are long."""
+        return ()
+
+    async def calls_of(self, run: Run, position: int) -> Sequence[Call]:
+        """Return the calls of a step of one of the ``earlier_runs``, oldest first."""
         return ()
 
     async def keep(self, step: Step) -> None:

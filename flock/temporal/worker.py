@@ -21,7 +21,7 @@ from flock.limits import Limits, enforced_by
 from flock.models.llm import ModelClient
 from flock.models.prices import Price, merged
 from flock.options import replaced
-from flock.runs import Observer, Run, RunStatus, Step, now
+from flock.runs import Call, Observer, Run, RunStatus, Step, now
 from flock.steps.executor import MAX_HISTORY_BYTES, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import CANCELLED, CRASHED, log_crash
 from flock.temporal.accounts import Accounts
@@ -40,7 +40,7 @@ from flock.temporal.messages import (
     recoded,
     task_queue_of,
 )
-from flock.temporal.search import earlier_runs
+from flock.temporal.search import calls_of, earlier_runs
 from flock.temporal.steps import MAX_RUN_BYTES, ActivityStep, Workplace, until_done
 from flock.temporal.suspects import Gate, Suspicion
 from flock.temporal.workflows import FlockAccount, FlockMark, FlockRun, FlockSession
@@ -268,6 +268,9 @@ class _RunStep(ActivityStep):
         return await self._cluster.answered(
             lambda: earlier_runs(self._cluster, self.run, self._latest, limit, MAX_HISTORY_BYTES)
         )
+
+    async def calls_of(self, run: Run, position: int) -> Sequence[Call]:
+        return await self._cluster.answered(lambda: calls_of(self._cluster, run, position))
 
     async def keep(self, step: Step) -> None:
         """Store a long result while heartbeats are sent. Later, a slow disk would look like a dead worker."""
