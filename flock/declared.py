@@ -28,6 +28,7 @@ from flock.agents.history import History
 from flock.agents.questions import nobody
 from flock.agents.shared import Shared
 from flock.agents.signature import Signature
+from flock.agents.union import output_of
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.intake import mapping_rows
 from flock.engine.rowchecks import as_json
@@ -362,7 +363,8 @@ class FlockFactory:
 
         Args:
             input, output: a signature such as ``"text: str | what to analyse, limit: int"``, or a struct, dataclass,
-                TypedDict or pydantic model.
+                TypedDict or pydantic model. The output may also be a union of structs or of pydantic models, such as
+                ``Refund | Question``, which is then a field ``result`` with the name of its type in ``type``.
             types: additional types, by name, that the strings may use.
             model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
                 max_tokens, options, max_retries, validate, timeout_s, client_instructions, client_tools,
@@ -377,7 +379,7 @@ class FlockFactory:
         return ModelAgent(
             name,
             Signature.of(input, types, name=f"{name}_input"),
-            Signature.of(output, types, name=f"{name}_output"),
+            output_of(output, types, name=f"{name}_output"),
             description=description,
             model=model,
             instructions=instructions,

@@ -8,11 +8,12 @@ from typing import Any
 
 import anyio
 import msgspec
+import pydantic
 import pytest
 
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory, History
-from flock.errors import AgentError, DefinitionError, EngineStopped, RunFailed
+from flock.errors import AgentError, DefinitionError, EngineStopped, RunFailed, SignatureError
 from flock.runs import Engine, Run, RunContext, RunStatus
 from flock.testing import Failure, FakeModel, Reply
 from flockapi import create_app
@@ -526,3 +527,65 @@ def test_a_history_that_is_invalid_is_an_error_at_the_definition(options: Any) -
         History(**options)
     with pytest.raises(DefinitionError, match=r"edit= of the history of 'writer' must be a function"):
         flock_of(history=History(edit=lambda: None))
+
+
+# A union as an output
+
+
+class Refund(msgspec.Struct):
+    amount: int
+    parts: list["Refund"] = []
+
+
+class Question(msgspec.Struct):
+    text: str
+
+
+class RefundModel(pydantic.BaseModel):
+    amount: int = pydantic.Field(ge=1)
+
+
+class QuestionModel(pydantic.BaseModel):
+    text: str
+
+
+@pytest.mark.parametrize(
+    ("union", "types"),
+    [(Refund | Question, (Refund, Question)), (RefundModel | QuestionModel, (RefundModel, QuestionModel))],
+)
+async def test_an_output_may_be_one_of_several_types(
+    union: Any, types: tuple[Any, Any], open_engine: OpenEngine, model: FakeModel
+) -> None:
+    refund, question = types
+    checked: list[Any] = []
+
+    def check(answer: Any) -> Any:
+        checked.append(answer)
+        return refund(amount=answer.amount + 1) if isinstance(answer, refund) else None
+
+    model.replies = [
+        {"result": {"type": "Other"}},
+        {"result": {"type": question.__name__, "text": "Which one?"}},
+        {"result": {"type": refund.__name__, "amount": 3}},
+    ]
+    async with open_engine(flock_of(union, validate=check), transport=model.transport) as engine:
+        first, second = await ended(engine), await ended(engine)
+    assert first.value == {"result": {"type": question.__name__, "text": "Which one?"}}, first.error
+    assert (second.value or {})["result"].items() >= {"type": refund.__name__, "amount": 4}.items(), second.error
+    assert [isinstance(value, type_) for value, type_ in zip(checked, (question, refund), strict=True)] == [True, True]
+    format_ = model.requests[0]["response_format"]["json_schema"]
+    assert format_["schema"]["properties"]["result"]["anyOf"]
+
+
+def test_a_union_whose_members_cannot_be_told_apart_is_an_error() -> None:
+    other = msgspec.defstruct("Question", [("a", int)])
+    typed = msgspec.defstruct("Typed", [("type", str)])
+    for union, words in (
+        (Question | other, "have the same name"),
+        (Question | typed, "needs a tag in a union"),
+        (Question | QuestionModel, "must be structs of msgspec, or models of pydantic"),
+        (Question | None, "must be structs of msgspec, or models of pydantic"),
+        (str | int, "must be structs of msgspec, or models of pydantic"),
+    ):
+        with pytest.raises(SignatureError, match=words):
+            flock_of(union)

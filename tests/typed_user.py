@@ -375,6 +375,17 @@ tools: list[ToolLike] = [
 ]
 tools.append(mcp_tools("https://example.com/mcp", headers={"Authorization": "Bearer x"}, timeout_s=5))
 tools.append(mcp_tools("https://example.com/mcp", prefix="pay_", only=["pay"], needs_approval=True, approver="senders"))
+
+
+class Refund(msgspec.Struct):
+    amount: int
+
+
+class Asked(msgspec.Struct):
+    text: str
+
+
+assert_type(FlockFactory.create_default_agent("either", output=Refund | Asked), ModelAgent)
 triage = FlockFactory.create_default_agent(
     name="triage",
     output="kind: Literal['a', 'b', 'c']",

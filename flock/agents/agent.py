@@ -24,6 +24,7 @@ from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
 from flock.agents.signature import Signature, called, context_parameter, hints_of_function, is_generator, name_of
 from flock.agents.tools import AgentTool, Tool, Toolbox, ToolOfClient, ToolSource, by_name, same_name
+from flock.agents.union import UnionOutput
 from flock.errors import (
     AgentError,
     CallError,
@@ -492,7 +493,9 @@ class ModelAgent(Agent):
         """Return what ``validate=`` says about a valid answer."""
         assert self.validate is not None
         value = self._answer.decode(text.encode())
-        if not self.output.is_declared:
+        if isinstance(self.output, UnionOutput):
+            value = value.result
+        elif not self.output.is_declared:
             value = msgspec.to_builtins(value, enc_hook=to_json)
         try:
             changed = await self._called(self.validate, value, resources=resources, context=context)
