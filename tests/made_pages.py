@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent
+from flock.agents.history import History
 from flock.agents.mcp import mcp_tools
 from flock.agents.messages import Messages
 from flock.agents.tools import Tool
@@ -309,6 +310,7 @@ SECTIONS: list[tuple[str, list[tuple[str, Any, list[str]]]]] = [
             ("FlockFactory.create_default_agent", FlockFactory.create_default_agent, []),
             ("agent", agent_decorator, []),
             ("Messages", Messages, []),
+            ("History", History, []),
         ],
     ),
     (

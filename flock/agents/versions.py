@@ -29,6 +29,9 @@ def version_of(agent: Agent) -> str:
             if isinstance(tool, Tool)
         ]
         definition += [models, agent.instructions, agent._examples, tools, agent.temperature]
+        definition += [
+            _source_of(own.function) for own in (agent.dynamic_instructions, agent.validate) if own is not None
+        ]
     else:
         definition.append(_source_of(type(agent)))
     return hashlib.sha256(msgspec.json.encode(definition, enc_hook=str)).hexdigest()[:12]

@@ -262,7 +262,7 @@ class ModelClient:
     async def _complete_or_call(self, endpoint: Endpoint, request: Request, caller: Caller) -> Completion:
         """Offer tools to a model whose server supports them."""
         body = request.body(endpoint) | format_of("text", request)
-        body["tools"] = [function_of(tool) for tool in request.tools]
+        body |= {"tools": [function_of(tool) for tool in request.tools], **request.tool_options}
         sending = _Sending(endpoint, body, request.all_headers(), request.listener, request.unfinished)
         return replies.completion_of(await self._post(sending, caller), request)
 
@@ -520,7 +520,7 @@ async def _complete_with_litellm(request: Request, model: Model) -> Completion:
     part = format_of("text" if request.tools else "json_schema", request)
     options: dict[str, Any] = msgspec.to_builtins({"messages": request.messages, **part})
     if request.tools:
-        options["tools"] = [function_of(tool) for tool in request.tools]
+        options |= {"tools": [function_of(tool) for tool in request.tools], **request.tool_options}
     if request.max_tokens is not None:
         options["max_tokens"] = request.max_tokens
     options |= request.all_options
@@ -530,7 +530,8 @@ async def _complete_with_litellm(request: Request, model: Model) -> Completion:
         return litellm.acompletion(model=request.name, **options, **extra, **more)
 
     listener, headers = request.listener, {**request.all_headers(), **model.headers}
-    options |= {"extra_body": model.extra_body} if model.extra_body else {}
+    extra_body = {**model.extra_body, **request.extra_body}
+    options |= {"extra_body": extra_body} if extra_body else {}
     options |= {"api_key": model.api_key} if model.api_key else {}
     if listener is not None:
         listener.reset()

@@ -77,7 +77,9 @@ NULL_TYPE = msgspec.Raw(b'{"type":"null"}')
 _LATE = "The call {!r} was made after its step had ended. Await it in the step."
 
 
-RunAgent = Callable[["Journal", RunContext, str, Mapping[str, Any], CallKeep], Coroutine[Any, Any, dict[str, Any]]]
+RunAgent = Callable[
+    ["Journal", RunContext, str, Mapping[str, Any], CallKeep, Mapping[str, Any]], Coroutine[Any, Any, dict[str, Any]]
+]
 
 
 @dataclass(eq=False)
@@ -290,10 +292,10 @@ class Journal:
             )
 
     def run_agent(
-        self, context: RunContext, name: str, inputs: Mapping[str, Any], keep: CallKeep
+        self, context: RunContext, name: str, inputs: Mapping[str, Any], keep: CallKeep, options: Mapping[str, Any]
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """See ``RunContext.run_agent``."""
-        return self.run_callee(self, context, name, inputs, keep)
+        return self.run_callee(self, context, name, inputs, keep, options)
 
     def ask(
         self,
