@@ -239,6 +239,7 @@ class DeclaredFlock:
         on_extra: OnExtra = "reject",
         timeout_s: float | None = None,
         max_cost: float | None = None,
+        max_failures: float | None = None,
         return_errors: bool = True,
         box_results: bool = True,
         delimiter: str = ",",
@@ -262,6 +263,7 @@ class DeclaredFlock:
                 of an output cannot be kept.
             timeout_s: wall-clock seconds for each item.
             max_cost: US dollars that all items together may cost. Those that are left then fail with ``cost_limit``.
+            max_failures: see ``BatchOptions``.
             delimiter, decimal, encoding: the format of a CSV file; see ``CSVDialect``.
             progress: show a progress line on stderr. If None, only if stderr is a terminal.
             answer: see ``run_async``. By default a question fails its item.
@@ -288,6 +290,7 @@ class DeclaredFlock:
             box_results=box_results,
             timeout_s=timeout_s,
             max_cost=max_cost,
+            max_failures=max_failures,
         )
         _check_choices(on_invalid, on_extra, timeout_s)
         raw = as_json(static_inputs or {}, "/static_inputs", MAX_ROW_BYTES)

@@ -72,9 +72,11 @@ ERROR_TYPES: frozenset[str] = frozenset(
     too_many_steps too_many_tokens cost_limit timeout queue_timeout expired cancelled interrupted crashed
     changed_program unstorable unreadable payload_lost model_not_configured model_authentication model_not_found
     model_bad_request model_context_length model_content_filter model_refusal model_rate_limited model_quota
-    model_unavailable model_timeout model_truncated model_bad_response
+    model_unavailable model_timeout model_truncated model_bad_response max_failures
     """.split()
 )
+#: The types of model errors that all calls of the same models have until somebody does something about it.
+LASTING_ERRORS = ("model_not_configured", "model_authentication", "model_not_found", "model_quota")
 
 
 def cut(text: str) -> str:
@@ -415,10 +417,13 @@ class ModelError(StepError):
         error_type: one of ``ERROR_TYPES``.
         log_detail: the provider's message and request id. They are only logged, because they may contain anything.
         usage, model: the tokens of an answer that cannot be used (a ``Usage``), and the model that has counted them.
+        is_lasting: whether every call of the same models would fail in this way. None if one error does not prove it:
+            some providers also answer 403 to single requests.
     """
 
     usage: Any = None
     model: str = ""
+    is_lasting: bool | None = False
 
     ERROR_TYPES: ClassVar = frozenset(name for name in ERROR_TYPES if name.startswith("model_"))
 
@@ -426,3 +431,4 @@ class ModelError(StepError):
         super().__init__(message)
         self.error_type = error_type
         self.log_detail = log_detail
+        self.is_lasting = error_type in LASTING_ERRORS

@@ -98,6 +98,10 @@ FAILURES = {
         'retry it with a higher limit: `{"max_cost": 5}` in the body of `POST …/retry`; '
         "[set the price](models.md#spending)",
     ),
+    "max_failures": (
+        "the row did not start, since more rows of its batch had failed than `max_failures`",
+        "correct the cause, and retry the batch",
+    ),
     "timeout": ("the run took longer than its `timeout_s`", "raise it, or make the agent faster"),
     "queue_timeout": (
         "the run waited for its first step longer than `--queue-timeout`",

@@ -17,7 +17,17 @@ from flock.command.cli import main
 from flock.errors import ERROR_TYPES, ModelError, StepError
 from flock.models.providers import PROVIDERS
 from flock.runs import INVALID_INPUT, Question, now
-from flock.steps.outcomes import CANCELLED, COST_LIMIT, CRASHED, DAMAGED, INTERRUPTED, error_of, expiry_of, timeout_of
+from flock.steps.outcomes import (
+    CANCELLED,
+    COST_LIMIT,
+    CRASHED,
+    DAMAGED,
+    INTERRUPTED,
+    TOO_MANY_FAILURES,
+    error_of,
+    expiry_of,
+    timeout_of,
+)
 from flock.store import migrations
 from flock.web.auth import new_key
 from flock.web.wire import UploadQuery
@@ -153,7 +163,7 @@ def test_the_list_of_error_types_has_those_of_all_code() -> None:
     assert ERROR_TYPES == {
         *(cls.error_type for cls in _built_in(StepError) if "error_type" in vars(cls)),
         *ModelError.ERROR_TYPES,
-        *(outcome.error_type for outcome in (CANCELLED, COST_LIMIT, CRASHED, DAMAGED, INTERRUPTED)),
+        *(outcome.error_type for outcome in (CANCELLED, COST_LIMIT, CRASHED, DAMAGED, INTERRUPTED, TOO_MANY_FAILURES)),
         *(timeout_of(1).error_type, expiry_of(question).error_type, INVALID_INPUT, payload_lost),
         error_of(ValueError(), "", expose_errors=False)[1],
     }

@@ -108,6 +108,12 @@ STDOUT = Path("-")
     help="Start no more rows after that many US dollars. Run the command again with more to continue.",
 )
 @click.option(
+    "--max-failures",
+    type=click.FloatRange(0),
+    metavar="N",
+    help="Start no more rows after more than N have failed; below 1, a share of all rows.  [default: no limit]",
+)
+@click.option(
     "--usage", "with_usage", is_flag=True, help="Add input_tokens, output_tokens and cost of each row to the results."
 )
 @click.option(

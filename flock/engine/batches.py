@@ -6,22 +6,25 @@ the only state: an engine that resumes an interrupted batch reads from them whic
 
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
+from msgspec.structs import replace
 
+from flock.agents.agent import Agent, ModelAgent
 from flock.engine.intake import ITEMS_PER_PAGE, Intake
 from flock.engine.runner import Runner
-from flock.errors import OwnershipLost, StoreError
+from flock.errors import ModelError, OwnershipLost, StoreError
 from flock.limits import Limits
 from flock.models.prices import Budget, DayBudget
-from flock.runs import Batch, IdempotencyKey, Run, now
+from flock.runs import Batch, IdempotencyKey, Run, RunStatus, now
 from flock.runs.text import of_request
 from flock.scopes import start_in_empty_context
-from flock.steps.outcomes import COST_LIMIT, DAY_LIMIT
+from flock.steps.outcomes import COST_LIMIT, DAY_LIMIT, TOO_MANY_FAILURES, Outcome
 from flock.steps.refusals import not_accepting
 from flock.store.port import RETRY_AFTER_S, BatchStore
 
@@ -132,15 +135,20 @@ class Batches:
         while batch.reopening and id_ not in self.cancelled:
             batch = await self.store.reopen_some(batch)
         batch = await self.store.begin(batch, now())
+        failures = Failures(batch, self.runner.executor.find(batch.agent_name))
         budget = self.runner.executor.budget(batch.options.max_cost, batch.usage, "batch")
         day_budget = self.runner.day_budget_of(batch)
         if day_budget is not None:
             await day_budget.refresh()
         if id_ not in self.cancelled:
             workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self.limits.max_concurrency)
-            await _Work(batch, self, budget, day_budget).run(workers if batch.options.parallel else 1)
+            await _Work(batch, self, failures, budget, day_budget).run(workers if batch.options.parallel else 1)
         while id_ in self.cancelled and await self.store.cancel_waiting(batch, now()):
             pass
+        if failures.reason is not None and not self.runner.is_draining:
+            await self.store.cancel_failed(batch, failures.alike)
+            while await self.store.cancel_waiting(batch, now(), failures.reason):
+                pass
         for limit, outcome in ((budget, COST_LIMIT), (day_budget, DAY_LIMIT)):
             while limit is not None and limit.is_spent and await self.store.cancel_waiting(batch, now(), outcome):
                 pass
@@ -158,12 +166,58 @@ class Batches:
         return batch
 
 
-class _Work:
-    """Runs the items of one batch that are left, as far as its *budget* and that of its principal allow."""
+class Failures:
+    """Ends a batch early: if all its items would fail, or too many have failed.
 
-    def __init__(self, batch: Batch, batches: Batches, budget: Budget | None, day_budget: DayBudget | None) -> None:
+    Attributes:
+        reason: how the items end that are left; None while the batch goes on.
+        alike: the items that have failed in a row with an error that all would have.
+    """
+
+    def __init__(self, batch: Batch, agent: Agent | None) -> None:
+        self.reason: Outcome | None = None
+        self.alike: list[str] = []
+        # All items of a model agent ask the same models, so one such error of theirs is enough.
+        self._is_enough = isinstance(agent, ModelAgent)
+        self._max_alike = max(3, batch.options.max_workers if batch.options.parallel else 1)
+        limit = batch.options.max_failures
+        self._left = math.inf if limit is None else limit * batch.total_items if limit < 1 else limit
+        if batch.attempt == 1:
+            self._left -= batch.failed_items - batch.invalid_items
+
+    def note(self, item: Run, outcome: Outcome | None, exc: BaseException | None) -> Outcome | None:
+        """Count the outcome of an item, None if it has completed, and return what to store."""
+        while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
+            exc = exc.exceptions[0]
+        is_lasting = isinstance(exc, ModelError) and exc.is_lasting is not False
+        if outcome is None or not isinstance(exc, ModelError):
+            self.alike.clear()
+        if outcome is None or outcome.status is not RunStatus.FAILED:
+            return outcome
+        if isinstance(exc, ModelError) and is_lasting:
+            if self.reason is None:
+                self.alike.append(item.run_id)
+                is_of_all = self._is_enough and not item.steps and exc.is_lasting
+                if is_of_all or len(self.alike) >= self._max_alike:
+                    self.reason = replace(outcome, status=RunStatus.CANCELLED)
+            if self.reason is not None:
+                return replace(outcome, status=RunStatus.CANCELLED)
+        self._left -= 1
+        if self._left < 0 and self.reason is None:
+            self.reason = TOO_MANY_FAILURES
+            self.alike.clear()
+        return outcome
+
+
+class _Work:
+    """Runs the items of one batch that are left, as far as *failures*, its *budget* and that of its principal allow."""
+
+    def __init__(
+        self, batch: Batch, batches: Batches, failures: Failures, budget: Budget | None, day_budget: DayBudget | None
+    ) -> None:
         self._batch = batch
         self._batches = batches
+        self._failures = failures
         self._store, self._runner = batches.store, batches.runner
         self._budget, self._day_budget = budget, day_budget
         self._tasks = anyio.create_task_group()
@@ -207,14 +261,17 @@ class _Work:
     def _is_stopped(self) -> bool:
         """Whether no more items may start."""
         is_cancelled = self._batch.batch_id in self._batches.cancelled
+        is_over = is_cancelled or self._failures.reason is not None
         is_spent = any(budget is not None and budget.is_spent for budget in (self._budget, self._day_budget))
-        return self._runner.is_draining or is_cancelled or is_spent
+        return self._runner.is_draining or is_over or is_spent
 
     async def _next_work(self) -> Coroutine[Any, Any, None] | None:
         """Return what executes the next item, or None if none can start now."""
         async with self._reading:
             item = await self._next_item()
-        return None if item is None else self._runner.execute(item, self._start_worker, self._watch, self._budget)
+        if item is None:
+            return None
+        return self._runner.execute(item, self._start_worker, self._watch, self._failures.note, self._budget)
 
     async def _next_item(self) -> Run | None:
         if self._is_stopped:

@@ -66,6 +66,10 @@ class Intake:
         options = self.batch.options
         if options.max_workers < 1:
             raise DefinitionError(f"max_workers must be at least 1, not {options.max_workers}.")
+        if not (options.max_failures is None or options.max_failures >= 0):
+            raise DefinitionError(
+                f"max_failures must be a number of items, or a share below 1, not {options.max_failures}."
+            )
         checks, row_errors = RowChecks(self.agent, self.limits), RowErrors()
         async for checked in checks.rows(self.items):
             if checked.errors and self.on_invalid == "reject":

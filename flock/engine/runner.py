@@ -34,7 +34,7 @@ from flock.runs.text import of_request
 from flock.scopes import Signal, current_task
 from flock.steps.executor import MAX_HISTORY_BYTES, ActiveRun, StepExecutor, WaitingForAnswers
 from flock.steps.live import LiveOutput, Unread
-from flock.steps.outcomes import CANCELLED, DAMAGED, INTERRUPTED, failure_of
+from flock.steps.outcomes import CANCELLED, DAMAGED, INTERRUPTED, Outcome, failure_of
 from flock.store.port import RETRY_AFTER_S, DamagedRecord, Store
 
 T = TypeVar("T")
@@ -46,6 +46,9 @@ logger = logging.getLogger("flock.runs")
 FINAL_WRITE_TIMEOUT_S = 5.0
 #: How often a run checks whether an earlier run of its session, on another engine, has ended, in seconds.
 RECHECK_S = 1.0
+
+
+OnEnd = Callable[[Run, Outcome | None, BaseException | None], Outcome | None]
 
 
 class StoredRun(ActiveRun):
@@ -70,6 +73,8 @@ class StoredRun(ActiveRun):
         #: called when it gets a slot, and when it begins to wait for an answer
         self.on_begin: Callable[[], None] | None = None
         self.on_wait: Callable[[], None] | None = None
+        #: called with its outcome, None if it has completed, and what was raised; returns the outcome to store
+        self.on_end: OnEnd | None = None
         #: the length of its inputs, as counted in ``Runner.queued_bytes``
         self.queued_bytes = 0
         self.store_error: StoreError | None = None
@@ -388,16 +393,22 @@ class Runner:
         context.run(lambda: tasks.start_soon(self._execute, self._admit(run), name="run"))
 
     def execute(
-        self, run: Run, on_begin: Callable[[], None], on_wait: Callable[[], None], budget: Budget | None
+        self,
+        run: Run,
+        on_begin: Callable[[], None],
+        on_wait: Callable[[], None],
+        on_end: OnEnd,
+        budget: Budget | None,
     ) -> Coroutine[Any, Any, None]:
         """Return a coroutine that executes a run until it ends, or begins to wait for an answer.
 
-        It calls *on_begin* when the run gets a slot, and *on_wait* when it begins to wait for an answer.
+        It calls *on_begin* when the run gets a slot, *on_wait* when it begins to wait for an answer, and *on_end* when
+        it ends.
 
         It raises only if the engine is cancelled. It holds no reference to *run*.
         """
         active = self._admit(run)
-        active.on_begin, active.on_wait, active.budget = on_begin, on_wait, budget
+        active.on_begin, active.on_wait, active.on_end, active.budget = on_begin, on_wait, on_end, budget
         return self._execute(active)
 
     def _admit(self, run: Run) -> StoredRun:
@@ -504,8 +515,12 @@ class Runner:
         await _absorb_cancellation()
         if isinstance(failure, WaitingForAnswers) and await self._suspend(active, failure.questions):
             return
-        if end is None:
-            end = asdict(await self.executor.outcome_of(active, failure))
+        outcome = None if end is not None else await self.executor.outcome_of(active, failure)
+        if active.on_end is not None:
+            outcome = active.on_end(active.run, outcome, failure)
+        if outcome is not None:
+            end = asdict(outcome)
+        assert end is not None
         if isinstance(failure, Unreadable) and not failure.is_writable:  # writing it would fail its whole group
             self._disown(active)
             return

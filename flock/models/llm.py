@@ -494,6 +494,8 @@ def _all_of(failed: Mapping[int, ModelError]) -> ModelError:
     details = " ".join(error.log_detail for error in errors if error.log_detail)
     error = ModelError(" ".join(map(str, errors)), last.error_type, details)
     error.usage, error.model = last.usage, last.model
+    lasting = [each.is_lasting for each in errors]
+    error.is_lasting = None if None in lasting and False not in lasting else all(lasting)
     return error
 
 

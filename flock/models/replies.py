@@ -188,7 +188,9 @@ def status_error(name: str, response: "httpx.Response", key_variable: str | None
     error_type, reason = _kind_of(status, response.text)
     if status == 401 and key_variable is not None:
         reason += f" in {key_variable}"
-    return model_error(name, error_type, f"{reason} (HTTP {status})", message)
+    error = model_error(name, error_type, f"{reason} (HTTP {status})", message)
+    error.is_lasting = error.is_lasting and (None if status == 403 else True)
+    return error
 
 
 def stream_error(name: str, error: Any) -> ModelError:

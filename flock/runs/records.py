@@ -572,6 +572,8 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
         box_results: False returns the bare value if a result has a single member. Kept columns count as members.
         timeout_s: wall-clock seconds for each item.
         max_cost: US dollars that its items may cost, in all attempts of the batch; None means no limit.
+        max_failures: how many items may fail before the batch stops, or if less than 1, which share of them; None means
+            no limit. Each attempt counts anew.
     """
 
     max_workers: int = 5
@@ -580,6 +582,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
     box_results: bool = True
     timeout_s: float | None = None
     max_cost: float | None = None
+    max_failures: float | None = None
 
 
 #: ``error_type`` of an item whose inputs do not match its agent's signature. Such an item is not retried.
@@ -607,7 +610,8 @@ class Batch(_Record, frozen=True, kw_only=True):
         owner: the engine that is working on it; only this engine may write the batch and its items.
         retried_by: the names of the principals who have retried it, or some of its items.
         usage: the sum of ``Run.spent`` of its items; None if they have used no tokens.
-        error_type: why it failed, if not because all items did: "cost_limit".
+        error_type: why it failed, if not because all items did: "cost_limit", "max_failures", or that of a model error
+            that all items would have.
         invalid_items: how many items have invalid inputs. They never run.
     """
 

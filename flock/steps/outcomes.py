@@ -31,6 +31,9 @@ DAY_LIMIT = Outcome(
     "The caller of the batch had spent its max_cost_per_day before this item was done.",
     CostLimit.error_type,
 )
+TOO_MANY_FAILURES = Outcome(
+    RunStatus.CANCELLED, "More items have failed than the batch allows (max_failures).", "max_failures"
+)
 #: What a batch has spent, and how its items end that are left.
 LIMITS = {"max_cost": COST_LIMIT, "max_cost_per_day": DAY_LIMIT}
 #: A synchronous run whose server stopped.
@@ -112,7 +115,12 @@ def error_of(exc: BaseException | None, subject: str, *, expose_errors: bool) ->
 
 
 def end_of_batch(
-    batch: Batch, first_error: Callable[[], str], *, is_cancelled: bool, is_unpaid: bool
+    batch: Batch,
+    first_error: Callable[[], str],
+    *,
+    is_cancelled: bool,
+    is_unpaid: bool,
+    stopped_by: tuple[str, str] | None = None,
 ) -> tuple[RunStatus, str | None, str | None]:
     """Return the final status of *batch*, which has its final counts, and its ``error`` and ``error_type``.
 
@@ -120,6 +128,7 @@ def end_of_batch(
         first_error: returns the error of the first item, for a batch of which no item completed.
         is_cancelled: the batch was cancelled.
         is_unpaid: items did not run because ``max_cost``, or the ``max_cost_per_day`` of its principal, is spent.
+        stopped_by: the ``error`` and ``error_type`` for which it has ended early.
     """
     if is_cancelled and batch.cancelled_items:
         return RunStatus.CANCELLED, BATCH_CANCELLED, None
@@ -132,9 +141,19 @@ def end_of_batch(
         )
         error = f"The batch stopped after {cost_in_words(batch.usage)}. {error}"
         return RunStatus.FAILED, error, COST_LIMIT.error_type
+    cancelled = f"{batch.cancelled_items:,} of {batch.total_items:,} items"
+    if stopped_by is not None:
+        error = f"The batch stopped before {cancelled} were done. {stopped_by[0]} Retry it to run these."
+        return RunStatus.FAILED, cut(error), stopped_by[1]
     if batch.failed_items + batch.cancelled_items == batch.total_items:
         error = f"None of the {batch.total_items} items completed. The first error: {first_error()}"
         return RunStatus.FAILED, cut(error), None
+    if batch.cancelled_items and batch.attempt > 1:
+        return (
+            RunStatus.CANCELLED,
+            f"{cancelled} were cancelled, and have no result. Retry the batch to run them.",
+            None,
+        )
     return RunStatus.COMPLETED, None, None
 
 

@@ -160,6 +160,7 @@ class SQLiteBatchStore(BatchStore):
                 return
             failed = current.failed_items + current.total_items - current.completed_items
             unpaid = (batch.batch_id, COST_LIMIT.error_type)
+            others = (batch.batch_id, CANCELLED.error_type, COST_LIMIT.error_type)
 
             def first_error() -> str:
                 values = {"batch_id": batch.batch_id, "after": -1, "limit": 1}
@@ -172,6 +173,7 @@ class SQLiteBatchStore(BatchStore):
                 is_cancelled=current.cancel_requested,
                 is_unpaid=(current.is_spent or is_day_spent)
                 and db.execute(statements.HAS_UNPAID_ITEMS, unpaid).fetchone() is not None,
+                stopped_by=db.execute(statements.STOPPED_BY, others).fetchone() if current.cancelled_items else None,
             )
             db.execute(statements.END_BATCH, (status.value, error, error_type, micros(now), failed, batch.batch_id))
 
@@ -208,6 +210,14 @@ class SQLiteBatchStore(BatchStore):
             return CHUNK_SIZE in (pending, waiting)
 
         return await self._db.change(apply)
+
+    async def cancel_failed(self, batch: Batch, item_ids: Sequence[str]) -> None:
+        def apply(db: sqlite3.Connection) -> None:
+            changed = db.execute(statements.CANCEL_FAILED, (names_json(item_ids), batch.batch_id)).rowcount
+            moved = {(batch.batch_id, RunStatus.FAILED): -changed, (batch.batch_id, RunStatus.CANCELLED): changed}
+            queries.count_ended(db, queries.Ended(moved))
+
+        await self._change_own(batch, apply)
 
     async def reopen_some(self, batch: Batch) -> Batch:
         status, *remaining = (batch.reopening or "").split(",")

@@ -171,6 +171,9 @@ class BatchStore(Protocol):
         Returns: whether there may be more. Raises: OwnershipLost.
         """
 
+    async def cancel_failed(self, batch: Batch, item_ids: Sequence[str]) -> None:
+        """Count these failed items as cancelled: the batch has ended early, for their error. Raises OwnershipLost."""
+
     async def reopen_some(self, batch: Batch) -> Batch:
         """Reopen one chunk of the items to retry. ``reopening`` is None after the last chunk. Raises OwnershipLost."""
 

@@ -322,6 +322,11 @@ END_BATCH = """UPDATE batches SET status = ?, error = ?, error_type = ?, complet
 #: Whether items were cancelled because ``max_cost`` was spent.
 HAS_UNPAID_ITEMS = """SELECT 1 FROM runs INDEXED BY items_by_status
     WHERE batch_id = ? AND status = 'cancelled' AND error_type = ? LIMIT 1"""
+#: Why a batch has ended early: the error of an item that was cancelled for that.
+STOPPED_BY = """SELECT error, error_type FROM runs INDEXED BY items_by_status
+    WHERE batch_id = ? AND status = 'cancelled' AND error_type NOT IN (?, ?) LIMIT 1"""
+CANCEL_FAILED = """UPDATE runs SET status = 'cancelled' WHERE run_id IN (SELECT value FROM json_each(?))
+    AND batch_id = ? AND status = 'failed'"""
 FAIL_BATCH = "UPDATE batches SET status = 'failed', error = ?, completed_at = ? WHERE batch_id = ? AND owner = ?"
 TAKE_BATCH = "UPDATE batches SET owner = ? WHERE batch_id = ? AND owner = ? AND completed_at IS NULL"
 REOPEN_BATCH = """UPDATE batches SET status = 'starting', attempt = attempt + 1, owner = ?, reopening = ?,

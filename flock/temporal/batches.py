@@ -23,7 +23,7 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from flock.agents.versions import version_of
 from flock.engine.base import EngineBase
 from flock.engine.intake import Intake
-from flock.errors import BatchNotFound, EngineFull, KeyReused, Replayed, StoreError
+from flock.errors import BatchNotFound, EngineFull, InvalidData, KeyReused, Replayed, StoreError
 from flock.runs import (
     Batch,
     BatchFilter,
@@ -122,6 +122,8 @@ class TemporalBatches(EngineBase):
     async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
         """Cancellation: workers delete the rows that were sent."""
         batch = intake.batch
+        if batch.options.max_failures is not None:
+            raise InvalidData.of("A cluster has no max_failures. Omit it.", "/max_failures")
         versions = {name: version_of(agent) for name, agent in self._agents.items()}
         rows = _RowSender(self.cluster, batch.batch_id, versions)
 

@@ -84,7 +84,7 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
             read[name] = BOOLEANS.get(value, value)
         elif isinstance(default, int) and re.fullmatch(NUMBER, value):
             read[name] = int(value)
-        elif name in ("timeout_s", "max_cost") and re.fullmatch(DECIMAL, value):
+        elif name in ("timeout_s", "max_cost", "max_failures") and re.fullmatch(DECIMAL, value):
             read[name] = float(value)
     try:
         return msgspec.convert(read, type_)

@@ -103,6 +103,7 @@ SessionID = Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,128}(?!\n)$")]
 
 #: US dollars.
 MaxCost = Annotated[float, msgspec.Meta(gt=0, le=MAX_COST)]
+MaxFailures = Annotated[float, msgspec.Meta(ge=0)]
 
 #: Max records in one response.
 MAX_PAGE = 1000
@@ -145,6 +146,7 @@ class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     on_extra: OnExtra = "reject"
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     max_cost: MaxCost | None = None
+    max_failures: MaxFailures | None = None
     return_errors: bool = True
     box_results: bool = True
     delimiter: Delimiter = ","
@@ -212,6 +214,7 @@ class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     on_extra: OnExtra = "reject"
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | msgspec.UnsetType = msgspec.UNSET
     max_cost: MaxCost | msgspec.UnsetType = msgspec.UNSET
+    max_failures: MaxFailures | msgspec.UnsetType = msgspec.UNSET
     return_errors: bool = True
     box_results: bool = True
     delimiter: Delimiter = ","
