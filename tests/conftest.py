@@ -23,6 +23,7 @@ from tests.support import PATIENCE_S
 from tests.support.cluster import on_temporal, temporal_server
 from tests.support.engines import OpenEngine
 from tests.support.flocks import sample_flock
+from tests.support.http import client_of
 from tests.support.servers import free_port
 
 # A busy machine is slow, so there is no deadline. CI tries the same examples each time.
@@ -228,6 +229,5 @@ async def app(flock: Flock, model: FakeModel) -> AsyncIterator[FlockAPI]:
 
 @pytest.fixture
 async def client(app: FlockAPI) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as made:
+    async with client_of(app) as made:
         yield made

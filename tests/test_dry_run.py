@@ -17,11 +17,13 @@ from flock.core import Flock
 from flock.runs import Engine
 from flockapi import FlockAPI, create_app
 from tests.support.cluster import engine_for
+from tests.support.http import client_of
 
 CSV = {"Content-Type": "text/csv"}
 NDJSON = {"Content-Type": "application/x-ndjson"}
 JSON = {"Content-Type": "application/json"}
 KEY = "k" * 32
+ANN = {"X-API-Key": KEY}
 
 
 def checked_flock() -> Flock:
@@ -63,13 +65,8 @@ async def app(engine: Engine) -> AsyncIterator[FlockAPI]:
 
 @pytest.fixture
 async def client(app: FlockAPI) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as made:
+    async with client_of(app, ANN) as made:
         yield made
-
-
-def client_of(app: FlockAPI) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://t", timeout=60, headers={"X-API-Key": KEY})
 
 
 async def send(client: httpx.AsyncClient, content: Any, headers: Any = CSV, **query: Any) -> httpx.Response:
@@ -316,7 +313,7 @@ def portal() -> Iterator[tuple[anyio.from_thread.BlockingPortal, httpx.AsyncClie
     with (
         anyio.from_thread.start_blocking_portal() as portal,
         portal.wrap_async_context_manager(app.lifespan()),
-        portal.wrap_async_context_manager(client_of(app)) as client,
+        portal.wrap_async_context_manager(client_of(app, ANN)) as client,
     ):
         yield portal, client
 

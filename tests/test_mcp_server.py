@@ -5,11 +5,13 @@ import contextlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import pytest
 
@@ -19,6 +21,7 @@ from flock.command.stdio import serve_lines
 from flock.core import Flock, FlockFactory
 from flock.protocols import mcp
 from flock.runs import RunContext, RunStatus
+from flock.runs.records import LONG_BYTES
 from flock.testing import FakeModel, Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
@@ -50,12 +53,6 @@ async def app(model: FakeModel) -> AsyncIterator[FlockAPI]:
 
     made = served(flock, server_name="Sample", engine=flock.engine(store=":memory:", transport=model.transport))
     async with made.lifespan():
-        yield made
-
-
-@pytest.fixture
-async def client(app: FlockAPI) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as made:
         yield made
 
 
@@ -485,7 +482,7 @@ async def test_an_end_without_a_result_ends_the_stream_with_its_error(client: ht
 
 
 async def test_a_long_result_is_not_repeated_as_text(client: httpx.AsyncClient) -> None:
-    text = "x" * (mcp.MAX_TEXT_CHARS + 1)
+    text = "x" * (LONG_BYTES + 1)
     result = await call(client, "summarise", {"text": text})
     assert len(text_in(result)) < 2000
     link = result["content"][1]
@@ -495,6 +492,9 @@ async def test_a_long_result_is_not_repeated_as_text(client: httpx.AsyncClient) 
     assert (content["uri"], content["mimeType"], read["cacheScope"]) == (link["uri"], "application/json", "private")
     shown = json.loads(content["text"])
     assert (shown["status"], shown["result"]) == ("completed", result["structuredContent"])
+    body = latest("tools/call", name="summarise", arguments={"text": text}, meta={"progressToken": 1})
+    (last,) = events_in((await post(client, body)).text)
+    assert last["data"]["result"]["structuredContent"] == result["structuredContent"]
     older = await result_of(client, body_of("tools/call", name="summarise", arguments={"text": text}))
     assert json.loads(text_in(older)) == result["structuredContent"]  # 2025-03-26 knows only texts
 
@@ -1029,6 +1029,51 @@ async def test_the_last_requests_are_answered_after_the_end_of_the_input() -> No
         assert (await host.receive())["result"]["structuredContent"] == {"result": 3}
 
 
+async def test_a_host_that_reads_no_more_cancels_its_calls(caplog: pytest.LogCaptureFixture) -> None:
+    gate, (lines, sent) = Gate(), anyio.create_memory_object_stream[bytes](1)
+    app = served(gate.flock)
+
+    @gate.flock.agent
+    async def write(context: RunContext) -> str:
+        context.emit("All")
+        await anyio.sleep_forever()
+        return ""
+
+    async def write_line(line: bytes) -> None:
+        raise BrokenPipeError
+
+    async with app.lifespan(), client_of(app) as client, anyio.create_task_group() as tasks:
+        tasks.start_soon(serve_lines, app, sent, write_line)
+        async with lines:
+            body = latest("tools/call", name="write", arguments={}, meta={"progressToken": 1})
+            await lines.send(json.dumps(body).encode())
+            with anyio.fail_after(PATIENCE_S):
+                while not (runs := (await get(client, "/runs", status="cancelled"))["runs"]):
+                    await anyio.lowlevel.checkpoint()
+    sent.close()
+    assert (len(runs), [record for record in caplog.records if record.levelname == "ERROR"]) == (1, [])
+
+
+async def test_a_response_in_many_pieces_is_joined_once() -> None:
+    pieces, lines = 600, list[bytes]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for at in range(pieces):
+            await send({"type": "http.response.body", "body": b"x" * 65_536 + b"\n" * (at == pieces - 1)})
+
+    async def write(line: bytes) -> None:
+        lines.append(line)
+
+    async def read() -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    since = time.process_time()
+    await serve_lines(app, read(), write)
+    assert [len(line) for line in lines] == [65_536 * pieces]
+    assert time.process_time() - since < 1, "not each time with all before it"
+
+
 PROGRAM = """
 import sys
 from flock.core import Flock
@@ -1065,6 +1110,28 @@ def test_the_command_answers_on_a_clean_stdout_and_ends_with_its_input(tmp_path:
     assert "and read ''" in done.stderr
     (store,) = (tmp_path / "state" / "flockapi").glob("app-*.db")
     assert (store.stat().st_mode & 0o777, store.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+@pytest.mark.slow
+def test_the_command_ends_quietly_if_its_host_has_closed_stdout(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(PROGRAM)
+    command = flockapi_command("mcp", "app.py", "--store", ":memory:")
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as host:
+        assert host.stdin
+        assert host.stdout
+        assert host.stderr
+        for id_ in (1, 2):
+            line = json.dumps(latest("tools/call", name="shout", arguments={"text": "tea"}, id_=id_))
+            host.stdin.write(line.encode() + b"\n")
+            host.stdin.flush()
+            if id_ == 1:
+                assert b"TEA" in host.stdout.readline()
+                host.stdout.close()
+        host.stdin.close()
+        errors = host.stderr.read()
+    assert (host.returncode, b"Traceback" in errors) == (0, False)
 
 
 @pytest.mark.slow

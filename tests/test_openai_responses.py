@@ -85,12 +85,6 @@ async def app(chats: Responses) -> AsyncIterator[FlockAPI]:
         yield made
 
 
-@pytest.fixture
-async def client(app: FlockAPI) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as made:
-        yield made
-
-
 async def send(client: httpx.AsyncClient, model: str, input: Any = "hi", headers: Any = None, **more: Any) -> Any:
     with anyio.fail_after(PATIENCE_S):
         body = {"model": model, "input": input, **more}

@@ -29,8 +29,7 @@ async def client(chats: Responses) -> AsyncIterator[httpx.AsyncClient]:
     engine = chats.flock.engine(transport=chats.model.transport)
     keys = {"ann": "a" * 20, "bob": "b" * 20}
     app = create_app(chats.flock, engine=engine, api_keys=keys, protocols=["openai", "mcp"])
-    async with app.lifespan(), client_of(app) as made:
-        made.headers.update(ANN)
+    async with app.lifespan(), client_of(app, ANN) as made:
         yield made
 
 

@@ -71,11 +71,12 @@ def serve_stdio(flock: DeclaredFlock, streams: tuple[int, int], *, store: str, l
 async def _serve(app: FlockAPI, source: int, sink: int) -> None:
     one_at_a_time = anyio.CapacityLimiter(1)
     os.set_blocking(sink, True)  # otherwise a full pipe would get a part of a line
-    with os.fdopen(source, "rb") as read, os.fdopen(sink, "wb") as written:
+    with os.fdopen(source, "rb") as read, os.fdopen(sink, "wb", buffering=0) as written:
 
         def write_line(line: bytes) -> None:
-            written.write(line + b"\n")
-            written.flush()
+            rest = memoryview(line + b"\n")
+            while rest:
+                rest = rest[written.write(rest) :]
 
         async def write(line: bytes) -> None:
             await anyio.to_thread.run_sync(write_line, line, limiter=one_at_a_time)
@@ -87,7 +88,7 @@ async def _serve(app: FlockAPI, source: int, sink: int) -> None:
 async def serve_lines(app: ASGIApp, lines: AsyncIterable[bytes], write: Callable[[bytes], Awaitable[None]]) -> None:
     """Send each line to *app*, and *write* what it returns, until there are no more lines.
 
-    A request that the client cancels ends as if the client had disconnected.
+    A request that the client cancels, or whose response it does not read, ends as if the client had disconnected.
     """
     scopes = weakref.WeakValueDictionary[bytes, anyio.CancelScope]()  # of the requests that have not ended
     async with anyio.create_task_group() as tasks:
@@ -108,7 +109,7 @@ async def _exchange(
     app: ASGIApp, line: bytes, scope: anyio.CancelScope, write: Callable[[bytes], Awaitable[None]]
 ) -> None:
     """Send one request to *app*, and write its response: one line, or one for each event of a stream."""
-    body, received, end = [line], b"", b"\n"
+    body, received, end = [line], [b""], b"\n"
 
     async def receive() -> Message:
         if not body:
@@ -116,14 +117,23 @@ async def _exchange(
         return {"type": "http.request", "body": body.pop(), "more_body": False}
 
     async def send(message: Message) -> None:
-        nonlocal received, end
+        nonlocal end
         if message["type"] == "http.response.start":
             end = b"\n\n" if any(b"event-stream" in value for _, value in message["headers"]) else end
             return
-        *whole, received = (received + message.get("body", b"")).split(end)
-        for text in whole:
-            if text := text.partition(b"data: ")[2] if end == b"\n\n" else text:  # not a comment
-                await write(text)
+        piece = message.get("body", b"")
+        is_end = end in received[-1][-1:] + piece
+        received.append(piece)
+        if not is_end:
+            return
+        *whole, rest = b"".join(received).split(end)
+        received[:] = [rest]
+        try:
+            for text in whole:
+                if text := text.partition(b"data: ")[2] if end == b"\n\n" else text:  # not a comment
+                    await write(text)
+        except OSError:  # the host has closed its end
+            scope.cancel()
 
     request = {
         **{"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "scheme": "http"},

@@ -24,12 +24,12 @@ from flock.agents.graph import graph_of
 from flock.declared import agent_of
 from flock.errors import AgentNotFound, Conflict, FlockError, InvalidData, NotFound
 from flock.protocols.chats import text_of
-from flock.runs import Engine, IdempotencyKey, Question, Run, RunStatus
+from flock.runs import Engine, IdempotencyKey, LongJSON, Question, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.auth import ANYBODY
 from flock.web.negotiation import preferred
 from flock.web.problems import on_error
-from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, sent_event
+from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, LongResponse, long_event, sent_event
 from flock.web.routing import AppRoute, principal_of
 
 #: How the paths of all routes begin.
@@ -55,8 +55,8 @@ LIST_TTL_MS = 60_000
 MAX_BATCH = 50
 #: Seconds for the answer of a person.
 STATE_LIFETIME_S = 86_400
-#: A longer result is in the structured content only, with a link to the run.
-MAX_TEXT_CHARS = 64 * 1024
+#: Of the text of a long result, which is in the structured content only, with a link to the run.
+MAX_TEXT_BYTES = 1000
 
 #: What a tool needs the name of, as it is also in the header ``Mcp-Name``.
 NAMED = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
@@ -279,8 +279,11 @@ def _reply(message: Message | None, **content: Any) -> dict[str, Any]:
 def _response(message: Message | None, answer: Mapping[str, Any] | RPCError, status: int | None = None) -> Response:
     if isinstance(answer, RPCError):
         return JSONResponse(_reply(message, error=answer.shown), status or answer.status)
-    run_id = answer.get("_meta", {}).get(RUN_ID)
-    return JSONResponse(_reply(message, result=answer), headers={"Flock-Run-Id": run_id} if run_id else None)
+    run_id, body = answer.get("_meta", {}).get(RUN_ID), _reply(message, result=answer)
+    headers = {"Flock-Run-Id": run_id} if run_id else {}
+    if isinstance(answer.get("structuredContent"), LongJSON):
+        return LongResponse(body, 200, headers, is_head=False)
+    return JSONResponse(body, headers=headers)
 
 
 def _complete(call: Call, result: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -401,9 +404,11 @@ async def _events(
                     shown["progressToken"] = call.params.meta.token
                     yield sent_event({"jsonrpc": "2.0", "method": "notifications/progress", "params": shown})
         result = await _outcome(call, engine, await engine.wait(run_id), problems)
-        yield sent_event(_reply(call.message, result=_complete(call, result)))
+        last = _reply(call.message, result=_complete(call, result))
     except FlockError as exc:
-        yield sent_event(_reply(call.message, error=RPCError(OTHER_ERROR, f"{exc} The run is {run_id}.").shown))
+        last = _reply(call.message, error=RPCError(OTHER_ERROR, f"{exc} The run is {run_id}.").shown)
+    async for piece in long_event(last):
+        yield piece
 
 
 async def _outcome(call: Call, engine: Engine, run: Run, problems: Mapping[str, str]) -> Mapping[str, Any]:
@@ -414,12 +419,15 @@ async def _outcome(call: Call, engine: Engine, run: Run, problems: Mapping[str, 
     """
     meta = {"_meta": {RUN_ID: run.run_id}}
     if run.status is RunStatus.COMPLETED:
-        result, text = [await text_of(engine, call.agents, run, as_json=as_json) for as_json in (True, False)]
-        content: list[dict[str, Any]] = [_text(text)]
-        if len(text) > MAX_TEXT_CHARS and call.version != OLDER[-1]:
+        result = await engine.shown_result(run)
+        if isinstance(result, LongJSON) and call.version != OLDER[-1]:
             link = {"type": "resource_link", "uri": f"{RUN_URI}{run.run_id}", "name": run.run_id}
-            content = [_text(f"{text[:1000]}…"), {**link, "mimeType": "application/json", "size": len(result)}]
-        return {"content": content, "structuredContent": msgspec.Raw(result.encode()), **meta}
+            start = (await result.read(0, MAX_TEXT_BYTES)).decode(errors="ignore")
+            content = [_text(f"{start}…"), {**link, "mimeType": "application/json", "size": result.length}]
+        else:
+            whole, text = [await text_of(engine, call.agents, run, as_json=as_json) for as_json in (True, False)]
+            result, content = msgspec.Raw(whole.encode()), [_text(text)]
+        return {"content": content, "structuredContent": result, **meta}
     if run.status is not RunStatus.WAITING:
         return _failed(run, run.error or f"The run was {run.status}.")
     forms = {}

@@ -144,6 +144,17 @@ async def _event_pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[byte
         yield _escaped(whole)
 
 
+async def long_event(content: Any) -> AsyncGenerator[bytes, None]:
+    """Yield a server-sent event like ``sent_event``. A ``LongJSON`` in it is read from the store piece by piece.
+
+    Raises: RunNotFound, StoreError after a part of it.
+    """
+    parts = _long_parts(content, b"data: ", b"\n\n")
+    with held(parts):
+        async for piece in _event_pieces(parts):
+            yield piece
+
+
 def _delta(event: Event) -> bytes:
     """Return a piece of text, without what the last ``step.started``, or ``call.started`` of the call, has said."""
     shown = {name: event.data[name] for name in ("call_id", "field", "text") if name in event.data}

@@ -11,8 +11,9 @@ from flockapi import FlockAPI
 from tests.support import PATIENCE_S
 
 
-def client_of(app: FlockAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://t")
+def client_of(app: FlockAPI, headers: Mapping[str, str] | None = None) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://t", headers=headers)
 
 
 async def left(
