@@ -5,7 +5,8 @@
 A real server in its own process, and clients over loopback in this one. First, the time to the receipt of the event
 from an agent's ``emit``, and from the first token of a fake model provider, with 100 streams open. Then 1,000 readers
 of 10 runs that write 100 pieces a second each: the memory of the server beyond that of the idle one, and its CPU time
-for each piece and reader.
+for each piece and reader. Last, 100 streams at once through OpenAI's protocol beside the same without, in turns: the
+CPU time of the server for each piece, and the median of the ratios.
 """
 
 import argparse
@@ -51,12 +52,14 @@ class Client:
         self.port, self.pid = port, pid
         self._writers: list[asyncio.StreamWriter] = []  # a connection ends with its writer
 
-    async def connect(self, method: str, path: str, body: object = None) -> asyncio.StreamReader:
+    async def connect(
+        self, method: str, path: str, body: object = None, prefer: str = "respond-async"
+    ) -> asyncio.StreamReader:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         content = b"" if body is None else json.dumps(body).encode()
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\nPrefer: respond-async\r\n\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\nPrefer: {prefer}\r\n\r\n"
         )
         self._writers.append(writer)
         writer.write(head.encode() + content)
@@ -153,6 +156,37 @@ async def crowd(client: Client, runs: int, readers: int, pieces: int, interval_s
     }
 
 
+async def by_protocol(client: Client, streams: int, rounds: int) -> dict[str, float]:
+    """Return the microseconds of CPU for each piece of many streams at once, and those of OpenAI's as a ratio."""
+    body = request(400, 0.005, 0)
+    openai = {"model": "stamp", "stream": True}
+    text = json.dumps(body["inputs"])
+    kinds: dict[str, tuple[str, dict[str, object], bytes]] = {
+        "POST /run/flock": ("/run/flock", body, b"event: run.completed"),
+        "chat": ("/v1/chat/completions", {**openai, "messages": [{"role": "user", "content": text}]}, b"[DONE]"),
+        "responses": ("/v1/responses", {**openai, "input": text}, b"event: response.completed"),
+    }
+    spent: dict[str, list[float]] = {kind: [] for kind in kinds}
+
+    async def read(path: str, body: object, end: bytes) -> None:
+        reader, last = await client.connect("POST", path, body, prefer="wait=60"), b""
+        while end not in last:
+            data = await reader.read(65536)
+            assert data, "the stream ended before its end"
+            last = last[-40:] + data
+
+    for _ in range(rounds):
+        for kind, values in kinds.items():
+            cpu_s = client.cpu_s
+            await asyncio.gather(*(read(*values) for _ in range(streams)))
+            spent[kind].append((client.cpu_s - cpu_s) / (streams * 400) * 1e6)
+    figures = {kind: statistics.median(values) for kind, values in spent.items()}
+    for kind in ("chat", "responses"):
+        pairs = zip(spent[kind], spent["POST /run/flock"], strict=True)
+        figures[f"{kind}, ratio"] = statistics.median(one / other for one, other in pairs)
+    return figures
+
+
 def flock_in(folder: str) -> Path:
     script = Path(folder, "streams.py")
     script.write_text(FLOCK)
@@ -184,6 +218,8 @@ async def main(arguments: argparse.Namespace) -> None:
                 print(f"first {name}, {arguments.streams} streams: {figures}")
             for name, value in (await crowd(client, arguments.runs, arguments.readers, arguments.pieces, 0.01)).items():
                 print(f"{arguments.readers} readers of {arguments.runs} runs: {name}: {value:.2f}")
+            for name, value in (await by_protocol(client, arguments.streams, arguments.rounds)).items():
+                print(f"{arguments.streams} streams at once, microseconds of CPU for each piece: {name}: {value:.2f}")
         finally:
             process.terminate()
             await process.wait()
@@ -196,4 +232,5 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--readers", type=int, default=1000)
     parser.add_argument("--pieces", type=int, default=1000, help="pieces of each run (default: 1000)")
+    parser.add_argument("--rounds", type=int, default=5, help="of streams through each protocol (default: 5)")
     asyncio.run(main(parser.parse_args()))
