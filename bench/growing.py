@@ -22,6 +22,10 @@ class Holds:
         turn_s: of the longest turn of the loop, with all callbacks that were ready together.
     """
 
+    callback_s: float
+    turn_s: float
+    where: str
+
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.reset()
@@ -34,7 +38,7 @@ class Holds:
             if used_s > self.callback_s:
                 self.callback_s, self.where = used_s, name_of(handle)
 
-        asyncio.Handle._run = measured  # type: ignore[method-assign]
+        asyncio.Handle._run = measured  # type: ignore[assignment, method-assign]
         self._turn()
 
     def reset(self) -> None:
@@ -116,3 +120,8 @@ async def gather(calls: int, context: RunContext) -> int:
 @flock.agent
 async def echo(text: str) -> str:
     return text
+
+
+@flock.agent
+async def make(size: int) -> str:
+    return "x" * size

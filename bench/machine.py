@@ -2,11 +2,10 @@
 
 import os
 import re
+import time
 from pathlib import Path
 
 import msgspec
-
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Cores(msgspec.Struct, frozen=True):
@@ -26,9 +25,9 @@ def pick_cores() -> Cores:
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU time of a process and its children so far, user and kernel, in steps of 10 ms."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S + sum(map(cpu_s, children_of(pid)))
+    """Return the CPU time of all threads of a process and its children so far, user and kernel."""
+    clock = ~pid << 3 | 2  # clock_getcpuclockid(3): /proc/PID/stat has steps of 10 ms
+    return time.clock_gettime(clock) + sum(map(cpu_s, children_of(pid)))
 
 
 def children_of(pid: int) -> list[int]:

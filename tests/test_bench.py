@@ -195,7 +195,7 @@ def test_one_command_prints_all_rows() -> None:
 
 
 def test_a_peer_without_a_figure_says_why() -> None:
-    asks = {"sync": Ask("/add"), "csv": "it has no batches"}
+    asks: dict[str, Ask | str] = {"sync": Ask("/add"), "csv": "it has no batches"}
     peers = {name: Peer(command=(), durable="nothing", asks=asks) for name in ("by hand", "Peer")}
     found = {"by hand": {"sync": [100.0, 200.0]}, "Peer": {"sync": [300.0, 400.0]}}
     assert table_of_peers(found, peers, ["sync", "csv"]).splitlines()[2:] == [
