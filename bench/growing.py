@@ -1,6 +1,7 @@
 """The agents of ``bench.growth``, and the watch over the event loop of their server."""
 
 import asyncio
+import gc
 import sys
 import time
 from typing import Any
@@ -27,16 +28,19 @@ class Holds:
     where: str
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._collected_s = asyncio.get_running_loop(), 0.0
         self.reset()
+        gc.callbacks.append(self._collect)
         run = asyncio.Handle._run
 
         def measured(handle: asyncio.Handle) -> None:
-            began_s = time.thread_time()
+            began_s, self._collected_s = time.thread_time(), 0.0
             run(handle)
             used_s = time.thread_time() - began_s
             if used_s > self.callback_s:
-                self.callback_s, self.where = used_s, name_of(handle)
+                share = self._collected_s / used_s
+                self.callback_s = used_s
+                self.where = f"{name_of(handle)}, {share:.0%} of it the garbage collector"
 
         asyncio.Handle._run = measured  # type: ignore[assignment, method-assign]
         self._turn()
@@ -45,6 +49,9 @@ class Holds:
         self.callback_s = self.turn_s = 0.0
         self.where = ""
         self._turned_s = time.thread_time()
+
+    def _collect(self, phase: str, info: object) -> None:
+        self._collected_s += time.thread_time() if phase == "stop" else -time.thread_time()
 
     def _turn(self) -> None:
         used_s, self._turned_s = time.thread_time() - self._turned_s, time.thread_time()
@@ -57,7 +64,10 @@ def name_of(handle: asyncio.Handle) -> str:
     callback: Any = handle._callback  # type: ignore[attr-defined]
     owner: Any = getattr(callback, "__self__", None)
     if isinstance(owner, asyncio.Task):
-        return str(getattr(owner.get_coro(), "__qualname__", owner.get_name()))
+        name = str(getattr(owner.get_coro(), "__qualname__", ""))
+        return (
+            owner.get_name() if name == "TaskHandle._run_coro" else name
+        )  # anyio's tasks have the name of their function
     return str(getattr(callback, "__qualname__", callback))
 
 
