@@ -31,7 +31,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, handle: Handler) -> None:
         self.is_open = self.is_idle = True
         self._handle = handle
-        self._received = b""
+        self._received, self._size = bytearray(), 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -48,12 +48,16 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._received:
-            data = self._received + data
+            self._received += data
+            if len(self._received) < self._size:  # a response of megabytes is looked at once
+                return
+            data = bytes(self._received)
         head = data.find(b"\r\n\r\n")
         if head < 0 or not is_whole(data, head):
-            self._received = data
+            found = LENGTH.search(data, 0, max(0, head))
+            self._received, self._size = bytearray(data), head + 4 + int(found[1]) if found else 0
             return
-        self._received = b""
+        self._received = bytearray()
         self.is_idle = True  # a server may close it, if nothing comes for some seconds
         request = self._handle(int(data[9:12]), data[head + 4 :])
         if request is not None:
