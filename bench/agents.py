@@ -47,3 +47,8 @@ async def write(pieces: int, interval_s: float, context: RunContext) -> str:
 flock.add_agent(
     FlockFactory.create_default_agent("judge", input="text: str", output="is_good: bool", model="openai/fake")
 )
+flock.add_agent(
+    FlockFactory.create_default_agent(
+        "review", input="text: str", output="summary: str, is_good: bool", model="openai/fake"
+    )
+)

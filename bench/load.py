@@ -21,6 +21,7 @@ from bench.servers import Server
 Handler = Callable[[int, bytes], bytes | None]
 
 LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
+CHUNKED, LAST_CHUNK = re.compile(rb"(?i)\r\ntransfer-encoding: *chunked"), b"\r\n0\r\n\r\n"
 TIMEOUT_S = 120
 
 
@@ -28,9 +29,9 @@ class Connection(asyncio.Protocol):
     """A connection that stays open. Its handler is called with each response."""
 
     def __init__(self, handle: Handler) -> None:
-        self.is_open = True
+        self.is_open = self.is_idle = True
         self._handle = handle
-        self._received = b""
+        self._received, self._size = bytearray(), 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -39,6 +40,7 @@ class Connection(asyncio.Protocol):
         self.is_open = False
 
     def send(self, request: bytes) -> None:
+        self.is_idle = False
         self._transport.write(request)
 
     def close(self) -> None:
@@ -46,16 +48,27 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._received:
-            data = self._received + data
+            self._received += data
+            if len(self._received) < self._size:  # a response of megabytes is looked at once
+                return
+            data = bytes(self._received)
         head = data.find(b"\r\n\r\n")
-        found = LENGTH.search(data, 0, head) if head >= 0 else None
-        if found is None or len(data) < head + 4 + int(found[1]):
-            self._received = data
+        if head < 0 or not is_whole(data, head):
+            found = LENGTH.search(data, 0, max(0, head))
+            self._received, self._size = bytearray(data), head + 4 + int(found[1]) if found else 0
             return
-        self._received = b""
+        self._received = bytearray()
+        self.is_idle = True  # a server may close it, if nothing comes for some seconds
         request = self._handle(int(data[9:12]), data[head + 4 :])
         if request is not None:
-            self._transport.write(request)
+            self.send(request)
+
+
+def is_whole(data: bytes, head: int) -> bool:
+    """Whether *data* is a whole response, whose head ends at *head*. Chunks are not looked at: only their end is."""
+    if found := LENGTH.search(data, 0, head):
+        return len(data) >= head + 4 + int(found[1])
+    return data.endswith(LAST_CHUNK) and CHUNKED.search(data, 0, head) is not None
 
 
 @contextlib.asynccontextmanager
@@ -71,7 +84,7 @@ async def connected(server: Server, handlers: Iterable[Handler]) -> AsyncIterato
             )
             connections.append(connection)
         yield connections
-        if lost := sum(not connection.is_open for connection in connections):
+        if lost := sum(not (connection.is_open or connection.is_idle) for connection in connections):
             raise RuntimeError(f"{server.name} closed {lost} of {len(connections)} connections.")
     finally:
         for connection in connections:
@@ -97,8 +110,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 class Repeater:
     """Sends requests again and again for some seconds, and counts the responses."""
 
-    def __init__(self, requests: Iterable[bytes], seconds: float, expected: int) -> None:
-        self.done, self.wrong, self.last = 0, 0, b""
+    def __init__(self, requests: Iterable[bytes], seconds: float, expected: int, proof: bytes) -> None:
+        self.done, self.wrong, self.last, self.proof = 0, 0, b"", proof
         self._requests = itertools.cycle(requests)
         self._seconds, self._expected = seconds, expected
         self._deadline, self._open = 0.0, 0
@@ -106,7 +119,7 @@ class Repeater:
 
     def handle(self, status: int, body: bytes) -> bytes | None:
         self.done += 1
-        self.wrong += status != self._expected
+        self.wrong += status != self._expected or self.proof not in body
         self.last = body
         if time.perf_counter() < self._deadline:
             return next(self._requests)
@@ -130,16 +143,18 @@ async def repeat(
     connections: int,
     seconds: float,
     expected: int = 200,
+    proof: bytes = b"",
     settle: Callable[[bytes], object] | None = None,
 ) -> Sample:
     """Send *requests* again and again for some seconds, from many connections.
 
     Args:
+        proof: what the body of each response must contain.
         settle: called with the last response. It returns when the work of all responses is done. Its time counts.
 
     Raises: RuntimeError if a response does not have the expected status.
     """
-    load = Repeater(requests, seconds, expected)
+    load = Repeater(requests, seconds, expected, proof)
     async with connected(server, [load.handle] * connections) as opened:
         server_s, load_s, began = cpu_s(server.pid), time.process_time(), time.perf_counter()
         await load.run(opened)
@@ -148,7 +163,10 @@ async def repeat(
             settle(load.last)
         took_s, server_s = time.perf_counter() - began, cpu_s(server.pid) - server_s
     if load.wrong:
-        raise RuntimeError(f"{server.name}: {load.wrong} of {load.done} responses do not have the status {expected}.")
+        wanted = f"the status {expected}" + (f" and {proof.decode()}" if proof else "")
+        raise RuntimeError(
+            f"{server.name}: {load.wrong} of {load.done} responses do not have {wanted}: {load.last[:500]!r}"
+        )
     return Sample(
         requests=load.done,
         per_s=load.done / took_s,

@@ -2,17 +2,16 @@
 
 import os
 import re
+import time
 from pathlib import Path
 
 import msgspec
 
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-
 
 class Cores(msgspec.Struct, frozen=True):
-    """The server has one core, and the load generator and the fake provider have another one."""
+    """The server has one core, and the load generator and the fake provider have another one. None means all."""
 
-    server: int
+    server: int | None
     load: int
 
     @property
@@ -26,9 +25,18 @@ def pick_cores() -> Cores:
 
 
 def cpu_s(pid: int) -> float:
-    """Return the CPU time of all threads of a process so far, user and kernel, in steps of 10 ms."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+    """Return the CPU time of all threads of a process and its children so far, user and kernel."""
+    clock = ~pid << 3 | 2  # clock_getcpuclockid(3): /proc/PID/stat has steps of 10 ms
+    return time.clock_gettime(clock) + sum(map(cpu_s, children_of(pid)))
+
+
+def children_of(pid: int) -> list[int]:
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+def descendants_of(pid: int) -> list[int]:
+    return [each for child in children_of(pid) for each in (child, *descendants_of(child))]
 
 
 def memory_kb(pid: int) -> float:

@@ -30,6 +30,7 @@ PRINCIPAL, KEY = "bench", "fk_" + "k" * 40
 FLOOR, BARE, COMMIT, FASTAPI, LITESTAR = "ASGI", "bare", "bare + commit", "FastAPI", "Litestar"
 BARE_MODEL = "bare model"
 MEMORY, POWER, KEY_AND_METRICS = "memory", "power", "power, key, metrics"
+GROWING = "power, watched"
 OURS = (MEMORY, POWER, KEY_AND_METRICS)
 
 
@@ -47,12 +48,12 @@ def _uvicorn(module: str, needs: str = "starlette") -> Subject:
     return Subject(command=lambda store: ("uvicorn", f"bench.peers.{module}:app", *options), needs=needs)
 
 
-def _flockapi(*options: str, key: str | None = None, on_disk: bool = True) -> Subject:
+def _flockapi(*options: str, key: str | None = None, on_disk: bool = True, agents: str = "agents") -> Subject:
     """Return ``flockapi serve`` with its default log. The options are those that make the difference."""
 
     def command(store: Path) -> Sequence[str]:
         path = str(store) if on_disk else ":memory:"
-        return ("flock", "serve", str(ROOT / "bench" / "agents.py"), "--port", "0", "--store", path, *options)
+        return ("flock", "serve", str(ROOT / "bench" / f"{agents}.py"), "--port", "0", "--store", path, *options)
 
     return Subject(
         command=command,
@@ -70,6 +71,7 @@ SUBJECTS: Mapping[str, Subject] = {
     LITESTAR: _uvicorn("with_litestar", needs="litestar"),
     MEMORY: _flockapi("--no-metrics", on_disk=False),
     POWER: _flockapi("--no-metrics"),
+    GROWING: _flockapi("--no-metrics", agents="growing"),
     KEY_AND_METRICS: _flockapi("--metrics", key=KEY),
 }
 
@@ -81,9 +83,11 @@ def installed(names: Sequence[str]) -> list[str]:
 class Server:
     """A running server."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], port: int) -> None:
+    def __init__(
+        self, name: str, process: subprocess.Popen[bytes], port: int, headers: Mapping[str, str] | None = None
+    ) -> None:
         self.name, self.port, self.pid = name, port, process.pid
-        self.headers = SUBJECTS[name].headers
+        self.headers = headers or {}
         self._process = process
 
     def raw_request(self, method: str, path: str, body: Any = None, **headers: str) -> bytes:
@@ -123,13 +127,21 @@ class Server:
         self._process.wait()
 
 
-def spawn(module: Sequence[str], core: int, folder: Path, log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """Start ``python -m`` *module* on *core*, in *folder*."""
+def spawn(
+    module: Sequence[str],
+    core: int | None,
+    folder: Path,
+    log: Path,
+    *,
+    python: str = sys.executable,
+    **environment: str,
+) -> subprocess.Popen[bytes]:
+    """Start ``python -m`` *module* in *folder*, on *core*, or on all if it is None."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FLOCK_", "COVERAGE_"))}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", *module],
+            [python, "-m", *module],
             cwd=folder,
             env={**inherited, "PYTHONPATH": os.pathsep.join(paths), "OPENAI_API_KEY": "x", **environment},
             stdout=file,
@@ -138,9 +150,9 @@ def spawn(module: Sequence[str], core: int, folder: Path, log: Path, **environme
         )
 
 
-def _prepare(core: int) -> None:
+def _prepare(core: int | None) -> None:
     """Stay on *core*, and end with the parent process, however it ends."""
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, range(os.cpu_count() or 1) if core is None else {core})
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -173,7 +185,7 @@ def serving(
     process = spawn(
         [*command, *options], cores.server, own, log, OPENAI_BASE_URL=f"{provider}/v1", **subject.environment
     )
-    server = Server(name, process, port_in(log, process))
+    server = Server(name, process, port_in(log, process), subject.headers)
     try:
         yield server
     finally:

@@ -1,10 +1,14 @@
 """Rows of figures as a Markdown table."""
 
+import os
+import platform
 import statistics
 from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
 
 from bench.measures.bench import Figures, Row
-from bench.servers import BARE, FASTAPI, FLOOR, KEY_AND_METRICS, LITESTAR, MEMORY, OURS, POWER
+from bench.servers import BARE, FASTAPI, FLOOR, KEY_AND_METRICS, LITESTAR, MEMORY, OURS, POWER, ROOT
 
 #: The subjects that have a column, with its head.
 COLUMNS = {
@@ -16,6 +20,18 @@ COLUMNS = {
     POWER: "`power`",
     KEY_AND_METRICS: "`power`, key, metrics",
 }
+
+
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def write_part(module: str, text: str, page: Path = PAGE) -> None:
+    """Replace what ``python -m`` *module* ``--write`` has written to a page, with the day and the machine."""
+    begin, end = f"<!-- python -m {module} --write -->\n", f"<!-- end of {module} -->\n"
+    machine = f"{os.cpu_count()} shared cores with Python {platform.python_version()}"
+    before, _, rest = page.read_text("utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    page.write_text(f"{before}{begin}\nOn {date.today()}, {machine}.\n\n{text.strip()}\n\n{end}{after}", "utf-8")
 
 
 def median_ratio(figures: Figures, name: str, base: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from bench.machine import forget_peak, peak_kb
+from bench.machine import cpu_s, forget_peak, peak_kb
 from bench.measures.bench import Bench, Effort, Row, empty
 from bench.servers import BARE, OURS, POWER, Server, spawn
 
@@ -40,7 +40,7 @@ def rows_of_batch(bench: Bench, items: int, rounds: int) -> list[Row]:
     per_s, memory_mb = empty(names), empty([POWER])
     for name in bench.turns(names, rounds):
         if name == BARE:
-            (took_s,) = output_of(bench, "bench.peers.loop", str(items))
+            took_s, _ = output_of(bench, "bench.peers.loop", str(items))
         else:
             took_s, more_mb = work_on_batch(bench.server(name), items)
             memory_mb.setdefault(name, []).append(more_mb)
@@ -100,11 +100,22 @@ def end_of_batch(server: Server, batch_id: str) -> Batch:
             return batch
 
 
+def item_us(bench: Bench, server: Server | None, items: int) -> float:
+    """Return the CPU time of an item, from its upload to its last commit; without a server, of the bare loop."""
+    if server is None:
+        _, used_s = output_of(bench, "bench.peers.loop", str(items))
+    else:
+        used_s = cpu_s(server.pid)
+        work_on_batch(server, items)
+        used_s = cpu_s(server.pid) - used_s
+    return used_s / items * 1e6
+
+
 # CSV
 
 
 async def csv(bench: Bench) -> list[Row]:
-    body = b"text\n" + b'"%b"\n' % TEXT.replace('"', '""').encode() * bench.effort.csv_rows
+    body = table_of(bench.effort.csv_rows)
     file = bench.folder / "rows.csv"
     file.write_bytes(body)
     read, written = empty([BARE, POWER]), empty([BARE, POWER])
@@ -118,8 +129,26 @@ async def csv(bench: Bench) -> list[Row]:
     ]
 
 
+def table_of(rows: int) -> bytes:
+    return b"text\n" + b'"%b"\n' % TEXT.replace('"', '""').encode() * rows
+
+
+def csv_ms_per_mb(bench: Bench, server: Server | None, rows: int) -> float:
+    """Return the CPU time until a table is stored as a batch; without a server, until Python's ``csv`` has read it."""
+    body = table_of(rows)
+    if server is None:
+        (file := bench.folder / "rows.csv").write_bytes(body)
+        *_, used_s = output_of(bench, "bench.peers.csvs", str(file))
+    else:
+        used_s = cpu_s(server.pid)
+        batch_id = upload(server, "repeat", body)["batch_id"]
+        used_s = cpu_s(server.pid) - used_s
+        end_of_batch(server, batch_id)
+    return used_s / len(body) * 1e9
+
+
 def python_mb_per_s(bench: Bench, file: Path) -> tuple[float, float]:
-    read_s, write_s = output_of(bench, "bench.peers.csvs", str(file))
+    read_s, write_s, _ = output_of(bench, "bench.peers.csvs", str(file))
     mb = file.stat().st_size / 1e6
     return mb / read_s, mb / write_s
 

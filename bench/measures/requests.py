@@ -26,6 +26,8 @@ from bench.servers import (
 WARM_UP_S = 0.3
 ADD = {"agent_name": "add", "inputs": {"a": 1}}
 JUDGE = {"agent_name": "judge", "inputs": {"text": "Splendid."}}
+REVIEW = {"agent_name": "review", "inputs": {"text": "Splendid."}}
+REVIEWED = b'"is_good":true'
 ACCEPTING_CLIENTS = 64
 FINISHED_RUNS = 1_000
 
@@ -115,10 +117,10 @@ async def finished_runs(bench: Bench, name: str) -> list[str]:
     return ids
 
 
-def load_of_runs(body: Any, connections: int) -> Load:
+def load_of_runs(body: Any, connections: int, proof: bytes = b"", **headers: str) -> Load:
     async def load(server: Server, seconds: float) -> Sample:
-        request = server.raw_request("POST", "/run/flock", body)
-        return await repeat(server, [request], connections=connections, seconds=seconds)
+        request = server.raw_request("POST", "/run/flock", body, **headers)
+        return await repeat(server, [request], connections=connections, seconds=seconds, proof=proof)
 
     return load
 
@@ -162,3 +164,13 @@ async def model(bench: Bench) -> list[Row]:
     samples = await interleaved(bench, names, load_of_runs(JUDGE, bench.effort.connections))
     samples[BARE] = samples.pop(BARE_MODEL)
     return rows_of("a model agent's run", samples)
+
+
+async def samples_of_reviews(bench: Bench, names: Sequence[str]) -> Samples:
+    return await interleaved(bench, names, load_of_runs(REVIEW, bench.effort.connections, REVIEWED))
+
+
+async def samples_of_streamed_reviews(bench: Bench, names: Sequence[str]) -> Samples:
+    """The answer of the model is passed on in the pieces in which it comes."""
+    load = load_of_runs(REVIEW, bench.effort.connections, REVIEWED, Accept="text/event-stream")
+    return await interleaved(bench, names, load)

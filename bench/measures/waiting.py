@@ -1,17 +1,17 @@
 """Runs that wait, and clients that wait for runs: how late they learn of the end, and what each costs."""
 
 import asyncio
-import re
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
 from bench.load import connected, send_all
 from bench.machine import cpu_s, forget_peak, memory_kb, peak_kb
 from bench.measures.bench import Bench, Row, empty
+from bench.measures.streams import Listener
 from bench.servers import BARE, FASTAPI, MEMORY, OURS, POWER, Server, installed
 
 RUNS_PER_S = 100
@@ -81,30 +81,6 @@ async def wake_up_ns(server: Server, runs: int) -> list[int]:
 # Events
 
 
-class Reader(asyncio.Protocol):
-    """A reader of the text of a run. It notes how late each piece is."""
-
-    def __init__(self, request: bytes) -> None:
-        self.delays: list[int] = []
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._request, self._last = request, b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.write(self._request)
-
-    def data_received(self, data: bytes) -> None:
-        arrived = time.monotonic_ns()
-        self.delays += [arrived - int(stamp) for stamp in re.findall(rb'"text":"(\d+) ', data)]
-        if b"run.completed" in self._last + data and not self.ended.done():
-            self.ended.set_result(None)
-        self._last = data[-20:]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.ended.done():
-            self.ended.set_exception(RuntimeError("The stream of events broke off."))
-
-
 async def events(bench: Bench) -> list[Row]:
     names = [BARE, MEMORY, POWER]
     p99, cpu = empty(names), empty(names)
@@ -119,18 +95,22 @@ async def events(bench: Bench) -> list[Row]:
     ]
 
 
-async def read_events(server: Server, pieces: int) -> tuple[float, float]:
-    """Return how late a piece reaches a reader, and the CPU time of the server for it."""
+async def read_events(server: Server, pieces: int, readers_at: Server | None = None) -> tuple[float, float]:
+    """Return how late a piece reaches a reader, and the CPU time of the server for it.
+
+    The readers may ask another server on its store.
+    """
     inputs = {"pieces": pieces, "interval_s": PIECE_INTERVAL_S}
     run_id = server.post("/run/flock", {"agent_name": "write", "inputs": inputs, "async_run": True})["run_id"]
-    request = server.raw_request("GET", f"/run/{run_id}/events", Accept="text/event-stream")
+    at = readers_at or server
+    request = at.raw_request("GET", f"/run/{run_id}/events", Accept="text/event-stream")
     loop, used_s = asyncio.get_running_loop(), cpu_s(server.pid)
-    opened = [await loop.create_connection(lambda: Reader(request), "127.0.0.1", server.port) for _ in range(READERS)]
-    await asyncio.wait_for(asyncio.gather(*(reader.ended for _, reader in opened)), TIMEOUT_S)
+    opened = [await loop.create_connection(lambda: Listener(request), "127.0.0.1", at.port) for _ in range(READERS)]
+    await asyncio.wait_for(asyncio.gather(*(listener.ended for _, listener in opened)), TIMEOUT_S)
     used_s = cpu_s(server.pid) - used_s
-    for transport, _ in opened:
-        transport.abort()
-    delays = [delay for _, reader in opened for delay in reader.delays]
+    if missing := sum(len(listener.late_ns) != pieces for _, listener in opened):
+        raise RuntimeError(f"{at.name}: {missing} of {READERS} readers did not get all {pieces} pieces.")
+    delays = [late for _, listener in opened for late in listener.late_ns.values()]
     return quantiles_ms(delays)[1], used_s / (pieces * READERS) * 1e6
 
 

@@ -35,6 +35,8 @@ async def run_flock(request: Request) -> Response:
         wanted, function, inputs = work.checked(await request.body())
     except (KeyError, msgspec.DecodeError) as exc:
         return Response(str(exc), 422)
+    if wanted.agent_name in work.STREAMS and "text/event-stream" in request.headers.get("accept", ""):
+        return StreamingResponse(work.STREAMS[wanted.agent_name](inputs), media_type="text/event-stream")
     run = work.new_run(wanted.agent_name, request_id)
     if wanted.async_run:
         response = as_json(run, 202, headers_of(run) | {"Location": f"/run/{run.run_id}"})

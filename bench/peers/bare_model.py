@@ -1,9 +1,14 @@
-"""The bare equal with a model agent, which calls the provider with httpx: uvicorn bench.peers.bare_model:app"""
+"""The bare equal with model agents, which call the provider with httpx: uvicorn bench.peers.bare_model:app
 
+With ``BENCH_CLIENT=httpx2`` they use httpx2, which has the same API.
+"""
+
+import importlib
+import json
 import os
+from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import msgspec
 
 from bench.peers import work
@@ -12,16 +17,17 @@ from bench.peers.bare import app
 __all__ = ["app"]
 
 
-class JudgeInputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TextInputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str
 
 
-class Message(msgspec.Struct):
-    content: str
+class Message(msgspec.Struct, frozen=True):
+    content: str | None = None
 
 
 class Choice(msgspec.Struct):
-    message: Message
+    message: Message = Message()
+    delta: Message = Message()
 
 
 class Completion(msgspec.Struct):
@@ -32,28 +38,65 @@ class Judgement(msgspec.Struct, forbid_unknown_fields=True):
     is_good: bool
 
 
-SCHEMA = {
-    "title": "judge_output",
-    "type": "object",
-    "properties": {"is_good": {"type": "boolean"}},
-    "required": ["is_good"],
-    "additionalProperties": False,
-}
-CLIENT = httpx.AsyncClient(base_url=os.environ.get("OPENAI_BASE_URL", ""), headers={"Authorization": "Bearer x"})
+class Review(msgspec.Struct, forbid_unknown_fields=True):
+    summary: str
+    is_good: bool
+
+
+def schema_of(**types: str) -> Any:
+    properties = {name: {"type": type_} for name, type_ in types.items()}
+    fixed = {"type": "object", "required": list(types), "additionalProperties": False}
+    return {**fixed, "properties": properties}
+
+
+SCHEMAS = {"judge": schema_of(is_good="boolean"), "review": schema_of(summary="string", is_good="boolean")}
+CLIENT = importlib.import_module(os.environ.get("BENCH_CLIENT", "httpx")).AsyncClient(
+    base_url=os.environ.get("OPENAI_BASE_URL", ""),
+    headers={"Authorization": "Bearer x", "Content-Type": "application/json"},
+)
 COMPLETIONS = msgspec.json.Decoder(Completion)
-JUDGEMENTS = msgspec.json.Decoder(Judgement)
+JUDGEMENTS, REVIEWS = msgspec.json.Decoder(Judgement), msgspec.json.Decoder(Review)
 
 
-async def judge(inputs: JudgeInputs) -> Any:
-    """Ask the model with the same messages and schema as ``flockapi``."""
+def asked(agent: str, inputs: TextInputs, **more: Any) -> bytes:
+    """Return a request with the same messages and schema as those of ``flockapi``."""
     text = msgspec.json.encode({"text": inputs.text}).decode()
-    question = f"{text}\n\nDetermine:\n- is_good (boolean)\nAnswer with a JSON object only."
-    messages = [{"role": "system", "content": "You are judge."}, {"role": "user", "content": question}]
-    format_ = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": SCHEMA}}
-    body = msgspec.json.encode({"model": "fake", "messages": messages, "response_format": format_})
-    response = await CLIENT.post("/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    fields = "\n".join(f"- {name} ({field['type']})" for name, field in SCHEMAS[agent]["properties"].items())
+    question = f"{text}\n\nDetermine:\n{fields}\nAnswer with a JSON object only."
+    messages = [{"role": "system", "content": f"You are {agent}."}, {"role": "user", "content": question}]
+    format_ = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": SCHEMAS[agent]}}
+    return msgspec.json.encode({"model": "fake", "messages": messages, "response_format": format_, **more})
+
+
+async def ask(body: bytes) -> str:
+    response = await CLIENT.post("/chat/completions", content=body)
     response.raise_for_status()
-    return JUDGEMENTS.decode(COMPLETIONS.decode(response.content).choices[0].message.content)
+    return COMPLETIONS.decode(response.content).choices[0].message.content or ""
 
 
-work.AGENTS["judge"] = (msgspec.json.Decoder(JudgeInputs), judge)
+async def judge(inputs: TextInputs) -> Any:
+    return JUDGEMENTS.decode(await ask(asked("judge", inputs)))
+
+
+async def review(inputs: TextInputs) -> Any:
+    return REVIEWS.decode(await ask(asked("review", inputs)))
+
+
+async def reviewed(inputs: TextInputs) -> AsyncIterator[bytes]:
+    """Pass on the pieces of an answer as they come, then the answer, which is checked."""
+    answer = ""
+    async with CLIENT.stream("POST", "/chat/completions", content=asked("review", inputs, stream=True)) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            for choice in COMPLETIONS.decode(line[6:]).choices:
+                if choice.delta.content:
+                    answer += choice.delta.content
+                    yield f"data: {json.dumps(choice.delta.content)}\n\n".encode()
+    yield b"data: %b\n\n" % work.ENCODE(REVIEWS.decode(answer))
+
+
+INPUTS = msgspec.json.Decoder(TextInputs)
+work.AGENTS |= {"judge": (INPUTS, judge), "review": (INPUTS, review)}
+work.STREAMS["review"] = reviewed

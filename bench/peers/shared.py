@@ -5,7 +5,7 @@ import gc
 NAP = "Sleep, then return the time, so that a client on the same machine knows how old the result is."
 WRITE = "Write pieces of text, each of which is the time at which it was written."
 #: The agents of ``bench/agents.py``, for ``GET /agents``.
-DESCRIPTIONS = {"add": "", "nap": NAP, "repeat": "", "ask": "", "write": WRITE, "judge": ""}
+DESCRIPTIONS = {"add": "", "nap": NAP, "repeat": "", "ask": "", "write": WRITE, "judge": "", "review": ""}
 
 
 def tune_gc() -> None:

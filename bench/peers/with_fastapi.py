@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import uuid4
 
 # These are not dependencies of this project.
 import fastapi
+import fastapi.responses
 import pydantic
 
 from bench.peers.shared import DESCRIPTIONS, tune_gc
@@ -132,6 +133,22 @@ async def execute(run: Run, function: Callable[[Any], Awaitable[int]], inputs: A
     run.steps = [
         Step(agent_name=run.agent_name, result=result, started_at=run.started_at, completed_at=run.completed_at)
     ]
+
+
+class WriteInputs(pydantic.BaseModel):
+    pieces: int
+    interval_s: float
+
+
+@app.post("/write")
+async def write(inputs: WriteInputs) -> fastapi.responses.StreamingResponse:
+    async def pieces() -> AsyncIterator[str]:
+        await asyncio.sleep(1)
+        for _ in range(inputs.pieces):
+            yield f"data: {time.monotonic_ns()} \n\n"
+            await asyncio.sleep(inputs.interval_s)
+
+    return fastapi.responses.StreamingResponse(pieces(), media_type="text/event-stream")
 
 
 @app.get("/run/{run_id}")

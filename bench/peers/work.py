@@ -5,7 +5,7 @@ They keep no run on disk, and have no deadlines, limits, cancellation, log or re
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import uuid4
@@ -114,7 +114,17 @@ async def write(inputs: WriteInputs) -> Any:
     return Result("done")
 
 
+async def written(inputs: WriteInputs) -> AsyncIterator[bytes]:
+    """The text of ``write`` as the stream of one client, in the fewest bytes."""
+    await asyncio.sleep(1)
+    for _ in range(inputs.pieces):
+        yield b"data: %d \n\n" % time.monotonic_ns()
+        await asyncio.sleep(inputs.interval_s)
+
+
 Function = Callable[[Any], Awaitable[Any]]
+#: By agent: what a client that accepts a stream gets.
+STREAMS: dict[str, Callable[[Any], AsyncIterator[bytes]]] = {"write": written}
 AGENTS: dict[str, tuple[msgspec.json.Decoder[Any], Function]] = {
     "add": (msgspec.json.Decoder(AddInputs), add),
     "nap": (msgspec.json.Decoder(NapInputs), nap),
