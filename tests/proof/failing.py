@@ -146,6 +146,7 @@ def trial(name: str, fault: Fault | None = None) -> Mapping[str, Sequence[str]]:
         bridge, log = _Bridge(faults), folder / "log"
         with failing(faults, loop, log, bridge):
             before, files, client = asyncio.all_tasks(), _open_files(), Client("http://test")
+            client.is_damaged = fault is not None and fault.error == "corrupt"
 
             def play() -> None:
                 SCENARIOS[name].play(client)

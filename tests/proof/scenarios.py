@@ -113,7 +113,9 @@ def _session(client: Client) -> None:
     talk = client.new_name("talk")
     runs = [client.run("chat", message=f"message {n}", session_id=talk) for n in range(3)]
     for number, run_id in enumerate(runs, 1):
-        client.completed(run_id, {"reply": f"turn {number}"})
+        least = 1 if client.is_damaged else number
+        run = client.until(run_id)
+        assert run["result"] in [{"reply": f"turn {each}"} for each in range(least, number + 1)], run
     session = client.send("GET", f"/session/{talk}").json()
     assert session["usage"]["input_tokens"] + session["usage"]["output_tokens"] == 3 * TOKENS, session
 
@@ -213,8 +215,10 @@ SCENARIOS: Mapping[str, Scenario] = {
 
 # The promises
 
+Requests = tuple[tuple[str, str, Any], ...]
+
 #: What only the principal of a run, or of a batch, may ask for: the method, the path and the body.
-OF_A_RUN = (
+OF_A_RUN: Requests = (
     ("GET", "/run/{}/events", None),
     ("POST", "/run/{}/cancel", None),
     ("POST", "/run/{}/retry", {}),
@@ -226,7 +230,7 @@ OF_A_RUN = (
     ("POST", "/v1/responses/resp_{}_0/cancel", None),
     ("DELETE", "/v1/responses/resp_{}_0", None),
 )
-OF_A_BATCH = (
+OF_A_BATCH: Requests = (
     ("GET", "/batch/{}/results", None),
     ("GET", "/batch/{}/events", None),
     ("POST", "/batch/{}/cancel", None),
