@@ -1,6 +1,7 @@
 """The built-in server: several workers on one socket and one store, startup and shutdown."""
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -189,6 +190,21 @@ def test_the_server_exits_if_its_workers_cannot_start(flock_file: Path, tmp_path
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=False)
     assert done.returncode == 3
     assert "RuntimeError: broken in workers only" in done.stderr
+
+
+def test_a_worker_that_cannot_be_replaced_at_once_is_replaced_later(flock_file: Path, tmp_path: Path) -> None:
+    """Such as while a suspended process keeps the lock of the store. The other workers go on."""
+    store = tmp_path / "locked.db"
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(store), "--workers", "2")
+    with running(*command) as server:
+        server.wait_for_line("Application startup complete", times=2)
+        with open(f"{store}-lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.kill(workers_of(server)[0], signal.SIGKILL)
+            server.wait_for_line("locked for 5 s. If that process is suspended")
+        server.wait_for_line("Application startup complete", times=3)
+        assert httpx.get(f"{server.url}/readyz", timeout=60).status_code == 200
+        assert len(workers_of(server)) == 2
 
 
 def test_a_stopping_server_ends_streams_of_batches_with_a_retry_hint(flock_file: Path, tmp_path: Path) -> None:

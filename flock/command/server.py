@@ -221,12 +221,15 @@ def _serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: Se
         settings = read or settings
         return read is not None
 
+    # Without a lock, which a worker that is killed would keep.
+    has_started = multiprocessing.get_context("spawn").RawValue("b", 0)
+
     def start() -> SpawnProcess:
         read_keys()
-        return _start_worker(load, settings, listener, workers, passed is not None)
+        return _start_worker(load, settings, listener, workers, passed is not None, has_started)
 
     mark_dead = app.metrics.mark_process_dead if app.metrics else None
-    return _supervise(start, workers, signals, read_keys, on_exit=mark_dead)
+    return _supervise(start, workers, signals, read_keys, lambda: bool(has_started.value), on_exit=mark_dead)
 
 
 def _hold_sighup() -> None:
@@ -291,13 +294,17 @@ def _supervise(
     workers: int,
     signals: socket.socket,
     on_sighup: Callable[[], bool],
+    has_started: Callable[[], bool],
     on_exit: Callable[[int | None], None] | None,
 ) -> int:
-    """Replace workers that die, until a stop is requested or a worker cannot start. Return the exit code.
+    """Replace workers that die, until a stop is requested, or a worker cannot start. Return the exit code.
+
+    After one has started, the reason why another one cannot start may pass: it is replaced too.
 
     Args:
         signals: receives the number of each signal.
         on_sighup: called before SIGHUP is passed on to the workers. If it returns False, it is not passed on.
+        has_started: whether any worker has ever started.
         on_exit: called with the id of each process that has ended.
     """
     processes = [start() for _ in range(workers)]
@@ -311,7 +318,7 @@ def _supervise(
             processes.remove(process)
             if on_exit is not None:
                 on_exit(process.pid)
-            if process.exitcode == uvicorn.config.STARTUP_FAILURE:
+            if process.exitcode == uvicorn.config.STARTUP_FAILURE and not has_started():
                 exit_code = uvicorn.config.STARTUP_FAILURE
                 continue
             if not is_stopping and multiprocessing.connection.wait([signals], RESTART_DELAY_S):
@@ -348,9 +355,14 @@ def _start_worker(*args: Any) -> SpawnProcess:
 
 
 def _worker_main(
-    load: Callable[[], DeclaredFlock], settings: ServerSettings, listener: socket.socket, workers: int, is_passed: bool
+    load: Callable[[], DeclaredFlock],
+    settings: ServerSettings,
+    listener: socket.socket,
+    workers: int,
+    is_passed: bool,
+    has_started: Any,
 ) -> None:
-    """Serve in one of *workers* processes."""
+    """Serve in one of *workers* processes. *has_started* is a value that they share."""
     share_limits_among(workers)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
@@ -359,7 +371,7 @@ def _worker_main(
     except Exception:
         traceback.print_exc()
         sys.exit(uvicorn.config.STARTUP_FAILURE)
-    _serve(config, settings, listener, is_passed=is_passed)
+    _serve(config, settings, listener, is_passed=is_passed, on_start=lambda: setattr(has_started, "value", 1))
 
 
 def _stop_with_parent() -> None:
@@ -575,12 +587,17 @@ def _allow_open_files() -> None:
 
 
 def _serve(
-    config: uvicorn.Config, settings: ServerSettings, listener: socket.socket | None, *, is_passed: bool
+    config: uvicorn.Config,
+    settings: ServerSettings,
+    listener: socket.socket | None,
+    *,
+    is_passed: bool,
+    on_start: Callable[[], None] = lambda: None,
 ) -> None:
     tune_gc()
     _allow_open_files()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the normal way to stop the server
-        _Server(config, settings, is_passed=is_passed).run(None if listener is None else [listener])
+        _Server(config, settings, is_passed=is_passed, on_start=on_start).run(None if listener is None else [listener])
     abandon_busy_threads()
     if settings.temporal:
         _exit_now()  # as in run_worker
@@ -608,10 +625,12 @@ class _Server(uvicorn.Server):
             they wait for the next server.
     """
 
-    def __init__(self, config: uvicorn.Config, settings: ServerSettings, *, is_passed: bool) -> None:
+    def __init__(
+        self, config: uvicorn.Config, settings: ServerSettings, *, is_passed: bool, on_start: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._settings = settings
-        self._is_passed = is_passed
+        self._is_passed, self._on_start = is_passed, on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
@@ -620,6 +639,8 @@ class _Server(uvicorn.Server):
             if isinstance(exc.__context__, OSError):  # uvicorn has logged it, but without a remedy
                 _log_listen_error(self.config.host, self.config.port, exc.__context__)
             raise
+        if self.started:
+            self._on_start()
         await self._accept_faster()
         # A forked child that outlives this process, such as a process pool's, must not hold the port.
         os.register_at_fork(after_in_child=self._close_listeners)

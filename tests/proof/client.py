@@ -22,6 +22,7 @@ PATIENCE_S = 60.0
 FINAL = ("completed", "failed", "cancelled")
 #: The server cannot accept it at the moment: it is sent again.
 AGAIN = (429, 503)
+BEING_ACCEPTED = ("accepted at the same time", "still being accepted")
 Event = dict[str, str]
 
 
@@ -33,6 +34,7 @@ class Client:
         attempts: how often each was started or retried by her.
         starts: the times at which a process was started in place of one that was killed, in seconds of the epoch.
         acks: called with what was acknowledged, in the order of acknowledgement: ``(what, id, value)``.
+        is_damaged: records could not be read for a while, and a conversation leaves them out.
         first: the number of its first name. Two clients of the same name have different ones.
     """
 
@@ -42,7 +44,7 @@ class Client:
         self.url, self.acks = url, acks
         self.runs, self.batches, self.deleted = dict[str, Any](), dict[str, Any](), set[str]()
         self.ended_at, self.attempts = dict[str, float](), Counter[str]()
-        self._number, self.starts = first, list[float]()
+        self._number, self.starts, self.is_damaged = first, list[float](), False
         self._http = httpx.Client(timeout=PATIENCE_S / 2, limits=httpx.Limits(max_keepalive_connections=0))
 
     def close(self) -> None:
@@ -62,7 +64,7 @@ class Client:
             except httpx.TransportError as exc:
                 seen = repr(exc)
             else:
-                if response.status_code not in AGAIN and "accepted at the same time" not in response.text:
+                if response.status_code not in AGAIN and not any(each in response.text for each in BEING_ACCEPTED):
                     assert response.status_code < 500, f"{method} {path}: {response.text}"
                     return response
                 seen = response.text

@@ -19,6 +19,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from tests.proof.client import PATIENCE_S
 from tests.proof.mutations import mutated
 from tests.proof.scenarios import SCENARIOS, Client, check, provider
 from tests.proof.servers import Forge, Place
@@ -61,7 +62,7 @@ class Machine:
     def __init__(self, forge: Forge) -> None:
         self._forge, self._stack = forge, contextlib.ExitStack()
         self._model, self._env = self._stack.enter_context(provider())
-        self._left, self._options = 0, tuple[str, ...]()
+        self._left, self._options, self._idle = 0, tuple[str, ...](), dict[str, int]()
         self._on_store = contextlib.ExitStack()
         self.reached = Counter[str]()
 
@@ -87,6 +88,11 @@ class Machine:
         self._place.start()
         if point.kind != "start":
             self._place.wait_until_up()
+        if point.kind == "kill" and not self._idle:
+            self._idle = {what: len(each) for what, each in self._place.held().items()}
+            # A pool keeps threads, and SQLite keeps the file of a closed connection for the next one.
+            more = {"threads": self._idle["threads"] + CAPACITY, "files": self._idle["files"] + 1}
+            self._idle |= {"connections": 0, **more}
 
     def calls_of(self, scenario: str) -> int:
         """Return how many calls there are from the start of a scenario to its end."""
@@ -120,6 +126,8 @@ class Machine:
             if point.scenario != "retention":
                 capacity = 0 if "worker" in point.kind else CAPACITY
                 check(self._client, self._model, place.log, capacity=capacity)
+                if capacity and self._idle:
+                    self._check_held()
         except Exception as exc:
             self._left = 0
             log = "\n".join(place.output.read_text().splitlines()[-30:])
@@ -128,6 +136,13 @@ class Machine:
             )
             raise Broken(f"{point}: {exc!r} at {where}\nTo repeat it: {point.command}\n{log}") from exc
         self.reached[point.kind] += control.pid > 0
+
+    def _check_held(self) -> None:
+        """Check that the server holds no more files, threads and connections than one that has just been started."""
+        deadline = time.monotonic() + PATIENCE_S
+        while held := {what: each for what, each in self._place.held().items() if len(each) > self._idle[what]}:
+            assert time.monotonic() < deadline, f"the server still holds {held}, and at first {self._idle}"
+            time.sleep(0.01)
 
     def _help(self, point: Point, is_over: threading.Event) -> None:
         """Start a killed server again, and continue a stopped one, also if that is at the end of the scenario."""

@@ -40,6 +40,8 @@ __all__ = ["faults_of", "sample", "trial"]
 
 #: Max runs at the same time. In the end all these slots are free.
 CAPACITY = 3
+#: How long operations fail, by kind, if that is not 0 and 3 seconds.
+SECONDS = {"model": (0.0,), "clock": (0.0, 3.0, 30.0)}
 
 
 class _Bridge(httpx.BaseTransport):
@@ -144,13 +146,15 @@ def trial(name: str, fault: Fault | None = None) -> Mapping[str, Sequence[str]]:
         bridge, log = _Bridge(faults), folder / "log"
         with failing(faults, loop, log, bridge):
             before, files, client = asyncio.all_tasks(), _open_files(), Client("http://test")
+            client.is_damaged = fault is not None and fault.error == "corrupt"
 
             def play() -> None:
                 SCENARIOS[name].play(client)
                 if fault is not None and fault.error == "ahead":
-                    client.starts.append(0.0)  # what was spent tomorrow is not yet shown
+                    client.starts += [0.0, 0.0]  # what was spent tomorrow is not yet shown
                 with faults.off():
-                    time.sleep(max(0.0, faults.rest_s))
+                    if fault is not None and fault.kind != "clock":
+                        time.sleep(max(0.0, faults.rest_s))
                     check(client, model, log, capacity=0 if _options(name) else CAPACITY)
 
             async with _serving(name, folder, model, faults) as bridge.app:
@@ -192,13 +196,16 @@ def _open_files() -> set[str]:
 
 
 def faults_of(names: Mapping[str, Sequence[str]]) -> Sequence[Fault]:
-    """Return all faults of a scenario. Those of a model are short, since a run ends when all tries have failed."""
+    """Return all faults of a scenario. Those of a model are short, since a run ends when all tries have failed.
+
+    A clock may also be wrong until the scenario has ended, or a sleep, which ends by the clock, would end.
+    """
     return [
         Fault(kind, error, at, seconds)
         for kind, errors in ERRORS.items()
         for error in errors
         for at in range(len(names[kind]))
-        for seconds in ((0.0,) if kind == "model" else (0.0, 3.0))
+        for seconds in SECONDS.get(kind, (0.0, 3.0))
     ]
 
 

@@ -227,7 +227,7 @@ class Place:
             return True
 
     def held(self) -> Mapping[str, Collection[str]]:
-        """Return the open files, the threads and the connections of clients that the server has now."""
+        """Return the open files, threads, connections of clients and lock files of engines that the server has now."""
         files = set[str]()
         for number in os.listdir(f"/proc/{self.pid}/fd"):
             with contextlib.suppress(OSError):  # it was closed
@@ -238,6 +238,7 @@ class Place:
             "files": {each for each in files if "socket:" not in each},
             "threads": os.listdir(f"/proc/{self.pid}/task"),
             "connections": [end for end, state in ends if state not in ("0A", "06")],  # listening, and closed
+            "locks": [name for name in os.listdir(self.folder) if "-engine-" in name],
         }
 
     def wait_until_up(self) -> None:
