@@ -22,6 +22,7 @@ from flock.agents.history import EDIT, Exchange, History, as_plain, checked_mess
 from flock.agents.live import LiveAnswer
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
+from flock.agents.shared import Shared
 from flock.agents.signature import Signature, called, context_parameter, hints_of_function, is_generator, name_of
 from flock.agents.tools import AgentTool, Tool, Toolbox, ToolOfClient, ToolSource, by_name, same_name
 from flock.agents.union import UnionOutput
@@ -98,6 +99,8 @@ class Resources(msgspec.Struct, frozen=True):
     history: Callable[..., Awaitable[Sequence[Exchange]]] = _no_history
     #: the agents of the flock, by name
     agents: "Mapping[str, Agent]" = {}
+    #: what they share
+    shared: Shared = Shared()
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True):
@@ -454,7 +457,14 @@ class ModelAgent(Agent):
         tools = [*map(ToolOfClient, client.tools), *tools]  # the definitions of the last count, if two are called alike
         models = models_of(self.model, repr(self.name)) or resources.models.default_model
         caller = Caller(is_item=context.is_item, on_wait=context.report_wait)
-        toolbox = Toolbox(by_name(tools), self.max_tool_calls, self.tool_timeout_s, context, resources.call_in_thread)
+        toolbox = Toolbox(
+            by_name(tools),
+            self.max_tool_calls,
+            self.tool_timeout_s,
+            context,
+            resources.call_in_thread,
+            resources.shared.tool_hooks,
+        )
         options = {"max_tokens": self.max_tokens, **self.options, **context.model_options}
         choice = options.get("tool_choice", "auto")
         if choice == "none":
@@ -478,6 +488,7 @@ class ModelAgent(Agent):
                 traceparent=context.traceparent,
             ),
             complete=functools.partial(resources.models.complete, models or None, caller=caller),
+            hooks=resources.shared.model_hooks,
             read=lambda text: self.output.encode(self._answer.decode(text.encode())),
             listen=functools.partial(LiveAnswer, self._answer, self.output, context),
             validate=None if self.validate is None else functools.partial(self._validated, resources, context),
