@@ -1,12 +1,15 @@
 """What a program adds to an agent with a model: checks of answers, and functions in place of texts."""
 
 import inspect
+import json
+import runpy
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import httpx
 import msgspec
 import pydantic
 import pytest
@@ -20,7 +23,7 @@ from flock.models.completions import Completion
 from flock.runs import Engine, Run, RunContext, RunStatus, Usage
 from flock.testing import Failure, FakeModel, Reply
 from flockapi import create_app
-from tests.support import PATIENCE_S
+from tests.support import EXAMPLES, PATIENCE_S
 from tests.support.engines import OpenEngine, until_run
 
 pytestmark = pytest.mark.anyio
@@ -753,3 +756,33 @@ def test_the_stable_beginning_of_a_prompt_is_marked_for_the_cache(name: str, is_
         [part] = model.requests[0]["messages"][0]["content"]
         assert part["cache_control"] == {"type": "ephemeral"}
         assert model.requests[0].text.startswith('{"q": "?"}')
+
+
+# The examples of retrieval
+
+
+async def test_the_example_searches_text() -> None:
+    flock = runpy.run_path(str(EXAMPLES / "search_text.py"))["flock"]
+    call = Reply(calls=[("search", {"words": 'return "my" cup AND NOT ('}), ("search", {"words": "!"})])
+    answer = {"answer": "Within 30 days.", "sources": ["returns"]}
+    with FakeModel([call, answer]) as model:
+        assert await flock.run_async("clerk", {"question": "May I return it?"}) == answer
+    found, nothing = [each["content"] for each in model.requests[1]["messages"] if each["role"] == "tool"]
+    assert [each["name"] for each in msgspec.json.decode(found)][:2] == ["returns", "care"]
+    assert nothing == "[]"
+
+
+async def test_the_example_searches_by_meaning() -> None:
+    """The fake provider embeds a text as whether it is about shipping."""
+
+    def embed(request: httpx.Request) -> httpx.Response:
+        vectors = [[float("ship" in text), float("ship" not in text)] for text in json.loads(request.content)["input"]]
+        return httpx.Response(200, json={"data": [{"embedding": vector} for vector in vectors]})
+
+    names = runpy.run_path(str(EXAMPLES / "search_meaning.py"))
+    flock = names["flock"]
+    async with httpx.AsyncClient(transport=httpx.MockTransport(embed), base_url="http://fake") as client:
+        flock.shared.state = names["Library"](client)
+        with FakeModel([Reply(calls=[("search", {"question": "do you ship?"})]), {"answer": "Yes."}]) as model:
+            assert await flock.run_async("clerk", {"question": "Do you ship?"}) == {"answer": "Yes."}
+    assert msgspec.json.decode(model.requests[1].text)[0].startswith("We ship to Sweden")
