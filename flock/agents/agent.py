@@ -20,6 +20,7 @@ from flock.agents.conversation import Conversation, Verdict
 from flock.agents.functions import OwnFunction
 from flock.agents.history import EDIT, Exchange, History, as_plain, checked_messages, edited_by, messages_of
 from flock.agents.live import LiveAnswer
+from flock.agents.options import checked_options
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
 from flock.agents.shared import Shared
@@ -37,7 +38,6 @@ from flock.errors import (
     ModelError,
     cut,
 )
-from flock.jsontype import JSONType
 from flock.models.completions import Message, with_user_text
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of, names_of
@@ -78,7 +78,6 @@ NextAgent = (
 )
 
 
-_OPTIONS: JSONType[Any] = JSONType(ModelOptions)
 #: Max characters of the instructions that a function returns.
 MAX_INSTRUCTIONS_CHARS = 100_000
 
@@ -626,23 +625,6 @@ class ModelAgent(Agent):
             for name, member in self._answer.schema["properties"].items()
         )
         return f"Determine:\n{outputs}\nAnswer with a JSON object only."
-
-
-def checked_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a copy of options of a model. Raises DefinitionError if they are invalid."""
-    if not isinstance(options, Mapping):
-        raise DefinitionError(f"{where} must be a mapping such as {{'top_p': 0.5}}, not {options!r}.")
-    known = ModelOptions.__annotations__
-    if unknown := [name for name in options if name not in known]:
-        raise DefinitionError(
-            f"{where} has an unknown option {unknown[0]!r}.{did_you_mean(str(unknown[0]), known)} Others than "
-            f"{', '.join(known)} belong into extra_body."
-        )
-    try:
-        found: dict[str, Any] = _OPTIONS.decode(msgspec.json.encode(options))
-    except (TypeError, InvalidData) as exc:
-        raise DefinitionError(f"{where} is invalid. {exc}") from exc
-    return found
 
 
 def _tool_of(tool: ToolLike) -> Tool | ToolSource | str:
