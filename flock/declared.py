@@ -24,6 +24,7 @@ from flock.agents.agent import (
 )
 from flock.agents.handoff import result_names
 from flock.agents.history import History
+from flock.agents.hooks import Hook
 from flock.agents.questions import nobody
 from flock.agents.shared import Shared
 from flock.agents.signature import Signature
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 #: Inputs of a batch: mappings, which are read one at a time, or the path of a CSV or NDJSON file.
 BatchInputs = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | str | Path
 
+H = TypeVar("H", bound=Callable[..., Coroutine[Any, Any, Any]])
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -145,6 +147,30 @@ class DeclaredFlock:
             return self.add_agent(FunctionAgent(function, **options))
 
         return add if function is None else add(function)
+
+    def on_model_call(self, hook: H) -> H:
+        """Add a function around each call of a model: ``async def hook(call, ask)``. It can decorate the function.
+
+        It gets the call, a ``ModelCall``, and a function that makes it: ``await ask()``, or ``await ask(call)`` with a
+        changed one, returns the reply of the model. It returns that reply, or a text in place of an answer, which is
+        checked like one of the model. It may ask several times, or not at all. A third parameter receives the context.
+        If it raises, the step fails; the client reads the text of an ``AgentError``. The first hook is the outermost.
+        A reply is stored as it comes from the hooks, so they do not run again for it. With a hook, the answers of
+        models are not streamed.
+
+        Raises: DefinitionError if it is not such a function.
+        """
+        self.shared.model_hooks.append(Hook("on_model_call", hook))
+        return hook
+
+    def on_tool_call(self, hook: H) -> H:
+        """Add a function around each call of a tool: ``async def hook(use, call)``, like ``on_model_call``.
+
+        It gets a ``ToolUse``, after a person has allowed the call, and returns what ``await call()`` returns, or
+        another result. What it raises is an error that the model reads. It is not called for tools of the client.
+        """
+        self.shared.tool_hooks.append(Hook("on_tool_call", hook))
+        return hook
 
     def engine(
         self,

@@ -88,20 +88,24 @@ class ModelRequest(dict[str, Any]):
     @property
     def agent_name(self) -> str:
         """The agent that asks, or "" if the prompt is not that of a ``ModelAgent``."""
-        match = re.match(r"You are (\S+)\.(\n|$)", self["messages"][0]["content"])
+        match = re.match(r"You are (\S+)\.(\n|$)", self._content(0))
         return match[1] if match else ""
 
     @property
     def text(self) -> str:
         """The content of the last message: the inputs of the agent, a result of a tool, or why an answer is invalid."""
-        return str(self["messages"][-1]["content"])
+        return self._content(-1)
+
+    def _content(self, number: int) -> str:
+        content = self["messages"][number]["content"]  # in parts if it is marked for a cache
+        return "".join(part["text"] for part in content) if isinstance(content, list) else str(content)
 
     @property
     def schema(self) -> Any:
         """The JSON Schema of the answer, or None. Some providers get it in words, at the end of the first message."""
         if "json_schema" in self.get("response_format", {}):
             return self["response_format"]["json_schema"]["schema"]
-        match = re.search(r"It must match this JSON Schema:\n(.*)", self["messages"][0]["content"])
+        match = re.search(r"It must match this JSON Schema:\n(.*)", self._content(0))
         return json.loads(match[1]) if match else None
 
     @property

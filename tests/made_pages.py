@@ -309,7 +309,21 @@ SECTIONS: list[tuple[str, list[tuple[str, Any, list[str]]]]] = [
     (
         "flock.core",
         [
-            ("Flock", Flock, ["add_agent", "agent", "run", "run_async", "run_batch", "run_batch_async", "start_api"]),
+            (
+                "Flock",
+                Flock,
+                [
+                    "add_agent",
+                    "agent",
+                    "on_model_call",
+                    "on_tool_call",
+                    "run",
+                    "run_async",
+                    "run_batch",
+                    "run_batch_async",
+                    "start_api",
+                ],
+            ),
             ("Flock.engine", Flock.engine, []),
             ("FlockFactory.create_default_agent", FlockFactory.create_default_agent, []),
             ("agent", agent_decorator, []),

@@ -155,6 +155,8 @@ def test_the_version_of_an_agent_changes_with_its_signature_and_its_definition()
     def tripled(n: int) -> int:
         return 3 * n
 
+    assert version_of(like()) != version_of(like(options={"seed": 1}))
+    assert version_of(like(validate=lambda answer: None)) != version_of(like(validate=print))
     assert version_of(like()) == version_of(like(max_retries=5))
     changes: list[dict[str, Any]] = [
         *({"instructions": "Be brief."}, {"model": "openai/gpt-4o"}, {"next_agent": "other"}, {"temperature": 0.5}),

@@ -64,11 +64,12 @@ User.objects.create_user("ann", password="of-ann")
 def test_an_example_is_short(path: Path) -> None:
     """It has under ten lines, or under thirty if it authenticates users, asks a person or calls agents.
 
-    ``text_analyzer.py`` may be longer.
+    Those that search have under sixty, and ``text_analyzer.py`` may be longer.
     """
     lines = [line for line in path.read_text("utf-8").splitlines() if line.strip() and '"""' not in line]
     is_long = any(word in "".join(lines) for word in ("auth=", ".ask(", ".run_agent("))
-    assert len(lines) < (30 if is_long else 10) or path.stem == "text_analyzer"
+    most = 60 if path.stem.startswith("search_") else 30 if is_long else 10
+    assert len(lines) < most or path.stem == "text_analyzer"
 
 
 def ask(url: str, body: Any, **headers: str) -> Any:

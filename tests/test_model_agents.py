@@ -1,24 +1,30 @@
 """What a program adds to an agent with a model: checks of answers, and functions in place of texts."""
 
 import inspect
+import json
+import runpy
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import httpx
 import msgspec
 import pydantic
 import pytest
+from msgspec.structs import replace
 
+from flock.agents.hooks import ModelCall, ToolUse
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory, History
 from flock.errors import AgentError, DefinitionError, EngineStopped, RunFailed, SignatureError
-from flock.runs import Engine, Run, RunContext, RunStatus
+from flock.models.completions import Completion
+from flock.runs import Engine, Run, RunContext, RunStatus, Usage
 from flock.testing import Failure, FakeModel, Reply
 from flockapi import create_app
-from tests.support import PATIENCE_S
-from tests.support.engines import OpenEngine
+from tests.support import EXAMPLES, PATIENCE_S
+from tests.support.engines import OpenEngine, until_run
 
 pytestmark = pytest.mark.anyio
 
@@ -589,3 +595,194 @@ def test_a_union_whose_members_cannot_be_told_apart_is_an_error() -> None:
     ):
         with pytest.raises(SignatureError, match=words):
             flock_of(union)
+
+
+# Hooks
+
+
+async def test_a_hook_changes_the_request_and_the_answer(open_engine: OpenEngine, model: FakeModel) -> None:
+    flock = flock_of(tools=[look_up])
+    seen_tools: list[Any] = []
+
+    @flock.on_model_call
+    async def redact(call: ModelCall, ask: Any, context: RunContext) -> Completion:
+        call.messages = [replace(each, content=each.content.replace("?", "!")) for each in call.messages]
+        seen_tools.append((context.agent_name, call.tools))
+        reply: Completion = await ask(call)
+        return reply
+
+    @flock.on_model_call
+    async def hot(call: ModelCall, ask: Any) -> Completion:
+        call.options["temperature"] = 1
+        reply: Completion = await ask()
+        return reply
+
+    @flock.on_tool_call
+    async def loud(use: ToolUse, call: Any, context: RunContext) -> str:
+        use.arguments["name"] = use.arguments["name"].upper()
+        return f"{await call(use)} for {context.agent_name}"
+
+    model.replies = [Reply(calls=[("look_up", {"name": "x"})]), {"text": "x: ?"}]
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await ended(engine)
+    assert (run.status, run.value) == (RunStatus.COMPLETED, {"text": "x: ?"}), run.error
+    first, second = model.requests
+    assert first.text.startswith('{"q": "!"}')
+    assert first["temperature"] == second["temperature"] == 1
+    assert second["messages"][-1]["content"] == "X: 42 for writer"
+    assert seen_tools == [("writer", ["look_up"])] * 2
+
+
+async def test_a_hook_replaces_or_refuses_the_answer(model: FakeModel) -> None:
+    flock = flock_of()
+
+    @flock.on_model_call
+    async def guard(call: ModelCall, ask: Any) -> str:
+        if "secret" in call.messages[-1].content:
+            raise AgentError("That is secret.")
+        return '{"text": "from the hook"}'
+
+    async with flock.engine(transport=model.transport) as engine:
+        run = await ended(engine)
+        assert (run.value, run.usage) == ({"text": "from the hook"}, None)
+        run = await engine.wait((await engine.submit("writer", {"q": "secret"})).run_id)
+    assert (run.error, run.error_type) == ("That is secret.", "agent_error")
+    assert model.requests == []
+
+
+async def test_all_that_a_hook_asks_is_paid_for(model: FakeModel) -> None:
+    flock = flock_of()
+
+    @flock.on_model_call
+    async def second_opinion(call: ModelCall, ask: Any) -> Completion:
+        await ask()
+        reply: Completion = await ask()
+        return reply
+
+    model.replies = [{"text": "a"}, {"text": "b"}]
+    run = await run_of(flock, model)
+    assert run.value == {"text": "b"}
+    assert run.usage is not None
+    assert run.usage.input_tokens == 20
+    first, second = [request.headers["idempotency-key"] for request in model.requests]
+    assert second == f"{first}/again2"
+
+
+async def test_a_hook_that_fails_or_returns_nonsense_fails_the_run_and_blocking_is_logged(
+    model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    flock = flock_of()
+    returned: list[Any] = [None]
+
+    @flock.on_model_call
+    async def odd(call: ModelCall, ask: Any) -> Any:
+        time.sleep(0.15)  # noqa: ASYNC251 - that is what is logged
+        return returned[0]
+
+    run = await run_of(flock, model)
+    assert run.error == "The hook 'odd' (on_model_call) returned NoneType. Return what the call returns, or a text."
+    assert "The hook 'odd' (on_model_call) has blocked the event loop for 0." in caplog.text
+
+
+async def test_an_error_of_a_hook_around_a_tool_is_read_by_the_model(model: FakeModel) -> None:
+    flock = flock_of(tools=[look_up])
+
+    @flock.on_tool_call
+    async def forbid(use: ToolUse, call: Any) -> Any:
+        if use.arguments["name"] == "y":
+            return await call(ToolUse(name=use.name, arguments={}))
+        raise AgentError(f"{use.name} is closed.")
+
+    calls = [("look_up", {"name": "x"}), ("look_up", {"name": "y"})]
+    model.replies = [Reply(calls=calls), {"text": "a"}]
+    run = await run_of(flock, model)
+    assert run.status is RunStatus.COMPLETED, run.error
+    texts = [message["content"] for message in model.requests[1]["messages"] if message["role"] == "tool"]
+    assert texts[0] == "Error: look_up is closed."
+    assert texts[1].startswith("Error: ")
+
+
+@pytest.mark.parametrize("hook", [lambda call, ask: None, "hook", ModelCall])
+def test_a_hook_must_be_an_async_function(hook: Any) -> None:
+    for add in (Flock().on_model_call, Flock().on_tool_call):
+        with pytest.raises(DefinitionError, match="The hook"):
+            add(hook)
+
+
+async def test_a_step_that_runs_again_reads_what_a_hook_has_replaced(open_engine: OpenEngine, model: FakeModel) -> None:
+    flock = flock_of(tools=[Tool(look_up, needs_approval=True)])
+    names: list[str] = []
+
+    @flock.on_model_call
+    async def replaced(call: ModelCall, ask: Any) -> Completion:
+        reply: Completion = await ask()
+        names.append(reply.tool_calls[0].function.name if reply.tool_calls else "answer")
+        return reply
+
+    @flock.on_tool_call
+    async def instead(use: ToolUse, call: Any) -> str:
+        names.append(use.name)
+        return "7"
+
+    model.replies = [Reply(calls=[("look_up", {"name": "x"})]), {"text": "a"}]
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await engine.submit("writer", {"q": "?"}, is_async=True)
+        run = await until_run(engine, run.run_id, lambda run: bool(run.waiting_for))
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b'{"approved":true}'))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.status, run.value) == (RunStatus.COMPLETED, {"text": "a"}), run.error
+    assert names == ["look_up", "look_up", "answer"]
+    assert model.requests[-1].text == "7"
+
+
+# Prompt caching
+
+
+@pytest.mark.parametrize(("name", "is_marked"), [("openrouter/anthropic/claude-x", True), ("openrouter/gpt-4o", False)])
+def test_the_stable_beginning_of_a_prompt_is_marked_for_the_cache(name: str, is_marked: bool) -> None:
+    def look_up(name: str) -> str:
+        return "42"
+
+    flock = flock_of(model=name, tools=[look_up], examples=[({"q": "a"}, {"text": "b"})])
+    usage = Usage(input_tokens=100, output_tokens=5, cached_tokens=90)
+    with FakeModel([Reply(calls=[("look_up", {"name": "x"})]), Reply({"text": "a"}, usage=usage)]) as model:
+        flock.run("writer", {"q": "?"})
+    for request in model.requests:
+        assert request.agent_name == "writer"
+        marks = [isinstance(message["content"], list) for message in request["messages"]]
+        assert marks == [is_marked] + [False] * (len(marks) - 2) + [is_marked and marks[-1]]
+    if is_marked:
+        [part] = model.requests[0]["messages"][0]["content"]
+        assert part["cache_control"] == {"type": "ephemeral"}
+        assert model.requests[0].text.startswith('{"q": "?"}')
+
+
+# The examples of retrieval
+
+
+async def test_the_example_searches_text() -> None:
+    flock = runpy.run_path(str(EXAMPLES / "search_text.py"))["flock"]
+    call = Reply(calls=[("search", {"words": 'return "my" cup AND NOT ('}), ("search", {"words": "!"})])
+    answer = {"answer": "Within 30 days.", "sources": ["returns"]}
+    with FakeModel([call, answer]) as model:
+        assert await flock.run_async("clerk", {"question": "May I return it?"}) == answer
+    found, nothing = [each["content"] for each in model.requests[1]["messages"] if each["role"] == "tool"]
+    assert [each["name"] for each in msgspec.json.decode(found)][:2] == ["returns", "care"]
+    assert nothing == "[]"
+
+
+async def test_the_example_searches_by_meaning() -> None:
+    """The fake provider embeds a text as whether it is about shipping."""
+
+    def embed(request: httpx.Request) -> httpx.Response:
+        vectors = [[float("ship" in text), float("ship" not in text)] for text in json.loads(request.content)["input"]]
+        return httpx.Response(200, json={"data": [{"embedding": vector} for vector in vectors]})
+
+    names = runpy.run_path(str(EXAMPLES / "search_meaning.py"))
+    flock = names["flock"]
+    async with httpx.AsyncClient(transport=httpx.MockTransport(embed), base_url="http://fake") as client:
+        flock.shared.state = names["Library"](client)
+        with FakeModel([Reply(calls=[("search", {"question": "do you ship?"})]), {"answer": "Yes."}]) as model:
+            assert await flock.run_async("clerk", {"question": "Do you ship?"}) == {"answer": "Yes."}
+    assert msgspec.json.decode(model.requests[1].text)[0].startswith("We ship to Sweden")

@@ -1,6 +1,6 @@
 """A user program with every public name, which mypy and pyright check against the built wheel."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from datetime import UTC, date, datetime
 from typing import Any, Literal, assert_type
@@ -25,6 +25,7 @@ from flock.agents.agent import (
     ToolLike,
 )
 from flock.agents.history import Exchange
+from flock.agents.hooks import ModelCall, ToolUse
 from flock.agents.mcp import mcp_tools
 from flock.agents.tools import Tool
 from flock.core import BatchInputs, Flock, FlockFactory, History, Messages, Model, Price, Result, agent
@@ -77,6 +78,7 @@ from flock.errors import (
     cut,
 )
 from flock.limits import Limits
+from flock.models.completions import Completion, Message
 from flock.runs import (
     DOLLAR,
     INVALID_INPUT,
@@ -226,6 +228,17 @@ flock = Flock(
     state=pool,
     prices={"ollama/llama3.2": Price(input=0.01, output=0.02)},
 )
+
+
+@flock.on_model_call
+async def redact(call: ModelCall, ask: Callable[[ModelCall], Awaitable[Completion]]) -> Completion:
+    assert_type(call.messages, list[Message])
+    return await ask(call)
+
+
+@flock.on_tool_call
+async def count_calls(use: ToolUse, call: Callable[[], Awaitable[Any]], context: RunContext) -> Any:
+    return await call() if use.arguments else context.agent_name
 
 
 async def spent_on(engine: Engine, day: date) -> str:

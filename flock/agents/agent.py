@@ -20,8 +20,10 @@ from flock.agents.conversation import Conversation, Verdict
 from flock.agents.functions import OwnFunction
 from flock.agents.history import EDIT, Exchange, History, as_plain, checked_messages, edited_by, messages_of
 from flock.agents.live import LiveAnswer
+from flock.agents.options import checked_options
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
+from flock.agents.shared import Shared
 from flock.agents.signature import Signature, called, context_parameter, hints_of_function, is_generator, name_of
 from flock.agents.tools import AgentTool, Tool, Toolbox, ToolOfClient, ToolSource, by_name, same_name
 from flock.agents.union import UnionOutput
@@ -36,7 +38,6 @@ from flock.errors import (
     ModelError,
     cut,
 )
-from flock.jsontype import JSONType
 from flock.models.completions import Message, with_user_text
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of, names_of
@@ -77,7 +78,6 @@ NextAgent = (
 )
 
 
-_OPTIONS: JSONType[Any] = JSONType(ModelOptions)
 #: Max characters of the instructions that a function returns.
 MAX_INSTRUCTIONS_CHARS = 100_000
 
@@ -98,6 +98,8 @@ class Resources(msgspec.Struct, frozen=True):
     history: Callable[..., Awaitable[Sequence[Exchange]]] = _no_history
     #: the agents of the flock, by name
     agents: "Mapping[str, Agent]" = {}
+    #: what they share
+    shared: Shared = Shared()
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True):
@@ -454,7 +456,14 @@ class ModelAgent(Agent):
         tools = [*map(ToolOfClient, client.tools), *tools]  # the definitions of the last count, if two are called alike
         models = models_of(self.model, repr(self.name)) or resources.models.default_model
         caller = Caller(is_item=context.is_item, on_wait=context.report_wait)
-        toolbox = Toolbox(by_name(tools), self.max_tool_calls, self.tool_timeout_s, context, resources.call_in_thread)
+        toolbox = Toolbox(
+            by_name(tools),
+            self.max_tool_calls,
+            self.tool_timeout_s,
+            context,
+            resources.call_in_thread,
+            resources.shared.tool_hooks,
+        )
         options = {"max_tokens": self.max_tokens, **self.options, **context.model_options}
         choice = options.get("tool_choice", "auto")
         if choice == "none":
@@ -478,6 +487,7 @@ class ModelAgent(Agent):
                 traceparent=context.traceparent,
             ),
             complete=functools.partial(resources.models.complete, models or None, caller=caller),
+            hooks=resources.shared.model_hooks,
             read=lambda text: self.output.encode(self._answer.decode(text.encode())),
             listen=functools.partial(LiveAnswer, self._answer, self.output, context),
             validate=None if self.validate is None else functools.partial(self._validated, resources, context),
@@ -615,23 +625,6 @@ class ModelAgent(Agent):
             for name, member in self._answer.schema["properties"].items()
         )
         return f"Determine:\n{outputs}\nAnswer with a JSON object only."
-
-
-def checked_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a copy of options of a model. Raises DefinitionError if they are invalid."""
-    if not isinstance(options, Mapping):
-        raise DefinitionError(f"{where} must be a mapping such as {{'top_p': 0.5}}, not {options!r}.")
-    known = ModelOptions.__annotations__
-    if unknown := [name for name in options if name not in known]:
-        raise DefinitionError(
-            f"{where} has an unknown option {unknown[0]!r}.{did_you_mean(str(unknown[0]), known)} Others than "
-            f"{', '.join(known)} belong into extra_body."
-        )
-    try:
-        found: dict[str, Any] = _OPTIONS.decode(msgspec.json.encode(options))
-    except (TypeError, InvalidData) as exc:
-        raise DefinitionError(f"{where} is invalid. {exc}") from exc
-    return found
 
 
 def _tool_of(tool: ToolLike) -> Tool | ToolSource | str:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from flock.agents.hooks import Hook, with_model_hooks
 from flock.agents.tools import Toolbox
 from flock.errors import InvalidData, InvalidOutput, MalformedJSON, ModelError
 from flock.models.completions import Completion, Listener, Message, with_user_text
@@ -32,6 +33,7 @@ class Conversation(msgspec.Struct, kw_only=True):
         models: the names of the models that may answer. The first one identifies their calls in the journal.
         request: the parts that all of its requests share.
         complete: sends a request to the model; see ``ModelClient.complete``.
+        hooks: functions around that. With them nothing is streamed, since they may change the answer.
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
         listen: returns a listener for one reply. It is called if somebody watches the run.
         validate: checks a valid answer; None if all are accepted.
@@ -44,6 +46,7 @@ class Conversation(msgspec.Struct, kw_only=True):
     models: Sequence[str]
     request: Request
     complete: Callable[[Request], Awaitable[Completion]]
+    hooks: Sequence[Hook] = ()
     read: Callable[[str], msgspec.Raw]
     listen: Callable[[], Listener]
     validate: Callable[[str], Awaitable[Verdict]] | None = None
@@ -91,6 +94,18 @@ class Conversation(msgspec.Struct, kw_only=True):
         """Ask the model, or read its reply if it was asked before the step started again."""
         context, model = self.context, next(iter(self.models), "")
 
+        async def pay(request: Request) -> Completion:
+            async with context.reserve(model, (request.messages, request.tools), request.max_tokens):
+                context.check_tokens(self.models)
+                try:
+                    completion = await self.complete(request)
+                except ModelError as exc:
+                    if exc.usage is not None:  # the answer is paid for, even if it cannot be used
+                        context.spend(exc.usage, exc.model)
+                    raise
+                context.spend(completion.usage, completion.model)
+            return completion
+
         async def ask() -> Completion:
             instructions: str | msgspec.UnsetType = msgspec.UNSET
             if self.instruct is not None:
@@ -103,22 +118,14 @@ class Conversation(msgspec.Struct, kw_only=True):
                 options=self._options,
                 # Each call needs its own key, or a provider would return the invalid answer again.
                 idempotency_key=key if number == 1 else f"{key}/{number}",
-                listener=self.listen() if context.is_watched else None,
+                listener=self.listen() if context.is_watched and not self.hooks else None,
                 on_unfinished=context.spend,
             )
-            async with context.reserve(model, (request.messages, request.tools), request.max_tokens):
-                context.check_tokens(self.models)
-                try:
-                    completion = await self.complete(request)
-                except ModelError as exc:
-                    if exc.usage is not None:  # the answer is paid for, even if it cannot be used
-                        context.spend(exc.usage, exc.model)
-                    raise
-                context.spend(completion.usage, completion.model)
+            completion = await with_model_hooks(self.hooks, pay, request, context)
             return self.toolbox.sealed(replace(completion, instructions=instructions))
 
         def needs_more(reply: Completion) -> bool:
-            if reply.tool_calls or reply.text is None or self.validate is not None or self.instruct is not None:
+            if reply.tool_calls or reply.text is None or self.validate or self.instruct or self.hooks:
                 return True
             return not is_last and self._result_of(reply.text)[0] is None
 

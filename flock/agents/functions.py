@@ -2,15 +2,23 @@
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable
+import logging
+import time
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
 import anyio
 
-from flock.agents.signature import called, context_parameter, is_generator
+from flock.agents.signature import called, context_parameter, is_async, is_generator
 from flock.errors import CallError, DefinitionError
 from flock.runs import RunContext
 from flock.scopes import move_on_after_working
+
+logger = logging.getLogger("flock.runs")
+
+#: A function that occupies the event loop for longer is warned of, in seconds.
+BLOCKING_S = 0.1
 
 
 class OwnFunction:
@@ -42,11 +50,37 @@ class OwnFunction:
         Raises: CallError if it does not end within *timeout_s*; any exception of the function.
         Cancellation: a coroutine is cancelled. A thread runs to its end first, or until the timeout.
         """
-        options = {} if self._context is None else {self._context: context}
-        call = functools.partial(self.function, *args, *([context] if self._adds_context else []), **options)
+        call = self.bound(*args, context=context)
         with move_on_after_working(timeout_s):
+            if is_async(call):
+                return await watched(call(), self.option)
             return await called(call, call_in_thread, anyio.current_effective_deadline())
         raise CallError(f"{self.option} did not end within {timeout_s:g} s (tool_timeout_s).")
+
+    def bound(self, *args: Any, context: RunContext) -> Callable[[], Any]:
+        """Return the function with its arguments, and with the context if it has a parameter for it."""
+        options = {} if self._context is None else {self._context: context}
+        return functools.partial(self.function, *args, *([context] if self._adds_context else []), **options)
+
+
+@types.coroutine
+def watched(coroutine: Coroutine[Any, Any, Any], option: str) -> Generator[Any, Any, Any]:
+    """Await *coroutine*, and log a WARNING whenever it has blocked the event loop."""
+    resume: Callable[[Any], Any] = coroutine.send
+    value: Any = None
+    while True:
+        began = time.perf_counter()
+        try:
+            awaited = resume(value)
+        except StopIteration as end:
+            return end.value
+        finally:
+            if (took_s := time.perf_counter() - began) > BLOCKING_S:
+                logger.warning("%s has blocked the event loop for %.1f s. Await asyncio.to_thread(…).", option, took_s)
+        try:
+            value, resume = (yield awaited), coroutine.send
+        except BaseException as exc:  # such as a cancellation
+            value, resume = exc, coroutine.throw
 
 
 def _accepts(function: Any, count: int) -> bool:

@@ -1,8 +1,9 @@
-"""What the agents of a flock share: its state."""
+"""What the agents of a flock share: its state, and its hooks."""
 
 from contextlib import AsyncExitStack
 from typing import Any, Self
 
+from flock.agents.hooks import Hook
 from flock.agents.signature import is_generator
 from flock.errors import CallError, DefinitionError, EngineStopped
 
@@ -20,6 +21,8 @@ class Shared:
         if callable(state) and is_generator(state):
             raise DefinitionError(f"state= is a generator, {state!r}. Decorate it with @asynccontextmanager.")
         self.state = state
+        self.model_hooks: list[Hook] = []
+        self.tool_hooks: list[Hook] = []
 
 
 class State:

@@ -13,6 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.foreign import AnyArguments
+from flock.agents.hooks import Hook, ToolUse, with_tool_hooks
 from flock.agents.secret import hidden, sealed, unsealed
 from flock.agents.signature import Signature, called, context_parameter, is_async, is_generator, name_of
 from flock.errors import CallError, DefinitionError, InvalidData, MalformedJSON, StepError
@@ -337,6 +338,7 @@ class Toolbox(msgspec.Struct):
     timeout_s: float
     context: RunContext
     call_in_thread: Callable[..., Awaitable[Any]]
+    hooks: Sequence[Hook] = ()
     calls_made: int = 0
 
     @property
@@ -388,6 +390,17 @@ class Toolbox(msgspec.Struct):
             raise group.exceptions[0] from group
         return [Message("tool", text, tool_call_id=call.id) for call, text in zip(calls, texts, strict=True)]
 
+    async def _executed(self, tool: Tool, arguments: Any) -> Any:
+        """Execute a tool through the hooks. Raises: what it and they raise; InvalidData for changed arguments."""
+        if not self.hooks:
+            return await tool.execute(arguments, self)
+
+        async def execute(changed: Mapping[str, Any]) -> Any:
+            return await tool.execute(tool.parameters.decode(tool.parameters.encode(changed)), self)
+
+        use = ToolUse(name=tool.name, arguments=msgspec.json.decode(tool.parameters.encode(arguments)))
+        return await with_tool_hooks(self.hooks, execute, use, self.context)
+
     async def _result(self, call: ToolCall, number: str) -> str:
         """Return what the model reads as the result of a call."""
         name, raw = call.function.name, (call.function.arguments.strip() or "{}").encode()
@@ -429,7 +442,7 @@ class Toolbox(msgspec.Struct):
 
         async def execute() -> Any:
             try:
-                return await _not_cancelled(tool.name, tool.execute(arguments, self))
+                return await _not_cancelled(tool.name, self._executed(tool, arguments))
             except (Exception, SystemExit, KeyboardInterrupt) as exc:  # the journal makes an error of an exit
                 values = context.run_id, tool.name, one_line(safe_text(exc)), of_request(context.request_id)
                 details = None if isinstance(exc, StepError) else exc

@@ -29,6 +29,7 @@ def version_of(agent: Agent) -> str:
             if isinstance(tool, Tool)
         ]
         definition += [models, agent.instructions, agent._examples, tools, agent.temperature]
+        definition += [agent.options] if agent.options else []
         definition += [
             _source_of(own.function) for own in (agent.dynamic_instructions, agent.validate) if own is not None
         ]

@@ -53,6 +53,7 @@ from flock.models.requests import (
     rejects_stream,
     rejects_tools,
     streamed,
+    with_cache_marks,
 )
 from flock.models.sse import is_stream
 from flock.models.streams import BYTES_PER_TOKEN, StreamedReply, counted, read_reply
@@ -289,6 +290,9 @@ class ModelClient:
     async def _post(self, sending: _Sending, caller: Caller) -> Any:
         """Return the server's response as JSON, after as many attempts as it takes."""
         endpoint = sending.endpoint
+        if endpoint.has_cache_marks:
+            body = {**sending.body, "messages": with_cache_marks(sending.body["messages"])}
+            sending = replace(sending, body=body)
         # The local model answers one request at a time. Waiting for the lock does not count as a timeout.
         async with self._local_lock if endpoint.is_local else contextlib.nullcontext():
             pace = self._gate(endpoint.account, Pace, endpoint.provider, self._backoff_s)
@@ -521,6 +525,8 @@ async def _complete_with_litellm(request: Request, model: Model) -> Completion:
     litellm = _litellm(request.name)
     part = format_of("text" if request.tools else "json_schema", request)
     options: dict[str, Any] = msgspec.to_builtins({"messages": request.messages, **part})
+    if "claude" in request.name:
+        options["messages"] = with_cache_marks(options["messages"])
     if request.tools:
         options |= {"tools": [function_of(tool) for tool in request.tools], **request.tool_options}
     if request.max_tokens is not None:

@@ -107,6 +107,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         key_variable: the environment variable that the key is from; None if there is no key, or the program has it.
+        has_cache_marks: whether parts of a prompt are marked that the provider is to cache.
         account: identifies the server and the key, whose limits all its calls share.
         limits: the limits that the program has named; see ``Model.limits``.
     """
@@ -120,6 +121,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     is_local: bool = False
     first_format: str = "json_schema"
     has_temperature: bool = True
+    has_cache_marks: bool = False
     key_variable: str | None = None
     account: tuple[str, str, bytes]
     limits: tuple[int | None, int | None, int | None] = (None, None, None)
@@ -250,6 +252,7 @@ async def endpoint_of(model: Model) -> Endpoint:
         is_local=is_local,
         first_format=provider.first_format,
         has_temperature=not (provider.fixed_temperature and re.fullmatch(provider.fixed_temperature, own_name)),
+        has_cache_marks=model.provider == "openrouter" and "claude" in own_name,
         key_variable=key_variable,
         account=(model.provider, base_url, hashlib.sha256(key.encode()).digest()),
         limits=model.limits,

@@ -102,6 +102,19 @@ def _only(tool: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": tool}}
 
 
+def with_cache_marks(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return *messages* with marks for Anthropic's cache: the system message, and the last one if it is the user's.
+
+    What is before a mark is read from the cache when it is sent again, with the tools.
+    """
+    marked: list[dict[str, Any]] = msgspec.to_builtins(messages)
+    for message in (marked[0], marked[-1]):
+        if message["role"] in ("system", "user") and isinstance(message["content"], str):
+            part = {"type": "text", "text": message["content"], "cache_control": {"type": "ephemeral"}}
+            message["content"] = [part]
+    return marked
+
+
 def next_step(request: Request) -> Request:
     """Return the request that asks for the next step as JSON, in place of a tool call."""
     choice = request.options.get("tool_choice", "auto")

@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.agent import Agent, ModelAgent, checked_options
+from flock.agents.agent import Agent, ModelAgent
 from flock.agents.handoff import inputs_for, next_agent
+from flock.agents.options import checked_options
 from flock.errors import CallError, DefinitionError, InvalidData, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import JSON_NULL, Run, RunContext, Step, now

@@ -341,7 +341,7 @@ class StepExecutor:
         """Execute *agent*. If it uses its context, there is a journal of its calls."""
         started_at, batch = now(), _batch_of(run)
         call_in_thread = functools.partial(self._call_in_thread, active, batch)
-        resources = Resources(self.models, call_in_thread, active.history, self.agents)
+        resources = Resources(self.models, call_in_thread, active.history, self.agents, self.shared)
         usage, model, call_count = None, None, 0
         if agent.uses_context:
             journal = await self._journal(active, run, agent, resources, is_again=is_again)
