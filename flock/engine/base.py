@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import sys
+import time
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -555,7 +556,7 @@ class EngineBase(Engine):
                         yield missed
                     reader.live.passed(event)
                 if event is None:
-                    at = anyio.current_time()
+                    at = time.monotonic()  # anyio's clock takes as long as to send a piece
                     idle_since = idle_since or at
                     if at >= idle_since + KEEP_ALIVE_S - WAKE_INTERVAL_S:
                         yield None
