@@ -543,7 +543,10 @@ class EngineBase(Engine):
                         yield piece
                         await share.checkpoint()
                         piece = next(pieces, None)
-                    idle_since = None
+                    idle_since = time.monotonic()
+                    if key is None:  # at the latest when there is more of either, another look follows
+                        await reader.changed()
+                        share = FairShare()
                     continue
                 flushed = None
                 if event is not None and run is not None:
