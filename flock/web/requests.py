@@ -69,8 +69,10 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
 
     Raises InvalidData, which names the parameter.
     """
-    if not request.scope["query_string"] and not defaults and (query := _without_parameters(type_)) is not None:
-        return query
+    if not request.scope["query_string"] and not defaults:
+        query: Query | None = _without_parameters(type_)
+        if query is not None:
+            return query
     sent = request.query_params.multi_items() if request.scope["query_string"] else []
     fields = _fields_of(type_)
     # An auth= function may read parameters of its own, such as a token.
