@@ -90,6 +90,7 @@ from flock.web.requests import (
     while_connected,
 )
 from flock.web.responses import (
+    PIECE_BYTES,
     EventStream,
     JSONResponse,
     LimitedStream,
@@ -275,6 +276,9 @@ class FlockAPI(Starlette):
             if message["type"] == "http.response.start":
                 status_code = message["status"]
                 add_headers(message, request_id, route_match.headers)
+            if len(message.get("body", b"")) <= PIECE_BYTES:
+                await send(message)
+                return
             for part in split_message(message):
                 await send(part)
 
@@ -765,7 +769,10 @@ async def run_response(
     has_begun = run.started_at is not None or run.attempt > 1
     may_have_calls = any(step.call_count for step in run.steps) or (has_begun and run.next_agent_name is not None)
     calls = await engine.get_calls(run) if may_have_calls else {}
-    results = {at: await engine.shown_result(run, at) for at in (None, *range(len(run.steps)))}
+    result, results = (
+        await engine.shown_result(run),
+        [await engine.shown_result(run, at) for at in range(len(run.steps))],
+    )
     calls_at = {at: [wire.run_call(call) for call in made] for at, made in calls.items() if made}
     steps = [
         wire.shown_with_costs(wire.RunStep, step, result=results[at], calls=calls_at.get(at, msgspec.UNSET))
@@ -774,20 +781,26 @@ async def run_response(
     body = wire.shown_with_costs(
         wire.FlockAPIResponse,
         run,
-        result=results[None],
+        result=result,
         steps=steps,
         calls=calls_at.get(len(run.steps), msgspec.UNSET),
         **waits_of(run),
     )
     headers = {"Flock-Run-Status": run.status.value, **(headers or {})}
     headers |= _accepted(request, f"/run/{run.run_id}", status_code)
-    if any(isinstance(result, LongJSON) for result in results.values()):
+    if any(isinstance(each, LongJSON) for each in (result, *results)):
         return LongResponse(body, status_code, headers, is_head=request.method == "HEAD")
     return JSONResponse(body, status_code, headers)
 
 
+#: ``waits_of`` a run that waits for nothing.
+NO_WAITS: dict[str, Any] = {"waiting_for": msgspec.UNSET, "waits": msgspec.UNSET}
+
+
 def waits_of(run: Run) -> dict[str, Any]:
     """Return ``waiting_for``, the open questions of *run*, and ``waits``, its sleeps and awaited messages."""
+    if not run.waiting_for:
+        return NO_WAITS
     others = [
         wire.Wait(kind=wait.kind, name=wait.question or msgspec.UNSET, since=wait.asked_at, until=wait.expires_at)
         for wait in (run.waiting_for if run.status is RunStatus.WAITING else ())

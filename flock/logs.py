@@ -1,8 +1,13 @@
-"""Log records as JSON, one object per line, for log collectors. Used by ``--log-json``, and by hosts that choose it."""
+"""The lines of a log: as JSON for log collectors, and a handler that never waits for who reads them."""
 
+import asyncio
+import contextlib
+import io
 import logging
+import os
+import select
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 
@@ -43,6 +48,91 @@ class JSONFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = safe_text(self.formatException(record.exc_info))
         return for_terminal(msgspec.json.encode(line).decode())
+
+
+#: A pipe that can be written takes at least this much without waiting; ``select.PIPE_BUF`` is not more anywhere.
+CHUNK_BYTES = min(4096, select.PIPE_BUF)
+#: Max size of the lines that wait for a reader. Those beyond it are dropped.
+MAX_WAITING_BYTES = 1024 * 1024
+#: How often it is tried whether somebody reads the log again, in seconds.
+RETRY_S = 0.1
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Writes the lines of one turn of the event loop together. Outside of an event loop it writes each at once.
+
+    It never waits: while a pipe is full, up to ``MAX_WAITING_BYTES`` of lines wait. The others are dropped, and their
+    number is logged when there is room again.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
+        self._waiting = bytearray()
+        self._dropped = 0
+        #: the loop that is going to call ``flush``
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = f"{self.format(record)}{self.terminator}".encode("utf-8", "backslashreplace")
+        except Exception:
+            self.handleError(record)
+            return
+        if len(self._waiting) + len(line) <= MAX_WAITING_BYTES:
+            self._waiting += line
+        else:
+            self._dropped += 1
+        loop = asyncio._get_running_loop()  # unlike the public function, it raises nothing where none is running
+        if loop is None:
+            self.flush()
+        elif self._loop is not loop:
+            self._loop = loop
+            loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Write as much as is taken without waiting. In an event loop, the rest follows."""
+        with self.lock or contextlib.nullcontext():
+            self._loop = None
+            try:
+                while self._waiting and self._has_room():
+                    # Whole lines, since several processes may write to one pipe.
+                    end = self._waiting.rfind(b"\n", 0, CHUNK_BYTES) + 1 or CHUNK_BYTES
+                    del self._waiting[: self._write(bytes(self._waiting[:end]))]
+                    if not self._waiting and self._dropped:
+                        self._waiting += self._note_of_dropped()
+            except BlockingIOError:
+                pass
+            except (OSError, ValueError, AttributeError):  # nobody can read it any more
+                self._waiting.clear()
+            loop = asyncio._get_running_loop()
+            if self._waiting and loop is not None:
+                self._loop = loop
+                loop.call_later(RETRY_S, self.flush)
+
+    def _note_of_dropped(self) -> bytes:
+        dropped, self._dropped = self._dropped, 0
+        text = "%d lines were dropped here, because nobody has read the log for a while."
+        record = logging.LogRecord("flock.server", logging.WARNING, "", 0, text, (dropped,), None)
+        return f"{self.format(record)}{self.terminator}".encode()
+
+    def _has_room(self) -> bool:
+        try:
+            descriptor = self.stream.fileno()
+        except io.UnsupportedOperation:
+            return True
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        return bool(poll.poll(0))
+
+    def _write(self, data: bytes) -> int:
+        """Write *data*, and return how much of it."""
+        try:
+            descriptor = self.stream.fileno()
+        except io.UnsupportedOperation:
+            self.stream.write(data.decode("utf-8", "replace"))
+            self.stream.flush()
+            return len(data)
+        return os.write(descriptor, data)
 
 
 def _as_json(value: Any) -> msgspec.Raw | str:

@@ -205,6 +205,38 @@ async def test_who_joins_late_gets_one_snapshot_and_then_deltas() -> None:
 
 
 @pytest.mark.anyio
+async def test_readers_at_the_same_place_get_the_same_event() -> None:
+    live = LiveOutput(10**6)
+    context = context_of(live)
+    with live.reader(0, reasoning=False) as one, live.reader(0, reasoning=False) as other:
+        with live.reader(0, reasoning=True) as curious:
+            context.emit("a", "text")
+            for reader in (one, other, curious):
+                list(reader.events(STEP))
+            context.emit("b", "text")
+            (piece,) = one.events(STEP)
+            (same,) = other.events(STEP)
+            assert same is piece
+            assert not other.has_news
+
+            context.emit("c", "text")
+            assert len(list(one.events(STEP))) == 1
+            context.emit_reasoning("why")
+            assert [event.data["text"] for event in other.events(STEP)] == ["c"], (
+                "it changed since, so it is made again"
+            )
+            assert [event.data["text"] for event in curious.events(STEP)] == ["why", "bc"]
+
+            context.reset_output()
+            context.emit("d", "text")
+            assert [event.name for event in one.events(STEP)] == ["output.reset", "output.delta"]
+            assert [event.name for event in other.events(STEP)] == ["output.reset", "output.delta"]
+            context.emit("e", "text")
+            assert [event.data["text"] for event in other.events(STEP)] == ["e"]
+            assert [event.data["text"] for event in one.events(STEP)] == ["e"]
+
+
+@pytest.mark.anyio
 async def test_halves_of_characters_arrive_as_what_can_be_sent() -> None:
     """In text and in reasoning, each on its own."""
     live = LiveOutput(10**6)

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flock.core import Flock
 from flock.errors import AgentError, DefinitionError
-from flock.logs import JSONFormatter
+from flock.logs import MAX_WAITING_BYTES, JSONFormatter, LineHandler
 from flock.runs import Batch, BatchOptions, Engine, Observer, Run, RunContext, RunStatus, new_id, now
 from flock.store.migrations import MIGRATIONS
 from flock.store.store import SQLiteStore
@@ -293,6 +293,67 @@ async def metrics_of(client: httpx.AsyncClient) -> dict[str, float]:
     response = await client.get("/metrics")
     assert response.headers["Content-Type"].startswith("text/plain; version=")
     return values_in(response.text)
+
+
+def test_a_log_that_nobody_reads_stops_no_server_and_the_lost_lines_are_counted() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "w") as writer:
+        handler = LineHandler(writer)
+        total = 3 * MAX_WAITING_BYTES // 100
+        for number in range(total):
+            handler.emit(logging.makeLogRecord({"msg": f"{number:99d}"}))  # outside of an event loop, at once
+
+        os.set_blocking(reading, False)
+        read = b""
+        while more := reader.read():
+            read += more
+            handler.flush()
+    *lines, note = read.decode().splitlines()
+    assert [int(line) for line in lines] == list(range(len(lines))), "whole lines, in order"
+    assert MAX_WAITING_BYTES // 100 <= len(lines) < total
+    assert note == f"{total - len(lines)} lines were dropped here, because nobody has read the log for a while."
+
+
+async def test_the_lines_of_one_turn_of_the_event_loop_are_written_together() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "w") as writer:
+        os.set_blocking(reading, False)
+        handler = LineHandler(writer)
+        for text in ("first", "second"):
+            handler.emit(logging.makeLogRecord({"msg": text}))
+        assert reader.read() is None
+
+        await anyio.lowlevel.checkpoint()
+        assert reader.read() == b"first\nsecond\n"
+
+        os.set_blocking(writing, False)
+        while True:
+            try:
+                os.write(writing, b"x" * 4096)
+            except BlockingIOError:
+                break
+        handler.emit(logging.makeLogRecord({"msg": "third"}))
+        await anyio.lowlevel.checkpoint()
+        assert b"third" not in (reader.read() or b""), "the pipe was full"
+        with anyio.fail_after(PATIENCE_S):
+            await anyio.wait_readable(reading)  # without another line
+        assert reader.read() == b"third\n"
+
+
+def test_a_log_whose_reader_has_gone_is_dropped() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as writer:
+        os.close(reading)
+        handler = LineHandler(writer)
+        handler.emit(logging.makeLogRecord({"msg": "lost"}))
+        handler.flush()
+
+
+def test_a_log_without_a_file_descriptor_is_written() -> None:
+    stream = io.StringIO()
+    handler = LineHandler(stream)
+    handler.emit(logging.makeLogRecord({"msg": "kept"}))
+    assert stream.getvalue() == "kept\n"
 
 
 async def test_metrics_count_runs_steps_tokens_retries_and_requests(

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn
 
 import anyio
 import msgspec
+import sniffio
 import uvicorn
 import uvicorn.config
 import uvicorn.logging
@@ -538,6 +539,8 @@ def log_config(as_json: bool) -> dict[str, Any]:
     """Return the configuration of the log of a command, which goes to stderr."""
     config: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     config["formatters"]["default"]["()"] = _TextFormatter
+    for handler in config["handlers"].values():
+        handler["class"] = "flock.logs.LineHandler"
     if as_json:
         config["formatters"] = {key: {"()": "flock.logs.JSONFormatter"} for key in config["formatters"]}
     config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
@@ -631,6 +634,13 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._settings = settings
         self._is_passed, self._on_start = is_passed, on_start
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        sniffio.thread_local.name = "asyncio"  # anyio asks in each of its calls, and would look for the current task
+        try:
+            await super().serve(sockets)
+        finally:
+            sniffio.thread_local.name = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import sys
+import time
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -542,7 +543,10 @@ class EngineBase(Engine):
                         yield piece
                         await share.checkpoint()
                         piece = next(pieces, None)
-                    idle_since = None
+                    idle_since = time.monotonic()
+                    if key is None:  # at the latest when there is more of either, another look follows
+                        await reader.changed()
+                        share = FairShare()
                     continue
                 flushed = None
                 if event is not None and run is not None:
@@ -555,7 +559,7 @@ class EngineBase(Engine):
                         yield missed
                     reader.live.passed(event)
                 if event is None:
-                    at = anyio.current_time()
+                    at = time.monotonic()  # anyio's clock takes as long as to send a piece
                     idle_since = idle_since or at
                     if at >= idle_since + KEEP_ALIVE_S - WAKE_INTERVAL_S:
                         yield None

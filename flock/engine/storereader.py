@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import anyio.lowlevel
 from msgspec.structs import replace
 
 from flock.engine.base import RunReader
@@ -19,6 +20,8 @@ class StoreReader(RunReader):
         changed_outline: returns the version of a stored run, and its outline unless that version is known already.
         output: the live output of the run, of which *live* is its reader.
     """
+
+    live: LiveReader
 
     def __init__(
         self,
@@ -37,7 +40,6 @@ class StoreReader(RunReader):
         self._output = output
         self._version: Any = None
         self._outline: Run | None = None
-        self._change = output.changed
         self._news = self._seen_news = -1
         #: the attempt and position of a step, the number of the first call of the last page, and the page with its rows
         self._step, self._first = (0, 0), 0
@@ -79,8 +81,10 @@ class StoreReader(RunReader):
         self._seen_news = self._news
 
     async def changed(self) -> None:
-        await self._change.wait()
-        self._change = self._output.changed
+        if self.has_news or self.live.has_unseen:  # since the last look
+            await anyio.lowlevel.checkpoint()
+        else:
+            await self._output.changed.wait()
 
     async def present(self, event: Event, run: Run) -> Event:
         if event.data.get("result") is None or event.name == "call.completed":

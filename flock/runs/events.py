@@ -24,11 +24,15 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """An event of a run or a batch. Ids increase; events of which only the latest is stored have none.
 
     In *data*, ``result`` is a ``LongJSON`` if it is long and the engine can read it from the store.
+
+    Attributes:
+        sent: what the first of its readers has made of it, for the others.
     """
 
     id: int | None
     name: str
     data: dict[str, Any]
+    sent: bytes = b""
 
 
 #: Ranges of event ids that are reserved for each attempt, and in it for each step. JavaScript can read them all.

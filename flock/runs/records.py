@@ -922,9 +922,11 @@ def shown_as(type_: type[T], record: Any, **more: Any) -> T:
     A field that is None is absent if its type allows that and not null.
     """
     names, values_of, without_null = _shared_fields(type_, tuple(more))  # type: ignore[arg-type]
-    values = dict(zip(names, values_of(record), strict=True)) | more
-    absent = {name: msgspec.UNSET for name in without_null if values[name] is None}
-    return type_(**values | absent)
+    values = dict(zip(names, values_of(record), strict=True), **more)
+    for name in without_null:
+        if values[name] is None:
+            values[name] = msgspec.UNSET
+    return type_(**values)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import msgspec
@@ -136,6 +136,8 @@ class LiveOutput:
         self._writers: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
         self._done: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
         self.changes = self._done_chars = 0
+        #: the last piece of text that a reader got alone, with reasoning and without, for others at the same place
+        self.shared: dict[bool, _Shared] = {}
 
     @property
     def chars(self) -> int:
@@ -423,6 +425,28 @@ class _Place:
         self.sent: dict[str, int] = {}
         self.reasoning = 0
 
+    def is_before(self, piece: "_Shared") -> bool:
+        """Whether a reader at this place has all but *piece*."""
+        is_same = (self.created, self.resets) == (piece.created, piece.resets)
+        return is_same and not self.wants_snapshot and self.sent.get(piece.field) == piece.start
+
+
+class _Shared(NamedTuple):
+    """A piece of text, which is all that changed after the change number *since* until *seen*.
+
+    *sent* and *start* are the length of the text with the piece and without it.
+    """
+
+    since: int
+    seen: int
+    key: tuple[int, str]
+    created: int
+    resets: int
+    field: str
+    start: int
+    sent: int
+    event: Event
+
 
 class LiveReader:
     """One reader of a live output. A late one gets the earlier output as one ``output.snapshot``.
@@ -447,16 +471,44 @@ class LiveReader:
     @property
     def has_news(self) -> bool:
         """Whether there may be something new. Reading it without the lock is safe: each change wakes the readers."""
-        return bool(self._pending) or self._seen != self._live.changes
+        return bool(self._pending) or self.has_unseen
+
+    @property
+    def has_unseen(self) -> bool:
+        """Whether anything has changed since ``events`` was last called."""
+        return self._seen != self._live.changes
 
     def events(self, after: int) -> Iterator[Event]:
         """Yield what is new in the steps whose ``step.started`` is not after the id *after*.
 
         A reader that does not take all events gets the others from the next call.
         """
-        changed, self._seen = self._live.changed_since(self._seen)
+        shared, since = self._live.shared.get(self._has_reasoning), self._seen
+        if shared is not None and not self._pending and (shared.since, shared.seen) == (since, self._live.changes):
+            place = self._places.get(shared.key)
+            if place is not None and place.is_before(shared):
+                place.sent[shared.field], self._seen = shared.sent, shared.seen
+                yield shared.event
+                return
+        changed, self._seen = self._live.changed_since(since)
+        seen, place = self._seen, None
+        if len(changed) == 1 and not self._pending:
+            place = self._places.get(changed[0].key)
         for written in changed:
             self._pending[written.key] = written
+        found = self._pending_events(after)
+        for first in found:
+            yield first
+            second = next(found, None)
+            if second is not None:
+                yield second
+                yield from found
+            elif place is not None and first.name == "output.delta":
+                field, sent = first.data["field"], place.sent[first.data["field"]]
+                of = changed[0].key, place.created, place.resets, field, sent - len(first.data["text"]), sent
+                self._live.shared[self._has_reasoning] = _Shared(since, seen, *of, first)
+
+    def _pending_events(self, after: int) -> Iterator[Event]:
         for written in list(self._pending.values()):
             if started_id(written.attempt, written.position) <= after:
                 is_all = yield from self._events_of(written)

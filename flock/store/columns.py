@@ -55,11 +55,16 @@ def names_json(names: Iterable[str]) -> str:
     return msgspec.json.encode(sorted(names)).decode()
 
 
+_CHECK_JSON = msgspec.json.Decoder(msgspec.Raw).decode
+
+
 def _json(stored: bytes) -> msgspec.Raw:
     """Return stored JSON. Raises ValueError if it is invalid. The check takes a microsecond for 3 kB."""
     stored.decode()
-    with contextlib.suppress(RecursionError):  # valid but deeply nested JSON is not damage
-        msgspec.json.decode(stored, type=msgspec.Raw)
+    try:
+        _CHECK_JSON(stored)
+    except RecursionError:  # valid but deeply nested JSON is not damage
+        pass
     return msgspec.Raw(stored)
 
 
@@ -330,24 +335,35 @@ class _LastStep(NamedTuple):
     agent_name: str
     usage: Usage | None
     attempt: int
-    started_at: int | None
-    completed_at: int | None
+    started_at: int
+    completed_at: int
     call_count: int = 0
     model: str | None = None
 
 
 def last_step_of(run: Run) -> bytes:
     step = run.steps[-1]
-    times = micros(step.started_at), micros(step.completed_at)
+    times = micros(step.started_at) or 0, micros(step.completed_at) or 0
     return msgspec.json.encode(
         _LastStep(step.agent_name, step.usage, step.attempt, *times, step.call_count, step.model)
     )
 
 
+_LAST_STEP = msgspec.json.Decoder(_LastStep)
+
+
 def _last_step_from(stored: bytes, result: msgspec.Raw) -> Step:
-    last = msgspec.json.decode(stored, type=_LastStep)
-    times = {"started_at": time_from(last.started_at or 0), "completed_at": time_from(last.completed_at or 0)}
-    return Step(result=result, **last._asdict() | times)
+    last = _LAST_STEP.decode(stored)
+    return Step(
+        agent_name=last.agent_name,
+        result=result,
+        usage=last.usage,
+        attempt=last.attempt,
+        call_count=last.call_count,
+        model=last.model,
+        started_at=EPOCH + last.started_at * MICROSECOND,
+        completed_at=EPOCH + last.completed_at * MICROSECOND,
+    )
 
 
 @_raising_damaged

@@ -212,10 +212,14 @@ def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -
     Raises Damaged if its row is damaged, unless the run has already failed because of the damage.
     """
     try:
-        row = read_row(db, statements.OUTLINE_COLUMNS if is_outline else statements.RUN_COLUMNS, "run_id", run_id)
+        with _DetectingDamage():
+            row = db.execute(statements.OUTLINE_OF_RUN if is_outline else statements.WHOLE_RUN, (run_id,)).fetchone()
+        if row is None:
+            return None
+        *columns, has_steps = row
         steps = statements.OUTLINED_STEPS if is_outline else statements.STEPS
-        run = None if row is None else run_from(row, find_steps(db, run_id, steps))
-        return run if run is None or not is_outline else replace(run, inputs=NOT_LOADED)
+        run = run_from(columns, find_steps(db, run_id, steps) if has_steps else ())
+        return replace(run, inputs=NOT_LOADED) if is_outline else run
     except Damaged:
         row = _read_remains(db, run_id)
         if not is_known_damage(row):
@@ -224,13 +228,13 @@ def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -
 
 
 def find_steps(db: sqlite3.Connection, run_id: str, query: str = statements.STEPS) -> tuple[Step, ...]:
-    with _detecting_damage():
+    with _DetectingDamage():
         return tuple(map(step_from, db.execute(query, (run_id,))))
 
 
 def read_row(db: sqlite3.Connection, columns: str, name: str, value: Any) -> Any:
     """Return the row of ``runs`` with *value* in the column *name*, or None. Raises Damaged."""
-    with _detecting_damage():
+    with _DetectingDamage():
         return db.execute(statements.find_run(columns, name), (value,)).fetchone()
 
 
@@ -245,17 +249,18 @@ def _read_remains(db: sqlite3.Connection, run_id: str) -> Any:
         db.text_factory = str
 
 
-@contextlib.contextmanager
-def _detecting_damage() -> Iterator[None]:
-    """Raise Damaged for errors of SQLite and its driver that concern a single row."""
-    try:
-        yield
-    except sqlite3.DatabaseError as exc:
-        if "Could not decode to UTF-8" in str(exc):
-            raise Damaged(exc) from exc
-        if type(exc) is sqlite3.DatabaseError:  # SQLITE_CORRUPT
-            raise Damaged(exc, is_writable=False) from exc
-        raise
+class _DetectingDamage:
+    """Raises Damaged for errors of SQLite and its driver that concern a single row. A generator would take longer."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, exc: BaseException | None, __: object) -> None:
+        if isinstance(exc, sqlite3.DatabaseError):
+            if "Could not decode to UTF-8" in str(exc):
+                raise Damaged(exc) from exc
+            if type(exc) is sqlite3.DatabaseError:  # SQLITE_CORRUPT
+                raise Damaged(exc, is_writable=False) from exc
 
 
 def rows_of(
@@ -267,7 +272,7 @@ def rows_of(
     """Yield the rows of *query*, a function of the columns. Of a damaged row, yield as much as can be read."""
     yielded = 0
     try:
-        with _detecting_damage():
+        with _DetectingDamage():
             for row in db.execute(query(columns), values):
                 yield row[: len(RUN_TABLE)]
                 yielded += 1
@@ -421,7 +426,7 @@ def find_calls(db: sqlite3.Connection, run: Run, position: int, after_row: int, 
     Raises Damaged.
     """
     page, bytes_left = list[tuple[int, Call]](), PAGE_BYTES
-    with _detecting_damage():
+    with _DetectingDamage():
         for row, *values in db.execute(statements.CALLS, (run.run_id, position, tries, after_row)):
             page.append((row, call := call_from(values)))
             bytes_left -= CALL_BYTES + len(call.result)
@@ -433,7 +438,7 @@ def find_calls(db: sqlite3.Connection, run: Run, position: int, after_row: int, 
 def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call]]:
     """Return the calls of each step of a run, in the order in which they finished. Raises Damaged."""
     found: dict[int, list[Call]] = {}
-    with _detecting_damage():
+    with _DetectingDamage():
         left = MAX_SHOWN_CALLS
         for (position,) in db.execute(statements.POSITIONS, (run_id,)).fetchall():
             values = (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, position, left)
@@ -456,7 +461,7 @@ def find_next_calls(
     Only the arguments of questions are read. Raises Damaged.
     """
     values = (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, position, after_row, CALLS_PER_PAGE, number)
-    with _detecting_damage():
+    with _DetectingDamage():
         return [(row, shown_call_from(call)) for row, *call in db.execute(statements.NEXT_CALLS, values)]
 
 

@@ -69,6 +69,12 @@ def find_run(columns: str, name: str = "run_id") -> str:
     return f"SELECT {columns} FROM runs WHERE {name} = ?"
 
 
+#: A run, or its outline, and whether it has rows in ``steps``, which the shortest runs do not.
+_HAS_STEPS = "EXISTS (SELECT 1 FROM steps WHERE steps.run_id = runs.run_id)"
+WHOLE_RUN = find_run(f"{RUN_COLUMNS}, {_HAS_STEPS}")
+OUTLINE_OF_RUN = find_run(f"{OUTLINE_COLUMNS}, {_HAS_STEPS}")
+
+
 @functools.lru_cache
 def insert_run(columns: tuple[str, ...]) -> str:
     """Return a statement that inserts a run. The columns that are not in *columns* are NULL."""

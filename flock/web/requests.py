@@ -58,11 +58,21 @@ def _fields_of(type_: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.Fiel
     return {field.encode_name: field for field in msgspec.structs.fields(type_)}
 
 
+@functools.cache
+def _without_parameters(type_: type[Query]) -> Query | None:
+    """Return the query of a request that has none; None if a parameter is required."""
+    return None if any(field.required for field in _fields_of(type_).values()) else type_()
+
+
 def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
     """Return the query as a struct. *defaults* replace missing parameters.
 
     Raises InvalidData, which names the parameter.
     """
+    if not request.scope["query_string"] and not defaults:
+        query: Query | None = _without_parameters(type_)
+        if query is not None:
+            return query
     sent = request.query_params.multi_items() if request.scope["query_string"] else []
     fields = _fields_of(type_)
     # An auth= function may read parameters of its own, such as a token.

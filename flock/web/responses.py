@@ -47,11 +47,16 @@ class JSONResponse(Response):
 
 def add_headers(start: Message, request_id: str, more: Mapping[str, str]) -> None:
     """Add the request id, *more* headers, and defaults that prevent caching and sniffing to the start of a response."""
-    headers = MutableHeaders(scope=start)
-    headers.update({"X-Request-ID": request_id, **more})
-    headers.setdefault("X-Content-Type-Options", "nosniff")
-    if "ETag" not in headers:  # it is there for caches
-        headers.setdefault("Cache-Control", "no-store")
+    if more:
+        MutableHeaders(scope=start).update(more)
+    headers = [header for header in start.get("headers", ()) if header[0] != b"x-request-id"]
+    names = {name for name, _ in headers}
+    headers.append((b"x-request-id", request_id.encode()))
+    if b"x-content-type-options" not in names:
+        headers.append((b"x-content-type-options", b"nosniff"))
+    if b"cache-control" not in names and b"etag" not in names:  # the latter is there for caches
+        headers.append((b"cache-control", b"no-store"))
+    start["headers"] = headers
 
 
 def split_message(message: Message) -> Iterator[Message]:
@@ -157,8 +162,10 @@ async def long_event(content: Any) -> AsyncGenerator[bytes, None]:
 
 def _delta(event: Event) -> bytes:
     """Return a piece of text, without what the last ``step.started``, or ``call.started`` of the call, has said."""
-    shown = {name: event.data[name] for name in ("call_id", "field", "text") if name in event.data}
-    return sent_event(shown, event.name)
+    if not event.sent:
+        shown = {name: event.data[name] for name in ("call_id", "field", "text") if name in event.data}
+        msgspec.structs.force_setattr(event, "sent", sent_event(shown, event.name))
+    return event.sent
 
 
 def _escaped(text: bytes) -> bytes:

@@ -54,6 +54,8 @@ class AppRoute(Route):
         super().__init__(path, endpoint, methods=methods.split(), **options)
         self.app = self._respond
         self.needs = needs
+        #: what all paths of the route begin with, so that most routes need no regular expression to be ruled out
+        self.beginning = path.partition("{")[0]
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Like the app of ``Route``, which also handles exceptions. Here the app handles them, once."""
@@ -116,6 +118,8 @@ class AppRouter(Router):
         self._origins = origins
         self._max_header_bytes = max_header_bytes
         self._rate = rate
+        #: for routes that need no admin
+        self._checks_access = auth is not None or rate is not None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -128,7 +132,7 @@ class AppRouter(Router):
         try:
             is_protected = self._is_anonymous and route is not None and needs != "nothing"
             self._check_headers(scope, is_protected=is_protected)
-            if needs != "nothing":
+            if needs == "admin" or (needs != "nothing" and self._checks_access):
                 await self._authorise(scope, route_match, needs)
         except (HTTPException, FlockError) as exc:
             if scope["type"] == "websocket":
@@ -145,7 +149,10 @@ class AppRouter(Router):
     def _match(self, scope: Scope) -> tuple[BaseRoute | None, Scope]:
         """Return the route for *scope*, and its additions to the scope."""
         partial: tuple[BaseRoute | None, Scope] = None, {}
+        path = None if scope.get("root_path") else scope["path"]
         for route in self.routes:
+            if path is not None and isinstance(route, AppRoute) and not path.startswith(route.beginning):
+                continue
             match, child_scope = route.matches(scope)
             if match is Match.FULL:
                 return route, child_scope

@@ -685,8 +685,9 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 def shown_with_costs(type_: type[T], record: Any, **more: Any) -> T:
     """Like ``shown_as``, with ``usage`` and ``cost``."""
-    of_batch = {"max_cost": record.options.max_cost} if isinstance(record, Batch) else {}
-    return shown_as(type_, record, **more, **of_batch, **{"cost": None, **_costs(record.usage)})
+    if isinstance(record, Batch):
+        more["max_cost"] = record.options.max_cost
+    return shown_as(type_, record, **more, **{"cost": None, **_costs(record.usage)})
 
 
 def asked_question(asked: records.AskedQuestion) -> AskedQuestion:
@@ -715,7 +716,7 @@ def _usage_entry(row: UsageRow, by: tuple[str, ...]) -> UsageEntry:
 def _costs(usage: RecordedUsage | None) -> dict[str, Any]:
     """Return the members ``usage`` and ``cost``."""
     shown = shown_usage(usage)
-    return {**shown, "usage": None if shown["usage"] is None else Usage(**shown["usage"])}
+    return shown if usage is None else {**shown, "usage": Usage(**shown["usage"])}
 
 
 def after_usage(page: UsagePage, by: tuple[str, ...]) -> str | None:
