@@ -20,7 +20,9 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import UTC, datetime, timedelta
+from types import FunctionType
 from typing import Any, Literal, NoReturn, cast
+from weakref import WeakKeyDictionary
 
 import anyio
 import anyio.lowlevel
@@ -29,7 +31,7 @@ from msgspec import UnsetType
 from msgspec.structs import replace
 
 from flock.agents.questions import ASK, RECEIVE, SLEEP, TIMEOUT, TIMER, message_json, question_json, schema_of
-from flock.agents.signature import context_parameter, hints_of_function, is_async, name_of
+from flock.agents.signature import hints_of_function, is_async, name_of
 from flock.agents.tools import MAX_EXPIRES_S
 from flock.errors import CallError, SignatureError, Uncertain, cut
 from flock.pydanticmodel import from_json, to_json_and_back
@@ -180,6 +182,7 @@ class Journal:
         self._equal: defaultdict[str, _Equal] = defaultdict(_Equal)
         #: what the functions of calls execute, by the parent, the label and the key of the call
         self._codes: dict[tuple[str, str, str], object] = {}
+        self._signatures = WeakKeyDictionary[FunctionType, tuple[inspect.Signature | None, dict[str, Any]]]()
         self._is_closed = self._is_over = False
         self._save_error: BaseException | None = None
         #: the tokens used in each unfinished call, by its id; those of the step outside of calls are under ""
@@ -264,9 +267,9 @@ class Journal:
         label = re.sub(r"[^A-Za-z0-9_.-]", "_", name_of(function))
         check_in_loop(context)
         options, kwargs = _options(label, function, kwargs, options)
-        args, kwargs = _with_context(context, function, args, kwargs)
-        arguments = _arguments(label, function, args, kwargs, options.name)
-        hints = _hints(label, function)
+        signature, hints = self._signature_of(label, function)
+        args, kwargs = _with_context(context, function, hints, args, kwargs)
+        arguments = _arguments(label, signature, args, kwargs, options.name)
         call_key = "" if options.keep == "all" else self.call_key
         key = options.name or digest_of(label, function, arguments, hints, version=self.call_ids, key=call_key)
         self._check_code(label, key, function)
@@ -278,6 +281,21 @@ class Journal:
             decode=functools.partial(_decode, label, hints.get("return", Any)),
             at_most_once=options.once,
         )
+
+    def _signature_of(
+        self, label: str, function: Callable[..., Any]
+    ) -> tuple[inspect.Signature | None, dict[str, Any]]:
+        """Return the signature of a function, if it has one, and its types. They are read once in each step."""
+        found = self._signatures.get(function) if isinstance(function, FunctionType) else None
+        if found is None:
+            try:
+                signature = inspect.signature(function)
+            except (TypeError, ValueError):  # a built-in
+                signature = None
+            found = signature, _hints(label, function)
+            if isinstance(function, FunctionType):
+                self._signatures[function] = found
+        return found
 
     def _check_code(self, label: str, key: str, function: Callable[..., Any]) -> None:
         """Raise CallError if another function has a call with the same id. Earlier versions told modules apart."""
@@ -1038,10 +1056,14 @@ def check_in_loop(context: RunContext) -> None:
 
 
 def _with_context(
-    context: RunContext, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    context: RunContext,
+    function: Callable[..., Any],
+    hints: Mapping[str, Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Return the arguments, and the context for the parameter that is annotated with it."""
-    name = context_parameter(function)
+    name = next((name for name, hint in hints.items() if hint is RunContext), None)
     if name is None or any(isinstance(value, RunContext) for value in (*args, *kwargs.values())):
         return args, kwargs
     index = list(_parameters(function)).index(name)
@@ -1090,14 +1112,13 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 
 def _arguments(
-    label: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None
+    label: str, signature: inspect.Signature | None, args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None
 ) -> msgspec.Raw:
     """Return the arguments by name, as JSON, without the context; null if they cannot be JSON and need not be."""
     _check_name(label, name)
-    try:
-        given = inspect.signature(function).bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # no signature, or the call will raise the same error
-        given = {"args": args, "kwargs": kwargs}
+    given: dict[str, Any] = {"args": args, "kwargs": kwargs}
+    with contextlib.suppress(TypeError):  # the call will raise the same error
+        given = given if signature is None else signature.bind_partial(*args, **kwargs).arguments
     given = {key: value for key, value in given.items() if not isinstance(value, RunContext)}
     try:
         return json_of(label, "arguments", given)
@@ -1107,7 +1128,7 @@ def _arguments(
         return JSON_NULL
 
 
-def _hints(label: str, function: Callable[..., Any]) -> Mapping[str, Any]:
+def _hints(label: str, function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return hints_of_function(function)
     except (SignatureError, TypeError) as exc:

@@ -8,7 +8,7 @@ after all stored ends. A call that does not start again holds up the others only
 import asyncio
 import functools
 import math
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import anyio
@@ -99,8 +99,8 @@ class Replay:
         self._to_cancel = dict[int, float]()
         #: those of cancelled calls that the program has not seen
         self._unseen = set[int]()
-        #: starts, and ends that were delivered, that are in no stored call yet, by the number of the start
-        self._unwritten = dict[int, Mark]()
+        #: ends that were delivered, and starts, that are in no stored call yet, by the number of the start
+        self._unwritten = OrderedDict[int, Mark]()
         self.calls, self.contained = list[Call](), list[Call]()
         self.mixed_up: str | None = None
         #: these equal calls, their first start, and whether one of them has started again
@@ -148,8 +148,10 @@ class Replay:
                 entry = entries.setdefault(mark.start, Entry(mark.call_id, mark.start))
                 if entry.call_id != mark.call_id:
                     continue
-                if entry.stored is None or mark.start == place.start:
+                if mark.start == place.start:
                     entry.end = max(mark.end, entry.end)
+                elif entry.stored is None and not entry.end:
+                    entry.end = mark.end
                 else:  # it was stored before, and delivered then
                     entry.seen = max(mark.end, entry.seen)
             entry, returned = entries[place.start], entries[place.start].stored
@@ -217,6 +219,8 @@ class Replay:
         if not entry.start:
             self.last_start = self._new_start = entry.start = self._next_number()
             self._unwritten[entry.start] = Mark(call_id, entry.start)
+        if entry.is_unseen and entry.end:  # before all that ends from now on
+            self._note_end(entry, entry.end)
         entry.start_s = self._time() - self._began_at
         return entry
 
@@ -250,22 +254,29 @@ class Replay:
     def _take_unwritten(self) -> Iterator[Mark]:
         """Yield what is stored with the next call: first the ends, which are few."""
         size = 0
-        for start in sorted(self._unwritten, key=lambda start: (not self._unwritten[start].end, start)):
-            size += len(self._unwritten[start].call_id) + MARK_BYTES
+        while self._unwritten:
+            mark = next(iter(self._unwritten.values()))
+            size += len(mark.call_id) + MARK_BYTES
             if size > MAX_MARK_BYTES:
                 break
-            yield self._unwritten.pop(start)
+            del self._unwritten[mark.start]
+            yield mark
 
     def saw(self, entry: Entry, end: int) -> None:
         """The program sees an end now. If the step runs again, what has started by now starts before that."""
-        if self._new_start > self._ends.pop(end, end) or entry.is_unseen:
-            self._unwritten[entry.start] = Mark(entry.call_id, entry.start, self._next_number())
+        if self._new_start > self._ends.pop(end, end) or (entry.is_unseen and not entry.end):
+            self._note_end(entry, self._next_number())
         self._last_end = end
         self._skipped_s += self._left_s(entry)
         if entry.stored is not None:
             self._recur()
         else:
             self._advance()
+
+    def _note_end(self, entry: Entry, end: int) -> None:
+        """Let the next call be stored with an end, before the starts."""
+        self._unwritten[entry.start] = Mark(entry.call_id, entry.start, end)
+        self._unwritten.move_to_end(entry.start, last=False)
 
     def forget(self, entry: Entry) -> None:
         """The end of a call is not stored, so it is not known that it has started."""

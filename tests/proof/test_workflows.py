@@ -259,6 +259,12 @@ FOUND_IN_MEMORY = {
         '"parts":[{"kind":"fail","n":7,"seconds":0.401732,"limit_s":0.152236,"retries":2}],"n":6,"limit_s":0.152646}],'
         '"n":5,"limit_s":0.153317}],"n":3},{"seed":611,"is_stored":true,"ends":[[4,2,true]]}]'
     ),
+    "an answer that is given while a call that ends after it is stored": (
+        '[{"kind":"seq","parts":[{"kind":"completed","parts":[{"kind":"ask","n":4},{"kind":"agent","parts":[{"kind":'
+        '"seq","parts":[{"kind":"plain","n":10,"times":1},{"kind":"work","n":11,"seconds":0.101732}],"n":9}],"n":8}],'
+        '"n":3},{"kind":"work","n":14,"seconds":0.103317}],"n":1},{"seed":366,"is_stored":true,"ends":[[0,15,true],'
+        "[5,2,true]]}]"
+    ),
     "a call that is cancelled before it is executed": (
         '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"group","parts":[{"kind":'
         '"loop","parts":[{"kind":"seq","parts":[{"kind":"plain","n":12,"times":20},{"kind":"work","n":13,"seconds":'
