@@ -22,7 +22,15 @@ from flock.agents.history import EDIT, Exchange, History, as_plain, checked_mess
 from flock.agents.live import LiveAnswer
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
-from flock.agents.signature import Signature, called, context_parameter, hints_of_function, is_generator, name_of
+from flock.agents.signature import (
+    Signature,
+    called,
+    context_parameter,
+    hints_of_function,
+    is_async,
+    is_generator,
+    name_of,
+)
 from flock.agents.tools import AgentTool, Tool, Toolbox, ToolOfClient, ToolSource, by_name, same_name
 from flock.agents.union import UnionOutput
 from flock.errors import (
@@ -694,6 +702,7 @@ class FunctionAgent(Agent):
         self._context_parameter = context_parameter(function)
         self.uses_context = self.may_ask = self._context_parameter is not None
         self._is_generator = is_generator(function)
+        self._is_async = is_async(function)
         if self._is_generator:
             self.uses_context = True
             self._check_generator(types_only=output is not None)
@@ -723,7 +732,7 @@ class FunctionAgent(Agent):
             if self._is_generator:
                 value = await self._written(call, resources, context)
             else:
-                value = await called(call, resources.call_in_thread)
+                value = await (call() if self._is_async else called(call, resources.call_in_thread))
         try:
             return self.output.encode({"result": value} if self._is_boxed else value)
         except InvalidData as exc:
