@@ -695,7 +695,7 @@ class FunctionAgent(Agent):
         self._context_parameter = context_parameter(function)
         self.uses_context = self.may_ask = self._context_parameter is not None
         self._is_generator = is_generator(function)
-        self._is_async = not self._is_generator and is_async(function)
+        self._is_async = is_async(function)
         if self._is_generator:
             self.uses_context = True
             self._check_generator(types_only=output is not None)

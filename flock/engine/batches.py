@@ -7,6 +7,7 @@ the only state: an engine that resumes an interrupted batch reads from them whic
 import contextlib
 import logging
 import math
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -222,7 +223,7 @@ class _Work:
         self._budget, self._day_budget = budget, day_budget
         self._tasks = anyio.create_task_group()
         self._idle_workers = 0
-        self._pending = self._pending_items()
+        self._page, self._pages = deque[Run](), self._pending_pages()
         self._reading = anyio.Lock(fast_acquire=True)
         #: the position of the last pending item that was taken
         self._position = -1
@@ -233,7 +234,8 @@ class _Work:
     async def run(self, workers: int) -> None:
         """Use up to *workers* workers, until no item is pending, running or waiting for an answer."""
         self._idle_workers = workers
-        self._first = {item.run_id: item async for item in self._pending_items(are_suspects=True)}
+        pages = self._pending_pages(are_suspects=True)
+        self._first = {item.run_id: item async for page in pages for item in page}
         async with self._tasks:
             for _ in self._first or [None]:  # suspects wait for each other, so each needs a worker
                 self._start_worker()
@@ -267,29 +269,33 @@ class _Work:
 
     async def _next_work(self) -> Coroutine[Any, Any, None] | None:
         """Return what executes the next item, or None if none can start now."""
-        async with self._reading:
-            item = await self._next_item()
+        item = await self._next_item()
         if item is None:
             return None
         return self._runner.execute(item, self._start_worker, self._watch, self._failures.note, self._budget)
 
     async def _next_item(self) -> Run | None:
-        if self._is_stopped:
-            return None
-        if self._first:
-            return self._first.pop(next(iter(self._first)))
-        async for item in self._pending:
-            self._position = item.position or 0
-            if not item.is_suspect:
-                return item
+        while not self._is_stopped:
+            if self._first:
+                return self._first.pop(next(iter(self._first)))
+            while self._page:
+                item = self._page.popleft()
+                self._position = item.position or 0
+                if not item.is_suspect:
+                    return item
+            async with self._reading:
+                if not self._page:
+                    page = await anext(self._pages, None)
+                    if page is None:
+                        break
+                    self._page.extend(page)
         return None
 
-    async def _pending_items(self, *, are_suspects: bool = False) -> AsyncIterator[Run]:
-        """Yield pending items, or only the suspects among them, a page at a time."""
+    async def _pending_pages(self, *, are_suspects: bool = False) -> AsyncIterator[list[Run]]:
+        """Yield pages of pending items, or only of the suspects among them."""
         after = -1
         while page := await self._store.pending_items(self._batch, after, ITEMS_PER_PAGE, are_suspects=are_suspects):
-            for item in page:
-                yield item
+            yield page
             after = page[-1].position or 0
 
     def _watch(self) -> None:

@@ -45,6 +45,7 @@ from flock.errors import (
     RunNotFound,
     StoreError,
 )
+from flock.fair import FairShare
 from flock.limits import Limits
 from flock.models.llm import ModelClient
 from flock.models.prices import Price
@@ -94,6 +95,8 @@ WATCH_INTERVAL_S = 0.05
 SEEN_BY_ALL_S = 4 * WATCH_INTERVAL_S
 #: How often the store's file and the other engines are checked, in seconds. Changes may go unnoticed that long.
 CHECK_INTERVAL_S = 0.5
+#: How many items are read from the store at once, since that holds the event loop.
+ITEMS_AT_ONCE = 50
 
 
 class EmbeddedEngine(EngineBase):
@@ -709,7 +712,14 @@ class EmbeddedEngine(EngineBase):
         self, batch_id: str, *, after: int = -1, limit: int = 1000, statuses: Statuses = tuple(RunStatus)
     ) -> Sequence[Run]:
         await self.get_batch(batch_id)
-        return await self.store.batches.items(batch_id, after, limit, statuses_of(statuses))
+        page, wanted, share = Page[Run](limit), statuses_of(statuses), FairShare()
+        while len(page) < limit:
+            some = await self.store.batches.items(batch_id, after, min(limit, ITEMS_AT_ONCE), wanted)
+            if not some or not all(map(page.add, some)):
+                break
+            after = some[-1].position or 0
+            await share.checkpoint()
+        return page
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()

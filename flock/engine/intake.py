@@ -121,7 +121,7 @@ class Intake:
             **end,
         )
         self.page.append(item)
-        self._page_bytes += len(bytes(row.inputs)) + len(bytes(extra or b""))
+        self._page_bytes += len(row.inputs) + len(extra or b"")
 
 
 async def mapping_rows(

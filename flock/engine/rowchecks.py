@@ -1,7 +1,7 @@
 """Checks of a batch's rows, the same for a submission and for a dry run."""
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -12,6 +12,8 @@ from flock.jsontype import escape_pointer
 from flock.pydanticmodel import to_json
 from flock.rows.tables import RowMapping
 from flock.runs import Engine, Inputs, ItemLimits, Items, OnInvalid, Row
+
+T = TypeVar("T")
 
 #: Max errors in a batch's items that are reported at once.
 MAX_ITEM_ERRORS = 100
@@ -63,7 +65,7 @@ class RowChecks:
                 item = Row(inputs=as_json(item, at, max_bytes), at=at)
             await share.checkpoint()
             extra = self._extra_of(item)
-            if len(bytes(item.inputs)) + len(bytes(extra or b"")) > max_bytes:
+            if len(item.inputs) + len(extra or b"") > max_bytes:
                 raise TooLarge(f"A row is longer than {max_bytes} bytes, the limit for one item.")
             yield CheckedRow(item, extra, self._errors_of(item))
             self.total += 1
@@ -83,12 +85,12 @@ class RowChecks:
         return msgspec.Raw(msgspec.json.encode(row.extra)) if row.extra else None
 
     def _errors_of(self, row: Row) -> Sequence[FieldError]:
-        places = {error.pointer for error in row.errors}
+        places = {error.pointer for error in row.errors} if row.errors else ()
         if row.at in places:  # the row itself could not be read
             return row.errors
-        input_errors: Sequence[FieldError] = ()
         try:
             self._agent.input.decode(row.inputs, row.at)
+            return row.errors
         except InvalidData as exc:
             sources = {escape_pointer(key): at for key, at in row.sources.items()}
             input_errors = [_as_sent(error, row, sources) for error in exc.errors]
@@ -165,7 +167,7 @@ async def check_batch(
                 raise EngineStopped("The server is shutting down. Send the rows again after it has restarted.")
             if checked.errors:
                 row_errors.add(checked.row, checked.errors)
-            shown_bytes += len(bytes(checked.row.inputs)) + len(bytes(checked.extra or b""))
+            shown_bytes += len(checked.row.inputs) + len(checked.extra or b"")
             if len(rows) < MAX_SHOWN_ROWS and shown_bytes <= MAX_SHOWN_BYTES:
                 rows.append(checked)
     except InvalidData as exc:
@@ -197,14 +199,14 @@ def _as_sent(error: FieldError, row: Row, sources: Mapping[str, str]) -> FieldEr
     return FieldError(detail=error.detail, pointer=pointer, line=msgspec.UNSET if line is None else line)
 
 
-async def iterate(items: Items) -> AsyncIterator[Inputs | Row]:
-    """Iterate over *items*, whether they are an async iterable or not."""
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item
+def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterable[T]:
+    """Return *items* as an async iterable."""
+    return items if isinstance(items, AsyncIterable) else _each(items)
+
+
+async def _each(items: Iterable[T]) -> AsyncIterator[T]:
+    for item in items:
+        yield item
 
 
 def as_json(inputs: Inputs, at: str, max_bytes: int) -> msgspec.Raw:

@@ -28,8 +28,9 @@ def new_id() -> str:
     global _last_id_time
     with _id_lock:
         _last_id_time = ticks = max(_last_id_time + 1, time.time_ns() * 4096 // 1_000_000)
-    digits = f"{ticks >> 12:012x}7{ticks & 0xFFF:03x}{0b10 << 62 | int.from_bytes(os.urandom(8)) >> 2:016x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+    random = int.from_bytes(os.urandom(8))
+    head = f"{ticks >> 28:08x}-{ticks >> 12 & 0xFFFF:04x}-7{ticks & 0xFFF:03x}"
+    return f"{head}-{0x8000 | random >> 50:04x}-{random & 0xFFFFFFFFFFFF:012x}"
 
 
 def first_id_at(time: datetime, milliseconds_later: int = 0) -> str:
