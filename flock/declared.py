@@ -266,6 +266,7 @@ class DeclaredFlock:
         timeout_s: float | None = None,
         max_cost: float | None = None,
         max_failures: float | None = None,
+        dedupe: bool = False,
         return_errors: bool = True,
         box_results: bool = True,
         delimiter: str = ",",
@@ -289,7 +290,7 @@ class DeclaredFlock:
                 of an output cannot be kept.
             timeout_s: wall-clock seconds for each item.
             max_cost: US dollars that all items together may cost. Those that are left then fail with ``cost_limit``.
-            max_failures: see ``BatchOptions``.
+            max_failures, dedupe: see ``BatchOptions``.
             delimiter, decimal, encoding: the format of a CSV file; see ``CSVDialect``.
             progress: show a progress line on stderr. If None, only if stderr is a terminal.
             answer: see ``run_async``. By default a question fails its item.
@@ -317,6 +318,7 @@ class DeclaredFlock:
             timeout_s=timeout_s,
             max_cost=max_cost,
             max_failures=max_failures,
+            dedupe=dedupe,
         )
         _check_choices(on_invalid, on_extra, timeout_s)
         raw = as_json(static_inputs or {}, "/static_inputs", MAX_ROW_BYTES)
@@ -389,6 +391,7 @@ class FlockFactory:
         on_interrupt: OnInterrupt = "retry",
         on_change: OnChange = "stop",
         retry: RetriedCalls = "keep",
+        version: str | None = None,
     ) -> ModelAgent:
         """Create an agent that calls a language model.
 
@@ -400,7 +403,7 @@ class FlockFactory:
             model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
                 max_tokens, options, max_retries, validate, timeout_s, client_instructions, client_tools,
                 client_options: see ``ModelAgent``.
-            next_agent, max_concurrency, on_interrupt, on_change, retry: see ``Agent``.
+            next_agent, max_concurrency, on_interrupt, on_change, retry, version: see ``Agent``.
 
         Raises:
             SignatureError: a signature is invalid.
@@ -434,6 +437,7 @@ class FlockFactory:
             on_interrupt=on_interrupt,
             on_change=on_change,
             retry=retry,
+            version=version,
         )
 
 

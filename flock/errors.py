@@ -72,7 +72,7 @@ ERROR_TYPES: frozenset[str] = frozenset(
     too_many_steps too_many_tokens cost_limit timeout queue_timeout expired cancelled interrupted crashed
     changed_program unstorable unreadable payload_lost model_not_configured model_authentication model_not_found
     model_bad_request model_context_length model_content_filter model_refusal model_rate_limited model_quota
-    model_unavailable model_timeout model_truncated model_bad_response max_failures
+    model_unavailable model_timeout model_truncated model_bad_response max_failures not_chosen
     """.split()
 )
 #: The types of model errors that all calls of the same models have until somebody does something about it.

@@ -102,6 +102,10 @@ FAILURES = {
         "the row did not start, since more rows of its batch had failed than `max_failures`",
         "correct the cause, and retry the batch",
     ),
+    "not_chosen": (
+        "the batch was started with only some of its rows (`limit`, `sample`)",
+        "retry the batch to run them",
+    ),
     "timeout": ("the run took longer than its `timeout_s`", "raise it, or make the agent faster"),
     "queue_timeout": (
         "the run waited for its first step longer than `--queue-timeout`",

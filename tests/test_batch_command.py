@@ -131,6 +131,9 @@ def committed(state: str) -> set[int]:
         return {n for (n,) in db.execute(query)}
 
 
+STORE = ("results.csv.flock.db", "results.csv.flock.db-output")
+
+
 def files() -> set[str]:
     return {path.name for path in Path().iterdir()} - {"target.py", "log", "__pycache__"}
 
@@ -139,7 +142,7 @@ def files() -> set[str]:
 
 
 def test_results_are_in_the_order_of_the_rows() -> None:
-    """No other file is left, and nothing is written to stdout."""
+    """Only the store is left beside them, and nothing is written to stdout."""
     Path("rows.csv").write_text('n,word\n3,"a, b"\n-1,x\n1,\n')
     done = in_own_process("work", "rows.csv", "-o", "results.csv")
     assert rows_of("results.csv") == [
@@ -149,8 +152,9 @@ def test_results_are_in_the_order_of_the_rows() -> None:
         ["1", "", "w1", "completed", ""],
     ]
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "2 of 3 rows completed, and 1 failed. For the reasons, see 'error' in results.csv.\n"
-    assert files() == {"rows.csv", "results.csv"}
+    reasons = "For the reasons, see 'error' in results.csv. To run failed rows again, add --retry failed."
+    assert done.stderr == f"2 of 3 rows completed, and 1 failed. {reasons}\n"
+    assert files() == {"rows.csv", "results.csv", *STORE}
 
 
 def test_the_exit_code_is_0_if_all_rows_completed() -> None:
@@ -175,7 +179,8 @@ def test_output_on_stdout_has_the_format_of_the_rows() -> None:
     assert done.stdout.splitlines()[1:] == ["0,,w0,completed,", "1,,w1,completed,"]
     done = batch("work", "rows.csv", "-o", "-", "--format", "ndjson")
     assert [json.loads(line)["result"]["result"] for line in done.stdout.splitlines()] == ["w0", "w1"]
-    assert files() == {"rows.csv"}
+    assert files() == {"rows.csv", "rows.csv.flock.db"}
+    assert set(in_log().values()) == {1}
 
 
 def test_files_may_be_gzipped() -> None:
@@ -327,7 +332,7 @@ def test_a_killed_batch_resumes_without_repeating_committed_rows() -> None:
     assert all(times[n] == count for n, count in done.items()), "a committed row was executed again"
     again = times.total() - 2000
     assert again <= 2 * 5, "more rows than the workers were running"
-    assert files() == {"rows.csv", "results.csv"}
+    assert files() == {"rows.csv", "results.csv", *STORE}
 
 
 def test_kept_columns_survive_a_kill() -> None:
@@ -351,18 +356,16 @@ def test_a_batch_killed_before_the_rename_only_writes_its_results() -> None:
     assert any(name.endswith(".part") for name in files())
     done = batch("work", "rows.csv", "-o", "results.csv")
     assert (done.returncode, len(rows_of("results.csv"))) == (0, 51)
-    assert "Resuming: 50 of 50 rows are already done." in done.stderr
+    assert done.stderr == "All 50 rows are complete.\n"
     assert set(in_log().values()) == {1}
-    assert files() == {"rows.csv", "results.csv"}
+    assert files() == {"rows.csv", "results.csv", *STORE}
 
 
 def test_a_batch_killed_after_the_rename_replaces_its_own_output() -> None:
-    """An output of other rows or options is not replaced, nor one that was edited since."""
+    """One that was edited since is not replaced."""
     write_numbers("rows.csv", 3)
     assert in_own_process("work", "rows.csv", "-o", "results.csv", DIE_AFTER_RENAME="1").returncode == -signal.SIGKILL
     written = Path("results.csv").read_bytes()
-    refused = batch("work", "rows.csv", "-o", "results.csv", "--static", "word=x")
-    assert (refused.returncode, "results.csv: The file already exists" in refused.stderr) == (1, True)
     Path("results.csv").write_text("edited")
     refused = batch("work", "rows.csv", "-o", "results.csv")
     assert (refused.returncode, "results.csv: The file already exists" in refused.stderr) == (1, True)
@@ -372,7 +375,7 @@ def test_a_batch_killed_after_the_rename_replaces_its_own_output() -> None:
     done = batch("work", "rows.csv", "-o", "results.csv")
     assert (done.returncode, Path("results.csv").read_bytes()) == (0, written)
     assert set(in_log().values()) == {1}
-    assert files() == {"rows.csv", "results.csv"}
+    assert files() == {"rows.csv", "results.csv", *STORE}
 
 
 def test_an_output_that_exists_is_not_replaced() -> None:
@@ -413,15 +416,17 @@ def test_an_output_that_appears_meanwhile_is_not_replaced() -> None:
     ],
 )
 def test_other_rows_or_options_start_a_new_batch(rows: str, options: Sequence[str]) -> None:
-    """The old batch is dropped."""
+    """The results of the old one are kept, but a function without a version runs again."""
     Path("rows.csv").write_text("n\n1\n")
     assert in_own_process("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1").returncode == -signal.SIGKILL
     Path("rows.csv").write_text(rows)
     done = batch("work", "rows.csv", "-o", "results.csv", *options)
-    assert "have changed, so a new batch starts. The earlier batch is dropped (1 of 1 rows were done)." in done.stderr
+    assert "have changed, so a new batch starts. The results of earlier ones are kept." in done.stderr
     assert (done.returncode, len(rows_of("results.csv"))) == (0, len(rows.split()))
     assert in_log()[1] == 2
-    assert files() == {"rows.csv", "results.csv"}
+    Path("rows.csv").write_text("n\n1\n")
+    assert "All 1 rows are complete." in batch("work", "rows.csv", "-o", "results.csv").stderr
+    assert files() == {"rows.csv", "results.csv", *STORE}
 
 
 def test_an_unfinished_old_batch_does_not_run_beside_the_new_one() -> None:
@@ -448,7 +453,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_resumes() -> None:
     assert batch("work", "rows.csv", "-o", "results.csv").returncode == 0
     assert all(in_log()[n] == 1 for n in done)
     assert len(rows_of("results.csv")) == 2001
-    assert files() == {"rows.csv", "results.csv"}
+    assert files() == {"rows.csv", "results.csv", *STORE}
 
 
 def test_ctrl_c_does_not_wait_for_a_function_that_does_not_return() -> None:
@@ -484,9 +489,9 @@ def test_finished_rows_are_kept_if_the_output_cannot_be_written() -> None:
     assert "Error: out/results.csv: Is a directory. Finished rows are stored in s.db. To resume, run" in stderr
     Path("out/results.csv").rmdir()
     done = batch("work", "rows.csv", *paths)
-    assert "Resuming: 2,000 of 2,000 rows are already done." in done.stderr
+    assert done.stderr == "All 2,000 rows are complete.\n"
     assert set(in_log().values()) == {1}
-    assert files() == {"rows.csv", "out"}
+    assert files() == {"rows.csv", "out", "s.db", "s.db-output"}
 
 
 def test_nothing_is_lost_if_the_reader_closes_the_pipe() -> None:
@@ -500,6 +505,61 @@ def test_nothing_is_lost_if_the_reader_closes_the_pipe() -> None:
     assert b"closed the pipe before the end of the results. Finished rows are stored in rows.csv.flock.db" in stderr
     assert len(batch("work", "rows.csv", "-o", "-").stdout.splitlines()) == 2001
     assert set(in_log().values()) == {1}
+
+
+# Continued
+
+
+def test_failed_rows_run_again_only_on_request_and_the_output_is_rewritten() -> None:
+    Path("rows.csv").write_text("n\n1\n-1\n2\n")
+    for _ in range(2):
+        done = batch("work", "rows.csv", "-o", "results.csv")
+        assert (done.returncode, "add --retry failed" in done.stderr) == (1, True)
+        assert [row[3] for row in rows_of("results.csv")[1:]] == ["completed", "failed", "completed"]
+    assert in_log() == {1: 1, -1: 1, 2: 1}
+    Path("target.py").write_text(TARGET.replace("if n == -1:", "if False:"))
+    done = batch("work", "rows.csv", "-o", "results.csv", "--retry", "failed")
+    assert (done.returncode, in_log()) == (0, {1: 1, -1: 2, 2: 1})
+    assert done.stderr == "Resuming: 2 of 3 rows are already done.\n3 of 3 rows completed.\n"
+    assert [row[3] for row in rows_of("results.csv")[1:]] == ["completed"] * 3
+    assert batch("work", "rows.csv", "-o", "results.csv").stderr == "All 3 rows are complete.\n"
+
+
+def test_failed_rows_of_a_killed_batch_run_again_on_request() -> None:
+    Path("rows.csv").write_text("n\n-1\n" + "".join(f"{n}\n" for n in range(2000)))
+    with started("work", "rows.csv", "-o", "results.csv", words="so far", TELL_AT="700") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    done = committed("results.csv.flock.db")
+    assert batch("work", "rows.csv", "-o", "results.csv", "--retry", "all").returncode == 1
+    assert in_log()[-1] == 2
+    assert all(in_log()[n] == 1 for n in done)
+    assert len(rows_of("results.csv")) == 2002
+
+
+def test_forget_removes_the_store_and_runs_nothing() -> None:
+    write_numbers("rows.csv", 3)
+    assert batch("work", "rows.csv", "-o", "results.csv").returncode == 0
+    done = batch("work", "rows.csv", "-o", "results.csv", "--forget")
+    assert (done.returncode, done.stderr) == (0, "results.csv.flock.db was removed.\n")
+    assert files() == {"rows.csv", "results.csv"}
+    done = batch("work", "rows.csv", "-o", "results.csv", "--forget")
+    assert (done.returncode, done.stderr) == (0, "There is no results.csv.flock.db.\n")
+    Path("notes").write_text("mine")
+    assert batch("work", "rows.csv", "--store", "notes", "--forget").returncode == 1
+    assert Path("notes").read_text() == "mine"
+
+
+def test_max_failures_stops_the_command_and_the_same_command_continues() -> None:
+    Path("rows.csv").write_text("n\n" + "-1\n" * 3 + "1\n2\n")
+    options = ("--max-failures", "1", "--max-workers", "1")
+    done = batch("work", "rows.csv", "-o", "results.csv", *options)
+    assert done.returncode == 1
+    assert "The batch stopped before 3 of 5 items were done. More items have failed" in done.stderr
+    assert [row[3] for row in rows_of("results.csv")[1:]] == ["failed"] * 2 + ["cancelled"] * 3
+    done = batch("work", "rows.csv", "-o", "results.csv", *options)
+    assert [row[3] for row in rows_of("results.csv")[1:]] == ["failed"] * 3 + ["completed"] * 2
+    assert in_log() == {-1: 3, 1: 1, 2: 1}
 
 
 # Errors
@@ -601,4 +661,41 @@ def test_the_state_file_is_named_after_the_symbolic_link() -> None:
     assert batch("work", "rows.csv", "-o", "results.csv").returncode == 0
     assert Path("results.csv").is_symlink()
     assert len(rows_of("elsewhere/results.csv")) == 3
-    assert files() == {"rows.csv", "results.csv", "elsewhere"}
+    assert files() == {"rows.csv", "results.csv", "elsewhere", *STORE}
+
+
+# Some rows first
+
+
+def test_limit_then_sample_then_the_whole_table_is_one_batch() -> None:
+    write_numbers("rows.csv", 300)
+    done = batch("work", "rows.csv", "-o", "results.csv", "--limit", "10")
+    assert done.returncode == 0
+    others = "290 others were not chosen: to run them, omit --limit and --sample."
+    assert done.stderr == f"10 rows completed. {others}\n"
+    assert [row[3] for row in rows_of("results.csv")[1:]] == ["completed"] * 10 + ["cancelled"] * 290
+    assert batch("work", "rows.csv", "-o", "results.csv", "--sample", "20", "--seed", "7").returncode == 0
+    assert 20 <= len(in_log()) <= 30
+    assert batch("work", "rows.csv", "-o", "results.csv").returncode == 0
+    assert (len(in_log()), set(in_log().values())) == (300, {1})
+
+
+def test_a_try_shows_results_and_stops_without_a_terminal() -> None:
+    Path("rows.csv").write_text("n\n" + "".join(f"{n}\n" for n in range(300)))
+    done = batch("work", "rows.csv", "-o", "results.csv", "--try", "5")
+    assert (done.returncode, done.stdout, Path("results.csv").exists()) == (0, "", False)
+    *shown, estimate, hint = done.stderr.splitlines()
+    assert len(shown) == len(in_log()) == 5
+    assert all('{"n":' in line and '-> {"result":"w' in line for line in shown)
+    assert estimate.startswith("5 of 300 rows were tried, and 0 failed. about 0:0")
+    assert hint == "To run the other rows, run the same command without --try."
+    assert batch("work", "rows.csv", "-o", "results.csv").returncode == 0
+    assert (len(in_log()), set(in_log().values())) == (300, {1})
+
+
+def test_progress_as_json_ends_with_the_final_counts() -> None:
+    write_numbers("rows.csv", 3)
+    done = batch("work", "rows.csv", "-o", "results.csv", "--progress", "json")
+    *_, last, summary = done.stderr.splitlines()
+    assert (json.loads(last)["status"], json.loads(last)["completed_items"]) == ("completed", 3)
+    assert summary == "3 of 3 rows completed."

@@ -23,6 +23,7 @@ from flock.steps.outcomes import (
     CRASHED,
     DAMAGED,
     INTERRUPTED,
+    NOT_CHOSEN,
     TOO_MANY_FAILURES,
     error_of,
     expiry_of,
@@ -163,7 +164,10 @@ def test_the_list_of_error_types_has_those_of_all_code() -> None:
     assert ERROR_TYPES == {
         *(cls.error_type for cls in _built_in(StepError) if "error_type" in vars(cls)),
         *ModelError.ERROR_TYPES,
-        *(outcome.error_type for outcome in (CANCELLED, COST_LIMIT, CRASHED, DAMAGED, INTERRUPTED, TOO_MANY_FAILURES)),
+        *(
+            outcome.error_type
+            for outcome in (CANCELLED, COST_LIMIT, CRASHED, DAMAGED, INTERRUPTED, NOT_CHOSEN, TOO_MANY_FAILURES)
+        ),
         *(timeout_of(1).error_type, expiry_of(question).error_type, INVALID_INPUT, payload_lost),
         error_of(ValueError(), "", expose_errors=False)[1],
     }

@@ -1,12 +1,18 @@
 """No row of a table is paid twice: batches that end early, continue, and take results that exist already."""
 
+from collections import Counter
+from typing import Any
+
 import pytest
 
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, DefinitionError
-from flock.runs import BatchOptions, RunStatus
+from flock.runs import Batch, BatchOptions, Engine, RunStatus
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
+from flockapi import create_app
+from tests.paid_once import play
 from tests.support.engines import all_items, ended
+from tests.support.http import client_of
 
 pytestmark = pytest.mark.anyio
 
@@ -156,3 +162,167 @@ async def test_a_batch_with_cancelled_rows_is_not_completed_without_a_word() -> 
         assert (await engine.wait_batch(batch.batch_id)).status is RunStatus.COMPLETED
         with pytest.raises(DefinitionError, match="max_failures must be a number of items"):
             await engine.submit_batch("work", [{"n": 1}], BatchOptions(max_failures=-1))
+
+
+# Known by their content
+
+
+async def results(engine: Engine, count: int, **options: Any) -> tuple[Batch, list[str]]:
+    """Run a batch of *count* texts, each of which occurs twice, and return it with the answers."""
+    items = [*texts(count), *texts(count)]
+    batch = await ended(engine, await engine.submit_batch("ask", items, BatchOptions(**options)))
+    return batch, [item.value["answer"] for item in await all_items(engine, batch)]
+
+
+class Numbering(FakeModel):
+    """A provider that numbers its answers."""
+
+    def __init__(self) -> None:
+        super().__init__(self._reply)
+        self.paid = 0
+
+    def _reply(self, request: ModelRequest) -> Reply:
+        self.paid += 1
+        return Reply({"answer": str(self.paid)})
+
+
+@pytest.mark.parametrize("store", [":memory:", "flock.db"])
+async def test_a_batch_takes_the_results_of_equal_rows_of_earlier_batches(store: str) -> None:
+    """The second of two equal rows takes the result of the second, in any order of the rows."""
+    provider = Numbering()
+    async with asking().engine(transport=provider.transport, store=store) as engine:
+        _, first = await results(engine, 20)
+        assert len(set(first)) == 40, "equal rows have results of their own"
+        again, second = await results(engine, 20, reuse=True)
+        assert (second, provider.paid, again.usage) == (first, 40, None)
+        assert (again.status, again.completed_items) == (RunStatus.COMPLETED, 40)
+        more = [{"text": "new"}, *reversed(texts(20)), *reversed(texts(20))]
+        batch = await ended(engine, await engine.submit_batch("ask", more, BatchOptions(reuse=True)))
+        found = [item.value["answer"] for item in await all_items(engine, batch)]
+        assert found == ["41", *reversed(first[:20]), *reversed(first[20:])]
+        await results(engine, 20)
+        assert provider.paid == 81, "only with reuse"
+        batch = await engine.submit_batch("ask", texts(3), BatchOptions(reuse=True), principal="ann")
+        await ended(engine, batch)
+        assert provider.paid == 84, "the others are of another principal"
+
+
+async def test_equal_rows_are_executed_once_with_dedupe() -> None:
+    """A failure counts for all of them, and so does a retry."""
+    provider, flock = Numbering(), asking()
+    calls: Counter[int] = Counter()
+
+    @flock.agent
+    async def square(n: int) -> int:
+        calls[n] += 1
+        if n == 3 and calls[n] == 1:
+            raise AgentError("not yet")
+        return n * n
+
+    async with flock.engine(transport=provider.transport) as engine:
+        _, answers = await results(engine, 20, dedupe=True)
+        assert (answers[:20], provider.paid, len(set(answers))) == (answers[20:], 20, 20)
+        rows = [{"n": number % 10} for number in range(2000)]
+        batch = await ended(engine, await engine.submit_batch("square", rows, BatchOptions(dedupe=True)))
+        assert (set(calls.values()), batch.failed_items, batch.completed_items) == ({1}, 200, 2000)
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert (calls[3], batch.failed_items) == (2, 0)
+        assert [item.value["result"] for item in await all_items(engine, batch)] == [row["n"] ** 2 for row in rows]
+
+
+def look_up(word: str) -> str:
+    return word
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_taken"),
+    [
+        pytest.param({}, True, id="nothing"),
+        pytest.param({"instructions": "Be brief."}, False, id="instructions"),
+        pytest.param({"output": "answer: Literal['yes', 'no']"}, False, id="output"),
+        pytest.param({"temperature": 0.5}, False, id="temperature"),
+        pytest.param({"model": "openai/gpt-4o-mini"}, False, id="model"),
+        pytest.param({"max_concurrency": 3}, True, id="limits"),
+        pytest.param({"tools": [look_up]}, False, id="tools"),
+        pytest.param({"history": 3}, False, id="history"),
+    ],
+)
+async def test_results_of_a_changed_agent_are_not_taken(changed: dict[str, Any], is_taken: bool) -> None:
+    provider = FakeModel(lambda request: Reply({"answer": "yes"}))
+    for options in ({}, changed, changed):
+        flock = Flock(model=MODEL)
+        agent = {"name": "ask", "input": "text", "output": "answer"} | options
+        flock.add_agent(FlockFactory.create_default_agent(**agent))
+        async with flock.engine(transport=provider.transport, store="flock.db") as engine:
+            before = len(provider.requests)
+            await ended(engine, await engine.submit_batch("ask", texts(3), BatchOptions(reuse=True)))
+    is_reusable = not {"tools", "history"} & changed.keys()
+    assert len(provider.requests) - before == (0 if is_reusable else 3)
+    assert len(provider.requests) == (3 if is_taken else 6 if is_reusable else 9)
+
+
+async def test_results_of_a_function_are_taken_if_it_has_a_version() -> None:
+    calls = list[str]()
+    for version in (None, None, "1", "1", "2"):
+        flock = Flock()
+
+        @flock.agent(version=version)
+        async def work(text: str) -> str:
+            calls.append(str(version))  # noqa: B023
+            return text
+
+        async with flock.engine(store="flock.db") as engine:
+            await ended(engine, await engine.submit_batch("work", texts(1), BatchOptions(reuse=True)))
+    assert calls == ["None", "None", "1", "2"]
+
+
+# Some rows first
+
+
+async def test_a_sample_and_then_the_first_rows_are_part_of_the_batch() -> None:
+    calls: Counter[int] = Counter()
+    flock = Flock()
+
+    @flock.agent
+    async def work(n: int) -> int:
+        calls[n] += 1
+        return n
+
+    async with flock.engine() as engine:
+        options = BatchOptions(sample=10, seed=3)
+        rows = [{"n": n} for n in range(2000)]
+        batch = await ended(engine, await engine.submit_batch("work", rows, options))
+        assert (batch.status, batch.cancelled_items, len(calls)) == (RunStatus.COMPLETED, 1990, 10)
+        assert batch.error is not None
+        assert "1,990 of 2,000 items were not chosen" in batch.error
+        assert max(calls) > 1000, "the sample is random"
+        sample = set(calls)
+        await engine.retry_batch(batch.batch_id, options=BatchOptions(limit=100))
+        batch = await ended(engine, batch)
+        assert set(calls) == sample | set(range(100))
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert (batch.status, batch.error, set(calls.values())) == (RunStatus.COMPLETED, None, {1})
+        with pytest.raises(DefinitionError, match="limit must be at least 1"):
+            await engine.submit_batch("work", rows, BatchOptions(limit=0))
+
+
+async def test_options_of_a_part_are_parameters_of_an_upload() -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(n: int) -> int:
+        return n
+
+    app = create_app(flock, auth="host", engine=flock.engine())
+    async with app.lifespan(), client_of(app) as client:
+        headers, query = {"content-type": "text/csv"}, "agent_name=work&sample=2&seed=1&dedupe=true&reuse=true"
+        sent = await client.post(f"/run/batch?{query}&max_failures=0.5", content=b"n\n1\n2\n3\n", headers=headers)
+        assert sent.status_code == 202, sent.text
+        ended = await client.get(f"/batch/{sent.json()['batch_id']}?wait=30&results=false")
+        assert (ended.json()["status"], ended.json()["cancelled_items"]) == ("completed", 1)
+
+
+@pytest.mark.slow
+def test_the_provider_is_paid_once_for_each_row_of_a_table() -> None:
+    """The credit runs out, cells are edited, an output is added, and the command is killed."""
+    play(600)

@@ -147,6 +147,8 @@ class Agent:
         retry: what a retry of a run does with the calls that a step of this agent has made. "keep" executes only those
             again that failed. "again" executes all of them again; use it for a workflow that undoes its work if it
             fails.
+        version: identifies what the agent does. A batch with ``reuse`` takes results of earlier batches only if this
+            and the rest of the definition are equal. Functions, and agents with tools or a history, need one for that.
 
     Raises:
         DefinitionError: the name is invalid, or ``next_agent`` is a mapping that does not match the output signature.
@@ -167,6 +169,7 @@ class Agent:
         on_interrupt: OnInterrupt = "retry",
         on_change: OnChange = "stop",
         retry: RetriedCalls = "keep",
+        version: str | None = None,
     ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise DefinitionError(f"{name!r} is not a valid agent name. Use letters, digits, '_', '-' and '.'.")
@@ -183,6 +186,7 @@ class Agent:
         self.on_interrupt = on_interrupt
         self.on_change = on_change
         self.retry = retry
+        self.version = version
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -780,6 +784,7 @@ class AgentOptions(TypedDict, total=False):
     on_interrupt: OnInterrupt
     on_change: OnChange
     retry: RetriedCalls
+    version: str | None
 
 
 @overload

@@ -3,13 +3,15 @@
 import functools
 import hashlib
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent
+from flock.agents.graph import graph_of
 from flock.agents.tools import Tool
-from flock.models.models import models_of, names_of
+from flock.models.models import Model, models_of, names_of
 
 
 def version_of(agent: Agent) -> str:
@@ -36,6 +38,34 @@ def version_of(agent: Agent) -> str:
     else:
         definition.append(_source_of(type(agent)))
     return hashlib.sha256(msgspec.json.encode(definition, enc_hook=str)).hexdigest()[:12]
+
+
+def recipe_of(name: str, agents: Mapping[str, Agent], default: Sequence[Model]) -> str | None:
+    """Return a digest of all that makes the results of an agent, and of those that may follow it.
+
+    None if equal inputs may have other results: an agent is missing, or has no ``version`` and is a function, or has
+    tools or a history.
+    """
+    names = dict.fromkeys([name, *(each.to for each in graph_of(name, agents) if each.to is not None)])
+    parts: list[Any] = []
+    for each in names:
+        agent = agents.get(each)
+        if agent is None or (agent.version is None and not _is_pure(agent)):
+            return None
+        handoffs = [(handoff.value, handoff.to) for handoff in agent.handoffs()]
+        parts.append([each, agent.version, agent.description, agent.input.schema, agent.output.schema, handoffs])
+        if isinstance(agent, ModelAgent):
+            models = models_of(agent.model, repr(each)) or default
+            tools = [getattr(tool, "name", type(tool).__name__) for tool in agent.tools]
+            options = [agent.temperature, agent.max_tokens, agent._answer.schema, agent.history]
+            parts.append([[(model.name, model.base_url, model.extra_body) for model in models], options, tools])
+            parts.append([agent.instructions, agent._examples])
+    return hashlib.sha256(msgspec.json.encode(parts, enc_hook=str)).hexdigest()[:32]
+
+
+def _is_pure(agent: Agent) -> bool:
+    is_pure = isinstance(agent, ModelAgent) and not agent.tools and not agent.history
+    return is_pure and all(handoff.kind != "function" for handoff in agent.handoffs())
 
 
 def _source_of(code: Any) -> str:

@@ -6,23 +6,27 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, Literal, NoReturn
 
 import anyio
 import click
+from msgspec.structs import replace
 
 from flock.command.arguments import Seconds, model_option, pairs, pop_fields
 from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
+from flock.command.batchfile import forget as forget_state
 from flock.command.server import abandon_busy_threads
 from flock.command.target import load_flock
 from flock.command.terminal import TerminalBytes, echo
+from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
 from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.options import MAX_SECONDS
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
-from flock.runs import MAX_COST, Batch, BatchOptions, cost_in_words
+from flock.runs import MAX_COST, Batch, BatchOptions, Run, RunStatus, cost_in_words
 from flock.store.database import MEMORY
 
 #: Max row errors that are printed.
@@ -114,6 +118,27 @@ STDOUT = Path("-")
     help="Start no more rows after more than N have failed; below 1, a share of all rows.  [default: no limit]",
 )
 @click.option(
+    "--limit", type=click.IntRange(1), metavar="N", help="Start only the first N rows. The next command continues."
+)
+@click.option(
+    "--sample", type=click.IntRange(1), metavar="N", help="Start only N random rows. The next command continues."
+)
+@click.option("--seed", type=int, default=0, metavar="N", help="Choose another random sample.")
+@click.option(
+    "--try",
+    "tried",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Start N random rows, show their results and what the whole will cost, and ask whether to continue.",
+)
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "bar", "lines", "none", "json"]),
+    default="auto",
+    help="How the progress is shown on stderr: as a bar on a terminal, otherwise as a line each 10 s; or as JSON.",
+)
+@click.option("--dedupe", is_flag=True, help="Run equal rows once. The others get the same result.")
+@click.option(
     "--usage", "with_usage", is_flag=True, help="Add input_tokens, output_tokens and cost of each row to the results."
 )
 @click.option(
@@ -126,8 +151,16 @@ STDOUT = Path("-")
     "state",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="SQLite file that stores finished rows until the end.  [default: the output's name plus .flock.db]",
+    help="SQLite file that stores rows and results.  [default: the output's name plus .flock.db]",
 )
+@click.option(
+    "--retry",
+    type=click.Choice(["failed", "cancelled", "all"]),
+    default="cancelled",
+    help="Which rows of an earlier command run again: those that were cut off or never ran, or also those that failed.",
+)
+@click.option("--yes", is_flag=True, help="Run the rows of an agent that has changed without asking.")
+@click.option("--forget", is_flag=True, help="Remove the store with all results, and run nothing.")
 def batch(
     target: str,
     agent: str,
@@ -142,6 +175,10 @@ def batch(
     decimal: str,
     encoding: str,
     state: Path | None,
+    yes: bool,
+    tried: int | None,
+    progress: Literal["auto", "bar", "lines", "none", "json"],
+    forget: bool,
     **options: Any,
 ) -> None:
     """Run AGENT on each row of a file, and write the results to a file.
@@ -149,19 +186,23 @@ def batch(
     ROWS is CSV with a header, typed by the agent's signature, or NDJSON. Its name ends in .csv, .ndjson or .jsonl,
     optionally followed by .gz. The results are CSV with the inputs, the outputs, status and error, or NDJSON.
 
-    If the command was stopped or killed, run it again. It resumes, and finished rows do not run again. The exit code is
-    0 if all rows completed, and 1 if some failed. The column "error" has the reason. With --dry-run, the exit code is 0
-    if the rows would be accepted, and 1 otherwise.
+    The results are kept in a store beside the output. Run the same command again to continue with the rows that never
+    ran or were cut off: by a stop, a crash, --max-cost, --max-failures or used up quota. Finished rows do not run
+    again, and failed ones only with --retry failed. --forget removes the store.
 
-    With --max-cost, no more rows start when that much is spent, and the exit code is 1. To continue, run the command
-    again with a higher --max-cost.
+    The exit code is 0 if all rows completed, and 1 if some did not. The column "error" has the reason. With --dry-run,
+    the exit code is 0 if the rows would be accepted, and 1 otherwise.
     """
     if output is None:
-        if not is_dry_run:
+        if not is_dry_run and not (forget and state):
             raise click.MissingParameter(param_hint="'-o' / '--output'", param_type="option")
         output = STDOUT
     state = state or Path(f"{rows.name if output == STDOUT else output}.flock.db")
     _check_paths(rows, output, state)
+    if forget:
+        with _explaining_errors(rows, output, state):
+            _print_stderr(f"{state} was removed." if forget_state(state) else f"There is no {state}.")
+        return
     flock = load_flock(target, model)
     texts = pairs(static, "--static", "KEY=VALUE")
     with _explaining_errors(rows, output, state), _batch_process():
@@ -174,6 +215,8 @@ def batch(
             options=BatchOptions(**pop_fields(options, BatchOptions)),
             input_mapping={key: name or None for key, name in pairs(mapped, "--map", "COLUMN=INPUT").items()},
             static_inputs=flock.agents[agent].input.from_text(texts) if agent in flock.agents else {},
+            progress=progress if progress != "auto" else "bar" if sys.stderr.isatty() else "lines",
+            confirm=_print_stderr if yes else _confirm,
             dialect=CSVDialect(delimiter=delimiter.replace(r"\t", "\t"), decimal=decimal, encoding=encoding),
             **options,
         )
@@ -182,9 +225,14 @@ def batch(
             _print_check(check, rows)
             sys.exit(0 if check.ok else 1)
         stdout = TerminalBytes() if sys.stdout.isatty() else sys.stdout.buffer
-        done = anyio.run(run_batch_file, flock, job, stdout, _print_stderr)
-        _print_stderr(_summary(done, output) if done.error_type is None else f"{done.error}{_resume_hint(state)}")
-    _exit(0 if done.completed_items and not (done.failed_items or done.cancelled_items) else 1)
+        if tried is not None and not _goes_on(flock, job, tried, stdout):
+            return
+        done, was_left = anyio.run(run_batch_file, flock, job, stdout, _print_stderr)
+        is_old = not was_left and not _exit_code(done)
+        _print_stderr(f"All {done.total_items:,} rows are complete." if is_old else _summary(done, output))
+        if done.cancelled_items and done.status is not RunStatus.COMPLETED:
+            _print_stderr(f"{done.error}{_resume_hint(state)}")
+    _exit(_exit_code(done))
 
 
 @contextlib.contextmanager
@@ -209,6 +257,53 @@ def _explaining_errors(rows: Path, output: Path, state: Path) -> Iterator[None]:
     except OSError as exc:
         path = exc.filename or output
         raise click.ClickException(f"{path}: {exc.strerror or exc}.{_resume_hint(state)}") from exc
+
+
+def _goes_on(flock: DeclaredFlock, job: BatchFile, count: int, stdout: IO[bytes]) -> bool:
+    """Run a sample, show its results and an estimate for all rows, and ask whether to continue."""
+    sample = replace(job, options=replace(job.options, sample=count))
+    done, _ = anyio.run(run_batch_file, flock, sample, stdout, _print_stderr, _show_items)
+    _print_stderr(_estimate(done, count))
+    if done.status is not RunStatus.COMPLETED:
+        _print_stderr(f"{done.error}")
+        _exit(1)
+    if sys.stdin.isatty():
+        return click.confirm("Run the other rows?", err=True)
+    _print_stderr("To run the other rows, run the same command without --try.")
+    return False
+
+
+def _show_items(items: Sequence[Run]) -> None:
+    for item in items:
+        outcome = bytes(item.result).decode() if item.result is not None else f"{item.status}: {item.error}"
+        echo(f"{bytes(item.inputs).decode()} -> {outcome}", err=True)
+
+
+def _estimate(done: Batch, count: int) -> str:
+    """Return how a sample of *count* rows has ended, and what all rows will take."""
+    ended = max(1, done.completed_items - done.cancelled_items - done.invalid_items)
+    parts = []
+    if done.resumed_at is not None and done.completed_at is not None:
+        seconds = (done.completed_at - done.resumed_at).total_seconds() * done.cancelled_items / min(count, ended)
+        parts.append(f"about {timedelta(seconds=round(seconds))} for the others")
+    if done.usage is not None:
+        tokens = (done.usage.input_tokens + done.usage.output_tokens) * done.total_items // ended
+        parts.append(f"{tokens:,} tokens in all")
+    if done.estimated_cost is not None:
+        parts.append(f"${done.estimated_cost:.2f} in all")
+    return f"{ended:,} of {done.total_items:,} rows were tried, and {done.failed_items:,} failed. {', '.join(parts)}."
+
+
+def _confirm(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise click.ClickException(f"{question} Nothing was started. To run them, add --yes.")
+    echo(question, err=True)
+    click.confirm("Continue?", abort=True, err=True)
+
+
+def _exit_code(done: Batch) -> int:
+    is_cut_off = done.cancelled_items and done.status is not RunStatus.COMPLETED
+    return 1 if done.failed_items or is_cut_off else 0
 
 
 def _exit(code: int) -> NoReturn:
@@ -250,16 +345,17 @@ def _format_of(output: Path, rows: Path) -> TableFormat:
 def _batch_process() -> Iterator[None]:
     """Allow long cells, and drop the log records of single rows, whose errors are in the output."""
     logger, previous_limit = logging.getLogger("flock.runs"), csv.field_size_limit(MAX_ROW_BYTES)
-    logger.addFilter(_has_no_run_id)
+    logger.addFilter(_is_shown)
     try:
         yield
     finally:
-        logger.removeFilter(_has_no_run_id)
+        logger.removeFilter(_is_shown)
         csv.field_size_limit(previous_limit)
 
 
-def _has_no_run_id(record: logging.LogRecord) -> bool:
-    return not hasattr(record, "run_id")
+def _is_shown(record: logging.LogRecord) -> bool:
+    is_of_others = str(record.msg).startswith("The store %s was last used")  # a changed agent is asked about
+    return not hasattr(record, "run_id") and not is_of_others
 
 
 def _resume_hint(state: Path) -> str:
@@ -269,11 +365,17 @@ def _resume_hint(state: Path) -> str:
 def _summary(done: Batch, output: Path) -> str:
     completed = done.completed_items - done.failed_items - done.cancelled_items
     cost = f" They cost {cost_in_words(done.usage)}." if done.usage is not None and done.usage.cost is not None else ""
+    if not done.failed_items and done.cancelled_items and done.status is RunStatus.COMPLETED:
+        others = f"{done.cancelled_items:,} others were not chosen"
+        return f"{completed:,} rows completed.{cost} {others}: to run them, omit --limit and --sample."
     if completed == done.total_items:
         return f"{completed:,} of {completed:,} rows completed.{cost}"
     results = "the results" if output == STDOUT else output
     counts = f"{completed:,} of {done.total_items:,} rows completed, and {done.failed_items:,} failed."
-    return f"{counts}{cost} For the reasons, see 'error' in {results}."
+    if done.cancelled_items:
+        counts = f"{counts[:-1]}. {done.cancelled_items:,} are left."
+    retry = " To run failed rows again, add --retry failed." if done.failed_items > done.invalid_items else ""
+    return f"{counts}{cost} For the reasons, see 'error' in {results}.{retry}"
 
 
 def _print_check(check: BatchCheck, rows: Path) -> None:

@@ -1,7 +1,7 @@
-"""A batch from a file to a file, which resumes if the same call is repeated.
+"""A batch from a file to a file, which continues if the same call is repeated.
 
-Finished rows are stored in the *state* of the batch: an SQLite store beside the output that holds only this batch. It
-is removed when the output has been written.
+All rows and their results are stored in the *state*: an SQLite store beside the output, with a batch for each table and
+its options. It is kept until ``forget``.
 """
 
 import contextlib
@@ -9,25 +9,28 @@ import errno
 import gzip
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Literal, cast
 
 import msgspec
+from msgspec.structs import replace
 
 from flock.agents.handoff import columns_of
 from flock.agents.questions import nobody
+from flock.agents.versions import recipe_of
 from flock.declared import DeclaredFlock, agent_of
+from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rowchecks import BatchCheck, check_batch
 from flock.limits import limits_for_one_batch
 from flock.models.models import models_of, names_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages, results_as
 from flock.rows.tables import TableFormat, file_rows, is_gzipped
-from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, RunStatus
-from flock.steps.progress import follow_batch
+from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, Run, RunStatus
+from flock.steps.progress import follow_batch, print_progress
 from flock.store.batchstate import create_state, remove_state
-from flock.store.files import exclusive_lock, sync_folder
+from flock.store.files import exclusive_lock, remove, sync_folder
 from flock.store.store import SQLiteStore
 
 
@@ -38,7 +41,10 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
         output: the file for the results; None is *stdout*.
         format: the format of the output.
         force: replace an output that exists.
-        state: the file that stores finished rows.
+        state: the file that stores rows and results.
+        confirm: asks whether to pay for the rows of a changed agent; raises if not.
+        progress: how the progress is shown on stderr.
+        retry: which ended rows of an earlier call run again, beside those that were cut off or never ran.
         escape_formulas, with_usage: see ``CSVWriter``.
         on_extra, input_mapping, static_inputs and others: see ``Flock.run_batch_async``.
     """
@@ -49,7 +55,10 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     format: TableFormat
     state: Path
     options: BatchOptions
+    confirm: Callable[[str], None]
+    progress: Literal["bar", "lines", "json", "none"] = "none"
     force: bool = False
+    retry: Literal["failed", "cancelled", "all"] = "cancelled"
     on_invalid: OnInvalid = "reject"
     input_mapping: Mapping[str, str | None] = {}
     static_inputs: Mapping[str, msgspec.Raw] = {}
@@ -58,19 +67,33 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     escape_formulas: bool = True
     with_usage: bool = False
 
+    @property
+    def stored_options(self) -> BatchOptions:
+        """The options of its batch, which takes the results of equal rows in the state, and their failures."""
+        return replace(self.options, reuse=True, reuse_failures=not self.retries_failed)
+
+    @property
+    def retries_failed(self) -> bool:
+        return self.retry in ("failed", "all")
+
 
 async def run_batch_file(
-    flock: DeclaredFlock, job: BatchFile, stdout: IO[bytes], report: Callable[[str], None]
-) -> Batch:
-    """Run a batch to its end, and write its results in the order of the rows.
+    flock: DeclaredFlock,
+    job: BatchFile,
+    stdout: IO[bytes],
+    report: Callable[[str], None],
+    show: Callable[[Sequence[Run]], None] | None = None,
+) -> tuple[Batch, bool]:
+    """Run a batch to its end, and write its results in the order of the rows, also if some have failed.
 
-    If it stops at its ``max_cost``, nothing is written, and the next call continues with its own ``max_cost``.
-
-    Rows that an earlier call with the same rows and options has committed are not run again. The state of a call with
-    other rows or options is dropped.
+    Rows that an earlier call with the same rows and options has committed are not run again, unless ``job.retry`` says
+    so. The next call continues with its own ``max_cost`` and other limits.
 
     Args:
-        report: receives a message if an earlier call left a state.
+        report: receives a message if there are results of an earlier call.
+        show: receives the first rows that have ended, up to 1,000, and no output is written.
+
+    Returns: the batch, and whether there was anything to do.
 
     Raises:
         BlockingIOError: another process is using this state.
@@ -84,17 +107,25 @@ async def run_batch_file(
     state = _real_path(job.state)
     digest = _digest(flock, job)
     with exclusive_lock(f"{state}-batch"):
-        _check_output_free(job, state, digest)
-        batch = await _resumable_batch(flock, state, digest, job.options, report)
+        _check_output_free(job, state)
+        stored, batch = await _stored_batch(flock, state, digest, job, report)
+        is_left = batch is None
         try:
+            if batch is None:
+                await _check_changed(flock, job, stored)
             limits = limits_for_one_batch(job.options.max_workers)
             async with flock.engine(store=state, limits=limits, expose_errors=True, answer=nobody) as engine:
-                if batch is not None and batch.error_type is not None:
-                    await engine.retry_batch(batch.batch_id, [RunStatus.CANCELLED], job.options.max_cost)
+                if batch is not None:
+                    is_left = await _continue(engine, batch, job, report)
                 batch = batch or await _accept(engine, flock, job, digest)
-                batch = await follow_batch(engine, batch.batch_id)
-                if batch.error_type is not None:
-                    return batch
+                if job.progress in ("lines", "json"):
+                    batch = await print_progress(engine, batch.batch_id, as_json=job.progress == "json")
+                else:
+                    batch = await follow_batch(engine, batch.batch_id, is_shown=job.progress == "bar")
+                if show is not None:
+                    items = await engine.get_items(batch.batch_id, statuses=["completed", "failed"])
+                    show(items)
+                    return batch, is_left
                 pieces = results_as(
                     job.format,
                     item_pages(engine, batch.batch_id),
@@ -103,16 +134,27 @@ async def run_batch_file(
                     job.escape_formulas,
                     with_usage=job.with_usage,
                 )
-                with _output(job, state, digest) if job.output else contextlib.nullcontext(stdout) as file:
+                with _output(job, state) if job.output else contextlib.nullcontext(stdout) as file:
                     async for piece in pieces:
                         file.write(piece)
                     file.flush()
         except Exception:
-            if batch is None:  # the state is empty
+            if batch is None and not stored:
                 remove_state(state)
             raise
+        remove(f"{state}-lock")  # nobody else uses the store while the other lock is held
+    return batch, is_left
+
+
+def forget(path: Path) -> bool:
+    """Remove a state. Return whether there was one. Raises StoreError if the file is not a state; BlockingIOError."""
+    state = _real_path(path)
+    if not os.path.exists(state):
+        return False
+    with exclusive_lock(f"{state}-batch"):
+        create_state(state)
         remove_state(state)
-    return batch
+    return True
 
 
 async def check_batch_file(flock: DeclaredFlock, job: BatchFile) -> BatchCheck:
@@ -130,7 +172,7 @@ async def _accept(engine: Engine, flock: DeclaredFlock, job: BatchFile, digest: 
     row_mapping = flock.row_mapping(job.agent_name, job.static_inputs, job.input_mapping, job.on_extra)
     async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
         return await engine.submit_batch(
-            job.agent_name, rows, job.options, on_invalid=job.on_invalid, request_id=digest
+            job.agent_name, rows, job.stored_options, on_invalid=job.on_invalid, request_id=digest
         )
 
 
@@ -141,8 +183,9 @@ def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
     """
     with _with_filename(job.rows), open(job.rows, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    models = names_of(models_of(flock.model, "the flock"))
-    options = (flock.name, models, job.agent_name, job.on_invalid, job.on_extra, job.dialect, job.options.timeout_s)
+    models = models_of(flock.model, "the flock")
+    made_by = recipe_of(job.agent_name, flock.agents, models) or names_of(models)
+    options = (flock.name, made_by, job.agent_name, job.on_invalid, job.on_extra, job.dialect, job.options.timeout_s)
     fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()))
     digest.update(msgspec.json.encode((options, fills)))
     return digest.hexdigest()
@@ -165,33 +208,67 @@ def _real_path(path: Path) -> str:
     return os.path.realpath(path)
 
 
-async def _resumable_batch(
-    flock: DeclaredFlock, state: str, digest: str, options: BatchOptions, report: Callable[[str], None]
-) -> Batch | None:
-    """Return the batch of an earlier call to resume, or None. Drop the state of a different batch."""
+async def _stored_batch(
+    flock: DeclaredFlock, state: str, digest: str, job: BatchFile, report: Callable[[str], None]
+) -> tuple[list[Batch], Batch | None]:
+    """Return the batches in the state, newest first, and the one to continue. No other one will run."""
     create_state(state)
+    stored, found, after = list[Batch](), None, None
     async with SQLiteStore(state) as store:
-        batches = store.batches
-        stored = next(iter(await batches.page(flock.name, BatchFilter(limit=1))), None)
-        if stored is not None and stored.request_id == digest:
-            report(f"Resuming: {stored.completed_items:,} of {stored.total_items:,} rows are already done.")
-            await batches.set_options(stored.batch_id, options)
-            return stored
-    if stored is not None:
-        report(
-            "The rows or the options have changed, so a new batch starts. The earlier batch is dropped "
-            f"({stored.completed_items:,} of {stored.total_items:,} rows were done)."
-        )
-    remove_state(state)
-    create_state(state)
-    return None
+        while page := await store.batches.page(flock.name, BatchFilter(after=after)):
+            stored, after = [*stored, *page], page[-1].batch_id
+            for batch in page:
+                is_same = batch.request_id == digest and found is None
+                found = batch if is_same else found
+                # A batch that is cancelled first can be retried as a whole, its failed rows included.
+                if not batch.status.is_final and (not is_same or job.retries_failed):
+                    await store.batches.request_cancel(batch.batch_id)
+        if found is not None:
+            await store.batches.set_options(found.batch_id, job.stored_options)
+            found = await store.batches.get(found.batch_id)
+    if found is None and stored:
+        report("The rows or the options have changed, so a new batch starts. The results of earlier ones are kept.")
+    return stored, found
+
+
+async def _check_changed(flock: DeclaredFlock, job: BatchFile, stored: Sequence[Batch]) -> None:
+    """Ask before the rows of an agent are paid of which the state has only results of other definitions."""
+    recipe = recipe_of(job.agent_name, flock.agents, models_of(flock.model, "the flock"))
+    earlier = [batch for batch in stored if batch.agent_name == job.agent_name and batch.recipe is not None]
+    if not earlier or any(batch.recipe == recipe for batch in earlier):
+        return
+    row_mapping = flock.row_mapping(job.agent_name, job.static_inputs, job.input_mapping, job.on_extra)
+    async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
+        count = 0
+        async for _ in rows:
+            count += 1
+    costs = [batch.estimated_cost / batch.total_items for batch in earlier if batch.estimated_cost is not None]
+    cost = f" They will cost about ${max(costs) * count:.2f}." if costs else ""
+    job.confirm(f"The agent {job.agent_name!r} has changed, so all {count:,} rows run again.{cost}")
+
+
+async def _continue(engine: EmbeddedEngine, batch: Batch, job: BatchFile, report: Callable[[str], None]) -> bool:
+    """Start the rows of a stored batch that are left. Return whether there are any."""
+    if batch.cancel_requested:
+        batch = await engine.wait_batch(batch.batch_id)
+    left = {RunStatus.CANCELLED: batch.cancelled_items}
+    if job.retries_failed:
+        left[RunStatus.FAILED] = batch.failed_items - batch.invalid_items
+    is_left = any(left.values()) or not batch.status.is_final
+    if is_left:
+        done = batch.completed_items - sum(left.values())
+        report(f"Resuming: {done:,} of {batch.total_items:,} rows are already done.")
+    if is_left and batch.status.is_final:
+        statuses = [status for status in left if left[status]]
+        await engine.retry_batch(batch.batch_id, statuses, options=job.stored_options)
+    return is_left
 
 
 # The output
 
 
 @contextlib.contextmanager
-def _output(job: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
+def _output(job: BatchFile, state: str) -> Iterator[IO[bytes]]:
     """Yield a file that atomically replaces the output at the end. It is gzip if the output's name says so."""
     assert job.output is not None
     path = Path(_real_path(job.output))
@@ -207,9 +284,9 @@ def _output(job: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
                 else:
                     yield raw
                 raw.flush()
-                os.fsync(raw.fileno())  # before the state is removed
-            _check_output_free(job, state, digest)
-            Path(f"{state}-output").write_text(_identity(part, digest))
+                os.fsync(raw.fileno())
+            _check_output_free(job, state)
+            Path(f"{state}-output").write_text(_identity(part))
             os.replace(part, path)
             sync_folder(path.parent)
     except BaseException:
@@ -217,18 +294,18 @@ def _output(job: BatchFile, state: str, digest: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def _check_output_free(job: BatchFile, state: str, digest: str) -> None:
-    """Raise FileExistsError if the output exists, unless a call for this batch wrote it and died before its end."""
+def _check_output_free(job: BatchFile, state: str) -> None:
+    """Raise FileExistsError if the output exists, unless a call with this state wrote it."""
     if job.output is None or job.force or not job.output.is_file():
         return
     with contextlib.suppress(FileNotFoundError):
-        if Path(f"{state}-output").read_text() == _identity(job.output, digest):
+        if Path(f"{state}-output").read_text() == _identity(job.output):
             return
     reason = "The file already exists. Choose another output, or add --force to replace it"
     raise FileExistsError(errno.EEXIST, reason, str(job.output))
 
 
-def _identity(path: Path, digest: str) -> str:
+def _identity(path: Path) -> str:
     """Return the identity of an output file. A rename keeps it, but any change or replacement of the file does not."""
     stat = os.stat(path)
-    return f"{digest} {stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
+    return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"

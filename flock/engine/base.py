@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from flock.agents.agent import Agent, ModelAgent
 from flock.agents.clients import settings_for
 from flock.agents.graph import graph_of
+from flock.agents.versions import recipe_of
 from flock.engine.intake import Intake
 from flock.engine.rowchecks import as_json
 from flock.errors import (
@@ -65,6 +66,7 @@ from flock.runs import (
     UsagePage,
     UsageRow,
     added,
+    cost_in_words,
     event_of_batch,
     event_of_call,
     new_id,
@@ -74,7 +76,7 @@ from flock.runs import (
 )
 from flock.runs.events import EVENTS_PER_STEP, events_after
 from flock.runs.records import CALL_IDS, name_and_caller
-from flock.runs.usage import UsageSums, next_day
+from flock.runs.usage import UsageSums, is_spent, next_day
 from flock.steps.identity import new_call_key
 from flock.steps.live import LiveReader
 from flock.steps.refusals import not_accepting, not_deleted
@@ -282,6 +284,17 @@ class EngineBase(Engine):
                     if price_of(self._prices, model) is None:
                         raise InvalidData([FieldError(detail=no_price(model, agent.name), pointer="/max_cost")])
 
+    def recipe_of(self, agent_name: str) -> str | None:
+        """Return what makes the results of an agent; see ``Batch.recipe``."""
+        return recipe_of(agent_name, self._agents, self._default_models)
+
+    def _check_not_spent(self, batch: Batch, max_cost: float | None) -> None:
+        """Raise InvalidData if a retry of *batch*, with *max_cost* if it is not None, could call no model."""
+        limit = batch.options.max_cost if max_cost is None else max_cost
+        if limit is not None and is_spent(batch.usage, limit):
+            cost = f"The batch has cost {cost_in_words(batch.usage)}, and may cost {limit:g} US dollars (max_cost)."
+            raise InvalidData.of(f"{cost} Retry it with a higher max_cost.", "/max_cost")
+
     def _retried(self, only: Statuses) -> Sequence[RunStatus]:
         """Return the statuses of the items that a retry executes again. Raises DefinitionError."""
         retried = (RunStatus.FAILED, RunStatus.CANCELLED)
@@ -362,6 +375,7 @@ class EngineBase(Engine):
             request_id=request_id,
             principal=name,
             owner=self._owner,
+            recipe=self.recipe_of(agent_name),
         )
         intake = Intake(
             self._agent(agent_name),

@@ -7,6 +7,7 @@ the only state: an engine that resumes an interrupted batch reads from them whic
 import contextlib
 import logging
 import math
+import random
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextvars import copy_context
@@ -25,7 +26,7 @@ from flock.models.prices import Budget, DayBudget
 from flock.runs import Batch, IdempotencyKey, Run, RunStatus, now
 from flock.runs.text import of_request
 from flock.scopes import start_in_empty_context
-from flock.steps.outcomes import COST_LIMIT, DAY_LIMIT, TOO_MANY_FAILURES, Outcome
+from flock.steps.outcomes import COST_LIMIT, DAY_LIMIT, NOT_CHOSEN, TOO_MANY_FAILURES, Outcome
 from flock.steps.refusals import not_accepting
 from flock.store.port import RETRY_AFTER_S, BatchStore
 
@@ -42,6 +43,7 @@ class Batches:
     Args:
         start_task: calls a function with a batch in a new task of the engine, unless the engine is shutting down.
         next_change: returns a function that waits for the next change in the store.
+        recipe_of: returns what makes the results of an agent now; see ``Batch.recipe``.
     """
 
     store: BatchStore
@@ -49,6 +51,7 @@ class Batches:
     start_task: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], object]
     next_change: Callable[[], Callable[[], Awaitable[None]]]
     limits: Limits
+    recipe_of: Callable[[str], str | None]
 
     def __post_init__(self) -> None:
         #: batches that are being processed here and were cancelled
@@ -135,6 +138,10 @@ class Batches:
         id_ = batch.batch_id
         while batch.reopening and id_ not in self.cancelled:
             batch = await self.store.reopen_some(batch)
+        if id_ not in self.cancelled and batch.recipe is not None and batch.recipe != self.recipe_of(batch.agent_name):
+            batch = await self.store.drop_digests(batch)
+        if batch.options.reuse:
+            await self._take_results(batch)
         batch = await self.store.begin(batch, now())
         failures = Failures(batch, self.runner.executor.find(batch.agent_name))
         budget = self.runner.executor.budget(batch.options.max_cost, batch.usage, "batch")
@@ -146,6 +153,8 @@ class Batches:
             await _Work(batch, self, failures, budget, day_budget).run(workers if batch.options.parallel else 1)
         while id_ in self.cancelled and await self.store.cancel_waiting(batch, now()):
             pass
+        if batch.options.dedupe and not self.runner.is_draining:
+            await self._take_results(batch, is_own=True)
         if failures.reason is not None and not self.runner.is_draining:
             await self.store.cancel_failed(batch, failures.alike)
             while await self.store.cancel_waiting(batch, now(), failures.reason):
@@ -153,6 +162,9 @@ class Batches:
         for limit, outcome in ((budget, COST_LIMIT), (day_budget, DAY_LIMIT)):
             while limit is not None and limit.is_spent and await self.store.cancel_waiting(batch, now(), outcome):
                 pass
+        is_partial = batch.options.limit is not None or batch.options.sample is not None
+        while is_partial and not self.runner.is_draining and await self.store.cancel_waiting(batch, now(), NOT_CHOSEN):
+            pass
         if self.runner.is_draining or await self.store.pending_items(batch, -1, 1):
             return batch
         for item_id, reason in await self.store.fail_unreadable(batch, now()):
@@ -165,6 +177,11 @@ class Batches:
         template, source = "batch %s: %s, agent %s, %d items, %d failed, %d cancelled%s", of_request(batch.request_id)
         logger.info(template, batch.batch_id, batch.status, batch.agent_name, *counts, source)
         return batch
+
+    async def _take_results(self, batch: Batch, *, is_own: bool = False) -> None:
+        after: int | None = -1
+        while after is not None and batch.batch_id not in self.cancelled and not self.runner.is_draining:
+            after = await self.store.take_results(batch, after, now(), is_own=is_own)
 
 
 class Failures:
@@ -230,6 +247,12 @@ class _Work:
         #: items that are taken before the others: suspects, and those that got an answer and continue, by id
         self._first: dict[str, Run] = {}
         self._is_watching = False
+        #: the items that may start: those before a position, and those of a random sample
+        options, total = batch.options, batch.total_items
+        self._end = total if options.limit is None else options.limit
+        self._sample: set[int] | None = None
+        if options.sample is not None:
+            self._sample = set(random.Random(options.seed).sample(range(total), min(total, options.sample)))
 
     async def run(self, workers: int) -> None:
         """Use up to *workers* workers, until no item is pending, running or waiting for an answer."""
@@ -281,7 +304,12 @@ class _Work:
             while self._page:
                 item = self._page.popleft()
                 self._position = item.position or 0
-                if not item.is_suspect:
+                if self._position >= self._end:
+                    return None
+                if self._sample is not None and self._position not in self._sample:
+                    continue
+                is_first = not self._batch.options.dedupe or not await self._store.has_equal_before(item)
+                if is_first and not item.is_suspect:
                     return item
             async with self._reading:
                 if not self._page:

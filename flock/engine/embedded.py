@@ -56,6 +56,7 @@ from flock.runs import (
     AskedQuestion,
     Batch,
     BatchFilter,
+    BatchOptions,
     Call,
     IdempotencyKey,
     LongJSON,
@@ -193,7 +194,9 @@ class EmbeddedEngine(EngineBase):
             expose_errors=self._expose_errors,
             continue_answered=self._start_answered,
         )
-        self._batches = Batches(self.store.batches, self._runner, self._start_task, self._next_change, self._limits)
+        self._batches = Batches(
+            self.store.batches, self._runner, self._start_task, self._next_change, self._limits, self.recipe_of
+        )
         self._accepting: set[str] = set()
         self._store_changed = Signal()
         self._recovery = Recovery(
@@ -746,12 +749,15 @@ class EmbeddedEngine(EngineBase):
         *,
         calls: RetriedCalls = "keep",
         by: Principal | None = None,
+        options: BatchOptions | None = None,
     ) -> Batch:
+        """Like ``Engine.retry_batch``. *options* replace those of the batch."""
         self._check_running()
-        agent_name = (await self.get_batch(batch_id)).agent_name
-        self._check_has_agent(agent_name)
-        self._check_prices(agent_name, max_cost)
-        statuses, retry = self._retried(only), self._retry(max_cost, calls, by)
+        batch = await self.get_batch(batch_id)
+        self._check_has_agent(batch.agent_name)
+        self._check_prices(batch.agent_name, max_cost)
+        self._check_not_spent(batch, max_cost)
+        statuses, retry = self._retried(only), self._retry(max_cost, calls, by)._replace(options=options)
         reopened = await self.store.batches.reopen(
             batch_id, statuses, self._limits.max_open_items, retry, self._batches.start
         )

@@ -1,5 +1,6 @@
 """Intake of a batch, the same for both engines: its rows are checked, converted to items, and staged in pages."""
 
+import hashlib
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,9 @@ class Intake:
         options = self.batch.options
         if options.max_workers < 1:
             raise DefinitionError(f"max_workers must be at least 1, not {options.max_workers}.")
+        for name, value in (("limit", options.limit), ("sample", options.sample)):
+            if value is not None and value < 1:
+                raise DefinitionError(f"{name} must be at least 1, not {value}.")
         if not (options.max_failures is None or options.max_failures >= 0):
             raise DefinitionError(
                 f"max_failures must be a number of items, or a share below 1, not {options.max_failures}."
@@ -97,6 +101,8 @@ class Intake:
         """Add an item to the page. If its row has errors, it has already failed."""
         batch, (row, extra, errors) = self.batch, checked
         end: dict[str, Any] = {}
+        # Equal rows of an agent without a recipe are equal only within this batch.
+        recipe = batch.recipe or (batch.batch_id if batch.options.dedupe else None)
         if errors:
             self._failed += 1
             end = asdict(Outcome(RunStatus.FAILED, str(InvalidData(errors)), INVALID_INPUT))
@@ -118,10 +124,18 @@ class Intake:
             extra=extra,
             call_ids=CALL_IDS,
             call_key=new_call_key(),
+            digest=None if recipe is None or errors else _digest(recipe, row.inputs),
             **end,
         )
         self.page.append(item)
         self._page_bytes += len(row.inputs) + len(extra or b"")
+
+
+def _digest(recipe: str, inputs: msgspec.Raw) -> str:
+    """Return the digest of inputs, in any order of their names, and of what makes their result."""
+    members = msgspec.json.decode(inputs, type=dict[str, msgspec.Raw])
+    text = recipe.encode() + msgspec.json.encode(members, order="deterministic")
+    return hashlib.sha256(text).hexdigest()[:32]
 
 
 async def mapping_rows(

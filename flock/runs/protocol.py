@@ -474,7 +474,7 @@ class Engine(Protocol):
             calls, by: see ``retry_run``.
 
         Raises: DefinitionError if a status is unknown; BatchNotFound; Conflict if it is not final, or has no such item;
-            EngineFull, EngineStopped.
+            InvalidData if it has spent its ``max_cost``, and *max_cost* is not higher; EngineFull, EngineStopped.
         """
 
     async def delete_batch(self, batch_id: str) -> None:

@@ -411,6 +411,8 @@ class Run(_Record, frozen=True, kw_only=True):
         dropped: the keys of the failed calls that a retry executes again; see ``flock.steps.retries``.
         earlier_error: the error of the attempt before.
         client: what its client has brought: instructions, tools and options of the model; None if nothing.
+        digest: of the inputs of an item and of what makes its result; see ``flock.store.equals``. None if no other item
+            may take its result.
     """
 
     run_id: str
@@ -439,6 +441,7 @@ class Run(_Record, frozen=True, kw_only=True):
     earlier_error: str | None = None
     caller: "Principal | None" = None
     client: ClientSettings | None = None
+    digest: str | None = None
 
     @property
     def acts_for(self) -> "Principal | None":
@@ -574,6 +577,11 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
         max_cost: US dollars that its items may cost, in all attempts of the batch; None means no limit.
         max_failures: how many items may fail before the batch stops, or if less than 1, which share of them; None means
             no limit. Each attempt counts anew.
+        dedupe: execute equal items once. The others get its outcome.
+        reuse: take the results of equal items of other batches of the same principal, if the agent is the same.
+        reuse_failures: take their failures too.
+        limit: execute only the first items, that many. The others are stored, and a retry of the batch executes them.
+        sample: execute only that many random items, which *seed* determines.
     """
 
     max_workers: int = 5
@@ -583,6 +591,12 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float | None = None
     max_cost: float | None = None
     max_failures: float | None = None
+    dedupe: bool = False
+    reuse: bool = False
+    reuse_failures: bool = False
+    limit: int | None = None
+    sample: int | None = None
+    seed: int = 0
 
 
 #: ``error_type`` of an item whose inputs do not match its agent's signature. Such an item is not retried.
@@ -613,6 +627,7 @@ class Batch(_Record, frozen=True, kw_only=True):
         error_type: why it failed, if not because all items did: "cost_limit", "max_failures", or that of a model error
             that all items would have.
         invalid_items: how many items have invalid inputs. They never run.
+        recipe: a digest of what makes the results of its items; None if equal inputs may have other results.
     """
 
     batch_id: str
@@ -628,6 +643,7 @@ class Batch(_Record, frozen=True, kw_only=True):
     extra_names: tuple[str, ...] = ()
     usage: Usage | None = None
     invalid_items: int = 0
+    recipe: str | None = None
 
     @property
     def is_spent(self) -> bool:

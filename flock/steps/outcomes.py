@@ -34,6 +34,9 @@ DAY_LIMIT = Outcome(
 TOO_MANY_FAILURES = Outcome(
     RunStatus.CANCELLED, "More items have failed than the batch allows (max_failures).", "max_failures"
 )
+NOT_CHOSEN = Outcome(
+    RunStatus.CANCELLED, "The batch was started with only some of its items (limit, sample).", "not_chosen"
+)
 #: What a batch has spent, and how its items end that are left.
 LIMITS = {"max_cost": COST_LIMIT, "max_cost_per_day": DAY_LIMIT}
 #: A synchronous run whose server stopped.
@@ -148,6 +151,8 @@ def end_of_batch(
     if batch.failed_items + batch.cancelled_items == batch.total_items:
         error = f"None of the {batch.total_items} items completed. The first error: {first_error()}"
         return RunStatus.FAILED, cut(error), None
+    if batch.cancelled_items and (batch.options.limit or batch.options.sample):
+        return RunStatus.COMPLETED, f"{cancelled} were not chosen (limit, sample). Retry the batch to run them.", None
     if batch.cancelled_items and batch.attempt > 1:
         return (
             RunStatus.CANCELLED,

@@ -6,8 +6,12 @@ from datetime import timedelta
 from typing import Any, TextIO, cast
 
 import anyio
+import msgspec
 
-from flock.runs import Batch, Engine
+from flock.runs import Batch, Engine, event_of_batch
+
+#: How often a line is printed if stderr is not a terminal, in seconds.
+LINE_INTERVAL_S = 10.0
 
 
 async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None = None) -> Batch:
@@ -39,6 +43,25 @@ async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None =
                     bar.update(event.data["completed_items"] - bar.pos)
                     bar.render_progress()
     return await engine.wait_batch(batch_id)
+
+
+async def print_progress(engine: Engine, batch_id: str, *, as_json: bool) -> Batch:
+    """Return the batch when it is final. Until then, print a line each 10 s on stderr; as JSON also at the end."""
+    before, started_at = await engine.get_batch(batch_id), anyio.current_time()
+    while True:
+        batch = await engine.wait_batch(batch_id, LINE_INTERVAL_S)
+        data = event_of_batch(batch).data
+        if as_json:
+            print(msgspec.json.encode(data).decode(), file=sys.stderr, flush=True)
+        elif not batch.status.is_final:
+            counts = f"{batch.agent_name}: {batch.completed_items:,} of {batch.total_items:,} rows"
+            print(
+                f"{counts}  {_status_text(data, before, anyio.current_time() - started_at)}",
+                file=sys.stderr,
+                flush=True,
+            )
+        if batch.status.is_final:
+            return batch
 
 
 def _status_text(now: dict[str, Any], before: Batch, took_s: float) -> str:

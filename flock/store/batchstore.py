@@ -16,9 +16,17 @@ from msgspec.structs import asdict, replace
 
 from flock.errors import OwnershipLost, StoreError
 from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, Run, RunStatus, stub_of
-from flock.steps.outcomes import CANCELLED, CANCELLED_BEFORE_START, COST_LIMIT, DAMAGED, Outcome, end_of_batch
+from flock.steps.outcomes import (
+    CANCELLED,
+    CANCELLED_BEFORE_START,
+    COST_LIMIT,
+    DAMAGED,
+    NOT_CHOSEN,
+    Outcome,
+    end_of_batch,
+)
 from flock.steps.refusals import too_many_items
-from flock.store import queries, statements
+from flock.store import equals, queries, statements
 from flock.store.columns import (
     Damaged,
     batch_or_remains,
@@ -64,7 +72,7 @@ class SQLiteBatchStore(BatchStore):
             self._check_room(db, batch.flock, count, max_open_items)
             if is_first:
                 db.execute(statements.INSERT_BATCH, batch_values(batch, "staged"))
-            queries.insert_runs(db, items)
+            queries.insert_runs(db, equals.numbered(db, batch, items))
             db.execute(statements.COUNT_STAGED_ITEMS, (count, batch.batch_id))
 
         await self._db.change(apply)
@@ -82,7 +90,7 @@ class SQLiteBatchStore(BatchStore):
             if is_staged:
                 db.execute(statements.DELETE_BATCH, (batch.batch_id,))
             db.execute(statements.INSERT_BATCH, batch_values(batch, None))
-            queries.insert_runs(db, items)
+            queries.insert_runs(db, equals.numbered(db, batch, items))
             queries.insert_key(db, batch.flock, key, batch.batch_id, batch.created_at)
             return batch
 
@@ -160,7 +168,7 @@ class SQLiteBatchStore(BatchStore):
                 return
             failed = current.failed_items + current.total_items - current.completed_items
             unpaid = (batch.batch_id, COST_LIMIT.error_type)
-            others = (batch.batch_id, CANCELLED.error_type, COST_LIMIT.error_type)
+            others = (batch.batch_id, CANCELLED.error_type, COST_LIMIT.error_type, NOT_CHOSEN.error_type)
 
             def first_error() -> str:
                 values = {"batch_id": batch.batch_id, "after": -1, "limit": 1}
@@ -218,6 +226,19 @@ class SQLiteBatchStore(BatchStore):
             queries.count_ended(db, queries.Ended(moved))
 
         await self._change_own(batch, apply)
+
+    async def drop_digests(self, batch: Batch) -> Batch:
+        return await self._change_own(batch, lambda db: equals.drop_digests(db, batch.batch_id))
+
+    async def take_results(self, batch: Batch, after: int, at: datetime, *, is_own: bool) -> int | None:
+        def apply(db: sqlite3.Connection) -> int | None:
+            _check_owner(db, batch)
+            return equals.take_results(db, batch, after, CHUNK_SIZE, at, is_own=is_own)
+
+        return await self._db.change(apply)
+
+    async def has_equal_before(self, item: Run) -> bool:
+        return self._db.read(lambda db: equals.has_equal_before(db, item))
 
     async def reopen_some(self, batch: Batch) -> Batch:
         status, *remaining = (batch.reopening or "").split(",")
@@ -329,9 +350,10 @@ def _reopened(db: sqlite3.Connection, batch: Batch, reopening: str | None, retry
     """Open the next attempt of *batch*, and return it. *reopening*: see ``Batch``."""
     values = (retry.owner, reopening, names_of_retriers(batch, retry.by), batch.batch_id)
     db.execute(statements.REOPEN_BATCH, values)
+    options = replace(batch.options, limit=None, sample=None) if retry.options is None else retry.options
     if retry.max_cost is not None:
-        options = msgspec.json.encode(replace(batch.options, max_cost=retry.max_cost))
-        db.execute(statements.SET_OPTIONS, (options, batch.batch_id))
+        options = replace(options, max_cost=retry.max_cost)
+    db.execute(statements.SET_OPTIONS, (msgspec.json.encode(options), batch.batch_id))
     return queries.find_batch(db, batch.batch_id)
 
 

@@ -299,6 +299,12 @@ MIGRATIONS: Sequence[Sequence[str]] = [
                 ON CONFLICT (run_id, call_id) DO UPDATE SET is_open = 1;
             END""",
     ],
+    # Items with equal inputs; see ``flock.store.equals``.
+    [
+        "ALTER TABLE runs ADD COLUMN digest TEXT",
+        "ALTER TABLE batches ADD COLUMN recipe TEXT",
+        "CREATE INDEX items_by_digest ON runs (digest, batch_id) WHERE digest IS NOT NULL",
+    ],
 ]
 
 

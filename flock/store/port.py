@@ -17,6 +17,7 @@ from flock.runs import (
     AskedQuestion,
     Batch,
     BatchFilter,
+    BatchOptions,
     Call,
     IdempotencyKey,
     Page,
@@ -79,12 +80,14 @@ class Retry(NamedTuple):
 
     Attributes:
         max_cost: replaces that of the run or the batch, unless it is None.
+        options: replace those of the batch. If it is None they stay, but all items may start.
     """
 
     owner: str
     max_cost: float | None = None
     calls: RetriedCalls = "keep"
     by: str | None = None
+    options: BatchOptions | None = None
 
 
 class BatchStore(Protocol):
@@ -173,6 +176,21 @@ class BatchStore(Protocol):
 
     async def cancel_failed(self, batch: Batch, item_ids: Sequence[str]) -> None:
         """Count these failed items as cancelled: the batch has ended early, for their error. Raises OwnershipLost."""
+
+    async def drop_digests(self, batch: Batch) -> Batch:
+        """Let no batch take the results of the pending items, since another program executes them: OwnershipLost."""
+
+    async def take_results(self, batch: Batch, after: int, at: datetime, *, is_own: bool) -> int | None:
+        """End one chunk of the pending items after the position *after* that equal items have ended elsewhere.
+
+        Args:
+            is_own: take the outcomes of earlier items of this batch, instead of the results in other batches.
+
+        Returns: the last position of the chunk; None after the last one. Raises: OwnershipLost.
+        """
+
+    async def has_equal_before(self, item: Run) -> bool:
+        """Whether an earlier item of the same batch is equal, and its outcome is that of this one too."""
 
     async def reopen_some(self, batch: Batch) -> Batch:
         """Reopen one chunk of the items to retry. ``reopening`` is None after the last chunk. Raises OwnershipLost."""

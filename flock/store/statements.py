@@ -328,9 +328,37 @@ END_BATCH = """UPDATE batches SET status = ?, error = ?, error_type = ?, complet
 #: Whether items were cancelled because ``max_cost`` was spent.
 HAS_UNPAID_ITEMS = """SELECT 1 FROM runs INDEXED BY items_by_status
     WHERE batch_id = ? AND status = 'cancelled' AND error_type = ? LIMIT 1"""
+HAS_DIGEST = "SELECT 1 FROM runs INDEXED BY items_by_digest WHERE digest = ? AND batch_id = ?"
+EQUAL_BEFORE = f"{HAS_DIGEST} AND position < ? AND attempt >= ? LIMIT 1"
+DROP_DIGESTS = "UPDATE runs SET digest = NULL WHERE batch_id = ? AND status = 'starting' AND digest IS NOT NULL"
+DROP_RECIPE = "UPDATE batches SET recipe = NULL WHERE batch_id = ?"
+TAKE_RESULT = """UPDATE runs SET (status, result, error, error_type, completed_at) =
+    (SELECT status, result, error, error_type, ? FROM runs WHERE rowid = ?) WHERE rowid = ? RETURNING status"""
+
+
+def pending_with_equal(*, is_own: bool, are_failures_taken: bool) -> str:
+    """Return a query for pending items of a batch after a position, each with the row of an equal item, or NULL."""
+    equal = """(SELECT other.rowid FROM runs AS other INDEXED BY items_by_digest WHERE other.digest = runs.digest
+        AND other.flock = runs.flock AND other.principal IS runs.principal AND {} LIMIT 1)"""
+    if is_own:
+        conditions = [
+            """other.batch_id = runs.batch_id AND other.position < runs.position
+            AND other.attempt >= runs.attempt AND other.status IN ('completed', 'failed', 'cancelled')"""
+        ]
+    else:
+        statuses = ["completed", "failed"] if are_failures_taken else ["completed"]
+        # Two ranges of the index, so that the equal items of the batch itself are not read.
+        conditions = [
+            f"other.batch_id {side} runs.batch_id AND other.status = '{status}'" for status in statuses for side in "<>"
+        ]
+    return f"""SELECT rowid, position, coalesce({", ".join(map(equal.format, conditions))}, NULL)
+        FROM runs INDEXED BY items_by_status WHERE batch_id = ? AND status = 'starting' AND position > ?
+        ORDER BY position LIMIT ?"""
+
+
 #: Why a batch has ended early: the error of an item that was cancelled for that.
 STOPPED_BY = """SELECT error, error_type FROM runs INDEXED BY items_by_status
-    WHERE batch_id = ? AND status = 'cancelled' AND error_type NOT IN (?, ?) LIMIT 1"""
+    WHERE batch_id = ? AND status = 'cancelled' AND error_type NOT IN (?, ?, ?) LIMIT 1"""
 CANCEL_FAILED = """UPDATE runs SET status = 'cancelled' WHERE run_id IN (SELECT value FROM json_each(?))
     AND batch_id = ? AND status = 'failed'"""
 FAIL_BATCH = "UPDATE batches SET status = 'failed', error = ?, completed_at = ? WHERE batch_id = ? AND owner = ?"

@@ -122,8 +122,9 @@ class TemporalBatches(EngineBase):
     async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
         """Cancellation: workers delete the rows that were sent."""
         batch = intake.batch
-        if batch.options.max_failures is not None:
-            raise InvalidData.of("A cluster has no max_failures. Omit it.", "/max_failures")
+        for name in ("max_failures", "dedupe", "reuse", "limit", "sample"):
+            if getattr(batch.options, name) not in (None, False):
+                raise InvalidData.of(f"A cluster has no {name}. Omit it.", f"/{name}")
         versions = {name: version_of(agent) for name, agent in self._agents.items()}
         rows = _RowSender(self.cluster, batch.batch_id, versions)
 
@@ -383,7 +384,9 @@ class TemporalBatches(EngineBase):
         by: Principal | None = None,
     ) -> Batch:
         self._check_running()
-        self._check_prices((await self.get_batch(batch_id)).agent_name, max_cost)
+        batch = await self.get_batch(batch_id)
+        self._check_prices(batch.agent_name, max_cost)
+        self._check_not_spent(batch, max_cost)
         return await self._retry_batch(batch_id, self._retried(only), max_cost=max_cost, calls=calls, by=by)
 
     async def _retry_batch(

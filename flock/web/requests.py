@@ -92,7 +92,7 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
         default = fields[name].default
         if isinstance(default, bool):
             read[name] = BOOLEANS.get(value, value)
-        elif isinstance(default, int) and re.fullmatch(NUMBER, value):
+        elif (isinstance(default, int) or name in ("limit", "sample")) and re.fullmatch(NUMBER, value):
             read[name] = int(value)
         elif name in ("timeout_s", "max_cost", "max_failures") and re.fullmatch(DECIMAL, value):
             read[name] = float(value)

@@ -103,6 +103,7 @@ SessionID = Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,128}(?!\n)$")]
 
 #: US dollars.
 MaxCost = Annotated[float, msgspec.Meta(gt=0, le=MAX_COST)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
 MaxFailures = Annotated[float, msgspec.Meta(ge=0)]
 
 #: Max records in one response.
@@ -147,6 +148,11 @@ class FlockBatchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     max_cost: MaxCost | None = None
     max_failures: MaxFailures | None = None
+    dedupe: bool = False
+    reuse: bool = False
+    limit: Count | None = None
+    sample: Count | None = None
+    seed: int = 0
     return_errors: bool = True
     box_results: bool = True
     delimiter: Delimiter = ","
@@ -215,6 +221,11 @@ class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | msgspec.UnsetType = msgspec.UNSET
     max_cost: MaxCost | msgspec.UnsetType = msgspec.UNSET
     max_failures: MaxFailures | msgspec.UnsetType = msgspec.UNSET
+    dedupe: bool = False
+    reuse: bool = False
+    limit: Count | msgspec.UnsetType = msgspec.UNSET
+    sample: Count | msgspec.UnsetType = msgspec.UNSET
+    seed: int = 0
     return_errors: bool = True
     box_results: bool = True
     delimiter: Delimiter = ","

@@ -1,0 +1,127 @@
+"""No row is paid twice: a table, a provider whose credit runs out, edits, a changed agent, and kills.
+
+    python -m tests.paid_once --rows 100000
+
+Each step prints how many rows the provider has been paid for, and ends the script if that is not what it should be.
+A provider charges a request once for each idempotency key, as it also answers a repeated one once.
+"""
+
+import argparse
+import csv
+import os
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+
+from flock.testing import Failure, FakeModel, ModelRequest, Reply
+from tests.support import ROOT
+from tests.support.servers import flockapi_command
+
+TARGET = """
+import os
+from flock.core import Flock, FlockFactory, Model
+
+flock = Flock("table", model=Model("fake/model", base_url=os.environ["FAKE_URL"], api_key="none"))
+flock.add_agent(FlockFactory.create_default_agent("ask", input="text", output=os.environ["OUTPUT"]))
+"""
+EDITED = 50
+
+
+class Provider(FakeModel):
+    """Answers as long as it has credit, and kills *process* when *kill_at* requests are paid."""
+
+    def __init__(self) -> None:
+        super().__init__(self._reply)
+        self.credit = 0
+        self.paid = set[str]()
+        self.kill_at = 0
+        self.process: subprocess.Popen[str] | None = None
+
+    def _reply(self, request: ModelRequest) -> Reply | Failure:
+        key = request.headers["idempotency-key"]
+        if key not in self.paid:
+            if not self.credit:
+                return Failure(429, "insufficient_quota")
+            self.credit -= 1
+            self.paid.add(key)
+        self.requests.clear()
+        if self.process is not None and len(self.paid) == self.kill_at:
+            self.process.send_signal(signal.SIGKILL)
+        return Reply({name: "yes" for name in request.schema["properties"]})
+
+
+class Table:
+    def __init__(self, folder: Path, rows: int, provider: Provider, url: str) -> None:
+        self._folder, self._provider, self._url = folder, provider, url
+        self._texts = [f"text {number}" for number in range(rows)]
+        self.output = "answer"
+        (folder / "target.py").write_text(TARGET)
+        self.write()
+
+    def write(self) -> None:
+        with open(self._folder / "rows.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["text"], *([text] for text in self._texts)])
+
+    def edit(self) -> None:
+        for number in range(EDITED):
+            self._texts[number * len(self._texts) // EDITED] += ", edited"
+        self.write()
+
+    def run(self, *options: str, kill_at: int = 0) -> int:
+        """Run the command, and kill it when that many rows are paid. Return its exit code."""
+        command = flockapi_command("batch", "target.py", "ask", "rows.csv", "-o", "out.csv", "--max-workers", "20")
+        env = {**os.environ, "FAKE_URL": self._url, "OUTPUT": self.output}
+        env["PYTHONPATH"] = str(ROOT)
+        with subprocess.Popen(
+            [*command, *options],
+            cwd=self._folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            self._provider.kill_at, self._provider.process = kill_at, process
+            said = process.communicate()[1]
+        print(f"    exit code {process.returncode}: {said.strip().splitlines()[-1] if said.strip() else ''}")
+        return process.returncode
+
+    def complete(self) -> int:
+        with open(self._folder / "out.csv", newline="") as file:
+            return sum(row["status"] == "completed" for row in csv.DictReader(file))
+
+
+def play(rows: int) -> None:
+    """Raises AssertionError if a row was paid twice, or not at all."""
+    provider = Provider()
+    with tempfile.TemporaryDirectory() as folder, provider.serve() as url:
+        table = Table(Path(folder), rows, provider, url)
+
+        def check(what: str, code: int, wanted: int, paid: int) -> None:
+            print(f"{what}: {len(provider.paid):,} rows paid")
+            assert (code, len(provider.paid)) == (wanted, paid), (code, len(provider.paid), wanted, paid)
+
+        provider.credit = rows // 2
+        check("the credit runs out in the middle", table.run(), 1, rows // 2)
+        assert table.complete() == rows // 2
+        check("the same command without credit", table.run(), 1, rows // 2)
+        provider.credit = 10 * rows
+        check("with credit, killed", table.run(kill_at=rows * 2 // 3), -signal.SIGKILL, len(provider.paid))
+        check("killed again", table.run(kill_at=rows * 5 // 6), -signal.SIGKILL, len(provider.paid))
+        check("the same command", table.run(), 0, rows)
+        check("nothing is left", table.run(), 0, rows)
+        table.edit()
+        check(f"{EDITED} cells edited", table.run(), 0, rows + EDITED)
+        table.output = "answer, reason"
+        check("an output added, not confirmed", table.run(), 1, rows + EDITED)
+        check("confirmed, killed", table.run("--yes", kill_at=rows * 3 // 2), -signal.SIGKILL, len(provider.paid))
+        check("the same command", table.run(), 0, 2 * rows + EDITED)
+        table.output = "answer"
+        check("the output removed again", table.run(), 0, 2 * rows + EDITED)
+        assert table.complete() == rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=100_000)
+    play(parser.parse_args().rows)
