@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flock.agents.agent import agent
+from flock.agents.history import History
 from flock.agents.messages import Messages
 from flock.agents.result import Result
 from flock.declared import BatchInputs, DeclaredFlock, FlockFactory
 from flock.models.models import Model
 from flock.models.prices import Price
 
-__all__ = ["BatchInputs", "Flock", "FlockFactory", "Messages", "Model", "Price", "Result", "agent"]
+__all__ = ["BatchInputs", "Flock", "FlockFactory", "History", "Messages", "Model", "Price", "Result", "agent"]
 
 
 class Flock(DeclaredFlock):

@@ -7,10 +7,9 @@ import sys
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, Unpack, get_args, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack, get_args, overload
 
 import anyio
-import httpx
 import msgspec
 
 from flock.agents.agent import (
@@ -24,8 +23,11 @@ from flock.agents.agent import (
     ToolLike,
 )
 from flock.agents.handoff import result_names
+from flock.agents.history import History
 from flock.agents.questions import nobody
+from flock.agents.shared import Shared
 from flock.agents.signature import Signature
+from flock.agents.union import output_of
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.intake import mapping_rows
 from flock.engine.rowchecks import as_json
@@ -37,11 +39,14 @@ from flock.models.prices import Price, merged
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
-from flock.runs import Answer, BatchOptions, Event, OnExtra, OnInvalid, RetriedCalls, Row
+from flock.runs import Answer, BatchOptions, Event, ModelOptions, OnExtra, OnInvalid, RetriedCalls, Row
 from flock.scopes import current_task
 from flock.steps.progress import follow_batch
 from flock.store.database import Durability
 from flock.store.store import SQLiteStore
+
+if TYPE_CHECKING:
+    import httpx
 
 #: Inputs of a batch: mappings, which are read one at a time, or the path of a CSV or NDJSON file.
 BatchInputs = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | str | Path
@@ -76,10 +81,13 @@ class DeclaredFlock:
         model: default model for agents without one: ``provider/model``, a ``Model``, or a list of these; see
             ``ModelAgent`` and ``flock.models.providers.PROVIDERS``.
         max_steps: max steps in one run.
+        state: what agents share in a process, such as a database pool: ``context.state``. It is a value, or a function
+            that returns an async context manager: each engine or worker enters it at its start, and leaves it when its
+            steps have ended. It is never stored.
         prices: what models cost, ``{"openai/gpt-4o": Price(input=2.5, output=10, cached_input=1.25)}``. They are added
             to those that come with the package, ``flock.models.prices.PRICES``, or replace them.
 
-    Raises: DefinitionError if a price is invalid.
+    Raises: DefinitionError if a price or the state is invalid.
 
     Attributes:
         agents: the agents by name. Use ``add_agent`` to add one.
@@ -93,8 +101,10 @@ class DeclaredFlock:
         model: ModelChoice = None,
         max_steps: int = 32,
         prices: Mapping[str, Price] | None = None,
+        state: Any = None,
     ) -> None:
         models_of(model, "the flock")
+        self.shared = Shared(state)
         self.name = name
         self.model = model
         self.max_steps = max_steps
@@ -141,7 +151,7 @@ class DeclaredFlock:
         *,
         store: str | Path = ":memory:",
         durability: Durability = "power",
-        transport: httpx.AsyncBaseTransport | None = None,
+        transport: "httpx.AsyncBaseTransport | None" = None,
         limits: Limits | None = None,
         **options: Any,
     ) -> EmbeddedEngine:
@@ -158,7 +168,7 @@ class DeclaredFlock:
         """
         models = ModelClient(self.model, transport=transport)
         own = {"flock": self.name, "program_path": self.program_path}
-        options = {**own, "max_steps": self.max_steps, "prices": self.prices, **options}
+        options = {**own, "max_steps": self.max_steps, "prices": self.prices, "shared": self.shared, **options}
         return EmbeddedEngine(self.agents, models, SQLiteStore(store, durability=durability), limits=limits, **options)
 
     def shared_engine(self, *, store: str | Path, expose_errors: bool = False) -> EmbeddedEngine:
@@ -334,16 +344,18 @@ class FlockFactory:
         output: Any = "",
         *,
         types: Mapping[str, Any] | None = None,
-        instructions: str = "",
+        instructions: str | Callable[..., Any] = "",
         examples: Sequence[tuple[Any, Any]] = (),
         reasoning: bool = False,
-        history: int | None = None,
+        history: int | History | None = None,
         tools: Sequence[ToolLike] = (),
         max_tool_calls: int = 10,
         tool_timeout_s: float = 60,
         temperature: float | None = None,
         max_tokens: int | None = None,
+        options: ModelOptions | None = None,
         max_retries: int = 2,
+        validate: Callable[..., Any] | None = None,
         timeout_s: float = 300,
         client_instructions: bool = False,
         client_tools: bool = False,
@@ -359,11 +371,12 @@ class FlockFactory:
 
         Args:
             input, output: a signature such as ``"text: str | what to analyse, limit: int"``, or a struct, dataclass,
-                TypedDict or pydantic model.
+                TypedDict or pydantic model. The output may also be a union of structs or of pydantic models, such as
+                ``Refund | Question``, which is then a field ``result`` with the name of its type in ``type``.
             types: additional types, by name, that the strings may use.
             model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
-                max_tokens, max_retries, timeout_s, client_instructions, client_tools, client_options: see
-                ``ModelAgent``.
+                max_tokens, options, max_retries, validate, timeout_s, client_instructions, client_tools,
+                client_options: see ``ModelAgent``.
             next_agent, max_concurrency, on_interrupt, on_change, retry, version: see ``Agent``.
 
         Raises:
@@ -374,7 +387,7 @@ class FlockFactory:
         return ModelAgent(
             name,
             Signature.of(input, types, name=f"{name}_input"),
-            Signature.of(output, types, name=f"{name}_output"),
+            output_of(output, types, name=f"{name}_output"),
             description=description,
             model=model,
             instructions=instructions,
@@ -386,7 +399,9 @@ class FlockFactory:
             tool_timeout_s=tool_timeout_s,
             temperature=temperature,
             max_tokens=max_tokens,
+            options=options,
             max_retries=max_retries,
+            validate=validate,
             timeout_s=timeout_s,
             client_instructions=client_instructions,
             client_tools=client_tools,

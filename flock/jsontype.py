@@ -37,9 +37,9 @@ EXAMPLES = {"datetime": "2026-11-30T14:30:00Z", "date": "2026-11-30", "time": "1
 #: The undecoded members of an object.
 MEMBERS = dict[str, msgspec.Raw]
 #: The end of msgspec's message about an item of a list, or of nested lists, in a field.
-INDEXED = re.compile(r" - at `\$\.(\w+)((?:\[\d+\])+)`$")
+INDEXED = r" - at `\$\.(\w+)((?:\[\d+\])+)`$"
 #: msgspec's messages about values of these types.
-WANTS_TIME = re.compile(
+WANTS_TIME = (
     r"(?:Expected [`'][^`']*\b|Invalid RFC3339 encoded |Invalid ISO8601 |Only units .* ISO8601 )"
     rf"({'|'.join(EXAMPLES)})s?\b"
 )
@@ -177,7 +177,7 @@ class JSONType(Generic[T]):
         if is_model(self.type):
             return _field_errors(first, at)
         errors = [] if self._ignores_unknown else self._unknown(members, at)
-        known = INDEXED.search(str(first))
+        known = re.search(INDEXED, str(first))
         for field in self.fields:
             pointer = f"{at}/{escape_pointer(field.name)}"
             if known is not None and known[1] == field.name:  # do not decode a long list again
@@ -304,7 +304,7 @@ def _field_errors(exc: Exception, at: str) -> list[FieldError]:
 
 def example_for(message: str) -> str:
     """Return a sentence with a valid example if *message* of msgspec is about a time; otherwise ""."""
-    match = WANTS_TIME.match(message)
+    match = re.match(WANTS_TIME, message)
     if match is None:
         return ""
     example = EXAMPLES[match[1]].removesuffix("Z" if "no timezone" in message else "")

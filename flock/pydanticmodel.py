@@ -4,7 +4,7 @@ pydantic is a package of the user's program. It is imported here only to describ
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
 import msgspec
 
@@ -170,3 +170,13 @@ def model_schemas(models: Sequence[Any], mode: SchemaMode, ref: str) -> tuple[di
         raise TypeError(str(exc).split("\n")[0]) from exc
     named = {f"{PREFIX}{name}": definition for name, definition in schema["$defs"].items()}
     return {model: refs[model, mode] for model in models}, named
+
+
+def union_model(name: str, models: Sequence[Any], field: str, tag: str) -> Any:
+    """Return a model with a *field* that is one of *models*, told apart by their names in the field *tag*."""
+    import pydantic
+
+    create: Any = pydantic.create_model
+    tagged = [create(model.__name__, __base__=model, **{tag: (Literal[model.__name__], ...)}) for model in models]
+    union: Any = Union[tuple(tagged)]  # noqa: UP007 - it is made at run time
+    return create(name, **{field: (union, pydantic.Field(discriminator=tag))})

@@ -142,7 +142,7 @@ _CLOCKS: ContextVar[tuple[Clock, ...]] = ContextVar("flock_clocks", default=())
 
 
 class _Limit:
-    """The deadline of a scope, and how many cancellations the task had when it passed.
+    """The deadline of a scope, and how many cancellations the task had when it passed, without those of scopes in it.
 
     anyio takes it for cancelled by others if ``Task.cancelling`` has another reason, or if asyncio has lost the message
     of its cancellation: before Python 3.13 a ``TaskGroup`` that fails leaves the one, and a ``gather`` does the other.
@@ -160,7 +160,7 @@ class _Limit:
     @deadline.setter
     def deadline(self, deadline: float) -> None:
         self.close()
-        if deadline != math.inf:
+        if deadline != math.inf and not self.cancel_called:  # it passes once, also if its clock is stopped later
             self._timer = asyncio.get_running_loop().call_at(deadline, self._pass)
         self._scope.deadline = deadline + JUST_AFTER_S
 
@@ -169,7 +169,8 @@ class _Limit:
         return self._scope.cancel_called
 
     def _pass(self) -> None:
-        self._before = self._task.cancelling()
+        inner = _scopes_above(self._scope, _scope_of(self._task))  # they uncancel the task, or leave that to this one
+        self._before = self._task.cancelling() - sum(getattr(each, "_pending_uncancellations", 0) for each in inner)
         self._scope.cancel()
 
     def close(self) -> None:
@@ -178,10 +179,7 @@ class _Limit:
 
     @property
     def is_only_cause(self) -> bool:
-        """Whether nothing else has cancelled the task since it has passed. The scope was left.
-
-        Scopes in it may have been left too, whose cancellations counted when it passed.
-        """
+        """Whether nothing else has cancelled the task since it has passed. The scope was left."""
         return self._task.cancelling() <= self._before
 
 
@@ -224,25 +222,27 @@ def closing_scopes(agent_name: str) -> Iterator[None]:
     An abandoned async generator leaves one open, or an ``AsyncExitStack`` that nobody closes. anyio then refuses to
     leave the scopes around it, which ends the engine. It has no public way to find them. On trio nothing is closed.
     """
-    before = _current_scope()
+    task = current_task()
+    before = _scope_of(task)
     try:
         yield
     finally:
-        if before is not None and (left_open := _scopes_above(before)):
+        if before is not None and (left_open := _scopes_above(before, _scope_of(task))):
             logger.warning("agent %s left %d cancel scopes or task groups open", agent_name, len(left_open))
             for scope in left_open:
                 scope.cancel()
                 scope.__exit__(None, None, None)
 
 
-def _current_scope() -> Any:
-    task, states = current_task(), getattr(sys.modules.get("anyio._backends._asyncio"), "_task_states", {})
+def _scope_of(task: "asyncio.Task[Any] | None") -> Any:
+    """Return the innermost scope of a task."""
+    states = getattr(sys.modules.get("anyio._backends._asyncio"), "_task_states", {})
     return None if task is None else getattr(states.get(task), "cancel_scope", None)
 
 
-def _scopes_above(before: Any) -> list[Any]:
-    """Return the scopes between the current one and *before*, innermost first; none if *before* was left too."""
-    found, scope = [], _current_scope()
+def _scopes_above(before: Any, scope: Any) -> list[Any]:
+    """Return the scopes from *scope* out to *before*, innermost first; none if *before* was left too."""
+    found = list[Any]()
     while scope is not None and scope is not before:
         found.append(scope)
         scope = getattr(scope, "_parent_scope", None)

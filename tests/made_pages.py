@@ -14,9 +14,11 @@ from typing import Any
 import click
 
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent
+from flock.agents.history import History
 from flock.agents.mcp import mcp_tools
 from flock.agents.messages import Messages
 from flock.agents.tools import Tool
+from flock.client import APIError, AsyncFlockClient, BatchState, FlockClient, OpenQuestion, RunState, StreamedOutput
 from flock.command.cli import main
 from flock.core import Flock, FlockFactory
 from flock.core import agent as agent_decorator
@@ -316,6 +318,7 @@ SECTIONS: list[tuple[str, list[tuple[str, Any, list[str]]]]] = [
             ("FlockFactory.create_default_agent", FlockFactory.create_default_agent, []),
             ("agent", agent_decorator, []),
             ("Messages", Messages, []),
+            ("History", History, []),
         ],
     ),
     (
@@ -339,6 +342,22 @@ SECTIONS: list[tuple[str, list[tuple[str, Any, list[str]]]]] = [
     ),
     ("flock.errors", [("AgentError", AgentError, [])]),
     ("flockapi", [("create_app", create_app, []), ("engine_of", engine_of, []), ("principal_of", principal_of, [])]),
+    (
+        "flock.client",
+        [
+            ("FlockClient", FlockClient, []),
+            (
+                "AsyncFlockClient",
+                AsyncFlockClient,
+                [name for name in vars(AsyncFlockClient) if not name.startswith("_")],
+            ),
+            ("StreamedOutput", StreamedOutput, ["add"]),
+            ("RunState", RunState, ["value_as"]),
+            ("BatchState", BatchState, []),
+            ("OpenQuestion", OpenQuestion, []),
+            ("APIError", APIError, []),
+        ],
+    ),
     ("flock.web.options", [("AppOptions", AppOptions, [])]),
     ("flock.limits", [("Limits", Limits, [])]),
     (

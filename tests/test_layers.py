@@ -24,6 +24,7 @@ RANKS = {
     "flock.pydanticmodel": 0,
     "flock.runs": 0,
     "flock.scopes": 0,
+    "flock.client": 1,
     "flock.models": 1,
     "flock.agents": 2,
     "flock.rows": 3,
@@ -124,7 +125,7 @@ def test_a_protocol_knows_no_engine_and_no_store() -> None:
     known = {"flock", "flock.protocols", "flock.web", "flock.runs", "flock.agents", "flock.declared", "flock.errors"}
     for module, path in MODULES.items():
         if layer_of(module) == "flock.protocols":
-            assert {layer_of(imported) for imported in imports_of(path)} <= {*known, "flock.jsontype"}
+            assert {layer_of(imported) for imported in imports_of(path)} <= {*known, "flock.jsontype", "flock.fair"}
 
 
 def test_the_engine_knows_only_the_port_of_the_store() -> None:

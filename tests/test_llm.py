@@ -39,6 +39,8 @@ GOOD = {"sentiment": "good", "words": []}
 
 pytestmark = pytest.mark.anyio
 
+needs_httpx2 = pytest.mark.skipif(importlib.util.find_spec("httpx2") is None, reason="httpx2 is not installed")
+
 
 @pytest.fixture
 async def models(model: FakeModel) -> AsyncIterator[ModelClient]:
@@ -614,6 +616,18 @@ async def test_a_configuration_error_says_what_to_do(
 )
 def test_a_configured_model_passes_the_check(name: str) -> None:
     check_model(name)
+
+
+@pytest.mark.parametrize("library", ["httpx", pytest.param("httpx2", marks=needs_httpx2)])
+async def test_httpx2_is_used_if_it_is_installed_and_fails_alike(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library == "httpx":
+        monkeypatch.setitem(sys.modules, "httpx2", None)  # as if it is not installed
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1")
+    async with ModelClient(backoff_s=0.001) as models:
+        failure = await fail(models, "openai/gpt-4o")
+    assert failure.error_type == "model_unavailable"
+    assert failure.__cause__ is not None
+    assert type(failure.__cause__.__cause__).__module__.partition(".")[0] == library
 
 
 def test_with_litellm_only_a_near_miss_is_an_unknown_provider(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -497,6 +497,19 @@ async def test_a_text_that_is_replaced_goes_on_or_ends_with_an_error(client: htt
         assert "The run is " in last["error"]["message"]
 
 
+async def test_the_reasoning_of_an_agent_is_beside_the_content(client: httpx.AsyncClient, chats: Chats) -> None:
+    """A client that does not read it in pieces has to ask for it, since only pieces have it."""
+    chats.model.replies = [Reply({"reply": "Blue."}, reasoning="The sky?")] * 4
+    for more, expected in (({}, None), ({"include_reasoning": True}, "The sky?")):
+        message = (await chat(client, "chat", "What colour?", **more)).json()["choices"][0]["message"]
+        assert (message["content"], message.get("reasoning_content")) == ("Blue.", expected)
+    for more, thoughts in (({}, "The sky?"), ({"include_reasoning": False}, "")):
+        chunks = chunks_in(await chat(client, "chat", "?", stream=True, **more))
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
+        assert "".join(delta.get("content") or "" for delta in deltas) == "Blue."
+        assert "".join(delta.get("reasoning_content", "") for delta in deltas) == thoughts
+
+
 async def serve(app: Any, body: Any, on_event: Any, path: str = "/v1/chat/completions", query: str = "") -> list[Any]:
     """Return the events of a stream, and call *on_event* with each as it is sent. If it returns True, disconnect.
 

@@ -83,7 +83,11 @@ async def hold(topic: str, context: RunContext) -> str:
         await asyncio.sleep(0.05)
     return f"All about {topic}"
 
+flock.add_agent(FlockFactory.create_default_agent("thinker", input="text: str", output="reply: str"))
+
 def reply(request):
+    if request.agent_name == "thinker":
+        return Reply({"reply": "Blue."}, reasoning="The sky?")
     if request["messages"][-1]["role"] == "tool":
         return {"reply": request["messages"][-1]["content"]}
     if request.agent_name == "payer":
@@ -152,6 +156,16 @@ with client.responses.stream(model="write", input="tea") as stream:
     deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
     assert "".join(deltas) == stream.get_final_response().output_text == "All about tea"
 assert client.responses.parse(model="mood", input="a b", text_format=Mood).output_parsed.words == ["a", "b"]
+asked = {"model": "thinker", "input": "What colour?", "reasoning": {"summary": "auto"}}
+with client.responses.stream(**asked) as stream:
+    types = [event.type for event in stream]
+    streamed = stream.get_final_response()
+assert "response.reasoning_summary_text.delta" in types, types
+for made in (client.responses.create(**asked), streamed):
+    assert [item.type for item in made.output] == ["reasoning", "message"]
+    assert (made.output[0].summary[0].text, made.output_text) == ("The sky?", "Blue.")
+chunks = client.chat.completions.create(model="thinker", messages=said("What colour?"), stream=True)
+assert "".join(getattr(chunk.choices[0].delta, "reasoning_content", "") for chunk in chunks) == "The sky?"
 with client.responses.stream(model="mood", input="a b", text_format=Mood) as stream:
     assert stream.get_final_response().output_parsed.mood == "good"
 assert client.responses.create(model="fail", input="tea").error.message.startswith("no The run is ")

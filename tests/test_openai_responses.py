@@ -9,6 +9,7 @@ import anyio.lowlevel
 import httpx
 import pytest
 
+from flock import fair
 from flock.agents.messages import Messages
 from flock.agents.tools import Tool
 from flock.core import FlockFactory
@@ -18,6 +19,7 @@ from flock.testing import Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.http import client_of, get, left, wait_for
+from tests.support.sockets import little_memory
 from tests.test_openai import Chats, check_error, serve
 
 pytestmark = pytest.mark.anyio
@@ -48,6 +50,16 @@ class Responses(Chats):
             if talk[-1].content == "hang":
                 await anyio.sleep_forever()
             return "ended"
+
+        @flock.agent
+        async def ask_twice(text: str, context: RunContext) -> str:
+            kind = await context.ask("Which one?", str)
+            await self.may_go.wait()
+            return f"{kind} {await context.ask('How much?', str)}"
+
+        @flock.agent
+        async def last(talk: Messages) -> str:
+            return talk[-1].content
 
         @flock.agent
         async def write(text: str, context: RunContext) -> str:
@@ -393,6 +405,94 @@ async def test_conversations_and_responses_of_others_do_not_exist(chats: Respons
         assert (await client.get(f"/v1/responses/{made['id']}", headers=ann)).status_code == 200
 
 
+async def test_two_continuations_at_once_make_one(
+    client: httpx.AsyncClient, app: FlockAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, answers = await create(client, "roles", "a"), list[httpx.Response]()
+    list_runs = app.engine.list_runs
+
+    async def slowly(wanted: Any) -> Any:
+        page = await list_runs(wanted)
+        for _ in range(50):  # in which the others read the same
+            await anyio.lowlevel.checkpoint()
+        return page
+
+    monkeypatch.setattr(app.engine, "list_runs", slowly)
+
+    async def go_on(text: str) -> None:
+        answers.append(await send(client, "roles", text, previous_response_id=first["id"]))
+
+    async with anyio.create_task_group() as tasks:
+        for text in "bcd":
+            tasks.start_soon(go_on, text)
+    refused, _, made = sorted(answers, key=lambda answer: -answer.status_code)
+    check_error(refused, 400, ..., "A later response")
+    assert (made.status_code, len((await get(client, "/runs"))["runs"])) == (200, 2)
+
+
+async def test_a_continuation_that_is_sent_again_with_its_key_is_the_same(client: httpx.AsyncClient) -> None:
+    first, key = await create(client, "roles", "a"), {"Idempotency-Key": "once"}
+    made = [await create(client, "roles", "b", headers=key, previous_response_id=first["id"]) for _ in range(2)]
+    assert made[0] == made[1]
+    error = await send(client, "roles", "c", key, previous_response_id=first["id"])
+    check_error(error, 400, "idempotency_key_reused")
+
+
+async def test_the_latest_response_is_found_among_many_failed_ones(
+    client: httpx.AsyncClient, app: FlockAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id_ = (await client.post("/v1/conversations")).json()["id"]
+    await create(client, "roles", "a", conversation=id_)
+    for _ in range(120):
+        await app.engine.submit("end", {"talk": [{"role": "user", "content": "fail"}]}, session_id=id_)
+    await create(client, "end", "fail", conversation=(await client.post("/v1/conversations")).json()["id"])
+    while (await get(client, "/runs", session_id=id_, limit=1, status="starting"))["runs"]:
+        await anyio.lowlevel.checkpoint()
+    listed, list_runs = 0, app.engine.list_runs
+
+    async def count(wanted: Any) -> Any:
+        nonlocal listed
+        page = await list_runs(wanted)
+        listed += len(page)
+        return page
+
+    monkeypatch.setattr(app.engine, "list_runs", count)
+    assert text_of(await create(client, "roles", "b", conversation=id_)) == "user=a assistant=user=a user=b"
+    assert listed < 5
+
+
+LONG = [{"role": ("user", "assistant")[at % 2], "content": f"message {at}"} for at in range(4001)]
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+async def test_other_requests_are_served_while_a_long_history_is_read(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(fair, "SHARE_S", 0)
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(count)
+        sent = await client.post(f"/v1/{path}", json={"model": "last", "messages": LONG, "input": LONG})
+        tasks.cancel_scope.cancel()
+    assert (sent.status_code, turns > len(LONG)) == (200, True)
+
+
+async def test_a_page_of_a_long_history_holds_only_its_own_items(client: httpx.AsyncClient) -> None:
+    made = await create(client, "last", LONG)
+    path = f"/v1/responses/{made['id']}/input_items"
+    await get(client, path)
+    with little_memory(2_500_000):
+        (item,) = (await get(client, path, limit=1))["data"]
+    assert item["content"][0]["text"] == text_of(made) == "message 4000"
+
+
 # Questions
 
 
@@ -447,6 +547,26 @@ async def test_an_approval_that_was_answered_elsewhere_continues_too(
     assert text_of(await create(client, "payer", [], previous_response_id=asked["id"])) == "Paid."
 
 
+async def test_a_question_that_is_answered_while_it_is_read_is_shown_once(
+    client: httpx.AsyncClient, app: FlockAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A response that has asked ends as it was; the next one is what the run does now."""
+    asked, get_calls = await create(client, "ask_twice", "Tea"), app.engine.get_calls
+    (question,) = (await get(client, "/questions"))["questions"]
+
+    async def answered_meanwhile(run: Any) -> Any:
+        monkeypatch.undo()
+        await client.post(f"/run/{question['run_id']}/calls/{question['call_id']}", json={"output": "Assam"})
+        return await get_calls(run)
+
+    seen = list[Any]()
+    for number in (0, 1):
+        monkeypatch.setattr(app.engine, "get_calls", answered_meanwhile)
+        seen.append(await get(client, f"/v1/responses/{asked['id'][:-1]}{number}"))
+    assert seen[0] == {**asked, "background": True}  # since nobody waits for a run that waits
+    assert (seen[1]["status"] in ("queued", "in_progress"), seen[1]["output"]) == (True, [])
+
+
 async def test_a_call_of_a_tool_of_the_client_is_an_item(client: httpx.AsyncClient, chats: Responses) -> None:
     tools = [{"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": None}]
     chats.model.replies = [Reply(calls=[("look", {"at": "sky"})]), Reply({"reply": "Blue."})]
@@ -485,6 +605,51 @@ async def test_another_question_is_an_incomplete_response(client: httpx.AsyncCli
     (question, _) = (await get(client, "/questions"))["questions"][::-1]
     await client.post(f"/run/{run_id}/calls/{question['call_id']}", json={"output": "Assam"})
     assert text_of(await create(client, "ask", [], previous_response_id=asked["id"])) == "Tea: Assam"
+
+
+# Reasoning
+
+
+THOUGHTS = {"reasoning": {"summary": "auto"}}
+
+
+async def test_the_reasoning_of_an_agent_is_an_item_with_a_summary(client: httpx.AsyncClient, chats: Responses) -> None:
+    chats.model.replies = [Reply({"reply": "Blue."}, reasoning="The sky?")] * 2
+    made = await create(client, "chat", "What colour?", **THOUGHTS)
+    thoughts, _ = made["output"]
+    assert (thoughts["type"], thoughts["summary"]) == ("reasoning", [{"type": "summary_text", "text": "The sky?"}])
+    events = events_of(await send(client, "chat", "What colour?", stream=True, **THOUGHTS))
+    assert [item["type"] for item in events[-1]["response"]["output"]] == ["reasoning", "message"]
+    assert "".join(event["delta"] for event in events if event["type"].endswith("summary_text.delta")) == "The sky?"
+    assert list(dict.fromkeys(event["type"] for event in events)) == [
+        *ORDER[:3],
+        *("response.reasoning_summary_part.added", "response.reasoning_summary_text.delta"),
+        *("response.reasoning_summary_text.done", "response.reasoning_summary_part.done"),
+        *("response.output_item.done", *ORDER[3:7], ORDER[8]),
+    ]
+    for event in events:
+        if "output_index" in event:
+            item_id = event["item_id"] if "item_id" in event else event["item"]["id"]
+            assert event["output_index"] == (0 if item_id.startswith("rs_") else 1)
+
+
+async def test_thoughts_that_nobody_asked_for_or_that_could_not_be_read_again_are_not_shown(
+    client: httpx.AsyncClient, chats: Responses
+) -> None:
+    chats.model.replies = [Reply({"reply": "Blue."}, reasoning="The sky?")] * 4
+    for more in ({}, {"reasoning": {"effort": "low"}}, {"stream": True}):
+        answer = await send(client, "chat", "What colour?", **more)
+        assert (answer.status_code, "The sky?" in answer.text) == (200, False)
+    made = await create(client, "chat", "What colour?", background=True, **THOUGHTS)
+    await wait_for(client, f"/run/{made['id'][5:-2]}")
+    assert text_of(await get(client, f"/v1/responses/{made['id']}")) == "Blue."
+    check_error(await send(client, "chat", reasoning={"summary": "long"}), 400, "invalid_input")
+
+
+async def test_thoughts_before_an_invalid_answer_are_kept_apart(client: httpx.AsyncClient, chats: Responses) -> None:
+    chats.model.replies = [Reply("{", reasoning="First."), Reply({"reply": "Blue."}, reasoning="Second.")]
+    *_, last = events_of(await send(client, "chat", "What colour?", stream=True, **THOUGHTS))
+    assert last["response"]["output"][0]["summary"][0]["text"] == "First.\n\nSecond."
 
 
 # Streams

@@ -520,8 +520,8 @@ async def test_calls_with_one_number_are_both_kept() -> None:
 class Change(NamedTuple):
     """What a step does before and after a change. It fails with *error*, or executes *executed* again."""
 
-    before: Callable[[RunContext, "Shop"], Awaitable[Any]]
-    after: Callable[[RunContext, "Shop"], Awaitable[Any]]
+    before: "Work"
+    after: "Work"
     error: str | None
     executed: list[str]
 
@@ -546,7 +546,14 @@ class Shop:
             if self.log.count("hang") == 1:
                 await anyio.sleep_forever()
 
-        self.charge, self.send, self.mail, self.hang = charge, send, mail, hang
+        async def count() -> int:
+            self.log.append("count")
+            return self.log.count("count")
+
+        self.charge, self.send, self.mail, self.hang, self.count = charge, send, mail, hang, count
+
+
+Work = Callable[[RunContext, Shop], Awaitable[Any]]
 
 
 async def charged_5(context: RunContext, shop: Shop) -> Any:
@@ -601,6 +608,18 @@ async def hung(context: RunContext, shop: Shop) -> Any:
     return await context.call(shop.hang)
 
 
+async def counted(context: RunContext, shop: Shop) -> Any:
+    """Only the order in which they start tells these calls apart."""
+    return await asyncio.gather(*(context.call(shop.count) for _ in range(2)))
+
+
+def both(first: Work, then: Work) -> Work:
+    async def work(context: RunContext, shop: Shop) -> Any:
+        return [await first(context, shop), await then(context, shop)]
+
+    return work
+
+
 CHANGES = {
     "other arguments": Change(charged_5, charged_6, r"makes the call 'charge:\w+' instead of 'charge:\w+'", []),
     "a call of the same function before it": Change(charged_5, charged_6_and_5, "instead of", []),
@@ -612,6 +631,15 @@ CHANGES = {
     "removed before another one": Change(sent_and_charged, charged_5, None, []),
     "not cancelled any more, before an equal one": Change(asked_again, hung, None, []),
     "not cancelled any more": Change(hung_for_a_moment, hung, "does not cancel the call 'hang:", []),
+    "other arguments before equal calls": Change(both(charged_5, counted), both(charged_6, counted), "instead of", []),
+    "other arguments after equal calls": Change(both(counted, charged_5), both(counted, charged_6), None, ["charge 6"]),
+    "after equal calls, in place of one before": Change(
+        both(charged_5, counted), both(counted, charged_6), "instead", []
+    ),
+    "not cancelled, after equal calls": Change(both(hung_for_a_moment, counted), both(counted, hung), "not cancel", []),
+    "before equal calls, in place of one after": Change(
+        both(counted, charged_5), both(charged_6, counted), "instead", []
+    ),
 }
 
 

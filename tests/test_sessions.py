@@ -663,7 +663,7 @@ async def test_turns_that_no_longer_match_the_agent_are_left_out(model: FakeMode
 
 @pytest.mark.parametrize("history", [0, -1, 2.5, "20", True])
 def test_history_must_be_a_whole_number_from_1(history: Any) -> None:
-    with pytest.raises(DefinitionError, match="history= of 'chat' must be a whole number from 1, or None"):
+    with pytest.raises(DefinitionError, match="history= of 'chat' must be a whole number from 1, a History, or None"):
         chat(history=history)
 
 

@@ -15,7 +15,6 @@ from flock import __version__
 from flock.agents.agent import (
     Agent,
     AgentOptions,
-    Exchange,
     FunctionAgent,
     Handoff,
     ModelAgent,
@@ -25,9 +24,10 @@ from flock.agents.agent import (
     Resources,
     ToolLike,
 )
+from flock.agents.history import Exchange
 from flock.agents.mcp import mcp_tools
 from flock.agents.tools import Tool
-from flock.core import BatchInputs, Flock, FlockFactory, Messages, Model, Price, Result, agent
+from flock.core import BatchInputs, Flock, FlockFactory, History, Messages, Model, Price, Result, agent
 from flock.errors import (
     ERROR_TYPES,
     AccessDenied,
@@ -107,6 +107,7 @@ from flock.runs import (
     Live,
     LongJSON,
     Mark,
+    ModelOptions,
     Observer,
     OnExtra,
     OnInvalid,
@@ -207,10 +208,22 @@ from flockapi import (
 
 # Agents
 
+
+@asynccontextmanager
+async def pool() -> AsyncIterator[dict[str, int]]:
+    yield {"size": 1}
+
+
+def size_of_pool(context: RunContext[dict[str, int]]) -> int:
+    assert_type(context.state, dict[str, int])
+    return context.state["size"]
+
+
 flock = Flock(
     "typed",
     model=["openai/gpt-4o", Model("ollama/llama3.2", max_concurrency=2)],
     max_steps=8,
+    state=pool,
     prices={"ollama/llama3.2": Price(input=0.01, output=0.02)},
 )
 
@@ -253,7 +266,7 @@ async def polish(text: str) -> AsyncIterator[str | Result]:
 async def measure_once(text: str, context: RunContext) -> int:
     try:
         length: int = await context.call(len, text, name="length", keep="result")
-        found: dict[str, Any] = await context.run_agent("measure", {"text": text})
+        found: dict[str, Any] = await context.run_agent("measure", {"text": text}, options={"top_p": 0.5})
         assert found
         await context.call(len, text, call_once=True)
     except Uncertain:
@@ -315,13 +328,33 @@ def last_words(messages: Messages) -> str:
 then: NextAgent = "measure"
 again: OnInterrupt = "retry"
 if_changed: OnChange = "continue"
+
+
+def instructed(context: RunContext) -> str:
+    return f"You are called by {context.principal}."
+
+
+async def edited(messages: list[dict[str, Any]], context: RunContext) -> list[dict[str, Any]]:
+    return messages[-2:]
+
+
+async def checked(answer: dict[str, Any], context: RunContext) -> dict[str, Any]:
+    if not answer["mood"]:
+        raise AgentError(f"{context.agent_name} must name a mood.")
+    return answer
+
+
+model_options: ModelOptions = {"tool_choice": "required", "extra_body": {"service_tier": "flex"}}
 analyst = FlockFactory.create_default_agent(
     name="analyst",
     input="text: str",
     output="mood: str",
     examples=[({"text": "hi"}, {"mood": "calm"})],
     reasoning=True,
-    history=20,
+    history=History(turns=20, calls=True, max_tokens=1000, edit=edited),
+    instructions=instructed,
+    validate=checked,
+    options=model_options,
     next_agent=then,
     on_interrupt=again,
     on_change=if_changed,
@@ -342,6 +375,17 @@ tools: list[ToolLike] = [
 ]
 tools.append(mcp_tools("https://example.com/mcp", headers={"Authorization": "Bearer x"}, timeout_s=5))
 tools.append(mcp_tools("https://example.com/mcp", prefix="pay_", only=["pay"], needs_approval=True, approver="senders"))
+
+
+class Refund(msgspec.Struct):
+    amount: int
+
+
+class Asked(msgspec.Struct):
+    text: str
+
+
+assert_type(FlockFactory.create_default_agent("either", output=Refund | Asked), ModelAgent)
 triage = FlockFactory.create_default_agent(
     name="triage",
     output="kind: Literal['a', 'b', 'c']",

@@ -16,13 +16,17 @@ from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 import msgspec
 
 from flock.agents.chat import ChatInput, chat_input
-from flock.agents.conversation import Conversation
+from flock.agents.conversation import Conversation, Verdict
+from flock.agents.functions import OwnFunction
+from flock.agents.history import EDIT, Exchange, History, as_plain, checked_messages, edited_by, messages_of
 from flock.agents.live import LiveAnswer
 from flock.agents.reasoning import ReasonedAnswer
 from flock.agents.result import Result
 from flock.agents.signature import Signature, called, context_parameter, hints_of_function, is_generator, name_of
 from flock.agents.tools import AgentTool, Tool, Toolbox, ToolOfClient, ToolSource, by_name, same_name
+from flock.agents.union import UnionOutput
 from flock.errors import (
+    AgentError,
     CallError,
     DefinitionError,
     InvalidData,
@@ -30,8 +34,10 @@ from flock.errors import (
     InvalidOutput,
     MalformedJSON,
     ModelError,
+    cut,
 )
-from flock.models.completions import Message
+from flock.jsontype import JSONType
+from flock.models.completions import Message, with_user_text
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of, names_of
 from flock.models.pace import Caller
@@ -39,13 +45,12 @@ from flock.models.pieces import Joiner
 from flock.models.requests import Request
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import ClientSettings, RetriedCalls, RunContext
+from flock.runs import JSON_NULL, ClientSettings, ModelOptions, RetriedCalls, RunContext, safe_text
 from flock.scopes import closing_scopes, move_on_after_working
 
 __all__ = [
     "Agent",
     "AgentOptions",
-    "Exchange",
     "FunctionAgent",
     "Handoff",
     "ModelAgent",
@@ -72,11 +77,12 @@ NextAgent = (
 )
 
 
-#: The inputs and the result of an earlier turn.
-Exchange = tuple[msgspec.Raw, msgspec.Raw]
+_OPTIONS: JSONType[Any] = JSONType(ModelOptions)
+#: Max characters of the instructions that a function returns.
+MAX_INSTRUCTIONS_CHARS = 100_000
 
 
-async def _no_history(agent: "Agent", limit: int) -> Sequence[Exchange]:
+async def _no_history(agent: "Agent", limit: int, has_calls: bool = False) -> Sequence[Exchange]:
     return ()
 
 
@@ -87,8 +93,9 @@ class Resources(msgspec.Struct, frozen=True):
     models: ModelClient
     #: calls a synchronous function in a worker thread, and waits for it until an optional deadline of the loop's clock
     call_in_thread: Callable[..., Awaitable[Any]]
-    #: returns up to as many of an agent's last turns in completed runs of the session, oldest first
-    history: Callable[["Agent", int], Awaitable[Sequence[Exchange]]] = _no_history
+    #: returns up to as many of an agent's last turns in completed runs of the session, oldest first; optionally with
+    #: their calls
+    history: Callable[..., Awaitable[Sequence[Exchange]]] = _no_history
     #: the agents of the flock, by name
     agents: "Mapping[str, Agent]" = {}
 
@@ -246,7 +253,7 @@ def _check_text(value: Any, where: str) -> None:
     """Raise DefinitionError if *value* is neither a text nor None."""
     if value is None or isinstance(value, str):
         return
-    hint = " It is not called for each run: make what differs between runs an input." if callable(value) else ""
+    hint = " It is not called for each run: only instructions= may be a function." if callable(value) else ""
     raise DefinitionError(f"{where} must be a text, not {value!r}.{hint}")
 
 
@@ -313,20 +320,28 @@ class ModelAgent(Agent):
     Args:
         model: ``provider/model``, a ``Model``, or a list of these: the next one is asked if one cannot answer. None
             uses the model of the flock.
-        instructions: instructions for the model, in addition to the signatures.
+        instructions: instructions for the model, in addition to the signatures: a text, or a function of the context
+            that returns it. That is called for each call of the model, and its text is stored with the reply. It is
+            async, or runs in a worker thread, for ``tool_timeout_s`` at most.
         examples: pairs (inputs, output) that the model sees before the real inputs, as earlier turns of the
             conversation. Each is a mapping, or an instance of the signature's type.
         reasoning: True asks the model to write its thoughts before the answer, in a field ``reasoning`` that is not
             part of the result. They count as output tokens. The output of an example may have that field.
         history: how many of its last turns in the session of the run the model sees, after the examples and in the same
-            form. None is for an agent that needs no memory.
+            form, or a ``History``. None is for an agent that needs no memory.
         tools: what the model may call before it answers: typed functions, each optionally as a ``Tool``, other agents
             of the flock or their names, and ``mcp_tools(…)``.
         max_tool_calls: max calls of tools in one step, at least 1. Then the model must answer.
         tool_timeout_s: wall-clock seconds for each call of a tool.
         temperature: sampling temperature; None uses the provider's default.
         max_tokens: max tokens in each answer; None uses the provider's default.
+        options: other options of the model, such as ``{"reasoning_effort": "low", "tool_choice": "required"}``; see
+            ``ModelOptions``.
         max_retries: max times that an invalid answer is sent back to the model with the reason.
+        validate: a function of each valid answer, and of the context if it has one more parameter. If it raises
+            AgentError, its text is sent back to the model as the reason, within *max_retries*; the model may then call
+            tools. It may return a changed result. The answer has the type of the output, or is a dict if that is
+            written as a string. The function is async, or runs in a worker thread, for ``tool_timeout_s`` at most.
         timeout_s: wall-clock seconds for the whole step, including all retries and tools. The time does not count
             while a call waits because its provider accepts no more calls now.
         client_instructions: whether the model gets the instructions of the client, such as the system messages of a
@@ -335,7 +350,7 @@ class ModelAgent(Agent):
             principal of the run, has sent the output, for a day at most. Otherwise a run with them is rejected.
         client_options: whether the client may set the temperature and other options of the model, as
             ``ClientSettings`` has them. Otherwise a run with others than the usual ones is rejected.
-        options: see ``Agent``.
+        others: see ``Agent``.
 
     If an input has the type ``Messages``, it is the conversation that the model continues. The prompt, and the other
     inputs, come before it.
@@ -344,7 +359,8 @@ class ModelAgent(Agent):
         DefinitionError: there is no output field, or it is called ``reasoning`` although *reasoning* is on, or an
             example does not match the signatures; the message has its number, and a JSON pointer. Or there are several
             conversations, or an optional one, or one and examples or a history. Or *history* is not a whole number
-            from 1, or *instructions* is not a text. Or a tool has no valid name, or one that another tool has.
+            from 1, or *instructions* is neither a text nor a function. Or a tool has no valid name, or one that another
+            tool has.
         SignatureError: a parameter of a tool has no type.
     """
 
@@ -356,42 +372,54 @@ class ModelAgent(Agent):
         *,
         description: str = "",
         model: ModelChoice = None,
-        instructions: str = "",
+        instructions: str | Callable[..., Any] = "",
         examples: Sequence[tuple[Any, Any]] = (),
         reasoning: bool = False,
-        history: int | None = None,
+        history: int | History | None = None,
         tools: Sequence[ToolLike] = (),
         max_tool_calls: int = 10,
         tool_timeout_s: float = 60,
         temperature: float | None = None,
         max_tokens: int | None = None,
+        options: ModelOptions | None = None,
         max_retries: int = 2,
+        validate: Callable[..., Any] | None = None,
         timeout_s: float = 300,
         client_instructions: bool = False,
         client_tools: bool = False,
         client_options: bool = False,
-        **options: Any,
+        **others: Any,
     ) -> None:
-        super().__init__(name, chat_input(input, name), output, description=description, **options)
+        super().__init__(name, chat_input(input, name), output, description=description, **others)
         if not output.fields:
             raise DefinitionError(f"The agent {name!r} needs at least one output field for the model's answer.")
         if reasoning and "reasoning" in output.schema["properties"]:
             raise DefinitionError(
                 f"The output of {name!r} has its own field 'reasoning'. Rename that field, or omit reasoning=True."
             )
-        if history is not None and (not isinstance(history, int) or isinstance(history, bool) or history < 1):
-            raise DefinitionError(f"history= of {name!r} must be a whole number from 1, or None, not {history!r}.")
+        if isinstance(history, int) and not isinstance(history, bool) and history >= 1:
+            history = History(turns=history)
+        elif not isinstance(history, History | None):
+            raise DefinitionError(
+                f"history= of {name!r} must be a whole number from 1, a History, or None, not {history!r}."
+            )
         if (examples or history) and isinstance(self.input, ChatInput):
             raise DefinitionError(
                 f"{name!r} has a conversation, and examples= would look like its messages. Use instructions= instead."
                 if examples
                 else f"{name!r} has a conversation as an input, so history= would add other messages. Omit it."
             )
+        self.dynamic_instructions = None
+        if callable(instructions):
+            instructions, self.dynamic_instructions = "", OwnFunction(f"instructions= of {name!r}", instructions, 0)
         _check_text(instructions, f"instructions= of {name!r}")
         models_of(model, repr(name))
         self.model = model
         self.instructions = instructions
         self.history = history
+        self._edit = None
+        if history is not None and history.edit is not None:
+            self._edit = OwnFunction(f"edit= of the history of {name!r}", history.edit, 1)
         if not isinstance(tools, Sequence) or isinstance(tools, str):
             raise DefinitionError(
                 f"tools= of {name!r} must be a list, such as [look_up, 'other_agent'], not {tools!r}."
@@ -403,7 +431,9 @@ class ModelAgent(Agent):
         self.tool_timeout_s = tool_timeout_s
         self.temperature = temperature
         self.max_tokens = max_tokens
+        self.options = checked_options(options or {}, f"options= of {name!r}")
         self.max_retries = max_retries
+        self.validate = None if validate is None else OwnFunction(f"validate= of {name!r}", validate, 1)
         self.timeout_s = timeout_s
         self.takes = {"instructions": client_instructions, "tools": client_tools, "options": client_options}
         self._answer = ReasonedAnswer(output) if reasoning else output
@@ -413,7 +443,7 @@ class ModelAgent(Agent):
 
     async def execute(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         with move_on_after_working(self.timeout_s):
-            history = [] if self.history is None else self._earlier(await resources.history(self, self.history))
+            history = await self._earlier(resources, context)
             client = (context.client or ClientSettings()).taken_by(**self.takes)
             return await self._converse(self._prompt(inputs, history, client), resources, context, client)
         message = f"The model did not answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
@@ -429,6 +459,14 @@ class ModelAgent(Agent):
         models = models_of(self.model, repr(self.name)) or resources.models.default_model
         caller = Caller(is_item=context.is_item, on_wait=context.report_wait)
         toolbox = Toolbox(by_name(tools), self.max_tool_calls, self.tool_timeout_s, context, resources.call_in_thread)
+        options = {"max_tokens": self.max_tokens, **self.options, **context.model_options}
+        choice = options.get("tool_choice", "auto")
+        if choice == "none":
+            toolbox.close()
+        elif choice != "auto" and not (toolbox.tools and choice in ("required", *toolbox.tools)):
+            raise CallError(
+                f"{self.name!r} has no tool for tool_choice={choice!r}.{did_you_mean(choice, toolbox.tools)}"
+            )
         conversation = Conversation(
             messages=messages,
             toolbox=toolbox,
@@ -437,17 +475,58 @@ class ModelAgent(Agent):
             request=Request(
                 (),
                 self._answer.schema,
-                max_tokens=min(filter(None, (self.max_tokens, client.max_output_tokens)), default=None),
+                max_tokens=min(filter(None, (options["max_tokens"], client.max_output_tokens)), default=None),
                 temperature=self.temperature,
-                options=client.options,
+                options=options | client.options,
                 is_strange=client != ClientSettings(),
                 traceparent=context.traceparent,
             ),
             complete=functools.partial(resources.models.complete, models or None, caller=caller),
             read=lambda text: self.output.encode(self._answer.decode(text.encode())),
             listen=functools.partial(LiveAnswer, self._answer, self.output, context),
+            validate=None if self.validate is None else functools.partial(self._validated, resources, context),
+            instruct=(
+                None
+                if self.dynamic_instructions is None
+                else functools.partial(self._instructed, self.dynamic_instructions, resources, context, client)
+            ),
         )
         return await conversation.converse(self.max_retries)
+
+    async def _validated(self, resources: Resources, context: RunContext, text: str) -> Verdict:
+        """Return what ``validate=`` says about a valid answer."""
+        assert self.validate is not None
+        value = self._answer.decode(text.encode())
+        if isinstance(self.output, UnionOutput):
+            value = value.result
+        elif not self.output.is_declared:
+            value = msgspec.to_builtins(value, enc_hook=to_json)
+        try:
+            changed = await self._called(self.validate, value, resources=resources, context=context)
+        except AgentError as exc:
+            return Verdict(reason=cut(str(exc)))
+        try:
+            return Verdict(result=self.output.encode(value if changed is None else changed))
+        except InvalidData as exc:
+            raise InvalidOutput(f"{self.validate.option} returned a result that does not match. {exc}") from exc
+
+    async def _instructed(
+        self, function: OwnFunction, resources: Resources, context: RunContext, client: ClientSettings
+    ) -> tuple[str, Message]:
+        """Return the instructions for one call of the model, and the system message with them."""
+        text = await self._called(function, resources=resources, context=context)
+        if not isinstance(text, str):
+            raise CallError(f"{function.option} returned {type(text).__name__}, not a text.")
+        if len(text) > MAX_INSTRUCTIONS_CHARS:
+            raise CallError(
+                f"{function.option} returned {len(text)} characters, more than the maximum ({MAX_INSTRUCTIONS_CHARS})."
+            )
+        text = safe_text(text)
+        return text, self._system(text, client)
+
+    async def _called(self, function: OwnFunction, *args: Any, resources: Resources, context: RunContext) -> Any:
+        options: dict[str, Any] = {"context": context, "call_in_thread": resources.call_in_thread}
+        return await function.call(*args, **options, timeout_s=self.tool_timeout_s)
 
     async def _known(
         self, tool: Tool | ToolSource | str, agents: Mapping[str, Agent], context: RunContext
@@ -476,26 +555,50 @@ class ModelAgent(Agent):
         return Message("user", prompt), Message("assistant", answer)
 
     def _prompt(self, inputs: Any, history: Sequence[Message], client: ClientSettings) -> list[Message]:
-        parts = [f"You are {self.name}.", self.description, self.instructions, client.instructions]
-        system = Message("system", "\n".join(filter(None, parts)))
+        system = self._system(self.instructions, client)
         if not isinstance(self.input, ChatInput):
-            return [system, *self._examples, *history, Message("user", self._user_prompt(inputs))]
+            return with_user_text([system, *self._examples, *history], self._user_prompt(inputs))
         conversation, others = self.input.split(inputs)
         return [
-            Message("system", f"{system.content}\n\n{self._task()}"),
+            system,
             *([Message("user", self._described(others))] if others else []),
             *(Message(message["role"], message["content"]) for message in conversation),
         ]
 
-    def _earlier(self, exchanges: Sequence[Exchange]) -> list[Message]:
+    def _system(self, instructions: str, client: ClientSettings) -> Message:
+        parts = [f"You are {self.name}.", self.description, instructions, client.instructions]
+        text = "\n".join(filter(None, parts))
+        return Message("system", f"{text}\n\n{self._task()}" if isinstance(self.input, ChatInput) else text)
+
+    async def _earlier(self, resources: Resources, context: RunContext) -> list[Message]:
         """Return earlier turns as messages, without those that no longer match the signatures."""
-        messages: list[Message] = []
-        for inputs, result in exchanges:
+        history, turns = self.history, list[Sequence[Message]]()
+        if history is None:
+            return []
+        tools = {tool.name: tool for tool in self.tools if isinstance(tool, Tool)}
+        for inputs, result, calls in await resources.history(self, history.turns, history.needs_calls):
+            if (edited := edited_by(calls)) is not None:
+                turns = [edited]
             with contextlib.suppress(InvalidData, MalformedJSON):
                 prompt, answer = self._user_prompt(self.input.decode(inputs)), self.output.decode(result)
                 answer_json = bytes(self.output.encode(answer)).decode()
-                messages += [Message("user", prompt), Message("assistant", answer_json)]
-        return messages
+                made = messages_of(calls, lambda name: name in tools and bool(tools[name].secret))
+                made = made if history.calls else []
+                turns.append([Message("user", prompt), *made, Message("assistant", answer_json)])
+        messages = history.within_limit(turns)
+        if self._edit is None or not messages:
+            return messages
+
+        async def edit() -> list[Message]:
+            assert self._edit is not None
+            returned = await self._called(self._edit, as_plain(messages), resources=resources, context=context)
+            return checked_messages(self._edit.option, returned)
+
+        decode = functools.partial(msgspec.json.decode, type=list[Message])
+        found: list[Message] = await context.journal.once(
+            EDIT, "1", edit, kind="function", arguments=JSON_NULL, decode=decode
+        )
+        return found
 
     def _user_prompt(self, inputs: Any) -> str:
         """Return the inputs as JSON, then the task: small models follow best what they read last."""
@@ -516,6 +619,23 @@ class ModelAgent(Agent):
             for name, member in self._answer.schema["properties"].items()
         )
         return f"Determine:\n{outputs}\nAnswer with a JSON object only."
+
+
+def checked_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a copy of options of a model. Raises DefinitionError if they are invalid."""
+    if not isinstance(options, Mapping):
+        raise DefinitionError(f"{where} must be a mapping such as {{'top_p': 0.5}}, not {options!r}.")
+    known = ModelOptions.__annotations__
+    if unknown := [name for name in options if name not in known]:
+        raise DefinitionError(
+            f"{where} has an unknown option {unknown[0]!r}.{did_you_mean(str(unknown[0]), known)} Others than "
+            f"{', '.join(known)} belong into extra_body."
+        )
+    try:
+        found: dict[str, Any] = _OPTIONS.decode(msgspec.json.encode(options))
+    except (TypeError, InvalidData) as exc:
+        raise DefinitionError(f"{where} is invalid. {exc}") from exc
+    return found
 
 
 def _tool_of(tool: ToolLike) -> Tool | ToolSource | str:

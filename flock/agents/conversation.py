@@ -2,7 +2,8 @@
 
 import functools
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -12,6 +13,13 @@ from flock.errors import InvalidData, InvalidOutput, MalformedJSON, ModelError
 from flock.models.completions import Completion, Listener, Message, with_user_text
 from flock.models.requests import Request
 from flock.runs import JSON_NULL, RunContext
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``validate=`` says about an answer: its result, or the reason why it is sent back."""
+
+    result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    reason: str = ""
 
 
 class Conversation(msgspec.Struct, kw_only=True):
@@ -26,6 +34,8 @@ class Conversation(msgspec.Struct, kw_only=True):
         complete: sends a request to the model; see ``ModelClient.complete``.
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
         listen: returns a listener for one reply. It is called if somebody watches the run.
+        validate: checks a valid answer; None if all are accepted.
+        instruct: returns the instructions for one call, and the system message that has them; None if they are fixed.
     """
 
     messages: list[Message]
@@ -36,6 +46,8 @@ class Conversation(msgspec.Struct, kw_only=True):
     complete: Callable[[Request], Awaitable[Completion]]
     read: Callable[[str], msgspec.Raw]
     listen: Callable[[], Listener]
+    validate: Callable[[str], Awaitable[Verdict]] | None = None
+    instruct: Callable[[], Awaitable[tuple[str, Message]]] | None = None
 
     async def converse(self, max_retries: int) -> msgspec.Raw:
         """Return the result of the first valid answer.
@@ -56,6 +68,9 @@ class Conversation(msgspec.Struct, kw_only=True):
                 self._ask_for_answer("Make no more calls.")
             else:
                 result, problem = self._result_of(reply.text)
+                if is_checked := result is not None and self.validate is not None:
+                    verdict = await self._verdict(self.validate, reply.text, number)
+                    result, problem = verdict.result or None, verdict.reason
                 if result is not None:
                     return result
                 self.context.reset_output()
@@ -66,17 +81,26 @@ class Conversation(msgspec.Struct, kw_only=True):
                     )
                 retries += 1
                 self.messages.append(Message("assistant", reply.text))
-                self._ask_for_answer(f"That answer cannot be used. {problem}")
+                problem = f"That answer cannot be used. {problem}"
+                if is_checked and self.toolbox.offered:
+                    self.messages = with_user_text(self.messages, problem)
+                else:
+                    self._ask_for_answer(problem)
 
     async def _reply(self, number: int, *, is_last: bool) -> Completion:
         """Ask the model, or read its reply if it was asked before the step started again."""
         context, model = self.context, next(iter(self.models), "")
 
         async def ask() -> Completion:
+            instructions: str | msgspec.UnsetType = msgspec.UNSET
+            if self.instruct is not None:
+                instructions, system = await self.instruct()
+                self.messages = [system, *self.messages[1:]]
             request = replace(
                 self.request,
                 messages=self.messages,
                 tools=self.toolbox.offered,
+                options=self._options,
                 # Each call needs its own key, or a provider would return the invalid answer again.
                 idempotency_key=key if number == 1 else f"{key}/{number}",
                 listener=self.listen() if context.is_watched else None,
@@ -91,10 +115,10 @@ class Conversation(msgspec.Struct, kw_only=True):
                         context.spend(exc.usage, exc.model)
                     raise
                 context.spend(completion.usage, completion.model)
-            return self.toolbox.sealed(completion)
+            return self.toolbox.sealed(replace(completion, instructions=instructions))
 
         def needs_more(reply: Completion) -> bool:
-            if reply.tool_calls or reply.text is None:
+            if reply.tool_calls or reply.text is None or self.validate is not None or self.instruct is not None:
                 return True
             return not is_last and self._result_of(reply.text)[0] is None
 
@@ -109,6 +133,26 @@ class Conversation(msgspec.Struct, kw_only=True):
             should_keep=needs_more,
         )
         return self.toolbox.unsealed(reply)
+
+    @property
+    def _options(self) -> Mapping[str, Any]:
+        """The options of the next request. A model that must call tools would never answer, so that is asked once."""
+        options = dict(self.request.options)
+        if self.toolbox.calls_made:
+            options.pop("tool_choice", None)
+        return options
+
+    async def _verdict(self, validate: Callable[[str], Awaitable[Verdict]], text: str, number: int) -> Verdict:
+        """Return what ``validate=`` says. It is a call of the step, since it may decide otherwise the next time."""
+        verdict: Verdict = await self.context.journal.once(
+            "validate",
+            str(number),
+            functools.partial(validate, text),
+            kind="function",
+            arguments=JSON_NULL,
+            decode=functools.partial(msgspec.json.decode, type=Verdict),
+        )
+        return verdict
 
     def _result_of(self, text: str) -> tuple[msgspec.Raw | None, str]:
         """Return the result for an answer, or None and the reason why it is invalid."""

@@ -1,5 +1,6 @@
 """The arguments of tools whose JSON Schema is not ours: those of MCP servers, and of clients."""
 
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -7,7 +8,10 @@ import msgspec
 
 from flock.agents.signature import Signature
 
-OBJECT = Signature.of("arguments: dict")
+
+@functools.cache
+def _object() -> Signature:
+    return Signature.of("arguments: dict")
 
 
 class AnyArguments(Signature):
@@ -21,7 +25,7 @@ class AnyArguments(Signature):
         self.type: Any = Annotated[dict[str, Any], msgspec.Meta(extra_json_schema=self.schema if is_whole else {})]
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
-        Signature.decode(OBJECT, b'{"arguments":' + bytes(raw) + b"}", at)
+        _object().decode(b'{"arguments":' + bytes(raw) + b"}", at)
         return msgspec.json.decode(raw)
 
     def encode(self, value: Any) -> msgspec.Raw:

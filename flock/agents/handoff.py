@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.agent import Agent, Exchange, Resources
+from flock.agents.agent import Agent, Resources
 from flock.agents.graph import graph_of
+from flock.agents.history import Exchange
 from flock.errors import InvalidData, InvalidHandoff, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext
@@ -51,10 +52,10 @@ def inputs_for(agent: Agent, run: Run) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(selected))
 
 
-def exchanges_of(agent: Agent, runs: Iterable[Run]) -> list[Exchange]:
-    """Return the inputs and the result of each step of *agent* in *runs*, in order."""
+def exchanges_of(agent: Agent, runs: Iterable[Run]) -> list[tuple[Run, int, Exchange]]:
+    """Return the run, the position, and the inputs and the result of each step of *agent* in *runs*, in order."""
     return [
-        (inputs_for(agent, replace(run, steps=run.steps[:position])), step.result)
+        (run, position, Exchange(inputs_for(agent, replace(run, steps=run.steps[:position])), step.result))
         for run in runs
         for position, step in enumerate(run.steps)
         if step.agent_name == agent.name

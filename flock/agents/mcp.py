@@ -11,22 +11,24 @@ import itertools
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import anyio
-import httpx
 import msgspec
 
 from flock import __version__
 from flock.agents.foreign import AnyArguments
 from flock.agents.tools import Approval, ApprovalOptions, Tool, Toolbox, ToolSource, Unlisted
 from flock.errors import CallError, DefinitionError
-from flock.models import bodies
+from flock.models import bodies, http
 from flock.models.bodies import ENCODING, BadBody, read_whole
 from flock.models.react import FINISH
 from flock.models.sse import events_in, is_stream
 from flock.runs import one_line, safe_text
 from flock.scopes import start_in_empty_context
+
+if TYPE_CHECKING:
+    import httpx
 
 logger = logging.getLogger("flock.checks")
 
@@ -54,7 +56,7 @@ class MCPTools(ToolSource):
         only: Collection[str] | None = None,
         approval: Approval = ToolSource.approval,
     ) -> None:
-        parsed = httpx.URL(url)
+        parsed = http.library().URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise DefinitionError(f"{url!r} is not the URL of an MCP server. Write https://host/path.")
         #: without credentials and the query, which may be secret
@@ -120,11 +122,11 @@ class MCPTools(ToolSource):
             with anyio.fail_after(self._timeout_s):
                 result = await self._send_in_session(method, params, on_progress)
                 return self._decoded(result, result_type, f"returned an invalid result of {method}")
-        except (TimeoutError, httpx.TimeoutException) as exc:
+        except (TimeoutError, http.library().TimeoutException) as exc:
             raise self._error(f"did not answer within {self._timeout_s:g} s (timeout_s)", Unlisted) from exc
         except BadBody as exc:
             raise self._error(f"sent {exc}") from exc
-        except httpx.HTTPError as exc:
+        except http.library().HTTPError as exc:
             raise self._error(f"could not be reached ({type(exc).__name__})", Unlisted) from exc
 
     def _decoded(self, sent: str | bytes | msgspec.Raw, type_: type[T], problem: str) -> T:
@@ -139,24 +141,24 @@ class MCPTools(ToolSource):
         used: Mapping[str, str] | None = None
         for _ in range(2):
             # Each request has its own client, because a program may have several event loops, one after the other.
-            async with httpx.AsyncClient(timeout=self._timeout_s, headers=self._headers) as http:
+            async with http.library().AsyncClient(timeout=self._timeout_s, headers=self._headers) as client:
                 async with self._opening:
                     if self._session is used:  # there is none, or it has expired
-                        self._session = await self._open_session(http)
+                        self._session = await self._open_session(client)
                     used = self._session
-                http.headers.update(used)
-                result, _ = await self._send(http, method, params, on_progress)
+                client.headers.update(used)
+                result, _ = await self._send(client, method, params, on_progress)
             if result is not None:
                 return result
         raise self._error("returned status 404")
 
-    async def _open_session(self, http: httpx.AsyncClient) -> Mapping[str, str]:
+    async def _open_session(self, client: "httpx.AsyncClient") -> Mapping[str, str]:
         params = {
             "protocolVersion": PROTOCOL_VERSION,
             "capabilities": {},
             "clientInfo": {"name": "flockapi", "version": __version__},
         }
-        result, headers = await self._send(http, "initialize", params)
+        result, headers = await self._send(client, "initialize", params)
         if result is None:
             raise self._error("returned status 404")
         version = self._decoded(result, _Initialized, "returned an invalid result of initialize").protocol_version
@@ -165,27 +167,27 @@ class MCPTools(ToolSource):
             session["Mcp-Session-Id"] = headers["mcp-session-id"]
         if not all(map(str.isascii, session.values())):
             raise self._error("sent a session ID or a protocol version that is not ASCII")
-        http.headers.update(session)
-        await self._notify(http, {"method": "notifications/initialized"})
+        client.headers.update(session)
+        await self._notify(client, {"method": "notifications/initialized"})
         return session
 
-    async def _notify(self, http: httpx.AsyncClient, message: Mapping[str, Any]) -> None:
-        async with self._posted(http, message) as response:
+    async def _notify(self, client: "httpx.AsyncClient", message: Mapping[str, Any]) -> None:
+        async with self._posted(client, message) as response:
             await read_whole(response)  # so that the connection can be used again
 
     def _posted(
-        self, http: httpx.AsyncClient, message: Mapping[str, Any]
-    ) -> contextlib.AbstractAsyncContextManager[httpx.Response]:
-        return http.stream("POST", self._url, content=msgspec.json.encode({"jsonrpc": "2.0", **message}))
+        self, client: "httpx.AsyncClient", message: Mapping[str, Any]
+    ) -> contextlib.AbstractAsyncContextManager["httpx.Response"]:
+        return client.stream("POST", self._url, content=msgspec.json.encode({"jsonrpc": "2.0", **message}))
 
     async def _send(
-        self, http: httpx.AsyncClient, method: str, params: Mapping[str, Any], on_progress: OnProgress | None = None
-    ) -> tuple[msgspec.Raw | None, httpx.Headers]:
+        self, client: "httpx.AsyncClient", method: str, params: Mapping[str, Any], on_progress: OnProgress | None = None
+    ) -> "tuple[msgspec.Raw | None, httpx.Headers]":
         """Send a request. Return its result, or None if the server does not know the session or the path."""
         number = next(self._ids)
         if on_progress is not None:
             params = {**params, "_meta": {"progressToken": number}}
-        async with self._posted(http, {"id": number, "method": method, "params": params}) as response:
+        async with self._posted(client, {"id": number, "method": method, "params": params}) as response:
             if response.status_code == 404:
                 return None, response.headers
             if (status := response.status_code) >= 300:
@@ -194,7 +196,7 @@ class MCPTools(ToolSource):
                 async for text in texts:
                     received = self._decoded(text, _Message, "sent an invalid message")
                     if received.method is not None:
-                        await self._take(received, number, http, on_progress)
+                        await self._take(received, number, client, on_progress)
                     elif received.id == number and received.error is not None:
                         raise self._error(f"reports an error: {one_line(received.error.message)}")
                     elif received.id == number:
@@ -202,13 +204,13 @@ class MCPTools(ToolSource):
         raise self._error(f"closed the connection without a response to {method}")
 
     async def _take(
-        self, received: "_Message", number: int, http: httpx.AsyncClient, on_progress: OnProgress | None
+        self, received: "_Message", number: int, client: "httpx.AsyncClient", on_progress: OnProgress | None
     ) -> None:
         """Answer a request of the server, or report the progress of request *number*. Ignore other notifications."""
         if received.id is not None:
             error = {"code": METHOD_NOT_FOUND, "message": f"This client does not support {received.method}."}
             answer = {"result": {}} if received.method == "ping" else {"error": error}
-            await self._notify(http, {"id": received.id, **answer})
+            await self._notify(client, {"id": received.id, **answer})
         elif received.method == "notifications/progress" and on_progress is not None:
             with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):  # it is not worth an error
                 reported = msgspec.json.decode(received.params, type=_Progress)
@@ -219,7 +221,7 @@ class MCPTools(ToolSource):
         return type_(f"The MCP server {self.name} {reason}.")
 
 
-async def _texts_in(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+async def _texts_in(response: "httpx.Response") -> AsyncGenerator[bytes, None]:
     """Yield each message of a response: that of its body, or of each event."""
     if is_stream(response):
         async with contextlib.aclosing(events_in(response)) as events:

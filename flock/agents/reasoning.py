@@ -1,5 +1,6 @@
 """Reasoning: a model writes its thoughts first, then its answer. Only the answer becomes the result."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,10 @@ import msgspec
 from flock.agents.signature import Signature
 from flock.jsontype import MEMBERS
 
-REASONING = Signature.of("reasoning: str | think step by step before you answer")
+
+@functools.cache
+def _signature() -> Signature:
+    return Signature.of("reasoning: str | think step by step before you answer")
 
 
 class ReasonedAnswer(Signature):
@@ -20,8 +24,8 @@ class ReasonedAnswer(Signature):
     def __init__(self, output: Signature) -> None:
         super().__init__(output.fields, output.type)
         self.schema |= {
-            "properties": REASONING.schema["properties"] | self.schema["properties"],
-            "required": REASONING.schema["required"] + self.schema.get("required", []),
+            "properties": _signature().schema["properties"] | self.schema["properties"],
+            "required": _signature().schema["required"] + self.schema.get("required", []),
         }
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
@@ -29,14 +33,14 @@ class ReasonedAnswer(Signature):
             members = msgspec.json.decode(raw, type=MEMBERS)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return super().decode(raw, at)  # raises the error with its location
-        REASONING.decode(msgspec.json.encode(_take_reasoning(members)), at)
+        _signature().decode(msgspec.json.encode(_take_reasoning(members)), at)
         return super().decode(msgspec.json.encode(members), at)
 
     def encode(self, value: Any) -> msgspec.Raw:
         if not isinstance(value, Mapping) or "reasoning" not in value:
             return super().encode(value)
         answer = dict(value)
-        parts = REASONING.encode(_take_reasoning(answer)), super().encode(answer)
+        parts = _signature().encode(_take_reasoning(answer)), super().encode(answer)
         reasoning, members = (msgspec.json.decode(part, type=MEMBERS) for part in parts)
         return msgspec.Raw(msgspec.json.encode(reasoning | members))
 

@@ -274,12 +274,14 @@ class Signature:
     Attributes:
         fields: in order of declaration.
         type: the struct, dataclass, TypedDict or pydantic model that JSON is decoded to.
+        is_declared: whether the program has declared that type. Otherwise it was made from the fields.
         schema: its JSON Schema (2020-12). The root is an object, and all types that are not recursive are inlined.
         result_schema: the schema of what ``encode`` returns. It is the same, except for pydantic models with computed
             fields, or whose names or types in JSON differ between reading and writing.
     """
 
     def __init__(self, fields: Sequence[Field], type_: Any = None, *, name: str = "Fields") -> None:
+        self.is_declared = type_ is not None
         if type_ is None:
             members = list(map(_struct_field, fields))
             type_ = msgspec.defstruct(name, members, kw_only=True, forbid_unknown_fields=True)
@@ -326,7 +328,7 @@ class Signature:
             raise SignatureError(f"{name}: Python cannot inspect its parameters. Wrap it in a typed function.") from exc
         fields = []
         for parameter in parameters.values():
-            if hints.get(parameter.name) is RunContext:
+            if _is_context(hints.get(parameter.name)):
                 continue
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 raise SignatureError(f"{name}: the parameter {parameter} cannot be passed by name, as inputs are.")
@@ -414,7 +416,11 @@ def _struct_field(field: Field) -> Any:
 
 def context_parameter(function: Callable[..., Any]) -> str | None:
     """Return the parameter of *function* that receives the ``RunContext``, which is not an input, or None."""
-    return next((name for name, hint in hints_of_function(function).items() if hint is RunContext), None)
+    return next((name for name, hint in hints_of_function(function).items() if _is_context(hint)), None)
+
+
+def _is_context(hint: Any) -> bool:
+    return hint is RunContext or typing.get_origin(hint) is RunContext
 
 
 def is_async(function: Callable[..., Any]) -> bool:

@@ -28,7 +28,7 @@ from flock.scopes import current_task, move_on_after_working
 logger = logging.getLogger("flock.runs")
 
 #: Names of tools that all providers accept.
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NAME = r"[A-Za-z0-9_-]{1,64}"
 #: The first and the longest pause before the tools of a source are listed again, in seconds.
 LIST_PAUSE_S, MAX_LIST_PAUSE_S = 0.5, 8.0
 #: How long a question may be open, in seconds: ten years.
@@ -291,7 +291,7 @@ def _checked_secret(tool: str, names: Sequence[str], parameters: Signature) -> S
 def _checked_name(name: str) -> str:
     if name == "<lambda>":
         raise DefinitionError("A lambda has no name that a model can call. Use a named function.")
-    if not NAME.fullmatch(name):
+    if not re.fullmatch(NAME, name):
         raise DefinitionError(f"{name!r} is not a valid tool name. Use 1 to 64 letters, digits, '_' and '-'.")
     if name == FINISH:
         raise DefinitionError(f"A tool cannot be called {FINISH!r}: models end their calls with it. Rename it.")

@@ -493,6 +493,7 @@ async def _run_until_signal(flock: DeclaredFlock, settings: WorkerSettings) -> N
         expose_errors=settings.expose_errors,
         payload_dir=settings.payload_dir,
         prices=flock.prices,
+        shared=flock.shared,
     )
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with worker:

@@ -27,6 +27,7 @@ from flock.agents.agent import Agent
 from flock.agents.checks import tool_sources
 from flock.agents.mcp import listing_tools
 from flock.agents.program import Program
+from flock.agents.shared import Shared
 from flock.engine import relay
 from flock.engine.base import WAKE_INTERVAL_S, EngineBase, RunReader, ended_calls
 from flock.engine.batches import Batches
@@ -110,6 +111,7 @@ class EmbeddedEngine(EngineBase):
         expose_errors: put the text of any exception into a run's ``error``; for development.
         answer: answers the questions of agents at once. Without it, their runs wait for answers.
         prices: of models, by name. They are added to ``flock.models.prices.PRICES``, or replace its entries.
+        shared: what the agents share, such as the state of the flock.
         limits: see ``Limits``.
         bounds: fields of ``Limits`` as keyword arguments. They override *limits*.
     """
@@ -128,6 +130,7 @@ class EmbeddedEngine(EngineBase):
         expose_errors: bool = False,
         answer: Answer | None = None,
         prices: Mapping[str, Price] | None = None,
+        shared: Shared | None = None,
         limits: Limits | None = None,
         **bounds: Any,
     ) -> None:
@@ -155,6 +158,7 @@ class EmbeddedEngine(EngineBase):
             max_result_bytes=self._limits.max_result_bytes,
             answer=answer,
             prices=self._prices,
+            shared=shared or Shared(),
         )
         self._engine_id = ""
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -206,6 +210,7 @@ class EmbeddedEngine(EngineBase):
             await stack.enter_async_context(self.store)
             await stack.enter_async_context(self._models)
             await stack.enter_async_context(listing_tools(tool_sources(self._agents)))
+            await stack.enter_async_context(self._runner.executor.state)
             stack.push_async_callback(self._unregister)
             with self._explaining_store_errors():
                 program = Program.of(self._program_path, self._agents)

@@ -181,15 +181,21 @@ class StoredRun(ActiveRun):
 
     async def finished_calls(self) -> Sequence[Call]:
         """Raises Unreadable."""
-        return await self._calls(self.run.tries)
+        return await self._calls(self.run, len(self.run.steps), self.run.tries)
 
     async def earlier_calls(self, run: Run) -> Sequence[Call]:
         """Raises Unreadable."""
-        return [call for tries in range(run.first_try, run.tries) for call in await self._calls(tries)]
+        return [
+            call for tries in range(run.first_try, run.tries) for call in await self._calls(run, len(run.steps), tries)
+        ]
 
-    async def _calls(self, tries: int) -> Sequence[Call]:
+    async def calls_of(self, run: Run, position: int) -> Sequence[Call]:
+        """Raises Unreadable."""
+        return [call for tries in range(1, run.tries + 1) for call in await self._calls(run, position, tries)]
+
+    async def _calls(self, run: Run, position: int, tries: int) -> Sequence[Call]:
         calls, after, share = list[Call](), 0, FairShare()
-        read = functools.partial(self._runner.store.calls, self.run, len(self.run.steps), tries=tries)
+        read = functools.partial(self._runner.store.calls, run, position, tries=tries)
         while page := await self._read(functools.partial(read, after)):
             calls += [call for _, call in page]
             after = page[-1][0]

@@ -3,9 +3,14 @@
 import contextlib
 import zlib
 from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
 
 import anyio.lowlevel
-import httpx
+
+from flock.models import http
+
+if TYPE_CHECKING:
+    import httpx
 
 #: What is accepted as a ``Content-Encoding``: httpx would decompress others too, but without a bound.
 ENCODING = "gzip"
@@ -27,7 +32,7 @@ class BadBody(Exception):
         return cls(f"an answer that is too long (more than {MAX_MESSAGE_BYTES} bytes)")
 
 
-async def pieces_of(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+async def pieces_of(response: "httpx.Response") -> AsyncGenerator[bytes, None]:
     """Yield the decompressed body in small pieces. Raises BadBody; httpx.HTTPError."""
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if response.is_stream_consumed:  # a transport without a network, as in tests
@@ -49,13 +54,13 @@ async def pieces_of(response: httpx.Response) -> AsyncGenerator[bytes, None]:
                 try:
                     piece = gunzip.decompress(rest, PIECE_BYTES)
                 except zlib.error as exc:
-                    raise httpx.DecodingError(str(exc)) from exc
+                    raise http.errors("DecodingError")[0](str(exc)) from exc
                 rest = gunzip.unconsumed_tail
                 yield piece
                 await anyio.lowlevel.checkpoint()  # a chunk may expand a thousandfold
 
 
-async def read_whole(response: httpx.Response) -> httpx.Response:
+async def read_whole(response: "httpx.Response") -> "httpx.Response":
     """Return *response* with its decompressed body. That of an error is cut at MAX_ERROR_BYTES.
 
     Raises: BadBody if the body is too long, or compressed in another way; httpx.HTTPError.
@@ -72,4 +77,4 @@ async def read_whole(response: httpx.Response) -> httpx.Response:
             raise
     headers = response.headers.copy()
     headers.pop("content-encoding", None)
-    return httpx.Response(response.status_code, headers=headers, content=bytes(body[:limit]))
+    return type(response)(response.status_code, headers=headers, content=bytes(body[:limit]))

@@ -52,12 +52,14 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         text: None if the model needs no more tools, but has not written its answer.
         model: the name of the model that answered, ``provider/model``.
+        instructions: those of this call, if a function returned them.
     """
 
     text: str | None
     usage: Usage
     tool_calls: tuple[ToolCall, ...] = ()
     model: str | None = None
+    instructions: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ToolSchema(msgspec.Struct, frozen=True, kw_only=True):

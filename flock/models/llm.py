@@ -16,15 +16,14 @@ import copy
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import anyio
-import httpx
 import msgspec
 from msgspec.structs import replace
 
 from flock.errors import ModelError
-from flock.models import react, replies
+from flock.models import http, react, replies
 from flock.models.bodies import ENCODING, BadBody, read_whole
 from flock.models.completions import Completion, Listener
 from flock.models.models import Model, ModelChoice, models_of
@@ -59,6 +58,9 @@ from flock.models.sse import is_stream
 from flock.models.streams import BYTES_PER_TOKEN, StreamedReply, counted, read_reply
 from flock.runs import Usage
 from flock.scopes import clocks_stopped
+
+if TYPE_CHECKING:
+    import httpx
 
 logger = logging.getLogger("flock.llm")
 
@@ -121,14 +123,14 @@ class ModelClient:
         self,
         default_model: ModelChoice = None,
         *,
-        transport: httpx.AsyncBaseTransport | None = None,
+        transport: "httpx.AsyncBaseTransport | None" = None,
         backoff_s: float = 0.5,
         read_timeout_s: float = 120,
     ) -> None:
         self.default_model = models_of(default_model, "the flock")
         self._transport = transport
         self._backoff_s = backoff_s
-        self._timeout = httpx.Timeout(read_timeout_s, connect=10, pool=None)
+        self._read_timeout_s = read_timeout_s
         self._http: httpx.AsyncClient | None = None
         self._formats: dict[str, str] = {}
         #: the way to request a stream, by model
@@ -150,6 +152,10 @@ class ModelClient:
         http, self._http = self._http, None
         if http is not None:
             await http.aclose()
+
+    def prepare(self) -> None:
+        """Import the HTTP client now, since that would hold the event loop during the first call."""
+        http.library(self._transport)
 
     async def complete(
         self,
@@ -256,7 +262,7 @@ class ModelClient:
     async def _complete_or_call(self, endpoint: Endpoint, request: Request, caller: Caller) -> Completion:
         """Offer tools to a model whose server supports them."""
         body = request.body(endpoint) | format_of("text", request)
-        body["tools"] = [function_of(tool) for tool in request.tools]
+        body |= {"tools": [function_of(tool) for tool in request.tools], **request.tool_options}
         sending = _Sending(endpoint, body, request.all_headers(), request.listener, request.unfinished)
         return replies.completion_of(await self._post(sending, caller), request)
 
@@ -361,10 +367,10 @@ class ModelClient:
             raise
         except BadBody as exc:
             raise replies.bad_response(endpoint.name, f"sent {exc}") from exc
-        except httpx.TimeoutException as exc:
+        except http.errors("TimeoutException") as exc:
             error = replies.model_error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)
             raise _TransientError(error) from exc
-        except httpx.RequestError as exc:
+        except http.errors("RequestError") as exc:
             reason = "could not be reached, or closed the connection"
             error = replies.model_error(endpoint.name, "model_unavailable", reason, repr(exc))
             raise _TransientError(error) from exc
@@ -383,15 +389,16 @@ class ModelClient:
             reason, message = "returned status 200 with a body that is not JSON", replies.provider_message(response)
             raise replies.bad_response(endpoint.name, reason, message) from exc
 
-    def _client(self) -> httpx.AsyncClient:
+    def _client(self) -> "httpx.AsyncClient":
         if self._http is None:
-            self._http = httpx.AsyncClient(
+            library = http.library(self._transport)
+            self._http = library.AsyncClient(
                 transport=self._transport,
-                timeout=self._timeout,
+                timeout=library.Timeout(self._read_timeout_s, connect=10, pool=None),
                 headers={"Accept-Encoding": ENCODING},
                 # The engine limits concurrent calls. A second limit here would only hide the waiting, and one of idle
                 # connections would open new ones all the time. They are closed after 5 s.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+                limits=library.Limits(max_connections=None, max_keepalive_connections=None),
             )
         return self._http
 
@@ -458,7 +465,7 @@ class _Call:
             self.caller.server_errors.append(status)
         if self._failures == 1:
             self._failed_at = now
-        is_timeout = error.error_type == "model_timeout" and error.log_detail != httpx.ConnectTimeout.__name__
+        is_timeout = error.error_type == "model_timeout" and error.log_detail != "ConnectTimeout"
         is_last = self._failures >= MAX_ATTEMPTS or (is_timeout and self.caller.has_fallback)
         is_outage = not is_timeout and status not in (408, 409)
         # If calls that were sent after this one had failed were answered, there is no outage.
@@ -515,7 +522,7 @@ async def _complete_with_litellm(request: Request, model: Model) -> Completion:
     part = format_of("text" if request.tools else "json_schema", request)
     options: dict[str, Any] = msgspec.to_builtins({"messages": request.messages, **part})
     if request.tools:
-        options["tools"] = [function_of(tool) for tool in request.tools]
+        options |= {"tools": [function_of(tool) for tool in request.tools], **request.tool_options}
     if request.max_tokens is not None:
         options["max_tokens"] = request.max_tokens
     options |= request.all_options
@@ -525,7 +532,8 @@ async def _complete_with_litellm(request: Request, model: Model) -> Completion:
         return litellm.acompletion(model=request.name, **options, **extra, **more)
 
     listener, headers = request.listener, {**request.all_headers(), **model.headers}
-    options |= {"extra_body": model.extra_body} if model.extra_body else {}
+    extra_body = {**model.extra_body, **request.extra_body}
+    options |= {"extra_body": extra_body} if extra_body else {}
     options |= {"api_key": model.api_key} if model.api_key else {}
     if listener is not None:
         listener.reset()
@@ -540,7 +548,7 @@ async def _complete_with_litellm(request: Request, model: Model) -> Completion:
         answer = (await send(headers, num_retries=2)).model_dump()
     except Exception as exc:  # litellm's errors have a status, but no common base class except Exception
         status = getattr(exc, "status_code", None) or 500
-        raise replies.status_error(request.name, httpx.Response(status, text=str(exc))) from exc
+        raise replies.status_error(request.name, http.library().Response(status, text=str(exc))) from exc
     return replies.completion_of(answer, request)
 
 

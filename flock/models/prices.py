@@ -104,7 +104,7 @@ PRICES: Mapping[str, Price] = {
 }
 
 #: The date or alias at the end of a model's name: ``gpt-4o-2024-08-06``, ``claude-sonnet-4-5-20250929``.
-SUFFIX = re.compile(r"-(\d{4}-\d{2}-\d{2}|\d{8}|latest)$")
+SUFFIX = r"-(\d{4}-\d{2}-\d{2}|\d{8}|latest)$"
 
 
 def merged(prices: Mapping[str, Price] | None) -> Mapping[str, Price]:
@@ -120,7 +120,7 @@ def merged(prices: Mapping[str, Price] | None) -> Mapping[str, Price]:
 
 def price_of(prices: Mapping[str, Price], model: str) -> Price | None:
     """Return the price of *model*, or None. A dated name without an entry has the price of the name without it."""
-    return prices.get(model) or prices.get(SUFFIX.sub("", model))
+    return prices.get(model) or prices.get(re.sub(SUFFIX, "", model))
 
 
 def priced(prices: Mapping[str, Price], usage: Usage, model: str | None) -> Usage:

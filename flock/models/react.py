@@ -17,7 +17,7 @@ from flock.models.completions import Completion, FunctionCall, Message, ToolCall
 
 #: The tool that ends the calls.
 FINISH = "finish"
-_FINISH_TOOL = ToolSchema(
+FINISH_TOOL = ToolSchema(
     name=FINISH,
     description="You know everything that the answer needs. You write the answer next.",
     schema={"type": "object", "properties": {}, "additionalProperties": False},
@@ -43,7 +43,7 @@ def schema_of(tools: Sequence[ToolSchema]) -> dict[str, Any]:
             "required": ["next_thought", "next_tool_name", "next_tool_args"],
             "additionalProperties": False,
         }
-        for tool in (*tools, _FINISH_TOOL)
+        for tool in tools
     ]
     definitions = {name: node for tool in tools for name, node in tool.schema.get("$defs", {}).items()}
     return {"anyOf": steps} | ({"$defs": definitions} if definitions else {})
@@ -53,7 +53,7 @@ def with_tools(messages: Sequence[Message], tools: Sequence[ToolSchema]) -> list
     """Return *messages* with a description of the tools and of a step at the end, where small models follow it best."""
     described = "\n".join(
         f"- {tool.name}: {tool.description} Arguments: {json.dumps(tool.schema.get('properties', {}))}"
-        for tool in (*tools, _FINISH_TOOL)
+        for tool in tools
     )
     *rest, last = messages
     instruction = (

@@ -7,9 +7,8 @@ import re
 import time
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 import msgspec
 from msgspec.structs import replace
 
@@ -18,6 +17,9 @@ from flock.models.completions import Completion, FunctionCall, ToolCall
 from flock.models.requests import Request
 from flock.runs import Usage, safe_text
 
+if TYPE_CHECKING:
+    import httpx
+
 #: Max characters of a provider's message in the log.
 MAX_LOGGED_CHARS = 500
 #: The largest number of tokens that a reply may have used. A larger one is ignored.
@@ -25,7 +27,7 @@ MAX_TOKENS = 10**12
 #: Longer integers in a reply are out of range.
 MAX_DIGITS = 500
 #: A number in a header. Others, such as ``1e400`` and digits of other scripts, are ignored.
-NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,15})?")
+NUMBER = r"[0-9]{1,15}(\.[0-9]{1,15})?"
 
 
 class _AnswerFunction(msgspec.Struct):
@@ -181,7 +183,7 @@ _BODY_ERRORS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def status_error(name: str, response: httpx.Response, key_variable: str | None = None) -> ModelError:
+def status_error(name: str, response: "httpx.Response", key_variable: str | None = None) -> ModelError:
     message, status = provider_message(response), response.status_code
     error_type, reason = _kind_of(status, response.text)
     if status == 401 and key_variable is not None:
@@ -238,7 +240,7 @@ def hold_s(headers: Mapping[str, str], *, is_refused: bool, tokens: float = 0) -
                 continue
             wait_s = _reset_s(headers.get(f"{prefix}reset{suffix}", ""))
             limit = headers.get(f"{prefix}limit{suffix}", "").strip()
-            if not is_refused and NUMBER.fullmatch(limit) and float(limit):
+            if not is_refused and re.fullmatch(NUMBER, limit) and float(limit):
                 wait_s *= min(1.0, (1 if counted == "requests" else tokens) / float(limit))
             longest = max(longest, wait_s)
     return longest
@@ -256,7 +258,7 @@ def _reset_s(text: str) -> float:
         return 0.0
 
 
-def provider_message(response: httpx.Response) -> str:
+def provider_message(response: "httpx.Response") -> str:
     """Return the provider's message for the log, without API keys."""
     request_id = response.headers.get("x-request-id", "none")
     return _without_keys(f"x-request-id {request_id}: {response.text[:MAX_LOGGED_CHARS]!r}")

@@ -13,6 +13,7 @@ from flock.models import localmodel, react
 from flock.models.completions import Listener, Message, ToolSchema
 from flock.models.providers import Endpoint
 from flock.runs import Usage
+from flock.runs.client import OPTIONS
 
 #: Ways to request JSON, the strictest first. If a server does not support one, the next one is tried.
 FORMATS = ("json_schema", "json_object", "text")
@@ -22,13 +23,16 @@ STREAMS: Mapping[str, Mapping[str, Any]] = {
     "stream_without_usage": {"stream": True},
     "": {},
 }
+#: The options that are only sent with tools, and the values of the first one that are not the name of a tool.
+TOOL_OPTIONS = ("tool_choice", "parallel_tool_calls")
+TOOL_CHOICES = ("auto", "required", "none")
 
 
 class Request(msgspec.Struct, frozen=True):
     """A request for one JSON object that matches *schema*, or for calls of *tools*.
 
     Attributes:
-        options: others for the model, such as ``top_p``. Their ``temperature`` replaces that of the request.
+        options: others for the model; see ``ModelOptions``. Their ``temperature`` replaces that of the request.
         traceparent: trace context, sent as a header so that gateways and providers can link the request to a trace.
         idempotency_key: identifies this call in all attempts. If the server does not support strict JSON Schema,
             the fallback requests append ``/json_object`` or ``/text`` to it. If it does not support tools, the
@@ -57,8 +61,21 @@ class Request(msgspec.Struct, frozen=True):
 
     @property
     def all_options(self) -> dict[str, Any]:
-        """The options that only a model with a temperature has."""
-        return ({} if self.temperature is None else {"temperature": self.temperature}) | dict(self.options)
+        """The options that are members of the body, without those of tools."""
+        given = ({} if self.temperature is None else {"temperature": self.temperature}) | dict(self.options)
+        return {name: value for name, value in given.items() if name not in ("max_tokens", "extra_body", *TOOL_OPTIONS)}
+
+    @property
+    def tool_options(self) -> dict[str, Any]:
+        """The members of the body that say how tools are called."""
+        given = {name: self.options[name] for name in TOOL_OPTIONS if name in self.options}
+        choice = given.get("tool_choice", "auto")
+        return given if choice in TOOL_CHOICES else given | {"tool_choice": _only(choice)}
+
+    @property
+    def extra_body(self) -> Mapping[str, Any]:
+        extra: Mapping[str, Any] = self.options.get("extra_body", {})
+        return extra
 
     def unfinished(self, usage: Usage) -> None:
         self.on_unfinished(usage, self.name)
@@ -74,19 +91,26 @@ class Request(msgspec.Struct, frozen=True):
     def body(self, endpoint: Endpoint) -> dict[str, Any]:
         """Return the body of a request, without the part that requests JSON."""
         body = {"model": endpoint.model, "messages": self.messages, **endpoint.settings}
-        if endpoint.has_temperature:
-            body |= self.all_options
+        left_out = () if endpoint.has_temperature else OPTIONS
+        body |= {name: value for name, value in self.all_options.items() if name not in left_out}
         if self.max_tokens is not None:
             body[endpoint.max_tokens_field] = self.max_tokens
-        return body
+        return {**body, **self.extra_body}
+
+
+def _only(tool: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool}}
 
 
 def next_step(request: Request) -> Request:
     """Return the request that asks for the next step as JSON, in place of a tool call."""
+    choice = request.options.get("tool_choice", "auto")
+    chosen = [tool for tool in request.tools if choice in (*TOOL_CHOICES, tool.name)]
+    tools = [*chosen, react.FINISH_TOOL] if choice == "auto" else chosen
     return replace(
         request,
-        messages=react.with_tools(react.as_text(request.messages), request.tools),
-        schema=react.schema_of(request.tools),
+        messages=react.with_tools(react.as_text(request.messages), tools),
+        schema=react.schema_of(tools),
         tools=(),
         idempotency_key=request.idempotency_key and f"{request.idempotency_key}/step",
         listener=None,  # a step is not an answer

@@ -1,20 +1,24 @@
 """Streamed replies of model servers: server-sent events with the pieces of one chat completion."""
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
-import httpx
 import msgspec
 
 from flock.errors import ModelError
-from flock.models.bodies import BadBody
+from flock.models import http
+from flock.models.bodies import BadBody, pieces_of
 from flock.models.completions import Listener
 from flock.models.pieces import Joiner, joined
 from flock.models.replies import bad_response, decoded, model_error, stream_error, unfinished_usage
-from flock.models.sse import Event, events_in
+from flock.models.sse import Event, Events
 from flock.runs import Usage
+
+if TYPE_CHECKING:
+    import httpx
 
 #: Max memory of a reply, if each of its pieces needs this much beside its text.
 MAX_REPLY_BYTES, PIECE_BYTES = 64 * 1024 * 1024, 200
@@ -55,6 +59,14 @@ class _Chunk(msgspec.Struct):
     usage: Any = None
     error: Any = None
     object: str | None = None
+
+
+_CHUNKS = msgspec.json.Decoder(_Chunk)
+
+
+def _is_error(chunk: _Chunk) -> bool:
+    reasons = [choice.finish_reason for choice in chunk.choices or () if not choice.index]
+    return bool(chunk.error) or chunk.object == "error" or "error" in reasons
 
 
 class _Call:
@@ -103,11 +115,22 @@ class StreamedReply:
         self._finish_reason: str | None = None
         self._usage: Any = None
         self._size = 0
+        #: text that the listener has not received, and whether it is of the answer
+        self._unreported: list[str] = []
+        self._is_answer = True
 
     def take(self, event: Event) -> None:
         """Add an event of a stream. Raises ModelError."""
         if self.is_ended:
             return
+        try:
+            chunk = _CHUNKS.decode(event.data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            pass  # not a chunk, or one that needs a lenient decoder
+        else:
+            if event.name != "error" and not _is_error(chunk):
+                self._add(chunk)
+                return
         if event.data.strip() == b"[DONE]":
             self.is_complete = self.is_ended = True
             return
@@ -127,8 +150,12 @@ class StreamedReply:
             chunk = msgspec.convert(data, _Chunk)
         except msgspec.ValidationError as exc:
             raise bad_response(self._name, "sent an event that is not a chunk of a chat completion", str(exc)) from exc
-        if chunk.error or chunk.object == "error":
+        if not (chunk.error or chunk.object == "error"):
+            self._add(chunk)
+        if _is_error(chunk):
             raise stream_error(self._name, data)
+
+    def _add(self, chunk: _Chunk) -> None:
         self.has_begun = True
         self._usage = chunk.usage or self._usage
         for choice in chunk.choices or ():
@@ -136,9 +163,7 @@ class StreamedReply:
                 continue
             if choice.delta is not None:
                 self._add_delta(choice.delta)
-            if choice.finish_reason == "error":
-                raise stream_error(self._name, data)
-            if choice.finish_reason:
+            if choice.finish_reason and choice.finish_reason != "error":
                 self._finish_reason, self.is_complete = choice.finish_reason, True
 
     def end(self) -> dict[str, Any]:
@@ -193,15 +218,30 @@ class StreamedReply:
         if text:
             self._count(text)
             self._content.append(text)
-            self._listener.text(text)
+            self._report(text, is_answer=True)
 
     def _add_reasoning(self, text: str) -> None:
         if text:
             self.received_bytes += len(text.encode(errors="replace"))
-            self._listener.reasoning(text)
+            self._report(text, is_answer=False)
+
+    def _report(self, text: str, *, is_answer: bool) -> None:
+        """Report *text* together with what follows in this turn of the event loop: the pieces of one read."""
+        if self._unreported and is_answer != self._is_answer:
+            self.report()
+        if not self._unreported:
+            self._is_answer = is_answer
+            asyncio.get_running_loop().call_soon(self.report)
+        self._unreported.append(text)
+
+    def report(self) -> None:
+        """Report the text that was received to the listener."""
+        if self._unreported:
+            text, self._unreported = "".join(self._unreported), []
+            (self._listener.text if self._is_answer else self._listener.reasoning)(text)
 
     def _count(self, text: str) -> None:
-        self.received_bytes += len(text.encode(errors="replace"))
+        self.received_bytes += len(text) if text.isascii() else len(text.encode(errors="replace"))
         self._size += len(text) + PIECE_BYTES
         if self._size > MAX_REPLY_BYTES:
             raise bad_response(self._name, "sent an answer that is too long")
@@ -209,17 +249,22 @@ class StreamedReply:
 
 @contextlib.contextmanager
 def counted(reply: StreamedReply, prompt_bytes: int, on_unfinished: Callable[[Usage], None]) -> Iterator[None]:
-    """Report the tokens of *reply* if the block is cancelled or fails, unless the server sent an error and no reply."""
+    """Report the tokens of *reply* if the block is cancelled or fails, unless the server sent an error and no reply.
+
+    All text is reported to the listener when the block ends.
+    """
     try:
         yield
     except BaseException as exc:
         if reply.has_begun or not isinstance(exc, ModelError):
             on_unfinished(reply.unfinished_usage(prompt_bytes))
         raise
+    finally:
+        reply.report()
 
 
 async def read_reply(
-    response: httpx.Response, name: str, listener: Listener, prompt_bytes: int, on_unfinished: Callable[[Usage], None]
+    response: "httpx.Response", name: str, listener: Listener, prompt_bytes: int, on_unfinished: Callable[[Usage], None]
 ) -> dict[str, Any]:
     """Read a stream, and return the chat completion. *on_unfinished* receives the tokens if it is not read to its end.
 
@@ -235,17 +280,19 @@ async def read_reply(
         return reply.end()
 
 
-async def _read(response: httpx.Response, reply: StreamedReply, name: str) -> None:
+async def _read(response: "httpx.Response", reply: StreamedReply, name: str) -> None:
     try:
         with anyio.CancelScope() as scope:
-            async with contextlib.aclosing(events_in(response)) as events:
-                async for event in events:
-                    reply.take(event)
+            events = Events()
+            async with contextlib.aclosing(pieces_of(response)) as pieces:
+                async for piece in pieces:
+                    for event in events.feed(piece):
+                        reply.take(event)
                     if reply.is_complete:  # what follows is not worth a long wait
                         wait_s = END_S if reply.is_ended else USAGE_S
                         scope.deadline = min(scope.deadline, anyio.current_time() + wait_s)
     except BadBody as exc:
         raise bad_response(name, f"sent {exc}") from exc
-    except httpx.TransportError:
+    except http.errors("TransportError"):
         if not reply.is_complete:
             raise

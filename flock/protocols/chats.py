@@ -1,7 +1,7 @@
 """What protocols that look like a chat have in common: messages as the inputs of an agent, and its result as text."""
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -10,18 +10,18 @@ from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.agents.graph import graph_of
 from flock.errors import EngineStopped, FlockError, InvalidData
-from flock.jsontype import is_same_schema
+from flock.jsontype import MEMBERS, is_same_schema
 from flock.runs import Engine, Event, LongJSON, Question, Run
 
 #: The events after which an answer has no more text.
 ENDS = ("run.completed", "run.failed", "run.cancelled", "run.waiting")
 
 
-class Message(NamedTuple):
-    """A message that a client has sent, without what is not text."""
+class Message(msgspec.Struct, frozen=True, gc=False):
+    """A message that a client has sent, without what is not text. It has the form of those of agents."""
 
     role: str
-    text: str
+    content: str
 
 
 class TextReplaced(FlockError):
@@ -42,12 +42,12 @@ def inputs_of(agent: Agent, messages: Sequence[Message], others: Mapping[str, ms
 
     Raises: InvalidData if it is not, or if there is no message of the user.
     """
-    said = [message for message in messages if message.role == "user" or (message.role == "assistant" and message.text)]
-    last = next((message.text for message in reversed(said) if message.role == "user"), None)
+    said = [each for each in messages if each.role == "user" or (each.role == "assistant" and each.content)]
+    last = next((message.content for message in reversed(said) if message.role == "user"), None)
     if last is None:
         raise InvalidData.of("There is no message with the role 'user'.", at)
     if (name := conversation_of(agent.input)) is not None:
-        return _encode({name: [{"role": message.role, "content": message.text} for message in said]}, others)
+        return _encode({name: said}, others)
     if (name := _text_input_of(agent, others)) is not None:
         return _encode({name: last}, others)
     if not agent.input.fields:
@@ -65,13 +65,13 @@ def inputs_of(agent: Agent, messages: Sequence[Message], others: Mapping[str, ms
 
 def messages_of(agent: Agent, inputs: msgspec.Raw) -> list[Message]:
     """Return the messages that have become *inputs*."""
-    values = msgspec.json.decode(inputs)
-    if (name := conversation_of(agent.input)) is not None:
-        turns = values.get(name)  # another version of the agent may have had other inputs, and a default is not stored
-        if isinstance(turns, list):
-            return [Message(turn["role"], turn["content"]) for turn in turns]
-    text = values.get(_text_input_of(agent))
-    return [Message("user", text if isinstance(text, str) else _text(inputs))]
+    values = msgspec.json.decode(inputs, type=MEMBERS)
+    for name, type_ in ((conversation_of(agent.input), list[Message]), (_text_input_of(agent), str)):
+        # another version of the agent may have had other inputs, and a default is not stored
+        with suppress(msgspec.DecodeError):
+            found: Any = msgspec.json.decode(values.get(name or "", b""), type=type_)
+            return [Message("user", found)] if isinstance(found, str) else found
+    return [Message("user", _text(inputs))]
 
 
 def _text_input_of(agent: Agent, others: Mapping[str, Any] | None = None) -> str | None:
@@ -178,16 +178,41 @@ def question_text(questions: Iterable[Question], run_id: str) -> str:
     return f"{asked}\n\n(The run {run_id} waits for the answer.)"
 
 
+class Thought(NamedTuple):
+    """A piece of the reasoning of a model, which is not a part of the answer."""
+
+    text: str
+
+
+async def thoughts_of(engine: Engine, run_id: str) -> str:
+    """Return the reasoning of a run that has ended or waits, and that is watched. Nothing of it is stored."""
+    thoughts = list[str]()
+    async with aclosing(engine.events(run_id, reasoning=True)) as events:
+        async for event in events:
+            if event is not None and event.name == "reasoning.delta" and "call_id" not in event.data:
+                thoughts.append(event.data["text"])
+            elif event is not None and event.name in ENDS:
+                break
+    return "".join(thoughts)
+
+
 class StreamedAnswer:
     """The answer of a run as text, made from its events. Only an agent that ends the run is read while it writes."""
 
     def __init__(self, agents: Mapping[str, Agent], *, as_json: bool) -> None:
         self._agents, self._as_json = agents, as_json
         self._agent: Agent | None = None
+        #: the agent that writes the answer now, and the field that is its text
+        self._writer: str | None = None
+        self._field: str | None = None
         self._text = SentText()
+        #: what separates the next thought from those before it, and one after that
+        self._pause = self._next_pause = ""
 
-    async def pieces(self, events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[str | Event | None, None]:
-        """Yield the text in pieces, None to keep the connection open, and at last the event that ends it, one of ENDS.
+    async def pieces(
+        self, events: AsyncGenerator[Event | None, None]
+    ) -> AsyncGenerator[str | Thought | Event | None, None]:
+        """Yield the text and the thoughts in pieces, None to keep the connection open, and at last one of ENDS.
 
         Raises: TextReplaced, RunNotFound, StoreError; EngineStopped if the server stops before the end.
         """
@@ -195,38 +220,38 @@ class StreamedAnswer:
             async for event in events:
                 if event is None:
                     yield None
-                elif text := await self._added(event):
-                    yield text
-                if event is not None and event.name in ENDS:
+                    continue
+                if event.name == "run.completed" and self._agent is not None:
+                    whole = await _whole_text(self._agent, event.data["result"], as_json=self._as_json)
+                    added: str | Thought = self._text.end(whole)
+                else:
+                    added = self._added(event.name, event.data)
+                if added:
+                    yield added
+                if event.name in ENDS:
                     yield event
                     return
         raise EngineStopped("The server is stopping, and the answer is not complete.")
 
-    async def _added(self, event: Event) -> str:
-        data = event.data
-        match event.name:
-            case "step.started":
-                self._agent = self._agents.get(data["agent_name"])
-            case "output.delta" if self._is_answer(data) and data["field"] == self._name:
-                return self._text.add(data["text"])
-            case "output.reset" if self._is_answer(data):
-                return self._text.restart()
-            case "output.snapshot" if self._is_answer(data) and self._name in data["output"]:
-                return self._text.restart(data["output"][self._name])
-            case "run.completed" if self._agent is not None:
-                return self._text.end(await _whole_text(self._agent, data["result"], as_json=self._as_json))
+    def _added(self, name: str, data: Mapping[str, Any]) -> str | Thought:
+        if name == "step.started":
+            self._start(self._agents.get(data["agent_name"]))
+        elif "call_id" in data:
+            pass  # an agent that the step has called
+        elif name == "reasoning.delta":
+            thought = Thought(self._pause + data["text"])
+            self._pause, self._next_pause = "", "\n\n"
+            return thought
+        elif name == "output.delta" and data["field"] == self._field and data["agent_name"] == self._writer:
+            return self._text.add(data["text"])
+        elif name == "output.reset":
+            self._pause = self._next_pause
+            return self._text.restart() if data["agent_name"] == self._writer else ""
+        elif name == "output.snapshot" and self._field in data["output"] and data["agent_name"] == self._writer:
+            return self._text.restart(data["output"][self._field])
         return ""
 
-    @property
-    def _name(self) -> str | None:
-        return None if self._agent is None or self._as_json else _text_output_of(self._agent)
-
-    def _is_answer(self, data: Mapping[str, Any]) -> bool:
-        """Whether an event is one of the step that ends the run."""
-        agent = self._agent
-        return (
-            agent is not None
-            and data["agent_name"] == agent.name
-            and "call_id" not in data
-            and all(handoff.kind == "fixed" and handoff.to is None for handoff in agent.handoffs())
-        )
+    def _start(self, agent: Agent | None) -> None:
+        self._agent, self._writer, self._field, self._pause = agent, None, None, self._next_pause
+        if agent is not None and all(handoff.kind == "fixed" and handoff.to is None for handoff in agent.handoffs()):
+            self._writer, self._field = agent.name, None if self._as_json else _text_output_of(agent)

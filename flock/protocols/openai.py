@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from flock.agents.agent import Agent
 from flock.declared import agent_of
-from flock.errors import FlockError, InvalidData
+from flock.errors import FlockError
 from flock.jsontype import JSONType
 from flock.protocols import chats
 from flock.protocols import openai_parts as parts
@@ -90,14 +90,6 @@ async def get_model(request: Request) -> Response:
 # Chat completions
 
 
-class ChatMessage(msgspec.Struct, frozen=True):
-    """One message of the history that a client sends."""
-
-    role: str
-    content: str | list[parts.Part] | None = None
-    tool_call_id: str = ""
-
-
 class StreamOptions(msgspec.Struct, frozen=True):
     """``include_usage``: a chunk with the tokens of the run comes last."""
 
@@ -107,9 +99,10 @@ class StreamOptions(msgspec.Struct, frozen=True):
 class ChatRequest(parts.Settings, frozen=True, kw_only=True):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage]
+    messages: list[parts.Item]
     stream_options: StreamOptions | None = None
     response_format: parts.Format | None = None
+    include_reasoning: bool | None = None
 
 
 CHAT_REQUEST = JSONType(ChatRequest, ignores_unknown=True)
@@ -121,7 +114,7 @@ async def chat(request: Request) -> Response:
     sent = CHAT_REQUEST.decode(body)
     agent, engine = agent_of(agents, sent.model), await orders.engine_of(request)
     as_json = parts.wants_json(agents, agent, sent.response_format, "/response_format")
-    messages, answers = _read(sent.messages)
+    messages, answers = await parts.read(sent.messages, "/messages")
     client = parts.client_settings(body, messages)
     wanted: orders.Order | orders.Answers
     if answers:
@@ -133,34 +126,20 @@ async def chat(request: Request) -> Response:
             client=client,
             key=idempotency_key(request, lambda: fingerprint_of(request, body)),
         )
-    stream = await orders.stream(request, wanted, reasoning=False) if sent.stream else None
-    run = (await orders.accept(request, wanted) if stream is None else stream.accepted).run
-    if stream is not None:
+    if sent.stream:
+        stream = await orders.stream(request, wanted, reasoning=sent.include_reasoning is not False)
         has_usage = sent.stream_options is not None and sent.stream_options.include_usage is True
         chunks = _chunks(stream, engine, chats.StreamedAnswer(agents, as_json=as_json), has_usage=has_usage)
-        headers = {"Flock-Run-Id": run.run_id, "X-Accel-Buffering": "no"}
+        headers = {"Flock-Run-Id": stream.accepted.run.run_id, "X-Accel-Buffering": "no"}
         return EventStream(chunks, stream.held, headers, on_cut_off=stream.on_cut_off)
-    run_id, outlives_client = run.run_id, run.is_async
-    del run, wanted, sent, messages  # frees the inputs, which may be long, during the wait
-    return await _completion(engine, agents, await orders.end_of(request, run_id, outlives_client), as_json=as_json)
-
-
-def _read(sent: Sequence[ChatMessage]) -> tuple[list[chats.Message], dict[str, msgspec.Raw]]:
-    """Return the messages, and the outputs of tools after the last message of the assistant, by the ids of the calls.
-
-    Raises: InvalidData.
-    """
-    messages, answers = list[chats.Message](), dict[str, msgspec.Raw]()
-    for at, message in enumerate(sent):
-        text = parts.content_text(message.content, f"/messages/{at}", is_shown=message.role in ("user", "tool"))
-        if message.role == "tool":
-            answers[message.tool_call_id] = msgspec.Raw(msgspec.json.encode(text))
-        else:
-            messages.append(chats.Message(message.role, text))
-            answers = {} if message.role == "assistant" else answers
-    if answers and sent[-1].role != "tool":
-        raise InvalidData.of("The outputs of tools must be the last messages.", f"/messages/{len(sent) - 1}")
-    return messages, answers
+    has_thoughts = sent.include_reasoning is True
+    with orders.watched(engine, wanted, is_wanted=has_thoughts) as run_id:
+        run = (await orders.accept(request, wanted, run_id)).run
+        run_id, outlives_client = run.run_id, run.is_async
+        del run, wanted, sent, messages  # frees the inputs, which may be long, during the wait
+        run = await orders.end_of(request, run_id, outlives_client)
+        thoughts = await chats.thoughts_of(engine, run_id) if has_thoughts else ""
+    return await _completion(engine, agents, run, thoughts, as_json=as_json)
 
 
 def _asked(run_id: str, questions: Sequence[Question]) -> tuple[dict[str, Any], str]:
@@ -177,7 +156,9 @@ def _asked(run_id: str, questions: Sequence[Question]) -> tuple[dict[str, Any], 
     return {"content": chats.question_text(questions, run_id)}, "stop"
 
 
-async def _completion(engine: Engine, agents: Mapping[str, Agent], run: Run, *, as_json: bool) -> Response:
+async def _completion(
+    engine: Engine, agents: Mapping[str, Agent], run: Run, thoughts: str, *, as_json: bool
+) -> Response:
     headers, finish_reason = {"Flock-Run-Id": run.run_id}, "stop"
     if run.status is RunStatus.WAITING:
         content, finish_reason = _asked(run.run_id, run.questions)
@@ -186,6 +167,7 @@ async def _completion(engine: Engine, agents: Mapping[str, Agent], run: Run, *, 
     else:  # clients repeat requests that get 409, 429 or 5xx, which would start another run
         return JSONResponse({"error": _failure(run.error, run.error_type, run.run_id)}, 422, headers)
     message = {"role": "assistant", "refusal": None, "annotations": [], **content}
+    message |= {"reasoning_content": thoughts} if thoughts else {}
     body = {
         **_head(run, "chat.completion"),
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}],
@@ -225,6 +207,8 @@ async def _chunks(
                     yield KEEP_ALIVE
                 elif isinstance(piece, str):
                     yield chunk(content=piece)
+                elif isinstance(piece, chats.Thought):
+                    yield chunk(reasoning_content=piece.text)
                 elif piece.name in ("run.failed", "run.cancelled"):
                     yield error(piece.data["error"], piece.data["error_type"])
                 else:

@@ -8,6 +8,7 @@ import msgspec
 
 from flock.agents.agent import Agent
 from flock.errors import InvalidData
+from flock.fair import FairShare
 from flock.jsontype import JSONType
 from flock.protocols.chats import Message, check_schema
 from flock.runs import ClientSettings, ClientTool, Engine, Question, Usage
@@ -16,6 +17,9 @@ from flock.web import orders
 
 #: The types of content that agents read.
 TEXTS = ("text", "input_text", "output_text")
+
+#: Items of a history that are not messages. A client could forge them, so agents do not see them.
+UNSEEN = ("reasoning", "function_call", "mcp_approval_request", "mcp_list_tools", "mcp_call")
 
 #: What a tool of the client may say about itself.
 TOOL = ("name", "description", "parameters", "strict")
@@ -33,6 +37,20 @@ class Part(msgspec.Struct, frozen=True):
 
     type: str
     text: str | None = None
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True):
+    """A message, or an answer: to a call of a tool (in chats a message of the role ``tool``), or about an approval."""
+
+    type: str = "message"
+    role: str | None = None
+    content: str | list[Part] | None = None
+    tool_call_id: str = ""
+    call_id: str = ""
+    output: str | list[Part] | None = None
+    approval_request_id: str | None = None
+    approve: bool | None = None
+    reason: str | None = None
 
 
 class Schema(msgspec.Struct, frozen=True, rename={"of": "schema"}):
@@ -93,7 +111,7 @@ def client_settings(body: bytes, messages: Iterable[Message], instructions: str 
         tools.append(ClientTool(**{"name": "", **about}))
     limits = [sent.max_completion_tokens, sent.max_tokens, sent.max_output_tokens]
     limit = next((each for each in limits if each is not None), None)
-    texts = filter(None, [instructions, *(each.text for each in messages if each.role in ("system", "developer"))])
+    texts = filter(None, [instructions, *(each.content for each in messages if each.role in ("system", "developer"))])
     options: dict[str, Any] = {name: getattr(sent, name) for name in OPTIONS} | {"max_output_tokens": limit}
     client = ClientSettings(instructions="\n\n".join(texts) or None, tools=tuple(tools), **options)
     return None if client == ClientSettings() else client
@@ -113,7 +131,35 @@ def wants_json(agents: Mapping[str, Agent], agent: Agent, sent: Format | None, a
     return True
 
 
-def content_text(content: str | Sequence[Part] | None, at: str, *, is_shown: bool) -> str:
+async def read(items: Sequence[Item], at: str) -> tuple[list[Message], dict[str, msgspec.Raw]]:
+    """Return the messages of a request, and the answers after them, by the ids of their calls.
+
+    In a chat, the answers are after the last message of the assistant, otherwise after the last one of anybody.
+
+    Raises: InvalidData if there is something else.
+    """
+    messages, answers, share = list[Message](), dict[str, msgspec.Raw](), FairShare()
+    for number, item in enumerate(items):
+        await share.checkpoint()
+        place, is_tool = f"{at}/{number}", item.role == "tool"
+        if is_tool or item.type == "function_call_output":
+            text = _text_of(item.content if is_tool else item.output, place, is_shown=True)
+            answers[item.tool_call_id if is_tool else item.call_id] = msgspec.Raw(msgspec.json.encode(text))
+        elif item.type == "message" and item.role is not None:
+            messages.append(Message(item.role, _text_of(item.content, place, is_shown=item.role == "user")))
+            if item.role == "assistant" or at == "/input":
+                answers.clear()
+        elif item.type == "mcp_approval_response" and item.approval_request_id and item.approve is not None:
+            output = {"approved": item.approve, **({} if item.reason is None else {"reason": item.reason})}
+            answers[item.approval_request_id] = msgspec.Raw(msgspec.json.encode(output))
+        elif item.type not in UNSEEN:
+            raise InvalidData.of(f"This item of the type {item.type!r} is not supported.", place)
+    if answers and at == "/messages" and not is_tool:
+        raise InvalidData.of("The outputs of tools must be the last messages.", place)
+    return messages, answers
+
+
+def _text_of(content: str | Sequence[Part] | None, at: str, *, is_shown: bool) -> str:
     """Return the text of a message. Other parts are refused if the agent would see the message (*is_shown*)."""
     if content is None or isinstance(content, str):
         return content or ""

@@ -7,6 +7,7 @@ is a session. So any process can show all of them from the runs alone.
 
 import contextlib
 import re
+import weakref
 import zlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -35,9 +36,6 @@ from flock.web.routing import principal_of
 #: texts of up to ``2 ** 33`` characters.
 CHECK_BITS = 20
 
-#: Items of a history that are not messages. A client could forge them, so agents do not see them.
-UNSEEN = ("reasoning", "function_call", "mcp_approval_request", "mcp_list_tools", "mcp_call")
-
 FAILED = (RunStatus.FAILED, RunStatus.CANCELLED)
 
 #: The runs of a conversation whose messages are listed.
@@ -45,34 +43,34 @@ MAX_RUNS = 100
 
 JSON = dict[str, Any]
 
-
-class Item(msgspec.Struct, frozen=True, kw_only=True):
-    """An item of an input: a message, or the answer to a request for an approval."""
-
-    type: str = "message"
-    role: str | None = None
-    content: str | list[parts.Part] | None = None
-    approval_request_id: str | None = None
-    approve: bool | None = None
-    reason: str | None = None
-    call_id: str = ""
-    output: str | list[parts.Part] | None = None
+#: Held while a request is accepted that continues a session, so that no two continue the same response.
+_turns = weakref.WeakValueDictionary[str, anyio.Lock]()
 
 
 class TextSettings(msgspec.Struct, frozen=True):
     format: parts.Format | None = None
 
 
+class ReasoningSettings(msgspec.Struct, frozen=True):
+    summary: Literal["auto", "concise", "detailed"] | None = None
+
+
 class ResponseRequest(parts.Settings, frozen=True, kw_only=True):
     """Body of ``POST /v1/responses``."""
 
-    input: str | list[Item] | None = None
+    input: str | list[parts.Item] | None = None
     previous_response_id: str | None = None
     conversation: str | dict[str, str] | None = None
     background: bool | None = None
     store: bool | None = None
     text: TextSettings | None = None
     instructions: str | None = None
+    reasoning: ReasoningSettings | None = None
+
+    @property
+    def has_thoughts(self) -> bool:
+        """Whether the client wants the reasoning. It is not stored, and a response in the background is read again."""
+        return self.reasoning is not None and self.reasoning.summary is not None and not self.background
 
     @property
     def session_id(self) -> str | None:
@@ -136,24 +134,22 @@ class Reply(NamedTuple):
         return all(question.is_for_client or _is_approval(question) for question in self.questions)
 
 
-def _open_questions(run: Run) -> Sequence[Question]:
-    return run.questions if run.status is RunStatus.WAITING else ()
-
-
 async def _reply(engine: Engine, place: Place) -> Reply:
     """Return a response, the latest one of its run for the number -1. Raises RunNotFound if the caller has none."""
     run = await engine.get_run(place.run_id)
     calls = [call for made in (await engine.get_calls(run)).values() for call in made if call.kind == "question"]
     answers = sorted(calls, key=lambda call: call.completed_at)
+    answered_at = {call.call_id: call.completed_at for call in answers}  # the run was read before them
+    still_open = [each for each in run.questions if answered_at.get(each.call_id, each.asked_at) <= each.asked_at]
     place = place._replace(number=len(answers)) if place.number < 0 else place
     if place.number > len(answers):
         raise RunNotFound(place.id)
     if place.number == len(answers):
-        return Reply(place, run, _open_questions(run), answers)
+        return Reply(place, run, still_open if run.status is RunStatus.WAITING else (), answers)
     at = answers[place.number].completed_at
     ids = [call.call_id for call in answers[place.number :] if call.started_at <= at]
     answered = [(await engine.get_question(run.run_id, call_id)).question for call_id in ids]
-    return Reply(place, run, [*answered, *(each for each in run.questions if each.asked_at <= at)], answers)
+    return Reply(place, run, [*answered, *(each for each in still_open if each.asked_at <= at)], answers)
 
 
 def _agents(request: Request) -> Mapping[str, Agent]:
@@ -171,6 +167,12 @@ def _message(id_: str, role: str, text: str) -> JSON:
 
 def _answer(place: Place, text: str) -> JSON:
     return _message(place.id[5:], "assistant", text)
+
+
+def _thinking(place: Place, thoughts: str) -> list[JSON]:
+    """Return the item of the reasoning, if there is any."""
+    summary = [{"type": "summary_text", "text": thoughts}]
+    return [{"id": f"rs_{place.id[5:]}", "type": "reasoning", "summary": summary}] if thoughts else []
 
 
 def _is_approval(question: Question) -> bool:
@@ -204,9 +206,10 @@ def _response(reply: Reply, output: Sequence[Any], sent: ResponseRequest | None 
     if reply.questions:
         status = "completed" if reply.has_only_items else "incomplete"
     error = {"code": "server_error", "message": parts.failure_text(run.error, run.run_id)}
+    completed_at = max(each.asked_at for each in reply.questions) if reply.questions else run.completed_at
     return {
         **{"id": reply.place.id, "object": "response", "created_at": int(run.created_at.timestamp())},
-        "completed_at": run.completed_at and int(run.completed_at.timestamp()),
+        "completed_at": completed_at and int(completed_at.timestamp()),
         **{"status": status, "background": bool(sent.background if sent else run.is_async), "model": run.agent_name},
         **{"error": error if status == "failed" else None, "output": output},
         "incomplete_details": {"reason": "waiting"} if status == "incomplete" else None,
@@ -222,12 +225,12 @@ def _response(reply: Reply, output: Sequence[Any], sent: ResponseRequest | None 
     }
 
 
-async def _shown(request: Request, reply: Reply, sent: ResponseRequest | None = None) -> Response:
+async def _shown(request: Request, reply: Reply, sent: ResponseRequest | None = None, thoughts: str = "") -> Response:
     """Return a response as it ended, or as it is. Raises RunNotFound, StoreError."""
-    run, output = reply.run, _asked(reply.place, reply.questions)
+    run, output = reply.run, [*_thinking(reply.place, thoughts), *_asked(reply.place, reply.questions)]
     if not reply.questions and run.status is RunStatus.COMPLETED:
         engine, as_json = await orders.engine_of(request), reply.place.as_json
-        output = [_answer(reply.place, await chats.text_of(engine, _agents(request), run, as_json=as_json))]
+        output.append(_answer(reply.place, await chats.text_of(engine, _agents(request), run, as_json=as_json)))
     body, headers = _response(reply, output, sent), {"Flock-Run-Id": run.run_id}
     if request.method == "GET":  # a client repeats what gets 429, which must not be a new run
         return PageResponse(body, orders.download_slot(request), headers=headers)
@@ -239,50 +242,72 @@ async def _shown(request: Request, reply: Reply, sent: ResponseRequest | None = 
 
 async def create_response(request: Request) -> Response:
     """POST /v1/responses: a new run, or the answers for which a run waits."""
-    body, agents = await orders.read_json(request), _agents(request)
-    sent = RESPONSE_REQUEST.decode(body)
+    body = await orders.read_json(request)
+    sent, engine = RESPONSE_REQUEST.decode(body), await orders.engine_of(request)
     if sent.background and sent.store is False:
         raise InvalidData.of("A response in the background must be stored. Leave this out.", "/store")
     if sent.previous_response_id is not None and sent.conversation is not None:
         raise InvalidData.of("Send this or 'previous_response_id', not both.", "/conversation")
-    agent, engine = agent_of(agents, sent.model), await orders.engine_of(request)
-    as_json = parts.wants_json(agents, agent, sent.text.format if sent.text else None, "/text/format")
-    messages, answers = _read(sent.input)
+    previous = sent.previous_response_id and await _reply(engine, Place.of(sent.previous_response_id))
+    session_id = previous.run.session_id if previous else sent.session_id
+    with contextlib.ExitStack() as held:
+        async with _turns.setdefault(session_id, anyio.Lock()) if session_id else contextlib.nullcontext():
+            order, place = await _order_of(request, body, sent, previous or None)
+            if sent.stream:
+                stream = await orders.stream(request, order, reasoning=sent.has_thoughts)
+                place = place._replace(run_id=stream.accepted.run.run_id)
+                return _streamed(request, engine, stream, Reply(place, stream.accepted.run), sent)
+            run_id = held.enter_context(orders.watched(engine, order, is_wanted=sent.has_thoughts))
+            run = (await orders.accept(request, order, run_id)).run
+        place, outlives_client = place._replace(run_id=run.run_id), run.is_async or isinstance(order, orders.Answers)
+        if not sent.background:
+            del run, order  # frees the inputs, which may be long, during the wait
+            try:
+                run = await orders.end_of(request, place.run_id, outlives_client)
+            except (HTTPException, anyio.get_cancelled_exc_class()):
+                if sent.store is False and not outlives_client:
+                    await _forget(engine, place.run_id)
+                raise
+        thoughts = await chats.thoughts_of(engine, run.run_id) if sent.has_thoughts else ""
+    questions = run.questions if run.status is RunStatus.WAITING else ()
+    response = await _shown(request, Reply(place, run, questions), sent, thoughts)
+    if sent.store is False and run.status.is_final:
+        await engine.delete_run(run.run_id)
+    return response
+
+
+async def _order_of(
+    request: Request, body: bytes, sent: ResponseRequest, previous: Reply | None
+) -> tuple[orders.Order | orders.Answers, Place]:
+    """Return what a request asks for, and the place of its response, which has no run yet.
+
+    Raises: InvalidData, AgentNotFound, RunNotFound, SessionNotFound.
+    """
+    agents, engine = _agents(request), await orders.engine_of(request)
+    agent = agent_of(agents, sent.model)
+    place = Place("", 0, parts.wants_json(agents, agent, sent.text.format if sent.text else None, "/text/format"))
+    items = [parts.Item(role="user", content=sent.input)] if isinstance(sent.input, str) else sent.input or []
+    messages, outputs = await parts.read(items, "/input")
     client = parts.client_settings(body, messages, sent.instructions or "")
-    earlier = await _earlier(request, engine, sent, is_answer=bool(answers) or not messages)
-    number, wanted = 0, None
-    if answers:
-        wanted = await parts.answers_in(engine, answers, "/input")
+    key, earlier, answers = idempotency_key(request, lambda: fingerprint_of(request, body)), None, None
+    if key is None or await engine.made_by(key) is None:  # otherwise this request has continued it before
+        earlier = await _earlier(request, sent, previous, is_answer=bool(outputs) or not messages)
+    if outputs:
+        answers = await parts.answers_in(engine, outputs, "/input")
     elif earlier is not None and not messages:
-        wanted = orders.Answers(earlier.run.run_id)
-    if wanted is not None:
-        before = {call.call_id for call in (await _reply(engine, Place(wanted.run_id, -1))).answers}
-        number = len(before | wanted.outputs.keys())
-    order = wanted or orders.Order(
+        answers = orders.Answers(earlier.run.run_id)
+    if answers is not None:
+        before = {call.call_id for call in (await _reply(engine, Place(answers.run_id, -1))).answers}
+        return answers, place._replace(number=len(before | answers.outputs.keys()))
+    order = orders.Order(
         agent_name=sent.model,
         session_id=await _continued(request, agent, sent, earlier, messages),
         inputs=chats.inputs_of(agent, messages, sent.inputs, "/input"),
         is_async=sent.background is True,
         client=client,
-        key=idempotency_key(request, lambda: fingerprint_of(request, body)),
+        key=key,
     )
-    stream = await orders.stream(request, order, reasoning=False) if sent.stream else None
-    run = (await orders.accept(request, order) if stream is None else stream.accepted).run
-    place, outlives_client = Place(run.run_id, number, as_json), run.is_async or wanted is not None
-    if stream is not None:
-        return _streamed(request, engine, stream, Reply(place, run), sent)
-    if not sent.background:
-        del run, order, messages  # frees the inputs, which may be long, during the wait
-        try:
-            run = await orders.end_of(request, place.run_id, outlives_client)
-        except (HTTPException, anyio.get_cancelled_exc_class()):
-            if sent.store is False and not outlives_client:
-                await _forget(engine, place.run_id)
-            raise
-    response = await _shown(request, Reply(place, run, _open_questions(run)), sent)
-    if sent.store is False and run.status.is_final:
-        await engine.delete_run(run.run_id)
-    return response
+    return order, place
 
 
 async def _forget(engine: Engine, run_id: str) -> None:
@@ -292,42 +317,20 @@ async def _forget(engine: Engine, run_id: str) -> None:
             await engine.delete_run(run_id)
 
 
-def _read(sent: str | Sequence[Item] | None) -> tuple[list[chats.Message], dict[str, msgspec.Raw]]:
-    """Return the messages of an input, and the answers to requests for approvals after them, by their ids.
-
-    Raises: InvalidData if there is something else.
-    """
-    messages, answers = list[chats.Message](), dict[str, msgspec.Raw]()
-    for at, item in enumerate([Item(role="user", content=sent)] if isinstance(sent, str) else sent or []):
-        if item.type == "message" and item.role is not None:
-            text = parts.content_text(item.content, f"/input/{at}", is_shown=item.role == "user")
-            messages.append(chats.Message(item.role, text))
-            answers = {}
-        elif item.type == "mcp_approval_response" and item.approval_request_id and item.approve is not None:
-            output = {"approved": item.approve, **({} if item.reason is None else {"reason": item.reason})}
-            answers[item.approval_request_id] = msgspec.Raw(msgspec.json.encode(output))
-        elif item.type == "function_call_output":
-            text = parts.content_text(item.output, f"/input/{at}", is_shown=True)
-            answers[item.call_id] = msgspec.Raw(msgspec.json.encode(text))
-        elif item.type not in UNSEEN:
-            raise InvalidData.of(f"This item of the type {item.type!r} is not supported.", f"/input/{at}")
-    return messages, answers
-
-
-async def _earlier(request: Request, engine: Engine, sent: ResponseRequest, *, is_answer: bool) -> Reply | None:
+async def _earlier(request: Request, sent: ResponseRequest, previous: Reply | None, *, is_answer: bool) -> Reply | None:
     """Return the response that a request continues, or answers. Only the latest one of a conversation can be continued.
 
     Raises: RunNotFound, SessionNotFound; InvalidData if there is a later one, or it has not completed.
     """
-    if sent.previous_response_id is not None:
-        name, reply = "/previous_response_id", await _reply(engine, Place.of(sent.previous_response_id))
+    if previous is not None:
+        name, reply = "/previous_response_id", previous
         latest = reply.run.session_id and await _latest(request, reply.run.session_id)
         if not is_answer and latest not in (None, reply.run.run_id):
             raise InvalidData.of(f"A later response of the run {latest} continues this one. Continue that.", name)
     elif sent.session_id is None or (latest := await _latest(request, _session(sent.session_id)[0])) is None:
         return None
     else:
-        name, reply = "/conversation", await _reply(engine, Place(latest, -1))
+        name, reply = "/conversation", await _reply(await orders.engine_of(request), Place(latest, -1))
     if is_answer:
         return reply
     if not reply.is_last:
@@ -343,8 +346,11 @@ async def _earlier(request: Request, engine: Engine, sent: ResponseRequest, *, i
 
 async def _latest(request: Request, session_id: str) -> str | None:
     """Return the latest run of a session of the caller that has neither failed nor was cancelled."""
-    runs = orders.runs_of_session(request, session_id)
-    return await anext((run.run_id async for run in runs if run.status not in FAILED), None)
+    newest = await anext(orders.runs_of_session(request, session_id, limit=1), None)
+    if newest is None or newest.status not in FAILED:
+        return None if newest is None else newest.run_id
+    others = [orders.runs_of_session(request, session_id, each, limit=1) for each in RunStatus if each not in FAILED]
+    return max([run.run_id for runs in others if (run := await anext(runs, None)) is not None], default=None)
 
 
 async def _continued(
@@ -409,18 +415,14 @@ async def input_items(request: Request) -> Response:
     """GET /v1/responses/{response_id}/input_items: the messages that became the inputs of its run."""
     engine, place = await orders.engine_of(request), Place.of(request.path_params["response_id"])
     reply = await _reply(engine, place)
-    return _page(request, _inputs(request, reply.run))
+    said = enumerate(_said(request, reply.run))
+    return _page(request, [(f"{reply.run.run_id}_in{at}", message.role, message.content) for at, message in said])
 
 
 def _said(request: Request, run: Run) -> list[chats.Message]:
     """Return the messages of which the inputs of a run were made; none if its agent is missing."""
     agent = _agents(request).get(run.agent_name)
     return [] if agent is None else chats.messages_of(agent, run.inputs)
-
-
-def _inputs(request: Request, run: Run) -> list[JSON]:
-    said = enumerate(_said(request, run))
-    return [_message(f"{run.run_id}_in{at}", message.role, message.text) for at, message in said]
 
 
 class PageQuery(msgspec.Struct, frozen=True, kw_only=True):
@@ -431,12 +433,15 @@ class PageQuery(msgspec.Struct, frozen=True, kw_only=True):
     after: str = ""
 
 
-def _page(request: Request, items: Sequence[JSON]) -> Response:
-    """Return a page of *items*, oldest first, as clients list them. Raises InvalidData."""
+def _page(request: Request, items: Sequence[tuple[str, str, str]]) -> Response:
+    """Return a page of messages, oldest first, as clients list them: each has an id, a role and a text.
+
+    Raises: InvalidData.
+    """
     query = query_of(request, PageQuery)
-    ordered = items if query.order == "asc" else items[::-1]
-    first = next((at + 1 for at, item in enumerate(ordered) if item["id"] == query.after), 0)
-    shown = ordered[first : first + query.limit]
+    ordered, after = items if query.order == "asc" else items[::-1], query.after.removeprefix("msg_")
+    first = next((at + 1 for at, (id_, _, _) in enumerate(ordered) if id_ == after), 0)
+    shown = [_message(*item) for item in ordered[first : first + query.limit]]
     ids = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
     body = {"object": "list", "data": shown, "has_more": len(ordered) > first + query.limit, **ids}
     return PageResponse(body, orders.download_slot(request))
@@ -488,12 +493,13 @@ async def conversation_items(request: Request) -> Response:
             break
     ids = ids[::-1] if query.order == "asc" else ids
     first = next((at for at, run_id in enumerate(ids) if run_id in query.after), 0)
-    items = list[JSON]()
+    items = list[tuple[str, str, str]]()
     for run_id in ids[first : first + query.limit // 2 + 2]:  # two items each; what is left out makes has_more true
         run = await engine.get_run(run_id)
         said = _said(request, run)
-        asked = [_message(f"{run_id}_in{len(said) - 1}", each.role, each.text) for each in said[-1:]]
-        pair = [*asked, _answer(Place(run_id), await chats.text_of(engine, _agents(request), run, as_json=False))]
+        asked = [(f"{run_id}_in{len(said) - 1}", each.role, each.content) for each in said[-1:]]
+        text = await chats.text_of(engine, _agents(request), run, as_json=False)
+        pair = [*asked, (Place(run_id).id[5:], "assistant", text)]
         items += pair if query.order == "asc" else pair[::-1]
         await anyio.lowlevel.checkpoint()
     return _page(request, items if query.order == "asc" else items[::-1])
@@ -520,7 +526,7 @@ def _streamed(
         try:
             async with contextlib.aclosing(answer.pieces(stream.events)) as pieces:
                 async for piece in pieces:
-                    if piece is None or isinstance(piece, str):
+                    if not isinstance(piece, Event):
                         yield (piece and writer.piece(piece)) or KEEP_ALIVE
                         continue
                     run, questions = await engine.get_outline(run_id), piece.data.get("waiting_for", ())
@@ -549,7 +555,8 @@ class _Writer:
     def __init__(self, reply: Reply, sent: ResponseRequest | None, after: int) -> None:
         self._reply, self._sent, self._after = reply, sent, after
         self._had = max(0, after) >> CHECK_BITS  # characters that the client has, or one more at the end
-        self._text, self._empty = list[str](), _answer(reply.place, "")
+        self._thoughts, self._text = list[str](), list[str]()
+        self._empty = _answer(reply.place, "")
         self._length = self._check = self._number = 0
 
     def begin(self) -> bytes:
@@ -558,9 +565,39 @@ class _Writer:
         events = (self._event(f"response.{name}", response=response) for name in ("created", "in_progress"))
         return b"".join(events)
 
-    def piece(self, text: str) -> bytes:
-        """Return the events of more text. Raises TextReplaced if the client has another one."""
-        events = b"" if self._text else self._opened(0, self._empty)
+    def _thought(self, text: str) -> bytes:
+        if self._text:
+            return b""
+        events = b""
+        if not self._thoughts:
+            (item,) = _thinking(self._reply.place, text)
+            part = {"type": "summary_text", "text": ""}
+            events += self._event("response.output_item.added", output_index=0, item={**item, "summary": []})
+            events += self._summary("part.added", part=part)
+        self._thoughts.append(text)
+        return events + self._summary("text.delta", delta=text)
+
+    def _thoughts_done(self) -> bytes:
+        events = b""
+        for item in _thinking(self._reply.place, "".join(self._thoughts)):
+            (part,) = item["summary"]
+            events = self._summary("text.done", text=part["text"]) + self._summary("part.done", part=part)
+            events += self._event("response.output_item.done", output_index=0, item=item)
+        return events
+
+    def _summary(self, name: str, **data: Any) -> bytes:
+        place = {"item_id": f"rs_{self._reply.place.id[5:]}", "output_index": 0, "summary_index": 0}
+        return self._event(f"response.reasoning_summary_{name}", **place, **data)
+
+    def piece(self, text: str | chats.Thought) -> bytes:
+        """Return the events of more text, or of reasoning, which is dropped after the text has begun.
+
+        Raises: TextReplaced if the client has another text.
+        """
+        if isinstance(text, chats.Thought):
+            return self._thought(text.text)
+        at = 1 if self._thoughts else 0
+        events = b"" if self._text else self._thoughts_done() + self._opened(at, self._empty)
         missing = self._had - self._length
         for part in (text[:missing], text[missing:]) if 0 < missing < len(text) else (text,):
             self._text.append(part)
@@ -569,7 +606,7 @@ class _Writer:
             self._number = (self._length << CHECK_BITS) + self._check % (1 << CHECK_BITS)
             if self._length == self._had and self._number != self._after:
                 raise chats.TextReplaced("The answer was replaced by another one after a part of it had been sent.")
-            events += self._part("delta", 0, self._empty, delta=part, logprobs=[])
+            events += self._part("delta", at, self._empty, delta=part, logprobs=[])
         return events
 
     def end(self, reply: Reply) -> bytes:
@@ -578,11 +615,13 @@ class _Writer:
             raise chats.TextReplaced("The answer was replaced by a shorter one after a part of it had been sent.")
         is_completed = not reply.questions and reply.run.status is RunStatus.COMPLETED
         answer = [_answer(reply.place, "".join(self._text))] if is_completed or self._text else []
-        output, events = [*answer, *_asked(reply.place, reply.questions)], b""
+        thoughts = _thinking(reply.place, "".join(self._thoughts))
+        output = [*thoughts, *answer, *_asked(reply.place, reply.questions)]
+        events = b"" if self._text else self._thoughts_done()
         if answer and not self._text:
-            events += self._opened(0, answer[0])
+            events += self._opened(len(thoughts), answer[0])
         self._number = (self._length + 1) << CHECK_BITS
-        for at, item in enumerate(output):
+        for at, item in enumerate(output[len(thoughts) :], len(thoughts)):
             if item["type"] == "function_call":
                 added, place = {**item, "arguments": "", "status": "in_progress"}, (item["id"], at)
                 events += self._event("response.output_item.added", output_index=at, item=added)

@@ -25,9 +25,9 @@ MAX_TRIED_CELLS = 10_000
 MAX_TRIED_CHARS = 64 * 1024
 NO_DIGITS = str.maketrans("", "", "0123456789eE+-")
 #: Digits with any separators that people use.
-LOOSE_NUMBER = re.compile(r"[+-]?[0-9][0-9.,'\u2019_\s]*([eE][+-]?[0-9]+)?")
+LOOSE_NUMBER = r"[+-]?[0-9][0-9.,'\u2019_\s]*([eE][+-]?[0-9]+)?"
 #: Numbers such as 1,234 and 1.234, whose meaning depends on the country.
-AMBIGUOUS = re.compile(r"[+-]?[1-9][0-9]{0,2}[.,][0-9]{3}")
+AMBIGUOUS = r"[+-]?[1-9][0-9]{0,2}[.,][0-9]{3}"
 
 
 class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,12 +122,12 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
         separators = text.translate(NO_DIGITS)
         if separators == self.decimal:
             return text.replace(",", ".")
-        if not separators or LOOSE_NUMBER.fullmatch(text) is None:
+        if not separators or re.fullmatch(LOOSE_NUMBER, text) is None:
             return text
         without = "write the number without thousands separators"
         if self.decimal == "." and separators == ",":
             hint = f"read the file with {_option('decimal', ',')}"
-            if AMBIGUOUS.fullmatch(text):
+            if re.fullmatch(AMBIGUOUS, text):
                 raise ValueError(
                     "The comma in this number may be a decimal comma or a thousands separator. "
                     f"If it is a decimal comma, {hint}. If not, {without}."

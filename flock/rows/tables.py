@@ -54,7 +54,7 @@ MAX_ROW_DEPTH = 100
 #: A cell that is a valid JSON number.
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 #: Matches the error for text of a type that accepts numbers, but not text.
-NUMERIC = re.compile(r"\b(int|float|decimal)\b")
+NUMERIC = r"\b(int|float|decimal)\b"
 #: Number of lines, including empty ones, after which a reader yields to other tasks if its share of time is used.
 LINES_PER_STEP = 256
 #: Max members of a row, of the static inputs and of a mapping, and max columns of a header.
@@ -551,7 +551,7 @@ def _cell_reader(
         empty = msgspec.Raw(b"null")
     not_text = explain(field.type, b'"true"', "")
     takes_bool = not explain(field.type, b"true", "") and bool(not_text)
-    is_number = any(NUMERIC.search(error.detail.partition(", got ")[0]) for error in not_text)
+    is_number = any(re.search(NUMERIC, error.detail.partition(", got ")[0]) for error in not_text)
 
     def read(cell: str) -> msgspec.Raw | None:
         if not cell:

@@ -1,16 +1,36 @@
 """What a client brings to its run, as OpenAI's API has it: instructions, tools, and options of the model."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 
-__all__ = ["ClientSettings", "ClientTool"]
+__all__ = ["ClientSettings", "ClientTool", "ModelOptions"]
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$(?!\n)")]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 
 #: The options that only an agent with ``client_options=True`` takes, with their value at which models behave as usual.
 OPTIONS = {"temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "seed": None}
+
+
+class ModelOptions(TypedDict, total=False):
+    """Options of a model, for an agent or for one call of ``RunContext.run_agent``, under the names of OpenAI's API.
+
+    ``tool_choice`` is "auto", "required", "none" or the name of a tool. After the first calls of a step it is "auto".
+    ``extra_body`` has other members of the request's body. A provider may reject an option that it does not know.
+    """
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)]
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    presence_penalty: Penalty
+    frequency_penalty: Penalty
+    seed: int
+    stop: list[str]
+    reasoning_effort: str
+    tool_choice: str
+    parallel_tool_calls: bool
+    extra_body: dict[str, Any]
 
 
 class ClientTool(msgspec.Struct, frozen=True, kw_only=True):

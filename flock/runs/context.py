@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import msgspec
 
 from flock.errors import CallError, TooManyTokens, cut
-from flock.runs.client import ClientSettings
+from flock.runs.client import ClientSettings, ModelOptions
 from flock.runs.ids import now
 from flock.runs.records import CallKind, Principal, Progress, Run
 from flock.runs.text import safe_text
@@ -21,6 +21,12 @@ from flock.runs.usage import Usage
 __all__ = ["Budget", "CallOptions", "Live", "RunContext", "StepJournal"]
 
 T = TypeVar("T")
+if TYPE_CHECKING:  # a default of a type variable needs Python 3.13
+    import typing_extensions
+
+    S = typing_extensions.TypeVar("S", default=Any)
+else:
+    S = TypeVar("S")
 
 #: The id of the call that the current task, or its thread, is executing; "" outside of calls.
 CURRENT_CALL: ContextVar[str] = ContextVar("flock_call", default="")
@@ -77,7 +83,12 @@ class StepJournal(Protocol):
     ) -> Coroutine[Any, Any, Any]: ...
 
     def run_agent(
-        self, context: "RunContext", name: str, inputs: Mapping[str, Any], keep: CallKeep
+        self,
+        context: "RunContext",
+        name: str,
+        inputs: Mapping[str, Any],
+        keep: CallKeep,
+        options: Mapping[str, Any],
     ) -> Coroutine[Any, Any, dict[str, Any]]: ...
 
     def ask(
@@ -148,8 +159,10 @@ class _AskOptions(_WaitOptions, total=False):
 MAX_SLEEP_S = 10 * 365 * 86_400
 
 
-class RunContext:
+class RunContext(Generic[S]):
     """The context of a running step. It is passed to the parameter annotated with this type, and is thread-safe.
+
+    ``RunContext[Pool]`` says that ``state`` is a ``Pool``.
 
     Attributes:
         run_id, agent_name, attempt, request_id, session_id, traceparent: of the run.
@@ -180,6 +193,7 @@ class RunContext:
         output_names: Sequence[str] = (),
         priced: Callable[[Usage, str | None], Usage] = lambda usage, model: usage,
         budgets: Sequence[Budget] = (),
+        state: Callable[[], Any] = lambda: None,
     ) -> None:
         self.run_id = run.run_id
         self.agent_name = agent_name
@@ -191,6 +205,8 @@ class RunContext:
         self.principal: Principal | None = run.acts_for
         self.traceparent = run.traceparent
         self.client: ClientSettings | None = run.client
+        #: of the call of ``run_agent`` that this agent executes
+        self.model_options: Mapping[str, Any] = {}
         self.is_item = run.batch_id is not None
         #: the progress that the agents of the step have reported last
         self._reported: list[Progress] = []
@@ -202,10 +218,20 @@ class RunContext:
         self._max_tokens = max_tokens
         self._priced = priced
         self._budgets = budgets
+        self._state = state
         self._journal = journal
         self._live = live
         self._output_names = output_names
         self._began_in: Live | msgspec.UnsetType | None = msgspec.UNSET
+
+    @property
+    def state(self) -> S:
+        """What ``Flock(state=…)`` has set up in this process.
+
+        Raises: CallError if the flock has no state; EngineStopped if the engine has ended.
+        """
+        state: S = self._state()
+        return state
 
     @property
     def cancel_requested(self) -> bool:
@@ -214,6 +240,12 @@ class RunContext:
     def request_cancel(self) -> None:
         """Set ``cancel_requested``, for this agent and those that this step has called."""
         self._cancel_requested.append(True)
+
+    def with_options(self, options: Mapping[str, Any]) -> "RunContext":
+        """Return this context for an agent that is called with options of its model. Only an engine uses it."""
+        context = copy.copy(self)
+        context.model_options = options
+        return context
 
     def of_called_agent(self, agent_name: str, output_names: Sequence[str] = ()) -> "RunContext":
         """Return the context of an agent that the current call executes. Only an engine uses it."""
@@ -335,7 +367,12 @@ class RunContext:
         return self.journal.call(self, function, args, kwargs, options)
 
     def run_agent(
-        self, name: str, inputs: Mapping[str, Any], *, call_keep: CallKeep = "all"
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        *,
+        call_keep: CallKeep = "all",
+        options: ModelOptions | None = None,
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """Let another agent of the flock run, as a call of this step, and return its result.
 
@@ -347,18 +384,20 @@ class RunContext:
             inputs: one value for each field of its input signature.
             call_keep: "result" does not store the inputs, as for ``call``. What the agent does with them is stored as
                 usual.
+            options: options of its model for this call, in place of the agent's own; see ``ModelOptions``. They
+                identify the call, together with the inputs. Agents to which it hands off do not get them.
 
         Returns: the outputs of the last agent, as JSON values.
 
         Raises:
             CallError: this agent is not async, or the inputs are invalid, or there is no such agent, or it may not be
-                repeated (``on_interrupt="fail"``).
+                repeated (``on_interrupt="fail"``), or it has no model for *options*, or they are invalid.
             InvalidHandoff, TooManySteps: the agent hands off to an agent that does not exist, or too many times.
             Exception: what the agent raises.
 
         Cancellation: as for ``call``.
         """
-        return self.journal.run_agent(self, name, inputs, call_keep)
+        return self.journal.run_agent(self, name, inputs, call_keep, options or {})
 
     @property
     def journal(self) -> StepJournal:

@@ -730,12 +730,12 @@ Items = Iterable[Inputs | Row] | AsyncIterable[Inputs | Row]
 
 
 #: The name of a role.
-ROLE = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
+ROLE = r"[A-Za-z0-9_.@-]{1,64}"
 
 
 def bad_role(role: object) -> str | None:
     """Return why *role* is not the name of a role, or None if it is one."""
-    if isinstance(role, str) and ROLE.fullmatch(role):
+    if isinstance(role, str) and re.fullmatch(ROLE, role):
         return None
     return f"{repr(role)[:100]} is not the name of a role. Use 1 to 64 letters, digits and '_.@-'."
 

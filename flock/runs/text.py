@@ -5,15 +5,15 @@ import re
 __all__ = ["for_terminal", "of_request", "one_line", "safe_text", "valid_traceparent"]
 
 #: What a terminal may execute, not show: C0, DEL and C1 except newlines and tabs, and bidirectional controls.
-CONTROLS = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|\r(?!\n)")
+CONTROLS = "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|\r(?!\n)"
 
 #: A later version may append fields to those of version 00.
-TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(-.*)?")
+TRACEPARENT = r"(?!ff)([0-9a-f]{2})(-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2})(-.*)?"
 
 
 def valid_traceparent(sent: str | None) -> str | None:
     """Return *sent* as version 00, or None if it is invalid (W3C Trace Context, sections 3.2 and 4.3)."""
-    match = TRACEPARENT.fullmatch(sent or "")
+    match = re.fullmatch(TRACEPARENT, sent) if sent else None
     return None if match is None or (match[1] == "00" and match[3]) else f"00{match[2]}"
 
 
@@ -32,7 +32,7 @@ def of_request(request_id: str | None) -> str:
 
 def for_terminal(text: str) -> str:
     """Return *text* with CONTROLS as ``\\uXXXX``. JSON stays the same JSON."""
-    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return re.sub(CONTROLS, lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def one_line(text: str) -> str:

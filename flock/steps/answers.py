@@ -1,5 +1,6 @@
 """Answers to questions: the rules that both engines share."""
 
+import re
 from collections.abc import Callable, Collection
 from datetime import datetime
 from typing import Any
@@ -197,7 +198,7 @@ def awaited(run: Run, name: str) -> Question | None:
 
 def message_from(name: str, message: msgspec.Raw, max_bytes: int) -> msgspec.Raw:
     """Return a copy of *message*, which may be a view of a request body. Raises InvalidData, TooLarge."""
-    if NAME.fullmatch(name) is None:
+    if re.fullmatch(NAME, name) is None:
         raise InvalidData.of(
             f"{name!r} is not a valid name of a message. Use 1 to 128 letters, digits, '_', '-' and '.'."
         )

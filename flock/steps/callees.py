@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.agent import Agent
+from flock.agents.agent import Agent, ModelAgent, checked_options
 from flock.agents.handoff import inputs_for, next_agent
-from flock.errors import CallError, InvalidData, TooManySteps
+from flock.errors import CallError, DefinitionError, InvalidData, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import JSON_NULL, Run, RunContext, Step, now
 from flock.runs.context import CallKeep
@@ -30,7 +30,13 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
     elsewhere: Collection[str]
 
     def run(
-        self, journal: Journal, context: RunContext, name: str, inputs: Mapping[str, Any], keep: CallKeep
+        self,
+        journal: Journal,
+        context: RunContext,
+        name: str,
+        inputs: Mapping[str, Any],
+        keep: CallKeep,
+        options: Mapping[str, Any],
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """Call an agent, and the agents that it hands off to. Each is one call of *journal*."""
         check_in_loop(context)
@@ -51,8 +57,14 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
             run = replace(self.caller, agent_name=name, inputs=agent.input.encode(inputs), steps=())
         except InvalidData as exc:
             raise CallError(f"The inputs for the agent {name!r} are invalid. {exc}") from exc
+        if options and not isinstance(agent, ModelAgent):
+            raise CallError(f"{name!r} is a function, so it has no model for options=. Omit them.")
+        try:
+            options = checked_options(options, f"options= for {name!r}")
+        except DefinitionError as exc:
+            raise CallError(str(exc)) from exc
         then = functools.partial(self._follow, journal, context, run, keep)
-        return self._call(journal, context, agent, run, keep, then)
+        return self._call(journal, context, agent, run, keep, then, options)
 
     async def _follow(
         self, journal: Journal, context: RunContext, run: Run, keep: CallKeep, result: msgspec.Raw
@@ -79,6 +91,7 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
         run: Run,
         keep: CallKeep,
         then: Callable[[msgspec.Raw], Awaitable[Any]] | None = None,
+        options: Mapping[str, Any] = {},
     ) -> Coroutine[Any, Any, Any]:
         if agent.on_interrupt == "fail":
             raise CallError(
@@ -87,10 +100,11 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
             )
         inputs = inputs_for(agent, run)
         is_kept = keep == "all"
-        key = digest(inputs, "" if is_kept else journal.call_key)
+        identity = msgspec.json.encode([inputs, options]) if options else bytes(inputs)
+        key = digest(msgspec.Raw(identity), "" if is_kept else journal.call_key)
         shown = inputs if is_kept else JSON_NULL
 
         async def execute() -> msgspec.Raw:
-            return await self.execute(agent, inputs, context)
+            return await self.execute(agent, inputs, context.with_options(options))
 
         return journal.once(agent.name, key, execute, kind="agent", arguments=shown, decode=msgspec.Raw, then=then)

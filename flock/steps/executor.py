@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -21,8 +21,10 @@ import anyio.lowlevel
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.agent import Agent, Exchange, Resources
+from flock.agents.agent import Agent, ModelAgent, Resources
 from flock.agents.handoff import exchanges_of, execute_agent, inputs_for, next_agent
+from flock.agents.history import Exchange
+from flock.agents.shared import Shared, State
 from flock.errors import ChangedProgram, Interrupted, OwnershipLost, ResultTooLarge
 from flock.limits import Limits
 from flock.logs import fields_of_run
@@ -164,11 +166,15 @@ class ActiveRun:
             self.context.request_cancel()
         self.scope.cancel()
 
-    async def history(self, agent: Agent, limit: int) -> Sequence[Exchange]:
+    async def history(self, agent: Agent, limit: int, has_calls: bool = False) -> Sequence[Exchange]:
         """Return the last *limit* exchanges of *agent* in earlier runs of the session, oldest first."""
         if self.run.session_id is None:
             return ()
-        return exchanges_of(agent, await self.earlier_runs(limit))[-limit:]
+        found = exchanges_of(agent, await self.earlier_runs(limit))[-limit:]
+        return [
+            exchange._replace(calls=await self.calls_of(run, position)) if has_calls else exchange
+            for run, position, exchange in found
+        ]
 
     @property
     def is_cut_off(self) -> bool:
@@ -230,6 +236,10 @@ class ActiveRun:
         """Return the last *limit* completed runs of its session and agent, oldest first, or fewer if they are long."""
         return ()
 
+    async def calls_of(self, run: Run, position: int) -> Sequence[Call]:
+        """Return the calls of a step of one of the ``earlier_runs``, oldest first."""
+        return ()
+
     async def keep(self, step: Step) -> None:
         """Called with a step while it still holds its slot."""
 
@@ -246,8 +256,10 @@ class StepExecutor:
         max_run_bytes, max_item_bytes: max total size of the inputs and results, as JSON, of a run and of an item.
         answer: answers the questions of agents at once. Without it, their runs wait for answers.
         prices: of models, by name; see ``flock.models.prices``.
+        shared: what the agents share.
 
     Attributes:
+        state: the state of the flock. The engine enters it.
         item_slots: max batch items that run at the same time.
     """
 
@@ -263,13 +275,17 @@ class StepExecutor:
     max_item_bytes: float = math.inf
     answer: Answer | None = None
     prices: Mapping[str, Price]
+    shared: Shared = field(default_factory=Shared)
 
     def __post_init__(self) -> None:
+        self.state = State(self.shared)
         count = self.limits.max_concurrency
         self.item_slots = count - count // 10
         self._slots = Slots(count, reserved=count // 10)
         self._agent_slots: dict[str, Slots] = {}
         self._threads = Threads(self.limits.max_threads)
+        if any(isinstance(agent, ModelAgent) for agent in self.agents.values()):
+            self.models.prepare()
 
     def budget(self, max_cost: float | None, spent: Usage | None, owner: str) -> Budget | None:
         return None if max_cost is None else Budget(self.prices, max_cost, spent, owner)
@@ -410,6 +426,7 @@ class StepExecutor:
             output_names=agent.output_names,
             priced=functools.partial(priced, self.prices),
             budgets=active.budgets,
+            state=lambda: self.state.value,
         )
         if active.cancel_requested:
             context.request_cancel()

@@ -64,7 +64,7 @@ from flock.steps.replay import NESTED, Entry, Replay, callers, numbered
 logger = logging.getLogger("flock.runs")
 
 #: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+NAME = r"[A-Za-z0-9_.-]{1,128}"
 #: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
 CHECKPOINTS = 10
 #: Shorter sleeps do not end the step, in seconds.
@@ -77,7 +77,9 @@ NULL_TYPE = msgspec.Raw(b'{"type":"null"}')
 _LATE = "The call {!r} was made after its step had ended. Await it in the step."
 
 
-RunAgent = Callable[["Journal", RunContext, str, Mapping[str, Any], CallKeep], Coroutine[Any, Any, dict[str, Any]]]
+RunAgent = Callable[
+    ["Journal", RunContext, str, Mapping[str, Any], CallKeep, Mapping[str, Any]], Coroutine[Any, Any, dict[str, Any]]
+]
 
 
 @dataclass(eq=False)
@@ -290,10 +292,10 @@ class Journal:
             )
 
     def run_agent(
-        self, context: RunContext, name: str, inputs: Mapping[str, Any], keep: CallKeep
+        self, context: RunContext, name: str, inputs: Mapping[str, Any], keep: CallKeep, options: Mapping[str, Any]
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """See ``RunContext.run_agent``."""
-        return self.run_callee(self, context, name, inputs, keep)
+        return self.run_callee(self, context, name, inputs, keep, options)
 
     def ask(
         self,
@@ -621,7 +623,8 @@ class Journal:
             raise
         finally:
             self._replay.cancelled_again(entry)
-        if self._stops_before(planned) and not self._replay.has_end(planned.call_id):
+        is_sure = self._stops_before(planned) and self._replay.is_sure(entry.end)
+        if is_sure and not self._replay.has_end(planned.call_id):
             await self._stop(f"it does not cancel the call {planned.call_id!r} again")
         return await self._result_of(planned, cancellation)  # that of the next equal call, or it is executed
 
@@ -671,14 +674,8 @@ class Journal:
 
     async def _make(self, planned: "_Planned", entry: Entry, cancellation: Cancellation) -> Any:
         """Execute a call, and store how it ended."""
-        if self._stops_before(planned) and not entry.is_known:
-            await self._check_change(planned)
-        await self.wait_for_store()
-        started_at = now()
+        started_at = await self._before_execution(planned, entry, cancellation)
         self._last_start = max(self._last_start, started_at)
-        if planned.at_most_once:
-            await self._start(planned, started_at, cancellation)
-            await cancellation.raise_if_late()
         reset = CURRENT_CALL.set(planned.call_id)
         result, value, exc = JSON_NULL, None, None
         if planned.kind != "question":  # its id depends on what it asks
@@ -730,12 +727,26 @@ class Journal:
             raise exc
         return planned.on_error(call.error)
 
-    def _stops_before(self, planned: "_Planned") -> bool:
-        """Whether a call that shows that the program was changed ends the step. What only takes time does not.
+    async def _before_execution(self, planned: "_Planned", entry: Entry, cancellation: Cancellation) -> datetime:
+        """Wait until a call may be executed. Return when it starts. If it is cancelled meanwhile, it never starts."""
+        try:
+            if self._stops_before(planned) and not entry.is_known:
+                await self._check_change(planned)
+            await self.wait_for_store()
+            started_at = now()
+            if planned.at_most_once:
+                await self._start(planned, started_at, cancellation)
+                await cancellation.raise_if_late()
+        except BaseException as exc:
+            if cancellation.is_late or cancellation.is_cause_of(exc):
+                call = planned.call(started_at=now(), completed_at=now())
+                await self._store_cancelled(call, entry, cancellation)
+            raise
+        return started_at
 
-        Nor does any, if equal calls may be mixed up.
-        """
-        return self.stops_on_change and planned.kind != "sleep" and self.mixed_up is None
+    def _stops_before(self, planned: "_Planned") -> bool:
+        """Whether a call that shows that the program was changed ends the step. What only takes time does not."""
+        return self.stops_on_change and planned.kind != "sleep"
 
     async def _check_change(self, planned: "_Planned") -> None:
         """End the step if a call seems to replace another one, because the program was changed."""
@@ -1040,7 +1051,7 @@ def _with_context(
 
 
 def _check_name(label: str, name: str | None) -> None:
-    if name is not None and not NAME.fullmatch(name):
+    if name is not None and not re.fullmatch(NAME, name):
         raise CallError(
             f"{name!r} is not a valid name for a call of {label!r}. Use 1 to 128 letters, digits, '_', '-' and '.'."
         )

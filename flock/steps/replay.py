@@ -103,6 +103,8 @@ class Replay:
         self._unwritten = dict[int, Mark]()
         self.calls, self.contained = list[Call](), list[Call]()
         self.mixed_up: str | None = None
+        #: these equal calls, their first start, and whether one of them has started again
+        self._mixed_up, self._mixed_start, self._is_mixing = set[Entry](), math.inf, False
         if calls:
             self._load(calls)
 
@@ -130,7 +132,10 @@ class Replay:
                 self._ended[_kind_of(entry.call_id, entry.stored.name)][entry] = None
         ended = [entry for each in self._expected.values() for entry in each if entry.stored is not None]
         self._ends = {entry.end: entry.seen or entry.end for entry in sorted(ended, key=lambda entry: entry.end)}
-        self.mixed_up = _mixed_up(entry for each in self._expected.values() for entry in each)
+        self._mixed_up = _mixed_up(entry for each in self._expected.values() for entry in each)
+        if self._mixed_up:
+            first = min(self._mixed_up, key=lambda entry: entry.start)
+            self.mixed_up, self._mixed_start = _name_of(first.call_id), first.start
 
     def _placed(self, calls: Iterable[Call]) -> tuple[dict[int, Entry], list[Call]]:
         """Return what has started, by the number of its start, and the calls without a place."""
@@ -207,6 +212,7 @@ class Replay:
                 if not self._ended[of_kind]:
                     del self._ended[of_kind]
             self._missing.pop(entry.start, None)
+            self._is_mixing |= entry in self._mixed_up
             self._recur()
         if not entry.start:
             self.last_start = self._new_start = entry.start = self._next_number()
@@ -366,17 +372,23 @@ class Replay:
         even if this method waits for as long as that took before.
         """
         kind = _kind_of(call_id, name)
-        while kind in self._ended:
-            entry = next(iter(self._ended[kind]))
+        while (entry := next(iter(self._ended.get(kind, ())), None)) and self.is_sure(entry.start):
             assert entry.stored is not None
             start_s = 0.0 if entry.stored.place is None else entry.stored.place.start_s
-            if await self._is_in_vain(start_s, functools.partial(self._has_begun, entry)):
+            if await self._is_in_vain(start_s, functools.partial(self._is_not_awaited, kind, entry)):
                 return entry.stored
         return None
 
-    def _has_begun(self, entry: Entry) -> bool:
-        assert entry.stored is not None
-        return entry not in self._ended.get(_kind_of(entry.call_id, entry.stored.name), ())
+    def _is_not_awaited(self, kind: tuple[str, str], entry: Entry) -> bool:
+        return entry not in self._ended.get(kind, ()) or not self.is_sure(entry.start)
+
+    def is_sure(self, number: int) -> bool:
+        """Whether an unchanged program surely repeats what had a number; 0 is that of an answer without a start.
+
+        An unchanged program may go on in any way once equal calls that may be mixed up have started again, but it
+        still repeats what came before the first of them.
+        """
+        return not self._is_mixing or 0 < number < self._mixed_start
 
     async def _is_in_vain(self, step_s: float, is_over: Callable[[], bool]) -> bool:
         """Wait until *is_over*. Returns True if it is not, and nothing has recurred for *step_s* and the grace."""
@@ -462,18 +474,26 @@ def _kind_of(call_id: str, name: str) -> tuple[str, str]:
     return _parent_of(call_id), name
 
 
-def _mixed_up(entries: Iterable[Entry]) -> str | None:
-    last = dict[str, Entry]()
+def _name_of(call_id: str) -> str:
+    return call_id.rpartition(NESTED)[2].partition(":")[0]
+
+
+def _mixed_up(entries: Iterable[Entry]) -> set[Entry]:
+    """Return the equal calls that ran at the same time, directly or through others, and did not all end alike."""
+    found, together, last = set[Entry](), dict[str, list[Entry]](), dict[str, float]()
     for entry in sorted(entries, key=lambda entry: entry.start):
         if not entry.start or (entry.stored is not None and entry.stored.kind == "sleep"):
             continue
         key, _ = numbered(entry.call_id)
-        other = last.get(key, entry)
-        if entry.start < (other.end or math.inf) and _outcome_of(entry) != _outcome_of(other):
-            return key.rpartition(NESTED)[2].partition(":")[0]
-        if (entry.end or math.inf) >= (other.end or math.inf):
-            last[key] = entry
-    return None
+        if entry.start >= last.get(key, 0):
+            together[key], last[key] = [], 0
+        together[key].append(entry)
+        last[key] = max(last[key], entry.seen or entry.end or math.inf)
+        if (first := together[key][0]) in found:
+            found.add(entry)
+        elif _outcome_of(entry) != _outcome_of(first):
+            found.update(together[key])
+    return found
 
 
 def _outcome_of(entry: Entry) -> object:

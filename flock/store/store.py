@@ -4,6 +4,7 @@ Every update of a run is fenced by owner and attempt, so a process that was susp
 engine that has taken over its runs.
 """
 
+import contextlib
 import functools
 import logging
 import sqlite3
@@ -333,15 +334,20 @@ class SQLiteStore(Database, Store):
         self, engine_id: str, flock: str, agents: Collection[str], program: Program | None = None
     ) -> Program:
         self.agents = agents
-        if self.is_shared:
-            self._lock_engine(engine_id)
 
         def apply(db: sqlite3.Connection) -> Program:
             row = db.execute(statements.PROGRAM_OF_FLOCK, (flock,)).fetchone()
             db.execute(statements.SET_PROGRAM_OF_FLOCK, (flock, msgspec.json.encode(program or Program()).decode()))
             return Program() if row is None else Program.from_json(row[0])
 
-        await self._insert_engine(engine_id, flock)
+        try:
+            if self.is_shared:
+                self._lock_engine(engine_id)
+            await self._insert_engine(engine_id, flock)
+        except BaseException:  # it is in no table, so no other engine would find the file and remove it
+            with contextlib.suppress(OSError):
+                files.remove(self._lock_of(engine_id))
+            raise
         return await self.change(apply)
 
     async def unfinished_of_other_flocks(self, flock: str) -> Mapping[str, int]:
@@ -373,10 +379,13 @@ class SQLiteStore(Database, Store):
         await self.change(lambda db: db.execute(statements.INSERT_ENGINE, values) and None)
 
     async def unregister_engine(self, engine_id: str) -> None:
+        def apply(db: sqlite3.Connection) -> None:
+            if takeover.remove_engine(db, engine_id) and self.is_shared:
+                files.remove(self._lock_of(engine_id))  # before the commit: if it fails, another engine tries again
+
         self.executing.forget()
         try:
-            if await self.change(lambda db: takeover.remove_engine(db, engine_id)) and self.is_shared:
-                files.remove(self._lock_of(engine_id))
+            await self.change(apply)
         finally:
             if self.is_shared:
                 files.close_lock(self._engine_lock)

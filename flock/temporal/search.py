@@ -15,7 +15,7 @@ from typing import TypeVar
 from temporalio.client import WorkflowExecution
 
 from flock.errors import NotFound
-from flock.runs import Batch, BatchFilter, Page, QuestionFilter, Run, RunFilter, RunStatus, now
+from flock.runs import Batch, BatchFilter, Call, Page, QuestionFilter, Run, RunFilter, RunStatus, now
 from flock.runs.ids import first_id_at
 from flock.temporal.cluster import Cluster
 from flock.temporal.messages import (
@@ -32,8 +32,9 @@ from flock.temporal.messages import (
     Inbox,
     decoded,
     keyword_of,
+    run_workflow_id,
 )
-from flock.temporal.records import run_of
+from flock.temporal.records import Traces, run_of
 from flock.temporal.reservations import Reservations
 
 Record = TypeVar("Record", Run, Batch)
@@ -221,6 +222,15 @@ async def earlier_runs(cluster: Cluster, run: Run, latest: Sequence[str], limit:
                 if len(found) == limit:
                     break
     return sorted(found, key=lambda run: run.run_id)
+
+
+async def calls_of(cluster: Cluster, run: Run, position: int) -> Sequence[Call]:
+    """Return the calls of a step of *run*, in all attempts that were not deleted. Raises StoreError, EngineFull."""
+    found = Traces()
+    for attempt in range(1, run.attempt + 1):
+        async with cluster.rpc_scope(missing_ok=True):
+            run_of(await cluster.history_of(run_workflow_id(run.run_id, attempt)), found, is_whole=True)
+    return found.calls.get(position, [])
 
 
 async def _workflow_ids(cluster: Cluster, run: Run, latest: Sequence[str]) -> AsyncGenerator[str, None]:

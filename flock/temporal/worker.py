@@ -16,11 +16,12 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 from flock.agents.agent import Agent
 from flock.agents.checks import tool_sources
 from flock.agents.mcp import listing_tools
+from flock.agents.shared import Shared
 from flock.limits import Limits, enforced_by
 from flock.models.llm import ModelClient
 from flock.models.prices import Price, merged
 from flock.options import replaced
-from flock.runs import Observer, Run, RunStatus, Step, now
+from flock.runs import Call, Observer, Run, RunStatus, Step, now
 from flock.steps.executor import MAX_HISTORY_BYTES, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import CANCELLED, CRASHED, log_crash
 from flock.temporal.accounts import Accounts
@@ -39,7 +40,7 @@ from flock.temporal.messages import (
     recoded,
     task_queue_of,
 )
-from flock.temporal.search import earlier_runs
+from flock.temporal.search import calls_of, earlier_runs
 from flock.temporal.steps import MAX_RUN_BYTES, ActivityStep, Workplace, until_done
 from flock.temporal.suspects import Gate, Suspicion
 from flock.temporal.workflows import FlockAccount, FlockMark, FlockRun, FlockSession
@@ -69,7 +70,7 @@ class TemporalWorker:
             The default is 1.5 million, or 64 MiB with a ``payload_dir``.
         drain_timeout_s: how long steps may continue when the worker shuts down. Other workers retry the rest.
         payload_dir: the folder for payloads too long for the cluster, the same as the engine's; see docs/temporal.md.
-        prices: see ``EmbeddedEngine``.
+        prices, shared: see ``EmbeddedEngine``.
         limits, bounds: limits as one value, or as keyword arguments, which override it; see ``Limits``. Batch items
             leave a tenth of ``max_concurrency`` to runs.
 
@@ -93,6 +94,7 @@ class TemporalWorker:
         expose_errors: bool = False,
         payload_dir: str | os.PathLike[str] | None = None,
         prices: Mapping[str, Price] | None = None,
+        shared: Shared | None = None,
         limits: Limits | None = None,
         **bounds: Any,
     ) -> None:
@@ -113,6 +115,7 @@ class TemporalWorker:
             max_run_bytes=max_run_bytes,
             max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats carry results, and never use the folder
             prices=merged(prices),
+            shared=shared or Shared(),
         )
         gate, accounts = Gate(self._limits.max_recoveries), Accounts(self.cluster, flock, executor.prices)
         self.workplace = Workplace(self.cluster, executor, gate, accounts, drain_timeout_s)
@@ -122,6 +125,7 @@ class TemporalWorker:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._models)
             await stack.enter_async_context(listing_tools(self._tool_sources))
+            await stack.enter_async_context(self.workplace.executor.state)
             await self.cluster.connect(lazy=False)
             client = self.cluster.client
             items, drain_timeout_s = ItemActivities(self.workplace), self.workplace.drain_timeout_s
@@ -264,6 +268,9 @@ class _RunStep(ActivityStep):
         return await self._cluster.answered(
             lambda: earlier_runs(self._cluster, self.run, self._latest, limit, MAX_HISTORY_BYTES)
         )
+
+    async def calls_of(self, run: Run, position: int) -> Sequence[Call]:
+        return await self._cluster.answered(lambda: calls_of(self._cluster, run, position))
 
     async def keep(self, step: Step) -> None:
         """Store a long result while heartbeats are sent. Later, a slow disk would look like a dead worker."""

@@ -61,13 +61,13 @@ KEYS_VARIABLE = "FLOCK_API_KEYS"
 #: The suffix of a key's name that makes its principal an admin.
 ADMIN = ":admin"
 #: The part of a key's name that limits what the runs of its principal may cost in a day, in US dollars.
-BUDGET = re.compile(r":max_cost_per_day:([^:]*)")
+BUDGET = r":max_cost_per_day:([^:]*)"
 #: The number of principals in a ``RateLimit`` above which idle ones are dropped.
 CLEANUP_SIZE = 10_000
 #: The port in ``Host``.
-PORT = re.compile(r":\d*$")
+PORT = r":\d*$"
 #: The part of a key's name that gives its principal a role.
-ROLE_PART = re.compile(r":role:([^:]*)")
+ROLE_PART = r":role:([^:]*)"
 #: In characters. A shorter key could be guessed.
 MIN_KEY_LENGTH = 16
 
@@ -127,7 +127,7 @@ class KeyRing:
         principals: dict[bytes, Principal] = {}
         for full_name, key in keys.items():
             name, max_cost_per_day = _without_budget(full_name)
-            roles, name = ROLE_PART.findall(name), ROLE_PART.sub("", name)
+            roles, name = re.findall(ROLE_PART, name), re.sub(ROLE_PART, "", name)
             for problem in filter(None, map(bad_role, roles)):
                 raise DefinitionError(f"{full_name[:200]!r} is not a valid name for a key: {problem}")
             bare = name.removesuffix(ADMIN)
@@ -171,7 +171,7 @@ def with_budget(name: str, max_cost_per_day: float | None) -> str:
 
 def _without_budget(name: str) -> tuple[str, float | None]:
     """Return the *name* of a key without its ``BUDGET``, and that. Raises DefinitionError."""
-    found = BUDGET.search(name)
+    found = re.search(BUDGET, name)
     if found is None:
         return name, None
     if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", found[1]) or not 0 < float(found[1]) <= MAX_COST:
@@ -188,7 +188,7 @@ def _digest(key: str) -> bytes:
 
 def check_host(host: str, allowed: Collection[str]) -> None:
     """Raise WrongHost if *host* is not in *allowed*. With DNS rebinding, a foreign page sends its own host name."""
-    name = PORT.sub("", host).lower()
+    name = re.sub(PORT, "", host).lower()
     if name not in allowed:
         raise WrongHost(
             f"The host {name[:100]!r} is not allowed. Allowed: {', '.join(sorted(allowed))}. If a proxy forwards this "

@@ -202,10 +202,10 @@ async def stream(request: Request, order: Order | Answers, *, reasoning: bool) -
 
     Raises: the errors of ``accept``; TooManyRequests if the caller has too many streams open.
     """
-    engine, run_id = await engine_of(request), order.run_id if isinstance(order, Answers) else new_id()
+    engine = await engine_of(request)
     with contextlib.ExitStack() as held:
         held.enter_context(stream_slot(request))  # before the run is accepted
-        held.enter_context(engine.watch(run_id))
+        run_id = held.enter_context(watched(engine, order))
         accepted = await accept(request, order, run_id)
         run = accepted.run
         is_kept = order.is_async or (run.is_async and isinstance(order, Order))  # a run that has waited is async
@@ -214,14 +214,24 @@ async def stream(request: Request, order: Order | Answers, *, reasoning: bool) -
         return Stream(accepted, events_of_new_run(engine, run, reasoning=reasoning), held.pop_all(), on_cut_off)
 
 
+@contextlib.contextmanager
+def watched(engine: Engine, order: Order | Answers, *, is_wanted: bool = True) -> Iterator[str]:
+    """Return the id for the run of *order*. If *is_wanted*, what its agents write is kept during the block."""
+    run_id = order.run_id if isinstance(order, Answers) else new_id()
+    del order  # its inputs may be long
+    with engine.watch(run_id) if is_wanted else contextlib.nullcontext():
+        yield run_id
+
+
 async def runs_of_session(
-    request: Request, session_id: str, status: RunStatus | None = None
+    request: Request, session_id: str, status: RunStatus | None = None, limit: int = 100
 ) -> AsyncGenerator[Run, None]:
-    """Yield the caller's own runs of a session, newest first, without inputs and results."""
+    """Yield the caller's own runs of a session, newest first, without inputs and results, *limit* in a page."""
     engine, principal, after = await engine_of(request), principal_of(request), None
     owner = None if principal is None else principal.name
+    wanted = RunFilter(session_id=session_id, status=status, principal=owner, limit=limit)
     while True:
-        page = await engine.list_runs(RunFilter(session_id=session_id, status=status, principal=owner, after=after))
+        page = await engine.list_runs(msgspec.structs.replace(wanted, after=after))
         for run in page:
             yield run
         if not page.has_more:

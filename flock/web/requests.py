@@ -23,8 +23,8 @@ from flock.runs import IdempotencyKey
 T = TypeVar("T")
 Query = TypeVar("Query", bound=msgspec.Struct)
 
-NUMBER = re.compile(r"-?[0-9]{1,15}")
-DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,20})?([eE](\+?[0-9]{1,2}|-[0-9]{1,3}))?")
+NUMBER = r"-?[0-9]{1,15}"
+DECIMAL = r"[0-9]{1,15}(\.[0-9]{1,20})?([eE](\+?[0-9]{1,2}|-[0-9]{1,3}))?"
 BOOLEANS = {"true": True, "false": False}
 
 
@@ -82,9 +82,9 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
         default = fields[name].default
         if isinstance(default, bool):
             read[name] = BOOLEANS.get(value, value)
-        elif (isinstance(default, int) or name in ("limit", "sample")) and NUMBER.fullmatch(value):
+        elif (isinstance(default, int) or name in ("limit", "sample")) and re.fullmatch(NUMBER, value):
             read[name] = int(value)
-        elif name in ("timeout_s", "max_cost", "max_failures") and DECIMAL.fullmatch(value):
+        elif name in ("timeout_s", "max_cost", "max_failures") and re.fullmatch(DECIMAL, value):
             read[name] = float(value)
     try:
         return msgspec.convert(read, type_)

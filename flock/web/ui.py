@@ -15,10 +15,10 @@ from flock.web.contract import STATIC
 #: The script that loads the views.
 ENTRY = "main.js"
 #: A static import in the form that all our scripts use. They never rename an import.
-IMPORT = re.compile(rb'^import \{(?P<names>[^}]*)\} from "\./(?P<module>[\w.]+)";\n', re.MULTILINE)
+IMPORT = rb'(?m)^import \{(?P<names>[^}]*)\} from "\./(?P<module>[\w.]+)";\n'
 
 #: Comments on lines of their own, which browsers need not load.
-COMMENT = re.compile(rb"^ *(?://[^\n]*|/\*\*.*?\*/)\n", re.MULTILINE | re.DOTALL)
+COMMENT = rb"(?ms)^ *(?://[^\n]*|/\*\*.*?\*/)\n"
 
 
 class UIFile(msgspec.Struct, frozen=True):
@@ -41,7 +41,7 @@ def ui_files(title: str, *, has_docs: bool = True) -> Mapping[str, UIFile]:
 def _bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
     """Join the modules that the first paint needs, and those that the same views need, since requests take time."""
     imports = {
-        name: [match["module"].decode() for match in IMPORT.finditer(plain)]
+        name: [match["module"].decode() for match in re.finditer(IMPORT, plain)]
         for name, plain in files.items()
         if name.endswith(".js")
     }
@@ -63,7 +63,7 @@ def _bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
 def _script(modules: Sequence[bytes], name: str, script_of: Mapping[str, str]) -> bytes:
     """Return one script with the code of *modules*. What they import from other scripts is imported once."""
     imported: dict[str, list[bytes]] = {}
-    for match in (match for module in modules for match in IMPORT.finditer(module)):
+    for match in (match for module in modules for match in re.finditer(IMPORT, module)):
         names = match["names"].strip(b" ,\n").replace(b"\n ", b"")
         imported.setdefault(script_of[match["module"].decode()], []).append(names)
     imported.pop(name, None)
@@ -71,7 +71,7 @@ def _script(modules: Sequence[bytes], name: str, script_of: Mapping[str, str]) -
         b'import { %s } from "./%s";\n' % (b", ".join(sorted(set(b", ".join(names).split(b", ")))), script.encode())
         for script, names in imported.items()
     ]
-    return b"".join(heads) + b"\n".join(COMMENT.sub(b"", IMPORT.sub(b"", module)) for module in modules)
+    return b"".join(heads) + b"\n".join(re.sub(COMMENT, b"", re.sub(IMPORT, b"", module)) for module in modules)
 
 
 def _file(name: str, plain: bytes) -> UIFile:

@@ -125,14 +125,14 @@ int ftruncate64(int fd, off64_t size) {
 
 int ftruncate(int fd, off_t size) { return ftruncate64(fd, size); }
 
-/* Syncs: what was written before the record 's' is on disk at the record 'S'. */
+/* Syncs: what was written before the record 's' is on disk at the record 'S' of the same thread. */
 
 static int synced(int fd, int (*real)(int)) {
     char path[PATH_MAX];
     int is_file = name_of(fd, path);
-    if (is_file) count(), record('s', inode(fd), path, 0, NULL, 0, NULL);
+    if (is_file) count(), record('s', inode(fd), path, gettid(), NULL, 0, NULL);
     int result = real(fd);
-    if (is_file && !result) record('S', inode(fd), path, 0, NULL, 0, NULL);
+    if (is_file && !result) record('S', inode(fd), path, gettid(), NULL, 0, NULL);
     return result;
 }
 

@@ -37,7 +37,9 @@ HEAD = struct.Struct("c7xqqqqq")
 
 
 class Call(NamedTuple):
-    """A record of ``calls.c``; "A" is what was acknowledged then, as JSON in *data*, and "Y" a sync of all files."""
+    """A record of ``calls.c``; of a sync, *offset* is the thread. "A" is what was acknowledged then, as JSON in *data*,
+    and "Y" a sync of all files.
+    """
 
     what: str
     file: int
@@ -86,7 +88,8 @@ class Disk:
         self._files = defaultdict[int, File](File)
         self._names, self._durable_names = dict[str, File](), dict[str, File]()
         self._pending_names = list[tuple[str, File | None]]()
-        self._syncs = defaultdict[int, list[int]](list)
+        #: how many writes or names each thread that syncs a file will have synced; that of a killed one never ends
+        self._syncs = defaultdict[int, dict[int, int]](dict)
 
     def apply(self, call: Call) -> None:
         match call.what:
@@ -109,9 +112,9 @@ class Disk:
                 self._durable_names, self._pending_names = dict(self._names), []
             case "s":
                 file = self._files.get(call.file)
-                self._syncs[call.file].append(len(self._pending_names if file is None else file.pending))
+                self._syncs[call.file][call.offset] = len(self._pending_names if file is None else file.pending)
             case "S":
-                self._sync(call.file, self._syncs[call.file].pop(0))
+                self._sync(call.file, self._syncs[call.file].pop(call.offset))
 
     def _sync(self, number: int, count: int) -> None:
         if (file := self._files.get(number)) is None:  # the folder
@@ -121,8 +124,8 @@ class Disk:
         else:
             file.durable = file.content(file.pending[:count])
             del file.pending[:count]
-            for sync, left in enumerate(self._syncs[number]):
-                self._syncs[number][sync] = max(0, left - count)
+        for thread, left in self._syncs[number].items():
+            self._syncs[number][thread] = max(0, left - count)
 
     def state(self, number: int, cut: int) -> Mapping[str, bytes]:
         """Return the files after a power cut: one of ``COUNT`` states."""

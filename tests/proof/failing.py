@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from flock.errors import StoreError
 from flock.web.auth import read_keys
 from flockapi import FlockAPI, create_app
 from tests.proof import scenarios, shop
+from tests.proof.client import KEYS
 from tests.proof.faults import ERRORS, Fault, Faults, failing
-from tests.proof.scenarios import KEYS, SCENARIOS, Client, Provider, check
+from tests.proof.scenarios import SCENARIOS, Client, Provider, check
 from tests.proof.schedules import Schedule, Thread, execute
 
 __all__ = ["faults_of", "sample", "trial"]
@@ -82,7 +83,8 @@ class _Bridge(httpx.BaseTransport):
 
     def _check_error(self, response: httpx.Response) -> None:
         problem = response.json()
-        is_clear = problem["type"].endswith((":store-unavailable", ":not-running")) and "flock.db" not in response.text
+        kind = problem["error"]["code"] if "error" in problem else problem["type"].rpartition(":")[2].replace("-", "_")
+        is_clear = kind in ("store_unavailable", "not_running") and "flock.db" not in response.text
         if response.status_code != 503 or not is_clear or int(response.headers["retry-after"]) < 1:
             self._faults.problems.append(f"an error that is not clear: {response.status_code} {response.text}")
         elif self._faults.rest_s < 0:
@@ -117,7 +119,7 @@ async def _serving(name: str, folder: Path, model: Provider, faults: Faults) -> 
     """Start a server, if need be until its store can be used."""
     options = {"max_concurrency": CAPACITY, **_options(name)}
     engine = shop.flock.engine(store=folder / "flock.db", transport=_Network(model, faults), **options)
-    app = create_app(shop.flock, engine=engine, api_keys=read_keys(KEYS), metrics=False)
+    app = create_app(shop.flock, engine=engine, api_keys=read_keys(KEYS), metrics=False, protocols=["openai"])
     faults.engine = engine
     async with contextlib.AsyncExitStack() as stack:
         while True:
@@ -158,7 +160,13 @@ def trial(name: str, fault: Fault | None = None) -> Mapping[str, Sequence[str]]:
                     await Schedule.run_in_executor(loop, None, check, client, model, log)
             client.close()
             gc.collect()  # a statement that has failed keeps its connection open
-            left = {"tasks": asyncio.all_tasks() - before, "files": _open_files() - files, "threads": loop.threads}
+            left: dict[str, Collection[Any]] = {
+                "tasks": asyncio.all_tasks() - before,
+                "files": _open_files() - files,
+                "threads": loop.threads,
+            }
+            if fault is None or fault.kind != "file" or not fault.seconds:  # otherwise they could not be removed
+                left["names"] = set(os.listdir(folder)) - {"flock.db", "flock.db-lock", "log"}
             faults.problems += [f"{what} are left: {each}" for what, each in left.items() if each]
         assert not faults.problems, "\n".join(faults.problems)
         return faults.names

@@ -4,6 +4,7 @@ import functools
 import signal
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ import contextlib, sqlite3
 with contextlib.closing(sqlite3.connect("flock.db")) as db, contextlib.closing(sqlite3.connect("copy.db")) as copy:
     db.backup(copy)
 """
+#: The number of the call before which a worker is killed.
+WORKER_DIES_AT = 300
 ROWS, OTHER_ROWS = ("good", "odd", "fine", "bad"), ("odd", "great")
 
 
@@ -63,6 +66,30 @@ def _serve(place: Place) -> None:
         SCENARIOS["chain"].play(client)
     finally:
         client.close()
+
+
+def _serve_workers(place: Place) -> None:
+    """Two clients at the same time, so that both workers write. One worker is killed, and replaced."""
+    place.start()
+    place.wait_until_up()
+
+    def play(first: int, *names: str) -> None:
+        client = Client(place.url, lambda *ack: place.note("A", ack), first)
+        try:
+            for name in names:
+                SCENARIOS[name].play(client)
+        finally:
+            client.close()
+
+    with ThreadPoolExecutor() as pool:
+        plays = [
+            pool.submit(play, 0, "function", "caught", "delete", "workflow"),
+            pool.submit(play, 1000, "chain", "batch", "session", "retry"),
+        ]
+        place.control.signal_at(WORKER_DIES_AT)
+        for each in plays:
+            each.result()
+    assert place.control.pid, "no worker was killed"
 
 
 def _serve_long(place: Place) -> None:
@@ -201,6 +228,9 @@ def _check_batch(place: Place, model: Provider, acks: Sequence[Any]) -> None:
 
 RECORDINGS: Mapping[str, Recording] = {
     "power": Recording(_serve, functools.partial(_check_server, is_durable=True), ("--durability", "power")),
+    "workers": Recording(
+        _serve_workers, functools.partial(_check_server, is_durable=True), ("--durability", "power", "--workers", "2")
+    ),
     "long": Recording(_serve_long, functools.partial(_check_server, is_durable=True)),
     "process": Recording(_serve, functools.partial(_check_server, is_durable=False), ("--durability", "process")),
     "command": Recording(_batch, _check_batch),

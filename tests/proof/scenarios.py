@@ -1,32 +1,21 @@
 """What the machines do to a server: small programs of a client, and the promises that must hold in all of them.
 
-A client sends each request until there is a response, so a scenario continues while its server is killed, stopped, or
-out of disk. ``Client`` keeps what was acknowledged. ``check`` compares that with the server, the effects and the bill.
+``check`` compares what the client was acknowledged with the server, the effects and the bill.
 """
 
 import contextlib
-import json
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
-
-import httpx
 
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
+from tests.proof.client import FINAL, PATIENCE_S, Client
 
-__all__ = ["KEYS", "SCENARIOS", "SHOP", "Client", "Scenario", "check", "provider"]
+__all__ = ["SCENARIOS", "SHOP", "Client", "Provider", "Scenario", "check", "provider"]
 
 SHOP = Path(__file__).parent / "shop.py"
-#: The file of API keys. eve must see nothing of ann's.
-KEYS = "ann=key-of-ann-123456\neve=key-of-eve-123456\n"
-#: A response to each request, and the end of each wait, must come in this time.
-PATIENCE_S = 60.0
-FINAL = ("completed", "failed", "cancelled")
-#: The server cannot accept it at the moment: it is sent again.
-AGAIN = (429, 503)
 TOKENS, PICODOLLARS = 15, 75_000_000  # of each answer of the provider, at 2.5 and 10 dollars for a million
 
 
@@ -44,177 +33,6 @@ def effects(log: Path) -> Lines:
         at, what, run_id, name = line.split()
         getattr(lines, what)[run_id, name].append(float(at))
     return lines
-
-
-class Client:
-    """A client named ann, and what the server has acknowledged to her.
-
-    Attributes:
-        runs: the accepted runs that are not deleted, and their last known state.
-        attempts: how often each was started or retried by her.
-        starts: the times at which a process was started in place of one that was killed, in seconds of the epoch.
-        acks: called with what was acknowledged, in the order of acknowledgement: ``(what, id, value)``.
-    """
-
-    def __init__(self, url: str, acks: Callable[[str, str, Any], object] = lambda what, id, value: None) -> None:
-        self.url, self.acks = url, acks
-        self.runs, self.batches, self.deleted = dict[str, Any](), dict[str, Any](), set[str]()
-        self.ended_at, self.attempts = dict[str, float](), Counter[str]()
-        self._number, self.starts = 0, list[float]()
-        self._http = httpx.Client(timeout=PATIENCE_S / 2, limits=httpx.Limits(max_keepalive_connections=0))
-
-    def close(self) -> None:
-        self._http.close()
-
-    def new_name(self, begin: str) -> str:
-        self._number += 1
-        return f"{begin}-{self._number}"
-
-    def send(self, method: str, path: str, body: Any = None, *, who: str = "ann", key: str = "") -> httpx.Response:
-        """Send a request until there is a response. Raises AssertionError if there is none in time."""
-        headers = {"Authorization": f"Bearer key-of-{who}-123456", **({"Idempotency-Key": key} if key else {})}
-        deadline, seen = time.monotonic() + PATIENCE_S, "nothing"
-        while time.monotonic() < deadline:
-            try:
-                response = self._http.request(method, self.url + path, json=body, headers=headers)
-            except httpx.TransportError as exc:
-                seen = repr(exc)
-            else:
-                if response.status_code not in AGAIN and "accepted at the same time" not in response.text:
-                    assert response.status_code < 500, f"{method} {path}: {response.text}"
-                    return response
-                seen = response.text
-            time.sleep(0.02)
-        raise AssertionError(f"{method} {path} gets no response in {PATIENCE_S:g} s: {seen}")
-
-    def run(self, agent_name: str, *, is_async: bool = True, **inputs: Any) -> str:
-        """Start a run, and return its id. ``session_id`` is that of the run."""
-        body = {"agent_name": agent_name, "async_run": is_async}
-        if "session_id" in inputs:
-            body["session_id"] = inputs.pop("session_id")
-        response = self.send("POST", "/run/flock", {**body, "inputs": inputs}, key=self.new_name("run"))
-        run = self._accepted(response)
-        self.runs[run["run_id"]] = run
-        self.attempts[run["run_id"]] += 1
-        self.acks("accepted", run["run_id"], None)
-        self.note(run)
-        return str(run["run_id"])
-
-    def _accepted(self, response: httpx.Response) -> Any:
-        assert response.status_code in (200, 202), response.text
-        return response.json()
-
-    def batch(self, agent_name: str, rows: list[Any]) -> str:
-        body = {"agent_name": agent_name, "batch_inputs": rows, "max_workers": 2}
-        batch = self._accepted(self.send("POST", "/run/batch", body, key=self.new_name("batch")))
-        self.batches[batch["batch_id"]] = batch
-        self.acks("accepted batch", batch["batch_id"], len(rows))
-        return str(batch["batch_id"])
-
-    def note(self, run: Any) -> None:
-        """Keep the state of a run. A final state never changes but by a retry."""
-        run_id, before = run["run_id"], self.runs.get(run["run_id"])
-        if before is not None and before["status"] in FINAL and before["attempt"] == run["attempt"]:
-            changed = {name: run[name] for name in ("status", "result", "error") if run[name] != before[name]}
-            assert not changed, f"The final state of {run_id} has changed: {before} is now {run}"
-        if run["status"] in FINAL and run_id not in self.ended_at:
-            self.ended_at[run_id] = time.time()
-            self.acks("ended", run_id, [run["status"], run["result"]])
-        self.runs[run_id] = run
-
-    def until(self, run_id: str, *statuses: str) -> Any:
-        """Wait until a run has one of some statuses, by default a final one."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            run = self.send("GET", f"/run/{run_id}{'' if statuses else '?wait=5'}").json()
-            self.note(run)
-            if run["status"] in (statuses or FINAL):
-                return run
-            assert run["status"] not in FINAL, run
-            assert time.monotonic() < deadline, f"The wait for {run_id} does not end: {run}"
-            time.sleep(0.005)
-
-    def completed(self, run_id: str, result: Any) -> None:
-        run = self.until(run_id)
-        assert (run["status"], run["result"]) == ("completed", result), run
-
-    def batch_until_end(self, batch_id: str) -> Any:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            batch = self.send("GET", f"/batch/{batch_id}?wait=5").json()
-            if batch["status"] in FINAL:
-                self.acks("ended batch", batch_id, [batch["attempt"], batch["failed_items"]])
-                return batch
-            assert time.monotonic() < deadline, f"The wait for {batch_id} does not end: {batch}"
-
-    def answer(self, run_id: str, output: Any) -> None:
-        (question,) = self.until(run_id, "waiting")["waiting_for"]
-        path = f"/run/{run_id}/calls/{quote(question['call_id'])}"
-        response = self.send("POST", path, {"output": output})
-        assert response.status_code == 200, response.text
-        self.acks("answered", run_id, question["call_id"])
-
-    def message(self, run_id: str, name: str, message: Any) -> None:
-        response = self.send("POST", f"/run/{run_id}/messages/{name}", {"message": message}, key=f"{run_id}-{name}")
-        assert response.status_code in (200, 202), response.text
-        self.acks("sent", run_id, name)
-
-    def cancel(self, run_id: str) -> None:
-        assert self.send("POST", f"/run/{run_id}/cancel?wait=10").status_code in (200, 202)
-        assert self.until(run_id)["status"] == "cancelled"
-
-    def retry(self, path: str) -> None:
-        """Retry a run or a batch. 409 means that a request whose response was lost did that."""
-        self.acks("retrying", path.rpartition("/")[2], None)
-        assert (response := self.send("POST", f"{path}/retry", {})).status_code in (202, 409), response.text
-        self.acks("retried", path.rpartition("/")[2], None)
-
-    def delete(self, run_id: str) -> None:
-        self.acks("deleting", run_id, None)
-        assert (response := self.send("DELETE", f"/run/{run_id}")).status_code in (204, 404), response.text
-        self.forget(run_id)
-        self.acks("deleted", run_id, None)
-
-    def forget(self, run_id: str) -> None:
-        del self.runs[run_id]
-        self.deleted.add(run_id)
-
-    def read_text(self, run_id: str) -> str:
-        """Read the events of a run until its end, through all kills, and return the text that they write."""
-        headers, text, last_id = {"Authorization": "Bearer key-of-ann-123456"}, "", 0
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            after, event = {"Last-Event-ID": str(last_id)} if last_id else {}, dict[str, str]()
-            with (
-                contextlib.suppress(httpx.TransportError),
-                self._http.stream("GET", f"{self.url}/run/{run_id}/events", headers={**headers, **after}) as stream,
-            ):
-                for line in stream.iter_lines():
-                    name, _, value = line.partition(": ")
-                    event[name] = value
-                    if line:
-                        continue
-                    if "id" in event:
-                        assert int(event["id"]) > last_id, f"The event {event} comes after {last_id}"
-                        last_id = int(event["id"])
-                    if "data" in event:
-                        text = _written(text, event["event"], json.loads(event["data"]))
-                    if event.get("event") in ("run.completed", "run.failed", "run.cancelled"):
-                        return text
-                    event = {}
-            time.sleep(0.02)
-        raise AssertionError(f"The events of {run_id} do not end")
-
-
-def _written(text: str, name: str, data: Any) -> str:
-    if name == "output.delta":
-        return text + str(data["text"])
-    if name == "output.reset":
-        return ""
-    if name == "step.completed":  # if it has ended before the reader came, its text is only in the result
-        assert text in ("", data["result"]["result"]), f"the events have written {text!r}, and the result is {data}"
-        return str(data["result"]["result"])
-    return str(data["output"].get("result") or "") if name == "output.snapshot" else text
 
 
 # The provider
@@ -307,6 +125,18 @@ def _stream(client: Client) -> None:
     assert text == "All about tea.", f"the events have written {text!r}"
 
 
+def _openai(client: Client) -> None:
+    tea = [{"role": "user", "content": "tea"}]
+    for path, body in (
+        ("/v1/responses", {"input": "tea", "background": True}),
+        ("/v1/responses", {"input": tea}),
+        ("/v1/chat/completions", {"messages": tea}),
+    ):
+        run_id, text = client.read_answer(path, model="write", **body)
+        client.completed(run_id, {"result": "All about tea."})
+        assert text in ("All about tea.", None), f"the stream has written {text!r}"
+
+
 def _batch(client: Client) -> None:
     batch_id = client.batch("rate", [{"text": "good"}, {"text": "odd"}, {"text": "fine"}])
     batch = client.batch_until_end(batch_id)
@@ -371,6 +201,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "sleep": Scenario(_sleep, is_long=True),
     "session": Scenario(_session),
     "stream": Scenario(_stream),
+    "openai": Scenario(_openai),
     "batch": Scenario(_batch),
     "fallback": Scenario(_fallback),
     "cancel": Scenario(_cancel),

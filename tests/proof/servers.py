@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
-from tests.proof.scenarios import KEYS, SHOP
+from tests.proof.client import KEYS
+from tests.proof.scenarios import SHOP
 from tests.support import PATIENCE_S, ROOT
 from tests.support.servers import NO_COVERAGE, free_port
 
@@ -224,6 +225,20 @@ class Place:
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
         except OSError:
             return True
+
+    def held(self) -> Mapping[str, Collection[str]]:
+        """Return the open files, the threads and the connections of clients that the server has now."""
+        files = set[str]()
+        for number in os.listdir(f"/proc/{self.pid}/fd"):
+            with contextlib.suppress(OSError):  # it was closed
+                files.add(f"{number} {os.readlink(f'/proc/{self.pid}/fd/{number}')}")
+        lines = [line.split() for line in Path(f"/proc/{self.pid}/net/tcp").read_text().splitlines()]
+        ends = [words[2:4] for words in lines if words[1].endswith(f":{self.port:04X}")]
+        return {
+            "files": {each for each in files if "socket:" not in each},
+            "threads": os.listdir(f"/proc/{self.pid}/task"),
+            "connections": [end for end, state in ends if state not in ("0A", "06")],  # listening, and closed
+        }
 
     def wait_until_up(self) -> None:
         deadline = time.monotonic() + PATIENCE_S

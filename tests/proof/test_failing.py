@@ -38,6 +38,7 @@ FOUND = {
     "the version cannot be read after a commit": ("chain", "sql", "io", "row of PRAGMA user_version", 0.0),
     "a lock cannot be released": ("session", "file", "EIO", "flock", 0.0),
     "the first write of an engine": ("function", "sql", "full", "INSERT INTO engines", 0.0),
+    "the lock file of an engine that could not start": ("function", "sql", "full", "INSERT INTO engines", 3.0),
     "a lock file that cannot be removed": ("function", "file", "EACCES", "unlink", 3.0),
     "a thread for a function": ("function", "thread", "start", "", 3.0),
 }

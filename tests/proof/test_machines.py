@@ -45,7 +45,13 @@ def test_a_process_that_is_stopped_longer_than_others_wait_continues(kind: crash
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("power", 50), ("process", 30), ("command", 14), pytest.param("long", 50, marks=pytest.mark.nightly)],
+    [
+        ("power", 50),
+        ("process", 30),
+        ("command", 14),
+        ("workers", 20),
+        pytest.param("long", 50, marks=pytest.mark.nightly),
+    ],
 )
 def test_a_power_cut_leaves_what_was_acknowledged(name: str, count: int) -> None:
     _, tried, wrong = cuts.execute(RECORDINGS[name], count)

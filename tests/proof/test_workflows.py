@@ -249,6 +249,23 @@ FOUND_IN_MEMORY = {
         '"parts":[{"kind":"block","n":22,"seconds":0.804796}],"n":21}],"n":2},{"is_stored":true,"ends":[[9,16,true]],'
         '"retries":1}]'
     ),
+    "a limit that passes together with one in it, before a sibling fails": (
+        '[{"kind":"group","parts":[{"kind":"fail","n":4,"seconds":0.401414},{"kind":"tool","parts":[{"kind":"tool",'
+        '"parts":[{"kind":"fail","n":7,"seconds":0.401732,"limit_s":0.152236}],"n":6}],"n":5,"limit_s":0.153317}],'
+        '"n":3},{"seed":611,"is_stored":true,"ends":[[4,2,true]]}]'
+    ),
+    "a limit whose clock is stopped after it has passed": (
+        '[{"kind":"group","parts":[{"kind":"fail","n":4,"seconds":0.401414},{"kind":"tool","parts":[{"kind":"tool",'
+        '"parts":[{"kind":"fail","n":7,"seconds":0.401732,"limit_s":0.152236,"retries":2}],"n":6,"limit_s":0.152646}],'
+        '"n":5,"limit_s":0.153317}],"n":3},{"seed":611,"is_stored":true,"ends":[[4,2,true]]}]'
+    ),
+    "a call that is cancelled before it is executed": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"group","parts":[{"kind":'
+        '"loop","parts":[{"kind":"seq","parts":[{"kind":"plain","n":12,"times":20},{"kind":"work","n":13,"seconds":'
+        '0.101732}],"n":11}],"n":10,"times":2},{"kind":"fail","n":999,"seconds":0.802236},{"kind":"fail","n":21,'
+        '"seconds":0.203317}],"n":6}],"n":3},{"kind":"work","n":22,"seconds":0.103606}],"n":2},{"kind":"work","n":24,'
+        '"seconds":0.104359}],"n":1},{"seed":38,"is_stored":true,"ends":[[11,3,true],[6,10,true]]}]'
+    ),
 }
 
 

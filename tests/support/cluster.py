@@ -71,7 +71,13 @@ async def engine_with_worker(
 
     shared: dict[str, Any] = {"flock": f"{flock.name} {new_id()}"}
     worker_options: dict[str, Any] = {name: options.pop(name) for name in WORKER_OPTIONS if name in options}
-    worker_options = {"max_steps": flock.max_steps, "drain_timeout_s": 0, "prices": flock.prices, **worker_options}
+    worker_options = {
+        "max_steps": flock.max_steps,
+        "drain_timeout_s": 0,
+        "prices": flock.prices,
+        **worker_options,
+        "shared": flock.shared,
+    }
     options = {
         **{"prices": flock.prices, "default_model": flock.model, "heartbeat_timeout_s": HEARTBEAT_PATIENCE_S},
         **options,

@@ -102,7 +102,7 @@ class Reader:
     def follow(self, blocks: list[Block]) -> None:
         """Run all commands, and compare each shown output with the real one. Save the files that blocks name."""
         for block, following in itertools.zip_longest(blocks, blocks[1:]):
-            if block.language == "python" and (file := re.match(r"# (\w+\.py)\n", block.text)):
+            if block.language in ("python", "py") and (file := re.match(r"# (\w+\.py)\n", block.text)):
                 (self.folder / file[1]).write_text(block.text)
             if block.language == "bash":
                 output = [self.run(command) for command in commands_of(block.text)][-1]
@@ -122,8 +122,9 @@ class Reader:
             command = command.replace(URL, url).replace("curl ", "curl -sS ", 1)
             for name, value in self._ids.items():
                 command = command.replace(f"{{{name}}}", value)
+        env = self._env | ({} if self.server is None else {"FLOCK_URL": self.server.url})
         done = subprocess.run(
-            ["bash", "-c", command], cwd=self.folder, env=os.environ | self._env, capture_output=True, text=True
+            ["bash", "-c", command], cwd=self.folder, env=os.environ | env, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         with contextlib.suppress(ValueError, AttributeError):

@@ -1,0 +1,362 @@
+"""The client package, against real servers that are killed, restarted and full."""
+
+import asyncio
+import contextlib
+import gzip
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import msgspec
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount, Route
+
+from flock.client import APIError, AsyncFlockClient, FlockClient, StreamedOutput
+from flock.errors import Conflict, RunFailed
+from flock.runs import RunStatus
+from flockapi import create_app
+from tests.support.flocks import Approval, Summary, sample_flock
+from tests.support.servers import Server, flockapi_command, free_port, running, serving
+
+AGENTS = '''
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+
+from flock.core import Flock
+from flock.runs import RunContext
+
+flock = Flock("shop")
+
+
+@flock.agent
+def double(n: int) -> int:
+    return 2 * n
+
+
+@flock.agent
+async def story(words: int, gate: str) -> AsyncIterator[str]:
+    """Writes half of its words, waits for a file, and writes the rest."""
+    for number in range(words):
+        yield f"word {number}\\u2028 "
+        if number == words // 2:
+            while not Path(gate).exists():
+                await anyio.sleep(0.01)
+
+
+@flock.agent
+async def refund(amount: float, context: RunContext) -> str:
+    approved = await context.ask(f"Refund {amount} €?", bool)
+    note = await context.receive("note", str)
+    return f"{approved}: {note}"
+'''
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "agents.py").write_text(AGENTS)
+    return tmp_path / "agents.py"
+
+
+@pytest.fixture
+def server(script: Path, tmp_path: Path) -> Iterator[Server]:
+    with serving(script, tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[FlockClient]:
+    with FlockClient(server.url) as client:
+        yield client
+
+
+def local(**options: Any) -> AsyncFlockClient:
+    return AsyncFlockClient("http://here", transport=httpx.ASGITransport(create_app(sample_flock(), **options)))
+
+
+# Runs
+
+
+class Sum(msgspec.Struct):
+    result: int
+
+
+def test_a_run_returns_its_result(client: FlockClient) -> None:
+    assert client.run("double", {"n": 4}) == {"result": 8}
+    assert client.run("double", {"n": 4}, result_type=Sum) == Sum(result=8)
+    assert {agent["name"] for agent in client.agents()} == {"double", "story", "refund"}
+
+
+async def test_a_result_has_the_type_of_the_caller() -> None:
+    async with local() as client:
+        summary = await client.run("summarise", {"text": "a b"}, result_type=Summary)
+        assert summary == {"words": 2, "shout": "A B"}
+        with pytest.raises(msgspec.ValidationError, match="Expected `int`"):
+            await client.run("summarise", {"text": "a"}, result_type=dict[str, int])
+
+
+async def test_a_run_that_fails_raises_its_error() -> None:
+    async with local() as client:
+        with pytest.raises(RunFailed, match="tea is more than I can do") as failed:
+            await client.run("refuse", {"text": "tea"})
+        assert failed.value.error_type == "agent_error"
+
+
+async def test_a_refused_request_says_what_is_wrong() -> None:
+    async with local() as client:
+        with pytest.raises(APIError, match=r"'b'|/inputs/a.*\(HTTP 422\)") as refused:
+            await client.run("add", {"a": "x"})
+        assert refused.value.status == 422
+        assert [error.pointer for error in refused.value.errors] == ["/inputs/a"]
+        assert refused.value.request_id
+        with pytest.raises(APIError, match="Did you mean 'add'"):
+            await client.run("ad", {"a": 1})
+
+
+async def test_the_same_key_is_the_same_run() -> None:
+    async with local() as client:
+        first, again = [await client.submit("add", {"a": 1}, idempotency_key="k") for _ in range(2)]
+        assert first.run_id == again.run_id
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_questions_are_answered_by_a_function(is_async: bool) -> None:
+    async def later(question: Any) -> Approval:
+        return Approval(approved=True)
+
+    def now(question: Any) -> Approval:
+        return Approval(approved=False, reason=question.question)
+
+    async with local() as client:
+        result = await client.run("approve", {"text": "tea"}, answer=later if is_async else now)
+        assert result == {"result": "sent" if is_async else "kept: Send tea?"}
+
+
+async def test_a_run_that_waits_for_nobody_is_a_conflict() -> None:
+    async with local() as client:
+        with pytest.raises(Conflict, match=r"waits for an answer: 'Send tea\?'\. Give answer="):
+            await client.run("approve", {"text": "tea"})
+
+
+def test_an_inbox_is_read_and_answered(client: FlockClient) -> None:
+    runs = [client.submit("refund", {"amount": amount}) for amount in (1, 2, 3)]
+    for run in runs:
+        assert client.wait(run.run_id).status is RunStatus.WAITING
+    asked = list(client.questions(agent_name="refund"))
+    assert {question.run_id for question in asked} == {run.run_id for run in runs}
+    for question in asked:
+        client.answer(question.run_id, question.call_id, True)
+        client.send(question.run_id, "note", "done")
+    results = [client.wait(run.run_id).result for run in runs]
+    assert results == [{"result": "True: done"}] * 3
+
+
+async def test_a_page_of_questions_is_found_below_a_mount(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = Starlette(routes=[Mount("/ai", create_app(sample_flock()))])
+    async with AsyncFlockClient("http://here/ai", transport=httpx.ASGITransport(app)) as client:
+        for number in range(3):
+            await client.wait((await client.submit("approve", {"text": str(number)})).run_id)
+        assert len([question async for question in client.questions(limit=1)]) == 3
+
+
+async def test_a_run_is_cancelled_and_retried() -> None:
+    async with local() as client:
+        run = await client.submit("approve", {"text": "tea"})
+        await client.wait(run.run_id)
+        assert (await client.cancel(run.run_id)).status is RunStatus.CANCELLED
+        assert (await client.retry(run.run_id, calls="again")).attempt == 2
+
+
+# Servers that are gone, full, or something else
+
+
+def refusing(*responses: Response) -> tuple[AsyncFlockClient, list[Mapping[str, str]]]:
+    """A client of a server that gives *responses*, and then accepts; and the headers of its requests."""
+    left, seen = list(responses), list[Mapping[str, str]]()
+    app = create_app(sample_flock())
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] == "/run/flock":
+            seen.append({name.decode(): value.decode() for name, value in scope["headers"]})
+            if left:
+                return await left.pop(0)(scope, receive, send)
+        await app(scope, receive, send)
+
+    return AsyncFlockClient("http://here", transport=httpx.ASGITransport(answer), retry_for_s=20), seen
+
+
+async def test_a_full_server_is_asked_again_when_it_says() -> None:
+    full = [Response(status_code=status, headers={"Retry-After": "1"}) for status in (429, 503)]
+    client, seen = refusing(*full, PlainTextResponse("<html>Bad gateway", 502))
+    async with client:
+        started = time.monotonic()
+        assert await client.run("add", {"a": 1}) == {"result": 3}
+        assert time.monotonic() - started >= 2
+    assert len(seen) == 4
+    assert len({headers["idempotency-key"] for headers in seen}) == 1
+
+
+async def test_a_server_that_stays_full_is_given_up() -> None:
+    app = Starlette(routes=[Route("/run/flock", lambda request: PlainTextResponse("busy", 503), methods=["POST"])])
+    async with AsyncFlockClient("http://here", transport=httpx.ASGITransport(app), retry_for_s=0.3) as client:
+        with pytest.raises(APIError, match=r"busy \(HTTP 503\)"):
+            await client.run("add", {"a": 1})
+
+
+async def test_a_server_that_cannot_be_reached_is_given_up() -> None:
+    async with AsyncFlockClient(f"http://127.0.0.1:{free_port()}", retry_for_s=0.3) as client:
+        with pytest.raises(httpx.ConnectError):
+            await client.run("add", {"a": 1})
+
+
+def test_a_run_survives_a_kill_of_the_server(script: Path, tmp_path: Path) -> None:
+    """Its reader sees each character once."""
+    port, gate = free_port(), tmp_path / "gate"
+    command = flockapi_command("serve", str(script), "--port", str(port), "--store", str(tmp_path / "flock.db"))
+    output, texts, is_half = StreamedOutput(), list[str](), threading.Event()
+
+    def follow() -> None:
+        with FlockClient(f"http://127.0.0.1:{port}") as client:
+            run = client.submit("story", {"words": 10, "gate": str(gate)})
+            for event in client.events(run.run_id):
+                output.add(event)
+                texts.append(output.fields.get("result", ""))
+                if "word 5" in texts[-1]:
+                    is_half.set()
+            assert client.run("double", {"n": 1}) == {"result": 2}
+
+    reader = threading.Thread(target=follow)
+    with running(*command) as server:
+        reader.start()
+        assert is_half.wait(30)
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+    gate.touch()
+    with running(*command):
+        reader.join(60)
+        assert not reader.is_alive()
+    whole = "".join(f"word {number}\u2028 " for number in range(10))
+    assert texts[-1] == whole
+    assert all(whole.startswith(text) for text in texts)
+
+
+def test_ctrl_c_stops_to_wait_and_the_run_goes_on(client: FlockClient, tmp_path: Path) -> None:
+    run = client.submit("story", {"words": 2, "gate": str(tmp_path / "gate")})
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        client.wait(run.run_id)
+    (tmp_path / "gate").touch()
+    assert client.wait(run.run_id).status is RunStatus.COMPLETED
+
+
+def test_the_events_of_a_run_are_read_in_part(client: FlockClient, tmp_path: Path) -> None:
+    (tmp_path / "gate").touch()
+    run = client.submit("story", {"words": 3, "gate": str(tmp_path / "gate")})
+    client.wait(run.run_id)
+    names = [event.name for event in client.events(run.run_id)]
+    assert (names[0], names[-1]) == ("run.started", "run.completed")
+    with contextlib.closing(client.events(run.run_id)) as events:  # type: ignore[type-var]
+        first = next(events)
+    assert first.id is not None
+    rest = [event.name for event in client.events(run.run_id, after=first.id)]
+    assert [name for name in rest if name != "output.snapshot"] == [
+        name for name in names[1:] if name != "output.snapshot"
+    ]
+    last = list(client.events(run.run_id))[-1]
+    assert last.id is not None
+    assert list(client.events(run.run_id, after=last.id)) == []
+
+
+async def test_an_event_loop_may_use_the_client_without_async(server: Server) -> None:
+    """As in a notebook."""
+    with FlockClient(server.url) as client:
+        assert client.run("double", {"n": 1}) == {"result": 2}
+
+
+async def test_a_cancelled_wait_leaves_the_run_alone(server: Server, tmp_path: Path) -> None:
+    async with AsyncFlockClient(server.url) as client:
+        run = await client.submit("story", {"words": 2, "gate": str(tmp_path / "gate")})
+        with anyio.move_on_after(0.2) as scope:
+            await client.wait(run.run_id)
+        assert scope.cancelled_caught
+        (tmp_path / "gate").touch()
+        assert (await client.wait(run.run_id)).status is RunStatus.COMPLETED
+
+
+# Tables
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.ndjson", "rows.jsonl.gz"])
+def test_a_file_is_uploaded_and_its_results_downloaded(client: FlockClient, tmp_path: Path, name: str) -> None:
+    count, sent, got = 2000, list[tuple[int, int]](), list[int]()
+    rows = ["n", *map(str, range(count))] if name == "rows.csv" else [f'{{"n": {n}}}' for n in range(count)]
+    data = "\n".join(rows).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    batch = client.run_batch("double", path, max_workers=50, on_progress=lambda *bytes_: sent.append(bytes_))
+    assert sent[-1] == (path.stat().st_size, path.stat().st_size)
+    states = list[int]()
+    batch = client.wait_batch(batch.batch_id, on_progress=lambda batch: states.append(batch.completed_items))
+    assert (batch.status, batch.completed_items, states[-1]) == (RunStatus.COMPLETED, count, count)
+    client.download(batch.batch_id, tmp_path / "out.ndjson", on_progress=got.append)
+    lines = (tmp_path / "out.ndjson").read_bytes().splitlines()
+    assert [msgspec.json.decode(line)["result"] for line in lines] == [{"result": 2 * n} for n in range(count)]
+    assert got[-1] == (tmp_path / "out.ndjson").stat().st_size
+    client.download(batch.batch_id, tmp_path / "out.csv", status="completed", usage=True)
+    assert (tmp_path / "out.csv").read_text().startswith("n,result,")
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.csv", "out.ndjson"]
+
+
+def test_mappings_are_uploaded(client: FlockClient) -> None:
+    batch = client.run_batch("double", ({"m": n} for n in range(3)), input_mapping={"m": "n"}, parallel=False)
+    assert client.wait_batch(batch.batch_id).completed_items == 3
+
+
+def test_a_batch_is_cancelled_and_retried(client: FlockClient, tmp_path: Path) -> None:
+    row = {"words": 2, "gate": str(tmp_path / "gate")}
+    batch = client.run_batch("story", [row] * 3)
+    client.cancel_batch(batch.batch_id)
+    assert client.wait_batch(batch.batch_id).cancelled_items == 3
+    (tmp_path / "gate").touch()
+    client.retry_batch(batch.batch_id, only="cancelled")
+    assert client.wait_batch(batch.batch_id).completed_items == 3
+
+
+async def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    async with local() as client:
+        with pytest.raises(ValueError, match=r"'rows\.xml' must end in \.csv, \.ndjson, \.jsonl, optionally"):
+            await client.run_batch("add", tmp_path / "rows.xml")
+        with pytest.raises(ValueError, match=r"'out\.xml' must end in \.csv, \.ndjson, \.jsonl, \.json\."):
+            await client.download("b", tmp_path / "out.xml")
+
+
+async def test_a_download_that_breaks_is_done_again(tmp_path: Path) -> None:
+    """A file that exists is complete."""
+    tries = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal tries
+        tries += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n" + (b"abc" if tries == 1 else b"abcdef"))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        async with AsyncFlockClient(f"http://127.0.0.1:{port}") as client:
+            await client.download("b", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == "abcdef"
+    assert tries == 2

@@ -1,0 +1,591 @@
+"""What a program adds to an agent with a model: checks of answers, and functions in place of texts."""
+
+import inspect
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import msgspec
+import pydantic
+import pytest
+
+from flock.agents.tools import Tool
+from flock.core import Flock, FlockFactory, History
+from flock.errors import AgentError, DefinitionError, EngineStopped, RunFailed, SignatureError
+from flock.runs import Engine, Run, RunContext, RunStatus
+from flock.testing import Failure, FakeModel, Reply
+from flockapi import create_app
+from tests.support import PATIENCE_S
+from tests.support.engines import OpenEngine
+
+pytestmark = pytest.mark.anyio
+
+
+class Draft(msgspec.Struct):
+    text: str
+
+
+def flock_of(output: Any = "text: str", **options: Any) -> Flock:
+    flock = Flock("agents", model="openai/gpt-4o")
+    flock.add_agent(FlockFactory.create_default_agent("writer", input="q", output=output, **options))
+    return flock
+
+
+async def ended(engine: Engine, agent_name: str = "writer", **options: Any) -> Run:
+    run = await engine.submit(agent_name, {"q": "?"}, **options)
+    with anyio.fail_after(PATIENCE_S):
+        return await engine.wait(run.run_id)
+
+
+async def run_of(flock: Flock, model: FakeModel, **options: Any) -> Run:
+    async with flock.engine(transport=model.transport, **options) as engine:
+        return await ended(engine)
+
+
+# validate=
+
+
+async def test_a_validator_sends_an_answer_back_and_changes_the_next(open_engine: OpenEngine, model: FakeModel) -> None:
+    async def check(draft: Draft, context: RunContext) -> Draft | None:
+        if "!" in draft.text:
+            raise AgentError(f"{context.agent_name} must be calm.")
+        return Draft(draft.text.upper())
+
+    model.replies = [{"text": "hi!"}, {"text": "hi"}]
+    async with open_engine(flock_of(Draft, validate=check), transport=model.transport) as engine:
+        run = await ended(engine)
+    assert (run.status, run.value) == (RunStatus.COMPLETED, {"text": "HI"}), run.error
+    assert model.requests[1].text.startswith("That answer cannot be used. writer must be calm.")
+
+
+async def test_a_validator_of_an_agent_with_a_string_gets_a_dict_which_it_may_change(model: FakeModel) -> None:
+    def check(answer: dict[str, Any]) -> None:
+        answer["text"] += "."
+
+    model.replies = [{"reasoning": "easy", "text": "hi"}]
+    assert (await run_of(flock_of(validate=check, reasoning=True), model)).value == {"text": "hi."}
+
+
+async def test_the_model_may_call_tools_again_after_a_validator(model: FakeModel) -> None:
+    def look_up(name: str) -> str:
+        return "42"
+
+    def check(answer: dict[str, Any]) -> None:
+        if answer["text"] != "42":
+            raise AgentError("Look it up.")
+
+    model.replies = [{"text": "7"}, Reply(calls=[("look_up", {"name": "x"})]), {"text": "42"}]
+    assert (await run_of(flock_of(validate=check, tools=[look_up]), model)).value == {"text": "42"}
+    assert [request.tool_names for request in model.requests] == [["look_up"]] * 3
+
+
+async def test_a_validator_that_never_accepts_fails_the_run_with_its_reason(model: FakeModel) -> None:
+    def check(answer: dict[str, Any]) -> None:
+        raise AgentError("Never.")
+
+    model.replies = [{"text": "a"}] * 3
+    run = await run_of(flock_of(validate=check), model)
+    assert run.error_type == "invalid_output"
+    assert run.error == "The model's answers did not match the output of 'writer' in 3 attempts: Never."
+
+
+async def test_a_validator_that_raises_hangs_or_returns_nonsense_fails_the_run(model: FakeModel) -> None:
+    async def hangs(answer: Any) -> None:
+        await anyio.sleep_forever()
+
+    def hangs_in_a_thread(answer: Any) -> None:
+        time.sleep(0.3)
+
+    cases: list[tuple[Any, str, str]] = [
+        (lambda answer: 1 / 0, "agent_exception", "ZeroDivisionError"),
+        (hangs, "call_error", "validate= of 'writer' did not end within 0.05 s (tool_timeout_s)."),
+        (hangs_in_a_thread, "call_error", "validate= of 'writer' did not end within 0.05 s (tool_timeout_s)."),
+        (lambda answer: {"text": 1}, "invalid_output", "validate= of 'writer' returned a result that does not match."),
+    ]
+    for validate, error_type, words in cases:
+        model.replies = [{"text": "a"}]
+        run = await run_of(flock_of(validate=validate, tool_timeout_s=0.05), model)
+        assert (run.status, run.error_type) == (RunStatus.FAILED, error_type)
+        assert words in (run.error or "")
+
+
+@pytest.mark.parametrize("validate", ["check", Draft, lambda: None, lambda a, b, c: None])
+def test_a_validator_that_cannot_be_called_is_an_error_at_the_definition(validate: Any) -> None:
+    with pytest.raises(DefinitionError, match="validate= of 'writer' must be a function"):
+        flock_of(validate=validate)
+
+
+async def test_a_step_that_runs_again_does_not_validate_again(open_engine: OpenEngine, model: FakeModel) -> None:
+    """It asks a person in the second check."""
+    checks: list[str] = []
+
+    async def check(answer: dict[str, Any], context: RunContext) -> None:
+        checks.append(answer["text"])
+        if answer["text"] == "a":
+            raise AgentError("Longer.")
+        if not await context.ask("Is it good?", bool):
+            raise AgentError("No.")
+
+    model.replies = [{"text": "a"}, {"text": "bb"}]
+    async with open_engine(flock_of(validate=check), transport=model.transport) as engine:
+        run = await engine.submit("writer", {"q": "?"}, is_async=True)
+        with anyio.fail_after(PATIENCE_S):
+            while not (waiting := await engine.get_run(run.run_id)).waiting_for:  # noqa: ASYNC110
+                await anyio.sleep(0.02)
+            await engine.answer_call(run.run_id, waiting.waiting_for[0].call_id, msgspec.Raw(b"true"))
+            run = await engine.wait(run.run_id)
+    assert (run.status, run.value) == (RunStatus.COMPLETED, {"text": "bb"}), run.error
+    assert checks == ["a", "bb", "bb"], "what comes before the question is executed again in the open call"
+    assert len(model.requests) == 2
+
+
+# instructions= as a function
+
+
+async def test_instructions_may_be_a_function_which_is_called_for_each_call_of_the_model(
+    open_engine: OpenEngine, model: FakeModel
+) -> None:
+    numbers = iter(range(9))
+
+    async def instructions(context: RunContext) -> str:
+        return f"You work for {context.session_id}, {next(numbers)}."
+
+    model.replies = [{"wrong": 1}, {"text": "a"}]
+    async with open_engine(flock_of(instructions=instructions), transport=model.transport) as engine:
+        run = await ended(engine, session_id="ann")
+        calls = (await engine.get_calls(run))[0]
+    assert run.status is RunStatus.COMPLETED, run.error
+    texts = [f"You work for ann, {number}." for number in range(2)]
+    assert [request["messages"][0]["content"] for request in model.requests] == [
+        f"You are writer.\n{text}" for text in texts
+    ]
+    assert [msgspec.json.decode(call.result)["instructions"] for call in calls] == texts
+
+
+async def test_instructions_of_a_conversation_may_be_a_function(model: FakeModel) -> None:
+    flock = Flock("chat", model="openai/gpt-4o")
+    options: dict[str, Any] = {"input": "messages: Messages", "output": "reply: str"}
+    agent = FlockFactory.create_default_agent("chat", instructions=lambda context: "Be brief.", **options)
+    flock.add_agent(agent)
+    model.replies = [{"reply": "Hi."}]
+    async with flock.engine(transport=model.transport) as engine:
+        run = await engine.submit("chat", {"messages": [{"role": "user", "content": "Hi!"}]})
+        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+    assert model.requests[0]["messages"][0]["content"].startswith("You are chat.\nBe brief.\n\nDetermine:")
+
+
+@pytest.mark.parametrize(
+    ("instructions", "error_type", "words"),
+    [
+        (lambda: "x" * 1_000_000, "call_error", "instructions= of 'writer' returned 1000000 characters, more than"),
+        (lambda: None, "call_error", "instructions= of 'writer' returned NoneType, not a text."),
+        (lambda context: 1 / 0, "agent_exception", "ZeroDivisionError"),
+    ],
+)
+async def test_instructions_that_cannot_be_used_fail_the_run_before_the_model_is_paid(
+    instructions: Any, error_type: str, words: str, model: FakeModel
+) -> None:
+    run = await run_of(flock_of(instructions=instructions), model)
+    assert (run.status, run.error_type) == (RunStatus.FAILED, error_type)
+    assert words in (run.error or "")
+    assert model.requests == []
+
+
+# Options of the model
+
+
+def look_up(name: str) -> str:
+    return f"{name}: 42"
+
+
+async def test_options_of_an_agent_are_sent_under_the_names_of_the_provider(model: FakeModel) -> None:
+    options: Any = {"top_p": 0.5, "max_tokens": 9, "reasoning_effort": "low", "extra_body": {"service_tier": "flex"}}
+    model.replies = [{"text": "a"}] * 2
+    for name in ("openai/gpt-4o", "openai/o3"):
+        run = await run_of(flock_of(options=options, temperature=0.1, max_tokens=50, model=name), model)
+        assert run.status is RunStatus.COMPLETED, run.error
+    first, second = model.requests
+    sent = {"top_p": 0.5, "max_completion_tokens": 9, "reasoning_effort": "low", "service_tier": "flex"}
+    assert first.items() >= {**sent, "temperature": 0.1}.items()
+    assert "extra_body" not in first
+    del sent["top_p"]
+    assert second.items() >= sent.items()
+    assert second.keys().isdisjoint({"temperature", "top_p"}), "a reasoning model rejects them"
+
+
+@pytest.mark.parametrize("choice", ["required", "look_up"])
+async def test_a_choice_of_tools_is_for_the_first_reply(choice: str, model: FakeModel) -> None:
+    """Otherwise the model could never answer."""
+    model.replies = [Reply(calls=[("look_up", {"name": "x"})]), {"text": "42"}]
+    flock = flock_of(tools=[look_up], options={"tool_choice": choice, "parallel_tool_calls": False})
+    assert (await run_of(flock, model)).value == {"text": "42"}
+    first, second = model.requests
+    named = {"type": "function", "function": {"name": "look_up"}}
+    assert first["tool_choice"] == ("required" if choice == "required" else named)
+    assert "tool_choice" not in second
+    assert first["parallel_tool_calls"] is second["parallel_tool_calls"] is False
+
+
+async def test_a_choice_of_tools_holds_for_a_model_that_calls_them_as_json(model: FakeModel) -> None:
+    def other() -> str:
+        return ""
+
+    step = {"next_thought": "", "next_tool_name": "look_up", "next_tool_args": {"name": "x"}}
+    finish = {"next_thought": "", "next_tool_name": "finish", "next_tool_args": {}}
+    model.replies = [Failure(400, message="tools are not supported"), step, finish, {"text": "42"}]
+    flock = flock_of(tools=[look_up, other], options={"tool_choice": "look_up"})
+    assert (await run_of(flock, model)).value == {"text": "42"}
+    names = [
+        [step["properties"]["next_tool_name"]["enum"][0] for step in request.schema["anyOf"]]
+        for request in model.requests[1:3]
+    ]
+    assert names == [["look_up"], ["look_up", "other", "finish"]]
+
+
+async def test_no_tools_are_offered_for_the_choice_none(model: FakeModel) -> None:
+    model.replies = [{"text": "a"}]
+    assert (await run_of(flock_of(tools=[look_up], options={"tool_choice": "none"}), model)).value == {"text": "a"}
+    assert model.requests[0].tool_names == []
+
+
+@pytest.mark.parametrize(("choice", "tools"), [("look_upp", [look_up]), ("required", [])])
+async def test_a_choice_of_a_tool_that_is_missing_fails_the_run(choice: str, tools: Any, model: FakeModel) -> None:
+    run = await run_of(flock_of(tools=tools, options={"tool_choice": choice}), model)
+    assert (run.error or "").startswith(f"'writer' has no tool for tool_choice='{choice}'.")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temprature": 1}, "has an unknown option 'temprature'. Did you mean 'temperature'?"),
+        ({"temperature": 3}, "is invalid. /temperature: "),
+        ({"extra_body": {"x": object()}}, "is invalid. "),
+        ([("seed", 1)], "must be a mapping such as"),
+    ],
+)
+def test_options_that_are_invalid_are_an_error_at_the_definition(options: Any, words: str) -> None:
+    with pytest.raises(DefinitionError) as caught:
+        flock_of(options=options)
+    assert words in str(caught.value)
+
+
+async def test_a_called_agent_gets_options_for_one_call(open_engine: OpenEngine, model: FakeModel) -> None:
+    """The same inputs with other options are another call. What the called agent calls itself does not get them."""
+    flock = flock_of(options={"seed": 1}, tools=["helper"])
+    flock.add_agent(FlockFactory.create_default_agent("helper", input="q", output="text: str"))
+
+    @flock.agent
+    async def caller(q: str, context: RunContext) -> list[str]:
+        options: list[Any] = [None, {"seed": 2}, {"top_p": 0.5}]
+        return [(await context.run_agent("writer", {"q": q}, options=each))["text"] for each in options]
+
+    answers = iter("abc")
+    call_helper = Reply(calls=[("helper", {"q": "?"})])
+    model.replies = {
+        "writer": lambda request: {"text": next(answers)} if request["messages"][-1]["role"] == "tool" else call_helper,
+        "helper": {"text": "h"},
+    }
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await ended(engine, "caller")
+        calls = (await engine.get_calls(run))[0]
+    assert (run.status, run.value) == (RunStatus.COMPLETED, {"result": ["a", "b", "c"]}), run.error
+    sent = [(each.get("seed"), each.get("top_p")) for each in model.requests if each.agent_name == "writer"]
+    assert sent == [(1, None)] * 2 + [(2, None)] * 2 + [(1, 0.5)] * 2
+    assert {each.get("seed") for each in model.requests if each.agent_name == "helper"} == {None}
+    assert len({call.call_id for call in calls if call.name == "writer"}) == 3
+
+
+async def test_options_for_a_call_that_are_invalid_are_an_error() -> None:
+    flock = flock_of()
+
+    @flock.agent
+    async def caller(q: str, name: str, context: RunContext) -> str:
+        options: Any = {"seed": "x"}
+        return str(await context.run_agent(name, {"q": q}, options=options))
+
+    @flock.agent
+    def plain(q: str) -> str:
+        return q
+
+    async with flock.engine() as engine:
+        for name, words in {"plain": "'plain' is a function", "writer": "options= for 'writer' is invalid."}.items():
+            run = await engine.submit("caller", {"q": "?", "name": name})
+            run = await engine.wait(run.run_id)
+            assert run.error_type == "call_error"
+            assert words in (run.error or "")
+
+
+# state=
+
+
+class Pool:
+    def __init__(self) -> None:
+        self.is_open = False
+        self.used = 0
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator["Pool"]:
+        self.is_open = True
+        yield self
+        self.is_open = False
+
+
+async def test_the_state_is_open_while_the_engine_is(open_engine: OpenEngine, model: FakeModel) -> None:
+    pool = Pool()
+    flock = Flock("state", model="openai/gpt-4o", state=pool.opened)
+
+    def look_up(name: str, context: RunContext[Pool]) -> str:
+        context.state.used += 1
+        return name
+
+    flock.add_agent(FlockFactory.create_default_agent("writer", input="q", output="text: str", tools=[look_up]))
+
+    @flock.agent
+    async def caller(q: str, context: RunContext[Pool]) -> bool:
+        context.state.used += 1
+        await context.run_agent("writer", {"q": q})
+        return context.state.is_open
+
+    model.replies = [Reply(calls=[("look_up", {"name": "x"})]), {"text": "a"}]
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await ended(engine, "caller")
+        assert (run.status, run.value) == (RunStatus.COMPLETED, {"result": True}), run.error
+        assert b"Pool" not in msgspec.json.encode(run)
+    assert (pool.used, pool.is_open) == (2, False)
+
+
+async def test_the_state_is_that_of_the_lifespan_of_an_app() -> None:
+    pool = Pool()
+    flock = Flock("state", state=pool.opened)
+    app = create_app(flock, auth="host", store=":memory:")
+    assert not pool.is_open
+    async with app.lifespan():
+        assert pool.is_open
+    assert not pool.is_open
+
+
+async def test_a_state_that_is_used_too_late_is_an_error() -> None:
+    kept: list[RunContext] = []
+    flock = Flock("state", state="value")
+
+    @flock.agent
+    async def keep(context: RunContext) -> str:
+        kept.append(context)
+        return str(context.state)
+
+    assert await flock.run_async("keep") == {"result": "value"}
+    with pytest.raises(EngineStopped, match="state of the flock is closed"):
+        kept[0].state  # noqa: B018
+
+
+async def test_a_flock_without_a_state_says_so() -> None:
+    flock = Flock("state")
+
+    @flock.agent
+    async def read(context: RunContext) -> str:
+        return str(context.state)
+
+    with pytest.raises(RunFailed, match=r"This flock has no state. Pass Flock\(state=…\)."):
+        await flock.run_async("read")
+
+
+async def test_a_state_that_cannot_be_set_up_ends_the_start() -> None:
+    @asynccontextmanager
+    async def broken() -> AsyncIterator[None]:
+        raise OSError("no database")
+        yield
+
+    for state, error in ((broken, OSError), (dict, DefinitionError)):
+        with pytest.raises(error):
+            async with Flock("state", state=state).engine():
+                pass
+    with pytest.raises(DefinitionError, match="Decorate it with @asynccontextmanager"):
+        Flock("state", state=inspect.unwrap(broken))
+
+
+# history=
+
+
+async def turn(engine: Engine, q: str) -> Run:
+    run = await engine.submit("writer", {"q": q}, session_id="s")
+    with anyio.fail_after(PATIENCE_S):
+        run = await engine.wait(run.run_id)
+    assert run.status is RunStatus.COMPLETED, run.error
+    return run
+
+
+def seen(model: FakeModel) -> list[str]:
+    """Return the messages of the last request, without those of the system and of this turn, each in short."""
+    shown = []
+    for message in model.requests[-1]["messages"][1:-1]:
+        names = [call["function"]["name"] + call["function"]["arguments"] for call in message.get("tool_calls", ())]
+        shown.append(" ".join([message["role"], message["content"].partition("\n")[0], *names]).strip())
+    return shown
+
+
+async def test_the_next_turn_sees_the_calls_of_tools_and_their_results(
+    open_engine: OpenEngine, model: FakeModel
+) -> None:
+    """Arguments of a tool with secrets are left out. A call that a person has denied has no result."""
+
+    def pay(amount: int, pin: str) -> str:
+        raise AgentError("no money")
+
+    long = "x" * 10_000
+
+    def find(name: str) -> str:
+        return long
+
+    tools = [find, Tool(pay, secret=["pin"]), "helper"]
+    calls = [("find", {"name": "x"}), ("pay", {"amount": 1, "pin": "0000"}), ("nothing", {}), ("helper", {"q": "?"})]
+    writers: list[Any] = [Reply(calls=calls), {"text": "a"}, {"text": "b"}]
+    model.replies = {"writer": writers, "helper": [Reply(calls=[("find", {"name": "y"})]), {"text": "h"}]}
+    flock = flock_of(tools=tools, history=History(turns=5, calls=True))
+    flock.add_agent(FlockFactory.create_default_agent("helper", input="q", output="text: str", tools=[find]))
+    async with open_engine(flock, transport=model.transport) as engine:
+        await turn(engine, "one")
+        await turn(engine, "two")
+    assert seen(model) == [
+        'user {"q": "one"}',
+        'assistant  find{"name": "x"} pay{} nothing{} helper{"q": "?"}',
+        f"tool {long}",
+        "tool Error: no money",
+        "tool It was not called.",
+        'tool {"text":"h"}',
+        'assistant {"text":"a"}',
+    ]
+
+
+async def test_the_oldest_turns_beyond_the_tokens_are_left_out_whole(model: FakeModel) -> None:
+    model.replies = lambda request: {"text": "a" * 400}
+    flock = flock_of(history=History(turns=9, max_tokens=400))
+    async with flock.engine(transport=model.transport) as engine:
+        for q in ("one", "two", "three", "four"):
+            await turn(engine, q)
+    assert [text for text in seen(model) if text.startswith("user")] == ['user {"q": "two"}', 'user {"q": "three"}']
+
+
+async def test_an_edited_history_is_kept_for_the_session(open_engine: OpenEngine, model: FakeModel) -> None:
+    edits: list[list[str]] = []
+
+    async def summarise(messages: list[dict[str, Any]], context: RunContext) -> list[dict[str, Any]]:
+        edits.append([message["content"].partition("\n")[0] for message in messages])
+        found = await context.run_agent("summary", {"n": len(messages)})
+        return [{"role": "user", "content": found["text"]}]
+
+    flock = flock_of(history=History(edit=summarise))
+    flock.add_agent(FlockFactory.create_default_agent("summary", input="n: int", output="text: str"))
+    answers, summaries = iter("abc"), iter(["S1", "S2"])
+    model.replies = {
+        "writer": lambda request: {"text": next(answers)},
+        "summary": lambda request: {"text": next(summaries)},
+    }
+    async with open_engine(flock, transport=model.transport) as engine:
+        for q in ("one", "two", "three"):
+            await turn(engine, q)
+    assert edits == [['{"q": "one"}', '{"text":"a"}'], ["S1", '{"q": "two"}', '{"text":"b"}']]
+    [message] = model.requests[-1]["messages"][1:]
+    assert message["content"].startswith('S2\n\n{"q": "three"}'), (
+        "many models allow no two messages of the user in a row"
+    )
+
+
+@pytest.mark.parametrize(
+    ("edited", "words"),
+    [
+        ([{"role": "system", "content": "x"}], "message 0 has the role 'system'"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "message 0 has the role 'tool'"),
+        ("all", "returned what is not a list of messages"),
+        (None, "returned what is not a list of messages"),
+        (
+            [
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": ""}}],
+                },
+                {"role": "user", "content": "x"},
+            ],
+            "a call of a tool has no result",
+        ),
+    ],
+)
+async def test_a_history_that_is_not_a_conversation_fails_the_run(edited: Any, words: str, model: FakeModel) -> None:
+    model.replies = [{"text": "a"}]
+    async with flock_of(history=History(edit=lambda messages: edited)).engine(transport=model.transport) as engine:
+        await turn(engine, "one")
+        run = await ended(engine, session_id="s")
+    assert run.error_type == "call_error"
+    assert words in (run.error or "")
+
+
+@pytest.mark.parametrize("options", [{"turns": 0}, {"turns": None}, {"max_tokens": 0}, {"max_tokens": True}])
+def test_a_history_that_is_invalid_is_an_error_at_the_definition(options: Any) -> None:
+    with pytest.raises(DefinitionError, match="must be a whole number from 1"):
+        History(**options)
+    with pytest.raises(DefinitionError, match=r"edit= of the history of 'writer' must be a function"):
+        flock_of(history=History(edit=lambda: None))
+
+
+# A union as an output
+
+
+class Refund(msgspec.Struct):
+    amount: int
+    parts: list["Refund"] = []
+
+
+class Question(msgspec.Struct):
+    text: str
+
+
+class RefundModel(pydantic.BaseModel):
+    amount: int = pydantic.Field(ge=1)
+
+
+class QuestionModel(pydantic.BaseModel):
+    text: str
+
+
+@pytest.mark.parametrize(
+    ("union", "types"),
+    [(Refund | Question, (Refund, Question)), (RefundModel | QuestionModel, (RefundModel, QuestionModel))],
+)
+async def test_an_output_may_be_one_of_several_types(
+    union: Any, types: tuple[Any, Any], open_engine: OpenEngine, model: FakeModel
+) -> None:
+    refund, question = types
+    checked: list[Any] = []
+
+    def check(answer: Any) -> Any:
+        checked.append(answer)
+        return refund(amount=answer.amount + 1) if isinstance(answer, refund) else None
+
+    model.replies = [
+        {"result": {"type": "Other"}},
+        {"result": {"type": question.__name__, "text": "Which one?"}},
+        {"result": {"type": refund.__name__, "amount": 3}},
+    ]
+    async with open_engine(flock_of(union, validate=check), transport=model.transport) as engine:
+        first, second = await ended(engine), await ended(engine)
+    assert first.value == {"result": {"type": question.__name__, "text": "Which one?"}}, first.error
+    assert (second.value or {})["result"].items() >= {"type": refund.__name__, "amount": 4}.items(), second.error
+    assert [isinstance(value, type_) for value, type_ in zip(checked, (question, refund), strict=True)] == [True, True]
+    format_ = model.requests[0]["response_format"]["json_schema"]
+    assert format_["schema"]["properties"]["result"]["anyOf"]
+
+
+def test_a_union_whose_members_cannot_be_told_apart_is_an_error() -> None:
+    other = msgspec.defstruct("Question", [("a", int)])
+    typed = msgspec.defstruct("Typed", [("type", str)])
+    for union, words in (
+        (Question | other, "have the same name"),
+        (Question | typed, "needs a tag in a union"),
+        (Question | QuestionModel, "must be structs of msgspec, or models of pydantic"),
+        (Question | None, "must be structs of msgspec, or models of pydantic"),
+        (str | int, "must be structs of msgspec, or models of pydantic"),
+    ):
+        with pytest.raises(SignatureError, match=words):
+            flock_of(union)
