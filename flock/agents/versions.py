@@ -44,7 +44,7 @@ def recipe_of(name: str, agents: Mapping[str, Agent], default: Sequence[Model]) 
     """Return a digest of all that makes the results of an agent, and of those that may follow it.
 
     None if equal inputs may have other results: an agent is missing, or has no ``version`` and is a function, or has
-    tools or a history.
+    tools, a history or functions of its own.
     """
     names = dict.fromkeys([name, *(each.to for each in graph_of(name, agents) if each.to is not None)])
     parts: list[Any] = []
@@ -57,15 +57,17 @@ def recipe_of(name: str, agents: Mapping[str, Agent], default: Sequence[Model]) 
         if isinstance(agent, ModelAgent):
             models = models_of(agent.model, repr(each)) or default
             tools = [getattr(tool, "name", type(tool).__name__) for tool in agent.tools]
-            options = [agent.temperature, agent.max_tokens, agent._answer.schema, agent.history]
+            options = [agent.temperature, agent.max_tokens, agent.options, agent._answer.schema]
             parts.append([[(model.name, model.base_url, model.extra_body) for model in models], options, tools])
             parts.append([agent.instructions, agent._examples])
     return hashlib.sha256(msgspec.json.encode(parts, enc_hook=str)).hexdigest()[:32]
 
 
 def _is_pure(agent: Agent) -> bool:
-    is_pure = isinstance(agent, ModelAgent) and not agent.tools and not agent.history
-    return is_pure and all(handoff.kind != "function" for handoff in agent.handoffs())
+    if not isinstance(agent, ModelAgent) or agent.tools or agent.history:
+        return False
+    has_functions = agent.dynamic_instructions is not None or agent.validate is not None
+    return not has_functions and all(handoff.kind != "function" for handoff in agent.handoffs())
 
 
 def _source_of(code: Any) -> str:
