@@ -515,7 +515,8 @@ async def test_cancelling_a_batch_cancels_its_waiting_items(open_engine: OpenEng
         await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(True))
         with anyio.fail_after(PATIENCE_S):
             batch = await engine.wait_batch(batch.batch_id)
-        assert (batch.status, batch.cancelled_items, batch.waiting_items) == (RunStatus.COMPLETED, 2, 0)
+        assert (batch.status, batch.cancelled_items, batch.waiting_items) == (RunStatus.CANCELLED, 2, 0)
+        assert batch.error is not None
 
 
 async def test_an_expired_question_of_an_item_fails_it_unless_it_has_a_default(open_engine: OpenEngine) -> None:

@@ -249,6 +249,15 @@ def test_a_run_survives_a_kill_of_the_server(script: Path, tmp_path: Path) -> No
     assert all(whole.startswith(text) for text in texts)
 
 
+@pytest.fixture
+def raising_ctrl_c() -> Iterator[None]:
+    """Ctrl+C raises KeyboardInterrupt, as in a program without a handler of its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("raising_ctrl_c")
 def test_ctrl_c_stops_to_wait_and_the_run_goes_on(client: FlockClient, tmp_path: Path) -> None:
     run = client.submit("story", {"words": 2, "gate": str(tmp_path / "gate")})
     main = threading.main_thread().ident

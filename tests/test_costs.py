@@ -439,9 +439,9 @@ async def test_a_batch_stops_at_its_max_cost(open_engine: OpenEngine, workers: i
             (RunStatus.COMPLETED, None): paid,
             (RunStatus.CANCELLED, "cost_limit"): count - paid,
         }
-        await engine.retry_batch(batch.batch_id)
-        batch = await ended(engine, batch)
-        assert (batch.error_type, len(model.requests)) == ("cost_limit", paid), "nothing is left to spend"
+        with pytest.raises(InvalidData, match=r"Retry it with a higher max_cost\."):
+            await engine.retry_batch(batch.batch_id)
+        assert await engine.get_batch(batch.batch_id) == batch
         await engine.retry_batch(batch.batch_id, max_cost=1)
         batch = await ended(engine, batch)
         assert (batch.status, batch.error_type, batch.options.max_cost) == (RunStatus.COMPLETED, None, 1)
@@ -950,7 +950,8 @@ async def test_the_command_stops_at_max_cost_and_continues(model: FakeModel, tmp
         assert (first.returncode, len(model.requests)) == (1, 2), first.stderr
         assert b"The batch stopped after 0.000150 US dollars." in first.stderr
         assert b"run the same command again" in first.stderr
-        assert not (tmp_path / "out.csv").exists()
+        rows = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
+        assert [row["length"] for row in rows] == ["3", "3", "", "", "", ""]
         again = [*command, "--max-cost", "1", "--usage"]
         second = await anyio.run_process(again, env=env, check=False, cwd=tmp_path)
         assert (second.returncode, len(model.requests)) == (0, 6), second.stderr

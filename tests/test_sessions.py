@@ -306,7 +306,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         run = await ended(engine, await submit(engine, 0, None))
     with sqlite3.connect(store) as db:
         of_sessions = ("runs_by_session", "runs_by_session_and_principal", "sessions_active")
-        for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asking"):
+        for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asking", "items_by_digest"):
             db.execute(f"DROP INDEX {index}")
         for trigger in ("questions_asked", "client_tools_called"):
             db.execute(f"DROP TRIGGER {trigger}")
@@ -329,9 +329,10 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             "retried_by",
             "caller",
             "client",
+            "digest",
         ):
             db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
-        for column in ("waiting_items", "usage", "error_type", "invalid_items", "retried_by"):
+        for column in ("waiting_items", "usage", "error_type", "invalid_items", "retried_by", "recipe"):
             db.execute(f"ALTER TABLE batches DROP COLUMN {column}")
         for table in ("steps", "calls"):
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")

@@ -642,6 +642,17 @@ class _Server(uvicorn.Server):
         finally:
             sniffio.thread_local.name = None
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Write the last lines of the log before uvicorn raises a signal again, which ends the process."""
+        with super().capture_signals():
+            try:
+                yield
+            finally:
+                for name in ("uvicorn", "uvicorn.access", "flock"):
+                    for handler in logging.getLogger(name).handlers:
+                        handler.flush()
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
