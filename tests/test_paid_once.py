@@ -1,8 +1,12 @@
 """No row of a table is paid twice: batches that end early, continue, and take results that exist already."""
 
+import contextlib
+import sqlite3
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from flock.core import Flock, FlockFactory
@@ -11,7 +15,9 @@ from flock.runs import Batch, BatchOptions, Engine, RunStatus
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from flockapi import create_app
 from tests.paid_once import play
+from tests.support import PATIENCE_S
 from tests.support.engines import all_items, ended
+from tests.support.flocks import Work
 from tests.support.http import client_of
 
 pytestmark = pytest.mark.anyio
@@ -228,6 +234,23 @@ async def test_equal_rows_are_executed_once_with_dedupe() -> None:
         batch = await ended(engine, await engine.retry_batch(batch.batch_id))
         assert (calls[3], batch.failed_items) == (2, 0)
         assert [item.value["result"] for item in await all_items(engine, batch)] == [row["n"] ** 2 for row in rows]
+
+
+async def test_a_damaged_row_does_not_hold_up_equal_ones(tmp_path: Path) -> None:
+    work, store = Work(), tmp_path / "flock.db"
+    work.holds = True
+    async with work.flock.engine(store=store) as engine:
+        options = BatchOptions(dedupe=True, max_workers=1)
+        batch = await engine.submit_batch("item", [{"n": number % 2} for number in range(6)], options)
+        await work.started.wait()
+    with contextlib.closing(sqlite3.connect(store)) as db, db:
+        db.execute("UPDATE runs SET inputs = x'ff00' WHERE position = 1")
+    work.may_go.set()
+    async with work.flock.engine(store=store) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            batch = await ended(engine, batch)
+        assert (batch.status, batch.completed_items, batch.failed_items) == (RunStatus.COMPLETED, 6, 1)
+    assert work.calls == [0, 0, 1, 1]
 
 
 def look_up(word: str) -> str:

@@ -165,8 +165,11 @@ class Batches:
         is_partial = batch.options.limit is not None or batch.options.sample is not None
         while is_partial and not self.runner.is_draining and await self.store.cancel_waiting(batch, now(), NOT_CHOSEN):
             pass
-        if self.runner.is_draining or await self.store.pending_items(batch, -1, 1):
+        if self.runner.is_draining:
             return batch
+        if await self.store.pending_items(batch, -1, 1):
+            # The first of equal items cannot be read, so the others are executed.
+            return await self.store.drop_digests(batch) if batch.options.dedupe else batch
         for item_id, reason in await self.store.fail_unreadable(batch, now()):
             logger.error("batch %s: item %s cannot be read and was marked as failed: %s", id_, item_id, reason)
         batch = await self.store.end(batch, now(), is_day_spent=day_budget is not None and day_budget.is_spent)
