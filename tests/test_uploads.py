@@ -179,6 +179,13 @@ async def test_columns_can_be_renamed_and_gaps_filled(client: httpx.AsyncClient)
         pytest.param("need", b"", {}, [("", 1, "The header is missing")], id="empty"),
         pytest.param("need", b"\n\n", {}, [("", 1, "The header is missing")], id="empty lines"),
         pytest.param("show", b"text\n", {}, [("/batch_inputs", None, "at least one item")], id="a header only"),
+        pytest.param(
+            "show", b"text,noteGreat,x", {}, [("/noteGreat", 1, "no input"), ("", 1, "use --data-binary")], id="curl -d"
+        ),
+        pytest.param("show", b"PK\x03\x04 and so on", {}, [("", 1, "an Excel file")], id="xlsx"),
+        pytest.param("show", b"\xd0\xcf\x11\xe0 and so on", {}, [("", 1, "an old Excel file")], id="xls"),
+        pytest.param("show", b"PAR1\x15 and so on", {}, [("", 1, "a Parquet file")], id="parquet"),
+        pytest.param("show", b"\x1f\x8b and so on", {}, [("", 1, "Content-Encoding: gzip")], id="gzip"),
         pytest.param("show", b"text,x\na,1\n", {}, [("/x", 1, "no input 'x'")], id="an unknown column"),
         pytest.param("show", b"text,text\na,1\n", {}, [("/text", 1, "More than one column")], id="a column twice"),
         pytest.param("show", b"text,\na,1\n", {}, [("/", 1, "Column 2 has no name")], id="a column without a name"),

@@ -63,6 +63,15 @@ MAX_MEMBERS = 10_000
 MAX_COLUMNS_CHARS = 1024 * 1024
 #: Max lines in one row of CSV.
 MAX_ROW_LINES = 100_000
+#: The error of a header that does not fit and has no rows after it.
+JOINED = "There is nothing after this line. If curl has sent a file, use --data-binary: -d joins its lines."
+#: What is wrong with files that are no text, by how they begin.
+OTHER_FILES = {
+    b"PK\x03\x04": 'This is an Excel file (.xlsx), or another ZIP archive. Save it as "CSV UTF-8".',
+    b"\xd0\xcf\x11\xe0": 'This is an old Excel file (.xls). Save it as "CSV UTF-8".',
+    b"PAR1\x15": "This is a Parquet file. Save it as CSV or NDJSON.",
+    b"\x1f\x8b": "This is compressed with gzip. Send it with the header Content-Encoding: gzip, or name the file .gz.",
+}
 #: Max errors that are reported for one row or for the header.
 MAX_ROW_ERRORS = 100
 #: Max comparisons of names per upload to find the closest input. Each comparison is slow.
@@ -330,11 +339,17 @@ async def csv_rows(
     """
     columns: _Columns | None = None
     names_bytes, share = 0, FairShare()
-    async for line, cells in _records(chunks, dialect, max_row_bytes):
+    records = _records(chunks, dialect, max_row_bytes)
+    async for line, cells in records:
         if columns is None:
             if len(cells) > MAX_MEMBERS:
                 raise InvalidData.of(_too_many(len(cells), "columns"), line=line)
-            columns = _Columns(cells, row_mapping, dialect, line, max_depth)
+            try:
+                columns = _Columns(cells, row_mapping, dialect, line, max_depth)
+            except InvalidData as exc:
+                if await anext(records, None) is not None:
+                    raise
+                raise InvalidData([*exc.errors, FieldError(detail=JOINED, pointer="", line=line)]) from exc
             names_bytes = columns.names_bytes if are_names_counted else 0
             await share.checkpoint()
         else:
@@ -355,7 +370,10 @@ async def _records(
     new: list[str] = []
     new_chars, first_bytes, share = 0, b"", FairShare()
     async for chunk in _with_end(chunks):
-        first_bytes = first_bytes or (chunk or b"")[:2]
+        first_bytes = first_bytes or (chunk or b"")[:5]
+        for beginning, problem in OTHER_FILES.items():
+            if first_bytes.startswith(beginning):
+                raise InvalidData.of(problem, line=1)
         try:
             new.append(decoder.decode(chunk or b"", final=chunk is None))
         except UnicodeError as exc:

@@ -37,6 +37,8 @@ def media_type_of(request: Request, *accepted: str) -> str:
     problem = f"is {content_type!r}" if content_type else "is missing"
     options = " or ".join(f"-H 'Content-Type: {type_}'" for type_ in accepted)
     detail = f"The Content-Type {problem}. It must be {' or '.join(accepted)}. With curl: {options}"
+    if "text/csv" in accepted:
+        detail += ". For a file, use --data-binary: -d joins its lines."
     raise HTTPException(415, detail, headers={"Accept": ", ".join(accepted)})
 
 
