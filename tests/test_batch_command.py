@@ -699,3 +699,25 @@ def test_progress_as_json_ends_with_the_final_counts() -> None:
     *_, last, summary = done.stderr.splitlines()
     assert (json.loads(last)["status"], json.loads(last)["completed_items"]) == ("completed", 3)
     assert summary == "3 of 3 rows completed."
+
+
+def test_a_full_disk_stops_the_command_and_the_next_one_continues() -> None:
+    """No row runs again but those whose results were about to be written."""
+    count, workers = 200, 5
+    rows = "".join(f"{n},{'w' * 200}\n" for n in range(count))
+    Path("rows.csv").write_text(f"n,word\n{rows}")
+    command = flockapi_command("batch", "target.py", "work", "rows.csv", "-o", "out.csv", "--max-workers", str(workers))
+    limited = ["bash", "-c", 'ulimit -f 800; exec "$@"', "bash", *command]  # files of at most 800 KiB
+    stopped = subprocess.run(limited, capture_output=True, text=True, timeout=100)
+    assert stopped.returncode == os.EX_IOERR, stopped.stderr
+    (line,) = [line for line in stopped.stderr.splitlines() if line.startswith("Error: ")]
+    assert "out.csv.flock.db: " in line
+    assert "run the same command again" in line
+    assert 0 < len(Path("log").read_text().splitlines()) < count
+    assert not Path("out.csv").exists()
+    subprocess.run(command, check=True, timeout=100)
+    started = Counter(Path("log").read_text().splitlines())
+    assert len(started) == count
+    assert started.total() <= count + 2 * workers
+    with open("out.csv", newline="") as file:
+        assert sum(row["status"] == "completed" for row in csv.DictReader(file)) == count

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import logging
 import os
 import sys
@@ -22,7 +23,7 @@ from flock.command.target import load_flock
 from flock.command.terminal import TerminalBytes, echo
 from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
-from flock.errors import DefinitionError, FieldError, InvalidData
+from flock.errors import DefinitionError, FieldError, InvalidData, StoreError
 from flock.options import MAX_SECONDS
 from flock.rows.dialect import CSVDialect
 from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
@@ -31,6 +32,9 @@ from flock.store.database import MEMORY
 
 #: Max row errors that are printed.
 MAX_LISTED_ERRORS = 20
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: That of ``sysexits.h`` for a file that cannot be written, such as on a full disk.
+EXIT_IO = os.EX_IOERR
 #: The conventional exit code after Ctrl-C.
 EXIT_INTERRUPTED = 130
 STDOUT = Path("-")
@@ -190,8 +194,8 @@ def batch(
     ran or were cut off: by a stop, a crash, --max-cost, --max-failures or used up quota. Finished rows do not run
     again, and failed ones only with --retry failed. --forget removes the store.
 
-    The exit code is 0 if all rows completed, and 1 if some did not. The column "error" has the reason. With --dry-run,
-    the exit code is 0 if the rows would be accepted, and 1 otherwise.
+    The exit code is 0 if all rows completed, 1 if some did not, and 74 if a disk is full. The column "error" has the
+    reason. With --dry-run, the exit code is 0 if the rows would be accepted, and 1 otherwise.
     """
     if output is None:
         if not is_dry_run and not (forget and state):
@@ -254,9 +258,24 @@ def _explaining_errors(rows: Path, output: Path, state: Path) -> Iterator[None]:
     except BrokenPipeError:
         _print_stderr(f"The reader closed the pipe before the end of the results.{_resume_hint(state)}")
         raise
+    except StoreError as exc:
+        cause: BaseException | None = exc
+        while cause is not None and not _is_of_disk(cause):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        _print_stderr(f"Error: {state}: {cause}.{_resume_hint(state)}")
+        _exit(EXIT_IO)
     except OSError as exc:
         path = exc.filename or output
-        raise click.ClickException(f"{path}: {exc.strerror or exc}.{_resume_hint(state)}") from exc
+        _print_stderr(f"Error: {path}: {exc.strerror or exc}.{_resume_hint(state)}")
+        _exit(EXIT_IO if _is_of_disk(exc) else 1)
+
+
+def _is_of_disk(exc: BaseException) -> bool:
+    """Whether a disk is full, or a file may not grow, or SQLite cannot use its file."""
+    name = getattr(exc, "sqlite_errorname", "")
+    return getattr(exc, "errno", None) in DISK_ERRORS or name.startswith(("SQLITE_FULL", "SQLITE_IOERR"))
 
 
 def _goes_on(flock: DeclaredFlock, job: BatchFile, count: int, stdout: IO[bytes]) -> bool:

@@ -1,7 +1,7 @@
 """The progress of a batch, as a line on a terminal."""
 
-import contextlib
 import sys
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any, TextIO, cast
 
@@ -10,6 +10,8 @@ import msgspec
 
 from flock.runs import Batch, Engine, event_of_batch
 
+#: How often the state of the batch is read, and shown in a progress line, in seconds.
+CHECK_INTERVAL_S, BAR_INTERVAL_S = 1.0, 0.2
 #: How often a line is printed if stderr is not a terminal, in seconds.
 LINE_INTERVAL_S = 10.0
 
@@ -20,10 +22,10 @@ async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None =
     Args:
         is_shown: whether to show a progress line. By default only if stderr is a terminal.
 
-    Raises: the same as ``Engine.wait_batch``.
+    Raises: the same as ``Engine.wait_batch``; StoreError also when the results can no longer be stored.
     """
     if not (sys.stderr.isatty() if is_shown is None else is_shown):
-        return await engine.wait_batch(batch_id)
+        return [batch async for batch in _states(engine, batch_id, CHECK_INTERVAL_S)][-1]
     import click  # here, since only a progress line needs it
 
     batch, started_at, text = await engine.get_batch(batch_id), anyio.current_time(), ""
@@ -36,32 +38,38 @@ async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None =
         item_show_func=lambda _: text,
         width=20,
     ) as bar:
-        async with contextlib.aclosing(engine.batch_events(batch_id)) as events:
-            async for event in events:
-                if event is not None:
-                    text = _status_text(event.data, batch, anyio.current_time() - started_at)
-                    bar.update(event.data["completed_items"] - bar.pos)
-                    bar.render_progress()
-    return await engine.wait_batch(batch_id)
+        async for state in _states(engine, batch_id, BAR_INTERVAL_S):
+            text = _status_text(event_of_batch(state).data, batch, anyio.current_time() - started_at)
+            bar.update(state.completed_items - bar.pos)
+            bar.render_progress()
+    return state
 
 
 async def print_progress(engine: Engine, batch_id: str, *, as_json: bool) -> Batch:
     """Return the batch when it is final. Until then, print a line each 10 s on stderr; as JSON also at the end."""
     before, started_at = await engine.get_batch(batch_id), anyio.current_time()
-    while True:
-        batch = await engine.wait_batch(batch_id, LINE_INTERVAL_S)
-        data = event_of_batch(batch).data
+    printed_at = started_at
+    async for batch in _states(engine, batch_id, CHECK_INTERVAL_S):
+        at = anyio.current_time()
+        if at < printed_at + LINE_INTERVAL_S and not batch.status.is_final:
+            continue
+        printed_at, data = at, event_of_batch(batch).data
         if as_json:
             print(msgspec.json.encode(data).decode(), file=sys.stderr, flush=True)
         elif not batch.status.is_final:
             counts = f"{batch.agent_name}: {batch.completed_items:,} of {batch.total_items:,} rows"
-            print(
-                f"{counts}  {_status_text(data, before, anyio.current_time() - started_at)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"{counts}  {_status_text(data, before, at - started_at)}", file=sys.stderr, flush=True)
+    return batch
+
+
+async def _states(engine: Engine, batch_id: str, interval_s: float) -> AsyncIterator[Batch]:
+    """Yield the batch at an interval, and when it is final. Raises StoreError if its results cannot be stored."""
+    while True:
+        batch = await engine.wait_batch(batch_id, interval_s)
+        yield batch
         if batch.status.is_final:
-            return batch
+            return
+        await engine.check_ready()
 
 
 def _status_text(now: dict[str, Any], before: Batch, took_s: float) -> str:
