@@ -302,10 +302,10 @@ class AsyncFlockClient:
         return await self._ask("GET", f"/run/{run_id}", RunState, params=params, wait_s=wait_s)
 
     async def wait(self, run_id: str) -> RunState:
-        """Wait until a run has ended, or asks a question."""
+        """Wait until a run has ended, or waits for an answer and does nothing else."""
         while True:
             run = await self.get(run_id, wait_s=WAIT_S)
-            if run.status.is_final or run.waiting_for:
+            if run.status.is_final or (run.status is RunStatus.WAITING and run.waiting_for):
                 return run
 
     async def cancel(self, run_id: str) -> RunState:

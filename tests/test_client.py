@@ -22,10 +22,12 @@ from flock.client import APIError, AsyncFlockClient, FlockClient, StreamedOutput
 from flock.errors import Conflict, RunFailed
 from flock.runs import RunStatus
 from flockapi import create_app
+from tests.support import PATIENCE_S
 from tests.support.flocks import Approval, Summary, sample_flock
 from tests.support.servers import Server, flockapi_command, free_port, running, serving
 
 AGENTS = '''
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -51,6 +53,17 @@ async def story(words: int, gate: str) -> AsyncIterator[str]:
         if number == words // 2:
             while not Path(gate).exists():
                 await anyio.sleep(0.01)
+
+
+@flock.agent
+async def ask_beside(gate: str, context: RunContext) -> bool:
+    """Asks, and meanwhile waits for a file in a call."""
+    async def wait() -> None:
+        while not Path(gate).exists():
+            await anyio.sleep(0.01)
+
+    approved, _ = await asyncio.gather(context.ask("Now?", bool), context.call(wait))
+    return approved
 
 
 @flock.agent
@@ -93,7 +106,7 @@ class Sum(msgspec.Struct):
 def test_a_run_returns_its_result(client: FlockClient) -> None:
     assert client.run("double", {"n": 4}) == {"result": 8}
     assert client.run("double", {"n": 4}, result_type=Sum) == Sum(result=8)
-    assert {agent["name"] for agent in client.agents()} == {"double", "story", "refund"}
+    assert {agent["name"] for agent in client.agents()} == {"double", "story", "refund", "ask_beside"}
 
 
 async def test_a_result_has_the_type_of_the_caller() -> None:
@@ -158,6 +171,25 @@ def test_an_inbox_is_read_and_answered(client: FlockClient) -> None:
         client.send(question.run_id, "note", "done")
     results = [client.wait(run.run_id).result for run in runs]
     assert results == [{"result": "True: done"}] * 3
+
+
+def test_a_question_beside_a_call_is_answered_when_the_run_does_nothing_else(server: Server, tmp_path: Path) -> None:
+    results = list[Any]()
+
+    def run() -> None:
+        with FlockClient(server.url) as client:
+            results.append(client.run("ask_beside", {"gate": str(tmp_path / "gate")}, answer=lambda question: True))
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    with FlockClient(server.url) as client:
+        deadline = time.monotonic() + PATIENCE_S
+        while not list(client.questions()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    (tmp_path / "gate").touch()
+    runner.join(PATIENCE_S)
+    assert results == [{"result": True}]
 
 
 async def test_a_page_of_questions_is_found_below_a_mount(monkeypatch: pytest.MonkeyPatch) -> None:
