@@ -47,6 +47,8 @@ async def work(n: int, word: str = "w") -> str:
     begun += 1
     if begun == int(os.environ.get("TELL_AT", 0)):
         print("so far", file=sys.stderr, flush=True)
+    while begun == int(os.environ.get("HOLD_AT", 0)) and not os.path.exists("go"):
+        await anyio.sleep(0.01)
     await anyio.sleep(0.001)
     if n == -1:
         raise ValueError("minus one")
@@ -721,3 +723,29 @@ def test_a_full_disk_stops_the_command_and_the_next_one_continues() -> None:
     assert started.total() <= count + 2 * workers
     with open("out.csv", newline="") as file:
         assert sum(row["status"] == "completed" for row in csv.DictReader(file)) == count
+
+
+def test_the_rows_so_far_are_written_beside_a_running_command() -> None:
+    write_numbers("rows.csv", 300)
+    arguments = ("batch", "target.py", "work", "rows.csv", "-o", "out.csv", "--max-workers", "1")
+    none_yet = subprocess.run([*flockapi_command(*arguments), "--partial"], capture_output=True, text=True)
+    assert none_yet.returncode == 1
+    assert "out.csv.flock.db has no rows of this command. Run it without --partial first." in none_yet.stderr
+    env = {**os.environ, "TELL_AT": "50", "HOLD_AT": "50"}
+    with subprocess.Popen(flockapi_command(*arguments), stderr=subprocess.PIPE, text=True, env=env) as running:
+        assert running.stderr is not None
+        while "so far" not in (line := running.stderr.readline()):
+            assert line
+        partial = subprocess.run([*flockapi_command(*arguments), "--partial"], capture_output=True, text=True)
+        assert partial.returncode == 0, partial.stderr
+        with open("out.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert 0 < len(rows) < 50
+        assert f"{len(rows)} of 300 rows have ended." in partial.stderr
+        assert [row["result"] for row in rows] == [f"w{n}" for n in range(len(rows))]
+        Path("go").touch()
+        running.stderr.read()
+    assert running.returncode == 0
+    with open("out.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 300
+    assert Counter(Path("log").read_text().split()).total() == 300

@@ -16,7 +16,7 @@ import click
 from msgspec.structs import replace
 
 from flock.command.arguments import Seconds, model_option, pairs, pop_fields
-from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file
+from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file, write_partial
 from flock.command.batchfile import forget as forget_state
 from flock.command.server import abandon_busy_threads
 from flock.command.target import load_flock
@@ -164,6 +164,9 @@ STDOUT = Path("-")
     help="Which rows of an earlier command run again: those that were cut off or never ran, or also those that failed.",
 )
 @click.option("--yes", is_flag=True, help="Run the rows of an agent that has changed without asking.")
+@click.option(
+    "--partial", is_flag=True, help="Write the rows that have ended so far, also beside a running command; run nothing."
+)
 @click.option("--forget", is_flag=True, help="Remove the store with all results, and run nothing.")
 def batch(
     target: str,
@@ -182,6 +185,7 @@ def batch(
     yes: bool,
     tried: int | None,
     progress: Literal["auto", "bar", "lines", "none", "json"],
+    partial: bool,
     forget: bool,
     **options: Any,
 ) -> None:
@@ -229,6 +233,12 @@ def batch(
             _print_check(check, rows)
             sys.exit(0 if check.ok else 1)
         stdout = TerminalBytes() if sys.stdout.isatty() else sys.stdout.buffer
+        if partial:
+            sofar = anyio.run(write_partial, flock, job, stdout) if state.exists() else None
+            if sofar is None:
+                raise click.ClickException(f"{state} has no rows of this command. Run it without --partial first.")
+            _print_stderr(f"{sofar.completed_items:,} of {sofar.total_items:,} rows have ended.")
+            return
         if tried is not None and not _goes_on(flock, job, tried, stdout):
             return
         done, was_left = anyio.run(run_batch_file, flock, job, stdout, _print_stderr)

@@ -9,7 +9,7 @@ import errno
 import gzip
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Literal, cast
 
@@ -25,13 +25,16 @@ from flock.engine.rowchecks import BatchCheck, check_batch
 from flock.limits import limits_for_one_batch
 from flock.models.models import models_of, names_of
 from flock.rows.dialect import CSVDialect
-from flock.rows.results import item_pages, results_as
+from flock.rows.results import ITEMS_PER_PAGE, item_pages, results_as
 from flock.rows.tables import TableFormat, file_rows, is_gzipped
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, Run, RunStatus
 from flock.steps.progress import follow_batch, print_progress
 from flock.store.batchstate import create_state, remove_state
 from flock.store.files import exclusive_lock, remove, sync_folder
 from flock.store.store import SQLiteStore
+
+#: The statuses of the rows that ``--partial`` writes.
+ENDED = tuple(status for status in RunStatus if status.is_final)
 
 
 class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,24 +129,48 @@ async def run_batch_file(
                     items = await engine.get_items(batch.batch_id, statuses=["completed", "failed"])
                     show(items)
                     return batch, is_left
-                pieces = results_as(
-                    job.format,
-                    item_pages(engine, batch.batch_id),
-                    batch.extra_names,
-                    columns_of(job.agent_name, flock.agents),
-                    job.escape_formulas,
-                    with_usage=job.with_usage,
-                )
-                with _output(job, state) if job.output else contextlib.nullcontext(stdout) as file:
-                    async for piece in pieces:
-                        file.write(piece)
-                    file.flush()
+                await _write(flock, job, batch, item_pages(engine, batch.batch_id), stdout)
         except Exception:
             if batch is None and not stored:
                 remove_state(state)
             raise
         remove(f"{state}-lock")  # nobody else uses the store while the other lock is held
     return batch, is_left
+
+
+async def write_partial(flock: DeclaredFlock, job: BatchFile, stdout: IO[bytes]) -> Batch | None:
+    """Write the rows that have ended so far, also while another process runs the batch. Nothing is run.
+
+    Returns: the batch; None if the state, a file that exists, has none with these rows and options.
+
+    Raises: as ``run_batch_file``.
+    """
+    state, digest = _real_path(job.state), _digest(flock, job)
+    _check_output_free(job, state)
+    async with SQLiteStore(state) as store:
+        stored = [page async for page in _pages_of_batches(flock, store)]
+        batch = next((batch for page in stored for batch in page if batch.request_id == digest), None)
+        if batch is not None:
+            await _write(flock, job, batch, _ended_items(store, batch), stdout)
+    return batch
+
+
+async def _ended_items(store: SQLiteStore, batch: Batch) -> AsyncIterator[Sequence[Run]]:
+    after = -1
+    while page := await store.batches.items(batch.batch_id, after, ITEMS_PER_PAGE, ENDED):
+        yield page
+        after = page[-1].position or 0
+
+
+async def _write(
+    flock: DeclaredFlock, job: BatchFile, batch: Batch, pages: AsyncIterator[Sequence[Run]], stdout: IO[bytes]
+) -> None:
+    names, columns = batch.extra_names, columns_of(job.agent_name, flock.agents)
+    pieces = results_as(job.format, pages, names, columns, job.escape_formulas, with_usage=job.with_usage)
+    with _output(job, _real_path(job.state)) if job.output else contextlib.nullcontext(stdout) as file:
+        async for piece in pieces:
+            file.write(piece)
+        file.flush()
 
 
 def forget(path: Path) -> bool:
@@ -213,10 +240,10 @@ async def _stored_batch(
 ) -> tuple[list[Batch], Batch | None]:
     """Return the batches in the state, newest first, and the one to continue. No other one will run."""
     create_state(state)
-    stored, found, after = list[Batch](), None, None
+    stored, found = list[Batch](), None
     async with SQLiteStore(state) as store:
-        while page := await store.batches.page(flock.name, BatchFilter(after=after)):
-            stored, after = [*stored, *page], page[-1].batch_id
+        async for page in _pages_of_batches(flock, store):
+            stored += page
             for batch in page:
                 is_same = batch.request_id == digest and found is None
                 found = batch if is_same else found
@@ -229,6 +256,14 @@ async def _stored_batch(
     if found is None and stored:
         report("The rows or the options have changed, so a new batch starts. The results of earlier ones are kept.")
     return stored, found
+
+
+async def _pages_of_batches(flock: DeclaredFlock, store: SQLiteStore) -> AsyncIterator[Sequence[Batch]]:
+    """Yield the batches of the flock, newest first."""
+    after = None
+    while page := await store.batches.page(flock.name, BatchFilter(after=after)):
+        yield page
+        after = page[-1].batch_id
 
 
 async def _check_changed(flock: DeclaredFlock, job: BatchFile, stored: Sequence[Batch]) -> None:
