@@ -132,7 +132,7 @@ class Reader:
             self._ids |= {name: answer[name] for name in ("run_id", "batch_id") if name in answer}
             if questions := answer.get("waiting_for"):
                 self._ids["call_id"] = questions[0]["call_id"]
-        if file := re.search(r"-o (\S+)", command):
+        if (file := re.search(r"-o (\S+)", command)) and (self.folder / file[1]).exists():
             return (self.folder / file[1]).read_text("utf-8")
         return done.stdout
 
