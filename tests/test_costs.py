@@ -977,7 +977,8 @@ async def test_a_batch_without_a_server_stops_at_its_max_cost() -> None:
 @pytest.mark.parametrize("kills", [3])
 async def test_the_usage_of_a_batch_survives_kills(kills: int, tmp_path: Path) -> None:
     """A reply that was in flight at a kill is repeated with its idempotency key. The provider counted it twice, and the
-    batch once: nobody can know it. All others are counted to the token, also by the retry after the kills.
+    batch once: nobody can know it. Unless it was cut off, and stored just before the kill, which came before the end of
+    its item: then the batch has counted both. All others are counted to the token, also by the retry after the kills.
     """
     provider, workers, count = Provider(), 20, 400
     provider.delay_s = 0.05
@@ -1005,8 +1006,11 @@ async def test_the_usage_of_a_batch_survives_kills(kills: int, tmp_path: Path) -
                 items = await get(client, f"{path}/results", usage="true")
     print(f"{len(provider.counted)} replies, {len(lost)} of them in flight at {kills} kills")
     assert len(lost) <= kills * workers
-    expected = provider.total() - sum((priced(PRICES, usage, MODEL) for usage in lost), Usage())
-    assert batch["cost"] == expected.cost
+    paid = [priced(PRICES, usage, MODEL) for usage in lost]
+    least = provider.total() - sum(paid, Usage())
+    possible = [sum(stored, least) for count in range(3) for stored in itertools.combinations(paid, count)]
+    expected = next((usage for usage in possible if usage.cost == batch["cost"]), None)
+    assert expected is not None, f"it cost {batch['cost']}, and at least {least.cost}"
     assert batch["usage"] == {
         name: getattr(expected, name) for name in ("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens")
     }
