@@ -769,10 +769,8 @@ async def run_response(
     has_begun = run.started_at is not None or run.attempt > 1
     may_have_calls = any(step.call_count for step in run.steps) or (has_begun and run.next_agent_name is not None)
     calls = await engine.get_calls(run) if may_have_calls else {}
-    result, results = (
-        await engine.shown_result(run),
-        [await engine.shown_result(run, at) for at in range(len(run.steps))],
-    )
+    result = await engine.shown_result(run)
+    results = [await engine.shown_result(run, at) for at in range(len(run.steps))]
     calls_at = {at: [wire.run_call(call) for call in made] for at, made in calls.items() if made}
     steps = [
         wire.shown_with_costs(wire.RunStep, step, result=results[at], calls=calls_at.get(at, msgspec.UNSET))

@@ -9,6 +9,7 @@ from typing import Any
 # uvloop does not let its callbacks be measured one by one.
 sys.modules["uvloop"] = None  # type: ignore[assignment]
 
+from bench.agents import add, nap  # noqa: E402
 from flock.core import Flock  # noqa: E402
 from flock.runs import RunContext  # noqa: E402
 
@@ -84,15 +85,8 @@ async def held() -> tuple[float, float, str]:
     return found
 
 
-@flock.agent
-async def add(a: int, b: int = 2) -> int:
-    return a + b
-
-
-@flock.agent
-async def nap(seconds: float) -> int:
-    await asyncio.sleep(seconds)
-    return time.monotonic_ns()
+flock.add_agent(add)
+flock.add_agent(nap)
 
 
 @flock.agent

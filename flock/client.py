@@ -38,6 +38,8 @@ P = ParamSpec("P")
 DEFAULT_URL = "http://127.0.0.1:8344"
 #: The responses after which a request is repeated: the server or a proxy could not process it now.
 REPEATED = frozenset({408, 429, 502, 503, 504})
+#: Those of a server that has not processed it at all.
+REFUSED = frozenset({429, 503})
 #: Pauses before a request is repeated, unless ``Retry-After`` says more. Each is twice the one before.
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.2, 5.0
 #: For how long one request waits for the end of a run or a batch.
@@ -194,7 +196,7 @@ class AsyncFlockClient:
         transport: how requests are sent, such as ``httpx.ASGITransport(app)`` in tests.
 
     Methods raise ``APIError`` if the server refuses a request, and ``httpx.TransportError`` if it cannot be reached for
-    ``retry_for_s``. Cancellation: the method stops to wait, and what it has started goes on.
+    ``retry_for_s``. Cancellation: the method stops waiting, and the run or batch continues.
     """
 
     def __init__(
@@ -313,8 +315,11 @@ class AsyncFlockClient:
         return await self._ask("POST", f"/run/{run_id}/cancel", RunState)
 
     async def retry(self, /, run_id: str, **options: Any) -> RunState:
-        """Start the next attempt of a failed run; see ``FlockRunRetry`` for the options."""
-        return await self._ask("POST", f"/run/{run_id}/retry", RunState, options or None)
+        """Start the next attempt of a failed run; see ``FlockRunRetry`` for the options.
+
+        It is not sent again if its response is lost, since that could start another attempt.
+        """
+        return await self._ask("POST", f"/run/{run_id}/retry", RunState, options or None, may_repeat=False)
 
     async def send(self, run_id: str, name: str, message: Any) -> None:
         """Send a message to a run, which awaits it with ``context.receive``."""
@@ -323,7 +328,7 @@ class AsyncFlockClient:
     async def events(self, run_id: str, *, after: int = 0, reasoning: bool = False) -> AsyncGenerator[Event, None]:
         """Yield the events of a run until its end. ``StreamedOutput`` puts its text together.
 
-        If the connection breaks, it is made again, and the stream goes on behind the last event.
+        If the connection breaks, the stream resumes after the last event.
 
         Args:
             after: the id of the last event that is known already.
@@ -333,7 +338,7 @@ class AsyncFlockClient:
         while True:
             headers = {"Last-Event-ID": str(after)}
             response = await self._send(
-                "GET", f"/run/{run_id}/events", params=params, headers=headers, silence_s=SILENCE_S
+                "GET", f"/run/{run_id}/events", params=params, headers=headers, silence_s=SILENCE_S, streams=True
             )
             async with contextlib.aclosing(response):
                 try:
@@ -392,8 +397,8 @@ class AsyncFlockClient:
         with contextlib.ExitStack() as stack:
             if isinstance(rows, (str, os.PathLike)):
                 path = Path(rows)
-                is_gzip = path.suffix == ".gz"
-                media_type = MEDIA_TYPES.get(Path(path.stem).suffix if is_gzip else path.suffix)
+                is_gzip = path.suffix.lower() == ".gz"
+                media_type = MEDIA_TYPES.get((Path(path.stem) if is_gzip else path).suffix.lower())
                 if media_type is None:
                     raise ValueError(f"{path.name!r} must end in {', '.join(MEDIA_TYPES)}, optionally followed by .gz.")
                 file: IO[bytes] = stack.enter_context(open(path, "rb"))  # noqa: ASYNC230 - it is local
@@ -442,24 +447,28 @@ class AsyncFlockClient:
             query: ``status``, ``usage``, ``escape_formulas``, …; see ``ResultsQuery``.
         """
         target = Path(path)
-        if target.suffix not in FORMATS:
+        format_ = FORMATS.get(target.suffix.lower())
+        if format_ is None:
             raise ValueError(f"{target.name!r} must end in {', '.join(FORMATS)}.")
-        part, params = target.with_name(f"{target.name}.part"), _query(format=FORMATS[target.suffix], **query)
-        until = time.monotonic() + self._retry_for_s
+        part, params = target.with_name(f"{target.name}.part"), _query(format=format_, **query)
+        until, most_bytes = time.monotonic() + self._retry_for_s, 0
         try:
             while True:
-                response = await self._send("GET", f"/batch/{batch_id}/results", params=params)
+                response = await self._send("GET", f"/batch/{batch_id}/results", params=params, streams=True)
                 received_bytes = 0
                 async with contextlib.aclosing(response), await anyio.open_file(part, "wb") as file:
                     try:
                         async for piece in response.aiter_bytes(PIECE_BYTES):
                             received_bytes += await file.write(piece)
+                            if received_bytes > most_bytes:
+                                most_bytes, until = received_bytes, time.monotonic() + self._retry_for_s
                             if on_progress is not None:
                                 on_progress(received_bytes)
                         break
                     except httpx.TransportError:
                         if time.monotonic() > until:
                             raise
+                await anyio.sleep(FIRST_PAUSE_S)
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
@@ -469,8 +478,8 @@ class AsyncFlockClient:
         return await self._ask("POST", f"/batch/{batch_id}/cancel", BatchState)
 
     async def retry_batch(self, /, batch_id: str, **options: Any) -> BatchState:
-        """Retry the items that failed or were cancelled; see ``FlockBatchRetry`` for the options."""
-        return await self._ask("POST", f"/batch/{batch_id}/retry", BatchState, options or None)
+        """Retry the items that failed or were cancelled; see ``FlockBatchRetry`` for the options, and ``retry``."""
+        return await self._ask("POST", f"/batch/{batch_id}/retry", BatchState, options or None, may_repeat=False)
 
     async def agents(self) -> list[dict[str, Any]]:
         """Return the names and signatures of the agents."""
@@ -482,8 +491,7 @@ class AsyncFlockClient:
         self, method: str, path: str | httpx.URL, type_: type[T], body: Any = None, *, wait_s: int = 0, **options: Any
     ) -> T:
         response = await self._send(method, path, body, silence_s=self._timeout_s + wait_s, **options)
-        async with contextlib.aclosing(response):
-            return msgspec.json.decode(await response.aread(), type=type_)
+        return msgspec.json.decode(response.content, type=type_)
 
     async def _send(
         self,
@@ -495,11 +503,15 @@ class AsyncFlockClient:
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         silence_s: float | None = None,
+        streams: bool = False,
+        may_repeat: bool = True,
     ) -> httpx.Response:
-        """Send a request until it is answered. The caller reads the response and closes it.
+        """Send a request until it is answered.
 
         Args:
             body: a function that returns the pieces of the body, or what is sent as JSON.
+            streams: the caller reads the response and closes it.
+            may_repeat: it is repeated even if the server may have processed it.
         """
         all_headers = dict(headers or {})
         if method == "POST":
@@ -516,9 +528,12 @@ class AsyncFlockClient:
             is_late = time.monotonic() > until
             after_s = 0.0
             try:
-                response = await self._http.send(request, stream=True)
-            except httpx.TransportError:
-                if is_late:
+                response = await self._http.send(request, stream=streams)
+            except httpx.UnsupportedProtocol:  # the URL is wrong
+                raise
+            except httpx.TransportError as exc:
+                was_sent = not isinstance(exc, (httpx.ConnectError, httpx.ConnectTimeout))
+                if is_late or (was_sent and not may_repeat):
                     raise
             else:
                 if response.is_success:
@@ -526,10 +541,12 @@ class AsyncFlockClient:
                 async with contextlib.aclosing(response):
                     with contextlib.suppress(httpx.TransportError):
                         await response.aread()
-                if is_late or response.status_code not in REPEATED:
+                if is_late or response.status_code not in (REPEATED if may_repeat else REFUSED):
                     raise APIError(response)
                 with contextlib.suppress(ValueError):
                     after_s = float(response.headers.get("Retry-After", 0))
+                if time.monotonic() + after_s > until:
+                    raise APIError(response)
             await anyio.sleep(max(after_s, pause_s * random.uniform(0.5, 1)))
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
@@ -551,9 +568,14 @@ async def _pieces(file: IO[bytes], on_progress: Callable[[int, int], object] | N
 
 
 async def _events_of(response: httpx.Response) -> AsyncIterator[Event]:
-    rest = b""
+    received = [b""]
     async for piece in response.aiter_bytes():
-        *blocks, rest = (rest + piece).split(b"\n\n")
+        has_end = b"\n\n" in received[-1][-1:] + piece
+        received.append(piece)
+        if not has_end:  # an event of megabytes is joined once
+            continue
+        *blocks, rest = b"".join(received).split(b"\n\n")
+        received = [rest]
         for block in blocks:
             fields = dict(line.partition(b": ")[::2] for line in block.split(b"\n"))
             if data := fields.get(b"data"):  # and not a comment
@@ -575,16 +597,15 @@ def _iterating(
     method: Callable[Concatenate[AsyncFlockClient, P], AsyncGenerator[T, None]],
 ) -> Callable[Concatenate["FlockClient", P], Iterator[T]]:
     def iterate(self: "FlockClient", /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        items = method(self._client, *args, **kwargs)
+        items, turn = method(self._client, *args, **kwargs), asyncio.Lock()  # Ctrl+C closes them in their last turn
 
         async def next_items() -> list[T]:
-            try:
-                return [await anext(items)]
-            except StopAsyncIteration:
-                return []
+            async with turn:
+                return [item] if (item := await anext(items, None)) is not None else []
 
         async def close() -> None:
-            await items.aclose()
+            async with turn:
+                await items.aclose()
 
         try:
             while found := self._wait_for(next_items()):
@@ -623,6 +644,9 @@ class FlockClient:
         self._loop.close()
 
     def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        if threading.current_thread() is self._thread:  # it would wait for itself
+            work.close()
+            raise RuntimeError("A callback of a FlockClient cannot use the same client. Use another one.")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

@@ -1,4 +1,4 @@
-"""The lines of a log: as JSON for log collectors, and a handler that never waits for who reads them."""
+"""The lines of a log: as JSON for log collectors, and a handler that never waits for a slow reader."""
 
 import asyncio
 import contextlib
@@ -111,7 +111,7 @@ class LineHandler(logging.StreamHandler[TextIO]):
 
     def _note_of_dropped(self) -> bytes:
         dropped, self._dropped = self._dropped, 0
-        text = "%d lines were dropped here, because nobody has read the log for a while."
+        text = "%d lines were dropped here, because the log was not read for a while."
         record = logging.LogRecord("flock.server", logging.WARNING, "", 0, text, (dropped,), None)
         return f"{self.format(record)}{self.terminator}".encode()
 

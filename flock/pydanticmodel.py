@@ -173,7 +173,7 @@ def model_schemas(models: Sequence[Any], mode: SchemaMode, ref: str) -> tuple[di
 
 
 def union_model(name: str, models: Sequence[Any], field: str, tag: str) -> Any:
-    """Return a model with a *field* that is one of *models*, told apart by their names in the field *tag*."""
+    """Return a model with a *field* that is one of *models*, distinguished by their names in the field *tag*."""
     import pydantic
 
     create: Any = pydantic.create_model

@@ -29,7 +29,7 @@ from flock.errors import AgentError, CallError
 from flock.runs import MAX_SHOWN_CALLS, NOT_LOADED, BatchOptions, CallOptions, Engine, Run, RunContext, RunStatus
 from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.engines import OpenEngine, sqlite_of, until
+from tests.support.engines import OpenEngine, counting_turns, sqlite_of, until
 from tests.support.servers import serving
 from tests.test_agents import context_of, journal
 
@@ -811,7 +811,7 @@ async def test_an_option_of_a_call_that_makes_no_sense_is_an_error(options: Any,
 async def test_a_long_journal_is_read_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tasks run in between when the step starts again."""
     monkeypatch.setattr(fair, "SHARE_S", 0)
-    flock, turns, pages = Flock(), 0, list[int]()
+    flock, pages = Flock(), list[int]()
 
     @flock.agent
     async def work(context: RunContext) -> int:
@@ -819,26 +819,18 @@ async def test_a_long_journal_is_read_in_pages(tmp_path: Path, monkeypatch: pyte
         await context.ask("Go on?", bool)
         return sum(map(len, found))
 
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await anyio.lowlevel.checkpoint()
-
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         run = await ended(engine, "work")
         find_calls = engine.store.calls
 
         def read(*args: Any, **options: Any) -> Any:
-            pages.append(turns)
+            pages.append(turns[0])
             return find_calls(*args, **options)
 
         monkeypatch.setattr(engine.store, "calls", read)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(count)
+        async with counting_turns() as turns:
             await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
             assert result_of(await engine.wait(run.run_id)) == 5_000_000
-            tasks.cancel_scope.cancel()
     assert len(pages) > 3
     assert pages == sorted(set(pages)), "another task had its turn before each page"
 

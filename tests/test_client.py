@@ -6,7 +6,7 @@ import gzip
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,57 @@ async def test_a_full_server_is_asked_again_when_it_says() -> None:
     assert len({headers["idempotency-key"] for headers in seen}) == 1
 
 
+async def test_a_pause_beyond_the_end_of_the_tries_is_an_error_at_once() -> None:
+    client, seen = refusing(Response(status_code=429, headers={"Retry-After": "86400"}))
+    async with client:
+        with pytest.raises(APIError, match="HTTP 429"):
+            await client.run("add", {"a": 1})
+    assert len(seen) == 1
+
+
+async def test_a_wrong_url_is_an_error_at_once() -> None:
+    async with AsyncFlockClient("localhost:8344") as client:
+        with pytest.raises(httpx.UnsupportedProtocol):
+            await client.agents()
+
+
+@contextlib.asynccontextmanager
+async def breaking(*bodies: bytes) -> AsyncIterator[tuple[AsyncFlockClient, list[bytes]]]:
+    """A client of a server that closes the connection after a part of each response, and its requests so far."""
+    left, heads = list(bodies), list[bytes]()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        body = left.pop(0)
+        length = len(body) + (99 if left else 0)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (length, body))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        async with AsyncFlockClient(f"http://127.0.0.1:{port}") as client:
+            yield client, heads
+
+
+async def test_a_response_that_breaks_off_is_asked_for_again() -> None:
+    async with breaking(b'{"agents": [', b'{"agents": [{"name": "add"}]}') as (client, heads):
+        assert await client.agents() == [{"name": "add"}]
+    assert len(heads) == 2
+
+
+async def test_a_retry_whose_response_is_lost_is_not_sent_again() -> None:
+    async with breaking(b"{", b"{}") as (client, heads):
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.retry("r")
+    assert len(heads) == 1
+
+
+def test_a_callback_that_uses_its_own_client_is_an_error(client: FlockClient) -> None:
+    with pytest.raises(RuntimeError, match="cannot use the same client"):
+        client.run("refund", {"amount": 1}, answer=lambda question: client.agents())
+
+
 async def test_a_server_that_stays_full_is_given_up() -> None:
     app = Starlette(routes=[Route("/run/flock", lambda request: PlainTextResponse("busy", 503), methods=["POST"])])
     async with AsyncFlockClient("http://here", transport=httpx.ASGITransport(app), retry_for_s=0.3) as client:
@@ -298,6 +349,18 @@ def test_ctrl_c_stops_to_wait_and_the_run_goes_on(client: FlockClient, tmp_path:
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         client.wait(run.run_id)
+    (tmp_path / "gate").touch()
+    assert client.wait(run.run_id).status is RunStatus.COMPLETED
+
+
+@pytest.mark.usefixtures("raising_ctrl_c")
+def test_ctrl_c_ends_a_stream(client: FlockClient, tmp_path: Path) -> None:
+    run = client.submit("story", {"words": 2, "gate": str(tmp_path / "gate")})
+    main = threading.main_thread().ident
+    assert main is not None
+    threading.Timer(0.3, signal.pthread_kill, [main, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(client.events(run.run_id))
     (tmp_path / "gate").touch()
     assert client.wait(run.run_id).status is RunStatus.COMPLETED
 
@@ -385,19 +448,7 @@ async def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
 
 async def test_a_download_that_breaks_is_done_again(tmp_path: Path) -> None:
     """A file that exists is complete."""
-    tries = 0
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal tries
-        tries += 1
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n" + (b"abc" if tries == 1 else b"abcdef"))
-        await writer.drain()
-        writer.close()
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
-        port = listening.sockets[0].getsockname()[1]
-        async with AsyncFlockClient(f"http://127.0.0.1:{port}") as client:
-            await client.download("b", tmp_path / "out.csv")
+    async with breaking(b"abc", b"abcdef") as (client, heads):
+        await client.download("b", tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_text() == "abcdef"
-    assert tries == 2
+    assert len(heads) == 2

@@ -30,7 +30,7 @@ from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, Run
 from flock.scopes import closing_scopes
 from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.engines import until
+from tests.support.engines import counting_turns, until
 from tests.support.http import client_of, get, post_run
 from tests.support.servers import Served
 
@@ -336,32 +336,23 @@ def test_on_trio_an_agent_runs_as_it_is() -> None:
 
 async def test_other_tasks_run_while_many_runs_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fair, "SHARE_S", 0)
-    flock, turns, seen, start = Flock(), 0, list[int](), Runner.start
+    flock, seen, start = Flock(), list[int](), Runner.start
 
     @flock.agent
     async def nap() -> None:
         await anyio.sleep_forever()
 
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await anyio.lowlevel.checkpoint()
-
     def noting(runner: Runner, *args: Any) -> None:
-        seen.append(turns)
+        seen.append(turns[0])
         start(runner, *args)
 
     async with flock.engine(store=tmp_path / "flock.db", durability="process") as engine:
         for _ in range(100):
             await engine.submit("nap", {})
     monkeypatch.setattr(Runner, "start", noting)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(count)
-        async with flock.engine(store=tmp_path / "flock.db"):
-            assert len(seen) == 100
-            assert len(set(seen)) > 50
-        tasks.cancel_scope.cancel()
+    async with counting_turns() as turns, flock.engine(store=tmp_path / "flock.db"):
+        assert len(seen) == 100
+        assert len(set(seen)) > 50
 
 
 #: What the host of these tests knows of the request that it handles.

@@ -8,6 +8,7 @@ from flock import fair
 from flock.engine.embedded import ITEMS_AT_ONCE
 from flock.fair import SHARERS, FairShare
 from flock.runs import BatchOptions
+from tests.support.engines import counting_turns
 from tests.support.flocks import Work, numbers
 
 pytestmark = pytest.mark.anyio
@@ -40,40 +41,22 @@ async def test_only_a_few_loops_continue_in_each_turn(monkeypatch: pytest.Monkey
 
 
 async def test_a_single_loop_does_not_wait() -> None:
-    share, turns = FairShare(), 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await anyio.lowlevel.checkpoint()
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(count)
+    share = FairShare()
+    async with counting_turns() as turns:
         await share.checkpoint()
-        tasks.cancel_scope.cancel()
-    assert turns == 1
+    assert turns == [1]
 
 
 async def test_a_page_of_items_is_read_in_pieces_between_which_others_have_their_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fair, "SHARE_S", 0)
-    work, turns = Work(), 0
+    work = Work()
     async with work.flock.engine() as engine:
         batch = await engine.submit_batch("item", numbers(3 * ITEMS_AT_ONCE), BatchOptions())
         await engine.wait_batch(batch.batch_id)
-
-        async def count() -> None:
-            nonlocal turns
-            while True:
-                turns += 1
-                await anyio.lowlevel.checkpoint()
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(count)
+        async with counting_turns() as turns:
             page = await engine.get_items(batch.batch_id)
-            tasks.cancel_scope.cancel()
         assert [item.position for item in page] == list(range(3 * ITEMS_AT_ONCE))
-        assert turns >= 3
+        assert turns[0] >= 3
         assert len(await engine.get_items(batch.batch_id, after=9, limit=ITEMS_AT_ONCE + 1)) == ITEMS_AT_ONCE + 1

@@ -147,6 +147,26 @@ async def test_a_step_that_runs_again_does_not_validate_again(open_engine: OpenE
     assert len(model.requests) == 2
 
 
+async def test_a_retry_validates_the_new_answers(model: FakeModel) -> None:
+    """The reason why an answer was rejected, and what replaced one, belong to that answer."""
+    seen, is_strict = list[str](), True
+
+    def check(answer: dict[str, Any]) -> None:
+        seen.append(answer["text"])
+        if is_strict:
+            raise AgentError("No.")
+
+    model.replies = [{"text": "a"}, {"text": "b"}]
+    async with flock_of(validate=check, max_retries=0).engine(transport=model.transport) as engine:
+        run = await ended(engine)
+        assert (run.status, run.error_type) == (RunStatus.FAILED, "invalid_output")
+        is_strict = False
+        await engine.retry_run(run.run_id)
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.value, seen) == ({"text": "b"}, ["a", "b"]), run.error
+
+
 # instructions= as a function
 
 
@@ -700,6 +720,45 @@ async def test_an_error_of_a_hook_around_a_tool_is_read_by_the_model(model: Fake
     texts = [message["content"] for message in model.requests[1]["messages"] if message["role"] == "tool"]
     assert texts[0] == "Error: look_up is closed."
     assert texts[1].startswith("Error: ")
+
+
+async def test_a_reply_that_a_hook_shows_to_a_person_is_paid_once(open_engine: OpenEngine, model: FakeModel) -> None:
+    flock = flock_of()
+
+    @flock.on_model_call
+    async def shown(call: ModelCall, ask: Any, context: RunContext) -> Completion:
+        reply: Completion = await ask()
+        if not await context.ask(f"Send {reply.text}?", bool):
+            raise AgentError("No.")
+        return reply
+
+    model.replies = [{"text": "a"}]
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await engine.submit("writer", {"q": "?"}, is_async=True)
+        run = await until_run(engine, run.run_id, lambda run: bool(run.waiting_for))
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.value, len(model.requests)) == ({"text": "a"}, 1), run.error
+    assert run.usage is not None
+    assert run.usage.input_tokens == 10
+
+
+async def test_a_hook_changes_the_limit_of_tokens(model: FakeModel) -> None:
+    flock = flock_of(max_tokens=700)
+    seen = list[Any]()
+
+    @flock.on_model_call
+    async def short(call: ModelCall, ask: Any) -> Completion:
+        seen.append(call.options["max_tokens"])
+        call.options["max_tokens"] = 50
+        reply: Completion = await ask()
+        return reply
+
+    model.replies = [{"text": "a"}]
+    await run_of(flock, model)
+    (request,) = model.requests
+    assert (seen, request["max_completion_tokens"]) == ([700], 50)
 
 
 @pytest.mark.parametrize("hook", [lambda call, ask: None, "hook", ModelCall])

@@ -18,6 +18,7 @@ from flock.runs import Principal, RunContext
 from flock.testing import Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
+from tests.support.engines import counting_turns
 from tests.support.http import client_of, get, left, wait_for
 from tests.support.sockets import little_memory
 from tests.test_openai import Chats, check_error, serve
@@ -463,19 +464,9 @@ async def test_other_requests_are_served_while_a_long_history_is_read(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setattr(fair, "SHARE_S", 0)
-    turns = 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await anyio.lowlevel.checkpoint()
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(count)
+    async with counting_turns() as turns:
         sent = await client.post(f"/v1/{path}", json={"model": "last", "messages": LONG, "input": LONG})
-        tasks.cancel_scope.cancel()
-    assert (sent.status_code, turns > len(LONG)) == (200, True)
+    assert (sent.status_code, turns[0] > len(LONG)) == (200, True)
 
 
 async def test_a_page_of_a_long_history_holds_only_its_own_items(client: httpx.AsyncClient) -> None:

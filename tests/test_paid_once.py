@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
+from flock.agents.hooks import ModelCall
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, DefinitionError
 from flock.runs import Batch, BatchOptions, Engine, RunStatus
@@ -142,7 +143,7 @@ async def test_max_failures_stops_a_batch(limit: float, failed: int) -> None:
         assert (batch.status, batch.error_type) == (RunStatus.FAILED, "max_failures")
         assert batch.cancelled_items == 101 - 2 * failed
         batch = await ended(engine, await engine.retry_batch(batch.batch_id, ["cancelled"]))
-        assert batch.failed_items > failed, "each attempt counts anew"
+        assert batch.failed_items > failed, "each attempt starts counting again"
 
 
 async def test_a_batch_with_cancelled_rows_is_not_completed_without_a_word() -> None:
@@ -234,6 +235,27 @@ async def test_equal_rows_are_executed_once_with_dedupe() -> None:
         batch = await ended(engine, await engine.retry_batch(batch.batch_id))
         assert (calls[3], batch.failed_items) == (2, 0)
         assert [item.value["result"] for item in await all_items(engine, batch)] == [row["n"] ** 2 for row in rows]
+
+
+async def test_a_sample_runs_even_if_an_equal_row_stands_before_it() -> None:
+    work = Work()
+    async with work.flock.engine() as engine:
+        options = BatchOptions(dedupe=True, sample=2, seed=3)
+        batch = await ended(engine, await engine.submit_batch("item", [{"n": 1}] * 50, options))
+    assert (batch.status, batch.failed_items, work.calls) == (RunStatus.COMPLETED, 0, [1]), batch.error
+
+
+async def test_results_that_a_hook_may_have_changed_are_not_taken() -> None:
+    provider, flock = Numbering(), asking()
+    async with flock.engine(transport=provider.transport) as engine:
+        await results(engine, 3)
+
+        @flock.on_model_call
+        async def hook(call: ModelCall, ask: Any) -> Any:
+            return await ask()
+
+        await results(engine, 3, reuse=True)
+    assert provider.paid == 12
 
 
 async def test_a_damaged_row_does_not_hold_up_equal_ones(tmp_path: Path) -> None:

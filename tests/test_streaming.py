@@ -26,7 +26,7 @@ from flock.store.queries import CALLS_PER_PAGE
 from flock.testing import FakeModel, Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
-from tests.support.engines import sqlite_of, until
+from tests.support.engines import counting_turns, sqlite_of, until
 from tests.support.http import check_problem
 from tests.support.servers import Served, Server, flockapi_command, running
 
@@ -688,25 +688,16 @@ def test_other_tasks_run_while_many_calls_are_read(
 
     async def read() -> None:
         async with writer.flock.engine() as engine:
-            run, turns, read = await run_with_calls(engine, 200), 0, list[int]()
+            run, read = await run_with_calls(engine, 200), list[int]()
 
             async def follow() -> None:
                 read.append(len(await events_after(engine, run.run_id, 0)))
 
-            async def count() -> None:
-                nonlocal turns
-                while True:
-                    turns += 1
-                    await anyio.lowlevel.checkpoint()
-
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(count)
-                async with anyio.create_task_group() as readers:
-                    for _ in range(3):
-                        readers.start_soon(follow)
-                tasks.cancel_scope.cancel()
+            async with counting_turns() as turns, anyio.create_task_group() as readers:
+                for _ in range(3):
+                    readers.start_soon(follow)
             assert read == [204] * 3
-            assert turns > 200
+            assert turns[0] > 200
 
     anyio.run(read, backend=backend)
 

@@ -38,7 +38,7 @@ from flock.runs.records import LONG_BYTES
 from flock.store.port import DamagedRecord
 from flockapi import create_app
 from tests.support import PATIENCE_S, WORKERS
-from tests.support.engines import ended, sqlite_of, until
+from tests.support.engines import counting_turns, ended, sqlite_of, until
 from tests.support.http import client_of
 from tests.support.servers import Server, memory_kib, serving
 from tests.support.sockets import connected, read_to_end
@@ -465,13 +465,17 @@ async def test_streaming_events_takes_no_longer_than_a_few_reads_of_the_run(stor
     async with flock.engine(store=store) as engine:
         run = await end_of(engine, await engine.submit("again", {"n": 0}))
         assert len(run.steps) == 20
-        started_s = time.process_time()
-        for _ in range(10):
-            await engine.get_run(run.run_id)
-        read_at_s = time.process_time()
-        events = [event async for event in engine.events(run.run_id)]
-        assert time.process_time() - read_at_s < read_at_s - started_s
-        assert len(events) == 42
+        reads_s, events_s = list[float](), list[float]()
+        for _ in range(3):  # the least of them is without a collection of the garbage of other tests
+            started_s = time.process_time()
+            for _ in range(10):
+                await engine.get_run(run.run_id)
+            read_at_s = time.process_time()
+            events = [event async for event in engine.events(run.run_id)]
+            assert len(events) == 42
+            events_s.append(time.process_time() - read_at_s)
+            reads_s.append(read_at_s - started_s)
+        assert min(events_s) < min(reads_s)
 
 
 @pytest.mark.anyio
@@ -687,23 +691,14 @@ async def test_a_stalled_download_does_not_hold_the_records_of_its_page(format_:
 async def test_other_tasks_run_between_the_items_of_a_download(format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the client is faster than the server, which then never waits for it."""
     monkeypatch.setattr(fair, "SHARE_S", 0)
-    work, turns = Work(), 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await checkpoint()
-
+    work = Work()
     async with work.flock.engine() as engine:
         batch = await ended(engine, await engine.submit_batch("read", [TEXT] * 100, BatchOptions()))
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(count)
+        async with counting_turns() as turns:
             stream = results_as(format_, item_pages(engine, batch.batch_id), (), (None, None), True)
             text = b"".join([piece async for piece in stream])
-            tasks.cancel_scope.cancel()
     assert text.count(TEXT["text"].encode()) >= 100
-    assert turns >= 100
+    assert turns[0] >= 100
 
 
 @pytest.mark.anyio

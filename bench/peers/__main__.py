@@ -112,7 +112,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
         command: what ``python -m`` starts, with the port and the file of the store.
         durable: what survives, in the table.
         packages: what pip installs into an environment of its own. If it is empty, this one is used.
-        asks: by work, a request, or why there is none. Works that are not in it have the reason *lacks*, which
+        asks: by work, a request, or why there is none. If a work is missing, the reason is *lacks*, which
             is empty if another row has the figure.
     """
 
@@ -124,7 +124,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     environment: Mapping[str, str] = {}
 
     def ask(self, work: str) -> Ask | str:
-        """Return the request of a work, or why there is none. What has been accepted can be read."""
+        """Return the request of a work, or why there is none. Accepted runs can be read."""
         return self.asks.get("accepted" if work == "read" else work, self.lacks)
 
 

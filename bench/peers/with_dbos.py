@@ -1,4 +1,4 @@
-"""Workflows of DBOS behind routes of FastAPI, with SQLite: python -m bench.peers.with_dbos PORT"""
+"""Workflows of DBOS with routes of FastAPI, with SQLite: python -m bench.peers.with_dbos PORT"""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""Agents of pydantic-ai behind routes of FastAPI: python -m bench.peers.with_pydantic_ai PORT"""
+"""Agents of pydantic-ai with routes of FastAPI: python -m bench.peers.with_pydantic_ai PORT"""
 
 import json
 import os

@@ -18,7 +18,7 @@ import msgspec
 from flock.agents.chat import ChatInput, chat_input
 from flock.agents.conversation import Conversation, Verdict
 from flock.agents.functions import OwnFunction
-from flock.agents.history import EDIT, Exchange, History, as_plain, checked_messages, edited_by, messages_of
+from flock.agents.history import EDIT, Exchange, History, checked_messages, edited_by, messages_of
 from flock.agents.live import LiveAnswer
 from flock.agents.options import checked_options
 from flock.agents.reasoning import ReasonedAnswer
@@ -609,7 +609,9 @@ class ModelAgent(Agent):
 
         async def edit() -> list[Message]:
             assert self._edit is not None
-            returned = await self._called(self._edit, as_plain(messages), resources=resources, context=context)
+            returned = await self._called(
+                self._edit, msgspec.to_builtins(messages), resources=resources, context=context
+            )
             return checked_messages(self._edit.option, returned)
 
         decode = functools.partial(msgspec.json.decode, type=list[Message])

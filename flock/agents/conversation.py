@@ -1,6 +1,8 @@
 """The conversation of one step with a model: its replies, the tool calls that it asks for, and its answer."""
 
 import functools
+import hashlib
+import itertools
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -106,6 +108,20 @@ class Conversation(msgspec.Struct, kw_only=True):
                 context.spend(completion.usage, completion.model)
             return completion
 
+        asks = itertools.count(1)
+
+        async def pay_once(request: Request) -> Completion:
+            """Store the reply that a hook gets before it goes on, since it may wait for a person or make calls."""
+
+            async def sealed() -> Completion:
+                return self.toolbox.sealed(await pay(request))
+
+            number = str(next(asks))
+            reply: Completion = await context.journal.once(
+                "reply", number, sealed, kind="model", arguments=JSON_NULL, decode=decode, should_keep=lambda _: True
+            )
+            return self.toolbox.unsealed(reply)
+
         async def ask() -> Completion:
             instructions: str | msgspec.UnsetType = msgspec.UNSET
             if self.instruct is not None:
@@ -121,7 +137,7 @@ class Conversation(msgspec.Struct, kw_only=True):
                 listener=self.listen() if context.is_watched and not self.hooks else None,
                 on_unfinished=context.spend,
             )
-            completion = await with_model_hooks(self.hooks, pay, request, context)
+            completion = await with_model_hooks(self.hooks, pay_once if self.hooks else pay, request, context)
             return self.toolbox.sealed(replace(completion, instructions=instructions))
 
         def needs_more(reply: Completion) -> bool:
@@ -129,14 +145,14 @@ class Conversation(msgspec.Struct, kw_only=True):
                 return True
             return not is_last and self._result_of(reply.text)[0] is None
 
-        key = context.model_key
+        key, decode = context.model_key, functools.partial(msgspec.json.decode, type=Completion)
         reply: Completion = await context.journal.once(
             re.sub(r"[^A-Za-z0-9_.-]", "_", model),
             str(number),
             ask,
             kind="model",
             arguments=JSON_NULL,
-            decode=functools.partial(msgspec.json.decode, type=Completion),
+            decode=decode,
             should_keep=needs_more,
         )
         return self.toolbox.unsealed(reply)
@@ -153,7 +169,7 @@ class Conversation(msgspec.Struct, kw_only=True):
         """Return what ``validate=`` says. It is a call of the step, since it may decide otherwise the next time."""
         verdict: Verdict = await self.context.journal.once(
             "validate",
-            str(number),
+            f"{number}-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]}",  # a retry gets other answers
             functools.partial(validate, text),
             kind="function",
             arguments=JSON_NULL,

@@ -1,6 +1,6 @@
 """What a model sees of earlier turns of a conversation: their prompts, answers and calls of tools."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -65,9 +65,9 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
         return kept
 
 
-def edited_by(calls: Iterable[Call]) -> list[Message] | None:
-    """Return the history that a function has edited in a step with these calls, or None."""
-    for call in calls:
+def edited_by(calls: Sequence[Call]) -> list[Message] | None:
+    """Return the history that a function has edited last in a step with these calls, or None."""
+    for call in reversed(calls):
         if call.call_id == f"{EDIT}:1" and call.error is None:
             return msgspec.json.decode(call.result, type=list[Message])
     return None
@@ -129,8 +129,3 @@ def checked_messages(option: str, returned: Any) -> list[Message]:
     if open_calls:
         raise CallError(f"{option} returned an invalid conversation: a call of a tool has no result.")
     return messages
-
-
-def as_plain(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
-    plain: list[Mapping[str, Any]] = msgspec.to_builtins(messages)
-    return plain

@@ -66,11 +66,14 @@ async def with_model_hooks(
         nonlocal asked
         asked, sent, key = asked + 1, changed or call, request.idempotency_key
         key = f"{key}/again{asked}" if key and asked > 1 else key  # a provider may repeat its answer to the same key
-        inner = replace(request, messages=sent.messages, options=sent.options, idempotency_key=key)
+        options = {"messages": sent.messages, "options": sent.options, "max_tokens": sent.options.get("max_tokens")}
+        inner = replace(request, **options, idempotency_key=key)
         return await with_model_hooks(others, complete, inner, context)
 
     tools = [tool.name for tool in request.tools]
-    call = ModelCall(messages=list(request.messages), options=dict(request.options), tools=tools)
+    call = ModelCall(
+        messages=list(request.messages), options={**request.options, "max_tokens": request.max_tokens}, tools=tools
+    )
     reply = await hook.around(call, ask, context)
     if isinstance(reply, str):
         return Completion(text=reply, usage=Usage())

@@ -328,7 +328,7 @@ class Signature:
             raise SignatureError(f"{name}: Python cannot inspect its parameters. Wrap it in a typed function.") from exc
         fields = []
         for parameter in parameters.values():
-            if _is_context(hints.get(parameter.name)):
+            if is_context(hints.get(parameter.name)):
                 continue
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 raise SignatureError(f"{name}: the parameter {parameter} cannot be passed by name, as inputs are.")
@@ -416,10 +416,11 @@ def _struct_field(field: Field) -> Any:
 
 def context_parameter(function: Callable[..., Any]) -> str | None:
     """Return the parameter of *function* that receives the ``RunContext``, which is not an input, or None."""
-    return next((name for name, hint in hints_of_function(function).items() if _is_context(hint)), None)
+    return next((name for name, hint in hints_of_function(function).items() if is_context(hint)), None)
 
 
-def _is_context(hint: Any) -> bool:
+def is_context(hint: Any) -> bool:
+    """Whether a type is ``RunContext``, also with the type of the state."""
     return hint is RunContext or typing.get_origin(hint) is RunContext
 
 

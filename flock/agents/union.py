@@ -17,16 +17,16 @@ RESULT, TAG = "result", "type"
 
 
 class UnionOutput(Signature):
-    """An output with one field ``result``, one of several types, which their names tell apart: ``{"type": "Refund"}``.
+    """An output with one field ``result``, one of several types, distinguished by name: ``{"type": "Refund"}``.
 
-    Raises: SignatureError if they cannot be told apart, or are neither all structs nor all pydantic models.
+    Raises: SignatureError if two have the same name, or they are neither all structs nor all pydantic models.
     """
 
     def __init__(self, union: Any, name: str) -> None:
         members = typing.get_args(union)
         self._names = [getattr(member, "__name__", repr(member)) for member in members]
         if len(set(self._names)) < len(members):
-            raise SignatureError(f"Two types in {union} have the same name, which tells them apart. Rename one.")
+            raise SignatureError(f"Two types in {union} have the same name. Rename one.")
         if all(map(is_model, members)):
             super().__init__([Field.of(RESULT, Any)], union_model(name, members, RESULT, TAG))
         elif all(isinstance(member, type) and issubclass(member, msgspec.Struct) for member in members):

@@ -10,6 +10,7 @@ import msgspec
 
 from flock.agents.agent import Agent, FunctionAgent, ModelAgent
 from flock.agents.graph import graph_of
+from flock.agents.hooks import Hook
 from flock.agents.tools import Tool
 from flock.models.models import Model, models_of, names_of
 
@@ -40,17 +41,19 @@ def version_of(agent: Agent) -> str:
     return hashlib.sha256(msgspec.json.encode(definition, enc_hook=str)).hexdigest()[:12]
 
 
-def recipe_of(name: str, agents: Mapping[str, Agent], default: Sequence[Model]) -> str | None:
+def recipe_of(
+    name: str, agents: Mapping[str, Agent], default: Sequence[Model], hooks: Sequence[Hook] = ()
+) -> str | None:
     """Return a digest of all that makes the results of an agent, and of those that may follow it.
 
     None if equal inputs may have other results: an agent is missing, or has no ``version`` and is a function, or has
-    tools, a history or functions of its own.
+    tools, a history, functions of its own, or *hooks* around its calls of models.
     """
     names = dict.fromkeys([name, *(each.to for each in graph_of(name, agents) if each.to is not None)])
     parts: list[Any] = []
     for each in names:
         agent = agents.get(each)
-        if agent is None or (agent.version is None and not _is_pure(agent)):
+        if agent is None or (agent.version is None and (hooks or not _is_pure(agent))):
             return None
         handoffs = [(handoff.value, handoff.to) for handoff in agent.handoffs()]
         parts.append([each, agent.version, agent.description, agent.input.schema, agent.output.schema, handoffs])

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Literal, cast
 
+import anyio
 import msgspec
 from msgspec.structs import replace
 
@@ -33,6 +34,8 @@ from flock.store.batchstate import create_state, remove_state
 from flock.store.files import exclusive_lock, remove, sync_folder
 from flock.store.store import SQLiteStore
 
+#: How often a process tries to lock the output, in seconds.
+LOCK_INTERVAL_S = 0.1
 #: The statuses of the rows that ``--partial`` writes.
 ENDED = tuple(status for status in RunStatus if status.is_final)
 
@@ -167,10 +170,28 @@ async def _write(
 ) -> None:
     names, columns = batch.extra_names, columns_of(job.agent_name, flock.agents)
     pieces = results_as(job.format, pages, names, columns, job.escape_formulas, with_usage=job.with_usage)
-    with _output(job, _real_path(job.state)) if job.output else contextlib.nullcontext(stdout) as file:
-        async for piece in pieces:
-            file.write(piece)
-        file.flush()
+    state = _real_path(job.state)
+    async with _writing(state) if job.output else contextlib.nullcontext():
+        with _output(job, state) if job.output else contextlib.nullcontext(stdout) as file:
+            async for piece in pieces:
+                file.write(piece)
+            file.flush()
+
+
+@contextlib.asynccontextmanager
+async def _writing(state: str) -> AsyncIterator[None]:
+    """Wait until no other process writes the output, since ``--partial`` may write beside a command.
+
+    The rows are read in this block, so the last writer has the newest.
+    """
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(exclusive_lock(f"{state}-write"))
+                break
+            except BlockingIOError:
+                await anyio.sleep(LOCK_INTERVAL_S)
+        yield
 
 
 def forget(path: Path) -> bool:
@@ -211,7 +232,7 @@ def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
     with _with_filename(job.rows), open(job.rows, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     models = models_of(flock.model, "the flock")
-    made_by = recipe_of(job.agent_name, flock.agents, models) or names_of(models)
+    made_by = recipe_of(job.agent_name, flock.agents, models, flock.shared.model_hooks) or names_of(models)
     options = (flock.name, made_by, job.agent_name, job.on_invalid, job.on_extra, job.dialect, job.options.timeout_s)
     fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()))
     digest.update(msgspec.json.encode((options, fills)))
@@ -268,7 +289,8 @@ async def _pages_of_batches(flock: DeclaredFlock, store: SQLiteStore) -> AsyncIt
 
 async def _check_changed(flock: DeclaredFlock, job: BatchFile, stored: Sequence[Batch]) -> None:
     """Ask before the rows of an agent are paid of which the state has only results of other definitions."""
-    recipe = recipe_of(job.agent_name, flock.agents, models_of(flock.model, "the flock"))
+    models = models_of(flock.model, "the flock")
+    recipe = recipe_of(job.agent_name, flock.agents, models, flock.shared.model_hooks)
     earlier = [batch for batch in stored if batch.agent_name == job.agent_name and batch.recipe is not None]
     if not earlier or any(batch.recipe == recipe for batch in earlier):
         return
@@ -307,7 +329,7 @@ def _output(job: BatchFile, state: str) -> Iterator[IO[bytes]]:
     """Yield a file that atomically replaces the output at the end. It is gzip if the output's name says so."""
     assert job.output is not None
     path = Path(_real_path(job.output))
-    # The name depends on the state, whose lock we hold. So no other process uses it, and we find what a crash left.
+    # The name depends on the state, whose output we have locked. So nobody else uses it, and we find what a crash left.
     part = path.with_name(f"{path.name}.{hashlib.sha256(state.encode()).hexdigest()[:8]}.part")
     part.unlink(missing_ok=True)
     try:

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from flock.agents.agent import Agent, ModelAgent
 from flock.agents.clients import settings_for
 from flock.agents.graph import graph_of
+from flock.agents.hooks import Hook
 from flock.agents.versions import recipe_of
 from flock.engine.intake import Intake
 from flock.engine.rowchecks import as_json
@@ -178,6 +179,7 @@ class EngineBase(Engine):
         self._limits = limits
         self._prices = merged(prices)
         self._default_models = models_of(default_model, "the flock")
+        self._model_hooks: Sequence[Hook] = ()
         #: the principals without a budget, and until when that need not be read again
         self._unlimited: dict[str, float] = {}
 
@@ -286,7 +288,7 @@ class EngineBase(Engine):
 
     def recipe_of(self, agent_name: str) -> str | None:
         """Return what makes the results of an agent; see ``Batch.recipe``."""
-        return recipe_of(agent_name, self._agents, self._default_models)
+        return recipe_of(agent_name, self._agents, self._default_models, self._model_hooks)
 
     def _check_not_spent(self, batch: Batch, max_cost: float | None) -> None:
         """Raise InvalidData if a retry of *batch*, with *max_cost* if it is not None, could call no model."""

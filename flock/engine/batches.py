@@ -138,7 +138,8 @@ class Batches:
         id_ = batch.batch_id
         while batch.reopening and id_ not in self.cancelled:
             batch = await self.store.reopen_some(batch)
-        if id_ not in self.cancelled and batch.recipe is not None and batch.recipe != self.recipe_of(batch.agent_name):
+        recipe = self.recipe_of(batch.agent_name)
+        while id_ not in self.cancelled and batch.recipe is not None and batch.recipe != recipe:
             batch = await self.store.drop_digests(batch)
         if batch.options.reuse:
             await self._take_results(batch)
@@ -210,12 +211,11 @@ class Failures:
         """Count the outcome of an item, None if it has completed, and return what to store."""
         while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
             exc = exc.exceptions[0]
-        is_lasting = isinstance(exc, ModelError) and exc.is_lasting is not False
         if outcome is None or not isinstance(exc, ModelError):
             self.alike.clear()
         if outcome is None or outcome.status is not RunStatus.FAILED:
             return outcome
-        if isinstance(exc, ModelError) and is_lasting:
+        if isinstance(exc, ModelError) and exc.is_lasting is not False:
             if self.reason is None:
                 self.alike.append(item.run_id)
                 is_of_all = self._is_enough and not item.steps and exc.is_lasting
@@ -254,6 +254,8 @@ class _Work:
         options, total = batch.options, batch.total_items
         self._end = total if options.limit is None else options.limit
         self._sample: set[int] | None = None
+        #: the digests of the items of the sample that have been taken
+        self._digests = set[str | None]()
         if options.sample is not None:
             self._sample = set(random.Random(options.seed).sample(range(total), min(total, options.sample)))
 
@@ -311,8 +313,7 @@ class _Work:
                     return None
                 if self._sample is not None and self._position not in self._sample:
                     continue
-                is_first = not self._batch.options.dedupe or not await self._store.has_equal_before(item)
-                if is_first and not item.is_suspect:
+                if (not self._batch.options.dedupe or await self._is_first(item)) and not item.is_suspect:
                     return item
             async with self._reading:
                 if not self._page:
@@ -321,6 +322,14 @@ class _Work:
                         break
                     self._page.extend(page)
         return None
+
+    async def _is_first(self, item: Run) -> bool:
+        """Whether no equal item before it may start. Outside of a sample none may."""
+        if self._sample is None:
+            return not await self._store.has_equal_before(item)
+        is_first = item.digest is None or item.digest not in self._digests
+        self._digests.add(item.digest)
+        return is_first
 
     async def _pending_pages(self, *, are_suspects: bool = False) -> AsyncIterator[list[Run]]:
         """Yield pages of pending items, or only of the suspects among them."""

@@ -144,6 +144,8 @@ class EmbeddedEngine(EngineBase):
             prices=prices,
             default_model=models.default_model or None,
         )
+        shared = shared or Shared()
+        self._model_hooks = shared.model_hooks
         self.store = store
         self._program_path = program_path
         self._models = models
@@ -161,7 +163,7 @@ class EmbeddedEngine(EngineBase):
             max_result_bytes=self._limits.max_result_bytes,
             answer=answer,
             prices=self._prices,
-            shared=shared or Shared(),
+            shared=shared,
         )
         self._engine_id = ""
         self._tasks: anyio.abc.TaskGroup | None = None

@@ -488,7 +488,10 @@ class Runner:
             if not isinstance(exc, Unstorable):
                 logger.exception("run %s: unexpected error", active.run.run_id)
             active.unsaved = None
-            await self._finish(active, asdict(failure_of(active.run, exc, expose_errors=self._expose_errors)))
+            outcome = failure_of(active.run, exc, expose_errors=self._expose_errors)
+            if active.on_end is not None:
+                outcome = active.on_end(active.run, outcome, exc) or outcome
+            await self._finish(active, asdict(outcome))
 
     async def _run_to_end(self, active: StoredRun) -> None:
         end: dict[str, Any] | None = None

@@ -16,6 +16,7 @@ from flock.models.pieces import Joiner, joined
 from flock.models.replies import bad_response, decoded, model_error, stream_error, unfinished_usage
 from flock.models.sse import Event, Events
 from flock.runs import Usage
+from flock.scopes import current_task
 
 if TYPE_CHECKING:
     import httpx
@@ -231,8 +232,11 @@ class StreamedReply:
             self.report()
         if not self._unreported:
             self._is_answer = is_answer
-            asyncio.get_running_loop().call_soon(self.report)
+            if current_task() is not None:  # on trio, each piece is reported alone
+                asyncio.get_running_loop().call_soon(self.report)
         self._unreported.append(text)
+        if current_task() is None:
+            self.report()
 
     def report(self) -> None:
         """Report the text that was received to the listener."""

@@ -184,18 +184,6 @@ class Thought(NamedTuple):
     text: str
 
 
-async def thoughts_of(engine: Engine, run_id: str) -> str:
-    """Return the reasoning of a run that has ended or waits, and that is watched. Nothing of it is stored."""
-    thoughts = list[str]()
-    async with aclosing(engine.events(run_id, reasoning=True)) as events:
-        async for event in events:
-            if event is not None and event.name == "reasoning.delta" and "call_id" not in event.data:
-                thoughts.append(event.data["text"])
-            elif event is not None and event.name in ENDS:
-                break
-    return "".join(thoughts)
-
-
 class StreamedAnswer:
     """The answer of a run as text, made from its events. Only an agent that ends the run is read while it writes."""
 
@@ -255,3 +243,14 @@ class StreamedAnswer:
         self._agent, self._writer, self._field, self._pause = agent, None, None, self._next_pause
         if agent is not None and all(handoff.kind == "fixed" and handoff.to is None for handoff in agent.handoffs()):
             self._writer, self._field = agent.name, None if self._as_json else _text_output_of(agent)
+
+
+async def thoughts_of(engine: Engine, run_id: str) -> str:
+    """Return the reasoning of a run that has ended or waits, and that is watched. Nothing of it is stored."""
+    thoughts, answer = list[str](), StreamedAnswer({}, as_json=False)  # without agents, it has no text
+    with suppress(EngineStopped):
+        async with aclosing(answer.pieces(engine.events(run_id, reasoning=True))) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Thought):
+                    thoughts.append(piece.text)
+    return "".join(thoughts)

@@ -141,20 +141,23 @@ async def read(items: Sequence[Item], at: str) -> tuple[list[Message], dict[str,
     messages, answers, share = list[Message](), dict[str, msgspec.Raw](), FairShare()
     for number, item in enumerate(items):
         await share.checkpoint()
-        place, is_tool = f"{at}/{number}", item.role == "tool"
+        place, is_chat = f"{at}/{number}", at == "/messages"
+        is_tool = is_chat and item.role == "tool"
         if is_tool or item.type == "function_call_output":
             text = _text_of(item.content if is_tool else item.output, place, is_shown=True)
             answers[item.tool_call_id if is_tool else item.call_id] = msgspec.Raw(msgspec.json.encode(text))
-        elif item.type == "message" and item.role is not None:
+        elif item.role is not None and (is_chat or item.type == "message"):
             messages.append(Message(item.role, _text_of(item.content, place, is_shown=item.role == "user")))
-            if item.role == "assistant" or at == "/input":
+            if item.role == "assistant" or not is_chat:
                 answers.clear()
         elif item.type == "mcp_approval_response" and item.approval_request_id and item.approve is not None:
             output = {"approved": item.approve, **({} if item.reason is None else {"reason": item.reason})}
             answers[item.approval_request_id] = msgspec.Raw(msgspec.json.encode(output))
+        elif item.type == "message":
+            raise InvalidData.of("A message needs a role.", f"{place}/role")
         elif item.type not in UNSEEN:
             raise InvalidData.of(f"This item of the type {item.type!r} is not supported.", place)
-    if answers and at == "/messages" and not is_tool:
+    if answers and is_chat and not is_tool:
         raise InvalidData.of("The outputs of tools must be the last messages.", place)
     return messages, answers
 

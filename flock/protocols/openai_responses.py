@@ -35,6 +35,9 @@ from flock.web.routing import principal_of
 #: The number of an event that follows a text of n characters begins at ``n << CHECK_BITS``. JavaScript can read it for
 #: texts of up to ``2 ** 33`` characters.
 CHECK_BITS = 20
+#: The number of the first event of an answer. Those below it are of the reasoning, which is not stored, so a resumed
+#: stream does not have it.
+FIRST_NUMBER = 1 << (CHECK_BITS - 1)
 
 FAILED = (RunStatus.FAILED, RunStatus.CANCELLED)
 
@@ -248,11 +251,12 @@ async def create_response(request: Request) -> Response:
         raise InvalidData.of("A response in the background must be stored. Leave this out.", "/store")
     if sent.previous_response_id is not None and sent.conversation is not None:
         raise InvalidData.of("Send this or 'previous_response_id', not both.", "/conversation")
-    previous = sent.previous_response_id and await _reply(engine, Place.of(sent.previous_response_id))
+    previous_id = sent.previous_response_id
+    previous = None if previous_id is None else await _reply(engine, Place.of(previous_id))
     session_id = previous.run.session_id if previous else sent.session_id
     with contextlib.ExitStack() as held:
         async with _turns.setdefault(session_id, anyio.Lock()) if session_id else contextlib.nullcontext():
-            order, place = await _order_of(request, body, sent, previous or None)
+            order, place = await _order_of(request, body, sent, previous)
             if sent.stream:
                 stream = await orders.stream(request, order, reasoning=sent.has_thoughts)
                 place = place._replace(run_id=stream.accepted.run.run_id)
@@ -650,6 +654,7 @@ class _Writer:
     def _opened(self, at: int, item: JSON) -> bytes:
         added = {**item, "status": "in_progress", "content": []}
         part = {**item["content"][0], "text": ""}
+        self._number = max(self._number, FIRST_NUMBER)
         events = self._event("response.output_item.added", output_index=at, item=added)
         return events + self._event("response.content_part.added", **_at(item, at), part=part)
 

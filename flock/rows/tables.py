@@ -65,7 +65,7 @@ MAX_COLUMNS_CHARS = 1024 * 1024
 MAX_ROW_LINES = 100_000
 #: The error of a header that does not fit and has no rows after it.
 JOINED = "There is nothing after this line. If curl has sent a file, use --data-binary: -d joins its lines."
-#: What is wrong with files that are no text, by how they begin.
+#: Errors for binary files, by their first bytes.
 OTHER_FILES = {
     b"PK\x03\x04": 'This is an Excel file (.xlsx), or another ZIP archive. Save it as "CSV UTF-8".',
     b"\xd0\xcf\x11\xe0": 'This is an old Excel file (.xls). Save it as "CSV UTF-8".',

@@ -576,7 +576,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
         timeout_s: wall-clock seconds for each item.
         max_cost: US dollars that its items may cost, in all attempts of the batch; None means no limit.
         max_failures: how many items may fail before the batch stops, or if less than 1, which share of them; None means
-            no limit. Each attempt counts anew.
+            no limit. Each attempt starts counting again.
         dedupe: execute equal items once. The others get its outcome.
         reuse: take the results of equal items of other batches of the same principal, if the agent is the same.
         reuse_failures: take their failures too.

@@ -58,12 +58,13 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
             run = replace(self.caller, agent_name=name, inputs=agent.input.encode(inputs), steps=())
         except InvalidData as exc:
             raise CallError(f"The inputs for the agent {name!r} are invalid. {exc}") from exc
-        if options and not isinstance(agent, ModelAgent):
-            raise CallError(f"{name!r} is a function, so it has no model for options=. Omit them.")
-        try:
-            options = checked_options(options, f"options= for {name!r}")
-        except DefinitionError as exc:
-            raise CallError(str(exc)) from exc
+        if options:
+            if not isinstance(agent, ModelAgent):
+                raise CallError(f"{name!r} is a function, so it has no model for options=. Omit them.")
+            try:
+                options = checked_options(options, f"options= for {name!r}")
+            except DefinitionError as exc:
+                raise CallError(str(exc)) from exc
         then = functools.partial(self._follow, journal, context, run, keep)
         return self._call(journal, context, agent, run, keep, then, options)
 

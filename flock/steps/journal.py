@@ -31,7 +31,7 @@ from msgspec import UnsetType
 from msgspec.structs import replace
 
 from flock.agents.questions import ASK, RECEIVE, SLEEP, TIMEOUT, TIMER, message_json, question_json, schema_of
-from flock.agents.signature import hints_of_function, is_async, name_of
+from flock.agents.signature import hints_of_function, is_async, is_context, name_of
 from flock.agents.tools import MAX_EXPIRES_S
 from flock.errors import CallError, SignatureError, Uncertain, cut
 from flock.pydanticmodel import from_json, to_json_and_back
@@ -1063,7 +1063,7 @@ def _with_context(
     kwargs: Mapping[str, Any],
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Return the arguments, and the context for the parameter that is annotated with it."""
-    name = next((name for name, hint in hints.items() if hint is RunContext), None)
+    name = next((name for name, hint in hints.items() if is_context(hint)), None)
     if name is None or any(isinstance(value, RunContext) for value in (*args, *kwargs.values())):
         return args, kwargs
     index = list(_parameters(function)).index(name)

@@ -25,7 +25,10 @@ async def follow_batch(engine: Engine, batch_id: str, *, is_shown: bool | None =
     Raises: the same as ``Engine.wait_batch``; StoreError also when the results can no longer be stored.
     """
     if not (sys.stderr.isatty() if is_shown is None else is_shown):
-        return [batch async for batch in _states(engine, batch_id, CHECK_INTERVAL_S)][-1]
+        states = _states(engine, batch_id, CHECK_INTERVAL_S)
+        while not (batch := await anext(states)).status.is_final:
+            pass
+        return batch
     import click  # here, since only a progress line needs it
 
     batch, started_at, text = await engine.get_batch(batch_id), anyio.current_time(), ""

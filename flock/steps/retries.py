@@ -93,5 +93,5 @@ def _named_by(exc: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_invalid_answer(call: Call) -> bool:
-    """Whether *call* is an answer of a model that was not valid: others are stored only if they call tools."""
+    """Whether *call* is an answer of a model that was not valid: a valid one ends its step."""
     return call.kind == "model" and call.error is None and not msgspec.json.decode(call.result, type=_Reply).tool_calls

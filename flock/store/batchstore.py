@@ -228,7 +228,7 @@ class SQLiteBatchStore(BatchStore):
         await self._change_own(batch, apply)
 
     async def drop_digests(self, batch: Batch) -> Batch:
-        return await self._change_own(batch, lambda db: equals.drop_digests(db, batch.batch_id))
+        return await self._change_own(batch, lambda db: equals.drop_digests(db, batch.batch_id, CHUNK_SIZE))
 
     async def take_results(self, batch: Batch, after: int, at: datetime, *, is_own: bool) -> int | None:
         def apply(db: sqlite3.Connection) -> int | None:

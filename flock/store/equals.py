@@ -42,9 +42,10 @@ def _numbered(digest: str, number: int) -> str:
     return digest if number == 1 else f"{digest}:{number}"
 
 
-def drop_digests(db: sqlite3.Connection, batch_id: str) -> None:
-    db.execute(statements.DROP_DIGESTS, (batch_id,))
-    db.execute(statements.DROP_RECIPE, (batch_id,))
+def drop_digests(db: sqlite3.Connection, batch_id: str, limit: int) -> None:
+    """Drop the digests of up to *limit* unfinished items, and the recipe of the batch if there are no more."""
+    if db.execute(statements.DROP_DIGESTS, (batch_id, limit)).rowcount < limit:
+        db.execute(statements.DROP_RECIPE, (batch_id,))
 
 
 def has_equal_before(db: sqlite3.Connection, item: Run) -> bool:

@@ -178,7 +178,10 @@ class BatchStore(Protocol):
         """Count these failed items as cancelled: the batch has ended early, for their error. Raises OwnershipLost."""
 
     async def drop_digests(self, batch: Batch) -> Batch:
-        """Let no batch take the results of the pending items, since another program executes them: OwnershipLost."""
+        """Let no batch take the results of the unfinished items, since another program executes them.
+
+        One chunk of them is changed. After the last one the batch has no ``recipe``. Raises: OwnershipLost.
+        """
 
     async def take_results(self, batch: Batch, after: int, at: datetime, *, is_own: bool) -> int | None:
         """End one chunk of the pending items after the position *after* that equal items have ended elsewhere.

@@ -330,7 +330,8 @@ HAS_UNPAID_ITEMS = """SELECT 1 FROM runs INDEXED BY items_by_status
     WHERE batch_id = ? AND status = 'cancelled' AND error_type = ? LIMIT 1"""
 HAS_DIGEST = "SELECT 1 FROM runs INDEXED BY items_by_digest WHERE digest = ? AND batch_id = ?"
 EQUAL_BEFORE = f"{HAS_DIGEST} AND position < ? AND attempt >= ? LIMIT 1"
-DROP_DIGESTS = "UPDATE runs SET digest = NULL WHERE batch_id = ? AND status = 'starting' AND digest IS NOT NULL"
+DROP_DIGESTS = """UPDATE runs SET digest = NULL WHERE rowid IN (SELECT rowid FROM runs INDEXED BY items_by_status
+    WHERE batch_id = ? AND status IN ('starting', 'waiting') AND digest IS NOT NULL LIMIT ?)"""
 DROP_RECIPE = "UPDATE batches SET recipe = NULL WHERE batch_id = ?"
 TAKE_RESULT = """UPDATE runs SET (status, result, error, error_type, completed_at) =
     (SELECT status, result, error, error_type, ? FROM runs WHERE rowid = ?) WHERE rowid = ? RETURNING status"""

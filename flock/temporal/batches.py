@@ -27,6 +27,7 @@ from flock.errors import BatchNotFound, EngineFull, InvalidData, KeyReused, Repl
 from flock.runs import (
     Batch,
     BatchFilter,
+    BatchOptions,
     IdempotencyKey,
     Page,
     Principal,
@@ -123,7 +124,7 @@ class TemporalBatches(EngineBase):
         """Cancellation: workers delete the rows that were sent."""
         batch = intake.batch
         for name in ("max_failures", "dedupe", "reuse", "limit", "sample"):
-            if getattr(batch.options, name) not in (None, False):
+            if getattr(batch.options, name) != getattr(BatchOptions(), name):
                 raise InvalidData.of(f"A cluster has no {name}. Omit it.", f"/{name}")
         versions = {name: version_of(agent) for name, agent in self._agents.items()}
         rows = _RowSender(self.cluster, batch.batch_id, versions)

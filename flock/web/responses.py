@@ -61,10 +61,7 @@ def add_headers(start: Message, request_id: str, more: Mapping[str, str]) -> Non
 
 def split_message(message: Message) -> Iterator[Message]:
     """Split an ASGI message with a long body into several messages."""
-    body: bytes = message.get("body", b"")
-    if len(body) <= PIECE_BYTES:
-        yield message
-        return
+    body: bytes = message["body"]
     for start in range(0, len(body), PIECE_BYTES):
         end = start + PIECE_BYTES
         yield {**message, "body": body[start:end], "more_body": end < len(body) or message.get("more_body", False)}

@@ -1,11 +1,13 @@
 """Engines of each kind, and helpers that wait for what happens in them."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 
 from flock.engine.embedded import EmbeddedEngine
 from flock.runs import Batch, Engine, Run
@@ -33,6 +35,22 @@ async def until(condition: Callable[[], bool]) -> None:
     with anyio.fail_after(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - there is no event for it
             await anyio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def counting_turns() -> AsyncIterator[list[int]]:
+    """Count the turns of the event loop until the block ends. The list that it yields has one number, their count."""
+    turns = [0]
+
+    async def count() -> None:
+        while True:
+            turns[0] += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(count)
+        yield turns
+        tasks.cancel_scope.cancel()
 
 
 async def until_run(engine: Engine, run_id: str, is_enough: Callable[[Run], bool]) -> Run:
