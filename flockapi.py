@@ -38,6 +38,7 @@ from flock.declared import DeclaredFlock, agent_of
 from flock.engine.rowchecks import check_batch
 from flock.errors import DefinitionError, FlockError, Replayed, StoreError
 from flock.extras import pip_install
+from flock.fair import FairShare
 from flock.options import Option, check, replaced
 from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
 from flock.runs import (
@@ -771,7 +772,11 @@ async def run_response(
     calls = await engine.get_calls(run) if may_have_calls else {}
     result = await engine.shown_result(run)
     results = [await engine.shown_result(run, at) for at in range(len(run.steps))]
-    calls_at = {at: [wire.run_call(call) for call in made] for at, made in calls.items() if made}
+    share, calls_at = FairShare(), dict[int, list[wire.RunCall]]()
+    for at, made in calls.items():
+        for call in made:
+            calls_at.setdefault(at, []).append(wire.run_call(call))
+            await share.checkpoint()
     steps = [
         wire.shown_with_costs(wire.RunStep, step, result=results[at], calls=calls_at.get(at, msgspec.UNSET))
         for at, step in enumerate(run.steps)
