@@ -252,6 +252,11 @@ class WrongHost(AccessDenied):
 class Conflict(FlockError):
     """The request conflicts with the current state of the run or batch."""
 
+    @classmethod
+    def continued(cls, run_id: str) -> "Conflict":
+        """Return the error for a run that would continue a session as *run_id* has."""
+        return cls(f"The later run {run_id} has continued this session. Continue that one.")
+
 
 class StaleAnswer(Conflict):
     """The question that is answered is no longer open. ``open_questions`` are those of the run that are."""

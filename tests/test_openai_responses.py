@@ -1,7 +1,9 @@
 """OpenAI's responses and conversations: what is stored, continued, approved, streamed and resumed."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -14,7 +16,7 @@ from flock.agents.messages import Messages
 from flock.agents.tools import Tool
 from flock.core import FlockFactory
 from flock.errors import AgentError
-from flock.runs import Principal, RunContext
+from flock.runs import Principal, RunContext, new_id
 from flock.testing import Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
@@ -421,8 +423,43 @@ async def test_two_continuations_at_once_make_one(
         for text in "bcd":
             tasks.start_soon(go_on, text)
     refused, _, made = sorted(answers, key=lambda answer: -answer.status_code)
-    check_error(refused, 400, ..., "A later response")
+    check_error(refused, 400, "conflict", "has continued this session")
     assert (made.status_code, len((await get(client, "/runs"))["runs"])) == (200, 2)
+
+
+async def test_two_processes_continue_a_conversation_once(
+    chats: Responses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find the same latest response before one of them has continued it."""
+    apps = [
+        create_app(flock, engine=flock.engine(store=tmp_path / "x.db"), auth="host", protocols=["openai"])
+        for flock in (chats.flock, Responses().flock)
+    ]
+    body = {"conversation": f"conv_{new_id()}"}
+    async with apps[0].lifespan(), apps[1].lifespan(), client_of(apps[0]) as here, client_of(apps[1]) as there:
+        for texts in ("ab", "cd"):
+            both, answers = asyncio.Barrier(2), list[httpx.Response]()
+            for app in apps:
+
+                async def both_read(wanted: Any, read: Any = app.engine.list_runs, both: Any = both) -> Any:
+                    page = await read(wanted)
+                    await both.wait()
+                    return page
+
+                monkeypatch.setattr(app.engine, "list_runs", both_read)
+
+            async def go_on(client: httpx.AsyncClient, text: str, answers: Any = answers) -> None:
+                answers.append(await send(client, "roles", text, **body))
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(go_on, here, texts[0])
+                tasks.start_soon(go_on, there, texts[1])
+            made, refused = sorted(answers, key=lambda answer: answer.status_code)
+            check_error(refused, 400, "conflict", "has continued this session")
+            assert made.status_code == 200
+            monkeypatch.undo()
+        said = (await get(here, f"/v1/conversations/{body['conversation']}/items"))["data"]
+        assert len(said) == 4
 
 
 async def test_a_continuation_that_is_sent_again_with_its_key_is_the_same(client: httpx.AsyncClient) -> None:

@@ -20,8 +20,8 @@ from msgspec.structs import replace
 from flock import fair
 from flock.core import Flock, FlockFactory
 from flock.engine.embedded import SEEN_BY_ALL_S
-from flock.errors import Conflict, DefinitionError, SessionNotFound
-from flock.runs import Engine, Principal, Run, RunFilter, RunStatus, Usage, now
+from flock.errors import Conflict, DefinitionError, Replayed, SessionNotFound
+from flock.runs import Engine, IdempotencyKey, Principal, Run, RunFilter, RunStatus, Usage, now
 from flock.steps.executor import MAX_HISTORY_BYTES
 from flock.testing import FakeModel, Reply
 from flock.web.auth import ScopedEngine
@@ -239,6 +239,48 @@ async def turn(n: int) -> int:
 
 
 @pytest.mark.slow
+async def test_one_of_several_runs_at_once_continues_a_session(engine: Engine, turns: Turns) -> None:
+    turns.fails = {7}
+    accepted, refused = list[Run](), list[str]()
+
+    async def go_on(n: int, after: str, **more: Any) -> None:
+        try:
+            accepted.append(await submit(engine, n, continues=after, **more))
+        except Conflict as exc:
+            refused.append(str(exc))
+
+    async def all_at_once(after: str) -> None:
+        async with anyio.create_task_group() as tasks:
+            for n in range(3):
+                tasks.start_soon(go_on, n, after)
+
+    await all_at_once("")
+    await ended(engine, accepted[0])
+    failed = await submit(engine, 7, continues=accepted[0].run_id)
+    await ended(engine, failed)
+    await all_at_once(accepted[0].run_id)  # the failed one does not count
+    assert (len(accepted), len(refused)) == (2, 4)
+    assert all(accepted[0].run_id in why for why in refused[:2])
+    assert all(accepted[1].run_id in why for why in refused[2:])
+    key = IdempotencyKey("k", b"")
+    await go_on(1, accepted[0].run_id, key=key)
+    assert (len(refused), await engine.made_by(key)) == (5, None)
+    last = await submit(engine, 1, continues=accepted[1].run_id, key=key)
+    with pytest.raises(Replayed, match=last.run_id):  # a replay comes first
+        await submit(engine, 1, continues=accepted[1].run_id, key=key)
+    await submit(engine, 1, continues="", principal="ann")  # it has a session of its own
+
+
+async def test_one_of_two_engines_on_a_file_continues_a_session(store: str, turns: Turns) -> None:
+    async with turns.flock.engine(store=store) as one, turns.flock.engine(store=store) as other:
+        first = await submit(one, 0, continues="")
+        with pytest.raises(Conflict, match=first.run_id):
+            await submit(other, 1, continues="")
+        await submit(other, 1, continues=first.run_id)
+        with pytest.raises(Conflict, match="has continued this session"):
+            await submit(one, 2, continues=first.run_id)
+
+
 async def test_the_order_holds_after_kill_9(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes have the runs of one session. They are killed in the first run, and started again."""
     script, log = tmp_path / "turns.py", tmp_path / "log"

@@ -204,7 +204,9 @@ class EngineBase(Engine):
     def _is_store_ok(self) -> bool: ...
 
     @abstractmethod
-    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context) -> None:
+    async def _accept(
+        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None = None
+    ) -> None:
         """Store *run*, and start it in *context* if this process executes it. Raises the same as ``Engine.submit``."""
 
     @abstractmethod
@@ -316,6 +318,7 @@ class EngineBase(Engine):
         is_async: bool = True,
         timeout_s: float | None = None,
         session_id: str | None = None,
+        continues: str | None = None,
         max_cost: float | None = None,
         key: IdempotencyKey | None = None,
         run_id: str | None = None,
@@ -349,7 +352,7 @@ class EngineBase(Engine):
             client=client,
         )
         with self._watch_until_read(run.run_id) if watch else contextlib.nullcontext():
-            await self._accept(run, key, Context() if is_async else copy_context())
+            await self._accept(run, key, Context() if is_async else copy_context(), continues)
         return run
 
     async def submit_batch(

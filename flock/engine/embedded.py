@@ -310,7 +310,9 @@ class EmbeddedEngine(EngineBase):
 
     # Runs
 
-    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context) -> None:
+    async def _accept(
+        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None = None
+    ) -> None:
         full = self._runner.full(run.principal)
         is_announced = run.is_async or run.run_id in self._runner.watched  # its client gets its id before its end
         if not is_announced and key is None and run.session_id is None:
@@ -323,7 +325,7 @@ class EmbeddedEngine(EngineBase):
         else:
             start = functools.partial(self._start, context=context)
             with accepting(self._accepting, key), counted(self._runner.queued_bytes, run.principal, run.input_bytes):
-                await self.store.accept(run, self._limits.queue, key, then=start, full=full)
+                await self.store.accept(run, full or self._limits.queue, key, start, continues)
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         active = await self._active(run_id, principal)

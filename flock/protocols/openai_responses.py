@@ -7,7 +7,6 @@ is a session. So any process can show all of them from the runs alone.
 
 import contextlib
 import re
-import weakref
 import zlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -45,9 +44,6 @@ FAILED = (RunStatus.FAILED, RunStatus.CANCELLED)
 MAX_RUNS = 100
 
 JSON = dict[str, Any]
-
-#: Held while a request is accepted that continues a session, so that no two continue the same response.
-_turns = weakref.WeakValueDictionary[str, anyio.Lock]()
 
 
 class TextSettings(msgspec.Struct, frozen=True):
@@ -251,18 +247,13 @@ async def create_response(request: Request) -> Response:
         raise InvalidData.of("A response in the background must be stored. Leave this out.", "/store")
     if sent.previous_response_id is not None and sent.conversation is not None:
         raise InvalidData.of("Send this or 'previous_response_id', not both.", "/conversation")
-    previous_id = sent.previous_response_id
-    previous = None if previous_id is None else await _reply(engine, Place.of(previous_id))
-    session_id = previous.run.session_id if previous else sent.session_id
-    with contextlib.ExitStack() as held:
-        async with _turns.setdefault(session_id, anyio.Lock()) if session_id else contextlib.nullcontext():
-            order, place = await _order_of(request, body, sent, previous)
-            if sent.stream:
-                stream = await orders.stream(request, order, reasoning=sent.has_thoughts)
-                place = place._replace(run_id=stream.accepted.run.run_id)
-                return _streamed(request, engine, stream, Reply(place, stream.accepted.run), sent)
-            run_id = held.enter_context(orders.watched(engine, order, is_wanted=sent.has_thoughts))
-            run = (await orders.accept(request, order, run_id)).run
+    order, place = await _order_of(request, body, sent)
+    if sent.stream:
+        stream = await orders.stream(request, order, reasoning=sent.has_thoughts)
+        place = place._replace(run_id=stream.accepted.run.run_id)
+        return _streamed(request, engine, stream, Reply(place, stream.accepted.run), sent)
+    with orders.watched(engine, order, is_wanted=sent.has_thoughts) as run_id:
+        run = (await orders.accept(request, order, run_id)).run
         place, outlives_client = place._replace(run_id=run.run_id), run.is_async or isinstance(order, orders.Answers)
         if not sent.background:
             del run, order  # frees the inputs, which may be long, during the wait
@@ -281,7 +272,7 @@ async def create_response(request: Request) -> Response:
 
 
 async def _order_of(
-    request: Request, body: bytes, sent: ResponseRequest, previous: Reply | None
+    request: Request, body: bytes, sent: ResponseRequest
 ) -> tuple[orders.Order | orders.Answers, Place]:
     """Return what a request asks for, and the place of its response, which has no run yet.
 
@@ -293,9 +284,10 @@ async def _order_of(
     items = [parts.Item(role="user", content=sent.input)] if isinstance(sent.input, str) else sent.input or []
     messages, outputs = await parts.read(items, "/input")
     client = parts.client_settings(body, messages, sent.instructions or "")
-    key, earlier, answers = idempotency_key(request, lambda: fingerprint_of(request, body)), None, None
+    key, earlier, answers, continues = idempotency_key(request, lambda: fingerprint_of(request, body)), None, None, None
     if key is None or await engine.made_by(key) is None:  # otherwise this request has continued it before
-        earlier = await _earlier(request, sent, previous, is_answer=bool(outputs) or not messages)
+        earlier = await _earlier(request, sent, is_answer=bool(outputs) or not messages)
+        continues = earlier.run.run_id if earlier else "" if sent.session_id else None
     if outputs:
         answers = await parts.answers_in(engine, outputs, "/input")
     elif earlier is not None and not messages:
@@ -306,6 +298,7 @@ async def _order_of(
     order = orders.Order(
         agent_name=sent.model,
         session_id=await _continued(request, agent, sent, earlier, messages),
+        continues=continues,
         inputs=chats.inputs_of(agent, messages, sent.inputs, "/input"),
         is_async=sent.background is True,
         client=client,
@@ -321,20 +314,21 @@ async def _forget(engine: Engine, run_id: str) -> None:
             await engine.delete_run(run_id)
 
 
-async def _earlier(request: Request, sent: ResponseRequest, previous: Reply | None, *, is_answer: bool) -> Reply | None:
+async def _earlier(request: Request, sent: ResponseRequest, *, is_answer: bool) -> Reply | None:
     """Return the response that a request continues, or answers. Only the latest one of a conversation can be continued.
 
     Raises: RunNotFound, SessionNotFound; InvalidData if there is a later one, or it has not completed.
     """
-    if previous is not None:
-        name, reply = "/previous_response_id", previous
+    engine = await orders.engine_of(request)
+    if sent.previous_response_id is not None:
+        name, reply = "/previous_response_id", await _reply(engine, Place.of(sent.previous_response_id))
         latest = reply.run.session_id and await _latest(request, reply.run.session_id)
         if not is_answer and latest not in (None, reply.run.run_id):
             raise InvalidData.of(f"A later response of the run {latest} continues this one. Continue that.", name)
     elif sent.session_id is None or (latest := await _latest(request, _session(sent.session_id)[0])) is None:
         return None
     else:
-        name, reply = "/conversation", await _reply(await orders.engine_of(request), Place(latest, -1))
+        name, reply = "/conversation", await _reply(engine, Place(latest, -1))
     if is_answer:
         return reply
     if not reply.is_last:

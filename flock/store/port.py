@@ -44,6 +44,8 @@ T = TypeVar("T")
 
 #: The idempotency key of a request, if it has one.
 Key = IdempotencyKey | None
+#: The limits of the queue, or the error if the engine is full, which is raised unless the request is a replay.
+Room = QueueLimits | EngineFull
 #: A function that is called after the commit.
 Then = Callable[[T], None]
 
@@ -382,17 +384,18 @@ class Store(Protocol):
     # Changing runs: each method is one transaction
 
     async def accept(
-        self, run: Run, limits: QueueLimits, key: Key, then: Then[Run] | None = None, *, full: EngineFull | None = None
+        self, run: Run, room: Room, key: Key, then: Then[Run] | None = None, continues: str | None = None
     ) -> None:
         """Write a new run, if there is room for it, and call *then* with it.
 
         Args:
-            full: raised unless the request is a replay.
+            continues: see ``Engine.submit``.
 
         Raises:
             Replayed: the same request was accepted under this key before. This takes precedence over limits.
             KeyReused: the key was used for another request.
             EngineStopped: its engine has shut down.
+            Conflict: a later run *continues* the session.
             EngineFull: too many runs of these agents, or of its principal, are queued, in all processes together.
         """
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from flock.errors import KeyReused, OwnershipLost, Replayed
+from flock.errors import Conflict, KeyReused, OwnershipLost, Replayed
 from flock.runs import (
     MAX_SHOWN_BYTES,
     MAX_SHOWN_CALLS,
@@ -349,6 +349,13 @@ def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:
     """Raise EngineStopped if the engine is no longer registered, since nothing would recover its new work."""
     if db.execute(statements.FIND_ENGINE, (engine_id,)).fetchone() is None:
         raise not_accepting()
+
+
+def check_latest(db: sqlite3.Connection, run: Run, continues: str | None) -> None:
+    """Raise Conflict if the session of *run* has a run after *continues* that neither failed nor was cancelled."""
+    values = (run.flock, run.session_id, run.principal, continues)
+    if continues is not None and (row := db.execute(statements.LATER_RUN, values).fetchone()) is not None:
+        raise Conflict.continued(row[0])
 
 
 def insert_key(

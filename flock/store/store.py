@@ -48,7 +48,7 @@ from flock.store import files, queries, statements, takeover, waiting
 from flock.store.batchstore import SQLiteBatchStore
 from flock.store.columns import json_from, micros, names_json, names_of_retriers, run_or_remains, time_from
 from flock.store.database import MEMORY, Database, Durability
-from flock.store.port import Key, Retry, Store, TakenOver, Then
+from flock.store.port import Key, Retry, Room, Store, TakenOver, Then
 from flock.store.suspects import Executing, executed_until_death
 
 T = TypeVar("T")
@@ -191,14 +191,15 @@ class SQLiteStore(Database, Store):
     # Changing runs: each method is one transaction
 
     async def accept(
-        self, run: Run, limits: QueueLimits, key: Key, then: Then[Run] | None = None, *, full: EngineFull | None = None
+        self, run: Run, room: Room, key: Key, then: Then[Run] | None = None, continues: str | None = None
     ) -> None:
         def apply(db: sqlite3.Connection) -> Run:
             queries.check_key(db, run.flock, key)
             queries.check_engine(db, run.owner)
-            if full is not None:
-                raise full
-            self._queued.check_room(db, run.flock, self.agents, run.principal, limits)
+            queries.check_latest(db, run, continues)
+            if isinstance(room, EngineFull):
+                raise room
+            self._queued.check_room(db, run.flock, self.agents, run.principal, room)
             self._queued.insert(db, run, key)
             return run
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import Context
+from datetime import timedelta
 from functools import partial
 from typing import Any, Self
 
@@ -117,7 +118,7 @@ from flock.temporal.search import (
     waiting_runs,
     workflows_of,
 )
-from flock.temporal.workflows import FlockAccount, FlockRun, FlockSession
+from flock.temporal.workflows import KEEP_SESSION_S, FlockAccount, FlockRun, FlockSession
 
 #: A multiple of this time, in seconds, is what the error takes that there is no such run, if somebody asks for a
 #: question. It is longer than the requests to the cluster take.
@@ -282,7 +283,9 @@ class TemporalEngine(TemporalBatches):
 
     # Runs
 
-    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context) -> None:
+    async def _accept(
+        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None = None
+    ) -> None:
         try:
             await self._check_room(run.principal)
         except EngineFull:
@@ -291,16 +294,32 @@ class TemporalEngine(TemporalBatches):
                     raise Replayed((await self.get_run(made_id)).run_id) from None
             raise
         with self._counted_as_starting():
-            if key is None:
-                await self._start(self._order(run))
-                return
-            made_id = await self._reservations.claim(key, run.run_id)
-            order = replace(self._order(replace(run, run_id=made_id)), key_id=self._reservations.key_id(key))
+            made_id, order = run.run_id, self._order(run)
+            if key is not None:
+                made_id = await self._reservations.claim(key, run.run_id)
+                order = replace(self._order(replace(run, run_id=made_id)), key_id=self._reservations.key_id(key))
+            if continues is not None:
+                await self._take_turn(order, continues)
             # If the process that claimed the key died before it started the run, this one starts it.
             with contextlib.suppress(WorkflowAlreadyStartedError):
                 await self._start(order)
         if made_id != run.run_id:
             raise Replayed(made_id)
+
+    async def _take_turn(self, order: RunOrder, continues: str) -> None:
+        """Mark that a run continues another one, until a search surely finds it. Raises Conflict if a later run has."""
+        run_id, before, keep_for = order.run.run_id, continues, timedelta(seconds=KEEP_SESSION_S)
+        while True:
+            turn = IdempotencyKey(f"{session_workflow_id(order.run)} {before}", b"")
+            before = await self._reservations.claim(turn, run_id, keep_for)
+            if before == run_id:
+                return
+            status = None
+            with contextlib.suppress(RunNotFound):  # it is being started
+                status = (await self.get_run(before)).status
+            if status not in RETRYABLE:
+                await self._reservations.release(order.key_id, run_id)
+                raise Conflict.continued(before)
 
     def _order(self, run: Run) -> RunOrder:
         timeout_s = min(run.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s)

@@ -33,10 +33,10 @@ class Reservations:
     def key_id(self, key: IdempotencyKey) -> str:
         return "key:" + hashlib.sha256(f"{self._flock}\n{key.scoped_key}".encode()).hexdigest()
 
-    async def claim(self, key: IdempotencyKey, made_id: str) -> str:
+    async def claim(self, key: IdempotencyKey, made_id: str, keep_for: timedelta = KEEP_KEYS_FOR) -> str:
         """Return the id for *key*: *made_id*, or that of an earlier claim. Raises KeyReused."""
         mine = {"run_id": made_id, "fingerprint": key.digest.hex()}
-        if await self._start(FlockMark.run, self.key_id(key), start_delay=KEEP_KEYS_FOR, memo=mine):
+        if await self._start(FlockMark.run, self.key_id(key), start_delay=keep_for, memo=mine):
             return made_id
         return await self.find(key) or made_id
 

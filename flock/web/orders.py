@@ -70,6 +70,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     is_async: bool = False
     timeout_s: float | None = None
     session_id: str | None = None
+    continues: str | None = None
     max_cost: float | None = None
     client: ClientSettings | None = None
     key: IdempotencyKey | None = None
@@ -161,6 +162,7 @@ async def accept(request: Request, order: Order | Answers, run_id: str | None = 
             is_async=order.is_async,
             timeout_s=order.timeout_s,
             session_id=order.session_id,
+            continues=order.continues,
             max_cost=order.max_cost,
             client=order.client,
             key=order.key,
