@@ -17,6 +17,7 @@ from flock.agents.tools import Tool
 from flock.core import FlockFactory
 from flock.errors import AgentError
 from flock.runs import Principal, RunContext, new_id
+from flock.store import queries
 from flock.testing import Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
@@ -101,6 +102,11 @@ async def create(client: httpx.AsyncClient, model: str, input: Any = "hi", **mor
     return response.json()
 
 
+def run_id_of(response: Any) -> str:
+    _, run_id, _ = response["id"].split("_")
+    return str(run_id)
+
+
 def text_of(response: Any) -> str:
     (item,) = response["output"]
     assert (item["type"], item["role"], item["status"]) == ("message", "assistant", "completed")
@@ -183,6 +189,8 @@ async def test_an_input_becomes_inputs_and_the_result_a_message(
     [
         ({"input": []}, "input", "There is no message with the role 'user'."),
         ({"input": None}, "input", "There is no message with the role 'user'."),
+        ({"input": [{"content": "x"}]}, "input.0.role", "A message needs a role."),
+        ({"input": [{"type": "message", "role": None, "content": "x"}]}, "input.0.role", "A message needs a role."),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0", "'item_reference' is not supported"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://t"}]}]},
@@ -211,12 +219,14 @@ async def test_an_invalid_request_is_400_and_starts_no_run(
 
 async def test_an_unknown_id_is_404(client: httpx.AsyncClient) -> None:
     made = await create(client, "hello")
-    for id_ in ("x", made["id"][:-1] + "1", "resp_01a20e41-e4ec-74f9-8450-7dd74efe56ba_0", f"{made['id']}0"):
+    for id_ in ("x", "resp_", made["id"][:-1] + "1", "resp_01a20e41-e4ec-74f9-8450-7dd74efe56ba_0", f"{made['id']}0"):
         for path in (f"/v1/responses/{id_}", f"/v1/responses/{id_}/input_items"):
             check_error(await client.get(path), 404, "unknown_run")
         check_error(await client.post(f"/v1/responses/{id_}/cancel"), 404, "unknown_run")
         check_error(await client.delete(f"/v1/responses/{id_}"), 404, "unknown_run")
         check_error(await send(client, "hello", previous_response_id=id_), 404, "unknown_run")
+    check_error(await send(client, "hello", previous_response_id=""), 404, "unknown_run")
+    check_error(await send(client, "hello", conversation=""), 404, "unknown_session")
     check_error(await send(client, "hello", conversation="mine"), 404, "unknown_session")
     check_error(await client.get("/v1/conversations/mine"), 404, "unknown_session")
 
@@ -291,6 +301,14 @@ async def test_a_key_makes_a_repeated_request_one_run(client: httpx.AsyncClient)
 # Background
 
 
+@pytest.mark.parametrize("background", [False, True])
+async def test_a_response_stays_in_the_background_or_not(client: httpx.AsyncClient, background: bool) -> None:
+    """Its run outlives its client in both cases, because it has a key."""
+    made = await create(client, "repeat", background=background, headers={"Idempotency-Key": "k"})
+    read = await get(client, f"/v1/responses/{made['id']}")
+    assert (made["id"], made["background"], read["background"]) == (read["id"], background, background)
+
+
 async def test_a_response_in_the_background_can_be_read_until_it_ends(
     client: httpx.AsyncClient, chats: Responses
 ) -> None:
@@ -301,7 +319,7 @@ async def test_a_response_in_the_background_can_be_read_until_it_ends(
     assert (await get(client, f"/v1/responses/{made['id']}"))["status"] == "in_progress"
     check_error(await client.delete(f"/v1/responses/{made['id']}"), 400, "conflict")
     chats.may_go.set()
-    await wait_for(client, f"/run/{made['id'][5:-2]}")
+    await wait_for(client, f"/run/{run_id_of(made)}")
     ended = await get(client, f"/v1/responses/{made['id']}")
     assert (ended["status"], text_of(ended)) == ("completed", "All about tea")
 
@@ -336,7 +354,7 @@ async def test_a_failed_or_cancelled_response_is_not_the_latest(client: httpx.As
     assert (await create(client, "end", "fail", conversation=conversation))["status"] == "failed"
     hanging = await create(client, "end", "hang", conversation=conversation, background=True)
     error = await send(client, "roles", "d", conversation=conversation)
-    assert hanging["id"][5:-2] in check_error(error, 400, ..., "so nothing can continue it.")["message"]
+    assert run_id_of(hanging) in check_error(error, 400, ..., "so nothing can continue it.")["message"]
     await client.post(f"/v1/responses/{hanging['id']}/cancel")
     assert text_of(await create(client, "roles", "d", previous_response_id=first["id"])).endswith("user=d")
 
@@ -585,8 +603,33 @@ async def test_a_question_that_is_answered_while_it_is_read_is_shown_once(
     for number in (0, 1):
         monkeypatch.setattr(app.engine, "get_calls", answered_meanwhile)
         seen.append(await get(client, f"/v1/responses/{asked['id'][:-1]}{number}"))
-    assert seen[0] == {**asked, "background": True}  # since nobody waits for a run that waits
+    assert seen[0] == asked
     assert (seen[1]["status"] in ("queued", "in_progress"), seen[1]["output"]) == (True, [])
+
+
+async def test_responses_of_a_run_with_many_calls_have_their_own_numbers(
+    client: httpx.AsyncClient, chats: Responses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only some of the calls are shown."""
+    monkeypatch.setattr(queries, "MAX_SHOWN_CALLS", 3)
+
+    @chats.flock.agent
+    async def work(text: str, context: RunContext) -> str:
+        for n in range(4):
+            await context.call(abs, n)
+        return "".join([await context.ask(f"Letter {n}?", str) for n in range(2)])
+
+    made = [await create(client, "work")]
+    for letter in "ab":
+        run_id = made[-1]["id"].split("_")[1]
+        (question,) = (await get(client, f"/run/{run_id}"))["waiting_for"]
+        path = f"/run/{run_id}/calls/{question['call_id']}?wait={PATIENCE_S}"
+        assert (await client.post(path, json={"output": letter})).status_code == 200
+        made.append(await create(client, "work", [], previous_response_id=made[-1]["id"]))
+    assert [each["id"].rpartition("_")[2] for each in made] == ["0", "1", "2"]
+    assert text_of(made[-1]) == "ab"
+    for each in made:
+        assert (await get(client, f"/v1/responses/{each['id']}"))["output"] == each["output"]
 
 
 async def test_a_call_of_a_tool_of_the_client_is_an_item(client: httpx.AsyncClient, chats: Responses) -> None:
@@ -617,7 +660,7 @@ async def test_a_call_of_a_tool_of_the_client_is_an_item(client: httpx.AsyncClie
 
 async def test_another_question_is_an_incomplete_response(client: httpx.AsyncClient) -> None:
     asked = await create(client, "ask", "Tea")
-    run_id = asked["id"][5:-2]
+    run_id = run_id_of(asked)
     assert (asked["status"], asked["incomplete_details"]) == ("incomplete", {"reason": "waiting"})
     assert text_of(asked) == f"Which one?\n\n(The run {run_id} waits for the answer.)"
     events = events_of(await send(client, "ask", "Tea", stream=True))
@@ -663,7 +706,7 @@ async def test_thoughts_that_nobody_asked_for_or_that_could_not_be_read_again_ar
         answer = await send(client, "chat", "What colour?", **more)
         assert (answer.status_code, "The sky?" in answer.text) == (200, False)
     made = await create(client, "chat", "What colour?", background=True, **THOUGHTS)
-    await wait_for(client, f"/run/{made['id'][5:-2]}")
+    await wait_for(client, f"/run/{run_id_of(made)}")
     assert text_of(await get(client, f"/v1/responses/{made['id']}")) == "Blue."
     check_error(await send(client, "chat", reasoning={"summary": "long"}), 400, "invalid_input")
 
@@ -723,7 +766,7 @@ async def test_a_stream_resumes_after_any_event(client: httpx.AsyncClient) -> No
     for number in (had + 1, 50 << 20):
         (*_, last) = events_of(await client.get(f"{path}&starting_after={number}"))
         assert (last["type"], last["code"]) == ("error", "text_replaced")
-        assert made["id"][5:-2] in last["message"]
+        assert run_id_of(made) in last["message"]
 
 
 async def test_a_resumed_stream_goes_on_with_a_run_that_is_running(client: httpx.AsyncClient, chats: Responses) -> None:
@@ -750,7 +793,7 @@ async def test_the_client_of_a_run_whose_text_was_replaced_gets_an_error(
     app = client._transport.app  # type: ignore[attr-defined]
     made = await create(client, "write", background=True)
     *_, event = await serve(app, None, is_delta, f"/v1/responses/{made['id']}", "stream=true")
-    run = f"/run/{made['id'][5:-2]}"
+    run = f"/run/{run_id_of(made)}"
     await client.post(f"{run}/cancel?wait=30")
     chats.may_go.set()
     await client.post(f"{run}/retry")
@@ -765,4 +808,4 @@ async def test_a_head_request_has_no_stream(client: httpx.AsyncClient) -> None:
     made = await create(client, "hello")
     response = await client.head(f"/v1/responses/{made['id']}?stream=true")
     assert (response.status_code, response.content) == (200, b"")
-    assert response.headers["Flock-Run-Id"] == made["id"][5:-2]
+    assert response.headers["Flock-Run-Id"] == run_id_of(made)

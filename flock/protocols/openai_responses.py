@@ -1,8 +1,8 @@
 """Responses and conversations.
 
 A response is a run until it ends, or until it waits for an answer. Its id is that of the run, and a number: how many
-questions had been answered when it began. ``j`` after it means that its text is the JSON of all outputs. A conversation
-is a session. So any process can show all of them from the runs alone.
+questions had been answered when it began. ``j`` after it means that its text is the JSON of all outputs, and ``b`` that
+it is in the background. A conversation is a session. So any process can show all of them from the runs alone.
 """
 
 import contextlib
@@ -101,18 +101,19 @@ class Place(NamedTuple):
     run_id: str
     number: int = 0
     as_json: bool = False
+    in_background: bool = False
 
     @property
     def id(self) -> str:
-        return f"resp_{self.run_id}_{self.number}{'j' if self.as_json else ''}"
+        return f"resp_{self.run_id}_{self.number}{'j' * self.as_json}{'b' * self.in_background}"
 
     @classmethod
     def of(cls, response_id: str) -> "Place":
         """Raises RunNotFound if it is not the id of a response."""
-        found = re.fullmatch(r"resp_([0-9a-f-]{36})_(0|[1-9][0-9]{0,5})(j?)", response_id)
+        found = re.fullmatch(r"resp_([0-9a-f-]{36})_(0|[1-9][0-9]{0,5})(j?)(b?)", response_id)
         if found is None:
             raise RunNotFound(response_id)
-        return cls(found[1], int(found[2]), bool(found[3]))
+        return cls(found[1], int(found[2]), bool(found[3]), bool(found[4]))
 
 
 class Reply(NamedTuple):
@@ -209,7 +210,7 @@ def _response(reply: Reply, output: Sequence[Any], sent: ResponseRequest | None 
     return {
         **{"id": reply.place.id, "object": "response", "created_at": int(run.created_at.timestamp())},
         "completed_at": completed_at and int(completed_at.timestamp()),
-        **{"status": status, "background": bool(sent.background if sent else run.is_async), "model": run.agent_name},
+        **{"status": status, "background": reply.place.in_background, "model": run.agent_name},
         **{"error": error if status == "failed" else None, "output": output},
         "incomplete_details": {"reason": "waiting"} if status == "incomplete" else None,
         "previous_response_id": sent and sent.previous_response_id,
@@ -280,7 +281,8 @@ async def _order_of(
     """
     agents, engine = _agents(request), await orders.engine_of(request)
     agent = agent_of(agents, sent.model)
-    place = Place("", 0, parts.wants_json(agents, agent, sent.text.format if sent.text else None, "/text/format"))
+    as_json = parts.wants_json(agents, agent, sent.text.format if sent.text else None, "/text/format")
+    place = Place("", 0, as_json, sent.background is True)
     items = [parts.Item(role="user", content=sent.input)] if isinstance(sent.input, str) else sent.input or []
     messages, outputs = await parts.read(items, "/input")
     client = parts.client_settings(body, messages, sent.instructions or "")

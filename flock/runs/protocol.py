@@ -268,8 +268,8 @@ class Engine(Protocol):
         """Return the calls of *run* that have ended, by the position of their step, oldest first.
 
         If the run does not run now, they include calls that may be executed only once and whose end is not recorded.
-        Of long arguments and results only ``NOT_LOADED`` is returned, and at most ``MAX_SHOWN_CALLS`` calls of a run.
-        They are those of all attempts.
+        Of long arguments and results only ``NOT_LOADED`` is returned, and at most ``MAX_SHOWN_CALLS`` calls of a run,
+        answers before others. They are those of all attempts.
         """
 
     async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:

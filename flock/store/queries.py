@@ -443,14 +443,14 @@ def find_calls(db: sqlite3.Connection, run: Run, position: int, after_row: int, 
 
 
 def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call]]:
-    """Return the calls of each step of a run, in the order in which they finished. Raises Damaged."""
-    found: dict[int, list[Call]] = {}
+    """Return the calls of each step of a run, in the order in which they finished. Raises Damaged.
+
+    If there are too many, answers are among them before others.
+    """
+    found, values = dict[int, list[Call]](), (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, MAX_SHOWN_CALLS)
     with _DetectingDamage():
-        left = MAX_SHOWN_CALLS
-        for (position,) in db.execute(statements.POSITIONS, (run_id,)).fetchall():
-            values = (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, position, left)
-            found[position] = list(map(shown_call_from, db.execute(statements.SHOWN_CALLS, values)))
-            left -= len(found[position])
+        for position, *call in db.execute(statements.SHOWN_CALLS, values):
+            found.setdefault(position, []).append(shown_call_from(call))
     return found
 
 

@@ -247,12 +247,11 @@ DELETE_START = "DELETE FROM calls WHERE run_id = ? AND position = ? AND call_id 
 #: The arguments are not read: only the id of a call is compared.
 CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, arguments="x'7b7d'")} FROM calls
     WHERE run_id = ? AND position = ? AND tries = ? AND rowid > ? ORDER BY rowid"""
-#: The positions of the steps of a run that have made calls.
-POSITIONS = "SELECT DISTINCT position FROM calls WHERE run_id = ? ORDER BY position"
 #: NULL in place of long values. The order is that of the rows, and that of the index.
 _SHORT = {name: f"CASE WHEN length({name}) <= ? THEN {name} END" for name in ("arguments", "result")}
-SHOWN_CALLS = f"""SELECT {_replaced(CALL_TABLE, **_SHORT)}
-    FROM calls WHERE run_id = ? AND position = ? ORDER BY tries, rowid LIMIT ?"""
+SHOWN_CALLS = f"""SELECT position, {_replaced(CALL_TABLE, **_SHORT)} FROM calls WHERE rowid IN
+    (SELECT rowid FROM calls WHERE run_id = ? ORDER BY kind <> 'question', position, tries, rowid LIMIT ?)
+    ORDER BY position, tries, rowid"""
 _ASKED = f"CASE kind WHEN 'question' THEN {_SHORT['arguments']} END"
 #: Some of them, with the arguments of questions only. A call has no number of its own: numbers are those of the rows
 #: of a step.
