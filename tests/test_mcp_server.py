@@ -882,8 +882,27 @@ async def test_two_calls_with_one_id_of_a_session_are_one_run_or_an_error(client
     assert len((await get(client, "/runs"))["runs"]) == 1
 
 
-@pytest.mark.parametrize("session", ["x", "0" * 31, "0" * 33, "A" * 32])
-async def test_a_session_of_nobody_is_404(client: httpx.AsyncClient, session: str) -> None:
+async def test_a_session_is_good_for_its_principal_in_each_process_and_after_a_restart(tmp_path: Path) -> None:
+    keys, store = {"ann": "a" * 20, "bob": "b" * 20}, tmp_path / "x.db"
+    ann, bob = ({"Authorization": f"Bearer {letter * 20}"} for letter in "ab")
+    apps = [served(sample_flock(), auth=None, api_keys=keys, store=store) for _ in range(3)]
+    async with apps[0].lifespan(), apps[1].lifespan(), client_of(apps[0], ann) as here, client_of(apps[1]) as there:
+        headers = await session_of(here)
+        assert await result_of(there, body_of("ping"), **ann, **headers) == {}
+        await error_of(there, body_of("ping"), 404, None, **bob, **headers)
+    async with apps[2].lifespan(), client_of(apps[2]) as later:
+        assert await result_of(later, body_of("ping"), **ann, **headers) == {}
+        session = headers.pop("Mcp-Session-Id")
+        for at in range(len(session)):
+            changed = f"{session[:at]}{'a' if session[at] != 'a' else 'b'}{session[at + 1 :]}"
+            await error_of(later, body_of("ping"), 404, None, **ann, **headers, **{"Mcp-Session-Id": changed})
+    other = served(sample_flock(), auth=None, api_keys=keys, store=tmp_path / "y.db")
+    async with other.lifespan(), client_of(other, ann) as elsewhere:
+        await error_of(elsewhere, body_of("ping"), 404, None, **headers, **{"Mcp-Session-Id": session})
+
+
+@pytest.mark.parametrize("session", ["", ".", "x", "0" * 32, f"{'0' * 32}.{'0' * 64}", b"\xe9"])
+async def test_a_session_of_nobody_is_404(client: httpx.AsyncClient, session: Any) -> None:
     """The client then begins a new one."""
     await error_of(client, body_of("tools/list"), 404, None, **{"Mcp-Session-Id": session})
     await result_of(client, body_of("initialize"), **{"Mcp-Session-Id": session})

@@ -396,6 +396,9 @@ class EngineBase(Engine):
     # Usage
 
     @abstractmethod
+    async def secret(self) -> str: ...
+
+    @abstractmethod
     async def made_by(self, key: IdempotencyKey) -> str | None: ...
 
     @abstractmethod

@@ -527,6 +527,10 @@ class EmbeddedEngine(EngineBase):
         self._check_entered()
         return await self._runner.account(self._flock, principal)
 
+    async def secret(self) -> str:
+        self._check_entered()
+        return await self.store.secret(self._flock)
+
     async def made_by(self, key: IdempotencyKey) -> str | None:
         self._check_entered()
         return await self.store.made_by(self._flock, key)

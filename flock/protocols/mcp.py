@@ -66,7 +66,6 @@ FORM_FORMATS = ("email", "uri", "date", "date-time")
 
 #: The progress of a piece of text. An agent that reports its own counts otherwise.
 PIECE = 1e-6
-SESSION = re.compile(r"[0-9a-f]{32}")
 RUN_URI = "flock://run/"
 #: In the metadata of a result.
 RUN_ID = "flockapi/run_id"
@@ -216,7 +215,8 @@ async def _respond(request: Request, raw: bytes | msgspec.Raw, *, is_in_batch: b
         message = _decoded(raw, Message, INVALID_REQUEST)
         params = _decoded(message.params, Params, INVALID_PARAMS)
         call = Call(request, message, params, _version_of(request, message, params), not is_in_batch)
-        if message.method != "initialize" and call.session is not None and not SESSION.fullmatch(call.session):
+        is_known = call.session is None or await _is_signed(call, call.session, "session")
+        if message.method != "initialize" and not is_known:
             problem = RPCError(OTHER_ERROR, "This is not a session of this server. Send initialize again.")
             return _response(message, problem, 404)
         if message.id is None or not message.method:
@@ -320,7 +320,8 @@ async def _answer_to(call: Call) -> Mapping[str, Any] | Response:
         case "initialize" if not call.is_latest and call.may_stream:
             version = call.params.protocol_version if call.params.protocol_version in OLDER else OLDER[0]
             result = {"protocolVersion": version, "capabilities": capabilities, "serverInfo": _server_info(call)}
-            return JSONResponse(_reply(call.message, result=result), headers={"Mcp-Session-Id": secrets.token_hex(16)})
+            session = await _signed(call, secrets.token_hex(16), "session")
+            return JSONResponse(_reply(call.message, result=result), headers={"Mcp-Session-Id": session})
         case "ping" if not call.is_latest:
             return {}
     raise RPCError(METHOD_NOT_FOUND, f"This server has no method {call.message.method[:100]!r}.", 404)
@@ -442,7 +443,7 @@ async def _outcome(call: Call, engine: Engine, run: Run, problems: Mapping[str, 
     return {
         "resultType": "input_required",
         "inputRequests": forms,
-        "requestState": _signed(call, run, [*forms]),
+        "requestState": await _state(call, run, [*forms]),
         **meta,
     }
 
@@ -527,33 +528,34 @@ async def _answered(call: Call, engine: Engine) -> tuple[Run, dict[str, str], Qu
     return run, problems, None
 
 
-def _mac(call: Call, run: Run, payload: str) -> str:
-    """Return what only this server can make: the key of a run is in the store, and no client sees it."""
-    principal = principal_of(call.request) or ANYBODY
-    text = f"mcp {principal.name} {payload} {call.digest}"
-    return hmac.new(run.call_key.encode(), text.encode(), "sha256").hexdigest()
+async def _signed(call: Call, payload: str, about: str) -> str:
+    """Return *payload* and what only this flock can add to it, for the principal and *about* something."""
+    key, principal = await (await orders.engine_of(call.request)).secret(), principal_of(call.request) or ANYBODY
+    text = f"mcp {principal.name} {about} {payload}"
+    return f"{payload}.{hmac.new(key.encode(), text.encode(), 'sha256').hexdigest()}"
 
 
-def _signed(call: Call, run: Run, call_ids: Sequence[str]) -> str:
+async def _is_signed(call: Call, sent: str, about: str) -> bool:
+    signed = await _signed(call, sent.partition(".")[0], about)
+    return hmac.compare_digest(sent.encode(), signed.encode())
+
+
+async def _state(call: Call, run: Run, call_ids: Sequence[str]) -> str:
     """Return the ``requestState`` for questions of a run."""
     content = msgspec.json.encode([run.run_id, int(time.time()) + STATE_LIFETIME_S, *call_ids])
-    payload = base64.urlsafe_b64encode(content).decode()
-    return f"{payload}.{_mac(call, run, payload)}"
+    return await _signed(call, base64.urlsafe_b64encode(content).decode(), call.digest)
 
 
 async def _verified(call: Call, engine: Engine) -> tuple[Run, Sequence[str]]:
     """Return the run and the questions of a ``requestState``. Raises RPCError."""
-    error = RPCError(INVALID_PARAMS, "The requestState is not that of this call, or has expired. Call the tool again.")
-    payload, _, mac = (call.params.request_state or "").partition(".")
-    try:
-        run_id, until, *call_ids = msgspec.json.decode(base64.urlsafe_b64decode(payload))
-        run = await engine.get_outline(str(run_id))
-    except (ValueError, TypeError, RecursionError, NotFound) as exc:
-        raise error from exc
-    is_valid = run.call_key and hmac.compare_digest(mac.encode(), _mac(call, run, payload).encode())
-    if not is_valid or until < time.time():
-        raise error
-    return run, call_ids
+    sent = call.params.request_state or ""
+    if await _is_signed(call, sent, call.digest):
+        run_id, until, *call_ids = msgspec.json.decode(base64.urlsafe_b64decode(sent.partition(".")[0]))
+        with suppress(NotFound):
+            if until > time.time():
+                return await engine.get_outline(run_id), call_ids
+    problem = "The requestState is not that of this call, or has expired. Call the tool again."
+    raise RPCError(INVALID_PARAMS, problem)
 
 
 # Resources

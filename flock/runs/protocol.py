@@ -258,6 +258,9 @@ class Engine(Protocol):
     async def made_by(self, key: IdempotencyKey) -> str | None:
         """Return the id of the run or batch that was accepted with *key*, or None. Raises StoreError."""
 
+    async def secret(self) -> str:
+        """Return the key of this flock, which its processes share and no client sees. Raises StoreError."""
+
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         """Return the current state of a run of *principal*; None means of any. Raises RunNotFound."""
 

@@ -26,7 +26,7 @@ _PLAIN = (Any, bool, str)
 
 
 def new_call_key() -> str:
-    """Return a new ``Run.call_key``."""
+    """Return a new ``Run.call_key``, or key of a flock."""
     return secrets.token_urlsafe(16)
 
 

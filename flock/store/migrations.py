@@ -305,6 +305,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "ALTER TABLE batches ADD COLUMN recipe TEXT",
         "CREATE INDEX items_by_digest ON runs (digest, batch_id) WHERE digest IS NOT NULL",
     ],
+    # The key of a flock, which its processes share.
+    ["ALTER TABLE flocks ADD COLUMN secret TEXT"],
 ]
 
 

@@ -375,6 +375,9 @@ class Store(Protocol):
     async def made_by(self, flock: str, key: IdempotencyKey) -> str | None:
         """Return the id of the run or batch that was accepted under *key*, or None."""
 
+    async def secret(self, flock: str) -> str:
+        """Return the key of a flock with an engine."""
+
     async def queue(self, flock: str) -> Queue:
         """Return the queue of runs of these agents, without items. Retried runs do not count for its age."""
 

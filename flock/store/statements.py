@@ -478,4 +478,6 @@ COUNT_UNFINISHED = """SELECT (SELECT count(*) FROM runs INDEXED BY runs_by_statu
     AND flock = :flock AND status IN ('starting', 'running')) + (SELECT count(*) FROM batches
     INDEXED BY batches_open WHERE flock = :flock AND completed_at IS NULL AND hidden IS NULL)"""
 PROGRAM_OF_FLOCK = "SELECT agents FROM flocks WHERE flock = ?"
-SET_PROGRAM_OF_FLOCK = "INSERT OR REPLACE INTO flocks VALUES (?, ?)"
+SET_PROGRAM_OF_FLOCK = """INSERT INTO flocks (flock, agents, secret) VALUES (?, ?, ?) ON CONFLICT (flock)
+    DO UPDATE SET agents = excluded.agents, secret = ifnull(secret, excluded.secret)"""
+SECRET_OF_FLOCK = "SELECT secret FROM flocks WHERE flock = ?"

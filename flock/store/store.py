@@ -43,6 +43,7 @@ from flock.runs import (
     UsageRow,
 )
 from flock.runs.ids import first_id_at
+from flock.steps.identity import new_call_key
 from flock.steps.outcomes import Outcome
 from flock.store import files, queries, statements, takeover, waiting
 from flock.store.batchstore import SQLiteBatchStore
@@ -177,6 +178,9 @@ class SQLiteStore(Database, Store):
     async def made_by(self, flock: str, key: IdempotencyKey) -> str | None:
         found = self._first(statements.FIND_KEY, flock, key.scoped_key)
         return None if found is None else found[1]
+
+    async def secret(self, flock: str) -> str:
+        return str(self.read(lambda db: db.execute(statements.SECRET_OF_FLOCK, (flock,)).fetchone()[0]))
 
     async def queue(self, flock: str) -> Queue:
         values = (flock, names_json(self.agents))
@@ -338,7 +342,8 @@ class SQLiteStore(Database, Store):
 
         def apply(db: sqlite3.Connection) -> Program:
             row = db.execute(statements.PROGRAM_OF_FLOCK, (flock,)).fetchone()
-            db.execute(statements.SET_PROGRAM_OF_FLOCK, (flock, msgspec.json.encode(program or Program()).decode()))
+            values = (flock, msgspec.json.encode(program or Program()).decode(), new_call_key())
+            db.execute(statements.SET_PROGRAM_OF_FLOCK, values)
             return Program() if row is None else Program.from_json(row[0])
 
         try:

@@ -76,6 +76,7 @@ from flock.steps.answers import (
     message_from,
     question_for,
 )
+from flock.steps.identity import new_call_key
 from flock.steps.refusals import RETRYABLE, already_retried, check_cancel, not_deleted, run_not_retried, wait_stopped
 from flock.temporal.accounts import account_in_memo, signal_account, usage_of
 from flock.temporal.batches import TemporalBatches
@@ -118,7 +119,7 @@ from flock.temporal.search import (
     waiting_runs,
     workflows_of,
 )
-from flock.temporal.workflows import KEEP_SESSION_S, FlockAccount, FlockRun, FlockSession
+from flock.temporal.workflows import KEEP_SESSION_S, NO_LIMIT, FlockAccount, FlockRun, FlockSession
 
 #: A multiple of this time, in seconds, is what the error takes that there is no such run, if somebody asks for a
 #: question. It is longer than the requests to the cluster take.
@@ -194,6 +195,7 @@ class TemporalEngine(TemporalBatches):
         #: runs that are being sent to the cluster
         self._starting = 0
         self._callers = 0
+        self._secret: str | None = None
         #: runs whose streams began with their requests
         self._watched: set[str] = set()
 
@@ -399,6 +401,13 @@ class TemporalEngine(TemporalBatches):
     async def get_account(self, principal: str) -> Account:
         self._check_entered()
         return await account_in_memo(self.cluster, self._flock, principal)
+
+    async def secret(self) -> str:
+        self._check_entered()
+        if self._secret is None:
+            key = IdempotencyKey("key of the flock", b"")  # which is no key of a client
+            self._secret = await self._reservations.claim(key, new_call_key(), NO_LIMIT)
+        return self._secret
 
     async def made_by(self, key: IdempotencyKey) -> str | None:
         self._check_entered()

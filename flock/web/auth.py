@@ -342,6 +342,7 @@ class ScopedEngine:
     observe = _forwarded(Engine.observe)
     queue = _forwarded(Engine.queue)
     check_budget = _forwarded(Engine.check_budget)
+    secret = _forwarded(Engine.secret)
     shown_result = _forwarded(Engine.shown_result)
     watch = _forwarded(Engine.watch)
 
