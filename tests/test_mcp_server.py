@@ -30,6 +30,7 @@ from tests.support.engines import until_run
 from tests.support.flocks import Gate, sample_flock
 from tests.support.http import client_of, events_in, get, left
 from tests.support.servers import Served, flockapi_command
+from tests.support.sockets import little_memory
 from tests.test_approval import Till
 from tests.test_tools import flock_of
 
@@ -517,6 +518,25 @@ async def test_arguments_and_states_that_cannot_be_read_are_refused(client: http
 
 
 # Resources
+
+
+async def test_a_long_resource_is_never_whole_in_memory() -> None:
+    """Its JSON is a string in JSON, so that it is escaped twice."""
+    flock, text = Flock("long"), '"\\"\u2028é\n' * 200_000
+
+    @flock.agent
+    async def write() -> str:
+        return text
+
+    app = served(flock)
+    async with app.lifespan(), client_of(app) as client:
+        run_id = (await call(client, "write"))["_meta"]["flockapi/run_id"]
+        body = latest("resources/read", uri=f"flock://run/{run_id}")
+        with little_memory(1_000_000):
+            await left(app, "/mcp", body, anyio.sleep_forever, headers_of(body))
+        (in_batch,) = (await post(client, [body_of("resources/read", uri=f"flock://run/{run_id}")], {})).json()
+        for result in (await result_of(client, body), in_batch["result"]):
+            assert json.loads(result["contents"][0]["text"])["result"] == {"result": text}
 
 
 async def test_resources_are_runs(client: httpx.AsyncClient) -> None:

@@ -29,7 +29,7 @@ from flock.web import orders, wire
 from flock.web.auth import ANYBODY
 from flock.web.negotiation import preferred
 from flock.web.problems import on_error
-from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, LongResponse, long_event, sent_event
+from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, LongResponse, QuotedJSON, long_event, sent_event
 from flock.web.routing import AppRoute, principal_of
 
 #: How the paths of all routes begin.
@@ -561,18 +561,21 @@ async def _verified(call: Call, engine: Engine) -> tuple[Run, Sequence[str]]:
 # Resources
 
 
-async def _read(call: Call) -> Mapping[str, Any]:
-    """resources/read: a run of the caller, as JSON."""
+async def _read(call: Call) -> Mapping[str, Any] | Response:
+    """resources/read: a run of the caller, as JSON. A long one is sent in pieces, but in a batch."""
     uri, engine = call.params.uri, await orders.engine_of(call.request)
     prefix, run_id = uri[: len(RUN_URI)], uri[len(RUN_URI) :]
     try:
-        run = await engine.get_run(run_id if prefix == RUN_URI else "")
-        is_completed = run.status is RunStatus.COMPLETED
-        result = await text_of(engine, call.agents, run, as_json=True) if is_completed else "null"
+        run = await engine.get_outline(run_id if prefix == RUN_URI else "")
+        result = await engine.shown_result(run) if run.status is RunStatus.COMPLETED else None
     except NotFound as exc:
         code, problem = INVALID_PARAMS if call.is_latest else NOT_FOUND, f"Runs are {RUN_URI}{{run_id}}."
         raise RPCError(code, f"There is no such resource. {problem}", uri=uri[:1000]) from exc
     shown = {name: getattr(run, name) for name in ("run_id", "agent_name", "status", "error", "error_type")}
-    shown |= {"result": msgspec.Raw(result.encode()), "questions": [each.question for each in run.questions]}
-    content = {"uri": uri, "mimeType": "application/json", "text": msgspec.json.encode(shown).decode()}
-    return {"contents": [content]}
+    shown |= {"result": result, "questions": [each.question for each in run.questions]}
+    text = await QuotedJSON(shown).measure()
+    content: dict[str, Any] = {"uri": uri, "mimeType": "application/json", "text": text}
+    if call.may_stream:
+        body = _reply(call.message, result=_complete(call, {"contents": [content]}))
+        return LongResponse(body, 200, {}, is_head=False)
+    return {"contents": [{**content, "text": msgspec.Raw(b"".join([piece async for piece in text.pieces()]))}]}

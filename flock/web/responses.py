@@ -3,7 +3,8 @@
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext, suppress
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import anyio
 import msgspec
@@ -12,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from flock.errors import FlockError
+from flock.fair import FairShare
 from flock.runs import Engine, Event, LongJSON, Run
 
 logger = logging.getLogger("flock.api")
@@ -21,6 +23,9 @@ PIECE_BYTES = 64 * 1024
 
 #: In events these do not end a line, but they do for ``str.splitlines`` and the ``iter_lines`` of httpx.
 LINE_ENDS = {b"\xc2\x85": rb"\u0085", b"\xe2\x80\xa8": rb"\u2028", b"\xe2\x80\xa9": rb"\u2029"}
+
+#: What JSON has to escape in a string that is JSON, the backslash first.
+QUOTED = {b"\\": rb"\\", b'"': rb"\"", b"\n": rb"\n", b"\r": rb"\r", b"\t": rb"\t"}
 
 #: A comment in an event stream.
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -169,6 +174,30 @@ def _escaped(text: bytes) -> bytes:
     for character, escape in LINE_ENDS.items():
         text = text.replace(character, escape)
     return text
+
+
+class QuotedJSON(LongJSON):
+    """The JSON of *content*, which has a ``LongJSON``, as a JSON string. ``measure`` it before it is sent."""
+
+    def __init__(self, content: Any) -> None:
+        self._parts = _long_parts(content, b"", b"")
+        self.length, self.kept = 0, partial(held, self._parts)
+
+    async def measure(self) -> Self:
+        """Read everything for its length. Raises RunNotFound, StoreError."""
+        share = FairShare()
+        async for piece in self.pieces():
+            self.length += len(piece)
+            await share.checkpoint()
+        return self
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        yield b'"'
+        async for piece in pieces(self._parts):
+            for character, escape in QUOTED.items():
+                piece = piece.replace(character, escape)
+            yield piece
+        yield b'"'
 
 
 class LongResponse(StreamingResponse):
