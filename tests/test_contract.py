@@ -26,7 +26,7 @@ import flockapi
 from flock.agents.agent import Handoff
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError
-from flock.protocols import mcp, openai
+from flock.protocols import mcp, openai, vercel
 from flock.runs import BatchOptions, Event, Principal, Progress, Run, RunContext, RunStatus, Usage
 from flock.testing import FakeModel, Reply
 from flock.web import wire
@@ -59,9 +59,10 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for na
 OF_OTHERS = {
     *("OpenAIError", "ChatRequest", "ChatCompletion", "ChatChunk", "ResponseRequest", "Response", "ResponseEvent"),
     *("ItemList", "ConversationRequest", "Conversation", "Deleted", "MCPMessage", "MCPEvent", "MCPResponse"),
+    *("FrontEndError", "UIMessage", "UIChatRequest", "UIMessageChunk"),
 }
 
-ALL_ROUTES = [*ROUTES, *openai.routes(), *mcp.routes()]
+ALL_ROUTES = [*ROUTES, *openai.routes(), *mcp.routes(), *vercel.routes()]
 
 
 #: The operations that take the query of each struct.
