@@ -501,6 +501,7 @@ async def test_an_example_of_a_request_gets_a_documented_response(
     if operation["operationId"] == "retryRun":
         run_id = (await post_run(client, "explode", {"text": "x"})).json()["run_id"]
     names = {"run_id": run_id, "call_id": call_id, "name": "payment", "response_id": f"resp_{run_id}_0"}
+    names |= {"agent": "text_analyzer", "chat_id": "chat-1"}
     path = path.format(batch_id=await ended_batch(client, "explode"), **names)
     model.replies = [Reply({"sentiment": "positive", "keywords": ["great"]})] * 3
     response = await client.request(method, path, content=body, headers={"Content-Type": media_type})

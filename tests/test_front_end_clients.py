@@ -13,7 +13,9 @@ from tests.support.servers import flockapi_command, free_port, running
 from tests.test_openai_clients import SERVED, run
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which("npm") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI"),
+    pytest.mark.skipif(
+        shutil.which("npm") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI"
+    ),
     pytest.mark.timeout(400),
 ]
 
@@ -41,9 +43,14 @@ def test_clients_of_front_ends(program: str, node: Path, tmp_path: Path) -> None
 
 def test_a_reader_gets_each_character_once_although_the_server_is_killed(node: Path, tmp_path: Path) -> None:
     (tmp_path / "served.py").write_text(SERVED)
-    port = free_port()
+    port, _interpreter = free_port(), str(node / "node_modules" / ".bin" / "node")
     command = f"cd {tmp_path} && exec {shlex.join(flockapi_command('serve', 'served.py', '--port', str(port)))}"
-    client = [str(node / "node_modules" / ".bin" / "node"), str(node / "vercel.mjs"), f"http://127.0.0.1:{port}", "killed"]
+    client = [
+        str(node / "node_modules" / ".bin" / "node"),
+        str(node / "vercel.mjs"),
+        f"http://127.0.0.1:{port}",
+        "killed",
+    ]
     with running("bash", "-c", command) as server:
         reader = subprocess.Popen(client, stdout=subprocess.PIPE, text=True)
         assert reader.stdout is not None

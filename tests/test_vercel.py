@@ -364,9 +364,7 @@ async def test_the_tools_of_the_client_get_its_outputs_and_are_not_executed_agai
     calls = [("look", {"at": "sky"}), ("look", {"at": "sea"})]
     chats.model.replies = [Reply(calls=calls), lambda request: {"reply": request["messages"][-1]["content"]}]
     chat = Chat(client, "open")
-    tools = {
-        "look": {"description": "Looks.", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
-    }
+    tools = [{"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}]
     await chat.send("Look.", tools=tools)
     sky, sea = chat.tools
     assert (sky["toolName"], sky["input"], "providerExecuted" in sky) == ("look", {"at": "sky"}, False)
@@ -443,7 +441,7 @@ async def test_ids_that_were_not_given_to_the_caller_reach_no_run_of_others(
         ),
         pytest.param({"messages": [said("a"), said("b", "u2")], "messageId": "u1"}, 409, "another chat", id="an edit"),
         pytest.param({"messages": [said("a")], "messageId": "u1"}, 409, "begin another chat", id="an edited last one"),
-        pytest.param({"tools": {"a": {}}}, 422, "tools", id="tools that no agent takes"),
+        pytest.param({"tools": [{"name": "a"}]}, 422, "tools", id="tools that no agent takes"),
         pytest.param({"trigger": "resume-stream"}, 422, "trigger", id="another trigger"),
     ],
 )

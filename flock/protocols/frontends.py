@@ -3,7 +3,7 @@
 What the session has counts, and of what a client sends only what the user says last, and answers to open questions.
 """
 
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, NamedTuple
 
@@ -12,9 +12,10 @@ from starlette.requests import Request
 
 from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
+from flock.declared import agent_of
 from flock.errors import Conflict, InvalidData, NotFound
 from flock.protocols import chats
-from flock.runs import Engine, Event, Question, Run, RunStatus
+from flock.runs import ClientSettings, ClientTool, Engine, Event, Question, Run, RunStatus
 from flock.web import orders, wire
 
 #: The kinds of calls that a message shows.
@@ -31,6 +32,11 @@ def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
 # Requests
 
 
+def agent_in(request: Request) -> Agent:
+    """Return the agent in the path. Raises AgentNotFound."""
+    return agent_of(orders.serving(request).flock.agents, request.path_params["agent"])
+
+
 async def runs_of(request: Request, agent: Agent, session_id: str) -> AsyncGenerator[Run, None]:
     """Yield the caller's runs of *agent* in a chat, newest first, without inputs and results."""
     async with aclosing(orders.runs_of_session(request, session_id)) as runs:
@@ -44,37 +50,39 @@ async def newest_of(request: Request, agent: Agent, session_id: str) -> Run | No
         return await anext(runs, None)
 
 
-async def next_inputs(
-    request: Request,
-    agent: Agent,
-    newest: Run | None,
-    said: str,
-    others: Mapping[str, msgspec.Raw],
-    at: str,
-    *,
-    replaces: bool,
-) -> msgspec.Raw:
-    """Return the inputs for what the user says after the *newest* run of a chat. Its history is that of the server.
+class Said(NamedTuple):
+    """What the user says: a text, and what else the client brings. *at* is the pointer of the text."""
+
+    text: str
+    at: str
+    inputs: Mapping[str, msgspec.Raw] = {}
+    tools: Sequence[ClientTool] = ()
+
+
+async def order_of(
+    request: Request, agent: Agent, session_id: str, newest: Run | None, said: Said, *, replaces: bool
+) -> orders.Order:
+    """Return the order for what the user says after the *newest* run of a chat. Its history is that of the server.
 
     Args:
         replaces: if the newest run was asked the same, its answer is replaced: it is cancelled, or deleted.
-        at: the pointer of the message.
 
     Raises: InvalidData; Conflict if the agent reads the history, and the newest run is not complete.
     """
+    if not said.text:
+        raise InvalidData.of("The last message is no text of the user.", said.at)
     engine, history = await orders.engine_of(request), list[chats.Message]()
     run = newest and await engine.get_run(newest.run_id)
     before = chats.messages_of(agent, run.inputs) if run else []
-    replaced = run if replaces and before and before[-1].content == said else None
+    replaced = run if replaces and before and before[-1].content == said.text else None
     if conversation_of(agent.input) is not None and run is not None:
         history = before[:-1] if replaced else await _history(request, agent, run)
-    if not said:
-        raise InvalidData.of("The last message is no text of the user.", at)
-    inputs = chats.inputs_of(agent, [*history, chats.Message("user", said)], others, at)
+    inputs = chats.inputs_of(agent, [*history, chats.Message("user", said.text)], said.inputs, said.at)
     if replaced is not None:
         with suppress(NotFound, Conflict):
             await (engine.delete_run if replaced.status.is_final else engine.cancel_run)(replaced.run_id)
-    return inputs
+    client = ClientSettings(tools=tuple(said.tools)) if said.tools else None
+    return orders.Order(agent_name=agent.name, session_id=session_id, inputs=inputs, is_async=True, client=client)
 
 
 async def _history(request: Request, agent: Agent, newest: Run) -> list[chats.Message]:
@@ -91,17 +99,17 @@ async def _history(request: Request, agent: Agent, newest: Run) -> list[chats.Me
 
 
 async def answers_of(
-    request: Request, agent: Agent, session_id: str, message_id: str, sent: Mapping[str, msgspec.Raw], at: str
+    request: Request, agent: Agent, session_id: str, run_id: str, sent: Mapping[str, msgspec.Raw], at: str
 ) -> orders.Answers:
-    """Return the answers in a message to what its run asks, from those *sent*. Ids that it did not give are ignored.
+    """Return the answers to what a run asks, from those *sent*, by id. Ids that it has not given are ignored.
 
     There may be none, to follow the run.
 
-    Raises: RunNotFound; InvalidData if the message is not of this chat, or the run waits and there is no answer.
+    Raises: RunNotFound; InvalidData if the run is not of this chat, or it waits and there is no answer.
     """
-    run = await (await orders.engine_of(request)).get_run(message_id.removeprefix("msg_"))
+    run = await (await orders.engine_of(request)).get_run(run_id)
     if (run.session_id, run.agent_name) != (session_id, agent.name):
-        raise InvalidData.of("This message is not an answer of this chat.", at)
+        raise InvalidData.of("This is not an answer of this chat.", at)
     outputs = dict[str, msgspec.Raw]()
     for question in run.questions:
         output = sent.get(question_id(run, question))
@@ -109,7 +117,7 @@ async def answers_of(
             is_text = not question.is_for_client or bytes(output).startswith(b'"')
             outputs[question.call_id] = output if is_text else msgspec.Raw(msgspec.json.encode(bytes(output).decode()))
     if not outputs and run.status is RunStatus.WAITING and run.questions:
-        raise InvalidData.of("The run of this message waits for an answer, and there is none.", at)
+        raise InvalidData.of("The run waits for an answer, and there is none.", at)
     return orders.Answers(run.run_id, outputs)
 
 

@@ -13,16 +13,14 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock.agents.agent import Agent
-from flock.declared import agent_of
 from flock.errors import Conflict, FlockError, InvalidData
 from flock.jsontype import JSONType
 from flock.protocols import chats, frontends
 from flock.protocols.frontends import error_shape as error_shape
 from flock.protocols.openai_parts import failure_text
-from flock.runs import ClientSettings, ClientTool, Event, Run, RunStatus
+from flock.runs import ClientTool, Event, Run, RunStatus
 from flock.web import orders, wire
-from flock.web.requests import fingerprint_of, idempotency_key, while_connected
+from flock.web.requests import while_connected
 from flock.web.responses import KEEP_ALIVE, EventStream, PageResponse, head_of_stream, long_event, sent_event
 from flock.web.routing import AppRoute
 
@@ -30,8 +28,8 @@ PREFIX = "/vercel"
 
 HEADERS = {"x-vercel-ai-ui-message-stream": "v1", "X-Accel-Buffering": "no"}
 
-#: The messages of a chat that are listed: those of at most so many runs, and of about so many characters.
-MAX_RUNS, MAX_CHARS = 50, 1024 * 1024
+#: The messages of a chat that are listed: at most so many, and of about so many characters.
+MAX_MESSAGES, MAX_CHARS = 100, 1024 * 1024
 
 
 def routes() -> Sequence[AppRoute]:
@@ -64,13 +62,13 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     approval: Approval | None = None
 
     @property
-    def answer(self) -> tuple[str, Any] | None:
-        """The id of the question that it answers, and the answer."""
+    def answers(self) -> list[tuple[str, Any]]:
+        """The id of the question that it answers, and the answer, if it does."""
         if self.approval is not None and self.approval.approved is not None:
-            return self.approval.id, {"approved": self.approval.approved, "reason": self.approval.reason}
+            return [(self.approval.id, {"approved": self.approval.approved, "reason": self.approval.reason})]
         if self.state == "output-error":
-            return self.toolCallId, f"The tool failed: {self.errorText}"
-        return (self.toolCallId, self.output) if self.state == "output-available" else None
+            return [(self.toolCallId, f"The tool failed: {self.errorText}")]
+        return [(self.toolCallId, self.output)] if self.state == "output-available" else []
 
 
 class UIMessage(msgspec.Struct, frozen=True):
@@ -79,19 +77,12 @@ class UIMessage(msgspec.Struct, frozen=True):
     parts: list[Part] = []
 
 
-class Tool(msgspec.Struct, frozen=True):
-    """A tool of the client."""
-
-    description: str = ""
-    parameters: msgspec.Raw = msgspec.Raw(b'{"type":"object","properties":{}}')
-
-
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Body of ``POST /vercel/{agent}``, as ``DefaultChatTransport`` sends it. Its ``body`` may have the last three.
 
     Attributes:
         inputs: those that are not messages, by name.
-        tools: of the client, by name.
+        tools: of the client.
         resumable: whether the run continues if the client disconnects.
     """
 
@@ -100,7 +91,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     trigger: Literal["submit-message", "regenerate-message"] = "submit-message"
     messageId: str | None = None
     inputs: dict[str, msgspec.Raw] = {}
-    tools: dict[str, Tool] = {}
+    tools: list[ClientTool] = []
     resumable: bool = True
 
 
@@ -109,70 +100,67 @@ CHAT_REQUEST = JSONType(ChatRequest, ignores_unknown=True)
 
 async def chat(request: Request) -> Response:
     """POST /vercel/{agent}: a new run, or the answers for which the run of a message waits."""
-    body, agent = await orders.read_json(request), _agent(request)
+    body, agent = await orders.read_json(request), frontends.agent_in(request)
     sent = CHAT_REQUEST.decode(body)
     at = next((at for at, each in enumerate(sent.messages) if each.id == sent.messageId), len(sent.messages) - 1)
     if at < 0:
         raise InvalidData.of("There is no message.", "/messages")
-    message, place, parts = sent.messages[at], f"/messages/{at}", list[Part]()
-    wanted: orders.Order | orders.Answers
+    message, place = sent.messages[at], f"/messages/{at}"
     if message.role == "assistant" and sent.trigger == "submit-message":
-        parts = message.parts
-        given = {answer[0]: msgspec.Raw(msgspec.json.encode(answer[1])) for part in parts if (answer := part.answer)}
-        wanted = await frontends.answers_of(request, agent, sent.id, message.id, given, place)
-    else:
-        for number, part in enumerate(message.parts):
-            if part.type == "file":
-                raise InvalidData.of("Files are not supported. Send text.", f"{place}/parts/{number}")
-        newest = await frontends.newest_of(request, agent, sent.id)
-        if sent.messageId not in (None, newest and f"msg_{newest.run_id}"):
-            raise Conflict("Only the last answer can be replaced. To change an earlier message, begin another chat.")
-        text = "".join(part.text for part in message.parts if part.type == "text" and message.role == "user")
-        is_again = sent.trigger == "regenerate-message"
-        tools = tuple(ClientTool(name=name, **msgspec.structs.asdict(tool)) for name, tool in sent.tools.items())
-        wanted = orders.Order(
-            agent_name=agent.name,
-            session_id=sent.id,
-            inputs=await frontends.next_inputs(request, agent, newest, text, sent.inputs, place, replaces=is_again),
-            is_async=sent.resumable,
-            client=ClientSettings(tools=tools) if tools else None,
-            key=idempotency_key(request, lambda: fingerprint_of(request, body)),
-        )
-    del sent, message  # they may be long
-    return await _streamed(request, wanted, parts)
-
-
-def _agent(request: Request) -> Agent:
-    return agent_of(orders.serving(request).flock.agents, request.path_params["agent"])
+        given = {
+            id_: msgspec.Raw(msgspec.json.encode(answer)) for part in message.parts for id_, answer in part.answers
+        }
+        answers = await frontends.answers_of(request, agent, sent.id, message.id.removeprefix("msg_"), given, place)
+        return await _streamed(request, answers, message.parts)
+    for number, part in enumerate(message.parts):
+        if part.type == "file":
+            raise InvalidData.of("Files are not supported. Send text.", f"{place}/parts/{number}")
+    newest = await frontends.newest_of(request, agent, sent.id)
+    if sent.messageId not in (None, newest and f"msg_{newest.run_id}"):
+        raise Conflict("Only the last answer can be replaced. To change an earlier message, begin another chat.")
+    text = "".join(part.text for part in message.parts if part.type == "text" and message.role == "user")
+    said, is_again = frontends.Said(text, place, sent.inputs, sent.tools), sent.trigger == "regenerate-message"
+    order = await frontends.order_of(request, agent, sent.id, newest, said, replaces=is_again)
+    return await _streamed(request, msgspec.structs.replace(order, is_async=sent.resumable))
 
 
 async def _newest(request: Request) -> Run | None:
-    return await frontends.newest_of(request, _agent(request), request.path_params["chat_id"])
+    return await frontends.newest_of(request, frontends.agent_in(request), request.path_params["chat_id"])
 
 
 async def list_messages(request: Request) -> Response:
     """GET /vercel/{agent}/{chat_id}: what was said in the last runs that have completed, and asked in the newest."""
-    engine, agent, chars = await orders.engine_of(request), _agent(request), 0
-    agents, messages, count = orders.serving(request).flock.agents, list[Any](), 0
+    engine, agent, agents = (
+        await orders.engine_of(request),
+        frontends.agent_in(request),
+        orders.serving(request).flock.agents,
+    )
+    messages, chars = list[Any](), 0
     async with contextlib.aclosing(frontends.runs_of(request, agent, request.path_params["chat_id"])) as runs:
         async for listed in runs:
-            if chars >= MAX_CHARS or count == MAX_RUNS:
-                break
-            if listed.status is RunStatus.COMPLETED or not messages:
-                run, count = await engine.get_run(listed.run_id), count + 1
-                if run.status is RunStatus.COMPLETED:
-                    text = await chats.text_of(engine, agents, run, as_json=False)
-                    part: Any = {"type": "text", "text": text, "state": "done"}
-                    if chats.text_output_of(agents.get(run.steps[-1].agent_name, agent)) is None:
-                        part = {"type": "data-result", "id": run.run_id, "data": msgspec.Raw(text.encode())}
-                    messages.append({"id": f"msg_{run.run_id}", "role": "assistant", "parts": [part]})
-                    chars += len(text)
-                said = chats.messages_of(agent, run.inputs)[-1].content
-                parts = [{"type": "text", "text": said, "state": "done"}]
-                messages.append({"id": f"msg_{run.run_id}_in", "role": "user", "parts": parts})
-                chars += len(said)
             await anyio.lowlevel.checkpoint()
+            if messages and listed.status is not RunStatus.COMPLETED:
+                continue
+            if chars >= MAX_CHARS or len(messages) >= MAX_MESSAGES:
+                break
+            run, text = await engine.get_run(listed.run_id), ""
+            if run.status is RunStatus.COMPLETED:
+                text = await chats.text_of(engine, agents, run, as_json=False)
+                is_text = chats.text_output_of(agents.get(run.steps[-1].agent_name, agent)) is not None
+                part = _text(text) if is_text else _result(run.run_id, msgspec.Raw(text.encode()))
+                messages.append({"id": f"msg_{run.run_id}", "role": "assistant", "parts": [part]})
+            said = chats.messages_of(agent, run.inputs)[-1].content
+            messages.append({"id": f"msg_{run.run_id}_in", "role": "user", "parts": [_text(said)]})
+            chars += len(text) + len(said)
     return PageResponse(messages[::-1], orders.download_slot(request))
+
+
+def _text(text: str) -> Mapping[str, Any]:
+    return {"type": "text", "text": text, "state": "done"}
+
+
+def _result(run_id: str, result: Any) -> Mapping[str, Any]:
+    return {"type": "data-result", "id": run_id, "data": result}
 
 
 async def resume(request: Request) -> Response:
@@ -219,8 +207,7 @@ async def _streamed(request: Request, wanted: orders.Order | orders.Answers, kno
                 async for part in parts:
                     if isinstance(part, Event) and part.data.get("result") is not None:
                         yield writer.step()
-                        data = {"type": "data-result", "id": run.run_id, "data": part.data["result"]}
-                        async for piece in long_event(data):
+                        async for piece in long_event(_result(run.run_id, part.data["result"])):
                             yield piece
                     yield writer.part(part) if part else KEEP_ALIVE
         except FlockError as exc:

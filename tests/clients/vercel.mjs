@@ -7,7 +7,7 @@ import {
 } from "ai";
 
 const [url, isKilled] = process.argv.slice(2);
-const look = { description: "Looks.", parameters: { type: "object", properties: { at: { type: "string" } } } };
+const look = { name: "look", description: "Looks.", parameters: { type: "object", properties: { at: { type: "string" } } } };
 const open = (agent, more = {}, body = {}) =>
   new Chat({ transport: new DefaultChatTransport({ api: `${url}/vercel/${agent}`, body }), ...more });
 const text = (chat) => chat.lastMessage.parts.map((part) => (part.type === "text" ? part.text : "")).join("");
@@ -71,7 +71,7 @@ chat = open("guide", {
     executed += 1;
     chat.addToolOutput({ tool: toolCall.toolName, toolCallId: toolCall.toolCallId, output: `${toolCall.input.at} is blue` });
   },
-}, { tools: { look } });
+}, { tools: [look] });
 await chat.sendMessage({ text: "look" });
 await until(() => chat.status === "ready" && text(chat) !== "");
 assert.deepEqual([text(chat), executed], ["sea is blue", 2]);
