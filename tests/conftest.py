@@ -52,6 +52,7 @@ LANES = {
     "test_displaced_store.py": ("slow", None),
     "test_examples.py": ("slow", None),
     "test_faults.py": ("slow", None),
+    "test_front_end_clients.py": ("slow", None),
     "test_fuzz.py": ("slow", None),
     "test_generated_client.py": ("slow", None),
     "test_hostile_hosts.py": ("slow", None),
@@ -117,6 +118,7 @@ def _turn(item: pytest.Item) -> tuple[bool, bool, bool]:
 
 #: How the ids of tests begin that one xdist worker runs, because what they share takes long to make.
 TOGETHER = (
+    "tests/test_front_end_clients.py",
     "tests/test_localmodel.py",
     "tests/test_mcp_clients.py",
     "tests/test_mcp.py::test_the_server_of_the_sdk",

@@ -26,7 +26,7 @@ import flockapi
 from flock.agents.agent import Handoff
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError
-from flock.protocols import mcp, openai
+from flock.protocols import mcp, openai, vercel
 from flock.runs import BatchOptions, Event, Principal, Progress, Run, RunContext, RunStatus, Usage
 from flock.testing import FakeModel, Reply
 from flock.web import wire
@@ -59,9 +59,10 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for na
 OF_OTHERS = {
     *("OpenAIError", "ChatRequest", "ChatCompletion", "ChatChunk", "ResponseRequest", "Response", "ResponseEvent"),
     *("ItemList", "ConversationRequest", "Conversation", "Deleted", "MCPMessage", "MCPEvent", "MCPResponse"),
+    *("FrontEndError", "UIMessage", "UIChatRequest", "UIMessageChunk"),
 }
 
-ALL_ROUTES = [*ROUTES, *openai.routes(), *mcp.routes()]
+ALL_ROUTES = [*ROUTES, *openai.routes(), *mcp.routes(), *vercel.routes()]
 
 
 #: The operations that take the query of each struct.
@@ -500,6 +501,7 @@ async def test_an_example_of_a_request_gets_a_documented_response(
     if operation["operationId"] == "retryRun":
         run_id = (await post_run(client, "explode", {"text": "x"})).json()["run_id"]
     names = {"run_id": run_id, "call_id": call_id, "name": "payment", "response_id": f"resp_{run_id}_0"}
+    names |= {"agent": "text_analyzer", "chat_id": "chat-1"}
     path = path.format(batch_id=await ended_batch(client, "explode"), **names)
     model.replies = [Reply({"sentiment": "positive", "keywords": ["great"]})] * 3
     response = await client.request(method, path, content=body, headers={"Content-Type": media_type})

@@ -43,7 +43,7 @@ RANKS = {
 }
 
 HTTP = ("flock.web", "flock.protocols", "flockapi", "flock.command", "flock.testing")
-PROTOCOLS = ("flock.protocols.openai", "flock.protocols.openai_responses")
+PROTOCOLS = ("flock.protocols.openai", "flock.protocols.openai_responses", "flock.protocols.vercel")
 FILES = sorted([*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"])
 
 

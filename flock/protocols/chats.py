@@ -24,8 +24,16 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     content: str
 
 
+#: The events that ``StreamedAnswer`` passes on to clients to which it can show what a run does.
+SHOWN = ("call.started", "call.completed", "run.progress")
+
+
 class TextReplaced(FlockError):
-    """The text of a run was replaced, and a client that cannot take text back has a part of the old one."""
+    """The text of a run was replaced, and a client has a part of the old one. *text* is what replaces it, so far."""
+
+    def __init__(self, message: str, text: str = "") -> None:
+        super().__init__(message)
+        self.text = text
 
 
 # Inputs
@@ -96,7 +104,7 @@ async def _whole_text(agent: Agent, result: msgspec.Raw | LongJSON, *, as_json: 
     Raises: RunNotFound, StoreError.
     """
     raw = b"".join([piece async for piece in result.pieces()]) if isinstance(result, LongJSON) else bytes(result)
-    name = None if as_json else _text_output_of(agent)
+    name = None if as_json else text_output_of(agent)
     text = None if name is None else msgspec.json.decode(raw).get(name)
     return text if isinstance(text, str) else raw.decode()  # another version of the agent may have had other outputs
 
@@ -109,7 +117,7 @@ async def text_of(engine: Engine, agents: Mapping[str, Agent], run: Run, *, as_j
     return await _whole_text(agent, result, as_json=as_json)
 
 
-def _text_output_of(agent: Agent) -> str | None:
+def text_output_of(agent: Agent) -> str | None:
     """Return the name of the only output of *agent*, if that is a text."""
     fields = agent.output.fields
     return fields[0].name if len(fields) == 1 and fields[0].type is str else None
@@ -151,7 +159,8 @@ class SentText:
             return text
         known = self._all[self._at : self._at + len(text)]
         if not text.startswith(known):
-            raise TextReplaced("The answer was replaced by another one after a part of it had been sent.")
+            message = "The answer was replaced by another one after a part of it had been sent."
+            raise TextReplaced(message, self._all[: self._at] + text)
         self._at += len(text)
         self._is_behind = self._at < len(self._all)
         new = text[len(known) :]
@@ -168,7 +177,7 @@ class SentText:
         """The text ends as *text*. Return what is to be sent. Raises TextReplaced if more was sent than that."""
         new = self.restart(text)
         if self._is_behind:
-            raise TextReplaced("The answer was replaced by a shorter one after it had been sent.")
+            raise TextReplaced("The answer was replaced by a shorter one after it had been sent.", text)
         return new
 
 
@@ -184,11 +193,22 @@ class Thought(NamedTuple):
     text: str
 
 
-class StreamedAnswer:
-    """The answer of a run as text, made from its events. Only an agent that ends the run is read while it writes."""
+class TakenBack(NamedTuple):
+    """All text that was sent does not count, and is replaced by this."""
 
-    def __init__(self, agents: Mapping[str, Agent], *, as_json: bool) -> None:
-        self._agents, self._as_json = agents, as_json
+    text: str
+
+
+class StreamedAnswer:
+    """The answer of a run as text, made from its events. Only an agent that ends the run is read while it writes.
+
+    Args:
+        takes_back: the client can take text back, and shows more than text: it gets ``TakenBack`` and the events in
+            SHOWN, and no text in place of a result that is none.
+    """
+
+    def __init__(self, agents: Mapping[str, Agent], *, as_json: bool, takes_back: bool = False) -> None:
+        self._agents, self._as_json, self._takes_back = agents, as_json, takes_back
         self._agent: Agent | None = None
         #: the agent that writes the answer now, and the field that is its text
         self._writer: str | None = None
@@ -197,29 +217,41 @@ class StreamedAnswer:
         #: what separates the next thought from those before it, and one after that
         self._pause = self._next_pause = ""
 
-    async def pieces(
-        self, events: AsyncGenerator[Event | None, None]
-    ) -> AsyncGenerator[str | Thought | Event | None, None]:
-        """Yield the text and the thoughts in pieces, None to keep the connection open, and at last one of ENDS.
+    async def pieces(self, events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[Any, None]:
+        """Yield ``str`` and ``Thought`` in pieces, None to keep the connection open, and at last one of ENDS.
 
         Raises: TextReplaced, RunNotFound, StoreError; EngineStopped if the server stops before the end.
         """
+        takes_back = self._takes_back
         async with aclosing(events):
             async for event in events:
                 if event is None:
                     yield None
                     continue
-                if event.name == "run.completed" and self._agent is not None:
-                    whole = await _whole_text(self._agent, event.data["result"], as_json=self._as_json)
-                    added: str | Thought = self._text.end(whole)
-                else:
-                    added = self._added(event.name, event.data)
+                added: str | Thought | TakenBack
+                try:
+                    if event.name == "run.completed" and self._agent is not None and (self.is_text or not takes_back):
+                        whole = await _whole_text(self._agent, event.data["result"], as_json=self._as_json)
+                        added = self._text.end(whole)
+                    else:
+                        added = self._added(event.name, event.data)
+                except TextReplaced as exc:
+                    if not takes_back:
+                        raise
+                    self._text = SentText()
+                    added = TakenBack(self._text.add(exc.text))
                 if added:
                     yield added
-                if event.name in ENDS:
+                if event.name in ENDS or (takes_back and event.name in SHOWN):
                     yield event
+                if event.name in ENDS:
                     return
         raise EngineStopped("The server is stopping, and the answer is not complete.")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the only output of the agent that was started last is a text."""
+        return self._agent is not None and text_output_of(self._agent) is not None
 
     def _added(self, name: str, data: Mapping[str, Any]) -> str | Thought:
         if name == "step.started":
@@ -242,7 +274,7 @@ class StreamedAnswer:
     def _start(self, agent: Agent | None) -> None:
         self._agent, self._writer, self._field, self._pause = agent, None, None, self._next_pause
         if agent is not None and all(handoff.kind == "fixed" and handoff.to is None for handoff in agent.handoffs()):
-            self._writer, self._field = agent.name, None if self._as_json else _text_output_of(agent)
+            self._writer, self._field = agent.name, None if self._as_json else text_output_of(agent)
 
 
 async def thoughts_of(engine: Engine, run_id: str) -> str:

@@ -131,7 +131,7 @@ class Reply(NamedTuple):
     @property
     def has_only_items(self) -> bool:
         """Whether a client can answer all of its questions by items."""
-        return all(question.is_for_client or _is_approval(question) for question in self.questions)
+        return all(question.is_for_client or orders.approved_call(question) for question in self.questions)
 
 
 async def _reply(engine: Engine, place: Place) -> Reply:
@@ -175,12 +175,6 @@ def _thinking(place: Place, thoughts: str) -> list[JSON]:
     return [{"id": f"rs_{place.id[5:]}", "type": "reasoning", "summary": summary}] if thoughts else []
 
 
-def _is_approval(question: Question) -> bool:
-    """Whether it asks if a tool may be called."""
-    has_arguments = question.arguments is not msgspec.UNSET
-    return has_arguments and "approved" in msgspec.json.decode(question.schema).get("properties", {})
-
-
 def _asked(place: Place, questions: Sequence[Question]) -> list[JSON]:
     """Return the items of questions: calls of tools, requests for approvals, and the others as one message."""
     items, others = list[JSON](), list[Question]()
@@ -189,9 +183,13 @@ def _asked(place: Place, questions: Sequence[Question]) -> list[JSON]:
         if question.is_for_client:
             call = {"id": f"fc_{at}", "type": "function_call", "call_id": f"call_{at}", "status": "completed"}
             items.append({**call, "name": question.question, **arguments})
-        elif _is_approval(question):
-            tool = re.sub(r".*ask:|(\.[0-9]+){2}([:@].*)?$", "", question.call_id)
-            request = {"id": f"mcpr_{at}", "type": "mcp_approval_request", "name": tool, "server_label": "flock"}
+        elif (approval := orders.approved_call(question)) is not None:
+            request = {
+                "id": f"mcpr_{at}",
+                "type": "mcp_approval_request",
+                "name": approval.name,
+                "server_label": "flock",
+            }
             items.append({**request, **arguments})
         else:
             others.append(question)

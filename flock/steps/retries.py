@@ -36,13 +36,13 @@ def without_excluded(calls: Sequence[Call], begun_by: Collection[str]) -> Sequen
     if not excluded:
         return calls
     started = {call.call_id for call in calls if call.kind == "tool"}
-    dropped = [call for call in excluded if _tool_call_of(call) not in started]
+    dropped = [call for call in excluded if tool_call_of(call.call_id) not in started]
     return [call for call in calls if call not in dropped]
 
 
-def _tool_call_of(approval: Call) -> str:
-    """Return the id of the call of a tool that *approval* allows: ``refund:1.1`` for ``ask:refund.1.1``."""
-    parent, nested, own = asking_call(approval.call_id).rpartition(NESTED)
+def tool_call_of(approval_id: str) -> str:
+    """Return the id of the call of a tool that an approval allows: ``refund:1.1`` for ``ask:refund.1.1``."""
+    parent, nested, own = asking_call(approval_id).rpartition(NESTED)
     tool, _, number = own.partition(":")[2].partition(".")
     return f"{parent}{nested}{tool}:{number}"
 

@@ -31,6 +31,9 @@ from flock.runs import (
     new_id,
 )
 from flock.steps.answers import can_answer
+from flock.steps.identity import place_of
+from flock.steps.replay import NESTED as NESTED
+from flock.steps.retries import tool_call_of
 from flock.web.auth import ANYBODY, ConcurrencyLimit, ScopedEngine
 from flock.web.body import Body, media_type_of
 from flock.web.lifespan import lifespan_of
@@ -93,6 +96,14 @@ class Accepted(NamedTuple):
 
     run: Run
     is_replay: bool
+
+
+class ApprovedCall(NamedTuple):
+    """The call of a tool that an approval is about: its place in the run, and the name of the tool."""
+
+    position: str
+    call_id: str
+    name: str
 
 
 class Stream(NamedTuple):
@@ -239,6 +250,16 @@ async def runs_of_session(
         if not page.has_more:
             return
         after = page[-1].run_id
+
+
+def approved_call(question: Question) -> ApprovedCall | None:
+    """Return the call that a question is about; None if it does not ask whether a tool may be called."""
+    if question.is_for_client or question.arguments is msgspec.UNSET:
+        return None
+    if "approved" not in msgspec.json.decode(question.schema).get("properties", {}):
+        return None
+    call_id = tool_call_of(question.call_id)
+    return ApprovedCall(place_of(question.call_id)[1], call_id, call_id.rpartition(NESTED)[2].rpartition(":")[0])
 
 
 def may_answer(request: Request, run: Run, question: Question) -> bool:
