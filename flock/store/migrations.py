@@ -305,6 +305,7 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "ALTER TABLE batches ADD COLUMN recipe TEXT",
         "CREATE INDEX items_by_digest ON runs (digest, batch_id) WHERE digest IS NOT NULL",
     ],
+    ["ALTER TABLE runs ADD COLUMN first_span TEXT"],
 ]
 
 
