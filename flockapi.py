@@ -56,6 +56,7 @@ from flock.runs import (
 )
 from flock.runs.events import end_id
 from flock.runs.records import shown_as
+from flock.runs.traces import of_request
 from flock.runs.usage import next_day
 from flock.steps.answers import is_of
 from flock.web import orders, wire
@@ -283,13 +284,15 @@ class FlockAPI(Starlette):
             for part in split_message(message):
                 await send(part)
 
-        try:
-            await super().__call__(scope, receive, send_with_id)
-        finally:
-            if self.metrics is not None and status_code:
-                took_s = time.perf_counter() - started_at
+        with of_request(scope["method"], scope["path"], lambda: traceparent_of(Request(scope))) as span:
+            try:
+                await super().__call__(scope, receive, send_with_id)
+            finally:
                 template = getattr(route_match.route, "path", "")
-                self.metrics.request_ended(scope["method"], template, status_code, took_s)
+                span.responded(scope["method"], template, status_code)
+                if self.metrics is not None and status_code:
+                    took_s = time.perf_counter() - started_at
+                    self.metrics.request_ended(scope["method"], template, status_code, took_s)
 
 
 def _metrics(engine: Engine, flock: DeclaredFlock) -> "Metrics":

@@ -13,6 +13,7 @@ import msgspec
 
 from flock.runs import Run, safe_text
 from flock.runs.text import for_terminal
+from flock.runs.traces import current
 
 #: What identifies the run of a log record.
 OF_RUN = ("run_id", "agent_name", "attempt", "batch_id", "request_id", "trace_id")
@@ -45,6 +46,8 @@ class JSONFormatter(logging.Formatter):
             "logger": record.name,
             "message": safe_text(record.getMessage()),
         }
+        if "trace_id" not in line and (traceparent := current()) is not None:
+            line["trace_id"] = traceparent[3:35]
         if record.exc_info:
             line["exception"] = safe_text(self.formatException(record.exc_info))
         return for_terminal(msgspec.json.encode(line).decode())

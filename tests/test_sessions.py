@@ -372,6 +372,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             "caller",
             "client",
             "digest",
+            "first_span",
         ):
             db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
         for column in ("waiting_items", "usage", "error_type", "invalid_items", "retried_by", "recipe"):

@@ -496,7 +496,6 @@ class ModelAgent(Agent):
                 temperature=self.temperature,
                 options=options | client.options,
                 is_strange=client != ClientSettings(),
-                traceparent=context.traceparent,
             ),
             complete=functools.partial(resources.models.complete, models or None, caller=caller),
             hooks=resources.shared.model_hooks,

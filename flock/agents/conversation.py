@@ -15,7 +15,8 @@ from flock.agents.tools import Toolbox
 from flock.errors import InvalidData, InvalidOutput, MalformedJSON, ModelError
 from flock.models.completions import Completion, Listener, Message, with_user_text
 from flock.models.requests import Request
-from flock.runs import JSON_NULL, RunContext
+from flock.runs import JSON_NULL, RunContext, Usage
+from flock.runs.traces import of_chat
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,13 +100,16 @@ class Conversation(msgspec.Struct, kw_only=True):
         async def pay(request: Request) -> Completion:
             async with context.reserve(model, (request.messages, request.tools), request.max_tokens):
                 context.check_tokens(self.models)
-                try:
-                    completion = await self.complete(request)
-                except ModelError as exc:
-                    if exc.usage is not None:  # the answer is paid for, even if it cannot be used
-                        context.spend(exc.usage, exc.model)
-                    raise
-                context.spend(completion.usage, completion.model)
+                with of_chat(model, request.max_tokens, request.temperature) as span:
+                    try:
+                        completion = await self.complete(replace(request, traceparent=context.traceparent))
+                    except ModelError as exc:
+                        if exc.usage is not None:  # the answer is paid for, even if it cannot be used
+                            context.spend(exc.usage, exc.model)
+                        raise
+                    context.spend(completion.usage, completion.model)
+                    span.note({"gen_ai.response.model": (completion.model or "").partition("/")[2] or None})
+                    span.content(lambda: self._content(request, completion))
             return completion
 
         asks = itertools.count(1)
@@ -183,6 +187,27 @@ class Conversation(msgspec.Struct, kw_only=True):
             return self.read(text), ""
         except (MalformedJSON, InvalidData, UnicodeEncodeError) as exc:
             return None, str(exc)
+
+    def _content(self, request: Request, completion: Completion) -> Mapping[str, Any]:
+        """Return what the model was sent and has answered, as spans have it. Secret arguments are encrypted."""
+        answer = Message("assistant", completion.text or "", completion.tool_calls)
+        reason = "tool_call" if completion.tool_calls else "stop"
+        return {
+            "gen_ai.input.messages": [self._shown(message) for message in request.messages],
+            "gen_ai.output.messages": [{**self._shown(answer), "finish_reason": reason}],
+        }
+
+    def _shown(self, message: Message) -> dict[str, Any]:
+        made = self.toolbox.sealed(Completion(text=None, usage=Usage(), tool_calls=message.tool_calls)).tool_calls
+        parts: list[dict[str, Any]] = [
+            {"type": "tool_call", "id": call.id, "name": call.function.name, "arguments": call.function.arguments}
+            for call in made
+        ]
+        if message.tool_call_id is not None:
+            parts = [{"type": "tool_call_response", "id": message.tool_call_id, "response": message.content}]
+        elif message.content:
+            parts.insert(0, {"type": "text", "content": message.content})
+        return {"role": message.role, "parts": parts}
 
     def _ask_for_answer(self, reason: str) -> None:
         """Ask for the answer in the strictest format of the model's server, and offer no more tools."""

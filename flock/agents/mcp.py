@@ -178,7 +178,9 @@ class MCPTools(ToolSource):
     def _posted(
         self, client: "httpx.AsyncClient", message: Mapping[str, Any]
     ) -> contextlib.AbstractAsyncContextManager["httpx.Response"]:
-        return client.stream("POST", self._url, content=msgspec.json.encode({"jsonrpc": "2.0", **message}))
+        content, meta = msgspec.json.encode({"jsonrpc": "2.0", **message}), message.get("params", {}).get("_meta", {})
+        headers = {name: meta[name] for name in ("traceparent",) if name in meta}  # for what is between both
+        return client.stream("POST", self._url, content=content, headers=headers)
 
     async def _send(
         self, client: "httpx.AsyncClient", method: str, params: Mapping[str, Any], on_progress: OnProgress | None = None
@@ -186,7 +188,7 @@ class MCPTools(ToolSource):
         """Send a request. Return its result, or None if the server does not know the session or the path."""
         number = next(self._ids)
         if on_progress is not None:
-            params = {**params, "_meta": {"progressToken": number}}
+            params = {**params, "_meta": {**params.get("_meta", {}), "progressToken": number}}
         async with self._posted(client, {"id": number, "method": method, "params": params}) as response:
             if response.status_code == 404:
                 return None, response.headers
@@ -277,6 +279,8 @@ class MCPTool(Tool):
 
     async def call(self, arguments: Any, toolbox: Toolbox) -> Any:
         params = {"name": self._listed_name, "arguments": arguments}
+        if (traceparent := toolbox.context.traceparent) is not None:
+            params["_meta"] = {"traceparent": traceparent}
         called = await self._server.request("tools/call", params, _Called, toolbox.context.progress)
         text = "\n".join(map(_text_of, called.content)) or bytes(called.structured).decode()
         if called.is_error:

@@ -34,6 +34,7 @@ import uvicorn.logging
 
 from flock.agents.checks import warn_of_problems
 from flock.command.connection import Connection
+from flock.command.exporter import end_export, export_traces
 from flock.declared import DeclaredFlock
 from flock.errors import DefinitionError
 from flock.limits import Limits
@@ -167,6 +168,7 @@ def serve_flock(flock: DeclaredFlock, settings: ServerSettings, listener: socket
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         raise
     _log_start(flock, settings)
+    export_traces(flock.name)
     if listener is not None:
         _log_listening(settings, listener)
     _serve(config, settings, listener, is_passed=listener is not None)
@@ -367,7 +369,9 @@ def _worker_main(
     share_limits_among(workers)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
-        config = _config(_app(load(), settings), settings)
+        flock = load()
+        config = _config(_app(flock, settings), settings)
+        export_traces(flock.name)
         logging.getLogger("flock.checks").disabled = True  # the parent process has logged the problems
     except Exception:
         traceback.print_exc()
@@ -484,8 +488,10 @@ def run_worker(flock: DeclaredFlock, settings: WorkerSettings) -> None:
     Raises: StoreError if the cluster cannot be used; DefinitionError if the extra is not installed.
     """
     logging.config.dictConfig(log_config(settings.log_json))
+    export_traces(flock.name)
     tune_gc()
     anyio.run(_run_until_signal, flock, settings)
+    end_export()
     abandon_busy_threads()
     _exit_now()  # threads of temporalio's core may call Python during its shutdown, and crash it
 
@@ -544,6 +550,7 @@ def log_config(as_json: bool) -> dict[str, Any]:
     if as_json:
         config["formatters"] = {key: {"()": "flock.logs.JSONFormatter"} for key in config["formatters"]}
     config["loggers"]["flock"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    config["loggers"]["opentelemetry"] = {"handlers": ["default"], "level": "WARNING", "propagate": False}
     return config
 
 
@@ -650,6 +657,7 @@ class _Server(uvicorn.Server):
             try:
                 yield
             finally:
+                end_export()
                 for name in ("uvicorn", "uvicorn.access", "flock"):
                     for handler in logging.getLogger(name).handlers:
                         handler.flush()

@@ -73,6 +73,7 @@ from flock.runs import (
     new_id,
     now,
     statuses_of,
+    traces,
     valid_traceparent,
 )
 from flock.runs.events import EVENTS_PER_STEP, events_after
@@ -339,7 +340,7 @@ class EngineBase(Engine):
             inputs=raw,
             created_at=now(),
             request_id=request_id,
-            traceparent=valid_traceparent(traceparent),
+            traceparent=valid_traceparent(traceparent or traces.current()),
             principal=name,
             caller=caller,
             is_async=is_async or key is not None,
@@ -387,7 +388,7 @@ class EngineBase(Engine):
             items,
             batch,
             on_invalid=on_invalid,
-            traceparent=valid_traceparent(traceparent),
+            traceparent=valid_traceparent(traceparent or traces.current()),
             caller=caller,
             limits=self.item_limits,
         )

@@ -29,7 +29,7 @@ from flock.fair import FairShare
 from flock.limits import Limits
 from flock.logs import fields_of_run
 from flock.models.prices import Budget, DayBudget
-from flock.runs import Account, Batch, Call, IdempotencyKey, Question, Run, RunStatus, Step, Usage, now, stub_of
+from flock.runs import Account, Batch, Call, IdempotencyKey, Question, Run, RunStatus, Step, Usage, now, stub_of, traces
 from flock.runs.text import of_request
 from flock.scopes import Signal, current_task
 from flock.steps.executor import MAX_HISTORY_BYTES, ActiveRun, StepExecutor, WaitingForAnswers
@@ -482,6 +482,11 @@ class Runner:
         self._remove(active)
 
     async def _execute(self, active: StoredRun) -> None:
+        with traces.of_run(active.run) as span:
+            await self._run_safely(active)
+            span.ended(active.run)
+
+    async def _run_safely(self, active: StoredRun) -> None:
         try:
             await self._run_to_end(active)
         except Exception as exc:  # such as an exception whose name cannot be read: other runs must continue

@@ -16,6 +16,7 @@ from flock.runs.client import ClientSettings, ModelOptions
 from flock.runs.ids import now
 from flock.runs.records import CallKind, Principal, Progress, Run
 from flock.runs.text import safe_text
+from flock.runs.traces import current, spent
 from flock.runs.usage import Usage
 
 __all__ = ["Budget", "CallOptions", "Live", "RunContext", "StepJournal"]
@@ -165,7 +166,8 @@ class RunContext(Generic[S]):
     ``RunContext[Pool]`` says that ``state`` is a ``Pool``.
 
     Attributes:
-        run_id, agent_name, attempt, request_id, session_id, traceparent: of the run.
+        run_id, agent_name, attempt, request_id, session_id: of the run.
+        traceparent: the W3C trace context to send on: that of the current span, or without spans that of the request.
         principal: the principal who sent the request of the run, or of its batch, with its roles at that time.
             None without API keys and ``auth=``.
         position: of the step in the run, from 0.
@@ -203,7 +205,7 @@ class RunContext(Generic[S]):
         self.request_id = run.request_id
         self.session_id = run.session_id
         self.principal: Principal | None = run.acts_for
-        self.traceparent = run.traceparent
+        self._traceparent = run.traceparent
         self.client: ClientSettings | None = run.client
         #: of the call of ``run_agent`` that this agent executes
         self.model_options: Mapping[str, Any] = {}
@@ -232,6 +234,10 @@ class RunContext(Generic[S]):
         """
         state: S = self._state()
         return state
+
+    @property
+    def traceparent(self) -> str | None:
+        return current(self._traceparent)
 
     @property
     def cancel_requested(self) -> bool:
@@ -579,6 +585,7 @@ class RunContext(Generic[S]):
             model: the model that answered, ``provider/model``. Without it, the cost of the run is unknown.
         """
         usage = self._priced(usage, model)
+        spent(usage)
         if self._journal is not None:
             self._journal.spend(usage, model)
         self._on_usage(self.agent_name, usage, model)
@@ -601,9 +608,9 @@ class RunContext(Generic[S]):
             budget.check(self.agent_name, models)
         if self._max_tokens is None or self._journal is None:
             return
-        spent = self._journal.spent.input_tokens + self._journal.spent.output_tokens
-        if spent >= self._max_tokens:
+        used = self._journal.spent.input_tokens + self._journal.spent.output_tokens
+        if used >= self._max_tokens:
             raise TooManyTokens(
-                f"Stopped after {spent} tokens, before {self.agent_name!r} called its model. One run may use "
+                f"Stopped after {used} tokens, before {self.agent_name!r} called its model. One run may use "
                 f"{self._max_tokens} tokens (max_tokens of the engine)."
             )

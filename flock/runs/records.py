@@ -413,6 +413,7 @@ class Run(_Record, frozen=True, kw_only=True):
         client: what its client has brought: instructions, tools and options of the model; None if nothing.
         digest: of the inputs of an item and of what makes its result; see ``flock.store.equals``. None if no other item
             may take its result.
+        first_span: the trace context of the span of its first execution; None if there was none.
     """
 
     run_id: str
@@ -442,6 +443,7 @@ class Run(_Record, frozen=True, kw_only=True):
     caller: "Principal | None" = None
     client: ClientSettings | None = None
     digest: str | None = None
+    first_span: str | None = None
 
     @property
     def acts_for(self) -> "Principal | None":
@@ -512,7 +514,8 @@ class Run(_Record, frozen=True, kw_only=True):
 
     @property
     def trace_id(self) -> str | None:
-        return self.traceparent and self.traceparent[3:35]
+        sent = self.traceparent or self.first_span
+        return sent and sent[3:35]
 
     @property
     def usage(self) -> Usage | None:

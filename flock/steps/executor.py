@@ -45,6 +45,7 @@ from flock.runs import (
     Usage,
     added,
     now,
+    traces,
 )
 from flock.runs.context import CURRENT_CALL
 from flock.runs.usage import spent_with
@@ -315,7 +316,8 @@ class StepExecutor:
             is_start, spent_s = run.status is RunStatus.STARTING, run.worked_s
             if is_start:
                 started_at = run.started_at if run.worked_s else active.started_at
-                run = replace(run, status=RunStatus.RUNNING, started_at=started_at)
+                first_span = run.first_span or traces.current()
+                run = replace(run, status=RunStatus.RUNNING, started_at=started_at, first_span=first_span)
             elif run.started_at is not None:
                 spent_s = (now() - run.started_at).total_seconds() - active.waited_s
             if active.scope.deadline == math.inf:
@@ -324,7 +326,8 @@ class StepExecutor:
                 await active.started(run, agent)
                 if not run.worked_s:
                     self.notify("run_started", run)
-            step = await self._step(active, run, agent, inputs, slot, is_again=is_again)
+            with traces.of_step(run, agent.name, WaitingForAnswers, AgentElsewhere):
+                step = await self._step(active, run, agent, inputs, slot, is_again=is_again)
             self._check_size(run, step)
             await active.keep(step)
             if active.live is not None:

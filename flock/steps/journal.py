@@ -49,6 +49,7 @@ from flock.runs import (
 )
 from flock.runs.context import CURRENT_CALL, CallKeep, CallOptions
 from flock.runs.records import CALL_IDS
+from flock.runs.traces import ON_TOOL, of_call
 from flock.scopes import (
     Cancellation,
     Clock,
@@ -699,7 +700,10 @@ class Journal:
         if planned.kind != "question":  # its id depends on what it asks
             self.on_start(planned.call_id, planned.label, planned.kind, planned.arguments, started_at)
         try:
-            value = await planned.execute()
+            with of_call(planned.kind, planned.label, planned.call_id) as span:
+                value = await planned.execute()
+                if planned.kind == "tool":
+                    span.content(lambda: {f"{ON_TOOL}.arguments": planned.arguments, f"{ON_TOOL}.result": value})
             if planned.label == TIMER:  # the block may have ended in time, perhaps in an earlier execution
                 await self._replay.settle()
             if planned.should_keep is not None and not planned.should_keep(value):

@@ -155,7 +155,7 @@ BATCH_TABLE = _columns_of(Batch)
 #: The fields of a run that change while it is executed. Its last step is written with them.
 UPDATED = (
     *("status", "result", "error", "error_type", "started_at", "completed_at", "progress"),
-    *("spent", "spent_by", "dropped"),
+    *("spent", "spent_by", "dropped", "first_span"),
 )
 
 #: The fields of a run that change when it begins to wait for answers, or gets one.

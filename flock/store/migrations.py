@@ -307,6 +307,7 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ],
     # The key of a flock, which its processes share.
     ["ALTER TABLE flocks ADD COLUMN secret TEXT"],
+    ["ALTER TABLE runs ADD COLUMN first_span TEXT"],
 ]
 
 

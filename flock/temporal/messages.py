@@ -291,7 +291,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
         misses: how many workers have left it to others, because they lack an agent or it is a suspect.
         needs: an agent that it calls and that the last of these lacked.
         held_s: for how many seconds it waited because of suspects. They are not part of ``timeout_s``.
-        dropped: see ``Run``.
+        dropped, first_span: see ``Run``.
     """
 
     begun_at: datetime | None = None
@@ -302,6 +302,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     held_s: float = 0.0
     deaths: Deaths | None = None
     dropped: tuple[str, ...] = ()
+    first_span: str | None = None
 
 
 class StepDone(Heartbeat, frozen=True, kw_only=True):

@@ -20,8 +20,10 @@ from temporalio.client import WorkflowQueryFailedError
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.service import RPCError, RPCStatusCode
 
+from flock.agents.agent import Agent
 from flock.errors import CallError, EngineFull, OwnershipLost, StoreError, Uncertain, Unreadable
 from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
+from flock.runs.traces import of_run
 from flock.steps.executor import ActiveRun, AgentElsewhere, StepExecutor, WaitingForAnswers
 from flock.steps.identity import asking_call
 from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
@@ -136,6 +138,9 @@ class ActivityStep(ActiveRun):
     async def begin(self) -> Run:
         await self._gate.start(self._key, self.suspicion)
         return self.run
+
+    async def started(self, run: Run, agent: Agent) -> None:
+        self.run = replace(self.run, first_span=run.first_span)
 
     async def finished_calls(self) -> Sequence[Call]:
         """From now on, what the worker before this one reports does not count, since it only seems to be dead.
@@ -269,7 +274,10 @@ class ActivityStep(ActiveRun):
         """Execute the step and set ``outcome``. A return value would be lost if an agent left a cancellation behind."""
         self._gate.arrive(self._key, self.suspicion)
         try:
-            await self._execute()
+            with of_run(self.run) as span:
+                await self._execute()
+                if isinstance(self.outcome, Outcome) and self.outcome.status is RunStatus.FAILED:
+                    span.fail(self.outcome.error_type or "failed")
         finally:
             if self._polling is not None:
                 self._polling.cancel()

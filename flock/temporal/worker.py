@@ -236,7 +236,7 @@ class _RunStep(ActivityStep):
         suspicion = Suspicion(last, at.cluster, self.heartbeat)
         is_new = last.begun_at is None and not suspicion.deaths
         super().__init__(
-            order.run,
+            replace(order.run, first_span=order.run.first_span or last.first_span),
             order.timeout_s,
             at,
             suspicion,
@@ -280,7 +280,14 @@ class _RunStep(ActivityStep):
 
     def ended(self, **end: Any) -> StepDone:
         """Return the result of the step, with the fields in *end*."""
-        return StepDone(begun_at=self.started_at, progress=self.progress, spent=self.spent, held_s=self.held_s, **end)
+        return StepDone(
+            begun_at=self.started_at,
+            progress=self.progress,
+            spent=self.spent,
+            held_s=self.held_s,
+            first_span=self.run.first_span,
+            **end,
+        )
 
     def heartbeat(self) -> Heartbeat:
         return Heartbeat(
@@ -292,6 +299,7 @@ class _RunStep(ActivityStep):
             held_s=self.held_s,
             deaths=self.suspicion.report(),
             dropped=self.dropped,
+            first_span=self.run.first_span,
         )
 
 

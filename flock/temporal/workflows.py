@@ -191,6 +191,7 @@ class FlockRun(CallKeeper):
                 status=RunStatus.RUNNING,
                 started_at=order.run.started_at or done.begun_at,
                 spent=done.spent or order.run.spent,
+                first_span=order.run.first_span or done.first_span,
             )
             if done.step is None:
                 left, waited_s = await self._wait_for_answers(run, done)

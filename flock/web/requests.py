@@ -19,6 +19,7 @@ from flock.errors import InvalidData
 from flock.jsontype import example_for
 from flock.nearest import did_you_mean
 from flock.runs import IdempotencyKey
+from flock.runs.traces import current
 
 T = TypeVar("T")
 Query = TypeVar("Query", bound=msgspec.Struct)
@@ -104,9 +105,9 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
 
 
 def traceparent_of(request: Request) -> str | None:
-    """Return the ``traceparent`` header. It is ignored if it was sent twice."""
+    """Return the trace context of a request: that of its span, or the ``traceparent`` header, unless it is repeated."""
     sent = request.headers.getlist("traceparent")
-    return sent[0] if len(sent) == 1 else None
+    return current(sent[0] if len(sent) == 1 else None)
 
 
 def idempotency_key(request: Request, fingerprint: bytes | Callable[[], bytes]) -> IdempotencyKey | None:
