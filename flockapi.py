@@ -115,6 +115,7 @@ from flock.web.routing import (
     principal_of,
 )
 from flock.web.ui import ui_files
+from flock.web.webhooks import list_webhooks, retry_webhook, sender_of
 from flock.web.wire import *  # noqa: F403 - programs import the structs of the API from here
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ class FlockAPI(Starlette):
         self.flock = flock
         self._check_approvers()
         self.engine = options.engine or flock.shared_engine(store=options.store, expose_errors=options.expose_errors)
+        self.webhooks = sender_of(self.engine, flock, options.webhook_secrets)
         self.contract = Contract(options.server_name, options.openapi_paths)
         self.ui_files = ui_files(options.server_name, has_docs=bool(options.docs)) if options.create_ui else {}
         self.event_streams = ConcurrencyLimit(options.max_event_streams, "event streams")
@@ -217,6 +219,8 @@ class FlockAPI(Starlette):
         self._has_warned = False
         wants_metrics = find_spec("prometheus_client") is not None if options.metrics is None else options.metrics
         self.metrics = _metrics(self.engine, flock) if wants_metrics else None
+        if self.webhooks is not None and self.metrics is not None:
+            self.webhooks.on_try = self.metrics.webhook_tried
 
     def build_middleware_stack(self) -> ASGIApp:
         """Log the warnings, then build the stack. Starlette calls this once, before the first response."""
@@ -356,6 +360,8 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
         AppRoute("nothing", "GET", "/healthz", healthz),
         AppRoute("nothing", "GET", "/readyz", readyz),
         AppRoute("admin", "GET", "/metrics", metrics),
+        AppRoute("admin", "GET", "/webhooks", list_webhooks),
+        AppRoute("admin", "POST", "/webhooks/{webhook_id}/retry", retry_webhook),
         *SPECIFICATION,  # /openapi.yaml and /openapi.json need nothing
         *DOCS,  # /docs, /redoc and /static need nothing
     ]

@@ -37,6 +37,7 @@ from flock.limits import Limits, limits_for_one_batch
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of
 from flock.models.prices import Price, merged
+from flock.options import WEBHOOK_URL, check
 from flock.rows.dialect import CSVDialect
 from flock.rows.results import item_pages
 from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
@@ -88,8 +89,10 @@ class DeclaredFlock:
             steps have ended. It is never stored.
         prices: what models cost, ``{"openai/gpt-4o": Price(input=2.5, output=10, cached_input=1.25)}``. They are added
             to those that come with the package, ``flock.models.prices.PRICES``, or replace them.
+        webhook_url: where the events of runs and batches are sent, unless their agent has an address of its own; see
+            ``docs/webhooks.md``.
 
-    Raises: DefinitionError if a price or the state is invalid.
+    Raises: DefinitionError if a price, the state or the address is invalid.
 
     Attributes:
         agents: the agents by name. Use ``add_agent`` to add one.
@@ -104,8 +107,11 @@ class DeclaredFlock:
         max_steps: int = 32,
         prices: Mapping[str, Price] | None = None,
         state: Any = None,
+        webhook_url: str | None = None,
     ) -> None:
         models_of(model, "the flock")
+        check("Flock", "webhook_url", webhook_url, WEBHOOK_URL)
+        self.webhook_url = webhook_url
         self.shared = Shared(state)
         self.name = name
         self.model = model
@@ -392,6 +398,7 @@ class FlockFactory:
         on_change: OnChange = "stop",
         retry: RetriedCalls = "keep",
         version: str | None = None,
+        webhook_url: str | None = None,
     ) -> ModelAgent:
         """Create an agent that calls a language model.
 
@@ -403,7 +410,7 @@ class FlockFactory:
             model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
                 max_tokens, options, max_retries, validate, timeout_s, client_instructions, client_tools,
                 client_options: see ``ModelAgent``.
-            next_agent, max_concurrency, on_interrupt, on_change, retry, version: see ``Agent``.
+            next_agent, max_concurrency, on_interrupt, on_change, retry, version, webhook_url: see ``Agent``.
 
         Raises:
             SignatureError: a signature is invalid.
@@ -438,6 +445,7 @@ class FlockFactory:
             on_change=on_change,
             retry=retry,
             version=version,
+            webhook_url=webhook_url,
         )
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec.structs import replace
@@ -67,6 +68,28 @@ def many(is_valid: Callable[[Any], bool], words: str) -> Option:
         return isinstance(value, Collection) and not isinstance(value, str) and all(map(is_valid, value))
 
     return Option(is_valid=are_valid, words=words)
+
+
+def is_url(value: Any) -> bool:
+    """Whether *value* is an absolute address of HTTP, without a user and a password."""
+    try:
+        parts = urlsplit(value) if isinstance(value, str) and value.isascii() and " " not in value else None
+        return (
+            parts is not None
+            and parts.scheme in ("https", "http")
+            and "@" not in parts.netloc
+            and bool(parts.hostname and value.isprintable() and parts.port != 0)
+        )
+    except ValueError:
+        return False
+
+
+#: Where webhooks are sent. Only the program's operator sets it.
+WEBHOOK_URL = Option(
+    is_valid=lambda value: value is None or is_url(value),
+    words="an address that begins with https://, or with http:// if nobody can listen on the way, or None",
+    is_secret=True,
+)
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):

@@ -53,6 +53,7 @@ from flock.models.pace import Caller
 from flock.models.pieces import Joiner
 from flock.models.requests import Request
 from flock.nearest import did_you_mean
+from flock.options import WEBHOOK_URL, check
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, ClientSettings, ModelOptions, RetriedCalls, RunContext, safe_text
 from flock.scopes import closing_scopes, move_on_after_working
@@ -149,6 +150,7 @@ class Agent:
             fails.
         version: identifies what the agent does. A batch with ``reuse`` takes results of earlier batches only if this
             and the rest of the definition are equal. Functions, and agents with tools or a history, need one for that.
+        webhook_url: where the events of its runs and batches are sent, in place of that of the flock.
 
     Raises:
         DefinitionError: the name is invalid, or ``next_agent`` is a mapping that does not match the output signature.
@@ -170,12 +172,14 @@ class Agent:
         on_change: OnChange = "stop",
         retry: RetriedCalls = "keep",
         version: str | None = None,
+        webhook_url: str | None = None,
     ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise DefinitionError(f"{name!r} is not a valid agent name. Use letters, digits, '_', '-' and '.'.")
         _check_text(description, f"description= of {name!r}")
         if retry not in get_args(RetriedCalls):
             raise DefinitionError(f"retry= of {name!r} must be 'keep' or 'again', not {retry!r}.")
+        check("an agent", "webhook_url", webhook_url, WEBHOOK_URL)
         self.name = name
         self.description = description
         self.input = input
@@ -187,6 +191,7 @@ class Agent:
         self.on_change = on_change
         self.retry = retry
         self.version = version
+        self.webhook_url = webhook_url
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -786,6 +791,7 @@ class AgentOptions(TypedDict, total=False):
     on_change: OnChange
     retry: RetriedCalls
     version: str | None
+    webhook_url: str | None
 
 
 @overload

@@ -33,7 +33,7 @@ from flock.limits import Limits, enforced_by
 from flock.runs import MAX_COST, Event, Question
 from flock.runs.text import for_terminal
 from flock.store.database import MEMORY
-from flock.web.auth import KeyRing, new_key, with_budget
+from flock.web.auth import KeyRing, new_key, new_webhook_secret, with_budget
 from flock.web.options import PROTOCOL_MODULES, AppOptions
 
 
@@ -139,6 +139,12 @@ def _protocols(context: click.Context, param: click.Parameter, names: Sequence[s
     multiple=True,
     metavar="ORIGIN",
     help="Origin whose pages may call the server from a browser. Repeatable.",
+)
+@click.option(
+    "--webhook-url",
+    metavar="URL",
+    help="Where the events of runs and batches are sent, signed with the secrets in FLOCK_WEBHOOK_SECRETS, in place of "
+    "the flock's address.",
 )
 @options_of(ServerSettings)
 @options_of(AppOptions)
@@ -251,6 +257,17 @@ def key(name: str | None, admin: bool, roles: tuple[str, ...], max_cost_per_day:
     name = with_budget(name, max_cost_per_day)
     KeyRing({name: made})  # raises if the name or a role is invalid
     click.echo(f"{name}={made}")
+
+
+@main.group()
+def webhook() -> None:
+    """Set up webhooks."""
+
+
+@webhook.command()
+def secret() -> None:
+    """Print a new secret that signs webhooks, of 256 random bits."""
+    click.echo(new_webhook_secret())
 
 
 @main.command()

@@ -40,11 +40,11 @@ from flock.errors import DefinitionError
 from flock.limits import Limits
 from flock.models.llm import ModelClient
 from flock.models.pace import share_limits_among
-from flock.options import Options, seconds, whole
+from flock.options import WEBHOOK_URL, Options, seconds, whole
 from flock.runs import Engine, one_line
 from flock.store.database import MEMORY, Durability
 from flock.store.store import SQLiteStore
-from flock.web.auth import ADMIN, KEYS_VARIABLE, KeyRing, configured_keys, new_key
+from flock.web.auth import ADMIN, KEYS_VARIABLE, KeyRing, configured_keys, configured_webhook_secrets, new_key
 from flock.web.options import AppOptions
 from flockapi import FlockAPI
 
@@ -101,6 +101,7 @@ class ServerSettings(_Settings, frozen=True, kw_only=True):
         allowed_hosts: additional values of ``Host``, which a proxy forwards. Others are rejected with 421. This and the
             next two settings mean that others can connect through a proxy, so requests need a key.
         root_path: the path prefix that a proxy removes from requests. Links begin with it.
+        webhook_url: in place of that of the flock.
         forwarded_allow_ips: comma-separated addresses of proxies whose ``X-Forwarded-For`` and ``X-Forwarded-Proto``
             are trusted; ``*`` trusts all. None is uvicorn's default: the variable ``FORWARDED_ALLOW_IPS``, or
             127.0.0.1.
@@ -124,6 +125,7 @@ class ServerSettings(_Settings, frozen=True, kw_only=True):
     allow_anonymous: bool = False
     allowed_hosts: Sequence[str] = ()
     root_path: str = ""
+    webhook_url: Annotated[str | None, WEBHOOK_URL] = None
     forwarded_allow_ips: str | None = None
     #: Max concurrent connections. New ones above the limit are rejected with 503. Admitted ones continue.
     max_connections: Annotated[
@@ -444,12 +446,14 @@ def _is_loopback(host: str) -> bool:
 
 
 def _app(flock: DeclaredFlock, settings: ServerSettings) -> FlockAPI:
+    flock.webhook_url = settings.webhook_url or flock.webhook_url
     engine = _temporal_engine(flock, settings) if settings.temporal else _embedded_engine(flock, settings)
     options = msgspec.structs.replace(
         settings.app,
         engine=engine,
         auth="anybody" if settings.app.api_keys is None else None,  # _log_start has a warning of its own
         allowed_hosts=_allowed_hosts(settings),
+        webhook_secrets=settings.app.webhook_secrets or configured_webhook_secrets(),
     )
     return FlockAPI(flock, options)
 

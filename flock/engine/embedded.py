@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import AbstractContextManager, AsyncExitStack
 from contextvars import Context
 from datetime import date, datetime
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import anyio
 import anyio.abc
@@ -100,6 +100,16 @@ CHECK_INTERVAL_S = 0.5
 ITEMS_AT_ONCE = 50
 
 
+class Sender(Protocol):
+    """What sends the webhooks of a flock; see ``flock.web.webhooks``."""
+
+    async def open(self, engine_id: str) -> None:
+        """Write the receivers, before a run is accepted or taken over."""
+
+    async def run(self) -> None:
+        """Send until cancelled."""
+
+
 class EmbeddedEngine(EngineBase):
     """``Engine`` on anyio task groups over a ``Store``.
 
@@ -165,6 +175,8 @@ class EmbeddedEngine(EngineBase):
             prices=self._prices,
             shared=shared,
         )
+        #: sends the webhooks of its flock, if an app has set it
+        self.webhooks: Sender | None = None
         self._engine_id = ""
         self._tasks: anyio.abc.TaskGroup | None = None
         self._reset()
@@ -221,6 +233,8 @@ class EmbeddedEngine(EngineBase):
                 program = Program.of(self._program_path, self._agents)
                 before = await self.store.register_engine(self._engine_id, self._flock, self._agents.keys(), program)
                 await self._recovery.warn_of_others(program.differences(before))
+                if self.webhooks is not None:
+                    await self.webhooks.open(self._engine_id)
                 if (newest := await self.store.last_id()) is not None:
                     with contextlib.suppress(ValueError):  # the file is damaged, which is reported when the run is read
                         make_ids_after(newest)
@@ -237,6 +251,8 @@ class EmbeddedEngine(EngineBase):
             raise
         for task in (self._watch, self._wake_readers, self._end_waits, self._retention.apply):
             start_in_empty_context(self._tasks, task)
+        if self.webhooks is not None:
+            start_in_empty_context(self._tasks, self.webhooks.run)
         return self
 
     async def _serve_live(self, tasks: anyio.abc.TaskGroup) -> None:

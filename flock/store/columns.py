@@ -34,6 +34,7 @@ from flock.runs import (
     Usage,
 )
 from flock.runs.records import Place, Raised
+from flock.runs.webhooks import Webhook
 from flock.steps.outcomes import DAMAGED
 
 T = TypeVar("T")
@@ -152,6 +153,8 @@ CALL_TABLE = _columns_of(Call)
 LONG_IN_CALLS = ("arguments", "result")
 #: The columns of ``batches``, before ``hidden``.
 BATCH_TABLE = _columns_of(Batch)
+#: The columns of ``webhooks`` that are read, and at the end that of ``webhook_urls``.
+WEBHOOK_TABLE = _columns_of(Webhook)
 #: The fields of a run that change while it is executed. Its last step is written with them.
 UPDATED = (
     *("status", "result", "error", "error_type", "started_at", "completed_at", "progress"),
@@ -249,7 +252,9 @@ _fields_of_waiting_run = _writer((RUN_TABLE[name] for name in SUSPENDED), operat
 _fields_of_step = _writer(STEP_TABLE.values())
 _fields_of_call = _writer(CALL_TABLE.values())
 _fields_of_batch = _writer(BATCH_TABLE.values())
-_read_run, _read_step, _read_call, _read_batch = map(_reader, (RUN_TABLE, STEP_TABLE, CALL_TABLE, BATCH_TABLE))
+_read_run, _read_step, _read_call, _read_batch, _read_webhook = map(
+    _reader, (RUN_TABLE, STEP_TABLE, CALL_TABLE, BATCH_TABLE, WEBHOOK_TABLE)
+)
 LAST_STEP = list(RUN_TABLE).index("last_step")
 
 
@@ -385,6 +390,11 @@ def batch_or_remains(row: Sequence[Any]) -> Batch:
         values = {"batch_id": "", "flock": "", "agent_name": "", "options": BatchOptions(), "total_items": 0}
         values |= {"status": RunStatus.FAILED, "created_at": EPOCH, **_remains_of(row, BATCH_TABLE)}
         return Batch(**values | {"error": DAMAGED_BATCH})
+
+
+@_raising_damaged
+def webhook_from(row: Sequence[Any]) -> Webhook:
+    return Webhook(**_read_webhook(row))
 
 
 @_raising_damaged

@@ -161,6 +161,10 @@ class Database:
     def is_public(self) -> bool:
         return self.is_shared and bool(self._file.mode & 0o004)
 
+    def lock_of(self, engine_id: str) -> str:
+        """Return the path of the file that an engine has locked."""
+        return f"{self.path}-engine-{engine_id}"
+
     # Writing
 
     def save_nowait(self, run: Run, step: Step | None = None, *, is_new: bool = False) -> None:

@@ -308,6 +308,34 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     # The key of a flock, which its processes share.
     ["ALTER TABLE flocks ADD COLUMN secret TEXT"],
     ["ALTER TABLE runs ADD COLUMN first_span TEXT"],
+    # What happened to runs and batches, for the receivers that agents have; see ``flock.store.webhooks``.
+    [
+        """CREATE TABLE webhooks (
+            number INTEGER PRIMARY KEY AUTOINCREMENT, -- the order in which they happened
+            webhook_id TEXT NOT NULL DEFAULT ('msg_' || lower(hex(randomblob(12)))),
+            flock TEXT NOT NULL,
+            type TEXT NOT NULL,
+            record_id TEXT NOT NULL, -- of the run or the batch
+            call_id TEXT,
+            agent_name TEXT NOT NULL,
+            attempt INTEGER NOT NULL,
+            status TEXT NOT NULL DEFAULT 'pending',
+            tries INTEGER NOT NULL DEFAULT 0,
+            created_at INTEGER NOT NULL,
+            next_try_at INTEGER NOT NULL,
+            first_try_at INTEGER,
+            ended_at INTEGER,
+            error TEXT
+        )""",
+        "CREATE UNIQUE INDEX webhooks_by_id ON webhooks (webhook_id)",
+        "CREATE INDEX webhooks_of_records ON webhooks (record_id, number)",
+        "CREATE INDEX webhooks_by_status ON webhooks (flock, status, number)",
+        "CREATE INDEX webhooks_pending ON webhooks (flock, agent_name, next_try_at) WHERE status = 'pending'",
+        "CREATE INDEX webhooks_ended ON webhooks (ended_at) WHERE ended_at IS NOT NULL",
+        "CREATE TABLE webhook_urls (flock TEXT NOT NULL, agent_name TEXT NOT NULL, url TEXT NOT NULL, "
+        "PRIMARY KEY (flock, agent_name)) WITHOUT ROWID",
+        "CREATE TABLE webhook_senders (flock TEXT PRIMARY KEY, engine_id TEXT NOT NULL) WITHOUT ROWID",
+    ],
 ]
 
 

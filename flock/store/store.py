@@ -51,6 +51,7 @@ from flock.store.columns import json_from, micros, names_json, names_of_retriers
 from flock.store.database import MEMORY, Database, Durability
 from flock.store.port import Key, Retry, Room, Store, TakenOver, Then
 from flock.store.suspects import Executing, executed_until_death
+from flock.store.webhooks import WebhookStore
 
 T = TypeVar("T")
 
@@ -84,6 +85,7 @@ class SQLiteStore(Database, Store):
     def __init__(self, path: str | Path = MEMORY, *, durability: Durability = "power") -> None:
         super().__init__(path, durability=durability)
         self.batches = SQLiteBatchStore(self)
+        self.webhooks = WebhookStore(self)
         self.executing = Executing()
         self._engine_lock: IO[bytes] | None = None
 
@@ -352,7 +354,7 @@ class SQLiteStore(Database, Store):
             await self._insert_engine(engine_id, flock)
         except BaseException:  # it is in no table, so no other engine would find the file and remove it
             with contextlib.suppress(OSError):
-                files.remove(self._lock_of(engine_id))
+                files.remove(self.lock_of(engine_id))
             raise
         return await self.change(apply)
 
@@ -366,18 +368,15 @@ class SQLiteStore(Database, Store):
 
     async def renew_registration(self, engine_id: str, flock: str) -> bool:
         is_known = self._first(statements.FIND_ENGINE, engine_id) is not None
-        if not is_known or not files.is_locked(self._lock_of(engine_id)):
+        if not is_known or not files.is_locked(self.lock_of(engine_id)):
             files.close_lock(self._engine_lock)
             self._lock_engine(engine_id)
         if not is_known:
             await self._insert_engine(engine_id, flock)
         return is_known
 
-    def _lock_of(self, engine_id: str) -> str:
-        return f"{self.path}-engine-{engine_id}"
-
     def _lock_engine(self, engine_id: str) -> None:
-        self._engine_lock = files.acquire_lock(self._lock_of(engine_id), self._file.mode)
+        self._engine_lock = files.acquire_lock(self.lock_of(engine_id), self._file.mode)
         self.executing.open(self._engine_lock)
 
     async def _insert_engine(self, engine_id: str, flock: str) -> None:
@@ -387,7 +386,7 @@ class SQLiteStore(Database, Store):
     async def unregister_engine(self, engine_id: str) -> None:
         def apply(db: sqlite3.Connection) -> None:
             if takeover.remove_engine(db, engine_id) and self.is_shared:
-                files.remove(self._lock_of(engine_id))  # before the commit: if it fails, another engine tries again
+                files.remove(self.lock_of(engine_id))  # before the commit: if it fails, another engine tries again
 
         self.executing.forget()
         try:
@@ -398,7 +397,7 @@ class SQLiteStore(Database, Store):
 
     async def dead_engines(self, flock: str, own_id: str) -> list[str]:
         others = self.read(lambda db: [row[0] for row in db.execute(statements.OTHER_ENGINES, (flock, own_id))])
-        return [engine_id for engine_id in others if not files.is_locked(self._lock_of(engine_id))]
+        return [engine_id for engine_id in others if not files.is_locked(self.lock_of(engine_id))]
 
     async def may_have_suspects(self, engine_id: str) -> bool:
         return self._first(statements.MAY_HAVE_SUSPECTS, engine_id, engine_id) is not None
@@ -414,13 +413,13 @@ class SQLiteStore(Database, Store):
     ) -> TakenOver:
         # In a thread, since there may be many long runs.
         unfinished = await self.read_in_thread(lambda db: takeover.find_unfinished(db, dead_id, self.agents, only))
-        executed = executed_until_death(self._lock_of(dead_id))
+        executed = executed_until_death(self.lock_of(dead_id))
 
         def apply(db: sqlite3.Connection) -> TakenOver:
             taken = takeover.take_over(db, unfinished, dead_id, owner, now, executed, max_recoveries)
             if taken.is_complete:
                 files.remove(f"{self.path}-live-{dead_id}")
-                files.remove(self._lock_of(dead_id))  # before the commit; see renew_registration
+                files.remove(self.lock_of(dead_id))  # before the commit; see renew_registration
             return taken
 
         def taken_over(taken: TakenOver) -> None:

@@ -57,6 +57,8 @@ def suspend(db: sqlite3.Connection, run: Run, at: datetime) -> tuple[bool, Run |
         return False, None
     db.execute(statements.COUNT_WAITING_ITEMS, (1, run.batch_id))
     answered = {wait.call_id for wait in run.waiting_for if _find_answer(db, run, wait, at) is not None}
+    if answered:  # it goes on in this transaction, so nobody sees it wait
+        db.execute(statements.UNDO_WAITING_WEBHOOK, (run.run_id,))
     return True, _resume(db, run, answered, run.owner) if answered else None
 
 
@@ -224,10 +226,15 @@ def expire(
         expired = [open_ for open_ in run.waiting_for if is_expired(open_, at)]
         ends = [(open_, end_of_expired(open_, at)) for open_ in expired]
         unanswered = next((open_ for open_, call in ends if call is None), None)
+        if unanswered is None and not (expired and run.next_agent_name in agents):
+            continue
+        for open_ in expired:
+            if open_.kind is msgspec.UNSET:
+                db.execute(statements.QUESTION_EXPIRED, (open_.call_id, micros(at), micros(at), run_id))
         if unanswered is not None:
             end(db, run, expiry_of(unanswered), at)
             changed.append(queries.find_run(db, run_id, is_outline=True))
-        elif expired and run.next_agent_name in agents:
+        else:
             for _, call in ends:
                 assert call is not None
                 _write_call(db, run, call)

@@ -4,6 +4,7 @@ Only the SHA-256 of a key is kept in memory, and it is compared in constant time
 slower hash.
 """
 
+import base64
 import contextlib
 import functools
 import hashlib
@@ -58,6 +59,8 @@ Caller = tuple[str, str]
 
 #: The environment variable that holds the keys.
 KEYS_VARIABLE = "FLOCK_API_KEYS"
+#: The variable with the secrets that sign webhooks. Their form is that of Standard Webhooks.
+SECRETS_VARIABLE, WEBHOOK_PREFIX, WEBHOOK_KEY_BYTES = "FLOCK_WEBHOOK_SECRETS", "whsec_", range(24, 65)
 #: The suffix of a key's name that makes its principal an admin.
 ADMIN = ":admin"
 #: The part of a key's name that limits what the runs of its principal may cost in a day, in US dollars.
@@ -75,6 +78,25 @@ MIN_KEY_LENGTH = 16
 def new_key() -> str:
     """Return a key of 256 random bits. Its prefix lets people and secret scanners recognise it."""
     return f"fk_{secrets.token_urlsafe(32)}"
+
+
+def new_webhook_secret() -> str:
+    """Return a secret of 256 random bits, in the form of Standard Webhooks."""
+    return WEBHOOK_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def webhook_key(secret: Any) -> bytes | None:
+    """Return the key in a secret, or None if it is not valid."""
+    try:
+        key = base64.b64decode(secret.removeprefix(WEBHOOK_PREFIX), validate=True)
+    except (AttributeError, ValueError):
+        return None
+    return key if secret.startswith(WEBHOOK_PREFIX) and len(key) in WEBHOOK_KEY_BYTES else None
+
+
+def configured_webhook_secrets() -> list[str]:
+    """Return the secrets in ``FLOCK_WEBHOOK_SECRETS``, which commas separate."""
+    return [part for entry in os.environ.get(SECRETS_VARIABLE, "").split(",") if (part := entry.strip())]
 
 
 def read_keys(text: str) -> dict[str, str]:

@@ -57,6 +57,9 @@ class _Families:
             "flock_cost_dollars", "Cost of model calls in US dollars, for models that have a price.", ["agent_name"]
         )
         self.retries = counter("flock_retries", "Attempts of runs and of model calls after the first one.", ["of"])
+        self.webhooks = counter(
+            "flock_webhooks", "Requests that sent a webhook, by what came of them: sent, failed, given_up.", ["status"]
+        )
         self.queued = gauge(
             "flock_queued_runs",
             "Runs that wait for their first step, in all processes on the store, without items of batches.",
@@ -131,6 +134,9 @@ class Metrics(Observer):
 
     def model_call_retried(self) -> None:
         self._child(self._families.retries, "model_call").inc()
+
+    def webhook_tried(self, status: str) -> None:
+        self._child(self._families.webhooks, status).inc()
 
     def page(self, queue: Queue | None) -> bytes:
         """Return all metrics in the text format of Prometheus. *queue* is None if its length is unknown."""

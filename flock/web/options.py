@@ -6,11 +6,13 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from msgspec.structs import replace
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
 from flock.options import Option, Options, many, of_type, seconds, whole
 from flock.runs import Engine
+from flock.web.auth import webhook_key
 from flock.web.routing import Auth
 
 #: What happens to a synchronous run if its client disconnects.
@@ -39,6 +41,10 @@ AUTH = Option(
 )
 HOSTS = many(is_host_name, 'a list of host names without scheme and port, such as ["agents.example"]')
 ORIGINS = many(TEXT.is_valid, 'a list of origins, such as ["https://agents.example"]')
+SECRETS = replace(
+    many(lambda value: webhook_key(value) is not None, "a list of secrets, as 'flockapi webhook secret' prints them"),
+    is_secret=True,
+)
 ROUTES = many(lambda value: hasattr(value, "matches"), "a list of Starlette routes")
 #: The module of each protocol that an app can serve beside the REST API. It is imported if the app does.
 PROTOCOL_MODULES = {name: f"flock.protocols.{name}" for name in ("openai", "mcp", "vercel")}
@@ -150,6 +156,10 @@ class AppOptions(Options, frozen=True, kw_only=True):
     #: Origins whose pages may call the app from a browser, in addition to those in the ``CORSMiddleware`` of
     #: *middleware* or of a Starlette host. Pages of other origins cannot change anything.
     cors_origins: Annotated[Sequence[str], ORIGINS] = ()
+
+    #: The secrets that sign webhooks; see ``docs/webhooks.md``. While one replaces another, both: each webhook has a
+    #: signature for each. Needed if the flock or an agent has a ``webhook_url``.
+    webhook_secrets: Annotated[Sequence[str], SECRETS] = ()
 
     # Extensions by the host
 

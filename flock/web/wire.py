@@ -81,6 +81,10 @@ __all__ = [
     "UsageReport",
     "Wait",
     "WaitQuery",
+    "Webhook",
+    "WebhookEvent",
+    "WebhookList",
+    "WebhooksQuery",
     "after_usage",
     "asked_question",
     "batch_request_from",
@@ -306,6 +310,14 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def includes(self, name: str) -> bool:
         return not isinstance(self.include, msgspec.UnsetType) and name in self.include
+
+
+class WebhooksQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The filter of a list of webhooks."""
+
+    status: Literal["pending", "sent", "given_up"] | msgspec.UnsetType = msgspec.UNSET
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
+    after: str | msgspec.UnsetType = msgspec.UNSET
 
 
 UsageField = Literal["day", "principal", "agent_name", "model"]
@@ -607,6 +619,40 @@ class FlockBatchResponse(BatchSummary, frozen=True, kw_only=True):
 
     results: list[Any] | msgspec.UnsetType = msgspec.UNSET
     next: str | None
+
+
+class Webhook(msgspec.Struct, frozen=True, kw_only=True):
+    """An event that was sent to a receiver, or is to be sent; see ``flock.runs.Webhook``."""
+
+    webhook_id: str
+    type: str
+    record_id: str
+    call_id: str | msgspec.UnsetType = msgspec.UNSET
+    agent_name: str
+    attempt: int
+    url: str | None
+    status: Literal["pending", "sent", "given_up"]
+    tries: int
+    error: str | None
+    created_at: Time
+    next_try_at: Time
+    ended_at: Time | None
+
+
+class WebhookList(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of webhooks, newest first, with ``next`` as in ``RunList``."""
+
+    webhooks: list[Webhook]
+    next: str | None
+
+
+class WebhookEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """The body that a receiver gets. ``data`` is a run as a list shows it, or a batch."""
+
+    type: str
+    timestamp: Time
+    version: int
+    data: Any
 
 
 class FlockBatchCheckRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,104 @@
+"""Webhooks in a ``Database``: the events of runs and batches, until their receivers have accepted them.
+
+Triggers write them in the transaction of the state that they report, whichever statement writes that. So a webhook
+exists if and only if the state does.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+
+from msgspec.structs import replace
+
+from flock.runs import Webhook
+from flock.store import files, statements
+from flock.store.columns import micros, webhook_from
+from flock.store.database import Database
+
+#: Max old webhooks that one transaction deletes.
+CHUNK_SIZE = 1000
+NO_URL = "Its agent has no webhook_url any more."
+
+
+class WebhookStore:
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def urls(self, flock: str) -> Mapping[str, str]:
+        """Return the receivers of the agents of all programs of *flock*, by agent."""
+        return self._db.read(lambda db: dict(db.execute(statements.WEBHOOK_URLS, (flock,))))
+
+    async def set_urls(self, flock: str, urls: Mapping[str, str | None], now: datetime) -> None:
+        """Set the receivers of these agents. What an agent without one has not sent is given up."""
+        stored = await self.urls(flock)
+        changed = {name: url for name, url in urls.items() if stored.get(name) != url}
+        if not changed:
+            return
+
+        def apply(db: sqlite3.Connection) -> None:
+            for name, url in changed.items():
+                if url is not None:
+                    db.execute(statements.SET_WEBHOOK_URL, (flock, name, url))
+                else:
+                    db.execute(statements.DELETE_WEBHOOK_URL, (flock, name))
+                    db.execute(statements.GIVE_UP_WEBHOOKS, (micros(now), NO_URL, flock, name))
+            has_urls = db.execute(statements.HAS_WEBHOOK_URLS).fetchone() is not None
+            for trigger, definition in statements.WEBHOOK_TRIGGERS.items():
+                db.execute(f"DROP TRIGGER IF EXISTS {trigger}")  # it may be that of an earlier version
+                if has_urls:
+                    db.execute(f"CREATE TRIGGER {trigger} {definition}")
+
+        await self._db.change(apply)
+
+    async def claim(self, flock: str, engine_id: str) -> bool:
+        """Whether the process of *engine_id* sends the webhooks of *flock*. Only one does, until it ends."""
+        row = self._db.read(lambda db: db.execute(statements.WEBHOOK_SENDER, (flock,)).fetchone())
+        sender = None if row is None else row[0]
+        if sender == engine_id:
+            return True
+        if sender is not None and files.is_locked(self._db.lock_of(sender)):
+            return False
+        values = (flock, engine_id, sender)
+        return await self._db.change(lambda db: db.execute(statements.SET_WEBHOOK_SENDER, values).rowcount == 1)
+
+    async def due(self, flock: str, agents: Iterable[str], now: datetime, limit: int) -> Sequence[Webhook]:
+        """Return up to *limit* webhooks of these agents that are to be sent now: of each run or batch its earliest."""
+
+        def find(db: sqlite3.Connection) -> list[Webhook]:
+            values = [(flock, name, micros(now), limit) for name in agents]
+            return [webhook_from(row) for each in values for row in db.execute(statements.DUE_WEBHOOKS, each)]
+
+        return sorted(self._db.read(find), key=lambda webhook: webhook.next_try_at)[:limit]
+
+    async def write(self, webhook: Webhook) -> None:
+        times = [micros(at) for at in (webhook.next_try_at, webhook.first_try_at, webhook.ended_at)]
+        values = (webhook.status, webhook.tries, *times, webhook.error, webhook.webhook_id)
+        await self._db.change(lambda db: db.execute(statements.UPDATE_WEBHOOK, values) and None)
+
+    async def fail(self, flock: str, agents: Iterable[str], error: str, now: datetime, given_up: datetime) -> None:
+        """Note that the receiver of these agents is down. What it has not accepted since *given_up* is given up."""
+        values = {"flock": flock, "error": error, "now": micros(now), "given_up": micros(given_up)}
+        rows = [values | {"agent_name": name} for name in agents]
+        await self._db.change(lambda db: db.executemany(statements.FAIL_WEBHOOKS, rows) and None)
+
+    async def find(self, flock: str, webhook_id: str) -> Webhook | None:
+        row = self._db.read(lambda db: db.execute(statements.FIND_WEBHOOK, (webhook_id, flock)).fetchone())
+        return None if row is None else webhook_from(row)
+
+    async def page(self, flock: str, status: str | None, after: str | None, limit: int) -> Sequence[Webhook]:
+        """Return up to *limit* webhooks, newest first, from the one after *after* on."""
+        values = {"flock": flock, "status": status, "after": after, "limit": limit}
+        query = statements.webhook_page(status, after)
+        return self._db.read(lambda db: list(map(webhook_from, db.execute(query, values))))
+
+    async def retry(self, webhook: Webhook, now: datetime) -> Webhook:
+        """Send a webhook again, as if it had not been sent before."""
+        again = {"status": "pending", "tries": 0, "next_try_at": now, "first_try_at": None, "ended_at": None}
+        await self.write(webhook := replace(webhook, **again, error=None))
+        return webhook
+
+    async def delete_old(self, before: datetime) -> None:
+        """Delete those that were sent or given up before *before*."""
+        values = (micros(before), CHUNK_SIZE)
+        while await self._db.change(lambda db: db.execute(statements.DELETE_OLD_WEBHOOKS, values).rowcount) > 0:
+            pass

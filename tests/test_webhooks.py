@@ -1,0 +1,537 @@
+"""Webhooks: what happened to runs and batches arrives at the receivers, signed, at least once, and in order."""
+
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from click.testing import CliRunner
+from starlette.responses import Response
+
+from flock.command import server
+from flock.command.cli import main
+from flock.command.server import ServerSettings
+from flock.core import Flock, FlockFactory
+from flock.engine import retention
+from flock.errors import AgentError, DefinitionError, Unstorable
+from flock.runs import RunContext
+from flock.web import webhooks
+from flock.web.auth import new_webhook_secret
+from flockapi import create_app
+from tests.support import PATIENCE_S
+from tests.support.engines import sqlite_of
+from tests.support.http import client_of, get, post_run, wait_for, wait_until
+from tests.support.receivers import SECRET, Inbox
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poll and try again without the pauses that a real receiver needs."""
+    monkeypatch.setattr(webhooks, "POLL_S", 0.01)
+    monkeypatch.setattr(webhooks, "RECEIVERS_S", 0.05)
+    monkeypatch.setattr(webhooks, "MAX_PAUSE_S", 0.02)
+    monkeypatch.setattr(webhooks, "MAX_DOWN_PAUSE_S", 0.02)
+
+
+def sample(url: str | None) -> Flock:
+    flock = Flock(webhook_url=url)
+
+    @flock.agent
+    async def echo(text: str) -> str:
+        if text == "fail":
+            raise AgentError("it fails")
+        return text
+
+    @flock.agent
+    async def ask(context: RunContext, timeout_s: float = 60) -> bool:
+        return await context.ask("Go on?", bool, expires_s=timeout_s)
+
+    return flock
+
+
+@contextlib.asynccontextmanager
+async def served(flock: Flock, store: str | Path = ":memory:", **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(flock, store=store, auth="host", webhook_secrets=[SECRET], **options)
+    async with app.lifespan(), client_of(app) as client:
+        yield client
+
+
+async def copy_webhook(flock: Flock, count: int) -> None:
+    """Add webhooks like the only one in the store, each of another run."""
+    copy = """INSERT INTO webhooks (flock, type, record_id, agent_name, attempt, created_at, next_try_at)
+        WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?)
+        SELECT flock, type, record_id || n, agent_name, attempt, created_at, created_at FROM webhooks, numbers"""
+    store = sqlite_of(flock.shared_engine(store=":memory:"))
+    await store.change(lambda db: db.execute(copy, (count,)) and None)
+
+
+async def test_the_end_of_a_run_arrives() -> None:
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(sample(f"{receiver.url}/hook")) as client:
+        run = (await post_run(client, "echo", {"text": "hi"})).json()
+        (event,) = await inbox.until(1)
+        assert event["type"] == "run.completed"
+        assert event["data"]["result"] == {"result": "hi"}
+        assert event["data"]["url"] == f"/run/{run['run_id']}"
+        listed = await wait_until(client, "/webhooks", lambda page: page["webhooks"][0]["status"] == "sent")
+    (webhook,) = listed["webhooks"]
+    assert (webhook["record_id"], webhook["tries"], webhook["webhook_id"]) == (run["run_id"], 1, inbox.ids[0])
+
+
+async def test_each_end_of_a_run_is_reported_once() -> None:
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        failed = (await post_run(client, "echo", {"text": "fail"}, async_run=True)).json()["run_id"]
+        await inbox.until(1)
+        waiting = (await post_run(client, "ask", async_run=True)).json()["run_id"]
+        await inbox.until(2)
+        await client.post(f"/run/{waiting}/cancel")
+        await inbox.until(3)
+        await client.post(f"/run/{failed}/retry")
+        await inbox.until(4)
+    assert inbox.types == ["run.failed", "run.waiting", "run.cancelled", "run.failed"]
+    first, asked, _, again = (event["data"] for event in inbox.accepted)
+    assert (first["error"], first["error_type"], first["attempt"]) == ("it fails", "agent_error", 1)
+    assert asked["waiting_for"][0]["question"] == "Go on?"
+    assert (again["run_id"], again["attempt"]) == (failed, 2)
+
+
+async def test_a_question_that_expires_is_reported_before_the_end_of_its_run() -> None:
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        await post_run(client, "ask", {"timeout_s": 0.1}, async_run=True)
+        events = await inbox.until(3)
+    assert inbox.types == ["run.waiting", "question.expired", "run.failed"]
+    assert events[1]["data"]["call_id"] == events[0]["data"]["waiting_for"][0]["call_id"]
+
+
+async def test_a_batch_is_reported_and_its_items_are_not() -> None:
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        for texts in (["a", "b", "fail"], ["fail"]):
+            inputs = [{"text": text} for text in texts]
+            await client.post("/run/batch", json={"agent_name": "echo", "batch_inputs": inputs})
+            await inbox.until(len(inbox.accepted) + 1)
+    assert inbox.types == ["batch.completed", "batch.failed"]
+    assert (
+        inbox.accepted[0]["data"] | {"total_items": 3, "failed_items": 1, "status": "completed"}
+        == (inbox.accepted[0]["data"])
+    )
+
+
+async def test_a_run_that_goes_on_at_once_is_not_reported_as_waiting() -> None:
+    """A sleep asks nobody. A message that was there before is received in the transaction in which the run waits."""
+    flock = Flock()
+
+    @flock.agent
+    async def sleepy(context: RunContext) -> str:
+        await context.sleep(0.05)
+        return await context.receive("word", str)
+
+    inbox = Inbox()
+    async with inbox.serve() as receiver:
+        flock.webhook_url = receiver.url
+        async with served(flock) as client:
+            run_id = (await post_run(client, "sleepy", async_run=True)).json()["run_id"]
+            await client.post(f"/run/{run_id}/messages/word", json={"message": "now"})
+            await inbox.until(1)
+    assert inbox.types == ["run.completed"]
+
+
+async def test_an_agent_has_a_receiver_of_its_own() -> None:
+    inbox, other = Inbox(), Inbox()
+    async with inbox.serve() as receiver, other.serve() as of_agent:
+        flock = sample(receiver.url)
+
+        @flock.agent(webhook_url=of_agent.url)
+        async def mine() -> int:
+            return 1
+
+        async with served(flock) as client:
+            await post_run(client, "mine")
+            await post_run(client, "echo", {"text": "a"})
+            await inbox.until(1)
+            await other.until(1)
+    assert [each.accepted[0]["data"]["agent_name"] for each in (inbox, other)] == ["echo", "mine"]
+
+
+# Receivers that fail
+
+
+async def test_a_webhook_is_sent_until_it_is_accepted_and_keeps_its_id() -> None:
+    inbox = Inbox(lambda number, _: Response(status_code=200 if number == 4 else 500))
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        await post_run(client, "echo", {"text": "a"})
+        await inbox.until(1)
+        await wait_until(client, "/webhooks", lambda page: page["webhooks"][0]["status"] == "sent")
+        assert (await get(client, "/webhooks"))["webhooks"][0]["tries"] == 4
+    assert len({webhook_id for webhook_id, *_ in inbox.requests}) == 1
+
+
+async def test_the_events_of_a_run_keep_their_order() -> None:
+    """The next event of a run waits until the last one is accepted, and those of other runs do not."""
+
+    def respond(number: int, event: Any) -> Response:
+        is_late = event["type"] == "run.waiting" and sum(id_ == inbox.requests[-1][0] for id_, *_ in inbox.requests) < 5
+        return Response(status_code=503 if is_late else 200)
+
+    inbox = Inbox(respond)
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        run = (await post_run(client, "ask", async_run=True)).json()["run_id"]
+        waiting = await wait_until(client, f"/run/{run}", lambda body: body["status"] == "waiting")
+        call = waiting["waiting_for"][0]["call_id"]
+        await client.post(f"/run/{run}/calls/{call}", json={"output": True})
+        await wait_for(client, f"/run/{run}")
+        await post_run(client, "echo", {"text": "a"})
+        await inbox.until(3)
+    of_run = [event for event in inbox.accepted if event["data"]["run_id"] == run]
+    assert [event["type"] for event in of_run] == ["run.waiting", "run.completed"]
+    assert of_run[0]["data"]["status"] == "waiting"
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308, 400, 404])
+async def test_no_redirect_is_followed_and_no_error_is_accepted(status: int) -> None:
+    other = Inbox()
+    async with other.serve() as target:
+        headers = {"location": f"{target.url}/elsewhere"}
+        inbox = Inbox(lambda number, _: Response(status_code=status if number < 3 else 200, headers=headers))
+        async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+            await post_run(client, "echo", {"text": "a"})
+            await inbox.until(1)
+    assert (len(inbox.requests), other.requests) == (3, [])
+
+
+async def test_a_receiver_that_is_gone_gets_a_webhook_once() -> None:
+    inbox = Inbox(lambda number, _: Response(status_code=410))
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        await post_run(client, "echo", {"text": "a"})
+        page = await wait_until(client, "/webhooks?status=given_up", lambda page: bool(page["webhooks"]))
+    assert page["webhooks"][0]["error"] == "It answered with status 410."
+    assert len(inbox.requests) == 1
+
+
+async def test_a_webhook_is_given_up_visibly_and_can_be_sent_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(webhooks, "RETRIED_FOR", webhooks.timedelta(seconds=0.1))
+    is_down = True
+    inbox = Inbox(lambda number, _: Response(status_code=503 if is_down else 200))
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        await post_run(client, "echo", {"text": "a"})
+        page = await wait_until(client, "/webhooks?status=given_up", lambda page: bool(page["webhooks"]))
+        (webhook,) = page["webhooks"]
+        assert webhook["error"] == "It answered with status 503."
+        assert webhook["tries"] > 1
+        is_down = False
+        sent = await client.post(f"/webhooks/{webhook['webhook_id']}/retry")
+        assert (sent.status_code, sent.json()["status"], sent.json()["tries"]) == (202, "pending", 0)
+        await inbox.until(1)
+        missing = await client.post("/webhooks/msg_0/retry")
+    assert (missing.status_code, inbox.ids) == (404, [webhook["webhook_id"]])
+
+
+async def test_retry_after_is_honoured() -> None:
+    """It holds up all requests to the host."""
+    inbox = Inbox(
+        lambda number, _: Response(status_code=429, headers={"retry-after": "1"}) if number == 1 else Response()
+    )
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        await post_run(client, "echo", {"text": "a"})
+        await wait_until(client, "/webhooks", lambda page: page["webhooks"][0]["tries"] == 1)
+        await post_run(client, "echo", {"text": "b"})
+        await inbox.until(2)
+    assert inbox.requests[1][1] - inbox.requests[0][1] > 0.95
+
+
+async def test_a_thousand_webhooks_to_a_dead_host_do_not_delay_those_to_another() -> None:
+    """The dead one accepts connections, and never answers."""
+    inbox = Inbox()
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    port = listener.extra(anyio.abc.SocketAttribute.local_port)
+    async with listener, inbox.serve() as receiver:
+        flock = sample(f"http://127.0.0.1:{port}")
+
+        @flock.agent(webhook_url=receiver.url)
+        async def mine() -> int:
+            return 1
+
+        async with served(flock) as client:
+            await post_run(client, "echo", {"text": "a"})
+            await copy_webhook(flock, 999)
+            for count in range(1, 6):
+                before = anyio.current_time()
+                await post_run(client, "mine")
+                await inbox.until(count)
+                assert anyio.current_time() - before < 2
+            pending = await get(client, "/webhooks", status="pending", limit=1000)
+    assert len(pending["webhooks"]) == 1000
+
+
+async def test_a_host_that_is_down_gets_one_request_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that wait for it count as tried, so all are given up a day later, and none is forgotten."""
+    monkeypatch.setattr(webhooks, "RETRIED_FOR", webhooks.timedelta(seconds=0.5))
+    tries: list[int] = []
+
+    async def respond(number: int, _: Any) -> Response:
+        open_requests.append(number)
+        await anyio.sleep(0.01)
+        tries.append(len(open_requests))
+        open_requests.remove(number)
+        return Response(status_code=503)
+
+    open_requests: list[int] = []
+    inbox = Inbox(respond)
+    async with inbox.serve() as receiver, served(flock := sample(receiver.url)) as client:
+        await post_run(client, "echo", {"text": "a"})
+        await copy_webhook(flock, 199)
+        path = "/webhooks?status=given_up&limit=1000"
+        page = await wait_until(client, path, lambda page: len(page["webhooks"]) == 200)
+    assert max(tries[webhooks.CONCURRENCY :]) == 1
+    assert any(webhook["tries"] == 0 for webhook in page["webhooks"])
+    assert {webhook["error"] for webhook in page["webhooks"]} == {"It answered with status 503."}
+
+
+@pytest.mark.parametrize("kind", ["never", "slowly", "200 MB"])
+async def test_a_receiver_can_neither_hold_nor_fill_the_sender(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The status counts if it has arrived, whatever comes after it."""
+    monkeypatch.setattr(webhooks, "TIMEOUT_S", 0.3)
+    sent = 0
+
+    async def answer(stream: anyio.abc.SocketStream) -> None:
+        nonlocal sent
+        async with stream:
+            await stream.receive()
+            with contextlib.suppress(OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
+                if kind != "never":
+                    await stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 200000000\r\n\r\n")
+                while kind != "never":
+                    await stream.send(b"x" * (1 if kind == "slowly" else 65536))
+                    sent += 1 if kind == "slowly" else 65536
+                    await anyio.sleep(0.01 if kind == "slowly" else 0)
+                await anyio.sleep(PATIENCE_S)
+
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, answer)
+        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+        async with served(sample(f"http://127.0.0.1:{port}")) as client:
+            await post_run(client, "echo", {"text": "a"})
+            page = await wait_until(client, "/webhooks", lambda page: page["webhooks"][0]["tries"] > 0)
+        tasks.cancel_scope.cancel()
+    (webhook,) = page["webhooks"]
+    assert webhook["status"] == ("pending" if kind == "never" else "sent")
+    assert webhook["error"] == ("It did not answer within 0.3 s." if kind == "never" else None)
+    assert sent < 20_000_000
+
+
+# What is sent
+
+
+async def test_a_long_result_is_a_link() -> None:
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        run = (await post_run(client, "echo", {"text": "x" * 100_000})).json()
+        (event,) = await inbox.until(1)
+    assert event["data"]["result_url"] == f"/run/{run['run_id']}"
+    assert "result" not in event["data"]
+
+
+async def test_a_run_that_has_changed_or_gone_since_is_reported_without_what_it_is_now() -> None:
+    is_up = False
+    inbox = Inbox(lambda number, _: Response(status_code=200 if is_up else 503))
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        gone = (await post_run(client, "echo", {"text": "a"})).json()["run_id"]
+        again = (await post_run(client, "echo", {"text": "fail"})).json()["run_id"]
+        await client.delete(f"/run/{gone}")
+        await client.post(f"/run/{again}/retry")
+        await wait_for(client, f"/run/{again}")
+        is_up = True
+        events = await inbox.until(3)
+    first, second, third = sorted(events, key=lambda event: (event["data"]["attempt"], event["data"]["status"]))
+    url = f"/run/{gone}"
+    head = {"run_id": gone, "agent_name": "echo", "status": "completed", "attempt": 1, "url": url}
+    assert first["data"] == head
+    assert ("error" in second["data"], third["data"]["error"]) == (False, "it fails")
+
+
+async def test_while_a_secret_is_replaced_both_sign() -> None:
+    new = new_webhook_secret()
+    inbox = Inbox()
+    async with inbox.serve() as receiver:
+        app = create_app(sample(receiver.url), store=":memory:", auth="host", webhook_secrets=[new, SECRET])
+        async with app.lifespan(), client_of(app) as client:
+            await post_run(client, "echo", {"text": "a"})
+            await inbox.until(1)
+    assert len(inbox.requests[0][2]["webhook-signature"].split(" ")) == 2
+
+
+# Several processes, and restarts
+
+
+async def test_what_was_not_sent_is_sent_by_the_next_process() -> None:
+    inbox = Inbox()
+    async with inbox.serve() as receiver:
+        app = create_app(sample(receiver.url), store="flock.db", auth="host", webhook_secrets=[SECRET])
+        assert app.webhooks is not None
+        app.webhooks.run = anyio.sleep_forever  # type: ignore[method-assign]
+        async with app.lifespan(), client_of(app) as client:
+            await post_run(client, "echo", {"text": "a"})
+        async with served(sample(receiver.url), "flock.db"):
+            await inbox.until(1)
+    assert inbox.types == ["run.completed"]
+
+
+async def test_of_several_engines_on_a_store_one_sends_until_it_ends() -> None:
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(sample(receiver.url), "flock.db") as client:
+        async with served(sample(receiver.url), "flock.db") as other:
+            for count in range(1, 11):
+                await post_run(other if count % 2 else client, "echo", {"text": "a"})
+            await inbox.until(10)
+            await wait_until(client, "/webhooks?status=pending", lambda page: not page["webhooks"])
+        await post_run(client, "echo", {"text": "a"})
+        await inbox.until(11)
+    async with inbox.serve() as receiver, served(sample(receiver.url), "flock.db") as client:
+        await post_run(client, "echo", {"text": "a"})
+        await inbox.until(12)
+    assert len(set(inbox.ids)) == len(inbox.requests) == 12
+
+
+async def test_nothing_is_reported_of_a_state_that_is_rolled_back() -> None:
+    inbox, fails = Inbox(), True
+    async with inbox.serve() as receiver, served(flock := sample(receiver.url), "flock.db") as client:
+        store = sqlite_of(flock.shared_engine(store="flock.db"))
+        write = store._file.check_in_place
+
+        def lost() -> None:
+            nonlocal fails
+            if fails:
+                fails = False
+                raise OSError("the file was replaced")
+            write()
+
+        def fail(db: Any) -> None:
+            db.execute("UPDATE runs SET status = 'failed'")
+            assert db.execute("SELECT count(*) FROM webhooks WHERE type = 'run.failed'").fetchone() == (1,)
+            raise sqlite3.IntegrityError
+
+        await post_run(client, "echo", {"text": "a"})
+        await inbox.until(1)
+        with contextlib.suppress(Unstorable):
+            await store.change(fail)
+        store._file.check_in_place = lost  # type: ignore[method-assign]
+        await post_run(client, "echo", {"text": "b"})
+        await inbox.until(2)
+        page = await get(client, "/webhooks")
+    assert [webhook["type"] for webhook in page["webhooks"]] == ["run.completed"] * 2, "also if a commit is repeated"
+
+
+async def test_a_receiver_that_is_removed_gets_nothing_more() -> None:
+    async with served(sample("http://127.0.0.1:9"), "flock.db") as client:
+        await post_run(client, "echo", {"text": "a"})
+    async with served(flock := sample(None), "flock.db") as client:
+        await post_run(client, "echo", {"text": "a"})
+        (webhook,) = (await get(client, "/webhooks"))["webhooks"]
+        assert (webhook["status"], webhook["url"]) == ("given_up", None)
+        assert webhook["error"] == "Its agent has no webhook_url any more."
+        store = sqlite_of(flock.shared_engine(store="flock.db"))
+        triggers = "SELECT count(*) FROM sqlite_master WHERE type = 'trigger' AND name LIKE 'webhooks%'"
+        assert store.read(lambda db: db.execute(triggers).fetchone()) == (0,), "they cost time"
+
+
+async def test_an_engine_without_an_app_keeps_the_receivers() -> None:
+    """Such as that of a script on the store of a server: the server reports its runs."""
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(sample(receiver.url), "flock.db"):
+        async with sample(None).engine(store="flock.db") as engine:
+            await engine.wait((await engine.submit("echo", {"text": "a"}, is_async=False)).run_id)
+        await inbox.until(1)
+
+
+async def test_old_webhooks_are_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "RETENTION_INTERVAL_S", 0.01)
+    monkeypatch.setattr(retention, "KEEP_WEBHOOKS_FOR", webhooks.timedelta(seconds=0.05))
+    inbox = Inbox(lambda number, _: Response(status_code=410 if number == 1 else 200))
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        await post_run(client, "echo", {"text": "a"})
+        await post_run(client, "echo", {"text": "b"})
+        await inbox.until(1)
+        await wait_until(client, "/webhooks", lambda page: not page["webhooks"])
+
+
+# Access and options
+
+
+async def test_only_an_admin_sees_webhooks() -> None:
+    keys = {"ops:admin": "k" * 20, "bob": "b" * 20}
+    app = create_app(
+        sample("http://127.0.0.1:9"), store=":memory:", api_keys=keys, webhook_secrets=[SECRET], metrics=True
+    )
+    async with app.lifespan(), client_of(app) as client:
+        for path, method in (("/webhooks", "GET"), ("/webhooks/msg_0/retry", "POST")):
+            for key, status in ((None, 401), ("b" * 20, 403), ("k" * 20, 200 if method == "GET" else 404)):
+                headers = {} if key is None else {"x-api-key": key}
+                assert (await client.request(method, path, headers=headers)).status_code == status
+
+
+async def test_webhooks_are_listed_in_pages_and_counted() -> None:
+    inbox = Inbox()
+    app = create_app(sample(None), store=":memory:", auth="host", webhook_secrets=[SECRET], metrics=True)
+    async with inbox.serve() as receiver:
+        app.flock.webhook_url = receiver.url
+        async with app.lifespan(), client_of(app) as client:
+            for _ in range(5):
+                await post_run(client, "echo", {"text": "a"})
+            await inbox.until(5)
+            await wait_until(client, "/webhooks?status=pending", lambda page: not page["webhooks"])
+            path, seen = "/webhooks?limit=2", list[str]()
+            while path is not None:
+                page = await get(client, path)
+                path = page["next"]
+                seen += [webhook["webhook_id"] for webhook in page["webhooks"]]
+            assert 'flock_webhooks_total{status="sent"} 5.0' in (await client.get("/metrics")).text
+            assert (await client.get("/webhooks?status=lost")).status_code == 422
+    assert sorted(seen) == sorted(inbox.ids)
+
+
+@pytest.mark.parametrize(
+    "url", ["/hook", "hook.example", "ftp://hook.example", "https://", "https://a:b@hook.example", "https://x y", 7]
+)
+def test_an_invalid_address_is_refused(url: Any) -> None:
+    """The error does not have it, since it may have a secret."""
+    for make in (Flock, lambda webhook_url: FlockFactory.create_default_agent("a", webhook_url=webhook_url)):
+        with pytest.raises(DefinitionError, match=r"webhook_url= must be an address that begins with https://") as exc:
+            make(webhook_url=url)
+        assert str(url) not in str(exc.value).split("must be")[0] + str(exc.value).split("not ")[-1]
+
+
+def test_a_receiver_needs_a_secret() -> None:
+    with pytest.raises(DefinitionError, match="'flockapi webhook secret'"):
+        create_app(sample("https://hook.example"), store=":memory:", auth="host")
+    for secret in ("whsec_", "whsec_short", SECRET.removeprefix("whsec_"), "whsec_!" + "a" * 40, 7):
+        with pytest.raises(DefinitionError, match="webhook_secrets= must be a list of secrets") as exc:
+            create_app(sample(None), store=":memory:", auth="host", webhook_secrets=[secret])
+        assert "short" not in str(exc.value)
+
+
+def test_the_command_serves_with_a_receiver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = CliRunner()
+    made = runner.invoke(main, ["webhook", "secret"]).output.strip()
+    assert made.startswith("whsec_")
+    monkeypatch.setenv("FLOCK_WEBHOOK_SECRETS", f"{made}, {SECRET}")
+    settings = ServerSettings(webhook_url="https://hook.example", store=str(tmp_path / "flock.db"))
+    app = server._app(sample(None), settings)
+    assert app.webhooks is not None
+    assert (app.flock.webhook_url, len(app.webhooks._keys)) == ("https://hook.example", 2)
+
+
+@pytest.mark.cluster
+def test_a_cluster_sends_none() -> None:
+    settings = ServerSettings(webhook_url="https://hook.example", temporal="127.0.0.1:1")
+    with pytest.raises(DefinitionError, match="sends no webhooks for runs on a Temporal cluster"):
+        server._app(sample(None), settings)
