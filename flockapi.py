@@ -39,8 +39,9 @@ from flock.engine.rowchecks import check_batch
 from flock.errors import DefinitionError, FlockError, Replayed, StoreError
 from flock.extras import pip_install
 from flock.fair import FairShare
+from flock.formats import BY_MEDIA_TYPE, FORMATS
 from flock.options import Option, check, replaced
-from flock.rows.results import RESULT_TYPES, BatchItem, item_pages, results_as
+from flock.rows.results import BatchItem, item_pages, results_as
 from flock.runs import (
     DOLLAR,
     Batch,
@@ -62,7 +63,6 @@ from flock.steps.answers import is_of
 from flock.web import orders, wire
 from flock.web.auth import ANYBODY, ConcurrencyLimit, KeyRing, RateLimit
 from flock.web.batches import (
-    BATCH_TYPES,
     batch_options,
     check_response,
     options_in_body,
@@ -589,12 +589,14 @@ async def run_events(request: Request) -> Response:
 async def run_batch(request: Request) -> Response:
     """POST /run/batch
 
-    A JSON body is read as a whole. Rows of CSV and NDJSON are read as they arrive, so memory stays constant. With
-    ``?dry_run=true`` the rows are read and checked in the same way, and nothing is stored.
+    A request in JSON is read as a whole. Rows of a file are read as they arrive, so memory stays constant. A JSON array
+    is a file if the query has ``agent_name``. With ``?dry_run=true`` the rows are read and checked in the same way, and
+    nothing is stored.
     """
-    app, media_type, json_body = app_of(request), media_type_of(request, *BATCH_TYPES), None
+    app, media_type, json_body = app_of(request), media_type_of(request, *BY_MEDIA_TYPE), None
+    is_request = media_type == "application/json" and "agent_name" not in request.query_params
     upload_slot: AbstractContextManager[None] = contextlib.nullcontext()
-    if media_type == "application/json":
+    if is_request:
         body = Body(request, app.options.max_body_bytes, app.options.body_timeout_s)
         json_body = await body.json(app.options.max_json_depth)
         key = idempotency_key(request, fingerprint_of(request, json_body))
@@ -610,7 +612,7 @@ async def run_batch(request: Request) -> Response:
             batch_request = options_in_body(request, json_body)
         with upload_slot:
             row_mapping = row_mapping_of(app.flock, app.options, batch_request, body)
-            rows = rows_of(app.options, media_type, batch_request, body, row_mapping)
+            rows = rows_of(app.options, media_type, batch_request, body, row_mapping, is_request=is_request)
             options = batch_options(batch_request)
             if query_of(request, wire.UploadQuery, agent_name="").dry_run:
                 agent = app.flock.agents[batch_request.agent_name]
@@ -661,6 +663,7 @@ async def batch_results(request: Request) -> Response:
     query = query_of(request, wire.ResultsQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     batch, format_ = await engine.get_batch(batch_id), results_format(request, query.format)
+    media_type = FORMATS[format_].media_type
     statuses = [final for final in RunStatus if final.is_final and query.status in (msgspec.UNSET, final.value)]
     headers = {
         "Flock-Run-Status": batch.status.value,
@@ -668,12 +671,12 @@ async def batch_results(request: Request) -> Response:
         "Content-Disposition": f'attachment; filename="{batch_id}.{format_}"',
     }
     if request.method == "HEAD":
-        return head_of_stream(RESULT_TYPES[format_], headers)
+        return head_of_stream(media_type, headers)
 
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
     pages = item_pages(engine, batch_id, after=query.after, limit=query.limit, statuses=statuses)
     stream = results_as(format_, pages, batch.extra_names, columns, query.escape_formulas, with_usage=query.usage)
-    return LimitedStream(stream, download_slot(request), headers, RESULT_TYPES[format_])
+    return LimitedStream(stream, download_slot(request), headers, media_type)
 
 
 async def batch_events(request: Request) -> Response:

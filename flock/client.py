@@ -25,6 +25,7 @@ import httpx
 import msgspec
 
 from flock.errors import Conflict, FieldError, FlockError, RunFailed
+from flock.formats import ENDINGS, FORMATS, format_of, is_gzipped
 from flock.pydanticmodel import from_json
 from flock.runs import Progress, RunStatus
 from flock.runs.events import Event
@@ -49,10 +50,6 @@ SILENCE_S = 45.0
 #: The events that end the stream of a run.
 LAST_EVENTS = ("run.completed", "run.failed", "run.cancelled")
 PIECE_BYTES = 64 * 1024
-#: The media types of files with rows, by the end of their name.
-MEDIA_TYPES = {".csv": "text/csv", ".ndjson": "application/x-ndjson", ".jsonl": "application/x-ndjson"}
-#: The formats of ``download``, by the end of the file's name.
-FORMATS = {".csv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson", ".json": "json"}
 
 
 class APIError(FlockError):
@@ -389,7 +386,7 @@ class AsyncFlockClient:
         """Upload rows and run an agent on each. The response has no results; see ``wait_batch`` and ``download``.
 
         Args:
-            rows: a file whose name ends in ``.csv``, ``.ndjson`` or ``.jsonl``, optionally followed by ``.gz``; or
+            rows: a file whose name ends in that of a format, such as ``.csv``, optionally followed by ``.gz``; or
                 mappings, which are written to a temporary file first, so that the upload can be repeated.
             on_progress: called with the bytes that were sent, and all bytes.
             options: ``max_workers``, ``on_invalid``, ``input_mapping``, …; see ``UploadQuery``.
@@ -397,17 +394,16 @@ class AsyncFlockClient:
         with contextlib.ExitStack() as stack:
             if isinstance(rows, (str, os.PathLike)):
                 path = Path(rows)
-                is_gzip = path.suffix.lower() == ".gz"
-                media_type = MEDIA_TYPES.get((Path(path.stem) if is_gzip else path).suffix.lower())
-                if media_type is None:
-                    raise ValueError(f"{path.name!r} must end in {', '.join(MEDIA_TYPES)}, optionally followed by .gz.")
+                is_gzip, format_ = is_gzipped(path), format_of(path)
+                if format_ is None:
+                    raise ValueError(f"{path.name!r} must end in {ENDINGS}, optionally followed by .gz.")
                 file: IO[bytes] = stack.enter_context(open(path, "rb"))  # noqa: ASYNC230 - it is local
             else:
                 file, is_gzip = stack.enter_context(tempfile.TemporaryFile()), False
-                media_type = MEDIA_TYPES[".ndjson"]
+                format_ = FORMATS["ndjson"]
                 file.writelines(msgspec.json.encode(row) + b"\n" for row in rows)
             params = _query(agent_name=agent_name, **options)
-            headers = {"Content-Type": media_type, **({"Content-Encoding": "gzip"} if is_gzip else {})}
+            headers = {"Content-Type": format_.media_type, **({"Content-Encoding": "gzip"} if is_gzip else {})}
             body = functools.partial(_pieces, file, on_progress)
             return await self._ask(
                 "POST", "/run/batch", BatchState, body, key=idempotency_key, params=params, headers=headers
@@ -438,7 +434,7 @@ class AsyncFlockClient:
         on_progress: Callable[[int], object] | None = None,
         **query: Any,
     ) -> None:
-        """Write the results of a batch to a file whose name ends in ``.csv``, ``.ndjson``, ``.jsonl`` or ``.json``.
+        """Write the results of a batch to a file whose name ends in that of a format, such as ``.csv``.
 
         The file appears when it is complete.
 
@@ -447,10 +443,10 @@ class AsyncFlockClient:
             query: ``status``, ``usage``, ``escape_formulas``, …; see ``ResultsQuery``.
         """
         target = Path(path)
-        format_ = FORMATS.get(target.suffix.lower())
-        if format_ is None:
-            raise ValueError(f"{target.name!r} must end in {', '.join(FORMATS)}.")
-        part, params = target.with_name(f"{target.name}.part"), _query(format=format_, **query)
+        format_ = format_of(target)
+        if format_ is None or is_gzipped(target):
+            raise ValueError(f"{target.name!r} must end in {ENDINGS}.")
+        part, params = target.with_name(f"{target.name}.part"), _query(format=format_.name, **query)
         until, most_bytes = time.monotonic() + self._retry_for_s, 0
         try:
             while True:

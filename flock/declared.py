@@ -39,8 +39,9 @@ from flock.models.models import ModelChoice, models_of
 from flock.models.prices import Price, merged
 from flock.options import WEBHOOK_URL, check
 from flock.rows.dialect import CSVDialect
+from flock.rows.files import MAX_ROW_BYTES, file_rows
 from flock.rows.results import item_pages
-from flock.rows.tables import MAX_ROW_BYTES, RowMapping, file_rows
+from flock.rows.tables import RowMapping
 from flock.runs import Answer, BatchOptions, Event, ModelOptions, OnExtra, OnInvalid, RetriedCalls, Row
 from flock.scopes import current_task
 from flock.steps.progress import follow_batch
@@ -50,7 +51,7 @@ from flock.store.store import SQLiteStore
 if TYPE_CHECKING:
     import httpx
 
-#: Inputs of a batch: mappings, which are read one at a time, or the path of a CSV or NDJSON file.
+#: Inputs of a batch: mappings, which are read one at a time, or the path of a file with rows.
 BatchInputs = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | str | Path
 
 H = TypeVar("H", bound=Callable[..., Coroutine[Any, Any, Any]])
@@ -285,8 +286,8 @@ class DeclaredFlock:
 
         Args:
             batch_inputs: mappings, which are read once and one at a time, or the path of a file whose name ends in
-                ``.csv``, ``.ndjson`` or ``.jsonl``, optionally followed by ``.gz``. CSV cells are converted to the
-                types of the agent's signature.
+                that of a format, such as ``.csv``, optionally followed by ``.gz``. Cells are converted to the types of
+                the agent's signature.
             input_mapping: maps columns, or members of a mapping, to input names; None drops the column.
             static_inputs: default inputs for all items.
             parallel, max_workers, return_errors, box_results: see ``BatchOptions``.

@@ -287,14 +287,14 @@ PLAIN: Mapping[int, tuple[str, str]] = {
     ),
     406: (
         "results were requested in another format",
-        "accept JSON, CSV or NDJSON",
+        "accept one of those listed",
     ),
     408: (
         "the body took too long to arrive (`body_timeout_s=`)",
         "send less at once",
     ),
     415: (
-        "the `Content-Type` is not JSON (for a batch: JSON, CSV or NDJSON), or the body is compressed (a batch "
+        "the `Content-Type` is not JSON (for a batch: in no [format](formats.md)), or the body is compressed (a batch "
         "may use gzip)",
         "add `-H 'Content-Type: application/json'`",
     ),

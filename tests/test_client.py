@@ -440,9 +440,9 @@ def test_a_batch_is_cancelled_and_retried(client: FlockClient, tmp_path: Path) -
 
 async def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     async with local() as client:
-        with pytest.raises(ValueError, match=r"'rows\.xml' must end in \.csv, \.ndjson, \.jsonl, optionally"):
+        with pytest.raises(ValueError, match=r"'rows\.xml' must end in \.json, .*\.csv, .*, optionally"):
             await client.run_batch("add", tmp_path / "rows.xml")
-        with pytest.raises(ValueError, match=r"'out\.xml' must end in \.csv, \.ndjson, \.jsonl, \.json\."):
+        with pytest.raises(ValueError, match=r"'out\.xml' must end in \.json, .*\.csv, "):
             await client.download("b", tmp_path / "out.xml")
 
 

@@ -16,6 +16,7 @@ RANKS = {
     "flock.errors": 0,
     "flock.extras": 0,
     "flock.fair": 0,
+    "flock.formats": 0,
     "flock.jsontype": 0,
     "flock.limits": 0,
     "flock.logs": 0,

@@ -25,7 +25,8 @@ from flock import fair
 from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
-from flock.rows.results import RESULT_TYPES, item_pages, results_as
+from flock.formats import FORMATS
+from flock.rows.results import item_pages, results_as
 from flock.runs import (
     BatchOptions,
     IdempotencyKey,
@@ -665,7 +666,7 @@ def test_a_server_at_its_queue_byte_limit_answers_429(workers: int, script: Path
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("format_", RESULT_TYPES)
+@pytest.mark.parametrize("format_", FORMATS)
 async def test_a_stalled_download_does_not_hold_the_records_of_its_page(format_: str) -> None:
     """It holds only the text that is being sent."""
     work, read = Work(), list[weakref.ref[Page[Run]]]()
@@ -687,7 +688,7 @@ async def test_a_stalled_download_does_not_hold_the_records_of_its_page(format_:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("format_", RESULT_TYPES)
+@pytest.mark.parametrize("format_", FORMATS)
 async def test_other_tasks_run_between_the_items_of_a_download(format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the client is faster than the server, which then never waits for it."""
     monkeypatch.setattr(fair, "SHARE_S", 0)

@@ -24,9 +24,10 @@ from flock.command.terminal import TerminalBytes, echo
 from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
 from flock.errors import DefinitionError, FieldError, InvalidData, StoreError
+from flock.formats import ENDINGS, FORMATS, format_of, suffix_of
 from flock.options import MAX_SECONDS
 from flock.rows.dialect import CSVDialect
-from flock.rows.tables import MAX_ROW_BYTES, TableFormat, suffix_of, table_format
+from flock.rows.files import MAX_ROW_BYTES
 from flock.runs import MAX_COST, Batch, BatchOptions, Run, RunStatus, cost_in_words
 from flock.store.database import MEMORY
 
@@ -60,7 +61,7 @@ STDOUT = Path("-")
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["csv", "ndjson"]),
+    type=click.Choice(list(FORMATS)),
     help="Format of the results.  [default: by the extension of the output, or of ROWS if the output has none]",
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
@@ -174,7 +175,7 @@ def batch(
     rows: Path,
     output: Path | None,
     is_dry_run: bool,
-    format_: TableFormat | None,
+    format_: str | None,
     model: str | None,
     mapped: Sequence[str],
     static: Sequence[str],
@@ -191,8 +192,9 @@ def batch(
 ) -> None:
     """Run AGENT on each row of a file, and write the results to a file.
 
-    ROWS is CSV with a header, typed by the agent's signature, or NDJSON. Its name ends in .csv, .ndjson or .jsonl,
-    optionally followed by .gz. The results are CSV with the inputs, the outputs, status and error, or NDJSON.
+    The name of ROWS ends in .csv, .tsv, .json, .ndjson or .jsonl, optionally followed by .gz. A table has a header, and
+    its cells are typed by the agent's signature. The results are a table with the inputs, the outputs, status and
+    error, or JSON.
 
     The results are kept in a store beside the output. Run the same command again to continue with the rows that never
     ran or were cut off: by a stop, a crash, --max-cost, --max-failures or used up quota. Finished rows do not run
@@ -360,14 +362,15 @@ def _check_paths(rows: Path, output: Path, state: Path) -> None:
             raise click.UsageError(f"{path} is not a regular file, so it cannot be replaced. For a pipe, use -o -")
 
 
-def _format_of(output: Path, rows: Path) -> TableFormat:
-    """Return the format of the results. Raises UsageError if the output's extension is not CSV or NDJSON."""
-    if suffix_of(output) and table_format(output) is None:
+def _format_of(output: Path, rows: Path) -> str:
+    """Return the format of the results. Raises UsageError if the output has an extension of no format."""
+    found = format_of(output) or (None if suffix_of(output) else format_of(rows) or FORMATS["csv"])
+    if found is None:
         raise click.UsageError(
-            f"The extension of {output.name} is not supported. Results are CSV or NDJSON. Use .csv, .ndjson or .jsonl, "
-            "optionally followed by .gz, or choose a format with --format."
+            f"The extension of {output.name} is not supported. Use {ENDINGS}, optionally followed by .gz, or choose a "
+            "format with --format."
         )
-    return table_format(output) or table_format(rows) or "csv"
+    return found.name
 
 
 @contextlib.contextmanager
@@ -410,7 +413,7 @@ def _summary(done: Batch, output: Path) -> str:
 def _print_check(check: BatchCheck, rows: Path) -> None:
     for row, extra, _ in check.rows:
         kept = f" keeps {bytes(extra).decode()}" if extra else ""
-        echo(f"line {row.line}: {bytes(row.inputs).decode()}{kept}")
+        echo(f"{row.at if row.line is None else f'line {row.line}'}: {bytes(row.inputs).decode()}{kept}")
     if check.total_items > len(check.rows):
         echo("…")
     valid = check.total_items - check.invalid_items
@@ -423,8 +426,8 @@ def _rejection(exc: InvalidData, rows: Path) -> str:
         return exc.errors[0].detail
     if exc.errors[0].pointer == "/batch_inputs":
         return f"{rows} has no rows, so nothing was started."
-    first_line = 1 if table_format(rows) == "ndjson" else 2
-    are_of_rows = all(error.pointer and (error.line or 0) >= first_line for error in exc.errors)
+    is_json = getattr(format_of(rows), "name", "") in ("json", "ndjson")
+    are_of_rows = all(error.pointer and (is_json or (error.line or 0) > 1) for error in exc.errors)
     hint = ["If only some rows are wrong, --on-invalid skip starts the others."] if are_of_rows else []
     return "\n".join([f"Nothing was started, since {rows} is invalid:", *_error_lines(exc.errors), *hint])
 

@@ -23,11 +23,12 @@ from flock.agents.versions import recipe_of
 from flock.declared import DeclaredFlock, agent_of
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rowchecks import BatchCheck, check_batch
+from flock.formats import is_gzipped
 from flock.limits import limits_for_one_batch
 from flock.models.models import models_of, names_of
 from flock.rows.dialect import CSVDialect
+from flock.rows.files import file_rows
 from flock.rows.results import ITEMS_PER_PAGE, item_pages, results_as
-from flock.rows.tables import TableFormat, file_rows, is_gzipped
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, Run, RunStatus
 from flock.steps.progress import follow_batch, print_progress
 from flock.store.batchstate import create_state, remove_state
@@ -45,7 +46,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         output: the file for the results; None is *stdout*.
-        format: the format of the output.
+        format: the format of the output, one of ``FORMATS``.
         force: replace an output that exists.
         state: the file that stores rows and results.
         confirm: asks whether to pay for the rows of a changed agent; raises if not.
@@ -58,7 +59,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     agent_name: str
     rows: Path
     output: Path | None
-    format: TableFormat
+    format: str
     state: Path
     options: BatchOptions
     confirm: Callable[[str], None]

@@ -13,8 +13,6 @@ from flock.fair import FairShare
 from flock.runs import DOLLAR, Engine, Run, RunStatus, Time, shown_usage
 from flock.runs.records import shown_as
 
-#: The media types of downloads, by their names in ``?format=``.
-RESULT_TYPES = {"json": "application/json", "ndjson": "application/x-ndjson", "csv": "text/csv"}
 #: The last columns of CSV, on request.
 USAGE_COLUMNS = ("input_tokens", "output_tokens", "cost")
 #: Items per page.
@@ -82,6 +80,7 @@ class CSVWriter:
         escape_formulas: insert a ``'`` before text that a spreadsheet would execute, even after a semicolon, a tab or a
             newline. In JSON, such a semicolon is written as ``\\u003b``.
         with_usage: add the columns ``input_tokens``, ``output_tokens`` and ``cost`` at the end.
+        delimiter: the character between cells.
     """
 
     def __init__(
@@ -92,11 +91,12 @@ class CSVWriter:
         *,
         escape_formulas: bool = True,
         with_usage: bool = False,
+        delimiter: str = ",",
     ) -> None:
         self._with_usage = with_usage
         self._extra, self._inputs, self._outputs, self._escape_formulas = extra, inputs, outputs, escape_formulas
         self._buffer = io.StringIO()
-        self._writer = csv.writer(self._buffer)  # ends lines with CRLF, as in RFC 4180
+        self._writer = csv.writer(self._buffer, delimiter=delimiter)  # ends lines with CRLF, as in RFC 4180
 
     def header(self) -> bytes:
         """Return the first line. A duplicate name gets a prefix with its origin."""
@@ -169,14 +169,15 @@ async def results_as(
     *,
     with_usage: bool = False,
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the items of *pages* in a format of ``RESULT_TYPES``, with their tokens and cost if *with_usage*."""
-    table = CSVWriter(extra, *columns, escape_formulas=escape_formulas, with_usage=with_usage)
+    """Yield the items of *pages* in a format of ``FORMATS``, with their tokens and cost if *with_usage*."""
+    delimiter = "\t" if format_ == "tsv" else ","
+    table = CSVWriter(extra, *columns, escape_formulas=escape_formulas, with_usage=with_usage, delimiter=delimiter)
     encoder, share, separator = msgspec.json.Encoder(), FairShare(), b""
-    yield {"json": b"[", "ndjson": b"", "csv": table.header()}[format_]
+    yield b"[" if format_ == "json" else b"" if format_ == "ndjson" else table.header()
     async for page in pages:
         text = bytearray()
         for item in page:
-            if format_ == "csv":
+            if format_ in ("csv", "tsv"):
                 text += table.rows([item])
             else:
                 text += separator + encoder.encode(_batch_item(item, with_usage))

@@ -7,13 +7,9 @@ import codecs
 import copy
 import csv
 import difflib
-import gzip
 import io
 import itertools
-import os
 import re
-import stat
-import zlib
 from collections import Counter
 from collections.abc import (
     AsyncGenerator,
@@ -26,31 +22,21 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import anyio.to_thread
 import msgspec
 
 from flock.agents.signature import Signature, text_as_json
-from flock.errors import MAX_ECHOED_CHARS, DefinitionError, FieldError, InvalidData, MalformedJSON, TooLarge
+from flock.errors import MAX_ECHOED_CHARS, FieldError, InvalidData, MalformedJSON, TooLarge
 from flock.fair import FairShare
 from flock.jsontype import Field, check_depth, depth_steps, escape_pointer, explain, malformed
 from flock.rows.dialect import CSVDialect
 from flock.runs import OnExtra, Row
 
-#: The format of a file with rows.
-TableFormat = Literal["csv", "ndjson"]
-
 #: Max total size of the static inputs and column names of all rows, as a multiple of the request's size.
 MAX_EXPANSION = 16
-#: Size of one read from a file.
-CHUNK_BYTES = 64 * 1024
 #: Min size of the pieces in which CSV is parsed.
 GATHERED_CHARS = 64 * 1024
-#: Max size and nesting depth of one row in a local file.
-MAX_ROW_BYTES = 16 * 1024 * 1024
-MAX_ROW_DEPTH = 100
 #: A cell that is a valid JSON number.
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 #: Matches the error for text of a type that accepts numbers, but not text.
@@ -65,7 +51,8 @@ MAX_COLUMNS_CHARS = 1024 * 1024
 MAX_ROW_LINES = 100_000
 #: The error of a header that does not fit and has no rows after it.
 JOINED = "There is nothing after this line. If curl has sent a file, use --data-binary: -d joins its lines."
-#: Errors for binary files, by their first bytes.
+#: Errors for binary files, by their first bytes, and how many are needed.
+HEAD_BYTES = 5
 OTHER_FILES = {
     b"PK\x03\x04": 'This is an Excel file (.xlsx), or another ZIP archive. Save it as "CSV UTF-8".',
     b"\xd0\xcf\x11\xe0": 'This is an old Excel file (.xls). Save it as "CSV UTF-8".',
@@ -269,7 +256,7 @@ async def ndjson_rows(
             if number % LINES_PER_STEP == 0:
                 await share.checkpoint()
             if text := line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").strip():
-                yield await _ndjson_row(text, number, row_mapping, max_depth, share)
+                yield await json_row(text, row_mapping, max_depth, share, line=number)
 
 
 async def _lines(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterator[Sequence[bytes]]:
@@ -295,22 +282,26 @@ def _row_too_long(line: int, max_bytes: int) -> TooLarge:
     return TooLarge(f"The row in line {line} is longer than {max_bytes} bytes, the limit for one row.")
 
 
-async def _ndjson_row(line: bytes, number: int, row_mapping: RowMapping, max_depth: int, share: FairShare) -> Row:
+async def json_row(
+    text: bytes, row_mapping: RowMapping, max_depth: int, share: FairShare, *, at: str = "", line: int | None = None
+) -> Row:
+    """Convert one JSON object. An error in it is part of the row."""
     try:
-        for _ in depth_steps(line, max_depth):
+        for _ in depth_steps(text, max_depth):
             await share.checkpoint()
-        line.decode()  # the decoder does not validate skipped values
-        members = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+        text.decode()  # the decoder does not validate skipped values
+        members = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
-        detail = "Each line must be one JSON object."
+        detail = f"Each {'element' if line is None else 'line'} must be one JSON object."
     except (MalformedJSON, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        malformed_json = exc if isinstance(exc, MalformedJSON) else malformed(line, exc)
-        detail = str(malformed_json).replace("line 1, ", "")  # the line in the file is reported separately
+        malformed_json = exc if isinstance(exc, MalformedJSON) else malformed(text, exc)
+        detail = str(malformed_json).replace("line 1, ", "")  # the place in the file is reported separately
     else:
         await share.checkpoint()
         row_mapping.add_columns(members)
-        return row_mapping.row(members, line=number)
-    return _unreadable_row(FieldError(detail=detail, pointer="", line=number), "", number)
+        return row_mapping.row(members, at=at, line=line)
+    error = FieldError(detail=detail, pointer=at, line=msgspec.UNSET if line is None else line)
+    return _unreadable_row(error, at, line)
 
 
 # CSV
@@ -369,11 +360,9 @@ async def _records(
     decoder, rest, number, has_yielded = dialect.decoder(), "", 1, False
     new: list[str] = []
     new_chars, first_bytes, share = 0, b"", FairShare()
-    async for chunk in _with_end(chunks):
-        first_bytes = first_bytes or (chunk or b"")[:5]
-        for beginning, problem in OTHER_FILES.items():
-            if first_bytes.startswith(beginning):
-                raise InvalidData.of(problem, line=1)
+    async for chunk in with_end(chunks):
+        first_bytes = first_bytes or (chunk or b"")[:HEAD_BYTES]
+        check_text(first_bytes)
         try:
             new.append(decoder.decode(chunk or b"", final=chunk is None))
         except UnicodeError as exc:
@@ -415,6 +404,13 @@ async def _records(
             raise _row_too_long(number, max_bytes)
 
 
+def check_text(first_bytes: bytes) -> None:
+    """Raise InvalidData for a binary file, by its first bytes."""
+    for beginning, problem in OTHER_FILES.items():
+        if first_bytes.startswith(beginning):
+            raise InvalidData.of(problem, line=1)
+
+
 def _recorded(text: str, lines: list[str], number: int) -> Iterator[str]:
     """Yield the lines of *text*, which starts at line *number*, and add each to *lines*, which the caller clears."""
     for read, line in enumerate(io.StringIO(text, newline="")):
@@ -425,7 +421,7 @@ def _recorded(text: str, lines: list[str], number: int) -> Iterator[str]:
         yield line
 
 
-async def _with_end(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes | None]:
+async def with_end(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes | None]:
     async for chunk in chunks:
         yield chunk
     yield None
@@ -590,86 +586,3 @@ def _cell_reader(
         return text_as_json(field.type, cell)
 
     return read
-
-
-# Files
-
-
-def table_format(path: Path) -> TableFormat | None:
-    """Return the format of a file, by the suffix of its name before ``.gz``, or None if it is unknown."""
-    suffix = suffix_of(path)
-    return "csv" if suffix == ".csv" else "ndjson" if suffix in (".ndjson", ".jsonl") else None
-
-
-def suffix_of(path: Path) -> str:
-    """Return the suffix of a file name in lower case, before ``.gz``, or ""."""
-    return (path.with_suffix("") if is_gzipped(path) else path).suffix.lower()
-
-
-def is_gzipped(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
-
-
-def file_rows(path: Path, row_mapping: RowMapping, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
-    """Return the rows of a local file of CSV or NDJSON, optionally compressed with gzip.
-
-    Raises: DefinitionError if the format cannot be determined from its name. Iterating raises OSError, InvalidData and
-        TooLarge; see ``csv_rows`` and ``ndjson_rows``.
-    """
-    format_, chunks = table_format(path), _local_file(path)
-    if format_ is None:
-        raise DefinitionError(
-            f"The format of {path.name} is unknown. The file name must end in .csv, .ndjson or .jsonl, optionally "
-            'followed by .gz. Save a spreadsheet as "CSV UTF-8".'
-        )
-    if format_ == "ndjson":
-        return ndjson_rows(chunks, row_mapping, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
-    return csv_rows(chunks, row_mapping, dialect, max_row_bytes=MAX_ROW_BYTES, max_depth=MAX_ROW_DEPTH)
-
-
-async def _local_file(path: Path) -> AsyncIterator[bytes]:
-    with await anyio.to_thread.run_sync(gzip.open if is_gzipped(path) else open, path, "rb") as file:
-        try:
-            while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
-                yield chunk
-        except (gzip.BadGzipFile, EOFError, zlib.error) as exc:
-            raise InvalidData.of(f"{path.name} is not a valid gzip file: {exc}.") from exc
-
-
-async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[bytes]:
-    """Yield the bytes of the file *name* below *folder*, read in a worker thread.
-
-    Raises:
-        InvalidData: the file does not exist, or is outside of *folder* after following links. The error is the same.
-        TooLarge: it is longer than *max_bytes*.
-    """
-    try:
-        file = await anyio.to_thread.run_sync(_open_below, folder, name)
-    except (OSError, ValueError) as exc:
-        detail = "There is no file with that name in the folder that this server reads."
-        raise InvalidData.of(detail, "/batch_inputs") from exc
-    with file:
-        bytes_left = max_bytes
-        while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
-            bytes_left -= len(chunk)
-            if bytes_left < 0:
-                raise TooLarge(f"The file is longer than {max_bytes} bytes, the limit of this server. Split it.")
-            yield chunk
-
-
-def _open_below(folder: Path, name: str) -> io.BufferedReader:
-    """Open a regular file below *folder*. Raises OSError or ValueError."""
-    root = folder.resolve(strict=True)
-    path = (root / name).resolve(strict=True)
-    # The resolved path has no links. A link that was created since then is not followed.
-    opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    for part in path.relative_to(root).parts:
-        parent = opened
-        try:  # O_NONBLOCK, because opening a pipe would wait for a writer
-            opened = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
-        finally:
-            os.close(parent)
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
-        os.close(opened)
-        raise ValueError("not a file")
-    return os.fdopen(opened, "rb")

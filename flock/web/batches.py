@@ -10,9 +10,10 @@ from starlette.responses import Response
 from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
 from flock.errors import DefinitionError, InvalidData
+from flock.formats import BY_MEDIA_TYPE, FORMATS, format_of
 from flock.rows.dialect import CSVDialect
-from flock.rows.results import RESULT_TYPES
-from flock.rows.tables import MAX_EXPANSION, RowMapping, csv_rows, json_rows, ndjson_rows, read_file
+from flock.rows.files import read_file, rows_in
+from flock.rows.tables import MAX_EXPANSION, RowMapping, json_rows
 from flock.runs import BatchOptions, Items
 from flock.runs.records import shown_as
 from flock.web.body import Body
@@ -21,9 +22,6 @@ from flock.web.options import AppOptions
 from flock.web.requests import query_of
 from flock.web.responses import JSONResponse
 from flock.web.wire import BATCH_REQUEST, FlockBatchCheck, FlockBatchCheckRow, FlockBatchRequest, UploadQuery
-
-#: The media types that ``POST /run/batch`` accepts.
-BATCH_TYPES = ("application/json", "text/csv", "application/x-ndjson")
 
 
 def options_in_body(request: Request, sent: bytes) -> FlockBatchRequest:
@@ -34,8 +32,8 @@ def options_in_body(request: Request, sent: bytes) -> FlockBatchRequest:
     query = query_of(request, UploadQuery, agent_name="")
     if query != UploadQuery(agent_name="", dry_run=query.dry_run):
         raise InvalidData.of(
-            "With a JSON body, put the options into the body. Options in the query are only for text/csv and "
-            "application/x-ndjson."
+            "With a JSON body, put the options into the body. Options in the query are for files of rows, also for a "
+            "JSON array of rows, if the query has ?agent_name=."
         )
     return BATCH_REQUEST.decode(sent)
 
@@ -54,14 +52,20 @@ def row_mapping_of(
 
 
 def rows_of(
-    options: AppOptions, media_type: str, batch_request: FlockBatchRequest, body: Body, row_mapping: RowMapping
+    options: AppOptions,
+    media_type: str,
+    batch_request: FlockBatchRequest,
+    body: Body,
+    row_mapping: RowMapping,
+    *,
+    is_request: bool,
 ) -> Items:
-    """Return the rows of a batch, not read yet. Raises InvalidData. Reading them may raise other errors."""
-    chunks = body.upload()
-    limits = {"max_row_bytes": options.max_body_bytes, "max_depth": options.max_json_depth}
-    if media_type == "application/x-ndjson":
-        return ndjson_rows(chunks, row_mapping, **limits)
-    if media_type == "application/json":
+    """Return the rows of a batch, not read yet. Raises InvalidData. Reading them may raise other errors.
+
+    *is_request*: the body is the batch request itself, and not a file with rows.
+    """
+    chunks, format_ = body.upload(), BY_MEDIA_TYPE[media_type]
+    if is_request:
         if not isinstance(batch_request.batch_inputs, str):
             return json_rows(batch_request.batch_inputs, row_mapping)
         if options.csv_dir is None:
@@ -71,12 +75,21 @@ def rows_of(
             )
             raise InvalidData.of(detail, "/batch_inputs")
         chunks = read_file(Path(options.csv_dir), batch_request.batch_inputs, options.max_upload_bytes)
+        format_ = format_of(Path(batch_request.batch_inputs)) or FORMATS["csv"]
     try:
         dialect = msgspec.convert(batch_request, CSVDialect, from_attributes=True)
     except DefinitionError as exc:
         raise InvalidData.of(str(exc)) from exc
     # A file below csv_dir was not sent by the client, so its column names do not count against the size of the body.
-    return csv_rows(chunks, row_mapping, dialect, **limits, are_names_counted=media_type == "text/csv")
+    return rows_in(
+        format_.name,
+        chunks,
+        row_mapping,
+        dialect,
+        max_row_bytes=options.max_body_bytes,
+        max_depth=options.max_json_depth,
+        are_names_counted=not is_request,
+    )
 
 
 def batch_options(batch_request: FlockBatchRequest) -> BatchOptions:
@@ -91,10 +104,10 @@ def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
     """Return the format of a download: ``?format=``, or the preferred one in ``Accept``. Raises HTTPException 406."""
     if not isinstance(named, msgspec.UnsetType):
         return named
-    best = preferred(request.headers.get("accept", ""), list(RESULT_TYPES.values()))
+    best = preferred(request.headers.get("accept", ""), list(BY_MEDIA_TYPE))
     if best is None:
-        raise HTTPException(406, f"Results are available as {', '.join(RESULT_TYPES.values())}. Accept one of them.")
-    return next(name for name, media_type in RESULT_TYPES.items() if media_type == best)
+        raise HTTPException(406, f"Results are available as {', '.join(BY_MEDIA_TYPE)}. Accept one of them.")
+    return BY_MEDIA_TYPE[best].name
 
 
 def check_response(check: BatchCheck, row_mapping: RowMapping) -> Response:

@@ -5,7 +5,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 from urllib.parse import quote, urlencode
 from uuid import UUID
 
@@ -101,6 +101,10 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
         return msgspec.convert(read, type_)
     except msgspec.ValidationError as exc:
         reason, _, path = str(exc).replace("`", "'").partition(" - at '$.")
+        if reason.startswith("Invalid enum value"):
+            annotation = fields[path[:-1]].type
+            known = [get_args(each) for each in (annotation, *get_args(annotation)) if get_origin(each) is Literal]
+            reason += f". It must be one of {', '.join(known[0])}" if known else ""
         raise InvalidData.of(f"'{path[:-1]}' in the query: {reason}.{example_for(reason)}") from exc
 
 

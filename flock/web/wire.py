@@ -209,7 +209,7 @@ RUN_RETRY = JSONType(FlockRunRetry)
 
 
 class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The query of ``POST /run/batch``. With a JSON body, only ``dry_run`` is allowed.
+    """The query of ``POST /run/batch``. If the body is a request in JSON, only ``dry_run`` is allowed.
 
     ``static_inputs`` and ``input_mapping`` are JSON; ``delimiter``, ``decimal`` and ``encoding`` are for CSV.
     """
@@ -280,7 +280,7 @@ class ResultsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     status: Literal["completed", "failed", "cancelled"] | msgspec.UnsetType = msgspec.UNSET
-    format: Literal["json", "ndjson", "csv"] | msgspec.UnsetType = msgspec.UNSET
+    format: Literal["json", "ndjson", "csv", "tsv"] | msgspec.UnsetType = msgspec.UNSET
     after: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] = -1
     limit: Annotated[int, msgspec.Meta(ge=1, le=2**31)] = 2**31
     escape_formulas: bool = True

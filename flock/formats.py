@@ -1,0 +1,46 @@
+"""The formats of tables. HTTP, its client, programs and the command line share this list."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Format(NamedTuple):
+    """A format of rows and results.
+
+    Attributes:
+        name: in ``?format=`` and ``--format``.
+        endings: of file names, optionally followed by ``.gz``.
+    """
+
+    name: str
+    media_type: str
+    endings: tuple[str, ...]
+
+
+#: By name. The first one is the default of downloads.
+FORMATS = {
+    each.name: each
+    for each in (
+        Format("json", "application/json", (".json",)),
+        Format("ndjson", "application/x-ndjson", (".ndjson", ".jsonl")),
+        Format("csv", "text/csv", (".csv",)),
+        Format("tsv", "text/tab-separated-values", (".tsv", ".tab")),
+    )
+}
+BY_ENDING = {ending: each for each in FORMATS.values() for ending in each.endings}
+BY_MEDIA_TYPE = {each.media_type: each for each in FORMATS.values()}
+ENDINGS = ", ".join(BY_ENDING)
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format of a file, by the ending of its name before ``.gz``, or None if it is unknown."""
+    return BY_ENDING.get(suffix_of(path))
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix of a file name in lower case, before ``.gz``, or ""."""
+    return (path.with_suffix("") if is_gzipped(path) else path).suffix.lower()
+
+
+def is_gzipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"

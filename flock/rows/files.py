@@ -1,0 +1,116 @@
+"""Files with rows, in any of ``FORMATS``: local files, and those in the folder of a server."""
+
+import gzip
+import io
+import os
+import stat
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from pathlib import Path
+
+import anyio.to_thread
+from msgspec.structs import replace
+
+from flock.errors import DefinitionError, InvalidData, TooLarge
+from flock.formats import ENDINGS, format_of, is_gzipped
+from flock.rows.array import array_rows
+from flock.rows.dialect import CSVDialect
+from flock.rows.tables import RowMapping, csv_rows, ndjson_rows
+from flock.runs import Row
+
+#: Size of one read from a file.
+CHUNK_BYTES = 64 * 1024
+#: Max size and nesting depth of one row in a local file.
+MAX_ROW_BYTES = 16 * 1024 * 1024
+MAX_ROW_DEPTH = 100
+
+
+def rows_in(
+    format_: str,
+    chunks: AsyncIterable[bytes],
+    row_mapping: RowMapping,
+    dialect: CSVDialect,
+    *,
+    max_row_bytes: int = MAX_ROW_BYTES,
+    max_depth: int = MAX_ROW_DEPTH,
+    are_names_counted: bool = True,
+) -> AsyncGenerator[Row, None]:
+    """Return the rows in a file of *format_*, one of ``FORMATS``, that arrives in *chunks*.
+
+    Iterating raises InvalidData and TooLarge; see ``csv_rows``, ``ndjson_rows`` and ``array_rows``.
+    """
+    if format_ in ("json", "ndjson"):
+        read = array_rows if format_ == "json" else ndjson_rows
+        return read(chunks, row_mapping, max_row_bytes=max_row_bytes, max_depth=max_depth)
+    if format_ == "tsv":
+        dialect = replace(dialect, delimiter="\t")
+    return csv_rows(
+        chunks,
+        row_mapping,
+        dialect,
+        max_row_bytes=max_row_bytes,
+        max_depth=max_depth,
+        are_names_counted=are_names_counted,
+    )
+
+
+def file_rows(path: Path, row_mapping: RowMapping, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
+    """Return the rows of a local file, optionally compressed with gzip.
+
+    Raises: DefinitionError if the format cannot be determined from its name. Iterating raises OSError, and what
+        ``rows_in`` raises.
+    """
+    format_ = format_of(path)
+    if format_ is None:
+        raise DefinitionError(
+            f"The format of {path.name} is unknown. The file name must end in {ENDINGS}, optionally followed by .gz."
+        )
+    return rows_in(format_.name, _local_file(path), row_mapping, dialect)
+
+
+async def _local_file(path: Path) -> AsyncIterator[bytes]:
+    with await anyio.to_thread.run_sync(gzip.open if is_gzipped(path) else open, path, "rb") as file:
+        try:
+            while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
+                yield chunk
+        except (gzip.BadGzipFile, EOFError, zlib.error) as exc:
+            raise InvalidData.of(f"{path.name} is not a valid gzip file: {exc}.") from exc
+
+
+async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the bytes of the file *name* below *folder*, read in a worker thread.
+
+    Raises:
+        InvalidData: the file does not exist, or is outside of *folder* after following links. The error is the same.
+        TooLarge: it is longer than *max_bytes*.
+    """
+    try:
+        file = await anyio.to_thread.run_sync(_open_below, folder, name)
+    except (OSError, ValueError) as exc:
+        detail = "There is no file with that name in the folder that this server reads."
+        raise InvalidData.of(detail, "/batch_inputs") from exc
+    with file:
+        bytes_left = max_bytes
+        while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):
+            bytes_left -= len(chunk)
+            if bytes_left < 0:
+                raise TooLarge(f"The file is longer than {max_bytes} bytes, the limit of this server. Split it.")
+            yield chunk
+
+
+def _open_below(folder: Path, name: str) -> io.BufferedReader:
+    """Open a regular file below *folder*. Raises OSError or ValueError."""
+    root = folder.resolve(strict=True)
+    path = (root / name).resolve(strict=True)
+    # The resolved path has no links. A link that was created since then is not followed.
+    opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for part in path.relative_to(root).parts:
+        parent = opened
+        try:  # O_NONBLOCK, because opening a pipe would wait for a writer
+            opened = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+        finally:
+            os.close(parent)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise ValueError("not a file")
+    return os.fdopen(opened, "rb")

@@ -1,0 +1,222 @@
+"""Tables in every format, in and out, by a program, by the command and over HTTP."""
+
+import gzip
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from flock.agents.signature import Signature
+from flock.client import AsyncFlockClient
+from flock.command.cli import main
+from flock.core import Flock
+from flock.errors import InvalidData, TooLarge
+from flock.formats import BY_MEDIA_TYPE, FORMATS, format_of
+from flock.rows.array import array_rows
+from flock.rows.tables import RowMapping
+from flockapi import create_app
+
+ROWS = [{"text": 'Schön, "ja"', "price": 0.5}, {"text": "b\nc", "price": 2}]
+TEXTS = {
+    "json": json.dumps(ROWS, indent=1).encode(),
+    "ndjson": "".join(json.dumps(row) + "\n" for row in ROWS).encode(),
+    "csv": 'text,price\n"Schön, ""ja""",0.5\n"b\nc",2\n'.encode(),
+    "tsv": 'text\tprice\n"Schön, ""ja"""\t0.5\n"b\nc"\t2\n'.encode(),
+}
+SHOWN = ['Schön, "ja" 0.5 None', "b\nc 2.0 None"]
+TARGET = "from tests.test_formats import formats_flock\nflock = formats_flock()\n"
+
+pytestmark = pytest.mark.anyio
+
+
+def formats_flock() -> Flock:
+    flock = Flock("formats")
+
+    @flock.agent(output="shown: str, size: int")
+    async def show(text: str, price: float = 0, n: int | None = None) -> Any:
+        return {"shown": f"{text} {price} {n}", "size": len(text)}
+
+    return flock
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(formats_flock(), store=":memory:")
+    async with app.lifespan(), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://t") as client:
+        yield client
+
+
+async def sent(http: httpx.AsyncClient, format_: str, content: bytes, **query: Any) -> httpx.Response:
+    """Send a file, and return its batch when it has ended, or the problem."""
+    headers = {"Content-Type": FORMATS[format_].media_type}
+    response = await http.post("/run/batch", params={"agent_name": "show", **query}, content=content, headers=headers)
+    if response.status_code != 202:
+        return response
+    return await http.get(response.headers["Location"], params={"wait": 20})
+
+
+def run_command(folder: Path, *arguments: str) -> str:
+    (folder / "target.py").write_text(TARGET)
+    result = CliRunner().invoke(main, ["batch", str(folder / "target.py"), "show", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+# Every format, in and out
+
+
+@pytest.mark.parametrize("format_", TEXTS)
+async def test_a_file_is_read_over_http(http: httpx.AsyncClient, format_: str) -> None:
+    response = await sent(http, format_, TEXTS[format_])
+    assert [result["shown"] for result in response.json()["results"]] == SHOWN
+
+
+@pytest.mark.parametrize("format_", TEXTS)
+def test_a_file_is_read_and_written_by_the_command(tmp_path: Path, format_: str) -> None:
+    """Its results are a file of the same format, which is read again."""
+    rows, results = tmp_path / f"rows.{format_}.gz", tmp_path / f"out.{format_}"
+    rows.write_bytes(gzip.compress(TEXTS[format_]))
+    run_command(tmp_path, str(rows), "-o", str(results))
+    options = {"on_extra": "ignore"}
+    if "json" in format_:
+        assert [item["result"]["shown"] for item in _json_of(results.read_bytes(), format_)] == SHOWN
+    else:
+        assert [each["shown"] for each in formats_flock().run_batch("show", results, **options)] == SHOWN  # type: ignore[arg-type]
+
+
+def _json_of(content: bytes, format_: str) -> list[Any]:
+    return json.loads(content) if format_ == "json" else [json.loads(line) for line in content.splitlines()]
+
+
+@pytest.mark.parametrize("format_", TEXTS)
+async def test_results_are_downloaded_by_name_and_by_media_type(http: httpx.AsyncClient, format_: str) -> None:
+    batch = (await sent(http, "ndjson", TEXTS["ndjson"])).json()["batch_id"]
+    named = await http.get(f"/batch/{batch}/results", params={"format": format_})
+    accepted = await http.get(f"/batch/{batch}/results", headers={"Accept": FORMATS[format_].media_type})
+    assert named.content == accepted.content
+    assert named.headers["content-type"].partition(";")[0] == FORMATS[format_].media_type
+    assert named.headers["content-disposition"] == f'attachment; filename="{batch}.{format_}"'
+
+
+@pytest.mark.parametrize("format_", TEXTS)
+async def test_the_client_sends_and_writes_files_by_their_ending(tmp_path: Path, format_: str) -> None:
+    app = create_app(formats_flock(), store=":memory:")
+    rows, results = tmp_path / f"rows.{format_}", tmp_path / f"out.{format_}"
+    rows.write_bytes(TEXTS[format_])
+    async with (
+        app.lifespan(),
+        AsyncFlockClient("http://t", transport=httpx.ASGITransport(app)) as client,
+    ):
+        batch = await client.wait_batch((await client.run_batch("show", rows)).batch_id)
+        await client.download(batch.batch_id, results)
+        downloaded = await client._http.get(f"/batch/{batch.batch_id}/results", params={"format": format_})
+    assert (batch.completed_items, batch.failed_items) == (2, 0)
+    assert results.read_bytes() == downloaded.content
+
+
+async def test_tab_separated_results_have_one_line_per_row(http: httpx.AsyncClient) -> None:
+    batch = (await sent(http, "tsv", b"text\tprice\na,b\t1\n")).json()["batch_id"]
+    response = await http.get(f"/batch/{batch}/results?format=tsv")
+    assert response.text == "text\tprice\tn\tshown\tsize\tstatus\terror\r\na,b\t1\t\ta,b 1.0 None\t3\tcompleted\t\r\n"
+
+
+async def test_a_format_that_does_not_exist_is_answered_with_those_that_do(http: httpx.AsyncClient) -> None:
+    batch = (await sent(http, "tsv", TEXTS["tsv"])).json()["batch_id"]
+    response = await http.get(f"/batch/{batch}/results?format=xls")
+    assert response.json()["errors"][0]["detail"].endswith(f"It must be one of {', '.join(FORMATS)}.")
+    response = await http.get(f"/batch/{batch}/results", headers={"Accept": "application/vnd.ms-excel"})
+    assert response.status_code == 406
+    assert all(media_type in response.json()["detail"] for media_type in BY_MEDIA_TYPE)
+    response = await http.post("/run/batch?agent_name=show", headers={"Content-Type": "text/plain"}, content=b"a")
+    assert response.status_code == 415
+    assert all(media_type in response.json()["detail"] for media_type in BY_MEDIA_TYPE)
+
+
+@pytest.mark.parametrize(
+    ("name", "format_"), [("a.TAB", "tsv"), ("a.jsonl.gz", "ndjson"), ("a.ods", None), ("a", None)]
+)
+def test_the_format_of_a_file_is_that_of_its_ending(name: str, format_: str | None) -> None:
+    found = format_of(Path(name))
+    assert (found and found.name) == format_
+
+
+def test_the_command_lists_the_endings_that_it_knows(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.ods"
+    rows.write_bytes(b"")
+    (tmp_path / "target.py").write_text(TARGET)
+    for more in (["-o", str(tmp_path / "out.csv")], ["-o", str(tmp_path / "out.xls")]):
+        result = CliRunner().invoke(main, ["batch", str(tmp_path / "target.py"), "show", str(rows), *more])
+        assert result.exit_code == 2
+        assert ".csv, .tsv, .tab" in " ".join(result.output.split())
+
+
+# Arrays
+
+
+async def read(content: bytes, size: int, max_row_bytes: int = 1000) -> list[Any]:
+    """Return the inputs of the rows of an array that arrives in pieces of *size*, or their errors."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(content), size):
+            yield content[start : start + size]
+
+    mapping = RowMapping(Signature.of("text: str, x: list[str]"), None, None, lambda: 1000)
+    rows = array_rows(pieces(), mapping, max_row_bytes=max_row_bytes, max_depth=10)
+    return [(row.at, [error.detail for error in row.errors] or msgspec.json.decode(row.inputs)) async for row in rows]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        r'[{"text": "a]},[{\\", "x": [1, {"y": "\"]"}]}, {"text": "ä"}]',
+        "\ufeff [ ]\n",
+        '\n[\n{"text":"a"}\n,\n{"text":"b"}\n]\n',
+    ],
+)
+async def test_an_array_is_read_in_pieces_of_any_size(text: str, size: int) -> None:
+    expected = json.loads(text.removeprefix("\ufeff"))
+    assert await read(text.encode(), size) == [(f"/{at}", row) for at, row in enumerate(expected)]
+
+
+async def test_an_element_that_is_wrong_is_an_error_of_its_row() -> None:
+    rows = await read(b'[{"text": "a"}, 5, {"text" "b"}, {"x": [[[[[[[[[[[[]]]]]]]]]]]]}, ]', 5)
+    assert [at for at, _ in rows] == ["/0", "/1", "/2", "/3", "/4"]
+    assert rows[1][1] == ["Each element must be one JSON object."]
+    assert "expected ':'" in rows[2][1][0]
+    assert "nested deeper" in rows[3][1][0]
+    assert "unexpected end" in rows[4][1][0]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        pytest.param(b"", "not a JSON array", id="empty"),
+        pytest.param(b"text\na\n", "not a JSON array", id="csv"),
+        pytest.param(b'{"agent_name": "show"}', "no agent_name in the query", id="a request"),
+        pytest.param(b'[{"text": "a"}, {"te', "missing after 1 rows", id="cut short in a string"),
+        pytest.param(b'[{"text": "a"}, ', "missing after 1 rows", id="cut short between rows"),
+        pytest.param(b'[{"text": "a"}] [', "more text after the end", id="two arrays"),
+        pytest.param(b"PK\x03\x04 and more", "Excel file", id="xlsx"),
+    ],
+)
+async def test_what_is_no_array_is_named(content: bytes, reason: str) -> None:
+    for size in (3, 1000):
+        with pytest.raises(InvalidData, match=reason):
+            await read(content, size)
+
+
+async def test_a_row_of_an_array_may_not_be_too_long() -> None:
+    with pytest.raises(TooLarge, match="Row 2 is longer than 100 bytes"):
+        await read(b'[{"text": "a"}, {"text": "' + b"a" * 10_000, 50, max_row_bytes=100)
+
+
+async def test_an_error_in_an_array_has_the_pointer_of_its_row(http: httpx.AsyncClient) -> None:
+    response = await sent(http, "json", b'[{"text": "a"}, {"text": "a", "price": "x"}]')
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["pointer"] == "/1/price"
