@@ -305,6 +305,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "ALTER TABLE batches ADD COLUMN recipe TEXT",
         "CREATE INDEX items_by_digest ON runs (digest, batch_id) WHERE digest IS NOT NULL",
     ],
+    # Which calls of a step counted when it ended.
+    ["ALTER TABLE steps ADD COLUMN first_try INTEGER NOT NULL DEFAULT 1"],
 ]
 
 
