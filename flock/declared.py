@@ -128,7 +128,8 @@ class DeclaredFlock:
     def add_agent(self, agent: Agent | Callable[..., Any]) -> Agent:
         """Add an agent and return it. A callable with typed parameters is converted to an agent.
 
-        Raises: DefinitionError if its name is taken; SignatureError if a parameter has no type.
+        Raises: DefinitionError if its name is taken, or the model of the flock cannot enforce its output;
+            SignatureError if a parameter has no type.
         """
         if not isinstance(agent, Agent):
             if not callable(agent):
@@ -138,6 +139,8 @@ class DeclaredFlock:
             agent = FunctionAgent(agent)
         if agent.name in self.agents:
             raise DefinitionError(f"This flock already has an agent {agent.name!r}. Choose another name.")
+        if isinstance(agent, ModelAgent) and not agent.model:
+            agent.check_strict(self.model)
         self.agents[agent.name] = agent
         return agent
 

@@ -243,8 +243,8 @@ class _StandIn(ModelClient):
 
     async def _ask(self, model: Model, *args: Any) -> Any:
         name = model.name if "/" in model.name else f"fake/{model.name}"
-        headers, extra_body = model.headers, model.extra_body
-        fake = Model(name, base_url="http://fake/v1", api_key="fake", headers=headers, extra_body=extra_body)
+        kept: dict[str, Any] = {"headers": model.headers, "extra_body": model.extra_body, "strict": model.strict}
+        fake = Model(name, base_url="http://fake/v1", api_key="fake", **kept)
         return await super()._ask(fake, *args)
 
 

@@ -1,5 +1,7 @@
 """The client of chat completions: requests, answers, retries and errors."""
 
+import enum
+import functools
 import gzip
 import importlib.machinery
 import importlib.util
@@ -23,7 +25,8 @@ import msgspec
 import pytest
 
 from flock.agents.signature import Signature
-from flock.errors import ModelError
+from flock.core import Flock, FlockFactory, Model
+from flock.errors import DefinitionError, ModelError
 from flock.models.completions import Completion, Message
 from flock.models.llm import ModelClient
 from flock.models.providers import PROVIDERS, check_model
@@ -194,6 +197,76 @@ async def test_strict_mode_is_requested_only_if_the_schema_allows_it(
     model.replies = [Reply(GOOD)]
     await models.complete(None, Request(MESSAGES, Signature.of(signature, {"Tree": Tree}).schema))
     assert model.requests[0]["response_format"]["json_schema"]["strict"] is is_strict
+
+
+class Pair(msgspec.Struct):
+    key: str
+    values: dict[str, int]
+
+
+def levels(count: int) -> Any:
+    inner: Any = int
+    for number in range(count):
+        inner = msgspec.defstruct(f"Level{number}", [("x", inner)])
+    return inner
+
+
+OPEN = "a: str, b: dict[str, int]"
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (OPEN, "/b may have any keys"),
+        ("a: list[Pair]", "/a/0/values may have any keys"),
+        ("a: Any", "/a may be anything"),
+        ("a: list", "/a is a tuple, or a list of anything"),
+        ("a: tuple[int, str] | None", "/a is a tuple, or a list of anything"),
+        (levels(12), "it has 11 levels of objects in objects, more than 10"),
+        (msgspec.defstruct("Wide", [(f"f{n}", int) for n in range(5001)]), "it has 5001 fields, more than 5000"),
+        ("a: Many", "it has 1001 values of enums, more than 1000"),
+    ],
+)
+def test_an_output_that_strict_mode_does_not_allow_is_an_error_at_the_definition(output: Any, words: str) -> None:
+    many = enum.StrEnum("Many", [f"m{n}" for n in range(1001)])
+    types = {"Pair": Pair, "Many": many}
+    make = functools.partial(FlockFactory.create_default_agent, "writer", output=output, types=types)
+    expected = re.escape(f"The output of 'writer' is not allowed in the strict mode of 'openai/gpt-4o': {words}. ")
+    with pytest.raises(DefinitionError, match=expected):
+        make(model=["groq/x", "openai/gpt-4o"])
+    with pytest.raises(DefinitionError, match=expected):
+        Flock(model="openai/gpt-4o").add_agent(make())
+
+
+@pytest.mark.parametrize("output", [levels(11), "t: Tree", "a: int | None, b: list[list[str]]"])
+def test_other_outputs_are_allowed_in_strict_mode(output: Any) -> None:
+    FlockFactory.create_default_agent("writer", output=output, types={"Tree": Tree}, model="openai/gpt-4.1-mini")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "openai/gpt-3.5-turbo",
+        "groq/x",
+        "local/smollm2-135m",
+        Model("openai/gpt-4o", base_url="http://gateway/v1"),
+        Model("openai/gpt-4o", strict=False),
+        None,
+    ],
+)
+def test_a_model_that_is_not_known_to_be_strict_allows_any_output(model: Any) -> None:
+    Flock(model="openai/gpt-4o" if model else None).add_agent(
+        FlockFactory.create_default_agent("writer", output=OPEN, model=model)
+    )
+    with pytest.raises(DefinitionError, match="in the strict mode of 'vllm/x'"):
+        FlockFactory.create_default_agent("writer", output=OPEN, model=Model("vllm/x", strict=True))
+
+
+async def test_a_model_may_be_asked_without_strict_mode(models: ModelClient, model: FakeModel) -> None:
+    model.replies = [Reply(GOOD), Reply(GOOD)]
+    for strict in (None, False):
+        await models.complete(Model("openai/gpt-4o", strict=strict), Request(MESSAGES, SCHEMA))
+    assert [sent["response_format"]["json_schema"]["strict"] for sent in model.requests] == [True, False]
 
 
 async def test_a_server_without_json_schema_falls_back_to_json_mode_then_to_text(

@@ -20,7 +20,7 @@ from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory, History
 from flock.errors import AgentError, DefinitionError, EngineStopped, RunFailed, SignatureError
 from flock.models.completions import Completion
-from flock.runs import Engine, Run, RunContext, RunStatus, Usage
+from flock.runs import Engine, RetriedCalls, Run, RunContext, RunStatus, Usage
 from flock.testing import Failure, FakeModel, Reply
 from flockapi import create_app
 from tests.support import EXAMPLES, PATIENCE_S
@@ -382,6 +382,26 @@ async def test_the_state_is_open_while_the_engine_is(open_engine: OpenEngine, mo
     assert (pool.used, pool.is_open) == (2, False)
 
 
+async def test_a_function_of_a_call_gets_the_context_with_its_state() -> None:
+    """A parameter of the type ``RunContext[Pool]`` is not an argument, so it identifies no call."""
+    pool = Pool()
+    flock = Flock("state", state=pool)
+
+    async def look_up(name: str, context: RunContext[Pool]) -> str:
+        context.state.used += 1
+        return f"{name} for {context.agent_name}"
+
+    @flock.agent
+    async def caller(q: str, context: RunContext[Pool]) -> str:
+        return await context.call(look_up, q)
+
+    async with flock.engine() as engine:
+        run = await ended(engine, "caller")
+        [call] = (await engine.get_calls(run))[0]
+    assert (run.value, pool.used) == ({"result": "? for caller"}, 1), run.error
+    assert bytes(call.arguments) == b'{"name":"?"}'
+
+
 async def test_the_state_is_that_of_the_lifespan_of_an_app() -> None:
     pool = Pool()
     flock = Flock("state", state=pool.opened)
@@ -482,6 +502,35 @@ async def test_the_next_turn_sees_the_calls_of_tools_and_their_results(
         'tool {"text":"h"}',
         'assistant {"text":"a"}',
     ]
+
+
+async def test_the_history_has_only_the_calls_that_a_retry_has_kept(open_engine: OpenEngine, model: FakeModel) -> None:
+    """The step of the writer ends in the second try, and that of the reader behind it in the fourth."""
+
+    def find(name: str) -> str:
+        return f"found {name}"
+
+    def calls(*names: str) -> list[Reply]:
+        return [Reply(calls=[("find", {"name": name})]) for name in names]
+
+    failure = Failure(400)
+    writers = [*calls("a", "b"), failure, *calls("c"), {"text": "w"}, {"text": "w2"}]
+    readers = [*calls("d"), failure, *calls("e"), failure, *calls("f"), {"text": "r"}, {"text": "r2"}]
+    model.replies = {"writer": writers, "reader": readers}
+    options: dict[str, Any] = {"tools": [find], "history": History(calls=True)}
+    flock = flock_of(next_agent="reader", **options)
+    flock.add_agent(FlockFactory.create_default_agent("reader", input="text", output="text: str", **options))
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await ended(engine, session_id="s")
+        calls_of_retries: list[RetriedCalls] = ["again", "again", "keep"]
+        for kept in calls_of_retries:
+            assert run.status is RunStatus.FAILED
+            await engine.retry_run(run.run_id, calls=kept)
+            run = await engine.wait(run.run_id)
+        assert run.error is None
+        await turn(engine, "two")
+    shown = [message["content"] for request in model.requests[-2:] for message in request["messages"]]
+    assert [text for text in shown if text.startswith("found")] == ["found c", "found e", "found f"]
 
 
 async def test_the_oldest_turns_beyond_the_tokens_are_left_out_whole(model: FakeModel) -> None:

@@ -33,7 +33,7 @@ from flock.models import bodies, streams
 from flock.models.completions import Completion, Message, ToolSchema
 from flock.models.llm import ModelClient
 from flock.models.requests import Request
-from flock.runs import Run, RunContext, RunStatus, Usage
+from flock.runs import Event, Run, RunContext, RunStatus, Usage
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.servers import Served
@@ -725,6 +725,29 @@ async def test_text_arrives_while_the_server_writes(vllm: Callable[[str], None])
         vllm(f"{served.url}/v1")
         async with ModelClient() as models:
             assert (await ask(models, recorder, "vllm/x")).text == TEXT
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_reader_gets_text_while_the_model_writes(backend: str) -> None:
+    """The model writes more only after the reader has got the first text, on each event loop."""
+
+    async def read() -> dict[str, Any]:
+        is_read = anyio.Event()
+
+        async def write() -> AsyncIterator[bytes]:
+            yield sse(chunk('{"a": "te'))
+            await is_read.wait()
+            yield sse(chunk('a"}'), chunk("", "stop"), USAGE, "[DONE]")
+
+        def on_event(event: Event) -> None:
+            if event.name == "output.delta":
+                is_read.set()
+
+        headers = {"Content-Type": "text/event-stream"}
+        with FakeModel([httpx.Response(200, headers=headers, content=write())]), anyio.fail_after(PATIENCE_S):
+            return await of("a: str").run_async("ask", {"q": "?"}, on_event=on_event)
+
+    assert anyio.run(read, backend=backend) == {"a": "tea"}
 
 
 # What an agent emits

@@ -380,6 +380,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         for table in ("steps", "calls"):
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")
         db.execute("ALTER TABLE flocks DROP COLUMN secret")
+        db.execute("ALTER TABLE steps DROP COLUMN first_try")
         for column in ("raised", "place", "once", "answered_by", "four_eyes"):
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
         for table in ("questions", "question_changes", "messages", "usage", "budgets"):

@@ -51,7 +51,7 @@ from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of, names_of
 from flock.models.pace import Caller
 from flock.models.pieces import Joiner
-from flock.models.requests import Request
+from flock.models.requests import Request, check_strict
 from flock.nearest import did_you_mean
 from flock.options import WEBHOOK_URL, check
 from flock.pydanticmodel import to_json
@@ -372,7 +372,8 @@ class ModelAgent(Agent):
 
     Raises:
         DefinitionError: there is no output field, or it is called ``reasoning`` although *reasoning* is on, or an
-            example does not match the signatures; the message has its number, and a JSON pointer. Or there are several
+            example does not match the signatures; the message has its number, and a JSON pointer. Or *model* is known
+            to enforce schemas in strict mode, and cannot enforce that of the output. Or there are several
             conversations, or an optional one, or one and examples or a history. Or *history* is not a whole number
             from 1, or *instructions* is neither a text nor a function. Or a tool has no valid name, or one that another
             tool has.
@@ -428,7 +429,6 @@ class ModelAgent(Agent):
         if callable(instructions):
             instructions, self.dynamic_instructions = "", OwnFunction(f"instructions= of {name!r}", instructions, 0)
         _check_text(instructions, f"instructions= of {name!r}")
-        models_of(model, repr(name))
         self.model = model
         self.instructions = instructions
         self.history = history
@@ -452,9 +452,14 @@ class ModelAgent(Agent):
         self.timeout_s = timeout_s
         self.takes = {"instructions": client_instructions, "tools": client_tools, "options": client_options}
         self._answer = ReasonedAnswer(output) if reasoning else output
+        self.check_strict(model)
         self._examples = [
             message for number, example in enumerate(examples) for message in self._example_messages(example, number)
         ]
+
+    def check_strict(self, model: ModelChoice) -> None:
+        """Raise DefinitionError if *model* is not valid, or enforces the schema of the output and cannot."""
+        check_strict(self._answer.schema, models_of(model, repr(self.name)), repr(self.name))
 
     async def execute(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         with move_on_after_working(self.timeout_s):

@@ -191,7 +191,8 @@ class StoredRun(ActiveRun):
 
     async def calls_of(self, run: Run, position: int) -> Sequence[Call]:
         """Raises Unreadable."""
-        return [call for tries in range(1, run.tries + 1) for call in await self._calls(run, position, tries)]
+        first = run.steps[position].first_try
+        return [call for tries in range(first, run.tries + 1) for call in await self._calls(run, position, tries)]
 
     async def _calls(self, run: Run, position: int, tries: int) -> Sequence[Call]:
         calls, after, share = list[Call](), 0, FairShare()

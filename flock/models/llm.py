@@ -272,7 +272,9 @@ class ModelClient:
         name, rejects_schema = request.name, False
         first = FORMATS.index(self._formats.get(name, endpoint.first_format))
         for format_ in FORMATS[first:]:
-            body = request.body(endpoint) | format_of(format_, request, is_local=endpoint.is_local)
+            body = request.body(endpoint) | format_of(
+                format_, request, is_local=endpoint.is_local, may_be_strict=endpoint.may_be_strict
+            )
             try:
                 sending = _Sending(endpoint, body, request.all_headers(format_), request.listener, request.unfinished)
                 answer = await self._post(sending, caller)
@@ -523,7 +525,7 @@ def _litellm(name: str) -> Any:
 
 async def _complete_with_litellm(request: Request, model: Model) -> Completion:
     litellm = _litellm(request.name)
-    part = format_of("text" if request.tools else "json_schema", request)
+    part = format_of("text" if request.tools else "json_schema", request, may_be_strict=model.strict is not False)
     options: dict[str, Any] = msgspec.to_builtins({"messages": request.messages, **part})
     if "claude" in request.name:
         options["messages"] = with_cache_marks(options["messages"])

@@ -9,7 +9,7 @@ import msgspec
 from msgspec.structs import force_setattr
 
 from flock.errors import DefinitionError
-from flock.options import Option, Options, whole
+from flock.options import Option, Options, of_type, whole
 
 
 def _is_text(value: Any, pattern: str) -> bool:
@@ -58,6 +58,9 @@ class Model(_Named, frozen=True, kw_only=True):
         api_key: the key; None reads the provider's environment variable.
         headers: additional headers of each request.
         extra_body: additional members of each request's body.
+        strict: whether the model enforces the schema of an output, in the strict mode of OpenAI. Then an output that
+            this mode does not allow is an error at the definition. False asks without it, and allows any output. None
+            means True for the models of OpenAI that are known to have it; others are asked for it if it is possible.
 
     Raises: DefinitionError if a value is invalid.
     """
@@ -71,6 +74,7 @@ class Model(_Named, frozen=True, kw_only=True):
     api_key: Annotated[str | None, _KEY] = None
     headers: Annotated[Mapping[str, str], _HEADERS] = {}
     extra_body: Annotated[Mapping[str, Any], _BODY] = {}
+    strict: Annotated[bool | None, of_type(bool, "True or False")] = None
 
     def __repr__(self) -> str:
         """Return the name and the limits, since the other members may be secret."""

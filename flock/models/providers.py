@@ -34,6 +34,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
         max_tokens_field: the name of the request field that limits the answer's length.
         first_format: the strictest way to request JSON that it supports; see ``flock.models.requests.FORMATS``.
         fixed_temperature: a pattern of the models that reject ``temperature``, or None.
+        strict: a pattern of the models that are known to enforce schemas in OpenAI's strict mode, or None.
         api_version: if it has a URL for each deployment, with this version unless ``{NAME}_OPENAI_API_VERSION`` is set.
     """
 
@@ -45,6 +46,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens_field: str = "max_tokens"
     first_format: str = "json_schema"
     fixed_temperature: str | None = None
+    strict: str | None = None
     api_version: str | None = None
 
 
@@ -57,6 +59,7 @@ PROVIDERS: Mapping[str, Provider] = {
         key_variable="OPENAI_API_KEY",
         max_tokens_field="max_completion_tokens",
         fixed_temperature=REASONING,
+        strict=r"(gpt-4o|gpt-4\.1|gpt-[5-9]|o[1-9])\S*",
     ),
     # It ignores response_format and strict, so the format is requested in words.
     "anthropic": Provider(
@@ -107,6 +110,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         key_variable: the environment variable that the key is from; None if there is no key, or the program has it.
+        may_be_strict: False if the program wants no strict mode; see ``Model``.
         has_cache_marks: whether parts of a prompt are marked that the provider is to cache.
         account: identifies the server and the key, whose limits all its calls share.
         limits: the limits that the program has named; see ``Model.limits``.
@@ -121,6 +125,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     is_local: bool = False
     first_format: str = "json_schema"
     has_temperature: bool = True
+    may_be_strict: bool = True
     has_cache_marks: bool = False
     key_variable: str | None = None
     account: tuple[str, str, bytes]
@@ -188,6 +193,14 @@ def _provider_of(model: Model) -> Provider:
     return PROVIDERS.get(model.provider, Provider())
 
 
+def enforces_schemas(model: Model) -> bool:
+    """Whether *model* enforces the schema of an output; see ``Model``."""
+    if model.strict is not None:
+        return model.strict
+    pattern = None if model.base_url else _provider_of(model).strict
+    return pattern is not None and re.fullmatch(pattern, model.name.partition("/")[2]) is not None
+
+
 def _own_name(model: Model) -> str:
     """Return the name after that of the provider."""
     name = model.name.partition("/")[2]
@@ -252,6 +265,7 @@ async def endpoint_of(model: Model) -> Endpoint:
         is_local=is_local,
         first_format=provider.first_format,
         has_temperature=not (provider.fixed_temperature and re.fullmatch(provider.fixed_temperature, own_name)),
+        may_be_strict=model.strict is not False,
         has_cache_marks=model.provider == "openrouter" and "claude" in own_name,
         key_variable=key_variable,
         account=(model.provider, base_url, hashlib.sha256(key.encode()).digest()),

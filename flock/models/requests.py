@@ -2,16 +2,17 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from flock.errors import ModelError
+from flock.errors import DefinitionError, ModelError
 from flock.models import localmodel, react
 from flock.models.completions import Listener, Message, ToolSchema
-from flock.models.providers import Endpoint
+from flock.models.models import Model
+from flock.models.providers import Endpoint, enforces_schemas
 from flock.runs import Usage
 from flock.runs.client import OPTIONS
 
@@ -138,10 +139,10 @@ def streamed(
     return {**body, **STREAMS[way]}, {**headers, "Idempotency-Key": f"{key}/{way}"} if key and way else headers
 
 
-def format_of(format_: str, request: Request, *, is_local: bool = False) -> dict[str, Any]:
+def format_of(format_: str, request: Request, *, is_local: bool = False, may_be_strict: bool = True) -> dict[str, Any]:
     """Return the part of a request that requests JSON."""
     if format_ == "json_schema":
-        is_strict, schema = _strict_schema(request.schema)
+        is_strict, schema = _strict_schema(request.schema) if may_be_strict else (False, dict(request.schema))
         if is_local:
             schema = localmodel.bounded_schema(request.schema, request.max_tokens or localmodel.MAX_TOKENS)
         json_schema = {"name": "answer", "strict": is_strict, "schema": schema}
@@ -172,6 +173,8 @@ STRICT_KEYWORDS = frozenset(
     "type properties required additionalProperties items enum const anyOf description title $ref $defs pattern "
     "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minItems maxItems".split()
 )
+#: What strict mode does not allow, by type.
+NOT_STRICT = {"object": "may have any keys", "array": "is a tuple, or a list of anything"}
 OTHER_CONSTRAINTS = ("minLength", "maxLength", "minProperties", "maxProperties", "uniqueItems")
 STRICT_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid".split())
 
@@ -181,10 +184,15 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
 
     Source: OpenAI's guide to structured outputs, "Supported schemas".
     """
-    is_strict = True
+    problems, strict = _as_strict(schema)
+    return (False, dict(schema)) if problems else (True, strict)
 
-    def convert(node: Mapping[str, Any]) -> dict[str, Any]:
-        nonlocal is_strict
+
+def _as_strict(schema: Mapping[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
+    """Return why *schema* cannot be used in strict mode, and as much of it in that form as possible."""
+    problems: list[str] = []
+
+    def convert(node: Mapping[str, Any], at: str) -> dict[str, Any]:
         converted = {key: value for key, value in node.items() if key in STRICT_KEYWORDS}
         if node.get("format") in STRICT_FORMATS:
             converted["format"] = node["format"]
@@ -196,24 +204,51 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
             converted["description"] = f"{node.get('description', '')} ({in_words})".lstrip()
         is_open = {"object": "properties" not in converted, "array": not isinstance(converted.get("items"), Mapping)}
         if not converted.keys() & {"type", "enum", "const", "anyOf", "$ref"} or is_open.get(converted.get("type", "")):
-            is_strict = False  # any value, an object with any keys, or a list or tuple of anything
+            problems.append(f"{at} {NOT_STRICT.get(converted.get('type', ''), 'may be anything')}")
             return dict(node)
         if "properties" in converted:
+            members = {name: convert(member, f"{at}/{name}") for name, member in converted["properties"].items()}
             converted |= {
-                "properties": {name: convert(member) for name, member in converted["properties"].items()},
+                "properties": members,
                 "required": list(converted["properties"]),
                 "additionalProperties": False,
             }
         if "items" in converted:
-            converted["items"] = convert(converted["items"])
+            converted["items"] = convert(converted["items"], f"{at}/0")
         if "anyOf" in converted:
-            converted["anyOf"] = [convert(member) for member in converted["anyOf"]]
+            converted["anyOf"] = [convert(member, at) for member in converted["anyOf"]]
         if "$defs" in converted:
-            converted["$defs"] = {name: convert(member) for name, member in converted["$defs"].items()}
+            converted["$defs"] = {name: convert(member, f"{at}/{name}") for name, member in converted["$defs"].items()}
         return converted
 
-    strict = convert(schema)
-    return (True, strict) if is_strict else (False, dict(schema))
+    strict = convert(schema, "")
+    return problems, strict
+
+
+def check_strict(schema: Mapping[str, Any], models: Sequence[Model], owner: str) -> None:
+    """Raise DefinitionError if one of *models* is to enforce the *schema* of an output, and cannot."""
+    for name in [model.name for model in models if enforces_schemas(model)]:
+        nodes = list(_nodes(schema, 0))
+        counts = {
+            "levels of objects in objects": (max(level for level, node in nodes if "properties" in node), 10),
+            "fields": (sum(len(node.get("properties", ())) for _, node in nodes), 5000),
+            "values of enums": (sum(len(node.get("enum", ())) for _, node in nodes), 1000),
+        }
+        too_many = (f"it has {n} {what}, more than {most}" for what, (n, most) in counts.items() if n > most)
+        if problem := next(iter(_as_strict(schema)[0]), None) or next(too_many, None):
+            raise DefinitionError(
+                f"The output of {owner} is not allowed in the strict mode of {name!r}: {problem}. Use other types, "
+                f"such as a list of structs in place of a dict, or pass Model({name!r}, strict=False)."
+            )
+
+
+def _nodes(schema: Mapping[str, Any], level: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield *schema* and what is below it, each with the number of objects around it."""
+    yield level, schema
+    inner = [*schema.get("properties", {}).values(), *schema.get("anyOf", ()), schema.get("items")]
+    for nodes, below in ((inner, level + ("properties" in schema)), (schema.get("$defs", {}).values(), 0)):
+        for node in nodes:
+            yield from _nodes(node, below) if isinstance(node, Mapping) else ()
 
 
 def rejects_format(error: ModelError) -> bool:

@@ -125,6 +125,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
         next_agent: the agent to run next; None ends the run.
         usage: the tokens that it used, including those of its calls.
         call_count: the number of its calls that are stored.
+        first_try: the first of the tries whose calls counted when it ended; see ``Run.first_try``.
         model: the model that answered last; None if it has asked none.
     """
 
@@ -134,6 +135,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None
     attempt: int = 1
     call_count: int = 0
+    first_try: int = 1
     model: str | None = None
     started_at: datetime
     completed_at: datetime

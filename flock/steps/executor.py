@@ -238,7 +238,7 @@ class ActiveRun:
         return ()
 
     async def calls_of(self, run: Run, position: int) -> Sequence[Call]:
-        """Return the calls of a step of one of the ``earlier_runs``, oldest first."""
+        """Return the calls of a step of one of the ``earlier_runs``, oldest first, in the tries that counted."""
         return ()
 
     async def keep(self, step: Step) -> None:
@@ -359,6 +359,7 @@ class StepExecutor:
             usage=usage,
             attempt=run.attempt,
             call_count=call_count,
+            first_try=run.first_try,
             model=model,
             started_at=started_at,
             completed_at=now(),

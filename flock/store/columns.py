@@ -344,13 +344,14 @@ class _LastStep(NamedTuple):
     completed_at: int
     call_count: int = 0
     model: str | None = None
+    first_try: int = 1
 
 
 def last_step_of(run: Run) -> bytes:
     step = run.steps[-1]
     times = micros(step.started_at) or 0, micros(step.completed_at) or 0
     return msgspec.json.encode(
-        _LastStep(step.agent_name, step.usage, step.attempt, *times, step.call_count, step.model)
+        _LastStep(step.agent_name, step.usage, step.attempt, *times, step.call_count, step.model, step.first_try)
     )
 
 
@@ -366,6 +367,7 @@ def _last_step_from(stored: bytes, result: msgspec.Raw) -> Step:
         attempt=last.attempt,
         call_count=last.call_count,
         model=last.model,
+        first_try=last.first_try,
         started_at=EPOCH + last.started_at * MICROSECOND,
         completed_at=EPOCH + last.completed_at * MICROSECOND,
     )

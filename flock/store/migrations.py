@@ -336,6 +336,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "PRIMARY KEY (flock, agent_name)) WITHOUT ROWID",
         "CREATE TABLE webhook_senders (flock TEXT PRIMARY KEY, engine_id TEXT NOT NULL) WITHOUT ROWID",
     ],
+    # Which calls of a step counted when it ended.
+    ["ALTER TABLE steps ADD COLUMN first_try INTEGER NOT NULL DEFAULT 1"],
 ]
 
 

@@ -225,9 +225,12 @@ async def earlier_runs(cluster: Cluster, run: Run, latest: Sequence[str], limit:
 
 
 async def calls_of(cluster: Cluster, run: Run, position: int) -> Sequence[Call]:
-    """Return the calls of a step of *run*, in all attempts that were not deleted. Raises StoreError, EngineFull."""
+    """Return the calls of a step of *run*; see ``ActiveRun.calls_of``. Those of attempts that were deleted are missing.
+
+    Raises: StoreError, EngineFull.
+    """
     found = Traces()
-    for attempt in range(1, run.attempt + 1):
+    for attempt in range(run.steps[position].first_try, run.attempt + 1):
         async with cluster.rpc_scope(missing_ok=True):
             run_of(await cluster.history_of(run_workflow_id(run.run_id, attempt)), found, is_whole=True)
     return found.calls.get(position, [])
