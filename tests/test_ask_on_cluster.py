@@ -364,7 +364,7 @@ async def test_an_answered_item_gets_the_only_lane_before_the_other_items_have_e
     assert sorted(ended_items) == list(range(60))
 
 
-@pytest.mark.parametrize("factor", [100, 1])
+@pytest.mark.parametrize("factor", [1, pytest.param(100, marks=pytest.mark.nightly)])
 async def test_waiting_items_of_two_chunks_keep_their_answers_in_new_histories(
     factor: int, monkeypatch: pytest.MonkeyPatch, temporal_address: str
 ) -> None:

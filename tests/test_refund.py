@@ -149,10 +149,28 @@ class Till:
         return [each["call_id"] for each in questions]
 
 
+MOMENTS = ("asking", "waiting", "answered", "paying", "paid", "answering")
+#: In the gate: each moment with keys, and the two in which money is in flight with the others.
+IN_GATE = {(moment, "keys") for moment in MOMENTS} | {
+    (at, by) for at in ("paying", "paid") for by in ("auth", "temporal")
+}
+
+
 @pytest.mark.parametrize(
-    "access", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("keys", "auth")), "temporal"]
+    ("moment", "access"),
+    [
+        pytest.param(
+            moment,
+            access,
+            marks=[
+                *([] if access == "temporal" else [pytest.mark.slow]),
+                *([] if (moment, access) in IN_GATE else [pytest.mark.nightly]),
+            ],
+        )
+        for moment in MOMENTS
+        for access in ("keys", "auth", "temporal")
+    ],
 )
-@pytest.mark.parametrize("moment", ["asking", "waiting", "answered", "paying", "paid", "answering"])
 def test_a_refund_that_is_approved_is_paid_once_whenever_its_server_is_killed(
     moment: str, access: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
