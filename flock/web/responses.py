@@ -169,8 +169,8 @@ def _delta(event: Event) -> bytes:
     return event.sent
 
 
-def _escaped(text: bytes) -> bytes:
-    for character, escape in LINE_ENDS.items():
+def _escaped(text: bytes, escapes: Mapping[bytes, bytes] = LINE_ENDS) -> bytes:
+    for character, escape in escapes.items():
         text = text.replace(character, escape)
     return text
 
@@ -185,9 +185,7 @@ class QuotedJSON(LongJSON):
     async def pieces(self) -> AsyncIterator[bytes]:
         yield b'"'
         async for piece in pieces(self._parts):
-            for character, escape in QUOTED.items():
-                piece = piece.replace(character, escape)
-            yield piece
+            yield _escaped(piece, QUOTED)
         yield b'"'
 
 
