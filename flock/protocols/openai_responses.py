@@ -423,8 +423,8 @@ async def input_items(request: Request) -> Response:
     """GET /v1/responses/{response_id}/input_items: the messages that became the inputs of its run."""
     engine, place = await orders.engine_of(request), Place.of(request.path_params["response_id"])
     reply = await _reply(engine, place)
-    said = enumerate(_said(request, reply.run))
-    return _page(request, [(f"{reply.run.run_id}_in{at}", message.role, message.content) for at, message in said])
+    said, run_id = _said(request, reply.run), reply.run.run_id
+    return _page(request, [(f"{run_id}_in{at}", each.role, each.content) for at, each in enumerate(said)], run_id)
 
 
 def _said(request: Request, run: Run) -> list[chats.Message]:
@@ -441,7 +441,7 @@ class PageQuery(msgspec.Struct, frozen=True, kw_only=True):
     after: str = ""
 
 
-def _page(request: Request, items: Sequence[tuple[str, str, str]]) -> Response:
+def _page(request: Request, items: Sequence[tuple[str, str, str]], run_id: str = "") -> Response:
     """Return a page of messages, oldest first, as clients list them: each has an id, a role and a text.
 
     Raises: InvalidData.
@@ -452,7 +452,7 @@ def _page(request: Request, items: Sequence[tuple[str, str, str]]) -> Response:
     shown = [_message(*item) for item in ordered[first : first + query.limit]]
     ids = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
     body = {"object": "list", "data": shown, "has_more": len(ordered) > first + query.limit, **ids}
-    return PageResponse(body, orders.download_slot(request))
+    return PageResponse(body, orders.download_slot(request), headers={"Flock-Run-Id": run_id} if run_id else None)
 
 
 # Conversations
