@@ -611,6 +611,30 @@ async def test_every_error_below_v1_has_the_form_of_openai(chats: Chats) -> None
         assert (await client.get("/nothing", headers=own)).headers["Content-Type"] == "application/problem+json"
 
 
+async def test_a_key_that_is_sent_twice_is_401(chats: Chats) -> None:
+    app = create_app(chats.flock, store=":memory:", api_keys={"ann": "k" * 32}, protocols=["openai", "mcp"])
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    async with app.lifespan(), client_of(app) as client:
+        for name, own in (("Authorization", f"Bearer {'k' * 32}"), ("X-API-Key", "k" * 32)):
+            assert (await client.get("/v1/models", headers=[(name, own)])).status_code == 200
+            for headers in ([(name, own), (name, "Bearer x")], [(name, "Bearer x"), (name, own)]):
+                check_error(await client.get("/v1/models", headers=headers), 401, "invalid_api_key")
+                assert (await client.post("/mcp", json=body, headers=headers)).status_code == 401
+
+
+async def test_errors_of_the_server_have_the_form_too(chats: Chats, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(chats.flock, store=":memory:", auth="host", allowed_hosts=["t"], protocols=["openai"])
+    async with app.lifespan(), client_of(app) as client:
+        check_error(await client.get("/v1/models", headers={"Host": "evil.example"}), 421, "misdirected_request")
+        with monkeypatch.context() as broken:
+            broken.setattr(app.engine, "submit", None)
+            assert check_error(await chat(client, "echo", "x"), 500, "internal_error")["type"] == "server_error"
+        await app.engine.drain(0)
+        full = await chat(client, "echo", "x")
+    assert check_error(full, 503, ...)["type"] == "server_error"
+    assert int(full.headers["Retry-After"]) > 0
+
+
 async def test_too_many_requests_are_429_with_the_time_to_wait(chats: Chats) -> None:
     app = create_app(chats.flock, store=":memory:", auth="host", protocols=["openai"], max_requests_per_minute=1)
     async with app.lifespan(), client_of(app) as client:

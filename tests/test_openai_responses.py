@@ -145,7 +145,9 @@ async def test_a_response_is_a_run_that_can_be_read_again(client: httpx.AsyncCli
     assert made["usage"]["total_tokens"] == made["usage"]["input_tokens"] + made["usage"]["output_tokens"] == 15
     again = await get(client, f"/v1/responses/{made['id']}")
     assert again == {**made, "metadata": {}}
-    items = await get(client, f"/v1/responses/{made['id']}/input_items")
+    listed = await client.get(f"/v1/responses/{made['id']}/input_items")
+    assert listed.headers["Flock-Run-Id"] == run_id_of(made)
+    items = listed.json()
     assert [item["content"] for item in items["data"]] == [[{"type": "input_text", "text": "How are you?"}]]
     assert (await client.delete(f"/v1/responses/{made['id']}")).json()["deleted"] is True
     check_error(await client.get(f"/v1/responses/{made['id']}"), 404, "unknown_run")

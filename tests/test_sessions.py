@@ -238,9 +238,7 @@ async def turn(n: int) -> int:
 """
 
 
-@pytest.mark.slow
 async def test_one_of_several_runs_at_once_continues_a_session(engine: Engine, turns: Turns) -> None:
-    turns.fails = {7}
     accepted, refused = list[Run](), list[str]()
 
     async def go_on(n: int, after: str, **more: Any) -> None:
@@ -256,9 +254,7 @@ async def test_one_of_several_runs_at_once_continues_a_session(engine: Engine, t
 
     await all_at_once("")
     await ended(engine, accepted[0])
-    failed = await submit(engine, 7, continues=accepted[0].run_id)
-    await ended(engine, failed)
-    await all_at_once(accepted[0].run_id)  # the failed one does not count
+    await all_at_once(accepted[0].run_id)
     assert (len(accepted), len(refused)) == (2, 4)
     assert all(accepted[0].run_id in why for why in refused[:2])
     assert all(accepted[1].run_id in why for why in refused[2:])
@@ -281,6 +277,7 @@ async def test_one_of_two_engines_on_a_file_continues_a_session(store: str, turn
             await submit(one, 2, continues=first.run_id)
 
 
+@pytest.mark.slow
 async def test_the_order_holds_after_kill_9(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes have the runs of one session. They are killed in the first run, and started again."""
     script, log = tmp_path / "turns.py", tmp_path / "log"
@@ -309,7 +306,7 @@ async def test_runs_are_ordered_as_they_were_accepted_not_as_their_ids(store: st
         turns.hold(0)
         first = await submit(engine, 0)
         earlier_id = msgspec.structs.replace(first, run_id="00" + first.run_id[2:], inputs=msgspec.Raw(b'{"n": 1}'))
-        await engine._accept(earlier_id, None, Context())
+        await engine._accept(earlier_id, None, Context(), None)
         assert await engine.store.active_before(earlier_id) == first.run_id
         assert await engine.store.active_before(first) is None
 

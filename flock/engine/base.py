@@ -205,9 +205,7 @@ class EngineBase(Engine):
     def _is_store_ok(self) -> bool: ...
 
     @abstractmethod
-    async def _accept(
-        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None = None
-    ) -> None:
+    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None) -> None:
         """Store *run*, and start it in *context* if this process executes it. Raises the same as ``Engine.submit``."""
 
     @abstractmethod
@@ -395,9 +393,6 @@ class EngineBase(Engine):
         return await self._accept_batch(intake, key)
 
     # Usage
-
-    @abstractmethod
-    async def secret(self) -> str: ...
 
     @abstractmethod
     async def made_by(self, key: IdempotencyKey) -> str | None: ...

@@ -326,9 +326,7 @@ class EmbeddedEngine(EngineBase):
 
     # Runs
 
-    async def _accept(
-        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None = None
-    ) -> None:
+    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None) -> None:
         full = self._runner.full(run.principal)
         is_announced = run.is_async or run.run_id in self._runner.watched  # its client gets its id before its end
         if not is_announced and key is None and run.session_id is None:

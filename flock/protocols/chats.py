@@ -98,23 +98,21 @@ def _text(value: Any) -> str:
 # Results
 
 
-async def _whole_text(agent: Agent, result: msgspec.Raw | LongJSON, *, as_json: bool) -> str:
+async def _whole_text(agent: Agent | None, result: msgspec.Raw | LongJSON | None, *, as_json: bool) -> str:
     """Return a result of *agent* as text: its only output if that is a text, or else the JSON of all outputs.
 
     Raises: RunNotFound, StoreError.
     """
-    raw = b"".join([piece async for piece in result.pieces()]) if isinstance(result, LongJSON) else bytes(result)
-    name = None if as_json else text_output_of(agent)
+    raw = b"".join([piece async for piece in result.pieces()]) if isinstance(result, LongJSON) else result or b"null"
+    name = None if as_json or agent is None else text_output_of(agent)
     text = None if name is None else msgspec.json.decode(raw).get(name)
-    return text if isinstance(text, str) else raw.decode()  # another version of the agent may have had other outputs
+    return text if isinstance(text, str) else bytes(raw).decode()  # another version of it may have had other outputs
 
 
 async def text_of(engine: Engine, agents: Mapping[str, Agent], run: Run, *, as_json: bool) -> str:
     """Return the result of a completed run as text. Raises RunNotFound, StoreError."""
-    result, agent = await engine.shown_result(run), agents.get(run.steps[-1].agent_name)
-    if result is None or agent is None:
-        return _text(result)
-    return await _whole_text(agent, result, as_json=as_json)
+    agent = agents.get(run.steps[-1].agent_name)
+    return await _whole_text(agent, await engine.shown_result(run), as_json=as_json)
 
 
 def text_output_of(agent: Agent) -> str | None:

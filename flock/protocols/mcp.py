@@ -573,9 +573,9 @@ async def _read(call: Call) -> Mapping[str, Any] | Response:
         raise RPCError(code, f"There is no such resource. {problem}", uri=uri[:1000]) from exc
     shown = {name: getattr(run, name) for name in ("run_id", "agent_name", "status", "error", "error_type")}
     shown |= {"result": result, "questions": [each.question for each in run.questions]}
-    text = await QuotedJSON(shown).measure()
-    content: dict[str, Any] = {"uri": uri, "mimeType": "application/json", "text": text}
+    content: dict[str, Any] = {"uri": uri, "mimeType": "application/json", "text": QuotedJSON(shown)}
     if call.may_stream:
         body = _reply(call.message, result=_complete(call, {"contents": [content]}))
         return LongResponse(body, 200, {}, is_head=False)
-    return {"contents": [{**content, "text": msgspec.Raw(b"".join([piece async for piece in text.pieces()]))}]}
+    content["text"] = msgspec.Raw(b"".join([piece async for piece in content["text"].pieces()]))
+    return {"contents": [content]}

@@ -172,7 +172,8 @@ def _answer(place: Place, text: str) -> JSON:
 def _thinking(place: Place, thoughts: str) -> list[JSON]:
     """Return the item of the reasoning, if there is any."""
     summary = [{"type": "summary_text", "text": thoughts}]
-    return [{"id": f"rs_{place.id[5:]}", "type": "reasoning", "summary": summary}] if thoughts else []
+    item = {"id": f"rs_{place.id[5:]}", "type": "reasoning", "status": "completed", "summary": summary}
+    return [item] if thoughts else []
 
 
 def _asked(place: Place, questions: Sequence[Question]) -> list[JSON]:
@@ -246,6 +247,8 @@ async def create_response(request: Request) -> Response:
         raise InvalidData.of("A response in the background must be stored. Leave this out.", "/store")
     if sent.previous_response_id is not None and sent.conversation is not None:
         raise InvalidData.of("Send this or 'previous_response_id', not both.", "/conversation")
+    if sent.session_id is not None:
+        _session(sent.session_id)
     order, place = await _order_of(request, body, sent)
     if sent.stream:
         stream = await orders.stream(request, order, reasoning=sent.has_thoughts)
@@ -284,10 +287,9 @@ async def _order_of(
     items = [parts.Item(role="user", content=sent.input)] if isinstance(sent.input, str) else sent.input or []
     messages, outputs = await parts.read(items, "/input")
     client = parts.client_settings(body, messages, sent.instructions or "")
-    key, earlier, answers, continues = idempotency_key(request, lambda: fingerprint_of(request, body)), None, None, None
+    key, earlier, newest, answers = idempotency_key(request, lambda: fingerprint_of(request, body)), None, None, None
     if key is None or await engine.made_by(key) is None:  # otherwise this request has continued it before
-        earlier = await _earlier(request, sent, is_answer=bool(outputs) or not messages)
-        continues = earlier.run.run_id if earlier else "" if sent.session_id else None
+        earlier, newest = await _earlier(request, sent, is_answer=bool(outputs) or not messages)
     if outputs:
         answers = await parts.answers_in(engine, outputs, "/input")
     elif earlier is not None and not messages:
@@ -298,7 +300,7 @@ async def _order_of(
     order = orders.Order(
         agent_name=sent.model,
         session_id=await _continued(request, agent, sent, earlier, messages),
-        continues=continues,
+        continues=newest,
         inputs=chats.inputs_of(agent, messages, sent.inputs, "/input"),
         is_async=sent.background is True,
         client=client,
@@ -314,23 +316,26 @@ async def _forget(engine: Engine, run_id: str) -> None:
             await engine.delete_run(run_id)
 
 
-async def _earlier(request: Request, sent: ResponseRequest, *, is_answer: bool) -> Reply | None:
-    """Return the response that a request continues, or answers. Only the latest one of a conversation can be continued.
+async def _earlier(request: Request, sent: ResponseRequest, *, is_answer: bool) -> tuple[Reply | None, str | None]:
+    """Return the response that a request continues, or answers, and the newest run of its session.
+
+    Only the latest response of a conversation can be continued.
 
     Raises: RunNotFound, SessionNotFound; InvalidData if there is a later one, or it has not completed.
     """
-    engine = await orders.engine_of(request)
-    if sent.previous_response_id is not None:
-        name, reply = "/previous_response_id", await _reply(engine, Place.of(sent.previous_response_id))
-        latest = reply.run.session_id and await _latest(request, reply.run.session_id)
-        if not is_answer and latest not in (None, reply.run.run_id):
-            raise InvalidData.of(f"A later response of the run {latest} continues this one. Continue that.", name)
-    elif sent.session_id is None or (latest := await _latest(request, _session(sent.session_id)[0])) is None:
-        return None
+    previous_id, name = sent.previous_response_id, "/conversation"
+    previous = None if previous_id is None else await _reply(await orders.engine_of(request), Place.of(previous_id))
+    newest, latest = await _latest(request, previous.run.session_id if previous else sent.session_id)
+    if previous is not None:
+        name, reply = "/previous_response_id", previous
+    elif latest is not None:
+        reply = await _reply(await orders.engine_of(request), Place(latest, -1))
     else:
-        name, reply = "/conversation", await _reply(engine, Place(latest, -1))
+        return None, newest
     if is_answer:
-        return reply
+        return reply, newest
+    if latest not in (None, reply.run.run_id):
+        raise InvalidData.of(f"A later response of the run {latest} continues this one. Continue that.", name)
     if not reply.is_last:
         newest = reply.place._replace(number=len(reply.answers)).id
         raise InvalidData.of(f"Its questions have been answered since. Continue {newest}.", name)
@@ -339,16 +344,19 @@ async def _earlier(request: Request, sent: ResponseRequest, *, is_answer: bool) 
         raise InvalidData.of(f"The run {reply.run.run_id} waits for an answer. {way}.", name)
     if reply.run.status is not RunStatus.COMPLETED:
         raise InvalidData.of(f"The run {reply.run.run_id} is {reply.run.status}, so nothing can continue it.", name)
-    return reply
+    return reply, newest
 
 
-async def _latest(request: Request, session_id: str) -> str | None:
-    """Return the latest run of a session of the caller that has neither failed nor was cancelled."""
+async def _latest(request: Request, session_id: str | None) -> tuple[str | None, str | None]:
+    """Return the newest run of a session of the caller, or "", and the newest that neither failed nor was cancelled."""
+    if session_id is None:
+        return None, None
     newest = await anext(orders.runs_of_session(request, session_id, limit=1), None)
     if newest is None or newest.status not in FAILED:
-        return None if newest is None else newest.run_id
+        return ("", None) if newest is None else (newest.run_id, newest.run_id)
     others = [orders.runs_of_session(request, session_id, each, limit=1) for each in RunStatus if each not in FAILED]
-    return max([run.run_id for runs in others if (run := await anext(runs, None)) is not None], default=None)
+    found = [run.run_id for runs in others if (run := await anext(runs, None)) is not None]
+    return newest.run_id, max(found, default=None)
 
 
 async def _continued(
@@ -413,8 +421,8 @@ async def input_items(request: Request) -> Response:
     """GET /v1/responses/{response_id}/input_items: the messages that became the inputs of its run."""
     engine, place = await orders.engine_of(request), Place.of(request.path_params["response_id"])
     reply = await _reply(engine, place)
-    said = enumerate(_said(request, reply.run))
-    return _page(request, [(f"{reply.run.run_id}_in{at}", message.role, message.content) for at, message in said])
+    said, run_id = _said(request, reply.run), reply.run.run_id
+    return _page(request, [(f"{run_id}_in{at}", each.role, each.content) for at, each in enumerate(said)], run_id)
 
 
 def _said(request: Request, run: Run) -> list[chats.Message]:
@@ -431,7 +439,7 @@ class PageQuery(msgspec.Struct, frozen=True, kw_only=True):
     after: str = ""
 
 
-def _page(request: Request, items: Sequence[tuple[str, str, str]]) -> Response:
+def _page(request: Request, items: Sequence[tuple[str, str, str]], run_id: str = "") -> Response:
     """Return a page of messages, oldest first, as clients list them: each has an id, a role and a text.
 
     Raises: InvalidData.
@@ -442,7 +450,7 @@ def _page(request: Request, items: Sequence[tuple[str, str, str]]) -> Response:
     shown = [_message(*item) for item in ordered[first : first + query.limit]]
     ids = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
     body = {"object": "list", "data": shown, "has_more": len(ordered) > first + query.limit, **ids}
-    return PageResponse(body, orders.download_slot(request))
+    return PageResponse(body, orders.download_slot(request), headers={"Flock-Run-Id": run_id} if run_id else None)
 
 
 # Conversations
@@ -507,12 +515,7 @@ async def conversation_items(request: Request) -> Response:
 
 
 def _streamed(
-    request: Request,
-    engine: Engine,
-    stream: orders.Stream,
-    reply: Reply,
-    sent: ResponseRequest | None,
-    after: int = -1,
+    request: Request, engine: Engine, stream: orders.Stream, reply: Reply, sent: ResponseRequest | None, after: int = -1
 ) -> Response:
     """Return the stream of a run that was accepted. It fails nowhere, so that the slot of *stream* is given back."""
     answer = chats.StreamedAnswer(_agents(request), as_json=reply.place.as_json)
@@ -543,6 +546,19 @@ def _streamed(
     return EventStream(content(), stream.held, headers, on_cut_off=stream.on_cut_off if is_kept else cut_off)
 
 
+#: Of an item with a text: the member that has it, and the names of the events of its part, if it has one, and its text.
+TEXTS = {
+    "message": ("content", "content_part", "output_text"),
+    "reasoning": ("summary", "reasoning_summary_part", "reasoning_summary_text"),
+    "function_call": ("arguments", "", "function_call_arguments"),
+}
+
+
+def _text_of(item: JSON) -> str:
+    text = item[TEXTS[item["type"]][0]]
+    return text if isinstance(text, str) else text[0]["text"]
+
+
 class _Writer:
     """Writes the events of a response, in the order that clients check, without those up to the number *after*.
 
@@ -563,37 +579,18 @@ class _Writer:
         events = (self._event(f"response.{name}", response=response) for name in ("created", "in_progress"))
         return b"".join(events)
 
-    def _thought(self, text: str) -> bytes:
-        if self._text:
-            return b""
-        events = b""
-        if not self._thoughts:
-            (item,) = _thinking(self._reply.place, text)
-            part = {"type": "summary_text", "text": ""}
-            events += self._event("response.output_item.added", output_index=0, item={**item, "summary": []})
-            events += self._summary("part.added", part=part)
-        self._thoughts.append(text)
-        return events + self._summary("text.delta", delta=text)
-
-    def _thoughts_done(self) -> bytes:
-        events = b""
-        for item in _thinking(self._reply.place, "".join(self._thoughts)):
-            (part,) = item["summary"]
-            events = self._summary("text.done", text=part["text"]) + self._summary("part.done", part=part)
-            events += self._event("response.output_item.done", output_index=0, item=item)
-        return events
-
-    def _summary(self, name: str, **data: Any) -> bytes:
-        place = {"item_id": f"rs_{self._reply.place.id[5:]}", "output_index": 0, "summary_index": 0}
-        return self._event(f"response.reasoning_summary_{name}", **place, **data)
-
     def piece(self, text: str | chats.Thought) -> bytes:
         """Return the events of more text, or of reasoning, which is dropped after the text has begun.
 
         Raises: TextReplaced if the client has another text.
         """
         if isinstance(text, chats.Thought):
-            return self._thought(text.text)
+            if self._text:
+                return b""
+            (item,) = _thinking(self._reply.place, text.text)
+            events = b"" if self._thoughts else self._opened(0, item)
+            self._thoughts.append(text.text)
+            return events + self._delta(0, item, text.text)
         at = 1 if self._thoughts else 0
         events = b"" if self._text else self._thoughts_done() + self._opened(at, self._empty)
         missing = self._had - self._length
@@ -604,8 +601,11 @@ class _Writer:
             self._number = (self._length << CHECK_BITS) + self._check % (1 << CHECK_BITS)
             if self._length == self._had and self._number != self._after:
                 raise chats.TextReplaced("The answer was replaced by another one after a part of it had been sent.")
-            events += self._part("delta", at, self._empty, delta=part, logprobs=[])
+            events += self._delta(at, self._empty, part)
         return events
+
+    def _thoughts_done(self) -> bytes:
+        return b"".join(self._closed(0, item) for item in _thinking(self._reply.place, "".join(self._thoughts)))
 
     def end(self, reply: Reply) -> bytes:
         """Return the last events. Raises TextReplaced."""
@@ -620,21 +620,10 @@ class _Writer:
             events += self._opened(len(thoughts), answer[0])
         self._number = (self._length + 1) << CHECK_BITS
         for at, item in enumerate(output[len(thoughts) :], len(thoughts)):
-            if item["type"] == "function_call":
-                added, place = {**item, "arguments": "", "status": "in_progress"}, (item["id"], at)
-                events += self._event("response.output_item.added", output_index=at, item=added)
-                events += self._arguments("delta", *place, delta=item["arguments"])
-                events += self._arguments("done", *place, arguments=item["arguments"], name=item["name"])
-            elif item["type"] != "message":
-                events += self._event("response.output_item.added", output_index=at, item=item)
-            elif item not in answer:
+            if item not in answer:
                 events += self._opened(at, item)
-                events += self._part("delta", at, item, delta=item["content"][0]["text"], logprobs=[])
-            if item["type"] == "message":
-                part = item["content"][0]
-                events += self._part("done", at, item, text=part["text"], logprobs=[])
-                events += self._event("response.content_part.done", **_at(item, at), part=part)
-            events += self._event("response.output_item.done", output_index=at, item=item)
+                events += self._delta(at, item, _text_of(item)) if item["type"] in TEXTS else b""
+            events += self._closed(at, item)
         response = _response(reply, output, self._sent)
         name = response["status"] if response["status"] in ("completed", "incomplete") else "failed"
         return events + self._event(f"response.{name}", response=response)
@@ -646,23 +635,35 @@ class _Writer:
         return self._event("error", code=code, message=message, param=None)
 
     def _opened(self, at: int, item: JSON) -> bytes:
-        added = {**item, "status": "in_progress", "content": []}
-        part = {**item["content"][0], "text": ""}
-        self._number = max(self._number, FIRST_NUMBER)
-        events = self._event("response.output_item.added", output_index=at, item=added)
-        return events + self._event("response.content_part.added", **_at(item, at), part=part)
+        """Return the events that an item begins with, before its text."""
+        if item["type"] not in TEXTS:
+            return self._event("response.output_item.added", output_index=at, item=item)
+        if item["type"] == "message":
+            self._number = max(self._number, FIRST_NUMBER)
+        member, part, _ = TEXTS[item["type"]]
+        empty = {**item, "status": "in_progress", member: [] if part else ""}
+        events = self._event("response.output_item.added", output_index=at, item=empty)
+        return events + (self._about(f"{part}.added", at, item, part={**item[member][0], "text": ""}) if part else b"")
 
-    def _part(self, name: str, at: int, item: JSON, **data: Any) -> bytes:
-        return self._event(f"response.output_text.{name}", **_at(item, at), **data)
+    def _delta(self, at: int, item: JSON, text: str) -> bytes:
+        return self._about(f"{TEXTS[item['type']][2]}.delta", at, item, delta=text)
 
-    def _arguments(self, kind: str, item_id: str, at: int, **data: Any) -> bytes:
-        return self._event(f"response.function_call_arguments.{kind}", item_id=item_id, output_index=at, **data)
+    def _closed(self, at: int, item: JSON) -> bytes:
+        """Return the events that an item ends with, after its text."""
+        events = b""
+        if item["type"] in TEXTS:
+            member, part, name = TEXTS[item["type"]]
+            whole = {"text": _text_of(item)} if part else {member: item[member], "name": item["name"]}
+            events = self._about(f"{name}.done", at, item, **whole)
+            events += self._about(f"{part}.done", at, item, part=item[member][0]) if part else b""
+        return events + self._event("response.output_item.done", output_index=at, item=item)
+
+    def _about(self, event: str, at: int, item: JSON, **data: Any) -> bytes:
+        member, part, _ = TEXTS[item["type"]]
+        place = {"item_id": item["id"], "output_index": at, **({f"{member}_index": 0} if part else {})}
+        return self._event(f"response.{event}", **place, **data, **({"logprobs": []} if "output_text" in event else {}))
 
     def _event(self, type_: str, **data: Any) -> bytes:
         number, self._number = self._number, self._number + 1
         event = {"type": type_, "sequence_number": number, **data}
         return b"" if number <= self._after else sent_event(event, type_)
-
-
-def _at(item: JSON, at: int) -> JSON:
-    return {"item_id": item["id"], "output_index": at, "content_index": 0}

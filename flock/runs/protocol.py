@@ -196,8 +196,8 @@ class Engine(Protocol):
             timeout_s: wall-clock seconds for each attempt, capped at the engine's limit.
             session_id: the session of *principal* that the run joins, 1 to 128 visible ASCII characters. The run starts
                 when the runs of the session that were accepted before it have ended. A retry joins again as the last.
-            continues: the last run of the session that the caller knows, or "". The run is refused if the session has a
-                later one that neither failed nor was cancelled. None accepts it in any case.
+            continues: the newest run of the session that the caller knows, or "". The run is refused if there is a
+                newer one. None accepts it in any case.
             max_cost: US dollars that its model calls may cost in all attempts, 0 < max_cost <= ``MAX_COST``. It is
                 checked before each call.
             key: detects repeated requests.
@@ -218,8 +218,8 @@ class Engine(Protocol):
                 ``flock.agents.clients``.
             Replayed: a run was already created with this key.
             KeyReused: the key was already used for a different request.
-            Conflict: another request with this key is being accepted at the same time, or a later run *continues* the
-                session.
+            Conflict: another request with this key is being accepted at the same time, or the session has a run
+                after *continues*.
             EngineFull: the queue is full.
             EngineStopped: the engine is not running, or is shutting down.
             StoreError: the run cannot be stored.

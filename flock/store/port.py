@@ -403,7 +403,7 @@ class Store(Protocol):
             Replayed: the same request was accepted under this key before. This takes precedence over limits.
             KeyReused: the key was used for another request.
             EngineStopped: its engine has shut down.
-            Conflict: a later run *continues* the session.
+            Conflict: the session has a run after *continues*.
             EngineFull: too many runs of these agents, or of its principal, are queued, in all processes together.
         """
 

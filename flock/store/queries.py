@@ -352,7 +352,7 @@ def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:
 
 
 def check_latest(db: sqlite3.Connection, run: Run, continues: str | None) -> None:
-    """Raise Conflict if the session of *run* has a run after *continues* that neither failed nor was cancelled."""
+    """Raise Conflict if the session of *run* has a run after *continues*."""
     values = (run.flock, run.session_id, run.principal, continues)
     if continues is not None and (row := db.execute(statements.LATER_RUN, values).fetchone()) is not None:
         raise Conflict.continued(row[0])

@@ -168,7 +168,7 @@ ACTIVE_BEFORE = """SELECT run_id FROM runs INDEXED BY sessions_active
     AND rowid < (SELECT rowid FROM runs WHERE run_id = ?) ORDER BY rowid DESC LIMIT 1"""
 LATER_RUN = """SELECT run_id FROM runs INDEXED BY runs_by_session_and_principal
     WHERE batch_id IS NULL AND flock = ? AND session_id = ? AND principal IS ?
-    AND status IN ('starting', 'running', 'waiting', 'completed') AND run_id > ? LIMIT 1"""
+    AND status IN ('starting', 'running', 'waiting', 'completed', 'failed', 'cancelled') AND run_id > ? LIMIT 1"""
 EARLIER_RUNS = """SELECT run_id FROM runs INDEXED BY runs_by_session_and_principal
     WHERE batch_id IS NULL AND flock = ? AND session_id = ? AND status = 'completed' AND principal IS ?
     AND agent_name = ? AND rowid < (SELECT rowid FROM runs WHERE run_id = ?) ORDER BY run_id DESC LIMIT ?"""

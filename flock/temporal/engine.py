@@ -285,9 +285,7 @@ class TemporalEngine(TemporalBatches):
 
     # Runs
 
-    async def _accept(
-        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None = None
-    ) -> None:
+    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None) -> None:
         try:
             await self._check_room(run.principal)
         except EngineFull:
@@ -309,19 +307,12 @@ class TemporalEngine(TemporalBatches):
             raise Replayed(made_id)
 
     async def _take_turn(self, order: RunOrder, continues: str) -> None:
-        """Mark that a run continues another one, until a search surely finds it. Raises Conflict if a later run has."""
-        run_id, before, keep_for = order.run.run_id, continues, timedelta(seconds=KEEP_SESSION_S)
-        while True:
-            turn = IdempotencyKey(f"{session_workflow_id(order.run)} {before}", b"")
-            before = await self._reservations.claim(turn, run_id, keep_for)
-            if before == run_id:
-                return
-            status = None
-            with contextlib.suppress(RunNotFound):  # it is being started
-                status = (await self.get_run(before)).status
-            if status not in RETRYABLE:
-                await self._reservations.release(order.key_id, run_id)
-                raise Conflict.continued(before)
+        """Mark that a run continues another one, until a search surely finds it. Raises Conflict if another run has."""
+        turn = IdempotencyKey(f"{session_workflow_id(order.run)} {continues}", b"")
+        holder = await self._reservations.claim(turn, order.run.run_id, timedelta(seconds=KEEP_SESSION_S))
+        if holder != order.run.run_id:
+            await self._reservations.release(order.key_id, order.run.run_id)
+            raise Conflict.continued(holder)
 
     def _order(self, run: Run) -> RunOrder:
         timeout_s = min(run.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import anyio
 import msgspec
@@ -13,7 +13,6 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from flock.errors import FlockError
-from flock.fair import FairShare
 from flock.runs import Engine, Event, LongJSON, Run
 
 logger = logging.getLogger("flock.api")
@@ -170,38 +169,28 @@ def _delta(event: Event) -> bytes:
     return event.sent
 
 
-def _escaped(text: bytes) -> bytes:
-    for character, escape in LINE_ENDS.items():
+def _escaped(text: bytes, escapes: Mapping[bytes, bytes] = LINE_ENDS) -> bytes:
+    for character, escape in escapes.items():
         text = text.replace(character, escape)
     return text
 
 
 class QuotedJSON(LongJSON):
-    """The JSON of *content*, which has a ``LongJSON``, as a JSON string. ``measure`` it before it is sent."""
+    """The JSON of *content*, in which a ``LongJSON`` may be, as a JSON string. Its length is not known."""
 
     def __init__(self, content: Any) -> None:
         self._parts = _long_parts(content, b"", b"")
-        self.length, self.kept = 0, partial(held, self._parts)
-
-    async def measure(self) -> Self:
-        """Read everything for its length. Raises RunNotFound, StoreError."""
-        share = FairShare()
-        async for piece in self.pieces():
-            self.length += len(piece)
-            await share.checkpoint()
-        return self
+        self.kept = partial(held, self._parts)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         yield b'"'
         async for piece in pieces(self._parts):
-            for character, escape in QUOTED.items():
-                piece = piece.replace(character, escape)
-            yield piece
+            yield _escaped(piece, QUOTED)
         yield b'"'
 
 
 class LongResponse(StreamingResponse):
-    """JSON that contains ``LongJSON`` values, with a newline at the end. Its length is known, so it is not chunked.
+    """JSON that contains ``LongJSON`` values, with a newline at the end. It is not chunked if its length is known.
 
     If a value cannot be read completely, a WARNING is logged, and the server closes the connection.
     """
@@ -210,9 +199,11 @@ class LongResponse(StreamingResponse):
 
     def __init__(self, content: Any, status_code: int, headers: Mapping[str, str], *, is_head: bool) -> None:
         parts = _long_parts(content, b"", b"\n")
-        length = sum(part.length if isinstance(part, LongJSON) else len(part) for part in parts)
+        if not any(isinstance(part, QuotedJSON) for part in parts):
+            length = sum(part.length if isinstance(part, LongJSON) else len(part) for part in parts)
+            headers = {**headers, "Content-Length": str(length)}
         self._parts: Sequence[bytes | LongJSON] = [] if is_head else parts
-        super().__init__(pieces(self._parts), status_code, {**headers, "Content-Length": str(length)})
+        super().__init__(pieces(self._parts), status_code, headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with held(self._parts):

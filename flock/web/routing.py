@@ -208,12 +208,15 @@ async def _in_thread(auth: Auth, connection: HTTPConnection) -> Any:
 
 
 def api_key_auth(keys: KeyRing) -> Auth:
-    """Return an ``auth`` function for ``Authorization: Bearer`` (RFC 6750) and ``X-API-Key``."""
+    """Return an ``auth`` function for ``Authorization: Bearer`` (RFC 6750) and ``X-API-Key``.
+
+    A key that is sent twice is unknown, since a proxy may have looked at the other one.
+    """
 
     async def auth(connection: HTTPConnection) -> Principal:
-        scheme, _, key = connection.headers.get("authorization", "").partition(" ")
+        scheme, _, key = ", ".join(connection.headers.getlist("authorization")).partition(" ")
         if scheme.lower() != "bearer":
-            key = connection.headers.get("x-api-key", "")
+            key = ", ".join(connection.headers.getlist("x-api-key"))
         principal = keys.find(key.strip())
         if principal is None:
             raise Unauthenticated("The API key is missing or unknown. With curl: -H 'Authorization: Bearer YOUR_KEY'")
