@@ -178,7 +178,7 @@ def test_unlimited_strings_and_lists_produce_a_valid_answer(text: str) -> None:
 
 def test_times_are_always_valid() -> None:
     """The grammar has rules for dates and times, and our own pattern for durations."""
-    flock = flock_of("day: date, at: datetime, clock: time, took: timedelta", max_retries=0)
+    flock = flock_of("day: date, at: datetime, clock: time, took: timedelta", answer_retries=0)
     result = flock.run("text_analyzer", {"text": "On 3 May 2024 at 20:15 it began, and took two hours."})
     assert result.keys() == {"day", "at", "clock", "took"}
 
@@ -214,7 +214,7 @@ def test_nested_outputs_are_valid() -> None:
 def test_examples_and_reasoning_produce_a_valid_answer_and_too_many_examples_are_reported() -> None:
     example = ({"text": "The soup was cold."}, {"sentiment": "negative", "reasoning": "Cold soup is a complaint."})
     output = "sentiment: Literal['negative', 'positive']"
-    few = flock_of(output, examples=[example] * 2, reasoning=True, max_retries=0)
+    few = flock_of(output, examples=[example] * 2, reasoning=True, answer_retries=0)
     assert few.run("text_analyzer", {"text": "I absolutely love it."}).keys() == {"sentiment"}
     with pytest.raises(RunFailed, match="exceeds its context window") as caught:
         flock_of(output, examples=[example] * 100, reasoning=True).run("text_analyzer", {"text": "I love it."})

@@ -157,7 +157,7 @@ async def test_a_retry_validates_the_new_answers(model: FakeModel) -> None:
             raise AgentError("No.")
 
     model.replies = [{"text": "a"}, {"text": "b"}]
-    async with flock_of(validate=check, max_retries=0).engine(transport=model.transport) as engine:
+    async with flock_of(validate=check, answer_retries=0).engine(transport=model.transport) as engine:
         run = await ended(engine)
         assert (run.status, run.error_type) == (RunStatus.FAILED, "invalid_output")
         is_strict = False
@@ -393,7 +393,7 @@ async def test_a_function_of_a_call_gets_the_context_with_its_state() -> None:
 
     @flock.agent
     async def caller(q: str, context: RunContext[Pool]) -> str:
-        return await context.call(look_up, q)
+        return str(await context.call(look_up, q))
 
     async with flock.engine() as engine:
         run = await ended(engine, "caller")
