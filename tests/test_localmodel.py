@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from flock.agents.signature import Signature
-from flock.core import Flock, FlockFactory
+from flock.core import Flock, FlockFactory, History
 from flock.errors import ModelError, RunFailed
 from flock.models import localmodel
 from flock.models.localmodel import bounded_schema, serve
+from flock.runs import RunContext
 
 
 def weights() -> Path:
@@ -240,3 +242,49 @@ def test_an_agent_with_two_tools_calls_them_and_answers() -> None:
     assert list(result) == ["answer"]
     assert 1 <= len(called) <= 2
     assert called[0].startswith(("weather of ", "population of "))
+
+
+class Refund(msgspec.Struct):
+    amount: int
+
+
+class Question(msgspec.Struct):
+    text: str
+
+
+@pytest.mark.anyio
+async def test_what_a_program_adds_to_an_agent_works_with_a_real_model() -> None:
+    """Instructions and checks that are functions, one of several outputs, a hook, a state, and the history."""
+    asked: list[list[str]] = []
+    checked: list[Refund | Question] = []
+    output: Any = Refund | Question
+
+    def instructions(context: RunContext[str]) -> str:
+        return f"You work for {context.state}."
+
+    flock = Flock(model="local/smollm2-135m", state="the shop of Ann")
+    flock.add_agent(
+        FlockFactory.create_default_agent(
+            "desk",
+            input="mail: str",
+            output=output,
+            instructions=instructions,
+            validate=checked.append,
+            history=History(calls=True),
+        )
+    )
+
+    @flock.on_model_call
+    async def count(call: Any, ask: Any) -> Any:
+        call.options["temperature"] = 0
+        asked.append([message.content for message in call.messages])
+        return await ask(call)
+
+    async with flock.engine() as engine:
+        for mail in ("My cup is broken. Pay me 3 €.", "I also want a new one."):
+            run = await engine.submit("desk", {"mail": mail}, session_id="ann")
+            run = await engine.wait(run.run_id)
+            assert run.error is None
+    assert run.value == {"result": {"type": type(checked[-1]).__name__, **msgspec.structs.asdict(checked[-1])}}
+    assert all("You work for the shop of Ann." in system for system, *_ in asked)
+    assert "My cup is broken." in asked[-1][1], "the second turn sees the first one"

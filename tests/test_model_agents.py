@@ -624,6 +624,10 @@ class QuestionModel(pydantic.BaseModel):
     text: str
 
 
+class TypedModel(pydantic.BaseModel):
+    type: str
+
+
 @pytest.mark.parametrize(
     ("union", "types"),
     [(Refund | Question, (Refund, Question)), (RefundModel | QuestionModel, (RefundModel, QuestionModel))],
@@ -649,7 +653,8 @@ async def test_an_output_may_be_one_of_several_types(
     assert (second.value or {})["result"].items() >= {"type": refund.__name__, "amount": 4}.items(), second.error
     assert [isinstance(value, type_) for value, type_ in zip(checked, (question, refund), strict=True)] == [True, True]
     format_ = model.requests[0]["response_format"]["json_schema"]
-    assert format_["schema"]["properties"]["result"]["anyOf"]
+    members = format_["schema"]["properties"]["result"]["anyOf"]
+    assert [next(iter(member["properties"])) for member in members] == ["type", "type"], "the first one decides"
 
 
 def test_a_union_whose_members_cannot_be_told_apart_is_an_error() -> None:
@@ -658,6 +663,7 @@ def test_a_union_whose_members_cannot_be_told_apart_is_an_error() -> None:
     for union, words in (
         (Question | other, "have the same name"),
         (Question | typed, "needs a tag in a union"),
+        (QuestionModel | TypedModel, "TypedModel has a field 'type', which has the name of the type here"),
         (Question | QuestionModel, "must be structs of msgspec, or models of pydantic"),
         (Question | None, "must be structs of msgspec, or models of pydantic"),
         (str | int, "must be structs of msgspec, or models of pydantic"),
