@@ -27,6 +27,7 @@ import msgspec
 from flock.errors import Conflict, FieldError, FlockError, RunFailed
 from flock.formats import ENDINGS, FORMATS, format_of, is_gzipped
 from flock.pydanticmodel import from_json
+from flock.renamed import renamed
 from flock.runs import Progress, RunStatus
 from flock.runs.events import Event
 
@@ -232,7 +233,7 @@ class AsyncFlockClient:
         inputs: Mapping[str, Any] | None = ...,
         *,
         result_type: type[T],
-        answer: Callable[[OpenQuestion], Any] | None = ...,
+        on_question: Callable[[OpenQuestion], Any] | None = ...,
         **options: Any,
     ) -> T: ...
     @overload
@@ -241,28 +242,29 @@ class AsyncFlockClient:
         agent_name: str,
         inputs: Mapping[str, Any] | None = ...,
         *,
-        answer: Callable[[OpenQuestion], Any] | None = ...,
+        on_question: Callable[[OpenQuestion], Any] | None = ...,
         **options: Any,
     ) -> dict[str, Any]: ...
+    @renamed(answer="on_question")
     async def run(
         self,
         agent_name: str,
         inputs: Mapping[str, Any] | None = None,
         *,
         result_type: Any = dict[str, Any],
-        answer: Callable[[OpenQuestion], Any] | None = None,
+        on_question: Callable[[OpenQuestion], Any] | None = None,
         **options: Any,
     ) -> Any:
         """Run an agent, wait for its end, and return its result.
 
         Args:
             result_type: what the result is read as: a struct, a dataclass, a TypedDict, a pydantic model.
-            answer: answers the questions of the run; it may be async.
+            on_question: answers the questions of the run; it may be async.
             options: see ``submit``.
 
         Raises:
             RunFailed: the run has failed or was cancelled.
-            Conflict: it waits for an answer, and there is no *answer*.
+            Conflict: it waits for an answer, and there is no *on_question*.
             msgspec.ValidationError: the result is not a *result_type*.
         """
         run = await self.submit(agent_name, inputs, **options)
@@ -270,11 +272,12 @@ class AsyncFlockClient:
             run = await self.wait(run.run_id)
             if run.status is not RunStatus.WAITING:
                 return run.value_as(result_type)
-            if answer is None:
+            if on_question is None:
                 texts = ", ".join(repr(question.question) for question in run.waiting_for)
-                raise Conflict(f"The run {run.run_id} waits for an answer: {texts}. Give answer=, or use answer().")
+                waits = f"The run {run.run_id} waits for an answer: {texts}."
+                raise Conflict(f"{waits} Pass on_question=, or use answer().")
             for question in run.waiting_for:
-                output = answer(question)
+                output = on_question(question)
                 await self.answer(run.run_id, question.call_id, await output if inspect.isawaitable(output) else output)
 
     async def submit(
@@ -656,6 +659,7 @@ class FlockClient:
     ) -> T: ...
     @overload
     def run(self, agent_name: str, inputs: Mapping[str, Any] | None = ..., **options: Any) -> dict[str, Any]: ...
+    @renamed(answer="on_question")
     @functools.wraps(AsyncFlockClient.run)
     def run(self, agent_name: str, inputs: Mapping[str, Any] | None = None, **options: Any) -> Any:
         return self._wait_for(self._client.run(agent_name, inputs, **options))

@@ -38,6 +38,7 @@ from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of
 from flock.models.prices import Price, merged
 from flock.options import WEBHOOK_URL, check
+from flock.renamed import renamed
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import MAX_ROW_BYTES, file_rows
 from flock.rows.results import item_pages
@@ -150,6 +151,7 @@ class DeclaredFlock:
     @overload
     def agent(self, /, **options: Unpack[AgentOptions]) -> Callable[[Callable[..., Any]], FunctionAgent]: ...
 
+    @renamed(retry="on_retry")
     def agent(self, function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         """Convert a typed function to an agent, like ``flock.core.agent``, and add it."""
 
@@ -182,6 +184,7 @@ class DeclaredFlock:
         self.shared.tool_hooks.append(Hook("on_tool_call", hook))
         return hook
 
+    @renamed(answer="on_question")
     def engine(
         self,
         *,
@@ -224,19 +227,20 @@ class DeclaredFlock:
         inputs, results = agent_of(self.agents, agent_name).input, result_names(agent_name, self.agents)
         return RowMapping(inputs, static, names, max_static_bytes, on_extra=on_extra, result_names=results)
 
+    @renamed(answer="on_question")
     async def run_async(
         self,
         agent_name: str,
         inputs: Mapping[str, Any] | None = None,
         *,
-        answer: Answer = nobody,
+        on_question: Answer = nobody,
         on_event: Callable[[Event], object] | None = None,
     ) -> dict[str, Any]:
         """Run an agent, and the agents that it hands off to, without a server.
 
         Args:
-            answer: a function that answers the questions of the agents; see ``RunContext.ask``. It may be async. By
-                default a question fails the run.
+            on_question: a function that answers the questions of the agents; see ``RunContext.ask``. It may be async.
+                By default a question fails the run.
             on_event: called with each event of the run, such as ``output.delta`` with a piece of text as it is written.
 
         Returns:
@@ -249,7 +253,7 @@ class DeclaredFlock:
 
         Cancellation: the run is cancelled.
         """
-        async with self.engine(expose_errors=True, answer=answer) as engine:
+        async with self.engine(expose_errors=True, on_question=on_question) as engine:
             run = await engine.submit(agent_name, inputs or {}, is_async=False, watch=on_event is not None)
             if on_event is not None:
                 async with contextlib.aclosing(engine.events(run.run_id)) as events:
@@ -260,8 +264,9 @@ class DeclaredFlock:
         return run.value_as(dict[str, Any])
 
     #: ``run_async`` for scripts: blocks until the result is available.
-    run = _blocking(run_async)
+    run = renamed(answer="on_question")(_blocking(run_async))
 
+    @renamed(answer="on_question")
     async def run_batch_async(
         self,
         agent_name: str,
@@ -283,7 +288,7 @@ class DeclaredFlock:
         decimal: str = ".",
         encoding: str = "utf-8",
         progress: bool | None = None,
-        answer: Answer = nobody,
+        on_question: Answer = nobody,
     ) -> list[Any]:
         """Run an agent for many inputs, without a server. Everything is held in memory, and nothing is stored.
 
@@ -303,7 +308,7 @@ class DeclaredFlock:
             max_failures, dedupe: see ``BatchOptions``.
             delimiter, decimal, encoding: the format of a CSV file; see ``CSVDialect``.
             progress: show a progress line on stderr. If None, only if stderr is a terminal.
-            answer: see ``run_async``. By default a question fails its item.
+            on_question: see ``run_async``. By default a question fails its item.
 
         Returns:
             list: one result per item, in the order of the inputs. The result of a failed item is
@@ -345,7 +350,7 @@ class DeclaredFlock:
             if first is None:
                 return results
             limits = limits_for_one_batch(max_workers)
-            async with self.engine(limits=limits, expose_errors=True, answer=answer) as engine:
+            async with self.engine(limits=limits, expose_errors=True, on_question=on_question) as engine:
                 batch = await engine.submit_batch(agent_name, _chain(first, rows), options, on_invalid=on_invalid)
                 try:
                     await follow_batch(engine, batch.batch_id, is_shown=progress)
@@ -358,7 +363,7 @@ class DeclaredFlock:
         return results
 
     #: ``run_batch_async`` for scripts: blocks until all results are available.
-    run_batch = _blocking(run_batch_async)
+    run_batch = renamed(answer="on_question")(_blocking(run_batch_async))
 
 
 def agent_of(agents: Mapping[str, Agent], name: str) -> Agent:
@@ -372,6 +377,7 @@ class FlockFactory:
     """Creates agents from signatures."""
 
     @staticmethod
+    @renamed(max_retries="answer_retries", retry="on_retry")
     def create_default_agent(
         name: str,
         description: str = "",
@@ -390,7 +396,7 @@ class FlockFactory:
         temperature: float | None = None,
         max_tokens: int | None = None,
         options: ModelOptions | None = None,
-        max_retries: int = 2,
+        answer_retries: int = 2,
         validate: Callable[..., Any] | None = None,
         timeout_s: float = 300,
         client_instructions: bool = False,
@@ -400,7 +406,7 @@ class FlockFactory:
         max_concurrency: int | None = None,
         on_interrupt: OnInterrupt = "retry",
         on_change: OnChange = "stop",
-        retry: RetriedCalls = "keep",
+        on_retry: RetriedCalls = "keep",
         version: str | None = None,
         webhook_url: str | None = None,
     ) -> ModelAgent:
@@ -412,9 +418,9 @@ class FlockFactory:
                 ``Refund | Question``, which is then a field ``result`` with the name of its type in ``type``.
             types: additional types, by name, that the strings may use.
             model, instructions, examples, reasoning, history, tools, max_tool_calls, tool_timeout_s, temperature,
-                max_tokens, options, max_retries, validate, timeout_s, client_instructions, client_tools,
+                max_tokens, options, answer_retries, validate, timeout_s, client_instructions, client_tools,
                 client_options: see ``ModelAgent``.
-            next_agent, max_concurrency, on_interrupt, on_change, retry, version, webhook_url: see ``Agent``.
+            next_agent, max_concurrency, on_interrupt, on_change, on_retry, version, webhook_url: see ``Agent``.
 
         Raises:
             SignatureError: a signature is invalid.
@@ -437,7 +443,7 @@ class FlockFactory:
             temperature=temperature,
             max_tokens=max_tokens,
             options=options,
-            max_retries=max_retries,
+            answer_retries=answer_retries,
             validate=validate,
             timeout_s=timeout_s,
             client_instructions=client_instructions,
@@ -447,7 +453,7 @@ class FlockFactory:
             max_concurrency=max_concurrency,
             on_interrupt=on_interrupt,
             on_change=on_change,
-            retry=retry,
+            on_retry=on_retry,
             version=version,
             webhook_url=webhook_url,
         )

@@ -157,7 +157,7 @@ def test_the_version_of_an_agent_changes_with_its_signature_and_its_definition()
 
     assert version_of(like()) != version_of(like(options={"seed": 1}))
     assert version_of(like(validate=lambda answer: None)) != version_of(like(validate=print))
-    assert version_of(like()) == version_of(like(max_retries=5))
+    assert version_of(like()) == version_of(like(answer_retries=5))
     changes: list[dict[str, Any]] = [
         *({"instructions": "Be brief."}, {"model": "openai/gpt-4o"}, {"next_agent": "other"}, {"temperature": 0.5}),
         {"description": "Another one."},
@@ -215,13 +215,13 @@ async def test_an_answer_with_an_invalid_time_is_sent_back_with_a_valid_example(
     assert reason in model.requests[1]["messages"][-1]["content"]
 
 
-@pytest.mark.parametrize("max_retries", [0, 1, 3])
+@pytest.mark.parametrize("answer_retries", [0, 1, 3])
 async def test_after_max_retries_the_reason_is_the_error(
-    max_retries: int, model: FakeModel, resources: Resources
+    answer_retries: int, model: FakeModel, resources: Resources
 ) -> None:
-    model.replies = [Reply({"sentiment": "good"})] * (max_retries + 1)
-    with pytest.raises(InvalidOutput, match=f"in {max_retries + 1} attempts?: /keywords: This field is required"):
-        await turn(analyzer(max_retries=max_retries), resources, text="x", limit=1)
+    model.replies = [Reply({"sentiment": "good"})] * (answer_retries + 1)
+    with pytest.raises(InvalidOutput, match=f"in {answer_retries + 1} attempts?: /keywords: This field is required"):
+        await turn(analyzer(answer_retries=answer_retries), resources, text="x", limit=1)
 
 
 async def test_timeout_s_covers_the_whole_turn(model: FakeModel, resources: Resources) -> None:
@@ -340,7 +340,7 @@ async def test_an_answer_that_violates_a_nested_type_is_sent_back_and_then_fails
     change: Any, pointer: str, reason: str, model: FakeModel, resources: Resources
 ) -> None:
     made = FlockFactory.create_default_agent(
-        "design", output="product: Product", types={"Product": Product}, max_retries=1
+        "design", output="product: Product", types={"Product": Product}, answer_retries=1
     )
     model.replies = [Reply({"product": PRODUCT | change})] * 2
     with pytest.raises(InvalidOutput) as caught:

@@ -192,7 +192,7 @@ async def test_a_program_answers_in_place_of_a_person(model: FakeModel) -> None:
         questions.append(question)
         return {"approved": True}
 
-    async with asking(till).engine(transport=model.transport, answer=allow) as engine:
+    async with asking(till).engine(transport=model.transport, on_question=allow) as engine:
         run = await engine.submit("ask", {"q": "?"})
         run = await engine.wait(run.run_id)
     assert (run.status, till.paid, len(questions)) == (RunStatus.COMPLETED, [40], 1)

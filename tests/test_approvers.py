@@ -570,7 +570,7 @@ async def test_an_app_that_identifies_nobody_does_not_start_with_a_tool_that_nam
         async with app.lifespan():
             pass
     model.replies = [refund(40), DONE]
-    async with flock.engine(transport=model.transport, answer=lambda question: YES) as engine:  # of a program
+    async with flock.engine(transport=model.transport, on_question=lambda question: YES) as engine:  # of a program
         run = await engine.submit("ask", {"q": "?"})
         assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
 

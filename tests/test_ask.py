@@ -789,14 +789,14 @@ def test_without_a_server_a_function_answers() -> None:
     async def approve(question: Question) -> Approval:
         return Approval(question.question.startswith("Refund"))
 
-    assert refunds.flock.run("refund", {"order": "A7"}, answer=approve) == {"result": "paid 40.0"}
+    assert refunds.flock.run("refund", {"order": "A7"}, on_question=approve) == {"result": "paid 40.0"}
     assert refunds.executed == ["look", "code", "pay"]
-    results = refunds.flock.run_batch("refund", [{"order": "A7"}], answer=lambda question: {"approved": False})
+    results = refunds.flock.run_batch("refund", [{"order": "A7"}], on_question=lambda question: {"approved": False})
     assert results == [{"result": "refused: "}]
 
 
 def test_without_a_server_and_an_answer_the_error_says_what_to_do() -> None:
-    with pytest.raises(RunFailed, match=r"Pass answer= to flock.run .*Refund 40.0 for A7\?"):
+    with pytest.raises(RunFailed, match=r"Pass on_question= to flock.run .*Refund 40.0 for A7\?"):
         Refunds().flock.run("refund", {"order": "A7"})
 
 

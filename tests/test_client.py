@@ -150,13 +150,13 @@ async def test_questions_are_answered_by_a_function(is_async: bool) -> None:
         return Approval(approved=False, reason=question.question)
 
     async with local() as client:
-        result = await client.run("approve", {"text": "tea"}, answer=later if is_async else now)
+        result = await client.run("approve", {"text": "tea"}, on_question=later if is_async else now)
         assert result == {"result": "sent" if is_async else "kept: Send tea?"}
 
 
 async def test_a_run_that_waits_for_nobody_is_a_conflict() -> None:
     async with local() as client:
-        with pytest.raises(Conflict, match=r"waits for an answer: 'Send tea\?'\. Give answer="):
+        with pytest.raises(Conflict, match=r"waits for an answer: 'Send tea\?'\. Pass on_question="):
             await client.run("approve", {"text": "tea"})
 
 
@@ -178,7 +178,9 @@ def test_a_question_beside_a_call_is_answered_when_the_run_does_nothing_else(ser
 
     def run() -> None:
         with FlockClient(server.url) as client:
-            results.append(client.run("ask_beside", {"gate": str(tmp_path / "gate")}, answer=lambda question: True))
+            results.append(
+                client.run("ask_beside", {"gate": str(tmp_path / "gate")}, on_question=lambda question: True)
+            )
 
     runner = threading.Thread(target=run)
     runner.start()
@@ -285,7 +287,7 @@ async def test_a_retry_whose_response_is_lost_is_not_sent_again() -> None:
 
 def test_a_callback_that_uses_its_own_client_is_an_error(client: FlockClient) -> None:
     with pytest.raises(RuntimeError, match="cannot use the same client"):
-        client.run("refund", {"amount": 1}, answer=lambda question: client.agents())
+        client.run("refund", {"amount": 1}, on_question=lambda question: client.agents())
 
 
 async def test_a_server_that_stays_full_is_given_up() -> None:

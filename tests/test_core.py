@@ -21,7 +21,7 @@ import msgspec
 import pydantic
 import pytest
 
-from flock.core import Flock, FlockFactory
+from flock.core import Flock, FlockFactory, agent
 from flock.errors import AgentNotFound, Conflict, DefinitionError, InvalidData, RunFailed, SignatureError
 from flock.runs import BatchFilter, BatchOptions, Run, RunContext, RunFilter, RunStatus, now
 from flock.steps.progress import follow_batch
@@ -121,6 +121,38 @@ def test_an_unknown_status_of_a_filter_is_an_error() -> None:
             DefinitionError, match=r"^'done' is not a status\. Use starting, running, waiting, completed,"
         ):
             make(status="done")  # type: ignore[arg-type]
+
+
+def with_old_names() -> list[Any]:
+    """Return what functions return that get options under their old names."""
+    flock, old = Flock(), {"retry": "again"}
+    make: Any = FlockFactory.create_default_agent
+    made: list[Any] = [make("w", output="a", max_retries=5, **old), agent(**old)(asks), flock.agent(**old)(asks)]  # type: ignore[call-overload]
+    flock.engine(answer=lambda question: 3)
+    options: Any = {"answer": lambda question: 3}
+    ran = [flock.run("asks", **options), flock.run_batch("asks", [{}], **options)]
+
+    async def in_loop() -> Any:
+        return await flock.run_async("asks", **options)
+
+    ran.append(anyio.run(in_loop))
+    return [*(each.on_retry for each in made), made[0].answer_retries, *ran]
+
+
+def test_old_names_of_options_work_with_a_warning_in_the_line_that_has_them() -> None:
+    with pytest.warns(DeprecationWarning, match="is called") as warned:
+        found = with_old_names()
+    assert found == [*["again"] * 3, 5, {"result": 3}, [{"result": 3}], {"result": 3}]
+    assert {str(each.message).partition(" now")[0] for each in warned} == {
+        "answer= is called on_question=",
+        "max_retries= is called answer_retries=",
+        "retry= is called on_retry=",
+    }
+    assert all(each.filename == __file__ for each in warned)
+
+
+async def asks(context: RunContext) -> int:
+    return await context.ask("How many?", int)
 
 
 @pytest.mark.anyio

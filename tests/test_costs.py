@@ -87,7 +87,9 @@ class Provider(FakeModel):
 def measuring(model: str = MODEL, **options: Any) -> Flock:
     """A flock with an agent that a model takes the length of a text."""
     flock = Flock(f"costs {new_id()}", model=model, **options)
-    flock.add_agent(FlockFactory.create_default_agent("measure", "", None, "text: str", "length: int", max_retries=1))
+    flock.add_agent(
+        FlockFactory.create_default_agent("measure", "", None, "text: str", "length: int", answer_retries=1)
+    )
     return flock
 
 
@@ -286,7 +288,7 @@ async def test_a_run_of_an_older_version_counts_its_earlier_steps(tmp_path: Path
     """It failed after its first step, whose tokens are only in the step."""
     flock = measuring()
     flock.agents["measure"].next_agent = "again"
-    flock.add_agent(FlockFactory.create_default_agent("again", "", None, "length: int", "n: int", max_retries=0))
+    flock.add_agent(FlockFactory.create_default_agent("again", "", None, "length: int", "n: int", answer_retries=0))
     model.replies = [Reply({"length": 1}), Reply("no JSON"), Reply({"n": 1})]
     async with flock.engine(transport=model.transport, store=tmp_path / "flock.db") as engine:
         run = await finish(engine, (await engine.submit("measure", {"text": "a"})).run_id)
@@ -301,7 +303,7 @@ async def test_a_run_stops_at_its_max_cost(open_engine: OpenEngine, model: FakeM
     """A reply costs 0.000075 dollars. The second call is made with 0.00005 dollars left, and the third is not."""
     flock = measuring()
     flock.agents["measure"].next_agent = "again"
-    flock.add_agent(FlockFactory.create_default_agent("again", "", None, "length: int", "n: int", max_retries=5))
+    flock.add_agent(FlockFactory.create_default_agent("again", "", None, "length: int", "n: int", answer_retries=5))
     model.replies = [Reply({"length": 1}), Reply("no JSON")]
     async with open_engine(flock, transport=model.transport) as engine:
         run_id = (await engine.submit("measure", {"text": "a"}, max_cost=0.000125)).run_id
@@ -512,7 +514,7 @@ def crowded(prices: Any = A_DOLLAR, max_tokens: int | None = 100) -> Flock:
     flock = Flock(f"costs {new_id()}", model=MODEL, prices=prices)
     flock.add_agent(
         FlockFactory.create_default_agent(
-            "measure", "", None, "text: str", "length: int", max_retries=0, max_tokens=max_tokens
+            "measure", "", None, "text: str", "length: int", answer_retries=0, max_tokens=max_tokens
         )
     )
 
@@ -930,7 +932,7 @@ SERVED = """
 from flock.core import Flock, FlockFactory
 
 flock = Flock("costs", model="openai/gpt-4o")
-flock.add_agent(FlockFactory.create_default_agent("measure", "", None, "text: str", "length: int", max_retries=1))
+flock.add_agent(FlockFactory.create_default_agent("measure", "", None, "text: str", "length: int", answer_retries=1))
 """
 
 

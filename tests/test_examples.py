@@ -64,11 +64,11 @@ User.objects.create_user("ann", password="of-ann")
 def test_an_example_is_short(path: Path) -> None:
     """It has under ten lines, or under thirty if it authenticates users, asks a person or calls agents.
 
-    Those that search have under sixty, and ``text_analyzer.py`` may be longer.
+    Those that search have under sixty, ``support.py`` with its tests under 150, and ``text_analyzer.py`` may be longer.
     """
     lines = [line for line in path.read_text("utf-8").splitlines() if line.strip() and '"""' not in line]
     is_long = any(word in "".join(lines) for word in ("auth=", ".ask(", ".run_agent("))
-    most = 60 if path.stem.startswith("search_") else 30 if is_long else 10
+    most = 150 if path.stem == "support" else 60 if path.stem.startswith("search_") else 30 if is_long else 10
     assert len(lines) < most or path.stem == "text_analyzer"
 
 

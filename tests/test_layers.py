@@ -21,6 +21,7 @@ RANKS = {
     "flock.limits": 0,
     "flock.logs": 0,
     "flock.nearest": 0,
+    "flock.renamed": 0,
     "flock.options": 0,
     "flock.pydanticmodel": 0,
     "flock.runs": 0,

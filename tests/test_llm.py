@@ -228,8 +228,8 @@ OPEN = "a: str, b: dict[str, int]"
     ],
 )
 def test_an_output_that_strict_mode_does_not_allow_is_an_error_at_the_definition(output: Any, words: str) -> None:
-    many = enum.StrEnum("Many", [f"m{n}" for n in range(1001)])
-    types = {"Pair": Pair, "Many": many}
+    members: Any = [f"m{n}" for n in range(1001)]
+    types = {"Pair": Pair, "Many": enum.StrEnum("Many", members)}
     make = functools.partial(FlockFactory.create_default_agent, "writer", output=output, types=types)
     expected = re.escape(f"The output of 'writer' is not allowed in the strict mode of 'openai/gpt-4o': {words}. ")
     with pytest.raises(DefinitionError, match=expected):

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from flock.agents.signature import Signature
-from flock.core import Flock, FlockFactory
+from flock.core import Flock, FlockFactory, History
 from flock.errors import ModelError, RunFailed
 from flock.models import localmodel
 from flock.models.localmodel import bounded_schema, serve
+from flock.runs import RunContext
 
 
 def weights() -> Path:
@@ -178,7 +180,7 @@ def test_unlimited_strings_and_lists_produce_a_valid_answer(text: str) -> None:
 
 def test_times_are_always_valid() -> None:
     """The grammar has rules for dates and times, and our own pattern for durations."""
-    flock = flock_of("day: date, at: datetime, clock: time, took: timedelta", max_retries=0)
+    flock = flock_of("day: date, at: datetime, clock: time, took: timedelta", answer_retries=0)
     result = flock.run("text_analyzer", {"text": "On 3 May 2024 at 20:15 it began, and took two hours."})
     assert result.keys() == {"day", "at", "clock", "took"}
 
@@ -214,7 +216,7 @@ def test_nested_outputs_are_valid() -> None:
 def test_examples_and_reasoning_produce_a_valid_answer_and_too_many_examples_are_reported() -> None:
     example = ({"text": "The soup was cold."}, {"sentiment": "negative", "reasoning": "Cold soup is a complaint."})
     output = "sentiment: Literal['negative', 'positive']"
-    few = flock_of(output, examples=[example] * 2, reasoning=True, max_retries=0)
+    few = flock_of(output, examples=[example] * 2, reasoning=True, answer_retries=0)
     assert few.run("text_analyzer", {"text": "I absolutely love it."}).keys() == {"sentiment"}
     with pytest.raises(RunFailed, match="exceeds its context window") as caught:
         flock_of(output, examples=[example] * 100, reasoning=True).run("text_analyzer", {"text": "I love it."})
@@ -240,3 +242,49 @@ def test_an_agent_with_two_tools_calls_them_and_answers() -> None:
     assert list(result) == ["answer"]
     assert 1 <= len(called) <= 2
     assert called[0].startswith(("weather of ", "population of "))
+
+
+class Refund(msgspec.Struct):
+    amount: int
+
+
+class Question(msgspec.Struct):
+    text: str
+
+
+@pytest.mark.anyio
+async def test_what_a_program_adds_to_an_agent_works_with_a_real_model() -> None:
+    """Instructions and checks that are functions, one of several outputs, a hook, a state, and the history."""
+    asked: list[list[str]] = []
+    checked: list[Refund | Question] = []
+    output: Any = Refund | Question
+
+    def instructions(context: RunContext[str]) -> str:
+        return f"You work for {context.state}."
+
+    flock = Flock(model="local/smollm2-135m", state="the shop of Ann")
+    flock.add_agent(
+        FlockFactory.create_default_agent(
+            "desk",
+            input="mail: str",
+            output=output,
+            instructions=instructions,
+            validate=checked.append,
+            history=History(calls=True),
+        )
+    )
+
+    @flock.on_model_call
+    async def count(call: Any, ask: Any) -> Any:
+        call.options["temperature"] = 0
+        asked.append([message.content for message in call.messages])
+        return await ask(call)
+
+    async with flock.engine() as engine:
+        for mail in ("My cup is broken. Pay me 3 €.", "I also want a new one."):
+            run = await engine.submit("desk", {"mail": mail}, session_id="ann")
+            run = await engine.wait(run.run_id)
+            assert run.error is None
+    assert run.value == {"result": {"type": type(checked[-1]).__name__, **msgspec.structs.asdict(checked[-1])}}
+    assert all("You work for the shop of Ann." in system for system, *_ in asked)
+    assert "My cup is broken." in asked[-1][1], "the second turn sees the first one"

@@ -157,7 +157,7 @@ async def test_a_retry_validates_the_new_answers(model: FakeModel) -> None:
             raise AgentError("No.")
 
     model.replies = [{"text": "a"}, {"text": "b"}]
-    async with flock_of(validate=check, max_retries=0).engine(transport=model.transport) as engine:
+    async with flock_of(validate=check, answer_retries=0).engine(transport=model.transport) as engine:
         run = await ended(engine)
         assert (run.status, run.error_type) == (RunStatus.FAILED, "invalid_output")
         is_strict = False
@@ -393,7 +393,7 @@ async def test_a_function_of_a_call_gets_the_context_with_its_state() -> None:
 
     @flock.agent
     async def caller(q: str, context: RunContext[Pool]) -> str:
-        return await context.call(look_up, q)
+        return str(await context.call(look_up, q))
 
     async with flock.engine() as engine:
         run = await ended(engine, "caller")
@@ -624,6 +624,10 @@ class QuestionModel(pydantic.BaseModel):
     text: str
 
 
+class TypedModel(pydantic.BaseModel):
+    type: str
+
+
 @pytest.mark.parametrize(
     ("union", "types"),
     [(Refund | Question, (Refund, Question)), (RefundModel | QuestionModel, (RefundModel, QuestionModel))],
@@ -649,7 +653,8 @@ async def test_an_output_may_be_one_of_several_types(
     assert (second.value or {})["result"].items() >= {"type": refund.__name__, "amount": 4}.items(), second.error
     assert [isinstance(value, type_) for value, type_ in zip(checked, (question, refund), strict=True)] == [True, True]
     format_ = model.requests[0]["response_format"]["json_schema"]
-    assert format_["schema"]["properties"]["result"]["anyOf"]
+    members = format_["schema"]["properties"]["result"]["anyOf"]
+    assert [next(iter(member["properties"])) for member in members] == ["type", "type"], "the first one decides"
 
 
 def test_a_union_whose_members_cannot_be_told_apart_is_an_error() -> None:
@@ -658,6 +663,7 @@ def test_a_union_whose_members_cannot_be_told_apart_is_an_error() -> None:
     for union, words in (
         (Question | other, "have the same name"),
         (Question | typed, "needs a tag in a union"),
+        (QuestionModel | TypedModel, "TypedModel has a field 'type', which has the name of the type here"),
         (Question | QuestionModel, "must be structs of msgspec, or models of pydantic"),
         (Question | None, "must be structs of msgspec, or models of pydantic"),
         (str | int, "must be structs of msgspec, or models of pydantic"),

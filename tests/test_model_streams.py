@@ -859,7 +859,7 @@ async def test_an_answer_in_a_code_fence_is_emitted(model: FakeModel, emitted: E
 
 async def test_the_last_invalid_answer_is_reset_too(model: FakeModel, emitted: Emitted) -> None:
     model.replies = [Reply('{"a": "x"}')]
-    assert (await run_of(of("a: str, n: int", max_retries=0), model)).error_type == "invalid_output"
+    assert (await run_of(of("a: str, n: int", answer_retries=0), model)).error_type == "invalid_output"
     assert emitted.kinds() == ["text", "reset"]
 
 

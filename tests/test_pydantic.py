@@ -283,7 +283,7 @@ async def test_a_model_sees_the_schema_for_reading_and_a_client_that_for_writing
 async def test_a_model_that_always_violates_a_constraint_fails_with_the_reason(
     flock: Flock, client: httpx.AsyncClient, model: FakeModel
 ) -> None:
-    made = FlockFactory.create_default_agent("pick", output="line: Line | the best", types=TYPES, max_retries=1)
+    made = FlockFactory.create_default_agent("pick", output="line: Line | the best", types=TYPES, answer_retries=1)
     flock.add_agent(made)
     model.replies = [Reply({"line": {"sku": "x", "count": 0}})] * 2
     run = (await client.post("/run/flock", json={"agent_name": "pick"})).json()

@@ -286,7 +286,7 @@ async def test_a_model_is_asked_again_with_another_key_and_tools_are_not_called_
 
     flock = Flock("tools", model="openai/gpt-4o")
     flock.add_agent(
-        FlockFactory.create_default_agent("ask", input="q", output="a: int", tools=[look_up], max_retries=1)
+        FlockFactory.create_default_agent("ask", input="q", output="a: int", tools=[look_up], answer_retries=1)
     )
     call = Reply(calls=[("look_up", {"what": "tea"})])
     with FakeModel([call, {"a": "x"}, {"a": "y"}, {"a": 3}]) as model:
@@ -387,7 +387,7 @@ async def test_retries_of_a_saga_start_again(open_engine: OpenEngine) -> None:
     """It has undone its work, so nothing that it has done counts."""
     flock, work = Flock(), Work(hotel=2)
 
-    @flock.agent(retry="again")
+    @flock.agent(on_retry="again")
     async def trip(context: RunContext) -> list[str]:
         flight = await context.call(work.do, "flight", call_name="flight")
         try:
@@ -410,8 +410,8 @@ async def test_retries_of_a_saga_start_again(open_engine: OpenEngine) -> None:
 def test_an_unknown_way_to_retry_is_an_error_at_the_definition() -> None:
     async def work(context: RunContext) -> None: ...
 
-    with pytest.raises(DefinitionError, match="retry= of 'work' must be 'keep' or 'again', not 'never'"):
-        Flock().agent(retry="never")(work)  # type: ignore[call-overload]
+    with pytest.raises(DefinitionError, match="on_retry= of 'work' must be 'keep' or 'again', not 'never'"):
+        Flock().agent(on_retry="never")(work)  # type: ignore[call-overload]
 
 
 # Batches

@@ -398,7 +398,7 @@ async def test_a_question_of_a_tool_stops_its_time(model: FakeModel, answers: st
         return True
 
     model.replies = reply
-    async with flock.engine(transport=model.transport, answer=answer if answers == "at once" else None) as engine:
+    async with flock.engine(transport=model.transport, on_question=answer if answers == "at once" else None) as engine:
         run = await engine.submit("ask", {"q": "?"}, timeout_s=0.5 if answers == "at once" else None)
         if answers == "later":
             run = await until_run(engine, run.run_id, lambda run: run.status is RunStatus.WAITING)

@@ -648,7 +648,7 @@ async def test_a_model_sees_the_earlier_turns_of_its_session(open_engine: OpenEn
 async def test_the_history_has_only_completed_turns_of_the_same_agent(
     open_engine: OpenEngine, model: FakeModel
 ) -> None:
-    flock = chat(max_retries=0)
+    flock = chat(answer_retries=0)
     flock.add_agent(FlockFactory.create_default_agent("critic", input="text: str", output="mark: int"))
     async with open_engine(flock, transport=model.transport) as engine:
         await say(engine, model, "q0", {"reply": "a0"})
@@ -676,7 +676,7 @@ async def test_an_agent_later_in_a_run_sees_its_own_turns(open_engine: OpenEngin
 
 
 async def test_a_step_that_runs_again_has_the_same_history(open_engine: OpenEngine, model: FakeModel) -> None:
-    async with open_engine(chat(max_retries=0), transport=model.transport) as engine:
+    async with open_engine(chat(answer_retries=0), transport=model.transport) as engine:
         await say(engine, model, "q0", {"reply": "a0"})
         failed = await say(engine, model, "q1", "no JSON")
         model.replies.append(Reply({"reply": "a1"}))

@@ -568,10 +568,10 @@ def test_without_a_server_a_run_sleeps_in_place_and_nobody_sends_a_message() -> 
         return await context.receive("word", str)
 
     since = time.monotonic()
-    with pytest.raises(RunFailed, match=r"Nobody is here to send the message 'word' to the agent\. Pass answer="):
+    with pytest.raises(RunFailed, match=r"Nobody is here to send the message 'word' to the agent\. Pass on_question="):
         flock.run("work")
     assert time.monotonic() - since >= 0.2
-    assert flock.run("work", answer=lambda wait: f"{wait.kind} {wait.question}") == {"result": "message word"}
+    assert flock.run("work", on_question=lambda wait: f"{wait.kind} {wait.question}") == {"result": "message word"}
 
 
 # Over HTTP

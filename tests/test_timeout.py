@@ -142,7 +142,7 @@ async def test_it_stops_no_other_clock() -> None:
         async with context.timeout(3600):
             await anyio.sleep_forever()
 
-    async with flock.engine(answer=lambda question: True) as engine:
+    async with flock.engine(on_question=lambda question: True) as engine:
         run = await ended(engine, await engine.submit("work", {}, timeout_s=0.5))
     assert run.error_type == "timeout"
 

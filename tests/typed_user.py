@@ -324,7 +324,7 @@ def name_of(call: Call) -> str:
     return call.call_id if call.error is None else call.name
 
 
-@agent(name="other", next_agent="measure", max_concurrency=2, on_interrupt="fail", retry="again")
+@agent(name="other", next_agent="measure", max_concurrency=2, on_interrupt="fail", on_retry="again")
 async def shout(text: str) -> str:
     return text.upper()
 
@@ -510,7 +510,7 @@ async def main() -> None:
     limits = Limits(max_queue=100, keep_for_s=None)
     assert_type(limits.max_queue_per_principal, int | None)
     flock.engine(limits=limits, max_items=10)
-    assert_type(await flock.run_async("measure", {"text": "hi"}, answer=answered), dict[str, Any])
+    assert_type(await flock.run_async("measure", {"text": "hi"}, on_question=answered), dict[str, Any])
     assert_type(await flock.run_batch_async("measure", [{"text": "hi"}], on_invalid="skip"), list[Any])
 
 

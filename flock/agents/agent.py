@@ -55,6 +55,7 @@ from flock.models.requests import Request, check_strict
 from flock.nearest import did_you_mean
 from flock.options import WEBHOOK_URL, check
 from flock.pydanticmodel import to_json
+from flock.renamed import renamed
 from flock.runs import JSON_NULL, ClientSettings, ModelOptions, RetriedCalls, RunContext, safe_text
 from flock.scopes import closing_scopes, move_on_after_working
 
@@ -145,9 +146,9 @@ class Agent:
         on_change: what happens if a step of this agent runs again, and makes another call than before where it had
             made one, because the program was changed. "stop" fails the run as "changed_program" before that call.
             "continue" executes it; the log names what was not repeated.
-        retry: what a retry of a run does with the calls that a step of this agent has made. "keep" executes only those
-            again that failed. "again" executes all of them again; use it for a workflow that undoes its work if it
-            fails.
+        on_retry: what a retry of a run does with the calls that a step of this agent has made. "keep" executes only
+            those again that failed. "again" executes all of them again; use it for a workflow that undoes its work
+            if it fails.
         version: identifies what the agent does. A batch with ``reuse`` takes results of earlier batches only if this
             and the rest of the definition are equal. Functions, and agents with tools or a history, need one for that.
         webhook_url: where the events of its runs and batches are sent, in place of that of the flock.
@@ -170,15 +171,15 @@ class Agent:
         max_concurrency: int | None = None,
         on_interrupt: OnInterrupt = "retry",
         on_change: OnChange = "stop",
-        retry: RetriedCalls = "keep",
+        on_retry: RetriedCalls = "keep",
         version: str | None = None,
         webhook_url: str | None = None,
     ) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise DefinitionError(f"{name!r} is not a valid agent name. Use letters, digits, '_', '-' and '.'.")
         _check_text(description, f"description= of {name!r}")
-        if retry not in get_args(RetriedCalls):
-            raise DefinitionError(f"retry= of {name!r} must be 'keep' or 'again', not {retry!r}.")
+        if on_retry not in get_args(RetriedCalls):
+            raise DefinitionError(f"on_retry= of {name!r} must be 'keep' or 'again', not {on_retry!r}.")
         check("an agent", "webhook_url", webhook_url, WEBHOOK_URL)
         self.name = name
         self.description = description
@@ -189,7 +190,7 @@ class Agent:
         self.max_concurrency = max_concurrency
         self.on_interrupt = on_interrupt
         self.on_change = on_change
-        self.retry = retry
+        self.on_retry = on_retry
         self.version = version
         self.webhook_url = webhook_url
 
@@ -352,10 +353,10 @@ class ModelAgent(Agent):
         max_tokens: max tokens in each answer; None uses the provider's default.
         options: other options of the model, such as ``{"reasoning_effort": "low", "tool_choice": "required"}``; see
             ``ModelOptions``.
-        max_retries: max times that an invalid answer is sent back to the model with the reason.
+        answer_retries: max times that an invalid answer is sent back to the model with the reason.
         validate: a function of each valid answer, and of the context if it has one more parameter. If it raises
-            AgentError, its text is sent back to the model as the reason, within *max_retries*; the model may then call
-            tools. It may return a changed result. The answer has the type of the output, or is a dict if that is
+            AgentError, its text is sent back to the model as the reason, within *answer_retries*; the model may then
+            call tools. It may return a changed result. The answer has the type of the output, or is a dict if that is
             written as a string. The function is async, or runs in a worker thread, for ``tool_timeout_s`` at most.
         timeout_s: wall-clock seconds for the whole step, including all retries and tools. The time does not count
             while a call waits because its provider accepts no more calls now.
@@ -398,7 +399,7 @@ class ModelAgent(Agent):
         temperature: float | None = None,
         max_tokens: int | None = None,
         options: ModelOptions | None = None,
-        max_retries: int = 2,
+        answer_retries: int = 2,
         validate: Callable[..., Any] | None = None,
         timeout_s: float = 300,
         client_instructions: bool = False,
@@ -447,7 +448,7 @@ class ModelAgent(Agent):
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.options = checked_options(options or {}, f"options= of {name!r}")
-        self.max_retries = max_retries
+        self.answer_retries = answer_retries
         self.validate = None if validate is None else OwnFunction(f"validate= of {name!r}", validate, 1)
         self.timeout_s = timeout_s
         self.takes = {"instructions": client_instructions, "tools": client_tools, "options": client_options}
@@ -518,7 +519,7 @@ class ModelAgent(Agent):
                 else functools.partial(self._instructed, self.dynamic_instructions, resources, context, client)
             ),
         )
-        return await conversation.converse(self.max_retries)
+        return await conversation.converse(self.answer_retries)
 
     async def _validated(self, resources: Resources, context: RunContext, text: str) -> Verdict:
         """Return what ``validate=`` says about a valid answer."""
@@ -794,7 +795,7 @@ class AgentOptions(TypedDict, total=False):
     max_concurrency: int | None
     on_interrupt: OnInterrupt
     on_change: OnChange
-    retry: RetriedCalls
+    on_retry: RetriedCalls
     version: str | None
     webhook_url: str | None
 
@@ -807,6 +808,7 @@ def agent(function: Callable[..., Any], /) -> FunctionAgent: ...
 def agent(**options: Unpack[AgentOptions]) -> Callable[[Callable[..., Any]], FunctionAgent]: ...
 
 
+@renamed(retry="on_retry")
 def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Convert a typed function to an agent: ``@agent`` or ``@agent(next_agent="summarise")``.
 
@@ -818,7 +820,7 @@ def agent(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
         output: the output signature, if not the return annotation. Use it for functions that return a plain dict:
             ``output="sentiment: str, keywords: list[str]"``.
         types: additional types, by name, for the string in ``output``.
-        next_agent, max_concurrency, on_interrupt, on_change, retry: see ``Agent``.
+        next_agent, max_concurrency, on_interrupt, on_change, on_retry: see ``Agent``.
 
     Raises:
         SignatureError: a parameter has no type, or its type cannot be read from JSON.

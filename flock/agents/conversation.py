@@ -55,15 +55,15 @@ class Conversation(msgspec.Struct, kw_only=True):
     validate: Callable[[str], Awaitable[Verdict]] | None = None
     instruct: Callable[[], Awaitable[tuple[str, Message]]] | None = None
 
-    async def converse(self, max_retries: int) -> msgspec.Raw:
+    async def converse(self, answer_retries: int) -> msgspec.Raw:
         """Return the result of the first valid answer.
 
-        Raises: InvalidOutput if more than *max_retries* answers are invalid; ModelError; TooManyTokens; CostLimit.
+        Raises: InvalidOutput if more than *answer_retries* answers are invalid; ModelError; TooManyTokens; CostLimit.
         """
         retries = number = 0
         while True:
             number += 1
-            reply = await self._reply(number, is_last=retries == max_retries)
+            reply = await self._reply(number, is_last=retries == answer_retries)
             if reply.tool_calls:
                 self.context.reset_output()  # a text with calls is not the answer
                 self.messages.append(Message("assistant", reply.text or "", reply.tool_calls))
@@ -80,10 +80,10 @@ class Conversation(msgspec.Struct, kw_only=True):
                 if result is not None:
                     return result
                 self.context.reset_output()
-                if retries == max_retries:
+                if retries == answer_retries:
                     raise InvalidOutput(
                         f"The model's answers did not match the output of {self.context.agent_name!r} "
-                        f"in {max_retries + 1} attempts: {problem}"
+                        f"in {answer_retries + 1} attempts: {problem}"
                     )
                 retries += 1
                 self.messages.append(Message("assistant", reply.text))

@@ -21,8 +21,8 @@ ASK, SLEEP, RECEIVE = "ask", "sleep", "receive"
 #: What ``RunContext.timeout`` is called among them: its deadline, and what waits for it.
 TIMEOUT, TIMER = "timeout", "timeout-end"
 
-NOBODY = "Pass answer= to flock.run and flock.run_batch, or serve the flock and answer over HTTP."
-NO_SENDER = "Pass answer= to flock.run and flock.run_batch, or serve the flock and send it over HTTP."
+NOBODY = "Pass on_question= to flock.run and flock.run_batch, or serve the flock and answer over HTTP."
+NO_SENDER = "Pass on_question= to flock.run and flock.run_batch, or serve the flock and send it over HTTP."
 #: What an answer and a message are called in requests, and in pointers.
 OUTPUT, MESSAGE = "output", "message"
 REF = "#/$defs/"

@@ -28,7 +28,11 @@ class UnionOutput(Signature):
         if len(set(self._names)) < len(members):
             raise SignatureError(f"Two types in {union} have the same name. Rename one.")
         if all(map(is_model, members)):
+            if typed := [member.__name__ for member in members if TAG in member.model_fields]:
+                raise SignatureError(f"{typed[0]} has a field {TAG!r}, which has the name of the type here. Rename it.")
             super().__init__([Field.of(RESULT, Any)], union_model(name, members, RESULT, TAG))
+            for member in self.schema["properties"][RESULT]["anyOf"]:  # a model writes first what decides on the rest
+                member["properties"] = {TAG: member["properties"].pop(TAG), **member["properties"]}
         elif all(isinstance(member, type) and issubclass(member, msgspec.Struct) for member in members):
             super().__init__([Field.of(RESULT, UNION[tuple(map(_tagged, members))])], name=name)
         else:

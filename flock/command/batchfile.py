@@ -121,7 +121,7 @@ async def run_batch_file(
             if batch is None:
                 await _check_changed(flock, job, stored)
             limits = limits_for_one_batch(job.options.max_workers)
-            async with flock.engine(store=state, limits=limits, expose_errors=True, answer=nobody) as engine:
+            async with flock.engine(store=state, limits=limits, expose_errors=True, on_question=nobody) as engine:
                 if batch is not None:
                     is_left = await _continue(engine, batch, job, report)
                 batch = batch or await _accept(engine, flock, job, digest)

@@ -328,7 +328,7 @@ def run(target: str, agent: str, inputs: Sequence[str], stream: bool, model: str
     try:
         signature = flock.agents[agent].input if agent in flock.agents else None
         values = signature.from_text(texts) if signature else texts
-        result = flock.run(agent, values, answer=_answer_on_terminal, on_event=printer)
+        result = flock.run(agent, values, on_question=_answer_on_terminal, on_event=printer)
     finally:
         if printer is not None:
             printer.end_line()

@@ -122,7 +122,7 @@ class EmbeddedEngine(EngineBase):
         program_path: where the flock is defined. If the store has another path, a warning is logged at the start.
         max_steps: max steps in one run.
         expose_errors: put the text of any exception into a run's ``error``; for development.
-        answer: answers the questions of agents at once. Without it, their runs wait for answers.
+        on_question: answers the questions of agents at once. Without it, their runs wait for answers.
         prices: of models, by name. They are added to ``flock.models.prices.PRICES``, or replace its entries.
         shared: what the agents share, such as the state of the flock.
         limits: see ``Limits``.
@@ -141,7 +141,7 @@ class EmbeddedEngine(EngineBase):
         program_path: str = "",
         max_steps: int = 32,
         expose_errors: bool = False,
-        answer: Answer | None = None,
+        on_question: Answer | None = None,
         prices: Mapping[str, Price] | None = None,
         shared: Shared | None = None,
         limits: Limits | None = None,
@@ -171,7 +171,7 @@ class EmbeddedEngine(EngineBase):
             max_steps=max_steps,
             expose_errors=expose_errors,
             max_result_bytes=self._limits.max_result_bytes,
-            answer=answer,
+            answer=on_question,
             prices=self._prices,
             shared=shared,
         )

@@ -311,7 +311,7 @@ class StepExecutor:
             run = await active.begin()
             inputs = inputs_for(agent, run)
             active.started_at = active.started_at or now()
-            if agent.retry == "again":
+            if agent.on_retry == "again":
                 run = replace(run, journal=None)
             is_start, spent_s = run.status is RunStatus.STARTING, run.worked_s
             if is_start:
