@@ -209,7 +209,6 @@ class FlockAPI(Starlette):
         self.flock = flock
         self._check_approvers()
         self.engine = options.engine or flock.shared_engine(store=options.store, expose_errors=options.expose_errors)
-        self.webhooks = sender_of(self.engine, flock, options.webhook_secrets)
         self.contract = Contract(options.server_name, options.openapi_paths)
         self.ui_files = ui_files(options.server_name, has_docs=bool(options.docs)) if options.create_ui else {}
         self.event_streams = ConcurrencyLimit(options.max_event_streams, "event streams")
@@ -219,8 +218,8 @@ class FlockAPI(Starlette):
         self._has_warned = False
         wants_metrics = find_spec("prometheus_client") is not None if options.metrics is None else options.metrics
         self.metrics = _metrics(self.engine, flock) if wants_metrics else None
-        if self.webhooks is not None and self.metrics is not None:
-            self.webhooks.on_try = self.metrics.webhook_tried
+        on_try = self.metrics.webhook_tried if self.metrics else lambda status: None
+        self.webhooks = sender_of(self.engine, flock, options.webhook_secrets, on_try)
 
     def build_middleware_stack(self) -> ASGIApp:
         """Log the warnings, then build the stack. Starlette calls this once, before the first response."""

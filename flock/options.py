@@ -1,10 +1,10 @@
 """Option structs: each field declares its valid values and its option on the command line."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec.structs import replace
@@ -61,32 +61,18 @@ def of_type(type_: Any, words: str) -> Option:
     return Option(is_valid=lambda value: isinstance(value, type_), words=words)
 
 
-def many(is_valid: Callable[[Any], bool], words: str) -> Option:
+def many(is_valid: Callable[[Any], Any], words: str, **more: Any) -> Option:
     """Return an option for a collection of valid values. A string is not one, although it is a collection."""
 
     def are_valid(value: Any) -> bool:
         return isinstance(value, Collection) and not isinstance(value, str) and all(map(is_valid, value))
 
-    return Option(is_valid=are_valid, words=words)
+    return Option(is_valid=are_valid, words=words, **more)
 
 
-def is_url(value: Any) -> bool:
-    """Whether *value* is an absolute address of HTTP, without a user and a password."""
-    try:
-        parts = urlsplit(value) if isinstance(value, str) and value.isascii() and " " not in value else None
-        return (
-            parts is not None
-            and parts.scheme in ("https", "http")
-            and "@" not in parts.netloc
-            and bool(parts.hostname and value.isprintable() and parts.port != 0)
-        )
-    except ValueError:
-        return False
-
-
-#: Where webhooks are sent. Only the program's operator sets it.
+#: Where webhooks are sent. Only the program's operator sets it, and it may contain a secret.
 WEBHOOK_URL = Option(
-    is_valid=lambda value: value is None or is_url(value),
+    is_valid=lambda value: value is None or bool(re.fullmatch(r"https?://[^\s/?#@]+([/?#][!-~]*)?", str(value))),
     words="an address that begins with https://, or with http:// if nobody can listen on the way, or None",
     is_secret=True,
 )

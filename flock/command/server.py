@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import resource
 import signal
 import socket
@@ -44,7 +45,7 @@ from flock.options import WEBHOOK_URL, Options, seconds, whole
 from flock.runs import Engine, one_line
 from flock.store.database import MEMORY, Durability
 from flock.store.store import SQLiteStore
-from flock.web.auth import ADMIN, KEYS_VARIABLE, KeyRing, configured_keys, configured_webhook_secrets, new_key
+from flock.web.auth import ADMIN, KEYS_VARIABLE, SECRETS_VARIABLE, KeyRing, configured_keys, new_key
 from flock.web.options import AppOptions
 from flockapi import FlockAPI
 
@@ -453,7 +454,7 @@ def _app(flock: DeclaredFlock, settings: ServerSettings) -> FlockAPI:
         engine=engine,
         auth="anybody" if settings.app.api_keys is None else None,  # _log_start has a warning of its own
         allowed_hosts=_allowed_hosts(settings),
-        webhook_secrets=settings.app.webhook_secrets or configured_webhook_secrets(),
+        webhook_secrets=settings.app.webhook_secrets or re.findall(r"[^,\s]+", os.environ.get(SECRETS_VARIABLE, "")),
     )
     return FlockAPI(flock, options)
 

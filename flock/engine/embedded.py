@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import AbstractContextManager, AsyncExitStack
 from contextvars import Context
 from datetime import date, datetime
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import anyio
 import anyio.abc
@@ -100,16 +100,6 @@ CHECK_INTERVAL_S = 0.5
 ITEMS_AT_ONCE = 50
 
 
-class Sender(Protocol):
-    """What sends the webhooks of a flock; see ``flock.web.webhooks``."""
-
-    async def open(self, engine_id: str) -> None:
-        """Write the receivers, before a run is accepted or taken over."""
-
-    async def run(self) -> None:
-        """Send until cancelled."""
-
-
 class EmbeddedEngine(EngineBase):
     """``Engine`` on anyio task groups over a ``Store``.
 
@@ -175,8 +165,8 @@ class EmbeddedEngine(EngineBase):
             prices=self._prices,
             shared=shared,
         )
-        #: sends the webhooks of its flock, if an app has set it
-        self.webhooks: Sender | None = None
+        #: an app may set it: a task that sends the webhooks, and has started when their receivers are stored
+        self.send_webhooks: Callable[..., Coroutine[Any, Any, None]] | None = None
         self._engine_id = ""
         self._tasks: anyio.abc.TaskGroup | None = None
         self._reset()
@@ -233,8 +223,6 @@ class EmbeddedEngine(EngineBase):
                 program = Program.of(self._program_path, self._agents)
                 before = await self.store.register_engine(self._engine_id, self._flock, self._agents.keys(), program)
                 await self._recovery.warn_of_others(program.differences(before))
-                if self.webhooks is not None:
-                    await self.webhooks.open(self._engine_id)
                 if (newest := await self.store.last_id()) is not None:
                     with contextlib.suppress(ValueError):  # the file is damaged, which is reported when the run is read
                         make_ids_after(newest)
@@ -245,14 +233,14 @@ class EmbeddedEngine(EngineBase):
             if self.store.is_shared:
                 await self._serve_live(self._tasks)
             with self._explaining_store_errors():
+                if self.send_webhooks is not None:
+                    await self._tasks.start(self.send_webhooks, self._engine_id)
                 await self._recovery.take_over()
         except BaseException:
             await self.__aexit__()
             raise
         for task in (self._watch, self._wake_readers, self._end_waits, self._retention.apply):
             start_in_empty_context(self._tasks, task)
-        if self.webhooks is not None:
-            start_in_empty_context(self._tasks, self.webhooks.run)
         return self
 
     async def _serve_live(self, tasks: anyio.abc.TaskGroup) -> None:

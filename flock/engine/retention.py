@@ -20,8 +20,6 @@ logger = logging.getLogger("flock.runs")
 #: How often old runs are deleted, in seconds, and how many of them in one transaction.
 RETENTION_INTERVAL_S = 10.0
 RETENTION_CHUNK_SIZE = 100
-#: How long webhooks stay in the list after they were sent or given up.
-KEEP_WEBHOOKS_FOR = timedelta(days=7)
 
 
 class Retention:
@@ -44,7 +42,6 @@ class Retention:
             try:
                 await self._store.delete_old_keys(now() - KEEP_KEYS_FOR)
                 await self._store.delete_old_usage(self._flock, now().date() - KEEP_USAGE_FOR)
-                await self._store.webhooks.delete_old(now() - KEEP_WEBHOOKS_FOR)
                 await self.delete_old()
                 while await self._store.batches.sweep():
                     await anyio.lowlevel.checkpoint()

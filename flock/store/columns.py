@@ -32,9 +32,9 @@ from flock.runs import (
     Spent,
     Step,
     Usage,
+    Webhook,
 )
 from flock.runs.records import Place, Raised
-from flock.runs.webhooks import Webhook
 from flock.steps.outcomes import DAMAGED
 
 T = TypeVar("T")
@@ -252,9 +252,8 @@ _fields_of_waiting_run = _writer((RUN_TABLE[name] for name in SUSPENDED), operat
 _fields_of_step = _writer(STEP_TABLE.values())
 _fields_of_call = _writer(CALL_TABLE.values())
 _fields_of_batch = _writer(BATCH_TABLE.values())
-_read_run, _read_step, _read_call, _read_batch, _read_webhook = map(
-    _reader, (RUN_TABLE, STEP_TABLE, CALL_TABLE, BATCH_TABLE, WEBHOOK_TABLE)
-)
+_read_run, _read_step, _read_call, _read_batch = map(_reader, (RUN_TABLE, STEP_TABLE, CALL_TABLE, BATCH_TABLE))
+_read_webhook = _reader(WEBHOOK_TABLE)
 LAST_STEP = list(RUN_TABLE).index("last_step")
 
 

@@ -310,21 +310,13 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ["ALTER TABLE runs ADD COLUMN first_span TEXT"],
     # What happened to runs and batches, for the receivers that agents have; see ``flock.store.webhooks``.
     [
+        # Its number is the order in which they happened. ``record_id`` is that of the run or the batch.
         """CREATE TABLE webhooks (
-            number INTEGER PRIMARY KEY AUTOINCREMENT, -- the order in which they happened
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
             webhook_id TEXT NOT NULL DEFAULT ('msg_' || lower(hex(randomblob(12)))),
-            flock TEXT NOT NULL,
-            type TEXT NOT NULL,
-            record_id TEXT NOT NULL, -- of the run or the batch
-            call_id TEXT,
-            agent_name TEXT NOT NULL,
-            attempt INTEGER NOT NULL,
-            status TEXT NOT NULL DEFAULT 'pending',
-            tries INTEGER NOT NULL DEFAULT 0,
-            created_at INTEGER NOT NULL,
-            next_try_at INTEGER NOT NULL,
-            first_try_at INTEGER,
-            ended_at INTEGER,
+            flock TEXT NOT NULL, type TEXT NOT NULL, record_id TEXT NOT NULL, call_id TEXT, agent_name TEXT NOT NULL,
+            attempt INTEGER NOT NULL, status TEXT NOT NULL DEFAULT 'pending', tries INTEGER NOT NULL DEFAULT 0,
+            created_at INTEGER NOT NULL, next_try_at INTEGER NOT NULL, first_try_at INTEGER, ended_at INTEGER,
             error TEXT
         )""",
         "CREATE UNIQUE INDEX webhooks_by_id ON webhooks (webhook_id)",

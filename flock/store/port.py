@@ -6,7 +6,7 @@ anyway. *then* is called after the commit, even in that case.
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import date, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import msgspec
 
@@ -39,9 +39,6 @@ from flock.runs import (
 )
 from flock.steps.outcomes import Outcome
 from flock.store.suspects import Executing, SuspectGroup
-
-if TYPE_CHECKING:
-    from flock.store.webhooks import WebhookStore
 
 T = TypeVar("T")
 
@@ -237,7 +234,7 @@ class Store(Protocol):
         path: of the file, or ``":memory:"``.
         is_shared: other processes may use it.
         batches: its batches and their items.
-        webhooks: what is to be reported to receivers.
+        webhooks: its ``WebhookStore``.
         executing: the runs that its engine is executing.
 
     Raises:
@@ -247,7 +244,7 @@ class Store(Protocol):
     path: str
     is_shared: bool
     batches: BatchStore
-    webhooks: "WebhookStore"
+    webhooks: Any
     executing: Executing
 
     async def __aenter__(self) -> Self: ...

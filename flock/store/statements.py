@@ -468,33 +468,30 @@ DELETE_OLD_KEYS = "DELETE FROM idempotency_keys WHERE created_at < ?"
 
 #: A webhook of a record, if its agent has a receiver.
 _REPORT = """INSERT INTO webhooks (type, record_id, call_id, created_at, next_try_at, flock, agent_name, attempt)
-    SELECT {values}, url.flock, url.agent_name, {record}.attempt FROM {tables}webhook_urls AS url
-    WHERE url.flock = {record}.flock AND url.agent_name = {record}.agent_name"""
+    SELECT {0}, url.flock, url.agent_name, {1}.attempt FROM {2}webhook_urls AS url
+    WHERE url.flock = {1}.flock AND url.agent_name = {1}.agent_name"""
 _AT = "ifnull(new.completed_at, CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER))"
-_REPORT_RUN = _REPORT.format(values=f"'run.' || new.status, new.run_id, NULL, {_AT}, {_AT}", record="new", tables="")
-_REPORT_BATCH = _REPORT.format(
-    values=f"'batch.' || new.status, new.batch_id, NULL, {_AT}, {_AT}", record="new", tables=""
-)
+_VALUES = f"'{{0}}.' || new.status, new.{{0}}_id, NULL, {_AT}, {_AT}"
+_REPORT_RUN, _REPORT_BATCH = (_REPORT.format(_VALUES.format(kind), "new", "") for kind in ("run", "batch"))
 _HAS_ENDED = "new.status IN ('completed', 'failed', 'cancelled')"
-#: They exist while an agent has a receiver, since they make the end of each run slower. A short run ends with its first
-#: write, which is repeated if a commit has failed.
-WEBHOOK_TRIGGERS = {
-    "webhooks_of_new_runs": f"""AFTER INSERT ON runs WHEN new.batch_id IS NULL AND {_HAS_ENDED} BEGIN {_REPORT_RUN}
+#: They exist in a store whose agents have had a receiver, since they make the end of each run slower. A short run ends
+#: with its first write, which is repeated if a commit has failed.
+WEBHOOK_TRIGGERS = [
+    f"""CREATE TRIGGER IF NOT EXISTS webhooks_of_new_runs AFTER INSERT ON runs
+        WHEN new.batch_id IS NULL AND {_HAS_ENDED} BEGIN {_REPORT_RUN}
         AND NOT EXISTS (SELECT 1 FROM webhooks WHERE record_id = new.run_id AND attempt = new.attempt); END""",
-    "webhooks_of_runs": f"""AFTER UPDATE OF status ON runs WHEN new.status IS NOT old.status AND new.batch_id IS NULL
+    f"""CREATE TRIGGER IF NOT EXISTS webhooks_of_runs AFTER UPDATE OF status ON runs
+        WHEN new.status IS NOT old.status AND new.batch_id IS NULL
         AND ({_HAS_ENDED} OR (new.status = 'waiting' AND new.is_asleep = 0)) BEGIN {_REPORT_RUN}; END""",
-    "webhooks_of_batches": f"""AFTER UPDATE OF status ON batches WHEN new.status IS NOT old.status
-        AND {_HAS_ENDED} BEGIN {_REPORT_BATCH}; END""",
-}
-QUESTION_EXPIRED = (
-    _REPORT.format(values="'question.expired', runs.run_id, ?, ?, ?", record="runs", tables="runs, ")
-    + " AND runs.run_id = ? AND runs.batch_id IS NULL"
-)
+    f"""CREATE TRIGGER IF NOT EXISTS webhooks_of_batches AFTER UPDATE OF status ON batches
+        WHEN new.status IS NOT old.status AND {_HAS_ENDED} BEGIN {_REPORT_BATCH}; END""",
+]
+_OF_QUESTION = _REPORT.format("'question.expired', runs.run_id, ?, ?, ?", "runs", "runs, ")
+QUESTION_EXPIRED = f"{_OF_QUESTION} AND runs.run_id = ? AND runs.batch_id IS NULL"
 UNDO_WAITING_WEBHOOK = """DELETE FROM webhooks WHERE type = 'run.waiting'
     AND number = (SELECT max(number) FROM webhooks WHERE record_id = ?)"""
 WEBHOOK_URLS = "SELECT agent_name, url FROM webhook_urls WHERE flock = ?"
-HAS_WEBHOOK_URLS = "SELECT 1 FROM webhook_urls LIMIT 1"
-SET_WEBHOOK_URL = "INSERT OR REPLACE INTO webhook_urls VALUES (?, ?, ?)"
+SET_WEBHOOK_URL = "INSERT INTO webhook_urls VALUES (?, ?, ?)"
 DELETE_WEBHOOK_URL = "DELETE FROM webhook_urls WHERE flock = ? AND agent_name = ?"
 WEBHOOK_SENDER = "SELECT engine_id FROM webhook_senders WHERE flock = ?"
 #: Of several processes that find the last sender dead, one becomes the next.
@@ -509,7 +506,7 @@ DUE_WEBHOOKS = f"""{_WEBHOOKS} INDEXED BY webhooks_pending
     (SELECT 1 FROM webhooks AS earlier WHERE earlier.record_id = webhooks.record_id
     AND earlier.number < webhooks.number AND earlier.status = 'pending') ORDER BY next_try_at LIMIT ?"""
 FIND_WEBHOOK = f"{_WEBHOOKS} WHERE webhook_id = ? AND flock = ?"
-UPDATE_WEBHOOK = """UPDATE webhooks SET status = ?, tries = ?, next_try_at = ?, first_try_at = ?, ended_at = ?,
+UPDATE_WEBHOOK = """UPDATE webhooks SET status = ?, tries = ?, first_try_at = ?, next_try_at = ?, ended_at = ?,
     error = ? WHERE webhook_id = ?"""
 #: A receiver that is down has failed for all that wait for it.
 FAIL_WEBHOOKS = """UPDATE webhooks SET first_try_at = ifnull(first_try_at, :now), error = :error,
@@ -518,8 +515,8 @@ FAIL_WEBHOOKS = """UPDATE webhooks SET first_try_at = ifnull(first_try_at, :now)
     AND (first_try_at IS NULL OR first_try_at < :given_up)"""
 GIVE_UP_WEBHOOKS = """UPDATE webhooks SET status = 'given_up', ended_at = ?, error = ?
     WHERE flock = ? AND status = 'pending' AND agent_name = ?"""
-DELETE_OLD_WEBHOOKS = """DELETE FROM webhooks WHERE number IN
-    (SELECT number FROM webhooks INDEXED BY webhooks_ended WHERE ended_at < ? LIMIT ?)"""
+OLD_WEBHOOKS = "SELECT number FROM webhooks INDEXED BY webhooks_ended WHERE ended_at < ? LIMIT ?"
+DELETE_OLD_WEBHOOKS = f"DELETE FROM webhooks WHERE number IN ({OLD_WEBHOOKS})"
 
 
 def webhook_page(status: str | None, after: str | None) -> str:

@@ -8,8 +8,6 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
-from msgspec.structs import replace
-
 from flock.runs import Webhook
 from flock.store import files, statements
 from flock.store.columns import micros, webhook_from
@@ -17,7 +15,6 @@ from flock.store.database import Database
 
 #: Max old webhooks that one transaction deletes.
 CHUNK_SIZE = 1000
-NO_URL = "Its agent has no webhook_url any more."
 
 
 class WebhookStore:
@@ -37,16 +34,16 @@ class WebhookStore:
 
         def apply(db: sqlite3.Connection) -> None:
             for name, url in changed.items():
-                if url is not None:
-                    db.execute(statements.SET_WEBHOOK_URL, (flock, name, url))
+                db.execute(statements.DELETE_WEBHOOK_URL, (flock, name))
+                if url is None:
+                    db.execute(
+                        statements.GIVE_UP_WEBHOOKS,
+                        (micros(now), "Its agent has no webhook_url any more.", flock, name),
+                    )
                 else:
-                    db.execute(statements.DELETE_WEBHOOK_URL, (flock, name))
-                    db.execute(statements.GIVE_UP_WEBHOOKS, (micros(now), NO_URL, flock, name))
-            has_urls = db.execute(statements.HAS_WEBHOOK_URLS).fetchone() is not None
-            for trigger, definition in statements.WEBHOOK_TRIGGERS.items():
-                db.execute(f"DROP TRIGGER IF EXISTS {trigger}")  # it may be that of an earlier version
-                if has_urls:
-                    db.execute(f"CREATE TRIGGER {trigger} {definition}")
+                    db.execute(statements.SET_WEBHOOK_URL, (flock, name, url))
+            for trigger in statements.WEBHOOK_TRIGGERS:
+                db.execute(trigger)
 
         await self._db.change(apply)
 
@@ -70,12 +67,16 @@ class WebhookStore:
 
         return sorted(self._db.read(find), key=lambda webhook: webhook.next_try_at)[:limit]
 
-    async def write(self, webhook: Webhook) -> None:
-        times = [micros(at) for at in (webhook.next_try_at, webhook.first_try_at, webhook.ended_at)]
-        values = (webhook.status, webhook.tries, *times, webhook.error, webhook.webhook_id)
+    async def write(
+        self, webhook_id: str, status: str, tries: int, *times: datetime | None, error: str | None = None
+    ) -> None:
+        """Write what came of a try. *times*: of the first and the next one, and of the end."""
+        values = (status, tries, *map(micros, times), error, webhook_id)
         await self._db.change(lambda db: db.execute(statements.UPDATE_WEBHOOK, values) and None)
 
-    async def fail(self, flock: str, agents: Iterable[str], error: str, now: datetime, given_up: datetime) -> None:
+    async def fail(
+        self, flock: str, agents: Iterable[str], error: str | None, now: datetime, given_up: datetime
+    ) -> None:
         """Note that the receiver of these agents is down. What it has not accepted since *given_up* is given up."""
         values = {"flock": flock, "error": error, "now": micros(now), "given_up": micros(given_up)}
         rows = [values | {"agent_name": name} for name in agents]
@@ -85,20 +86,14 @@ class WebhookStore:
         row = self._db.read(lambda db: db.execute(statements.FIND_WEBHOOK, (webhook_id, flock)).fetchone())
         return None if row is None else webhook_from(row)
 
-    async def page(self, flock: str, status: str | None, after: str | None, limit: int) -> Sequence[Webhook]:
+    async def page(self, flock: str, status: str | None, after: str | None, limit: int) -> list[Webhook]:
         """Return up to *limit* webhooks, newest first, from the one after *after* on."""
         values = {"flock": flock, "status": status, "after": after, "limit": limit}
         query = statements.webhook_page(status, after)
         return self._db.read(lambda db: list(map(webhook_from, db.execute(query, values))))
 
-    async def retry(self, webhook: Webhook, now: datetime) -> Webhook:
-        """Send a webhook again, as if it had not been sent before."""
-        again = {"status": "pending", "tries": 0, "next_try_at": now, "first_try_at": None, "ended_at": None}
-        await self.write(webhook := replace(webhook, **again, error=None))
-        return webhook
-
     async def delete_old(self, before: datetime) -> None:
         """Delete those that were sent or given up before *before*."""
         values = (micros(before), CHUNK_SIZE)
-        while await self._db.change(lambda db: db.execute(statements.DELETE_OLD_WEBHOOKS, values).rowcount) > 0:
-            pass
+        while self._db.read(lambda db: db.execute(statements.OLD_WEBHOOKS, values).fetchone()) is not None:
+            await self._db.change(lambda db: db.execute(statements.DELETE_OLD_WEBHOOKS, values) and None)

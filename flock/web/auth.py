@@ -94,11 +94,6 @@ def webhook_key(secret: Any) -> bytes | None:
     return key if secret.startswith(WEBHOOK_PREFIX) and len(key) in WEBHOOK_KEY_BYTES else None
 
 
-def configured_webhook_secrets() -> list[str]:
-    """Return the secrets in ``FLOCK_WEBHOOK_SECRETS``, which commas separate."""
-    return [part for entry in os.environ.get(SECRETS_VARIABLE, "").split(",") if (part := entry.strip())]
-
-
 def read_keys(text: str) -> dict[str, str]:
     """Parse ``name=key`` entries separated by commas or newlines. Lines that begin with ``#`` are skipped.
 

@@ -6,7 +6,6 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from msgspec.structs import replace
 from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
@@ -41,10 +40,7 @@ AUTH = Option(
 )
 HOSTS = many(is_host_name, 'a list of host names without scheme and port, such as ["agents.example"]')
 ORIGINS = many(TEXT.is_valid, 'a list of origins, such as ["https://agents.example"]')
-SECRETS = replace(
-    many(lambda value: webhook_key(value) is not None, "a list of secrets, as 'flockapi webhook secret' prints them"),
-    is_secret=True,
-)
+SECRETS = many(webhook_key, "a list of secrets, as 'flockapi webhook secret' prints them", is_secret=True)
 ROUTES = many(lambda value: hasattr(value, "matches"), "a list of Starlette routes")
 #: The module of each protocol that an app can serve beside the REST API. It is imported if the app does.
 PROTOCOL_MODULES = {name: f"flock.protocols.{name}" for name in ("openai", "mcp", "vercel")}

@@ -6,14 +6,14 @@ accepted or given up. Each host has a task of its own, so one that is slow or do
 """
 
 import base64
-import hashlib
+import contextlib
 import hmac
 import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
@@ -28,27 +28,25 @@ from flock.declared import DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import DefinitionError, StoreError
 from flock.models.replies import retry_after_s
-from flock.runs import Engine, RunStatus, Webhook, now, one_line
+from flock.runs import Batch, Engine, Run, Webhook, now, one_line, shown_usage
 from flock.runs.records import LONG_BYTES, shown_as
-from flock.store.port import DamagedRecord
+from flock.store.port import DamagedRecord, Store
+from flock.store.webhooks import WebhookStore
 from flock.web import wire
 from flock.web.auth import webhook_key
 from flock.web.requests import next_page, parameters_of, query_of
 from flock.web.responses import JSONResponse
 
-if TYPE_CHECKING:
-    import httpx
-
 logger = logging.getLogger("flock.webhooks")
 
-#: The version of the body.
-VERSION = 1
 #: How often the store is asked for new events, and for new receivers, in seconds.
 POLL_S, RECEIVERS_S = 0.2, 1.0
 #: How many requests to one host are open at once.
 CONCURRENCY = 16
 #: How long a receiver may take for its response, in seconds, and how much of it is read.
-TIMEOUT_S, MAX_RESPONSE_BYTES = 15.0, 64 * 1024
+TIMEOUT_S, MAX_BYTES = 15.0, 64 * 1024
+#: How long webhooks stay in the list after they were sent or given up.
+KEEP_FOR = timedelta(days=7)
 #: A webhook is given up when it has failed for this long. The pauses between its tries double up to an hour.
 RETRIED_FOR, MAX_PAUSE_S = timedelta(days=1), 3600.0
 #: A host is down if as many rounds of requests in sequence got no answer. Then one request at a time finds out whether
@@ -56,18 +54,13 @@ RETRIED_FOR, MAX_PAUSE_S = timedelta(days=1), 3600.0
 DOWN_AFTER, MAX_DOWN_PAUSE_S = 3, 60.0
 
 
-def signed_headers(keys: Iterable[bytes], webhook_id: str, at: datetime, body: bytes) -> Mapping[str, str]:
-    """Return the headers of a webhook, with a signature for each key."""
-    timestamp = str(int(at.timestamp()))
-    content = f"{webhook_id}.{timestamp}.".encode() + body
-    signatures = [base64.b64encode(hmac.digest(key, content, hashlib.sha256)).decode() for key in keys]
-    return {
-        "content-type": "application/json",
-        "user-agent": f"flockapi/{__version__}",
-        "webhook-id": webhook_id,
-        "webhook-timestamp": timestamp,
-        "webhook-signature": " ".join(f"v1,{signature}" for signature in signatures),
-    }
+def _signed(keys: Iterable[bytes], webhook_id: str, body: bytes) -> Mapping[str, str]:
+    """Return the headers of a webhook that is sent now, with a signature for each key."""
+    at = int(time.time())
+    content = f"{webhook_id}.{at}.".encode() + body
+    signatures = [base64.b64encode(hmac.digest(key, content, "sha256")).decode() for key in keys]
+    own = {"content-type": "application/json", "user-agent": f"flockapi/{__version__}", "webhook-id": webhook_id}
+    return own | {"webhook-timestamp": str(at), "webhook-signature": " ".join(f"v1,{each}" for each in signatures)}
 
 
 class Receiver(msgspec.Struct):
@@ -86,215 +79,159 @@ class Receiver(msgspec.Struct):
         self.resumes_at = max(self.resumes_at, time.monotonic() + seconds)
 
 
-class WebhookRun(wire.RunSummary, frozen=True, kw_only=True):
-    """What a webhook says of a run: as a list shows it, and more."""
-
-    url: str
-    session_id: str | msgspec.UnsetType = msgspec.UNSET
-    call_id: str | msgspec.UnsetType = msgspec.UNSET
-    result_url: str | msgspec.UnsetType = msgspec.UNSET
-    usage: wire.Usage | None
-    cost: float | msgspec.UnsetType = msgspec.UNSET
-
-
 class WebhookSender:
-    """Sends the webhooks of *flock*; see ``flock.engine.embedded.Sender``.
+    """Sends the webhooks of *flock*, which *store* has, signed with each of *keys*. Without any, it sends nothing.
 
     Args:
-        keys: those that sign each webhook. Without any, nothing is sent.
-
-    Attributes:
         on_try: called with the status after each try.
     """
 
-    def __init__(self, engine: EmbeddedEngine, flock: DeclaredFlock, keys: Sequence[bytes]) -> None:
-        self.store, self.flock, self._keys = engine.store, flock, keys
-        self._receivers: dict[str, Receiver] = {}
-        self.on_try: Callable[[str], None] = lambda status: None
-        self._engine_id = ""
+    def __init__(
+        self, store: Store, flock: DeclaredFlock, keys: Sequence[bytes], on_try: Callable[[str], None]
+    ) -> None:
+        self._store, self.flock, self.keys, self._on_try = store, flock, keys, on_try
+        self.webhooks: WebhookStore = store.webhooks
 
-    async def open(self, engine_id: str) -> None:
-        self._engine_id, self._receivers = engine_id, {}
-        await self._set_urls()
-
-    async def _set_urls(self) -> None:
-        await self.store.webhooks.set_urls(self.flock.name, urls_of(self.flock), now())
-
-    async def run(self) -> None:
-        if not self._keys:
+    async def run(self, engine_id: str, *, task_status: Any) -> None:
+        """Write who receives, so that runs may end, and then send until cancelled. Raises StoreError at the start."""
+        store, name, receivers = self.webhooks, self.flock.name, dict[str, Receiver]()
+        await store.set_urls(name, _urls_of(self.flock), now())
+        task_status.started()
+        if not self.keys:
             return
         import httpx
 
-        async with (
-            httpx.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False) as client,
-            anyio.create_task_group() as tasks,
-        ):
+        self._engine_id = engine_id
+        async with httpx.AsyncClient(timeout=TIMEOUT_S) as self._client, anyio.create_task_group() as tasks:
             while True:
-                try:
-                    await self._set_urls()  # of agents that were added since
-                    hosts: dict[str, list[str]] = {}
-                    for name, url in (await self.store.webhooks.urls(self.flock.name)).items():
-                        hosts.setdefault(urlsplit(url).netloc.lower(), []).append(name)
-                    for host in hosts.keys() - self._receivers.keys():
-                        self._receivers[host] = Receiver()
-                        tasks.start_soon(self._serve, client, self._receivers[host])
-                    for host, receiver in self._receivers.items():
-                        receiver.agents = hosts.get(host, [])
-                except StoreError:
-                    pass  # the store has logged it
+                with contextlib.suppress(StoreError):  # the store has logged it
+                    await store.set_urls(name, _urls_of(self.flock), now())  # of agents that were added since
+                    await store.delete_old(now() - KEEP_FOR)
+                    hosts = {agent: urlsplit(url).netloc.lower() for agent, url in (await store.urls(name)).items()}
+                    for host in {*hosts.values()} - receivers.keys():
+                        receivers[host] = Receiver()
+                        tasks.start_soon(self._serve, receivers[host])
+                    for host, receiver in receivers.items():
+                        receiver.agents = [agent for agent in hosts if hosts[agent] == host]
                 await anyio.sleep(RECEIVERS_S)
 
-    async def _serve(self, client: "httpx.AsyncClient", receiver: Receiver) -> None:
+    async def _serve(self, receiver: Receiver) -> None:
         """Send to one host, one round of requests after another."""
         while True:
             has_sent = False
             try:
-                has_sent = await self._send_round(client, receiver)
-            except StoreError:
+                has_sent = await self._send_round(receiver)
+            except* StoreError:  # of a request too, which ends the others of the round
                 receiver.pause(RECEIVERS_S)
-            except Exception:
-                logger.exception("webhooks cannot be sent")
-                receiver.pause(MAX_DOWN_PAUSE_S)
             await anyio.sleep(max(0 if has_sent else POLL_S, receiver.resumes_at - time.monotonic()))
 
-    async def _send_round(self, client: "httpx.AsyncClient", receiver: Receiver) -> bool:
+    async def _send_round(self, receiver: Receiver) -> bool:
         """Send what is due, and return whether there was anything. Raises StoreError."""
-        webhooks, name = self.store.webhooks, self.flock.name
+        webhooks, name = self.webhooks, self.flock.name
         # While the store cannot be written, each would be sent again and again.
-        if not self.store.is_writable or not await webhooks.claim(name, self._engine_id):
+        if not self._store.is_writable or not await webhooks.claim(name, self._engine_id):
             return False
         due = await webhooks.due(name, receiver.agents, now(), 1 if receiver.failures else CONCURRENCY)
-        errors: list[str | None] = []
+        failures: list[str | None] = []
         async with anyio.create_task_group() as tasks:
             for webhook in due:
-                tasks.start_soon(self._send, client, receiver, webhook, errors)
-        if not errors:
+                tasks.start_soon(self._send, receiver, webhook, failures)
+        if not failures:
             return False
-        failed = [error for error in errors if error is not None]
-        receiver.failures = receiver.failures + 1 if len(failed) == len(errors) else 0
+        receiver.failures = 0 if None in failures else receiver.failures + 1
         if receiver.failures >= DOWN_AFTER:
-            receiver.pause(_jittered(min(2.0 ** (receiver.failures - DOWN_AFTER), MAX_DOWN_PAUSE_S)))
-            await webhooks.fail(name, receiver.agents, failed[0], at := now(), at - RETRIED_FOR)
+            receiver.pause(_pause_s(receiver.failures - DOWN_AFTER, MAX_DOWN_PAUSE_S))
+            await webhooks.fail(name, receiver.agents, failures[0], at := now(), at - RETRIED_FOR)
         return True
 
-    async def _send(
-        self, client: "httpx.AsyncClient", receiver: Receiver, webhook: Webhook, errors: list[str | None]
-    ) -> None:
-        """Send a webhook once, write what came of it, and add to *errors* why the host does not work, or None.
+    async def _send(self, receiver: Receiver, webhook: Webhook, failures: list[str | None]) -> None:
+        """Send a webhook once, write what came of it, and add to *failures* why its host does not work, or None.
 
-        If the process dies before that is written, or the store fails, it is sent again.
+        If the process dies before that is written, or the store fails, it is sent again. Raises StoreError.
         """
-        try:
-            body = msgspec.json.encode(await self._event(webhook))
-            status, problem, headers = await self._post(client, webhook, body)
-            at, wait_s = now(), min(retry_after_s(headers) or 0.0, RETRIED_FOR.total_seconds())
-            webhook = replace(webhook, tries=webhook.tries + 1, error=problem, first_try_at=webhook.first_try_at or at)
-            if problem is None:
-                webhook = replace(webhook, status="sent", ended_at=at)
-            elif status == 410 or at - (webhook.first_try_at or at) >= RETRIED_FOR:
-                webhook = replace(webhook, status="given_up", ended_at=at)
-                logger.error("Webhook %s of %s was given up: %s", webhook.webhook_id, webhook.record_id, problem)
-            else:
-                pause_s = _jittered(min(2.0 ** min(webhook.tries, 20), MAX_PAUSE_S))
-                webhook = replace(webhook, next_try_at=at + timedelta(seconds=max(pause_s, wait_s)))
-            await self.store.webhooks.write(webhook)
-        except StoreError:
-            receiver.pause(RECEIVERS_S)
-            return
-        is_down = status == 0 or status == 429 or status >= 500
-        errors.append(problem if is_down else None)
-        if is_down and wait_s:
-            receiver.pause(wait_s)
-        self.on_try("failed" if webhook.status == "pending" else webhook.status)
+        status, error, wait_s = await self._post(webhook, msgspec.json.encode(await self._event(webhook)))
+        at, tries, end = now(), webhook.tries + 1, "pending"
+        first, next_s = webhook.first_try_at or at, max(_pause_s(tries, MAX_PAUSE_S), wait_s)
+        if not error:
+            end = "sent"
+        elif status == 410 or at - first >= RETRIED_FOR:  # "Gone": it wants nothing more
+            end = "given_up"
+            logger.error("The webhook %s of %s was given up: %s", webhook.type, webhook.record_id, error)
+        times = first, at + timedelta(seconds=next_s), None if end == "pending" else at
+        await self.webhooks.write(webhook.webhook_id, end, tries, *times, error=error or None)
+        is_down = status in (0, 429) or status >= 500
+        failures.append(error if is_down else None)
+        receiver.pause(wait_s if is_down else 0)
+        self._on_try("failed" if end == "pending" else end)
 
-    async def _post(
-        self, client: "httpx.AsyncClient", webhook: Webhook, body: bytes
-    ) -> tuple[int, str | None, Mapping[str, str]]:
-        """Return the status of the response, why it is not accepted, if so, and the headers. No answer has status 0."""
+    async def _post(self, webhook: Webhook, body: bytes) -> tuple[int, str, float]:
+        """Return the status of the response, or 0; why it is not accepted, or ""; and how long it asks to wait."""
         import httpx
 
-        status, headers = 0, httpx.Headers()
+        status, wait_s, error, left = 0, 0.0, f"It did not answer within {TIMEOUT_S:g} s.", MAX_BYTES
         try:
             with anyio.move_on_after(TIMEOUT_S):
-                own = signed_headers(self._keys, webhook.webhook_id, now(), body)
-                async with client.stream("POST", webhook.url or "", content=body, headers=own) as response:
-                    status, headers = response.status_code, response.headers
-                    left = MAX_RESPONSE_BYTES
+                headers = _signed(self.keys, webhook.webhook_id, body)
+                async with self._client.stream("POST", webhook.url or "", content=body, headers=headers) as response:
+                    status, error = response.status_code, f"It answered with status {response.status_code}."
+                    wait_s = min(retry_after_s(response.headers) or 0, RETRIED_FOR.total_seconds())
                     async for piece in response.aiter_raw():  # so that the connection can be used again
                         left -= len(piece)
                         if left < 0:
                             break
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as exc:
-            if not status:
-                return 0, one_line(f"{type(exc).__name__}: {exc}"[:200]), headers
-        if not status:
-            return 0, f"It did not answer within {TIMEOUT_S:g} s.", headers
-        return status, None if 200 <= status < 300 else f"It answered with status {status}.", headers
+            error = error if status else one_line(f"{type(exc).__name__}: {exc}"[:200])
+        return status, "" if 200 <= status < 300 else error, wait_s
 
-    async def _event(self, webhook: Webhook) -> wire.WebhookEvent:
+    async def _event(self, webhook: Webhook) -> dict[str, Any]:
         """Return the body. Of a record that has changed since, or is gone, it has only what is always there."""
-        kind = "batch" if webhook.type.startswith("batch.") else "run"
+        store, kind = self._store, "batch" if webhook.type.startswith("batch.") else "run"
         status = "waiting" if webhook.type == "question.expired" else webhook.type.partition(".")[2]
-        data: Any = {f"{kind}_id": webhook.record_id, "agent_name": webhook.agent_name}
-        data |= {"status": status, "attempt": webhook.attempt, "url": f"/{kind}/{webhook.record_id}"}
-        if webhook.call_id is not None:
-            data["call_id"] = webhook.call_id
-        try:
-            if kind == "batch":
-                batch = await self.store.batches.get(webhook.record_id)
-                if batch is not None and (batch.status, batch.attempt) == (status, webhook.attempt):
-                    summary = wire.shown_with_costs(wire.BatchSummary, batch)
-                    data = msgspec.to_builtins(summary) | {"url": data["url"]}
-            else:
-                data = await self._run_data(webhook, status, data["url"]) or data
-        except DamagedRecord:
-            pass  # it is logged
-        return wire.WebhookEvent(type=webhook.type, timestamp=webhook.created_at, version=VERSION, data=data)
-
-    async def _run_data(self, webhook: Webhook, status: str, url: str) -> WebhookRun | None:
-        """Return the run if it is still in the state that is reported. A long result is a link."""
-        run = await self.store.outline(webhook.record_id)
-        if run is None or (run.status, run.attempt) != (status, webhook.attempt):
-            return None
-        result: msgspec.Raw | msgspec.UnsetType | None = None
-        is_long = run.status is RunStatus.COMPLETED and await self.store.result_bytes(run.run_id, None) > LONG_BYTES
-        if is_long:
-            result = msgspec.UNSET
-        elif run.status is RunStatus.COMPLETED:
-            result = await self.store.short_result(run.run_id, None)
-        return wire.shown_with_costs(
-            WebhookRun,
-            run,
-            url=url,
-            inputs=msgspec.UNSET,
-            result=result,
-            result_url=url if is_long else msgspec.UNSET,
-            call_id=webhook.call_id or msgspec.UNSET,
-            waits=msgspec.UNSET,
-            waiting_for=[shown_as(wire.Question, question) for question in run.questions] or msgspec.UNSET,
-        )
+        data: dict[str, Any] = {f"{kind}_id": webhook.record_id, "agent_name": webhook.agent_name, "status": status}
+        data |= {"attempt": webhook.attempt, "url": (url := f"/{kind}/{webhook.record_id}")}
+        data |= {} if webhook.call_id is None else {"call_id": webhook.call_id}
+        with contextlib.suppress(DamagedRecord):  # the store has logged it
+            found = await (store.batches.get if kind == "batch" else store.outline)(webhook.record_id)
+            is_current = found is not None and (found.status, found.attempt) == (status, webhook.attempt)
+            if is_current and isinstance(found, Batch):
+                data |= _members(wire.shown_with_costs(wire.BatchSummary, found))
+            elif is_current and isinstance(found, Run):
+                more: dict[str, Any] = {"inputs": msgspec.UNSET, "result": None, "waits": msgspec.UNSET}
+                more["waiting_for"] = [shown_as(wire.Question, each) for each in found.questions] or msgspec.UNSET
+                if found.result is not None and await store.result_bytes(found.run_id, None) > LONG_BYTES:
+                    data["result_url"], more["result"] = url, msgspec.UNSET
+                elif found.result is not None:
+                    more["result"] = await store.short_result(found.run_id, None)
+                data |= {"session_id": found.session_id, **shown_usage(found.usage)}
+                data |= _members(shown_as(wire.RunSummary, found, **more))
+        return {"type": webhook.type, "timestamp": webhook.created_at, "version": 1, "data": data}
 
 
-def _jittered(seconds: float) -> float:
-    """Return at least half of it, so that many do not try at the same time."""
-    return seconds * random.uniform(0.5, 1)
+def _members(shown: msgspec.Struct) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(shown).items() if value is not msgspec.UNSET}
 
 
-def urls_of(flock: DeclaredFlock) -> Mapping[str, str | None]:
+def _pause_s(failures: int, most: float) -> float:
+    """Return a pause that doubles with each failure. It is random, so that many do not try at the same time."""
+    return min(2.0 ** min(failures, 20), most) * random.uniform(0.5, 1)
+
+
+def _urls_of(flock: DeclaredFlock) -> Mapping[str, str | None]:
     return {agent.name: agent.webhook_url or flock.webhook_url for agent in flock.agents.values()}
 
 
-def sender_of(engine: Engine, flock: DeclaredFlock, secrets: Sequence[str]) -> WebhookSender | None:
-    """Return what sends the webhooks of an engine, which all apps on it share. A cluster has none.
+def sender_of(
+    engine: Engine, flock: DeclaredFlock, secrets: Sequence[str], on_try: Callable[[str], None]
+) -> WebhookSender | None:
+    """Return what sends the webhooks of an engine. A cluster has none.
 
     Raises: DefinitionError if there is a receiver, and no secret, or a cluster.
     """
-    has_urls = any(urls_of(flock).values())
+    has_urls = any(_urls_of(flock).values())
     if not isinstance(engine, EmbeddedEngine):
         if has_urls:
             raise DefinitionError(
-                "webhook_url= needs a store: this version sends no webhooks for runs on a Temporal cluster. Remove it, "
-                "and read GET /run/{run_id}/events instead."
+                "No webhooks are sent for runs on a Temporal cluster. Remove webhook_url, and poll GET /run/{id}."
             )
         return None
     if has_urls and not secrets:
@@ -302,10 +239,10 @@ def sender_of(engine: Engine, flock: DeclaredFlock, secrets: Sequence[str]) -> W
             "webhook_url= needs a secret that signs the webhooks. Make one with 'flockapi webhook secret', and pass it "
             "in FLOCK_WEBHOOK_SECRETS, or as webhook_secrets= of create_app."
         )
-    if engine.webhooks is None:
-        engine.webhooks = WebhookSender(engine, flock, [key for secret in secrets if (key := webhook_key(secret))])
-    assert isinstance(engine.webhooks, WebhookSender)
-    return engine.webhooks
+    sender = WebhookSender(engine.store, flock, [key for secret in secrets if (key := webhook_key(secret))], on_try)
+    if engine.send_webhooks is None or secrets:  # the apps on an engine share it
+        engine.send_webhooks = sender.run
+    return sender
 
 
 def _sender(request: Request) -> WebhookSender:
@@ -320,17 +257,18 @@ async def list_webhooks(request: Request) -> Response:
     """GET /webhooks: of all principals, newest first."""
     query, sender = query_of(request, wire.WebhooksQuery), _sender(request)
     sent = {"status": None, "after": None, **parameters_of(query)}
-    found = await sender.store.webhooks.page(sender.flock.name, sent["status"], sent["after"], query.limit + 1)
+    found = await sender.webhooks.page(sender.flock.name, sent["status"], sent["after"], query.limit + 1)
     page = found[: query.limit]
     path, headers = next_page(request, page[-1].webhook_id if len(found) > len(page) else None)
-    body = wire.WebhookList(webhooks=[shown_as(wire.Webhook, each) for each in page], next=path)
-    return JSONResponse(body, headers=headers)
+    return JSONResponse(wire.WebhookList(webhooks=page, next=path), headers=headers)
 
 
 async def retry_webhook(request: Request) -> Response:
     """POST /webhooks/{webhook_id}/retry: send it again, and for a day if it fails."""
     sender, webhook_id = _sender(request), request.path_params["webhook_id"]
-    found = await sender.store.webhooks.find(sender.flock.name, webhook_id)
+    found = await sender.webhooks.find(sender.flock.name, webhook_id)
     if found is None:
         raise HTTPException(404, f"There is no webhook {webhook_id!r}. GET /webhooks lists those of the last days.")
-    return JSONResponse(shown_as(wire.Webhook, await sender.store.webhooks.retry(found, now())), 202)
+    await sender.webhooks.write(webhook_id, "pending", 0, None, at := now(), None)
+    again = replace(found, status="pending", tries=0, first_try_at=None, next_try_at=at, ended_at=None, error=None)
+    return JSONResponse(again, 202)

@@ -24,6 +24,7 @@ from flock.runs import (
     UsageFilter,
     UsagePage,
     UsageRow,
+    Webhook,
     records,
     shown_usage,
 )
@@ -81,8 +82,6 @@ __all__ = [
     "UsageReport",
     "Wait",
     "WaitQuery",
-    "Webhook",
-    "WebhookEvent",
     "WebhookList",
     "WebhooksQuery",
     "after_usage",
@@ -621,38 +620,11 @@ class FlockBatchResponse(BatchSummary, frozen=True, kw_only=True):
     next: str | None
 
 
-class Webhook(msgspec.Struct, frozen=True, kw_only=True):
-    """An event that was sent to a receiver, or is to be sent; see ``flock.runs.Webhook``."""
-
-    webhook_id: str
-    type: str
-    record_id: str
-    call_id: str | msgspec.UnsetType = msgspec.UNSET
-    agent_name: str
-    attempt: int
-    url: str | None
-    status: Literal["pending", "sent", "given_up"]
-    tries: int
-    error: str | None
-    created_at: Time
-    next_try_at: Time
-    ended_at: Time | None
-
-
 class WebhookList(msgspec.Struct, frozen=True, kw_only=True):
     """One page of webhooks, newest first, with ``next`` as in ``RunList``."""
 
     webhooks: list[Webhook]
     next: str | None
-
-
-class WebhookEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """The body that a receiver gets. ``data`` is a run as a list shows it, or a batch."""
-
-    type: str
-    timestamp: Time
-    version: int
-    data: Any
 
 
 class FlockBatchCheckRow(msgspec.Struct, frozen=True, kw_only=True):
