@@ -24,16 +24,16 @@ from flock.runs.usage import Usage, added
 
 logger = logging.getLogger("flock.runs")
 
-#: The methods of requests that get no span, because they only read.
-READING = ("GET", "HEAD", "OPTIONS")
 #: The variable that asks for content in spans, and its values.
 CONTENT_VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 WITH_CONTENT = ("true", "span_only", "span_and_event")
+#: The names of counts of tokens, below ``gen_ai.usage``.
+TOKENS = ("input_tokens", "output_tokens", "cache_read.input_tokens", "reasoning.output_tokens")
 
 
-def _api(name: str = "trace") -> Any:
+def _api(name: str = "opentelemetry.trace") -> Any:
     """Return a module of OpenTelemetry, or None if the program has not imported it."""
-    return sys.modules.get(f"opentelemetry.{name}")
+    return sys.modules.get(name)
 
 
 def _tracer() -> Any:
@@ -75,27 +75,27 @@ class Span:
     usage: Usage | None = None
 
     def __init__(self, span: Any, pauses: tuple[type[BaseException], ...] = ()) -> None:
-        self._span, self._pauses = span, pauses
-        self._token: Any = None
+        self._span, self._pauses, self._token = span, pauses, None
 
     def __enter__(self) -> Self:
         if self._span is not None:
-            self._token = _safely(lambda: _api("context").attach(_api().set_span_in_context(self._span)))
+            self._token = _safely(lambda: _api("opentelemetry.context").attach(_api().set_span_in_context(self._span)))
         return self
 
     def __exit__(self, type_: object, exc: BaseException | None, traceback: object) -> None:
+        if self._span is None:
+            return
         if self._token is not None and not isinstance(exc, GeneratorExit):  # that may come in another context
-            _safely(lambda: _api("context").detach(self._token))
+            _safely(lambda: _api("opentelemetry.context").detach(self._token))
         if isinstance(exc, self._pauses):
             kinds = sorted({wait.kind or "question" for wait in getattr(exc, "questions", ())})
             self._do("add_event", "flock.waiting", {"flock.waits": kinds})
         elif isinstance(exc, Exception):
             self.fail(getattr(exc, "error_type", None) or type(exc).__name__)
         if (spent := self.usage) is not None:
-            of_usage = {"input_tokens": spent.input_tokens, "output_tokens": spent.output_tokens}
-            of_usage |= {"cache_read.input_tokens": spent.cached_tokens} if spent.cached_tokens else {}
-            of_usage |= {"reasoning.output_tokens": spent.reasoning_tokens} if spent.reasoning_tokens else {}
-            self.note({f"gen_ai.usage.{name}": count for name, count in of_usage.items()} | {"flock.cost": spent.cost})
+            counts = spent.input_tokens, spent.output_tokens, spent.cached_tokens, spent.reasoning_tokens
+            tokens = {f"gen_ai.usage.{name}": count or None for name, count in zip(TOKENS, counts, strict=True)}
+            self.note({**tokens, "flock.cost": spent.cost})
         self._do("end")
 
     def _do(self, method: str, *args: Any) -> None:
@@ -185,7 +185,7 @@ def current(default: str | None = None) -> str | None:
 
 def of_request(method: str, path: str, traceparent: Callable[[], str | None]) -> Span:
     """Start the span of a request that may change something, unless the host has one."""
-    if _tracer() is None or method in READING or current() is not None:
+    if _tracer() is None or method in ("GET", "HEAD", "OPTIONS") or current() is not None:
         return OFF
     attributes = {"http.request.method": method, "url.path": path}
     return _start(method, attributes, "SERVER", context=_safely(lambda: _below(traceparent())))
