@@ -187,7 +187,8 @@ def test_a_struct_and_its_schema_have_the_same_fields(name: str) -> None:
 #: The fields of a run that each response leaves out.
 LEFT_OUT: dict[type[msgspec.Struct], str] = {
     wire.FlockAPIResponse: "flock inputs principal is_async recoveries deaths timeout_s extra owner cancel_requested "
-    "worked_s spent spent_by call_ids call_key journal dropped earlier_error retried_by caller client digest first_span",
+    "worked_s spent spent_by call_ids call_key journal dropped earlier_error retried_by caller client digest "
+    "first_span",
     wire.RunSummary: "flock traceparent principal is_async recoveries deaths timeout_s extra owner cancel_requested "
     "worked_s spent spent_by batch_id position progress steps session_id max_cost call_ids call_key journal dropped "
     "earlier_error retried_by caller client digest first_span",

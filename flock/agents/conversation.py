@@ -190,19 +190,13 @@ class Conversation(msgspec.Struct, kw_only=True):
 
     def _content(self, request: Request, completion: Completion) -> Mapping[str, Any]:
         """Return what the model was sent and has answered, as spans have it. Secret arguments are encrypted."""
-        answer = Message("assistant", completion.text or "", completion.tool_calls)
-        reason = "tool_call" if completion.tool_calls else "stop"
-        return {
-            "gen_ai.input.messages": [self._shown(message) for message in request.messages],
-            "gen_ai.output.messages": [{**self._shown(answer), "finish_reason": reason}],
-        }
+        answer = self._shown(Message("assistant", completion.text or "", completion.tool_calls))
+        answer["finish_reason"] = "tool_call" if completion.tool_calls else "stop"
+        return {"gen_ai.input.messages": list(map(self._shown, request.messages)), "gen_ai.output.messages": [answer]}
 
     def _shown(self, message: Message) -> dict[str, Any]:
         made = self.toolbox.sealed(Completion(text=None, usage=Usage(), tool_calls=message.tool_calls)).tool_calls
-        parts: list[dict[str, Any]] = [
-            {"type": "tool_call", "id": call.id, "name": call.function.name, "arguments": call.function.arguments}
-            for call in made
-        ]
+        parts = [{"type": "tool_call", "id": call.id, **msgspec.to_builtins(call.function)} for call in made]
         if message.tool_call_id is not None:
             parts = [{"type": "tool_call_response", "id": message.tool_call_id, "response": message.content}]
         elif message.content:

@@ -4,19 +4,17 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from importlib.metadata import entry_points
 
 from flock.extras import pip_install
 
 logger = logging.getLogger("flock.server")
 
-#: Traces are exported if one of these is set.
+#: Traces are exported if one of these is set, or ``OTEL_TRACES_EXPORTER``.
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-#: How the SDK calls a service without a name.
-UNNAMED = "unknown_service"
 #: How long the last spans of a process may take, in seconds.
 FLUSH_TIMEOUT_S = 5.0
 
-#: Ends the export of this process; see ``end_export``.
 _shutdowns: list[Callable[[], None]] = []
 
 
@@ -24,40 +22,33 @@ def export_traces(service_name: str) -> None:
     """Export the spans of this process in the background, if ``OTEL_*`` variables name an exporter.
 
     The SDK reads the others: of the sampler, the resource, the batches and the exporter. A problem is logged as a
-    WARNING. Without effect if the program has set a tracer provider, as ``opentelemetry-instrument`` does.
+    WARNING. No effect if the program has set a tracer provider, as ``opentelemetry-instrument`` does.
     """
     name = os.environ.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(os.environ.get, ENDPOINTS)) else "none")
-    if name == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+    if name == "none":
         return
     if name == "otlp":
-        protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
-        name = "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
+        name = f"otlp_proto_{'grpc' if os.environ.get('OTEL_EXPORTER_OTLP_PROTOCOL') == 'grpc' else 'http'}"
     try:
-        from importlib.metadata import entry_points
-
         from opentelemetry import trace
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
         if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             return
-        exporters = [*entry_points(group="opentelemetry_traces_exporter", name=name)]
-        if not exporters:
+        if not (exporters := [*entry_points(group="opentelemetry_traces_exporter", name=name)]):
             raise ImportError(f"no package has the exporter {name!r}")
-        resource = Resource.create()
-        if str(resource.attributes.get("service.name", UNNAMED)).startswith(UNNAMED):
-            resource = resource.merge(Resource({"service.name": service_name}))
+        resource = Resource.create({"service.name": service_name}).merge(OTELResourceDetector().detect())
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(exporters[0].load()()))
         trace.set_tracer_provider(provider)
+        _shutdowns.append(provider.shutdown)
     except ImportError as exc:
         install = pip_install("opentelemetry-exporter-otlp-proto-http")
         logger.warning("No traces are exported: %s. Install an exporter with its SDK: %s", exc, install)
     except Exception as exc:  # such as an invalid value of a variable
         logger.warning("No traces are exported: %s: %s", type(exc).__name__, exc)
-    else:
-        _shutdowns.append(provider.shutdown)
 
 
 def end_export() -> None:

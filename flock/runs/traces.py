@@ -11,54 +11,48 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Self
 
 import msgspec
 
 from flock import __version__
-from flock.runs.records import CallKind, Question, Run, RunStatus
+from flock.runs.records import CallKind, Run, RunStatus
 from flock.runs.text import valid_traceparent
 from flock.runs.usage import Usage, added
 
 logger = logging.getLogger("flock.runs")
 
-#: The methods of requests that get no span, because they only read.
-READING = ("GET", "HEAD", "OPTIONS")
 #: The variable that asks for content in spans, and its values.
 CONTENT_VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 WITH_CONTENT = ("true", "span_only", "span_and_event")
-#: How the names of the attributes with the content of a tool's call begin.
-ON_TOOL = "gen_ai.tool.call"
+#: The names of counts of tokens, below ``gen_ai.usage``.
+TOKENS = ("input_tokens", "output_tokens", "cache_read.input_tokens", "reasoning.output_tokens")
 
 
-def _api() -> Any:
-    """Return the module ``opentelemetry.trace``, or None if the program has not imported it."""
-    return sys.modules.get("opentelemetry.trace")
+def _api(name: str = "opentelemetry.trace") -> Any:
+    """Return a module of OpenTelemetry, or None if the program has not imported it."""
+    return sys.modules.get(name)
 
 
 def _tracer() -> Any:
-    api = _api()
-    return None if api is None else _safely(lambda: _tracer_of(api, api.get_tracer_provider()))
+    return None if (api := _api()) is None else _safely(lambda: _tracer_of(api, api.get_tracer_provider()))
 
 
 @functools.lru_cache(maxsize=4)
 def _tracer_of(api: Any, provider: Any) -> Any:
     """Return a tracer, or None if no provider is set, or it makes no spans."""
-    if isinstance(provider, api.ProxyTracerProvider):
-        return None
-    tracer = provider.get_tracer("flockapi", __version__)
+    tracer = None if isinstance(provider, api.ProxyTracerProvider) else provider.get_tracer("flockapi", __version__)
     return None if isinstance(tracer, api.NoOpTracer) else tracer
 
 
-def _safely(function: Callable[..., Any], *args: Any) -> Any:
-    """Return what a function of OpenTelemetry returns, or None if it raises."""
+def _safely(call: Callable[[], Any]) -> Any:
+    """Return what a call of OpenTelemetry returns, or None if it raises."""
     try:
-        return function(*args)
+        return call()
     except Exception as exc:
         _warn(type(exc).__name__)
-        return None
 
 
 @functools.cache
@@ -78,47 +72,51 @@ class Span:
         usage: the tokens that were spent in the block.
     """
 
+    usage: Usage | None = None
+
     def __init__(self, span: Any, pauses: tuple[type[BaseException], ...] = ()) -> None:
-        self._span = span
-        self._pauses = pauses
-        self._token: Any = None
-        self.usage: Usage | None = None
+        self._span, self._pauses, self._token = span, pauses, None
 
     def __enter__(self) -> Self:
         if self._span is not None:
-            self._token = _safely(lambda: _context_api().attach(_api().set_span_in_context(self._span)))
+            self._token = _safely(lambda: _api("opentelemetry.context").attach(_api().set_span_in_context(self._span)))
         return self
 
     def __exit__(self, type_: object, exc: BaseException | None, traceback: object) -> None:
         if self._span is None:
             return
         if self._token is not None and not isinstance(exc, GeneratorExit):  # that may come in another context
-            _safely(lambda: _context_api().detach(self._token))
+            _safely(lambda: _api("opentelemetry.context").detach(self._token))
         if isinstance(exc, self._pauses):
-            _safely(self._span.add_event, "flock.waiting", {"flock.waits": _kinds(getattr(exc, "questions", ()))})
+            kinds = sorted({wait.kind or "question" for wait in getattr(exc, "questions", ())})
+            self._do("add_event", "flock.waiting", {"flock.waits": kinds})
         elif isinstance(exc, Exception):
             self.fail(getattr(exc, "error_type", None) or type(exc).__name__)
-        if self.usage is not None:
-            self.note(_tokens(self.usage))
-        _safely(self._span.end)
+        if (spent := self.usage) is not None:
+            counts = spent.input_tokens, spent.output_tokens, spent.cached_tokens, spent.reasoning_tokens
+            tokens = {f"gen_ai.usage.{name}": count or None for name, count in zip(TOKENS, counts, strict=True)}
+            self.note({**tokens, "flock.cost": spent.cost})
+        self._do("end")
+
+    def _do(self, method: str, *args: Any) -> None:
+        if self._span is not None:
+            _safely(lambda: getattr(self._span, method)(*args))
 
     def note(self, attributes: Mapping[str, Any]) -> None:
         """Set the attributes that are not None."""
-        if self._span is not None:
-            _safely(self._span.set_attributes, _known(attributes))
+        self._do("set_attributes", _known(attributes))
 
     def fail(self, error_type: str) -> None:
         if self._span is not None:
             self.note({"error.type": error_type})
-            _safely(lambda: self._span.set_status(_api().StatusCode.ERROR))
+            self._do("set_status", _api().StatusCode.ERROR)
 
     def responded(self, method: str, route: str, status_code: int) -> None:
         """Note the response of a request."""
-        if self._span is not None:
-            _safely(self._span.update_name, f"{method} {route}".strip())
-            self.note({"http.route": route or None, "http.response.status_code": status_code or None})
-            if status_code >= 500:
-                self.fail(str(status_code))
+        self._do("update_name", f"{method} {route}".strip())
+        self.note({"http.route": route or None, "http.response.status_code": status_code or None})
+        if status_code >= 500:
+            self.fail(str(status_code))
 
     def ended(self, run: Run) -> None:
         """Note how a run has ended, or that it waits."""
@@ -130,14 +128,7 @@ class Span:
     def content(self, attributes: Callable[[], Mapping[str, Any]]) -> None:
         """Set attributes with content as JSON, if the operator has asked for that."""
         if self._span is not None and os.environ.get(CONTENT_VARIABLE, "").lower() in WITH_CONTENT:
-            _safely(
-                lambda: self.note(
-                    {
-                        name: value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
-                        for name, value in attributes().items()
-                    }
-                )
-            )
+            _safely(lambda: self.note({name: _as_text(value) for name, value in attributes().items()}))
 
 
 OFF = Span(None)
@@ -145,80 +136,59 @@ OFF = Span(None)
 CHAT: ContextVar[Span | None] = ContextVar("flock_chat", default=None)
 
 
-def _context_api() -> Any:
-    return sys.modules["opentelemetry.context"]
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
 
 
 def _known(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if value is not None}
 
 
-def _kinds(waits: Sequence[Question]) -> list[str]:
-    return sorted({wait.kind or "question" for wait in waits})
-
-
-def _tokens(usage: Usage) -> Mapping[str, Any]:
-    return {
-        "gen_ai.usage.input_tokens": usage.input_tokens,
-        "gen_ai.usage.output_tokens": usage.output_tokens,
-        "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens or None,
-        "gen_ai.usage.reasoning.output_tokens": usage.reasoning_tokens or None,
-        "flock.cost": usage.cost,
-    }
-
-
 def _start(
     name: str,
     attributes: Mapping[str, Any],
-    *,
     kind: str = "INTERNAL",
+    *,
     context: Any = None,
-    links: Iterable[str] = (),
+    first: str | None = None,
     pauses: tuple[type[BaseException], ...] = (),
 ) -> Span:
-    """Start a span below the current one, or in *context*. *links* are the ``traceparent`` of others."""
+    """Start a span below the current one, or in *context*, with a link to that of the ``traceparent`` *first*."""
 
     def start() -> Any:
-        api = _api()
-        options = {"kind": api.SpanKind[kind], "context": context, "attributes": _known(attributes)}
-        return _tracer().start_span(name, links=[api.Link(_span_context(link)) for link in links], **options)
+        links = [] if first is None else [_api().Link(_span_context(first))]
+        return _tracer().start_span(name, context, _api().SpanKind[kind], _known(attributes), links)
 
-    span = _safely(start)
-    return OFF if span is None else Span(span, pauses)
+    return Span(span, pauses) if (span := _safely(start)) is not None else OFF
 
 
 def _span_context(traceparent: str) -> Any:
     _, trace_id, span_id, flags = traceparent.split("-")
-    api = _api()
-    return api.SpanContext(int(trace_id, 16), int(span_id, 16), True, api.TraceFlags(int(flags, 16)))
+    return _api().SpanContext(int(trace_id, 16), int(span_id, 16), True, _api().TraceFlags(int(flags, 16)))
 
 
 def _below(traceparent: str | None) -> Any:
     """Return the context of a ``traceparent``, or one in which a new trace begins."""
-    api = _api()
-    return api.set_span_in_context(
-        api.INVALID_SPAN if traceparent is None else api.NonRecordingSpan(_span_context(traceparent))
-    )
+    sent = valid_traceparent(traceparent)
+    parent = _api().INVALID_SPAN if sent is None else _api().NonRecordingSpan(_span_context(sent))
+    return _api().set_span_in_context(parent)
 
 
 def current(default: str | None = None) -> str | None:
     """Return the ``traceparent`` of the current span, or *default* if there is none."""
-
-    def traceparent() -> str | None:
-        found = api.get_current_span().get_span_context()
-        if not found.is_valid:
-            return None
-        return f"00-{found.trace_id:032x}-{found.span_id:016x}-{found.trace_flags:02x}"
-
-    return default if (api := _api()) is None else (_safely(traceparent) or default)
+    api = _api()
+    found = None if api is None else _safely(lambda: api.get_current_span().get_span_context())
+    if found is None or not found.is_valid:
+        return default
+    return f"00-{found.trace_id:032x}-{found.span_id:016x}-{found.trace_flags:02x}"
 
 
 def of_request(method: str, path: str, traceparent: Callable[[], str | None]) -> Span:
     """Start the span of a request that may change something, unless the host has one."""
-    if _tracer() is None or method in READING or current() is not None:
+    if _tracer() is None or method in ("GET", "HEAD", "OPTIONS") or current() is not None:
         return OFF
     attributes = {"http.request.method": method, "url.path": path}
-    return _start(method, attributes, kind="SERVER", context=_safely(lambda: _below(valid_traceparent(traceparent()))))
+    return _start(method, attributes, "SERVER", context=_safely(lambda: _below(traceparent())))
 
 
 def of_run(run: Run) -> Span:
@@ -228,43 +198,33 @@ def of_run(run: Run) -> Span:
     """
     if _tracer() is None:
         return OFF
-    attributes = {
-        "gen_ai.agent.name": run.agent_name,
-        "gen_ai.conversation.id": run.session_id,
-        "flock.run.id": run.run_id,
-        "flock.run.attempt": run.attempt,
-        "flock.batch.id": run.batch_id,
-    }
-    first = run.first_span
-    context = _safely(_below, run.traceparent or first)
-    return _start(f"run {run.agent_name}", attributes, context=context, links=() if first is None else (first,))
+    attributes: dict[str, Any] = {"gen_ai.agent.name": run.agent_name, "gen_ai.conversation.id": run.session_id}
+    attributes |= {"flock.run.id": run.run_id, "flock.batch.id": run.batch_id, "flock.run.attempt": run.attempt}
+    context = _safely(lambda: _below(run.traceparent or run.first_span))
+    return _start(f"run {run.agent_name}", attributes, context=context, first=run.first_span)
 
 
 def of_step(run: Run, agent_name: str, *pauses: type[BaseException]) -> Span:
     """Start the span of an execution of a step, which ends when the step waits with one of *pauses*."""
     if _tracer() is None:
         return OFF
-    attributes = {
-        "gen_ai.operation.name": "invoke_agent",
-        "gen_ai.agent.name": agent_name,
-        "gen_ai.conversation.id": run.session_id,
-        "flock.step.position": len(run.steps),
-    }
-    return _start(f"invoke_agent {agent_name}", attributes, pauses=pauses)
+    attributes = {"gen_ai.conversation.id": run.session_id, "flock.step.position": len(run.steps)}
+    return _start_operation("invoke_agent", "agent", agent_name, attributes, pauses)
 
 
 def of_call(kind: CallKind, label: str, call_id: str) -> Span:
     """Start the span of a call of a function, a tool or an agent. Other calls have none, or that of ``of_chat``."""
     if kind not in ("function", "tool", "agent") or _tracer() is None:
         return OFF
-    attributes, name = {"flock.call.id": call_id}, f"call {label}"
-    if kind == "tool":
-        name = f"execute_tool {label}"
-        attributes |= {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": label}
-    elif kind == "agent":
-        name = f"invoke_agent {label}"
-        attributes |= {"gen_ai.operation.name": "invoke_agent", "gen_ai.agent.name": label}
-    return _start(name, attributes)
+    attributes = {"flock.call.id": call_id}
+    if kind == "function":
+        return _start(f"call {label}", attributes)
+    return _start_operation("execute_tool" if kind == "tool" else "invoke_agent", kind, label, attributes)
+
+
+def _start_operation(operation: str, of: str, name: str, attributes: Mapping[str, Any], pauses: Any = ()) -> Span:
+    attributes = {"gen_ai.operation.name": operation, f"gen_ai.{of}.name": name, **attributes}
+    return _start(f"{operation} {name}", attributes, pauses=pauses)
 
 
 @contextlib.contextmanager
@@ -274,14 +234,9 @@ def of_chat(model: str, max_tokens: int | None, temperature: float | None) -> It
         yield OFF
         return
     provider, _, name = model.partition("/")
-    attributes = {
-        "gen_ai.operation.name": "chat",
-        "gen_ai.provider.name": provider or None,
-        "gen_ai.request.model": name or None,
-        "gen_ai.request.max_tokens": max_tokens,
-        "gen_ai.request.temperature": temperature,
-    }
-    with _start(f"chat {name}".strip(), attributes, kind="CLIENT") as span:
+    attributes = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": provider, "gen_ai.request.model": name}
+    options = {"gen_ai.request.max_tokens": max_tokens, "gen_ai.request.temperature": temperature}
+    with _start(f"chat {name}", {**attributes, **options}, "CLIENT") as span:
         CHAT.set(span)
         try:
             yield span

@@ -49,7 +49,7 @@ from flock.runs import (
 )
 from flock.runs.context import CURRENT_CALL, CallKeep, CallOptions
 from flock.runs.records import CALL_IDS
-from flock.runs.traces import ON_TOOL, of_call
+from flock.runs.traces import of_call
 from flock.scopes import (
     Cancellation,
     Clock,
@@ -703,7 +703,8 @@ class Journal:
             with of_call(planned.kind, planned.label, planned.call_id) as span:
                 value = await planned.execute()
                 if planned.kind == "tool":
-                    span.content(lambda: {f"{ON_TOOL}.arguments": planned.arguments, f"{ON_TOOL}.result": value})
+                    of_tool = "gen_ai.tool.call"
+                    span.content(lambda: {f"{of_tool}.arguments": planned.arguments, f"{of_tool}.result": value})
             if planned.label == TIMER:  # the block may have ended in time, perhaps in an earlier execution
                 await self._replay.settle()
             if planned.should_keep is not None and not planned.should_keep(value):

@@ -280,14 +280,8 @@ class _RunStep(ActivityStep):
 
     def ended(self, **end: Any) -> StepDone:
         """Return the result of the step, with the fields in *end*."""
-        return StepDone(
-            begun_at=self.started_at,
-            progress=self.progress,
-            spent=self.spent,
-            held_s=self.held_s,
-            first_span=self.run.first_span,
-            **end,
-        )
+        end |= {"progress": self.progress, "first_span": self.run.first_span}
+        return StepDone(begun_at=self.started_at, spent=self.spent, held_s=self.held_s, **end)
 
     def heartbeat(self) -> Heartbeat:
         return Heartbeat(
