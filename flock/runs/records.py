@@ -413,6 +413,7 @@ class Run(_Record, frozen=True, kw_only=True):
         client: what its client has brought: instructions, tools and options of the model; None if nothing.
         digest: of the inputs of an item and of what makes its result; see ``flock.store.equals``. None if no other item
             may take its result.
+        files: the contents that its inputs refer to; see ``flock.store.contents``.
     """
 
     run_id: str
@@ -442,6 +443,7 @@ class Run(_Record, frozen=True, kw_only=True):
     caller: "Principal | None" = None
     client: ClientSettings | None = None
     digest: str | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def acts_for(self) -> "Principal | None":

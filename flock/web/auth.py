@@ -33,6 +33,7 @@ from flock.runs import (
     Call,
     Engine,
     Event,
+    FileBox,
     IdempotencyKey,
     Inputs,
     ItemLimits,
@@ -344,6 +345,9 @@ class ScopedEngine:
     check_budget = _forwarded(Engine.check_budget)
     shown_result = _forwarded(Engine.shown_result)
     watch = _forwarded(Engine.watch)
+
+    def files(self, principal: str | None = None) -> FileBox:
+        return self._engine.files(self._principal.name)
 
     # Runs
 

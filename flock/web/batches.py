@@ -1,5 +1,6 @@
 """The request of ``POST /run/batch``: its rows and its options. The format of its results."""
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -57,7 +58,7 @@ def rows_of(
     options: AppOptions, media_type: str, batch_request: FlockBatchRequest, body: Body, row_mapping: RowMapping
 ) -> Items:
     """Return the rows of a batch, not read yet. Raises InvalidData. Reading them may raise other errors."""
-    chunks = body.upload()
+    chunks: AsyncIterator[bytes] = body.upload()
     limits = {"max_row_bytes": options.max_body_bytes, "max_depth": options.max_json_depth}
     if media_type == "application/x-ndjson":
         return ndjson_rows(chunks, row_mapping, **limits)
@@ -99,5 +100,5 @@ def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
 
 def check_response(check: BatchCheck, row_mapping: RowMapping) -> Response:
     """Return the errors for which a batch would be rejected, or its first rows as they would be stored."""
-    rows = [shown_as(FlockBatchCheckRow, row, extra=extra) for row, extra, _ in check.rows]
+    rows = [shown_as(FlockBatchCheckRow, row, extra=extra) for row, extra, *_ in check.rows]
     return JSONResponse(shown_as(FlockBatchCheck, check, columns=list(row_mapping.columns), rows=rows))
