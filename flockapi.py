@@ -72,6 +72,7 @@ from flock.web.batches import (
 )
 from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
+from flock.web.files import form_as_json, get_file, post_file
 from flock.web.lifespan import lifespan_of
 from flock.web.negotiation import preferences, preferred
 from flock.web.options import PROTOCOL_MODULES, AppOptions, OnDisconnect
@@ -340,6 +341,8 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
         AppRoute("access", "POST", "/run/batch", run_batch),
         AppRoute("access", "GET DELETE", "/run/{run_id}", one_run),
         AppRoute("access", "GET", "/runs", list_runs),
+        AppRoute("access", "POST", "/files", post_file),
+        AppRoute("access", "GET", "/files/{file_id}", get_file),
         AppRoute("access", "GET", "/questions", list_questions),
         AppRoute("access", "GET", "/questions/events", question_events),
         AppRoute("access", "GET", "/agents/{name}", get_agent),
@@ -426,7 +429,8 @@ def _prefers_events(accept: str) -> bool:
 
 
 async def _order_of(request: Request, responds_async: bool) -> orders.Order:
-    body = await read_json(request)
+    is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+    body = await (form_as_json(request) if is_form else read_json(request))
     key = idempotency_key(request, lambda: fingerprint_of(request, body))
     sent = wire.RUN_REQUEST.decode(body)
     return orders.Order(

@@ -8,10 +8,12 @@ from flock.agents.history import History
 from flock.agents.messages import Messages
 from flock.agents.result import Result
 from flock.declared import BatchInputs, DeclaredFlock, FlockFactory
+from flock.files import Audio, Document, File, Image, data_url
 from flock.models.models import Model
 from flock.models.prices import Price
 
 __all__ = ["BatchInputs", "Flock", "FlockFactory", "History", "Messages", "Model", "Price", "Result", "agent"]
+__all__ += ["Audio", "Document", "File", "Image", "data_url"]
 
 
 class Flock(DeclaredFlock):

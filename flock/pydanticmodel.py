@@ -8,6 +8,8 @@ from typing import Any, Literal, Union
 
 import msgspec
 
+from flock.files import File, file_from, is_file
+
 #: "validation" describes what a model is read from, "serialization" what it is written as. They differ, for example, in
 #: aliases and computed fields.
 SchemaMode = Literal["validation", "serialization"]
@@ -56,6 +58,8 @@ def has_model_fields(type_: Any) -> bool:
 
 def from_json(type_: Any, value: Any) -> Any:
     """Validate *value* as a model: msgspec's ``dec_hook``. Raises InvalidModel."""
+    if is_file(type_):
+        return file_from(type_, value)
     if not is_model(type_):
         return value  # msgspec reports that it is not an instance of the type
     try:
@@ -68,6 +72,8 @@ def from_json(type_: Any, value: Any) -> Any:
 
 def to_json(value: Any, **options: bool) -> Any:
     """Return a model as plain values: msgspec's ``enc_hook``. Raises TypeError, ValueError."""
+    if isinstance(value, File):
+        return value.reference
     model = _model(value)
     try:
         return model.model_dump(mode="json", by_alias=True, warnings="error", **options)
@@ -80,9 +86,9 @@ def to_json_and_back(value: Any) -> Any:
     return to_json(value, round_trip=True)
 
 
-def keep(value: Any) -> KeptModel:
+def keep(value: Any) -> Any:
     """Return a model for ``from_json`` and ``to_json``: an ``enc_hook`` for ``builtin_types=[KeptModel]``."""
-    return KeptModel(_model(value))
+    return msgspec.to_builtins(value.reference) if isinstance(value, File) else KeptModel(_model(value))
 
 
 def _model(value: Any) -> Any:

@@ -223,6 +223,7 @@ CAUSES: Mapping[str, tuple[str, str]] = {
     ),
     "Unknown batch": GONE,
     "Unknown session": GONE,
+    "Unknown file": ("the file was never sent, was deleted, or belongs to another key", "send it again"),
     "Unauthorized": (
         "the key is missing or unknown, or `auth=` found no user",
         "send `-H 'Authorization: Bearer YOUR_KEY'`; see [Security](security.md)",

@@ -26,6 +26,7 @@ import flockapi
 from flock.agents.agent import Handoff
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError
+from flock.files import FileReference
 from flock.protocols import mcp, openai, vercel
 from flock.runs import BatchOptions, Event, Principal, Progress, Run, RunContext, RunStatus, Usage
 from flock.testing import FakeModel, Reply
@@ -51,6 +52,7 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for na
     "Wait": wire.Wait,
     "FieldError": FieldError,
     "Handoff": Handoff,
+    "FileReference": FileReference,
     "Model": openai.Model,
     "ModelList": openai.ModelList,
 }
@@ -79,6 +81,7 @@ QUERIES = {
     "ResultsQuery": ["getBatchResults"],
     "BatchesQuery": ["listBatches"],
     "UsageQuery": ["getUsage"],
+    "FilesQuery": ["sendFile"],
 }
 
 
@@ -188,13 +191,13 @@ def test_a_struct_and_its_schema_have_the_same_fields(name: str) -> None:
 LEFT_OUT: dict[type[msgspec.Struct], str] = {
     wire.FlockAPIResponse: "flock inputs principal is_async recoveries deaths timeout_s extra owner cancel_requested "
     "worked_s spent spent_by call_ids call_key journal dropped earlier_error retried_by caller client digest "
-    "first_span",
+    "first_span files",
     wire.RunSummary: "flock traceparent principal is_async recoveries deaths timeout_s extra owner cancel_requested "
     "worked_s spent spent_by batch_id position progress steps session_id max_cost call_ids call_key journal dropped "
-    "earlier_error retried_by caller client digest first_span",
+    "earlier_error retried_by caller client digest first_span files",
     flockapi.BatchItem: "flock agent_name created_at request_id batch_id traceparent principal is_async attempt "
     "recoveries deaths timeout_s owner cancel_requested progress waiting_for worked_s steps session_id spent spent_by "
-    "max_cost call_ids call_key journal dropped earlier_error retried_by caller client digest first_span",
+    "max_cost call_ids call_key journal dropped earlier_error retried_by caller client digest first_span files",
 }
 
 
@@ -505,7 +508,10 @@ async def test_an_example_of_a_request_gets_a_documented_response(
     names |= {"agent": "text_analyzer", "chat_id": "chat-1"}
     path = path.format(batch_id=await ended_batch(client, "explode"), **names)
     model.replies = [Reply({"sentiment": "positive", "keywords": ["great"]})] * 3
-    response = await client.request(method, path, content=body, headers={"Content-Type": media_type})
+    if media_type == "multipart/form-data":
+        response = await client.post(path, files={name: (None, value) for name, value in json.loads(body).items()})
+    else:
+        response = await client.request(method, path, content=body, headers={"Content-Type": media_type})
     check_described(operation, response)
     assert response.is_success, response.text
     if response.status_code == 202 and operation["operationId"] != "sendMessage":  # the run waits for an answer

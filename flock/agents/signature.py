@@ -35,6 +35,7 @@ import msgspec.inspect
 from flock.agents.messages import Messages
 from flock.agents.result import Result
 from flock.errors import InvalidData, MalformedJSON, SignatureError
+from flock.files import SCHEMA, Audio, Document, File, FileReference, Image, Taken, is_file, taking
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hints_of
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import (
@@ -57,6 +58,7 @@ NAMED_TYPES: Mapping[str, Any] = {
     "Any": Any,
     "None": None,
     "Messages": Messages,
+    **{type_.__name__: type_ for type_ in (Image, Audio, Document, File)},
     # The capitalised names of the typing module, for older scripts.
     "List": list,
     "Dict": dict,
@@ -275,6 +277,7 @@ class Signature:
         fields: in order of declaration.
         type: the struct, dataclass, TypedDict or pydantic model that JSON is decoded to.
         is_declared: whether the program has declared that type. Otherwise it was made from the fields.
+        has_files: whether a field may have a file, of a type in ``flock.files``.
         schema: its JSON Schema (2020-12). The root is an object, and all types that are not recursive are inlined.
         result_schema: the schema of what ``encode`` returns. It is the same, except for pydantic models with computed
             fields, or whose names or types in JSON differ between reading and writing.
@@ -294,6 +297,7 @@ class Signature:
                 shown = msgspec.to_builtins(field.default, str_keys=True, enc_hook=to_json)
                 self.schema["properties"][field.name]["default"] = shown
         self._json: JSONType[Any] = JSONType(type_)
+        self.has_files = any(map(is_file, _named_types(msgspec.inspect.type_info(type_), {})))
 
     @classmethod
     def of(cls, source: Any, types: Mapping[str, Any] | None = None, *, name: str = "Fields") -> "Signature":
@@ -363,6 +367,21 @@ class Signature:
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
         """Decode a JSON object to ``type``. Raises MalformedJSON, InvalidData; see ``JSONType.decode``."""
         return self._json.decode(raw, at)
+
+    def take(self, raw: msgspec.Raw, at: str, find: Callable[[str], FileReference] | None) -> Taken:
+        """Like ``decode``, but return the inputs of a client with references to their files, which *find* finds.
+
+        Raises: NotFound too.
+        """
+        with taking(find) as contents:
+            typed = self.decode(raw, at)
+        if not contents:
+            return Taken(raw)
+        texts = raw, msgspec.json.encode(typed, enc_hook=to_json)
+        sent, read = (msgspec.json.decode(text, type=dict[str, msgspec.Raw]) for text in texts)
+        # No text has these characters in JSON, so all else stays as it was sent.
+        changed = {name: read[name] for name in sent if b'"file_id":' in bytes(read.get(name, b""))}
+        return Taken(msgspec.Raw(msgspec.json.encode({**sent, **changed})), contents)
 
     def encode(self, value: Any) -> msgspec.Raw:
         """Validate *value* (an instance of ``type``, or a mapping) and encode it as JSON.
@@ -539,6 +558,8 @@ def _schema_components(type_: Any, mode: SchemaMode) -> tuple[dict[str, Any], di
     refs_of_models, components_of_models = model_schemas(_models(type_), mode, REF)
 
     def schema_of(custom: Any) -> dict[str, Any]:
+        if is_file(custom):
+            return {"title": custom.__name__, **SCHEMA}
         if custom not in refs_of_models:
             raise NotImplementedError
         return dict(refs_of_models[custom])

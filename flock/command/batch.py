@@ -411,7 +411,7 @@ def _summary(done: Batch, output: Path) -> str:
 
 
 def _print_check(check: BatchCheck, rows: Path) -> None:
-    for row, extra, _ in check.rows:
+    for row, extra, *_ in check.rows:
         kept = f" keeps {bytes(extra).decode()}" if extra else ""
         echo(f"{row.at if row.line is None else f'line {row.line}'}: {bytes(row.inputs).decode()}{kept}")
     if check.total_items > len(check.rows):

@@ -26,6 +26,7 @@ from flock.engine.intake import Intake
 from flock.engine.rowchecks import as_json
 from flock.errors import (
     AgentNotFound,
+    Conflict,
     DefinitionError,
     EngineStopped,
     FieldError,
@@ -48,6 +49,7 @@ from flock.runs import (
     Engine,
     EngineHealth,
     Event,
+    FileBox,
     IdempotencyKey,
     Inputs,
     ItemLimits,
@@ -218,6 +220,9 @@ class EngineBase(Engine):
     async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
         return run.result if position is None else run.steps[position].result
 
+    def files(self, principal: str | None = None) -> FileBox:
+        raise Conflict("This server keeps its runs on a cluster, which has no place for files. Send texts only.")
+
     def watch(self, run_id: str) -> AbstractContextManager[object]:
         return contextlib.nullcontext()  # by default, there is no live output
 
@@ -326,11 +331,13 @@ class EngineBase(Engine):
     ) -> Run:
         self._check_running()
         raw = as_json(inputs, "/inputs", self._limits.max_input_bytes)
-        self._agent(agent_name).input.decode(raw, "/inputs")
+        agent, (name, caller) = self._agent(agent_name), name_and_caller(principal)
+        box = self.files(name) if agent.input.has_files else None
+        raw, contents = agent.input.take(raw, "/inputs", None if box is None else box.find)
         self._check_prices(agent_name, max_cost)
         if client is not None:
             client = settings_for(agent_name, self._agents, client, self._limits.max_input_bytes - len(raw))
-        name, caller = name_and_caller(principal)
+        files = await box.keep_all(contents) if box is not None else ()
         run = Run(
             run_id=run_id or new_id(),
             flock=self._flock,
@@ -349,6 +356,7 @@ class EngineBase(Engine):
             call_ids=CALL_IDS,
             call_key=new_call_key(),
             client=client,
+            files=files,
         )
         with self._watch_until_read(run.run_id) if watch else contextlib.nullcontext():
             await self._accept(run, key, Context() if is_async else copy_context(), continues)
@@ -381,14 +389,16 @@ class EngineBase(Engine):
             owner=self._owner,
             recipe=self.recipe_of(agent_name),
         )
+        agent = self._agent(agent_name)
         intake = Intake(
-            self._agent(agent_name),
+            agent,
             items,
             batch,
             on_invalid=on_invalid,
             traceparent=valid_traceparent(traceparent or traces.current()),
             caller=caller,
             limits=self.item_limits,
+            files=self.files(name) if agent.input.has_files else None,
         )
         return await self._accept_batch(intake, key)
 

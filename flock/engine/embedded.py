@@ -58,6 +58,7 @@ from flock.runs import (
     BatchFilter,
     BatchOptions,
     Call,
+    FileBox,
     IdempotencyKey,
     LongJSON,
     Observer,
@@ -164,6 +165,7 @@ class EmbeddedEngine(EngineBase):
             answer=on_question,
             prices=self._prices,
             shared=shared,
+            folder_of=store.contents.folder,
         )
         #: an app may set it: a task that sends the webhooks, and has started when their receivers are stored
         self.send_webhooks: Callable[..., Coroutine[Any, Any, None]] | None = None
@@ -308,6 +310,10 @@ class EmbeddedEngine(EngineBase):
     def observe(self, observer: Observer) -> None:
         self._observers.append(observer)
 
+    def files(self, principal: str | None = None) -> FileBox:
+        self._check_entered()
+        return self.store.contents.of(principal, self._limits.max_file_bytes, self._limits.max_files_bytes)
+
     async def queue(self) -> Queue:
         self._check_entered()
         return await self.store.queue(self._flock)
@@ -316,7 +322,9 @@ class EmbeddedEngine(EngineBase):
 
     async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None) -> None:
         full = self._runner.full(run.principal)
-        is_announced = run.is_async or run.run_id in self._runner.watched  # its client gets its id before its end
+        is_announced = (
+            run.is_async or bool(run.files) or run.run_id in self._runner.watched
+        )  # its client gets its id before its end
         if not is_announced and key is None and run.session_id is None:
             if full is not None:
                 raise full

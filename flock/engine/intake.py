@@ -12,7 +12,19 @@ from flock.agents.agent import Agent
 from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, iterate
 from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.rows.tables import RowMapping
-from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Principal, Row, Run, RunStatus, new_id
+from flock.runs import (
+    INVALID_INPUT,
+    Batch,
+    FileBox,
+    ItemLimits,
+    Items,
+    OnInvalid,
+    Principal,
+    Row,
+    Run,
+    RunStatus,
+    new_id,
+)
 from flock.runs.records import CALL_IDS
 from flock.steps.identity import new_call_key
 from flock.steps.outcomes import Outcome
@@ -41,6 +53,7 @@ class Intake:
     traceparent: str | None
     limits: ItemLimits
     caller: Principal | None = None
+    files: FileBox | None = None
 
     def __post_init__(self) -> None:
         self.page: list[Run] = []
@@ -74,7 +87,7 @@ class Intake:
             raise DefinitionError(
                 f"max_failures must be a number of items, or a share below 1, not {options.max_failures}."
             )
-        checks, row_errors = RowChecks(self.agent, self.limits), RowErrors()
+        checks, row_errors = RowChecks(self.agent, self.limits, self.files), RowErrors()
         async for checked in checks.rows(self.items):
             if checked.errors and self.on_invalid == "reject":
                 row_errors.add(checked.row, checked.errors)
@@ -83,6 +96,8 @@ class Intake:
             if row_errors.rows:
                 continue
             self._add(checks.total, checked, id_of)
+            if self.files is not None:
+                self.page[-1] = replace(self.page[-1], files=await self.files.keep_all(checked.contents))
             if len(self.page) >= items_per_page(checks.total) or self._page_bytes > page_bytes:
                 await stage(self.page)
                 self.page, self._page_bytes = [], 0
@@ -99,7 +114,7 @@ class Intake:
 
     def _add(self, position: int, checked: CheckedRow, id_of: Callable[[int], str]) -> None:
         """Add an item to the page. If its row has errors, it has already failed."""
-        batch, (row, extra, errors) = self.batch, checked
+        batch, (row, extra, errors, _) = self.batch, checked
         end: dict[str, Any] = {}
         # Equal rows of an agent without a recipe are equal only within this batch.
         recipe = batch.recipe or (batch.batch_id if batch.options.dedupe else None)

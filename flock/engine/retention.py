@@ -43,6 +43,7 @@ class Retention:
                 await self._store.delete_old_keys(now() - KEEP_KEYS_FOR)
                 await self._store.delete_old_usage(self._flock, now().date() - KEEP_USAGE_FOR)
                 await self.delete_old()
+                await self._store.delete_unused_files()
                 while await self._store.batches.sweep():
                     await anyio.lowlevel.checkpoint()
             except StoreError:

@@ -6,12 +6,12 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from flock.agents.agent import Agent
-from flock.errors import EngineStopped, FieldError, InvalidData, MalformedJSON, TooLarge
+from flock.errors import EngineStopped, FieldError, InvalidData, MalformedJSON, NotFound, TooLarge
 from flock.fair import FairShare
 from flock.jsontype import escape_pointer
 from flock.pydanticmodel import to_json
 from flock.rows.tables import RowMapping
-from flock.runs import Engine, Inputs, ItemLimits, Items, OnInvalid, Row
+from flock.runs import Engine, FileBox, Inputs, ItemLimits, Items, OnInvalid, Row
 
 T = TypeVar("T")
 
@@ -27,22 +27,27 @@ NO_ROWS = FieldError(detail="A batch must have at least one item.", pointer="/ba
 
 
 class CheckedRow(NamedTuple):
-    """A row, its kept columns as JSON for the results, and its errors."""
+    """A row, its kept columns as JSON for the results, its errors, and the contents of its files; see ``Taken``."""
 
     row: Row
     extra: msgspec.Raw | None
     errors: Sequence[FieldError]
+    contents: Mapping[str, bytes | None] = {}
 
 
 class RowChecks:
     """The checks of the rows of one batch.
+
+    Args:
+        files: of its principal; None if the agent takes none.
 
     Attributes:
         total: the number of rows that were checked.
         extra_names: the names of the kept columns.
     """
 
-    def __init__(self, agent: Agent, limits: ItemLimits) -> None:
+    def __init__(self, agent: Agent, limits: ItemLimits, files: FileBox | None = None) -> None:
+        self._find = None if files is None else files.find
         self.total = 0
         self.extra_names: dict[str, None] = {}
         self._agent = agent
@@ -67,7 +72,7 @@ class RowChecks:
             extra = self._extra_of(item)
             if len(item.inputs) + len(extra or b"") > max_bytes:
                 raise TooLarge(f"A row is longer than {max_bytes} bytes, the limit for one item.")
-            yield CheckedRow(item, extra, self._errors_of(item))
+            yield self._checked(item, extra)
             self.total += 1
             await share.checkpoint()
 
@@ -84,19 +89,21 @@ class RowChecks:
             )
         return msgspec.Raw(msgspec.json.encode(row.extra)) if row.extra else None
 
-    def _errors_of(self, row: Row) -> Sequence[FieldError]:
+    def _checked(self, row: Row, extra: msgspec.Raw | None) -> CheckedRow:
         places = {error.pointer for error in row.errors} if row.errors else ()
         if row.at in places:  # the row itself could not be read
-            return row.errors
+            return CheckedRow(row, extra, row.errors)
         try:
-            self._agent.input.decode(row.inputs, row.at)
-            return row.errors
+            inputs, contents = self._agent.input.take(row.inputs, row.at, self._find)
+            row = row if inputs is row.inputs else msgspec.structs.replace(row, inputs=inputs)
+            return CheckedRow(row, extra, row.errors, contents)
         except InvalidData as exc:
             sources = {escape_pointer(key): at for key, at in row.sources.items()}
             input_errors = [_as_sent(error, row, sources) for error in exc.errors]
-        except MalformedJSON as exc:
-            input_errors = [FieldError(detail=str(exc), pointer=row.at)]
-        return (*row.errors, *(error for error in input_errors if error.pointer not in places))
+        except (MalformedJSON, NotFound) as exc:
+            input_errors = [_as_sent(FieldError(detail=str(exc), pointer=row.at), row, {})]
+        errors = (*row.errors, *(error for error in input_errors if error.pointer not in places))
+        return CheckedRow(row, extra, errors)
 
 
 class RowErrors:
@@ -159,7 +166,8 @@ async def check_batch(
         TooLarge: the same as ``Engine.submit_batch``.
         EngineStopped: the engine is shutting down, which reading more rows would delay.
     """
-    checks, row_errors, rows, shown_bytes = RowChecks(agent, engine.item_limits), RowErrors(), list[CheckedRow](), 0
+    checks = RowChecks(agent, engine.item_limits, engine.files() if agent.input.has_files else None)
+    row_errors, rows, shown_bytes = RowErrors(), list[CheckedRow](), 0
     reading_errors: Sequence[FieldError] = ()
     try:
         async for checked in checks.rows(items):

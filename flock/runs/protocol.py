@@ -1,13 +1,15 @@
 """The protocol of engines: their methods, their limits, and the events that observers receive."""
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
+from pathlib import Path
 from typing import Literal, Protocol, Self
 
 import msgspec
 
 from flock.errors import EngineFull
+from flock.files import FileReference
 from flock.runs.client import ClientSettings
 from flock.runs.events import Event
 from flock.runs.records import (
@@ -36,7 +38,7 @@ from flock.runs.records import (
 )
 from flock.runs.usage import Account, Usage, UsageFilter, UsagePage
 
-__all__ = ["Engine", "EngineHealth", "Observer", "Queue", "QueueLimits"]
+__all__ = ["Engine", "EngineHealth", "FileBox", "Observer", "Queue", "QueueLimits"]
 
 
 class Queue(msgspec.Struct, frozen=True):
@@ -121,6 +123,32 @@ class Observer:
         """A model call failed and will be retried."""
 
 
+class FileBox(Protocol):
+    """The files of one principal. The same content of another one is not visible in it."""
+
+    async def keep(
+        self, chunks: AsyncIterable[bytes], name: str = "", declared: str = "", at: str = ""
+    ) -> FileReference:
+        """Store a content. On return it is on disk, and is kept for a day, and then as long as a run has it.
+
+        Args:
+            declared: its media type, as far as the client says.
+            at: where it is in the request, for errors.
+
+        Raises: InvalidData if the content is of another type; TooLarge; StoreError.
+        Cancellation: nothing is stored.
+        """
+
+    async def keep_all(self, contents: Mapping[str, bytes | None]) -> tuple[str, ...]:
+        """Store the contents of inputs, and return ``Run.files``; see ``Taken``. Raises TooLarge, StoreError."""
+
+    def find(self, file_id: str) -> FileReference:
+        """Return a stored file, which is then kept for another day. Raises NotFound."""
+
+    def path(self, file_id: str) -> Path:
+        """Return the path of a stored content."""
+
+
 class Engine(Protocol):
     """Accepts and executes runs and batches. The embedded engine and the Temporal engine both implement it.
 
@@ -162,6 +190,9 @@ class Engine(Protocol):
 
     async def queue(self) -> Queue:
         """Return the state of the queue, over all processes that share it. Raises StoreError."""
+
+    def files(self, principal: str | None = None) -> FileBox:
+        """Return the files of a principal. Raises Conflict if the engine keeps none."""
 
     async def submit(
         self,

@@ -416,6 +416,7 @@ class Run(_Record, frozen=True, kw_only=True):
         digest: of the inputs of an item and of what makes its result; see ``flock.store.equals``. None if no other item
             may take its result.
         first_span: the trace context of the span of its first execution; None if there was none.
+        files: the contents that its inputs refer to; see ``flock.store.contents``.
     """
 
     run_id: str
@@ -446,6 +447,7 @@ class Run(_Record, frozen=True, kw_only=True):
     client: ClientSettings | None = None
     digest: str | None = None
     first_span: str | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def acts_for(self) -> "Principal | None":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -26,6 +27,7 @@ from flock.agents.handoff import exchanges_of, execute_agent, inputs_for, next_a
 from flock.agents.history import Exchange
 from flock.agents.shared import Shared, State
 from flock.errors import ChangedProgram, Interrupted, OwnershipLost, ResultTooLarge
+from flock.files import FOLDER
 from flock.limits import Limits
 from flock.logs import fields_of_run
 from flock.models.llm import ModelClient
@@ -258,6 +260,7 @@ class StepExecutor:
         answer: answers the questions of agents at once. Without it, their runs wait for answers.
         prices: of models, by name; see ``flock.models.prices``.
         shared: what the agents share.
+        folder_of: returns the folder with the files of a principal.
 
     Attributes:
         state: the state of the flock. The engine enters it.
@@ -277,6 +280,7 @@ class StepExecutor:
     answer: Answer | None = None
     prices: Mapping[str, Price]
     shared: Shared = field(default_factory=Shared)
+    folder_of: Callable[[str | None], Path] | None = None
 
     def __post_init__(self) -> None:
         self.state = State(self.shared)
@@ -309,6 +313,7 @@ class StepExecutor:
         slot = await self._acquire(active, agent)
         try:
             run = await active.begin()
+            FOLDER.set(self.folder_of and functools.partial(self.folder_of, run.principal))
             inputs = inputs_for(agent, run)
             active.started_at = active.started_at or now()
             if agent.on_retry == "again":

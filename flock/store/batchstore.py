@@ -70,6 +70,7 @@ class SQLiteBatchStore(BatchStore):
             if not is_first:
                 _check_staged(db, batch)
             self._check_room(db, batch.flock, count, max_open_items)
+            self._db.contents.check(*items)
             if is_first:
                 db.execute(statements.INSERT_BATCH, batch_values(batch, "staged"))
             queries.insert_runs(db, equals.numbered(db, batch, items))
@@ -87,6 +88,7 @@ class SQLiteBatchStore(BatchStore):
                 _check_staged(db, batch)
             count = batch.total_items - batch.completed_items
             self._check_room(db, batch.flock, count, max_open_items, excluded_id=batch.batch_id)
+            self._db.contents.check(*items)
             if is_staged:
                 db.execute(statements.DELETE_BATCH, (batch.batch_id,))
             db.execute(statements.INSERT_BATCH, batch_values(batch, None))

@@ -12,7 +12,10 @@ import contextlib
 import functools
 import logging
 import os
+import secrets
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -28,6 +31,7 @@ from flock.runs import Run, Step
 from flock.scopes import start_in_empty_context
 from flock.store import files, queries, statements
 from flock.store.columns import Damaged
+from flock.store.contents import Contents
 from flock.store.groups import SQLITE_ERRORS, Change, Group, PendingRun, Refused, reason_of
 from flock.store.migrations import migrate
 from flock.store.port import RETRY_AFTER_S, DamagedRecord
@@ -73,6 +77,8 @@ class Database:
         self.agents: Collection[str] = ()
         self._unwritten_bytes = 0
         self._file = StoreFile(self.path)
+        place = self.path if self.is_shared else os.path.join(tempfile.gettempdir(), f"flock-{secrets.token_hex(16)}")
+        self.contents = Contents(Path(f"{place}-files"))
         self._reset()
 
     # Lifecycle
@@ -134,6 +140,8 @@ class Database:
                     await self._all_written.wait()
         finally:  # asyncio cancels a task in spite of the shield
             await self._exit.aclose()
+            if not self.is_shared:
+                shutil.rmtree(self.contents.root, ignore_errors=True)
 
     def _connect(self) -> sqlite3.Connection:
         db = None

@@ -27,6 +27,7 @@ _CALLS_OF_CLIENT_TOOLS = (
     .replace("ifnull(json_extract(value, '$.answerer'), '')", "' client'")
     .replace("IS NULL", "= 'client_tool'")
 )
+_FILES_OF = "json_each(iif(json_valid(CAST({run}.files AS TEXT)), CAST({run}.files AS TEXT), '[]'))"
 #: The statements of each migration.
 MIGRATIONS: Sequence[Sequence[str]] = [
     [
@@ -330,6 +331,25 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ],
     # Which calls of a step counted when it ended.
     ["ALTER TABLE steps ADD COLUMN first_try INTEGER NOT NULL DEFAULT 1"],
+    # Which runs have a file. An empty ``run_id`` is for one that a deleted run had, which it took at this time. SQLite
+    # knows the time to a millisecond.
+    [
+        "ALTER TABLE runs ADD COLUMN files BLOB",
+        "CREATE TABLE run_files (run_id TEXT NOT NULL, file TEXT NOT NULL, at REAL, PRIMARY KEY (run_id, file)) "
+        "WITHOUT ROWID",
+        "CREATE INDEX runs_by_file ON run_files (file)",
+        f"""CREATE TRIGGER files_taken AFTER INSERT ON runs WHEN new.files IS NOT NULL BEGIN
+            INSERT OR REPLACE INTO run_files
+                SELECT new.run_id, value, (julianday('now') - 2440587.5) * 86400 + 0.002
+                FROM {_FILES_OF.format(run="new")};
+            END""",
+        f"""CREATE TRIGGER files_released AFTER DELETE ON runs WHEN old.files IS NOT NULL BEGIN
+            INSERT OR REPLACE INTO run_files
+                SELECT '', file, max(at) FROM run_files WHERE run_id IN (old.run_id, '')
+                AND file IN (SELECT value FROM {_FILES_OF.format(run="old")}) GROUP BY file;
+            DELETE FROM run_files WHERE run_id = old.run_id;
+            END""",
+    ],
 ]
 
 

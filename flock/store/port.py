@@ -38,6 +38,7 @@ from flock.runs import (
     UsageRow,
 )
 from flock.steps.outcomes import Outcome
+from flock.store.contents import Contents
 from flock.store.suspects import Executing, SuspectGroup
 
 T = TypeVar("T")
@@ -236,6 +237,7 @@ class Store(Protocol):
         batches: its batches and their items.
         webhooks: its ``WebhookStore``.
         executing: the runs that its engine is executing.
+        contents: of the files in the inputs of runs.
 
     Raises:
         StoreError: on entry, if it cannot be used.
@@ -246,6 +248,7 @@ class Store(Protocol):
     batches: BatchStore
     webhooks: Any
     executing: Executing
+    contents: Contents
 
     async def __aenter__(self) -> Self: ...
 
@@ -509,6 +512,12 @@ class Store(Protocol):
 
         Args:
             kept: ids of runs and batches to skip. The collection is read in the transaction.
+        """
+
+    async def delete_unused_files(self, keep_s: float | None = None) -> None:
+        """Delete files whose last run was deleted, and those that no run has taken in a day, or in *keep_s*.
+
+        The latter are looked for at most once in an hour, unless *keep_s* is given. Raises StoreError.
         """
 
     async def delete_old_keys(self, before: datetime) -> None: ...

@@ -205,6 +205,7 @@ class SQLiteStore(Database, Store):
             queries.check_latest(db, run, continues)
             if isinstance(room, EngineFull):
                 raise room
+            self.contents.check(run)
             self._queued.check_room(db, run.flock, self.agents, run.principal, room)
             self._queued.insert(db, run, key)
             return run
@@ -324,6 +325,17 @@ class SQLiteStore(Database, Store):
             return deleted
 
         return await self.change(apply)
+
+    async def delete_unused_files(self, keep_s: float | None = None) -> None:
+        unused = await anyio.to_thread.run_sync(self.contents.unused, keep_s)
+        if not unused and self._first(statements.RELEASED_FILES) is None:
+            return
+
+        def apply(db: sqlite3.Connection) -> None:
+            self.contents.delete(db, [*db.execute(statements.RELEASED_FILES), *unused])
+            db.execute(statements.FORGET_RELEASED_FILES)
+
+        await self.change(apply)
 
     async def delete_old_keys(self, before: datetime) -> None:
         await self.change(lambda db: db.execute(statements.DELETE_OLD_KEYS, (micros(before),)) and None)

@@ -34,6 +34,7 @@ from flock.runs import (
     Call,
     Engine,
     Event,
+    FileBox,
     IdempotencyKey,
     Inputs,
     ItemLimits,
@@ -362,6 +363,9 @@ class ScopedEngine:
     secret = _forwarded(Engine.secret)
     shown_result = _forwarded(Engine.shown_result)
     watch = _forwarded(Engine.watch)
+
+    def files(self, principal: str | None = None) -> FileBox:
+        return self._engine.files(self._principal.name)
 
     # Runs
 

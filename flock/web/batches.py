@@ -1,5 +1,6 @@
 """The request of ``POST /run/batch``: its rows and its options. The format of its results."""
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -64,7 +65,8 @@ def rows_of(
 
     *is_request*: the body is the batch request itself, and not a file with rows.
     """
-    chunks, format_ = body.upload(), BY_MEDIA_TYPE[media_type]
+    chunks: AsyncIterator[bytes] = body.upload()
+    format_ = BY_MEDIA_TYPE[media_type]
     if is_request:
         if not isinstance(batch_request.batch_inputs, str):
             return json_rows(batch_request.batch_inputs, row_mapping)
@@ -112,5 +114,5 @@ def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
 
 def check_response(check: BatchCheck, row_mapping: RowMapping) -> Response:
     """Return the errors for which a batch would be rejected, or its first rows as they would be stored."""
-    rows = [shown_as(FlockBatchCheckRow, row, extra=extra) for row, extra, _ in check.rows]
+    rows = [shown_as(FlockBatchCheckRow, row, extra=extra) for row, extra, *_ in check.rows]
     return JSONResponse(shown_as(FlockBatchCheck, check, columns=list(row_mapping.columns), rows=rows))

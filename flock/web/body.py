@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import re
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 
 import anyio
 from starlette.exceptions import HTTPException
@@ -103,7 +103,7 @@ class Body:
         await self._share.checkpoint()
         return body
 
-    async def upload(self) -> AsyncIterator[bytes]:
+    async def upload(self) -> AsyncGenerator[bytes, None]:
         """Yield the body in pieces, decompressed if it is gzip.
 
         Raises: HTTPException and TooLarge as ``json`` does; InvalidData if it is not valid gzip. After an

@@ -56,6 +56,7 @@ class Serving(Protocol):
     options: AppOptions
     engine: Engine
     event_streams: ConcurrencyLimit
+    uploads: ConcurrencyLimit
     downloads: ConcurrencyLimit
     metrics: Any
     flock: DeclaredFlock

@@ -33,6 +33,7 @@ class Kind(NamedTuple):
 PROBLEMS: Mapping[type[Exception], Kind] = {
     errors.MalformedJSON: Kind(400, "Malformed JSON"),
     errors.InvalidData: Kind(422, "Invalid input"),
+    errors.NotFound: Kind(404, "Unknown file"),
     errors.AgentNotFound: Kind(404, "Unknown agent"),
     errors.RunNotFound: Kind(404, "Unknown run"),
     errors.CallNotFound: Kind(404, "Unknown call"),

@@ -1,0 +1,235 @@
+"""Files in inputs: their types, and what a client may send for one.
+
+A record never has the content of a file, only a reference: ``{"file_id", "media_type", "size", "name"}``. The id is the
+SHA-256 of the content. Contents are kept in a folder of each principal beside the store; see ``flock.store.contents``.
+"""
+
+import base64
+import binascii
+import codecs
+import contextlib
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple
+from urllib.parse import quote, unquote, unquote_to_bytes
+
+import msgspec
+
+from flock.errors import CallError
+
+#: The start of a file that shows what it is.
+HEAD_BYTES = 1024
+#: Max characters of the name of a file. A longer one is cut at the front, so that its ending stays.
+MAX_NAME_CHARS = 200
+
+#: The media types that the start of a content shows.
+MAGIC: Mapping[str, bytes] = {
+    **{"image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff", "image/gif": rb"GIF8[79]a"},
+    **{"image/webp": rb"RIFF....WEBP", "application/pdf": rb"%PDF-", "audio/wav": rb"RIFF....WAVE"},
+    **{"audio/mpeg": rb"ID3|\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff]", "audio/ogg": rb"OggS", "audio/flac": rb"fLaC"},
+    "audio/mp4": rb"....ftypM4[AB]",
+}
+TEXT, UNKNOWN = "text/plain", "application/octet-stream"
+#: Media types of texts.
+TEXTS = r"text/|application/(json|xml|yaml|toml|x-ndjson)$|application/.*\+(json|xml)$"
+#: Other names of media types.
+ALIASES = {"image/jpg": "image/jpeg", "audio/mp3": "audio/mpeg", "audio/x-wav": "audio/wav", "audio/wave": "audio/wav"}
+HOW_TO_SEND = "send a data URL (data:image/png;base64,…), a part of a form, or the file_id that POST /files returns"
+#: The id of a content: its SHA-256.
+ID = "^[0-9a-f]{64}$"
+
+
+class FileReference(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a record has of a file; see ``File``."""
+
+    file_id: Annotated[str, msgspec.Meta(pattern=ID)]
+    media_type: str
+    size: int
+    name: str = ""
+    detail: Literal["", "auto", "low", "high"] = ""
+
+
+class File:
+    """A file in the inputs of a run: any content.
+
+    Attributes:
+        sha256: of the content, in hexadecimal digits.
+        media_type: of the content, whatever the client says. ``text/plain`` is any text in UTF-8, and
+            ``application/octet-stream`` anything unknown.
+        size: in bytes.
+        name: that the client has given it, without folders; "" if none. It is not trustworthy.
+        detail: for models that look at images in several resolutions: "auto", "low" or "high"; "" if not given.
+    """
+
+    KINDS: ClassVar[tuple[str, ...]] = ("",)
+    WHAT: ClassVar[str] = "a file"
+
+    def __init__(self, reference: FileReference) -> None:
+        self.reference, self.sha256, self.media_type = reference, reference.file_id, reference.media_type
+        self.size, self.name, self.detail = reference.size, reference.name, reference.detail
+        self._folder = FOLDER.get()
+        if not self.media_type.startswith(self.KINDS):
+            raise ValueError(f"The content is {self.media_type}, and this input takes {self.WHAT}")
+
+    def open(self) -> BinaryIO:
+        """Open the content for reading. Raises CallError if it is no longer stored, or outside of a step."""
+        try:
+            return open((self._folder or Path)() / self.sha256, "rb")
+        except OSError as exc:
+            raise CallError(f"The file {self.name or self.sha256!r} is not stored any more.") from exc
+
+    def read(self) -> bytes:
+        """Return the content. Raises CallError as ``open`` does."""
+        with self.open() as file:
+            return file.read()
+
+    def text(self) -> str:
+        """Return the content of a text. Raises UnicodeDecodeError if it is not UTF-8; CallError as ``open`` does."""
+        return self.read().decode("utf-8-sig")
+
+
+class Image(File):
+    """A PNG, JPEG, GIF or WebP."""
+
+    KINDS = ("image/",)
+    WHAT = "a PNG, JPEG, GIF or WebP"
+
+
+class Audio(File):
+    """A WAV, MP3, Ogg, FLAC or M4A."""
+
+    KINDS = ("audio/",)
+    WHAT = "a WAV, MP3, Ogg, FLAC or M4A"
+
+
+class Document(File):
+    """A PDF, or a text in UTF-8."""
+
+    KINDS = ("application/pdf", TEXT)
+    WHAT = "a PDF or a text in UTF-8"
+
+
+#: What a client may send for a file.
+SCHEMA: Mapping[str, Any] = {
+    "type": ["string", "object"],
+    "description": "A data URL, a file_id, or an object with one.",
+}
+
+
+def is_file(type_: Any) -> bool:
+    return isinstance(type_, type) and issubclass(type_, File)
+
+
+# Contents
+
+
+def media_type_of(head: bytes) -> str:
+    """Return the media type that the first ``HEAD_BYTES`` of a content show."""
+    for name, pattern in MAGIC.items():
+        if re.match(pattern, head, re.DOTALL):
+            return name
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return UNKNOWN
+    return UNKNOWN if re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]", text) else TEXT
+
+
+def check_declared(declared: str, found: str) -> None:
+    """Raise ValueError if a content that is *found* to be of one type was declared as another one."""
+    declared = declared.partition(";")[0].strip().lower()
+    declared = ALIASES.get(declared, declared)
+    is_text = re.match(TEXTS, declared) is not None
+    is_other = found == UNKNOWN and declared not in MAGIC and not is_text
+    if declared not in ("", UNKNOWN, found) and not (is_text if found == TEXT else is_other):
+        raise ValueError(f"It is declared as {declared[:100]}, but the content is {found}")
+
+
+def safe_name(name: str) -> str:
+    """Return the last part of a path, without characters that hide or reorder others."""
+    shown = "".join(c for c in re.split(r"[/\\]", name)[-1] if unicodedata.category(c)[0] != "C")
+    return shown.strip()[-MAX_NAME_CHARS:].lstrip(".")
+
+
+def data_url(content: bytes | Path) -> str:
+    """Return a file, or the one at a path, as a data URL, which is what an input takes in Python too."""
+    name = f";name={quote(content.name)}" if isinstance(content, Path) else ""
+    content = content.read_bytes() if isinstance(content, Path) else content
+    return f"data:{media_type_of(content[:HEAD_BYTES])}{name};base64,{base64.b64encode(content).decode()}"
+
+
+def _read_data_url(url: str) -> tuple[str, str, bytes]:
+    """Return the declared media type, the name and the content. Raises ValueError."""
+    match = re.match(r"data:([^,;]{0,200})((?:;[^,;]{0,2000}){0,9}),", url)
+    try:
+        assert match is not None
+        parameters, data = match[2].split(";"), url[match.end() :]
+        named = "".join(unquote(part[5:]) for part in parameters if part.startswith("name="))
+        content = base64.b64decode(data, validate=True) if parameters[-1] == "base64" else unquote_to_bytes(data)
+    except (AssertionError, binascii.Error) as exc:
+        raise ValueError("This data URL is not valid. Write data:image/png;base64, and the content in base64") from exc
+    return match[1], safe_name(named), content
+
+
+# Inputs
+
+#: Returns the folder with the files of the run that the current task executes.
+FOLDER: ContextVar[Callable[[], Path] | None] = ContextVar("flock_files", default=None)
+#: The files that are read from the inputs of a client. Otherwise, they are references already.
+_TAKING: "ContextVar[_Taking | None]" = ContextVar("flock_taking", default=None)
+
+
+class Taken(NamedTuple):
+    """Valid inputs with references, and their files by id: the content, or None if it is stored already."""
+
+    inputs: msgspec.Raw
+    contents: Mapping[str, bytes | None] = {}
+
+
+class _Taking:
+    def __init__(self, find: Callable[[str], FileReference]) -> None:
+        self.find, self.contents = find, dict[str, bytes | None]()
+
+    def reference_to(self, sent: Any) -> FileReference:
+        """Return the reference to a file that a client has sent. Raises ValueError, NotFound."""
+        more = sent if isinstance(sent, dict) else {}
+        sent, content, name = more.get("file_id", sent), None, safe_name(str(more.get("name", "")))
+        if not isinstance(sent, str) or re.match(r"[a-z][a-z0-9+.-]*://", sent, re.IGNORECASE):
+            raise ValueError(f"This is not a file, and no address is fetched: {HOW_TO_SEND}")
+        if sent.startswith("data:"):
+            declared, name, content = _read_data_url(sent)
+            sent, media_type = hashlib.sha256(content).hexdigest(), media_type_of(content[:HEAD_BYTES])
+            check_declared(declared, media_type)
+            found = FileReference(file_id=sent, media_type=media_type, size=len(content))
+        else:
+            found = self.find(sent)
+        self.contents[sent] = content
+        return msgspec.convert(
+            {**msgspec.to_builtins(found), "name": name, "detail": more.get("detail", "")}, FileReference
+        )
+
+
+def file_from(type_: type[File], value: Any) -> File:
+    """Return a file for msgspec, which has found *value* in JSON. Raises ValueError, NotFound."""
+    taking = _TAKING.get()
+    return type_(taking.reference_to(value) if taking is not None else msgspec.convert(value, FileReference))
+
+
+@contextlib.contextmanager
+def taking(find: Callable[[str], FileReference] | None) -> Iterator[Mapping[str, bytes | None]]:
+    """Read files from what a client has sent inside the block. Nothing is stored.
+
+    Args:
+        find: returns a stored file. Raises NotFound. None if there is no place for files.
+
+    Yields: the contents; see ``Taken``.
+    """
+    token = _TAKING.set(reader := None if find is None else _Taking(find))
+    try:
+        yield {} if reader is None else reader.contents
+    finally:
+        _TAKING.reset(token)

@@ -1,0 +1,167 @@
+"""The contents of files, beside the store: ``{store}-files/{digest of the principal}/{digest of the content}``.
+
+Which runs have a file is in the table ``run_files``, which triggers keep equal to the column ``files`` of runs. A
+content is written before the run is accepted, and deleted with the last run that has it. One that no run takes, or that
+was sent or named again since, is deleted a day after that. Both are decided in a transaction, and one that accepts a
+run checks that its contents are there.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import sqlite3
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import anyio.to_thread
+
+from flock import files
+from flock.errors import Conflict, InvalidData, NotFound, StoreError, TooLarge
+from flock.files import FileReference
+from flock.runs import FileBox, Run, new_id
+from flock.store import statements
+from flock.store.files import PRIVATE, sync_folder
+
+logger = logging.getLogger("flock.store")
+
+#: How long a content is kept that no run has, and how often those are looked for, in seconds.
+KEEP_UNUSED_S = 86_400
+SWEEP_INTERVAL_S = 3600
+#: Space that files leave free on the disk.
+MIN_FREE_BYTES = 64 * 1024 * 1024
+
+
+class Contents:
+    """All contents of a store.
+
+    Attributes:
+        used: the bytes of each principal's folder, as far as they were counted since the last sweep.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.used, self._sweep_at = root, dict[Path, int](), 0.0
+
+    def folder(self, principal: str | None) -> Path:
+        return self.root / hashlib.sha256(f"principal {principal}".encode()).hexdigest()[:32]
+
+    def of(self, principal: str | None, max_bytes: int, max_total_bytes: int) -> FileBox:
+        """Return the files of a principal. Max bytes are those of one file, and of all together."""
+        return _ContentsOfPrincipal(self, self.folder(principal), max_bytes, max_total_bytes)
+
+    def check(self, *runs: Run) -> None:
+        """Raise Conflict if a content of runs that are accepted was deleted meanwhile."""
+        if not all((self.root / name).exists() for run in runs for name in run.files):
+            raise Conflict("A file of this run was deleted in this moment. Send it again.")
+
+    def unused(self, keep_s: float | None) -> list[tuple[str, float]]:
+        """Return the contents that were sent and named more than *keep_s* ago, and until when.
+
+        If it is None, a day ago, and at most once in an hour, since there may be many. Temporary files that a process
+        has left when it died are among them.
+        """
+        if keep_s is None and time.monotonic() < self._sweep_at:
+            return []
+        before = time.time() - (KEEP_UNUSED_S if keep_s is None else keep_s)
+        self._sweep_at = time.monotonic() + SWEEP_INTERVAL_S
+        return [(str(path.relative_to(self.root)), before) for path in self.root.glob("*/*") if _is_older(path, before)]
+
+    def delete(self, db: sqlite3.Connection, unused: Iterable[tuple[str, float]]) -> None:
+        """Delete those of *unused* that no run has, and were neither sent nor named after that time."""
+        for name, at in unused:
+            if not db.execute(statements.HAS_RUN_WITH_FILE, (name,)).fetchone() and _is_older(self.root / name, at):
+                (self.root / name).unlink(missing_ok=True)
+        self.used.clear()
+
+
+def _is_older(path: Path, at: float) -> bool:
+    try:
+        return path.stat().st_mtime <= at
+    except FileNotFoundError:
+        return False
+
+
+async def _each(chunk: bytes) -> AsyncIterator[bytes]:
+    yield chunk
+
+
+class _ContentsOfPrincipal(FileBox):
+    def __init__(self, contents: Contents, folder: Path, max_bytes: int, max_total_bytes: int) -> None:
+        self._contents, self._folder = contents, folder
+        self._max_bytes, self._max_total_bytes = max_bytes, max_total_bytes
+
+    def path(self, file_id: str) -> Path:
+        return self._folder / file_id
+
+    def find(self, file_id: str) -> FileReference:
+        try:
+            if not re.match(files.ID, file_id):
+                raise FileNotFoundError(file_id)
+            os.utime(self.path(file_id))
+            with open(self.path(file_id), "rb") as file:
+                media_type = files.media_type_of(file.read(files.HEAD_BYTES))
+                return FileReference(file_id=file_id, media_type=media_type, size=os.fstat(file.fileno()).st_size)
+        except FileNotFoundError as exc:
+            raise NotFound(f"You have no file {file_id[:100]!r}, or it is no longer stored. Send it again.") from exc
+
+    async def keep_all(self, contents: Mapping[str, bytes | None]) -> tuple[str, ...]:
+        for content in contents.values():
+            if content is not None:
+                await self.keep(_each(content))
+        return tuple(f"{self._folder.name}/{file_id}" for file_id in contents)
+
+    async def keep(
+        self, chunks: AsyncIterable[bytes], name: str = "", declared: str = "", at: str = ""
+    ) -> FileReference:
+        digest, size, head = hashlib.sha256(), 0, b""
+        with self._writing() as (file, path):
+            async for chunk in chunks:
+                size, head = size + len(chunk), head or chunk[: files.HEAD_BYTES]
+                if size > self._max_bytes:
+                    raise TooLarge(f"A file may have {self._max_bytes} bytes on this server (max_file_bytes).")
+                digest.update(chunk)
+                await anyio.to_thread.run_sync(file.write, chunk)
+            media_type, file_id = files.media_type_of(head), digest.hexdigest()
+            try:
+                files.check_declared(declared, media_type)
+            except ValueError as exc:
+                raise InvalidData.of(f"{exc}.", at) from exc
+            await anyio.to_thread.run_sync(self._finish, file, path, self.path(file_id), size)
+        return FileReference(file_id=file_id, media_type=media_type, size=size, name=files.safe_name(name))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[tuple[BinaryIO, Path]]:
+        """Open a file with a temporary name, which is removed if the block fails. Raises StoreError."""
+        path = self._folder / f"{new_id()}.tmp"
+        try:
+            for folder in (self._folder.parent, self._folder):
+                folder.mkdir(mode=0o700, exist_ok=True)
+            with open(path, "xb", opener=lambda name, flags: os.open(name, flags, PRIVATE)) as file:
+                yield file, path
+        except OSError as exc:
+            logger.error("the file %s cannot be written: %s", path, exc)
+            raise StoreError("The file cannot be stored now. The server's log has the reason.") from exc
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _finish(self, file: BinaryIO, path: Path, final: Path, size: int) -> None:
+        if shutil.disk_usage(self._folder).free < MIN_FREE_BYTES:
+            raise OSError(f"less than {MIN_FREE_BYTES} bytes are free on the disk")
+        known = self._contents.used.get(self._folder)
+        others = sum(os.stat(each).st_size for each in self._folder.glob("[!.]" * 64)) if known is None else known
+        used = others if final.exists() else others + size
+        if used > self._max_total_bytes:
+            raise TooLarge(
+                f"Your files may have {self._max_total_bytes} bytes together on this server (max_files_bytes). "
+                "Delete runs with files, or wait a day for those that no run has taken."
+            )
+        self._contents.used[self._folder] = used
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(path, final)
+        for folder in (self._folder, self._folder.parent, self._folder.parent.parent):  # those may be new
+            sync_folder(folder)

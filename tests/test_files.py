@@ -1,0 +1,594 @@
+"""Images, audio and documents as inputs: ways in, what is kept, and what is refused. The page is docs/files.md."""
+
+import base64
+import json
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from flock.core import Audio, Document, File, Flock, Image, data_url
+from flock.errors import CallError, Conflict, InvalidData, NotFound, StoreError, TooLarge
+from flock.files import check_declared, media_type_of, safe_name
+from flock.runs import RunFilter
+from flock.store import contents
+from flock.web.auth import new_key
+from flockapi import FlockAPI, create_app
+from tests.support.http import client_of, post_run
+
+pytestmark = pytest.mark.anyio
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABpfZFQAAAAABJRU5ErkJggg=="
+)
+PDF = b"%PDF-1.4\n1 0 obj"
+PNG_ID = "f6bc3cb8a1f0f7b5"
+KEYS = {"ann": new_key(), "bob": new_key(), "ops:admin": new_key()}
+
+
+def receipts() -> Flock:
+    flock = Flock("files")
+
+    @flock.agent
+    def look(photo: Image, note: str = "", more: list[File] = []) -> dict[str, Any]:  # noqa: B006
+        contents = [file.read() for file in more]
+        return {
+            "type": photo.media_type,
+            "name": photo.name,
+            "read": len(photo.read()),
+            "note": note,
+            "more": len(contents),
+        }
+
+    @flock.agent
+    def read(letter: Document | None = None) -> str:
+        return "" if letter is None else letter.text()
+
+    @flock.agent
+    def hear(sound: Audio) -> str:
+        return sound.sha256
+
+    return flock
+
+
+def stored(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*-files/*/*"))
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[FlockAPI]:
+    app = create_app(receipts(), store=tmp_path / "runs.db", api_keys=KEYS)
+    async with app.lifespan():
+        yield app
+
+
+def as_user(app: Any, name: str = "ann") -> httpx.AsyncClient:
+    return client_of(app, {"Authorization": f"Bearer {KEYS[name]}"})
+
+
+# Ways in
+
+
+async def test_a_data_url_is_stored_once_and_the_record_has_only_a_reference(api: Any, tmp_path: Path) -> None:
+    async with as_user(api) as client:
+        for _ in range(2):
+            response = await post_run(client, "look", {"photo": data_url(PNG)})
+        body = response.json()
+    assert body["result"]["result"] == {"type": "image/png", "name": "", "read": len(PNG), "note": "", "more": 0}
+    (path,) = stored(tmp_path)
+    assert path.read_bytes() == PNG
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == stat.S_IMODE(path.parent.parent.stat().st_mode) == 0o700
+    with sqlite3.connect(tmp_path / "runs.db") as db:
+        (inputs,) = db.execute("SELECT inputs FROM runs LIMIT 1").fetchone()
+    assert json.loads(inputs) == {"photo": {"file_id": path.name, "media_type": "image/png", "size": len(PNG)}}
+
+
+async def test_a_file_that_was_sent_before_is_named_by_its_id(api: Any) -> None:
+    async with as_user(api) as client:
+        sent = await client.post("/files?name=a.png", content=PNG, headers={"Content-Type": "image/png"})
+        assert sent.status_code == 201, sent.text
+        file = sent.json()
+        assert file == {"file_id": file["file_id"], "media_type": "image/png", "size": len(PNG), "name": "a.png"}
+        for photo in (file, {"file_id": file["file_id"], "name": "x/a.png"}, file["file_id"]):
+            response = await post_run(client, "look", {"photo": photo})
+            assert response.json()["result"]["result"]["read"] == len(PNG), response.text
+    async with as_user(api, "bob") as client:
+        other = await post_run(client, "look", {"photo": {"file_id": file["file_id"]}})
+        assert other.status_code == (await client.get(sent.headers["Location"])).status_code == 404
+        assert file["file_id"][:20] in other.json()["detail"]
+
+
+async def test_a_form_has_files_and_texts_as_inputs(api: Any) -> None:
+    async with as_user(api) as client:
+        form = {"agent_name": "look", "note": "5", "async_run": "false"}
+        photo, text = ("../a.png", PNG, "image/png"), ("b.txt", b"text", "text/csv")
+        response = await client.post("/run/flock", data=form, files={"photo": photo, "more": text})
+        assert response.json()["result"]["result"] == {
+            **{"type": "image/png", "name": "a.png", "read": len(PNG), "note": "5", "more": 1}
+        }, response.text
+        parts = [("photo", photo), ("more", text), ("more", ("c.txt", b"other", "text/plain"))]
+        response = await client.post("/run/flock", data=form, files=parts)
+        assert response.json()["result"]["result"]["more"] == 2, response.text
+
+
+@pytest.mark.parametrize(
+    ("form", "files", "status", "detail"),
+    [
+        pytest.param({"agent_name": "look"}, [("photo", PNG)] * 2, 422, "photo", id="a part twice"),
+        pytest.param({"agent_name": ["look", "read"]}, [("photo", PNG)], 422, "agent_name", id="a name twice"),
+        pytest.param({"agent_name": "nobody"}, [("photo", PNG)], 404, "nobody", id="no agent"),
+        pytest.param({"agent_name": "look"}, [("photo", PNG)] * 101, 422, "100", id="many files"),
+        pytest.param(
+            {"agent_name": "look", **{f"f{n}": "" for n in range(101)}}, [("photo", PNG)], 422, "100", id="many"
+        ),
+        pytest.param(
+            {"agent_name": "look"}, [("photo", ("a.jpg", PNG, "image/jpeg"))], 422, "image/png", id="mismatch"
+        ),
+        pytest.param({"agent_name": "look"}, [("photo", b"<svg>")], 422, "text/plain", id="svg"),
+    ],
+)
+async def test_a_form_is_refused(api: Any, form: Any, files: Any, status: int, detail: str) -> None:
+    async with as_user(api) as client:
+        response = await client.post("/run/flock", data=form, files=files)
+    assert response.status_code == status
+    assert detail in response.text
+
+
+async def test_a_form_without_end_is_refused(api: Any, tmp_path: Path) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="agent_name"\r\n\r\nlook'
+    async with as_user(api) as client:
+        for body in (part, part + b"\r\n--b\r\n", b"", b"\r\n"):
+            headers = {"Content-Type": "multipart/form-data; boundary=b"}
+            response = await client.post("/run/flock", content=body, headers=headers)
+            assert response.status_code in (404, 422), body
+        no_boundary = await client.post("/run/flock", content=part, headers={"Content-Type": "multipart/form-data"})
+        assert no_boundary.status_code == 422
+    assert stored(tmp_path) == []
+
+
+async def test_a_form_of_a_page_of_another_origin_is_refused() -> None:
+    app = create_app(receipts(), store=":memory:", auth="anybody")
+    async with app.lifespan(), client_of(app, {"Origin": "https://evil.example"}) as client:
+        for path in ("/run/flock", "/files"):
+            response = await client.post(path, data={"agent_name": "read"}, files={"letter": b"x"})
+            assert response.status_code == 403
+
+
+async def test_items_of_a_batch_have_files(api: Any, tmp_path: Path) -> None:
+    async with as_user(api) as client:
+        file_id = (await client.post("/files", content=PNG)).json()["file_id"]
+        csv = f"photo,note\n{file_id},a\n{file_id},b\n"
+        url = "/run/batch?agent_name=look"
+        check = await client.post(f"{url}&dry_run=true", content=csv, headers={"Content-Type": "text/csv"})
+        assert check.json()["ok"], check.text
+        batch = (await client.post(url, content=csv, headers={"Content-Type": "text/csv"})).json()
+        done = (await client.get(f"/batch/{batch['batch_id']}?wait=10")).json()
+        assert [item["result"]["read"] for item in done["results"]] == [len(PNG)] * 2, done
+        bad = await client.post(url, content=f"photo\n{'a' * 64}\n", headers={"Content-Type": "text/csv"})
+        assert bad.status_code == 422
+        assert bad.json()["errors"][0]["line"] == 2
+        assert (await client.delete(f"/batch/{batch['batch_id']}")).status_code == 204
+    await api.engine.store.batches.sweep()
+    await api.engine.store.delete_unused_files()
+    assert stored(tmp_path) == []
+
+
+# What comes out
+
+
+async def test_only_an_image_is_shown_by_a_browser(api: Any) -> None:
+    page = b"<html><script>alert(1)</script>"
+    async with as_user(api) as client:
+        for content, media_type, place in ((PNG, "image/png", "inline"), (page, "text/plain", "attachment")):
+            sent = await client.post("/files", content=content)
+            for method in ("GET", "HEAD"):
+                got = await client.request(method, sent.headers["Location"])
+                assert got.status_code == 200
+                assert got.headers["content-type"].partition(";")[0] == media_type
+                assert got.headers["content-disposition"] == place
+                assert got.headers["content-security-policy"] == "default-src 'none'; sandbox"
+                assert got.headers["x-content-type-options"] == "nosniff"
+            assert (await client.get(sent.headers["Location"])).content == content
+        for file_id in ("a", "a" * 64, "..%2f..%2fruns.db", "A" * 64):
+            assert (await client.get(f"/files/{file_id}")).status_code == 404
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "http://a.example/a.png",
+        "https://a.example/",
+        "file:///etc/passwd",
+        "FTP://x",
+        5,
+        True,
+        [],
+        {},
+        {"url": "http://a"},
+    ],
+)
+async def test_no_address_is_fetched(api: Any, sent: Any) -> None:
+    async with as_user(api) as client:
+        response = await post_run(client, "look", {"photo": sent})
+    assert response.status_code == 422
+    (error,) = response.json()["errors"]
+    assert error["pointer"] == "/inputs/photo"
+    assert "POST /files" in error["detail"]
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("data:image/jpeg;base64," + base64.b64encode(PNG).decode(), "image/png"),
+        ("data:image/png;base64," + base64.b64encode(b"<html>").decode(), "text/plain"),
+        ("data:image/svg+xml,<svg/>", "image/svg"),
+        ("data:image/png;base64,!!!", "not valid"),
+        ("data:image/png;base64", "not valid"),
+        ("data:" + "a" * 5000 + ",", "not valid"),
+        ("data:;base64,AAAA", "application/octet-stream"),
+        ("data:,", "text/plain"),
+    ],
+)
+async def test_a_data_url_is_checked(api: Any, url: str, problem: str, tmp_path: Path) -> None:
+    async with as_user(api) as client:
+        response = await post_run(client, "look", {"photo": url})
+    assert response.status_code == 422
+    assert problem in response.json()["errors"][0]["detail"]
+    assert stored(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        (PNG, "image/png"),
+        (b"\xff\xd8\xff\xe0", "image/jpeg"),
+        (b"GIF89a", "image/gif"),
+        (b"RIFF\0\0\0\0WEBPVP8", "image/webp"),
+        (b"RIFF\0\0\0\0WAVEfmt", "audio/wav"),
+        (b"ID3\x04", "audio/mpeg"),
+        (b"\xff\xfb\x90", "audio/mpeg"),
+        (b"OggS\0", "audio/ogg"),
+        (b"fLaC", "audio/flac"),
+        (b"\0\0\0\x20ftypM4A ", "audio/mp4"),
+        (PDF, "application/pdf"),
+        (b"<svg onload=alert(1)>", "text/plain"),
+        ("x" * 1023 + "é").encode()[:1024] and (b"x" * 1023 + "é".encode()[:1], "text/plain"),
+        (b"PK\x03\x04\x14\0", "application/octet-stream"),
+        (b"a\0b", "application/octet-stream"),
+        (b"", "text/plain"),
+    ],
+)
+def test_the_content_decides_the_media_type(head: bytes, found: str) -> None:
+    assert media_type_of(head) == found
+    check_declared("", found)
+    check_declared(found.upper() + "; charset=utf-8", found)
+
+
+@pytest.mark.parametrize(
+    ("declared", "found", "is_valid"),
+    [
+        ("audio/x-wav", "audio/wav", True),
+        ("text/html", "text/plain", True),
+        ("application/geo+json", "text/plain", True),
+        ("application/zip", "application/octet-stream", True),
+        ("application/octet-stream", "image/png", True),
+        ("image/svg+xml", "text/plain", False),
+        ("image/png", "application/octet-stream", False),
+        ("text/plain", "application/pdf", False),
+        ("application/pdf", "text/plain", False),
+    ],
+)
+def test_a_declared_type_must_fit(declared: str, found: str, is_valid: bool) -> None:
+    if is_valid:
+        check_declared(declared, found)
+    else:
+        with pytest.raises(ValueError, match="but the content is"):
+            check_declared(declared, found)
+
+
+def test_a_name_has_no_folders_and_no_characters_that_hide_others() -> None:
+    assert safe_name("../../etc/passwd") == "passwd"
+    assert safe_name("C:\\temp\\a.png") == "a.png"
+    assert safe_name("a\0\u202egnp.exe\n") == "agnp.exe"
+    assert safe_name(".bashrc") == "bashrc"
+    assert len(safe_name("a" * 4096 + ".png")) == 200
+
+
+def test_an_agent_takes_lists_optional_files_and_other_kinds() -> None:
+    flock = receipts()
+    assert flock.run("read", {"letter": None}) == {"result": ""}
+    assert flock.run("read", {"letter": "data:,hello"}) == {"result": "hello"}
+    with pytest.raises(InvalidData, match="takes a WAV"):
+        flock.run("hear", {"sound": data_url(PNG)})
+    assert flock.agents["look"].input.schema["properties"]["photo"]["title"] == "Image"
+
+
+def test_a_signature_names_the_types() -> None:
+    flock = Flock("typed")
+    made = flock.add_agent(receipts().agents["look"])
+    assert made.input.has_files
+    assert not Flock("none").add_agent(lambda_free).input.has_files
+
+
+def lambda_free(text: str) -> str:
+    return text
+
+
+def test_a_file_can_be_read_only_in_a_step(tmp_path: Path) -> None:
+    seen: list[Image] = []
+    flock = Flock("kept")
+
+    @flock.agent
+    def keep(photo: Image) -> int:
+        seen.append(photo)
+        return photo.size
+
+    (tmp_path / "ä b.png").write_bytes(PNG)
+    assert flock.run("keep", {"photo": data_url(tmp_path / "ä b.png")}) == {"result": len(PNG)}
+    assert seen[0].name == "ä b.png"
+    with pytest.raises(CallError, match="not stored any more"):  # the store was in memory, and is gone
+        seen[0].read()
+
+
+def test_an_agent_hands_a_file_to_another_one() -> None:
+    flock = receipts()
+
+    @flock.agent(next_agent="look")
+    def first(photo: Image) -> dict[str, Any]:
+        return {"photo": photo, "note": "from the first"}
+
+    assert flock.run("first", {"photo": data_url(PNG)})["result"]["read"] == len(PNG)
+
+
+# What is kept, and how long
+
+
+async def test_a_content_is_deleted_with_the_last_run_that_has_it(api: Any, tmp_path: Path) -> None:
+    store = api.engine.store
+    async with as_user(api) as client, as_user(api, "bob") as bob:
+        runs = [(await post_run(client, "look", {"photo": data_url(PNG)})).json()["run_id"] for _ in range(2)]
+        await post_run(bob, "look", {"photo": data_url(PNG)})
+        assert len(stored(tmp_path)) == 2  # one for each principal
+        await client.delete(f"/run/{runs[0]}")
+        await store.delete_unused_files()
+        assert len(stored(tmp_path)) == 2
+        await client.delete(f"/run/{runs[1]}")
+        await store.delete_unused_files()
+        assert len(stored(tmp_path)) == 1
+        assert (await bob.get(f"/files/{stored(tmp_path)[0].name}")).status_code == 200
+
+
+async def test_a_file_that_is_sent_again_outlives_its_last_run(api: Any, tmp_path: Path) -> None:
+    async with as_user(api) as client:
+        run = (await post_run(client, "look", {"photo": data_url(PNG)})).json()
+        sent = await client.post("/files", content=PNG)
+        await client.delete(f"/run/{run['run_id']}")
+        await api.engine.store.delete_unused_files()
+        assert (await client.get(sent.headers["Location"])).status_code == 200
+
+
+async def test_retention_deletes_files_with_their_runs(tmp_path: Path) -> None:
+    flock = receipts()
+    async with flock.engine(store=tmp_path / "runs.db", keep_for_s=0) as engine:
+        run = await engine.submit("look", {"photo": data_url(PNG)})
+        await engine.wait(run.run_id)
+        await engine.delete_old()
+        await engine.store.delete_unused_files()
+        assert stored(tmp_path) == []
+
+
+def aged(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+async def test_what_no_run_takes_is_kept_for_a_day(tmp_path: Path) -> None:
+    flock = receipts()
+    async with flock.engine(store=tmp_path / "runs.db") as engine:
+        used, unused, again = [await engine.files("ann").keep(each(b"%d" % n)) for n in range(3)]
+        run = await engine.submit("read", {"letter": used.file_id}, principal="ann")
+        folder = engine.files("ann").path(used.file_id).parent
+        (folder / "left.tmp").touch()
+        for path in stored(tmp_path):
+            aged(path, contents.KEEP_UNUSED_S + 1)
+        assert engine.files("ann").find(again.file_id).size == 1  # this counts as a use
+        await engine.store.delete_unused_files(contents.KEEP_UNUSED_S)
+        assert {path.name for path in stored(tmp_path)} == {used.file_id, again.file_id}
+        assert (await engine.wait(run.run_id)).value == {"result": "0"}
+        with pytest.raises(NotFound):
+            engine.files("ann").find(unused.file_id)
+
+
+async def test_a_run_is_not_accepted_if_its_file_was_deleted_meanwhile(tmp_path: Path) -> None:
+    flock = receipts()
+    async with flock.engine(store=tmp_path / "runs.db") as engine:
+        box = engine.files(None)
+        file = await box.keep(each(b"text"))
+        take = flock.agents["read"].input.take
+
+        def take_and_delete(*args: Any) -> Any:
+            taken = take(*args)
+            box.path(file.file_id).unlink()
+            return taken
+
+        flock.agents["read"].input.take = take_and_delete  # type: ignore
+        with pytest.raises(Conflict, match="Send it again"):
+            await engine.submit("read", {"letter": file.file_id})
+
+
+async def test_a_run_whose_file_is_gone_fails(tmp_path: Path) -> None:
+    flock = Flock("gone")
+
+    @flock.agent
+    def gone(letter: Document) -> str:
+        for path in stored(tmp_path):
+            path.unlink()
+        return letter.text()
+
+    async with flock.engine(store=tmp_path / "runs.db") as engine:
+        run = await engine.submit("gone", {"letter": "data:,hello"})
+        done = await engine.wait(run.run_id)
+        assert done.error_type == "call_error"
+        assert "not stored any more" in str(done.error)
+
+
+async def test_the_folder_of_a_store_in_memory_is_temporary() -> None:
+    async with receipts().engine() as engine:
+        file = await engine.files().keep(each(PNG))
+        path = engine.files().path(file.file_id)
+        assert path.read_bytes() == PNG
+    assert not path.parent.parent.exists()
+
+
+async def each(*chunks: bytes) -> Any:
+    for chunk in chunks:
+        yield chunk
+
+
+async def test_files_have_limits(tmp_path: Path) -> None:
+    engine = receipts().engine(store=tmp_path / "runs.db", max_file_bytes=10, max_files_bytes=25)
+    async with engine:
+        box = engine.files("ann")
+        for content in (b"0123456789", b"abcdefghij", b"0123456789"):  # the same content counts once
+            await box.keep(each(content[:5], content[5:]))
+        with pytest.raises(TooLarge, match="max_files_bytes"):
+            await box.keep(each(b"another"))
+        with pytest.raises(TooLarge, match="max_file_bytes"):
+            await box.keep(each(b"0123456789", b"a"))
+        await engine.files("bob").keep(each(b"another"))
+        assert len(stored(tmp_path)) == 3
+        engine.store.contents.used.clear()
+        with pytest.raises(TooLarge, match="max_files_bytes"):
+            await box.keep(each(b"another"))
+    assert not [path for path in stored(tmp_path) if path.suffix]
+
+
+@pytest.mark.parametrize("operation", ["mkdir", "open", "write", "fsync", "replace", "disk"])
+async def test_a_full_disk_stores_nothing(
+    operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *exc_info: Any) -> None:
+            self.file.close()
+
+        write = fail
+
+    flock = receipts()
+    async with flock.engine(store=tmp_path / "runs.db") as engine:
+        with monkeypatch.context() as patch:
+            if operation == "mkdir":
+                patch.setattr(Path, "mkdir", fail)
+            elif operation == "disk":
+                patch.setattr(contents, "MIN_FREE_BYTES", 2**62)
+            elif operation in ("open", "write"):
+                made = (lambda *a, **o: Full(open(*a, **o))) if operation == "write" else fail
+                patch.setattr(contents, "open", made, raising=False)
+            else:
+                patch.setattr(os, operation, fail)
+            with pytest.raises(StoreError, match="log has the reason"):
+                await engine.submit("read", {"letter": "data:,hello"})
+        assert stored(tmp_path) == []
+        assert "cannot be written" in caplog.text
+        run = await engine.submit("read", {"letter": "data:,hello"})
+        assert (await engine.wait(run.run_id)).value == {"result": "hello"}
+
+
+async def test_two_uploads_of_the_same_at_once_are_one_file(tmp_path: Path) -> None:
+    async with receipts().engine(store=tmp_path / "runs.db") as engine, anyio.create_task_group() as tasks:
+        for _ in range(20):
+            tasks.start_soon(lambda: engine.files("ann").keep(each(PNG[:9], PNG[9:])))
+    (path,) = stored(tmp_path)
+    assert path.read_bytes() == PNG
+
+
+async def test_a_cancelled_upload_leaves_nothing(tmp_path: Path) -> None:
+    async with receipts().engine(store=tmp_path / "runs.db") as engine:
+        begun = anyio.Event()
+
+        async def endless() -> Any:
+            yield PNG
+            begun.set()
+            await anyio.sleep_forever()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: engine.files("ann").keep(endless()))
+            await begun.wait()
+            tasks.cancel_scope.cancel()
+    assert stored(tmp_path) == []
+
+
+# Kills
+
+PROGRAM = """
+import os, signal, sys, anyio
+from flock.files import data_url
+from flock.runs import RunFilter
+from flock.store import contents
+from tests.test_files import receipts
+
+place, store = sys.argv[1:]
+names = {"fsync": "fsync", "replace": "replace", "folder": "sync_folder"}
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+async def main():
+    async with receipts().engine(store=store) as engine:
+        await engine.submit("read", {"letter": "data:,first"})
+        print("accepted", flush=True)
+        if place == "write":
+            real = contents.anyio.to_thread.run_sync
+            async def write(function, *args, **options):
+                await real(function, *args, **options)
+                if getattr(function, "__name__", "") == "write":
+                    die()
+            contents.anyio.to_thread.run_sync = write
+        elif place == "folder":
+            contents.sync_folder = die
+        elif place == "accept":
+            contents.Contents.check = die
+        else:
+            setattr(contents.os, place, die)
+        await engine.submit("read", {"letter": "data:,second"})
+
+anyio.run(main)
+"""
+
+
+@pytest.mark.parametrize("place", ["write", "fsync", "replace", "folder", "accept"])
+async def test_a_kill_loses_nothing_that_was_accepted_and_leaks_no_file(place: str, tmp_path: Path) -> None:
+    store = tmp_path / "runs.db"
+    command = [sys.executable, "-c", PROGRAM, place, str(store)]
+    done = await anyio.run_process(command, check=False, stderr=subprocess.DEVNULL)
+    assert (done.stdout, done.returncode) == (b"accepted\n", -signal.SIGKILL)
+    async with receipts().engine(store=store) as engine:
+        (run,) = await engine.list_runs(RunFilter())
+        assert (await engine.wait(run.run_id)).value == {"result": "first"}
+        await engine.store.delete_unused_files(0)
+        (path,) = stored(tmp_path)
+        assert path.read_text() == "first"
+        await engine.delete_run(run.run_id)
+        await engine.store.delete_unused_files()
+        assert stored(tmp_path) == []
