@@ -657,6 +657,19 @@ async def test_an_output_may_be_one_of_several_types(
     assert [next(iter(member["properties"])) for member in members] == ["type", "type"], "the first one decides"
 
 
+@pytest.mark.parametrize(("union", "refund"), [(Refund | Question, Refund), (RefundModel | QuestionModel, RefundModel)])
+async def test_a_union_may_have_examples_and_reasoning(union: Any, refund: Any, model: FakeModel) -> None:
+    answer = {"result": {"type": refund.__name__, "amount": 3}}
+    model.replies = [{"reasoning": "It is broken.", **answer}]
+    flock = flock_of(union, reasoning=True, examples=[({"q": "?"}, refund(amount=1))])
+    run = await run_of(flock, model)
+    assert (run.value or {})["result"].items() >= answer["result"].items(), run.error
+    [sent] = model.requests
+    assert f'"type":"{refund.__name__}"' in sent["messages"][2]["content"]
+    assert list(sent.schema["properties"]) == ["reasoning", "result"]
+    assert next(iter(sent.schema["properties"]["result"]["anyOf"][0]["properties"])) == "type"
+
+
 def test_a_union_whose_members_cannot_be_told_apart_is_an_error() -> None:
     other = msgspec.defstruct("Question", [("a", int)])
     typed = msgspec.defstruct("Typed", [("type", str)])

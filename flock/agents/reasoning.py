@@ -23,9 +23,10 @@ class ReasonedAnswer(Signature):
 
     def __init__(self, output: Signature) -> None:
         super().__init__(output.fields, output.type)
-        self.schema |= {
-            "properties": _signature().schema["properties"] | self.schema["properties"],
-            "required": _signature().schema["required"] + self.schema.get("required", []),
+        self._output = output
+        self.schema = output.schema | {
+            "properties": _signature().schema["properties"] | output.schema["properties"],
+            "required": _signature().schema["required"] + output.schema.get("required", []),
         }
 
     def decode(self, raw: bytes | msgspec.Raw, at: str = "") -> Any:
@@ -38,9 +39,9 @@ class ReasonedAnswer(Signature):
 
     def encode(self, value: Any) -> msgspec.Raw:
         if not isinstance(value, Mapping) or "reasoning" not in value:
-            return super().encode(value)
+            return self._output.encode(value)
         answer = dict(value)
-        parts = _signature().encode(_take_reasoning(answer)), super().encode(answer)
+        parts = _signature().encode(_take_reasoning(answer)), self._output.encode(answer)
         reasoning, members = (msgspec.json.decode(part, type=MEMBERS) for part in parts)
         return msgspec.Raw(msgspec.json.encode(reasoning | members))
 
