@@ -28,7 +28,7 @@ from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError
 from flock.files import FileReference
 from flock.protocols import mcp, openai, vercel
-from flock.runs import BatchOptions, Event, Principal, Progress, Run, RunContext, RunStatus, Usage
+from flock.runs import BatchOptions, Event, Principal, Progress, Run, RunContext, RunStatus, Usage, Webhook
 from flock.testing import FakeModel, Reply
 from flock.web import wire
 from flock.web.problems import PROBLEMS
@@ -49,6 +49,7 @@ PUBLIC = {*flockapi.__all__, *wire.__all__}
 STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for name in SCHEMAS if name in PUBLIC} | {
     "Usage": wire.Usage,
     "Progress": Progress,
+    "Webhook": Webhook,
     "Wait": wire.Wait,
     "FieldError": FieldError,
     "Handoff": Handoff,
@@ -82,6 +83,7 @@ QUERIES = {
     "BatchesQuery": ["listBatches"],
     "UsageQuery": ["getUsage"],
     "FilesQuery": ["sendFile"],
+    "WebhooksQuery": ["listWebhooks"],
 }
 
 
