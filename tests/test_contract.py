@@ -144,13 +144,14 @@ def test_every_route_is_documented_and_every_path_is_a_route() -> None:
 
 
 def test_a_route_requires_the_access_in_the_document() -> None:
-    """A route is open if its operation has no security. Only the metrics require an admin."""
+    """A route is open if its operation has no security. Only metrics and webhooks require an admin."""
     needs = {getattr(route, "path_format", route.path): route.needs for route in ALL_ROUTES}
     described = {path: operation.get("security", SPEC["security"]) for _, path, operation in operations()}
     assert {path for path in described if needs[path] == "nothing"} == {
         path for path in described if not described[path]
     }
-    assert [path for path in needs if needs[path] == "admin"] == ["/metrics"]
+    admin = ["/metrics", "/webhooks", "/webhooks/{webhook_id}/retry"]
+    assert [path for path in needs if needs[path] == "admin"] == admin
 
 
 def test_only_the_docs_pages_are_undocumented() -> None:
