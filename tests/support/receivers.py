@@ -38,6 +38,7 @@ class Inbox:
     Attributes:
         accepted: the bodies of the requests that were answered with 200, in order.
         ids: their ids.
+        body: the last one, as it came.
         unsigned: how many requests had no valid signature.
         requests: of all requests, the id, the time, and the headers.
     """
@@ -46,7 +47,7 @@ class Inbox:
         self._respond = respond
         self.accepted: list[Any] = []
         self.ids: list[str] = []
-        self.unsigned = 0
+        self.unsigned, self.body = 0, b""
         self.requests: list[tuple[str, float, Mapping[str, str]]] = []
 
     async def _receive(self, request: Request) -> Response:
@@ -57,7 +58,7 @@ class Inbox:
         if not is_signed(body, request.headers):
             self.unsigned += 1
             return Response(status_code=400)
-        event = json.loads(body)
+        event, self.body = json.loads(body), body
         self.requests.append((request.headers["webhook-id"], time.monotonic(), dict(request.headers)))
         response = Response() if self._respond is None else self._respond(len(self.requests), event)
         if isinstance(response, Awaitable):
