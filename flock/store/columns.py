@@ -397,7 +397,8 @@ def batch_or_remains(row: Sequence[Any]) -> Batch:
 
 @_raising_damaged
 def webhook_from(row: Sequence[Any]) -> Webhook:
-    return Webhook(**dict.fromkeys(WEBHOOK_TABLE) | _read_webhook(row))
+    values: dict[str, Any] = dict.fromkeys(WEBHOOK_TABLE)
+    return Webhook(**values | _read_webhook(row))
 
 
 @_raising_damaged
