@@ -28,7 +28,7 @@ from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError
 from flock.files import FileReference
 from flock.protocols import mcp, openai, vercel
-from flock.runs import BatchOptions, Event, Principal, Progress, Run, RunContext, RunStatus, Usage
+from flock.runs import BatchOptions, Event, Principal, Progress, Run, RunContext, RunStatus, Usage, Webhook
 from flock.testing import FakeModel, Reply
 from flock.web import wire
 from flock.web.problems import PROBLEMS
@@ -49,6 +49,7 @@ PUBLIC = {*flockapi.__all__, *wire.__all__}
 STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for name in SCHEMAS if name in PUBLIC} | {
     "Usage": wire.Usage,
     "Progress": Progress,
+    "Webhook": Webhook,
     "Wait": wire.Wait,
     "FieldError": FieldError,
     "Handoff": Handoff,
@@ -82,6 +83,7 @@ QUERIES = {
     "BatchesQuery": ["listBatches"],
     "UsageQuery": ["getUsage"],
     "FilesQuery": ["sendFile"],
+    "WebhooksQuery": ["listWebhooks"],
 }
 
 
@@ -142,13 +144,14 @@ def test_every_route_is_documented_and_every_path_is_a_route() -> None:
 
 
 def test_a_route_requires_the_access_in_the_document() -> None:
-    """A route is open if its operation has no security. Only the metrics require an admin."""
+    """A route is open if its operation has no security. Only metrics and webhooks require an admin."""
     needs = {getattr(route, "path_format", route.path): route.needs for route in ALL_ROUTES}
     described = {path: operation.get("security", SPEC["security"]) for _, path, operation in operations()}
     assert {path for path in described if needs[path] == "nothing"} == {
         path for path in described if not described[path]
     }
-    assert [path for path in needs if needs[path] == "admin"] == ["/metrics"]
+    admin = ["/metrics", "/webhooks", "/webhooks/{webhook_id}/retry"]
+    assert [path for path in needs if needs[path] == "admin"] == admin
 
 
 def test_only_the_docs_pages_are_undocumented() -> None:

@@ -380,7 +380,8 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
         db.execute("ALTER TABLE steps DROP COLUMN first_try")
         for column in ("raised", "place", "once", "answered_by", "four_eyes"):
             db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
-        for table in ("questions", "question_changes", "messages", "usage", "budgets"):
+        tables = "questions question_changes messages usage budgets webhooks webhook_urls webhook_senders"
+        for table in tables.split():
             db.execute(f"DROP TABLE {table}")
         db.execute("PRAGMA user_version = 9")
     db.close()

@@ -1,6 +1,7 @@
 """Webhooks: what happened to runs and batches arrives at the receivers, signed, at least once, and in order."""
 
 import contextlib
+import json
 import sqlite3
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -24,8 +25,10 @@ from flock.web.auth import new_webhook_secret
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import sqlite_of
+from tests.support.environments import new_environment, pip
 from tests.support.http import client_of, get, post_run, wait_for, wait_until
 from tests.support.receivers import SECRET, Inbox
+from tests.webhooks_kills import play
 
 pytestmark = pytest.mark.anyio
 
@@ -541,3 +544,41 @@ def test_a_cluster_sends_none() -> None:
     settings = ServerSettings(webhook_url="https://hook.example", temporal="127.0.0.1:1")
     with pytest.raises(DefinitionError, match="No webhooks are sent for runs on a Temporal cluster"):
         server._app(sample(None), settings)
+
+
+#: It prints the type of an event that the package accepts. Its arguments: the secret, the headers, and the body.
+VERIFIER = """
+import json, sys
+from standardwebhooks.webhooks import Webhook, WebhookVerificationError
+
+secret, headers, body = sys.argv[1:]
+print(Webhook(secret).verify(body, json.loads(headers))["type"])
+try:
+    Webhook(secret).verify(body + " ", json.loads(headers))
+except WebhookVerificationError:
+    print("refused")
+"""
+
+
+@pytest.mark.slow
+async def test_the_package_of_standard_webhooks_accepts_them(tmp_path: Path) -> None:
+    """Also while another secret signs too."""
+    python, inbox = new_environment(tmp_path / "env"), Inbox()
+    await anyio.run_process(pip(python, "install", "-q", "standardwebhooks>=1.1"))
+    async with inbox.serve() as receiver:
+        secrets = [new_webhook_secret(), SECRET]
+        app = create_app(sample(receiver.url), store=":memory:", auth="host", webhook_secrets=secrets)
+        async with app.lifespan(), client_of(app) as client:
+            await post_run(client, "echo", {"text": "a"})
+            await inbox.until(1)
+    headers = json.dumps(dict(inbox.requests[0][2]))
+    for secret in secrets:
+        arguments = [str(python), "-c", VERIFIER, secret, headers, inbox.body.decode()]
+        verified = await anyio.run_process(arguments)
+        assert verified.stdout.split() == [b"run.completed", b"refused"]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+async def test_no_event_is_lost_if_the_server_is_killed_again_and_again() -> None:
+    await play(300)

@@ -2,12 +2,11 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Any
 
 import msgspec
 
-from flock.runs.records import NOT_LOADED, Batch, Call, Run, RunStatus
+from flock.runs.records import NOT_LOADED, Batch, Call, Run, RunStatus, Time
 from flock.runs.usage import shown_usage
 
 __all__ = [
@@ -147,14 +146,14 @@ class Webhook(msgspec.Struct, frozen=True, kw_only=True):
     webhook_id: str
     type: str
     record_id: str
-    call_id: str | None = None
+    call_id: str | None
     agent_name: str
     attempt: int
     status: str
     tries: int
-    created_at: datetime
-    next_try_at: datetime
-    first_try_at: datetime | None = None
-    ended_at: datetime | None = None
-    error: str | None = None
-    url: str | None = None
+    created_at: Time
+    next_try_at: Time
+    first_try_at: Time | None
+    ended_at: Time | None
+    error: str | None
+    url: str | None

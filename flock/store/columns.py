@@ -10,7 +10,7 @@ import operator
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from types import NoneType, UnionType
+from types import NoneType
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import msgspec
@@ -31,6 +31,7 @@ from flock.runs import (
     RunStatus,
     Spent,
     Step,
+    Time,
     Usage,
     Webhook,
 )
@@ -110,6 +111,7 @@ COLUMNS: Mapping[Any, Column] = {
     int: Column({int}, "0"),
     float: Column({float}, "0.0"),
     datetime: Column({int}, "0", micros, time_from),
+    Time: Column({int}, "0", micros, time_from),
     # Faster than ``value``, which takes three times as long.
     RunStatus: Column({str}, "''", operator.attrgetter("_value_"), RunStatus),
     msgspec.Raw: Column({bytes}, "x'7b7d'", bytes, _json),
@@ -133,7 +135,7 @@ def _columns_of(record: type[msgspec.Struct]) -> Mapping[str, Column]:
     """Return the column of each field of *record*, in order."""
     columns = {}
     for field in msgspec.structs.fields(record):
-        may_be_null = isinstance(field.type, UnionType)
+        may_be_null = NoneType in get_args(field.type)
         (value_type,) = set(get_args(field.type)) - {NoneType} if may_be_null else {field.type}
         column = COLUMNS[value_type]
         if field.name in ("error", "error_type", "earlier_error"):
@@ -395,7 +397,8 @@ def batch_or_remains(row: Sequence[Any]) -> Batch:
 
 @_raising_damaged
 def webhook_from(row: Sequence[Any]) -> Webhook:
-    return Webhook(**_read_webhook(row))
+    values: dict[str, Any] = dict.fromkeys(WEBHOOK_TABLE)
+    return Webhook(**values | _read_webhook(row))
 
 
 @_raising_damaged

@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -38,6 +38,8 @@ class Inbox:
     Attributes:
         accepted: the bodies of the requests that were answered with 200, in order.
         ids: their ids.
+        body: the last one, as it came.
+        unsigned: how many requests had no valid signature.
         requests: of all requests, the id, the time, and the headers.
     """
 
@@ -45,12 +47,18 @@ class Inbox:
         self._respond = respond
         self.accepted: list[Any] = []
         self.ids: list[str] = []
+        self.unsigned, self.body = 0, b""
         self.requests: list[tuple[str, float, Mapping[str, str]]] = []
 
     async def _receive(self, request: Request) -> Response:
-        body = await request.body()
-        assert is_signed(body, request.headers), "the signature is invalid"
-        event = json.loads(body)
+        try:
+            body = await request.body()
+        except ClientDisconnect:  # the sender was killed
+            return Response(status_code=400)
+        if not is_signed(body, request.headers):
+            self.unsigned += 1
+            return Response(status_code=400)
+        event, self.body = json.loads(body), body
         self.requests.append((request.headers["webhook-id"], time.monotonic(), dict(request.headers)))
         response = Response() if self._respond is None else self._respond(len(self.requests), event)
         if isinstance(response, Awaitable):
