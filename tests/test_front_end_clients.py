@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 #: The packages that the program of each client needs.
-PACKAGES = {"vercel.mjs": ("ai@7", "@ai-sdk/react@4")}
+PACKAGES = {"vercel.mjs": ("ai@7", "@ai-sdk/react@4"), "agui.mjs": ("@ag-ui/client@1",)}
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ assert.deepEqual(reloaded.messages.map((message) => message.role), ["user", "ass
 assert.equal(text(reloaded), "All about tea");
 chat = open("nap");
 chat.sendMessage({ text: "tea" });
-await until(() => chat.status === "submitted" && chat.messages.length === 1);
+await until(() => chat.status !== "ready");
 while ((await (await fetch(`${url}/runs?agent_name=nap`)).json()).runs[0]?.status !== "running");
 assert.equal((await fetch(`${url}/vercel/nap/${chat.id}/stop`, { method: "POST" })).status, 204);
 await until(() => chat.status === "ready");
