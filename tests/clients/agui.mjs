@@ -33,6 +33,15 @@ say(agent, "a b");
 await agent.runAgent();
 assert.deepEqual(agent.state, { mood: "good", words: ["a", "b"] });
 
+// A text that is taken back
+agent = open("replaced");
+say(agent, "tea");
+const seen = [];
+await agent.runAgent({}, { onTextMessageContentEvent: ({ event }) => void seen.push(event.delta) });
+assert.deepEqual(seen, ["The first", "Another one"]);
+assert.deepEqual(agent.messages.map((message) => message.role), ["user", "assistant", "tool", "assistant"]);
+assert.equal(text(agent), "Another one");
+
 // An approval
 agent = open("payer");
 say(agent, "pay");

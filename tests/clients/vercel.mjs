@@ -52,6 +52,14 @@ chat = open("mood");
 await chat.sendMessage({ text: "a b" });
 assert.deepEqual(chat.lastMessage.parts.find((part) => part.type === "data-result").data.words, ["a", "b"]);
 
+// A text that is taken back
+chat = open("replaced");
+const replacing = chat.sendMessage({ text: "tea" });
+await until(() => chat.lastMessage?.role === "assistant" && text(chat) === "The first");
+await replacing;
+assert.equal(text(chat), "Another one");
+assert.equal(chat.lastMessage.parts.find((part) => part.type === "tool-write").output.result, "All about tea");
+
 // An approval
 chat = open("payer", { sendAutomaticallyWhen: lastAssistantMessageIsCompleteWithApprovalResponses });
 await chat.sendMessage({ text: "pay" });
