@@ -19,8 +19,22 @@ pytestmark = [
     pytest.mark.timeout(400),
 ]
 
+#: Writes a text, calls an agent, and begins again with another text.
+AGENTS = (
+    SERVED
+    + """
+@flock.agent
+async def replaced(topic: str, context: RunContext) -> str:
+    context.emit("The first")
+    await asyncio.sleep(0.3)
+    await context.run_agent("write", {"topic": topic})
+    context.reset_output()
+    return "Another one"
+"""
+)
+
 #: The packages that the program of each client needs.
-PACKAGES = {"vercel.mjs": ("ai@7", "@ai-sdk/react@4")}
+PACKAGES = {"vercel.mjs": ("ai@7", "@ai-sdk/react@4"), "agui.mjs": ("@ag-ui/client@1",)}
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +50,13 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("program", PACKAGES)
 def test_clients_of_front_ends(program: str, node: Path, tmp_path: Path) -> None:
-    (tmp_path / "served.py").write_text(SERVED)
+    (tmp_path / "served.py").write_text(AGENTS)
     with running(*flockapi_command("serve", f"{tmp_path}/served.py", "--port", "0", "--store", ":memory:")) as server:
         assert run(node / "node_modules" / ".bin" / "node", str(node / program), server.url) == "all of it\n"
 
 
 def test_a_reader_gets_each_character_once_although_the_server_is_killed(node: Path, tmp_path: Path) -> None:
-    (tmp_path / "served.py").write_text(SERVED)
+    (tmp_path / "served.py").write_text(AGENTS)
     port, _interpreter = free_port(), str(node / "node_modules" / ".bin" / "node")
     command = f"cd {tmp_path} && exec {shlex.join(flockapi_command('serve', 'served.py', '--port', str(port)))}"
     client = [

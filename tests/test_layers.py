@@ -45,7 +45,12 @@ RANKS = {
 }
 
 HTTP = ("flock.web", "flock.protocols", "flockapi", "flock.command", "flock.testing")
-PROTOCOLS = ("flock.protocols.openai", "flock.protocols.openai_responses", "flock.protocols.vercel")
+PROTOCOLS = (
+    "flock.protocols.openai",
+    "flock.protocols.openai_responses",
+    "flock.protocols.vercel",
+    "flock.protocols.agui",
+)
 FILES = sorted([*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"])
 
 

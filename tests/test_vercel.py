@@ -349,7 +349,7 @@ async def test_an_approval_is_a_part_of_its_call_and_the_same_message_goes_on(
     assert await chat.send(messageId=chat.messages[-1]["id"]) == "Done."
     assert (chat.run_id, chats.paid) == (run_id, [3] if approved else [])
     (part,) = chat.tools
-    assert part["state"] == ("output-available" if approved else "output-denied")
+    assert part["state"] == ("output-available" if approved else "output-error")
     before = [part for part in chat.messages[-1]["parts"] if part["type"] != "step-start"]
     assert await chat.resume() == "Done."
     assert [each["type"] for each in chat.messages[-1]["parts"] if each["type"] != "step-start"] == [
@@ -429,7 +429,7 @@ async def test_ids_that_were_not_given_to_the_caller_reach_no_run_of_others(
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        pytest.param({"messages": []}, 422, "There is no message.", id="no messages"),
+        pytest.param({"messages": []}, 422, "length", id="no messages"),
         pytest.param({"id": "a b"}, 422, "match", id="the id of a chat is visible ASCII"),
         pytest.param({"messages": [{**said("x"), "role": "system"}]}, 422, "no text of the user", id="only system"),
         pytest.param({"messages": [said("")]}, 422, "no text of the user", id="no text"),

@@ -3,51 +3,39 @@
 What the session has counts, and of what a client sends only what the user says last, and answers to open questions.
 """
 
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, NamedTuple
 
 import msgspec
 from starlette.requests import Request
+from starlette.responses import Response
 
 from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.declared import agent_of
-from flock.errors import Conflict, InvalidData, NotFound
+from flock.errors import Conflict, FlockError, InvalidData, NotFound
 from flock.protocols import chats
+from flock.protocols.openai_parts import failure_text
 from flock.runs import ClientSettings, ClientTool, Engine, Event, Question, Run, RunStatus
 from flock.web import orders, wire
-
-#: The kinds of calls that a message shows.
-SHOWN = ("tool", "agent")
+from flock.web.responses import KEEP_ALIVE, EventStream, long_event, sent_event
 
 
 def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
     """Return the status and the body of an error. Clients show the body."""
-    texts = [problem.detail, *(each.detail for each in problem.errors or [] if each.detail not in problem.detail)]
-    code = problem.type.rpartition(":")[2]
-    return problem.status, {"error": " ".join(texts), "code": code, "request_id": problem.request_id}
+    about = {"code": problem.type.rpartition(":")[2], "request_id": problem.request_id}
+    return problem.status, {"error": problem.detail, **about}
+
+
+#: Makes the writer of the stream of a run, as a protocol spells it.
+Writers = Callable[[Run], Any]
+
+#: What a request asks for.
+Wanted = orders.Order | orders.Answers
 
 
 # Requests
-
-
-def agent_in(request: Request) -> Agent:
-    """Return the agent in the path. Raises AgentNotFound."""
-    return agent_of(orders.serving(request).flock.agents, request.path_params["agent"])
-
-
-async def runs_of(request: Request, agent: Agent, session_id: str) -> AsyncGenerator[Run, None]:
-    """Yield the caller's runs of *agent* in a chat, newest first, without inputs and results."""
-    async with aclosing(orders.runs_of_session(request, session_id)) as runs:
-        async for run in runs:
-            if run.agent_name == agent.name:
-                yield run
-
-
-async def newest_of(request: Request, agent: Agent, session_id: str) -> Run | None:
-    async with aclosing(runs_of(request, agent, session_id)) as runs:
-        return await anext(runs, None)
 
 
 class Said(NamedTuple):
@@ -55,8 +43,19 @@ class Said(NamedTuple):
 
     text: str
     at: str
-    inputs: Mapping[str, msgspec.Raw] = {}
-    tools: Sequence[ClientTool] = ()
+    inputs: Mapping[str, msgspec.Raw]
+    tools: Sequence[ClientTool]
+
+
+def agent_in(request: Request) -> Agent:
+    """Return the agent in the path. Raises AgentNotFound."""
+    return agent_of(orders.serving(request).flock.agents, request.path_params["agent"])
+
+
+async def newest_of(request: Request, agent: Agent, session_id: str, status: RunStatus | None = None) -> Run | None:
+    """Return the caller's newest run in a chat, without its inputs and result; None if it is of another agent."""
+    run = await anext(orders.runs_of_session(request, session_id, status, limit=1), None)
+    return run if run is not None and run.agent_name == agent.name else None
 
 
 async def order_of(
@@ -76,7 +75,14 @@ async def order_of(
     before = chats.messages_of(agent, run.inputs) if run else []
     replaced = run if replaces and before and before[-1].content == said.text else None
     if conversation_of(agent.input) is not None and run is not None:
-        history = before[:-1] if replaced else await _history(request, agent, run)
+        if replaced is not None:
+            history = before[:-1]
+        elif run.is_active and run.status is not RunStatus.WAITING:
+            raise Conflict("The last answer is not complete. Wait for it, or stop it.")
+        elif (done := await newest_of(request, agent, session_id, RunStatus.COMPLETED)) is not None:
+            done = await engine.get_run(done.run_id)
+            text = await chats.text_of(engine, orders.serving(request).flock.agents, done, as_json=False)
+            history = [*chats.messages_of(agent, done.inputs), chats.Message("assistant", text)]
     inputs = chats.inputs_of(agent, [*history, chats.Message("user", said.text)], said.inputs, said.at)
     if replaced is not None:
         with suppress(NotFound, Conflict):
@@ -85,21 +91,8 @@ async def order_of(
     return orders.Order(agent_name=agent.name, session_id=session_id, inputs=inputs, is_async=True, client=client)
 
 
-async def _history(request: Request, agent: Agent, newest: Run) -> list[chats.Message]:
-    if newest.is_active and newest.status is not RunStatus.WAITING:
-        raise Conflict("The last answer is not complete. Wait for it, or stop it.")
-    engine, agents = await orders.engine_of(request), orders.serving(request).flock.agents
-    async with aclosing(runs_of(request, agent, newest.session_id or "")) as runs:
-        async for listed in runs:
-            if listed.status is RunStatus.COMPLETED:
-                run = await engine.get_run(listed.run_id)
-                text = await chats.text_of(engine, agents, run, as_json=False)
-                return [*chats.messages_of(agent, run.inputs), chats.Message("assistant", text)]
-    return []
-
-
 async def answers_of(
-    request: Request, agent: Agent, session_id: str, run_id: str, sent: Mapping[str, msgspec.Raw], at: str
+    request: Request, agent: Agent, session_id: str, run_id: str, sent: Mapping[str, Any], at: str
 ) -> orders.Answers:
     """Return the answers to what a run asks, from those *sent*, by id. Ids that it has not given are ignored.
 
@@ -112,16 +105,16 @@ async def answers_of(
         raise InvalidData.of("This is not an answer of this chat.", at)
     outputs = dict[str, msgspec.Raw]()
     for question in run.questions:
-        output = sent.get(question_id(run, question))
-        if output is not None:
-            is_text = not question.is_for_client or bytes(output).startswith(b'"')
-            outputs[question.call_id] = output if is_text else msgspec.Raw(msgspec.json.encode(bytes(output).decode()))
+        if (id_ := _question_id(run, question)) in sent:
+            output = msgspec.json.encode(sent[id_])
+            is_text = not question.is_for_client or output.startswith(b'"')
+            outputs[question.call_id] = msgspec.Raw(output if is_text else msgspec.json.encode(output.decode()))
     if not outputs and run.status is RunStatus.WAITING and run.questions:
         raise InvalidData.of("The run waits for an answer, and there is none.", at)
     return orders.Answers(run.run_id, outputs)
 
 
-def question_id(run: Run, question: Question) -> str:
+def _question_id(run: Run, question: Question) -> str:
     """Return the id that clients have for a question."""
     return f"call_{run.run_id}_{question.call_id}"
 
@@ -130,21 +123,20 @@ def question_id(run: Run, question: Question) -> str:
 
 
 class CallBegun(NamedTuple):
-    """A call of a tool, of an agent, or of a question. The client executes or answers one that is not *ours*."""
+    """A call of a tool, of an agent, or of a question. The client executes or answers one with a *question*."""
 
     id: str
     name: str
     input: Any
-    is_ours: bool = True
+    question: Question | None = None
 
 
 class CallEnded(NamedTuple):
-    """Its end. Nobody executes a call that was denied."""
+    """Its end. A call that was denied has an error."""
 
     id: str
     output: Any = None
     error: str | None = None
-    is_denied: bool = False
 
 
 class ApprovalAsked(NamedTuple):
@@ -155,18 +147,47 @@ class ApprovalAsked(NamedTuple):
     question: Question
 
 
-class ShownRun:
-    """What a message shows of a run. No call is shown twice.
+async def streamed(request: Request, wanted: Wanted, writer_of: Writers, *known: Iterable[str]) -> Response:
+    """Return the stream of a run, as a writer of the protocol spells it.
 
     Args:
-        begun, ended: the ids of the calls whose begin and end the client has.
+        known: the ids of the calls of which the client has the begin, and of those of which it has the end.
     """
+    engine, stream = await orders.engine_of(request), await orders.stream(request, wanted, reasoning=True)
+    run = stream.accepted.run
+    shown, writer = _ShownRun(request, engine, run, *map(set, known)), writer_of(run)
 
-    def __init__(
-        self, request: Request, engine: Engine, run: Run, begun: Collection[str] = (), ended: Collection[str] = ()
-    ) -> None:
+    async def content() -> AsyncGenerator[bytes, None]:
+        yield writer.begin()
+        try:
+            async with aclosing(shown.parts(stream.events)) as parts:
+                async for part in parts:
+                    if isinstance(part, Event) and part.data.get("result") is not None:
+                        async for piece in long_event(writer.result(part.data["result"])):
+                            yield piece
+                    if isinstance(part, Event) and part.name == "run.failed":
+                        text = failure_text(part.data["error"], run.run_id)
+                        yield writer.failed(text, part.data["error_type"])
+                    else:
+                        yield (part and writer.part(part)) or KEEP_ALIVE
+        except FlockError as exc:
+            yield writer.failed(failure_text(str(exc), run.run_id), "interrupted")
+        yield writer.LAST
+
+    headers = {"Flock-Run-Id": run.run_id, "X-Accel-Buffering": "no", **writer.HEADERS}
+    return EventStream(content(), stream.held, headers, on_cut_off=stream.on_cut_off)
+
+
+def typed_event(type_: str, **data: Any) -> bytes:
+    return sent_event({"type": type_, **data})
+
+
+class _ShownRun:
+    """What a message shows of a run. No call is shown twice."""
+
+    def __init__(self, request: Request, engine: Engine, run: Run, begun: set[str], ended: set[str]) -> None:
         self._request, self._engine, self._run = request, engine, run
-        self._begun, self._ended, self._arguments = set(begun), set(ended), dict[str, Any]()
+        self._known, self._arguments = {CallBegun: begun, CallEnded: ended}, dict[str, Any]()
         self._answer = chats.StreamedAnswer(orders.serving(request).flock.agents, as_json=False, takes_back=True)
 
     async def parts(self, events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[Any, None]:
@@ -180,52 +201,47 @@ class ShownRun:
         self._arguments = {self._id(at, call.call_id): call.arguments for at, made in calls.items() for call in made}
         async with aclosing(self._answer.pieces(events)) as pieces:
             async for piece in pieces:
-                if isinstance(piece, Event) and piece.name in ("call.started", "call.completed"):
-                    for part in await self._call(piece.data, has_ended=piece.name == "call.completed"):
+                found: list[Any] = [piece]
+                if isinstance(piece, Event) and piece.name.startswith("call."):
+                    found = await self._call(piece.data, has_ended=piece.name == "call.completed")
+                elif isinstance(piece, Event) and piece.name == "run.waiting":
+                    asked = [part for question in piece.data["waiting_for"] for part in self._asked(question)]
+                    found = [chats.TakenBack(""), *asked, piece]  # the text begins again after the answer
+                elif isinstance(piece, Event) and piece.name == "run.completed" and self._answer.is_text:
+                    found = [msgspec.structs.replace(piece, data={**piece.data, "result": None})]
+                for part in found:
+                    known, id_ = self._known.get(type(part), set()), getattr(part, "id", "")
+                    if id_ not in known:
                         yield part
-                    continue
-                if isinstance(piece, Event) and piece.name == "run.waiting":
-                    for question in piece.data["waiting_for"]:
-                        is_ours = not orders.may_answer(self._request, self._run, question)
-                        for part in self._asked(question, is_ours=is_ours):
-                            yield part
-                if isinstance(piece, Event) and piece.name == "run.completed" and self._answer.is_text:
-                    piece = msgspec.structs.replace(piece, data={**piece.data, "result": None})
-                yield piece
+                    known.add(id_)
 
     def _id(self, position: Any, call_id: str) -> str:
         return f"tool_{self._run.run_id}_{position}_{call_id}"
 
-    async def _call(self, data: Mapping[str, Any], *, has_ended: bool) -> list[CallBegun | CallEnded | ApprovalAsked]:
+    async def _call(self, data: Mapping[str, Any], *, has_ended: bool) -> list[Any]:
+        result = data.get("result")
         if data["kind"] == "question" and has_ended:
             question = (await self._engine.get_question(self._run.run_id, data["call_id"])).question
-            begun, result = self._asked(question, is_ours=True), data.get("result")
-            if (approval := orders.approved_call(question)) is None:
-                return [*begun, *self._once(CallEnded(question_id(self._run, question), result))]
+            begun, *_ = self._asked(question, is_open=False)
+            if orders.approved_call(question) is None:
+                return [begun, CallEnded(begun.id, result)]
             is_denied = result is not None and msgspec.json.decode(result).get("approved") is False
-            id_ = self._id(approval.position, approval.call_id)
-            return [*begun, *(self._once(CallEnded(id_, is_denied=True)) if is_denied else ())]
-        if data["kind"] not in SHOWN or (data["kind"] == "agent" and orders.NESTED in data["call_id"]):
+            return [begun, *([CallEnded(begun.id, error="A person denied this call.")] if is_denied else [])]
+        if data["kind"] not in ("tool", "agent") or (data["kind"] == "agent" and orders.NESTED in data["call_id"]):
             return []
         id_ = self._id(data["position"], data["call_id"])
-        begun = self._once(CallBegun(id_, data["name"], data.get("arguments", self._arguments.get(id_, {}))))
-        return [*begun, *(self._once(CallEnded(id_, data.get("result"), data["error"])) if has_ended else ())]
+        begun = CallBegun(id_, data["name"], data.get("arguments", self._arguments.get(id_, {})))
+        return [begun, *([CallEnded(id_, result, data["error"])] if has_ended else [])]
 
-    def _asked(self, question: Question, *, is_ours: bool) -> list[CallBegun | CallEnded | ApprovalAsked]:
-        """Return what a question shows. If it is *ours*, the client cannot answer it, or it is answered."""
-        id_, input = question_id(self._run, question), question.arguments
+    def _asked(self, question: Question, *, is_open: bool = True) -> list[Any]:
+        """Return what a question shows. The client may not be the one who answers it."""
+        id_, input = _question_id(self._run, question), question.arguments
+        to_answer = question if is_open and orders.may_answer(self._request, self._run, question) else None
         if (approval := orders.approved_call(question)) is not None:
-            call_id = self._id(approval.position, approval.call_id)
-            asked = [] if is_ours else [ApprovalAsked(id_, call_id, question)]
-            return [*self._once(CallBegun(call_id, approval.name, input)), *asked]
+            call_id = self._id(*approval[:2])
+            asked = [ApprovalAsked(id_, call_id, question)] if to_answer else []
+            return [CallBegun(call_id, approval[2], input), *asked]
         if question.is_for_client:
-            return self._once(CallBegun(id_, question.question, input, is_ours))
+            return [CallBegun(id_, question.question, input, to_answer)]
         about = {} if input is msgspec.UNSET else {"arguments": input}
-        asks = {"question": question.question, "schema": question.schema, **about}
-        return self._once(CallBegun(id_, "ask", asks, is_ours))
-
-    def _once(self, part: CallBegun | CallEnded) -> list[Any]:
-        known = self._begun if isinstance(part, CallBegun) else self._ended
-        is_known = part.id in known
-        known.add(part.id)
-        return [] if is_known else [part]
+        return [CallBegun(id_, "ask", {"question": question.question, "schema": question.schema, **about}, to_answer)]

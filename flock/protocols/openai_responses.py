@@ -188,7 +188,7 @@ def _asked(place: Place, questions: Sequence[Question]) -> list[JSON]:
             request = {
                 "id": f"mcpr_{at}",
                 "type": "mcp_approval_request",
-                "name": approval.name,
+                "name": approval[2],
                 "server_label": "flock",
             }
             items.append({**request, **arguments})

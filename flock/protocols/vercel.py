@@ -5,28 +5,27 @@ it.
 """
 
 import contextlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
-import anyio.lowlevel
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock.errors import Conflict, FlockError, InvalidData
+from flock.errors import Conflict, InvalidData
 from flock.jsontype import JSONType
 from flock.protocols import chats, frontends
 from flock.protocols.frontends import error_shape as error_shape
-from flock.protocols.openai_parts import failure_text
+from flock.protocols.frontends import typed_event
 from flock.runs import ClientTool, Event, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.requests import while_connected
-from flock.web.responses import KEEP_ALIVE, EventStream, PageResponse, head_of_stream, long_event, sent_event
+from flock.web.responses import PageResponse, head_of_stream
 from flock.web.routing import AppRoute
 
 PREFIX = "/vercel"
 
-HEADERS = {"x-vercel-ai-ui-message-stream": "v1", "X-Accel-Buffering": "no"}
+TEXT = {"type": "text", "state": "done"}
 
 #: The messages of a chat that are listed: at most so many, and of about so many characters.
 MAX_MESSAGES, MAX_CHARS = 100, 1024 * 1024
@@ -66,9 +65,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
         """The id of the question that it answers, and the answer, if it does."""
         if self.approval is not None and self.approval.approved is not None:
             return [(self.approval.id, {"approved": self.approval.approved, "reason": self.approval.reason})]
-        if self.state == "output-error":
-            return [(self.toolCallId, f"The tool failed: {self.errorText}")]
-        return [(self.toolCallId, self.output)] if self.state == "output-available" else []
+        output = self.output if self.errorText is None else f"The tool failed: {self.errorText}"
+        return [(self.toolCallId, output)] if self.state.startswith("output-") else []
 
 
 class UIMessage(msgspec.Struct, frozen=True):
@@ -87,7 +85,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     id: wire.SessionID
-    messages: list[UIMessage]
+    messages: Annotated[list[UIMessage], msgspec.Meta(min_length=1)]
     trigger: Literal["submit-message", "regenerate-message"] = "submit-message"
     messageId: str | None = None
     inputs: dict[str, msgspec.Raw] = {}
@@ -102,25 +100,20 @@ async def chat(request: Request) -> Response:
     """POST /vercel/{agent}: a new run, or the answers for which the run of a message waits."""
     body, agent = await orders.read_json(request), frontends.agent_in(request)
     sent = CHAT_REQUEST.decode(body)
-    at = next((at for at, each in enumerate(sent.messages) if each.id == sent.messageId), len(sent.messages) - 1)
-    if at < 0:
-        raise InvalidData.of("There is no message.", "/messages")
-    message, place = sent.messages[at], f"/messages/{at}"
+    named = [at for at, each in enumerate(sent.messages) if each.id == sent.messageId]
+    message, place = sent.messages[named[0] if named else -1], "/messages"
     if message.role == "assistant" and sent.trigger == "submit-message":
-        given = {
-            id_: msgspec.Raw(msgspec.json.encode(answer)) for part in message.parts for id_, answer in part.answers
-        }
-        answers = await frontends.answers_of(request, agent, sent.id, message.id.removeprefix("msg_"), given, place)
+        given, run_id = {id_: said for part in message.parts for id_, said in part.answers}, message.id[4:]
+        answers = await frontends.answers_of(request, agent, sent.id, run_id, given, place)
         return await _streamed(request, answers, message.parts)
-    for number, part in enumerate(message.parts):
-        if part.type == "file":
-            raise InvalidData.of("Files are not supported. Send text.", f"{place}/parts/{number}")
+    if any(part.type == "file" for part in message.parts):
+        raise InvalidData.of("Files are not supported. Send text.", place)
     newest = await frontends.newest_of(request, agent, sent.id)
     if sent.messageId not in (None, newest and f"msg_{newest.run_id}"):
         raise Conflict("Only the last answer can be replaced. To change an earlier message, begin another chat.")
     text = "".join(part.text for part in message.parts if part.type == "text" and message.role == "user")
-    said, is_again = frontends.Said(text, place, sent.inputs, sent.tools), sent.trigger == "regenerate-message"
-    order = await frontends.order_of(request, agent, sent.id, newest, said, replaces=is_again)
+    said, replaces = frontends.Said(text, place, sent.inputs, sent.tools), sent.trigger == "regenerate-message"
+    order = await frontends.order_of(request, agent, sent.id, newest, said, replaces=replaces)
     return await _streamed(request, msgspec.structs.replace(order, is_async=sent.resumable))
 
 
@@ -130,16 +123,11 @@ async def _newest(request: Request) -> Run | None:
 
 async def list_messages(request: Request) -> Response:
     """GET /vercel/{agent}/{chat_id}: what was said in the last runs that have completed, and asked in the newest."""
-    engine, agent, agents = (
-        await orders.engine_of(request),
-        frontends.agent_in(request),
-        orders.serving(request).flock.agents,
-    )
-    messages, chars = list[Any](), 0
-    async with contextlib.aclosing(frontends.runs_of(request, agent, request.path_params["chat_id"])) as runs:
+    engine, agent = await orders.engine_of(request), frontends.agent_in(request)
+    agents, messages, chars = orders.serving(request).flock.agents, list[Any](), 0
+    async with contextlib.aclosing(orders.runs_of_session(request, request.path_params["chat_id"])) as runs:
         async for listed in runs:
-            await anyio.lowlevel.checkpoint()
-            if messages and listed.status is not RunStatus.COMPLETED:
+            if listed.agent_name != agent.name or (messages and listed.status is not RunStatus.COMPLETED):
                 continue
             if chars >= MAX_CHARS or len(messages) >= MAX_MESSAGES:
                 break
@@ -147,16 +135,12 @@ async def list_messages(request: Request) -> Response:
             if run.status is RunStatus.COMPLETED:
                 text = await chats.text_of(engine, agents, run, as_json=False)
                 is_text = chats.text_output_of(agents.get(run.steps[-1].agent_name, agent)) is not None
-                part = _text(text) if is_text else _result(run.run_id, msgspec.Raw(text.encode()))
+                part = {**TEXT, "text": text} if is_text else _result(run.run_id, msgspec.Raw(text.encode()))
                 messages.append({"id": f"msg_{run.run_id}", "role": "assistant", "parts": [part]})
             said = chats.messages_of(agent, run.inputs)[-1].content
-            messages.append({"id": f"msg_{run.run_id}_in", "role": "user", "parts": [_text(said)]})
+            messages.append({"id": f"msg_{run.run_id}_in", "role": "user", "parts": [{**TEXT, "text": said}]})
             chars += len(text) + len(said)
     return PageResponse(messages[::-1], orders.download_slot(request))
-
-
-def _text(text: str) -> Mapping[str, Any]:
-    return {"type": "text", "text": text, "state": "done"}
 
 
 def _result(run_id: str, result: Any) -> Mapping[str, Any]:
@@ -169,7 +153,7 @@ async def resume(request: Request) -> Response:
     if newest is None:
         return Response(status_code=204)
     if request.method == "HEAD":
-        return head_of_stream(EventStream.media_type, HEADERS)
+        return head_of_stream("text/event-stream", {**_Writer.HEADERS, "X-Accel-Buffering": "no"})
     return await _streamed(request, orders.Answers(newest.run_id))
 
 
@@ -183,10 +167,7 @@ async def stop(request: Request) -> Response:
     return Response(status_code=204)
 
 
-# Streams
-
-
-async def _streamed(request: Request, wanted: orders.Order | orders.Answers, known: Sequence[Part] = ()) -> Response:
+async def _streamed(request: Request, wanted: frontends.Wanted, known: Sequence[Part] = ()) -> Response:
     """Return the stream of a run, without the calls in *known*, which are parts that the client has.
 
     If they end with a text, an earlier stream was cut off. It is taken back.
@@ -194,117 +175,84 @@ async def _streamed(request: Request, wanted: orders.Order | orders.Answers, kno
     last = max((at for at, part in enumerate(known) if part.type == "step-start"), default=0)
     is_cut = any(part.type == "text" for part in known[last:])
     known = known[:last] if is_cut else known
-    ended = [part.toolCallId for part in known if part.state.startswith("output-")]
-    stream, engine = await orders.stream(request, wanted, reasoning=True), await orders.engine_of(request)
-    run = stream.accepted.run
-    shown = frontends.ShownRun(request, engine, run, [part.toolCallId for part in known], ended)
+    calls = ({each.toolCallId for each in known if begins in each.state} for begins in ("", "output-"))
+    return await frontends.streamed(request, wanted, lambda run: _Writer(run.run_id, is_cut=is_cut), *calls)
 
-    async def content() -> AsyncGenerator[bytes, None]:
-        writer = _Writer(run)
-        yield writer.begin() + (_chunk("reset-step") if is_cut else b"")
-        try:
-            async with contextlib.aclosing(shown.parts(stream.events)) as parts:
-                async for part in parts:
-                    if isinstance(part, Event) and part.data.get("result") is not None:
-                        yield writer.step()
-                        async for piece in long_event(_result(run.run_id, part.data["result"])):
-                            yield piece
-                    yield writer.part(part) if part else KEEP_ALIVE
-        except FlockError as exc:
-            yield _chunk("error", errorText=failure_text(str(exc), run.run_id))
-        yield b"data: [DONE]\n\n"
 
-    return EventStream(content(), stream.held, {**HEADERS, "Flock-Run-Id": run.run_id}, on_cut_off=stream.on_cut_off)
+# Streams
 
 
 class _Writer:
     """Writes the parts of a message.
 
-    The text is in the last step, so that ``reset-step`` takes it back, and with it the calls that were written after
-    it: those are written again. What a run asks is in a step of its own, as clients expect.
+    The text is in a step, so that ``reset-step`` takes it back, and with it the calls that were written after it: those
+    are written again.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run_id = run.run_id
+    HEADERS: ClassVar = {"x-vercel-ai-ui-message-stream": "v1"}
+    LAST: ClassVar = b"data: [DONE]\n\n"
+
+    def __init__(self, run_id: str, *, is_cut: bool) -> None:
+        self._run_id, self._is_cut = run_id, is_cut
         #: the kind of the part that is open, and its number
         self._open, self._number = "", 0
-        self._has_step = self._has_text = False
-        self._after_text = list[bytes]()
+        self._has_parts, self._has_text, self._after_text = False, False, list[bytes]()
 
     def begin(self) -> bytes:
-        return _chunk("start", messageId=f"msg_{self._run_id}", messageMetadata={"run_id": self._run_id})
+        begun = typed_event("start", messageId=f"msg_{self._run_id}", messageMetadata={"run_id": self._run_id})
+        return begun + (typed_event("reset-step") if self._is_cut else b"") + typed_event("start-step")
 
-    def step(self) -> bytes:
-        """Begin another step."""
-        ended = self._end_step()
-        self._has_step, self._has_text = True, False
-        self._after_text.clear()
-        return ended + _chunk("start-step")
+    def result(self, result: Any) -> Mapping[str, Any]:
+        return _result(self._run_id, result)
 
-    def _end_step(self) -> bytes:
-        return self._close() + (_chunk("finish-step") if self._has_step else b"")
+    def failed(self, text: str, error_type: str) -> bytes:
+        return typed_event("error", errorText=text)
 
     def part(self, part: Any) -> bytes:
         match part:
             case str():
-                begun, self._has_text = b"" if self._has_text else self.step(), True
+                is_in_step = self._has_text or not self._has_parts
+                begun, self._has_text = b"" if is_in_step else self._end_step() + typed_event("start-step"), True
                 return begun + self._delta("text", part)
             case chats.Thought():
                 return self._delta("reasoning", part.text)
             case chats.TakenBack():
-                return self._take_back() + (self.part(part.text) if part.text else b"")
+                taken = typed_event("reset-step") + b"".join(self._after_text) if self._has_text else b""
+                self._open, self._has_text = "" if taken else self._open, False
+                self._after_text.clear()
+                return taken + (self.part(part.text) if part.text else b"")
             case frontends.CallBegun():
-                begun = b"" if part.is_ours else self._take_back(ends=True)
-                ours = {"providerExecuted": True} if part.is_ours else {}
-                call = {"toolCallId": part.id, "toolName": part.name, "input": part.input, **ours}
-                return begun + self._call("tool-input-available", call)
+                ours = {} if part.question else {"providerExecuted": True}
+                return self._call("tool-input-available", part.id, toolName=part.name, input=part.input, **ours)
             case frontends.ApprovalAsked():
-                about = {"approvalId": part.id, "toolCallId": part.call_id}
-                return self._take_back(ends=True) + self._call("tool-approval-request", about)
-            case frontends.CallEnded(is_denied=True):
-                return self._call("tool-output-denied", {"toolCallId": part.id})
+                return self._call("tool-approval-request", part.call_id, approvalId=part.id)
+            case frontends.CallEnded(error=None):
+                return self._call("tool-output-available", part.id, output=part.output)
             case frontends.CallEnded():
-                end = {"output": part.output} if part.error is None else {"errorText": part.error}
-                kind = "available" if part.error is None else "error"
-                return self._call(f"tool-output-{kind}", {"toolCallId": part.id, **end})
+                return self._call("tool-output-error", part.id, errorText=part.error)
             case Event(name="run.progress"):
-                return _chunk("data-progress", data=part.data, transient=True)
-            case _:
-                return self._end(part.name, part.data)
-
-    def _take_back(self, *, ends: bool = False) -> bytes:
-        """Take the text back, if there is any. If it *ends*, it begins again after an answer, in another step."""
-        if not self._has_text:
-            return b""
-        self._open = ""
-        return _chunk("reset-step") + b"".join(self._after_text) + (self.step() if ends else b"")
+                return typed_event("data-progress", data=part.data, transient=True)
+            case Event(name="run.cancelled"):
+                return self._end_step() + typed_event("abort", reason="The run was cancelled.")
+        is_done = part.name == "run.completed"
+        return self._end_step() + typed_event("finish", finishReason="stop" if is_done else "tool-calls")
 
     def _delta(self, kind: str, text: str) -> bytes:
-        begun = b"" if self._has_step else self.step()
+        begun, self._has_parts = b"" if self._open == kind else self._close(), True
         if self._open != kind:
-            begun += self._close()
             self._open, self._number = kind, self._number + 1
-            begun += _chunk(f"{kind}-start", id=f"{kind}{self._number}")
-        return begun + _chunk(f"{kind}-delta", id=f"{kind}{self._number}", delta=text)
+            begun += typed_event(f"{kind}-start", id=f"{kind}{self._number}")
+        return begun + typed_event(f"{kind}-delta", id=f"{kind}{self._number}", delta=text)
 
     def _close(self) -> bytes:
         kind, self._open = self._open, ""
-        return _chunk(f"{kind}-end", id=f"{kind}{self._number}") if kind else b""
+        return typed_event(f"{kind}-end", id=f"{kind}{self._number}") if kind else b""
 
-    def _call(self, type_: str, data: Mapping[str, Any]) -> bytes:
-        begun, chunk = b"" if self._has_step else self.step(), _chunk(type_, **data)
+    def _end_step(self) -> bytes:
+        return self._close() + typed_event("finish-step")
+
+    def _call(self, type_: str, call_id: str, **data: Any) -> bytes:
+        chunk, self._has_parts = typed_event(type_, toolCallId=call_id, **data), True
         if self._has_text:
             self._after_text.append(chunk)
-        return begun + chunk
-
-    def _end(self, name: str, data: Mapping[str, Any]) -> bytes:
-        ended = self._end_step()
-        if name == "run.failed":
-            return ended + _chunk("error", errorText=failure_text(data["error"], self._run_id))
-        if name == "run.cancelled":
-            return ended + _chunk("abort", reason="The run was cancelled.")
-        return ended + _chunk("finish", finishReason="stop" if name == "run.completed" else "tool-calls")
-
-
-def _chunk(type_: str, **data: Any) -> bytes:
-    return sent_event({"type": type_, **data})
+        return chunk

@@ -43,7 +43,9 @@ ORIGINS = many(TEXT.is_valid, 'a list of origins, such as ["https://agents.examp
 SECRETS = many(webhook_key, "a list of secrets, as 'flockapi webhook secret' prints them", is_secret=True)
 ROUTES = many(lambda value: hasattr(value, "matches"), "a list of Starlette routes")
 #: The module of each protocol that an app can serve beside the REST API. It is imported if the app does.
-PROTOCOL_MODULES = {name: f"flock.protocols.{name}" for name in ("openai", "mcp", "vercel")}
+PROTOCOL_MODULES = {name: f"flock.protocols.{name}" for name in ("openai", "mcp", "vercel")} | {
+    "ag-ui": "flock.protocols.agui"
+}
 PROTOCOLS = many(lambda value: value in list(PROTOCOL_MODULES), f"a list of {', '.join(map(repr, PROTOCOL_MODULES))}")
 PATHS = of_type(Mapping, "a mapping of paths, as in OpenAPI")
 MIDDLEWARE = many(lambda value: hasattr(value, "cls"), "a list of starlette.middleware.Middleware")
@@ -80,8 +82,8 @@ class AppOptions(Options, frozen=True, kw_only=True):
     #: Serve the web page at ``/ui``, and redirect ``/`` to it. Its files need no key. Its data comes from the API, with
     #: the key that the user enters.
     create_ui: Annotated[bool, FLAG] = False
-    #: The protocols of other clients to serve: ``"openai"``, ``"mcp"``, ``"vercel"``. See ``docs/openai.md``,
-    #: ``docs/mcp-server.md``, ``docs/front-ends.md``.
+    #: The protocols of other clients to serve: ``"openai"``, ``"mcp"``, ``"vercel"``, ``"ag-ui"``. See
+    #: ``docs/openai.md``, ``docs/mcp-server.md``, ``docs/front-ends.md``.
     protocols: Annotated[Collection[str], PROTOCOLS] = ()
     #: Collect metrics for ``/metrics``, which needs the extra ``metrics``. None means: if the extra is installed.
     metrics: Annotated[bool | None, FLAG] = None

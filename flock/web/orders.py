@@ -99,14 +99,6 @@ class Accepted(NamedTuple):
     is_replay: bool
 
 
-class ApprovedCall(NamedTuple):
-    """The call of a tool that an approval is about: its place in the run, and the name of the tool."""
-
-    position: str
-    call_id: str
-    name: str
-
-
 class Stream(NamedTuple):
     """The events of a run that was just accepted, until it ends or waits for an answer.
 
@@ -253,14 +245,13 @@ async def runs_of_session(
         after = page[-1].run_id
 
 
-def approved_call(question: Question) -> ApprovedCall | None:
-    """Return the call that a question is about; None if it does not ask whether a tool may be called."""
-    if question.is_for_client or question.arguments is msgspec.UNSET:
-        return None
-    if "approved" not in msgspec.json.decode(question.schema).get("properties", {}):
+def approved_call(question: Question) -> tuple[str, str, str] | None:
+    """Return the position, the id and the tool of the call that a question is about; None if it is about no call."""
+    properties = msgspec.json.decode(question.schema).get("properties", {})
+    if question.is_for_client or question.arguments is msgspec.UNSET or "approved" not in properties:
         return None
     call_id = tool_call_of(question.call_id)
-    return ApprovedCall(place_of(question.call_id)[1], call_id, call_id.rpartition(NESTED)[2].rpartition(":")[0])
+    return place_of(question.call_id)[1], call_id, call_id.rpartition(NESTED)[2].rpartition(":")[0]
 
 
 def may_answer(request: Request, run: Run, question: Question) -> bool:

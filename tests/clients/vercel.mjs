@@ -52,6 +52,14 @@ chat = open("mood");
 await chat.sendMessage({ text: "a b" });
 assert.deepEqual(chat.lastMessage.parts.find((part) => part.type === "data-result").data.words, ["a", "b"]);
 
+// A text that is taken back
+chat = open("replaced");
+const replacing = chat.sendMessage({ text: "tea" });
+await until(() => chat.lastMessage?.role === "assistant" && text(chat) === "The first");
+await replacing;
+assert.equal(text(chat), "Another one");
+assert.equal(chat.lastMessage.parts.find((part) => part.type === "tool-write").output.result, "All about tea");
+
 // An approval
 chat = open("payer", { sendAutomaticallyWhen: lastAssistantMessageIsCompleteWithApprovalResponses });
 await chat.sendMessage({ text: "pay" });
@@ -91,7 +99,7 @@ assert.deepEqual(reloaded.messages.map((message) => message.role), ["user", "ass
 assert.equal(text(reloaded), "All about tea");
 chat = open("nap");
 chat.sendMessage({ text: "tea" });
-await until(() => chat.status === "submitted" && chat.messages.length === 1);
+await until(() => chat.status !== "ready");
 while ((await (await fetch(`${url}/runs?agent_name=nap`)).json()).runs[0]?.status !== "running");
 assert.equal((await fetch(`${url}/vercel/nap/${chat.id}/stop`, { method: "POST" })).status, 204);
 await until(() => chat.status === "ready");

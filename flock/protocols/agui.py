@@ -1,0 +1,152 @@
+"""AG-UI 1.0: a thread is a session of an agent, and each run of its client is a run, or what follows an answer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flock.errors import InvalidData
+from flock.jsontype import JSONType
+from flock.protocols import chats, frontends
+from flock.protocols.frontends import error_shape as error_shape
+from flock.protocols.frontends import typed_event
+from flock.protocols.openai_parts import Part
+from flock.runs import ClientTool, Event, Question
+from flock.web import orders, wire
+from flock.web.routing import AppRoute
+
+PREFIX = "/ag-ui"
+
+
+def routes() -> Sequence[AppRoute]:
+    return [AppRoute("access", "POST", "/ag-ui/{agent}", run_agent)]
+
+
+class Message(msgspec.Struct, frozen=True):
+    """A message, as far as it is read."""
+
+    id: str
+    role: str
+    content: str | list[Part] | None = None
+    toolCallId: str = ""
+    toolCalls: list[dict[str, Any]] = []
+
+    def text(self, at: str) -> str:
+        parts = self.content if isinstance(self.content, list) else [Part("text", self.content)]
+        if any(part.type != "text" for part in parts):
+            raise InvalidData.of("Only text is supported.", f"{at}/content")
+        return "".join(part.text or "" for part in parts)
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """An answer to an interrupt. One that is cancelled denies an approval."""
+
+    interruptId: str
+    status: str
+    payload: Any = None
+
+
+class RunInput(msgspec.Struct, frozen=True):
+    """Body of ``POST /ag-ui/{agent}``. Members of the state that are inputs of the agent become them."""
+
+    threadId: wire.SessionID
+    runId: str
+    messages: list[Message]
+    state: Any = None
+    tools: list[ClientTool] = []
+    resume: list[Resume] = []
+
+
+RUN_INPUT = JSONType(RunInput, ignores_unknown=True)
+
+
+async def run_agent(request: Request) -> Response:
+    """POST /ag-ui/{agent}: a new run, or the answers for which a run waits."""
+    body, agent = await orders.read_json(request), frontends.agent_in(request)
+    sent = RUN_INPUT.decode(body)
+    given = {one.interruptId: one.payload if one.status == "resolved" else {"approved": False} for one in sent.resume}
+    last, place = (sent.messages or [Message("", "")])[-1], f"/messages/{len(sent.messages) - 1}"
+    for at, message in reversed(list(enumerate(sent.messages))):
+        if message.role != "tool":
+            break
+        if message.toolCallId.startswith("call_"):
+            given[message.toolCallId] = message.text(f"/messages/{at}")
+    if given:
+        run_id = next(iter(given)).removeprefix("call_")[:36]
+        wanted: frontends.Wanted = await frontends.answers_of(request, agent, sent.threadId, run_id, given, "/resume")
+    else:
+        names, state = {field.name for field in agent.input.fields}, sent.state if isinstance(sent.state, dict) else {}
+        inputs = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in state.items() if name in names}
+        text, newest = last.text(place), await frontends.newest_of(request, agent, sent.threadId)
+        said = frontends.Said(text if last.role == "user" else "", place, inputs, sent.tools)
+        replaces = newest is not None and not any(newest.run_id in each.id for each in sent.messages)
+        order = await frontends.order_of(request, agent, sent.threadId, newest, said, replaces=replaces)
+        wanted = msgspec.structs.replace(order, is_async=False)  # its client stops it by leaving, and cannot return
+    begun = {str(call.get("id")) for each in sent.messages for call in each.toolCalls}
+    ended = {each.toolCallId for each in sent.messages if each.role == "tool"}
+    return await frontends.streamed(request, wanted, lambda run: _Writer(run.run_id, sent, body), begun, ended)
+
+
+class _Writer:
+    """Writes events. A text that is taken back is left out of ``MESSAGES_SNAPSHOT``, and another message begins."""
+
+    HEADERS: ClassVar = dict[str, str]()
+    LAST: ClassVar = b""
+
+    def __init__(self, run_id: str, sent: RunInput, body: bytes) -> None:
+        self._ids = {"threadId": sent.threadId, "runId": sent.runId}
+        self._message_id, self._body, self._has_text = f"msg_{run_id}_{len(sent.messages)}", body, False
+        self._messages, self._interrupts, self._pending = list[Any](), list[Any](), list[str]()
+
+    def begin(self) -> bytes:
+        return typed_event("RUN_STARTED", **self._ids, protocolVersion="1.0")
+
+    def result(self, result: Any) -> Mapping[str, Any]:
+        return {"type": "STATE_SNAPSHOT", "snapshot": result}
+
+    def failed(self, text: str, error_type: str) -> bytes:
+        return typed_event("RUN_ERROR", message=text, code=error_type)
+
+    def part(self, part: Any) -> bytes:
+        match part:
+            case str():
+                self._has_text = True
+                return typed_event("TEXT_MESSAGE_CHUNK", messageId=self._message_id, role="assistant", delta=part)
+            case chats.Thought():
+                return typed_event("REASONING_MESSAGE_CHUNK", messageId=f"{self._message_id}r", delta=part.text)
+            case chats.TakenBack():
+                had_text, self._has_text, self._message_id = self._has_text, False, f"{self._message_id}x"
+                messages = [*msgspec.json.decode(self._body)["messages"], *self._messages]
+                taken = typed_event("MESSAGES_SNAPSHOT", messages=messages) if had_text else b""
+                return taken + (self.part(part.text) if part.text else b"")
+            case frontends.CallBegun():
+                call = {"name": part.name, "arguments": msgspec.json.encode(part.input).decode()}
+                calls = [{"id": part.id, "type": "function", "function": call}]
+                self._messages.append({"id": part.id, "role": "assistant", "toolCalls": calls})
+                if part.question is not None and part.question.is_for_client:
+                    self._pending.append(part.id)
+                elif part.question is not None:
+                    self._interrupt(part.id, part.id, "question", part.question)
+                about = {"toolCallName": part.name, "delta": call["arguments"]}
+                return typed_event("TOOL_CALL_CHUNK", toolCallId=part.id, **about)
+            case frontends.CallEnded():
+                text = part.error or msgspec.json.encode(part.output).decode()
+                result = {"toolCallId": part.id, "content": text, "role": "tool"}
+                self._messages.append({"id": f"{part.id}_result", **result})
+                return typed_event("TOOL_CALL_RESULT", messageId=f"{part.id}_result", **result)
+            case frontends.ApprovalAsked():
+                return self._interrupt(part.id, part.call_id, "approval", part.question)
+            case Event(name="run.progress"):
+                return typed_event("CUSTOM", name="progress", value=part.data)
+            case Event(name="run.cancelled"):
+                return typed_event("RUN_FINISHED", **self._ids, outcome={"type": "cancelled"})
+        outcome: Any = {"type": "success", **({"pendingToolCallIds": self._pending} if self._pending else {})}
+        outcome = {"type": "interrupt", "interrupts": self._interrupts} if self._interrupts else outcome
+        return typed_event("RUN_FINISHED", **self._ids, outcome=outcome)
+
+    def _interrupt(self, id_: str, call_id: str, reason: str, question: Question) -> bytes:
+        about = {"reason": reason, "message": question.question, "responseSchema": question.schema}
+        self._interrupts.append({"id": id_, "toolCallId": call_id, **about})
+        return b""

@@ -1,0 +1,87 @@
+import assert from "node:assert";
+import { HttpAgent } from "@ag-ui/client";
+
+const url = process.argv[2];
+const open = (agent, more = {}) => new HttpAgent({ url: `${url}/ag-ui/${agent}`, ...more });
+const say = (agent, content) => agent.addMessage({ id: crypto.randomUUID(), role: "user", content });
+const text = (agent) => agent.messages.filter((message) => message.role === "assistant").at(-1).content;
+const tools = [{ name: "look", description: "Looks.", parameters: { type: "object", properties: { at: { type: "string" } } } }];
+
+// Text, a second turn, and another answer in place of the last one
+let agent = open("roles");
+say(agent, "tea");
+const types = [];
+await agent.runAgent({}, { onEvent: ({ event }) => void types.push(event.type) });
+assert.deepEqual([types[0], types.at(-1)], ["RUN_STARTED", "RUN_FINISHED"]);
+assert.equal(text(agent), "user=tea");
+say(agent, "more");
+await agent.runAgent();
+assert.equal(text(agent), "user=tea assistant=user=tea user=more");
+const replaced = agent.messages.pop().id;
+await agent.runAgent();
+assert.equal(text(agent), "user=tea assistant=user=tea user=more");
+assert.notEqual(agent.messages.at(-1).id, replaced);
+assert.equal(agent.messages.length, 4);
+
+// Reasoning, and a result that is no text
+agent = open("thinker");
+say(agent, "sky");
+await agent.runAgent();
+assert.deepEqual(agent.messages.map((message) => [message.role, message.content]).slice(1), [["reasoning", "The sky?"], ["assistant", "Blue."]]);
+agent = open("mood");
+say(agent, "a b");
+await agent.runAgent();
+assert.deepEqual(agent.state, { mood: "good", words: ["a", "b"] });
+
+// A text that is taken back
+agent = open("replaced");
+say(agent, "tea");
+const seen = [];
+await agent.runAgent({}, { onTextMessageContentEvent: ({ event }) => void seen.push(event.delta) });
+assert.deepEqual(seen, ["The first", "Another one"]);
+assert.deepEqual(agent.messages.map((message) => message.role), ["user", "assistant", "tool", "assistant"]);
+assert.equal(text(agent), "Another one");
+
+// An approval
+agent = open("payer");
+say(agent, "pay");
+await agent.runAgent();
+const [interrupt] = agent.pendingInterrupts;
+assert.equal(interrupt.reason, "approval");
+const asked = agent.messages.find((message) => message.toolCalls?.[0].id === interrupt.toolCallId);
+assert.deepEqual(JSON.parse(asked.toolCalls[0].function.arguments), { amount: 3 });
+await agent.runAgent({ resume: [{ interruptId: interrupt.id, status: "resolved", payload: { approved: true } }] });
+assert.equal(text(agent), "paid 3");
+assert.equal(agent.messages.find((message) => message.role === "tool").content, '"paid 3"');
+assert.equal(agent.pendingInterrupts.length, 0);
+
+// Tools of the client
+agent = open("guide");
+say(agent, "look");
+let pending;
+await agent.runAgent({ tools }, { onRunFinishedEvent: ({ event }) => void (pending = event.outcome.pendingToolCallIds) });
+assert.equal(pending.length, 2);
+for (const message of agent.messages.filter((message) => message.toolCalls)) {
+  const [{ id, function: { arguments: given } }] = message.toolCalls;
+  agent.addMessage({ id: crypto.randomUUID(), role: "tool", toolCallId: id, content: `${JSON.parse(given).at} is blue` });
+}
+await agent.runAgent({ tools });
+assert.equal(text(agent), "sea is blue");
+
+// Errors, and a stop
+agent = open("fail");
+say(agent, "tea");
+let failure;
+await agent.runAgent({}, { onRunErrorEvent: ({ event }) => void (failure = event) }).catch(() => {});
+assert.equal(failure.code, "agent_error");
+assert.match(failure.message, /^no The run is /);
+await assert.rejects((say((agent = open("wrote")), "tea"), agent.runAgent()), /404.*wrote/);
+agent = open("nap");
+say(agent, "tea");
+const status = async () => (await (await fetch(`${url}/runs?agent_name=nap`)).json()).runs[0]?.status;
+const running = agent.runAgent().catch(() => {});
+while ((await status()) !== "running");
+agent.abortRun();
+await running;
+while ((await status()) !== "cancelled");
+console.log("all of it");
