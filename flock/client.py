@@ -148,6 +148,7 @@ class BatchState(msgspec.Struct, kw_only=True):
     attempt: int
     cost: float | None = None
     estimated_cost: float | None = None
+    skipped_rows: int = 0
 
 
 class _QuestionPage(msgspec.Struct):

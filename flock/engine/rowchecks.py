@@ -43,12 +43,13 @@ class RowChecks:
 
     Attributes:
         total: the number of rows that were checked.
+        skipped: the number of rows without any value, which are not checked.
         extra_names: the names of the kept columns.
     """
 
     def __init__(self, agent: Agent, limits: ItemLimits, files: FileBox | None = None) -> None:
         self._find = None if files is None else files.find
-        self.total = 0
+        self.total = self.skipped = 0
         self.extra_names: dict[str, None] = {}
         self._agent = agent
         self._limits = limits
@@ -61,6 +62,9 @@ class RowChecks:
         """
         max_items, max_bytes, share = self._limits.max_items, self._limits.max_input_bytes, FairShare()
         async for item in iterate(items):
+            if isinstance(item, Row) and item.is_empty:
+                self.skipped += 1
+                continue
             if self.total == max_items:
                 raise TooLarge(
                     f"The batch has more than {max_items} items, the limit of this server (max_items). Split it."
@@ -142,6 +146,7 @@ class BatchCheck(msgspec.Struct, frozen=True, kw_only=True):
         ok: the batch would be accepted.
         total_items: the number of rows that were read: all of them, unless the rest cannot be read.
         invalid_items: the number of rows with errors.
+        skipped_rows: the number of rows without any value, if any.
         rows: the first rows, as they would be stored.
         errors: at most 100 errors. Those that would reject the batch come first.
     """
@@ -149,6 +154,7 @@ class BatchCheck(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool
     total_items: int
     invalid_items: int
+    skipped_rows: int | None
     rows: Sequence[CheckedRow]
     errors: Sequence[FieldError]
 
@@ -190,6 +196,7 @@ async def check_batch(
         ok=not reading_errors and (not row_errors.rows or on_invalid == "skip"),
         total_items=checks.total,
         invalid_items=row_errors.rows,
+        skipped_rows=checks.skipped or None,
         rows=rows,
         errors=errors[:MAX_ITEM_ERRORS],
     )

@@ -635,6 +635,7 @@ class Batch(_Record, frozen=True, kw_only=True):
             that all items would have.
         invalid_items: how many items have invalid inputs. They never run.
         recipe: a digest of what makes the results of its items; None if equal inputs may have other results.
+        skipped_rows: how many rows of its table had no value, if any.
     """
 
     batch_id: str
@@ -651,6 +652,7 @@ class Batch(_Record, frozen=True, kw_only=True):
     usage: Usage | None = None
     invalid_items: int = 0
     recipe: str | None = None
+    skipped_rows: int | None = None
 
     @property
     def is_spent(self) -> bool:
@@ -712,6 +714,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         extra: members that are not inputs, and are kept for the results.
         errors: errors found before the inputs are validated. An error that affects the same member in several rows is
             reported once.
+        is_empty: it has no value at all, so it is skipped.
     """
 
     inputs: msgspec.Raw
@@ -720,6 +723,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     sources: Mapping[str, str] = {}
     extra: Mapping[str, msgspec.Raw] = {}
     errors: tuple[FieldError, ...] = ()
+    is_empty: bool = False
 
 
 class ItemLimits(msgspec.Struct, frozen=True, kw_only=True):
