@@ -596,11 +596,10 @@ async def run_batch(request: Request) -> Response:
     is a file if the query has ``agent_name``. With ``?dry_run=true`` the rows are read and checked in the same way, and
     nothing is stored.
     """
-    app, media_type, json_body = app_of(request), media_type_of(request, *BY_MEDIA_TYPE), None
-    is_request = media_type == "application/json" and "agent_name" not in request.query_params
-    format_ = None if is_request else BY_MEDIA_TYPE[media_type]
+    app, sent, json_body = app_of(request), BY_MEDIA_TYPE[media_type_of(request, *BY_MEDIA_TYPE)], None
+    format_ = None if sent.name == "json" and "agent_name" not in request.query_params else sent
     upload_slot: AbstractContextManager[None] = contextlib.nullcontext()
-    if is_request:
+    if format_ is None:
         body = Body(request, app.options.max_body_bytes, app.options.body_timeout_s)
         json_body = await body.json(app.options.max_json_depth)
         key = idempotency_key(request, fingerprint_of(request, json_body))

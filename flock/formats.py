@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flock.errors import InvalidData
 from flock.extras import pip_install
@@ -61,3 +61,26 @@ def suffix_of(path: Path) -> str:
 
 def is_gzipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
+
+
+def each_row(rows: Any) -> Any:
+    """Return the rows of a data frame of pandas or polars as mappings, without missing values; others as they are."""
+    if hasattr(rows, "iter_rows"):  # polars
+        found = rows.iter_rows(named=True)
+    elif hasattr(rows, "itertuples"):
+        names = list(map(str, rows.columns))
+        found = (dict(zip(names, values, strict=True)) for values in rows.itertuples(index=False, name=None))
+    else:
+        return rows
+    return ({name: _plain(value) for name, value in row.items() if not is_missing(value)} for row in found)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of pandas or numpy as one of Python."""
+    return getattr(value, "isoformat", getattr(value, "tolist", lambda: value))()
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value is None, NaN, or what pandas has for them."""
+    is_nan = isinstance(value, float) and value != value
+    return is_nan or value is None or type(value).__name__ in ("NAType", "NaTType")

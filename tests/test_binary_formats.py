@@ -167,6 +167,9 @@ async def test_parts_of_a_workbook_that_unpack_to_too_much_are_refused(monkeypat
     ]:
         with pytest.raises(TooLarge, match=f"unpacks to 5.* bytes of {kind}; the limit is 4000000"):
             await read("xlsx", bomb(part))
+    monkeypatch.setattr(binary, "MIN_UNPACKED_BYTES", 4_000_000)
+    with pytest.raises(TooLarge, match=r"xl/styles\.xml unpacks to more than 100 times its size"):
+        await read("xlsx", bomb("xl/styles.xml"))
 
 
 async def test_a_sheet_that_claims_to_be_huge_is_read_as_it_is() -> None:

@@ -235,8 +235,7 @@ def batch(
             dialect=CSVDialect(delimiter=delimiter.replace(r"\t", "\t"), decimal=decimal, encoding=encoding),
             **options,
         )
-        given = format_of(rows)
-        if job.like_input and not (given and given.name == job.format in ("csv", "tsv")):
+        if job.like_input and (job.format not in ("csv", "tsv") or format_of(rows) != FORMATS[job.format]):
             raise DefinitionError("--like-input is for ROWS in CSV or TSV, and an output in the same format.")
         if is_dry_run:
             check = anyio.run(check_batch_file, flock, job)

@@ -8,6 +8,7 @@ import msgspec
 from flock.agents.agent import Agent
 from flock.errors import EngineStopped, FieldError, InvalidData, MalformedJSON, NotFound, TooLarge
 from flock.fair import FairShare
+from flock.formats import each_row, is_missing
 from flock.jsontype import escape_pointer
 from flock.pydanticmodel import to_json
 from flock.rows.tables import RowMapping
@@ -61,7 +62,7 @@ class RowChecks:
         Raises: TooLarge, and what *items* raises.
         """
         max_items, max_bytes, share = self._limits.max_items, self._limits.max_input_bytes, FairShare()
-        async for item in iterate(items):
+        async for item in iterate(each_row(items)):
             if isinstance(item, Row) and item.is_empty:
                 self.skipped += 1
                 continue
@@ -227,7 +228,9 @@ async def _each(items: Iterable[T]) -> AsyncIterator[T]:
 def as_json(inputs: Inputs, at: str, max_bytes: int) -> msgspec.Raw:
     """Return inputs as JSON. A Raw is copied, since it is a view of a request body. Raises InvalidData, TooLarge."""
     try:
-        raw = bytes(inputs) if isinstance(inputs, msgspec.Raw) else msgspec.json.encode(dict(inputs), enc_hook=to_json)
+        if not isinstance(inputs, msgspec.Raw):
+            inputs = {name: value for name, value in dict(inputs).items() if value is None or not is_missing(value)}
+        raw = bytes(inputs) if isinstance(inputs, msgspec.Raw) else msgspec.json.encode(inputs, enc_hook=to_json)
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidData([FieldError(detail=f"It cannot be converted to JSON: {exc}.", pointer=at)]) from exc
     if len(raw) > max_bytes:

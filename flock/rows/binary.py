@@ -22,15 +22,13 @@ RECORDS_PER_STEP, PIECE_BYTES, PAGES_PER_GROUP = 500, 64 * 1024, 20
 #: Max unpacked size of the parts of an XLSX file: of the sheets, which are read as a stream; of the texts, which are
 #: held in memory; and of the styles and other parts, which become objects.
 MAX_PARTS_BYTES = {"worksheet": 1024 * 1024 * 1024, "sharedStrings": 64 * 1024 * 1024, "others": 4 * 1024 * 1024}
+#: Max ratio of the size of a part and its compressed size. It applies only above the second one. And the max unpacked
+#: size of a row group of Parquet.
+MAX_RATIO, MIN_UNPACKED_BYTES, MAX_GROUP_BYTES = 100, 16 * 1024 * 1024, 256 * 1024 * 1024
 #: Folders of an XLSX file that are not read.
 UNREAD = ("xl/media/", "xl/drawings/", "xl/charts/", "xl/embeddings/", "xl/pivotCache/", "customXml/")
-#: Max unpacked size of a row group of Parquet.
-MAX_GROUP_BYTES = 256 * 1024 * 1024
 #: Limits of Excel. Its numbers have integers exactly up to the last one.
 MAX_SHEET_ROWS, MAX_CELL_CHARS, MAX_EXACT = 1024 * 1024, 32_767, 2**53
-
-Records = Iterator[tuple[int, Sequence[Any]]]
-
 
 # In
 
@@ -58,7 +56,7 @@ async def binary_records(format_: str, chunks: AsyncIterable[bytes]) -> AsyncGen
                 yield record
 
 
-def _excel_records(file: IO[bytes]) -> Records:
+def _excel_records(file: IO[bytes]) -> Iterator[tuple[int, Sequence[Any]]]:
     """Read the first sheet. A formula has the value that Excel has stored with it."""
     from openpyxl.reader.excel import ExcelReader
 
@@ -86,16 +84,17 @@ def _check_unpacked(parts: Collection[ZipInfo], types: Mapping[str, str]) -> Non
     """Raise TooLarge if *parts* with these content types unpack to too much."""
     unpacked = Counter[str]()
     for part in parts:
+        if part.file_size > max(MIN_UNPACKED_BYTES, MAX_RATIO * part.compress_size):
+            raise TooLarge(f"{part.filename} unpacks to more than {MAX_RATIO} times its size. Save the table as CSV.")
         kind = types.get(part.filename, "").removesuffix("+xml").rpartition(".")[2]
         if kind in MAX_PARTS_BYTES or kind == "main" or not part.filename.startswith(UNREAD):
             unpacked[kind if kind in MAX_PARTS_BYTES else "others"] += part.file_size
     for kind, max_bytes in MAX_PARTS_BYTES.items():
         if unpacked[kind] > max_bytes:
-            what = f"{unpacked[kind]} bytes of {kind}; the limit is {max_bytes}"
-            raise TooLarge(f"This XLSX file unpacks to {what}. Save the table as CSV or Parquet.")
+            raise TooLarge(f"This file unpacks to {unpacked[kind]} bytes of {kind}; the limit is {max_bytes}.")
 
 
-def _parquet_records(file: IO[bytes]) -> Records:
+def _parquet_records(file: IO[bytes]) -> Iterator[tuple[int, Sequence[Any]]]:
     """Read the row groups one by one."""
     from pyarrow.parquet import ParquetFile
 
@@ -144,7 +143,8 @@ class _ExcelWriter:
     def __init__(self, path: Path, names: Sequence[str], kinds: Sequence[str]) -> None:
         from xlsxwriter import Workbook
 
-        self._book, self._row = Workbook(str(path), {"constant_memory": True, "tmpdir": str(path.parent)}), 0
+        options = dict(constant_memory=True, tmpdir=str(path.parent), strings_to_formulas=False, strings_to_urls=False)
+        self._book, self._row = Workbook(str(path), options), 0
         self._sheet, self.close = self._book.add_worksheet("results"), self._book.close
         self.write([names])
 
@@ -155,13 +155,11 @@ class _ExcelWriter:
         for row in rows:
             if self._row == MAX_SHEET_ROWS:
                 raise TooLarge(f"A sheet has at most {MAX_SHEET_ROWS:,} rows. Choose another format.")
-            for column, value in enumerate(row):
-                if isinstance(value, bool):
-                    self._sheet.write_boolean(self._row, column, value)
-                elif isinstance(value, int | float) and abs(value) <= MAX_EXACT:
-                    self._sheet.write_number(self._row, column, value)
-                elif value is not None:  # text that begins with = stays text
-                    self._sheet.write_string(self._row, column, str(value)[:MAX_CELL_CHARS])
+            cells = (
+                str(value)[:MAX_CELL_CHARS] if isinstance(value, str) or abs(value or 0) > MAX_EXACT else value
+                for value in row
+            )
+            self._sheet.write_row(self._row, 0, cells)
             self._row += 1
 
 

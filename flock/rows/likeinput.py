@@ -5,15 +5,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import MAX_ROW_BYTES, local_file
 from flock.rows.results import CSVWriter
-from flock.rows.tables import NUMBER, csv_records, is_empty
+from flock.rows.tables import csv_records, is_empty
 from flock.runs import Run
-
-Names = Collection[str] | None
 
 
 async def results_like(
@@ -28,8 +24,8 @@ async def results_like(
     Delimiter, decimal separator, encoding, byte order mark and line ends are those of the file; UTF-16 is
     little-endian. A character that its encoding does not have is "?". Rows without an item are left out.
     """
-    table = _Table((), (), outputs, delimiter=dialect.delimiter, **options)
-    table.decimal, lines, position = dialect.decimal, list[str](), 0
+    table = CSVWriter((), (), outputs, delimiter=dialect.delimiter, decimal=dialect.decimal, **options)
+    lines, position = list[str](), 0
     is_marked = dialect.codec == "utf_8" and (await anext(local_file(path), b"")).startswith(codecs.BOM_UTF8)
     encoder = codecs.getincrementalencoder("utf-8-sig" if is_marked else dialect.codec)("replace")
     records = csv_records(local_file(path), dialect, MAX_ROW_BYTES, lines)
@@ -49,11 +45,3 @@ async def results_like(
                 position += not is_empty((await anext(records))[1])
             text += joined(table.rows([item]))
         yield bytes(text)
-
-
-class _Table(CSVWriter):
-    decimal = "."
-
-    def _json(self, raw: msgspec.Raw) -> str:
-        text = super()._json(raw)
-        return text.replace(".", self.decimal) if NUMBER.fullmatch(text) else text

@@ -14,6 +14,7 @@ from flock.agents.handoff import Columns
 from flock.fair import FairShare
 from flock.formats import FORMATS
 from flock.rows.binary import binary_pieces
+from flock.rows.tables import NUMBER
 from flock.runs import DOLLAR, Engine, Run, RunStatus, Time, shown_usage
 from flock.runs.records import shown_as
 
@@ -84,7 +85,7 @@ class CSVWriter:
         escape_formulas: insert a ``'`` before text that a spreadsheet would execute, even after a semicolon, a tab or a
             newline. In JSON, such a semicolon is written as ``\\u003b``.
         with_usage: add the columns ``input_tokens``, ``output_tokens`` and ``cost`` at the end.
-        delimiter: the character between cells.
+        delimiter, decimal: as in ``CSVDialect``.
     """
 
     def __init__(
@@ -96,8 +97,9 @@ class CSVWriter:
         escape_formulas: bool = True,
         with_usage: bool = False,
         delimiter: str = ",",
+        decimal: str = ".",
     ) -> None:
-        self._with_usage = with_usage
+        self._with_usage, self._decimal = with_usage, decimal
         self._extra, self._inputs, self._outputs, self._escape_formulas = extra, inputs, outputs, escape_formulas
         self._buffer = io.StringIO()
         self._writer = csv.writer(self._buffer, delimiter=delimiter)  # ends lines with CRLF, as in RFC 4180
@@ -159,6 +161,8 @@ class CSVWriter:
 
     def _json(self, raw: msgspec.Raw) -> str:
         text = bytes(raw).decode()
+        if self._decimal != "." and NUMBER.fullmatch(text):
+            return text.replace(".", self._decimal)
         return JSON_FORMULA.sub(r"\\u003b", text) if self._escape_formulas else text
 
     def lines(self, rows: Iterable[Iterable[Any]]) -> bytes:
@@ -181,10 +185,6 @@ class _TypedTable(CSVWriter):
         kinds = [group[name] if isinstance(group, Mapping) else "" for group in groups for name in group] + ["", ""]
         return [*kinds, "integer", "integer", "number"] if self._with_usage else kinds
 
-    async def pages(self, pages: AsyncIterator[Sequence[Run]]) -> AsyncIterator[Sequence[Sequence[Any]]]:
-        async for page in pages:
-            yield [list(self._row(item)) for item in page]
-
 
 async def results_as(
     format_: str,
@@ -198,7 +198,8 @@ async def results_as(
     """Yield the items of *pages* in a format of ``FORMATS``, with their tokens and cost if *with_usage*."""
     if FORMATS[format_].extra:
         typed = _TypedTable(extra, *columns, escape_formulas=False, with_usage=with_usage)
-        written = binary_pieces(format_, typed.names(), typed.kinds(), typed.pages(pages))
+        rows = ([list(typed._row(item)) for item in page] async for page in pages)
+        written = binary_pieces(format_, typed.names(), typed.kinds(), rows)
         async with contextlib.aclosing(written) as pieces:  # it removes its files
             async for piece in pieces:
                 yield piece

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from enum import StrEnum
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args
 
 import msgspec
 
@@ -39,6 +39,7 @@ __all__ = [
     "BatchOptions",
     "Call",
     "CallKind",
+    "Frame",
     "IdempotencyKey",
     "Inputs",
     "ItemLimits",
@@ -736,8 +737,15 @@ class ItemLimits(msgspec.Struct, frozen=True, kw_only=True):
 #: Inputs of a run: a mapping, or the text of a JSON object.
 Inputs = msgspec.Raw | Mapping[str, Any]
 
+
+class Frame(Protocol):
+    """A data frame of pandas or polars. Its rows are mappings, without values that are missing."""
+
+    columns: Any
+
+
 #: Items of a batch. They are read once and only as far as needed, and are never held in memory as a whole.
-Items = Iterable[Inputs | Row] | AsyncIterable[Inputs | Row]
+Items = Iterable[Inputs | Row] | AsyncIterable[Inputs | Row] | Frame
 
 
 #: The name of a role.
