@@ -39,7 +39,7 @@ from flock.engine.rowchecks import check_batch
 from flock.errors import DefinitionError, FlockError, Replayed, StoreError
 from flock.extras import pip_install
 from flock.fair import FairShare
-from flock.formats import BY_MEDIA_TYPE, FORMATS
+from flock.formats import BY_MEDIA_TYPE
 from flock.options import Option, check, replaced
 from flock.rows.results import BatchItem, item_pages, results_as
 from flock.runs import (
@@ -596,10 +596,10 @@ async def run_batch(request: Request) -> Response:
     is a file if the query has ``agent_name``. With ``?dry_run=true`` the rows are read and checked in the same way, and
     nothing is stored.
     """
-    app, media_type, json_body = app_of(request), media_type_of(request, *BY_MEDIA_TYPE), None
-    is_request = media_type == "application/json" and "agent_name" not in request.query_params
+    app, sent, json_body = app_of(request), BY_MEDIA_TYPE[media_type_of(request, *BY_MEDIA_TYPE)], None
+    format_ = None if sent.name == "json" and "agent_name" not in request.query_params else sent
     upload_slot: AbstractContextManager[None] = contextlib.nullcontext()
-    if is_request:
+    if format_ is None:
         body = Body(request, app.options.max_body_bytes, app.options.body_timeout_s)
         json_body = await body.json(app.options.max_json_depth)
         key = idempotency_key(request, fingerprint_of(request, json_body))
@@ -615,7 +615,7 @@ async def run_batch(request: Request) -> Response:
             batch_request = options_in_body(request, json_body)
         with upload_slot:
             row_mapping = row_mapping_of(app.flock, app.options, batch_request, body)
-            rows = rows_of(app.options, media_type, batch_request, body, row_mapping, is_request=is_request)
+            rows = rows_of(app.options, format_, batch_request, body, row_mapping)
             options = batch_options(batch_request)
             if query_of(request, wire.UploadQuery, agent_name="").dry_run:
                 agent = app.flock.agents[batch_request.agent_name]
@@ -666,20 +666,19 @@ async def batch_results(request: Request) -> Response:
     query = query_of(request, wire.ResultsQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     batch, format_ = await engine.get_batch(batch_id), results_format(request, query.format)
-    media_type = FORMATS[format_].media_type
     statuses = [final for final in RunStatus if final.is_final and query.status in (msgspec.UNSET, final.value)]
     headers = {
         "Flock-Run-Status": batch.status.value,
         "Vary": "Accept",
-        "Content-Disposition": f'attachment; filename="{batch_id}.{format_}"',
+        "Content-Disposition": f'attachment; filename="{batch_id}.{format_.name}"',
     }
     if request.method == "HEAD":
-        return head_of_stream(media_type, headers)
+        return head_of_stream(format_.media_type, headers)
 
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
     pages = item_pages(engine, batch_id, after=query.after, limit=query.limit, statuses=statuses)
-    stream = results_as(format_, pages, batch.extra_names, columns, query.escape_formulas, with_usage=query.usage)
-    return LimitedStream(stream, download_slot(request), headers, media_type)
+    stream = results_as(format_.name, pages, batch.extra_names, columns, query.escape_formulas, with_usage=query.usage)
+    return LimitedStream(stream, download_slot(request), headers, format_.media_type)
 
 
 async def batch_events(request: Request) -> Response:

@@ -25,7 +25,7 @@ import httpx
 import msgspec
 
 from flock.errors import Conflict, FieldError, FlockError, RunFailed
-from flock.formats import ENDINGS, FORMATS, format_of, is_gzipped
+from flock.formats import ENDINGS, FORMATS, each_row, format_of, is_gzipped
 from flock.pydanticmodel import from_json
 from flock.renamed import renamed
 from flock.runs import Progress, RunStatus
@@ -148,6 +148,7 @@ class BatchState(msgspec.Struct, kw_only=True):
     attempt: int
     cost: float | None = None
     estimated_cost: float | None = None
+    skipped_rows: int = 0
 
 
 class _QuestionPage(msgspec.Struct):
@@ -390,7 +391,8 @@ class AsyncFlockClient:
 
         Args:
             rows: a file whose name ends in that of a format, such as ``.csv``, optionally followed by ``.gz``; or
-                mappings, which are written to a temporary file first, so that the upload can be repeated.
+                mappings, or a frame of pandas or polars, which are written to a temporary file first, so that the
+                upload can be repeated.
             on_progress: called with the bytes that were sent, and all bytes.
             options: ``max_workers``, ``on_invalid``, ``input_mapping``, …; see ``UploadQuery``.
         """
@@ -404,7 +406,7 @@ class AsyncFlockClient:
             else:
                 file, is_gzip = stack.enter_context(tempfile.TemporaryFile()), False
                 format_ = FORMATS["ndjson"]
-                file.writelines(msgspec.json.encode(row) + b"\n" for row in rows)
+                file.writelines(msgspec.json.encode(row) + b"\n" for row in each_row(rows))
             params = _query(agent_name=agent_name, **options)
             headers = {"Content-Type": format_.media_type, **({"Content-Encoding": "gzip"} if is_gzip else {})}
             body = functools.partial(_pieces, file, on_progress)

@@ -33,6 +33,7 @@ from flock.engine.embedded import EmbeddedEngine
 from flock.engine.intake import mapping_rows
 from flock.engine.rowchecks import as_json
 from flock.errors import AgentNotFound, DefinitionError, RunFailed
+from flock.formats import each_row
 from flock.limits import Limits, limits_for_one_batch
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of
@@ -43,7 +44,7 @@ from flock.rows.dialect import CSVDialect
 from flock.rows.files import MAX_ROW_BYTES, file_rows
 from flock.rows.results import item_pages
 from flock.rows.tables import RowMapping
-from flock.runs import Answer, BatchOptions, Event, ModelOptions, OnExtra, OnInvalid, RetriedCalls, Row
+from flock.runs import Answer, BatchOptions, Event, Frame, ModelOptions, OnExtra, OnInvalid, RetriedCalls, Row
 from flock.scopes import current_task
 from flock.steps.progress import follow_batch
 from flock.store.database import Durability
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     import httpx
 
 #: Inputs of a batch: mappings, which are read one at a time, or the path of a file with rows.
-BatchInputs = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | str | Path
+BatchInputs = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | Frame | str | Path
 
 H = TypeVar("H", bound=Callable[..., Coroutine[Any, Any, Any]])
 P = ParamSpec("P")
@@ -293,9 +294,9 @@ class DeclaredFlock:
         """Run an agent for many inputs, without a server. Everything is held in memory, and nothing is stored.
 
         Args:
-            batch_inputs: mappings, which are read once and one at a time, or the path of a file whose name ends in
-                that of a format, such as ``.csv``, optionally followed by ``.gz``. Cells are converted to the types of
-                the agent's signature.
+            batch_inputs: mappings, which are read once and one at a time; a frame of pandas or polars; or the path of a
+                file whose name ends in that of a format, such as ``.csv``, optionally followed by ``.gz``. Cells are
+                converted to the types of the agent's signature. NaN is a missing value.
             input_mapping: maps columns, or members of a mapping, to input names; None drops the column.
             static_inputs: default inputs for all items.
             parallel, max_workers, return_errors, box_results: see ``BatchOptions``.
@@ -344,7 +345,7 @@ class DeclaredFlock:
         if isinstance(batch_inputs, str | Path):
             source = file_rows(Path(batch_inputs), row_mapping, dialect)
         else:
-            source = mapping_rows(batch_inputs, row_mapping, MAX_ROW_BYTES)
+            source = mapping_rows(each_row(batch_inputs), row_mapping, MAX_ROW_BYTES)
         async with contextlib.aclosing(source) as rows:
             first = await anext(rows, None)
             if first is None:

@@ -1,8 +1,11 @@
 """Tables in every format, in and out, by a program, by the command and over HTTP."""
 
+import functools
 import gzip
+import io
 import json
 from collections.abc import AsyncIterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,35 @@ SHOWN = ['Schön, "ja" 0.5 None', "b\nc 2.0 None"]
 TARGET = "from tests.test_formats import formats_flock\nflock = formats_flock()\n"
 
 pytestmark = pytest.mark.anyio
+#: Those that can be read and written here: all with .[test-all].
+HERE = [name for name, each in FORMATS.items() if all(map(find_spec, filter(None, each.packages)))]
+by_format = pytest.mark.parametrize("format_", HERE)
+
+
+@functools.cache
+def file_in(format_: str) -> bytes:
+    """Return the same rows in each format."""
+    if format_ == "xlsx":
+        return excel([["text", "price"], *(list(row.values()) for row in ROWS)])
+    return parquet(ROWS) if format_ == "parquet" else TEXTS[format_]
+
+
+def excel(rows: list[list[Any]]) -> bytes:
+    import openpyxl
+
+    file, book = io.BytesIO(), openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.save(file)
+    return file.getvalue()
+
+
+def parquet(rows: list[dict[str, Any]], **options: Any) -> bytes:
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, **options)
+    return file.getvalue()
 
 
 def formats_flock() -> Flock:
@@ -40,6 +72,10 @@ def formats_flock() -> Flock:
     @flock.agent(output="shown: str, size: int")
     async def show(text: str, price: float = 0, n: int | None = None) -> Any:
         return {"shown": f"{text} {price} {n}", "size": len(text)}
+
+    @flock.agent(output="half: float, text: str, version: str")
+    async def halve(text: str, price: float) -> Any:
+        return {"half": price / 2, "text": f"{text}→;", "version": "1.0"}
 
     return flock
 
@@ -60,9 +96,9 @@ async def sent(http: httpx.AsyncClient, format_: str, content: bytes, **query: A
     return await http.get(response.headers["Location"], params={"wait": 20})
 
 
-def run_command(folder: Path, *arguments: str) -> str:
+def run_command(folder: Path, *arguments: str, agent: str = "show") -> str:
     (folder / "target.py").write_text(TARGET)
-    result = CliRunner().invoke(main, ["batch", str(folder / "target.py"), "show", *arguments])
+    result = CliRunner().invoke(main, ["batch", str(folder / "target.py"), agent, *arguments])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -70,17 +106,17 @@ def run_command(folder: Path, *arguments: str) -> str:
 # Every format, in and out
 
 
-@pytest.mark.parametrize("format_", TEXTS)
+@by_format
 async def test_a_file_is_read_over_http(http: httpx.AsyncClient, format_: str) -> None:
-    response = await sent(http, format_, TEXTS[format_])
+    response = await sent(http, format_, file_in(format_))
     assert [result["shown"] for result in response.json()["results"]] == SHOWN
 
 
-@pytest.mark.parametrize("format_", TEXTS)
+@by_format
 def test_a_file_is_read_and_written_by_the_command(tmp_path: Path, format_: str) -> None:
     """Its results are a file of the same format, which is read again."""
     rows, results = tmp_path / f"rows.{format_}.gz", tmp_path / f"out.{format_}"
-    rows.write_bytes(gzip.compress(TEXTS[format_]))
+    rows.write_bytes(gzip.compress(file_in(format_)))
     run_command(tmp_path, str(rows), "-o", str(results))
     options = {"on_extra": "ignore"}
     if "json" in format_:
@@ -93,21 +129,22 @@ def _json_of(content: bytes, format_: str) -> list[Any]:
     return json.loads(content) if format_ == "json" else [json.loads(line) for line in content.splitlines()]
 
 
-@pytest.mark.parametrize("format_", TEXTS)
+@by_format
 async def test_results_are_downloaded_by_name_and_by_media_type(http: httpx.AsyncClient, format_: str) -> None:
     batch = (await sent(http, "ndjson", TEXTS["ndjson"])).json()["batch_id"]
     named = await http.get(f"/batch/{batch}/results", params={"format": format_})
     accepted = await http.get(f"/batch/{batch}/results", headers={"Accept": FORMATS[format_].media_type})
-    assert named.content == accepted.content
+    if format_ != "xlsx":  # which has the time
+        assert named.content == accepted.content
     assert named.headers["content-type"].partition(";")[0] == FORMATS[format_].media_type
     assert named.headers["content-disposition"] == f'attachment; filename="{batch}.{format_}"'
 
 
-@pytest.mark.parametrize("format_", TEXTS)
+@by_format
 async def test_the_client_sends_and_writes_files_by_their_ending(tmp_path: Path, format_: str) -> None:
     app = create_app(formats_flock(), store=":memory:")
     rows, results = tmp_path / f"rows.{format_}", tmp_path / f"out.{format_}"
-    rows.write_bytes(TEXTS[format_])
+    rows.write_bytes(file_in(format_))
     async with (
         app.lifespan(),
         AsyncFlockClient("http://t", transport=httpx.ASGITransport(app)) as client,
@@ -116,7 +153,7 @@ async def test_the_client_sends_and_writes_files_by_their_ending(tmp_path: Path,
         await client.download(batch.batch_id, results)
         downloaded = await client._http.get(f"/batch/{batch.batch_id}/results", params={"format": format_})
     assert (batch.completed_items, batch.failed_items) == (2, 0)
-    assert results.read_bytes() == downloaded.content
+    assert format_ == "xlsx" or results.read_bytes() == downloaded.content
 
 
 async def test_tab_separated_results_have_one_line_per_row(http: httpx.AsyncClient) -> None:
@@ -220,3 +257,106 @@ async def test_an_error_in_an_array_has_the_pointer_of_its_row(http: httpx.Async
     response = await sent(http, "json", b'[{"text": "a"}, {"text": "a", "price": "x"}]')
     assert response.status_code == 422
     assert response.json()["errors"][0]["pointer"] == "/1/price"
+
+
+# Rows without a value
+
+
+@pytest.mark.parametrize("text", [b'text,price\na,1\n,\n" ",\n\nb,2\n,\n', b"text\tprice\na\t1\n\t\n \t\n\nb\t2\n\t\n"])
+async def test_rows_without_a_value_are_skipped_and_counted(http: httpx.AsyncClient, text: bytes) -> None:
+    """Lines without a cell are no rows."""
+    format_ = "csv" if b"," in text else "tsv"
+    batch = (await sent(http, format_, text)).json()
+    assert (batch["total_items"], batch["skipped_rows"]) == (2, 3)
+    check = (await sent(http, format_, text, dry_run=True)).json()
+    assert (check["ok"], check["total_items"], check["skipped_rows"]) == (True, 2, 3)
+    assert [row["line"] for row in check["rows"]] == [2, 6]
+    assert "skipped_rows" not in (await sent(http, format_, TEXTS[format_])).json()
+
+
+async def test_an_error_after_skipped_rows_has_its_line(http: httpx.AsyncClient) -> None:
+    response = await sent(http, "csv", b"text,price\n,\na,x\n")
+    assert [error["line"] for error in response.json()["errors"]] == [3]
+    response = await sent(http, "csv", b"text,price\n,\n,\n")
+    assert response.json()["errors"][0]["detail"] == "A batch must have at least one item."
+
+
+def test_the_command_says_how_many_rows_it_has_skipped(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,price\na,1\n,\nb,\n")
+    assert "1 row has no value, and did not run." in run_command(tmp_path, str(rows), "--dry-run")
+    output = run_command(tmp_path, str(rows), "-o", str(tmp_path / "out.csv"))
+    assert "2 of 2 rows completed.\n1 row has no value, and did not run.\n" in output
+    again = run_command(tmp_path, str(rows), "-o", str(tmp_path / "out.csv"))
+    assert "All 2 rows are complete.\n1 row has no value, and did not run.\n" in again
+
+
+async def test_an_empty_cell_is_missing_if_its_input_is_optional(http: httpx.AsyncClient) -> None:
+    batch = (await sent(http, "csv", b"text,price,n\na,,\n,1,2\n")).json()
+    assert [result["shown"] for result in batch["results"]] == ["a 0 None", " 1.0 2"]
+
+
+# The output like the input
+
+
+def like_input(folder: Path, content: bytes, *options: str, name: str = "rows.csv") -> bytes:
+    """Return the output of the command for a file with the columns text and price."""
+    (folder / name).write_bytes(content)
+    output = folder / f"out{Path(name).suffix}"
+    run_command(folder, str(folder / name), "-o", str(output), "--like-input", *options, agent="halve")
+    return output.read_bytes()
+
+
+def test_a_german_excel_file_goes_round_byte_for_byte(tmp_path: Path) -> None:
+    """Its own columns are as they were, in their order, and numbers of the results have a decimal comma."""
+    lines = ["Nr;Text;Preis;Notiz", "0042;Schön;0,50;=1+1", '7;"a;""b""";3;"x\r\ny"', ";;;", "8;z;-1,0;"]
+    content = "".join(f"{line}\r\n" for line in lines).encode("cp1252")
+    options = ["--delimiter", ";", "--decimal", ",", "--encoding", "cp1252", "--map", "Preis=price"]
+    written = like_input(tmp_path, content, *options, "--on-extra", "ignore")
+    expected = [
+        f"{lines[0]};half;text;version;status;error",
+        f'{lines[1]};0,25;"Schön?;";1.0;completed;',
+        f'{lines[2]};1,5;"a;""b""?;";1.0;completed;',
+        f'{lines[4]};-0,5;"z?;";1.0;completed;',
+    ]
+    assert written == "".join(f"{line}\r\n" for line in expected).encode("cp1252")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "line_end", "name"),
+    [
+        ("utf-8", "\n", "rows.csv"),
+        ("utf-8-sig", "\r\n", "rows.csv"),
+        ("utf-16", "\r\n", "rows.tsv"),
+        ("cp1252", "\r", "a.csv"),
+    ],
+)
+def test_the_output_has_the_bytes_of_the_input(tmp_path: Path, encoding: str, line_end: str, name: str) -> None:
+    """The last line may have no end."""
+    between = "\t" if name.endswith("tsv") else ","
+    content = line_end.join(between.join(row) for row in (["text", "price"], ["é", "1"], ['"b"', "2"]))
+    given = ["--encoding", encoding.removesuffix("-sig")]
+    written = like_input(tmp_path, content.encode(encoding), *given, name=name)
+    texts = written.decode(encoding).split(line_end)
+    assert written.startswith(content.encode(encoding)[:7])
+    assert [text.split(between)[:2] for text in texts] == [["text", "price"], ["é", "1"], ['"b"', "2"], [""]]
+    assert [text.split(between)[2] for text in texts[:3]] == ["half", "0.5", "1.0"]
+    assert "result.text" in texts[0]
+
+
+def test_only_rows_of_csv_have_an_output_like_them(tmp_path: Path) -> None:
+    (tmp_path / "target.py").write_text(TARGET)
+    for rows, output in (("rows.ndjson", "out.csv"), ("rows.csv", "out.ndjson"), ("rows.csv", "out.tsv")):
+        (tmp_path / rows).write_bytes(TEXTS["csv"])
+        arguments = ["batch", str(tmp_path / "target.py"), "show", str(tmp_path / rows), "-o", str(tmp_path / output)]
+        result = CliRunner().invoke(main, [*arguments, "--like-input"])
+        assert result.exit_code == 2
+        assert "--like-input is for ROWS in CSV or TSV" in " ".join(result.output.split())
+
+
+def test_rows_that_were_not_chosen_keep_their_place_beside_the_others(tmp_path: Path) -> None:
+    written = like_input(tmp_path, b"text,price\na,1\n,\nb,2\nc,3\n", "--sample", "1", "--usage")
+    lines = written.decode().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["text", "a", "b", "c"]
+    assert sorted(line.split(",")[5] for line in lines[1:]) == ["cancelled", "cancelled", "completed"]
+    assert lines[0].endswith(",status,error,input_tokens,output_tokens,cost")

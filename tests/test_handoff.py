@@ -287,9 +287,12 @@ def test_the_columns_of_branches_are_those_of_all_agents_that_can_be_last() -> N
     }
     for name, (output, chosen) in branches.items():
         flock.add_agent(FlockFactory.create_default_agent(name, input="i: int", output=output, next_agent=chosen))
-    assert columns_of("triage", flock.agents) == (["i"], ["note", "category", "amount"])
+    assert columns_of("triage", flock.agents) == (
+        {"i": "integer"},
+        {"note": "string", "category": "", "amount": "integer"},
+    )
     assert result_names("triage", flock.agents) == {"note", "category", "amount", "error", "error_type"}
-    assert columns_of("guess", flock.agents) == columns_of("circle", flock.agents) == (["i"], None)
+    assert columns_of("guess", flock.agents) == columns_of("circle", flock.agents) == ({"i": "integer"}, None)
 
 
 # The token limit of a run. An answer of the fake model costs 15 tokens.

@@ -372,7 +372,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
             "first_span",
         ):
             db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
-        for column in ("waiting_items", "usage", "error_type", "invalid_items", "retried_by", "recipe"):
+        for column in ("waiting_items", "usage", "error_type", "invalid_items", "retried_by", "recipe", "skipped_rows"):
             db.execute(f"ALTER TABLE batches DROP COLUMN {column}")
         for table in ("steps", "calls"):
             db.execute(f"ALTER TABLE {table} DROP COLUMN model")

@@ -4,7 +4,8 @@
 store, so every engine can use them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -16,8 +17,9 @@ from flock.errors import InvalidData, InvalidHandoff, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext
 
-#: The names of a run's inputs and of its result's members. Each is None if it is not known in advance.
-Columns = tuple[Sequence[str] | None, Sequence[str] | None]
+#: The names of a run's inputs and of its result's members, with their types in JSON Schema; "" if there are several.
+#: Each is None if it is not known in advance.
+Columns = tuple[Mapping[str, str] | None, Mapping[str, str] | None]
 
 
 def next_agent(run: Run, agents: Mapping[str, Agent], max_steps: int) -> Agent | None:
@@ -92,16 +94,20 @@ async def execute_agent(agent: Agent, inputs: msgspec.Raw, resources: Resources,
 
 
 def columns_of(agent_name: str, agents: Mapping[str, Agent]) -> Columns:
-    """Return the names of the inputs and of the results of runs that start with an agent.
+    """Return the names and types of the inputs and of the results of runs that start with an agent.
 
     If mappings decide which agent is the last, the results have the outputs of all that can be.
     """
     first, graph = agents.get(agent_name), graph_of(agent_name, agents)
-    inputs = None if first is None else [field.name for field in first.input.fields]
+    inputs = None if first is None else _kinds(first.input.schema)
     last = dict.fromkeys(handoff.from_ for handoff in graph if handoff.to is None)
     if not last or any(handoff.kind == "function" for handoff in graph):
         return inputs, None
-    return inputs, list(dict.fromkeys(name for each in last for name in _outputs(agents[each])))
+    outputs: dict[str, str] = {}
+    for each in last:
+        for name, kind in _kinds(agents[each].output.result_schema).items():
+            outputs[name] = kind if outputs.get(name, kind) == kind else ""
+    return inputs, outputs
 
 
 def result_names(agent_name: str, agents: Mapping[str, Agent]) -> set[str]:
@@ -111,9 +117,14 @@ def result_names(agent_name: str, agents: Mapping[str, Agent]) -> set[str]:
     """
     outputs = columns_of(agent_name, agents)[1]
     if outputs is None:
-        outputs = [name for agent in agents.values() for name in _outputs(agent)]
+        outputs = {name: "" for agent in agents.values() for name in _kinds(agent.output.result_schema)}
     return {*outputs, "error", "error_type"}
 
 
-def _outputs(agent: Agent) -> Sequence[str]:
-    return list(agent.output.result_schema.get("properties", {}))
+def _kinds(schema: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names and types of the members of an object."""
+    kinds: dict[str, str] = {}
+    for name, member in schema.get("properties", {}).items():
+        types = {str(each.get("type", "")) for each in member.get("anyOf", [member])} - {"null"}
+        kinds[name] = types.pop() if len(types) == 1 else ""
+    return kinds

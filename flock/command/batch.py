@@ -147,6 +147,11 @@ STDOUT = Path("-")
     "--usage", "with_usage", is_flag=True, help="Add input_tokens, output_tokens and cost of each row to the results."
 )
 @click.option(
+    "--like-input",
+    is_flag=True,
+    help="Write ROWS with the outputs as more columns: same delimiter, decimal separator, encoding and line ends.",
+)
+@click.option(
     "--escape-formulas/--no-escape-formulas",
     default=True,
     help="Put a ' before cells that a spreadsheet would execute as formulas.",
@@ -192,9 +197,9 @@ def batch(
 ) -> None:
     """Run AGENT on each row of a file, and write the results to a file.
 
-    The name of ROWS ends in .csv, .tsv, .json, .ndjson or .jsonl, optionally followed by .gz. A table has a header, and
-    its cells are typed by the agent's signature. The results are a table with the inputs, the outputs, status and
-    error, or JSON.
+    The name of ROWS ends in .csv, .tsv, .xlsx, .parquet, .json, .ndjson or .jsonl, optionally followed by .gz. A table
+    has a header, and its cells are typed by the agent's signature. The results are a table with the inputs, the
+    outputs, status and error, or JSON.
 
     The results are kept in a store beside the output. Run the same command again to continue with the rows that never
     ran or were cut off: by a stop, a crash, --max-cost, --max-failures or used up quota. Finished rows do not run
@@ -220,7 +225,7 @@ def batch(
             agent_name=agent,
             rows=rows,
             output=None if output == STDOUT else output,
-            format=format_ or _format_of(output, rows),
+            format=_format_of(output, rows, format_),
             state=state,
             options=BatchOptions(**pop_fields(options, BatchOptions)),
             input_mapping={key: name or None for key, name in pairs(mapped, "--map", "COLUMN=INPUT").items()},
@@ -230,6 +235,8 @@ def batch(
             dialect=CSVDialect(delimiter=delimiter.replace(r"\t", "\t"), decimal=decimal, encoding=encoding),
             **options,
         )
+        if job.like_input and (job.format not in ("csv", "tsv") or format_of(rows) != FORMATS[job.format]):
+            raise DefinitionError("--like-input is for ROWS in CSV or TSV, and an output in the same format.")
         if is_dry_run:
             check = anyio.run(check_batch_file, flock, job)
             _print_check(check, rows)
@@ -246,6 +253,7 @@ def batch(
         done, was_left = anyio.run(run_batch_file, flock, job, stdout, _print_stderr)
         is_old = not was_left and not _exit_code(done)
         _print_stderr(f"All {done.total_items:,} rows are complete." if is_old else _summary(done, output))
+        _print_skipped(done.skipped_rows)
         if done.cancelled_items and done.status is not RunStatus.COMPLETED:
             _print_stderr(f"{done.error}{_resume_hint(state)}")
     _exit(_exit_code(done))
@@ -362,14 +370,17 @@ def _check_paths(rows: Path, output: Path, state: Path) -> None:
             raise click.UsageError(f"{path} is not a regular file, so it cannot be replaced. For a pipe, use -o -")
 
 
-def _format_of(output: Path, rows: Path) -> str:
-    """Return the format of the results. Raises UsageError if the output has an extension of no format."""
-    found = format_of(output) or (None if suffix_of(output) else format_of(rows) or FORMATS["csv"])
+def _format_of(output: Path, rows: Path, name: str | None) -> str:
+    """Return the format of the results. Raises UsageError if the output has an unknown extension; DefinitionError."""
+    found = FORMATS[name] if name is not None else format_of(output)
+    if found is None and not suffix_of(output):
+        found = format_of(rows) or FORMATS["csv"]
     if found is None:
         raise click.UsageError(
             f"The extension of {output.name} is not supported. Use {ENDINGS}, optionally followed by .gz, or choose a "
             "format with --format."
         )
+    found.check_installed(is_read=False)
     return found.name
 
 
@@ -410,6 +421,11 @@ def _summary(done: Batch, output: Path) -> str:
     return f"{counts}{cost} For the reasons, see 'error' in {results}.{retry}"
 
 
+def _print_skipped(count: int | None) -> None:
+    if count:
+        _print_stderr(f"{count:,} {'row has' if count == 1 else 'rows have'} no value, and did not run.")
+
+
 def _print_check(check: BatchCheck, rows: Path) -> None:
     for row, extra, *_ in check.rows:
         kept = f" keeps {bytes(extra).decode()}" if extra else ""
@@ -418,6 +434,7 @@ def _print_check(check: BatchCheck, rows: Path) -> None:
         echo("…")
     valid = check.total_items - check.invalid_items
     echo(f"{valid:,} of {check.total_items:,} rows in {rows} are valid.")
+    _print_skipped(check.skipped_rows)
     echo("".join(f"{line}\n" for line in _error_lines(check.errors)), nl=False)
 
 

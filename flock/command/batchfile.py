@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Literal, cast
+from typing import IO, Any, Literal, cast
 
 import anyio
 import msgspec
@@ -28,6 +28,7 @@ from flock.limits import limits_for_one_batch
 from flock.models.models import models_of, names_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import file_rows
+from flock.rows.likeinput import results_like
 from flock.rows.results import ITEMS_PER_PAGE, item_pages, results_as
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, Run, RunStatus
 from flock.steps.progress import follow_batch, print_progress
@@ -53,6 +54,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
         progress: how the progress is shown on stderr.
         retry: which ended rows of an earlier call run again, beside those that were cut off or never ran.
         escape_formulas, with_usage: see ``CSVWriter``.
+        like_input: the output is the input with more columns; see ``results_like``.
         on_extra, input_mapping, static_inputs and others: see ``Flock.run_batch_async``.
     """
 
@@ -73,6 +75,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     dialect: CSVDialect = CSVDialect()
     escape_formulas: bool = True
     with_usage: bool = False
+    like_input: bool = False
 
     @property
     def stored_options(self) -> BatchOptions:
@@ -170,7 +173,12 @@ async def _write(
     flock: DeclaredFlock, job: BatchFile, batch: Batch, pages: AsyncIterator[Sequence[Run]], stdout: IO[bytes]
 ) -> None:
     names, columns = batch.extra_names, columns_of(job.agent_name, flock.agents)
-    pieces = results_as(job.format, pages, names, columns, job.escape_formulas, with_usage=job.with_usage)
+    options: Any = {"escape_formulas": job.escape_formulas, "with_usage": job.with_usage}
+    if job.like_input:
+        dialect = replace(job.dialect, delimiter="\t") if job.format == "tsv" else job.dialect
+        pieces = results_like(job.rows, dialect, pages, columns[1], **options)
+    else:
+        pieces = results_as(job.format, pages, names, columns, **options)
     state = _real_path(job.state)
     async with _writing(state) if job.output else contextlib.nullcontext():
         with _output(job, state) if job.output else contextlib.nullcontext(stdout) as file:
@@ -298,8 +306,8 @@ async def _check_changed(flock: DeclaredFlock, job: BatchFile, stored: Sequence[
     row_mapping = flock.row_mapping(job.agent_name, job.static_inputs, job.input_mapping, job.on_extra)
     async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
         count = 0
-        async for _ in rows:
-            count += 1
+        async for row in rows:
+            count += not row.is_empty
     costs = [batch.estimated_cost / batch.total_items for batch in earlier if batch.estimated_cost is not None]
     cost = f" They will cost about ${max(costs) * count:.2f}." if costs else ""
     job.confirm(f"The agent {job.agent_name!r} has changed, so all {count:,} rows run again.{cost}")

@@ -109,6 +109,7 @@ class Intake:
             completed_items=self._failed,
             failed_items=self._failed,
             invalid_items=self._failed,
+            skipped_rows=checks.skipped or None,
             extra_names=tuple(checks.extra_names),
         )
 

@@ -8,6 +8,7 @@ import msgspec
 from flock.agents.agent import Agent
 from flock.errors import EngineStopped, FieldError, InvalidData, MalformedJSON, NotFound, TooLarge
 from flock.fair import FairShare
+from flock.formats import each_row, is_missing
 from flock.jsontype import escape_pointer
 from flock.pydanticmodel import to_json
 from flock.rows.tables import RowMapping
@@ -43,12 +44,13 @@ class RowChecks:
 
     Attributes:
         total: the number of rows that were checked.
+        skipped: the number of rows without any value, which are not checked.
         extra_names: the names of the kept columns.
     """
 
     def __init__(self, agent: Agent, limits: ItemLimits, files: FileBox | None = None) -> None:
         self._find = None if files is None else files.find
-        self.total = 0
+        self.total = self.skipped = 0
         self.extra_names: dict[str, None] = {}
         self._agent = agent
         self._limits = limits
@@ -60,7 +62,10 @@ class RowChecks:
         Raises: TooLarge, and what *items* raises.
         """
         max_items, max_bytes, share = self._limits.max_items, self._limits.max_input_bytes, FairShare()
-        async for item in iterate(items):
+        async for item in iterate(each_row(items)):
+            if isinstance(item, Row) and item.is_empty:
+                self.skipped += 1
+                continue
             if self.total == max_items:
                 raise TooLarge(
                     f"The batch has more than {max_items} items, the limit of this server (max_items). Split it."
@@ -142,6 +147,7 @@ class BatchCheck(msgspec.Struct, frozen=True, kw_only=True):
         ok: the batch would be accepted.
         total_items: the number of rows that were read: all of them, unless the rest cannot be read.
         invalid_items: the number of rows with errors.
+        skipped_rows: the number of rows without any value, if any.
         rows: the first rows, as they would be stored.
         errors: at most 100 errors. Those that would reject the batch come first.
     """
@@ -149,6 +155,7 @@ class BatchCheck(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool
     total_items: int
     invalid_items: int
+    skipped_rows: int | None
     rows: Sequence[CheckedRow]
     errors: Sequence[FieldError]
 
@@ -190,6 +197,7 @@ async def check_batch(
         ok=not reading_errors and (not row_errors.rows or on_invalid == "skip"),
         total_items=checks.total,
         invalid_items=row_errors.rows,
+        skipped_rows=checks.skipped or None,
         rows=rows,
         errors=errors[:MAX_ITEM_ERRORS],
     )
@@ -220,7 +228,9 @@ async def _each(items: Iterable[T]) -> AsyncIterator[T]:
 def as_json(inputs: Inputs, at: str, max_bytes: int) -> msgspec.Raw:
     """Return inputs as JSON. A Raw is copied, since it is a view of a request body. Raises InvalidData, TooLarge."""
     try:
-        raw = bytes(inputs) if isinstance(inputs, msgspec.Raw) else msgspec.json.encode(dict(inputs), enc_hook=to_json)
+        if not isinstance(inputs, msgspec.Raw):
+            inputs = {name: value for name, value in dict(inputs).items() if value is None or not is_missing(value)}
+        raw = bytes(inputs) if isinstance(inputs, msgspec.Raw) else msgspec.json.encode(inputs, enc_hook=to_json)
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidData([FieldError(detail=f"It cannot be converted to JSON: {exc}.", pointer=at)]) from exc
     if len(raw) > max_bytes:

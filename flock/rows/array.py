@@ -38,7 +38,7 @@ async def _elements(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterat
                 continue
             check_text(text)
             text = text.removeprefix(codecs.BOM_UTF8).lstrip()
-            if not text:
+            if not text and chunk is not None:
                 continue
             if not text.startswith(b"["):
                 raise InvalidData.of(NO_ARRAY + (NO_REQUEST if text.startswith(b"{") else ""))
@@ -61,7 +61,5 @@ async def _elements(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterat
             raise InvalidData.of(f"There is more text after the end of the JSON array, which has {number:,} rows.")
         if len(text) > max_bytes:
             raise TooLarge(f"Row {number + 1} is longer than {max_bytes} bytes, the limit for one row.")
-    if not is_open:
-        raise InvalidData.of(NO_ARRAY)
     if depth:
         raise InvalidData.of(f"The end of the JSON array is missing after {number:,} rows. It may have been cut short.")

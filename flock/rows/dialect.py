@@ -50,23 +50,23 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
             raise DefinitionError(f"delimiter must be one character, such as ; or | or a tab, not {self.delimiter!r}.")
         if self.decimal not in (".", ","):
             raise DefinitionError(f'decimal must be "." or ",", not {self.decimal[:10]!r}.')
-        if self._codec not in ENCODINGS:
+        if self.codec not in ENCODINGS:
             known = ", ".join(name.replace("_", "-") for name in ENCODINGS)
             raise DefinitionError(f"encoding must be one of {known}, not {self.encoding[:100]!r}.")
 
     @property
-    def _codec(self) -> str:
+    def codec(self) -> str:
         name = re.sub(r"[^a-z0-9]+", "_", self.encoding[:100].lower())
         return aliases.get(name, name)
 
     def decoder(self) -> codecs.IncrementalDecoder:
-        return codecs.getincrementaldecoder("utf-8-sig" if self._codec == "utf_8" else self._codec)()
+        return codecs.getincrementaldecoder("utf-8-sig" if self.codec == "utf_8" else self.codec)()
 
     def decoding_problem(self, first_bytes: bytes) -> str:
         """Return an error message for a file that cannot be decoded, based on its first bytes."""
-        if self._codec == "utf_8" and first_bytes.startswith((b"\xff", codecs.BOM_UTF16_BE)):
+        if self.codec == "utf_8" and first_bytes.startswith((b"\xff", codecs.BOM_UTF16_BE)):
             return self._wrong_encoding("UTF-16", "utf-16")
-        if self._codec == "utf_8":
+        if self.codec == "utf_8":
             hint = _option("encoding", "cp1252")
             return f'This is not UTF-8. Save the file as "CSV UTF-8", or set the encoding, such as {hint}.'
         return f'This is not {self.encoding}. Save the file as "CSV UTF-8", or set the encoding.'
@@ -111,7 +111,7 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
 
     def _wrong_encoding(self, name: str, encoding: str) -> str:
         hint = _option("encoding", encoding)
-        label = "UTF-8" if self._codec == "utf_8" else self.encoding
+        label = "UTF-8" if self.codec == "utf_8" else self.encoding
         return f'This is not {label}: it looks like {name}. Save the file as "CSV UTF-8", or read it with {hint}.'
 
     def json_number(self, text: str) -> str:

@@ -7,51 +7,46 @@ import stat
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import anyio.to_thread
 from msgspec.structs import replace
 
 from flock.errors import DefinitionError, InvalidData, TooLarge
-from flock.formats import ENDINGS, format_of, is_gzipped
+from flock.formats import ENDINGS, FORMATS, format_of, is_gzipped
 from flock.rows.array import array_rows
+from flock.rows.binary import binary_records
 from flock.rows.dialect import CSVDialect
-from flock.rows.tables import RowMapping, csv_rows, ndjson_rows
+from flock.rows.tables import NO_DIALECT, RowMapping, csv_rows, ndjson_rows, table_rows
 from flock.runs import Row
 
 #: Size of one read from a file.
 CHUNK_BYTES = 64 * 1024
 #: Max size and nesting depth of one row in a local file.
 MAX_ROW_BYTES = 16 * 1024 * 1024
-MAX_ROW_DEPTH = 100
+LIMITS = {"max_row_bytes": MAX_ROW_BYTES, "max_depth": 100}
 
 
 def rows_in(
-    format_: str,
-    chunks: AsyncIterable[bytes],
-    row_mapping: RowMapping,
-    dialect: CSVDialect,
-    *,
-    max_row_bytes: int = MAX_ROW_BYTES,
-    max_depth: int = MAX_ROW_DEPTH,
-    are_names_counted: bool = True,
+    format_: str, chunks: AsyncIterable[bytes], row_mapping: RowMapping, dialect: CSVDialect, **options: Any
 ) -> AsyncGenerator[Row, None]:
     """Return the rows in a file of *format_*, one of ``FORMATS``, that arrives in *chunks*.
 
-    Iterating raises InvalidData and TooLarge; see ``csv_rows``, ``ndjson_rows`` and ``array_rows``.
+    Args:
+        options: ``max_row_bytes``, ``max_depth`` and ``are_names_counted``; see ``csv_rows``.
+
+    Raises: InvalidData if it needs a package that is not installed. Iterating raises InvalidData and TooLarge; see
+        ``csv_rows``, ``ndjson_rows``, ``array_rows`` and ``binary_records``.
     """
+    FORMATS[format_].check_installed(is_read=True)
+    limits = {name: options.pop(name, default) for name, default in LIMITS.items()}
     if format_ in ("json", "ndjson"):
-        read = array_rows if format_ == "json" else ndjson_rows
-        return read(chunks, row_mapping, max_row_bytes=max_row_bytes, max_depth=max_depth)
-    if format_ == "tsv":
-        dialect = replace(dialect, delimiter="\t")
-    return csv_rows(
-        chunks,
-        row_mapping,
-        dialect,
-        max_row_bytes=max_row_bytes,
-        max_depth=max_depth,
-        are_names_counted=are_names_counted,
-    )
+        return (array_rows if format_ == "json" else ndjson_rows)(chunks, row_mapping, **limits)
+    if FORMATS[format_].extra:
+        records, options["max_depth"] = binary_records(format_, chunks), limits["max_depth"]
+        return table_rows(records, row_mapping, NO_DIALECT, **options)
+    dialect = replace(dialect, delimiter="\t") if format_ == "tsv" else dialect
+    return csv_rows(chunks, row_mapping, dialect, **limits, **options)
 
 
 def file_rows(path: Path, row_mapping: RowMapping, dialect: CSVDialect) -> AsyncGenerator[Row, None]:
@@ -65,10 +60,10 @@ def file_rows(path: Path, row_mapping: RowMapping, dialect: CSVDialect) -> Async
         raise DefinitionError(
             f"The format of {path.name} is unknown. The file name must end in {ENDINGS}, optionally followed by .gz."
         )
-    return rows_in(format_.name, _local_file(path), row_mapping, dialect)
+    return rows_in(format_.name, local_file(path), row_mapping, dialect)
 
 
-async def _local_file(path: Path) -> AsyncIterator[bytes]:
+async def local_file(path: Path) -> AsyncIterator[bytes]:
     with await anyio.to_thread.run_sync(gzip.open if is_gzipped(path) else open, path, "rb") as file:
         try:
             while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):

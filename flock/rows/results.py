@@ -1,15 +1,20 @@
 """The results of a batch, in pages and as downloads."""
 
+import contextlib
 import csv
 import io
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from typing import Any
 
 import msgspec
 
 from flock.agents.handoff import Columns
 from flock.fair import FairShare
+from flock.formats import FORMATS
+from flock.rows.binary import binary_pieces
+from flock.rows.tables import NUMBER
 from flock.runs import DOLLAR, Engine, Run, RunStatus, Time, shown_usage
 from flock.runs.records import shown_as
 
@@ -76,30 +81,35 @@ class CSVWriter:
 
     Args:
         extra: names of the kept columns; see ``Batch.extra_names``.
-        inputs, outputs: names of the columns; None for a single column with all values as JSON.
+        inputs, outputs: names of the columns, as in ``Columns``; None for a single column with all values as JSON.
         escape_formulas: insert a ``'`` before text that a spreadsheet would execute, even after a semicolon, a tab or a
             newline. In JSON, such a semicolon is written as ``\\u003b``.
         with_usage: add the columns ``input_tokens``, ``output_tokens`` and ``cost`` at the end.
-        delimiter: the character between cells.
+        delimiter, decimal: as in ``CSVDialect``.
     """
 
     def __init__(
         self,
-        extra: Sequence[str],
-        inputs: Sequence[str] | None,
-        outputs: Sequence[str] | None,
+        extra: Collection[str],
+        inputs: Collection[str] | None,
+        outputs: Collection[str] | None,
         *,
         escape_formulas: bool = True,
         with_usage: bool = False,
         delimiter: str = ",",
+        decimal: str = ".",
     ) -> None:
-        self._with_usage = with_usage
+        self._with_usage, self._decimal = with_usage, decimal
         self._extra, self._inputs, self._outputs, self._escape_formulas = extra, inputs, outputs, escape_formulas
         self._buffer = io.StringIO()
         self._writer = csv.writer(self._buffer, delimiter=delimiter)  # ends lines with CRLF, as in RFC 4180
 
     def header(self) -> bytes:
-        """Return the first line. A duplicate name gets a prefix with its origin."""
+        """Return the first line."""
+        return self.lines([map(self._cell, self.names())])
+
+    def names(self) -> list[str]:
+        """Return the names of the columns. A duplicate name gets a prefix with its origin."""
         names = list(self._extra)
         for prefix, group in (
             ("inputs", ["inputs"] if self._inputs is None else self._inputs),
@@ -107,13 +117,13 @@ class CSVWriter:
             ("run", ["status", "error", *(USAGE_COLUMNS if self._with_usage else ())]),
         ):
             names += [f"{prefix}.{name}" if name in names else name for name in group]
-        return self._lines([[self._cell(name) for name in names]])
+        return names
 
     def rows(self, items: Iterable[Run]) -> bytes:
         """Return one line for each item."""
-        return self._lines(self._row(item) for item in items)
+        return self.lines(self._row(item) for item in items)
 
-    def _row(self, item: Run) -> Iterator[str]:
+    def _row(self, item: Run) -> Iterator[Any]:
         extra = {} if item.extra is None else msgspec.json.decode(item.extra, type=dict[str, msgspec.Raw])
         for name in self._extra:
             yield self._cell_of(extra.get(name), is_kept=True)
@@ -127,13 +137,14 @@ class CSVWriter:
         yield item.status.value
         yield self._cell(item.error or "")
         if self._with_usage:
-            if (usage := item.usage) is None:
-                yield from ("", "", "")
-            else:
-                yield from map(str, (usage.input_tokens, usage.output_tokens))
-                yield "" if usage.cost is None else f"{Decimal(usage.picodollars) / DOLLAR:f}"
+            numbers: tuple[Any, ...] = (None, None, None)
+            if (usage := item.usage) is not None:
+                cost = None if usage.cost is None else f"{Decimal(usage.picodollars) / DOLLAR:f}"
+                numbers = usage.input_tokens, usage.output_tokens, cost
+            for number in numbers:
+                yield self._cell_of(None if number is None else msgspec.Raw(str(number).encode()))
 
-    def _cell_of(self, raw: msgspec.Raw | None, *, is_kept: bool = False) -> str:
+    def _cell_of(self, raw: msgspec.Raw | None, *, is_kept: bool = False) -> Any:
         """Return text unchanged, an absent value and null as "", and other values as JSON."""
         text = b"null" if raw is None else bytes(raw)
         if text.startswith(b'"'):
@@ -150,14 +161,29 @@ class CSVWriter:
 
     def _json(self, raw: msgspec.Raw) -> str:
         text = bytes(raw).decode()
+        if self._decimal != "." and NUMBER.fullmatch(text):
+            return text.replace(".", self._decimal)
         return JSON_FORMULA.sub(r"\\u003b", text) if self._escape_formulas else text
 
-    def _lines(self, rows: Iterable[Iterable[str]]) -> bytes:
+    def lines(self, rows: Iterable[Iterable[Any]]) -> bytes:
         self._writer.writerows(rows)
         text = self._buffer.getvalue()
         self._buffer.seek(0)
         self._buffer.truncate()
         return text.encode()
+
+
+class _TypedTable(CSVWriter):
+    """The same columns for formats with types: values of JSON, and lists and objects as text."""
+
+    def _cell_of(self, raw: msgspec.Raw | None, *, is_kept: bool = False) -> Any:
+        value = None if raw is None else msgspec.json.decode(raw)
+        return bytes(raw or b"").decode() if isinstance(value, list | dict) else value
+
+    def kinds(self) -> list[str]:
+        groups = [dict.fromkeys(self._extra, ""), self._inputs or {"": ""}, self._outputs or {"": ""}]
+        kinds = [group[name] if isinstance(group, Mapping) else "" for group in groups for name in group] + ["", ""]
+        return [*kinds, "integer", "integer", "number"] if self._with_usage else kinds
 
 
 async def results_as(
@@ -170,6 +196,14 @@ async def results_as(
     with_usage: bool = False,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the items of *pages* in a format of ``FORMATS``, with their tokens and cost if *with_usage*."""
+    if FORMATS[format_].extra:
+        typed = _TypedTable(extra, *columns, escape_formulas=False, with_usage=with_usage)
+        rows = ([list(typed._row(item)) for item in page] async for page in pages)
+        written = binary_pieces(format_, typed.names(), typed.kinds(), rows)
+        async with contextlib.aclosing(written) as pieces:  # it removes its files
+            async for piece in pieces:
+                yield piece
+        return
     delimiter = "\t" if format_ == "tsv" else ","
     table = CSVWriter(extra, *columns, escape_formulas=escape_formulas, with_usage=with_usage, delimiter=delimiter)
     encoder, share, separator = msgspec.json.Encoder(), FairShare(), b""

@@ -41,6 +41,10 @@ GATHERED_CHARS = 64 * 1024
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 #: Matches the error for text of a type that accepts numbers, but not text.
 NUMERIC = r"\b(int|float|decimal)\b"
+#: A date, and examples of JSON by which a type says whether it takes one, or only a time.
+DATE, DAY, MIDNIGHT = r"[0-9]{4}-[0-9]{2}-[0-9]{2}", b'"2000-01-01"', b'"2000-01-01T00:00:00"'
+#: That of tables which are not text.
+NO_DIALECT = CSVDialect()
 #: Number of lines, including empty ones, after which a reader yields to other tasks if its share of time is used.
 LINES_PER_STEP = 256
 #: Max members of a row, of the static inputs and of a mapping, and max columns of a header.
@@ -54,9 +58,9 @@ JOINED = "There is nothing after this line. If curl has sent a file, use --data-
 #: Errors for binary files, by their first bytes, and how many are needed.
 HEAD_BYTES = 5
 OTHER_FILES = {
-    b"PK\x03\x04": 'This is an Excel file (.xlsx), or another ZIP archive. Save it as "CSV UTF-8".',
+    b"PK\x03\x04": "This is an Excel file (.xlsx), or another ZIP archive. Name it .xlsx, or send it as XLSX.",
     b"\xd0\xcf\x11\xe0": 'This is an old Excel file (.xls). Save it as "CSV UTF-8".',
-    b"PAR1\x15": "This is a Parquet file. Save it as CSV or NDJSON.",
+    b"PAR1\x15": "This is a Parquet file. Name it .parquet, or send it with the media type of Parquet.",
     b"\x1f\x8b": "This is compressed with gzip. Send it with the header Content-Encoding: gzip, or name the file .gz.",
 }
 #: Max errors that are reported for one row or for the header.
@@ -65,6 +69,9 @@ MAX_ROW_ERRORS = 100
 MAX_COMPARED = 1000
 #: What to do about a column, or a member, that is not an input.
 HINT_FOR_EXTRA = ' Set on_extra="keep" (--on-extra keep) to copy it to the results, or "ignore" to drop it.'
+
+#: The records of a table, each with its line.
+Records = AsyncGenerator[tuple[int, Sequence[Any]], None]
 
 
 class RowMapping:
@@ -307,42 +314,45 @@ async def json_row(
 # CSV
 
 
-async def csv_rows(
-    chunks: AsyncIterable[bytes],
-    row_mapping: RowMapping,
-    dialect: CSVDialect,
-    *,
-    max_row_bytes: int,
-    max_depth: int,
-    are_names_counted: bool = True,
+def csv_rows(
+    chunks: AsyncIterable[bytes], row_mapping: RowMapping, dialect: CSVDialect, *, max_row_bytes: int, **options: Any
 ) -> AsyncGenerator[Row, None]:
-    """Yield the rows of CSV (RFC 4180) after the header, without empty lines.
+    """Return the rows of CSV (RFC 4180) after the header, without empty lines; see ``table_rows``.
 
-    Cells are converted to the types of the signature of *row_mapping*.
+    Raises, when it is read: InvalidData, with the line, if the text is not valid CSV or has another encoding; TooLarge
+        as in ``ndjson_rows``.
+    """
+    return table_rows(csv_records(chunks, dialect, max_row_bytes), row_mapping, dialect, **options)
+
+
+async def table_rows(
+    records: Records, row_mapping: RowMapping, dialect: CSVDialect, *, max_depth: int, are_names_counted: bool = True
+) -> AsyncGenerator[Row, None]:
+    """Yield the rows of a table: *records* with their lines, first the header.
+
+    Cells are text, or values of JSON. They are converted to the types of the signature of *row_mapping*.
 
     Args:
         are_names_counted: whether the column names that rows store count like static inputs.
 
-    Raises:
-        InvalidData: the header does not match the signature, or the text is not valid CSV or has another encoding; with
-            the line.
-        TooLarge: as in ``ndjson_rows``.
+    Raises: InvalidData if the header does not match the signature; what *records* raise.
     """
     columns: _Columns | None = None
     names_bytes, share = 0, FairShare()
-    records = _records(chunks, dialect, max_row_bytes)
     async for line, cells in records:
         if columns is None:
             if len(cells) > MAX_MEMBERS:
                 raise InvalidData.of(_too_many(len(cells), "columns"), line=line)
             try:
-                columns = _Columns(cells, row_mapping, dialect, line, max_depth)
+                columns = _Columns(list(map(str, cells)), row_mapping, dialect, line, max_depth)
             except InvalidData as exc:
                 if await anext(records, None) is not None:
                     raise
                 raise InvalidData([*exc.errors, FieldError(detail=JOINED, pointer="", line=line)]) from exc
             names_bytes = columns.names_bytes if are_names_counted else 0
             await share.checkpoint()
+        elif is_empty(cells):
+            yield Row(inputs=msgspec.Raw(b"{}"), line=line, is_empty=True)
         else:
             row_mapping.count_bytes(names_bytes, "names of the columns")
             yield columns.row(cells, line)
@@ -350,14 +360,15 @@ async def csv_rows(
         raise InvalidData.of("The header is missing. The first line must contain the column names.", line=1)
 
 
-async def _records(
-    chunks: AsyncIterable[bytes], dialect: CSVDialect, max_bytes: int
-) -> AsyncIterator[tuple[int, Sequence[str]]]:
-    """Yield each record that is not empty, as parsed by Python's ``csv``, with its first line.
+async def csv_records(
+    chunks: AsyncIterable[bytes], dialect: CSVDialect, max_bytes: int, lines: list[str] | None = None
+) -> Records:
+    """Yield each record that is not empty, as parsed by Python's ``csv``, with its first line. *lines* has its text.
 
     Python's reader drops an incomplete record at the end of its input, so these lines are parsed again with more input.
     """
     decoder, rest, number, has_yielded = dialect.decoder(), "", 1, False
+    lines = [] if lines is None else lines  # of the current record
     new: list[str] = []
     new_chars, first_bytes, share = 0, b"", FairShare()
     async for chunk in with_end(chunks):
@@ -376,7 +387,7 @@ async def _records(
         text, new, new_chars = "".join([rest, *new]), [], 0
         end = len(text) if chunk is None else max(text.rfind("\n"), text.rfind("\r", 0, -1)) + 1
         whole, rest = text[:end], text[end:]
-        lines: list[str] = []  # of the current record
+        lines.clear()
         reader, done = csv.reader(_recorded(whole, lines, number), delimiter=dialect.delimiter, strict=True), 0
         try:
             for cells in reader:
@@ -402,6 +413,11 @@ async def _records(
         number += done
         if len(rest) > max_bytes:
             raise _row_too_long(number, max_bytes)
+
+
+def is_empty(cells: Sequence[Any]) -> bool:
+    """Whether a record has no value."""
+    return not any(cell.strip() if isinstance(cell, str) else True for cell in cells)
 
 
 def check_text(first_bytes: bytes) -> None:
@@ -497,7 +513,7 @@ class _Columns:
             hint = f'Choose one with input_mapping={{"COLUMN": "{name}"}} (--map COLUMN={name}).'
             yield name, f"The input {name!r} is required, but there is no column for it. {hint}"
 
-    def row(self, cells: Sequence[str], line: int) -> Row:
+    def row(self, cells: Sequence[Any], line: int) -> Row:
         members: dict[str, msgspec.Raw] = {}
         errors: list[FieldError] = []
         for column, read, cell in zip(self._header, self._cells, cells, strict=False):
@@ -511,12 +527,12 @@ class _Columns:
         row = self._row_mapping.row(members, line=line)
         if len(cells) != len(self._header):
             detail = f"This row has {len(cells)} cells, but the header has {len(self._header)}."
-            if len(cells) > len(self._header):
+            if len(cells) > len(self._header) and self._dialect is not NO_DIALECT:
                 detail += f" Put a cell that contains {self._dialect.delimiter!r} in quotes."
             errors = [FieldError(detail=detail, pointer="", line=line)]
         return msgspec.structs.replace(row, errors=(*row.errors, *errors)) if errors else row
 
-    def _reader(self, column: str, max_depth: int) -> Callable[[str], msgspec.Raw | None]:
+    def _reader(self, column: str, max_depth: int) -> Callable[[Any], msgspec.Raw | None]:
         row_mapping = self._row_mapping
         if column in row_mapping.dropped:
             return _drop
@@ -543,17 +559,17 @@ def _ignoring_case(row_mapping: RowMapping, header: Sequence[str]) -> RowMapping
     return renamed
 
 
-def _as_text(cell: str) -> msgspec.Raw:
+def _as_text(cell: Any) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(cell))
 
 
-def _drop(cell: str) -> None:
+def _drop(cell: Any) -> None:
     return None
 
 
 def _cell_reader(
     field: Field, has_static: bool, max_depth: int, dialect: CSVDialect
-) -> Callable[[str], msgspec.Raw | None]:
+) -> Callable[[Any], msgspec.Raw | None]:
     """Return a function that converts a cell to JSON. It leaves an invalid cell as text, to be reported by validation.
 
     It raises ValueError, with a hint for the user, if a number is not in the format of *dialect*.
@@ -565,11 +581,14 @@ def _cell_reader(
         empty = msgspec.Raw(b"null")
     not_text = explain(field.type, b'"true"', "")
     takes_bool = not explain(field.type, b"true", "") and bool(not_text)
+    wants_time = bool(explain(field.type, DAY, "")) and not explain(field.type, MIDNIGHT, "")
     is_number = any(re.search(NUMERIC, error.detail.partition(", got ")[0]) for error in not_text)
 
-    def read(cell: str) -> msgspec.Raw | None:
-        if not cell:
+    def read(cell: Any) -> msgspec.Raw | None:
+        if cell == "":
             return empty
+        if not isinstance(cell, str):
+            cell = msgspec.json.encode(cell).decode()
         if field.type is str:
             return _as_text(cell)
         text = cell.strip()
@@ -577,6 +596,8 @@ def _cell_reader(
             return msgspec.Raw(text.lower().encode())
         if is_number:
             cell = text = dialect.json_number(text)
+        if wants_time and re.fullmatch(DATE, text):
+            cell = f"{text}T00:00:00"
         if field.type in (int, float) and NUMBER.fullmatch(text):
             return msgspec.Raw(text.encode())
         try:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from enum import StrEnum
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args
 
 import msgspec
 
@@ -39,6 +39,7 @@ __all__ = [
     "BatchOptions",
     "Call",
     "CallKind",
+    "Frame",
     "IdempotencyKey",
     "Inputs",
     "ItemLimits",
@@ -635,6 +636,7 @@ class Batch(_Record, frozen=True, kw_only=True):
             that all items would have.
         invalid_items: how many items have invalid inputs. They never run.
         recipe: a digest of what makes the results of its items; None if equal inputs may have other results.
+        skipped_rows: how many rows of its table had no value, if any.
     """
 
     batch_id: str
@@ -651,6 +653,7 @@ class Batch(_Record, frozen=True, kw_only=True):
     usage: Usage | None = None
     invalid_items: int = 0
     recipe: str | None = None
+    skipped_rows: int | None = None
 
     @property
     def is_spent(self) -> bool:
@@ -712,6 +715,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         extra: members that are not inputs, and are kept for the results.
         errors: errors found before the inputs are validated. An error that affects the same member in several rows is
             reported once.
+        is_empty: it has no value at all, so it is skipped.
     """
 
     inputs: msgspec.Raw
@@ -720,6 +724,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     sources: Mapping[str, str] = {}
     extra: Mapping[str, msgspec.Raw] = {}
     errors: tuple[FieldError, ...] = ()
+    is_empty: bool = False
 
 
 class ItemLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -732,8 +737,15 @@ class ItemLimits(msgspec.Struct, frozen=True, kw_only=True):
 #: Inputs of a run: a mapping, or the text of a JSON object.
 Inputs = msgspec.Raw | Mapping[str, Any]
 
+
+class Frame(Protocol):
+    """A data frame of pandas or polars. Its rows are mappings, without values that are missing."""
+
+    columns: Any
+
+
 #: Items of a batch. They are read once and only as far as needed, and are never held in memory as a whole.
-Items = Iterable[Inputs | Row] | AsyncIterable[Inputs | Row]
+Items = Iterable[Inputs | Row] | AsyncIterable[Inputs | Row] | Frame
 
 
 #: The name of a role.

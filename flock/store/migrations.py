@@ -350,6 +350,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
             DELETE FROM run_files WHERE run_id = old.run_id;
             END""",
     ],
+    # Rows of a batch's table that have no value.
+    ["ALTER TABLE batches ADD COLUMN skipped_rows INTEGER"],
 ]
 
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from flock.declared import DeclaredFlock
 from flock.engine.rowchecks import BatchCheck
 from flock.errors import DefinitionError, InvalidData
-from flock.formats import BY_MEDIA_TYPE, FORMATS, format_of
+from flock.formats import BY_MEDIA_TYPE, FORMATS, Format, format_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import read_file, rows_in
 from flock.rows.tables import MAX_EXPANSION, RowMapping, json_rows
@@ -53,21 +53,15 @@ def row_mapping_of(
 
 
 def rows_of(
-    options: AppOptions,
-    media_type: str,
-    batch_request: FlockBatchRequest,
-    body: Body,
-    row_mapping: RowMapping,
-    *,
-    is_request: bool,
+    options: AppOptions, format_: Format | None, batch_request: FlockBatchRequest, body: Body, row_mapping: RowMapping
 ) -> Items:
     """Return the rows of a batch, not read yet. Raises InvalidData. Reading them may raise other errors.
 
-    *is_request*: the body is the batch request itself, and not a file with rows.
+    *format_* is that of a body with rows; None if the body is the request itself.
     """
     chunks: AsyncIterator[bytes] = body.upload()
-    format_ = BY_MEDIA_TYPE[media_type]
-    if is_request:
+    is_sent = format_ is not None
+    if format_ is None:
         if not isinstance(batch_request.batch_inputs, str):
             return json_rows(batch_request.batch_inputs, row_mapping)
         if options.csv_dir is None:
@@ -83,15 +77,8 @@ def rows_of(
     except DefinitionError as exc:
         raise InvalidData.of(str(exc)) from exc
     # A file below csv_dir was not sent by the client, so its column names do not count against the size of the body.
-    return rows_in(
-        format_.name,
-        chunks,
-        row_mapping,
-        dialect,
-        max_row_bytes=options.max_body_bytes,
-        max_depth=options.max_json_depth,
-        are_names_counted=not is_request,
-    )
+    limits = {"max_row_bytes": options.max_body_bytes, "max_depth": options.max_json_depth}
+    return rows_in(format_.name, chunks, row_mapping, dialect, **limits, are_names_counted=is_sent)
 
 
 def batch_options(batch_request: FlockBatchRequest) -> BatchOptions:
@@ -102,14 +89,17 @@ def batch_options(batch_request: FlockBatchRequest) -> BatchOptions:
     return msgspec.convert(batch_request, BatchOptions, from_attributes=True)
 
 
-def results_format(request: Request, named: str | msgspec.UnsetType) -> str:
-    """Return the format of a download: ``?format=``, or the preferred one in ``Accept``. Raises HTTPException 406."""
-    if not isinstance(named, msgspec.UnsetType):
-        return named
+def results_format(request: Request, named: str | msgspec.UnsetType) -> Format:
+    """Return the format of a download: ``?format=``, or the preferred one in ``Accept``.
+
+    Raises HTTPException 406, and InvalidData if it needs a package that is not installed.
+    """
     best = preferred(request.headers.get("accept", ""), list(BY_MEDIA_TYPE))
-    if best is None:
+    if best is None and isinstance(named, msgspec.UnsetType):
         raise HTTPException(406, f"Results are available as {', '.join(BY_MEDIA_TYPE)}. Accept one of them.")
-    return BY_MEDIA_TYPE[best].name
+    format_ = BY_MEDIA_TYPE[best or ""] if isinstance(named, msgspec.UnsetType) else FORMATS[named]
+    format_.check_installed(is_read=False)
+    return format_
 
 
 def check_response(check: BatchCheck, row_mapping: RowMapping) -> Response:

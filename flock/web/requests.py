@@ -101,10 +101,9 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
         return msgspec.convert(read, type_)
     except msgspec.ValidationError as exc:
         reason, _, path = str(exc).replace("`", "'").partition(" - at '$.")
-        if reason.startswith("Invalid enum value"):
-            annotation = fields[path[:-1]].type
-            known = [get_args(each) for each in (annotation, *get_args(annotation)) if get_origin(each) is Literal]
-            reason += f". It must be one of {', '.join(known[0])}" if known else ""
+        type_of = fields[path[:-1]].type
+        known = [get_args(each) for each in (type_of, *get_args(type_of)) if get_origin(each) is Literal]
+        reason += f". It must be one of {', '.join(known[0])}" if known else ""
         raise InvalidData.of(f"'{path[:-1]}' in the query: {reason}.{example_for(reason)}") from exc
 
 

@@ -286,7 +286,7 @@ class ResultsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     status: Literal["completed", "failed", "cancelled"] | msgspec.UnsetType = msgspec.UNSET
-    format: Literal["json", "ndjson", "csv", "tsv"] | msgspec.UnsetType = msgspec.UNSET
+    format: Literal["json", "ndjson", "csv", "tsv", "xlsx", "parquet"] | msgspec.UnsetType = msgspec.UNSET
     after: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] = -1
     limit: Annotated[int, msgspec.Meta(ge=1, le=2**31)] = 2**31
     escape_formulas: bool = True
@@ -618,6 +618,7 @@ class BatchSummary(msgspec.Struct, frozen=True, kw_only=True):
     cost: float | msgspec.UnsetType = msgspec.UNSET
     estimated_cost: float | msgspec.UnsetType = msgspec.UNSET
     max_cost: float | msgspec.UnsetType = msgspec.UNSET
+    skipped_rows: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class FlockBatchResponse(BatchSummary, frozen=True, kw_only=True):
@@ -648,6 +649,7 @@ class FlockBatchCheck(msgspec.Struct, frozen=True, kw_only=True):
     ok: bool
     total_items: int
     invalid_items: int
+    skipped_rows: int | msgspec.UnsetType = msgspec.UNSET
     columns: list[str]
     rows: list[FlockBatchCheckRow]
     errors: list[FieldError]

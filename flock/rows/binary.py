@@ -1,0 +1,191 @@
+"""Tables that are read from and written to a file, not a stream: XLSX and Parquet, with the extras of these names.
+
+The packages are imported here only when such a table is read or written, in a worker thread.
+"""
+
+import datetime
+import tempfile
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterable, Collection, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+from zipfile import ZipInfo
+
+import anyio.to_thread
+import msgspec
+
+from flock.errors import InvalidData, TooLarge
+
+#: Records that are read in one step, pieces in which a file is sent, and pages in a row group that is written.
+RECORDS_PER_STEP, PIECE_BYTES, PAGES_PER_GROUP = 500, 64 * 1024, 20
+#: Max unpacked size of the parts of an XLSX file: of the sheets, which are read as a stream; of the texts, which are
+#: held in memory; and of the styles and other parts, which become objects.
+MAX_PARTS_BYTES = {"worksheet": 1024 * 1024 * 1024, "sharedStrings": 64 * 1024 * 1024, "others": 4 * 1024 * 1024}
+#: Max ratio of the size of a part and its compressed size. It applies only above the second one. And the max unpacked
+#: size of a row group of Parquet.
+MAX_RATIO, MIN_UNPACKED_BYTES, MAX_GROUP_BYTES = 100, 16 * 1024 * 1024, 256 * 1024 * 1024
+#: Folders of an XLSX file that are not read.
+UNREAD = ("xl/media/", "xl/drawings/", "xl/charts/", "xl/embeddings/", "xl/pivotCache/", "customXml/")
+#: Limits of Excel. Its numbers have integers exactly up to the last one.
+MAX_SHEET_ROWS, MAX_CELL_CHARS, MAX_EXACT = 1024 * 1024, 32_767, 2**53
+
+# In
+
+
+async def binary_records(format_: str, chunks: AsyncIterable[bytes]) -> AsyncGenerator[tuple[int, Sequence[Any]], None]:
+    """Yield the records of a table with the number of their row, first the header. Empty cells are "".
+
+    Raises: InvalidData if the file is not valid; TooLarge if it unpacks to too much.
+    """
+    with tempfile.TemporaryFile() as file:
+        async for chunk in chunks:
+            await anyio.to_thread.run_sync(file.write, chunk)
+        records = _excel_records(file) if format_ == "xlsx" else _parquet_records(file)
+        while True:
+            try:
+                step = await anyio.to_thread.run_sync(list, islice(records, RECORDS_PER_STEP))
+            except (InvalidData, TooLarge):
+                raise
+            except Exception as exc:  # the packages have no common error for a file that is not valid
+                reason = str(exc).strip().partition("\n")[0][:200] or type(exc).__name__
+                raise InvalidData.of(f"This is not a valid {format_} file, or it was cut short: {reason}") from exc
+            if not step:
+                return
+            for record in step:
+                yield record
+
+
+def _excel_records(file: IO[bytes]) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Read the first sheet. A formula has the value that Excel has stored with it."""
+    from openpyxl.reader.excel import ExcelReader
+
+    reader = ExcelReader(file, read_only=True, data_only=True, keep_links=False)
+    _check_unpacked([reader.archive.getinfo("[Content_Types].xml")], {})
+    reader.read_manifest()
+    types = {part.PartName.lstrip("/"): part.ContentType for part in reader.package.Override}
+    _check_unpacked(reader.archive.infolist(), types)
+    reader.read()
+    sheet, width, last = reader.wb.worksheets[0], 0, 0
+    sheet.reset_dimensions()  # a file may claim any
+    for line, values in enumerate(sheet.iter_rows(values_only=True), 1):
+        if line > MAX_SHEET_ROWS:
+            raise InvalidData.of(f"A sheet has at most {MAX_SHEET_ROWS:,} rows.", line=line)
+        cells = list(map(_cell, values))
+        while cells and cells[-1] == "":
+            cells.pop()
+        if cells:  # empty rows count if a row follows them
+            yield from ((empty, [""]) for empty in range(last + 1, line) if width)
+            width, last = width or len(cells), line
+            yield line, cells + [""] * (width - len(cells))
+
+
+def _check_unpacked(parts: Collection[ZipInfo], types: Mapping[str, str]) -> None:
+    """Raise TooLarge if *parts* with these content types unpack to too much."""
+    unpacked = Counter[str]()
+    for part in parts:
+        if part.file_size > max(MIN_UNPACKED_BYTES, MAX_RATIO * part.compress_size):
+            raise TooLarge(f"{part.filename} unpacks to more than {MAX_RATIO} times its size. Save the table as CSV.")
+        kind = types.get(part.filename, "").removesuffix("+xml").rpartition(".")[2]
+        if kind in MAX_PARTS_BYTES or kind == "main" or not part.filename.startswith(UNREAD):
+            unpacked[kind if kind in MAX_PARTS_BYTES else "others"] += part.file_size
+    for kind, max_bytes in MAX_PARTS_BYTES.items():
+        if unpacked[kind] > max_bytes:
+            raise TooLarge(f"This file unpacks to {unpacked[kind]} bytes of {kind}; the limit is {max_bytes}.")
+
+
+def _parquet_records(file: IO[bytes]) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Read the row groups one by one."""
+    from pyarrow.parquet import ParquetFile
+
+    table, row = ParquetFile(file), 1
+    for number in range(table.metadata.num_row_groups):
+        if (size := table.metadata.row_group(number).total_byte_size) > MAX_GROUP_BYTES:
+            raise TooLarge(f"Row group {number} unpacks to {size} bytes; the limit is {MAX_GROUP_BYTES}. Split it.")
+    yield row, table.schema_arrow.names
+    for batch in table.iter_batches(batch_size=RECORDS_PER_STEP, use_threads=False):
+        yield from enumerate(zip(*(map(_cell, column.to_pylist()) for column in batch.columns), strict=True), row)
+        row += len(batch)
+
+
+def _cell(value: Any) -> Any:
+    """Return a value as text, or as another value of JSON. What is missing, such as NaN, is ""."""
+    if value is None or value != value:
+        return ""
+    cell = msgspec.to_builtins(value, enc_hook=str)
+    # A date of a spreadsheet is a time.
+    return cell.replace(" ", "T").removesuffix("T00:00:00") if isinstance(value, datetime.datetime) else cell
+
+
+# Out
+
+
+async def binary_pieces(
+    format_: str, names: Sequence[str], kinds: Sequence[str], pages: AsyncIterable[Sequence[Sequence[Any]]]
+) -> AsyncGenerator[bytes, None]:
+    """Write pages of rows to a temporary file, and yield its bytes. Raises TooLarge.
+
+    Args:
+        kinds: the type of each column in JSON Schema; for others, the values are text.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path, make = Path(folder, "results"), _ExcelWriter if format_ == "xlsx" else _ParquetWriter
+        writer: _ExcelWriter | _ParquetWriter = await anyio.to_thread.run_sync(make, path, names, kinds)
+        async for page in pages:
+            await anyio.to_thread.run_sync(writer.write, page)
+        await anyio.to_thread.run_sync(writer.close)
+        async with await anyio.open_file(path, "rb") as file:
+            while piece := await file.read(PIECE_BYTES):
+                yield piece
+
+
+class _ExcelWriter:
+    def __init__(self, path: Path, names: Sequence[str], kinds: Sequence[str]) -> None:
+        from xlsxwriter import Workbook
+
+        options = dict(constant_memory=True, tmpdir=str(path.parent), strings_to_formulas=False, strings_to_urls=False)
+        self._book, self._row = Workbook(str(path), options), 0
+        self._sheet, self.close = self._book.add_worksheet("results"), self._book.close
+        self.write([names])
+
+    def __del__(self) -> None:  # xlsxwriter leaves the file of its rows open if it is not closed
+        self._sheet.row_data_fh.close()
+
+    def write(self, rows: Sequence[Sequence[Any]]) -> None:
+        for row in rows:
+            if self._row == MAX_SHEET_ROWS:
+                raise TooLarge(f"A sheet has at most {MAX_SHEET_ROWS:,} rows. Choose another format.")
+            cells = (
+                str(value)[:MAX_CELL_CHARS] if isinstance(value, str) or abs(value or 0) > MAX_EXACT else value
+                for value in row
+            )
+            self._sheet.write_row(self._row, 0, cells)
+            self._row += 1
+
+
+class _ParquetWriter:
+    def __init__(self, path: Path, names: Sequence[str], kinds: Sequence[str]) -> None:
+        import pyarrow
+        from pyarrow.parquet import ParquetWriter
+
+        types = {"integer": pyarrow.int64(), "number": pyarrow.float64(), "boolean": pyarrow.bool_()}
+        self._types = [types.get(kind, pyarrow.string()) for kind in kinds]
+        self._arrow, self._schema = pyarrow, pyarrow.schema(list(zip(names, self._types, strict=True)))
+        self._writer, self._batches = ParquetWriter(path, self._schema), list[Any]()
+
+    def write(self, rows: Sequence[Sequence[Any]]) -> None:
+        columns = [
+            [str(value) if type_ == "string" and value is not None else value for value in column]
+            for type_, column in zip(self._types, zip(*rows, strict=True), strict=True)
+        ]
+        self._batches.append(self._arrow.record_batch(columns, schema=self._schema))
+        if len(self._batches) == PAGES_PER_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_table(self._arrow.Table.from_batches(self._batches, self._schema))
+        self._batches.clear()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()

@@ -1,0 +1,47 @@
+"""The results of a CSV file as the same file with more columns."""
+
+import codecs
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from flock.rows.dialect import CSVDialect
+from flock.rows.files import MAX_ROW_BYTES, local_file
+from flock.rows.results import CSVWriter
+from flock.rows.tables import csv_records, is_empty
+from flock.runs import Run
+
+
+async def results_like(
+    path: Path,
+    dialect: CSVDialect,
+    pages: AsyncIterator[Sequence[Run]],
+    outputs: Collection[str] | None,
+    **options: Any,
+) -> AsyncGenerator[bytes, None]:
+    """Yield the lines of a CSV file unchanged, each with the outputs, ``status`` and ``error`` of its item at the end.
+
+    Delimiter, decimal separator, encoding, byte order mark and line ends are those of the file; UTF-16 is
+    little-endian. A character that its encoding does not have is "?". Rows without an item are left out.
+    """
+    table = CSVWriter((), (), outputs, delimiter=dialect.delimiter, decimal=dialect.decimal, **options)
+    lines, position = list[str](), 0
+    is_marked = dialect.codec == "utf_8" and (await anext(local_file(path), b"")).startswith(codecs.BOM_UTF8)
+    encoder = codecs.getincrementalencoder("utf-8-sig" if is_marked else dialect.codec)("replace")
+    records = csv_records(local_file(path), dialect, MAX_ROW_BYTES, lines)
+    header = (await anext(records))[1]
+    line_end = "".join(lines)[len("".join(lines).rstrip("\r\n")) :] or "\r\n"
+    names = CSVWriter(header, (), outputs, **options).names()[len(header) :]
+
+    def joined(added: bytes) -> bytes:
+        own, ours = "".join(lines).rstrip("\r\n"), added.decode().removesuffix("\r\n")
+        return encoder.encode(f"{own}{dialect.delimiter}{ours}{line_end}")
+
+    yield joined(table.lines([names]))
+    async for page in pages:
+        text = bytearray()
+        for item in page:
+            while position <= (item.position or 0):
+                position += not is_empty((await anext(records))[1])
+            text += joined(table.rows([item]))
+        yield bytes(text)
