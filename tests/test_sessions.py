@@ -30,6 +30,7 @@ from tests.support import PATIENCE_S
 from tests.support.cluster import engine_with_worker
 from tests.support.engines import OpenEngine, sqlite_of, until
 from tests.support.servers import serving
+from tests.support.stores import undo
 
 if TYPE_CHECKING:
     from flock.temporal import TemporalEngine
@@ -344,46 +345,7 @@ async def test_a_store_from_before_sessions_is_migrated(store: str, turns: Turns
     async with turns.flock.engine(store=store) as engine:
         run = await ended(engine, await submit(engine, 0, None))
     with sqlite3.connect(store) as db:
-        of_sessions = ("runs_by_session", "runs_by_session_and_principal", "sessions_active")
-        for index in (*of_sessions, "runs_expiring", "runs_that_died", "runs_asking", "items_by_digest"):
-            db.execute(f"DROP INDEX {index}")
-        for trigger in ("questions_asked", "client_tools_called"):
-            db.execute(f"DROP TRIGGER {trigger}")
-        for column in (
-            "session_id",
-            "waiting_for",
-            "expires_at",
-            "worked_s",
-            "spent",
-            "spent_by",
-            "max_cost",
-            "deaths",
-            "deaths_alone",
-            "call_ids",
-            "call_key",
-            "journal",
-            "dropped",
-            "earlier_error",
-            "is_asleep",
-            "retried_by",
-            "caller",
-            "client",
-            "digest",
-            "first_span",
-        ):
-            db.execute(f"ALTER TABLE runs DROP COLUMN {column}")
-        for column in ("waiting_items", "usage", "error_type", "invalid_items", "retried_by", "recipe", "skipped_rows"):
-            db.execute(f"ALTER TABLE batches DROP COLUMN {column}")
-        for table in ("steps", "calls"):
-            db.execute(f"ALTER TABLE {table} DROP COLUMN model")
-        db.execute("ALTER TABLE flocks DROP COLUMN secret")
-        db.execute("ALTER TABLE steps DROP COLUMN first_try")
-        for column in ("raised", "place", "once", "answered_by", "four_eyes"):
-            db.execute(f"ALTER TABLE calls DROP COLUMN {column}")
-        tables = "questions question_changes messages usage budgets webhooks webhook_urls webhook_senders"
-        for table in tables.split():
-            db.execute(f"DROP TABLE {table}")
-        db.execute("PRAGMA user_version = 9")
+        undo(db, 9)
     db.close()
     async with turns.flock.engine(store=store) as engine:
         assert await engine.get_run(run.run_id) == replace(run, call_ids=1, call_key="")
