@@ -399,6 +399,7 @@ async def test_of_several_engines_on_a_store_one_sends_until_it_ends() -> None:
             await wait_until(client, "/webhooks?status=pending", lambda page: not page["webhooks"])
         await post_run(client, "echo", {"text": "a"})
         await inbox.until(11)
+        await wait_until(client, "/webhooks?status=pending", lambda page: not page["webhooks"])
     async with inbox.serve() as receiver, served(sample(receiver.url), "flock.db") as client:
         await post_run(client, "echo", {"text": "a"})
         await inbox.until(12)
