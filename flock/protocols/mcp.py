@@ -440,12 +440,8 @@ async def _outcome(call: Call, engine: Engine, run: Run, problems: Mapping[str, 
             forms[question.call_id] = {"method": "elicitation/create", "params": params}
     if not forms:
         return _failed(run, "\n\n".join(map(_shown, run.questions)))
-    return {
-        "resultType": "input_required",
-        "inputRequests": forms,
-        "requestState": await _state(call, run, [*forms]),
-        **meta,
-    }
+    state = await _state(call, run, [*forms])
+    return {"resultType": "input_required", "inputRequests": forms, "requestState": state, **meta}
 
 
 def _text(text: str) -> dict[str, Any]:
