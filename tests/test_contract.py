@@ -54,8 +54,6 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {name: getattr(flockapi, name) for na
     "FieldError": FieldError,
     "Handoff": Handoff,
     "FileReference": FileReference,
-    "Model": openai.Model,
-    "ModelList": openai.ModelList,
 }
 
 #: What other protocols define, of which only a part is described.
@@ -63,6 +61,7 @@ OF_OTHERS = {
     *("OpenAIError", "ChatRequest", "ChatCompletion", "ChatChunk", "ResponseRequest", "Response", "ResponseEvent"),
     *("ItemList", "ConversationRequest", "Conversation", "Deleted", "MCPMessage", "MCPEvent", "MCPResponse"),
     *("FrontEndError", "UIMessage", "UIChatRequest", "UIMessageChunk", "RunAgentInput", "AGUIEvent"),
+    *("Model", "ModelList"),
 }
 
 ALL_ROUTES = [*ROUTES, *openai.routes(), *mcp.routes(), *vercel.routes(), *agui.routes()]

@@ -23,6 +23,7 @@ from flock.testing import FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.http import client_of, get
+from tests.support.spec import SPEC, validator
 
 pytestmark = pytest.mark.anyio
 
@@ -152,6 +153,7 @@ def check_error(response: httpx.Response, status: int, code: Any, words: str = "
 
 async def test_each_agent_is_a_model(client: httpx.AsyncClient, chats: Chats) -> None:
     listed = await get(client, "/v1/models")
+    assert list(validator(SPEC["components"]["schemas"]["ModelList"]).iter_errors(listed)) == []
     assert listed["object"] == "list"
     assert [model["id"] for model in listed["data"]] == list(chats.flock.agents)
     one = await get(client, "/v1/models/echo")

@@ -440,12 +440,9 @@ async def _outcome(call: Call, engine: Engine, run: Run, problems: Mapping[str, 
             forms[question.call_id] = {"method": "elicitation/create", "params": params}
     if not forms:
         return _failed(run, "\n\n".join(map(_shown, run.questions)))
-    return {
-        "resultType": "input_required",
-        "inputRequests": forms,
-        "requestState": await _state(call, run, [*forms]),
-        **meta,
-    }
+    payload = msgspec.json.encode([run.run_id, int(time.time()) + STATE_LIFETIME_S, *forms])
+    state = await _signed(call, base64.urlsafe_b64encode(payload).decode(), call.digest)
+    return {"resultType": "input_required", "inputRequests": forms, "requestState": state, **meta}
 
 
 def _text(text: str) -> dict[str, Any]:
@@ -538,12 +535,6 @@ async def _signed(call: Call, payload: str, about: str) -> str:
 async def _is_signed(call: Call, sent: str, about: str) -> bool:
     signed = await _signed(call, sent.partition(".")[0], about)
     return hmac.compare_digest(sent.encode(), signed.encode())
-
-
-async def _state(call: Call, run: Run, call_ids: Sequence[str]) -> str:
-    """Return the ``requestState`` for questions of a run."""
-    content = msgspec.json.encode([run.run_id, int(time.time()) + STATE_LIFETIME_S, *call_ids])
-    return await _signed(call, base64.urlsafe_b64encode(content).decode(), call.digest)
 
 
 async def _verified(call: Call, engine: Engine) -> tuple[Run, Sequence[str]]:

@@ -30,22 +30,6 @@ PREFIX = "/v1"
 DONE = b"data: [DONE]\n\n"
 
 
-class Model(msgspec.Struct, frozen=True):
-    """An agent. No time of its creation is known."""
-
-    id: str
-    object: str = "model"
-    created: int = 0
-    owned_by: str = "flock"
-
-
-class ModelList(msgspec.Struct, frozen=True):
-    """All agents."""
-
-    data: list[Model]
-    object: str = "list"
-
-
 def routes() -> Sequence[AppRoute]:
     return [
         AppRoute("access", "GET", "/v1/models", list_models),
@@ -79,12 +63,17 @@ def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
 
 async def list_models(request: Request) -> Response:
     """GET /v1/models"""
-    return JSONResponse(ModelList([Model(name) for name in orders.serving(request).flock.agents]))
+    return JSONResponse({"object": "list", "data": [_model(name) for name in orders.serving(request).flock.agents]})
 
 
 async def get_model(request: Request) -> Response:
     """GET /v1/models/{model}"""
-    return JSONResponse(Model(agent_of(orders.serving(request).flock.agents, request.path_params["model"]).name))
+    return JSONResponse(_model(agent_of(orders.serving(request).flock.agents, request.path_params["model"]).name))
+
+
+def _model(name: str) -> dict[str, Any]:
+    """Return an agent. No time of its creation is known."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "flock"}
 
 
 # Chat completions

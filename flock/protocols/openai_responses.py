@@ -73,7 +73,9 @@ class ResponseRequest(parts.Settings, frozen=True, kw_only=True):
 
     @property
     def session_id(self) -> str | None:
-        return self.conversation.get("id", "") if isinstance(self.conversation, dict) else self.conversation
+        """Raises SessionNotFound."""
+        id_ = self.conversation.get("id", "") if isinstance(self.conversation, dict) else self.conversation
+        return None if id_ is None else _session(id_)[0]
 
 
 RESPONSE_REQUEST = JSONType(ResponseRequest, ignores_unknown=True)
@@ -247,8 +249,6 @@ async def create_response(request: Request) -> Response:
         raise InvalidData.of("A response in the background must be stored. Leave this out.", "/store")
     if sent.previous_response_id is not None and sent.conversation is not None:
         raise InvalidData.of("Send this or 'previous_response_id', not both.", "/conversation")
-    if sent.session_id is not None:
-        _session(sent.session_id)
     order, place = await _order_of(request, body, sent)
     if sent.stream:
         stream = await orders.stream(request, order, reasoning=sent.has_thoughts)
@@ -576,8 +576,7 @@ class _Writer:
     def begin(self) -> bytes:
         run = msgspec.structs.replace(self._reply.run, status=RunStatus.RUNNING, completed_at=None)
         response = _response(Reply(self._reply.place, run), (), self._sent)
-        events = (self._event(f"response.{name}", response=response) for name in ("created", "in_progress"))
-        return b"".join(events)
+        return b"".join(self._event(f"response.{name}", response=response) for name in ("created", "in_progress"))
 
     def piece(self, text: str | chats.Thought) -> bytes:
         """Return the events of more text, or of reasoning, which is dropped after the text has begun.
