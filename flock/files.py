@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 import msgspec
@@ -164,15 +164,14 @@ def data_url(content: bytes | Path) -> str:
 
 def _read_data_url(url: str) -> tuple[str, str, bytes]:
     """Return the declared media type, the name and the content. Raises ValueError."""
-    match = re.match(r"data:([^,;]{0,200})((?:;[^,;]{0,2000}){0,9}),", url)
+    head, _, data = url.removeprefix("data:").partition(",")
+    declared, *parameters = head.split(";")
+    name = "".join(unquote(part[5:]) for part in parameters if part.startswith("name="))
     try:
-        assert match is not None
-        parameters, data = match[2].split(";"), url[match.end() :]
-        named = "".join(unquote(part[5:]) for part in parameters if part.startswith("name="))
-        content = base64.b64decode(data, validate=True) if parameters[-1] == "base64" else unquote_to_bytes(data)
-    except (AssertionError, binascii.Error) as exc:
+        is_base64 = parameters[-1:] == ["base64"]
+        return declared, name, base64.b64decode(data, validate=True) if is_base64 else unquote_to_bytes(data)
+    except binascii.Error as exc:
         raise ValueError("This data URL is not valid. Write data:image/png;base64, and the content in base64") from exc
-    return match[1], safe_name(named), content
 
 
 # Inputs
@@ -183,13 +182,6 @@ FOLDER: ContextVar[Callable[[], Path] | None] = ContextVar("flock_files", defaul
 _TAKING: "ContextVar[_Taking | None]" = ContextVar("flock_taking", default=None)
 
 
-class Taken(NamedTuple):
-    """Valid inputs with references, and their files by id: the content, or None if it is stored already."""
-
-    inputs: msgspec.Raw
-    contents: Mapping[str, bytes | None] = {}
-
-
 class _Taking:
     def __init__(self, find: Callable[[str], FileReference]) -> None:
         self.find, self.contents = find, dict[str, bytes | None]()
@@ -197,7 +189,7 @@ class _Taking:
     def reference_to(self, sent: Any) -> FileReference:
         """Return the reference to a file that a client has sent. Raises ValueError, NotFound."""
         more = sent if isinstance(sent, dict) else {}
-        sent, content, name = more.get("file_id", sent), None, safe_name(str(more.get("name", "")))
+        sent, content, name = more.get("file_id", sent), None, str(more.get("name", ""))
         if not isinstance(sent, str) or re.match(r"[a-z][a-z0-9+.-]*://", sent, re.IGNORECASE):
             raise ValueError(f"This is not a file, and no address is fetched: {HOW_TO_SEND}")
         if sent.startswith("data:"):
@@ -208,9 +200,8 @@ class _Taking:
         else:
             found = self.find(sent)
         self.contents[sent] = content
-        return msgspec.convert(
-            {**msgspec.to_builtins(found), "name": name, "detail": more.get("detail", "")}, FileReference
-        )
+        more = {"name": safe_name(name), "detail": more.get("detail", "")}
+        return msgspec.convert(msgspec.to_builtins(found) | more, FileReference)
 
 
 def file_from(type_: type[File], value: Any) -> File:
@@ -226,7 +217,7 @@ def taking(find: Callable[[str], FileReference] | None) -> Iterator[Mapping[str,
     Args:
         find: returns a stored file. Raises NotFound. None if there is no place for files.
 
-    Yields: the contents; see ``Taken``.
+    Yields: the files by id: the content, or None if it is stored already.
     """
     token = _TAKING.set(reader := None if find is None else _Taking(find))
     try:

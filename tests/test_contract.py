@@ -80,7 +80,6 @@ QUERIES = {
     "ResultsQuery": ["getBatchResults"],
     "BatchesQuery": ["listBatches"],
     "UsageQuery": ["getUsage"],
-    "FilesQuery": ["sendFile"],
 }
 
 

@@ -27,7 +27,7 @@ NO_ROWS = FieldError(detail="A batch must have at least one item.", pointer="/ba
 
 
 class CheckedRow(NamedTuple):
-    """A row, its kept columns as JSON for the results, its errors, and the contents of its files; see ``Taken``."""
+    """A row, its kept columns as JSON for the results, its errors, and its files; see ``Signature.take``."""
 
     row: Row
     extra: msgspec.Raw | None

@@ -140,7 +140,7 @@ class FileBox(Protocol):
         """
 
     async def keep_all(self, contents: Mapping[str, bytes | None]) -> tuple[str, ...]:
-        """Store the contents of inputs, and return ``Run.files``; see ``Taken``. Raises TooLarge, StoreError."""
+        """Store the files of ``Signature.take``, and return ``Run.files``. Raises TooLarge, StoreError."""
 
     def find(self, file_id: str) -> FileReference:
         """Return a stored file, which is then kept for another day. Raises NotFound."""
