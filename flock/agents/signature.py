@@ -35,7 +35,7 @@ import msgspec.inspect
 from flock.agents.messages import Messages
 from flock.agents.result import Result
 from flock.errors import InvalidData, MalformedJSON, SignatureError
-from flock.files import SCHEMA, Audio, Document, File, FileReference, Image, is_file, taking
+from flock.files import Audio, Document, File, Find, Image, is_file, taking
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hints_of
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import (
@@ -368,9 +368,7 @@ class Signature:
         """Decode a JSON object to ``type``. Raises MalformedJSON, InvalidData; see ``JSONType.decode``."""
         return self._json.decode(raw, at)
 
-    def take(
-        self, raw: msgspec.Raw, at: str, find: Callable[[str], FileReference] | None
-    ) -> tuple[msgspec.Raw, Mapping[str, bytes | None]]:
+    def take(self, raw: msgspec.Raw, at: str, find: Find | None) -> tuple[msgspec.Raw, Mapping[str, bytes | None]]:
         """Check the inputs of a client, and return them with references to their files, and those files by id.
 
         Args:
@@ -566,7 +564,7 @@ def _schema_components(type_: Any, mode: SchemaMode) -> tuple[dict[str, Any], di
 
     def schema_of(custom: Any) -> dict[str, Any]:
         if is_file(custom):
-            return {"title": custom.__name__, **SCHEMA}
+            return {"title": custom.__name__, "type": ["string", "object"], "description": "A data URL, or a file_id."}
         if custom not in refs_of_models:
             raise NotImplementedError
         return dict(refs_of_models[custom])

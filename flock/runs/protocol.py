@@ -126,9 +126,7 @@ class Observer:
 class FileBox(Protocol):
     """The files of one principal. The same content of another one is not visible in it."""
 
-    async def keep(
-        self, chunks: AsyncIterable[bytes], name: str = "", declared: str = "", at: str = ""
-    ) -> FileReference:
+    async def keep(self, data: AsyncIterable[bytes], name: str = "", declared: str = "", at: str = "") -> FileReference:
         """Store a content. On return it is on disk, and is kept for a day, and then as long as a run has it.
 
         Args:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,8 +26,6 @@ from flock.web.wire import RUN_REQUEST
 
 #: Max parts of a form that are files, and max parts that are not.
 MAX_PARTS = 100
-#: A browser must neither run scripts of a file, nor take it for a page of ours.
-SANDBOX = "default-src 'none'; sandbox"
 
 
 class _Form(MultiPartParser):
@@ -63,7 +60,7 @@ async def form_as_json(request: Request) -> bytes:
     app, sent, inputs = serving(request), dict[str, Any](), dict[str, Any]()
     limits = {"max_files": MAX_PARTS, "max_fields": MAX_PARTS, "max_part_size": app.options.max_body_bytes}
     members = {field.name: field.type for field in RUN_REQUEST.fields if field.name != "inputs"}
-    async with _upload(request) as body, AsyncExitStack() as stack:
+    async with _upload(request) as body, contextlib.AsyncExitStack() as stack:
         parser = _Form(request.headers, body.upload(), **limits)
         try:
             form = await parser.parse()
@@ -111,5 +108,5 @@ async def get_file(request: Request) -> Response:
     files = (await engine_of(request)).files()
     found = files.find(request.path_params["file_id"])
     place = "inline" if found.media_type.startswith("image/") else "attachment"
-    headers = {"Content-Security-Policy": SANDBOX, "Content-Disposition": place}
+    headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Content-Disposition": place}
     return FileResponse(files.path(found.file_id), headers=headers, media_type=found.media_type)
