@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 import msgspec
@@ -113,13 +113,6 @@ class Document(File):
     WHAT = "a PDF or a text in UTF-8"
 
 
-#: What a client may send for a file.
-SCHEMA: Mapping[str, Any] = {
-    "type": ["string", "object"],
-    "description": "A data URL, a file_id, or an object with one.",
-}
-
-
 def is_file(type_: Any) -> bool:
     return isinstance(type_, type) and issubclass(type_, File)
 
@@ -164,72 +157,59 @@ def data_url(content: bytes | Path) -> str:
 
 def _read_data_url(url: str) -> tuple[str, str, bytes]:
     """Return the declared media type, the name and the content. Raises ValueError."""
-    match = re.match(r"data:([^,;]{0,200})((?:;[^,;]{0,2000}){0,9}),", url)
+    head, _, data = url.removeprefix("data:").partition(",")
+    declared, *parameters = head.split(";")
+    name = "".join(unquote(part[5:]) for part in parameters if part.startswith("name="))
     try:
-        assert match is not None
-        parameters, data = match[2].split(";"), url[match.end() :]
-        named = "".join(unquote(part[5:]) for part in parameters if part.startswith("name="))
-        content = base64.b64decode(data, validate=True) if parameters[-1] == "base64" else unquote_to_bytes(data)
-    except (AssertionError, binascii.Error) as exc:
+        is_base64 = parameters[-1:] == ["base64"]
+        return declared, name, base64.b64decode(data, validate=True) if is_base64 else unquote_to_bytes(data)
+    except binascii.Error as exc:
         raise ValueError("This data URL is not valid. Write data:image/png;base64, and the content in base64") from exc
-    return match[1], safe_name(named), content
 
 
 # Inputs
 
 #: Returns the folder with the files of the run that the current task executes.
 FOLDER: ContextVar[Callable[[], Path] | None] = ContextVar("flock_files", default=None)
-#: The files that are read from the inputs of a client. Otherwise, they are references already.
-_TAKING: "ContextVar[_Taking | None]" = ContextVar("flock_taking", default=None)
+#: Returns a stored file. Raises NotFound.
+Find = Callable[[str], FileReference]
+#: Finds files, and collects them, in what a client has sent. Otherwise, a file is a reference already.
+_TAKING: ContextVar[tuple[Find, dict[str, bytes | None]] | None] = ContextVar("flock_taking", default=None)
 
 
-class Taken(NamedTuple):
-    """Valid inputs with references, and their files by id: the content, or None if it is stored already."""
-
-    inputs: msgspec.Raw
-    contents: Mapping[str, bytes | None] = {}
-
-
-class _Taking:
-    def __init__(self, find: Callable[[str], FileReference]) -> None:
-        self.find, self.contents = find, dict[str, bytes | None]()
-
-    def reference_to(self, sent: Any) -> FileReference:
-        """Return the reference to a file that a client has sent. Raises ValueError, NotFound."""
-        more = sent if isinstance(sent, dict) else {}
-        sent, content, name = more.get("file_id", sent), None, safe_name(str(more.get("name", "")))
-        if not isinstance(sent, str) or re.match(r"[a-z][a-z0-9+.-]*://", sent, re.IGNORECASE):
-            raise ValueError(f"This is not a file, and no address is fetched: {HOW_TO_SEND}")
-        if sent.startswith("data:"):
-            declared, name, content = _read_data_url(sent)
-            sent, media_type = hashlib.sha256(content).hexdigest(), media_type_of(content[:HEAD_BYTES])
-            check_declared(declared, media_type)
-            found = FileReference(file_id=sent, media_type=media_type, size=len(content))
-        else:
-            found = self.find(sent)
-        self.contents[sent] = content
-        return msgspec.convert(
-            {**msgspec.to_builtins(found), "name": name, "detail": more.get("detail", "")}, FileReference
-        )
+def _reference_to(sent: Any, find: Find, contents: dict[str, bytes | None]) -> FileReference:
+    """Return the reference to a file that a client has sent. Raises ValueError, NotFound."""
+    more = sent if isinstance(sent, dict) else {}
+    sent, content, name = more.get("file_id", sent), None, str(more.get("name", ""))
+    if not isinstance(sent, str) or re.match(r"[a-z][a-z0-9+.-]*://", sent, re.IGNORECASE):
+        raise ValueError(f"This is not a file, and no address is fetched: {HOW_TO_SEND}")
+    if sent.startswith("data:"):
+        declared, name, content = _read_data_url(sent)
+        sent, media_type = hashlib.sha256(content).hexdigest(), media_type_of(content[:HEAD_BYTES])
+        check_declared(declared, media_type)
+        found = FileReference(file_id=sent, media_type=media_type, size=len(content))
+    else:
+        found = find(sent)
+    contents[sent] = content
+    more = {"name": safe_name(name), "detail": more.get("detail", "")}
+    return msgspec.convert(msgspec.to_builtins(found) | more, FileReference)
 
 
 def file_from(type_: type[File], value: Any) -> File:
     """Return a file for msgspec, which has found *value* in JSON. Raises ValueError, NotFound."""
     taking = _TAKING.get()
-    return type_(taking.reference_to(value) if taking is not None else msgspec.convert(value, FileReference))
+    return type_(msgspec.convert(value, FileReference) if taking is None else _reference_to(value, *taking))
 
 
 @contextlib.contextmanager
-def taking(find: Callable[[str], FileReference] | None) -> Iterator[Mapping[str, bytes | None]]:
-    """Read files from what a client has sent inside the block. Nothing is stored.
+def taking(find: Find | None) -> Iterator[Mapping[str, bytes | None]]:
+    """Read files from what a client has sent inside the block, unless *find* is None. Nothing is stored.
 
-    Args:
-        find: returns a stored file. Raises NotFound. None if there is no place for files.
-
-    Yields: the contents; see ``Taken``.
+    Yields: the files by id: the content, or None if it is stored already.
     """
-    token = _TAKING.set(reader := None if find is None else _Taking(find))
+    contents = dict[str, bytes | None]()
+    token = _TAKING.set(None if find is None else (find, contents))
     try:
-        yield {} if reader is None else reader.contents
+        yield contents
     finally:
         _TAKING.reset(token)

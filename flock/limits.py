@@ -76,13 +76,9 @@ class Limits(Options, frozen=True, kw_only=True):
     #: Max size of the inputs of one run, as JSON. A cluster without a ``payload_dir`` accepts at most a million bytes.
     max_input_bytes: Annotated[int, whole(1)] = 16 * 1024 * 1024
     #: Max size of one file in the inputs of a run.
-    max_file_bytes: Annotated[
-        int, whole(1, "Max size of a file in the inputs of a run. A longer one is rejected with 413.")
-    ] = 64 * 1024 * 1024
+    max_file_bytes: Annotated[int, whole(1)] = 64 * 1024 * 1024
     #: Max size of all files of one principal together. The same content counts once.
-    max_files_bytes: Annotated[
-        int, whole(1, "Max size of all files of one key together. More are rejected with 413.")
-    ] = 10 * 1024**3
+    max_files_bytes: Annotated[int, whole(1)] = 10 * 1024**3
     #: Max size of the result of one step, as JSON; a longer result fails the run. For a cluster, see
     #: ``TemporalWorker``.
     max_result_bytes: Annotated[int, whole(1, on_cluster="cluster")] = 16 * 1024 * 1024

@@ -81,7 +81,6 @@ QUERIES = {
     "ResultsQuery": ["getBatchResults"],
     "BatchesQuery": ["listBatches"],
     "UsageQuery": ["getUsage"],
-    "FilesQuery": ["sendFile"],
     "WebhooksQuery": ["listWebhooks"],
 }
 

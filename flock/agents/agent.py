@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import msgspec
+from msgspec.structs import replace
 
 from flock.agents.chat import ChatInput, chat_input
 from flock.agents.conversation import Conversation, Verdict
@@ -46,6 +47,7 @@ from flock.errors import (
     ModelError,
     cut,
 )
+from flock.files import File, FileReference
 from flock.models.completions import Message, with_user_text
 from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of, names_of
@@ -584,12 +586,20 @@ class ModelAgent(Agent):
 
     def _prompt(self, inputs: Any, history: Sequence[Message], client: ClientSettings) -> list[Message]:
         system = self._system(self.instructions, client)
+        files: list[FileReference] = []
+
+        def shown(value: Any) -> Any:
+            if isinstance(value, File):
+                files.append(value.reference)
+            return f"file {len(files)} {value.name}".strip() if isinstance(value, File) else to_json(value)
+
         if not isinstance(self.input, ChatInput):
-            return with_user_text([system, *self._examples, *history], self._user_prompt(inputs))
-        conversation, others = self.input.split(inputs)
+            messages = with_user_text([system, *self._examples, *history], self._user_prompt(inputs, shown))
+            return [*messages[:-1], replace(messages[-1], files=tuple(files))]
+        conversation, others = self.input.split(inputs, shown)
         return [
             system,
-            *([Message("user", self._described(others))] if others else []),
+            *([Message("user", self._described(others), files=tuple(files))] if others else []),
             *(Message(message["role"], message["content"]) for message in conversation),
         ]
 
@@ -630,9 +640,9 @@ class ModelAgent(Agent):
         )
         return found
 
-    def _user_prompt(self, inputs: Any) -> str:
+    def _user_prompt(self, inputs: Any, shown: Callable[[Any], Any] = to_json) -> str:
         """Return the inputs as JSON, then the task: small models follow best what they read last."""
-        return f"{self._described(msgspec.to_builtins(inputs, enc_hook=to_json))}\n\n{self._task()}"
+        return f"{self._described(msgspec.to_builtins(inputs, enc_hook=shown))}\n\n{self._task()}"
 
     def _described(self, inputs: Mapping[str, Any]) -> str:
         described = [

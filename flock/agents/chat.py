@@ -2,6 +2,7 @@
 
 import types
 import typing
+from collections.abc import Callable
 from typing import Annotated, Any, Union
 
 import msgspec
@@ -29,9 +30,9 @@ class ChatInput(Signature):
             raise InvalidData.of(detail, pointer)
         return inputs
 
-    def split(self, inputs: Any) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    def split(self, inputs: Any, shown: Callable[[Any], Any] = to_json) -> tuple[list[dict[str, str]], dict[str, Any]]:
         """Return the messages of the conversation, and the other inputs, as plain values."""
-        others = msgspec.to_builtins(inputs, enc_hook=to_json)
+        others = msgspec.to_builtins(inputs, enc_hook=shown)
         return others.pop(self._conversation), others
 
 

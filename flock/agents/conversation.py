@@ -98,7 +98,8 @@ class Conversation(msgspec.Struct, kw_only=True):
         context, model = self.context, next(iter(self.models), "")
 
         async def pay(request: Request) -> Completion:
-            async with context.reserve(model, (request.messages, request.tools), request.max_tokens):
+            files = " " * 4000 * sum(len(message.files) for message in request.messages)  # about what an image costs
+            async with context.reserve(model, (request.messages, request.tools, files), request.max_tokens):
                 context.check_tokens(self.models)
                 with of_chat(model, request.max_tokens, request.temperature) as span:
                     try:

@@ -35,7 +35,7 @@ import msgspec.inspect
 from flock.agents.messages import Messages
 from flock.agents.result import Result
 from flock.errors import InvalidData, MalformedJSON, SignatureError
-from flock.files import SCHEMA, Audio, Document, File, FileReference, Image, Taken, is_file, taking
+from flock.files import Audio, Document, File, Find, Image, is_file, taking
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hints_of
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import (
@@ -368,20 +368,25 @@ class Signature:
         """Decode a JSON object to ``type``. Raises MalformedJSON, InvalidData; see ``JSONType.decode``."""
         return self._json.decode(raw, at)
 
-    def take(self, raw: msgspec.Raw, at: str, find: Callable[[str], FileReference] | None) -> Taken:
-        """Like ``decode``, but return the inputs of a client with references to their files, which *find* finds.
+    def take(self, raw: msgspec.Raw, at: str, find: Find | None) -> tuple[msgspec.Raw, Mapping[str, bytes | None]]:
+        """Check the inputs of a client, and return them with references to their files, and those files by id.
 
-        Raises: NotFound too.
+        Args:
+            find: see ``flock.files.taking``.
+
+        Returns: the files with their content, or None if it is stored already.
+
+        Raises: the same as ``decode``, and NotFound.
         """
         with taking(find) as contents:
             typed = self.decode(raw, at)
         if not contents:
-            return Taken(raw)
+            return raw, {}
         texts = raw, msgspec.json.encode(typed, enc_hook=to_json)
         sent, read = (msgspec.json.decode(text, type=dict[str, msgspec.Raw]) for text in texts)
         # No text has these characters in JSON, so all else stays as it was sent.
         changed = {name: read[name] for name in sent if b'"file_id":' in bytes(read.get(name, b""))}
-        return Taken(msgspec.Raw(msgspec.json.encode({**sent, **changed})), contents)
+        return msgspec.Raw(msgspec.json.encode({**sent, **changed})), contents
 
     def encode(self, value: Any) -> msgspec.Raw:
         """Validate *value* (an instance of ``type``, or a mapping) and encode it as JSON.
@@ -559,7 +564,7 @@ def _schema_components(type_: Any, mode: SchemaMode) -> tuple[dict[str, Any], di
 
     def schema_of(custom: Any) -> dict[str, Any]:
         if is_file(custom):
-            return {"title": custom.__name__, **SCHEMA}
+            return {"title": custom.__name__, "type": ["string", "object"], "description": "A data URL, or a file_id."}
         if custom not in refs_of_models:
             raise NotImplementedError
         return dict(refs_of_models[custom])

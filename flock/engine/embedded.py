@@ -322,9 +322,8 @@ class EmbeddedEngine(EngineBase):
 
     async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None) -> None:
         full = self._runner.full(run.principal)
-        is_announced = (
-            run.is_async or bool(run.files) or run.run_id in self._runner.watched
-        )  # its client gets its id before its end
+        # Its client gets its id before its end, or it has files.
+        is_announced = run.is_async or bool(run.files) or run.run_id in self._runner.watched
         if not is_announced and key is None and run.session_id is None:
             if full is not None:
                 raise full

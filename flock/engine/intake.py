@@ -12,19 +12,8 @@ from flock.agents.agent import Agent
 from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, iterate
 from flock.errors import DefinitionError, FieldError, InvalidData
 from flock.rows.tables import RowMapping
-from flock.runs import (
-    INVALID_INPUT,
-    Batch,
-    FileBox,
-    ItemLimits,
-    Items,
-    OnInvalid,
-    Principal,
-    Row,
-    Run,
-    RunStatus,
-    new_id,
-)
+from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Principal, Row, Run, RunStatus, new_id
+from flock.runs.protocol import FileBox
 from flock.runs.records import CALL_IDS
 from flock.steps.identity import new_call_key
 from flock.steps.outcomes import Outcome

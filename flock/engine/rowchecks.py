@@ -28,7 +28,7 @@ NO_ROWS = FieldError(detail="A batch must have at least one item.", pointer="/ba
 
 
 class CheckedRow(NamedTuple):
-    """A row, its kept columns as JSON for the results, its errors, and the contents of its files; see ``Taken``."""
+    """A row, its kept columns as JSON for the results, its errors, and its files; see ``Signature.take``."""
 
     row: Row
     extra: msgspec.Raw | None
@@ -100,15 +100,13 @@ class RowChecks:
             return CheckedRow(row, extra, row.errors)
         try:
             inputs, contents = self._agent.input.take(row.inputs, row.at, self._find)
-            row = row if inputs is row.inputs else msgspec.structs.replace(row, inputs=inputs)
-            return CheckedRow(row, extra, row.errors, contents)
+            return CheckedRow(msgspec.structs.replace(row, inputs=inputs), extra, row.errors, contents)
         except InvalidData as exc:
             sources = {escape_pointer(key): at for key, at in row.sources.items()}
             input_errors = [_as_sent(error, row, sources) for error in exc.errors]
         except (MalformedJSON, NotFound) as exc:
             input_errors = [_as_sent(FieldError(detail=str(exc), pointer=row.at), row, {})]
-        errors = (*row.errors, *(error for error in input_errors if error.pointer not in places))
-        return CheckedRow(row, extra, errors)
+        return CheckedRow(row, extra, (*row.errors, *(each for each in input_errors if each.pointer not in places)))
 
 
 class RowErrors:

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
+from flock.files import FileReference
 from flock.runs import Usage
 
 
@@ -30,12 +32,14 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
         role: system, user, assistant, or tool for the result of a tool call.
         tool_calls: those of an assistant.
         tool_call_id: the call whose result this is.
+        files: those of the user, whose contents are only in what is sent.
     """
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    files: tuple[FileReference, ...] = ()
 
 
 def with_user_text(messages: Sequence[Message], text: str) -> list[Message]:
@@ -43,7 +47,7 @@ def with_user_text(messages: Sequence[Message], text: str) -> list[Message]:
     *rest, last = messages
     if last.role != "user":
         return [*messages, Message("user", text)]
-    return [*rest, Message("user", f"{last.content}\n\n{text}")]
+    return [*rest, replace(last, content=f"{last.content}\n\n{text}")]
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):

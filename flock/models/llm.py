@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import anyio
+import anyio.to_thread
 import msgspec
 from msgspec.structs import replace
 
@@ -54,6 +55,7 @@ from flock.models.requests import (
     rejects_tools,
     streamed,
     with_cache_marks,
+    with_contents,
 )
 from flock.models.sse import is_stream
 from flock.models.streams import BYTES_PER_TOKEN, StreamedReply, counted, read_reply
@@ -291,7 +293,10 @@ class ModelClient:
 
     async def _post(self, sending: _Sending, caller: Caller) -> Any:
         """Return the server's response as JSON, after as many attempts as it takes."""
-        endpoint = sending.endpoint
+        endpoint, tokens = sending.endpoint, _estimate(sending.body, msgspec.json.encode(sending.body))
+        if any(message.files for message in sending.body["messages"]):  # read in a thread, since they may be long
+            messages = await anyio.to_thread.run_sync(with_contents, sending.body["messages"], endpoint.provider)
+            sending = replace(sending, body={**sending.body, "messages": messages})
         if endpoint.has_cache_marks:
             body = {**sending.body, "messages": with_cache_marks(sending.body["messages"])}
             sending = replace(sending, body=body)
@@ -300,7 +305,6 @@ class ModelClient:
             pace = self._gate(endpoint.account, Pace, endpoint.provider, self._backoff_s)
             call = _Call(caller, pace, self._backoff_s)
             limits = self._limits((endpoint.account, endpoint.name), endpoint.limits, pace)
-            tokens = _estimate(sending.body, msgspec.json.encode(sending.body))
             while True:
                 passage = Passage(tokens)
                 try:
@@ -526,7 +530,8 @@ def _litellm(name: str) -> Any:
 async def _complete_with_litellm(request: Request, model: Model) -> Completion:
     litellm = _litellm(request.name)
     part = format_of("text" if request.tools else "json_schema", request, may_be_strict=model.strict is not False)
-    options: dict[str, Any] = msgspec.to_builtins({"messages": request.messages, **part})
+    messages = await anyio.to_thread.run_sync(with_contents, part.pop("messages", request.messages), "litellm")
+    options: dict[str, Any] = msgspec.to_builtins({"messages": messages, **part})
     if "claude" in request.name:
         options["messages"] = with_cache_marks(options["messages"])
     if request.tools:

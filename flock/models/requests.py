@@ -1,5 +1,6 @@
 """Requests for chat completions: the body, and the ways to request JSON or calls of tools."""
 
+import base64
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.errors import DefinitionError, ModelError
+from flock.files import File, FileReference
 from flock.models import localmodel, react
 from flock.models.completions import Listener, Message, ToolSchema
 from flock.models.models import Model
@@ -114,6 +116,43 @@ def with_cache_marks(messages: Sequence[Message]) -> list[dict[str, Any]]:
             part = {"type": "text", "text": message["content"], "cache_control": {"type": "ephemeral"}}
             message["content"] = [part]
     return marked
+
+
+#: What the providers take beside texts. Those that are not listed take images. See docs/files.md.
+TAKES: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("openai", "openrouter", "litellm"), ("image", "application", "audio")),
+    **dict.fromkeys(("azure", "gemini", "vllm", "llamacpp"), ("image", "audio")),
+    **dict.fromkeys(("deepseek", "cerebras", "local"), ()),
+}
+#: Max size of a file, in bytes, for the providers that take less than ``MAX_BYTES``.
+MAX_FILE_BYTES, MAX_BYTES = {"anthropic": 5_000_000, "groq": 3_000_000, "mistral": 10_000_000}, 20_000_000
+
+
+def with_contents(messages: Sequence[Message], provider: str) -> list[Any]:
+    """Return *messages* with the contents of their files. Raises ModelError if the provider does not take one."""
+
+    def parts(message: Message) -> list[dict[str, Any]]:
+        text = {"type": "text", "text": message.content}
+        return [text, *(_part(file, provider) for file in message.files)]
+
+    return [{"role": each.role, "content": parts(each)} if each.files else each for each in messages]
+
+
+def _part(reference: FileReference, provider: str) -> dict[str, Any]:
+    file, (kind, _, form) = File(reference), reference.media_type.partition("/")
+    if kind == "text":
+        return {"type": "text", "text": f"{file.name}:\n{file.text()}"}
+    most = MAX_FILE_BYTES.get(provider, MAX_BYTES)
+    if kind not in TAKES.get(provider, ("image",)) or form == "octet-stream" or file.size > most:
+        what = f"{provider} takes no {file.media_type} from here, or none of {file.size:,} bytes: {most:,} at most."
+        raise ModelError(what, "model_bad_request")
+    data = base64.b64encode(file.read()).decode()
+    url = f"data:{file.media_type};base64,{data}"
+    if kind == "audio":
+        return {"type": "input_audio", "input_audio": {"data": data, "format": form.replace("mpeg", "mp3")}}
+    if kind == "application":
+        return {"type": "file", "file": {"filename": file.name or "file.pdf", "file_data": url}}
+    return {"type": "image_url", "image_url": {"url": url} | ({"detail": file.detail} if file.detail else {})}
 
 
 def next_step(request: Request) -> Request:

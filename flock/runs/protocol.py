@@ -126,9 +126,7 @@ class Observer:
 class FileBox(Protocol):
     """The files of one principal. The same content of another one is not visible in it."""
 
-    async def keep(
-        self, chunks: AsyncIterable[bytes], name: str = "", declared: str = "", at: str = ""
-    ) -> FileReference:
+    async def keep(self, data: AsyncIterable[bytes], name: str = "", declared: str = "", at: str = "") -> FileReference:
         """Store a content. On return it is on disk, and is kept for a day, and then as long as a run has it.
 
         Args:
@@ -140,7 +138,7 @@ class FileBox(Protocol):
         """
 
     async def keep_all(self, contents: Mapping[str, bytes | None]) -> tuple[str, ...]:
-        """Store the contents of inputs, and return ``Run.files``; see ``Taken``. Raises TooLarge, StoreError."""
+        """Store the files of ``Signature.take``, and return ``Run.files``. Raises TooLarge, StoreError."""
 
     def find(self, file_id: str) -> FileReference:
         """Return a stored file, which is then kept for another day. Raises NotFound."""

@@ -114,12 +114,10 @@ class _ContentsOfPrincipal(FileBox):
                 await self.keep(_each(content))
         return tuple(f"{self._folder.name}/{file_id}" for file_id in contents)
 
-    async def keep(
-        self, chunks: AsyncIterable[bytes], name: str = "", declared: str = "", at: str = ""
-    ) -> FileReference:
+    async def keep(self, data: AsyncIterable[bytes], name: str = "", declared: str = "", at: str = "") -> FileReference:
         digest, size, head = hashlib.sha256(), 0, b""
         with self._writing() as (file, path):
-            async for chunk in chunks:
+            async for chunk in data:
                 size, head = size + len(chunk), head or chunk[: files.HEAD_BYTES]
                 if size > self._max_bytes:
                     raise TooLarge(f"A file may have {self._max_bytes} bytes on this server (max_file_bytes).")
@@ -156,8 +154,7 @@ class _ContentsOfPrincipal(FileBox):
         used = others if final.exists() else others + size
         if used > self._max_total_bytes:
             raise TooLarge(
-                f"Your files may have {self._max_total_bytes} bytes together on this server (max_files_bytes). "
-                "Delete runs with files, or wait a day for those that no run has taken."
+                f"Your files may have {self._max_total_bytes} bytes (max_files_bytes). Delete runs with files."
             )
         self._contents.used[self._folder] = used
         file.flush()

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import logging
 import os
-import secrets
 import shutil
 import sqlite3
 import tempfile
@@ -27,7 +26,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from flock.errors import OwnershipLost, StoreError, Unstorable
-from flock.runs import Run, Step
+from flock.runs import Run, Step, new_id
 from flock.scopes import start_in_empty_context
 from flock.store import files, queries, statements
 from flock.store.columns import Damaged
@@ -77,7 +76,7 @@ class Database:
         self.agents: Collection[str] = ()
         self._unwritten_bytes = 0
         self._file = StoreFile(self.path)
-        place = self.path if self.is_shared else os.path.join(tempfile.gettempdir(), f"flock-{secrets.token_hex(16)}")
+        place = self.path if self.is_shared else os.path.join(tempfile.gettempdir(), f"flock-{new_id()}")
         self.contents = Contents(Path(f"{place}-files"))
         self._reset()
 

@@ -335,8 +335,7 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     # knows the time to a millisecond.
     [
         "ALTER TABLE runs ADD COLUMN files BLOB",
-        "CREATE TABLE run_files (run_id TEXT NOT NULL, file TEXT NOT NULL, at REAL, PRIMARY KEY (run_id, file)) "
-        "WITHOUT ROWID",
+        "CREATE TABLE run_files (run_id TEXT, file TEXT, at REAL, PRIMARY KEY (run_id, file)) WITHOUT ROWID",
         "CREATE INDEX runs_by_file ON run_files (file)",
         f"""CREATE TRIGGER files_taken AFTER INSERT ON runs WHEN new.files IS NOT NULL BEGIN
             INSERT OR REPLACE INTO run_files

@@ -1,16 +1,16 @@
 """Files of clients: ``POST /files``, ``GET /files/{file_id}``, and forms that have files as inputs of a run."""
 
-from collections.abc import AsyncGenerator
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from importlib.util import find_spec
 from typing import Any
 
-import anyio
 import msgspec
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 
 from flock.agents.signature import text_as_json
 from flock.declared import agent_of
@@ -18,16 +18,14 @@ from flock.errors import FlockError, InvalidData
 from flock.extras import pip_install
 from flock.jsontype import escape_pointer, explain
 from flock.web.body import Body
-from flock.web.orders import download_slot, engine_of, serving
-from flock.web.requests import query_of, root_path
-from flock.web.responses import PIECE_BYTES, JSONResponse, LimitedStream, head_of_stream
+from flock.web.orders import engine_of, serving
+from flock.web.requests import root_path
+from flock.web.responses import PIECE_BYTES, JSONResponse
 from flock.web.routing import caller_of
-from flock.web.wire import RUN_REQUEST, FilesQuery
+from flock.web.wire import RUN_REQUEST
 
 #: Max parts of a form that are files, and max parts that are not.
 MAX_PARTS = 100
-#: A browser must neither run scripts of a file, nor take it for a page of ours.
-SANDBOX = "default-src 'none'; sandbox"
 
 
 class _Form(MultiPartParser):
@@ -35,6 +33,19 @@ class _Form(MultiPartParser):
 
     def on_end(self) -> None:
         self.has_ended = True
+
+
+@contextlib.asynccontextmanager
+async def _upload(request: Request) -> AsyncIterator[Body]:
+    """Take a slot of the caller in the block. If it fails, read the rest, so that the client gets the error."""
+    app = serving(request)
+    body = Body(request, app.options.max_upload_bytes, app.options.body_timeout_s)
+    try:
+        with app.uploads.take(caller_of(request)):
+            yield body
+    except (FlockError, HTTPException):
+        await body.drain()
+        raise
 
 
 async def form_as_json(request: Request) -> bytes:
@@ -46,34 +57,26 @@ async def form_as_json(request: Request) -> bytes:
     """
     if find_spec("python_multipart") is None:
         raise HTTPException(415, f"This server takes no forms. To enable them: {pip_install('python-multipart')}")
-    app = serving(request)
-    body = Body(request, app.options.max_upload_bytes, app.options.body_timeout_s)
+    app, sent, inputs = serving(request), dict[str, Any](), dict[str, Any]()
     limits = {"max_files": MAX_PARTS, "max_fields": MAX_PARTS, "max_part_size": app.options.max_body_bytes}
-    parser = _Form(request.headers, body.upload(), **limits)
     members = {field.name: field.type for field in RUN_REQUEST.fields if field.name != "inputs"}
-    sent, inputs = dict[str, Any](), dict[str, Any]()
-    try:
-        with app.uploads.take(caller_of(request)):
+    async with _upload(request) as body, contextlib.AsyncExitStack() as stack:
+        parser = _Form(request.headers, body.upload(), **limits)
+        try:
             form = await parser.parse()
-            try:
-                if not parser.has_ended:
-                    raise MultiPartException("its last boundary is missing.")
-                agent = agent_of(app.flock.agents, str(form.get("agent_name", "")))
-                types = {field.name: field.type for field in agent.input.fields} | members
-                for name in dict.fromkeys(form):
-                    type_ = types.get(name, Any)
-                    values = [await _value(request, type_, name, part) for part in form.getlist(name)]
-                    one = bytes(values[0])
-                    is_list = len(values) > 1 or (explain(type_, one, "") and not explain(type_, b"[%b]" % one, ""))
-                    (sent if name in members else inputs)[name] = values if is_list else values[0]
-            finally:
-                await form.close()
-    except MultiPartException as exc:
-        await body.drain()
-        raise InvalidData.of(f"The form is not valid: {exc.message}") from exc
-    except (FlockError, HTTPException):
-        await body.drain()
-        raise
+            stack.push_async_callback(form.close)
+            if not parser.has_ended:
+                raise MultiPartException("its last boundary is missing.")
+        except MultiPartException as exc:
+            raise InvalidData.of(f"The form is not valid: {exc.message}") from exc
+        agent = agent_of(app.flock.agents, str(form.get("agent_name", "")))
+        types = {field.name: field.type for field in agent.input.fields} | members
+        for name in dict.fromkeys(form):
+            type_ = types.get(name, Any)
+            values = [await _value(request, type_, name, part) for part in form.getlist(name)]
+            one = bytes(values[0])
+            is_list = len(values) > 1 or (explain(type_, one, "") and not explain(type_, b"[%b]" % one, ""))
+            (sent if name in members else inputs)[name] = values if is_list else values[0]
     return msgspec.json.encode({**sent, "inputs": inputs})
 
 
@@ -86,23 +89,17 @@ async def _value(request: Request, type_: Any, name: str, part: UploadFile | str
             yield chunk
 
     files, at = (await engine_of(request)).files(), f"/inputs/{escape_pointer(name)}"
-    return msgspec.Raw(
-        msgspec.json.encode(await files.keep(chunks(), part.filename or "", part.content_type or "", at))
-    )
+    file = await files.keep(chunks(), part.filename or "", part.content_type or "", at)
+    return msgspec.Raw(msgspec.json.encode(file))
 
 
 async def post_file(request: Request) -> Response:
     """POST /files: the body is the file."""
-    app, name, declared = serving(request), query_of(request, FilesQuery).name, request.headers.get("content-type", "")
-    if declared == "application/x-www-form-urlencoded":  # what curl says of any file
-        declared = ""
-    body = Body(request, app.options.max_upload_bytes, app.options.body_timeout_s)
-    try:
-        with app.uploads.take(caller_of(request)):
-            file = await (await engine_of(request)).files().keep(body.upload(), name, declared)
-    except FlockError:
-        await body.drain()
-        raise
+    declared = request.headers.get("content-type", "").replace(
+        "application/x-www-form-urlencoded", ""
+    )  # curl's default
+    async with _upload(request) as body:
+        file = await (await engine_of(request)).files().keep(body.upload(), declared=declared)
     return JSONResponse(file, 201, {"Location": f"{root_path(request.scope)}/files/{file.file_id}"})
 
 
@@ -111,13 +108,5 @@ async def get_file(request: Request) -> Response:
     files = (await engine_of(request)).files()
     found = files.find(request.path_params["file_id"])
     place = "inline" if found.media_type.startswith("image/") else "attachment"
-    headers = {"Content-Security-Policy": SANDBOX, "Content-Disposition": place, "Content-Length": str(found.size)}
-    if request.method == "HEAD":
-        return head_of_stream(found.media_type, headers)
-
-    async def pieces() -> AsyncGenerator[bytes, None]:
-        async with await anyio.open_file(files.path(found.file_id), "rb") as file:
-            while piece := await file.read(PIECE_BYTES):
-                yield piece
-
-    return LimitedStream(pieces(), download_slot(request), headers, found.media_type)
+    headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Content-Disposition": place}
+    return FileResponse(files.path(found.file_id), headers=headers, media_type=found.media_type)

@@ -48,7 +48,6 @@ __all__ = [
     "BatchSummary",
     "BatchesQuery",
     "EventsQuery",
-    "FilesQuery",
     "FlockAPIRequest",
     "FlockAPIResponse",
     "FlockAnswer",
@@ -235,12 +234,6 @@ class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     delimiter: Delimiter = ","
     decimal: Decimal = "."
     encoding: str = "utf-8"
-
-
-class FilesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Query of ``POST /files``."""
-
-    name: str = ""
 
 
 class WaitQuery(msgspec.Struct, frozen=True):
