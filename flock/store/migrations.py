@@ -318,8 +318,7 @@ MIGRATIONS: Sequence[Sequence[str]] = [
             flock TEXT NOT NULL, type TEXT NOT NULL, record_id TEXT NOT NULL, call_id TEXT, agent_name TEXT NOT NULL,
             attempt INTEGER NOT NULL, status TEXT NOT NULL DEFAULT 'pending', tries INTEGER NOT NULL DEFAULT 0,
             created_at INTEGER NOT NULL, next_try_at INTEGER NOT NULL, first_try_at INTEGER, ended_at INTEGER,
-            error TEXT
-        )""",
+            error TEXT)""",
         "CREATE UNIQUE INDEX webhooks_by_id ON webhooks (webhook_id)",
         "CREATE INDEX webhooks_of_records ON webhooks (record_id, number)",
         "CREATE INDEX webhooks_by_status ON webhooks (flock, status, number)",

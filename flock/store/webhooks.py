@@ -67,9 +67,7 @@ class WebhookStore:
 
         return sorted(self._db.read(find), key=lambda webhook: webhook.next_try_at)[:limit]
 
-    async def write(
-        self, webhook_id: str, status: str, tries: int, *times: datetime | None, error: str | None = None
-    ) -> None:
+    async def write(self, webhook_id: str, status: str, tries: int, *times: datetime | None, error: str | None) -> None:
         """Write what came of a try. *times*: of the first and the next one, and of the end."""
         values = (status, tries, *map(micros, times), error, webhook_id)
         await self._db.change(lambda db: db.execute(statements.UPDATE_WEBHOOK, values) and None)

@@ -39,6 +39,8 @@ from flock.web.responses import JSONResponse
 
 logger = logging.getLogger("flock.webhooks")
 
+OnTry = Callable[[str], None]
+
 #: How often the store is asked for new events, and for new receivers, in seconds.
 POLL_S, RECEIVERS_S = 0.2, 1.0
 #: How many requests to one host are open at once.
@@ -86,9 +88,7 @@ class WebhookSender:
         on_try: called with the status after each try.
     """
 
-    def __init__(
-        self, store: Store, flock: DeclaredFlock, keys: Sequence[bytes], on_try: Callable[[str], None]
-    ) -> None:
+    def __init__(self, store: Store, flock: DeclaredFlock, keys: Sequence[bytes], on_try: OnTry) -> None:
         self._store, self.flock, self.keys, self._on_try = store, flock, keys, on_try
         self.webhooks: WebhookStore = store.webhooks
 
@@ -220,9 +220,7 @@ def _urls_of(flock: DeclaredFlock) -> Mapping[str, str | None]:
     return {agent.name: agent.webhook_url or flock.webhook_url for agent in flock.agents.values()}
 
 
-def sender_of(
-    engine: Engine, flock: DeclaredFlock, secrets: Sequence[str], on_try: Callable[[str], None]
-) -> WebhookSender | None:
+def sender_of(engine: Engine, flock: DeclaredFlock, secrets: Sequence[str], on_try: OnTry) -> WebhookSender | None:
     """Return what sends the webhooks of an engine. A cluster has none.
 
     Raises: DefinitionError if there is a receiver, and no secret, or a cluster.
@@ -269,6 +267,6 @@ async def retry_webhook(request: Request) -> Response:
     found = await sender.webhooks.find(sender.flock.name, webhook_id)
     if found is None:
         raise HTTPException(404, f"There is no webhook {webhook_id!r}. GET /webhooks lists those of the last days.")
-    await sender.webhooks.write(webhook_id, "pending", 0, None, at := now(), None)
+    await sender.webhooks.write(webhook_id, "pending", 0, None, at := now(), None, error=None)
     again = replace(found, status="pending", tries=0, first_try_at=None, next_try_at=at, ended_at=None, error=None)
     return JSONResponse(again, 202)
