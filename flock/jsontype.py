@@ -209,7 +209,7 @@ def malformed(raw: bytes, exc: Exception) -> MalformedJSON:
     if isinstance(exc, RecursionError):
         return MalformedJSON("nested too deeply", 1, 1)
     reason, position = "unexpected end", len(raw)
-    if isinstance(exc, UnicodeDecodeError):
+    if isinstance(exc, UnicodeDecodeError) or str(exc).startswith("Invalid UTF-8"):  # before msgspec 0.23, and since
         reason, position = "invalid UTF-8", _first_invalid_byte(raw)
     elif found := re.search(r"malformed: (.+) \(byte (\d+)\)", str(exc)):
         reason, position = found[1], int(found[2])

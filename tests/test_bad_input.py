@@ -396,11 +396,11 @@ async def test_unhashable_values_and_errors_in_a_types_own_code_are_422(
         return len(values)
 
     for inputs, pointer in (
-        ({"values": [[1]]}, "/inputs/values"),
+        ({"values": [[1]]}, "/inputs/values"),  # its element, since msgspec 0.23
         ({"values": [], "picky": {"n": 1}}, "/inputs/picky"),
     ):
         problem = check_problem(await post(client, {"agent_name": "unique", "inputs": inputs}), 422)
-        assert [error["pointer"] for error in problem["errors"]] == [pointer]
+        assert [error["pointer"].removesuffix("/0") for error in problem["errors"]] == [pointer]
         assert "secret" not in json.dumps(problem)
 
 

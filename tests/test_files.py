@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from flock.core import Audio, Document, File, Flock, Image, data_url
+from flock.engine.base import EngineBase
 from flock.errors import CallError, Conflict, InvalidData, NotFound, StoreError, TooLarge
 from flock.files import check_declared, media_type_of, safe_name
 from flock.runs import RunFilter
@@ -592,3 +593,9 @@ async def test_a_kill_loses_nothing_that_was_accepted_and_leaks_no_file(place: s
         await engine.delete_run(run.run_id)
         await engine.store.delete_unused_files()
         assert stored(tmp_path) == []
+
+
+def test_an_engine_on_a_cluster_has_no_place_for_files() -> None:
+    no_engine: Any = None
+    with pytest.raises(Conflict, match="no place for files"):
+        EngineBase.files(no_engine, "ann")
