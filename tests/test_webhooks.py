@@ -77,9 +77,11 @@ async def copy_webhook(flock: Flock, count: int) -> None:
 async def test_the_end_of_a_run_arrives() -> None:
     inbox = Inbox()
     async with inbox.serve() as receiver, served(sample(f"{receiver.url}/hook")) as client:
+        client.headers["traceparent"] = trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
         run = (await post_run(client, "echo", {"text": "hi"})).json()
         (event,) = await inbox.until(1)
         assert event["type"] == "run.completed"
+        assert inbox.requests[0][2]["traceparent"] == trace
         assert event["data"]["result"] == {"result": "hi"}
         assert event["data"]["url"] == f"/run/{run['run_id']}"
         listed = await wait_until(client, "/webhooks", lambda page: page["webhooks"][0]["status"] == "sent")

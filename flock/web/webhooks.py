@@ -149,7 +149,7 @@ class WebhookSender:
 
         If the process dies before that is written, or the store fails, it is sent again. Raises StoreError.
         """
-        status, error, wait_s = await self._post(webhook, msgspec.json.encode(await self._event(webhook)))
+        status, error, wait_s = await self._post(webhook, *await self._event(webhook))
         at, tries, end = now(), webhook.tries + 1, "pending"
         first, next_s = webhook.first_try_at or at, max(_pause_s(tries, MAX_PAUSE_S), wait_s)
         if not error:
@@ -164,14 +164,14 @@ class WebhookSender:
         receiver.pause(wait_s if is_down else 0)
         self._on_try("failed" if end == "pending" else end)
 
-    async def _post(self, webhook: Webhook, body: bytes) -> tuple[int, str, float]:
+    async def _post(self, webhook: Webhook, body: bytes, trace: Mapping[str, str]) -> tuple[int, str, float]:
         """Return the status of the response, or 0; why it is not accepted, or ""; and how long it asks to wait."""
         import httpx
 
         status, wait_s, error, left = 0, 0.0, f"It did not answer within {TIMEOUT_S:g} s.", MAX_BYTES
         try:
             with anyio.move_on_after(TIMEOUT_S):
-                headers = _signed(self.keys, webhook.webhook_id, body)
+                headers = {**trace, **_signed(self.keys, webhook.webhook_id, body)}
                 async with self._client.stream("POST", webhook.url or "", content=body, headers=headers) as response:
                     status, error = response.status_code, f"It answered with status {response.status_code}."
                     wait_s = min(retry_after_s(response.headers) or 0, RETRIED_FOR.total_seconds())
@@ -183,15 +183,19 @@ class WebhookSender:
             error = error if status else one_line(f"{type(exc).__name__}: {exc}"[:200])
         return status, "" if 200 <= status < 300 else error, wait_s
 
-    async def _event(self, webhook: Webhook) -> dict[str, Any]:
-        """Return the body. Of a record that has changed since, or is gone, it has only what is always there."""
+    async def _event(self, webhook: Webhook) -> tuple[bytes, Mapping[str, str]]:
+        """Return the body, and the header with the trace context of its run.
+
+        Of a record that has changed since, or is gone, the body has only what is always there.
+        """
         store, kind = self._store, "batch" if webhook.type.startswith("batch.") else "run"
-        status = "waiting" if webhook.type == "question.expired" else webhook.type.partition(".")[2]
+        status, trace = "waiting" if webhook.type == "question.expired" else webhook.type.partition(".")[2], None
         data: dict[str, Any] = {f"{kind}_id": webhook.record_id, "agent_name": webhook.agent_name, "status": status}
         data |= {"attempt": webhook.attempt, "url": (url := f"/{kind}/{webhook.record_id}")}
         data |= {} if webhook.call_id is None else {"call_id": webhook.call_id}
         with contextlib.suppress(DamagedRecord):  # the store has logged it
             found = await (store.batches.get if kind == "batch" else store.outline)(webhook.record_id)
+            trace = found.traceparent if isinstance(found, Run) else None
             is_current = found is not None and (found.status, found.attempt) == (status, webhook.attempt)
             if is_current and isinstance(found, Batch):
                 data |= _members(wire.shown_with_costs(wire.BatchSummary, found))
@@ -204,7 +208,8 @@ class WebhookSender:
                     more["result"] = await store.short_result(found.run_id, None)
                 data |= {"session_id": found.session_id, **shown_usage(found.usage)}
                 data |= _members(shown_as(wire.RunSummary, found, **more))
-        return {"type": webhook.type, "timestamp": webhook.created_at, "version": 1, "data": data}
+        event = {"type": webhook.type, "timestamp": webhook.created_at, "version": 1, "data": data}
+        return msgspec.json.encode(event), {} if trace is None else {"traceparent": trace}
 
 
 def _members(shown: msgspec.Struct) -> dict[str, Any]:
