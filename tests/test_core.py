@@ -325,7 +325,7 @@ def test_the_error_for_an_unreadable_file_says_why(name: str, content: bytes, wo
 
 @pytest.mark.parametrize("unclear", ["rows.txt", "rows", "rows.gz", ".csv"])
 def test_a_file_name_without_a_known_extension_is_refused(unclear: str) -> None:
-    with pytest.raises(DefinitionError, match=r"The format of .* is unknown.* end in \.csv, \.ndjson or \.jsonl"):
+    with pytest.raises(DefinitionError, match=r"The format of .* is unknown.* end in \.json, \.ndjson, \.jsonl, \.csv"):
         sample_flock().run_batch("add", unclear)
 
 
