@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import inspect
 import json
 import os
 import pty
@@ -21,6 +22,9 @@ import msgspec
 import pydantic
 import pytest
 
+from flock.agents.agent import Agent, FunctionAgent, ModelAgent
+from flock.agents.signature import Signature
+from flock.client import AsyncFlockClient, FlockClient
 from flock.core import Flock, FlockFactory, agent
 from flock.errors import AgentNotFound, Conflict, DefinitionError, InvalidData, RunFailed, SignatureError
 from flock.runs import BatchFilter, BatchOptions, Run, RunContext, RunFilter, RunStatus, now
@@ -128,6 +132,9 @@ def with_old_names() -> list[Any]:
     flock, old = Flock(), {"retry": "again"}
     make: Any = FlockFactory.create_default_agent
     made: list[Any] = [make("w", output="a", max_retries=5, **old), agent(**old)(asks), flock.agent(**old)(asks)]  # type: ignore[call-overload]
+    empty, out, classes = Signature.of(""), Signature.of("a"), list[Any]([Agent, ModelAgent, FunctionAgent])
+    made += [classes[0]("w", empty, out, **old), classes[1]("w", empty, out, max_retries=5, **old)]
+    made.append(classes[2](asks, **old))
     flock.engine(answer=lambda question: 3)
     options: Any = {"answer": lambda question: 3}
     ran = [flock.run("asks", **options), flock.run_batch("asks", [{}], **options)]
@@ -136,19 +143,31 @@ def with_old_names() -> list[Any]:
         return await flock.run_async("asks", **options)
 
     ran.append(anyio.run(in_loop))
-    return [*(each.on_retry for each in made), made[0].answer_retries, *ran]
+    return [*(each.on_retry for each in made), made[0].answer_retries, made[4].answer_retries, *ran]
 
 
 def test_old_names_of_options_work_with_a_warning_in_the_line_that_has_them() -> None:
     with pytest.warns(DeprecationWarning, match="is called") as warned:
         found = with_old_names()
-    assert found == [*["again"] * 3, 5, {"result": 3}, [{"result": 3}], {"result": 3}]
+    assert found == [*["again"] * 6, 5, 5, {"result": 3}, [{"result": 3}], {"result": 3}]
     assert {str(each.message).partition(" now")[0] for each in warned} == {
         "answer= is called on_question=",
         "max_retries= is called answer_retries=",
         "retry= is called on_retry=",
     }
     assert all(each.filename == __file__ for each in warned)
+
+
+def test_an_option_with_both_names_is_refused() -> None:
+    make: Any = agent
+    with pytest.raises(TypeError, match=r"^retry= is the old name of on_retry=\. Pass only on_retry=\.$"):
+        make(retry="again", on_retry="keep")
+
+
+def test_methods_whose_options_were_renamed_are_coroutine_functions() -> None:
+    methods = [Flock.run_async, Flock.run_batch_async, AsyncFlockClient.run]
+    assert all(map(inspect.iscoroutinefunction, methods))
+    assert not any(map(inspect.iscoroutinefunction, [Flock.run, Flock.run_batch, FlockClient.run]))
 
 
 async def asks(context: RunContext) -> int:

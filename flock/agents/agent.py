@@ -162,6 +162,7 @@ class Agent:
     uses_context = True
     may_ask = True
 
+    @renamed(retry="on_retry")
     def __init__(
         self,
         name: str,
@@ -383,6 +384,7 @@ class ModelAgent(Agent):
         SignatureError: a parameter of a tool has no type.
     """
 
+    @renamed(max_retries="answer_retries", retry="on_retry")
     def __init__(
         self,
         name: str,
@@ -692,6 +694,7 @@ class FunctionAgent(Agent):
     The agent can be called like the function itself.
     """
 
+    @renamed(retry="on_retry")
     def __init__(
         self,
         function: Callable[..., Any],
