@@ -39,7 +39,7 @@ from flock.models.llm import ModelClient
 from flock.models.models import ModelChoice, models_of
 from flock.models.prices import Price, merged
 from flock.options import WEBHOOK_URL, check
-from flock.renamed import renamed
+from flock.renamed import renamed, with_new_names
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import MAX_ROW_BYTES, file_rows
 from flock.rows.results import item_pages
@@ -61,8 +61,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
-    """Return a blocking version of *function*, for callers without an event loop."""
+def _blocking(function: Callable[P, Coroutine[Any, Any, T]], **names: str) -> Callable[P, T]:
+    """Return a blocking version of *function*, for callers without an event loop. *names* are as in ``renamed``."""
 
     @functools.wraps(function, assigned=("__doc__",))
     def call(*args: P.args, **options: P.kwargs) -> T:
@@ -70,7 +70,7 @@ def _blocking(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
             name = function.__name__
             raise RuntimeError(f"An event loop is already running. Use 'await flock.{name}(...)' instead.")
         try:
-            return anyio.run(functools.partial(function, *args, **options))
+            return anyio.run(functools.partial(function, *args, **with_new_names(names, options)))
         except RunFailed as exc:
             raise exc.with_traceback(None) from None  # the lines of the event loop would hide its message
 
@@ -265,7 +265,7 @@ class DeclaredFlock:
         return run.value_as(dict[str, Any])
 
     #: ``run_async`` for scripts: blocks until the result is available.
-    run = renamed(answer="on_question")(_blocking(run_async))
+    run = _blocking(run_async, answer="on_question")
 
     @renamed(answer="on_question")
     async def run_batch_async(
@@ -364,7 +364,7 @@ class DeclaredFlock:
         return results
 
     #: ``run_batch_async`` for scripts: blocks until all results are available.
-    run_batch = renamed(answer="on_question")(_blocking(run_batch_async))
+    run_batch = _blocking(run_batch_async, answer="on_question")
 
 
 def agent_of(agents: Mapping[str, Agent], name: str) -> Agent:

@@ -535,6 +535,7 @@ MISTAKES: dict[str, Any] = {
     "routes": (["/double"], "a list of Starlette routes"),
     "openapi_paths": (["/double"], "a mapping of paths, as in OpenAPI"),
     "api_keys": ("ann=fk_secret", "a mapping of names to keys, all strings, or None, not a value of type str"),
+    "webhook_secrets": (["fk_secret"], "a list of secrets, as 'flockapi webhook secret' prints them"),
     "auth": ("x", 'a function of the connection that returns a Principal or None, "host" if'),
     "allowed_hosts": (["https://agents.example"], "a list of host names without scheme and port"),
     "cors_origins": ("https://agents.example", "a list of origins"),
@@ -559,7 +560,7 @@ async def test_an_invalid_option_is_refused_when_the_app_is_created(name: str) -
     with pytest.raises(DefinitionError) as caught:
         create_app(sample_flock(), **{name: value})
     assert str(caught.value).startswith(f"create_app: {name}= must be {words}")
-    assert "secret" not in str(caught.value)
+    assert "fk_secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1015,6 +1015,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
     "retry_run": lambda engine: engine.retry_run(new_id()),
     "made_by": lambda engine: engine.made_by(IdempotencyKey("k", b"1")),
     "secret": lambda engine: engine.secret(),
+    "files": lambda engine: engine.files(),
     "answer_call": lambda engine: engine.answer_call(new_id(), "ask:1", msgspec.Raw(b"1")),
     "list_questions": lambda engine: engine.list_questions(QuestionFilter()),
     "question_events": lambda engine: anext(engine.question_events(QuestionFilter())),

@@ -32,6 +32,7 @@ from flock.errors import ModelError
 from flock.models import bodies, streams
 from flock.models.completions import Completion, Message, ToolSchema
 from flock.models.llm import ModelClient
+from flock.models.models import Model
 from flock.models.requests import Request
 from flock.runs import Event, Run, RunContext, RunStatus, Usage
 from flock.testing import Failure, FakeModel, Reply
@@ -968,7 +969,8 @@ async def test_only_plain_strings_are_text(
 ) -> None:
     types = {"Short": Annotated[str, msgspec.Meta(max_length=9)], "Colour": enum.Enum("Colour", {"X": "x"})}
     model.replies = [Reply((f'{{"a": {text[:2]}', f"{text[2:]}}}"))]
-    run = await run_of(of(f"a: {type_}", types=types), model)
+    lenient = Model("openai/gpt-4o", strict=False)  # the strict mode has no Any
+    run = await run_of(of(f"a: {type_}", types=types, model=lenient), model)
     assert run.status is RunStatus.COMPLETED, run.error
     assert emitted.kinds() == [kind]
     assert emitted.output() == json.loads(f'{{"a": {text}}}')
