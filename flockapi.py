@@ -219,7 +219,7 @@ class FlockAPI(Starlette):
         self._has_warned = False
         wants_metrics = find_spec("prometheus_client") is not None if options.metrics is None else options.metrics
         self.metrics = _metrics(self.engine, flock) if wants_metrics else None
-        on_try = self.metrics.webhook_tried if self.metrics else lambda status: None
+        on_try = self.metrics.webhook_tried if self.metrics else lambda status, count: None
         self.webhooks = sender_of(self.engine, flock, options.webhook_secrets, on_try)
 
     def build_middleware_stack(self) -> ASGIApp:

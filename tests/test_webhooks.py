@@ -18,8 +18,9 @@ from flock.command import server
 from flock.command.cli import main
 from flock.command.server import ServerSettings
 from flock.core import Flock, FlockFactory
-from flock.errors import AgentError, DefinitionError, Unstorable
+from flock.errors import AgentError, DefinitionError, RunNotFound, Unstorable
 from flock.runs import RunContext
+from flock.store import waiting
 from flock.web import webhooks
 from flock.web.auth import new_webhook_secret
 from flockapi import create_app
@@ -147,6 +148,31 @@ async def test_a_run_that_goes_on_at_once_is_not_reported_as_waiting() -> None:
             await client.post(f"/run/{run_id}/messages/word", json={"message": "now"})
             await inbox.until(1)
     assert inbox.types == ["run.completed"]
+
+
+async def test_a_message_that_has_just_come_takes_back_no_earlier_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    find, late = waiting._find_answer, [True]
+
+    def find_late(db: sqlite3.Connection, run: Any, wait: Any, at: Any) -> Any:
+        """It comes after the run has looked for it, and before the run waits."""
+        return None if wait.kind == "message" and late and late.pop() else find(db, run, wait, at)
+
+    monkeypatch.setattr(waiting, "_find_answer", find_late)
+    flock = Flock(webhook_url="http://127.0.0.1:9")
+
+    @flock.agent
+    async def asks(context: RunContext) -> str:
+        await context.ask("Go on?", bool)
+        return await context.receive("word", str)
+
+    async with served(flock) as client:
+        run_id = (await post_run(client, "asks", async_run=True)).json()["run_id"]
+        asked = await wait_until(client, f"/run/{run_id}", lambda body: body["status"] == "waiting")
+        await client.post(f"/run/{run_id}/messages/word", json={"message": "now"})
+        await client.post(f"/run/{run_id}/calls/{asked['waiting_for'][0]['call_id']}", json={"output": True})
+        await wait_for(client, f"/run/{run_id}")
+        listed = (await get(client, "/webhooks"))["webhooks"]
+    assert [webhook["type"] for webhook in listed] == ["run.completed", "run.waiting"]
 
 
 async def test_an_agent_has_a_receiver_of_its_own() -> None:
@@ -278,7 +304,9 @@ async def test_a_thousand_webhooks_to_a_dead_host_do_not_delay_those_to_another(
     assert len(pending["webhooks"]) == 1000
 
 
-async def test_a_host_that_is_down_gets_one_request_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_host_that_is_down_gets_one_request_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """All that wait for it count as tried, so all are given up a day later, and none is forgotten."""
     monkeypatch.setattr(webhooks, "RETRIED_FOR", timedelta(seconds=0.5))
     tries: list[int] = []
@@ -292,11 +320,13 @@ async def test_a_host_that_is_down_gets_one_request_at_a_time(monkeypatch: pytes
 
     open_requests: list[int] = []
     inbox = Inbox(respond)
-    async with inbox.serve() as receiver, served(flock := sample(receiver.url)) as client:
+    async with inbox.serve() as receiver, served(flock := sample(receiver.url), metrics=True) as client:
         await post_run(client, "echo", {"text": "a"})
         await copy_webhook(flock, 199)
         path = "/webhooks?status=given_up&limit=1000"
         page = await wait_until(client, path, lambda page: len(page["webhooks"]) == 200)
+        assert 'flock_webhooks_total{status="given_up"} 200.0' in (await client.get("/metrics")).text
+    assert "Webhooks were given up: " in caplog.text
     assert max(tries[webhooks.CONCURRENCY :]) == 1
     assert any(webhook["tries"] == 0 for webhook in page["webhooks"])
     assert {webhook["error"] for webhook in page["webhooks"]} == {"It answered with status 503."}
@@ -332,6 +362,88 @@ async def test_a_receiver_can_neither_hold_nor_fill_the_sender(kind: str, monkey
     assert webhook["status"] == ("pending" if kind == "never" else "sent")
     assert webhook["error"] == ("It did not answer within 0.3 s." if kind == "never" else None)
     assert sent < 20_000_000
+
+
+async def test_receivers_that_never_answer_leave_connections_for_the_others() -> None:
+    """Each of seven hosts holds 16 requests, more than a client has connections by default."""
+
+    async def silent_agent() -> None: ...
+
+    inbox, flock = Inbox(), sample(None)
+    async with contextlib.AsyncExitStack() as stack:
+        receiver = await stack.enter_async_context(inbox.serve())
+        for number in range(7):
+            silent = await stack.enter_async_context(await anyio.create_tcp_listener(local_host="127.0.0.1"))
+            port = silent.extra(anyio.abc.SocketAttribute.local_port)
+            flock.agent(name=f"silent{number}", webhook_url=f"http://127.0.0.1:{port}")(silent_agent)
+        flock.agents["echo"].webhook_url = receiver.url
+        client = await stack.enter_async_context(served(flock))
+        add = """INSERT INTO webhooks (flock, type, record_id, agent_name, attempt, created_at, next_try_at)
+            WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 16)
+            SELECT flock, 'run.completed', agent_name || n, agent_name, 1, 0, 0 FROM webhook_urls, numbers
+            WHERE agent_name LIKE 'silent%'"""
+        await sqlite_of(flock.shared_engine(store=":memory:")).change(lambda db: db.execute(add) and None)
+        await anyio.sleep(0.3)  # as long as rounds of requests need to begin
+        await post_run(client, "echo", {"text": "a"})
+        with anyio.fail_after(5):
+            await inbox.until(1)
+
+
+async def test_no_cookie_is_kept() -> None:
+    """A receiver could fill the memory with them, and hosts with the same domain would see those of each other."""
+    inbox = Inbox(lambda number, _: Response(headers={"set-cookie": f"a{number}=b"}))
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        for count in (1, 2):
+            await post_run(client, "echo", {"text": "a"})
+            await inbox.until(count)
+    assert "cookie" not in inbox.requests[1][2]
+
+
+async def test_what_an_admin_asks_for_during_a_try_is_not_undone_by_its_result() -> None:
+    async def respond(number: int, _: Any) -> Response:
+        if number == 2:
+            await clients[0].post(f"/webhooks/{inbox.requests[0][0]}/retry")
+        return Response(status_code={1: 500, 2: 410}.get(number, 200))
+
+    inbox, clients = Inbox(respond), list[httpx.AsyncClient]()
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        clients.append(client)
+        await post_run(client, "echo", {"text": "a"})
+        await inbox.until(1)
+
+
+async def test_a_retry_by_an_admin_does_not_wait_for_a_host_that_was_down() -> None:
+    inbox = Inbox(
+        lambda number, _: Response(status_code=503, headers={"retry-after": "9999"}) if number == 1 else Response()
+    )
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        await post_run(client, "echo", {"text": "a"})
+        page = await wait_until(client, "/webhooks", lambda page: page["webhooks"][0]["tries"] == 1)
+        await client.post(f"/webhooks/{page['webhooks'][0]['webhook_id']}/retry")
+        await inbox.until(1)
+
+
+@pytest.mark.parametrize("method", ["result_bytes", "due"])
+async def test_an_error_of_the_sender_ends_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as that of a run which is deleted between two reads."""
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(flock := sample(receiver.url)) as client:
+        store = sqlite_of(flock.shared_engine(store=":memory:"))
+        place = store.webhooks if method == "due" else store
+
+        work = getattr(place, method)
+
+        async def fail(*args: object) -> None:
+            monkeypatch.setattr(place, method, work)
+            raise RunNotFound("it was deleted") if method == "result_bytes" else ValueError("unexpected")
+
+        monkeypatch.setattr(place, method, fail)
+        await post_run(client, "echo", {"text": "a"})
+        (event,) = await inbox.until(1)
+    assert ("result" in event["data"]) == (method == "due")
+    assert ("Webhooks cannot be sent." in caplog.text) == (method == "due")
 
 
 # What is sent
@@ -445,6 +557,60 @@ async def test_a_receiver_that_is_removed_gets_nothing_more() -> None:
         (webhook,) = (await get(client, "/webhooks"))["webhooks"]
         assert (webhook["status"], webhook["url"]) == ("given_up", None)
         assert webhook["error"] == "Its agent has no webhook_url any more."
+
+
+async def test_of_several_processes_the_one_that_started_last_says_who_receives() -> None:
+    first, second = Inbox(), Inbox()
+    async with first.serve() as older, second.serve() as newer, served(sample(older.url), "flock.db") as client:
+        async with served(sample(newer.url), "flock.db"):
+            for count in (1, 2, 3):
+                await post_run(client, "echo", {"text": "a"})
+                await second.until(count)
+                await anyio.sleep(2 * webhooks.RECEIVERS_S)
+        await wait_until(
+            client, "/webhooks", lambda page: {each["url"] for each in page["webhooks"]} == {f"{older.url}"}
+        )
+        await post_run(client, "echo", {"text": "a"})
+        await first.until(1)
+
+
+async def test_a_process_without_a_receiver_takes_away_none_of_a_process_that_is_alive() -> None:
+    inbox = Inbox(lambda number, _: Response(status_code=500))
+    async with contextlib.AsyncExitStack() as stack, inbox.serve() as receiver:
+        client = await stack.enter_async_context(served(sample(receiver.url), "flock.db"))
+        await post_run(client, "echo", {"text": "a"})
+        async with served(sample(None), "flock.db") as other:
+            await anyio.sleep(3 * webhooks.RECEIVERS_S)
+            assert [each["status"] for each in (await get(other, "/webhooks"))["webhooks"]] == ["pending"]
+            await stack.aclose()
+            await wait_until(other, "/webhooks?status=given_up", lambda page: bool(page["webhooks"]))
+
+
+async def test_one_transaction_gives_up_a_limited_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All writes of a store wait for it."""
+    monkeypatch.setattr("flock.store.webhooks.CHUNK_SIZE", 10)
+    sizes: list[int] = []
+    async with served(flock := sample("http://127.0.0.1:9")) as client:
+        await post_run(client, "echo", {"text": "a"})
+        await copy_webhook(flock, 49)
+        store = sqlite_of(flock.shared_engine(store=":memory:"))
+        change = store.change
+
+        async def measured(apply: Any, *args: Any) -> Any:
+            def count(db: sqlite3.Connection) -> Any:
+                before = db.total_changes
+                found = apply(db)
+                sizes.append(db.total_changes - before)
+                return found
+
+            return await change(count, *args)
+
+        monkeypatch.setattr(store, "change", measured)
+        none = "/webhooks?status=pending&limit=100"
+        await wait_until(client, none, lambda page: all(each["first_try_at"] for each in page["webhooks"]))
+        flock.webhook_url = None
+        await wait_until(client, none, lambda page: not page["webhooks"])
+    assert 10 <= max(sizes) <= 12
 
 
 async def test_a_store_without_receivers_has_no_triggers() -> None:

@@ -350,6 +350,11 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ],
     # Rows of a batch's table that have no value.
     ["ALTER TABLE batches ADD COLUMN skipped_rows INTEGER"],
+    # Who has set the receiver of an agent, and webhooks whose receiver may be down.
+    [
+        "ALTER TABLE webhook_urls ADD COLUMN engine_id TEXT",
+        "CREATE INDEX webhooks_down ON webhooks (flock, agent_name, ifnull(first_try_at, 0)) WHERE status = 'pending'",
+    ],
 ]
 
 

@@ -477,24 +477,26 @@ _AT = "ifnull(new.completed_at, CAST((julianday('now') - 2440587.5) * 8640000000
 _VALUES = f"'{{0}}.' || new.status, new.{{0}}_id, NULL, {_AT}, {_AT}"
 _REPORT_RUN, _REPORT_BATCH = (_REPORT.format(_VALUES.format(kind), "new", "") for kind in ("run", "batch"))
 _HAS_ENDED = "new.status IN ('completed', 'failed', 'cancelled')"
-#: They exist in a store whose agents have had a receiver, since they make the end of each run slower. A short run ends
+#: They exist in a store whose agents have a receiver, since they make the end of each run slower. A short run ends
 #: with its first write, which is repeated if a commit has failed.
-WEBHOOK_TRIGGERS = [
-    f"""CREATE TRIGGER IF NOT EXISTS webhooks_of_new_runs AFTER INSERT ON runs
+WEBHOOK_TRIGGERS = {
+    "webhooks_of_new_runs": f"""AFTER INSERT ON runs
         WHEN new.batch_id IS NULL AND {_HAS_ENDED} BEGIN {_REPORT_RUN}
         AND NOT EXISTS (SELECT 1 FROM webhooks WHERE record_id = new.run_id AND attempt = new.attempt); END""",
-    f"""CREATE TRIGGER IF NOT EXISTS webhooks_of_runs AFTER UPDATE OF status ON runs
+    "webhooks_of_runs": f"""AFTER UPDATE OF status ON runs
         WHEN new.status IS NOT old.status AND new.batch_id IS NULL
         AND ({_HAS_ENDED} OR (new.status = 'waiting' AND new.is_asleep = 0)) BEGIN {_REPORT_RUN}; END""",
-    f"""CREATE TRIGGER IF NOT EXISTS webhooks_of_batches AFTER UPDATE OF status ON batches
+    "webhooks_of_batches": f"""AFTER UPDATE OF status ON batches
         WHEN new.status IS NOT old.status AND {_HAS_ENDED} BEGIN {_REPORT_BATCH}; END""",
-]
+}
 _OF_QUESTION = _REPORT.format("'question.expired', runs.run_id, ?, ?, ?", "runs", "runs, ")
 QUESTION_EXPIRED = f"{_OF_QUESTION} AND runs.run_id = ? AND runs.batch_id IS NULL"
 UNDO_WAITING_WEBHOOK = """DELETE FROM webhooks WHERE type = 'run.waiting'
-    AND number = (SELECT max(number) FROM webhooks WHERE record_id = ?)"""
-WEBHOOK_URLS = "SELECT agent_name, url FROM webhook_urls WHERE flock = ?"
-SET_WEBHOOK_URL = "INSERT INTO webhook_urls VALUES (?, ?, ?)"
+    AND record_id = ? AND number > ?"""
+LAST_WEBHOOK = "SELECT ifnull(max(number), 0) FROM webhooks WHERE record_id = ?"
+HAS_WEBHOOK_URLS = "SELECT 1 FROM webhook_urls"
+WEBHOOK_URLS = "SELECT agent_name, url, engine_id FROM webhook_urls WHERE flock = ?"
+SET_WEBHOOK_URL = "INSERT OR REPLACE INTO webhook_urls VALUES (?, ?, ?, ?)"
 DELETE_WEBHOOK_URL = "DELETE FROM webhook_urls WHERE flock = ? AND agent_name = ?"
 WEBHOOK_SENDER = "SELECT engine_id FROM webhook_senders WHERE flock = ?"
 #: Of several processes that find the last sender dead, one becomes the next.
@@ -510,14 +512,16 @@ DUE_WEBHOOKS = f"""{_WEBHOOKS} INDEXED BY webhooks_pending
     AND earlier.number < webhooks.number AND earlier.status = 'pending') ORDER BY next_try_at LIMIT ?"""
 FIND_WEBHOOK = f"{_WEBHOOKS} WHERE webhook_id = ? AND flock = ?"
 UPDATE_WEBHOOK = """UPDATE webhooks SET status = ?, tries = ?, first_try_at = ?, next_try_at = ?, ended_at = ?,
-    error = ? WHERE webhook_id = ?"""
+    error = ? WHERE webhook_id = ? AND (status = 'pending' AND tries = ?8 OR ?8 IS NULL)"""
 #: A receiver that is down has failed for all that wait for it.
-FAIL_WEBHOOKS = """UPDATE webhooks SET first_try_at = ifnull(first_try_at, :now), error = :error,
+WEBHOOKS_TO_FAIL = """SELECT number FROM webhooks INDEXED BY webhooks_down WHERE flock = :flock
+    AND status = 'pending' AND agent_name IN (SELECT value FROM json_each(:agents))
+    AND ifnull(first_try_at, 0) < :given_up AND next_try_at <= :now LIMIT :limit"""
+FAIL_WEBHOOKS = f"""UPDATE webhooks SET first_try_at = ifnull(first_try_at, :now), error = :error,
     status = iif(first_try_at < :given_up, 'given_up', 'pending'), ended_at = iif(first_try_at < :given_up, :now, NULL)
-    WHERE flock = :flock AND status = 'pending' AND agent_name = :agent_name AND next_try_at <= :now
-    AND (first_try_at IS NULL OR first_try_at < :given_up)"""
-GIVE_UP_WEBHOOKS = """UPDATE webhooks SET status = 'given_up', ended_at = ?, error = ?
-    WHERE flock = ? AND status = 'pending' AND agent_name = ?"""
+    WHERE number IN ({WEBHOOKS_TO_FAIL}) RETURNING status"""
+GIVE_UP_WEBHOOKS = """UPDATE webhooks SET status = 'given_up', ended_at = ?, error = ? WHERE number IN
+    (SELECT number FROM webhooks WHERE flock = ? AND status = 'pending' AND agent_name = ? LIMIT ?)"""
 OLD_WEBHOOKS = "SELECT number FROM webhooks INDEXED BY webhooks_ended WHERE ended_at < ? LIMIT ?"
 DELETE_OLD_WEBHOOKS = f"DELETE FROM webhooks WHERE number IN ({OLD_WEBHOOKS})"
 

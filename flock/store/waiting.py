@@ -53,12 +53,13 @@ def suspend(db: sqlite3.Connection, run: Run, at: datetime) -> tuple[bool, Run |
     """
     queries.check_owner(db, run)
     queries.write_spent(db, run)
+    (reported,) = db.execute(statements.LAST_WEBHOOK, (run.run_id,)).fetchone()
     if db.execute(statements.SUSPEND_RUN, (*waiting_values(run), run.run_id)).rowcount == 0:
         return False, None
     db.execute(statements.COUNT_WAITING_ITEMS, (1, run.batch_id))
     answered = {wait.call_id for wait in run.waiting_for if _find_answer(db, run, wait, at) is not None}
     if answered:  # it goes on in this transaction, so nobody sees it wait
-        db.execute(statements.UNDO_WAITING_WEBHOOK, (run.run_id,))
+        db.execute(statements.UNDO_WAITING_WEBHOOK, (run.run_id, reported))
     return True, _resume(db, run, answered, run.owner) if answered else None
 
 

@@ -5,15 +5,17 @@ exists if and only if the state does.
 """
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+
+import msgspec
 
 from flock.runs import Webhook
 from flock.store import files, statements
 from flock.store.columns import micros, webhook_from
 from flock.store.database import Database
 
-#: Max old webhooks that one transaction deletes.
+#: Max webhooks that one transaction deletes or gives up.
 CHUNK_SIZE = 1000
 
 
@@ -23,29 +25,47 @@ class WebhookStore:
 
     async def urls(self, flock: str) -> Mapping[str, str]:
         """Return the receivers of the agents of all programs of *flock*, by agent."""
-        return self._db.read(lambda db: dict(db.execute(statements.WEBHOOK_URLS, (flock,))))
+        return self._db.read(lambda db: {name: url for name, url, _ in db.execute(statements.WEBHOOK_URLS, (flock,))})
 
-    async def set_urls(self, flock: str, urls: Mapping[str, str | None], now: datetime) -> None:
-        """Set the receivers of these agents. What an agent without one has not sent is given up."""
-        stored = await self.urls(flock)
-        changed = {name: url for name, url in urls.items() if stored.get(name) != url}
-        if not changed:
-            return
+    async def set_urls(
+        self, flock: str, urls: Mapping[str, str | None], new: Collection[str], engine_id: str, now: datetime
+    ) -> int:
+        """Set the receivers of these agents. What an agent without one has not sent is given up; return how many.
 
-        def apply(db: sqlite3.Connection) -> None:
-            for name, url in changed.items():
+        What a living process has set is replaced only by itself, or by that of an agent in *new*.
+        """
+
+        def changed(db: sqlite3.Connection) -> Mapping[str, str | None]:
+            stored = {name: of for name, *of in db.execute(statements.WEBHOOK_URLS, (flock,))}
+
+            def is_changed(name: str, url: str | None, before: str | None = None, by: str | None = None) -> bool:
+                if by == engine_id or url is before is None:
+                    return url != before
+                return name in new or by is None or not files.is_locked(self._db.lock_of(by))
+
+            return {name: url for name, url in urls.items() if is_changed(name, url, *stored.get(name, ()))}
+
+        def apply(db: sqlite3.Connection) -> int:
+            given_up = 0
+            for name, url in changed(db).items():
+                if url is not None:
+                    db.execute(statements.SET_WEBHOOK_URL, (flock, name, url, engine_id))
+                    continue
+                values = (micros(now), "Its agent has no webhook_url any more.", flock, name, CHUNK_SIZE)
+                given_up += (count := db.execute(statements.GIVE_UP_WEBHOOKS, values).rowcount)
+                if count == CHUNK_SIZE:  # the next transaction gives up the rest
+                    break
                 db.execute(statements.DELETE_WEBHOOK_URL, (flock, name))
-                if url is None:
-                    db.execute(
-                        statements.GIVE_UP_WEBHOOKS,
-                        (micros(now), "Its agent has no webhook_url any more.", flock, name),
-                    )
-                else:
-                    db.execute(statements.SET_WEBHOOK_URL, (flock, name, url))
-            for trigger in statements.WEBHOOK_TRIGGERS:
-                db.execute(trigger)
+            for name, trigger in statements.WEBHOOK_TRIGGERS.items():
+                db.execute(f"DROP TRIGGER IF EXISTS {name}")  # it may be of an earlier version
+                if db.execute(statements.HAS_WEBHOOK_URLS).fetchone():
+                    db.execute(f"CREATE TRIGGER {name} {trigger}")
+            return given_up
 
-        await self._db.change(apply)
+        count = 0
+        while self._db.read(changed):
+            count += await self._db.change(apply)
+        return count
 
     async def claim(self, flock: str, engine_id: str) -> bool:
         """Whether the process of *engine_id* sends the webhooks of *flock*. Only one does, until it ends."""
@@ -67,18 +87,30 @@ class WebhookStore:
 
         return sorted(self._db.read(find), key=lambda webhook: webhook.next_try_at)[:limit]
 
-    async def write(self, webhook_id: str, status: str, tries: int, *times: datetime | None, error: str | None) -> None:
-        """Write what came of a try. *times*: of the first and the next one, and of the end."""
-        values = (status, tries, *map(micros, times), error, webhook_id)
+    async def write(
+        self, webhook_id: str, status: str, tries: int, *times: datetime | None, error: str | None, tried: int | None
+    ) -> None:
+        """Write what came of a try. *times*: of the first and the next one, and of the end.
+
+        Args:
+            tried: how often it had been sent, since nothing is written if it has changed meanwhile; None writes anyway.
+        """
+        values = (status, tries, *map(micros, times), error, webhook_id, tried)
         await self._db.change(lambda db: db.execute(statements.UPDATE_WEBHOOK, values) and None)
 
     async def fail(
         self, flock: str, agents: Iterable[str], error: str | None, now: datetime, given_up: datetime
-    ) -> None:
-        """Note that the receiver of these agents is down. What it has not accepted since *given_up* is given up."""
-        values = {"flock": flock, "error": error, "now": micros(now), "given_up": micros(given_up)}
-        rows = [values | {"agent_name": name} for name in agents]
-        await self._db.change(lambda db: db.executemany(statements.FAIL_WEBHOOKS, rows) and None)
+    ) -> int:
+        """Note that the receiver of these agents is down. What it has not accepted since *given_up* is given up.
+
+        Returns: how many were given up.
+        """
+        values = {"flock": flock, "error": error, "now": micros(now), "given_up": micros(given_up), "limit": CHUNK_SIZE}
+        values["agents"], count = msgspec.json.encode(list(agents)).decode(), 0
+        while self._db.read(lambda db: db.execute(statements.WEBHOOKS_TO_FAIL, values).fetchone()) is not None:
+            failed = await self._db.change(lambda db: db.execute(statements.FAIL_WEBHOOKS, values).fetchall())
+            count += failed.count(("given_up",))
+        return count
 
     async def find(self, flock: str, webhook_id: str) -> Webhook | None:
         row = self._db.read(lambda db: db.execute(statements.FIND_WEBHOOK, (webhook_id, flock)).fetchone())

@@ -58,7 +58,7 @@ class _Families:
         )
         self.retries = counter("flock_retries", "Attempts of runs and of model calls after the first one.", ["of"])
         self.webhooks = counter(
-            "flock_webhooks", "Requests that sent a webhook, by what came of them: sent, failed, given_up.", ["status"]
+            "flock_webhooks", "Tries to send webhooks, by what came of them: sent, failed, given_up.", ["status"]
         )
         self.queued = gauge(
             "flock_queued_runs",
@@ -135,8 +135,8 @@ class Metrics(Observer):
     def model_call_retried(self) -> None:
         self._child(self._families.retries, "model_call").inc()
 
-    def webhook_tried(self, status: str) -> None:
-        self._child(self._families.webhooks, status).inc()
+    def webhook_tried(self, status: str, count: int) -> None:
+        self._child(self._families.webhooks, status).inc(count)
 
     def page(self, queue: Queue | None) -> bytes:
         """Return all metrics in the text format of Prometheus. *queue* is None if its length is unknown."""

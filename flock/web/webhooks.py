@@ -26,7 +26,8 @@ from starlette.responses import Response
 from flock import __version__
 from flock.declared import DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
-from flock.errors import DefinitionError, StoreError
+from flock.errors import DefinitionError, NotFound, StoreError
+from flock.models.http import no_cookies
 from flock.models.replies import retry_after_s
 from flock.runs import Batch, Engine, Run, Webhook, now, one_line, shown_usage
 from flock.runs.records import LONG_BYTES, shown_as
@@ -39,7 +40,7 @@ from flock.web.responses import JSONResponse
 
 logger = logging.getLogger("flock.webhooks")
 
-OnTry = Callable[[str], None]
+OnTry = Callable[[str, int], None]
 
 #: How often the store is asked for new events, and for new receivers, in seconds.
 POLL_S, RECEIVERS_S = 0.2, 1.0
@@ -54,6 +55,10 @@ RETRIED_FOR, MAX_PAUSE_S = timedelta(days=1), 3600.0
 #: A host is down if as many rounds of requests in sequence got no answer. Then one request at a time finds out whether
 #: it is up again, at least every minute.
 DOWN_AFTER, MAX_DOWN_PAUSE_S = 3, 60.0
+#: How long a response to one webhook may hold up all others to the host, in seconds.
+MAX_HOST_PAUSE_S = 3600.0
+
+NEW_SECRET = "Make one with 'flockapi webhook secret', and pass it in FLOCK_WEBHOOK_SECRETS, or as webhook_secrets=."
 
 
 def _signed(keys: Iterable[bytes], webhook_id: str, body: bytes) -> Mapping[str, str]:
@@ -85,45 +90,79 @@ class WebhookSender:
     """Sends the webhooks of *flock*, which *store* has, signed with each of *keys*. Without any, it sends nothing.
 
     Args:
-        on_try: called with the status after each try.
+        on_try: called with the status after each try, and how many webhooks have it.
     """
 
     def __init__(self, store: Store, flock: DeclaredFlock, keys: Sequence[bytes], on_try: OnTry) -> None:
         self._store, self.flock, self.keys, self._on_try = store, flock, keys, on_try
         self.webhooks: WebhookStore = store.webhooks
+        self._receivers: dict[str, Receiver] = {}
+        self._set: Mapping[str, str | None] = {}
 
     async def run(self, engine_id: str, *, task_status: Any) -> None:
         """Write who receives, so that runs may end, and then send until cancelled. Raises StoreError at the start."""
-        store, name, receivers = self.webhooks, self.flock.name, dict[str, Receiver]()
-        await store.set_urls(name, _urls_of(self.flock), now())
-        task_status.started()
-        if not self.keys:
-            return
-        import httpx
+        self._engine_id, self._set, self._receivers = engine_id, {}, {}
+        async with contextlib.AsyncExitStack() as stack:
+            if self.keys:
+                import httpx
 
-        self._engine_id = engine_id
-        async with httpx.AsyncClient(timeout=TIMEOUT_S) as self._client, anyio.create_task_group() as tasks:
+                # Without a limit of connections, since hosts that do not answer would leave none for the others.
+                client = httpx.AsyncClient(timeout=TIMEOUT_S, limits=httpx.Limits(), cookies=no_cookies())
+                self._client = await stack.enter_async_context(client)
+            await self._set_urls()
+            task_status.started()
+            tasks = await stack.enter_async_context(anyio.create_task_group())
             while True:
                 with contextlib.suppress(StoreError):  # the store has logged it
-                    await store.set_urls(name, _urls_of(self.flock), now())  # of agents that were added since
-                    await store.delete_old(now() - KEEP_FOR)
-                    hosts = {agent: urlsplit(url).netloc.lower() for agent, url in (await store.urls(name)).items()}
-                    for host in {*hosts.values()} - receivers.keys():
-                        receivers[host] = Receiver()
-                        tasks.start_soon(self._serve, receivers[host])
-                    for host, receiver in receivers.items():
-                        receiver.agents = [agent for agent in hosts if hosts[agent] == host]
+                    await self._set_urls()  # of agents that were added since
+                    await self.webhooks.delete_old(now() - KEEP_FOR)
+                    if self.keys:
+                        self._find_hosts(tasks, await self.webhooks.urls(self.flock.name))
                 await anyio.sleep(RECEIVERS_S)
 
+    async def _set_urls(self) -> None:
+        """Write who receives. Raises StoreError."""
+        urls = _urls_of(self.flock)
+        new = [name for name, url in urls.items() if url and url != self._set.get(name)]
+        count = await self.webhooks.set_urls(self.flock.name, urls, new, self._engine_id, now())
+        if new and not self.keys:
+            logger.warning("No webhooks are sent: webhook_url= needs a secret that signs them. %s", NEW_SECRET)
+        self._set = urls
+        self._note_given_up(count, "Their agents have no webhook_url any more.")
+
+    def _note_given_up(self, count: int, why: str | None) -> None:
+        if count:
+            logger.error("Webhooks were given up: %s. %s", count, why)
+            self._on_try("given_up", count)
+
+    def _find_hosts(self, tasks: anyio.abc.TaskGroup, urls: Mapping[str, str]) -> None:
+        """Start a task for each new host, and let those end that no agent has any more."""
+        hosts = {agent: urlsplit(url).netloc.lower() for agent, url in urls.items()}
+        for host in {*hosts.values()} - self._receivers.keys():
+            self._receivers[host] = Receiver()
+            tasks.start_soon(self._serve, self._receivers[host])
+        for host, receiver in self._receivers.items():
+            receiver.agents = [agent for agent in hosts if hosts[agent] == host]
+        self._receivers = {host: receiver for host, receiver in self._receivers.items() if receiver.agents}
+
+    def resume(self, agent_name: str) -> None:
+        """Send to the host of an agent now, also if it was down."""
+        for receiver in self._receivers.values():
+            if agent_name in receiver.agents:
+                receiver.failures, receiver.resumes_at = 0, 0
+
     async def _serve(self, receiver: Receiver) -> None:
-        """Send to one host, one round of requests after another."""
-        while True:
+        """Send to one host, one round of requests after another, while an agent has it."""
+        while receiver.agents:
             has_sent = False
             try:
-                has_sent = await self._send_round(receiver)
+                has_sent = time.monotonic() >= receiver.resumes_at and await self._send_round(receiver)
             except* StoreError:  # of a request too, which ends the others of the round
                 receiver.pause(RECEIVERS_S)
-            await anyio.sleep(max(0 if has_sent else POLL_S, receiver.resumes_at - time.monotonic()))
+            except* Exception:
+                logger.exception("Webhooks cannot be sent.")
+                receiver.pause(MAX_DOWN_PAUSE_S)
+            await anyio.sleep(0 if has_sent else POLL_S)
 
     async def _send_round(self, receiver: Receiver) -> bool:
         """Send what is due, and return whether there was anything. Raises StoreError."""
@@ -141,7 +180,8 @@ class WebhookSender:
         receiver.failures = 0 if None in failures else receiver.failures + 1
         if receiver.failures >= DOWN_AFTER:
             receiver.pause(_pause_s(receiver.failures - DOWN_AFTER, MAX_DOWN_PAUSE_S))
-            await webhooks.fail(name, receiver.agents, failures[0], at := now(), at - RETRIED_FOR)
+            given_up = await webhooks.fail(name, receiver.agents, failures[0], at := now(), at - RETRIED_FOR)
+            self._note_given_up(given_up, failures[0])
         return True
 
     async def _send(self, receiver: Receiver, webhook: Webhook, failures: list[str | None]) -> None:
@@ -158,11 +198,11 @@ class WebhookSender:
             end = "given_up"
             logger.error("The webhook %s of %s was given up: %s", webhook.type, webhook.record_id, error)
         times = first, at + timedelta(seconds=next_s), None if end == "pending" else at
-        await self.webhooks.write(webhook.webhook_id, end, tries, *times, error=error or None)
+        await self.webhooks.write(webhook.webhook_id, end, tries, *times, error=error or None, tried=webhook.tries)
         is_down = status in (0, 429) or status >= 500
         failures.append(error if is_down else None)
-        receiver.pause(wait_s if is_down else 0)
-        self._on_try("failed" if end == "pending" else end)
+        receiver.pause(min(wait_s, MAX_HOST_PAUSE_S) if is_down else 0)
+        self._on_try("failed" if end == "pending" else end, 1)
 
     async def _post(self, webhook: Webhook, body: bytes, trace: Mapping[str, str]) -> tuple[int, str, float]:
         """Return the status of the response, or 0; why it is not accepted, or ""; and how long it asks to wait."""
@@ -193,7 +233,7 @@ class WebhookSender:
         data: dict[str, Any] = {f"{kind}_id": webhook.record_id, "agent_name": webhook.agent_name, "status": status}
         data |= {"attempt": webhook.attempt, "url": (url := f"/{kind}/{webhook.record_id}")}
         data |= {} if webhook.call_id is None else {"call_id": webhook.call_id}
-        with contextlib.suppress(DamagedRecord):  # the store has logged it
+        with contextlib.suppress(DamagedRecord, NotFound):  # the store has logged it, or it was deleted
             found = await (store.batches.get if kind == "batch" else store.outline)(webhook.record_id)
             trace = found.traceparent if isinstance(found, Run) else None
             is_current = found is not None and (found.status, found.attempt) == (status, webhook.attempt)
@@ -238,10 +278,7 @@ def sender_of(engine: Engine, flock: DeclaredFlock, secrets: Sequence[str], on_t
             )
         return None
     if has_urls and not secrets:
-        raise DefinitionError(
-            "webhook_url= needs a secret that signs the webhooks. Make one with 'flockapi webhook secret', and pass it "
-            "in FLOCK_WEBHOOK_SECRETS, or as webhook_secrets= of create_app."
-        )
+        raise DefinitionError(f"webhook_url= needs a secret that signs the webhooks. {NEW_SECRET}")
     sender = WebhookSender(engine.store, flock, [key for secret in secrets if (key := webhook_key(secret))], on_try)
     if engine.send_webhooks is None or secrets:  # the apps on an engine share it
         engine.send_webhooks = sender.run
@@ -272,6 +309,7 @@ async def retry_webhook(request: Request) -> Response:
     found = await sender.webhooks.find(sender.flock.name, webhook_id)
     if found is None:
         raise HTTPException(404, f"There is no webhook {webhook_id!r}. GET /webhooks lists those of the last days.")
-    await sender.webhooks.write(webhook_id, "pending", 0, None, at := now(), None, error=None)
+    await sender.webhooks.write(webhook_id, "pending", 0, None, at := now(), None, error=None, tried=None)
+    sender.resume(found.agent_name)
     again = replace(found, status="pending", tries=0, first_try_at=None, next_try_at=at, ended_at=None, error=None)
     return JSONResponse(again, 202)
