@@ -619,7 +619,8 @@ async def run_batch(request: Request) -> Response:
             options = batch_options(batch_request)
             if query_of(request, wire.UploadQuery, agent_name="").dry_run:
                 agent = app.flock.agents[batch_request.agent_name]
-                check = await check_batch(engine, agent, rows, row_mapping, batch_request.on_invalid)
+                files = engine.files() if agent.input.has_files else None
+                check = await check_batch(engine, agent, files, rows, row_mapping, batch_request.on_invalid)
                 return check_response(check, row_mapping)
             batch = await engine.submit_batch(
                 batch_request.agent_name,

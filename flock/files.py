@@ -26,6 +26,11 @@ HEAD_BYTES = 1024
 #: Max characters of the name of a file. A longer one is cut at the front, so that its ending stays.
 MAX_NAME_CHARS = 200
 
+#: Max files of one run, also if some are the same.
+MAX_FILES = 100
+#: Max length of a data URL that is not in base64.
+MAX_PLAIN_CHARS = 8192
+
 #: The media types that the start of a content shows.
 MAGIC: Mapping[str, bytes] = {
     **{"image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff", "image/gif": rb"GIF8[79]a"},
@@ -144,7 +149,7 @@ def check_declared(declared: str, found: str) -> None:
 
 def safe_name(name: str) -> str:
     """Return the last part of a path, without characters that hide or reorder others."""
-    shown = "".join(c for c in re.split(r"[/\\]", name)[-1] if unicodedata.category(c)[0] != "C")
+    shown = "".join(c for c in re.split(r"[/\\]", name[-5 * MAX_NAME_CHARS :])[-1] if unicodedata.category(c)[0] != "C")
     return shown.strip()[-MAX_NAME_CHARS:].lstrip(".")
 
 
@@ -159,9 +164,11 @@ def _read_data_url(url: str) -> tuple[str, str, bytes]:
     """Return the declared media type, the name and the content. Raises ValueError."""
     head, _, data = url.removeprefix("data:").partition(",")
     declared, *parameters = head.split(";")
-    name = "".join(unquote(part[5:]) for part in parameters if part.startswith("name="))
+    names = [part[5:] for part in parameters if part.startswith("name=")]
+    name, is_base64 = unquote("".join(names[-1:])[-MAX_PLAIN_CHARS:]), parameters[-1:] == ["base64"]
+    if not is_base64 and len(data) > MAX_PLAIN_CHARS:
+        raise ValueError(f"This data URL has more than {MAX_PLAIN_CHARS:,} characters. Write it in base64")
     try:
-        is_base64 = parameters[-1:] == ["base64"]
         return declared, name, base64.b64decode(data, validate=True) if is_base64 else unquote_to_bytes(data)
     except binascii.Error as exc:
         raise ValueError("This data URL is not valid. Write data:image/png;base64, and the content in base64") from exc
@@ -174,11 +181,24 @@ FOLDER: ContextVar[Callable[[], Path] | None] = ContextVar("flock_files", defaul
 #: Returns a stored file. Raises NotFound.
 Find = Callable[[str], FileReference]
 #: Finds files, and collects them, in what a client has sent. Otherwise, a file is a reference already.
-_TAKING: ContextVar[tuple[Find, dict[str, bytes | None]] | None] = ContextVar("flock_taking", default=None)
+_TAKING: ContextVar[tuple[Find, "Taken"] | None] = ContextVar("flock_taking", default=None)
 
 
-def _reference_to(sent: Any, find: Find, contents: dict[str, bytes | None]) -> FileReference:
+class Taken(dict[str, bytes | None]):
+    """Files by id: the content, or None if it is stored already. ``references`` counts the same file again."""
+
+    references = 0
+
+    def check(self, times: int = 1) -> None:
+        """Raise ValueError if the files of a run were taken more often than it may have some."""
+        if self.references > MAX_FILES * times:
+            raise ValueError(f"A run may have {MAX_FILES} files")
+
+
+def _reference_to(sent: Any, find: Find, contents: Taken) -> FileReference:
     """Return the reference to a file that a client has sent. Raises ValueError, NotFound."""
+    contents.references += 1
+    contents.check(2)  # invalid inputs are read a second time, to find all errors
     more = sent if isinstance(sent, dict) else {}
     sent, content, name = more.get("file_id", sent), None, str(more.get("name", ""))
     if not isinstance(sent, str) or re.match(r"[a-z][a-z0-9+.-]*://", sent, re.IGNORECASE):
@@ -202,12 +222,9 @@ def file_from(type_: type[File], value: Any) -> File:
 
 
 @contextlib.contextmanager
-def taking(find: Find | None) -> Iterator[Mapping[str, bytes | None]]:
-    """Read files from what a client has sent inside the block, unless *find* is None. Nothing is stored.
-
-    Yields: the files by id: the content, or None if it is stored already.
-    """
-    contents = dict[str, bytes | None]()
+def taking(find: Find | None) -> Iterator[Taken]:
+    """Read files from what a client has sent inside the block, unless *find* is None. Nothing is stored."""
+    contents = Taken()
     token = _TAKING.set(None if find is None else (find, contents))
     try:
         yield contents

@@ -275,6 +275,19 @@ def test_a_dry_run_prints_rows_and_errors_without_running_or_writing() -> None:
     assert not Path("log").read_text()
 
 
+def test_a_dry_run_of_an_agent_with_files_stores_none() -> None:
+    Path("rows.csv").write_text(f'letter\n"data:;base64,aGk="\n{"a" * 64}\n')
+    Path("target.py").write_text(
+        "from flock.core import Document, Flock\nflock = Flock('files')\n"
+        "@flock.agent\ndef read(letter: Document) -> str:\n    return letter.text()\n"
+    )
+    done = in_own_process("read", "rows.csv", "--dry-run")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert '"media_type":"text/plain","size":2' in done.stdout
+    assert "1 of 2 rows in rows.csv are valid." in done.stdout
+    assert files() == {"rows.csv"}
+
+
 def test_a_dry_run_counts_all_rows_and_shows_the_first() -> None:
     """It needs no model key."""
     Path("rows.ndjson").write_text('{"text": "a"}\n' * 1500)

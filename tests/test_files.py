@@ -1,6 +1,7 @@
 """Images, audio and documents as inputs: ways in, what is kept, and what is refused. The page is docs/files.md."""
 
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -15,14 +16,16 @@ from typing import Any
 
 import anyio
 import httpx
+import msgspec
 import pytest
+from starlette.datastructures import UploadFile
 
 from flock.core import Audio, Document, File, Flock, Image, data_url
 from flock.engine.base import EngineBase
 from flock.errors import CallError, Conflict, InvalidData, NotFound, StoreError, TooLarge
 from flock.files import check_declared, media_type_of, safe_name
-from flock.runs import RunFilter
-from flock.store import contents
+from flock.runs import BatchOptions, RunFilter
+from flock.store import contents, queries
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
 from tests.support.http import client_of, post_run
@@ -158,6 +161,52 @@ async def test_a_form_without_end_is_refused(api: Any, tmp_path: Path) -> None:
     assert stored(tmp_path) == []
 
 
+@pytest.mark.parametrize("charset", ["punycode", "raw_unicode_escape", "latin-1", '"utf-16"'])
+async def test_a_form_is_in_utf_8(api: Any, charset: str) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="\\ud800"\r\n\r\nlook\r\n--b--\r\n'
+    async with as_user(api) as client:
+        headers = {"Content-Type": f"multipart/form-data; boundary=b; Charset={charset}"}
+        refused = await client.post("/run/flock", content=part, headers=headers)
+        headers = {"Content-Type": "multipart/form-data; charset=UTF-8; boundary=b"}
+        read = await client.post("/run/flock", content=part.replace(b"\\ud800", b"agent_name"), headers=headers)
+    assert (refused.status_code, "UTF-8" in refused.text) == (422, True)
+    assert read.json()["errors"][0]["pointer"] == "/inputs/photo"
+
+
+async def test_the_texts_of_a_form_have_the_limits_of_a_body(tmp_path: Path) -> None:
+    app = create_app(receipts(), store=tmp_path / "runs.db", max_body_bytes=1000, max_json_depth=10)
+    async with app.lifespan(), client_of(app) as client:
+        for more, status in (({"a": "x" * 600, "b": "x" * 600}, 422), ({"more": "[" * 20 + "]" * 20}, 400)):
+            response = await client.post("/run/flock", data={"agent_name": "look", **more}, files={"photo": PNG})
+            assert response.status_code == status, response.text
+
+
+async def test_one_file_of_a_list_has_the_error_of_its_kind() -> None:
+    flock = Flock("lists")
+
+    @flock.agent
+    def show(photos: list[Image]) -> int:
+        return len(photos)
+
+    app = create_app(flock, store=":memory:")
+    async with app.lifespan(), client_of(app) as client:
+        for content, detail in ((b"text", "takes a PNG"), (PNG, '"result":1')):
+            sent = await client.post("/run/flock", data={"agent_name": "show"}, files={"photos": content})
+            assert detail in sent.text
+
+
+async def test_the_files_of_a_form_that_cannot_be_written_are_an_error_of_the_store(
+    api: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(UploadFile, "write", fail)
+    async with as_user(api) as client:
+        response = await client.post("/run/flock", data={"agent_name": "look"}, files={"photo": PNG})
+    assert (response.status_code, "log" in response.text) == (503, True)
+
+
 async def test_a_form_of_a_page_of_another_origin_is_refused() -> None:
     app = create_app(receipts(), store=":memory:", auth="anybody")
     async with app.lifespan(), client_of(app, {"Origin": "https://evil.example"}) as client:
@@ -183,6 +232,40 @@ async def test_items_of_a_batch_have_files(api: Any, tmp_path: Path) -> None:
     await api.engine.store.batches.sweep()
     await api.engine.store.delete_unused_files()
     assert stored(tmp_path) == []
+
+
+async def test_a_run_has_at_most_100_files(api: Any, tmp_path: Path) -> None:
+    async with as_user(api) as client:
+        urls = [f"data:,{n}" for n in range(99)]
+        fits = await post_run(client, "look", {"photo": data_url(PNG), "more": urls})
+        assert fits.json()["result"]["result"]["more"] == 99, fits.text
+        count = len(stored(tmp_path))
+        file_id = stored(tmp_path)[0].name
+        for more in (100, 300):
+            sent = await post_run(client, "look", {"photo": data_url(PNG), "more": [file_id] * more})
+            assert (sent.status_code, "100 files" in sent.text) == (422, True)
+        sent = await post_run(client, "look", {"photo": data_url(b"text"), "more": urls})
+        assert [error["pointer"] for error in sent.json()["errors"]] == ["/inputs/photo"]
+    assert len(stored(tmp_path)) == count
+
+
+async def test_a_reference_is_part_of_the_length_of_inputs(tmp_path: Path) -> None:
+    async with receipts().engine(store=tmp_path / "runs.db", max_input_bytes=100) as engine:
+        file = await engine.files().keep(each(b"text"))
+        with pytest.raises(TooLarge, match="/inputs"):
+            await engine.submit("read", {"letter": file.file_id})
+        with pytest.raises(TooLarge, match="row"):
+            await engine.submit_batch("read", [{"letter": file.file_id}], BatchOptions())
+
+
+def test_names_and_data_urls_are_read_in_no_time() -> None:
+    started_at = time.perf_counter()
+    assert safe_name("\u0301" * 3_000_000).endswith("\u0301")
+    for url in ("data:;name=" + "%41" * 2_000_000 + ",a", "data:" + ";name=%41" * 100_000 + ",a"):
+        receipts().agents["read"].input.take(msgspec.Raw(msgspec.json.encode({"letter": url})), "", NotFound)  # type: ignore
+    with pytest.raises(InvalidData, match="base64"):
+        receipts().run("read", {"letter": "data:," + "%41" * 100_000})
+    assert time.perf_counter() - started_at < 1.5
 
 
 # What comes out
@@ -413,6 +496,53 @@ async def test_what_no_run_takes_is_kept_for_a_day(tmp_path: Path) -> None:
             engine.files("ann").find(unused.file_id)
 
 
+async def test_a_content_outlives_a_deletion_of_its_run_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with receipts().engine(store=tmp_path / "runs.db") as engine:
+        store: Any = engine.store
+        run = await engine.wait((await engine.submit("read", {"letter": "data:,hello"})).run_id)
+        (path,) = stored(tmp_path)
+        change = store.change
+
+        async def change_and_fail(apply: Any, then: Any = None) -> Any:
+            def both(db: sqlite3.Connection) -> None:
+                queries.delete_runs(db, [run.run_id])
+                apply(db)
+                raise sqlite3.OperationalError("disk I/O error")
+
+            return await change(both, then)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "change", change_and_fail)
+            with pytest.raises(StoreError):
+                await store.delete_unused_files(0)
+        assert (await engine.get_run(run.run_id)).value == {"result": "hello"}
+        assert path.exists()
+        await engine.delete_run(run.run_id)
+        await store.delete_unused_files()
+        assert not path.exists()
+
+
+async def test_files_are_deleted_in_several_transactions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flock.store.store.DELETED_FILES", 2)
+    async with receipts().engine(store=tmp_path / "runs.db") as engine:
+        runs = [await engine.submit("read", {"letter": f"data:,{n}"}) for n in range(5)]
+        for run in runs:
+            await engine.wait(run.run_id)
+        for n in range(5, 10):
+            await engine.files().keep(each(b"%d" % n))
+        again = await engine.submit("read", {"letter": "data:,0"})
+        await engine.wait(again.run_id)
+        for run in runs:
+            await engine.delete_run(run.run_id)
+        await engine.store.delete_unused_files(0)
+        assert [path.read_text() for path in stored(tmp_path)] == ["0"]
+        await engine.delete_run(again.run_id)
+        await engine.store.delete_unused_files()
+        assert stored(tmp_path) == []
+
+
 async def test_a_run_is_not_accepted_if_its_file_was_deleted_meanwhile(tmp_path: Path) -> None:
     flock = receipts()
     async with flock.engine(store=tmp_path / "runs.db") as engine:
@@ -475,6 +605,47 @@ async def test_files_have_limits(tmp_path: Path) -> None:
         with pytest.raises(TooLarge, match="max_files_bytes"):
             await box.keep(each(b"another"))
     assert not [path for path in stored(tmp_path) if path.suffix]
+
+
+async def test_files_that_another_process_deletes_are_not_counted(tmp_path: Path) -> None:
+    async with receipts().engine(store=tmp_path / "runs.db", max_files_bytes=10) as engine:
+        box = engine.files()
+        file = await box.keep(each(b"0123456789"))
+        box.path(file.file_id).unlink()
+        await box.keep(each(b"abcdefghij"))
+
+
+async def test_files_that_are_sent_at_once_have_the_limit_together(tmp_path: Path) -> None:
+    async with receipts().engine(store=tmp_path / "runs.db", max_files_bytes=3) as engine:
+
+        async def keep(n: int) -> None:
+            with contextlib.suppress(TooLarge):
+                await engine.files().keep(each(b"%d" % n))
+
+        async with anyio.create_task_group() as tasks:
+            for n in range(10):
+                tasks.start_soon(keep, n)
+    assert len(stored(tmp_path)) == 3
+
+
+async def test_the_space_is_looked_at_with_each_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with receipts().engine(store=tmp_path / "runs.db", max_file_bytes=1000) as engine:
+
+        async def filling() -> Any:
+            yield PNG
+            monkeypatch.setattr(contents, "MIN_FREE_BYTES", 2**62)
+            while True:
+                yield PNG
+
+        with pytest.raises(StoreError):
+            await engine.files().keep(filling())
+
+
+async def test_the_start_of_a_content_may_come_in_pieces(tmp_path: Path) -> None:
+    async with receipts().engine(store=tmp_path / "runs.db") as engine:
+        file = await engine.files().keep(each(PNG[:3], PNG[3:9], PNG[9:]))
+        assert file.media_type == "image/png"
+        assert engine.files().path("") != engine.files("None").path("")
 
 
 @pytest.mark.parametrize("operation", ["mkdir", "open", "write", "fsync", "replace", "disk"])
@@ -563,7 +734,7 @@ async def main():
             real = contents.anyio.to_thread.run_sync
             async def write(function, *args, **options):
                 await real(function, *args, **options)
-                if getattr(function, "__name__", "") == "write":
+                if getattr(function, "__name__", "") == "_write":
                     die()
             contents.anyio.to_thread.run_sync = write
         elif place == "folder":

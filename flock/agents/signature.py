@@ -380,6 +380,10 @@ class Signature:
         """
         with taking(find) as contents:
             typed = self.decode(raw, at)
+        try:
+            contents.check()
+        except ValueError as exc:
+            raise InvalidData.of(f"{exc}.", at) from exc
         if not contents:
             return raw, {}
         texts = raw, msgspec.json.encode(typed, enc_hook=to_json)

@@ -222,7 +222,9 @@ async def check_batch_file(flock: DeclaredFlock, job: BatchFile) -> BatchCheck:
     row_mapping = flock.row_mapping(job.agent_name, job.static_inputs, job.input_mapping, job.on_extra)
     engine, agent = flock.engine(limits=limits_for_one_batch(1)), flock.agents[job.agent_name]
     async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
-        return await check_batch(engine, agent, rows, row_mapping, job.on_invalid)
+        # It has none yet. An agent without files must not take an input for one.
+        files = engine.store.contents.of(None, 0, 0) if agent.input.has_files else None
+        return await check_batch(engine, agent, files, rows, row_mapping, job.on_invalid)
 
 
 async def _accept(engine: Engine, flock: DeclaredFlock, job: BatchFile, digest: str) -> Batch:

@@ -75,11 +75,18 @@ class RowChecks:
                 item = Row(inputs=as_json(item, at, max_bytes), at=at)
             await share.checkpoint()
             extra = self._extra_of(item)
-            if len(item.inputs) + len(extra or b"") > max_bytes:
-                raise TooLarge(f"A row is longer than {max_bytes} bytes, the limit for one item.")
-            yield self._checked(item, extra)
+            self._check_length(item, extra)
+            checked = self._checked(item, extra)
+            if checked.contents:  # a reference may be longer than the id that was sent
+                self._check_length(checked.row, extra)
+            yield checked
             self.total += 1
             await share.checkpoint()
+
+    def _check_length(self, row: Row, extra: msgspec.Raw | None) -> None:
+        max_bytes = self._limits.max_input_bytes
+        if len(row.inputs) + len(extra or b"") > max_bytes:
+            raise TooLarge(f"A row is longer than {max_bytes} bytes, the limit for one item.")
 
     def _extra_of(self, row: Row) -> msgspec.Raw | None:
         """Return the kept columns of a row, as they are stored. Raises TooLarge."""
@@ -159,11 +166,12 @@ class BatchCheck(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def check_batch(
-    engine: Engine, agent: Agent, items: Items, row_mapping: RowMapping, on_invalid: OnInvalid
+    engine: Engine, agent: Agent, files: FileBox | None, items: Items, row_mapping: RowMapping, on_invalid: OnInvalid
 ) -> BatchCheck:
     """Read and check rows as ``Engine.submit_batch`` of *engine* would, and store nothing.
 
     Args:
+        files: of the principal; None if the agent takes none. *engine* need not be entered.
         row_mapping: the mapping that created the rows of *items*.
 
     Raises:
@@ -171,7 +179,7 @@ async def check_batch(
         TooLarge: the same as ``Engine.submit_batch``.
         EngineStopped: the engine is shutting down, which reading more rows would delay.
     """
-    checks = RowChecks(agent, engine.item_limits, engine.files() if agent.input.has_files else None)
+    checks = RowChecks(agent, engine.item_limits, files)
     row_errors, rows, shown_bytes = RowErrors(), list[CheckedRow](), 0
     reading_errors: Sequence[FieldError] = ()
     try:

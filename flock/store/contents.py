@@ -12,9 +12,9 @@ import logging
 import os
 import re
 import shutil
-import sqlite3
+import threading
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +24,6 @@ from flock import files
 from flock.errors import Conflict, InvalidData, NotFound, StoreError, TooLarge
 from flock.files import FileReference
 from flock.runs import FileBox, Run, new_id
-from flock.store import statements
 from flock.store.files import PRIVATE, sync_folder
 
 logger = logging.getLogger("flock.store")
@@ -44,10 +43,10 @@ class Contents:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root, self.used, self._sweep_at = root, dict[Path, int](), 0.0
+        self.root, self.used, self._sweep_at, self.counting = root, dict[Path, int](), 0.0, threading.Lock()
 
     def folder(self, principal: str | None) -> Path:
-        return self.root / hashlib.sha256(f"principal {principal}".encode()).hexdigest()[:32]
+        return self.root / hashlib.sha256(f"principal {principal!r}".encode()).hexdigest()[:32]
 
     def of(self, principal: str | None, max_bytes: int, max_total_bytes: int) -> FileBox:
         """Return the files of a principal. Max bytes are those of one file, and of all together."""
@@ -58,27 +57,28 @@ class Contents:
         if not all((self.root / name).exists() for run in runs for name in run.files):
             raise Conflict("A file of this run was deleted in this moment. Send it again.")
 
-    def unused(self, keep_s: float | None) -> list[tuple[str, float]]:
-        """Return the contents that were sent and named more than *keep_s* ago, and until when.
+    def old(self, keep_s: float | None) -> Iterator[tuple[str, float]]:
+        """Yield the contents that were sent and named more than *keep_s* ago, and until when.
 
         If it is None, a day ago, and at most once in an hour, since there may be many. Temporary files that a process
         has left when it died are among them.
         """
         if keep_s is None and time.monotonic() < self._sweep_at:
-            return []
+            return
         before = time.time() - (KEEP_UNUSED_S if keep_s is None else keep_s)
         self._sweep_at = time.monotonic() + SWEEP_INTERVAL_S
-        return [(str(path.relative_to(self.root)), before) for path in self.root.glob("*/*") if _is_older(path, before)]
+        for folder in self.root.glob("*/"):
+            with os.scandir(folder) as entries:  # there may be more than fit into memory
+                yield from ((f"{folder.name}/{each.name}", before) for each in entries if _is_older(each, before))
 
-    def delete(self, db: sqlite3.Connection, unused: Iterable[tuple[str, float]]) -> None:
-        """Delete those of *unused* that no run has, and were neither sent nor named after that time."""
-        for name, at in unused:
-            if not db.execute(statements.HAS_RUN_WITH_FILE, (name,)).fetchone() and _is_older(self.root / name, at):
-                (self.root / name).unlink(missing_ok=True)
-        self.used.clear()
+    def delete(self, name: str, at: float) -> None:
+        """Delete a content that was neither sent nor named after that time."""
+        if _is_older(self.root / name, at):
+            (self.root / name).unlink(missing_ok=True)
+            self.used.clear()
 
 
-def _is_older(path: Path, at: float) -> bool:
+def _is_older(path: Path | os.DirEntry[str], at: float) -> bool:
     try:
         return path.stat().st_mtime <= at
     except FileNotFoundError:
@@ -118,11 +118,11 @@ class _ContentsOfPrincipal(FileBox):
         digest, size, head = hashlib.sha256(), 0, b""
         with self._writing() as (file, path):
             async for chunk in data:
-                size, head = size + len(chunk), head or chunk[: files.HEAD_BYTES]
+                size, head = size + len(chunk), (head + chunk[: files.HEAD_BYTES])[: files.HEAD_BYTES]
                 if size > self._max_bytes:
                     raise TooLarge(f"A file may have {self._max_bytes} bytes on this server (max_file_bytes).")
                 digest.update(chunk)
-                await anyio.to_thread.run_sync(file.write, chunk)
+                await anyio.to_thread.run_sync(self._write, file, chunk)
             media_type, file_id = files.media_type_of(head), digest.hexdigest()
             try:
                 files.check_declared(declared, media_type)
@@ -146,19 +146,24 @@ class _ContentsOfPrincipal(FileBox):
         finally:
             path.unlink(missing_ok=True)
 
-    def _finish(self, file: BinaryIO, path: Path, final: Path, size: int) -> None:
+    def _write(self, file: BinaryIO, chunk: bytes) -> None:
         if shutil.disk_usage(self._folder).free < MIN_FREE_BYTES:
             raise OSError(f"less than {MIN_FREE_BYTES} bytes are free on the disk")
-        known = self._contents.used.get(self._folder)
-        others = sum(os.stat(each).st_size for each in self._folder.glob("[!.]" * 64)) if known is None else known
-        used = others if final.exists() else others + size
-        if used > self._max_total_bytes:
-            raise TooLarge(
-                f"Your files may have {self._max_total_bytes} bytes (max_files_bytes). Delete runs with files."
-            )
-        self._contents.used[self._folder] = used
+        file.write(chunk)
+
+    def _finish(self, file: BinaryIO, path: Path, final: Path, size: int) -> None:
         file.flush()
         os.fsync(file.fileno())
-        os.replace(path, final)
+        with self._contents.counting:
+            used = self._contents.used.get(self._folder, self._max_total_bytes)
+            more = 0 if final.exists() else size
+            if used + more > self._max_total_bytes:  # or not counted yet; others on the store may have deleted some
+                used = sum(os.stat(each).st_size for each in self._folder.glob("[!.]" * 64))
+            if used + more > self._max_total_bytes:
+                raise TooLarge(
+                    f"Your files may have {self._max_total_bytes} bytes (max_files_bytes). Delete runs with files."
+                )
+            os.replace(path, final)
+            self._contents.used[self._folder] = used + more
         for folder in (self._folder, self._folder.parent, self._folder.parent.parent):  # those may be new
             sync_folder(folder)

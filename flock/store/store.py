@@ -6,6 +6,7 @@ engine that has taken over its runs.
 
 import contextlib
 import functools
+import itertools
 import logging
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -57,6 +58,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("flock.runs")
 
+#: Max files that one transaction deletes.
+DELETED_FILES = 1000
 #: Later than any stored time, in microseconds.
 MAX_TIME = 2**63 - 1
 #: How many runs with expired questions one transaction changes.
@@ -327,15 +330,34 @@ class SQLiteStore(Database, Store):
         return await self.change(apply)
 
     async def delete_unused_files(self, keep_s: float | None = None) -> None:
-        unused = await anyio.to_thread.run_sync(self.contents.unused, keep_s)
-        if not unused and self._first(statements.RELEASED_FILES) is None:
-            return
+        old, chunk = self.contents.old(keep_s), (DELETED_FILES,)
+        while released := self.read(lambda db: db.execute(statements.RELEASED_FILES, chunk).fetchall()):
+            await self._delete_files(released)
+        while found := await anyio.to_thread.run_sync(lambda: list(itertools.islice(old, *chunk))):
+            await self._delete_files(found)
+
+    async def _delete_files(self, found: Sequence[tuple[str, float]]) -> None:
+        """Delete those that no run has, and were neither sent nor named after that time.
+
+        This holds for what is committed, in which no other run of the same transaction is deleted: if that fails, a
+        run has its files.
+        """
+
+        def has_run(db: sqlite3.Connection, name: str) -> bool:
+            return db.execute(statements.HAS_RUN_WITH_FILE, (name,)).fetchone() is not None
+
+        unused = self.read(lambda db: {name for name, _ in found if not has_run(db, name)})
 
         def apply(db: sqlite3.Connection) -> None:
-            self.contents.delete(db, [*db.execute(statements.RELEASED_FILES), *unused])
-            db.execute(statements.FORGET_RELEASED_FILES)
+            for name, at in found:
+                is_taken = has_run(db, name)
+                if name in unused and not is_taken:
+                    self.contents.delete(name, at)
+                if name in unused or is_taken:  # otherwise, its last run is deleted in this transaction
+                    db.execute(statements.FORGET_RELEASED_FILE, (name, at))
 
         await self.change(apply)
+        await anyio.lowlevel.checkpoint()
 
     async def delete_old_keys(self, before: datetime) -> None:
         await self.change(lambda db: db.execute(statements.DELETE_OLD_KEYS, (micros(before),)) and None)

@@ -1,6 +1,7 @@
 """Files of clients: ``POST /files``, ``GET /files/{file_id}``, and forms that have files as inputs of a run."""
 
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from importlib.util import find_spec
 from typing import Any
@@ -14,22 +15,31 @@ from starlette.responses import FileResponse, Response
 
 from flock.agents.signature import text_as_json
 from flock.declared import agent_of
-from flock.errors import FlockError, InvalidData
+from flock.errors import FlockError, InvalidData, StoreError
 from flock.extras import pip_install
-from flock.jsontype import escape_pointer, explain
+from flock.jsontype import check_depth, escape_pointer, explain
 from flock.web.body import Body
 from flock.web.orders import engine_of, serving
-from flock.web.requests import root_path
+from flock.web.requests import request_id_of, root_path
 from flock.web.responses import PIECE_BYTES, JSONResponse
 from flock.web.routing import caller_of
 from flock.web.wire import RUN_REQUEST
+
+logger = logging.getLogger("flock.api")
 
 #: Max parts of a form that are files, and max parts that are not.
 MAX_PARTS = 100
 
 
 class _Form(MultiPartParser):
-    has_ended = False
+    has_ended, text_bytes = False, 0
+
+    def on_part_end(self) -> None:
+        super().on_part_end()
+        if isinstance(text := self.items[-1][1], str):
+            self.text_bytes += len(text.encode())
+            if self.text_bytes > self.max_part_size:
+                raise MultiPartException(f"its texts have more than {self.max_part_size} bytes (max_body_bytes).")
 
     def on_end(self) -> None:
         self.has_ended = True
@@ -53,13 +63,20 @@ async def form_as_json(request: Request) -> bytes:
 
     A part is an input, unless it has the name of a member of that body. One that is repeated is a list.
 
-    Raises: AgentNotFound; InvalidData if it is not a whole form; HTTPException; TooLarge; TooManyRequests; StoreError.
+    Raises: AgentNotFound; InvalidData if it is not a whole form; MalformedJSON; HTTPException; TooLarge;
+        TooManyRequests; StoreError.
     """
     if find_spec("python_multipart") is None:
         raise HTTPException(415, f"This server takes no forms. To enable them: {pip_install('python-multipart')}")
+    from python_multipart.multipart import parse_options_header
+
     app, sent, inputs = serving(request), dict[str, Any](), dict[str, Any]()
     limits = {"max_files": MAX_PARTS, "max_fields": MAX_PARTS, "max_part_size": app.options.max_body_bytes}
     members = {field.name: field.type for field in RUN_REQUEST.fields if field.name != "inputs"}
+    # Some codecs take the square of the time, and some give what no text may have.
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
+    if charset.lower() not in (b"utf-8", b"utf8"):
+        raise InvalidData.of("A form must be in UTF-8. Send it without a charset.")
     async with _upload(request) as body, contextlib.AsyncExitStack() as stack:
         parser = _Form(request.headers, body.upload(), **limits)
         try:
@@ -69,20 +86,26 @@ async def form_as_json(request: Request) -> bytes:
                 raise MultiPartException("its last boundary is missing.")
         except MultiPartException as exc:
             raise InvalidData.of(f"The form is not valid: {exc.message}") from exc
+        except OSError as exc:  # its files are temporary files until they are stored
+            logger.error("request %s: the files of a form cannot be written: %s", request_id_of(request), exc)
+            raise StoreError("The form cannot be read now. The server's log has the reason.") from exc
         agent = agent_of(app.flock.agents, str(form.get("agent_name", "")))
         types = {field.name: field.type for field in agent.input.fields} | members
         for name in dict.fromkeys(form):
             type_ = types.get(name, Any)
             values = [await _value(request, type_, name, part) for part in form.getlist(name)]
             one = bytes(values[0])
-            is_list = len(values) > 1 or (explain(type_, one, "") and not explain(type_, b"[%b]" % one, ""))
+            takes_list = not (explain(type_, b"[]", "") and explain(type_, b"[%b]" % one, ""))
+            is_list = len(values) > 1 or (takes_list and explain(type_, one, ""))
             (sent if name in members else inputs)[name] = values if is_list else values[0]
     return msgspec.json.encode({**sent, "inputs": inputs})
 
 
 async def _value(request: Request, type_: Any, name: str, part: UploadFile | str) -> msgspec.Raw:
     if isinstance(part, str):
-        return text_as_json(type_, part)
+        raw = text_as_json(type_, part)
+        check_depth(bytes(raw), serving(request).options.max_json_depth)
+        return raw
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         while chunk := await part.read(PIECE_BYTES):
