@@ -1,9 +1,13 @@
 """XLSX and Parquet, as people have them, whole and broken."""
 
+import contextlib
 import datetime
+import errno
 import io
 import json
+import os
 import tempfile
+import tracemalloc
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from decimal import Decimal
@@ -19,7 +23,7 @@ from flock import formats
 from flock.agents.signature import Signature
 from flock.command.cli import main
 from flock.core import Flock
-from flock.errors import InvalidData, TooLarge
+from flock.errors import InvalidData, StoreError, TooLarge
 from flock.rows import binary
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import rows_in
@@ -59,7 +63,7 @@ async def pieces_of(content: bytes) -> AsyncIterator[bytes]:
         yield content[start : start + 1000]
 
 
-async def read(format_: str, content: bytes, inputs: type[msgspec.Struct] = Inputs) -> list[Any]:
+async def read(format_: str, content: bytes, inputs: type[msgspec.Struct] = Inputs, **options: Any) -> list[Any]:
     """Return the line and the inputs, kept columns or errors of each row."""
     mapping = RowMapping(Signature.of(inputs), None, None, lambda: 100_000, on_extra="keep")
     return [
@@ -70,7 +74,7 @@ async def read(format_: str, content: bytes, inputs: type[msgspec.Struct] = Inpu
         )
         if not row.errors
         else (row.line, [error.detail for error in row.errors])
-        async for row in rows_in(format_, pieces_of(content), mapping, CSVDialect(decimal=","))
+        async for row in rows_in(format_, pieces_of(content), mapping, CSVDialect(decimal=","), **options)
     ]
 
 
@@ -232,6 +236,93 @@ async def test_row_groups_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(binary, "MAX_GROUP_BYTES", 1000)
     with pytest.raises(TooLarge, match="Row group 0 unpacks to"):
         await read("parquet", content)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["a" * 50_000, ["a" * 500] * 100, {"x": ["a" * 50_000]}, [None] * 7000],
+    ids=lambda cell: str(cell)[:5],
+)
+async def test_a_value_that_a_file_has_once_is_not_unpacked_for_each_row(cell: Any) -> None:
+    """A value of 200 MB that 500 rows share is 100 GB in Python."""
+    content = parquet([{"text": "a", "x.y": cell}] * 200, compression="zstd", data_page_size=1000)
+    peaks = [await unpacked(content, max_row_bytes) for max_row_bytes in (100_000, 40_000)]
+    assert max(peaks) < 2_000_000
+    assert len(await read("parquet", content, max_row_bytes=100_000)) == 200
+    with pytest.raises(TooLarge, match="The row in line 1 is longer than 40000 bytes"):
+        await read("parquet", content, max_row_bytes=40_000)
+
+
+async def unpacked(content: bytes, max_row_bytes: int) -> int:
+    """Return the most memory that Python has used for the records of a Parquet file."""
+    tracemalloc.start()
+    with contextlib.suppress(TooLarge):
+        async for _ in binary.binary_records("parquet", pieces_of(content), max_row_bytes):
+            pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+async def test_a_map_of_parquet_is_a_list_of_pairs() -> None:
+    pairs = pyarrow.array([[("k", "v")], [("a" * 100, "b")]], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    file = io.BytesIO()
+    pq.write_table(pyarrow.table({"text": ["a", "b"], "m": pairs}), file)
+    rows = await read("parquet", file.getvalue())
+    assert [row[2]["m"] for row in rows] == [[["k", "v"]], [["a" * 100, "b"]]]
+    with pytest.raises(TooLarge, match="line 2"):
+        await read("parquet", file.getvalue(), max_row_bytes=90)
+
+
+async def test_a_list_of_parquet_has_no_more_values_than_a_row_group_may_have_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content = parquet([{"text": "a", "x": [0] * 200_000}])
+    monkeypatch.setattr(binary, "MAX_GROUP_BYTES", 1_000_000)
+    with pytest.raises(TooLarge, match="Row group 0 unpacks to"):
+        await read("parquet", content)
+
+
+async def test_delta_encoded_text_of_parquet_is_refused() -> None:
+    """Its values are the beginning of the one before: few bytes, and each may be long."""
+    options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    with pytest.raises(InvalidData, match="The text in 'text' is delta encoded"):
+        await read("parquet", parquet([{"text": "a"}], **options))
+
+
+@pytest.mark.parametrize("format_", ["xlsx", "parquet"])
+async def test_a_row_is_no_longer_than_one_of_csv(format_: str) -> None:
+    rows = [["text", "x"], ["a", "b"], ["a" * 60, "b" * 60]]
+    content = excel(rows) if format_ == "xlsx" else parquet([dict(zip(rows[0], row, strict=True)) for row in rows[1:]])
+    assert len(await read(format_, content, max_row_bytes=120)) == 2
+    with pytest.raises(TooLarge, match=f"The row in line {3 if format_ == 'xlsx' else 2} is longer than 100 bytes"):
+        await read(format_, content, max_row_bytes=100)
+
+
+async def test_a_cell_in_the_last_column_of_each_row_is_an_error_of_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is below the header is converted."""
+    content = excel([["text"], *([*[None] * 16_383, "text"] for _ in range(19))])
+    converted = list[Any]()
+
+    def count(value: Any) -> Any:
+        converted.append(value)
+        return value or ""
+
+    monkeypatch.setattr(binary, "_cell", count)
+    rows = await read("xlsx", content)
+    assert rows[0] == (2, ["This row has 16384 cells, but the header has 1."])
+    assert len(converted) == len(rows) + 1 == 20
+
+
+@pytest.mark.parametrize("format_", ["xlsx", "parquet"])
+async def test_a_disk_that_is_full_is_an_error_of_the_store(format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, content: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    with pytest.raises(StoreError, match="temporary file of a table cannot be written: No space left"):
+        await read(format_, b"PK")
 
 
 # Out

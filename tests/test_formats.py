@@ -4,6 +4,7 @@ import functools
 import gzip
 import io
 import json
+import time
 from collections.abc import AsyncIterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,10 +97,10 @@ async def sent(http: httpx.AsyncClient, format_: str, content: bytes, **query: A
     return await http.get(response.headers["Location"], params={"wait": 20})
 
 
-def run_command(folder: Path, *arguments: str, agent: str = "show") -> str:
+def run_command(folder: Path, *arguments: str, agent: str = "show", exit_code: int = 0) -> str:
     (folder / "target.py").write_text(TARGET)
     result = CliRunner().invoke(main, ["batch", str(folder / "target.py"), agent, *arguments])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == exit_code, result.output
     return result.output
 
 
@@ -253,6 +254,16 @@ async def test_a_row_of_an_array_may_not_be_too_long() -> None:
         await read(b'[{"text": "a"}, {"text": "' + b"a" * 10_000, 50, max_row_bytes=100)
 
 
+async def test_an_array_in_many_small_pieces_is_not_read_again_for_each() -> None:
+    """Pieces of gzip may be one byte long, and a string that has not arrived whole is scanned from its beginning."""
+    content = b'[{"text": "' + b"a" * 200_000 + b'"}, {"text": "b"}]'
+    started = time.process_time()
+    assert len(await read(content, 1, max_row_bytes=300_000)) == 2
+    assert time.process_time() - started < 5  # it took minutes
+    with pytest.raises(TooLarge, match="Row 1 is longer"):
+        await read(content, 1, max_row_bytes=199_000)
+
+
 async def test_an_error_in_an_array_has_the_pointer_of_its_row(http: httpx.AsyncClient) -> None:
     response = await sent(http, "json", b'[{"text": "a"}, {"text": "a", "price": "x"}]')
     assert response.status_code == 422
@@ -299,11 +310,12 @@ async def test_an_empty_cell_is_missing_if_its_input_is_optional(http: httpx.Asy
 # The output like the input
 
 
-def like_input(folder: Path, content: bytes, *options: str, name: str = "rows.csv") -> bytes:
+def like_input(folder: Path, content: bytes, *options: str, name: str = "rows.csv", exit_code: int = 0) -> bytes:
     """Return the output of the command for a file with the columns text and price."""
     (folder / name).write_bytes(content)
     output = folder / f"out{Path(name).suffix}"
-    run_command(folder, str(folder / name), "-o", str(output), "--like-input", *options, agent="halve")
+    arguments = [str(folder / name), "-o", str(output), "--like-input", *options]
+    run_command(folder, *arguments, agent="halve", exit_code=exit_code)
     return output.read_bytes()
 
 
@@ -342,6 +354,15 @@ def test_the_output_has_the_bytes_of_the_input(tmp_path: Path, encoding: str, li
     assert [text.split(between)[:2] for text in texts] == [["text", "price"], ["é", "1"], ['"b"', "2"], [""]]
     assert [text.split(between)[2] for text in texts[:3]] == ["half", "0.5", "1.0"]
     assert "result.text" in texts[0]
+
+
+def test_the_outputs_of_a_short_row_are_below_their_names(tmp_path: Path) -> None:
+    """A longer row has no place for them that fits."""
+    written = like_input(
+        tmp_path, b"text,price,note\na,1,n\nb,2\n", "--on-invalid", "skip", "--on-extra", "ignore", exit_code=1
+    )
+    assert [line.split(",")[3] for line in written.decode().splitlines()] == ["half", "0.5", ""]
+    assert written.decode().splitlines()[2].split(",")[:7] == ["b", "2", "", "", "", "", "failed"]
 
 
 def test_only_rows_of_csv_have_an_output_like_them(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 
 from flock.errors import InvalidData, TooLarge
 from flock.fair import FairShare
-from flock.rows.tables import HEAD_BYTES, RowMapping, check_text, json_row, with_end
+from flock.rows.tables import GATHERED_CHARS, RowMapping, check_text, json_row, with_end
 from flock.runs import Row
 
 #: What an array is split at: whole strings, brackets and commas. A lone quote is a string that has not arrived whole.
@@ -31,11 +31,14 @@ async def array_rows(
 
 async def _elements(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterator[bytes]:
     text, scanned, depth, number, is_open, share = b"", 0, 0, 0, False, FairShare()
+    new = bytearray()
     async for chunk in with_end(chunks):
-        text += chunk or b""
+        new += chunk or b""
+        if chunk is not None and len(new) < max(GATHERED_CHARS, len(text)):
+            continue  # a string that is incomplete is scanned again each time, so wait for enough input
+        text += new
+        new.clear()
         if not is_open:
-            if len(text) < HEAD_BYTES and chunk is not None:
-                continue
             check_text(text)
             text = text.removeprefix(codecs.BOM_UTF8).lstrip()
             if not text and chunk is not None:
@@ -51,6 +54,8 @@ async def _elements(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterat
             scanned = token.end()
             if depth == 1 and mark in b",]}":
                 element, start = text[start : token.start()].strip(), scanned
+                if len(element) > max_bytes:
+                    raise _too_long(number, max_bytes)
                 if element or number or mark == b",":
                     yield element
                     await share.checkpoint()
@@ -60,6 +65,10 @@ async def _elements(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterat
         if not depth and text.strip():
             raise InvalidData.of(f"There is more text after the end of the JSON array, which has {number:,} rows.")
         if len(text) > max_bytes:
-            raise TooLarge(f"Row {number + 1} is longer than {max_bytes} bytes, the limit for one row.")
+            raise _too_long(number, max_bytes)
     if depth:
         raise InvalidData.of(f"The end of the JSON array is missing after {number:,} rows. It may have been cut short.")
+
+
+def _too_long(number: int, max_bytes: int) -> TooLarge:
+    return TooLarge(f"Row {number + 1} is longer than {max_bytes} bytes, the limit for one row.")

@@ -6,7 +6,7 @@ The packages are imported here only when such a table is read or written, in a w
 import datetime
 import tempfile
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -15,15 +15,16 @@ from zipfile import ZipInfo
 import anyio.to_thread
 import msgspec
 
-from flock.errors import InvalidData, TooLarge
+from flock.errors import InvalidData, StoreError, TooLarge
+from flock.rows.tables import row_too_long
 
 #: Records that are read in one step, pieces in which a file is sent, and pages in a row group that is written.
-RECORDS_PER_STEP, PIECE_BYTES, PAGES_PER_GROUP = 500, 64 * 1024, 20
+RECORDS_PER_STEP, PIECE_BYTES, PAGES_PER_GROUP = 100, 64 * 1024, 20
 #: Max unpacked size of the parts of an XLSX file: of the sheets, which are read as a stream; of the texts, which are
 #: held in memory; and of the styles and other parts, which become objects.
 MAX_PARTS_BYTES = {"worksheet": 1024 * 1024 * 1024, "sharedStrings": 64 * 1024 * 1024, "others": 4 * 1024 * 1024}
 #: Max ratio of the size of a part and its compressed size. It applies only above the second one. And the max unpacked
-#: size of a row group of Parquet.
+#: size of a row group of Parquet, in which each value is counted once.
 MAX_RATIO, MIN_UNPACKED_BYTES, MAX_GROUP_BYTES = 100, 16 * 1024 * 1024, 256 * 1024 * 1024
 #: Folders of an XLSX file that are not read.
 UNREAD = ("xl/media/", "xl/drawings/", "xl/charts/", "xl/embeddings/", "xl/pivotCache/", "customXml/")
@@ -33,18 +34,23 @@ MAX_SHEET_ROWS, MAX_CELL_CHARS, MAX_EXACT = 1024 * 1024, 32_767, 2**53
 # In
 
 
-async def binary_records(format_: str, chunks: AsyncIterable[bytes]) -> AsyncGenerator[tuple[int, Sequence[Any]], None]:
+async def binary_records(
+    format_: str, chunks: AsyncIterable[bytes], max_row_bytes: int
+) -> AsyncGenerator[tuple[int, Sequence[Any]], None]:
     """Yield the records of a table with the number of their row, first the header. Empty cells are "".
 
-    Raises: InvalidData if the file is not valid; TooLarge if it unpacks to too much.
+    Raises: InvalidData if the file is not valid; TooLarge if it unpacks to too much; StoreError if the disk is full.
     """
     with tempfile.TemporaryFile() as file:
         async for chunk in chunks:
-            await anyio.to_thread.run_sync(file.write, chunk)
-        records = _excel_records(file) if format_ == "xlsx" else _parquet_records(file)
+            await _written(file.write, chunk)
+        await _written(file.flush)
+        records = _excel_records(file) if format_ == "xlsx" else _parquet_records(file, max_row_bytes)
+        count = 1  # nothing else is read if the header is refused
         while True:
             try:
-                step = await anyio.to_thread.run_sync(list, islice(records, RECORDS_PER_STEP))
+                step = await anyio.to_thread.run_sync(_step, records, count, max_row_bytes)
+                count = RECORDS_PER_STEP
             except (InvalidData, TooLarge):
                 raise
             except Exception as exc:  # the packages have no common error for a file that is not valid
@@ -54,6 +60,30 @@ async def binary_records(format_: str, chunks: AsyncIterable[bytes]) -> AsyncGen
                 return
             for record in step:
                 yield record
+
+
+async def _written(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function that writes a temporary file, in a worker thread. Raises StoreError if it cannot be written."""
+    try:
+        await anyio.to_thread.run_sync(function, *arguments)
+    except OSError as exc:
+        raise StoreError(f"The temporary file of a table cannot be written: {exc.strerror or exc}.") from exc
+
+
+def _step(
+    records: Iterator[tuple[int, Sequence[Any]]], count: int, max_row_bytes: int
+) -> Sequence[tuple[int, Sequence[Any]]]:
+    """Read up to *count* records: fewer if they are as long as one may be. Raises TooLarge."""
+    step, size = list[tuple[int, Sequence[Any]]](), 0
+    for line, cells in islice(records, count):
+        length = sum(len(cell if isinstance(cell, str) else msgspec.json.encode(cell)) for cell in cells)
+        if length > max_row_bytes:
+            raise row_too_long(line, max_row_bytes)
+        step.append((line, cells))
+        size += length
+        if size > max_row_bytes:
+            break
+    return step
 
 
 def _excel_records(file: IO[bytes]) -> Iterator[tuple[int, Sequence[Any]]]:
@@ -68,16 +98,16 @@ def _excel_records(file: IO[bytes]) -> Iterator[tuple[int, Sequence[Any]]]:
     reader.read()
     sheet, width, last = reader.wb.worksheets[0], 0, 0
     sheet.reset_dimensions()  # a file may claim any
-    for line, values in enumerate(sheet.iter_rows(values_only=True), 1):
+    for line, values in enumerate(map(list, sheet.iter_rows(values_only=True)), 1):
         if line > MAX_SHEET_ROWS:
             raise InvalidData.of(f"A sheet has at most {MAX_SHEET_ROWS:,} rows.", line=line)
-        cells = list(map(_cell, values))
-        while cells and cells[-1] == "":
-            cells.pop()
-        if cells:  # empty rows count if a row follows them
+        while values and values[-1] in (None, ""):
+            values.pop()
+        if values:  # empty rows count if a row follows them
             yield from ((empty, [""]) for empty in range(last + 1, line) if width)
-            width, last = width or len(cells), line
-            yield line, cells + [""] * (width - len(cells))
+            width, last, more = width or len(values), line, len(values) - width if width else 0
+            # A row may have 16,384 cells. Of those beside the table only the number is used.
+            yield line, [*map(_cell, values[:width]), *[""] * -more, *[values[-1]] * more]
 
 
 def _check_unpacked(parts: Collection[ZipInfo], types: Mapping[str, str]) -> None:
@@ -94,18 +124,53 @@ def _check_unpacked(parts: Collection[ZipInfo], types: Mapping[str, str]) -> Non
             raise TooLarge(f"This file unpacks to {unpacked[kind]} bytes of {kind}; the limit is {max_bytes}.")
 
 
-def _parquet_records(file: IO[bytes]) -> Iterator[tuple[int, Sequence[Any]]]:
-    """Read the row groups one by one."""
-    from pyarrow.parquet import ParquetFile
+def _parquet_records(file: IO[bytes], max_row_bytes: int) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Read the row groups one by one. A value that is repeated is only repeated in a few rows at a time."""
+    from pyarrow.parquet import ParquetFile, read_metadata
 
-    table, row = ParquetFile(file), 1
-    for number in range(table.metadata.num_row_groups):
-        if (size := table.metadata.row_group(number).total_byte_size) > MAX_GROUP_BYTES:
+    metadata = read_metadata(file)
+    leaves = [metadata.schema.column(number) for number in range(metadata.num_columns)]
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        size = group.total_byte_size
+        for place, leaf in enumerate(leaves):
+            column = group.column(place)
+            size += 8 * column.num_values if leaf.max_repetition_level else 0  # a list is read as a whole
+            if any(encoding.startswith("DELTA") and "BYTE" in encoding for encoding in column.encodings):
+                raise InvalidData.of(
+                    f"The text in {leaf.path!r} is delta encoded. Write it with a dictionary, or plain."
+                )
+        if size > MAX_GROUP_BYTES:
             raise TooLarge(f"Row group {number} unpacks to {size} bytes; the limit is {MAX_GROUP_BYTES}. Split it.")
+    table, row = ParquetFile(file, metadata=metadata, read_dictionary=[leaf.path for leaf in leaves]), 1
     yield row, table.schema_arrow.names
-    for batch in table.iter_batches(batch_size=RECORDS_PER_STEP, use_threads=False):
-        yield from enumerate(zip(*(map(_cell, column.to_pylist()) for column in batch.columns), strict=True), row)
-        row += len(batch)
+    for batch in table.iter_batches(batch_size=500, use_threads=False):
+        parts = [batch]
+        while parts:
+            part = parts.pop()
+            if sum(map(_size, part.columns)) > max_row_bytes:
+                if (half := len(part) // 2) == 0:
+                    raise row_too_long(row, max_row_bytes)
+                parts += [part.slice(half), part.slice(0, half)]
+                continue
+            yield from enumerate(zip(*(map(_cell, column.to_pylist()) for column in part.columns), strict=True), row)
+            row += len(part)
+
+
+def _size(column: Any) -> int:
+    """Return the size of the values of a column of Arrow, each as often as it occurs."""
+    from pyarrow import compute, int64, types
+
+    if types.is_dictionary(column.type):
+        lengths = compute.binary_length(column.dictionary).cast(int64())
+        return max(8 * len(column), int(compute.sum(lengths.take(column.indices)).as_py() or 0))
+    if types.is_map(column.type):
+        first, end = column.offsets[0].as_py(), column.offsets[-1].as_py()
+        return sum(_size(part[first:end]) for part in (column.keys, column.items))
+    if types.is_nested(column.type):
+        parts = column.flatten()
+        return sum(map(_size, parts if isinstance(parts, list) else [parts]))
+    return max(8 * len(column), int(column.nbytes))
 
 
 def _cell(value: Any) -> Any:

@@ -43,8 +43,8 @@ def rows_in(
     if format_ in ("json", "ndjson"):
         return (array_rows if format_ == "json" else ndjson_rows)(chunks, row_mapping, **limits)
     if FORMATS[format_].extra:
-        records, options["max_depth"] = binary_records(format_, chunks), limits["max_depth"]
-        return table_rows(records, row_mapping, NO_DIALECT, **options)
+        records = binary_records(format_, chunks, limits["max_row_bytes"])
+        return table_rows(records, row_mapping, NO_DIALECT, max_depth=limits["max_depth"], **options)
     dialect = replace(dialect, delimiter="\t") if format_ == "tsv" else dialect
     return csv_rows(chunks, row_mapping, dialect, **limits, **options)
 

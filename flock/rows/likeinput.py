@@ -29,19 +29,21 @@ async def results_like(
     is_marked = dialect.codec == "utf_8" and (await anext(local_file(path), b"")).startswith(codecs.BOM_UTF8)
     encoder = codecs.getincrementalencoder("utf-8-sig" if is_marked else dialect.codec)("replace")
     records = csv_records(local_file(path), dialect, MAX_ROW_BYTES, lines)
-    header = (await anext(records))[1]
+    cells = header = (await anext(records))[1]
     line_end = "".join(lines)[len("".join(lines).rstrip("\r\n")) :] or "\r\n"
     names = CSVWriter(header, (), outputs, **options).names()[len(header) :]
 
-    def joined(added: bytes) -> bytes:
+    def joined(cells: Sequence[str], added: bytes) -> bytes:
         own, ours = "".join(lines).rstrip("\r\n"), added.decode().removesuffix("\r\n")
-        return encoder.encode(f"{own}{dialect.delimiter}{ours}{line_end}")
+        own += dialect.delimiter * max(1, 1 + len(header) - len(cells))
+        return encoder.encode(f"{own}{ours}{line_end}")
 
-    yield joined(table.lines([names]))
+    yield joined(header, table.lines([names]))
     async for page in pages:
         text = bytearray()
         for item in page:
             while position <= (item.position or 0):
-                position += not is_empty((await anext(records))[1])
-            text += joined(table.rows([item]))
+                _, cells = await anext(records)
+                position += not is_empty(cells)
+            text += joined(cells, table.rows([item]))
         yield bytes(text)

@@ -275,17 +275,17 @@ async def _lines(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncIterator[
             lines = (bytes(rest) + head).split(b"\n")
             for line_number, line in enumerate(lines, number + 1):
                 if len(line) > max_bytes:
-                    raise _row_too_long(line_number, max_bytes)
+                    raise row_too_long(line_number, max_bytes)
             yield lines
             number += len(lines)
             rest.clear()
         rest += tail
         if len(rest) > max_bytes:
-            raise _row_too_long(number + 1, max_bytes)
+            raise row_too_long(number + 1, max_bytes)
     yield [bytes(rest)]
 
 
-def _row_too_long(line: int, max_bytes: int) -> TooLarge:
+def row_too_long(line: int, max_bytes: int) -> TooLarge:
     return TooLarge(f"The row in line {line} is longer than {max_bytes} bytes, the limit for one row.")
 
 
@@ -394,7 +394,7 @@ async def csv_records(
                 if reader.line_num % LINES_PER_STEP == 0:
                     await share.checkpoint()
                 if len("".join(cells)) > max_bytes:
-                    raise _row_too_long(number + done, max_bytes)
+                    raise row_too_long(number + done, max_bytes)
                 if cells:
                     await share.checkpoint()
                     has_yielded = True
@@ -412,7 +412,7 @@ async def csv_records(
         rest = "".join(lines) + rest
         number += done
         if len(rest) > max_bytes:
-            raise _row_too_long(number, max_bytes)
+            raise row_too_long(number, max_bytes)
 
 
 def is_empty(cells: Sequence[Any]) -> bool:
