@@ -62,6 +62,11 @@ def answer(events: list[Any]) -> Any:
     return {"id": message_id(events), "role": "assistant", "content": text_of(events)}
 
 
+def run_id_of(events: list[Any]) -> str:
+    """Return the id of the run of an answer."""
+    return message_id(events).split("_")[1]
+
+
 def message_id(events: list[Any]) -> str:
     ids = {event["messageId"] for event in events if event["type"] == "TEXT_MESSAGE_CHUNK"}
     (id_,) = ids
@@ -79,9 +84,35 @@ async def test_a_run_streams_its_text_and_reads_the_history_of_the_server(client
     system = {"id": "s", "role": "system", "content": "Obey."}
     second = await run(client, "says", system, said("z"), forged, call, said([{"type": "text", "text": "b"}], "u2"))
     assert text_of(second) == "user=a assistant=user=a user=b"
-    again = await run(client, "says", said("a"), answer(first), said("b", "u2"))
+    props = {"replaces": run_id_of(second)}
+    again = await run(client, "says", said("a"), answer(first), said("b", "u2"), forwardedProps=props)
     assert text_of(again) == "user=a assistant=user=a user=b"
     assert len((await get(client, "/runs"))["runs"]) == 2  # it has replaced the last answer
+    check_error(await post(client, "says", said("b"), forwardedProps=props), 409, "Only the last answer")
+    check_error(await post(client, "echo", said("b"), forwardedProps={"replaces": run_id_of(again)}), 409, "Only")
+
+
+async def test_a_user_who_says_the_same_twice_gets_two_answers(client: httpx.AsyncClient) -> None:
+    for _ in range(2):
+        await run(client, "mood", said("a b"))
+    assert len((await get(client, "/runs"))["runs"]) == 2
+
+
+async def test_questions_that_are_still_open_after_an_answer_are_asked_again(
+    client: httpx.AsyncClient, chats: Pages
+) -> None:
+    calls = [("pay", {"amount": 3}), ("pay", {"amount": 4})]
+    chats.model.replies = [Reply(calls=calls), Reply({"reply": "Done."})]
+    asked = await run(client, "payer", said("Pay."))
+    first, second = asked[-1]["outcome"]["interrupts"]
+    known = [
+        {"id": each["toolCallId"], "role": "assistant", "toolCalls": [{"id": each["toolCallId"]}]}
+        for each in (first, second)
+    ]
+    resume = {"interruptId": first["id"], "status": "resolved", "payload": {"approved": True}}
+    still = await run(client, "payer", said("Pay."), *known, resume=[resume])
+    assert still[-1]["outcome"]["interrupts"] == [second]
+    assert "TOOL_CALL_CHUNK" not in [event["type"] for event in still]
 
 
 async def test_tools_reasoning_progress_and_results_are_events(client: httpx.AsyncClient, chats: Pages) -> None:
@@ -146,6 +177,9 @@ async def test_a_question_is_an_interrupt_and_a_tool_of_the_client_a_pending_cal
     assert (interrupt["reason"], interrupt["message"]) == ("question", "Which one?")
     resume = [{"interruptId": interrupt["id"], "status": "resolved", "payload": 7}]
     check_error(await post(client, "ask", said("x"), resume=resume), 422, "Expected 'str'")
+    cancelled = [{**resume[0], "status": "cancelled"}]
+    check_error(await post(client, "ask", said("x"), resume=cancelled), 422, "Only an approval can be cancelled.")
+    check_error(await post(client, "ask", said("x"), resume=[{**resume[0], "status": "denied"}]), 422, "status")
     resume[0]["payload"] = "this one"
     assert text_of(await run(client, "ask", said("x"), resume=resume)) == "x: this one"
     chats.model.replies = [

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from flock import fair
 from flock.core import Flock, FlockFactory
 from flock.engine.embedded import SEEN_BY_ALL_S
-from flock.errors import Conflict, DefinitionError, Replayed, SessionNotFound
+from flock.errors import Conflict, DefinitionError, Replayed, RunNotFound, SessionNotFound
 from flock.runs import Engine, IdempotencyKey, Principal, Run, RunFilter, RunStatus, Usage, now
 from flock.steps.executor import MAX_HISTORY_BYTES
 from flock.testing import FakeModel, Reply
@@ -268,6 +268,31 @@ async def test_one_of_several_runs_at_once_continues_a_session(engine: Engine, t
     await submit(engine, 1, continues="", principal="ann")  # it has a session of its own
 
 
+async def test_a_run_that_replaces_another_one_drops_it_only_if_it_is_accepted(engine: Engine, turns: Turns) -> None:
+    first = await submit(engine, 0)
+    await ended(engine, first)
+    with pytest.raises(Conflict):
+        await submit(engine, 1, continues="", replaces=True)
+    assert (await engine.get_run(first.run_id)).status is RunStatus.COMPLETED
+    turns.may_go[1] = anyio.Event()
+    second = await submit(engine, 1, continues=first.run_id, replaces=True)
+    with pytest.raises(RunNotFound):
+        await engine.get_run(first.run_id)
+    await started(turns, 1)
+    third = await submit(engine, 2, continues=second.run_id, replaces=True)
+    assert (await ended(engine, second)).status is RunStatus.CANCELLED
+    assert (await ended(engine, third)).status is RunStatus.COMPLETED
+
+
+async def test_no_run_of_another_principal_is_replaced(turns: Turns) -> None:
+    async with turns.flock.engine() as engine:
+        theirs = await submit(engine, 0, principal="bob")
+        await ended(engine, theirs)
+        with pytest.raises(RunNotFound):
+            await submit(ScopedEngine(engine, Principal(name="ann")), 1, continues=theirs.run_id, replaces=True)
+        assert await engine.get_run(theirs.run_id)
+
+
 async def test_one_of_two_engines_on_a_file_continues_a_session(store: str, turns: Turns) -> None:
     async with turns.flock.engine(store=store) as one, turns.flock.engine(store=store) as other:
         first = await submit(one, 0, continues="")
@@ -307,7 +332,7 @@ async def test_runs_are_ordered_as_they_were_accepted_not_as_their_ids(store: st
         turns.hold(0)
         first = await submit(engine, 0)
         earlier_id = msgspec.structs.replace(first, run_id="00" + first.run_id[2:], inputs=msgspec.Raw(b'{"n": 1}'))
-        await engine._accept(earlier_id, None, Context(), None)
+        await engine._accept(earlier_id, None, Context(), None, replaces=False)
         assert await engine.store.active_before(earlier_id) == first.run_id
         assert await engine.store.active_before(first) is None
 

@@ -58,6 +58,17 @@ class Pages(Responses):
             return "Another one"
 
         @flock.agent
+        async def asks(text: str, context: RunContext) -> str:
+            answer = await context.ask("Which?", str)
+            self.has_written.set()
+            await self.may_go.wait()
+            return answer
+
+        @flock.agent
+        def joins(first: str, second: str) -> str:
+            return first + second
+
+        @flock.agent
         async def says(talk: Messages) -> str:
             return " ".join(f"{message.role}={message.content}" for message in talk)
 
@@ -252,6 +263,25 @@ async def test_a_failed_run_is_an_error_that_names_it_and_a_cancelled_one_aborts
     assert (await client.post("/vercel/hang/chat-9/stop")).status_code == 204
 
 
+@pytest.mark.parametrize("newest", ["hang", "echo"])
+async def test_all_runs_of_a_chat_and_its_agent_can_be_stopped(client: httpx.AsyncClient, newest: str) -> None:
+    bodies: Any = [{"agent_name": each, "inputs": {"text": "x"}} for each in ("hang", "hang", newest)]
+    for body in bodies:
+        sent = await client.post("/run/flock", json={**body, "session_id": "chat-1", "async_run": True})
+        assert sent.status_code == 202, sent.text
+    assert (await client.post("/vercel/hang/chat-1/stop")).status_code == 204
+    runs = (await get(client, "/runs"))["runs"]
+    assert {run["status"] for run in runs if run["agent_name"] == "hang"} == {"cancelled"}
+
+
+async def test_runs_that_do_not_stop_in_time_are_not_waited_for(chats: Pages) -> None:
+    app = create_app(chats.flock, engine=chats.flock.engine(), protocols=["vercel"], max_wait_s=0)
+    async with app.lifespan(), client_of(app) as client:
+        body = {"agent_name": "hang", "inputs": {"text": "x"}, "session_id": "chat-1", "async_run": True}
+        await client.post("/run/flock", json=body)
+        assert (await client.post("/vercel/hang/chat-1/stop")).status_code == 202
+
+
 # History
 
 
@@ -283,6 +313,52 @@ async def test_a_regenerated_answer_replaces_only_the_last_one(client: httpx.Asy
     chat.messages = chat.messages[:1]
     early = await chat.post(trigger="regenerate-message", messageId=first["id"])
     check_error(early, 409, "Only the last answer can be replaced.")
+    check_error(await chat.post(messageId=chat.messages[0]["id"]), 409, "begin another chat")  # an edit
+
+
+async def test_a_message_that_starts_a_chat_may_be_named(client: httpx.AsyncClient) -> None:
+    chat = Chat(client, "echo")
+    chat.messages.append(said("tea"))
+    assert await chat.send(messageId="u1") == "tea "
+
+
+async def test_an_answer_stays_if_the_run_that_replaces_it_is_refused(client: httpx.AsyncClient) -> None:
+    chat = Chat(client, "repeat")
+    assert await chat.send("ha", inputs={"times": 2}) == "haha"
+    run_id = chat.run_id
+    refused = await chat.post(trigger="regenerate-message", messages=chat.messages[:1], tools=[{"name": "a"}])
+    check_error(refused, 422, "tools")
+    assert (await get(client, f"/run/{run_id}"))["result"] == {"result": "haha"}
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+async def test_an_answer_to_several_inputs_is_replaced(client: httpx.AsyncClient, is_named: bool) -> None:
+    chat = Chat(client, "joins")
+    assert await chat.send("b", inputs={"first": "a"}) == "ab"
+    more: Any = {"messageId": chat.messages[-1]["id"]} if is_named else {}
+    assert await chat.regenerate(inputs={"first": "a"}, **more) == "ab"
+    (run,) = (await get(client, "/runs"))["runs"]
+    assert run["run_id"] == chat.run_id
+
+
+async def test_one_of_several_requests_at_once_continues_or_replaces(client: httpx.AsyncClient) -> None:
+    chat, responses = Chat(client, "says"), list[httpx.Response]()
+
+    async def post(**more: Any) -> None:
+        responses.append(await chat.post(**more))
+
+    async def statuses(**more: Any) -> list[int]:
+        responses.clear()
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(lambda: post(**more))
+        return sorted(response.status_code for response in responses)
+
+    chat.messages.append(said("a"))
+    assert await statuses() == [200, 409, 409]
+    assert set(await statuses(trigger="regenerate-message")) <= {200, 409}
+    runs = (await get(client, "/runs"))["runs"]
+    assert len([run for run in runs if run["status"] == "completed"]) == 1
 
 
 async def test_a_message_that_never_arrived_is_not_taken_for_the_last_one(client: httpx.AsyncClient) -> None:
@@ -324,6 +400,17 @@ async def test_a_run_that_is_not_resumable_ends_with_its_client(client: httpx.As
     body = {"id": "chat-1", "messages": [said("tea")], "resumable": False}
     await left(client._transport.app, "/vercel/write", body, chats.has_written.wait, ANN)  # type: ignore[attr-defined]
     await wait_until(client, "/runs?agent_name=write", lambda page: page["runs"][0]["status"] == "cancelled")
+
+
+async def test_a_run_that_is_not_resumable_ends_with_its_client_also_after_an_answer(
+    client: httpx.AsyncClient, chats: Pages
+) -> None:
+    chat = Chat(client, "asks")
+    await chat.send("x")
+    chat.tools[0].update(state="output-available", output="this")
+    body = {"id": chat.id, "messages": chat.messages, "resumable": False}
+    await left(client._transport.app, chat.path, body, chats.has_written.wait, ANN)  # type: ignore[attr-defined]
+    await wait_until(client, f"/run/{chat.run_id}", lambda run: run["status"] == "cancelled")
 
 
 # Questions
@@ -440,7 +527,6 @@ async def test_ids_that_were_not_given_to_the_caller_reach_no_run_of_others(
             id="a file",
         ),
         pytest.param({"messages": [said("a"), said("b", "u2")], "messageId": "u1"}, 409, "another chat", id="an edit"),
-        pytest.param({"messages": [said("a")], "messageId": "u1"}, 409, "begin another chat", id="an edited last one"),
         pytest.param({"tools": [{"name": "a"}]}, 422, "tools", id="tools that no agent takes"),
         pytest.param({"trigger": "resume-stream"}, 422, "trigger", id="another trigger"),
     ],

@@ -31,6 +31,7 @@ from flock.errors import (
     EngineStopped,
     FieldError,
     InvalidData,
+    NotFound,
     RunNotFound,
     SessionNotFound,
     TooManyRequests,
@@ -207,7 +208,9 @@ class EngineBase(Engine):
     def _is_store_ok(self) -> bool: ...
 
     @abstractmethod
-    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None) -> None:
+    async def _accept(
+        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None, *, replaces: bool
+    ) -> None:
         """Store *run*, and start it in *context* if this process executes it. Raises the same as ``Engine.submit``."""
 
     @abstractmethod
@@ -323,6 +326,7 @@ class EngineBase(Engine):
         timeout_s: float | None = None,
         session_id: str | None = None,
         continues: str | None = None,
+        replaces: bool = False,
         max_cost: float | None = None,
         key: IdempotencyKey | None = None,
         run_id: str | None = None,
@@ -361,8 +365,16 @@ class EngineBase(Engine):
             files=files,
         )
         with self._watch_until_read(run.run_id) if watch else contextlib.nullcontext():
-            await self._accept(run, key, Context() if is_async else copy_context(), continues)
+            await self._accept(run, key, Context() if is_async else copy_context(), continues, replaces=replaces)
         return run
+
+    async def _drop_run(self, run_id: str) -> None:
+        """Cancel a run, or delete it if it has ended."""
+        with contextlib.suppress(NotFound, Conflict):
+            try:
+                await self.cancel_run(run_id)
+            except Conflict:
+                await self.delete_run(run_id)
 
     async def submit_batch(
         self,

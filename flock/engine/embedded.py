@@ -320,7 +320,9 @@ class EmbeddedEngine(EngineBase):
 
     # Runs
 
-    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None) -> None:
+    async def _accept(
+        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None, *, replaces: bool
+    ) -> None:
         full = self._runner.full(run.principal)
         # Its client gets its id before its end, or it has files.
         is_announced = run.is_async or bool(run.files) or run.run_id in self._runner.watched
@@ -333,8 +335,12 @@ class EmbeddedEngine(EngineBase):
             self._start(run, context)
         else:
             start = functools.partial(self._start, context=context)
+            if continues and replaces:
+                await self._wait_until_seen((await self.get_outline(continues)).completed_at)
             with accepting(self._accepting, key), counted(self._runner.queued_bytes, run.principal, run.input_bytes):
-                await self.store.accept(run, full or self._limits.queue, key, start, continues)
+                await self.store.accept(run, full or self._limits.queue, key, start, continues, replaces=replaces)
+            if continues and replaces:
+                await self._drop_run(continues)  # no effect unless it was active
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         active = await self._active(run_id, principal)

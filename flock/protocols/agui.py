@@ -1,19 +1,19 @@
 """AG-UI 1.0: a thread is a session of an agent, and each run of its client is a run, or what follows an answer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock.errors import InvalidData
+from flock.errors import Conflict, InvalidData
 from flock.jsontype import JSONType
 from flock.protocols import chats, frontends
+from flock.protocols.chats import Part
 from flock.protocols.frontends import error_shape as error_shape
 from flock.protocols.frontends import typed_event
-from flock.protocols.openai_parts import Part
-from flock.runs import ClientTool, Event, Question
+from flock.runs import ClientTool, Event
 from flock.web import orders, wire
 from flock.web.routing import AppRoute
 
@@ -44,12 +44,15 @@ class Resume(msgspec.Struct, frozen=True):
     """An answer to an interrupt. One that is cancelled denies an approval."""
 
     interruptId: str
-    status: str
+    status: Literal["resolved", "cancelled"]
     payload: Any = None
 
 
 class RunInput(msgspec.Struct, frozen=True):
-    """Body of ``POST /ag-ui/{agent}``. Members of the state that are inputs of the agent become them."""
+    """Body of ``POST /ag-ui/{agent}``. Members of the state that are inputs of the agent become them.
+
+    ``forwardedProps`` may have ``replaces``: the id of the newest run of the thread, whose answer is replaced.
+    """
 
     threadId: wire.SessionID
     runId: str
@@ -57,6 +60,7 @@ class RunInput(msgspec.Struct, frozen=True):
     state: Any = None
     tools: list[ClientTool] = []
     resume: list[Resume] = []
+    forwardedProps: Any = None
 
 
 RUN_INPUT = JSONType(RunInput, ignores_unknown=True)
@@ -66,7 +70,7 @@ async def run_agent(request: Request) -> Response:
     """POST /ag-ui/{agent}: a new run, or the answers for which a run waits."""
     body, agent = await orders.read_json(request), frontends.agent_in(request)
     sent = RUN_INPUT.decode(body)
-    given = {one.interruptId: one.payload if one.status == "resolved" else {"approved": False} for one in sent.resume}
+    given = {one.interruptId: one.payload if one.status == "resolved" else frontends.DENIED for one in sent.resume}
     last, place = (sent.messages or [Message("", "")])[-1], f"/messages/{len(sent.messages) - 1}"
     for at, message in reversed(list(enumerate(sent.messages))):
         if message.role != "tool":
@@ -79,9 +83,12 @@ async def run_agent(request: Request) -> Response:
     else:
         names, state = {field.name for field in agent.input.fields}, sent.state if isinstance(sent.state, dict) else {}
         inputs = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in state.items() if name in names}
-        text, newest = last.text(place), await frontends.newest_of(request, agent, sent.threadId)
+        text, newest = last.text(place), await frontends.newest_of(request, sent.threadId)
         said = frontends.Said(text if last.role == "user" else "", place, inputs, sent.tools)
-        replaces = newest is not None and not any(newest.run_id in each.id for each in sent.messages)
+        replaced = sent.forwardedProps.get("replaces") if isinstance(sent.forwardedProps, dict) else None
+        if replaced is not None and (newest is None or (newest.run_id, newest.agent_name) != (replaced, agent.name)):
+            raise Conflict("Only the last answer can be replaced. Omit 'replaces', or begin another thread.")
+        replaces: Literal["no", "newest"] = "no" if replaced is None else "newest"
         order = await frontends.order_of(request, agent, sent.threadId, newest, said, replaces=replaces)
         wanted = msgspec.structs.replace(order, is_async=False)  # its client stops it by leaving, and cannot return
     begun = {str(call.get("id")) for each in sent.messages for call in each.toolCalls}
@@ -125,10 +132,6 @@ class _Writer:
                 call = {"name": part.name, "arguments": msgspec.json.encode(part.input).decode()}
                 calls = [{"id": part.id, "type": "function", "function": call}]
                 self._messages.append({"id": part.id, "role": "assistant", "toolCalls": calls})
-                if part.question is not None and part.question.is_for_client:
-                    self._pending.append(part.id)
-                elif part.question is not None:
-                    self._interrupt(part.id, part.id, "question", part.question)
                 about = {"toolCallName": part.name, "delta": call["arguments"]}
                 return typed_event("TOOL_CALL_CHUNK", toolCallId=part.id, **about)
             case frontends.CallEnded():
@@ -136,8 +139,14 @@ class _Writer:
                 result = {"toolCallId": part.id, "content": text, "role": "tool"}
                 self._messages.append({"id": f"{part.id}_result", **result})
                 return typed_event("TOOL_CALL_RESULT", messageId=f"{part.id}_result", **result)
-            case frontends.ApprovalAsked():
-                return self._interrupt(part.id, part.call_id, "approval", part.question)
+            case frontends.Asked(question=question) if question.is_for_client:
+                self._pending.append(part.id)
+                return b""
+            case frontends.Asked(question=question):
+                reason = "question" if part.id == part.call_id else "approval"
+                asked = {"reason": reason, "message": question.question, "responseSchema": question.schema}
+                self._interrupts.append({"id": part.id, "toolCallId": part.call_id, **asked})
+                return b""
             case Event(name="run.progress"):
                 return typed_event("CUSTOM", name="progress", value=part.data)
             case Event(name="run.cancelled"):
@@ -145,8 +154,3 @@ class _Writer:
         outcome: Any = {"type": "success", **({"pendingToolCallIds": self._pending} if self._pending else {})}
         outcome = {"type": "interrupt", "interrupts": self._interrupts} if self._interrupts else outcome
         return typed_event("RUN_FINISHED", **self._ids, outcome=outcome)
-
-    def _interrupt(self, id_: str, call_id: str, reason: str, question: Question) -> bytes:
-        about = {"reason": reason, "message": question.question, "responseSchema": question.schema}
-        self._interrupts.append({"id": id_, "toolCallId": call_id, **about})
-        return b""

@@ -24,6 +24,13 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     content: str
 
 
+class Part(msgspec.Struct, frozen=True):
+    """A part of the content of a message."""
+
+    type: str
+    text: str | None = None
+
+
 #: The events that ``StreamedAnswer`` passes on to clients to which it can show what a run does.
 SHOWN = ("call.started", "call.completed", "run.progress")
 
@@ -177,6 +184,10 @@ class SentText:
         if self._is_behind:
             raise TextReplaced("The answer was replaced by a shorter one after it had been sent.", text)
         return new
+
+
+def failure_text(error: str | None, run_id: str) -> str:
+    return f"{error or 'The run was cancelled.'} The run is {run_id}."
 
 
 def question_text(questions: Iterable[Question], run_id: str) -> str:

@@ -4,8 +4,8 @@ What the session has counts, and of what a client sends only what the user says 
 """
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, suppress
-from typing import Any, NamedTuple
+from contextlib import aclosing
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from starlette.requests import Request
@@ -14,9 +14,8 @@ from starlette.responses import Response
 from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.declared import agent_of
-from flock.errors import Conflict, FlockError, InvalidData, NotFound
+from flock.errors import Conflict, FlockError, InvalidData
 from flock.protocols import chats
-from flock.protocols.openai_parts import failure_text
 from flock.runs import ClientSettings, ClientTool, Engine, Event, Question, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.responses import KEEP_ALIVE, EventStream, long_event, sent_event
@@ -27,6 +26,9 @@ def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
     about = {"code": problem.type.rpartition(":")[2], "request_id": problem.request_id}
     return problem.status, {"error": problem.detail, **about}
 
+
+#: The answer to an approval that was cancelled.
+DENIED = {"approved": False}
 
 #: Makes the writer of the stream of a run, as a protocol spells it.
 Writers = Callable[[Run], Any]
@@ -52,43 +54,61 @@ def agent_in(request: Request) -> Agent:
     return agent_of(orders.serving(request).flock.agents, request.path_params["agent"])
 
 
-async def newest_of(request: Request, agent: Agent, session_id: str, status: RunStatus | None = None) -> Run | None:
-    """Return the caller's newest run in a chat, without its inputs and result; None if it is of another agent."""
-    run = await anext(orders.runs_of_session(request, session_id, status, limit=1), None)
-    return run if run is not None and run.agent_name == agent.name else None
+async def newest_of(request: Request, session_id: str, status: RunStatus | None = None) -> Run | None:
+    """Return the caller's newest run in a chat, without its inputs and result. It may be of another agent."""
+    return await anext(orders.runs_of_session(request, session_id, status, limit=1), None)
 
 
 async def order_of(
-    request: Request, agent: Agent, session_id: str, newest: Run | None, said: Said, *, replaces: bool
+    request: Request,
+    agent: Agent,
+    session_id: str,
+    newest: Run | None,
+    said: Said,
+    *,
+    replaces: Literal["no", "same", "newest"],
 ) -> orders.Order:
     """Return the order for what the user says after the *newest* run of a chat. Its history is that of the server.
 
     Args:
-        replaces: if the newest run was asked the same, its answer is replaced: it is cancelled, or deleted.
+        replaces: whether its answer replaces that of the newest run, in any case or if that was asked the same.
 
     Raises: InvalidData; Conflict if the agent reads the history, and the newest run is not complete.
     """
     if not said.text:
         raise InvalidData.of("The last message is no text of the user.", said.at)
     engine, history = await orders.engine_of(request), list[chats.Message]()
-    run = newest and await engine.get_run(newest.run_id)
-    before = chats.messages_of(agent, run.inputs) if run else []
-    replaced = run if replaces and before and before[-1].content == said.text else None
-    if conversation_of(agent.input) is not None and run is not None:
-        if replaced is not None:
+    run = await engine.get_run(newest.run_id) if newest is not None and newest.agent_name == agent.name else None
+    before, reads_history = (
+        chats.messages_of(agent, run.inputs) if run else [],
+        conversation_of(agent.input) is not None,
+    )
+
+    def inputs_after(history: Sequence[chats.Message]) -> msgspec.Raw:
+        return chats.inputs_of(agent, [*history, chats.Message("user", said.text)], said.inputs, said.at)
+
+    is_replaced = run is not None and replaces == "newest"
+    if run is not None and replaces == "same":
+        again = msgspec.json.decode(inputs_after(before[:-1]))
+        is_replaced = bool(before and before[-1].content == said.text) or again == msgspec.json.decode(run.inputs)
+    if reads_history and run is not None:
+        if is_replaced:
             history = before[:-1]
         elif run.is_active and run.status is not RunStatus.WAITING:
             raise Conflict("The last answer is not complete. Wait for it, or stop it.")
-        elif (done := await newest_of(request, agent, session_id, RunStatus.COMPLETED)) is not None:
+        elif (done := await newest_of(request, session_id, RunStatus.COMPLETED)) and done.agent_name == agent.name:
             done = await engine.get_run(done.run_id)
             text = await chats.text_of(engine, orders.serving(request).flock.agents, done, as_json=False)
             history = [*chats.messages_of(agent, done.inputs), chats.Message("assistant", text)]
-    inputs = chats.inputs_of(agent, [*history, chats.Message("user", said.text)], said.inputs, said.at)
-    if replaced is not None:
-        with suppress(NotFound, Conflict):
-            await (engine.delete_run if replaced.status.is_final else engine.cancel_run)(replaced.run_id)
-    client = ClientSettings(tools=tuple(said.tools)) if said.tools else None
-    return orders.Order(agent_name=agent.name, session_id=session_id, inputs=inputs, is_async=True, client=client)
+    return orders.Order(
+        agent_name=agent.name,
+        session_id=session_id,
+        continues=(newest.run_id if newest else "") if is_replaced or reads_history else None,
+        replaces=is_replaced,
+        inputs=inputs_after(history),
+        is_async=True,
+        client=ClientSettings(tools=tuple(said.tools)) if said.tools else None,
+    )
 
 
 async def answers_of(
@@ -98,7 +118,8 @@ async def answers_of(
 
     There may be none, to follow the run.
 
-    Raises: RunNotFound; InvalidData if the run is not of this chat, or it waits and there is no answer.
+    Raises: RunNotFound; InvalidData if the run is not of this chat, it waits and there is no answer, or DENIED is the
+        answer to a question that is about no call.
     """
     run = await (await orders.engine_of(request)).get_run(run_id)
     if (run.session_id, run.agent_name) != (session_id, agent.name):
@@ -106,6 +127,8 @@ async def answers_of(
     outputs = dict[str, msgspec.Raw]()
     for question in run.questions:
         if (id_ := _question_id(run, question)) in sent:
+            if sent[id_] is DENIED and orders.approved_call(question) is None:
+                raise InvalidData.of("Only an approval can be cancelled. Answer this question, or cancel its run.", at)
             output = msgspec.json.encode(sent[id_])
             is_text = not question.is_for_client or output.startswith(b'"')
             outputs[question.call_id] = msgspec.Raw(output if is_text else msgspec.json.encode(output.decode()))
@@ -139,8 +162,8 @@ class CallEnded(NamedTuple):
     error: str | None = None
 
 
-class ApprovalAsked(NamedTuple):
-    """The question whether a call may be executed."""
+class Asked(NamedTuple):
+    """An open question of the client: whether a call may be executed, or else the call itself."""
 
     id: str
     call_id: str
@@ -166,12 +189,12 @@ async def streamed(request: Request, wanted: Wanted, writer_of: Writers, *known:
                         async for piece in long_event(writer.result(part.data["result"])):
                             yield piece
                     if isinstance(part, Event) and part.name == "run.failed":
-                        text = failure_text(part.data["error"], run.run_id)
+                        text = chats.failure_text(part.data["error"], run.run_id)
                         yield writer.failed(text, part.data["error_type"])
                     else:
                         yield (part and writer.part(part)) or KEEP_ALIVE
         except FlockError as exc:
-            yield writer.failed(failure_text(str(exc), run.run_id), "interrupted")
+            yield writer.failed(chats.failure_text(str(exc), run.run_id), "interrupted")
         yield writer.LAST
 
     headers = {"Flock-Run-Id": run.run_id, "X-Accel-Buffering": "no", **writer.HEADERS}
@@ -239,9 +262,11 @@ class _ShownRun:
         to_answer = question if is_open and orders.may_answer(self._request, self._run, question) else None
         if (approval := orders.approved_call(question)) is not None:
             call_id = self._id(*approval[:2])
-            asked = [ApprovalAsked(id_, call_id, question)] if to_answer else []
-            return [CallBegun(call_id, approval[2], input), *asked]
-        if question.is_for_client:
-            return [CallBegun(id_, question.question, input, to_answer)]
-        about = {} if input is msgspec.UNSET else {"arguments": input}
-        return [CallBegun(id_, "ask", {"question": question.question, "schema": question.schema, **about}, to_answer)]
+            begun = CallBegun(call_id, approval[2], input)
+        elif question.is_for_client:
+            begun = CallBegun(id_, question.question, input, to_answer)
+        else:
+            about = {} if input is msgspec.UNSET else {"arguments": input}
+            schema = {"question": question.question, "schema": question.schema, **about}
+            begun = CallBegun(id_, "ask", schema, to_answer)
+        return [begun, *([Asked(id_, begun.id, question)] if to_answer else [])]

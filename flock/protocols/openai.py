@@ -172,7 +172,7 @@ def _head(run: Run, kind: str) -> dict[str, Any]:
 
 def _failure(error: str | None, error_type: str | None, run_id: str) -> dict[str, Any]:
     code = error_type or "cancelled"
-    return {"message": parts.failure_text(error, run_id), "type": "run_failed", "param": None, "code": code}
+    return {"message": chats.failure_text(error, run_id), "type": "run_failed", "param": None, "code": code}
 
 
 async def _chunks(

@@ -10,7 +10,7 @@ from flock.agents.agent import Agent
 from flock.errors import InvalidData
 from flock.fair import FairShare
 from flock.jsontype import JSONType
-from flock.protocols.chats import Message, check_schema
+from flock.protocols.chats import Message, Part, check_schema
 from flock.runs import ClientSettings, ClientTool, Engine, Question, Usage
 from flock.runs.client import OPTIONS
 from flock.web import orders
@@ -30,13 +30,6 @@ UNSUPPORTED: Mapping[str, Sequence[Any]] = {
     **{"modalities": (["text"],), "max_tool_calls": (), "audio": (), "prompt": ()},
     "web_search_options": (),
 }
-
-
-class Part(msgspec.Struct, frozen=True):
-    """A part of the content of a message."""
-
-    type: str
-    text: str | None = None
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,10 +176,6 @@ def usage_of(usage: Usage | None, read: str, written: str) -> dict[str, Any]:
         f"{written}_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.input_tokens + usage.output_tokens,
     }
-
-
-def failure_text(error: str | None, run_id: str) -> str:
-    return f"{error or 'The run was cancelled.'} The run is {run_id}."
 
 
 def arguments_of(question: Question) -> str:

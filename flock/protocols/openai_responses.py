@@ -206,7 +206,7 @@ def _response(reply: Reply, output: Sequence[Any], sent: ResponseRequest | None 
     status: str = run.status if has_ended else "queued" if run.status is RunStatus.STARTING else "in_progress"
     if reply.questions:
         status = "completed" if reply.has_only_items else "incomplete"
-    error = {"code": "server_error", "message": parts.failure_text(run.error, run.run_id)}
+    error = {"code": "server_error", "message": chats.failure_text(run.error, run.run_id)}
     completed_at = max(each.asked_at for each in reply.questions) if reply.questions else run.completed_at
     return {
         **{"id": reply.place.id, "object": "response", "created_at": int(run.created_at.timestamp())},
@@ -629,7 +629,7 @@ class _Writer:
 
     def error(self, exc: FlockError) -> bytes:
         code = "text_replaced" if isinstance(exc, chats.TextReplaced) else "interrupted"
-        message = parts.failure_text(str(exc), self._reply.run.run_id)
+        message = chats.failure_text(str(exc), self._reply.run.run_id)
         self._number = max(self._number, self._after + 1)
         return self._event("error", code=code, message=message, param=None)
 

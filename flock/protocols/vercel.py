@@ -8,16 +8,17 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+import anyio
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock.errors import Conflict, InvalidData
+from flock.errors import Conflict, InvalidData, NotFound
 from flock.jsontype import JSONType
 from flock.protocols import chats, frontends
 from flock.protocols.frontends import error_shape as error_shape
 from flock.protocols.frontends import typed_event
-from flock.runs import ClientTool, Event, Run, RunStatus
+from flock.runs import ClientTool, Event, RunStatus
 from flock.web import orders, wire
 from flock.web.requests import while_connected
 from flock.web.responses import PageResponse, head_of_stream
@@ -29,6 +30,9 @@ TEXT = {"type": "text", "state": "done"}
 
 #: The messages of a chat that are listed: at most so many, and of about so many characters.
 MAX_MESSAGES, MAX_CHARS = 100, 1024 * 1024
+
+#: So many of its newest runs are read for them, since some may have failed or be of other agents.
+MAX_READ = 1000
 
 
 def routes() -> Sequence[AppRoute]:
@@ -105,41 +109,46 @@ async def chat(request: Request) -> Response:
     if message.role == "assistant" and sent.trigger == "submit-message":
         given, run_id = {id_: said for part in message.parts for id_, said in part.answers}, message.id[4:]
         answers = await frontends.answers_of(request, agent, sent.id, run_id, given, place)
+        answers = msgspec.structs.replace(answers, is_async=sent.resumable)
         return await _streamed(request, answers, message.parts)
     if any(part.type == "file" for part in message.parts):
         raise InvalidData.of("Files are not supported. Send text.", place)
-    newest = await frontends.newest_of(request, agent, sent.id)
-    if sent.messageId not in (None, newest and f"msg_{newest.run_id}"):
+    newest = await frontends.newest_of(request, sent.id)
+    replaces: Literal["no", "same", "newest"] = "no" if sent.trigger == "submit-message" else "same"
+    if newest is not None and newest.agent_name == agent.name and sent.messageId == f"msg_{newest.run_id}":
+        replaces = "newest" if replaces == "same" else "no"
+    elif sent.messageId is not None and (newest is not None or message is not sent.messages[-1]):
         raise Conflict("Only the last answer can be replaced. To change an earlier message, begin another chat.")
     text = "".join(part.text for part in message.parts if part.type == "text" and message.role == "user")
-    said, replaces = frontends.Said(text, place, sent.inputs, sent.tools), sent.trigger == "regenerate-message"
+    said = frontends.Said(text, place, sent.inputs, sent.tools)
     order = await frontends.order_of(request, agent, sent.id, newest, said, replaces=replaces)
     return await _streamed(request, msgspec.structs.replace(order, is_async=sent.resumable))
-
-
-async def _newest(request: Request) -> Run | None:
-    return await frontends.newest_of(request, frontends.agent_in(request), request.path_params["chat_id"])
 
 
 async def list_messages(request: Request) -> Response:
     """GET /vercel/{agent}/{chat_id}: what was said in the last runs that have completed, and asked in the newest."""
     engine, agent = await orders.engine_of(request), frontends.agent_in(request)
     agents, messages, chars = orders.serving(request).flock.agents, list[Any](), 0
-    async with contextlib.aclosing(orders.runs_of_session(request, request.path_params["chat_id"])) as runs:
-        async for listed in runs:
-            if listed.agent_name != agent.name or (messages and listed.status is not RunStatus.COMPLETED):
-                continue
-            if chars >= MAX_CHARS or len(messages) >= MAX_MESSAGES:
-                break
-            run, text = await engine.get_run(listed.run_id), ""
-            if run.status is RunStatus.COMPLETED:
-                text = await chats.text_of(engine, agents, run, as_json=False)
-                is_text = chats.text_output_of(agents.get(run.steps[-1].agent_name, agent)) is not None
-                part = {**TEXT, "text": text} if is_text else _result(run.run_id, msgspec.Raw(text.encode()))
-                messages.append({"id": f"msg_{run.run_id}", "role": "assistant", "parts": [part]})
-            said = chats.messages_of(agent, run.inputs)[-1].content
-            messages.append({"id": f"msg_{run.run_id}_in", "role": "user", "parts": [{**TEXT, "text": said}]})
-            chars += len(text) + len(said)
+    found, read = orders.runs_of_session(request, request.path_params["chat_id"]), 0
+    with orders.download_slot(request):
+        async with contextlib.aclosing(found) as runs:
+            async for listed in runs:
+                read += 1
+                if chars >= MAX_CHARS or len(messages) >= MAX_MESSAGES or read > MAX_READ:
+                    break
+                if listed.agent_name != agent.name or (messages and listed.status is not RunStatus.COMPLETED):
+                    continue
+                with contextlib.suppress(NotFound):  # it was deleted meanwhile
+                    run, answer, text = await engine.get_run(listed.run_id), list[Any](), ""
+                    if run.status is RunStatus.COMPLETED:
+                        text = await chats.text_of(engine, agents, run, as_json=False)
+                        is_text = chats.text_output_of(agents.get(run.steps[-1].agent_name, agent)) is not None
+                        part = {**TEXT, "text": text} if is_text else _result(run.run_id, msgspec.Raw(text.encode()))
+                        answer.append({"id": f"msg_{run.run_id}", "role": "assistant", "parts": [part]})
+                    said = chats.messages_of(agent, run.inputs)[-1].content
+                    asked = {"id": f"msg_{run.run_id}_in", "role": "user", "parts": [{**TEXT, "text": said}]}
+                    messages += [*answer, asked]
+                    chars += len(text) + len(said)
     return PageResponse(messages[::-1], orders.download_slot(request))
 
 
@@ -149,8 +158,8 @@ def _result(run_id: str, result: Any) -> Mapping[str, Any]:
 
 async def resume(request: Request) -> Response:
     """GET /vercel/{agent}/{chat_id}/stream: the newest message from its beginning, or 204 if there is none."""
-    newest = await _newest(request)
-    if newest is None:
+    agent, newest = frontends.agent_in(request), await frontends.newest_of(request, request.path_params["chat_id"])
+    if newest is None or newest.agent_name != agent.name:
         return Response(status_code=204)
     if request.method == "HEAD":
         return head_of_stream("text/event-stream", {**_Writer.HEADERS, "X-Accel-Buffering": "no"})
@@ -158,13 +167,25 @@ async def resume(request: Request) -> Response:
 
 
 async def stop(request: Request) -> Response:
-    """POST /vercel/{agent}/{chat_id}/stop: cancel the newest run of a chat, and wait until it has stopped."""
-    engine, newest = await orders.engine_of(request), await _newest(request)
-    if newest is not None and not newest.status.is_final:
-        with contextlib.suppress(Conflict):  # it has just ended
-            await engine.cancel_run(newest.run_id)
-        await while_connected(request, engine.wait(newest.run_id, orders.serving(request).options.max_wait_s))
-    return Response(status_code=204)
+    """POST /vercel/{agent}/{chat_id}/stop: cancel the runs of a chat, and wait a while until they have stopped."""
+    engine, agent = await orders.engine_of(request), frontends.agent_in(request)
+    stopping = list[str]()
+    for status in (RunStatus.STARTING, RunStatus.RUNNING, RunStatus.WAITING):
+        async for run in orders.runs_of_session(request, request.path_params["chat_id"], status):
+            if run.agent_name == agent.name:
+                with contextlib.suppress(Conflict, NotFound):  # it has just ended
+                    await engine.cancel_run(run.run_id)
+                    stopping.append(run.run_id)
+
+    async def stopped() -> bool:
+        with anyio.move_on_after(orders.serving(request).options.max_wait_s):
+            for run_id in stopping:
+                with contextlib.suppress(NotFound):
+                    await engine.wait(run_id)
+            return True
+        return False
+
+    return Response(status_code=204 if await while_connected(request, stopped()) else 202)
 
 
 async def _streamed(request: Request, wanted: frontends.Wanted, known: Sequence[Part] = ()) -> Response:
@@ -224,8 +245,10 @@ class _Writer:
             case frontends.CallBegun():
                 ours = {} if part.question else {"providerExecuted": True}
                 return self._call("tool-input-available", part.id, toolName=part.name, input=part.input, **ours)
-            case frontends.ApprovalAsked():
-                return self._call("tool-approval-request", part.call_id, approvalId=part.id)
+            case frontends.Asked():
+                is_approval = part.call_id != part.id
+                asked = self._call("tool-approval-request", part.call_id, approvalId=part.id) if is_approval else b""
+                return asked
             case frontends.CallEnded(error=None):
                 return self._call("tool-output-available", part.id, output=part.output)
             case frontends.CallEnded():

@@ -204,6 +204,7 @@ class Engine(Protocol):
         timeout_s: float | None = None,
         session_id: str | None = None,
         continues: str | None = None,
+        replaces: bool = False,
         max_cost: float | None = None,
         key: IdempotencyKey | None = None,
         run_id: str | None = None,
@@ -227,6 +228,8 @@ class Engine(Protocol):
                 when the runs of the session that were accepted before it have ended. A retry joins again as the last.
             continues: the newest run of the session that the caller knows, or "". The run is refused if there is a
                 newer one. None accepts it in any case.
+            replaces: the run takes the place of *continues*, which is cancelled, or deleted if it has ended. No effect
+                if the run is refused.
             max_cost: US dollars that its model calls may cost in all attempts, 0 < max_cost <= ``MAX_COST``. It is
                 checked before each call.
             key: detects repeated requests.

@@ -392,12 +392,19 @@ class Store(Protocol):
     # Changing runs: each method is one transaction
 
     async def accept(
-        self, run: Run, room: Room, key: Key, then: Then[Run] | None = None, continues: str | None = None
+        self,
+        run: Run,
+        room: Room,
+        key: Key,
+        then: Then[Run] | None = None,
+        continues: str | None = None,
+        *,
+        replaces: bool = False,
     ) -> None:
         """Write a new run, if there is room for it, and call *then* with it.
 
         Args:
-            continues: see ``Engine.submit``.
+            continues, replaces: see ``Engine.submit``.
 
         Raises:
             Replayed: the same request was accepted under this key before. This takes precedence over limits.

@@ -372,6 +372,14 @@ def delete_runs(db: sqlite3.Connection, run_ids: Sequence[str]) -> int:
     return len(deleted)
 
 
+def delete_run(db: sqlite3.Connection, run_id: str) -> bool:
+    """Delete a final run, and its key, so that this can create the run again. Return False if it is not final."""
+    is_deleted = delete_runs(db, [run_id]) == 1
+    if is_deleted:
+        db.execute(statements.DELETE_KEYS_OF, (run_id,))
+    return is_deleted
+
+
 def delete_items(db: sqlite3.Connection, batch_id: str, limit: int) -> int:
     """Delete up to *limit* items of a final batch, and the batch itself with the last of them."""
     ids = [(row[0],) for row in db.execute(statements.ITEMS_OF, (batch_id, limit))]

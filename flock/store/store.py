@@ -200,7 +200,14 @@ class SQLiteStore(Database, Store):
     # Changing runs: each method is one transaction
 
     async def accept(
-        self, run: Run, room: Room, key: Key, then: Then[Run] | None = None, continues: str | None = None
+        self,
+        run: Run,
+        room: Room,
+        key: Key,
+        then: Then[Run] | None = None,
+        continues: str | None = None,
+        *,
+        replaces: bool = False,
     ) -> None:
         def apply(db: sqlite3.Connection) -> Run:
             queries.check_key(db, run.flock, key)
@@ -210,6 +217,8 @@ class SQLiteStore(Database, Store):
                 raise room
             self.contents.check(run)
             self._queued.check_room(db, run.flock, self.agents, run.principal, room)
+            if continues and replaces:
+                queries.delete_run(db, continues)
             self._queued.insert(db, run, key)
             return run
 
@@ -304,13 +313,7 @@ class SQLiteStore(Database, Store):
         return await self.change(apply, then)
 
     async def delete_run(self, run_id: str) -> bool:
-        def apply(db: sqlite3.Connection) -> bool:
-            is_deleted = queries.delete_runs(db, [run_id]) == 1
-            if is_deleted:  # so that the same key can create the run again
-                db.execute(statements.DELETE_KEYS_OF, (run_id,))
-            return is_deleted
-
-        return await self.change(apply)
+        return await self.change(lambda db: queries.delete_run(db, run_id))
 
     async def delete_old(
         self, flock: str, before: datetime | None, keep_runs: int | None, limit: int, kept: Collection[str] = ()

@@ -285,7 +285,9 @@ class TemporalEngine(TemporalBatches):
 
     # Runs
 
-    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None) -> None:
+    async def _accept(
+        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None, *, replaces: bool
+    ) -> None:
         try:
             await self._check_room(run.principal)
         except EngineFull:
@@ -302,7 +304,7 @@ class TemporalEngine(TemporalBatches):
                 await self._take_turn(order, continues)
             # If the process that claimed the key died before it started the run, this one starts it.
             with contextlib.suppress(WorkflowAlreadyStartedError):
-                await self._start(order)
+                await self._start(order, continues if replaces else None)
         if made_id != run.run_id:
             raise Replayed(made_id)
 
@@ -324,14 +326,18 @@ class TemporalEngine(TemporalBatches):
             agents=tuple(self._agents),
         )
 
-    async def _start(self, order: RunOrder) -> None:
-        """Start an attempt. Raises WorkflowAlreadyStartedError if it was started before.
+    async def _start(self, order: RunOrder, replaced: str | None = None) -> None:
+        """Start an attempt, and drop the run *replaced* before its turn comes.
+
+        Raises: WorkflowAlreadyStartedError if it was started before.
 
         If this process dies before the run has joined its session, the run joins it by itself.
         """
         await self.cluster.start(RUN_WORKFLOW, order, order.run, priority=Priority(priority_key=1))
         self._open_runs += 1
         self._started_runs += 1
+        if replaced:
+            await self._drop_run(replaced)
         if order.run.session_id is not None:
             await self._join_session(order.run)
 

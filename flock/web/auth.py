@@ -374,6 +374,8 @@ class ScopedEngine:
     ) -> Run:
         options = {"principal": self._principal, **options, "key": self._own(key)}
         await self._check_own_budget(options["key"])
+        if options.get("replaces"):
+            await self.get_outline(options["continues"])
         return await self._engine.submit(agent_name, inputs, **options)
 
     async def made_by(self, key: IdempotencyKey) -> str | None:

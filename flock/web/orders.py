@@ -75,6 +75,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float | None = None
     session_id: str | None = None
     continues: str | None = None
+    replaces: bool = False
     max_cost: float | None = None
     client: ClientSettings | None = None
     key: IdempotencyKey | None = None
@@ -167,6 +168,7 @@ async def accept(request: Request, order: Order | Answers, run_id: str | None = 
             timeout_s=order.timeout_s,
             session_id=order.session_id,
             continues=order.continues,
+            replaces=order.replaces,
             max_cost=order.max_cost,
             client=order.client,
             key=order.key,

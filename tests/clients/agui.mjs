@@ -18,7 +18,7 @@ say(agent, "more");
 await agent.runAgent();
 assert.equal(text(agent), "user=tea assistant=user=tea user=more");
 const replaced = agent.messages.pop().id;
-await agent.runAgent();
+await agent.runAgent({ forwardedProps: { replaces: replaced.split("_")[1] } });
 assert.equal(text(agent), "user=tea assistant=user=tea user=more");
 assert.notEqual(agent.messages.at(-1).id, replaced);
 assert.equal(agent.messages.length, 4);
