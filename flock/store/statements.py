@@ -469,27 +469,32 @@ INSERT_KEY = "INSERT INTO idempotency_keys VALUES (?, ?, ?, ?, ?)"
 DELETE_KEYS_OF = "DELETE FROM idempotency_keys WHERE made_id = ?"
 DELETE_OLD_KEYS = "DELETE FROM idempotency_keys WHERE created_at < ?"
 
-#: A webhook of a record, if its agent has a receiver.
-_REPORT = """INSERT INTO webhooks (type, record_id, call_id, created_at, next_try_at, flock, agent_name, attempt)
-    SELECT {0}, url.flock, url.agent_name, {1}.attempt FROM {2}webhook_urls AS url
-    WHERE url.flock = {1}.flock AND url.agent_name = {1}.agent_name"""
+
+def _report(values: str, record: str, tables: str = "") -> str:
+    """Return the statement for a webhook of a record, if its agent has a receiver."""
+    return f"""INSERT INTO webhooks (type, record_id, call_id, created_at, next_try_at, flock, agent_name, attempt)
+        SELECT {values}, url.flock, url.agent_name, {record}.attempt FROM {tables}webhook_urls AS url
+        WHERE url.flock = {record}.flock AND url.agent_name = {record}.agent_name"""
+
+
 _AT = "ifnull(new.completed_at, CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER))"
-_VALUES = f"'{{0}}.' || new.status, new.{{0}}_id, NULL, {_AT}, {_AT}"
-_REPORT_RUN, _REPORT_BATCH = (_REPORT.format(_VALUES.format(kind), "new", "") for kind in ("run", "batch"))
+_REPORTS = {
+    kind: _report(f"'{kind}.' || new.status, new.{kind}_id, NULL, {_AT}, {_AT}", "new") for kind in ("run", "batch")
+}
 _HAS_ENDED = "new.status IN ('completed', 'failed', 'cancelled')"
 #: They exist in a store whose agents have a receiver, since they make the end of each run slower. A short run ends
 #: with its first write, which is repeated if a commit has failed.
 WEBHOOK_TRIGGERS = {
     "webhooks_of_new_runs": f"""AFTER INSERT ON runs
-        WHEN new.batch_id IS NULL AND {_HAS_ENDED} BEGIN {_REPORT_RUN}
+        WHEN new.batch_id IS NULL AND {_HAS_ENDED} BEGIN {_REPORTS['run']}
         AND NOT EXISTS (SELECT 1 FROM webhooks WHERE record_id = new.run_id AND attempt = new.attempt); END""",
     "webhooks_of_runs": f"""AFTER UPDATE OF status ON runs
         WHEN new.status IS NOT old.status AND new.batch_id IS NULL
-        AND ({_HAS_ENDED} OR (new.status = 'waiting' AND new.is_asleep = 0)) BEGIN {_REPORT_RUN}; END""",
+        AND ({_HAS_ENDED} OR (new.status = 'waiting' AND new.is_asleep = 0)) BEGIN {_REPORTS['run']}; END""",
     "webhooks_of_batches": f"""AFTER UPDATE OF status ON batches
-        WHEN new.status IS NOT old.status AND {_HAS_ENDED} BEGIN {_REPORT_BATCH}; END""",
+        WHEN new.status IS NOT old.status AND {_HAS_ENDED} BEGIN {_REPORTS['batch']}; END""",
 }
-_OF_QUESTION = _REPORT.format("'question.expired', runs.run_id, ?, ?, ?", "runs", "runs, ")
+_OF_QUESTION = _report("'question.expired', runs.run_id, ?, ?, ?", "runs", "runs, ")
 QUESTION_EXPIRED = f"{_OF_QUESTION} AND runs.run_id = ? AND runs.batch_id IS NULL"
 UNDO_WAITING_WEBHOOK = """DELETE FROM webhooks WHERE type = 'run.waiting'
     AND record_id = ? AND number > ?"""
