@@ -4,6 +4,7 @@ The packages are imported here only when such a table is read or written, in a w
 """
 
 import datetime
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ MAX_RATIO, MIN_UNPACKED_BYTES, MAX_GROUP_BYTES = 100, 16 * 1024 * 1024, 256 * 10
 UNREAD = ("xl/media/", "xl/drawings/", "xl/charts/", "xl/embeddings/", "xl/pivotCache/", "customXml/")
 #: Limits of Excel. Its numbers have integers exactly up to the last one.
 MAX_SHEET_ROWS, MAX_CELL_CHARS, MAX_EXACT = 1024 * 1024, 32_767, 2**53
+#: Integers above it are no floats.
+MAX_FLOAT = sys.float_info.max
 
 # In
 
@@ -62,10 +65,10 @@ async def binary_records(
                 yield record
 
 
-async def _written(function: Callable[..., Any], *arguments: Any) -> None:
+async def _written(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function that writes a temporary file, in a worker thread. Raises StoreError if it cannot be written."""
     try:
-        await anyio.to_thread.run_sync(function, *arguments)
+        return await anyio.to_thread.run_sync(function, *arguments)
     except OSError as exc:
         raise StoreError(f"The temporary file of a table cannot be written: {exc.strerror or exc}.") from exc
 
@@ -188,17 +191,17 @@ def _cell(value: Any) -> Any:
 async def binary_pieces(
     format_: str, names: Sequence[str], kinds: Sequence[str], pages: AsyncIterable[Sequence[Sequence[Any]]]
 ) -> AsyncGenerator[bytes, None]:
-    """Write pages of rows to a temporary file, and yield its bytes. Raises TooLarge.
+    """Write pages of rows to a temporary file, and yield its bytes. Raises TooLarge, StoreError.
 
     Args:
         kinds: the type of each column in JSON Schema; for others, the values are text.
     """
     with tempfile.TemporaryDirectory() as folder:
         path, make = Path(folder, "results"), _ExcelWriter if format_ == "xlsx" else _ParquetWriter
-        writer: _ExcelWriter | _ParquetWriter = await anyio.to_thread.run_sync(make, path, names, kinds)
+        writer: _ExcelWriter | _ParquetWriter = await _written(make, path, names, kinds)
         async for page in pages:
-            await anyio.to_thread.run_sync(writer.write, page)
-        await anyio.to_thread.run_sync(writer.close)
+            await _written(writer.write, page)
+        await _written(writer.close)
         async with await anyio.open_file(path, "rb") as file:
             while piece := await file.read(PIECE_BYTES):
                 yield piece
@@ -221,11 +224,24 @@ class _ExcelWriter:
             if self._row == MAX_SHEET_ROWS:
                 raise TooLarge(f"A sheet has at most {MAX_SHEET_ROWS:,} rows. Choose another format.")
             cells = (
-                str(value)[:MAX_CELL_CHARS] if isinstance(value, str) or abs(value or 0) > MAX_EXACT else value
+                str(value)[:MAX_CELL_CHARS]
+                if isinstance(value, str) or (isinstance(value, int) and abs(value) > MAX_EXACT)
+                else value
                 for value in row
             )
             self._sheet.write_row(self._row, 0, cells)
             self._row += 1
+
+
+def _fitting(value: Any, type_: str) -> Any:
+    """Return a value of JSON as one of a column of Arrow; None if it does not fit."""
+    if type_ == "string":
+        return value if value is None or isinstance(value, str) else msgspec.json.encode(value).decode()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value if type_ == "bool" and isinstance(value, bool) else None
+    if type_ == "double":
+        return float(value) if abs(value) <= MAX_FLOAT else None
+    return int(value) if type_ == "int64" and value == int(value) and -(2**63) <= value < 2**63 else None
 
 
 class _ParquetWriter:
@@ -240,7 +256,7 @@ class _ParquetWriter:
 
     def write(self, rows: Sequence[Sequence[Any]]) -> None:
         columns = [
-            [str(value) if type_ == "string" and value is not None else value for value in column]
+            [_fitting(value, str(type_)) for value in column]
             for type_, column in zip(self._types, zip(*rows, strict=True), strict=True)
         ]
         self._batches.append(self._arrow.record_batch(columns, schema=self._schema))
