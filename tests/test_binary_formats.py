@@ -467,7 +467,8 @@ async def test_a_download_that_is_broken_off_leaves_no_file(
         async for _ in results_as(format_, pages(), ["order"], COLUMNS, True):
             pass
     stream = results_as(format_, pages_of(items(2)), ["order"], COLUMNS, True)
-    await anext(stream)
+    assert await anext(stream) == b""
+    assert await anext(stream)
     await stream.aclose()
     assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240 - it is local
 

@@ -31,15 +31,15 @@ MAX_RATIO, MIN_UNPACKED_BYTES, MAX_GROUP_BYTES = 100, 16 * 1024 * 1024, 256 * 10
 UNREAD = ("xl/media/", "xl/drawings/", "xl/charts/", "xl/embeddings/", "xl/pivotCache/", "customXml/")
 #: Limits of Excel. Its numbers have integers exactly up to the last one.
 MAX_SHEET_ROWS, MAX_CELL_CHARS, MAX_EXACT = 1024 * 1024, 32_767, 2**53
-#: Integers above it are no floats.
-MAX_FLOAT = sys.float_info.max
+#: The number of a row, and its cells.
+Record = tuple[int, Sequence[Any]]
 
 # In
 
 
 async def binary_records(
     format_: str, chunks: AsyncIterable[bytes], max_row_bytes: int
-) -> AsyncGenerator[tuple[int, Sequence[Any]], None]:
+) -> AsyncGenerator[Record, None]:
     """Yield the records of a table with the number of their row, first the header. Empty cells are "".
 
     Raises: InvalidData if the file is not valid; TooLarge if it unpacks to too much; StoreError if the disk is full.
@@ -73,11 +73,9 @@ async def _written(function: Callable[..., Any], *arguments: Any) -> Any:
         raise StoreError(f"The temporary file of a table cannot be written: {exc.strerror or exc}.") from exc
 
 
-def _step(
-    records: Iterator[tuple[int, Sequence[Any]]], count: int, max_row_bytes: int
-) -> Sequence[tuple[int, Sequence[Any]]]:
+def _step(records: Iterator[Record], count: int, max_row_bytes: int) -> Sequence[Record]:
     """Read up to *count* records: fewer if they are as long as one may be. Raises TooLarge."""
-    step, size = list[tuple[int, Sequence[Any]]](), 0
+    step, size = list[Record](), 0
     for line, cells in islice(records, count):
         length = sum(len(cell if isinstance(cell, str) else msgspec.json.encode(cell)) for cell in cells)
         if length > max_row_bytes:
@@ -89,7 +87,7 @@ def _step(
     return step
 
 
-def _excel_records(file: IO[bytes]) -> Iterator[tuple[int, Sequence[Any]]]:
+def _excel_records(file: IO[bytes]) -> Iterator[Record]:
     """Read the first sheet. A formula has the value that Excel has stored with it."""
     from openpyxl.reader.excel import ExcelReader
 
@@ -127,22 +125,19 @@ def _check_unpacked(parts: Collection[ZipInfo], types: Mapping[str, str]) -> Non
             raise TooLarge(f"This file unpacks to {unpacked[kind]} bytes of {kind}; the limit is {max_bytes}.")
 
 
-def _parquet_records(file: IO[bytes], max_row_bytes: int) -> Iterator[tuple[int, Sequence[Any]]]:
+def _parquet_records(file: IO[bytes], max_row_bytes: int) -> Iterator[Record]:
     """Read the row groups one by one. A value that is repeated is only repeated in a few rows at a time."""
     from pyarrow.parquet import ParquetFile, read_metadata
 
     metadata = read_metadata(file)
     leaves = [metadata.schema.column(number) for number in range(metadata.num_columns)]
     for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        size = group.total_byte_size
+        size = (group := metadata.row_group(number)).total_byte_size
         for place, leaf in enumerate(leaves):
             column = group.column(place)
             size += 8 * column.num_values if leaf.max_repetition_level else 0  # a list is read as a whole
             if any(encoding.startswith("DELTA") and "BYTE" in encoding for encoding in column.encodings):
-                raise InvalidData.of(
-                    f"The text in {leaf.path!r} is delta encoded. Write it with a dictionary, or plain."
-                )
+                raise InvalidData.of(f"The text in {leaf.path!r} is delta encoded. Write it with a dictionary.")
         if size > MAX_GROUP_BYTES:
             raise TooLarge(f"Row group {number} unpacks to {size} bytes; the limit is {MAX_GROUP_BYTES}. Split it.")
     table, row = ParquetFile(file, metadata=metadata, read_dictionary=[leaf.path for leaf in leaves]), 1
@@ -151,13 +146,14 @@ def _parquet_records(file: IO[bytes], max_row_bytes: int) -> Iterator[tuple[int,
         parts = [batch]
         while parts:
             part = parts.pop()
-            if sum(map(_size, part.columns)) > max_row_bytes:
-                if (half := len(part) // 2) == 0:
-                    raise row_too_long(row, max_row_bytes)
+            if sum(map(_size, part.columns)) <= max_row_bytes:
+                columns = (map(_cell, column.to_pylist()) for column in part.columns)
+                yield from enumerate(zip(*columns, strict=True), row)
+                row += len(part)
+            elif half := len(part) // 2:
                 parts += [part.slice(half), part.slice(0, half)]
-                continue
-            yield from enumerate(zip(*(map(_cell, column.to_pylist()) for column in part.columns), strict=True), row)
-            row += len(part)
+            else:
+                raise row_too_long(row, max_row_bytes)
 
 
 def _size(column: Any) -> int:
@@ -191,7 +187,7 @@ def _cell(value: Any) -> Any:
 async def binary_pieces(
     format_: str, names: Sequence[str], kinds: Sequence[str], pages: AsyncIterable[Sequence[Sequence[Any]]]
 ) -> AsyncGenerator[bytes, None]:
-    """Write pages of rows to a temporary file, and yield its bytes. Raises TooLarge, StoreError.
+    """Write pages of rows to a temporary file, and yield its bytes after an empty piece. Raises TooLarge, StoreError.
 
     Args:
         kinds: the type of each column in JSON Schema; for others, the values are text.
@@ -202,6 +198,7 @@ async def binary_pieces(
         async for page in pages:
             await _written(writer.write, page)
         await _written(writer.close)
+        yield b""
         async with await anyio.open_file(path, "rb") as file:
             while piece := await file.read(PIECE_BYTES):
                 yield piece
@@ -240,7 +237,7 @@ def _fitting(value: Any, type_: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value if type_ == "bool" and isinstance(value, bool) else None
     if type_ == "double":
-        return float(value) if abs(value) <= MAX_FLOAT else None
+        return float(value) if abs(value) <= sys.float_info.max else None
     return int(value) if type_ == "int64" and value == int(value) and -(2**63) <= value < 2**63 else None
 
 

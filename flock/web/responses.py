@@ -238,7 +238,7 @@ class LimitedStream(StreamingResponse):
 
     Args:
         on_cut_off: called if the client disconnects, or the request is cancelled, before the end of the stream.
-        is_awaited: nothing is sent before the first piece of *content* is there.
+        is_awaited: nothing is sent before the first piece of *content* is there, which is empty.
 
     Raises: when it is sent, the error of entering *slot*, or of a first piece that is awaited. It becomes a response
         like any error of the handler.
@@ -267,19 +267,12 @@ class LimitedStream(StreamingResponse):
             with self._slot:
                 async with aclosing(self._content):
                     if self._is_awaited:
-                        first = await while_connected(Request(scope, receive), anext(self._content))
-                        self.body_iterator = _chained(first, self._content)
+                        await while_connected(Request(scope, receive), anext(self._content))
                     await super().__call__(scope, receive, send)
         finally:
             if self._on_cut_off is not None:
                 with anyio.CancelScope(shield=True), suppress(FlockError):
                     await self._on_cut_off()
-
-
-async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for piece in rest:
-        yield piece
 
 
 class EventStream(LimitedStream):
