@@ -394,6 +394,57 @@ async def test_results_in_a_workbook_are_values_and_text_is_never_a_formula() ->
     assert len(cells[2][2].value) == binary.MAX_CELL_CHARS
 
 
+VALUES = {"i": "integer", "n": "number", "b": "boolean", "t": "string"}
+
+
+async def results_of(inputs: dict[str, Any], format_: str = "parquet", **options: Any) -> bytes:
+    item = msgspec.structs.replace(items(3)[2], inputs=msgspec.Raw(json.dumps(inputs).encode()), extra=None)
+    stream = results_as(format_, pages_of([item]), [], (VALUES, {}), True, **options)
+    return b"".join([piece async for piece in stream])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fitting"),
+    [
+        ({"i": "abc", "n": "x", "b": "y", "t": True}, (None, None, None, "true")),
+        ({"i": 2**63, "n": 2**60 + 1, "b": 1, "t": 5}, (None, float(2**60), None, "5")),
+        ({"i": True, "n": True, "b": True, "t": [1]}, (None, None, True, "[1]")),
+        ({"i": 1.5, "n": 10**400, "b": 0.5, "t": None}, (None, None, None, None)),
+        ({"i": 1e300, "n": 1e300}, (None, 1e300, None, None)),
+        ({"i": -(2**63), "n": 1}, (-(2**63), 1.0, None, None)),
+        ({"i": 2.0}, (2, None, None, None)),
+    ],
+)
+async def test_a_value_that_does_not_fit_its_column_is_null(inputs: dict[str, Any], fitting: Any) -> None:
+    row = pq.read_table(io.BytesIO(await results_of(inputs))).to_pylist()[0]
+    assert tuple(row[name] for name in VALUES) == fitting
+
+
+async def test_a_large_number_in_a_workbook_is_a_number() -> None:
+    book = openpyxl.load_workbook(io.BytesIO(await results_of({"i": 2**53 + 1, "n": 1e300, "b": True}, "xlsx")))
+    assert [cell.value for cell in list(book.worksheets[0].iter_rows())[1]][:3] == [str(2**53 + 1), 1e300, True]
+
+
+async def test_inputs_are_text_if_a_row_is_invalid(http: httpx.AsyncClient) -> None:
+    """Nothing of the row that failed is lost, and the others do not lose their types in the outputs."""
+    content = b'{"text": "a", "price": "abc"}\n{"text": "b", "price": 0.5}\n'
+    batch = (await sent(http, "ndjson", content, on_invalid="skip")).json()["batch_id"]
+    response = await http.get(f"/batch/{batch}/results?format=parquet")
+    rows = pq.read_table(io.BytesIO(response.content)).to_pylist()
+    assert [(row["price"], row["size"], row["status"]) for row in rows] == [
+        ("abc", None, "failed"), ("0.5", 1, "completed")
+    ]  # fmt: skip
+
+
+async def test_an_error_of_a_download_has_a_status(http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = (await sent(http, "ndjson", b'{"text": "a"}\n' * 3)).json()["batch_id"]
+    with monkeypatch.context() as patched:
+        patched.setattr(binary, "MAX_SHEET_ROWS", 3)
+        response = await http.get(f"/batch/{batch}/results?format=xlsx")
+    assert (response.status_code, "at most 3 rows" in response.json()["detail"]) == (413, True)
+    assert (await http.get(f"/batch/{batch}/results?format=xlsx")).status_code == 200
+
+
 async def test_a_sheet_has_no_more_rows_than_excel_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binary, "MAX_SHEET_ROWS", 3)
     with pytest.raises(TooLarge, match="A sheet has at most 3 rows"):
@@ -416,7 +467,8 @@ async def test_a_download_that_is_broken_off_leaves_no_file(
         async for _ in results_as(format_, pages(), ["order"], COLUMNS, True):
             pass
     stream = results_as(format_, pages_of(items(2)), ["order"], COLUMNS, True)
-    await anext(stream)
+    assert await anext(stream) == b""
+    assert await anext(stream)
     await stream.aclose()
     assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240 - it is local
 

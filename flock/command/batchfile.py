@@ -178,7 +178,7 @@ async def _write(
         dialect = replace(job.dialect, delimiter="\t") if job.format == "tsv" else job.dialect
         pieces = results_like(job.rows, dialect, pages, columns[1], **options)
     else:
-        pieces = results_as(job.format, pages, names, columns, **options)
+        pieces = results_as(job.format, pages, names, columns, has_invalid=batch.invalid_items > 0, **options)
     state = _real_path(job.state)
     async with _writing(state) if job.output else contextlib.nullcontext():
         with _output(job, state) if job.output else contextlib.nullcontext(stdout) as file:

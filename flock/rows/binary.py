@@ -4,6 +4,7 @@ The packages are imported here only when such a table is read or written, in a w
 """
 
 import datetime
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Collection, Iterator, Mapping, Sequence
@@ -30,13 +31,15 @@ MAX_RATIO, MIN_UNPACKED_BYTES, MAX_GROUP_BYTES = 100, 16 * 1024 * 1024, 256 * 10
 UNREAD = ("xl/media/", "xl/drawings/", "xl/charts/", "xl/embeddings/", "xl/pivotCache/", "customXml/")
 #: Limits of Excel. Its numbers have integers exactly up to the last one.
 MAX_SHEET_ROWS, MAX_CELL_CHARS, MAX_EXACT = 1024 * 1024, 32_767, 2**53
+#: The number of a row, and its cells.
+Record = tuple[int, Sequence[Any]]
 
 # In
 
 
 async def binary_records(
     format_: str, chunks: AsyncIterable[bytes], max_row_bytes: int
-) -> AsyncGenerator[tuple[int, Sequence[Any]], None]:
+) -> AsyncGenerator[Record, None]:
     """Yield the records of a table with the number of their row, first the header. Empty cells are "".
 
     Raises: InvalidData if the file is not valid; TooLarge if it unpacks to too much; StoreError if the disk is full.
@@ -62,19 +65,17 @@ async def binary_records(
                 yield record
 
 
-async def _written(function: Callable[..., Any], *arguments: Any) -> None:
+async def _written(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function that writes a temporary file, in a worker thread. Raises StoreError if it cannot be written."""
     try:
-        await anyio.to_thread.run_sync(function, *arguments)
+        return await anyio.to_thread.run_sync(function, *arguments)
     except OSError as exc:
         raise StoreError(f"The temporary file of a table cannot be written: {exc.strerror or exc}.") from exc
 
 
-def _step(
-    records: Iterator[tuple[int, Sequence[Any]]], count: int, max_row_bytes: int
-) -> Sequence[tuple[int, Sequence[Any]]]:
+def _step(records: Iterator[Record], count: int, max_row_bytes: int) -> Sequence[Record]:
     """Read up to *count* records: fewer if they are as long as one may be. Raises TooLarge."""
-    step, size = list[tuple[int, Sequence[Any]]](), 0
+    step, size = list[Record](), 0
     for line, cells in islice(records, count):
         length = sum(len(cell if isinstance(cell, str) else msgspec.json.encode(cell)) for cell in cells)
         if length > max_row_bytes:
@@ -86,7 +87,7 @@ def _step(
     return step
 
 
-def _excel_records(file: IO[bytes]) -> Iterator[tuple[int, Sequence[Any]]]:
+def _excel_records(file: IO[bytes]) -> Iterator[Record]:
     """Read the first sheet. A formula has the value that Excel has stored with it."""
     from openpyxl.reader.excel import ExcelReader
 
@@ -124,22 +125,19 @@ def _check_unpacked(parts: Collection[ZipInfo], types: Mapping[str, str]) -> Non
             raise TooLarge(f"This file unpacks to {unpacked[kind]} bytes of {kind}; the limit is {max_bytes}.")
 
 
-def _parquet_records(file: IO[bytes], max_row_bytes: int) -> Iterator[tuple[int, Sequence[Any]]]:
+def _parquet_records(file: IO[bytes], max_row_bytes: int) -> Iterator[Record]:
     """Read the row groups one by one. A value that is repeated is only repeated in a few rows at a time."""
     from pyarrow.parquet import ParquetFile, read_metadata
 
     metadata = read_metadata(file)
     leaves = [metadata.schema.column(number) for number in range(metadata.num_columns)]
     for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        size = group.total_byte_size
+        size = (group := metadata.row_group(number)).total_byte_size
         for place, leaf in enumerate(leaves):
             column = group.column(place)
             size += 8 * column.num_values if leaf.max_repetition_level else 0  # a list is read as a whole
             if any(encoding.startswith("DELTA") and "BYTE" in encoding for encoding in column.encodings):
-                raise InvalidData.of(
-                    f"The text in {leaf.path!r} is delta encoded. Write it with a dictionary, or plain."
-                )
+                raise InvalidData.of(f"The text in {leaf.path!r} is delta encoded. Write it with a dictionary.")
         if size > MAX_GROUP_BYTES:
             raise TooLarge(f"Row group {number} unpacks to {size} bytes; the limit is {MAX_GROUP_BYTES}. Split it.")
     table, row = ParquetFile(file, metadata=metadata, read_dictionary=[leaf.path for leaf in leaves]), 1
@@ -148,13 +146,14 @@ def _parquet_records(file: IO[bytes], max_row_bytes: int) -> Iterator[tuple[int,
         parts = [batch]
         while parts:
             part = parts.pop()
-            if sum(map(_size, part.columns)) > max_row_bytes:
-                if (half := len(part) // 2) == 0:
-                    raise row_too_long(row, max_row_bytes)
+            if sum(map(_size, part.columns)) <= max_row_bytes:
+                columns = (map(_cell, column.to_pylist()) for column in part.columns)
+                yield from enumerate(zip(*columns, strict=True), row)
+                row += len(part)
+            elif half := len(part) // 2:
                 parts += [part.slice(half), part.slice(0, half)]
-                continue
-            yield from enumerate(zip(*(map(_cell, column.to_pylist()) for column in part.columns), strict=True), row)
-            row += len(part)
+            else:
+                raise row_too_long(row, max_row_bytes)
 
 
 def _size(column: Any) -> int:
@@ -188,17 +187,18 @@ def _cell(value: Any) -> Any:
 async def binary_pieces(
     format_: str, names: Sequence[str], kinds: Sequence[str], pages: AsyncIterable[Sequence[Sequence[Any]]]
 ) -> AsyncGenerator[bytes, None]:
-    """Write pages of rows to a temporary file, and yield its bytes. Raises TooLarge.
+    """Write pages of rows to a temporary file, and yield its bytes after an empty piece. Raises TooLarge, StoreError.
 
     Args:
         kinds: the type of each column in JSON Schema; for others, the values are text.
     """
     with tempfile.TemporaryDirectory() as folder:
         path, make = Path(folder, "results"), _ExcelWriter if format_ == "xlsx" else _ParquetWriter
-        writer: _ExcelWriter | _ParquetWriter = await anyio.to_thread.run_sync(make, path, names, kinds)
+        writer: _ExcelWriter | _ParquetWriter = await _written(make, path, names, kinds)
         async for page in pages:
-            await anyio.to_thread.run_sync(writer.write, page)
-        await anyio.to_thread.run_sync(writer.close)
+            await _written(writer.write, page)
+        await _written(writer.close)
+        yield b""
         async with await anyio.open_file(path, "rb") as file:
             while piece := await file.read(PIECE_BYTES):
                 yield piece
@@ -221,11 +221,24 @@ class _ExcelWriter:
             if self._row == MAX_SHEET_ROWS:
                 raise TooLarge(f"A sheet has at most {MAX_SHEET_ROWS:,} rows. Choose another format.")
             cells = (
-                str(value)[:MAX_CELL_CHARS] if isinstance(value, str) or abs(value or 0) > MAX_EXACT else value
+                str(value)[:MAX_CELL_CHARS]
+                if isinstance(value, str) or (isinstance(value, int) and abs(value) > MAX_EXACT)
+                else value
                 for value in row
             )
             self._sheet.write_row(self._row, 0, cells)
             self._row += 1
+
+
+def _fitting(value: Any, type_: str) -> Any:
+    """Return a value of JSON as one of a column of Arrow; None if it does not fit."""
+    if type_ == "string":
+        return value if value is None or isinstance(value, str) else msgspec.json.encode(value).decode()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value if type_ == "bool" and isinstance(value, bool) else None
+    if type_ == "double":
+        return float(value) if abs(value) <= sys.float_info.max else None
+    return int(value) if type_ == "int64" and value == int(value) and -(2**63) <= value < 2**63 else None
 
 
 class _ParquetWriter:
@@ -240,7 +253,7 @@ class _ParquetWriter:
 
     def write(self, rows: Sequence[Sequence[Any]]) -> None:
         columns = [
-            [str(value) if type_ == "string" and value is not None else value for value in column]
+            [_fitting(value, str(type_)) for value in column]
             for type_, column in zip(self._types, zip(*rows, strict=True), strict=True)
         ]
         self._batches.append(self._arrow.record_batch(columns, schema=self._schema))

@@ -181,7 +181,8 @@ class _TypedTable(CSVWriter):
         return bytes(raw or b"").decode() if isinstance(value, list | dict) else value
 
     def kinds(self) -> list[str]:
-        groups = [dict.fromkeys(self._extra, ""), self._inputs or {"": ""}, self._outputs or {"": ""}]
+        members = [{"": ""} if group is None else group for group in (self._inputs, self._outputs)]
+        groups = [dict.fromkeys(self._extra, ""), *members]
         kinds = [group[name] if isinstance(group, Mapping) else "" for group in groups for name in group] + ["", ""]
         return [*kinds, "integer", "integer", "number"] if self._with_usage else kinds
 
@@ -194,9 +195,14 @@ async def results_as(
     escape_formulas: bool,
     *,
     with_usage: bool = False,
+    has_invalid: bool = False,
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the items of *pages* in a format of ``FORMATS``, with their tokens and cost if *with_usage*."""
+    """Yield the items of *pages* in a format of ``FORMATS``, with their tokens and cost if *with_usage*.
+
+    If *has_invalid*, inputs are text in formats with types, since those of invalid items may have any.
+    """
     if FORMATS[format_].extra:
+        columns = (columns[0] and dict.fromkeys(columns[0], ""), columns[1]) if has_invalid else columns
         typed = _TypedTable(extra, *columns, escape_formulas=False, with_usage=with_usage)
         rows = ([list(typed._row(item)) for item in page] async for page in pages)
         written = binary_pieces(format_, typed.names(), typed.kinds(), rows)

@@ -9,11 +9,13 @@ from typing import Any
 import anyio
 import msgspec
 from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from flock.errors import FlockError
 from flock.runs import Engine, Event, LongJSON, Run
+from flock.web.requests import while_connected
 
 logger = logging.getLogger("flock.api")
 
@@ -236,8 +238,10 @@ class LimitedStream(StreamingResponse):
 
     Args:
         on_cut_off: called if the client disconnects, or the request is cancelled, before the end of the stream.
+        is_awaited: nothing is sent before the first piece of *content* is there, which is empty.
 
-    Raises: when it is sent, the error of entering *slot*. It becomes a response like any error of the handler.
+    Raises: when it is sent, the error of entering *slot*, or of a first piece that is awaited. It becomes a response
+        like any error of the handler.
     """
 
     def __init__(
@@ -248,8 +252,10 @@ class LimitedStream(StreamingResponse):
         media_type: str | None = None,
         *,
         on_cut_off: Callable[[], Awaitable[object]] | None = None,
+        is_awaited: bool = False,
     ) -> None:
         super().__init__(content, headers=headers, media_type=media_type)
+        self._is_awaited = is_awaited
         self._content, self._slot, self._on_cut_off = content, slot, on_cut_off
 
     async def stream_response(self, send: Send) -> None:
@@ -260,6 +266,8 @@ class LimitedStream(StreamingResponse):
         try:
             with self._slot:
                 async with aclosing(self._content):
+                    if self._is_awaited:
+                        await while_connected(Request(scope, receive), anext(self._content))
                     await super().__call__(scope, receive, send)
         finally:
             if self._on_cut_off is not None:
