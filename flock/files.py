@@ -189,16 +189,12 @@ class Taken(dict[str, bytes | None]):
 
     references = 0
 
-    def check(self, times: int = 1) -> None:
-        """Raise ValueError if the files of a run were taken more often than it may have some."""
-        if self.references > MAX_FILES * times:
-            raise ValueError(f"A run may have {MAX_FILES} files")
-
 
 def _reference_to(sent: Any, find: Find, contents: Taken) -> FileReference:
     """Return the reference to a file that a client has sent. Raises ValueError, NotFound."""
     contents.references += 1
-    contents.check(2)  # invalid inputs are read a second time, to find all errors
+    if contents.references > 2 * MAX_FILES:  # invalid inputs are read a second time, to find all errors
+        raise ValueError(f"A run may have {MAX_FILES} files")
     more = sent if isinstance(sent, dict) else {}
     sent, content, name = more.get("file_id", sent), None, str(more.get("name", ""))
     if not isinstance(sent, str) or re.match(r"[a-z][a-z0-9+.-]*://", sent, re.IGNORECASE):

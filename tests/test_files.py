@@ -24,7 +24,7 @@ from flock.core import Audio, Document, File, Flock, Image, data_url
 from flock.engine.base import EngineBase
 from flock.errors import CallError, Conflict, InvalidData, NotFound, StoreError, TooLarge
 from flock.files import check_declared, media_type_of, safe_name
-from flock.runs import BatchOptions, RunFilter
+from flock.runs import RunFilter
 from flock.store import contents, queries
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
@@ -249,15 +249,6 @@ async def test_a_run_has_at_most_100_files(api: Any, tmp_path: Path) -> None:
     assert len(stored(tmp_path)) == count
 
 
-async def test_a_reference_is_part_of_the_length_of_inputs(tmp_path: Path) -> None:
-    async with receipts().engine(store=tmp_path / "runs.db", max_input_bytes=100) as engine:
-        file = await engine.files().keep(each(b"text"))
-        with pytest.raises(TooLarge, match="/inputs"):
-            await engine.submit("read", {"letter": file.file_id})
-        with pytest.raises(TooLarge, match="row"):
-            await engine.submit_batch("read", [{"letter": file.file_id}], BatchOptions())
-
-
 def test_names_and_data_urls_are_read_in_no_time() -> None:
     started_at = time.perf_counter()
     assert safe_name("\u0301" * 3_000_000).endswith("\u0301")
@@ -436,6 +427,19 @@ def test_an_agent_hands_a_file_to_another_one() -> None:
         return {"photo": photo, "note": "from the first"}
 
     assert flock.run("first", {"photo": data_url(PNG)})["result"]["read"] == len(PNG)
+
+
+async def test_a_download_takes_a_slot_of_its_caller(tmp_path: Path) -> None:
+    content = b"x" * 200_000
+    app = create_app(receipts(), store=tmp_path / "runs.db", max_downloads_per_principal=0)
+    async with app.lifespan(), client_of(app) as client:
+        path = (await client.post("/files", content=content)).headers["Location"]
+        assert (await client.get(path)).status_code == 429
+        assert (await client.head(path)).headers["content-length"] == "200000"
+    app = create_app(receipts(), store=tmp_path / "runs.db")
+    async with app.lifespan(), client_of(app) as client:
+        whole = await client.get(path, headers={"Range": "bytes=2-4"})
+        assert (whole.status_code, whole.content) == (200, content)
 
 
 # What is kept, and how long

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 from flock.core import Flock, FlockFactory, data_url
+from flock.files import FileReference
+from flock.models import llm, requests
+from flock.models.completions import Message
+from flock.models.pace import Pace
 from flock.models.requests import MAX_FILE_BYTES, TAKES
 from flock.testing import FakeModel, Reply
 from tests.support import EXAMPLES
@@ -84,6 +88,56 @@ async def test_what_a_provider_does_not_take_is_an_error_before_it_is_paid(
     assert run.error_type == "model_bad_request"
     assert f"{provider} takes no" in run.error
     assert messages == []
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"a" * 2000 + b"\xff", "not in UTF-8"),
+        (b"a" * 1001, "openai takes no text/plain from here, or none of 1,001 bytes"),
+        ([PNG] * 12, "800 bytes in all"),
+    ],
+)
+async def test_a_text_that_is_too_long_or_not_utf_8_and_too_many_files_are_errors(
+    model: FakeModel, content: Any, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MAX_FILE_BYTES, "openai", 1000 if "UTF" not in problem else 10_000)
+    monkeypatch.setattr(requests, "MAX_ALL_BYTES", 800 if "all" in problem else 10_000)
+    flock = receipt_flock(input="photos: list[File]")
+    photos = [data_url(each) for each in (content if isinstance(content, list) else [content])]
+    run, messages = await sent_by(flock, model, {"photos": photos})
+    assert (run.error_type, messages) == ("model_bad_request", [])
+    assert problem in run.error
+
+
+async def test_a_call_that_waits_holds_no_contents(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.replies = [ANSWER]
+    order: list[str] = []
+    enter, encode = Pace.enter, requests.encoded
+
+    async def entered(pace: Pace, *args: Any) -> None:
+        await enter(pace, *args)
+        order.append("passed")
+
+    def encoded(*args: Any) -> bytes:
+        order.append("read" if args[-1] is True else "encoded")
+        return encode(*args)
+
+    monkeypatch.setattr(Pace, "enter", entered)
+    monkeypatch.setattr(llm, "encoded", encoded)
+    run, _ = await sent_by(receipt_flock(), model, {"photo": data_url(PNG), "note": ""})
+    assert run.value == {"total": "40 €"}, run.error
+    assert order == ["passed", "encoded", "read"]
+
+
+def test_a_file_costs_by_its_kind_and_size() -> None:
+    def cost(media_type: str, size: int) -> int:
+        file = FileReference(file_id="a" * 64, media_type=media_type, size=size)
+        return requests.bytes_of_files([Message("user", "", files=(file,))])
+
+    assert cost("text/plain", 20_000_000) == 20_000_000
+    assert cost("image/png", 20_000_000) == 4000
+    assert cost("application/pdf", 1_000_000) == 104_000
 
 
 async def test_nothing_of_a_content_is_in_the_store(model: FakeModel, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from flock.agents.hooks import Hook, with_model_hooks
 from flock.agents.tools import Toolbox
 from flock.errors import InvalidData, InvalidOutput, MalformedJSON, ModelError
 from flock.models.completions import Completion, Listener, Message, with_user_text
-from flock.models.requests import Request
+from flock.models.requests import Request, bytes_of_files
 from flock.runs import JSON_NULL, RunContext, Usage
 from flock.runs.traces import of_chat
 
@@ -98,7 +98,7 @@ class Conversation(msgspec.Struct, kw_only=True):
         context, model = self.context, next(iter(self.models), "")
 
         async def pay(request: Request) -> Completion:
-            files = " " * 4000 * sum(len(message.files) for message in request.messages)  # about what an image costs
+            files = " " * bytes_of_files(request.messages)
             async with context.reserve(model, (request.messages, request.tools, files), request.max_tokens):
                 context.check_tokens(self.models)
                 with of_chat(model, request.max_tokens, request.temperature) as span:

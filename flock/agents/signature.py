@@ -35,7 +35,7 @@ import msgspec.inspect
 from flock.agents.messages import Messages
 from flock.agents.result import Result
 from flock.errors import InvalidData, MalformedJSON, SignatureError
-from flock.files import Audio, Document, File, Find, Image, is_file, taking
+from flock.files import MAX_FILES, Audio, Document, File, Find, Image, is_file, taking
 from flock.jsontype import Field, JSONType, explain, fields_of, has_fields, hints_of
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import (
@@ -380,10 +380,8 @@ class Signature:
         """
         with taking(find) as contents:
             typed = self.decode(raw, at)
-        try:
-            contents.check()
-        except ValueError as exc:
-            raise InvalidData.of(f"{exc}.", at) from exc
+        if contents.references > MAX_FILES:
+            raise InvalidData.of(f"A run may have {MAX_FILES} files.", at)
         if not contents:
             return raw, {}
         texts = raw, msgspec.json.encode(typed, enc_hook=to_json)

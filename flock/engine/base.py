@@ -338,8 +338,6 @@ class EngineBase(Engine):
         agent, (name, caller) = self._agent(agent_name), name_and_caller(principal)
         box = self.files(name) if agent.input.has_files else None
         raw, contents = agent.input.take(raw, "/inputs", None if box is None else box.find)
-        if contents:  # a reference may be longer than the id that was sent
-            raw = as_json(raw, "/inputs", self._limits.max_input_bytes)
         self._check_prices(agent_name, max_cost)
         if client is not None:
             client = settings_for(agent_name, self._agents, client, self._limits.max_input_bytes - len(raw))

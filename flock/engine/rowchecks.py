@@ -75,18 +75,11 @@ class RowChecks:
                 item = Row(inputs=as_json(item, at, max_bytes), at=at)
             await share.checkpoint()
             extra = self._extra_of(item)
-            self._check_length(item, extra)
-            checked = self._checked(item, extra)
-            if checked.contents:  # a reference may be longer than the id that was sent
-                self._check_length(checked.row, extra)
-            yield checked
+            if len(item.inputs) + len(extra or b"") > max_bytes:
+                raise TooLarge(f"A row is longer than {max_bytes} bytes, the limit for one item.")
+            yield self._checked(item, extra)
             self.total += 1
             await share.checkpoint()
-
-    def _check_length(self, row: Row, extra: msgspec.Raw | None) -> None:
-        max_bytes = self._limits.max_input_bytes
-        if len(row.inputs) + len(extra or b"") > max_bytes:
-            raise TooLarge(f"A row is longer than {max_bytes} bytes, the limit for one item.")
 
     def _extra_of(self, row: Row) -> msgspec.Raw | None:
         """Return the kept columns of a row, as they are stored. Raises TooLarge."""

@@ -47,6 +47,9 @@ from flock.models.requests import (
     FORMATS,
     STREAMS,
     Request,
+    bytes_of_files,
+    check_files,
+    encoded,
     format_of,
     function_of,
     next_step,
@@ -294,12 +297,9 @@ class ModelClient:
     async def _post(self, sending: _Sending, caller: Caller) -> Any:
         """Return the server's response as JSON, after as many attempts as it takes."""
         endpoint, tokens = sending.endpoint, _estimate(sending.body, msgspec.json.encode(sending.body))
-        if any(message.files for message in sending.body["messages"]):  # read in a thread, since they may be long
-            messages = await anyio.to_thread.run_sync(with_contents, sending.body["messages"], endpoint.provider)
-            sending = replace(sending, body={**sending.body, "messages": messages})
-        if endpoint.has_cache_marks:
-            body = {**sending.body, "messages": with_cache_marks(sending.body["messages"])}
-            sending = replace(sending, body=body)
+        if size := bytes_of_files(sending.body["messages"]):
+            tokens += size / BYTES_PER_TOKEN
+            await anyio.to_thread.run_sync(check_files, sending.body["messages"], endpoint.provider)
         # The local model answers one request at a time. Waiting for the lock does not count as a timeout.
         async with self._local_lock if endpoint.is_local else contextlib.nullcontext():
             pace = self._gate(endpoint.account, Pace, endpoint.provider, self._backoff_s)
@@ -360,7 +360,11 @@ class ModelClient:
 
     async def _send(self, sending: _Sending, passage: Passage) -> Any:
         endpoint, listener = sending.endpoint, sending.listener
-        content, headers = msgspec.json.encode(sending.body), {**endpoint.headers, **sending.headers}
+        body, headers = sending.body, {**endpoint.headers, **sending.headers}
+        content, size = encoded(body, endpoint.has_cache_marks), bytes_of_files(body["messages"])
+        size += len(content)
+        if size > len(content):  # files may be long, and are read only now
+            content = await anyio.to_thread.run_sync(encoded, body, endpoint.has_cache_marks, True)
         is_counted = False
         try:
             async with self._client().stream("POST", endpoint.url, content=content, headers=headers) as response:
@@ -370,10 +374,10 @@ class ModelClient:
                 if listener is not None and response.status_code == 200:
                     if is_stream(response) or response.content.startswith(b"data:"):  # with another type
                         is_counted = True
-                        return await read_reply(response, endpoint.name, listener, len(content), sending.on_unfinished)
+                        return await read_reply(response, endpoint.name, listener, size, sending.on_unfinished)
         except anyio.get_cancelled_exc_class():
             if not is_counted:
-                sending.on_unfinished(replies.unfinished_usage(None, -(-len(content) // BYTES_PER_TOKEN), 0))
+                sending.on_unfinished(replies.unfinished_usage(None, -(-size // BYTES_PER_TOKEN), 0))
             raise
         except BadBody as exc:
             raise replies.bad_response(endpoint.name, f"sent {exc}") from exc
@@ -531,7 +535,8 @@ def _litellm(name: str) -> Any:
 async def _complete_with_litellm(request: Request, model: Model) -> Completion:
     litellm = _litellm(request.name)
     part = format_of("text" if request.tools else "json_schema", request, may_be_strict=model.strict is not False)
-    messages = await anyio.to_thread.run_sync(with_contents, part.pop("messages", request.messages), "litellm")
+    await anyio.to_thread.run_sync(check_files, request.messages, "litellm")
+    messages = await anyio.to_thread.run_sync(with_contents, part.pop("messages", request.messages))
     options: dict[str, Any] = msgspec.to_builtins({"messages": messages, **part})
     if "claude" in request.name:
         options["messages"] = with_cache_marks(options["messages"])

@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.errors import DefinitionError, ModelError
-from flock.files import File, FileReference
+from flock.files import TEXT, UNKNOWN, File, FileReference
 from flock.models import localmodel, react
 from flock.models.completions import Listener, Message, ToolSchema
 from flock.models.models import Model
@@ -126,26 +126,50 @@ TAKES: Mapping[str, Sequence[str]] = {
 }
 #: Max size of a file, in bytes, for the providers that take less than ``MAX_BYTES``.
 MAX_FILE_BYTES, MAX_BYTES = {"anthropic": 5_000_000, "groq": 3_000_000, "mistral": 10_000_000}, 20_000_000
+#: Max size of all files of a call, which are in memory while it is sent.
+MAX_ALL_BYTES = 50_000_000
 
 
-def with_contents(messages: Sequence[Message], provider: str) -> list[Any]:
-    """Return *messages* with the contents of their files. Raises ModelError if the provider does not take one."""
+def bytes_of_files(messages: Sequence[Message]) -> int:
+    """Return how many bytes of text the files of *messages* probably cost. See docs/files.md."""
+    kinds = [(each.media_type.partition("/")[0], each.size) for message in messages for each in message.files]
+    return sum({"text": size, "image": 4000}.get(kind, 4000 + size // 10) for kind, size in kinds)
+
+
+def check_files(messages: Sequence[Message], provider: str) -> None:
+    """Raise ModelError if the provider does not take the files of *messages*, and CallError if a text is gone."""
+    kinds, most, total = (*TAKES.get(provider, ("image",)), "text"), MAX_FILE_BYTES.get(provider, MAX_BYTES), 0
+    for file in [File(each) for message in messages for each in message.files]:
+        what, total = f"{provider} takes no {file.media_type} from here", total + file.size
+        if not file.media_type.startswith(kinds) or file.media_type == UNKNOWN or file.size > most:
+            raise ModelError(f"{what}, or none of {file.size:,} bytes: {most:,} at most.", "model_bad_request")
+        if total > MAX_ALL_BYTES:
+            raise ModelError(f"The files of a call may have {MAX_ALL_BYTES:,} bytes in all.", "model_bad_request")
+        try:
+            file.media_type == TEXT and file.text()
+        except UnicodeDecodeError as exc:
+            raise ModelError(f"The text {file.name or file.sha256!r} is not in UTF-8.", "model_bad_request") from exc
+
+
+def with_contents(messages: Sequence[Message]) -> list[Any]:
+    """Return *messages* with the contents of their files. Raises CallError if one is not stored any more."""
 
     def parts(message: Message) -> list[dict[str, Any]]:
-        text = {"type": "text", "text": message.content}
-        return [text, *(_part(file, provider) for file in message.files)]
+        return [{"type": "text", "text": message.content}, *map(_part, message.files)]
 
     return [{"role": each.role, "content": parts(each)} if each.files else each for each in messages]
 
 
-def _part(reference: FileReference, provider: str) -> dict[str, Any]:
+def encoded(body: Mapping[str, Any], has_cache_marks: bool, has_files: bool = False) -> bytes:
+    """Return a body as JSON, with the contents of its files if it has some. Raises CallError if one is gone."""
+    messages = with_contents(body["messages"]) if has_files else body["messages"]
+    return msgspec.json.encode({**body, "messages": with_cache_marks(messages) if has_cache_marks else messages})
+
+
+def _part(reference: FileReference) -> dict[str, Any]:
     file, (kind, _, form) = File(reference), reference.media_type.partition("/")
     if kind == "text":
         return {"type": "text", "text": f"{file.name}:\n{file.text()}"}
-    most = MAX_FILE_BYTES.get(provider, MAX_BYTES)
-    if kind not in TAKES.get(provider, ("image",)) or form == "octet-stream" or file.size > most:
-        what = f"{provider} takes no {file.media_type} from here, or none of {file.size:,} bytes: {most:,} at most."
-        raise ModelError(what, "model_bad_request")
     data = base64.b64encode(file.read()).decode()
     url = f"data:{file.media_type};base64,{data}"
     if kind == "audio":

@@ -4,14 +4,16 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from flock.agents.signature import text_as_json
 from flock.declared import agent_of
@@ -19,9 +21,9 @@ from flock.errors import FlockError, InvalidData, StoreError
 from flock.extras import pip_install
 from flock.jsontype import check_depth, escape_pointer, explain
 from flock.web.body import Body
-from flock.web.orders import engine_of, serving
+from flock.web.orders import download_slot, engine_of, serving
 from flock.web.requests import request_id_of, root_path
-from flock.web.responses import PIECE_BYTES, JSONResponse
+from flock.web.responses import PIECE_BYTES, JSONResponse, LimitedStream
 from flock.web.routing import caller_of
 from flock.web.wire import RUN_REQUEST
 
@@ -36,10 +38,9 @@ class _Form(MultiPartParser):
 
     def on_part_end(self) -> None:
         super().on_part_end()
-        if isinstance(text := self.items[-1][1], str):
-            self.text_bytes += len(text.encode())
-            if self.text_bytes > self.max_part_size:
-                raise MultiPartException(f"its texts have more than {self.max_part_size} bytes (max_body_bytes).")
+        self.text_bytes += len(text.encode()) if isinstance(text := self.items[-1][1], str) else 0
+        if self.text_bytes > self.max_part_size:
+            raise MultiPartException(f"its texts have more than {self.max_part_size} bytes (max_body_bytes).")
 
     def on_end(self) -> None:
         self.has_ended = True
@@ -118,12 +119,17 @@ async def _value(request: Request, type_: Any, name: str, part: UploadFile | str
 
 async def post_file(request: Request) -> Response:
     """POST /files: the body is the file."""
-    declared = request.headers.get("content-type", "").replace(
-        "application/x-www-form-urlencoded", ""
-    )  # curl's default
+    # The other type is what curl sends unless told.
+    declared = request.headers.get("content-type", "").replace("application/x-www-form-urlencoded", "")
     async with _upload(request) as body:
         file = await (await engine_of(request)).files().keep(body.upload(), declared=declared)
     return JSONResponse(file, 201, {"Location": f"{root_path(request.scope)}/files/{file.file_id}"})
+
+
+async def _pieces(path: Path) -> AsyncGenerator[bytes, None]:
+    async with await anyio.open_file(path, "rb") as file:
+        while piece := await file.read(PIECE_BYTES):
+            yield piece
 
 
 async def get_file(request: Request) -> Response:
@@ -132,4 +138,7 @@ async def get_file(request: Request) -> Response:
     found = files.find(request.path_params["file_id"])
     place = "inline" if found.media_type.startswith("image/") else "attachment"
     headers = {"Content-Security-Policy": "default-src 'none'; sandbox", "Content-Disposition": place}
-    return FileResponse(files.path(found.file_id), headers=headers, media_type=found.media_type)
+    headers["Content-Length"] = str(found.size)
+    if request.method == "HEAD":
+        return Response(headers=headers, media_type=found.media_type)
+    return LimitedStream(_pieces(files.path(found.file_id)), download_slot(request), headers, found.media_type)
