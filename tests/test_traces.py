@@ -24,7 +24,8 @@ from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
 from flock.logs import JSONFormatter
-from flock.runs import BatchOptions, RunContext
+from flock.runs import BatchOptions, RunContext, traces
+from flock.runs.usage import Usage
 from flock.testing import Failure, FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
@@ -453,6 +454,25 @@ async def test_a_broken_tracer_neither_fails_nor_delays_a_run(
         may_go.set()
         provider.shutdown()
     assert sum("Spans are missing" in record.message for record in caplog.records) <= 1
+
+
+def test_an_exception_that_cannot_be_read_still_ends_its_span(spans: Spans) -> None:
+    class Odd(Exception):
+        @property
+        def error_type(self) -> str:
+            raise RuntimeError("unreadable")
+
+    with pytest.raises(Odd), traces.of_call("function", "odd", "1"):
+        raise Odd
+    assert spans.names == ["call odd"]
+
+
+def test_tokens_are_not_added_to_the_span_that_all_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_provider(monkeypatch)
+    monkeypatch.setattr(traces, "_start", lambda *args, **kwargs: traces.OFF)
+    with traces.of_chat("fake/model", None, None):
+        traces.spent(Usage(input_tokens=1))
+    assert traces.OFF.usage is None
 
 
 def test_nothing_of_opentelemetry_is_imported_without_need() -> None:

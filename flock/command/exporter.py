@@ -28,7 +28,8 @@ def export_traces(service_name: str) -> None:
     if name == "none":
         return
     if name == "otlp":
-        name = f"otlp_proto_{'grpc' if os.environ.get('OTEL_EXPORTER_OTLP_PROTOCOL') == 'grpc' else 'http'}"
+        protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+        name = f"otlp_proto_{'grpc' if protocol == 'grpc' else 'http'}"
     try:
         from opentelemetry import trace
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource

@@ -15,13 +15,6 @@ def library(transport: object = None) -> Any:
     return importlib.import_module("httpx2" if has_newer else "httpx")
 
 
-def no_cookies() -> Any:
-    """Return a cookie jar that keeps nothing: those of hosts would fill the memory, and the hosts need none."""
-    from http.cookiejar import CookieJar, DefaultCookiePolicy
-
-    return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
-
-
 def errors(name: str) -> tuple[type[Exception], ...]:
     """Return the exception *name* of both, as far as they are imported."""
     found = (getattr(sys.modules.get(module), name, None) for module in ("httpx2", "httpx"))

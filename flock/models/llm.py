@@ -410,7 +410,6 @@ class ModelClient:
                 transport=self._transport,
                 timeout=library.Timeout(self._read_timeout_s, connect=10, pool=None),
                 headers={"Accept-Encoding": ENCODING},
-                cookies=http.no_cookies(),
                 # The engine limits concurrent calls. A second limit here would only hide the waiting, and one of idle
                 # connections would open new ones all the time. They are closed after 5 s.
                 limits=library.Limits(max_connections=None, max_keepalive_connections=None),

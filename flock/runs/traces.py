@@ -91,7 +91,7 @@ class Span:
             kinds = sorted({wait.kind or "question" for wait in getattr(exc, "questions", ())})
             self._do("add_event", "flock.waiting", {"flock.waits": kinds})
         elif isinstance(exc, Exception):
-            self.fail(getattr(exc, "error_type", None) or type(exc).__name__)
+            _safely(lambda: self.fail(getattr(exc, "error_type", None) or type(exc).__name__))
         if (spent := self.usage) is not None:
             counts = spent.input_tokens, spent.output_tokens, spent.cached_tokens, spent.reasoning_tokens
             tokens = {f"gen_ai.usage.{name}": count or None for name, count in zip(TOKENS, counts, strict=True)}
@@ -109,7 +109,7 @@ class Span:
     def fail(self, error_type: str) -> None:
         if self._span is not None:
             self.note({"error.type": error_type})
-            self._do("set_status", _api().StatusCode.ERROR)
+            _safely(lambda: self._span.set_status(_api().StatusCode.ERROR))
 
     def responded(self, method: str, route: str, status_code: int) -> None:
         """Note the response of a request."""
@@ -237,7 +237,7 @@ def of_chat(model: str, max_tokens: int | None, temperature: float | None) -> It
     attributes = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": provider, "gen_ai.request.model": name}
     options = {"gen_ai.request.max_tokens": max_tokens, "gen_ai.request.temperature": temperature}
     with _start(f"chat {name}", {**attributes, **options}, "CLIENT") as span:
-        CHAT.set(span)
+        CHAT.set(span if span is not OFF else None)  # all share that one
         try:
             yield span
         finally:

@@ -496,8 +496,7 @@ WEBHOOK_TRIGGERS = {
 }
 _OF_QUESTION = _report("'question.expired', runs.run_id, ?, ?, ?", "runs", "runs, ")
 QUESTION_EXPIRED = f"{_OF_QUESTION} AND runs.run_id = ? AND runs.batch_id IS NULL"
-UNDO_WAITING_WEBHOOK = """DELETE FROM webhooks WHERE type = 'run.waiting'
-    AND record_id = ? AND number > ?"""
+UNDO_WAITING_WEBHOOK = "DELETE FROM webhooks WHERE type = 'run.waiting' AND record_id = ? AND number > ?"
 LAST_WEBHOOK = "SELECT ifnull(max(number), 0) FROM webhooks WHERE record_id = ?"
 HAS_WEBHOOK_URLS = "SELECT 1 FROM webhook_urls"
 WEBHOOK_URLS = "SELECT agent_name, url, engine_id FROM webhook_urls WHERE flock = ?"
@@ -520,7 +519,7 @@ UPDATE_WEBHOOK = """UPDATE webhooks SET status = ?, tries = ?, first_try_at = ?,
     error = ? WHERE webhook_id = ? AND (status = 'pending' AND tries = ?8 OR ?8 IS NULL)"""
 #: A receiver that is down has failed for all that wait for it.
 WEBHOOKS_TO_FAIL = """SELECT number FROM webhooks INDEXED BY webhooks_down WHERE flock = :flock
-    AND status = 'pending' AND agent_name IN (SELECT value FROM json_each(:agents))
+    AND status = 'pending' AND agent_name IN (SELECT value FROM json_each(CAST(:agents AS TEXT)))
     AND ifnull(first_try_at, 0) < :given_up AND next_try_at <= :now LIMIT :limit"""
 FAIL_WEBHOOKS = f"""UPDATE webhooks SET first_try_at = ifnull(first_try_at, :now), error = :error,
     status = iif(first_try_at < :given_up, 'given_up', 'pending'), ended_at = iif(first_try_at < :given_up, :now, NULL)

@@ -7,12 +7,11 @@ exists if and only if the state does.
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
-
-import msgspec
+from typing import Any
 
 from flock.runs import Webhook
 from flock.store import files, statements
-from flock.store.columns import micros, webhook_from
+from flock.store.columns import json_or_null, micros, webhook_from
 from flock.store.database import Database
 
 #: Max webhooks that one transaction deletes or gives up.
@@ -46,21 +45,19 @@ class WebhookStore:
             return {name: url for name, url in urls.items() if is_changed(name, url, *stored.get(name, ()))}
 
         def apply(db: sqlite3.Connection) -> int:
-            given_up = 0
+            left = CHUNK_SIZE
             for name, url in changed(db).items():
+                values = (micros(now), "Its agent has no webhook_url any more.", flock, name, left)
+                left -= 0 if url is not None else db.execute(statements.GIVE_UP_WEBHOOKS, values).rowcount
                 if url is not None:
                     db.execute(statements.SET_WEBHOOK_URL, (flock, name, url, engine_id))
-                    continue
-                values = (micros(now), "Its agent has no webhook_url any more.", flock, name, CHUNK_SIZE)
-                given_up += (count := db.execute(statements.GIVE_UP_WEBHOOKS, values).rowcount)
-                if count == CHUNK_SIZE:  # the next transaction gives up the rest
-                    break
-                db.execute(statements.DELETE_WEBHOOK_URL, (flock, name))
+                elif left:  # otherwise the next transaction gives up the rest
+                    db.execute(statements.DELETE_WEBHOOK_URL, (flock, name))
             for name, trigger in statements.WEBHOOK_TRIGGERS.items():
                 db.execute(f"DROP TRIGGER IF EXISTS {name}")  # it may be of an earlier version
                 if db.execute(statements.HAS_WEBHOOK_URLS).fetchone():
                     db.execute(f"CREATE TRIGGER {name} {trigger}")
-            return given_up
+            return CHUNK_SIZE - left
 
         count = 0
         while self._db.read(changed):
@@ -87,15 +84,13 @@ class WebhookStore:
 
         return sorted(self._db.read(find), key=lambda webhook: webhook.next_try_at)[:limit]
 
-    async def write(
-        self, webhook_id: str, status: str, tries: int, *times: datetime | None, error: str | None, tried: int | None
-    ) -> None:
+    async def write(self, id_: str, tried: int | None, status: str, tries: int, error: str | None, *times: Any) -> None:
         """Write what came of a try. *times*: of the first and the next one, and of the end.
 
         Args:
             tried: how often it had been sent, since nothing is written if it has changed meanwhile; None writes anyway.
         """
-        values = (status, tries, *map(micros, times), error, webhook_id, tried)
+        values = (status, tries, *map(micros, times), error, id_, tried)
         await self._db.change(lambda db: db.execute(statements.UPDATE_WEBHOOK, values) and None)
 
     async def fail(
@@ -105,8 +100,8 @@ class WebhookStore:
 
         Returns: how many were given up.
         """
-        values = {"flock": flock, "error": error, "now": micros(now), "given_up": micros(given_up), "limit": CHUNK_SIZE}
-        values["agents"], count = msgspec.json.encode(list(agents)).decode(), 0
+        values: dict[str, Any] = {"flock": flock, "error": error, "now": micros(now), "given_up": micros(given_up)}
+        values["agents"], values["limit"], count = json_or_null(list(agents)), CHUNK_SIZE, 0
         while self._db.read(lambda db: db.execute(statements.WEBHOOKS_TO_FAIL, values).fetchone()) is not None:
             failed = await self._db.change(lambda db: db.execute(statements.FAIL_WEBHOOKS, values).fetchall())
             count += failed.count(("given_up",))

@@ -27,7 +27,6 @@ from flock import __version__
 from flock.declared import DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import DefinitionError, NotFound, StoreError
-from flock.models.http import no_cookies
 from flock.models.replies import retry_after_s
 from flock.runs import Batch, Engine, Run, Webhook, now, one_line, shown_usage
 from flock.runs.records import LONG_BYTES, shown_as
@@ -96,28 +95,34 @@ class WebhookSender:
     def __init__(self, store: Store, flock: DeclaredFlock, keys: Sequence[bytes], on_try: OnTry) -> None:
         self._store, self.flock, self.keys, self._on_try = store, flock, keys, on_try
         self.webhooks: WebhookStore = store.webhooks
-        self._receivers: dict[str, Receiver] = {}
-        self._set: Mapping[str, str | None] = {}
+        self._set, self.receivers = dict[str, str | None](), dict[str, Receiver]()
 
     async def run(self, engine_id: str, *, task_status: Any) -> None:
         """Write who receives, so that runs may end, and then send until cancelled. Raises StoreError at the start."""
-        self._engine_id, self._set, self._receivers = engine_id, {}, {}
-        async with contextlib.AsyncExitStack() as stack:
-            if self.keys:
-                import httpx
+        self._engine_id, self._set, self.receivers = engine_id, {}, {}
+        client: Any = contextlib.nullcontext()
+        if self.keys:
+            from http.cookiejar import CookieJar, DefaultCookiePolicy
 
-                # Without a limit of connections, since hosts that do not answer would leave none for the others.
-                client = httpx.AsyncClient(timeout=TIMEOUT_S, limits=httpx.Limits(), cookies=no_cookies())
-                self._client = await stack.enter_async_context(client)
-            await self._set_urls()
-            task_status.started()
-            tasks = await stack.enter_async_context(anyio.create_task_group())
+            import httpx
+
+            # Hosts that do not answer leave connections for the others, and none can fill the memory with cookies.
+            cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+            client = httpx.AsyncClient(timeout=TIMEOUT_S, limits=httpx.Limits(), cookies=cookies)
+        await self._set_urls()
+        task_status.started()
+        async with client as self._client, anyio.create_task_group() as tasks:
             while True:
                 with contextlib.suppress(StoreError):  # the store has logged it
                     await self._set_urls()  # of agents that were added since
                     await self.webhooks.delete_old(now() - KEEP_FOR)
-                    if self.keys:
-                        self._find_hosts(tasks, await self.webhooks.urls(self.flock.name))
+                    urls = (await self.webhooks.urls(self.flock.name)) if self.keys else {}
+                    hosts = {agent: urlsplit(url).netloc.lower() for agent, url in urls.items()}
+                    for host in {*hosts.values(), *self.receivers}:
+                        if host not in self.receivers:
+                            tasks.start_soon(self._serve, self.receivers.setdefault(host, Receiver()))
+                        self.receivers[host].agents = [agent for agent in hosts if hosts[agent] == host]
+                    self.receivers = {host: each for host, each in self.receivers.items() if each.agents}
                 await anyio.sleep(RECEIVERS_S)
 
     async def _set_urls(self) -> None:
@@ -134,22 +139,6 @@ class WebhookSender:
         if count:
             logger.error("Webhooks were given up: %s. %s", count, why)
             self._on_try("given_up", count)
-
-    def _find_hosts(self, tasks: anyio.abc.TaskGroup, urls: Mapping[str, str]) -> None:
-        """Start a task for each new host, and let those end that no agent has any more."""
-        hosts = {agent: urlsplit(url).netloc.lower() for agent, url in urls.items()}
-        for host in {*hosts.values()} - self._receivers.keys():
-            self._receivers[host] = Receiver()
-            tasks.start_soon(self._serve, self._receivers[host])
-        for host, receiver in self._receivers.items():
-            receiver.agents = [agent for agent in hosts if hosts[agent] == host]
-        self._receivers = {host: receiver for host, receiver in self._receivers.items() if receiver.agents}
-
-    def resume(self, agent_name: str) -> None:
-        """Send to the host of an agent now, also if it was down."""
-        for receiver in self._receivers.values():
-            if agent_name in receiver.agents:
-                receiver.failures, receiver.resumes_at = 0, 0
 
     async def _serve(self, receiver: Receiver) -> None:
         """Send to one host, one round of requests after another, while an agent has it."""
@@ -198,7 +187,7 @@ class WebhookSender:
             end = "given_up"
             logger.error("The webhook %s of %s was given up: %s", webhook.type, webhook.record_id, error)
         times = first, at + timedelta(seconds=next_s), None if end == "pending" else at
-        await self.webhooks.write(webhook.webhook_id, end, tries, *times, error=error or None, tried=webhook.tries)
+        await self.webhooks.write(webhook.webhook_id, webhook.tries, end, tries, error or None, *times)
         is_down = status in (0, 429) or status >= 500
         failures.append(error if is_down else None)
         receiver.pause(min(wait_s, MAX_HOST_PAUSE_S) if is_down else 0)
@@ -261,7 +250,7 @@ def _pause_s(failures: int, most: float) -> float:
     return min(2.0 ** min(failures, 20), most) * random.uniform(0.5, 1)
 
 
-def _urls_of(flock: DeclaredFlock) -> Mapping[str, str | None]:
+def _urls_of(flock: DeclaredFlock) -> dict[str, str | None]:
     return {agent.name: agent.webhook_url or flock.webhook_url for agent in flock.agents.values()}
 
 
@@ -309,7 +298,9 @@ async def retry_webhook(request: Request) -> Response:
     found = await sender.webhooks.find(sender.flock.name, webhook_id)
     if found is None:
         raise HTTPException(404, f"There is no webhook {webhook_id!r}. GET /webhooks lists those of the last days.")
-    await sender.webhooks.write(webhook_id, "pending", 0, None, at := now(), None, error=None, tried=None)
-    sender.resume(found.agent_name)
+    await sender.webhooks.write(webhook_id, None, "pending", 0, None, None, at := now(), None)
+    for receiver in sender.receivers.values():
+        if found.agent_name in receiver.agents:  # it may be up again
+            receiver.failures, receiver.resumes_at = 0, 0
     again = replace(found, status="pending", tries=0, first_try_at=None, next_try_at=at, ended_at=None, error=None)
     return JSONResponse(again, 202)
