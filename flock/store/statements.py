@@ -516,7 +516,7 @@ DUE_WEBHOOKS = f"""{_WEBHOOKS} INDEXED BY webhooks_pending
     AND earlier.number < webhooks.number AND earlier.status = 'pending') ORDER BY next_try_at LIMIT ?"""
 FIND_WEBHOOK = f"{_WEBHOOKS} WHERE webhook_id = ? AND flock = ?"
 UPDATE_WEBHOOK = """UPDATE webhooks SET status = ?, tries = ?, first_try_at = ?, next_try_at = ?, ended_at = ?,
-    error = ? WHERE webhook_id = ? AND (status = 'pending' AND tries = ?8 OR ?8 IS NULL)"""
+    error = ? WHERE webhook_id = ? AND (status = 'pending' AND tries = ? OR ? IS NULL)"""
 #: A receiver that is down has failed for all that wait for it.
 WEBHOOKS_TO_FAIL = """SELECT number FROM webhooks INDEXED BY webhooks_down WHERE flock = :flock
     AND status = 'pending' AND agent_name IN (SELECT value FROM json_each(CAST(:agents AS TEXT)))

@@ -90,7 +90,7 @@ class WebhookStore:
         Args:
             tried: how often it had been sent, since nothing is written if it has changed meanwhile; None writes anyway.
         """
-        values = (status, tries, *map(micros, times), error, id_, tried)
+        values = (status, tries, *map(micros, times), error, id_, tried, tried)
         await self._db.change(lambda db: db.execute(statements.UPDATE_WEBHOOK, values) and None)
 
     async def fail(
