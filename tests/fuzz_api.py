@@ -53,6 +53,7 @@ from hypothesis import strategies as st
 
 TAKES = {"text_analyzer": ["text"], "add": ["a", "b"], "anything": ["value"], "nap": ["text"]}
 TYPES = ["text/csv", "application/x-ndjson"]
+BINARY = ["application/vnd.apache.parquet", "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet"]
 
 @st.composite
 def likely_bodies(draw):
@@ -71,7 +72,7 @@ def likely_bodies(draw):
     has_options = draw(st.sampled_from([False, False, True]))
     return {"name": name, "items": items, "has_options": has_options, TYPES[0]: file.getvalue(), TYPES[1]: lines}
 
-@schemathesis.serializer(*TYPES)
+@schemathesis.serializer(*TYPES, *BINARY)
 def as_it_is(context, value):
     return {"data": value if isinstance(value, bytes) else str(value).encode("utf-8", "replace")}
 

@@ -100,6 +100,7 @@ async def test_a_data_url_is_stored_once_and_the_record_has_only_a_reference(api
 
 async def test_a_file_that_was_sent_before_is_named_by_its_id(api: Any) -> None:
     async with as_user(api) as client:
+        assert (await client.post("/files")).status_code == 422, "it is empty"
         sent = await client.post("/files", content=PNG, headers={"Content-Type": "image/png"})
         assert sent.status_code == 201, sent.text
         file = sent.json()

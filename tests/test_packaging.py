@@ -149,7 +149,7 @@ def test_every_install_command_in_a_message_works_in_an_editable_install(tmp_pat
     python = new_environment(tmp_path / "editable", with_ours=True)
     run(*pip(python, "install", "--quiet", "--no-deps", "-e", ROOT))
     commands = install_commands()
-    assert len(commands) == 6, commands
+    assert len(commands) == 7, commands
     code = f"from flock.extras import pip_install; print({', '.join(sorted(commands))}, sep='\\n')"
     wanted, options = [], set[str]()
     for line in run(python, "-c", code, cwd=tmp_path).splitlines():

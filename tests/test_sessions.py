@@ -332,7 +332,7 @@ async def test_runs_are_ordered_as_they_were_accepted_not_as_their_ids(store: st
         turns.hold(0)
         first = await submit(engine, 0)
         earlier_id = msgspec.structs.replace(first, run_id="00" + first.run_id[2:], inputs=msgspec.Raw(b'{"n": 1}'))
-        await engine._accept(earlier_id, None, Context(), None, replaces=False)
+        await engine._accept(earlier_id, None, Context(), None)
         assert await engine.store.active_before(earlier_id) == first.run_id
         assert await engine.store.active_before(first) is None
 

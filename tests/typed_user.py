@@ -28,7 +28,22 @@ from flock.agents.history import Exchange
 from flock.agents.hooks import ModelCall, ToolUse
 from flock.agents.mcp import mcp_tools
 from flock.agents.tools import Tool
-from flock.core import BatchInputs, Flock, FlockFactory, History, Messages, Model, Price, Result, agent
+from flock.core import (
+    Audio,
+    BatchInputs,
+    Document,
+    File,
+    Flock,
+    FlockFactory,
+    History,
+    Image,
+    Messages,
+    Model,
+    Price,
+    Result,
+    agent,
+    data_url,
+)
 from flock.errors import (
     ERROR_TYPES,
     AccessDenied,
@@ -654,3 +669,11 @@ ERRORS: tuple[type[FlockError], ...] = (
 )
 assert_type(ERROR_TYPES, frozenset[str])
 assert_type(cut("text"), str)
+
+
+def bytes_of(photo: Image, note: Audio | None, pages: list[Document]) -> int:
+    files: list[File] = [photo, *pages, *([] if note is None else [note])]
+    return sum(file.size for file in files) + len(photo.read())
+
+
+assert_type(data_url(b"text"), str)

@@ -82,7 +82,7 @@ from flock.runs import (
 from flock.runs.events import EVENTS_PER_STEP, events_after
 from flock.runs.records import CALL_IDS, name_and_caller
 from flock.runs.usage import UsageSums, is_spent, next_day
-from flock.steps.identity import new_call_key
+from flock.steps.identity import Newest, new_call_key
 from flock.steps.live import LiveReader
 from flock.steps.refusals import not_accepting, not_deleted
 
@@ -208,9 +208,7 @@ class EngineBase(Engine):
     def _is_store_ok(self) -> bool: ...
 
     @abstractmethod
-    async def _accept(
-        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None, *, replaces: bool
-    ) -> None:
+    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, newest: Newest | None) -> None:
         """Store *run*, and start it in *context* if this process executes it. Raises the same as ``Engine.submit``."""
 
     @abstractmethod
@@ -363,7 +361,8 @@ class EngineBase(Engine):
             files=files,
         )
         with self._watch_until_read(run.run_id) if watch else contextlib.nullcontext():
-            await self._accept(run, key, Context() if is_async else copy_context(), continues, replaces=replaces)
+            newest = None if continues is None else Newest(continues, replaces and continues != "")
+            await self._accept(run, key, Context() if is_async else copy_context(), newest)
         return run
 
     async def _drop_run(self, run_id: str) -> None:

@@ -84,6 +84,7 @@ from flock.runs.records import LONG_BYTES
 from flock.scopes import Signal, current_task, start_in_empty_context
 from flock.steps.answers import message_from
 from flock.steps.executor import StepExecutor
+from flock.steps.identity import Newest
 from flock.steps.live import LiveOutput
 from flock.steps.outcomes import INTERRUPTED
 from flock.steps.refusals import check_cancel, not_deleted, not_retried, run_not_retried, wait_stopped
@@ -320,9 +321,7 @@ class EmbeddedEngine(EngineBase):
 
     # Runs
 
-    async def _accept(
-        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None, *, replaces: bool
-    ) -> None:
+    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, newest: Newest | None) -> None:
         full = self._runner.full(run.principal)
         # Its client gets its id before its end, or it has files.
         is_announced = run.is_async or bool(run.files) or run.run_id in self._runner.watched
@@ -335,12 +334,12 @@ class EmbeddedEngine(EngineBase):
             self._start(run, context)
         else:
             start = functools.partial(self._start, context=context)
-            if continues and replaces:
-                await self._wait_until_seen((await self.get_outline(continues)).completed_at)
+            if newest and newest.is_replaced:
+                await self._wait_until_seen((await self.get_outline(newest.run_id)).completed_at)
             with accepting(self._accepting, key), counted(self._runner.queued_bytes, run.principal, run.input_bytes):
-                await self.store.accept(run, full or self._limits.queue, key, start, continues, replaces=replaces)
-            if continues and replaces:
-                await self._drop_run(continues)  # no effect unless it was active
+                await self.store.accept(run, full or self._limits.queue, key, start, newest)
+            if newest and newest.is_replaced:
+                await self._drop_run(newest.run_id)  # no effect unless it was active
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         active = await self._active(run_id, principal)

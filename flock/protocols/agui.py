@@ -88,8 +88,8 @@ async def run_agent(request: Request) -> Response:
         replaced = sent.forwardedProps.get("replaces") if isinstance(sent.forwardedProps, dict) else None
         if replaced is not None and (newest is None or (newest.run_id, newest.agent_name) != (replaced, agent.name)):
             raise Conflict("Only the last answer can be replaced. Omit 'replaces', or begin another thread.")
-        replaces: Literal["no", "newest"] = "no" if replaced is None else "newest"
-        order = await frontends.order_of(request, agent, sent.threadId, newest, said, replaces=replaces)
+        replaces: frontends.Replaces = "no" if replaced is None else "newest"
+        order = await frontends.order_of(request, agent, sent.threadId, newest, said, replaces)
         wanted = msgspec.structs.replace(order, is_async=False)  # its client stops it by leaving, and cannot return
     begun = {str(call.get("id")) for each in sent.messages for call in each.toolCalls}
     ended = {each.toolCallId for each in sent.messages if each.role == "tool"}

@@ -33,6 +33,9 @@ DENIED = {"approved": False}
 #: Makes the writer of the stream of a run, as a protocol spells it.
 Writers = Callable[[Run], Any]
 
+#: Whether an answer replaces that of the newest run: in any case, or if it was asked the same.
+Replaces = Literal["no", "same", "newest"]
+
 #: What a request asks for.
 Wanted = orders.Order | orders.Answers
 
@@ -60,18 +63,9 @@ async def newest_of(request: Request, session_id: str, status: RunStatus | None 
 
 
 async def order_of(
-    request: Request,
-    agent: Agent,
-    session_id: str,
-    newest: Run | None,
-    said: Said,
-    *,
-    replaces: Literal["no", "same", "newest"],
+    request: Request, agent: Agent, session_id: str, newest: Run | None, said: Said, replaces: Replaces
 ) -> orders.Order:
     """Return the order for what the user says after the *newest* run of a chat. Its history is that of the server.
-
-    Args:
-        replaces: whether its answer replaces that of the newest run, in any case or if that was asked the same.
 
     Raises: InvalidData; Conflict if the agent reads the history, and the newest run is not complete.
     """
@@ -79,10 +73,7 @@ async def order_of(
         raise InvalidData.of("The last message is no text of the user.", said.at)
     engine, history = await orders.engine_of(request), list[chats.Message]()
     run = await engine.get_run(newest.run_id) if newest is not None and newest.agent_name == agent.name else None
-    before, reads_history = (
-        chats.messages_of(agent, run.inputs) if run else [],
-        conversation_of(agent.input) is not None,
-    )
+    before, reads_history = chats.messages_of(agent, run.inputs) if run else [], bool(conversation_of(agent.input))
 
     def inputs_after(history: Sequence[chats.Message]) -> msgspec.Raw:
         return chats.inputs_of(agent, [*history, chats.Message("user", said.text)], said.inputs, said.at)
@@ -91,12 +82,12 @@ async def order_of(
     if run is not None and replaces == "same":
         again = msgspec.json.decode(inputs_after(before[:-1]))
         is_replaced = bool(before and before[-1].content == said.text) or again == msgspec.json.decode(run.inputs)
-    if reads_history and run is not None:
-        if is_replaced:
-            history = before[:-1]
-        elif run.is_active and run.status is not RunStatus.WAITING:
+    if is_replaced:
+        history = before[:-1]
+    elif reads_history and run is not None:
+        if run.is_active and run.status is not RunStatus.WAITING:
             raise Conflict("The last answer is not complete. Wait for it, or stop it.")
-        elif (done := await newest_of(request, session_id, RunStatus.COMPLETED)) and done.agent_name == agent.name:
+        if (done := await newest_of(request, session_id, RunStatus.COMPLETED)) and done.agent_name == agent.name:
             done = await engine.get_run(done.run_id)
             text = await chats.text_of(engine, orders.serving(request).flock.agents, done, as_json=False)
             history = [*chats.messages_of(agent, done.inputs), chats.Message("assistant", text)]

@@ -31,9 +31,6 @@ TEXT = {"type": "text", "state": "done"}
 #: The messages of a chat that are listed: at most so many, and of about so many characters.
 MAX_MESSAGES, MAX_CHARS = 100, 1024 * 1024
 
-#: So many of its newest runs are read for them, since some may have failed or be of other agents.
-MAX_READ = 1000
-
 
 def routes() -> Sequence[AppRoute]:
     return [
@@ -114,14 +111,13 @@ async def chat(request: Request) -> Response:
     if any(part.type == "file" for part in message.parts):
         raise InvalidData.of("Files are not supported. Send text.", place)
     newest = await frontends.newest_of(request, sent.id)
-    replaces: Literal["no", "same", "newest"] = "no" if sent.trigger == "submit-message" else "same"
-    if newest is not None and newest.agent_name == agent.name and sent.messageId == f"msg_{newest.run_id}":
-        replaces = "newest" if replaces == "same" else "no"
-    elif sent.messageId is not None and (newest is not None or message is not sent.messages[-1]):
+    is_named = newest and newest.agent_name == agent.name and sent.messageId == f"msg_{newest.run_id}"
+    replaces: frontends.Replaces = "no" if sent.trigger == "submit-message" else "newest" if is_named else "same"
+    if not (is_named or sent.messageId is None) and (newest is not None or message is not sent.messages[-1]):
         raise Conflict("Only the last answer can be replaced. To change an earlier message, begin another chat.")
     text = "".join(part.text for part in message.parts if part.type == "text" and message.role == "user")
     said = frontends.Said(text, place, sent.inputs, sent.tools)
-    order = await frontends.order_of(request, agent, sent.id, newest, said, replaces=replaces)
+    order = await frontends.order_of(request, agent, sent.id, newest, said, replaces)
     return await _streamed(request, msgspec.structs.replace(order, is_async=sent.resumable))
 
 
@@ -134,7 +130,7 @@ async def list_messages(request: Request) -> Response:
         async with contextlib.aclosing(found) as runs:
             async for listed in runs:
                 read += 1
-                if chars >= MAX_CHARS or len(messages) >= MAX_MESSAGES or read > MAX_READ:
+                if chars >= MAX_CHARS or len(messages) >= MAX_MESSAGES or read > 10 * MAX_MESSAGES:
                     break
                 if listed.agent_name != agent.name or (messages and listed.status is not RunStatus.COMPLETED):
                     continue
@@ -169,7 +165,7 @@ async def resume(request: Request) -> Response:
 async def stop(request: Request) -> Response:
     """POST /vercel/{agent}/{chat_id}/stop: cancel the runs of a chat, and wait a while until they have stopped."""
     engine, agent = await orders.engine_of(request), frontends.agent_in(request)
-    stopping = list[str]()
+    stopping, max_wait_s = list[str](), orders.serving(request).options.max_wait_s
     for status in (RunStatus.STARTING, RunStatus.RUNNING, RunStatus.WAITING):
         async for run in orders.runs_of_session(request, request.path_params["chat_id"], status):
             if run.agent_name == agent.name:
@@ -177,15 +173,11 @@ async def stop(request: Request) -> Response:
                     await engine.cancel_run(run.run_id)
                     stopping.append(run.run_id)
 
-    async def stopped() -> bool:
-        with anyio.move_on_after(orders.serving(request).options.max_wait_s):
-            for run_id in stopping:
-                with contextlib.suppress(NotFound):
-                    await engine.wait(run_id)
-            return True
-        return False
-
-    return Response(status_code=204 if await while_connected(request, stopped()) else 202)
+    with anyio.move_on_after(max_wait_s) as waiting:
+        for run_id in stopping:
+            with contextlib.suppress(NotFound):
+                await while_connected(request, engine.wait(run_id))
+    return Response(status_code=202 if waiting.cancelled_caught else 204)
 
 
 async def _streamed(request: Request, wanted: frontends.Wanted, known: Sequence[Part] = ()) -> Response:
@@ -246,9 +238,8 @@ class _Writer:
                 ours = {} if part.question else {"providerExecuted": True}
                 return self._call("tool-input-available", part.id, toolName=part.name, input=part.input, **ours)
             case frontends.Asked():
-                is_approval = part.call_id != part.id
-                asked = self._call("tool-approval-request", part.call_id, approvalId=part.id) if is_approval else b""
-                return asked
+                is_call = part.call_id == part.id
+                return b"" if is_call else self._call("tool-approval-request", part.call_id, approvalId=part.id)
             case frontends.CallEnded(error=None):
                 return self._call("tool-output-available", part.id, output=part.output)
             case frontends.CallEnded():

@@ -9,7 +9,7 @@ import hmac
 import inspect
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UnsetType
@@ -154,3 +154,10 @@ def _has_all(read: Any, given: Any) -> bool:
     if isinstance(given, list) and isinstance(read, list):
         return len(read) == len(given) and all(map(_has_all, read, given))
     return True
+
+
+class Newest(NamedTuple):
+    """The newest run of a session that a caller knows, or "", and whether another run replaces it."""
+
+    run_id: str
+    is_replaced: bool

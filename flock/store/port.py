@@ -37,6 +37,7 @@ from flock.runs import (
     UsageFilter,
     UsageRow,
 )
+from flock.steps.identity import Newest
 from flock.steps.outcomes import Outcome
 from flock.store.contents import Contents
 from flock.store.suspects import Executing, SuspectGroup
@@ -392,25 +393,18 @@ class Store(Protocol):
     # Changing runs: each method is one transaction
 
     async def accept(
-        self,
-        run: Run,
-        room: Room,
-        key: Key,
-        then: Then[Run] | None = None,
-        continues: str | None = None,
-        *,
-        replaces: bool = False,
+        self, run: Run, room: Room, key: Key, then: Then[Run] | None = None, newest: Newest | None = None
     ) -> None:
         """Write a new run, if there is room for it, and call *then* with it.
 
         Args:
-            continues, replaces: see ``Engine.submit``.
+            newest: the run must follow this one; see ``Engine.submit``. One that is replaced is deleted if it is final.
 
         Raises:
             Replayed: the same request was accepted under this key before. This takes precedence over limits.
             KeyReused: the key was used for another request.
             EngineStopped: its engine has shut down.
-            Conflict: the session has a run after *continues*.
+            Conflict: the session has a run after *newest*.
             EngineFull: too many runs of these agents, or of its principal, are queued, in all processes together.
         """
 

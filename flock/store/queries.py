@@ -35,6 +35,7 @@ from flock.runs import (
 )
 from flock.runs.records import PAGE_BYTES, WAIT_KINDS
 from flock.runs.usage import spent_since
+from flock.steps.identity import Newest
 from flock.steps.refusals import not_accepting
 from flock.store import statements
 from flock.store.columns import (
@@ -351,10 +352,10 @@ def check_engine(db: sqlite3.Connection, engine_id: str | None) -> None:
         raise not_accepting()
 
 
-def check_latest(db: sqlite3.Connection, run: Run, continues: str | None) -> None:
-    """Raise Conflict if the session of *run* has a run after *continues*."""
-    values = (run.flock, run.session_id, run.principal, continues)
-    if continues is not None and (row := db.execute(statements.LATER_RUN, values).fetchone()) is not None:
+def check_latest(db: sqlite3.Connection, run: Run, newest: Newest | None) -> None:
+    """Raise Conflict if the session of *run* has a run after *newest*."""
+    values = (run.flock, run.session_id, run.principal, newest and newest.run_id)
+    if newest is not None and (row := db.execute(statements.LATER_RUN, values).fetchone()) is not None:
         raise Conflict.continued(row[0])
 
 

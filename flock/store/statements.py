@@ -486,13 +486,13 @@ _HAS_ENDED = "new.status IN ('completed', 'failed', 'cancelled')"
 #: with its first write, which is repeated if a commit has failed.
 WEBHOOK_TRIGGERS = {
     "webhooks_of_new_runs": f"""AFTER INSERT ON runs
-        WHEN new.batch_id IS NULL AND {_HAS_ENDED} BEGIN {_REPORTS['run']}
+        WHEN new.batch_id IS NULL AND {_HAS_ENDED} BEGIN {_REPORTS["run"]}
         AND NOT EXISTS (SELECT 1 FROM webhooks WHERE record_id = new.run_id AND attempt = new.attempt); END""",
     "webhooks_of_runs": f"""AFTER UPDATE OF status ON runs
         WHEN new.status IS NOT old.status AND new.batch_id IS NULL
-        AND ({_HAS_ENDED} OR (new.status = 'waiting' AND new.is_asleep = 0)) BEGIN {_REPORTS['run']}; END""",
+        AND ({_HAS_ENDED} OR (new.status = 'waiting' AND new.is_asleep = 0)) BEGIN {_REPORTS["run"]}; END""",
     "webhooks_of_batches": f"""AFTER UPDATE OF status ON batches
-        WHEN new.status IS NOT old.status AND {_HAS_ENDED} BEGIN {_REPORTS['batch']}; END""",
+        WHEN new.status IS NOT old.status AND {_HAS_ENDED} BEGIN {_REPORTS["batch"]}; END""",
 }
 _OF_QUESTION = _report("'question.expired', runs.run_id, ?, ?, ?", "runs", "runs, ")
 QUESTION_EXPIRED = f"{_OF_QUESTION} AND runs.run_id = ? AND runs.batch_id IS NULL"

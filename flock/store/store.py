@@ -44,7 +44,7 @@ from flock.runs import (
     UsageRow,
 )
 from flock.runs.ids import first_id_at
-from flock.steps.identity import new_call_key
+from flock.steps.identity import Newest, new_call_key
 from flock.steps.outcomes import Outcome
 from flock.store import files, queries, statements, takeover, waiting
 from flock.store.batchstore import SQLiteBatchStore
@@ -200,25 +200,18 @@ class SQLiteStore(Database, Store):
     # Changing runs: each method is one transaction
 
     async def accept(
-        self,
-        run: Run,
-        room: Room,
-        key: Key,
-        then: Then[Run] | None = None,
-        continues: str | None = None,
-        *,
-        replaces: bool = False,
+        self, run: Run, room: Room, key: Key, then: Then[Run] | None = None, newest: Newest | None = None
     ) -> None:
         def apply(db: sqlite3.Connection) -> Run:
             queries.check_key(db, run.flock, key)
             queries.check_engine(db, run.owner)
-            queries.check_latest(db, run, continues)
+            queries.check_latest(db, run, newest)
             if isinstance(room, EngineFull):
                 raise room
             self.contents.check(run)
             self._queued.check_room(db, run.flock, self.agents, run.principal, room)
-            if continues and replaces:
-                queries.delete_run(db, continues)
+            if newest and newest.is_replaced:
+                queries.delete_run(db, newest.run_id)
             self._queued.insert(db, run, key)
             return run
 

@@ -76,7 +76,7 @@ from flock.steps.answers import (
     message_from,
     question_for,
 )
-from flock.steps.identity import new_call_key
+from flock.steps.identity import Newest, new_call_key
 from flock.steps.refusals import RETRYABLE, already_retried, check_cancel, not_deleted, run_not_retried, wait_stopped
 from flock.temporal.accounts import account_in_memo, signal_account, usage_of
 from flock.temporal.batches import TemporalBatches
@@ -285,9 +285,7 @@ class TemporalEngine(TemporalBatches):
 
     # Runs
 
-    async def _accept(
-        self, run: Run, key: IdempotencyKey | None, context: Context, continues: str | None, *, replaces: bool
-    ) -> None:
+    async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, newest: Newest | None) -> None:
         try:
             await self._check_room(run.principal)
         except EngineFull:
@@ -300,11 +298,11 @@ class TemporalEngine(TemporalBatches):
             if key is not None:
                 made_id = await self._reservations.claim(key, run.run_id)
                 order = replace(self._order(replace(run, run_id=made_id)), key_id=self._reservations.key_id(key))
-            if continues is not None:
-                await self._take_turn(order, continues)
+            if newest is not None:
+                await self._take_turn(order, newest.run_id)
             # If the process that claimed the key died before it started the run, this one starts it.
             with contextlib.suppress(WorkflowAlreadyStartedError):
-                await self._start(order, continues if replaces else None)
+                await self._start(order, newest.run_id if newest and newest.is_replaced else None)
         if made_id != run.run_id:
             raise Replayed(made_id)
 

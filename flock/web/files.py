@@ -117,12 +117,21 @@ async def _value(request: Request, type_: Any, name: str, part: UploadFile | str
     return msgspec.Raw(msgspec.json.encode(file))
 
 
+async def _not_empty(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    is_empty = True
+    async for chunk in chunks:
+        is_empty = is_empty and not chunk
+        yield chunk
+    if is_empty:
+        raise InvalidData.of("The file is empty. Send it as the body: curl --data-binary @a.png.")
+
+
 async def post_file(request: Request) -> Response:
     """POST /files: the body is the file."""
     # The other type is what curl sends unless told.
     declared = request.headers.get("content-type", "").replace("application/x-www-form-urlencoded", "")
     async with _upload(request) as body:
-        file = await (await engine_of(request)).files().keep(body.upload(), declared=declared)
+        file = await (await engine_of(request)).files().keep(_not_empty(body.upload()), declared=declared)
     return JSONResponse(file, 201, {"Location": f"{root_path(request.scope)}/files/{file.file_id}"})
 
 
