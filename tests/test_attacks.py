@@ -441,7 +441,7 @@ async def test_only_pages_of_allowed_origins_may_read_responses() -> None:
 @pytest.mark.parametrize(
     "content_type",
     [
-        *("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""),
+        *("text/plain", "application/x-www-form-urlencoded", "multipart/mixed; boundary=x", ""),
         *("text/plain; application/json", "text/plain, application/json", "application/json+x", "application/json\\"),
     ],
 )

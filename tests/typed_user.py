@@ -117,6 +117,8 @@ from flock.runs import (
     Engine,
     EngineHealth,
     Event,
+    FileBox,
+    Frame,
     IdempotencyKey,
     Inputs,
     ItemLimits,
@@ -156,6 +158,7 @@ from flock.runs import (
     UsagePage,
     UsageRow,
     UsageSums,
+    Webhook,
     added,
     bad_role,
     cost_in_words,
@@ -677,3 +680,7 @@ def bytes_of(photo: Image, note: Audio | None, pages: list[Document]) -> int:
 
 
 assert_type(data_url(b"text"), str)
+
+
+async def shown(files: FileBox, table: Frame, webhook: Webhook) -> tuple[int, Any, str]:
+    return files.find("0" * 64).size, table.columns, webhook.type

@@ -133,7 +133,7 @@ class Reader:
             if questions := answer.get("waiting_for"):
                 self._ids["call_id"] = questions[0]["call_id"]
         if (file := re.search(r"-o (\S+)", command)) and (self.folder / file[1]).exists():
-            return (self.folder / file[1]).read_text("utf-8")
+            return (self.folder / file[1]).read_text("utf-8", "replace")
         return done.stdout
 
 
