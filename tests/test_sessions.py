@@ -269,7 +269,7 @@ async def test_one_of_several_runs_at_once_continues_a_session(engine: Engine, t
 
 
 async def test_a_run_that_replaces_another_one_drops_it_only_if_it_is_accepted(engine: Engine, turns: Turns) -> None:
-    first = await submit(engine, 0)
+    first = await submit(engine, 0, continues="")
     await ended(engine, first)
     with pytest.raises(Conflict):
         await submit(engine, 1, continues="", replaces=True)
