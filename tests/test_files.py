@@ -21,13 +21,13 @@ import pytest
 from starlette.datastructures import UploadFile
 
 from flock.core import Audio, Document, File, Flock, Image, data_url
-from flock.engine.base import EngineBase
 from flock.errors import CallError, Conflict, InvalidData, NotFound, StoreError, TooLarge
 from flock.files import check_declared, media_type_of, safe_name
 from flock.runs import RunFilter
 from flock.store import contents, queries
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
+from tests.support.flocks import sample_flock
 from tests.support.http import client_of, post_run
 
 pytestmark = pytest.mark.anyio
@@ -771,7 +771,11 @@ async def test_a_kill_loses_nothing_that_was_accepted_and_leaks_no_file(place: s
         assert stored(tmp_path) == []
 
 
-def test_an_engine_on_a_cluster_has_no_place_for_files() -> None:
-    no_engine: Any = None
-    with pytest.raises(Conflict, match="no place for files"):
-        EngineBase.files(no_engine, "ann")
+@pytest.mark.anyio
+@pytest.mark.cluster
+async def test_an_engine_on_a_cluster_has_no_place_for_files(temporal_address: str) -> None:
+    from tests.support.cluster import on_temporal
+
+    async with on_temporal(temporal_address, sample_flock()) as engine:
+        with pytest.raises(Conflict, match="no place for files"):
+            engine.files("ann")

@@ -222,6 +222,7 @@ class EngineBase(Engine):
         return run.result if position is None else run.steps[position].result
 
     def files(self, principal: str | None = None) -> FileBox:
+        self._check_entered()
         raise Conflict("This server keeps its runs on a cluster, which has no place for files. Send texts only.")
 
     def watch(self, run_id: str) -> AbstractContextManager[object]:
