@@ -16,7 +16,11 @@ from typing import Any
 
 import httpx
 import msgspec
+import openpyxl
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
+import xlsxwriter
 from click.testing import CliRunner
 
 from flock import formats
@@ -32,11 +36,6 @@ from flock.rows.tables import RowMapping
 from flock.runs import Run, RunStatus, now
 from flockapi import create_app
 from tests.test_formats import TARGET, excel, formats_flock, http, parquet, sent
-
-openpyxl = pytest.importorskip("openpyxl", reason="needs .[test-all]")
-pyarrow = pytest.importorskip("pyarrow", reason="needs .[test-all]")
-xlsxwriter = pytest.importorskip("xlsxwriter", reason="needs .[test-all]")
-pq = pytest.importorskip("pyarrow.parquet", reason="needs .[test-all]")
 
 pytestmark = pytest.mark.anyio
 __all__ = ["http"]

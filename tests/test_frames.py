@@ -4,6 +4,8 @@ import datetime
 from typing import Any
 
 import httpx
+import pandas
+import polars
 import pytest
 
 from flock.client import AsyncFlockClient
@@ -12,8 +14,6 @@ from flock.errors import InvalidData
 from flock.runs import BatchOptions
 from flockapi import create_app
 
-pandas = pytest.importorskip("pandas", reason="needs .[test-all]")
-polars = pytest.importorskip("polars", reason="needs .[test-all]")
 pytestmark = pytest.mark.anyio
 
 DAY = datetime.datetime(2026, 11, 29, 9)
@@ -80,6 +80,6 @@ async def test_nan_in_a_mapping_is_missing() -> None:
 
 async def test_a_lazy_frame_and_a_frame_of_columns_are_errors() -> None:
     with pytest.raises(TypeError, match="LazyFrame"):
-        await frames_flock().run_batch_async("show", polars.LazyFrame(COLUMNS))
+        await frames_flock().run_batch_async("show", polars.LazyFrame(COLUMNS))  # type: ignore[arg-type]
     with pytest.raises(InvalidData, match="must be a mapping of inputs by name, not of type 'str'"):
         await frames_flock().run_batch_async("show", ["a"])  # type: ignore[list-item]

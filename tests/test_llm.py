@@ -42,8 +42,6 @@ GOOD = {"sentiment": "good", "words": []}
 
 pytestmark = pytest.mark.anyio
 
-needs_httpx2 = pytest.mark.skipif(importlib.util.find_spec("httpx2") is None, reason="httpx2 is not installed")
-
 
 @pytest.fixture
 async def models(model: FakeModel) -> AsyncIterator[ModelClient]:
@@ -691,7 +689,7 @@ def test_a_configured_model_passes_the_check(name: str) -> None:
     check_model(name)
 
 
-@pytest.mark.parametrize("library", ["httpx", pytest.param("httpx2", marks=needs_httpx2)])
+@pytest.mark.parametrize("library", ["httpx", pytest.param("httpx2", marks=pytest.mark.slow)])
 async def test_httpx2_is_used_if_it_is_installed_and_fails_alike(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if library == "httpx":
         monkeypatch.setitem(sys.modules, "httpx2", None)  # as if it is not installed
