@@ -26,7 +26,7 @@ HEAD_BYTES = 1024
 #: Max characters of the name of a file. A longer one is cut at the front, so that its ending stays.
 MAX_NAME_CHARS = 200
 
-#: Max files of one run, also if some are the same.
+#: Max files of one run. The same file counts each time.
 MAX_FILES = 100
 #: Max length of a data URL that is not in base64.
 MAX_PLAIN_CHARS = 8192
@@ -49,7 +49,7 @@ ID = "^[0-9a-f]{64}$"
 
 
 class FileReference(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a record has of a file; see ``File``."""
+    """The reference to a file in a record; see ``File``."""
 
     file_id: Annotated[str, msgspec.Meta(pattern=ID)]
     media_type: str
@@ -194,7 +194,7 @@ def _reference_to(sent: Any, find: Find, contents: Taken) -> FileReference:
     """Return the reference to a file that a client has sent. Raises ValueError, NotFound."""
     contents.references += 1
     if contents.references > 2 * MAX_FILES:  # invalid inputs are read a second time, to find all errors
-        raise ValueError(f"A run may have {MAX_FILES} files")
+        raise ValueError(f"A run may have at most {MAX_FILES} files")
     more = sent if isinstance(sent, dict) else {}
     sent, content, name = more.get("file_id", sent), None, str(more.get("name", ""))
     if not isinstance(sent, str) or re.match(r"[a-z][a-z0-9+.-]*://", sent, re.IGNORECASE):
@@ -218,10 +218,10 @@ def file_from(type_: type[File], value: Any) -> File:
 
 
 @contextlib.contextmanager
-def taking(find: Find | None) -> Iterator[Taken]:
-    """Read files from what a client has sent inside the block, unless *find* is None. Nothing is stored."""
+def taking(find: Find) -> Iterator[Taken]:
+    """Read files from what a client has sent inside the block. Nothing is stored."""
     contents = Taken()
-    token = _TAKING.set(None if find is None else (find, contents))
+    token = _TAKING.set((find, contents))
     try:
         yield contents
     finally:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec.structs import replace
@@ -70,9 +71,17 @@ def many(is_valid: Callable[[Any], Any], words: str, **more: Any) -> Option:
     return Option(is_valid=are_valid, words=words, **more)
 
 
+def _is_address(value: Any) -> bool:
+    try:
+        urlsplit(str(value))
+    except ValueError:  # such as a bracket that is not closed
+        return False
+    return re.fullmatch(r"https?://[^\s/?#@]+([/?#][!-~]*)?", str(value)) is not None
+
+
 #: Where webhooks are sent. Only the program's operator sets it, and it may contain a secret.
 WEBHOOK_URL = Option(
-    is_valid=lambda value: value is None or bool(re.fullmatch(r"https?://[^\s/?#@]+([/?#][!-~]*)?", str(value))),
+    is_valid=lambda value: value is None or _is_address(value),
     words="an address that begins with https://, or with http:// if nobody can listen on the way, or None",
     is_secret=True,
 )

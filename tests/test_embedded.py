@@ -75,6 +75,24 @@ async def test_a_pending_cancellation_of_an_agents_task_has_no_effect() -> None:
         assert (await batch_end(engine, batch.batch_id)).status is RunStatus.COMPLETED
 
 
+async def test_the_items_of_a_batch_share_a_task_unless_one_leaves_a_context_variable() -> None:
+    """A task for each item takes a tenth of its time."""
+    flock, left, tasks = Flock(), ContextVar[int]("left"), list[Any]()
+
+    @flock.agent
+    async def work(leaves: bool) -> None:
+        assert left.get(None) is None
+        tasks.append(asyncio.current_task())
+        if leaves:
+            left.set(1)
+
+    async with flock.engine() as engine:
+        rows = [{"leaves": False}, {"leaves": False}, {"leaves": True}, {"leaves": False}]
+        batch = await engine.submit_batch("work", rows, BatchOptions(max_workers=1))
+        assert (await batch_end(engine, batch.batch_id)).completed_items == 4
+    assert [tasks[0] is each for each in tasks] == [True, True, True, False]
+
+
 async def test_a_batch_that_can_never_fit_raises_too_large() -> None:
     flock = Flock()
 

@@ -676,7 +676,17 @@ async def test_webhooks_are_listed_in_pages_and_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["/hook", "hook.example", "ftp://hook.example", "https://", "https://a:b@hook.example", "https://x y", 7]
+    "url",
+    [
+        "/hook",
+        "hook.example",
+        "ftp://hook.example",
+        "https://",
+        "https://a:b@hook.example",
+        "https://x y",
+        "https://[abc",
+        7,
+    ],
 )
 def test_an_invalid_address_is_refused(url: Any) -> None:
     """The error does not have it, since it may have a secret."""

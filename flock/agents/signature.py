@@ -372,16 +372,19 @@ class Signature:
         """Check the inputs of a client, and return them with references to their files, and those files by id.
 
         Args:
-            find: see ``flock.files.taking``.
+            find: returns a stored file; None if no input takes one.
 
         Returns: the files with their content, or None if it is stored already.
 
         Raises: the same as ``decode``, and NotFound.
         """
+        if find is None:
+            self.decode(raw, at)
+            return raw, {}
         with taking(find) as contents:
             typed = self.decode(raw, at)
         if contents.references > MAX_FILES:
-            raise InvalidData.of(f"A run may have {MAX_FILES} files.", at)
+            raise InvalidData.of(f"A run may have at most {MAX_FILES} files.", at)
         if not contents:
             return raw, {}
         texts = raw, msgspec.json.encode(typed, enc_hook=to_json)

@@ -1,4 +1,4 @@
-"""The export of traces by our own server, as the ``OTEL_*`` variables say. In a host, that is the host's business."""
+"""The export of traces by our own server, as the ``OTEL_*`` variables say. A host exports its own traces."""
 
 import logging
 import os

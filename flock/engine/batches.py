@@ -324,7 +324,7 @@ class _Work:
         return None
 
     async def _is_first(self, item: Run) -> bool:
-        """Whether no equal item before it may start. Outside of a sample none may."""
+        """Whether it is the first of equal items. With a sample, only its items count."""
         if self._sample is None:
             return not await self._store.has_equal_before(item)
         is_first = item.digest is None or item.digest not in self._digests

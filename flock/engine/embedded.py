@@ -334,12 +334,18 @@ class EmbeddedEngine(EngineBase):
             self._start(run, context)
         else:
             start = functools.partial(self._start, context=context)
-            if newest and newest.is_replaced:
-                await self._wait_until_seen((await self.get_outline(newest.run_id)).completed_at)
-            with accepting(self._accepting, key), counted(self._runner.queued_bytes, run.principal, run.input_bytes):
+            replaced = newest.run_id if newest and newest.is_replaced else None
+            if replaced is not None:
+                await self._wait_until_seen((await self.get_outline(replaced)).completed_at)
+            # It is accepted even if it is cancelled here, and then what it replaces must end too.
+            with (
+                anyio.CancelScope(shield=replaced is not None),
+                accepting(self._accepting, key),
+                counted(self._runner.queued_bytes, run.principal, run.input_bytes),
+            ):
                 await self.store.accept(run, full or self._limits.queue, key, start, newest)
-            if newest and newest.is_replaced:
-                await self._drop_run(newest.run_id)  # no effect unless it was active
+                if replaced is not None:
+                    await self._drop_run(replaced)  # no effect unless it had not ended
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         active = await self._active(run_id, principal)

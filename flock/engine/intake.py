@@ -84,9 +84,8 @@ class Intake:
                     break
             if row_errors.rows:
                 continue
-            self._add(checks.total, checked, id_of)
-            if self.files is not None:
-                self.page[-1] = replace(self.page[-1], files=await self.files.keep_all(checked.contents))
+            files = () if self.files is None else await self.files.keep_all(checked.contents)
+            self._add(checks.total, checked, id_of, files)
             if len(self.page) >= items_per_page(checks.total) or self._page_bytes > page_bytes:
                 await stage(self.page)
                 self.page, self._page_bytes = [], 0
@@ -102,7 +101,7 @@ class Intake:
             extra_names=tuple(checks.extra_names),
         )
 
-    def _add(self, position: int, checked: CheckedRow, id_of: Callable[[int], str]) -> None:
+    def _add(self, position: int, checked: CheckedRow, id_of: Callable[[int], str], files: tuple[str, ...]) -> None:
         """Add an item to the page. If its row has errors, it has already failed."""
         batch, (row, extra, errors, _) = self.batch, checked
         end: dict[str, Any] = {}
@@ -127,6 +126,7 @@ class Intake:
             is_async=True,
             timeout_s=batch.options.timeout_s,
             extra=extra,
+            files=files,
             call_ids=CALL_IDS,
             call_key=new_call_key(),
             digest=None if recipe is None or errors else _digest(recipe, row.inputs),

@@ -100,7 +100,8 @@ class RowChecks:
             return CheckedRow(row, extra, row.errors)
         try:
             inputs, contents = self._agent.input.take(row.inputs, row.at, self._find)
-            return CheckedRow(msgspec.structs.replace(row, inputs=inputs), extra, row.errors, contents)
+            row = row if inputs is row.inputs else msgspec.structs.replace(row, inputs=inputs)
+            return CheckedRow(row, extra, row.errors, contents)
         except InvalidData as exc:
             sources = {escape_pointer(key): at for key, at in row.sources.items()}
             input_errors = [_as_sent(error, row, sources) for error in exc.errors]
@@ -227,9 +228,11 @@ async def _each(items: Iterable[T]) -> AsyncIterator[T]:
 def as_json(inputs: Inputs, at: str, max_bytes: int) -> msgspec.Raw:
     """Return inputs as JSON. A Raw is copied, since it is a view of a request body. Raises InvalidData, TooLarge."""
     try:
-        if not isinstance(inputs, msgspec.Raw):
-            inputs = {name: value for name, value in dict(inputs).items() if value is None or not is_missing(value)}
-        raw = bytes(inputs) if isinstance(inputs, msgspec.Raw) else msgspec.json.encode(inputs, enc_hook=to_json)
+        if isinstance(inputs, msgspec.Raw):
+            raw = bytes(inputs)
+        else:
+            known = {name: value for name, value in dict(inputs).items() if value is None or not is_missing(value)}
+            raw = msgspec.json.encode(known, enc_hook=to_json)
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidData([FieldError(detail=f"It cannot be converted to JSON: {exc}.", pointer=at)]) from exc
     if len(raw) > max_bytes:

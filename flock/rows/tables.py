@@ -417,7 +417,10 @@ async def csv_records(
 
 def is_empty(cells: Sequence[Any]) -> bool:
     """Whether a record has no value."""
-    return not any(cell.strip() if isinstance(cell, str) else True for cell in cells)
+    for cell in cells:  # for each row: a generator takes four times as long
+        if not isinstance(cell, str) or cell.strip():
+            return False
+    return True
 
 
 def check_text(first_bytes: bytes) -> None:

@@ -99,12 +99,12 @@ class Span:
         self._do("end")
 
     def _do(self, method: str, *args: Any) -> None:
-        if self._span is not None:
-            _safely(lambda: getattr(self._span, method)(*args))
+        _safely(lambda: getattr(self._span, method)(*args))
 
     def note(self, attributes: Mapping[str, Any]) -> None:
         """Set the attributes that are not None."""
-        self._do("set_attributes", _known(attributes))
+        if self._span is not None:
+            self._do("set_attributes", _known(attributes))
 
     def fail(self, error_type: str) -> None:
         if self._span is not None:
@@ -113,6 +113,8 @@ class Span:
 
     def responded(self, method: str, route: str, status_code: int) -> None:
         """Note the response of a request."""
+        if self._span is None:
+            return
         self._do("update_name", f"{method} {route}".strip())
         self.note({"http.route": route or None, "http.response.status_code": status_code or None})
         if status_code >= 500:
@@ -237,11 +239,12 @@ def of_chat(model: str, max_tokens: int | None, temperature: float | None) -> It
     attributes = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": provider, "gen_ai.request.model": name}
     options = {"gen_ai.request.max_tokens": max_tokens, "gen_ai.request.temperature": temperature}
     with _start(f"chat {name}", {**attributes, **options}, "CLIENT") as span:
-        CHAT.set(span if span is not OFF else None)  # all share that one
+        before = CHAT.set(span if span is not OFF else None)  # all share that one
         try:
             yield span
         finally:
-            CHAT.set(None)
+            with contextlib.suppress(ValueError):  # it may be closed in another context
+                CHAT.reset(before)
 
 
 def spent(usage: Usage) -> None:

@@ -311,9 +311,10 @@ class StepExecutor:
                 'Its on_interrupt="fail" rules out an automatic retry.'
             )
         slot = await self._acquire(active, agent)
+        # It is reset below: a batch starts a new task for its next item if a context variable is left.
+        folder = FOLDER.set(self.folder_of and functools.partial(self.folder_of, active.run.principal))
         try:
             run = await active.begin()
-            FOLDER.set(self.folder_of and functools.partial(self.folder_of, run.principal))
             inputs = inputs_for(agent, run)
             active.started_at = active.started_at or now()
             if agent.on_retry == "again":
@@ -342,6 +343,8 @@ class StepExecutor:
         finally:
             active.context = None
             self._threads.when_free(active, functools.partial(self._release, slot))
+            with contextlib.suppress(ValueError):  # the coroutine may be closed in another context
+                FOLDER.reset(folder)
 
     async def _step(
         self, active: ActiveRun, run: Run, agent: Agent, inputs: msgspec.Raw, slot: AgentSlot, *, is_again: bool

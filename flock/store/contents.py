@@ -1,8 +1,8 @@
 """The contents of files, beside the store: ``{store}-files/{digest of the principal}/{digest of the content}``.
 
 Which runs have a file is in the table ``run_files``, which triggers keep equal to the column ``files`` of runs. A
-content is written before the run is accepted, and deleted with the last run that has it. One that no run takes, or that
-was sent or named again since, is deleted a day after that. Both are decided in a transaction, and one that accepts a
+content is written before the run is accepted, and deleted with the last run that has it. One that no
+run has is deleted a day after it was last sent or named. Both are decided in a transaction, and one that accepts a
 run checks that its contents are there.
 """
 
@@ -39,7 +39,7 @@ class Contents:
     """All contents of a store.
 
     Attributes:
-        used: the bytes of each principal's folder, as far as they were counted since the last sweep.
+        used: the bytes of each principal's folder, if they were counted since the last deletion.
     """
 
     def __init__(self, root: Path) -> None:
@@ -49,13 +49,13 @@ class Contents:
         return self.root / hashlib.sha256(f"principal {principal!r}".encode()).hexdigest()[:32]
 
     def of(self, principal: str | None, max_bytes: int, max_total_bytes: int) -> FileBox:
-        """Return the files of a principal. Max bytes are those of one file, and of all together."""
+        """Return the files of a principal. *max_bytes* limits one file, and *max_total_bytes* all of them."""
         return _ContentsOfPrincipal(self, self.folder(principal), max_bytes, max_total_bytes)
 
     def check(self, *runs: Run) -> None:
         """Raise Conflict if a content of runs that are accepted was deleted meanwhile."""
         if not all((self.root / name).exists() for run in runs for name in run.files):
-            raise Conflict("A file of this run was deleted in this moment. Send it again.")
+            raise Conflict("A file of this run was just deleted. Send it again.")
 
     def old(self, keep_s: float | None) -> Iterator[tuple[str, float]]:
         """Yield the contents that were sent and named more than *keep_s* ago, and until when.
@@ -120,7 +120,7 @@ class _ContentsOfPrincipal(FileBox):
             async for chunk in data:
                 size, head = size + len(chunk), (head + chunk[: files.HEAD_BYTES])[: files.HEAD_BYTES]
                 if size > self._max_bytes:
-                    raise TooLarge(f"A file may have {self._max_bytes} bytes on this server (max_file_bytes).")
+                    raise TooLarge(f"A file may have at most {self._max_bytes} bytes on this server (max_file_bytes).")
                 digest.update(chunk)
                 await anyio.to_thread.run_sync(self._write, file, chunk)
             media_type, file_id = files.media_type_of(head), digest.hexdigest()
@@ -161,7 +161,8 @@ class _ContentsOfPrincipal(FileBox):
                 used = sum(os.stat(each).st_size for each in self._folder.glob("[!.]" * 64))
             if used + more > self._max_total_bytes:
                 raise TooLarge(
-                    f"Your files may have {self._max_total_bytes} bytes (max_files_bytes). Delete runs with files."
+                    f"Your files may have at most {self._max_total_bytes} bytes in all (max_files_bytes)."
+                    " Delete runs that have files."
                 )
             os.replace(path, final)
             self._contents.used[self._folder] = used + more

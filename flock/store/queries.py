@@ -454,7 +454,7 @@ def find_calls(db: sqlite3.Connection, run: Run, position: int, after_row: int, 
 def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call]]:
     """Return the calls of each step of a run, in the order in which they finished. Raises Damaged.
 
-    If there are too many, answers are among them before others.
+    If there are too many, answers come first.
     """
     found, values = dict[int, list[Call]](), (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, MAX_SHOWN_CALLS)
     with _DetectingDamage():

@@ -503,7 +503,7 @@ WEBHOOK_URLS = "SELECT agent_name, url, engine_id FROM webhook_urls WHERE flock 
 SET_WEBHOOK_URL = "INSERT OR REPLACE INTO webhook_urls VALUES (?, ?, ?, ?)"
 DELETE_WEBHOOK_URL = "DELETE FROM webhook_urls WHERE flock = ? AND agent_name = ?"
 WEBHOOK_SENDER = "SELECT engine_id FROM webhook_senders WHERE flock = ?"
-#: Of several processes that find the last sender dead, one becomes the next.
+#: If several processes find the last sender dead, only one replaces it.
 SET_WEBHOOK_SENDER = """INSERT INTO webhook_senders VALUES (?, ?)
     ON CONFLICT DO UPDATE SET engine_id = excluded.engine_id WHERE engine_id IS ?"""
 _URL = """(SELECT url FROM webhook_urls
@@ -517,7 +517,7 @@ DUE_WEBHOOKS = f"""{_WEBHOOKS} INDEXED BY webhooks_pending
 FIND_WEBHOOK = f"{_WEBHOOKS} WHERE webhook_id = ? AND flock = ?"
 UPDATE_WEBHOOK = """UPDATE webhooks SET status = ?, tries = ?, first_try_at = ?, next_try_at = ?, ended_at = ?,
     error = ? WHERE webhook_id = ? AND (status = 'pending' AND tries = ? OR ? IS NULL)"""
-#: A receiver that is down has failed for all that wait for it.
+#: If a receiver is down, all webhooks that wait for it have failed.
 WEBHOOKS_TO_FAIL = """SELECT number FROM webhooks INDEXED BY webhooks_down WHERE flock = :flock
     AND status = 'pending' AND agent_name IN (SELECT value FROM json_each(CAST(:agents AS TEXT)))
     AND ifnull(first_try_at, 0) < :given_up AND next_try_at <= :now LIMIT :limit"""

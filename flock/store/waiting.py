@@ -58,7 +58,7 @@ def suspend(db: sqlite3.Connection, run: Run, at: datetime) -> tuple[bool, Run |
         return False, None
     db.execute(statements.COUNT_WAITING_ITEMS, (1, run.batch_id))
     answered = {wait.call_id for wait in run.waiting_for if _find_answer(db, run, wait, at) is not None}
-    if answered:  # it goes on in this transaction, so nobody sees it wait
+    if answered:  # it resumes in this transaction, so nobody sees it wait
         db.execute(statements.UNDO_WAITING_WEBHOOK, (run.run_id, reported))
     return True, _resume(db, run, answered, run.owner) if answered else None
 

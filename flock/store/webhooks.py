@@ -29,7 +29,7 @@ class WebhookStore:
     async def set_urls(
         self, flock: str, urls: Mapping[str, str | None], new: Collection[str], engine_id: str, now: datetime
     ) -> int:
-        """Set the receivers of these agents. What an agent without one has not sent is given up; return how many.
+        """Set the receivers of these agents. Give up the webhooks of agents without a receiver, and return how many.
 
         What a living process has set is replaced only by itself, or by that of an agent in *new*.
         """
@@ -85,7 +85,7 @@ class WebhookStore:
         return sorted(self._db.read(find), key=lambda webhook: webhook.next_try_at)[:limit]
 
     async def write(self, id_: str, tried: int | None, status: str, tries: int, error: str | None, *times: Any) -> None:
-        """Write what came of a try. *times*: of the first and the next one, and of the end.
+        """Store the outcome of a try. *times*: of the first and the next one, and of the end.
 
         Args:
             tried: how often it had been sent, since nothing is written if it has changed meanwhile; None writes anyway.

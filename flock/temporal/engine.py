@@ -400,7 +400,7 @@ class TemporalEngine(TemporalBatches):
     async def secret(self) -> str:
         self._check_entered()
         if self._secret is None:
-            key = IdempotencyKey("key of the flock", b"")  # which is no key of a client
+            key = IdempotencyKey("key of the flock", b"")  # which is not a client's key
             self._secret = await self._reservations.claim(key, new_call_key(), NO_LIMIT)
         return self._secret
 

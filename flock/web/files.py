@@ -74,7 +74,7 @@ async def form_as_json(request: Request) -> bytes:
     app, sent, inputs = serving(request), dict[str, Any](), dict[str, Any]()
     limits = {"max_files": MAX_PARTS, "max_fields": MAX_PARTS, "max_part_size": app.options.max_body_bytes}
     members = {field.name: field.type for field in RUN_REQUEST.fields if field.name != "inputs"}
-    # Some codecs take the square of the time, and some give what no text may have.
+    # Some codecs take quadratic time, and some return characters that are not valid in text.
     charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
     if charset.lower() not in (b"utf-8", b"utf8"):
         raise InvalidData.of("A form must be in UTF-8. Send it without a charset.")
@@ -128,7 +128,7 @@ async def _not_empty(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None
 
 async def post_file(request: Request) -> Response:
     """POST /files: the body is the file."""
-    # The other type is what curl sends unless told.
+    # curl sends the other type by default.
     declared = request.headers.get("content-type", "").replace("application/x-www-form-urlencoded", "")
     async with _upload(request) as body:
         file = await (await engine_of(request)).files().keep(_not_empty(body.upload()), declared=declared)

@@ -58,7 +58,7 @@ class _Families:
         )
         self.retries = counter("flock_retries", "Attempts of runs and of model calls after the first one.", ["of"])
         self.webhooks = counter(
-            "flock_webhooks", "Tries to send webhooks, by what came of them: sent, failed, given_up.", ["status"]
+            "flock_webhooks", "Tries to send webhooks, by outcome: sent, failed, given_up.", ["status"]
         )
         self.queued = gauge(
             "flock_queued_runs",

@@ -51,7 +51,7 @@ TIMEOUT_S, MAX_BYTES = 15.0, 64 * 1024
 KEEP_FOR = timedelta(days=7)
 #: A webhook is given up when it has failed for this long. The pauses between its tries double up to an hour.
 RETRIED_FOR, MAX_PAUSE_S = timedelta(days=1), 3600.0
-#: A host is down if as many rounds of requests in sequence got no answer. Then one request at a time finds out whether
+#: A host is down after this many rounds in a row without an answer. Then one request at a time finds out whether
 #: it is up again, at least every minute.
 DOWN_AFTER, MAX_DOWN_PAUSE_S = 3, 60.0
 #: How long a response to one webhook may hold up all others to the host, in seconds.
@@ -98,7 +98,7 @@ class WebhookSender:
         self._set, self.receivers = dict[str, str | None](), dict[str, Receiver]()
 
     async def run(self, engine_id: str, *, task_status: Any) -> None:
-        """Write who receives, so that runs may end, and then send until cancelled. Raises StoreError at the start."""
+        """Store the receivers, so that runs may end, and then send until cancelled. Raises StoreError at the start."""
         self._engine_id, self._set, self.receivers = engine_id, {}, {}
         client: Any = contextlib.nullcontext()
         if self.keys:
@@ -106,14 +106,14 @@ class WebhookSender:
 
             import httpx
 
-            # Hosts that do not answer leave connections for the others, and none can fill the memory with cookies.
+            # Connections are not limited, so a host that does not answer blocks no other. Cookies are not kept.
             cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
             client = httpx.AsyncClient(timeout=TIMEOUT_S, limits=httpx.Limits(), cookies=cookies)
         await self._set_urls()
         task_status.started()
         async with client as self._client, anyio.create_task_group() as tasks:
             while True:
-                with contextlib.suppress(StoreError):  # the store has logged it
+                try:
                     await self._set_urls()  # of agents that were added since
                     await self.webhooks.delete_old(now() - KEEP_FOR)
                     urls = (await self.webhooks.urls(self.flock.name)) if self.keys else {}
@@ -123,10 +123,14 @@ class WebhookSender:
                             tasks.start_soon(self._serve, self.receivers.setdefault(host, Receiver()))
                         self.receivers[host].agents = [agent for agent in hosts if hosts[agent] == host]
                     self.receivers = {host: each for host, each in self.receivers.items() if each.agents}
+                except StoreError:
+                    pass  # the store has logged it
+                except Exception:  # it must not stop the engine and its runs
+                    logger.exception("The receivers of webhooks cannot be read")
                 await anyio.sleep(RECEIVERS_S)
 
     async def _set_urls(self) -> None:
-        """Write who receives. Raises StoreError."""
+        """Store the receivers. Raises StoreError."""
         urls = _urls_of(self.flock)
         new = [name for name, url in urls.items() if url and url != self._set.get(name)]
         count = await self.webhooks.set_urls(self.flock.name, urls, new, self._engine_id, now())
@@ -174,7 +178,7 @@ class WebhookSender:
         return True
 
     async def _send(self, receiver: Receiver, webhook: Webhook, failures: list[str | None]) -> None:
-        """Send a webhook once, write what came of it, and add to *failures* why its host does not work, or None.
+        """Send a webhook once, store the outcome, and add to *failures* why its host does not work, or None.
 
         If the process dies before that is written, or the store fails, it is sent again. Raises StoreError.
         """
@@ -227,7 +231,7 @@ class WebhookSender:
             trace = found.traceparent if isinstance(found, Run) else None
             is_current = found is not None and (found.status, found.attempt) == (status, webhook.attempt)
             if is_current and isinstance(found, Batch):
-                data |= _members(wire.shown_with_costs(wire.BatchSummary, found))
+                data |= parameters_of(wire.shown_with_costs(wire.BatchSummary, found))
             elif is_current and isinstance(found, Run):
                 more: dict[str, Any] = {"inputs": msgspec.UNSET, "result": None, "waits": msgspec.UNSET}
                 more["waiting_for"] = [shown_as(wire.Question, each) for each in found.questions] or msgspec.UNSET
@@ -236,13 +240,9 @@ class WebhookSender:
                 elif found.result is not None:
                     more["result"] = await store.short_result(found.run_id, None)
                 data |= {"session_id": found.session_id, **shown_usage(found.usage)}
-                data |= _members(shown_as(wire.RunSummary, found, **more))
+                data |= parameters_of(shown_as(wire.RunSummary, found, **more))
         event = {"type": webhook.type, "timestamp": webhook.created_at, "version": 1, "data": data}
         return msgspec.json.encode(event), {} if trace is None else {"traceparent": trace}
-
-
-def _members(shown: msgspec.Struct) -> dict[str, Any]:
-    return {name: value for name, value in msgspec.structs.asdict(shown).items() if value is not msgspec.UNSET}
 
 
 def _pause_s(failures: int, most: float) -> float:
