@@ -104,15 +104,16 @@ async def test_a_validator_that_raises_hangs_or_returns_nonsense_fails_the_run(m
     def hangs_in_a_thread(answer: Any) -> None:
         time.sleep(0.3)
 
-    cases: list[tuple[Any, str, str]] = [
-        (lambda answer: 1 / 0, "agent_exception", "ZeroDivisionError"),
-        (hangs, "call_error", "validate= of 'writer' did not end within 0.05 s (tool_timeout_s)."),
-        (hangs_in_a_thread, "call_error", "validate= of 'writer' did not end within 0.05 s (tool_timeout_s)."),
-        (lambda answer: {"text": 1}, "invalid_output", "validate= of 'writer' returned a result that does not match."),
+    late = "validate= of 'writer' did not end within 0.05 s (tool_timeout_s)."
+    cases: list[tuple[Any, float, str, str]] = [
+        (lambda answer: 1 / 0, 60, "agent_exception", "ZeroDivisionError"),
+        (hangs, 0.05, "call_error", late),
+        (hangs_in_a_thread, 0.05, "call_error", late),
+        (lambda answer: {"text": 1}, 60, "invalid_output", "validate= of 'writer' returned a result that does not"),
     ]
-    for validate, error_type, words in cases:
+    for validate, timeout_s, error_type, words in cases:
         model.replies = [{"text": "a"}]
-        run = await run_of(flock_of(validate=validate, tool_timeout_s=0.05), model)
+        run = await run_of(flock_of(validate=validate, tool_timeout_s=timeout_s), model)
         assert (run.status, run.error_type) == (RunStatus.FAILED, error_type)
         assert words in (run.error or "")
 

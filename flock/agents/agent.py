@@ -418,12 +418,7 @@ class ModelAgent(Agent):
             raise DefinitionError(
                 f"The output of {name!r} has its own field 'reasoning'. Rename that field, or omit reasoning=True."
             )
-        if isinstance(history, int) and not isinstance(history, bool) and history >= 1:
-            history = History(turns=history)
-        elif not isinstance(history, History | None):
-            raise DefinitionError(
-                f"history= of {name!r} must be a whole number from 1, a History, or None, not {history!r}."
-            )
+        history = _history_of(name, history)
         if (examples or history) and isinstance(self.input, ChatInput):
             raise DefinitionError(
                 f"{name!r} has a conversation, and examples= would look like its messages. Use instructions= instead."
@@ -661,6 +656,15 @@ class ModelAgent(Agent):
             for name, member in self._answer.schema["properties"].items()
         )
         return f"Determine:\n{outputs}\nAnswer with a JSON object only."
+
+
+def _history_of(name: str, history: Any) -> History | None:
+    """Return ``history=`` of an agent. Raises DefinitionError."""
+    if isinstance(history, int) and not isinstance(history, bool) and history >= 1:
+        return History(turns=history)
+    if isinstance(history, History | None):
+        return history
+    raise DefinitionError(f"history= of {name!r} must be a whole number from 1, a History, or None, not {history!r}.")
 
 
 def _tool_of(tool: ToolLike) -> Tool | ToolSource | str:

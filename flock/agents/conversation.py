@@ -95,31 +95,14 @@ class Conversation(msgspec.Struct, kw_only=True):
 
     async def _reply(self, number: int, *, is_last: bool) -> Completion:
         """Ask the model, or read its reply if it was asked before the step started again."""
-        context, model = self.context, next(iter(self.models), "")
-
-        async def pay(request: Request) -> Completion:
-            files = " " * bytes_of_files(request.messages)
-            async with context.reserve(model, (request.messages, request.tools, files), request.max_tokens):
-                context.check_tokens(self.models)
-                with of_chat(model, request.max_tokens, request.temperature) as span:
-                    try:
-                        completion = await self.complete(replace(request, traceparent=context.traceparent))
-                    except ModelError as exc:
-                        if exc.usage is not None:  # the answer is paid for, even if it cannot be used
-                            context.spend(exc.usage, exc.model)
-                        raise
-                    context.spend(completion.usage, completion.model)
-                    span.note({"gen_ai.response.model": (completion.model or "").partition("/")[2] or None})
-                    span.content(lambda: self._content(request, completion))
-            return completion
-
+        context = self.context
         asks = itertools.count(1)
 
         async def pay_once(request: Request) -> Completion:
             """Store the reply that a hook gets before it goes on, since it may wait for a person or make calls."""
 
             async def sealed() -> Completion:
-                return self.toolbox.sealed(await pay(request))
+                return self.toolbox.sealed(await self._pay(request))
 
             number = str(next(asks))
             reply: Completion = await context.journal.once(
@@ -142,7 +125,7 @@ class Conversation(msgspec.Struct, kw_only=True):
                 listener=self.listen() if context.is_watched and not self.hooks else None,
                 on_unfinished=context.spend,
             )
-            completion = await with_model_hooks(self.hooks, pay_once if self.hooks else pay, request, context)
+            completion = await with_model_hooks(self.hooks, pay_once if self.hooks else self._pay, request, context)
             return self.toolbox.sealed(replace(completion, instructions=instructions))
 
         def needs_more(reply: Completion) -> bool:
@@ -152,7 +135,7 @@ class Conversation(msgspec.Struct, kw_only=True):
 
         key, decode = context.model_key, functools.partial(msgspec.json.decode, type=Completion)
         reply: Completion = await context.journal.once(
-            re.sub(r"[^A-Za-z0-9_.-]", "_", model),
+            re.sub(r"[^A-Za-z0-9_.-]", "_", self._model),
             str(number),
             ask,
             kind="model",
@@ -161,6 +144,28 @@ class Conversation(msgspec.Struct, kw_only=True):
             should_keep=needs_more,
         )
         return self.toolbox.unsealed(reply)
+
+    async def _pay(self, request: Request) -> Completion:
+        """Ask the model, within the budget of the run, and count what the reply cost."""
+        context, files = self.context, " " * bytes_of_files(request.messages)
+        async with context.reserve(self._model, (request.messages, request.tools, files), request.max_tokens):
+            context.check_tokens(self.models)
+            with of_chat(self._model, request.max_tokens, request.temperature) as span:
+                try:
+                    completion = await self.complete(replace(request, traceparent=context.traceparent))
+                except ModelError as exc:
+                    if exc.usage is not None:  # the answer is paid for, even if it cannot be used
+                        context.spend(exc.usage, exc.model)
+                    raise
+                context.spend(completion.usage, completion.model)
+                span.note({"gen_ai.response.model": (completion.model or "").partition("/")[2] or None})
+                span.content(lambda: self._content(request, completion))
+        return completion
+
+    @property
+    def _model(self) -> str:
+        """The model that is asked first."""
+        return next(iter(self.models), "")
 
     @property
     def _options(self) -> Mapping[str, Any]:

@@ -420,39 +420,17 @@ class Toolbox(msgspec.Struct):
             return output
         shown = tool.shown(msgspec.Raw(raw), context.journal.call_key)
         if await tool.must_be_approved(arguments, number, self):
-            question, key, rules = f"May {context.agent_name} call {tool.name}?", f"{tool.name}.{number}", tool.approval
-            approval = await context.journal.ask(
-                context,
-                question,
-                _approval_type(tool),
-                key,
-                rules.expires_s,
-                DENIED_LATE if rules.on_expiry == "deny" else msgspec.UNSET,
-                shown,
-                rules.approver,
-                four_eyes=rules.four_eyes,
-            )
+            approval = await self._approval(tool, number, shown)
             if not approval.approved:
                 return f"A person denied this call. {approval.reason}".strip()
             if getattr(approval, "arguments", None) is not None:
                 arguments = tool.changed(arguments, approval.arguments)
-                raw = tool.parameters.encode(arguments)
-                shown = tool.shown(raw, context.journal.call_key)
+                shown = tool.shown(tool.parameters.encode(arguments), context.journal.call_key)
                 changed = f"A person changed the arguments to {bytes(shown).decode()}. The result: "
-
-        async def execute() -> Any:
-            try:
-                return await _not_cancelled(tool.name, self._executed(tool, arguments))
-            except (Exception, SystemExit, KeyboardInterrupt) as exc:  # the journal makes an error of an exit
-                values = context.run_id, tool.name, one_line(safe_text(exc)), of_request(context.request_id)
-                details = None if isinstance(exc, StepError) else exc
-                logger.warning("run %s: the tool %s failed: %s%s", *values, exc_info=details)
-                raise
-
         value = await context.journal.once(
             tool.name,
             number,
-            execute,
+            functools.partial(self._logged, tool, arguments),
             kind="tool",
             arguments=shown,
             decode=msgspec.json.decode,
@@ -460,6 +438,31 @@ class Toolbox(msgspec.Struct):
             at_most_once=tool.once,
         )
         return changed + (value if isinstance(value, str) else msgspec.json.encode(value).decode())
+
+    async def _approval(self, tool: Tool, number: str, shown: msgspec.Raw) -> Any:
+        """Ask a person whether a call may be executed, and return the answer; see ``_approval_type``."""
+        context, rules = self.context, tool.approval
+        return await context.journal.ask(
+            context,
+            f"May {context.agent_name} call {tool.name}?",
+            _approval_type(tool),
+            f"{tool.name}.{number}",
+            rules.expires_s,
+            DENIED_LATE if rules.on_expiry == "deny" else msgspec.UNSET,
+            shown,
+            rules.approver,
+            four_eyes=rules.four_eyes,
+        )
+
+    async def _logged(self, tool: Tool, arguments: Any) -> Any:
+        """Execute a tool, and log how it fails. Raises: see ``_executed``; CallError, see ``_not_cancelled``."""
+        try:
+            return await _not_cancelled(tool.name, self._executed(tool, arguments))
+        except (Exception, SystemExit, KeyboardInterrupt) as exc:  # the journal makes an error of an exit
+            context, details = self.context, None if isinstance(exc, StepError) else exc
+            values = context.run_id, tool.name, one_line(safe_text(exc)), of_request(context.request_id)
+            logger.warning("run %s: the tool %s failed: %s%s", *values, exc_info=details)
+            raise
 
 
 async def _not_cancelled(name: str, call: Awaitable[Any]) -> Any:
