@@ -154,6 +154,20 @@ async def test_questions_are_answered_by_a_function(is_async: bool) -> None:
         assert result == {"result": "sent" if is_async else "kept: Send tea?"}
 
 
+def test_the_old_name_of_the_function_that_answers_is_warned_of_in_the_line_that_has_it(client: FlockClient) -> None:
+    async def in_loop() -> Any:
+        options: dict[str, Any] = {"answer": lambda question: Approval(approved=True)}
+        async with local() as client:
+            return await client.run("approve", {"text": "tea"}, **options)
+
+    options: dict[str, Any] = {"answer": lambda question: True}
+
+    with pytest.warns(DeprecationWarning, match=r"answer= is called on_question= now") as warned:
+        found = [anyio.run(in_loop), client.run("ask_beside", {"gate": __file__}, **options)]
+    assert found == [{"result": "sent"}, {"result": True}]
+    assert [each.filename for each in warned] == [__file__] * 2
+
+
 async def test_a_run_that_waits_for_nobody_is_a_conflict() -> None:
     async with local() as client:
         with pytest.raises(Conflict, match=r"waits for an answer: 'Send tea\?'\. Pass on_question="):

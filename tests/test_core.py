@@ -1,5 +1,6 @@
 """The public Python API, used as a script uses it."""
 
+import ast
 import functools
 import gzip
 import inspect
@@ -156,6 +157,24 @@ def test_old_names_of_options_work_with_a_warning_in_the_line_that_has_them() ->
         "retry= is called on_retry=",
     }
     assert all(each.filename == __file__ for each in warned)
+
+
+def test_the_page_of_names_has_each_option_that_was_renamed() -> None:
+    owners = {"DeclaredFlock": "flock.", "FlockClient": "FlockClient.", "AsyncFlockClient": "FlockClient."}
+    used: dict[tuple[str, str], set[str]] = {}
+    sources = [file.read_text() for file in (ROOT / "flock").rglob("*.py")]
+    for node in [node for text in sources if "@renamed(" in text for node in ast.walk(ast.parse(text))]:
+        for function in ast.iter_child_nodes(node):
+            for line in [ast.unparse(each) for each in getattr(function, "decorator_list", ())]:
+                owner, name = getattr(node, "name", ""), getattr(function, "name", "").removesuffix("_async")
+                name = owner if name == "__init__" else owners.get(owner, "") + name
+                for names in re.findall(r"(\w+)='(\w+)'", line) if line.startswith("renamed(") else ():
+                    used.setdefault(names, set()).add(name)
+    table = (ROOT / "docs" / "names.md").read_text().partition("| old | new | of |")[2].partition("\n\n")[0]
+    rows = [re.findall("`([^`]+)`", line) for line in table.splitlines()[2:]]
+    assert {(old.strip("="), new.strip("=")): set(of) for old, new, *of in rows} == {
+        names: functions if names[0] != "retry" else set() for names, functions in used.items()
+    }, "retry= is of all that makes agents"
 
 
 def test_an_option_with_both_names_is_refused() -> None:

@@ -270,12 +270,14 @@ async def test_what_a_program_adds_to_an_agent_works_with_a_real_model() -> None
             output=output,
             instructions=instructions,
             validate=checked.append,
-            history=History(calls=True),
+            history=History(calls=True, max_tokens=1000),
+            options={"max_tokens": 60},
         )
     )
 
     @flock.on_model_call
     async def count(call: Any, ask: Any) -> Any:
+        assert call.options["max_tokens"] == 60
         call.options["temperature"] = 0
         asked.append([message.content for message in call.messages])
         return await ask(call)

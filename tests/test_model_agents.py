@@ -6,6 +6,7 @@ import runpy
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -25,6 +26,7 @@ from flock.testing import Failure, FakeModel, Reply
 from flockapi import create_app
 from tests.support import EXAMPLES, PATIENCE_S
 from tests.support.engines import OpenEngine, until_run
+from tests.test_secrets import files_in
 
 pytestmark = pytest.mark.anyio
 
@@ -191,13 +193,13 @@ async def test_instructions_may_be_a_function_which_is_called_for_each_call_of_t
     assert [msgspec.json.decode(call.result)["instructions"] for call in calls] == texts
 
 
-async def test_instructions_of_a_conversation_may_be_a_function(model: FakeModel) -> None:
+async def test_instructions_of_a_conversation_may_be_a_function(open_engine: OpenEngine, model: FakeModel) -> None:
     flock = Flock("chat", model="openai/gpt-4o")
     options: dict[str, Any] = {"input": "messages: Messages", "output": "reply: str"}
     agent = FlockFactory.create_default_agent("chat", instructions=lambda context: "Be brief.", **options)
     flock.add_agent(agent)
     model.replies = [{"reply": "Hi."}]
-    async with flock.engine(transport=model.transport) as engine:
+    async with open_engine(flock, transport=model.transport) as engine:
         run = await engine.submit("chat", {"messages": [{"role": "user", "content": "Hi!"}]})
         assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
     assert model.requests[0]["messages"][0]["content"].startswith("You are chat.\nBe brief.\n\nDetermine:")
@@ -227,11 +229,15 @@ def look_up(name: str) -> str:
     return f"{name}: 42"
 
 
-async def test_options_of_an_agent_are_sent_under_the_names_of_the_provider(model: FakeModel) -> None:
+async def test_options_of_an_agent_are_sent_under_the_names_of_the_provider(
+    open_engine: OpenEngine, model: FakeModel
+) -> None:
     options: Any = {"top_p": 0.5, "max_tokens": 9, "reasoning_effort": "low", "extra_body": {"service_tier": "flex"}}
     model.replies = [{"text": "a"}] * 2
     for name in ("openai/gpt-4o", "openai/o3"):
-        run = await run_of(flock_of(options=options, temperature=0.1, max_tokens=50, model=name), model)
+        flock = flock_of(options=options, temperature=0.1, max_tokens=50, model=name)
+        async with open_engine(flock, transport=model.transport) as engine:
+            run = await ended(engine)
         assert run.status is RunStatus.COMPLETED, run.error
     first, second = model.requests
     sent = {"top_p": 0.5, "max_completion_tokens": 9, "reasoning_effort": "low", "service_tier": "flex"}
@@ -243,11 +249,12 @@ async def test_options_of_an_agent_are_sent_under_the_names_of_the_provider(mode
 
 
 @pytest.mark.parametrize("choice", ["required", "look_up"])
-async def test_a_choice_of_tools_is_for_the_first_reply(choice: str, model: FakeModel) -> None:
+async def test_a_choice_of_tools_is_for_the_first_reply(choice: str, open_engine: OpenEngine, model: FakeModel) -> None:
     """Otherwise the model could never answer."""
     model.replies = [Reply(calls=[("look_up", {"name": "x"})]), {"text": "42"}]
     flock = flock_of(tools=[look_up], options={"tool_choice": choice, "parallel_tool_calls": False})
-    assert (await run_of(flock, model)).value == {"text": "42"}
+    async with open_engine(flock, transport=model.transport) as engine:
+        assert (await ended(engine)).value == {"text": "42"}
     first, second = model.requests
     named = {"type": "function", "function": {"name": "look_up"}}
     assert first["tool_choice"] == ("required" if choice == "required" else named)
@@ -301,14 +308,16 @@ def test_options_that_are_invalid_are_an_error_at_the_definition(options: Any, w
 async def test_a_called_agent_gets_options_for_one_call(open_engine: OpenEngine, model: FakeModel) -> None:
     """The same inputs with other options are another call. What the called agent calls itself does not get them."""
     flock = flock_of(options={"seed": 1}, tools=["helper"])
+    named = {"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 9, "reasoning_effort": "low"}
+    named |= {"extra_body": {"service_tier": "flex"}}
     flock.add_agent(FlockFactory.create_default_agent("helper", input="q", output="text: str"))
 
     @flock.agent
     async def caller(q: str, context: RunContext) -> list[str]:
-        options: list[Any] = [None, {"seed": 2}, {"top_p": 0.5}]
+        options: list[Any] = [None, {"seed": 2}, {"top_p": 0.5}, named]
         return [(await context.run_agent("writer", {"q": q}, options=each))["text"] for each in options]
 
-    answers = iter("abc")
+    answers = iter("abcd")
     call_helper = Reply(calls=[("helper", {"q": "?"})])
     model.replies = {
         "writer": lambda request: {"text": next(answers)} if request["messages"][-1]["role"] == "tool" else call_helper,
@@ -317,11 +326,18 @@ async def test_a_called_agent_gets_options_for_one_call(open_engine: OpenEngine,
     async with open_engine(flock, transport=model.transport) as engine:
         run = await ended(engine, "caller")
         calls = (await engine.get_calls(run))[0]
-    assert (run.status, run.value) == (RunStatus.COMPLETED, {"result": ["a", "b", "c"]}), run.error
+    assert (run.status, run.value) == (RunStatus.COMPLETED, {"result": ["a", "b", "c", "d"]}), run.error
     sent = [(each.get("seed"), each.get("top_p")) for each in model.requests if each.agent_name == "writer"]
-    assert sent == [(1, None)] * 2 + [(2, None)] * 2 + [(1, 0.5)] * 2
+    assert sent == [(1, None)] * 2 + [(2, None)] * 2 + [(1, 0.5)] * 2 + [(1, None)] * 2
+    names = ("tool_choice", "parallel_tool_calls", "max_completion_tokens", "reasoning_effort", "service_tier")
+    sent_named = [[each.get(name) for name in names] for each in model.requests]
+    assert sent_named == [[None, None, None, None, None]] * 9 + [
+        ["required", False, 9, "low", "flex"],
+        [None, None, None, None, None],
+        [None, False, 9, "low", "flex"],
+    ]
     assert {each.get("seed") for each in model.requests if each.agent_name == "helper"} == {None}
-    assert len({call.call_id for call in calls if call.name == "writer"}) == 3
+    assert len({call.call_id for call in calls if call.name == "writer"}) == 4
 
 
 async def test_options_for_a_call_that_are_invalid_are_an_error() -> None:
@@ -351,6 +367,7 @@ class Pool:
     def __init__(self) -> None:
         self.is_open = False
         self.used = 0
+        self.password = "hunter2"
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator["Pool"]:
@@ -359,7 +376,9 @@ class Pool:
         self.is_open = False
 
 
-async def test_the_state_is_open_while_the_engine_is(open_engine: OpenEngine, model: FakeModel) -> None:
+async def test_the_state_is_open_while_the_engine_is_and_never_stored(
+    open_engine: OpenEngine, model: FakeModel, tmp_path: Path
+) -> None:
     pool = Pool()
     flock = Flock("state", model="openai/gpt-4o", state=pool.opened)
 
@@ -379,7 +398,10 @@ async def test_the_state_is_open_while_the_engine_is(open_engine: OpenEngine, mo
     async with open_engine(flock, transport=model.transport) as engine:
         run = await ended(engine, "caller")
         assert (run.status, run.value) == (RunStatus.COMPLETED, {"result": True}), run.error
-        assert b"Pool" not in msgspec.json.encode(run)
+        stored = msgspec.json.encode((run, (await engine.get_calls(run))[0]))
+    seen = stored.decode() + "".join(files_in(tmp_path))
+    assert "look_up" in seen
+    assert [word in seen for word in ("Pool", "hunter2", "password")] == [False] * 3
     assert (pool.used, pool.is_open) == (2, False)
 
 
@@ -413,16 +435,17 @@ async def test_the_state_is_that_of_the_lifespan_of_an_app() -> None:
     assert not pool.is_open
 
 
-async def test_a_state_that_is_used_too_late_is_an_error() -> None:
+async def test_a_state_that_is_used_too_late_is_an_error(open_engine: OpenEngine) -> None:
     kept: list[RunContext] = []
     flock = Flock("state", state="value")
 
     @flock.agent
-    async def keep(context: RunContext) -> str:
+    async def keep(q: str, context: RunContext) -> str:
         kept.append(context)
         return str(context.state)
 
-    assert await flock.run_async("keep") == {"result": "value"}
+    async with open_engine(flock) as engine:
+        assert (await ended(engine, "keep")).value == {"result": "value"}
     with pytest.raises(EngineStopped, match="state of the flock is closed"):
         kept[0].state  # noqa: B018
 
@@ -534,10 +557,10 @@ async def test_the_history_has_only_the_calls_that_a_retry_has_kept(open_engine:
     assert [text for text in shown if text.startswith("found")] == ["found c", "found e", "found f"]
 
 
-async def test_the_oldest_turns_beyond_the_tokens_are_left_out_whole(model: FakeModel) -> None:
+async def test_the_oldest_turns_beyond_the_tokens_are_left_out_whole(open_engine: OpenEngine, model: FakeModel) -> None:
     model.replies = lambda request: {"text": "a" * 400}
     flock = flock_of(history=History(turns=9, max_tokens=400))
-    async with flock.engine(transport=model.transport) as engine:
+    async with open_engine(flock, transport=model.transport) as engine:
         for q in ("one", "two", "three", "four"):
             await turn(engine, q)
     assert [text for text in seen(model) if text.startswith("user")] == ['user {"q": "two"}', 'user {"q": "three"}']
@@ -619,6 +642,7 @@ class Question(msgspec.Struct):
 
 class RefundModel(pydantic.BaseModel):
     amount: int = pydantic.Field(ge=1)
+    parts: list["RefundModel"] = []
 
 
 class QuestionModel(pydantic.BaseModel):
@@ -641,21 +665,24 @@ async def test_an_output_may_be_one_of_several_types(
 
     def check(answer: Any) -> Any:
         checked.append(answer)
-        return refund(amount=answer.amount + 1) if isinstance(answer, refund) else None
+        return refund(amount=answer.parts[0].amount + 3, parts=answer.parts) if isinstance(answer, refund) else None
 
     model.replies = [
         {"result": {"type": "Other"}},
         {"result": {"type": question.__name__, "text": "Which one?"}},
-        {"result": {"type": refund.__name__, "amount": 3}},
+        {"result": {"type": refund.__name__, "amount": 3, "parts": [{"amount": 1, "parts": [{"amount": 2}]}]}},
     ]
     async with open_engine(flock_of(union, validate=check), transport=model.transport) as engine:
         first, second = await ended(engine), await ended(engine)
     assert first.value == {"result": {"type": question.__name__, "text": "Which one?"}}, first.error
-    assert (second.value or {})["result"].items() >= {"type": refund.__name__, "amount": 4}.items(), second.error
+    parts = [{"amount": 1, "parts": [{"amount": 2, "parts": []}]}]
+    assert (second.value or {})["result"] == {"type": refund.__name__, "amount": 4, "parts": parts}, second.error
     assert [isinstance(value, type_) for value, type_ in zip(checked, (question, refund), strict=True)] == [True, True]
     format_ = model.requests[0]["response_format"]["json_schema"]
     members = format_["schema"]["properties"]["result"]["anyOf"]
     assert [next(iter(member["properties"])) for member in members] == ["type", "type"], "the first one decides"
+    tags = [member["properties"]["type"] for member in members]
+    assert sorted(tag.get("const") or tag["enum"][0] for tag in tags) == [question.__name__, refund.__name__]
 
 
 @pytest.mark.parametrize(("union", "refund"), [(Refund | Question, Refund), (RefundModel | QuestionModel, RefundModel)])
@@ -722,7 +749,7 @@ async def test_a_hook_changes_the_request_and_the_answer(open_engine: OpenEngine
     assert seen_tools == [("writer", ["look_up"])] * 2
 
 
-async def test_a_hook_replaces_or_refuses_the_answer(model: FakeModel) -> None:
+async def test_a_hook_replaces_or_refuses_the_answer(open_engine: OpenEngine, model: FakeModel) -> None:
     flock = flock_of()
 
     @flock.on_model_call
@@ -731,12 +758,32 @@ async def test_a_hook_replaces_or_refuses_the_answer(model: FakeModel) -> None:
             raise AgentError("That is secret.")
         return '{"text": "from the hook"}'
 
-    async with flock.engine(transport=model.transport) as engine:
+    async with open_engine(flock, transport=model.transport) as engine:
         run = await ended(engine)
         assert (run.value, run.usage) == ({"text": "from the hook"}, None)
         run = await engine.wait((await engine.submit("writer", {"q": "secret"})).run_id)
     assert (run.error, run.error_type) == ("That is secret.", "agent_error")
     assert model.requests == []
+
+
+async def test_a_hook_may_call_an_agent(open_engine: OpenEngine, model: FakeModel) -> None:
+    """The hook is around the calls of that agent too, so it leaves them alone."""
+    flock = flock_of()
+    flock.add_agent(FlockFactory.create_default_agent("guard", input="text", output="is_safe: bool"))
+
+    @flock.on_model_call
+    async def check(call: ModelCall, ask: Any, context: RunContext) -> Completion:
+        reply: Completion = await ask()
+        if context.agent_name == "writer" and not (await context.run_agent("guard", {"text": reply.text}))["is_safe"]:
+            raise AgentError("That is not safe.")
+        return reply
+
+    safe = iter([True, False])
+    model.replies = {"writer": lambda request: {"text": "a"}, "guard": lambda request: {"is_safe": next(safe)}}
+    async with open_engine(flock, transport=model.transport) as engine:
+        first, second = await ended(engine), await ended(engine)
+    assert (first.value, second.error) == ({"text": "a"}, "That is not safe."), first.error
+    assert [request.agent_name for request in model.requests] == ["writer", "guard"] * 2
 
 
 async def test_all_that_a_hook_asks_is_paid_for(model: FakeModel) -> None:
@@ -876,14 +923,28 @@ def test_the_stable_beginning_of_a_prompt_is_marked_for_the_cache(name: str, is_
     usage = Usage(input_tokens=100, output_tokens=5, cached_tokens=90)
     with FakeModel([Reply(calls=[("look_up", {"name": "x"})]), Reply({"text": "a"}, usage=usage)]) as model:
         flock.run("writer", {"q": "?"})
-    for request in model.requests:
-        assert request.agent_name == "writer"
-        marks = [isinstance(message["content"], list) for message in request["messages"]]
-        assert marks == [is_marked] + [False] * (len(marks) - 2) + [is_marked and marks[-1]]
+    first, second = [request["messages"] for request in model.requests]
+    assert [isinstance(message["content"], list) and message["role"] for message in first] == (
+        ["system", False, False, "user"] if is_marked else [False] * 4
+    )
+    assert [isinstance(message["content"], list) for message in second] == [is_marked] + [False] * 5
+    assert first[:3] == second[:3], "what is stable is sent again as it was"
     if is_marked:
         [part] = model.requests[0]["messages"][0]["content"]
         assert part["cache_control"] == {"type": "ephemeral"}
         assert model.requests[0].text.startswith('{"q": "?"}')
+
+
+async def test_the_next_turn_of_a_conversation_begins_with_the_messages_of_the_last_one(model: FakeModel) -> None:
+    """So a provider reads them from its cache."""
+    model.replies = [{"text": text} for text in "abc"]
+    async with flock_of(history=History()).engine(transport=model.transport) as engine:
+        for q in ("one", "two", "three"):
+            await turn(engine, q)
+    first, second, third = [request["messages"] for request in model.requests]
+    assert (len(first), len(second), len(third)) == (2, 4, 6)
+    assert first[0] == second[0]
+    assert second[:3] == third[:3]
 
 
 # The examples of retrieval
