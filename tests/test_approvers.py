@@ -199,8 +199,11 @@ async def test_an_answer_that_is_sent_again_does_not_answer_the_same_question_of
 
 
 async def test_the_ids_of_questions_tell_apart_what_they_ask(model: FakeModel, open_engine: OpenEngine) -> None:
-    """Only the arguments differ, or only the text behind a name."""
-    flock, texts = Flock(), iter(["Pay 40 €?", "Pay 41 €?"])
+    """Only the arguments differ, or only the tool, or only the text behind a name."""
+    till, texts = Till(), iter(["Pay 40 €?", "Pay 41 €?"])
+    flock = flock_of(Tool(till.refund, needs_approval=True), Tool(till.refund, name="credit", needs_approval=True))
+    calls = [[("refund", {"amount": 40})], [("refund", {"amount": 41})], [("credit", {"amount": 41})]]
+    model.replies = [Reply(calls=each) for each in calls]
 
     @flock.agent
     async def work(context: RunContext) -> bool:
@@ -209,9 +212,11 @@ async def test_the_ids_of_questions_tell_apart_what_they_ask(model: FakeModel, o
     def without_try(run: Run) -> str:
         return run.waiting_for[0].call_id.rpartition(".")[2]
 
-    async with open_engine(flock) as engine:
+    async with open_engine(flock, transport=model.transport) as engine:
         runs = [await asked(engine, "work") for _ in range(2)]
         assert without_try(runs[0]) != without_try(runs[1])
+        runs += [await asked(engine, "ask", {"q": "?"}) for _ in calls]
+        assert len(set(map(without_try, runs))) == 5
         for run in runs:
             await engine.cancel_run(run.run_id)
 
@@ -244,13 +249,15 @@ async def test_the_questions_of_an_item_belong_to_what_it_asks(model: FakeModel,
 ANN = Principal(name="ann")
 BOB, CAT = Principal(name="bob", roles=["refunds"]), Principal(name="cat", roles=["refunds", "other"])
 EVE, OPS = Principal(name="eve", roles=["other"]), Principal(name="ops", admin=True)
-EVERYBODY = {principal.name: principal for principal in (ANN, BOB, CAT, EVE, OPS)}
+ROOT = Principal(name="root", admin=True, roles=["refunds"])
+EVERYBODY = {principal.name: principal for principal in (ANN, BOB, CAT, EVE, OPS, ROOT)}
 KEYS = {
     "ann": "key-of-ann-123456",
     "bob:role:refunds": "key-of-bob-123456",
     "cat:role:refunds:role:other": "key-of-cat-123456",
     "eve:role:other": "key-of-eve-123456",
     "ops:admin": "key-of-ops-123456",
+    "root:admin:role:refunds": "key-of-root-123456",
 }
 
 
@@ -270,9 +277,9 @@ class Shop:
             method, path, headers={"Authorization": f"Bearer key-of-{who}-123456"}, **options
         )
 
-    async def ask(self, who: str = "ann") -> Any:
+    async def ask(self, who: str = "ann", **members: Any) -> Any:
         """Start a run of *who*, and return it when it waits."""
-        body = {"agent_name": "ask", "inputs": {"q": "?"}, "async_run": True}
+        body = {"agent_name": "ask", "inputs": {"q": "?"}, "async_run": True, **members}
         response = await self.send(who, "POST", "/run/flock", json=body)
         assert response.status_code == 202, response.text
         return await self.waiting(response.json()["run_id"], who)
@@ -325,7 +332,7 @@ async def test_only_the_role_may_answer_and_it_sees_nothing_but_the_question(
     till = Till()
     model.replies = [refund(40), DONE]
     async with open_shop(shop(till, approver="refunds")) as at:
-        run = await at.ask()
+        run = await at.ask(session_id="s")
         (question,) = run["waiting_for"]
         path = f"/run/{run['run_id']}/calls/{quote(question['call_id'])}"
         assert question["answerer"] == "refunds"
@@ -338,8 +345,12 @@ async def test_only_the_role_may_answer_and_it_sees_nothing_but_the_question(
             seen = (await at.send(who, "GET", path)).json()
             assert seen.items() >= question.items()
             assert (seen["status"], seen["requested_by"], seen["agent_name"]) == ("open", "ann", "ask")
-            for of_run in ("", "/events"):
-                check_problem(await at.send(who, "GET", f"/run/{run['run_id']}{of_run}"), 404)
+            for method, of_run in (("GET", ""), ("HEAD", ""), ("DELETE", ""), ("GET", "/events")):
+                response = await at.send(who, method, f"/run/{run['run_id']}{of_run}")
+                assert response.status_code == 404, (method, of_run)
+            check_problem(await at.send(who, "GET", "/session/s"), 404)
+            check_problem(await at.send(who, "DELETE", "/session/s"), 404)
+            assert (await at.send(who, "GET", "/runs?session_id=s")).json()["runs"] == []
             for command in ("cancel", "retry", "messages/x"):
                 body = {"json": {"message": 1}} if command == "messages/x" else {}
                 check_problem(await at.send(who, "POST", f"/run/{run['run_id']}/{command}", **body), 404)
@@ -396,6 +407,51 @@ async def test_four_eyes_exclude_who_started_or_retried_the_run(open_shop: OpenS
         assert (await at.answer("cat", run, YES)).status_code == 200
         assert (await at.done(run, "bob"))["status"] == "completed"
     assert till.paid == [40]
+
+
+@pytest.mark.parametrize("approver", ["refunds", None])
+async def test_four_eyes_exclude_the_admin_who_has_retried_the_run(
+    approver: str | None, open_shop: OpenShop, model: FakeModel
+) -> None:
+    """An old page's answer is refused with what is asked now, to those who may see it."""
+    till = Till()
+    model.replies = [refund(40), DONE]
+    async with open_shop(shop(till, approver=approver, four_eyes=True)) as at:
+        old = await at.ask("cat")
+        assert (await at.send("root", "POST", f"/run/{old['run_id']}/cancel")).status_code in (200, 202)
+        assert (await at.done(old, "cat"))["status"] == "cancelled"
+        assert (await at.send("root", "POST", f"/run/{old['run_id']}/retry")).status_code == 202
+        run = await at.waiting(old["run_id"], "cat")
+        problem = check_problem(await at.answer("root", run, YES), 403)
+        assert "started or retried" in problem["detail"]
+        check_problem(await at.answer("cat", run, YES), 403)
+        other = "bob" if approver else "ops"
+        problem = check_problem(await at.answer(other, old, YES), 409)
+        assert problem["waiting_for"] == run["waiting_for"]
+        assert run["waiting_for"][0]["call_id"] in problem["detail"]
+        assert till.paid == []
+        assert (await at.answer(other, run, YES)).status_code == 200
+        assert (await at.done(run, "cat"))["status"] == "completed"
+    assert till.paid == [40]
+
+
+async def test_a_stale_answer_shows_of_what_is_asked_now_only_what_its_sender_may_see(open_shop: OpenShop) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def ask(q: str, context: RunContext) -> str:
+        size = await context.ask("Which size?", str, answerer="refunds")
+        return f"{size} {await context.ask('Send it?', bool, answerer='other')}"
+
+    async with open_shop(flock) as at:
+        first = await at.ask()
+        assert (await at.answer("bob", first, "small")).status_code == 200
+        run = await at.waiting(first["run_id"])
+        for who, shown in (("bob", []), ("cat", run["waiting_for"])):
+            problem = check_problem(await at.answer(who, first, "large"), 409)
+            assert (problem["waiting_for"], "Send it?" in problem["detail"]) == (shown, bool(shown))
+        assert (await at.answer("eve", run, True)).status_code == 200
+        assert (await at.done(run))["result"] == {"result": "small True"}
 
 
 async def test_an_approval_of_who_retries_the_run_counts_only_if_its_tool_has_started(
@@ -459,6 +515,9 @@ async def test_edits_are_refused_where_a_role_is_named_unless_they_are_allowed(
         call = next(call for call in done["steps"][0]["calls"] if call["kind"] == "question")
         assert call["arguments"]["arguments"] == {"amount": 40}
         assert call["result"]["arguments"] == edited["arguments"]
+        events = events_in((await at.send("ann", "GET", f"/run/{run['run_id']}/events")).text)
+        event = next(event["data"] for event in events if event["data"].get("kind") == "question")
+        assert [event[name] for name in ("arguments", "result")] == [call[name] for name in ("arguments", "result")]
     assert till.paid == [40, 8000]
     assert any(
         f"'bob' has answered the question {call['call_id']}: approved, with" in message and "8000" in message
@@ -681,6 +740,8 @@ async def test_everybody_lists_the_questions_that_he_may_answer(open_shop: OpenS
         assert await listed(at, "cat", role="refunds") == ["ask refunds?"]
         assert await listed(at, "cat", agent_name="other") == ["other other?"]
         assert await listed(at, "cat", session_id="none") == []
+        assert await listed(at, "cat", session_id="s") == ["other other?", "ask refunds?"]
+        assert await listed(at, "ann", session_id="s") == []
         assert await listed(at, "bob", role="other") == []
         page = (await at.send("cat", "GET", "/questions?limit=1")).json()
         assert [each["run_id"] for each in page["questions"]] == [run["run_id"]]
@@ -749,6 +810,8 @@ async def test_an_inbox_of_10000_questions_is_read_in_pages_and_not_from_its_run
 
         await store.change(fill)
         wanted, found = QuestionFilter(by=BOB, limit=1000), set[str]()
+        queries = list[str]()
+        store._reader.set_trace_callback(queries.append)
         page = await engine.list_questions(wanted)
         while page:
             assert len(page) <= 1000
@@ -756,7 +819,9 @@ async def test_an_inbox_of_10000_questions_is_read_in_pages_and_not_from_its_run
             if not page.has_more:
                 break
             page = await engine.list_questions(replace(wanted, after=page[-1].run_id))
+        store._reader.set_trace_callback(None)
         assert len(found) == 10_001
+        assert queries
         query = statements.open_questions(["role0"], "owner", [])
         values = {"flock": "inbox", "role0": "refunds", "owner": "bob", "after": "~"}
         reads = [row[3] for row in store.read(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}", values).fetchall())]

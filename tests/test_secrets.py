@@ -6,25 +6,27 @@ import json
 import logging
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from flock.agents.secret import sealed, unsealed
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import CallError, DefinitionError
-from flock.runs import BatchOptions, Engine, Run, RunContext, RunStatus
-from flock.steps.identity import DIGEST_CHARS, digest, digest_of
+from flock.runs import BatchOptions, Engine, Question, Run, RunContext, RunStatus
+from flock.steps.identity import DIGEST_CHARS, digest, digest_of, question_id
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine
 from tests.support.http import client_of
+from tests.test_approvers import item_that_asks
 from tests.test_ask import json_of, waiting
 from tests.test_costs import finish
 
@@ -91,11 +93,25 @@ def guesses(pin: str) -> Iterator[str]:
             yield algorithm(written.encode()).hexdigest()[:DIGEST_CHARS]
 
 
-def check_not_guessable(seen: str) -> None:
+def guesses_of_pay(pin: str, question: Question) -> Iterator[str]:
+    """Yield what the ids of a call of ``pay``, and of the question about it, might have of a candidate."""
+    for account in ("A1", "B2"):
+        arguments = msgspec.Raw(msgspec.json.encode({"account": account, "pin": pin}))
+        yield digest(bytes(arguments))
+        for version in (1, 2):
+            yield digest_of("pay", pay, arguments, {"account": str, "pin": str}, version=version)
+        yield question_id("", 1, 0, replace(question, arguments=arguments)).rpartition(".")[2]
+
+
+def digests_in(seen: str) -> set[str]:
+    return set(re.findall(rf"(?=([0-9a-f]{{{DIGEST_CHARS}}}))", seen))
+
+
+def check_not_guessable(seen: str, more: Callable[[str], Iterable[str]] = lambda pin: ()) -> None:
     """Check that *seen* has neither the PIN nor a digest that tells it from the other candidates."""
     assert PIN not in seen
-    words = set(re.findall(rf"(?=([0-9a-f]{{{DIGEST_CHARS}}}))", seen))
-    found = {pin for pin in candidates() if not words.isdisjoint(guesses(pin))}
+    words = digests_in(seen)
+    found = {pin for pin in candidates() if not words.isdisjoint([*guesses(pin), *more(pin)])}
     assert found == set()
 
 
@@ -141,6 +157,8 @@ async def test_a_pin_cannot_be_guessed_from_all_that_is_stored_and_shown(
         assert [bytes(call.arguments) for call in secret] == [b"null"] * 4
         assert len({call.call_id for call in secret}) == 4
         batch = await engine.submit_batch("guard", [{}, {}], BatchOptions())
+        item = await item_that_asks(engine, batch)
+        seen += [str(item), str(await engine.get_calls(item))]
         if hasattr(engine, "cluster"):
             from flock.temporal.messages import run_workflow_id
 
@@ -240,7 +258,7 @@ def teller(**options: Any) -> Flock:
     flock = Flock("teller", model="openai/gpt-4o")
     flock.add_agent(
         FlockFactory.create_default_agent(
-            "teller", input="wish: str", output="done: str", tools=[Tool(pay, secret=["pin"], **options)]
+            "teller", input="wish: str", output="done: str", tools=[Tool(pay, **{"secret": ["pin"], **options})]
         )
     )
     return flock
@@ -278,9 +296,17 @@ async def test_a_secret_argument_of_a_tool_cannot_be_guessed(
     assert len(model.requests) == 2, "the reply was stored"
     assert PIN in str(model.requests[1]["messages"]), "the model sees its own call"
     seen += [*files_in(tmp_path), caplog.text]
-    check_not_guessable("\n".join(seen))
+    check_not_guessable("\n".join(seen), lambda pin: guesses_of_pay(pin, question))
     for text in (PIN, json.dumps(PIN), json.dumps({"account": "A1", "pin": PIN})):
         assert base64.b64encode(text.encode()).decode()[:12] not in "\n".join(seen)
+
+
+async def test_the_guesses_find_the_id_of_a_question_about_a_call_without_secrets() -> None:
+    model = FakeModel(REPLIES[:1])
+    async with teller(secret=[], needs_approval=True).engine(transport=model.transport) as engine:
+        run = await waiting(engine, (await engine.submit("teller", {"wish": "pay"})).run_id)
+    (question,) = run.waiting_for
+    assert len(digests_in(question.call_id) & set(guesses_of_pay(PIN, question))) == 1
 
 
 async def test_a_call_of_another_secret_is_another_question(open_engine: OpenEngine) -> None:

@@ -105,12 +105,17 @@ class Reader:
             if block.language in ("python", "py") and (file := re.match(r"# (\w+\.py)\n", block.text)):
                 (self.folder / file[1]).write_text(block.text)
             if block.language == "bash":
-                output = [self.run(command) for command in commands_of(block.text)][-1]
-                if following is not None and following.language in ("json", "text", "csv"):
-                    check_output(following, output)
+                shown = following if following and following.language in ("json", "text", "csv") else None
+                shows_error = shown is not None and re.search('"status": ?[45]', shown.text) is not None
+                output = [self.run(command, may_fail=shows_error) for command in commands_of(block.text)][-1]
+                if shown is not None:
+                    check_output(shown, output)
 
-    def run(self, command: str) -> str:
-        """Run one command and return its output. A server keeps running, and later commands go to the last one."""
+    def run(self, command: str, *, may_fail: bool = False) -> str:
+        """Run one command and return its output. A server keeps running, and later commands go to the last one.
+
+        A response of curl with the status of an error is a failure unless *may_fail*.
+        """
         if "flockapi serve" in command:
             self._servers.close()
             line = f"cd {shlex.quote(str(self.folder))} && {command} --port 0 --store :memory:"
@@ -119,7 +124,9 @@ class Reader:
         if "curl " in command:
             assert self.server is not None, "no server was started"
             url = re.sub(r"//.*:", "//127.0.0.1:", self.server.url)
-            command = command.replace(URL, url).replace("curl ", "curl -sS ", 1)
+            command = command.replace(URL, url).replace(
+                "curl ", f"curl -sS {'' if may_fail else '--fail-with-body '}", 1
+            )
             for name, value in self._ids.items():
                 command = command.replace(f"{{{name}}}", value)
         env = self._env | ({} if self.server is None else {"FLOCK_URL": self.server.url})
@@ -130,8 +137,8 @@ class Reader:
         with contextlib.suppress(ValueError, AttributeError):
             answer = json.loads(done.stdout)
             self._ids |= {name: answer[name] for name in ("run_id", "batch_id") if name in answer}
-            if questions := answer.get("waiting_for"):
-                self._ids["call_id"] = questions[0]["call_id"]
+            if questions := answer.get("waiting_for") or answer.get("questions"):
+                self._ids |= {name: questions[0][name] for name in ("run_id", "call_id") if name in questions[0]}
         if (file := re.search(r"-o (\S+)", command)) and (self.folder / file[1]).exists():
             return (self.folder / file[1]).read_text("utf-8", "replace")
         return done.stdout
