@@ -204,9 +204,11 @@ async def long_run(status: str) -> AsyncIterator[tuple[FlockAPI, str]]:
         yield app, f"/run/{run.run_id}"
 
 
-async def peak_of(app: FlockAPI, method: str, path: str, principal: str = "ann", **headers: str) -> tuple[int, int]:
+async def peak_of(
+    app: FlockAPI, method: str, path: str, principal: str = "ann", content: bytes = b"", **headers: str
+) -> tuple[int, int]:
     """Return the status of the response, and the most memory that the request took. The body is not kept."""
-    status, body = 0, iter([{"type": "http.request", "body": b"", "more_body": False}])
+    status, body = 0, iter([{"type": "http.request", "body": content, "more_body": False}])
 
     async def receive() -> Message:
         if (message := next(body, None)) is None:
@@ -281,11 +283,14 @@ async def test_a_run_of_another_principal_takes_as_much_work_as_an_unknown_one()
             ("POST", "/cancel"),
             ("POST", "/retry"),
             ("GET", "/events"),
+            ("GET", "/calls/ask:x"),
+            ("POST", "/calls/ask:x"),
         ):
-            made = []
+            made, answer = [], {"content": b'{"output": true}', "content_type": "application/json"}
             for asked in (unknown, path):
                 queries.clear()
-                status, peak = await peak_of(app, method, asked + suffix, "bob")
+                more: Any = answer if (method, suffix) == ("POST", "/calls/ask:x") else {}
+                status, peak = await peak_of(app, method, asked + suffix, "bob", **more)
                 assert status == 404
                 assert peak < LONG / 2
                 made.append([query.replace(asked[5:], "") for query in queries if asked[5:] in query])

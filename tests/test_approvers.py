@@ -3,7 +3,7 @@
 import itertools
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
 from tests.support.engines import OpenEngine, ended, sqlite_of, until, until_run
 from tests.support.http import check_problem, client_of, events_in
+from tests.support.servers import Served
 from tests.support.stores import undo
 from tests.test_approval import Till
 from tests.test_ask import asked, json_of, result_of, waiting
@@ -270,7 +271,8 @@ class Shop:
     """Apps over engines, and the requests of each principal, which go to one app after the other."""
 
     def __init__(self, *apps: FlockAPI) -> None:
-        self.app, self.clients = apps[0], itertools.cycle(map(client_of, apps))
+        self.app = apps[0]
+        self.clients: Iterator[httpx.AsyncClient] = itertools.cycle(map(client_of, apps))
 
     async def send(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
         return await next(self.clients).request(
@@ -372,6 +374,30 @@ async def test_only_the_role_may_answer_and_it_sees_nothing_but_the_question(
         events = events_in((await at.send("ann", "GET", f"/run/{run['run_id']}/events")).text)
         event = next(event["data"] for event in events if event["data"].get("kind") == "question")
         assert (event["answered_by"], event["arguments"]) == ("bob", call["arguments"])
+
+
+async def test_the_role_sees_nothing_of_a_batch_but_the_questions_of_its_items(
+    open_shop: OpenShop, model: FakeModel
+) -> None:
+    till = Till()
+    model.replies = [refund(40), DONE]
+    async with open_shop(shop(till, approver="refunds")) as at:
+        body = {"agent_name": "ask", "batch_inputs": [{"q": "?"}]}
+        path = f"/batch/{(await at.send('ann', 'POST', '/run/batch', json=body)).json()['batch_id']}"
+        with anyio.fail_after(PATIENCE_S):
+            while not (found := (await at.send("bob", "GET", "/questions?wait=5")).json()["questions"]):
+                pass
+        for method, of_batch in (
+            *(("GET", ""), ("HEAD", ""), ("DELETE", ""), ("GET", "/results"), ("GET", "/events")),
+            *(("POST", "/cancel"), ("POST", "/retry")),
+        ):
+            response = await at.send("bob", method, path + of_batch)
+            assert response.status_code == 404, (method, of_batch)
+        assert (await at.send("bob", "GET", "/batches")).json()["batches"] == []
+        check_problem(await at.send("bob", "GET", f"/run/{found[0]['run_id']}"), 404)
+        assert (await at.answer("bob", found[0], YES, found[0]["call_id"])).status_code == 200
+        assert (await at.send("ann", "GET", f"{path}?wait=60")).json()["status"] == "completed"
+    assert till.paid == [40]
 
 
 async def test_of_two_approvers_one_wins_and_the_other_reads_who_it_was(open_shop: OpenShop, model: FakeModel) -> None:
@@ -614,10 +640,13 @@ async def test_an_item_acts_for_who_has_sent_its_batch(open_engine: OpenEngine) 
 # The start
 
 
+APPROVALS = pytest.mark.parametrize("approval", [{"approver": "refunds"}, {"four_eyes": True}], ids=str)
+
+
 @pytest.mark.parametrize("options", [{}, {"auth": "host"}, {"auth": "anybody"}], ids=str)
-@pytest.mark.parametrize("approval", [{"approver": "refunds"}, {"four_eyes": True}], ids=str)
+@APPROVALS
 async def test_an_app_that_identifies_nobody_does_not_start_with_a_tool_that_names_its_approvers(
-    options: Any, approval: Any, model: FakeModel
+    options: Any, approval: Any
 ) -> None:
     flock = shop(Till(), **approval)
     with pytest.raises(DefinitionError, match=r"cannot tell callers apart\. Pass api_keys="):
@@ -628,10 +657,14 @@ async def test_an_app_that_identifies_nobody_does_not_start_with_a_tool_that_nam
     with pytest.raises(DefinitionError, match="cannot tell callers apart"):
         async with app.lifespan():
             pass
-    model.replies = [refund(40), DONE]
-    async with flock.engine(transport=model.transport, on_question=lambda question: YES) as engine:  # of a program
-        run = await engine.submit("ask", {"q": "?"})
-        assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+
+
+@APPROVALS
+def test_a_program_that_answers_itself_needs_no_principals(approval: Any) -> None:
+    till = Till()
+    with FakeModel([refund(40), DONE]):
+        result = shop(till, **approval).run("ask", {"q": "?"}, on_question=lambda question: YES)
+    assert (result, till.paid) == ({"a": "done"}, [40])
 
 
 async def test_without_principals_a_question_with_a_role_is_not_answered_over_http(model: FakeModel) -> None:
@@ -790,6 +823,34 @@ async def test_a_client_waits_for_a_question_and_follows_what_happens_to_it(open
         assert [each["run_id"] for each in responses[0]["questions"]] == [run["run_id"]]
 
 
+async def test_each_client_of_the_stream_of_questions_sees_those_that_it_may_answer() -> None:
+    app, texts, listed = create_app(asking_flock(), api_keys=KEYS), {"bob": "", "eve": ""}, list[Any]()
+    async with Served(app) as served, httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S) as client:
+        at = Shop(app)
+        at.clients = itertools.repeat(client)
+
+        async def follow(who: str) -> None:
+            headers = {"Authorization": f"Bearer key-of-{who}-123456"}
+            async with client.stream("GET", "/questions/events", headers=headers) as response:
+                assert response.headers["Content-Type"].startswith("text/event-stream")
+                async for text in response.aiter_text():
+                    texts[who] += text
+
+        async with anyio.create_task_group() as tasks:
+            for who, role in (("bob", "refunds"), ("eve", "other")):
+                tasks.start_soon(follow, who)
+                run = await at.ask(inputs={"q": role})
+                listed += (await at.send(who, "GET", "/questions")).json()["questions"]
+                await until(lambda who=who: "asked_at" in texts[who])  # type: ignore[misc]
+                await at.send("ann", "POST", f"/run/{run['run_id']}/cancel")
+                await until(lambda who=who: "question.closed" in texts[who])  # type: ignore[misc]
+            tasks.cancel_scope.cancel()
+    for text, open_ in zip(texts.values(), listed, strict=True):
+        first, last = events_in(text)
+        assert first == {"event": "question.asked", "data": open_}
+        assert last == {"event": "question.closed", "data": {name: open_[name] for name in ("run_id", "call_id")}}
+
+
 async def test_an_inbox_of_10000_questions_is_read_in_pages_and_not_from_its_runs(tmp_path: Path) -> None:
     """The query for a page is searched with an index, and reads nothing of a run but its status."""
     flock = asking_flock()
@@ -822,6 +883,7 @@ async def test_an_inbox_of_10000_questions_is_read_in_pages_and_not_from_its_run
         store._reader.set_trace_callback(None)
         assert len(found) == 10_001
         assert queries
+        assert [query for query in queries if "FROM runs" in query] == []
         query = statements.open_questions(["role0"], "owner", [])
         values = {"flock": "inbox", "role0": "refunds", "owner": "bob", "after": "~"}
         reads = [row[3] for row in store.read(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}", values).fetchall())]
@@ -918,6 +980,33 @@ async def test_an_app_that_identifies_nobody_lists_the_questions_of_its_owners_o
             await client.post("/run/flock", json={"agent_name": "ask", "inputs": {"q": role}})
         questions = (await client.get("/questions")).json()["questions"]
     assert [each["question"] for each in questions] == ["?"]
+
+
+# What they have spent
+
+
+async def test_an_admin_sees_the_usage_of_everyone_and_others_their_own(open_shop: OpenShop, model: FakeModel) -> None:
+    model.replies = [refund(40), DONE, DONE]
+
+    async def usage(who: str, count: int) -> dict[str, int]:
+        """Return the tokens of each principal, as soon as they are *count*: on a cluster it may take a moment."""
+        with anyio.fail_after(PATIENCE_S):
+            while True:
+                entries = (await at.send(who, "GET", "/usage?by=principal")).json()["entries"]
+                tokens = {each["principal"]: each["usage"]["input_tokens"] for each in entries}
+                if sum(tokens.values()) == count:
+                    return tokens
+                await anyio.sleep(0.05)
+
+    async with open_shop(shop(Till())) as at:
+        run = await at.ask()
+        assert (await at.answer("ann", run, YES)).status_code == 200
+        assert (await at.done(run))["status"] == "completed"
+        body = {"agent_name": "ask", "inputs": {"q": "?"}}
+        assert (await at.send("bob", "POST", "/run/flock", json=body)).json()["status"] == "completed"
+        assert await usage("ops", 30) == {"ann": 20, "bob": 10}
+        assert (await usage("ann", 20), await usage("bob", 10), await usage("cat", 0)) == ({"ann": 20}, {"bob": 10}, {})
+        check_problem(await at.send("bob", "GET", "/usage?principal=ann"), 403)
 
 
 # What an earlier version has begun

@@ -278,6 +278,14 @@ async def test_no_number_is_a_500(number: str, client: httpx.AsyncClient) -> Non
     ):
         problem = check_problem(await post(client, body, path), 422)
         assert [error["pointer"] for error in problem["errors"]] == [pointer]
+    run = (await post(client, {"agent_name": "approve", "inputs": {"text": "it"}})).json()
+    path = f"/run/{run['run_id']}/calls/{run['waiting_for'][0]['call_id']}"
+    for body, pointer in (
+        (f'{{"output": {number}}}', "/output"),
+        (f'{{"output": {{"approved": [{number}]}}}}', "/output/approved/0"),
+    ):
+        problem = check_problem(await post(client, body, path), 422)
+        assert [error["pointer"] for error in problem["errors"]] == [pointer]
     for media_type, rows in (("text/csv", f"a\n{number}\n"), ("application/x-ndjson", f'{{"a": {number}}}\n')):
         sent = await client.post("/run/batch?agent_name=add", content=rows, headers={"Content-Type": media_type})
         assert check_problem(sent, 422)["errors"][0]["pointer"].endswith("/a")

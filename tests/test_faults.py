@@ -29,10 +29,11 @@ import flock.runs.ids
 import flock.store.files
 import flock.store.store
 import flock.store.storefile
-from flock.core import Flock
+from flock.core import Flock, FlockFactory
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Replayed, StoreError
 from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
+from flock.testing import FakeModel
 from tests.support import PATIENCE_S
 from tests.support.engines import sqlite_of, until_run
 from tests.support.engines import until as until_true
@@ -329,6 +330,15 @@ class Paid:
         async def second_step() -> None:
             await pay("second step")
 
+        @self.flock.agent(next_agent="writer")
+        async def before_model() -> str:
+            await pay("before a model")
+            return "draft"
+
+        self.flock.add_agent(
+            FlockFactory.create_default_agent("writer", model="openai/gpt-4o", input="result", output="text")
+        )
+
     def end(self, *names: str) -> None:
         for name in names:
             self.may_end.setdefault(name, anyio.Event()).set()
@@ -336,12 +346,12 @@ class Paid:
 
 @pytest.mark.anyio
 async def test_nothing_that_costs_money_starts_while_the_store_fails(tmp_path: Path) -> None:
-    """Neither a queued run, nor an item of a batch, a call or a step of a running run, nor new work."""
-    paid = Paid()
-    async with paid.flock.engine(store=tmp_path / "flock.db") as engine:
+    """Neither a queued run, nor an item of a batch, a call or a step of a running run, nor new work, nor a model."""
+    paid, model = Paid(), FakeModel([{"text": "done"}])
+    async with paid.flock.engine(store=tmp_path / "flock.db", transport=model.transport) as engine:
         runs = [await engine.submit("long", {"what": "long"}), await engine.submit("short", {"what": "short"})]
-        runs += [await engine.submit("calls", {}), await engine.submit("first_step", {})]
-        await until_true(lambda: len(paid.begun) == 4)
+        runs += [await engine.submit(name, {}) for name in ("calls", "first_step", "before_model")]
+        await until_true(lambda: len(paid.begun) == 5)
         runs += [await engine.submit("short", {"what": "queued"})]
         batch = await engine.submit_batch("short", [{"what": f"item {n}"} for n in range(3)], BatchOptions())
         failed = await engine.submit("long", {"what": "to be retried"})
@@ -353,12 +363,15 @@ async def test_nothing_that_costs_money_starts_while_the_store_fails(tmp_path: P
         database.execute(f"PRAGMA max_page_count = {database.execute('PRAGMA page_count').fetchone()[0]}")
         paid.end("long")
         await until_true(lambda: engine.health().store == "failing")
-        paid.end("short", "outside of calls", "first step")
+        paid.end("short", "outside of calls", "first step", "before a model")
         queued = engine._runner.active[runs[-1].run_id]
         await until_true(lambda: queued.store_error is not None)
         for new in (
             engine.submit("short", {"what": "async"}),
             engine.submit("short", {"what": "sync"}, is_async=False),
+            engine.submit("writer", {"result": "async"}),
+            engine.submit("writer", {"result": "sync"}, is_async=False),
+            engine.submit_batch("writer", [{"result": "item"}], BatchOptions()),
             engine.submit_batch("short", [{"what": "item"}], BatchOptions()),
             engine.retry_run(failed.run_id),
         ):
@@ -367,7 +380,7 @@ async def test_nothing_that_costs_money_starts_while_the_store_fails(tmp_path: P
         with pytest.raises(StoreError):
             await engine.wait(runs[-1].run_id)
         await anyio.wait_all_tasks_blocked()
-        assert sorted(paid.begun) == begun
+        assert (sorted(paid.begun), model.requests) == (begun, [])
 
         database.execute("PRAGMA max_page_count = 1073741823")
         paid.end("queued", "call", "second step", *(f"item {n}" for n in range(3)))
@@ -376,6 +389,7 @@ async def test_nothing_that_costs_money_starts_while_the_store_fails(tmp_path: P
             assert run.status is RunStatus.COMPLETED
         with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait_batch(batch.batch_id)).status is RunStatus.COMPLETED
+        assert len(model.requests) == 1
 
 
 @pytest.mark.anyio

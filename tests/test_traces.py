@@ -334,6 +334,30 @@ async def test_a_host_with_a_span_of_its_own_gets_no_second_one(spans: Spans) ->
     assert run["traceparent"] == hex_of(spans["host"])
 
 
+async def test_runs_on_a_disk_without_a_lifespan_belong_to_the_spans_of_their_requests(spans: Spans) -> None:
+    """Not to the first one, which has opened the engine."""
+    flock, traces_of = Flock(), dict[str, int]()
+
+    @flock.agent
+    def add(a: int) -> int:
+        return a
+
+    app = create_app(flock, store="flock.db")
+    async with client_of(app) as client:
+        for number, is_async in ((1, True), (2, True), (3, False)):
+            with trace.get_tracer("host").start_as_current_span(f"host {number}") as span:
+                body = {"agent_name": "add", "inputs": {"a": number}, "async_run": is_async}
+                run = (await client.post("/run/flock", json=body)).json()
+            assert run["traceparent"] == hex_of(spans[f"host {number}"])
+            traces_of[run["run_id"]] = span.get_span_context().trace_id
+            await client.get(f"/run/{run['run_id']}?wait=30")
+        await until(lambda: spans.names.count("run add") == 3)
+    found = {
+        (span.attributes or {})["flock.run.id"]: span.context.trace_id for span in spans.all if span.name == "run add"
+    }
+    assert found == traces_of
+
+
 async def test_a_run_without_a_request_keeps_its_trace(spans: Spans, open_engine: OpenEngine) -> None:
     """Also if it continues later: the first execution has begun the trace."""
     flock = Flock()

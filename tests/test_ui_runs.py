@@ -293,6 +293,22 @@ def test_the_inbox_is_worked_through_by_keyboard(visit: Visit, closed: Site) -> 
     assert sorted(results) == [False, True]
 
 
+def test_the_page_of_an_answered_question_shows_what_was_asked_and_what_was_changed(visit: Visit, closed: Site) -> None:
+    run_id = closed.run("cashier", complaint="cold soup")
+    page = visit.page(closed, "waiting?agent_name=cashier")
+    page.get_by_role("link", name="May cashier call pay_back?").first.press("Enter")
+    page.get_by_role("button", name="Edit").press("Enter")
+    expect(page.get_by_label("amount")).to_be_focused()
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type("5")
+    page.get_by_role("button", name="Approve the edited call").press("Enter")
+    expect(page.locator("main")).to_contain_text("Answered by ann")
+    for name, amount in (("Arguments", "40"), ("Answer", "5")):
+        shown = page.get_by_role("group", name=name, exact=True)
+        expect(shown.get_by_role("row", name="amount").last).to_have_text(re.compile(rf"amount\s*{amount}$"))
+    assert closed.get(f"/run/{run_id}?wait=30")["status"] == "completed"
+
+
 def test_a_question_that_another_person_has_answered_says_so(visit: Visit, closed: Site) -> None:
     run_id = closed.run("cashier", complaint="cold soup")
     page = visit.page(closed, "waiting?agent_name=cashier")

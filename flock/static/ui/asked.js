@@ -46,6 +46,7 @@ export async function showQuestion(main, id, signal) {
     return h(
       "section.panel",
       h("h2", asked.question),
+      asked.arguments && wide("Arguments", readable(asked.arguments)),
       asked.status === "answered"
         ? [
             quiet("Answered", asked.answered_by ? ` by ${asked.answered_by}` : "", " at ", when(asked.answered_at)),
