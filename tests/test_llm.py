@@ -732,12 +732,12 @@ from flock.models.requests import Request
 async def main():
     async with ModelClient() as models:
         schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-        for _ in range(2):
+        for name in sys.argv[1:]:
             try:
-                messages = [Message("user", "hi")]
+                messages = [Message("system", "Be brief."), Message("user", "hi")]
                 options = {"max_tokens": 9, "temperature": 0, "traceparent": "00-some-trace"}
                 options["idempotency_key"] = "run:1/0"
-                done = await models.complete("lm_studio/some-model", Request(messages, schema, **options))
+                done = await models.complete(name, Request(messages, schema, **options))
                 print("ANSWER", done.text, done.usage.output_tokens)
             except ModelError as exc:
                 print("ERROR", exc.error_type)
@@ -748,19 +748,21 @@ asyncio.run(main())
 
 @pytest.mark.slow
 async def test_litellm_itself_calls_a_provider_that_is_not_built_in(model: FakeModel) -> None:
-    """Run the real package in its own process against a socket: one answer, then an error."""
-    model.replies = [Reply({"a": 1}), Failure(401)]
+    """Run the real package in its own process against a socket: two answers, then an error. Claude has a cache."""
+    model.replies = [Reply({"a": 1}), Reply({"a": 1}), Failure(401)]
+    names = ["lm_studio/some-model", "dashscope/some-claude", "lm_studio/some-model"]
     with model.serve() as url:
-        env = {
-            **os.environ,
-            "LM_STUDIO_API_BASE": url,
-            "LM_STUDIO_API_KEY": "x",
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        }
-        done = await anyio.run_process([sys.executable, "-c", LITELLM], env=env, stderr=subprocess.STDOUT, check=False)
+        env = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        for provider in ("LM_STUDIO", "DASHSCOPE"):
+            env |= {f"{provider}_API_BASE": url, f"{provider}_API_KEY": "x"}
+        command = [sys.executable, "-c", LITELLM, *names]
+        done = await anyio.run_process(command, env=env, stderr=subprocess.STDOUT, check=False)
     sent = [(request.headers["traceparent"], request.headers["idempotency-key"]) for request in model.requests]
-    assert sent == [("00-some-trace", "run:1/0")] * 2
-    assert b'ANSWER {"a":1} 5' in done.stdout, done.stdout.decode()
+    assert sent == [("00-some-trace", "run:1/0")] * 3
+    first, of_claude, _ = [[message["content"] for message in request["messages"]] for request in model.requests]
+    assert first[1] == "hi"
+    assert [content[0]["cache_control"] for content in of_claude] == [{"type": "ephemeral"}] * 2
+    assert done.stdout.count(b'ANSWER {"a":1} 5') == 2, done.stdout.decode()
     assert b"ERROR model_authentication" in done.stdout
 
 
