@@ -249,6 +249,10 @@ def test_the_arguments_of_a_call_are_edited_before_it_is_approved(visit: Visit, 
     page.get_by_label("amount").fill("5")
     page.get_by_role("button", name="Approve the edited call").click()
     expect(status_of(page)).to_contain_text("completed")
+    steps_of(page).locator("summary", has_text="question").press("Enter")
+    details = page.get_by_role("group", name=re.compile("^Details of")).filter(has_text="approved")
+    expect(details.get_by_role("row", name=re.compile("^Arguments question"))).to_contain_text("amount40")
+    expect(details.get_by_role("row", name=re.compile("^Result approved"))).to_contain_text("amount5")
     assert calls_of(closed, run_id)["tool"]["result"] == "paid 5 for A7"
 
 
