@@ -116,7 +116,6 @@ TSCONFIG = {
 }
 
 
-@pytest.mark.nightly  # the next test generates a client of the same document in the gate
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(shutil.which("npm") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI")
 def test_a_generated_typescript_client_runs_streams_and_sends_csv(tmp_path: Path) -> None:
