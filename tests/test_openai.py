@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from flock.agents.messages import Messages
+from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, InvalidData
 from flock.protocols.chats import SentText, TextReplaced, check_schema
@@ -33,16 +34,24 @@ class Mood(TypedDict):
     words: list[str]
 
 
+TOKENS = Usage(input_tokens=7, output_tokens=3, cached_tokens=2, reasoning_tokens=1)
+
+
 class Chats:
     """A flock with one agent for each way in which messages become inputs, and results become messages."""
 
     def __init__(self) -> None:
         self.flock, self.may_go, self.model = Flock("chats", model="openai/gpt-4o"), anyio.Event(), FakeModel()
-        flock = self.flock
+        flock, self.paid = self.flock, list[int]()
         flock.add_agent(FlockFactory.create_default_agent("chat", input="talk: Messages", output="reply: str"))
         takes: Any = {"client_tools": True, "client_instructions": True, "client_options": True}
-        agent = FlockFactory.create_default_agent("open", input="talk: Messages", output="reply: str", **takes)
-        flock.add_agent(agent)
+        for name, tools in (("open", []), ("guide", [self.pay])):
+            more = {**takes, "tools": tools}
+            flock.add_agent(
+                FlockFactory.create_default_agent(name, input="talk: Messages", output="reply: str", **more)
+            )
+        approved = [Tool(self.pay, needs_approval=True)]
+        flock.add_agent(FlockFactory.create_default_agent("payer", input="order", output="reply: str", tools=approved))
 
         @flock.agent
         async def echo(text: str) -> AsyncIterator[str]:
@@ -89,6 +98,10 @@ class Chats:
         @flock.agent
         def roles(talk: Messages) -> str:
             return " ".join(f"{message.role}={message.content}" for message in talk)
+
+    def pay(self, amount: int) -> str:
+        self.paid.append(amount)
+        return "paid"
 
 
 @pytest.fixture
@@ -143,6 +156,7 @@ def check_error(response: httpx.Response, status: int, code: Any, words: str = "
     assert response.headers["Content-Type"] == "application/json"
     body = response.json()
     assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert body.get("request_id") == (None if "Flock-Run-Id" in response.headers else response.headers["X-Request-ID"])
     assert code is ... or body["error"]["code"] == code
     assert words in body["error"]["message"]
     return body["error"]
@@ -170,7 +184,7 @@ async def test_an_unknown_model_is_404_with_the_nearest_name(client: httpx.Async
 
 
 async def test_a_completion_is_a_run_with_its_text_and_tokens(client: httpx.AsyncClient, chats: Chats) -> None:
-    chats.model.replies = [Reply({"reply": "Fine."}, usage=Usage(input_tokens=7, output_tokens=3))]
+    chats.model.replies = [Reply({"reply": "Fine."}, usage=TOKENS)] * 2
     response = await chat(client, "chat", "How are you?")
     body, run = response.json(), await get(client, f"/run/{response.headers['Flock-Run-Id']}")
     assert (run["status"], run["agent_name"]) == ("completed", "chat")
@@ -184,9 +198,12 @@ async def test_a_completion_is_a_run_with_its_text_and_tokens(client: httpx.Asyn
             "finish_reason": "stop",
         }
     ]
-    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"] == 10
-    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
-    assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
+    tokens: dict[str, Any] = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    tokens |= {"prompt_tokens_details": {"cached_tokens": 2}, "completion_tokens_details": {"reasoning_tokens": 1}}
+    assert body["usage"] == tokens
+    streamed = await chat(client, "chat", "How are you?", stream=True, stream_options={"include_usage": True})
+    *_, stop, usage, _ = chunks_in(streamed)
+    assert (stop["choices"][0]["finish_reason"], usage["usage"]) == ("stop", tokens)
     chats.model.check()
 
 
@@ -360,15 +377,27 @@ async def test_a_failed_run_is_an_error_that_clients_do_not_repeat(client: httpx
     assert last["error"]["message"].startswith("That is too much. The run is ")
 
 
-async def test_a_waiting_run_ends_the_answer_with_its_question(client: httpx.AsyncClient) -> None:
-    response = await chat(client, "ask", "Tea")
+@pytest.mark.parametrize(
+    ("model", "asked", "output", "result"),
+    [
+        pytest.param("ask", "Which one?", "Assam", {"result": "Tea: Assam"}, id="question"),
+        pytest.param("payer", "May payer call pay?", {"approved": True}, {"reply": "Paid."}, id="approval"),
+    ],
+)
+async def test_a_waiting_run_ends_the_answer_with_its_question(
+    client: httpx.AsyncClient, chats: Chats, model: str, asked: str, output: Any, result: Any
+) -> None:
+    call = Reply(calls=[("pay", {"amount": 3})])
+    chats.model.replies = [call, Reply({"reply": "Paid."}), call]
+    response = await chat(client, model, "Tea")
     run_id = response.headers["Flock-Run-Id"]
-    assert content_of(response) == f"Which one?\n\n(The run {run_id} waits for the answer.)"
+    assert content_of(response) == f"{asked}\n\n(The run {run_id} waits for the answer.)"
+    assert response.json()["choices"][0]["finish_reason"] == "stop"
     (question,) = (await get(client, "/questions"))["questions"]
     path = f"/run/{run_id}/calls/{question['call_id']}?wait=30"
-    answered = await client.post(path, json={"output": "Assam"})
-    assert answered.json()["result"] == {"result": "Tea: Assam"}
-    streamed = await chat(client, "ask", "Tea", stream=True)
+    answered = await client.post(path, json={"output": output})
+    assert answered.json()["result"] == result
+    streamed = await chat(client, model, "Tea", stream=True)
     *chunks, stop, done = chunks_in(streamed)
     assert streamed_text(chunks) == content_of(response).replace(run_id, streamed.headers["Flock-Run-Id"])
     assert (stop["choices"][0]["finish_reason"], done) == ("stop", "[DONE]")
@@ -377,7 +406,7 @@ async def test_a_waiting_run_ends_the_answer_with_its_question(client: httpx.Asy
 # The client's instructions, options and tools
 
 
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": name, "description": "Look.", "parameters": {"type": "object"}}}
     for name in ("look", "zoom")
 ]
@@ -438,6 +467,19 @@ async def test_a_stream_ends_with_the_calls_of_tools(client: httpx.AsyncClient, 
     (call,) = calls["choices"][0]["delta"]["tool_calls"]
     assert (call["index"], call["function"]) == (0, {"name": "look", "arguments": "{}"})
     assert (stop["choices"][0]["finish_reason"], done) == ("tool_calls", "[DONE]")
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tools_of_the_server_are_no_calls_for_the_client(
+    client: httpx.AsyncClient, chats: Chats, path: str, stream: bool
+) -> None:
+    chats.model.replies = [Reply(calls=[("pay", {"amount": 3}), ("look", {})])]
+    tools = TOOLS if path == "chat/completions" else [{"type": "function", **tool["function"]} for tool in TOOLS]
+    body = {"model": "guide", "messages": said("Pay."), "input": "Pay.", "tools": tools, "stream": stream}
+    sent = await client.post(f"/v1/{path}", json=body)
+    assert chats.model.requests[0].tool_names == ["look", "zoom", "pay"]
+    assert (sent.status_code, chats.paid, "look" in sent.text, '"pay"' in sent.text) == (200, [3], True, False)
 
 
 async def test_outputs_of_tools_are_the_last_messages(client: httpx.AsyncClient) -> None:
@@ -600,7 +642,6 @@ async def test_every_error_below_v1_has_the_form_of_openai(chats: Chats) -> None
         unknown = await client.get("/v1/models")
         assert check_error(unknown, 401, "invalid_api_key")["type"] == "invalid_request_error"
         assert unknown.headers["WWW-Authenticate"].startswith("Bearer ")
-        assert unknown.json()["request_id"] == unknown.headers["X-Request-ID"]
         foreign = await client.post("/v1/chat/completions", json={}, headers={**own, "Origin": "https://evil.example"})
         check_error(foreign, 403, "forbidden")
         check_error(await client.get("/v1/nothing", headers=own), 404, None)
