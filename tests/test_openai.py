@@ -19,10 +19,13 @@ from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, InvalidData
 from flock.protocols.chats import SentText, TextReplaced, check_schema
+from flock.protocols.openai_parts import UNSUPPORTED
 from flock.runs import Principal, RunContext, Usage
+from flock.runs.client import OPTIONS
 from flock.testing import FakeModel, Reply
+from flock.web.options import PROTOCOL_MODULES
 from flockapi import create_app
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, ROOT
 from tests.support.http import client_of, get
 from tests.support.spec import SPEC, validator
 
@@ -176,8 +179,9 @@ async def test_each_agent_is_a_model(client: httpx.AsyncClient, chats: Chats) ->
 
 
 async def test_an_unknown_model_is_404_with_the_nearest_name(client: httpx.AsyncClient) -> None:
-    for response in (await client.get("/v1/models/ecko"), await chat(client, "ecko", "hi")):
-        assert "Did you mean 'echo'?" in check_error(response, 404, "model_not_found")["message"]
+    model, response = {"model": "ecko", "input": "hi"}, await client.get("/v1/models/ecko")
+    for sent in (response, await chat(client, "ecko", "hi"), await client.post("/v1/responses", json=model)):
+        assert "Did you mean 'echo'?" in check_error(sent, 404, "model_not_found")["message"]
 
 
 # Chat completions
@@ -266,8 +270,8 @@ async def test_ten_thousand_messages_are_a_history(client: httpx.AsyncClient) ->
 @pytest.mark.parametrize(
     ("more", "param", "words"),
     [
-        ({"n": 2}, "n", "No agent takes 'n'. Leave it out, or send 1"),
-        ({"audio": {}}, "audio", "No agent takes 'audio'. Leave it out."),
+        *(({name: 2}, name, f"No agent takes {name!r}. Leave it out") for name in UNSUPPORTED),
+        ({"n": 2}, "n", "Leave it out, or send 1"),
         ({"model": "chat", "temperature": 0.2}, "temperature", "does not let clients set it"),
         ({"model": "chat", "max_completion_tokens": 0}, "max_output_tokens", ""),
         ({"model": "chat", "tools": [{"type": "function", "function": {"name": "x"}}]}, "tools", "takes no tools"),
@@ -293,7 +297,7 @@ async def test_ten_thousand_messages_are_a_history(client: httpx.AsyncClient) ->
             "messages.0.content.1",
             "A content part of the type 'image_url' is not supported. Send text.",
         ),
-        ({"model": "add"}, "messages", 'must be a JSON object of its inputs, such as {"a": …, "b": …}'),
+        ({"model": "add"}, "messages", 'its inputs, such as {"a": …, "b": …}. Their schema: {'),
         ({"model": "chat", "messages": said("a", "b")}, "inputs.talk.1.role", "The last message must have the role"),
     ],
 )
@@ -304,6 +308,12 @@ async def test_an_invalid_request_is_400_and_starts_no_run(
     error = check_error(await client.post("/v1/chat/completions", json=body), 400, "invalid_input", words)
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert (await get(client, "/runs"))["runs"] == []
+
+
+@pytest.mark.parametrize("name", [*UNSUPPORTED, *OPTIONS, "tools", "tool_choice"])
+def test_a_setting_that_may_be_refused_is_on_the_page(name: str) -> None:
+    page = (ROOT / "docs" / "openai.md").read_text()
+    assert f"`{name}`" in page.partition("## Settings")[2].partition("## Reasoning")[0]
 
 
 async def test_a_schema_of_the_client_must_be_that_of_the_outputs(client: httpx.AsyncClient, chats: Chats) -> None:
@@ -412,11 +422,22 @@ TOOLS: list[dict[str, Any]] = [
 ]
 
 
-async def test_an_agent_that_takes_them_gets_instructions_and_options(client: httpx.AsyncClient, chats: Chats) -> None:
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [
+        ("chat/completions", "max_completion_tokens"),
+        ("chat/completions", "max_tokens"),
+        ("responses", "max_output_tokens"),
+    ],
+)
+async def test_an_agent_that_takes_them_gets_instructions_and_options(
+    client: httpx.AsyncClient, chats: Chats, path: str, limit: str
+) -> None:
     chats.model.replies = [Reply({"reply": "Arr."})]
     messages = [{"role": "system", "content": "Be a pirate."}, *said("Hi")]
-    body = {"model": "open", "messages": messages, "temperature": 0.2, "seed": 7, "max_completion_tokens": 50}
-    assert content_of(await client.post("/v1/chat/completions", json=body)) == "Arr."
+    body = {"model": "open", "messages": messages, "input": messages, "temperature": 0.2, "seed": 7, limit: 50}
+    response = await client.post(f"/v1/{path}", json=body)
+    assert (response.status_code, "Arr." in response.text) == (200, True), response.text
     (sent,) = chats.model.requests
     assert "Be a pirate." in sent["messages"][0]["content"]
     assert (sent["temperature"], sent["seed"]) == (0.2, 7)
@@ -654,6 +675,20 @@ async def test_every_error_below_v1_has_the_form_of_openai(chats: Chats) -> None
         assert (await client.get("/nothing", headers=own)).headers["Content-Type"] == "application/problem+json"
 
 
+async def test_a_page_of_an_allowed_origin_may_send_what_the_client_for_javascript_sends(chats: Chats) -> None:
+    app = create_app(
+        chats.flock, store=":memory:", auth="host", protocols=["openai"], cors_origins=["https://a.example"]
+    )
+    names = "arch helper-method lang os package-version retry-count runtime runtime-version timeout".split()
+    wanted = ["accept", "authorization", "content-type", *(f"x-stainless-{name}" for name in names)]
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": ", ".join(wanted)}
+    async with app.lifespan(), client_of(app) as client:
+        allowed = await client.options("/v1/chat/completions", headers={"Origin": "https://a.example", **asked})
+        read = await client.get("/v1/models", headers={"Origin": "https://a.example"})
+    assert allowed.status_code == 200, allowed.text
+    assert "Flock-Run-Id" in read.headers["Access-Control-Expose-Headers"]
+
+
 async def test_a_key_that_is_sent_twice_is_401(chats: Chats) -> None:
     app = create_app(chats.flock, store=":memory:", api_keys={"ann": "k" * 32}, protocols=["openai", "mcp"])
     body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
@@ -708,10 +743,14 @@ async def test_a_request_has_the_access_and_the_id_of_all_others(chats: Chats) -
         assert (await client.get(path, headers={"X-User": "bob"})).status_code == 404
 
 
-async def test_a_route_is_counted_by_its_path(client: httpx.AsyncClient) -> None:
-    await client.get("/v1/models/echo")
-    metrics = (await client.get("/metrics")).text
+async def test_a_route_is_counted_by_its_path(chats: Chats) -> None:
+    app = create_app(chats.flock, store=":memory:", auth="host", protocols=["openai", "mcp"])
+    async with app.lifespan(), client_of(app) as client:
+        await client.get("/v1/models/echo")
+        await client.post("/mcp", json={"jsonrpc": "2.0", "id": 1, "method": "ping"})
+        metrics = (await client.get("/metrics")).text
     assert 'route="/v1/models/{model}"' in metrics
+    assert 'route="/mcp"' in metrics
 
 
 async def test_a_protocol_that_is_off_has_no_routes(chats: Chats) -> None:
@@ -720,10 +759,13 @@ async def test_a_protocol_that_is_off_has_no_routes(chats: Chats) -> None:
     assert (response.status_code, response.headers["Content-Type"]) == (404, "application/problem+json")
 
 
-def test_a_protocol_that_is_off_is_not_imported() -> None:
+@pytest.mark.parametrize("on", [[], *([name] for name in PROTOCOL_MODULES)], ids=str)
+def test_a_protocol_that_is_off_is_not_imported(on: list[str]) -> None:
     code = (
         "import sys; from flock.core import Flock; from flockapi import create_app; "
-        "create_app(Flock()); print([name for name in sys.modules if name.startswith('flock.protocols')])"
+        f"create_app(Flock(), protocols={on}); print(*(name for name in sys.modules if 'flock.protocols' in name))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    imported, own = {*done.stdout.split()}, {PROTOCOL_MODULES[name] for name in on}
+    assert imported & {*PROTOCOL_MODULES.values()} == own
+    assert on or not imported

@@ -139,12 +139,18 @@ async def test_a_response_is_a_run_that_can_be_read_again(client: httpx.AsyncCli
     }
     again = await get(client, f"/v1/responses/{made['id']}")
     assert again == {**made, "metadata": {}}
-    listed = await client.get(f"/v1/responses/{made['id']}/input_items")
-    assert listed.headers["Flock-Run-Id"] == run_id_of(made)
-    items = listed.json()
+    items = await get(client, f"/v1/responses/{made['id']}/input_items")
     assert [item["content"] for item in items["data"]] == [[{"type": "input_text", "text": "How are you?"}]]
     assert (await client.delete(f"/v1/responses/{made['id']}")).json()["deleted"] is True
     check_error(await client.get(f"/v1/responses/{made['id']}"), 404, "unknown_run")
+
+
+async def test_all_about_a_response_names_its_run(client: httpx.AsyncClient) -> None:
+    made = await create(client, "hello")
+    requests = ("GET", ""), ("GET", "?stream=true"), ("GET", "/input_items"), ("POST", "/cancel"), ("DELETE", "")
+    for method, more in requests:
+        response = await client.request(method, f"/v1/responses/{made['id']}{more}")
+        assert (response.status_code, response.headers["Flock-Run-Id"]) == (200, run_id_of(made))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +255,19 @@ async def test_a_response_that_is_not_stored_is_deleted_if_its_client_leaves(
 ) -> None:
     body = {"model": "write", "input": "a secret", "store": False, "stream": stream}
     await left(app, "/v1/responses", body, chats.has_written.wait)
+    assert (await get(client, "/runs"))["runs"] == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_that_is_not_stored_waits_for_its_key_if_its_client_leaves(
+    chats: Responses, app: FlockAPI, client: httpx.AsyncClient, stream: bool
+) -> None:
+    body, key = {"model": "write", "input": "a secret", "store": False, "stream": stream}, {"Idempotency-Key": "once"}
+    await left(app, "/v1/responses", body, chats.has_written.wait, key)
+    chats.may_go.set()
+    typed = {**key, "Content-Type": "application/json"}
+    again = await client.post("/v1/responses", content=json.dumps(body), headers=typed)  # the bytes of left()
+    assert (again.status_code, "All about tea" in again.text) == (200, True)
     assert (await get(client, "/runs"))["runs"] == []
 
 
