@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -322,8 +321,10 @@ def test_clients_for_node(program: str, node: Path, server: Server) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_litellm_as_a_client(server: Server) -> None:
-    assert "all of it\n" in run(Path(sys.executable), "-c", LITELLM, server.url)
+def test_litellm_as_a_client(server: Server, tmp_path: Path) -> None:
+    python = new_environment(tmp_path / "litellm")
+    subprocess.run(pip(python, "install", "--quiet", "litellm==1.110.2"), check=True)
+    assert "all of it\n" in run(python, "-c", LITELLM, server.url)
 
 
 @pytest.mark.timeout(300)
