@@ -180,9 +180,16 @@ def test_the_inspector_runs_with_the_configuration_of_the_page(host: str, module
     def explain() -> str:
         (tmp_path / "config.json").write_text(json.dumps(config))
         launcher = modules / "@modelcontextprotocol" / "inspector" / "clients" / "launcher" / "build" / "index.js"
-        command = [modules / ".bin" / "node", launcher, "--cli", "--config", "config.json", "--server", "desk"]
-        command += ["--method", "tools/call", "--tool-name", "explain", "--tool-arg", "topic=tea"]
-        printed = run(*command, folder=tmp_path, HOME=str(tmp_path), MCP_INSPECTOR_SECRET_STORE="memory")
+        options = ["--cli", "--config", "config.json", "--server", "desk", "--method", "tools/call"]
+        options += ["--tool-name", "explain", "--tool-arg", "topic=tea"]
+        printed = run(
+            modules / ".bin" / "node",
+            launcher,
+            *options,
+            folder=tmp_path,
+            HOME=str(tmp_path),
+            MCP_INSPECTOR_SECRET_STORE="memory",
+        )
         return str(json.loads(printed)["structuredContent"]["result"])
 
     if "url" not in desk:
