@@ -5,12 +5,15 @@
 A real server in its own process, and clients over loopback in this one. First, the time to the receipt of the event
 from an agent's ``emit``, and from the first token of a fake model provider, with 100 streams open. Then 1,000 readers
 of 10 runs that write 100 pieces a second each: the memory of the server beyond that of the idle one, and its CPU time
-for each piece and reader. Last, 100 streams at once through OpenAI's protocol beside the same without, in turns: the
-CPU time of the server for each piece, and the median of the ratios.
+for each piece and reader. Then 100 streams at once through OpenAI's protocol beside the same without, in turns: the
+CPU time of the server for each piece, and the median of the ratios; the same for runs that are not streamed. Last, the
+memory of an idle server with each protocol.
 """
 
 import argparse
 import asyncio
+import contextlib
+import functools
 import json
 import os
 import re
@@ -19,8 +22,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import httpx
 
 from bench.machine import cpu_s, memory_kb
 
@@ -156,17 +162,36 @@ async def crowd(client: Client, runs: int, readers: int, pieces: int, interval_s
     }
 
 
-async def by_protocol(client: Client, streams: int, rounds: int) -> dict[str, float]:
-    """Return the microseconds of CPU for each piece of many streams at once, and those of OpenAI's as a ratio."""
-    body = request(400, 0.005, 0)
-    openai = {"model": "stamp", "stream": True}
-    text = json.dumps(body["inputs"])
-    kinds: dict[str, tuple[str, dict[str, object], bytes]] = {
-        "POST /run/flock": ("/run/flock", body, b"event: run.completed"),
-        "chat": ("/v1/chat/completions", {**openai, "messages": [{"role": "user", "content": text}]}, b"[DONE]"),
-        "responses": ("/v1/responses", {**openai, "input": text}, b"event: response.completed"),
-    }
+async def in_turns(
+    client: Client, rounds: int, count: int, kinds: Mapping[str, Callable[[], Awaitable[object]]]
+) -> dict[str, float]:
+    """Return the microseconds of CPU of each kind, for one of *count*, and the ratios to the first kind."""
     spent: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind, send in kinds.items():
+            cpu_s = client.cpu_s
+            await send()
+            spent[kind].append((client.cpu_s - cpu_s) / count * 1e6)
+    figures = {kind: statistics.median(values) for kind, values in spent.items()}
+    first, *others = kinds
+    for kind in others:
+        pairs = zip(spent[kind], spent[first], strict=True)
+        figures[f"{kind}, ratio"] = statistics.median(one / other for one, other in pairs)
+    return figures
+
+
+def by_protocol(body: dict[str, object], **more: object) -> dict[str, tuple[str, dict[str, object]]]:
+    """Return the path and the body of the same run in each protocol. *more* is for OpenAI's."""
+    openai, text = {"model": "stamp", **more}, json.dumps(body["inputs"])
+    return {
+        "POST /run/flock": ("/run/flock", body),
+        "chat": ("/v1/chat/completions", {**openai, "messages": [{"role": "user", "content": text}]}),
+        "responses": ("/v1/responses", {**openai, "input": text}),
+    }
+
+
+async def streamed(client: Client, streams: int, rounds: int) -> dict[str, float]:
+    """Return the microseconds of CPU for each piece of many streams at once."""
 
     async def read(path: str, body: object, end: bytes) -> None:
         reader, last = await client.connect("POST", path, body, prefer="wait=60"), b""
@@ -175,16 +200,62 @@ async def by_protocol(client: Client, streams: int, rounds: int) -> dict[str, fl
             assert data, "the stream ended before its end"
             last = last[-40:] + data
 
+    async def read_all(*sent: Any) -> None:
+        await asyncio.gather(*(read(*sent) for _ in range(streams)))
+
+    ends = (b"event: run.completed", b"[DONE]", b"event: response.completed")
+    kinds = by_protocol(request(400, 0.005, 0), stream=True).items()
+    asked = {kind: functools.partial(read_all, *sent, end) for (kind, sent), end in zip(kinds, ends, strict=True)}
+    return await in_turns(client, rounds, streams * 400, asked)
+
+
+async def not_streamed(client: Client, runs: int, rounds: int) -> dict[str, float]:
+    """Return the microseconds of CPU for each of many short runs, whose clients wait for the result."""
+    limits, base_url = httpx.Limits(max_connections=10), f"http://127.0.0.1:{client.port}"
+    async with httpx.AsyncClient(base_url=base_url, limits=limits, timeout=60) as connections:
+
+        async def send(path: str, body: object) -> None:
+            (await connections.post(path, json=body)).raise_for_status()
+
+        async def send_all(*sent: Any) -> None:
+            await asyncio.gather(*(send(*sent) for _ in range(runs)))
+
+        kinds = {kind: functools.partial(send_all, *sent) for kind, sent in by_protocol(request(1, 0, 0)).items()}
+        await in_turns(client, 1, runs, kinds)  # the first runs cost more
+        return await in_turns(client, rounds, runs, kinds)
+
+
+@contextlib.asynccontextmanager
+async def serving(script: Path, *options: str, **environment: str) -> AsyncIterator[Client]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "flock", "serve", str(script), "--port", "0", *options),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env={**os.environ, **environment},
+    )
+    assert process.stdout is not None
+    log = None
+    try:
+        async for line in process.stdout:
+            if found := re.search(rb"unning on http://127.0.0.1:(\d+)", line):
+                log = asyncio.create_task(process.stdout.read())
+                yield Client(int(found[1]), process.pid)
+                break
+    finally:
+        process.terminate()
+        await process.wait()
+        await asyncio.gather(*([log] if log else []))
+
+
+async def idle_kb(script: Path, rounds: int) -> dict[str, float]:
+    """Return the memory of a server that has served one page, with each protocol, in turns."""
+    found: dict[str, list[float]] = {protocol: [] for protocol in ("none", "openai", "mcp")}
     for _ in range(rounds):
-        for kind, values in kinds.items():
-            cpu_s = client.cpu_s
-            await asyncio.gather(*(read(*values) for _ in range(streams)))
-            spent[kind].append((client.cpu_s - cpu_s) / (streams * 400) * 1e6)
-    figures = {kind: statistics.median(values) for kind, values in spent.items()}
-    for kind in ("chat", "responses"):
-        pairs = zip(spent[kind], spent["POST /run/flock"], strict=True)
-        figures[f"{kind}, ratio"] = statistics.median(one / other for one, other in pairs)
-    return figures
+        for protocol, values in found.items():
+            async with serving(script, "--store", ":memory:", "--protocol", protocol) as client:
+                await client.connect("GET", "/agents")
+                values.append(memory_kb(client.pid))
+    return {protocol: statistics.median(values) for protocol, values in found.items()}
 
 
 def flock_in(folder: str) -> Path:
@@ -196,34 +267,26 @@ def flock_in(folder: str) -> Path:
 async def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         script = flock_in(folder)
-        options = ("--port", "0", "--store", str(Path(folder, "flock.db")), "--max-event-streams", "5000")
+        options = ("--store", str(Path(folder, "flock.db")), "--max-event-streams", "5000")
         provider = await asyncio.start_server(provide, "127.0.0.1", 0)
         base_url = f"http://127.0.0.1:{provider.sockets[0].getsockname()[1]}/v1"
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "flock", "serve", str(script), *options),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "x"},
-        )
-        assert process.stdout is not None
-        try:
-            async for line in process.stdout:
-                if found := re.search(rb"unning on http://127.0.0.1:(\d+)", line):
-                    break
-            log = asyncio.create_task(process.stdout.read())
-            client = Client(int(found[1]) if found else 0, process.pid)
+        async with serving(script, *options, OPENAI_BASE_URL=base_url, OPENAI_API_KEY="x") as client:
             for name, body_of in (("piece of a function", stamped), ("token of a model", asked)):
                 quantiles = statistics.quantiles(await latencies_ms(client, arguments.streams, body_of), n=100)
                 figures = f"median {quantiles[49]:.2f} ms, 95 % {quantiles[94]:.2f} ms"
                 print(f"first {name}, {arguments.streams} streams: {figures}")
             for name, value in (await crowd(client, arguments.runs, arguments.readers, arguments.pieces, 0.01)).items():
                 print(f"{arguments.readers} readers of {arguments.runs} runs: {name}: {value:.2f}")
-            for name, value in (await by_protocol(client, arguments.streams, arguments.rounds)).items():
-                print(f"{arguments.streams} streams at once, microseconds of CPU for each piece: {name}: {value:.2f}")
-        finally:
-            process.terminate()
-            await process.wait()
-            await log
+            await print_protocols(client, arguments)
+        for name, value in (await idle_kb(script, arguments.rounds)).items():
+            print(f"memory of an idle server, --protocol {name}: {value / 1024:.2f} MiB")
+
+
+async def print_protocols(client: Client, arguments: argparse.Namespace) -> None:
+    for name, value in (await streamed(client, arguments.streams, arguments.rounds)).items():
+        print(f"{arguments.streams} streams at once, microseconds of CPU for each piece: {name}: {value:.2f}")
+    for name, value in (await not_streamed(client, 500, arguments.rounds)).items():
+        print(f"runs that are not streamed, microseconds of CPU for each: {name}: {value:.2f}")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,14 @@ def test_a_protocol_knows_no_engine_and_no_store() -> None:
             assert {layer_of(imported) for imported in imports_of(path)} <= {*known, "flock.jsontype", "flock.fair"}
 
 
+def test_a_protocol_leaves_runs_to_flock_web_orders() -> None:
+    """It accepts, answers and watches none by itself, so that no limit, replay or disconnect is forgotten."""
+    for module, path in MODULES.items():
+        if layer_of(module) == "flock.protocols":
+            used = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+            assert not used & {"submit", "answer_call", "watch"}, module
+
+
 def test_the_engine_knows_only_the_port_of_the_store() -> None:
     """And what it needs to know of suspects. Only ``flock.declared`` and the command choose SQLite."""
     used: dict[str, set[str]] = {}

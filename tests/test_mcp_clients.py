@@ -11,11 +11,13 @@ import pytest
 
 from tests.support import ROOT
 from tests.support.environments import new_environment, pip
+from tests.support.pages import blocks_of
 from tests.support.servers import Server, flockapi_command, running
 
 pytestmark = pytest.mark.timeout(600)
 
 AGENTS = ROOT / "tests" / "mcp_agents.py"
+PAGE = ROOT / "docs" / "mcp-server.md"
 #: What is not expected to pass, with the reasons.
 BASELINE = ROOT / "tests" / "mcp_conformance.yaml"
 KEY = "key-of-the-clients"
@@ -136,26 +138,67 @@ def test_the_checker_of_the_revision_finds_nothing_wrong(client_python: Path, se
         *(client_python.with_name("jbt-mcpcheck"), f"{server.url}/mcp", "--probe", "all", "--legacy-probes", "--json"),
         folder=tmp_path,
     )
-    assert json.loads(report)
+    status = {check["name"]: check["status"] for check in json.loads(report)["checks"]}
+    assert status.pop("errors") in ("pass", "warn")  # by its heuristics, some messages could be better
+    assert {*status} >= {"handshake", "session", "discover", "protocol", "schemas", "cache", "origin"}
+    assert {*status.values()} == {"pass"}, report
 
 
 @pytest.fixture(scope="module")
-def suite(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the command of the conformance suite, which needs a newer Node than many machines have."""
-    folder = tmp_path_factory.mktemp("suite")
-    packages = ("node@22", "@modelcontextprotocol/conformance@0.2.0-alpha.12")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with programs for Node, and a version of Node that is new enough for them."""
+    folder = tmp_path_factory.mktemp("node")
+    packages = ("node@22", "@modelcontextprotocol/conformance@0.2.0-alpha.12", "@modelcontextprotocol/inspector@2.12.0")
     run("npm", "install", "--no-audit", "--no-fund", "--prefer-offline", *packages, folder=folder)
-    modules = folder / "node_modules"
-    return [
-        str(modules / ".bin" / "node"),
-        str(modules / "@modelcontextprotocol" / "conformance" / "dist" / "index.js"),
-    ]
+    return folder / "node_modules"
 
 
-@pytest.mark.skipif(shutil.which("npm") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI")
+needs_npm = pytest.mark.skipif(
+    shutil.which("npm") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI"
+)
+
+
+@needs_npm
 @pytest.mark.parametrize("version", ["2025-06-18", "2025-11-25", "2026-07-28"])
 def test_the_conformance_suite_fails_where_the_baseline_says_why(
-    version: str, suite: list[str], server: Server, tmp_path: Path
+    version: str, modules: Path, server: Server, tmp_path: Path
 ) -> None:
+    suite = (modules / ".bin" / "node", modules / "@modelcontextprotocol" / "conformance" / "dist" / "index.js")
     options = ["--url", f"{server.url}/mcp", "--spec-version", version, "--expected-failures", str(BASELINE)]
     run(*suite, "server", "--suite", "all", *options, folder=tmp_path)
+
+
+@needs_npm
+@pytest.mark.parametrize("host", ["Claude Desktop", "the Inspector"])
+def test_the_inspector_runs_with_the_configuration_of_the_page(host: str, modules: Path, tmp_path: Path) -> None:
+    """That of Claude Desktop starts the command, that of the Inspector names a URL."""
+    (tmp_path / "desk.py").write_text(next(block.text for block in blocks_of(PAGE) if block.language == "python"))
+    (row,) = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith(f"| {host} |")]
+    config = json.loads(row.rpartition("| `")[2].rpartition("` |")[0])
+    desk = config["mcpServers"]["desk"]
+
+    def explain() -> str:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        launcher = modules / "@modelcontextprotocol" / "inspector" / "clients" / "launcher" / "build" / "index.js"
+        options = ["--cli", "--config", "config.json", "--server", "desk", "--method", "tools/call"]
+        options += ["--tool-name", "explain", "--tool-arg", "topic=tea"]
+        printed = run(
+            modules / ".bin" / "node",
+            launcher,
+            *options,
+            folder=tmp_path,
+            HOME=str(tmp_path),
+            MCP_INSPECTOR_SECRET_STORE="memory",
+        )
+        return str(json.loads(printed)["structuredContent"]["result"])
+
+    if "url" not in desk:
+        desk["command"], *desk["args"] = flockapi_command(desk["args"][0], str(tmp_path / "desk.py"))
+        desk["env"]["HOME"] = str(tmp_path)
+        assert explain() == "It is all about tea "
+        return
+    desk["headers"]["Authorization"] = f"Bearer {KEY}"
+    serve = flockapi_command("serve", str(tmp_path / "desk.py"), "--port", "0", "--store", ":memory:")
+    with running(*serve, FLOCK_API_KEYS=f"ann={KEY}") as server:
+        desk["url"] = f"{server.url}/mcp"
+        assert explain() == "It is all about tea "

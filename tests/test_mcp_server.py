@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -28,7 +29,7 @@ from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
 from tests.support.engines import until_run
 from tests.support.flocks import Gate, sample_flock
-from tests.support.http import client_of, events_in, get, left
+from tests.support.http import client_of, events_in, get, left, wait_until
 from tests.support.servers import Served, flockapi_command
 from tests.support.sockets import little_memory
 from tests.test_approval import Till
@@ -299,23 +300,29 @@ async def test_initialize_is_refused_in_a_batch(client: httpx.AsyncClient) -> No
 @pytest.mark.parametrize("method", ["GET", "DELETE", "PUT"])
 async def test_other_methods_of_http_are_405(client: httpx.AsyncClient, method: str) -> None:
     response = await client.request(method, "/mcp")
-    assert (response.status_code, response.headers["Allow"]) == (405, "POST")
-    assert response.json()["error"]["code"] == -32000
-    assert response.json()["error"]["data"]["request_id"] == response.headers["X-Request-ID"]
+    assert response.headers["Allow"] == "POST"
+    check_error(response, 405)
 
 
 async def test_errors_of_access_are_errors_of_json_rpc_with_their_status() -> None:
-    app = served(sample_flock(), auth=None, api_keys={"ann": "a" * 20}, allowed_hosts=["t"])
+    app = served(sample_flock(), auth=None, api_keys={"ann": "a" * 20}, allowed_hosts=["t"], max_body_bytes=200)
     async with app.lifespan(), client_of(app) as client:
         response = await post(client, body_of("tools/list"))
-        assert (response.status_code, response.json()["error"]["code"]) == (401, -32000)
+        check_error(response, 401)
         assert response.headers["WWW-Authenticate"].startswith('Bearer realm="')
         key = {"Authorization": f"Bearer {'a' * 20}"}
         assert (await post(client, body_of("tools/list"), **key)).status_code == 200
         for status, headers in ((403, {"Origin": "https://evil.example"}), (421, {"Host": "evil.example"})):
-            assert (await post(client, body_of("tools/list"), **key, **headers)).status_code == status
-        response = await client.post("/mcp", content="{}", headers={**key, "Content-Type": "text/plain"})
-        assert (response.status_code, response.json()["jsonrpc"]) == (415, "2.0")
+            check_error(await post(client, body_of("tools/list"), **key, **headers), status)
+        check_error(await client.post("/mcp", content="{}", headers={**key, "Content-Type": "text/plain"}), 415)
+        check_error(await post(client, body_of("ping", x="x" * 200), **key), 413)
+
+
+def check_error(response: httpx.Response, status: int, code: int = mcp.OTHER_ERROR) -> None:
+    """Check an error that no method has raised."""
+    body = response.json()
+    assert (response.status_code, body["jsonrpc"], body["error"]["code"]) == (status, "2.0", code), response.text
+    assert body["error"]["data"]["request_id"] == response.headers["X-Request-ID"]
 
 
 async def test_a_full_server_says_when_to_try_again(model: FakeModel) -> None:
@@ -323,8 +330,19 @@ async def test_a_full_server_says_when_to_try_again(model: FakeModel) -> None:
     async with app.lifespan(), client_of(app) as client:
         await post(client, body_of("ping"))
         response = await post(client, body_of("ping"))
-        assert (response.status_code, response.json()["error"]["code"]) == (429, -32000)
+        check_error(response, 429)
         assert int(response.headers["Retry-After"]) > 0
+
+
+async def test_errors_of_the_server_are_errors_of_json_rpc(app: FlockAPI, client: httpx.AsyncClient) -> None:
+    body = body_of("tools/call", name="add", arguments={"a": 1})
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(app.engine, "submit", None)
+        check_error(await post(client, body), 500, mcp.INTERNAL_ERROR)
+    await app.engine.drain(0)
+    response = await post(client, body)
+    check_error(response, 503)
+    assert int(response.headers["Retry-After"]) > 0
 
 
 async def test_a_page_of_an_allowed_origin_may_send_and_read_the_headers_of_mcp() -> None:
@@ -349,7 +367,7 @@ async def test_without_the_protocol_there_is_no_route() -> None:
 
 async def test_agents_are_listed_as_tools(client: httpx.AsyncClient) -> None:
     listed = await result_of(client, latest("tools/list"))
-    assert (listed["resultType"], listed["cacheScope"]) == ("complete", "private")
+    assert (listed["resultType"], listed["cacheScope"], listed["ttlMs"]) == ("complete", "private", mcp.LIST_TTL_MS)
     tools = {tool["name"]: tool for tool in listed["tools"]}
     assert list(tools)[:2] == ["text_analyzer", "add"]
     add, analyzer = tools["add"], tools["text_analyzer"]
@@ -413,11 +431,11 @@ async def test_a_call_is_a_run_with_text_and_structured_content(client: httpx.As
 
 
 async def test_a_model_can_read_what_is_wrong_with_its_arguments(client: httpx.AsyncClient) -> None:
-    for arguments in ({}, {"a": "one"}, {"a": 1, "c": 2}):
+    for arguments, problem in (({}, "/inputs/a"), ({"a": "one"}, "/inputs/a"), ({"a": 1, "c": 2}, "/inputs/c")):
         result = await call(client, "add", arguments)
         assert result["isError"]
         assert "structuredContent" not in result
-    assert "/inputs" in text_in(result) or "c" in text_in(result)
+        assert problem in text_in(result), text_in(result)
     assert (await get(client, "/runs"))["runs"] == []
 
 
@@ -649,6 +667,7 @@ async def test_a_decline_of_another_question_ends_the_call_and_the_run_waits_on(
         assert request["params"]["requestedSchema"]["properties"] == {"answer": {"type": "string"}}
         declined = await call(client, "greet", **answers(asked, action="decline"))
         assert declined["isError"]
+        assert asked["_meta"][mcp.RUN_ID] in text_in(declined)
         done = await call(client, "greet", **answers(asked, {"answer": "Ann"}))
         assert done["structuredContent"] == {"result": "Hello Ann"}
 
@@ -754,11 +773,15 @@ async def test_a_state_is_good_for_its_call_only(client: httpx.AsyncClient) -> N
 
 
 async def test_a_state_expires_after_a_day(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcp, "STATE_LIFETIME_S", -1)
+    day_s, since = 24 * 60 * 60, int(time.time())
     asked = await call(client, "approve", {"text": "it"})
-    more = answers(asked, {"approved": True})
-    body = latest("tools/call", FORMS, name="approve", arguments={"text": "it"}, **more)
+    _, until, *_ = json.loads(base64.urlsafe_b64decode(asked["requestState"].partition(".")[0]))
+    assert since + day_s <= until <= time.time() + day_s
+    body = latest("tools/call", FORMS, name="approve", arguments={"text": "it"}, **answers(asked, {"approved": True}))
+    monkeypatch.setattr(mcp, "time", SimpleNamespace(time=lambda: until))
     assert "has expired" in (await error_of(client, body, 400))["message"]
+    monkeypatch.setattr(mcp, "time", SimpleNamespace(time=lambda: until - 1))
+    assert (await result_of(client, body))["structuredContent"] == {"result": "sent"}
 
 
 async def test_a_state_of_another_principal_is_refused() -> None:
@@ -834,6 +857,23 @@ async def test_a_closed_connection_cancels_a_call_of_the_latest_revision() -> No
             assert (await server.only_run())["status"] == "cancelled"
 
 
+async def test_a_notification_cancels_nothing_of_the_latest_revision() -> None:
+    """Its connections have no session, so an id says nothing about whose request it is."""
+    gate = Gate()
+    app = served(gate.flock)
+    async with app.lifespan(), client_of(app) as client, anyio.create_task_group() as tasks:
+        tasks.start_soon(post, client, latest("tools/call", name="nap", arguments={}))
+        with anyio.fail_after(PATIENCE_S):
+            await gate.started.wait()
+        note = latest("notifications/cancelled", requestId=1)
+        del note["id"]
+        response = await post(client, note)
+        assert (response.status_code, response.content) == (202, b"")
+        gate.may_go.set()
+        (run,) = (await get(client, "/runs"))["runs"]
+        assert (await get(client, f"/run/{run['run_id']}", wait=60))["status"] == "completed"
+
+
 async def test_a_closed_connection_does_not_cancel_a_call_in_a_session() -> None:
     gate = Gate()
     async with Served(served(gate.flock)) as server, httpx.AsyncClient(base_url=server.url) as client:
@@ -841,7 +881,9 @@ async def test_a_closed_connection_does_not_cancel_a_call_in_a_session() -> None
         stream = await server.send(body_of("tools/call", name="nap"), "POST /mcp", **headers)
         with anyio.fail_after(PATIENCE_S):
             await gate.started.wait()
-        await stream.aclose()
+            await stream.aclose()
+            while server.requests_in_flight:  # noqa: ASYNC110 - uvicorn has no event for the end of a request
+                await anyio.sleep(0.01)
         gate.may_go.set()
         assert (await server.only_run())["status"] == "completed"
 
@@ -900,6 +942,31 @@ async def test_two_calls_with_one_id_of_a_session_are_one_run_or_an_error(client
     error = await error_of(client, body, 422, None, **headers)
     assert error["code"] == -32000
     assert len((await get(client, "/runs"))["runs"]) == 1
+
+
+@pytest.mark.parametrize("has_session", [True, False])
+async def test_two_calls_with_one_id_at_once_are_one_run_in_a_session(has_session: bool) -> None:
+    """Without a session, the id says nothing about whose request it is."""
+    gate, found = Gate(), list[Any]()
+    async with Served(served(gate.flock)) as server, httpx.AsyncClient(base_url=server.url) as client:
+        headers = await session_of(client) if has_session else {}
+        make: Callable[..., Any] = body_of if has_session else latest
+
+        async def nap() -> None:
+            found.append(await result_of(client, make("tools/call", name="nap", arguments={}), **headers))
+
+        with anyio.fail_after(PATIENCE_S):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(nap)
+                await gate.started.wait()
+                tasks.start_soon(nap)
+                while server.requests_in_flight < 2:  # noqa: ASYNC110 - uvicorn has no event for the start of a request
+                    await anyio.sleep(0.01)
+                if has_session:
+                    await error_of(client, body_of("tools/call", name="block"), 422, None, **headers)
+                gate.may_go.set()
+    assert [each["structuredContent"] for each in found] == [{"result": 1}] * 2
+    assert len({each["_meta"][mcp.RUN_ID] for each in found}) == (1 if has_session else 2)
 
 
 async def test_a_session_is_good_for_its_principal_in_each_process_and_after_a_restart(tmp_path: Path) -> None:
@@ -1047,6 +1114,17 @@ async def test_a_notification_cancels_the_run_of_a_line(make: Callable[..., Any]
         assert (await host.receive())["id"] == "next", "a cancelled request has no response"
 
 
+async def test_a_notification_cancels_all_calls_with_its_id() -> None:
+    gate = Gate()
+    async with hosting(gate.flock) as host, client_of(host.app) as client:
+        for _ in range(2):
+            await host.send(latest("tools/call", name="nap", arguments={}))
+        runs = (await wait_until(client, "/runs", lambda body: len(body["runs"]) == 2))["runs"]
+        await host.send({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}})
+        for run in runs:
+            assert (await get(client, f"/run/{run['run_id']}", wait=60))["status"] == "cancelled"
+
+
 async def test_the_end_of_the_input_cancels_what_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stdio, "LAST_REQUESTS_S", 0)
     gate = Gate()
@@ -1146,6 +1224,7 @@ def test_the_command_answers_on_a_clean_stdout_and_ends_with_its_input(tmp_path:
     assert answers[1]["protocolVersion"] == mcp.OLDER[0]
     assert answers[2]["structuredContent"] == {"result": "TEA"}
     assert "a program may print" in done.stderr
+    assert f"run {answers[2]['_meta'][mcp.RUN_ID]}: completed" in done.stderr
     assert "and read ''" in done.stderr
     (store,) = (tmp_path / "state" / "flockapi").glob("app-*.db")
     assert (store.stat().st_mode & 0o777, store.parent.stat().st_mode & 0o777) == (0o600, 0o700)

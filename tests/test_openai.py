@@ -15,13 +15,17 @@ import httpx
 import pytest
 
 from flock.agents.messages import Messages
+from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, InvalidData
 from flock.protocols.chats import SentText, TextReplaced, check_schema
+from flock.protocols.openai_parts import UNSUPPORTED
 from flock.runs import Principal, RunContext, Usage
+from flock.runs.client import OPTIONS
 from flock.testing import FakeModel, Reply
+from flock.web.options import PROTOCOL_MODULES
 from flockapi import create_app
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, ROOT
 from tests.support.http import client_of, get
 from tests.support.spec import SPEC, validator
 
@@ -33,16 +37,24 @@ class Mood(TypedDict):
     words: list[str]
 
 
+TOKENS = Usage(input_tokens=7, output_tokens=3, cached_tokens=2, reasoning_tokens=1)
+
+
 class Chats:
     """A flock with one agent for each way in which messages become inputs, and results become messages."""
 
     def __init__(self) -> None:
         self.flock, self.may_go, self.model = Flock("chats", model="openai/gpt-4o"), anyio.Event(), FakeModel()
-        flock = self.flock
+        flock, self.paid = self.flock, list[int]()
         flock.add_agent(FlockFactory.create_default_agent("chat", input="talk: Messages", output="reply: str"))
         takes: Any = {"client_tools": True, "client_instructions": True, "client_options": True}
-        agent = FlockFactory.create_default_agent("open", input="talk: Messages", output="reply: str", **takes)
-        flock.add_agent(agent)
+        for name, tools in (("open", []), ("guide", [self.pay])):
+            more = {**takes, "tools": tools}
+            flock.add_agent(
+                FlockFactory.create_default_agent(name, input="talk: Messages", output="reply: str", **more)
+            )
+        approved = [Tool(self.pay, needs_approval=True)]
+        flock.add_agent(FlockFactory.create_default_agent("payer", input="order", output="reply: str", tools=approved))
 
         @flock.agent
         async def echo(text: str) -> AsyncIterator[str]:
@@ -89,6 +101,10 @@ class Chats:
         @flock.agent
         def roles(talk: Messages) -> str:
             return " ".join(f"{message.role}={message.content}" for message in talk)
+
+    def pay(self, amount: int) -> str:
+        self.paid.append(amount)
+        return "paid"
 
 
 @pytest.fixture
@@ -143,6 +159,7 @@ def check_error(response: httpx.Response, status: int, code: Any, words: str = "
     assert response.headers["Content-Type"] == "application/json"
     body = response.json()
     assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert body.get("request_id") == (None if "Flock-Run-Id" in response.headers else response.headers["X-Request-ID"])
     assert code is ... or body["error"]["code"] == code
     assert words in body["error"]["message"]
     return body["error"]
@@ -162,15 +179,16 @@ async def test_each_agent_is_a_model(client: httpx.AsyncClient, chats: Chats) ->
 
 
 async def test_an_unknown_model_is_404_with_the_nearest_name(client: httpx.AsyncClient) -> None:
-    for response in (await client.get("/v1/models/ecko"), await chat(client, "ecko", "hi")):
-        assert "Did you mean 'echo'?" in check_error(response, 404, "model_not_found")["message"]
+    model, response = {"model": "ecko", "input": "hi"}, await client.get("/v1/models/ecko")
+    for sent in (response, await chat(client, "ecko", "hi"), await client.post("/v1/responses", json=model)):
+        assert "Did you mean 'echo'?" in check_error(sent, 404, "model_not_found")["message"]
 
 
 # Chat completions
 
 
 async def test_a_completion_is_a_run_with_its_text_and_tokens(client: httpx.AsyncClient, chats: Chats) -> None:
-    chats.model.replies = [Reply({"reply": "Fine."}, usage=Usage(input_tokens=7, output_tokens=3))]
+    chats.model.replies = [Reply({"reply": "Fine."}, usage=TOKENS)] * 2
     response = await chat(client, "chat", "How are you?")
     body, run = response.json(), await get(client, f"/run/{response.headers['Flock-Run-Id']}")
     assert (run["status"], run["agent_name"]) == ("completed", "chat")
@@ -184,9 +202,12 @@ async def test_a_completion_is_a_run_with_its_text_and_tokens(client: httpx.Asyn
             "finish_reason": "stop",
         }
     ]
-    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"] == 10
-    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
-    assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
+    tokens: dict[str, Any] = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    tokens |= {"prompt_tokens_details": {"cached_tokens": 2}, "completion_tokens_details": {"reasoning_tokens": 1}}
+    assert body["usage"] == tokens
+    streamed = await chat(client, "chat", "How are you?", stream=True, stream_options={"include_usage": True})
+    *_, stop, usage, _ = chunks_in(streamed)
+    assert (stop["choices"][0]["finish_reason"], usage["usage"]) == ("stop", tokens)
     chats.model.check()
 
 
@@ -249,8 +270,8 @@ async def test_ten_thousand_messages_are_a_history(client: httpx.AsyncClient) ->
 @pytest.mark.parametrize(
     ("more", "param", "words"),
     [
-        ({"n": 2}, "n", "No agent takes 'n'. Leave it out, or send 1"),
-        ({"audio": {}}, "audio", "No agent takes 'audio'. Leave it out."),
+        *(({name: 2}, name, f"No agent takes {name!r}. Leave it out") for name in UNSUPPORTED),
+        ({"n": 2}, "n", "Leave it out, or send 1"),
         ({"model": "chat", "temperature": 0.2}, "temperature", "does not let clients set it"),
         ({"model": "chat", "max_completion_tokens": 0}, "max_output_tokens", ""),
         ({"model": "chat", "tools": [{"type": "function", "function": {"name": "x"}}]}, "tools", "takes no tools"),
@@ -276,7 +297,7 @@ async def test_ten_thousand_messages_are_a_history(client: httpx.AsyncClient) ->
             "messages.0.content.1",
             "A content part of the type 'image_url' is not supported. Send text.",
         ),
-        ({"model": "add"}, "messages", 'must be a JSON object of its inputs, such as {"a": …, "b": …}'),
+        ({"model": "add"}, "messages", 'its inputs, such as {"a": …, "b": …}. Their schema: {'),
         ({"model": "chat", "messages": said("a", "b")}, "inputs.talk.1.role", "The last message must have the role"),
     ],
 )
@@ -287,6 +308,12 @@ async def test_an_invalid_request_is_400_and_starts_no_run(
     error = check_error(await client.post("/v1/chat/completions", json=body), 400, "invalid_input", words)
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert (await get(client, "/runs"))["runs"] == []
+
+
+@pytest.mark.parametrize("name", [*UNSUPPORTED, *OPTIONS, "tools", "tool_choice"])
+def test_a_setting_that_may_be_refused_is_on_the_page(name: str) -> None:
+    page = (ROOT / "docs" / "openai.md").read_text()
+    assert f"`{name}`" in page.partition("## Settings")[2].partition("## Reasoning")[0]
 
 
 async def test_a_schema_of_the_client_must_be_that_of_the_outputs(client: httpx.AsyncClient, chats: Chats) -> None:
@@ -360,15 +387,27 @@ async def test_a_failed_run_is_an_error_that_clients_do_not_repeat(client: httpx
     assert last["error"]["message"].startswith("That is too much. The run is ")
 
 
-async def test_a_waiting_run_ends_the_answer_with_its_question(client: httpx.AsyncClient) -> None:
-    response = await chat(client, "ask", "Tea")
+@pytest.mark.parametrize(
+    ("model", "asked", "output", "result"),
+    [
+        pytest.param("ask", "Which one?", "Assam", {"result": "Tea: Assam"}, id="question"),
+        pytest.param("payer", "May payer call pay?", {"approved": True}, {"reply": "Paid."}, id="approval"),
+    ],
+)
+async def test_a_waiting_run_ends_the_answer_with_its_question(
+    client: httpx.AsyncClient, chats: Chats, model: str, asked: str, output: Any, result: Any
+) -> None:
+    call = Reply(calls=[("pay", {"amount": 3})])
+    chats.model.replies = [call, Reply({"reply": "Paid."}), call]
+    response = await chat(client, model, "Tea")
     run_id = response.headers["Flock-Run-Id"]
-    assert content_of(response) == f"Which one?\n\n(The run {run_id} waits for the answer.)"
+    assert content_of(response) == f"{asked}\n\n(The run {run_id} waits for the answer.)"
+    assert response.json()["choices"][0]["finish_reason"] == "stop"
     (question,) = (await get(client, "/questions"))["questions"]
     path = f"/run/{run_id}/calls/{question['call_id']}?wait=30"
-    answered = await client.post(path, json={"output": "Assam"})
-    assert answered.json()["result"] == {"result": "Tea: Assam"}
-    streamed = await chat(client, "ask", "Tea", stream=True)
+    answered = await client.post(path, json={"output": output})
+    assert answered.json()["result"] == result
+    streamed = await chat(client, model, "Tea", stream=True)
     *chunks, stop, done = chunks_in(streamed)
     assert streamed_text(chunks) == content_of(response).replace(run_id, streamed.headers["Flock-Run-Id"])
     assert (stop["choices"][0]["finish_reason"], done) == ("stop", "[DONE]")
@@ -377,17 +416,28 @@ async def test_a_waiting_run_ends_the_answer_with_its_question(client: httpx.Asy
 # The client's instructions, options and tools
 
 
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": name, "description": "Look.", "parameters": {"type": "object"}}}
     for name in ("look", "zoom")
 ]
 
 
-async def test_an_agent_that_takes_them_gets_instructions_and_options(client: httpx.AsyncClient, chats: Chats) -> None:
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [
+        ("chat/completions", "max_completion_tokens"),
+        ("chat/completions", "max_tokens"),
+        ("responses", "max_output_tokens"),
+    ],
+)
+async def test_an_agent_that_takes_them_gets_instructions_and_options(
+    client: httpx.AsyncClient, chats: Chats, path: str, limit: str
+) -> None:
     chats.model.replies = [Reply({"reply": "Arr."})]
     messages = [{"role": "system", "content": "Be a pirate."}, *said("Hi")]
-    body = {"model": "open", "messages": messages, "temperature": 0.2, "seed": 7, "max_completion_tokens": 50}
-    assert content_of(await client.post("/v1/chat/completions", json=body)) == "Arr."
+    body = {"model": "open", "messages": messages, "input": messages, "temperature": 0.2, "seed": 7, limit: 50}
+    response = await client.post(f"/v1/{path}", json=body)
+    assert (response.status_code, "Arr." in response.text) == (200, True), response.text
     (sent,) = chats.model.requests
     assert "Be a pirate." in sent["messages"][0]["content"]
     assert (sent["temperature"], sent["seed"]) == (0.2, 7)
@@ -438,6 +488,19 @@ async def test_a_stream_ends_with_the_calls_of_tools(client: httpx.AsyncClient, 
     (call,) = calls["choices"][0]["delta"]["tool_calls"]
     assert (call["index"], call["function"]) == (0, {"name": "look", "arguments": "{}"})
     assert (stop["choices"][0]["finish_reason"], done) == ("tool_calls", "[DONE]")
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tools_of_the_server_are_no_calls_for_the_client(
+    client: httpx.AsyncClient, chats: Chats, path: str, stream: bool
+) -> None:
+    chats.model.replies = [Reply(calls=[("pay", {"amount": 3}), ("look", {})])]
+    tools = TOOLS if path == "chat/completions" else [{"type": "function", **tool["function"]} for tool in TOOLS]
+    body = {"model": "guide", "messages": said("Pay."), "input": "Pay.", "tools": tools, "stream": stream}
+    sent = await client.post(f"/v1/{path}", json=body)
+    assert chats.model.requests[0].tool_names == ["look", "zoom", "pay"]
+    assert (sent.status_code, chats.paid, "look" in sent.text, '"pay"' in sent.text) == (200, [3], True, False)
 
 
 async def test_outputs_of_tools_are_the_last_messages(client: httpx.AsyncClient) -> None:
@@ -600,7 +663,6 @@ async def test_every_error_below_v1_has_the_form_of_openai(chats: Chats) -> None
         unknown = await client.get("/v1/models")
         assert check_error(unknown, 401, "invalid_api_key")["type"] == "invalid_request_error"
         assert unknown.headers["WWW-Authenticate"].startswith("Bearer ")
-        assert unknown.json()["request_id"] == unknown.headers["X-Request-ID"]
         foreign = await client.post("/v1/chat/completions", json={}, headers={**own, "Origin": "https://evil.example"})
         check_error(foreign, 403, "forbidden")
         check_error(await client.get("/v1/nothing", headers=own), 404, None)
@@ -611,6 +673,20 @@ async def test_every_error_below_v1_has_the_form_of_openai(chats: Chats) -> None
         typed = {**own, "Content-Type": "application/json"}
         check_error(await client.post("/v1/chat/completions", content="{", headers=typed), 400, "malformed_json")
         assert (await client.get("/nothing", headers=own)).headers["Content-Type"] == "application/problem+json"
+
+
+async def test_a_page_of_an_allowed_origin_may_send_what_the_client_for_javascript_sends(chats: Chats) -> None:
+    app = create_app(
+        chats.flock, store=":memory:", auth="host", protocols=["openai"], cors_origins=["https://a.example"]
+    )
+    names = "arch helper-method lang os package-version retry-count runtime runtime-version timeout".split()
+    wanted = ["accept", "authorization", "content-type", *(f"x-stainless-{name}" for name in names)]
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": ", ".join(wanted)}
+    async with app.lifespan(), client_of(app) as client:
+        allowed = await client.options("/v1/chat/completions", headers={"Origin": "https://a.example", **asked})
+        read = await client.get("/v1/models", headers={"Origin": "https://a.example"})
+    assert allowed.status_code == 200, allowed.text
+    assert "Flock-Run-Id" in read.headers["Access-Control-Expose-Headers"]
 
 
 async def test_a_key_that_is_sent_twice_is_401(chats: Chats) -> None:
@@ -667,10 +743,14 @@ async def test_a_request_has_the_access_and_the_id_of_all_others(chats: Chats) -
         assert (await client.get(path, headers={"X-User": "bob"})).status_code == 404
 
 
-async def test_a_route_is_counted_by_its_path(client: httpx.AsyncClient) -> None:
-    await client.get("/v1/models/echo")
-    metrics = (await client.get("/metrics")).text
+async def test_a_route_is_counted_by_its_path(chats: Chats) -> None:
+    app = create_app(chats.flock, store=":memory:", auth="host", protocols=["openai", "mcp"])
+    async with app.lifespan(), client_of(app) as client:
+        await client.get("/v1/models/echo")
+        await client.post("/mcp", json={"jsonrpc": "2.0", "id": 1, "method": "ping"})
+        metrics = (await client.get("/metrics")).text
     assert 'route="/v1/models/{model}"' in metrics
+    assert 'route="/mcp"' in metrics
 
 
 async def test_a_protocol_that_is_off_has_no_routes(chats: Chats) -> None:
@@ -679,10 +759,13 @@ async def test_a_protocol_that_is_off_has_no_routes(chats: Chats) -> None:
     assert (response.status_code, response.headers["Content-Type"]) == (404, "application/problem+json")
 
 
-def test_a_protocol_that_is_off_is_not_imported() -> None:
+@pytest.mark.parametrize("on", [[], *([name] for name in PROTOCOL_MODULES)], ids=str)
+def test_a_protocol_that_is_off_is_not_imported(on: list[str]) -> None:
     code = (
         "import sys; from flock.core import Flock; from flockapi import create_app; "
-        "create_app(Flock()); print([name for name in sys.modules if name.startswith('flock.protocols')])"
+        f"create_app(Flock(), protocols={on}); print(*(name for name in sys.modules if 'flock.protocols' in name))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    imported, own = {*done.stdout.split()}, {PROTOCOL_MODULES[name] for name in on}
+    assert imported & {*PROTOCOL_MODULES.values()} == own
+    assert on or not imported

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,10 +77,11 @@ flock.add_agent(FlockFactory.create_default_agent(
 
 @flock.agent
 async def hold(topic: str, context: RunContext) -> str:
-    context.emit("All ")
+    first = "Some " if topic == "coffee" and os.path.exists("may_go") else "All "
+    context.emit(first)
     while not os.path.exists("may_go"):
         await asyncio.sleep(0.05)
-    return f"All about {topic}"
+    return f"{first}about {topic}"
 
 flock.add_agent(FlockFactory.create_default_agent("thinker", input="text: str", output="reply: str"))
 
@@ -321,8 +321,10 @@ def test_clients_for_node(program: str, node: Path, server: Server) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_litellm_as_a_client(server: Server) -> None:
-    assert "all of it\n" in run(Path(sys.executable), "-c", LITELLM, server.url)
+def test_litellm_as_a_client(server: Server, tmp_path: Path) -> None:
+    python = new_environment(tmp_path / "litellm")
+    subprocess.run(pip(python, "install", "--quiet", "litellm==1.110.2"), check=True)
+    assert "all of it\n" in run(python, "-c", LITELLM, server.url)
 
 
 @pytest.mark.timeout(300)
@@ -339,35 +341,43 @@ def test_the_command_llm_knows_agents_from_one_file(server: Server, tmp_path: Pa
 
 
 def test_streams_of_a_server_that_is_killed_are_resumed(tmp_path: Path) -> None:
-    """A response by the number of its last event, a chat by the same request with its key."""
+    """A response by the number of its last event, a chat by the same request with its key.
+
+    If the agent writes another text after the crash, the client gets an error, and can read the text that counts.
+    """
     (tmp_path / "served.py").write_text(SERVED)
     command = f"cd {tmp_path} && exec {shlex.join(flockapi_command('serve', 'served.py', '--port', '0'))}"
     chat = {"model": "hold", "messages": [{"role": "user", "content": "tea"}], "stream": True}
-    response: dict[str, Any] = {"model": "hold", "input": "tea", "stream": True, "background": True}
-    key, seen = {"Idempotency-Key": "once"}, list[Any]()
+    response: dict[str, Any] = {"model": "hold", "stream": True, "background": True}
+    key, seen, other = {"Idempotency-Key": "once"}, list[Any](), list[Any]()
     with running("bash", "-c", command) as server:
-        with httpx.stream("POST", f"{server.url}/v1/responses", json=response) as stream:
-            for event in events_in(stream):
-                seen.append(event)
-                if event["type"] == "response.output_text.delta":
-                    break
+        for events, topic in ((seen, "tea"), (other, "coffee")):
+            with httpx.stream("POST", f"{server.url}/v1/responses", json={**response, "input": topic}) as stream:
+                for event in events_in(stream):
+                    events.append(event)
+                    if event["type"] == "response.output_text.delta":
+                        break
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=chat, headers=key) as stream:
             run_id = stream.headers["Flock-Run-Id"]
             assert next(event for event in events_in(stream) if event["choices"][0]["delta"].get("content"))
         server.process.kill()
         server.process.wait()
     (tmp_path / "may_go").touch()
-    path = f"/v1/responses/{seen[0]['response']['id']}"
     with running("bash", "-c", command) as server:
-        query = f"?stream=true&starting_after={seen[-1]['sequence_number']}"
-        with httpx.stream("GET", f"{server.url}{path}{query}") as stream:
-            seen += events_in(stream)
-        text = httpx.get(f"{server.url}{path}").json()["output"][0]["content"][0]["text"]
-        assert "".join(event.get("delta", "") for event in seen) == text == "All about tea"
+        texts = list[str]()
+        for events in (seen, other):
+            path = f"{server.url}/v1/responses/{events[0]['response']['id']}"
+            query = f"?stream=true&starting_after={events[-1]['sequence_number']}"
+            with httpx.stream("GET", f"{path}{query}") as stream:
+                events += events_in(stream)
+            texts.append(httpx.get(path).json()["output"][0]["content"][0]["text"])
+        assert "".join(event.get("delta", "") for event in seen) == texts[0] == "All about tea"
+        assert (other[-1]["type"], other[-1]["code"], texts[1]) == ("error", "text_replaced", "Some about coffee")
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=chat, headers=key) as stream:
             assert stream.headers["Flock-Run-Id"] == run_id
             chunks = list(events_in(stream))
         assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "All about tea"
+        assert httpx.get(f"{server.url}/run/{run_id}").json()["result"] == {"result": "All about tea"}
 
 
 def events_in(stream: httpx.Response) -> Iterator[Any]:

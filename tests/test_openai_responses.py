@@ -13,18 +13,17 @@ import pytest
 
 from flock import fair
 from flock.agents.messages import Messages
-from flock.agents.tools import Tool
 from flock.core import FlockFactory
 from flock.errors import AgentError
-from flock.runs import Principal, RunContext, new_id
+from flock.runs import Principal, RunContext, RunStatus, new_id
 from flock.store import queries
 from flock.testing import Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
-from tests.support.engines import counting_turns
+from tests.support.engines import counting_turns, until_run
 from tests.support.http import client_of, get, left, wait_for
 from tests.support.sockets import little_memory
-from tests.test_openai import Chats, check_error, serve
+from tests.test_openai import TOKENS, Chats, check_error, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -34,17 +33,9 @@ class Responses(Chats):
 
     def __init__(self) -> None:
         super().__init__()
-        flock, self.paid, self.attempt = self.flock, list[int](), 0
+        flock = self.flock
         self.texts, self.has_written = ["All about tea", "All about tea"], anyio.Event()
 
-        def pay(amount: int) -> str:
-            self.paid.append(amount)
-            return "paid"
-
-        tools = [Tool(pay, needs_approval=True)]
-        flock.add_agent(
-            FlockFactory.create_default_agent("payer", input="order: str", output="reply: str", tools=tools)
-        )
         flock.add_agent(FlockFactory.create_default_agent("pal", input="text: str", output="reply: str", history=5))
 
         @flock.agent
@@ -138,19 +129,28 @@ def approval(response: Any, approve: bool = True, **more: Any) -> list[Any]:
 
 
 async def test_a_response_is_a_run_that_can_be_read_again(client: httpx.AsyncClient, chats: Responses) -> None:
-    chats.model.replies = [Reply({"reply": "Fine."})]
+    chats.model.replies = [Reply({"reply": "Fine."}, usage=TOKENS)]
     made = await create(client, "chat", "How are you?", metadata={"topic": "mood"})
     assert (made["object"], made["status"], made["model"]) == ("response", "completed", "chat")
     assert (text_of(made), made["metadata"], made["error"]) == ("Fine.", {"topic": "mood"}, None)
-    assert made["usage"]["total_tokens"] == made["usage"]["input_tokens"] + made["usage"]["output_tokens"] == 15
+    assert made["usage"] == {
+        **{"input_tokens": 7, "input_tokens_details": {"cached_tokens": 2}, "total_tokens": 10},
+        **{"output_tokens": 3, "output_tokens_details": {"reasoning_tokens": 1}},
+    }
     again = await get(client, f"/v1/responses/{made['id']}")
     assert again == {**made, "metadata": {}}
-    listed = await client.get(f"/v1/responses/{made['id']}/input_items")
-    assert listed.headers["Flock-Run-Id"] == run_id_of(made)
-    items = listed.json()
+    items = await get(client, f"/v1/responses/{made['id']}/input_items")
     assert [item["content"] for item in items["data"]] == [[{"type": "input_text", "text": "How are you?"}]]
     assert (await client.delete(f"/v1/responses/{made['id']}")).json()["deleted"] is True
     check_error(await client.get(f"/v1/responses/{made['id']}"), 404, "unknown_run")
+
+
+async def test_all_about_a_response_names_its_run(client: httpx.AsyncClient) -> None:
+    made = await create(client, "hello")
+    requests = ("GET", ""), ("GET", "?stream=true"), ("GET", "/input_items"), ("POST", "/cancel"), ("DELETE", "")
+    for method, more in requests:
+        response = await client.request(method, f"/v1/responses/{made['id']}{more}")
+        assert (response.status_code, response.headers["Flock-Run-Id"]) == (200, run_id_of(made))
 
 
 @pytest.mark.parametrize(
@@ -258,6 +258,32 @@ async def test_a_response_that_is_not_stored_is_deleted_if_its_client_leaves(
     assert (await get(client, "/runs"))["runs"] == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_that_is_not_stored_waits_for_its_key_if_its_client_leaves(
+    chats: Responses, app: FlockAPI, client: httpx.AsyncClient, stream: bool
+) -> None:
+    body, key = {"model": "write", "input": "a secret", "store": False, "stream": stream}, {"Idempotency-Key": "once"}
+    await left(app, "/v1/responses", body, chats.has_written.wait, key)
+    chats.may_go.set()
+    typed = {**key, "Content-Type": "application/json"}
+    again = await client.post("/v1/responses", content=json.dumps(body), headers=typed)  # the bytes of left()
+    assert (again.status_code, "All about tea" in again.text) == (200, True)
+    assert (await get(client, "/runs"))["runs"] == []
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "once"}], ids=["no key", "key"])
+async def test_a_client_that_leaves_cancels_its_run_unless_it_has_a_key(
+    chats: Responses, app: FlockAPI, client: httpx.AsyncClient, path: str, stream: bool, key: dict[str, str]
+) -> None:
+    said = {"messages": [{"role": "user", "content": "tea"}], "input": "tea"}
+    await left(app, f"/v1/{path}", {"model": "write", "stream": stream, **said}, chats.has_written.wait, key)
+    chats.may_go.set()
+    (run,) = (await get(client, "/runs"))["runs"]
+    assert (await wait_for(client, f"/run/{run['run_id']}"))["status"] == ("completed" if key else "cancelled")
+
+
 async def test_who_follows_a_response_of_another_request_and_leaves_does_not_cancel_it(
     chats: Responses, app: FlockAPI, client: httpx.AsyncClient
 ) -> None:
@@ -324,6 +350,22 @@ async def test_a_response_in_the_background_can_be_read_until_it_ends(
     await wait_for(client, f"/run/{run_id_of(made)}")
     ended = await get(client, f"/v1/responses/{made['id']}")
     assert (ended["status"], text_of(ended)) == ("completed", "All about tea")
+
+
+@pytest.mark.parametrize("wait_for_what", ["a time", "a message"])
+async def test_a_run_that_sleeps_or_awaits_a_message_is_in_progress(
+    client: httpx.AsyncClient, app: FlockAPI, chats: Responses, wait_for_what: str
+) -> None:
+    @chats.flock.agent
+    async def idle(text: str, context: RunContext) -> str:
+        await (context.sleep(3600) if wait_for_what == "a time" else context.receive("post", str))
+        return text
+
+    made = await create(client, "idle", background=True)
+    await until_run(app.engine, run_id_of(made), lambda run: run.status is RunStatus.WAITING)
+    read = await get(client, f"/v1/responses/{made['id']}")
+    assert (read["status"], read["output"], read["completed_at"], read["usage"]) == ("in_progress", [], None, None)
+    assert (await client.post(f"/v1/responses/{made['id']}/cancel")).json()["status"] == "cancelled"
 
 
 async def test_cancel_returns_when_the_run_has_stopped(client: httpx.AsyncClient) -> None:
@@ -804,6 +846,28 @@ async def test_the_client_of_a_run_whose_text_was_replaced_gets_an_error(
     resumed = f"/v1/responses/{made['id']}?stream=true&starting_after={event['sequence_number']}"
     *_, last = events_of(await client.get(resumed))
     assert (last["type"], last["code"]) == ("error", "text_replaced")
+    assert run_id_of(made) in last["message"]
+
+
+async def test_a_live_text_that_is_replaced_goes_on_or_ends_with_an_error(
+    client: httpx.AsyncClient, app: FlockAPI, chats: Responses
+) -> None:
+    def on_event(event: Any) -> None:
+        if is_delta(event):
+            chats.may_go.set()
+
+    async def stream(text: str) -> list[Any]:
+        chats.may_go = anyio.Event()
+        return await serve(app, {"model": "replace", "input": text, "stream": True}, on_event, "/v1/responses")
+
+    events = await stream("The first answer")
+    assert "".join(event["delta"] for event in events if is_delta(event)) == "The first answer"
+    assert (events[-1]["type"], text_of(events[-1]["response"])) == ("response.completed", "The first answer")
+    for text in ("Another", "The"):
+        first, *_, last = await stream(text)
+        assert (last["type"], last["code"]) == ("error", "text_replaced")
+        assert run_id_of(first["response"]) in last["message"]
+        assert text_of(await get(client, f"/v1/responses/{first['response']['id']}")) == text
 
 
 async def test_a_head_request_has_no_stream(client: httpx.AsyncClient) -> None:

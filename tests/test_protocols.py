@@ -7,15 +7,18 @@ from typing import Any
 import httpx
 import pytest
 
+from flock.agents.tools import Tool
+from flock.core import FlockFactory
 from flock.testing import Reply
 from flockapi import create_app
 from tests.support.http import client_of, get
 from tests.test_mcp_server import answers, latest, post, result_of
+from tests.test_openai import check_error
 from tests.test_openai_responses import Responses, approval, send, text_of
 
 pytestmark = pytest.mark.anyio
 
-ANN, BOB = ({"Authorization": f"Bearer {letter * 20}"} for letter in "ab")
+ANN, BOB, EVE = ({"Authorization": f"Bearer {letter * 20}"} for letter in "abe")
 PAY_3 = [Reply(calls=[("pay", {"amount": 3})]), Reply({"reply": "Paid."})]
 
 
@@ -27,7 +30,7 @@ def chats() -> Responses:
 @pytest.fixture
 async def client(chats: Responses) -> AsyncIterator[httpx.AsyncClient]:
     engine = chats.flock.engine(transport=chats.model.transport)
-    keys = {"ann": "a" * 20, "bob": "b" * 20}
+    keys = {"ann": "a" * 20, "bob": "b" * 20, "eve:role:refunds": "e" * 20}
     app = create_app(chats.flock, engine=engine, api_keys=keys, protocols=["openai", "mcp"])
     async with app.lifespan(), client_of(app, ANN) as made:
         yield made
@@ -90,3 +93,22 @@ async def test_an_approval_asked_through_mcp_is_answered_by_the_item_of_openai(
     more = {**answers(waiting), "inputResponses": late}
     ended = await result_of(client, latest("tools/call", {"elicitation": {}}, **order, **more))
     assert (ended["structuredContent"], chats.paid) == ({"reply": "Paid."}, [3])
+
+
+async def test_an_item_of_openai_approves_as_the_rules_of_approvers_allow(
+    client: httpx.AsyncClient, chats: Responses
+) -> None:
+    """The role is needed for an own run too. Who has it and does not own the run answers where the run is not shown."""
+    tools = [Tool(chats.pay, needs_approval=True, approver="refunds")]
+    chats.flock.add_agent(FlockFactory.create_default_agent("clerk", input="order", output="reply: str", tools=tools))
+    call, paid = PAY_3
+    chats.model.replies = [call, call, paid, paid]
+    asked, own = [(await send(client, "clerk", "Pay 3.", who)).json() for who in (ANN, EVE)]
+    check_error(await send(client, "clerk", approval(asked)), 403, "forbidden", "refunds")
+    check_error(await send(client, "clerk", approval(asked), EVE), 404, "unknown_run")
+    assert chats.paid == []
+    assert text_of((await send(client, "clerk", approval(own), EVE)).json()) == "Paid."
+    _, run_id, call_id = asked["output"][0]["id"].split("_", 2)
+    await client.post(f"/run/{run_id}/calls/{call_id}", json={"output": {"approved": True}}, headers=EVE)
+    continued = await send(client, "clerk", [], previous_response_id=asked["id"])
+    assert (text_of(continued.json()), chats.paid) == ("Paid.", [3, 3])

@@ -221,6 +221,22 @@ def test_a_call_of_a_tool_is_approved(visit: Visit, closed: Site) -> None:
     assert calls_of(closed, run_id)["tool"]["result"] == "paid 40 for A7"
 
 
+def test_an_approval_asked_through_openai_is_answered_on_the_page(visit: Visit, closed: Site) -> None:
+    def respond(input: Any, **more: str) -> Any:
+        body = {"model": "cashier", "input": input, **more}
+        return httpx.post(f"{closed.url}/v1/responses", json=body, headers=closed.headers, timeout=90).json()
+
+    asked = respond("cold soup")
+    assert [(item["type"], item["name"]) for item in asked["output"]] == [("mcp_approval_request", "pay_back")]
+    _, run_id, _ = asked["id"].split("_")
+    page = visit.page(closed, f"run/{run_id}")
+    page.get_by_role("button", name="Approve").click()
+    expect(status_of(page)).to_contain_text("completed")
+    continued = respond([], previous_response_id=asked["id"])
+    assert json.loads(continued["output"][0]["content"][0]["text"]) == closed.get(f"/run/{run_id}")["result"]
+    assert calls_of(closed, run_id)["tool"]["result"] == "paid 40 for A7"
+
+
 def test_a_call_of_a_tool_is_denied_with_a_reason(visit: Visit, closed: Site) -> None:
     run_id = closed.run("cashier", complaint="cold soup")
     page = visit.page(closed, f"run/{run_id}")

@@ -230,6 +230,7 @@ def main() -> None:
         engine=flock.engine(store=options.folder / "flock.db", transport=transport, durability="process"),
         api_keys=options.key and {"ann": options.key},
         metrics=False,
+        protocols=["openai"],
     )
     host = app
     if options.prefix:

@@ -90,17 +90,19 @@ async def serve_lines(app: ASGIApp, lines: AsyncIterable[bytes], write: Callable
 
     A request that the client cancels, or whose response it does not read, ends as if the client had disconnected.
     """
-    scopes = weakref.WeakValueDictionary[bytes, anyio.CancelScope]()  # of the requests that have not ended
+    # The ids of the requests that have not ended. Two may have the same one.
+    open_ids = weakref.WeakKeyDictionary[anyio.CancelScope, bytes]()
     async with anyio.create_task_group() as tasks:
         async for line in lines:
             sent = _Sent()
             with contextlib.suppress(msgspec.DecodeError, RecursionError):  # the app says what is wrong
                 sent = msgspec.json.decode(line, type=_Sent)
             if sent.method == "notifications/cancelled":
-                if scope := scopes.get(bytes(sent.params.request_id)):
+                for scope in [each for each, id_ in open_ids.items() if id_ == bytes(sent.params.request_id)]:
                     scope.cancel()
             elif line.strip():
-                scopes[bytes(sent.id)] = scope = anyio.CancelScope()
+                scope = anyio.CancelScope()
+                open_ids[scope] = bytes(sent.id)
                 tasks.start_soon(_exchange, app, line, scope, write)
         tasks.cancel_scope.deadline = anyio.current_time() + LAST_REQUESTS_S
 

@@ -7,8 +7,8 @@ const { text, usage } = await generateText({ model: flock("write"), prompt: "tea
 assert.equal(text, "All about tea");
 assert.equal(usage.totalTokens, 0);
 const pieces = [];
-for await (const piece of streamText({ model: flock("write"), prompt: "tea" }).textStream) pieces.push(piece);
-assert.ok(pieces.length > 1 || pieces[0] === "All about tea", pieces);
+for await (const piece of streamText({ model: flock("slow"), prompt: "tea" }).textStream) pieces.push(piece);
+assert.ok(pieces.length > 1, pieces);
 assert.equal(pieces.join(""), "All about tea");
 const look = tool({
   description: "Look at something.",
