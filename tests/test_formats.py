@@ -4,11 +4,12 @@ import functools
 import gzip
 import io
 import json
+import os
 import time
 from collections.abc import AsyncIterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import msgspec
@@ -22,6 +23,8 @@ from flock.core import Flock
 from flock.errors import InvalidData, TooLarge
 from flock.formats import BY_MEDIA_TYPE, FORMATS, format_of
 from flock.rows.array import array_rows
+from flock.rows.dialect import CSVDialect
+from flock.rows.likeinput import results_like
 from flock.rows.tables import RowMapping
 from flockapi import create_app
 
@@ -381,3 +384,12 @@ def test_rows_that_were_not_chosen_keep_their_place_beside_the_others(tmp_path: 
     assert [line.split(",")[0] for line in lines] == ["text", "a", "b", "c"]
     assert sorted(line.split(",")[5] for line in lines[1:]) == ["cancelled", "cancelled", "completed"]
     assert lines[0].endswith(",status,error,input_tokens,output_tokens,cost")
+
+
+async def test_the_input_is_closed_if_its_output_is_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"text,price\n" + b"a,1\n" * 2**19)
+    opened, never_read = len(os.listdir("/dev/fd")), cast(Any, None)
+    results = results_like(tmp_path / "rows.csv", CSVDialect(), never_read, ["half"], escape_formulas=False)
+    assert await anext(results) == b"text,price,half,status,error\n"
+    await results.aclose()
+    assert len(os.listdir("/dev/fd")) == opened

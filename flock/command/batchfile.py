@@ -182,8 +182,9 @@ async def _write(
     state = _real_path(job.state)
     async with _writing(state) if job.output else contextlib.nullcontext():
         with _output(job, state) if job.output else contextlib.nullcontext(stdout) as file:
-            async for piece in pieces:
-                file.write(piece)
+            async with contextlib.aclosing(pieces) as written:  # also if the disk is full
+                async for piece in written:
+                    file.write(piece)
             file.flush()
 
 
