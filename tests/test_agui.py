@@ -210,7 +210,7 @@ async def test_a_run_fails_with_its_error_and_ends_with_its_client(client: httpx
             {"messages": [{"id": "a", "role": "assistant", "content": "b"}]}, 422, "no text", id="no question"
         ),
         pytest.param({"messages": [{"id": "a", "role": "system", "content": "b"}]}, 422, "no text", id="only system"),
-        pytest.param({"messages": [said([{"type": "image", "source": {}}])]}, 422, "Only text", id="an image"),
+        pytest.param({"messages": [said([{"type": "image", "source": {}}])]}, 422, "not supported", id="an image"),
         pytest.param({"threadId": "a b"}, 422, "match", id="the id of a thread is visible ASCII"),
         pytest.param({"tools": [{"name": "look"}]}, 422, "tools", id="tools that no agent takes"),
         pytest.param({"resume": [{"interruptId": "x", "status": "resolved"}]}, 404, "no run", id="a forged interrupt"),

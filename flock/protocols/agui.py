@@ -7,7 +7,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock.errors import Conflict, InvalidData
+from flock.errors import Conflict
 from flock.jsontype import JSONType
 from flock.protocols import chats, frontends
 from flock.protocols.chats import Part
@@ -32,12 +32,6 @@ class Message(msgspec.Struct, frozen=True):
     content: str | list[Part] | None = None
     toolCallId: str = ""
     toolCalls: list[dict[str, Any]] = []
-
-    def text(self, at: str) -> str:
-        parts = self.content if isinstance(self.content, list) else [Part("text", self.content)]
-        if any(part.type != "text" for part in parts):
-            raise InvalidData.of("Only text is supported.", f"{at}/content")
-        return "".join(part.text or "" for part in parts)
 
 
 class Resume(msgspec.Struct, frozen=True):
@@ -76,14 +70,14 @@ async def run_agent(request: Request) -> Response:
         if message.role != "tool":
             break
         if message.toolCallId.startswith("call_"):
-            given[message.toolCallId] = message.text(f"/messages/{at}")
+            given[message.toolCallId] = chats.text_in(message.content, f"/messages/{at}")
     if given:
         run_id = next(iter(given)).removeprefix("call_")[:36]
-        wanted: frontends.Wanted = await frontends.answers_of(request, agent, sent.threadId, run_id, given, "/resume")
+        wanted: orders.Wanted = await frontends.answers_of(request, agent, sent.threadId, run_id, given, "/resume")
     else:
         names, state = {field.name for field in agent.input.fields}, sent.state if isinstance(sent.state, dict) else {}
         inputs = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in state.items() if name in names}
-        text, newest = last.text(place), await frontends.newest_of(request, sent.threadId)
+        text, newest = chats.text_in(last.content, place), await orders.newest_run(request, sent.threadId)
         said = frontends.Said(text if last.role == "user" else "", place, inputs, sent.tools)
         replaced = sent.forwardedProps.get("replaces") if isinstance(sent.forwardedProps, dict) else None
         if replaced is not None and (newest is None or (newest.run_id, newest.agent_name) != (replaced, agent.name)):

@@ -36,9 +36,6 @@ Writers = Callable[[Run], Any]
 #: Whether an answer replaces that of the newest run: in any case, or if it was asked the same.
 Replaces = Literal["no", "same", "newest"]
 
-#: What a request asks for.
-Wanted = orders.Order | orders.Answers
-
 
 # Requests
 
@@ -54,12 +51,7 @@ class Said(NamedTuple):
 
 def agent_in(request: Request) -> Agent:
     """Return the agent in the path. Raises AgentNotFound."""
-    return agent_of(orders.serving(request).flock.agents, request.path_params["agent"])
-
-
-async def newest_of(request: Request, session_id: str, status: RunStatus | None = None) -> Run | None:
-    """Return the caller's newest run in a chat, without its inputs and result. It may be of another agent."""
-    return await anext(orders.runs_of_session(request, session_id, status, limit=1), None)
+    return agent_of(orders.agents_of(request), request.path_params["agent"])
 
 
 async def order_of(
@@ -87,10 +79,9 @@ async def order_of(
     elif reads_history and run is not None:
         if run.is_active and run.status is not RunStatus.WAITING:
             raise Conflict("The last answer is not complete. Wait for it, or stop it.")
-        if (done := await newest_of(request, session_id, RunStatus.COMPLETED)) and done.agent_name == agent.name:
-            done = await engine.get_run(done.run_id)
-            text = await chats.text_of(engine, orders.serving(request).flock.agents, done, as_json=False)
-            history = [*chats.messages_of(agent, done.inputs), chats.Message("assistant", text)]
+        done = await orders.newest_run(request, session_id, RunStatus.COMPLETED)
+        if done is not None and done.agent_name == agent.name:
+            history = await chats.turn_of(engine, orders.agents_of(request), await engine.get_run(done.run_id))
     return orders.Order(
         agent_name=agent.name,
         session_id=session_id,
@@ -161,7 +152,7 @@ class Asked(NamedTuple):
     question: Question
 
 
-async def streamed(request: Request, wanted: Wanted, writer_of: Writers, *known: Iterable[str]) -> Response:
+async def streamed(request: Request, wanted: orders.Wanted, writer_of: Writers, *known: Iterable[str]) -> Response:
     """Return the stream of a run, as a writer of the protocol spells it.
 
     Args:
@@ -202,7 +193,7 @@ class _ShownRun:
     def __init__(self, request: Request, engine: Engine, run: Run, begun: set[str], ended: set[str]) -> None:
         self._request, self._engine, self._run = request, engine, run
         self._known, self._arguments = {CallBegun: begun, CallEnded: ended}, dict[str, Any]()
-        self._answer = chats.StreamedAnswer(orders.serving(request).flock.agents, as_json=False, takes_back=True)
+        self._answer = chats.StreamedAnswer(orders.agents_of(request), as_json=False, takes_back=True)
 
     async def parts(self, events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[Any, None]:
         """Yield texts, ``Thought``, ``TakenBack``, what is defined above, None, ``run.progress`` and one of ENDS.

@@ -151,7 +151,7 @@ class Call(NamedTuple):
 
     @property
     def agents(self) -> Mapping[str, Agent]:
-        return orders.serving(self.request).flock.agents
+        return orders.agents_of(self.request)
 
     @property
     def has_forms(self) -> bool:

@@ -63,12 +63,12 @@ def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
 
 async def list_models(request: Request) -> Response:
     """GET /v1/models"""
-    return JSONResponse({"object": "list", "data": [_model(name) for name in orders.serving(request).flock.agents]})
+    return JSONResponse({"object": "list", "data": [_model(name) for name in orders.agents_of(request)]})
 
 
 async def get_model(request: Request) -> Response:
     """GET /v1/models/{model}"""
-    return JSONResponse(_model(agent_of(orders.serving(request).flock.agents, request.path_params["model"]).name))
+    return JSONResponse(_model(agent_of(orders.agents_of(request), request.path_params["model"]).name))
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -99,13 +99,13 @@ CHAT_REQUEST = JSONType(ChatRequest, ignores_unknown=True)
 
 async def chat(request: Request) -> Response:
     """POST /v1/chat/completions"""
-    body, agents = await orders.read_json(request), orders.serving(request).flock.agents
+    body, agents = await orders.read_json(request), orders.agents_of(request)
     sent = CHAT_REQUEST.decode(body)
     agent, engine = agent_of(agents, sent.model), await orders.engine_of(request)
     as_json = parts.wants_json(agents, agent, sent.response_format, "/response_format")
     messages, answers = await parts.read(sent.messages, "/messages")
     client = parts.client_settings(body, messages)
-    wanted: orders.Order | orders.Answers
+    wanted: orders.Wanted
     if answers:
         wanted = await parts.answers_in(engine, answers, "/messages")
     else:

@@ -10,13 +10,10 @@ from flock.agents.agent import Agent
 from flock.errors import InvalidData
 from flock.fair import FairShare
 from flock.jsontype import JSONType
-from flock.protocols.chats import Message, Part, check_schema
+from flock.protocols.chats import Message, Part, check_schema, text_in
 from flock.runs import ClientSettings, ClientTool, Engine, Question, Usage
 from flock.runs.client import OPTIONS
 from flock.web import orders
-
-#: The types of content that agents read.
-TEXTS = ("text", "input_text", "output_text")
 
 #: Items of a history that are not messages. A client could forge them, so agents do not see them.
 UNSEEN = ("reasoning", "function_call", "mcp_approval_request", "mcp_list_tools", "mcp_call")
@@ -137,10 +134,10 @@ async def read(items: Sequence[Item], at: str) -> tuple[list[Message], dict[str,
         place, is_chat = f"{at}/{number}", at == "/messages"
         is_tool = is_chat and item.role == "tool"
         if is_tool or item.type == "function_call_output":
-            text = _text_of(item.content if is_tool else item.output, place, is_shown=True)
+            text = text_in(item.content if is_tool else item.output, place)
             answers[item.tool_call_id if is_tool else item.call_id] = msgspec.Raw(msgspec.json.encode(text))
         elif item.role is not None and (is_chat or item.type == "message"):
-            messages.append(Message(item.role, _text_of(item.content, place, is_shown=item.role == "user")))
+            messages.append(Message(item.role, text_in(item.content, place, is_shown=item.role == "user")))
             if item.role == "assistant" or not is_chat:
                 answers.clear()
         elif item.type == "mcp_approval_response" and item.approval_request_id and item.approve is not None:
@@ -153,17 +150,6 @@ async def read(items: Sequence[Item], at: str) -> tuple[list[Message], dict[str,
     if answers and is_chat and not is_tool:
         raise InvalidData.of("The outputs of tools must be the last messages.", place)
     return messages, answers
-
-
-def _text_of(content: str | Sequence[Part] | None, at: str, *, is_shown: bool) -> str:
-    """Return the text of a message. Other parts are refused if the agent would see the message (*is_shown*)."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    for number, part in enumerate(content):
-        if is_shown and (part.type not in TEXTS or part.text is None):
-            detail = f"A content part of the type {part.type!r} is not supported. Send text."
-            raise InvalidData.of(detail, f"{at}/content/{number}")
-    return "".join(part.text or "" for part in content if part.type in TEXTS)
 
 
 def usage_of(usage: Usage | None, read: str, written: str) -> dict[str, Any]:

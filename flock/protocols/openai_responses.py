@@ -8,7 +8,7 @@ it is in the background. A conversation is a session. So any process can show al
 import contextlib
 import re
 import zlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import anyio
@@ -154,10 +154,6 @@ async def _reply(engine: Engine, place: Place) -> Reply:
     return Reply(place, run, [*answered, *(each for each in still_open if each.asked_at <= at)], answers)
 
 
-def _agents(request: Request) -> Mapping[str, Agent]:
-    return orders.serving(request).flock.agents
-
-
 # What clients see
 
 
@@ -187,12 +183,7 @@ def _asked(place: Place, questions: Sequence[Question]) -> list[JSON]:
             call = {"id": f"fc_{at}", "type": "function_call", "call_id": f"call_{at}", "status": "completed"}
             items.append({**call, "name": question.question, **arguments})
         elif (approval := orders.approved_call(question)) is not None:
-            request = {
-                "id": f"mcpr_{at}",
-                "type": "mcp_approval_request",
-                "name": approval[2],
-                "server_label": "flock",
-            }
+            request = {"id": f"mcpr_{at}", "type": "mcp_approval_request", "name": approval[2], "server_label": "flock"}
             items.append({**request, **arguments})
         else:
             others.append(question)
@@ -230,8 +221,9 @@ async def _shown(request: Request, reply: Reply, sent: ResponseRequest | None = 
     """Return a response as it ended, or as it is. Raises RunNotFound, StoreError."""
     run, output = reply.run, [*_thinking(reply.place, thoughts), *_asked(reply.place, reply.questions)]
     if not reply.questions and run.status is RunStatus.COMPLETED:
-        engine, as_json = await orders.engine_of(request), reply.place.as_json
-        output.append(_answer(reply.place, await chats.text_of(engine, _agents(request), run, as_json=as_json)))
+        engine, agents = await orders.engine_of(request), orders.agents_of(request)
+        text = await chats.text_of(engine, agents, run, as_json=reply.place.as_json)
+        output.append(_answer(reply.place, text))
     body, headers = _response(reply, output, sent), {"Flock-Run-Id": run.run_id}
     if request.method == "GET":  # a client repeats what gets 429, which must not be a new run
         return PageResponse(body, orders.download_slot(request), headers=headers)
@@ -273,14 +265,12 @@ async def create_response(request: Request) -> Response:
     return response
 
 
-async def _order_of(
-    request: Request, body: bytes, sent: ResponseRequest
-) -> tuple[orders.Order | orders.Answers, Place]:
+async def _order_of(request: Request, body: bytes, sent: ResponseRequest) -> tuple[orders.Wanted, Place]:
     """Return what a request asks for, and the place of its response, which has no run yet.
 
     Raises: InvalidData, AgentNotFound, RunNotFound, SessionNotFound.
     """
-    agents, engine = _agents(request), await orders.engine_of(request)
+    agents, engine = orders.agents_of(request), await orders.engine_of(request)
     agent = agent_of(agents, sent.model)
     as_json = parts.wants_json(agents, agent, sent.text.format if sent.text else None, "/text/format")
     place = Place("", 0, as_json, sent.background is True)
@@ -351,12 +341,11 @@ async def _latest(request: Request, session_id: str | None) -> tuple[str | None,
     """Return the newest run of a session of the caller, or "", and the newest that neither failed nor was cancelled."""
     if session_id is None:
         return None, None
-    newest = await anext(orders.runs_of_session(request, session_id, limit=1), None)
+    newest = await orders.newest_run(request, session_id)
     if newest is None or newest.status not in FAILED:
         return ("", None) if newest is None else (newest.run_id, newest.run_id)
-    others = [orders.runs_of_session(request, session_id, each, limit=1) for each in RunStatus if each not in FAILED]
-    found = [run.run_id for runs in others if (run := await anext(runs, None)) is not None]
-    return newest.run_id, max(found, default=None)
+    found = [await orders.newest_run(request, session_id, each) for each in RunStatus if each not in FAILED]
+    return newest.run_id, max((run.run_id for run in found if run is not None), default=None)
 
 
 async def _continued(
@@ -376,8 +365,7 @@ async def _continued(
             "/previous_response_id" if sent.conversation is None else "/conversation",
         )
     if has_messages:
-        text = await chats.text_of(await orders.engine_of(request), _agents(request), earlier.run, as_json=False)
-        messages[:0] = [*_said(request, earlier.run), chats.Message("assistant", text)]
+        messages[:0] = await chats.turn_of(await orders.engine_of(request), orders.agents_of(request), earlier.run)
     return earlier.run.session_id
 
 
@@ -421,14 +409,8 @@ async def input_items(request: Request) -> Response:
     """GET /v1/responses/{response_id}/input_items: the messages that became the inputs of its run."""
     engine, place = await orders.engine_of(request), Place.of(request.path_params["response_id"])
     reply = await _reply(engine, place)
-    said, run_id = _said(request, reply.run), reply.run.run_id
+    said, run_id = chats.said_in(orders.agents_of(request), reply.run), reply.run.run_id
     return _page(request, [(f"{run_id}_in{at}", each.role, each.content) for at, each in enumerate(said)], run_id)
-
-
-def _said(request: Request, run: Run) -> list[chats.Message]:
-    """Return the messages of which the inputs of a run were made; none if its agent is missing."""
-    agent = _agents(request).get(run.agent_name)
-    return [] if agent is None else chats.messages_of(agent, run.inputs)
 
 
 class PageQuery(msgspec.Struct, frozen=True, kw_only=True):
@@ -501,11 +483,9 @@ async def conversation_items(request: Request) -> Response:
     first = next((at for at, run_id in enumerate(ids) if run_id in query.after), 0)
     items = list[tuple[str, str, str]]()
     for run_id in ids[first : first + query.limit // 2 + 2]:  # two items each; what is left out makes has_more true
-        run = await engine.get_run(run_id)
-        said = _said(request, run)
+        *said, answer = await chats.turn_of(engine, orders.agents_of(request), await engine.get_run(run_id))
         asked = [(f"{run_id}_in{len(said) - 1}", each.role, each.content) for each in said[-1:]]
-        text = await chats.text_of(engine, _agents(request), run, as_json=False)
-        pair = [*asked, (Place(run_id).id[5:], "assistant", text)]
+        pair = [*asked, (Place(run_id).id[5:], answer.role, answer.content)]
         items += pair if query.order == "asc" else pair[::-1]
         await anyio.lowlevel.checkpoint()
     return _page(request, items if query.order == "asc" else items[::-1])
@@ -518,7 +498,7 @@ def _streamed(
     request: Request, engine: Engine, stream: orders.Stream, reply: Reply, sent: ResponseRequest | None, after: int = -1
 ) -> Response:
     """Return the stream of a run that was accepted. It fails nowhere, so that the slot of *stream* is given back."""
-    answer = chats.StreamedAnswer(_agents(request), as_json=reply.place.as_json)
+    answer = chats.StreamedAnswer(orders.agents_of(request), as_json=reply.place.as_json)
     headers = {"Flock-Run-Id": reply.run.run_id, "X-Accel-Buffering": "no"}
 
     async def content() -> AsyncGenerator[bytes, None]:

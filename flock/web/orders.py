@@ -16,6 +16,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from flock.agents.agent import Agent
 from flock.declared import DeclaredFlock
 from flock.errors import Conflict, FlockError, NotFound, Replayed, StoreError
 from flock.runs import (
@@ -93,6 +94,10 @@ class Answers(msgspec.Struct, frozen=True):
     is_async: bool = True
 
 
+#: What a request asks for.
+Wanted = Order | Answers
+
+
 class Accepted(NamedTuple):
     """A run that is stored. ``is_replay``: an earlier request with the same key has started it."""
 
@@ -120,6 +125,10 @@ def serving(request: Request) -> Serving:
     return app
 
 
+def agents_of(request: Request) -> Mapping[str, Agent]:
+    return serving(request).flock.agents
+
+
 async def engine_of(request: Request) -> Engine:
     """Return the engine, limited to the records of the caller. Open it first if the app's lifespan was not run."""
     engine = serving(request).engine
@@ -145,7 +154,7 @@ async def read_json(request: Request, *, is_optional: bool = False) -> bytes:
     return await body.json(options.max_json_depth, default=b"{}" if is_optional else None)
 
 
-async def accept(request: Request, order: Order | Answers, run_id: str | None = None) -> Accepted:
+async def accept(request: Request, order: Wanted, run_id: str | None = None) -> Accepted:
     """Store a run, which then starts, or give answers to one, which then continues, even if the client disconnects.
 
     Raises: the errors of ``Engine.submit``; Conflict if an earlier request with the same key has started a run that no
@@ -205,7 +214,7 @@ async def end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
         raise
 
 
-async def stream(request: Request, order: Order | Answers, *, reasoning: bool) -> Stream:
+async def stream(request: Request, order: Wanted, *, reasoning: bool) -> Stream:
     """Accept an order or answers. The run is watched from before, so that no text is missed.
 
     Raises: the errors of ``accept``; TooManyRequests if the caller has too many streams open.
@@ -223,7 +232,7 @@ async def stream(request: Request, order: Order | Answers, *, reasoning: bool) -
 
 
 @contextlib.contextmanager
-def watched(engine: Engine, order: Order | Answers, *, is_wanted: bool = True) -> Iterator[str]:
+def watched(engine: Engine, order: Wanted, *, is_wanted: bool = True) -> Iterator[str]:
     """Return the id for the run of *order*. If *is_wanted*, what its agents write is kept during the block."""
     run_id = order.run_id if isinstance(order, Answers) else new_id()
     del order  # its inputs may be long
@@ -245,6 +254,11 @@ async def runs_of_session(
         if not page.has_more:
             return
         after = page[-1].run_id
+
+
+async def newest_run(request: Request, session_id: str, status: RunStatus | None = None) -> Run | None:
+    """Return the caller's newest run of a session, without its inputs and result."""
+    return await anext(runs_of_session(request, session_id, status, limit=1), None)
 
 
 def approved_call(question: Question) -> tuple[str, str, str] | None:
