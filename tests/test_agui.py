@@ -9,10 +9,10 @@ import httpx
 import pytest
 
 from flock.testing import Reply
-from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.http import client_of, get, left, wait_until
-from tests.test_vercel import ANN, BOB, Pages, check_error
+from tests.support.http import get, left, wait_until
+from tests.test_openai import ANN, BOB, KEYS, open_chats
+from tests.test_vercel import Pages, check_error
 
 pytestmark = pytest.mark.anyio
 
@@ -24,9 +24,7 @@ def chats() -> Pages:
 
 @pytest.fixture
 async def client(chats: Pages) -> AsyncIterator[httpx.AsyncClient]:
-    engine = chats.flock.engine(transport=chats.model.transport)
-    app = create_app(chats.flock, engine=engine, api_keys={"ann": "a" * 20, "bob": "b" * 20}, protocols=["ag-ui"])
-    async with app.lifespan(), client_of(app, ANN) as made:
+    async with open_chats(chats, ANN, api_keys=KEYS, protocols=["ag-ui"]) as made:
         yield made
 
 

@@ -8,14 +8,13 @@ import httpx
 import pytest
 
 from flock.testing import Reply
-from flockapi import create_app
-from tests.support.http import client_of, get
+from tests.support.http import get
 from tests.test_mcp_server import answers, latest, post, result_of
+from tests.test_openai import ANN, BOB, KEYS, open_chats
 from tests.test_openai_responses import Responses, approval, send, text_of
 
 pytestmark = pytest.mark.anyio
 
-ANN, BOB = ({"Authorization": f"Bearer {letter * 20}"} for letter in "ab")
 PAY_3 = [Reply(calls=[("pay", {"amount": 3})]), Reply({"reply": "Paid."})]
 
 
@@ -26,10 +25,7 @@ def chats() -> Responses:
 
 @pytest.fixture
 async def client(chats: Responses) -> AsyncIterator[httpx.AsyncClient]:
-    engine = chats.flock.engine(transport=chats.model.transport)
-    keys = {"ann": "a" * 20, "bob": "b" * 20}
-    app = create_app(chats.flock, engine=engine, api_keys=keys, protocols=["openai", "mcp"])
-    async with app.lifespan(), client_of(app, ANN) as made:
+    async with open_chats(chats, ANN, api_keys=KEYS, protocols=["openai", "mcp"]) as made:
         yield made
 
 

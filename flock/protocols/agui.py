@@ -62,8 +62,7 @@ RUN_INPUT = JSONType(RunInput, ignores_unknown=True)
 
 async def run_agent(request: Request) -> Response:
     """POST /ag-ui/{agent}: a new run, or the answers for which a run waits."""
-    body, agent = await orders.read_json(request), frontends.agent_in(request)
-    sent = RUN_INPUT.decode(body)
+    agent, sent, body = await frontends.read(request, RUN_INPUT)
     given = {one.interruptId: one.payload if one.status == "resolved" else frontends.DENIED for one in sent.resume}
     last, place = (sent.messages or [Message("", "")])[-1], f"/messages/{len(sent.messages) - 1}"
     for at, message in reversed(list(enumerate(sent.messages))):

@@ -5,7 +5,7 @@ What the session has counts, and of what a client sends only what the user says 
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -15,10 +15,13 @@ from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.declared import agent_of
 from flock.errors import Conflict, FlockError, InvalidData
+from flock.jsontype import JSONType
 from flock.protocols import chats
 from flock.runs import ClientSettings, ClientTool, Engine, Event, Question, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.responses import KEEP_ALIVE, EventStream, long_event, sent_event
+
+T = TypeVar("T")
 
 
 def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
@@ -52,6 +55,12 @@ class Said(NamedTuple):
 def agent_in(request: Request) -> Agent:
     """Return the agent in the path. Raises AgentNotFound."""
     return agent_of(orders.agents_of(request), request.path_params["agent"])
+
+
+async def read(request: Request, type_: JSONType[T]) -> tuple[Agent, T, bytes]:
+    """Return the agent in the path, its request, and the body of that. Raises AgentNotFound, InvalidData."""
+    body, agent = await orders.read_json(request), agent_in(request)
+    return agent, type_.decode(body), body
 
 
 async def order_of(

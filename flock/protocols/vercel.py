@@ -99,8 +99,7 @@ CHAT_REQUEST = JSONType(ChatRequest, ignores_unknown=True)
 
 async def chat(request: Request) -> Response:
     """POST /vercel/{agent}: a new run, or the answers for which the run of a message waits."""
-    body, agent = await orders.read_json(request), frontends.agent_in(request)
-    sent = CHAT_REQUEST.decode(body)
+    agent, sent, _ = await frontends.read(request, CHAT_REQUEST)
     named = [at for at, each in enumerate(sent.messages) if each.id == sent.messageId]
     message, place = sent.messages[named[0] if named else -1], "/messages"
     if message.role == "assistant" and sent.trigger == "submit-message":
