@@ -234,19 +234,20 @@ async def test_an_element_that_is_wrong_is_an_error_of_its_row() -> None:
     assert "unexpected end" in rows[4][1][0]
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        pytest.param(b"", "not a JSON array", id="empty"),
-        pytest.param(b"text\na\n", "not a JSON array", id="csv"),
-        pytest.param(b'{"agent_name": "show"}', "no agent_name in the query", id="a request"),
-        pytest.param(b'[{"text": "a"}, {"te', "missing after 1 rows", id="cut short in a string"),
-        pytest.param(b'[{"text": "a"}, ', "missing after 1 rows", id="cut short between rows"),
-        pytest.param(b'[{"text": "a"}] [', "more text after the end", id="two arrays"),
-        pytest.param(b"PK\x03\x04 and more", "Excel file", id="xlsx"),
-    ],
-)
-async def test_what_is_no_array_is_named(content: bytes, reason: str) -> None:
+#: What is sent, and the error.
+NOT_ARRAYS = {
+    b"": "not a JSON array",
+    b"text\na\n": "not a JSON array",
+    b'{"agent_name": "show"}': "no agent_name in the query",
+    b'[{"text": "a"}, {"te': "missing after 1 rows",
+    b'[{"text": "a"}, ': "missing after 1 rows",
+    b'[{"text": "a"}] [': "more text after the end",
+    b"PK\x03\x04 and more": "Excel file",
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), NOT_ARRAYS.items())
+async def test_what_is_not_an_array_is_named(content: bytes, reason: str) -> None:
     for size in (3, 1000):
         with pytest.raises(InvalidData, match=reason):
             await read(content, size)
@@ -278,7 +279,7 @@ async def test_an_error_in_an_array_has_the_pointer_of_its_row(http: httpx.Async
 
 @pytest.mark.parametrize("text", [b'text,price\na,1\n,\n" ",\n\nb,2\n,\n', b"text\tprice\na\t1\n\t\n \t\n\nb\t2\n\t\n"])
 async def test_rows_without_a_value_are_skipped_and_counted(http: httpx.AsyncClient, text: bytes) -> None:
-    """Lines without a cell are no rows."""
+    """Lines without a cell are not rows."""
     format_ = "csv" if b"," in text else "tsv"
     batch = (await sent(http, format_, text)).json()
     assert (batch["total_items"], batch["skipped_rows"]) == (2, 3)
