@@ -203,11 +203,13 @@ async def test_a_run_fails_with_its_error_and_ends_with_its_client(client: httpx
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        pytest.param({"messages": []}, 422, "no text of the user", id="no messages"),
+        pytest.param({"messages": []}, 422, "not a text from the user", id="no messages"),
         pytest.param(
-            {"messages": [{"id": "a", "role": "assistant", "content": "b"}]}, 422, "no text", id="no question"
+            {"messages": [{"id": "a", "role": "assistant", "content": "b"}]}, 422, "not a text", id="no question"
         ),
-        pytest.param({"messages": [{"id": "a", "role": "system", "content": "b"}]}, 422, "no text", id="only system"),
+        pytest.param(
+            {"messages": [{"id": "a", "role": "system", "content": "b"}]}, 422, "not a text", id="only system"
+        ),
         pytest.param({"messages": [said([{"type": "image", "source": {}}])]}, 422, "not supported", id="an image"),
         pytest.param({"threadId": "a b"}, 422, "match", id="the id of a thread is visible ASCII"),
         pytest.param({"tools": [{"name": "look"}]}, 422, "tools", id="tools that no agent takes"),
@@ -221,7 +223,7 @@ async def test_a_run_fails_with_its_error_and_ends_with_its_client(client: httpx
         pytest.param(
             {"messages": [{"id": "t", "role": "tool", "toolCallId": "x", "content": "paid"}]},
             422,
-            "no text of the user",
+            "not a text from the user",
             id="an output of a call of the server",
         ),
         pytest.param({"state": {"text": "x" * 20_000_000}}, 413, "limit", id="a state of 20 MB"),

@@ -513,8 +513,8 @@ async def test_ids_that_were_not_given_to_the_caller_reach_no_run_of_others(
     [
         pytest.param({"messages": []}, 422, "length", id="no messages"),
         pytest.param({"id": "a b"}, 422, "match", id="the id of a chat is visible ASCII"),
-        pytest.param({"messages": [{**said("x"), "role": "system"}]}, 422, "no text of the user", id="only system"),
-        pytest.param({"messages": [said("")]}, 422, "no text of the user", id="no text"),
+        pytest.param({"messages": [{**said("x"), "role": "system"}]}, 422, "is not a text from", id="only system"),
+        pytest.param({"messages": [said("")]}, 422, "is not a text from", id="no text"),
         pytest.param(
             {"messages": [{**said(""), "parts": [{"type": "file", "url": "http://x", "mediaType": "a/b"}]}]},
             422,

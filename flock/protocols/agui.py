@@ -83,7 +83,8 @@ async def run_agent(request: Request) -> Response:
             raise Conflict("Only the last answer can be replaced. Omit 'replaces', or begin another thread.")
         replaces: frontends.Replaces = "no" if replaced is None else "newest"
         order = await frontends.order_of(request, agent, sent.threadId, newest, said, replaces)
-        wanted = msgspec.structs.replace(order, is_async=False)  # its client stops it by leaving, and cannot return
+        # Its client stops it by disconnecting, and cannot reconnect.
+        wanted = msgspec.structs.replace(order, is_async=False)
     begun = {str(call.get("id")) for each in sent.messages for call in each.toolCalls}
     ended = {each.toolCallId for each in sent.messages if each.role == "tool"}
     return await frontends.streamed(request, wanted, lambda run: _Writer(run.run_id, sent, body), begun, ended)

@@ -238,7 +238,7 @@ class StreamedAnswer:
 
     Args:
         takes_back: the client can take text back, and shows more than text: it gets ``TakenBack`` and the events in
-            SHOWN, and no text in place of a result that is none.
+            SHOWN, and no text for a result that is not text.
     """
 
     def __init__(self, agents: Mapping[str, Agent], *, as_json: bool, takes_back: bool = False) -> None:

@@ -1,6 +1,6 @@
 """What the protocols of front ends have in common: a chat is a session of an agent, and its messages show runs.
 
-What the session has counts, and of what a client sends only what the user says last, and answers to open questions.
+The history is that of the session. From a client, only the user's last message and answers to open questions are read.
 """
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
@@ -71,7 +71,7 @@ async def order_of(
     Raises: InvalidData; Conflict if the agent reads the history, and the newest run is not complete.
     """
     if not said.text:
-        raise InvalidData.of("The last message is no text of the user.", said.at)
+        raise InvalidData.of("The last message is not a text from the user.", said.at)
     engine, history = await orders.engine_of(request), list[chats.Message]()
     run = await engine.get_run(newest.run_id) if newest is not None and newest.agent_name == agent.name else None
     before, reads_history = chats.messages_of(agent, run.inputs) if run else [], bool(conversation_of(agent.input))
@@ -165,7 +165,7 @@ async def streamed(request: Request, wanted: orders.Wanted, writer_of: Writers, 
     """Return the stream of a run, as a writer of the protocol spells it.
 
     Args:
-        known: the ids of the calls of which the client has the begin, and of those of which it has the end.
+        known: the ids of the calls whose start the client has, and of those whose end it has.
     """
     engine, stream = await orders.engine_of(request), await orders.stream(request, wanted, reasoning=True)
     run = stream.accepted.run

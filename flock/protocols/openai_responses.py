@@ -497,7 +497,7 @@ async def conversation_items(request: Request) -> Response:
 def _streamed(
     request: Request, engine: Engine, stream: orders.Stream, reply: Reply, sent: ResponseRequest | None, after: int = -1
 ) -> Response:
-    """Return the stream of a run that was accepted. It fails nowhere, so that the slot of *stream* is given back."""
+    """Return the stream of a run that was accepted. It never raises, so the slot of *stream* is always released."""
     answer = chats.StreamedAnswer(orders.agents_of(request), as_json=reply.place.as_json)
     headers = {"Flock-Run-Id": reply.run.run_id, "X-Accel-Buffering": "no"}
 

@@ -77,7 +77,9 @@ class UIMessage(msgspec.Struct, frozen=True):
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of ``POST /vercel/{agent}``, as ``DefaultChatTransport`` sends it. Its ``body`` may have the last three.
+    """Body of ``POST /vercel/{agent}``, as ``DefaultChatTransport`` sends it.
+
+    ``body`` of the transport may add the last three.
 
     Attributes:
         inputs: those that are not messages, by name.
@@ -152,7 +154,7 @@ def _result(run_id: str, result: Any) -> Mapping[str, Any]:
 
 
 async def resume(request: Request) -> Response:
-    """GET /vercel/{agent}/{chat_id}/stream: the newest message from its beginning, or 204 if there is none."""
+    """GET /vercel/{agent}/{chat_id}/stream: the newest message from the start, or 204 if there is none."""
     agent, newest = frontends.agent_in(request), await orders.newest_run(request, request.path_params["chat_id"])
     if newest is None or newest.agent_name != agent.name:
         return Response(status_code=204)
