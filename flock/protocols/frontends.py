@@ -19,7 +19,7 @@ from flock.jsontype import JSONType
 from flock.protocols import chats
 from flock.runs import ClientSettings, ClientTool, Engine, Event, Question, Run, RunStatus
 from flock.web import orders, wire
-from flock.web.responses import KEEP_ALIVE, EventStream, long_event, sent_event
+from flock.web.responses import KEEP_ALIVE, long_event, sent_event
 
 T = TypeVar("T")
 
@@ -188,8 +188,7 @@ async def streamed(request: Request, wanted: orders.Wanted, writer_of: Writers, 
             yield writer.failed(chats.failure_text(str(exc), run.run_id), "interrupted")
         yield writer.LAST
 
-    headers = {"Flock-Run-Id": run.run_id, "X-Accel-Buffering": "no", **writer.HEADERS}
-    return EventStream(content(), stream.held, headers, on_cut_off=stream.on_cut_off)
+    return stream.response(content(), writer.HEADERS)
 
 
 def typed_event(type_: str, **data: Any) -> bytes:

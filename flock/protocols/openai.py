@@ -11,7 +11,6 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock.agents.agent import Agent
 from flock.declared import agent_of
 from flock.errors import FlockError
 from flock.jsontype import JSONType
@@ -21,7 +20,7 @@ from flock.protocols import openai_responses as responses
 from flock.runs import Engine, Question, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.requests import fingerprint_of, idempotency_key
-from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, sent_event
+from flock.web.responses import KEEP_ALIVE, JSONResponse, sent_event
 from flock.web.routing import AppRoute
 
 #: How the paths of all routes begin, also of those that do not exist.
@@ -105,22 +104,18 @@ async def chat(request: Request) -> Response:
     as_json = parts.wants_json(agents, agent, sent.response_format, "/response_format")
     messages, answers = await parts.read(sent.messages, "/messages")
     client = parts.client_settings(body, messages)
-    wanted: orders.Wanted
     if answers:
-        wanted = await parts.answers_in(engine, answers, "/messages")
+        wanted: orders.Wanted = await parts.answers_in(engine, answers, "/messages")
     else:
-        wanted = orders.Order(
-            agent_name=sent.model,
-            inputs=chats.inputs_of(agent, messages, sent.inputs, "/messages"),
-            client=client,
-            key=idempotency_key(request, lambda: fingerprint_of(request, body)),
-        )
+        inputs = chats.inputs_of(agent, messages, sent.inputs, "/messages")
+        key = idempotency_key(request, lambda: fingerprint_of(request, body))
+        wanted = orders.Order(agent_name=sent.model, inputs=inputs, client=client, key=key)
+        del inputs
     if sent.stream:
         stream = await orders.stream(request, wanted, reasoning=sent.include_reasoning is not False)
         has_usage = sent.stream_options is not None and sent.stream_options.include_usage is True
-        chunks = _chunks(stream, engine, chats.StreamedAnswer(agents, as_json=as_json), has_usage=has_usage)
-        headers = {"Flock-Run-Id": stream.accepted.run.run_id, "X-Accel-Buffering": "no"}
-        return EventStream(chunks, stream.held, headers, on_cut_off=stream.on_cut_off)
+        answer = chats.StreamedAnswer(agents, as_json=as_json)
+        return stream.response(_chunks(stream, engine, answer, has_usage=has_usage))
     has_thoughts = sent.include_reasoning is True
     with orders.watched(engine, wanted, is_wanted=has_thoughts) as run_id:
         run = (await orders.accept(request, wanted, run_id)).run
@@ -128,32 +123,28 @@ async def chat(request: Request) -> Response:
         del run, wanted, sent, messages  # frees the inputs, which may be long, during the wait
         run = await orders.end_of(request, run_id, outlives_client)
         thoughts = await chats.thoughts_of(engine, run_id) if has_thoughts else ""
-    return await _completion(engine, agents, run, thoughts, as_json=as_json)
+    is_completed = run.status is RunStatus.COMPLETED
+    text = await chats.text_of(engine, agents, run, as_json=as_json) if is_completed else None
+    return _completion(run, text, thoughts)
 
 
 def _asked(run_id: str, questions: Sequence[Question]) -> tuple[dict[str, Any], str]:
     """Return the content for open questions, and why the answer ends: calls of the client's tools, or a text."""
-    calls = [
-        {
-            **{"index": at, "id": f"call_{run_id}_{call.call_id}", "type": "function"},
-            "function": {"name": call.question, "arguments": parts.arguments_of(call)},
-        }
-        for at, call in enumerate(question for question in questions if question.is_for_client)
-    ]
+    calls = list[Any]()
+    for call in filter(lambda question: question.is_for_client, questions):
+        function, id_ = {"name": call.question, "arguments": parts.arguments_of(call)}, f"call_{run_id}_{call.call_id}"
+        calls.append({"index": len(calls), "id": id_, "type": "function", "function": function})
     if calls:
         return {"content": None, "tool_calls": calls}, "tool_calls"
     return {"content": chats.question_text(questions, run_id)}, "stop"
 
 
-async def _completion(
-    engine: Engine, agents: Mapping[str, Agent], run: Run, thoughts: str, *, as_json: bool
-) -> Response:
-    headers, finish_reason = {"Flock-Run-Id": run.run_id}, "stop"
+def _completion(run: Run, text: str | None, thoughts: str) -> Response:
+    """Return the response for a run that has completed with *text*, or that waits or has failed."""
+    headers, content, finish_reason = {"Flock-Run-Id": run.run_id}, dict[str, Any](content=text), "stop"
     if run.status is RunStatus.WAITING:
         content, finish_reason = _asked(run.run_id, run.questions)
-    elif run.status is RunStatus.COMPLETED:
-        content = {"content": await chats.text_of(engine, agents, run, as_json=as_json)}
-    else:  # clients repeat requests that get 409, 429 or 5xx, which would start another run
+    elif text is None:  # clients repeat requests that get 409, 429 or 5xx, which would start another run
         return JSONResponse({"error": _failure(run.error, run.error_type, run.run_id)}, 422, headers)
     message = {"role": "assistant", "refusal": None, "annotations": [], **content}
     message |= {"reasoning_content": thoughts} if thoughts else {}

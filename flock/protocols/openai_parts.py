@@ -72,10 +72,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidData.of("It must be a string with a JSON object of inputs.", "/metadata/inputs") from exc
 
 
-_NAMES = [*UNSUPPORTED, *OPTIONS, "tools", "tool_choice", "max_tokens", "max_completion_tokens", "max_output_tokens"]
-_SETTINGS: JSONType[Any] = JSONType(
-    msgspec.defstruct("Sent", [(name, Any, None) for name in _NAMES], frozen=True), ignores_unknown=True
-)
+_NAMES = [*UNSUPPORTED, *OPTIONS, "tool_choice", "max_tokens", "max_completion_tokens", "max_output_tokens"]
+_MEMBERS = [("tools", list[dict[str, Any]] | None, None), *((name, Any, None) for name in _NAMES)]
+_SETTINGS: JSONType[Any] = JSONType(msgspec.defstruct("Sent", _MEMBERS, frozen=True), ignores_unknown=True)
 
 
 def client_settings(body: bytes, messages: Iterable[Message], instructions: str = "") -> ClientSettings | None:
@@ -89,10 +88,8 @@ def client_settings(body: bytes, messages: Iterable[Message], instructions: str 
         if value is not None and value not in neutral:
             others = "".join(f", or send {msgspec.json.encode(each).decode()}" for each in neutral)
             raise InvalidData.of(f"No agent takes {name!r}. Leave it out{others}.", f"/{name}")
-    if not isinstance(sent.tools, list | None):
-        raise InvalidData.of("It must be an array.", "/tools")
     for at, tool in enumerate(sent.tools if sent.tools and sent.tool_choice != "none" else ()):
-        if not isinstance(tool, dict) or tool.get("type") != "function":
+        if tool.get("type") != "function":
             raise InvalidData.of("Only tools of the type 'function' are offered.", f"/tools/{at}")
         made = tool["function"] if isinstance(tool.get("function"), dict) else tool
         about = {name: value for name, value in made.items() if name in TOOL and value is not None}
@@ -115,9 +112,7 @@ def wants_json(agents: Mapping[str, Agent], agent: Agent, sent: Format | None, a
         nested = sent.json_schema or sent
         check_schema(agents, agent, nested.of, f"{at}/schema" if nested is sent else f"{at}/json_schema/schema")
     elif sent.type != "json_object":
-        raise InvalidData.of(
-            f"{sent.type!r} is not a format. Use 'text', 'json_object' or 'json_schema'.", f"{at}/type"
-        )
+        raise InvalidData.of(f"{sent.type!r} is not a format. Use text, json_object or json_schema.", f"{at}/type")
     return True
 
 

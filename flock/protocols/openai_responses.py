@@ -28,7 +28,7 @@ from flock.protocols import openai_parts as parts
 from flock.runs import Call, Engine, Event, Question, Run, RunStatus, new_id
 from flock.web import orders
 from flock.web.requests import fingerprint_of, idempotency_key, query_of, while_connected
-from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, PageResponse, sent_event
+from flock.web.responses import KEEP_ALIVE, JSONResponse, PageResponse, sent_event
 from flock.web.routing import principal_of
 
 #: The number of an event that follows a text of n characters begins at ``n << CHECK_BITS``. JavaScript can read it for
@@ -313,17 +313,14 @@ async def _earlier(request: Request, sent: ResponseRequest, *, is_answer: bool) 
 
     Raises: RunNotFound, SessionNotFound; InvalidData if there is a later one, or it has not completed.
     """
-    previous_id, name = sent.previous_response_id, "/conversation"
-    previous = None if previous_id is None else await _reply(await orders.engine_of(request), Place.of(previous_id))
-    newest, latest = await _latest(request, previous.run.session_id if previous else sent.session_id)
-    if previous is not None:
-        name, reply = "/previous_response_id", previous
-    elif latest is not None:
-        reply = await _reply(await orders.engine_of(request), Place(latest, -1))
-    else:
-        return None, newest
-    if is_answer:
+    previous_id, engine = sent.previous_response_id, await orders.engine_of(request)
+    reply = None if previous_id is None else await _reply(engine, Place.of(previous_id))
+    newest, latest = await _latest(request, sent.session_id if reply is None else reply.run.session_id)
+    if reply is None and latest is not None:
+        reply = await _reply(engine, Place(latest, -1))
+    if reply is None or is_answer:
         return reply, newest
+    name = "/conversation" if previous_id is None else "/previous_response_id"
     if latest not in (None, reply.run.run_id):
         raise InvalidData.of(f"A later response of the run {latest} continues this one. Continue that.", name)
     if not reply.is_last:
@@ -474,21 +471,16 @@ async def conversation_items(request: Request) -> Response:
     """GET /v1/conversations/{conversation_id}/items: what was said in its last runs, up to ``MAX_RUNS``."""
     engine, query = await orders.engine_of(request), query_of(request, PageQuery)
     session_id, _ = _session(request.path_params["conversation_id"])
-    ids = list[str]()
-    async for listed in orders.runs_of_session(request, session_id, RunStatus.COMPLETED):
-        ids.append(listed.run_id)
-        if len(ids) == MAX_RUNS:
-            break
-    ids = ids[::-1] if query.order == "asc" else ids
+    runs = await orders.newest_runs(request, session_id, RunStatus.COMPLETED, MAX_RUNS)
+    ids = sorted((run.run_id for run in runs), reverse=query.order == "desc")
     first = next((at for at, run_id in enumerate(ids) if run_id in query.after), 0)
     items = list[tuple[str, str, str]]()
-    for run_id in ids[first : first + query.limit // 2 + 2]:  # two items each; what is left out makes has_more true
+    for run_id in sorted(ids[first : first + query.limit // 2 + 2]):  # two items each; the rest makes has_more true
         *said, answer = await chats.turn_of(engine, orders.agents_of(request), await engine.get_run(run_id))
-        asked = [(f"{run_id}_in{len(said) - 1}", each.role, each.content) for each in said[-1:]]
-        pair = [*asked, (Place(run_id).id[5:], answer.role, answer.content)]
-        items += pair if query.order == "asc" else pair[::-1]
+        items += [(f"{run_id}_in{len(said) - 1}", each.role, each.content) for each in said[-1:]]
+        items.append((Place(run_id).id[5:], answer.role, answer.content))
         await anyio.lowlevel.checkpoint()
-    return _page(request, items if query.order == "asc" else items[::-1])
+    return _page(request, items)
 
 
 # Streams
@@ -499,7 +491,6 @@ def _streamed(
 ) -> Response:
     """Return the stream of a run that was accepted. It never raises, so the slot of *stream* is always released."""
     answer = chats.StreamedAnswer(orders.agents_of(request), as_json=reply.place.as_json)
-    headers = {"Flock-Run-Id": reply.run.run_id, "X-Accel-Buffering": "no"}
 
     async def content() -> AsyncGenerator[bytes, None]:
         writer, run_id = _Writer(reply, sent, after), reply.run.run_id
@@ -523,7 +514,7 @@ def _streamed(
             await _forget(engine, reply.run.run_id)
 
     is_kept = sent is None or sent.store is not False
-    return EventStream(content(), stream.held, headers, on_cut_off=stream.on_cut_off if is_kept else cut_off)
+    return (stream if is_kept else stream._replace(on_cut_off=cut_off)).response(content())
 
 
 #: Of an item with a text: the member that has it, and the names of the events of its part, if it has one, and its text.

@@ -25,6 +25,7 @@ from flock.runs import (
     Event,
     IdempotencyKey,
     Inputs,
+    Page,
     Question,
     Run,
     RunFilter,
@@ -40,7 +41,7 @@ from flock.web.body import Body, media_type_of
 from flock.web.lifespan import lifespan_of
 from flock.web.options import AppOptions
 from flock.web.requests import request_id_of, root_path, traceparent_of, while_connected
-from flock.web.responses import events_of_new_run
+from flock.web.responses import EventStream, events_of_new_run
 from flock.web.routing import caller_of, principal_of
 
 logger = logging.getLogger("flock.api")
@@ -117,6 +118,11 @@ class Stream(NamedTuple):
     events: AsyncGenerator[Event | None, None]
     held: AbstractContextManager[object]
     on_cut_off: Callable[[], Awaitable[object]] | None
+
+    def response(self, content: AsyncGenerator[bytes, None], headers: Mapping[str, str] = {}) -> EventStream:
+        """Return the response with *content*, which is made of the events."""
+        headers = {"Flock-Run-Id": self.accepted.run.run_id, "X-Accel-Buffering": "no", **headers}
+        return EventStream(content, self.held, headers, on_cut_off=self.on_cut_off)
 
 
 def serving(request: Request) -> Serving:
@@ -240,25 +246,33 @@ def watched(engine: Engine, order: Wanted, *, is_wanted: bool = True) -> Iterato
         yield run_id
 
 
-async def runs_of_session(
-    request: Request, session_id: str, status: RunStatus | None = None, limit: int = 100
-) -> AsyncGenerator[Run, None]:
-    """Yield the caller's own runs of a session, newest first, without inputs and results, *limit* in a page."""
-    engine, principal, after = await engine_of(request), principal_of(request), None
+async def newest_runs(
+    request: Request, session_id: str, status: RunStatus | None = None, limit: int = 100, after: str | None = None
+) -> Page[Run]:
+    """Return a page of the caller's own runs of a session, newest first, without inputs and results."""
+    principal = principal_of(request)
     owner = None if principal is None else principal.name
-    wanted = RunFilter(session_id=session_id, status=status, principal=owner, limit=limit)
+    wanted = RunFilter(session_id=session_id, status=status, principal=owner, limit=limit, after=after)
+    return await (await engine_of(request)).list_runs(wanted)
+
+
+async def newest_run(request: Request, session_id: str, status: RunStatus | None = None) -> Run | None:
+    """Return the newest one of them."""
+    return next(iter(await newest_runs(request, session_id, status, limit=1)), None)
+
+
+async def runs_of_session(
+    request: Request, session_id: str, status: RunStatus | None = None
+) -> AsyncGenerator[Run, None]:
+    """Yield all of them."""
+    after = None
     while True:
-        page = await engine.list_runs(msgspec.structs.replace(wanted, after=after))
+        page = await newest_runs(request, session_id, status, after=after)
         for run in page:
             yield run
         if not page.has_more:
             return
         after = page[-1].run_id
-
-
-async def newest_run(request: Request, session_id: str, status: RunStatus | None = None) -> Run | None:
-    """Return the caller's newest run of a session, without its inputs and result."""
-    return await anext(runs_of_session(request, session_id, status, limit=1), None)
 
 
 def approved_call(question: Question) -> tuple[str, str, str] | None:
