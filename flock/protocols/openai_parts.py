@@ -1,25 +1,24 @@
-"""What chat completions and responses have in common: settings, contents, tokens and errors."""
+"""What chat completions and responses have in common: settings, contents, answers, tokens and streams."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 
 from flock.agents.agent import Agent
-from flock.errors import InvalidData
+from flock.errors import FlockError, InvalidData
 from flock.fair import FairShare
 from flock.jsontype import JSONType
-from flock.protocols.chats import Message, Part, check_schema, text_in
-from flock.runs import ClientSettings, ClientTool, Engine, Question, Usage
+from flock.protocols.chats import Message, Part, StreamedAnswer, TextReplaced, check_schema, text_in
+from flock.runs import ClientSettings, ClientTool, Engine, Event, Question, Usage
 from flock.runs.client import OPTIONS
 from flock.web import orders
+from flock.web.responses import KEEP_ALIVE
 
 #: Items of a history that are not messages. A client could forge them, so agents do not see them.
 UNSEEN = ("reasoning", "function_call", "mcp_approval_request", "mcp_list_tools", "mcp_call")
-
-#: What a tool of the client may say about itself.
-TOOL = ("name", "description", "parameters", "strict")
 
 #: Settings that no agent takes. A request may have only those values, which change nothing.
 UNSUPPORTED: Mapping[str, Sequence[Any]] = {
@@ -43,17 +42,12 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
 
 
-class Schema(msgspec.Struct, frozen=True, rename={"of": "schema"}):
-    """The JSON Schema of an answer."""
-
-    of: Any = None
-
-
-class Format(Schema, frozen=True, rename={"of": "schema"}):
-    """``response_format``, where the schema is in ``json_schema``, or ``text.format``."""
+class Format(msgspec.Struct, frozen=True, rename={"of": "schema"}):
+    """``text.format``, which has the schema *of* an answer, or ``response_format``, which has it in ``json_schema``."""
 
     type: str = "text"
-    json_schema: Schema | None = None
+    of: Any = None
+    json_schema: "Format | None" = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +86,7 @@ def client_settings(body: bytes, messages: Iterable[Message], instructions: str 
         if tool.get("type") != "function":
             raise InvalidData.of("Only tools of the type 'function' are offered.", f"/tools/{at}")
         made = tool["function"] if isinstance(tool.get("function"), dict) else tool
-        about = {name: value for name, value in made.items() if name in TOOL and value is not None}
+        about = {name: made[name] for name in ClientTool.__struct_fields__ if made.get(name) is not None}
         if "parameters" in about:
             about["parameters"] = msgspec.Raw(msgspec.json.encode(about["parameters"]))
         tools.append(ClientTool(**{"name": "", **about}))
@@ -182,3 +176,17 @@ async def answers_in(engine: Engine, answers: Mapping[str, msgspec.Raw], at: str
     if missing and len(missing) < len(calls):
         raise InvalidData.of(f"The output of {calls[missing.pop()]!r} is missing. Send all outputs together.", at)
     return orders.Answers(run_id, outputs)
+
+
+async def written(stream: orders.Stream, answer: StreamedAnswer, writer: Any) -> AsyncGenerator[bytes, None]:
+    """Yield the body of a stream, as *writer* spells its begin, its pieces, its end, or the error that ends it."""
+    yield writer.begin() or KEEP_ALIVE
+    try:
+        async with aclosing(answer.pieces(stream.events)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Event):
+                    yield await writer.end(piece)
+                else:
+                    yield (piece and writer.piece(piece)) or KEEP_ALIVE
+    except FlockError as exc:
+        yield writer.error(str(exc), "text_replaced" if isinstance(exc, TextReplaced) else "interrupted")

@@ -28,8 +28,7 @@ from flock.protocols import openai_parts as parts
 from flock.runs import Call, Engine, Event, Question, Run, RunStatus, new_id
 from flock.web import orders
 from flock.web.requests import fingerprint_of, idempotency_key, query_of, while_connected
-from flock.web.responses import KEEP_ALIVE, JSONResponse, PageResponse, sent_event
-from flock.web.routing import principal_of
+from flock.web.responses import JSONResponse, PageResponse, sent_event
 
 #: The number of an event that follows a text of n characters begins at ``n << CHECK_BITS``. JavaScript can read it for
 #: texts of up to ``2 ** 33`` characters.
@@ -357,10 +356,8 @@ async def _continued(
         is_kept = (has_session or has_messages) and sent.store is not False
         return sent.session_id or (f"resp_{new_id()}" if is_kept else None)
     if not has_session and not has_messages:
-        raise InvalidData.of(
-            f"{agent.name!r} cannot continue a conversation. It needs an input of the type Messages, or history=.",
-            "/previous_response_id" if sent.conversation is None else "/conversation",
-        )
+        problem = f"{agent.name!r} cannot continue a conversation. It needs an input of the type Messages, or history=."
+        raise InvalidData.of(problem, "/previous_response_id" if sent.conversation is None else "/conversation")
     if has_messages:
         messages[:0] = await chats.turn_of(await orders.engine_of(request), orders.agents_of(request), earlier.run)
     return earlier.run.session_id
@@ -457,9 +454,8 @@ async def one_conversation(request: Request) -> Response:
     response = _conversation(id_)
     if request.method != "DELETE":
         return response
-    principal = principal_of(request)
     with contextlib.suppress(SessionNotFound):  # it has no runs
-        await (await orders.engine_of(request)).delete_session(id_, None if principal is None else principal.name)
+        await (await orders.engine_of(request)).delete_session(id_, orders.owner_of(request))
     return JSONResponse({"id": id_, "object": "conversation.deleted", "deleted": True})
 
 
@@ -491,22 +487,7 @@ def _streamed(
 ) -> Response:
     """Return the stream of a run that was accepted. It never raises, so the slot of *stream* is always released."""
     answer = chats.StreamedAnswer(orders.agents_of(request), as_json=reply.place.as_json)
-
-    async def content() -> AsyncGenerator[bytes, None]:
-        writer, run_id = _Writer(reply, sent, after), reply.run.run_id
-        yield writer.begin() or KEEP_ALIVE
-        try:
-            async with contextlib.aclosing(answer.pieces(stream.events)) as pieces:
-                async for piece in pieces:
-                    if not isinstance(piece, Event):
-                        yield (piece and writer.piece(piece)) or KEEP_ALIVE
-                        continue
-                    run, questions = await engine.get_outline(run_id), piece.data.get("waiting_for", ())
-                    yield writer.end(reply._replace(run=run, questions=questions))
-                    if sent is not None and sent.store is False and run.status.is_final:
-                        await engine.delete_run(run_id)
-        except FlockError as exc:
-            yield writer.error(exc)
+    content = parts.written(stream, answer, _Writer(engine, reply, sent, after))
 
     async def cut_off() -> None:
         if stream.on_cut_off is not None:
@@ -514,7 +495,7 @@ def _streamed(
             await _forget(engine, reply.run.run_id)
 
     is_kept = sent is None or sent.store is not False
-    return (stream if is_kept else stream._replace(on_cut_off=cut_off)).response(content())
+    return (stream if is_kept else stream._replace(on_cut_off=cut_off)).response(content)
 
 
 #: Of an item with a text: the member that has it, and the names of the events of its part, if it has one, and its text.
@@ -537,8 +518,8 @@ class _Writer:
     another process, has the same numbers for the same text, and a client that has another text gets an error.
     """
 
-    def __init__(self, reply: Reply, sent: ResponseRequest | None, after: int) -> None:
-        self._reply, self._sent, self._after = reply, sent, after
+    def __init__(self, engine: Engine, reply: Reply, sent: ResponseRequest | None, after: int) -> None:
+        self._engine, self._reply, self._sent, self._after = engine, reply, sent, after
         self._had = max(0, after) >> CHECK_BITS  # characters that the client has, or one more at the end
         self._thoughts, self._text = list[str](), list[str]()
         self._empty = _answer(reply.place, "")
@@ -577,41 +558,42 @@ class _Writer:
     def _thoughts_done(self) -> bytes:
         return b"".join(self._closed(0, item) for item in _thinking(self._reply.place, "".join(self._thoughts)))
 
-    def end(self, reply: Reply) -> bytes:
-        """Return the last events. Raises TextReplaced."""
+    async def end(self, event: Event) -> bytes:
+        """Return the last events, and delete a run with ``store: false`` that has ended.
+
+        Raises: TextReplaced, RunNotFound, StoreError.
+        """
+        run = await self._engine.get_outline(self._reply.run.run_id)
+        reply = self._reply._replace(run=run, questions=event.data.get("waiting_for", ()))
         if self._had > self._length + 1:
             raise chats.TextReplaced("The answer was replaced by a shorter one after a part of it had been sent.")
-        is_completed = not reply.questions and reply.run.status is RunStatus.COMPLETED
+        is_completed = not reply.questions and run.status is RunStatus.COMPLETED
         answer = [_answer(reply.place, "".join(self._text))] if is_completed or self._text else []
         thoughts = _thinking(reply.place, "".join(self._thoughts))
         output = [*thoughts, *answer, *_asked(reply.place, reply.questions)]
         events = b"" if self._text else self._thoughts_done()
-        if answer and not self._text:
-            events += self._opened(len(thoughts), answer[0])
         self._number = (self._length + 1) << CHECK_BITS
         for at, item in enumerate(output[len(thoughts) :], len(thoughts)):
-            if item not in answer:
-                events += self._opened(at, item)
-                events += self._delta(at, item, _text_of(item)) if item["type"] in TEXTS else b""
+            events += b"" if item in answer and self._text else self._opened(at, item)
+            events += b"" if item in answer or item["type"] not in TEXTS else self._delta(at, item, _text_of(item))
             events += self._closed(at, item)
         response = _response(reply, output, self._sent)
         name = response["status"] if response["status"] in ("completed", "incomplete") else "failed"
+        if self._sent is not None and self._sent.store is False and run.status.is_final:
+            await self._engine.delete_run(run.run_id)
         return events + self._event(f"response.{name}", response=response)
 
-    def error(self, exc: FlockError) -> bytes:
-        code = "text_replaced" if isinstance(exc, chats.TextReplaced) else "interrupted"
-        message = chats.failure_text(str(exc), self._reply.run.run_id)
+    def error(self, error: str, code: str) -> bytes:
+        message = chats.failure_text(error, self._reply.run.run_id)
         self._number = max(self._number, self._after + 1)
         return self._event("error", code=code, message=message, param=None)
 
     def _opened(self, at: int, item: JSON) -> bytes:
         """Return the events that an item begins with, before its text."""
-        if item["type"] not in TEXTS:
-            return self._event("response.output_item.added", output_index=at, item=item)
         if item["type"] == "message":
             self._number = max(self._number, FIRST_NUMBER)
-        member, part, _ = TEXTS[item["type"]]
-        empty = {**item, "status": "in_progress", member: [] if part else ""}
+        member, part, _ = TEXTS.get(item["type"], ("", "", ""))
+        empty = {**item, "status": "in_progress", member: [] if part else ""} if member else item
         events = self._event("response.output_item.added", output_index=at, item=empty)
         return events + (self._about(f"{part}.added", at, item, part={**item[member][0], "text": ""}) if part else b"")
 

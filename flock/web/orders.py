@@ -135,6 +135,12 @@ def agents_of(request: Request) -> Mapping[str, Agent]:
     return serving(request).flock.agents
 
 
+def owner_of(request: Request) -> str | None:
+    """Return the name under which the caller's records are stored."""
+    principal = principal_of(request)
+    return None if principal is None else principal.name
+
+
 async def engine_of(request: Request) -> Engine:
     """Return the engine, limited to the records of the caller. Open it first if the app's lifespan was not run."""
     engine = serving(request).engine
@@ -250,21 +256,19 @@ async def newest_runs(
     request: Request, session_id: str, status: RunStatus | None = None, limit: int = 100, after: str | None = None
 ) -> Page[Run]:
     """Return a page of the caller's own runs of a session, newest first, without inputs and results."""
-    principal = principal_of(request)
-    owner = None if principal is None else principal.name
-    wanted = RunFilter(session_id=session_id, status=status, principal=owner, limit=limit, after=after)
+    wanted = RunFilter(session_id=session_id, status=status, principal=owner_of(request), limit=limit, after=after)
     return await (await engine_of(request)).list_runs(wanted)
 
 
 async def newest_run(request: Request, session_id: str, status: RunStatus | None = None) -> Run | None:
-    """Return the newest one of them."""
+    """Return the caller's newest run of a session, without its inputs and result."""
     return next(iter(await newest_runs(request, session_id, status, limit=1)), None)
 
 
 async def runs_of_session(
     request: Request, session_id: str, status: RunStatus | None = None
 ) -> AsyncGenerator[Run, None]:
-    """Yield all of them."""
+    """Yield the caller's own runs of a session, newest first, without inputs and results."""
     after = None
     while True:
         page = await newest_runs(request, session_id, status, after=after)
