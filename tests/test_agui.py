@@ -9,10 +9,10 @@ import httpx
 import pytest
 
 from flock.testing import Reply
-from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.http import client_of, get, left, wait_until
-from tests.test_vercel import ANN, BOB, Pages, check_error
+from tests.support.http import get, left, wait_until
+from tests.test_openai import ANN, BOB, KEYS, open_chats
+from tests.test_vercel import Pages, check_error
 
 pytestmark = pytest.mark.anyio
 
@@ -24,9 +24,7 @@ def chats() -> Pages:
 
 @pytest.fixture
 async def client(chats: Pages) -> AsyncIterator[httpx.AsyncClient]:
-    engine = chats.flock.engine(transport=chats.model.transport)
-    app = create_app(chats.flock, engine=engine, api_keys={"ann": "a" * 20, "bob": "b" * 20}, protocols=["ag-ui"])
-    async with app.lifespan(), client_of(app, ANN) as made:
+    async with open_chats(chats, ANN, api_keys=KEYS, protocols=["ag-ui"]) as made:
         yield made
 
 
@@ -205,12 +203,14 @@ async def test_a_run_fails_with_its_error_and_ends_with_its_client(client: httpx
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        pytest.param({"messages": []}, 422, "no text of the user", id="no messages"),
+        pytest.param({"messages": []}, 422, "not a text from the user", id="no messages"),
         pytest.param(
-            {"messages": [{"id": "a", "role": "assistant", "content": "b"}]}, 422, "no text", id="no question"
+            {"messages": [{"id": "a", "role": "assistant", "content": "b"}]}, 422, "not a text", id="no question"
         ),
-        pytest.param({"messages": [{"id": "a", "role": "system", "content": "b"}]}, 422, "no text", id="only system"),
-        pytest.param({"messages": [said([{"type": "image", "source": {}}])]}, 422, "Only text", id="an image"),
+        pytest.param(
+            {"messages": [{"id": "a", "role": "system", "content": "b"}]}, 422, "not a text", id="only system"
+        ),
+        pytest.param({"messages": [said([{"type": "image", "source": {}}])]}, 422, "not supported", id="an image"),
         pytest.param({"threadId": "a b"}, 422, "match", id="the id of a thread is visible ASCII"),
         pytest.param({"tools": [{"name": "look"}]}, 422, "tools", id="tools that no agent takes"),
         pytest.param({"resume": [{"interruptId": "x", "status": "resolved"}]}, 404, "no run", id="a forged interrupt"),
@@ -223,7 +223,7 @@ async def test_a_run_fails_with_its_error_and_ends_with_its_client(client: httpx
         pytest.param(
             {"messages": [{"id": "t", "role": "tool", "toolCallId": "x", "content": "paid"}]},
             422,
-            "no text of the user",
+            "not a text from the user",
             id="an output of a call of the server",
         ),
         pytest.param({"state": {"text": "x" * 20_000_000}}, 413, "limit", id="a state of 20 MB"),

@@ -86,7 +86,7 @@ async def test_what_a_provider_does_not_take_is_an_error_before_it_is_paid(
     monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", "https://azure.example")
     run, messages = await sent_by(receipt_flock(f"{provider}/model"), model, {"photo": data_url(content), "note": ""})
     assert run.error_type == "model_bad_request"
-    assert f"{provider} takes no" in run.error
+    assert f"{provider} does not accept" in run.error
     assert messages == []
 
 
@@ -94,7 +94,7 @@ async def test_what_a_provider_does_not_take_is_an_error_before_it_is_paid(
     ("content", "problem"),
     [
         (b"a" * 2000 + b"\xff", "not in UTF-8"),
-        (b"a" * 1001, "openai takes no text/plain from here, or none of 1,001 bytes"),
+        (b"a" * 1001, "openai does not accept text/plain of 1,001 bytes from here. The limit is "),
         ([PNG] * 12, "800 bytes in all"),
     ],
 )

@@ -4,11 +4,12 @@ import functools
 import gzip
 import io
 import json
+import os
 import time
 from collections.abc import AsyncIterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import msgspec
@@ -22,6 +23,8 @@ from flock.core import Flock
 from flock.errors import InvalidData, TooLarge
 from flock.formats import BY_MEDIA_TYPE, FORMATS, format_of
 from flock.rows.array import array_rows
+from flock.rows.dialect import CSVDialect
+from flock.rows.likeinput import results_like
 from flock.rows.tables import RowMapping
 from flockapi import create_app
 
@@ -231,19 +234,20 @@ async def test_an_element_that_is_wrong_is_an_error_of_its_row() -> None:
     assert "unexpected end" in rows[4][1][0]
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        pytest.param(b"", "not a JSON array", id="empty"),
-        pytest.param(b"text\na\n", "not a JSON array", id="csv"),
-        pytest.param(b'{"agent_name": "show"}', "no agent_name in the query", id="a request"),
-        pytest.param(b'[{"text": "a"}, {"te', "missing after 1 rows", id="cut short in a string"),
-        pytest.param(b'[{"text": "a"}, ', "missing after 1 rows", id="cut short between rows"),
-        pytest.param(b'[{"text": "a"}] [', "more text after the end", id="two arrays"),
-        pytest.param(b"PK\x03\x04 and more", "Excel file", id="xlsx"),
-    ],
-)
-async def test_what_is_no_array_is_named(content: bytes, reason: str) -> None:
+#: What is sent, and the error.
+NOT_ARRAYS = {
+    b"": "not a JSON array",
+    b"text\na\n": "not a JSON array",
+    b'{"agent_name": "show"}': "no agent_name in the query",
+    b'[{"text": "a"}, {"te': "missing after 1 rows",
+    b'[{"text": "a"}, ': "missing after 1 rows",
+    b'[{"text": "a"}] [': "more text after the end",
+    b"PK\x03\x04 and more": "Excel file",
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), NOT_ARRAYS.items())
+async def test_what_is_not_an_array_is_named(content: bytes, reason: str) -> None:
     for size in (3, 1000):
         with pytest.raises(InvalidData, match=reason):
             await read(content, size)
@@ -275,7 +279,7 @@ async def test_an_error_in_an_array_has_the_pointer_of_its_row(http: httpx.Async
 
 @pytest.mark.parametrize("text", [b'text,price\na,1\n,\n" ",\n\nb,2\n,\n', b"text\tprice\na\t1\n\t\n \t\n\nb\t2\n\t\n"])
 async def test_rows_without_a_value_are_skipped_and_counted(http: httpx.AsyncClient, text: bytes) -> None:
-    """Lines without a cell are no rows."""
+    """Lines without a cell are not rows."""
     format_ = "csv" if b"," in text else "tsv"
     batch = (await sent(http, format_, text)).json()
     assert (batch["total_items"], batch["skipped_rows"]) == (2, 3)
@@ -381,3 +385,12 @@ def test_rows_that_were_not_chosen_keep_their_place_beside_the_others(tmp_path: 
     assert [line.split(",")[0] for line in lines] == ["text", "a", "b", "c"]
     assert sorted(line.split(",")[5] for line in lines[1:]) == ["cancelled", "cancelled", "completed"]
     assert lines[0].endswith(",status,error,input_tokens,output_tokens,cost")
+
+
+async def test_the_input_is_closed_if_its_output_is_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"text,price\n" + b"a,1\n" * 2**19)
+    opened, never_read = len(os.listdir("/dev/fd")), cast(Any, None)
+    results = results_like(tmp_path / "rows.csv", CSVDialect(), never_read, ["half"], escape_formulas=False)
+    assert await anext(results) == b"text,price,half,status,error\n"
+    await results.aclose()
+    assert len(os.listdir("/dev/fd")) == opened

@@ -47,6 +47,15 @@ async def ended(engine: Engine, agent_name: str = "writer", **options: Any) -> R
         return await engine.wait(run.run_id)
 
 
+async def answered(engine: Engine, answer: bytes) -> Run:
+    """Return a run of the writer that has ended after *answer* to its question."""
+    run = await engine.submit("writer", {"q": "?"}, is_async=True)
+    run = await until_run(engine, run.run_id, lambda run: bool(run.waiting_for))
+    await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(answer))
+    with anyio.fail_after(PATIENCE_S):
+        return await engine.wait(run.run_id)
+
+
 async def run_of(flock: Flock, model: FakeModel, **options: Any) -> Run:
     async with flock.engine(transport=model.transport, **options) as engine:
         return await ended(engine)
@@ -850,11 +859,7 @@ async def test_a_reply_that_a_hook_shows_to_a_person_is_paid_once(open_engine: O
 
     model.replies = [{"text": "a"}]
     async with open_engine(flock, transport=model.transport) as engine:
-        run = await engine.submit("writer", {"q": "?"}, is_async=True)
-        run = await until_run(engine, run.run_id, lambda run: bool(run.waiting_for))
-        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
-        with anyio.fail_after(PATIENCE_S):
-            run = await engine.wait(run.run_id)
+        run = await answered(engine, b"true")
     assert (run.value, len(model.requests)) == ({"text": "a"}, 1), run.error
     assert run.usage is not None
     assert run.usage.input_tokens == 10
@@ -901,11 +906,7 @@ async def test_a_step_that_runs_again_reads_what_a_hook_has_replaced(open_engine
 
     model.replies = [Reply(calls=[("look_up", {"name": "x"})]), {"text": "a"}]
     async with open_engine(flock, transport=model.transport) as engine:
-        run = await engine.submit("writer", {"q": "?"}, is_async=True)
-        run = await until_run(engine, run.run_id, lambda run: bool(run.waiting_for))
-        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b'{"approved":true}'))
-        with anyio.fail_after(PATIENCE_S):
-            run = await engine.wait(run.run_id)
+        run = await answered(engine, b'{"approved":true}')
     assert (run.status, run.value) == (RunStatus.COMPLETED, {"text": "a"}), run.error
     assert names == ["look_up", "look_up", "answer"]
     assert model.requests[-1].text == "7"

@@ -3,11 +3,12 @@
 The requests and the members that are checked are those of the real client, which ``test_openai_clients.py`` runs.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Literal, TypedDict
 
 import anyio
@@ -30,6 +31,9 @@ from tests.support.http import client_of, get
 from tests.support.spec import SPEC, validator
 
 pytestmark = pytest.mark.anyio
+
+KEYS = {"ann": "a" * 20, "bob": "b" * 20}
+ANN, BOB = ({"Authorization": f"Bearer {key}"} for key in KEYS.values())
 
 
 class Mood(TypedDict):
@@ -112,11 +116,20 @@ def chats() -> Chats:
     return Chats()
 
 
+@contextlib.asynccontextmanager
+async def open_chats(
+    chats: Chats, headers: Mapping[str, str] | None = None, **options: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Serve the agents of *chats* during the block, and return a client that sends *headers*."""
+    engine = chats.flock.engine(transport=chats.model.transport)
+    app = create_app(chats.flock, engine=engine, **options)
+    async with app.lifespan(), client_of(app, headers) as made:
+        yield made
+
+
 @pytest.fixture
 async def client(chats: Chats) -> AsyncIterator[httpx.AsyncClient]:
-    engine = chats.flock.engine(transport=chats.model.transport)
-    app = create_app(chats.flock, engine=engine, auth="host", protocols=["openai"])
-    async with app.lifespan(), client_of(app) as made:
+    async with open_chats(chats, auth="host", protocols=["openai"]) as made:
         yield made
 
 
@@ -514,9 +527,7 @@ async def test_only_the_principal_of_a_run_answers_its_calls(chats: Chats) -> No
         return Principal(name=connection.headers["x-user"], admin=connection.headers["x-user"] == "root")
 
     chats.model.replies = [Reply(calls=[("look", {})])]
-    engine = chats.flock.engine(transport=chats.model.transport)
-    app = create_app(chats.flock, engine=engine, auth=auth, protocols=["openai"])
-    async with app.lifespan(), client_of(app) as client:
+    async with open_chats(chats, auth=auth, protocols=["openai"]) as client:
         asked = await chat(client, "open", "What colour?", tools=TOOLS, headers={"X-User": "ann"})
         (call,) = asked.json()["choices"][0]["message"]["tool_calls"]
         body = {"model": "open", "messages": [{"role": "tool", "tool_call_id": call["id"], "content": "blue"}]}
@@ -656,23 +667,20 @@ def test_what_was_sent_is_the_beginning_of_what_comes(texts: list[str | None], s
 
 
 async def test_every_error_below_v1_has_the_form_of_openai(chats: Chats) -> None:
-    keys = {"ann": "k" * 32}
-    app = create_app(chats.flock, store=":memory:", api_keys=keys, protocols=["openai"], max_body_bytes=200)
-    own = {"Authorization": f"Bearer {'k' * 32}"}
-    async with app.lifespan(), client_of(app) as client:
+    async with open_chats(chats, api_keys=KEYS, protocols=["openai"], max_body_bytes=200) as client:
         unknown = await client.get("/v1/models")
         assert check_error(unknown, 401, "invalid_api_key")["type"] == "invalid_request_error"
         assert unknown.headers["WWW-Authenticate"].startswith("Bearer ")
-        foreign = await client.post("/v1/chat/completions", json={}, headers={**own, "Origin": "https://evil.example"})
+        foreign = await client.post("/v1/chat/completions", json={}, headers={**ANN, "Origin": "https://evil.example"})
         check_error(foreign, 403, "forbidden")
-        check_error(await client.get("/v1/nothing", headers=own), 404, None)
-        check_error(await client.get("/v1/chat/completions", headers=own), 405, None)
-        check_error(await chat(client, "echo", "x" * 300, headers=own), 413, "content_too_large")
-        plain = {**own, "Content-Type": "text/plain"}
+        check_error(await client.get("/v1/nothing", headers=ANN), 404, None)
+        check_error(await client.get("/v1/chat/completions", headers=ANN), 405, None)
+        check_error(await chat(client, "echo", "x" * 300, headers=ANN), 413, "content_too_large")
+        plain = {**ANN, "Content-Type": "text/plain"}
         check_error(await client.post("/v1/chat/completions", content="{}", headers=plain), 415, None)
-        typed = {**own, "Content-Type": "application/json"}
+        typed = {**ANN, "Content-Type": "application/json"}
         check_error(await client.post("/v1/chat/completions", content="{", headers=typed), 400, "malformed_json")
-        assert (await client.get("/nothing", headers=own)).headers["Content-Type"] == "application/problem+json"
+        assert (await client.get("/nothing", headers=ANN)).headers["Content-Type"] == "application/problem+json"
 
 
 async def test_a_page_of_an_allowed_origin_may_send_what_the_client_for_javascript_sends(chats: Chats) -> None:
@@ -690,10 +698,9 @@ async def test_a_page_of_an_allowed_origin_may_send_what_the_client_for_javascri
 
 
 async def test_a_key_that_is_sent_twice_is_401(chats: Chats) -> None:
-    app = create_app(chats.flock, store=":memory:", api_keys={"ann": "k" * 32}, protocols=["openai", "mcp"])
     body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
-    async with app.lifespan(), client_of(app) as client:
-        for name, own in (("Authorization", f"Bearer {'k' * 32}"), ("X-API-Key", "k" * 32)):
+    async with open_chats(chats, api_keys=KEYS, protocols=["openai", "mcp"]) as client:
+        for name, own in (*ANN.items(), ("X-API-Key", KEYS["ann"])):
             assert (await client.get("/v1/models", headers=[(name, own)])).status_code == 200
             for headers in ([(name, own), (name, "Bearer x")], [(name, "Bearer x"), (name, own)]):
                 check_error(await client.get("/v1/models", headers=headers), 401, "invalid_api_key")
@@ -714,8 +721,7 @@ async def test_errors_of_the_server_have_the_form_too(chats: Chats, monkeypatch:
 
 
 async def test_too_many_requests_are_429_with_the_time_to_wait(chats: Chats) -> None:
-    app = create_app(chats.flock, store=":memory:", auth="host", protocols=["openai"], max_requests_per_minute=1)
-    async with app.lifespan(), client_of(app) as client:
+    async with open_chats(chats, auth="host", protocols=["openai"], max_requests_per_minute=1) as client:
         await client.get("/v1/models")
         refused = await client.get("/v1/models")
     assert check_error(refused, 429, "too_many_requests")["type"] == "rate_limit_error"
@@ -733,8 +739,7 @@ async def test_a_request_has_the_access_and_the_id_of_all_others(chats: Chats) -
     async def auth(connection: Any) -> Principal:
         return Principal(name=connection.headers["x-user"])
 
-    app = create_app(chats.flock, store=":memory:", auth=auth, protocols=["openai"])
-    async with app.lifespan(), client_of(app) as client:
+    async with open_chats(chats, auth=auth, protocols=["openai"]) as client:
         response = await chat(client, "hello", "hi", headers={"X-User": "ann", "X-Request-ID": "mine"})
         assert response.headers["X-Request-ID"] == "mine"
         path = f"/run/{response.headers['Flock-Run-Id']}"

@@ -23,7 +23,7 @@ from tests.support import PATIENCE_S
 from tests.support.engines import counting_turns, until_run
 from tests.support.http import client_of, get, left, wait_for
 from tests.support.sockets import little_memory
-from tests.test_openai import TOKENS, Chats, check_error, serve
+from tests.test_openai import TOKENS, Chats, check_error, open_chats, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -450,9 +450,8 @@ async def test_conversations_and_responses_of_others_do_not_exist(chats: Respons
     async def auth(connection: Any) -> Principal:
         return Principal(name=connection.headers["x-user"], admin=connection.headers["x-user"] == "root")
 
-    app = create_app(chats.flock, store=":memory:", auth=auth, protocols=["openai"])
     ann, bob, root = ({"X-User": name} for name in ("ann", "bob", "root"))
-    async with app.lifespan(), client_of(app) as client:
+    async with open_chats(chats, auth=auth, protocols=["openai"]) as client:
         id_ = (await client.post("/v1/conversations", headers=ann)).json()["id"]
         made = (await send(client, "roles", "a", ann, conversation=id_)).json()
         check_error(await client.get(f"/v1/responses/{made['id']}", headers=bob), 404, "unknown_run")

@@ -10,15 +10,14 @@ import pytest
 from flock.agents.tools import Tool
 from flock.core import FlockFactory
 from flock.testing import Reply
-from flockapi import create_app
-from tests.support.http import client_of, get
+from tests.support.http import get
 from tests.test_mcp_server import answers, latest, post, result_of
-from tests.test_openai import check_error
+from tests.test_openai import ANN, BOB, KEYS, check_error, open_chats
 from tests.test_openai_responses import Responses, approval, send, text_of
 
 pytestmark = pytest.mark.anyio
 
-ANN, BOB, EVE = ({"Authorization": f"Bearer {letter * 20}"} for letter in "abe")
+EVE = {"Authorization": f"Bearer {'e' * 20}"}
 PAY_3 = [Reply(calls=[("pay", {"amount": 3})]), Reply({"reply": "Paid."})]
 
 
@@ -29,10 +28,8 @@ def chats() -> Responses:
 
 @pytest.fixture
 async def client(chats: Responses) -> AsyncIterator[httpx.AsyncClient]:
-    engine = chats.flock.engine(transport=chats.model.transport)
-    keys = {"ann": "a" * 20, "bob": "b" * 20, "eve:role:refunds": "e" * 20}
-    app = create_app(chats.flock, engine=engine, api_keys=keys, protocols=["openai", "mcp"])
-    async with app.lifespan(), client_of(app, ANN) as made:
+    keys = {**KEYS, "eve:role:refunds": "e" * 20}
+    async with open_chats(chats, ANN, api_keys=keys, protocols=["openai", "mcp"]) as made:
         yield made
 
 

@@ -121,6 +121,13 @@ async def run_of(client: httpx.AsyncClient, agent_name: str, inputs: Any, **head
     return (await client.post("/run/flock", json=body, headers=headers)).json()
 
 
+async def run_of_clerk(**headers: str) -> tuple[Any, FakeModel]:
+    """Return a run with calls of a tool and of an agent, and the model that has answered them."""
+    with FakeModel({**REPLIES, "clerk": list(REPLIES["clerk"])}) as model:
+        async with served(traced_flock()) as client:
+            return await run_of(client, "clerk", {"order": "A7"}, **headers), model
+
+
 def hex_of(span: ReadableSpan) -> str:
     return f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-{span.context.trace_flags:02x}"
 
@@ -131,10 +138,8 @@ def hex_of(span: ReadableSpan) -> str:
 async def test_a_trace_goes_from_the_request_to_the_model_and_back(
     spans: Spans, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with FakeModel({**REPLIES, "clerk": list(REPLIES["clerk"])}) as model:
-        async with served(traced_flock()) as client:
-            with caplog.at_level(logging.INFO, "flock.runs"):
-                run = await run_of(client, "clerk", {"order": "A7"}, traceparent=TRACEPARENT)
+    with caplog.at_level(logging.INFO, "flock.runs"):
+        run, model = await run_of_clerk(traceparent=TRACEPARENT)
     assert run["status"] == "completed"
     assert sorted(spans.tree()) == sorted(
         [
@@ -166,9 +171,7 @@ async def test_a_trace_goes_from_the_request_to_the_model_and_back(
 
 
 async def test_spans_have_tokens_and_costs_and_no_content(spans: Spans) -> None:
-    with FakeModel({**REPLIES, "clerk": list(REPLIES["clerk"])}):
-        async with served(traced_flock()) as client:
-            run = await run_of(client, "clerk", {"order": "A7"})
+    run, _ = await run_of_clerk()
     chat = next(span for span in spans.all if (span.attributes or {}).get("gen_ai.request.max_tokens"))
     cost = (10 * 2.5 + 5 * 10) / 1_000_000
     assert chat.kind is SpanKind.CLIENT
@@ -470,10 +473,9 @@ async def test_a_broken_tracer_neither_fails_nor_delays_a_run(
         provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1))
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
     try:
-        with FakeModel({**REPLIES, "clerk": list(REPLIES["clerk"])}), anyio.fail_after(PATIENCE_S):
-            async with served(traced_flock()) as client:
-                run = await run_of(client, "clerk", {"order": "A7"}, traceparent=TRACEPARENT)
-                assert (run["status"], run["result"]) == ("completed", {"answer": "It costs 40."})
+        with anyio.fail_after(PATIENCE_S):
+            run, _ = await run_of_clerk(traceparent=TRACEPARENT)
+            assert (run["status"], run["result"]) == ("completed", {"answer": "It costs 40."})
     finally:
         may_go.set()
         provider.shutdown()

@@ -16,14 +16,12 @@ from flock.agents.tools import Tool
 from flock.core import FlockFactory
 from flock.runs import RunContext
 from flock.testing import Reply
-from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.http import client_of, get, left, wait_until
+from tests.support.http import get, left, wait_until
+from tests.test_openai import ANN, BOB, KEYS, open_chats
 from tests.test_openai_responses import Responses
 
 pytestmark = pytest.mark.anyio
-
-ANN, BOB = ({"Authorization": f"Bearer {letter * 20}"} for letter in "ab")
 
 
 class Pages(Responses):
@@ -80,9 +78,7 @@ def chats() -> Pages:
 
 @pytest.fixture
 async def client(chats: Pages) -> AsyncIterator[httpx.AsyncClient]:
-    engine = chats.flock.engine(transport=chats.model.transport)
-    app = create_app(chats.flock, engine=engine, api_keys={"ann": "a" * 20, "bob": "b" * 20}, protocols=["vercel"])
-    async with app.lifespan(), client_of(app, ANN) as made:
+    async with open_chats(chats, ANN, api_keys=KEYS, protocols=["vercel"]) as made:
         yield made
 
 
@@ -275,8 +271,7 @@ async def test_all_runs_of_a_chat_and_its_agent_can_be_stopped(client: httpx.Asy
 
 
 async def test_runs_that_do_not_stop_in_time_are_not_waited_for(chats: Pages) -> None:
-    app = create_app(chats.flock, engine=chats.flock.engine(), protocols=["vercel"], max_wait_s=0)
-    async with app.lifespan(), client_of(app) as client:
+    async with open_chats(chats, protocols=["vercel"], max_wait_s=0) as client:
         body = {"agent_name": "hang", "inputs": {"text": "x"}, "session_id": "chat-1", "async_run": True}
         await client.post("/run/flock", json=body)
         assert (await client.post("/vercel/hang/chat-1/stop")).status_code == 202
@@ -518,8 +513,8 @@ async def test_ids_that_were_not_given_to_the_caller_reach_no_run_of_others(
     [
         pytest.param({"messages": []}, 422, "length", id="no messages"),
         pytest.param({"id": "a b"}, 422, "match", id="the id of a chat is visible ASCII"),
-        pytest.param({"messages": [{**said("x"), "role": "system"}]}, 422, "no text of the user", id="only system"),
-        pytest.param({"messages": [said("")]}, 422, "no text of the user", id="no text"),
+        pytest.param({"messages": [{**said("x"), "role": "system"}]}, 422, "is not a text from", id="only system"),
+        pytest.param({"messages": [said("")]}, 422, "is not a text from", id="no text"),
         pytest.param(
             {"messages": [{**said(""), "parts": [{"type": "file", "url": "http://x", "mediaType": "a/b"}]}]},
             422,

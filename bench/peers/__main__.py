@@ -4,7 +4,7 @@ All are measured in short rounds that take turns, with the server on one core an
 the median, and in brackets the median of the ratios to the equal by hand in the same round. The figure is the CPU time
 of the server, with all of its processes, for each unit of work. A response that is not what was asked for is an error.
 
-    python -m bench.peers --peers Agno DBOS --works stream sync     # only these
+    python -m bench.peers --peers Agno DBOS --tasks stream sync     # only these
     python -m bench.peers --quick                                   # try it: no true figures
 
 With --install, missing peers are installed with pip into environments of their own, in bench-peers/. Linux only.
@@ -45,7 +45,7 @@ ENVIRONMENTS = ROOT / "bench-peers"
 START_S, TIMEOUT_S = 180, 120
 NO_TELEMETRY = {"HAYSTACK_TELEMETRY_ENABLED": "False", "BENTOML_DO_NOT_TRACK": "True", "LANGSMITH_TRACING": "false"}
 #: What a unit of work is, and the column of its figure.
-WORKS = {
+TASKS = {
     "stream": "a piece of 100 streams, 5 ms apart, µs",
     "readers": "a piece to each of 100 readers of a run, µs",
     "model": "a model agent's run, two fields, ms",
@@ -112,7 +112,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
         command: what ``python -m`` starts, with the port and the file of the store.
         durable: what survives, in the table.
         packages: what pip installs into an environment of its own. If it is empty, this one is used.
-        asks: by work, a request, or why there is none. If a work is missing, the reason is *lacks*, which
+        asks: by task, a request, or why there is none. If a task is missing, the reason is *lacks*, which
             is empty if another row has the figure.
     """
 
@@ -123,9 +123,9 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     lacks: str = "it has no such thing"
     environment: Mapping[str, str] = {}
 
-    def ask(self, work: str) -> Ask | str:
-        """Return the request of a work, or why there is none. Accepted runs can be read."""
-        return self.asks.get("accepted" if work == "read" else work, self.lacks)
+    def ask(self, task: str) -> Ask | str:
+        """Return the request of a task, or why there is none. Accepted runs can be read."""
+        return self.asks.get("accepted" if task == "read" else task, self.lacks)
 
 
 STREAM = {"Accept": "text/event-stream"}
@@ -166,7 +166,7 @@ def peers(size: Size) -> Mapping[str, Peer]:
         "by hand, httpx2": Peer(
             command=uvicorn("bare_model"),
             durable="nothing",
-            asks={work: by_hand[work] for work in ("model", "pieces")},
+            asks={task: by_hand[task] for task in ("model", "pieces")},
             lacks="",
             environment={"BENCH_CLIENT": "httpx2"},
         ),
@@ -348,7 +348,7 @@ def install(peer: Peer) -> None:
     subprocess.run([str(python), "-m", "pip", "install", "-q", *peer.packages], check=True)
 
 
-# The works. Each returns the figure of its column.
+# The tasks. Each returns the figure of its column.
 
 Measure = Callable[[Bench, Server, Ask, Size], Awaitable[Mapping[str, float]]]
 
@@ -364,12 +364,12 @@ async def readers(bench: Bench, server: Server, ask: Ask, size: Size) -> Mapping
     return {"readers": each_us}
 
 
-def of_requests(work: str, unit: float) -> Measure:
+def of_requests(task: str, unit: float) -> Measure:
     async def measure(bench: Bench, server: Server, ask: Ask, size: Size) -> Mapping[str, float]:
         request, many = ask.raw(server), bench.effort.connections
         options: dict[str, Any] = {"expected": ask.expected, "proof": ask.proof.encode()}
         sample = await repeat(server, [request], connections=many, seconds=size.seconds, **options)
-        return {work: sample.server_us / unit}
+        return {task: sample.server_us / unit}
 
     return measure
 
@@ -442,7 +442,7 @@ MEASURES: Mapping[str, Measure] = {
 # The table
 
 
-#: The figures, with the work that finds each.
+#: The figures, with the task that finds each.
 COLUMNS = {
     "stream": "stream",
     "late at the median, ms": "stream",
@@ -457,14 +457,14 @@ COLUMNS = {
     "items": "items",
     "csv": "csv",
 }
-#: The works of each table.
+#: The tasks of each table.
 TABLES = (("stream", "readers"), ("model", "pieces"), ("sync", "accepted", "read", "items", "csv"))
 
 
 def table(found: Mapping[str, Mapping[str, Sequence[float]]], peers: Mapping[str, Peer], columns: Sequence[str]) -> str:
     """Return Markdown: a row for each peer that has one of the figures, with the ratios to the one by hand."""
     base, *_ = [*found.values(), {}]
-    lines = [["", *(WORKS.get(column, column) for column in columns), "durable"]]
+    lines = [["", *(TASKS.get(column, column) for column in columns), "durable"]]
     for name, figures in found.items():
         cells = []
         for column in columns:
@@ -481,14 +481,14 @@ def table(found: Mapping[str, Mapping[str, Sequence[float]]], peers: Mapping[str
 
 def reasons(missing: Mapping[tuple[str, str], str]) -> str:
     """Return a line for each peer and each reason why it has no figure."""
-    works: dict[tuple[str, str], list[str]] = {}
-    for (name, work), reason in missing.items():
-        works.setdefault((name, reason), []).append(work)
-    return "\n".join(f"- {name} ({', '.join(of)}): {reason}." for (name, reason), of in works.items() if reason)
+    tasks: dict[tuple[str, str], list[str]] = {}
+    for (name, task), reason in missing.items():
+        tasks.setdefault((name, reason), []).append(task)
+    return "\n".join(f"- {name} ({', '.join(of)}): {reason}." for (name, reason), of in tasks.items() if reason)
 
 
-async def compare(bench: Bench, chosen: Mapping[str, Peer], works: Sequence[str], size: Size) -> str:
-    """Measure all works of all peers, and return the table, and a sentence for each figure that it lacks."""
+async def compare(bench: Bench, chosen: Mapping[str, Peer], tasks: Sequence[str], size: Size) -> str:
+    """Measure all tasks of all peers, and return the table, and a sentence for each figure that it lacks."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in chosen}
     missing: dict[tuple[str, str], str] = {}
     with contextlib.ExitStack() as stack:
@@ -498,21 +498,21 @@ async def compare(bench: Bench, chosen: Mapping[str, Peer], works: Sequence[str]
                 servers[name] = stack.enter_context(serving(bench, name, peer))
             except (OSError, RuntimeError) as exc:
                 missing[name, "all"] = f"it does not start here: {exc}"
-        for work in works:
-            asks = {name: chosen[name].ask(work) for name in servers}
-            missing |= {(name, work): ask for name, ask in asks.items() if isinstance(ask, str)}
+        for task in tasks:
+            asks = {name: chosen[name].ask(task) for name in servers}
+            missing |= {(name, task): ask for name, ask in asks.items() if isinstance(ask, str)}
             for number_ in range(-1, size.rounds):  # the first one warms up
                 for name in [name for name, ask in asks.items() if isinstance(ask, Ask)]:
-                    if (name, work) in missing:
+                    if (name, task) in missing:
                         continue
                     try:
-                        figures = await MEASURES[work](bench, servers[name], cast(Ask, asks[name]), size)
+                        figures = await MEASURES[task](bench, servers[name], cast(Ask, asks[name]), size)
                     except Exception as exc:  # another peer must not lose its figures
-                        missing[name, work] = f"it fails: {exc!r:.500}"
+                        missing[name, task] = f"it fails: {exc!r:.500}"
                         continue
                     for column, figure in figures.items() if number_ >= 0 else ():
                         found[name].setdefault(column, []).append(figure)
-            print(work, file=sys.stderr)
+            print(task, file=sys.stderr)
     tables = []
     for group in TABLES:
         columns = [
@@ -525,7 +525,7 @@ async def compare(bench: Bench, chosen: Mapping[str, Peer], works: Sequence[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", help="only these, and those by hand and flockapi")
-    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS), help="only these")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
     parser.add_argument("--install", action="store_true", help="install peers that are not installed")
     parser.add_argument("--quick", action="store_true", help="try it, with little effort: no true figures")
     parser.add_argument("--write", action="store_true", help="replace the tables in docs/performance.md")
@@ -546,7 +546,7 @@ def main() -> None:
             except subprocess.CalledProcessError as exc:
                 print(f"{name} cannot be installed here: {exc}", file=sys.stderr)
     with open_bench(Effort(), options.folder) as bench:
-        text = uvloop.run(compare(bench, chosen, options.works, size))
+        text = uvloop.run(compare(bench, chosen, options.tasks, size))
     print(text)
     if options.write:
         write_part("bench.peers", text)

@@ -182,8 +182,9 @@ async def _write(
     state = _real_path(job.state)
     async with _writing(state) if job.output else contextlib.nullcontext():
         with _output(job, state) if job.output else contextlib.nullcontext(stdout) as file:
-            async for piece in pieces:
-                file.write(piece)
+            async with contextlib.aclosing(pieces) as written:  # also if the disk is full
+                async for piece in written:
+                    file.write(piece)
             file.flush()
 
 
@@ -222,7 +223,7 @@ async def check_batch_file(flock: DeclaredFlock, job: BatchFile) -> BatchCheck:
     row_mapping = flock.row_mapping(job.agent_name, job.static_inputs, job.input_mapping, job.on_extra)
     engine, agent = flock.engine(limits=limits_for_one_batch(1)), flock.agents[job.agent_name]
     async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
-        # It has none yet. An agent without files must not take an input for one.
+        # The store has no files yet. If the agent takes no files, no input is read as one.
         files = engine.store.contents.of(None, 0, 0) if agent.input.has_files else None
         return await check_batch(engine, agent, files, rows, row_mapping, job.on_invalid)
 

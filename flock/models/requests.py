@@ -140,9 +140,10 @@ def check_files(messages: Sequence[Message], provider: str) -> None:
     """Raise ModelError if the provider does not take the files of *messages*, and CallError if a text is gone."""
     kinds, most, total = (*TAKES.get(provider, ("image",)), "text"), MAX_FILE_BYTES.get(provider, MAX_BYTES), 0
     for file in [File(each) for message in messages for each in message.files]:
-        what, total = f"{provider} takes no {file.media_type} from here", total + file.size
+        what, total = f"{file.media_type} of {file.size:,} bytes", total + file.size
         if not file.media_type.startswith(kinds) or file.media_type == UNKNOWN or file.size > most:
-            raise ModelError(f"{what}, or none of {file.size:,} bytes: {most:,} at most.", "model_bad_request")
+            error = f"{provider} does not accept {what} from here. The limit is {most:,}."
+            raise ModelError(error, "model_bad_request")
         if total > MAX_ALL_BYTES:
             raise ModelError(f"The files of a call may have {MAX_ALL_BYTES:,} bytes in all.", "model_bad_request")
         try:

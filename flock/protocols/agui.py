@@ -7,7 +7,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock.errors import Conflict, InvalidData
+from flock.errors import Conflict
 from flock.jsontype import JSONType
 from flock.protocols import chats, frontends
 from flock.protocols.chats import Part
@@ -32,12 +32,6 @@ class Message(msgspec.Struct, frozen=True):
     content: str | list[Part] | None = None
     toolCallId: str = ""
     toolCalls: list[dict[str, Any]] = []
-
-    def text(self, at: str) -> str:
-        parts = self.content if isinstance(self.content, list) else [Part("text", self.content)]
-        if any(part.type != "text" for part in parts):
-            raise InvalidData.of("Only text is supported.", f"{at}/content")
-        return "".join(part.text or "" for part in parts)
 
 
 class Resume(msgspec.Struct, frozen=True):
@@ -68,29 +62,29 @@ RUN_INPUT = JSONType(RunInput, ignores_unknown=True)
 
 async def run_agent(request: Request) -> Response:
     """POST /ag-ui/{agent}: a new run, or the answers for which a run waits."""
-    body, agent = await orders.read_json(request), frontends.agent_in(request)
-    sent = RUN_INPUT.decode(body)
+    agent, sent, body = await frontends.read(request, RUN_INPUT)
     given = {one.interruptId: one.payload if one.status == "resolved" else frontends.DENIED for one in sent.resume}
     last, place = (sent.messages or [Message("", "")])[-1], f"/messages/{len(sent.messages) - 1}"
     for at, message in reversed(list(enumerate(sent.messages))):
         if message.role != "tool":
             break
         if message.toolCallId.startswith("call_"):
-            given[message.toolCallId] = message.text(f"/messages/{at}")
+            given[message.toolCallId] = chats.text_in(message.content, f"/messages/{at}")
     if given:
         run_id = next(iter(given)).removeprefix("call_")[:36]
-        wanted: frontends.Wanted = await frontends.answers_of(request, agent, sent.threadId, run_id, given, "/resume")
+        wanted: orders.Wanted = await frontends.answers_of(request, agent, sent.threadId, run_id, given, "/resume")
     else:
         names, state = {field.name for field in agent.input.fields}, sent.state if isinstance(sent.state, dict) else {}
         inputs = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in state.items() if name in names}
-        text, newest = last.text(place), await frontends.newest_of(request, sent.threadId)
+        text, newest = chats.text_in(last.content, place), await orders.newest_run(request, sent.threadId)
         said = frontends.Said(text if last.role == "user" else "", place, inputs, sent.tools)
         replaced = sent.forwardedProps.get("replaces") if isinstance(sent.forwardedProps, dict) else None
         if replaced is not None and (newest is None or (newest.run_id, newest.agent_name) != (replaced, agent.name)):
             raise Conflict("Only the last answer can be replaced. Omit 'replaces', or begin another thread.")
         replaces: frontends.Replaces = "no" if replaced is None else "newest"
         order = await frontends.order_of(request, agent, sent.threadId, newest, said, replaces)
-        wanted = msgspec.structs.replace(order, is_async=False)  # its client stops it by leaving, and cannot return
+        # Its client stops it by disconnecting, and cannot reconnect.
+        wanted = msgspec.structs.replace(order, is_async=False)
     begun = {str(call.get("id")) for each in sent.messages for call in each.toolCalls}
     ended = {each.toolCallId for each in sent.messages if each.role == "tool"}
     return await frontends.streamed(request, wanted, lambda run: _Writer(run.run_id, sent, body), begun, ended)

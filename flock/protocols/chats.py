@@ -31,6 +31,9 @@ class Part(msgspec.Struct, frozen=True):
     text: str | None = None
 
 
+#: The types of content that agents read.
+TEXTS = ("text", "input_text", "output_text")
+
 #: The events that ``StreamedAnswer`` passes on to clients to which it can show what a run does.
 SHOWN = ("call.started", "call.completed", "run.progress")
 
@@ -44,6 +47,17 @@ class TextReplaced(FlockError):
 
 
 # Inputs
+
+
+def text_in(content: str | Sequence[Part] | None, at: str, *, is_shown: bool = True) -> str:
+    """Return the text of a message. Other parts are refused if the agent would see the message (*is_shown*)."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    for number, part in enumerate(content):
+        if is_shown and (part.type not in TEXTS or part.text is None):
+            detail = f"A content part of the type {part.type!r} is not supported. Send text."
+            raise InvalidData.of(detail, f"{at}/content/{number}")
+    return "".join(part.text or "" for part in content if part.type in TEXTS)
 
 
 def inputs_of(agent: Agent, messages: Sequence[Message], others: Mapping[str, msgspec.Raw], at: str) -> msgspec.Raw:
@@ -120,6 +134,17 @@ async def text_of(engine: Engine, agents: Mapping[str, Agent], run: Run, *, as_j
     """Return the result of a completed run as text. Raises RunNotFound, StoreError."""
     agent = agents.get(run.steps[-1].agent_name)
     return await _whole_text(agent, await engine.shown_result(run), as_json=as_json)
+
+
+def said_in(agents: Mapping[str, Agent], run: Run) -> list[Message]:
+    """Return the messages of which the inputs of a run were made; none if its agent is missing."""
+    agent = agents.get(run.agent_name)
+    return [] if agent is None else messages_of(agent, run.inputs)
+
+
+async def turn_of(engine: Engine, agents: Mapping[str, Agent], run: Run) -> list[Message]:
+    """Return the messages of a completed run, and its answer last. Raises RunNotFound, StoreError."""
+    return [*said_in(agents, run), Message("assistant", await text_of(engine, agents, run, as_json=False))]
 
 
 def text_output_of(agent: Agent) -> str | None:
@@ -213,7 +238,7 @@ class StreamedAnswer:
 
     Args:
         takes_back: the client can take text back, and shows more than text: it gets ``TakenBack`` and the events in
-            SHOWN, and no text in place of a result that is none.
+            SHOWN, and no text for a result that is not text.
     """
 
     def __init__(self, agents: Mapping[str, Agent], *, as_json: bool, takes_back: bool = False) -> None:

@@ -1,11 +1,11 @@
 """What the protocols of front ends have in common: a chat is a session of an agent, and its messages show runs.
 
-What the session has counts, and of what a client sends only what the user says last, and answers to open questions.
+The history is that of the session. From a client, only the user's last message and answers to open questions are read.
 """
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -15,10 +15,13 @@ from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.declared import agent_of
 from flock.errors import Conflict, FlockError, InvalidData
+from flock.jsontype import JSONType
 from flock.protocols import chats
 from flock.runs import ClientSettings, ClientTool, Engine, Event, Question, Run, RunStatus
 from flock.web import orders, wire
-from flock.web.responses import KEEP_ALIVE, EventStream, long_event, sent_event
+from flock.web.responses import KEEP_ALIVE, long_event, sent_event
+
+T = TypeVar("T")
 
 
 def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
@@ -36,9 +39,6 @@ Writers = Callable[[Run], Any]
 #: Whether an answer replaces that of the newest run: in any case, or if it was asked the same.
 Replaces = Literal["no", "same", "newest"]
 
-#: What a request asks for.
-Wanted = orders.Order | orders.Answers
-
 
 # Requests
 
@@ -54,12 +54,13 @@ class Said(NamedTuple):
 
 def agent_in(request: Request) -> Agent:
     """Return the agent in the path. Raises AgentNotFound."""
-    return agent_of(orders.serving(request).flock.agents, request.path_params["agent"])
+    return agent_of(orders.agents_of(request), request.path_params["agent"])
 
 
-async def newest_of(request: Request, session_id: str, status: RunStatus | None = None) -> Run | None:
-    """Return the caller's newest run in a chat, without its inputs and result. It may be of another agent."""
-    return await anext(orders.runs_of_session(request, session_id, status, limit=1), None)
+async def read(request: Request, type_: JSONType[T]) -> tuple[Agent, T, bytes]:
+    """Return the agent in the path, its request, and the body of that. Raises AgentNotFound, InvalidData."""
+    body, agent = await orders.read_json(request), agent_in(request)
+    return agent, type_.decode(body), body
 
 
 async def order_of(
@@ -70,7 +71,7 @@ async def order_of(
     Raises: InvalidData; Conflict if the agent reads the history, and the newest run is not complete.
     """
     if not said.text:
-        raise InvalidData.of("The last message is no text of the user.", said.at)
+        raise InvalidData.of("The last message is not a text from the user.", said.at)
     engine, history = await orders.engine_of(request), list[chats.Message]()
     run = await engine.get_run(newest.run_id) if newest is not None and newest.agent_name == agent.name else None
     before, reads_history = chats.messages_of(agent, run.inputs) if run else [], bool(conversation_of(agent.input))
@@ -87,10 +88,9 @@ async def order_of(
     elif reads_history and run is not None:
         if run.is_active and run.status is not RunStatus.WAITING:
             raise Conflict("The last answer is not complete. Wait for it, or stop it.")
-        if (done := await newest_of(request, session_id, RunStatus.COMPLETED)) and done.agent_name == agent.name:
-            done = await engine.get_run(done.run_id)
-            text = await chats.text_of(engine, orders.serving(request).flock.agents, done, as_json=False)
-            history = [*chats.messages_of(agent, done.inputs), chats.Message("assistant", text)]
+        done = await orders.newest_run(request, session_id, RunStatus.COMPLETED)
+        if done is not None and done.agent_name == agent.name:
+            history = await chats.turn_of(engine, orders.agents_of(request), await engine.get_run(done.run_id))
     return orders.Order(
         agent_name=agent.name,
         session_id=session_id,
@@ -161,11 +161,11 @@ class Asked(NamedTuple):
     question: Question
 
 
-async def streamed(request: Request, wanted: Wanted, writer_of: Writers, *known: Iterable[str]) -> Response:
+async def streamed(request: Request, wanted: orders.Wanted, writer_of: Writers, *known: Iterable[str]) -> Response:
     """Return the stream of a run, as a writer of the protocol spells it.
 
     Args:
-        known: the ids of the calls of which the client has the begin, and of those of which it has the end.
+        known: the ids of the calls whose start the client has, and of those whose end it has.
     """
     engine, stream = await orders.engine_of(request), await orders.stream(request, wanted, reasoning=True)
     run = stream.accepted.run
@@ -188,8 +188,7 @@ async def streamed(request: Request, wanted: Wanted, writer_of: Writers, *known:
             yield writer.failed(chats.failure_text(str(exc), run.run_id), "interrupted")
         yield writer.LAST
 
-    headers = {"Flock-Run-Id": run.run_id, "X-Accel-Buffering": "no", **writer.HEADERS}
-    return EventStream(content(), stream.held, headers, on_cut_off=stream.on_cut_off)
+    return stream.response(content(), writer.HEADERS)
 
 
 def typed_event(type_: str, **data: Any) -> bytes:
@@ -202,7 +201,7 @@ class _ShownRun:
     def __init__(self, request: Request, engine: Engine, run: Run, begun: set[str], ended: set[str]) -> None:
         self._request, self._engine, self._run = request, engine, run
         self._known, self._arguments = {CallBegun: begun, CallEnded: ended}, dict[str, Any]()
-        self._answer = chats.StreamedAnswer(orders.serving(request).flock.agents, as_json=False, takes_back=True)
+        self._answer = chats.StreamedAnswer(orders.agents_of(request), as_json=False, takes_back=True)
 
     async def parts(self, events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[Any, None]:
         """Yield texts, ``Thought``, ``TakenBack``, what is defined above, None, ``run.progress`` and one of ENDS.

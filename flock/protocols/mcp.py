@@ -151,7 +151,7 @@ class Call(NamedTuple):
 
     @property
     def agents(self) -> Mapping[str, Agent]:
-        return orders.serving(self.request).flock.agents
+        return orders.agents_of(self.request)
 
     @property
     def has_forms(self) -> bool:
@@ -379,8 +379,7 @@ async def _call(call: Call) -> Mapping[str, Any] | Response:
     if stream is None:
         outlives = run.is_async and params.request_state is None  # a run that has waited is async
         return await _outcome(call, engine, await orders.end_of(request, run.run_id, outlives), problems)
-    headers = {"Flock-Run-Id": run.run_id, "X-Accel-Buffering": "no"}
-    return EventStream(_events(call, stream, engine, problems), stream.held, headers, on_cut_off=stream.on_cut_off)
+    return stream.response(_events(call, stream, engine, problems))
 
 
 async def _events(

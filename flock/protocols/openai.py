@@ -3,25 +3,22 @@
 This module has the routes, the errors, models and chat completions.
 """
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock.agents.agent import Agent
 from flock.declared import agent_of
-from flock.errors import FlockError
 from flock.jsontype import JSONType
 from flock.protocols import chats
 from flock.protocols import openai_parts as parts
 from flock.protocols import openai_responses as responses
-from flock.runs import Engine, Question, Run, RunStatus
+from flock.runs import Engine, Event, Question, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.requests import fingerprint_of, idempotency_key
-from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, sent_event
+from flock.web.responses import JSONResponse, sent_event
 from flock.web.routing import AppRoute
 
 #: How the paths of all routes begin, also of those that do not exist.
@@ -63,12 +60,12 @@ def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
 
 async def list_models(request: Request) -> Response:
     """GET /v1/models"""
-    return JSONResponse({"object": "list", "data": [_model(name) for name in orders.serving(request).flock.agents]})
+    return JSONResponse({"object": "list", "data": [_model(name) for name in orders.agents_of(request)]})
 
 
 async def get_model(request: Request) -> Response:
     """GET /v1/models/{model}"""
-    return JSONResponse(_model(agent_of(orders.serving(request).flock.agents, request.path_params["model"]).name))
+    return JSONResponse(_model(agent_of(orders.agents_of(request), request.path_params["model"]).name))
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -99,28 +96,24 @@ CHAT_REQUEST = JSONType(ChatRequest, ignores_unknown=True)
 
 async def chat(request: Request) -> Response:
     """POST /v1/chat/completions"""
-    body, agents = await orders.read_json(request), orders.serving(request).flock.agents
+    body, agents = await orders.read_json(request), orders.agents_of(request)
     sent = CHAT_REQUEST.decode(body)
     agent, engine = agent_of(agents, sent.model), await orders.engine_of(request)
     as_json = parts.wants_json(agents, agent, sent.response_format, "/response_format")
     messages, answers = await parts.read(sent.messages, "/messages")
     client = parts.client_settings(body, messages)
-    wanted: orders.Order | orders.Answers
     if answers:
-        wanted = await parts.answers_in(engine, answers, "/messages")
+        wanted: orders.Wanted = await parts.answers_in(engine, answers, "/messages")
     else:
-        wanted = orders.Order(
-            agent_name=sent.model,
-            inputs=chats.inputs_of(agent, messages, sent.inputs, "/messages"),
-            client=client,
-            key=idempotency_key(request, lambda: fingerprint_of(request, body)),
-        )
+        inputs = chats.inputs_of(agent, messages, sent.inputs, "/messages")
+        key = idempotency_key(request, lambda: fingerprint_of(request, body))
+        wanted = orders.Order(agent_name=sent.model, inputs=inputs, client=client, key=key)
+        del inputs
     if sent.stream:
         stream = await orders.stream(request, wanted, reasoning=sent.include_reasoning is not False)
         has_usage = sent.stream_options is not None and sent.stream_options.include_usage is True
-        chunks = _chunks(stream, engine, chats.StreamedAnswer(agents, as_json=as_json), has_usage=has_usage)
-        headers = {"Flock-Run-Id": stream.accepted.run.run_id, "X-Accel-Buffering": "no"}
-        return EventStream(chunks, stream.held, headers, on_cut_off=stream.on_cut_off)
+        writer = _Writer(engine, stream.accepted.run, has_usage=has_usage)
+        return stream.response(parts.written(stream, chats.StreamedAnswer(agents, as_json=as_json), writer))
     has_thoughts = sent.include_reasoning is True
     with orders.watched(engine, wanted, is_wanted=has_thoughts) as run_id:
         run = (await orders.accept(request, wanted, run_id)).run
@@ -128,33 +121,28 @@ async def chat(request: Request) -> Response:
         del run, wanted, sent, messages  # frees the inputs, which may be long, during the wait
         run = await orders.end_of(request, run_id, outlives_client)
         thoughts = await chats.thoughts_of(engine, run_id) if has_thoughts else ""
-    return await _completion(engine, agents, run, thoughts, as_json=as_json)
+    text = await chats.text_of(engine, agents, run, as_json=as_json) if run.status is RunStatus.COMPLETED else None
+    return _completion(run, text, thoughts)
 
 
 def _asked(run_id: str, questions: Sequence[Question]) -> tuple[dict[str, Any], str]:
     """Return the content for open questions, and why the answer ends: calls of the client's tools, or a text."""
-    calls = [
-        {
-            **{"index": at, "id": f"call_{run_id}_{call.call_id}", "type": "function"},
-            "function": {"name": call.question, "arguments": parts.arguments_of(call)},
-        }
-        for at, call in enumerate(question for question in questions if question.is_for_client)
-    ]
+    calls = list[Any]()
+    for call in filter(lambda question: question.is_for_client, questions):
+        function, id_ = {"name": call.question, "arguments": parts.arguments_of(call)}, f"call_{run_id}_{call.call_id}"
+        calls.append({"index": len(calls), "id": id_, "type": "function", "function": function})
     if calls:
         return {"content": None, "tool_calls": calls}, "tool_calls"
     return {"content": chats.question_text(questions, run_id)}, "stop"
 
 
-async def _completion(
-    engine: Engine, agents: Mapping[str, Agent], run: Run, thoughts: str, *, as_json: bool
-) -> Response:
-    headers, finish_reason = {"Flock-Run-Id": run.run_id}, "stop"
+def _completion(run: Run, text: str | None, thoughts: str) -> Response:
+    """Return the response for a run that has completed with *text*, or that waits or has failed."""
+    headers, content, finish_reason = {"Flock-Run-Id": run.run_id}, dict[str, Any](content=text), "stop"
     if run.status is RunStatus.WAITING:
         content, finish_reason = _asked(run.run_id, run.questions)
-    elif run.status is RunStatus.COMPLETED:
-        content = {"content": await chats.text_of(engine, agents, run, as_json=as_json)}
-    else:  # clients repeat requests that get 409, 429 or 5xx, which would start another run
-        return JSONResponse({"error": _failure(run.error, run.error_type, run.run_id)}, 422, headers)
+    elif text is None:  # clients repeat requests that get 409, 429 or 5xx, which would start another run
+        return JSONResponse(_failure(run.error, run.error_type, run.run_id), 422, headers)
     message = {"role": "assistant", "refusal": None, "annotations": [], **content}
     message |= {"reasoning_content": thoughts} if thoughts else {}
     body = {
@@ -171,44 +159,39 @@ def _head(run: Run, kind: str) -> dict[str, Any]:
 
 
 def _failure(error: str | None, error_type: str | None, run_id: str) -> dict[str, Any]:
-    code = error_type or "cancelled"
-    return {"message": chats.failure_text(error, run_id), "type": "run_failed", "param": None, "code": code}
+    about = {"type": "run_failed", "param": None, "code": error_type or "cancelled"}
+    return {"error": {"message": chats.failure_text(error, run_id), **about}}
 
 
-async def _chunks(
-    stream: orders.Stream, engine: Engine, answer: chats.StreamedAnswer, *, has_usage: bool
-) -> AsyncGenerator[bytes, None]:
-    """Yield the body of a streamed completion. It ends with ``[DONE]``, or with an error."""
-    run_id, head = stream.accepted.run.run_id, _head(stream.accepted.run, "chat.completion.chunk")
+class _Writer:
+    """Writes the chunks of a streamed completion. It ends with ``[DONE]``, or with an error."""
 
-    def chunk(finish_reason: str | None = None, **delta: Any) -> bytes:
+    def __init__(self, engine: Engine, run: Run, *, has_usage: bool) -> None:
+        self._engine, self._run_id, self._has_usage = engine, run.run_id, has_usage
+        self._head = _head(run, "chat.completion.chunk")
+
+    def begin(self) -> bytes:
+        return self._chunk(role="assistant", content="")
+
+    def piece(self, piece: str | chats.Thought) -> bytes:
+        return self._chunk(content=piece) if isinstance(piece, str) else self._chunk(reasoning_content=piece.text)
+
+    async def end(self, event: Event) -> bytes:
+        if event.name in ("run.failed", "run.cancelled"):
+            return self.error(event.data["error"], event.data["error_type"])
+        chunks, finish_reason = b"", "stop"
+        if event.name == "run.waiting":
+            content, finish_reason = _asked(self._run_id, event.data["waiting_for"])
+            chunks = self._chunk(**content)
+        chunks += self._chunk(finish_reason)
+        if self._has_usage:
+            usage = parts.usage_of((await self._engine.get_outline(self._run_id)).usage, "prompt", "completion")
+            chunks += sent_event({**self._head, "choices": [], "usage": usage})
+        return chunks + DONE
+
+    def error(self, message: str | None, code: str | None) -> bytes:
+        return sent_event(_failure(message, code, self._run_id))
+
+    def _chunk(self, finish_reason: str | None = None, **delta: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return sent_event({**head, "choices": [choice]})
-
-    def error(message: str | None, type_: str | None) -> bytes:
-        return sent_event({"error": _failure(message, type_, run_id)})
-
-    yield chunk(role="assistant", content="")
-    try:
-        async with aclosing(answer.pieces(stream.events)) as pieces:
-            async for piece in pieces:
-                if piece is None:
-                    yield KEEP_ALIVE
-                elif isinstance(piece, str):
-                    yield chunk(content=piece)
-                elif isinstance(piece, chats.Thought):
-                    yield chunk(reasoning_content=piece.text)
-                elif piece.name in ("run.failed", "run.cancelled"):
-                    yield error(piece.data["error"], piece.data["error_type"])
-                else:
-                    finish_reason = "stop"
-                    if piece.name == "run.waiting":
-                        content, finish_reason = _asked(run_id, piece.data["waiting_for"])
-                        yield chunk(**content)
-                    yield chunk(finish_reason)
-                    if has_usage:
-                        usage = parts.usage_of((await engine.get_outline(run_id)).usage, "prompt", "completion")
-                        yield sent_event({**head, "choices": [], "usage": usage})
-                    yield DONE
-    except FlockError as exc:
-        yield error(str(exc), "text_replaced" if isinstance(exc, chats.TextReplaced) else "interrupted")
+        return sent_event({**self._head, "choices": [choice]})

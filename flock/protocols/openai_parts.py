@@ -1,28 +1,24 @@
-"""What chat completions and responses have in common: settings, contents, tokens and errors."""
+"""What chat completions and responses have in common: settings, contents, answers, tokens and streams."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 
 from flock.agents.agent import Agent
-from flock.errors import InvalidData
+from flock.errors import FlockError, InvalidData
 from flock.fair import FairShare
 from flock.jsontype import JSONType
-from flock.protocols.chats import Message, Part, check_schema
-from flock.runs import ClientSettings, ClientTool, Engine, Question, Usage
+from flock.protocols.chats import Message, Part, StreamedAnswer, TextReplaced, check_schema, text_in
+from flock.runs import ClientSettings, ClientTool, Engine, Event, Question, Usage
 from flock.runs.client import OPTIONS
 from flock.web import orders
-
-#: The types of content that agents read.
-TEXTS = ("text", "input_text", "output_text")
+from flock.web.responses import KEEP_ALIVE
 
 #: Items of a history that are not messages. A client could forge them, so agents do not see them.
 UNSEEN = ("reasoning", "function_call", "mcp_approval_request", "mcp_list_tools", "mcp_call")
-
-#: What a tool of the client may say about itself.
-TOOL = ("name", "description", "parameters", "strict")
 
 #: Settings that no agent takes. A request may have only those values, which change nothing.
 UNSUPPORTED: Mapping[str, Sequence[Any]] = {
@@ -46,17 +42,12 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
 
 
-class Schema(msgspec.Struct, frozen=True, rename={"of": "schema"}):
-    """The JSON Schema of an answer."""
-
-    of: Any = None
-
-
-class Format(Schema, frozen=True, rename={"of": "schema"}):
-    """``response_format``, where the schema is in ``json_schema``, or ``text.format``."""
+class Format(msgspec.Struct, frozen=True, rename={"of": "schema"}):
+    """``text.format``, which has the schema *of* an answer, or ``response_format``, which has it in ``json_schema``."""
 
     type: str = "text"
-    json_schema: Schema | None = None
+    of: Any = None
+    json_schema: "Format | None" = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,10 +66,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidData.of("It must be a string with a JSON object of inputs.", "/metadata/inputs") from exc
 
 
-_NAMES = [*UNSUPPORTED, *OPTIONS, "tools", "tool_choice", "max_tokens", "max_completion_tokens", "max_output_tokens"]
-_SETTINGS: JSONType[Any] = JSONType(
-    msgspec.defstruct("Sent", [(name, Any, None) for name in _NAMES], frozen=True), ignores_unknown=True
-)
+_NAMES = [*UNSUPPORTED, *OPTIONS, "tool_choice", "max_tokens", "max_completion_tokens", "max_output_tokens"]
+_MEMBERS = [("tools", list[dict[str, Any]] | None, None), *((name, Any, None) for name in _NAMES)]
+_SETTINGS: JSONType[Any] = JSONType(msgspec.defstruct("Sent", _MEMBERS, frozen=True), ignores_unknown=True)
 
 
 def client_settings(body: bytes, messages: Iterable[Message], instructions: str = "") -> ClientSettings | None:
@@ -92,13 +82,11 @@ def client_settings(body: bytes, messages: Iterable[Message], instructions: str 
         if value is not None and value not in neutral:
             others = "".join(f", or send {msgspec.json.encode(each).decode()}" for each in neutral)
             raise InvalidData.of(f"No agent takes {name!r}. Leave it out{others}.", f"/{name}")
-    if not isinstance(sent.tools, list | None):
-        raise InvalidData.of("It must be an array.", "/tools")
     for at, tool in enumerate(sent.tools if sent.tools and sent.tool_choice != "none" else ()):
-        if not isinstance(tool, dict) or tool.get("type") != "function":
+        if tool.get("type") != "function":
             raise InvalidData.of("Only tools of the type 'function' are offered.", f"/tools/{at}")
         made = tool["function"] if isinstance(tool.get("function"), dict) else tool
-        about = {name: value for name, value in made.items() if name in TOOL and value is not None}
+        about = {name: made[name] for name in ClientTool.__struct_fields__ if made.get(name) is not None}
         if "parameters" in about:
             about["parameters"] = msgspec.Raw(msgspec.json.encode(about["parameters"]))
         tools.append(ClientTool(**{"name": "", **about}))
@@ -118,9 +106,7 @@ def wants_json(agents: Mapping[str, Agent], agent: Agent, sent: Format | None, a
         nested = sent.json_schema or sent
         check_schema(agents, agent, nested.of, f"{at}/schema" if nested is sent else f"{at}/json_schema/schema")
     elif sent.type != "json_object":
-        raise InvalidData.of(
-            f"{sent.type!r} is not a format. Use 'text', 'json_object' or 'json_schema'.", f"{at}/type"
-        )
+        raise InvalidData.of(f"{sent.type!r} is not a format. Use text, json_object or json_schema.", f"{at}/type")
     return True
 
 
@@ -137,10 +123,10 @@ async def read(items: Sequence[Item], at: str) -> tuple[list[Message], dict[str,
         place, is_chat = f"{at}/{number}", at == "/messages"
         is_tool = is_chat and item.role == "tool"
         if is_tool or item.type == "function_call_output":
-            text = _text_of(item.content if is_tool else item.output, place, is_shown=True)
+            text = text_in(item.content if is_tool else item.output, place)
             answers[item.tool_call_id if is_tool else item.call_id] = msgspec.Raw(msgspec.json.encode(text))
         elif item.role is not None and (is_chat or item.type == "message"):
-            messages.append(Message(item.role, _text_of(item.content, place, is_shown=item.role == "user")))
+            messages.append(Message(item.role, text_in(item.content, place, is_shown=item.role == "user")))
             if item.role == "assistant" or not is_chat:
                 answers.clear()
         elif item.type == "mcp_approval_response" and item.approval_request_id and item.approve is not None:
@@ -153,17 +139,6 @@ async def read(items: Sequence[Item], at: str) -> tuple[list[Message], dict[str,
     if answers and is_chat and not is_tool:
         raise InvalidData.of("The outputs of tools must be the last messages.", place)
     return messages, answers
-
-
-def _text_of(content: str | Sequence[Part] | None, at: str, *, is_shown: bool) -> str:
-    """Return the text of a message. Other parts are refused if the agent would see the message (*is_shown*)."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    for number, part in enumerate(content):
-        if is_shown and (part.type not in TEXTS or part.text is None):
-            detail = f"A content part of the type {part.type!r} is not supported. Send text."
-            raise InvalidData.of(detail, f"{at}/content/{number}")
-    return "".join(part.text or "" for part in content if part.type in TEXTS)
 
 
 def usage_of(usage: Usage | None, read: str, written: str) -> dict[str, Any]:
@@ -201,3 +176,17 @@ async def answers_in(engine: Engine, answers: Mapping[str, msgspec.Raw], at: str
     if missing and len(missing) < len(calls):
         raise InvalidData.of(f"The output of {calls[missing.pop()]!r} is missing. Send all outputs together.", at)
     return orders.Answers(run_id, outputs)
+
+
+async def written(stream: orders.Stream, answer: StreamedAnswer, writer: Any) -> AsyncGenerator[bytes, None]:
+    """Yield the body of a stream, as *writer* spells its begin, its pieces, its end, or the error that ends it."""
+    yield writer.begin() or KEEP_ALIVE
+    try:
+        async with aclosing(answer.pieces(stream.events)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Event):
+                    yield await writer.end(piece)
+                else:
+                    yield (piece and writer.piece(piece)) or KEEP_ALIVE
+    except FlockError as exc:
+        yield writer.error(str(exc), "text_replaced" if isinstance(exc, TextReplaced) else "interrupted")

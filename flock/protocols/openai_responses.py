@@ -8,7 +8,7 @@ it is in the background. A conversation is a session. So any process can show al
 import contextlib
 import re
 import zlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import anyio
@@ -28,8 +28,7 @@ from flock.protocols import openai_parts as parts
 from flock.runs import Call, Engine, Event, Question, Run, RunStatus, new_id
 from flock.web import orders
 from flock.web.requests import fingerprint_of, idempotency_key, query_of, while_connected
-from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, PageResponse, sent_event
-from flock.web.routing import principal_of
+from flock.web.responses import JSONResponse, PageResponse, sent_event
 
 #: The number of an event that follows a text of n characters begins at ``n << CHECK_BITS``. JavaScript can read it for
 #: texts of up to ``2 ** 33`` characters.
@@ -154,10 +153,6 @@ async def _reply(engine: Engine, place: Place) -> Reply:
     return Reply(place, run, [*answered, *(each for each in still_open if each.asked_at <= at)], answers)
 
 
-def _agents(request: Request) -> Mapping[str, Agent]:
-    return orders.serving(request).flock.agents
-
-
 # What clients see
 
 
@@ -187,12 +182,7 @@ def _asked(place: Place, questions: Sequence[Question]) -> list[JSON]:
             call = {"id": f"fc_{at}", "type": "function_call", "call_id": f"call_{at}", "status": "completed"}
             items.append({**call, "name": question.question, **arguments})
         elif (approval := orders.approved_call(question)) is not None:
-            request = {
-                "id": f"mcpr_{at}",
-                "type": "mcp_approval_request",
-                "name": approval[2],
-                "server_label": "flock",
-            }
+            request = {"id": f"mcpr_{at}", "type": "mcp_approval_request", "name": approval[2], "server_label": "flock"}
             items.append({**request, **arguments})
         else:
             others.append(question)
@@ -230,8 +220,9 @@ async def _shown(request: Request, reply: Reply, sent: ResponseRequest | None = 
     """Return a response as it ended, or as it is. Raises RunNotFound, StoreError."""
     run, output = reply.run, [*_thinking(reply.place, thoughts), *_asked(reply.place, reply.questions)]
     if not reply.questions and run.status is RunStatus.COMPLETED:
-        engine, as_json = await orders.engine_of(request), reply.place.as_json
-        output.append(_answer(reply.place, await chats.text_of(engine, _agents(request), run, as_json=as_json)))
+        engine, agents = await orders.engine_of(request), orders.agents_of(request)
+        text = await chats.text_of(engine, agents, run, as_json=reply.place.as_json)
+        output.append(_answer(reply.place, text))
     body, headers = _response(reply, output, sent), {"Flock-Run-Id": run.run_id}
     if request.method == "GET":  # a client repeats what gets 429, which must not be a new run
         return PageResponse(body, orders.download_slot(request), headers=headers)
@@ -273,14 +264,12 @@ async def create_response(request: Request) -> Response:
     return response
 
 
-async def _order_of(
-    request: Request, body: bytes, sent: ResponseRequest
-) -> tuple[orders.Order | orders.Answers, Place]:
+async def _order_of(request: Request, body: bytes, sent: ResponseRequest) -> tuple[orders.Wanted, Place]:
     """Return what a request asks for, and the place of its response, which has no run yet.
 
     Raises: InvalidData, AgentNotFound, RunNotFound, SessionNotFound.
     """
-    agents, engine = _agents(request), await orders.engine_of(request)
+    agents, engine = orders.agents_of(request), await orders.engine_of(request)
     agent = agent_of(agents, sent.model)
     as_json = parts.wants_json(agents, agent, sent.text.format if sent.text else None, "/text/format")
     place = Place("", 0, as_json, sent.background is True)
@@ -323,17 +312,14 @@ async def _earlier(request: Request, sent: ResponseRequest, *, is_answer: bool) 
 
     Raises: RunNotFound, SessionNotFound; InvalidData if there is a later one, or it has not completed.
     """
-    previous_id, name = sent.previous_response_id, "/conversation"
-    previous = None if previous_id is None else await _reply(await orders.engine_of(request), Place.of(previous_id))
-    newest, latest = await _latest(request, previous.run.session_id if previous else sent.session_id)
-    if previous is not None:
-        name, reply = "/previous_response_id", previous
-    elif latest is not None:
-        reply = await _reply(await orders.engine_of(request), Place(latest, -1))
-    else:
-        return None, newest
-    if is_answer:
+    previous_id, engine = sent.previous_response_id, await orders.engine_of(request)
+    reply = None if previous_id is None else await _reply(engine, Place.of(previous_id))
+    newest, latest = await _latest(request, sent.session_id if reply is None else reply.run.session_id)
+    if reply is None and latest is not None:
+        reply = await _reply(engine, Place(latest, -1))
+    if reply is None or is_answer:
         return reply, newest
+    name = "/conversation" if previous_id is None else "/previous_response_id"
     if latest not in (None, reply.run.run_id):
         raise InvalidData.of(f"A later response of the run {latest} continues this one. Continue that.", name)
     if not reply.is_last:
@@ -351,12 +337,11 @@ async def _latest(request: Request, session_id: str | None) -> tuple[str | None,
     """Return the newest run of a session of the caller, or "", and the newest that neither failed nor was cancelled."""
     if session_id is None:
         return None, None
-    newest = await anext(orders.runs_of_session(request, session_id, limit=1), None)
+    newest = await orders.newest_run(request, session_id)
     if newest is None or newest.status not in FAILED:
         return ("", None) if newest is None else (newest.run_id, newest.run_id)
-    others = [orders.runs_of_session(request, session_id, each, limit=1) for each in RunStatus if each not in FAILED]
-    found = [run.run_id for runs in others if (run := await anext(runs, None)) is not None]
-    return newest.run_id, max(found, default=None)
+    found = [await orders.newest_run(request, session_id, each) for each in RunStatus if each not in FAILED]
+    return newest.run_id, max((run.run_id for run in found if run is not None), default=None)
 
 
 async def _continued(
@@ -371,13 +356,10 @@ async def _continued(
         is_kept = (has_session or has_messages) and sent.store is not False
         return sent.session_id or (f"resp_{new_id()}" if is_kept else None)
     if not has_session and not has_messages:
-        raise InvalidData.of(
-            f"{agent.name!r} cannot continue a conversation. It needs an input of the type Messages, or history=.",
-            "/previous_response_id" if sent.conversation is None else "/conversation",
-        )
+        problem = f"{agent.name!r} cannot continue a conversation. It needs an input of the type Messages, or history=."
+        raise InvalidData.of(problem, "/previous_response_id" if sent.conversation is None else "/conversation")
     if has_messages:
-        text = await chats.text_of(await orders.engine_of(request), _agents(request), earlier.run, as_json=False)
-        messages[:0] = [*_said(request, earlier.run), chats.Message("assistant", text)]
+        messages[:0] = await chats.turn_of(await orders.engine_of(request), orders.agents_of(request), earlier.run)
     return earlier.run.session_id
 
 
@@ -421,14 +403,8 @@ async def input_items(request: Request) -> Response:
     """GET /v1/responses/{response_id}/input_items: the messages that became the inputs of its run."""
     engine, place = await orders.engine_of(request), Place.of(request.path_params["response_id"])
     reply = await _reply(engine, place)
-    said, run_id = _said(request, reply.run), reply.run.run_id
+    said, run_id = chats.said_in(orders.agents_of(request), reply.run), reply.run.run_id
     return _page(request, [(f"{run_id}_in{at}", each.role, each.content) for at, each in enumerate(said)], run_id)
-
-
-def _said(request: Request, run: Run) -> list[chats.Message]:
-    """Return the messages of which the inputs of a run were made; none if its agent is missing."""
-    agent = _agents(request).get(run.agent_name)
-    return [] if agent is None else chats.messages_of(agent, run.inputs)
 
 
 class PageQuery(msgspec.Struct, frozen=True, kw_only=True):
@@ -478,9 +454,8 @@ async def one_conversation(request: Request) -> Response:
     response = _conversation(id_)
     if request.method != "DELETE":
         return response
-    principal = principal_of(request)
     with contextlib.suppress(SessionNotFound):  # it has no runs
-        await (await orders.engine_of(request)).delete_session(id_, None if principal is None else principal.name)
+        await (await orders.engine_of(request)).delete_session(id_, orders.owner_of(request))
     return JSONResponse({"id": id_, "object": "conversation.deleted", "deleted": True})
 
 
@@ -492,23 +467,16 @@ async def conversation_items(request: Request) -> Response:
     """GET /v1/conversations/{conversation_id}/items: what was said in its last runs, up to ``MAX_RUNS``."""
     engine, query = await orders.engine_of(request), query_of(request, PageQuery)
     session_id, _ = _session(request.path_params["conversation_id"])
-    ids = list[str]()
-    async for listed in orders.runs_of_session(request, session_id, RunStatus.COMPLETED):
-        ids.append(listed.run_id)
-        if len(ids) == MAX_RUNS:
-            break
-    ids = ids[::-1] if query.order == "asc" else ids
+    runs = await orders.newest_runs(request, session_id, RunStatus.COMPLETED, MAX_RUNS)
+    ids = sorted((run.run_id for run in runs), reverse=query.order == "desc")
     first = next((at for at, run_id in enumerate(ids) if run_id in query.after), 0)
     items = list[tuple[str, str, str]]()
-    for run_id in ids[first : first + query.limit // 2 + 2]:  # two items each; what is left out makes has_more true
-        run = await engine.get_run(run_id)
-        said = _said(request, run)
-        asked = [(f"{run_id}_in{len(said) - 1}", each.role, each.content) for each in said[-1:]]
-        text = await chats.text_of(engine, _agents(request), run, as_json=False)
-        pair = [*asked, (Place(run_id).id[5:], "assistant", text)]
-        items += pair if query.order == "asc" else pair[::-1]
+    for run_id in sorted(ids[first : first + query.limit // 2 + 2]):  # two items each; the rest makes has_more true
+        *said, answer = await chats.turn_of(engine, orders.agents_of(request), await engine.get_run(run_id))
+        items += [(f"{run_id}_in{len(said) - 1}", each.role, each.content) for each in said[-1:]]
+        items.append((Place(run_id).id[5:], answer.role, answer.content))
         await anyio.lowlevel.checkpoint()
-    return _page(request, items if query.order == "asc" else items[::-1])
+    return _page(request, items)
 
 
 # Streams
@@ -517,25 +485,9 @@ async def conversation_items(request: Request) -> Response:
 def _streamed(
     request: Request, engine: Engine, stream: orders.Stream, reply: Reply, sent: ResponseRequest | None, after: int = -1
 ) -> Response:
-    """Return the stream of a run that was accepted. It fails nowhere, so that the slot of *stream* is given back."""
-    answer = chats.StreamedAnswer(_agents(request), as_json=reply.place.as_json)
-    headers = {"Flock-Run-Id": reply.run.run_id, "X-Accel-Buffering": "no"}
-
-    async def content() -> AsyncGenerator[bytes, None]:
-        writer, run_id = _Writer(reply, sent, after), reply.run.run_id
-        yield writer.begin() or KEEP_ALIVE
-        try:
-            async with contextlib.aclosing(answer.pieces(stream.events)) as pieces:
-                async for piece in pieces:
-                    if not isinstance(piece, Event):
-                        yield (piece and writer.piece(piece)) or KEEP_ALIVE
-                        continue
-                    run, questions = await engine.get_outline(run_id), piece.data.get("waiting_for", ())
-                    yield writer.end(reply._replace(run=run, questions=questions))
-                    if sent is not None and sent.store is False and run.status.is_final:
-                        await engine.delete_run(run_id)
-        except FlockError as exc:
-            yield writer.error(exc)
+    """Return the stream of a run that was accepted. It never raises, so the slot of *stream* is always released."""
+    answer = chats.StreamedAnswer(orders.agents_of(request), as_json=reply.place.as_json)
+    content = parts.written(stream, answer, _Writer(engine, reply, sent, after))
 
     async def cut_off() -> None:
         if stream.on_cut_off is not None:
@@ -543,7 +495,7 @@ def _streamed(
             await _forget(engine, reply.run.run_id)
 
     is_kept = sent is None or sent.store is not False
-    return EventStream(content(), stream.held, headers, on_cut_off=stream.on_cut_off if is_kept else cut_off)
+    return (stream if is_kept else stream._replace(on_cut_off=cut_off)).response(content)
 
 
 #: Of an item with a text: the member that has it, and the names of the events of its part, if it has one, and its text.
@@ -566,8 +518,8 @@ class _Writer:
     another process, has the same numbers for the same text, and a client that has another text gets an error.
     """
 
-    def __init__(self, reply: Reply, sent: ResponseRequest | None, after: int) -> None:
-        self._reply, self._sent, self._after = reply, sent, after
+    def __init__(self, engine: Engine, reply: Reply, sent: ResponseRequest | None, after: int) -> None:
+        self._engine, self._reply, self._sent, self._after = engine, reply, sent, after
         self._had = max(0, after) >> CHECK_BITS  # characters that the client has, or one more at the end
         self._thoughts, self._text = list[str](), list[str]()
         self._empty = _answer(reply.place, "")
@@ -606,41 +558,42 @@ class _Writer:
     def _thoughts_done(self) -> bytes:
         return b"".join(self._closed(0, item) for item in _thinking(self._reply.place, "".join(self._thoughts)))
 
-    def end(self, reply: Reply) -> bytes:
-        """Return the last events. Raises TextReplaced."""
+    async def end(self, event: Event) -> bytes:
+        """Return the last events, and delete a run with ``store: false`` that has ended.
+
+        Raises: TextReplaced, RunNotFound, StoreError.
+        """
+        run = await self._engine.get_outline(self._reply.run.run_id)
+        reply = self._reply._replace(run=run, questions=event.data.get("waiting_for", ()))
         if self._had > self._length + 1:
             raise chats.TextReplaced("The answer was replaced by a shorter one after a part of it had been sent.")
-        is_completed = not reply.questions and reply.run.status is RunStatus.COMPLETED
+        is_completed = not reply.questions and run.status is RunStatus.COMPLETED
         answer = [_answer(reply.place, "".join(self._text))] if is_completed or self._text else []
         thoughts = _thinking(reply.place, "".join(self._thoughts))
         output = [*thoughts, *answer, *_asked(reply.place, reply.questions)]
         events = b"" if self._text else self._thoughts_done()
-        if answer and not self._text:
-            events += self._opened(len(thoughts), answer[0])
         self._number = (self._length + 1) << CHECK_BITS
         for at, item in enumerate(output[len(thoughts) :], len(thoughts)):
-            if item not in answer:
-                events += self._opened(at, item)
-                events += self._delta(at, item, _text_of(item)) if item["type"] in TEXTS else b""
+            events += b"" if item in answer and self._text else self._opened(at, item)
+            events += b"" if item in answer or item["type"] not in TEXTS else self._delta(at, item, _text_of(item))
             events += self._closed(at, item)
         response = _response(reply, output, self._sent)
         name = response["status"] if response["status"] in ("completed", "incomplete") else "failed"
+        if self._sent is not None and self._sent.store is False and run.status.is_final:
+            await self._engine.delete_run(run.run_id)
         return events + self._event(f"response.{name}", response=response)
 
-    def error(self, exc: FlockError) -> bytes:
-        code = "text_replaced" if isinstance(exc, chats.TextReplaced) else "interrupted"
-        message = chats.failure_text(str(exc), self._reply.run.run_id)
+    def error(self, error: str, code: str) -> bytes:
+        message = chats.failure_text(error, self._reply.run.run_id)
         self._number = max(self._number, self._after + 1)
         return self._event("error", code=code, message=message, param=None)
 
     def _opened(self, at: int, item: JSON) -> bytes:
         """Return the events that an item begins with, before its text."""
-        if item["type"] not in TEXTS:
-            return self._event("response.output_item.added", output_index=at, item=item)
         if item["type"] == "message":
             self._number = max(self._number, FIRST_NUMBER)
-        member, part, _ = TEXTS[item["type"]]
-        empty = {**item, "status": "in_progress", member: [] if part else ""}
+        member, part, _ = TEXTS.get(item["type"], ("", "", ""))
+        empty = {**item, "status": "in_progress", member: [] if part else ""} if member else item
         events = self._event("response.output_item.added", output_index=at, item=empty)
         return events + (self._about(f"{part}.added", at, item, part={**item[member][0], "text": ""}) if part else b"")
 

@@ -77,7 +77,9 @@ class UIMessage(msgspec.Struct, frozen=True):
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of ``POST /vercel/{agent}``, as ``DefaultChatTransport`` sends it. Its ``body`` may have the last three.
+    """Body of ``POST /vercel/{agent}``, as ``DefaultChatTransport`` sends it.
+
+    ``body`` of the transport may add the last three.
 
     Attributes:
         inputs: those that are not messages, by name.
@@ -99,8 +101,7 @@ CHAT_REQUEST = JSONType(ChatRequest, ignores_unknown=True)
 
 async def chat(request: Request) -> Response:
     """POST /vercel/{agent}: a new run, or the answers for which the run of a message waits."""
-    body, agent = await orders.read_json(request), frontends.agent_in(request)
-    sent = CHAT_REQUEST.decode(body)
+    agent, sent, _ = await frontends.read(request, CHAT_REQUEST)
     named = [at for at, each in enumerate(sent.messages) if each.id == sent.messageId]
     message, place = sent.messages[named[0] if named else -1], "/messages"
     if message.role == "assistant" and sent.trigger == "submit-message":
@@ -110,7 +111,7 @@ async def chat(request: Request) -> Response:
         return await _streamed(request, answers, message.parts)
     if any(part.type == "file" for part in message.parts):
         raise InvalidData.of("Files are not supported. Send text.", place)
-    newest = await frontends.newest_of(request, sent.id)
+    newest = await orders.newest_run(request, sent.id)
     is_named = newest and newest.agent_name == agent.name and sent.messageId == f"msg_{newest.run_id}"
     replaces: frontends.Replaces = "no" if sent.trigger == "submit-message" else "newest" if is_named else "same"
     if not (is_named or sent.messageId is None) and (newest is not None or message is not sent.messages[-1]):
@@ -124,7 +125,7 @@ async def chat(request: Request) -> Response:
 async def list_messages(request: Request) -> Response:
     """GET /vercel/{agent}/{chat_id}: what was said in the last runs that have completed, and asked in the newest."""
     engine, agent = await orders.engine_of(request), frontends.agent_in(request)
-    agents, messages, chars = orders.serving(request).flock.agents, list[Any](), 0
+    agents, messages, chars = orders.agents_of(request), list[Any](), 0
     found, read = orders.runs_of_session(request, request.path_params["chat_id"]), 0
     with orders.download_slot(request):
         async with contextlib.aclosing(found) as runs:
@@ -153,8 +154,8 @@ def _result(run_id: str, result: Any) -> Mapping[str, Any]:
 
 
 async def resume(request: Request) -> Response:
-    """GET /vercel/{agent}/{chat_id}/stream: the newest message from its beginning, or 204 if there is none."""
-    agent, newest = frontends.agent_in(request), await frontends.newest_of(request, request.path_params["chat_id"])
+    """GET /vercel/{agent}/{chat_id}/stream: the newest message from the start, or 204 if there is none."""
+    agent, newest = frontends.agent_in(request), await orders.newest_run(request, request.path_params["chat_id"])
     if newest is None or newest.agent_name != agent.name:
         return Response(status_code=204)
     if request.method == "HEAD":
@@ -180,7 +181,7 @@ async def stop(request: Request) -> Response:
     return Response(status_code=202 if waiting.cancelled_caught else 204)
 
 
-async def _streamed(request: Request, wanted: frontends.Wanted, known: Sequence[Part] = ()) -> Response:
+async def _streamed(request: Request, wanted: orders.Wanted, known: Sequence[Part] = ()) -> Response:
     """Return the stream of a run, without the calls in *known*, which are parts that the client has.
 
     If they end with a text, an earlier stream was cut off. It is taken back.

@@ -63,7 +63,7 @@ def file_rows(path: Path, row_mapping: RowMapping, dialect: CSVDialect) -> Async
     return rows_in(format_.name, local_file(path), row_mapping, dialect)
 
 
-async def local_file(path: Path) -> AsyncIterator[bytes]:
+async def local_file(path: Path) -> AsyncGenerator[bytes, None]:
     with await anyio.to_thread.run_sync(gzip.open if is_gzipped(path) else open, path, "rb") as file:
         try:
             while chunk := await anyio.to_thread.run_sync(file.read, CHUNK_BYTES):

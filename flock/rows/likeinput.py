@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,26 @@ async def results_like(
     """
     table = CSVWriter((), (), outputs, delimiter=dialect.delimiter, decimal=dialect.decimal, **options)
     lines, position = list[str](), 0
-    is_marked = dialect.codec == "utf_8" and (await anext(local_file(path), b"")).startswith(codecs.BOM_UTF8)
+    async with aclosing(local_file(path)) as head:
+        is_marked = dialect.codec == "utf_8" and (await anext(head, b"")).startswith(codecs.BOM_UTF8)
     encoder = codecs.getincrementalencoder("utf-8-sig" if is_marked else dialect.codec)("replace")
-    records = csv_records(local_file(path), dialect, MAX_ROW_BYTES, lines)
-    cells = header = (await anext(records))[1]
-    line_end = "".join(lines)[len("".join(lines).rstrip("\r\n")) :] or "\r\n"
-    names = CSVWriter(header, (), outputs, **options).names()[len(header) :]
 
     def joined(cells: Sequence[str], added: bytes) -> bytes:
         own, ours = "".join(lines).rstrip("\r\n"), added.decode().removesuffix("\r\n")
         own += dialect.delimiter * max(1, 1 + len(header) - len(cells))
         return encoder.encode(f"{own}{ours}{line_end}")
 
-    yield joined(header, table.lines([names]))
-    async for page in pages:
-        text = bytearray()
-        for item in page:
-            while position <= (item.position or 0):
-                _, cells = await anext(records)
-                position += not is_empty(cells)
-            text += joined(cells, table.rows([item]))
-        yield bytes(text)
+    async with aclosing(local_file(path)) as chunks:
+        records = csv_records(chunks, dialect, MAX_ROW_BYTES, lines)
+        cells = header = (await anext(records))[1]
+        line_end = "".join(lines)[len("".join(lines).rstrip("\r\n")) :] or "\r\n"
+        names = CSVWriter(header, (), outputs, **options).names()[len(header) :]
+        yield joined(header, table.lines([names]))
+        async for page in pages:
+            text = bytearray()
+            for item in page:
+                while position <= (item.position or 0):
+                    _, cells = await anext(records)
+                    position += not is_empty(cells)
+                text += joined(cells, table.rows([item]))
+            yield bytes(text)

@@ -199,7 +199,7 @@ async def results_as(
 ) -> AsyncGenerator[bytes, None]:
     """Yield the items of *pages* in a format of ``FORMATS``, with their tokens and cost if *with_usage*.
 
-    If *has_invalid*, inputs are text in formats with types, since those of invalid items may have any.
+    If *has_invalid*, inputs are text in formats with types, since inputs of invalid items may have any type.
     """
     if FORMATS[format_].extra:
         columns = (columns[0] and dict.fromkeys(columns[0], ""), columns[1]) if has_invalid else columns

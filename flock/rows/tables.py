@@ -43,7 +43,7 @@ NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 NUMERIC = r"\b(int|float|decimal)\b"
 #: A date, and examples of JSON by which a type says whether it takes one, or only a time.
 DATE, DAY, MIDNIGHT = r"[0-9]{4}-[0-9]{2}-[0-9]{2}", b'"2000-01-01"', b'"2000-01-01T00:00:00"'
-#: That of tables which are not text.
+#: The dialect of tables that are not text.
 NO_DIALECT = CSVDialect()
 #: Number of lines, including empty ones, after which a reader yields to other tasks if its share of time is used.
 LINES_PER_STEP = 256

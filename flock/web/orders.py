@@ -16,6 +16,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from flock.agents.agent import Agent
 from flock.declared import DeclaredFlock
 from flock.errors import Conflict, FlockError, NotFound, Replayed, StoreError
 from flock.runs import (
@@ -24,6 +25,7 @@ from flock.runs import (
     Event,
     IdempotencyKey,
     Inputs,
+    Page,
     Question,
     Run,
     RunFilter,
@@ -39,7 +41,7 @@ from flock.web.body import Body, media_type_of
 from flock.web.lifespan import lifespan_of
 from flock.web.options import AppOptions
 from flock.web.requests import request_id_of, root_path, traceparent_of, while_connected
-from flock.web.responses import events_of_new_run
+from flock.web.responses import EventStream, events_of_new_run
 from flock.web.routing import caller_of, principal_of
 
 logger = logging.getLogger("flock.api")
@@ -93,6 +95,10 @@ class Answers(msgspec.Struct, frozen=True):
     is_async: bool = True
 
 
+#: What a request asks for.
+Wanted = Order | Answers
+
+
 class Accepted(NamedTuple):
     """A run that is stored. ``is_replay``: an earlier request with the same key has started it."""
 
@@ -113,11 +119,26 @@ class Stream(NamedTuple):
     held: AbstractContextManager[object]
     on_cut_off: Callable[[], Awaitable[object]] | None
 
+    def response(self, content: AsyncGenerator[bytes, None], headers: Mapping[str, str] = {}) -> EventStream:
+        """Return the response with *content*, which is made of the events."""
+        headers = {"Flock-Run-Id": self.accepted.run.run_id, "X-Accel-Buffering": "no", **headers}
+        return EventStream(content, self.held, headers, on_cut_off=self.on_cut_off)
+
 
 def serving(request: Request) -> Serving:
     """Return the application of a request."""
     app: Serving = request.app
     return app
+
+
+def agents_of(request: Request) -> Mapping[str, Agent]:
+    return serving(request).flock.agents
+
+
+def owner_of(request: Request) -> str | None:
+    """Return the name under which the caller's records are stored."""
+    principal = principal_of(request)
+    return None if principal is None else principal.name
 
 
 async def engine_of(request: Request) -> Engine:
@@ -145,7 +166,7 @@ async def read_json(request: Request, *, is_optional: bool = False) -> bytes:
     return await body.json(options.max_json_depth, default=b"{}" if is_optional else None)
 
 
-async def accept(request: Request, order: Order | Answers, run_id: str | None = None) -> Accepted:
+async def accept(request: Request, order: Wanted, run_id: str | None = None) -> Accepted:
     """Store a run, which then starts, or give answers to one, which then continues, even if the client disconnects.
 
     Raises: the errors of ``Engine.submit``; Conflict if an earlier request with the same key has started a run that no
@@ -205,7 +226,7 @@ async def end_of(request: Request, run_id: str, outlives_client: bool) -> Run:
         raise
 
 
-async def stream(request: Request, order: Order | Answers, *, reasoning: bool) -> Stream:
+async def stream(request: Request, order: Wanted, *, reasoning: bool) -> Stream:
     """Accept an order or answers. The run is watched from before, so that no text is missed.
 
     Raises: the errors of ``accept``; TooManyRequests if the caller has too many streams open.
@@ -223,7 +244,7 @@ async def stream(request: Request, order: Order | Answers, *, reasoning: bool) -
 
 
 @contextlib.contextmanager
-def watched(engine: Engine, order: Order | Answers, *, is_wanted: bool = True) -> Iterator[str]:
+def watched(engine: Engine, order: Wanted, *, is_wanted: bool = True) -> Iterator[str]:
     """Return the id for the run of *order*. If *is_wanted*, what its agents write is kept during the block."""
     run_id = order.run_id if isinstance(order, Answers) else new_id()
     del order  # its inputs may be long
@@ -231,15 +252,26 @@ def watched(engine: Engine, order: Order | Answers, *, is_wanted: bool = True) -
         yield run_id
 
 
+async def newest_runs(
+    request: Request, session_id: str, status: RunStatus | None = None, limit: int = 100, after: str | None = None
+) -> Page[Run]:
+    """Return a page of the caller's own runs of a session, newest first, without inputs and results."""
+    wanted = RunFilter(session_id=session_id, status=status, principal=owner_of(request), limit=limit, after=after)
+    return await (await engine_of(request)).list_runs(wanted)
+
+
+async def newest_run(request: Request, session_id: str, status: RunStatus | None = None) -> Run | None:
+    """Return the caller's newest run of a session, without its inputs and result."""
+    return next(iter(await newest_runs(request, session_id, status, limit=1)), None)
+
+
 async def runs_of_session(
-    request: Request, session_id: str, status: RunStatus | None = None, limit: int = 100
+    request: Request, session_id: str, status: RunStatus | None = None
 ) -> AsyncGenerator[Run, None]:
-    """Yield the caller's own runs of a session, newest first, without inputs and results, *limit* in a page."""
-    engine, principal, after = await engine_of(request), principal_of(request), None
-    owner = None if principal is None else principal.name
-    wanted = RunFilter(session_id=session_id, status=status, principal=owner, limit=limit)
+    """Yield the caller's own runs of a session, newest first, without inputs and results."""
+    after = None
     while True:
-        page = await engine.list_runs(msgspec.structs.replace(wanted, after=after))
+        page = await newest_runs(request, session_id, status, after=after)
         for run in page:
             yield run
         if not page.has_more:
