@@ -289,6 +289,8 @@ async def test_ten_thousand_messages_are_a_history(client: httpx.AsyncClient) ->
         ({"model": "chat", "max_completion_tokens": 0}, "max_output_tokens", ""),
         ({"model": "chat", "tools": [{"type": "function", "function": {"name": "x"}}]}, "tools", "takes no tools"),
         ({"tools": [{"type": "web_search"}]}, "tools.0", "Only tools of the type 'function'"),
+        ({"tools": {"type": "function"}}, "tools", "array"),
+        ({"tools": ["look"]}, "tools.0", "object"),
         ({"stream": "yes"}, "stream", ""),
         ({"model": 1}, "model", ""),
         ({"messages": []}, "messages", "There is no message with the role 'user'."),

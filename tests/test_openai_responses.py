@@ -793,12 +793,13 @@ async def test_the_events_of_a_stream_have_the_order_that_clients_check(client: 
 
 async def test_a_stream_resumes_after_any_event(client: httpx.AsyncClient) -> None:
     """In the middle of a piece of text too, since another process may have other pieces."""
-    made = await create(client, "repeat", "😀 é\u2028x")
-    path = f"/v1/responses/{made['id']}?stream=true"
-    events = events_of(await client.get(path))
-    for at, event in enumerate(events):
-        rest = events_of(await client.get(f"{path}&starting_after={event['sequence_number']}"))
-        assert rest == events[at + 1 :]
+    for text in ("", "😀 é\u2028x"):
+        made = await create(client, "repeat", text)
+        path = f"/v1/responses/{made['id']}?stream=true"
+        events = events_of(await client.get(path))
+        for at, event in enumerate(events):
+            rest = events_of(await client.get(f"{path}&starting_after={event['sequence_number']}"))
+            assert rest == events[at + 1 :]
     (one,) = [event for event in events if event["type"] == "response.output_text.delta"]
     prefix = await create(client, "repeat", one["delta"][:3])
     other = events_of(await client.get(f"/v1/responses/{prefix['id']}?stream=true"))
