@@ -249,13 +249,14 @@ async def serving(script: Path, *options: str, **environment: str) -> AsyncItera
 
 async def idle_kb(script: Path, rounds: int) -> dict[str, float]:
     """Return the memory of a server that has served one page, with each protocol, in turns."""
-    found: dict[str, list[float]] = {protocol: [] for protocol in ("none", "openai", "mcp")}
+    found: dict[str, list[float]] = {protocols: [] for protocols in ("none", "openai", "mcp", "openai mcp")}
     for _ in range(rounds):
-        for protocol, values in found.items():
-            async with serving(script, "--store", ":memory:", "--protocol", protocol) as client:
+        for protocols, values in found.items():
+            options = [option for each in protocols.split() for option in ("--protocol", each)]
+            async with serving(script, "--store", ":memory:", *options) as client:
                 await client.connect("GET", "/agents")
                 values.append(memory_kb(client.pid))
-    return {protocol: statistics.median(values) for protocol, values in found.items()}
+    return {protocols: statistics.median(values) for protocols, values in found.items()}
 
 
 def flock_in(folder: str) -> Path:
@@ -279,7 +280,7 @@ async def main(arguments: argparse.Namespace) -> None:
                 print(f"{arguments.readers} readers of {arguments.runs} runs: {name}: {value:.2f}")
             await print_protocols(client, arguments)
         for name, value in (await idle_kb(script, arguments.rounds)).items():
-            print(f"memory of an idle server, --protocol {name}: {value / 1024:.2f} MiB")
+            print(f"memory of an idle server with {name}: {value / 1024:.2f} MiB")
 
 
 async def print_protocols(client: Client, arguments: argparse.Namespace) -> None:
