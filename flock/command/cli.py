@@ -128,6 +128,11 @@ def _protocols(context: click.Context, param: click.Parameter, names: Sequence[s
     help="Path prefix that a proxy removes from requests. Links begin with it.",
 )
 @click.option(
+    "--public-url",
+    metavar="URL",
+    help="Address at which clients reach the server, for cards of A2A.  [default: the host of each request]",
+)
+@click.option(
     "--forwarded-allow-ips",
     metavar="ADDRESSES",
     help="Proxies whose X-Forwarded-For and X-Forwarded-Proto are trusted, separated by commas; * trusts all.  "

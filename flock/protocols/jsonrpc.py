@@ -3,8 +3,12 @@
 from typing import Annotated, Any, Literal
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
 
 from flock.errors import FlockError
+from flock.web.problems import on_error
+from flock.web.responses import JSONResponse
 
 # Codes of errors
 PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
@@ -49,3 +53,11 @@ def decoded(raw: bytes | msgspec.Raw, type_: Any, code: int) -> Any:
 def reply(message: Message | None, **content: Any) -> dict[str, Any]:
     """Return the response to *message*; None if its id is not known."""
     return {"jsonrpc": "2.0", "id": None if message is None else message.id, **content}
+
+
+async def failed(request: Request, message: Message | None, exc: FlockError) -> Response:
+    """Return the response to a message that an error of the engine has ended, in the shape of the protocol."""
+    response = await on_error(request, exc)
+    error = msgspec.json.decode(response.body)["error"]
+    del response.headers["content-length"]
+    return JSONResponse(reply(message, error=error), response.status_code, response.headers)

@@ -35,13 +35,13 @@ from flock.protocols.jsonrpc import (
     Message,
     RPCError,
     decoded,
+    failed,
     reply,
 )
 from flock.runs import Engine, IdempotencyKey, LongJSON, Question, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.auth import ANYBODY
 from flock.web.negotiation import preferred
-from flock.web.problems import on_error
 from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, LongResponse, QuotedJSON, long_event, sent_event
 from flock.web.routing import AppRoute, principal_of
 
@@ -215,10 +215,7 @@ async def _respond(request: Request, raw: bytes | msgspec.Raw, *, is_in_batch: b
         status = exc.status if call is None or call.is_latest else 200  # for older clients, 404 ends a session
         return _response(message, exc, status)
     except FlockError as exc:
-        response = await on_error(request, exc)
-        error = msgspec.json.decode(response.body)["error"]
-        del response.headers["content-length"]
-        return JSONResponse(reply(message, error=error), response.status_code, response.headers)
+        return await failed(request, message, exc)
 
 
 def _version_of(request: Request, message: Message, params: Params) -> str:
