@@ -10,12 +10,21 @@ from tests.support import PATIENCE_S, ROOT
 from tests.support.environments import new_environment, pip
 from tests.support.pages import URL, blocks_of
 from tests.support.servers import flockapi_command, free_port, running
-from tests.test_front_end_clients import AGENTS
+from tests.test_front_end_clients import AGENTS as OTHERS
 from tests.test_openai_clients import run
 
 pytestmark = pytest.mark.timeout(400)
 
 KEY = "key-of-the-clients"
+
+AGENTS = (
+    OTHERS
+    + """
+@flock.agent
+def repeat(text: str, times: int) -> str:
+    return text * times
+"""
+)
 
 BEGIN = """
 import asyncio, sys
@@ -97,6 +106,8 @@ async def main():
         _, client = await client_of(http, "mood")
         mood = await joined(client.send_message(data({"text": "a b"})))
         assert get_data_parts(mood.artifacts[0].parts) == [{"mood": "good", "words": ["a", "b"]}]
+        _, client = await client_of(http, "repeat")
+        assert text_of(await joined(client.send_message(data({"text": "ha", "times": 2})))) == "haha"
         _, client = await client_of(http, "replaced")
         assert text_of(await joined(client.send_message(text("tea")))) == "Another one"
 

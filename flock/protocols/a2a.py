@@ -4,6 +4,7 @@ A task outlives the request that has sent its message. The same message with the
 """
 
 import hashlib
+import json
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -19,7 +20,7 @@ from starlette.responses import Response
 from flock import __version__
 from flock.agents.agent import Agent
 from flock.errors import Conflict, FlockError, InvalidData, RunNotFound
-from flock.jsontype import MEMBERS, JSONType
+from flock.jsontype import JSONType
 from flock.protocols import chats, frontends, jsonrpc
 from flock.protocols.jsonrpc import INVALID_PARAMS, RPCError
 from flock.runs import Engine, Event, IdempotencyKey, Run, RunFilter, RunStatus, new_id
@@ -33,7 +34,7 @@ VERSION = "1.0"
 
 # Codes of errors
 TASK_NOT_FOUND, NOT_CANCELABLE, UNSUPPORTED = -32001, -32002, -32004
-CONTENT_TYPE, VERSION_NOT_SUPPORTED = -32005, -32009
+CONTENT_TYPE, OTHER_VERSION = -32005, -32009
 CODES = {"malformed-json": jsonrpc.PARSE_ERROR, "unknown-run": TASK_NOT_FOUND, "conflict": UNSUPPORTED}
 CODES |= dict.fromkeys(("invalid-input", "unknown-call"), INVALID_PARAMS)
 NO_PUSH = -32003, "This server sends no push notifications. Subscribe to the task, or get it."
@@ -113,10 +114,6 @@ class Call(NamedTuple):
     message: jsonrpc.Message
     params: Params
 
-    @property
-    def agents(self) -> Mapping[str, Agent]:
-        return orders.serving(self.request).flock.agents
-
     def reply(self, result: Any) -> Mapping[str, Any]:
         return jsonrpc.reply(self.message, result=result)
 
@@ -144,8 +141,7 @@ async def a2a(request: Request) -> Response:
         message = jsonrpc.decoded(body, jsonrpc.Message, jsonrpc.INVALID_REQUEST)
         sent = request.headers.get("a2a-version") or "0.3"
         if re.fullmatch(rf"{VERSION}(\.\d+)?", sent) is None:
-            problem = f"A2A {sent[:20]!r} is not supported. Send the header A2A-Version: {VERSION}."
-            raise RPCError(VERSION_NOT_SUPPORTED, problem)
+            raise RPCError(OTHER_VERSION, f"A2A {sent[:20]!r} is not offered. Send A2A-Version: {VERSION}.")
         if message.id is None or not message.method:
             raise RPCError(jsonrpc.INVALID_REQUEST, "A request needs an id and a method.")
         return await _answer_to(Call(request, engine, agent, message, PARAMS.decode(message.params, "/params")))
@@ -223,10 +219,10 @@ async def _send(call: Call) -> Response:
     for at, part in enumerate(said.parts):
         if part.raw is not None or part.url is not None:
             raise RPCError(CONTENT_TYPE, f"Part {at} is a file. Send text, or JSON as data.")
-        try:
-            data |= msgspec.json.decode(part.data, type=MEMBERS) if part.text is None else {}
-        except msgspec.DecodeError as exc:
-            raise InvalidData.of("A part is a text, or a JSON object as data.", f"/params/message/parts/{at}") from exc
+        value = {} if part.text is not None else json.loads(bytes(part.data) or b"null", parse_float=_number)
+        if not isinstance(value, dict):
+            raise InvalidData.of("A part is a text, or a JSON object as data.", f"/params/message/parts/{at}")
+        data |= {name: msgspec.Raw(json.dumps(each).encode()) for name, each in value.items()}
         texts += [] if part.text is None else [part.text]
     wanted = await (_answers if said.taskId else _order)(call, said, "\n".join(texts), data)
     if call.message.method == "SendStreamingMessage":
@@ -235,6 +231,12 @@ async def _send(call: Call) -> Response:
     if not settings.returnImmediately:
         await orders.end_of(call.request, run_id, outlives_client=True)
     return await _shown(call, run_id, settings.historyLength, is_wrapped=True)
+
+
+def _number(text: str) -> float:
+    """Return a float of JSON, or the integer that it is: clients on Protocol Buffers send all integers as floats."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 async def _order(call: Call, said: Said, text: str, data: Mapping[str, msgspec.Raw]) -> frontends.Wanted:
@@ -297,11 +299,11 @@ async def _shown(call: Call, run_id: str, history_length: int | None, *, is_wrap
 
 async def _task(call: Call, run: Run, history_length: int | None, has_artifacts: bool = True) -> dict[str, Any]:
     """Return a run as a task. A long result is ``LongJSON`` in it. Raises RunNotFound, StoreError."""
-    task = {**_ids(run, "id"), "status": _status(call.request, run)}
+    task, agents = {**_ids(run, "id"), "status": _status(call.request, run)}, orders.serving(call.request).flock.agents
     if has_artifacts and run.status is RunStatus.COMPLETED:
-        agent = call.agents.get(run.steps[-1].agent_name)
+        agent = agents.get(run.steps[-1].agent_name)
         if agent is not None and chats.text_output_of(agent) is not None:
-            part: Any = {"text": await chats.text_of(call.engine, call.agents, run, as_json=False)}
+            part: Any = {"text": await chats.text_of(call.engine, agents, run, as_json=False)}
         else:
             part = {"data": await call.engine.shown_result(run)}
         task["artifacts"] = [_artifact(part)]
@@ -356,8 +358,8 @@ async def _list(call: Call) -> Response:
                     chars += len(str(tasks[-1]))
             if chars >= MAX_CHARS:
                 break
-    has_more = page.has_more or (page and last != page[-1].run_id)
-    result = {"tasks": tasks, "nextPageToken": last if has_more else "", "pageSize": params.pageSize}
+    token = last if page.has_more or (page and last != page[-1].run_id) else ""
+    result = {"tasks": tasks, "nextPageToken": token, "pageSize": params.pageSize}
     return LongResponse(call.reply(result), 200, {}, is_head=False)
 
 
@@ -373,8 +375,8 @@ async def _streamed(call: Call, wanted: frontends.Wanted, history_length: int | 
 
 async def _events(call: Call, stream: orders.Stream, history_length: int | None) -> AsyncGenerator[bytes, None]:
     """Yield the events of a task. A text that is not appended begins the artifact again."""
-    run, has_text = stream.accepted.run, False
-    answer = chats.StreamedAnswer(call.agents, as_json=False, takes_back=True)
+    run, has_text, agents = stream.accepted.run, False, orders.serving(call.request).flock.agents
+    answer = chats.StreamedAnswer(agents, as_json=False, takes_back=True)
 
     def update(kind: str, **content: Any) -> Mapping[str, Any]:
         return call.reply({kind: {**_ids(run), **content}})
