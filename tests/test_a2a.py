@@ -9,10 +9,14 @@ import anyio.lowlevel
 import httpx
 import pytest
 
-from flock.runs import RunContext, new_id
+from flock.agents.tools import Tool
+from flock.core import Flock, FlockFactory
+from flock.runs import Engine, RunContext, new_id
 from flock.testing import Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
+from tests.support.cluster import engine_for
+from tests.support.flocks import sample_flock
 from tests.support.http import client_of, get, left, wait_for, wait_until
 from tests.test_vercel import ANN, BOB, Pages
 
@@ -347,6 +351,65 @@ async def test_several_questions_are_answered_by_their_ids(client: httpx.AsyncCl
     assert [part["data"] for part in still["status"]["message"]["parts"] if "data" in part] == [second]
     done = await send(client, "payer", {second["call_id"]: {"approved": False}}, taskId=task["id"])
     assert (text_of(done), chats.paid) == ("Done.", [3])
+
+
+async def test_only_a_principal_with_the_role_answers_and_the_owner_sees_what_is_asked(
+    chats: Agents, client: httpx.AsyncClient
+) -> None:
+    boss = {"Authorization": f"Bearer {'c' * 20}"}
+    keys = {**KEYS, "carl:role:boss": "c" * 20}
+    chats.model.replies = [Reply(calls=[("pay", {"amount": 3})]), Reply({"reply": "Done."})]
+    engine = chats.flock.engine(transport=chats.model.transport)
+
+    def pay(amount: int) -> None:
+        chats.paid.append(amount)
+
+    tools = [Tool(pay, needs_approval=True, approver="boss")]
+    chats.flock.add_agent(
+        FlockFactory.create_default_agent("careful", input="order: str", output="reply: str", tools=tools)
+    )
+    app = create_app(chats.flock, engine=engine, api_keys=keys, protocols=["a2a"])
+    async with app.lifespan(), client_of(app, {**ANN, "A2A-Version": "1.0"}) as client:
+        task = await send(client, "careful", "Pay 3.")
+        (part,) = task["status"]["message"]["parts"]
+        assert (state(task), list(part)) == ("input_required", ["text"])
+        (question,) = (await get(client, f"/run/{task['id']}"))["waiting_for"]
+        answer = {question["call_id"]: {"approved": True}}
+        refusal = await post(client, "careful", "SendMessage", message=message(answer, taskId=task["id"]))
+        check_error(refusal, -32000, "Only principals with the role 'boss'", 403)
+        given = await client.post(
+            f"/run/{task['id']}/calls/{question['call_id']}?wait=30", json={"output": {"approved": True}}, headers=boss
+        )
+        assert given.status_code == 200
+        ended = await wait_for(client, f"/run/{task['id']}")
+        assert (ended["status"], chats.paid) == ("completed", [3])
+        assert text_of(await call(client, "careful", "GetTask", id=task["id"])) == "Done."
+
+
+@pytest.fixture(params=["memory", "temporal"])
+async def any_engine(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Flock, Engine]]:
+    """An engine of each kind, and its flock."""
+    flock = sample_flock()
+    async with engine_for(request, flock) as engine:
+        yield flock, engine
+
+
+async def test_every_engine_has_tasks(any_engine: tuple[Flock, Engine]) -> None:
+    flock, engine = any_engine
+    app = create_app(flock, engine=engine, auth="host", protocols=["a2a"])
+    async with app.lifespan(), client_of(app, {"A2A-Version": "1.0"}) as client:
+        task = await send(client, "approve", "it", contextId="mine")
+        (_, part) = task["status"]["message"]["parts"]
+        answer = {part["data"]["call_id"]: {"approved": True}}
+        for _ in range(2):
+            assert state(await send(client, "approve", answer, taskId=task["id"])) == "completed"
+        sent = message("x", contextId="mine")
+        first, second = [(await call(client, "approve", "SendMessage", message=sent))["task"] for _ in range(2)]
+        assert first == second
+        assert state(await call(client, "approve", "CancelTask", id=first["id"])) == "canceled"
+        listed = (await call(client, "approve", "ListTasks", contextId="mine"))["tasks"]
+        assert [each["id"] for each in listed] == [first["id"], task["id"]]
+        await refused(client, "approve", "GetTask", NOT_FOUND, "no run", id="x\0")
 
 
 # Lists

@@ -165,8 +165,8 @@ def serve(context: click.Context, /, target: str, model: str | None, workers: in
     """Serve the flock TARGET over HTTP.
 
     If other machines can connect, directly or through a proxy, every request needs an API key. If no key is
-    configured, one is generated and printed at the start. --allowed-host, --root-path and --forwarded-allow-ips mean
-    that there is a proxy. Traces are exported as the OTEL_* variables say.
+    configured, one is generated and printed at the start. --allowed-host, --root-path, --public-url and
+    --forwarded-allow-ips mean that there is a proxy. Traces are exported as the OTEL_* variables say.
     """
     load = functools.partial(load_flock, target, model)
     if options["temporal"]:
