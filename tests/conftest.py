@@ -41,6 +41,7 @@ TIMEOUT.connect = TIMEOUT.read = TIMEOUT.write = TIMEOUT.pool = PATIENCE_S
 
 #: Modules whose tests are all in one lane, with the package that they need if ``.[test]`` does not install it.
 LANES = {
+    "test_a2a_clients.py": ("slow", None),
     "test_a_long_batch.py": ("slow", None),
     "test_ask_on_cluster.py": ("cluster", "temporalio"),
     "test_attacks.py": ("slow", None),
@@ -121,6 +122,7 @@ def _turn(item: pytest.Item) -> tuple[bool, bool, bool]:
 
 #: How the ids of tests begin that one xdist worker runs, because what they share takes long to make.
 TOGETHER = (
+    "tests/test_a2a_clients.py",
     "tests/test_front_end_clients.py",
     "tests/test_localmodel.py",
     "tests/test_mcp_clients.py",

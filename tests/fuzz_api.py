@@ -136,6 +136,12 @@ expected-statuses = ["2xx", "400", "401", "403", "404", "413", "422", "429"]
 [operations.checks.negative_data_rejection] # a batch is answered 200, with an error for each invalid message
 expected-statuses = ["2xx", "400", "401", "403", "404", "405", "406", "409", "415", "422", "428", "429", "5xx"]
 
+# An error of the protocol is answered 200.
+[[operations]]
+include-tag = "a2a"
+[operations.checks.negative_data_rejection]
+expected-statuses = ["200", "400", "401", "403", "404", "405", "406", "409", "415", "422", "428", "429", "5xx"]
+
 # A dry run of invalid rows is answered 200, and an accepted batch 202.
 [[operations]]
 include-operation-id = "runBatch"

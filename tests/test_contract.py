@@ -27,7 +27,7 @@ from flock.agents.agent import Handoff
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError
 from flock.files import FileReference
-from flock.protocols import agui, mcp, openai, vercel
+from flock.protocols import a2a, agui, mcp, openai, vercel
 from flock.runs import BatchOptions, Event, Principal, Progress, Run, RunContext, RunStatus, Usage, Webhook
 from flock.testing import FakeModel, Reply
 from flock.web import wire
@@ -61,10 +61,11 @@ OF_OTHERS = {
     *("OpenAIError", "ChatRequest", "ChatCompletion", "ChatChunk", "ResponseRequest", "Response", "ResponseEvent"),
     *("ItemList", "ConversationRequest", "Conversation", "Deleted", "MCPMessage", "MCPEvent", "MCPResponse"),
     *("FrontEndError", "UIMessage", "UIChatRequest", "UIMessageChunk", "RunAgentInput", "AGUIEvent"),
+    *("A2AResponse", "A2AEvent", "AgentCard"),
     *("Model", "ModelList"),
 }
 
-ALL_ROUTES = [*ROUTES, *openai.routes(), *mcp.routes(), *vercel.routes(), *agui.routes()]
+ALL_ROUTES = [*ROUTES, *openai.routes(), *mcp.routes(), *vercel.routes(), *agui.routes(), *a2a.routes()]
 
 
 #: The operations that take the query of each struct.

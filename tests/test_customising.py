@@ -545,6 +545,7 @@ MISTAKES: dict[str, Any] = {
     "docs": ("/docs", "True or False, or None"),
     "create_ui": (1, "True or False"),
     "protocols": (["soap"], "a list of 'openai'"),
+    "public_url": ("agents.example", 'an address such as "https://agents.example/ai", or None'),
     "metrics": ("prometheus", "True or False"),
 }
 

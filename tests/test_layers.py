@@ -50,6 +50,7 @@ PROTOCOLS = (
     "flock.protocols.openai_responses",
     "flock.protocols.vercel",
     "flock.protocols.agui",
+    "flock.protocols.a2a",
 )
 FILES = sorted([*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"])
 

@@ -20,7 +20,7 @@ from flock.agents.tools import Tool
 from flock.command import stdio
 from flock.command.stdio import serve_lines
 from flock.core import Flock, FlockFactory
-from flock.protocols import mcp
+from flock.protocols import jsonrpc, mcp
 from flock.runs import RunContext, RunStatus
 from flock.runs.records import LONG_BYTES
 from flock.testing import FakeModel, Reply
@@ -521,7 +521,7 @@ async def test_a_long_result_is_not_repeated_as_text(client: httpx.AsyncClient) 
 @pytest.mark.parametrize("body", ["[1,", '["\\ud800"]', '[{"jsonrpc": "2.0"}]x'])
 async def test_a_batch_that_is_no_json_is_refused(client: httpx.AsyncClient, body: str) -> None:
     sent = await client.post("/mcp", content=body, headers={"Content-Type": "application/json"})
-    assert (sent.status_code, sent.json()["error"]["code"]) == (400, mcp.PARSE_ERROR)
+    assert (sent.status_code, sent.json()["error"]["code"]) == (400, jsonrpc.PARSE_ERROR)
 
 
 async def test_arguments_and_states_that_cannot_be_read_are_refused(client: httpx.AsyncClient) -> None:

@@ -183,9 +183,10 @@ def test_a_collector_that_does_not_respond_delays_neither_runs_nor_the_end_for_l
     ("variables", "words"),
     [
         ({"OTEL_TRACES_EXPORTER": "carrier_pigeon"}, "no package has the exporter 'carrier_pigeon'"),
+        ({"OTEL_TRACES_EXPORTER": "otlp, carrier_pigeon"}, "no package has the exporter 'carrier_pigeon'"),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_BSP_MAX_QUEUE_SIZE": "-1"}, "ValueError"),
     ],
-    ids=["unknown", "invalid"],
+    ids=["unknown", "one of several", "invalid"],
 )
 def test_an_exporter_that_cannot_be_set_up_is_a_warning(
     variables: dict[str, str], words: str, command: list[str]
@@ -193,6 +194,15 @@ def test_an_exporter_that_cannot_be_set_up_is_a_warning(
     with running(*command, OPENAI_API_KEY="key", **variables) as server:
         server.wait_for_line("No traces are exported")
         assert any(words in line for line in server.lines)
+
+
+def test_traces_go_to_several_exporters(command: list[str]) -> None:
+    with receiving() as (receiver, url), FakeModel({"clerk": {"answer": "!"}}).serve() as model_url:
+        with running(*command, **env_of(url, model_url), OTEL_TRACES_EXPORTER="console, otlp,none") as server:
+            body = {"agent_name": "clerk", "inputs": {"order": "A7"}}
+            assert httpx.post(f"{server.url}/run/flock", json=body, timeout=PATIENCE_S).json()["status"] == "completed"
+            receiver.wait_for("POST /run/flock")
+            server.wait_for_line('"name": "POST /run/flock"')
 
 
 def test_traces_are_exported_by_each_worker(command: list[str]) -> None:

@@ -577,6 +577,8 @@ on_extra: OnExtra = "keep"
 ai = create_app(
     flock,
     server_name="Typed",
+    protocols=["a2a"],
+    public_url="https://agents.example",
     store=":memory:",
     routes=[Route("/count", count)],
     auth=auth,

@@ -128,6 +128,11 @@ def _protocols(context: click.Context, param: click.Parameter, names: Sequence[s
     help="Path prefix that a proxy removes from requests. Links begin with it.",
 )
 @click.option(
+    "--public-url",
+    metavar="URL",
+    help="Address at which clients reach the server, for cards of A2A.  [default: the host of each request]",
+)
+@click.option(
     "--forwarded-allow-ips",
     metavar="ADDRESSES",
     help="Proxies whose X-Forwarded-For and X-Forwarded-Proto are trusted, separated by commas; * trusts all.  "
@@ -160,8 +165,8 @@ def serve(context: click.Context, /, target: str, model: str | None, workers: in
     """Serve the flock TARGET over HTTP.
 
     If other machines can connect, directly or through a proxy, every request needs an API key. If no key is
-    configured, one is generated and printed at the start. --allowed-host, --root-path and --forwarded-allow-ips mean
-    that there is a proxy. Traces are exported as the OTEL_* variables say.
+    configured, one is generated and printed at the start. --allowed-host, --root-path, --public-url and
+    --forwarded-allow-ips mean that there is a proxy. Traces are exported as the OTEL_* variables say.
     """
     load = functools.partial(load_flock, target, model)
     if options["temporal"]:

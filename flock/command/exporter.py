@@ -19,17 +19,17 @@ _shutdowns: list[Callable[[], None]] = []
 
 
 def export_traces(service_name: str) -> None:
-    """Export the spans of this process in the background, if ``OTEL_*`` variables name an exporter.
+    """Export the spans of this process in the background, if ``OTEL_*`` variables name exporters.
 
     The SDK reads the others: of the sampler, the resource, the batches and the exporter. A problem is logged as a
     WARNING. No effect if the program has set a tracer provider, as ``opentelemetry-instrument`` does.
     """
-    name = os.environ.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(os.environ.get, ENDPOINTS)) else "none")
-    if name == "none":
+    listed = os.environ.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(os.environ.get, ENDPOINTS)) else "none")
+    protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    otlp = f"otlp_proto_{'grpc' if protocol == 'grpc' else 'http'}"
+    names = dict.fromkeys(otlp if name == "otlp" else name for name in map(str.strip, listed.split(",")))
+    if not (wanted := [name for name in names if name not in ("", "none")]):
         return
-    if name == "otlp":
-        protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
-        name = f"otlp_proto_{'grpc' if protocol == 'grpc' else 'http'}"
     try:
         from opentelemetry import trace
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -38,11 +38,14 @@ def export_traces(service_name: str) -> None:
 
         if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             return
-        if not (exporters := [*entry_points(group="opentelemetry_traces_exporter", name=name)]):
-            raise ImportError(f"no package has the exporter {name!r}")
+        found = {each.name: each for each in entry_points(group="opentelemetry_traces_exporter")}
+        if missing := [name for name in wanted if name not in found]:
+            raise ImportError(f"no package has the exporter {missing[0]!r}")
+        exporters = [found[name].load()() for name in wanted]
         resource = Resource.create({"service.name": service_name}).merge(OTELResourceDetector().detect())
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        provider.add_span_processor(BatchSpanProcessor(exporters[0].load()()))
+        for exporter in exporters:
+            provider.add_span_processor(BatchSpanProcessor(exporter))
         trace.set_tracer_provider(provider)
         _shutdowns.append(provider.shutdown)
     except ImportError as exc:

@@ -435,7 +435,7 @@ def _allowed_hosts(settings: ServerSettings) -> Collection[str] | None:
 
 def _is_private(settings: ServerSettings) -> bool:
     """Whether only programs on this machine can send requests: the address is loopback, and there is no proxy."""
-    is_proxied = settings.allowed_hosts or settings.root_path or settings.forwarded_allow_ips
+    is_proxied = settings.allowed_hosts or settings.root_path or settings.forwarded_allow_ips or settings.app.public_url
     return _is_loopback(settings.host) and not is_proxied
 
 

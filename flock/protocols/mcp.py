@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from starlette.requests import Request
@@ -24,11 +24,24 @@ from flock.agents.graph import graph_of
 from flock.declared import agent_of
 from flock.errors import AgentNotFound, Conflict, FlockError, InvalidData, NotFound
 from flock.protocols.chats import text_of
+from flock.protocols.jsonrpc import (
+    ID,
+    INTERNAL_ERROR,
+    INVALID_PARAMS,
+    INVALID_REQUEST,
+    METHOD_NOT_FOUND,
+    OTHER_ERROR,
+    PARSE_ERROR,
+    Message,
+    RPCError,
+    decoded,
+    failed,
+    reply,
+)
 from flock.runs import Engine, IdempotencyKey, LongJSON, Question, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.auth import ANYBODY
 from flock.web.negotiation import preferred
-from flock.web.problems import on_error
 from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, LongResponse, QuotedJSON, long_event, sent_event
 from flock.web.routing import AppRoute, principal_of
 
@@ -41,12 +54,9 @@ OLDER = ("2025-11-25", "2025-06-18", "2025-03-26")
 VERSIONS = (LATEST, *OLDER)
 
 # Codes of errors
-PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32601, -32602, -32603
 HEADER_MISMATCH, UNSUPPORTED_VERSION = -32020, -32022
 #: Of resources, before 2026-07-28.
 NOT_FOUND = -32002
-#: For all errors that the protocol does not know.
-OTHER_ERROR = -32000
 
 #: Tools in one page.
 MAX_TOOLS = 100
@@ -71,32 +81,7 @@ RUN_URI = "flock://run/"
 RUN_ID = "flockapi/run_id"
 
 
-ID = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)] | Annotated[str, msgspec.Meta(max_length=256)]
-
-
-class RPCError(FlockError):
-    """A request that the protocol has an error for, with its status. Older clients expect 200: 404 ends a session."""
-
-    def __init__(self, code: int, message: str, status: int = 400, **data: Any) -> None:
-        super().__init__(message)
-        self.shown = {"code": code, "message": message, **({"data": data} if data else {})}
-        self.status = status
-
-
 # Requests
-
-
-class Message(msgspec.Struct, frozen=True):
-    """A request, or a notification if its id is missing. Without a method it is a response, which is ignored."""
-
-    jsonrpc: Literal["2.0"]
-    method: str = ""
-    sent_id: ID | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="id")
-    params: msgspec.Raw = msgspec.Raw(b"{}")
-
-    @property
-    def id(self) -> ID | None:
-        return None if isinstance(self.sent_id, msgspec.UnsetType) else self.sent_id
 
 
 VERSION, CAPABILITIES = "io.modelcontextprotocol/protocolVersion", "io.modelcontextprotocol/clientCapabilities"
@@ -162,7 +147,7 @@ class Call(NamedTuple):
     @property
     def digest(self) -> str:
         """A digest of what is called. Another request with the same digest is the same call."""
-        arguments = _decoded(msgspec.json.encode(self.params.arguments or {}), Any, INVALID_PARAMS)
+        arguments = decoded(msgspec.json.encode(self.params.arguments or {}), Any, INVALID_PARAMS)
         return _sha256([self.params.name, arguments])
 
     def key_of(self, request_id: ID | None) -> IdempotencyKey | None:
@@ -185,7 +170,7 @@ def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
     codes = {"malformed-json": PARSE_ERROR, "internal-error": INTERNAL_ERROR}
     data = {"type": problem.type, "status": problem.status, "request_id": problem.request_id}
     code = codes.get(problem.type.rpartition(":")[2], OTHER_ERROR)
-    return problem.status, _reply(None, error={"code": code, "message": problem.detail, "data": data})
+    return problem.status, reply(None, error={"code": code, "message": problem.detail, "data": data})
 
 
 # Handlers
@@ -197,7 +182,7 @@ async def mcp(request: Request) -> Response:
     if body.lstrip()[:1] != b"[":
         return await _respond(request, body)
     try:
-        messages = _decoded(body, list[msgspec.Raw], INVALID_REQUEST)
+        messages = decoded(body, list[msgspec.Raw], INVALID_REQUEST)
     except RPCError as exc:
         return _response(None, exc)
     if request.headers.get("mcp-protocol-version", OLDER[-1]) != OLDER[-1] or not 0 < len(messages) <= MAX_BATCH:
@@ -212,8 +197,8 @@ async def _respond(request: Request, raw: bytes | msgspec.Raw, *, is_in_batch: b
     """Return the response to one message: 202 for one that needs none."""
     message, call = None, None
     try:
-        message = _decoded(raw, Message, INVALID_REQUEST)
-        params = _decoded(message.params, Params, INVALID_PARAMS)
+        message = decoded(raw, Message, INVALID_REQUEST)
+        params = decoded(message.params, Params, INVALID_PARAMS)
         call = Call(request, message, params, _version_of(request, message, params), not is_in_batch)
         is_known = call.session is None or await _is_signed(call, call.session, "session")
         if message.method != "initialize" and not is_known:
@@ -227,21 +212,10 @@ async def _respond(request: Request, raw: bytes | msgspec.Raw, *, is_in_batch: b
         answer = await _answer_to(call)
         return answer if isinstance(answer, Response) else _response(message, _complete(call, answer))
     except RPCError as exc:
-        return _response(message, exc, exc.status if call is None or call.is_latest else 200)
+        status = exc.status if call is None or call.is_latest else 200  # for older clients, 404 ends a session
+        return _response(message, exc, status)
     except FlockError as exc:
-        response = await on_error(request, exc)
-        error = msgspec.json.decode(response.body)["error"]
-        del response.headers["content-length"]
-        return JSONResponse(_reply(message, error=error), response.status_code, response.headers)
-
-
-def _decoded(raw: bytes | msgspec.Raw, type_: Any, code: int) -> Any:
-    try:
-        return msgspec.json.decode(raw, type=type_)
-    except (msgspec.DecodeError, RecursionError) as exc:
-        what = "message of JSON-RPC 2.0" if type_ is Message else "value of 'params'"
-        code = code if isinstance(exc, msgspec.ValidationError) else PARSE_ERROR
-        raise RPCError(code, f"This is not a valid {what}: {exc}".replace("`", "'")) from exc
+        return await failed(request, message, exc)
 
 
 def _version_of(request: Request, message: Message, params: Params) -> str:
@@ -272,14 +246,10 @@ def _plain(value: str) -> str | None:
     return None
 
 
-def _reply(message: Message | None, **content: Any) -> dict[str, Any]:
-    return {"jsonrpc": "2.0", "id": None if message is None else message.id, **content}
-
-
 def _response(message: Message | None, answer: Mapping[str, Any] | RPCError, status: int | None = None) -> Response:
     if isinstance(answer, RPCError):
-        return JSONResponse(_reply(message, error=answer.shown), status or answer.status)
-    run_id, body = answer.get("_meta", {}).get(RUN_ID), _reply(message, result=answer)
+        return JSONResponse(reply(message, error=answer.shown), status or answer.status)
+    run_id, body = answer.get("_meta", {}).get(RUN_ID), reply(message, result=answer)
     headers = {"Flock-Run-Id": run_id} if run_id else {}
     if isinstance(answer.get("structuredContent"), LongJSON):
         return LongResponse(body, 200, headers, is_head=False)
@@ -321,7 +291,7 @@ async def _answer_to(call: Call) -> Mapping[str, Any] | Response:
             version = call.params.protocol_version if call.params.protocol_version in OLDER else OLDER[0]
             result = {"protocolVersion": version, "capabilities": capabilities, "serverInfo": _server_info(call)}
             session = await _signed(call, secrets.token_hex(16), "session")
-            return JSONResponse(_reply(call.message, result=result), headers={"Mcp-Session-Id": session})
+            return JSONResponse(reply(call.message, result=result), headers={"Mcp-Session-Id": session})
         case "ping" if not call.is_latest:
             return {}
     raise RPCError(METHOD_NOT_FOUND, f"This server has no method {call.message.method[:100]!r}.", 404)
@@ -404,9 +374,9 @@ async def _events(
                     shown["progressToken"] = call.params.meta.token
                     yield sent_event({"jsonrpc": "2.0", "method": "notifications/progress", "params": shown})
         result = await _outcome(call, engine, await engine.wait(run_id), problems)
-        last = _reply(call.message, result=_complete(call, result))
+        last = reply(call.message, result=_complete(call, result))
     except FlockError as exc:
-        last = _reply(call.message, error=RPCError(OTHER_ERROR, f"{exc} The run is {run_id}.").shown)
+        last = reply(call.message, error=RPCError(OTHER_ERROR, f"{exc} The run is {run_id}.").shown)
     async for piece in long_event(last):
         yield piece
 
@@ -565,7 +535,7 @@ async def _read(call: Call) -> Mapping[str, Any] | Response:
     shown |= {"result": result, "questions": [each.question for each in run.questions]}
     content: dict[str, Any] = {"uri": uri, "mimeType": "application/json", "text": QuotedJSON(shown)}
     if call.may_stream:
-        body = _reply(call.message, result=_complete(call, {"contents": [content]}))
+        body = reply(call.message, result=_complete(call, {"contents": [content]}))
         return LongResponse(body, 200, {}, is_head=False)
     content["text"] = msgspec.Raw(b"".join([piece async for piece in content["text"].pieces()]))
     return {"contents": [content]}

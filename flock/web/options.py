@@ -29,6 +29,10 @@ def _names_keys(value: Any) -> bool:
 
 FLAG = of_type(bool, "True or False")
 TEXT = of_type(str, "a string")
+URL = Option(
+    is_valid=lambda value: isinstance(value, str) and bool(re.fullmatch(r"https?://[^\s/?#@]+(/[!-~]*)?", value)),
+    words='an address such as "https://agents.example/ai"',
+)
 PATH = of_type(str | Path, "the path of a file or folder")
 ENGINE = Option(is_valid=lambda value: hasattr(value, "submit_batch"), words="an engine, such as flock.engine()")
 DISCONNECT = Option(is_valid=lambda value: value in ("cancel", "continue"), words='"cancel" or "continue"')
@@ -44,7 +48,8 @@ SECRETS = many(webhook_key, "a list of secrets, as 'flockapi webhook secret' pri
 ROUTES = many(lambda value: hasattr(value, "matches"), "a list of Starlette routes")
 #: The module of each protocol that an app can serve beside the REST API. It is imported if the app does.
 PROTOCOL_MODULES = {name: f"flock.protocols.{name}" for name in ("openai", "mcp", "vercel")} | {
-    "ag-ui": "flock.protocols.agui"
+    "ag-ui": "flock.protocols.agui",
+    "a2a": "flock.protocols.a2a",
 }
 PROTOCOLS = many(lambda value: value in list(PROTOCOL_MODULES), f"a list of {', '.join(map(repr, PROTOCOL_MODULES))}")
 PATHS = of_type(Mapping, "a mapping of paths, as in OpenAPI")
@@ -82,9 +87,11 @@ class AppOptions(Options, frozen=True, kw_only=True):
     #: Serve the web page at ``/ui``, and redirect ``/`` to it. Its files need no key. Its data comes from the API, with
     #: the key that the user enters.
     create_ui: Annotated[bool, FLAG] = False
-    #: The protocols of other clients to serve: ``"openai"``, ``"mcp"``, ``"vercel"``, ``"ag-ui"``. See
-    #: ``docs/openai.md``, ``docs/mcp-server.md``, ``docs/front-ends.md``.
+    #: The protocols of other clients to serve: ``"openai"``, ``"mcp"``, ``"vercel"``, ``"ag-ui"``,
+    #: ``"a2a"``. See ``docs/openai.md``, ``docs/mcp-server.md``, ``docs/front-ends.md``, ``docs/a2a.md``.
     protocols: Annotated[Collection[str], PROTOCOLS] = ()
+    #: The address at which clients reach the app, for cards of A2A. None takes the ``Host`` of each request.
+    public_url: Annotated[str | None, URL] = None
     #: Collect metrics for ``/metrics``, which needs the extra ``metrics``. None means: if the extra is installed.
     metrics: Annotated[bool | None, FLAG] = None
 

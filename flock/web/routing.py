@@ -29,7 +29,7 @@ CORS: Mapping[str, Any] = {
     "allow_methods": ("GET", "POST", "DELETE"),
     "allow_headers": (
         *("Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer", "traceparent"),
-        *("X-Request-ID", "MCP-Protocol-Version", "Mcp-Session-Id", "Mcp-Method", "Mcp-Name"),
+        *("X-Request-ID", "MCP-Protocol-Version", "Mcp-Session-Id", "Mcp-Method", "Mcp-Name", "A2A-Version"),
         *(f"X-Stainless-{name}" for name in ("Arch", "Lang", "OS", "Package-Version", "Runtime", "Runtime-Version")),
         *("X-Stainless-Helper-Method", "X-Stainless-Retry-Count", "X-Stainless-Timeout"),  # OpenAI's client sends them
     ),

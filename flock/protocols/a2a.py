@@ -1,0 +1,411 @@
+"""A2A 1.0: each agent has a card, a task is a run, and a context is a session. The binding is JSON-RPC.
+
+A task outlives the request that has sent its message. The same message with the same id finds it again.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import quote
+
+import anyio
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flock import __version__
+from flock.agents.agent import Agent
+from flock.errors import Conflict, FlockError, InvalidData, RunNotFound
+from flock.jsontype import JSONType
+from flock.protocols import chats, frontends, jsonrpc
+from flock.protocols.jsonrpc import INVALID_PARAMS, RPCError
+from flock.runs import Engine, Event, IdempotencyKey, Run, RunFilter, RunStatus, new_id
+from flock.web import orders, wire
+from flock.web.requests import root_path, while_connected
+from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, LongResponse, long_event, sent_event
+from flock.web.routing import AppRoute
+
+PREFIX = "/a2a"
+VERSION = "1.0"
+
+# Codes of errors
+TASK_NOT_FOUND, NOT_CANCELABLE, UNSUPPORTED = -32001, -32002, -32004
+CONTENT_TYPE, OTHER_VERSION = -32005, -32009
+CODES = {"malformed-json": jsonrpc.PARSE_ERROR, "unknown-run": TASK_NOT_FOUND, "conflict": UNSUPPORTED}
+CODES |= dict.fromkeys(("invalid-input", "unknown-call"), INVALID_PARAMS)
+NO_PUSH = -32003, "This server sends no push notifications. Subscribe to the task, or get it."
+
+NAMES = ("SUBMITTED", "WORKING", "INPUT_REQUIRED", "COMPLETED", "FAILED", "CANCELED")
+STATES = {ours: f"TASK_STATE_{theirs}" for ours, theirs in zip(RunStatus, NAMES, strict=True)}
+
+#: A list with artifacts ends after about so many characters of text.
+MAX_CHARS = 1024 * 1024
+
+
+def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
+    """Return the status and the body of an error. Clients read the body only if the status is 200."""
+    kind = problem.type.rpartition(":")[2]
+    code = CONTENT_TYPE if problem.status == 415 else CODES.get(kind, jsonrpc.OTHER_ERROR)
+    data = [{"@type": "type.googleapis.com/google.rpc.RequestInfo", "requestId": problem.request_id}]
+    error = {"code": code, "message": problem.detail, "data": data}
+    return 200 if kind in CODES else problem.status, jsonrpc.reply(None, error=error)
+
+
+# Requests
+
+#: A session, or "" for none.
+ContextID = Annotated[str, msgspec.Meta(pattern=r"^[!-~]{0,128}(?!\n)$")]
+HistoryLength = Annotated[int, msgspec.Meta(ge=0)] | None
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A part of a message: a text, or JSON. Files are refused."""
+
+    text: str | None = None
+    data: msgspec.Raw = msgspec.Raw(b"")
+    raw: Any = None
+    url: Any = None
+
+
+class Said(msgspec.Struct, frozen=True):
+    """A message of the user: a new task, or with a ``taskId`` an answer."""
+
+    messageId: Annotated[str, msgspec.Meta(min_length=1)]
+    role: Literal["ROLE_USER"]
+    parts: Annotated[list[Part], msgspec.Meta(min_length=1)]
+    contextId: ContextID = ""
+    taskId: str = ""
+
+
+class Configuration(msgspec.Struct, frozen=True):
+    historyLength: HistoryLength = None
+    returnImmediately: bool = False
+    taskPushNotificationConfig: Any = None
+
+
+class Params(msgspec.Struct, frozen=True):
+    """The parameters of all methods."""
+
+    id: str = ""
+    message: Said | None = None
+    configuration: Configuration = Configuration()
+    historyLength: HistoryLength = None
+    contextId: ContextID = ""
+    status: str = "TASK_STATE_UNSPECIFIED"
+    pageSize: Annotated[int, msgspec.Meta(ge=1, le=100)] = 50
+    pageToken: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f-]{36})?(?!\n)$")] = ""
+    includeArtifacts: bool = False
+    statusTimestampAfter: None = None
+
+
+PARAMS = JSONType(Params, ignores_unknown=True)
+
+
+class Call(NamedTuple):
+    """One request as the methods see it."""
+
+    request: Request
+    engine: Engine
+    agent: Agent
+    message: jsonrpc.Message
+    params: Params
+
+    def reply(self, result: Any) -> Mapping[str, Any]:
+        return jsonrpc.reply(self.message, result=result)
+
+    async def run_of(self, task_id: str) -> Run:
+        """Return the outline of a run of the agent. Raises RunNotFound."""
+        run = await self.engine.get_outline(task_id)
+        if run.agent_name != self.agent.name:
+            raise RunNotFound(task_id)
+        return run
+
+
+def routes() -> Sequence[AppRoute]:
+    return [
+        AppRoute("access", "POST", "/a2a/{agent}", a2a),
+        AppRoute("access", "POST", "/a2a/{agent}/", a2a, include_in_schema=False),  # as some clients write the URL
+        AppRoute("nothing", "GET", "/a2a/{agent}/.well-known/agent-card.json", get_card),
+    ]
+
+
+async def a2a(request: Request) -> Response:
+    """POST /a2a/{agent}"""
+    body, message = await orders.read_json(request), None
+    agent, engine = frontends.agent_in(request), await orders.engine_of(request)
+    try:
+        message = jsonrpc.decoded(body, jsonrpc.Message, jsonrpc.INVALID_REQUEST)
+        sent = request.headers.get("a2a-version") or "0.3"
+        if re.fullmatch(rf"{VERSION}(\.\d+)?", sent) is None:
+            raise RPCError(OTHER_VERSION, f"A2A {sent[:20]!r} is not offered. Send A2A-Version: {VERSION}.")
+        if message.id is None or not message.method:
+            raise RPCError(jsonrpc.INVALID_REQUEST, "A request needs an id and a method.")
+        return await _answer_to(Call(request, engine, agent, message, PARAMS.decode(message.params, "/params")))
+    except RPCError as exc:
+        return JSONResponse(jsonrpc.reply(message, error=exc.shown))
+    except FlockError as exc:
+        return await jsonrpc.failed(request, message, exc)
+
+
+async def _answer_to(call: Call) -> Response:
+    match call.message.method:
+        case "SendMessage" | "SendStreamingMessage":
+            return await _send(call)
+        case "GetTask":
+            return await _shown(call, (await call.run_of(call.params.id)).run_id, call.params.historyLength)
+        case "ListTasks":
+            return await _list(call)
+        case "CancelTask":
+            return await _cancel(call)
+        case "SubscribeToTask":
+            run = await call.run_of(call.params.id)
+            if run.status.is_final:
+                raise RPCError(UNSUPPORTED, f"The task is {run.status}. GetTask returns it.")
+            return await _streamed(call, orders.Answers(run.run_id), call.params.historyLength)
+        case "GetExtendedAgentCard":
+            return JSONResponse(call.reply(_card(call.request, call.agent, is_public=False)))
+        case method if re.search("TaskPushNotificationConfigs?$", method):
+            raise RPCError(*NO_PUSH)
+    raise RPCError(jsonrpc.METHOD_NOT_FOUND, f"A2A {VERSION} has no method {call.message.method[:100]!r}.")
+
+
+# Cards
+
+
+async def get_card(request: Request) -> Response:
+    """GET /a2a/{agent}/.well-known/agent-card.json"""
+    agent = orders.serving(request).flock.agents.get(request.path_params["agent"])
+    if agent is None:
+        raise HTTPException(404, "There is no agent at this address.")  # AgentNotFound would name all agents
+    options = orders.serving(request).options
+    return JSONResponse(_card(request, agent, is_public=options.api_keys is not None or callable(options.auth)))
+
+
+def _card(request: Request, agent: Agent, *, is_public: bool) -> Mapping[str, Any]:
+    """Return a card. A public one says only where the agent is, and how to ask."""
+    options, name = orders.serving(request).options, agent.name
+    base = options.public_url or f"{request.url.scheme}://{request.headers.get('host', '')}{root_path(request.scope)}"
+    url = f"{base.rstrip('/')}{PREFIX}/{quote(name, safe='')}"
+    interface = {"url": url, "protocolBinding": "JSONRPC", "protocolVersion": VERSION}
+    about = {"name": name, "description": f"An agent of {options.server_name}.", "version": __version__}
+    offered = {"streaming": True, "pushNotifications": False, "extendedAgentCard": True}
+    card: dict[str, Any] = {**about, "supportedInterfaces": [interface], "capabilities": offered, "skills": []}
+    card |= {f"default{way}Modes": ["text/plain", "application/json"] for way in ("Input", "Output")}
+    if options.api_keys is not None:
+        card["securitySchemes"] = {"key": {"httpAuthSecurityScheme": {"scheme": "Bearer"}}}
+        card["securityRequirements"] = [{"schemes": {"key": {"list": []}}}]
+    if not is_public:
+        card["description"] = agent.description or card["description"]
+        schema = msgspec.json.encode(agent.input.schema).decode()
+        described = f"{card['description']}\n\nThe schema of its inputs: {schema}"
+        card["skills"] = [{"id": name, "name": name, "description": described, "tags": ["agent"]}]
+    return card
+
+
+# Messages
+
+
+async def _send(call: Call) -> Response:
+    """SendMessage and SendStreamingMessage: a new task, or the answers for which one waits."""
+    said, settings, texts, data = call.params.message, call.params.configuration, list[str](), dict[str, msgspec.Raw]()
+    if settings.taskPushNotificationConfig is not None:
+        raise RPCError(*NO_PUSH)
+    if said is None:
+        raise InvalidData.of("The message is missing.", "/params/message")
+    for at, part in enumerate(said.parts):
+        if part.raw is not None or part.url is not None:
+            raise RPCError(CONTENT_TYPE, f"Part {at} is a file. Send text, or JSON as data.")
+        value = {} if part.text is not None else json.loads(bytes(part.data) or b"null", parse_float=_number)
+        if not isinstance(value, dict):
+            raise InvalidData.of("A part is a text, or a JSON object as data.", f"/params/message/parts/{at}")
+        data |= {name: msgspec.Raw(json.dumps(each).encode()) for name, each in value.items()}
+        texts += [] if part.text is None else [part.text]
+    wanted = await (_answers if said.taskId else _order)(call, said, "\n".join(texts), data)
+    if call.message.method == "SendStreamingMessage":
+        return await _streamed(call, wanted, settings.historyLength)
+    run_id = (await orders.accept(call.request, wanted)).run.run_id
+    if not settings.returnImmediately:
+        await orders.end_of(call.request, run_id, outlives_client=True)
+    return await _shown(call, run_id, settings.historyLength, is_wrapped=True)
+
+
+def _number(text: str) -> float:
+    """Return a float of JSON, or the integer that it is: clients on Protocol Buffers send all integers as floats."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+async def _order(call: Call, said: Said, text: str, data: Mapping[str, msgspec.Raw]) -> frontends.Wanted:
+    """Return the order of a new task, or answers to nothing if the same message has started one."""
+    agent, session_id = call.agent, said.contextId or new_id()
+    content = hashlib.sha256(msgspec.json.encode([agent.name, said], order="deterministic"))
+    key = IdempotencyKey(f"a2a:{content.hexdigest()}", content.digest())
+    if (made := await call.engine.made_by(key)) is not None:
+        return orders.Answers((await call.run_of(made)).run_id)
+    if not text:
+        return orders.Order(agent_name=agent.name, session_id=session_id, inputs=data, is_async=True, key=key)
+    newest = await frontends.newest_of(call.request, session_id)
+    words = frontends.Said(text, "/params/message/parts", data, ())
+    order = await frontends.order_of(call.request, agent, session_id, newest, words, "no")
+    return msgspec.structs.replace(order, key=key)
+
+
+async def _answers(call: Call, said: Said, text: str, data: Mapping[str, msgspec.Raw]) -> orders.Answers:
+    """Return answers by the ids of their questions. A text may answer the only open question, but approves nothing.
+
+    The engine refuses answers to what it has not asked, and takes the same ones again.
+    """
+    run = await call.run_of(said.taskId)
+    if said.contextId not in ("", run.session_id):
+        raise InvalidData.of("The task is not of this context.", "/params/message/contextId")
+    if data:
+        return orders.Answers(run.run_id, data)
+    if not run.questions:
+        raise RPCError(UNSUPPORTED, f"The task is {run.status}, and asks nothing. Begin a new task.")
+    question, *others = run.questions
+    if others or orders.approved_call(question) is not None:
+        raise InvalidData.of("Send data: an object with an answer under each call_id.", "/params/message/parts")
+    answer = msgspec.json.encode(text)
+    if not question.is_for_client and msgspec.json.decode(question.schema).get("type") != "string":
+        with suppress(msgspec.DecodeError, RecursionError):  # the engine says what it should be
+            answer = msgspec.json.encode(msgspec.json.decode(text))
+    return orders.Answers(run.run_id, {question.call_id: msgspec.Raw(answer)})
+
+
+async def _cancel(call: Call) -> Response:
+    """CancelTask: wait a while until the run has stopped."""
+    run = await call.run_of(call.params.id)
+    try:
+        await call.engine.cancel_run(run.run_id)
+    except Conflict as exc:
+        raise RPCError(NOT_CANCELABLE, str(exc)) from exc
+    with anyio.move_on_after(orders.serving(call.request).options.max_wait_s):
+        await while_connected(call.request, call.engine.wait(run.run_id))
+    return await _shown(call, run.run_id, 0)
+
+
+# Tasks
+
+
+async def _shown(call: Call, run_id: str, history_length: int | None, *, is_wrapped: bool = False) -> Response:
+    task = await _task(call, await call.engine.get_run(run_id), history_length)
+    body = call.reply({"task": task} if is_wrapped else task)
+    return LongResponse(body, 200, {"Flock-Run-Id": run_id}, is_head=False)
+
+
+async def _task(call: Call, run: Run, history_length: int | None, has_artifacts: bool = True) -> dict[str, Any]:
+    """Return a run as a task. A long result is ``LongJSON`` in it. Raises RunNotFound, StoreError."""
+    task, agents = {**_ids(run, "id"), "status": _status(call.request, run)}, orders.serving(call.request).flock.agents
+    if has_artifacts and run.status is RunStatus.COMPLETED:
+        agent = agents.get(run.steps[-1].agent_name)
+        if agent is not None and chats.text_output_of(agent) is not None:
+            part: Any = {"text": await chats.text_of(call.engine, agents, run, as_json=False)}
+        else:
+            part = {"data": await call.engine.shown_result(run)}
+        task["artifacts"] = [_artifact(part)]
+    if history_length != 0:
+        said = chats.messages_of(call.agent, run.inputs)[-1].content
+        message = {"messageId": f"{run.run_id}_in", "role": "ROLE_USER", "parts": [{"text": said}], **_ids(run)}
+        task["history"] = [message]
+    return task
+
+
+def _ids(run: Run, name: str = "taskId") -> dict[str, Any]:
+    return {name: run.run_id, **({} if run.session_id is None else {"contextId": run.session_id})}
+
+
+def _artifact(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the only artifact of a task, its result."""
+    return {"artifactId": "result", "parts": [part]}
+
+
+def _status(request: Request, run: Run) -> Mapping[str, Any]:
+    """Return the status of a run, with what it asks, or its error, or its progress."""
+    parts: list[Any] = [] if run.progress is None or run.status.is_final else [{"data": run.progress}]
+    parts = parts if run.error is None else [{"text": run.error}]
+    for question in run.questions:
+        about = {} if question.arguments is msgspec.UNSET else {"arguments": question.arguments}
+        shown = {"call_id": question.call_id, "question": question.question, "schema": question.schema, **about}
+        parts.append({"text": "\n".join([question.question, *(bytes(each).decode() for each in about.values())])})
+        parts += [{"data": shown}] if orders.may_answer(request, run, question) else []
+    is_asleep = run.status is RunStatus.WAITING and not run.questions
+    state, at = STATES[RunStatus.RUNNING if is_asleep else run.status], run.completed_at or run.started_at
+    status = {"state": state, "timestamp": at or run.created_at}
+    message = {"messageId": f"{run.run_id}_status", "role": "ROLE_AGENT", "parts": parts, **_ids(run)}
+    return {**status, "message": message} if parts else status
+
+
+async def _list(call: Call) -> Response:
+    """ListTasks: one page of the runs of the agent, the newest first."""
+    params, tasks, last, chars = call.params, list[Any](), "", 0
+    status = {theirs: ours for ours, theirs in STATES.items()}.get(params.status)
+    if status is None and params.status != "TASK_STATE_UNSPECIFIED":
+        raise InvalidData.of(f"No task has this state. Use one of {', '.join(STATES.values())}.", "/params/status")
+    asked: dict[str, Any] = {"session_id": params.contextId or None, "after": params.pageToken or None}
+    wanted = RunFilter(agent_name=call.agent.name, status=status, limit=params.pageSize, **asked)
+    is_whole = bool(params.includeArtifacts or params.historyLength)
+    with orders.download_slot(call.request):
+        page = await call.engine.list_runs(wanted)
+        for last in (run.run_id for run in page):
+            with suppress(RunNotFound):  # it was deleted meanwhile
+                run = await (call.engine.get_run if is_whole else call.engine.get_outline)(last)
+                if status is not RunStatus.WAITING or run.questions:  # otherwise it sleeps
+                    tasks.append(await _task(call, run, params.historyLength or 0, params.includeArtifacts))
+                    chars += len(str(tasks[-1]))
+            if chars >= MAX_CHARS:
+                break
+    token = last if page.has_more or (page and last != page[-1].run_id) else ""
+    result = {"tasks": tasks, "nextPageToken": token, "pageSize": params.pageSize}
+    return LongResponse(call.reply(result), 200, {}, is_head=False)
+
+
+# Streams
+
+
+async def _streamed(call: Call, wanted: frontends.Wanted, history_length: int | None) -> Response:
+    """SendStreamingMessage and SubscribeToTask: the task as it is, and what follows until it ends or waits."""
+    stream = await orders.stream(call.request, wanted, reasoning=False)
+    headers = {"Flock-Run-Id": stream.accepted.run.run_id, "X-Accel-Buffering": "no"}
+    return EventStream(_events(call, stream, history_length), stream.held, headers, on_cut_off=stream.on_cut_off)
+
+
+async def _events(call: Call, stream: orders.Stream, history_length: int | None) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a task. A text that is not appended begins the artifact again."""
+    run, has_text, agents = stream.accepted.run, False, orders.serving(call.request).flock.agents
+    answer = chats.StreamedAnswer(agents, as_json=False, takes_back=True)
+
+    def update(kind: str, **content: Any) -> Mapping[str, Any]:
+        return call.reply({kind: {**_ids(run), **content}})
+
+    try:
+        run = await call.engine.get_run(run.run_id)
+        async for chunk in long_event(call.reply({"task": await _task(call, run, history_length)})):
+            yield chunk
+        if not run.is_active:
+            return
+        async with aclosing(answer.pieces(stream.events)) as pieces:
+            async for piece in pieces:
+                if piece is None:
+                    yield KEEP_ALIVE
+                elif isinstance(piece, str | chats.TakenBack):
+                    text, append = (piece, has_text) if isinstance(piece, str) else (piece.text, False)
+                    yield sent_event(update("artifactUpdate", artifact=_artifact({"text": text}), append=append))
+                    has_text = True
+                elif isinstance(piece, Event) and piece.name in ("run.progress", *chats.ENDS):
+                    if piece.name == "run.waiting" and has_text:  # it begins again after the answer
+                        yield sent_event(update("artifactUpdate", artifact=_artifact({"text": ""}), append=False))
+                    if piece.name == "run.completed" and not answer.is_text:
+                        artifact = _artifact({"data": piece.data["result"]})
+                        async for chunk in long_event(update("artifactUpdate", artifact=artifact, append=False)):
+                            yield chunk
+                    run = msgspec.structs.replace(run, status=RunStatus.RUNNING, progress=piece.data)
+                    if piece.name in chats.ENDS:
+                        run = await call.engine.get_outline(run.run_id)
+                    yield sent_event(update("statusUpdate", status=_status(call.request, run)))
+    except FlockError as exc:
+        error = RPCError(jsonrpc.OTHER_ERROR, f"{exc} The task is {run.run_id}: subscribe to it, or get it.")
+        yield sent_event(jsonrpc.reply(call.message, error=error.shown))
