@@ -18,11 +18,11 @@ from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
 from tests.support.flocks import sample_flock
 from tests.support.http import client_of, get, left, wait_for, wait_until
-from tests.test_vercel import ANN, BOB, Pages
+from tests.test_openai import ANN, BOB, KEYS
+from tests.test_vercel import Pages
 
 pytestmark = pytest.mark.anyio
 
-KEYS = {"ann": "a" * 20, "bob": "b" * 20}
 NOT_FOUND, NOT_CANCELABLE, NO_PUSH, UNSUPPORTED, CONTENT_TYPE = range(-32001, -32006, -1)
 VERSION, PARSE, INVALID_REQUEST, NO_METHOD, INVALID_PARAMS = -32009, -32700, -32600, -32601, -32602
 

@@ -318,7 +318,7 @@ async def test_errors_of_access_are_errors_of_json_rpc_with_their_status() -> No
         check_error(await post(client, body_of("ping", x="x" * 200), **key), 413)
 
 
-def check_error(response: httpx.Response, status: int, code: int = mcp.OTHER_ERROR) -> None:
+def check_error(response: httpx.Response, status: int, code: int = jsonrpc.OTHER_ERROR) -> None:
     """Check an error that no method has raised."""
     body = response.json()
     assert (response.status_code, body["jsonrpc"], body["error"]["code"]) == (status, "2.0", code), response.text
@@ -338,7 +338,7 @@ async def test_errors_of_the_server_are_errors_of_json_rpc(app: FlockAPI, client
     body = body_of("tools/call", name="add", arguments={"a": 1})
     with pytest.MonkeyPatch.context() as broken:
         broken.setattr(app.engine, "submit", None)
-        check_error(await post(client, body), 500, mcp.INTERNAL_ERROR)
+        check_error(await post(client, body), 500, jsonrpc.INTERNAL_ERROR)
     await app.engine.drain(0)
     response = await post(client, body)
     check_error(response, 503)

@@ -26,7 +26,7 @@ from flock.protocols.jsonrpc import INVALID_PARAMS, RPCError
 from flock.runs import Engine, Event, IdempotencyKey, Run, RunFilter, RunStatus, new_id
 from flock.web import orders, wire
 from flock.web.requests import root_path, while_connected
-from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, LongResponse, long_event, sent_event
+from flock.web.responses import KEEP_ALIVE, JSONResponse, LongResponse, long_event, sent_event
 from flock.web.routing import AppRoute
 
 PREFIX = "/a2a"
@@ -178,7 +178,7 @@ async def _answer_to(call: Call) -> Response:
 
 async def get_card(request: Request) -> Response:
     """GET /a2a/{agent}/.well-known/agent-card.json"""
-    agent = orders.serving(request).flock.agents.get(request.path_params["agent"])
+    agent = orders.agents_of(request).get(request.path_params["agent"])
     if agent is None:
         raise HTTPException(404, "There is no agent at this address.")  # AgentNotFound would name all agents
     options = orders.serving(request).options
@@ -239,7 +239,7 @@ def _number(text: str) -> float:
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
-async def _order(call: Call, said: Said, text: str, data: Mapping[str, msgspec.Raw]) -> frontends.Wanted:
+async def _order(call: Call, said: Said, text: str, data: Mapping[str, msgspec.Raw]) -> orders.Wanted:
     """Return the order of a new task, or answers to nothing if the same message has started one."""
     agent, session_id = call.agent, said.contextId or new_id()
     content = hashlib.sha256(msgspec.json.encode([agent.name, said], order="deterministic"))
@@ -248,7 +248,7 @@ async def _order(call: Call, said: Said, text: str, data: Mapping[str, msgspec.R
         return orders.Answers((await call.run_of(made)).run_id)
     if not text:
         return orders.Order(agent_name=agent.name, session_id=session_id, inputs=data, is_async=True, key=key)
-    newest = await frontends.newest_of(call.request, session_id)
+    newest = await orders.newest_run(call.request, session_id)
     words = frontends.Said(text, "/params/message/parts", data, ())
     order = await frontends.order_of(call.request, agent, session_id, newest, words, "no")
     return msgspec.structs.replace(order, key=key)
@@ -299,7 +299,7 @@ async def _shown(call: Call, run_id: str, history_length: int | None, *, is_wrap
 
 async def _task(call: Call, run: Run, history_length: int | None, has_artifacts: bool = True) -> dict[str, Any]:
     """Return a run as a task. A long result is ``LongJSON`` in it. Raises RunNotFound, StoreError."""
-    task, agents = {**_ids(run, "id"), "status": _status(call.request, run)}, orders.serving(call.request).flock.agents
+    task, agents = {**_ids(run, "id"), "status": _status(call.request, run)}, orders.agents_of(call.request)
     if has_artifacts and run.status is RunStatus.COMPLETED:
         agent = agents.get(run.steps[-1].agent_name)
         if agent is not None and chats.text_output_of(agent) is not None:
@@ -366,16 +366,15 @@ async def _list(call: Call) -> Response:
 # Streams
 
 
-async def _streamed(call: Call, wanted: frontends.Wanted, history_length: int | None) -> Response:
+async def _streamed(call: Call, wanted: orders.Wanted, history_length: int | None) -> Response:
     """SendStreamingMessage and SubscribeToTask: the task as it is, and what follows until it ends or waits."""
     stream = await orders.stream(call.request, wanted, reasoning=False)
-    headers = {"Flock-Run-Id": stream.accepted.run.run_id, "X-Accel-Buffering": "no"}
-    return EventStream(_events(call, stream, history_length), stream.held, headers, on_cut_off=stream.on_cut_off)
+    return stream.response(_events(call, stream, history_length))
 
 
 async def _events(call: Call, stream: orders.Stream, history_length: int | None) -> AsyncGenerator[bytes, None]:
     """Yield the events of a task. A text that is not appended begins the artifact again."""
-    run, has_text, agents = stream.accepted.run, False, orders.serving(call.request).flock.agents
+    run, has_text, agents = stream.accepted.run, False, orders.agents_of(call.request)
     answer = chats.StreamedAnswer(agents, as_json=False, takes_back=True)
 
     def update(kind: str, **content: Any) -> Mapping[str, Any]:
