@@ -35,15 +35,17 @@ async def replaced(topic: str, context: RunContext) -> str:
 
 #: The packages that the program of each client needs.
 PACKAGES = {"vercel.mjs": ("ai@7", "@ai-sdk/react@4"), "agui.mjs": ("@ag-ui/client@1",)}
+#: What a page in a browser needs besides those.
+OF_PAGES = ("react@19", "react-dom@19", "esbuild@0.25")
 
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the clients, and a version of Node that is new enough for them."""
     folder = tmp_path_factory.mktemp("node")
-    packages = ["node@22", *(package for each in PACKAGES.values() for package in each)]
+    packages = ["node@22", *OF_PAGES, *(package for each in PACKAGES.values() for package in each)]
     subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", *packages], check=True, cwd=folder)
-    for program in PACKAGES:
+    for program in (*PACKAGES, "page.mjs"):
         shutil.copy(ROOT / "tests" / "clients" / program, folder)  # it imports the packages beside it
     return folder
 
@@ -75,3 +77,35 @@ def test_a_reader_gets_each_character_once_although_the_server_is_killed(node: P
     with running("bash", "-c", command):
         assert reader.communicate(timeout=PATIENCE_S)[0] == "all of it\n"
     assert reader.returncode == 0
+
+
+def test_a_page_that_is_reloaded_in_the_middle_of_an_answer_shows_each_character_once(
+    node: Path, tmp_path: Path
+) -> None:
+    """``useChat`` in a browser."""
+    pytest.importorskip("playwright")
+    from tests.support.browser import CHROMIUM, Watch, chromium
+
+    if not Path(CHROMIUM).exists():
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    (tmp_path / "served.py").write_text(AGENTS)
+    bundle = [str(node / "node_modules" / ".bin" / "esbuild"), "page.mjs", "--bundle", "--format=esm"]
+    script = subprocess.run(bundle, check=True, cwd=node, capture_output=True, text=True).stdout
+    serve = shlex.join(flockapi_command("serve", "served.py", "--port", "0", "--store", ":memory:"))
+    with running("bash", "-c", f"cd {tmp_path} && exec {serve}") as server, chromium() as browser:
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE_S * 1000)
+        watch = Watch(page, server.url)
+        html = f"<!doctype html><meta charset=utf-8><body></body><script type=module>{script}</script>"
+        page.route("**/page", lambda route: route.fulfill(body=html, content_type="text/html"))
+        page.goto(f"{server.url}/page")
+        page.get_by_role("button").click()
+        page.locator(".assistant", has_text="All").wait_for()
+        page.reload()
+        page.locator(".assistant", has_text="All").wait_for()
+        (tmp_path / "may_go").touch()
+        page.locator("output", has_text="ready").wait_for()
+        page.locator(".assistant", has_text="All about tea").wait_for()
+        assert page.locator("p").all_inner_texts() == ["tea", "All about tea"]
+        assert [text for text in page.evaluate("window.seen") if not "All about tea".startswith(text)] == []
+        assert (watch.errors, watch.elsewhere) == ([], [])
