@@ -219,6 +219,7 @@ async def test_the_context_has_the_history_of_the_server(client: httpx.AsyncClie
     assert text_of(first) == "user=a"
     assert text_of(second) == "user=a assistant=user=a user=b"
     assert [each["parts"] for each in second["history"]] == [[{"text": "b"}]]
+    await refused(client, "says", "SendMessage", INVALID_PARAMS, "length >= 1", message=message({"talk": []}))
 
 
 async def test_a_message_returns_at_once_if_it_asks_and_its_task_outlives_its_client(

@@ -307,10 +307,9 @@ async def _task(call: Call, run: Run, history_length: int | None, has_artifacts:
         else:
             part = {"data": await call.engine.shown_result(run)}
         task["artifacts"] = [_artifact(part)]
-    if history_length != 0:
-        said = chats.messages_of(call.agent, run.inputs)[-1].content
-        message = {"messageId": f"{run.run_id}_in", "role": "ROLE_USER", "parts": [{"text": said}], **_ids(run)}
-        task["history"] = [message]
+    if history_length != 0 and (said := chats.messages_of(call.agent, run.inputs)):
+        parts = [{"text": said[-1].content}]
+        task["history"] = [{"messageId": f"{run.run_id}_in", "role": "ROLE_USER", "parts": parts, **_ids(run)}]
     return task
 
 
