@@ -334,13 +334,13 @@ def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
     return []
 
 
-def _number(text: str) -> Any:
+def float_of(text: str) -> Any:
     """Return a float, or the text itself if it is out of range, because infinity would be encoded as null."""
     number = float(text)
     return number if math.isfinite(number) else msgspec.Raw(text.encode())
 
 
-def _integer(text: str) -> Any:
+def int_of(text: str) -> Any:
     """Return an int, or the text itself if it may be too long for Python to read, or for msgspec to write."""
     return int(text) if len(text) < 19 else msgspec.Raw(text.encode())
 
@@ -351,7 +351,7 @@ def _resolve(type_: Any, raw: bytes, path: str) -> str:
     if len(raw) > MAX_SEARCHED_BYTES:
         known_steps = itertools.takewhile(lambda step: step != ("", "..."), steps)
         return "".join(f"/{escape_pointer(name or index)}" for name, index in known_steps)
-    value: Any = [json.loads(raw, parse_float=_number, parse_int=_integer)]
+    value: Any = [json.loads(raw, parse_float=float_of, parse_int=int_of)]
     whole = value  # a root whose value can be replaced
     key: Any = 0
     for name, index in steps:

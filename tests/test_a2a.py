@@ -44,6 +44,14 @@ class Agents(Pages):
             return await context.ask("How many?", int)
 
         @self.flock.agent
+        async def order(text: str, context: RunContext) -> str:
+            return f"{await context.ask('How many?', int)} {await context.ask('A note?', str)}"
+
+        @self.flock.agent
+        def adds(a: float, b: float = 0) -> float:
+            return a + b
+
+        @self.flock.agent
         async def sleeps(text: str, context: RunContext) -> str:
             await context.sleep(3600)
             return text
@@ -189,7 +197,7 @@ async def test_a_stream_has_the_text_as_it_is_written_and_a_subscriber_gets_all_
         chats.may_go.set()
     assert [each.text for each in seen] == ["All about tea"] * 2
     assert [each.states[-1] for each in seen] == ["completed"] * 2
-    await refused(client, "write", "SubscribeToTask", UNSUPPORTED, "completed", id=task["id"])
+    await refused(client, "write", "SubscribeToTask", UNSUPPORTED, "COMPLETED", id=task["id"])
 
 
 async def test_a_text_that_is_replaced_replaces_the_artifact(client: httpx.AsyncClient, chats: Agents) -> None:
@@ -219,7 +227,10 @@ async def test_the_context_has_the_history_of_the_server(client: httpx.AsyncClie
     assert text_of(first) == "user=a"
     assert text_of(second) == "user=a assistant=user=a user=b"
     assert [each["parts"] for each in second["history"]] == [[{"text": "b"}]]
-    await refused(client, "says", "SendMessage", INVALID_PARAMS, "length >= 1", message=message({"talk": []}))
+    await send(client, "echo", "of another agent", contextId="mine")
+    third = await send(client, "says", "c", contextId="mine")
+    assert text_of(third).endswith("user=b assistant=user=a assistant=user=a user=b user=c")
+    await refused(client, "says", "SendMessage", INVALID_PARAMS, "The server has", message=message({"talk": []}))
 
 
 async def test_a_message_returns_at_once_if_it_asks_and_its_task_outlives_its_client(
@@ -268,6 +279,31 @@ async def test_the_same_message_is_one_task(client: httpx.AsyncClient, chats: Ag
     ]
     assert one["id"] == two["id"]
     await refused(client, "end", "SendMessage", UNSUPPORTED, "not complete", message=unfinished)
+
+
+async def post_text(client: httpx.AsyncClient, agent: str, params: str) -> httpx.Response:
+    """Send a message with parameters as JSON text."""
+    body = f'{{"jsonrpc": "2.0", "id": 7, "method": "SendMessage", "params": {params}}}'
+    return await client.post(f"/a2a/{agent}", content=body, headers={"Content-Type": "application/json"})
+
+
+async def test_a_message_may_be_spelled_otherwise_when_it_is_sent_again(client: httpx.AsyncClient) -> None:
+    """Protocol Buffers write the members of an object in any order."""
+    sent = '{"message": {"messageId": "m", "role": "ROLE_USER", "parts": [{"data": %s}]}}'
+    ids = set[str]()
+    for data in ('{"a": 1, "b": 2}', '{"b":2.0,"a":1.0}'):
+        ids.add((await post_text(client, "adds", sent % data)).json()["result"]["task"]["id"])
+    assert len(ids) == 1
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "1" * 5000])
+async def test_a_number_out_of_range_is_an_error_of_its_input(client: httpx.AsyncClient, number: str) -> None:
+    sent = f'{{"message": {{"messageId": "m", "role": "ROLE_USER", "parts": [{{"data": {{"a": {number}}}}}]%s}}}}'
+    check_error(await post_text(client, "adds", sent % ""), INVALID_PARAMS, "")
+    task = await send(client, "guess", "x")
+    (question,) = (part["data"] for part in task["status"]["message"]["parts"] if "data" in part)
+    sent = sent.replace('"a"', f'"{question["call_id"]}"')
+    check_error(await post_text(client, "guess", sent % f', "taskId": "{task["id"]}"'), INVALID_PARAMS, "")
 
 
 async def test_a_failed_task_says_why_and_a_cancelled_one_stops(client: httpx.AsyncClient, chats: Agents) -> None:
@@ -320,7 +356,19 @@ async def test_a_question_needs_input_and_its_answer_continues_the_task(client: 
     assert state(await send(client, "guess", again, **answers)) == "completed"
     late = message({question["data"]["call_id"]: 6}, **answers)
     await refused(client, "guess", "SendMessage", UNSUPPORTED, "answered", message=late)
-    await refused(client, "guess", "SendMessage", UNSUPPORTED, "completed", message=message("5", **answers))
+    assert state(await send(client, "guess", "5", **answers)) == "completed"  # perhaps it is sent again
+    await refused(client, "guess", "SendMessage", UNSUPPORTED, "COMPLETED", message=message("6", **answers))
+
+
+async def test_a_text_that_was_an_answer_is_no_answer_to_the_next_question(client: httpx.AsyncClient) -> None:
+    """It may be the same message again, whose response was lost."""
+    task = await send(client, "order", "x")
+    ids, answer = {"taskId": task["id"]}, message("5", taskId=task["id"])
+    assert state((await call(client, "order", "SendMessage", message=answer))["task"]) == "input_required"
+    await refused(client, "order", "SendMessage", INVALID_PARAMS, "call_id", message=answer)
+    for parts in list[Any](([{}], ["a", {"b": 1}])):
+        await refused(client, "order", "SendMessage", INVALID_PARAMS, "either", message=message(*parts, **ids))
+    assert text_of(await send(client, "order", "by noon", **ids)) == "5 by noon"
 
 
 async def test_an_approval_is_only_an_answer_under_its_id(client: httpx.AsyncClient, chats: Agents) -> None:
@@ -445,12 +493,17 @@ async def test_a_task_that_sleeps_works_and_needs_no_input(client: httpx.AsyncCl
     assert len((await call(client, "sleeps", "ListTasks"))["tasks"]) == 1
 
 
-async def test_a_list_with_long_texts_has_short_pages(client: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize(
+    ("agent", "parts"), [("repeat", ["x" * 1000, {"times": 600}]), ("long", [{"length": 600_000}])]
+)
+async def test_a_list_with_long_results_has_short_pages(
+    client: httpx.AsyncClient, agent: str, parts: list[Any]
+) -> None:
     for _ in range(3):
-        await send(client, "repeat", "x" * 1000, {"times": 600})
-    page = await call(client, "repeat", "ListTasks", includeArtifacts=True)
+        await send(client, agent, *parts)
+    page = await call(client, agent, "ListTasks", includeArtifacts=True)
     assert len(page["tasks"]) == 2
-    rest = await call(client, "repeat", "ListTasks", includeArtifacts=True, pageToken=page["nextPageToken"])
+    rest = await call(client, agent, "ListTasks", includeArtifacts=True, pageToken=page["nextPageToken"])
     assert (len(rest["tasks"]), rest["nextPageToken"]) == (1, "")
 
 
@@ -473,6 +526,7 @@ async def test_a_card_is_public_without_skills_and_has_them_for_a_key(client: ht
     assert '"times"' in skill["description"]
     assert {**extended, "skills": [], "description": card["description"]} == card
     assert (await post(client, "repeat", "GetExtendedAgentCard", headers={"Authorization": ""})).status_code == 401
+    assert (await client.get(f"{path}?\xff", headers={"Authorization": ""})).json() == card
     nobody = await client.get("/a2a/nobody/.well-known/agent-card.json", headers={"Authorization": ""})
     check_error(nobody, -32000, "There is no agent at this address.", 404)
     assert "echo" not in nobody.text
@@ -540,6 +594,17 @@ async def test_a_patch_version_and_a_slash_after_the_address_do_not_matter(clien
             "SendMessage", {"message": {**message("a"), "messageId": ""}}, INVALID_PARAMS, "messageId", id="no id"
         ),
         pytest.param("SendMessage", {"message": {**message(), "parts": [{}]}}, INVALID_PARAMS, "a text", id="empty"),
+        pytest.param("SendMessage", {"message": message(*"a" * 101)}, INVALID_PARAMS, "length <= 100", id="parts"),
+        pytest.param(
+            "SendMessage",
+            {"message": {**message(), "parts": [{"text": "a", "data": {"b": 1}}]}},
+            INVALID_PARAMS,
+            "a text, or",
+            id="text and data",
+        ),
+        pytest.param(
+            "SendMessage", {"message": message({"a": 1}, {"a": 2})}, INVALID_PARAMS, "'a' too", id="a repeated name"
+        ),
         pytest.param("SendMessage", {"message": message([1])}, INVALID_PARAMS, "JSON object", id="data is an array"),
         pytest.param("SendMessage", {"message": message({"txt": "a"})}, INVALID_PARAMS, "txt", id="an unknown input"),
         pytest.param("SendMessage", {"message": message("a", {"text": 3.5})}, INVALID_PARAMS, "text", id="a float"),
@@ -581,7 +646,7 @@ async def test_a_patch_version_and_a_slash_after_the_address_do_not_matter(clien
             for id_ in ("", "x", "../../x", "x" * 10_000, "01a20e41-e4ec-74f9-8450-7dd74efe56ba")
         ),
         pytest.param("GetTask", {"id": "x", "historyLength": -1}, INVALID_PARAMS, "historyLength", id="history"),
-        pytest.param("ListTasks", {"pageSize": 0}, INVALID_PARAMS, "pageSize", id="a page of none"),
+        pytest.param("ListTasks", {"pageSize": 0}, INVALID_PARAMS, "pageSize", id="an empty page"),
         pytest.param("ListTasks", {"pageSize": 101}, INVALID_PARAMS, "pageSize", id="a long page"),
         pytest.param("ListTasks", {"pageToken": "x"}, INVALID_PARAMS, "pageToken", id="a forged page"),
         pytest.param("ListTasks", {"status": "TASK_STATE_REJECTED"}, INVALID_PARAMS, "No task", id="no such state"),

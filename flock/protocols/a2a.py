@@ -19,14 +19,16 @@ from starlette.responses import Response
 
 from flock import __version__
 from flock.agents.agent import Agent
+from flock.agents.chat import conversation_of
 from flock.errors import Conflict, FlockError, InvalidData, RunNotFound
-from flock.jsontype import JSONType
+from flock.fair import FairShare
+from flock.jsontype import JSONType, float_of, int_of
 from flock.protocols import chats, frontends, jsonrpc
 from flock.protocols.jsonrpc import INVALID_PARAMS, RPCError
-from flock.runs import Engine, Event, IdempotencyKey, Run, RunFilter, RunStatus, new_id
+from flock.runs import MAX_SHOWN_BYTES, NOT_LOADED, Engine, Event, IdempotencyKey, Run, RunFilter, RunStatus, new_id
 from flock.web import orders, wire
 from flock.web.requests import root_path, while_connected
-from flock.web.responses import KEEP_ALIVE, JSONResponse, LongResponse, long_event, sent_event
+from flock.web.responses import KEEP_ALIVE, JSONResponse, LongResponse, long_event, sent_event, size_of
 from flock.web.routing import AppRoute
 
 PREFIX = "/a2a"
@@ -42,8 +44,8 @@ NO_PUSH = -32003, "This server sends no push notifications. Subscribe to the tas
 NAMES = ("SUBMITTED", "WORKING", "INPUT_REQUIRED", "COMPLETED", "FAILED", "CANCELED")
 STATES = {ours: f"TASK_STATE_{theirs}" for ours, theirs in zip(RunStatus, NAMES, strict=True)}
 
-#: A list with artifacts ends after about so many characters of text.
-MAX_CHARS = 1024 * 1024
+#: A list ends after about so many bytes of tasks.
+MAX_LIST_BYTES = 1024 * 1024
 
 
 def error_shape(problem: wire.Problem) -> tuple[int, Mapping[str, Any]]:
@@ -76,7 +78,7 @@ class Said(msgspec.Struct, frozen=True):
 
     messageId: Annotated[str, msgspec.Meta(min_length=1)]
     role: Literal["ROLE_USER"]
-    parts: Annotated[list[Part], msgspec.Meta(min_length=1)]
+    parts: Annotated[list[Part], msgspec.Meta(min_length=1, max_length=100)]
     contextId: ContextID = ""
     taskId: str = ""
 
@@ -144,36 +146,27 @@ async def a2a(request: Request) -> Response:
             raise RPCError(OTHER_VERSION, f"A2A {sent[:20]!r} is not offered. Send A2A-Version: {VERSION}.")
         if message.id is None or not message.method:
             raise RPCError(jsonrpc.INVALID_REQUEST, "A request needs an id and a method.")
-        return await _answer_to(Call(request, engine, agent, message, PARAMS.decode(message.params, "/params")))
+        if re.search("TaskPushNotificationConfigs?$", message.method):
+            raise RPCError(*NO_PUSH)
+        if (method := METHODS.get(message.method)) is None:
+            raise RPCError(jsonrpc.METHOD_NOT_FOUND, f"A2A {VERSION} has no method {message.method[:100]!r}.")
+        params = PARAMS.decode(message.params, "/params")
+        message = msgspec.structs.replace(message, params=msgspec.Raw(b""))  # frees the body, which may be long
+        call = Call(request, engine, agent, message, params)
+        del body, params
+        return await method(call)
     except RPCError as exc:
         return JSONResponse(jsonrpc.reply(message, error=exc.shown))
     except FlockError as exc:
         return await jsonrpc.failed(request, message, exc)
 
 
-async def _answer_to(call: Call) -> Response:
-    match call.message.method:
-        case "SendMessage" | "SendStreamingMessage":
-            return await _send(call)
-        case "GetTask":
-            return await _shown(call, (await call.run_of(call.params.id)).run_id, call.params.historyLength)
-        case "ListTasks":
-            return await _list(call)
-        case "CancelTask":
-            return await _cancel(call)
-        case "SubscribeToTask":
-            run = await call.run_of(call.params.id)
-            if run.status.is_final:
-                raise RPCError(UNSUPPORTED, f"The task is {run.status}. GetTask returns it.")
-            return await _streamed(call, orders.Answers(run.run_id), call.params.historyLength)
-        case "GetExtendedAgentCard":
-            return JSONResponse(call.reply(_card(call.request, call.agent, is_public=False)))
-        case method if re.search("TaskPushNotificationConfigs?$", method):
-            raise RPCError(*NO_PUSH)
-    raise RPCError(jsonrpc.METHOD_NOT_FOUND, f"A2A {VERSION} has no method {call.message.method[:100]!r}.")
-
-
 # Cards
+
+
+async def _extended_card(call: Call) -> Response:
+    """GetExtendedAgentCard"""
+    return JSONResponse(call.reply(_card(call.request, call.agent, is_public=False)))
 
 
 async def get_card(request: Request) -> Response:
@@ -188,7 +181,9 @@ async def get_card(request: Request) -> Response:
 def _card(request: Request, agent: Agent, *, is_public: bool) -> Mapping[str, Any]:
     """Return a card. A public one says only where the agent is, and how to ask."""
     options, name = orders.serving(request).options, agent.name
-    base = options.public_url or f"{request.url.scheme}://{request.headers.get('host', '')}{root_path(request.scope)}"
+    base = (
+        options.public_url or f"{request.scope['scheme']}://{request.headers.get('host', '')}{root_path(request.scope)}"
+    )
     url = f"{base.rstrip('/')}{PREFIX}/{quote(name, safe='')}"
     interface = {"url": url, "protocolBinding": "JSONRPC", "protocolVersion": VERSION}
     about = {"name": name, "description": f"An agent of {options.server_name}.", "version": __version__}
@@ -211,69 +206,111 @@ def _card(request: Request, agent: Agent, *, is_public: bool) -> Mapping[str, An
 
 async def _send(call: Call) -> Response:
     """SendMessage and SendStreamingMessage: a new task, or the answers for which one waits."""
-    said, settings, texts, data = call.params.message, call.params.configuration, list[str](), dict[str, msgspec.Raw]()
-    if settings.taskPushNotificationConfig is not None:
-        raise RPCError(*NO_PUSH)
-    if said is None:
-        raise InvalidData.of("The message is missing.", "/params/message")
-    for at, part in enumerate(said.parts):
-        if part.raw is not None or part.url is not None:
-            raise RPCError(CONTENT_TYPE, f"Part {at} is a file. Send text, or JSON as data.")
-        value = {} if part.text is not None else json.loads(bytes(part.data) or b"null", parse_float=_number)
-        if not isinstance(value, dict):
-            raise InvalidData.of("A part is a text, or a JSON object as data.", f"/params/message/parts/{at}")
-        data |= {name: msgspec.Raw(json.dumps(each).encode()) for name, each in value.items()}
-        texts += [] if part.text is None else [part.text]
-    wanted = await (_answers if said.taskId else _order)(call, said, "\n".join(texts), data)
+    settings, wanted = call.params.configuration, await _wanted(call)
+    call = call._replace(params=Params())  # frees the message during the wait
     if call.message.method == "SendStreamingMessage":
         return await _streamed(call, wanted, settings.historyLength)
     run_id = (await orders.accept(call.request, wanted)).run.run_id
+    del wanted
     if not settings.returnImmediately:
         await orders.end_of(call.request, run_id, outlives_client=True)
     return await _shown(call, run_id, settings.historyLength, is_wrapped=True)
 
 
-def _number(text: str) -> float:
+async def _wanted(call: Call) -> orders.Wanted:
+    """Return what a message asks for. Raises: RPCError, InvalidData, RunNotFound, Conflict."""
+    said, at, texts, data = call.params.message, "/params/message", list[str](), dict[str, Any]()
+    if call.params.configuration.taskPushNotificationConfig is not None:
+        raise RPCError(*NO_PUSH)
+    if said is None:
+        raise InvalidData.of("The message is missing.", at)
+    for number, part in enumerate(said.parts):
+        if part.raw is not None or part.url is not None:
+            raise RPCError(CONTENT_TYPE, f"Part {number} is a file. Send text, or JSON as data.")
+        value = _DECODER.decode(bytes(part.data).decode() or "null")
+        if (part.text is None) != isinstance(value, dict) or (part.text is not None and part.data):
+            raise InvalidData.of("A part is a text, or a JSON object as data.", f"{at}/parts/{number}")
+        if same := data.keys() & (value or {}).keys():
+            raise InvalidData.of(f"Another part has {min(same)!r} too.", f"{at}/parts/{number}/data")
+        data |= value or {}
+        texts += [] if part.text is None else [part.text]
+    return await (_answers if said.taskId else _order)(call, said, texts, data)
+
+
+def _number(text: str) -> Any:
     """Return a float of JSON, or the integer that it is: clients on Protocol Buffers send all integers as floats."""
     value = float(text)
-    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    return int(value) if value.is_integer() and abs(value) < 2**53 else float_of(text)
 
 
-async def _order(call: Call, said: Said, text: str, data: Mapping[str, msgspec.Raw]) -> orders.Wanted:
+_DECODER = json.JSONDecoder(parse_float=_number, parse_int=int_of)
+
+
+def _raw(values: Mapping[str, Any]) -> dict[str, msgspec.Raw]:
+    return {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in values.items()}
+
+
+async def _order(call: Call, said: Said, texts: Sequence[str], data: Mapping[str, Any]) -> orders.Wanted:
     """Return the order of a new task, or answers to nothing if the same message has started one."""
-    agent, session_id = call.agent, said.contextId or new_id()
-    content = hashlib.sha256(msgspec.json.encode([agent.name, said], order="deterministic"))
-    key = IdempotencyKey(f"a2a:{content.hexdigest()}", content.digest())
-    if (made := await call.engine.made_by(key)) is not None:
-        return orders.Answers((await call.run_of(made)).run_id)
+    agent, session_id, text = call.agent, said.contextId or new_id(), "\n".join(texts)
+    content = [agent.name, said.messageId, said.contextId, texts, data]
+    digest = hashlib.sha256(msgspec.json.encode(content, order="deterministic"))
+    key = IdempotencyKey(f"a2a:{digest.hexdigest()}", digest.digest())
+
+    async def repeated() -> orders.Answers | None:
+        made = await call.engine.made_by(key)
+        return None if made is None else orders.Answers((await orders.replayed(call.run_of(made))).run_id)
+
+    if (again := await repeated()) is not None:
+        return again
+    if (talk := conversation_of(agent.input)) in data:
+        raise InvalidData.of(
+            f"The server has {talk!r} of the context. Send what the user says as a text.", "/params/message"
+        )
     if not text:
-        return orders.Order(agent_name=agent.name, session_id=session_id, inputs=data, is_async=True, key=key)
+        return orders.Order(agent_name=agent.name, session_id=session_id, inputs=_raw(data), is_async=True, key=key)
     newest = await orders.newest_run(call.request, session_id)
-    words = frontends.Said(text, "/params/message/parts", data, ())
-    order = await frontends.order_of(call.request, agent, session_id, newest, words, "no")
+    words = frontends.Said(text, "/params/message/parts", _raw(data), ())
+    try:
+        order = await frontends.order_of(call.request, agent, session_id, newest, words, "no")
+    except Conflict:
+        if (again := await repeated()) is not None:  # it was accepted meanwhile
+            return again
+        raise
     return msgspec.structs.replace(order, key=key)
 
 
-async def _answers(call: Call, said: Said, text: str, data: Mapping[str, msgspec.Raw]) -> orders.Answers:
+async def _answers(call: Call, said: Said, texts: Sequence[str], data: Mapping[str, Any]) -> orders.Answers:
     """Return answers by the ids of their questions. A text may answer the only open question, but approves nothing.
 
     The engine refuses answers to what it has not asked, and takes the same ones again.
     """
-    run = await call.run_of(said.taskId)
+    run, at = await call.run_of(said.taskId), "/params/message/parts"
     if said.contextId not in ("", run.session_id):
-        raise InvalidData.of("The task is not of this context.", "/params/message/contextId")
+        detail = "The task belongs to another context. Leave this out, or send the task's."
+        raise InvalidData.of(detail, "/params/message/contextId")
+    if bool(texts) == bool(data):
+        raise InvalidData.of("An answer is either a text, or data with answers by call_id.", at)
     if data:
-        return orders.Answers(run.run_id, data)
+        return orders.Answers(run.run_id, _raw(data))
+    text = "\n".join(texts)
+    answers: list[Any] = [text]
+    with suppress(msgspec.DecodeError, RecursionError):
+        answers.append(msgspec.json.decode(text))
+    calls = [each for step in (await call.engine.get_calls(run)).values() for each in step if each.error is None]
+    given = [each.result for each in calls if each.kind in ("question", "client_tool")]
+    # Perhaps the same message again, whose answer was accepted before.
+    is_repeated = any(msgspec.json.decode(each) in answers for each in given if each is not NOT_LOADED)
+    is_repeated |= len(text) > MAX_SHOWN_BYTES and NOT_LOADED in given
+    if not run.questions and is_repeated:
+        return orders.Answers(run.run_id)
     if not run.questions:
-        raise RPCError(UNSUPPORTED, f"The task is {run.status}, and asks nothing. Begin a new task.")
+        raise RPCError(UNSUPPORTED, f"The task is {_state(run)}, and asks nothing. Begin a new task.")
     question, *others = run.questions
-    if others or orders.approved_call(question) is not None:
-        raise InvalidData.of("Send data: an object with an answer under each call_id.", "/params/message/parts")
-    answer = msgspec.json.encode(text)
-    if not question.is_for_client and msgspec.json.decode(question.schema).get("type") != "string":
-        with suppress(msgspec.DecodeError, RecursionError):  # the engine says what it should be
-            answer = msgspec.json.encode(msgspec.json.decode(text))
-    return orders.Answers(run.run_id, {question.call_id: msgspec.Raw(answer)})
+    if others or is_repeated or orders.approved_call(question) is not None:
+        raise InvalidData.of("Send data: an object with an answer under each call_id.", at)
+    is_text = question.is_for_client or msgspec.json.decode(question.schema).get("type") == "string"
+    return orders.Answers(run.run_id, _raw({question.call_id: answers[0 if is_text else -1]}))
 
 
 async def _cancel(call: Call) -> Response:
@@ -331,65 +368,86 @@ def _status(request: Request, run: Run) -> Mapping[str, Any]:
         shown = {"call_id": question.call_id, "question": question.question, "schema": question.schema, **about}
         parts.append({"text": "\n".join([question.question, *(bytes(each).decode() for each in about.values())])})
         parts += [{"data": shown}] if orders.may_answer(request, run, question) else []
-    is_asleep = run.status is RunStatus.WAITING and not run.questions
-    state, at = STATES[RunStatus.RUNNING if is_asleep else run.status], run.completed_at or run.started_at
-    status = {"state": state, "timestamp": at or run.created_at}
+    status = {"state": _state(run), "timestamp": run.completed_at or run.started_at or run.created_at}
     message = {"messageId": f"{run.run_id}_status", "role": "ROLE_AGENT", "parts": parts, **_ids(run)}
     return {**status, "message": message} if parts else status
 
 
+def _state(run: Run) -> str:
+    is_asleep = run.status is RunStatus.WAITING and not run.questions
+    return STATES[RunStatus.RUNNING if is_asleep else run.status]
+
+
 async def _list(call: Call) -> Response:
     """ListTasks: one page of the runs of the agent, the newest first."""
-    params, tasks, last, chars = call.params, list[Any](), "", 0
+    params, tasks, last, size, share = call.params, list[Any](), "", 0, FairShare()
     status = {theirs: ours for ours, theirs in STATES.items()}.get(params.status)
     if status is None and params.status != "TASK_STATE_UNSPECIFIED":
         raise InvalidData.of(f"No task has this state. Use one of {', '.join(STATES.values())}.", "/params/status")
     asked: dict[str, Any] = {"session_id": params.contextId or None, "after": params.pageToken or None}
     wanted = RunFilter(agent_name=call.agent.name, status=status, limit=params.pageSize, **asked)
     is_whole = bool(params.includeArtifacts or params.historyLength)
-    with orders.download_slot(call.request):
-        page = await call.engine.list_runs(wanted)
-        for last in (run.run_id for run in page):
-            with suppress(RunNotFound):  # it was deleted meanwhile
-                run = await (call.engine.get_run if is_whole else call.engine.get_outline)(last)
-                if status is not RunStatus.WAITING or run.questions:  # otherwise it sleeps
-                    tasks.append(await _task(call, run, params.historyLength or 0, params.includeArtifacts))
-                    chars += len(str(tasks[-1]))
-            if chars >= MAX_CHARS:
-                break
+    page = await call.engine.list_runs(wanted)
+    for last in (run.run_id for run in page):
+        await share.checkpoint()
+        with suppress(RunNotFound):  # it was deleted meanwhile
+            run = await (call.engine.get_run if is_whole else call.engine.get_outline)(last)
+            if status is not RunStatus.WAITING or run.questions:  # otherwise it sleeps
+                tasks.append(await _task(call, run, params.historyLength or 0, params.includeArtifacts))
+                size += size_of(tasks[-1])
+        if size >= MAX_LIST_BYTES:
+            break
     token = last if page.has_more or (page and last != page[-1].run_id) else ""
     result = {"tasks": tasks, "nextPageToken": token, "pageSize": params.pageSize}
-    return LongResponse(call.reply(result), 200, {}, is_head=False)
+    return LongResponse(call.reply(result), 200, {}, is_head=False, slot=orders.download_slot(call.request))
 
 
 # Streams
 
 
+async def _subscribe(call: Call) -> Response:
+    """SubscribeToTask"""
+    run = await call.run_of(call.params.id)
+    if run.status.is_final:
+        raise RPCError(UNSUPPORTED, f"The task is {_state(run)}. GetTask returns it.")
+    return await _streamed(call, orders.Answers(run.run_id), call.params.historyLength)
+
+
 async def _streamed(call: Call, wanted: orders.Wanted, history_length: int | None) -> Response:
-    """SendStreamingMessage and SubscribeToTask: the task as it is, and what follows until it ends or waits."""
+    """Return the task as it is, and what follows until it ends or waits."""
     stream = await orders.stream(call.request, wanted, reasoning=False)
-    return stream.response(_events(call, stream, history_length))
+    return stream.response(_events(call, stream.accepted.run.run_id, stream.events, history_length))
 
 
-async def _events(call: Call, stream: orders.Stream, history_length: int | None) -> AsyncGenerator[bytes, None]:
+async def _events(
+    call: Call, run_id: str, events: AsyncGenerator[Event | None, None], history_length: int | None
+) -> AsyncGenerator[bytes, None]:
     """Yield the events of a task. A text that is not appended begins the artifact again."""
-    run, has_text, agents = stream.accepted.run, False, orders.agents_of(call.request)
+    has_text, is_whole, agents = False, True, orders.agents_of(call.request)
     answer = chats.StreamedAnswer(agents, as_json=False, takes_back=True)
 
     def update(kind: str, **content: Any) -> Mapping[str, Any]:
         return call.reply({kind: {**_ids(run), **content}})
 
+    def status() -> bytes:
+        return sent_event(update("statusUpdate", status=_status(call.request, run)))
+
     try:
-        run = await call.engine.get_run(run.run_id)
-        async for chunk in long_event(call.reply({"task": await _task(call, run, history_length)})):
+        task, is_whole = await _task(call, await call.engine.get_run(run_id), history_length), False
+        async for chunk in long_event(call.reply({"task": task})):
             yield chunk
+        is_whole = True
+        run = await call.engine.get_outline(run_id)
         if not run.is_active:
             return
-        async with aclosing(answer.pieces(stream.events)) as pieces:
+        async with aclosing(answer.pieces(events)) as pieces:
             async for piece in pieces:
                 if piece is None:
                     yield KEEP_ALIVE
                 elif isinstance(piece, str | chats.TakenBack):
+                    if run.status is RunStatus.STARTING:
+                        run = await call.engine.get_outline(run_id)
+                        yield status()
                     text, append = (piece, has_text) if isinstance(piece, str) else (piece.text, False)
                     yield sent_event(update("artifactUpdate", artifact=_artifact({"text": text}), append=append))
                     has_text = True
@@ -397,13 +455,29 @@ async def _events(call: Call, stream: orders.Stream, history_length: int | None)
                     if piece.name == "run.waiting" and has_text:  # it begins again after the answer
                         yield sent_event(update("artifactUpdate", artifact=_artifact({"text": ""}), append=False))
                     if piece.name == "run.completed" and not answer.is_text:
-                        artifact = _artifact({"data": piece.data["result"]})
+                        artifact, is_whole = _artifact({"data": piece.data["result"]}), False
                         async for chunk in long_event(update("artifactUpdate", artifact=artifact, append=False)):
                             yield chunk
-                    run = msgspec.structs.replace(run, status=RunStatus.RUNNING, progress=piece.data)
-                    if piece.name in chats.ENDS:
-                        run = await call.engine.get_outline(run.run_id)
-                    yield sent_event(update("statusUpdate", status=_status(call.request, run)))
+                        is_whole = True
+                    run = await call.engine.get_outline(run_id)
+                    yield status()
     except FlockError as exc:
-        error = RPCError(jsonrpc.OTHER_ERROR, f"{exc} The task is {run.run_id}: subscribe to it, or get it.")
-        yield sent_event(jsonrpc.reply(call.message, error=error.shown))
+        error = RPCError(jsonrpc.OTHER_ERROR, f"{exc} The task is {run_id}: subscribe to it, or get it.")
+        if is_whole:  # otherwise the client sees that the stream ends within an event
+            yield sent_event(jsonrpc.reply(call.message, error=error.shown))
+
+
+async def _get(call: Call) -> Response:
+    """GetTask"""
+    return await _shown(call, (await call.run_of(call.params.id)).run_id, call.params.historyLength)
+
+
+METHODS = {
+    "SendMessage": _send,
+    "SendStreamingMessage": _send,
+    "GetTask": _get,
+    "ListTasks": _list,
+    "CancelTask": _cancel,
+    "SubscribeToTask": _subscribe,
+    "GetExtendedAgentCard": _extended_card,
+}

@@ -73,14 +73,17 @@ async def order_of(
     if not said.text:
         raise InvalidData.of("The last message is not a text from the user.", said.at)
     engine, history = await orders.engine_of(request), list[chats.Message]()
-    run = await engine.get_run(newest.run_id) if newest is not None and newest.agent_name == agent.name else None
+    own = newest
+    if newest is not None and newest.agent_name != agent.name:
+        own = await orders.newest_run(request, session_id, agent_name=agent.name)
+    run = None if own is None else await engine.get_run(own.run_id)
     before, reads_history = chats.messages_of(agent, run.inputs) if run else [], bool(conversation_of(agent.input))
 
     def inputs_after(history: Sequence[chats.Message]) -> msgspec.Raw:
         return chats.inputs_of(agent, [*history, chats.Message("user", said.text)], said.inputs, said.at)
 
     is_replaced = run is not None and replaces == "newest"
-    if run is not None and replaces == "same":
+    if run is not None and own is newest and replaces == "same":
         again = msgspec.json.decode(inputs_after(before[:-1]))
         is_replaced = bool(before and before[-1].content == said.text) or again == msgspec.json.decode(run.inputs)
     if is_replaced:
@@ -88,8 +91,8 @@ async def order_of(
     elif reads_history and run is not None:
         if run.is_active and run.status is not RunStatus.WAITING:
             raise Conflict("The last answer is not complete. Wait for it, or stop it.")
-        done = await orders.newest_run(request, session_id, RunStatus.COMPLETED)
-        if done is not None and done.agent_name == agent.name:
+        done = await orders.newest_run(request, session_id, RunStatus.COMPLETED, agent.name)
+        if done is not None:
             history = await chats.turn_of(engine, orders.agents_of(request), await engine.get_run(done.run_id))
     return orders.Order(
         agent_name=agent.name,

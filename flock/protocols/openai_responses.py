@@ -467,7 +467,7 @@ async def conversation_items(request: Request) -> Response:
     """GET /v1/conversations/{conversation_id}/items: what was said in its last runs, up to ``MAX_RUNS``."""
     engine, query = await orders.engine_of(request), query_of(request, PageQuery)
     session_id, _ = _session(request.path_params["conversation_id"])
-    runs = await orders.newest_runs(request, session_id, RunStatus.COMPLETED, MAX_RUNS)
+    runs = await orders.newest_runs(request, session_id, RunStatus.COMPLETED, limit=MAX_RUNS)
     ids = sorted((run.run_id for run in runs), reverse=query.order == "desc")
     first = next((at for at, run_id in enumerate(ids) if run_id in query.after), 0)
     items = list[tuple[str, str, str]]()

@@ -252,17 +252,17 @@ def watched(engine: Engine, order: Wanted, *, is_wanted: bool = True) -> Iterato
         yield run_id
 
 
-async def newest_runs(
-    request: Request, session_id: str, status: RunStatus | None = None, limit: int = 100, after: str | None = None
-) -> Page[Run]:
+async def newest_runs(request: Request, session_id: str, status: RunStatus | None = None, **others: Any) -> Page[Run]:
     """Return a page of the caller's own runs of a session, newest first, without inputs and results."""
-    wanted = RunFilter(session_id=session_id, status=status, principal=owner_of(request), limit=limit, after=after)
+    wanted = RunFilter(session_id=session_id, status=status, principal=owner_of(request), **others)
     return await (await engine_of(request)).list_runs(wanted)
 
 
-async def newest_run(request: Request, session_id: str, status: RunStatus | None = None) -> Run | None:
+async def newest_run(
+    request: Request, session_id: str, status: RunStatus | None = None, agent_name: str | None = None
+) -> Run | None:
     """Return the caller's newest run of a session, without its inputs and result."""
-    return next(iter(await newest_runs(request, session_id, status, limit=1)), None)
+    return next(iter(await newest_runs(request, session_id, status, agent_name=agent_name, limit=1)), None)
 
 
 async def runs_of_session(

@@ -122,6 +122,15 @@ def _long_parts(content: Any, before: bytes, after: bytes) -> list[bytes | LongJ
     return [first, *(part for pair in zip(long, others, strict=True) for part in pair)]
 
 
+def size_of(content: Any) -> int:
+    """Return the bytes of the JSON of *content*, without those of texts that are not loaded."""
+    return _size(_long_parts(content, b"", b""))
+
+
+def _size(parts: Sequence[bytes | LongJSON]) -> int:
+    return sum(part.length if isinstance(part, LongJSON) else len(part) for part in parts)
+
+
 @contextmanager
 def held(parts: Sequence[bytes | LongJSON]) -> Iterator[None]:
     """Prevent retention from deleting *parts* during the block, in which they are read from the store."""
@@ -194,21 +203,31 @@ class QuotedJSON(LongJSON):
 class LongResponse(StreamingResponse):
     """JSON that contains ``LongJSON`` values, with a newline at the end. It is not chunked if its length is known.
 
+    It holds *slot* while it is sent.
+
     If a value cannot be read completely, a WARNING is logged, and the server closes the connection.
     """
 
     media_type = "application/json"
 
-    def __init__(self, content: Any, status_code: int, headers: Mapping[str, str], *, is_head: bool) -> None:
+    def __init__(
+        self,
+        content: Any,
+        status_code: int,
+        headers: Mapping[str, str],
+        *,
+        is_head: bool,
+        slot: AbstractContextManager[None] | None = None,
+    ) -> None:
+        self._slot = slot or nullcontext()
         parts = _long_parts(content, b"", b"\n")
         if not any(isinstance(part, QuotedJSON) for part in parts):
-            length = sum(part.length if isinstance(part, LongJSON) else len(part) for part in parts)
-            headers = {**headers, "Content-Length": str(length)}
+            headers = {**headers, "Content-Length": str(_size(parts))}
         self._parts: Sequence[bytes | LongJSON] = [] if is_head else parts
         super().__init__(pieces(self._parts), status_code, headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with held(self._parts):
+        with self._slot, held(self._parts):
             try:
                 await super().__call__(scope, receive, send)
             except FlockError as exc:
