@@ -200,7 +200,8 @@ def _reference_to(sent: Any, find: Find, contents: Taken) -> FileReference:
     if not isinstance(sent, str) or re.match(r"[a-z][a-z0-9+.-]*://", sent, re.IGNORECASE):
         raise ValueError(f"This is not a file, and no address is fetched: {HOW_TO_SEND}")
     if sent.startswith("data:"):
-        declared, name, content = _read_data_url(sent)
+        declared, named, content = _read_data_url(sent)
+        name = named or name
         sent, media_type = hashlib.sha256(content).hexdigest(), media_type_of(content[:HEAD_BYTES])
         check_declared(declared, media_type)
         found = FileReference(file_id=sent, media_type=media_type, size=len(content))
