@@ -178,7 +178,7 @@ def _read_data_url(url: str) -> tuple[str, str, bytes]:
 
 #: Returns the folder with the files of the run that the current task executes.
 FOLDER: ContextVar[Callable[[], Path] | None] = ContextVar("flock_files", default=None)
-#: Returns a stored file. Raises NotFound.
+#: Returns a stored file. Raises NotFound, or ValueError for a file that cannot be stored.
 Find = Callable[[str], FileReference]
 #: Finds files, and collects them, in what a client has sent. Otherwise, a file is a reference already.
 _TAKING: ContextVar[tuple[Find, "Taken"] | None] = ContextVar("flock_taking", default=None)
@@ -207,8 +207,8 @@ def _reference_to(sent: Any, find: Find, contents: Taken) -> FileReference:
         found = FileReference(file_id=sent, media_type=media_type, size=len(content))
     else:
         found = find(sent)
-    contents[sent] = content
-    more = {"name": safe_name(name), "detail": more.get("detail", "")}
+    contents[found.file_id] = content
+    more = {"name": safe_name(name or found.name), "detail": more.get("detail", "")}
     return msgspec.convert(msgspec.to_builtins(found) | more, FileReference)
 
 

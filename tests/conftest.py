@@ -54,6 +54,7 @@ LANES = {
     "test_displaced_store.py": ("slow", None),
     "test_examples.py": ("slow", None),
     "test_faults.py": ("slow", None),
+    "test_files_in_folders.py": ("slow", None),
     "test_frames.py": ("slow", "polars"),
     "test_front_end_clients.py": ("slow", None),
     "test_fuzz.py": ("slow", None),
