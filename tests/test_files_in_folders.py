@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from flock.command.cli import main
+from tests.images_once import play
 from tests.test_files import PNG
 
 TARGET = """
@@ -119,3 +120,7 @@ def test_a_file_that_is_too_long_fails_its_row(photos: Path) -> None:
     first, second = results()
     assert (first, "'long.txt': A file may have at most 67108864 bytes" in second) == ("A", True)
     assert len(list(Path().glob("out.csv.flock.db-files/*/*"))) == 1, "no temporary file is left"
+
+
+def test_each_image_is_sent_once_though_the_command_is_killed_twice() -> None:
+    play(120)
