@@ -74,6 +74,7 @@ LANES = {
     "test_temporal.py": ("cluster", "temporalio"),
     "test_traces_export.py": ("slow", "opentelemetry.proto"),
     "test_ui.py": ("browser", "playwright"),
+    "test_ui_files.py": ("browser", "playwright"),
     "test_ui_runs.py": ("browser", "playwright"),
     "test_waiting_memory.py": ("slow", None),
     "test_waits_on_cluster.py": ("cluster", "temporalio"),
