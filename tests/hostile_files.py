@@ -232,7 +232,7 @@ async def send(client: httpx.AsyncClient, rng: random.Random, content: bytes) ->
             (file, {"file_id": file, "name": name.decode("latin-1"), "detail": rng.choice(("", "low", "../x"))})
         )
     else:
-        headers = {"Content-Type": declared.encode("latin-1")} if declared else {}
+        headers = [(b"Content-Type", declared.encode("latin-1"))] if declared else []
         stored = await client.post("/files", content=content, headers=headers)
         if way == "files" or stored.status_code != 201:
             return "files", stored
