@@ -178,7 +178,7 @@ def _read_data_url(url: str) -> tuple[str, str, bytes]:
 
 #: Returns the folder with the files of the run that the current task executes.
 FOLDER: ContextVar[Callable[[], Path] | None] = ContextVar("flock_files", default=None)
-#: Returns a stored file. Raises NotFound.
+#: Returns a stored file. Raises NotFound, or ValueError for a file that cannot be stored.
 Find = Callable[[str], FileReference]
 #: Finds files, and collects them, in what a client has sent. Otherwise, a file is a reference already.
 _TAKING: ContextVar[tuple[Find, "Taken"] | None] = ContextVar("flock_taking", default=None)
@@ -200,14 +200,15 @@ def _reference_to(sent: Any, find: Find, contents: Taken) -> FileReference:
     if not isinstance(sent, str) or re.match(r"[a-z][a-z0-9+.-]*://", sent, re.IGNORECASE):
         raise ValueError(f"This is not a file, and no address is fetched: {HOW_TO_SEND}")
     if sent.startswith("data:"):
-        declared, name, content = _read_data_url(sent)
+        declared, named, content = _read_data_url(sent)
+        name = named or name
         sent, media_type = hashlib.sha256(content).hexdigest(), media_type_of(content[:HEAD_BYTES])
         check_declared(declared, media_type)
         found = FileReference(file_id=sent, media_type=media_type, size=len(content))
     else:
         found = find(sent)
-    contents[sent] = content
-    more = {"name": safe_name(name), "detail": more.get("detail", "")}
+    contents[found.file_id] = content
+    more = {"name": safe_name(name or found.name), "detail": more.get("detail", "")}
     return msgspec.convert(msgspec.to_builtins(found) | more, FileReference)
 
 

@@ -112,4 +112,10 @@ def limits_for_one_batch(max_workers: int) -> Limits:
     """Return the limits of an engine that executes one batch of the program itself. Only its workers are limited."""
     max_workers = max(1, max_workers)  # ``submit_batch`` reports the error if it is less
     slots = max_workers + max_workers // 5 + 1  # a tenth of the slots is reserved for runs that are not items
-    return Limits(max_concurrency=slots, max_threads=slots, max_items=sys.maxsize, max_open_items=sys.maxsize)
+    return Limits(
+        max_concurrency=slots,
+        max_threads=slots,
+        max_items=sys.maxsize,
+        max_open_items=sys.maxsize,
+        max_files_bytes=sys.maxsize,
+    )

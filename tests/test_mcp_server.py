@@ -19,7 +19,7 @@ import pytest
 from flock.agents.tools import Tool
 from flock.command import stdio
 from flock.command.stdio import serve_lines
-from flock.core import Flock, FlockFactory
+from flock.core import Flock, FlockFactory, Image
 from flock.protocols import jsonrpc, mcp
 from flock.runs import RunContext, RunStatus
 from flock.runs.records import LONG_BYTES
@@ -437,6 +437,37 @@ async def test_a_model_can_read_what_is_wrong_with_its_arguments(client: httpx.A
         assert "structuredContent" not in result
         assert problem in text_in(result), text_in(result)
     assert (await get(client, "/runs"))["runs"] == []
+
+
+async def test_a_file_is_an_argument_as_a_data_url_or_an_id() -> None:
+    """Arguments are JSON, so parts of the protocol that are files are none."""
+    flock = Flock("files")
+
+    @flock.agent
+    def look(photo: Image) -> str:
+        return f"{photo.media_type} {photo.name}"
+
+    app = served(flock)
+    async with app.lifespan(), client_of(app) as client:
+        (tool,) = (await result_of(client, latest("tools/list")))["tools"]
+        assert tool["inputSchema"]["properties"]["photo"]["description"] == "A data URL, or a file_id."
+        stored = (await client.post("/files", content=b"GIF89a")).json()["file_id"]
+        for photo in ("data:image/gif;name=a.gif;base64,R0lGODlh", {"file_id": stored, "name": "a.gif"}):
+            result = await call(client, "look", {"photo": photo})
+            assert text_in(result) == "image/gif a.gif"
+        run = await get(client, f"/run/{result['_meta']['flockapi/run_id']}")
+        uri = f"flock://run/{run['run_id']}"
+        assert "R0lGODlh" not in json.dumps(await result_of(client, latest("resources/read", uri=uri)))
+        part = {"type": "image", "mimeType": "image/gif", "data": "R0lGODlh"}
+        for photo in (
+            part,
+            {"type": "resource", "resource": part},
+            "http://127.0.0.1/a.gif",
+            "data:image/png;base64,AA==",
+        ):
+            result = await call(client, "look", {"photo": photo})
+            assert result["isError"]
+            assert "no address is fetched: send a data URL" in text_in(result) or "declared as" in text_in(result)
 
 
 async def test_an_unknown_tool_is_an_error_with_the_nearest_name(client: httpx.AsyncClient) -> None:

@@ -24,7 +24,7 @@ from collections.abc import AsyncIterator
 from typing import Literal, TypedDict
 from flock.agents.messages import Messages
 from flock.agents.tools import Tool
-from flock.core import Flock, FlockFactory
+from flock.core import Audio, Document, Flock, FlockFactory, Image
 from flock.errors import AgentError
 from flock.runs import RunContext
 from flock.testing import FakeModel, Reply
@@ -54,6 +54,10 @@ class Mood(TypedDict):
 @flock.agent
 def mood(text: str) -> Mood:
     return {"mood": "good", "words": text.split()}
+
+@flock.agent
+def look(photo: Image | None = None, sound: Audio | None = None, letter: Document | None = None, note: str = "") -> str:
+    return " ".join([note, *(f"{file.name}:{len(file.read())}" for file in (photo, sound, letter) if file)])
 
 @flock.agent
 def fail(text: str) -> str:
@@ -242,6 +246,46 @@ assert answer.output_text == "red"
 print("all of it")
 """
 
+FILES_PROGRAM = """
+import base64, json, sys, urllib.request
+import openai
+from openai import OpenAI
+
+client = OpenAI(base_url=sys.argv[1] + "/v1", api_key="none")
+text = lambda content: base64.b64encode(content).decode()
+image, sound = "data:image/gif;base64," + text(b"GIF89a"), {"data": text(b"ID3..."), "format": "mp3"}
+letter = {"filename": "a.pdf", "file_data": "data:application/pdf;base64," + text(b"%PDF-1.4")}
+content = [
+    {"type": "text", "text": "hi"},
+    {"type": "image_url", "image_url": {"url": image, "detail": "low"}},
+    {"type": "input_audio", "input_audio": sound},
+    {"type": "file", "file": letter},
+]
+chat = client.chat.completions.create(model="look", messages=[{"role": "user", "content": content}])
+assert chat.choices[0].message.content == "hi :6 :6 a.pdf:8", chat
+with client.chat.completions.stream(model="look", messages=[{"role": "user", "content": content}]) as stream:
+    assert stream.get_final_completion().choices[0].message.content == "hi :6 :6 a.pdf:8"
+content = [
+    {"type": "input_text", "text": "hi"},
+    {"type": "input_image", "image_url": image, "detail": "auto"},
+    {"type": "input_audio", "input_audio": sound},
+    {"type": "input_file", **letter},
+]
+answer = client.responses.create(model="look", input=[{"role": "user", "content": content}])
+assert answer.output_text == "hi :6 :6 a.pdf:8", answer
+stored = json.load(urllib.request.urlopen(sys.argv[1] + "/files", b"%PDF-1.4" + b"x" * 3_000_000))
+content = [{"type": "input_file", "file_id": stored["file_id"]}]
+assert client.responses.create(model="look", input=[{"role": "user", "content": content}]).output_text == " :3000008"
+for refused in ({"type": "input_image", "image_url": "http://127.0.0.1/a.png"}, {"type": "input_file", "file_url": "http://t"}):
+    try:
+        client.responses.create(model="look", input=[{"role": "user", "content": [refused]}])
+    except openai.BadRequestError as exc:
+        assert "Send a data URL" in exc.message
+    else:
+        raise AssertionError
+print("all of it")
+"""
+
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -267,6 +311,11 @@ def run(python: Path, *arguments: str) -> str:
 @pytest.mark.timeout(300)
 def test_the_client_for_python_does_all_that_is_offered(environment: Path, server: Server) -> None:
     assert run(environment, "-c", PROGRAM, server.url) == "all of it\n"
+
+
+@pytest.mark.timeout(300)
+def test_the_client_for_python_sends_images_audio_and_documents(environment: Path, server: Server) -> None:
+    assert run(environment, "-c", FILES_PROGRAM, server.url) == "all of it\n"
 
 
 @pytest.mark.timeout(300)

@@ -196,8 +196,8 @@ async def test_an_input_becomes_inputs_and_the_result_a_message(
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0", "'item_reference' is not supported"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://t"}]}]},
-            None,
-            "input_im",
+            "input.0.content.0",
+            "No address is fetched. Send a data URL",
         ),
         ({"background": True, "store": False}, "store", "must be stored"),
         ({"previous_response_id": "x", "conversation": "y"}, "conversation", "not both"),

@@ -157,6 +157,12 @@ STDOUT = Path("-")
     help="Put a ' before cells that a spreadsheet would execute as formulas.",
 )
 @click.option(
+    "--files",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Cells of inputs that are files are names of files in FOLDER.",
+)
+@click.option(
     "--store",
     "state",
     type=click.Path(dir_okay=False, path_type=Path),

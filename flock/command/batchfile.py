@@ -54,6 +54,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
         progress: how the progress is shown on stderr.
         retry: which ended rows of an earlier call run again, beside those that were cut off or never ran.
         escape_formulas, with_usage: see ``CSVWriter``.
+        files: the folder with the files that rows name. They are read when the rows are.
         like_input: the output is the input with more columns; see ``results_like``.
         on_extra, input_mapping, static_inputs and others: see ``Flock.run_batch_async``.
     """
@@ -76,6 +77,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     escape_formulas: bool = True
     with_usage: bool = False
     like_input: bool = False
+    files: Path | None = None
 
     @property
     def stored_options(self) -> BatchOptions:
@@ -125,6 +127,7 @@ async def run_batch_file(
                 await _check_changed(flock, job, stored)
             limits = limits_for_one_batch(job.options.max_workers)
             async with flock.engine(store=state, limits=limits, expose_errors=True, on_question=nobody) as engine:
+                engine.store.contents.source = job.files
                 if batch is not None:
                     is_left = await _continue(engine, batch, job, report)
                 batch = batch or await _accept(engine, flock, job, digest)
@@ -221,10 +224,12 @@ async def check_batch_file(flock: DeclaredFlock, job: BatchFile) -> BatchCheck:
     Raises: AgentNotFound, TooLarge, OSError; InvalidData if neither a row nor a header can be read.
     """
     row_mapping = flock.row_mapping(job.agent_name, job.static_inputs, job.input_mapping, job.on_extra)
-    engine, agent = flock.engine(limits=limits_for_one_batch(1)), flock.agents[job.agent_name]
+    limits, agent = limits_for_one_batch(1), flock.agents[job.agent_name]
+    engine = flock.engine(limits=limits)
     async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
         # The store has no files yet. If the agent takes no files, no input is read as one.
-        files = engine.store.contents.of(None, 0, 0) if agent.input.has_files else None
+        engine.store.contents.source, engine.store.contents.is_dry = job.files, True
+        files = engine.store.contents.of(None, limits.max_file_bytes, 0) if agent.input.has_files else None
         return await check_batch(engine, agent, files, rows, row_mapping, job.on_invalid)
 
 
@@ -248,7 +253,22 @@ def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
     options = (flock.name, made_by, job.agent_name, job.on_invalid, job.on_extra, job.dialect, job.options.timeout_s)
     fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()))
     digest.update(msgspec.json.encode((options, fills)))
+    if job.files is not None:
+        own = tuple(_real_path(each) for each in (job.state, job.output) if each is not None)
+        digest.update(b"%d" % _state_of_files(job.files, own))
     return digest.hexdigest()
+
+
+def _state_of_files(folder: Path, own: tuple[str, ...]) -> int:
+    """Return a number that changes with the files in a folder, except those whose paths begin as *own*."""
+    state = 0
+    for place, _, names in os.walk(root := _real_path(folder)):
+        for path in (os.path.join(place, name) for name in names):
+            with contextlib.suppress(OSError):  # a link without a target
+                about = os.stat(path)
+                text = os.fsencode(f"{os.path.relpath(path, root)} {about.st_size} {about.st_mtime_ns}")
+                state ^= 0 if path.startswith(own) else int.from_bytes(hashlib.sha256(text).digest())
+    return state
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """What protocols that look like a chat have in common: messages as the inputs of an agent, and its result as text."""
 
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Container, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, NamedTuple
 
@@ -10,18 +10,28 @@ from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.agents.graph import graph_of
 from flock.errors import EngineStopped, FlockError, InvalidData
-from flock.jsontype import MEMBERS, is_same_schema
+from flock.files import MAX_FILES, FileReference
+from flock.jsontype import MEMBERS, explain, is_same_schema
 from flock.runs import Engine, Event, LongJSON, Question, Run
 
 #: The events after which an answer has no more text.
 ENDS = ("run.completed", "run.failed", "run.cancelled", "run.waiting")
 
 
-class Message(msgspec.Struct, frozen=True, gc=False):
-    """A message that a client has sent, without what is not text. It has the form of those of agents."""
+class SentFile(NamedTuple):
+    """A file in a message: what an input takes for it, the pointer of its part, and a media type of its kind."""
+
+    value: Mapping[str, str]
+    at: str
+    media_type: str
+
+
+class Message(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """A message that a client has sent: its text, in the form of those of agents, and its files."""
 
     role: str
     content: str
+    files: tuple[SentFile, ...] = ()
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -49,12 +59,14 @@ class TextReplaced(FlockError):
 # Inputs
 
 
-def text_in(content: str | Sequence[Part] | None, at: str, *, is_shown: bool = True) -> str:
-    """Return the text of a message. Other parts are refused if the agent would see the message (*is_shown*)."""
+def text_in(
+    content: str | Sequence[Part] | None, at: str, *, is_shown: bool = True, others: Container[str] = ()
+) -> str:
+    """Return the text of a message. Parts but *others* are refused if the agent would see the message (*is_shown*)."""
     if content is None or isinstance(content, str):
         return content or ""
     for number, part in enumerate(content):
-        if is_shown and (part.type not in TEXTS or part.text is None):
+        if is_shown and part.type not in others and (part.type not in TEXTS or part.text is None):
             detail = f"A content part of the type {part.type!r} is not supported. Send text."
             raise InvalidData.of(detail, f"{at}/content/{number}")
     return "".join(part.text or "" for part in content if part.type in TEXTS)
@@ -64,7 +76,8 @@ def inputs_of(agent: Agent, messages: Sequence[Message], others: Mapping[str, ms
     """Return the inputs for *agent* that *messages*, oldest first, and *others*, by name, make together.
 
     An input of the type ``Messages`` gets all messages of the user and the assistant. Otherwise the only input that is
-    a text gets the last message of the user. Otherwise that must be a JSON object of the inputs.
+    a text gets the last message of the user. Otherwise that must be a JSON object of the inputs, or empty beside files.
+    The files of that message go to the inputs that take them.
 
     Args:
         at: the pointer of the messages.
@@ -72,17 +85,22 @@ def inputs_of(agent: Agent, messages: Sequence[Message], others: Mapping[str, ms
     Raises: InvalidData if it is not, or if there is no message of the user.
     """
     said = [each for each in messages if each.role == "user" or (each.role == "assistant" and each.content)]
-    last = next((message.content for message in reversed(said) if message.role == "user"), None)
-    if last is None:
+    newest = next((message for message in reversed(said) if message.role == "user"), None)
+    if newest is None:
         raise InvalidData.of("There is no message with the role 'user'.", at)
+    last = newest.content
+    # Earlier turns have no files, as in conversations of agents, but no file is dropped that no agent would see.
+    files = newest.files if agent.input.has_files else [file for message in said for file in message.files]
+    others = {**others, **_files_by_input(agent, files, others)}
     if (name := conversation_of(agent.input)) is not None:
-        return _encode({name: said}, others)
+        return _encode({name: [Message(each.role, each.content) for each in said]}, others)
     if (name := _text_input_of(agent, others)) is not None:
         return _encode({name: last}, others)
     if not agent.input.fields:
         return msgspec.Raw(b"{}")
     try:
-        return _encode(msgspec.json.decode(last, type=dict[str, msgspec.Raw]), others)
+        text = last or ("{}" if files else "")
+        return _encode(msgspec.json.decode(text, type=dict[str, msgspec.Raw]), others)
     except (msgspec.DecodeError, RecursionError) as exc:
         names = ", ".join(f'"{field.name}": …' for field in agent.input.fields)
         raise InvalidData.of(
@@ -104,11 +122,44 @@ def messages_of(agent: Agent, inputs: msgspec.Raw) -> list[Message]:
 
 
 def _text_input_of(agent: Agent, others: Mapping[str, Any] | None = None) -> str | None:
-    texts = [field.name for field in agent.input.fields if field.type is str and field.name not in (others or {})]
+    free = [field for field in agent.input.fields if field.name not in (others or {})]
+    texts = [field.name for field in free if field.type is str]
+    if not texts and agent.input.has_files:  # what is said about a file is often optional
+        texts = [field.name for field in free if field.type == (str | None)]
     return texts[0] if len(texts) == 1 else None
 
 
-def _encode(inputs: Mapping[str, Any], others: Mapping[str, msgspec.Raw]) -> msgspec.Raw:
+def _files_by_input(agent: Agent, files: Sequence[SentFile], others: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return each file for the first input that takes its kind and has room. Raises InvalidData if there is none."""
+    found, free = dict[str, Any](), [field for field in agent.input.fields if field.name not in others]
+    if len(files) > MAX_FILES:
+        raise InvalidData.of(f"A run may have at most {MAX_FILES} files.", files[MAX_FILES].at)
+    for file in files:
+        for name, type_ in ((field.name, field.type) for field in free):
+            example = FileReference(file_id="0" * 64, media_type=file.media_type, size=1)
+            count = 1 + len(found.get(name, ()))
+            if _is_for_files(type_, [example] * count, [{}] * count):
+                found[name] = [*found.get(name, ()), file.value]
+                break
+            if name not in found and _is_for_files(type_, example, {}):
+                found[name] = file.value
+                break
+        else:
+            kind = file.media_type.partition("/")[0].replace("application", "file")
+            raise InvalidData.of(
+                f"{agent.name!r} has no input for this {kind}, or no more room in it. Leave it out, or send it as "
+                "another input in metadata.inputs.",
+                file.at,
+            )
+    return found
+
+
+def _is_for_files(type_: Any, example: Any, other: Any) -> bool:
+    """Whether a type takes the example of a file, and not the *other* value, which a type of any values also takes."""
+    return not explain(type_, msgspec.json.encode(example), "") and bool(explain(type_, _text(other).encode(), ""))
+
+
+def _encode(inputs: Mapping[str, Any], others: Mapping[str, Any]) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode({**inputs, **others}))
 
 

@@ -11,11 +11,19 @@ from flock.agents.agent import Agent
 from flock.errors import FlockError, InvalidData
 from flock.fair import FairShare
 from flock.jsontype import JSONType
-from flock.protocols.chats import Message, Part, StreamedAnswer, TextReplaced, check_schema, text_in
+from flock.protocols.chats import Message, Part, SentFile, StreamedAnswer, TextReplaced, check_schema, text_in
 from flock.runs import ClientSettings, ClientTool, Engine, Event, Question, Usage
 from flock.runs.client import OPTIONS
 from flock.web import orders
 from flock.web.responses import KEEP_ALIVE
+
+#: The types of content that are files, each with a media type of its kind.
+FILES = {
+    **{"image_url": "image/png", "input_image": "image/png", "input_audio": "audio/wav"},
+    **{"file": "application/pdf", "input_file": "application/pdf"},
+}
+
+SEND_A_FILE = "Send a data URL (data:image/png;base64,…), or the file_id that POST /files returns."
 
 #: Items of a history that are not messages. A client could forge them, so agents do not see them.
 UNSEEN = ("reasoning", "function_call", "mcp_approval_request", "mcp_list_tools", "mcp_call")
@@ -28,12 +36,28 @@ UNSUPPORTED: Mapping[str, Sequence[Any]] = {
 }
 
 
+class ContentPart(Part, frozen=True, kw_only=True):
+    """A part of a message. What it says about a file is beside its type in responses, and in chats in a member."""
+
+    type: str = ""
+    url: str | None = None
+    data: str | None = None
+    format: str = ""
+    file_data: str | None = None
+    file_id: str | None = None
+    filename: str | None = None
+    detail: str | None = None
+    image_url: "str | ContentPart | None" = None
+    input_audio: "ContentPart | None" = None
+    file: "ContentPart | None" = None
+
+
 class Item(msgspec.Struct, frozen=True, kw_only=True):
     """A message, or an answer: to a call of a tool (in chats a message of the role ``tool``), or about an approval."""
 
     type: str = "message"
     role: str | None = None
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     tool_call_id: str = ""
     call_id: str = ""
     output: str | list[Part] | None = None
@@ -126,7 +150,9 @@ async def read(items: Sequence[Item], at: str) -> tuple[list[Message], dict[str,
             text = text_in(item.content if is_tool else item.output, place)
             answers[item.tool_call_id if is_tool else item.call_id] = msgspec.Raw(msgspec.json.encode(text))
         elif item.role is not None and (is_chat or item.type == "message"):
-            messages.append(Message(item.role, text_in(item.content, place, is_shown=item.role == "user")))
+            files = _files_of(item.content, place) if item.role == "user" else ()
+            text = text_in(item.content, place, is_shown=item.role == "user", others=FILES)
+            messages.append(Message(item.role, text, files))
             if item.role == "assistant" or not is_chat:
                 answers.clear()
         elif item.type == "mcp_approval_response" and item.approval_request_id and item.approve is not None:
@@ -139,6 +165,29 @@ async def read(items: Sequence[Item], at: str) -> tuple[list[Message], dict[str,
     if answers and is_chat and not is_tool:
         raise InvalidData.of("The outputs of tools must be the last messages.", place)
     return messages, answers
+
+
+def _files_of(content: str | Sequence[ContentPart] | None, at: str) -> tuple[SentFile, ...]:
+    """Return the files of a message. Raises InvalidData for one that is neither a data URL nor stored here."""
+    files = list[SentFile]()
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        if part.type not in FILES:
+            continue
+        about = getattr(part, part.type, None) or part
+        about = ContentPart(url=about) if isinstance(about, str) else about
+        sent = about.url or (part.image_url if isinstance(part.image_url, str) else None)
+        if about.data is not None:
+            sent = f"data:audio/{about.format};base64,{about.data}"
+        elif about.file_data is not None:
+            sent = about.file_data if about.file_data.startswith("data:") else f"data:;base64,{about.file_data}"
+        place = f"{at}/content/{number}"
+        if sent is None and about.file_id is None:
+            raise InvalidData.of(f"This part has no file. {SEND_A_FILE}", place)
+        if sent is not None and not sent.startswith("data:"):
+            raise InvalidData.of(f"No address is fetched. {SEND_A_FILE}", place)
+        value = {"file_id": sent or about.file_id or "", "name": about.filename or "", "detail": about.detail or ""}
+        files.append(SentFile(value, place, FILES[part.type]))
+    return tuple(files)
 
 
 def usage_of(usage: Usage | None, read: str, written: str) -> dict[str, Any]:

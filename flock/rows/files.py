@@ -80,7 +80,7 @@ async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[by
         TooLarge: it is longer than *max_bytes*.
     """
     try:
-        file = await anyio.to_thread.run_sync(_open_below, folder, name)
+        file = await anyio.to_thread.run_sync(open_below, folder, name)
     except (OSError, ValueError) as exc:
         detail = "There is no file with that name in the folder that this server reads."
         raise InvalidData.of(detail, "/batch_inputs") from exc
@@ -93,10 +93,10 @@ async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[by
             yield chunk
 
 
-def _open_below(folder: Path, name: str) -> io.BufferedReader:
+def open_below(folder: Path, name: str) -> io.BufferedReader:
     """Open a regular file below *folder*. Raises OSError or ValueError."""
-    root = folder.resolve(strict=True)
-    path = (root / name).resolve(strict=True)
+    root = Path(os.path.realpath(folder, strict=True))  # for a circle of links, Path.resolve raises RuntimeError
+    path = Path(os.path.realpath(root / name, strict=True))
     # The resolved path has no links. A link that was created since then is not followed.
     opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     for part in path.relative_to(root).parts:

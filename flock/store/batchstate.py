@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -31,5 +32,6 @@ def create_state(path: str) -> None:
 def remove_state(path: str) -> None:
     """Remove the companion files, then the state itself: a new state must not find the journal of the old one."""
     engines = [file for kind in ("engine", "live") for file in glob.glob(f"{glob.escape(path)}-{kind}-*")]
+    shutil.rmtree(f"{path}-files", ignore_errors=True)
     for file in (f"{path}-wal", f"{path}-shm", f"{path}-lock", f"{path}-output", f"{path}-write", *engines, path):
         Path(file).unlink(missing_ok=True)

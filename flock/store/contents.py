@@ -23,6 +23,7 @@ import anyio.to_thread
 from flock import files
 from flock.errors import Conflict, InvalidData, NotFound, StoreError, TooLarge
 from flock.files import FileReference
+from flock.rows.files import CHUNK_BYTES, open_below
 from flock.runs import FileBox, Run, new_id
 from flock.store.files import PRIVATE, sync_folder
 
@@ -40,7 +41,12 @@ class Contents:
 
     Attributes:
         used: the bytes of each principal's folder, if they were counted since the last deletion.
+        source: if it is a folder, files are named by their paths in it, and stored when they are found.
+        is_dry: files of *source* are read, but not stored.
     """
+
+    source: Path | None = None
+    is_dry = False
 
     def __init__(self, root: Path) -> None:
         self.root, self.used, self._sweep_at, self.counting = root, dict[Path, int](), 0.0, threading.Lock()
@@ -85,6 +91,23 @@ def _is_older(path: Path | os.DirEntry[str], at: float) -> bool:
         return False
 
 
+class _Incoming:
+    """What is known of a content that is being read."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.digest, self.size, self.head, self._max_bytes = hashlib.sha256(), 0, b"", max_bytes
+
+    def add(self, chunk: bytes) -> None:
+        self.size, self.head = self.size + len(chunk), (self.head + chunk[: files.HEAD_BYTES])[: files.HEAD_BYTES]
+        if self.size > self._max_bytes:
+            raise TooLarge(f"A file may have at most {self._max_bytes} bytes on this server (max_file_bytes).")
+        self.digest.update(chunk)
+
+    def reference(self, name: str) -> FileReference:
+        media_type, file_id = files.media_type_of(self.head), self.digest.hexdigest()
+        return FileReference(file_id=file_id, media_type=media_type, size=self.size, name=files.safe_name(name))
+
+
 async def _each(chunk: bytes) -> AsyncIterator[bytes]:
     yield chunk
 
@@ -98,6 +121,8 @@ class _ContentsOfPrincipal(FileBox):
         return self._folder / file_id
 
     def find(self, file_id: str) -> FileReference:
+        if self._contents.source is not None:
+            return self._copied(self._contents.source, file_id)
         try:
             if not re.match(files.ID, file_id):
                 raise FileNotFoundError(file_id)
@@ -108,6 +133,27 @@ class _ContentsOfPrincipal(FileBox):
         except FileNotFoundError as exc:
             raise NotFound(f"You have no file {file_id[:100]!r}, or it is no longer stored. Send it again.") from exc
 
+    def _copied(self, folder: Path, name: str) -> FileReference:
+        """Store a file of a folder. Raises ValueError, StoreError."""
+        try:
+            source = open_below(folder, name)
+        except (OSError, ValueError) as exc:
+            raise ValueError(f"There is no file {name[:100]!r} in the folder {str(folder)!r}") from exc
+        incoming = _Incoming(self._max_bytes)
+        with source, contextlib.ExitStack() as stack:
+            written = None if self._contents.is_dry else stack.enter_context(self._writing())
+            try:
+                while chunk := source.read(CHUNK_BYTES):
+                    incoming.add(chunk)
+                    if written is not None:
+                        self._write(written[0], chunk)
+                found = incoming.reference(name)
+                if written is not None:
+                    self._finish(*written, self.path(found.file_id), found.size)
+            except TooLarge as exc:
+                raise ValueError(f"{name[:100]!r}: {exc}".removesuffix(".")) from exc
+        return found
+
     async def keep_all(self, contents: Mapping[str, bytes | None]) -> tuple[str, ...]:
         for content in contents.values():
             if content is not None:
@@ -115,21 +161,18 @@ class _ContentsOfPrincipal(FileBox):
         return tuple(f"{self._folder.name}/{file_id}" for file_id in contents)
 
     async def keep(self, data: AsyncIterable[bytes], name: str = "", declared: str = "", at: str = "") -> FileReference:
-        digest, size, head = hashlib.sha256(), 0, b""
+        incoming = _Incoming(self._max_bytes)
         with self._writing() as (file, path):
             async for chunk in data:
-                size, head = size + len(chunk), (head + chunk[: files.HEAD_BYTES])[: files.HEAD_BYTES]
-                if size > self._max_bytes:
-                    raise TooLarge(f"A file may have at most {self._max_bytes} bytes on this server (max_file_bytes).")
-                digest.update(chunk)
+                incoming.add(chunk)
                 await anyio.to_thread.run_sync(self._write, file, chunk)
-            media_type, file_id = files.media_type_of(head), digest.hexdigest()
+            found = incoming.reference(name)
             try:
-                files.check_declared(declared, media_type)
+                files.check_declared(declared, found.media_type)
             except ValueError as exc:
                 raise InvalidData.of(f"{exc}.", at) from exc
-            await anyio.to_thread.run_sync(self._finish, file, path, self.path(file_id), size)
-        return FileReference(file_id=file_id, media_type=media_type, size=size, name=files.safe_name(name))
+            await anyio.to_thread.run_sync(self._finish, file, path, self.path(found.file_id), found.size)
+        return found
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[tuple[BinaryIO, Path]]:

@@ -3,7 +3,9 @@
 
 import { url } from "./address.js";
 import { button, fill, h, newId, quiet, withLabel } from "./dom.js";
+import { dropBox } from "./form.js";
 import { session } from "./storage.js";
+import { sizeOf } from "./words.js";
 
 /** Larger files take too long to copy and are not stored. */
 const MAX_STORED_BYTES = 64 * 1024 * 1024;
@@ -82,20 +84,8 @@ export async function chooser(onChange) {
     },
   });
   const selected = quiet({ role: "status" });
-  const drop = h(
-    "div.drop",
-    {
-      ondragover: (event) => {
-        event.preventDefault();
-        drop.classList.add("over");
-      },
-      ondragleave: () => drop.classList.remove("over"),
-      ondrop: (event) => {
-        event.preventDefault();
-        drop.classList.remove("over");
-        choose(event.dataTransfer.files[0]);
-      },
-    },
+  const drop = dropBox(
+    choose,
     h("label", { for: file.id }, h("strong", "Drop a CSV or NDJSON file here"), " or choose one"),
     h("p", file),
     selected,
@@ -130,7 +120,7 @@ export async function chooser(onChange) {
       chosen && [
         "Selected: ",
         chosen.name,
-        ` (${size(chosen.size)}) `,
+        ` (${sizeOf(chosen.size)}) `,
         button(
           "Remove",
           () => {
@@ -160,14 +150,4 @@ export async function chooser(onChange) {
       return storeFile(null);
     },
   };
-}
-
-function size(bytes) {
-  const [unit, factor] = [
-    ["GB", 1e9],
-    ["MB", 1e6],
-    ["kB", 1e3],
-    ["bytes", 1],
-  ].find(([, factor]) => bytes >= factor) ?? ["bytes", 1];
-  return `${Number((bytes / factor).toPrecision(3))} ${unit}`;
 }

@@ -3,11 +3,11 @@
 // A field is {node, control, pointer(), read(), error(text), each(visit)}. `read` returns the value, or undefined if it
 // is omitted. `error` shows an error at the field. `each` visits the field and the fields inside it.
 
-import { Problem } from "./api.js";
+import { Problem, send } from "./api.js";
 import { button, fill, h, newId, quiet, select } from "./dom.js";
 import { isExact, parse, textOf } from "./json.js";
 import { busyWhile, problem } from "./notices.js";
-import { localTime } from "./words.js";
+import { localTime, sizeOf } from "./words.js";
 
 /** Create the form of an object schema. `error(pointer, text)` shows an error and returns the control of its field. */
 export function form(schema, value) {
@@ -119,6 +119,7 @@ function field(name, rawSchema, value, pointer, isRequired, root, isItem = false
   const schema = plain(rawSchema, root);
   const initial = value !== undefined ? value : schema.default;
   const spec = { name, schema, initial, pointer, isRequired, isItem, root, id: newId() };
+  if (schema.title in ACCEPTED && Array.isArray(schema.type)) return upload(spec);
   if (schema.enum || schema.const !== undefined) return choice(spec);
   if (schema.type === "boolean")
     return schema.isNullable || (!isRequired && schema.default === undefined)
@@ -399,6 +400,92 @@ function group({ name, schema, isRequired, id, pointer }, fields, read, ...child
       for (const field of fields) field.each(visit);
     },
   };
+  return self;
+}
+
+/** Create a box for files that are dropped or pasted; `choose(file)` gets the first one. */
+export function dropBox(choose, ...children) {
+  const chooseFrom = ({ files }) => files[0] && choose(files[0]);
+  const box = h(
+    "div.drop",
+    {
+      ondragover: (event) => {
+        event.preventDefault();
+        box.classList.add("over");
+      },
+      ondragleave: () => box.classList.remove("over"),
+      ondrop: (event) => {
+        event.preventDefault();
+        box.classList.remove("over");
+        chooseFrom(event.dataTransfer);
+      },
+      onpaste: (event) => chooseFrom(event.clipboardData),
+    },
+    children,
+  );
+  return box;
+}
+
+/** What a file picker offers for the types of files. The server checks the content. */
+const ACCEPTED = { Image: "image/*", Audio: "audio/*", Document: ".pdf,text/*", File: "" };
+
+/** Create an input for a file, which is chosen, dropped, pasted or photographed, and sent at once. Its value is the reference. */
+function upload(spec) {
+  const { name, schema, initial, isRequired, pointer } = spec;
+  const chosen = quiet({ role: "status" });
+  let value = initial ?? undefined,
+    busy = null;
+  const control = h("input", { type: "file", accept: ACCEPTED[schema.title], onchange: () => choose(control.files[0]) });
+  const takePhoto = () => {
+    control.setAttribute("capture", "environment");
+    control.click();
+  };
+  const read = () => {
+    if (busy) throw Object.assign(new Error("The file is still being sent."), { pointer: pointer() });
+    return value === undefined ? emptyValue(spec) : value;
+  };
+  const description = schema.description === "A data URL, or a file_id." ? "" : schema.description; // not for people
+  const shown = { ...spec, schema: { ...schema, description } };
+  const self = labelled(shown, control, read, "Choose a file, or drop or paste it here.");
+  control.addEventListener("click", (event) => event.isTrusted && control.removeAttribute("capture"));
+  const box = dropBox(choose);
+  control.replaceWith(box);
+  fill(box, control, schema.title === "Image" && button("Take a photo", takePhoto, { class: "small camera" }), chosen);
+
+  async function choose(file) {
+    if (!file) return;
+    busy = file;
+    value = undefined;
+    self.error("");
+    draw(`Sending ${file.name} …`);
+    let text = "";
+    try {
+      const headers = { "Content-Type": file.type || "application/octet-stream" };
+      const sent = parse(await send("files", { method: "POST", canRetry: false, headers, body: file }));
+      if (busy === file) value = { ...sent, name: file.name };
+    } catch (error) {
+      text = error.message;
+    }
+    if (busy !== file) return;
+    busy = null;
+    self.error(text);
+    draw();
+    box.dispatchEvent(new Event("input", { bubbles: true }));
+  }
+
+  function draw(text = "") {
+    control.required = isRequired && !schema.isNullable && value === undefined && !busy;
+    const file = value && [h("strong", value.name || name), value.size && `, ${value.media_type}, ${sizeOf(value.size)} `];
+    const remove = () => {
+      value = undefined;
+      control.value = "";
+      draw();
+      box.dispatchEvent(new Event("input", { bubbles: true }));
+    };
+    fill(chosen, text || (file && [file, button("Remove", remove, { class: "small", "aria-label": `Remove ${name}` })]));
+  }
+
+  draw();
   return self;
 }
 

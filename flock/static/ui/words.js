@@ -48,3 +48,13 @@ export function handOff(agent) {
     return quiet("Hands off to ", h("a", { href: link(`agent/${agent.next_agent}`) }, agent.next_agent), ".");
   return agent.next_agent === null ? quiet("Its result decides which agent runs next.") : null;
 }
+
+export function sizeOf(bytes) {
+  const [unit, factor] = [
+    ["GB", 1e9],
+    ["MB", 1e6],
+    ["kB", 1e3],
+    ["bytes", 1],
+  ].find(([, factor]) => bytes >= factor) ?? ["bytes", 1];
+  return `${Number((bytes / factor).toPrecision(3))} ${unit}`;
+}
