@@ -22,6 +22,7 @@ from flock.command.server import abandon_busy_threads
 from flock.command.target import load_flock
 from flock.command.terminal import TerminalBytes, echo
 from flock.declared import DeclaredFlock
+from flock.engine.batches import mixed_versions
 from flock.engine.rowchecks import BatchCheck
 from flock.errors import DefinitionError, FieldError, InvalidData, StoreError
 from flock.formats import ENDINGS, FORMATS, format_of, suffix_of
@@ -247,6 +248,7 @@ def batch(
             if sofar is None:
                 raise click.ClickException(f"{state} has no rows of this command. Run it without --partial first.")
             _print_stderr(f"{sofar.completed_items:,} of {sofar.total_items:,} rows have ended.")
+            _print_mixed(sofar)
             return
         if tried is not None and not _goes_on(flock, job, tried, stdout):
             return
@@ -254,6 +256,7 @@ def batch(
         is_old = not was_left and not _exit_code(done)
         _print_stderr(f"All {done.total_items:,} rows are complete." if is_old else _summary(done, output))
         _print_skipped(done.skipped_rows)
+        _print_mixed(done)
         if done.cancelled_items and done.status is not RunStatus.COMPLETED:
             _print_stderr(f"{done.error}{_resume_hint(state)}")
     _exit(_exit_code(done))
@@ -397,8 +400,9 @@ def _batch_process() -> Iterator[None]:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    is_of_others = str(record.msg).startswith("The store %s was last used")  # a changed agent is asked about
-    return not hasattr(record, "run_id") and not is_of_others
+    # A changed agent is asked about, and the command itself warns of several versions.
+    is_repeated = str(record.msg).startswith(("The store %s was last used", "batch %s is mixed"))
+    return not hasattr(record, "run_id") and not is_repeated
 
 
 def _resume_hint(state: Path) -> str:
@@ -424,6 +428,11 @@ def _summary(done: Batch, output: Path) -> str:
 def _print_skipped(count: int | None) -> None:
     if count:
         _print_stderr(f"{count:,} {'row has' if count == 1 else 'rows have'} no value, and did not run.")
+
+
+def _print_mixed(batch: Batch) -> None:
+    if batch.is_mixed:
+        _print_stderr(f"Warning: {mixed_versions(batch)} To run all rows with one version, use another --store.")
 
 
 def _print_check(check: BatchCheck, rows: Path) -> None:

@@ -174,6 +174,7 @@ async def _write(
 ) -> None:
     names, columns = batch.extra_names, columns_of(job.agent_name, flock.agents)
     options: Any = {"escape_formulas": job.escape_formulas, "with_usage": job.with_usage}
+    options["version_of"] = batch.version_of if batch.is_mixed else None
     if job.like_input:
         dialect = replace(job.dialect, delimiter="\t") if job.format == "tsv" else job.dialect
         pieces = results_like(job.rows, dialect, pages, columns[1], **options)

@@ -44,6 +44,7 @@ class Batches:
         start_task: calls a function with a batch in a new task of the engine, unless the engine is shutting down.
         next_change: returns a function that waits for the next change in the store.
         recipe_of: returns what makes the results of an agent now; see ``Batch.recipe``.
+        version_of: returns the version of an agent; see ``Batch.versions``.
     """
 
     store: BatchStore
@@ -52,6 +53,7 @@ class Batches:
     next_change: Callable[[], Callable[[], Awaitable[None]]]
     limits: Limits
     recipe_of: Callable[[str], str | None]
+    version_of: Callable[[str], str]
 
     def __post_init__(self) -> None:
         #: batches that are being processed here and were cancelled
@@ -143,7 +145,9 @@ class Batches:
             batch = await self.store.drop_digests(batch)
         if batch.options.reuse:
             await self._take_results(batch)
-        batch = await self.store.begin(batch, now())
+        batch = await self.store.begin(batch, now(), self.version_of(batch.agent_name))
+        if batch.is_mixed:
+            logger.warning("batch %s is mixed: %s", id_, mixed_versions(batch))
         failures = Failures(batch, self.runner.executor.find(batch.agent_name))
         budget = self.runner.executor.budget(batch.options.max_cost, batch.usage, "batch")
         day_budget = self.runner.day_budget_of(batch)
@@ -186,6 +190,11 @@ class Batches:
         after: int | None = -1
         while after is not None and batch.batch_id not in self.cancelled and not self.runner.is_draining:
             after = await self.store.take_results(batch, after, now(), is_own=is_own)
+
+
+def mixed_versions(batch: Batch) -> str:
+    count = len({each.version for each in batch.versions})
+    return f"Its results are of {count} versions of the agent {batch.agent_name!r}; see the column 'version'."
 
 
 class Failures:
