@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from flock.core import Flock, FlockFactory
@@ -13,6 +14,7 @@ from flock.errors import AgentError
 from flock.runs import Batch, BatchOptions, RunStatus
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
+from tests.support import PATIENCE_S
 from tests.support.engines import all_items, ended
 from tests.support.http import client_of
 
@@ -113,3 +115,17 @@ async def test_a_batch_whose_results_are_all_of_the_new_version_is_not_mixed() -
     assert (batch.completed_items - batch.cancelled_items, batch.is_mixed, len(batch.versions)) == (2, False, 1)
     batch = await one_batch(batch, "Be very brief.", BatchOptions())
     assert batch.is_mixed
+
+
+async def test_a_batch_runs_if_the_file_of_its_agent_has_changed_since(tmp_path: Path) -> None:
+    """An editor may have saved half a function."""
+    path = tmp_path / "edited.py"
+    path.write_text("def work(n: int) -> int:\n    return (n\n")
+    names: dict[str, Any] = {}
+    exec(compile("def work(n: int) -> int:\n    return n\n", str(path), "exec"), names)
+    flock = Flock()
+    flock.agent(names["work"])
+    async with flock.engine() as engine:
+        with anyio.fail_after(PATIENCE_S):
+            batch = await ended(engine, await engine.submit_batch("work", [{"n": 1}], BatchOptions()))
+    assert (batch.status, len(batch.versions)) == (RunStatus.COMPLETED, 1)

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import inspect
+import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,5 +100,6 @@ def _source_of(code: Any) -> str:
 def _source(code: Any) -> str:
     try:
         return inspect.getsource(code)
-    except (OSError, TypeError):  # a built-in, or a line in a prompt of Python
+    # A built-in, a line in a prompt of Python, or a file that has changed since.
+    except (OSError, TypeError, SyntaxError, IndexError, tokenize.TokenError):
         return ""
