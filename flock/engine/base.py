@@ -298,8 +298,9 @@ class EngineBase(Engine):
         """Return what makes the results of an agent; see ``Batch.recipe``."""
         return recipe_of(agent_name, self._agents, self._default_models, self._model_hooks)
 
-    def _version_of(self, agent_name: str) -> str:
-        return label_of(agent_name, self._agents, self._default_models, self._model_hooks)
+    def recipe_and_version(self, agent_name: str) -> tuple[str | None, str]:
+        """Return the recipe and the version of an agent; see ``Batch``."""
+        return self.recipe_of(agent_name), label_of(agent_name, self._agents, self._default_models, self._model_hooks)
 
     def _check_not_spent(self, batch: Batch, max_cost: float | None) -> None:
         """Raise InvalidData if a retry of *batch*, with *max_cost* if it is not None, could call no model."""

@@ -43,8 +43,7 @@ class Batches:
     Args:
         start_task: calls a function with a batch in a new task of the engine, unless the engine is shutting down.
         next_change: returns a function that waits for the next change in the store.
-        recipe_of: returns what makes the results of an agent now; see ``Batch.recipe``.
-        version_of: returns the version of an agent; see ``Batch.versions``.
+        recipe_and_version: returns the recipe and the version that an agent has now; see ``Batch``.
     """
 
     store: BatchStore
@@ -52,8 +51,7 @@ class Batches:
     start_task: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], object]
     next_change: Callable[[], Callable[[], Awaitable[None]]]
     limits: Limits
-    recipe_of: Callable[[str], str | None]
-    version_of: Callable[[str], str]
+    recipe_and_version: Callable[[str], tuple[str | None, str]]
 
     def __post_init__(self) -> None:
         #: batches that are being processed here and were cancelled
@@ -140,12 +138,12 @@ class Batches:
         id_ = batch.batch_id
         while batch.reopening and id_ not in self.cancelled:
             batch = await self.store.reopen_some(batch)
-        recipe = self.recipe_of(batch.agent_name)
+        recipe, version = self.recipe_and_version(batch.agent_name)
         while id_ not in self.cancelled and batch.recipe is not None and batch.recipe != recipe:
             batch = await self.store.drop_digests(batch)
         if batch.options.reuse:
             await self._take_results(batch)
-        batch = await self.store.begin(batch, now(), self.version_of(batch.agent_name))
+        batch = await self.store.begin(batch, now(), version)
         if batch.is_mixed:
             logger.warning("batch %s is mixed: %s", id_, mixed_versions(batch))
         failures = Failures(batch, self.runner.executor.find(batch.agent_name))
