@@ -678,7 +678,8 @@ async def batch_results(request: Request) -> Response:
 
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
     pages = item_pages(engine, batch_id, after=query.after, limit=query.limit, statuses=statuses)
-    options = {"with_usage": query.usage, "has_invalid": batch.invalid_items > 0}
+    options: Any = {"with_usage": query.usage, "has_invalid": batch.invalid_items > 0}
+    options["version_of"] = batch.version_of if batch.is_mixed else None
     stream = results_as(format_.name, pages, batch.extra_names, columns, query.escape_formulas, **options)
     slot = download_slot(request)
     return LimitedStream(stream, slot, headers, format_.media_type, is_awaited=bool(format_.extra))

@@ -7,10 +7,11 @@ from flock.agents.agent import agent
 from flock.agents.history import History
 from flock.agents.messages import Messages
 from flock.agents.result import Result
-from flock.declared import BatchInputs, DeclaredFlock, FlockFactory
+from flock.declared import BatchInputs, DeclaredFlock, FlockFactory, blocking
 from flock.files import Audio, Document, File, Image, data_url
-from flock.models.models import Model
+from flock.models.models import Model, ModelChoice
 from flock.models.prices import Price
+from flock.rows.scores import ModelScore, Score
 
 __all__ = ["BatchInputs", "Flock", "FlockFactory", "History", "Messages", "Model", "Price", "Result", "agent"]
 __all__ += ["Audio", "Document", "File", "Image", "data_url"]
@@ -62,3 +63,39 @@ class Flock(DeclaredFlock):
             forwarded_allow_ips=forwarded_allow_ips,
         )
         serve_flock(self, settings)
+
+    async def evaluate_async(
+        self,
+        agent_name: str,
+        rows: BatchInputs,
+        expect: Sequence[str] | Mapping[str, str],
+        *,
+        scores: Mapping[str, Score] | None = None,
+        models: Sequence[ModelChoice] = (),
+        **options: Any,
+    ) -> list[ModelScore]:
+        """Run an agent for many inputs, and compare its outputs with expected values.
+
+        Args:
+            rows: as in ``run_batch_async``. Rows that are no file are written to a temporary one.
+            expect: the columns with expected values, each of which is called as its output; or outputs by columns.
+            scores: functions of an expected value and an output, by output, which return a number and may be async; see
+                ``flock.rows.scores``. By default lists have ``set_f1``, and others ``exact``.
+            models: models in place of the flock's. With several, all run the same rows.
+            options: ``store``, an SQLite file whose results the next call takes, by default a temporary one;
+                ``max_workers``, ``timeout_s``, ``max_cost``, ``max_failures``, ``dedupe``, ``limit``, ``sample``
+                and ``seed`` as in ``BatchOptions``; ``input_mapping``, ``on_extra``, ``on_invalid`` and ``dialect``, a
+                ``CSVDialect``.
+
+        Returns: the scores of each model.
+
+        Raises: as ``run_batch_async``; what a score raises.
+
+        Cancellation: finished rows are kept in the store.
+        """
+        from flock.command.evaluate import evaluate_rows
+
+        return await evaluate_rows(self, agent_name, rows, expect, scores or {}, models, **options)
+
+    #: ``evaluate_async`` for scripts: blocks until the scores are available.
+    evaluate = blocking(evaluate_async)

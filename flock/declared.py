@@ -61,7 +61,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _blocking(function: Callable[P, Coroutine[Any, Any, T]], **names: str) -> Callable[P, T]:
+def blocking(function: Callable[P, Coroutine[Any, Any, T]], **names: str) -> Callable[P, T]:
     """Return a blocking version of *function*, for callers without an event loop. *names* are as in ``renamed``."""
 
     @functools.wraps(function, assigned=("__doc__",))
@@ -265,7 +265,7 @@ class DeclaredFlock:
         return run.value_as(dict[str, Any])
 
     #: ``run_async`` for scripts: blocks until the result is available.
-    run = _blocking(run_async, answer="on_question")
+    run = blocking(run_async, answer="on_question")
 
     @renamed(answer="on_question")
     async def run_batch_async(
@@ -364,7 +364,7 @@ class DeclaredFlock:
         return results
 
     #: ``run_batch_async`` for scripts: blocks until all results are available.
-    run_batch = _blocking(run_batch_async, answer="on_question")
+    run_batch = blocking(run_batch_async, answer="on_question")
 
 
 def agent_of(agents: Mapping[str, Agent], name: str) -> Agent:

@@ -320,6 +320,8 @@ SECTIONS: list[tuple[str, list[tuple[str, Any, list[str]]]]] = [
                 [
                     "add_agent",
                     "agent",
+                    "evaluate",
+                    "evaluate_async",
                     "on_model_call",
                     "on_tool_call",
                     "run",

@@ -133,6 +133,10 @@ def committed(state: str) -> set[int]:
         return {n for (n,) in db.execute(query)}
 
 
+MIXED = (
+    "Warning: Its results are of 2 versions of the agent 'work'; see the column 'version'. To run all rows with one "
+    "version, use another --store.\n"
+)
 STORE = ("results.csv.flock.db", "results.csv.flock.db-output")
 
 
@@ -535,9 +539,13 @@ def test_failed_rows_run_again_only_on_request_and_the_output_is_rewritten() -> 
     Path("target.py").write_text(TARGET.replace("if n == -1:", "if False:"))
     done = batch("work", "rows.csv", "-o", "results.csv", "--retry", "failed")
     assert (done.returncode, in_log()) == (0, {1: 1, -1: 2, 2: 1})
-    assert done.stderr == "Resuming: 2 of 3 rows are already done.\n3 of 3 rows completed.\n"
+    assert done.stderr == f"Resuming: 2 of 3 rows are already done.\n3 of 3 rows completed.\n{MIXED}"
     assert [row[3] for row in rows_of("results.csv")[1:]] == ["completed"] * 3
-    assert batch("work", "rows.csv", "-o", "results.csv").stderr == "All 3 rows are complete.\n"
+    versions = [row[5] for row in rows_of("results.csv")]
+    assert (versions[0], versions[1] == versions[3], len({*versions[1:]})) == ("version", True, 2)
+    assert batch("work", "rows.csv", "-o", "results.csv").stderr == f"All 3 rows are complete.\n{MIXED}"
+    batch("work", "rows.csv", "-o", "results.csv", "--like-input", "--partial")
+    assert rows_of("results.csv")[0][1:] == ["result", "status", "error", "version"]
 
 
 def test_failed_rows_of_a_killed_batch_run_again_on_request() -> None:

@@ -405,7 +405,7 @@ def test_the_options_of_serve_are_the_settings_of_the_server() -> None:
     settings |= {name: app[name] for name in app.keys() & options.keys() if name not in shared}
     settings["protocols"] = tuple(PROTOCOL_MODULES)
     assert {name: options[name] for name in options.keys() - {"target", "model", "workers"}} == settings
-    help_text = "".join(invoke(command, "--help").output for command in ("serve", "run", "batch", "check"))
+    help_text = "".join(invoke(command, "--help").output for command in ("serve", "run", "batch", "evaluate", "check"))
     pages = [(ROOT / "README.md"), *(ROOT / "docs").glob("*.md")]
     text = "".join(page.read_text("utf-8") for page in pages if page.name != "reliability.md")  # it has other programs
     of_uvicorn = {"--http", "--log-config", "--timeout-graceful-shutdown"}

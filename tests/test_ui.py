@@ -953,6 +953,37 @@ def test_a_short_batch_has_no_chart_and_no_control_to_go_to_a_row(visit: Visit, 
     assert height["height"] < 4 * 40
 
 
+def test_a_file_of_german_excel_is_tried_and_then_resumed(visit: Visit, closed: Site) -> None:
+    """Decimal commas and the encoding are chosen, and the rest of the rows is run by outcome."""
+    visit.expected.append("status of 422")
+    page = visit.page(closed, "new-batch?agent=book")
+    rows = "seat;price;Ort\n" + "".join(f"{n};{n},5;Köln\n" for n in range(1, 31))
+    file = {"name": "rows.csv", "mimeType": "text/csv", "buffer": rows.encode("cp1252")}
+    page.locator("input[type=file]").set_input_files(file)  # type: ignore[arg-type]
+    expect(page.get_by_text("This is not UTF-8")).to_be_visible()
+    page.get_by_text("Numbers and encoding of CSV").click()
+    page.get_by_label("Encoding of a file").select_option("windows-1252")
+    expect(page.get_by_role("group", name="The first rows")).to_contain_text("Köln")
+    page.get_by_label("Decimals").select_option(",")
+    expect(page.get_by_text("All 30 rows are valid.")).to_be_visible()
+    page.get_by_text("More options").click()
+    page.get_by_label("Random rows to try first").fill("0")
+    page.get_by_role("button", name="Start the batch").click()
+    expect(page.get_by_text("It must be at least 1.")).to_be_visible()
+    page.get_by_label("Random rows to try first").fill("3")
+    page.get_by_label("Max seconds for a row").fill("20")
+    page.get_by_role("button", name="Start the batch").click()
+    expect(page.locator(".outcomes")).to_have_text("30 rows✓ 3 completed⊘ 27 cancelled")
+    expect(status_of(page)).to_contain_text("completed")
+    expect(page.get_by_text("27 of 30 items were not chosen")).to_be_visible()
+    page.get_by_role("button", name="Resume").click()
+    expect(page.locator(".outcomes")).to_have_text("30 rows✓ 30 completed")
+    items = closed.get(f"/batch/{page.url.partition('batch/')[2]}/results?format=json")
+    assert [(item["inputs"]["price"], item["extra"]) for item in items] == [
+        (n + 0.5, {"Ort": "Köln"}) for n in range(1, 31)
+    ]
+
+
 def test_a_batch_can_be_cancelled_and_resumed(visit: Visit, closed: Site, gate: str) -> None:
     (closed.folder / "mend").unlink(missing_ok=True)
     page = visit.page(closed, f"batch/{closed.batch(60, wait=False, static_inputs={'gate': gate})}")
@@ -963,8 +994,9 @@ def test_a_batch_can_be_cancelled_and_resumed(visit: Visit, closed: Site, gate: 
     expect(page.locator("tbody tr").first).to_contain_text("cancelled")
     page.locator("tbody tr").first.get_by_role("link").click()
     closed.open_gate(gate)
-    page.get_by_role("button", name="Resume all").click()
-    expect(status_of(page)).to_contain_text("completed")
+    expect(page.get_by_role("button", name="Resume all")).to_be_visible()
+    page.get_by_role("button", name="Resume cancelled rows").click()
+    expect(page.locator(".outcomes")).to_have_text("60 rows✓ 54 completed✕ 6 failed")
 
 
 def test_a_table_of_thousands_of_rows_loads_only_the_pages_it_shows(visit: Visit, closed: Site) -> None:

@@ -158,6 +158,7 @@ from flock.runs import (
     UsagePage,
     UsageRow,
     UsageSums,
+    Version,
     Webhook,
     added,
     bad_role,
@@ -493,7 +494,9 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
 
 async def batches(engine: Engine, items: Items, on_invalid: OnInvalid) -> None:
     batch = await engine.submit_batch("measure", items, BatchOptions(max_workers=2), on_invalid=on_invalid)
-    assert_type(await engine.get_batch(batch.batch_id), Batch)
+    found_batch = await engine.get_batch(batch.batch_id)
+    assert_type(found_batch.versions, tuple[Version, ...])
+    assert_type(found_batch, Batch)
     assert_type(await engine.wait_batch(batch.batch_id, 2.5), Batch)
     for item in await engine.get_items(batch.batch_id, after=0, limit=10, statuses=[RunStatus.FAILED]):
         print(item.position, item.error_type == INVALID_INPUT)

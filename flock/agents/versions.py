@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import inspect
+import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,9 +50,8 @@ def recipe_of(
     None if equal inputs may have other results: an agent is missing, or has no ``version`` and is a function, or has
     tools, a history, functions of its own, or *hooks* around its calls of models.
     """
-    names = dict.fromkeys([name, *(each.to for each in graph_of(name, agents) if each.to is not None)])
     parts: list[Any] = []
-    for each in names:
+    for each in _chain(name, agents):
         agent = agents.get(each)
         if agent is None or (agent.version is None and (hooks or not _is_pure(agent))):
             return None
@@ -64,6 +64,21 @@ def recipe_of(
             parts.append([[(model.name, model.base_url, model.extra_body) for model in models], options, tools])
             parts.append([agent.instructions, agent._examples])
     return hashlib.sha256(msgspec.json.encode(parts, enc_hook=str)).hexdigest()[:32]
+
+
+def label_of(name: str, agents: Mapping[str, Agent], default: Sequence[Model], hooks: Sequence[Hook] = ()) -> str:
+    """Return its ``version``, if any, and a text that differs if the agent, or one that may follow, has changed."""
+    made_by: Any = recipe_of(name, agents, default, hooks)
+    if made_by is None:
+        made_by = [names_of(default), [version_of(agents[each]) for each in _chain(name, agents) if each in agents]]
+    digest = hashlib.sha256(msgspec.json.encode(made_by)).hexdigest()[:12]
+    version = agents[name].version if name in agents else None
+    return digest if version is None else f"{version}-{digest}"
+
+
+def _chain(name: str, agents: Mapping[str, Agent]) -> Mapping[str, None]:
+    """Return the agent and those that may follow it."""
+    return dict.fromkeys([name, *(each.to for each in graph_of(name, agents) if each.to is not None)])
 
 
 def _is_pure(agent: Agent) -> bool:
@@ -85,5 +100,6 @@ def _source_of(code: Any) -> str:
 def _source(code: Any) -> str:
     try:
         return inspect.getsource(code)
-    except (OSError, TypeError):  # a built-in, or a line in a prompt of Python
+    # A built-in, a line in a prompt of Python, or a file that has changed since.
+    except (OSError, TypeError, SyntaxError, IndexError, tokenize.TokenError):
         return ""

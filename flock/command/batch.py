@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn
+from typing import IO, Any, NoReturn
 
 import anyio
 import click
@@ -22,13 +22,14 @@ from flock.command.server import abandon_busy_threads
 from flock.command.target import load_flock
 from flock.command.terminal import TerminalBytes, echo
 from flock.declared import DeclaredFlock
+from flock.engine.batches import mixed_versions
 from flock.engine.rowchecks import BatchCheck
 from flock.errors import DefinitionError, FieldError, InvalidData, StoreError
 from flock.formats import ENDINGS, FORMATS, format_of, suffix_of
 from flock.options import MAX_SECONDS
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import MAX_ROW_BYTES
-from flock.runs import MAX_COST, Batch, BatchOptions, Run, RunStatus, cost_in_words
+from flock.runs import MAX_COST, Batch, BatchOptions, Engine, RunStatus, cost_in_words
 from flock.store.database import MEMORY
 
 #: Max row errors that are printed.
@@ -167,7 +168,7 @@ STDOUT = Path("-")
     "state",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="SQLite file that stores rows and results.  [default: the output's name plus .flock.db]",
+    help="SQLite file that stores rows and results.  [default: the name of the output, or of ROWS, plus .flock.db]",
 )
 @click.option(
     "--retry",
@@ -188,15 +189,9 @@ def batch(
     is_dry_run: bool,
     format_: str | None,
     model: str | None,
-    mapped: Sequence[str],
-    static: Sequence[str],
-    delimiter: str,
-    decimal: str,
-    encoding: str,
     state: Path | None,
     yes: bool,
     tried: int | None,
-    progress: Literal["auto", "bar", "lines", "none", "json"],
     partial: bool,
     forget: bool,
     **options: Any,
@@ -219,28 +214,16 @@ def batch(
             raise click.MissingParameter(param_hint="'-o' / '--output'", param_type="option")
         output = STDOUT
     state = state or Path(f"{rows.name if output == STDOUT else output}.flock.db")
-    _check_paths(rows, output, state)
+    check_paths(rows, output, state)
     if forget:
-        with _explaining_errors(rows, output, state):
-            _print_stderr(f"{state} was removed." if forget_state(state) else f"There is no {state}.")
+        with explaining_errors(rows, output, state):
+            print_stderr(f"{state} was removed." if forget_state(state) else f"There is no {state}.")
         return
     flock = load_flock(target, model)
-    texts = pairs(static, "--static", "KEY=VALUE")
-    with _explaining_errors(rows, output, state), _batch_process():
-        job = BatchFile(
-            agent_name=agent,
-            rows=rows,
-            output=None if output == STDOUT else output,
-            format=_format_of(output, rows, format_),
-            state=state,
-            options=BatchOptions(**pop_fields(options, BatchOptions)),
-            input_mapping={key: name or None for key, name in pairs(mapped, "--map", "COLUMN=INPUT").items()},
-            static_inputs=flock.agents[agent].input.from_text(texts) if agent in flock.agents else {},
-            progress=progress if progress != "auto" else "bar" if sys.stderr.isatty() else "lines",
-            confirm=_print_stderr if yes else _confirm,
-            dialect=CSVDialect(delimiter=delimiter.replace(r"\t", "\t"), decimal=decimal, encoding=encoding),
-            **options,
-        )
+    with explaining_errors(rows, output, state), batch_process():
+        files = {"output": None if output == STDOUT else output, "format": _format_of(output, rows, format_)}
+        ask = print_stderr if yes else _confirm
+        job = job_of(flock, agent, options, rows=rows, state=state, confirm=ask, **files)
         if job.like_input and (job.format not in ("csv", "tsv") or format_of(rows) != FORMATS[job.format]):
             raise DefinitionError("--like-input is for ROWS in CSV or TSV, and an output in the same format.")
         if is_dry_run:
@@ -252,27 +235,47 @@ def batch(
             sofar = anyio.run(write_partial, flock, job, stdout) if state.exists() else None
             if sofar is None:
                 raise click.ClickException(f"{state} has no rows of this command. Run it without --partial first.")
-            _print_stderr(f"{sofar.completed_items:,} of {sofar.total_items:,} rows have ended.")
+            print_stderr(f"{sofar.completed_items:,} of {sofar.total_items:,} rows have ended.")
+            print_mixed(sofar)
             return
         if tried is not None and not _goes_on(flock, job, tried, stdout):
             return
-        done, was_left = anyio.run(run_batch_file, flock, job, stdout, _print_stderr)
+        done, was_left = anyio.run(run_batch_file, flock, job, stdout, print_stderr)
         is_old = not was_left and not _exit_code(done)
-        _print_stderr(f"All {done.total_items:,} rows are complete." if is_old else _summary(done, output))
+        print_stderr(f"All {done.total_items:,} rows are complete." if is_old else _summary(done, output))
         _print_skipped(done.skipped_rows)
+        print_mixed(done)
         if done.cancelled_items and done.status is not RunStatus.COMPLETED:
-            _print_stderr(f"{done.error}{_resume_hint(state)}")
-    _exit(_exit_code(done))
+            print_stderr(f"{done.error}{_resume_hint(state)}")
+    end_process(_exit_code(done))
+
+
+def job_of(flock: DeclaredFlock, agent: str, options: dict[str, Any], **files: Any) -> BatchFile:
+    """Return the batch of a command with these options. Raises BadParameter, DefinitionError, InvalidData."""
+    texts = pairs(options.pop("static"), "--static", "KEY=VALUE")
+    mapped = pairs(options.pop("mapped"), "--map", "COLUMN=INPUT")
+    progress: Any = options.pop("progress")
+    options["delimiter"] = options["delimiter"].replace(r"\t", "\t")
+    return BatchFile(
+        agent_name=agent,
+        options=BatchOptions(**pop_fields(options, BatchOptions)),
+        input_mapping={key: name or None for key, name in mapped.items()},
+        static_inputs=flock.agents[agent].input.from_text(texts) if agent in flock.agents else {},
+        progress=progress if progress != "auto" else "bar" if sys.stderr.isatty() else "lines",
+        dialect=CSVDialect(**pop_fields(options, CSVDialect)),
+        **files,
+        **options,
+    )
 
 
 @contextlib.contextmanager
-def _explaining_errors(rows: Path, output: Path, state: Path) -> Iterator[None]:
+def explaining_errors(rows: Path, output: Path, state: Path) -> Iterator[None]:
     """Turn errors into messages that say how to continue, and into exit codes. ``Commands`` prints any FlockError."""
     try:
         yield
     except KeyboardInterrupt:
-        _print_stderr(f"Stopped.{_resume_hint(state)}")
-        _exit(EXIT_INTERRUPTED)
+        print_stderr(f"Stopped.{_resume_hint(state)}")
+        end_process(EXIT_INTERRUPTED)
     except InvalidData as exc:
         raise click.ClickException(_rejection(exc, rows)) from exc
     except DefinitionError as exc:
@@ -282,7 +285,7 @@ def _explaining_errors(rows: Path, output: Path, state: Path) -> Iterator[None]:
             f"Another command is using {state}. Wait until it ends, or choose another file with --store."
         ) from exc
     except BrokenPipeError:
-        _print_stderr(f"The reader closed the pipe before the end of the results.{_resume_hint(state)}")
+        print_stderr(f"The reader closed the pipe before the end of the results.{_resume_hint(state)}")
         raise
     except StoreError as exc:
         cause: BaseException | None = exc
@@ -290,12 +293,12 @@ def _explaining_errors(rows: Path, output: Path, state: Path) -> Iterator[None]:
             cause = cause.__cause__
         if cause is None:
             raise
-        _print_stderr(f"Error: {state}: {cause}.{_resume_hint(state)}")
-        _exit(EXIT_IO)
+        print_stderr(f"Error: {state}: {cause}.{_resume_hint(state)}")
+        end_process(EXIT_IO)
     except OSError as exc:
         path = exc.filename or output
-        _print_stderr(f"Error: {path}: {exc.strerror or exc}.{_resume_hint(state)}")
-        _exit(EXIT_IO if _is_of_disk(exc) else 1)
+        print_stderr(f"Error: {path}: {exc.strerror or exc}.{_resume_hint(state)}")
+        end_process(EXIT_IO if _is_of_disk(exc) else 1)
 
 
 def _is_of_disk(exc: BaseException) -> bool:
@@ -307,19 +310,20 @@ def _is_of_disk(exc: BaseException) -> bool:
 def _goes_on(flock: DeclaredFlock, job: BatchFile, count: int, stdout: IO[bytes]) -> bool:
     """Run a sample, show its results and an estimate for all rows, and ask whether to continue."""
     sample = replace(job, options=replace(job.options, sample=count))
-    done, _ = anyio.run(run_batch_file, flock, sample, stdout, _print_stderr, _show_items)
-    _print_stderr(_estimate(done, count))
+    done, _ = anyio.run(run_batch_file, flock, sample, stdout, print_stderr, _show_items)
+    print_stderr(_estimate(done, count))
     if done.status is not RunStatus.COMPLETED:
-        _print_stderr(f"{done.error}")
-        _exit(1)
+        print_stderr(f"{done.error}")
+        end_process(1)
     if sys.stdin.isatty():
         return click.confirm("Run the other rows?", err=True)
-    _print_stderr("To run the other rows, run the same command without --try.")
+    print_stderr("To run the other rows, run the same command without --try.")
     return False
 
 
-def _show_items(items: Sequence[Run]) -> None:
-    for item in items:
+async def _show_items(engine: Engine, batch: Batch) -> None:
+    """Print the first rows that have ended, up to 1,000."""
+    for item in await engine.get_items(batch.batch_id, statuses=["completed", "failed"]):
         outcome = bytes(item.result).decode() if item.result is not None else f"{item.status}: {item.error}"
         echo(f"{bytes(item.inputs).decode()} -> {outcome}", err=True)
 
@@ -351,16 +355,16 @@ def _exit_code(done: Batch) -> int:
     return 1 if done.failed_items or is_cut_off else 0
 
 
-def _exit(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
     abandon_busy_threads(code)
     sys.exit(code)
 
 
-def _print_stderr(text: str) -> None:
+def print_stderr(text: str) -> None:
     echo(text, err=True)
 
 
-def _check_paths(rows: Path, output: Path, state: Path) -> None:
+def check_paths(rows: Path, output: Path, state: Path) -> None:
     """Raise UsageError if one of the files would overwrite another, or something that is not a file."""
     paths = [os.path.realpath(path) for path in (rows, output, state)]
     if len(set(paths)) < len(paths):
@@ -391,7 +395,7 @@ def _format_of(output: Path, rows: Path, name: str | None) -> str:
 
 
 @contextlib.contextmanager
-def _batch_process() -> Iterator[None]:
+def batch_process() -> Iterator[None]:
     """Allow long cells, and drop the log records of single rows, whose errors are in the output."""
     logger, previous_limit = logging.getLogger("flock.runs"), csv.field_size_limit(MAX_ROW_BYTES)
     logger.addFilter(_is_shown)
@@ -403,8 +407,9 @@ def _batch_process() -> Iterator[None]:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    is_of_others = str(record.msg).startswith("The store %s was last used")  # a changed agent is asked about
-    return not hasattr(record, "run_id") and not is_of_others
+    # A changed agent is asked about, and the command itself warns of several versions.
+    is_repeated = str(record.msg).startswith(("The store %s was last used", "batch %s is mixed"))
+    return not hasattr(record, "run_id") and not is_repeated
 
 
 def _resume_hint(state: Path) -> str:
@@ -429,7 +434,12 @@ def _summary(done: Batch, output: Path) -> str:
 
 def _print_skipped(count: int | None) -> None:
     if count:
-        _print_stderr(f"{count:,} {'row has' if count == 1 else 'rows have'} no value, and did not run.")
+        print_stderr(f"{count:,} {'row has' if count == 1 else 'rows have'} no value, and did not run.")
+
+
+def print_mixed(batch: Batch) -> None:
+    if batch.is_mixed:
+        print_stderr(f"Warning: {mixed_versions(batch)} To run all rows with one version, use another --store.")
 
 
 def _print_check(check: BatchCheck, rows: Path) -> None:

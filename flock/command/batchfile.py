@@ -9,7 +9,7 @@ import errno
 import gzip
 import hashlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -24,12 +24,14 @@ from flock.declared import DeclaredFlock, agent_of
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rowchecks import BatchCheck, check_batch
 from flock.formats import is_gzipped
+from flock.jsontype import Field
 from flock.limits import limits_for_one_batch
 from flock.models.models import models_of, names_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import file_rows
 from flock.rows.likeinput import results_like
 from flock.rows.results import ITEMS_PER_PAGE, item_pages, results_as
+from flock.rows.tables import RowMapping
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, Run, RunStatus
 from flock.steps.progress import follow_batch, print_progress
 from flock.store.batchstate import create_state, remove_state
@@ -50,22 +52,23 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
         format: the format of the output, one of ``FORMATS``.
         force: replace an output that exists.
         state: the file that stores rows and results.
-        confirm: asks whether to pay for the rows of a changed agent; raises if not.
+        confirm: asks whether to pay for the rows of a changed agent; raises if not. By default nobody is asked.
         progress: how the progress is shown on stderr.
         retry: which ended rows of an earlier call run again, beside those that were cut off or never ran.
         escape_formulas, with_usage: see ``CSVWriter``.
         files: the folder with the files that rows name. They are read when the rows are.
         like_input: the output is the input with more columns; see ``results_like``.
+        expected: outputs by the columns that have their expected values.
         on_extra, input_mapping, static_inputs and others: see ``Flock.run_batch_async``.
     """
 
     agent_name: str
     rows: Path
-    output: Path | None
-    format: str
+    output: Path | None = None
+    format: str = "csv"
     state: Path
     options: BatchOptions
-    confirm: Callable[[str], None]
+    confirm: Callable[[str], None] = lambda question: None
     progress: Literal["bar", "lines", "json", "none"] = "none"
     force: bool = False
     retry: Literal["failed", "cancelled", "all"] = "cancelled"
@@ -78,6 +81,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
     with_usage: bool = False
     like_input: bool = False
     files: Path | None = None
+    expected: Mapping[str, Field] = {}
 
     @property
     def stored_options(self) -> BatchOptions:
@@ -94,7 +98,7 @@ async def run_batch_file(
     job: BatchFile,
     stdout: IO[bytes],
     report: Callable[[str], None],
-    show: Callable[[Sequence[Run]], None] | None = None,
+    read: Callable[[EmbeddedEngine, Batch], Awaitable[None]] | None = None,
 ) -> tuple[Batch, bool]:
     """Run a batch to its end, and write its results in the order of the rows, also if some have failed.
 
@@ -103,7 +107,7 @@ async def run_batch_file(
 
     Args:
         report: receives a message if there are results of an earlier call.
-        show: receives the first rows that have ended, up to 1,000, and no output is written.
+        read: reads the results from the engine when the batch has ended. No output is written.
 
     Returns: the batch, and whether there was anything to do.
 
@@ -135,11 +139,8 @@ async def run_batch_file(
                     batch = await print_progress(engine, batch.batch_id, as_json=job.progress == "json")
                 else:
                     batch = await follow_batch(engine, batch.batch_id, is_shown=job.progress == "bar")
-                if show is not None:
-                    items = await engine.get_items(batch.batch_id, statuses=["completed", "failed"])
-                    show(items)
-                    return batch, is_left
-                await _write(flock, job, batch, item_pages(engine, batch.batch_id), stdout)
+                pages = item_pages(engine, batch.batch_id)
+                await (read(engine, batch) if read else _write(flock, job, batch, pages, stdout))
         except Exception:
             if batch is None and not stored:
                 remove_state(state)
@@ -177,6 +178,7 @@ async def _write(
 ) -> None:
     names, columns = batch.extra_names, columns_of(job.agent_name, flock.agents)
     options: Any = {"escape_formulas": job.escape_formulas, "with_usage": job.with_usage}
+    options["version_of"] = batch.version_of if batch.is_mixed else None
     if job.like_input:
         dialect = replace(job.dialect, delimiter="\t") if job.format == "tsv" else job.dialect
         pieces = results_like(job.rows, dialect, pages, columns[1], **options)
@@ -223,7 +225,7 @@ async def check_batch_file(flock: DeclaredFlock, job: BatchFile) -> BatchCheck:
 
     Raises: AgentNotFound, TooLarge, OSError; InvalidData if neither a row nor a header can be read.
     """
-    row_mapping = flock.row_mapping(job.agent_name, job.static_inputs, job.input_mapping, job.on_extra)
+    row_mapping = _row_mapping(flock, job)
     limits, agent = limits_for_one_batch(1), flock.agents[job.agent_name]
     engine = flock.engine(limits=limits)
     async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
@@ -233,8 +235,14 @@ async def check_batch_file(flock: DeclaredFlock, job: BatchFile) -> BatchCheck:
         return await check_batch(engine, agent, files, rows, row_mapping, job.on_invalid)
 
 
-async def _accept(engine: Engine, flock: DeclaredFlock, job: BatchFile, digest: str) -> Batch:
+def _row_mapping(flock: DeclaredFlock, job: BatchFile) -> RowMapping:
     row_mapping = flock.row_mapping(job.agent_name, job.static_inputs, job.input_mapping, job.on_extra)
+    row_mapping.expected = job.expected
+    return row_mapping
+
+
+async def _accept(engine: Engine, flock: DeclaredFlock, job: BatchFile, digest: str) -> Batch:
+    row_mapping = _row_mapping(flock, job)
     async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
         return await engine.submit_batch(
             job.agent_name, rows, job.stored_options, on_invalid=job.on_invalid, request_id=digest
@@ -251,7 +259,8 @@ def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
     models = models_of(flock.model, "the flock")
     made_by = recipe_of(job.agent_name, flock.agents, models, flock.shared.model_hooks) or names_of(models)
     options = (flock.name, made_by, job.agent_name, job.on_invalid, job.on_extra, job.dialect, job.options.timeout_s)
-    fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()))
+    expected = ((column, field.name) for column, field in job.expected.items())
+    fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()), *expected)
     digest.update(msgspec.json.encode((options, fills)))
     if job.files is not None:
         own = tuple(_real_path(each) for each in (job.state, job.output) if each is not None)
@@ -326,7 +335,7 @@ async def _check_changed(flock: DeclaredFlock, job: BatchFile, stored: Sequence[
     earlier = [batch for batch in stored if batch.agent_name == job.agent_name and batch.recipe is not None]
     if not earlier or any(batch.recipe == recipe for batch in earlier):
         return
-    row_mapping = flock.row_mapping(job.agent_name, job.static_inputs, job.input_mapping, job.on_extra)
+    row_mapping = _row_mapping(flock, job)
     async with contextlib.aclosing(file_rows(job.rows, row_mapping, job.dialect)) as rows:
         count = 0
         async for row in rows:

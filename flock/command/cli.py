@@ -24,6 +24,7 @@ from flock.command.arguments import (
     pop_fields,
 )
 from flock.command.batch import batch
+from flock.command.evaluate import evaluate
 from flock.command.server import ServerSettings, WorkerSettings, passed_listener, run_worker, serve_flock, serve_workers
 from flock.command.stdio import serve_stdio, state_file, take_streams
 from flock.command.target import load_flock
@@ -395,3 +396,4 @@ def _answer_on_terminal(question: Question) -> Any:
 
 
 main.add_command(batch)
+main.add_command(evaluate)

@@ -21,7 +21,7 @@ from flock.agents.agent import Agent, ModelAgent
 from flock.agents.clients import settings_for
 from flock.agents.graph import graph_of
 from flock.agents.hooks import Hook
-from flock.agents.versions import recipe_of
+from flock.agents.versions import label_of, recipe_of
 from flock.engine.intake import Intake
 from flock.engine.rowchecks import as_json
 from flock.errors import (
@@ -297,6 +297,10 @@ class EngineBase(Engine):
     def recipe_of(self, agent_name: str) -> str | None:
         """Return what makes the results of an agent; see ``Batch.recipe``."""
         return recipe_of(agent_name, self._agents, self._default_models, self._model_hooks)
+
+    def recipe_and_version(self, agent_name: str) -> tuple[str | None, str]:
+        """Return the recipe and the version of an agent; see ``Batch``."""
+        return self.recipe_of(agent_name), label_of(agent_name, self._agents, self._default_models, self._model_hooks)
 
     def _check_not_spent(self, batch: Batch, max_cost: float | None) -> None:
         """Raise InvalidData if a retry of *batch*, with *max_cost* if it is not None, could call no model."""

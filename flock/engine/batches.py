@@ -43,7 +43,7 @@ class Batches:
     Args:
         start_task: calls a function with a batch in a new task of the engine, unless the engine is shutting down.
         next_change: returns a function that waits for the next change in the store.
-        recipe_of: returns what makes the results of an agent now; see ``Batch.recipe``.
+        recipe_and_version: returns the recipe and the version that an agent has now; see ``Batch``.
     """
 
     store: BatchStore
@@ -51,7 +51,7 @@ class Batches:
     start_task: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], object]
     next_change: Callable[[], Callable[[], Awaitable[None]]]
     limits: Limits
-    recipe_of: Callable[[str], str | None]
+    recipe_and_version: Callable[[str], tuple[str | None, str]]
 
     def __post_init__(self) -> None:
         #: batches that are being processed here and were cancelled
@@ -138,12 +138,14 @@ class Batches:
         id_ = batch.batch_id
         while batch.reopening and id_ not in self.cancelled:
             batch = await self.store.reopen_some(batch)
-        recipe = self.recipe_of(batch.agent_name)
+        recipe, version = self.recipe_and_version(batch.agent_name)
         while id_ not in self.cancelled and batch.recipe is not None and batch.recipe != recipe:
             batch = await self.store.drop_digests(batch)
         if batch.options.reuse:
             await self._take_results(batch)
-        batch = await self.store.begin(batch, now())
+        batch = await self.store.begin(batch, now(), version)
+        if batch.is_mixed:
+            logger.warning("batch %s is mixed: %s", id_, mixed_versions(batch))
         failures = Failures(batch, self.runner.executor.find(batch.agent_name))
         budget = self.runner.executor.budget(batch.options.max_cost, batch.usage, "batch")
         day_budget = self.runner.day_budget_of(batch)
@@ -186,6 +188,11 @@ class Batches:
         after: int | None = -1
         while after is not None and batch.batch_id not in self.cancelled and not self.runner.is_draining:
             after = await self.store.take_results(batch, after, now(), is_own=is_own)
+
+
+def mixed_versions(batch: Batch) -> str:
+    count = len({each.version for each in batch.versions})
+    return f"Its results are of {count} versions of the agent {batch.agent_name!r}; see the column 'version'."
 
 
 class Failures:

@@ -202,7 +202,7 @@ class EmbeddedEngine(EngineBase):
             continue_answered=self._start_answered,
         )
         self._batches = Batches(
-            self.store.batches, self._runner, self._start_task, self._next_change, self._limits, self.recipe_of
+            self.store.batches, self._runner, self._start_task, self._next_change, self._limits, self.recipe_and_version
         )
         self._accepting: set[str] = set()
         self._store_changed = Signal()

@@ -4,7 +4,7 @@ import contextlib
 import csv
 import io
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -38,11 +38,14 @@ JSON_FORMULA = re.compile(rf";(?={SKIPPED}{SIGNS})")
 #: A number that looks like the start of a formula.
 SIGNED_NUMBER = re.compile(r"[+-][0-9]+([.,][0-9]+)?")
 
+VersionOf = Callable[[Run], str | None]
+
 
 class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
     """One ended item in a download: an element of the JSON array, or a line of NDJSON.
 
-    ``extra`` contains the kept columns of its row, if there are any. ``usage`` and ``cost`` are there on request.
+    ``extra`` contains the kept columns of its row, if there are any. ``version`` is there if the batch has several, and
+    ``usage`` and ``cost`` on request.
     """
 
     position: int
@@ -55,6 +58,7 @@ class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
     error_type: str | None
     started_at: Time | None
     completed_at: Time | None
+    version: str | msgspec.UnsetType = msgspec.UNSET
     usage: dict[str, int] | msgspec.UnsetType | None = msgspec.UNSET
     cost: float | msgspec.UnsetType = msgspec.UNSET
 
@@ -85,6 +89,7 @@ class CSVWriter:
         escape_formulas: insert a ``'`` before text that a spreadsheet would execute, even after a semicolon, a tab or a
             newline. In JSON, such a semicolon is written as ``\\u003b``.
         with_usage: add the columns ``input_tokens``, ``output_tokens`` and ``cost`` at the end.
+        version_of: adds a column ``version``; see ``Batch.version_of``.
         delimiter, decimal: as in ``CSVDialect``.
     """
 
@@ -96,10 +101,11 @@ class CSVWriter:
         *,
         escape_formulas: bool = True,
         with_usage: bool = False,
+        version_of: VersionOf | None = None,
         delimiter: str = ",",
         decimal: str = ".",
     ) -> None:
-        self._with_usage, self._decimal = with_usage, decimal
+        self._with_usage, self._version_of, self._decimal = with_usage, version_of, decimal
         self._extra, self._inputs, self._outputs, self._escape_formulas = extra, inputs, outputs, escape_formulas
         self._buffer = io.StringIO()
         self._writer = csv.writer(self._buffer, delimiter=delimiter)  # ends lines with CRLF, as in RFC 4180
@@ -110,11 +116,11 @@ class CSVWriter:
 
     def names(self) -> list[str]:
         """Return the names of the columns. A duplicate name gets a prefix with its origin."""
-        names = list(self._extra)
+        names, versions = list(self._extra), ["version"] if self._version_of else []
         for prefix, group in (
             ("inputs", ["inputs"] if self._inputs is None else self._inputs),
             ("result", ["result"] if self._outputs is None else self._outputs),
-            ("run", ["status", "error", *(USAGE_COLUMNS if self._with_usage else ())]),
+            ("run", ["status", "error", *versions, *(USAGE_COLUMNS if self._with_usage else ())]),
         ):
             names += [f"{prefix}.{name}" if name in names else name for name in group]
         return names
@@ -136,6 +142,8 @@ class CSVWriter:
                 yield self._cell_of(members.get(name))
         yield item.status.value
         yield self._cell(item.error or "")
+        if self._version_of:
+            yield self._cell(self._version_of(item) or "")
         if self._with_usage:
             numbers: tuple[Any, ...] = (None, None, None)
             if (usage := item.usage) is not None:
@@ -184,6 +192,7 @@ class _TypedTable(CSVWriter):
         members = [{"": ""} if group is None else group for group in (self._inputs, self._outputs)]
         groups = [dict.fromkeys(self._extra, ""), *members]
         kinds = [group[name] if isinstance(group, Mapping) else "" for group in groups for name in group] + ["", ""]
+        kinds += [""] if self._version_of else []
         return [*kinds, "integer", "integer", "number"] if self._with_usage else kinds
 
 
@@ -195,15 +204,18 @@ async def results_as(
     escape_formulas: bool,
     *,
     with_usage: bool = False,
+    version_of: VersionOf | None = None,
     has_invalid: bool = False,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the items of *pages* in a format of ``FORMATS``, with their tokens and cost if *with_usage*.
+
+    *version_of* adds the version of the agent; see ``Batch.version_of``.
 
     If *has_invalid*, inputs are text in formats with types, since inputs of invalid items may have any type.
     """
     if FORMATS[format_].extra:
         columns = (columns[0] and dict.fromkeys(columns[0], ""), columns[1]) if has_invalid else columns
-        typed = _TypedTable(extra, *columns, escape_formulas=False, with_usage=with_usage)
+        typed = _TypedTable(extra, *columns, escape_formulas=False, with_usage=with_usage, version_of=version_of)
         rows = ([list(typed._row(item)) for item in page] async for page in pages)
         written = binary_pieces(format_, typed.names(), typed.kinds(), rows)
         async with contextlib.aclosing(written) as pieces:  # it removes its files
@@ -211,7 +223,8 @@ async def results_as(
                 yield piece
         return
     delimiter = "\t" if format_ == "tsv" else ","
-    table = CSVWriter(extra, *columns, escape_formulas=escape_formulas, with_usage=with_usage, delimiter=delimiter)
+    options: Any = {"with_usage": with_usage, "version_of": version_of}
+    table = CSVWriter(extra, *columns, escape_formulas=escape_formulas, delimiter=delimiter, **options)
     encoder, share, separator = msgspec.json.Encoder(), FairShare(), b""
     yield b"[" if format_ == "json" else b"" if format_ == "ndjson" else table.header()
     async for page in pages:
@@ -220,7 +233,7 @@ async def results_as(
             if format_ in ("csv", "tsv"):
                 text += table.rows([item])
             else:
-                text += separator + encoder.encode(_batch_item(item, with_usage))
+                text += separator + encoder.encode(_batch_item(item, **options))
                 text += b"\n" if format_ == "ndjson" else b""
                 separator = b"," if format_ == "json" else b""
             await share.checkpoint()
@@ -229,6 +242,7 @@ async def results_as(
     yield b"]\n" if format_ == "json" else b""
 
 
-def _batch_item(item: Run, with_usage: bool) -> BatchItem:
-    costs = {"cost": None, **shown_usage(item.usage)} if with_usage else {"cost": None, "usage": msgspec.UNSET}
-    return shown_as(BatchItem, item, **costs)
+def _batch_item(item: Run, with_usage: bool, version_of: VersionOf | None) -> BatchItem:
+    more: dict[str, Any] = {"cost": None, "version": version_of(item) if version_of else None}
+    more |= shown_usage(item.usage) if with_usage else {"usage": msgspec.UNSET}
+    return shown_as(BatchItem, item, **more)

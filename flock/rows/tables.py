@@ -90,6 +90,7 @@ class RowMapping:
 
     Attributes:
         columns: the names of all columns, or of all members of rows, in order of first appearance.
+        expected: outputs by the columns that have their expected values, which are kept with the types of the outputs.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class RowMapping:
         self.names = {key: name for key, name in (names or {}).items() if name is not None}
         self.dropped = {key: None for key, name in (names or {}).items() if name is None}
         self.columns: dict[str, None] = {}
+        self.expected: Mapping[str, Field] = {}
         self._columns_chars = 0
         self.on_extra = on_extra
         self._result_names = result_names
@@ -168,7 +170,7 @@ class RowMapping:
                 sources[nearest] = pointer  # the error for the missing input would repeat this one
             if problem := self.problem_of(key, missing, inputs):
                 errors.append(FieldError(detail=problem, pointer=pointer))
-            elif self.on_extra == "keep":
+            elif self.on_extra == "keep" or key in self.expected:
                 if unreadable := explain(Any, bytes(value), pointer):
                     errors += unreadable
                 else:
@@ -206,6 +208,8 @@ class RowMapping:
 
     def problem_of(self, key: str, missing: Collection[str], inputs: Collection[str]) -> str:
         """Return an error message for a member or column that is not an input, or "" if it is accepted."""
+        if key in self.expected:
+            return ""
         if self.on_extra == "reject" or self.nearest(key) in missing:
             return self.unknown_input(key, inputs, HINT_FOR_EXTRA)
         if self.on_extra == "keep" and key in self._result_names:
@@ -512,6 +516,8 @@ class _Columns:
         header = set(self._header)
         for column in (name for name in (*row_mapping.names, *row_mapping.dropped) if name not in header):
             yield column, f"input_mapping contains the column {column!r}, but the header does not."
+        for column in (name for name in row_mapping.expected if name not in header):
+            yield column, f"There is no column {column!r} with expected values."
         for name in (field for field in row_mapping.fields if field in missing and field not in misspelled):
             hint = f'Choose one with input_mapping={{"COLUMN": "{name}"}} (--map COLUMN={name}).'
             yield name, f"The input {name!r} is required, but there is no column for it. {hint}"
@@ -542,6 +548,8 @@ class _Columns:
         if not row_mapping.is_extra(column):
             name = row_mapping.names.get(column, column)
             return _cell_reader(row_mapping.fields[name], name in row_mapping.static, max_depth, self._dialect)
+        if column in row_mapping.expected:
+            return _cell_reader(row_mapping.expected[column], False, max_depth, self._dialect)
         return _as_text if row_mapping.on_extra == "keep" else _drop
 
 

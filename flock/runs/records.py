@@ -66,6 +66,7 @@ __all__ = [
     "Statuses",
     "Step",
     "Time",
+    "Version",
     "bad_role",
     "name_and_caller",
     "shown_as",
@@ -618,6 +619,13 @@ OnInvalid = Literal["reject", "skip"]
 OnExtra = Literal["reject", "ignore", "keep"]
 
 
+class Version(msgspec.Struct, frozen=True):
+    """A version of an agent, and since when the items of a batch have ended with it."""
+
+    version: str
+    since: Time
+
+
 class Batch(_Record, frozen=True, kw_only=True):
     """Many runs of one agent. ``completed_items`` counts all items that have ended, in any final status.
 
@@ -637,6 +645,7 @@ class Batch(_Record, frozen=True, kw_only=True):
         invalid_items: how many items have invalid inputs. They never run.
         recipe: a digest of what makes the results of its items; None if equal inputs may have other results.
         skipped_rows: how many rows of its table had no value, if any.
+        versions: the versions of its agent that have executed its items, in order; none on a cluster.
     """
 
     batch_id: str
@@ -654,6 +663,18 @@ class Batch(_Record, frozen=True, kw_only=True):
     invalid_items: int = 0
     recipe: str | None = None
     skipped_rows: int | None = None
+    versions: tuple[Version, ...] = ()
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its results may be of several versions of its agent."""
+        return len({each.version for each in self.versions}) > 1
+
+    def version_of(self, item: Run) -> str | None:
+        """Return the version of the agent that has ended *item*; None if none has."""
+        if item.completed_at is None or item.status is RunStatus.CANCELLED:
+            return None
+        return next((each.version for each in reversed(self.versions) if each.since < item.completed_at), None)
 
     @property
     def is_spent(self) -> bool:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from flock.errors import OwnershipLost, StoreError
-from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, Run, RunStatus, stub_of
+from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, Run, RunStatus, Version, stub_of
 from flock.steps.outcomes import (
     CANCELLED,
     CANCELLED_BEFORE_START,
@@ -31,6 +31,7 @@ from flock.store.columns import (
     Damaged,
     batch_or_remains,
     batch_values,
+    json_or_null,
     micros,
     names_json,
     names_of_retriers,
@@ -158,9 +159,18 @@ class SQLiteBatchStore(BatchStore):
 
     # Processing
 
-    async def begin(self, batch: Batch, now: datetime) -> Batch:
-        values = {"now": micros(now), "batch_id": batch.batch_id}
-        return await self._change_own(batch, lambda db: db.execute(statements.BEGIN_BATCH, values))
+    async def begin(self, batch: Batch, now: datetime, version: str) -> Batch:
+        def apply(db: sqlite3.Connection) -> None:
+            current = queries.find_batch(db, batch.batch_id)
+            assert current is not None
+            kept = current.completed_items - current.cancelled_items - current.invalid_items
+            versions = current.versions if kept else ()
+            if not versions or versions[-1].version != version:
+                versions = (*versions, Version(version, now if versions else batch.created_at))
+            values = {"now": micros(now), "batch_id": batch.batch_id, "versions": json_or_null(versions)}
+            db.execute(statements.BEGIN_BATCH, values)
+
+        return await self._change_own(batch, apply)
 
     async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False) -> Batch:
         def apply(db: sqlite3.Connection) -> None:

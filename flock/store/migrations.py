@@ -355,6 +355,8 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "ALTER TABLE webhook_urls ADD COLUMN engine_id TEXT",
         "CREATE INDEX webhooks_down ON webhooks (flock, agent_name, ifnull(first_try_at, 0)) WHERE status = 'pending'",
     ],
+    # Which versions of its agent have executed a batch.
+    ["ALTER TABLE batches ADD COLUMN versions BLOB"],
 ]
 
 

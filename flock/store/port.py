@@ -149,8 +149,8 @@ class BatchStore(Protocol):
             are_suspects: return only suspects.
         """
 
-    async def begin(self, batch: Batch, now: datetime) -> Batch:
-        """Mark a batch as running and return it. Raises OwnershipLost."""
+    async def begin(self, batch: Batch, now: datetime, version: str) -> Batch:
+        """Mark a batch as running with this version of its agent, and return it. Raises OwnershipLost."""
 
     async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False) -> Batch:
         """Write the final status of a batch, and an error if no item completed, or if ``max_cost`` is spent.

@@ -324,7 +324,7 @@ COUNT_STAGED_ITEMS = "UPDATE batches SET total_items = total_items + ? WHERE bat
 COUNT_ENDED_ITEMS = """UPDATE batches SET completed_items = completed_items + ?, failed_items = failed_items + ?,
     cancelled_items = cancelled_items + ? WHERE batch_id = ?"""
 BEGIN_BATCH = """UPDATE batches SET status = 'running', started_at = ifnull(started_at, :now), resumed_at = :now,
-    resumed_with = completed_items WHERE batch_id = :batch_id"""
+    resumed_with = completed_items, versions = :versions WHERE batch_id = :batch_id"""
 END_BATCH = """UPDATE batches SET status = ?, error = ?, error_type = ?, completed_at = ?, reopening = NULL,
     failed_items = ?, completed_items = total_items WHERE batch_id = ?"""
 #: Whether items were cancelled because ``max_cost`` was spent.

@@ -612,6 +612,7 @@ class BatchSummary(msgspec.Struct, frozen=True, kw_only=True):
     estimated_cost: float | msgspec.UnsetType = msgspec.UNSET
     max_cost: float | msgspec.UnsetType = msgspec.UNSET
     skipped_rows: int | msgspec.UnsetType = msgspec.UNSET
+    versions: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
 class FlockBatchResponse(BatchSummary, frozen=True, kw_only=True):
@@ -718,6 +719,7 @@ def shown_with_costs(type_: type[T], record: Any, **more: Any) -> T:
     """Like ``shown_as``, with ``usage`` and ``cost``."""
     if isinstance(record, Batch):
         more["max_cost"] = record.options.max_cost
+        more["versions"] = [each.version for each in record.versions] if record.is_mixed else None
     return shown_as(type_, record, **more, **{"cost": None, **_costs(record.usage)})
 
 

@@ -4,7 +4,7 @@ import { link, updateAddress, url } from "./address.js";
 import { Problem, get, post, send } from "./api.js";
 import { lastAgents, outputsOf } from "./chain.js";
 import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
-import { button, fact, fill, h, select } from "./dom.js";
+import { button, fact, fill, h, quiet, select } from "./dom.js";
 import { events } from "./events.js";
 import { textOf } from "./json.js";
 import { hasKey } from "./key.js";
@@ -102,7 +102,11 @@ export async function show(main, { id, params, signal }) {
       spent(batch),
       fact("Batch", h("code", batch.batch_id)),
     );
-    fill(parts.error, batch.status === "failed" && failure(batch, "The batch failed"));
+    fill(
+      parts.error,
+      batch.status === "failed" && failure(batch, "The batch failed"),
+      batch.status === "completed" && batch.error && quiet(batch.error),
+    );
     if (!isFinal(batch.status))
       live.sayRarely(`${batch.progress_percentage} % done, ${count(batch.failed_items)} failed.`);
   }
@@ -140,6 +144,7 @@ export async function show(main, { id, params, signal }) {
       isFinal(batch.status)
         ? [
             failed_items > 0 && retry("Retry failed rows", { only: "failed" }),
+            failed_items > 0 && cancelled_items > 0 && retry("Resume cancelled rows", { only: "cancelled" }),
             cancelled_items > 0 && retry(failed_items ? "Resume all" : "Resume", {}),
           ]
         : button("Cancel", cancel),

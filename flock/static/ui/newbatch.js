@@ -20,6 +20,18 @@ const CHECK_DELAY_MS = 200;
 const SHOWN_ROWS = 5;
 const DELIMITERS = { ",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars" };
 const WORKERS = "Rows in parallel";
+const ENCODINGS = [
+  ...["utf-8", "utf-16", "windows-1252", "windows-1250", "windows-1251", "iso-8859-15"],
+  ...["shift_jis", "euc-jp", "gb18030", "big5", "euc-kr"],
+];
+const CSV_DEFAULTS = { delimiter: ",", decimal: ".", encoding: "utf-8" };
+const above = { type: "number", exclusiveMinimum: 0 };
+/** More options of a batch: their names in the API, and their fields. */
+const MORE = {
+  sample: ["Random rows to try first", { type: "integer", minimum: 1, description: "The others run if you resume." }],
+  max_cost: ["Max cost in US dollars", above],
+  timeout_s: ["Max seconds for a row", above],
+};
 
 export async function show(main, { params, signal }) {
   const { agents } = await get("agents", signal);
@@ -48,6 +60,22 @@ class NewBatch {
     this.others = h("section");
     this.check = h("section", { "aria-label": "Check" });
     this.start = h("section");
+    const ofFile = (options, name) =>
+      select(options, session.get(name), {
+        onchange: ({ target }) => {
+          session.set(name, target.value);
+          this.report(this.setRows());
+        },
+      });
+    const decimals = [
+      [".", "point: 0.5"],
+      [",", "comma: 0,5"],
+    ];
+    this.decimal = ofFile(decimals, "batch decimal");
+    this.encoding = ofFile(
+      ENCODINGS.map((name) => [name, name]),
+      "batch encoding",
+    );
     this.makeStart();
   }
 
@@ -58,13 +86,18 @@ class NewBatch {
       title("New batch"),
       aboutBatches(),
       h("section", agent),
-      h("section", h("h2", "Rows"), this.source.node),
+      h("section", h("h2", "Rows"), this.source.node, this.ofCSV()),
       this.columns,
       this.needed,
       this.others,
       this.check,
       this.start,
     ];
+  }
+
+  ofCSV() {
+    const fields = [withLabel("Decimals", this.decimal), withLabel("Encoding of a file", this.encoding)];
+    return h("details", h("summary", "Numbers and encoding of CSV"), h("div.columns", fields));
   }
 
   report(work) {
@@ -106,8 +139,9 @@ class NewBatch {
     if (!rows) return this.clear();
     this.checking.abort();
     this.startButton.disabled = this.isLoading = true; // it would start the previous rows
-    const format = await formatOf(rows),
-      head = await headOf(rows);
+    const encoding = rows.name ? this.encoding.value : "utf-8"; // pasted text has none
+    const format = { decimal: this.decimal.value, encoding, ...(await formatOf(rows, encoding)) },
+      head = await headOf(rows, encoding);
     signal.throwIfAborted();
     const columns = await this.columnsOf(head, format, signal);
     Object.assign(this, { rows, format, head, isLoading: false });
@@ -118,7 +152,7 @@ class NewBatch {
   }
 
   async columnsOf(head, format, signal) {
-    const options = { agent_name: this.agent.name, on_extra: "ignore", ...delimiterOf(format) };
+    const options = { agent_name: this.agent.name, on_extra: "ignore", ...optionsOf({ ...format, encoding: "utf-8" }) };
     try {
       return (await checkRows(head, format, options, { signal })).columns;
     } catch (error) {
@@ -269,7 +303,8 @@ class NewBatch {
   async checkAll(options, isComplete, signal) {
     await pause(CHECK_DELAY_MS, signal);
     if (!isComplete || this.head !== this.rows) {
-      const { rows } = await checkRows(this.head, this.format, options, { signal });
+      const ofHead = options.encoding ? { ...options, encoding: "utf-8" } : options;
+      const { rows } = await checkRows(this.head, this.format, ofHead, { signal });
       this.drawSample(rows);
       this.canStart = isComplete && rows.length > 0;
       if (!isComplete) return;
@@ -335,6 +370,15 @@ class NewBatch {
         /* the field shows the error */
       }
     });
+    const more = Object.fromEntries(Object.values(MORE));
+    this.more = form({ properties: more }, JSON.parse(session.get("batch options") ?? "{}"));
+    this.more.node.addEventListener("change", () => {
+      try {
+        session.set("batch options", JSON.stringify(this.more.read()));
+      } catch {
+        /* the field shows the error */
+      }
+    });
     this.startError = h("div");
     this.upload = h("div");
     this.startHint = h("p.quiet");
@@ -361,6 +405,7 @@ class NewBatch {
       this.start,
       h("h2", "Start"),
       h("div.columns", withLabel("Invalid rows", this.invalid), this.workers.node),
+      h("details", h("summary", "More options"), this.more.node),
       this.startError,
       this.upload,
       actions(
@@ -380,7 +425,7 @@ class NewBatch {
       on_extra: "keep",
       ...(Object.keys(mapping).length ? { input_mapping: JSON.stringify(mapping) } : {}),
       ...(Object.keys(statics).length ? { static_inputs: JSON.stringify(statics) } : {}),
-      ...delimiterOf(this.format),
+      ...optionsOf(this.format),
     };
   }
 
@@ -388,9 +433,12 @@ class NewBatch {
     try {
       for (const fields of this.fields) fields.read();
       const workers = this.workers.read()[WORKERS] ?? 5;
-      return { ...this.options(this.statics()), on_invalid: this.invalid.value, max_workers: workers };
+      const chosen = this.more.read();
+      const more = Object.entries(MORE).flatMap(([name, [label]]) => (label in chosen ? [[name, chosen[label]]] : []));
+      const options = { ...this.options(this.statics()), ...Object.fromEntries(more) };
+      return { ...options, on_invalid: this.invalid.value, max_workers: workers };
     } catch (error) {
-      const forms = [...this.fields, this.workers];
+      const forms = [...this.fields, this.workers, this.more];
       forms
         .map((fields) => fields.error(error.pointer, error.message))
         .find(Boolean)
@@ -438,7 +486,13 @@ class NewBatch {
   }
 }
 
-const delimiterOf = ({ kind, delimiter }) => (kind === "csv" && delimiter !== "," ? { delimiter } : {});
+/** The options of a CSV file that are not the defaults. */
+const optionsOf = (format) =>
+  Object.fromEntries(
+    Object.keys(CSV_DEFAULTS)
+      .filter((name) => format.kind === "csv" && format[name] !== CSV_DEFAULTS[name])
+      .map((name) => [name, format[name]]),
+  );
 const listed = (names) => names.map((name) => `“${name}”`).join(", ");
 
 function short(value) {

@@ -1,0 +1,165 @@
+"""The command ``flockapi evaluate``, and what ``Flock.evaluate`` does: a batch for each model, with scores."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import anyio
+import click
+import msgspec
+from msgspec.structs import replace
+
+from flock.agents.agent import ModelAgent
+from flock.agents.graph import graph_of
+from flock.agents.handoff import result_names
+from flock.command import batch as command
+from flock.command.arguments import pairs, pop_fields
+from flock.command.batchfile import BatchFile, forget, run_batch_file
+from flock.command.target import load_flock
+from flock.command.terminal import echo
+from flock.declared import BatchInputs, DeclaredFlock, agent_of
+from flock.engine.embedded import EmbeddedEngine
+from flock.engine.rowchecks import as_json, iterate
+from flock.errors import DefinitionError
+from flock.formats import each_row
+from flock.jsontype import Field
+from flock.models.models import models_of, names_of
+from flock.nearest import did_you_mean
+from flock.rows.files import MAX_ROW_BYTES
+from flock.rows.results import item_pages
+from flock.rows.scores import KNOWN, ModelScore, Score, add_scores, difference, score_named
+from flock.runs import Batch, BatchOptions, RunStatus
+
+#: The options of ``flockapi batch`` that an evaluation has too.
+SHARED = """target agent rows max_workers mapped static on_extra delimiter decimal encoding timeout_s max_cost
+    max_failures limit sample seed progress dedupe state retry forget""".split()
+#: Max characters of a value in the terminal.
+SHOWN_CHARS = 60
+SCORES = f"How an output is compared: {KNOWN}. Repeatable.  [default: set for lists, exact for others]"
+MODELS = "Model in place of the flock's. Repeat it to compare others with the first on the same rows."
+
+
+async def _evaluate(
+    flock: DeclaredFlock, job: BatchFile, expect: Mapping[str, str], scores: Mapping[str, Score], models: Sequence[Any]
+) -> list[tuple[ModelScore, Batch]]:
+    """Run a batch for each model, or for the flock's own, and score its results; see ``Flock.evaluate_async``.
+
+    Cancellation: finished rows are kept for the next call.
+    """
+    job = replace(job, expected=_expected(flock, job.agent_name, expect, scores))
+    names = {job.agent_name, *(each.to for each in graph_of(job.agent_name, flock.agents))}
+    for agent in (agent for name, agent in flock.agents.items() if len(models) > 1 and name in names):
+        if isinstance(agent, ModelAgent) and agent.model:
+            raise DefinitionError(f"The agent {agent.name!r} has a model of its own. Omit it there to compare models.")
+    found, own, first = list[tuple[ModelScore, Batch]](), flock.model, None
+    of_agent = getattr(flock.agents[job.agent_name], "model", None)
+
+    async def read(score: ModelScore, engine: EmbeddedEngine, done: Batch) -> None:
+        nonlocal first
+        flock.model = own  # a score may run agents of this flock
+        numbers = await add_scores(score, item_pages(engine, done.batch_id), expect, scores)
+        score.difference = None if first is None else difference(numbers, first)
+        first = first or numbers
+
+    for model in models or [own]:
+        score = ModelScore(model=", ".join(names_of(models_of(of_agent or model, "the flock"))) or job.agent_name)
+        flock.model = model
+        try:
+            done, _ = await run_batch_file(flock, job, BytesIO(), lambda text: None, partial(read, score))
+        finally:
+            flock.model = own
+        found.append((score, done))
+    return found
+
+
+def _expected(
+    flock: DeclaredFlock, agent_name: str, expect: Mapping[str, str], scores: Mapping[str, Score]
+) -> Mapping[str, Field]:
+    """Return the outputs by the columns that have their expected values. Raises AgentNotFound, DefinitionError."""
+    agents, known = [*flock.agents.values(), agent_of(flock.agents, agent_name)], result_names(agent_name, flock.agents)
+    outputs = {field.name: field for agent in agents for field in agent.output.fields if field.name in known}
+    for name in [*expect.values(), *scores]:
+        if name not in outputs or name not in expect.values():
+            hint = f"{did_you_mean(name, outputs)} Known outputs: {', '.join(outputs)}."
+            raise DefinitionError(f"There is no expected output {name!r}.{hint}")
+    for column in expect.keys() & {field.name for field in agents[-1].input.fields}:
+        raise DefinitionError(f"The column {column!r} is an input. Name another one: --expect COLUMN={expect[column]}.")
+    return {column: outputs[name] for column, name in expect.items()}
+
+
+async def evaluate_rows(
+    flock: DeclaredFlock, name: str, rows: BatchInputs, expect: Any, scores: Any, models: Any, **options: Any
+) -> list[ModelScore]:
+    """Evaluate the rows of a file, or others after they were written to one; see ``Flock.evaluate_async``."""
+    with tempfile.TemporaryDirectory(prefix="flock-") as folder:
+        path = Path(rows) if isinstance(rows, str | Path) else Path(folder, "rows.ndjson")
+        if not isinstance(rows, str | Path):
+            lines = [as_json(row, "/batch_inputs", MAX_ROW_BYTES) async for row in iterate(each_row(rows))]
+            path.write_bytes(b"\n".join(lines))
+        batch, state = BatchOptions(**pop_fields(options, BatchOptions)), options.pop("store", Path(folder, "flock.db"))
+        job = BatchFile(agent_name=name, rows=path, state=Path(state), options=batch, **options)
+        columns = expect if isinstance(expect, Mapping) else {name: name for name in expect}
+        return [score for score, _ in await _evaluate(flock, job, columns, scores, models)]
+
+
+@click.command(params=[param for param in command.batch.params if param.name in SHARED])
+@click.option("--expect", multiple=True, required=True, metavar="COLUMN[=OUTPUT]", help="Column of expected outputs.")
+@click.option("--score", "scores", multiple=True, metavar="OUTPUT=SCORE", help=SCORES)
+@click.option("--model", "models", multiple=True, envvar="FLOCK_MODEL", metavar="PROVIDER/MODEL", help=MODELS)
+@click.option("--json", "file", type=click.Path(path_type=Path), metavar="FILE", help="Write the scores as JSON.")
+@click.option("--at-least", type=float, metavar="SCORE", help="Exit with 1 if the score of a model is lower.")
+def evaluate(target: str, agent: str, rows: Path, state: Path | None, expect: Sequence[str], **options: Any) -> None:
+    """Run AGENT on each row of a file, and compare its outputs with the columns that have the expected values.
+
+    It is a batch like that of flockapi batch: the same command continues, rows that have not changed are not paid
+    again, and --forget removes the store.
+
+    The score of a row is the mean of its outputs, and 0 if it failed. The exit code is 1 if a score is below
+    --at-least or rows were cut off, and 0 otherwise.
+    """
+    state, file, at_least = state or Path(f"{rows.name}.flock.db"), options.pop("file"), options.pop("at_least")
+    command.check_paths(rows, file or command.STDOUT, state)
+    with command.explaining_errors(rows, file or command.STDOUT, state), command.batch_process():
+        if options.pop("forget"):
+            command.print_stderr(f"{state} was removed." if forget(state) else f"There is no {state}.")
+            return
+        flock, models = load_flock(target), options.pop("models")
+        scores = {name: score_named(text) for name, text in pairs(options.pop("scores"), "--score", SCORES).items()}
+        columns = {column: name or column for column, _, name in (each.partition("=") for each in expect)}
+        job = command.job_of(flock, agent, options, rows=rows, state=state)
+        found = anyio.run(_evaluate, flock, job, columns, scores, models)
+        _print([score for score, _ in found])
+        if file is not None:
+            file.write_bytes(msgspec.json.format(msgspec.json.encode([score for score, _ in found])) + b"\n")
+        for _, done in found:
+            command.print_mixed(done)
+            if done.status is not RunStatus.COMPLETED:
+                command.print_stderr(f"{done.error}")
+    are_left = any(done.cancelled_items and done.status is not RunStatus.COMPLETED for _, done in found)
+    is_low = any((score.score or 0) < (at_least or 0) for score, _ in found)
+    command.end_process(1 if are_left or is_low else 0)
+
+
+def _print(models: Sequence[ModelScore]) -> None:
+    table = [["model", "rows", "failed", "score", *models[0].outputs, "$ per row", "seconds", "difference"]]
+    for each in models:
+        scores = [_shown(number, ".3f") for number in (each.score, *each.outputs.values())]
+        ends = [_shown(each.cost_per_row, ".6f"), _shown(each.latency_s, ".2f")]
+        last = "{:+.3f} ({:+.3f} to {:+.3f})".format(*each.difference) if each.difference else "-"
+        table.append([each.model, f"{each.rows:,}", f"{each.failed:,}", *scores, *ends, last])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for each in models:
+        for row in each.worst:
+            got = (row.error or "").encode() if row.result is None else row.result
+            found = (bytes(text).decode() for text in (row.inputs, msgspec.json.encode(row.expected), got))
+            texts = [text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…" for text in found]
+            echo("{}, row {}: {:.3f} for {}: expected {}, got {}".format(each.model, row.row, row.score, *texts))
+
+
+def _shown(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, form)

@@ -1,0 +1,263 @@
+"""``flockapi evaluate`` and ``Flock.evaluate``: scores of outputs by the values that a table expects."""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from flock.command.cli import main
+from flock.core import Flock, FlockFactory, Model
+from flock.errors import DefinitionError, InvalidData
+from flock.rows.scores import difference, ignoring_case, score_named, set_f1, within
+from flock.testing import Failure, FakeModel, ModelRequest, Reply
+
+TARGET = """
+from typing import TypedDict
+from flock.core import Flock
+
+flock = Flock("target")
+
+class Output(TypedDict):
+    label: str
+    tags: list[str]
+    points: float
+
+@flock.agent(version="1")
+def classify(text: str) -> Output:
+    with open("log", "a") as log:
+        log.write(f"{text}\\n")
+    if text == "fails":
+        raise ValueError(text)
+    return {"label": "Good" if "good" in text else "bad", "tags": text.split(), "points": 1.25}
+
+def half(expected: str, actual: str) -> float:
+    return 0.5
+
+def wrong(expected: str, actual: str) -> str:
+    return "very good"
+"""
+TABLE = 'text,label,tags,points\ngood day,good,"[""day"",""good""]",1.2\nbad day,good,"[""night""]",9\nfails,bad,,\n'
+
+
+@pytest.fixture(autouse=True)
+def _target(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    Path("target.py").write_text(TARGET)
+    Path("rows.csv").write_text(TABLE)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    sys.modules.pop("target", None)
+
+
+def evaluate(*arguments: str, rows: str = "rows.csv") -> Result:
+    sys.modules.pop("target", None)
+    return CliRunner().invoke(main, ["evaluate", "target.py", "classify", rows, *arguments], catch_exceptions=False)
+
+
+ALL = ("--expect", "label", "--expect", "tags", "--expect", "points", "--on-extra", "ignore")
+
+
+def executed() -> list[str]:
+    return sorted(Path("log").read_text().splitlines())
+
+
+def test_the_scores_and_the_worst_rows_are_printed_and_written() -> None:
+    done = evaluate(*ALL, "--score", "label=nocase", "--score", "points=number:0.1", "--json", "scores.json")
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == "model rows failed score label tags points $ per row seconds difference".split()
+    assert lines[1].split()[:7] == ["classify", "3", "1", "0.333", "0.333", "0.500", "0.500"]
+    assert lines[2].startswith(
+        'classify, row 2: 0.000 for {"text":"bad day"}: expected {"label":"good","tags":["night"]'
+    )
+    (score,) = json.loads(Path("scores.json").read_text())
+    assert (score["rows"], score["failed"], score["left"], score["cost_per_row"]) == (3, 1, 0, None)
+    assert score["outputs"] == {"label": pytest.approx(1 / 3), "tags": 0.5, "points": 0.5}
+    assert [row["row"] for row in score["worst"]] == [2, 3]
+    assert score["worst"][1]["expected"] == {"label": "bad"}, "an empty cell is not expected"
+    assert "ValueError" in score["worst"][1]["error"]
+
+
+def test_at_least_is_for_ci() -> None:
+    options = (*ALL, "--score", "label=nocase", "--score", "points=number:0.1", "--at-least")
+    assert evaluate(*options, "0.33").exit_code == 0
+    assert evaluate(*options, "0.34").exit_code == 1
+
+
+def test_the_same_command_continues_and_only_new_rows_run() -> None:
+    assert evaluate(*ALL, "--limit", "1").stdout.splitlines()[1].split()[1:3] == ["1", "0"]
+    assert evaluate(*ALL).exit_code == 0
+    Path("rows.csv").write_text(TABLE + "good night,good,,\n")
+    assert evaluate(*ALL, "--score", "label=nocase").exit_code == 0
+    assert evaluate("--expect", "label", "--on-extra", "ignore").exit_code == 0
+    assert executed() == ["bad day", "fails", "good day", "good night"]
+    assert evaluate("--expect", "label", "--forget").stderr == "rows.csv.flock.db was removed.\n"
+    assert not Path("rows.csv.flock.db").exists()
+
+
+def test_rows_that_are_cut_off_are_left_and_say_why() -> None:
+    done = evaluate(*ALL, "--max-failures", "0", "--max-workers", "1", rows=_reversed())
+    assert (done.exit_code, "before 2 of 3 items were done" in done.stderr) == (1, True), done.stderr
+    assert executed()[-1] == "fails"
+
+
+def _reversed() -> str:
+    header, *lines = TABLE.splitlines()
+    Path("reversed.csv").write_text("\n".join([header, *reversed(lines)]) + "\n")
+    return "reversed.csv"
+
+
+def test_a_german_table_has_decimal_commas_in_expected_numbers() -> None:
+    Path("german.csv").write_text("text;ziel\ngood;1,25\n")
+    done = evaluate("--expect", "ziel=points", "--delimiter", ";", "--decimal", ",", rows="german.csv")
+    assert done.stdout.splitlines()[1].split()[3] == "1.000"
+
+
+def test_a_function_of_the_user_is_a_score() -> None:
+    done = evaluate(*ALL[:2], "--on-extra", "ignore", "--score", "label=target:half")
+    assert done.stdout.splitlines()[1].split()[3] == "0.333", "two halves and a failure"
+    done = evaluate(*ALL[:2], "--on-extra", "ignore", "--score", "label=target:wrong")
+    assert (done.exit_code, "must be a number, not 'very good'" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        pytest.param(["--expect", "lable"], "Did you mean 'label'?", id="unknown output"),
+        pytest.param(["--expect", "missing=label"], "There is no column 'missing' with expected values.", id="column"),
+        pytest.param(["--expect", "text=label"], "The column 'text' is an input.", id="input"),
+        pytest.param(["--expect", "label", "--score", "tags=set"], "no expected output 'tags'", id="score"),
+        pytest.param(["--expect", "label", "--score", "label=best"], "There is no score 'best'. Use exact", id="name"),
+        pytest.param(["--expect", "label", "--score", "label=number:x"], "There is no score", id="tolerance"),
+        pytest.param(["--expect", "label"], "There is no input 'tags'", id="other columns"),
+        pytest.param([], "Missing option '--expect'", id="nothing expected"),
+    ],
+)
+def test_a_mistake_is_reported_before_anything_runs(options: list[str], words: str) -> None:
+    done = evaluate(*options)
+    assert done.exit_code in (1, 2)
+    assert words in done.stderr
+    assert not Path("log").exists()
+
+
+# Models
+
+
+def answers(request: ModelRequest) -> Reply | Failure:
+    number = int(re.findall(r"number (\d+)", request.text)[-1])
+    is_right = request["model"] == "large" or number % 2 == 0
+    return Reply({"answer": str(number) if is_right else "none"})
+
+
+def asking(url: str, **options: Any) -> Flock:
+    flock = Flock("asking", model=Model("fake/small", base_url=url, api_key="none"))
+    flock.add_agent(FlockFactory.create_default_agent("ask", input="text", output="answer", **options))
+    return flock
+
+
+def test_models_are_compared_on_the_same_rows_and_not_paid_again(tmp_path: Path) -> None:
+    """The rows that were executed before have their cost and latency too."""
+    provider = FakeModel(answers)
+    rows = [{"text": f"number {n}", "answer": str(n)} for n in range(20)]
+    with provider.serve() as url:
+        flock = asking(url)
+        models = [Model(f"fake/{name}", base_url=url, api_key="none") for name in ("small", "large")]
+        own = flock.model
+        for paid in (40, 40):
+            small, large = flock.evaluate("ask", rows, ["answer"], models=models, store=tmp_path / "flock.db")
+            assert len(provider.requests) == paid
+            assert (small.model, small.score, small.difference) == ("fake/small", 0.5, None)
+            assert (large.model, large.score, large.worst, large.failed) == ("fake/large", 1.0, [], 0)
+            assert large.difference is not None
+            mean, low, high = large.difference
+            assert (mean, round(low, 2), round(high, 2)) == (0.5, 0.26, 0.74)
+            assert [row.row for row in small.worst] == list(range(2, 21, 2))
+            assert small.latency_s is not None
+        assert flock.model is own
+        changed = asking(url, instructions="Be brief.")
+        changed.evaluate("ask", rows, ["answer"], models=models[:1], store=tmp_path / "flock.db", limit=5)
+    assert len(provider.requests) == 45
+
+
+def test_a_model_of_the_agent_itself_is_not_replaced() -> None:
+    flock = asking("http://127.0.0.1:1", model="openai/gpt-4o")
+    with pytest.raises(DefinitionError, match="has a model of its own"):
+        flock.evaluate("ask", [{"text": "x", "answer": "y"}], ["answer"], models=["openai/gpt-4o", "openai/o3"])
+
+
+def test_the_model_of_an_agent_is_named() -> None:
+    provider = FakeModel(answers)
+    with provider.serve() as url:
+        flock = asking(url, model=Model("fake/large", base_url=url, api_key="none"))
+        (found,) = flock.evaluate("ask", [{"text": "number 1", "answer": "1"}], ["answer"], models=["openai/o3"])
+    assert (found.model, found.score) == ("fake/large", 1.0)
+
+
+def test_scores_of_python_may_be_async_and_run_an_agent() -> None:
+    flock = Flock()
+
+    @flock.agent
+    def work(n: int) -> int:
+        return n * n
+
+    @flock.agent
+    def judge(expected: int, actual: int) -> float:
+        return 1 / (1 + abs(expected - actual))
+
+    async def judged(expected: int, actual: int) -> float:
+        return (await flock.run_async("judge", {"expected": expected, "actual": actual}))["result"]  # type: ignore[no-any-return]
+
+    async def fails(expected: int, actual: int) -> float:
+        raise LookupError("no judge")
+
+    rows: list[dict[str, Any]] = [{"n": 2, "wanted": 4}, {"n": 3, "wanted": 8}, {"n": 4, "wanted": None}]
+    (found,) = flock.evaluate("work", rows, {"wanted": "result"}, scores={"result": judged})
+    assert (found.score, found.rows, found.worst[0].row) == (0.75, 2, 2)
+    with pytest.raises(LookupError, match="no judge"):
+        flock.evaluate("work", rows, {"wanted": "result"}, scores={"result": fails})
+    with pytest.raises(InvalidData, match="at least one item"):
+        flock.evaluate("work", [], {"wanted": "result"})
+
+
+# Scores
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual", "score"),
+    [
+        ([], [], 1.0),
+        (["a"], [], 0.0),
+        (["a", "b"], ["b", "a", "a"], 1.0),
+        (["a", "b"], ["b", "c"], 0.5),
+        ([{"x": 1, "y": 2}], [{"y": 2, "x": 1}], 1.0),
+        ("a", ["a"], 1.0),
+        (["a"], None, 0.0),
+    ],
+)
+def test_lists_are_compared_as_sets(expected: Any, actual: Any, score: float) -> None:
+    assert set_f1(expected, actual) == score
+
+
+def test_text_and_numbers_are_compared_with_tolerance() -> None:
+    assert (ignoring_case(" Yes", "yes"), ignoring_case("yes", None)) == (1.0, 0.0)
+    assert (within(0.5, 1, 1.5), within(0.5, 1, 1.6), within(0.5, 1, None), within(0.5, 1, "1")) == (1, 0, 0, 0)
+    assert score_named("number:0.5")(1, 1.5) == 1
+    assert score_named("exact")("a", "A") == 0
+
+
+def test_the_interval_is_near_that_of_student() -> None:
+    """The quantiles of t for 4 and 29 degrees of freedom are 2.776 and 2.045."""
+    for count, quantile in ((5, 2.776), (30, 2.045)):
+        ours = [float(n % 3) for n in range(count)]
+        found = difference([*ours, 1.0], [*([0.0] * count), math.nan])
+        assert found is not None
+        mean = sum(ours) / count
+        deviation = math.sqrt(sum((each - mean) ** 2 for each in ours) / (count - 1))
+        assert found[0] == pytest.approx(mean)
+        assert (found[2] - found[0]) / deviation * math.sqrt(count) == pytest.approx(quantile, rel=0.03)
+    assert difference([1.0], [0.0]) is None

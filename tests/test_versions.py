@@ -1,0 +1,131 @@
+"""Batches whose items were executed by several versions of an agent: each result says of which one it is."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from flock.core import Flock, FlockFactory
+from flock.errors import AgentError
+from flock.runs import Batch, BatchOptions, RunStatus
+from flock.testing import FakeModel, Reply
+from flockapi import create_app
+from tests.support import PATIENCE_S
+from tests.support.engines import all_items, ended
+from tests.support.http import client_of
+
+pytestmark = pytest.mark.anyio
+
+
+def first_flock(version: str | None = None) -> Flock:
+    flock = Flock()
+
+    @flock.agent(version=version)
+    async def work(n: int) -> str:
+        if n == 2:
+            raise AgentError("not yet")
+        return "one"
+
+    return flock
+
+
+def changed_flock(version: str | None = None) -> Flock:
+    flock = Flock()
+
+    @flock.agent(version=version)
+    async def work(n: int) -> str:
+        return "two"
+
+    return flock
+
+
+async def test_each_result_of_a_mixed_batch_has_its_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An agent that is the same again adds no version. The log warns at each start, and a download has a column."""
+    store, rows = tmp_path / "flock.db", [{"n": n} for n in range(5)]
+    async with first_flock().engine(store=store) as engine:
+        batch = await ended(engine, await engine.submit_batch("work", rows, BatchOptions(limit=3)))
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, options=BatchOptions(limit=4)))
+        assert (len(batch.versions), batch.is_mixed) == (1, False)
+    assert "mixed" not in caplog.text
+    flock = changed_flock()
+    app = create_app(flock, auth="host", engine=flock.engine(store=store))
+    async with app.lifespan(), client_of(app) as client:
+        url = f"/batch/{batch.batch_id}"
+        assert "versions" not in (await client.get(url)).json()
+        before = await client.get(f"{url}/results?format=csv")
+        assert before.text.splitlines()[0] == "n,result,status,error"
+        await client.post(f"{url}/retry", json={"only": "cancelled"})
+        found = (await client.get(f"{url}?wait=30")).json()
+        one, two = found["versions"]
+        text = (await client.get(f"{url}/results?format=csv&usage=true")).text
+        lines = [(row["result"], row["version"]) for row in csv.DictReader(io.StringIO(text))]
+        assert lines == [("one", one), ("one", one), ("", one), ("one", one), ("two", two)]
+        text = (await client.get(f"{url}/results?format=ndjson")).text
+        assert [json.loads(line)["version"] for line in text.splitlines()] == [one, one, one, one, two]
+        listed = (await client.get("/batches")).json()["batches"]
+        assert listed[0]["versions"] == [one, two]
+    warned = [each.getMessage() for each in caplog.records if "mixed" in each.getMessage()]
+    assert warned == [
+        f"batch {batch.batch_id} is mixed: Its results are of 2 versions of the agent 'work'; see the column 'version'."
+    ]
+
+
+@pytest.mark.parametrize(("first", "then", "is_mixed"), [("1", "1", False), ("1", "2", True)])
+async def test_the_version_of_an_agent_says_whether_it_has_changed(first: str, then: str, is_mixed: bool) -> None:
+    async with first_flock(first).engine(store="flock.db") as engine:
+        batch = await engine.submit_batch("work", [{"n": 0}, {"n": 1}], BatchOptions(limit=1))
+        await ended(engine, batch)
+    async with changed_flock(then).engine(store="flock.db") as engine:
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert [item.value["result"] for item in await all_items(engine, batch)] == ["one", "two"]
+    assert batch.is_mixed is is_mixed
+    assert [each.version.partition("-")[0] for each in batch.versions] == ([first, then] if is_mixed else [first])
+
+
+async def test_a_batch_whose_results_are_all_of_the_new_version_is_not_mixed() -> None:
+    """Its items with invalid inputs, and those that were cancelled, are of none."""
+
+    def asking(instructions: str) -> Flock:
+        flock = Flock(model="openai/gpt-4o")
+        agent = FlockFactory.create_default_agent("ask", input="n: int", output="answer", instructions=instructions)
+        flock.add_agent(agent)
+        return flock
+
+    async def one_batch(batch: Batch | None, instructions: str, options: BatchOptions) -> Batch:
+        model = FakeModel(lambda request: Reply({"answer": "yes"}))
+        async with asking(instructions).engine(store="flock.db", transport=model.transport) as engine:
+            if batch is None:
+                rows: list[dict[str, Any]] = [{"n": 1}, {"n": "x"}, {"n": 2}]
+                batch = await engine.submit_batch("ask", rows, options, on_invalid="skip")
+                await engine.cancel_batch(batch.batch_id)
+            else:
+                await engine.retry_batch(batch.batch_id, options=options)
+            batch = await ended(engine, batch)
+            items = await all_items(engine, batch)
+        made = [batch.version_of(item) is not None for item in items]
+        assert made == [item.status is RunStatus.COMPLETED for item in items]
+        return batch
+
+    batch = await one_batch(None, "", BatchOptions())
+    batch = await one_batch(batch, "Be brief.", BatchOptions(limit=1))
+    assert (batch.completed_items - batch.cancelled_items, batch.is_mixed, len(batch.versions)) == (2, False, 1)
+    batch = await one_batch(batch, "Be very brief.", BatchOptions())
+    assert batch.is_mixed
+
+
+async def test_a_batch_runs_if_the_file_of_its_agent_has_changed_since(tmp_path: Path) -> None:
+    """An editor may have saved half a function."""
+    path = tmp_path / "edited.py"
+    path.write_text("def work(n: int) -> int:\n    return (n\n")
+    names: dict[str, Any] = {}
+    exec(compile("def work(n: int) -> int:\n    return n\n", str(path), "exec"), names)
+    flock = Flock()
+    flock.agent(names["work"])
+    async with flock.engine() as engine:
+        with anyio.fail_after(PATIENCE_S):
+            batch = await ended(engine, await engine.submit_batch("work", [{"n": 1}], BatchOptions()))
+    assert (batch.status, len(batch.versions)) == (RunStatus.COMPLETED, 1)
