@@ -467,6 +467,10 @@ async def test_a_run_that_has_changed_or_gone_since_is_reported_without_what_it_
         await client.delete(f"/run/{gone}")
         await client.post(f"/run/{again}/retry")
         await wait_for(client, f"/run/{again}")
+        made = len(inbox.requests) + 1  # and perhaps one that is on its way
+        with anyio.fail_after(PATIENCE_S):
+            while len(inbox.requests) <= made:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
         is_up = True
         events = await inbox.until(3)
     first, second, third = sorted(events, key=lambda event: (event["data"]["attempt"], event["data"]["status"]))
