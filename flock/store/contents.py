@@ -198,7 +198,7 @@ class _ContentsOfPrincipal(FileBox):
                 await anyio.to_thread.run_sync(self._write, file, chunk)
             found = incoming.reference(name)
             try:
-                files.check_declared(declared, found.media_type)
+                files.check_declared(declared, found.media_type, found.size)
             except ValueError as exc:
                 raise InvalidData.of(f"{exc}.", at) from exc
             await anyio.to_thread.run_sync(self._finish, file, path, self.path(found.file_id), found.size)
