@@ -278,11 +278,11 @@ def _digest_of(path: Path) -> "hashlib._Hash":
 
 def _states_of_files(row: Row, folder: Path) -> Iterator[bytes]:
     """Yield what changes with the files that a row may name: any text in it that is the path of a file."""
-    for text in re.findall(rb'"[^"\\]*(?:\\.[^"\\]*)*"', bytes(row.inputs)):
+    for found in re.finditer(rb'"[^"\\]*(?:\\.[^"\\]*)*"', bytes(row.inputs)):
         with contextlib.suppress(OSError, ValueError):  # it is not a path, or there is no file
-            about = os.stat(folder / msgspec.json.decode(text, type=str))
+            about = os.stat(folder / msgspec.json.decode(found[0], type=str))
             if stat.S_ISREG(about.st_mode):
-                yield b"%b %d %d" % (text, about.st_size, about.st_mtime_ns)
+                yield b"%b %d %d" % (found[0], about.st_size, about.st_mtime_ns)
 
 
 @contextlib.contextmanager
