@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal, TypeGuard
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 import msgspec
@@ -42,7 +42,10 @@ TEXT, UNKNOWN = "text/plain", "application/octet-stream"
 #: Media types of texts.
 TEXTS = r"text/|application/(json|xml|yaml|toml|x-ndjson)$|application/.*\+(json|xml)$"
 #: Other names of media types.
-ALIASES = {"image/jpg": "image/jpeg", "audio/mp3": "audio/mpeg", "audio/x-wav": "audio/wav", "audio/wave": "audio/wav"}
+ALIASES = {
+    **{"image/jpg": "image/jpeg", "audio/mp3": "audio/mpeg", "audio/x-wav": "audio/wav", "audio/wave": "audio/wav"},
+    **{"audio/x-m4a": "audio/mp4", "audio/m4a": "audio/mp4", "audio/x-flac": "audio/flac", "video/ogg": "audio/ogg"},
+}
 HOW_TO_SEND = "send a data URL (data:image/png;base64,…), a part of a form, or the file_id that POST /files returns"
 #: The id of a content: its SHA-256.
 ID = "^[0-9a-f]{64}$"
@@ -78,7 +81,8 @@ class File:
         self.size, self.name, self.detail = reference.size, reference.name, reference.detail
         self._folder = FOLDER.get()
         if not self.media_type.startswith(self.KINDS):
-            raise ValueError(f"The content is {self.media_type}, and this input takes {self.WHAT}")
+            found = f"content is {self.media_type}" if self.size else "file is empty"
+            raise ValueError(f"The {found}, and this input takes {self.WHAT}")
 
     def open(self) -> BinaryIO:
         """Open the content for reading. Raises CallError if it is no longer stored, or outside of a step."""
@@ -118,7 +122,7 @@ class Document(File):
     WHAT = "a PDF or a text in UTF-8"
 
 
-def is_file(type_: Any) -> bool:
+def is_file(type_: Any) -> TypeGuard[type[File]]:
     return isinstance(type_, type) and issubclass(type_, File)
 
 
@@ -137,14 +141,15 @@ def media_type_of(head: bytes) -> str:
     return UNKNOWN if re.search(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]", text) else TEXT
 
 
-def check_declared(declared: str, found: str) -> None:
-    """Raise ValueError if a content that is *found* to be of one type was declared as another one."""
+def check_declared(declared: str, found: str, size: int = 1) -> None:
+    """Raise ValueError if a content that is *found* to be of one type, with a *size*, was declared as another one."""
     declared = declared.partition(";")[0].strip().lower()
     declared = ALIASES.get(declared, declared)
     is_text = re.match(TEXTS, declared) is not None
     is_other = found == UNKNOWN and declared not in MAGIC and not is_text
     if declared not in ("", UNKNOWN, found) and not (is_text if found == TEXT else is_other):
-        raise ValueError(f"It is declared as {declared[:100]}, but the content is {found}")
+        about = f"It is declared as {declared[:100]}, but the content is {found}"
+        raise ValueError(about if size else "The file is empty")
 
 
 def safe_name(name: str) -> str:
@@ -203,7 +208,7 @@ def _reference_to(sent: Any, find: Find, contents: Taken) -> FileReference:
         declared, named, content = _read_data_url(sent)
         name = named or name
         sent, media_type = hashlib.sha256(content).hexdigest(), media_type_of(content[:HEAD_BYTES])
-        check_declared(declared, media_type)
+        check_declared(declared, media_type, len(content))
         found = FileReference(file_id=sent, media_type=media_type, size=len(content))
     else:
         found = find(sent)

@@ -313,10 +313,10 @@ async def test_no_address_is_fetched(api: Any, sent: Any) -> None:
         ("data:image/png;base64," + base64.b64encode(b"<html>").decode(), "text/plain"),
         ("data:image/svg+xml,<svg/>", "image/svg"),
         ("data:image/png;base64,!!!", "not valid"),
-        ("data:image/png;base64", "text/plain"),
-        ("data:" + "a" * 5000 + ",", "declared as aaa"),
+        ("data:image/png;base64", "file is empty"),
+        ("data:" + "a" * 5000 + ",x", "declared as aaa"),
         ("data:;base64,AAAA", "application/octet-stream"),
-        ("data:,", "text/plain"),
+        ("data:,", "file is empty"),
     ],
 )
 async def test_a_data_url_is_checked(api: Any, url: str, problem: str, tmp_path: Path) -> None:
@@ -358,6 +358,10 @@ def test_the_content_decides_the_media_type(head: bytes, found: str) -> None:
     ("declared", "found", "is_valid"),
     [
         ("audio/x-wav", "audio/wav", True),
+        ("audio/x-m4a", "audio/mp4", True),
+        ("audio/m4a", "audio/mp4", True),
+        ("audio/x-flac", "audio/flac", True),
+        ("video/ogg", "audio/ogg", True),
         ("text/html", "text/plain", True),
         ("application/geo+json", "text/plain", True),
         ("application/zip", "application/octet-stream", True),
@@ -374,6 +378,17 @@ def test_a_declared_type_must_fit(declared: str, found: str, is_valid: bool) -> 
     else:
         with pytest.raises(ValueError, match="but the content is"):
             check_declared(declared, found)
+
+
+@pytest.mark.parametrize("declared", ["image/png", ""])
+async def test_an_empty_file_is_said_to_be_empty(api: FlockAPI, declared: str) -> None:
+    async with as_user(api) as client:
+        response = await post_run(client, "look", {"photo": f"data:{declared};base64,"})
+        assert response.status_code == 422
+        assert response.json()["errors"][0]["detail"].startswith("The file is empty")
+        if declared:
+            response = await client.post("/files", content=b"", headers={"Content-Type": declared})
+            assert (response.status_code, "The file is empty." in response.text) == (422, True)
 
 
 def test_a_name_has_no_folders_and_no_characters_that_hide_others() -> None:

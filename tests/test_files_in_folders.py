@@ -1,13 +1,18 @@
 """``flockapi batch --files``: cells that are names of files in a folder. No name may leave the folder."""
 
 import csv
+import errno
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from flock.command.cli import main
+from flock.rows.files import open_below
+from flock.store import contents
 from tests.images_once import play
 from tests.test_files import PNG
 
@@ -78,6 +83,78 @@ def test_the_store_in_the_folder_does_not_count_as_a_change(photos: Path) -> Non
     assert "All 1 rows are complete." in batch("read", "a.txt", options="--store in/state.db").output
     assert batch("read", "a.txt", options="--store in/state.db --forget").exit_code == 0
     assert sorted(each.name for each in photos.iterdir()) == ["a.txt", "c.png", "sub"]
+
+
+def test_a_file_that_no_row_names_does_not_count_as_a_change(photos: Path) -> None:
+    assert batch("read", "a.txt", "sub/b.txt").exit_code == 0
+    (photos / ".DS_Store").write_text("new")
+    (photos / "c.png").unlink()
+    (photos / "results.log").write_text("new")
+    assert "All 2 rows are complete." in batch("read", "a.txt", "sub/b.txt").output
+
+
+def test_a_named_file_whose_name_begins_as_the_store_does_counts_as_a_change(photos: Path) -> None:
+    assert batch("read", "a.txt", options="--store in/a").exit_code == 0
+    (photos / "a.txt").write_text("changed")
+    assert batch("read", "a.txt", options="--store in/a").exit_code == 0
+    assert results() == ["changed"]
+
+
+def test_a_file_that_is_added_or_removed_counts_as_a_change(photos: Path) -> None:
+    assert batch("read", "a.txt", "new é.txt", options="--on-invalid skip").exit_code == 1
+    (photos / "new é.txt").write_text("new")
+    assert batch("read", "a.txt", "new é.txt", options="--on-invalid skip").exit_code == 0
+    assert results() == ["A", "new"]
+    (photos / "new é.txt").unlink()
+    assert batch("read", "a.txt", "new é.txt", options="--on-invalid skip").exit_code == 1
+
+
+def test_a_name_outside_leaves_no_descriptor_open(photos: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("/etc/passwd", "../secret.txt", "sub", "missing") * 5:
+        with pytest.raises((ValueError, OSError)):
+            open_below(photos, name)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Broken(io.BytesIO):
+    def fileno(self) -> int:
+        return 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("when", ["opened", "read"])
+def test_a_file_that_cannot_be_read_now_stops_the_command(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row would be invalid for ever otherwise, since the file has not changed."""
+
+    def fail(folder: Path, name: str) -> Any:
+        if when == "read":
+            return Broken()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(contents, "open_below", fail)
+        done = batch("read", "a.txt", options="--on-invalid skip")
+        assert done.exit_code == 1
+        assert "The file 'in/a.txt' cannot be read:" in done.output, done.output
+        assert not Path("out.csv").exists()
+    done = batch("read", "a.txt", options="--on-invalid skip")
+    assert (done.exit_code, results()) == (0, ["A"]), done.output
+
+
+def test_a_file_that_many_rows_name_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied, finish = [], contents._ContentsOfPrincipal._finish
+
+    def counted(*arguments: Any) -> None:
+        copied.append(arguments)
+        finish(*arguments)
+
+    monkeypatch.setattr(contents._ContentsOfPrincipal, "_finish", counted)
+    assert batch("read", *["a.txt", "sub/b.txt"] * 5).exit_code == 0
+    assert results() == ["A", "B"] * 5
+    assert len(copied) == 2
 
 
 def test_no_name_leaves_the_folder(photos: Path, tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """Images, audio and documents as parts of messages of OpenAI's clients. The page is docs/openai.md."""
 
 import base64
+import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
+from msgspec import Meta
 
 from flock.agents.messages import Messages
-from flock.core import Audio, Document, Flock, Image, data_url
+from flock.core import Audio, Document, File, Flock, Image, data_url
 from flockapi import create_app
 from tests.support.http import client_of
 from tests.test_files import PDF, PNG
@@ -36,6 +38,13 @@ def flock_of_files() -> Flock:
     @flock.agent
     def talk(said: Messages, photo: Image | None = None) -> str:
         return f"{'+'.join(each.content for each in said)} {described(photo)}"
+
+    @flock.agent
+    def pair(
+        photos: Annotated[list[Image], Meta(min_length=2, max_length=3)] | None = None,
+        rest: list[File] = [],  # noqa: B006
+    ) -> str:
+        return f"{len(photos or [])} {len(rest)}"
 
     @flock.agent
     def loose(value: dict[str, Any], text: str = "") -> str:
@@ -81,6 +90,29 @@ async def test_parts_of_the_last_message_go_to_the_inputs_that_take_them(client:
     one = f"image/png,,,{len(PNG)}"
     assert found == f"'What is it?' image/png,,low,{len(PNG)} audio/wav,,,{len(WAV)} {one} {one}"
     assert answer(await chat(client, "look", [image()])) == f"'' {one}"
+
+
+async def test_a_list_takes_all_files_of_its_kind_and_their_number_is_checked_with_the_inputs(
+    client: httpx.AsyncClient,
+) -> None:
+    assert answer(await chat(client, "pair", [image(), audio(), image()])) == "2 1"
+    assert answer(await chat(client, "pair", [audio()] * 100)) == "0 100"
+    for count in (1, 4):
+        error = (await chat(client, "pair", [image()] * count)).json()["error"]
+        assert (error["param"], "length" in error["message"]) == ("inputs.photos", True), error
+
+
+async def test_an_optional_text_takes_the_message_only_beside_a_file(client: httpx.AsyncClient) -> None:
+    said = json.dumps({"photo": data_url(PNG), "note": "What is it?"})
+    assert answer(await chat(client, "look", said)) == f"'What is it?' image/png,,,{len(PNG)}"
+    assert answer(await chat(client, "look", [image(), text(said)])).startswith(repr(said))
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
+async def test_parts_of_others_that_are_no_text_are_dropped(client: httpx.AsyncClient, role: str) -> None:
+    messages = [{"role": role, "content": [text("a"), image(b"GIF89a")]}, {"role": "user", "content": [image()]}]
+    found = answer(await client.post("/v1/chat/completions", json={"model": "look", "messages": messages}))
+    assert found == f"'' image/png,,,{len(PNG)}"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 from flock import fair
 from flock.agents.messages import Messages
 from flock.core import FlockFactory
-from flock.errors import AgentError
+from flock.engine.embedded import EmbeddedEngine
+from flock.errors import AgentError, StoreError
 from flock.runs import Principal, RunContext, RunStatus, new_id
 from flock.store import queries
 from flock.testing import Reply
@@ -247,6 +248,19 @@ async def test_a_response_that_is_not_stored_is_deleted_after_its_answer(client:
         assert sent.status_code == 200
         check_error(await client.get(f"/v1/responses/resp_{sent.headers['Flock-Run-Id']}_0"), 404, "unknown_run")
     assert (await get(client, "/runs"))["runs"] == []
+
+
+async def test_a_response_whose_run_cannot_be_deleted_is_sent(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(self: EmbeddedEngine, run_id: str) -> None:
+        raise StoreError("The disk is full.")
+
+    monkeypatch.setattr(EmbeddedEngine, "delete_run", fail)
+    assert (await send(client, "hello", store=False)).status_code == 200
+    *_, last = events_of(await send(client, "hello", store=False, stream=True))
+    assert last["type"] == "response.completed"
+    assert caplog.text.count("could not be deleted: The disk is full.") == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])

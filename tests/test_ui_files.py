@@ -58,16 +58,61 @@ def test_a_file_is_chosen_dropped_pasted_or_photographed(visit: Visit, tmp_path:
         expect(page.get_by_text("camera.png, image/png, 70 bytes")).to_be_visible()
         give(page, "photo (required)", "drop", "dropped.png")
         expect(page.get_by_text("camera.png")).to_have_count(0)
-        page.get_by_label("letter").set_input_files(sent("a.txt", b"hello", "text/plain"))
+        letter = page.get_by_label("letter", exact=True)
+        letter.set_input_files(sent("a.txt", b"hello", "application/vnd.ms-excel"))
         expect(page.get_by_text("a.txt, text/plain, 5 bytes")).to_be_visible()
         page.get_by_role("button", name="Add to more").click()
         give(page, "more 1", "paste", "pasted.png")
 
         page.reload()
         expect(page.get_by_text("pasted.png, image/png, 70 bytes")).to_be_visible()
-        page.get_by_role("button", name="Remove letter").click()
+        page.get_by_role("button", name="Remove the file of letter").click()
         page.get_by_role("button", name="Run", exact=True).click()
         expect(page.get_by_role("group", name="Result")).to_contain_text("dropped.png:70 pasted.png:70")
         (run,) = site.get("/runs?include=inputs")["runs"]
         assert run["inputs"]["photo"]["name"] == "dropped.png"
+        page.close()  # before the server stops
+
+
+#: Drops files whose names are given, or a folder, as a browser does.
+DROP = """(control, [isFolder, names]) => {
+  const files = new DataTransfer();
+  for (const name of names) files.items.add(new File(["hello"], name));
+  const { webkitGetAsEntry } = DataTransferItem.prototype;
+  if (isFolder) DataTransferItem.prototype.webkitGetAsEntry = () => ({ isDirectory: true });
+  control.dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true }));
+  DataTransferItem.prototype.webkitGetAsEntry = webkitGetAsEntry;
+}"""
+
+
+def test_what_is_no_single_file_is_refused_and_a_file_can_be_chosen_again(visit: Visit, tmp_path: Path) -> None:
+    (script := tmp_path / "pictures.py").write_text(TARGET)
+    with serving(script, tmp_path, "--ui") as server:
+        page = visit.page(Site(tmp_path, server.url, "", None), "agent/look")
+        letter = page.get_by_label("letter", exact=True)
+        letter.evaluate(DROP, [False, ["a.txt", "b.txt"]])
+        expect(page.get_by_text("These are several files. Choose one.")).to_be_visible()
+        letter.evaluate(DROP, [True, ["folder"]])
+        expect(page.get_by_text("This is a folder. Choose a file.")).to_be_visible()
+        for _ in range(2):
+            letter.set_input_files(sent("a.txt", b"hello", "text/plain"))
+            expect(page.get_by_text("a.txt, text/plain, 5 bytes")).to_be_visible()
+            expect(page.get_by_text("This is a folder. Choose a file.")).to_be_hidden()
+            assert letter.evaluate("(control) => control.files.length") == 0, "the same file can be chosen again"
+            page.get_by_role("button", name="Remove the file of letter").click()
+            expect(letter).to_be_focused()
+
+        aborted = list[str]()
+        page.on("requestfailed", lambda request: aborted.append(request.url))
+        page.route("**/files", lambda route: None, times=1)  # the first one is never answered
+        with page.expect_request("**/files"):
+            letter.set_input_files(sent("slow.txt", b"hello", "text/plain"))
+        letter.set_input_files(sent("next.txt", b"hello", "text/plain"))
+        expect(page.get_by_text("next.txt, text/plain, 5 bytes")).to_be_visible()
+        assert aborted == [f"{server.url}/files"]
+
+        page.get_by_role("button", name="Add to more").click()
+        give(page, "more 1", "drop", "dropped.png")
+        page.get_by_role("button", name="Remove more 1", exact=True).click()
+        expect(page.get_by_text("dropped.png")).to_have_count(0)
         page.close()  # before the server stops

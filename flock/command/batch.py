@@ -161,7 +161,7 @@ STDOUT = Path("-")
     "--files",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Cells of inputs that are files are names of files in FOLDER.",
+    help="Folder with the files that the cells of file inputs name.",
 )
 @click.option(
     "--store",

@@ -9,6 +9,8 @@ import errno
 import gzip
 import hashlib
 import os
+import re
+import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -32,7 +34,7 @@ from flock.rows.files import file_rows
 from flock.rows.likeinput import results_like
 from flock.rows.results import ITEMS_PER_PAGE, item_pages, results_as
 from flock.rows.tables import RowMapping
-from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, Run, RunStatus
+from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, Row, Run, RunStatus
 from flock.steps.progress import follow_batch, print_progress
 from flock.store.batchstate import create_state, remove_state
 from flock.store.files import exclusive_lock, remove, sync_folder
@@ -121,7 +123,7 @@ async def run_batch_file(
     """
     agent_of(flock.agents, job.agent_name)
     state = _real_path(job.state)
-    digest = _digest(flock, job)
+    digest = await _digest(flock, job)
     with exclusive_lock(f"{state}-batch"):
         _check_output_free(job, state)
         stored, batch = await _stored_batch(flock, state, digest, job, report)
@@ -156,7 +158,7 @@ async def write_partial(flock: DeclaredFlock, job: BatchFile, stdout: IO[bytes])
 
     Raises: as ``run_batch_file``.
     """
-    state, digest = _real_path(job.state), _digest(flock, job)
+    state, digest = _real_path(job.state), await _digest(flock, job)
     _check_output_free(job, state)
     async with SQLiteStore(state) as store:
         stored = [page async for page in _pages_of_batches(flock, store)]
@@ -249,13 +251,12 @@ async def _accept(engine: Engine, flock: DeclaredFlock, job: BatchFile, digest: 
         )
 
 
-def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
+async def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
     """Return a hash that is equal for calls that resume each other. It ignores the output and ``max_workers``.
 
     It is stored as the batch's request id, since idempotency keys are deleted after a day.
     """
-    with _with_filename(job.rows), open(job.rows, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+    digest = _digest_of(job.rows)
     models = models_of(flock.model, "the flock")
     made_by = recipe_of(job.agent_name, flock.agents, models, flock.shared.model_hooks) or names_of(models)
     options = (flock.name, made_by, job.agent_name, job.on_invalid, job.on_extra, job.dialect, job.options.timeout_s)
@@ -263,21 +264,25 @@ def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
     fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()), *expected)
     digest.update(msgspec.json.encode((options, fills)))
     if job.files is not None:
-        own = tuple(_real_path(each) for each in (job.state, job.output) if each is not None)
-        digest.update(b"%d" % _state_of_files(job.files, own))
+        async with contextlib.aclosing(file_rows(job.rows, _row_mapping(flock, job), job.dialect)) as rows:
+            async for row in rows:
+                for state in _states_of_files(row, job.files):
+                    digest.update(state)
     return digest.hexdigest()
 
 
-def _state_of_files(folder: Path, own: tuple[str, ...]) -> int:
-    """Return a number that changes with the files in a folder, except those whose paths begin as *own*."""
-    state = 0
-    for place, _, names in os.walk(root := _real_path(folder)):
-        for path in (os.path.join(place, name) for name in names):
-            with contextlib.suppress(OSError):  # a link without a target
-                about = os.stat(path)
-                text = os.fsencode(f"{os.path.relpath(path, root)} {about.st_size} {about.st_mtime_ns}")
-                state ^= 0 if path.startswith(own) else int.from_bytes(hashlib.sha256(text).digest())
-    return state
+def _digest_of(path: Path) -> "hashlib._Hash":
+    with _with_filename(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256")
+
+
+def _states_of_files(row: Row, folder: Path) -> Iterator[bytes]:
+    """Yield what changes with the files that a row may name: any text in it that is the path of a file."""
+    for found in re.finditer(rb'"[^"\\]*(?:\\.[^"\\]*)*"', bytes(row.inputs)):
+        with contextlib.suppress(OSError, ValueError):  # it is not a path, or there is no file
+            about = os.stat(folder / msgspec.json.decode(found[0], type=str))
+            if stat.S_ISREG(about.st_mode):
+                yield b"%b %d %d" % (found[0], about.st_size, about.st_mtime_ns)
 
 
 @contextlib.contextmanager
@@ -405,5 +410,5 @@ def _check_output_free(job: BatchFile, state: str) -> None:
 
 def _identity(path: Path) -> str:
     """Return the identity of an output file. A rename keeps it, but any change or replacement of the file does not."""
-    stat = os.stat(path)
-    return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
+    about = os.stat(path)
+    return f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns}"

@@ -2,16 +2,17 @@
 
 from collections.abc import AsyncGenerator, Container, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
+from msgspec import inspect
 
 from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.agents.graph import graph_of
 from flock.errors import EngineStopped, FlockError, InvalidData
-from flock.files import MAX_FILES, FileReference
-from flock.jsontype import MEMBERS, explain, is_same_schema
+from flock.files import MAX_FILES, is_file
+from flock.jsontype import MEMBERS, is_same_schema
 from flock.runs import Engine, Event, LongJSON, Question, Run
 
 #: The events after which an answer has no more text.
@@ -62,7 +63,7 @@ class TextReplaced(FlockError):
 def text_in(
     content: str | Sequence[Part] | None, at: str, *, is_shown: bool = True, others: Container[str] = ()
 ) -> str:
-    """Return the text of a message. Parts but *others* are refused if the agent would see the message (*is_shown*)."""
+    """Return the text of a message. Parts other than text and *others* are refused, or dropped if not *is_shown*."""
     if content is None or isinstance(content, str):
         return content or ""
     for number, part in enumerate(content):
@@ -77,7 +78,8 @@ def inputs_of(agent: Agent, messages: Sequence[Message], others: Mapping[str, ms
 
     An input of the type ``Messages`` gets all messages of the user and the assistant. Otherwise the only input that is
     a text gets the last message of the user. Otherwise that must be a JSON object of the inputs, or empty beside files.
-    The files of that message go to the inputs that take them.
+    The files of that message go to the inputs that take them. An agent without file inputs gets an error for any file,
+    also an earlier one.
 
     Args:
         at: the pointer of the messages.
@@ -94,7 +96,7 @@ def inputs_of(agent: Agent, messages: Sequence[Message], others: Mapping[str, ms
     others = {**others, **_files_by_input(agent, files, others)}
     if (name := conversation_of(agent.input)) is not None:
         return _encode({name: [Message(each.role, each.content) for each in said]}, others)
-    if (name := _text_input_of(agent, others)) is not None:
+    if (name := _text_input_of(agent, others, has_files=bool(files))) is not None:
         return _encode({name: last}, others)
     if not agent.input.fields:
         return msgspec.Raw(b"{}")
@@ -121,27 +123,27 @@ def messages_of(agent: Agent, inputs: msgspec.Raw) -> list[Message]:
     return [Message("user", _text(inputs))]
 
 
-def _text_input_of(agent: Agent, others: Mapping[str, Any] | None = None) -> str | None:
+def _text_input_of(agent: Agent, others: Mapping[str, Any] | None = None, *, has_files: bool = True) -> str | None:
     free = [field for field in agent.input.fields if field.name not in (others or {})]
     texts = [field.name for field in free if field.type is str]
-    if not texts and agent.input.has_files:  # what is said about a file is often optional
+    if not texts and agent.input.has_files and has_files:  # what is said about a file is often optional
         texts = [field.name for field in free if field.type == (str | None)]
     return texts[0] if len(texts) == 1 else None
 
 
 def _files_by_input(agent: Agent, files: Sequence[SentFile], others: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return each file for the first input that takes its kind and has room. Raises InvalidData if there is none."""
+    """Return each file for the first input that takes its kind, unless that has one already. Raises InvalidData."""
     found, free = dict[str, Any](), [field for field in agent.input.fields if field.name not in others]
+    kinds = {file.media_type for file in files}
+    places = {each: {field.name: _place_of(inspect.type_info(field.type), each) for field in free} for each in kinds}
     if len(files) > MAX_FILES:
         raise InvalidData.of(f"A run may have at most {MAX_FILES} files.", files[MAX_FILES].at)
     for file in files:
-        for name, type_ in ((field.name, field.type) for field in free):
-            example = FileReference(file_id="0" * 64, media_type=file.media_type, size=1)
-            count = 1 + len(found.get(name, ()))
-            if _is_for_files(type_, [example] * count, [{}] * count):
-                found[name] = [*found.get(name, ()), file.value]
+        for name, place in places[file.media_type].items():
+            if place == "list":
+                found.setdefault(name, []).append(file.value)
                 break
-            if name not in found and _is_for_files(type_, example, {}):
+            if place == "one" and name not in found:
                 found[name] = file.value
                 break
         else:
@@ -154,9 +156,18 @@ def _files_by_input(agent: Agent, files: Sequence[SentFile], others: Mapping[str
     return found
 
 
-def _is_for_files(type_: Any, example: Any, other: Any) -> bool:
-    """Whether a type takes the example of a file, and not the *other* value, which a type of any values also takes."""
-    return not explain(type_, msgspec.json.encode(example), "") and bool(explain(type_, _text(other).encode(), ""))
+def _place_of(type_: inspect.Type, media_type: str) -> Literal["one", "list", ""]:
+    """Return whether a type takes one file of a media type or a list; "" if none. Counts are checked later."""
+    match type_:
+        case inspect.Metadata():
+            return _place_of(type_.type, media_type)
+        case inspect.UnionType():
+            return next(filter(None, (_place_of(each, media_type) for each in type_.types)), "")
+        case inspect.CollectionType():
+            return "list" if _place_of(type_.item_type, media_type) == "one" else ""
+        case inspect.CustomType():
+            return "one" if is_file(type_.cls) and media_type.startswith(type_.cls.KINDS) else ""
+    return ""
 
 
 def _encode(inputs: Mapping[str, Any], others: Mapping[str, Any]) -> msgspec.Raw:

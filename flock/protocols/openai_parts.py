@@ -37,7 +37,10 @@ UNSUPPORTED: Mapping[str, Sequence[Any]] = {
 
 
 class ContentPart(Part, frozen=True, kw_only=True):
-    """A part of a message. What it says about a file is beside its type in responses, and in chats in a member."""
+    """A part of a message.
+
+    In responses, the members of a file are beside ``type``; in chats, they are in an object named after the type.
+    """
 
     type: str = ""
     url: str | None = None
@@ -228,7 +231,7 @@ async def answers_in(engine: Engine, answers: Mapping[str, msgspec.Raw], at: str
 
 
 async def written(stream: orders.Stream, answer: StreamedAnswer, writer: Any) -> AsyncGenerator[bytes, None]:
-    """Yield the body of a stream, as *writer* spells its begin, its pieces, its end, or the error that ends it."""
+    """Yield the body of a stream: what *writer* returns for its start, each piece, and its end or error."""
     yield writer.begin() or KEEP_ALIVE
     try:
         async with aclosing(answer.pieces(stream.events)) as pieces:

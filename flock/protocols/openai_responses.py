@@ -6,6 +6,7 @@ it is in the background. A conversation is a session. So any process can show al
 """
 
 import contextlib
+import logging
 import re
 import zlib
 from collections.abc import AsyncGenerator, Sequence
@@ -29,6 +30,8 @@ from flock.runs import Call, Engine, Event, Question, Run, RunStatus, new_id
 from flock.web import orders
 from flock.web.requests import fingerprint_of, idempotency_key, query_of, while_connected
 from flock.web.responses import JSONResponse, PageResponse, sent_event
+
+logger = logging.getLogger("flock.api")
 
 #: The number of an event that follows a text of n characters begins at ``n << CHECK_BITS``. JavaScript can read it for
 #: texts of up to ``2 ** 33`` characters.
@@ -260,7 +263,7 @@ async def create_response(request: Request) -> Response:
     questions = run.questions if run.status is RunStatus.WAITING else ()
     response = await _shown(request, Reply(place, run, questions), sent, thoughts)
     if sent.store is False and run.status.is_final:
-        await engine.delete_run(run.run_id)
+        await _delete(engine, run.run_id)
     return response
 
 
@@ -296,6 +299,14 @@ async def _order_of(request: Request, body: bytes, sent: ResponseRequest) -> tup
         key=key,
     )
     return order, place
+
+
+async def _delete(engine: Engine, run_id: str) -> None:
+    """Delete a run with ``store: false`` that has ended. Its client gets the answer also if that fails."""
+    try:
+        await engine.delete_run(run_id)
+    except FlockError as exc:
+        logger.error("the run %s of a response with store: false could not be deleted: %s", run_id, exc)
 
 
 async def _forget(engine: Engine, run_id: str) -> None:
@@ -580,7 +591,7 @@ class _Writer:
         response = _response(reply, output, self._sent)
         name = response["status"] if response["status"] in ("completed", "incomplete") else "failed"
         if self._sent is not None and self._sent.store is False and run.status.is_final:
-            await self._engine.delete_run(run.run_id)
+            await _delete(self._engine, run.run_id)
         return events + self._event(f"response.{name}", response=response)
 
     def error(self, error: str, code: str) -> bytes:

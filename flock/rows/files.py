@@ -97,9 +97,10 @@ def open_below(folder: Path, name: str) -> io.BufferedReader:
     """Open a regular file below *folder*. Raises OSError or ValueError."""
     root = Path(os.path.realpath(folder, strict=True))  # for a circle of links, Path.resolve raises RuntimeError
     path = Path(os.path.realpath(root / name, strict=True))
+    parts = path.relative_to(root).parts
     # The resolved path has no links. A link that was created since then is not followed.
     opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    for part in path.relative_to(root).parts:
+    for part in parts:
         parent = opened
         try:  # O_NONBLOCK, because opening a pipe would wait for a writer
             opened = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)

@@ -7,6 +7,7 @@ run checks that its contents are there.
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -34,6 +35,10 @@ KEEP_UNUSED_S = 86_400
 SWEEP_INTERVAL_S = 3600
 #: Space that files leave free on the disk.
 MIN_FREE_BYTES = 64 * 1024 * 1024
+#: Copied files of a folder that are remembered, so that one that many rows name is copied once.
+MAX_COPIED = 1000
+#: The errors of opening a name that is not that of a file.
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EISDIR}
 
 
 class Contents:
@@ -43,6 +48,7 @@ class Contents:
         used: the bytes of each principal's folder, if they were counted since the last deletion.
         source: if it is a folder, files are named by their paths in it, and stored when they are found.
         is_dry: files of *source* are read, but not stored.
+        copied: the newest of those that were stored, by folder, name and state.
     """
 
     source: Path | None = None
@@ -50,6 +56,7 @@ class Contents:
 
     def __init__(self, root: Path) -> None:
         self.root, self.used, self._sweep_at, self.counting = root, dict[Path, int](), 0.0, threading.Lock()
+        self.copied = dict[tuple[Path, str, int, int, int, int], FileReference]()
 
     def folder(self, principal: str | None) -> Path:
         return self.root / hashlib.sha256(f"principal {principal!r}".encode()).hexdigest()[:32]
@@ -108,6 +115,18 @@ class _Incoming:
         return FileReference(file_id=file_id, media_type=media_type, size=self.size, name=files.safe_name(name))
 
 
+def _read(source: BinaryIO, path: Path) -> bytes:
+    """Return the next chunk of a file. Raises StoreError."""
+    try:
+        return source.read(CHUNK_BYTES)
+    except OSError as exc:
+        raise _unreadable(path, exc) from exc
+
+
+def _unreadable(path: Path, exc: OSError) -> StoreError:
+    return StoreError(f"The file {str(path)!r} cannot be read: {exc.strerror}. Make it readable, and run this again.")
+
+
 async def _each(chunk: bytes) -> AsyncIterator[bytes]:
     yield chunk
 
@@ -138,12 +157,20 @@ class _ContentsOfPrincipal(FileBox):
         try:
             source = open_below(folder, name)
         except (OSError, ValueError) as exc:
+            if isinstance(exc, OSError) and exc.errno not in NO_FILE:
+                raise _unreadable(folder / name, exc) from exc
             raise ValueError(f"There is no file {name[:100]!r} in the folder {str(folder)!r}") from exc
-        incoming = _Incoming(self._max_bytes)
+        incoming, copied = _Incoming(self._max_bytes), self._contents.copied
         with source, contextlib.ExitStack() as stack:
+            about = os.fstat(source.fileno())
+            key = (self._folder, name, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+            if (earlier := copied.get(key)) is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(self.path(earlier.file_id))
+                    return earlier
             written = None if self._contents.is_dry else stack.enter_context(self._writing())
             try:
-                while chunk := source.read(CHUNK_BYTES):
+                while chunk := _read(source, folder / name):
                     incoming.add(chunk)
                     if written is not None:
                         self._write(written[0], chunk)
@@ -152,6 +179,9 @@ class _ContentsOfPrincipal(FileBox):
                     self._finish(*written, self.path(found.file_id), found.size)
             except TooLarge as exc:
                 raise ValueError(f"{name[:100]!r}: {exc}".removesuffix(".")) from exc
+        if len(copied) >= MAX_COPIED:
+            copied.clear()
+        copied[key] = found
         return found
 
     async def keep_all(self, contents: Mapping[str, bytes | None]) -> tuple[str, ...]:
@@ -168,7 +198,7 @@ class _ContentsOfPrincipal(FileBox):
                 await anyio.to_thread.run_sync(self._write, file, chunk)
             found = incoming.reference(name)
             try:
-                files.check_declared(declared, found.media_type)
+                files.check_declared(declared, found.media_type, found.size)
             except ValueError as exc:
                 raise InvalidData.of(f"{exc}.", at) from exc
             await anyio.to_thread.run_sync(self._finish, file, path, self.path(found.file_id), found.size)

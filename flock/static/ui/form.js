@@ -403,9 +403,20 @@ function group({ name, schema, isRequired, id, pointer }, fields, read, ...child
   return self;
 }
 
-/** Create a box for files that are dropped or pasted; `choose(file)` gets the first one. */
+/** Create a box for a file that is dropped or pasted, which `choose(file)` gets. It refuses folders and several files. */
 export function dropBox(choose, ...children) {
-  const chooseFrom = ({ files }) => files[0] && choose(files[0]);
+  const wrong = h("p.error", { role: "alert", hidden: true });
+  const say = (text) => {
+    fill(wrong, text).hidden = !text;
+  };
+  const chooseFrom = ({ files, items }) => {
+    if (!files.length) return;
+    const isFolder = Array.from(items, (item) => item.webkitGetAsEntry?.()).some((entry) => entry?.isDirectory);
+    const several = files.length > 1 ? "These are several files. Choose one." : "";
+    const text = isFolder ? "This is a folder. Choose a file." : several;
+    say(text);
+    if (!text) choose(files[0]);
+  };
   const box = h(
     "div.drop",
     {
@@ -420,8 +431,10 @@ export function dropBox(choose, ...children) {
         chooseFrom(event.dataTransfer);
       },
       onpaste: (event) => chooseFrom(event.clipboardData),
+      onchange: () => say(""),
     },
     children,
+    wrong,
   );
   return box;
 }
@@ -450,23 +463,28 @@ function upload(spec) {
   control.addEventListener("click", (event) => event.isTrusted && control.removeAttribute("capture"));
   const box = dropBox(choose);
   control.replaceWith(box);
-  fill(box, control, schema.title === "Image" && button("Take a photo", takePhoto, { class: "small camera" }), chosen);
+  const photo = schema.title === "Image" ? [button("Take a photo", takePhoto, { class: "small camera" })] : [];
+  box.prepend(control, ...photo, chosen);
 
   async function choose(file) {
     if (!file) return;
-    busy = file;
+    busy?.abort();
+    const current = (busy = new AbortController());
     value = undefined;
+    control.value = ""; // so that the same file can be chosen again
     self.error("");
     draw(`Sending ${file.name} …`);
     let text = "";
     try {
-      const headers = { "Content-Type": file.type || "application/octet-stream" };
-      const sent = parse(await send("files", { method: "POST", canRetry: false, headers, body: file }));
-      if (busy === file) value = { ...sent, name: file.name };
+      // Browsers take other types from the ending of the name, and from what is installed.
+      const headers = { "Content-Type": /^(image|audio)\//.test(file.type) ? file.type : "application/octet-stream" };
+      const { signal } = current;
+      const sent = parse(await send("files", { method: "POST", canRetry: false, headers, body: file, signal }));
+      if (busy === current) value = { ...sent, name: file.name };
     } catch (error) {
       text = error.message;
     }
-    if (busy !== file) return;
+    if (busy !== current) return;
     busy = null;
     self.error(text);
     draw();
@@ -480,9 +498,11 @@ function upload(spec) {
       value = undefined;
       control.value = "";
       draw();
+      control.focus();
       box.dispatchEvent(new Event("input", { bubbles: true }));
     };
-    fill(chosen, text || (file && [file, button("Remove", remove, { class: "small", "aria-label": `Remove ${name}` })]));
+    const label = `Remove the file of ${name}`; // a list has a button that removes the whole item
+    fill(chosen, text || (file && [file, button("Remove", remove, { class: "small", "aria-label": label })]));
   }
 
   draw();
