@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import anyio
 import anyio.lowlevel
@@ -188,16 +188,36 @@ def test_a_table_without_an_expected_value_is_an_error() -> None:
     assert evaluate("--expect", "label", rows="none.csv").exit_code == 1
 
 
-def test_a_bound_below_zero_is_a_bound() -> None:
+def test_a_score_below_zero_is_not_low_without_a_bound() -> None:
     Path("target.py").write_text(TARGET.replace("return 0.5", "return -0.5"))
-    options = ("--expect", "label", "--on-extra", "ignore", "--score", "label=target:half", "--at-least")
-    assert [evaluate(*options, bound).exit_code for bound in ("-0.3", "-0.4")] == [1, 0]
+    options = ("--expect", "label", "--on-extra", "ignore", "--score", "label=target:half")
+    bounds: list[list[str]] = [[], ["--at-least", "-0.3"], ["--at-least", "-0.4"]]
+    assert [evaluate(*options, *bound).exit_code for bound in bounds] == [0, 1, 0]
 
 
 def test_the_type_of_an_expected_cell_is_that_of_an_agent_that_may_run() -> None:
-    other = "\n@flock.agent\ndef other(text: str) -> TypedDict('Other', {'label': int}):\n    return {'label': 1}\n"
-    Path("target.py").write_text(TARGET + other)
-    assert evaluate("--expect", "label", "--on-extra", "ignore").exit_code == 0
+    class Label(TypedDict):
+        label: str
+
+    class Number(TypedDict):
+        label: int
+
+    flock = Flock()
+
+    @flock.agent(next_agent="second")
+    def first(text: str) -> int:
+        return len(text)
+
+    @flock.agent
+    def second(result: int) -> Label:
+        return {"label": "1" if result > 3 else "0"}
+
+    @flock.agent
+    def other(text: str) -> Number:
+        return {"label": 1}
+
+    Path("sizes.csv").write_text("text,label\ngood,1\n")
+    assert flock.evaluate("first", "sizes.csv", ["label"])[0].score == 1
 
 
 # Models
@@ -315,6 +335,39 @@ def test_evaluations_at_the_same_time_have_their_own_models() -> None:
     assert {request["model"] for request in provider.requests} == {"large", "small"}
     assert len(provider.requests) == 6
     assert set(seen) == {"fake/small"}
+
+
+async def _ticks_while(work: Any, seen: list[int]) -> None:
+    async def tick() -> None:
+        while True:
+            await anyio.lowlevel.checkpoint()
+            seen[0] += 1
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(tick)
+        await work
+        tasks.cancel_scope.cancel()
+
+
+def test_other_tasks_run_while_rows_are_written_to_a_file() -> None:
+    seen, at_end = [0], list[int]()
+    flock = Flock()
+
+    @flock.agent
+    def work(n: int) -> int:
+        return n
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from ({"n": n, "result": n} for n in range(30_000))
+        at_end.append(seen[0])
+        raise LookupError("no more")
+
+    async def written() -> None:
+        with pytest.raises(LookupError, match="no more"):
+            await flock.evaluate_async("work", rows(), {"result": "result"})
+
+    anyio.run(_ticks_while, written(), seen)
+    assert at_end[0] > 1
 
 
 def test_decimals_are_compared_as_numbers() -> None:

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
 from io import BytesIO
@@ -16,7 +16,7 @@ import click
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.agent import Agent, ModelAgent
+from flock.agents.agent import ModelAgent
 from flock.agents.graph import graph_of
 from flock.agents.handoff import result_names
 from flock.command import batch as command
@@ -55,7 +55,8 @@ async def _evaluate(
     Cancellation: finished rows are kept for the next call.
     """
     job = replace(job, expected=_expected(flock, job, expect, scores))
-    for agent in _chain(flock, job.agent_name) if len(models) > 1 else ():
+    names = {job.agent_name, *(each.to for each in graph_of(job.agent_name, flock.agents))}
+    for agent in (agent for name, agent in flock.agents.items() if len(models) > 1 and name in names):
         if isinstance(agent, ModelAgent) and agent.model:
             raise DefinitionError(f"The agent {agent.name!r} has a model of its own. Omit it there to compare models.")
     decimals = [field.name for field in job.expected.values() if field.type in (Decimal, Decimal | None)]
@@ -78,26 +79,24 @@ async def _evaluate(
     return found
 
 
-def _chain(flock: DeclaredFlock, agent_name: str) -> list[Agent]:
-    """Return the agents that may follow an agent, and it at the end. Raises AgentNotFound."""
-    last, names = agent_of(flock.agents, agent_name), {each.to for each in graph_of(agent_name, flock.agents)}
-    # If a function decides which agent is next, it can be any.
-    return [*(agent for name, agent in flock.agents.items() if {name, None} & names and agent is not last), last]
-
-
 def _expected(
     flock: DeclaredFlock, job: BatchFile, expect: Mapping[str, str], scores: Mapping[str, Score]
 ) -> Mapping[str, Field]:
     """Return the outputs by the columns that have their expected values. Raises AgentNotFound, DefinitionError."""
-    agents, known = _chain(flock, job.agent_name), result_names(job.agent_name, flock.agents)
-    outputs = {field.name: field for agent in agents for field in agent.output.fields if field.name in known}
+    first, known = agent_of(flock.agents, job.agent_name), result_names(job.agent_name, flock.agents)
+    graph = graph_of(job.agent_name, flock.agents)
+    names: Collection[str] = {each.from_ for each in graph if each.to is None}
+    if not names or any(each.kind == "function" for each in graph):
+        names = flock.agents  # a function decides which agent is the last
+    fields = [field for name in flock.agents if name in names for field in flock.agents[name].output.fields]
+    outputs = {field.name: field for field in fields if field.name in known}
     for name in [*expect.values(), *scores]:
         if name not in outputs or name not in expect.values():
             hint = f"{did_you_mean(name, outputs)} Known outputs: {', '.join(outputs)}."
             raise DefinitionError(f"There is no expected output {name!r}.{hint}")
         if [*expect.values()].count(name) > 1:
             raise DefinitionError(f"Several columns have the expected output {name!r}. Choose one.")
-    for column in expect.keys() & {*job.input_mapping, *(field.name for field in agents[-1].input.fields)}:
+    for column in expect.keys() & {*job.input_mapping, *(field.name for field in first.input.fields)}:
         what = "is dropped" if job.input_mapping.get(column, "") is None else "is an input"
         raise DefinitionError(f"The column {column!r} {what}. Name another one: --expect COLUMN={expect[column]}.")
     return {column: outputs[name] for column, name in expect.items()}
