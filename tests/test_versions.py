@@ -104,7 +104,7 @@ async def test_the_clock_does_not_decide_of_which_version_a_result_is() -> None:
 
 
 async def test_results_of_a_store_without_versions_are_of_an_unknown_one() -> None:
-    batch, found = await two_versions("UPDATE runs SET version = NULL; UPDATE batches SET versions = NULL")
+    batch, found = await two_versions("UPDATE runs SET version_number = NULL; UPDATE batches SET versions = NULL")
     assert [each.version for each in batch.versions][:1] == ["unknown"]
     assert batch.is_mixed
     assert found == [*["unknown"] * 4, batch.versions[1].version]
