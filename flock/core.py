@@ -77,8 +77,8 @@ class Flock(DeclaredFlock):
         """Run an agent for many inputs, and compare its outputs with expected values.
 
         Args:
-            rows: as in ``run_batch_async``. Rows that are no file are written to a temporary one.
-            expect: the columns with expected values, each of which is called as its output; or outputs by columns.
+            rows: as in ``run_batch_async``. Other rows are written to a temporary file first.
+            expect: the columns with expected values, each named like its output; or outputs by columns.
             scores: functions of an expected value and an output, by output, which return a number and may be async; see
                 ``flock.rows.scores``. By default lists have ``set_f1``, and others ``exact``.
             models: models in place of the flock's. With several, all run the same rows.

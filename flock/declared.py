@@ -29,6 +29,7 @@ from flock.agents.questions import nobody
 from flock.agents.shared import Shared
 from flock.agents.signature import Signature
 from flock.agents.union import output_of
+from flock.agents.versions import version_of
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.intake import mapping_rows
 from flock.engine.rowchecks import as_json
@@ -143,6 +144,7 @@ class DeclaredFlock:
             raise DefinitionError(f"This flock already has an agent {agent.name!r}. Choose another name.")
         if isinstance(agent, ModelAgent) and not agent.model:
             agent.check_strict(self.model)
+        version_of(agent)  # reads its source, which may be edited before the first batch
         self.agents[agent.name] = agent
         return agent
 

@@ -5,16 +5,19 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import anyio
+import anyio.lowlevel
 import pytest
 from click.testing import CliRunner, Result
 
 from flock.command.cli import main
 from flock.core import Flock, FlockFactory, Model
 from flock.errors import DefinitionError, InvalidData
-from flock.rows.scores import difference, ignoring_case, score_named, set_f1, within
+from flock.rows.scores import difference, exact, ignoring_case, score_named, set_f1, within
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 
 TARGET = """
@@ -41,6 +44,9 @@ def half(expected: str, actual: str) -> float:
 
 def wrong(expected: str, actual: str) -> str:
     return "very good"
+
+def none() -> float:
+    return 1.0
 """
 TABLE = 'text,label,tags,points\ngood day,good,"[""day"",""good""]",1.2\nbad day,good,"[""night""]",9\nfails,bad,,\n'
 
@@ -134,6 +140,17 @@ def test_a_function_of_the_user_is_a_score() -> None:
         pytest.param(["--expect", "label", "--score", "tags=set"], "no expected output 'tags'", id="score"),
         pytest.param(["--expect", "label", "--score", "label=best"], "There is no score 'best'. Use exact", id="name"),
         pytest.param(["--expect", "label", "--score", "label=number:x"], "There is no score", id="tolerance"),
+        pytest.param(["--expect", "label", "--score", "label=number:-1"], "There is no score", id="negative"),
+        pytest.param(["--expect", "label", "--score", "label=number:nan"], "There is no score", id="nan"),
+        pytest.param(["--expect", "label", "--score", "label=.x:f"], "There is no score '.x:f' (", id="relative"),
+        pytest.param(["--expect", "label", "--score", "label=no_one:f"], "(No module named 'no_one')", id="import"),
+        pytest.param(["--expect", "label", "--score", "label=target:flock"], "not a callable", id="no function"),
+        pytest.param(["--expect", "label", "--score", "label=target:none"], "too many positional", id="arguments"),
+        pytest.param(["--expect", "tags=label", "--map", "tags=text"], "The column 'tags' is an input.", id="mapped"),
+        pytest.param(["--expect", "tags=label", "--map", "tags="], "The column 'tags' is dropped.", id="dropped"),
+        pytest.param(["--expect", "label", "--expect", "label"], "names a column twice", id="column twice"),
+        pytest.param(["--expect", "label", "--expect", "tags=label"], "Several columns have", id="output twice"),
+        pytest.param(["--expect", "label", "--at-least", "nan"], "--at-least must be a number", id="bound"),
         pytest.param(["--expect", "label"], "There is no input 'tags'", id="other columns"),
         pytest.param([], "Missing option '--expect'", id="nothing expected"),
     ],
@@ -143,6 +160,64 @@ def test_a_mistake_is_reported_before_anything_runs(options: list[str], words: s
     assert done.exit_code in (1, 2)
     assert words in done.stderr
     assert not Path("log").exists()
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    Path("twice.csv").write_text("text,label,label\ngood,good,bad\n")
+    done = evaluate("--expect", "label", rows="twice.csv")
+    assert (done.exit_code, "More than one column is named 'label'." in done.stderr) == (1, True), done.stderr
+
+
+def test_the_results_of_an_agent_without_a_version_are_not_those_of_the_edited_one() -> None:
+    Path("target.py").write_text(TARGET.replace('(version="1")', ""))
+    options = ("--expect", "label", "--on-extra", "ignore", "--score", "label=nocase")
+    assert evaluate(*options).stdout.splitlines()[1].split()[3] == "0.333"
+    assert evaluate(*options).exit_code == 0
+    assert len(executed()) == 3, "it continues"
+    Path("target.py").write_text(TARGET.replace('(version="1")', "").replace('"bad"', '"good"'))
+    done = evaluate(*options)
+    assert done.stdout.splitlines()[1].split()[3] == "0.667"
+    assert "version" not in done.stderr
+    assert len(executed()) == 6
+
+
+def test_a_table_without_an_expected_value_is_an_error() -> None:
+    Path("none.csv").write_text("text,label\ngood,\n")
+    done = evaluate("--expect", "label", "--at-least", "0", rows="none.csv")
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (1, "No row has an expected value in the columns label.")
+    assert evaluate("--expect", "label", rows="none.csv").exit_code == 1
+
+
+def test_a_score_below_zero_is_not_low_without_a_bound() -> None:
+    Path("target.py").write_text(TARGET.replace("return 0.5", "return -0.5"))
+    options = ("--expect", "label", "--on-extra", "ignore", "--score", "label=target:half")
+    bounds: list[list[str]] = [[], ["--at-least", "-0.3"], ["--at-least", "-0.4"]]
+    assert [evaluate(*options, *bound).exit_code for bound in bounds] == [0, 1, 0]
+
+
+def test_the_type_of_an_expected_cell_is_that_of_an_agent_that_may_run() -> None:
+    class Label(TypedDict):
+        label: str
+
+    class Number(TypedDict):
+        label: int
+
+    flock = Flock()
+
+    @flock.agent(next_agent="second")
+    def first(text: str) -> int:
+        return len(text)
+
+    @flock.agent
+    def second(result: int) -> Label:
+        return {"label": "1" if result > 3 else "0"}
+
+    @flock.agent
+    def other(text: str) -> Number:
+        return {"label": 1}
+
+    Path("sizes.csv").write_text("text,label\ngood,1\n")
+    assert flock.evaluate("first", "sizes.csv", ["label"])[0].score == 1
 
 
 # Models
@@ -224,6 +299,92 @@ def test_scores_of_python_may_be_async_and_run_an_agent() -> None:
         flock.evaluate("work", [], {"wanted": "result"})
 
 
+async def _both(*work: Any) -> list[Any]:
+    found: list[Any] = [None] * len(work)
+
+    async def one(number: int) -> None:
+        found[number] = await work[number]
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(len(work)):
+            tasks.start_soon(one, number)
+    return found
+
+
+def test_evaluations_at_the_same_time_have_their_own_models() -> None:
+    """A run of the flock beside them has its own too."""
+    provider, seen = FakeModel(answers), list[str]()
+    rows = [{"text": f"number {n}", "answer": str(n)} for n in range(3)]
+    with provider.serve() as url:
+        flock = asking(url)
+
+        async def judged(expected: str, actual: str) -> float:
+            seen.append(str(flock.model.name))  # type: ignore[union-attr]
+            await anyio.lowlevel.checkpoint()
+            return float(expected == actual)
+
+        def work(name: str) -> Any:
+            model = Model(f"fake/{name}", base_url=url, api_key="none")
+            return flock.evaluate_async("ask", rows, ["answer"], scores={"answer": judged}, models=[model])
+
+        async def all_of() -> list[Any]:
+            return await _both(work("large"), work("small"))
+
+        (large,), (small,) = anyio.run(all_of)
+    assert ((large.model, large.score), (small.model, small.score)) == (("fake/large", 1.0), ("fake/small", 2 / 3))
+    assert {request["model"] for request in provider.requests} == {"large", "small"}
+    assert len(provider.requests) == 6
+    assert set(seen) == {"fake/small"}
+
+
+async def _ticks_while(work: Any, seen: list[int]) -> None:
+    async def tick() -> None:
+        while True:
+            await anyio.lowlevel.checkpoint()
+            seen[0] += 1
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(tick)
+        await work
+        tasks.cancel_scope.cancel()
+
+
+def test_other_tasks_run_while_rows_are_written_to_a_file() -> None:
+    seen, at_end = [0], list[int]()
+    flock = Flock()
+
+    @flock.agent
+    def work(n: int) -> int:
+        return n
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from ({"n": n, "result": n} for n in range(30_000))
+        at_end.append(seen[0])
+        raise LookupError("no more")
+
+    async def written() -> None:
+        with pytest.raises(LookupError, match="no more"):
+            await flock.evaluate_async("work", rows(), {"result": "result"})
+
+    anyio.run(_ticks_while, written(), seen)
+    assert at_end[0] > 1
+
+
+def test_decimals_are_compared_as_numbers() -> None:
+    flock = Flock()
+
+    @flock.agent
+    def price(n: int) -> Decimal:
+        return Decimal("1.20") * n
+
+    Path("prices.csv").write_text("n,wanted\n1,1.2\n2,2.5\n")
+    rows = [{"n": 1, "wanted": 1.2}, {"n": 2, "wanted": "2.5"}]
+    for table in ("prices.csv", rows):
+        assert flock.evaluate("price", table, {"wanted": "result"})[0].score == 0.5  # type: ignore[arg-type]
+        (found,) = flock.evaluate("price", table, {"wanted": "result"}, scores={"result": score_named("number:0.1")})  # type: ignore[arg-type]
+        assert found.score == 1
+
+
 # Scores
 
 
@@ -237,6 +398,8 @@ def test_scores_of_python_may_be_async_and_run_an_agent() -> None:
         ([{"x": 1, "y": 2}], [{"y": 2, "x": 1}], 1.0),
         ("a", ["a"], 1.0),
         (["a"], None, 0.0),
+        ([1, 2], [2.0, 1.0], 1.0),
+        ([1], [True], 0.0),
     ],
 )
 def test_lists_are_compared_as_sets(expected: Any, actual: Any, score: float) -> None:
@@ -247,17 +410,24 @@ def test_text_and_numbers_are_compared_with_tolerance() -> None:
     assert (ignoring_case(" Yes", "yes"), ignoring_case("yes", None)) == (1.0, 0.0)
     assert (within(0.5, 1, 1.5), within(0.5, 1, 1.6), within(0.5, 1, None), within(0.5, 1, "1")) == (1, 0, 0, 0)
     assert score_named("number:0.5")(1, 1.5) == 1
+    assert (within(0.1, 0.3, 0.4), within(0.1, 0.4, 0.3), within(0.1, 0.3, 0.4001), within(0, 2, 2)) == (1, 1, 0, 1)
     assert score_named("exact")("a", "A") == 0
+    assert (ignoring_case("None", None), exact(True, 1), exact(1, True), exact(1, 1.0)) == (0, 0, 0, 1)
 
 
 def test_the_interval_is_near_that_of_student() -> None:
-    """The quantiles of t for 4 and 29 degrees of freedom are 2.776 and 2.045."""
-    for count, quantile in ((5, 2.776), (30, 2.045)):
+    for count, quantile, most in (
+        (2, 12.706, 1e-4),
+        (3, 4.303, 1e-4),
+        (4, 3.182, 2e-4),
+        (5, 2.776, 2e-4),
+        (30, 2.045, 0.03),
+    ):
         ours = [float(n % 3) for n in range(count)]
         found = difference([*ours, 1.0], [*([0.0] * count), math.nan])
         assert found is not None
         mean = sum(ours) / count
         deviation = math.sqrt(sum((each - mean) ** 2 for each in ours) / (count - 1))
         assert found[0] == pytest.approx(mean)
-        assert (found[2] - found[0]) / deviation * math.sqrt(count) == pytest.approx(quantile, rel=0.03)
+        assert (found[2] - found[0]) / deviation * math.sqrt(count) == pytest.approx(quantile, rel=most)
     assert difference([1.0], [0.0]) is None

@@ -390,7 +390,7 @@ async def test_each_field_of_a_record_has_a_column(
 #: The fields of a run that never change, and those that a retry does not reset.
 FIXED = """run_id flock agent_name inputs created_at request_id batch_id position traceparent principal timeout_s extra
     session_id call_ids call_key caller client files"""
-KEPT = "steps owner is_async recoveries spent spent_by max_cost dropped digest first_span"
+KEPT = "steps owner is_async recoveries spent spent_by max_cost dropped digest first_span version_number"
 
 
 def test_each_field_of_a_run_is_fixed_or_written_when_it_changes() -> None:

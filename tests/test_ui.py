@@ -984,6 +984,35 @@ def test_a_file_of_german_excel_is_tried_and_then_resumed(visit: Visit, closed: 
     ]
 
 
+def test_options_of_the_last_batch_are_seen_or_gone(visit: Visit, closed: Site) -> None:
+    """A wrong one is seen too, and has the focus."""
+    page = visit.page(closed, "new-batch?agent=book")
+    options = {name: page.locator("details", has_text=name) for name in ("Numbers and encoding", "More options")}
+    choose(page, "rows.csv", "seat;price\n1;0,5\n")
+    options["Numbers and encoding"].locator("summary").click()
+    page.get_by_label("Decimals").select_option(",")
+    options["More options"].locator("summary").click()
+    sample = page.get_by_label("Random rows to try first")
+    sample.fill("x")
+    options["More options"].locator("summary").click()
+    page.get_by_role("button", name="Start the batch").click()
+    expect(sample).to_be_focused()
+    sample.fill("1")
+    sample.blur()
+    page.reload()
+    expect(options["More options"]).to_have_attribute("open", "")
+    expect(sample).to_have_value("1")
+    expect(page.get_by_label("Decimals")).to_be_visible()
+    choose(page, "rows.csv", "seat;price\n1;0,5\n")
+    page.get_by_role("button", name="Start the batch").click()
+    expect(status_of(page)).to_contain_text("completed")
+    page.goto(f"{closed.url}/ui#/new-batch?agent=book")
+    choose(page, "rows.csv", "seat;price\n1;0,5\n")
+    expect(options["Numbers and encoding"]).to_have_attribute("open", "")
+    expect(options["More options"]).not_to_have_attribute("open", "")
+    expect(sample).to_have_value("")
+
+
 def test_a_batch_can_be_cancelled_and_resumed(visit: Visit, closed: Site, gate: str) -> None:
     (closed.folder / "mend").unlink(missing_ok=True)
     page = visit.page(closed, f"batch/{closed.batch(60, wait=False, static_inputs={'gate': gate})}")

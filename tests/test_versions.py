@@ -1,14 +1,21 @@
 """Batches whose items were executed by several versions of an agent: each result says of which one it is."""
 
+import contextlib
 import csv
+import importlib
+import inspect
 import io
 import json
+import linecache
+import sqlite3
+import sys
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
+from flock.agents import versions
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import Batch, BatchOptions, RunStatus
@@ -72,6 +79,62 @@ async def test_each_result_of_a_mixed_batch_has_its_version(tmp_path: Path, capl
     assert warned == [
         f"batch {batch.batch_id} is mixed: Its results are of 2 versions of the agent 'work'; see the column 'version'."
     ]
+
+
+async def two_versions(sql: str) -> tuple[Batch, list[str | None]]:
+    """Run four items, change the store by *sql*, and run the fifth with another version."""
+    async with first_flock().engine(store="flock.db") as engine:
+        batch = await engine.submit_batch("work", [{"n": n} for n in (0, 1, 3, 4, 5)], BatchOptions(limit=4))
+        batch = await ended(engine, batch)
+    with contextlib.closing(sqlite3.connect("flock.db")) as db, db:
+        db.executescript(sql)
+    async with changed_flock().engine(store="flock.db") as engine:
+        await engine.retry_batch(batch.batch_id)
+        batch = await ended(engine, batch)
+        return batch, [batch.version_of(item) for item in await all_items(engine, batch)]
+
+
+async def test_the_clock_does_not_decide_of_which_version_a_result_is() -> None:
+    """It was set back before the second version."""
+    day = 86_400_000_000
+    sql = f"UPDATE runs SET completed_at = completed_at + {day}; UPDATE batches SET created_at = created_at + {day}"
+    batch, found = await two_versions(sql)
+    one, two = (each.version for each in batch.versions)
+    assert found == [*[one] * 4, two]
+
+
+async def test_results_of_a_store_without_versions_are_of_an_unknown_one() -> None:
+    batch, found = await two_versions("UPDATE runs SET version_number = NULL; UPDATE batches SET versions = NULL")
+    assert [each.version for each in batch.versions][:1] == ["unknown"]
+    assert batch.is_mixed
+    assert found == [*["unknown"] * 4, batch.versions[1].version]
+
+
+async def test_results_that_a_new_batch_takes_are_of_its_version() -> None:
+    model = FakeModel(lambda request: Reply({"answer": "yes"}))
+    flock = Flock(model="openai/gpt-4o")
+    flock.add_agent(FlockFactory.create_default_agent("ask", input="n: int", output="answer"))
+    async with flock.engine(store="flock.db", transport=model.transport) as engine:
+        for _ in range(2):
+            batch = await engine.submit_batch("ask", [{"n": 1}, {"n": 2}], BatchOptions(reuse=True))
+            batch = await ended(engine, batch)
+            (version,) = batch.versions
+            assert {batch.version_of(item) for item in await all_items(engine, batch)} == {version.version}
+    assert len(model.requests) == 2
+
+
+async def test_the_version_is_that_of_the_code_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is edited after the import, and before the first batch."""
+    path, source = tmp_path / "running.py", "from flock.core import Flock\nflock = Flock()\n@flock.agent\n"
+    path.write_text(f"{source}def work(n: int) -> str:\n    return 'one'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    flock = importlib.import_module("running").flock
+    before = inspect.getsource(flock.agents["work"].function)
+    path.write_text(f"{source}def work(n: int) -> str:\n    return 'three'\n")
+    linecache.clearcache()
+    assert inspect.getsource(flock.agents["work"].function) != before
+    assert versions._source_of(flock.agents["work"].function) == before
+    sys.modules.pop("running")
 
 
 @pytest.mark.parametrize(("first", "then", "is_mixed"), [("1", "1", False), ("1", "2", True)])

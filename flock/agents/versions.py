@@ -96,7 +96,7 @@ def _source_of(code: Any) -> str:
     return _source(of)
 
 
-@functools.lru_cache(maxsize=1000)
+@functools.lru_cache(maxsize=10_000)  # of all agents, since it is the code that runs only when it is read first
 def _source(code: Any) -> str:
     try:
         return inspect.getsource(code)

@@ -236,7 +236,7 @@ def batch(
             if sofar is None:
                 raise click.ClickException(f"{state} has no rows of this command. Run it without --partial first.")
             print_stderr(f"{sofar.completed_items:,} of {sofar.total_items:,} rows have ended.")
-            print_mixed(sofar)
+            _print_mixed(sofar)
             return
         if tried is not None and not _goes_on(flock, job, tried, stdout):
             return
@@ -244,7 +244,7 @@ def batch(
         is_old = not was_left and not _exit_code(done)
         print_stderr(f"All {done.total_items:,} rows are complete." if is_old else _summary(done, output))
         _print_skipped(done.skipped_rows)
-        print_mixed(done)
+        _print_mixed(done)
         if done.cancelled_items and done.status is not RunStatus.COMPLETED:
             print_stderr(f"{done.error}{_resume_hint(state)}")
     end_process(_exit_code(done))
@@ -437,7 +437,7 @@ def _print_skipped(count: int | None) -> None:
         print_stderr(f"{count:,} {'row has' if count == 1 else 'rows have'} no value, and did not run.")
 
 
-def print_mixed(batch: Batch) -> None:
+def _print_mixed(batch: Batch) -> None:
     if batch.is_mixed:
         print_stderr(f"Warning: {mixed_versions(batch)} To run all rows with one version, use another --store.")
 

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from flock.agents.handoff import columns_of
 from flock.agents.questions import nobody
-from flock.agents.versions import recipe_of
+from flock.agents.versions import label_of, recipe_of
 from flock.declared import DeclaredFlock, agent_of
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rowchecks import BatchCheck, check_batch
@@ -54,7 +54,7 @@ class BatchFile(msgspec.Struct, frozen=True, kw_only=True):
         format: the format of the output, one of ``FORMATS``.
         force: replace an output that exists.
         state: the file that stores rows and results.
-        confirm: asks whether to pay for the rows of a changed agent; raises if not. By default nobody is asked.
+        confirm: asks whether to pay for the rows of a changed agent; raises if declined. By default it does not ask.
         progress: how the progress is shown on stderr.
         retry: which ended rows of an earlier call run again, beside those that were cut off or never ran.
         escape_formulas, with_usage: see ``CSVWriter``.
@@ -258,7 +258,9 @@ async def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
     """
     digest = _digest_of(job.rows)
     models = models_of(flock.model, "the flock")
-    made_by = recipe_of(job.agent_name, flock.agents, models, flock.shared.model_hooks) or names_of(models)
+    of_agent = (job.agent_name, flock.agents, models, flock.shared.model_hooks)
+    # The results of an agent without a recipe are continued after it was edited, but never scored as those of the new.
+    made_by = recipe_of(*of_agent) or (label_of(*of_agent) if job.expected else names_of(models))
     options = (flock.name, made_by, job.agent_name, job.on_invalid, job.on_extra, job.dialect, job.options.timeout_s)
     expected = ((column, field.name) for column, field in job.expected.items())
     fills = (sorted(job.input_mapping.items()), sorted(job.static_inputs.items()), *expected)

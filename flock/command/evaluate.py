@@ -1,7 +1,11 @@
 """The command ``flockapi evaluate``, and what ``Flock.evaluate`` does: a batch for each model, with scores."""
 
+import copy
+import math
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from decimal import Decimal
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -24,13 +28,14 @@ from flock.declared import BatchInputs, DeclaredFlock, agent_of
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rowchecks import as_json, iterate
 from flock.errors import DefinitionError
+from flock.fair import FairShare
 from flock.formats import each_row
 from flock.jsontype import Field
 from flock.models.models import models_of, names_of
 from flock.nearest import did_you_mean
 from flock.rows.files import MAX_ROW_BYTES
 from flock.rows.results import item_pages
-from flock.rows.scores import KNOWN, ModelScore, Score, add_scores, difference, score_named
+from flock.rows.scores import KNOWN, ModelScore, Score, add_scores, difference, exact, of_decimals, score_named
 from flock.runs import Batch, BatchOptions, RunStatus
 
 #: The options of ``flockapi batch`` that an evaluation has too.
@@ -49,44 +54,51 @@ async def _evaluate(
 
     Cancellation: finished rows are kept for the next call.
     """
-    job = replace(job, expected=_expected(flock, job.agent_name, expect, scores))
+    job = replace(job, expected=_expected(flock, job, expect, scores))
     names = {job.agent_name, *(each.to for each in graph_of(job.agent_name, flock.agents))}
     for agent in (agent for name, agent in flock.agents.items() if len(models) > 1 and name in names):
         if isinstance(agent, ModelAgent) and agent.model:
             raise DefinitionError(f"The agent {agent.name!r} has a model of its own. Omit it there to compare models.")
-    found, own, first = list[tuple[ModelScore, Batch]](), flock.model, None
+    decimals = [field.name for field in job.expected.values() if field.type in (Decimal, Decimal | None)]
+    scores = {**scores, **{name: partial(of_decimals, scores.get(name, exact)) for name in decimals}}
+    found, first = list[tuple[ModelScore, Batch]](), None
     of_agent = getattr(flock.agents[job.agent_name], "model", None)
 
     async def read(score: ModelScore, engine: EmbeddedEngine, done: Batch) -> None:
         nonlocal first
-        flock.model = own  # a score may run agents of this flock
         numbers = await add_scores(score, item_pages(engine, done.batch_id), expect, scores)
         score.difference = None if first is None else difference(numbers, first)
         first = first or numbers
 
-    for model in models or [own]:
+    for model in models or [flock.model]:
         score = ModelScore(model=", ".join(names_of(models_of(of_agent or model, "the flock"))) or job.agent_name)
-        flock.model = model
-        try:
-            done, _ = await run_batch_file(flock, job, BytesIO(), lambda text: None, partial(read, score))
-        finally:
-            flock.model = own
+        own = copy.copy(flock)  # a score, or another task, may run agents of this flock
+        own.model = model
+        done, _ = await run_batch_file(own, job, BytesIO(), lambda text: None, partial(read, score))
         found.append((score, done))
     return found
 
 
 def _expected(
-    flock: DeclaredFlock, agent_name: str, expect: Mapping[str, str], scores: Mapping[str, Score]
+    flock: DeclaredFlock, job: BatchFile, expect: Mapping[str, str], scores: Mapping[str, Score]
 ) -> Mapping[str, Field]:
     """Return the outputs by the columns that have their expected values. Raises AgentNotFound, DefinitionError."""
-    agents, known = [*flock.agents.values(), agent_of(flock.agents, agent_name)], result_names(agent_name, flock.agents)
-    outputs = {field.name: field for agent in agents for field in agent.output.fields if field.name in known}
+    first, known = agent_of(flock.agents, job.agent_name), result_names(job.agent_name, flock.agents)
+    graph = graph_of(job.agent_name, flock.agents)
+    names: Collection[str] = {each.from_ for each in graph if each.to is None}
+    if not names or any(each.kind == "function" for each in graph):
+        names = flock.agents  # a function decides which agent is the last
+    fields = [field for name in flock.agents if name in names for field in flock.agents[name].output.fields]
+    outputs = {field.name: field for field in fields if field.name in known}
     for name in [*expect.values(), *scores]:
         if name not in outputs or name not in expect.values():
             hint = f"{did_you_mean(name, outputs)} Known outputs: {', '.join(outputs)}."
             raise DefinitionError(f"There is no expected output {name!r}.{hint}")
-    for column in expect.keys() & {field.name for field in agents[-1].input.fields}:
-        raise DefinitionError(f"The column {column!r} is an input. Name another one: --expect COLUMN={expect[column]}.")
+        if [*expect.values()].count(name) > 1:
+            raise DefinitionError(f"Several columns have the expected output {name!r}. Choose one.")
+    for column in expect.keys() & {*job.input_mapping, *(field.name for field in first.input.fields)}:
+        what = "is dropped" if job.input_mapping.get(column, "") is None else "is an input"
+        raise DefinitionError(f"The column {column!r} {what}. Name another one: --expect COLUMN={expect[column]}.")
     return {column: outputs[name] for column, name in expect.items()}
 
 
@@ -97,8 +109,11 @@ async def evaluate_rows(
     with tempfile.TemporaryDirectory(prefix="flock-") as folder:
         path = Path(rows) if isinstance(rows, str | Path) else Path(folder, "rows.ndjson")
         if not isinstance(rows, str | Path):
-            lines = [as_json(row, "/batch_inputs", MAX_ROW_BYTES) async for row in iterate(each_row(rows))]
-            path.write_bytes(b"\n".join(lines))
+            share = FairShare()
+            with path.open("wb") as file:
+                async for row in iterate(each_row(rows)):
+                    file.write(bytes(as_json(row, "/batch_inputs", MAX_ROW_BYTES)) + b"\n")
+                    await share.checkpoint()
         batch, state = BatchOptions(**pop_fields(options, BatchOptions)), options.pop("store", Path(folder, "flock.db"))
         job = BatchFile(agent_name=name, rows=path, state=Path(state), options=batch, **options)
         columns = expect if isinstance(expect, Mapping) else {name: name for name in expect}
@@ -122,6 +137,8 @@ def evaluate(target: str, agent: str, rows: Path, state: Path | None, expect: Se
     """
     state, file, at_least = state or Path(f"{rows.name}.flock.db"), options.pop("file"), options.pop("at_least")
     command.check_paths(rows, file or command.STDOUT, state)
+    if at_least is not None and math.isnan(at_least):
+        raise click.UsageError("--at-least must be a number, not nan.")
     with command.explaining_errors(rows, file or command.STDOUT, state), command.batch_process():
         if options.pop("forget"):
             command.print_stderr(f"{state} was removed." if forget(state) else f"There is no {state}.")
@@ -129,18 +146,24 @@ def evaluate(target: str, agent: str, rows: Path, state: Path | None, expect: Se
         flock, models = load_flock(target), options.pop("models")
         scores = {name: score_named(text) for name, text in pairs(options.pop("scores"), "--score", SCORES).items()}
         columns = {column: name or column for column, _, name in (each.partition("=") for each in expect)}
+        if len(columns) < len(expect):
+            raise click.UsageError("--expect names a column twice. Omit one of them.")
         job = command.job_of(flock, agent, options, rows=rows, state=state)
         found = anyio.run(_evaluate, flock, job, columns, scores, models)
         _print([score for score, _ in found])
         if file is not None:
-            file.write_bytes(msgspec.json.format(msgspec.json.encode([score for score, _ in found])) + b"\n")
+            part = Path(f"{os.path.realpath(file)}.part")
+            part.write_bytes(msgspec.json.format(msgspec.json.encode([score for score, _ in found])) + b"\n")
+            os.replace(part, part.with_suffix(""))
         for _, done in found:
-            command.print_mixed(done)
             if done.status is not RunStatus.COMPLETED:
                 command.print_stderr(f"{done.error}")
     are_left = any(done.cancelled_items and done.status is not RunStatus.COMPLETED for _, done in found)
-    is_low = any((score.score or 0) < (at_least or 0) for score, _ in found)
-    command.end_process(1 if are_left or is_low else 0)
+    is_unscored = not any(score.rows or score.left for score, _ in found)
+    if is_unscored:
+        command.print_stderr(f"No row has an expected value in the columns {', '.join(columns)}.")
+    is_low = at_least is not None and not all(score.score is not None and score.score >= at_least for score, _ in found)
+    command.end_process(1 if are_left or is_low or is_unscored else 0)
 
 
 def _print(models: Sequence[ModelScore]) -> None:

@@ -1,11 +1,14 @@
-"""How well the results of a batch match the values that its table expects, and how models differ."""
+"""How well the results of a batch match the expected values of its table, and how models differ."""
 
+import contextlib
 import importlib
 import inspect
 import math
 import statistics
 from array import array
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from decimal import Decimal, DecimalException
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,6 +21,8 @@ Score = Callable[[Any, Any], Any]
 KNOWN = "exact, nocase, number:TOLERANCE, set, or a function as module:name"
 #: Quantile of the normal distribution for an interval with a confidence of 95 %.
 Z = 1.959964
+#: Those of Student's t for 1 to 4 degrees of freedom.
+T = (12.7062, 4.3027, 3.1824, 2.7764)
 #: Max rows with the lowest scores that are kept for each model.
 MAX_WORST = 10
 
@@ -34,7 +39,7 @@ class ScoredRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelScore(msgspec.Struct, kw_only=True):
-    """How well a model has done.
+    """The scores of a model.
 
     Attributes:
         rows, failed: the rows that have a score, and those of them that failed, whose score is 0.
@@ -61,23 +66,40 @@ class ModelScore(msgspec.Struct, kw_only=True):
 
 
 def exact(expected: Any, actual: Any) -> float:
-    return float(expected == actual)
+    return float(isinstance(expected, bool) == isinstance(actual, bool) and expected == actual)
 
 
 def ignoring_case(expected: Any, actual: Any) -> float:
-    return float(str(expected).strip().casefold() == str(actual).strip().casefold())
+    return float(actual is not None and str(expected).strip().casefold() == str(actual).strip().casefold())
 
 
 def within(tolerance: float, expected: Any, actual: Any) -> float:
-    are_numbers = isinstance(expected, int | float) and isinstance(actual, int | float)
-    return float(are_numbers and abs(expected - actual) <= tolerance)
+    if not all(isinstance(each, int | float | Decimal) for each in (expected, actual)):
+        return 0.0
+    off = abs(float(expected) - float(actual))
+    return float(off <= tolerance or math.isclose(off, tolerance))
+
+
+def of_decimals(compare: Score, expected: Any, actual: Any) -> Any:
+    """Compare values as Decimals, which are text in JSON."""
+    return compare(_decimal(expected), _decimal(actual))
+
+
+def _decimal(value: Any) -> Any:
+    with contextlib.suppress(DecimalException):
+        return Decimal(str(value))
+    return value
 
 
 def set_f1(expected: Any, actual: Any) -> float:
     """Return the harmonic mean of precision and recall of a list, in any order and without repetitions."""
     lists = [value if isinstance(value, list) else [value] for value in (expected, actual)]
-    wanted, found = ({msgspec.json.encode(each, order="deterministic") for each in values} for values in lists)
+    wanted, found = ({msgspec.json.encode(_whole(each), order="deterministic") for each in values} for values in lists)
     return 2 * len(wanted & found) / (len(wanted) + len(found)) if wanted or found else 1.0
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def score_named(name: str) -> Score:
@@ -85,13 +107,17 @@ def score_named(name: str) -> Score:
     kind, _, rest = name.partition(":")
     try:
         if kind == "number":
-            tolerance = float(rest or 0)
-            return lambda expected, actual: within(tolerance, expected, actual)
+            if not 0 <= (tolerance := float(rest or 0)) < math.inf:
+                raise ValueError(rest)
+            return partial(within, tolerance)
         named: Mapping[str, Score] = {"exact": exact, "nocase": ignoring_case, "set": set_f1}
         found: Score = getattr(importlib.import_module(kind), rest) if rest else named[kind]
+        with contextlib.suppress(ValueError):  # some functions in C have no signature
+            inspect.signature(found).bind(None, None)
         return found
-    except (KeyError, ValueError, ImportError, AttributeError) as exc:
-        raise DefinitionError(f"There is no score {name!r}. Use {KNOWN}.") from exc
+    except Exception as exc:  # the module may raise anything
+        reason = f" ({exc})" if rest and kind != "number" else ""
+        raise DefinitionError(f"There is no score {name!r}{reason}. Use {KNOWN}.") from exc
 
 
 async def add_scores(
@@ -154,11 +180,12 @@ def _mean(numbers: Sequence[float]) -> float | None:
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float] | None:
-    """Return the mean of the paired differences, with the interval of Student's t, whose quantile is approximated."""
+    """Return the mean of the paired differences, with the interval of Student's t, whose quantiles are approximated."""
     pairs = [mine - yours for mine, yours in zip(ours, theirs, strict=False) if mine == mine and yours == yours]
     if len(pairs) < 2:
         return None
     mean, freedom = statistics.fmean(pairs), len(pairs) - 1
     t = Z + (Z**3 + Z) / (4 * freedom) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * freedom**2)
+    t = T[freedom - 1] if freedom <= len(T) else t
     half = t * statistics.stdev(pairs) / math.sqrt(len(pairs))
     return mean, mean - half, mean + half

@@ -506,7 +506,7 @@ class _Columns:
                     misspelled.add(row_mapping.nearest(column))
                 else:
                     problem = f"Column {place} has no name."
-                if row_mapping.on_extra == "keep" and column in seen:
+                if (row_mapping.on_extra == "keep" or column in row_mapping.expected) and column in seen:
                     problem = problem or f"More than one column is named {column!r}."
             elif name in seen:
                 problem = f"More than one column maps to the input {name!r}."

@@ -419,6 +419,7 @@ class Run(_Record, frozen=True, kw_only=True):
             may take its result.
         first_span: the trace context of the span of its first execution; None if there was none.
         files: the contents that its inputs refer to; see ``flock.store.contents``.
+        version_number: which of ``Batch.versions`` has executed this item last, from 1; None if none has.
     """
 
     run_id: str
@@ -450,6 +451,7 @@ class Run(_Record, frozen=True, kw_only=True):
     digest: str | None = None
     first_span: str | None = None
     files: tuple[str, ...] = ()
+    version_number: int | None = None
 
     @property
     def acts_for(self) -> "Principal | None":
@@ -672,9 +674,8 @@ class Batch(_Record, frozen=True, kw_only=True):
 
     def version_of(self, item: Run) -> str | None:
         """Return the version of the agent that has ended *item*; None if none has."""
-        if item.completed_at is None or item.status is RunStatus.CANCELLED:
-            return None
-        return next((each.version for each in reversed(self.versions) if each.since < item.completed_at), None)
+        is_made = item.status in (RunStatus.COMPLETED, RunStatus.FAILED) and item.error_type != INVALID_INPUT
+        return self.versions[: item.version_number or 1][-1].version if is_made and self.versions else None
 
     @property
     def is_spent(self) -> bool:

@@ -165,6 +165,8 @@ class SQLiteBatchStore(BatchStore):
             assert current is not None
             kept = current.completed_items - current.cancelled_items - current.invalid_items
             versions = current.versions if kept else ()
+            if kept and not versions and current.started_at:  # by a version of flockapi that did not store versions
+                versions = (Version("unknown", batch.created_at),)
             if not versions or versions[-1].version != version:
                 versions = (*versions, Version(version, now if versions else batch.created_at))
             values = {"now": micros(now), "batch_id": batch.batch_id, "versions": json_or_null(versions)}

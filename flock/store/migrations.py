@@ -356,7 +356,7 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "CREATE INDEX webhooks_down ON webhooks (flock, agent_name, ifnull(first_try_at, 0)) WHERE status = 'pending'",
     ],
     # Which versions of its agent have executed a batch.
-    ["ALTER TABLE batches ADD COLUMN versions BLOB"],
+    ["ALTER TABLE batches ADD COLUMN versions BLOB", "ALTER TABLE runs ADD COLUMN version_number INTEGER"],
 ]
 
 

@@ -97,7 +97,8 @@ class NewBatch {
 
   ofCSV() {
     const fields = [withLabel("Decimals", this.decimal), withLabel("Encoding of a file", this.encoding)];
-    return h("details", h("summary", "Numbers and encoding of CSV"), h("div.columns", fields));
+    const open = this.decimal.value !== CSV_DEFAULTS.decimal || this.encoding.value !== CSV_DEFAULTS.encoding;
+    return h("details", { open }, h("summary", "Numbers and encoding of CSV"), h("div.columns", fields));
   }
 
   report(work) {
@@ -213,6 +214,8 @@ class NewBatch {
     const unmapped = this.mapping.unmapped(),
       missing = this.mapping.missing();
     const optional = unmapped.filter((name) => !missing.includes(name));
+    const before = this.staticsBefore(),
+      open = optional.some((name) => name in before);
     this.fields = [this.formOf(missing, true), this.formOf(optional, false)];
     const [needed, others] = this.fields.map(({ node }) => h("div", { oninput: () => this.changed() }, node));
     fill(
@@ -227,7 +230,7 @@ class NewBatch {
       this.others,
       this.mapping.columns.length > 0 &&
         unmapped.length > missing.length &&
-        h("details", h("summary", "Same value for every row"), others),
+        h("details", { open }, h("summary", "Same value for every row"), others),
     );
     this.recheck();
   }
@@ -240,14 +243,16 @@ class NewBatch {
       const description = [property.description, shown].filter(Boolean).join(" ");
       return [name, { ...property, default: undefined, description }];
     });
-    let before = {};
-    try {
-      before = parse(session.get(`statics ${this.agent.name}`) ?? "{}");
-    } catch {
-      /* there are none */
-    }
     const schema = { ...this.schema, properties: Object.fromEntries(properties), required: isRequired ? names : [] };
-    return form(schema, before);
+    return form(schema, this.staticsBefore());
+  }
+
+  staticsBefore() {
+    try {
+      return parse(session.get(`statics ${this.agent.name}`) ?? "{}");
+    } catch {
+      return {};
+    }
   }
 
   columnFor(input) {
@@ -401,11 +406,12 @@ class NewBatch {
           : "",
     );
     if (this.start.contains(this.startButton)) return;
+    const hasMore = !["{}", null].includes(session.get("batch options"));
     fill(
       this.start,
       h("h2", "Start"),
       h("div.columns", withLabel("Invalid rows", this.invalid), this.workers.node),
-      h("details", h("summary", "More options"), this.more.node),
+      h("details", { open: hasMore }, h("summary", "More options"), this.more.node),
       this.startError,
       this.upload,
       actions(
@@ -439,10 +445,10 @@ class NewBatch {
       return { ...options, on_invalid: this.invalid.value, max_workers: workers };
     } catch (error) {
       const forms = [...this.fields, this.workers, this.more];
-      forms
-        .map((fields) => fields.error(error.pointer, error.message))
-        .find(Boolean)
-        ?.focus();
+      const control = forms.map((fields) => fields.error(error.pointer, error.message)).find(Boolean);
+      const hidden = control?.closest("details");
+      if (hidden) hidden.open = true; // otherwise it cannot have the focus
+      control?.focus();
       return null;
     }
   }
@@ -466,7 +472,7 @@ class NewBatch {
     try {
       const more = { signal: this.signal, onProgress, headers: idempotencyKey() };
       const batch = JSON.parse(await sendRows(this.rows, this.format, options, more));
-      session.set(`batch mapping ${this.agent.name}`, null);
+      for (const name of [`batch mapping ${this.agent.name}`, "batch options"]) session.set(name, null);
       await this.source.clear();
       go(`batch/${batch.batch_id}`);
     } catch (error) {
