@@ -2,22 +2,30 @@
 
 import json
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, suppress
 from typing import Any
 
 import httpx
 import pytest
 
 from flock.agents.tools import Tool
-from flock.core import FlockFactory
+from flock.core import Flock, FlockFactory
+from flock.errors import StoreError
+from flock.runs.records import LongJSON
 from flock.testing import Reply
+from flockapi import create_app
 from tests.support.http import get
-from tests.test_mcp_server import answers, latest, post, result_of
+from tests.support.servers import Served
+from tests.test_mcp_server import answers, headers_of, latest, post, result_of
 from tests.test_openai import ANN, BOB, KEYS, check_error, open_chats
 from tests.test_openai_responses import Responses, approval, send, text_of
 
 pytestmark = pytest.mark.anyio
 
 EVE = {"Authorization": f"Bearer {'e' * 20}"}
+USER = {"id": "m", "role": "user", "content": "x"}
+AGUI: Mapping[str, Any] = {"context": [], "forwardedProps": {}}
+A2A = {"messageId": "m", "role": "ROLE_USER", "parts": [{"text": "x"}]}
 PAY_3 = [Reply(calls=[("pay", {"amount": 3})]), Reply({"reply": "Paid."})]
 
 
@@ -31,6 +39,46 @@ async def client(chats: Responses) -> AsyncIterator[httpx.AsyncClient]:
     keys = {**KEYS, "eve:role:refunds": "e" * 20}
     async with open_chats(chats, ANN, api_keys=keys, protocols=["openai", "mcp"]) as made:
         yield made
+
+
+STREAMS = {
+    "a2a": ("/a2a/long", {"jsonrpc": "2.0", "id": 1, "method": "SendStreamingMessage", "params": {"message": A2A}}),
+    "ag-ui": ("/ag-ui/long", {"threadId": "t", "runId": "r", "state": {}, "messages": [USER], "tools": [], **AGUI}),
+    "mcp": ("/mcp", latest("tools/call", name="long", arguments={"text": "x"}, meta={"progressToken": 1})),
+}
+
+
+@pytest.mark.parametrize("protocol", STREAMS)
+async def test_nothing_follows_an_event_whose_rest_cannot_be_read(
+    protocol: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client would take it for a part of that event."""
+    flock, read = Flock(), LongJSON.pieces
+
+    @flock.agent
+    def long(text: str) -> list[str]:
+        return [text * 200_000]
+
+    async def pieces(long: LongJSON) -> AsyncIterator[bytes]:
+        async with aclosing(read(long)) as found:  # type: ignore[type-var]
+            yield await anext(found)
+        raise StoreError("The store cannot be read.")
+
+    monkeypatch.setattr(LongJSON, "pieces", pieces)
+    path, body = STREAMS[protocol]
+    app = create_app(flock, store=":memory:", auth="host", protocols=[protocol])
+    headers = {"Accept": "application/json, text/event-stream", "A2A-Version": "1.0"}
+    headers |= headers_of(body) if protocol == "mcp" else {}
+    text = b""
+    async with Served(app) as server, httpx.AsyncClient(base_url=server.url) as client:
+        with suppress(httpx.RemoteProtocolError):  # the connection is closed before the end of the body
+            async with client.stream("POST", path, json=body, headers=headers) as response:
+                async for piece in response.aiter_raw():
+                    text += piece
+    assert response.status_code == 200
+    assert text.endswith(b"xxx")
+    assert "the event stream was cut off: The store cannot be read." in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def seen(client: httpx.AsyncClient, run_id: str, headers: Mapping[str, str] = ANN) -> list[Any]:

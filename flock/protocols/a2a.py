@@ -423,7 +423,7 @@ async def _events(
     call: Call, run_id: str, events: AsyncGenerator[Event | None, None], history_length: int | None
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events of a task. A text that is not appended begins the artifact again."""
-    has_text, is_whole, agents = False, True, orders.agents_of(call.request)
+    has_text, agents = False, orders.agents_of(call.request)
     answer = chats.StreamedAnswer(agents, as_json=False, takes_back=True)
 
     def update(kind: str, **content: Any) -> Mapping[str, Any]:
@@ -433,10 +433,10 @@ async def _events(
         return sent_event(update("statusUpdate", status=_status(call.request, run)))
 
     try:
-        task, is_whole = await _task(call, await call.engine.get_run(run_id), history_length), False
+        task = await _task(call, await call.engine.get_run(run_id), history_length)
         async for chunk in long_event(call.reply({"task": task})):
             yield chunk
-        is_whole = True
+        del task
         run = await call.engine.get_outline(run_id)
         if not run.is_active:
             return
@@ -455,16 +455,14 @@ async def _events(
                     if piece.name == "run.waiting" and has_text:  # it begins again after the answer
                         yield sent_event(update("artifactUpdate", artifact=_artifact({"text": ""}), append=False))
                     if piece.name == "run.completed" and not answer.is_text:
-                        artifact, is_whole = _artifact({"data": piece.data["result"]}), False
+                        artifact = _artifact({"data": piece.data["result"]})
                         async for chunk in long_event(update("artifactUpdate", artifact=artifact, append=False)):
                             yield chunk
-                        is_whole = True
                     run = await call.engine.get_outline(run_id)
                     yield status()
     except FlockError as exc:
         error = RPCError(jsonrpc.OTHER_ERROR, f"{exc} The task is {run_id}: subscribe to it, or get it.")
-        if is_whole:  # otherwise the client sees that the stream ends within an event
-            yield sent_event(jsonrpc.reply(call.message, error=error.shown))
+        yield sent_event(jsonrpc.reply(call.message, error=error.shown))
 
 
 async def _get(call: Call) -> Response:

@@ -161,15 +161,22 @@ async def _event_pieces(parts: Sequence[bytes | LongJSON]) -> AsyncIterator[byte
         yield _escaped(whole)
 
 
+class CutOff(Exception):
+    """The rest of an event cannot be read. Its stream ends, since any other event would be taken for a part of it."""
+
+
 async def long_event(content: Any) -> AsyncGenerator[bytes, None]:
     """Yield a server-sent event like ``sent_event``. A ``LongJSON`` in it is read from the store piece by piece.
 
-    Raises: RunNotFound, StoreError after a part of it.
+    Raises: CutOff.
     """
     parts = _long_parts(content, b"data: ", b"\n\n")
-    with held(parts):
-        async for piece in _event_pieces(parts):
-            yield piece
+    try:
+        with held(parts):
+            async for piece in _event_pieces(parts):
+                yield piece
+    except FlockError as exc:
+        raise CutOff(str(exc)) from exc
 
 
 def _delta(event: Event) -> bytes:
@@ -295,9 +302,15 @@ class LimitedStream(StreamingResponse):
 
 
 class EventStream(LimitedStream):
-    """Server-sent events."""
+    """Server-sent events. If one of them is cut off, a WARNING is logged, and the server closes the connection."""
 
     media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except CutOff as exc:
+            logger.warning("request %s: the event stream was cut off: %s", scope["flock.request_id"], exc)
 
 
 def head_of_stream(media_type: str, headers: Mapping[str, str]) -> Response:
