@@ -138,7 +138,7 @@ async def test_a_run_that_kills_its_workers_fails_alone(bad: int, temporal_addre
     lines = workers.lines("killed its process")
     for run in runs:
         assert sum(f"run {run.run_id}: agent bad" in line for line in lines) == (run.status is RunStatus.FAILED)
-    assert 4 <= workers.deaths <= 8 * bad
+    assert 3 <= workers.deaths <= 8 * bad  # three are enough if it was alone in two of them
 
 
 @pytest.mark.timeout(150)
