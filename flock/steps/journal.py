@@ -793,7 +793,7 @@ class Journal:
 
     async def _store_end(self, call: Call, entry: Entry, cancellation: Cancellation) -> Call:
         """Store how a call has ended, and wait for its turn; see ``_deliver``. Returns it as it is stored."""
-        call = replace(call, place=self._replay.end(entry))
+        call = replace(call, place=self._replay.end(entry, is_late=cancellation.is_late))
         try:
             await self._store(call, cancellation)
         except BaseException:

@@ -26,6 +26,8 @@ NESTED = "~"
 CHECKPOINTS = 6
 #: How many of them a step gets to leave a block before a time-out of the block counts.
 SETTLING = 50
+#: How soon a call is cancelled after an end that is the cause, and how much of a time-out may pass unseen, in seconds.
+AT_ONCE_S, SKIPPED_S = 0.001, 0.05
 #: Marks of about this size, in bytes, are stored with one call, since a cluster takes at most 2 MiB at once. The next
 #: call has the others.
 MAX_MARK_BYTES = 256 * 1024
@@ -76,7 +78,7 @@ class Replay:
     def __init__(self, calls: Sequence[Call], grace_s: float) -> None:
         self._grace_s = grace_s
         self._time = loop_clock()
-        self._began_at = self._recurred_at = self._struck_at = self._time()
+        self._began_at = self._recurred_at = self._struck_at = self._saw_at = self._time()
         #: how much longer it had taken before until the end that was delivered last
         self._skipped_s = 0.0
         self._recurred = Signal()
@@ -97,6 +99,8 @@ class Replay:
         self._turns = dict[int, anyio.Event]()
         #: the ends of calls that wait to be cancelled again, each with the time until which other cancellations wait
         self._to_cancel = dict[int, float]()
+        #: these calls, by what equal ones have in common
+        self._cancelled = defaultdict[str, list[Entry]](list)
         #: those of cancelled calls that the program has not seen
         self._unseen = set[int]()
         #: ends that were delivered, and starts, that are in no stored call yet, by the number of the start
@@ -235,8 +239,12 @@ class Replay:
             return None
         return late.popleft()
 
-    def end(self, entry: Entry, *, is_cancelled: bool = False) -> Place:
-        """A call ends in this execution. Return what is stored with it. Then ``turn``; or ``saw``, if cancelled."""
+    def end(self, entry: Entry, *, is_cancelled: bool = False, is_late: bool = False) -> Place:
+        """A call ends in this execution. Return what is stored with it. Then ``turn``; or ``saw``, if cancelled.
+
+        Args:
+            is_late: the program has stopped waiting for it. The call that gets its result does not take its time.
+        """
         end = self._next_number()
         if not is_cancelled:
             entry.end = end
@@ -246,7 +254,7 @@ class Replay:
             start=entry.start,
             end=end,
             start_s=round(entry.start_s, 3),
-            end_s=math.floor((self._time() - self._began_at) * 1000) / 1000,
+            end_s=math.floor((entry.start_s if is_late else self._time() - self._began_at) * 1000) / 1000,
             is_cancelled=is_cancelled,
             also=tuple(self._take_unwritten()),
         )
@@ -266,7 +274,7 @@ class Replay:
         """The program sees an end now. If the step runs again, what has started by now starts before that."""
         if self._new_start > self._ends.pop(end, end) or (entry.is_unseen and not entry.end):
             self._note_end(entry, self._next_number())
-        self._last_end = end
+        self._last_end, self._saw_at = end, self._time()
         self._skipped_s += self._left_s(entry)
         if entry.stored is not None:
             self._recur()
@@ -326,7 +334,7 @@ class Replay:
 
     def _left_s(self, entry: Entry) -> float:
         """Return for how long a stored call had not ended yet, this long after the end that was delivered last."""
-        if entry.stored is None or entry.stored.place is None:
+        if entry.stored is None or entry.stored.place is None or entry.is_late:
             return 0.0
         return entry.stored.place.end_s - self._skipped_s - (self._time() - self._began_at)
 
@@ -335,10 +343,24 @@ class Replay:
 
         Then ``cancelled_again``, in both cases.
         """
-        assert entry.stored is not None
-        assert entry.stored.place is not None
+        key, _ = numbered(entry.call_id)
+        self._cancelled[key].append(entry)
         self._to_cancel[entry.end] = self._time() + self._left_s(entry) + self._grace_s / 5
-        await self._is_in_vain(entry.stored.place.end_s, lambda: False)
+        try:
+            await self._is_in_vain(lambda: _place_of(entry).end_s, lambda: False)
+        except anyio.get_cancelled_exc_class():
+            # Of equal calls, any other one may have been cancelled first, since only their arrival tells them apart.
+            first = min(self._cancelled[key], key=lambda each: each.end)
+            entry.end, entry.stored, first.end, first.stored = first.end, first.stored, entry.end, entry.stored
+            if entry.start_s < _place_of(entry).start_s - SKIPPED_S and self._time() > self._saw_at + AT_ONCE_S:
+                self._doubt(entry.start)
+            raise
+        finally:
+            self._cancelled[key].remove(entry)
+
+    def _doubt(self, start: int) -> None:
+        """A plain time-out has passed, and this execution has skipped time before: another one may pass first now."""
+        self._is_mixing, self._mixed_start = True, min(start, self._mixed_start)
 
     def is_cancelled_alone(self, entry: Entry) -> bool:
         """A call is cancelled again. Whether the program sees it at once: none waits for the same, or ended before."""
@@ -384,9 +406,8 @@ class Replay:
         """
         kind = _kind_of(call_id, name)
         while (entry := next(iter(self._ended.get(kind, ())), None)) and self.is_sure(entry.start):
-            assert entry.stored is not None
-            start_s = 0.0 if entry.stored.place is None else entry.stored.place.start_s
-            if await self._is_in_vain(start_s, functools.partial(self._is_not_awaited, kind, entry)):
+            is_over = functools.partial(self._is_not_awaited, kind, entry)
+            if await self._is_in_vain(functools.partial(_start_s, entry), is_over):
                 return entry.stored
         return None
 
@@ -401,10 +422,10 @@ class Replay:
         """
         return not self._is_mixing or 0 < number < self._mixed_start
 
-    async def _is_in_vain(self, step_s: float, is_over: Callable[[], bool]) -> bool:
+    async def _is_in_vain(self, step_s: Callable[[], float], is_over: Callable[[], bool]) -> bool:
         """Wait until *is_over*. Returns True if it is not, and nothing has recurred for *step_s* and the grace."""
         while not is_over():
-            left_s = self._recurred_at + step_s + self._grace_s - self._time()
+            left_s = self._recurred_at + step_s() + self._grace_s - self._time()
             if left_s <= 0:
                 return True
             with anyio.move_on_after(left_s):
@@ -483,6 +504,18 @@ def _parent_of(call_id: str) -> str:
 
 def _kind_of(call_id: str, name: str) -> tuple[str, str]:
     return _parent_of(call_id), name
+
+
+def _start_s(entry: Entry) -> float:
+    """Return when a call started that is stored; see ``Place``."""
+    return 0.0 if entry.stored is None or entry.stored.place is None else entry.stored.place.start_s
+
+
+def _place_of(entry: Entry) -> Place:
+    """Return the place of a cancelled call."""
+    assert entry.stored is not None
+    assert entry.stored.place is not None
+    return entry.stored.place
 
 
 def _name_of(call_id: str) -> str:

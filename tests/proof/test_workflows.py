@@ -272,6 +272,25 @@ FOUND_IN_MEMORY = {
         '"seconds":0.203317}],"n":6}],"n":3},{"kind":"work","n":22,"seconds":0.103606}],"n":2},{"kind":"work","n":24,'
         '"seconds":0.104359}],"n":1},{"seed":38,"is_stored":true,"ends":[[11,3,true],[6,10,true]]}]'
     ),
+    "a result that came after its time-out and that a retry keeps": (
+        '[{"kind":"gather","parts":[{"kind":"timeout","parts":[{"kind":"block","n":4,"seconds":0.801414}],"n":3,"'
+        'limit_s":0.151732},{"kind":"tool","parts":[{"kind":"work","n":6,"seconds":0.802236,"limit_s":0.152646,"r'
+        'etries":1}],"n":5,"limit_s":0.603317}],"n":2},{"is_stored":true,"ends":[[7,6,false]],"retries":1}]'
+    ),
+    "a time-out around another one, of which time was skipped": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"timeout","parts":[{"kind":"loop","parts":[{"kind'
+        '":"wait","parts":[{"kind":"work","seconds":0.401414,"is_equal":true},{"kind":"work","seconds":0.201732,"'
+        'is_equal":true}],"n":5,"limit_s":0.602236}],"n":4,"times":2}],"n":3,"limit_s":0.602646},{"kind":"work","'
+        'n":8,"seconds":0.103317}],"n":2},{"kind":"work","n":10,"seconds":0.104123}],"n":1},{"is_stored":true,"en'
+        'ds":[[12,0,true]]}]'
+    ),
+    "equal calls that are cancelled one after the other, and that start in another order": (
+        '[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"group","parts":[{"kind":"work","seconds":0.801'
+        '732,"is_equal":true},{"kind":"work","n":13,"seconds":0.402236}],"n":4},{"kind":"group","parts":[{"kind":'
+        '"work","seconds":0.802646,"is_equal":true},{"kind":"loop","parts":[{"kind":"work","n":18,"seconds":0.203'
+        '606}],"n":17,"times":2},{"kind":"fail","n":20,"seconds":0.204123}],"n":14}],"n":3},{"kind":"work","n":21'
+        ',"seconds":0.104359}],"n":2},{"seed":908,"is_stored":true,"ends":[[8,18,true]]}]'
+    ),
 }
 
 
