@@ -115,6 +115,8 @@ class ActiveRun:
     live: LiveOutput | None = None
     #: The agents that another process has if this one lacks them.
     elsewhere: Collection[str] = ()
+    #: Calls of models may wait for a batch endpoint.
+    has_batches = False
     #: Calls of the next step have finished, so they must be read.
     has_calls = False
     #: The step has read calls of earlier attempts.
@@ -352,7 +354,7 @@ class StepExecutor:
         """Execute *agent*. If it uses its context, there is a journal of its calls."""
         started_at, batch = now(), _batch_of(run)
         call_in_thread = functools.partial(self._call_in_thread, active, batch)
-        resources = Resources(self.models, call_in_thread, active.history, self.agents, self.shared)
+        resources = Resources(self.models, call_in_thread, active.history, self.agents, self.shared, active.has_batches)
         usage, model, call_count = None, None, 0
         if agent.uses_context:
             journal = await self._journal(active, run, agent, resources, is_again=is_again)

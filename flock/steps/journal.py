@@ -68,6 +68,8 @@ logger = logging.getLogger("flock.runs")
 
 #: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
 NAME = r"[A-Za-z0-9_.-]{1,128}"
+#: The key of a call that waits for the reply to a call of a model.
+BATCH_REPLY = "batch-reply"
 #: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
 CHECKPOINTS = 10
 #: Shorter sleeps do not end the step, in seconds.
@@ -351,6 +353,18 @@ class Journal:
         asked = self._asking(RECEIVE, name, type_, expires_s, default, kind="message")
         return self._wait(RECEIVE, name, asked, type_, "message", message_json(name))
 
+    def receive_reply(self, name: str, call: msgspec.Raw, type_: Any) -> Coroutine[Any, Any, Any]:
+        """Wait for the reply to a *call* of a model through a batch endpoint: a message that the engine sends.
+
+        No client can send it, since *name* is not a valid name for a message.
+        """
+
+        def asked(at: datetime) -> Question:
+            more: dict[str, Any] = {"arguments": call, "asked_at": at, "kind": "message"}
+            return Question(call_id="", question=name, schema=NULL_TYPE, **more)
+
+        return self._wait(RECEIVE, BATCH_REPLY, asked, type_, "message", message_json(name))
+
     def sleep(self, context: RunContext, until: Callable[[datetime], datetime]) -> Coroutine[Any, Any, None]:
         """Sleep until the time that *until* returns from the beginning; see ``RunContext.sleep``.
 
@@ -426,7 +440,7 @@ class Journal:
                 # Other calls may work meanwhile, so its time counts.
                 if left_s < MIN_SUSPENDED_S or (label == TIMER and self.answer is not None):
                     return await anyio.sleep(max(0, left_s))
-            if self.answer is None:
+            if self.answer is None or begun.is_model_call:
                 return await self._suspend(call_id, begun)
             with clocks_stopped(self.clock):
                 return await (anyio.sleep(left_s) if kind == "sleep" else self._execute(self.answer, (begun,), {}))
@@ -510,7 +524,7 @@ class Journal:
             self._changed.notify()
 
     def _should_check(self, wait: Question, checked: int) -> bool:
-        if wait.kind == "sleep" or checked == self._news or self._is_closed:
+        if wait.kind == "sleep" or wait.is_model_call or checked == self._news or self._is_closed:
             return False
         return wait.kind == "message" or not self._waits_only  # a message may be there, and it takes no second try
 

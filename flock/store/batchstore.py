@@ -130,7 +130,14 @@ class SQLiteBatchStore(BatchStore):
         return self._db.read(find)
 
     async def pending_items(
-        self, batch: Batch, after: int, limit: int, before: int | None = None, *, are_suspects: bool = False
+        self,
+        batch: Batch,
+        after: int,
+        limit: int,
+        before: int | None = None,
+        *,
+        are_suspects: bool = False,
+        have_worked: bool = False,
     ) -> list[Run]:
         values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
         last = statements.MAX_POSITION if before is None else before - 1
@@ -141,6 +148,7 @@ class SQLiteBatchStore(BatchStore):
                 return []
             statuses = [RunStatus.STARTING]
             query = functools.partial(statements.item_page, statuses=statuses, last=last)
+            query = functools.partial(statements.answered_items, last=last) if have_worked else query
             rows = queries.rows_of(db, statements.suspect_items if are_suspects else query, values)
             page, bytes_left = list[Run](), WORK_PAGE_BYTES
             for row in rows:
@@ -174,7 +182,7 @@ class SQLiteBatchStore(BatchStore):
 
         return await self._change_own(batch, apply)
 
-    async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False) -> Batch:
+    async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False, is_spent: bool = False) -> Batch:
         def apply(db: sqlite3.Connection) -> None:
             current = queries.find_batch(db, batch.batch_id)
             assert current is not None
@@ -193,7 +201,8 @@ class SQLiteBatchStore(BatchStore):
                 replace(current, failed_items=failed),
                 first_error,
                 is_cancelled=current.cancel_requested,
-                is_unpaid=(current.is_spent or is_day_spent)
+                is_day_spent=is_day_spent and not (current.is_spent or is_spent),
+                is_unpaid=(current.is_spent or is_spent or is_day_spent)
                 and db.execute(statements.HAS_UNPAID_ITEMS, unpaid).fetchone() is not None,
                 stopped_by=db.execute(statements.STOPPED_BY, others).fetchone() if current.cancelled_items else None,
             )

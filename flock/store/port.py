@@ -138,7 +138,14 @@ class BatchStore(Protocol):
         """
 
     async def pending_items(
-        self, batch: Batch, after: int, limit: int, before: int | None = None, *, are_suspects: bool = False
+        self,
+        batch: Batch,
+        after: int,
+        limit: int,
+        before: int | None = None,
+        *,
+        are_suspects: bool = False,
+        have_worked: bool = False,
     ) -> list[Run]:
         """Return up to *limit* pending items between two positions, in order, with their completed steps.
 
@@ -147,18 +154,20 @@ class BatchStore(Protocol):
 
         Args:
             are_suspects: return only suspects.
+            have_worked: return only those that have run before, and got an answer.
         """
 
     async def begin(self, batch: Batch, now: datetime, version: str) -> Batch:
         """Mark a batch as running with this version of its agent, and return it. Raises OwnershipLost."""
 
-    async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False) -> Batch:
+    async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False, is_spent: bool = False) -> Batch:
         """Write the final status of a batch, and an error if no item completed, or if ``max_cost`` is spent.
 
         Unfinished items count as failed.
 
         Args:
             is_day_spent: ``max_cost_per_day`` of its principal is spent.
+            is_spent: what is left of ``max_cost`` is too little for more calls.
 
         A batch with items that wait for answers does not end. Raises OwnershipLost.
         """
@@ -237,6 +246,7 @@ class Store(Protocol):
         is_shared: other processes may use it.
         batches: its batches and their items.
         webhooks: its ``WebhookStore``.
+        jobs: its ``JobStore``.
         executing: the runs that its engine is executing.
         contents: of the files in the inputs of runs.
 
@@ -248,6 +258,7 @@ class Store(Protocol):
     is_shared: bool
     batches: BatchStore
     webhooks: Any
+    jobs: Any
     executing: Executing
     contents: Contents
 
