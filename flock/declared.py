@@ -143,7 +143,7 @@ class DeclaredFlock:
         if agent.name in self.agents:
             raise DefinitionError(f"This flock already has an agent {agent.name!r}. Choose another name.")
         if isinstance(agent, ModelAgent) and not agent.model:
-            agent.check_strict(self.model)
+            agent.check_models(self.model)
         version_of(agent)  # reads its source, which may be edited before the first batch
         self.agents[agent.name] = agent
         return agent

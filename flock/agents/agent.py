@@ -455,12 +455,12 @@ class ModelAgent(Agent):
         self.timeout_s = timeout_s
         self.takes = {"instructions": client_instructions, "tools": client_tools, "options": client_options}
         self._answer = ReasonedAnswer(output) if reasoning else output
-        self.check_strict(model)
+        self.check_models(model)
         self._examples = [
             message for number, example in enumerate(examples) for message in self._example_messages(example, number)
         ]
 
-    def check_strict(self, model: ModelChoice) -> None:
+    def check_models(self, model: ModelChoice) -> None:
         """Raise DefinitionError if *model* is not valid, or enforces the schema of the output and cannot.
 
         Or if it is to be called through a batch endpoint, and cannot be.
@@ -519,7 +519,7 @@ class ModelAgent(Agent):
             complete=functools.partial(resources.models.complete, models or None, caller=caller),
             in_batch=(
                 functools.partial(self._in_batch, models[0], resources, context)
-                if resources.has_batches and resources.models.has_batches and models and models[0].batch
+                if models and self._is_in_batch(models[0], resources, context)
                 else None
             ),
             hooks=resources.shared.model_hooks,
@@ -533,6 +533,11 @@ class ModelAgent(Agent):
             ),
         )
         return await conversation.converse(self.answer_retries)
+
+    def _is_in_batch(self, model: Model, resources: Resources, context: RunContext) -> bool:
+        """Whether a call goes through the batch endpoint. If its reply has come already, the option does not count."""
+        can_be = resources.has_batches and resources.models.has_batches
+        return can_be and (model.batch or context.journal.has_replies)
 
     async def _in_batch(
         self, model: Model, resources: Resources, context: RunContext, request: Request

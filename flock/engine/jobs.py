@@ -1,14 +1,15 @@
 """Jobs in the batch endpoints of providers: the calls of a batch's items, submitted together for half the price.
 
-The engine that works on a batch owns its jobs. A job is stored with its calls before anything is sent, and the provider's
-id after the provider has accepted it. If the process dies in between, or the answer is lost, the provider is asked for a
-job with our id before anything is sent again. A reply and the end of the wait for it are one transaction.
+The engine that works on a batch owns its jobs. A job is stored with its calls before anything is sent, and the id of
+its provider after that has accepted it. If the process dies in between, or the answer is lost, the provider is asked
+for a job with our id before anything is sent again. A reply and the end of the wait for it are one transaction.
 """
 
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import anyio
 
@@ -24,7 +25,7 @@ from flock.models.replies import TRANSIENT, model_error
 from flock.models.requests import rejects_format
 from flock.runs import Batch, new_id, now
 from flock.steps.raised import raised_by
-from flock.store.jobs import Job, JobStore, Reply
+from flock.store.port import Job, Reply
 
 logger = logging.getLogger("flock.runs")
 
@@ -47,6 +48,7 @@ class Jobs:
     """The jobs of one batch.
 
     Args:
+        store: see ``flock.store.jobs``.
         budget: of the batch, in which open jobs hold what they will probably cost.
         is_over: the engine shuts down, or the batch was cancelled: leave everything as it is.
         is_stopped: no more calls may be made.
@@ -58,7 +60,7 @@ class Jobs:
     """
 
     batch: Batch
-    store: JobStore
+    store: Any
     runner: Runner
     budget: Budget | None
     _: KW_ONLY
@@ -200,7 +202,8 @@ class Jobs:
             )
         count, size = await self.store.size(job)
         if found is None and not count:
-            return await self.store.end(self.batch, job)
+            await self.store.end(self.batch, job)
+            return
         if found is None:
             file_id = await endpoint.upload(f"flockapi-{job.job_id}", size, self._lines(job))
             found = (await endpoint.create(file_id, job.job_id)).id
@@ -260,9 +263,11 @@ class Jobs:
         if TOO_MANY_ENQUEUED in remote.problem and (count := (await self.store.size(job))[0]) > 1:
             self._max_calls = max(1, count // 2)
             self._not_before = anyio.current_time() + ENQUEUE_PAUSE_S
-            return await self.store.end(self.batch, job)
+            await self.store.end(self.batch, job)
+            return
         if job.is_cancelled:
-            return await self.store.end(self.batch, job)
+            await self.store.end(self.batch, job)
+            return
         reason = f"did not answer this call in its job {remote.id}, which is {remote.status}"
         await self._end(job, model_error(job.target, "model_unavailable", reason, remote.problem))
 

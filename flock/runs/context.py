@@ -111,6 +111,10 @@ class StepJournal(Protocol):
         self, context: "RunContext", name: str, type_: Any, expires_s: float | None, default: Any
     ) -> Coroutine[Any, Any, Any]: ...
 
+    @property
+    def has_replies(self) -> bool:
+        """Whether it has replies from batch endpoints."""
+
     def receive_reply(self, name: str, call: msgspec.Raw, type_: Any) -> Coroutine[Any, Any, Any]: ...
 
     def sleep(self, context: "RunContext", until: Callable[[datetime], datetime]) -> Coroutine[Any, Any, None]: ...

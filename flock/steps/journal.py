@@ -30,7 +30,17 @@ import msgspec
 from msgspec import UnsetType
 from msgspec.structs import replace
 
-from flock.agents.questions import ASK, RECEIVE, SLEEP, TIMEOUT, TIMER, message_json, question_json, schema_of
+from flock.agents.questions import (
+    ASK,
+    BATCH_REPLY,
+    RECEIVE,
+    SLEEP,
+    TIMEOUT,
+    TIMER,
+    message_json,
+    question_json,
+    schema_of,
+)
 from flock.agents.signature import hints_of_function, is_async, is_context, name_of
 from flock.agents.tools import MAX_EXPIRES_S
 from flock.errors import CallError, SignatureError, Uncertain, cut
@@ -68,8 +78,6 @@ logger = logging.getLogger("flock.runs")
 
 #: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
 NAME = r"[A-Za-z0-9_.-]{1,128}"
-#: The key of a call that waits for the reply to a call of a model.
-BATCH_REPLY = "batch-reply"
 #: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
 CHECKPOINTS = 10
 #: Shorter sleeps do not end the step, in seconds.
@@ -352,6 +360,10 @@ class Journal:
         _check_name(RECEIVE, name)
         asked = self._asking(RECEIVE, name, type_, expires_s, default, kind="message")
         return self._wait(RECEIVE, name, asked, type_, "message", message_json(name))
+
+    @property
+    def has_replies(self) -> bool:
+        return any(BATCH_REPLY in call.call_id for call in self._replay.calls)
 
     def receive_reply(self, name: str, call: msgspec.Raw, type_: Any) -> Coroutine[Any, Any, Any]:
         """Wait for the reply to a *call* of a model through a batch endpoint: a message that the engine sends.

@@ -8,58 +8,20 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
 from flock.errors import OwnershipLost
-from flock.models.completions import BatchCall, Completion
-from flock.runs import JSON_NULL, Batch, Question, Run, RunStatus, Usage, added, now
-from flock.runs.records import Raised
+from flock.models.completions import BatchCall
+from flock.runs import JSON_NULL, Batch, Question, Run, RunStatus, added, now
 from flock.runs.usage import spent_with
 from flock.steps.answers import answer_of
 from flock.store import queries, statements
 from flock.store.columns import call_values, micros, time_from
 from flock.store.database import Database
-
-
-class Job(NamedTuple):
-    """A job in a batch endpoint.
-
-    Attributes:
-        job_id: ours. The provider has it as metadata.
-        target: of its calls; see ``BatchCall``.
-        provider_id: None until the provider is known to have the job.
-        is_cancelled: its cancellation was requested here.
-        created_at: in microseconds.
-    """
-
-    job_id: str
-    target: str
-    provider_id: str | None
-    is_cancelled: bool
-    created_at: int
-
-    @property
-    def age_s(self) -> float:
-        return time.time() - self.created_at / 10**6
-
-
-class Reply(msgspec.Struct, frozen=True):
-    """The reply to a call, or why there is none. With neither, the item makes a normal call instead.
-
-    Attributes:
-        usage: with the cost.
-        error, error_type, raised: as of a ``Call``.
-    """
-
-    completion: Completion | None = None
-    usage: Usage | None = None
-    model: str | None = None
-    error: str | None = None
-    error_type: str | None = None
-    raised: Raised | None = None
+from flock.store.port import Job, Reply
 
 
 class JobStore:

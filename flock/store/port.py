@@ -4,6 +4,7 @@ A method that may wait for the disk, or for other processes, is async. If a call
 anyway. *then* is called after the commit, even in that case.
 """
 
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
@@ -12,6 +13,7 @@ import msgspec
 
 from flock.agents.program import Program
 from flock.errors import EngineFull, StoreError
+from flock.models.completions import Completion
 from flock.runs import (
     Account,
     AskedQuestion,
@@ -37,6 +39,7 @@ from flock.runs import (
     UsageFilter,
     UsageRow,
 )
+from flock.runs.records import Raised
 from flock.steps.identity import Newest
 from flock.steps.outcomes import Outcome
 from flock.store.contents import Contents
@@ -92,6 +95,44 @@ class Retry(NamedTuple):
     calls: RetriedCalls = "keep"
     by: str | None = None
     options: BatchOptions | None = None
+
+
+class Job(NamedTuple):
+    """A job in a batch endpoint.
+
+    Attributes:
+        job_id: ours. The provider has it as metadata.
+        target: of its calls; see ``BatchCall``.
+        provider_id: None until the provider is known to have the job.
+        is_cancelled: its cancellation was requested here.
+        created_at: in microseconds.
+    """
+
+    job_id: str
+    target: str
+    provider_id: str | None
+    is_cancelled: bool
+    created_at: int
+
+    @property
+    def age_s(self) -> float:
+        return time.time() - self.created_at / 10**6
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """The reply to a call, or why there is none. With neither, the item makes a normal call instead.
+
+    Attributes:
+        usage: with the cost.
+        error, error_type, raised: as of a ``Call``.
+    """
+
+    completion: Completion | None = None
+    usage: Usage | None = None
+    model: str | None = None
+    error: str | None = None
+    error_type: str | None = None
+    raised: Raised | None = None
 
 
 class BatchStore(Protocol):

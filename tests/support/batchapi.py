@@ -94,7 +94,7 @@ class BatchProvider(FakeModel):
                 return 200, self.files[file_id]
             case "POST", ["batches"]:
                 asked = json.loads(body)
-                assert asked["endpoint"] == "/v1/chat/completions" and asked["completion_window"] == "24h"
+                assert (asked["endpoint"], asked["completion_window"]) == ("/v1/chat/completions", "24h")
                 job = {"id": f"batch_{len(self.jobs) + 1}", "object": "batch", "status": "validating", **asked}
                 self.jobs[job["id"]] = job | {"created_at": int(time.time()), "errors": None}
                 return 200, self.jobs[job["id"]]
