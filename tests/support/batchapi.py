@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import anyio.to_thread
+
 from flock.testing import Failure, FakeModel, ModelRequest, Reply, _response_of
 
 Line = dict[str, Any]
@@ -26,7 +28,7 @@ class BatchProvider(FakeModel):
         is_held: jobs do not end.
         edit: called with a job and the lines of its output and error files before they are published.
         fault: called with the method and path of each request. It may return a Failure, or "lost": the request is done,
-            and the connection closed without an answer.
+            and the connection closed without an answer; or "half": it is closed in the middle of the answer.
         done_before_cancel: how many lines of a job are done when it is cancelled.
     """
 
@@ -72,7 +74,17 @@ class BatchProvider(FakeModel):
         if fault == "lost":
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
             return
-        await self._send(send, status, body if isinstance(body, bytes) else json.dumps(body).encode())
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if fault == "half":
+            headers = [(b"content-length", str(len(content)).encode())]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": content[: len(content) // 2], "more_body": True})
+            await anyio.to_thread.run_sync(self.half_sent)
+            return
+        await self._send(send, status, content)
+
+    def half_sent(self) -> None:
+        """Called before the connection is closed."""
 
     async def _send(self, send: Any, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         sent = [(name.encode(), value.encode()) for name, value in (headers or {}).items() if name != "content-length"]
