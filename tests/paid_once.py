@@ -5,7 +5,7 @@
 
 Each step prints how many rows the provider has been paid for, and ends the script if that is not what it should be.
 A provider charges a request once for each idempotency key, as it also answers a repeated one once. With --batch-api, the
-calls go through its batch endpoint, which charges every line of a job that it answers, also if it has charged an equal one.
+calls go through its batch endpoint, which charges each line that it answers, also if it has charged an equal one.
 """
 
 import argparse
@@ -113,12 +113,10 @@ class Table:
     def run(self, *options: str, kill_at: Any = 0) -> int:
         """Run the command, and kill it when that many rows are paid, or at a step of a job. Return its exit code."""
         command = flockapi_command("batch", "target.py", "ask", "rows.csv", "-o", "out.csv", "--max-workers", "20")
-        env = {**os.environ, "FAKE_URL": self._url, "OUTPUT": self.output}
-        env["PYTHONPATH"] = str(ROOT)
         with subprocess.Popen(
             [*command, *self._options, *options],
             cwd=self._folder,
-            env=env,
+            env=self.env,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -127,6 +125,10 @@ class Table:
             said = process.communicate()[1]
         print(f"    exit code {process.returncode}: {said.strip().splitlines()[-1] if said.strip() else ''}")
         return process.returncode
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {**os.environ, "FAKE_URL": self._url, "OUTPUT": self.output, "PYTHONPATH": str(ROOT)}
 
     def complete(self) -> int:
         with open(self._folder / "out.csv", newline="") as file:

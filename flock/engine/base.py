@@ -244,10 +244,6 @@ class EngineBase(Engine):
         """Return a function that waits for the next change of any record. The default does not wait: callers poll."""
         return anyio.lowlevel.checkpoint
 
-    async def count_submitted(self, batch_id: str) -> int:
-        """Return how many calls of a batch are in jobs of batch endpoints."""
-        return 0
-
     # State
 
     @property
