@@ -12,8 +12,9 @@ import pytest
 
 from flock.core import Flock, FlockFactory, Model, Price
 from flock.engine import jobs
-from flock.errors import DefinitionError
+from flock.errors import DefinitionError, StoreError
 from flock.files import Image
+from flock.models.llm import ModelClient
 from flock.runs import Batch, BatchOptions, Engine, Run, RunContext
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from tests.support import PATIENCE_S
@@ -535,6 +536,58 @@ async def test_options_of_the_batch_hold(provider: BatchProvider, url: str, opti
         batch = await ended(engine, await engine.submit_batch("ask", rows, BatchOptions(max_workers=50, **options)))
     assert (batch.status, batch.failed_items) == ("completed", 0)
     assert (list(provider.paid.values()), provider.normal) == ([1] * 3, {})
+
+
+async def test_on_a_cluster_it_is_refused_at_the_start() -> None:
+    temporal = pytest.importorskip("flock.temporal")
+    flock = flock_of("http://127.0.0.1:1")
+    for make in (temporal.TemporalEngine, temporal.TemporalWorker):
+        models = {"default_model": flock.model} if make is temporal.TemporalEngine else {}
+        first = [] if models else [ModelClient(flock.model)]
+        with pytest.raises(DefinitionError, match=r"'openai/gpt-4o' of 'ask' has batch=True, but on a cluster"):
+            async with make(flock.agents, *first, "127.0.0.1:1", **models):
+                pass
+
+
+async def test_while_it_is_unknown_whether_a_provider_has_a_job_nothing_is_sent_again(
+    provider: BatchProvider, url: str, tmp_path: Path
+) -> None:
+    """Not even if the provider rejects the question, such as after the key was changed."""
+    is_lost, rejected = True, 0
+
+    def fault(method: str, path: str) -> Failure | str | None:
+        nonlocal is_lost, rejected
+        if (method, path) == ("POST", "/batches") and is_lost:
+            is_lost = False
+            return "lost"
+        if (method, path) == ("GET", "/batches") and rejected < 3:
+            rejected += 1
+            return Failure(401)
+        return None
+
+    provider.fault = fault
+    async with flock_of(url).engine(store=tmp_path / "flock.db") as engine:
+        batch = await ended(engine, await submit(engine, 3))
+    assert (batch.failed_items, list(provider.paid.values()), provider.normal) == (0, [1] * 3, {})
+    assert (rejected, len(provider.jobs)) == (3, 1)
+
+
+async def test_a_store_that_cannot_be_written_for_a_while_loses_nothing(
+    provider: BatchProvider, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "RETRY_AFTER_S", 0.05)
+    async with flock_of(url).engine() as engine:
+        original, left = engine.store.jobs.reply, [1, 2]
+
+        async def reply(*args: Any) -> Any:
+            if left:
+                left.pop()
+                raise StoreError("The disk is full.")
+            return await original(*args)
+
+        engine.store.jobs.reply = reply
+        batch = await ended(engine, await submit(engine, 3))
+    assert (left, batch.failed_items, list(provider.paid.values()), provider.normal) == ([], 0, [1] * 3, {})
 
 
 def look_up(word: str) -> str:

@@ -25,7 +25,7 @@ from flock.models.replies import TRANSIENT, model_error
 from flock.models.requests import rejects_format
 from flock.runs import Batch, new_id, now
 from flock.steps.raised import raised_by
-from flock.store.port import Job, Reply
+from flock.store.port import RETRY_AFTER_S, Job, Reply
 
 logger = logging.getLogger("flock.runs")
 
@@ -71,8 +71,8 @@ class Jobs:
     def __post_init__(self) -> None:
         self.is_running = self.has_open = False
         self._max_calls, self._not_before = MAX_CALLS, 0.0
-        #: jobs that were made here, and not sent yet, so that no provider can have them
-        self._unsent = set[str]()
+        #: jobs that no provider can have, since they were made here and not sent yet, and those that one may have
+        self._unsent, self._doubtful = set[str](), set[str]()
         #: when a job is looked after next, by the loop's clock, and how often that has failed
         self._next, self._failures = dict[str, float](), dict[str, int]()
 
@@ -84,23 +84,31 @@ class Jobs:
         self.is_running = True
         try:
             while not self.is_over():
-                jobs = await self.store.open(self.batch)
-                count, first = await self.store.new_calls(self.batch)
-                self.has_open = bool(jobs)
-                if not jobs and (not count or self.is_stopped()):
-                    return
-                for job in jobs:
-                    if anyio.current_time() >= self._next.get(job.job_id, 0) and not self.is_over():
-                        await self._look_after(job)
-                if count and first is not None and not self.is_stopped():
-                    await self._collect(count, (now() - first).total_seconds(), has_open=bool(jobs))
-                await anyio.sleep(TICK_S)
+                try:
+                    if not await self._is_left():
+                        return
+                    await anyio.sleep(TICK_S)
+                except StoreError as exc:
+                    logger.error("batch %s: its jobs cannot be read or written: %s", self.batch.batch_id, exc)
+                    await anyio.sleep(RETRY_AFTER_S)
         except OwnershipLost:
             pass  # whoever works on the batch notices it too
-        except StoreError as exc:
-            logger.error("batch %s: its jobs at the provider cannot be read or written: %s", self.batch.batch_id, exc)
         finally:
             self.is_running = self.has_open = False
+
+    async def _is_left(self) -> bool:
+        """Do what is due now. Return whether there are jobs, or calls for them. Raises OwnershipLost, StoreError."""
+        jobs = await self.store.open(self.batch)
+        count, first = await self.store.new_calls(self.batch)
+        self.has_open = bool(jobs)
+        if not jobs and (not count or self.is_stopped()):
+            return False
+        for job in jobs:
+            if anyio.current_time() >= self._next.get(job.job_id, 0) and not self.is_over():
+                await self._look_after(job)
+        if count and first is not None and not self.is_stopped():
+            await self._collect(count, (now() - first).total_seconds(), has_open=bool(jobs))
+        return True
 
     async def cancel(self) -> None:
         """Cancel all jobs at their providers. What they have done until then is kept, in case of a retry."""
@@ -159,14 +167,14 @@ class Jobs:
                 await self._poll(endpoint, job)
             self._failures.pop(job.job_id, None)
         except ModelError as exc:
-            is_transient = exc.error_type in TRANSIENT or job.provider_id is not None
+            may_have_it = job.provider_id is not None or job.job_id in self._doubtful
             failures = self._failures[job.job_id] = self._failures.get(job.job_id, 0) + 1
             pause_s = min(MIN_POLL_S * 2 ** min(failures, 10), MAX_POLL_S)
             template = "batch %s: the job %s of %s: %s %s"
             logger.warning(
                 template, self.batch.batch_id, job.provider_id or job.job_id, job.target, exc, exc.log_detail
             )
-            if not is_transient:
+            if exc.error_type not in TRANSIENT and not may_have_it:
                 await self._end(job, exc)
         self._next[job.job_id] = anyio.current_time() + pause_s
 
@@ -195,7 +203,9 @@ class Jobs:
         if job.job_id in self._unsent:
             self._unsent.discard(job.job_id)
         else:
+            self._doubtful.add(job.job_id)  # until the provider has said so, its calls may be paid already
             found = await self._find(endpoint, job)
+            self._doubtful.discard(job.job_id)
             done = f"the provider has it as {found}" if found else "the provider does not have it, so it is sent again"
             logger.warning(
                 "batch %s: whether the job %s was sent is unknown; %s", self.batch.batch_id, job.job_id, done
