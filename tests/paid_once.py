@@ -4,8 +4,8 @@
     python -m tests.paid_once --rows 100000 --batch-api
 
 Each step prints how many rows the provider has been paid for, and ends the script if that is not what it should be.
-A provider charges a request once for each idempotency key, as it also answers a repeated one once. With --batch-api, the
-calls go through its batch endpoint. It charges each line that it answers, also if it has charged an equal one.
+A provider charges a request once for each idempotency key, as it also answers a repeated one once. With --batch-api,
+the calls go through its batch endpoint, which charges each line that it answers, also if it has charged an equal one.
 """
 
 import argparse

@@ -79,7 +79,7 @@ def test_the_command_shows_what_is_submitted_and_resumes_after_a_stop(
         said, give_up_at = "", time.monotonic() + 60
         while not re.search(r"250 waiting +250 submitted", said):
             assert time.monotonic() < give_up_at, said
-            said += process.stderr.read(20)
+            said += process.stderr.read(1)
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130
     provider.is_held = False

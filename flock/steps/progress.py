@@ -88,7 +88,7 @@ async def _states(engine: Engine, batch_id: str, interval_s: float) -> AsyncIter
 def _status_text(now: dict[str, Any], before: Batch, took_s: float, submitted: int) -> str:
     """Return the text after the counts: items per second while following, the remaining time, cost, and outcomes."""
     parts = []
-    if ended := now["completed_items"] - before.completed_items:
+    if (ended := now["completed_items"] - before.completed_items) > 0:  # a retry may still reopen some
         parts.append(f"{ended / max(took_s, 1e-3):.1f}/s")
     if now["eta_s"] is not None:
         parts.append(f"{timedelta(seconds=round(now['eta_s']))} left")
