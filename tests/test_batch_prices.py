@@ -416,6 +416,8 @@ async def test_cancel_cancels_the_job_and_a_retry_keeps_what_it_had_done(
     provider: BatchProvider, url: str, tmp_path: Path
 ) -> None:
     provider.is_held, provider.done_before_cancel = True, 3
+    left: list[Failure | str] = [Failure(500), "lost"]
+    provider.fault = lambda method, path: left.pop() if left and path.endswith("/cancel") else None
     async with flock_of(url).engine(store=tmp_path / "flock.db") as engine:
         batch = await submit(engine, 8)
         await until(lambda: provider.jobs)
@@ -423,6 +425,7 @@ async def test_cancel_cancels_the_job_and_a_retry_keeps_what_it_had_done(
         batch = await ended(engine, batch)
         assert (batch.status, batch.cancelled_items) == ("cancelled", 8)
         assert [job["status"] for job in provider.jobs.values()] == ["cancelled"]
+        assert not left
         provider.is_held = False
         batch = await ended(engine, await engine.retry_batch(batch.batch_id))
     assert (batch.status, batch.failed_items) == ("completed", 0)

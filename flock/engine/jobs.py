@@ -115,14 +115,26 @@ class Jobs:
         for job in await self.store.open(self.batch):
             try:
                 with anyio.fail_after(CANCEL_TIMEOUT_S):
-                    endpoint = await self._endpoint(job.target)
-                    provider_id = job.provider_id or await self._find(endpoint, job)
-                    if provider_id is not None:
-                        await endpoint.cancel(provider_id)
+                    while not await self._is_cancelled(job):  # noqa: ASYNC110 - it asks the provider
+                        await anyio.sleep(MIN_POLL_S)
                 await self.store.cancelled(self.batch, job)
             except (ModelError, TimeoutError) as exc:
                 template = "batch %s: the job %s could not be cancelled at the provider of %s: %s"
                 logger.error(template, self.batch.batch_id, job.provider_id or job.job_id, job.target, exc)
+
+    async def _is_cancelled(self, job: Job) -> bool:
+        """Cancel a job, unless its provider does not have it. Return False if that failed for a while."""
+        try:
+            endpoint = await self._endpoint(job.target)
+            provider_id = job.provider_id or await self._find(endpoint, job)
+            remote = None if provider_id is None else await endpoint.get(provider_id)
+            if remote is not None and not remote.is_final and remote.status != "cancelling":
+                await endpoint.cancel(remote.id)
+        except ModelError as exc:
+            if exc.error_type not in TRANSIENT:
+                raise
+            return False
+        return True
 
     async def _collect(self, count: int, waited_s: float, *, has_open: bool) -> None:
         """Make a job if there are enough new calls, or they have waited long enough, or no more will come."""
@@ -130,30 +142,32 @@ class Jobs:
             return
         if count < self._max_calls and waited_s < COLLECT_S and not await self.is_idle():
             return
-        budget = self.budget
-        if budget is not None:
-            budget.held = await self.store.held(self.batch)
+        budget, is_too_little = self.budget, False
+        held = 0 if budget is None else await self.store.held(self.batch)
 
         def costs(calls: Sequence[tuple[str, int, int | None]]) -> list[int]:
             """Return the costs of as many calls as fit into a file and the budget."""
-            chosen, size, held = list[int](), 0, 0 if budget is None else budget.held
+            nonlocal is_too_little
+            chosen, size, total = list[int](), 0, held
             for model, length, max_tokens in calls[: self._max_calls]:
-                size += length + 1
-                cost = 0 if budget is None else budget.expected_in_batch(model, length // 4, max_tokens)
-                if size > MAX_BYTES or cost is None:
+                size, cost = size + length + 1, 0
+                if budget is not None:
+                    budget.held = total
+                    expected = budget.expected_in_batch(model, length // 4, max_tokens)
+                    is_too_little, cost = expected is None and not chosen, expected or 0
+                    if expected is None:
+                        break
+                if chosen and size > MAX_BYTES:
                     break
                 chosen.append(cost)
-                if budget is not None:
-                    budget.held += cost
-            if budget is not None:
-                budget.held = held
+                total += cost
             return chosen
 
         job = await self.store.create(self.batch, new_id(), costs)
         if job is not None:
             self._unsent.add(job.job_id)
             await self._look_after(job)
-        elif budget is not None and not has_open:  # nothing that would free some of it is left
+        elif is_too_little and budget is not None and not has_open:  # nothing that would free some of it is left
             budget.is_used_up = True
 
     async def _look_after(self, job: Job) -> None:
@@ -312,6 +326,7 @@ class Jobs:
         for usage in (reply.usage for reply in replies if reply.usage is not None):
             for budget in filter(None, budgets):
                 budget.add(usage)
+            self.runner.executor.notify("tokens_spent", self.batch.agent_name, usage)
 
     async def _end(self, job: Job, error: ModelError) -> None:
         """Let the calls of a job that have no reply fall back to normal calls, or fail.
