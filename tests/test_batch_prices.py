@@ -416,7 +416,7 @@ async def test_cancel_cancels_the_job_and_a_retry_keeps_what_it_had_done(
     provider: BatchProvider, url: str, tmp_path: Path
 ) -> None:
     provider.is_held, provider.done_before_cancel = True, 3
-    left: list[Failure | str] = [Failure(500), "lost"]
+    left: list[Failure | str] = ["lost", Failure(500)]
     provider.fault = lambda method, path: left.pop() if left and path.endswith("/cancel") else None
     async with flock_of(url).engine(store=tmp_path / "flock.db") as engine:
         batch = await submit(engine, 8)
