@@ -175,13 +175,15 @@ async def test_a_request_that_is_rejected_is_the_error_of_its_row_and_a_retry_as
     assert (sum(provider.paid.values()), len(provider.jobs), provider.normal) == (3, 2, {})
 
 
-@pytest.mark.parametrize("refused", [{"refusal": "No."}, {"content": "{", "finish_reason": "length"}])
+@pytest.mark.parametrize(
+    "refused", [{"refusal": "No."}, {"content": "{", "finish_reason": "length"}, {"content": "nonsense"}]
+)
 async def test_an_answer_that_cannot_be_used_is_paid_and_a_retry_asks_again(
     provider: BatchProvider, url: str, refused: dict[str, Any]
 ) -> None:
     replies = [Reply(**refused), Reply(YES)]
     provider._reply = lambda request: replies.pop(0)
-    async with flock_of(url).engine() as engine:
+    async with flock_of(url, of_agent={"answer_retries": 0}).engine() as engine:
         batch = await ended(engine, await submit(engine, 1))
         assert batch.usage is not None
         assert (batch.status, batch.usage.cost) == ("failed", NORMAL / 2)

@@ -537,7 +537,7 @@ class ModelAgent(Agent):
     def _is_in_batch(self, model: Model, resources: Resources, context: RunContext) -> bool:
         """Whether a call goes through the batch endpoint. If its reply has come already, the option does not count."""
         can_be = resources.has_batches and resources.models.has_batches
-        return can_be and (model.batch or context.journal.has_replies)
+        return can_be and (model.batch or bool(context.journal.replies))
 
     async def _in_batch(
         self, model: Model, resources: Resources, context: RunContext, request: Request

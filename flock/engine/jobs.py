@@ -36,7 +36,7 @@ POLL_SHARE, MIN_POLL_S, MAX_POLL_S = 0.1, 1.0, 60.0
 #: A job that has not ended this long after its window is given up, in seconds.
 MAX_DELAY_S = 3600.0
 #: How many replies one transaction writes, and how many lines are read for one piece of an upload.
-CHUNK_SIZE = 100
+CHUNK_SIZE, LINES_PER_PIECE = 100, 20
 #: How long the provider may take to accept a cancellation, in seconds.
 CANCEL_TIMEOUT_S = 30.0
 #: What OpenAI says if more calls are enqueued than the account may have. They are put into smaller jobs, after a pause.
@@ -236,7 +236,7 @@ class Jobs:
 
     async def _lines(self, job: Job) -> AsyncIterator[bytes]:
         after, share = "", FairShare()
-        while page := await self.store.lines(job, after, CHUNK_SIZE):
+        while page := await self.store.lines(job, after, LINES_PER_PIECE):
             yield b"".join(line + b"\n" for _, line in page)
             after = page[-1][0]
             await share.checkpoint()

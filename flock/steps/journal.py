@@ -362,8 +362,9 @@ class Journal:
         return self._wait(RECEIVE, name, asked, type_, "message", message_json(name))
 
     @property
-    def has_replies(self) -> bool:
-        return any(BATCH_REPLY in call.call_id for call in self._replay.calls)
+    def replies(self) -> Sequence[Call]:
+        """The replies from batch endpoints."""
+        return [call for call in self._replay.calls if BATCH_REPLY in call.call_id]
 
     def receive_reply(self, name: str, call: msgspec.Raw, type_: Any) -> Coroutine[Any, Any, Any]:
         """Wait for the reply to a *call* of a model through a batch endpoint: a message that the engine sends.

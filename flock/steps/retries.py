@@ -78,7 +78,7 @@ def key_of(call: Call) -> str:
 
 def _is_in(dropped: Collection[str], call: Call) -> bool:
     """Whether *call* is dropped. An answer has the same key as its call, if that was cancelled in the same instant."""
-    return call.error is not None and key_of(call) in dropped
+    return (call.error is not None or BATCH_REPLY in call.call_id) and key_of(call) in dropped
 
 
 def _named_by(exc: BaseException | None) -> Iterator[BaseException]:
