@@ -14,7 +14,7 @@ import anyio
 import msgspec
 from msgspec.structs import asdict, replace
 
-from flock.errors import OwnershipLost, StoreError
+from flock.errors import StoreError
 from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, Run, RunStatus, Version, stub_of
 from flock.steps.outcomes import (
     CANCELLED,
@@ -218,7 +218,7 @@ class SQLiteBatchStore(BatchStore):
             chunk = row_ids[start : start + CHUNK_SIZE]
 
             def apply(db: sqlite3.Connection) -> None:
-                _check_owner(db, batch)
+                queries.check_owner_of_batch(db, batch)
                 values = [(*end, row_id) for row_id in chunk]  # noqa: B023 - called before the next
                 failed = db.executemany(statements.FAIL_ITEM, values).rowcount
                 queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.FAILED): failed}))
@@ -232,7 +232,7 @@ class SQLiteBatchStore(BatchStore):
             return db.execute(statements.CANCEL_ITEMS, values).rowcount
 
         def apply(db: sqlite3.Connection) -> bool:
-            _check_owner(db, batch)
+            queries.check_owner_of_batch(db, batch)
             pending = cancel(db, RunStatus.STARTING, reason or CANCELLED_BEFORE_START)
             db.execute(statements.CLOSE_QUESTIONS_OF_ITEMS, (batch.batch_id, RunStatus.WAITING.value, CHUNK_SIZE))
             waiting = cancel(db, RunStatus.WAITING, reason or CANCELLED)
@@ -255,7 +255,7 @@ class SQLiteBatchStore(BatchStore):
 
     async def take_results(self, batch: Batch, after: int, at: datetime, *, is_own: bool) -> int | None:
         def apply(db: sqlite3.Connection) -> int | None:
-            _check_owner(db, batch)
+            queries.check_owner_of_batch(db, batch)
             return equals.take_results(db, batch, after, CHUNK_SIZE, at, is_own=is_own)
 
         return await self._db.change(apply)
@@ -282,9 +282,9 @@ class SQLiteBatchStore(BatchStore):
         """Call *apply* if this engine still owns the batch, and return the changed batch. Raises OwnershipLost."""
 
         def apply_and_find(db: sqlite3.Connection) -> Batch:
-            _check_owner(db, batch)
+            queries.check_owner_of_batch(db, batch)
             apply(db)
-            return _check_owner(db, batch)
+            return queries.check_owner_of_batch(db, batch)
 
         return await self._db.change(apply_and_find)
 
@@ -387,14 +387,6 @@ def _check_staged(db: sqlite3.Connection, batch: Batch) -> None:
             "The uploaded part of this batch was dropped because this server did not respond for a while. Upload the "
             "whole batch again."
         )
-
-
-def _check_owner(db: sqlite3.Connection, batch: Batch) -> Batch:
-    """Return the current record of *batch*. Raises OwnershipLost."""
-    current = queries.find_batch(db, batch.batch_id)
-    if current is None or current.owner != batch.owner:
-        raise OwnershipLost(batch.batch_id)
-    return current
 
 
 def _item_from(db: sqlite3.Connection, row: Sequence[Any]) -> Run:

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from flock.errors import OwnershipLost
 from flock.models.completions import BatchCall
 from flock.runs import JSON_NULL, Batch, Question, Run, RunStatus, added, now
 from flock.runs.usage import spent_with
@@ -68,7 +67,7 @@ class JobStore:
         """
 
         def apply(db: sqlite3.Connection) -> Job | None:
-            _check_owner(db, batch)
+            queries.check_owner_of_batch(db, batch)
             first = db.execute(statements.FIRST_NEW_CALL, (batch.batch_id,)).fetchone()
             rows = [] if first is None else db.execute(statements.CALLS_FOR_JOB, (batch.batch_id, *first)).fetchall()
             costs = cost_of([tuple(call) for _, *call in rows])
@@ -103,7 +102,7 @@ class JobStore:
         """
 
         def apply(db: sqlite3.Connection) -> list[str]:
-            _check_owner(db, batch)
+            queries.check_owner_of_batch(db, batch)
             return [id_ for id_, reply in replies if _reply(db, job, id_, reply, now())]
 
         return await self._db.change(apply)
@@ -125,16 +124,10 @@ class JobStore:
 
     async def _change(self, batch: Batch, apply: Callable[[sqlite3.Connection], Any]) -> None:
         def apply_own(db: sqlite3.Connection) -> None:
-            _check_owner(db, batch)
+            queries.check_owner_of_batch(db, batch)
             apply(db)
 
         await self._db.change(apply_own)
-
-
-def _check_owner(db: sqlite3.Connection, batch: Batch) -> None:
-    current = queries.find_batch(db, batch.batch_id)
-    if current is None or current.owner != batch.owner:
-        raise OwnershipLost(batch.batch_id)
 
 
 def keep_call(db: sqlite3.Connection, run: Run, wait: Question, at: datetime) -> bool:

@@ -464,6 +464,14 @@ def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call
     return found
 
 
+def check_owner_of_batch(db: sqlite3.Connection, batch: Batch) -> Batch:
+    """Return the current record of *batch*. Raises OwnershipLost."""
+    current = find_batch(db, batch.batch_id)
+    if current is None or current.owner != batch.owner:
+        raise OwnershipLost(batch.batch_id)
+    return current
+
+
 def check_owner(db: sqlite3.Connection, run: Run) -> None:
     """Raise OwnershipLost unless the owner of *run*, or of its batch, may write it in this attempt."""
     if db.execute(statements.OWNS_RUN, (run.run_id, run.attempt, run.owner, run.owner)).fetchone() is None:
