@@ -47,6 +47,7 @@ LANES = {
     "test_attacks.py": ("slow", None),
     "test_attacks_on_runs.py": ("slow", None),
     "test_batch_command.py": ("slow", None),
+    "test_batch_prices_command.py": ("slow", None),
     "test_binary_formats.py": ("slow", "pyarrow"),
     "test_connection.py": ("slow", None),
     "test_crowds.py": ("slow", None),

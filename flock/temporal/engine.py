@@ -26,6 +26,7 @@ from temporalio.common import Priority, WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.agents.agent import Agent
+from flock.agents.checks import check_no_batches
 from flock.engine.base import ended_calls
 from flock.errors import (
     CallNotFound,
@@ -211,6 +212,7 @@ class TemporalEngine(TemporalBatches):
 
     async def __aenter__(self) -> Self:
         self._check_not_entered()
+        check_no_batches(self._agents, self._default_models)
         await self.cluster.connect()
         self.is_draining, self._error = False, None
         #: _wake_waiters is set while no caller may wait, because the engine stops or the cluster does not answer

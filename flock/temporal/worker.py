@@ -14,7 +14,7 @@ from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from flock.agents.agent import Agent
-from flock.agents.checks import tool_sources
+from flock.agents.checks import check_no_batches, tool_sources
 from flock.agents.mcp import listing_tools
 from flock.agents.shared import Shared
 from flock.limits import Limits, enforced_by
@@ -122,6 +122,7 @@ class TemporalWorker:
         models.on_retry = lambda: executor.notify("model_call_retried")
 
     async def __aenter__(self) -> Self:
+        check_no_batches(self.workplace.executor.agents, self._models.default_model)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._models)
             await stack.enter_async_context(listing_tools(self._tool_sources))
