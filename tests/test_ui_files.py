@@ -159,11 +159,10 @@ def test_images_are_shown_small_and_all_files_can_be_downloaded(shown: Site, vis
     photo, letter = uploaded(shown, PNG, "photo.png"), uploaded(shown, SVG, "letter.svg")
     run_id = shown.run("show", photo=photo, letter=letter)
     visit.expected.append("404")
-    page = visit.page(shown, f"run/{run_id}")
+    page = visit.page(shown, f"run/{run_id}", viewport={"width": 1200, "height": 3000})
     result, inputs = page.get_by_role("group", name="Result"), page.get_by_role("group", name="Inputs")
     for box in (result, inputs):
         image = box.locator("img[alt='photo.png']")
-        image.scroll_into_view_if_needed()
         expect(image).to_have_js_property("naturalWidth", 1)
         assert str(image.get_attribute("src")).startswith("data:image/png;base64,")
         assert image.evaluate("(image) => [image.offsetWidth, image.offsetHeight]") == [64, 64]
@@ -200,7 +199,7 @@ def test_an_image_is_loaded_once_and_only_if_it_is_visible(shown: Site, visit: V
     expect(images).to_have_count(2)
     assert loaded == []
     for image in images.all():
-        image.scroll_into_view_if_needed()
+        image.locator("..").hover()  # scrolls, also if the page is drawn again meanwhile
         expect(image).to_have_js_property("naturalWidth", 1)
     assert len(loaded) == 1
 
