@@ -87,7 +87,7 @@ async def until_empty(folder: Path) -> None:
 
 
 async def test_all_ways_in_of_a_run_work_on_a_cluster(api: FlockAPI, temporal_address: str, tmp_path: Path) -> None:
-    """A data URL, a form, an id, a part of OpenAI's clients. The folder has the content once, and no history has it."""
+    """A data URL, a form, an id, and parts of OpenAI, A2A and MCP. The content is stored once, and not in a history."""
     async with as_user(api) as client:
         run = (await post_run(client, "look", {"photo": data_url(PNG)})).json()
         form = {"agent_name": "look", "note": "hi"}
@@ -98,7 +98,16 @@ async def test_all_ways_in_of_a_run_work_on_a_cluster(api: FlockAPI, temporal_ad
         part = {"type": "image_url", "image_url": {"url": data_url(PNG)}}
         body = {"model": "look", "messages": [{"role": "user", "content": [part]}]}
         said = await client.post("/v1/chat/completions", json=body)
+        raw = {"messageId": "a", "role": "ROLE_USER", "parts": [{"raw": IN_BASE64}]}
+        a2a = {"jsonrpc": "2.0", "id": 1, "method": "SendMessage", "params": {"message": raw}}
+        task = (await client.post("/a2a/look", json=a2a, headers={"A2A-Version": "1.0"})).json()["result"]["task"]
+        block = {"type": "image", "data": IN_BASE64, "mimeType": "image/png"}
+        tool = {"name": "look", "arguments": {"photo": block}}
+        mcp = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": tool}
+        called = (await client.post("/mcp", json=mcp)).json()["result"]
         found = await client.get(f"/files/{path.name}")
+    assert task["artifacts"][0]["parts"][0]["data"]["result"]["read"] == len(PNG)
+    assert called["structuredContent"]["result"]["read"] == len(PNG)
     assert run["result"]["result"]["read"] == len(PNG), run
     assert [sent.json()["result"]["result"][name] for name in ("name", "note", "read")] == ["a.png", "hi", len(PNG)]
     assert again["result"]["result"]["name"] == "b.png"

@@ -48,7 +48,8 @@ class SharedContents(Contents):
         Raises: Conflict if a content was just deleted; StoreError.
         Cancellation: some may be marked. Without the workflow, they count for a day.
         """
-        await anyio.to_thread.run_sync(self._mark_all, workflow_id, set(names))
+        if found := set(names):
+            await anyio.to_thread.run_sync(self._mark_all, workflow_id, found)
 
     def _mark_all(self, workflow_id: str, names: Iterable[str]) -> None:
         for name in names:
