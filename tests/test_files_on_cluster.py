@@ -15,17 +15,18 @@ import anyio
 import httpx
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 from temporalio.client import Client
 
 from flock.command.cli import main
-from flock.core import Image, data_url
+from flock.core import data_url
 from flock.errors import Conflict, DefinitionError, StoreError, TooLarge
 from flock.models.llm import ModelClient
 from flock.runs import BatchOptions, new_id
 from flock.temporal import TemporalWorker, files
 from flock.temporal.cluster import Cluster
 from flock.temporal.files import SharedContents
-from flock.temporal.messages import run_workflow_id
+from flock.temporal.messages import RUN_WORKFLOW, run_workflow_id
 from flock.testing import FakeModel, Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
@@ -269,31 +270,22 @@ async def test_a_cluster_keeps_what_runs_have_and_deletes_the_rest_after_a_day(
         assert len(below(tmp_path, "*.runs")) == 1
 
 
-async def test_a_content_is_kept_for_the_retry_of_a_run_whose_first_attempt_is_gone(
-    temporal_address: str, tmp_path: Path
-) -> None:
-    flock = receipts()
-    tries = list[int]()
-
-    @flock.agent
-    def fail_once(photo: Image) -> int:
-        tries.append(len(photo.read()))
-        if len(tries) == 1:
-            raise ValueError("once")
-        return tries[-1]
-
-    async with on_temporal(temporal_address, flock, files_dir=tmp_path) as engine:
-        run = await engine.submit("fail_once", {"photo": data_url(PNG)})
-        assert (await engine.wait(run.run_id)).status == "failed"
-        await engine.retry_run(run.run_id)
-        assert (await engine.wait(run.run_id)).value == {"result": len(PNG)}
-        cluster = engine.cluster  # type: ignore[attr-defined]
-        await cluster.delete(run_workflow_id(run.run_id, 1))
+async def test_a_content_is_kept_for_a_retry_whose_first_attempt_is_gone(temporal_address: str, tmp_path: Path) -> None:
+    async with on_temporal(temporal_address, receipts(), files_dir=tmp_path) as engine:
+        cluster, box = engine.cluster, engine.files("ann")  # type: ignore[attr-defined]
+        file = await box.keep(each(b"a text"))
+        first = await engine.submit("read", {"letter": file.file_id}, principal="ann")
+        await engine.wait(first.run_id)
+        retry = replace(first, run_id=new_id(), attempt=2)
+        await shared(engine).mark(run_workflow_id(retry.run_id, 1), retry.files)
+        await cluster.start(RUN_WORKFLOW, engine._order(retry), retry)  # type: ignore[attr-defined]
+        await engine.delete_run(first.run_id)
         with anyio.fail_after(PATIENCE_S):
-            while await cluster.describe(run_workflow_id(run.run_id, 1)) is not None:  # noqa: ASYNC110
-                await anyio.sleep(0.1)
+            while not await cluster.has(run_workflow_id(retry.run_id, 1)):  # noqa: ASYNC110 - the search lags
+                await anyio.sleep(0.05)
         await shared(engine).delete_unused(cluster.has, 0)
-        assert len(contents_in(tmp_path)) == 1
+        assert [path.name for path in contents_in(tmp_path)] == [file.file_id]
+        assert not await cluster.has(run_workflow_id(new_id(), 1))
 
 
 async def test_a_run_is_not_accepted_on_a_cluster_if_its_file_is_deleted_meanwhile(tmp_path: Path) -> None:

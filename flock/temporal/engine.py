@@ -759,6 +759,8 @@ class TemporalEngine(TemporalBatches):
         again = reset_for_retry(run_again, keeps_calls=calls == "keep", by=None if by is None else by.name)
         try:
             await self._check_room(run.principal)
+            if self.cluster.files is not None:
+                await self.cluster.files.mark(run_workflow_id(run_id, 1), run.files)
             with self._counted_as_starting():
                 order = replace(self._order(again), key_id=await self._stored_key_id(run))
                 await self._start(replace(order, messages=(await self._traces_of(run)).unreceived))

@@ -43,7 +43,7 @@ class SharedContents(Contents):
         return super().of(principal, max_bytes, max_total_bytes)
 
     async def mark(self, workflow_id: str, names: Iterable[str]) -> None:
-        """Keep contents for a workflow that is about to start. The marks are on disk on return.
+        """Keep contents for a workflow that is about to start, or to be retried. The marks are on disk on return.
 
         Raises: Conflict if a content was just deleted; StoreError.
         Cancellation: some may be marked. Without the workflow, they count for a day.
@@ -64,10 +64,11 @@ class SharedContents(Contents):
 
     def _mark(self, workflow_id: str, name: str) -> None:
         mark = self._mark_of(workflow_id, name)
-        while not mark.exists():
+        while True:
             mark.parent.mkdir(mode=0o700, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another process has removed the folder, which was empty
                 mark.touch(mode=PRIVATE)
+                break
         for folder in (mark.parent, mark.parent.parent):
             sync_folder(folder)
 
@@ -98,7 +99,7 @@ class SharedContents(Contents):
         with contextlib.suppress(FileNotFoundError):  # another process deletes it too
             if not marks.exists() and is_older(path, at):
                 path.rename(gone)
-                # Whoever marks it from now on finds that it is gone. Whoever did before needs it.
+                # A process that marks it from now on finds that it is gone. One that has marked it before needs it.
                 gone.rename(path) if marks.exists() else gone.unlink()
                 self.used.clear()
 
