@@ -10,9 +10,14 @@ import { announcer, spent } from "./record.js";
 import { session } from "./storage.js";
 import { Turn, answerOf } from "./turn.js";
 import { every, pause } from "./wait.js";
+import { badge, when } from "./words.js";
 
 /** Each turn that is shown is loaded with its calls. */
 const TURNS_PER_PAGE = 10;
+/** The conversations of that many runs are listed, each by the start of its last message. */
+const RECENT_RUNS = 100;
+const RECENT_CHARS = 100;
+const MAX_TRIES = 5;
 const REFRESH_MS = 5000;
 /** How near the end of the page a reader is still there, and follows the answer. */
 const NEAR_END_PX = 80;
@@ -20,6 +25,7 @@ const NEAR_END_PX = 80;
 export async function show(main, { id, signal }) {
   const [name, ...rest] = id.split("/");
   let session_id = rest.join("/");
+  const toSession = (id) => link(`chat/${name}/${encodeURIComponent(id)}`);
   const agent = await get(`agents/${encodeURIComponent(name)}`, signal);
   const input = chatInput(agent.input_schema);
   const heading = (...more) =>
@@ -36,19 +42,17 @@ export async function show(main, { id, signal }) {
 
   // The turns
 
-  const page = (after) => {
-    const query = { session_id, agent_name: name, include: "inputs", limit: TURNS_PER_PAGE, ...after };
-    return get(`runs?${new URLSearchParams(query)}`, signal);
-  };
+  function saidIn(inputs) {
+    const message = inputs[input.name];
+    return textOf(Array.isArray(message) ? message.at(-1)?.content : message);
+  }
+
+  const list = (query) => get(`runs?${new URLSearchParams({ agent_name: name, ...query })}`, signal);
+  const page = (more) => list({ session_id, include: "inputs", limit: TURNS_PER_PAGE, ...more });
 
   function add(run, inputs, place = "append") {
-    const known = turns.get(run.run_id);
-    if (known) {
-      if (run.attempt > known.run.attempt) known.follow(); // it was retried elsewhere
-      return;
-    }
-    const message = inputs[input.name];
-    const said = textOf(Array.isArray(message) ? message.at(-1).content : message);
+    if (isShown(run)) return;
+    const said = saidIn(inputs);
     const endsRun = (name) => agent.graph.some(({ from, to }) => from === name && to === null);
     const turn = new Turn(run, { said, inputs, endsRun, say: live.say, changed, signal });
     turns.set(run.run_id, turn);
@@ -57,9 +61,22 @@ export async function show(main, { id, signal }) {
     turn.follow();
   }
 
+  /** Whether a run is shown. If it was retried elsewhere, it is shown again. */
+  function isShown({ run_id, attempt }) {
+    const turn = turns.get(run_id);
+    if (turn && attempt > turn.run.attempt) turn.follow();
+    return Boolean(turn);
+  }
+
+  /** Show what others have written in the session, if anything. */
+  async function look() {
+    const { runs } = session_id ? await list({ session_id, limit: 1 }) : { runs: [] };
+    if (!runs.every(isShown)) await refresh();
+  }
+
   async function refresh() {
     const isFirst = !turns.size;
-    const { runs, next } = session_id ? await page() : { runs: [] };
+    const { runs, next } = await page();
     if (isFirst) offerEarlier(next);
     for (const run of runs.reverse()) add(run, run.inputs);
   }
@@ -74,11 +91,19 @@ export async function show(main, { id, signal }) {
     fill(earlier, next && button("Earlier turns", load));
   }
 
+  async function recent() {
+    const { runs } = await list({ include: "inputs", limit: RECENT_RUNS });
+    const newest = new Map();
+    for (const run of runs) if (run.session_id && !newest.has(run.session_id)) newest.set(run.session_id, run);
+    const item = ([id, { inputs, status, created_at }]) =>
+      h("li", h("a", { href: toSession(id) }, saidIn(inputs).slice(0, RECENT_CHARS)), badge(status), when(created_at));
+    return newest.size > 0 && h("section", h("h2", "Conversations"), h("ul.list", [...newest].map(item)));
+  }
+
   const busyTurns = () => [...turns.values()].filter((turn) => turn.isBusy);
 
   function changed(turn) {
     stop.hidden = !busyTurns().length;
-    send.hidden = !stop.hidden;
     if (!turn.isBusy) sum();
     if (document.activeElement === document.body) box.focus(); // the button that was pressed is gone
   }
@@ -104,21 +129,35 @@ export async function show(main, { id, signal }) {
   async function prepare(others) {
     let message = box.value;
     if (input.isList) {
-      const last = [...turns.values()].findLast(({ run }) => run.status === "completed");
+      const completed = [...turns.values()].filter(({ run }) => run.status === "completed");
+      const last = completed.sort((a, b) => (a.run.run_id < b.run.run_id ? -1 : 1)).at(-1);
       if (last && !last.run.result) await last.load();
-      const before = last ? [...last.inputs[input.name], { role: "assistant", content: answerOf(last.run.result) }] : [];
+      const before = last ? [...(last.inputs[input.name] ?? []), { role: "assistant", content: answerOf(last.run.result) }] : [];
       message = [...before, { role: "user", content: message }];
     }
     keep({ text: "" });
+    if (!session_id) fill(earlier);
     session_id ||= Object.values(idempotencyKey())[0];
     updateAddress(`chat/${name}/${encodeURIComponent(session_id)}`);
     const body = { agent_name: name, inputs: { ...others, [input.name]: message }, async_run: true, session_id };
     keep({ text: box.value, headers: idempotencyKey(), body });
   }
 
+  /** Send the message. A request with its key may still be being accepted, from before a reload. */
+  async function accept(tries = MAX_TRIES) {
+    try {
+      return await post("run/flock", draft.body, { canRetry: true, headers: draft.headers, signal });
+    } catch (error) {
+      if (error.status !== 409 || tries === 1) throw error;
+    }
+    await pause(1000, signal);
+    return accept(tries - 1);
+  }
+
   const submit = async () => {
     if (!box.value.trim() || box.readOnly) return;
-    if (!draft.body && busyTurns().length) notify("Wait for the answer, or stop it.");
+    // The server executes the turns of a session one after the other. This one would need the answer before it.
+    if (input.isList && !draft.body && busyTurns().length) notify("Wait for the answer, or stop it.");
     else await sendDraft({ currentTarget: send });
     if (more.querySelector("[aria-invalid]")) more.open = true;
   };
@@ -130,14 +169,14 @@ export async function show(main, { id, signal }) {
     box.readOnly = true;
     try {
       if (!draft.body) await prepare(others);
-      const run = await post("run/flock", draft.body, { canRetry: true, headers: draft.headers, signal });
+      const run = await accept();
       const { inputs } = draft.body;
       keep({ text: "" });
       box.value = "";
       add(run, inputs);
       scrollTo(0, document.body.scrollHeight);
     } catch (error) {
-      if (error.status < 500) keep({ text: draft.text }); // it was not accepted
+      if (error.status < 500 && error.status !== 409) keep({ text: draft.text }); // it was not accepted
       if (error.status) error.message += " Your text is still in the box.";
       throw error;
     } finally {
@@ -158,8 +197,11 @@ export async function show(main, { id, signal }) {
     oninput: () => keep({ text: box.value }),
   });
   const send = h("button.primary", "Send");
-  const cancelAll = () => Promise.all(busyTurns().map((turn) => turn.cancel()));
-  const stop = button("Stop", busyWhile(cancelAll), { hidden: true });
+  const stop = button(
+    "Stop",
+    busyWhile(() => busyTurns()[0]?.cancel()),
+    { hidden: true },
+  );
   const more = h("details", { hidden: !others.length }, h("summary", "More inputs"), fields.node);
   const onsubmit = (event) => {
     event.preventDefault();
@@ -201,7 +243,10 @@ export async function show(main, { id, signal }) {
     /* there is none */
   }
   box.value = draft.text;
-  await refresh();
+  if (session_id) await refresh();
+  else fill(earlier, await recent());
   if (draft.body) submit(); // the page was closed before the answer came
-  every(REFRESH_MS, refresh, signal).catch(() => {});
+  pause(REFRESH_MS, signal)
+    .then(() => every(REFRESH_MS, look, signal))
+    .catch(() => {});
 }

@@ -128,9 +128,12 @@ export class Turn {
       return text === textOf(result) ? wide("Answer", readable(result)) : h("p", readable(text));
     }
     const retry = busyWhile(async () => {
-      this.run = await post(`${this.path}/retry`, undefined, { signal: this.signal });
+      try {
+        this.run = await post(`${this.path}/retry`, undefined, { signal: this.signal });
+      } catch (error) {
+        if (error.status !== 409) throw error; // somebody else has retried it
+      }
       this.steps.clear();
-      this.draw();
       this.follow();
     });
     const words = status === "failed" ? "The run failed" : "The run was cancelled";
