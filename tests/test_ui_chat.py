@@ -6,6 +6,7 @@ import re
 import signal
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -84,11 +85,11 @@ def test_the_turns_of_a_conversation_come_from_the_server_with_their_cost(visit:
 
 
 def test_a_long_conversation_is_loaded_in_pages_and_grows_when_others_write(visit: Visit, closed: Site) -> None:
-    session_id = "kept/in order"[:7]
+    session_id = "kept/in?order"
     for number in range(12):
         run_id = start(closed, session_id, f"Number {number}")
     closed.get(f"/run/{run_id}?wait=30")
-    page = visit.page(closed, f"chat/chat/{session_id.replace('/', '%2F')}")
+    page = visit.page(closed, f"chat/chat/{quote(session_id, safe='')}")
     expect(turns_of(page)).to_have_count(10)
     page.get_by_role("button", name="Earlier turns").click()
     expect(turns_of(page).locator("> .said")).to_have_text([f"You: Number {number}" for number in range(12)])

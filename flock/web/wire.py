@@ -559,7 +559,7 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One run in a list. It has ``inputs`` and ``result`` only if they were requested, and ``session_id`` with its inputs.
+    """One run in a list. It has ``inputs`` and ``result`` only if they were requested, ``session_id`` with its inputs.
 
     Only a waiting run has ``waiting_for`` and ``waits``.
     """
