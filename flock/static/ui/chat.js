@@ -97,7 +97,7 @@ export async function show(main, { id, signal }) {
     for (const run of runs) if (run.session_id && !newest.has(run.session_id)) newest.set(run.session_id, run);
     const item = ([id, { inputs, status, created_at }]) =>
       h("li", h("a", { href: toSession(id) }, saidIn(inputs).slice(0, RECENT_CHARS)), badge(status), when(created_at));
-    return newest.size > 0 && h("section", h("h2", "Conversations"), h("ul.list", [...newest].map(item)));
+    return newest.size > 0 && h("section", h("h2", "Conversations"), h("ul.list.recent", [...newest].map(item)));
   }
 
   const busyTurns = () => [...turns.values()].filter((turn) => turn.isBusy);
