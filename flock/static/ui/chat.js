@@ -132,7 +132,8 @@ export async function show(main, { id, signal }) {
       const completed = [...turns.values()].filter(({ run }) => run.status === "completed");
       const last = completed.sort((a, b) => (a.run.run_id < b.run.run_id ? -1 : 1)).at(-1);
       if (last && !last.run.result) await last.load();
-      const before = last ? [...(last.inputs[input.name] ?? []), { role: "assistant", content: answerOf(last.run.result) }] : [];
+      const answer = () => ({ role: "assistant", content: answerOf(last.run.result) });
+      const before = last ? [...(last.inputs[input.name] ?? []), answer()] : [];
       message = [...before, { role: "user", content: message }];
     }
     keep({ text: "" });
