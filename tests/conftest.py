@@ -51,6 +51,7 @@ LANES = {
     "test_binary_formats.py": ("slow", "pyarrow"),
     "test_connection.py": ("slow", None),
     "test_crowds.py": ("slow", None),
+    "test_ui_chat.py": ("browser", "playwright"),
     "test_docs_pages.py": ("browser", "playwright"),
     "test_displaced_store.py": ("slow", None),
     "test_examples.py": ("slow", None),

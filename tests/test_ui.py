@@ -1144,7 +1144,10 @@ def test_a_link_is_followed_while_the_old_view_writes_its_address(visit: Visit, 
 @pytest.mark.parametrize(
     ("view", "what"),
     [
-        *((view, "fetch") for view in ("agents", "agent/order", "run", "runs", "batch", "batches", "new-batch")),
+        *(
+            (view, "fetch")
+            for view in ("agents", "agent/order", "chat/chat", "run", "runs", "batch", "batches", "new-batch")
+        ),
         ("new-batch", "storage"),
     ],
 )

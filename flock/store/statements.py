@@ -45,7 +45,7 @@ ITEM_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"last_step"})
 
 def list_columns(with_inputs: bool, with_results: bool) -> str:
     """Return the columns of a run in a list."""
-    long = {"inputs": with_inputs, "result": with_results}
+    long = {"inputs": with_inputs, "session_id": with_inputs, "result": with_results}  # it is stored after the inputs
     read = {*HEAD, "progress", "error", *(name for name, is_read in long.items() if is_read)}
     return _columns_of_run(read, waiting_for="CASE status WHEN 'waiting' THEN waiting_for END")
 

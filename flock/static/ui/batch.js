@@ -167,7 +167,7 @@ export async function show(main, { id, params, signal }) {
   });
 
   const items = (after, limit, signal) =>
-    get(`${path}/results?format=json&after=${after}&limit=${limit}${status && `&status=${status}`}`, signal);
+    get(`${path}/results?format=json&after=${after}&limit=${limit}${status && "&status="}${status}`, signal);
 
   async function load(page, signal) {
     if (!status) {

@@ -494,7 +494,7 @@ class NewBatch {
   async copyCurl() {
     const options = this.startOptions();
     if (!options) return;
-    const file = quoted(`@${this.rows.name ?? `rows.${this.format.kind}`}`);
+    const file = quoted("@" + (this.rows.name ?? `rows.${this.format.kind}`));
     const path = `run/batch?${new URLSearchParams(options)}`;
     await copyCurl(path, MEDIA_TYPES[this.format.kind], `--data-binary ${file}`);
   }
