@@ -21,6 +21,7 @@ from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, DefinitionError, RunNotFound, Unstorable
 from flock.runs import RunContext
 from flock.store import waiting
+from flock.store.columns import DAMAGED_WEBHOOK
 from flock.web import webhooks
 from flock.web.auth import new_webhook_secret
 from flockapi import create_app
@@ -446,6 +447,58 @@ async def test_an_error_of_the_sender_ends_nothing(
     assert ("Webhooks cannot be sent." in caplog.text) == (method == "due")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param("created_at = 'yesterday'", id="a text as a time"),
+        pytest.param("next_try_at = 'tomorrow'", id="a text as the time of the next try"),
+        pytest.param("next_try_at = 1e300", id="a number as the time of the next try"),
+        pytest.param("first_try_at = 9e18", id="a time after all times"),
+        pytest.param("type = CAST(x'ff' AS TEXT)", id="invalid UTF-8"),
+        pytest.param("tries = x'00'", id="bytes as a number"),
+        pytest.param("attempt = 'one'", id="a text as a number"),
+    ],
+)
+async def test_a_damaged_row_is_given_up_visibly_and_holds_up_no_other(
+    damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those of its host, nor the next one of its run."""
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(flock := sample(receiver.url)) as client:
+        store = sqlite_of(flock.shared_engine(store=":memory:"))
+        with monkeypatch.context() as meanwhile:
+
+            async def wait(*_: Any) -> bool:
+                return False
+
+            meanwhile.setattr(store.webhooks, "claim", wait)  # nothing is sent before the damage
+            failed = (await post_run(client, "echo", {"text": "fail"})).json()["run_id"]
+            damaged = (await get(client, "/webhooks"))["webhooks"][0]["webhook_id"]
+            await store.change(lambda db: db.execute(f"UPDATE webhooks SET {damage}") and None)
+        await client.post(f"/run/{failed}/retry")
+        await post_run(client, "echo", {"text": "b"})
+        await inbox.until(2)
+        page = await wait_until(client, "/webhooks?status=given_up", lambda page: bool(page["webhooks"]))
+        assert len((await get(client, "/webhooks"))["webhooks"]) == 3
+    (webhook,) = page["webhooks"]
+    assert (webhook["webhook_id"], webhook["error"]) == (damaged, DAMAGED_WEBHOOK)
+    assert sorted(event["data"]["attempt"] for event in inbox.accepted) == [1, 2]
+    assert f"was given up: {DAMAGED_WEBHOOK}" in caplog.text
+
+
+async def test_a_clock_that_was_ahead_delays_nothing() -> None:
+    """By a year, when a webhook was tried."""
+    inbox = Inbox(lambda number, _: Response(status_code=500 if number == 1 else 200))
+    async with inbox.serve() as receiver, served(flock := sample(receiver.url)) as client:
+        ahead = """CREATE TRIGGER ahead AFTER UPDATE OF tries ON webhooks WHEN new.tries = 1 BEGIN UPDATE webhooks SET
+            next_try_at = next_try_at + 31536000000000, first_try_at = first_try_at + 31536000000000; END"""
+        await sqlite_of(flock.shared_engine(store=":memory:")).change(lambda db: db.execute(ahead) and None)
+        await post_run(client, "echo", {"text": "a"})
+        await inbox.until(1)
+        page = await wait_until(client, "/webhooks?status=sent", lambda page: bool(page["webhooks"]))
+    assert page["webhooks"][0]["first_try_at"] <= page["webhooks"][0]["ended_at"]
+
+
 # What is sent
 
 
@@ -720,13 +773,6 @@ def test_the_command_serves_with_a_receiver(tmp_path: Path, monkeypatch: pytest.
     app = server._app(sample(None), settings)
     assert app.webhooks is not None
     assert (app.flock.webhook_url, len(app.webhooks.keys)) == ("https://hook.example", 2)
-
-
-@pytest.mark.cluster
-def test_a_cluster_sends_none() -> None:
-    settings = ServerSettings(webhook_url="https://hook.example", temporal="127.0.0.1:1")
-    with pytest.raises(DefinitionError, match="No webhooks are sent for runs on a Temporal cluster"):
-        server._app(sample(None), settings)
 
 
 #: It prints the type of an event that the package accepts. Its arguments: the secret, the headers, and the body.
