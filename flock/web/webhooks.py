@@ -156,8 +156,6 @@ class WebhookSender(abc.ABC):
 
     async def _post(self, webhook: Webhook, body: bytes, trace: Mapping[str, str]) -> tuple[int, str, float]:
         """Return the status of the response, or 0; why it is not accepted, or ""; and how long it asks to wait."""
-        import httpx
-
         status, wait_s, error, left = 0, 0.0, f"It did not answer within {TIMEOUT_S:g} s.", MAX_BYTES
         try:
             with anyio.move_on_after(TIMEOUT_S):
@@ -169,7 +167,7 @@ class WebhookSender(abc.ABC):
                         left -= len(piece)
                         if left < 0:
                             break
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as exc:
+        except Exception as exc:  # of httpx, of the operating system, or of a codec: each is a failed try
             error = error if status else one_line(f"{type(exc).__name__}: {exc}"[:200])
         return status, "" if 200 <= status < 300 else error, wait_s
 
@@ -191,7 +189,9 @@ class WebhookSender(abc.ABC):
                 data |= parameters_of(wire.shown_with_costs(wire.BatchSummary, found))
             elif is_current and isinstance(found, Run):
                 more: dict[str, Any] = {"inputs": msgspec.UNSET, "result": None, "waits": msgspec.UNSET}
-                more["waiting_for"] = [shown_as(wire.Question, each) for each in found.questions] or msgspec.UNSET
+                asked = [shown_as(wire.Question, each) for each in found.questions]
+                is_short = asked and len(msgspec.json.encode(asked)) <= LONG_BYTES
+                more["waiting_for"] = asked if is_short else msgspec.UNSET
                 if found.result is not None:
                     more["result"] = await self._short_result(found)
                     if more["result"] is None:
