@@ -1436,6 +1436,21 @@ async def replay(history: WorkflowHistory) -> None:
     await replayer.replay_workflow(history)
 
 
+@pytest.mark.parametrize("name", ["cancelled-with-webhooks", "failed-with-webhooks", "batch-completed-with-a-webhook"])
+async def test_a_worker_may_drop_a_workflow_from_its_memory_at_any_time(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also while it waits for the start of a webhook, and ignores its cancellation."""
+    text, count = await anyio.Path(HISTORIES / f"{name}.json").read_text(), 0
+    events = list(WorkflowHistory.from_json(name, text).events)
+    for end, event in enumerate(events, 1):
+        if event.HasField("workflow_task_started_event_attributes"):
+            await replay(WorkflowHistory(name, events[:end]))
+            count += 1
+    assert count >= 6
+    assert "Eviction" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["completed-with-an-answer", "failed-since-a-question-expired", "batch-completed"])
 async def test_what_a_worker_of_an_earlier_version_has_executed_reports_nothing(name: str) -> None:
     """It did not know that the agent has a receiver, and a later worker continues the run."""

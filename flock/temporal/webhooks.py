@@ -44,10 +44,10 @@ TryWebhook = Callable[[Webhook, int], Awaitable[tuple[Webhook, float]]]
 
 #: How many webhooks one process handles at the same time.
 MAX_AT_ONCE = 1000
-#: The pause before a webhook looks again whether an earlier one has ended, in seconds: at least, and at most.
-MIN_PAUSE_S, MAX_PAUSE_S = 0.2, 3600.0
-#: How long a try waits for the end of a run or batch, in seconds.
-ENDS_WITHIN_S = 5.0
+#: The shortest pause before a webhook looks again whether an earlier one has ended, in seconds.
+MIN_PAUSE_S = 0.2
+#: How long a try waits for the end of a run or batch, and the longest pause before the next one, in seconds.
+ENDS_WITHIN_S, MAX_END_PAUSE_S = 5.0, 60.0
 #: For each status, that of its workflow.
 EXECUTION_STATUS = {"pending": "= 'Running'", "sent": "= 'Completed'", "given_up": "NOT IN ('Running', 'Completed')"}
 
@@ -88,7 +88,7 @@ class TemporalWebhooks:
         info = activity.info()
         webhook = next((recoded(sent, Webhook) for sent in info.heartbeat_details), webhook)
         for workflow_id in earlier:
-            if (pause_s := await self._pause_after(workflow_id)) is not None:
+            if (pause_s := await self._pause_after(workflow_id, info.attempt)) is not None:
                 raise _again(f"{workflow_id} has not ended.", pause_s)
         webhook, pause_s = await try_(webhook, info.attempt - 1 - webhook.tries)
         if webhook.status == "pending":
@@ -96,18 +96,20 @@ class TemporalWebhooks:
             raise _again(webhook.error or "Its host has no room.", pause_s)
         return webhook
 
-    async def _pause_after(self, workflow_id: str) -> float | None:
+    async def _pause_after(self, workflow_id: str, attempt: int) -> float | None:
         """Return how long a webhook waits for an earlier workflow, in seconds, or None if that has ended."""
-        if not workflow_id.startswith("webhook:"):  # a run or batch that is about to end
+        is_webhook = workflow_id.startswith("webhook:")
+        if not is_webhook:  # a run or batch that is about to end
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDS_WITHIN_S):
                     await self._cluster.until_change(workflow_id)
-                    return None
         described = await self._cluster.describe(workflow_id)
         if described is None or described.status is not WorkflowExecutionStatus.RUNNING:
             return None
-        left_s = max(0, (_next_try_at(described) - now()).total_seconds())
-        return min(left_s + random.uniform(1, 2) * MIN_PAUSE_S, MAX_PAUSE_S)
+        if not is_webhook:  # its workers have died
+            return min(2.0**attempt, MAX_END_PAUSE_S)
+        left_s = (_next_try_at(described) - now()).total_seconds()
+        return max(left_s, 0) + random.uniform(1, 2) * MIN_PAUSE_S
 
     async def page(self, status: str | None, after: str | None, limit: int) -> list[Webhook]:
         """Return up to *limit* webhooks, those of the newest runs and batches first, from the one after *after* on."""

@@ -3,6 +3,8 @@
 The store has written an event in the transaction of the state that it reports. One process sends those of a flock: each
 at least once, and those of one run or batch in their order, since the next one is sent only after the last one was
 accepted or given up. Each host has a task of its own, so one that is slow or down delays no other.
+
+On a cluster, ``flock.temporal.reports`` has the events, and the cluster decides which process tries to send which.
 """
 
 import abc
@@ -359,8 +361,9 @@ class ClusterSender(WebhookSender):
             tried, is_down = await self._try(receiver, replace(webhook, url=url))
         finally:
             receiver.open -= 1
-        receiver.failures = receiver.failures + 1 if is_down else 0
-        receiver.error = tried.error
+        if tried.error:  # which the cluster stores
+            tried = replace(tried, error=tried.error.replace(urlsplit(url).hostname or "", "the host"))
+        receiver.failures, receiver.error = receiver.failures + 1 if is_down else 0, tried.error
         if receiver.failures >= DOWN_AFTER:
             receiver.pause(_pause_s(receiver.failures - DOWN_AFTER, MAX_DOWN_PAUSE_S))
         self._on_try("failed" if tried.status == "pending" else tried.status, 1)
