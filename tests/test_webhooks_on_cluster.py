@@ -161,9 +161,9 @@ async def test_a_receiver_that_fails_a_third_gets_all_events_in_order_for_each_r
         flock.webhook_url = receiver.url
         async with served(temporal_address, flock) as client:
             runs = [(await post_run(client, "work", {"n": n}, async_run=True)).json()["run_id"] for n in range(24)]
-            ended = {run: (await wait_for(client, f"/run/{run}"))["status"] for run in runs}
             page = "/webhooks?status=pending"
             await wait_until(client, page, lambda page: len(set(inbox.ids)) == 36 and not page["webhooks"])
+            ended = {run: (await get(client, f"/run/{run}"))["status"] for run in runs}
     seen = events_by_run(inbox)
     assert inbox.unsigned == 0
     for run, status in ended.items():
@@ -202,10 +202,10 @@ async def test_no_event_is_lost_if_workers_are_killed_again_and_again(temporal_a
                 runs.append((await post_run(client, "work", {"n": n}, async_run=True)).json()["run_id"])
                 await anyio.sleep(0.25)
             with working(target, temporal_address):
-                ended = {run: (await wait_for(client, f"/run/{run}"))["status"] for run in runs}
                 with anyio.fail_after(300):
                     while len(set(inbox.ids)) < 90:  # noqa: ASYNC110
                         await anyio.sleep(0.1)
+                ended = {run: (await get(client, f"/run/{run}"))["status"] for run in runs}
     seen = events_by_run(inbox)
     for run, status in ended.items():
         assert ORDER.fullmatch(seen[run]), seen[run]
