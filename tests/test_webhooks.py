@@ -309,7 +309,7 @@ async def test_a_host_that_is_down_gets_one_request_at_a_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """All that wait for it count as tried, so all are given up a day later, and none is forgotten."""
-    monkeypatch.setattr(webhooks, "RETRIED_FOR", timedelta(seconds=0.5))
+    monkeypatch.setattr(webhooks, "RETRIED_FOR", timedelta(seconds=1.5))
     tries: list[int] = []
 
     async def respond(number: int, _: Any) -> Response:
