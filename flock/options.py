@@ -72,9 +72,13 @@ def many(is_valid: Callable[[Any], Any], words: str, **more: Any) -> Option:
 
 
 def _is_address(value: Any) -> bool:
+    import httpx  # late, because it takes long and most programs have no address
+
     try:
-        urlsplit(str(value))
-    except ValueError:  # such as a bracket that is not closed
+        parts = urlsplit(str(value))
+        if not parts.hostname or parts.port == 0 or not httpx.URL(str(value)).host:
+            return False
+    except (ValueError, httpx.InvalidURL):  # such as a bracket that is not closed, or a port that is too high
         return False
     return re.fullmatch(r"https?://[^\s/?#@]+([/?#][!-~]*)?", str(value)) is not None
 

@@ -80,6 +80,7 @@ LANES = {
     "test_ui_runs.py": ("browser", "playwright"),
     "test_waiting_memory.py": ("slow", None),
     "test_waits_on_cluster.py": ("cluster", "temporalio"),
+    "test_webhooks_on_cluster.py": ("cluster", "temporalio"),
 }
 
 pytest.register_assert_rewrite("tests.support.site")  # before a test imports it

@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from flock.core import Flock
-from flock.runs import BatchOptions, Run, RunContext, RunStatus
+from flock.runs import BatchOptions, Run, RunContext, RunStatus, Webhook, now
 from flock.temporal import TemporalEngine
 from flock.temporal.messages import batch_workflow_id, chunk_workflow_id, run_workflow_id, session_workflow_id
 from tests.support.cluster import engine_with_worker, temporal_server
@@ -175,6 +176,33 @@ async def record_questions(engine: TemporalEngine) -> None:
     await record(engine, "chunk-completed-4-cancelled-1-with-questions", chunk_workflow_id(batch.batch_id, 2, 1))
 
 
+async def record_webhooks(engine: TemporalEngine) -> None:
+    """Runs whose agent has a receiver: one is cancelled while it waits, and the question of another expires."""
+    engine.has_receiver = lambda agent_name: True
+    runs = [await engine.submit("ask", {"n": n}, session_id="s") for n in (0, 3)]
+    await until_run(engine, runs[0].run_id, lambda run: run.status is RunStatus.WAITING)
+    await engine.cancel_run(runs[0].run_id)
+    for run in runs:
+        await until_run(engine, run.run_id, lambda run: run.status.is_final)
+    await record(engine, "cancelled-with-webhooks", run_workflow_id(runs[0].run_id, 1))
+    await record(engine, "failed-with-webhooks", run_workflow_id(runs[1].run_id, 1))
+    batch = await ended(engine, await engine.submit_batch("ask", numbers(3)[2:], BatchOptions()))
+    await record(engine, "batch-completed-with-a-webhook", batch_workflow_id(batch.batch_id, 1))
+
+    async def given_up(webhook: Webhook, misses: int) -> tuple[Webhook, float]:
+        is_first = webhook.type == "run.waiting"
+        return replace(webhook, status="given_up" if is_first else "sent", ended_at=now(), error="recorded"), 0
+
+    serving = asyncio.create_task(engine.webhooks.serve(given_up))
+    while len(ended_webhooks := [each for each in await engine.webhooks.page(None, None, 9) if each.ended_at]) < 6:  # noqa: ASYNC110
+        await asyncio.sleep(0.1)
+    serving.cancel()
+    for name, status in (("sent", "sent"), ("given-up", "given_up")):
+        webhook_id = next(each.webhook_id for each in ended_webhooks if each.status == status)
+        workflow_id = webhook_id.replace("msg_", "webhook:").replace("_", ":")
+        await record(engine, f"webhook-{name}", workflow_id)
+
+
 async def main() -> None:
     port = free_port()
     with tempfile.TemporaryDirectory() as folder, temporal_server(Path(folder) / "temporal.db", port):
@@ -184,6 +212,8 @@ async def main() -> None:
                 await record_all(engine, work)
         async with engine_with_worker(f"127.0.0.1:{port}", asking_flock()) as engine, engine:
             await record_questions(engine)
+        async with engine_with_worker(f"127.0.0.1:{port}", asking_flock()) as engine, engine:
+            await record_webhooks(engine)
         async with engine_with_worker(f"127.0.0.1:{port}", waiting_flock()) as engine, engine:
             await record_waits(engine)
         async with engine_with_worker(f"127.0.0.1:{port}", running_flock()) as engine, engine:

@@ -75,6 +75,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import reset_for_retry, run_of
+from flock.temporal.reports import FlockWebhook
 from flock.temporal.steps import Workplace
 from flock.temporal.workflows import FlockAccount, FlockMark, FlockRun, FlockSession
 from flock.testing import FakeModel, Reply
@@ -1405,9 +1406,7 @@ async def test_the_text_of_an_exception_is_not_in_the_history(temporal_address: 
 async def test_recorded_histories_can_be_replayed(path: Path) -> None:
     """A workflow that is running when a new version is deployed continues as it started."""
     history = WorkflowHistory.from_json(path.stem, await anyio.Path(path).read_text())
-    workflows = [FlockRun, FlockMark, FlockSession, FlockAccount, FlockBatch, FlockChunk, FlockRows, FlockDelete]
-    replayer = Replayer(workflows=workflows, data_converter=CONVERTER, workflow_runner=UnsandboxedWorkflowRunner())
-    await replayer.replay_workflow(history)
+    await replay(history)
     kind, _, rest = path.stem.partition("-")
     if kind == "batch":
         memos = [event.workflow_properties_modified_event_attributes.upserted_memo.fields for event in history.events]
@@ -1419,8 +1418,45 @@ async def test_recorded_histories_can_be_replayed(path: Path) -> None:
         counts = {"completed": found.completed, "failed": found.failed, "cancelled": found.cancelled}
         expected = "-".join(f"{status}-{count}" for status, count in counts.items() if count)
         assert rest.partition("-with-")[0] == expected
+    elif kind == "webhook":
+        assert rest == {"completed": "sent", "failed": "given-up"}[end_of(history)]
     elif kind != "session":
         assert path.stem.startswith(run_of(history.events).status.value)
+
+
+def end_of(history: WorkflowHistory) -> str:
+    return str(history.events[-1].WhichOneof("attributes")).split("_")[2]
+
+
+async def replay(history: WorkflowHistory) -> None:
+    workflows = [FlockRun, FlockMark, FlockSession, FlockAccount, FlockBatch, FlockChunk, FlockRows, FlockDelete]
+    workflows.append(FlockWebhook)
+    replayer = Replayer(workflows=workflows, data_converter=CONVERTER, workflow_runner=UnsandboxedWorkflowRunner())
+    await replayer.replay_workflow(history)
+
+
+@pytest.mark.parametrize("name", ["cancelled-with-webhooks", "failed-with-webhooks", "batch-completed-with-a-webhook"])
+async def test_a_worker_may_drop_a_workflow_from_its_memory_at_any_time(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also while it waits for the start of a webhook, and ignores its cancellation."""
+    text, count = await anyio.Path(HISTORIES / f"{name}.json").read_text(), 0
+    events = list(WorkflowHistory.from_json(name, text).events)
+    for end, event in enumerate(events, 1):
+        if event.HasField("workflow_task_started_event_attributes"):
+            await replay(WorkflowHistory(name, events[:end]))
+            count += 1
+    assert count >= 6
+    assert "Eviction" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["completed-with-an-answer", "failed-since-a-question-expired", "batch-completed"])
+async def test_what_a_worker_of_an_earlier_version_has_executed_reports_nothing(name: str) -> None:
+    """It did not know that the agent has a receiver, and a later worker continues the run."""
+    history = WorkflowHistory.from_json(name, await anyio.Path(HISTORIES / f"{name}.json").read_text())
+    (payload,) = history.events[0].workflow_execution_started_event_attributes.input.payloads
+    payload.data = payload.data.removesuffix(b"}") + b',"has_receiver":true}'
+    await replay(history)
 
 
 # Calls

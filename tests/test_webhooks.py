@@ -18,9 +18,10 @@ from flock.command import server
 from flock.command.cli import main
 from flock.command.server import ServerSettings
 from flock.core import Flock, FlockFactory
-from flock.errors import AgentError, DefinitionError, RunNotFound, Unstorable
+from flock.errors import AgentError, DefinitionError, RunNotFound, StoreError, Unstorable
 from flock.runs import RunContext
 from flock.store import waiting
+from flock.store.columns import DAMAGED_WEBHOOK
 from flock.web import webhooks
 from flock.web.auth import new_webhook_secret
 from flockapi import create_app
@@ -308,7 +309,7 @@ async def test_a_host_that_is_down_gets_one_request_at_a_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """All that wait for it count as tried, so all are given up a day later, and none is forgotten."""
-    monkeypatch.setattr(webhooks, "RETRIED_FOR", timedelta(seconds=0.5))
+    monkeypatch.setattr(webhooks, "RETRIED_FOR", timedelta(seconds=1.5))
     tries: list[int] = []
 
     async def respond(number: int, _: Any) -> Response:
@@ -362,6 +363,71 @@ async def test_a_receiver_can_neither_hold_nor_fill_the_sender(kind: str, monkey
     assert webhook["status"] == ("pending" if kind == "never" else "sent")
     assert webhook["error"] == ("It did not answer within 0.3 s." if kind == "never" else None)
     assert sent < 20_000_000
+
+
+#: What a receiver sends, the second part again and again.
+HOSTILE = {
+    "endless headers": (b"HTTP/1.1 200 OK\r\n", b"x-flood: " + b"y" * 1000 + b"\r\n"),
+    "slow headers": (b"HTTP/1.1 200 OK\r\n", b"x"),
+    "endless early hints": (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+    "not HTTP": (b"\x00\xff" * 100, b""),
+    "a status of four digits": (b"HTTP/1.1 2000 OK\r\n\r\n", b""),
+    "nothing": (b"", b""),
+    "a length that is no number": (b"HTTP/1.1 500 No\r\ncontent-length: -1\r\n\r\n", b""),
+    "an error with any pause": (b"HTTP/1.1 500 No\r\nretry-after: -1\r\ncontent-length: 0\r\n\r\n", b""),
+    "an error with a pause in words": (b"HTTP/1.1 500 No\r\nretry-after: soon\r\ncontent-length: 0\r\n\r\n", b""),
+    "a redirect to a file": (b"HTTP/1.1 302 Found\r\nlocation: file:///etc/passwd\r\ncontent-length: 0\r\n\r\n", b""),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+async def test_a_hostile_receiver_fails_and_is_tried_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And delays no other. In the end it gets what it did not accept."""
+    monkeypatch.setattr(webhooks, "TIMEOUT_S", 0.3)
+    first, rest = HOSTILE[kind]
+    is_hostile, inbox = True, Inbox()
+
+    async def answer(stream: anyio.abc.SocketStream) -> None:
+        async with stream:
+            await stream.receive()
+            with contextlib.suppress(OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
+                if not is_hostile:
+                    await stream.send(b"HTTP/1.1 204 No Content\r\n\r\n")
+                elif first:
+                    await stream.send(first)
+                while is_hostile and rest:
+                    await stream.send(rest)
+                    await anyio.sleep(0.01 if len(rest) == 1 else 0)
+
+    async with (
+        await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
+        inbox.serve() as receiver,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(listener.serve, answer)
+        flock = sample(f"http://127.0.0.1:{listener.extra(anyio.abc.SocketAttribute.local_port)}")
+        flock.agents["ask"].webhook_url = receiver.url
+        async with served(flock) as client:
+            await post_run(client, "echo", {"text": "a"})
+            await wait_until(client, "/webhooks", lambda page: page["webhooks"][0]["tries"] > 1)
+            await post_run(client, "ask", async_run=True)
+            with anyio.fail_after(5):
+                await inbox.until(1)
+            is_hostile = False
+            page = await wait_until(client, "/webhooks?status=sent", lambda page: len(page["webhooks"]) == 2)
+        tasks.cancel_scope.cancel()
+    assert {webhook["error"] for webhook in page["webhooks"]} == {None}
+
+
+async def test_an_address_that_cannot_be_reached_at_all_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python raises OverflowError for such a port, in a group."""
+    monkeypatch.setattr(webhooks, "RETRIED_FOR", timedelta(seconds=0.1))
+    flock = sample("http://127.0.0.1:9")
+    flock.webhook_url = "http://127.0.0.1:99999"
+    async with served(flock) as client:
+        await post_run(client, "echo", {"text": "a"})
+        page = await wait_until(client, "/webhooks?status=given_up", lambda page: bool(page["webhooks"]))
+    assert "ExceptionGroup" in page["webhooks"][0]["error"]
 
 
 async def test_receivers_that_never_answer_leave_connections_for_the_others() -> None:
@@ -446,6 +512,58 @@ async def test_an_error_of_the_sender_ends_nothing(
     assert ("Webhooks cannot be sent." in caplog.text) == (method == "due")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param("created_at = 'yesterday'", id="a text as a time"),
+        pytest.param("next_try_at = 'tomorrow'", id="a text as the time of the next try"),
+        pytest.param("next_try_at = 1e300", id="a number as the time of the next try"),
+        pytest.param("first_try_at = 9e18", id="a time after all times"),
+        pytest.param("type = CAST(x'ff' AS TEXT)", id="invalid UTF-8"),
+        pytest.param("tries = x'00'", id="bytes as a number"),
+        pytest.param("attempt = 'one'", id="a text as a number"),
+    ],
+)
+async def test_a_damaged_row_is_given_up_visibly_and_holds_up_no_other(
+    damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those of its host, nor the next one of its run."""
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(flock := sample(receiver.url)) as client:
+        store = sqlite_of(flock.shared_engine(store=":memory:"))
+        with monkeypatch.context() as meanwhile:
+
+            async def wait(*_: Any) -> bool:
+                return False
+
+            meanwhile.setattr(store.webhooks, "claim", wait)  # nothing is sent before the damage
+            failed = (await post_run(client, "echo", {"text": "fail"})).json()["run_id"]
+            damaged = (await get(client, "/webhooks"))["webhooks"][0]["webhook_id"]
+            await store.change(lambda db: db.execute(f"UPDATE webhooks SET {damage}") and None)
+        await client.post(f"/run/{failed}/retry")
+        await post_run(client, "echo", {"text": "b"})
+        await inbox.until(2)
+        page = await wait_until(client, "/webhooks?status=given_up", lambda page: bool(page["webhooks"]))
+        assert len((await get(client, "/webhooks"))["webhooks"]) == 3
+    (webhook,) = page["webhooks"]
+    assert (webhook["webhook_id"], webhook["error"]) == (damaged, DAMAGED_WEBHOOK)
+    assert sorted(event["data"]["attempt"] for event in inbox.accepted) == [1, 2]
+    assert f"was given up: {DAMAGED_WEBHOOK}" in caplog.text
+
+
+async def test_a_clock_that_was_ahead_delays_nothing() -> None:
+    """By a year, when a webhook was tried."""
+    inbox = Inbox(lambda number, _: Response(status_code=500 if number == 1 else 200))
+    async with inbox.serve() as receiver, served(flock := sample(receiver.url)) as client:
+        ahead = """CREATE TRIGGER ahead AFTER UPDATE OF tries ON webhooks WHEN new.tries = 1 BEGIN UPDATE webhooks SET
+            next_try_at = next_try_at + 31536000000000, first_try_at = first_try_at + 31536000000000; END"""
+        await sqlite_of(flock.shared_engine(store=":memory:")).change(lambda db: db.execute(ahead) and None)
+        await post_run(client, "echo", {"text": "a"})
+        await inbox.until(1)
+        page = await wait_until(client, "/webhooks?status=sent", lambda page: bool(page["webhooks"]))
+    assert page["webhooks"][0]["first_try_at"] <= page["webhooks"][0]["ended_at"]
+
+
 # What is sent
 
 
@@ -456,6 +574,23 @@ async def test_a_long_result_is_a_link() -> None:
         (event,) = await inbox.until(1)
     assert event["data"]["result_url"] == f"/run/{run['run_id']}"
     assert "result" not in event["data"]
+
+
+async def test_long_questions_are_left_out() -> None:
+    inbox, flock = Inbox(), sample(None)
+
+    @flock.agent
+    async def asks_much(context: RunContext) -> bool:
+        return await context.ask("?" * 100_000, bool)
+
+    async with inbox.serve() as receiver:
+        flock.webhook_url = receiver.url
+        async with served(flock) as client:
+            await post_run(client, "asks_much", async_run=True)
+            (event,) = await inbox.until(1)
+    assert event["type"] == "run.waiting"
+    assert "waiting_for" not in event["data"]
+    assert len(inbox.body) < 2000
 
 
 async def test_a_run_that_has_changed_or_gone_since_is_reported_without_what_it_is_now() -> None:
@@ -489,6 +624,40 @@ async def test_while_a_secret_is_replaced_both_sign() -> None:
             await post_run(client, "echo", {"text": "a"})
             await inbox.until(1)
     assert len(inbox.requests[0][2]["webhook-signature"].split(" ")) == 2
+
+
+async def test_a_secret_that_was_replaced_while_a_webhook_waited_signs_it_no_more() -> None:
+    inbox, new = Inbox(lambda number, _: Response(status_code=500)), new_webhook_secret()
+    async with inbox.serve() as receiver:
+        async with served(sample(receiver.url), "flock.db") as client:
+            await post_run(client, "echo", {"text": "a"})
+            await wait_until(client, "/webhooks", lambda page: page["webhooks"][0]["tries"] > 0)
+        old = len(inbox.requests)
+        app = create_app(sample(receiver.url), store="flock.db", auth="host", webhook_secrets=[new])
+        async with app.lifespan(), client_of(app) as client:
+            await wait_until(client, "/webhooks", lambda page: inbox.unsigned > 0)
+    assert old == len(inbox.requests), "none of the new secret is signed with the old one"
+
+
+async def test_while_the_store_is_full_nothing_is_sent_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be noted is sent once more when there is room."""
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(flock := sample(receiver.url), "flock.db") as client:
+        store = sqlite_of(flock.shared_engine(store="flock.db"))
+        with monkeypatch.context() as meanwhile:
+
+            async def full(*_: Any) -> None:
+                meanwhile.setattr(type(store), "is_writable", False)
+                raise StoreError("The disk is full.")
+
+            meanwhile.setattr(store.webhooks, "write", full)
+            await post_run(client, "echo", {"text": "a"})
+            await inbox.until(1)
+            await anyio.sleep(0.5)
+            assert len(inbox.requests) == 1
+        await inbox.until(2)
+        page = await wait_until(client, "/webhooks?status=sent", lambda page: bool(page["webhooks"]))
+    assert (len(set(inbox.ids)), page["webhooks"][0]["tries"]) == (1, 1)
 
 
 # Several processes, and restarts
@@ -689,6 +858,12 @@ async def test_webhooks_are_listed_in_pages_and_counted() -> None:
         "https://a:b@hook.example",
         "https://x y",
         "https://[abc",
+        "https://:443",
+        "https://hook.example:99999",
+        "https://hook.example:0",
+        "https://hook.example:port",
+        "https://xn--a",
+        "https://999.1.1.1",
         7,
     ],
 )
@@ -722,11 +897,12 @@ def test_the_command_serves_with_a_receiver(tmp_path: Path, monkeypatch: pytest.
     assert (app.flock.webhook_url, len(app.webhooks.keys)) == ("https://hook.example", 2)
 
 
-@pytest.mark.cluster
-def test_a_cluster_sends_none() -> None:
-    settings = ServerSettings(webhook_url="https://hook.example", temporal="127.0.0.1:1")
-    with pytest.raises(DefinitionError, match="No webhooks are sent for runs on a Temporal cluster"):
-        server._app(sample(None), settings)
+@pytest.mark.parametrize(
+    "url",
+    ["http://[::1]:8080/a", "https://xn--bcher-kva.example", "https://bücher.example/x@y", "https://hook.example/?a#b"],
+)
+def test_a_valid_address_is_accepted(url: str) -> None:
+    assert Flock(webhook_url=url).webhook_url == url
 
 
 #: It prints the type of an event that the package accepts. Its arguments: the secret, the headers, and the body.

@@ -44,6 +44,8 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 #: ``error`` of a batch whose row in the store is damaged; see ``outcomes.DAMAGED`` for a run.
 DAMAGED_BATCH = "The record of this batch is damaged and cannot be read."
+#: The same of a webhook.
+DAMAGED_WEBHOOK = "The record of this webhook is damaged and cannot be read."
 
 
 def micros(time: datetime | None) -> int | None:
@@ -401,6 +403,16 @@ def batch_or_remains(row: Sequence[Any]) -> Batch:
 def webhook_from(row: Sequence[Any]) -> Webhook:
     values: dict[str, Any] = dict.fromkeys(WEBHOOK_TABLE)
     return Webhook(**values | _read_webhook(row))
+
+
+def webhook_or_remains(row: Sequence[Any]) -> Webhook:
+    """Return a webhook from a row with text as bytes. If it is damaged, return what can be read, with an ``error``."""
+    values: dict[str, Any] = dict.fromkeys(WEBHOOK_TABLE) | dict.fromkeys(("attempt", "tries"), 0)
+    values |= dict.fromkeys(("webhook_id", "type", "record_id", "agent_name"), "")
+    values |= {"status": "given_up", "created_at": EPOCH, "next_try_at": EPOCH}
+    remains = _remains_of(row, WEBHOOK_TABLE)
+    is_damaged = len(remains) < sum(value is not None for value in row)
+    return Webhook(**values | remains | ({"error": DAMAGED_WEBHOOK} if is_damaged else {}))
 
 
 @_raising_damaged

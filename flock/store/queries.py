@@ -213,7 +213,7 @@ def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -
     Raises Damaged if its row is damaged, unless the run has already failed because of the damage.
     """
     try:
-        with _DetectingDamage():
+        with DetectingDamage():
             row = db.execute(statements.OUTLINE_OF_RUN if is_outline else statements.WHOLE_RUN, (run_id,)).fetchone()
         if row is None:
             return None
@@ -229,28 +229,36 @@ def find_run(db: sqlite3.Connection, run_id: str, *, is_outline: bool = False) -
 
 
 def find_steps(db: sqlite3.Connection, run_id: str, query: str = statements.STEPS) -> tuple[Step, ...]:
-    with _DetectingDamage():
+    with DetectingDamage():
         return tuple(map(step_from, db.execute(query, (run_id,))))
 
 
 def read_row(db: sqlite3.Connection, columns: str, name: str, value: Any) -> Any:
     """Return the row of ``runs`` with *value* in the column *name*, or None. Raises Damaged."""
-    with _DetectingDamage():
+    with DetectingDamage():
         return db.execute(statements.find_run(columns, name), (value,)).fetchone()
 
 
 def _read_remains(db: sqlite3.Connection, run_id: str) -> Any:
     """Return a damaged row, or only its first columns if SQLite cannot read more. Text is returned as bytes."""
+    with text_as_bytes(db):
+        try:
+            return read_row(db, statements.RUN_COLUMNS, "run_id", run_id)
+        except Damaged:
+            return read_row(db, statements.SHORT_COLUMNS, "run_id", run_id)
+
+
+@contextlib.contextmanager
+def text_as_bytes(db: sqlite3.Connection) -> Iterator[None]:
+    """Read text as bytes in the block, which may not be valid text."""
     db.text_factory = bytes
     try:
-        return read_row(db, statements.RUN_COLUMNS, "run_id", run_id)
-    except Damaged:
-        return read_row(db, statements.SHORT_COLUMNS, "run_id", run_id)
+        yield
     finally:
         db.text_factory = str
 
 
-class _DetectingDamage:
+class DetectingDamage:
     """Raises Damaged for errors of SQLite and its driver that concern a single row. A generator would take longer."""
 
     def __enter__(self) -> None:
@@ -273,7 +281,7 @@ def rows_of(
     """Yield the rows of *query*, a function of the columns. Of a damaged row, yield as much as can be read."""
     yielded = 0
     try:
-        with _DetectingDamage():
+        with DetectingDamage():
             for row in db.execute(query(columns), values):
                 yield row[: len(RUN_TABLE)]
                 yielded += 1
@@ -443,7 +451,7 @@ def find_calls(db: sqlite3.Connection, run: Run, position: int, after_row: int, 
     Raises Damaged.
     """
     page, bytes_left = list[tuple[int, Call]](), PAGE_BYTES
-    with _DetectingDamage():
+    with DetectingDamage():
         for row, *values in db.execute(statements.CALLS, (run.run_id, position, tries, after_row)):
             page.append((row, call := call_from(values)))
             bytes_left -= CALL_BYTES + len(call.result)
@@ -458,7 +466,7 @@ def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call
     If there are too many, answers come first.
     """
     found, values = dict[int, list[Call]](), (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, MAX_SHOWN_CALLS)
-    with _DetectingDamage():
+    with DetectingDamage():
         for position, *call in db.execute(statements.SHOWN_CALLS, values):
             found.setdefault(position, []).append(shown_call_from(call))
     return found
@@ -486,7 +494,7 @@ def find_next_calls(
     Only the arguments of questions are read. Raises Damaged.
     """
     values = (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, position, after_row, CALLS_PER_PAGE, number)
-    with _DetectingDamage():
+    with DetectingDamage():
         return [(row, shown_call_from(call)) for row, *call in db.execute(statements.NEXT_CALLS, values)]
 
 

@@ -551,11 +551,17 @@ SET_WEBHOOK_SENDER = """INSERT INTO webhook_senders VALUES (?, ?)
 _URL = """(SELECT url FROM webhook_urls
     WHERE webhook_urls.flock = webhooks.flock AND webhook_urls.agent_name = webhooks.agent_name)"""
 _WEBHOOKS = f"SELECT {_replaced(WEBHOOK_TABLE, url=_URL)} FROM webhooks"
-#: Those of one agent, and of each record only the earliest.
-DUE_WEBHOOKS = f"""{_WEBHOOKS} INDEXED BY webhooks_pending
-    WHERE flock = ? AND status = 'pending' AND agent_name = ? AND next_try_at <= ? AND NOT EXISTS
-    (SELECT 1 FROM webhooks AS earlier WHERE earlier.record_id = webhooks.record_id
-    AND earlier.number < webhooks.number AND earlier.status = 'pending') ORDER BY next_try_at LIMIT ?"""
+
+
+def due_webhooks(when: str, columns: str = "") -> str:
+    """Return a query for those of one agent, and of each record only the earliest. *when*: a comparison."""
+    return f"""{_WEBHOOKS.replace("SELECT ", f"SELECT {columns}", 1)} INDEXED BY webhooks_pending
+        WHERE flock = ? AND status = 'pending' AND agent_name = ? AND next_try_at {when} AND NOT EXISTS
+        (SELECT 1 FROM webhooks AS earlier WHERE earlier.record_id = webhooks.record_id
+        AND earlier.number < webhooks.number AND earlier.status = 'pending') ORDER BY next_try_at LIMIT ?"""
+
+
+GIVE_UP_WEBHOOK = "UPDATE webhooks SET status = 'given_up', ended_at = ?, error = ? WHERE number = ?"
 FIND_WEBHOOK = f"{_WEBHOOKS} WHERE webhook_id = ? AND flock = ?"
 UPDATE_WEBHOOK = """UPDATE webhooks SET status = ?, tries = ?, first_try_at = ?, next_try_at = ?, ended_at = ?,
     error = ? WHERE webhook_id = ? AND (status = 'pending' AND tries = ? OR ? IS NULL)"""

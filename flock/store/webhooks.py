@@ -4,16 +4,23 @@ Triggers write them in the transaction of the state that they report, whichever 
 exists if and only if the state does.
 """
 
+import logging
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from flock.runs import Webhook
 from flock.store import files, statements
-from flock.store.columns import json_or_null, micros, webhook_from
+from flock.store.columns import DAMAGED_WEBHOOK, json_or_null, micros, webhook_from, webhook_or_remains
 from flock.store.database import Database
+from flock.store.port import DamagedRecord
+from flock.store.queries import DetectingDamage, text_as_bytes
 
+logger = logging.getLogger("flock.webhooks")
+
+#: No webhook is due later than this after its last try.
+LATEST_TRY = timedelta(hours=25)
 #: Max webhooks that one transaction deletes or gives up.
 CHUNK_SIZE = 1000
 
@@ -76,13 +83,39 @@ class WebhookStore:
         return await self._db.change(lambda db: db.execute(statements.SET_WEBHOOK_SENDER, values).rowcount == 1)
 
     async def due(self, flock: str, agents: Iterable[str], now: datetime, limit: int) -> Sequence[Webhook]:
-        """Return up to *limit* webhooks of these agents that are to be sent now: of each run or batch its earliest."""
+        """Return up to *limit* webhooks of these agents that are to be sent now: of each run or batch its earliest.
+
+        Those that are due too late are included: the clock was ahead when they were written. Damaged ones are given up.
+        """
+        queries = (("<= ?", now), ("> ?", now + LATEST_TRY))
+        values = [(when, (flock, name, micros(time), limit)) for name in agents for when, time in queries]
 
         def find(db: sqlite3.Connection) -> list[Webhook]:
-            values = [(flock, name, micros(now), limit) for name in agents]
-            return [webhook_from(row) for each in values for row in db.execute(statements.DUE_WEBHOOKS, each)]
+            with DetectingDamage():
+                rows = [row for when, each in values for row in db.execute(statements.due_webhooks(when), each)]
+            return [webhook_from(row) for row in rows]
 
-        return sorted(self._db.read(find), key=lambda webhook: webhook.next_try_at)[:limit]
+        def give_up(db: sqlite3.Connection) -> list[Webhook]:
+            with text_as_bytes(db):
+                found = [
+                    row for when, of in values for row in db.execute(statements.due_webhooks(when, "number, "), of)
+                ]
+            damaged = {
+                number: webhook
+                for number, *row in found
+                if (webhook := webhook_or_remains(row)).error == DAMAGED_WEBHOOK
+            }
+            for number in damaged:
+                db.execute(statements.GIVE_UP_WEBHOOK, (micros(now), DAMAGED_WEBHOOK, number))
+            return list(damaged.values())
+
+        try:
+            found = self._db.read(find)
+        except DamagedRecord:
+            for webhook in await self._db.change(give_up):
+                logger.error("The webhook %s of %s was given up: %s", webhook.type, webhook.record_id, webhook.error)
+            found = []
+        return sorted(found, key=lambda webhook: webhook.next_try_at)[:limit]
 
     async def write(self, id_: str, tried: int | None, status: str, tries: int, error: str | None, *times: Any) -> None:
         """Store the outcome of a try. *times*: of the first and the next one, and of the end.
@@ -115,7 +148,12 @@ class WebhookStore:
         """Return up to *limit* webhooks, newest first, from the one after *after* on."""
         values = {"flock": flock, "status": status, "after": after, "limit": limit}
         query = statements.webhook_page(status, after)
-        return self._db.read(lambda db: list(map(webhook_from, db.execute(query, values))))
+
+        def find(db: sqlite3.Connection) -> list[Webhook]:
+            with text_as_bytes(db):
+                return list(map(webhook_or_remains, db.execute(query, values)))
+
+        return self._db.read(find)
 
     async def delete_old(self, before: datetime) -> None:
         """Delete those that were sent or given up before *before*."""

@@ -45,6 +45,16 @@ A batch is one workflow. It starts a child workflow for each chunk of 20 to 200 
 
     delete_batch - DeleteOrder > flock_forget  gone:{id}  --------->  forget_batch
 
+An event that a webhook reports is a child workflow of the run or batch, which outlives it::
+
+    API process                  cluster (workflow)                   API process (activity)
+
+                                 flock_run, flock_batch
+                                     |  Webhook
+                                     v
+                                 flock_webhook  webhook:{id}:{attempt}:{number}
+                                     until sent or given up  ------->  send_webhook
+
 The inputs of workflows and activities are called orders. A batch has ``max_workers`` lanes and divides them among its
 chunks. Each lane runs one ``ItemsOrder``, whose items run in sequence. Each retry of a run or batch has its own
 workflows, whose ids end in the number of the attempt. Its workers read the calls that it keeps from the histories of
@@ -62,6 +72,7 @@ Where data is stored:
 - Finished calls, answers and messages: in signals to the workflow that has scheduled the step. A batch keeps messages
   to items until it starts their chunk with them.
 - What principals have spent, and may spend in a day: in ``flock_account`` workflows (``flock.temporal.accounts``).
+- Events for webhooks, and how their tries went: in ``flock_webhook`` workflows (``flock.temporal.reports``).
 - Idempotency keys and deleted runs: ``flock_mark`` workflows that never run (``flock.temporal.reservations``).
 
 What happens when:

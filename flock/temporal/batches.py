@@ -7,7 +7,7 @@ that workflow has counted, plus the counts of its running chunks.
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
 from datetime import UTC, timedelta
 from itertools import islice
@@ -109,6 +109,8 @@ class TemporalBatches(EngineBase):
     def __init__(self, cluster: Cluster, heartbeat_timeout_s: float, *of_base: Any, **models: Any) -> None:
         super().__init__(*of_base, **models)
         self.cluster = cluster
+        #: an app may set it: whether webhooks of the runs and batches of an agent are sent
+        self.has_receiver: Callable[[str], bool] = lambda agent_name: False
         self._reservations = Reservations(cluster, self._flock)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._orders: OrderedDict[tuple[str, int], BatchOrder] = OrderedDict()
@@ -162,6 +164,7 @@ class TemporalBatches(EngineBase):
                 failed_in=f"{rows.failed_in:x}",
                 first_error=rows.first_error,
                 key_id=None if key is None else self._reservations.key_id(key),
+                has_receiver=self.has_receiver(batch.agent_name),
             )
             return await self._accept_sent(order, key, rows)
         except BaseException:
@@ -434,6 +437,7 @@ class TemporalBatches(EngineBase):
             attempts=(*order.attempts, about),
             messages=(),
             is_day_spent=False,
+            has_receiver=self.has_receiver(batch.agent_name),
         )
         try:
             await self._start_batch(again)

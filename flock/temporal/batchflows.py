@@ -50,6 +50,7 @@ from flock.temporal.messages import (
     roles_of,
 )
 from flock.temporal.records import done_after_failure, outcome_of_failure
+from flock.temporal.reports import Reports
 from flock.temporal.workflows import FIRST_ANSWER, NO_LIMIT, RETRIES, CallKeeper, log_dropped, time_to_expiry
 
 #: Chunks of one batch that run at the same time. Each one adds a request to ``get_batch``.
@@ -200,6 +201,7 @@ class FlockBatch(_Interruptible):
         if self._chunks_to_start() and not (self.is_cancelled or self._is_spent):
             workflow.continue_as_new(self._state(), memo=self._memo())
         self._finish()
+        await Reports(self._batch, has_receiver=self._order.has_receiver).send(self._batch.status.value, is_end=True)
 
     def _has_ended(self) -> bool:
         return any(chunk.done() for chunk in self._chunks.values())

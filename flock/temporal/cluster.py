@@ -139,6 +139,11 @@ class Cluster:
                     ) from exc
             await asyncio.sleep(0.2)
 
+    async def client_of_worker(self) -> Client:
+        """Return a client that is connected, which the SDK needs for workers. Raises StoreError, EngineFull."""
+        async with self.rpc_scope(START_TIMEOUT_S):
+            return await Client.connect(**self._config, data_converter=self.payloads.converter)
+
     @contextlib.asynccontextmanager
     async def rpc_scope(
         self, timeout_s: float | None = ANSWER_TIMEOUT_S, *, missing_ok: bool = False, missing: Exception | None = None

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import Context
 from datetime import timedelta
@@ -123,6 +123,7 @@ from flock.temporal.search import (
     waiting_runs,
     workflows_of,
 )
+from flock.temporal.webhooks import TemporalWebhooks
 from flock.temporal.workflows import KEEP_SESSION_S, NO_LIMIT, FlockAccount, FlockRun, FlockSession
 
 #: A multiple of this time, in seconds, is what the error takes that there is no such run, if somebody asks for a
@@ -141,6 +142,8 @@ POLL_INTERVAL_S = 0.25
 MAX_INPUT_BYTES = 1_000_000
 #: The first pause before a history is read again that does not have an answer yet, in seconds. Later ones are longer.
 REREAD_DELAY_S = 0.02
+#: How long the worker that sends webhooks may take to end, in seconds.
+SHUTDOWN_GRACE_S = 5.0
 #: How long a request to cancel a waiting run waits for its end, in seconds. It ends at once if there is a worker.
 CANCEL_WAIT_S = 3.0
 
@@ -192,8 +195,10 @@ class TemporalEngine(TemporalBatches):
         super().__init__(
             cluster, heartbeat_timeout_s, agents, flock, limits, prices=prices, default_model=default_model
         )
-        self._watch_task: asyncio.Task[None] | None = None
-        self._sweep_task: asyncio.Task[None] | None = None
+        self.webhooks = TemporalWebhooks(cluster, flock)
+        #: an app may set it: a task that sends the webhooks
+        self.send_webhooks: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self._tasks = list[asyncio.Task[None]]()
         self._error: StoreError | None = None
         self._open_runs = 0
         self._started_runs = 0
@@ -208,7 +213,7 @@ class TemporalEngine(TemporalBatches):
 
     @property
     def _is_entered(self) -> bool:
-        return self._watch_task is not None
+        return bool(self._tasks)
 
     @property
     def _is_store_ok(self) -> bool:
@@ -223,19 +228,20 @@ class TemporalEngine(TemporalBatches):
         self.is_draining, self._error = False, None
         #: _wake_waiters is set while no caller may wait, because the engine stops or the cluster does not answer
         self._wake_waiters, self._no_waiters = asyncio.Event(), asyncio.Event()
-        self._watch_task = asyncio.create_task(self._watch(), context=Context())
+        self._tasks = [asyncio.create_task(self._watch(), context=Context())]
         if self.cluster.files is not None:
-            self._sweep_task = asyncio.create_task(self._sweep(self.cluster.files), context=Context())
+            self._tasks.append(asyncio.create_task(self._sweep(self.cluster.files), context=Context()))
+        if self.send_webhooks is not None:
+            self._tasks.append(asyncio.create_task(self.send_webhooks(), context=Context()))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        task, self._watch_task = self._watch_task, None
-        assert task is not None
+        tasks, self._tasks = self._tasks, []
         self.is_draining = True
         self._wake_waiters.set()
-        for each in (tasks := [task] if self._sweep_task is None else [task, self._sweep_task]):
+        for each in tasks:
             each.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.wait(tasks, timeout=SHUTDOWN_GRACE_S)  # the SDK's core sometimes never reports the end
 
     async def drain(self, timeout_s: float) -> None:
         """Stop accepting work, and stop waiting for runs after *timeout_s*. Runs continue in workers."""
@@ -350,6 +356,7 @@ class TemporalEngine(TemporalBatches):
             queue_timeout_s=self._limits.queue_timeout_s,
             heartbeat_timeout_s=self._heartbeat_timeout_s,
             agents=tuple(self._agents),
+            has_receiver=self.has_receiver(run.agent_name),
         )
 
     async def _start(self, order: RunOrder, replaced: str | None = None) -> None:

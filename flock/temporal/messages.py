@@ -40,6 +40,8 @@ FIND_ACTIVITY = "find_items"
 DELETE_ACTIVITY = "forget_batch"
 
 ACCOUNT_WORKFLOW = "flock_account"
+WEBHOOK_WORKFLOW = "flock_webhook"
+WEBHOOK_ACTIVITY = "send_webhook"
 
 #: Seconds without a heartbeat after which a worker is considered dead, unless the engine sets another time.
 HEARTBEAT_TIMEOUT_S = 3.0
@@ -63,6 +65,9 @@ SEARCH_ATTRIBUTES = {
 }
 
 
+#: In the memo of the workflow of a webhook: its current ``Webhook``, without its address, and the ids of the workflows
+#: that end before it is sent.
+WEBHOOK, EARLIER = "webhook", "earlier"
 #: In the memo of a workflow: its ``Inbox``. One of a run with more bytes of questions does not have them.
 INBOX = "inbox"
 MAX_INBOX_BYTES = 16_000
@@ -251,6 +256,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
         agents: the agents that another worker has if this one lacks them: those of the API, and those that a worker has
             handed off to.
         messages: those that earlier attempts have not received.
+        has_receiver: its agent has a receiver of webhooks.
     """
 
     run: Run
@@ -264,6 +270,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     waited_s: float = 0.0
     agents: tuple[str, ...] = ()
     messages: tuple[Sent, ...] = ()
+    has_receiver: bool = False
 
 
 class Deaths(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -384,6 +391,7 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         is_day_spent: items were cancelled because the ``max_cost_per_day`` of its principal was spent.
         key_id: the workflow id of the marker of its idempotency key.
         messages: those to items whose chunk has not started.
+        has_receiver: see ``RunOrder``.
     """
 
     batch: Batch
@@ -397,6 +405,7 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_day_spent: bool = False
     key_id: str | None = None
     messages: tuple[Sent, ...] = ()
+    has_receiver: bool = False
 
     def first_of(self, chunk: int) -> int:
         """The first position of *chunk*, or ``total_items`` after the last chunk."""
@@ -693,6 +702,11 @@ def chunk_workflow_id(batch_id: str, chunk: int, attempt: int) -> str:
     return f"chunk:{batch_id}:{chunk}" if attempt == 1 else f"chunk:{batch_id}:{chunk}:{attempt}"
 
 
+def webhook_workflow_id(record_id: str, attempt: int, number: int) -> str:
+    """The workflow of an event of a run or batch: the *number*-th one of an attempt, or with 0 the last one."""
+    return f"webhook:{record_id}:{attempt}:{number}" if number else f"webhook:{record_id}:{attempt}"
+
+
 #: The last digits of an item's id are its position, from 1. In its batch's id they are zeros.
 POSITION_DIGITS = 6
 MAX_ITEMS = 16**POSITION_DIGITS - 1
@@ -718,6 +732,11 @@ def task_queue_of(flock: str) -> str:
 def items_queue_of(task_queue: str) -> str:
     """The task queue of items. It is a separate one, so that runs do not wait for items."""
     return f"{task_queue}:items"
+
+
+def webhooks_queue_of(task_queue: str) -> str:
+    """The task queue of webhooks, which API processes send."""
+    return f"{task_queue}:webhooks"
 
 
 class _MsgspecConverter(EncodingPayloadConverter):

@@ -6,6 +6,7 @@ time, and each range is sorted here.
 
 import asyncio
 import contextlib
+import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -147,10 +148,12 @@ async def newest_first(
                     yield found
 
 
-def _order_of(workflow_id: str) -> tuple[str, int]:
-    """Return the id of a run or batch and the number of a chunk of it, from a workflow id; see ``messages``."""
+def order_of(workflow_id: str) -> tuple[str, Sequence[float]]:
+    """Return the id of a run or batch, and where it has a chunk or a webhook, from a workflow id; see ``messages``."""
     kind, id_, *numbers = workflow_id.split(":")
-    return id_, int(numbers[0]) if kind == "chunk" else 0
+    if kind == "webhook":  # that of the end of an attempt has no number
+        return id_, (int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else math.inf)
+    return id_, (int(numbers[0]),) if kind == "chunk" else ()
 
 
 async def _ranges(
@@ -191,7 +194,7 @@ async def _ranges(
                 span = max(1, span // 4)
                 continue
             workflows = cluster.client.list_workflows(within, page_size=1000)
-            found = {_order_of(workflow.id): workflow async for workflow in workflows}
+            found = {order_of(workflow.id): workflow async for workflow in workflows}
         yield [found[order] for order in sorted(found, reverse=True)]
         if low == bottom:
             return

@@ -40,6 +40,7 @@ from flock.temporal.messages import (
     recoded,
     task_queue_of,
 )
+from flock.temporal.reports import FlockWebhook
 from flock.temporal.search import calls_of, earlier_runs
 from flock.temporal.steps import MAX_RUN_BYTES, ActivityStep, Workplace, until_done
 from flock.temporal.suspects import Gate, Suspicion
@@ -155,6 +156,7 @@ class TemporalWorker:
                     FlockChunk,
                     FlockRows,
                     FlockDelete,
+                    FlockWebhook,
                 ],
                 activities=[self._run_agent, items.find, items.delete_batch],
                 workflow_runner=UnsandboxedWorkflowRunner(),  # workflows contain no user code, and replays are tested

@@ -20,6 +20,7 @@ from temporalio.exceptions import (
     FailureError,
     TimeoutType,
     WorkflowAlreadyStartedError,
+    is_cancelled_exception,
 )
 from temporalio.exceptions import TimeoutError as ActivityTimeout
 
@@ -53,6 +54,7 @@ from flock.temporal.messages import (
     roles_of,
     session_workflow_id,
 )
+from flock.temporal.reports import Reports
 
 #: Only steps are retried whose worker died, stopped or lacks their agent. Workers count the deaths; see ``Suspicion``.
 RETRIES = RetryPolicy(initial_interval=timedelta(seconds=0.5), maximum_interval=timedelta(seconds=5))
@@ -133,10 +135,21 @@ class FlockRun(CallKeeper):
 
     @workflow.run
     async def run(self, order: RunOrder) -> None:
+        self._reports = Reports(order.run, has_receiver=order.has_receiver)
         self._calls.keep_before(order.messages)
         try:
-            await self._steps(order if order.run.session_id is None else await self._begun(order))
+            await self._run(order)
         except GeneratorExit:  # a worker drops it from its memory, so it has not ended
+            raise
+        except BaseException as exc:
+            await self._reports.send("cancelled" if is_cancelled_exception(exc) else "failed", is_end=True)
+            raise
+        await self._reports.send("completed", is_end=True)
+
+    async def _run(self, order: RunOrder) -> None:
+        try:
+            await self._steps(order if order.run.session_id is None else await self._begun(order))
+        except GeneratorExit:
             raise
         except BaseException:
             await self._end(order.run)
@@ -218,7 +231,9 @@ class FlockRun(CallKeeper):
         if run.session_id is not None:  # its other runs need not wait for a person
             self._leaving = asyncio.create_task(self._leave(run, False))
         step, left = len(run.steps), done.questions
-        while left := self._calls.still_open(0, step, left, workflow.now()):
+        if asks and self._calls.still_open(0, step, left) == left:
+            await self._reports.send("waiting")
+        while left := await self._still_open(step, left):
             late = next((question for question in left if is_expired(question, workflow.now())), None)
             if late is not None:
                 raise _failed(expiry_of(late))
@@ -231,6 +246,13 @@ class FlockRun(CallKeeper):
         workflow.upsert_search_attributes([STATUS.value_unset()])
         assert run.started_at is not None
         return left, (workflow.now() - run.started_at).total_seconds() - done.worked_s
+
+    async def _still_open(self, step: int, waits: tuple[Question, ...]) -> tuple[Question, ...]:
+        """Return those of *waits* that have no answer. Report the questions that have expired."""
+        for wait in self._calls.unanswered(0, step, waits):
+            if wait.kind is msgspec.UNSET and is_expired(wait, workflow.now()):
+                await self._reports.send("question.expired", wait.call_id)
+        return self._calls.still_open(0, step, waits, workflow.now())
 
     async def _step(self, order: RunOrder) -> StepDone:
         max_wait_s = order.queue_timeout_s and max(0.001, order.queue_timeout_s - order.queued_s)

@@ -3,8 +3,11 @@
 The store has written an event in the transaction of the state that it reports. One process sends those of a flock: each
 at least once, and those of one run or batch in their order, since the next one is sent only after the last one was
 accepted or given up. Each host has a task of its own, so one that is slow or down delays no other.
+
+On a cluster, ``flock.temporal.reports`` has the events, and the cluster decides which process tries to send which.
 """
 
+import abc
 import base64
 import contextlib
 import hmac
@@ -13,7 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import anyio
@@ -31,11 +34,13 @@ from flock.models.replies import retry_after_s
 from flock.runs import Batch, Engine, Run, Webhook, now, one_line, shown_usage
 from flock.runs.records import LONG_BYTES, shown_as
 from flock.store.port import DamagedRecord, Store
-from flock.store.webhooks import WebhookStore
 from flock.web import wire
 from flock.web.auth import webhook_key
 from flock.web.requests import next_page, parameters_of, query_of
 from flock.web.responses import JSONResponse
+
+if TYPE_CHECKING:
+    from flock.temporal import TemporalEngine
 
 logger = logging.getLogger("flock.webhooks")
 
@@ -56,6 +61,8 @@ RETRIED_FOR, MAX_PAUSE_S = timedelta(days=1), 3600.0
 DOWN_AFTER, MAX_DOWN_PAUSE_S = 3, 60.0
 #: How long a response to one webhook may hold up all others to the host, in seconds.
 MAX_HOST_PAUSE_S = 3600.0
+#: On a cluster: the longest pause of a webhook whose host was down or had no room when it was to be sent, in seconds.
+MAX_MISS_PAUSE_S, MAX_BUSY_PAUSE_S = 600.0, 60.0
 
 NEW_SECRET = "Make one with 'flockapi webhook secret', and pass it in FLOCK_WEBHOOK_SECRETS, or as webhook_secrets=."
 
@@ -75,40 +82,140 @@ class Receiver(msgspec.Struct):
     Attributes:
         failures: how many rounds of requests in sequence got no answer, or one that says that the host cannot work now.
         resumes_at: when the next request may be sent, in seconds of ``time.monotonic``.
+        open, error: on a cluster: how many requests are open, and why the last one failed.
     """
 
     agents: list[str] = []
     failures: int = 0
     resumes_at: float = 0
+    open: int = 0
+    error: str | None = None
 
     def pause(self, seconds: float) -> None:
         self.resumes_at = max(self.resumes_at, time.monotonic() + seconds)
 
 
-class WebhookSender:
-    """Sends the webhooks of *flock*, which *store* has, signed with each of *keys*. Without any, it sends nothing.
+class WebhookSender(abc.ABC):
+    """Sends the webhooks of *flock*, signed with each of *keys*. Without any, it sends nothing.
 
     Args:
         on_try: called with the status after each try, and how many webhooks have it.
+
+    Attributes:
+        receivers: by host.
     """
 
-    def __init__(self, store: Store, flock: DeclaredFlock, keys: Sequence[bytes], on_try: OnTry) -> None:
-        self._store, self.flock, self.keys, self._on_try = store, flock, keys, on_try
-        self.webhooks: WebhookStore = store.webhooks
-        self._set, self.receivers = dict[str, str | None](), dict[str, Receiver]()
+    def __init__(self, flock: DeclaredFlock, keys: Sequence[bytes], on_try: OnTry) -> None:
+        self.flock, self.keys, self._on_try = flock, keys, on_try
+        self.receivers = dict[str, Receiver]()
+        self._client: Any = None
+
+    @abc.abstractmethod
+    async def page(self, status: str | None, after: str | None, limit: int) -> list[Webhook]:
+        """Return up to *limit* webhooks, newest first, from the one after *after* on. Raises StoreError."""
+
+    @abc.abstractmethod
+    async def again(self, webhook_id: str) -> Webhook | None:
+        """Have a webhook sent again. Returns None if there is none. Raises StoreError."""
+
+    @abc.abstractmethod
+    async def _record(self, kind: str, record_id: str) -> Run | Batch | None:
+        """Return a run or a batch, perhaps without its result. Raises NotFound, DamagedRecord, StoreError."""
+
+    @abc.abstractmethod
+    async def _short_result(self, run: Run) -> msgspec.Raw | None:
+        """Return the result of *run*, or None if it is long. Raises NotFound, DamagedRecord, StoreError."""
+
+    def _new_client(self) -> Any:
+        from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+        import httpx
+
+        # Connections are not limited, so a host that does not answer blocks no other. Cookies are not kept.
+        cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+        return httpx.AsyncClient(timeout=TIMEOUT_S, limits=httpx.Limits(), cookies=cookies)
+
+    async def _try(self, receiver: Receiver, webhook: Webhook) -> tuple[Webhook, bool]:
+        """Send a webhook once. Returns it as it is then, and whether its host does not work. Raises StoreError."""
+        status, error, wait_s = await self._post(webhook, *await self._event(webhook))
+        at, tries, end = now(), webhook.tries + 1, "pending"
+        first, next_s = min(webhook.first_try_at or at, at), max(_pause_s(tries, MAX_PAUSE_S), wait_s)
+        if not error:
+            end = "sent"
+        elif status == 410 or at - first >= RETRIED_FOR:  # "Gone": it wants nothing more
+            end = "given_up"
+            logger.error("The webhook %s of %s was given up: %s", webhook.type, webhook.record_id, error)
+        is_down = status in (0, 429) or status >= 500
+        receiver.pause(min(wait_s, MAX_HOST_PAUSE_S) if is_down else 0)
+        ended_at, next_at = None if end == "pending" else at, at + timedelta(seconds=next_s)
+        times = {"first_try_at": first, "next_try_at": next_at, "ended_at": ended_at}
+        return replace(webhook, status=end, tries=tries, error=error or None, **times), is_down
+
+    def _note_given_up(self, count: int, why: str | None) -> None:
+        if count:
+            logger.error("Webhooks were given up: %s. %s", count, why)
+            self._on_try("given_up", count)
+
+    async def _post(self, webhook: Webhook, body: bytes, trace: Mapping[str, str]) -> tuple[int, str, float]:
+        """Return the status of the response, or 0; why it is not accepted, or ""; and how long it asks to wait."""
+        status, wait_s, error, left = 0, 0.0, f"It did not answer within {TIMEOUT_S:g} s.", MAX_BYTES
+        try:
+            with anyio.move_on_after(TIMEOUT_S):
+                headers = {**trace, **_signed(self.keys, webhook.webhook_id, body)}
+                async with self._client.stream("POST", webhook.url or "", content=body, headers=headers) as response:
+                    status, error = response.status_code, f"It answered with status {response.status_code}."
+                    wait_s = min(retry_after_s(response.headers) or 0, RETRIED_FOR.total_seconds())
+                    async for piece in response.aiter_raw():  # so that the connection can be used again
+                        left -= len(piece)
+                        if left < 0:
+                            break
+        except Exception as exc:  # of httpx, of the operating system, or of a codec: each is a failed try
+            error = error if status else one_line(f"{type(exc).__name__}: {exc}"[:200])
+        return status, "" if 200 <= status < 300 else error, wait_s
+
+    async def _event(self, webhook: Webhook) -> tuple[bytes, Mapping[str, str]]:
+        """Return the body, and the header with the trace context of its run.
+
+        Of a record that has changed since, or is gone, the body has only what is always there.
+        """
+        kind = "batch" if webhook.type.startswith("batch.") else "run"
+        status, trace = "waiting" if webhook.type == "question.expired" else webhook.type.partition(".")[2], None
+        data: dict[str, Any] = {f"{kind}_id": webhook.record_id, "agent_name": webhook.agent_name, "status": status}
+        data |= {"attempt": webhook.attempt, "url": (url := f"/{kind}/{webhook.record_id}")}
+        data |= {} if webhook.call_id is None else {"call_id": webhook.call_id}
+        with contextlib.suppress(DamagedRecord, NotFound):  # the store has logged it, or it was deleted
+            found = await self._record(kind, webhook.record_id)
+            trace = found.traceparent if isinstance(found, Run) else None
+            is_current = found is not None and (found.status, found.attempt) == (status, webhook.attempt)
+            if is_current and isinstance(found, Batch):
+                data |= parameters_of(wire.shown_with_costs(wire.BatchSummary, found))
+            elif is_current and isinstance(found, Run):
+                more: dict[str, Any] = {"inputs": msgspec.UNSET, "result": None, "waits": msgspec.UNSET}
+                asked = [shown_as(wire.Question, each) for each in found.questions]
+                is_short = asked and len(msgspec.json.encode(asked)) <= LONG_BYTES
+                more["waiting_for"] = asked if is_short else msgspec.UNSET
+                if found.result is not None:
+                    more["result"] = await self._short_result(found)
+                    if more["result"] is None:
+                        data["result_url"], more["result"] = url, msgspec.UNSET
+                data |= {"session_id": found.session_id, **shown_usage(found.usage)}
+                data |= parameters_of(shown_as(wire.RunSummary, found, **more))
+        event = {"type": webhook.type, "timestamp": webhook.created_at, "version": 1, "data": data}
+        return msgspec.json.encode(event), {} if trace is None else {"traceparent": trace}
+
+
+class StoreSender(WebhookSender):
+    """Sends the webhooks that *store* has."""
+
+    def __init__(self, store: Store, *of_all: Any) -> None:
+        super().__init__(*of_all)
+        self._store, self.webhooks = store, store.webhooks
+        self._set = dict[str, str | None]()
 
     async def run(self, engine_id: str, *, task_status: Any) -> None:
         """Store the receivers, so that runs may end, and then send until cancelled. Raises StoreError at the start."""
         self._engine_id, self._set, self.receivers = engine_id, {}, {}
-        client: Any = contextlib.nullcontext()
-        if self.keys:
-            from http.cookiejar import CookieJar, DefaultCookiePolicy
-
-            import httpx
-
-            # Connections are not limited, so a host that does not answer blocks no other. Cookies are not kept.
-            cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
-            client = httpx.AsyncClient(timeout=TIMEOUT_S, limits=httpx.Limits(), cookies=cookies)
+        client = self._new_client() if self.keys else contextlib.nullcontext()
         await self._set_urls()
         task_status.started()
         async with client as self._client, anyio.create_task_group() as tasks:
@@ -138,11 +245,6 @@ class WebhookSender:
             logger.warning("No webhooks are sent: webhook_url= needs a secret that signs them. %s", NEW_SECRET)
         self._set = urls
         self._note_given_up(count, "Their agents have no webhook_url any more.")
-
-    def _note_given_up(self, count: int, why: str | None) -> None:
-        if count:
-            logger.error("Webhooks were given up: %s. %s", count, why)
-            self._on_try("given_up", count)
 
     async def _serve(self, receiver: Receiver) -> None:
         """Send to one host, one round of requests after another, while an agent has it."""
@@ -182,67 +284,109 @@ class WebhookSender:
 
         If the process dies before that is written, or the store fails, it is sent again. Raises StoreError.
         """
-        status, error, wait_s = await self._post(webhook, *await self._event(webhook))
-        at, tries, end = now(), webhook.tries + 1, "pending"
-        first, next_s = webhook.first_try_at or at, max(_pause_s(tries, MAX_PAUSE_S), wait_s)
-        if not error:
-            end = "sent"
-        elif status == 410 or at - first >= RETRIED_FOR:  # "Gone": it wants nothing more
-            end = "given_up"
-            logger.error("The webhook %s of %s was given up: %s", webhook.type, webhook.record_id, error)
-        times = first, at + timedelta(seconds=next_s), None if end == "pending" else at
-        await self.webhooks.write(webhook.webhook_id, webhook.tries, end, tries, error or None, *times)
-        is_down = status in (0, 429) or status >= 500
-        failures.append(error if is_down else None)
-        receiver.pause(min(wait_s, MAX_HOST_PAUSE_S) if is_down else 0)
-        self._on_try("failed" if end == "pending" else end, 1)
+        tried, is_down = await self._try(receiver, webhook)
+        times = tried.first_try_at, tried.next_try_at, tried.ended_at
+        await self.webhooks.write(webhook.webhook_id, webhook.tries, tried.status, tried.tries, tried.error, *times)
+        failures.append(tried.error if is_down else None)
+        self._on_try("failed" if tried.status == "pending" else tried.status, 1)
 
-    async def _post(self, webhook: Webhook, body: bytes, trace: Mapping[str, str]) -> tuple[int, str, float]:
-        """Return the status of the response, or 0; why it is not accepted, or ""; and how long it asks to wait."""
-        import httpx
+    async def page(self, status: str | None, after: str | None, limit: int) -> list[Webhook]:
+        found: list[Webhook] = await self.webhooks.page(self.flock.name, status, after, limit)
+        return found
 
-        status, wait_s, error, left = 0, 0.0, f"It did not answer within {TIMEOUT_S:g} s.", MAX_BYTES
-        try:
-            with anyio.move_on_after(TIMEOUT_S):
-                headers = {**trace, **_signed(self.keys, webhook.webhook_id, body)}
-                async with self._client.stream("POST", webhook.url or "", content=body, headers=headers) as response:
-                    status, error = response.status_code, f"It answered with status {response.status_code}."
-                    wait_s = min(retry_after_s(response.headers) or 0, RETRIED_FOR.total_seconds())
-                    async for piece in response.aiter_raw():  # so that the connection can be used again
-                        left -= len(piece)
-                        if left < 0:
-                            break
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as exc:
-            error = error if status else one_line(f"{type(exc).__name__}: {exc}"[:200])
-        return status, "" if 200 <= status < 300 else error, wait_s
+    async def again(self, webhook_id: str) -> Webhook | None:
+        found: Webhook | None = await self.webhooks.find(self.flock.name, webhook_id)
+        if found is None:
+            return None
+        await self.webhooks.write(webhook_id, None, "pending", 0, None, None, at := now(), None)
+        for receiver in self.receivers.values():
+            if found.agent_name in receiver.agents:  # it may be up again
+                receiver.failures, receiver.resumes_at = 0, 0
+        return replace(found, status="pending", tries=0, first_try_at=None, next_try_at=at, ended_at=None, error=None)
 
-    async def _event(self, webhook: Webhook) -> tuple[bytes, Mapping[str, str]]:
-        """Return the body, and the header with the trace context of its run.
+    async def _record(self, kind: str, record_id: str) -> Run | Batch | None:
+        return await (self._store.batches.get if kind == "batch" else self._store.outline)(record_id)
 
-        Of a record that has changed since, or is gone, the body has only what is always there.
+    async def _short_result(self, run: Run) -> msgspec.Raw | None:
+        is_long = await self._store.result_bytes(run.run_id, None) > LONG_BYTES
+        return None if is_long else await self._store.short_result(run.run_id, None)
+
+
+class ClusterSender(WebhookSender):
+    """Sends the webhooks of a flock on a cluster, each when the cluster has this process try it."""
+
+    def __init__(self, engine: "TemporalEngine", *of_all: Any) -> None:
+        super().__init__(*of_all)
+        self._engine = engine
+
+    async def run(self) -> None:
+        """Send until cancelled."""
+        async with self._new_client() as self._client:
+            await self._engine.webhooks.serve(self.try_)
+
+    def has_receiver(self, agent_name: str) -> bool:
+        url = _urls_of(self.flock).get(agent_name)
+        if url and not self.keys:
+            logger.warning("No webhooks are sent: webhook_url= needs a secret that signs them. %s", NEW_SECRET)
+        return bool(url and self.keys)
+
+    async def try_(self, webhook: Webhook, misses: int) -> tuple[Webhook, float]:
+        """Send a webhook once, if its host can get a request now.
+
+        Args:
+            misses: how often that was not so, or this failed.
+
+        Returns: the webhook as it is then, and the pause before the next try, in seconds. Raises StoreError.
         """
-        store, kind = self._store, "batch" if webhook.type.startswith("batch.") else "run"
-        status, trace = "waiting" if webhook.type == "question.expired" else webhook.type.partition(".")[2], None
-        data: dict[str, Any] = {f"{kind}_id": webhook.record_id, "agent_name": webhook.agent_name, "status": status}
-        data |= {"attempt": webhook.attempt, "url": (url := f"/{kind}/{webhook.record_id}")}
-        data |= {} if webhook.call_id is None else {"call_id": webhook.call_id}
-        with contextlib.suppress(DamagedRecord, NotFound):  # the store has logged it, or it was deleted
-            found = await (store.batches.get if kind == "batch" else store.outline)(webhook.record_id)
-            trace = found.traceparent if isinstance(found, Run) else None
-            is_current = found is not None and (found.status, found.attempt) == (status, webhook.attempt)
-            if is_current and isinstance(found, Batch):
-                data |= parameters_of(wire.shown_with_costs(wire.BatchSummary, found))
-            elif is_current and isinstance(found, Run):
-                more: dict[str, Any] = {"inputs": msgspec.UNSET, "result": None, "waits": msgspec.UNSET}
-                more["waiting_for"] = [shown_as(wire.Question, each) for each in found.questions] or msgspec.UNSET
-                if found.result is not None and await store.result_bytes(found.run_id, None) > LONG_BYTES:
-                    data["result_url"], more["result"] = url, msgspec.UNSET
-                elif found.result is not None:
-                    more["result"] = await store.short_result(found.run_id, None)
-                data |= {"session_id": found.session_id, **shown_usage(found.usage)}
-                data |= parameters_of(shown_as(wire.RunSummary, found, **more))
-        event = {"type": webhook.type, "timestamp": webhook.created_at, "version": 1, "data": data}
-        return msgspec.json.encode(event), {} if trace is None else {"traceparent": trace}
+        urls = _urls_of(self.flock)
+        if webhook.agent_name not in urls:  # another program may have it
+            return webhook, _pause_s(misses, MAX_MISS_PAUSE_S)
+        url, at = urls[webhook.agent_name], now()
+        if url is None:
+            self._note_given_up(1, error := "Its agent has no webhook_url any more.")
+            return replace(webhook, status="given_up", ended_at=at, error=error), 0
+        receiver = self.receivers.setdefault(urlsplit(url).netloc.lower(), Receiver())
+        left_s = receiver.resumes_at - time.monotonic()
+        if left_s > 0:  # it counts as tried
+            first = webhook.first_try_at or at
+            webhook = replace(webhook, first_try_at=first, error=receiver.error)
+            if at - first >= RETRIED_FOR:
+                self._note_given_up(1, receiver.error)
+                return replace(webhook, status="given_up", ended_at=at), 0
+            return webhook, left_s + _pause_s(misses, MAX_MISS_PAUSE_S)
+        if receiver.open >= (1 if receiver.failures else CONCURRENCY):
+            return webhook, _pause_s(misses, MAX_BUSY_PAUSE_S)
+        receiver.open += 1
+        try:
+            tried, is_down = await self._try(receiver, replace(webhook, url=url))
+        finally:
+            receiver.open -= 1
+        if tried.error:  # which the cluster stores
+            tried = replace(tried, error=tried.error.replace(urlsplit(url).hostname or "", "the host"))
+        receiver.failures, receiver.error = receiver.failures + 1 if is_down else 0, tried.error
+        if receiver.failures >= DOWN_AFTER:
+            receiver.pause(_pause_s(receiver.failures - DOWN_AFTER, MAX_DOWN_PAUSE_S))
+        self._on_try("failed" if tried.status == "pending" else tried.status, 1)
+        return replace(tried, url=None), (tried.next_try_at - now()).total_seconds()
+
+    async def page(self, status: str | None, after: str | None, limit: int) -> list[Webhook]:
+        urls = _urls_of(self.flock)
+        found = await self._engine.webhooks.page(status, after, limit)
+        return [replace(webhook, url=urls.get(webhook.agent_name)) for webhook in found]
+
+    async def again(self, webhook_id: str) -> Webhook | None:
+        found = await self._engine.webhooks.again(webhook_id)
+        if found is None:
+            return None
+        url = _urls_of(self.flock).get(found.agent_name)
+        self.receivers.pop(urlsplit(url or "").netloc.lower(), None)  # it may be up again
+        return replace(found, url=url)
+
+    async def _record(self, kind: str, record_id: str) -> Run | Batch | None:
+        return await (self._engine.get_batch if kind == "batch" else self._engine.get_run)(record_id)
+
+    async def _short_result(self, run: Run) -> msgspec.Raw | None:
+        return None if run.result is None or len(run.result) > LONG_BYTES else run.result
 
 
 def _pause_s(failures: int, most: float) -> float:
@@ -254,39 +398,30 @@ def _urls_of(flock: DeclaredFlock) -> dict[str, str | None]:
     return {agent.name: agent.webhook_url or flock.webhook_url for agent in flock.agents.values()}
 
 
-def sender_of(engine: Engine, flock: DeclaredFlock, secrets: Sequence[str], on_try: OnTry) -> WebhookSender | None:
-    """Return what sends the webhooks of an engine. A cluster has none.
-
-    Raises: DefinitionError if there is a receiver, and no secret, or a cluster.
-    """
-    has_urls = any(_urls_of(flock).values())
-    if not isinstance(engine, EmbeddedEngine):
-        if has_urls:
-            raise DefinitionError(
-                "No webhooks are sent for runs on a Temporal cluster. Remove webhook_url, and poll GET /run/{id}."
-            )
-        return None
-    if has_urls and not secrets:
+def sender_of(engine: Engine, flock: DeclaredFlock, secrets: Sequence[str], on_try: OnTry) -> WebhookSender:
+    """Return what sends the webhooks of an engine. Raises DefinitionError if there is a receiver, and no secret."""
+    if any(_urls_of(flock).values()) and not secrets:
         raise DefinitionError(f"webhook_url= needs a secret that signs the webhooks. {NEW_SECRET}")
-    sender = WebhookSender(engine.store, flock, [key for secret in secrets if (key := webhook_key(secret))], on_try)
-    if engine.send_webhooks is None or secrets:  # the apps on an engine share it
-        engine.send_webhooks = sender.run
-    return sender
-
-
-def _sender(request: Request) -> WebhookSender:
-    """Return what sends the webhooks of the app. Raises HTTPException 404 if nothing does."""
-    sender: WebhookSender | None = request.app.webhooks
-    if sender is None:
-        raise HTTPException(404, "This server sends no webhooks: its runs are on a Temporal cluster.")
-    return sender
+    of_all = flock, [key for secret in secrets if (key := webhook_key(secret))], on_try
+    if isinstance(engine, EmbeddedEngine):
+        sender = StoreSender(engine.store, *of_all)
+        if engine.send_webhooks is None or secrets:  # the apps on an engine share it
+            engine.send_webhooks = sender.run
+        return sender
+    on_cluster = cast("TemporalEngine", engine)
+    of_cluster = ClusterSender(on_cluster, *of_all)
+    if on_cluster.send_webhooks is None:
+        on_cluster.has_receiver = of_cluster.has_receiver
+    if secrets:
+        on_cluster.has_receiver, on_cluster.send_webhooks = of_cluster.has_receiver, of_cluster.run
+    return of_cluster
 
 
 async def list_webhooks(request: Request) -> Response:
     """GET /webhooks: of all principals, newest first."""
-    query, sender = query_of(request, wire.WebhooksQuery), _sender(request)
+    query = query_of(request, wire.WebhooksQuery)
     sent = {"status": None, "after": None, **parameters_of(query)}
-    found = await sender.webhooks.page(sender.flock.name, sent["status"], sent["after"], query.limit + 1)
+    found = await request.app.webhooks.page(sent["status"], sent["after"], query.limit + 1)
     page = found[: query.limit]
     path, headers = next_page(request, page[-1].webhook_id if len(found) > len(page) else None)
     return JSONResponse(wire.WebhookList(webhooks=page, next=path), headers=headers)
@@ -294,13 +429,8 @@ async def list_webhooks(request: Request) -> Response:
 
 async def retry_webhook(request: Request) -> Response:
     """POST /webhooks/{webhook_id}/retry: send it again, and for a day if it fails."""
-    sender, webhook_id = _sender(request), request.path_params["webhook_id"]
-    found = await sender.webhooks.find(sender.flock.name, webhook_id)
-    if found is None:
+    webhook_id = request.path_params["webhook_id"]
+    again = await request.app.webhooks.again(webhook_id)
+    if again is None:
         raise HTTPException(404, f"There is no webhook {webhook_id!r}. GET /webhooks lists those of the last days.")
-    await sender.webhooks.write(webhook_id, None, "pending", 0, None, None, at := now(), None)
-    for receiver in sender.receivers.values():
-        if found.agent_name in receiver.agents:  # it may be up again
-            receiver.failures, receiver.resumes_at = 0, 0
-    again = replace(found, status="pending", tries=0, first_try_at=None, next_try_at=at, ended_at=None, error=None)
     return JSONResponse(again, 202)
