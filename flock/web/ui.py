@@ -43,7 +43,7 @@ def ui_files(title: str, *, has_docs: bool = True) -> Mapping[str, UIFile]:
 
 
 def bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
-    """Join the modules that the first paint needs, those of each view, and those of several, since requests take time."""
+    """Join the modules of the first paint, those of each view, and those of several views, since requests take time."""
     imports = {
         name: [match["module"].decode() for match in re.finditer(IMPORT, plain)]
         for name, plain in files.items()
