@@ -298,6 +298,9 @@ class TemporalEngine(TemporalBatches):
             if key is not None:
                 made_id = await self._reservations.claim(key, run.run_id)
                 order = replace(self._order(replace(run, run_id=made_id)), key_id=self._reservations.key_id(key))
+            if newest is not None and newest.is_replaced:
+                with contextlib.suppress(RunNotFound):
+                    order = replace(order, replaces=workflow_id_of(await self.get_run(newest.run_id)))
             if newest is not None:
                 await self._take_turn(order, newest.run_id)
             # If the process that claimed the key died before it started the run, this one starts it.
@@ -329,7 +332,8 @@ class TemporalEngine(TemporalBatches):
 
         Raises: WorkflowAlreadyStartedError if it was started before.
 
-        If this process dies before the run has joined its session, the run joins it by itself.
+        If this process dies before the run has joined its session, the run joins it by itself. It also cancels the run
+        that it replaces, but does not delete that if it has ended.
         """
         await self.cluster.start(RUN_WORKFLOW, order, order.run, priority=Priority(priority_key=1))
         self._open_runs += 1

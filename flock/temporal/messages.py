@@ -251,6 +251,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
         agents: the agents that another worker has if this one lacks them: those of the API, and those that a worker has
             handed off to.
         messages: those that earlier attempts have not received.
+        replaces: the workflow id of a run that it cancels before it begins, unless that has ended.
     """
 
     run: Run
@@ -264,6 +265,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     waited_s: float = 0.0
     agents: tuple[str, ...] = ()
     messages: tuple[Sent, ...] = ()
+    replaces: str | None = None
 
 
 class Deaths(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
