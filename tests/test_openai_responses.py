@@ -16,6 +16,7 @@ from flock.agents.messages import Messages
 from flock.core import FlockFactory
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import AgentError, StoreError
+from flock.protocols import chats as chats_module
 from flock.runs import Principal, RunContext, RunStatus, new_id
 from flock.store import queries
 from flock.testing import Reply
@@ -269,6 +270,32 @@ async def test_a_response_that_is_not_stored_is_deleted_if_its_client_leaves(
 ) -> None:
     body = {"model": "write", "input": "a secret", "store": False, "stream": stream}
     await left(app, "/v1/responses", body, chats.has_written.wait)
+    assert (await get(client, "/runs"))["runs"] == []
+
+
+async def test_a_response_that_is_not_stored_is_deleted_if_its_client_leaves_after_its_end(
+    app: FlockAPI, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that does not read its stream, and a host that cancels the request before its response."""
+
+    async def ended() -> None:
+        while not (await get(client, "/runs", status="completed"))["runs"]:
+            await anyio.lowlevel.checkpoint()
+
+    body = {"model": "hello", "input": "a secret", "store": False}
+    await left(app, "/v1/responses", {**body, "stream": True}, ended, reads=False)
+    assert (await get(client, "/runs"))["runs"] == []
+
+    async def cut_off(*args: Any, **options: Any) -> str:
+        assert (await get(client, "/runs"))["runs"][0]["status"] == "completed"
+        host.cancel()
+        await anyio.lowlevel.checkpoint()
+        return "never"
+
+    monkeypatch.setattr(chats_module, "text_of", cut_off)
+    with anyio.CancelScope() as host:
+        await left(app, "/v1/responses", body, anyio.sleep_forever)
+    assert host.cancelled_caught
     assert (await get(client, "/runs"))["runs"] == []
 
 

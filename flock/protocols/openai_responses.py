@@ -15,14 +15,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 import anyio
 import anyio.lowlevel
 import msgspec
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.declared import agent_of
-from flock.errors import FlockError, InvalidData, RunNotFound, SessionNotFound
+from flock.errors import Conflict, FlockError, InvalidData, RunNotFound, SessionNotFound
 from flock.jsontype import JSONType
 from flock.protocols import chats
 from flock.protocols import openai_parts as parts
@@ -39,6 +38,9 @@ CHECK_BITS = 20
 #: The number of the first event of an answer. Those below it are of the reasoning, which is not stored, so a resumed
 #: stream does not have it.
 FIRST_NUMBER = 1 << (CHECK_BITS - 1)
+
+#: How long a run whose client has left may take to stop, in seconds, before it is deleted.
+STOP_S = 5.0
 
 FAILED = (RunStatus.FAILED, RunStatus.CANCELLED)
 
@@ -251,19 +253,20 @@ async def create_response(request: Request) -> Response:
     with orders.watched(engine, order, is_wanted=sent.has_thoughts) as run_id:
         run = (await orders.accept(request, order, run_id)).run
         place, outlives_client = place._replace(run_id=run.run_id), run.is_async or isinstance(order, orders.Answers)
-        if not sent.background:
-            del run, order  # frees the inputs, which may be long, during the wait
-            try:
+        has_key = isinstance(order, orders.Order) and order.key is not None
+        try:
+            if not sent.background:
+                del run, order  # frees the inputs, which may be long, during the wait
                 run = await orders.end_of(request, place.run_id, outlives_client)
-            except (HTTPException, anyio.get_cancelled_exc_class()):
-                if sent.store is False and not outlives_client:
-                    await _forget(engine, place.run_id)
-                raise
-        thoughts = await chats.thoughts_of(engine, run.run_id) if sent.has_thoughts else ""
-    questions = run.questions if run.status is RunStatus.WAITING else ()
-    response = await _shown(request, Reply(place, run, questions), sent, thoughts)
-    if sent.store is False and run.status.is_final:
-        await _delete(engine, run.run_id)
+            thoughts = await chats.thoughts_of(engine, run.run_id) if sent.has_thoughts else ""
+            questions = run.questions if run.status is RunStatus.WAITING else ()
+            response = await _shown(request, Reply(place, run, questions), sent, thoughts)
+            if sent.store is False and run.status.is_final:
+                await _delete(engine, run.run_id)
+        except BaseException:  # its client gets no answer, but may repeat a request with a key
+            if sent.store is False and not has_key:
+                await _forget(engine, place.run_id, 0 if outlives_client else STOP_S)
+            raise
     return response
 
 
@@ -309,10 +312,10 @@ async def _delete(engine: Engine, run_id: str) -> None:
         logger.error("the run %s of a response with store: false could not be deleted: %s", run_id, exc)
 
 
-async def _forget(engine: Engine, run_id: str) -> None:
-    """Delete a run with ``store: false`` that was cancelled because its client has left."""
-    with anyio.move_on_after(5, shield=True), contextlib.suppress(FlockError):
-        if (await engine.wait(run_id, 5)).status.is_final:
+async def _forget(engine: Engine, run_id: str, wait_s: float = STOP_S) -> None:
+    """Delete a run with ``store: false`` whose client has left, if it ends within that time."""
+    with anyio.move_on_after(STOP_S, shield=True), contextlib.suppress(FlockError):
+        if (await engine.wait(run_id, wait_s)).status.is_final:
             await engine.delete_run(run_id)
 
 
@@ -502,7 +505,8 @@ def _streamed(
 
     async def cut_off() -> None:
         if stream.on_cut_off is not None:
-            await stream.on_cut_off()
+            with contextlib.suppress(Conflict):  # it has ended, and its client has not read that
+                await stream.on_cut_off()
             await _forget(engine, reply.run.run_id)
 
     is_kept = sent is None or sent.store is not False
