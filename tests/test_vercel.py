@@ -14,7 +14,8 @@ import pytest
 from flock.agents.messages import Messages
 from flock.agents.tools import Tool
 from flock.core import FlockFactory
-from flock.runs import RunContext
+from flock.engine.embedded import EmbeddedEngine
+from flock.runs import RunContext, RunFilter
 from flock.testing import Reply
 from tests.support import PATIENCE_S
 from tests.support.http import get, left, wait_until
@@ -315,6 +316,25 @@ async def test_a_message_that_starts_a_chat_may_be_named(client: httpx.AsyncClie
     chat = Chat(client, "echo")
     chat.messages.append(said("tea"))
     assert await chat.send(messageId="u1") == "tea "
+
+
+async def test_a_message_reads_the_newest_run_of_its_chat_once(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, reads = Chat(client, "says"), list[str]()
+    assert await chat.send("a") == "user=a"
+    first = chat.messages[-1]["id"].removeprefix("msg_")
+    for name in ("get_run", "list_runs"):
+        read = getattr(EmbeddedEngine, name)
+
+        async def counted(engine: EmbeddedEngine, about: Any, *args: Any, read: Any = read) -> Any:
+            if about == first or isinstance(about, RunFilter):
+                reads.append(read.__name__)
+            return await read(engine, about, *args)
+
+        monkeypatch.setattr(EmbeddedEngine, name, counted)
+    assert await chat.send("b") == "user=a assistant=user=a user=b"
+    assert reads == ["list_runs", "get_run"]
 
 
 async def test_an_answer_stays_if_the_run_that_replaces_it_is_refused(client: httpx.AsyncClient) -> None:
