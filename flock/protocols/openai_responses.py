@@ -167,10 +167,6 @@ def _message(id_: str, role: str, text: str) -> JSON:
     return {"id": f"msg_{id_}", "type": "message", "status": "completed", "role": role, "content": [content]}
 
 
-def _answer(place: Place, text: str) -> JSON:
-    return _message(place.id[5:], "assistant", text)
-
-
 def _thinking(place: Place, thoughts: str) -> list[JSON]:
     """Return the item of the reasoning, if there is any."""
     summary = [{"type": "summary_text", "text": thoughts}]
@@ -227,7 +223,7 @@ async def _shown(request: Request, reply: Reply, sent: ResponseRequest | None = 
     if not reply.questions and run.status is RunStatus.COMPLETED:
         engine, agents = await orders.engine_of(request), orders.agents_of(request)
         text = await chats.text_of(engine, agents, run, as_json=reply.place.as_json)
-        output.append(_answer(reply.place, text))
+        output.append(_message(reply.place.id[5:], "assistant", text))
     body, headers = _response(reply, output, sent), {"Flock-Run-Id": run.run_id}
     if request.method == "GET":  # a client repeats what gets 429, which must not be a new run
         return PageResponse(body, orders.download_slot(request), headers=headers)
@@ -253,7 +249,8 @@ async def create_response(request: Request) -> Response:
     with orders.watched(engine, order, is_wanted=sent.has_thoughts) as run_id:
         run = (await orders.accept(request, order, run_id)).run
         place, outlives_client = place._replace(run_id=run.run_id), run.is_async or isinstance(order, orders.Answers)
-        has_key = isinstance(order, orders.Order) and order.key is not None
+        # If its client leaves, it may repeat a request with a key.
+        is_kept = sent.store is not False or (isinstance(order, orders.Order) and order.key is not None)
         try:
             if not sent.background:
                 del run, order  # frees the inputs, which may be long, during the wait
@@ -261,12 +258,10 @@ async def create_response(request: Request) -> Response:
             thoughts = await chats.thoughts_of(engine, run.run_id) if sent.has_thoughts else ""
             questions = run.questions if run.status is RunStatus.WAITING else ()
             response = await _shown(request, Reply(place, run, questions), sent, thoughts)
-            if sent.store is False and run.status.is_final:
-                await _delete(engine, run.run_id)
-        except BaseException:  # its client gets no answer, but may repeat a request with a key
-            if sent.store is False and not has_key:
+            is_kept = sent.store is not False
+        finally:
+            if not is_kept:
                 await _forget(engine, place.run_id, 0 if outlives_client else STOP_S)
-            raise
     return response
 
 
@@ -304,19 +299,16 @@ async def _order_of(request: Request, body: bytes, sent: ResponseRequest) -> tup
     return order, place
 
 
-async def _delete(engine: Engine, run_id: str) -> None:
-    """Delete a run with ``store: false`` that has ended. Its client gets the answer also if that fails."""
+async def _forget(engine: Engine, run_id: str, wait_s: float = STOP_S) -> None:
+    """Delete a run with ``store: false`` if it ends in that time. Its client gets the answer also if that fails."""
     try:
-        await engine.delete_run(run_id)
+        with anyio.move_on_after(STOP_S, shield=True):
+            if (await engine.wait(run_id, wait_s)).status.is_final:
+                await engine.delete_run(run_id)
+    except RunNotFound:
+        pass
     except FlockError as exc:
         logger.error("the run %s of a response with store: false could not be deleted: %s", run_id, exc)
-
-
-async def _forget(engine: Engine, run_id: str, wait_s: float = STOP_S) -> None:
-    """Delete a run with ``store: false`` whose client has left, if it ends within that time."""
-    with anyio.move_on_after(STOP_S, shield=True), contextlib.suppress(FlockError):
-        if (await engine.wait(run_id, wait_s)).status.is_final:
-            await engine.delete_run(run_id)
 
 
 async def _earlier(request: Request, sent: ResponseRequest, *, is_answer: bool) -> tuple[Reply | None, str | None]:
@@ -537,7 +529,7 @@ class _Writer:
         self._engine, self._reply, self._sent, self._after = engine, reply, sent, after
         self._had = max(0, after) >> CHECK_BITS  # characters that the client has, or one more at the end
         self._thoughts, self._text = list[str](), list[str]()
-        self._empty = _answer(reply.place, "")
+        self._empty = _message(reply.place.id[5:], "assistant", "")
         self._length = self._check = self._number = 0
 
     def begin(self) -> bytes:
@@ -583,7 +575,7 @@ class _Writer:
         if self._had > self._length + 1:
             raise chats.TextReplaced("The answer was replaced by a shorter one after a part of it had been sent.")
         is_completed = not reply.questions and run.status is RunStatus.COMPLETED
-        answer = [_answer(reply.place, "".join(self._text))] if is_completed or self._text else []
+        answer = [_message(reply.place.id[5:], "assistant", "".join(self._text))] if is_completed or self._text else []
         thoughts = _thinking(reply.place, "".join(self._thoughts))
         output = [*thoughts, *answer, *_asked(reply.place, reply.questions)]
         events = b"" if self._text else self._thoughts_done()
@@ -595,7 +587,7 @@ class _Writer:
         response = _response(reply, output, self._sent)
         name = response["status"] if response["status"] in ("completed", "incomplete") else "failed"
         if self._sent is not None and self._sent.store is False and run.status.is_final:
-            await _delete(self._engine, run.run_id)
+            await _forget(self._engine, run.run_id)
         return events + self._event(f"response.{name}", response=response)
 
     def error(self, error: str, code: str) -> bytes:

@@ -357,6 +357,12 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ],
     # Which versions of its agent have executed a batch.
     ["ALTER TABLE batches ADD COLUMN versions BLOB", "ALTER TABLE runs ADD COLUMN version_number INTEGER"],
+    # Without the times since when.
+    [
+        """UPDATE batches SET versions =
+        (SELECT CAST(json_group_array(json_extract(value, '$.version')) AS BLOB) FROM json_each(CAST(versions AS TEXT)))
+        WHERE json_valid(CAST(versions AS TEXT))"""
+    ],
 ]
 
 
