@@ -299,6 +299,20 @@ async def test_a_response_that_is_not_stored_is_deleted_if_its_client_leaves_aft
     assert (await get(client, "/runs"))["runs"] == []
 
 
+async def test_outputs_of_some_of_the_calls_are_400(client: httpx.AsyncClient, chats: Responses) -> None:
+    chats.model.replies = [Reply(calls=[("look", {"at": "sky"}), ("zoom", {})]), Reply({"reply": "Blue."})]
+    tools = [{"type": "function", "name": name, "parameters": {"type": "object"}} for name in ("look", "zoom")]
+    asked = await create(client, "open", "What colour?", tools=tools)
+    outputs = [
+        {"type": "function_call_output", "call_id": item["call_id"], "output": "blue"} for item in asked["output"]
+    ]
+    assert len(outputs) == 2
+    for stream in (False, True):
+        refused = await send(client, "open", outputs[:1], stream=stream, previous_response_id=asked["id"])
+        check_error(refused, 400, "invalid_input", "The output of 'zoom' is missing. Send all outputs together.")
+    assert text_of(await create(client, "open", outputs, previous_response_id=asked["id"])) == "Blue."
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_response_that_is_not_stored_waits_for_its_key_if_its_client_leaves(
     chats: Responses, app: FlockAPI, client: httpx.AsyncClient, stream: bool
