@@ -21,7 +21,7 @@ from starlette.responses import Response
 from flock import __version__
 from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
-from flock.errors import Conflict, FlockError, InvalidData, RunNotFound
+from flock.errors import Conflict, FlockError, InvalidData, MalformedJSON, RunNotFound
 from flock.fair import FairShare
 from flock.jsontype import JSONType, float_of, int_of
 from flock.protocols import chats, frontends, jsonrpc
@@ -298,8 +298,8 @@ async def _answers(call: Call, said: Said, texts: Sequence[str], data: Mapping[s
         return orders.Answers(run.run_id, _raw(data))
     text = "\n".join(texts)
     answers: list[Any] = [text]
-    with suppress(msgspec.DecodeError, RecursionError):
-        answers.append(msgspec.json.decode(text))
+    with suppress(msgspec.DecodeError, RecursionError, MalformedJSON):
+        answers.append(msgspec.json.decode(orders.nested(call.request, msgspec.Raw(text.encode()))))
     calls = [each for step in (await call.engine.get_calls(run)).values() for each in step if each.error is None]
     given = [each.result for each in calls if each.kind in ("question", "client_tool")]
     # Perhaps the same message again, whose answer was accepted before.

@@ -80,7 +80,8 @@ async def order_of(
     before, reads_history = chats.messages_of(agent, run.inputs) if run else [], bool(conversation_of(agent.input))
 
     def inputs_after(history: Sequence[chats.Message]) -> msgspec.Raw:
-        return chats.inputs_of(agent, [*history, chats.Message("user", said.text)], said.inputs, said.at)
+        messages = [*history, chats.Message("user", said.text)]
+        return orders.nested(request, chats.inputs_of(agent, messages, said.inputs, said.at))
 
     is_replaced = run is not None and replaces == "newest"
     if run is not None and own is newest and replaces == "same":

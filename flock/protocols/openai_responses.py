@@ -291,7 +291,7 @@ async def _order_of(request: Request, body: bytes, sent: ResponseRequest) -> tup
         agent_name=sent.model,
         session_id=await _continued(request, agent, sent, earlier, messages),
         continues=newest,
-        inputs=chats.inputs_of(agent, messages, sent.inputs, "/input"),
+        inputs=orders.nested(request, chats.inputs_of(agent, messages, sent.inputs, "/input")),
         is_async=sent.background is True,
         client=client,
         key=key,
