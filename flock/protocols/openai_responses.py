@@ -302,11 +302,9 @@ async def _order_of(request: Request, body: bytes, sent: ResponseRequest) -> tup
 async def _forget(engine: Engine, run_id: str, wait_s: float = STOP_S) -> None:
     """Delete a run with ``store: false`` if it ends in that time. Its client gets the answer also if that fails."""
     try:
-        with anyio.move_on_after(STOP_S, shield=True):
+        with anyio.move_on_after(STOP_S, shield=True), contextlib.suppress(RunNotFound):
             if (await engine.wait(run_id, wait_s)).status.is_final:
                 await engine.delete_run(run_id)
-    except RunNotFound:
-        pass
     except FlockError as exc:
         logger.error("the run %s of a response with store: false could not be deleted: %s", run_id, exc)
 
@@ -379,8 +377,9 @@ async def one_response(request: Request) -> Response:
     run_id = reply.run.run_id
     if request.method == "DELETE":
         await engine.delete_run(run_id)
-        body = {"id": reply.place.id, "object": "response", "deleted": True}
-        return JSONResponse(body, headers={"Flock-Run-Id": run_id})
+        return JSONResponse(
+            {"id": reply.place.id, "object": "response", "deleted": True}, 200, {"Flock-Run-Id": run_id}
+        )
     query = query_of(request, ResponseQuery)
     if not query.stream or request.method == "HEAD":
         return await _shown(request, reply)
