@@ -19,6 +19,7 @@ from flock.agents import versions
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import Batch, BatchOptions, RunStatus
+from flock.store.migrations import MIGRATIONS
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
@@ -99,6 +100,15 @@ async def test_the_clock_does_not_decide_of_which_version_a_result_is() -> None:
     day = 86_400_000_000
     sql = f"UPDATE runs SET completed_at = completed_at + {day}; UPDATE batches SET created_at = created_at + {day}"
     batch, found = await two_versions(sql)
+    one, two = batch.versions
+    assert found == [*[one] * 4, two]
+
+
+async def test_versions_of_a_store_that_kept_their_times_are_read() -> None:
+    first = "json_extract(CAST(versions AS TEXT), '$[0]')"
+    old = f"CAST(json_array(json_object('version', {first}, 'since', '2026-11-28T00:00:00Z')) AS BLOB)"
+    before = next(number for number, migration in enumerate(MIGRATIONS) if "$.version" in migration[0])
+    batch, found = await two_versions(f"UPDATE batches SET versions = {old}; PRAGMA user_version = {before}")
     one, two = batch.versions
     assert found == [*[one] * 4, two]
 
