@@ -451,7 +451,8 @@ async def list_runs(request: Request) -> Response:
     sent.pop("include", None)
     filter_ = RunFilter(**sent, with_inputs=query.includes("inputs"), with_results=query.includes("result"))
     page = await (await engine_of(request)).list_runs(filter_)
-    left_out = {name: msgspec.UNSET for name in ("inputs", "result") if not query.includes(name)}
+    shown_with = {"inputs": "inputs", "session_id": "inputs", "result": "result"}
+    left_out = {name: msgspec.UNSET for name, other in shown_with.items() if not query.includes(other)}
     runs = [shown_as(wire.RunSummary, run, **waits_of(run), **left_out) for run in page]
     path, headers = next_page(request, page[-1].run_id if page.has_more else None)
     return PageResponse(wire.RunList(runs=runs, next=path), download_slot(request), headers=headers)

@@ -143,7 +143,7 @@ class DeclaredFlock:
         if agent.name in self.agents:
             raise DefinitionError(f"This flock already has an agent {agent.name!r}. Choose another name.")
         if isinstance(agent, ModelAgent) and not agent.model:
-            agent.check_strict(self.model)
+            agent.check_models(self.model)
         version_of(agent)  # reads its source, which may be edited before the first batch
         self.agents[agent.name] = agent
         return agent
@@ -356,7 +356,7 @@ class DeclaredFlock:
             async with self.engine(limits=limits, expose_errors=True, on_question=on_question) as engine:
                 batch = await engine.submit_batch(agent_name, _chain(first, rows), options, on_invalid=on_invalid)
                 try:
-                    await follow_batch(engine, batch.batch_id, is_shown=progress)
+                    await follow_batch(engine, batch.batch_id, engine.count_submitted, is_shown=progress)
                 except BaseException:
                     with anyio.CancelScope(shield=True):
                         await engine.cancel_batch(batch.batch_id)

@@ -46,6 +46,8 @@ ALIASES = {
     **{"image/jpg": "image/jpeg", "audio/mp3": "audio/mpeg", "audio/x-wav": "audio/wav", "audio/wave": "audio/wav"},
     **{"audio/x-m4a": "audio/mp4", "audio/m4a": "audio/mp4", "audio/x-flac": "audio/flac", "video/ogg": "audio/ogg"},
 }
+#: Makes base64 of URLs that of other texts.
+STANDARD = str.maketrans("-_", "+/")
 HOW_TO_SEND = "send a data URL (data:image/png;base64,…), a part of a form, or the file_id that POST /files returns"
 #: The id of a content: its SHA-256.
 ID = "^[0-9a-f]{64}$"
@@ -179,6 +181,27 @@ def _read_data_url(url: str) -> tuple[str, str, bytes]:
         raise ValueError("This data URL is not valid. Write data:image/png;base64, and the content in base64") from exc
 
 
+def as_data_url(content: str, media_type: str) -> str:
+    """Return a content in base64, perhaps that of URLs and without padding, as Protocol Buffers write it."""
+    content = content.translate(STANDARD)
+    return f"data:{media_type.partition(',')[0]};base64,{content}{'=' * (-len(content) % 4)}"
+
+
+def media_type_in(url: str) -> str:
+    """Return the media type that the content of a data URL shows. Raises ValueError if the URL is not valid."""
+    return media_type_of(_read_data_url(url)[2][:HEAD_BYTES])
+
+
+def references_in(result: Any) -> list[FileReference]:
+    """Return the references in a result of a run that are outputs, or elements of one. A long one has none."""
+    found, outputs = list[FileReference](), msgspec.json.decode(result) if isinstance(result, msgspec.Raw) else {}
+    for value in outputs.values():
+        for each in value if isinstance(value, list) else [value]:
+            with contextlib.suppress(msgspec.ValidationError):
+                found.append(msgspec.convert(each, FileReference))
+    return found
+
+
 # Inputs
 
 #: Returns the folder with the files of the run that the current task executes.
@@ -195,12 +218,25 @@ class Taken(dict[str, bytes | None]):
     references = 0
 
 
+def _from_block(sent: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a content block of MCP as the members of a file, and another object as it is."""
+    kind = sent.get("type")
+    block = sent.get("resource") if kind == "resource" else sent
+    if kind not in ("resource", "image", "audio") or not isinstance(block, dict):
+        return sent
+    content, text = block.get("blob" if kind == "resource" else "data"), block.get("text")
+    if kind == "resource" and isinstance(text, str):
+        content = base64.b64encode(text.encode()).decode()
+    url = as_data_url(content, str(block.get("mimeType", ""))) if isinstance(content, str) else None
+    return {"file_id": url, "name": unquote(str(block.get("uri", "")))}
+
+
 def _reference_to(sent: Any, find: Find, contents: Taken) -> FileReference:
     """Return the reference to a file that a client has sent. Raises ValueError, NotFound."""
     contents.references += 1
     if contents.references > 2 * MAX_FILES:  # invalid inputs are read a second time, to find all errors
         raise ValueError(f"A run may have at most {MAX_FILES} files")
-    more = sent if isinstance(sent, dict) else {}
+    more = _from_block(sent) if isinstance(sent, dict) else {}
     sent, content, name = more.get("file_id", sent), None, str(more.get("name", ""))
     if not isinstance(sent, str) or re.match(r"[a-z][a-z0-9+.-]*://", sent, re.IGNORECASE):
         raise ValueError(f"This is not a file, and no address is fetched: {HOW_TO_SEND}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import anyio
 
-from flock.core import Flock
+from flock.core import Flock, Image
 from flock.errors import AgentError
 from flock.runs import RunContext
 
@@ -37,6 +37,12 @@ class Colour:
 def add(a: int, b: int = 2) -> int:
     """Adds two numbers."""
     return a + b
+
+
+@flock.agent
+def look(photo: Image) -> str:
+    """Says what a photo is."""
+    return f"{photo.media_type} {photo.name} {photo.size}"
 
 
 @flock.agent

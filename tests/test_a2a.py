@@ -1,7 +1,9 @@
 """A2A: cards, tasks, streams, questions, and what a hostile agent may send. ``test_a2a_clients.py`` runs the SDK."""
 
+import base64
 import json
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -11,7 +13,7 @@ import msgspec
 import pytest
 
 from flock.agents.tools import Tool
-from flock.core import Flock, FlockFactory
+from flock.core import Flock, FlockFactory, Image
 from flock.engine.embedded import EmbeddedEngine
 from flock.protocols import chats as chats_module
 from flock.runs import Engine, Event, Run, RunContext, new_id
@@ -21,7 +23,9 @@ from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
 from tests.support.flocks import sample_flock
 from tests.support.http import client_of, get, left, wait_for, wait_until
+from tests.test_files import PNG
 from tests.test_openai import ANN, BOB, KEYS
+from tests.test_openai_files import WAV, flock_of_files
 from tests.test_vercel import Pages
 
 pytestmark = pytest.mark.anyio
@@ -650,7 +654,7 @@ async def test_a_patch_version_and_a_slash_after_the_address_do_not_matter(clien
             "SendMessage",
             {"message": {**message(), "parts": [{"text": "a", "data": {"b": 1}}]}},
             INVALID_PARAMS,
-            "a text, or",
+            "a text, a JSON object",
             id="text and data",
         ),
         pytest.param(
@@ -709,6 +713,115 @@ async def test_a_request_that_is_not_valid_starts_nothing(
 ) -> None:
     await refused(client, "echo", method, code, words, **params)
     assert (await get(client, "/runs"))["runs"] == []
+
+
+def raw(content: bytes, media_type: str = "", **more: Any) -> Any:
+    return {"raw": base64.b64encode(content).decode(), "mediaType": media_type, **more}
+
+
+def with_parts(*parts: Any) -> Any:
+    return {**message(), "parts": list(parts)}
+
+
+@pytest.fixture
+async def files(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    flock = flock_of_files()
+
+    @flock.agent
+    def same(photos: list[Image], note: str = "") -> dict[str, list[Image]]:
+        return {"kept": photos}
+
+    @flock.agent
+    def first(photos: list[Image]) -> Image:
+        return photos[0]
+
+    app = create_app(
+        flock, store=tmp_path / "flock.db", api_keys=KEYS, protocols=["a2a"], public_url="https://a.example"
+    )
+    async with app.lifespan(), client_of(app, {**ANN, "A2A-Version": "1.0"}) as made:
+        yield made
+
+
+async def test_files_are_inputs_by_their_content(files: httpx.AsyncClient) -> None:
+    """As of OpenAI's clients. Base64 of Protocol Buffers may be that of URLs, without padding."""
+    sound, photo = raw(WAV, "audio/wav"), raw(PNG, "image/png", filename="a.png")
+    task = (await call(files, "look", "SendMessage", message=with_parts({"text": "hi"}, sound, photo)))["task"]
+    assert text_of(task) == f"'hi' image/png,a.png,,{len(PNG)} audio/wav,,,{len(WAV)}"
+    unsafe = base64.urlsafe_b64encode(PNG + b"\xff\xfe\xfd").decode().rstrip("=")
+    assert {*"-_"} & {*unsafe}
+    sent = with_parts({"data": {"note": "data"}}, {"raw": unsafe})
+    assert text_of((await call(files, "look", "SendMessage", message=sent))["task"]).startswith("'data' image/png,,,")
+    sent = with_parts(
+        {"raw": raw(b"<b>a</b>")["raw"], "mediaType": "text/html; charset=utf-8", "filename": "../a.html"}
+    )
+    assert text_of((await call(files, "letter", "SendMessage", message=sent))["task"]) == "text/plain,a.html,,8"
+
+
+async def test_a_message_with_a_file_is_one_task_until_its_file_is_another(files: httpx.AsyncClient) -> None:
+    sent = with_parts(raw(PNG))
+    ids = [(await call(files, "look", "SendMessage", message=sent))["task"]["id"] for _ in range(2)]
+    other = {**sent, "parts": [raw(PNG + b"x")]}
+    assert len({*ids, (await call(files, "look", "SendMessage", message=other))["task"]["id"]}) == 2
+
+
+async def test_a_file_in_a_result_has_an_address(files: httpx.AsyncClient) -> None:
+    seen = Seen(
+        results(await post(files, "first", "SendStreamingMessage", message=with_parts(raw(PNG, filename="a.png"))))
+    )
+    task = await call(files, "first", "GetTask", id=seen.task["id"])
+    whole, file = task["artifacts"][0]["parts"]
+    reference = whole["data"]["result"]
+    url = f"https://a.example/files/{reference['file_id']}"
+    assert file == {"url": url, "mediaType": "image/png", "filename": "a.png"}
+    assert (await files.get(f"/files/{reference['file_id']}")).content == PNG
+
+
+@pytest.mark.parametrize(
+    ("agent", "part", "code", "words"),
+    [
+        (
+            "look",
+            {"url": "http://169.254.169.254/a.png"},
+            INVALID_PARAMS,
+            "No address is fetched. Send its content",
+        ),
+        ("look", {"url": "file:///etc/passwd"}, INVALID_PARAMS, "No address is fetched"),
+        ("look", {"raw": "#"}, INVALID_PARAMS, "not valid"),
+        ("look", {"raw": ""}, INVALID_PARAMS, "input"),
+        ("look", raw(PNG, "image/jpeg"), INVALID_PARAMS, "declared as image/jpeg"),
+        ("look", raw(PNG, "image/jpeg,"), INVALID_PARAMS, "declared as image/jpeg"),
+        ("look", raw(b"%PDF-1"), INVALID_PARAMS, "no input for this file"),
+        ("look", {**raw(PNG), "text": "a"}, INVALID_PARAMS, "A part is a text"),
+        ("look", {"raw": 7}, INVALID_PARAMS, "raw"),
+        ("loose", raw(PNG), CONTENT_TYPE, "file"),
+    ],
+)
+async def test_a_part_that_is_not_a_file_of_an_input_starts_nothing(
+    files: httpx.AsyncClient, agent: str, part: Any, code: int, words: str
+) -> None:
+    await refused(files, agent, "SendMessage", code, words, message=with_parts(part))
+    assert (await get(files, "/runs"))["runs"] == []
+
+
+async def test_an_answer_has_no_files(files: httpx.AsyncClient) -> None:
+    task = (await call(files, "look", "SendMessage", message=with_parts(raw(PNG))))["task"]
+    await refused(
+        files, "look", "SendMessage", CONTENT_TYPE, "file", message={**with_parts(raw(PNG)), "taskId": task["id"]}
+    )
+
+
+async def test_a_card_says_which_files_are_taken(files: httpx.AsyncClient) -> None:
+    async def modes(agent: str) -> list[str]:
+        card = await get(files, f"/a2a/{agent}/.well-known/agent-card.json")
+        assert card["defaultOutputModes"] == ["text/plain", "application/json"]
+        return card["defaultInputModes"][2:]  # type: ignore[no-any-return]
+
+    images = ["image/png", "image/jpeg", "image/gif", "image/webp"]
+    assert await modes("loose") == []
+    assert await modes("talk") == images
+    assert await modes("letter") == ["application/pdf"]
+    assert {*images, "audio/wav"} < {*await modes("look")}
+    assert "application/octet-stream" in await modes("pair")
 
 
 async def test_a_task_of_another_principal_or_agent_is_not_found(client: httpx.AsyncClient) -> None:

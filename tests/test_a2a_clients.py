@@ -23,6 +23,12 @@ AGENTS = (
 @flock.agent
 def repeat(text: str, times: int) -> str:
     return text * times
+
+from flock.core import Image
+
+@flock.agent
+def crop(photo: Image, side: str) -> tuple[Image, str]:
+    return photo, side
 """
 )
 
@@ -32,12 +38,12 @@ import httpx
 from a2a.client import A2ACardResolver, ClientConfig, ClientFactory
 from a2a.helpers import get_artifact_text, get_data_parts, get_message_text, new_data_message, new_text_message
 from a2a.types import (
-    CancelTaskRequest, GetExtendedAgentCardRequest, GetTaskRequest, ListTasksRequest, Role, SendMessageRequest,
-    SubscribeToTaskRequest, TaskPushNotificationConfig, TaskState,
+    CancelTaskRequest, GetExtendedAgentCardRequest, GetTaskRequest, ListTasksRequest, Message, Part, Role,
+    SendMessageRequest, SubscribeToTaskRequest, TaskPushNotificationConfig, TaskState,
 )
 from a2a.utils.errors import (
-    ContentTypeNotSupportedError, PushNotificationNotSupportedError, TaskNotCancelableError, TaskNotFoundError,
-    UnsupportedOperationError,
+    ContentTypeNotSupportedError, InvalidParamsError, PushNotificationNotSupportedError, TaskNotCancelableError,
+    TaskNotFoundError, UnsupportedOperationError,
 )
 from a2a.server.tasks.task_manager import append_artifact_to_task
 
@@ -106,6 +112,18 @@ async def main():
         _, client = await client_of(http, "mood")
         mood = await joined(client.send_message(data({"text": "a b"})))
         assert get_data_parts(mood.artifacts[0].parts) == [{"mood": "good", "words": ["a", "b"]}]
+        # Files
+        card, client = await client_of(http, "crop")
+        assert "image/png" in card.default_input_modes
+        photo = Part(raw=b"\\x89PNG\\r\\n\\x1a\\n...", media_type="image/png", filename="a.png")
+        said = Message(message_id="a photo", role=Role.ROLE_USER, parts=[photo, Part(text="left")])
+        (artifact,) = (await joined(client.send_message(SendMessageRequest(message=said)))).artifacts
+        (given,) = [part for part in artifact.parts if part.url]
+        assert (given.media_type, given.filename) == ("image/png", "a.png")
+        assert (await http.get(given.url)).content == photo.raw
+        address = Message(message_id="b", role=Role.ROLE_USER, parts=[Part(url="https://a.example/a.png")])
+        refusal = await refused(InvalidParamsError, joined(client.send_message(SendMessageRequest(message=address))))
+        assert "as raw" in str(refusal)
         _, client = await client_of(http, "repeat")
         assert text_of(await joined(client.send_message(data({"text": "ha", "times": 2})))) == "haha"
         _, client = await client_of(http, "replaced")

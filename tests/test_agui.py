@@ -35,8 +35,9 @@ def said(text: Any, id_: str = "u1") -> Any:
 async def post(client: httpx.AsyncClient, agent: str, *messages: Any, headers: Any = None, **more: Any) -> Any:
     """Send what the client sends, with members of which nothing is read."""
     ids = {"threadId": "thread-1", "runId": "run-1", "state": {}, "tools": [], "context": [], "forwardedProps": {}}
+    body = {**ids, "protocolVersion": "1.0", "messages": messages, **more}
     with anyio.fail_after(PATIENCE_S):
-        return await client.post(f"/ag-ui/{agent}", json={**ids, "messages": messages, **more}, headers=headers)
+        return await client.post(f"/ag-ui/{agent}", json=body, headers=headers)
 
 
 def events_in(response: httpx.Response) -> list[Any]:
@@ -189,6 +190,45 @@ async def test_a_question_is_an_interrupt_and_a_tool_of_the_client_a_pending_cal
     (id_,) = asked[-1]["outcome"]["pendingToolCallIds"]
     output = {"id": "t", "role": "tool", "toolCallId": id_, "content": "blue"}
     assert text_of(events_in(await post(client, "open", said("Look."), output, threadId="thread-2"))) == "blue"
+
+
+async def test_results_of_tools_of_the_client_may_stand_after_their_calls(
+    client: httpx.AsyncClient, chats: Pages
+) -> None:
+    chats.model.replies = [
+        Reply(calls=[("look", {"at": "sky"}), ("look", {"at": "sea"})]),
+        lambda sent: {"reply": " ".join(message["content"] for message in sent["messages"][-2:])},
+    ]
+    tools = [{"name": "look", "description": "", "parameters": {"type": "object"}}]
+    asked = events_in(await post(client, "open", said("Look."), tools=tools))
+    sent = [said("Look.")]
+    for id_, colour in zip(asked[-1]["outcome"]["pendingToolCallIds"], ("blue", "green"), strict=True):
+        sent += [
+            {"id": id_, "role": "assistant", "toolCalls": [{"id": id_}]},
+            {"id": f"{id_}r", "role": "reasoning", "content": "Hm."},
+            {"id": f"{id_}t", "role": "tool", "toolCallId": id_, "content": colour},
+        ]
+    assert text_of(events_in(await post(client, "open", *sent, tools=tools))) == "blue green"
+
+
+async def test_a_client_before_1_0_gets_only_outcomes_that_it_knows(client: httpx.AsyncClient, chats: Pages) -> None:
+    chats.model.replies = [Reply(calls=[("look", {"at": "sky"})])]
+    tools = [{"name": "look", "description": "", "parameters": {"type": "object"}}]
+    asked = events_in(await post(client, "open", said("Look."), tools=tools, protocolVersion=""))
+    assert [event["type"] for event in asked] == ["RUN_STARTED", "TOOL_CALL_CHUNK", "RUN_FINISHED"]
+    assert asked[-1]["outcome"] == {"type": "success"}
+    cancelled = list[Any]()
+
+    async def talk() -> None:
+        cancelled.extend(events_in(await post(client, "write", said("tea"), protocolVersion="", threadId="thread-2")))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(talk)
+        with anyio.fail_after(PATIENCE_S):
+            await chats.has_written.wait()
+        (run,) = (await get(client, "/runs", session_id="thread-2"))["runs"]
+        assert (await client.post(f"/run/{run['run_id']}/cancel")).status_code in (200, 202)
+    assert (cancelled[-1]["type"], cancelled[-1]["code"]) == ("RUN_ERROR", "cancelled")
 
 
 async def test_a_run_fails_with_its_error_and_ends_with_its_client(client: httpx.AsyncClient, chats: Pages) -> None:

@@ -195,7 +195,7 @@ LEFT_OUT: dict[type[msgspec.Struct], str] = {
     "worked_s spent spent_by call_ids call_key journal dropped earlier_error retried_by caller client digest "
     "first_span files version_number",
     wire.RunSummary: "flock traceparent principal is_async recoveries deaths timeout_s extra owner cancel_requested "
-    "worked_s spent spent_by batch_id position progress steps session_id max_cost call_ids call_key journal dropped "
+    "worked_s spent spent_by batch_id position progress steps max_cost call_ids call_key journal dropped "
     "earlier_error retried_by caller client digest first_span files version_number",
     flockapi.BatchItem: "flock agent_name created_at request_id batch_id traceparent principal is_async attempt "
     "recoveries deaths timeout_s owner cancel_requested progress waiting_for worked_s steps session_id spent spent_by "

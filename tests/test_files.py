@@ -27,7 +27,6 @@ from flock.runs import RunFilter
 from flock.store import contents, queries
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
-from tests.support.flocks import sample_flock
 from tests.support.http import client_of, post_run
 
 pytestmark = pytest.mark.anyio
@@ -784,13 +783,3 @@ async def test_a_kill_loses_nothing_that_was_accepted_and_leaks_no_file(place: s
         await engine.delete_run(run.run_id)
         await engine.store.delete_unused_files()
         assert stored(tmp_path) == []
-
-
-@pytest.mark.anyio
-@pytest.mark.cluster
-async def test_an_engine_on_a_cluster_has_no_place_for_files(temporal_address: str) -> None:
-    from tests.support.cluster import on_temporal
-
-    async with on_temporal(temporal_address, sample_flock()) as engine:
-        with pytest.raises(Conflict, match="no place for files"):
-            engine.files("ann")

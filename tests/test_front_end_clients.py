@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.support import PATIENCE_S, ROOT
+from tests.support.pages import blocks_of
 from tests.support.servers import flockapi_command, free_port, running
 from tests.test_openai_clients import SERVED, run
 
-pytestmark = [
-    pytest.mark.skipif(
-        shutil.which("npm") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI"
-    ),
-    pytest.mark.timeout(400),
-]
+npm = pytest.mark.skipif(
+    shutil.which("npm") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI"
+)
+pytestmark = [npm, pytest.mark.timeout(400)]
 
 #: Writes a text, calls an agent, and begins again with another text.
 AGENTS = (
@@ -35,6 +34,8 @@ async def replaced(topic: str, context: RunContext) -> str:
 
 #: The packages that the program of each client needs.
 PACKAGES = {"vercel.mjs": ("ai@7", "@ai-sdk/react@4"), "agui.mjs": ("@ag-ui/client@1",)}
+#: CopilotKit's runtime and its client, which need an older client of AG-UI.
+COPILOTKIT = ("@copilotkit/runtime@1", "@copilotkit/core@1", "zod@3")
 #: What a page in a browser needs besides those.
 OF_PAGES = ("react@19", "react-dom@19", "esbuild@0.25")
 
@@ -55,6 +56,23 @@ def test_clients_of_front_ends(program: str, node: Path, tmp_path: Path) -> None
     (tmp_path / "served.py").write_text(AGENTS)
     with running(*flockapi_command("serve", f"{tmp_path}/served.py", "--port", "0", "--store", ":memory:")) as server:
         assert run(node / "node_modules" / ".bin" / "node", str(node / program), server.url) == "all of it\n"
+
+
+def test_copilotkit_streams_asks_and_calls_tools_of_the_page_over_ag_ui(tmp_path: Path) -> None:
+    """The runtime of ``docs/front-ends.md``, and the client of CopilotKit's components."""
+    (runtime,) = (block.text for block in blocks_of(ROOT / "docs" / "front-ends.md") if "CopilotRuntime" in block.text)
+    install = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", "--ignore-scripts"]
+    subprocess.run([*install, *COPILOTKIT], check=True, cwd=tmp_path)
+    (tmp_path / "served.py").write_text(AGENTS)
+    serve = shlex.join(flockapi_command("serve", "served.py", "--port", "0", "--store", ":memory:"))
+    with running("bash", "-c", f"cd {tmp_path} && exec {serve}") as server:
+        runtime = runtime.replace("http://127.0.0.1:8344", server.url).replace("listen(3000)", "listen(0)")
+        (tmp_path / "runtime.mjs").write_text(f"{runtime}\nexport {{ agent, agents, server }};\n")
+        shutil.copy(ROOT / "tests" / "clients" / "copilotkit.mjs", tmp_path)
+        program = ["node", "copilotkit.mjs", "may_go", server.url]
+        env = {**os.environ, "COPILOTKIT_TELEMETRY_DISABLED": "true", "FLOCK_API_KEY": "none"}
+        done = subprocess.run(program, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stdout.endswith("all of it\n"), done.stdout + done.stderr
 
 
 def test_a_reader_gets_each_character_once_although_the_server_is_killed(node: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The generator for Python does not know CSV and NDJSON bodies, and says so when i
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from flock.web.auth import new_key
-from tests.support import ROOT
+from tests.support import EXAMPLES, PATIENCE_S, ROOT
 from tests.support.pages import blocks_of
-from tests.support.servers import flockapi_command, running
+from tests.support.servers import flockapi_command, free_port, running
+from tests.test_front_end_clients import AGENTS, npm
 
 SERVED = """
 import anyio
@@ -117,7 +119,7 @@ TSCONFIG = {
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(shutil.which("npm") is None and "CI" not in os.environ, reason="npm is not installed; it is in CI")
+@npm
 def test_a_generated_typescript_client_runs_streams_and_sends_csv(tmp_path: Path) -> None:
     """The program of the page "HTTP API", with the default options of the generator and strict types."""
     (program,) = (block.text for block in blocks_of(ROOT / "docs" / "http-api.md") if block.language == "ts")
@@ -139,6 +141,83 @@ def test_a_generated_typescript_client_runs_streams_and_sends_csv(tmp_path: Path
     assert first == "completed All about tea"
     assert "".join(deltas) == "All about tea"
     assert output.partition("completed topic")[2].split() == " ".join(rows).removeprefix("topic").split()
+
+
+@pytest.fixture(scope="module")
+def typescript(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of ``examples/typescript``, after the commands of its page, with one more program."""
+    folder = tmp_path_factory.mktemp("typescript")
+    names = ("package.json", "tsconfig.json", "flock-stream.ts", "chat.ts")
+    for path in (*(EXAMPLES / "typescript" / name for name in names), ROOT / "tests" / "clients" / "stream.ts"):
+        shutil.copy(path, folder)
+    (commands,) = (block.text for block in blocks_of(EXAMPLES / "typescript" / "README.md") if block.language == "bash")
+    (folder / "served.py").write_text(AGENTS)
+    serve = flockapi_command("serve", str(folder / "served.py"), "--port", "0", "--store", ":memory:")
+    with running(*serve) as server:
+        run("bash", "-ec", commands.replace("http://127.0.0.1:8344", server.url), folder=folder)
+    return folder
+
+
+@pytest.mark.timeout(300)
+@npm
+def test_the_helper_for_streams_gets_each_event_once_over_refusals_and_cut_connections(typescript: Path) -> None:
+    assert len((typescript / "flock-stream.ts").read_text().splitlines()) <= 100
+    serve = flockapi_command("serve", str(typescript / "served.py"), "--port", "0", "--store", ":memory:")
+    with running(*serve) as server:
+        assert run("node", "stream.js", server.url, folder=typescript) == "all of it\n"
+
+
+@pytest.mark.timeout(300)
+@npm
+@pytest.mark.parametrize(
+    ("topic", "screen"),
+    [
+        pytest.param("tea", "> All about tea\n> ", id="the same text again"),
+        pytest.param("coffee", "> All \nSome about coffee\n> ", id="another text"),
+    ],
+)
+def test_the_chat_shows_each_character_once_although_the_server_is_killed(
+    topic: str, screen: str, typescript: Path, tmp_path: Path
+) -> None:
+    shutil.copy(typescript / "served.py", tmp_path)
+    port, key = free_port(), new_key()
+    serve = f"cd {tmp_path} && exec {shlex.join(flockapi_command('serve', 'served.py', '--port', str(port)))}"
+    env = {"FLOCK_URL": f"http://127.0.0.1:{port}", "FLOCK_API_KEY": key}
+    with running("bash", "-c", serve, FLOCK_API_KEYS=f"ann={key}") as server:
+        chat = subprocess.Popen(
+            ["node", "chat.js", "hold"],
+            cwd=typescript,
+            env={**os.environ, **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        chat.stdin.write(f"{topic}\n")
+        chat.stdin.flush()
+        assert chat.stdout.read(6) == "> All "
+        server.process.kill()
+        server.process.wait()
+    (tmp_path / "may_go").touch()
+    with running("bash", "-c", serve, FLOCK_API_KEYS=f"ann={key}"):
+        assert chat.stdout.read(len(screen) - 6) == screen[6:]
+        assert chat.communicate(timeout=PATIENCE_S)[0] == ""
+    assert chat.returncode == 0
+
+
+@pytest.mark.timeout(300)
+@npm
+def test_the_chat_asks_for_an_approval(typescript: Path) -> None:
+    serve = flockapi_command("serve", str(typescript / "served.py"), "--port", "0", "--store", ":memory:")
+    with running(*serve) as server:
+        command = ["node", "chat.js", "payer"]
+        env = {**os.environ, "FLOCK_URL": server.url}
+        done = subprocess.run(
+            command, cwd=typescript, env=env, input="pay\ny\n", capture_output=True, text=True, check=True
+        )
+    assert done.stdout.startswith("> \n")
+    assert done.stdout.endswith(' {"amount":3} [y/n] paid 3\n> ')
 
 
 def run(*command: str, folder: Path) -> str:

@@ -159,7 +159,7 @@ def test_the_engine_knows_only_the_port_of_the_store() -> None:
         stores = {imported for imported in imports_of(path) if layer_of(imported) == "flock.store"}
         used.setdefault(layer_of(module), set()).update(stores)
     assert used["flock.engine"] == {"flock.store.port", "flock.store.suspects"}
-    assert used["flock.temporal"] == {"flock.store.files", "flock.store.suspects"}
+    assert used["flock.temporal"] == {"flock.store.contents", "flock.store.files", "flock.store.suspects"}
     assert {layer for layer, stores in used.items() if "flock.store.store" in stores} == {
         "flock.command",
         "flock.declared",

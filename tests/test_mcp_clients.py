@@ -29,7 +29,7 @@ import anyio
 import httpx2
 from mcp import Client, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
-from mcp_types import ElicitResult
+from mcp_types import BlobResourceContents, ElicitResult, EmbeddedResource, ImageContent
 
 mode, key, *target = sys.argv[1:]
 asked, pieces = [], []
@@ -61,6 +61,10 @@ async def main():
             written = await client.call_tool("write", {"topic": "tea"}, progress_callback=progress)
             approved = await client.call_tool("approve", {"text": "it"})
             long = await client.call_tool("long", {"length": 100_000})
+            kept = BlobResourceContents(uri="file:///a.gif", mime_type="image/gif", blob="R0lGODlh")
+            blocks = ImageContent(data="R0lGODlh", mime_type="image/gif"), EmbeddedResource(resource=kept)
+            arguments = [{"photo": each.model_dump(mode="json", by_alias=True, exclude_none=True)} for each in blocks]
+            looked = [(await client.call_tool("look", each)).content[0].text for each in arguments]
             with anyio.move_on_after(1):
                 await client.call_tool("nap", {})
             read = None
@@ -73,6 +77,7 @@ async def main():
                 "templates": [template.uri_template for template in templates],
                 "added": added.structured_content,
                 "invalid": invalid.is_error,
+                "looked": looked,
                 "written": [written.content[0].text, "".join(pieces)],
                 "approved": [approved.is_error, approved.structured_content, asked],
                 "long": [len(long.structured_content["result"]), read],
@@ -127,6 +132,7 @@ def test_the_client_of_the_sdk_calls_answers_and_cancels(
     assert seen["tool"] == ["Add", "integer"]
     assert seen["templates"] == ["flock://run/{run_id}"]
     assert (seen["added"], seen["invalid"], seen["still"]) == ({"result": 3}, True, {"result": 4})
+    assert seen["looked"] == ["image/gif  6", "image/gif a.gif 6"]
     assert seen["written"] == ["All about tea", "All about tea"]
     assert seen["approved"] == ([False, {"result": "sent"}, ["Send it?"]] if is_latest else [True, None, []])
     # Without the header of HTTP, an older client may be of the first revision, which knows no links.

@@ -19,7 +19,7 @@ import pytest
 from flock.agents.tools import Tool
 from flock.command import stdio
 from flock.command.stdio import serve_lines
-from flock.core import Flock, FlockFactory, Image
+from flock.core import File, Flock, FlockFactory, Image
 from flock.protocols import jsonrpc, mcp
 from flock.runs import RunContext, RunStatus
 from flock.runs.records import LONG_BYTES
@@ -439,35 +439,66 @@ async def test_a_model_can_read_what_is_wrong_with_its_arguments(client: httpx.A
     assert (await get(client, "/runs"))["runs"] == []
 
 
-async def test_a_file_is_an_argument_as_a_data_url_or_an_id() -> None:
-    """Arguments are JSON, so parts of the protocol that are files are none."""
+async def test_a_file_is_an_argument_as_a_data_url_an_id_or_a_content_block() -> None:
     flock = Flock("files")
 
     @flock.agent
-    def look(photo: Image) -> str:
-        return f"{photo.media_type} {photo.name}"
+    def look(photo: Image | None = None, more: list[File] = [], about: dict[str, Any] | None = None) -> str:  # noqa: B006
+        shown = [f"{file.media_type} {file.name} {len(file.read())}" for file in (photo, *more) if file]
+        return ", ".join(shown) + (f" {about['type']}" if about else "")
 
     app = served(flock)
     async with app.lifespan(), client_of(app) as client:
         (tool,) = (await result_of(client, latest("tools/list")))["tools"]
-        assert tool["inputSchema"]["properties"]["photo"]["description"] == "A data URL, or a file_id."
+        assert "A data URL, or a file_id." in json.dumps(tool["inputSchema"])
         stored = (await client.post("/files", content=b"GIF89a")).json()["file_id"]
-        for photo in ("data:image/gif;name=a.gif;base64,R0lGODlh", {"file_id": stored, "name": "a.gif"}):
+        gif = {"mimeType": "image/gif", "blob": "R0lGODlh", "uri": "file:///home/ann/a%2Egif"}
+        image = {"type": "image", "mimeType": "image/gif", "data": "R0lGODlh"}
+        for photo in (
+            "data:image/gif;name=a.gif;base64,R0lGODlh",
+            {"file_id": stored, "name": "a.gif"},
+            {"type": "resource", "resource": gif},
+        ):
             result = await call(client, "look", {"photo": photo})
-            assert text_in(result) == "image/gif a.gif"
+            assert text_in(result) == "image/gif a.gif 6"
         run = await get(client, f"/run/{result['_meta']['flockapi/run_id']}")
         uri = f"flock://run/{run['run_id']}"
         assert "R0lGODlh" not in json.dumps(await result_of(client, latest("resources/read", uri=uri)))
-        part = {"type": "image", "mimeType": "image/gif", "data": "R0lGODlh"}
-        for photo in (
-            part,
-            {"type": "resource", "resource": part},
-            "http://127.0.0.1/a.gif",
-            "data:image/png;base64,AA==",
-        ):
-            result = await call(client, "look", {"photo": photo})
-            assert result["isError"]
-            assert "no address is fetched: send a data URL" in text_in(result) or "declared as" in text_in(result)
+        note = {"type": "resource", "resource": {"uri": "note://1", "mimeType": "text/markdown", "text": "# Ä"}}
+        sound = {"type": "audio", "mimeType": "audio/wav", "data": "UklGRgAAAABXQVZFZm10IA=="}
+        result = await call(
+            client, "look", {"photo": image, "more": [note, sound], "about": {"type": "image", "data": "x"}}
+        )
+        assert text_in(result) == "image/gif  6, text/plain 1 4, audio/wav  16 image", "only where a file is expected"
+
+
+@pytest.mark.parametrize(
+    ("photo", "problem"),
+    [
+        ("http://127.0.0.1/a.gif", "no address is fetched: send a data URL"),
+        ({"type": "resource", "resource": {"uri": "http://127.0.0.1/a.gif"}}, "no address is fetched: send a data URL"),
+        ({"type": "resource_link", "uri": "http://127.0.0.1/a.gif"}, "no address is fetched: send a data URL"),
+        ({"type": "resource", "resource": {"data": "R0lGODlh"}}, "no address is fetched: send a data URL"),
+        ({"type": "resource", "resource": "R0lGODlh"}, "no address is fetched: send a data URL"),
+        ({"type": "image", "data": 7}, "no address is fetched: send a data URL"),
+        ({"type": "image", "data": "R0lGODlh", "mimeType": "image/png"}, "declared as image/png"),
+        ({"type": "image", "data": "#"}, "not valid"),
+        ("data:image/png;base64,AA==", "declared as"),
+    ],
+)
+async def test_an_argument_that_is_not_a_file_starts_nothing(photo: Any, problem: str) -> None:
+    flock = Flock("files")
+
+    @flock.agent
+    def look(photo: Image) -> str:
+        return ""
+
+    app = served(flock)
+    async with app.lifespan(), client_of(app) as client:
+        result = await call(client, "look", {"photo": photo})
+        assert result["isError"]
+        assert problem in text_in(result)
+        assert (await get(client, "/runs"))["runs"] == []
 
 
 async def test_an_unknown_tool_is_an_error_with_the_nearest_name(client: httpx.AsyncClient) -> None:

@@ -800,6 +800,16 @@ async def test_a_run_shows_its_session(api: httpx.AsyncClient) -> None:
     assert (await api.get("/runs?session_id=s&agent_name=other")).json()["runs"] == []
 
 
+async def test_a_list_with_inputs_shows_the_session_of_each_run(api: httpx.AsyncClient) -> None:
+    for session_id in ("s", None):
+        await post(api, 1, session_id)
+    runs = (await api.get("/runs?include=inputs")).json()["runs"]
+    assert [run.get("session_id", "none") for run in runs] == ["none", "s"]
+    for include in ("", "?include=result"):
+        runs = (await api.get(f"/runs{include}")).json()["runs"]
+        assert not any("session_id" in run for run in runs)
+
+
 async def test_synchronous_requests_of_a_session_are_executed_in_order(api: httpx.AsyncClient, turns: Turns) -> None:
     may_go = turns.hold(0)
     async with anyio.create_task_group() as requests:

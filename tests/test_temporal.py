@@ -209,10 +209,9 @@ async def open_pair(
 ) -> AsyncIterator[TemporalEngine]:
     async with contextlib.AsyncExitStack() as stack:
         if with_worker:
-            models, folder = ModelClient(flock.model), options.get("payload_dir")
-            worker = TemporalWorker(
-                flock.agents, models, address, flock=flock.name, drain_timeout_s=0, payload_dir=folder
-            )
+            models = ModelClient(flock.model)
+            folders: dict[str, Any] = {name: options.get(name) for name in ("payload_dir", "files_dir")}
+            worker = TemporalWorker(flock.agents, models, address, flock=flock.name, drain_timeout_s=0, **folders)
             await stack.enter_async_context(worker)
         options = {"heartbeat_timeout_s": HEARTBEAT_PATIENCE_S, **options}
         yield await stack.enter_async_context(TemporalEngine(flock.agents, address, flock=flock.name, **options))

@@ -1,11 +1,15 @@
 """The web page takes files: chosen, dropped, pasted and photographed. The page is docs/files.md."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Page, expect
+import httpx
+import pytest
+from playwright.sync_api import Page, Route, expect
 
-from tests.support.servers import serving
+from flock.web.auth import new_key
+from tests.support.servers import flockapi_command, running, serving
 from tests.support.site import Site, Visit
 from tests.test_files import PNG
 
@@ -116,3 +120,201 @@ def test_what_is_no_single_file_is_refused_and_a_file_can_be_chosen_again(visit:
         page.get_by_role("button", name="Remove more 1", exact=True).click()
         expect(page.get_by_text("dropped.png")).to_have_count(0)
         page.close()  # before the server stops
+
+
+#: Returns its photo, and files that it invents: one that is not stored, and a text that is called an image.
+SHOWN = """
+from typing import Any
+from flock.core import Document, Flock, Image
+from flock.runs import RunContext
+
+flock = Flock("shown")
+
+@flock.agent(output="photo: Image, claimed: list")
+async def show(photo: Image, letter: Document, context: RunContext) -> dict[str, Any]:
+    missing = {"file_id": "0" * 64, "media_type": "image/png", "size": 5, "name": "missing.png"}
+    script = {"file_id": letter.sha256, "media_type": "image/png", "size": 5, "name": "<img src=x onerror=alert(1)>"}
+    numbers = {"file_id": 12345678901234567890, "media_type": "image/png", "size": 12345678901234567890, "name": "n"}
+    return {"photo": photo, "claimed": [missing, script, numbers, {**missing, "size": 12345678901234567890}]}
+"""
+SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> Iterator[Site]:
+    """Serve ``SHOWN`` with a key, so that the address of a file is not enough to get it. It comes before ``visit``."""
+    (script := tmp_path / "shown.py").write_text(SHOWN)
+    key = new_key()
+    serve = flockapi_command("serve", str(script), "--port", "0", "--store", str(tmp_path / "flock.db"), "--ui")
+    with running(*serve, FLOCK_API_KEYS=f"ann={key}") as server:
+        yield Site(tmp_path, server.url, "", key)
+
+
+def uploaded(site: Site, content: bytes, name: str) -> dict[str, str]:
+    response = httpx.post(f"{site.url}/files", content=content, headers=site.headers)
+    return {"file_id": response.raise_for_status().json()["file_id"], "name": name}
+
+
+def test_images_are_shown_small_and_all_files_can_be_downloaded(shown: Site, visit: Visit) -> None:
+    photo, letter = uploaded(shown, PNG, "photo.png"), uploaded(shown, SVG, "letter.svg")
+    run_id = shown.run("show", photo=photo, letter=letter)
+    visit.expected.append("404")
+    page = visit.page(shown, f"run/{run_id}", viewport={"width": 1200, "height": 3000})
+    result, inputs = page.get_by_role("group", name="Result"), page.get_by_role("group", name="Inputs")
+    for box in (result, inputs):
+        image = box.locator("img[alt='photo.png']")
+        expect(image).to_have_js_property("naturalWidth", 1)
+        assert str(image.get_attribute("src")).startswith("data:image/png;base64,")
+        assert image.evaluate("(image) => [image.offsetWidth, image.offsetHeight]") == [64, 64]
+    expect(inputs).to_contain_text(f"letter.svg{len(SVG)} bytes")
+    expect(page.get_by_role("img")).to_have_count(2)  # those that are no images are gone
+    expect(result).to_contain_text("<img src=x onerror=alert(1)>")
+    with page.expect_download() as download:
+        inputs.get_by_role("button", name="Download letter.svg").click()
+    assert download.value.suggested_filename == "letter.svg"
+    assert download.value.path().read_bytes() == SVG
+    result.get_by_role("button", name="Download missing.png").first.click()
+    expect(page.locator("#notice")).to_contain_text("no file")
+    page.get_by_role("button", name="JSON").click()
+    expect(result.locator("pre")).to_contain_text(photo["file_id"])
+
+    page = visit.page(shown, "runs")
+    expect(page.locator("tbody tr")).to_contain_text("photo: photo.png, letter: letter.svg")
+    body = {"agent_name": "show", "batch_inputs": [{"photo": photo, "letter": letter}]}
+    batch = httpx.post(f"{shown.url}/run/batch", json=body, headers=shown.headers).raise_for_status().json()
+    page = visit.page(shown, f"batch/{batch['batch_id']}")
+    row = page.get_by_role("row").nth(1)
+    expect(row.get_by_role("img", name="photo.png").first).to_have_js_property("naturalWidth", 1)
+    expect(row).to_contain_text(f"letter.svg{len(SVG)} bytes")
+
+
+def test_an_image_is_loaded_once_and_only_if_it_is_visible(shown: Site, visit: Visit) -> None:
+    letter, photo = uploaded(shown, b"x\n" * 5000, "a.txt"), uploaded(shown, PNG, "photo.png")
+    run_id = shown.run("show", photo=photo, letter=letter)
+    loaded = list[str]()
+    page = visit.context(shown, viewport={"width": 390, "height": 200}).new_page()
+    page.on("request", lambda request: loaded.append(request.url) if photo["file_id"] in request.url else None)
+    page.goto(f"{shown.url}/ui#/run/{run_id}")
+    images = page.locator("[aria-label=Result] img[alt='photo.png'], [aria-label=Inputs] img[alt='photo.png']")
+    expect(images).to_have_count(2)
+    assert loaded == []
+    for image in images.all():
+        image.locator("..").hover()  # scrolls, also if the page is drawn again meanwhile
+        expect(image).to_have_js_property("naturalWidth", 1)
+    assert len(loaded) == 1
+
+
+LETTERS = """
+from flock.core import Document, Flock
+
+flock = Flock("letters")
+
+@flock.agent
+def read(letter: Document, more: list[Document] = [], note: str = "") -> str:
+    return " ".join([note, *(f"{file.name}={file.text()}" for file in (letter, *more))])
+"""
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> Iterator[Site]:
+    (script := tmp_path / "letters.py").write_text(LETTERS)
+    key = new_key()
+    serve = flockapi_command("serve", str(script), "--port", "0", "--store", str(tmp_path / "flock.db"), "--ui")
+    with running(*serve, FLOCK_API_KEYS=f"ann={key}") as server:
+        yield Site(tmp_path, server.url, "", key)
+
+
+def posted_files(page: Page) -> list[str]:
+    """Return a list that gets an entry for each file that the page sends."""
+    sent = list[str]()
+    page.on("request", lambda it: sent.append(it.url) if it.url.endswith("/files") else None)
+    return sent
+
+
+def test_files_that_a_table_names_are_sent_once_and_their_names_replaced(letters: Site, visit: Visit) -> None:
+    table = (
+        'letter;more;note;id\n"a.txt";"[""b.txt"", ""a.txt""]";0,5 ä "x";007\n.\\sub\\c.txt;;"say ""b.txt""";b.txt\n'
+    )
+    page = visit.page(letters, "new-batch")
+    visit.expected.append("422")  # the rows are not UTF-8
+    posted = posted_files(page)
+    page.locator("input[type=file][accept]").set_input_files(sent("rows.csv", table.encode("windows-1252"), "text/csv"))
+    page.get_by_text("Numbers and encoding of CSV").click()
+    page.get_by_label("Encoding of a file").select_option("windows-1252")
+    files = page.get_by_role("region", name="Files")
+    expect(files.get_by_role("status")).to_contain_text("Missing: 3 of 3 files that the rows name.")
+    several = files.get_by_label("Choose the files, or drop them here")
+    several.set_input_files([sent("a.txt", b"A", "text/plain"), sent("other.txt", b"O", "text/plain")])
+    expect(files.get_by_role("listitem")).to_have_text(["b.txt", "sub/c.txt"])
+    assert posted == [], "nothing is sent while one is missing"
+    expect(page.get_by_role("button", name="Start the batch")).to_be_disabled()
+
+    folder = letters.folder / "letters"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "b.txt").write_text("B")
+    (folder / "sub" / "c.txt").write_text("C")
+    files.get_by_label("or choose their folder").set_input_files(folder)
+    expect(files.get_by_role("status")).to_contain_text("3 files sent.")
+    assert len(posted) == 3
+    expect(page.get_by_role("region", name="Check").get_by_role("status")).to_contain_text("All 2 rows are valid.")
+    page.get_by_role("button", name="Start the batch").click()
+    expect(page.get_by_role("row").nth(2)).to_contain_text("c.txt=C")
+    batch_id = page.url.split("/")[-1].split("?")[0]
+    rows = letters.get(f"/batch/{batch_id}/results?format=json")
+    assert [row["result"]["result"] for row in rows] == ['0,5 ä "x" a.txt=A b.txt=B a.txt=A', 'say "b.txt" c.txt=C']
+    assert [row["extra"] for row in rows] == [{"id": "007"}, {"id": "b.txt"}]
+    assert len(posted) == 3
+
+
+def test_files_of_ndjson_are_sent_and_a_failure_is_said_and_tried_again(letters: Site, visit: Visit) -> None:
+    page = visit.page(letters, "new-batch")
+    visit.expected.append("507")
+    posted = posted_files(page)
+    lines = [f'{{"letter": "{n}.txt", "more": ["0.txt"], "n": 12345678901234567890}}' for n in range(9)]
+    page.get_by_label("or paste rows").fill("\n".join(lines))
+    files = page.get_by_role("region", name="Files")
+    routed = list[Route]()
+
+    def refuse_fourth(route: Route) -> None:
+        routed.append(route)
+        if len(routed) == 4:  # that of 5.txt
+            route.fulfill(status=507, body='{"detail": "The disk is full."}')
+        else:
+            route.continue_()
+
+    page.route("**/files", refuse_fourth)
+    chosen = [sent(f"{n}.txt", str(n).encode(), "text/plain") for n in range(9)]
+    files.get_by_label("Choose the files, or drop them here").set_input_files(chosen)
+    expect(files.get_by_text("5.txt: The disk is full.")).to_be_visible()
+    expect(files.get_by_role("status")).to_contain_text(" of 9 files sent.")
+    page.unroute("**/files")
+    files.get_by_role("button", name="Try again").click()
+    expect(files.get_by_role("status")).to_contain_text("9 files sent.")
+    assert len(posted) == 10, "what was sent is not sent again"
+    page.get_by_role("button", name="Start the batch").click()
+    expect(page.get_by_role("row").nth(9)).to_contain_text("8.txt=8 0.txt=0")
+    batch_id = page.url.split("/")[-1].split("?")[0]
+    rows = letters.get(f"/batch/{batch_id}/results?format=json")
+    assert {row["extra"]["n"] for row in rows} == {12345678901234567890}
+
+
+def test_files_that_were_chosen_are_sent_when_the_rows_change(letters: Site, visit: Visit) -> None:
+    page = visit.page(letters, "new-batch")
+    page.get_by_label("or paste rows").fill("letter\na.txt\nb.txt\n")
+    files = page.get_by_role("region", name="Files")
+    files.get_by_label("Choose the files, or drop them here").set_input_files(sent("a.txt", b"A", "text/plain"))
+    expect(files.get_by_role("listitem")).to_have_text(["b.txt"])
+    page.get_by_label("or paste rows").fill("letter\na.txt\n")
+    expect(files.get_by_role("status")).to_contain_text("1 file sent.")
+    expect(page.get_by_role("region", name="Check").get_by_role("status")).to_contain_text("The row is valid.")
+    page.get_by_label("Column letter maps to").select_option("more")
+    expect(files.get_by_role("status")).to_contain_text("1 file sent.")
+
+
+def test_a_table_without_files_has_no_place_for_them(letters: Site, visit: Visit) -> None:
+    page = visit.page(letters, "new-batch")
+    file_id = uploaded(letters, b"A", "a.txt")["file_id"]
+    page.get_by_label("or paste rows").fill(f"letter,note\n{file_id},a.txt\n")
+    expect(page.get_by_role("region", name="Check").get_by_role("status")).to_contain_text("The row is valid.")
+    expect(page.get_by_role("region", name="Files")).to_be_hidden()
+    expect(page.get_by_role("button", name="Start the batch")).to_be_enabled()

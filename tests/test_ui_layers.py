@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flock.web.ui import IMPORT, ui_files
+from flock.web.ui import COMMENT, IMPORT, KEPT, bundled, ui_files
 from tests.support import ROOT
 
 FOLDER = ROOT / "flock" / "static" / "ui"
@@ -48,13 +48,22 @@ def test_the_scripts_can_be_bundled() -> None:
         for found in re.finditer(IMPORT, text.encode()):
             names = [name.strip() for name in found["names"].decode().split(",") if name.strip()]
             assert all(re.search(rf"^export .*\b{name}\b", SCRIPTS[found["module"].decode()], re.M) for name in names)
-    served = {name: file.plain.decode() for name, file in ui_files("").items() if name.endswith(".js")}
-    for name, script in served.items():
+    scripts = {name: text.decode() for name, text in bundled({n: t.encode() for n, t in SCRIPTS.items()}).items()}
+    for name, script in scripts.items():
         declared = re.findall(r"^(?:export )?(?:async )?(?:function\*?|const|let|class) (\w+)", script, re.MULTILINE)
         imported = re.findall(r"\w+", " ".join(re.findall(r"^import \{(.*)\} from", script, re.MULTILINE)))
         names = declared + imported
         assert sorted(names) == sorted(set(names)), name
-    assert not re.search(IMPORT, served[ENTRY].encode())
+    assert not re.search(IMPORT, scripts[ENTRY].encode())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_space_can_be_left_out(script: str) -> None:
+    """All strings, templates and regular expressions are found. That statements end with semicolons, browsers show."""
+    text = COMMENT.sub(rb"\1", SCRIPTS[script].encode())
+    code = re.sub(KEPT, b"0", text).decode()
+    assert not re.search(r"""["'`\\]|/(?! )""", code)
+    assert not re.search(rb"`[^`]*\$\{[^}`]*`", text), "a template in a template is not found"
 
 
 def test_a_view_loads_few_scripts() -> None:

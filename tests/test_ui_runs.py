@@ -3,12 +3,15 @@
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from playwright.sync_api import Locator, Page, Route, expect
 
+from flock.web.auth import new_key
+from tests.support.servers import flockapi_command, running
 from tests.support.site import Site, Visit, status_of
 
 pytest_plugins = "tests.support.site"  # for its fixtures
@@ -340,6 +343,78 @@ def test_a_question_that_another_person_has_answered_says_so(visit: Visit, close
     httpx.post(f"{closed.url}/run/{run_id}/calls/{call_id}", json=answer, headers=closed.headers).raise_for_status()
     expect(page.get_by_role("row", name="reason")).to_contain_text("I was first.")
     expect(approve).to_have_count(0)
+
+
+REFUNDS = """
+from flock.agents.tools import Tool
+from flock.core import Flock, FlockFactory
+from flock.runs import RunContext
+from flock.testing import FakeModel, Reply
+
+flock = Flock("refunds", model="openai/gpt-4o")
+
+def refund(order: str) -> str:
+    return f"refunded {order}"
+
+tool = Tool(refund, needs_approval=True, approver="refunds")
+flock.add_agent(FlockFactory.create_default_agent("support", input="order: str", output="reply: str", tools=[tool]))
+
+@flock.agent
+async def mine(context: RunContext) -> str:
+    return str(await context.ask("Only for the owner?", bool))
+
+def reply(request):
+    last = request["messages"][-1]
+    if last["role"] == "tool":
+        return {"reply": last["content"]}
+    return Reply(calls=[("refund", {"order": "A2" if "A2" in str(last) else "A1"})])
+
+FakeModel(reply).__enter__()
+"""
+
+
+def focus(page: Page, control: Locator) -> None:
+    """Move the focus to a control, with the Tab key only."""
+    expect(control).to_be_visible()
+    while not control.evaluate("(control) => control === document.activeElement"):
+        page.keyboard.press("Tab")
+
+
+def test_an_approver_sees_the_questions_of_the_role_and_answers_them_by_keyboard(visit: Visit, tmp_path: Path) -> None:
+    """The runs are those of another principal, and stay hidden."""
+    (script := tmp_path / "refunds.py").write_text(REFUNDS)
+    keys = {name: new_key() for name in ("ann", "bob:role:refunds")}
+    serve = flockapi_command("serve", str(script), "--port", "0", "--store", str(tmp_path / "flock.db"), "--ui")
+    with running(*serve, FLOCK_API_KEYS=",".join(f"{name}={key}" for name, key in keys.items())) as server:
+        owner, approver = (Site(tmp_path, server.url, "", key) for key in keys.values())
+        runs = [owner.start("support", order=order) for order in ("A1", "A2")]
+        for run_id in (*runs, owner.start("mine")):
+            while owner.get(f"/run/{run_id}?wait=1")["status"] != "waiting":
+                pass
+        page = visit.page(approver, "waiting")
+        rows = page.locator("tbody tr")
+        expect(rows).to_have_count(2)
+        expect(rows.first).to_contain_text("May support call refund?order: A2supportann")
+        focus(page, rows.first.get_by_role("link"))
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", name="Question of support")).to_be_focused()
+        expect(fact(page, "Role")).to_have_text("refunds")
+        for order in ("A2", "A1"):
+            expect(page.get_by_role("group", name="Arguments")).to_contain_text(f"order{order}")
+            focus(page, page.get_by_role("button", name="Approve"))
+            page.keyboard.press("Enter")
+            expect(page.locator("main")).to_contain_text("Answered by bob")
+            expect(
+                page.get_by_role("link", name="Next question" if order == "A2" else "Other questions")
+            ).to_be_focused()
+            page.keyboard.press("Enter")
+        expect(page.locator("main")).to_contain_text("No run waits for an answer.")
+        results = [owner.get(f"/run/{run_id}?wait=30")["result"]["reply"] for run_id in runs]
+        assert results == ["refunded A1", "refunded A2"]
+        visit.expected.append("404")
+        page.goto(f"{server.url}/ui#/run/{runs[0]}")
+        expect(page.get_by_role("alert")).to_contain_text("This no longer exists")
+        page.close()  # before the server stops
 
 
 # Facts

@@ -9,11 +9,14 @@ when they continue.
 import argparse
 import asyncio
 import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import anyio
+import httpx
 import msgspec
 import uvicorn
 from starlette.applications import Starlette
@@ -23,7 +26,7 @@ from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import RunContext
-from flock.testing import FakeModel, ModelRequest, Reply
+from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from flockapi import create_app
 
 
@@ -172,6 +175,25 @@ def ui_flock(folder: Path) -> Flock:
         )
     )
 
+    flock.add_agent(
+        FlockFactory.create_default_agent(
+            name="chat",
+            description="Talks about anything, and pays money back if a person allows it.",
+            input="message: str",
+            output="reply: str",
+            history=20,
+            tools=[Tool(pay_back, needs_approval=True)],
+        )
+    )
+    flock.add_agent(
+        FlockFactory.create_default_agent(
+            name="talk",
+            description="Sees the whole conversation in each request.",
+            input="messages: Messages, tone: Literal['short', 'polite'] | None | how it sounds",
+            output="reply: str",
+        )
+    )
+
     def fare(place: str) -> int:
         return len(place)
 
@@ -214,6 +236,45 @@ def reply(request: ModelRequest) -> Reply:
     return Reply({"sentiment": "positive", "keywords": ["coffee", "fast"]})
 
 
+class Gated(httpx.AsyncByteStream):
+    """A streamed answer whose second half comes when a file exists."""
+
+    def __init__(self, halves: tuple[str, str], gate: Path) -> None:
+        self._halves, self._gate = halves, gate
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        text = json.dumps({"reply": "".join(self._halves)})
+        middle = text.index(self._halves[1])
+        for piece in (text[:middle], text[middle:]):
+            delta = {"content": piece}
+            yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n".encode()
+            while not self._gate.exists():  # noqa: ASYNC110 - another process makes it
+                await anyio.sleep(0.02)
+        end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+        usage = {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}
+        yield f"data: {json.dumps(end)}\n\ndata: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode()
+
+
+def chat_reply(folder: Path) -> Callable[[ModelRequest], Any]:
+    """Return the replies to chats. The user decides what happens: "slow GATE", "fail GATE", "pay"."""
+
+    def reply_to(request: ModelRequest) -> Any:
+        said = [message["content"] for message in request["messages"] if message["role"] == "user"]
+        is_text = request.agent_name == "chat"
+        text = json.JSONDecoder().raw_decode(said[-1])[0]["message"] if is_text else said[-1]
+        word, _, gate = text.partition(" ")
+        if word == "slow":
+            stream = Gated(("Once upon ", "a time."), folder / gate)
+            return httpx.Response(200, headers={"Content-Type": "text/event-stream"}, stream=stream)
+        if word == "fail" and not (folder / gate).exists():
+            return Failure(400, "bad_request")
+        if word == "pay" and request["messages"][-1]["role"] != "tool":
+            return Reply(calls=[("pay_back", {"amount": 40})])
+        return Reply({"reply": f"Message {len(said)} was: {text}"})
+
+    return reply_to
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -222,7 +283,10 @@ def main() -> None:
     parser.add_argument("--key")
     options = parser.parse_args()
     flock = ui_flock(options.folder)
-    transport = FakeModel(reply).transport
+    chatting = chat_reply(options.folder)
+    transport = FakeModel(
+        lambda request: (chatting if request.agent_name in ("chat", "talk") else reply)(request)
+    ).transport
     app = create_app(
         flock,
         server_name="Sample agents",

@@ -48,11 +48,12 @@ from flock.errors import (
     cut,
 )
 from flock.files import File, FileReference
-from flock.models.completions import Message, with_user_text
+from flock.models.completions import Completion, Message, with_user_text
 from flock.models.llm import ModelClient
-from flock.models.models import ModelChoice, models_of, names_of
+from flock.models.models import Model, ModelChoice, models_of, names_of
 from flock.models.pace import Caller
 from flock.models.pieces import Joiner
+from flock.models.providers import check_batch
 from flock.models.requests import Request, check_strict
 from flock.nearest import did_you_mean
 from flock.options import WEBHOOK_URL, check
@@ -112,6 +113,8 @@ class Resources(msgspec.Struct, frozen=True):
     agents: "Mapping[str, Agent]" = {}
     #: what they share
     shared: Shared = Shared()
+    #: whether calls of models may wait for a batch endpoint
+    has_batches: bool = False
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True):
@@ -452,14 +455,20 @@ class ModelAgent(Agent):
         self.timeout_s = timeout_s
         self.takes = {"instructions": client_instructions, "tools": client_tools, "options": client_options}
         self._answer = ReasonedAnswer(output) if reasoning else output
-        self.check_strict(model)
+        self.check_models(model)
         self._examples = [
             message for number, example in enumerate(examples) for message in self._example_messages(example, number)
         ]
 
-    def check_strict(self, model: ModelChoice) -> None:
-        """Raise DefinitionError if *model* is not valid, or enforces the schema of the output and cannot."""
-        check_strict(self._answer.schema, models_of(model, repr(self.name)), repr(self.name))
+    def check_models(self, model: ModelChoice) -> None:
+        """Raise DefinitionError if *model* is not valid, or enforces the schema of the output and cannot.
+
+        Or if it is to be called through a batch endpoint, and cannot be.
+        """
+        models, owner = models_of(model, repr(self.name)), repr(self.name)
+        check_strict(self._answer.schema, models, owner)
+        has_tools = bool(self.tools) or self.takes["tools"]
+        check_batch(models, owner, has_tools=has_tools, has_files=self.input.has_files)
 
     async def execute(self, inputs: Any, resources: Resources, context: RunContext) -> msgspec.Raw:
         with move_on_after_working(self.timeout_s):
@@ -508,6 +517,11 @@ class ModelAgent(Agent):
                 is_strange=client != ClientSettings(),
             ),
             complete=functools.partial(resources.models.complete, models or None, caller=caller),
+            in_batch=(
+                functools.partial(self._in_batch, models[0], resources, context)
+                if models and self._is_in_batch(models[0], resources, context)
+                else None
+            ),
             hooks=resources.shared.model_hooks,
             read=lambda text: self.output.encode(self._answer.decode(text.encode())),
             listen=functools.partial(LiveAnswer, self._answer, self.output, context),
@@ -519,6 +533,21 @@ class ModelAgent(Agent):
             ),
         )
         return await conversation.converse(self.answer_retries)
+
+    def _is_in_batch(self, model: Model, resources: Resources, context: RunContext) -> bool:
+        """Whether a call goes through the batch endpoint. If its reply has come already, the option does not count."""
+        can_be = resources.has_batches and resources.models.has_batches
+        return can_be and (model.batch or bool(context.journal.replies))
+
+    async def _in_batch(
+        self, model: Model, resources: Resources, context: RunContext, request: Request
+    ) -> Completion | None:
+        """Return the reply from the batch endpoint of *model*; None if the request is to be sent as a normal one."""
+        call = await resources.models.batch_call(model, request, context.agent_name)
+        reply: Completion | None = await context.journal.receive_reply(
+            f"batch:{model.name}", msgspec.Raw(msgspec.json.encode(call)), Completion | None
+        )
+        return reply
 
     async def _validated(self, resources: Resources, context: RunContext, text: str) -> Verdict:
         """Return what ``validate=`` says about a valid answer."""

@@ -36,6 +36,8 @@ class Conversation(msgspec.Struct, kw_only=True):
         models: the names of the models that may answer. The first one identifies their calls in the journal.
         request: the parts that all of its requests share.
         complete: sends a request to the model; see ``ModelClient.complete``.
+        in_batch: sends the first request through the provider's batch endpoint. It returns None if it is to be sent as
+            a normal one.
         hooks: functions around that. With them nothing is streamed, since they may change the answer.
         read: returns the result for an answer. Raises MalformedJSON, InvalidData, UnicodeEncodeError.
         listen: returns a listener for one reply. It is called if somebody watches the run.
@@ -49,6 +51,7 @@ class Conversation(msgspec.Struct, kw_only=True):
     models: Sequence[str]
     request: Request
     complete: Callable[[Request], Awaitable[Completion]]
+    in_batch: Callable[[Request], Awaitable[Completion | None]] | None = None
     hooks: Sequence[Hook] = ()
     read: Callable[[str], msgspec.Raw]
     listen: Callable[[], Listener]
@@ -95,18 +98,25 @@ class Conversation(msgspec.Struct, kw_only=True):
 
     async def _reply(self, number: int, *, is_last: bool) -> Completion:
         """Ask the model, or read its reply if it was asked before the step started again."""
-        context = self.context
+        context, is_first = self.context, number == 1
         asks = itertools.count(1)
 
         async def pay_once(request: Request) -> Completion:
             """Store the reply that a hook gets before it goes on, since it may wait for a person or make calls."""
 
-            async def sealed() -> Completion:
-                return self.toolbox.sealed(await self._pay(request))
+            asked = next(asks)
 
-            number = str(next(asks))
+            async def sealed() -> Completion:
+                return self.toolbox.sealed(await self._pay(request, is_first=is_first and asked == 1))
+
             reply: Completion = await context.journal.once(
-                "reply", number, sealed, kind="model", arguments=JSON_NULL, decode=decode, should_keep=lambda _: True
+                "reply",
+                str(asked),
+                sealed,
+                kind="model",
+                arguments=JSON_NULL,
+                decode=decode,
+                should_keep=lambda _: True,
             )
             return self.toolbox.unsealed(reply)
 
@@ -125,7 +135,8 @@ class Conversation(msgspec.Struct, kw_only=True):
                 listener=self.listen() if context.is_watched and not self.hooks else None,
                 on_unfinished=context.spend,
             )
-            completion = await with_model_hooks(self.hooks, pay_once if self.hooks else self._pay, request, context)
+            pay = pay_once if self.hooks else functools.partial(self._pay, is_first=is_first)
+            completion = await with_model_hooks(self.hooks, pay, request, context)
             return self.toolbox.sealed(replace(completion, instructions=instructions))
 
         def needs_more(reply: Completion) -> bool:
@@ -145,8 +156,10 @@ class Conversation(msgspec.Struct, kw_only=True):
         )
         return self.toolbox.unsealed(reply)
 
-    async def _pay(self, request: Request) -> Completion:
+    async def _pay(self, request: Request, *, is_first: bool) -> Completion:
         """Ask the model, within the budget of the run, and count what the reply cost."""
+        if is_first and self.in_batch is not None and (reply := await self.in_batch(request)) is not None:
+            return reply  # it is counted where it was stored
         context, files = self.context, " " * bytes_of_files(request.messages)
         async with context.reserve(self._model, (request.messages, request.tools, files), request.max_tokens):
             context.check_tokens(self.models)

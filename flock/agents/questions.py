@@ -18,6 +18,8 @@ from flock.runs import Question
 
 #: What questions, sleeps and awaited messages are called among the calls of their step.
 ASK, SLEEP, RECEIVE = "ask", "sleep", "receive"
+#: What identifies the wait for the reply to a call of a model. No message has such a name.
+BATCH_REPLY = "batch+reply"
 #: What ``RunContext.timeout`` is called among them: its deadline, and what waits for it.
 TIMEOUT, TIMER = "timeout", "timeout-end"
 

@@ -85,6 +85,13 @@ payload_dir_option = click.option(
     help="Folder for values that are too long for the Temporal cluster. The API and all workers must share it.",
 )
 
+files_dir_option = click.option(
+    "--files-dir",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Folder for files in the inputs of runs on the Temporal cluster. The API and all workers must share it.",
+)
+
 
 def pairs(given: Sequence[str], option: str, form: str) -> dict[str, str]:
     pairs = {}

@@ -15,17 +15,20 @@ import anyio
 import click
 from msgspec.structs import replace
 
+from flock.agents.agent import ModelAgent
+from flock.agents.graph import graph_of
 from flock.command.arguments import Seconds, model_option, pairs, pop_fields
 from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file, write_partial
 from flock.command.batchfile import forget as forget_state
 from flock.command.server import abandon_busy_threads
 from flock.command.target import load_flock
 from flock.command.terminal import TerminalBytes, echo
-from flock.declared import DeclaredFlock
+from flock.declared import DeclaredFlock, agent_of
 from flock.engine.batches import mixed_versions
 from flock.engine.rowchecks import BatchCheck
 from flock.errors import DefinitionError, FieldError, InvalidData, StoreError
 from flock.formats import ENDINGS, FORMATS, format_of, suffix_of
+from flock.models.models import Model, ModelChoice, models_of
 from flock.options import MAX_SECONDS
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import MAX_ROW_BYTES
@@ -145,6 +148,16 @@ STDOUT = Path("-")
 )
 @click.option("--dedupe", is_flag=True, help="Run equal rows once. The others get the same result.")
 @click.option(
+    "--batch-api",
+    is_flag=True,
+    help="Call the model through its provider's batch endpoint, for half the price and within a day.",
+)
+@click.option(
+    "--batch-fallback/--no-batch-fallback",
+    default=True,
+    help="With --batch-api: make calls that the endpoint did not make again, as normal calls.",
+)
+@click.option(
     "--usage", "with_usage", is_flag=True, help="Add input_tokens, output_tokens and cost of each row to the results."
 )
 @click.option(
@@ -194,6 +207,8 @@ def batch(
     tried: int | None,
     partial: bool,
     forget: bool,
+    batch_api: bool,
+    batch_fallback: bool,
     **options: Any,
 ) -> None:
     """Run AGENT on each row of a file, and write the results to a file.
@@ -223,6 +238,8 @@ def batch(
     with explaining_errors(rows, output, state), batch_process():
         files = {"output": None if output == STDOUT else output, "format": _format_of(output, rows, format_)}
         ask = print_stderr if yes else _confirm
+        if batch_api:
+            _use_batch_api(flock, agent, fallback=batch_fallback)
         job = job_of(flock, agent, options, rows=rows, state=state, confirm=ask, **files)
         if job.like_input and (job.format not in ("csv", "tsv") or format_of(rows) != FORMATS[job.format]):
             raise DefinitionError("--like-input is for ROWS in CSV or TSV, and an output in the same format.")
@@ -266,6 +283,27 @@ def job_of(flock: DeclaredFlock, agent: str, options: dict[str, Any], **files: A
         **files,
         **options,
     )
+
+
+def _use_batch_api(flock: DeclaredFlock, agent_name: str, *, fallback: bool) -> None:
+    """Let an agent, and those that may follow it, call their models through batch endpoints.
+
+    Raises: AgentNotFound; DefinitionError if one of them cannot.
+    """
+
+    def in_batch(choice: ModelChoice) -> tuple[Model, ...]:
+        first, *others = models_of(choice, "the flock") or [None]
+        return () if first is None else (replace(first, batch=True, batch_fallback=fallback), *others)
+
+    agent_of(flock.agents, agent_name)
+    names = dict.fromkeys([agent_name, *(each.to for each in graph_of(agent_name, flock.agents))])
+    agents = [agent for agent in map(flock.agents.get, filter(None, names)) if isinstance(agent, ModelAgent)]
+    if not agents:
+        raise DefinitionError(f"{agent_name!r} is a function. --batch-api needs an agent with a model.")
+    for agent in agents:
+        agent.check_models(in_batch(agent.model or flock.model))
+        agent.model = agent.model and in_batch(agent.model)
+    flock.model = in_batch(flock.model) or None
 
 
 @contextlib.contextmanager

@@ -138,9 +138,11 @@ async def run_batch_file(
                     is_left = await _continue(engine, batch, job, report)
                 batch = batch or await _accept(engine, flock, job, digest)
                 if job.progress in ("lines", "json"):
-                    batch = await print_progress(engine, batch.batch_id, as_json=job.progress == "json")
+                    is_json = job.progress == "json"
+                    batch = await print_progress(engine, batch.batch_id, engine.count_submitted, as_json=is_json)
                 else:
-                    batch = await follow_batch(engine, batch.batch_id, is_shown=job.progress == "bar")
+                    is_shown = job.progress == "bar"
+                    batch = await follow_batch(engine, batch.batch_id, engine.count_submitted, is_shown=is_shown)
                 pages = item_pages(engine, batch.batch_id)
                 await (read(engine, batch) if read else _write(flock, job, batch, pages, stdout))
         except Exception:

@@ -16,6 +16,7 @@ from flock.agents.questions import check_answer
 from flock.command.arguments import (
     check_host_names,
     expose_errors_option,
+    files_dir_option,
     log_json_option,
     model_option,
     options_of,
@@ -76,6 +77,7 @@ def _protocols(context: click.Context, param: click.Parameter, names: Sequence[s
     help="Store runs and batches on this Temporal cluster. Processes of 'flockapi worker' execute them.",
 )
 @payload_dir_option
+@files_dir_option
 @click.option(
     "--store",
     default="flock.db",
@@ -174,6 +176,8 @@ def serve(context: click.Context, /, target: str, model: str | None, workers: in
         _check_options_for_temporal(context)
     elif options["payload_dir"]:
         raise click.UsageError("--payload-dir needs --temporal. An SQLite file stores long values itself.")
+    elif options["files_dir"]:
+        raise click.UsageError("--files-dir needs --temporal. Otherwise, files are stored beside the SQLite file.")
     own, limits = pop_fields(options, ServerSettings), Limits(**pop_fields(options, Limits))
     settings = ServerSettings(app=AppOptions(**options), limits=limits, **own)
     if workers == 1:
@@ -222,6 +226,7 @@ def _check_options_for_temporal(context: click.Context) -> None:
     "variables.",
 )
 @payload_dir_option
+@files_dir_option
 @model_option
 @options_of(Limits, enforced_by("worker"))
 @options_of(WorkerSettings)

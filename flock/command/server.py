@@ -77,13 +77,15 @@ class _Settings(Options, frozen=True, kw_only=True):
 
     Attributes:
         limits: the limits of the engine.
-        payload_dir: a folder for values that are too long for the cluster; see ``TemporalEngine``.
+        payload_dir, files_dir: folders for values that are too long for the cluster, and for files; see
+            ``TemporalEngine``.
         expose_errors: see ``EmbeddedEngine``.
         log_json: write the log as JSON, one object per line.
     """
 
     limits: Limits = Limits()
     payload_dir: str | None = None
+    files_dir: str | None = None
     expose_errors: bool = False
     log_json: bool = False
 
@@ -480,6 +482,7 @@ def _temporal_engine(flock: DeclaredFlock, settings: ServerSettings) -> "Tempora
         flock=flock.name,
         limits=settings.limits,
         payload_dir=settings.payload_dir,
+        files_dir=settings.files_dir,
         prices=flock.prices,
         default_model=flock.model,
     )
@@ -516,6 +519,7 @@ async def _run_until_signal(flock: DeclaredFlock, settings: WorkerSettings) -> N
         drain_timeout_s=settings.drain_timeout_s,
         expose_errors=settings.expose_errors,
         payload_dir=settings.payload_dir,
+        files_dir=settings.files_dir,
         prices=flock.prices,
         shared=flock.shared,
     )

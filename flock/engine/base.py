@@ -224,7 +224,10 @@ class EngineBase(Engine):
 
     def files(self, principal: str | None = None) -> FileBox:
         self._check_entered()
-        raise Conflict("This server keeps its runs on a cluster, which has no place for files. Send texts only.")
+        raise Conflict(
+            "This server keeps its runs on a cluster, and has no folder for files. Send texts only. To enable files, "
+            "its operator names a folder that all machines share (--files-dir, files_dir=)."
+        )
 
     def watch(self, run_id: str) -> AbstractContextManager[object]:
         return contextlib.nullcontext()  # by default, there is no live output

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from flock.agents.agent import Agent, ModelAgent
 from flock.engine.intake import ITEMS_PER_PAGE, Intake
+from flock.engine.jobs import Jobs
 from flock.engine.runner import Runner
 from flock.errors import ModelError, OwnershipLost, StoreError
 from flock.limits import Limits
@@ -151,9 +152,12 @@ class Batches:
         day_budget = self.runner.day_budget_of(batch)
         if day_budget is not None:
             await day_budget.refresh()
+        work = _Work(batch, self, failures, budget, day_budget)
         if id_ not in self.cancelled:
             workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self.limits.max_concurrency)
-            await _Work(batch, self, failures, budget, day_budget).run(workers if batch.options.parallel else 1)
+            await work.run(workers if batch.options.parallel else 1)
+        if id_ in self.cancelled and not self.runner.is_draining:
+            await work.jobs.cancel()
         while id_ in self.cancelled and await self.store.cancel_waiting(batch, now()):
             pass
         if batch.options.dedupe and not self.runner.is_draining:
@@ -175,7 +179,8 @@ class Batches:
             return await self.store.drop_digests(batch) if batch.options.dedupe else batch
         for item_id, reason in await self.store.fail_unreadable(batch, now()):
             logger.error("batch %s: item %s cannot be read and was marked as failed: %s", id_, item_id, reason)
-        batch = await self.store.end(batch, now(), is_day_spent=day_budget is not None and day_budget.is_spent)
+        is_day_spent, is_spent = (limit is not None and limit.is_spent for limit in (day_budget, budget))
+        batch = await self.store.end(batch, now(), is_day_spent=is_day_spent, is_spent=is_spent)
         if not batch.status.is_final:
             return batch
         self.runner.executor.notify("batch_ended", batch)
@@ -249,7 +254,16 @@ class _Work:
         self._store, self._runner = batches.store, batches.runner
         self._budget, self._day_budget = budget, day_budget
         self._tasks = anyio.create_task_group()
-        self._idle_workers = 0
+        self._workers = self._idle_workers = 0
+        self.jobs = Jobs(
+            batch,
+            batches.runner.store.jobs,
+            batches.runner,
+            budget,
+            is_over=lambda: self._is_over,
+            is_stopped=lambda: self._is_stopped,
+            is_idle=self._is_idle,
+        )
         self._page, self._pages = deque[Run](), self._pending_pages()
         self._reading = anyio.Lock(fast_acquire=True)
         #: the position of the last pending item that was taken
@@ -268,7 +282,7 @@ class _Work:
 
     async def run(self, workers: int) -> None:
         """Use up to *workers* workers, until no item is pending, running or waiting for an answer."""
-        self._idle_workers = workers
+        self._workers = self._idle_workers = workers
         pages = self._pending_pages(are_suspects=True)
         self._first = {item.run_id: item async for page in pages for item in page}
         async with self._tasks:
@@ -295,12 +309,28 @@ class _Work:
         self._idle_workers += 1
 
     @property
+    def _is_over(self) -> bool:
+        return self._runner.is_draining or self._batch.batch_id in self._batches.cancelled
+
+    @property
     def _is_stopped(self) -> bool:
         """Whether no more items may start."""
-        is_cancelled = self._batch.batch_id in self._batches.cancelled
-        is_over = is_cancelled or self._failures.reason is not None
         is_spent = any(budget is not None and budget.is_spent for budget in (self._budget, self._day_budget))
-        return self._runner.is_draining or is_over or is_spent
+        return self._is_over or self._failures.reason is not None or is_spent
+
+    @property
+    def _may_continue(self) -> bool:
+        """Whether items may continue that got an answer. It may be the reply of a model, which is paid."""
+        return not self._is_stopped or (self.jobs.has_open and not self._is_over)
+
+    async def _is_idle(self) -> bool:
+        """Whether no item runs or can start now."""
+        return self._idle_workers == self._workers and not self._first and not await self._answered()
+
+    async def _answered(self) -> Sequence[Run]:
+        """Return items that got an answer and have not continued."""
+        before = self._position + 1
+        return await self._store.pending_items(self._batch, -1, ITEMS_PER_PAGE, before, have_worked=True)
 
     async def _next_work(self) -> Coroutine[Any, Any, None] | None:
         """Return what executes the next item, or None if none can start now."""
@@ -310,9 +340,11 @@ class _Work:
         return self._runner.execute(item, self._start_worker, self._watch, self._failures.note, self._budget)
 
     async def _next_item(self) -> Run | None:
-        while not self._is_stopped:
-            if self._first:
+        while True:
+            if self._first and self._may_continue:
                 return self._first.pop(next(iter(self._first)))
+            if self._is_stopped:
+                return None
             while self._page:
                 item = self._page.popleft()
                 self._position = item.position or 0
@@ -326,9 +358,9 @@ class _Work:
                 if not self._page:
                     page = await anext(self._pages, None)
                     if page is None:
-                        break
+                        self._position = self._batch.total_items  # what is pending from now on got an answer
+                        return None
                     self._page.extend(page)
-        return None
 
     async def _is_first(self, item: Run) -> bool:
         """Whether it is the first of equal items. With a sample, only its items count."""
@@ -350,14 +382,17 @@ class _Work:
         if not self._is_watching:
             self._is_watching = True
             start_in_empty_context(self._tasks, self._watch_answers)
+        if not self.jobs.is_running:
+            self.jobs.is_running = True
+            start_in_empty_context(self._tasks, self.jobs.run)
 
     async def _watch_answers(self) -> None:
         """Let items continue that got an answer, until none waits for one."""
         try:
-            while not self._is_stopped:
+            while self._may_continue:
                 changed, batch = self._batches.next_change(), await self._store.get(self._batch.batch_id)
-                for item in await self._store.pending_items(self._batch, -1, ITEMS_PER_PAGE, before=self._position + 1):
-                    if item.worked_s and item.run_id not in self._runner.active:
+                for item in await self._answered():
+                    if item.run_id not in self._runner.active:
                         self._first[item.run_id] = item
                         self._start_worker()
                 if batch is None or not batch.waiting_items:

@@ -755,6 +755,10 @@ class EmbeddedEngine(EngineBase):
             await share.checkpoint()
         return page
 
+    async def count_submitted(self, batch_id: str) -> int:
+        """Return how many calls of a batch are in jobs of batch endpoints."""
+        return int(await self.store.jobs.count_submitted(batch_id))
+
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()
         return await self.store.batches.page(self._flock, wanted)

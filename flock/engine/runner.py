@@ -99,6 +99,10 @@ class StoredRun(ActiveRun):
         return super().is_cut_off or (watch_task is not None and watch_task.cancelling() > 0)
 
     @property
+    def has_batches(self) -> bool:  # type: ignore[override]
+        return self.run.batch_id is not None
+
+    @property
     def keeps_text(self) -> bool:
         """Whether its live output is kept while nobody watches. Clients of asynchronous runs come after the start."""
         return self.run.is_async and self.run.batch_id is None

@@ -66,6 +66,25 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     instructions: str | msgspec.UnsetType = msgspec.UNSET
 
 
+class BatchCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of a model through a batch endpoint.
+
+    Attributes:
+        custom_id: identifies it in the endpoint. It is the idempotency key of the call.
+        target: identifies the model and its server; see ``flock.models.providers.target_of``.
+        digest: of what is asked, however the request spells that.
+        line: the line of the input file, as a JSON object.
+    """
+
+    custom_id: str
+    target: str
+    model: str
+    agent_name: str
+    max_tokens: int | None
+    digest: str
+    line: msgspec.Raw
+
+
 class ToolSchema(msgspec.Struct, frozen=True, kw_only=True):
     """A tool as a model sees it.
 

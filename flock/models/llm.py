@@ -13,6 +13,7 @@ ignore unknown headers (RFC 9110, section 5.1).
 
 import contextlib
 import copy
+import hashlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from msgspec.structs import replace
 from flock.errors import ModelError
 from flock.models import http, react, replies
 from flock.models.bodies import ENCODING, BadBody, read_whole
-from flock.models.completions import Completion, Listener
+from flock.models.completions import BatchCall, Completion, Listener
 from flock.models.models import Model, ModelChoice, models_of
 from flock.models.pace import (
     FALLBACK_WAIT_S,
@@ -42,7 +43,7 @@ from flock.models.pace import (
     passing,
     wait,
 )
-from flock.models.providers import Endpoint, endpoint_of, is_built_in, no_model, unknown_provider
+from flock.models.providers import Endpoint, endpoint_of, is_built_in, no_model, target_of, unknown_provider
 from flock.models.requests import (
     FORMATS,
     STREAMS,
@@ -80,6 +81,8 @@ MAX_SERVER_ERRORS = 10
 MAX_REFUSED_PAUSE_S = 30.0
 #: The longest such pause if the server has just answered other calls, in seconds.
 SHORT_REFUSED_PAUSE_S = 1.0
+#: Max length of the id of a call in a batch endpoint. Anthropic takes no longer ones.
+MAX_CUSTOM_ID = 64
 #: The request fields that limit the length of an answer.
 MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
 #: The errors after which the next model is asked.
@@ -402,6 +405,35 @@ class ModelClient:
         except (ValueError, RecursionError) as exc:
             reason, message = "returned status 200 with a body that is not JSON", replies.provider_message(response)
             raise replies.bad_response(endpoint.name, reason, message) from exc
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether it can use batch endpoints. A fake model that replaces all providers has none."""
+        return self._transport is not None or self.stand_in is None
+
+    @property
+    def http(self) -> "httpx.AsyncClient":
+        return self._client()
+
+    async def batch_call(self, model: Model, request: Request, agent_name: str) -> BatchCall:
+        """Return *request*, without tools, as a call for the batch endpoint of *model*. Raises ModelError."""
+        endpoint, key = await endpoint_of(model), request.idempotency_key or ""
+        request = replace(request, name=model.name, messages=react.as_text(request.messages))
+        format_ = self._formats.get(model.name, endpoint.first_format)
+        body = request.body(endpoint) | format_of(format_, request, may_be_strict=endpoint.may_be_strict)
+        custom_id = key if len(key) <= MAX_CUSTOM_ID else hashlib.sha256(key.encode()).hexdigest()
+        line = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions"}
+        content = msgspec.Raw(encoded(body, endpoint.has_cache_marks))
+        asked = [request.messages, request.schema, request.max_tokens, request.temperature, request.options]
+        return BatchCall(
+            custom_id=custom_id,
+            target=target_of(model),
+            model=model.name,
+            agent_name=agent_name,
+            max_tokens=request.max_tokens,
+            digest=hashlib.sha256(msgspec.json.encode(asked, enc_hook=str)).hexdigest()[:32],
+            line=msgspec.Raw(msgspec.json.encode({**line, "body": content})),
+        )
 
     def _client(self) -> "httpx.AsyncClient":
         if self._http is None:

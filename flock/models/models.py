@@ -61,6 +61,10 @@ class Model(_Named, frozen=True, kw_only=True):
         strict: whether the model enforces the schema of an output, in the strict mode of OpenAI. Then an output that
             this mode does not allow is an error at the definition. False asks without it, and allows any output. None
             means True for the models of OpenAI that are known to have it; others are asked for it if it is possible.
+        batch: whether the calls of a batch's items go through the provider's batch endpoint, at the price of that. The
+            first answer of a step does; a repair, and the calls of single runs, are normal calls. See
+            ``docs/batch-prices.md``.
+        batch_fallback: whether a call that the endpoint could not make, or not in time, is made again as a normal one.
 
     Raises: DefinitionError if a value is invalid.
     """
@@ -75,6 +79,8 @@ class Model(_Named, frozen=True, kw_only=True):
     headers: Annotated[Mapping[str, str], _HEADERS] = {}
     extra_body: Annotated[Mapping[str, Any], _BODY] = {}
     strict: Annotated[bool | None, of_type(bool, "True or False")] = None
+    batch: Annotated[bool, of_type(bool, "True or False")] = False
+    batch_fallback: Annotated[bool, of_type(bool, "True or False")] = True
 
     def __repr__(self) -> str:
         """Return the name and the limits, since the other members may be secret."""

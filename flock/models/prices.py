@@ -36,13 +36,15 @@ class Price(msgspec.Struct, frozen=True):
         input: of input tokens.
         output: of output tokens, which include those of the model's reasoning.
         cached_input: of input tokens that the provider reads from its cache; None if they cost as much as others.
+        batch: the share of these prices that a call through the provider's batch endpoint costs.
 
-    Raises: DefinitionError if a price is below zero or not a number.
+    Raises: DefinitionError if a price is below zero or not a number, or the share is above 1.
     """
 
     input: float
     output: float
     cached_input: float | None = None
+    batch: float = 0.5
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -53,6 +55,8 @@ class Price(msgspec.Struct, frozen=True):
                     f"{name}= of a Price must be US dollars for a million tokens, from 0 to {MAX_PRICE:,}, "
                     f"not {value!r}."
                 )
+            if name == "batch" and value > 1:
+                raise DefinitionError(f"batch= of a Price must be a share of its prices, from 0 to 1, not {value!r}.")
             if value is not None:  # a subclass, such as that of NumPy, may have another repr
                 force_setattr(self, name, float(value) if isinstance(value, float) else int(value))
 
@@ -64,6 +68,10 @@ class Price(msgspec.Struct, frozen=True):
             + _of_token(self.input if self.cached_input is None else self.cached_input) * cached
             + _of_token(self.output) * usage.output_tokens
         )
+
+    def for_batch(self, picodollars: int) -> int:
+        """Return what calls through the batch endpoint cost that would otherwise cost *picodollars*."""
+        return int(picodollars * Decimal(repr(self.batch)))
 
 
 def _of_token(price: float) -> int:
@@ -123,12 +131,14 @@ def price_of(prices: Mapping[str, Price], model: str) -> Price | None:
     return prices.get(model) or prices.get(re.sub(SUFFIX, "", model))
 
 
-def priced(prices: Mapping[str, Price], usage: Usage, model: str | None) -> Usage:
+def priced(prices: Mapping[str, Price], usage: Usage, model: str | None, *, is_batch: bool = False) -> Usage:
     """Return *usage* of *model* with its cost, or as it is if the model has no price."""
     price = None if model is None else price_of(prices, model)
     if price is None:
         return usage
-    return replace(usage, picodollars=price.picodollars(usage), priced_tokens=usage.input_tokens + usage.output_tokens)
+    cost = price.picodollars(usage)
+    cost = price.for_batch(cost) if is_batch else cost
+    return replace(usage, picodollars=cost, priced_tokens=usage.input_tokens + usage.output_tokens)
 
 
 class Budget:
@@ -139,7 +149,13 @@ class Budget:
     Args:
         spent: by earlier attempts and steps.
         owner: "run" or "batch".
+
+    Attributes:
+        held: what calls in batch endpoints of providers reserve, in picodollars.
+        is_used_up: what is left is too little for another call of a batch endpoint.
     """
+
+    held, is_used_up = 0, False
 
     def __init__(self, prices: Mapping[str, Price], max_cost: float, spent: Usage | None, owner: str) -> None:
         self._prices, self._max_cost, self._spent, self._owner = prices, max_cost, spent, owner
@@ -151,7 +167,7 @@ class Budget:
 
     @property
     def is_spent(self) -> bool:
-        return is_spent(self._spent, self._max_cost)
+        return self.is_used_up or is_spent(self._spent, self._max_cost)
 
     def add(self, usage: Usage) -> None:
         """Count the tokens of an answer."""
@@ -201,6 +217,14 @@ class Budget:
             self._reserved = self._reserved - cost if self._open else 0
             self._ended.set()
 
+    def expected_in_batch(self, model: str, tokens: int, max_tokens: int | None) -> int | None:
+        """Return what a call through a batch endpoint will probably cost; None if that, with ``held``, is too much."""
+        price = price_of(self._prices, model)
+        if price is None:
+            return None
+        cost = price.for_batch(int(self._expected(price, tokens, max_tokens)))
+        return None if self._exceeds(cost) else cost
+
     def _expected(self, price: Price | None, tokens: int, max_tokens: int | None) -> float:
         """Return what a call will probably cost, in picodollars."""
         if price is None:  # its answer ends the batch, so it is asked alone
@@ -210,7 +234,7 @@ class Budget:
 
     def _exceeds(self, cost: float) -> bool:
         spent = 0 if self._spent is None else self._spent.picodollars
-        return self.is_spent or spent + self._reserved + cost > round(self._max_cost * DOLLAR)
+        return self.is_spent or spent + self._reserved + self.held + cost > round(self._max_cost * DOLLAR)
 
 
 class DayBudget(Budget):

@@ -9,13 +9,13 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import anyio.to_thread
 import msgspec
 
-from flock.errors import ModelError
+from flock.errors import DefinitionError, ModelError
 from flock.extras import pip_install
 from flock.models import localmodel
 from flock.models.models import Model, models_of
@@ -35,6 +35,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
         first_format: the strictest way to request JSON that it supports; see ``flock.models.requests.FORMATS``.
         fixed_temperature: a pattern of the models that reject ``temperature``, or None.
         strict: a pattern of the models that are known to enforce schemas in OpenAI's strict mode, or None.
+        has_batches: it has OpenAI's batch endpoint, ``/files`` and ``/batches``.
         api_version: if it has a URL for each deployment, with this version unless ``{NAME}_OPENAI_API_VERSION`` is set.
     """
 
@@ -47,6 +48,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     first_format: str = "json_schema"
     fixed_temperature: str | None = None
     strict: str | None = None
+    has_batches: bool = False
     api_version: str | None = None
 
 
@@ -60,6 +62,7 @@ PROVIDERS: Mapping[str, Provider] = {
         max_tokens_field="max_completion_tokens",
         fixed_temperature=REASONING,
         strict=r"(gpt-4o|gpt-4\.1|gpt-[5-9]|o[1-9])\S*",
+        has_batches=True,
     ),
     # It ignores response_format and strict, so the format is requested in words.
     "anthropic": Provider(
@@ -80,7 +83,7 @@ PROVIDERS: Mapping[str, Provider] = {
         api_version="2024-10-21",
     ),
     "openrouter": Provider(base_url="https://openrouter.ai/api/v1", key_variable="OPENROUTER_API_KEY"),
-    "groq": Provider(base_url="https://api.groq.com/openai/v1", key_variable="GROQ_API_KEY"),
+    "groq": Provider(base_url="https://api.groq.com/openai/v1", key_variable="GROQ_API_KEY", has_batches=True),
     "mistral": Provider(base_url="https://api.mistral.ai/v1", key_variable="MISTRAL_API_KEY"),
     "deepseek": Provider(
         base_url="https://api.deepseek.com/v1", key_variable="DEEPSEEK_API_KEY", first_format="json_object"
@@ -171,6 +174,28 @@ def no_model() -> ModelError:
 def is_built_in(model: Model) -> bool:
     """Whether *model* is called without litellm: its provider is built in, or its address is known."""
     return model.provider in BUILT_IN or _own_url(model) is not None
+
+
+def check_batch(models: Sequence[Model], owner: str, *, has_tools: bool, has_files: bool) -> None:
+    """Raise DefinitionError if one of *models* is to be called through a batch endpoint, and cannot be."""
+    for model in models:
+        if model.batch and _own_url(model) is None and not _provider_of(model).has_batches:
+            names = [name for name, provider in PROVIDERS.items() if provider.has_batches]
+            raise DefinitionError(
+                f"{model.provider!r} of {owner} has no batch endpoint that is supported (batch=True, --batch-api). "
+                f"These have one: {', '.join(names)}, and any server with OpenAI's /files and /batches (base_url=)."
+            )
+        if model.batch and (has_tools or has_files):
+            reason = "tools, and each of their results needs another call" if has_tools else "files as inputs"
+            raise DefinitionError(
+                f"{owner} has {reason}, so {model.name!r} cannot be called through a batch endpoint. Omit batch=True "
+                "or --batch-api."
+            )
+
+
+def target_of(model: Model) -> str:
+    """Return what identifies a model and its server in a store. Raises ModelError."""
+    return f"{model.name} {_base_url_of(model)}"
 
 
 def _is_local(model: Model) -> bool:

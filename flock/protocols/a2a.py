@@ -23,14 +23,16 @@ from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.errors import Conflict, FlockError, InvalidData, MalformedJSON, RunNotFound
 from flock.fair import FairShare
+from flock.files import as_data_url, references_in
 from flock.jsontype import JSONType, float_of, int_of
 from flock.protocols import chats, frontends, jsonrpc
+from flock.protocols.chats import SentFile
 from flock.protocols.jsonrpc import INVALID_PARAMS, RPCError
 from flock.runs import MAX_SHOWN_BYTES, NOT_LOADED, Engine, Event, IdempotencyKey, Run, RunFilter, RunStatus, new_id
 from flock.runs.events import run_in
 from flock.runs.ids import now
 from flock.web import orders, wire
-from flock.web.requests import root_path, while_connected
+from flock.web.requests import while_connected
 from flock.web.responses import KEEP_ALIVE, JSONResponse, LongResponse, long_event, sent_event, size_of
 from flock.web.routing import AppRoute
 
@@ -38,8 +40,7 @@ PREFIX = "/a2a"
 VERSION = "1.0"
 
 # Codes of errors
-TASK_NOT_FOUND, NOT_CANCELABLE, UNSUPPORTED = -32001, -32002, -32004
-CONTENT_TYPE, OTHER_VERSION = -32005, -32009
+TASK_NOT_FOUND, NOT_CANCELABLE, UNSUPPORTED, CONTENT_TYPE, OTHER_VERSION = -32001, -32002, -32004, -32005, -32009
 CODES = {"malformed-json": jsonrpc.PARSE_ERROR, "unknown-run": TASK_NOT_FOUND, "conflict": UNSUPPORTED}
 CODES |= dict.fromkeys(("invalid-input", "unknown-call"), INVALID_PARAMS)
 NO_PUSH = -32003, "This server sends no push notifications. Subscribe to the task, or get it."
@@ -68,12 +69,14 @@ HistoryLength = Annotated[int, msgspec.Meta(ge=0)] | None
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A part of a message: a text, or JSON. Files are refused."""
+    """A part of a message: a text, JSON, or a file in base64. ``mediaType`` and ``filename`` are about the file."""
 
     text: str | None = None
     data: msgspec.Raw = msgspec.Raw(b"")
-    raw: Any = None
-    url: Any = None
+    raw: str | None = None
+    url: str | None = None
+    mediaType: str = ""
+    filename: str = ""
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -184,15 +187,13 @@ async def get_card(request: Request) -> Response:
 def _card(request: Request, agent: Agent, *, is_public: bool) -> Mapping[str, Any]:
     """Return a card. A public one says only where the agent is, and how to ask."""
     options, name = orders.serving(request).options, agent.name
-    base = (
-        options.public_url or f"{request.scope['scheme']}://{request.headers.get('host', '')}{root_path(request.scope)}"
-    )
-    url = f"{base.rstrip('/')}{PREFIX}/{quote(name, safe='')}"
+    url = f"{orders.address_of(request)}{PREFIX}/{quote(name, safe='')}"
     interface = {"url": url, "protocolBinding": "JSONRPC", "protocolVersion": VERSION}
     about = {"name": name, "description": f"An agent of {options.server_name}.", "version": __version__}
     offered = {"streaming": True, "pushNotifications": False, "extendedAgentCard": True}
     card: dict[str, Any] = {**about, "supportedInterfaces": [interface], "capabilities": offered, "skills": []}
-    card |= {f"default{way}Modes": ["text/plain", "application/json"] for way in ("Input", "Output")}
+    modes = ["text/plain", "application/json"]
+    card |= {"defaultInputModes": [*modes, *chats.media_types_of(agent)], "defaultOutputModes": modes}
     if options.api_keys is not None:
         card["securitySchemes"] = {"key": {"httpAuthSecurityScheme": {"scheme": "Bearer"}}}
         card["securityRequirements"] = [{"schemes": {"key": {"list": []}}}]
@@ -222,22 +223,25 @@ async def _send(call: Call) -> Response:
 
 async def _wanted(call: Call) -> orders.Wanted:
     """Return what a message asks for. Raises: RPCError, InvalidData, RunNotFound, Conflict."""
-    said, at, texts, data = call.params.message, "/params/message", list[str](), dict[str, Any]()
+    said, texts, data, sent = call.params.message, list[str](), dict[str, Any](), list[SentFile]()
     if call.params.configuration.taskPushNotificationConfig is not None:
         raise RPCError(*NO_PUSH)
     if said is None:
-        raise InvalidData.of("The message is missing.", at)
+        raise InvalidData.of("The message is missing.", "/params/message")
     for number, part in enumerate(said.parts):
-        if part.raw is not None or part.url is not None:
-            raise RPCError(CONTENT_TYPE, f"Part {number} is a file. Send text, or JSON as data.")
-        value = _DECODER.decode(bytes(part.data).decode() or "null")
-        if (part.text is None) != isinstance(value, dict) or (part.text is not None and part.data):
-            raise InvalidData.of("A part is a text, or a JSON object as data.", f"{at}/parts/{number}")
+        value, at = _DECODER.decode(bytes(part.data).decode() or "null"), f"/params/message/parts/{number}"
+        url = part.url if part.raw is None else as_data_url(part.raw, part.mediaType)
+        if url is not None and (said.taskId or not call.agent.input.has_files):
+            raise RPCError(CONTENT_TYPE, f"Part {number} is a file, and none is taken. Send text, or JSON as data.")
+        if [part.text, value, url].count(None) != 2 or not isinstance(value, dict | None):
+            raise InvalidData.of("A part is a text, a JSON object as data, or a file as raw.", at)
         if same := data.keys() & (value or {}).keys():
-            raise InvalidData.of(f"Another part has {min(same)!r} too.", f"{at}/parts/{number}/data")
+            raise InvalidData.of(f"Another part has {min(same)!r} too.", f"{at}/data")
         data |= value or {}
         texts += [] if part.text is None else [part.text]
-    return await (_answers if said.taskId else _order)(call, said, texts, data)
+        if url is not None:
+            sent.append(chats.file_in(url, at, None, how="Send its content as raw.", more={"name": part.filename}))
+    return await (_answers(call, said, texts, data) if said.taskId else _order(call, said, texts, data, *sent))
 
 
 def _number(text: str) -> Any:
@@ -253,10 +257,10 @@ def _raw(values: Mapping[str, Any]) -> dict[str, msgspec.Raw]:
     return {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in values.items()}
 
 
-async def _order(call: Call, said: Said, texts: Sequence[str], data: Mapping[str, Any]) -> orders.Wanted:
+async def _order(call: Call, said: Said, texts: list[str], data: Mapping[str, Any], *sent: SentFile) -> orders.Wanted:
     """Return the order of a new task, or answers to nothing if the same message has started one."""
-    agent, session_id, text = call.agent, said.contextId or new_id(), "\n".join(texts)
-    content = [agent.name, said.messageId, said.contextId, texts, data]
+    agent, session_id, text, at = call.agent, said.contextId or new_id(), "\n".join(texts), "/params/message"
+    content = [agent.name, said.messageId, said.contextId, texts, data, *(file.value for file in sent)]
     digest = hashlib.sha256(msgspec.json.encode(content, order="deterministic"))
     key = IdempotencyKey(f"a2a:{digest.hexdigest()}", digest.digest())
 
@@ -267,13 +271,11 @@ async def _order(call: Call, said: Said, texts: Sequence[str], data: Mapping[str
     if (again := await repeated()) is not None:
         return again
     if (talk := conversation_of(agent.input)) in data:
-        raise InvalidData.of(
-            f"The server has {talk!r} of the context. Send what the user says as a text.", "/params/message"
-        )
-    if not text:
+        raise InvalidData.of(f"The server has {talk!r} of the context. Send what the user says as a text.", at)
+    if not text and not sent:
         return orders.Order(agent_name=agent.name, session_id=session_id, inputs=_raw(data), is_async=True, key=key)
     newest = await orders.newest_run(call.request, session_id)
-    words = frontends.Said(text, "/params/message/parts", _raw(data), ())
+    words = frontends.Said(text, f"{at}/parts", _raw(data), files=sent)
     try:
         order = await frontends.order_of(call.request, agent, session_id, newest, words, "no")
     except Conflict:
@@ -290,14 +292,12 @@ async def _answers(call: Call, said: Said, texts: Sequence[str], data: Mapping[s
     """
     run, at = await call.run_of(said.taskId), "/params/message/parts"
     if said.contextId not in ("", run.session_id):
-        detail = "The task belongs to another context. Leave this out, or send the task's."
-        raise InvalidData.of(detail, "/params/message/contextId")
+        raise InvalidData.of("The task belongs to another context. Leave this out.", "/params/message/contextId")
     if bool(texts) == bool(data):
         raise InvalidData.of("An answer is either a text, or data with answers by call_id.", at)
     if data:
         return orders.Answers(run.run_id, _raw(data))
-    text = "\n".join(texts)
-    answers: list[Any] = [text]
+    answers: list[Any] = [text := "\n".join(texts)]
     with suppress(msgspec.DecodeError, RecursionError, MalformedJSON):
         answers.append(msgspec.json.decode(orders.nested(call.request, msgspec.Raw(text.encode()))))
     calls = [each for step in (await call.engine.get_calls(run)).values() for each in step if each.error is None]
@@ -342,7 +342,8 @@ async def _task(call: Call, run: Run, history_length: int | None, has_artifacts:
     task, agents = {**_ids(run, "id"), "status": _status(call.request, run)}, orders.agents_of(call.request)
     if has_artifacts and run.status is RunStatus.COMPLETED:
         answer = await chats.answer_of(call.engine, agents, run)
-        task["artifacts"] = [_artifact({"text" if isinstance(answer, str) else "data": answer})]
+        parts = [{"text": answer}] if isinstance(answer, str) else _result_parts(call.request, answer)
+        task["artifacts"] = [_artifact(*parts)]
     if history_length != 0 and (said := chats.messages_of(call.agent, run.inputs)):
         parts = [{"text": said[-1].content}]
         task["history"] = [{"messageId": f"{run.run_id}_in", "role": "ROLE_USER", "parts": parts, **_ids(run)}]
@@ -353,9 +354,16 @@ def _ids(run: Run, name: str = "taskId") -> dict[str, Any]:
     return {name: run.run_id, **({} if run.session_id is None else {"contextId": run.session_id})}
 
 
-def _artifact(part: Mapping[str, Any]) -> Mapping[str, Any]:
+def _result_parts(request: Request, result: Any) -> list[Any]:
+    """Return a result that is no text: all of it, and each file in it with its address."""
+    at, found = f"{orders.address_of(request)}/files/", references_in(result)
+    files = [{"url": at + each.file_id, "mediaType": each.media_type, "filename": each.name} for each in found]
+    return [{"data": result}, *files]
+
+
+def _artifact(*parts: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the only artifact of a task, its result."""
-    return {"artifactId": "result", "parts": [part]}
+    return {"artifactId": "result", "parts": parts}
 
 
 def _status(request: Request, run: Run) -> Mapping[str, Any]:
@@ -456,7 +464,7 @@ async def _events(
                     if piece.name == "run.waiting" and has_text:  # it begins again after the answer
                         yield sent_event(update("artifactUpdate", artifact=_artifact({"text": ""}), append=False))
                     if piece.name == "run.completed" and not answer.is_text:
-                        artifact = _artifact({"data": piece.data["result"]})
+                        artifact = _artifact(*_result_parts(call.request, piece.data["result"]))
                         async for chunk in long_event(update("artifactUpdate", artifact=artifact, append=False)):
                             yield chunk
                     run = run_in(run, piece)

@@ -45,7 +45,8 @@ class Resume(msgspec.Struct, frozen=True):
 class RunInput(msgspec.Struct, frozen=True):
     """Body of ``POST /ag-ui/{agent}``. Members of the state that are inputs of the agent become them.
 
-    ``forwardedProps`` may have ``replaces``: the id of the newest run of the thread, whose answer is replaced.
+    ``forwardedProps`` may have ``replaces``: the id of the newest run of the thread, whose answer is replaced. Clients
+    before 1.0 send no ``protocolVersion``. They refuse a stream with an outcome that they do not know.
     """
 
     threadId: wire.SessionID
@@ -55,6 +56,7 @@ class RunInput(msgspec.Struct, frozen=True):
     tools: list[ClientTool] = []
     resume: list[Resume] = []
     forwardedProps: Any = None
+    protocolVersion: str = ""
 
 
 RUN_INPUT = JSONType(RunInput, ignores_unknown=True)
@@ -66,6 +68,8 @@ async def run_agent(request: Request) -> Response:
     given = {one.interruptId: one.payload if one.status == "resolved" else frontends.DENIED for one in sent.resume}
     last, place = (sent.messages or [Message("", "")])[-1], f"/messages/{len(sent.messages) - 1}"
     for at, message in reversed(list(enumerate(sent.messages))):
+        if message.toolCalls or message.role == "reasoning":
+            continue  # some clients put each result after its call
         if message.role != "tool":
             break
         if message.toolCallId.startswith("call_"):
@@ -97,7 +101,7 @@ class _Writer:
     LAST: ClassVar = b""
 
     def __init__(self, run_id: str, sent: RunInput, body: bytes) -> None:
-        self._ids = {"threadId": sent.threadId, "runId": sent.runId}
+        self._ids, self._is_v1 = {"threadId": sent.threadId, "runId": sent.runId}, bool(sent.protocolVersion)
         self._message_id, self._body, self._has_text = f"msg_{run_id}_{len(sent.messages)}", body, False
         self._messages, self._interrupts, self._pending = list[Any](), list[Any](), list[str]()
 
@@ -143,8 +147,11 @@ class _Writer:
                 return b""
             case Event(name="run.progress"):
                 return typed_event("CUSTOM", name="progress", value=part.data)
+            case Event(name="run.cancelled") if not self._is_v1:
+                return self.failed("The run was cancelled.", "cancelled")
             case Event(name="run.cancelled"):
                 return typed_event("RUN_FINISHED", **self._ids, outcome={"type": "cancelled"})
-        outcome: Any = {"type": "success", **({"pendingToolCallIds": self._pending} if self._pending else {})}
+        pending = {"pendingToolCallIds": self._pending} if self._pending and self._is_v1 else {}
+        outcome: Any = {"type": "success", **pending}
         outcome = {"type": "interrupt", "interrupts": self._interrupts} if self._interrupts else outcome
         return typed_event("RUN_FINISHED", **self._ids, outcome=outcome)

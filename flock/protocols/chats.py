@@ -11,7 +11,7 @@ from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.agents.graph import graph_of
 from flock.errors import EngineStopped, FlockError, InvalidData
-from flock.files import MAX_FILES, is_file
+from flock.files import MAGIC, MAX_FILES, UNKNOWN, is_file, media_type_in
 from flock.jsontype import MEMBERS, is_same_schema
 from flock.runs import Engine, Event, LongJSON, Question, Run
 
@@ -45,6 +45,7 @@ class Part(msgspec.Struct, frozen=True):
 #: The types of content that agents read.
 TEXTS = ("text", "input_text", "output_text")
 
+SEND_A_FILE = "Send a data URL (data:image/png;base64,…), or the file_id that POST /files returns."
 #: The events that ``StreamedAnswer`` passes on to clients to which it can show what a run does.
 SHOWN = ("call.started", "call.completed", "run.progress")
 
@@ -71,6 +72,29 @@ def text_in(
             detail = f"A content part of the type {part.type!r} is not supported. Send text."
             raise InvalidData.of(detail, f"{at}/content/{number}")
     return "".join(part.text or "" for part in content if part.type in TEXTS)
+
+
+def file_in(
+    sent: str | None, at: str, kind: str | None, file_id: str | None = None, *, how: str = SEND_A_FILE, more: Any
+) -> SentFile:
+    """Return the file of a part of a message, which is *sent* as a data URL, or stored here.
+
+    Args:
+        kind: a media type of its kind; None to look at its content. The rest is checked with the inputs.
+        how: to send a file, for errors.
+        more: what the client says about it, by name.
+
+    Raises: InvalidData if it is neither.
+    """
+    if sent is None and file_id is None:
+        raise InvalidData.of(f"This part has no file. {how}", at)
+    if sent is not None and not sent.startswith("data:"):
+        raise InvalidData.of(f"No address is fetched. {how}", at)
+    try:
+        kind = kind or media_type_in(sent or "")
+    except ValueError as exc:
+        raise InvalidData.of(f"{exc}.", at) from exc
+    return SentFile({"file_id": sent or file_id or "", **{name: each or "" for name, each in more.items()}}, at, kind)
 
 
 def inputs_of(agent: Agent, messages: Sequence[Message], others: Mapping[str, msgspec.Raw], at: str) -> msgspec.Raw:
@@ -150,10 +174,16 @@ def _files_by_input(agent: Agent, files: Sequence[SentFile], others: Mapping[str
             kind = file.media_type.partition("/")[0].replace("application", "file")
             raise InvalidData.of(
                 f"{agent.name!r} has no input for this {kind}, or no more room in it. Leave it out, or send it as "
-                "another input in metadata.inputs.",
+                "another input by its name.",
                 file.at,
             )
     return found
+
+
+def media_types_of(agent: Agent) -> list[str]:
+    """Return the media types of the files that an agent takes, beside texts."""
+    types = [inspect.type_info(field.type) for field in agent.input.fields]
+    return [name for name in (*MAGIC, UNKNOWN) if any(_place_of(each, name) for each in types)]
 
 
 def _place_of(type_: inspect.Type, media_type: str) -> Literal["one", "list", ""]:

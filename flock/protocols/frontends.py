@@ -44,12 +44,13 @@ Replaces = Literal["no", "same", "newest"]
 
 
 class Said(NamedTuple):
-    """What the user says: a text, and what else the client brings. *at* is the pointer of the text."""
+    """What the user says: a text or files, and what else the client brings. *at* is the pointer of the text."""
 
     text: str
     at: str
     inputs: Mapping[str, msgspec.Raw]
-    tools: Sequence[ClientTool]
+    tools: Sequence[ClientTool] = ()
+    files: tuple[chats.SentFile, ...] = ()
 
 
 def agent_in(request: Request) -> Agent:
@@ -70,7 +71,7 @@ async def order_of(
 
     Raises: InvalidData; Conflict if the agent reads the history, and the newest run is not complete.
     """
-    if not said.text:
+    if not said.text and not said.files:
         raise InvalidData.of("The last message is not a text from the user.", said.at)
     engine, history = await orders.engine_of(request), list[chats.Message]()
     own = newest
@@ -80,7 +81,7 @@ async def order_of(
     before, reads_history = chats.messages_of(agent, run.inputs) if run else [], bool(conversation_of(agent.input))
 
     def inputs_after(history: Sequence[chats.Message]) -> msgspec.Raw:
-        messages = [*history, chats.Message("user", said.text)]
+        messages = [*history, chats.Message("user", said.text, said.files)]
         return orders.nested(request, chats.inputs_of(agent, messages, said.inputs, said.at))
 
     is_replaced = run is not None and replaces == "newest"

@@ -11,7 +11,7 @@ from flock.agents.agent import Agent
 from flock.errors import FlockError, InvalidData
 from flock.fair import FairShare
 from flock.jsontype import JSONType
-from flock.protocols.chats import Message, Part, SentFile, StreamedAnswer, TextReplaced, check_schema, text_in
+from flock.protocols.chats import Message, Part, SentFile, StreamedAnswer, TextReplaced, check_schema, file_in, text_in
 from flock.runs import ClientSettings, ClientTool, Engine, Event, Question, Usage
 from flock.runs.client import OPTIONS
 from flock.web import orders
@@ -22,8 +22,6 @@ FILES = {
     **{"image_url": "image/png", "input_image": "image/png", "input_audio": "audio/wav"},
     **{"file": "application/pdf", "input_file": "application/pdf"},
 }
-
-SEND_A_FILE = "Send a data URL (data:image/png;base64,…), or the file_id that POST /files returns."
 
 #: Items of a history that are not messages. A client could forge them, so agents do not see them.
 UNSEEN = ("reasoning", "function_call", "mcp_approval_request", "mcp_list_tools", "mcp_call")
@@ -183,13 +181,8 @@ def _files_of(content: str | Sequence[ContentPart] | None, at: str) -> tuple[Sen
             sent = f"data:audio/{about.format};base64,{about.data}"
         elif about.file_data is not None:
             sent = about.file_data if about.file_data.startswith("data:") else f"data:;base64,{about.file_data}"
-        place = f"{at}/content/{number}"
-        if sent is None and about.file_id is None:
-            raise InvalidData.of(f"This part has no file. {SEND_A_FILE}", place)
-        if sent is not None and not sent.startswith("data:"):
-            raise InvalidData.of(f"No address is fetched. {SEND_A_FILE}", place)
-        value = {"file_id": sent or about.file_id or "", "name": about.filename or "", "detail": about.detail or ""}
-        files.append(SentFile(value, place, FILES[part.type]))
+        place, more = f"{at}/content/{number}", {"name": about.filename, "detail": about.detail}
+        files.append(file_in(sent, place, FILES[part.type], about.file_id, more=more))
     return tuple(files)
 
 

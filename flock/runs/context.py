@@ -14,7 +14,7 @@ import msgspec
 from flock.errors import CallError, TooManyTokens, cut
 from flock.runs.client import ClientSettings, ModelOptions
 from flock.runs.ids import now
-from flock.runs.records import CallKind, Principal, Progress, Run
+from flock.runs.records import Call, CallKind, Principal, Progress, Run
 from flock.runs.text import safe_text
 from flock.runs.traces import current, spent
 from flock.runs.usage import Usage
@@ -110,6 +110,11 @@ class StepJournal(Protocol):
     def receive(
         self, context: "RunContext", name: str, type_: Any, expires_s: float | None, default: Any
     ) -> Coroutine[Any, Any, Any]: ...
+
+    @property
+    def replies(self) -> Sequence[Call]: ...
+
+    def receive_reply(self, name: str, call: msgspec.Raw, type_: Any) -> Coroutine[Any, Any, Any]: ...
 
     def sleep(self, context: "RunContext", until: Callable[[datetime], datetime]) -> Coroutine[Any, Any, None]: ...
 

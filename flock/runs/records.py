@@ -281,7 +281,8 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
         question: its text. Of a message, its name. Of a client's tool, that of the tool.
         schema: JSON Schema (2020-12) of the answer.
         arguments: what the question is about, as a JSON object; UNSET if the question itself is enough. Those of a
-            client's tool are as the model has written them.
+            client's tool are as the model has written them. Those of a message are the call of a model that goes
+            through a batch endpoint; the message is its reply. They are not stored here.
         asked_at: when the wait began.
         expires_at: when the run fails, or continues with *default*; None if it waits without a limit.
         default: the answer if nobody answers in time; UNSET if the run then fails.
@@ -308,6 +309,11 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     def is_question(self) -> bool:
         """Whether it has an answer that somebody gives: a person, or the client whose tool was called."""
         return self.kind in (msgspec.UNSET, "client_tool")
+
+    @property
+    def is_model_call(self) -> bool:
+        """Whether it is a new call of a model that goes through a batch endpoint."""
+        return self.kind == "message" and isinstance(self.arguments, msgspec.Raw)
 
     @property
     def is_for_client(self) -> bool:

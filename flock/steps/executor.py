@@ -26,7 +26,7 @@ from flock.agents.agent import Agent, ModelAgent, Resources
 from flock.agents.handoff import exchanges_of, execute_agent, inputs_for, next_agent
 from flock.agents.history import Exchange
 from flock.agents.shared import Shared, State
-from flock.errors import ChangedProgram, Interrupted, OwnershipLost, ResultTooLarge
+from flock.errors import ChangedProgram, Interrupted, InvalidOutput, OwnershipLost, ResultTooLarge
 from flock.files import FOLDER
 from flock.limits import Limits
 from flock.logs import fields_of_run
@@ -56,7 +56,7 @@ from flock.steps.callees import Callees
 from flock.steps.journal import Journal
 from flock.steps.live import LiveOutput
 from flock.steps.outcomes import CANCELLED, Outcome, failure_of, queue_timeout, timeout_of, with_hint
-from flock.steps.retries import dropped_calls, kept_calls, without_excluded
+from flock.steps.retries import dropped_calls, kept_calls, key_of, without_excluded
 from flock.steps.slots import AgentSlot, BatchKey, Slots, acquire_all, acquire_all_nowait
 from flock.steps.threads import Threads
 
@@ -115,6 +115,8 @@ class ActiveRun:
     live: LiveOutput | None = None
     #: The agents that another process has if this one lacks them.
     elsewhere: Collection[str] = ()
+    #: Calls of models may wait for a batch endpoint.
+    has_batches = False
     #: Calls of the next step have finished, so they must be read.
     has_calls = False
     #: The step has read calls of earlier attempts.
@@ -352,7 +354,7 @@ class StepExecutor:
         """Execute *agent*. If it uses its context, there is a journal of its calls."""
         started_at, batch = now(), _batch_of(run)
         call_in_thread = functools.partial(self._call_in_thread, active, batch)
-        resources = Resources(self.models, call_in_thread, active.history, self.agents, self.shared)
+        resources = Resources(self.models, call_in_thread, active.history, self.agents, self.shared, active.has_batches)
         usage, model, call_count = None, None, 0
         if agent.uses_context:
             journal = await self._journal(active, run, agent, resources, is_again=is_again)
@@ -464,7 +466,8 @@ class StepExecutor:
             CURRENT_SLOT.reset(reset)
             left = await journal.end(self.limits.grace_s, functools.partial(self._threads.are_awaited, active))
             if failure is not None and not journal.is_suspended:
-                active.dropped = (*run.dropped, *dropped_calls(journal.failed, failure, journal.has_gone_on))
+                invalid = map(key_of, journal.replies) if isinstance(failure, InvalidOutput) else ()
+                active.dropped = (*run.dropped, *dropped_calls(journal.failed, failure, journal.has_gone_on), *invalid)
             failure = None  # it refers to this frame
             if left:
                 template = "run %s: %s ended, but %d of its calls still run: their tasks swallow their cancellation"

@@ -30,7 +30,17 @@ import msgspec
 from msgspec import UnsetType
 from msgspec.structs import replace
 
-from flock.agents.questions import ASK, RECEIVE, SLEEP, TIMEOUT, TIMER, message_json, question_json, schema_of
+from flock.agents.questions import (
+    ASK,
+    BATCH_REPLY,
+    RECEIVE,
+    SLEEP,
+    TIMEOUT,
+    TIMER,
+    message_json,
+    question_json,
+    schema_of,
+)
 from flock.agents.signature import hints_of_function, is_async, is_context, name_of
 from flock.agents.tools import MAX_EXPIRES_S
 from flock.errors import CallError, SignatureError, Uncertain, cut
@@ -351,6 +361,23 @@ class Journal:
         asked = self._asking(RECEIVE, name, type_, expires_s, default, kind="message")
         return self._wait(RECEIVE, name, asked, type_, "message", message_json(name))
 
+    @property
+    def replies(self) -> Sequence[Call]:
+        """The replies from batch endpoints."""
+        return [call for call in self._replay.calls if BATCH_REPLY in call.call_id]
+
+    def receive_reply(self, name: str, call: msgspec.Raw, type_: Any) -> Coroutine[Any, Any, Any]:
+        """Wait for the reply to a *call* of a model through a batch endpoint: a message that the engine sends.
+
+        No client can send it, since *name* is not a valid name for a message.
+        """
+
+        def asked(at: datetime) -> Question:
+            more: dict[str, Any] = {"arguments": call, "asked_at": at, "kind": "message"}
+            return Question(call_id="", question=name, schema=NULL_TYPE, **more)
+
+        return self._wait(RECEIVE, BATCH_REPLY, asked, type_, "message", message_json(name))
+
     def sleep(self, context: RunContext, until: Callable[[datetime], datetime]) -> Coroutine[Any, Any, None]:
         """Sleep until the time that *until* returns from the beginning; see ``RunContext.sleep``.
 
@@ -426,7 +453,7 @@ class Journal:
                 # Other calls may work meanwhile, so its time counts.
                 if left_s < MIN_SUSPENDED_S or (label == TIMER and self.answer is not None):
                     return await anyio.sleep(max(0, left_s))
-            if self.answer is None:
+            if self.answer is None or begun.is_model_call:
                 return await self._suspend(call_id, begun)
             with clocks_stopped(self.clock):
                 return await (anyio.sleep(left_s) if kind == "sleep" else self._execute(self.answer, (begun,), {}))
@@ -510,7 +537,7 @@ class Journal:
             self._changed.notify()
 
     def _should_check(self, wait: Question, checked: int) -> bool:
-        if wait.kind == "sleep" or checked == self._news or self._is_closed:
+        if wait.kind == "sleep" or wait.is_model_call or checked == self._news or self._is_closed:
             return False
         return wait.kind == "message" or not self._waits_only  # a message may be there, and it takes no second try
 

@@ -123,6 +123,7 @@ def end_of_batch(
     *,
     is_cancelled: bool,
     is_unpaid: bool,
+    is_day_spent: bool = False,
     stopped_by: tuple[str, str] | None = None,
 ) -> tuple[RunStatus, str | None, str | None]:
     """Return the final status of *batch*, which has its final counts, and its ``error`` and ``error_type``.
@@ -131,16 +132,17 @@ def end_of_batch(
         first_error: returns the error of the first item, for a batch of which no item completed.
         is_cancelled: the batch was cancelled.
         is_unpaid: items did not run because ``max_cost``, or the ``max_cost_per_day`` of its principal, is spent.
+        is_day_spent: it is the latter.
         stopped_by: the ``error`` and ``error_type`` for which it has ended early.
     """
     if is_cancelled and batch.cancelled_items:
         return RunStatus.CANCELLED, BATCH_CANCELLED, None
     if is_unpaid:
         error = (
-            f"It may cost {batch.options.max_cost or 0:g} US dollars (max_cost). Retry it with a higher max_cost to "
-            "run the items that are left."
-            if batch.is_spent
-            else "Its caller has spent its max_cost_per_day. Retry it on another day to run the items that are left."
+            "Its caller has spent its max_cost_per_day. Retry it on another day to run the items that are left."
+            if is_day_spent
+            else f"It may cost {batch.options.max_cost or 0:g} US dollars (max_cost). Retry it with a higher max_cost "
+            "to run the items that are left."
         )
         error = f"The batch stopped after {cost_in_words(batch.usage)}. {error}"
         return RunStatus.FAILED, error, COST_LIMIT.error_type

@@ -16,6 +16,7 @@ import anyio.lowlevel
 import msgspec
 from msgspec.structs import replace
 
+from flock.agents.questions import SLEEP, TIMEOUT, TIMER
 from flock.runs import Call
 from flock.runs.records import Mark, Place
 from flock.scopes import Signal, current_task, loop_clock
@@ -72,7 +73,7 @@ class Replay:
         contained: the others. This execution does not make them.
         last_start: the number of the last start of a call, in any execution.
         mixed_up: the name of equal calls that ran at the same time and ended differently, or not all of which ended, if
-            there are any. Only the order in which they start tells them apart.
+            there are any but sleeps. Only the order in which they start tells them apart.
     """
 
     def __init__(self, calls: Sequence[Call], grace_s: float) -> None:
@@ -137,9 +138,9 @@ class Replay:
         ended = [entry for each in self._expected.values() for entry in each if entry.stored is not None]
         self._ends = {entry.end: entry.seen or entry.end for entry in sorted(ended, key=lambda entry: entry.end)}
         self._mixed_up = _mixed_up(entry for each in self._expected.values() for entry in each)
-        if self._mixed_up:
-            first = min(self._mixed_up, key=lambda entry: entry.start)
-            self.mixed_up, self._mixed_start = _name_of(first.call_id), first.start
+        self._mixed_start = min((entry.start for entry in self._mixed_up), default=math.inf)
+        names = {entry.start: _name_of(entry.call_id) for entry in self._mixed_up if _name_of(entry.call_id) != SLEEP}
+        self.mixed_up = names[min(names)] if names else None
 
     def _placed(self, calls: Iterable[Call]) -> tuple[dict[int, Entry], list[Call]]:
         """Return what has started, by the number of its start, and the calls without a place."""
@@ -526,7 +527,7 @@ def _mixed_up(entries: Iterable[Entry]) -> set[Entry]:
     """Return the equal calls that ran at the same time, directly or through others, and did not all end alike."""
     found, together, last = set[Entry](), dict[str, list[Entry]](), dict[str, float]()
     for entry in sorted(entries, key=lambda entry: entry.start):
-        if not entry.start or (entry.stored is not None and entry.stored.kind == "sleep"):
+        if not entry.start or _name_of(entry.call_id) in (TIMEOUT, TIMER):  # their times are in their ids
             continue
         key, _ = numbered(entry.call_id)
         if entry.start >= last.get(key, 0):

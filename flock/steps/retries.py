@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import msgspec
 
+from flock.agents.questions import BATCH_REPLY
 from flock.runs import Call
 from flock.steps.identity import asking_call
 from flock.steps.replay import NESTED, callers
@@ -23,7 +24,7 @@ def kept_calls(calls: Iterable[Call], dropped: Collection[str]) -> list[Call]:
     Args:
         dropped: see ``Run``.
     """
-    return [call for call in calls if call.once is not None or not (_is_in(dropped, call) or _is_invalid_answer(call))]
+    return [call for call in calls if call.once is not None or not (_is_in(dropped, call) or _is_no_answer(call))]
 
 
 def without_excluded(calls: Sequence[Call], begun_by: Collection[str]) -> Sequence[Call]:
@@ -77,7 +78,7 @@ def key_of(call: Call) -> str:
 
 def _is_in(dropped: Collection[str], call: Call) -> bool:
     """Whether *call* is dropped. An answer has the same key as its call, if that was cancelled in the same instant."""
-    return call.error is not None and key_of(call) in dropped
+    return (call.error is not None or BATCH_REPLY in call.call_id) and key_of(call) in dropped
 
 
 def _named_by(exc: BaseException | None) -> Iterator[BaseException]:
@@ -92,6 +93,11 @@ def _named_by(exc: BaseException | None) -> Iterator[BaseException]:
             left += each.exceptions if isinstance(each, BaseExceptionGroup) else ()
 
 
-def _is_invalid_answer(call: Call) -> bool:
-    """Whether *call* is an answer of a model that was not valid: a valid one ends its step."""
+def _is_no_answer(call: Call) -> bool:
+    """Whether *call* is an answer of a model that was not valid: a valid one ends its step.
+
+    Or a call without an answer, which fell back to a normal one.
+    """
+    if BATCH_REPLY in call.call_id:
+        return call.error is None and bytes(call.result) == b"null"
     return call.kind == "model" and call.error is None and not msgspec.json.decode(call.result, type=_Reply).tool_calls

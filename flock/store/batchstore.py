@@ -14,7 +14,7 @@ import anyio
 import msgspec
 from msgspec.structs import asdict, replace
 
-from flock.errors import OwnershipLost, StoreError
+from flock.errors import StoreError
 from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, Run, RunStatus, stub_of
 from flock.steps.outcomes import (
     CANCELLED,
@@ -130,7 +130,14 @@ class SQLiteBatchStore(BatchStore):
         return self._db.read(find)
 
     async def pending_items(
-        self, batch: Batch, after: int, limit: int, before: int | None = None, *, are_suspects: bool = False
+        self,
+        batch: Batch,
+        after: int,
+        limit: int,
+        before: int | None = None,
+        *,
+        are_suspects: bool = False,
+        have_worked: bool = False,
     ) -> list[Run]:
         values = {"batch_id": batch.batch_id, "after": after, "limit": -1}
         last = statements.MAX_POSITION if before is None else before - 1
@@ -141,6 +148,7 @@ class SQLiteBatchStore(BatchStore):
                 return []
             statuses = [RunStatus.STARTING]
             query = functools.partial(statements.item_page, statuses=statuses, last=last)
+            query = functools.partial(statements.answered_items, last=last) if have_worked else query
             rows = queries.rows_of(db, statements.suspect_items if are_suspects else query, values)
             page, bytes_left = list[Run](), WORK_PAGE_BYTES
             for row in rows:
@@ -173,7 +181,7 @@ class SQLiteBatchStore(BatchStore):
 
         return await self._change_own(batch, apply)
 
-    async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False) -> Batch:
+    async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False, is_spent: bool = False) -> Batch:
         def apply(db: sqlite3.Connection) -> None:
             current = queries.find_batch(db, batch.batch_id)
             assert current is not None
@@ -192,7 +200,8 @@ class SQLiteBatchStore(BatchStore):
                 replace(current, failed_items=failed),
                 first_error,
                 is_cancelled=current.cancel_requested,
-                is_unpaid=(current.is_spent or is_day_spent)
+                is_day_spent=is_day_spent and not (current.is_spent or is_spent),
+                is_unpaid=(current.is_spent or is_spent or is_day_spent)
                 and db.execute(statements.HAS_UNPAID_ITEMS, unpaid).fetchone() is not None,
                 stopped_by=db.execute(statements.STOPPED_BY, others).fetchone() if current.cancelled_items else None,
             )
@@ -208,7 +217,7 @@ class SQLiteBatchStore(BatchStore):
             chunk = row_ids[start : start + CHUNK_SIZE]
 
             def apply(db: sqlite3.Connection) -> None:
-                _check_owner(db, batch)
+                queries.check_owner_of_batch(db, batch)
                 values = [(*end, row_id) for row_id in chunk]  # noqa: B023 - called before the next
                 failed = db.executemany(statements.FAIL_ITEM, values).rowcount
                 queries.count_ended(db, queries.Ended({(batch.batch_id, RunStatus.FAILED): failed}))
@@ -222,7 +231,7 @@ class SQLiteBatchStore(BatchStore):
             return db.execute(statements.CANCEL_ITEMS, values).rowcount
 
         def apply(db: sqlite3.Connection) -> bool:
-            _check_owner(db, batch)
+            queries.check_owner_of_batch(db, batch)
             pending = cancel(db, RunStatus.STARTING, reason or CANCELLED_BEFORE_START)
             db.execute(statements.CLOSE_QUESTIONS_OF_ITEMS, (batch.batch_id, RunStatus.WAITING.value, CHUNK_SIZE))
             waiting = cancel(db, RunStatus.WAITING, reason or CANCELLED)
@@ -245,7 +254,7 @@ class SQLiteBatchStore(BatchStore):
 
     async def take_results(self, batch: Batch, after: int, at: datetime, *, is_own: bool) -> int | None:
         def apply(db: sqlite3.Connection) -> int | None:
-            _check_owner(db, batch)
+            queries.check_owner_of_batch(db, batch)
             return equals.take_results(db, batch, after, CHUNK_SIZE, at, is_own=is_own)
 
         return await self._db.change(apply)
@@ -272,9 +281,9 @@ class SQLiteBatchStore(BatchStore):
         """Call *apply* if this engine still owns the batch, and return the changed batch. Raises OwnershipLost."""
 
         def apply_and_find(db: sqlite3.Connection) -> Batch:
-            _check_owner(db, batch)
+            queries.check_owner_of_batch(db, batch)
             apply(db)
-            return _check_owner(db, batch)
+            return queries.check_owner_of_batch(db, batch)
 
         return await self._db.change(apply_and_find)
 
@@ -377,14 +386,6 @@ def _check_staged(db: sqlite3.Connection, batch: Batch) -> None:
             "The uploaded part of this batch was dropped because this server did not respond for a while. Upload the "
             "whole batch again."
         )
-
-
-def _check_owner(db: sqlite3.Connection, batch: Batch) -> Batch:
-    """Return the current record of *batch*. Raises OwnershipLost."""
-    current = queries.find_batch(db, batch.batch_id)
-    if current is None or current.owner != batch.owner:
-        raise OwnershipLost(batch.batch_id)
-    return current
 
 
 def _item_from(db: sqlite3.Connection, row: Sequence[Any]) -> Run:

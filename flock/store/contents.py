@@ -82,16 +82,16 @@ class Contents:
         self._sweep_at = time.monotonic() + SWEEP_INTERVAL_S
         for folder in self.root.glob("*/"):
             with os.scandir(folder) as entries:  # there may be more than fit into memory
-                yield from ((f"{folder.name}/{each.name}", before) for each in entries if _is_older(each, before))
+                yield from ((f"{folder.name}/{each.name}", before) for each in entries if is_older(each, before))
 
     def delete(self, name: str, at: float) -> None:
         """Delete a content that was neither sent nor named after that time."""
-        if _is_older(self.root / name, at):
+        if is_older(self.root / name, at):
             (self.root / name).unlink(missing_ok=True)
             self.used.clear()
 
 
-def _is_older(path: Path | os.DirEntry[str], at: float) -> bool:
+def is_older(path: Path | os.DirEntry[str], at: float) -> bool:
     try:
         return path.stat().st_mtime <= at
     except FileNotFoundError:

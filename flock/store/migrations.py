@@ -357,6 +357,30 @@ MIGRATIONS: Sequence[Sequence[str]] = [
     ],
     # Which versions of its agent have executed a batch.
     ["ALTER TABLE batches ADD COLUMN versions BLOB", "ALTER TABLE runs ADD COLUMN version_number INTEGER"],
+    # Calls of models in the batch endpoints of providers; see ``flock.store.jobs``. A call without a job is new.
+    [
+        """CREATE TABLE model_jobs (
+            job_id TEXT PRIMARY KEY, batch_id TEXT NOT NULL, target TEXT NOT NULL, provider_id TEXT,
+            is_cancelled INTEGER NOT NULL DEFAULT 0, created_at INTEGER NOT NULL)""",
+        "CREATE INDEX model_jobs_of_batches ON model_jobs (batch_id)",
+        """CREATE TABLE model_calls (
+            run_id TEXT NOT NULL, call_id TEXT NOT NULL, custom_id TEXT NOT NULL, batch_id TEXT NOT NULL,
+            agent_name TEXT NOT NULL, target TEXT NOT NULL, model TEXT NOT NULL, max_tokens INTEGER,
+            digest TEXT NOT NULL, size INTEGER NOT NULL, created_at INTEGER NOT NULL,
+            job_id TEXT, cost INTEGER NOT NULL DEFAULT 0, reply BLOB, line BLOB NOT NULL)""",
+        "CREATE INDEX items_answered ON runs (batch_id, position) "
+        "WHERE batch_id IS NOT NULL AND status = 'starting' AND worked_s > 0",
+        "CREATE UNIQUE INDEX model_calls_of_runs ON model_calls (run_id, call_id)",
+        "CREATE INDEX model_calls_new ON model_calls (batch_id, created_at) WHERE job_id IS NULL AND reply IS NULL",
+        "CREATE INDEX model_calls_of_jobs ON model_calls (job_id, custom_id) WHERE reply IS NULL",
+        """CREATE TRIGGER model_calls_dropped AFTER UPDATE OF status ON runs
+            WHEN old.status = 'waiting' AND new.status IN ('failed', 'cancelled') BEGIN
+            DELETE FROM model_calls WHERE run_id = new.run_id AND job_id IS NULL AND reply IS NULL;
+            END""",
+        """CREATE TRIGGER model_jobs_deleted AFTER DELETE ON batches BEGIN
+            DELETE FROM model_jobs WHERE batch_id = old.batch_id;
+            END""",
+    ],
     # Without the times since when.
     [
         """UPDATE batches SET versions =

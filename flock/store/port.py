@@ -4,6 +4,7 @@ A method that may wait for the disk, or for other processes, is async. If a call
 anyway. *then* is called after the commit, even in that case.
 """
 
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
@@ -12,6 +13,7 @@ import msgspec
 
 from flock.agents.program import Program
 from flock.errors import EngineFull, StoreError
+from flock.models.completions import Completion
 from flock.runs import (
     Account,
     AskedQuestion,
@@ -37,6 +39,7 @@ from flock.runs import (
     UsageFilter,
     UsageRow,
 )
+from flock.runs.records import Raised
 from flock.steps.identity import Newest
 from flock.steps.outcomes import Outcome
 from flock.store.contents import Contents
@@ -94,6 +97,44 @@ class Retry(NamedTuple):
     options: BatchOptions | None = None
 
 
+class Job(NamedTuple):
+    """A job in a batch endpoint.
+
+    Attributes:
+        job_id: ours. The provider has it as metadata.
+        target: of its calls; see ``BatchCall``.
+        provider_id: None until the provider is known to have the job.
+        is_cancelled: its cancellation was requested here.
+        created_at: in microseconds.
+    """
+
+    job_id: str
+    target: str
+    provider_id: str | None
+    is_cancelled: bool
+    created_at: int
+
+    @property
+    def age_s(self) -> float:
+        return time.time() - self.created_at / 10**6
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """The reply to a call, or why there is none. With neither, the item makes a normal call instead.
+
+    Attributes:
+        usage: with the cost.
+        error, error_type, raised: as of a ``Call``.
+    """
+
+    completion: Completion | None = None
+    usage: Usage | None = None
+    model: str | None = None
+    error: str | None = None
+    error_type: str | None = None
+    raised: Raised | None = None
+
+
 class BatchStore(Protocol):
     """The batches and items in a store."""
 
@@ -138,7 +179,14 @@ class BatchStore(Protocol):
         """
 
     async def pending_items(
-        self, batch: Batch, after: int, limit: int, before: int | None = None, *, are_suspects: bool = False
+        self,
+        batch: Batch,
+        after: int,
+        limit: int,
+        before: int | None = None,
+        *,
+        are_suspects: bool = False,
+        have_worked: bool = False,
     ) -> list[Run]:
         """Return up to *limit* pending items between two positions, in order, with their completed steps.
 
@@ -147,18 +195,20 @@ class BatchStore(Protocol):
 
         Args:
             are_suspects: return only suspects.
+            have_worked: return only those that have run before, and got an answer.
         """
 
     async def begin(self, batch: Batch, now: datetime, version: str) -> Batch:
         """Mark a batch as running with this version of its agent, and return it. Raises OwnershipLost."""
 
-    async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False) -> Batch:
+    async def end(self, batch: Batch, now: datetime, *, is_day_spent: bool = False, is_spent: bool = False) -> Batch:
         """Write the final status of a batch, and an error if no item completed, or if ``max_cost`` is spent.
 
         Unfinished items count as failed.
 
         Args:
             is_day_spent: ``max_cost_per_day`` of its principal is spent.
+            is_spent: what is left of ``max_cost`` is too little for more calls.
 
         A batch with items that wait for answers does not end. Raises OwnershipLost.
         """
@@ -237,6 +287,7 @@ class Store(Protocol):
         is_shared: other processes may use it.
         batches: its batches and their items.
         webhooks: its ``WebhookStore``.
+        jobs: its ``JobStore``.
         executing: the runs that its engine is executing.
         contents: of the files in the inputs of runs.
 
@@ -248,6 +299,7 @@ class Store(Protocol):
     is_shared: bool
     batches: BatchStore
     webhooks: Any
+    jobs: Any
     executing: Executing
     contents: Contents
 

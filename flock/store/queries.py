@@ -396,6 +396,7 @@ def _delete_details(db: sqlite3.Connection, run_ids: Sequence[tuple[str]]) -> No
     db.executemany(statements.DELETE_STEPS, run_ids)
     db.executemany(statements.DELETE_CALLS, run_ids)
     db.executemany(statements.DELETE_QUESTIONS, run_ids)
+    db.executemany(statements.DELETE_MODEL_CALLS, run_ids)
     db.executemany(statements.DELETE_MESSAGES, run_ids)
 
 
@@ -463,6 +464,14 @@ def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call
     return found
 
 
+def check_owner_of_batch(db: sqlite3.Connection, batch: Batch) -> Batch:
+    """Return the current record of *batch*. Raises OwnershipLost."""
+    current = find_batch(db, batch.batch_id)
+    if current is None or current.owner != batch.owner:
+        raise OwnershipLost(batch.batch_id)
+    return current
+
+
 def check_owner(db: sqlite3.Connection, run: Run) -> None:
     """Raise OwnershipLost unless the owner of *run*, or of its batch, may write it in this attempt."""
     if db.execute(statements.OWNS_RUN, (run.run_id, run.attempt, run.owner, run.owner)).fetchone() is None:
@@ -485,6 +494,14 @@ def _place_answer(db: sqlite3.Connection, run: Run, position: int, call: Call) -
     """Write the place of an answer. Returns False if it is not stored yet, since the program has given it itself."""
     values = (msgspec.json.encode(call.place), run.run_id, position, run.tries, call.call_id)
     return db.execute(statements.PLACE_ANSWER, values).rowcount == 1
+
+
+def resume(db: sqlite3.Connection, run: Run, answered: Collection[str], owner: str | None) -> Run | None:
+    """Let a waiting run continue, and return a stub of it. It keeps the waits that are not *answered*."""
+    left = tuple(wait for wait in run.waiting_for if wait.call_id not in answered)
+    db.execute(statements.RESUME_RUN, (None if run.batch_id else owner, json_or_null(left), run.run_id))
+    db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
+    return find_run(db, run.run_id, is_outline=True)
 
 
 def write_call(db: sqlite3.Connection, run: Run, position: int, call: Call) -> None:

@@ -45,7 +45,7 @@ ITEM_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"last_step"})
 
 def list_columns(with_inputs: bool, with_results: bool) -> str:
     """Return the columns of a run in a list."""
-    long = {"inputs": with_inputs, "result": with_results}
+    long = {"inputs": with_inputs, "session_id": with_inputs, "result": with_results}  # it is stored after the inputs
     read = {*HEAD, "progress", "error", *(name for name, is_read in long.items() if is_read)}
     return _columns_of_run(read, waiting_for="CASE status WHEN 'waiting' THEN waiting_for END")
 
@@ -295,6 +295,12 @@ def suspect_items(columns: str) -> str:
         AND batch_id = :batch_id AND status = 'starting' AND position > :after ORDER BY position LIMIT :limit"""
 
 
+def answered_items(columns: str, last: int) -> str:
+    """Like ``item_page``, for the items that have run before, and got an answer."""
+    return f"""SELECT {columns} FROM runs INDEXED BY items_answered WHERE batch_id = :batch_id AND status = 'starting'
+        AND worked_s > 0 AND position > :after AND position <= {last:d} ORDER BY position LIMIT :limit"""
+
+
 FIRST_ERROR = item_page("error", RunStatus)
 ITEMS_OF = "SELECT run_id FROM runs WHERE batch_id = ? LIMIT ?"
 ITEMS_TO_REOPEN = """SELECT run_id FROM runs INDEXED BY items_by_status
@@ -472,6 +478,38 @@ FIND_KEY = "SELECT fingerprint, made_id FROM idempotency_keys WHERE flock = ? AN
 INSERT_KEY = "INSERT INTO idempotency_keys VALUES (?, ?, ?, ?, ?)"
 DELETE_KEYS_OF = "DELETE FROM idempotency_keys WHERE made_id = ?"
 DELETE_OLD_KEYS = "DELETE FROM idempotency_keys WHERE created_at < ?"
+
+
+#: See ``flock.store.jobs``. A call is open if it has no reply, and new if it is in no job either.
+_OPEN_OF_JOB = "FROM model_calls WHERE job_id = ? AND reply IS NULL"
+_NEW_OF_BATCH = "FROM model_calls WHERE batch_id = ? AND job_id IS NULL AND reply IS NULL"
+JOBS = """SELECT job_id, target, provider_id, is_cancelled, created_at FROM model_jobs
+    WHERE batch_id = ? ORDER BY created_at, job_id"""
+NEW_CALLS = f"SELECT count(*), min(created_at) {_NEW_OF_BATCH}"
+HELD = """SELECT sum(cost) FROM model_jobs JOIN model_calls USING (job_id)
+    WHERE model_jobs.batch_id = ? AND reply IS NULL"""
+COUNT_SUBMITTED = HELD.replace("sum(cost)", "count(*)")
+FIRST_NEW_CALL = f"SELECT target {_NEW_OF_BATCH} ORDER BY created_at LIMIT 1"
+CALLS_FOR_JOB = f"SELECT rowid, model, size, max_tokens {_NEW_OF_BATCH} AND target = ? ORDER BY created_at LIMIT 50000"
+INSERT_JOB = "INSERT INTO model_jobs (job_id, batch_id, target, created_at) VALUES (?, ?, ?, ?)"
+PUT_CALL_INTO_JOB = "UPDATE model_calls SET job_id = ?, cost = ? WHERE rowid = ?"
+SIZE_OF_JOB = f"SELECT count(*), total(size) {_OPEN_OF_JOB}"
+LINES_OF_JOB = f"SELECT custom_id, line {_OPEN_OF_JOB} AND custom_id > ? ORDER BY custom_id LIMIT ?"
+SET_PROVIDER_ID = "UPDATE model_jobs SET provider_id = ? WHERE job_id = ?"
+CANCEL_JOB = "UPDATE model_jobs SET is_cancelled = 1 WHERE job_id = ?"
+FIND_CALL_OF_JOB = f"SELECT run_id, call_id, agent_name {_OPEN_OF_JOB} AND custom_id = ?"
+REST_OF_JOB = f"SELECT custom_id {_OPEN_OF_JOB} LIMIT ?"
+TAKE_CALLS_FROM_JOB = "UPDATE model_calls SET job_id = NULL WHERE job_id = ? AND reply IS NULL"
+#: A call of an item that does not wait for it any more is not made again.
+DROP_CALLS_OF_JOB = """DELETE FROM model_calls WHERE job_id = ? AND reply IS NULL AND NOT EXISTS
+    (SELECT 1 FROM runs WHERE runs.run_id = model_calls.run_id AND status IN ('starting', 'running', 'waiting'))"""
+DELETE_JOB = "DELETE FROM model_jobs WHERE job_id = ?"
+FIND_MODEL_CALL = "SELECT digest, reply FROM model_calls WHERE run_id = ? AND call_id = ?"
+INSERT_MODEL_CALL = """INSERT OR REPLACE INTO model_calls (run_id, call_id, custom_id, batch_id, agent_name, target,
+    model, max_tokens, digest, size, line, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+KEEP_REPLY = "UPDATE model_calls SET reply = ? WHERE run_id = ? AND call_id = ?"
+DELETE_MODEL_CALL = "DELETE FROM model_calls WHERE run_id = ? AND call_id = ?"
+DELETE_MODEL_CALLS = "DELETE FROM model_calls WHERE run_id = ?"
 
 
 def _report(values: str, record: str, tables: str = "") -> str:

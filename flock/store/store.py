@@ -50,6 +50,7 @@ from flock.store import files, queries, statements, takeover, waiting
 from flock.store.batchstore import SQLiteBatchStore
 from flock.store.columns import json_from, micros, names_json, names_of_retriers, run_or_remains, time_from
 from flock.store.database import MEMORY, Database, Durability
+from flock.store.jobs import JobStore
 from flock.store.port import Key, Retry, Room, Store, TakenOver, Then
 from flock.store.suspects import Executing, executed_until_death
 from flock.store.webhooks import WebhookStore
@@ -89,6 +90,7 @@ class SQLiteStore(Database, Store):
         super().__init__(path, durability=durability)
         self.batches = SQLiteBatchStore(self)
         self.webhooks = WebhookStore(self)
+        self.jobs = JobStore(self)
         self.executing = Executing()
         self._engine_lock: IO[bytes] | None = None
 

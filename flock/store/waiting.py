@@ -37,7 +37,7 @@ from flock.steps.answers import (
     question_for,
 )
 from flock.steps.outcomes import CANCELLED, Outcome, expiry_of
-from flock.store import queries, statements
+from flock.store import jobs, queries, statements
 from flock.store.columns import Damaged, call_from, call_values, json_from, json_or_null, micros, waiting_values
 
 logger = logging.getLogger("flock.store")
@@ -54,13 +54,16 @@ def suspend(db: sqlite3.Connection, run: Run, at: datetime) -> tuple[bool, Run |
     queries.check_owner(db, run)
     queries.write_spent(db, run)
     (reported,) = db.execute(statements.LAST_WEBHOOK, (run.run_id,)).fetchone()
+    answered = {wait.call_id for wait in run.waiting_for if wait.is_model_call and jobs.keep_call(db, run, wait, at)}
+    kept = (replace(wait, arguments=msgspec.UNSET) if wait.is_model_call else wait for wait in run.waiting_for)
+    run = replace(run, waiting_for=tuple(kept))
     if db.execute(statements.SUSPEND_RUN, (*waiting_values(run), run.run_id)).rowcount == 0:
         return False, None
     db.execute(statements.COUNT_WAITING_ITEMS, (1, run.batch_id))
-    answered = {wait.call_id for wait in run.waiting_for if _find_answer(db, run, wait, at) is not None}
+    answered |= {wait.call_id for wait in run.waiting_for if _find_answer(db, run, wait, at) is not None}
     if answered:  # it resumes in this transaction, so nobody sees it wait
         db.execute(statements.UNDO_WAITING_WEBHOOK, (run.run_id, reported))
-    return True, _resume(db, run, answered, run.owner) if answered else None
+    return True, queries.resume(db, run, answered, run.owner) if answered else None
 
 
 def check_wait(db: sqlite3.Connection, run: Run, wait: Question, at: datetime) -> Call | None:
@@ -114,7 +117,7 @@ def answer(
     _write_call(db, run, call)
     answered.append(answer_in_words(question, call))  # not the question, which holds all questions of the run
     if run.status is RunStatus.WAITING:
-        return _resume(db, run, [call_id], owner)
+        return queries.resume(db, run, [call_id], owner)
     left = tuple(each for each in run.waiting_for if each is not question)
     db.execute(statements.SET_WAITS, (json_or_null(left), run_id))
     return None
@@ -205,7 +208,7 @@ def send(
         db.execute(statements.INSERT_MESSAGE, (run_id, name, bytes(message), micros(at)))
         return None
     _write_call(db, run, answer_of(wait, message, at))
-    return _resume(db, run, [wait.call_id], owner)
+    return queries.resume(db, run, [wait.call_id], owner)
 
 
 def expire(
@@ -239,7 +242,7 @@ def expire(
             for _, call in ends:
                 assert call is not None
                 _write_call(db, run, call)
-            changed.append(_resume(db, run, [open_.call_id for open_ in expired], owner))
+            changed.append(queries.resume(db, run, [open_.call_id for open_ in expired], owner))
     return [run for run in changed if run is not None]
 
 
@@ -289,11 +292,3 @@ def _find_answer(db: sqlite3.Connection, run: Run, wait: Question, at: datetime)
 
 def _write_call(db: sqlite3.Connection, run: Run, call: Call) -> None:
     db.execute(statements.INSERT_CALL, call_values(run, len(run.steps), call))
-
-
-def _resume(db: sqlite3.Connection, run: Run, answered: Collection[str], owner: str | None) -> Run | None:
-    """Let a waiting run continue, and return a stub of it. It keeps the waits that are not *answered*."""
-    left = tuple(wait for wait in run.waiting_for if wait.call_id not in answered)
-    db.execute(statements.RESUME_RUN, (None if run.batch_id else owner, json_or_null(left), run.run_id))
-    db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
-    return queries.find_run(db, run.run_id, is_outline=True)

@@ -135,6 +135,8 @@ class TemporalBatches(EngineBase):
                 self._refuse_above(open_items + self._staged, count)
             rows.open_items += count
             self._staged += count
+            if self.cluster.files is not None:
+                await self.cluster.files.mark(rows_workflow_id(batch.batch_id, 0), _files_of(page))
             await rows.send(page)
 
         open_items = await self._check_room_for_items(0)  # also fails early if the cluster does not answer
@@ -480,7 +482,7 @@ class _RowSender(msgspec.Struct, eq=False):
                 self.failed_in |= 1 << chunk
                 self.first_error = self.first_error or (position, item.error)
         rows = tuple(ItemRow(item.inputs, item.error, item.extra or msgspec.UNSET) for item in page)
-        item = replace(page[0], inputs=msgspec.Raw(b"{}"), extra=None)
+        item = replace(page[0], inputs=msgspec.Raw(b"{}"), extra=None, files=_files_of(page))
         sending = self.cluster.start_workflow(
             FlockRows.run,
             RowsOrder(item=item, first=self.total, rows=rows, agents=self.agents),
@@ -503,6 +505,10 @@ class _RowSender(msgspec.Struct, eq=False):
     def stop(self) -> None:
         for task in self.sending:
             task.cancel()
+
+
+def _files_of(page: Sequence[Run]) -> tuple[str, ...]:
+    return tuple({name: None for item in page for name in item.files})
 
 
 def _memo_value(memo: Memo, name: str, type_: type[T], default: T) -> T:

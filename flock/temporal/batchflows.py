@@ -385,7 +385,11 @@ class FlockBatch(_Interruptible):
         _, first_error = self._first_error or (0, CANCELLED_BEFORE_START.error)
         is_unpaid = (self._is_spent or self._is_day_spent) and batch.cancelled_items > 0
         status, error, error_type = end_of_batch(
-            batch, lambda: first_error, is_cancelled=self.is_cancelled, is_unpaid=is_unpaid
+            batch,
+            lambda: first_error,
+            is_cancelled=self.is_cancelled,
+            is_unpaid=is_unpaid,
+            is_day_spent=not self._is_spent,
         )
         ended = {"status": status, "error": error, "error_type": error_type, "completed_at": workflow.now()}
         self._batch = replace(batch, **ended)

@@ -7,7 +7,9 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from google.protobuf.duration_pb2 import Duration
 from temporalio.api.common.v1 import WorkflowExecution
@@ -27,7 +29,9 @@ from temporalio.service import RetryConfig, RPCError, RPCStatusCode
 
 from flock.errors import DefinitionError, EngineFull, StoreError
 from flock.runs import Batch, Run
+from flock.temporal.files import SharedContents
 from flock.temporal.messages import (
+    RUN_WORKFLOW,
     SEARCH_ATTRIBUTES,
     TASK_TIMEOUT,
     attributes_of,
@@ -35,7 +39,7 @@ from flock.temporal.messages import (
     task_queue_of,
     workflow_id_of,
 )
-from flock.temporal.payloads import PayloadFolder
+from flock.temporal.payloads import PayloadFolder, check_folder
 
 logger = logging.getLogger("flock.temporal")
 
@@ -61,6 +65,10 @@ class Cluster:
         address: ``host:port``; if None, ``TEMPORAL_ADDRESS``.
         namespace: if None, ``TEMPORAL_NAMESPACE``, and "default" without that.
         payload_dir: see ``PayloadFolder``.
+        files_dir: the folder for the files of runs, the same for all processes. With None, there is none.
+
+    Attributes:
+        files: of the runs in this namespace; None without a folder.
 
     TLS, API key and other settings are read as Temporal's own tools read them (``temporalio.envconfig``): from
     ``TEMPORAL_TLS``, ``TEMPORAL_API_KEY`` and others, or from the file in ``TEMPORAL_CONFIG_FILE``.
@@ -72,6 +80,7 @@ class Cluster:
         *,
         namespace: str | None = None,
         payload_dir: str | os.PathLike[str] | None = None,
+        files_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.payloads = PayloadFolder(payload_dir)
         overrides: dict[str, Any] = {"target_host": address, "namespace": namespace}
@@ -83,6 +92,7 @@ class Cluster:
             )
         self.address = str(self._config["target_host"])
         self.namespace = str(self._config.setdefault("namespace", "default"))
+        self.files = None if files_dir is None else SharedContents(Path(files_dir, quote(self.namespace, safe="")))
         self._client: Client | None = None
 
     @property
@@ -105,6 +115,8 @@ class Cluster:
             DefinitionError: something is missing and cannot be created from here. The message has the command for it.
         """
         self.payloads.check()
+        if self.files is not None:
+            check_folder(self.files.root.parent, "folder for files", "--files-dir, files_dir=")
         give_up_at = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -248,6 +260,10 @@ class Cluster:
         async with self.rpc_scope():
             retries = self.client.list_workflows(query)
             return max([int(retry.id.rpartition(":")[2]) async for retry in retries], default=1)
+
+    async def has(self, workflow_id: str) -> bool:
+        """Whether a workflow, or a retry of it if it is a run, exists. Raises StoreError, EngineFull."""
+        return await self.describe(workflow_id) is not None or await self.last_attempt(RUN_WORKFLOW, workflow_id) > 1
 
     async def delete(self, workflow_id: str, run_id: str = "") -> None:
         """Delete one execution of a workflow, or the latest, and its long payloads, if it exists.

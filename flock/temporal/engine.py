@@ -26,6 +26,7 @@ from temporalio.common import Priority, WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.agents.agent import Agent
+from flock.agents.checks import check_no_batches
 from flock.engine.base import ended_calls
 from flock.errors import (
     CallNotFound,
@@ -47,6 +48,7 @@ from flock.runs import (
     AskedQuestion,
     Batch,
     Call,
+    FileBox,
     IdempotencyKey,
     Observer,
     Page,
@@ -78,9 +80,11 @@ from flock.steps.answers import (
 )
 from flock.steps.identity import Newest, new_call_key
 from flock.steps.refusals import RETRYABLE, already_retried, check_cancel, not_deleted, run_not_retried, wait_stopped
+from flock.store.contents import SWEEP_INTERVAL_S
 from flock.temporal.accounts import account_in_memo, signal_account, usage_of
 from flock.temporal.batches import TemporalBatches
 from flock.temporal.cluster import Cluster, logger
+from flock.temporal.files import SharedContents
 from flock.temporal.messages import (
     ASKING,
     CHUNK_WORKFLOW,
@@ -153,6 +157,7 @@ class TemporalEngine(TemporalBatches):
         heartbeat_timeout_s: seconds without a heartbeat after which a worker is considered dead and its steps are
             retried elsewhere. An async agent that blocks the event loop for longer is started a second time.
         payload_dir: the folder for payloads too long for the cluster, the same as the workers'; see docs/temporal.md.
+        files_dir: the folder for the files of runs, the same as the workers'. Without it, no agent takes files.
         prices, default_model: those of the workers, to reject a ``max_cost`` that cannot hold.
         limits, bounds: limits as one value, or as keyword arguments, which override it; see ``Limits``.
 
@@ -173,12 +178,13 @@ class TemporalEngine(TemporalBatches):
         flock: str = "flock",
         heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
         payload_dir: str | os.PathLike[str] | None = None,
+        files_dir: str | os.PathLike[str] | None = None,
         prices: Mapping[str, Price] | None = None,
         default_model: ModelChoice = None,
         limits: Limits | None = None,
         **bounds: Any,
     ) -> None:
-        cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir)
+        cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir, files_dir=files_dir)
         limits = replaced(limits or Limits(), bounds, enforced_by("server"))
         limits = replace(limits, max_items=min(limits.max_items, MAX_ITEMS))
         if payload_dir is None:
@@ -187,6 +193,7 @@ class TemporalEngine(TemporalBatches):
             cluster, heartbeat_timeout_s, agents, flock, limits, prices=prices, default_model=default_model
         )
         self._watch_task: asyncio.Task[None] | None = None
+        self._sweep_task: asyncio.Task[None] | None = None
         self._error: StoreError | None = None
         self._open_runs = 0
         self._started_runs = 0
@@ -211,11 +218,14 @@ class TemporalEngine(TemporalBatches):
 
     async def __aenter__(self) -> Self:
         self._check_not_entered()
+        check_no_batches(self._agents, self._default_models)
         await self.cluster.connect()
         self.is_draining, self._error = False, None
         #: _wake_waiters is set while no caller may wait, because the engine stops or the cluster does not answer
         self._wake_waiters, self._no_waiters = asyncio.Event(), asyncio.Event()
         self._watch_task = asyncio.create_task(self._watch(), context=Context())
+        if self.cluster.files is not None:
+            self._sweep_task = asyncio.create_task(self._sweep(self.cluster.files), context=Context())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -223,8 +233,9 @@ class TemporalEngine(TemporalBatches):
         assert task is not None
         self.is_draining = True
         self._wake_waiters.set()
-        task.cancel()
-        await asyncio.wait([task])
+        for each in (tasks := [task] if self._sweep_task is None else [task, self._sweep_task]):
+            each.cancel()
+        await asyncio.wait(tasks)
 
     async def drain(self, timeout_s: float) -> None:
         """Stop accepting work, and stop waiting for runs after *timeout_s*. Runs continue in workers."""
@@ -283,6 +294,21 @@ class TemporalEngine(TemporalBatches):
                 logger.exception("the cluster cannot be watched")
             await asyncio.sleep(WATCH_INTERVAL_S)
 
+    async def _sweep(self, files: SharedContents) -> None:
+        """Delete the files that no run has, every hour."""
+        while True:
+            try:
+                await files.delete_unused(self.cluster.has)
+            except (StoreError, EngineFull, OSError) as exc:
+                logger.warning("the files that no run has cannot be deleted now: %s", exc)
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+
+    def files(self, principal: str | None = None) -> FileBox:
+        if self.cluster.files is None:
+            return super().files(principal)
+        self._check_entered()
+        return self.cluster.files.of(principal, self._limits.max_file_bytes, self._limits.max_files_bytes)
+
     # Runs
 
     async def _accept(self, run: Run, key: IdempotencyKey | None, context: Context, newest: Newest | None) -> None:
@@ -301,6 +327,8 @@ class TemporalEngine(TemporalBatches):
             if newest is not None and newest.is_replaced:
                 with contextlib.suppress(RunNotFound):
                     order = replace(order, replaces=workflow_id_of(await self.get_run(newest.run_id)))
+            if self.cluster.files is not None:
+                await self.cluster.files.mark(run_workflow_id(made_id, 1), run.files)
             if newest is not None:
                 await self._take_turn(order, newest.run_id)
             # If the process that claimed the key died before it started the run, this one starts it.
@@ -737,6 +765,8 @@ class TemporalEngine(TemporalBatches):
         again = reset_for_retry(run_again, keeps_calls=calls == "keep", by=None if by is None else by.name)
         try:
             await self._check_room(run.principal)
+            if self.cluster.files is not None:
+                await self.cluster.files.mark(run_workflow_id(run_id, 1), run.files)
             with self._counted_as_starting():
                 order = replace(self._order(again), key_id=await self._stored_key_id(run))
                 await self._start(replace(order, messages=(await self._traces_of(run)).unreceived))
@@ -759,6 +789,8 @@ class TemporalEngine(TemporalBatches):
         async with self.cluster.rpc_scope():
             for attempt in range(1, run.attempt + 1):
                 await self.cluster.delete(run_workflow_id(run_id, attempt))
+        if self.cluster.files is not None:
+            await self.cluster.files.release(run_workflow_id(run_id, 1), run.files)
 
     # Lists
 

@@ -32,6 +32,7 @@ from flock.temporal.messages import (
     ItemsDone,
     ItemsOrder,
     Part,
+    RowsOrder,
     batch_workflow_id,
     recoded,
     rows_workflow_id,
@@ -392,6 +393,10 @@ class ItemActivities:
 
         async def delete() -> None:
             for workflow_id, run_id in remaining:
+                if self._cluster.files is not None and workflow_id.startswith("rows:"):
+                    with contextlib.suppress(RPCError):  # it was deleted before
+                        rows = await self._cluster.input_of(workflow_id, RowsOrder)
+                        await self._cluster.files.release(ids[0][0], rows.item.files)
                 await self._cluster.delete(workflow_id, run_id)
 
         await asyncio.gather(*(delete() for _ in range(DELETES_AT_ONCE)))

@@ -336,8 +336,8 @@ class ItemRow(msgspec.Struct, frozen=True, omit_defaults=True):
 class RowsOrder(msgspec.Struct, frozen=True, kw_only=True):
     """The rows of one chunk. They are stored before the batch starts, and read by the workers that run its items.
 
-    ``item`` is the first of them, without its inputs: it has the fields that all items share. ``agents`` are the
-    versions of the agents of the API, by name.
+    ``item`` is the first of them, without its inputs: it has the fields that all items share, and the files of all.
+    ``agents`` are the versions of the agents of the API, by name.
     """
 
     item: Run

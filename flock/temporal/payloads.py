@@ -75,11 +75,8 @@ class PayloadFolder(StorageDriver):
 
     def check(self) -> None:
         """Raise DefinitionError if the folder is missing or not writable."""
-        if self._folder is not None and not (self._folder.is_dir() and os.access(self._folder, os.W_OK | os.X_OK)):
-            raise DefinitionError(
-                f"The payload folder {str(self._folder)!r} is missing or not writable. Create it, or name another one, "
-                "the same for all processes (--payload-dir, payload_dir=)."
-            )
+        if self._folder is not None:
+            check_folder(self._folder, "payload folder", "--payload-dir, payload_dir=")
 
     # Called by the SDK
 
@@ -190,6 +187,15 @@ class PayloadFolder(StorageDriver):
             logger.error("%s in %s is damaged", file, self._folder)
             raise payload_lost("A long payload is damaged: its checksum does not match.")
         return Payload.FromString(content)
+
+
+def check_folder(folder: Path, what: str, options: str) -> None:
+    """Raise DefinitionError if the folder is missing or not writable."""
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise DefinitionError(
+            f"The {what} {str(folder)!r} is missing or not writable. Create it, or name another one, "
+            f"the same for all processes ({options})."
+        )
 
 
 def payload_lost(message: str) -> ApplicationError:

@@ -293,8 +293,11 @@ class ActivityStep(ActiveRun):
             return
         for name in (self.run.next_agent_name, self.needs):
             if name is not None and name in self.elsewhere and self._executor.find(name) is None:
-                await self._leave(name)
+                await self._leave(f"agent {name!r}")
                 return
+        if self.run.files and self._cluster.files is None:
+            await self._leave("folder for files (--files-dir)")
+            return
         try:
             with self.scope:
                 self.outcome = await self._executor.execute(self)
@@ -303,7 +306,7 @@ class ActivityStep(ActiveRun):
             failure = exc
         if isinstance(failure, AgentElsewhere) and not self.cancel_requested:
             self.needs = failure.name
-            await self._leave(failure.name)
+            await self._leave(f"agent {failure.name!r}")
             return
         if isinstance(failure, WaitingForAnswers) and not self.cancel_requested:
             length = len(msgspec.json.encode(failure.questions))
@@ -317,10 +320,10 @@ class ActivityStep(ActiveRun):
         if not self.is_stopped:
             self.outcome = await self._executor.outcome_of(self, failure)
 
-    async def _leave(self, name: str) -> None:
-        """Leave the step to a worker that has the agent *name*, unless the time of the run is over."""
+    async def _leave(self, lacks: str) -> None:
+        """Leave the step to a worker that has what this one *lacks*, unless the time of the run is over."""
         if self.left_s > 0:
-            self.lacks = f"agent {name!r}"
+            self.lacks = lacks
         elif self._begun_at is None:
             self.outcome = await self._executor.outcome_of(self, queue_timeout(self.queue_timeout_s or 0))
         else:

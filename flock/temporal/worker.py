@@ -14,7 +14,7 @@ from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from flock.agents.agent import Agent
-from flock.agents.checks import tool_sources
+from flock.agents.checks import check_no_batches, tool_sources
 from flock.agents.mcp import listing_tools
 from flock.agents.shared import Shared
 from flock.limits import Limits, enforced_by
@@ -70,6 +70,7 @@ class TemporalWorker:
             The default is 1.5 million, or 64 MiB with a ``payload_dir``.
         drain_timeout_s: how long steps may continue when the worker shuts down. Other workers retry the rest.
         payload_dir: the folder for payloads too long for the cluster, the same as the engine's; see docs/temporal.md.
+        files_dir: the folder for files, the same as the engine's. Without it, runs with files are left to others.
         prices, shared: see ``EmbeddedEngine``.
         limits, bounds: limits as one value, or as keyword arguments, which override it; see ``Limits``. Batch items
             leave a tenth of ``max_concurrency`` to runs.
@@ -93,12 +94,13 @@ class TemporalWorker:
         drain_timeout_s: float = 20,
         expose_errors: bool = False,
         payload_dir: str | os.PathLike[str] | None = None,
+        files_dir: str | os.PathLike[str] | None = None,
         prices: Mapping[str, Price] | None = None,
         shared: Shared | None = None,
         limits: Limits | None = None,
         **bounds: Any,
     ) -> None:
-        self.cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir)
+        self.cluster = Cluster(address, namespace=namespace, payload_dir=payload_dir, files_dir=files_dir)
         self.task_queue = task_queue_of(flock)
         self._models = models
         self._tool_sources = tool_sources(agents)
@@ -116,12 +118,14 @@ class TemporalWorker:
             max_item_bytes=min(max_run_bytes, MAX_RUN_BYTES),  # heartbeats carry results, and never use the folder
             prices=merged(prices),
             shared=shared or Shared(),
+            folder_of=None if self.cluster.files is None else self.cluster.files.folder,
         )
         gate, accounts = Gate(self._limits.max_recoveries), Accounts(self.cluster, flock, executor.prices)
         self.workplace = Workplace(self.cluster, executor, gate, accounts, drain_timeout_s)
         models.on_retry = lambda: executor.notify("model_call_retried")
 
     async def __aenter__(self) -> Self:
+        check_no_batches(self.workplace.executor.agents, self._models.default_model)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._models)
             await stack.enter_async_context(listing_tools(self._tool_sources))

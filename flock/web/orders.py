@@ -132,6 +132,12 @@ def serving(request: Request) -> Serving:
     return app
 
 
+def address_of(request: Request) -> str:
+    """Return the URL of this app, as the operator or the client says it."""
+    here = f"{request.scope['scheme']}://{request.headers.get('host', '')}{root_path(request.scope)}"
+    return (serving(request).options.public_url or here).rstrip("/")
+
+
 def agents_of(request: Request) -> Mapping[str, Agent]:
     return serving(request).flock.agents
 

@@ -17,8 +17,12 @@ ENTRY = "main.js"
 #: A static import in the form that all our scripts use. They never rename an import.
 IMPORT = rb'(?m)^import \{(?P<names>[^}]*)\} from "\./(?P<module>[\w.]+)";\n'
 
-#: Comments on lines of their own, which browsers need not load.
-COMMENT = rb"(?ms)^ *(?://[^\n]*|/\*\*.*?\*/)\n"
+#: What is kept as it is in a script: strings, templates and regular expressions. A division has a space after it.
+KEPT = rb"""("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|`[^`]*`|/(?=[^ /*])(?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+/)"""
+#: What browsers need not load: comments, and space around punctuation. Each statement ends with a semicolon.
+COMMENT = re.compile(KEPT + rb"|//[^\n]*|(?s:/\*.*?\*/)")
+SPACE = re.compile(KEPT + rb"|\s*([{}()\[\],;:?=<>&|!]+)\s*|\n\s*(?=\n)")
+SPACE_OF_STYLE = re.compile(rb"\s*([{};,]|:(?= ))\s*")
 
 
 class UIFile(msgspec.Struct, frozen=True):
@@ -35,10 +39,10 @@ def ui_files(title: str, *, has_docs: bool = True) -> Mapping[str, UIFile]:
     files = {path.name: path.read_bytes() for path in sorted((STATIC / "ui").iterdir())}
     page = files["index.html"] if has_docs else re.sub(rb' *<a href="docs">.*?</a>\n', b"", files["index.html"])
     files["index.html"] = page.replace(b"{title}", html.escape(title).encode())
-    return {name: _file(name, plain) for name, plain in _bundled(files).items()}
+    return {name: _file(name, plain) for name, plain in bundled(files).items()}
 
 
-def _bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+def bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
     """Join the modules that the first paint needs, and those that the same views need, since requests take time."""
     imports = {
         name: [match["module"].decode() for match in re.finditer(IMPORT, plain)]
@@ -71,11 +75,15 @@ def _script(modules: Sequence[bytes], name: str, script_of: Mapping[str, str]) -
         b'import { %s } from "./%s";\n' % (b", ".join(sorted(set(b", ".join(names).split(b", ")))), script.encode())
         for script, names in imported.items()
     ]
-    return b"".join(heads) + b"\n".join(re.sub(COMMENT, b"", re.sub(IMPORT, b"", module)) for module in modules)
+    return b"".join(heads) + b"\n".join(re.sub(IMPORT, b"", module) for module in modules)
 
 
 def _file(name: str, plain: bytes) -> UIFile:
     media_type = "text/javascript" if name.endswith(".js") else mimetypes.guess_type(name)[0] or "text/plain"
+    if name.endswith(".js"):
+        plain = SPACE.sub(rb"\1\2", COMMENT.sub(rb"\1", plain))
+    elif name.endswith(".css"):
+        plain = SPACE_OF_STYLE.sub(rb"\1", plain)
     etag = f'W/"{hashlib.sha256(plain).hexdigest()[:16]}"'
     return UIFile(media_type, etag, plain, gzip.compress(plain, 9, mtime=0))
 

@@ -559,7 +559,7 @@ class FlockAPIResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One run in a list. It has ``inputs`` and ``result`` only if they were requested.
+    """One run in a list. It has ``inputs`` and ``result`` only if they were requested, ``session_id`` with its inputs.
 
     Only a waiting run has ``waiting_for`` and ``waits``.
     """
@@ -574,6 +574,7 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     completed_at: Time | None
     request_id: str | None
     attempt: int
+    session_id: str | msgspec.UnsetType = msgspec.UNSET
     inputs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     result: msgspec.Raw | msgspec.UnsetType | None = msgspec.UNSET
     waiting_for: list[Question] | msgspec.UnsetType = msgspec.UNSET

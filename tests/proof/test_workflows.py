@@ -291,6 +291,12 @@ FOUND_IN_MEMORY = {
         '606}],"n":17,"times":2},{"kind":"fail","n":20,"seconds":0.204123}],"n":14}],"n":3},{"kind":"work","n":21'
         ',"seconds":0.104359}],"n":2},{"seed":908,"is_stored":true,"ends":[[8,18,true]]}]'
     ),
+    "a race of two sleeps that start in another order": (
+        '[{"kind":"seq","parts":[{"kind":"gather","parts":[{"kind":"first","parts":[{"kind":"sleep","n":16,"secon'
+        'ds":0.704123},{"kind":"seq","parts":[{"kind":"sleep","n":18,"seconds":6.004359},{"kind":"work","n":19,"s'
+        'econds":0.204796}],"n":17}],"n":15}],"n":6},{"kind":"work","n":21,"seconds":0.105568},{"kind":"work","n"'
+        ':22,"seconds":0.106083}],"n":1},{"seed":253,"is_stored":true,"ends":[[7,0,true]]}]'
+    ),
 }
 
 

@@ -77,6 +77,7 @@ async def engine_with_worker(
         "prices": flock.prices,
         **worker_options,
         "shared": flock.shared,
+        "files_dir": options.get("files_dir"),
     }
     options = {
         **{"prices": flock.prices, "default_model": flock.model, "heartbeat_timeout_s": HEARTBEAT_PATIENCE_S},

@@ -62,7 +62,7 @@ async def left(
 
 
 async def get(client: httpx.AsyncClient, path: str, **query: Any) -> Any:
-    response = await client.get(path, params=query)
+    response = await client.get(path, params=query or None)  # an empty mapping would drop the query of the path
     assert response.status_code == 200, response.text
     return response.json()
 

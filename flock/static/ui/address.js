@@ -7,7 +7,7 @@ export const url = (path) => new URL(path, HERE);
 /** Return the link to a view, such as `#/runs?status=failed`. Empty parameters are omitted. */
 export function link(path, params = {}) {
   const query = new URLSearchParams(Object.entries(params).filter(([, value]) => value)).toString();
-  return `#/${path}${query && `?${query}`}`;
+  return `#/${path}${query && "?"}${query}`;
 }
 
 export const linkToQuestion = ({ run_id, call_id }) => link(`question/${run_id}/${encodeURIComponent(call_id)}`);

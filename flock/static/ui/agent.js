@@ -5,7 +5,7 @@ import { get, idempotencyKey, post } from "./api.js";
 import { lastAgents } from "./chain.js";
 import { copyCurl, quoted } from "./curl.js";
 import { actions, button, fill, h, quiet, table, title, wide } from "./dom.js";
-import { form, plain, sending } from "./form.js";
+import { chatInput, form, plain, sending } from "./form.js";
 import { parse, pretty, textOf } from "./json.js";
 import { session } from "./storage.js";
 
@@ -69,6 +69,7 @@ export async function show(main, { id, signal }) {
     title(
       agent.name,
       actions(
+        chatInput(agent.input_schema) && h("a.button", { href: link(`chat/${agent.name}`) }, "Chat"),
         h("a.button", { href: link("new-batch", { agent: agent.name }) }, "New batch"),
         h("a.button", { href: link("runs", { agent_name: agent.name }) }, "Runs"),
       ),

@@ -6,10 +6,11 @@ import { lastAgents, outputsOf } from "./chain.js";
 import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
 import { button, fact, fill, h, quiet, select } from "./dom.js";
 import { events } from "./events.js";
-import { textOf } from "./json.js";
+import { isFile, textOf } from "./json.js";
 import { hasKey } from "./key.js";
 import { busyWhile, notify, problem } from "./notices.js";
 import { announcer, ended, failure, heading, spent } from "./record.js";
+import { fileOf } from "./reference.js";
 import { saveAs, saveBlob } from "./save.js";
 import { PAGE_ROWS, bigTable } from "./table.js";
 import { badge, between, count, duration, isFinal, when } from "./words.js";
@@ -166,7 +167,7 @@ export async function show(main, { id, params, signal }) {
   });
 
   const items = (after, limit, signal) =>
-    get(`${path}/results?format=json&after=${after}&limit=${limit}${status && `&status=${status}`}`, signal);
+    get(`${path}/results?format=json&after=${after}&limit=${limit}${status && "&status="}${status}`, signal);
 
   async function load(page, signal) {
     if (!status) {
@@ -202,7 +203,7 @@ export async function show(main, { id, params, signal }) {
         "Error",
       ].map((name) => ({ name, min: name === "Error" ? 14 : 10, max: name === "Error" ? "2fr" : "1fr" })),
     ];
-    const cell = (value) => textOf(value ?? "").slice(0, 200);
+    const cell = (value) => (isFile(value) ? fileOf(value, true) : textOf(value ?? "").slice(0, 200));
     table = bigTable({
       label: "Results",
       columns,

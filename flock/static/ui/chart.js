@@ -26,7 +26,7 @@ export function drawOutcomes(bar, batch) {
   const words = counts.map(([name, number]) => `${count(number)} ${name}`).join(", ");
   bar.setAttribute("aria-valuemax", Math.max(1, batch.total_items));
   bar.setAttribute("aria-valuenow", batch.completed_items);
-  bar.setAttribute("aria-valuetext", `${count(batch.total_items, "row")}${words && `: ${words}`}`);
+  bar.setAttribute("aria-valuetext", `${count(batch.total_items, "row")}${words && ": "}${words}`);
   return fill(
     bar,
     counts.map(([name, number]) => {

@@ -86,6 +86,20 @@ export function plain(schema, root) {
   return schema;
 }
 
+/** The input of an agent that a message of a chat is for, as {name, isList}: the only one that is required, a text or a
+ * list of messages, or else the only text. The others may be null or left out. Returns null if there is none. */
+export function chatInput(schema) {
+  const inputs = Object.entries(schema.properties ?? {}).map(([name, property]) => {
+    const { type, enum: values, format, items, isNullable } = plain(property, schema);
+    const isList = type === "array" && plain(items ?? {}, schema).title === "ChatMessage";
+    const isRequired = schema.required?.includes(name) && !isNullable;
+    return { name, isList, isRequired, isChat: isList || (type === "string" && !values && !format) };
+  });
+  const required = inputs.filter((each) => each.isRequired),
+    possible = required.length ? required : inputs.filter((each) => each.isChat);
+  return possible.length === 1 && possible[0].isChat ? possible[0] : null;
+}
+
 const at = (root, reference) =>
   reference
     .slice(2)

@@ -3,7 +3,7 @@
 import { link, updateAddress } from "./address.js";
 import { get } from "./api.js";
 import { actions, button, fill, h, select, table, title, wide } from "./dom.js";
-import { isObject, textOf } from "./json.js";
+import { isFile, isObject, textOf } from "./json.js";
 import { session } from "./storage.js";
 import { every } from "./wait.js";
 
@@ -18,7 +18,7 @@ export function previewOf(members, isNamed = false) {
   const entries = Object.entries(members ?? {});
   const [[, only] = []] = entries;
   const isBare = entries.length === 1 && !isNamed;
-  if (isBare && isObject(only)) return previewOf(only);
+  if (isBare && isObject(only) && !isFile(only)) return previewOf(only);
   const words = entries.map(([name, value]) => (isBare ? "" : `${name}: `) + textOf(value)).join(", ");
   return words.length > PREVIEW_CHARS ? `${words.slice(0, PREVIEW_CHARS)} …` : words;
 }

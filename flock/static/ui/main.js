@@ -12,6 +12,7 @@ import { every, pause } from "./wait.js";
 const VIEWS = {
   agents: async () => ({ show: showAgents }), // most visits start here
   agent: () => import("./agent.js"),
+  chat: () => import("./chat.js"),
   runs: () => import("./runs.js"),
   run: () => import("./run.js"),
   waiting: () => import("./questions.js"),
@@ -21,7 +22,7 @@ const VIEWS = {
   "new-batch": () => import("./newbatch.js"),
 };
 /** The tabs of views that have none of their own. */
-const TABS = { "new-batch": "batch", question: "waiting" };
+const TABS = { chat: "agent", "new-batch": "batch", question: "waiting" };
 const COUNT_EVERY_MS = 5000;
 const name = document.title;
 let leaving = new AbortController();
@@ -53,7 +54,7 @@ async function show(isFirst) {
     signal.throwIfAborted();
     const heading = container.querySelector("h1");
     document.title = `${heading.textContent} · ${name}`;
-    if (!isFirst) heading.focus();
+    if (!isFirst) (container.querySelector("[autofocus]") ?? heading).focus();
   } catch (error) {
     if (signal.aborted) return;
     fill(main, problem(error, error.status === 404 ? null : () => show(false)));

@@ -12,6 +12,7 @@ import { parse, textOf } from "./json.js";
 import { DROPPED, KEPT, Mapping } from "./mapping.js";
 import { busyWhile, problem } from "./notices.js";
 import { session } from "./storage.js";
+import { TableFiles } from "./tablefiles.js";
 import { MEDIA_TYPES, checkRows, formatOf, headOf, sendRows } from "./upload.js";
 import { pause } from "./wait.js";
 import { aboutBatches } from "./words.js";
@@ -55,6 +56,7 @@ class NewBatch {
     this.agentChoice = select(names, first, { onchange: () => this.changeAgent() });
     this.inputNames = h("p.quiet");
     this.columns = h("section");
+    this.files = new TableFiles(() => this.recheck(), signal);
     this.sample = h("tbody");
     this.needed = h("section", { "aria-label": "Inputs without a column" });
     this.others = h("section");
@@ -88,6 +90,7 @@ class NewBatch {
       h("section", agent),
       h("section", h("h2", "Rows"), this.source.node, this.ofCSV()),
       this.columns,
+      this.files.node,
       this.needed,
       this.others,
       this.check,
@@ -145,7 +148,7 @@ class NewBatch {
       head = await headOf(rows, encoding);
     signal.throwIfAborted();
     const columns = await this.columnsOf(head, format, signal);
-    Object.assign(this, { rows, format, head, isLoading: false });
+    Object.assign(this, { given: { rows, format }, rows, format, head, isLoading: false });
     const before = JSON.parse(session.get(`batch mapping ${this.agent.name}`) ?? "{}");
     this.mapping = new Mapping(columns, this.schema, this.outputs, before);
     this.drawColumns();
@@ -164,7 +167,7 @@ class NewBatch {
 
   clear() {
     this.checking.abort();
-    for (const part of [this.columns, this.needed, this.others, this.check, this.start]) fill(part);
+    for (const part of [this.columns, this.files.node, this.needed, this.others, this.check, this.start]) fill(part);
     this.needed.classList.remove("problem");
   }
 
@@ -302,11 +305,16 @@ class NewBatch {
     else this.drawStart();
     const isComplete = entered !== null && !missing.length;
     const statics = { ...Object.fromEntries(missing.map((name) => [name, null])), ...entered };
-    this.report(this.checkAll(this.options(statics), isComplete, signal));
+    this.report(this.checkAll(statics, isComplete, signal));
   }
 
-  async checkAll(options, isComplete, signal) {
+  async checkAll(statics, isFilled, signal) {
     await pause(CHECK_DELAY_MS, signal);
+    const resolved = await this.files.resolve(this.given, this.mapping, this.schema);
+    signal.throwIfAborted();
+    Object.assign(this, resolved ?? this.given);
+    const options = this.options(statics),
+      isComplete = isFilled && resolved !== null;
     if (!isComplete || this.head !== this.rows) {
       const ofHead = options.encoding ? { ...options, encoding: "utf-8" } : options;
       const { rows } = await checkRows(this.head, this.format, ofHead, { signal });
@@ -486,7 +494,7 @@ class NewBatch {
   async copyCurl() {
     const options = this.startOptions();
     if (!options) return;
-    const file = quoted(`@${this.rows.name ?? `rows.${this.format.kind}`}`);
+    const file = quoted("@" + (this.rows.name ?? `rows.${this.format.kind}`));
     const path = `run/batch?${new URLSearchParams(options)}`;
     await copyCurl(path, MEDIA_TYPES[this.format.kind], `--data-binary ${file}`);
   }

@@ -1,10 +1,33 @@
 // The questions of a waiting run, as forms.
 
+import { post } from "./api.js";
 import { actions, button, fill, h, quiet, wide } from "./dom.js";
 import { form, plain, sending } from "./form.js";
 import { busyWhile } from "./notices.js";
 import { readable } from "./value.js";
 import { when } from "./words.js";
+
+/** The open questions of the run at `path`. `answered(run)` gets the run after an answer. */
+export function questions(path, answered, signal) {
+  const node = h("div"),
+    shown = new Map();
+  /** Add new questions and remove answered ones. The others stay, since somebody may be typing an answer. */
+  const draw = ({ waiting_for: open = [] }) => {
+    for (const [call_id, form] of shown)
+      if (!open.some((each) => each.call_id === call_id)) {
+        form.remove();
+        shown.delete(call_id);
+      }
+    for (const each of open)
+      if (!shown.has(each.call_id)) {
+        const address = `${path}/calls/${encodeURIComponent(each.call_id)}`;
+        const form = question(each, async (output) => answered(await post(address, { output }, { signal })));
+        shown.set(each.call_id, form);
+        node.append(form);
+      }
+  };
+  return { node, draw };
+}
 
 /** `answer(output)` sends the answer. */
 export function question({ question, schema, arguments: about, expires_at, kind }, answer) {

@@ -6,7 +6,7 @@ import { showQuestion } from "./asked.js";
 import { actions, button, fact, fill, h, wide } from "./dom.js";
 import { events } from "./events.js";
 import { busyWhile, notify, problem } from "./notices.js";
-import { question } from "./question.js";
+import { questions } from "./question.js";
 import { announcer, ended, failure, heading, spent } from "./record.js";
 import { Steps } from "./steps.js";
 import { session } from "./storage.js";
@@ -20,7 +20,14 @@ export async function show(main, { view, id, signal }) {
   const path = `run/${encodeURIComponent(id)}`;
   let run = await get(path, signal),
     isStale = false; // the record may have more than the events
-  const questions = new Map();
+  const asked = questions(
+    path,
+    (answered) => {
+      run = answered;
+      draw();
+    },
+    signal,
+  );
   const head = heading(),
     live = announcer(PROGRESS_EVERY_MS),
     steps = new Steps(),
@@ -28,7 +35,6 @@ export async function show(main, { view, id, signal }) {
   const parts = {
     facts: h("dl.facts"),
     progress: h("div"),
-    questions: h("div"),
     outcome: h("section"),
     inputs: h("section"),
   };
@@ -37,7 +43,7 @@ export async function show(main, { view, id, signal }) {
     parts.facts,
     live.node,
     parts.progress,
-    parts.questions,
+    asked.node,
     parts.outcome,
     h("section", h("h2", "Steps"), steps.node),
     parts.inputs,
@@ -90,7 +96,7 @@ export async function show(main, { view, id, signal }) {
   function draw() {
     head.draw(run, isFinal(run.status) ? run.status : "open", buttons);
     facts();
-    ask();
+    asked.draw(run);
     progress();
     outcome();
   }
@@ -132,26 +138,6 @@ export async function show(main, { view, id, signal }) {
     steps.tick(run);
   }
 
-  /** Add new questions and remove answered ones. The others stay, since somebody may be typing an answer. */
-  function ask() {
-    const open = run.waiting_for || [];
-    for (const [call_id, node] of questions)
-      if (!open.some((each) => each.call_id === call_id)) {
-        node.remove();
-        questions.delete(call_id);
-      }
-    for (const each of open)
-      if (!questions.has(each.call_id)) {
-        const address = `${path}/calls/${encodeURIComponent(each.call_id)}`;
-        const node = question(each, async (output) => {
-          run = await post(address, { output }, { signal });
-          draw();
-        });
-        questions.set(each.call_id, node);
-        parts.questions.append(node);
-      }
-  }
-
   function progress() {
     if (isFinal(run.status) || run.status === "waiting") return fill(parts.progress);
     const { done, total, message } = run.progress ?? {};
@@ -160,7 +146,7 @@ export async function show(main, { view, id, signal }) {
         ? run.status === "starting"
           ? "Waiting to start"
           : "Running"
-        : `${message ? `${message}: ` : ""}${count(done)}${total ? ` of ${count(total)}` : ""}`;
+        : `${message ?? ""}${message ? ": " : ""}${count(done)}${total ? " of " + count(total) : ""}`;
     const bar = h("progress", total ? { max: total, value: Math.min(done, total) } : {});
     return fill(parts.progress, h("label", words, bar));
   }

@@ -123,7 +123,7 @@ class Step {
 
   draw(status) {
     const isOver = this.completed_at || isFinal(status);
-    if (!isOver) for (const call of this.calls.values()) call.draw(status);
+    for (const call of this.calls.values()) call.draw(isOver ? null : status); // the last reply has no end of its own
     this.node.className = this.completed_at ? "done" : isOver || status === "waiting" ? "" : "busy";
     const took = duration(between(this.started_at, this.completed_at));
     const state = this.completed_at
@@ -168,7 +168,7 @@ class Call {
       " ",
       h("strong", name),
       " ",
-      badge(error ? "failed" : completed_at ? "completed" : open),
+      error ? badge("failed") : completed_at ? badge("completed") : open && badge(open),
       h(
         "span.quiet",
         started_at && ` ${duration(between(started_at, completed_at))}`,
@@ -192,7 +192,7 @@ class Call {
 }
 
 /** The output of an agent while it is written: a table of its fields. */
-class Output {
+export class Output {
   cells = new Map();
   body = h("tbody");
   node = h("table.value.output", { hidden: true }, this.body);

@@ -1,8 +1,9 @@
 // A JSON value, formatted for reading.
 
 import { actions, button, fill, h, quiet, table, wide } from "./dom.js";
-import { isExact, isObject, pretty } from "./json.js";
+import { isExact, isFile, isObject, pretty } from "./json.js";
 import { copy } from "./notices.js";
+import { fileOf } from "./reference.js";
 import { saveBlob } from "./save.js";
 
 /** The limits of the table view. The JSON view has the rest. */
@@ -14,6 +15,7 @@ const MAX_JSON_CHARS = 1_000_000;
 export function readable(value) {
   if (value === null || value === undefined) return h("span.quiet", "nothing");
   if (isExact(value)) return value.rawJSON;
+  if (isFile(value)) return fileOf(value);
   if (Array.isArray(value)) return value.length ? arrayTable(value) : h("span.quiet", "none");
   if (typeof value === "object") return objectTable(value);
   if (typeof value !== "string") return String(value);
@@ -39,7 +41,7 @@ function arrayTable(value) {
   const names = [...new Set(shown.filter(isObject).flatMap(Object.keys))];
   const item = (each) => h("li", readable(each));
   const row = (each) => h("tr", ...names.map((name) => h("td", readable(each[name]))));
-  return [shown.every(isObject) ? table(names, shown.map(row)) : h("ul", shown.map(item)), rest(value.length)];
+  return [shown.every((each) => isObject(each) && !isFile(each)) ? table(names, shown.map(row)) : h("ul", shown.map(item)), rest(value.length)];
 }
 
 /** Show a value as a table or as JSON, with buttons to copy and download it. */

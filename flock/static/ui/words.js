@@ -39,7 +39,7 @@ export const between = (from, to) => (from ? ((to ? new Date(to) : new Date()) -
 
 const NUMBER = new Intl.NumberFormat();
 export const count = (number, one, many = `${one}s`) =>
-  `${NUMBER.format(number)}${one ? ` ${number === 1 ? one : many}` : ""}`;
+  NUMBER.format(number) + (one ? ` ${number === 1 ? one : many}` : "");
 
 export const aboutBatches = () => quiet("A batch runs one agent on every row of a table. Each row is a separate run.");
 
