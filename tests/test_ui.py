@@ -1427,4 +1427,4 @@ def test_the_first_paint_needs_five_requests_and_15_kb(visit: Visit, site: Site)
     assert received < 15_000, received
     assert "five requests and 15 KB" in (ROOT / "docs" / "web-page.md").read_text("utf-8")
     assert all(answer.header_value("content-encoding") == "gzip" for answer in answers[:3])  # the files of the page
-    assert sum(len(file.gzipped) for file in ui_files("").values()) < 52_000  # all views together
+    assert sum(len(file.gzipped) for file in ui_files("").values()) < 50_000  # all views together

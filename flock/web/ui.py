@@ -43,7 +43,7 @@ def ui_files(title: str, *, has_docs: bool = True) -> Mapping[str, UIFile]:
 
 
 def bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
-    """Join the modules that the first paint needs, and those that the same views need, since requests take time."""
+    """Join the modules that the first paint needs, those of each view, and those of several, since requests take time."""
     imports = {
         name: [match["module"].decode() for match in re.finditer(IMPORT, plain)]
         for name, plain in files.items()
@@ -54,9 +54,10 @@ def bundled(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
     for name in order:
         needed[name] = {name}.union(*(needed[module] for module in imports[name]))
     views = needed.keys() - {ENTRY}.union(*imports.values())
-    users = {name: frozenset(view for view in views if name in needed[view]) for name in order}
-    script_of_users = {users[name]: name for name in order}  # a view is the last of its modules
-    script_of = {name: ENTRY if name in needed[ENTRY] else script_of_users[users[name]] for name in order}
+    users = {name: [view for view in views if name in needed[view]] for name in order}
+    last_shared = max((name for name in order if len(users[name]) > 1), key=order.index, default=ENTRY)
+    script_of = {name: users[name][0] if len(users[name]) == 1 else last_shared for name in order}
+    script_of |= dict.fromkeys(needed[ENTRY], ENTRY)
     scripts = {
         script: _script([files[name] for name in order if script_of[name] == script], script, script_of)
         for script in script_of.values()

@@ -13,11 +13,11 @@ const VIEWS = {
   agents: async () => ({ show: showAgents }), // most visits start here
   agent: () => import("./agent.js"),
   chat: () => import("./chat.js"),
-  runs: () => import("./runs.js"),
+  runs: () => import("./lists.js"),
   run: () => import("./run.js"),
-  waiting: () => import("./questions.js"),
+  waiting: () => import("./lists.js"),
   question: () => import("./run.js"),
-  batches: () => import("./batches.js"),
+  batches: () => import("./lists.js"),
   batch: () => import("./batch.js"),
   "new-batch": () => import("./newbatch.js"),
 };
