@@ -9,11 +9,14 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import httpx
+import msgspec
 import pytest
 
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory, Image
-from flock.runs import Engine, RunContext, new_id
+from flock.engine.embedded import EmbeddedEngine
+from flock.protocols import chats as chats_module
+from flock.runs import Engine, Event, Run, RunContext, new_id
 from flock.testing import Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
@@ -320,6 +323,54 @@ async def test_a_failed_task_says_why_and_a_cancelled_one_stops(client: httpx.As
     for _ in range(2):
         assert state(await call(client, "hang", "CancelTask", id=hanging["id"])) == "canceled"
     assert (await get(client, f"/run/{hanging['id']}"))["status"] == "cancelled"
+
+
+async def test_each_status_of_a_stream_is_that_of_the_run_it_shows(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the run ends right after it was read, or is answered by another client before the stream says it waits."""
+    engine, pieces, get_run = (
+        client._transport.app.engine,  # type: ignore[attr-defined]
+        chats_module.StreamedAnswer.pieces,
+        EmbeddedEngine.get_run,
+    )
+
+    async def read_early(engine: EmbeddedEngine, run_id: str, *principal: Any) -> Run:
+        run = await get_run(engine, run_id, *principal)
+        while (await get_run(engine, run_id)).is_active:
+            await anyio.lowlevel.checkpoint()
+        return run
+
+    async def late(answer: Any, events: Any) -> AsyncIterator[Any]:
+        async for piece in pieces(answer, events):
+            if isinstance(piece, Event) and piece.name == "run.waiting":
+                run_id, (question,) = piece.data["run_id"], piece.data["waiting_for"]
+                await engine.answer_call(run_id, question.call_id, msgspec.Raw(b"7"))
+                await engine.wait(run_id)
+            yield piece
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EmbeddedEngine, "get_run", read_early)
+        seen = await stream(client, "echo", "tea")
+        assert (seen.states[-1], seen.text) == ("completed", "tea ")
+    monkeypatch.setattr(chats_module.StreamedAnswer, "pieces", late)
+    seen = await stream(client, "guess", "x")
+    assert (seen.states[-1], seen.parts) == ("input_required", [])
+    assert state(await call(client, "guess", "GetTask", id=seen.task["id"])) == "completed"
+
+
+async def test_a_task_is_read_once(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, reads = await send(client, "echo", "tea"), list[str]()
+    for name in ("get_run", "get_outline"):
+        read = getattr(EmbeddedEngine, name)
+
+        async def counted(*args: Any, read: Any = read) -> Any:
+            reads.append(read.__name__)
+            return await read(*args)
+
+        monkeypatch.setattr(EmbeddedEngine, name, counted)
+    assert await call(client, "echo", "GetTask", id=task["id"]) == task
+    assert reads == ["get_run"]
 
 
 async def test_progress_is_a_status(client: httpx.AsyncClient, chats: Agents) -> None:

@@ -1006,3 +1006,41 @@ def test_100_000_waiting_runs_cost_neither_memory_nor_time_at_the_start(tmp_path
     after_kib, after_s, _ = measured()
     assert after_kib < before_kib + 8 * 1024
     assert after_s < before_s + 2
+
+
+async def test_an_answerer_that_is_no_role_fails_the_step_before_it_asks(open_engine: OpenEngine) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def ask(role: str, context: RunContext) -> bool:
+        return await context.ask("Send it?", bool, answerer=role)
+
+    async with open_engine(flock) as engine:
+        for role in ("a,b", "", "a\u202eb"):
+            run = await engine.wait((await engine.submit("ask", {"role": role})).run_id)
+            assert (run.status, run.waiting_for) == (RunStatus.FAILED, ())
+            assert run.error is not None
+            assert "is not the name of a role" in run.error
+            assert "\u202e" not in run.error
+
+
+async def test_a_question_is_kept_as_it_was_asked_and_turns_no_line_of_the_log(
+    open_engine: OpenEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its characters may change the direction of others, so an approver must not be shown another text."""
+    flock, text = Flock(), "Pay \u202e001\u202c €?\n\u2066To Ann\u2069"
+    caplog.set_level("DEBUG")
+
+    @flock.agent
+    async def ask(context: RunContext) -> str:
+        return await context.ask(text, str)
+
+    async with open_engine(flock) as engine:
+        run = await asked(engine, "ask")
+        (question,) = run.questions
+        assert question.question == text
+        assert (await engine.get_question(run.run_id, question.call_id)).question.question == text
+        await engine.answer_call(run.run_id, question.call_id, json_of(text))
+        done = await engine.wait(run.run_id)
+        assert done.value == {"result": text}
+    assert not {"\u202e", "\u2066"} & set(caplog.text)

@@ -45,6 +45,7 @@ from tests.support.http import check_problem, client_of, get
 from tests.support.servers import flockapi_command, running
 from tests.test_ask import json_of, waiting
 from tests.test_costs import A_DOLLAR, MODEL, SERVED, Crowd, Provider, crowded, finish, measuring, texts
+from tests.test_secrets import Opened
 
 pytestmark = pytest.mark.anyio
 
@@ -652,3 +653,23 @@ async def test_calls_without_a_budget_reserve_nothing() -> None:
             async with budget.reserve(MODEL, [], 100):
                 assert budget._reserved == 10**12
             assert budget._reserved == 0
+
+
+async def test_a_spent_budget_is_429_over_http_with_any_engine(open_engine: OpenEngine) -> None:
+    model = Crowd()
+    async with open_engine(crowded(), transport=model.transport) as engine:
+        opened: Any = Opened(engine)
+        app = create_app(crowded(), engine=opened, api_keys=KEYS)
+        async with app.lifespan(), client_of(app, headers_of("a")) as client:
+            body = {"agent_name": "all", "inputs": {"count": 2}}
+            assert (await client.post("/run/flock", json=body)).json()["cost"] == 2
+            await until_spent(engine, 2)
+            batch = {"agent_name": "all", "batch_inputs": [{"count": 1}]}
+            for path, sent in (
+                ("/run/flock", body),
+                ("/run/flock", {**body, "async_run": True}),
+                ("/run/batch", batch),
+            ):
+                refused = await client.post(path, json=sent)
+                check_problem(refused, 429)
+                assert 0 < int(refused.headers["Retry-After"]) <= 86_400

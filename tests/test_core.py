@@ -177,6 +177,27 @@ def test_the_page_of_names_has_each_option_that_was_renamed() -> None:
     }, "retry= is of all that makes agents"
 
 
+def test_the_page_of_names_has_only_names_that_exist() -> None:
+    page = (ROOT / "docs" / "names.md").read_text().partition("| old |")[0].replace("\\|", "or")
+    ours = [re.split(r"\|", line)[1] for line in page.splitlines() if line.startswith("| ")]
+    named = {name for text in ours for code in re.findall("`([^`]+)`", text) for name in _names_in(code)}
+    assert {"validate", "next_agent", "History", "on_model_call"} <= named
+    nodes = [node for file in (ROOT / "flock").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    known = {getattr(node, "name", "") for node in nodes}
+    known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    known |= {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    assert named - known == set()
+
+
+def _names_in(code: str) -> list[str]:
+    """Return the names of ours in a piece of code. The types and values in it, and routes, are examples."""
+    if code.startswith(("GET ", "POST ")):
+        return []
+    called, _, options = code.partition("(")
+    options = options if options else called if "=" in called else ""
+    return [*re.findall(r"\w+", called.partition("=")[0]), *re.findall(r"(\w+)=", options)]
+
+
 def test_an_option_with_both_names_is_refused() -> None:
     make: Any = agent
     with pytest.raises(TypeError, match=r"^retry= is the old name of on_retry=\. Pass only on_retry=\.$"):

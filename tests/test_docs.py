@@ -126,6 +126,26 @@ async def test_the_app_of_the_embedding_page_serves_its_user_and_no_other() -> N
     await check_serves_only_ann(names["ai"], names["host"])
 
 
+@pytest.mark.anyio
+async def test_the_oauth_block_of_the_embedding_page_says_where_to_log_in() -> None:
+    page = ROOT / "docs" / "embedding.md"
+    (code,) = [block.text for block in blocks_of(page) if "resource_metadata" in block.text]
+    _, names = printed_by(code, page)
+    transport = httpx.ASGITransport(names["host"])
+    body = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+    async with httpx.AsyncClient(transport=transport, base_url="https://acme.example") as client:
+        async with names["ai"].lifespan():
+            for token in (None, "forged"):
+                headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+                refused = await client.post("/ai/mcp", json=body, headers=headers)
+                assert refused.status_code == 401
+                url = re.fullmatch('Bearer resource_metadata="(.+)"', refused.headers["www-authenticate"])
+                assert url is not None
+                assert (await client.get(url[1])).json()["resource"] == "https://acme.example/ai/mcp"
+            accepted = await client.post("/ai/mcp", json=body, headers={"Authorization": "Bearer of-ann"})
+            assert (accepted.status_code, accepted.json()["result"]) == (200, {})
+
+
 def _anchors(page: Path) -> set[str]:
     headings = re.findall(r"(?m)^#+ (.*)$", page.read_text("utf-8"))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -144,6 +144,14 @@ def test_a_protocol_leaves_runs_to_flock_web_orders() -> None:
             assert not used & {"submit", "answer_call", "watch"}, module
 
 
+def test_a_protocol_is_spoken_without_its_sdk() -> None:
+    """The SDKs are for tests. In ``flock.protocols``, ``openai`` and ``mcp`` are names of modules of ours."""
+    sdks = {"openai", "mcp", "a2a", "ag_ui", "ai"}
+    for path in FILES:
+        if layer_of(module_of(path)) in ("flock.web", "flock.protocols", "flockapi"):
+            assert not packages_of(path) & sdks, path
+
+
 def test_the_engine_knows_only_the_port_of_the_store() -> None:
     """And what it needs to know of suspects. Only ``flock.declared`` and the command choose SQLite."""
     used: dict[str, set[str]] = {}

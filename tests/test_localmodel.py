@@ -12,7 +12,7 @@ import pytest
 
 from flock.agents.signature import Signature
 from flock.core import Flock, FlockFactory, History
-from flock.errors import ModelError, RunFailed
+from flock.errors import AgentError, ModelError, RunFailed
 from flock.models import localmodel
 from flock.models.localmodel import bounded_schema, serve
 from flock.runs import RunContext
@@ -290,3 +290,53 @@ async def test_what_a_program_adds_to_an_agent_works_with_a_real_model() -> None
     assert run.value == {"result": {"type": type(checked[-1]).__name__, **msgspec.structs.asdict(checked[-1])}}
     assert all("You work for the shop of Ann." in system for system, *_ in asked)
     assert "My cup is broken." in asked[-1][1], "the second turn sees the first one"
+
+
+@pytest.mark.anyio
+async def test_what_steers_tools_and_checks_works_with_a_real_model() -> None:
+    """A tool that must be called, a hook on tools, an edited history, and a check that rejects an answer."""
+    called, edited, checked = list[str](), list[int](), list[str]()
+
+    def weather(city: str) -> str:
+        """Find the weather of a city."""
+        raise AssertionError("the hook answers")
+
+    def population(city: str) -> int:
+        """Find the number of people in a city."""
+        called.append("population")
+        return 552_000
+
+    def edit(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        edited.append(len(messages))
+        return messages[-2:]
+
+    def check(answer: str) -> None:
+        checked.append(answer)
+        if len(checked) == 1:
+            raise AgentError("Write it in other words.")
+
+    flock = flock_of(
+        "answer: str",
+        tools=[weather, population],
+        max_tool_calls=1,
+        options={"tool_choice": "weather", "max_tokens": 60},
+        history=History(edit=edit),
+        validate=check,
+        answer_retries=1,
+    )
+
+    @flock.on_tool_call
+    async def answer_for(use: Any, call: Any) -> Any:
+        called.append(use.name)
+        return "It rains."
+
+    async with flock.engine() as engine:
+        for _ in range(2):
+            run = await engine.submit("text_analyzer", {"text": "What is the weather in Lisbon?"}, session_id="ann")
+            run = await engine.wait(run.run_id)
+            assert run.error is None
+    assert set(called) == {"weather"}
+    assert len(called) == 2
+    assert len(checked) == 3, "the first answer was rejected"
+    assert len(edited) == 1, "the first turn has no history"
+    assert edited[0] >= 2

@@ -66,6 +66,11 @@ class Chats:
                 yield f"{word} "
 
         @flock.agent
+        async def naps(text: str, context: RunContext) -> str:
+            await context.sleep(0.5)
+            return f"{text} after a nap"
+
+        @flock.agent
         def repeat(text: str, times: int = 1) -> str:
             return text * times
 
@@ -518,6 +523,37 @@ async def test_outputs_of_tools_are_the_last_messages(client: httpx.AsyncClient)
     messages = [*said("a"), {"role": "tool", "tool_call_id": "x", "content": "b"}, *said("c")]
     response = await client.post("/v1/chat/completions", json={"model": "open", "messages": messages})
     assert check_error(response, 400, "invalid_input", "must be the last messages")["param"] == "messages.2"
+
+
+async def test_outputs_of_earlier_calls_are_history_if_a_user_has_said_more(
+    client: httpx.AsyncClient, chats: Chats
+) -> None:
+    chats.model.replies = [Reply(calls=[("look", {"at": "sky"})]), *(Reply({"reply": each}) for each in ("Blue.", "7"))]
+    asked = await chat(client, "open", "What colour?", tools=TOOLS)
+    message, first = asked.json()["choices"][0]["message"], asked.headers["Flock-Run-Id"]
+    messages = [*said("What colour?"), message]
+    messages.append({"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "blue"})
+    sent = {"model": "open", "tools": TOOLS}
+    done = await client.post("/v1/chat/completions", json={**sent, "messages": messages})
+    assert (content_of(done), done.headers["Flock-Run-Id"]) == ("Blue.", first)
+    messages += [done.json()["choices"][0]["message"], *said("And how many?")]
+    more = await client.post("/v1/chat/completions", json={**sent, "messages": messages})
+    assert (content_of(more), more.headers["Flock-Run-Id"] != first) == ("7", True)
+    talk = chats.model.requests[-1]["messages"]
+    assert [each["content"] for each in talk if each["role"] in ("user", "assistant")][-3:] == [
+        *("What colour?", "Blue.", "And how many?")
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+async def test_an_agent_that_sleeps_answers_the_same_request(
+    client: httpx.AsyncClient, path: str, stream: bool
+) -> None:
+    sent = {"model": "naps", "messages": said("tea"), "input": "tea", "stream": stream}
+    with anyio.fail_after(PATIENCE_S):
+        response = await client.post(f"/v1/{path}", json=sent)
+    assert (response.status_code, "tea after a nap" in response.text) == (200, True), response.text
 
 
 async def test_only_the_principal_of_a_run_answers_its_calls(chats: Chats) -> None:

@@ -16,6 +16,7 @@ from flock.agents.messages import Messages
 from flock.core import FlockFactory
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import AgentError, StoreError
+from flock.protocols import chats as chats_module
 from flock.runs import Principal, RunContext, RunStatus, new_id
 from flock.store import queries
 from flock.testing import Reply
@@ -270,6 +271,46 @@ async def test_a_response_that_is_not_stored_is_deleted_if_its_client_leaves(
     body = {"model": "write", "input": "a secret", "store": False, "stream": stream}
     await left(app, "/v1/responses", body, chats.has_written.wait)
     assert (await get(client, "/runs"))["runs"] == []
+
+
+async def test_a_response_that_is_not_stored_is_deleted_if_its_client_leaves_after_its_end(
+    app: FlockAPI, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that does not read its stream, and a host that cancels the request before its response."""
+
+    async def ended() -> None:
+        while not (await get(client, "/runs", status="completed"))["runs"]:
+            await anyio.lowlevel.checkpoint()
+
+    body = {"model": "hello", "input": "a secret", "store": False}
+    await left(app, "/v1/responses", {**body, "stream": True}, ended, reads=False)
+    assert (await get(client, "/runs"))["runs"] == []
+
+    async def cut_off(*args: Any, **options: Any) -> str:
+        assert (await get(client, "/runs"))["runs"][0]["status"] == "completed"
+        host.cancel()
+        await anyio.lowlevel.checkpoint()
+        return "never"
+
+    monkeypatch.setattr(chats_module, "text_of", cut_off)
+    with anyio.CancelScope() as host:
+        await left(app, "/v1/responses", body, anyio.sleep_forever)
+    assert host.cancelled_caught
+    assert (await get(client, "/runs"))["runs"] == []
+
+
+async def test_outputs_of_some_of_the_calls_are_400(client: httpx.AsyncClient, chats: Responses) -> None:
+    chats.model.replies = [Reply(calls=[("look", {"at": "sky"}), ("zoom", {})]), Reply({"reply": "Blue."})]
+    tools = [{"type": "function", "name": name, "parameters": {"type": "object"}} for name in ("look", "zoom")]
+    asked = await create(client, "open", "What colour?", tools=tools)
+    outputs = [
+        {"type": "function_call_output", "call_id": item["call_id"], "output": "blue"} for item in asked["output"]
+    ]
+    assert len(outputs) == 2
+    for stream in (False, True):
+        refused = await send(client, "open", outputs[:1], stream=stream, previous_response_id=asked["id"])
+        check_error(refused, 400, "invalid_input", "The output of 'zoom' is missing. Send all outputs together.")
+    assert text_of(await create(client, "open", outputs, previous_response_id=asked["id"])) == "Blue."
 
 
 @pytest.mark.parametrize("stream", [False, True])

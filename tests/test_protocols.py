@@ -1,7 +1,7 @@
 """A run as clients of three protocols see it at the same time: REST, OpenAI and MCP."""
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -157,3 +157,77 @@ async def test_an_item_of_openai_approves_as_the_rules_of_approvers_allow(
     await client.post(f"/run/{run_id}/calls/{call_id}", json={"output": {"approved": True}}, headers=EVE)
     continued = await send(client, "clerk", [], previous_response_id=asked["id"])
     assert (text_of(continued.json()), chats.paid) == ("Paid.", [3, 3])
+
+
+SAID = {"id": "1", "role": "user", "parts": [{"type": "text", "text": "x"}]}
+CALLED = {"id": "2", "role": "assistant", "content": "", "toolCalls": [{"id": "call_x", "type": "function"}]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+MORE: Mapping[str, Any] = {"metadata": {"inputs": "{}"}, "stream": True, "max_tokens": 5, "tool_choice": "none"}
+#: A request of each protocol with many members.
+WHOLE: Mapping[str, tuple[str, Any]] = {
+    "chat": ("/v1/chat/completions", {"model": "echo", "messages": [USER], "tools": [TOOL], **MORE}),
+    "responses": (
+        "/v1/responses",
+        {"model": "echo", "input": [{"role": "user", "content": "x"}], "store": False, **MORE},
+    ),
+    "a2a": ("/a2a/echo", {**STREAMS["a2a"][1], "params": {"message": {**A2A, "contextId": "c"}, "configuration": {}}}),
+    "ag-ui": (
+        "/ag-ui/echo",
+        {**STREAMS["ag-ui"][1], "messages": [CALLED, USER], "resume": [], "state": {"other": "x"}},
+    ),
+    "vercel": ("/vercel/echo", {"id": "c", "messages": [SAID], "trigger": "submit-message", "inputs": {}, "tools": []}),
+}
+#: What a hostile client puts in place of a member, as JSON.
+HOSTILE = (
+    *("null", "true", "-1", "1e400", "1" * 5000, '"\\u0000"', '"\\ud800"', "[]", "{}", "[null]", '{"":{}}', "NaN"),
+    *("[" * 5000 + "]" * 5000, '"call_00000000-0000-7000-8000-000000000000_x"', '"' + "y" * 100_000 + '"'),
+)
+
+
+def members_of(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of each member, also of those in it."""
+    found: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, member in found:
+        yield (*at, name)
+        yield from members_of(member, (*at, name))
+
+
+def with_member(value: Any, at: tuple[Any, ...], member: Any) -> Any:
+    if not at:
+        return member
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[at[0]] = with_member(value[at[0]], at[1:], member)
+    return copy
+
+
+@pytest.fixture
+async def any_client(chats: Responses) -> AsyncIterator[httpx.AsyncClient]:
+    headers, protocols = {**ANN, "A2A-Version": "1.0", "Content-Type": "application/json"}, ["openai", "a2a", "ag-ui"]
+    async with open_chats(chats, headers, api_keys=KEYS, protocols=[*protocols, "vercel"]) as made:
+        yield made
+
+
+@pytest.mark.parametrize("protocol", WHOLE)
+async def test_a_hostile_member_is_an_error_of_the_client_in_the_form_of_the_protocol(
+    any_client: httpx.AsyncClient, protocol: str
+) -> None:
+    path, body = WHOLE[protocol]
+    assert (await any_client.post(path, json=body)).status_code == 200
+    for at in members_of(body):
+        text = json.dumps(with_member(body, at, "@"))
+        for member in HOSTILE:
+            for hostile in (text.replace('"@"', member), text.replace('"@"', f'{member},"{at[-1]}":{member}')):
+                sent = await any_client.post(path, content=hostile)
+                assert sent.status_code < 500, (at, member[:80], sent.text)
+                if sent.status_code >= 400:
+                    assert isinstance(sent.json()["error"], str if protocol in ("ag-ui", "vercel") else dict)
+
+
+@pytest.mark.parametrize("protocol", WHOLE)
+async def test_json_in_a_text_may_be_as_deep_as_that_of_a_body(any_client: httpx.AsyncClient, protocol: str) -> None:
+    path, body = WHOLE[protocol]
+    deep = '{"text": %s}' % ('{"a":' * 500 + "1" + "}" * 500)
+    text = json.dumps(body).replace('"x"', json.dumps(deep))
+    refused = await any_client.post(path.replace("echo", "add"), content=text.replace('"echo"', '"add"'))
+    assert "nested deeper than 100 levels" in refused.text
+    assert refused.status_code == (200 if protocol == "a2a" else 400)

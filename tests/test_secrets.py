@@ -179,10 +179,14 @@ async def test_a_pin_cannot_be_guessed_from_all_that_is_stored_and_shown(
         item = await item_that_asks(engine, batch)
         seen += [str(item), str(await engine.get_calls(item))]
         if hasattr(engine, "cluster"):
-            from flock.temporal.messages import run_workflow_id
+            from flock.temporal import messages
 
-            history = await engine.cluster.handle(run_workflow_id(run.run_id, 1)).fetch_history()
-            seen += [event.SerializeToString().decode("latin-1") for event in history.events]
+            ids = [messages.run_workflow_id(run.run_id, 1), messages.rows_workflow_id(batch.batch_id, 0)]
+            ids += [messages.batch_workflow_id(batch.batch_id, 1), messages.chunk_workflow_id(batch.batch_id, 0, 1)]
+            for id_ in ids:
+                history = await engine.cluster.handle(id_).fetch_history()
+                assert history.events
+                seen += [event.SerializeToString().decode("latin-1") for event in history.events]
         await engine.cancel_batch(batch.batch_id)
     seen += files_in(tmp_path)
     seen.append(caplog.text)

@@ -20,15 +20,15 @@ from msgspec.structs import replace
 from flock import fair
 from flock.core import Flock, FlockFactory
 from flock.engine.embedded import SEEN_BY_ALL_S
-from flock.errors import Conflict, DefinitionError, Replayed, RunNotFound, SessionNotFound
-from flock.runs import Engine, IdempotencyKey, Principal, Run, RunFilter, RunStatus, Usage, now
+from flock.errors import Conflict, DefinitionError, Replayed, RunNotFound, SessionNotFound, StoreError
+from flock.runs import Engine, IdempotencyKey, Principal, Run, RunContext, RunFilter, RunStatus, Usage, now
 from flock.steps.executor import MAX_HISTORY_BYTES
 from flock.testing import FakeModel, Reply
 from flock.web.auth import ScopedEngine
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.cluster import engine_with_worker
-from tests.support.engines import OpenEngine, sqlite_of, until
+from tests.support.engines import OpenEngine, sqlite_of, until, until_run
 from tests.support.servers import serving
 from tests.support.stores import undo
 
@@ -65,6 +65,11 @@ class Turns:
         async def other() -> str:
             return "done"
 
+        @self.flock.agent
+        async def asking(n: int, context: RunContext) -> int:
+            await context.ask("Go on?", bool)
+            return n
+
     def hold(self, n: int) -> anyio.Event:
         self.may_go[n] = anyio.Event()
         return self.may_go[n]
@@ -81,8 +86,8 @@ async def engine(open_engine: OpenEngine, turns: Turns) -> AsyncIterator[Engine]
         yield made
 
 
-async def submit(engine: Engine, n: int, session_id: str | None = "s", **more: Any) -> Run:
-    return await engine.submit("turn", {"n": n}, session_id=session_id, **more)
+async def submit(engine: Engine, n: int, session_id: str | None = "s", *, agent_name: str = "turn", **more: Any) -> Run:
+    return await engine.submit(agent_name, {"n": n}, session_id=session_id, **more)
 
 
 async def ended(engine: Engine, run: Run) -> Run:
@@ -282,6 +287,66 @@ async def test_a_run_that_replaces_another_one_drops_it_only_if_it_is_accepted(e
     third = await submit(engine, 2, continues=second.run_id, replaces=True)
     assert (await ended(engine, second)).status is RunStatus.CANCELLED
     assert (await ended(engine, third)).status is RunStatus.COMPLETED
+
+
+@pytest.mark.parametrize("is_waiting", [pytest.param(False, id="running"), pytest.param(True, id="waiting")])
+async def test_a_replaced_run_ends_even_if_nothing_follows_the_acceptance_of_the_other(
+    engine: Engine, turns: Turns, monkeypatch: pytest.MonkeyPatch, is_waiting: bool
+) -> None:
+    """The process stops, or the store fails, before a request to cancel it."""
+
+    async def fail(run_id: str) -> Run:
+        raise StoreError("The disk is full.")
+
+    turns.hold(1)
+    first = await submit(engine, 1, continues="", **({"agent_name": "asking"} if is_waiting else {}))
+    status = RunStatus.WAITING if is_waiting else RunStatus.RUNNING
+    await until_run(engine, first.run_id, lambda run: run.status is status)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "cancel_run", fail)
+        second = await submit(engine, 2, continues=first.run_id, replaces=True)
+        assert (await ended(engine, second)).status is RunStatus.COMPLETED
+    assert (await ended(engine, first)).status is RunStatus.CANCELLED
+
+
+@pytest.mark.slow
+async def test_a_replaced_run_ends_although_its_process_was_killed_after_the_acceptance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, log = tmp_path / "turns.py", tmp_path / "log"
+    kill = "os.kill(os.getpid(), 9) if os.environ.get('KILL') else cancel(*args)"
+    script.write_text(
+        f"{SLOW_TURNS}\nfrom flock.engine.embedded import EmbeddedEngine\n"
+        f"cancel = EmbeddedEngine.cancel_run\nEmbeddedEngine.cancel_run = lambda *args: {kill}\n"
+    )
+    monkeypatch.setenv("LOG", str(log))
+
+    async def say(**more: Any) -> httpx.Response:
+        messages = [{"id": "m1", "role": "user", "parts": [{"type": "text", "text": '{"n": 1}'}]}]
+        body = {"id": "s", "messages": messages, **more}
+        async with client.stream("POST", f"{server.url}/vercel/turn", json=body) as response:
+            async for line in response.aiter_lines():
+                if "run_id" in line:
+                    break
+        return response
+
+    async with httpx.AsyncClient(timeout=90) as client:
+        monkeypatch.setenv("KILL", "yes")
+        with serving(script, tmp_path) as server:
+            first = (await say()).headers["Flock-Run-Id"]
+            await until(log.exists)
+            with pytest.raises(httpx.HTTPError):
+                await say(trigger="regenerate-message", messageId=f"msg_{first}")
+            server.process.wait()
+        monkeypatch.delenv("KILL")
+        with serving(script, tmp_path) as server:
+            run = (await client.get(f"{server.url}/run/{first}?wait=60")).json()
+            assert run["status"] == "cancelled"
+            (tmp_path / "log-go").touch()
+            (other,) = (await client.get(f"{server.url}/runs?limit=1")).json()["runs"]
+            run = (await client.get(f"{server.url}/run/{other['run_id']}?wait=60")).json()
+            assert (run["run_id"] != first, run["status"]) == (True, "completed")
+    assert log.read_text() == "begins 1\nbegins 1\nends 1\n"
 
 
 async def test_no_run_of_another_principal_is_replaced(turns: Turns) -> None:

@@ -14,8 +14,10 @@ import pytest
 from flock.agents.messages import Messages
 from flock.agents.tools import Tool
 from flock.core import FlockFactory
-from flock.runs import RunContext
+from flock.engine.embedded import EmbeddedEngine
+from flock.runs import RunContext, RunFilter
 from flock.testing import Reply
+from flock.web import orders
 from tests.support import PATIENCE_S
 from tests.support.http import get, left, wait_until
 from tests.test_openai import ANN, BOB, KEYS, open_chats
@@ -317,6 +319,25 @@ async def test_a_message_that_starts_a_chat_may_be_named(client: httpx.AsyncClie
     assert await chat.send(messageId="u1") == "tea "
 
 
+async def test_a_message_reads_the_newest_run_of_its_chat_once(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, reads = Chat(client, "says"), list[str]()
+    assert await chat.send("a") == "user=a"
+    first = chat.messages[-1]["id"].removeprefix("msg_")
+    for name in ("get_run", "list_runs"):
+        read = getattr(EmbeddedEngine, name)
+
+        async def counted(engine: EmbeddedEngine, about: Any, *args: Any, read: Any = read) -> Any:
+            if about == first or isinstance(about, RunFilter):
+                reads.append(read.__name__)
+            return await read(engine, about, *args)
+
+        monkeypatch.setattr(EmbeddedEngine, name, counted)
+    assert await chat.send("b") == "user=a assistant=user=a user=b"
+    assert reads == ["list_runs", "get_run"]
+
+
 async def test_an_answer_stays_if_the_run_that_replaces_it_is_refused(client: httpx.AsyncClient) -> None:
     chat = Chat(client, "repeat")
     assert await chat.send("ha", inputs={"times": 2}) == "haha"
@@ -336,8 +357,19 @@ async def test_an_answer_to_several_inputs_is_replaced(client: httpx.AsyncClient
     assert run["run_id"] == chat.run_id
 
 
-async def test_one_of_several_requests_at_once_continues_or_replaces(client: httpx.AsyncClient) -> None:
+async def test_one_of_several_requests_at_once_continues_or_replaces(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them have read the newest run before one is accepted."""
     chat, responses = Chat(client, "says"), list[httpx.Response]()
+    newest_run, reads, have_read = orders.newest_run, list[Any](), anyio.Event()
+
+    async def read_together(*args: Any, **options: Any) -> Any:
+        reads.append(await newest_run(*args, **options))
+        if len(reads) == 3:
+            have_read.set()
+        await have_read.wait()
+        return reads[0]
 
     async def post(**more: Any) -> None:
         responses.append(await chat.post(**more))
@@ -350,7 +382,9 @@ async def test_one_of_several_requests_at_once_continues_or_replaces(client: htt
         return sorted(response.status_code for response in responses)
 
     chat.messages.append(said("a"))
-    assert await statuses() == [200, 409, 409]
+    with monkeypatch.context() as patched:
+        patched.setattr(orders, "newest_run", read_together)
+        assert await statuses() == [200, 409, 409]
     assert set(await statuses(trigger="regenerate-message")) <= {200, 409}
     runs = (await get(client, "/runs"))["runs"]
     assert len([run for run in runs if run["status"] == "completed"]) == 1

@@ -19,6 +19,7 @@ from flock.agents import versions
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import Batch, BatchOptions, RunStatus
+from flock.store.migrations import MIGRATIONS
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
@@ -99,15 +100,24 @@ async def test_the_clock_does_not_decide_of_which_version_a_result_is() -> None:
     day = 86_400_000_000
     sql = f"UPDATE runs SET completed_at = completed_at + {day}; UPDATE batches SET created_at = created_at + {day}"
     batch, found = await two_versions(sql)
-    one, two = (each.version for each in batch.versions)
+    one, two = batch.versions
+    assert found == [*[one] * 4, two]
+
+
+async def test_versions_of_a_store_that_kept_their_times_are_read() -> None:
+    first = "json_extract(CAST(versions AS TEXT), '$[0]')"
+    old = f"CAST(json_array(json_object('version', {first}, 'since', '2026-11-28T00:00:00Z')) AS BLOB)"
+    before = next(number for number, migration in enumerate(MIGRATIONS) if "$.version" in migration[0])
+    batch, found = await two_versions(f"UPDATE batches SET versions = {old}; PRAGMA user_version = {before}")
+    one, two = batch.versions
     assert found == [*[one] * 4, two]
 
 
 async def test_results_of_a_store_without_versions_are_of_an_unknown_one() -> None:
     batch, found = await two_versions("UPDATE runs SET version_number = NULL; UPDATE batches SET versions = NULL")
-    assert [each.version for each in batch.versions][:1] == ["unknown"]
+    assert [*batch.versions[:1]] == ["unknown"]
     assert batch.is_mixed
-    assert found == [*["unknown"] * 4, batch.versions[1].version]
+    assert found == [*["unknown"] * 4, batch.versions[1]]
 
 
 async def test_results_that_a_new_batch_takes_are_of_its_version() -> None:
@@ -119,7 +129,7 @@ async def test_results_that_a_new_batch_takes_are_of_its_version() -> None:
             batch = await engine.submit_batch("ask", [{"n": 1}, {"n": 2}], BatchOptions(reuse=True))
             batch = await ended(engine, batch)
             (version,) = batch.versions
-            assert {batch.version_of(item) for item in await all_items(engine, batch)} == {version.version}
+            assert {batch.version_of(item) for item in await all_items(engine, batch)} == {version}
     assert len(model.requests) == 2
 
 
@@ -146,7 +156,7 @@ async def test_the_version_of_an_agent_says_whether_it_has_changed(first: str, t
         batch = await ended(engine, await engine.retry_batch(batch.batch_id))
         assert [item.value["result"] for item in await all_items(engine, batch)] == ["one", "two"]
     assert batch.is_mixed is is_mixed
-    assert [each.version.partition("-")[0] for each in batch.versions] == ([first, then] if is_mixed else [first])
+    assert [each.partition("-")[0] for each in batch.versions] == ([first, then] if is_mixed else [first])
 
 
 async def test_a_batch_whose_results_are_all_of_the_new_version_is_not_mixed() -> None:

@@ -158,7 +158,6 @@ from flock.runs import (
     UsagePage,
     UsageRow,
     UsageSums,
-    Version,
     Webhook,
     added,
     bad_role,
@@ -178,6 +177,7 @@ from flock.runs import (
     now,
     of_request,
     one_line,
+    run_in,
     safe_text,
     shown_as,
     shown_usage,
@@ -488,6 +488,7 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
         print(one_line(safe_text(item.error)), [step.usage for step in item.steps], len(list(events_after(item))))
         print(for_terminal(f"{item.value}{of_request(item.request_id)}"), list(events_after(item, end_id(1))))
     make_ids_after(run.run_id)
+    assert_type(run_in(run, next(iter(events_after(run)))), Run)
     assert_type(valid_traceparent("00-"), str | None)
     return run.progress
 
@@ -495,7 +496,7 @@ async def use(engine: Engine, inputs: Inputs) -> Progress | None:
 async def batches(engine: Engine, items: Items, on_invalid: OnInvalid) -> None:
     batch = await engine.submit_batch("measure", items, BatchOptions(max_workers=2), on_invalid=on_invalid)
     found_batch = await engine.get_batch(batch.batch_id)
-    assert_type(found_batch.versions, tuple[Version, ...])
+    assert_type(found_batch.versions, tuple[str, ...])
     assert_type(found_batch, Batch)
     assert_type(await engine.wait_batch(batch.batch_id, 2.5), Batch)
     for item in await engine.get_items(batch.batch_id, after=0, limit=10, statuses=[RunStatus.FAILED]):

@@ -34,6 +34,7 @@ from flock.errors import (
     NotFound,
     RunNotFound,
     SessionNotFound,
+    StoreError,
     TooManyRequests,
 )
 from flock.fair import FairShare
@@ -374,8 +375,8 @@ class EngineBase(Engine):
         return run
 
     async def _drop_run(self, run_id: str) -> None:
-        """Cancel a run, or delete it if it has ended."""
-        with contextlib.suppress(NotFound, Conflict):
+        """Cancel a run, or delete it if it has ended. A failure is ignored: a new run was accepted in its place."""
+        with contextlib.suppress(NotFound, Conflict, StoreError):
             try:
                 await self.cancel_run(run_id)
             except Conflict:

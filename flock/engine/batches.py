@@ -196,7 +196,7 @@ class Batches:
 
 
 def mixed_versions(batch: Batch) -> str:
-    count = len({each.version for each in batch.versions})
+    count = len(set(batch.versions))
     return f"Its results are of {count} versions of the agent {batch.agent_name!r}; see the column 'version'."
 
 

@@ -337,14 +337,17 @@ class EmbeddedEngine(EngineBase):
             replaced = newest.run_id if newest and newest.is_replaced else None
             if replaced is not None:
                 await self._wait_until_seen((await self.get_outline(replaced)).completed_at)
-            # It is accepted even if it is cancelled here, and then what it replaces must end too.
+            # It is accepted even if it is cancelled here, and what it replaces ends by the same commit.
             with (
                 anyio.CancelScope(shield=replaced is not None),
                 accepting(self._accepting, key),
                 counted(self._runner.queued_bytes, run.principal, run.input_bytes),
             ):
-                await self.store.accept(run, full or self._limits.queue, key, start, newest)
-                if replaced is not None:
+                ended = await self.store.accept(run, full or self._limits.queue, key, start, newest)
+                if ended is not None:
+                    self._runner.ended(ended)
+                    await self._runner.warn_of_messages(ended)
+                elif replaced is not None:
                     await self._drop_run(replaced)  # no effect unless it had not ended
 
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:

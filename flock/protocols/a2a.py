@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import anyio
 import msgspec
+from msgspec.structs import replace
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,7 +21,7 @@ from starlette.responses import Response
 from flock import __version__
 from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
-from flock.errors import Conflict, FlockError, InvalidData, RunNotFound
+from flock.errors import Conflict, FlockError, InvalidData, MalformedJSON, RunNotFound
 from flock.fair import FairShare
 from flock.files import as_data_url, references_in
 from flock.jsontype import JSONType, float_of, int_of
@@ -28,6 +29,8 @@ from flock.protocols import chats, frontends, jsonrpc
 from flock.protocols.chats import SentFile
 from flock.protocols.jsonrpc import INVALID_PARAMS, RPCError
 from flock.runs import MAX_SHOWN_BYTES, NOT_LOADED, Engine, Event, IdempotencyKey, Run, RunFilter, RunStatus, new_id
+from flock.runs.events import run_in
+from flock.runs.ids import now
 from flock.web import orders, wire
 from flock.web.requests import while_connected
 from flock.web.responses import KEEP_ALIVE, JSONResponse, LongResponse, long_event, sent_event, size_of
@@ -122,9 +125,9 @@ class Call(NamedTuple):
     def reply(self, result: Any) -> Mapping[str, Any]:
         return jsonrpc.reply(self.message, result=result)
 
-    async def run_of(self, task_id: str) -> Run:
-        """Return the outline of a run of the agent. Raises RunNotFound."""
-        run = await self.engine.get_outline(task_id)
+    async def run_of(self, task_id: str, *, is_whole: bool = False) -> Run:
+        """Return a run of the agent, or its outline. Raises RunNotFound."""
+        run = await (self.engine.get_run if is_whole else self.engine.get_outline)(task_id)
         if run.agent_name != self.agent.name:
             raise RunNotFound(task_id)
         return run
@@ -154,7 +157,7 @@ async def a2a(request: Request) -> Response:
         if (method := METHODS.get(message.method)) is None:
             raise RPCError(jsonrpc.METHOD_NOT_FOUND, f"A2A {VERSION} has no method {message.method[:100]!r}.")
         params = PARAMS.decode(message.params, "/params")
-        message = msgspec.structs.replace(message, params=msgspec.Raw(b""))  # frees the body, which may be long
+        message = replace(message, params=msgspec.Raw(b""))  # frees the body, which may be long
         call = Call(request, engine, agent, message, params)
         del body, params
         return await method(call)
@@ -279,7 +282,7 @@ async def _order(call: Call, said: Said, texts: list[str], data: Mapping[str, An
         if (again := await repeated()) is not None:  # it was accepted meanwhile
             return again
         raise
-    return msgspec.structs.replace(order, key=key)
+    return replace(order, key=key)
 
 
 async def _answers(call: Call, said: Said, texts: Sequence[str], data: Mapping[str, Any]) -> orders.Answers:
@@ -295,8 +298,8 @@ async def _answers(call: Call, said: Said, texts: Sequence[str], data: Mapping[s
     if data:
         return orders.Answers(run.run_id, _raw(data))
     answers: list[Any] = [text := "\n".join(texts)]
-    with suppress(msgspec.DecodeError, RecursionError):
-        answers.append(msgspec.json.decode(text))
+    with suppress(msgspec.DecodeError, RecursionError, MalformedJSON):
+        answers.append(msgspec.json.decode(orders.nested(call.request, msgspec.Raw(text.encode()))))
     calls = [each for step in (await call.engine.get_calls(run)).values() for each in step if each.error is None]
     given = [each.result for each in calls if each.kind in ("question", "client_tool")]
     # Perhaps the same message again, whose answer was accepted before.
@@ -329,7 +332,7 @@ async def _cancel(call: Call) -> Response:
 
 
 async def _shown(call: Call, run_id: str, history_length: int | None, *, is_wrapped: bool = False) -> Response:
-    task = await _task(call, await call.engine.get_run(run_id), history_length)
+    task = await _task(call, await call.run_of(run_id, is_whole=True), history_length)
     body = call.reply({"task": task} if is_wrapped else task)
     return LongResponse(body, 200, {"Flock-Run-Id": run_id}, is_head=False)
 
@@ -338,9 +341,8 @@ async def _task(call: Call, run: Run, history_length: int | None, has_artifacts:
     """Return a run as a task. A long result is ``LongJSON`` in it. Raises RunNotFound, StoreError."""
     task, agents = {**_ids(run, "id"), "status": _status(call.request, run)}, orders.agents_of(call.request)
     if has_artifacts and run.status is RunStatus.COMPLETED:
-        is_text = (last := agents.get(run.steps[-1].agent_name)) is not None and chats.text_output_of(last) is not None
-        text = await chats.text_of(call.engine, agents, run, as_json=False) if is_text else None
-        parts = [{"text": text}] if is_text else _result_parts(call.request, await call.engine.shown_result(run))
+        answer = await chats.answer_of(call.engine, agents, run)
+        parts = [{"text": answer}] if isinstance(answer, str) else _result_parts(call.request, answer)
         task["artifacts"] = [_artifact(*parts)]
     if history_length != 0 and (said := chats.messages_of(call.agent, run.inputs)):
         parts = [{"text": said[-1].content}]
@@ -427,7 +429,10 @@ async def _streamed(call: Call, wanted: orders.Wanted, history_length: int | Non
 async def _events(
     call: Call, run_id: str, events: AsyncGenerator[Event | None, None], history_length: int | None
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the events of a task. A text that is not appended begins the artifact again."""
+    """Yield the events of a task. A text that is not appended begins the artifact again.
+
+    Each status is that of its event. The run may be further by now, but the client has not seen that.
+    """
     has_text, agents = False, orders.agents_of(call.request)
     answer = chats.StreamedAnswer(agents, as_json=False, takes_back=True)
 
@@ -438,11 +443,10 @@ async def _events(
         return sent_event(update("statusUpdate", status=_status(call.request, run)))
 
     try:
-        task = await _task(call, await call.engine.get_run(run_id), history_length)
-        async for chunk in long_event(call.reply({"task": task})):
+        run = await call.engine.get_run(run_id)
+        async for chunk in long_event(call.reply({"task": await _task(call, run, history_length)})):
             yield chunk
-        del task
-        run = await call.engine.get_outline(run_id)
+        run = replace(run, inputs=NOT_LOADED, steps=(), result=None)  # frees what may be long
         if not run.is_active:
             return
         async with aclosing(answer.pieces(events)) as pieces:
@@ -451,7 +455,7 @@ async def _events(
                     yield KEEP_ALIVE
                 elif isinstance(piece, str | chats.TakenBack):
                     if run.status is RunStatus.STARTING:
-                        run = await call.engine.get_outline(run_id)
+                        run = replace(run, status=RunStatus.RUNNING, started_at=now())
                         yield status()
                     text, append = (piece, has_text) if isinstance(piece, str) else (piece.text, False)
                     yield sent_event(update("artifactUpdate", artifact=_artifact({"text": text}), append=append))
@@ -463,7 +467,7 @@ async def _events(
                         artifact = _artifact(*_result_parts(call.request, piece.data["result"]))
                         async for chunk in long_event(update("artifactUpdate", artifact=artifact, append=False)):
                             yield chunk
-                    run = await call.engine.get_outline(run_id)
+                    run = run_in(run, piece)
                     yield status()
     except FlockError as exc:
         error = RPCError(jsonrpc.OTHER_ERROR, f"{exc} The task is {run_id}: subscribe to it, or get it.")
@@ -472,7 +476,7 @@ async def _events(
 
 async def _get(call: Call) -> Response:
     """GetTask"""
-    return await _shown(call, (await call.run_of(call.params.id)).run_id, call.params.historyLength)
+    return await _shown(call, call.params.id, call.params.historyLength)
 
 
 METHODS = {

@@ -224,8 +224,15 @@ async def _whole_text(agent: Agent | None, result: msgspec.Raw | LongJSON | None
 
 async def text_of(engine: Engine, agents: Mapping[str, Agent], run: Run, *, as_json: bool) -> str:
     """Return the result of a completed run as text. Raises RunNotFound, StoreError."""
+    result = await engine.shown_result(run)  # raises if the steps are missing because the store cannot be read
+    return await _whole_text(agents.get(run.steps[-1].agent_name), result, as_json=as_json)
+
+
+async def answer_of(engine: Engine, agents: Mapping[str, Agent], run: Run) -> str | msgspec.Raw | LongJSON | None:
+    """Return the only output of a completed run if it is a text, or else its result. Raises RunNotFound, StoreError."""
+    result = await engine.shown_result(run)
     agent = agents.get(run.steps[-1].agent_name)
-    return await _whole_text(agent, await engine.shown_result(run), as_json=as_json)
+    return result if agent is None or text_output_of(agent) is None else await _whole_text(agent, result, as_json=False)
 
 
 def said_in(agents: Mapping[str, Agent], run: Run) -> list[Message]:

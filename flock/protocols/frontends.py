@@ -81,7 +81,8 @@ async def order_of(
     before, reads_history = chats.messages_of(agent, run.inputs) if run else [], bool(conversation_of(agent.input))
 
     def inputs_after(history: Sequence[chats.Message]) -> msgspec.Raw:
-        return chats.inputs_of(agent, [*history, chats.Message("user", said.text, said.files)], said.inputs, said.at)
+        messages = [*history, chats.Message("user", said.text, said.files)]
+        return orders.nested(request, chats.inputs_of(agent, messages, said.inputs, said.at))
 
     is_replaced = run is not None and replaces == "newest"
     if run is not None and own is newest and replaces == "same":
@@ -92,9 +93,12 @@ async def order_of(
     elif reads_history and run is not None:
         if run.is_active and run.status is not RunStatus.WAITING:
             raise Conflict("The last answer is not complete. Wait for it, or stop it.")
-        done = await orders.newest_run(request, session_id, RunStatus.COMPLETED, agent.name)
+        done: Run | None = run
+        if run.status is not RunStatus.COMPLETED:
+            listed = await orders.newest_run(request, session_id, RunStatus.COMPLETED, agent.name)
+            done = None if listed is None else await engine.get_run(listed.run_id)
         if done is not None:
-            history = await chats.turn_of(engine, orders.agents_of(request), await engine.get_run(done.run_id))
+            history = await chats.turn_of(engine, orders.agents_of(request), done)
     return orders.Order(
         agent_name=agent.name,
         session_id=session_id,

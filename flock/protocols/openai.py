@@ -105,7 +105,7 @@ async def chat(request: Request) -> Response:
     if answers:
         wanted: orders.Wanted = await parts.answers_in(engine, answers, "/messages")
     else:
-        inputs = chats.inputs_of(agent, messages, sent.inputs, "/messages")
+        inputs = orders.nested(request, chats.inputs_of(agent, messages, sent.inputs, "/messages"))
         key = idempotency_key(request, lambda: fingerprint_of(request, body))
         wanted = orders.Order(agent_name=sent.model, inputs=inputs, client=client, key=key)
         del inputs

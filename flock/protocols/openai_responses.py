@@ -15,14 +15,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 import anyio
 import anyio.lowlevel
 import msgspec
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
 from flock.declared import agent_of
-from flock.errors import FlockError, InvalidData, RunNotFound, SessionNotFound
+from flock.errors import Conflict, FlockError, InvalidData, RunNotFound, SessionNotFound
 from flock.jsontype import JSONType
 from flock.protocols import chats
 from flock.protocols import openai_parts as parts
@@ -39,6 +38,9 @@ CHECK_BITS = 20
 #: The number of the first event of an answer. Those below it are of the reasoning, which is not stored, so a resumed
 #: stream does not have it.
 FIRST_NUMBER = 1 << (CHECK_BITS - 1)
+
+#: How long a run whose client has left may take to stop, in seconds, before it is deleted.
+STOP_S = 5.0
 
 FAILED = (RunStatus.FAILED, RunStatus.CANCELLED)
 
@@ -165,10 +167,6 @@ def _message(id_: str, role: str, text: str) -> JSON:
     return {"id": f"msg_{id_}", "type": "message", "status": "completed", "role": role, "content": [content]}
 
 
-def _answer(place: Place, text: str) -> JSON:
-    return _message(place.id[5:], "assistant", text)
-
-
 def _thinking(place: Place, thoughts: str) -> list[JSON]:
     """Return the item of the reasoning, if there is any."""
     summary = [{"type": "summary_text", "text": thoughts}]
@@ -225,7 +223,7 @@ async def _shown(request: Request, reply: Reply, sent: ResponseRequest | None = 
     if not reply.questions and run.status is RunStatus.COMPLETED:
         engine, agents = await orders.engine_of(request), orders.agents_of(request)
         text = await chats.text_of(engine, agents, run, as_json=reply.place.as_json)
-        output.append(_answer(reply.place, text))
+        output.append(_message(reply.place.id[5:], "assistant", text))
     body, headers = _response(reply, output, sent), {"Flock-Run-Id": run.run_id}
     if request.method == "GET":  # a client repeats what gets 429, which must not be a new run
         return PageResponse(body, orders.download_slot(request), headers=headers)
@@ -251,19 +249,19 @@ async def create_response(request: Request) -> Response:
     with orders.watched(engine, order, is_wanted=sent.has_thoughts) as run_id:
         run = (await orders.accept(request, order, run_id)).run
         place, outlives_client = place._replace(run_id=run.run_id), run.is_async or isinstance(order, orders.Answers)
-        if not sent.background:
-            del run, order  # frees the inputs, which may be long, during the wait
-            try:
+        # If its client leaves, it may repeat a request with a key.
+        is_kept = sent.store is not False or (isinstance(order, orders.Order) and order.key is not None)
+        try:
+            if not sent.background:
+                del run, order  # frees the inputs, which may be long, during the wait
                 run = await orders.end_of(request, place.run_id, outlives_client)
-            except (HTTPException, anyio.get_cancelled_exc_class()):
-                if sent.store is False and not outlives_client:
-                    await _forget(engine, place.run_id)
-                raise
-        thoughts = await chats.thoughts_of(engine, run.run_id) if sent.has_thoughts else ""
-    questions = run.questions if run.status is RunStatus.WAITING else ()
-    response = await _shown(request, Reply(place, run, questions), sent, thoughts)
-    if sent.store is False and run.status.is_final:
-        await _delete(engine, run.run_id)
+            thoughts = await chats.thoughts_of(engine, run.run_id) if sent.has_thoughts else ""
+            questions = run.questions if run.status is RunStatus.WAITING else ()
+            response = await _shown(request, Reply(place, run, questions), sent, thoughts)
+            is_kept = sent.store is not False
+        finally:
+            if not is_kept:
+                await _forget(engine, place.run_id, 0 if outlives_client else STOP_S)
     return response
 
 
@@ -293,7 +291,7 @@ async def _order_of(request: Request, body: bytes, sent: ResponseRequest) -> tup
         agent_name=sent.model,
         session_id=await _continued(request, agent, sent, earlier, messages),
         continues=newest,
-        inputs=chats.inputs_of(agent, messages, sent.inputs, "/input"),
+        inputs=orders.nested(request, chats.inputs_of(agent, messages, sent.inputs, "/input")),
         is_async=sent.background is True,
         client=client,
         key=key,
@@ -301,19 +299,14 @@ async def _order_of(request: Request, body: bytes, sent: ResponseRequest) -> tup
     return order, place
 
 
-async def _delete(engine: Engine, run_id: str) -> None:
-    """Delete a run with ``store: false`` that has ended. Its client gets the answer also if that fails."""
+async def _forget(engine: Engine, run_id: str, wait_s: float = STOP_S) -> None:
+    """Delete a run with ``store: false`` if it ends in that time. Its client gets the answer also if that fails."""
     try:
-        await engine.delete_run(run_id)
+        with anyio.move_on_after(STOP_S, shield=True), contextlib.suppress(RunNotFound):
+            if (await engine.wait(run_id, wait_s)).status.is_final:
+                await engine.delete_run(run_id)
     except FlockError as exc:
         logger.error("the run %s of a response with store: false could not be deleted: %s", run_id, exc)
-
-
-async def _forget(engine: Engine, run_id: str) -> None:
-    """Delete a run with ``store: false`` that was cancelled because its client has left."""
-    with anyio.move_on_after(5, shield=True), contextlib.suppress(FlockError):
-        if (await engine.wait(run_id, 5)).status.is_final:
-            await engine.delete_run(run_id)
 
 
 async def _earlier(request: Request, sent: ResponseRequest, *, is_answer: bool) -> tuple[Reply | None, str | None]:
@@ -384,8 +377,9 @@ async def one_response(request: Request) -> Response:
     run_id = reply.run.run_id
     if request.method == "DELETE":
         await engine.delete_run(run_id)
-        body = {"id": reply.place.id, "object": "response", "deleted": True}
-        return JSONResponse(body, headers={"Flock-Run-Id": run_id})
+        return JSONResponse(
+            {"id": reply.place.id, "object": "response", "deleted": True}, 200, {"Flock-Run-Id": run_id}
+        )
     query = query_of(request, ResponseQuery)
     if not query.stream or request.method == "HEAD":
         return await _shown(request, reply)
@@ -502,7 +496,8 @@ def _streamed(
 
     async def cut_off() -> None:
         if stream.on_cut_off is not None:
-            await stream.on_cut_off()
+            with contextlib.suppress(Conflict):  # it has ended, and its client has not read that
+                await stream.on_cut_off()
             await _forget(engine, reply.run.run_id)
 
     is_kept = sent is None or sent.store is not False
@@ -533,7 +528,7 @@ class _Writer:
         self._engine, self._reply, self._sent, self._after = engine, reply, sent, after
         self._had = max(0, after) >> CHECK_BITS  # characters that the client has, or one more at the end
         self._thoughts, self._text = list[str](), list[str]()
-        self._empty = _answer(reply.place, "")
+        self._empty = _message(reply.place.id[5:], "assistant", "")
         self._length = self._check = self._number = 0
 
     def begin(self) -> bytes:
@@ -579,7 +574,7 @@ class _Writer:
         if self._had > self._length + 1:
             raise chats.TextReplaced("The answer was replaced by a shorter one after a part of it had been sent.")
         is_completed = not reply.questions and run.status is RunStatus.COMPLETED
-        answer = [_answer(reply.place, "".join(self._text))] if is_completed or self._text else []
+        answer = [_message(reply.place.id[5:], "assistant", "".join(self._text))] if is_completed or self._text else []
         thoughts = _thinking(reply.place, "".join(self._thoughts))
         output = [*thoughts, *answer, *_asked(reply.place, reply.questions)]
         events = b"" if self._text else self._thoughts_done()
@@ -591,7 +586,7 @@ class _Writer:
         response = _response(reply, output, self._sent)
         name = response["status"] if response["status"] in ("completed", "incomplete") else "failed"
         if self._sent is not None and self._sent.store is False and run.status.is_final:
-            await _delete(self._engine, run.run_id)
+            await _forget(self._engine, run.run_id)
         return events + self._event(f"response.{name}", response=response)
 
     def error(self, error: str, code: str) -> bytes:

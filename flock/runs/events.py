@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from flock.runs.records import NOT_LOADED, Batch, Call, Run, RunStatus, Time
+from flock.runs.records import NOT_LOADED, Batch, Call, Progress, Run, RunStatus, Time
 from flock.runs.usage import shown_usage
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "event_of_call",
     "events_after",
     "is_end_of_step",
+    "run_in",
     "started_id",
 ]
 
@@ -98,6 +99,14 @@ def events_after(run: Run, after: int = 0) -> Iterator[Event]:
     if run.status.is_final:
         end = {name: getattr(run, name) for name in ("status", "result", "error", "error_type", "completed_at")}
         yield event(run.attempt, EVENTS_PER_ATTEMPT - 1, f"run.{run.status}", **end)
+
+
+def run_in(run: Run, event: Event) -> Run:
+    """Return *run* as an event of its progress, its wait or its end says it is, without a result."""
+    if event.name == "run.progress":
+        return msgspec.structs.replace(run, status=RunStatus.RUNNING, progress=msgspec.convert(event.data, Progress))
+    known = {name: event.data[name] for name in ("error", "completed_at", "waiting_for") if name in event.data}
+    return msgspec.structs.replace(run, status=RunStatus(event.name.removeprefix("run.")), **known)
 
 
 def event_of_call(started: Event, number: int, call: Call) -> Event:

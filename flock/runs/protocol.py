@@ -228,8 +228,9 @@ class Engine(Protocol):
                 when the runs of the session that were accepted before it have ended. A retry joins again as the last.
             continues: the newest run of the session that the caller knows, or "". The run is refused if there is a
                 newer one. None accepts it in any case.
-            replaces: the run takes the place of *continues*, which is cancelled, or deleted if it has ended. No effect
-                if the run is refused.
+            replaces: the run takes the place of *continues*, which is cancelled, or deleted if it has ended, in the
+                transaction that accepts the run. On a cluster, the run cancels it if this process dies before, and
+                does not delete it. No effect if the run is refused.
             max_cost: US dollars that its model calls may cost in all attempts, 0 < max_cost <= ``MAX_COST``. It is
                 checked before each call.
             key: detects repeated requests.

@@ -66,7 +66,6 @@ __all__ = [
     "Statuses",
     "Step",
     "Time",
-    "Version",
     "bad_role",
     "name_and_caller",
     "shown_as",
@@ -627,13 +626,6 @@ OnInvalid = Literal["reject", "skip"]
 OnExtra = Literal["reject", "ignore", "keep"]
 
 
-class Version(msgspec.Struct, frozen=True):
-    """A version of an agent, and since when the items of a batch have ended with it."""
-
-    version: str
-    since: Time
-
-
 class Batch(_Record, frozen=True, kw_only=True):
     """Many runs of one agent. ``completed_items`` counts all items that have ended, in any final status.
 
@@ -671,17 +663,17 @@ class Batch(_Record, frozen=True, kw_only=True):
     invalid_items: int = 0
     recipe: str | None = None
     skipped_rows: int | None = None
-    versions: tuple[Version, ...] = ()
+    versions: tuple[str, ...] = ()
 
     @property
     def is_mixed(self) -> bool:
         """Whether its results may be of several versions of its agent."""
-        return len({each.version for each in self.versions}) > 1
+        return len(set(self.versions)) > 1
 
     def version_of(self, item: Run) -> str | None:
         """Return the version of the agent that has ended *item*; None if none has."""
         is_made = item.status in (RunStatus.COMPLETED, RunStatus.FAILED) and item.error_type != INVALID_INPUT
-        return self.versions[: item.version_number or 1][-1].version if is_made and self.versions else None
+        return self.versions[: item.version_number or 1][-1] if is_made and self.versions else None
 
     @property
     def is_spent(self) -> bool:

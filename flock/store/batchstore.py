@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from flock.errors import StoreError
-from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, Run, RunStatus, Version, stub_of
+from flock.runs import INVALID_INPUT, Batch, BatchFilter, BatchOptions, Page, Run, RunStatus, stub_of
 from flock.steps.outcomes import (
     CANCELLED,
     CANCELLED_BEFORE_START,
@@ -174,9 +174,8 @@ class SQLiteBatchStore(BatchStore):
             kept = current.completed_items - current.cancelled_items - current.invalid_items
             versions = current.versions if kept else ()
             if kept and not versions and current.started_at:  # by a version of flockapi that did not store versions
-                versions = (Version("unknown", batch.created_at),)
-            if not versions or versions[-1].version != version:
-                versions = (*versions, Version(version, now if versions else batch.created_at))
+                versions = ("unknown",)
+            versions = versions if versions[-1:] == (version,) else (*versions, version)
             values = {"now": micros(now), "batch_id": batch.batch_id, "versions": json_or_null(versions)}
             db.execute(statements.BEGIN_BATCH, values)
 

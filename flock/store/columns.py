@@ -33,7 +33,6 @@ from flock.runs import (
     Step,
     Time,
     Usage,
-    Version,
     Webhook,
 )
 from flock.runs.records import Place, Raised
@@ -127,7 +126,6 @@ COLUMNS: Mapping[Any, Column] = {
     BatchOptions: Column({bytes, str}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(BatchOptions).decode),
     tuple[str, ...]: _tuple_column(tuple[str, ...]),
     tuple[Spent, ...]: _tuple_column(tuple[Spent, ...]),
-    tuple[Version, ...]: _tuple_column(tuple[Version, ...]),
     CallKind: Column({str}, "'function'"),
     tuple[Question, ...]: _tuple_column(tuple[Question, ...]),
     # Each step has its own row, except for the last step of a completed run.

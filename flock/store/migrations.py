@@ -381,6 +381,12 @@ MIGRATIONS: Sequence[Sequence[str]] = [
             DELETE FROM model_jobs WHERE batch_id = old.batch_id;
             END""",
     ],
+    # Without the times since when.
+    [
+        """UPDATE batches SET versions =
+        (SELECT CAST(json_group_array(json_extract(value, '$.version')) AS BLOB) FROM json_each(CAST(versions AS TEXT)))
+        WHERE json_valid(CAST(versions AS TEXT))"""
+    ],
 ]
 
 

@@ -446,11 +446,14 @@ class Store(Protocol):
 
     async def accept(
         self, run: Run, room: Room, key: Key, then: Then[Run] | None = None, newest: Newest | None = None
-    ) -> None:
+    ) -> Run | None:
         """Write a new run, if there is room for it, and call *then* with it.
 
         Args:
-            newest: the run must follow this one; see ``Engine.submit``. One that is replaced is deleted if it is final.
+            newest: the run must follow this one; see ``Engine.submit``. One that is replaced is deleted if it is final,
+                or else cancelled, in the same transaction. Its engine stops it if it is running.
+
+        Returns: the run that is replaced, if it was waiting: it has ended as cancelled.
 
         Raises:
             Replayed: the same request was accepted under this key before. This takes precedence over limits.

@@ -203,8 +203,11 @@ class SQLiteStore(Database, Store):
 
     async def accept(
         self, run: Run, room: Room, key: Key, then: Then[Run] | None = None, newest: Newest | None = None
-    ) -> None:
+    ) -> Run | None:
+        ended: Run | None = None
+
         def apply(db: sqlite3.Connection) -> Run:
+            nonlocal ended
             queries.check_key(db, run.flock, key)
             queries.check_engine(db, run.owner)
             queries.check_latest(db, run, newest)
@@ -212,12 +215,12 @@ class SQLiteStore(Database, Store):
                 raise room
             self.contents.check(run)
             self._queued.check_room(db, run.flock, self.agents, run.principal, room)
-            if newest and newest.is_replaced:
-                queries.delete_run(db, newest.run_id)
+            ended = waiting.drop(db, newest.run_id, run.created_at) if newest and newest.is_replaced else None
             self._queued.insert(db, run, key)
             return run
 
         await self.change(apply, then)
+        return ended
 
     async def shown_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
         return self.read(lambda db: queries.find_shown_calls(db, run_id))

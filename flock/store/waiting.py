@@ -36,7 +36,7 @@ from flock.steps.answers import (
     is_expired,
     question_for,
 )
-from flock.steps.outcomes import Outcome, expiry_of
+from flock.steps.outcomes import CANCELLED, Outcome, expiry_of
 from flock.store import jobs, queries, statements
 from flock.store.columns import Damaged, call_from, call_values, json_from, json_or_null, micros, waiting_values
 
@@ -256,6 +256,15 @@ def end(db: sqlite3.Connection, run: Run, outcome: Outcome, at: datetime) -> boo
         queries.count_ended(db, queries.Ended({(run.batch_id, outcome.status): 1}))
         db.execute(statements.COUNT_WAITING_ITEMS, (-1, run.batch_id))
     return is_ended
+
+
+def drop(db: sqlite3.Connection, run_id: str, at: datetime) -> Run | None:
+    """Delete a run, or cancel it if it has not ended. Return it if it was waiting, and so has ended now."""
+    if queries.delete_run(db, run_id) or db.execute(statements.CANCEL_RUN, (run_id,)).rowcount:
+        return None
+    run = queries.find_run(db, run_id, is_outline=True)
+    is_ended = run is not None and end(db, run, CANCELLED, at)
+    return queries.find_run(db, run_id, is_outline=True) if is_ended else None
 
 
 def _find_answer(db: sqlite3.Connection, run: Run, wait: Question, at: datetime) -> Call | None:

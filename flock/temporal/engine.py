@@ -330,6 +330,9 @@ class TemporalEngine(TemporalBatches):
             if key is not None:
                 made_id = await self._reservations.claim(key, run.run_id)
                 order = replace(self._order(replace(run, run_id=made_id)), key_id=self._reservations.key_id(key))
+            if newest is not None and newest.is_replaced:
+                with contextlib.suppress(RunNotFound):
+                    order = replace(order, replaces=workflow_id_of(await self.get_run(newest.run_id)))
             if self.cluster.files is not None:
                 await self.cluster.files.mark(run_workflow_id(made_id, 1), run.files)
             if newest is not None:
@@ -364,7 +367,8 @@ class TemporalEngine(TemporalBatches):
 
         Raises: WorkflowAlreadyStartedError if it was started before.
 
-        If this process dies before the run has joined its session, the run joins it by itself.
+        If this process dies before the run has joined its session, the run joins it by itself. It also cancels the run
+        that it replaces, but does not delete that if it has ended.
         """
         await self.cluster.start(RUN_WORKFLOW, order, order.run, priority=Priority(priority_key=1))
         self._open_runs += 1

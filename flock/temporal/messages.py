@@ -257,6 +257,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
             handed off to.
         messages: those that earlier attempts have not received.
         has_receiver: its agent has a receiver of webhooks.
+        replaces: the workflow id of a run that it cancels before it begins, unless that has ended.
     """
 
     run: Run
@@ -271,6 +272,7 @@ class RunOrder(msgspec.Struct, frozen=True, kw_only=True):
     agents: tuple[str, ...] = ()
     messages: tuple[Sent, ...] = ()
     has_receiver: bool = False
+    replaces: str | None = None
 
 
 class Deaths(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -69,6 +69,8 @@ LOOK_AFTER_S = 30.0
 KEEP_SESSION_S = 60.0
 #: The patch since which the first answer starts a step again. Before, it was the last one.
 FIRST_ANSWER = "first-answer"
+#: The patch since which a run cancels the one that it replaces. Before, only its engine did.
+REPLACES = "replaces"
 #: How many of its last runs a session remembers.
 LATEST = 50
 #: For how many days a report of a worker may be sent again.
@@ -148,6 +150,9 @@ class FlockRun(CallKeeper):
 
     async def _run(self, order: RunOrder) -> None:
         try:
+            if order.replaces is not None and workflow.patched(REPLACES):
+                with contextlib.suppress(FailureError):  # it has ended
+                    await workflow.get_external_workflow_handle(order.replaces).cancel()
             await self._steps(order if order.run.session_id is None else await self._begun(order))
         except GeneratorExit:
             raise

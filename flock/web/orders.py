@@ -19,6 +19,7 @@ from starlette.requests import Request
 from flock.agents.agent import Agent
 from flock.declared import DeclaredFlock
 from flock.errors import Conflict, FlockError, NotFound, Replayed, StoreError
+from flock.jsontype import check_depth
 from flock.runs import (
     ClientSettings,
     Engine,
@@ -170,6 +171,12 @@ async def read_json(request: Request, *, is_optional: bool = False) -> bytes:
     options = serving(request).options
     body = Body(request, options.max_body_bytes, options.body_timeout_s)
     return await body.json(options.max_json_depth, default=b"{}" if is_optional else None)
+
+
+def nested(request: Request, value: msgspec.Raw) -> msgspec.Raw:
+    """Return *value*, which was JSON in a text of the body. Raises MalformedJSON if it is deeper than a body may be."""
+    check_depth(bytes(value), serving(request).options.max_json_depth)
+    return value
 
 
 async def accept(request: Request, order: Wanted, run_id: str | None = None) -> Accepted:

@@ -720,7 +720,7 @@ def shown_with_costs(type_: type[T], record: Any, **more: Any) -> T:
     """Like ``shown_as``, with ``usage`` and ``cost``."""
     if isinstance(record, Batch):
         more["max_cost"] = record.options.max_cost
-        more["versions"] = [each.version for each in record.versions] if record.is_mixed else None
+        more["versions"] = list(record.versions) if record.is_mixed else None
     return shown_as(type_, record, **more, **{"cost": None, **_costs(record.usage)})
 
 

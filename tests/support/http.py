@@ -26,9 +26,19 @@ def client_of(app: FlockAPI, headers: Mapping[str, str] | None = None) -> httpx.
 
 
 async def left(
-    app: FlockAPI, path: str, body: Any, until: Callable[[], Awaitable[Any]], headers: Mapping[str, str] | None = None
+    app: FlockAPI,
+    path: str,
+    body: Any,
+    until: Callable[[], Awaitable[Any]],
+    headers: Mapping[str, str] | None = None,
+    *,
+    reads: bool = True,
 ) -> None:
-    """Post JSON, and disconnect after *until*. httpx would cancel the request in the server."""
+    """Post JSON, and disconnect after *until*. httpx would cancel the request in the server.
+
+    Args:
+        reads: False means that it takes no byte of the response, as a slow client.
+    """
     sent = [json.dumps(body).encode()]
 
     async def receive() -> Any:
@@ -38,7 +48,8 @@ async def left(
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
-        pass
+        if not reads:
+            await anyio.sleep_forever()
 
     all_headers = {"content-type": "application/json", **(headers or {})}
     scope = {
