@@ -199,8 +199,7 @@ def _card(request: Request, agent: Agent, *, is_public: bool) -> Mapping[str, An
         card["securityRequirements"] = [{"schemes": {"key": {"list": []}}}]
     if not is_public:
         card["description"] = agent.description or card["description"]
-        schema = msgspec.json.encode(agent.input.schema).decode()
-        described = f"{card['description']}\n\nThe schema of its inputs: {schema}"
+        described = f"{card['description']}\n\nSchema of its inputs: {msgspec.json.encode(agent.input.schema).decode()}"
         card["skills"] = [{"id": name, "name": name, "description": described, "tags": ["agent"]}]
     return card
 
