@@ -1,6 +1,7 @@
 """Calls of a batch's items through the provider's batch endpoint: half the price, and no row paid twice."""
 
 import asyncio
+import importlib
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -543,8 +544,9 @@ async def test_options_of_the_batch_hold(provider: BatchProvider, url: str, opti
     assert (list(provider.paid.values()), provider.normal) == ([1] * 3, {})
 
 
+@pytest.mark.cluster
 async def test_on_a_cluster_it_is_refused_at_the_start() -> None:
-    temporal = pytest.importorskip("flock.temporal")
+    temporal = importlib.import_module("flock.temporal")
     flock = flock_of("http://127.0.0.1:1")
     for make in (temporal.TemporalEngine, temporal.TemporalWorker):
         models = {"default_model": flock.model} if make is temporal.TemporalEngine else {}
