@@ -63,6 +63,7 @@ LANES = {
     "test_generated_client.py": ("slow", None),
     "test_hostile_hosts.py": ("slow", None),
     "test_hostile_uploads.py": ("slow", None),
+    "test_images.py": ("slow", "PIL"),
     "test_localmodel.py": ("slow", "xllamacpp"),
     "test_mcp_clients.py": ("slow", None),
     "test_mounting.py": ("slow", None),

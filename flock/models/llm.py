@@ -364,10 +364,10 @@ class ModelClient:
     async def _send(self, sending: _Sending, passage: Passage) -> Any:
         endpoint, listener = sending.endpoint, sending.listener
         body, headers = sending.body, {**endpoint.headers, **sending.headers}
-        content, size = encoded(body, endpoint.has_cache_marks), bytes_of_files(body["messages"])
+        content, size = encoded(body, endpoint), bytes_of_files(body["messages"])
         size += len(content)
         if size > len(content):  # files may be long, and are read only now
-            content = await anyio.to_thread.run_sync(encoded, body, endpoint.has_cache_marks, True)
+            content = await anyio.to_thread.run_sync(encoded, body, endpoint, True)
         is_counted = False
         try:
             async with self._client().stream("POST", endpoint.url, content=content, headers=headers) as response:
@@ -423,7 +423,7 @@ class ModelClient:
         body = request.body(endpoint) | format_of(format_, request, may_be_strict=endpoint.may_be_strict)
         custom_id = key if len(key) <= MAX_CUSTOM_ID else hashlib.sha256(key.encode()).hexdigest()
         line = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions"}
-        content = msgspec.Raw(encoded(body, endpoint.has_cache_marks))
+        content = msgspec.Raw(encoded(body, endpoint))
         asked = [request.messages, request.schema, request.max_tokens, request.temperature, request.options]
         return BatchCall(
             custom_id=custom_id,
@@ -567,7 +567,8 @@ async def _complete_with_litellm(request: Request, model: Model) -> Completion:
     litellm = _litellm(request.name)
     part = format_of("text" if request.tools else "json_schema", request, may_be_strict=model.strict is not False)
     await anyio.to_thread.run_sync(check_files, request.messages, "litellm")
-    messages = await anyio.to_thread.run_sync(with_contents, part.pop("messages", request.messages))
+    asked = part.pop("messages", request.messages)
+    messages = await anyio.to_thread.run_sync(with_contents, asked, model.strip_metadata)
     options: dict[str, Any] = msgspec.to_builtins({"messages": messages, **part})
     if "claude" in request.name:
         options["messages"] = with_cache_marks(options["messages"])

@@ -61,6 +61,8 @@ class Model(_Named, frozen=True, kw_only=True):
         strict: whether the model enforces the schema of an output, in the strict mode of OpenAI. Then an output that
             this mode does not allow is an error at the definition. False asks without it, and allows any output. None
             means True for the models of OpenAI that are known to have it; others are asked for it if it is possible.
+        strip_metadata: whether images (JPEG, PNG, WebP) are sent without EXIF, such as the place where they were taken,
+            XMP and comments. The orientation and the picture stay.
         batch: whether the calls of a batch's items go through the provider's batch endpoint, at the price of that. The
             first answer of a step does; a repair, and the calls of single runs, are normal calls. See
             ``docs/batch-prices.md``.
@@ -79,6 +81,7 @@ class Model(_Named, frozen=True, kw_only=True):
     headers: Annotated[Mapping[str, str], _HEADERS] = {}
     extra_body: Annotated[Mapping[str, Any], _BODY] = {}
     strict: Annotated[bool | None, of_type(bool, "True or False")] = None
+    strip_metadata: Annotated[bool, of_type(bool, "True or False")] = False
     batch: Annotated[bool, of_type(bool, "True or False")] = False
     batch_fallback: Annotated[bool, of_type(bool, "True or False")] = True
 

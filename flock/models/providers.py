@@ -115,6 +115,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         key_variable: the environment variable that the key is from; None if there is no key, or the program has it.
         may_be_strict: False if the program wants no strict mode; see ``Model``.
         has_cache_marks: whether parts of a prompt are marked that the provider is to cache.
+        strips_metadata: whether images are sent without their metadata; see ``Model``.
         account: identifies the server and the key, whose limits all its calls share.
         limits: the limits that the program has named; see ``Model.limits``.
     """
@@ -130,6 +131,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     has_temperature: bool = True
     may_be_strict: bool = True
     has_cache_marks: bool = False
+    strips_metadata: bool = False
     key_variable: str | None = None
     account: tuple[str, str, bytes]
     limits: tuple[int | None, int | None, int | None] = (None, None, None)
@@ -292,6 +294,7 @@ async def endpoint_of(model: Model) -> Endpoint:
         has_temperature=not (provider.fixed_temperature and re.fullmatch(provider.fixed_temperature, own_name)),
         may_be_strict=model.strict is not False,
         has_cache_marks=model.provider == "openrouter" and "claude" in own_name,
+        strips_metadata=model.strip_metadata,
         key_variable=key_variable,
         account=(model.provider, base_url, hashlib.sha256(key.encode()).digest()),
         limits=model.limits,

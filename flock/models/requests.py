@@ -13,6 +13,7 @@ from flock.errors import DefinitionError, ModelError
 from flock.files import TEXT, UNKNOWN, File, FileReference
 from flock.models import localmodel, react
 from flock.models.completions import Listener, Message, ToolSchema
+from flock.models.images import without_metadata
 from flock.models.models import Model
 from flock.models.providers import Endpoint, enforces_schemas
 from flock.runs import Usage
@@ -152,26 +153,37 @@ def check_files(messages: Sequence[Message], provider: str) -> None:
             raise ModelError(f"The text {file.name or file.sha256!r} is not in UTF-8.", "model_bad_request") from exc
 
 
-def with_contents(messages: Sequence[Message]) -> list[Any]:
-    """Return *messages* with the contents of their files. Raises CallError if one is not stored any more."""
+def with_contents(messages: Sequence[Message], strips_metadata: bool) -> list[Any]:
+    """Return *messages* with the contents of their files.
+
+    Raises: CallError if one is not stored any more; ModelError if the metadata of an image cannot be removed.
+    """
 
     def parts(message: Message) -> list[dict[str, Any]]:
-        return [{"type": "text", "text": message.content}, *map(_part, message.files)]
+        return [{"type": "text", "text": message.content}, *(_part(file, strips_metadata) for file in message.files)]
 
     return [{"role": each.role, "content": parts(each)} if each.files else each for each in messages]
 
 
-def encoded(body: Mapping[str, Any], has_cache_marks: bool, has_files: bool = False) -> bytes:
-    """Return a body as JSON, with the contents of its files if it has some. Raises CallError if one is gone."""
-    messages = with_contents(body["messages"]) if has_files else body["messages"]
-    return msgspec.json.encode({**body, "messages": with_cache_marks(messages) if has_cache_marks else messages})
+def encoded(body: Mapping[str, Any], endpoint: Endpoint, has_files: bool = False) -> bytes:
+    """Return a body as JSON, with the contents of its files if it has some; see ``with_contents``."""
+    messages = with_contents(body["messages"], endpoint.strips_metadata) if has_files else body["messages"]
+    messages = with_cache_marks(messages) if endpoint.has_cache_marks else messages
+    return msgspec.json.encode({**body, "messages": messages})
 
 
-def _part(reference: FileReference) -> dict[str, Any]:
+def _part(reference: FileReference, strips_metadata: bool) -> dict[str, Any]:
     file, (kind, _, form) = File(reference), reference.media_type.partition("/")
     if kind == "text":
         return {"type": "text", "text": f"{file.name}:\n{file.text()}"}
-    data = base64.b64encode(file.read()).decode()
+    content = file.read()
+    if strips_metadata:
+        try:
+            content = without_metadata(content, file.media_type)
+        except ValueError as exc:
+            error = f"{exc} ({file.name or file.sha256!r}), so its metadata cannot be removed (strip_metadata=True)."
+            raise ModelError(error, "model_bad_request") from exc
+    data = base64.b64encode(content).decode()
     url = f"data:{file.media_type};base64,{data}"
     if kind == "audio":
         return {"type": "input_audio", "input_audio": {"data": data, "format": form.replace("mpeg", "mp3")}}
