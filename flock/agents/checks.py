@@ -47,7 +47,9 @@ def problems(agents: Mapping[str, Agent], default_model: ModelChoice, *, calls_m
 def check_no_batches(agents: Mapping[str, Agent], default_model: ModelChoice) -> None:
     """Raise DefinitionError if a model is to be called through a batch endpoint, which a cluster does not do."""
     for agent in agents.values():
-        models = models_of(agent.model or default_model or None, repr(agent.name)) if isinstance(agent, ModelAgent) else ()
+        models = (
+            models_of(agent.model or default_model or None, repr(agent.name)) if isinstance(agent, ModelAgent) else ()
+        )
         if models and models[0].batch:
             raise DefinitionError(
                 f"{models[0].name!r} of {agent.name!r} has batch=True, but on a cluster no calls go through batch "

@@ -108,7 +108,7 @@ class Replay:
         self._unwritten = OrderedDict[int, Mark]()
         self.calls, self.contained = list[Call](), list[Call]()
         self.mixed_up: str | None = None
-        #: these equal calls, their first start, and whether one of them has started again
+        #: all equal calls that ran at the same time, their first start, and whether one of them has started again
         self._mixed_up, self._mixed_start, self._is_mixing = set[Entry](), math.inf, False
         if calls:
             self._load(calls)
@@ -137,10 +137,11 @@ class Replay:
                 self._ended[_kind_of(entry.call_id, entry.stored.name)][entry] = None
         ended = [entry for each in self._expected.values() for entry in each if entry.stored is not None]
         self._ends = {entry.end: entry.seen or entry.end for entry in sorted(ended, key=lambda entry: entry.end)}
-        self._mixed_up = _mixed_up(entry for each in self._expected.values() for entry in each)
+        groups = _equal_at_the_same_time(entry for each in self._expected.values() for entry in each)
+        self._mixed_up = {entry for group in groups for entry in group}
         self._mixed_start = min((entry.start for entry in self._mixed_up), default=math.inf)
-        names = {entry.start: _name_of(entry.call_id) for entry in self._mixed_up if _name_of(entry.call_id) != SLEEP}
-        self.mixed_up = names[min(names)] if names else None
+        names = (_name_of(group[0].call_id) for group in groups if not _all_alike(group))
+        self.mixed_up = next((name for name in names if name != SLEEP), None)
 
     def _placed(self, calls: Iterable[Call]) -> tuple[dict[int, Entry], list[Call]]:
         """Return what has started, by the number of its start, and the calls without a place."""
@@ -406,11 +407,16 @@ class Replay:
         even if this method waits for as long as that took before.
         """
         kind = _kind_of(call_id, name)
-        while (entry := next(iter(self._ended.get(kind, ())), None)) and self.is_sure(entry.start):
+        while (entry := self._first_ended(kind)) is not None and self.is_sure(entry.start):
             is_over = functools.partial(self._is_not_awaited, kind, entry)
             if await self._is_in_vain(functools.partial(_start_s, entry), is_over):
                 return entry.stored
         return None
+
+    def _first_ended(self, kind: tuple[str, str]) -> Entry | None:
+        """Return the first that has returned or raised. A time-out may pass before a cancelled one starts again."""
+        ended = self._ended.get(kind, ())
+        return next((entry for entry in ended if entry.stored is not None and not entry.stored.is_cancelled), None)
 
     def _is_not_awaited(self, kind: tuple[str, str], entry: Entry) -> bool:
         return entry not in self._ended.get(kind, ()) or not self.is_sure(entry.start)
@@ -523,24 +529,23 @@ def _name_of(call_id: str) -> str:
     return call_id.rpartition(NESTED)[2].partition(":")[0]
 
 
-def _mixed_up(entries: Iterable[Entry]) -> set[Entry]:
-    """Return the equal calls that ran at the same time, directly or through others, and did not all end alike."""
-    found, together, last = set[Entry](), dict[str, list[Entry]](), dict[str, float]()
+def _equal_at_the_same_time(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """Return the equal calls that ran at the same time, directly or through others, by their first start."""
+    groups, together, last = list[list[Entry]](), dict[str, list[Entry]](), dict[str, float]()
     for entry in sorted(entries, key=lambda entry: entry.start):
         if not entry.start or _name_of(entry.call_id) in (TIMEOUT, TIMER):  # their times are in their ids
             continue
         key, _ = numbered(entry.call_id)
         if entry.start >= last.get(key, 0):
-            together[key], last[key] = [], 0
+            groups.append(group := list[Entry]())
+            together[key], last[key] = group, 0
         together[key].append(entry)
         last[key] = max(last[key], entry.seen or entry.end or math.inf)
-        if (first := together[key][0]) in found:
-            found.add(entry)
-        elif _outcome_of(entry) != _outcome_of(first):
-            found.update(together[key])
-    return found
+    return [group for group in groups if len(group) > 1]
 
 
-def _outcome_of(entry: Entry) -> object:
-    call = entry.stored
-    return None if call is None else (call.result, call.error, call.is_cancelled)
+def _all_alike(group: Sequence[Entry]) -> bool:
+    """Whether it does not matter which of these equal calls gets which of their results."""
+    calls = [entry.stored for entry in group]
+    ends = [None if call is None else (call.result, call.error, call.is_cancelled) for call in calls]
+    return all(end == ends[0] for end in ends)

@@ -297,6 +297,18 @@ FOUND_IN_MEMORY = {
         'econds":0.204796}],"n":17}],"n":15}],"n":6},{"kind":"work","n":21,"seconds":0.105568},{"kind":"work","n"'
         ':22,"seconds":0.106083}],"n":1},{"seed":253,"is_stored":true,"ends":[[7,0,true]]}]'
     ),
+    "equal sleeps that end alike, of which one wins a race": (
+        '[{"kind":"gather","parts":[{"kind":"first","parts":[{"kind":"work","n":8,"seconds":0.401414},{"kind":"sl'
+        'eep","n":10,"seconds":0.201732}],"n":5},{"kind":"first","parts":[{"kind":"sleep","n":12,"seconds":0.7022'
+        '36}],"n":11},{"kind":"sleep","n":24,"seconds":20.005385}],"n":4},{"seed":375,"is_stored":true,"ends":[[8'
+        ",0,true],[0,0,true]]}]"
+    ),
+    "a cancelled call that does not start again since a time-out passes before": (
+        '[{"kind":"seq","parts":[{"kind":"wait","parts":[{"kind":"seq","parts":[{"kind":"plain","n":8,"seconds":0'
+        '.502646,"is_random":true,"times":1},{"kind":"work","n":9,"seconds":0.403317}],"n":7}],"n":3,"limit_s":0.'
+        '304796},{"kind":"work","n":16,"seconds":0.106083}],"n":1},{"seed":559,"is_stored":true,"ends":[[0,9,true'
+        "]]}]"
+    ),
 }
 
 
