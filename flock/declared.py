@@ -32,6 +32,7 @@ from flock.agents.union import output_of
 from flock.agents.versions import version_of
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.intake import mapping_rows
+from flock.engine.jobs import CANCEL_TIMEOUT_S
 from flock.engine.rowchecks import as_json
 from flock.errors import AgentNotFound, DefinitionError, RunFailed
 from flock.formats import each_row
@@ -360,6 +361,8 @@ class DeclaredFlock:
                 except BaseException:
                     with anyio.CancelScope(shield=True):
                         await engine.cancel_batch(batch.batch_id)
+                        with anyio.move_on_after(CANCEL_TIMEOUT_S):  # its jobs are cancelled at their providers
+                            await engine.wait_batch(batch.batch_id)
                     raise
                 async for page in item_pages(engine, batch.batch_id):
                     results += msgspec.json.decode(msgspec.json.encode([batch.result_of(item) for item in page]))
