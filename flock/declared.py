@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import sys
 import weakref
@@ -359,9 +360,10 @@ class DeclaredFlock:
                 try:
                     await follow_batch(engine, batch.batch_id, engine.count_submitted, is_shown=progress)
                 except BaseException:
+                    is_working = anyio.current_effective_deadline() > -math.inf  # a scope around it ends its tasks too
                     with anyio.CancelScope(shield=True):
                         await engine.cancel_batch(batch.batch_id)
-                        with anyio.move_on_after(CANCEL_TIMEOUT_S):  # its jobs are cancelled at their providers
+                        with anyio.move_on_after(CANCEL_TIMEOUT_S if is_working else 0):  # jobs of providers
                             await engine.wait_batch(batch.batch_id)
                     raise
                 async for page in item_pages(engine, batch.batch_id):
