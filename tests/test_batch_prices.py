@@ -956,6 +956,29 @@ async def test_a_job_that_is_written_and_read_in_pieces_is_complete(
     assert [len(provider.lines(job)) for job in provider.jobs.values()] == [10, 10]
 
 
+async def test_a_job_that_was_cancelled_does_not_block_normal_calls_of_a_retry(
+    provider: BatchProvider, url: str, tmp_path: Path
+) -> None:
+    """Without the option, its rows make normal calls. What the job held is free as soon as it was read."""
+    provider.is_held = True
+    async with flock_of(url).engine(store=tmp_path / "flock.db") as engine:
+        batch = await submit(engine, 2, max_cost=0.05)
+        await until(lambda: ("GET", "/batches/batch_1") in provider.asked)
+        await engine.cancel_batch(batch.batch_id)
+        await ended(engine, batch)
+    async with flock_of(url, batch=False).engine(store=tmp_path / "flock.db") as engine:
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+    assert (batch.status, batch.failed_items, list(provider.paid.values())) == ("completed", 0, [1, 1])
+    assert len(provider.jobs) == 1
+
+
+async def test_a_file_that_its_provider_does_not_find_once_is_not_gone(provider: BatchProvider, url: str) -> None:
+    left = [Failure(404)]
+    provider.fault = lambda method, path: left.pop() if left and path.endswith("/content") else None
+    batch, _ = await run(flock_of(url), 2)
+    assert (left, batch.failed_items, list(provider.paid.values()), provider.normal) == ([], 0, [1, 1], {})
+
+
 def look_up(word: str) -> str:
     return word
 

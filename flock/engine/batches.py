@@ -289,7 +289,7 @@ class _Work:
         async with self._tasks:
             for _ in self._first or [None]:  # suspects wait for each other, so each needs a worker
                 self._start_worker()
-            if self._batch.waiting_items:
+            if self._batch.waiting_items or await self.jobs.store.open(self._batch):
                 self._watch()
 
     def _start_worker(self) -> None:

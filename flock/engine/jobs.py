@@ -36,7 +36,7 @@ TICK_S, COLLECT_S = 0.25, 60.0
 POLL_SHARE, MIN_POLL_S, MAX_POLL_S = 0.1, 1.0, 60.0
 #: A job that has not ended this long after its window is cancelled, and given up after this time again, in seconds.
 MAX_DELAY_S = 3600.0
-#: A job is gone if its provider has said so for this long, in seconds.
+#: A job or a file is gone if its provider has said so for this long, in seconds.
 GONE_S = 600.0
 #: How many replies one transaction writes.
 CHUNK_SIZE = 100
@@ -121,7 +121,7 @@ class Jobs:
 
     async def cancel(self) -> None:
         """Cancel all jobs at their providers. What they have done until then is kept, in case of a retry."""
-        cancelled = list[Job]()
+        jobs, cancelled = await self.store.open(self.batch), list[Job]()
 
         async def cancel(job: Job) -> None:
             try:
@@ -134,7 +134,7 @@ class Jobs:
                 logger.error(template, self.batch.batch_id, job.provider_id or job.job_id, job.target, exc)
 
         async with anyio.create_task_group() as tasks:
-            for job in await self.store.open(self.batch):
+            for job in jobs:
                 tasks.start_soon(cancel, job)
         for job in cancelled:
             await self.store.cancelled(self.batch, job)
@@ -259,7 +259,7 @@ class Jobs:
                 "batch %s: whether the job %s was sent is unknown; %s", self.batch.batch_id, job.job_id, done
             )
         count, size = await self.store.size(job)
-        if found is None and not count:
+        if found is None and (job.is_cancelled or not count):
             self._rest[job.job_id] = None
             return
         if found is None:
@@ -322,7 +322,7 @@ class Jobs:
                             return
                         await share.checkpoint()
             except ModelError as exc:
-                if exc.error_type != "model_not_found":
+                if exc.error_type != "model_not_found" or self._failed_s(job, exc) < GONE_S:
                     raise  # the rest is read again, and what has a reply is skipped
                 logger.warning("batch %s: the file %s of a job is gone", self.batch.batch_id, file_id)
             unknown += await self._give(job, page)
