@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import sys
 import weakref
@@ -32,6 +33,7 @@ from flock.agents.union import output_of
 from flock.agents.versions import version_of
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.intake import mapping_rows
+from flock.engine.jobs import CANCEL_TIMEOUT_S
 from flock.engine.rowchecks import as_json
 from flock.errors import AgentNotFound, DefinitionError, RunFailed
 from flock.formats import each_row
@@ -358,8 +360,11 @@ class DeclaredFlock:
                 try:
                     await follow_batch(engine, batch.batch_id, engine.count_submitted, is_shown=progress)
                 except BaseException:
+                    is_working = anyio.current_effective_deadline() > -math.inf  # a scope around it ends its tasks too
                     with anyio.CancelScope(shield=True):
                         await engine.cancel_batch(batch.batch_id)
+                        with anyio.move_on_after(CANCEL_TIMEOUT_S if is_working else 0):  # jobs of providers
+                            await engine.wait_batch(batch.batch_id)
                     raise
                 async for page in item_pages(engine, batch.batch_id):
                     results += msgspec.json.decode(msgspec.json.encode([batch.result_of(item) for item in page]))

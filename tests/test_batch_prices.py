@@ -4,6 +4,8 @@ import asyncio
 import importlib
 import json
 import logging
+import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from flock.engine import jobs
 from flock.errors import DefinitionError, StoreError
 from flock.files import Image
 from flock.models.llm import ModelClient
-from flock.runs import Batch, BatchOptions, Engine, Run, RunContext
+from flock.runs import Batch, BatchOptions, Engine, Run, RunContext, Usage
+from flock.store import jobs as stored_jobs
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from tests.support import PATIENCE_S
 from tests.support.batchapi import BatchProvider
@@ -26,6 +29,8 @@ pytestmark = pytest.mark.anyio
 #: What one call of the fake provider costs, at the prices of gpt-4o.
 NORMAL = (10 * 2.5 + 5 * 10) / 10**6
 YES = {"answer": "yes"}
+#: In US dollars.
+MAX_COST = 0.0014
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +39,7 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MIN_POLL_S", 0.02)
     monkeypatch.setattr(jobs, "MAX_POLL_S", 0.1)
     monkeypatch.setattr(jobs, "ENQUEUE_PAUSE_S", 0.1)
+    monkeypatch.setattr(jobs, "GONE_S", 0.1)
 
 
 @pytest.fixture
@@ -595,6 +601,384 @@ async def test_a_store_that_cannot_be_written_for_a_while_loses_nothing(
         engine.store.jobs.reply = reply
         batch = await ended(engine, await submit(engine, 3))
     assert (left, batch.failed_items, list(provider.paid.values()), provider.normal) == ([], 0, [1] * 3, {})
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b"[]", b"{}", b'{"id": null}'])
+async def test_a_submission_whose_answer_cannot_be_used_is_searched_for(
+    provider: BatchProvider, url: str, answer: bytes
+) -> None:
+    left = [answer]
+    provider.fault = lambda method, path: left.pop() if left and (method, path) == ("POST", "/batches") else None
+    batch, _ = await run(flock_of(url), 3)
+    assert (left, batch.failed_items, list(provider.paid.values()), provider.normal) == ([], 0, [1] * 3, {})
+    assert len(provider.jobs) == 1
+
+
+async def test_a_job_that_may_have_been_sent_is_kept_while_its_model_is_missing(
+    provider: BatchProvider, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fault(method: str, path: str) -> Failure | str | None:
+        return "lost" if (method, path) == ("POST", "/batches") else Failure(500) if method == "GET" else None
+
+    provider.fault = fault
+    async with flock_of(url).engine(store=tmp_path / "flock.db") as engine:
+        batch = await submit(engine, 3)
+        await until(lambda: ("GET", "/batches") in provider.asked)
+    provider.fault = lambda method, path: None
+    other = Flock("half", model=Model("openai/gpt-5", base_url=url, api_key="none"))
+    other.add_agent(flock_of(url).agents["ask"])
+    async with other.engine(store=tmp_path / "flock.db"):
+        await until(lambda: caplog.text.count("is not a model of this program any more") > 1)
+    async with flock_of(url).engine(store=tmp_path / "flock.db") as engine:
+        batch = await ended(engine, batch)
+    assert (batch.failed_items, list(provider.paid.values()), provider.normal) == (0, [1] * 3, {})
+    assert len(provider.jobs) == 1
+
+
+async def test_while_another_job_uses_the_room_for_enqueued_tokens_a_job_waits_and_keeps_its_size(
+    provider: BatchProvider, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MAX_CALLS", 4)
+    provider.max_enqueued, provider.is_held, rejected = 6, True, ["validating", "failed", "failed"]
+    async with flock_of(url).engine() as engine:
+        batch = await submit(engine, 12, max_workers=12)
+        await until(lambda: len(provider.jobs) > 1)
+        polled = provider.asked.count(("GET", "/batches/batch_1"))
+        await until(lambda: provider.asked.count(("GET", "/batches/batch_1")) > polled + 5)
+        assert [job["status"] for job in provider.jobs.values()][:4] in (rejected[:2], rejected)
+        provider.is_held = False
+        batch = await ended(engine, batch)
+    assert (batch.failed_items, list(provider.paid.values()), provider.normal) == (0, [1] * 12, {})
+    assert {len(provider.lines(job)) for job in provider.jobs.values()} == {4}
+
+
+def repairs(provider: BatchProvider) -> None:
+    """The answer for the first row cannot be used, so it is asked again, in a normal call."""
+
+    def reply(request: ModelRequest) -> Reply:
+        text = str(request["messages"])
+        is_invalid = "text 0" in text and "cannot be used" not in text
+        return Reply("nonsense", usage=Usage(input_tokens=10, output_tokens=100)) if is_invalid else Reply(YES)
+
+    provider._reply = reply
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_a_normal_call_waits_while_open_jobs_hold_the_rest_of_max_cost(
+    provider: BatchProvider, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_restarted: bool
+) -> None:
+    """Two calls in jobs are expected to cost 0.0012 dollars. What the second one holds is too much with the repair."""
+    monkeypatch.setattr(jobs, "MAX_CALLS", 1)
+    repairs(provider)
+    provider.held = {"batch_2"}
+    flock = flock_of(url, of_agent={"max_tokens": 100})
+
+    async def polls() -> None:
+        polled = provider.asked.count(("GET", "/batches/batch_2"))
+        await until(lambda: provider.asked.count(("GET", "/batches/batch_2")) > polled + 3)
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        batch = await submit(engine, 2, max_cost=MAX_COST)
+        await until(lambda: any(path.endswith("/content") for _, path in provider.asked))
+        await polls()
+        assert not provider.normal
+        if not is_restarted:
+            provider.held.clear()
+            batch = await ended(engine, batch)
+    if is_restarted:
+        async with flock.engine(store=tmp_path / "flock.db") as engine:
+            await polls()
+            assert not provider.normal
+            provider.held.clear()
+            batch = await ended(engine, batch)
+    assert (batch.status, batch.failed_items, provider.normal.total()) == ("completed", 0, 1)
+
+
+async def test_calls_that_a_job_has_not_answered_hold_nothing_once_it_has_ended(
+    provider: BatchProvider, url: str
+) -> None:
+    repairs(provider)
+    provider.edit = _without(1)
+    batch, _ = await run(flock_of(url, of_agent={"max_tokens": 100}), 2, max_cost=MAX_COST)
+    assert (batch.status, batch.failed_items, provider.normal.total()) == ("completed", 0, 2)
+
+
+async def test_rows_with_paid_replies_end_although_the_batch_stops(provider: BatchProvider, url: str) -> None:
+    def reply(request: ModelRequest) -> Reply:
+        return Reply("nonsense" if re.search("text [012]", str(request["messages"])) else YES)
+
+    provider._reply = reply
+    flock = flock_of(url, of_agent={"answer_retries": 0})
+    async with flock.engine() as engine:
+        batch = await ended(engine, await submit(engine, 10, max_failures=1, max_workers=1))
+        items = await engine.get_items(batch.batch_id)
+    assert [item.status for item in items] == ["failed"] * 3 + ["completed"] * 7
+    assert list(provider.paid.values()) == [1] * 10
+
+
+async def test_a_call_of_a_row_that_has_ended_is_not_submitted(
+    provider: BatchProvider, url: str, tmp_path: Path
+) -> None:
+    """Only one call of the first row fits into the budget, and its reply is the end of the row."""
+    flock = flock_of(url, of_agent={"max_tokens": 100})
+
+    @flock.agent
+    async def either(context: RunContext, text: str) -> str:
+        asked = [asyncio.ensure_future(context.run_agent("ask", {"text": f"{text} {n}"})) for n in range(2)]
+        done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        return str(done.pop().result()["answer"])
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        batch = await ended(engine, await submit(engine, 1, "either", max_cost=0.001))
+        [item] = await engine.get_items(batch.batch_id)
+    assert (item.status, len(provider.jobs), list(provider.paid.values())) == ("completed", 1, [1])
+
+
+async def test_a_row_that_continues_with_one_reply_still_waits_for_the_other_job(
+    provider: BatchProvider, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MAX_CALLS", 1)
+    provider.held = {"batch_2"}
+    flock = flock_of(url)
+
+    @flock.agent
+    async def both(context: RunContext, text: str) -> list[str]:
+        asked = (context.run_agent("ask", {"text": f"{text} {number}"}) for number in range(2))
+        return [(await each)["answer"] for each in [asyncio.ensure_future(one) for one in asked]]
+
+    async with flock.engine(store=tmp_path / "flock.db") as engine:
+        batch = await submit(engine, 1, "both")
+        with anyio.fail_after(PATIENCE_S):
+            while not (await engine.get_items(batch.batch_id))[0].usage:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+            while not (await engine.get_batch(batch.batch_id)).waiting_items:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+        polled = provider.asked.count(("GET", "/batches/batch_2"))
+        await until(lambda: provider.asked.count(("GET", "/batches/batch_2")) > polled + 2)
+        provider.held.clear()
+        batch = await ended(engine, batch)
+    assert (batch.failed_items, len(provider.jobs), list(provider.paid.values())) == (0, 2, [1, 1])
+    assert not provider.normal
+
+
+async def test_a_job_whose_key_is_rejected_until_long_after_its_window_falls_back(
+    provider: BatchProvider, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "WINDOW_S", 0.2)
+    monkeypatch.setattr(jobs, "MAX_DELAY_S", 0.2)
+    provider.fault = lambda method, path: Failure(401) if path.startswith("/batches/") else None
+    batch, _ = await run(flock_of(url), 2)
+    assert (batch.failed_items, provider.normal.total()) == (0, 2)
+
+
+async def test_a_budget_that_normal_calls_use_for_a_while_is_not_used_up(
+    provider: BatchProvider, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, is_open = flock_of(url, of_agent={"max_tokens": 100}), threading.Event()
+    model = model_of(url, batch=False)
+    flock.add_agent(
+        FlockFactory.create_default_agent("plain", input="text", output="answer", model=model, max_tokens=100)
+    )
+
+    def reply(request: ModelRequest) -> Reply:
+        if "text 0" in str(request["messages"]):
+            assert is_open.wait(PATIENCE_S)
+        return Reply(YES)
+
+    provider._reply = reply
+
+    @flock.agent
+    async def mixed(context: RunContext, text: str) -> str:
+        agent = "plain" if text == "text 0" else "ask"
+        return str((await context.run_agent(agent, {"text": text}))["answer"])
+
+    monkeypatch.setattr(jobs, "COLLECT_S", 0)
+    async with flock.engine() as engine:
+        original, tried = engine.store.jobs.create, list[Any]()
+
+        async def create(*args: Any) -> Any:
+            tried.append(await original(*args))
+            return tried[-1]
+
+        engine.store.jobs.create = create
+        batch = await submit(engine, 2, "mixed", max_cost=MAX_COST)
+        await until(lambda: tried.count(None) > 2)
+        is_open.set()
+        batch = await ended(engine, batch)
+    assert (batch.status, batch.completed_items, batch.cancelled_items) == ("completed", 2, 0)
+
+
+def _list(*numbers: int, has_more: bool = True, **more: Any) -> bytes:
+    jobs = [{"id": f"other_{number}", "status": "completed", **more} for number in numbers]
+    return json.dumps({"data": jobs, "has_more": has_more}).encode()
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        pytest.param([b'{"data": 5}', b'{"data": null}', b"{}", b'{"data": [3]}', b"[]"], id="garbage"),
+        pytest.param([_list(1, 2), _list(3, 4)], id="no times"),
+        pytest.param([_list(1, 2, created_at="today")], id="invalid times"),
+    ],
+)
+async def test_a_job_is_found_although_parts_of_the_list_are_garbage(
+    provider: BatchProvider, url: str, pages: list[bytes]
+) -> None:
+    left: list[Any] = ["lost"]
+
+    def fault(method: str, path: str) -> Any:
+        if (method, path) == ("POST", "/batches"):
+            return left.pop() if left else None
+        return pages.pop(0) if (method, path) == ("GET", "/batches") and pages else None
+
+    provider.fault = fault
+    batch, _ = await run(flock_of(url), 3)
+    assert (pages, batch.failed_items, list(provider.paid.values()), provider.normal) == ([], 0, [1] * 3, {})
+    assert len(provider.jobs) == 1
+
+
+async def test_a_list_of_jobs_that_repeats_itself_has_an_end(provider: BatchProvider, url: str) -> None:
+    """The job was not created, so it is sent again."""
+    left: list[Any] = [Failure(500)]
+
+    def fault(method: str, path: str) -> Any:
+        if (method, path) == ("POST", "/batches"):
+            return left.pop() if left else None
+        return _list(1, 2) if (method, path) == ("GET", "/batches") else None
+
+    provider.fault = fault
+    batch, _ = await run(flock_of(url), 3)
+    assert (batch.failed_items, list(provider.paid.values())[:3], provider.normal) == (0, [1] * 3, {})
+    assert provider.asked.count(("GET", "/batches")) == 2
+
+
+async def test_a_job_that_its_provider_does_not_find_once_is_not_gone(provider: BatchProvider, url: str) -> None:
+    left = [Failure(404), Failure(503), Failure(404)]
+    provider.fault = lambda method, path: left.pop() if left and path.startswith("/batches/") else None
+    batch, _ = await run(flock_of(url), 2)
+    assert (left, batch.failed_items, list(provider.paid.values()), provider.normal) == ([], 0, [1, 1], {})
+
+
+async def test_what_a_job_that_is_too_slow_has_done_is_not_paid_again(
+    provider: BatchProvider, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "WINDOW_S", 0.2)
+    monkeypatch.setattr(jobs, "MAX_DELAY_S", 0.5)
+    provider.is_held, provider.done_before_cancel = True, 3
+    batch, _ = await run(flock_of(url), 5)
+    assert (batch.failed_items, list(provider.paid.values()), provider.normal.total()) == (0, [1] * 5, 2)
+
+
+async def test_a_program_that_is_interrupted_in_run_batch_cancels_its_jobs(provider: BatchProvider, url: str) -> None:
+    provider.is_held = True
+    task = asyncio.create_task(flock_of(url).run_batch_async("ask", [{"text": "one"}]))
+    await until(lambda: provider.jobs)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [job["status"] for job in provider.jobs.values()] == ["cancelled"]
+
+
+async def test_a_batch_that_is_cancelled_during_an_upload_creates_no_job(provider: BatchProvider, url: str) -> None:
+    begun, is_open = threading.Event(), threading.Event()
+
+    def fault(method: str, path: str) -> None:
+        if (method, path) == ("POST", "/files"):
+            begun.set()
+            assert is_open.wait(PATIENCE_S)
+
+    provider.fault = fault
+    async with flock_of(url).engine() as engine:
+        batch = await submit(engine, 3)
+        await until(begun.is_set)
+        await engine.cancel_batch(batch.batch_id)
+        is_open.set()
+        batch = await ended(engine, batch)
+    assert (batch.cancelled_items, provider.jobs, provider.paid) == (3, {}, {})
+
+
+async def test_jobs_are_cancelled_at_the_same_time(
+    provider: BatchProvider, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one cannot be cancelled, so it is tried until the time is over."""
+    monkeypatch.setattr(jobs, "MAX_CALLS", 1)
+    provider.is_held = True
+    asked = provider.asked
+
+    def fault(method: str, path: str) -> Failure | None:
+        is_first = path == "/batches/batch_1/cancel" and ("POST", "/batches/batch_2/cancel") not in asked
+        return Failure(503) if is_first else None
+
+    provider.fault = fault
+    async with flock_of(url).engine() as engine:
+        batch = await submit(engine, 2)
+        await until(lambda: len(provider.jobs) == 2)
+        await engine.cancel_batch(batch.batch_id)
+        with anyio.fail_after(jobs.CANCEL_TIMEOUT_S / 2):
+            await engine.wait_batch(batch.batch_id)
+    assert [job["status"] for job in provider.jobs.values()] == ["cancelled", "cancelled"]
+
+
+async def test_a_retry_after_a_cancel_submits_the_rest_also_without_a_fallback(
+    provider: BatchProvider, url: str, tmp_path: Path
+) -> None:
+    def edit(job: dict[str, Any], output: list[Any], errors: list[Any]) -> None:
+        if job["status"] == "cancelled":
+            error = {"code": "batch_cancelled", "message": "The batch was cancelled."}
+            lines = provider.lines(job)[len(output) :]
+            errors += [{"custom_id": line["custom_id"], "response": None, "error": error} for line in lines]
+
+    provider.edit, provider.is_held, provider.done_before_cancel = edit, True, 3
+    async with flock_of(url, batch_fallback=False).engine(store=tmp_path / "flock.db") as engine:
+        batch = await submit(engine, 8)
+        await until(lambda: ("GET", "/batches/batch_1") in provider.asked)
+        await engine.cancel_batch(batch.batch_id)
+        await ended(engine, batch)
+        provider.is_held = False
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+    assert (batch.status, batch.failed_items, batch.cancelled_items) == ("completed", 0, 0)
+    assert (list(provider.paid.values()), provider.normal) == ([1] * 8, {})
+
+
+async def test_a_job_that_is_written_and_read_in_pieces_is_complete(
+    provider: BatchProvider, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is also taken apart in pieces, after it was cancelled."""
+    monkeypatch.setattr(stored_jobs, "CHUNK_SIZE", 3)
+    monkeypatch.setattr(stored_jobs, "PAGE_BYTES", 100)
+    provider.is_held = True
+    async with flock_of(url).engine(store=tmp_path / "flock.db") as engine:
+        batch = await submit(engine, 10)
+        await until(lambda: provider.jobs)
+        await engine.cancel_batch(batch.batch_id)
+        await ended(engine, batch)
+        provider.is_held = False
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+    assert (batch.status, list(provider.paid.values()), provider.normal) == ("completed", [1] * 10, {})
+    assert [len(provider.lines(job)) for job in provider.jobs.values()] == [10, 10]
+
+
+async def test_a_job_that_was_cancelled_does_not_block_normal_calls_of_a_retry(
+    provider: BatchProvider, url: str, tmp_path: Path
+) -> None:
+    """Without the option, its rows make normal calls. What the job held is free as soon as it was read."""
+    provider.is_held = True
+    async with flock_of(url).engine(store=tmp_path / "flock.db") as engine:
+        batch = await submit(engine, 2, max_cost=0.05)
+        await until(lambda: ("GET", "/batches/batch_1") in provider.asked)
+        await engine.cancel_batch(batch.batch_id)
+        await ended(engine, batch)
+    async with flock_of(url, batch=False).engine(store=tmp_path / "flock.db") as engine:
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+    assert (batch.status, batch.failed_items, list(provider.paid.values())) == ("completed", 0, [1, 1])
+    assert len(provider.jobs) == 1
+
+
+async def test_a_file_that_its_provider_does_not_find_once_is_not_gone(provider: BatchProvider, url: str) -> None:
+    left = [Failure(404)]
+    provider.fault = lambda method, path: left.pop() if left and path.endswith("/content") else None
+    batch, _ = await run(flock_of(url), 2)
+    assert (left, batch.failed_items, list(provider.paid.values()), provider.normal) == ([], 0, [1, 1], {})
 
 
 def look_up(word: str) -> str:

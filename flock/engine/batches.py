@@ -285,10 +285,11 @@ class _Work:
         self._workers = self._idle_workers = workers
         pages = self._pending_pages(are_suspects=True)
         self._first = {item.run_id: item async for page in pages for item in page}
+        await self.jobs.hold()
         async with self._tasks:
             for _ in self._first or [None]:  # suspects wait for each other, so each needs a worker
                 self._start_worker()
-            if self._batch.waiting_items:
+            if self._batch.waiting_items or await self.jobs.store.open(self._batch):
                 self._watch()
 
     def _start_worker(self) -> None:
@@ -325,7 +326,12 @@ class _Work:
 
     async def _is_idle(self) -> bool:
         """Whether no item runs or can start now."""
-        return self._idle_workers == self._workers and not self._first and not await self._answered()
+        if self._idle_workers < self._workers or self._first:
+            return False
+        is_answered = bool(await self._answered())
+        if is_answered:
+            self._watch()  # it has ended if they could not be read
+        return not is_answered
 
     async def _answered(self) -> Sequence[Run]:
         """Return items that got an answer and have not continued."""
@@ -391,13 +397,15 @@ class _Work:
         try:
             while self._may_continue:
                 changed, batch = self._batches.next_change(), await self._store.get(self._batch.batch_id)
-                for item in await self._answered():
+                answered = await self._answered()
+                for item in answered:
                     if item.run_id not in self._runner.active:
                         self._first[item.run_id] = item
                         self._start_worker()
-                if batch is None or not batch.waiting_items:
+                if not answered and (batch is None or not batch.waiting_items):
                     return
-                await changed()
+                with anyio.move_on_after(RETRY_AFTER_S if answered else math.inf):
+                    await changed()
         except StoreError as exc:
             logger.error("items that wait for answers cannot be read: %s", exc)
         finally:

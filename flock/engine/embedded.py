@@ -757,7 +757,7 @@ class EmbeddedEngine(EngineBase):
 
     async def count_submitted(self, batch_id: str) -> int:
         """Return how many calls of a batch are in jobs of batch endpoints."""
-        return int(await self.store.jobs.count_submitted(batch_id))
+        return sum(count for _, count in (await self.store.jobs.held(batch_id)).values())
 
     async def list_batches(self, wanted: BatchFilter) -> Page[Batch]:
         self._check_entered()

@@ -93,20 +93,30 @@ class BatchEndpoint:
         return (await self._job("POST", "/files", content=pieces(), headers=sent)).id
 
     async def create(self, file_id: str, job_id: str) -> RemoteJob:
+        """If the answer cannot be used, the job may exist: the error is ``model_unavailable``."""
         body = {"input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
-        return await self._job("POST", "/batches", json=body | {"metadata": {METADATA_KEY: job_id}})
+        try:
+            return await self._job("POST", "/batches", json=body | {"metadata": {METADATA_KEY: job_id}})
+        except ModelError as exc:
+            if exc.error_type == "model_bad_response":
+                exc.error_type = "model_unavailable"
+            raise
 
     async def find(self, job_id: str, since: float) -> RemoteJob | None:
         """Return the job with our id, if one was created since a time. The provider lists the newest first."""
-        after = ""
+        after, last = "", ""
         while True:
             page = await self._sent("GET", f"/batches?limit=100{after}")
-            jobs = [_job_from(each) for each in page.get("data") or ()]
+            if not isinstance(listed := page.get("data"), list):
+                raise replies.bad_response(self._endpoint.name, "answered GET /batches without a list of jobs")
+            jobs = [_job_from(each, self._endpoint.name) for each in listed]
             if found := [job for job in jobs if (job.metadata or {}).get(METADATA_KEY) == job_id]:
                 return found[0]
-            if not jobs or not page.get("has_more") or jobs[-1].created_at < since:
+            # A server may ignore ``after``, or not say when a job was created.
+            if not jobs or not page.get("has_more") or jobs[-1].id == last or 0 < jobs[-1].created_at < since:
                 return None
-            after = f"&after={jobs[-1].id}"
+            last = jobs[-1].id
+            after = f"&after={last}"
 
     async def get(self, provider_id: str) -> RemoteJob:
         return await self._job("GET", f"/batches/{provider_id}")

@@ -151,7 +151,7 @@ class Budget:
         owner: "run" or "batch".
 
     Attributes:
-        held: what calls in batch endpoints of providers reserve, in picodollars.
+        held: what calls in batch endpoints of providers reserve, in picodollars; see ``hold``.
         is_used_up: what is left is too little for another call of a batch endpoint.
     """
 
@@ -192,7 +192,7 @@ class Budget:
 
     @contextlib.asynccontextmanager
     async def reserve(self, model: str, prompt: Any, max_tokens: int | None) -> AsyncGenerator[None, None]:
-        """Reserve the cost of a call until the block ends. Wait while others are open, and it might exceed the limit.
+        """Reserve the cost of a call until the block ends. Wait while it might exceed the limit, and others are open.
 
         Args:
             prompt: the messages and the like. They can be encoded as JSON.
@@ -204,7 +204,7 @@ class Budget:
         with clocks_stopped():
             async with self._line:
                 await self.refresh()
-                while self._exceeds(cost := self._expected(price, tokens, max_tokens)) and self._open:
+                while self._exceeds(cost := self._expected(price, tokens, max_tokens)) and (self._open or self.held):
                     self._ended = anyio.Event()
                     await self._ended.wait()
                     await self.refresh()
@@ -217,13 +217,22 @@ class Budget:
             self._reserved = self._reserved - cost if self._open else 0
             self._ended.set()
 
-    def expected_in_batch(self, model: str, tokens: int, max_tokens: int | None) -> int | None:
-        """Return what a call through a batch endpoint will probably cost; None if that, with ``held``, is too much."""
+    def hold(self, picodollars: int) -> None:
+        """Change what calls in batch endpoints reserve."""
+        self.held = picodollars
+        self._ended.set()
+
+    def expected_in_batch(self, model: str, tokens: int, max_tokens: int | None, others: int) -> int | None:
+        """Return what a call through a batch endpoint will probably cost; None if that is too much.
+
+        Args:
+            others: what the other calls reserve that are put into the same job, in picodollars.
+        """
         price = price_of(self._prices, model)
         if price is None:
             return None
         cost = price.for_batch(int(self._expected(price, tokens, max_tokens)))
-        return None if self._exceeds(cost) else cost
+        return None if self._exceeds(others + cost) else cost
 
     def _expected(self, price: Price | None, tokens: int, max_tokens: int | None) -> float:
         """Return what a call will probably cost, in picodollars."""

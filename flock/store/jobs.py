@@ -6,7 +6,7 @@ item gets it. If its item waits no more, because it was cancelled, the reply sta
 
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -22,6 +22,9 @@ from flock.store.columns import call_values, micros, time_from
 from flock.store.database import Database
 from flock.store.port import Job, Reply
 
+#: How many calls one transaction changes, and how many bytes of lines are read at a time.
+CHUNK_SIZE, PAGE_BYTES = 2000, 64 * 1024
+
 
 class JobStore:
     """What the task that works on a batch needs to know. Writing methods raise OwnershipLost if it is another's."""
@@ -34,60 +37,81 @@ class JobStore:
         rows = self._db.read(lambda db: db.execute(statements.JOBS, (batch.batch_id,)).fetchall())
         return [Job(*row) for row in rows]
 
-    async def new_calls(self, batch: Batch) -> tuple[int, datetime | None]:
-        """Return how many calls of a batch are in no job yet, and when the first one began to wait."""
-        count, first = self._db.read(lambda db: db.execute(statements.NEW_CALLS, (batch.batch_id,)).fetchone())
+    async def new_calls(self, batch: Batch, limit: int) -> tuple[int, datetime | None]:
+        """Return how many calls of a batch are in no job yet, up to *limit*, and when the first one began to wait."""
+        count, first = self._db.read(lambda db: db.execute(statements.NEW_CALLS, (batch.batch_id, limit)).fetchone())
         return count, time_from(first)
 
-    async def held(self, batch: Batch) -> int:
-        """Return what the calls in jobs reserve, in picodollars."""
-        return await self._sum(statements.HELD, batch.batch_id)
-
-    async def count_submitted(self, batch_id: str) -> int:
-        """Return how many calls of a batch are in jobs."""
-        return await self._sum(statements.COUNT_SUBMITTED, batch_id)
-
-    async def _sum(self, query: str, batch_id: str) -> int:
-        (found,) = await self._db.read_in_thread(lambda db: db.execute(query, (batch_id,)).fetchone())
-        return int(found or 0)
+    async def held(self, batch_id: str) -> Mapping[str, tuple[int, int]]:
+        """Return what the open calls of each job reserve, in picodollars, and how many they are."""
+        rows = await self._db.read_in_thread(lambda db: db.execute(statements.HELD, (batch_id,)).fetchall())
+        return {job_id: (cost, count) for job_id, cost, count in rows}
 
     async def create(
         self,
         batch: Batch,
         job_id: str,
-        cost_of: Callable[[Sequence[tuple[str, int, int | None]]], list[int]],
+        limit: int,
+        costs_of: Callable[[Sequence[tuple[str, int, int | None]], int, int], list[int]],
     ) -> Job | None:
-        """Put calls of one model that are in no job into a new one, in the order in which they began to wait.
+        """Put up to *limit* new calls of one model into a new job, in the order in which they began to wait.
+
+        This takes several transactions. If the process dies in between, the job has fewer calls.
 
         Args:
-            cost_of: returns what each call reserves, given the model, length and max tokens of each. The calls beyond
-                the returned costs are left out.
+            costs_of: returns what each call reserves, given the model, length and max tokens of each, and the length
+                and the costs of those that are in the job already. The calls beyond the returned costs are left out.
 
         Returns: the job; None if there is no call for it.
         """
+        job: Job | None = None
+        count = size = total = 0
 
-        def apply(db: sqlite3.Connection) -> Job | None:
+        def fill(db: sqlite3.Connection) -> tuple[str, list[tuple[int, int]], bool] | None:
+            """Return the target of the job, the length and cost of each new call of it, and whether that were all."""
             queries.check_owner_of_batch(db, batch)
-            first = db.execute(statements.FIRST_NEW_CALL, (batch.batch_id,)).fetchone()
-            rows = [] if first is None else db.execute(statements.CALLS_FOR_JOB, (batch.batch_id, *first)).fetchall()
-            costs = cost_of([tuple(call) for _, *call in rows])
-            if not costs:
+            of_job = None if job is None else (job.target,)
+            of_job = of_job or db.execute(statements.FIRST_NEW_CALL, (batch.batch_id,)).fetchone()
+            if of_job is None:
+                db.execute(statements.DROP_NEW_CALLS, (batch.batch_id, CHUNK_SIZE))
                 return None
-            db.execute(statements.INSERT_JOB, (job_id, batch.batch_id, *first, at := time.time_ns() // 1000))
-            chosen = ((job_id, cost, row) for cost, (row, *_) in zip(costs, rows, strict=False))
-            db.executemany(statements.PUT_CALL_INTO_JOB, chosen)
-            return Job(job_id, first[0], None, False, at)
+            values = (batch.batch_id, *of_job, at_most := min(limit - count, CHUNK_SIZE))
+            rows = db.execute(statements.CALLS_FOR_JOB, values).fetchall()
+            costs = costs_of([tuple(call) for _, *call in rows], size, total)
+            if costs and job is None:
+                db.execute(statements.INSERT_JOB, (job_id, batch.batch_id, *of_job, at))
+            chosen = list(zip(costs, rows, strict=False))
+            db.executemany(statements.PUT_CALL_INTO_JOB, ((job_id, cost, row) for cost, (row, *_) in chosen))
+            return of_job[0], [(length + 1, cost) for cost, (_, _, length, _) in chosen], len(chosen) < at_most
 
-        return await self._db.change(apply)
+        at, is_full = time.time_ns() // 1000, False
+        while not is_full and count < limit and (filled := await self._db.change(fill)) is not None:
+            target, chosen, is_full = filled
+            job = Job(job_id, target, None, False, at) if chosen else job
+            count += len(chosen)
+            size += sum(length for length, _ in chosen)
+            total += sum(cost for _, cost in chosen)
+        return job
 
     async def size(self, job: Job) -> tuple[int, int]:
         """Return the number of the calls of a job, and the length of their lines."""
-        count, size = self._db.read(lambda db: db.execute(statements.SIZE_OF_JOB, (job.job_id,)).fetchone())
+        query = (statements.SIZE_OF_JOB, (job.job_id,))
+        count, size = await self._db.read_in_thread(lambda db: db.execute(*query).fetchone())
         return count, int(size) + count  # with the ends of the lines
 
-    async def lines(self, job: Job, after: str, limit: int) -> Sequence[tuple[str, bytes]]:
-        """Return the ids and the lines of up to *limit* calls of a job after an id, in the order of their ids."""
-        return self._db.read(lambda db: db.execute(statements.LINES_OF_JOB, (job.job_id, after, limit)).fetchall())
+    async def lines(self, job: Job, after: str) -> Sequence[tuple[str, bytes]]:
+        """Return the ids and the lines of some calls of a job after an id, in the order of their ids."""
+
+        def find(db: sqlite3.Connection) -> list[tuple[str, bytes]]:
+            page, left = list[tuple[str, bytes]](), PAGE_BYTES
+            for row in db.execute(statements.LINES_OF_JOB, (job.job_id, after)):
+                page.append(row)
+                left -= len(row[1])
+                if left <= 0:
+                    break
+            return page
+
+        return self._db.read(find)
 
     async def submitted(self, batch: Batch, job: Job, provider_id: str) -> None:
         await self._change(batch, lambda db: db.execute(statements.SET_PROVIDER_ID, (provider_id, job.job_id)))
@@ -113,14 +137,18 @@ class JobStore:
         return [id_ for (id_,) in rows]
 
     async def end(self, batch: Batch, job: Job) -> None:
-        """Delete a job. Its calls without a reply are for another one."""
+        """Delete a job. Its calls without a reply are for another one, if their items wait."""
 
-        def apply(db: sqlite3.Connection) -> None:
-            db.execute(statements.DROP_CALLS_OF_JOB, (job.job_id,))
-            db.execute(statements.TAKE_CALLS_FROM_JOB, (job.job_id,))
-            db.execute(statements.DELETE_JOB, (job.job_id,))
+        def apply(db: sqlite3.Connection) -> bool:
+            queries.check_owner_of_batch(db, batch)
+            values = (job.job_id, CHUNK_SIZE)
+            left = db.execute(statements.TAKE_CALLS_FROM_JOB, values).rowcount == CHUNK_SIZE
+            if not left and not (left := db.execute(statements.DROP_CALLS_OF_JOB, values).rowcount == CHUNK_SIZE):
+                db.execute(statements.DELETE_JOB, (job.job_id,))
+            return left
 
-        await self._change(batch, apply)
+        while await self._db.change(apply):
+            pass
 
     async def _change(self, batch: Batch, apply: Callable[[sqlite3.Connection], Any]) -> None:
         def apply_own(db: sqlite3.Connection) -> None:

@@ -372,7 +372,7 @@ MIGRATIONS: Sequence[Sequence[str]] = [
         "WHERE batch_id IS NOT NULL AND status = 'starting' AND worked_s > 0",
         "CREATE UNIQUE INDEX model_calls_of_runs ON model_calls (run_id, call_id)",
         "CREATE INDEX model_calls_new ON model_calls (batch_id, created_at) WHERE job_id IS NULL AND reply IS NULL",
-        "CREATE INDEX model_calls_of_jobs ON model_calls (job_id, custom_id) WHERE reply IS NULL",
+        "CREATE INDEX model_calls_of_jobs ON model_calls (job_id, custom_id, cost, size) WHERE reply IS NULL",
         """CREATE TRIGGER model_calls_dropped AFTER UPDATE OF status ON runs
             WHEN old.status = 'waiting' AND new.status IN ('failed', 'cancelled') BEGIN
             DELETE FROM model_calls WHERE run_id = new.run_id AND job_id IS NULL AND reply IS NULL;

@@ -483,26 +483,29 @@ DELETE_OLD_KEYS = "DELETE FROM idempotency_keys WHERE created_at < ?"
 #: See ``flock.store.jobs``. A call is open if it has no reply, and new if it is in no job either.
 _OPEN_OF_JOB = "FROM model_calls WHERE job_id = ? AND reply IS NULL"
 _NEW_OF_BATCH = "FROM model_calls WHERE batch_id = ? AND job_id IS NULL AND reply IS NULL"
+_WAITS = "EXISTS (SELECT 1 FROM runs WHERE runs.run_id = model_calls.run_id AND status = 'waiting')"
 JOBS = """SELECT job_id, target, provider_id, is_cancelled, created_at FROM model_jobs
     WHERE batch_id = ? ORDER BY created_at, job_id"""
-NEW_CALLS = f"SELECT count(*), min(created_at) {_NEW_OF_BATCH}"
-HELD = """SELECT sum(cost) FROM model_jobs JOIN model_calls USING (job_id)
-    WHERE model_jobs.batch_id = ? AND reply IS NULL"""
-COUNT_SUBMITTED = HELD.replace("sum(cost)", "count(*)")
-FIRST_NEW_CALL = f"SELECT target {_NEW_OF_BATCH} ORDER BY created_at LIMIT 1"
-CALLS_FOR_JOB = f"SELECT rowid, model, size, max_tokens {_NEW_OF_BATCH} AND target = ? ORDER BY created_at LIMIT 50000"
+NEW_CALLS = f"""SELECT count(*), min(created_at) FROM
+    (SELECT created_at {_NEW_OF_BATCH} ORDER BY created_at LIMIT ?)"""
+HELD = """SELECT job_id, sum(cost), count(*) FROM model_jobs JOIN model_calls USING (job_id)
+    WHERE model_jobs.batch_id = ? AND reply IS NULL GROUP BY job_id"""
+FIRST_NEW_CALL = f"SELECT target {_NEW_OF_BATCH} AND {_WAITS} ORDER BY created_at LIMIT 1"
+CALLS_FOR_JOB = f"""SELECT rowid, model, size, max_tokens {_NEW_OF_BATCH} AND target = ? AND {_WAITS}
+    ORDER BY created_at LIMIT ?"""
+#: An item that does not wait stores its call again if it needs the reply.
+DROP_NEW_CALLS = f"DELETE FROM model_calls WHERE rowid IN (SELECT rowid {_NEW_OF_BATCH} AND NOT {_WAITS} LIMIT ?)"
 INSERT_JOB = "INSERT INTO model_jobs (job_id, batch_id, target, created_at) VALUES (?, ?, ?, ?)"
 PUT_CALL_INTO_JOB = "UPDATE model_calls SET job_id = ?, cost = ? WHERE rowid = ?"
 SIZE_OF_JOB = f"SELECT count(*), total(size) {_OPEN_OF_JOB}"
-LINES_OF_JOB = f"SELECT custom_id, line {_OPEN_OF_JOB} AND custom_id > ? ORDER BY custom_id LIMIT ?"
+LINES_OF_JOB = f"SELECT custom_id, line {_OPEN_OF_JOB} AND custom_id > ? ORDER BY custom_id"
 SET_PROVIDER_ID = "UPDATE model_jobs SET provider_id = ? WHERE job_id = ?"
 CANCEL_JOB = "UPDATE model_jobs SET is_cancelled = 1 WHERE job_id = ?"
 FIND_CALL_OF_JOB = f"SELECT run_id, call_id, agent_name {_OPEN_OF_JOB} AND custom_id = ?"
 REST_OF_JOB = f"SELECT custom_id {_OPEN_OF_JOB} LIMIT ?"
-TAKE_CALLS_FROM_JOB = "UPDATE model_calls SET job_id = NULL WHERE job_id = ? AND reply IS NULL"
-#: A call of an item that does not wait for it any more is not made again.
-DROP_CALLS_OF_JOB = """DELETE FROM model_calls WHERE job_id = ? AND reply IS NULL AND NOT EXISTS
-    (SELECT 1 FROM runs WHERE runs.run_id = model_calls.run_id AND status IN ('starting', 'running', 'waiting'))"""
+TAKE_CALLS_FROM_JOB = f"""UPDATE model_calls SET job_id = NULL
+    WHERE rowid IN (SELECT rowid {_OPEN_OF_JOB} AND {_WAITS} LIMIT ?)"""
+DROP_CALLS_OF_JOB = f"DELETE FROM model_calls WHERE rowid IN (SELECT rowid {_OPEN_OF_JOB} LIMIT ?)"
 DELETE_JOB = "DELETE FROM model_jobs WHERE job_id = ?"
 FIND_MODEL_CALL = "SELECT digest, reply FROM model_calls WHERE run_id = ? AND call_id = ?"
 INSERT_MODEL_CALL = """INSERT OR REPLACE INTO model_calls (run_id, call_id, custom_id, batch_id, agent_name, target,

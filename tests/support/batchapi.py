@@ -26,9 +26,12 @@ class BatchProvider(FakeModel):
         paid: how often each call was paid, by its idempotency key: ``custom_id`` in a job.
         asked: the method and path of each request.
         is_held: jobs do not end.
+        held: the ids of jobs that do not end.
+        max_enqueued: how many lines may be in jobs that have not ended. Jobs with more fail.
         edit: called with a job and the lines of its output and error files before they are published.
         fault: called with the method and path of each request. It may return a Failure, or "lost": the request is done,
-            and the connection closed without an answer; or "half": it is closed in the middle of the answer.
+            and the connection closed without an answer; or "half": it is closed in the middle of the answer; or bytes,
+            which are sent instead of the answer.
         done_before_cancel: how many lines of a job are done when it is cancelled.
     """
 
@@ -41,9 +44,11 @@ class BatchProvider(FakeModel):
         self.normal = Counter[str]()
         self.asked: list[tuple[str, str]] = []
         self.is_held = False
+        self.held = set[str]()
+        self.max_enqueued: int | None = None
         self.done_before_cancel = 0
         self.edit: Callable[[dict[str, Any], list[Line], list[Line]], None] = lambda job, output, errors: None
-        self.fault: Callable[[str, str], Failure | str | None] = lambda method, path: None
+        self.fault: Callable[[str, str], Failure | str | bytes | None] = lambda method, path: None
 
     def _normal(self, request: ModelRequest) -> Reply | Failure:
         key = request.headers["idempotency-key"].removesuffix("/json_object").removesuffix("/text")
@@ -75,6 +80,7 @@ class BatchProvider(FakeModel):
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
             return
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        content = fault if isinstance(fault, bytes) else content
         if fault == "half":
             headers = [(b"content-length", str(len(content)).encode())]
             await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -108,7 +114,12 @@ class BatchProvider(FakeModel):
                 asked = json.loads(body)
                 assert (asked["endpoint"], asked["completion_window"]) == ("/v1/chat/completions", "24h")
                 job = {"id": f"batch_{len(self.jobs) + 1}", "object": "batch", "status": "validating", **asked}
+                enqueued = [each for each in self.jobs.values() if each["status"] == "validating"]
                 self.jobs[job["id"]] = job | {"created_at": int(time.time()), "errors": None}
+                count = sum(len(self.lines(each)) for each in (*enqueued, job))
+                if self.max_enqueued is not None and count > self.max_enqueued:
+                    problem = {"data": [{"code": "token_limit_exceeded"}]}
+                    self.jobs[job["id"]] |= {"status": "failed", "errors": problem}
                 return 200, self.jobs[job["id"]]
             case "GET", ["batches"]:
                 newest = list(reversed(self.jobs.values()))
@@ -116,7 +127,7 @@ class BatchProvider(FakeModel):
                 page = newest[after[0] if after else 0 :][: int(query["limit"])]
                 return 200, {"data": page, "has_more": bool(page) and page[-1] is not newest[-1]}
             case "GET", ["batches", id_] if id_ in self.jobs:
-                if self.jobs[id_]["status"] == "validating" and not self.is_held:
+                if self.jobs[id_]["status"] == "validating" and not (self.is_held or id_ in self.held):
                     self._run(self.jobs[id_], None, "completed")
                 return 200, self.jobs[id_]
             case "POST", ["batches", id_, "cancel"] if id_ in self.jobs:
