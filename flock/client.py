@@ -42,6 +42,8 @@ DEFAULT_URL = "http://127.0.0.1:8344"
 REPEATED = frozenset({408, 429, 502, 503, 504})
 #: Those of a server that has not processed it at all.
 REFUSED = frozenset({429, 503})
+#: The type of the problem while an earlier request with the same key is being accepted.
+KEY_IN_USE = "urn:flockapi:problem:idempotency-key-in-use"
 #: Pauses before a request is repeated, unless ``Retry-After`` says more. Each is twice the one before.
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.2, 5.0
 #: For how long one request waits for the end of a run or a batch.
@@ -542,12 +544,14 @@ class AsyncFlockClient:
                 async with contextlib.aclosing(response):
                     with contextlib.suppress(httpx.TransportError):
                         await response.aread()
-                if is_late or response.status_code not in (REPEATED if may_repeat else REFUSED):
-                    raise APIError(response)
+                error = APIError(response)
+                statuses = REPEATED if may_repeat else REFUSED
+                if is_late or (response.status_code not in statuses and error.type != KEY_IN_USE):
+                    raise error
                 with contextlib.suppress(ValueError):
                     after_s = float(response.headers.get("Retry-After", 0))
                 if time.monotonic() + after_s > until:
-                    raise APIError(response)
+                    raise error
             await anyio.sleep(max(after_s, pause_s * random.uniform(0.5, 1)))
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
 

@@ -16,6 +16,7 @@
     │   ├── Forbidden            the caller, or its origin, lacks permission
     │   └── WrongHost            the Host header does not name this server
     ├── Conflict                 the request conflicts with the current state
+    │   ├── KeyInUse             a request with the same idempotency key is being accepted
     │   └── StaleAnswer          the question is no longer open; has those that are
     ├── KeyReused                an idempotency key was already used for a different request
     ├── Replayed                 not an error: the request was already accepted under the same key
@@ -264,6 +265,13 @@ class StaleAnswer(Conflict):
     def __init__(self, message: str, open_questions: Sequence[Any] = ()) -> None:
         super().__init__(message)
         self.open_questions = open_questions
+
+
+class KeyInUse(Conflict):
+    """Another request with the same idempotency key is being accepted. Send this one again."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"A request with the idempotency key {key!r} is still being accepted. Try again in a moment.")
 
 
 class KeyReused(FlockError):

@@ -241,6 +241,10 @@ CAUSES: Mapping[str, tuple[str, str]] = {
         "it completed, a second answer",
         "read the run first",
     ),
+    "Idempotency key in use": (
+        "an earlier request with the same `Idempotency-Key` is still being accepted",
+        "send the same request again in a moment",
+    ),
     "Idempotency key reused": (
         "the same `Idempotency-Key` was sent with another request",
         "use a new key for new work",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gzip
 import signal
 import threading
@@ -15,7 +16,7 @@ import httpx
 import msgspec
 import pytest
 from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from flock.client import APIError, AsyncFlockClient, FlockClient, StreamedOutput
@@ -251,6 +252,19 @@ async def test_a_full_server_is_asked_again_when_it_says() -> None:
         assert time.monotonic() - started >= 2
     assert len(seen) == 4
     assert len({headers["idempotency-key"] for headers in seen}) == 1
+
+
+async def test_equal_requests_at_the_same_time_get_the_same_run() -> None:
+    """The server answers 409 while the first one is being accepted."""
+    async with local() as client:
+        order = functools.partial(client.submit, "add", {"a": 1}, idempotency_key="k")
+        assert len({run.run_id for run in await asyncio.gather(*(order() for _ in range(5)))}) == 1
+    in_use = {"type": "urn:flockapi:problem:idempotency-key-in-use", "detail": "wait"}
+    client, seen = refusing(JSONResponse(in_use, 409), JSONResponse({**in_use, "type": "other"}, 409))
+    async with client:
+        with pytest.raises(APIError, match="HTTP 409"):
+            await client.run("add", {"a": 1})
+    assert len(seen) == 2
 
 
 async def test_a_pause_beyond_the_end_of_the_tries_is_an_error_at_once() -> None:

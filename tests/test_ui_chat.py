@@ -52,10 +52,21 @@ def runs_of(site: Site, session_id: str) -> Any:
     return site.get(f"/runs?session_id={session_id}&include=inputs,result")["runs"]
 
 
-def start(site: Site, session_id: str, text: str) -> str:
-    body = {"agent_name": "chat", "inputs": {"message": text}, "async_run": True, "session_id": session_id}
+def start(site: Site, session_id: str, text: str, agent_name: str = "chat", **inputs: Any) -> str:
+    inputs = inputs or {"message": text}
+    body = {"agent_name": agent_name, "inputs": inputs, "async_run": True, "session_id": session_id}
     sent = httpx.post(f"{site.url}/run/flock", json=body, headers=site.headers).raise_for_status()
     return str(sent.json()["run_id"])
+
+
+def hide(page: Page, is_hidden: bool) -> None:
+    page.evaluate(
+        """isHidden => {
+            Object.defineProperty(document, "hidden", {value: isHidden, configurable: true});
+            document.dispatchEvent(new Event("visibilitychange"));
+        }""",
+        is_hidden,
+    )
 
 
 # Turns
@@ -96,6 +107,84 @@ def test_a_long_conversation_is_loaded_in_pages_and_grows_when_others_write(visi
     expect(page.get_by_role("button", name="Earlier turns")).to_have_count(0)
     start(closed, session_id, "From elsewhere")
     expect(reply_of(turns_of(page).nth(12))).to_have_text("Message 13 was: From elsewhere")
+    hide(page, True)
+    for number in range(12):
+        start(closed, session_id, f"Hidden {number}")
+    hide(page, False)
+    expect(turns_of(page).nth(24).locator("> .said")).to_have_text("You: Hidden 11")
+    expect(turns_of(page).locator("> .said")).to_have_text(
+        [f"You: Number {number}" for number in range(12)]
+        + ["You: From elsewhere"]
+        + [f"You: Hidden {number}" for number in range(12)]
+    )
+
+
+def test_a_turn_from_elsewhere_has_its_place_before_a_later_one_of_this_page(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "chat/chat")
+    expect(reply_of(say(page, "One"))).to_have_text("Message 1 was: One")
+    visit.expected.append("status of 500")
+    failed = list[str]()
+
+    def fail(route: Route) -> None:
+        failed.append(route.request.url)
+        route.fulfill(status=500, body="{}")
+
+    page.route("**/runs?*", fail, times=1)  # one error does not end the looking
+    closed.get(f"/run/{start(closed, session_of(page), 'Elsewhere')}?wait=30")
+    say(page, "Two")
+    expect(turns_of(page).locator("> .said")).to_have_text(["You: One", "You: Elsewhere", "You: Two"])
+    assert len(failed) == 1
+
+
+def test_earlier_turns_are_asked_for_once_and_an_error_is_said(visit: Visit, closed: Site) -> None:
+    visit.expected.append("status of 500")
+    for number in range(12):
+        run_id = start(closed, "earlier", f"Number {number}")
+    closed.get(f"/run/{run_id}?wait=30")
+    page = visit.page(closed, "chat/chat/earlier")
+    expect(turns_of(page)).to_have_count(10)
+    page.route(re.compile("after="), lambda route: route.fulfill(status=500, body="{}"), times=1)
+    more = page.get_by_role("button", name="Earlier turns")
+    more.click()
+    expect(page.locator("#notice")).to_have_text("The server responded with status 500.")
+    expect(more).to_be_focused()
+    asked = list[str]()
+    page.on("request", lambda request: asked.append(request.url) if "after=" in request.url else None)
+    more.dblclick()
+    expect(turns_of(page)).to_have_count(12)
+    expect(turns_of(page).first).to_be_focused()
+    assert len(asked) == 1
+
+
+def test_a_conversation_with_an_empty_message_is_listed_by_its_id(visit: Visit, closed: Site) -> None:
+    start(closed, "without-words", "", "refund", order="")
+    page = visit.page(closed, "chat/refund")
+    expect(page.get_by_role("link", name="without-words")).to_be_visible()
+
+
+def test_the_sums_are_read_again_if_a_turn_ends_meanwhile(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "chat/chat")
+    held = list[tuple[Route, Any]]()
+    page.route("**/session/*", lambda route: held.append((route, route.fetch())), times=1)
+    expect(reply_of(say(page, "One"))).to_have_text("Message 1 was: One")
+    while not held:
+        page.wait_for_timeout(20)  # handles what the browser sends
+    expect(reply_of(say(page, "Two"))).to_have_text("Message 2 was: Two")
+    route, response = held[0]
+    route.fulfill(response=response)
+    expect(page.locator(".view > .facts")).to_contain_text("Turns2")
+
+
+def test_the_model_gets_the_messages_of_a_turn_from_elsewhere(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "chat/talk")
+    expect(reply_of(say(page, "One", "talk"))).to_contain_text("was: One")
+    hide(page, True)  # the page does not look
+    messages = [{"role": "user", "content": "Another"}]
+    closed.get(f"/run/{start(closed, session_of(page), '', 'talk', messages=messages, tone=None)}?wait=30")
+    say(page, "Two", "talk")
+    last, elsewhere, _ = runs_of(closed, session_of(page))
+    answer = {"role": "assistant", "content": elsewhere["result"]["reply"]}
+    assert last["inputs"]["messages"] == [*messages, answer, {"role": "user", "content": "Two"}]
 
 
 def test_an_agent_whose_input_is_a_conversation_gets_all_messages_and_its_other_inputs(
@@ -203,6 +292,54 @@ def test_a_killed_server_loses_neither_the_reply_nor_the_next_message(visit: Vis
         assert [len(runs_of(site, session_of(each))) for each in (page, idle)] == [2, 1]
 
 
+def test_only_the_turn_that_runs_has_a_stream(visit: Visit, closed: Site, gate: str) -> None:
+    """A browser has six connections per host."""
+    session_id = f"many-{gate}"
+    for _ in range(8):
+        run_id = start(closed, session_id, f"slow {gate}")
+    context = visit.context(closed)
+    streams = list[str]()
+    context.on("request", lambda it: streams.append(it.url) if it.url.endswith("/events") else None)
+    page = visit.page(closed, f"chat/chat/{session_id}", context)
+    expect(reply_of(turns_of(page).first)).to_have_text("Once upon ")
+    expect(turns_of(page)).to_have_count(8)
+    with page.expect_response(re.compile(f"/run/{run_id}$")):
+        pass  # the page looks
+    assert len(set(streams)) == 1
+    closed.open_gate(gate)
+    for turn in turns_of(page).all():
+        expect(reply_of(turn)).to_have_text("Once upon a time.")
+
+
+def test_a_late_record_does_not_revive_a_turn(visit: Visit, closed: Site, gate: str) -> None:
+    run_id = start(closed, f"late-{gate}", f"slow {gate}")
+    page = visit.page(closed)
+    held = list[tuple[Route, Any]]()
+
+    def hold(route: Route) -> None:
+        response = route.fetch()
+        held.append((route, response))
+
+    page.route(f"**/run/{run_id}", hold, times=1)
+    page.goto(f"{closed.url}/ui#/chat/chat/late-{gate}")
+    turn = turns_of(page)
+    expect(turn).to_have_class("busy")
+    while not held:
+        page.wait_for_timeout(20)  # handles what the browser sends
+    page.get_by_role("button", name="Stop").click()
+    expect(turn).to_contain_text("The run was cancelled")
+    turn.evaluate(
+        "(turn) => { window.revived = 0; new MutationObserver(() => { revived += turn.className === 'busy'; })"
+        ".observe(turn, {attributes: true}); }"
+    )
+    route, response = held[0]
+    assert response.json()["status"] in ("starting", "running")
+    with page.expect_response(f"**/run/{run_id}"):
+        route.fulfill(response=response)
+    page.evaluate("new Promise((done) => setTimeout(done, 100))")
+    assert page.evaluate("revived") == 0
+
+
 # Sending
 
 
@@ -252,7 +389,8 @@ def test_a_message_whose_first_request_is_still_being_accepted_is_sent_again(vis
 
     def refuse_the_first(route: Route) -> None:
         keys.append(route.request.headers["idempotency-key"])
-        route.fulfill(status=409, body="{}") if len(keys) == 1 else route.continue_()
+        body = '{"type": "urn:flockapi:problem:idempotency-key-in-use"}'
+        route.fulfill(status=409, body=body) if len(keys) == 1 else route.continue_()
 
     page.route("**/run/flock", refuse_the_first)
     expect(reply_of(say(page, "Hello"))).to_have_text("Message 1 was: Hello")
@@ -274,6 +412,42 @@ def test_a_refused_message_stays_in_the_box(visit: Visit, closed: Site, status: 
     box_of(page).press("Enter")
     expect(reply_of(turns_of(page))).to_have_text("Message 1 was: Hello")
     expect(page.get_by_role("alert").filter(has_text=detail)).to_have_count(0)
+
+
+@pytest.mark.parametrize("status", [500, 409])
+def test_another_try_with_other_inputs_is_another_request(visit: Visit, closed: Site, status: int) -> None:
+    """So is one after a conflict, such as that with a run that was deleted."""
+    visit.expected.append(f"status of {status}")
+    page = visit.page(closed, "chat/talk")
+    sent = list[tuple[str, Any]]()
+
+    def refuse(route: Route) -> None:
+        body = json.loads(route.request.post_data or "")
+        sent.append((route.request.headers["idempotency-key"], body["inputs"].get("tone")))
+        route.fulfill(status=status, body="{}") if len(sent) < 3 else route.continue_()
+
+    page.route("**/run/flock", refuse)
+    page.get_by_text("More inputs").click()
+    box_of(page, "talk").fill("Hello")
+    for tone in ("short", "short", "polite"):
+        page.get_by_label("tone").select_option(tone)
+        with page.expect_response("**/run/flock"):
+            box_of(page, "talk").press("Enter")
+        expect(box_of(page, "talk")).to_be_editable()
+    expect(turns_of(page)).to_have_count(1)
+    assert [tone for _, tone in sent] == ["short", "short", "polite"]
+    first, second, third = (key for key, _ in sent)
+    assert third not in (first, second)
+    assert (first == second) is (status == 500), "the same request has the same key"
+
+
+def test_enter_that_ends_a_composition_sends_nothing(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "chat/chat")
+    box_of(page).fill("にほん")
+    event = "new KeyboardEvent('keydown', { key: 'Enter', keyCode: 229, bubbles: true, cancelable: true })"  # of Safari
+    assert box_of(page).evaluate(f"(box) => box.dispatchEvent({event})"), "the default is not prevented"
+    expect(box_of(page)).to_have_value("にほん")
+    assert box_of(page).is_editable()
 
 
 def test_a_new_key_is_asked_for_and_the_message_is_sent(visit: Visit, closed: Site) -> None:
@@ -335,6 +509,30 @@ def test_an_approval_is_given_in_place_and_its_call_is_shown(visit: Visit, close
     expect(box_of(page)).to_be_focused()
     expect(turn.get_by_text(re.compile("tool pay_back . completed"))).to_be_visible()
     expect(reply_of(say(page, "Thanks"))).to_have_text("Message 2 was: Thanks")
+
+
+def test_a_waiting_turn_can_be_stopped_and_the_next_question_gets_the_focus(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "chat/refund")
+    turn = say(page, "A9", "refund")
+    amount = turn.locator("form", has=page.get_by_role("heading", name="How much?"))
+    amount.get_by_label("answer").fill("40")
+    amount.get_by_role("button", name="Answer").press("Enter")
+    expect(amount).to_have_count(0)
+    expect(turn.get_by_label("approved")).to_be_focused()
+    page.get_by_role("button", name="Stop").press("Enter")
+    expect(turn).to_contain_text("The run was cancelled")
+    expect(box_of(page, "refund")).to_be_focused()
+
+
+def test_a_turn_that_ends_does_not_take_the_focus(visit: Visit, closed: Site, gate: str) -> None:
+    page = visit.page(closed, "chat/chat")
+    reply = reply_of(say(page, f"slow {gate}"))
+    expect(reply).to_have_text("Once upon ")
+    box_of(page).blur()  # somebody reads
+    closed.open_gate(gate)
+    expect(reply).to_have_text("Once upon a time.")
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    assert page.evaluate("document.activeElement === document.body")
 
 
 def test_a_failed_turn_shows_its_error_and_is_retried(visit: Visit, closed: Site, gate: str) -> None:

@@ -1,5 +1,7 @@
 """The web page takes files: chosen, dropped, pasted and photographed. The page is docs/files.md."""
 
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +206,51 @@ def test_an_image_is_loaded_once_and_only_if_it_is_visible(shown: Site, visit: V
     assert len(loaded) == 1
 
 
+def gray(side: int) -> bytes:
+    """A PNG of side x side pixels."""
+    rows = zlib.compress(bytes((1 + side) * side), 1)
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", rows), (b"IEND", b"")]
+    return PNG[:8] + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+def test_an_image_with_too_many_pixels_is_not_decoded(shown: Site, visit: Visit) -> None:
+    letter = uploaded(shown, b"x", "a.txt")
+    for side, pictures in ((100, 2), (8000, 0)):
+        photo = uploaded(shown, gray(side), "photo.png")
+        run_id = shown.run("show", photo=photo, letter=letter)
+        page = visit.page(shown, f"run/{run_id}", viewport={"width": 1200, "height": 3000})
+        expect(page.get_by_role("button", name="Download photo.png")).to_have_count(2)
+        visit.expected.append("404")
+        images = page.locator(":is([aria-label=Inputs], [aria-label=Result]) img")
+        expect(images).to_have_count(pictures)
+        expect(images.and_(page.locator("[src]"))).to_have_count(pictures)
+
+
+def test_few_images_load_at_once_and_a_closed_view_ends_them(shown: Site, visit: Visit) -> None:
+    letter = uploaded(shown, b"x", "a.txt")
+    photos = [uploaded(shown, gray(100 + number), f"{number}.png") for number in range(6)]
+    rows = [{"photo": photo, "letter": letter} for photo in photos]
+    body = {"agent_name": "show", "batch_inputs": rows}
+    batch = httpx.post(f"{shown.url}/run/batch", json=body, headers=shown.headers).raise_for_status().json()
+    shown.get(f"/batch/{batch['batch_id']}?wait=30")
+    page = visit.page(shown)
+    begun, ended = list[str](), list[str]()
+    page.route("**/files/*", lambda route: begun.append(route.request.url))  # they are never answered
+    page.on("requestfailed", lambda request: ended.append(request.url) if "/files/" in request.url else None)
+    page.goto(f"{shown.url}/ui#/batch/{batch['batch_id']}")
+    expect(page.get_by_role("row").nth(6)).to_contain_text("5.png")
+    while len(begun) < 3:
+        page.wait_for_timeout(20)  # handles what the browser sends
+    page.get_by_role("link", name="Agents").click()
+    expect(page.get_by_role("heading", name="Agents")).to_be_visible()
+    while len(ended) < 3:
+        page.wait_for_timeout(20)
+    assert len(begun) == 3
+
+
 LETTERS = """
 from flock.core import Document, Flock
 
@@ -296,6 +343,15 @@ def test_files_of_ndjson_are_sent_and_a_failure_is_said_and_tried_again(letters:
     batch_id = page.url.split("/")[-1].split("?")[0]
     rows = letters.get(f"/batch/{batch_id}/results?format=json")
     assert {row["extra"]["n"] for row in rows} == {12345678901234567890}
+
+
+def test_a_line_that_is_no_object_is_left_to_the_check(letters: Site, visit: Visit) -> None:
+    page = visit.page(letters, "new-batch")
+    page.get_by_label("or paste rows").fill('{"letter": "a.txt"}\n{"letter": \n5\nnull')
+    files = page.get_by_role("region", name="Files")
+    files.get_by_label("Choose the files, or drop them here").set_input_files(sent("a.txt", b"A", "text/plain"))
+    expect(files.get_by_role("status")).to_contain_text("1 file sent.")
+    expect(page.get_by_role("region", name="Check").get_by_role("status")).to_contain_text("3 of 4 rows are invalid.")
 
 
 def test_files_that_were_chosen_are_sent_when_the_rows_change(letters: Site, visit: Visit) -> None:

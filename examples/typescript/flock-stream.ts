@@ -23,7 +23,7 @@ export async function submit(server: Server, request: Schemas["FlockAPIRequest"]
     try {
       return (await (await send(server, "/run/flock", AbortSignal.timeout(SILENCE_MS), init)).json()) as Run;
     } catch (error) {
-      await pauseAfter(error, pauseMs, server.signal);
+      await pauseAfter(error, pauseMs, server);
     }
 }
 
@@ -52,10 +52,9 @@ export async function* events(server: Server, runId: string, after = 0): AsyncGe
       }
       throw new Error("The stream has ended early.");
     } catch (error) {
-      await pauseAfter(error, pauseMs, server.signal);
+      await pauseAfter(error, pauseMs, server);
     } finally {
-      clearTimeout(timer);
-      connection.abort();
+      (clearTimeout(timer), connection.abort());
     }
   }
 }
@@ -68,21 +67,22 @@ async function send({ url, apiKey, signal = NEVER }: Server, path: string, other
   throw new Refused(response.status, await response.json().catch(() => null), retryAfterMs);
 }
 
-async function pauseAfter(error: unknown, pauseMs: number, signal?: AbortSignal) {
+async function pauseAfter(error: unknown, pauseMs: number, { url, signal }: Server) {
+  new Request(url); // throws if it is not valid
   const refused = error instanceof Refused ? error : undefined;
-  if (signal?.aborted || (refused && ![408, 429, 502, 503, 504].includes(refused.status))) throw error;
+  const isInUse = refused?.problem?.type === "urn:flockapi:problem:idempotency-key-in-use" && pauseMs < 60_000;
+  if (signal?.aborted || (refused && !isInUse && ![408, 429, 502, 503, 504].includes(refused.status))) throw error;
   const chosenMs = Math.min(pauseMs, MAX_PAUSE_MS) * (0.5 + Math.random() / 2); // clients do not return all at once
   await new Promise((done) => {
-    const timer = setTimeout(done, Math.max(chosenMs, refused?.retryAfterMs ?? 0));
-    signal?.addEventListener("abort", () => (clearTimeout(timer), done(null)), { once: true });
+    const end = () => (clearTimeout(timer), signal?.removeEventListener("abort", end), done(null));
+    const timer = setTimeout(end, Math.max(chosenMs, refused?.retryAfterMs ?? 0));
+    signal?.addEventListener("abort", end);
   });
 }
 
 /** One text of the output of a run, while it is written. */
 export class Text {
-  private text = "";
-  private shown = "";
-  constructor(private readonly field: string) {}
+  constructor(private readonly field: string, private text = "", private shown = "") {}
 
   /** Apply an event. Return what to append to the text that is shown, and whether to remove that text first. */
   add({ event, data }: RunEvent): { added: string; isReset: boolean } {

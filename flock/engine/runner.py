@@ -24,7 +24,7 @@ from msgspec.structs import asdict, replace
 
 from flock.agents.agent import Agent
 from flock.engine.quarantine import Quarantine
-from flock.errors import Conflict, EngineFull, OwnershipLost, StoreError, Unreadable, Unstorable
+from flock.errors import EngineFull, KeyInUse, OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.fair import FairShare
 from flock.limits import Limits
 from flock.logs import fields_of_run
@@ -714,14 +714,12 @@ def counted(counter: Counter[K], key: K, more: int = 1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def accepting(keys: set[str], key: IdempotencyKey | None) -> Iterator[None]:
-    """Raise Conflict if another request with the same key is being accepted. A later one is a replay."""
+    """Raise KeyInUse if another request with the same key is being accepted. A later one is a replay."""
     if key is None:
         yield
         return
     if key.scoped_key in keys:
-        raise Conflict(
-            f"A request with the idempotency key {key.key!r} is still being accepted. Try again in a moment."
-        )
+        raise KeyInUse(key.key)
     keys.add(key.scoped_key)
     try:
         yield

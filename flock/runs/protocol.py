@@ -251,7 +251,8 @@ class Engine(Protocol):
                 ``flock.agents.clients``.
             Replayed: a run was already created with this key.
             KeyReused: the key was already used for a different request.
-            Conflict: another request with this key is being accepted at the same time, or the session has a run
+            KeyInUse: another request with this key is being accepted at the same time.
+            Conflict: the session has a run after *continues*.
                 after *continues*.
             EngineFull: the queue is full.
             EngineStopped: the engine is not running, or is shutting down.

@@ -43,6 +43,7 @@ PROBLEMS: Mapping[type[Exception], Kind] = {
     errors.Forbidden: Kind(403, "Forbidden"),
     errors.WrongHost: Kind(421, "Misdirected Request"),
     errors.Conflict: Kind(409, "Conflict"),
+    errors.KeyInUse: Kind(409, "Idempotency key in use"),
     errors.KeyReused: Kind(422, "Idempotency key reused"),
     errors.TooLarge: Kind(413, "Content too large"),
     errors.EngineFull: Kind(429, "Too many runs"),

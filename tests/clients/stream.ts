@@ -1,6 +1,7 @@
 // `examples/typescript/flock-stream.ts` behind a proxy that refuses requests and cuts responses.
 
 import assert from "node:assert";
+import { getEventListeners } from "node:events";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { text as textOf } from "node:stream/consumers";
@@ -8,7 +9,7 @@ import { Refused, type RunEvent, type Server, Text, events, submit } from "./flo
 
 const [target = ""] = process.argv.slice(2);
 /** What happens to the next requests: they are refused, or the response is cut after some bytes. */
-const faults: ({ status: number; retryAfter?: string } | { cutAfter: number })[] = [];
+const faults: ({ status: number; retryAfter?: string; type?: string } | { cutAfter: number })[] = [];
 let seen: { lastId: number; key: unknown; at: number }[] = [];
 const proxy = createServer(async (request, response) => {
   const { "last-event-id": lastId, "idempotency-key": key, accept = "*/*", "content-type": type } = request.headers;
@@ -17,7 +18,7 @@ const proxy = createServer(async (request, response) => {
   const body = await textOf(request);
   if (fault && "status" in fault) {
     const headers = fault.retryAfter ? { "Retry-After": fault.retryAfter } : {};
-    return response.writeHead(fault.status, headers).end("<html>");
+    return response.writeHead(fault.status, headers).end(fault.type ? JSON.stringify({ type: fault.type }) : "<html>");
   }
   const headers = {
     accept,
@@ -114,6 +115,23 @@ for (const refusals of [[], [{ status: 503, retryAfter: "600" }]]) {
   assert.equal(await status(nap.run_id), "running");
   await fetch(`${target}/run/${nap.run_id}/cancel`, { method: "POST" });
 }
+
+// A key whose first request is still being accepted is tried again, but not another conflict, nor a URL that is none.
+const inUse = { status: 409, type: "urn:flockapi:problem:idempotency-key-in-use" };
+seen = [];
+faults.push(inUse, inUse);
+await submit(server, of("write"), "in use");
+assert.deepEqual(seen.map(({ key }) => key), ["in use", "in use", "in use"]);
+faults.push({ status: 409, type: "urn:flockapi:problem:conflict" });
+await assert.rejects(submit(server, of("write"), "conflict"), { status: 409 });
+await assert.rejects(submit({ url: "http://[" }, of("write"), "no URL"), TypeError);
+await assert.rejects(events({ url: "here" }, "no-run").next(), TypeError);
+
+// A pause leaves no listener.
+const waiting = new AbortController().signal;
+faults.push({ status: 502 }, { status: 502 });
+await submit({ url, signal: waiting }, of("write"), "listeners");
+assert.equal(getEventListeners(waiting, "abort").length, 0);
 
 // What is refused for good is not repeated.
 seen = [];

@@ -15,10 +15,17 @@ export const linkToQuestion = ({ run_id, call_id }) => link(`question/${run_id}/
 /** The hash of the current view. A link changes `location.hash` at once, but `hashchange` fires later. Until then, a
  * timer or a response of the old view must not overwrite the new address. */
 let currentHash = "";
+let leaving = new AbortController();
 
-export const enterView = () => {
+/** Begin a view, and return the signal of its end. */
+export function enterView() {
+  leaving.abort(new DOMException("This view was closed.", "AbortError"));
+  leaving = new AbortController();
   currentHash = location.hash;
-};
+  return leaving.signal;
+}
+
+export const viewSignal = () => leaving.signal;
 
 export function go(path, params) {
   if (location.hash === currentHash) location.hash = link(path, params);

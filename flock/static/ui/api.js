@@ -21,11 +21,14 @@ export class Problem extends Error {
 }
 
 const UNAVAILABLE = [502, 503, 504];
+/** An earlier request with this `Idempotency-Key` is not accepted yet. */
+const KEY_IN_USE = "urn:flockapi:problem:idempotency-key-in-use";
 
 /** Send a request and return the text of the response, or the response itself with `isStream`.
  *
- * Asks for a key if the server requires one. With `canRetry`, retries until the server is reachable and available. A GET
- * request, or one with `isSafe` (no side effects), is also retried after 429. */
+ * Asks for a key if the server requires one. With `canRetry`, retries until the server is reachable and available, and
+ * while a request with the same key is being accepted. A GET request, or one with `isSafe` (no side effects), is also
+ * retried after 429. */
 export async function send(path, { canRetry = true, isStream, isSafe, headers, transport = fetch, ...options } = {}) {
   for (;;) {
     const key = session.get("key");
@@ -51,7 +54,7 @@ export async function send(path, { canRetry = true, isStream, isSafe, headers, t
     if (response.status === 401) await askForKey(key);
     else if (UNAVAILABLE.includes(response.status) && canRetry)
       await waitForServer(body?.detail || "The server is not ready.", options.signal);
-    else if (response.status === 429 && canRetry && (isSafe || !options.method))
+    else if (canRetry && ((response.status === 429 && (isSafe || !options.method)) || body?.type === KEY_IN_USE))
       await pause((Number(response.headers.get("Retry-After")) || 1) * 1000, options.signal);
     else throw new Problem(response.status, body);
   }

@@ -25,15 +25,20 @@ const VIEWS = {
 const TABS = { chat: "agent", "new-batch": "batch", question: "waiting" };
 const COUNT_EVERY_MS = 5000;
 const name = document.title;
-let leaving = new AbortController();
+
+function partsOf(path) {
+  try {
+    return path.split("/").map(decodeURIComponent);
+  } catch {
+    return [path]; // a bad %
+  }
+}
 
 async function show(isFirst) {
-  leaving.abort(new DOMException("This view was closed.", "AbortError"));
-  const { signal } = (leaving = new AbortController());
-  enterView();
+  const signal = enterView();
   const main = document.getElementById("main");
   const [path, query] = (location.hash.slice(2) || "agents").split("?");
-  const [view, ...rest] = path.split("/").map(decodeURIComponent);
+  const [view, ...rest] = partsOf(path);
   for (const tab of document.querySelectorAll("nav a")) {
     const isCurrent = tab.hash.startsWith(`#/${(TABS[view] ?? view).replace(/e?s$/, "")}`) && tab.hash;
     isCurrent ? tab.setAttribute("aria-current", "page") : tab.removeAttribute("aria-current");

@@ -2,10 +2,16 @@
 
 import { actions, button, fact, fill, h, quiet, title } from "./dom.js";
 import { copy } from "./notices.js";
-import { badge, count } from "./words.js";
+import { badge, count, isFinal } from "./words.js";
 
 /** A final status as the verb of a sentence. */
 export const ended = { completed: "completed", failed: "failed", cancelled: "was cancelled" };
+
+/** The newer of two records of a run. Responses may arrive in another order. */
+export const newer = (known, run) =>
+  run.attempt < known.attempt || (run.attempt === known.attempt && isFinal(known.status) && !isFinal(run.status))
+    ? known
+    : run;
 
 /** The heading of a run or batch. Its buttons are replaced only if `kind` changes, so that they keep the focus. */
 export function heading() {

@@ -7,7 +7,7 @@ import { actions, button, fact, fill, h, wide } from "./dom.js";
 import { events } from "./events.js";
 import { busyWhile, notify, problem } from "./notices.js";
 import { questions } from "./question.js";
-import { announcer, ended, failure, heading, spent } from "./record.js";
+import { announcer, ended, failure, heading, newer, spent } from "./record.js";
 import { Steps } from "./steps.js";
 import { session } from "./storage.js";
 import { readable, result } from "./value.js";
@@ -22,10 +22,7 @@ export async function show(main, { view, id, signal }) {
     isStale = false; // the record may have more than the events
   const asked = questions(
     path,
-    (answered) => {
-      run = answered;
-      draw();
-    },
+    set,
     signal,
   );
   const head = heading(),
@@ -55,10 +52,14 @@ export async function show(main, { view, id, signal }) {
   }, 1000);
   signal.addEventListener("abort", () => clearInterval(clock));
 
+  function set(record) {
+    run = newer(run, record);
+    draw();
+  }
+
   async function load() {
     isStale = false;
-    run = await get(path, signal);
-    draw();
+    set(await get(path, signal));
     steps.draw(run);
   }
 
@@ -74,12 +75,10 @@ export async function show(main, { view, id, signal }) {
   function on({ name, data }) {
     if (name === "open") steps.reconnect();
     else if (name === "run.started" && run.status === "starting") {
-      run = { ...run, status: "running", started_at: data.started_at ?? run.started_at };
-      draw();
+      set({ ...run, status: "running", started_at: data.started_at ?? run.started_at });
     } else if (name === "run.waiting") {
-      run = { ...run, ...data, status: "waiting" };
+      set({ ...run, ...data, status: "waiting" });
       isStale = true;
-      draw();
       live.say("The run waits for an answer.");
     } else if (name === "run.progress") {
       run = { ...run, progress: data };
@@ -104,8 +103,7 @@ export async function show(main, { view, id, signal }) {
   function buttons() {
     const cancel = busyWhile(async () => {
       notify("Cancelling …");
-      run = await post(`${path}/cancel`, undefined, { signal });
-      draw();
+      set(await post(`${path}/cancel`, undefined, { signal }));
     });
     const retry = busyWhile(async () => {
       run = await post(`${path}/retry`, undefined, { signal });

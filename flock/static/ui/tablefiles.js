@@ -2,7 +2,7 @@
 
 import { send } from "./api.js";
 import { button, fill, h, quiet, withLabel } from "./dom.js";
-import { parse } from "./json.js";
+import { isObject, parse } from "./json.js";
 import { count } from "./words.js";
 
 const UPLOADS_AT_ONCE = 4;
@@ -31,8 +31,13 @@ function changed(text, { kind, delimiter }, columns, change) {
 }
 
 function changedLine(line, columns, change) {
-  if (!line.trim()) return line;
-  const row = parse(line, () => true);
+  let row;
+  try {
+    row = parse(line, () => true);
+  } catch {
+    /* the check says so */
+  }
+  if (!isObject(row)) return line;
   for (const { name, isFile } of columns) if (isFile && name in row) row[name] = changedCell(row[name], change);
   return JSON.stringify(row);
 }
@@ -162,9 +167,11 @@ export class TableFiles {
       return fill(this.status, h("p.error", this.failure), quiet(`${count(all - left)} of ${count(all, "file")} sent. `, again));
     }
     if (!missing.length) {
-      const bar = h("progress", { max: all, value: all - left });
       const words = left ? `Sending ${count(all, "file")} … ` : `${count(all, "file")} sent.`;
-      return fill(this.status, h("label", words, left > 0 && bar));
+      // A status that is filled again is announced again, so only the bar changes.
+      if (this.status.textContent !== words) fill(this.status, h("label", words, left > 0 && h("progress", { max: all })));
+      if (left) this.status.querySelector("progress").value = all - left;
+      return null;
     }
     const more = missing.length - SHOWN_NAMES;
     return fill(

@@ -7,10 +7,10 @@ import { events } from "./events.js";
 import { textOf } from "./json.js";
 import { busyWhile, problem } from "./notices.js";
 import { questions } from "./question.js";
-import { failure, spent } from "./record.js";
+import { failure, newer, spent } from "./record.js";
 import { Output, Steps } from "./steps.js";
 import { readable } from "./value.js";
-import { badge, between, duration, isFinal } from "./words.js";
+import { badge, between, duration, isBusy, isFinal } from "./words.js";
 
 /** The text of an answer: that of its only output, or else the JSON of all. */
 export function answerOf(result) {
@@ -20,7 +20,9 @@ export function answerOf(result) {
 
 export class Turn {
   isStale = false; // the record may have more than the events
-  isFollowed = false;
+  hasFailed = false; // whether its record could not be loaded
+  wasOpen = false;
+  stream = null;
   isAnswer = true; // whether the agent that writes now may end the run
   steps = new Steps();
   output = new Output();
@@ -29,49 +31,78 @@ export class Turn {
   foot = h("dl.facts");
 
   /** `said` is the text of the user, `endsRun(name)` whether an agent may end the run. `changed(turn)` is called when the
-   * status has changed. */
-  constructor(run, { said, inputs, endsRun, say, changed, signal }) {
-    Object.assign(this, { run, inputs, endsRun, say, changed, signal, path: `run/${run.run_id}` });
+   * status has changed. `box` gets the focus if its element in the turn is gone. */
+  constructor(run, { said, endsRun, say, changed, box, signal }) {
+    Object.assign(this, { run, endsRun, say, changed, box, signal, path: `run/${run.run_id}` });
     this.asked = questions(
       this.path,
       (answered) => {
-        this.run = answered;
-        this.draw();
+        this.set(answered);
+        this.keepFocus();
       },
       signal,
     );
     const answer = h("div.answer", this.details, this.output.node, this.outcome, this.asked.node, this.foot);
-    this.node = h("li", h("p.said.text", h("span.visually-hidden", "You: "), said), answer);
+    this.node = h("li", { tabindex: "-1" }, h("p.said.text", h("span.visually-hidden", "You: "), said), answer);
+  }
+
+  get isOpen() {
+    return !this.hasFailed && !isFinal(this.run.status);
   }
 
   get isBusy() {
-    return this.run.status === "starting" || this.run.status === "running";
+    return !this.hasFailed && isBusy(this.run.status);
+  }
+
+  set(run) {
+    this.run = newer(this.run, run);
+    this.draw();
   }
 
   async load() {
     this.isStale = false;
-    this.run = await get(this.path, this.signal);
-    this.draw();
+    this.set(await get(this.path, this.signal));
     this.steps.draw(this.run);
   }
 
-  /** Load the run, and show it until it has ended. */
+  async show() {
+    this.hasFailed = false;
+    await this.load().catch((error) => this.fail(error));
+  }
+
+  fail(error) {
+    if (this.signal.aborted) return;
+    this.hasFailed = true;
+    this.state = null;
+    fill(this.outcome, problem(error, error.status === 404 ? null : () => this.show()));
+    this.changed(this);
+  }
+
+  /** Show the run while it is written, until it ends or `leave` is called. */
   async follow() {
-    if (this.isFollowed) return;
-    this.isFollowed = true;
+    if (this.stream) return;
+    this.stream = new AbortController();
+    const signal = AbortSignal.any([this.signal, this.stream.signal]);
     try {
-      await this.load();
-      const isLive = !isFinal(this.run.status);
-      while (!isFinal(this.run.status)) {
-        for await (const event of events(`${this.path}/events`, this.signal)) this.on(event);
+      while (this.isBusy) {
+        for await (const event of events(`${this.path}/events`, signal)) this.on(event);
         await this.load();
       }
-      if (isLive) this.say(this.run.error ?? (this.run.result ? answerOf(this.run.result) : "The run was cancelled."));
     } catch (error) {
-      if (!this.signal.aborted) fill(this.outcome, problem(error, error.status === 404 ? null : () => this.follow()));
-    } finally {
-      this.isFollowed = false;
+      if (!signal.aborted) this.fail(error);
     }
+    this.stream = null;
+    if (!this.signal.aborted) this.changed(this);
+  }
+
+  leave() {
+    if (!isFinal(this.run.status)) this.stream?.abort();
+  }
+
+  /** Move the focus if its element is gone. */
+  keepFocus() {
+    if (document.activeElement !== document.body) return;
+    (this.asked.node.querySelector("input, select, textarea, button") ?? this.box).focus();
   }
 
   on({ name, data }) {
@@ -83,20 +114,18 @@ export class Turn {
     } else if (name === "run.started" || name === "run.waiting") {
       const status = name.slice(4).replace("started", "running");
       if (status === "waiting") this.isStale = true;
-      if (status === "waiting" || this.run.status === "starting") this.run = { ...this.run, ...data, status };
-      this.draw();
+      if (status === "waiting" || this.run.status === "starting") this.set({ ...this.run, ...data, status });
     } else if (name.startsWith("output.") && isOwn && this.isAnswer) this.output.on(name, data);
     else if (/^(step|call|output)\./.test(name)) {
       if (name === "step.started") this.output.clear();
       if (name === "step.completed" || this.run.status === "waiting") this.isStale = true;
-      if (name === "call.started" && data.kind !== "model") this.details.open = true;
+      if (name.startsWith("call.") && data.kind !== "model") this.details.open = true;
       this.steps.on(name, data);
     }
   }
 
   async cancel() {
-    this.run = await post(`${this.path}/cancel`, undefined, { signal: this.signal });
-    this.draw();
+    this.set(await post(`${this.path}/cancel`, undefined, { signal: this.signal }));
   }
 
   tick() {
@@ -107,17 +136,23 @@ export class Turn {
   }
 
   draw() {
-    const { status, attempt, result } = this.run;
+    const hadFocus = this.node.contains(document.activeElement);
+    const { status, attempt, result, error } = this.run;
     this.asked.draw(this.run);
     this.drawFoot();
-    const state = `${status} ${attempt} ${result === undefined}`;
-    if (state === this.state) return;
-    this.state = state;
-    this.node.className = this.isBusy ? "busy" : "";
-    if (isFinal(status)) this.output.clear();
-    if (status === "waiting") this.say("The answer waits for you.");
-    fill(this.outcome, isFinal(status) && this.drawOutcome());
-    this.changed(this);
+    const state = `${status} ${attempt} ${result === undefined} ${Boolean(this.run.waiting_for?.length)}`;
+    if (state !== this.state) {
+      this.state = state;
+      this.node.className = this.isBusy ? "busy" : "";
+      if (isFinal(status)) this.output.clear();
+      if (this.run.waiting_for?.length) this.say("The answer waits for you.");
+      const isKnown = status !== "completed" || result !== undefined; // not that of a list
+      if (isKnown && isFinal(status) && this.wasOpen) this.say(error ?? (result ? answerOf(result) : "The run was cancelled."));
+      this.wasOpen = !isFinal(status) || (this.wasOpen && !isKnown);
+      fill(this.outcome, isFinal(status) && this.drawOutcome());
+      this.changed(this);
+    }
+    if (hadFocus) this.keepFocus();
   }
 
   drawOutcome() {
@@ -129,12 +164,13 @@ export class Turn {
     }
     const retry = busyWhile(async () => {
       try {
-        this.run = await post(`${this.path}/retry`, undefined, { signal: this.signal });
+        this.set(await post(`${this.path}/retry`, undefined, { signal: this.signal }));
       } catch (error) {
         if (error.status !== 409) throw error; // somebody else has retried it
       }
       this.steps.clear();
-      this.follow();
+      await this.show();
+      this.keepFocus();
     });
     const words = status === "failed" ? "The run failed" : "The run was cancelled";
     return [failure(this.run, words), actions(button("Retry", retry))];

@@ -10,6 +10,7 @@ export const badge = (status) =>
 
 export const STATUSES = Object.keys(SIGNS);
 export const isFinal = (status) => ["completed", "failed", "cancelled"].includes(status);
+export const isBusy = (status) => status === "starting" || status === "running";
 
 const WHEN = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
 export const when = (time) => (time ? h("time", { datetime: time, title: time }, WHEN.format(new Date(time))) : "–");
