@@ -365,8 +365,9 @@ async def test_a_content_that_is_sent_again_during_a_deletion_is_kept(
     release, has_released = SharedContents.release, asyncio.Event()
 
     async def late(folder: SharedContents, workflow_id: str, names: Any, *at: float) -> None:
-        for path in contents_in(tmp_path)[:1]:
-            os.utime(path, (time.time() + 1,) * 2)
+        os.utime(contents_in(tmp_path)[0], (sent_at := time.time(), sent_at))
+        while time.time() == sent_at:  # a clock has steps
+            pass
         await release(folder, workflow_id, names, *at)
         has_released.set()
 

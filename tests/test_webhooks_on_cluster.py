@@ -21,7 +21,8 @@ from flock.core import Flock
 from flock.errors import AgentError, DefinitionError
 from flock.runs import RunContext, RunStatus, Webhook, new_id, now
 from flock.temporal import TemporalEngine, reports
-from flock.temporal.messages import FLOCK, SEARCH_ATTRIBUTES, WEBHOOK_WORKFLOW, RunOrder, keyword_of
+from flock.temporal import webhooks as sending
+from flock.temporal.messages import FLOCK, SEARCH_ATTRIBUTES, WEBHOOK_WORKFLOW, RunOrder, keyword_of, run_workflow_id
 from flock.temporal.workflows import FlockRun
 from flock.web import webhooks
 from flockapi import create_app
@@ -334,8 +335,11 @@ async def test_requests_that_fail_at_the_same_time_count_once_against_their_host
             assert host.failures == 1
 
 
-async def test_a_webhook_that_has_waited_for_an_earlier_one_has_missed_nothing(temporal_address: str) -> None:
+async def test_a_webhook_that_has_waited_for_an_earlier_one_has_missed_nothing(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So its first pause is short, however long the earlier one took."""
+    monkeypatch.setattr(sending, "ENDS_WITHIN_S", 0.1)
     async with engine_with_worker(temporal_address, sample(None)) as engine, engine:
         engine.has_receiver = lambda agent_name: True
         waits, misses, has_ended = 0, list[int](), anyio.Event()
@@ -354,11 +358,13 @@ async def test_a_webhook_that_has_waited_for_an_earlier_one_has_missed_nothing(t
             tasks.start_soon(engine.webhooks.serve, try_)
             run = await engine.submit("ask", {})
             await until_run(engine, run.run_id, lambda run: run.status is RunStatus.WAITING)
+            pause_s = await engine.webhooks._pause_after(run_workflow_id(run.run_id, 1), 5000)
             await engine.cancel_run(run.run_id)
             with anyio.fail_after(PATIENCE_S):
                 await has_ended.wait()
             tasks.cancel_scope.cancel()
     assert misses == [0]
+    assert pause_s == sending.MAX_END_PAUSE_S, "also after many attempts"
 
 
 async def test_the_text_of_an_error_is_in_the_log_and_not_on_the_cluster(
@@ -382,6 +388,15 @@ async def test_a_missing_secret_is_said_once_for_an_agent(
             for _ in range(3):
                 await post_run(client, "echo", {"text": "a"})
     assert caplog.text.count("No webhooks are sent") == 1
+
+
+async def test_a_process_that_cannot_send_says_so(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
+    async with served(temporal_address, sample("https://hook.example")) as client:
+        assert (await post_run(client, "echo", {"text": "a"})).json()["status"] == "completed"
+    assert "This process sends no webhooks" in caplog.text
 
 
 async def test_a_pending_webhook_is_sent_again_at_once_if_an_admin_asks(temporal_address: str) -> None:

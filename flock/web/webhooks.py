@@ -323,8 +323,11 @@ class ClusterSender(WebhookSender):
 
     async def run(self) -> None:
         """Send until cancelled."""
-        async with self._new_client() as self._client:
-            await self._engine.webhooks.serve(self.try_)
+        try:
+            async with self._new_client() as self._client:
+                await self._engine.webhooks.serve(self.try_)
+        except Exception:  # such as certificates that cannot be read
+            logger.exception("This process sends no webhooks. Correct what is wrong, and start it again.")
 
     def has_receiver(self, agent_name: str) -> bool:
         url = _urls_of(self.flock).get(agent_name)
