@@ -54,13 +54,17 @@ async def record_batches(engine: TemporalEngine, work: Work) -> None:
 
 
 async def record_sessions(engine: TemporalEngine, work: Work) -> None:
-    """The second run waits for the first, and the third is cancelled while it waits."""
+    """The second run waits for the first, and the third is cancelled while it waits. A fifth replaces the fourth."""
     work.holds = True
     runs = [await engine.submit("item", {"n": n}, session_id="s") for n in range(3)]
+    fourth = await engine.submit("item", {"n": 3}, session_id="t")
+    fifth = await engine.submit("item", {"n": 4}, session_id="t", continues=fourth.run_id, replaces=True)
     await engine.cancel_run(runs[2].run_id)
     await engine.wait(runs[2].run_id)
     work.may_go.set()
     await engine.wait(runs[1].run_id)
+    await engine.wait(fifth.run_id)
+    await record(engine, "completed-in-place-of-another", run_workflow_id(fifth.run_id, 1))
     await record(engine, "completed-after-another-of-its-session", run_workflow_id(runs[1].run_id, 1))
     await record(engine, "cancelled-before-its-turn-in-the-session", run_workflow_id(runs[2].run_id, 1))
     await record(engine, "session", session_workflow_id(runs[0]))

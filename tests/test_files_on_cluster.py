@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,16 +18,19 @@ import pytest
 from click.testing import CliRunner
 from msgspec.structs import replace
 from temporalio.client import Client
+from temporalio.service import RPCError, RPCStatusCode
 
 from flock.command.cli import main
 from flock.core import data_url
 from flock.errors import Conflict, DefinitionError, StoreError, TooLarge
 from flock.models.llm import ModelClient
 from flock.runs import BatchOptions, new_id
+from flock.store.contents import KEEP_UNUSED_S
 from flock.temporal import TemporalWorker, files
+from flock.temporal import engine as engine_module
 from flock.temporal.cluster import Cluster
 from flock.temporal.files import SharedContents
-from flock.temporal.messages import RUN_WORKFLOW, run_workflow_id
+from flock.temporal.messages import RUN_WORKFLOW, RowsOrder, run_workflow_id
 from flock.testing import FakeModel, Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
@@ -332,3 +336,154 @@ async def test_a_folder_that_cannot_be_written_is_an_error_of_the_store(tmp_path
     (folder.root / f"{name}.runs").write_text("not a folder")
     with pytest.raises(StoreError, match="folder for files cannot be used"):
         await folder.mark("run:1", [name])
+
+
+# Deletions
+
+
+def stored(root: Path) -> tuple[SharedContents, str, Path]:
+    """Return a folder with one content, and its name."""
+    folder = SharedContents(root / "default")
+    path = folder.folder("ann") / ("a" * 64)
+    path.parent.mkdir(parents=True)
+    path.write_text("a")
+    return folder, f"{path.parent.name}/{path.name}", path
+
+
+def age(root: Path) -> None:
+    for path in root.rglob("*"):
+        os.utime(path, (time.time() - KEEP_UNUSED_S - 100,) * 2)
+
+
+async def never(workflow_id: str) -> bool:
+    return False
+
+
+async def test_a_content_that_is_sent_again_during_a_deletion_is_kept(
+    api: FlockAPI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, has_released = SharedContents.release, asyncio.Event()
+
+    async def late(folder: SharedContents, workflow_id: str, names: Any, *at: float) -> None:
+        os.utime(contents_in(tmp_path)[0], (sent_at := time.time(), sent_at))
+        while time.time() == sent_at:  # a clock has steps
+            pass
+        await release(folder, workflow_id, names, *at)
+        has_released.set()
+
+    monkeypatch.setattr(SharedContents, "release", late)
+    async with as_user(api) as client:
+        run = (await post_run(client, "look", {"photo": data_url(PNG)})).json()["run_id"]
+        assert (await client.delete(f"/run/{run}")).status_code == 204
+        assert len(contents_in(tmp_path)) == 1
+        rows = {"agent_name": "look", "batch_inputs": [{"photo": data_url(PNG)}]}
+        url = f"/batch/{(await client.post('/run/batch', json=rows)).json()['batch_id']}"
+        assert (await client.get(url, params={"wait": 60})).json()["status"] == "completed"
+        has_released.clear()
+        assert (await client.delete(url)).status_code == 204
+        with anyio.fail_after(PATIENCE_S):
+            await has_released.wait()
+    assert len(contents_in(tmp_path)) == 1
+    assert below(tmp_path, "*.runs/*") == [], "no run has it"
+
+
+async def test_the_files_of_a_batch_are_released_when_the_cluster_answers_again(
+    api: FlockAPI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    input_of, errors = Cluster.input_of, [RPCError("away", RPCStatusCode.UNAVAILABLE, b"")]
+
+    async def away_once(cluster: Cluster, workflow_id: str, type_: Any) -> Any:
+        if errors and type_ is RowsOrder:
+            raise errors.pop()
+        return await input_of(cluster, workflow_id, type_)
+
+    async with as_user(api) as client:
+        rows = {"agent_name": "look", "batch_inputs": [{"photo": data_url(PNG)}]}
+        url = f"/batch/{(await client.post('/run/batch', json=rows)).json()['batch_id']}"
+        assert (await client.get(url, params={"wait": 60})).json()["status"] == "completed"
+        monkeypatch.setattr(Cluster, "input_of", away_once)
+        assert (await client.delete(url)).status_code == 204
+        await until_empty(tmp_path)
+    assert errors == []
+
+
+async def test_a_content_that_a_killed_process_was_deleting_while_it_was_marked_is_restored(tmp_path: Path) -> None:
+    folder, name, path = stored(tmp_path)
+    folder._mark("run:1", name)
+    path.rename(gone := path.with_name(f"{path.name}-{new_id()}.tmp"))
+    age(tmp_path)
+    folder._mark("run:2", name)
+    await folder.delete_unused(never)
+    assert path.read_text() == "a"
+    assert not gone.exists()
+
+
+async def test_the_sweep_keeps_the_mark_of_a_content_that_is_sent_again_meanwhile(tmp_path: Path) -> None:
+    folder, name, path = stored(tmp_path)
+    folder._mark("run:1", name)
+    path.unlink()
+    age(tmp_path)
+    folder._mark("run:2", name)
+    os.utime(path.with_suffix(".runs"), (0, 0))
+    await folder.delete_unused(never)
+    assert [mark.name for mark in below(tmp_path, "*.runs/*")] == ["run%3A2"]
+    age(tmp_path)
+    await folder.delete_unused(never, 1)
+    assert below(tmp_path, "*") == []
+
+
+async def test_the_sweep_leaves_the_event_loop_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared folder may be slow."""
+    folder, name, _ = stored(tmp_path)
+    folder._mark("run:1", name)
+    folder._mark("run:2", name)
+    age(tmp_path)
+    loop, on_loop = threading.get_ident(), list[str]()
+
+    def noted(call: str) -> Any:
+        real = getattr(Path, call)
+
+        def noting(path: Path, *args: Any, **named: Any) -> Any:
+            if threading.get_ident() == loop:
+                on_loop.append(f"{call} {path}")
+            return real(path, *args, **named)
+
+        return noting
+
+    for call in ("exists", "glob", "stat", "unlink"):
+        monkeypatch.setattr(Path, call, noted(call))
+    await folder.delete_unused(never)
+    assert on_loop == []
+    monkeypatch.undo()
+    assert below(tmp_path, "*") == []
+
+
+async def test_a_sweep_that_fails_is_followed_by_the_next(
+    temporal_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    has_swept, errors = asyncio.Event(), [RPCError("no such namespace", RPCStatusCode.NOT_FOUND, b"")]
+
+    async def sweep(folder: SharedContents, exists: Any) -> None:
+        if errors:
+            raise errors.pop()
+        has_swept.set()
+
+    monkeypatch.setattr(engine_module, "SWEEP_INTERVAL_S", 0.01)
+    monkeypatch.setattr(SharedContents, "delete_unused", sweep)
+    async with on_temporal(temporal_address, receipts(), files_dir=tmp_path):
+        with anyio.fail_after(PATIENCE_S):
+            await has_swept.wait()
+    assert "cannot be deleted now" in caplog.text
+
+
+async def test_the_marks_of_a_run_are_on_disk_with_one_sync_of_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, name, path = stored(tmp_path)
+    names = [name, name[:-1] + "b"]
+    path.with_name("a" * 63 + "b").write_text("b")
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    await folder.mark("run:1", names)
+    assert {each.name for each in synced[:2]} == {f"{each.rpartition('/')[2]}.runs" for each in names}
+    assert synced[2:] == [path.parent]

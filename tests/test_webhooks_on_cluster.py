@@ -14,17 +14,21 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from msgspec.structs import replace
 from starlette.responses import Response
 
 from flock.core import Flock
 from flock.errors import AgentError, DefinitionError
-from flock.runs import RunContext, new_id
-from flock.temporal import TemporalEngine
-from flock.temporal.messages import FLOCK, keyword_of
+from flock.runs import RunContext, RunStatus, Webhook, new_id, now
+from flock.temporal import TemporalEngine, reports
+from flock.temporal import webhooks as sending
+from flock.temporal.messages import FLOCK, SEARCH_ATTRIBUTES, WEBHOOK_WORKFLOW, RunOrder, keyword_of, run_workflow_id
+from flock.temporal.workflows import FlockRun
 from flock.web import webhooks
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.cluster import engine_with_worker
+from tests.support.engines import until_run
 from tests.support.http import client_of, get, post_run, wait_for, wait_until
 from tests.support.receivers import SECRET, Inbox
 from tests.support.servers import flockapi_command, running
@@ -228,13 +232,16 @@ async def test_no_history_has_a_secret_or_an_address(temporal_address: str) -> N
     async with inbox.serve() as receiver, engine_with_worker(temporal_address, flock) as engine:
         flock.webhook_url = f"{receiver.url}/of/t0psecret"
         async with api_of(engine, flock) as client:
-            run = (await post_run(client, "ask", async_run=True)).json()["run_id"]
+            run = (await post_run(client, "ask", async_run=True, session_id="private")).json()["run_id"]
             await inbox.until(1)
             await client.post(f"/run/{run}/cancel")
             await inbox.until(2)
             await wait_until(client, "/webhooks?status=pending", lambda page: not page["webhooks"])
             query, stored = f"{FLOCK.name} = '{keyword_of(engine._flock)}'", ""
             async for found in engine.cluster.client.list_workflows(query):
+                if found.workflow_type == WEBHOOK_WORKFLOW:
+                    named = {pair.key.name for pair in found.typed_search_attributes}
+                    assert named & SEARCH_ATTRIBUTES.keys() == {FLOCK.name}, "no session"
                 handle = engine.cluster.handle(found.id, found.run_id)
                 stored += str((await handle.fetch_history()).events) + str((await handle.describe()).raw_description)
     assert "run.waiting" in stored, "what is searched are the histories"
@@ -258,12 +265,138 @@ async def test_a_webhook_is_given_up_visibly_and_can_be_sent_again(
         sent = await client.post(f"/webhooks/{webhook['webhook_id']}/retry")
         assert (sent.status_code, sent.json()["status"], sent.json()["tries"]) == (202, "pending", 0)
         await inbox.until(1)
-        await wait_until(client, "/webhooks?status=sent", lambda page: bool(page["webhooks"]))
-        for missing in ("msg_0", f"msg_{new_id()}_1", f"msg_{new_id()}_x", "run:1"):
+        sent_page = await wait_until(client, "/webhooks?status=sent", lambda page: bool(page["webhooks"]))
+        assert (await get(client, "/webhooks?status=given_up"))["webhooks"] == []
+        assert await get(client, "/webhooks") == sent_page
+        newest = f"msg_{new_id()}_1"
+        for missing in ("msg_0", newest, f"msg_{new_id()}_x", f"msg_{new_id()}", f"{newest}_2_3", "run:1"):
             assert (await client.post(f"/webhooks/{missing}/retry")).status_code == 404
-            assert (await get(client, "/webhooks", after=missing))["webhooks"] in ([], page["webhooks"])
+            found = (await get(client, "/webhooks", after=missing))["webhooks"]
+            assert found == (sent_page["webhooks"] if missing == newest else [])
     assert inbox.ids == [webhook["webhook_id"]]
     assert "was given up" in caplog.text or "were given up" in caplog.text
+
+
+async def test_one_that_was_not_sent_in_time_is_given_up_with_what_is_known_of_its_tries(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "GIVE_UP_AFTER", timedelta(seconds=3))
+    inbox = Inbox(lambda number, _: Response(status_code=503))
+    async with inbox.serve() as receiver, served(temporal_address, sample(receiver.url)) as client:
+        await post_run(client, "echo", {"text": "a"})
+        page = await wait_until(client, "/webhooks?status=given_up", lambda page: bool(page["webhooks"]))
+    (webhook,) = page["webhooks"]
+    assert webhook["tries"] > 0
+    assert webhook["first_try_at"] is not None
+    assert webhook["error"] == "It was not sent within 0 days. It answered with status 503."
+
+
+async def test_a_bug_of_the_workflow_reports_nothing_and_its_correction_continues_the_run(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, bugs, inbox = FlockRun._steps, [KeyError("a bug")], Inbox()
+
+    async def with_a_bug(self: FlockRun, order: RunOrder) -> None:
+        if bugs:
+            raise bugs.pop()
+        await steps(self, order)
+
+    monkeypatch.setattr(FlockRun, "_steps", with_a_bug)
+    async with inbox.serve() as receiver, served(temporal_address, sample(receiver.url)) as client:
+        run = (await post_run(client, "echo", {"text": "a"}, session_id="s")).json()
+        await inbox.until(1)
+    assert run["status"] == "completed"
+    assert inbox.types == ["run.completed"]
+
+
+async def test_requests_that_fail_at_the_same_time_count_once_against_their_host(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "MAX_PAUSE_S", 60)
+    all_open = anyio.Event()
+
+    async def respond(number: int, event: Any) -> Response:
+        if number == 4:
+            all_open.set()
+        await all_open.wait()
+        return Response(status_code=503)
+
+    inbox = Inbox(respond)
+    flock = sample(None)
+    async with inbox.serve() as receiver, engine_with_worker(temporal_address, flock) as engine:
+        flock.webhook_url = receiver.url
+        app = create_app(flock, engine=engine, auth="host", webhook_secrets=[SECRET])
+        async with app.lifespan(), client_of(app) as client:
+            for _ in range(4):
+                await post_run(client, "echo", {"text": "a"}, async_run=True)
+            tried = lambda page: sum(each["tries"] for each in page["webhooks"]) == 4  # noqa: E731
+            await wait_until(client, "/webhooks", tried)
+            (host,) = app.webhooks.receivers.values()
+            assert host.failures == 1
+
+
+async def test_a_webhook_that_has_waited_for_an_earlier_one_has_missed_nothing(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So its first pause is short, however long the earlier one took."""
+    monkeypatch.setattr(sending, "ENDS_WITHIN_S", 0.1)
+    async with engine_with_worker(temporal_address, sample(None)) as engine, engine:
+        engine.has_receiver = lambda agent_name: True
+        waits, misses, has_ended = 0, list[int](), anyio.Event()
+
+        async def try_(webhook: Webhook, missed: int) -> tuple[Webhook, float]:
+            nonlocal waits
+            if webhook.type == "run.waiting" and waits < 8:
+                waits += 1
+                return replace(webhook, tries=webhook.tries + 1), 0.2
+            if webhook.type == "run.cancelled":
+                misses.append(missed)
+                has_ended.set()
+            return replace(webhook, status="sent", ended_at=now()), 0
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(engine.webhooks.serve, try_)
+            run = await engine.submit("ask", {})
+            await until_run(engine, run.run_id, lambda run: run.status is RunStatus.WAITING)
+            pause_s = await engine.webhooks._pause_after(run_workflow_id(run.run_id, 1), 5000)
+            await engine.cancel_run(run.run_id)
+            with anyio.fail_after(PATIENCE_S):
+                await has_ended.wait()
+            tasks.cancel_scope.cancel()
+    assert misses == [0]
+    assert pause_s == sending.MAX_END_PAUSE_S, "also after many attempts"
+
+
+async def test_the_text_of_an_error_is_in_the_log_and_not_on_the_cluster(
+    temporal_address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with served(temporal_address, sample("http://nowhere.invalid/hook")) as client:
+        await post_run(client, "echo", {"text": "a"})
+        page = await wait_until(client, "/webhooks", lambda page: any(each["error"] for each in page["webhooks"]))
+    assert page["webhooks"][0]["error"] == "ConnectError"
+    assert re.search(r"The webhook run.completed of [0-9a-f-]{36}: ConnectError: .", caplog.text)
+
+
+async def test_a_missing_secret_is_said_once_for_an_agent(
+    temporal_address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    flock = sample(None)
+    async with engine_with_worker(temporal_address, flock) as engine:
+        app = create_app(flock, engine=engine, auth="host")
+        async with app.lifespan(), client_of(app) as client:
+            flock.webhook_url = "https://hook.example"
+            for _ in range(3):
+                await post_run(client, "echo", {"text": "a"})
+    assert caplog.text.count("No webhooks are sent") == 1
+
+
+async def test_a_process_that_cannot_send_says_so(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
+    async with served(temporal_address, sample("https://hook.example")) as client:
+        assert (await post_run(client, "echo", {"text": "a"})).json()["status"] == "completed"
+    assert "This process sends no webhooks" in caplog.text
 
 
 async def test_a_pending_webhook_is_sent_again_at_once_if_an_admin_asks(temporal_address: str) -> None:
@@ -273,15 +406,17 @@ async def test_a_pending_webhook_is_sent_again_at_once_if_an_admin_asks(temporal
     )
     async with inbox.serve() as receiver, served(temporal_address, sample(receiver.url)) as client:
         await post_run(client, "echo", {"text": "a"})
-        page = await wait_until(client, "/webhooks", lambda page: any(each["tries"] for each in page["webhooks"]))
-        (webhook,) = page["webhooks"]
-        assert webhook["next_try_at"] > webhook["first_try_at"]
+        has_pause = lambda page: any((each["first_try_at"] or "~") < each["next_try_at"] for each in page["webhooks"])  # noqa: E731
+        (webhook,) = (await wait_until(client, "/webhooks", has_pause))["webhooks"]
         await post_run(client, "echo", {"text": "b"})
         of_both = lambda page: len(page["webhooks"]) == 2 and all(each["error"] for each in page["webhooks"])  # noqa: E731
         page = await wait_until(client, "/webhooks?status=pending", of_both)
         assert [each["tries"] for each in page["webhooks"]] == [0, 1], "the pause is that of the host"
         await client.post(f"/webhooks/{webhook['webhook_id']}/retry")
         await inbox.until(1)
+        page = await wait_until(client, "/webhooks?status=sent", lambda page: bool(page["webhooks"]))
+        assert [each["webhook_id"] for each in page["webhooks"]] == [webhook["webhook_id"]]
+        assert (await get(client, "/webhooks?status=given_up"))["webhooks"] == [], "it is listed once, as it is now"
     assert inbox.ids == [webhook["webhook_id"]]
 
 

@@ -43,6 +43,7 @@ from flock.temporal.batchflows import FlockRows
 from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
+    ID,
     Attempt,
     BatchOrder,
     ChunkOrder,
@@ -61,7 +62,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.records import Chunk, Traces, ended_so_far, read_chunk
 from flock.temporal.reservations import Reservations
-from flock.temporal.search import ID, page_of, workflows_of
+from flock.temporal.search import page_of, workflows_of
 
 T = TypeVar("T")
 

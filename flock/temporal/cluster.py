@@ -268,7 +268,9 @@ class Cluster:
 
     async def has(self, workflow_id: str) -> bool:
         """Whether a workflow, or a retry of it if it is a run, exists. Raises StoreError, EngineFull."""
-        return await self.describe(workflow_id) is not None or await self.last_attempt(RUN_WORKFLOW, workflow_id) > 1
+        if await self.describe(workflow_id) is not None:
+            return True
+        return workflow_id.startswith("run:") and await self.last_attempt(RUN_WORKFLOW, workflow_id) > 1
 
     async def delete(self, workflow_id: str, run_id: str = "") -> None:
         """Delete one execution of a workflow, or the latest, and its long payloads, if it exists.

@@ -89,6 +89,7 @@ from flock.temporal.messages import (
     ASKING,
     CHUNK_WORKFLOW,
     HEARTBEAT_TIMEOUT_S,
+    ID,
     MAX_ITEMS,
     RUN_WORKFLOW,
     STATUS,
@@ -111,7 +112,6 @@ from flock.temporal.records import (
     with_heartbeats,
 )
 from flock.temporal.search import (
-    ID,
     AskingRuns,
     Record,
     asking_workflows,
@@ -307,6 +307,8 @@ class TemporalEngine(TemporalBatches):
                 await files.delete_unused(self.cluster.has)
             except (StoreError, EngineFull, OSError) as exc:
                 logger.warning("the files that no run has cannot be deleted now: %s", exc)
+            except Exception:
+                logger.exception("the files that no run has cannot be deleted now")
             await asyncio.sleep(SWEEP_INTERVAL_S)
 
     def files(self, principal: str | None = None) -> FileBox:
@@ -786,7 +788,7 @@ class TemporalEngine(TemporalBatches):
             return (await self.cluster.input_of(workflow_id_of(run), RunOrder)).key_id
 
     async def delete_run(self, run_id: str) -> None:
-        run = await self.get_run(run_id)
+        at, run = time.time(), await self.get_run(run_id)
         if run.batch_id is not None or not run.status.is_final:
             raise not_deleted(run)
         key_id = await self._stored_key_id(run)
@@ -797,7 +799,7 @@ class TemporalEngine(TemporalBatches):
             for attempt in range(1, run.attempt + 1):
                 await self.cluster.delete(run_workflow_id(run_id, attempt))
         if self.cluster.files is not None:
-            await self.cluster.files.release(run_workflow_id(run_id, 1), run.files)
+            await self.cluster.files.release(run_workflow_id(run_id, 1), run.files, at)
 
     # Lists
 

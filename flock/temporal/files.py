@@ -8,7 +8,6 @@ of its workflows were deleted, by a client or because their retention is over.
 import contextlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import islice
@@ -52,15 +51,17 @@ class SharedContents(Contents):
             await anyio.to_thread.run_sync(self._mark_all, workflow_id, found)
 
     def _mark_all(self, workflow_id: str, names: Iterable[str]) -> None:
-        for name in names:
-            try:
+        try:
+            for name in names:
                 self._mark(workflow_id, name)
                 open(self.root / name, "rb").close()  # NFS may say for a while that a deleted file exists
-            except FileNotFoundError as exc:
-                self._unmark(workflow_id, name)
-                raise Conflict("A file of this run was just deleted. Send it again.") from exc
-            except OSError as exc:
-                raise StoreError(f"The folder for files cannot be used: {exc.strerror}.") from exc
+            for folder in {(self.root / name).parent for name in names}:
+                sync_folder(folder)
+        except FileNotFoundError as exc:
+            self._unmark(workflow_id, name)
+            raise Conflict("A file of this run was just deleted. Send it again.") from exc
+        except OSError as exc:
+            raise StoreError(f"The folder for files cannot be used: {exc.strerror}.") from exc
 
     def _mark(self, workflow_id: str, name: str) -> None:
         mark = self._mark_of(workflow_id, name)
@@ -69,8 +70,7 @@ class SharedContents(Contents):
             with contextlib.suppress(FileNotFoundError):  # another process has removed the folder, which was empty
                 mark.touch(mode=PRIVATE)
                 break
-        for folder in (mark.parent, mark.parent.parent):
-            sync_folder(folder)
+        sync_folder(mark.parent)
 
     def _unmark(self, workflow_id: str, name: str) -> None:
         self._mark_of(workflow_id, name).unlink(missing_ok=True)
@@ -78,13 +78,16 @@ class SharedContents(Contents):
     def _mark_of(self, workflow_id: str, name: str) -> Path:
         return self.root / f"{name}{MARKS}" / quote(workflow_id, safe="")
 
-    async def release(self, workflow_id: str, names: Iterable[str]) -> None:
-        """Delete the contents that only this workflow has had. If that fails, ``delete_unused`` does it later."""
+    async def release(self, workflow_id: str, names: Iterable[str], at: float) -> None:
+        """Delete the contents that only this workflow has had, unless they were sent or named after the time *at*.
+
+        If that fails, ``delete_unused`` does it later.
+        """
 
         def release_all() -> None:
             for name in set(names):
                 self._unmark(workflow_id, name)
-                self.delete(name, time.time())
+                self.delete(name, at)
 
         try:
             await anyio.to_thread.run_sync(release_all)
@@ -114,19 +117,29 @@ class SharedContents(Contents):
         old = self.old(keep_s)
         while found := await anyio.to_thread.run_sync(lambda: list(islice(old, PAGE))):
             for name, before in found:
-                if name.endswith(MARKS):
-                    if not (self.root / name.removesuffix(MARKS)).exists():  # a process has died before it found that
-                        shutil.rmtree(self.root / name, ignore_errors=True)
-                elif not await self._is_used(self.root / f"{name}{MARKS}", before, exists):
-                    await anyio.to_thread.run_sync(self.delete, name, before)
+                while mark := await anyio.to_thread.run_sync(self._delete_unless_marked, name, before):
+                    renew = os.utime if await exists(unquote(mark.name)) else Path.unlink
+                    with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                        await anyio.to_thread.run_sync(renew, mark)
 
-    async def _is_used(self, marks: Path, before: float, exists: Callable[[str], Awaitable[bool]]) -> bool:
-        while (mark := await anyio.to_thread.run_sync(lambda: next(marks.glob("*"), None))) is not None:
+    def _delete_unless_marked(self, name: str, before: float) -> Path | None:
+        """Delete a content, or what a process has left of it when it died, that was not used after *before*.
+
+        Returns: a mark that has to be checked first, because it is older.
+        """
+        path = self.root / name
+        if path.suffix == MARKS:
+            with contextlib.suppress(OSError):  # it is not empty: the content was sent again, and marked
+                if not path.with_suffix("").exists():
+                    for mark in filter(lambda mark: is_older(mark, before), path.iterdir()):
+                        mark.unlink(missing_ok=True)
+                    path.rmdir()
+            return None
+        marked = path.with_name(path.name.partition("-")[0])
+        if marked != path and marked.with_suffix(MARKS).exists():  # it was marked while it was deleted
             with contextlib.suppress(FileNotFoundError):
-                if not is_older(mark, before) and mark.exists():
-                    return True
-                if await exists(unquote(mark.name)):
-                    os.utime(mark)
-                    return True
-                mark.unlink()
-        return False
+                path.rename(marked)
+            return None
+        if (first := next(path.with_suffix(MARKS).glob("*"), None)) is None:
+            self.delete(name, before)
+        return first if first is not None and is_older(first, before) else None

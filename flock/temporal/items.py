@@ -394,9 +394,10 @@ class ItemActivities:
         async def delete() -> None:
             for workflow_id, run_id in remaining:
                 if self._cluster.files is not None and workflow_id.startswith("rows:"):
-                    with contextlib.suppress(RPCError):  # it was deleted before
-                        rows = await self._cluster.input_of(workflow_id, RowsOrder)
-                        await self._cluster.files.release(ids[0][0], rows.item.files)
+                    async with self._cluster.rpc_scope(None, missing_ok=True):  # it was deleted before
+                        with contextlib.suppress(StoreError):  # its long payload is lost; see ``delete_unused``
+                            rows = await self._cluster.input_of(workflow_id, RowsOrder)
+                            await self._cluster.files.release(ids[0][0], rows.item.files, order.at)
                 await self._cluster.delete(workflow_id, run_id)
 
         await asyncio.gather(*(delete() for _ in range(DELETES_AT_ONCE)))

@@ -71,6 +71,8 @@ WEBHOOK, EARLIER = "webhook", "earlier"
 #: In the memo of a workflow: its ``Inbox``. One of a run with more bytes of questions does not have them.
 INBOX = "inbox"
 MAX_INBOX_BYTES = 16_000
+#: The id of a run or a batch.
+ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 #: Characters that no query of the cluster can express: it escapes them in a text, and does not undo that.
 NOT_IN_QUERIES = re.compile(r"""["\\\x00-\x1f\x7f\ud800-\udfff␛]|^'|'$""")
 #: The cluster takes up to 2,048 bytes as the value of a search attribute.
@@ -664,12 +666,14 @@ class DeleteOrder(msgspec.Struct, frozen=True, kw_only=True):
         chunks: how many chunks of rows were sent.
         keep_mark_s: how long the batch stays marked as deleted.
         rows_of: see ``Attempt``.
+        at: when that was, in seconds since 1970. Files that were sent or named later are kept.
     """
 
     batch_id: str
     chunks: int
     keep_mark_s: float
     rows_of: str | None = None
+    at: float = 0.0
 
 
 def run_workflow_id(run_id: str, attempt: int) -> str:
@@ -707,6 +711,16 @@ def chunk_workflow_id(batch_id: str, chunk: int, attempt: int) -> str:
 def webhook_workflow_id(record_id: str, attempt: int, number: int) -> str:
     """The workflow of an event of a run or batch: the *number*-th one of an attempt, or with 0 the last one."""
     return f"webhook:{record_id}:{attempt}:{number}" if number else f"webhook:{record_id}:{attempt}"
+
+
+def webhook_id_of(workflow_id: str) -> str:
+    return workflow_id.replace("webhook:", "msg_").replace(":", "_")
+
+
+def workflow_id_of_webhook(webhook_id: str) -> str | None:
+    """Return the id of the workflow of a webhook, or None if it cannot be one."""
+    is_one = re.fullmatch(rf"msg_{ID.pattern}(_[0-9]{{1,9}}){{1,2}}", webhook_id)
+    return webhook_id.replace("msg_", "webhook:").replace("_", ":") if is_one else None
 
 
 #: The last digits of an item's id are its position, from 1. In its batch's id they are zeros.

@@ -11,17 +11,21 @@ from datetime import timedelta
 
 from msgspec.structs import replace
 from temporalio import workflow
-from temporalio.common import RetryPolicy
+from temporalio.common import RetryPolicy, SearchAttributePair, TypedSearchAttributes
 from temporalio.exceptions import ActivityError, ApplicationError, FailureError
+from temporalio.exceptions import TimeoutError as ActivityTimeout
 
 from flock.runs import Batch, Run, Webhook
 from flock.temporal.messages import (
     EARLIER,
+    FLOCK,
     TASK_TIMEOUT,
     WEBHOOK,
     WEBHOOK_ACTIVITY,
     WEBHOOK_WORKFLOW,
-    attributes_of,
+    keyword_of,
+    recoded,
+    webhook_id_of,
     webhook_workflow_id,
     webhooks_queue_of,
 )
@@ -66,7 +70,7 @@ class Reports:
         if is_end:
             earlier.append(workflow.info().workflow_id)
         webhook = Webhook(
-            webhook_id=workflow_id.replace("webhook:", "msg_").replace(":", "_"),
+            webhook_id=webhook_id_of(workflow_id),
             type=what if "." in what else f"{kind}.{what}",
             record_id=record_id,
             call_id=call_id,
@@ -99,7 +103,7 @@ class Reports:
                 args=[webhook, earlier],
                 id=workflow_id,
                 memo={WEBHOOK: webhook, EARLIER: earlier},
-                search_attributes=attributes_of(self._record),
+                search_attributes=TypedSearchAttributes([SearchAttributePair(FLOCK, keyword_of(self._record.flock))]),
                 parent_close_policy=workflow.ParentClosePolicy.ABANDON,
                 task_timeout=TASK_TIMEOUT,
             )
@@ -126,8 +130,10 @@ class FlockWebhook:
                 schedule_to_close_timeout=GIVE_UP_AFTER,
                 retry_policy=RETRIES,
             )
-        except ActivityError:
-            error = f"No process has sent it within {GIVE_UP_AFTER.days} days."
+        except ActivityError as exc:
+            tried = exc.cause.last_heartbeat_details if isinstance(exc.cause, ActivityTimeout) else ()
+            webhook = recoded(tried[0], Webhook) if tried else webhook
+            error = f"It was not sent within {GIVE_UP_AFTER.days} days. {webhook.error or ''}".rstrip()
             ended = replace(webhook, status="given_up", ended_at=workflow.now(), error=error)
             workflow.logger.error("The webhook %s of %s was given up: %s", webhook.type, webhook.record_id, error)
         workflow.upsert_memo({WEBHOOK: ended})

@@ -4,6 +4,7 @@ While a marker is open, no other workflow can have its id. It only waits, which 
 """
 
 import hashlib
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -75,9 +76,8 @@ class Reservations:
 
     async def delete_batch(self, batch_id: str, chunks: int, rows_of: str | None = None) -> bool:
         """Mark a batch as deleted, and have workers delete its workflows. Returns False if it was marked before."""
-        order = DeleteOrder(
-            batch_id=batch_id, chunks=chunks, keep_mark_s=KEEP_DELETED_FOR.total_seconds(), rows_of=rows_of
-        )
+        keep_mark_s = KEEP_DELETED_FOR.total_seconds()
+        order = DeleteOrder(batch_id=batch_id, chunks=chunks, keep_mark_s=keep_mark_s, rows_of=rows_of, at=time.time())
         return await self._start(FlockDelete.run, f"gone:{batch_id}", order)
 
     async def is_deleted(self, id_: str) -> bool:

@@ -7,7 +7,6 @@ time, and each range is sorted here.
 import asyncio
 import contextlib
 import math
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -25,6 +24,7 @@ from flock.temporal.messages import (
     ASLEEP,
     CHUNK_WORKFLOW,
     FLOCK,
+    ID,
     INBOX,
     PRINCIPAL,
     RUN_WORKFLOW,
@@ -48,8 +48,6 @@ WORKFLOWS_PER_RANGE = 1000
 #: Ids may come from a clock that is ahead by up to this time.
 MAX_CLOCK_LEAD = timedelta(days=7)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-#: The id of a run or a batch.
-ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 IS_ASKING = f"{STATUS.name} = '{ASKING}'"
 IS_WAITING = f"{STATUS.name} IN ('{ASKING}', '{ASLEEP}')"

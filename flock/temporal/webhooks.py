@@ -20,7 +20,7 @@ from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 from temporalio.worker import Worker
 
-from flock.errors import EngineFull, StoreError
+from flock.errors import EngineFull, NotFound, StoreError
 from flock.runs import BatchFilter, Webhook, now
 from flock.temporal.cluster import RETRY_AFTER_S, Cluster, logger
 from flock.temporal.messages import (
@@ -34,9 +34,10 @@ from flock.temporal.messages import (
     recoded,
     task_queue_of,
     webhooks_queue_of,
+    workflow_id_of_webhook,
 )
 from flock.temporal.reports import FlockWebhook
-from flock.temporal.search import ID, newest_first, order_of, workflows_of
+from flock.temporal.search import newest_first, order_of, workflows_of
 
 #: Tries to send a webhook, unless its host cannot get a request now. Its arguments are the webhook, and how often it
 #: was not tried. Returns the webhook as it is then, and the pause before the next try, in seconds.
@@ -86,13 +87,15 @@ class TemporalWebhooks:
     async def _send(self, webhook: Webhook, earlier: list[str], try_: TryWebhook) -> Webhook:
         """Return the webhook when it is sent or given up. Raises ApplicationError, after which it is tried again."""
         info = activity.info()
-        webhook = next((recoded(sent, Webhook) for sent in info.heartbeat_details), webhook)
+        sent, waits = info.heartbeat_details or (webhook, 0)  # waits: attempts that have only waited
+        webhook = recoded(sent, Webhook)
         for workflow_id in earlier:
             if (pause_s := await self._pause_after(workflow_id, info.attempt)) is not None:
+                activity.heartbeat(webhook, info.attempt)
                 raise _again(f"{workflow_id} has not ended.", pause_s)
-        webhook, pause_s = await try_(webhook, info.attempt - 1 - webhook.tries)
+        webhook, pause_s = await try_(webhook, info.attempt - 1 - waits - webhook.tries)
         if webhook.status == "pending":
-            activity.heartbeat(webhook)
+            activity.heartbeat(webhook, waits)
             raise _again(webhook.error or "Its host has no room.", pause_s)
         return webhook
 
@@ -107,7 +110,7 @@ class TemporalWebhooks:
         if described is None or described.status is not WorkflowExecutionStatus.RUNNING:
             return None
         if not is_webhook:  # its workers have died
-            return min(2.0**attempt, MAX_END_PAUSE_S)
+            return min(2.0 ** min(attempt, 6), MAX_END_PAUSE_S)
         left_s = (_next_try_at(described) - now()).total_seconds()
         return max(left_s, 0) + random.uniform(1, 2) * MIN_PAUSE_S
 
@@ -117,12 +120,13 @@ class TemporalWebhooks:
         if status is not None:
             query += f" AND ExecutionStatus {EXECUTION_STATUS[status]}"
         if after is not None:
-            last = order_of(workflow_id) if (workflow_id := _workflow_id_of(after)) else ("", ())
+            last = order_of(workflow_id) if (workflow_id := workflow_id_of_webhook(after)) else ("", ())
         until = None if not (last and last[0]) else str(UUID(int=UUID(last[0]).int + 1))
         wanted, page = BatchFilter(after=until, limit=limit), list[Webhook]()
         found = newest_first(self._cluster, query, ("webhook",), wanted, self._read)
         async with aclosing(found) as webhooks:
             async for workflow_id, webhook in webhooks:
+                # The search also finds earlier executions, and lags.
                 if (last is None or order_of(workflow_id) < last) and status in (None, webhook.status):
                     page.append(webhook)
                 if len(page) == limit:
@@ -130,14 +134,14 @@ class TemporalWebhooks:
         return page
 
     async def _read(self, workflow: WorkflowExecution) -> tuple[str, Webhook]:
-        if workflow.status is not WorkflowExecutionStatus.RUNNING:
-            return workflow.id, _state_of(workflow)
-        described = await self._cluster.describe(workflow.id)
-        return workflow.id, _state_of(described or workflow)
+        described = await self._cluster.describe(workflow.id)  # its latest execution
+        if described is None:
+            raise NotFound(f"There is no workflow {workflow.id}.")
+        return workflow.id, _state_of(described)
 
     async def again(self, webhook_id: str) -> Webhook | None:
         """Have a webhook sent again, also one that is being sent. Returns None if there is none."""
-        workflow_id = _workflow_id_of(webhook_id)
+        workflow_id = workflow_id_of_webhook(webhook_id)
         described = None if workflow_id is None else await self._cluster.describe(workflow_id)
         if workflow_id is None or described is None or described.typed_search_attributes.get(FLOCK) != self._name:
             return None
@@ -157,24 +161,12 @@ class TemporalWebhooks:
         return again
 
 
-def _workflow_id_of(webhook_id: str) -> str | None:
-    """Return the id of the workflow of a webhook, or None if it cannot be one."""
-    kind, _, rest = webhook_id.partition("_")
-    record_id, *numbers = rest.split("_")
-    is_one = kind == "msg" and ID.fullmatch(record_id) and 1 <= len(numbers) <= 2
-    is_one = is_one and all(number.isascii() and number.isdecimal() and len(number) < 10 for number in numbers)
-    return ":".join(["webhook", record_id, *numbers]) if is_one else None
-
-
-def _state_of(workflow: WorkflowExecution) -> Webhook:
-    """Return a webhook. That of a running workflow needs a description."""
-    info = workflow.raw_info
-    webhook = decoded(info.memo.fields[WEBHOOK], Webhook)
-    if isinstance(workflow, WorkflowExecutionDescription):
-        for pending in workflow.raw_description.pending_activities:
-            if pending.HasField("heartbeat_details"):
-                webhook = decoded(pending.heartbeat_details.payloads[0], Webhook)
-            webhook = replace(webhook, next_try_at=_next_try_at(workflow))
+def _state_of(workflow: WorkflowExecutionDescription) -> Webhook:
+    webhook = decoded(workflow.raw_info.memo.fields[WEBHOOK], Webhook)
+    for pending in workflow.raw_description.pending_activities:
+        if pending.HasField("heartbeat_details"):
+            webhook = decoded(pending.heartbeat_details.payloads[0], Webhook)
+        webhook = replace(webhook, next_try_at=_next_try_at(workflow))
     if workflow.status is not WorkflowExecutionStatus.RUNNING and webhook.status == "pending":
         error = "Its workflow was closed on the cluster before it was sent."
         webhook = replace(webhook, status="given_up", ended_at=workflow.close_time, error=error)

@@ -71,6 +71,8 @@ KEEP_SESSION_S = 60.0
 FIRST_ANSWER = "first-answer"
 #: The patch since which a run cancels the one that it replaces. Before, only its engine did.
 REPLACES = "replaces"
+#: What ends a workflow. Anything else is a bug: it fails only the current task, which a version without it does again.
+ENDS = (FailureError, asyncio.CancelledError, TimeoutError)
 #: How many of its last runs a session remembers.
 LATEST = 50
 #: For how many days a report of a worker may be sent again.
@@ -141,9 +143,7 @@ class FlockRun(CallKeeper):
         self._calls.keep_before(order.messages)
         try:
             await self._run(order)
-        except GeneratorExit:  # a worker drops it from its memory, so it has not ended
-            raise
-        except BaseException as exc:
+        except ENDS as exc:
             await self._reports.send("cancelled" if is_cancelled_exception(exc) else "failed", is_end=True)
             raise
         await self._reports.send("completed", is_end=True)
@@ -154,9 +154,7 @@ class FlockRun(CallKeeper):
                 with contextlib.suppress(FailureError):  # it has ended
                     await workflow.get_external_workflow_handle(order.replaces).cancel()
             await self._steps(order if order.run.session_id is None else await self._begun(order))
-        except GeneratorExit:
-            raise
-        except BaseException:
+        except ENDS:
             await self._end(order.run)
             raise
         await self._end(order.run)

@@ -318,15 +318,21 @@ class ClusterSender(WebhookSender):
     def __init__(self, engine: "TemporalEngine", *of_all: Any) -> None:
         super().__init__(*of_all)
         self._engine = engine
+        #: agents for which a warning was logged
+        self._unsigned = set[str]()
 
     async def run(self) -> None:
         """Send until cancelled."""
-        async with self._new_client() as self._client:
-            await self._engine.webhooks.serve(self.try_)
+        try:
+            async with self._new_client() as self._client:
+                await self._engine.webhooks.serve(self.try_)
+        except Exception:  # such as certificates that cannot be read
+            logger.exception("This process sends no webhooks. Correct what is wrong, and start it again.")
 
     def has_receiver(self, agent_name: str) -> bool:
         url = _urls_of(self.flock).get(agent_name)
-        if url and not self.keys:
+        if url and not self.keys and agent_name not in self._unsigned:
+            self._unsigned.add(agent_name)
             logger.warning("No webhooks are sent: webhook_url= needs a secret that signs them. %s", NEW_SECRET)
         return bool(url and self.keys)
 
@@ -356,14 +362,18 @@ class ClusterSender(WebhookSender):
             return webhook, left_s + _pause_s(misses, MAX_MISS_PAUSE_S)
         if receiver.open >= (1 if receiver.failures else CONCURRENCY):
             return webhook, _pause_s(misses, MAX_BUSY_PAUSE_S)
-        receiver.open += 1
+        before, receiver.open = receiver.failures, receiver.open + 1
         try:
             tried, is_down = await self._try(receiver, replace(webhook, url=url))
         finally:
             receiver.open -= 1
-        if tried.error:  # which the cluster stores
-            tried = replace(tried, error=tried.error.replace(urlsplit(url).hostname or "", "the host"))
-        receiver.failures, receiver.error = receiver.failures + 1 if is_down else 0, tried.error
+        kind, _, text = (tried.error or "").partition(": ")
+        if text:  # the cluster stores the class of an exception, and not its text, which may have the address
+            logger.warning("The webhook %s of %s: %s", webhook.type, webhook.record_id, tried.error)
+            tried = replace(tried, error=kind)
+        # Requests that were open at the same time are one round.
+        receiver.failures = max(receiver.failures, before + 1) if is_down else 0
+        receiver.error = tried.error
         if receiver.failures >= DOWN_AFTER:
             receiver.pause(_pause_s(receiver.failures - DOWN_AFTER, MAX_DOWN_PAUSE_S))
         self._on_try("failed" if tried.status == "pending" else tried.status, 1)
