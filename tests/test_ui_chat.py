@@ -557,6 +557,11 @@ def test_a_turn_that_was_retried_elsewhere_is_followed(visit: Visit, closed: Sit
     expect(reply_of(turn)).to_have_text(f"Message 1 was: fail {gate}")
 
 
+def test_a_bad_address_is_an_unknown_page(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "chat/%")
+    expect(page.get_by_text("There is no such page.")).to_be_visible()
+
+
 # Screens
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Page, Request, Route, expect
 
 from flock.web.auth import new_key
 from tests.support.servers import flockapi_command, running, serving
@@ -239,16 +239,18 @@ def test_few_images_load_at_once_and_a_closed_view_ends_them(shown: Site, visit:
     page = visit.page(shown)
     begun, ended = list[str](), list[str]()
     page.route("**/files/*", lambda route: begun.append(route.request.url))  # they are never answered
-    page.on("requestfailed", lambda request: ended.append(request.url) if "/files/" in request.url else None)
+
+    def is_last(request: Request) -> bool:
+        ended.append(request.url)
+        return len(ended) == 3
+
     page.goto(f"{shown.url}/ui#/batch/{batch['batch_id']}")
     expect(page.get_by_role("row").nth(6)).to_contain_text("5.png")
     while len(begun) < 3:
         page.wait_for_timeout(20)  # handles what the browser sends
-    page.get_by_role("link", name="Agents").click()
-    expect(page.get_by_role("heading", name="Agents")).to_be_visible()
-    while len(ended) < 3:
-        page.wait_for_timeout(20)
-    assert len(begun) == 3
+    with page.expect_event("requestfailed", is_last):
+        page.get_by_role("link", name="Agents").click()
+    assert sorted(ended) == sorted(begun)
 
 
 LETTERS = """

@@ -120,11 +120,11 @@ for (const refusals of [[], [{ status: 503, retryAfter: "600" }]]) {
 const inUse = { status: 409, type: "urn:flockapi:problem:idempotency-key-in-use" };
 seen = [];
 faults.push(inUse, inUse);
-await submit(server, of("write"), "in use");
-assert.deepEqual(seen.map(({ key }) => key), ["in use", "in use", "in use"]);
+await submit(server, of("write"), "in-use");
+assert.deepEqual(seen.map(({ key }) => key), ["in-use", "in-use", "in-use"]);
 faults.push({ status: 409, type: "urn:flockapi:problem:conflict" });
 await assert.rejects(submit(server, of("write"), "conflict"), { status: 409 });
-await assert.rejects(submit({ url: "http://[" }, of("write"), "no URL"), TypeError);
+await assert.rejects(submit({ url: "http://[" }, of("write"), "no-url"), TypeError);
 await assert.rejects(events({ url: "here" }, "no-run").next(), TypeError);
 
 // A pause leaves no listener.
