@@ -181,7 +181,7 @@ def starts(folder: Path) -> list[tuple[int, int]]:
 @contextlib.contextmanager
 def files_that_may_not_grow(folder: Path) -> Iterator[tuple[list[str], Callable[[Server], None]]]:
     """Limit the size of files with RLIMIT_FSIZE, which works on any Linux. A write beyond it fails with EFBIG."""
-    limit = 600_000
+    limit = 800_000  # a new store needs 650,000
     set_limit = (
         f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY)); "
         "os.execv(sys.argv[1], sys.argv[1:])"
@@ -196,8 +196,8 @@ def files_that_may_not_grow(folder: Path) -> Iterator[tuple[list[str], Callable[
 
 @contextlib.contextmanager
 def a_full_disk(folder: Path) -> Iterator[tuple[list[str], Callable[[Server], None]]]:
-    """Mount a file system of 1 MB. A write beyond it fails with ENOSPC."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
+    """Mount a file system of 1.2 MB. A write beyond it fails with ENOSPC."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", folder], check=True)
     (folder / "ballast").write_bytes(bytes(200_000))
 
     def make_space(server: Server) -> None:

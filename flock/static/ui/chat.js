@@ -292,8 +292,8 @@ export async function show(main, { id, signal }) {
   });
 
   box.value = draft.text;
-  if (session_id) await begin();
-  else fill(earlier, await recent());
+  const found = await (session_id ? begin() : recent());
+  if (!session_id) fill(earlier, found); // the first message may have been sent meanwhile
   if (draft.body) submit(); // the page was closed before the answer came
   pause(REFRESH_MS, signal)
     .then(() => every(REFRESH_MS, () => look().catch(() => {}), signal))
