@@ -20,6 +20,7 @@ from flock.files import Image
 from flock.models.llm import ModelClient
 from flock.runs import Batch, BatchOptions, Engine, Run, RunContext, Usage
 from flock.store import jobs as stored_jobs
+from flock.store.jobs import JobStore
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from tests.support import PATIENCE_S
 from tests.support.batchapi import BatchProvider
@@ -396,6 +397,29 @@ async def test_rejected_keys_and_used_up_quota_stop_the_batch_and_a_retry_pays_o
     assert (batch.status, batch.failed_items, batch.cancelled_items) == ("completed", 0, 0)
     assert list(provider.paid.values()) == [1] * 10
     assert not provider.normal
+
+
+async def test_a_batch_that_stops_while_a_job_is_open_ends(
+    provider: BatchProvider, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last item that could continue ends before its job does, and nothing changes after that."""
+    provider._reply = is_quota
+    monkeypatch.setattr(jobs, "CHUNK_SIZE", 1)
+    monkeypatch.setattr(jobs, "TICK_S", 0.5)  # longer than the store is looked at
+    give = JobStore.reply
+
+    async def reply(self: JobStore, batch: Batch, *args: Any) -> Any:
+        given = await give(self, batch, *args)
+        with anyio.fail_after(PATIENCE_S):
+            while not await engine.get_items(batch.batch_id, statuses=["failed", "cancelled"]):  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+        await anyio.sleep(0.1)  # what continues items sees that, and waits for another change
+        return given
+
+    monkeypatch.setattr(JobStore, "reply", reply)
+    async with flock_of(url).engine(store=tmp_path / "flock.db") as engine:
+        batch = await ended(engine, await submit(engine, 5))
+    assert (batch.status, batch.completed_items, batch.cancelled_items) == ("failed", 5, 5)
 
 
 async def test_a_server_without_the_endpoint_falls_back_with_a_warning(

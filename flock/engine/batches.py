@@ -404,7 +404,8 @@ class _Work:
                         self._start_worker()
                 if not answered and (batch is None or not batch.waiting_items):
                     return
-                with anyio.move_on_after(RETRY_AFTER_S if answered else math.inf):
+                # The end of a job is no change of the store.
+                with anyio.move_on_after(RETRY_AFTER_S if answered or self.jobs.has_run else math.inf):
                     await changed()
         except StoreError as exc:
             logger.error("items that wait for answers cannot be read: %s", exc)

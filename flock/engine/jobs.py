@@ -58,7 +58,7 @@ class Jobs:
         is_idle: no item runs or can start now, so no more calls come.
 
     Attributes:
-        is_running: ``run`` is running.
+        is_running, has_run: ``run`` is running, or was.
         has_open: there are jobs whose replies are still awaited.
     """
 
@@ -72,7 +72,7 @@ class Jobs:
     is_idle: Callable[[], Awaitable[bool]]
 
     def __post_init__(self) -> None:
-        self.is_running = self.has_open = False
+        self.is_running = self.has_run = self.has_open = False
         self._max_calls, self._not_before = MAX_CALLS, 0.0
         #: when a job was done last, by the loop's clock
         self._done_at = -math.inf
@@ -90,7 +90,7 @@ class Jobs:
 
         Cancellation: everything is in the store, and continues at the next start.
         """
-        self.is_running = True
+        self.is_running = self.has_run = True
         try:
             while not self.is_over():
                 try:
