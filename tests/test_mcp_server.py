@@ -452,7 +452,7 @@ async def test_a_file_is_an_argument_as_a_data_url_an_id_or_a_content_block() ->
         (tool,) = (await result_of(client, latest("tools/list")))["tools"]
         assert "A data URL, or a file_id." in json.dumps(tool["inputSchema"])
         stored = (await client.post("/files", content=b"GIF89a")).json()["file_id"]
-        gif = {"mimeType": "image/gif", "blob": "R0lGODlh", "uri": "file:///home/ann/a%2Egif"}
+        gif = {"mimeType": "image/gif", "blob": "R0lGODlh", "uri": "file:///photos/a%2Egif"}
         image = {"type": "image", "mimeType": "image/gif", "data": "R0lGODlh"}
         for photo in (
             "data:image/gif;name=a.gif;base64,R0lGODlh",

@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from starlette.responses import Response
 
 from flock.core import Flock
-from flock.errors import AgentError, DefinitionError
-from flock.runs import RunContext, RunStatus, Webhook, new_id, now
+from flock.errors import DefinitionError
+from flock.runs import RunStatus, Webhook, new_id, now
 from flock.temporal import TemporalEngine, reports
 from flock.temporal import webhooks as sending
 from flock.temporal.messages import FLOCK, SEARCH_ATTRIBUTES, WEBHOOK_WORKFLOW, RunOrder, keyword_of, run_workflow_id
@@ -33,6 +33,7 @@ from tests.support.http import client_of, get, post_run, wait_for, wait_until
 from tests.support.receivers import SECRET, Inbox
 from tests.support.servers import flockapi_command, running
 from tests.test_temporal import working
+from tests.test_webhooks import sample
 from tests.webhooks_kills import ORDER, TARGET
 
 pytestmark = pytest.mark.anyio
@@ -45,22 +46,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhooks, "MAX_MISS_PAUSE_S", 0.05)
     monkeypatch.setattr(webhooks, "MAX_BUSY_PAUSE_S", 0.1)
     monkeypatch.setattr(webhooks, "MAX_DOWN_PAUSE_S", 0.05)
-
-
-def sample(url: str | None) -> Flock:
-    flock = Flock(webhook_url=url)
-
-    @flock.agent
-    async def echo(text: str) -> str:
-        if text == "fail":
-            raise AgentError("it fails")
-        return text
-
-    @flock.agent
-    async def ask(context: RunContext, timeout_s: float = 60) -> bool:
-        return await context.ask("Go on?", bool, expires_s=timeout_s)
-
-    return flock
 
 
 @contextlib.asynccontextmanager
