@@ -544,6 +544,7 @@ def test_a_failed_turn_shows_its_error_and_is_retried(visit: Visit, closed: Site
     closed.open_gate(gate)
     turn.get_by_role("button", name="Retry").press("Enter")
     expect(reply_of(turn)).to_have_text(f"Message 1 was: fail {gate}")
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
     expect(box_of(page)).to_be_focused()
     (run,) = runs_of(closed, session_of(page))
     assert (run["status"], run["attempt"]) == ("completed", 2)
