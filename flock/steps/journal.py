@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import UTC, datetime, timedelta
 from types import FunctionType
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -75,6 +75,7 @@ from flock.steps.raised import Refused, exception_of, is_refused, raised_by
 from flock.steps.replay import NESTED, Entry, Replay, callers, numbered
 
 logger = logging.getLogger("flock.runs")
+_T = TypeVar("_T")
 
 #: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
 NAME = r"[A-Za-z0-9_.-]{1,128}"
@@ -657,15 +658,18 @@ class Journal:
         """Let a call end as in an earlier execution of the step."""
         self.kept += not entry.is_late
         self._add_usage(planned.parent, stored.usage, stored.model)
+        if stored.error is not None:  # even if the step ends before it is delivered
+            self._failed.append((stored, None))
         if not stored.is_cancelled:
             await self._deliver(stored, entry, cancellation)
             return self._end_of(planned, stored)
-        self._failed.append((stored, None))
         try:
             await self._replay.until_cancelled(entry)
         except anyio.get_cancelled_exc_class():
+            if self._replay.ran_on(entry):
+                await self._in_step(self._replay.run_on, entry, cancellation)
             if not self._replay.is_cancelled_alone(entry):
-                await self._until_it_may_see(entry.end, cancellation)
+                await self._in_step(self._replay.until_it_may_see, entry.end, cancellation)
             raise
         finally:
             self._replay.cancelled_again(entry)
@@ -768,9 +772,7 @@ class Journal:
                 raise exc
             await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
             raise asyncio.CancelledError
-        if exc is not None:
-            self._failed.append((call, exc))
-        await self._store_end(call, entry, cancellation)
+        await self._store_end(call, entry, cancellation, exc)
         if exc is None:
             return value
         if planned.on_error is None or call.error is None or isinstance(exc, Uncertain):
@@ -818,9 +820,13 @@ class Journal:
         raised = raised_by(planned.label, exc) if is_final else None
         return replace(call, error=cut(error), error_type=error_type, raised=raised)
 
-    async def _store_end(self, call: Call, entry: Entry, cancellation: Cancellation) -> Call:
+    async def _store_end(
+        self, call: Call, entry: Entry, cancellation: Cancellation, exc: BaseException | None = None
+    ) -> Call:
         """Store how a call has ended, and wait for its turn; see ``_deliver``. Returns it as it is stored."""
         call = replace(call, place=self._replay.end(entry, is_late=cancellation.is_late))
+        if exc is not None:
+            self._failed.append((call, exc))
         try:
             await self._store(call, cancellation)
         except BaseException:
@@ -870,7 +876,7 @@ class Journal:
                 with contextlib.suppress(Exception):  # the next call raises it
                     await self._store(call, cancellation)
                 if not self._replay.may_see(place.end):
-                    await self._until_it_may_see(place.end, cancellation)
+                    await self._in_step(self._replay.until_it_may_see, place.end, cancellation)
         finally:
             self._replay.saw(entry, place.end)
 
@@ -967,11 +973,10 @@ class Journal:
             self._save_error = exc
             raise
 
-    async def _until_it_may_see(self, end: int, cancellation: Cancellation) -> None:
-        """See ``Replay``. If the run or the step is ending, it may see all."""
+    async def _in_step(self, work: Callable[[_T], Awaitable[None]], what: _T, cancellation: Cancellation) -> None:
+        """Await *work* on *what* in spite of cancellations of this task, until the run or the step is ending."""
         if cancellation.task is current_task():  # otherwise the task is not executed any more, but destroyed
-            sight = self._replay.until_it_may_see(end)
-            await self._finish(sight, cancellation, lambda: self._is_closed or self.is_cut_off())
+            await self._finish(work(what), cancellation, lambda: self._is_closed or self.is_cut_off())
 
     async def _finish(
         self,

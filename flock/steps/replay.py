@@ -105,7 +105,7 @@ class Replay:
         #: those of cancelled calls that the program has not seen
         self._unseen = set[int]()
         #: ends that were delivered, and starts, that are in no stored call yet, by the number of the start
-        self._unwritten = OrderedDict[int, Mark]()
+        self._unwritten = OrderedDict[int, tuple[Mark, ...]]()
         self.calls, self.contained = list[Call](), list[Call]()
         self.mixed_up: str | None = None
         #: all equal calls that ran at the same time, their first start, and whether one of them has started again
@@ -224,7 +224,7 @@ class Replay:
             self._recur()
         if not entry.start:
             self.last_start = self._new_start = entry.start = self._next_number()
-            self._unwritten[entry.start] = Mark(call_id, entry.start)
+            self._unwritten[entry.start] = (Mark(call_id, entry.start),)
         if entry.is_unseen and entry.end:  # before all that ends from now on
             self._note_end(entry, entry.end)
         entry.start_s = self._time() - self._began_at
@@ -265,12 +265,12 @@ class Replay:
         """Yield what is stored with the next call: first the ends, which are few."""
         size = 0
         while self._unwritten:
-            mark = next(iter(self._unwritten.values()))
-            size += len(mark.call_id) + MARK_BYTES
+            start, marks = next(iter(self._unwritten.items()))
+            size += sum(len(mark.call_id) + MARK_BYTES for mark in marks)
             if size > MAX_MARK_BYTES:
                 break
-            del self._unwritten[mark.start]
-            yield mark
+            del self._unwritten[start]
+            yield from marks
 
     def saw(self, entry: Entry, end: int) -> None:
         """The program sees an end now. If the step runs again, what has started by now starts before that."""
@@ -284,8 +284,9 @@ class Replay:
             self._advance()
 
     def _note_end(self, entry: Entry, end: int) -> None:
-        """Let the next call be stored with an end, before the starts."""
-        self._unwritten[entry.start] = Mark(entry.call_id, entry.start, end)
+        """Let the next call be stored with an end, or with when it was delivered, before the starts."""
+        ends = (mark for mark in self._unwritten.get(entry.start, ()) if mark.end)
+        self._unwritten[entry.start] = (*ends, Mark(entry.call_id, entry.start, end))
         self._unwritten.move_to_end(entry.start, last=False)
 
     def forget(self, entry: Entry) -> None:
@@ -363,6 +364,14 @@ class Replay:
     def _doubt(self, start: int) -> None:
         """A plain time-out has passed, and this execution has skipped time before: another one may pass first now."""
         self._is_mixing, self._mixed_start = True, min(start, self._mixed_start)
+
+    def ran_on(self, entry: Entry) -> bool:
+        """Whether a call that is cancelled again had run on after that, as a thread does. Then ``run_on``."""
+        return self._left_s(entry) > SKIPPED_S
+
+    async def run_on(self, entry: Entry) -> None:
+        """Take the time for which a call had run on, so that a plain time-out passes that had passed meanwhile."""
+        await anyio.sleep(self._left_s(entry))
 
     def is_cancelled_alone(self, entry: Entry) -> bool:
         """A call is cancelled again. Whether the program sees it at once: none waits for the same, or ended before."""
@@ -494,7 +503,7 @@ class Replay:
 
 def callers(call_id: str) -> Iterator[str]:
     """Yield the ids of the calls that contain a call, from the inside out."""
-    while call_id := _parent_of(call_id):
+    while call_id := parent_of(call_id):
         yield call_id
 
 
@@ -504,13 +513,13 @@ def numbered(call_id: str) -> tuple[str, int]:
     return (call_id.rpartition(":")[0], int(number[0])) if number else (call_id, 1)
 
 
-def _parent_of(call_id: str) -> str:
+def parent_of(call_id: str) -> str:
     """Return the id of the call that has made a call, or ""."""
     return call_id.rpartition(NESTED)[0]
 
 
 def _kind_of(call_id: str, name: str) -> tuple[str, str]:
-    return _parent_of(call_id), name
+    return parent_of(call_id), name
 
 
 def _start_s(entry: Entry) -> float:

@@ -1,14 +1,16 @@
 """What a retry keeps of the calls that earlier attempts have made."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import msgspec
 
 from flock.agents.questions import BATCH_REPLY
 from flock.runs import Call
+from flock.runs.records import Raised
 from flock.steps.identity import asking_call
-from flock.steps.replay import NESTED, callers
+from flock.steps.replay import NESTED, parent_of
 
 #: Long enough to tell the failed calls of one run apart.
 KEY_CHARS = 16
@@ -62,12 +64,37 @@ def dropped_calls(
     """
     ends = set(map(id, _named_by(end)))
     dropped = [call for call, exc in failed if id(exc) in ends or not has_gone_on(call)]
-    # If the step has run twice, the exception of a call is not that of the call that has made it, but an equal one.
-    raised = {call.call_id: call.raised for call in dropped if call.raised is not None}
-    made = [
-        call for call, _ in failed if call.raised in [raised[id_] for id_ in callers(call.call_id) if id_ in raised]
-    ]
-    return list(dict.fromkeys(map(key_of, (*dropped, *made))))
+    return list(dict.fromkeys(map(key_of, (*dropped, *_passed_on([call for call, _ in failed], dropped)))))
+
+
+def _passed_on(failed: Sequence[Call], dropped: Sequence[Call]) -> Iterator[Call]:
+    """Yield the calls whose exceptions the *dropped* ones that made them have raised, themselves or in a group.
+
+    If the step has run twice, these are not the same exceptions, but equal ones: those of the calls that ended last.
+    """
+    made_by = defaultdict[str, list[Call]](list)
+    for call in {key_of(call): call for call in failed}.values():
+        made_by[parent_of(call.call_id)].append(call)
+    left = list(dropped)
+    while left:
+        call = left.pop()
+        raised = [] if call.raised is None else list(_parts_of(call.raised))
+        for made in sorted(made_by[call.call_id], key=_end_of, reverse=True):
+            if made.raised in raised:
+                raised.remove(made.raised)
+                left.append(made)
+                yield made
+
+
+def _end_of(call: Call) -> int:
+    return 0 if call.place is None else call.place.end
+
+
+def _parts_of(raised: Raised) -> Iterator[Raised]:
+    """Yield an exception, and the members of a group."""
+    yield raised
+    for each in raised.exceptions:
+        yield from _parts_of(each)
 
 
 def key_of(call: Call) -> str:

@@ -309,6 +309,40 @@ FOUND_IN_MEMORY = {
         '304796},{"kind":"work","n":16,"seconds":0.106083}],"n":1},{"seed":559,"is_stored":true,"ends":[[0,9,true'
         "]]}]"
     ),
+    "a call that had failed and was not delivered before the run was cancelled": (
+        '[{"kind":"group","parts":[{"kind":"mended","n":5,"seconds":0.101414},{"kind":"seq",'
+        '"parts":[{"kind":"plain","n":10,"times":3},{"kind":"work","n":11,"seconds":0.102646}],'
+        '"n":9}],"n":4},{"is_stored":true,"ends":[[0,19,false]],"cancel":[1,1,true],"retries":1}]'
+    ),
+    "a failed call in a call that has failed with a group of it, whose process died": (
+        '[{"kind":"tool","parts":[{"kind":"group","parts":[{"kind":"mended","n":4,'
+        '"seconds":0.201414},{"kind":"ask","n":9},{"kind":"completed","parts":[{"kind":"fail","n":13,'
+        '"seconds":0.802236,"limit_s":1.202646,"is_once":true},{"kind":"loop","parts":[{"kind":"ask",'
+        '"n":16}],"n":15,"times":3}],"n":10},{"kind":"agent","parts":[{"kind":"fail","n":18,'
+        '"seconds":0.203606,"limit_s":0.154123,"retries":2}],"n":17}],"n":3}],"n":2,'
+        '"limit_s":0.604359},{"seed":559,"is_stored":true,"ends":[[6,9,true]],"retries":1}]'
+    ),
+    "a call that fails at the same time at which the next one starts": (
+        '[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"mended","n":6,"seconds":0.201414},'
+        '{"kind":"agent","parts":[{"kind":"loop","parts":[{"kind":"work","n":13,"seconds":0.101732}],'
+        '"n":9,"times":3}],"n":8}],"n":4},{"kind":"work","n":16,"seconds":0.802236,'
+        '"limit_s":0.602646,"retries":1}],"n":3},{"is_stored":true,"retries":1}]'
+    ),
+    "a default that is delivered before a cancellation that was stored before it": (
+        '[{"kind":"gather","parts":[{"kind":"loop","parts":[{"kind":"receive","n":7,'
+        '"seconds":2.001414,"comes":"never"}],"n":6,"times":3},{"kind":"first",'
+        '"parts":[{"kind":"first","parts":[{"kind":"receive","n":14,"seconds":40.002236},'
+        '{"kind":"work","n":15,"seconds":0.202646,"limit_s":1.203317,"retries":2}],"n":13},'
+        '{"kind":"work","n":16,"seconds":0.103606}],"n":12},{"kind":"work","seconds":0.804123,'
+        '"is_equal":true}],"n":3},{"is_stored":true,"ends":[[10,0,true],[0,0,false]],"cancel":[14,9,'
+        'true],"retries":1}]'
+    ),
+    "a plain time-out that passes while the thread of a cancelled call runs on": (
+        '[{"kind":"try","parts":[{"kind":"timeout","parts":[{"kind":"first","parts":[{"kind":"work",'
+        '"n":14,"seconds":0.102236},{"kind":"block","n":16,"seconds":0.803317}],"n":4}],"n":3,'
+        '"limit_s":0.305568},{"kind":"work","n":22,"seconds":0.106083}],"n":2},{"is_stored":true,'
+        '"ends":[[4,0,true]]}]'
+    ),
 }
 
 
