@@ -16,7 +16,7 @@ import pytest
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, Conflict, DefinitionError, Uncertain
 from flock.runs import BatchOptions, Call, Engine, Run, RunContext, RunStatus, now
-from flock.runs.records import Raised
+from flock.runs.records import Place, Raised
 from flock.steps.retries import dropped_calls, kept_calls, key_of
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
@@ -622,9 +622,18 @@ def test_a_call_at_most_once_is_never_dropped() -> None:
     assert kept_calls([call, other], {key_of(call), key_of(other)}) == [call]
 
 
+EQUAL = Raised(module="m", name="E")
+
+
 def test_thousands_of_failed_calls_are_compared_quickly() -> None:
-    entries = [failed(f"p~{n}", ValueError(n), raised=Raised(module="m", name="E")) for n in range(5000)]
-    parent = failed("p", ValueError("p"), raised=Raised(module="m", name="E"))
+    entries = [failed(f"p~{n}", ValueError(n), raised=EQUAL) for n in range(5000)]
+    parent = failed("p", ValueError("p"), raised=Raised(module="m", name="G", exceptions=(EQUAL,) * 5000))
     began = time.process_time()
     assert len(dropped([*entries, parent], parent[1], 9)) == 5001
     assert time.process_time() - began < 5
+
+
+def test_of_equal_exceptions_of_calls_in_a_call_that_passes_one_on_the_last_is_dropped() -> None:
+    entries = [failed(f"p~{n}", ValueError(n), at=n, raised=EQUAL, place=Place(start=n, end=10 - n)) for n in (1, 2)]
+    parent = failed("p", ValueError("p"), raised=EQUAL)
+    assert dropped([*entries, *entries, parent], parent[1], 9) == ["p", "p~1"]

@@ -1,7 +1,7 @@
 """What a retry keeps of the calls that earlier attempts have made."""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import msgspec
@@ -78,10 +78,10 @@ def _passed_on(failed: Sequence[Call], dropped: Sequence[Call]) -> Iterator[Call
     left = list(dropped)
     while left:
         call = left.pop()
-        raised = [] if call.raised is None else list(_parts_of(call.raised))
+        raised = Counter(map(msgspec.json.encode, _parts_of(call.raised)))
         for made in sorted(made_by[call.call_id], key=_end_of, reverse=True):
-            if made.raised in raised:
-                raised.remove(made.raised)
+            if raised[key := msgspec.json.encode(made.raised)] > 0:
+                raised[key] -= 1
                 left.append(made)
                 yield made
 
@@ -90,11 +90,12 @@ def _end_of(call: Call) -> int:
     return 0 if call.place is None else call.place.end
 
 
-def _parts_of(raised: Raised) -> Iterator[Raised]:
+def _parts_of(raised: Raised | None) -> Iterator[Raised]:
     """Yield an exception, and the members of a group."""
-    yield raised
-    for each in raised.exceptions:
-        yield from _parts_of(each)
+    if raised is not None:
+        yield raised
+        for each in raised.exceptions:
+            yield from _parts_of(each)
 
 
 def key_of(call: Call) -> str:
