@@ -840,9 +840,11 @@ class Journal:
 
     async def _deliver(self, call: Call, entry: Entry, cancellation: Cancellation) -> None:
         """Wait for the turn of a call that has ended. If it is cancelled before, the next equal one gets its result."""
+        has_waited = call.kind in ("question", "message") or call.place is None  # so its time has not counted
         try:
             await cancellation.raise_if_late()  # of while it was saved, or its thread was running
-            await self._replay.turn(entry, is_last=len(self._open) == 1)
+            with clocks_stopped() if has_waited else contextlib.nullcontext():
+                await self._replay.turn(entry, is_last=len(self._open) == 1)
         except anyio.get_cancelled_exc_class():
             self._replay.forget(entry)
             call = replace(call, usage=None, model=None)  # they are stored with the result

@@ -343,6 +343,13 @@ FOUND_IN_MEMORY = {
         '"limit_s":0.305568},{"kind":"work","n":22,"seconds":0.106083}],"n":2},{"is_stored":true,'
         '"ends":[[4,0,true]]}]'
     ),
+    "a time limit of a call in which an answer waits for its turn": (
+        '[{"kind":"gather","parts":[{"kind":"gather","parts":[{"kind":"tool","parts":[{"kind":"loop",'
+        '"parts":[{"kind":"sleep","n":12,"seconds":6.001732}],"n":11,"times":2}],"n":9,'
+        '"limit_s":0.152236},{"kind":"first","parts":[{"kind":"receive","n":15,"comes":"during"},'
+        '{"kind":"sleep","n":16,"seconds":6.003317}],"n":14}],"n":7},{"kind":"work","n":26,'
+        '"seconds":0.404359}],"n":3},{"is_stored":true,"ends":[[3,0,false]]}]'
+    ),
 }
 
 
