@@ -350,6 +350,15 @@ FOUND_IN_MEMORY = {
         '{"kind":"sleep","n":16,"seconds":6.003317}],"n":14}],"n":7},{"kind":"work","n":26,'
         '"seconds":0.404359}],"n":3},{"is_stored":true,"ends":[[3,0,false]]}]'
     ),
+    "two cancellations that are stored at the same time": (
+        '[{"kind":"try","parts":[{"kind":"first","parts":[{"kind":"first","parts":[{"kind":"work",'
+        '"n":5,"seconds":0.201414},{"kind":"ask","n":7}],"n":4},{"kind":"case",'
+        '"parts":[{"kind":"ask","n":9},{"kind":"work","n":12,"seconds":0.101732},{"kind":"first",'
+        '"parts":[{"kind":"fail","n":14,"seconds":0.102236,"limit_s":0.302646},{"kind":"tool",'
+        '"parts":[{"kind":"seq","parts":[{"kind":"plain","n":17,"times":20},{"kind":"work","n":18,'
+        '"seconds":0.403317}],"n":16}],"n":15}],"n":13}],"n":8}],"n":3},{"kind":"work","n":19,'
+        '"seconds":0.103606}],"n":2},{"seed":200,"is_stored":true,"ends":[[9,4,true]]}]'
+    ),
 }
 
 
