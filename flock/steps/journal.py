@@ -20,9 +20,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import UTC, datetime, timedelta
-from types import FunctionType
 from typing import Any, Literal, NoReturn, TypeVar, cast
-from weakref import WeakKeyDictionary
 
 import anyio
 import anyio.lowlevel
@@ -41,10 +39,10 @@ from flock.agents.questions import (
     question_json,
     schema_of,
 )
-from flock.agents.signature import hints_of_function, is_async, is_context, name_of
+from flock.agents.signature import is_async, name_of
 from flock.agents.tools import MAX_EXPIRES_S
-from flock.errors import CallError, SignatureError, Uncertain, cut
-from flock.pydanticmodel import from_json, to_json_and_back
+from flock.errors import CallError, Uncertain, cut
+from flock.pydanticmodel import to_json_and_back
 from flock.runs import (
     JSON_NULL,
     Answer,
@@ -69,7 +67,16 @@ from flock.scopes import (
     move_on_after_working,
     note_late_cancellation,
 )
-from flock.steps.identity import DIGEST_CHARS, asking_call, code_of, digest_of, json_of, question_id
+from flock.steps.functions import (
+    Signatures,
+    arguments_of,
+    check_name,
+    checked_options,
+    decoded,
+    signature_of,
+    with_context,
+)
+from flock.steps.identity import DIGEST_CHARS, asking_call, code_of, digest_of, question_id
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
 from flock.steps.replay import NESTED, Entry, Replay, callers, numbered
@@ -77,8 +84,6 @@ from flock.steps.replay import NESTED, Entry, Replay, callers, numbered
 logger = logging.getLogger("flock.runs")
 _T = TypeVar("_T")
 
-#: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
-NAME = r"[A-Za-z0-9_.-]{1,128}"
 #: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
 CHECKPOINTS = 10
 #: Shorter sleeps do not end the step, in seconds.
@@ -194,7 +199,7 @@ class Journal:
         self._equal: defaultdict[str, _Equal] = defaultdict(_Equal)
         #: what the functions of calls execute, by the parent, the label and the key of the call
         self._codes: dict[tuple[str, str, str], object] = {}
-        self._signatures = WeakKeyDictionary[FunctionType, tuple[inspect.Signature | None, dict[str, Any]]]()
+        self._signatures = Signatures()
         self._is_closed = self._is_over = False
         self._save_error: BaseException | None = None
         #: the tokens used in each unfinished call, by its id; those of the step outside of calls are under ""
@@ -278,10 +283,10 @@ class Journal:
         """See ``RunContext.call``. Equal calls are numbered when they begin, in that order."""
         label = re.sub(r"[^A-Za-z0-9_.-]", "_", name_of(function))
         check_in_loop(context)
-        options, kwargs = _options(label, function, kwargs, options)
-        signature, hints = self._signature_of(label, function)
-        args, kwargs = _with_context(context, function, hints, args, kwargs)
-        arguments = _arguments(label, signature, args, kwargs, options.name)
+        options, kwargs = checked_options(label, function, kwargs, options)
+        signature, hints = signature_of(label, function, self._signatures)
+        args, kwargs = with_context(context, function, hints, args, kwargs)
+        arguments = arguments_of(label, signature, args, kwargs, options.name)
         call_key = "" if options.keep == "all" else self.call_key
         key = options.name or digest_of(label, function, arguments, hints, version=self.call_ids, key=call_key)
         self._check_code(label, key, function)
@@ -290,24 +295,9 @@ class Journal:
             key,
             functools.partial(self._try, label, functools.partial(self._execute, function, args, kwargs), options),
             arguments=arguments if options.keep == "all" else JSON_NULL,
-            decode=functools.partial(_decode, label, hints.get("return", Any)),
+            decode=functools.partial(decoded, label, hints.get("return", Any)),
             at_most_once=options.once,
         )
-
-    def _signature_of(
-        self, label: str, function: Callable[..., Any]
-    ) -> tuple[inspect.Signature | None, dict[str, Any]]:
-        """Return the signature of a function, if it has one, and its types. They are read once in each step."""
-        found = self._signatures.get(function) if isinstance(function, FunctionType) else None
-        if found is None:
-            try:
-                signature = inspect.signature(function)
-            except (TypeError, ValueError):  # a built-in
-                signature = None
-            found = signature, _hints(label, function)
-            if isinstance(function, FunctionType):
-                self._signatures[function] = found
-        return found
 
     def _check_code(self, label: str, key: str, function: Callable[..., Any]) -> None:
         """Raise CallError if another function has a call with the same id. Earlier versions told modules apart."""
@@ -343,7 +333,7 @@ class Journal:
     ) -> Coroutine[Any, Any, Any]:
         """See ``RunContext.ask`` and ``Tool``. *about* is what the question is about, as a JSON object."""
         check_in_loop(context)
-        _check_name(ASK, name)
+        check_name(ASK, name)
         if answerer is not None and (problem := bad_role(answerer)):
             raise CallError(f"answerer={problem}")
         text = safe_text(question)
@@ -358,7 +348,7 @@ class Journal:
     ) -> Coroutine[Any, Any, Any]:
         """See ``RunContext.receive``."""
         check_in_loop(context)
-        _check_name(RECEIVE, name)
+        check_name(RECEIVE, name)
         asked = self._asking(RECEIVE, name, type_, expires_s, default, kind="message")
         return self._wait(RECEIVE, name, asked, type_, "message", message_json(name))
 
@@ -398,7 +388,7 @@ class Journal:
             return now() + timedelta(seconds=seconds)
 
         arguments = msgspec.Raw(msgspec.json.encode({"seconds": seconds}))
-        decode = functools.partial(_decode, TIMEOUT, datetime)
+        decode = functools.partial(decoded, TIMEOUT, datetime)
         key = str(float(seconds))
         time: datetime = await self.once(TIMEOUT, key, end, kind="sleep", arguments=arguments, decode=decode)
         return time
@@ -420,7 +410,7 @@ class Journal:
         schema = schema_of(type_)
         if default is not msgspec.UNSET:
             default = self._encode(label, default)
-            _decode(label, type_, default)
+            decoded(label, type_, default)
 
         def asked(at: datetime) -> Question:
             expires_at = None if expires_s is None else at + timedelta(seconds=expires_s)
@@ -460,7 +450,7 @@ class Journal:
                 return await (anyio.sleep(left_s) if kind == "sleep" else self._execute(self.answer, (begun,), {}))
 
         return self.once(
-            label, key, wait, kind=kind, arguments=arguments, decode=functools.partial(_decode, label, type_)
+            label, key, wait, kind=kind, arguments=arguments, decode=functools.partial(decoded, label, type_)
         )
 
     def _begun(self, call_id: str, asked: Question) -> Question:
@@ -1094,89 +1084,5 @@ def check_in_loop(context: RunContext) -> None:
         raise CallError(f"{subject} is not async, so it cannot make calls. Make it async.") from exc
 
 
-def _with_context(
-    context: RunContext,
-    function: Callable[..., Any],
-    hints: Mapping[str, Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Return the arguments, and the context for the parameter that is annotated with it."""
-    name = next((name for name, hint in hints.items() if is_context(hint)), None)
-    if name is None or any(isinstance(value, RunContext) for value in (*args, *kwargs.values())):
-        return args, kwargs
-    index = list(_parameters(function)).index(name)
-    if index <= len(args) and _parameters(function)[name].kind is not inspect.Parameter.KEYWORD_ONLY:
-        return (*args[:index], context, *args[index:]), kwargs
-    return args, {**kwargs, name: context}
-
-
-def _check_name(label: str, name: str | None) -> None:
-    if name is not None and not re.fullmatch(NAME, name):
-        raise CallError(
-            f"{name!r} is not a valid name for a call of {label!r}. Use 1 to 128 letters, digits, '_', '-' and '.'."
-        )
-
-
 def _bytes_of(call: Call) -> int:
     return len(call.arguments) + len(call.result)
-
-
-def _options(
-    label: str, function: Callable[..., Any], kwargs: Mapping[str, Any], options: CallOptions
-) -> tuple[CallOptions, Mapping[str, Any]]:
-    """Return the options of a call, and its other keyword arguments. Raises CallError if it cannot be identified."""
-    if not callable(function) or inspect.isclass(function):
-        raise CallError(f"{function!r} is not a function. Call a function, a method, or an object that can be called.")
-    if earlier := kwargs.keys() & {"name", "keep"}:
-        earlier -= _parameters(function).keys()
-        options = replace(options, **{key: kwargs[key] for key in earlier})
-        kwargs = {key: value for key, value in kwargs.items() if key not in earlier}
-    if options.name is None and getattr(function, "__name__", "") == "<lambda>":
-        raise CallError("A lambda has no name that identifies its call. Use a named function, or pass call_name=.")
-    if options.timeout_s is not None and not options.timeout_s > 0:
-        raise CallError(f"call_timeout_s of {label!r} must be above 0 seconds, not {options.timeout_s}.")
-    if options.retries < 0:
-        raise CallError(f"call_retries of {label!r} must be 0 or more, not {options.retries}.")
-    if options.retries and options.once:
-        raise CallError(f"{label!r} is executed at most once (call_once), so omit call_retries.")
-    return options, kwargs
-
-
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a built-in without a signature
-        return {}
-
-
-def _arguments(
-    label: str, signature: inspect.Signature | None, args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None
-) -> msgspec.Raw:
-    """Return the arguments by name, as JSON, without the context; null if they cannot be JSON and need not be."""
-    _check_name(label, name)
-    given: dict[str, Any] = {"args": args, "kwargs": kwargs}
-    with contextlib.suppress(TypeError):  # the call will raise the same error
-        given = given if signature is None else signature.bind_partial(*args, **kwargs).arguments
-    given = {key: value for key, value in given.items() if not isinstance(value, RunContext)}
-    try:
-        return json_of(label, "arguments", given)
-    except CallError:
-        if name is None:
-            raise
-        return JSON_NULL
-
-
-def _hints(label: str, function: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return hints_of_function(function)
-    except (SignatureError, TypeError) as exc:
-        raise CallError(f"The return type of the call {label!r} is unknown: {exc}.") from exc
-
-
-def _decode(label: str, result_type: Any, result: msgspec.Raw) -> Any:
-    """Return *result* as it is returned after a crash, also the first time, so that both ways behave alike."""
-    try:
-        return msgspec.json.decode(result, type=result_type, dec_hook=from_json)
-    except (msgspec.ValidationError, TypeError) as exc:
-        raise CallError(f"The result of the call {label!r} does not match its return type: {exc}.") from exc
