@@ -83,8 +83,9 @@ class Replay:
         #: how much longer it had taken before until the end that was delivered last
         self._skipped_s = 0.0
         self._recurred = Signal()
-        #: the last number, that of the last start of this execution, and that of the end that was delivered last
-        self._number = self._new_start = self._last_end = 0
+        #: the last number, that of the last start of this execution, that of the end that was delivered last, and that
+        #: up to which it is stored that the next one was not delivered
+        self._number = self._new_start = self._last_end = self._delayed = 0
         self.last_start = 0
         #: those that have not started in this execution, by call; first those that have started before
         self._expected = defaultdict[str, deque[Entry]](deque)
@@ -94,8 +95,8 @@ class Replay:
         self._late = defaultdict[str, deque[Call]](deque)
         #: the numbers of starts that have not recurred, in order
         self._missing = dict[int, None]()
-        #: those of ends that are not delivered, in order, each with that of when it was delivered before
-        self._ends = dict[int, int]()
+        #: those of ends that are not delivered, in order, each with its call and that of when it was delivered before
+        self._ends = dict[int, Mark]()
         #: what wakes the calls that wait for their turn, by the number of their end
         self._turns = dict[int, anyio.Event]()
         #: the ends of calls that wait to be cancelled again, each with the time until which other cancellations wait
@@ -136,7 +137,8 @@ class Replay:
                 self.calls.append(entry.stored)
                 self._ended[_kind_of(entry.call_id, entry.stored.name)][entry] = None
         ended = [entry for each in self._expected.values() for entry in each if entry.stored is not None]
-        self._ends = {entry.end: entry.seen or entry.end for entry in sorted(ended, key=lambda entry: entry.end)}
+        for entry in sorted(ended, key=lambda entry: entry.end):
+            self._ends[entry.end] = Mark(entry.call_id, entry.start, entry.seen or entry.end)
         groups = _equal_at_the_same_time(entry for each in self._expected.values() for entry in each)
         self._mixed_up = {entry for group in groups for entry in group}
         self._mixed_start = min((entry.start for entry in self._mixed_up), default=math.inf)
@@ -250,8 +252,9 @@ class Replay:
         end = self._next_number()
         if not is_cancelled:
             entry.end = end
-        self._ends[end] = end
+        self._ends[end] = Mark(entry.call_id, entry.start, end)
         self._unwritten.pop(entry.start, None)
+        self._note_delay()
         return Place(
             start=entry.start,
             end=end,
@@ -274,7 +277,9 @@ class Replay:
 
     def saw(self, entry: Entry, end: int) -> None:
         """The program sees an end now. If the step runs again, what has started by now starts before that."""
-        if self._new_start > self._ends.pop(end, end) or (entry.is_unseen and not entry.end):
+        seen = self._seen(end)
+        self._ends.pop(end, None)
+        if self._new_start > seen or (entry.is_unseen and not entry.end):
             self._note_end(entry, self._next_number())
         self._last_end, self._saw_at = end, self._time()
         self._skipped_s += self._left_s(entry)
@@ -283,7 +288,17 @@ class Replay:
         else:
             self._advance()
 
-    def _note_end(self, entry: Entry, end: int) -> None:
+    def _note_delay(self) -> None:
+        """Let the next call be stored with it if calls have started since the end that comes next.
+
+        If the process dies before that is delivered, they still start before it when the step runs again.
+        """
+        after = next(iter(self._ends.values()))
+        if after.start and self._new_start > max(after.end, self._delayed):
+            self._note_end(after, self._next_number())
+            self._delayed = self._number
+
+    def _note_end(self, entry: Entry | Mark, end: int) -> None:
         """Let the next call be stored with an end, or with when it was delivered, before the starts."""
         ends = (mark for mark in self._unwritten.get(entry.start, ()) if mark.end)
         self._unwritten[entry.start] = (*ends, Mark(entry.call_id, entry.start, end))
@@ -325,7 +340,7 @@ class Replay:
     async def settle(self) -> None:
         """Wait until the program has seen all that has ended by now, and has had time to leave a block."""
         end = self._next_number()
-        self._ends[end] = end
+        self._ends[end] = Mark("", 0, end)
         try:
             while not self._is_turn(end):
                 await self._wait_for_turn(end)
@@ -473,7 +488,11 @@ class Replay:
         return next(iter(self._ends)) == end and not self._is_missing_before(end)
 
     def _is_missing_before(self, end: int) -> bool:
-        return bool(self._missing) and next(iter(self._missing)) < self._ends.get(end, end)
+        return bool(self._missing) and next(iter(self._missing)) < self._seen(end)
+
+    def _seen(self, end: int) -> int:
+        """Return the number of when an end was delivered before."""
+        return self._ends[end].end if end in self._ends else end
 
     async def _wait_for_turn(self, end: int) -> None:
         """Wait until it may be the turn of *end*. If nothing recurs, strike out what was waited for in vain."""
@@ -494,7 +513,7 @@ class Replay:
     def _strike_out(self, end: int) -> None:
         """Let what comes before *end* hold up no other, apart from calls that wait to be cancelled."""
         self._struck_at = self._time()
-        for number in [number for number in self._missing if number < self._ends.get(end, end)]:
+        for number in [number for number in self._missing if number < self._seen(end)]:
             del self._missing[number]
         for number in [number for number in self._ends if number < end and number not in self._to_cancel]:
             del self._ends[number]

@@ -359,6 +359,23 @@ FOUND_IN_MEMORY = {
         '"seconds":0.403317}],"n":16}],"n":15}],"n":13}],"n":8}],"n":3},{"kind":"work","n":19,'
         '"seconds":0.103606}],"n":2},{"seed":200,"is_stored":true,"ends":[[9,4,true]]}]'
     ),
+    "a call that starts and ends before a cancellation that was stored earlier is seen": (
+        '[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"loop","parts":[{"kind":"seq",'
+        '"parts":[{"kind":"plain","n":7,"times":20},{"kind":"work","n":8,"seconds":0.201414}],'
+        '"n":6}],"n":5,"times":3},{"kind":"group","parts":[{"kind":"flaky","n":13,"seconds":0.101732,'
+        '"limit_s":1.202236},{"kind":"work","n":14,"seconds":0.202646}],"n":9}],"n":4},'
+        '{"kind":"work","n":25,"seconds":0.105385}],"n":2},{"seed":796,"is_stored":true,"ends":[[0,0,'
+        "true],[11,0,true]]}]"
+    ),
+    "time limits of calls and cancellations in slow plain code": (
+        '[{"kind":"first","parts":[{"kind":"gather","parts":[{"kind":"flaky","n":6,'
+        '"seconds":0.101414,"limit_s":1.201732,"retries":1},{"kind":"flaky","n":7,"seconds":0.802646,'
+        '"limit_s":1.203317,"retries":1}],"n":4},{"kind":"tool","parts":[{"kind":"loop",'
+        '"parts":[{"kind":"tool","parts":[{"kind":"agent","parts":[{"kind":"ask","n":15}],"n":14}],'
+        '"n":13,"limit_s":0.603606}],"n":12,"times":2}],"n":11,"limit_s":0.154123},{"kind":"work",'
+        '"n":17,"seconds":0.104359,"limit_s":0.154796,"retries":1}],"n":3},{"seed":352,'
+        '"is_stored":true,"ends":[[8,8,true]]}]'
+    ),
 }
 
 
