@@ -292,6 +292,21 @@ def test_a_killed_server_loses_neither_the_reply_nor_the_next_message(visit: Vis
         assert [len(runs_of(site, session_of(each))) for each in (page, idle)] == [2, 1]
 
 
+def test_a_stream_that_comes_after_the_end_does_not_show_the_reply_twice(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "chat/chat")
+    held = list[tuple[Route, Any]]()
+    page.route("**/run/*/events", lambda route: held.append((route, route.fetch())), times=1)
+    reply = reply_of(say(page, "Hello"))
+    expect(reply).to_have_text("Message 1 was: Hello")
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    ((route, response),) = held
+    with page.expect_request_finished(lambda request: request.url.endswith("/events")):
+        route.fulfill(response=response)
+    with page.expect_response(re.compile("/run/[^/]*$")):
+        pass  # the page has read the stream
+    expect(reply).to_have_text("Message 1 was: Hello")
+
+
 def test_only_the_turn_that_runs_has_a_stream(visit: Visit, closed: Site, gate: str) -> None:
     """A browser has six connections per host."""
     session_id = f"many-{gate}"

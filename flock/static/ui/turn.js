@@ -106,6 +106,7 @@ export class Turn {
   }
 
   on({ name, data }) {
+    if (isFinal(this.run.status) && name.startsWith("output.")) return; // its outcome is shown
     const isOwn = !data.call_id;
     if (isOwn && data.agent_name) this.isAnswer = this.endsRun(data.agent_name);
     if (name === "open") {
