@@ -123,8 +123,8 @@ class Signal:
 
     _event: anyio.Event | asyncio.Event | None = None
 
-    async def wait(self) -> None:
-        await self.next.wait()
+    def wait(self) -> Coroutine[Any, Any, object]:
+        return self.next.wait()
 
     @property
     def next(self) -> anyio.Event | asyncio.Event:
