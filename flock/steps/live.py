@@ -67,12 +67,9 @@ class _Writer:
         has_output: it has written a part of its output in this execution, even if that was dropped.
     """
 
-    def __init__(self, run_id: str, attempt: int, position: int, agent_name: str, call_id: str, created: int) -> None:
-        self.run_id = run_id
-        self.attempt = attempt
-        self.position = position
-        self.agent_name = agent_name
-        self.call_id = call_id
+    def __init__(self, context: Context, call_id: str, created: int) -> None:
+        self.run_id, self.attempt = context.run_id, context.attempt
+        self.position, self.agent_name, self.call_id = context.position, context.agent_name, call_id
         self.call: dict[str, Any] | None = None
         self.created = self.changed = created
         self.resets = 0
@@ -160,7 +157,7 @@ class LiveOutput:
 
     def write(self, writer: Context, field: str, text: str) -> None:
         with self._lock:  # as ``_writing``, in less time: this is done for each piece
-            written = self._writer(writer.run_id, writer.attempt, writer.position, writer.agent_name, writer.call_id)
+            written = self._writer(writer, writer.call_id)
             written.has_output = True
             content = written.fields.get(field)
             if not isinstance(content, _Text):
@@ -223,23 +220,23 @@ class LiveOutput:
     def _writing(self, writer: Context) -> Iterator[_Writer]:
         """Change what *writer* has written, and wake the readers."""
         with self._lock:
-            written = self._writer(writer.run_id, writer.attempt, writer.position, writer.agent_name, writer.call_id)
+            written = self._writer(writer, writer.call_id)
             before = written.chars
             yield written
             if written.is_done:
                 self._done_chars += written.chars - before
         self._wake_soon()
 
-    def _writer(self, run_id: str, attempt: int, position: int, agent_name: str, call_id: str) -> _Writer:
-        key = position, call_id
+    def _writer(self, context: Context, call_id: str) -> _Writer:
+        key = context.position, call_id
         self.changes += 1
         written = self._writers.get(key)
         if written is None:
-            written = self._writers[key] = _Writer(run_id, attempt, position, agent_name, call_id, self.changes)
+            written = self._writers[key] = _Writer(context, call_id, self.changes)
         else:
             self._writers.move_to_end(key)
-        written.agent_name, written.changed = agent_name, self.changes
-        written.attempt = max(written.attempt, attempt)
+        written.agent_name, written.changed = context.agent_name, self.changes
+        written.attempt = max(written.attempt, context.attempt)
         return written
 
     def _wake_soon(self) -> None:
@@ -283,7 +280,7 @@ class LiveOutput:
     ) -> None:
         """Note that a call of the step has started."""
         with self._lock:
-            written = self._writer(context.run_id, context.attempt, context.position, context.agent_name, call_id)
+            written = self._writer(context, call_id)
             self._count_done(written, False)
             written.attempt, written.created = context.attempt, self.changes
             written.call = {"name": name, "kind": kind, "started_at": started_at}
