@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import msgspec
 import pytest
 from hypothesis import given
@@ -173,7 +174,7 @@ async def test_threads_may_write_while_readers_read() -> None:
     thread = threading.Thread(target=write)
     thread.start()
     while thread.is_alive():
-        changed = live.changed
+        changed = live.changed.next
         for client in clients:
             client.read(1)
         with anyio.move_on_after(1):
@@ -234,6 +235,59 @@ async def test_readers_at_the_same_place_get_the_same_event() -> None:
             context.emit("e", "text")
             assert [event.data["text"] for event in other.events(STEP)] == ["e"]
             assert [event.data["text"] for event in one.events(STEP)] == ["e"]
+
+
+@pytest.mark.anyio
+async def test_text_of_one_turn_is_one_event_for_all_readers_with_and_without_reasoning() -> None:
+    live = LiveOutput(10**6)
+    context = context_of(live)
+    with live.reader(0, reasoning=False) as one, live.reader(0, reasoning=True) as curious:
+        context.emit("a", "text")
+        for reader in (one, curious):
+            list(reader.events(STEP))
+        for text in "bcd":
+            context.emit(text, "text")
+        (piece,) = one.events(STEP)
+        assert piece.data["text"] == "bcd"
+        context.emit("e", "text")
+        (last,) = one.events(STEP)
+        assert last.data["text"] == "e", "what a reader has does not grow"
+        assert [event.data["text"] for event in curious.events(STEP)] == ["bcde"]
+        context.emit("f", "text")
+        (last,) = curious.events(STEP)
+        (same,) = one.events(STEP)
+        assert same is last
+
+
+@pytest.mark.anyio
+async def test_a_piece_wakes_its_reader_in_the_next_turn_of_the_event_loop() -> None:
+    live = LiveOutput(10**6)
+    context, client, is_waiting = context_of(live), Client(live), anyio.Event()
+
+    async def read() -> None:
+        is_waiting.set()
+        await live.changed.wait()
+        client.read()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read)
+        await is_waiting.wait()
+        context.emit("a", "text")
+        context.emit("b", "text")
+        await anyio.lowlevel.checkpoint()
+        assert client.outputs == {"": {"text": "ab"}}
+
+
+@pytest.mark.anyio
+async def test_the_last_piece_of_a_call_may_be_forgotten_before_it_is_read() -> None:
+    live = LiveOutput(100)
+    context, client = context_of(live, "x"), Client(live)
+    context.emit("a", "text")
+    client.read()
+    context.emit("b" * 200, "text")
+    live.end_call(0, "x")
+    client.read()
+    assert client.outputs == {"x": {"text": "a"}}
 
 
 @pytest.mark.anyio

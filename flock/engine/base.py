@@ -244,7 +244,7 @@ class EngineBase(Engine):
     def _may_end_in_drain(self, run_id: str) -> bool:
         """Whether event streams of a run continue while the engine drains, since it may end before the drain does."""
 
-    def _next_change(self) -> Callable[[], Awaitable[None]]:
+    def _next_change(self) -> Callable[[], Awaitable[object]]:
         """Return a function that waits for the next change of any record. The default does not wait: callers poll."""
         return anyio.lowlevel.checkpoint
 
@@ -589,8 +589,8 @@ class EngineBase(Engine):
                     del run, event  # for a slow client, only one event stays in memory; the rest is read again
                     while piece is not None:
                         yield piece
-                        await share.checkpoint()
-                        piece = next(pieces, None)
+                        if (piece := next(pieces, None)) is not None:
+                            await share.checkpoint()
                     idle_since = time.monotonic()
                     if key is None:  # at the latest when there is more of either, another look follows
                         await reader.changed()

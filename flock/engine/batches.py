@@ -50,7 +50,7 @@ class Batches:
     store: BatchStore
     runner: Runner
     start_task: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], object]
-    next_change: Callable[[], Callable[[], Awaitable[None]]]
+    next_change: Callable[[], Callable[[], Awaitable[object]]]
     limits: Limits
     recipe_and_version: Callable[[str], tuple[str | None, str]]
 

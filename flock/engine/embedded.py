@@ -580,7 +580,7 @@ class EmbeddedEngine(EngineBase):
     def _may_end_in_drain(self, run_id: str) -> bool:
         return run_id in self._runner.active
 
-    def _next_change(self) -> Callable[[], Awaitable[None]]:
+    def _next_change(self) -> Callable[[], Awaitable[object]]:
         return self._store_changed.next.wait
 
     async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import anyio
 import msgspec
@@ -19,6 +19,7 @@ import msgspec
 from flock.models.pieces import Joiner
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
+from flock.scopes import Signal
 from flock.steps.threads import loop_scheduler
 
 #: What one writer counts for the size of a live output, in addition to its text.
@@ -66,12 +67,9 @@ class _Writer:
         has_output: it has written a part of its output in this execution, even if that was dropped.
     """
 
-    def __init__(self, run_id: str, attempt: int, position: int, agent_name: str, call_id: str, created: int) -> None:
-        self.run_id = run_id
-        self.attempt = attempt
-        self.position = position
-        self.agent_name = agent_name
-        self.call_id = call_id
+    def __init__(self, context: Context, call_id: str, created: int) -> None:
+        self.run_id, self.attempt = context.run_id, context.attempt
+        self.position, self.agent_name, self.call_id = context.position, context.agent_name, call_id
         self.call: dict[str, Any] | None = None
         self.created = self.changed = created
         self.resets = 0
@@ -110,7 +108,7 @@ class LiveOutput:
 
     Attributes:
         watchers: how many watch the run.
-        changed: is set at the next change of the live output, or of the run's record.
+        changed: is notified of each change of the live output, and of the run's record.
         news: how many times the run's record may have changed.
         next_is_late: whether the next reader gets what was written before it as a snapshot. The first one that watched
             the run from its start misses nothing.
@@ -125,19 +123,19 @@ class LiveOutput:
 
     def __init__(self, max_chars: int) -> None:
         self.watchers = self.news = 0
-        self.changed = anyio.Event()
+        self.changed = Signal()
         self.readers: set[LiveReader] = set()
         self.next_is_late = False
         self._max_chars = max_chars
-        self._call_soon = loop_scheduler()
+        self._call_soon, self._loop_thread = loop_scheduler(), threading.get_ident()
         self._is_waking = False
         self._lock = threading.Lock()
         #: in the order of their last change
         self._writers: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
         self._done: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
         self.changes = self._done_chars = 0
-        #: the last piece of text that a reader got alone, with reasoning and without, for others at the same place
-        self.shared: dict[bool, _Shared] = {}
+        #: what was written last, if that is text
+        self._last: _Piece | None = None
 
     @property
     def chars(self) -> int:
@@ -153,22 +151,23 @@ class LiveOutput:
     def wake(self) -> None:
         """Wake the readers. In the event loop only."""
         self._is_waking = False
-        changed, self.changed = self.changed, anyio.Event()
-        changed.set()
+        self.changed.notify()
 
     # Writing: in any thread
 
     def write(self, writer: Context, field: str, text: str) -> None:
         with self._lock:  # as ``_writing``, in less time: this is done for each piece
-            written = self._writer(writer.run_id, writer.attempt, writer.position, writer.agent_name, writer.call_id)
+            written = self._writer(writer, writer.call_id)
             written.has_output = True
             content = written.fields.get(field)
             if not isinstance(content, _Text):
                 if content is not None:
                     written.resets += 1  # readers would append the text to the value
                 content = written.fields[field] = _Text()
-            if self._has_room(written, writer):  # so its call has not ended
-                written.chars += content.append(text)
+            if self._has_room(written, writer) and (chars := content.append(text)):  # so its call has not ended
+                written.chars += chars
+                if self._last is None or not self._last.grow(written, field, self.changes):
+                    self._last = _Piece(written, field, content.tell() - chars, self.changes)
         self._wake_soon()
 
     def write_value(self, writer: Context, field: str, value: Any) -> None:
@@ -221,27 +220,29 @@ class LiveOutput:
     def _writing(self, writer: Context) -> Iterator[_Writer]:
         """Change what *writer* has written, and wake the readers."""
         with self._lock:
-            written = self._writer(writer.run_id, writer.attempt, writer.position, writer.agent_name, writer.call_id)
+            written = self._writer(writer, writer.call_id)
             before = written.chars
             yield written
             if written.is_done:
                 self._done_chars += written.chars - before
         self._wake_soon()
 
-    def _writer(self, run_id: str, attempt: int, position: int, agent_name: str, call_id: str) -> _Writer:
-        key = position, call_id
+    def _writer(self, context: Context, call_id: str) -> _Writer:
+        key = context.position, call_id
         self.changes += 1
         written = self._writers.get(key)
         if written is None:
-            written = self._writers[key] = _Writer(run_id, attempt, position, agent_name, call_id, self.changes)
+            written = self._writers[key] = _Writer(context, call_id, self.changes)
         else:
             self._writers.move_to_end(key)
-        written.agent_name, written.changed = agent_name, self.changes
-        written.attempt = max(written.attempt, attempt)
+        written.agent_name, written.changed = context.agent_name, self.changes
+        written.attempt = max(written.attempt, context.attempt)
         return written
 
     def _wake_soon(self) -> None:
-        if not self._is_waking:  # many changes wake the readers once
+        if threading.get_ident() == self._loop_thread:
+            self.wake()
+        elif not self._is_waking:  # many changes wake the readers once
             self._is_waking = True
             self._call_soon(self.wake)
 
@@ -279,7 +280,7 @@ class LiveOutput:
     ) -> None:
         """Note that a call of the step has started."""
         with self._lock:
-            written = self._writer(context.run_id, context.attempt, context.position, context.agent_name, call_id)
+            written = self._writer(context, call_id)
             self._count_done(written, False)
             written.attempt, written.created = context.attempt, self.changes
             written.call = {"name": name, "kind": kind, "started_at": started_at}
@@ -359,6 +360,8 @@ class LiveOutput:
                 if written.changed <= seen:
                     break
                 found.append(written)
+            if self._last is not None:
+                self._last.is_read = True
             return found[::-1], self.changes
 
     def piece(self, text: _Text, start: int) -> str:
@@ -366,6 +369,15 @@ class LiveOutput:
         with self._lock:
             text.seek(start)
             return text.read()
+
+    def last_piece(self, seen: int) -> "_Piece | None":
+        """Return the text that was written last, if that is all that has changed after the change number *seen*."""
+        with self._lock:
+            last = self._last
+            if last is None or last.since != seen or last.seen != self.changes or last.resets != last.written.resets:
+                return None
+            last.read()
+            return last
 
 
 class Unread:
@@ -425,27 +437,45 @@ class _Place:
         self.sent: dict[str, int] = {}
         self.reasoning = 0
 
-    def is_before(self, piece: "_Shared") -> bool:
+    def is_before(self, piece: "_Piece") -> bool:
         """Whether a reader at this place has all but *piece*."""
-        is_same = (self.created, self.resets) == (piece.created, piece.resets)
+        is_same = (self.created, self.resets) == (piece.written.created, piece.resets)
         return is_same and not self.wants_snapshot and self.sent.get(piece.field) == piece.start
 
 
-class _Shared(NamedTuple):
-    """A piece of text, which is all that changed after the change number *since* until *seen*.
+class _Piece:
+    """Text that was written last. It is all that has changed after the change number *since* until *seen*.
 
-    *sent* and *start* are the length of the text with the piece and without it.
+    Attributes:
+        start: the length of the text without it.
+        is_read: a reader has it, so it does not grow any more.
+        event, end: what the first reader made of it, for all at the same place; and the length of the text with it.
     """
 
-    since: int
-    seen: int
-    key: tuple[int, str]
-    created: int
-    resets: int
-    field: str
-    start: int
-    sent: int
-    event: Event
+    def __init__(self, written: _Writer, field: str, start: int, seen: int) -> None:
+        self.written, self.resets = written, written.resets
+        self.field, self.start, self.end = field, start, 0
+        self.since, self.seen = seen - 1, seen
+        self.is_read = False
+        self.event: Event | None = None
+
+    def grow(self, written: _Writer, field: str, seen: int) -> bool:
+        """Include the text of the change number *seen*. Return False if it cannot: it is read, or is not before it."""
+        is_same = self.written is written and self.field == field and self.resets == written.resets
+        can_grow = is_same and not self.is_read and self.seen == seen - 1
+        if can_grow:
+            self.seen = seen
+        return can_grow
+
+    def read(self) -> None:
+        self.is_read = True
+        if self.event is None:
+            content = self.written.fields[self.field]
+            assert isinstance(content, _Text)
+            content.seek(self.start)
+            text = content.read()
+            self.end = self.start + len(text)
+            self.event = self.written.event("output.delta", field=self.field, text=text)
 
 
 class LiveReader:
@@ -483,30 +513,22 @@ class LiveReader:
 
         A reader that does not take all events gets the others from the next call.
         """
-        shared, since = self._live.shared.get(self._has_reasoning), self._seen
-        if shared is not None and not self._pending and (shared.since, shared.seen) == (since, self._live.changes):
-            place = self._places.get(shared.key)
-            if place is not None and place.is_before(shared):
-                place.sent[shared.field], self._seen = shared.sent, shared.seen
-                yield shared.event
-                return
-        changed, self._seen = self._live.changed_since(since)
-        seen, place = self._seen, None
-        if len(changed) == 1 and not self._pending:
-            place = self._places.get(changed[0].key)
+        if not self._pending and (piece := self._last_piece()) is not None:
+            yield piece
+            return
+        changed, self._seen = self._live.changed_since(self._seen)
         for written in changed:
             self._pending[written.key] = written
-        found = self._pending_events(after)
-        for first in found:
-            yield first
-            second = next(found, None)
-            if second is not None:
-                yield second
-                yield from found
-            elif place is not None and first.name == "output.delta":
-                field, sent = first.data["field"], place.sent[first.data["field"]]
-                of = changed[0].key, place.created, place.resets, field, sent - len(first.data["text"]), sent
-                self._live.shared[self._has_reasoning] = _Shared(since, seen, *of, first)
+        yield from self._pending_events(after)
+
+    def _last_piece(self) -> Event | None:
+        """Return the text that was written last, if the reader has all but that."""
+        last = self._live.last_piece(self._seen)
+        place = None if last is None else self._places.get(last.written.key)
+        if last is None or place is None or not place.is_before(last):
+            return None
+        place.sent[last.field], self._seen = last.end, last.seen
+        return last.event
 
     def _pending_events(self, after: int) -> Iterator[Event]:
         for written in list(self._pending.values()):

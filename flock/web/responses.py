@@ -188,6 +188,8 @@ def _delta(event: Event) -> bytes:
 
 
 def _escaped(text: bytes, escapes: Mapping[bytes, bytes] = LINE_ENDS) -> bytes:
+    if escapes is LINE_ENDS and text.isascii():
+        return text
     for character, escape in escapes.items():
         text = text.replace(character, escape)
     return text
