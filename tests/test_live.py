@@ -173,7 +173,7 @@ async def test_threads_may_write_while_readers_read() -> None:
     thread = threading.Thread(target=write)
     thread.start()
     while thread.is_alive():
-        changed = live.changed
+        changed = live.changed.next
         for client in clients:
             client.read(1)
         with anyio.move_on_after(1):

@@ -88,7 +88,7 @@ async def serve(
         with watch(run_id) as live, live.reader(0, reasoning=True) as reader:
             is_last = False
             while not is_last:
-                changed, ended_steps, is_last = live.changed, live.ended_steps, not is_active(run_id)
+                changed, ended_steps, is_last = live.changed.next, live.ended_steps, not is_active(run_id)
                 for event in reader.events(ALL):
                     await stream.send(msgspec.json.encode((event.name, event.data)) + b"\n")
                 state = {"ended_steps": ended_steps, "is_last": is_last}

@@ -19,6 +19,7 @@ import msgspec
 from flock.models.pieces import Joiner
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
+from flock.scopes import Signal
 from flock.steps.threads import loop_scheduler
 
 #: What one writer counts for the size of a live output, in addition to its text.
@@ -110,7 +111,7 @@ class LiveOutput:
 
     Attributes:
         watchers: how many watch the run.
-        changed: is set at the next change of the live output, or of the run's record.
+        changed: is notified at each change of the live output, or of the run's record.
         news: how many times the run's record may have changed.
         next_is_late: whether the next reader gets what was written before it as a snapshot. The first one that watched
             the run from its start misses nothing.
@@ -125,7 +126,7 @@ class LiveOutput:
 
     def __init__(self, max_chars: int) -> None:
         self.watchers = self.news = 0
-        self.changed = anyio.Event()
+        self.changed = Signal()
         self.readers: set[LiveReader] = set()
         self.next_is_late = False
         self._max_chars = max_chars
@@ -153,8 +154,7 @@ class LiveOutput:
     def wake(self) -> None:
         """Wake the readers. In the event loop only."""
         self._is_waking = False
-        changed, self.changed = self.changed, anyio.Event()
-        changed.set()
+        self.changed.notify()
 
     # Writing: in any thread
 
