@@ -194,8 +194,8 @@ class FlockAPI(Starlette):
         self.router = AppRouter(
             [
                 *options.routes,
-                *more,
                 *(ROUTES if options.docs else ROUTES[: -len(DOCS)]),
+                *more,
                 *(UI if options.create_ui else ()),
             ],
             auth=auth if self.keys is None else api_key_auth(self.keys),

@@ -349,6 +349,10 @@ async def test_an_unknown_path_or_method_is_a_problem_too(client: httpx.AsyncCli
     assert "GET" in response.headers["Allow"]
 
 
+async def test_a_path_that_ends_in_a_line_break_is_unknown(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/agents%0A")).status_code == 404
+
+
 # Too large
 
 

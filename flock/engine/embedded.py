@@ -339,7 +339,7 @@ class EmbeddedEngine(EngineBase):
                 await self._wait_until_seen((await self.get_outline(replaced)).completed_at)
             # It is accepted even if it is cancelled here, and what it replaces ends by the same commit.
             with (
-                anyio.CancelScope(shield=replaced is not None),
+                contextlib.nullcontext() if replaced is None else anyio.CancelScope(shield=True),
                 accepting(self._accepting, key),
                 counted(self._runner.queued_bytes, run.principal, run.input_bytes),
             ):

@@ -334,7 +334,7 @@ class Runner:
         self.store = store
         self.executor = executor
         self.continue_answered = continue_answered
-        self.limits = limits
+        self.limits, self._queue_limits = limits, limits.queue
         self._expose_errors = expose_errors
         self.active: dict[str, StoredRun] = {}
         self.watched: dict[str, LiveOutput] = {}
@@ -374,7 +374,7 @@ class Runner:
 
     def check_room(self, principal: str | None) -> None:
         """Like the check in ``Store.accept``, for a run that is not in the store until it ends."""
-        queued, limits = len(self.active) - self.limits.max_concurrency, self.limits.queue
+        queued, limits = len(self.active) - self.limits.max_concurrency, self._queue_limits
         limits.check(queued)
         if principal is not None and queued >= limits.max_runs_per_principal:
             runs = [active.run for active in self.active.values()]

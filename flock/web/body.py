@@ -1,6 +1,7 @@
 """The body of a request, with limits on its size, its speed and its compression."""
 
 import contextlib
+import functools
 import hashlib
 import re
 import zlib
@@ -61,10 +62,13 @@ class Body:
         self._request = request
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
-        self._hash = hashlib.sha256()
         request.scope["flock.is_unread"] = True  # a response before the body's end must close the connection
         declared = request.headers.get("content-length", "")
         self._declared_bytes = int(declared) if re.fullmatch(r"[0-9]{1,18}", declared) else 0
+
+    @functools.cached_property
+    def _hash(self) -> "hashlib._Hash":  # JSON needs none
+        return hashlib.sha256()
 
     async def json(self, max_depth: int, default: bytes | None = None) -> bytes:
         """Return the whole JSON body, or *default* if it is empty.

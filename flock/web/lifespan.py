@@ -39,6 +39,8 @@ class EngineLifespan:
         self._task: asyncio.Task[None] | None = None
         self._opened: asyncio.Future[None] | None = None
         self._all_released = anyio.Event()
+        #: the event loop in which the engine is open; None if it is not, and under trio
+        self._open_in: asyncio.AbstractEventLoop | None = None
         #: Under trio: set when the first holder has opened the engine, or has failed to.
         self._opening: anyio.Event | None = None
 
@@ -104,6 +106,9 @@ class EngineLifespan:
 
         Cancellation: the engine opens anyway.
         """
+        is_open = self._open_in is not None and self._open_in is _running_loop()
+        if is_open and self._holders and not self._all_released.is_set():
+            return  # as for nearly all requests
         is_closing = self._all_released.is_set() and self._task is not None and not self._task.done()
         if is_closing or (not self._holders and ended not in (None, self.ended)):
             raise EngineStopped("The server is shutting down. Try again when it has started.")
@@ -141,7 +146,11 @@ class EngineLifespan:
             async with engine:
                 if not opened.done():
                     opened.set_result(None)
-                await all_released.wait()
+                self._open_in = opened.get_loop()
+                try:
+                    await all_released.wait()
+                finally:
+                    self._open_in = None
         except Exception as exc:
             if opened.done():
                 if all_released.is_set():

@@ -2,8 +2,8 @@
 
 import functools
 import hashlib
+import os
 import re
-import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 from urllib.parse import quote, urlencode
@@ -51,7 +51,7 @@ def request_id_for(scope: Scope) -> str:
     for name, value in headers:
         if name == b"x-request-id" and re.fullmatch(rb"[\w.:-]{1,128}", value):
             return value.decode()
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 @functools.cache

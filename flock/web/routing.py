@@ -57,7 +57,17 @@ class AppRoute(Route):
         self.app = self._respond
         self.needs = needs
         #: what all paths of the route begin with, so that most routes need no regular expression to be ruled out
-        self.beginning = path.partition("{")[0]
+        self.beginning, parameter, _ = path.partition("{")
+        self._is_literal = not parameter
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Like that of ``Route``, but a path without parameters is compared without a regular expression."""
+        if not self._is_literal or scope.get("root_path"):
+            return super().matches(scope)
+        if scope["type"] != "http" or scope["path"] != self.path:
+            return Match.NONE, {}
+        match = Match.FULL if scope["method"] in (self.methods or ()) else Match.PARTIAL
+        return match, {"endpoint": self.endpoint, "path_params": scope.get("path_params", {})}
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Like the app of ``Route``, which also handles exceptions. Here the app handles them, once."""
