@@ -293,6 +293,17 @@ async def test_items_that_share_a_transaction_are_each_fenced_by_their_batch(sto
     ]
 
 
+async def test_items_that_share_a_statement_keep_values_of_their_own(store: SQLiteStore) -> None:
+    batch, end = batch_of(principal="p"), {"status": RunStatus.FAILED, "error": "invalid", "completed_at": now()}
+    items = [run_of(batch_id=batch.batch_id, position=n, principal="p", attempt=2) for n in range(250)]
+    items[0], items[99] = replace(items[0], **end), replace(items[99], files=("a/b",))
+    items[100], items[249] = replace(items[100], extra=msgspec.Raw(b'{"z":1}')), replace(items[249], timeout_s=0.5)
+    (store.contents.root / "a").mkdir(parents=True)
+    (store.contents.root / "a/b").touch()
+    await store.batches.stage(batch, items, 1000, is_first=True)
+    assert [await store.get_run(item.run_id) for item in items] == items
+
+
 async def refused_batch(store: SQLiteStore, run: Run, value: Any) -> None:
     batch = batch_of(principal=value)
     await store.batches.accept(batch, [], 1000, None, then=lambda batch: None, is_staged=False)

@@ -82,6 +82,14 @@ def insert_run(columns: tuple[str, ...]) -> str:
     return f"INSERT OR REPLACE INTO runs ({', '.join(columns)}) VALUES ({_marks(columns)})"
 
 
+@functools.lru_cache
+def insert_runs(shared: tuple[str, ...], own: tuple[str, ...], count: int) -> str:
+    """Return a statement that inserts *count* runs, given the columns that they share, and then those of each."""
+    rows = ", ".join([f"({_marks(own)})"] * count)
+    return f"""INSERT OR REPLACE INTO runs ({", ".join([*shared, *own])})
+        SELECT {_marks(shared)}, own.* FROM (VALUES {rows}) AS own"""
+
+
 UPDATE = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in UPDATED)}, last_step = ?
     WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')"""
 UPDATE_RUN = f"{UPDATE} AND owner = ?"
