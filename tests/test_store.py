@@ -266,6 +266,44 @@ def batch_of(**more: Any) -> Batch:
     return Batch(batch_id=new_id(), created_at=now(), **values)
 
 
+async def test_items_that_share_a_transaction_are_each_fenced_by_their_batch(store: SQLiteStore) -> None:
+    """Each gets the number of the version of its own batch, and that of another owner is not written."""
+    own, lost = [batch_of(versions=("1",)), batch_of(versions=("1", "2"))], batch_of(owner="other", versions=("1",))
+    items = [run_of(batch_id=batch.batch_id, position=n) for batch in (lost, *own) for n in range(2)]
+    for batch in (lost, *own):
+        mine = [item for item in items if item.batch_id == batch.batch_id]
+        await store.batches.stage(batch, mine, 1000, is_first=True)
+    refused = list[str]()
+
+    async def end(item: Run) -> None:
+        try:
+            await store.save(replace(item, status=RunStatus.COMPLETED, completed_at=now()))
+        except OwnershipLost:
+            refused.append(item.run_id)
+
+    async with anyio.create_task_group() as tasks:
+        for item in items:
+            tasks.start_soon(end, item)
+    assert refused == [item.run_id for item in items[:2]]
+    found = [await store.get_run(item.run_id) for item in items]
+    assert [run and (run.status, run.version_number) for run in found] == [
+        *[(RunStatus.STARTING, None)] * 2,
+        *[(RunStatus.COMPLETED, 1)] * 2,
+        *[(RunStatus.COMPLETED, 2)] * 2,
+    ]
+
+
+async def test_items_that_share_a_statement_keep_values_of_their_own(store: SQLiteStore) -> None:
+    batch, end = batch_of(principal="p"), {"status": RunStatus.FAILED, "error": "invalid", "completed_at": now()}
+    items = [run_of(batch_id=batch.batch_id, position=n, principal="p", attempt=2) for n in range(250)]
+    items[0], items[99] = replace(items[0], **end), replace(items[99], files=("a/b",))
+    items[100], items[249] = replace(items[100], extra=msgspec.Raw(b'{"z":1}')), replace(items[249], timeout_s=0.5)
+    (store.contents.root / "a").mkdir(parents=True)
+    (store.contents.root / "a/b").touch()
+    await store.batches.stage(batch, items, 1000, is_first=True)
+    assert [await store.get_run(item.run_id) for item in items] == items
+
+
 async def refused_batch(store: SQLiteStore, run: Run, value: Any) -> None:
     batch = batch_of(principal=value)
     await store.batches.accept(batch, [], 1000, None, then=lambda batch: None, is_staged=False)

@@ -29,8 +29,8 @@ def new_id() -> str:
     with _id_lock:
         _last_id_time = ticks = max(_last_id_time + 1, time.time_ns() * 4096 // 1_000_000)
     random = int.from_bytes(os.urandom(8))
-    head = f"{ticks >> 28:08x}-{ticks >> 12 & 0xFFFF:04x}-7{ticks & 0xFFF:03x}"
-    return f"{head}-{0x8000 | random >> 50:04x}-{random & 0xFFFFFFFFFFFF:012x}"
+    digits = f"{ticks:015x}{1 << 63 | random >> 2:016x}"
+    return f"{digits[:8]}-{digits[8:12]}-7{digits[12:15]}-{digits[15:19]}-{digits[19:]}"
 
 
 def first_id_at(time: datetime, milliseconds_later: int = 0) -> str:

@@ -51,7 +51,7 @@ from flock.runs import (
 )
 from flock.runs.context import CURRENT_CALL
 from flock.runs.usage import spent_with
-from flock.scopes import Clock, set_deadline
+from flock.scopes import Clock, loop_clock, set_deadline
 from flock.steps.callees import Callees
 from flock.steps.journal import Journal
 from flock.steps.live import LiveOutput
@@ -329,7 +329,7 @@ class StepExecutor:
             elif run.started_at is not None:
                 spent_s = (now() - run.started_at).total_seconds() - active.waited_s
             if active.scope.deadline == math.inf:
-                set_deadline(active.scope, anyio.current_time() + active.timeout_s - spent_s)
+                set_deadline(active.scope, loop_clock()() + active.timeout_s - spent_s)
             if is_start:
                 await active.started(run, agent)
                 if not run.worked_s:

@@ -268,6 +268,22 @@ def run_values(run: Run, last_step: bytes | None = None) -> dict[str, Any]:
     return {name: value for name, value in zip(RUN_TABLE, values, strict=True) if value is not None}
 
 
+def shared_and_own_values(runs: Iterable[Run]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Return the values of new runs without steps, by column: those that are the same in all of them, and the others.
+
+    Columns that are NULL in all are left out.
+    """
+    shared, own = dict[str, Any](), dict[str, list[Any]]()
+    rows = zip(*map(msgspec.structs.astuple, runs), strict=True)
+    for (name, column), values in zip(RUN_TABLE.items(), rows, strict=True):
+        write = column.write
+        if name == "run_id" or values.count(values[0]) < len(values):
+            own[name] = [value if value is None or write is None else write(value) for value in values]
+        elif values[0] not in (None, ()):
+            shared[name] = values[0] if write is None else write(values[0])
+    return shared, own
+
+
 def updated_values(run: Run, last_step: bytes | None) -> list[Any]:
     """Return the values of the columns ``UPDATED`` and ``last_step``."""
     return [*_updated_fields_of_run(run), last_step]

@@ -18,15 +18,16 @@ from flock.store.columns import micros
 
 
 def numbered(db: sqlite3.Connection, batch: Batch, items: Iterable[Run]) -> Iterator[Run]:
-    """Yield new items of *batch*, each with the digest of its number among equal ones. Store each before the next."""
+    """Yield new items of *batch*, each with the digest of its number among equal ones."""
+    new = set[str]()
     for item in items:
         if item.digest is None or batch.options.dedupe:
             yield item
             continue
 
         def exists(number: int) -> bool:
-            values = (_numbered(item.digest or "", number), batch.batch_id)  # noqa: B023 - called before the next
-            return db.execute(statements.HAS_DIGEST, values).fetchone() is not None
+            digest = _numbered(item.digest or "", number)  # noqa: B023 - called before the next
+            return digest in new or db.execute(statements.HAS_DIGEST, (digest, batch.batch_id)).fetchone() is not None
 
         first_free = 1
         while exists(first_free):
@@ -35,7 +36,8 @@ def numbered(db: sqlite3.Connection, batch: Batch, items: Iterable[Run]) -> Iter
         while first_free - last > 1:
             middle = (last + first_free) // 2
             last, first_free = (middle, first_free) if exists(middle) else (last, middle)
-        yield replace(item, digest=_numbered(item.digest, first_free))
+        new.add(digest := _numbered(item.digest, first_free))
+        yield replace(item, digest=digest)
 
 
 def _numbered(digest: str, number: int) -> str:

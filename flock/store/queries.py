@@ -55,6 +55,7 @@ from flock.store.columns import (
     remains_of_run,
     run_from,
     run_values,
+    shared_and_own_values,
     shown_call_from,
     step_from,
     step_values,
@@ -66,6 +67,8 @@ from flock.store.columns import (
 CALL_BYTES = 1024
 #: How many calls a reader of events holds, each of at most ``MAX_SHOWN_BYTES``.
 CALLS_PER_PAGE = 16
+#: How many new items of a batch one statement writes.
+RUNS_PER_INSERT = 100
 
 
 class Ended(defaultdict[tuple[str, RunStatus], int]):
@@ -73,11 +76,13 @@ class Ended(defaultdict[tuple[str, RunStatus], int]):
 
     Attributes:
         spent: the tokens that items have used since they were last written, by batch.
+        versions: for each batch and owner, the number of the version that executes its items; None for another's batch.
     """
 
     def __init__(self, ended: Mapping[tuple[str, RunStatus], int] = {}) -> None:
         super().__init__(int, ended)
         self.spent: dict[str, Usage] = {}
+        self.versions: dict[tuple[str, str | None], tuple[int | None] | None] = {}
 
 
 def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int, Step], ended: Ended) -> bool:
@@ -91,9 +96,15 @@ def write_run(db: sqlite3.Connection, run: Run, is_new: bool, steps: Mapping[int
     if is_new:
         _insert_run(db, run, last_step)
     else:
-        update = statements.UPDATE_RUN if run.batch_id is None else statements.UPDATE_ITEM
-        fence = (run.owner,) if run.batch_id is None else (run.batch_id, run.owner)
-        if db.execute(update, (*updated_values(run, last_step), run.run_id, run.attempt, *fence)).rowcount == 0:
+        values = (*updated_values(run, last_step), run.run_id, run.attempt)
+        if run.batch_id is None:
+            is_own = db.execute(statements.UPDATE_RUN, (*values, run.owner)).rowcount > 0
+        else:  # one query for all items of the transaction
+            if (key := (run.batch_id, run.owner)) not in ended.versions:
+                ended.versions[key] = db.execute(statements.VERSION_OF_OWN_BATCH, key).fetchone()
+            version = ended.versions[key]
+            is_own = version is not None and db.execute(statements.UPDATE_ITEM, (*version, *values)).rowcount > 0
+        if not is_own:
             return False
     _count_used(db, run, used)
     for position, step in own_rows.items():
@@ -197,9 +208,12 @@ def count_ended(db: sqlite3.Connection, ended: Ended) -> None:
 
 
 def insert_runs(db: sqlite3.Connection, runs: Iterable[Run]) -> None:
-    """Write new runs that have no steps yet."""
-    for run in runs:
-        _insert_run(db, run)
+    """Write new runs that have no steps yet, many with each statement, which takes a third of the time."""
+    left = iter(runs)
+    while chunk := list(itertools.islice(left, RUNS_PER_INSERT)):
+        shared, own = shared_and_own_values(chunk)
+        statement = statements.insert_runs(tuple(shared), tuple(own), len(chunk))
+        db.execute(statement, [*shared.values(), *itertools.chain(*zip(*own.values(), strict=True))])
 
 
 def _insert_run(db: sqlite3.Connection, run: Run, last_step: bytes | None = None) -> None:

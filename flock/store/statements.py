@@ -82,14 +82,21 @@ def insert_run(columns: tuple[str, ...]) -> str:
     return f"INSERT OR REPLACE INTO runs ({', '.join(columns)}) VALUES ({_marks(columns)})"
 
 
+@functools.lru_cache
+def insert_runs(shared: tuple[str, ...], own: tuple[str, ...], count: int) -> str:
+    """Return a statement that inserts *count* runs, given the columns that they share, and then those of each."""
+    rows = ", ".join([f"({_marks(own)})"] * count)
+    return f"""INSERT OR REPLACE INTO runs ({", ".join([*shared, *own])})
+        SELECT {_marks(shared)}, own.* FROM (VALUES {rows}) AS own"""
+
+
 UPDATE = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in UPDATED)}, last_step = ?
     WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')"""
 UPDATE_RUN = f"{UPDATE} AND owner = ?"
-#: The number of the version of its agent that executes an item now.
-_VERSION = """(SELECT json_array_length(CAST(versions AS TEXT)) FROM batches
-    WHERE batch_id = runs.batch_id AND json_valid(CAST(versions AS TEXT)))"""
-_UPDATE_ITEM = UPDATE.replace(" SET ", f" SET version_number = {_VERSION}, ", 1)
-UPDATE_ITEM = f"{_UPDATE_ITEM} AND EXISTS (SELECT 1 FROM batches WHERE batch_id = ? AND owner = ?)"
+#: The number of the version of its agent that executes the items of a batch now.
+_VERSION = "iif(json_valid(CAST(versions AS TEXT)), json_array_length(CAST(versions AS TEXT)), NULL)"
+VERSION_OF_OWN_BATCH = f"SELECT {_VERSION} FROM batches WHERE batch_id = ? AND owner = ?"
+UPDATE_ITEM = UPDATE.replace(" SET ", " SET version_number = ?, ", 1)
 #: Changes nothing if the run was cancelled.
 SUSPEND_RUN = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in SUSPENDED)}, expires_at = ?, is_asleep = ?,
     status = 'waiting', is_async = 1 WHERE run_id = ? AND cancel_requested = 0"""
@@ -345,7 +352,8 @@ EQUAL_BEFORE = f"{HAS_DIGEST} AND position < ? AND attempt >= ? LIMIT 1"
 DROP_DIGESTS = """UPDATE runs SET digest = NULL WHERE rowid IN (SELECT rowid FROM runs INDEXED BY items_by_status
     WHERE batch_id = ? AND status IN ('starting', 'waiting') AND digest IS NOT NULL LIMIT ?)"""
 DROP_RECIPE = "UPDATE batches SET recipe = NULL WHERE batch_id = ?"
-TAKE_RESULT = f"""UPDATE runs SET version_number = {_VERSION}, (status, result, error, error_type, completed_at) =
+TAKE_RESULT = f"""UPDATE runs SET version_number = (SELECT {_VERSION} FROM batches
+    WHERE batch_id = runs.batch_id), (status, result, error, error_type, completed_at) =
     (SELECT status, result, error, error_type, ? FROM runs WHERE rowid = ?) WHERE rowid = ? RETURNING status"""
 
 

@@ -60,8 +60,10 @@ class Executing:
 
     def _write(self, line: int, text: str) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError, ValueError):  # such as a full disk: a death of the run is not counted
-                os.pwrite(self._file.fileno(), f"{text:{LINE_BYTES - 1}}\n".encode(), line * LINE_BYTES)
+            try:
+                os.pwrite(self._file.fileno(), text.encode().ljust(LINE_BYTES - 1) + b"\n", line * LINE_BYTES)
+            except (OSError, ValueError):  # such as a full disk: a death of the run is not counted
+                pass
 
 
 def _boot_id() -> str:
