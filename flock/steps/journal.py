@@ -69,7 +69,7 @@ from flock.scopes import (
     move_on_after_working,
     note_late_cancellation,
 )
-from flock.steps.identity import DIGEST_CHARS, asking_call, code_of, digest_of, json_of, question_id
+from flock.steps.identity import DIGEST_CHARS, NAME, asking_call, code_of, digest_of, json_of, question_id
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
 from flock.steps.replay import NESTED, Entry, Replay, callers, numbered
@@ -77,8 +77,6 @@ from flock.steps.replay import NESTED, Entry, Replay, callers, numbered
 logger = logging.getLogger("flock.runs")
 _T = TypeVar("_T")
 
-#: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
-NAME = r"[A-Za-z0-9_.-]{1,128}"
 #: How many iterations of the event loop a step gets to start its next call before it is ended for a question.
 CHECKPOINTS = 10
 #: Shorter sleeps do not end the step, in seconds.
