@@ -33,15 +33,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flock.agents.agent import Agent
 from flock.agents.checks import check_nobody_is_named, warn_of_missing_roles, warn_of_problems
 from flock.agents.graph import graph_of, mermaid_of
-from flock.agents.handoff import columns_of
-from flock.declared import DeclaredFlock, agent_of
-from flock.engine.rowchecks import check_batch
+from flock.agents.handoff import agent_of, columns_of
 from flock.errors import DefinitionError, FlockError, Replayed, StoreError
 from flock.extras import pip_install
 from flock.fair import FairShare
 from flock.formats import BY_MEDIA_TYPE
 from flock.options import Option, check, replaced
-from flock.rows.results import BatchItem, item_pages, results_as
+from flock.rows.items import BatchItem, item_pages
 from flock.runs import (
     DOLLAR,
     Batch,
@@ -62,14 +60,6 @@ from flock.runs.usage import next_day
 from flock.steps.answers import is_of
 from flock.web import orders, wire
 from flock.web.auth import ANYBODY, ConcurrencyLimit, KeyRing, RateLimit
-from flock.web.batches import (
-    batch_options,
-    check_response,
-    options_in_body,
-    results_format,
-    row_mapping_of,
-    rows_of,
-)
 from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
 from flock.web.files import form_as_json, get_file, post_file
@@ -115,12 +105,13 @@ from flock.web.routing import (
     caller_of,
     principal_of,
 )
-from flock.web.ui import ui_files
 from flock.web.webhooks import list_webhooks, retry_webhook, sender_of
 from flock.web.wire import *  # noqa: F403 - programs import the structs of the API from here
 
 if TYPE_CHECKING:
+    from flock.declared import DeclaredFlock
     from flock.web.metrics import Metrics
+    from flock.web.ui import UIFile
 
 __all__ = [
     "AppOptions",
@@ -173,7 +164,7 @@ class FlockAPI(Starlette):
         engine: the engine that executes the runs. It is open during the app's lifespan, or from the first request.
     """
 
-    def __init__(self, flock: DeclaredFlock, options: AppOptions | None = None, **given: Any) -> None:
+    def __init__(self, flock: "DeclaredFlock", options: AppOptions | None = None, **given: Any) -> None:
         check("create_app", "flock", flock, FLOCK)
         self.options = options = replaced(options or AppOptions(), given)
         default_handlers = {FlockError: on_error, HTTPException: on_error, Exception: on_error}
@@ -211,7 +202,7 @@ class FlockAPI(Starlette):
         self._check_approvers()
         self.engine = options.engine or flock.shared_engine(store=options.store, expose_errors=options.expose_errors)
         self.contract = Contract(options.server_name, options.openapi_paths)
-        self.ui_files = ui_files(options.server_name, has_docs=bool(options.docs)) if options.create_ui else {}
+        self.ui_files = _ui_files(options) if options.create_ui else {}
         self.event_streams = ConcurrencyLimit(options.max_event_streams, "event streams")
         self.uploads = ConcurrencyLimit(options.max_uploads_per_principal, "uploads")
         self.downloads = ConcurrencyLimit(options.max_downloads_per_principal, "downloads")
@@ -299,7 +290,13 @@ class FlockAPI(Starlette):
                     self.metrics.request_ended(scope["method"], template, status_code, took_s)
 
 
-def _metrics(engine: Engine, flock: DeclaredFlock) -> "Metrics":
+def _ui_files(options: AppOptions) -> "Mapping[str, UIFile]":
+    from flock.web.ui import ui_files
+
+    return ui_files(options.server_name, has_docs=bool(options.docs))
+
+
+def _metrics(engine: Engine, flock: "DeclaredFlock") -> "Metrics":
     """Raises DefinitionError if the extra is not installed, or its folder is not writable."""
     try:
         from flock.web.metrics import metrics_of
@@ -319,7 +316,7 @@ async def _send_lifespan(send: Send, message: Message) -> None:
     await send(message)
 
 
-def _typed(make: Callable[..., T], options: Callable[P, object]) -> Callable[Concatenate[DeclaredFlock, P], T]:
+def _typed(make: Callable[..., T], options: Callable[P, object]) -> Callable[Concatenate["DeclaredFlock", P], T]:
     """Return *make*, typed with the keyword arguments of *options*."""
     return make
 
@@ -597,6 +594,10 @@ async def run_batch(request: Request) -> Response:
     is a file if the query has ``agent_name``. With ``?dry_run=true`` the rows are read and checked in the same way, and
     nothing is stored.
     """
+    # Imported here, because only batches need tables.
+    from flock.engine.rowchecks import check_batch
+    from flock.web.batches import batch_options, check_response, options_in_body, row_mapping_of, rows_of
+
     app, sent, json_body = app_of(request), BY_MEDIA_TYPE[media_type_of(request, *BY_MEDIA_TYPE)], None
     format_ = None if sent.name == "json" and "agent_name" not in request.query_params else sent
     upload_slot: AbstractContextManager[None] = contextlib.nullcontext()
@@ -665,6 +666,9 @@ async def one_batch(request: Request) -> Response:
 
 async def batch_results(request: Request) -> Response:
     """GET /batch/{batch_id}/results: the items that have ended, in order, in constant memory."""
+    from flock.rows.results import results_as
+    from flock.web.batches import results_format
+
     query = query_of(request, wire.ResultsQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
     batch, format_ = await engine.get_batch(batch_id), results_format(request, query.format)

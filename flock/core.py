@@ -1,7 +1,7 @@
 """The names that programs import, such as ``Flock``, ``FlockFactory`` and ``agent``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flock.agents.agent import agent
 from flock.agents.history import History
@@ -11,7 +11,9 @@ from flock.declared import BatchInputs, DeclaredFlock, FlockFactory, blocking
 from flock.files import Audio, Document, File, Image, data_url
 from flock.models.models import Model, ModelChoice
 from flock.models.prices import Price
-from flock.rows.scores import ModelScore, Score
+
+if TYPE_CHECKING:
+    from flock.rows.scores import ModelScore, Score
 
 __all__ = ["BatchInputs", "Flock", "FlockFactory", "History", "Messages", "Model", "Price", "Result", "agent"]
 __all__ += ["Audio", "Document", "File", "Image", "data_url"]
@@ -70,10 +72,10 @@ class Flock(DeclaredFlock):
         rows: BatchInputs,
         expect: Sequence[str] | Mapping[str, str],
         *,
-        scores: Mapping[str, Score] | None = None,
+        scores: "Mapping[str, Score] | None" = None,
         models: Sequence[ModelChoice] = (),
         **options: Any,
-    ) -> list[ModelScore]:
+    ) -> "list[ModelScore]":
         """Run an agent for many inputs, and compare its outputs with expected values.
 
         Args:

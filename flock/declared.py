@@ -23,7 +23,7 @@ from flock.agents.agent import (
     OnInterrupt,
     ToolLike,
 )
-from flock.agents.handoff import result_names
+from flock.agents.handoff import agent_of, result_names
 from flock.agents.history import History
 from flock.agents.hooks import Hook
 from flock.agents.questions import nobody
@@ -31,11 +31,7 @@ from flock.agents.shared import Shared
 from flock.agents.signature import Signature
 from flock.agents.union import output_of
 from flock.agents.versions import version_of
-from flock.engine.embedded import EmbeddedEngine
-from flock.engine.intake import mapping_rows
-from flock.engine.jobs import CANCEL_TIMEOUT_S
-from flock.engine.rowchecks import as_json
-from flock.errors import AgentNotFound, DefinitionError, RunFailed
+from flock.errors import DefinitionError, RunFailed
 from flock.formats import each_row
 from flock.limits import Limits, limits_for_one_batch
 from flock.models.llm import ModelClient
@@ -43,18 +39,15 @@ from flock.models.models import ModelChoice, models_of
 from flock.models.prices import Price, merged
 from flock.options import WEBHOOK_URL, check
 from flock.renamed import renamed, with_new_names
-from flock.rows.dialect import CSVDialect
-from flock.rows.files import MAX_ROW_BYTES, file_rows
-from flock.rows.results import item_pages
-from flock.rows.tables import RowMapping
 from flock.runs import Answer, BatchOptions, Event, Frame, ModelOptions, OnExtra, OnInvalid, RetriedCalls, Row
 from flock.scopes import current_task
-from flock.steps.progress import follow_batch
-from flock.store.database import Durability
-from flock.store.store import SQLiteStore
 
 if TYPE_CHECKING:
     import httpx
+
+    from flock.engine.embedded import EmbeddedEngine
+    from flock.rows.tables import RowMapping
+    from flock.store.database import Durability
 
 #: Inputs of a batch: mappings, which are read one at a time, or the path of a file with rows.
 BatchInputs = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]] | Frame | str | Path
@@ -125,7 +118,7 @@ class DeclaredFlock:
         self.prices = merged(prices)
         self.agents: dict[str, Agent] = {}
         self.program_path = os.path.abspath(sys._getframe(1).f_code.co_filename)
-        self._shared_engines = weakref.WeakValueDictionary[tuple[str, bool], EmbeddedEngine]()
+        self._shared_engines = weakref.WeakValueDictionary[tuple[str, bool], "EmbeddedEngine"]()
 
     def __repr__(self) -> str:
         return f"<Flock {self.name!r}: {', '.join(self.agents) or 'no agents'}>"
@@ -194,11 +187,11 @@ class DeclaredFlock:
         self,
         *,
         store: str | Path = ":memory:",
-        durability: Durability = "power",
+        durability: "Durability" = "power",
         transport: "httpx.AsyncBaseTransport | None" = None,
         limits: Limits | None = None,
         **options: Any,
-    ) -> EmbeddedEngine:
+    ) -> "EmbeddedEngine":
         """Create an engine for these agents. Enter it with ``async with``.
 
         Args:
@@ -210,12 +203,16 @@ class DeclaredFlock:
 
         Raises: DefinitionError if an option is invalid.
         """
+        # Imported here, because a program that declares agents may be served by a cluster, or not at all.
+        from flock.engine.embedded import EmbeddedEngine
+        from flock.store.store import SQLiteStore
+
         models = ModelClient(self.model, transport=transport)
         own = {"flock": self.name, "program_path": self.program_path}
         options = {**own, "max_steps": self.max_steps, "prices": self.prices, "shared": self.shared, **options}
         return EmbeddedEngine(self.agents, models, SQLiteStore(store, durability=durability), limits=limits, **options)
 
-    def shared_engine(self, *, store: str | Path, expose_errors: bool = False) -> EmbeddedEngine:
+    def shared_engine(self, *, store: str | Path, expose_errors: bool = False) -> "EmbeddedEngine":
         """Like ``engine``, but return the same engine for equal arguments while it is in use."""
         engine = self.engine(store=store, expose_errors=expose_errors)
         return self._shared_engines.setdefault((engine.store.path, expose_errors), engine)
@@ -227,8 +224,10 @@ class DeclaredFlock:
         names: Mapping[str, str | None] | None,
         on_extra: OnExtra,
         max_static_bytes: Callable[[], int] = lambda: sys.maxsize,
-    ) -> RowMapping:
+    ) -> "RowMapping":
         """Return the mapping of the rows of a batch to the inputs of an agent. Raises AgentNotFound, InvalidData."""
+        from flock.rows.tables import RowMapping
+
         inputs, results = agent_of(self.agents, agent_name).input, result_names(agent_name, self.agents)
         return RowMapping(inputs, static, names, max_static_bytes, on_extra=on_extra, result_names=results)
 
@@ -330,6 +329,14 @@ class DeclaredFlock:
 
         Cancellation: the batch is cancelled.
         """
+        from flock.engine.intake import mapping_rows
+        from flock.engine.jobs import CANCEL_TIMEOUT_S
+        from flock.engine.rowchecks import as_json
+        from flock.rows.dialect import CSVDialect
+        from flock.rows.files import MAX_ROW_BYTES, file_rows
+        from flock.rows.items import item_pages
+        from flock.steps.progress import follow_batch
+
         options = BatchOptions(
             max_workers=max_workers,
             parallel=parallel,
@@ -372,13 +379,6 @@ class DeclaredFlock:
 
     #: ``run_batch_async`` for scripts: blocks until all results are available.
     run_batch = blocking(run_batch_async, answer="on_question")
-
-
-def agent_of(agents: Mapping[str, Agent], name: str) -> Agent:
-    """Return the agent called *name*. Raises AgentNotFound."""
-    if name not in agents:
-        raise AgentNotFound(name, list(agents))
-    return agents[name]
 
 
 class FlockFactory:

@@ -9,7 +9,10 @@ import binascii
 import codecs
 import contextlib
 import hashlib
+import io
+import os
 import re
+import stat
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -21,6 +24,8 @@ import msgspec
 
 from flock.errors import CallError
 
+#: Size of one read from a file.
+CHUNK_BYTES = 64 * 1024
 #: The start of a file that shows what it is.
 HEAD_BYTES = 1024
 #: Max characters of the name of a file. A longer one is cut at the front, so that its ending stays.
@@ -268,3 +273,22 @@ def taking(find: Find) -> Iterator[Taken]:
         yield contents
     finally:
         _TAKING.reset(token)
+
+
+def open_below(folder: Path, name: str) -> io.BufferedReader:
+    """Open a regular file below *folder*. Raises OSError or ValueError."""
+    root = Path(os.path.realpath(folder, strict=True))  # for a circle of links, Path.resolve raises RuntimeError
+    path = Path(os.path.realpath(root / name, strict=True))
+    parts = path.relative_to(root).parts
+    # The resolved path has no links. A link that was created since then is not followed.
+    opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for part in parts:
+        parent = opened
+        try:  # O_NONBLOCK, because opening a pipe would wait for a writer
+            opened = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+        finally:
+            os.close(parent)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise ValueError("not a file")
+    return os.fdopen(opened, "rb")

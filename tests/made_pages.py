@@ -397,7 +397,9 @@ def cli_page() -> str:
     """Return ``docs/cli.md``: the help of each command."""
     parts = [CLI]
     group = click.Context(main, info_name="flockapi", **main.context_settings)
-    for name, command in sorted(main.commands.items()):
+    for name in main.list_commands(group):
+        command = main.get_command(group, name)
+        assert command is not None
         context = click.Context(command, group, name, max_content_width=WIDTH, terminal_width=WIDTH)
         parts.append(f"## flockapi {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(parts)

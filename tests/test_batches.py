@@ -21,7 +21,7 @@ from flock.errors import (
     StoreError,
     TooLarge,
 )
-from flock.rows.results import item_pages
+from flock.rows.items import item_pages
 from flock.runs import Batch, BatchFilter, BatchOptions, RunStatus, new_id, now
 from flock.steps.outcomes import DAMAGED
 from flock.store.batchstore import SQLiteBatchStore

@@ -646,6 +646,19 @@ def test_a_key_cannot_have_a_role_that_is_none() -> None:
     assert "'a,b' is not the name of a role" in refused.output
 
 
+def test_the_command_loads_others_only_when_they_are_called_and_finds_no_garbage_in_itself() -> None:
+    code = (
+        "import gc, json, sys; from flock.__main__ import main; sys.argv[1:] = ['serve', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: print(json.dumps([gc.isenabled(), gc.get_freeze_count(), sorted(sys.modules)]))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    is_enabled, frozen, loaded = json.loads(printed.splitlines()[-1])
+    assert is_enabled
+    assert frozen > 20_000
+    assert not {"flock.command.batch", "flock.command.evaluate", "flock.engine.embedded"} & set(loaded)
+
+
 def test_protocols_are_chosen_one_by_one() -> None:
     group = click.Context(main, **main.context_settings)
     for given, protocols in (([], tuple(PROTOCOL_MODULES)), (["openai"], ("openai",)), (["none"], ())):

@@ -270,6 +270,14 @@ def test_importing_loads_no_server_and_no_extra() -> None:
         assert not (unneeded | others) & set(loaded)
 
 
+def test_importing_loads_no_engine_and_no_tables() -> None:
+    """A flock loads its engine when it needs one, and a batch or a download loads what reads and writes tables."""
+    code = "import sys, json, flockapi, flock.core; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    unneeded = {"flock.engine.embedded", "flock.store.store", "flock.steps.journal", "flock.rows.tables"}
+    assert not {*unneeded, "flock.rows.results", "flock.rows.scores", "flock.web.batches", "flock.web.ui"} & set(loaded)
+
+
 def test_any_callable_with_typed_parameters_can_be_an_agent() -> None:
     class Counter:
         """Counts what it is asked for."""

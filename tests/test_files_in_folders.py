@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from flock.command.cli import main
-from flock.rows.files import open_below
+from flock.files import open_below
 from flock.store import contents
 from tests.images_once import play
 from tests.test_files import PNG

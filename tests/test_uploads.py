@@ -523,7 +523,7 @@ async def test_a_symlink_that_replaces_a_folder_meanwhile_is_not_followed(
         opened: int = open_(*args, **options)
         return opened
 
-    monkeypatch.setattr("flock.rows.files.os.open", swap)
+    monkeypatch.setattr("flock.files.os.open", swap)
     response = await client.post("/run/batch", json={"agent_name": "show", "batch_inputs": "deep/good.csv"})
     assert (folder / "deep").is_symlink()
     assert response.status_code == 422

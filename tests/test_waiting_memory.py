@@ -26,7 +26,8 @@ from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import EngineFull, Replayed, RunNotFound, StoreError
 from flock.formats import FORMATS
-from flock.rows.results import item_pages, results_as
+from flock.rows.items import item_pages
+from flock.rows.results import results_as
 from flock.runs import (
     BatchOptions,
     IdempotencyKey,

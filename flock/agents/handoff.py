@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from flock.agents.agent import Agent, Resources
 from flock.agents.graph import graph_of
 from flock.agents.history import Exchange
-from flock.errors import InvalidData, InvalidHandoff, TooManySteps
+from flock.errors import AgentNotFound, InvalidData, InvalidHandoff, TooManySteps
 from flock.nearest import did_you_mean
 from flock.runs import Run, RunContext
 
@@ -128,3 +128,10 @@ def _kinds(schema: Mapping[str, Any]) -> dict[str, str]:
         types = {str(each.get("type", "")) for each in member.get("anyOf", [member])} - {"null"}
         kinds[name] = types.pop() if len(types) == 1 else ""
     return kinds
+
+
+def agent_of(agents: Mapping[str, Agent], name: str) -> Agent:
+    """Return the agent called *name*. Raises AgentNotFound."""
+    if name not in agents:
+        raise AgentNotFound(name, list(agents))
+    return agents[name]

@@ -17,13 +17,14 @@ from msgspec.structs import replace
 
 from flock.agents.agent import ModelAgent
 from flock.agents.graph import graph_of
+from flock.agents.handoff import agent_of
 from flock.command.arguments import Seconds, model_option, pairs, pop_fields
 from flock.command.batchfile import BatchFile, check_batch_file, run_batch_file, write_partial
 from flock.command.batchfile import forget as forget_state
 from flock.command.server import abandon_busy_threads
 from flock.command.target import load_flock
 from flock.command.terminal import TerminalBytes, echo
-from flock.declared import DeclaredFlock, agent_of
+from flock.declared import DeclaredFlock
 from flock.engine.batches import mixed_versions
 from flock.engine.rowchecks import BatchCheck
 from flock.errors import DefinitionError, FieldError, InvalidData, StoreError

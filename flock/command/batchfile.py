@@ -19,10 +19,10 @@ import anyio
 import msgspec
 from msgspec.structs import replace
 
-from flock.agents.handoff import columns_of
+from flock.agents.handoff import agent_of, columns_of
 from flock.agents.questions import nobody
 from flock.agents.versions import label_of, recipe_of
-from flock.declared import DeclaredFlock, agent_of
+from flock.declared import DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rowchecks import BatchCheck, check_batch
 from flock.formats import is_gzipped
@@ -31,8 +31,9 @@ from flock.limits import limits_for_one_batch
 from flock.models.models import models_of, names_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import file_rows
+from flock.rows.items import ITEMS_PER_PAGE, item_pages
 from flock.rows.likeinput import results_like
-from flock.rows.results import ITEMS_PER_PAGE, item_pages, results_as
+from flock.rows.results import results_as
 from flock.rows.tables import RowMapping
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, Row, Run, RunStatus
 from flock.steps.progress import follow_batch, print_progress

@@ -24,8 +24,6 @@ from flock.command.arguments import (
     payload_dir_option,
     pop_fields,
 )
-from flock.command.batch import batch
-from flock.command.evaluate import evaluate
 from flock.command.server import ServerSettings, WorkerSettings, passed_listener, run_worker, serve_flock, serve_workers
 from flock.command.stdio import serve_stdio, state_file, take_streams
 from flock.command.target import load_flock
@@ -39,7 +37,11 @@ from flock.web.auth import KeyRing, new_key, new_webhook_secret, with_budget
 from flock.web.options import PROTOCOL_MODULES, AppOptions
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(
+    cls=Commands,
+    modules=["batch", "evaluate"],
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(__version__, prog_name="flockapi")
 def main() -> None:
     """Serve agents as a REST API.
@@ -398,7 +400,3 @@ def _answer_on_terminal(question: Question) -> Any:
             return msgspec.json.decode(output)
         except (InvalidData, msgspec.DecodeError) as exc:
             echo(str(exc), err=True)
-
-
-main.add_command(batch)
-main.add_command(evaluate)

@@ -18,13 +18,13 @@ from msgspec.structs import replace
 
 from flock.agents.agent import ModelAgent
 from flock.agents.graph import graph_of
-from flock.agents.handoff import result_names
+from flock.agents.handoff import agent_of, result_names
 from flock.command import batch as command
 from flock.command.arguments import pairs, pop_fields
 from flock.command.batchfile import BatchFile, forget, run_batch_file
 from flock.command.target import load_flock
 from flock.command.terminal import echo
-from flock.declared import BatchInputs, DeclaredFlock, agent_of
+from flock.declared import BatchInputs, DeclaredFlock
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.rowchecks import as_json, iterate
 from flock.errors import DefinitionError
@@ -34,7 +34,7 @@ from flock.jsontype import Field
 from flock.models.models import models_of, names_of
 from flock.nearest import did_you_mean
 from flock.rows.files import MAX_ROW_BYTES
-from flock.rows.results import item_pages
+from flock.rows.items import item_pages
 from flock.rows.scores import KNOWN, ModelScore, Score, add_scores, difference, exact, of_decimals, score_named
 from flock.runs import Batch, BatchOptions, RunStatus
 

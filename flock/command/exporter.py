@@ -4,7 +4,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from importlib.metadata import entry_points
 
 from flock.extras import pip_install
 
@@ -31,6 +30,8 @@ def export_traces(service_name: str) -> None:
     if not (wanted := [name for name in names if name not in ("", "none")]):
         return
     try:
+        from importlib.metadata import entry_points
+
         from opentelemetry import trace
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider

@@ -1,10 +1,12 @@
 """Output of the commands. Text of models, tools, rows and clients may contain codes that control a terminal."""
 
 import codecs
+import importlib
 import io
 import logging
 import sys
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +36,23 @@ class TerminalBytes(io.BytesIO):
 
 
 class Commands(click.Group):
-    """A group of commands. It prints a FlockError as a message, and escapes messages, log records and tracebacks."""
+    """A group of commands. It prints a FlockError as a message, and escapes messages, log records and tracebacks.
+
+    Args:
+        modules: commands that are in a module of their own name, which a server needs not load.
+    """
+
+    def __init__(self, *args: Any, modules: Sequence[str] = (), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._modules = modules
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *self._modules})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self._modules and cmd_name not in self.commands:
+            self.add_command(getattr(importlib.import_module(f"flock.command.{cmd_name}"), cmd_name))
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         sys.excepthook = _print_traceback

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import asdict, replace
@@ -11,12 +11,14 @@ from msgspec.structs import asdict, replace
 from flock.agents.agent import Agent
 from flock.engine.rowchecks import NO_ROWS, CheckedRow, RowChecks, RowErrors, as_json, iterate
 from flock.errors import DefinitionError, FieldError, InvalidData
-from flock.rows.tables import RowMapping
 from flock.runs import INVALID_INPUT, Batch, ItemLimits, Items, OnInvalid, Principal, Row, Run, RunStatus, new_id
 from flock.runs.protocol import FileBox
 from flock.runs.records import CALL_IDS
 from flock.steps.identity import new_call_key
 from flock.steps.outcomes import Outcome
+
+if TYPE_CHECKING:
+    from flock.rows.tables import RowMapping
 
 #: How many items are written or read at once, and about how many bytes of inputs are written at once.
 ITEMS_PER_PAGE = 500
@@ -144,7 +146,7 @@ def _digest(recipe: str, inputs: msgspec.Raw) -> str:
 
 
 async def mapping_rows(
-    items: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]], row_mapping: RowMapping, max_bytes: int
+    items: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]], row_mapping: "RowMapping", max_bytes: int
 ) -> AsyncGenerator[Row, None]:
     """Map the items of a program to rows. Raises TooLarge if one is longer than *max_bytes*, and InvalidData."""
     position = 0

@@ -1,7 +1,7 @@
 """Checks of a batch's rows, the same for a submission and for a dry run."""
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
@@ -11,8 +11,10 @@ from flock.fair import FairShare
 from flock.formats import each_row, is_missing
 from flock.jsontype import escape_pointer
 from flock.pydanticmodel import to_json
-from flock.rows.tables import RowMapping
 from flock.runs import Engine, FileBox, Inputs, ItemLimits, Items, OnInvalid, Row
+
+if TYPE_CHECKING:
+    from flock.rows.tables import RowMapping
 
 T = TypeVar("T")
 
@@ -160,7 +162,7 @@ class BatchCheck(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def check_batch(
-    engine: Engine, agent: Agent, files: FileBox | None, items: Items, row_mapping: RowMapping, on_invalid: OnInvalid
+    engine: Engine, agent: Agent, files: FileBox | None, items: Items, row_mapping: "RowMapping", on_invalid: OnInvalid
 ) -> BatchCheck:
     """Read and check rows as ``Engine.submit_batch`` of *engine* would, and store nothing.
 

@@ -21,7 +21,7 @@ from starlette.responses import Response
 from flock import __version__
 from flock.agents.agent import Agent, ModelAgent
 from flock.agents.graph import graph_of
-from flock.declared import agent_of
+from flock.agents.handoff import agent_of
 from flock.errors import AgentNotFound, Conflict, FlockError, InvalidData, NotFound
 from flock.protocols.chats import text_of
 from flock.protocols.jsonrpc import (

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flock.declared import agent_of
+from flock.agents.handoff import agent_of
 from flock.jsontype import JSONType
 from flock.protocols import chats
 from flock.protocols import openai_parts as parts

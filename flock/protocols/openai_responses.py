@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from flock.agents.agent import Agent
 from flock.agents.chat import conversation_of
-from flock.declared import agent_of
+from flock.agents.handoff import agent_of
 from flock.errors import Conflict, FlockError, InvalidData, RunNotFound, SessionNotFound
 from flock.jsontype import JSONType
 from flock.protocols import chats

@@ -1,9 +1,6 @@
 """Files with rows, in any of ``FORMATS``: local files, and those in the folder of a server."""
 
 import gzip
-import io
-import os
-import stat
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from pathlib import Path
@@ -13,6 +10,7 @@ import anyio.to_thread
 from msgspec.structs import replace
 
 from flock.errors import DefinitionError, InvalidData, TooLarge
+from flock.files import CHUNK_BYTES, open_below
 from flock.formats import ENDINGS, FORMATS, format_of, is_gzipped
 from flock.rows.array import array_rows
 from flock.rows.binary import binary_records
@@ -20,8 +18,6 @@ from flock.rows.dialect import CSVDialect
 from flock.rows.tables import NO_DIALECT, RowMapping, csv_rows, ndjson_rows, table_rows
 from flock.runs import Row
 
-#: Size of one read from a file.
-CHUNK_BYTES = 64 * 1024
 #: Max size and nesting depth of one row in a local file.
 MAX_ROW_BYTES = 16 * 1024 * 1024
 LIMITS = {"max_row_bytes": MAX_ROW_BYTES, "max_depth": 100}
@@ -91,22 +87,3 @@ async def read_file(folder: Path, name: str, max_bytes: int) -> AsyncIterator[by
             if bytes_left < 0:
                 raise TooLarge(f"The file is longer than {max_bytes} bytes, the limit of this server. Split it.")
             yield chunk
-
-
-def open_below(folder: Path, name: str) -> io.BufferedReader:
-    """Open a regular file below *folder*. Raises OSError or ValueError."""
-    root = Path(os.path.realpath(folder, strict=True))  # for a circle of links, Path.resolve raises RuntimeError
-    path = Path(os.path.realpath(root / name, strict=True))
-    parts = path.relative_to(root).parts
-    # The resolved path has no links. A link that was created since then is not followed.
-    opened = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    for part in parts:
-        parent = opened
-        try:  # O_NONBLOCK, because opening a pipe would wait for a writer
-            opened = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
-        finally:
-            os.close(parent)
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
-        os.close(opened)
-        raise ValueError("not a file")
-    return os.fdopen(opened, "rb")

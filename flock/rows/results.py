@@ -14,14 +14,13 @@ from flock.agents.handoff import Columns
 from flock.fair import FairShare
 from flock.formats import FORMATS
 from flock.rows.binary import binary_pieces
+from flock.rows.items import BatchItem
 from flock.rows.tables import NUMBER
-from flock.runs import DOLLAR, Engine, Run, RunStatus, Time, shown_usage
+from flock.runs import DOLLAR, Run, shown_usage
 from flock.runs.records import shown_as
 
 #: The last columns of CSV, on request.
 USAGE_COLUMNS = ("input_tokens", "output_tokens", "cost")
-#: Items per page.
-ITEMS_PER_PAGE = 500
 #: Characters at which a spreadsheet starts a formula, even in full width, and characters that it may skip before them:
 #: blanks, quotes, control characters, and zero-width characters such as a byte order mark.
 SIGNS = "[=+\\-@\uff1d\uff0b\uff0d\uff20]"
@@ -39,45 +38,6 @@ JSON_FORMULA = re.compile(rf";(?={SKIPPED}{SIGNS})")
 SIGNED_NUMBER = re.compile(r"[+-][0-9]+([.,][0-9]+)?")
 
 VersionOf = Callable[[Run], str | None]
-
-
-class BatchItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One ended item in a download: an element of the JSON array, or a line of NDJSON.
-
-    ``extra`` contains the kept columns of its row, if there are any. ``version`` is there if the batch has several, and
-    ``usage`` and ``cost`` on request.
-    """
-
-    position: int
-    run_id: str
-    status: RunStatus
-    extra: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    inputs: msgspec.Raw
-    result: msgspec.Raw | None
-    error: str | None
-    error_type: str | None
-    started_at: Time | None
-    completed_at: Time | None
-    version: str | msgspec.UnsetType = msgspec.UNSET
-    usage: dict[str, int] | msgspec.UnsetType | None = msgspec.UNSET
-    cost: float | msgspec.UnsetType = msgspec.UNSET
-
-
-async def item_pages(
-    engine: Engine,
-    batch_id: str,
-    *,
-    after: int = -1,
-    limit: int = 2**31,
-    statuses: Sequence[RunStatus] = tuple(RunStatus),
-) -> AsyncIterator[Sequence[Run]]:
-    """Yield pages of up to *limit* items of a batch after the position *after*, in order; see ``Engine.get_items``."""
-    while limit:
-        pages = [await engine.get_items(batch_id, after=after, limit=min(limit, ITEMS_PER_PAGE), statuses=statuses)]
-        if not pages[0]:
-            break
-        after, limit = pages[0][-1].position or 0, limit - len(pages[0])
-        yield pages.pop()  # do not hold the page while the client reads it
 
 
 class CSVWriter:

@@ -24,8 +24,7 @@ from flock.errors import (
 )
 from flock.jsontype import explain
 from flock.runs import JSON_NULL, AskedQuestion, Call, Principal, Question, Run, RunStatus, one_line
-from flock.steps.functions import NAME
-from flock.steps.identity import place_of, try_of
+from flock.steps.identity import NAME, place_of, try_of
 from flock.steps.outcomes import expiry_of
 from flock.steps.raised import raised_by
 

@@ -16,10 +16,8 @@ from flock.errors import CallError, SignatureError
 from flock.pydanticmodel import from_json
 from flock.runs import JSON_NULL, RunContext
 from flock.runs.context import CallOptions
-from flock.steps.identity import json_of
+from flock.steps.identity import NAME, json_of
 
-#: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
-NAME = r"[A-Za-z0-9_.-]{1,128}"
 #: Signatures and types that a step has read. It keeps them no longer, since they may keep what they were read from.
 Signatures = WeakKeyDictionary[FunctionType, tuple[inspect.Signature | None, dict[str, Any]]]
 

@@ -18,6 +18,9 @@ from flock.errors import CallError
 from flock.pydanticmodel import from_json, to_json
 from flock.runs import Question
 
+#: A name that a program gives to a call. It becomes a part of the call's id, and so of URLs.
+NAME = r"[A-Za-z0-9_.-]{1,128}"
+
 DIGEST_CHARS = 16
 #: Between the id of the call that asks, and what belongs to the question. No call has it in its id.
 ASKED = "@"

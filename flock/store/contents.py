@@ -23,8 +23,7 @@ import anyio.to_thread
 
 from flock import files
 from flock.errors import Conflict, InvalidData, NotFound, StoreError, TooLarge
-from flock.files import FileReference
-from flock.rows.files import CHUNK_BYTES, open_below
+from flock.files import CHUNK_BYTES, FileReference, open_below
 from flock.runs import FileBox, Run, new_id
 from flock.store.files import PRIVATE, sync_folder
 

@@ -15,8 +15,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response
 
+from flock.agents.handoff import agent_of
 from flock.agents.signature import text_as_json
-from flock.declared import agent_of
 from flock.errors import FlockError, InvalidData, StoreError
 from flock.extras import pip_install
 from flock.jsontype import check_depth, escape_pointer, explain

@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Sequence
-from urllib.request import parse_http_list
 
 
 def preferences(sent: Sequence[str]) -> dict[str, str]:
     """Parse ``Prefer``, without parameters. If a preference is sent twice, the first one counts (RFC 7240, 2)."""
+    if not sent:
+        return {}
+    from urllib.request import parse_http_list  # imported here, because it loads a client for all of HTTP and FTP
+
     found: dict[str, str] = {}
-    for preference in parse_http_list(",".join(sent)) if sent else ():
+    for preference in parse_http_list(",".join(sent)):
         name, _, value = preference.partition(";")[0].partition("=")
         found.setdefault(name.strip().lower(), value.strip().strip('"'))
     return found

@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import anyio
 import msgspec
@@ -17,7 +17,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from flock.agents.agent import Agent
-from flock.declared import DeclaredFlock
 from flock.errors import Conflict, FlockError, NotFound, Replayed, StoreError
 from flock.jsontype import check_depth
 from flock.runs import (
@@ -45,6 +44,9 @@ from flock.web.requests import request_id_of, root_path, traceparent_of, while_c
 from flock.web.responses import EventStream, events_of_new_run
 from flock.web.routing import caller_of, principal_of
 
+if TYPE_CHECKING:
+    from flock.declared import DeclaredFlock
+
 logger = logging.getLogger("flock.api")
 
 T = TypeVar("T")
@@ -62,7 +64,7 @@ class Serving(Protocol):
     uploads: ConcurrencyLimit
     downloads: ConcurrencyLimit
     metrics: Any
-    flock: DeclaredFlock
+    flock: "DeclaredFlock"
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):

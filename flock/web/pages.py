@@ -13,7 +13,6 @@ from starlette.types import Receive, Scope, Send
 from flock.web.contract import PAGE_HEADERS, STATIC
 from flock.web.requests import path_of, root_path
 from flock.web.routing import AppRoute, PublicMount
-from flock.web.ui import takes_gzip
 
 
 async def openapi_yaml(request: Request) -> Response:
@@ -38,6 +37,8 @@ async def redoc(request: Request) -> Response:
 
 async def ui(request: Request) -> Response:
     """GET /ui and /ui/{file}: the web page. It contains no data. The page requests that from the API."""
+    from flock.web.ui import takes_gzip
+
     file = request.app.ui_files.get(request.path_params.get("file", "index.html"))
     if file is None:
         raise HTTPException(404, "The web page has no file of this name.")

@@ -27,8 +27,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flock import __version__
-from flock.declared import DeclaredFlock
-from flock.engine.embedded import EmbeddedEngine
 from flock.errors import DefinitionError, NotFound, StoreError
 from flock.models.replies import retry_after_s
 from flock.runs import Batch, Engine, Run, Webhook, now, one_line, shown_usage
@@ -40,6 +38,7 @@ from flock.web.requests import next_page, parameters_of, query_of
 from flock.web.responses import JSONResponse
 
 if TYPE_CHECKING:
+    from flock.declared import DeclaredFlock
     from flock.temporal import TemporalEngine
 
 logger = logging.getLogger("flock.webhooks")
@@ -105,7 +104,7 @@ class WebhookSender(abc.ABC):
         receivers: by host.
     """
 
-    def __init__(self, flock: DeclaredFlock, keys: Sequence[bytes], on_try: OnTry) -> None:
+    def __init__(self, flock: "DeclaredFlock", keys: Sequence[bytes], on_try: OnTry) -> None:
         self.flock, self.keys, self._on_try = flock, keys, on_try
         self.receivers = dict[str, Receiver]()
         self._client: Any = None
@@ -404,12 +403,14 @@ def _pause_s(failures: int, most: float) -> float:
     return min(2.0 ** min(failures, 20), most) * random.uniform(0.5, 1)
 
 
-def _urls_of(flock: DeclaredFlock) -> dict[str, str | None]:
+def _urls_of(flock: "DeclaredFlock") -> dict[str, str | None]:
     return {agent.name: agent.webhook_url or flock.webhook_url for agent in flock.agents.values()}
 
 
-def sender_of(engine: Engine, flock: DeclaredFlock, secrets: Sequence[str], on_try: OnTry) -> WebhookSender:
+def sender_of(engine: Engine, flock: "DeclaredFlock", secrets: Sequence[str], on_try: OnTry) -> WebhookSender:
     """Return what sends the webhooks of an engine. Raises DefinitionError if there is a receiver, and no secret."""
+    from flock.engine.embedded import EmbeddedEngine
+
     if any(_urls_of(flock).values()) and not secrets:
         raise DefinitionError(f"webhook_url= needs a secret that signs the webhooks. {NEW_SECRET}")
     of_all = flock, [key for secret in secrets if (key := webhook_key(secret))], on_try
