@@ -363,17 +363,8 @@ _LAST_STEP = msgspec.json.Decoder(_LastStep)
 
 def _last_step_from(stored: bytes, result: msgspec.Raw) -> Step:
     last = _LAST_STEP.decode(stored)
-    return Step(
-        agent_name=last.agent_name,
-        result=result,
-        usage=last.usage,
-        attempt=last.attempt,
-        call_count=last.call_count,
-        model=last.model,
-        first_try=last.first_try,
-        started_at=EPOCH + last.started_at * MICROSECOND,
-        completed_at=EPOCH + last.completed_at * MICROSECOND,
-    )
+    times = {"started_at": time_from(last.started_at), "completed_at": time_from(last.completed_at)}
+    return Step(result=result, **last._asdict() | times)
 
 
 @_raising_damaged
