@@ -122,17 +122,8 @@ from flock.web.wire import *  # noqa: F403 - programs import the structs of the 
 if TYPE_CHECKING:
     from flock.web.metrics import Metrics
 
-__all__ = [
-    "AppOptions",
-    "Auth",
-    "BatchItem",
-    "FlockAPI",
-    "JSONResponse",
-    "OnDisconnect",
-    "create_app",
-    "engine_of",
-    "principal_of",
-]
+__all__ = ["AppOptions", "Auth", "BatchItem", "FlockAPI", "JSONResponse", "OnDisconnect"]
+__all__ += ["create_app", "engine_of", "principal_of"]
 
 logger = logging.getLogger("flock.api")
 

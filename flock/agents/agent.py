@@ -62,19 +62,8 @@ from flock.renamed import renamed
 from flock.runs import JSON_NULL, ClientSettings, ModelOptions, RetriedCalls, RunContext, safe_text
 from flock.scopes import closing_scopes, move_on_after_working
 
-__all__ = [
-    "Agent",
-    "AgentOptions",
-    "FunctionAgent",
-    "Handoff",
-    "ModelAgent",
-    "NextAgent",
-    "OnChange",
-    "OnInterrupt",
-    "Resources",
-    "ToolLike",
-    "agent",
-]
+__all__ = ["Agent", "AgentOptions", "FunctionAgent", "Handoff", "ModelAgent", "NextAgent"]
+__all__ += ["OnChange", "OnInterrupt", "Resources", "ToolLike", "agent"]
 
 OnInterrupt = Literal["retry", "fail"]
 OnChange = Literal["stop", "continue"]
