@@ -62,14 +62,7 @@ from flock.runs.usage import next_day
 from flock.steps.answers import is_of
 from flock.web import orders, wire
 from flock.web.auth import ANYBODY, ConcurrencyLimit, KeyRing, RateLimit
-from flock.web.batches import (
-    batch_options,
-    check_response,
-    options_in_body,
-    results_format,
-    row_mapping_of,
-    rows_of,
-)
+from flock.web.batches import batch_options, check_response, options_in_body, results_format, row_mapping_of, rows_of
 from flock.web.body import Body, media_type_of
 from flock.web.contract import Contract
 from flock.web.files import form_as_json, get_file, post_file

@@ -103,14 +103,7 @@ from flock.temporal.messages import (
     task_queue_of,
     workflow_id_of,
 )
-from flock.temporal.records import (
-    Traces,
-    early_messages,
-    reset_for_retry,
-    run_of,
-    shown,
-    with_heartbeats,
-)
+from flock.temporal.records import Traces, early_messages, reset_for_retry, run_of, shown, with_heartbeats
 from flock.temporal.search import (
     AskingRuns,
     Record,
@@ -752,12 +745,7 @@ class TemporalEngine(TemporalBatches):
         return chunk_workflow_id(run.batch_id, order.chunk_of(run.position or 0), order.batch.attempt)
 
     async def retry_run(
-        self,
-        run_id: str,
-        max_cost: float | None = None,
-        *,
-        calls: RetriedCalls = "keep",
-        by: Principal | None = None,
+        self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep", by: Principal | None = None
     ) -> Run:
         self._check_running()
         run = await self.get_run(run_id)
