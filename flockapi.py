@@ -113,17 +113,8 @@ if TYPE_CHECKING:
     from flock.web.metrics import Metrics
     from flock.web.ui import UIFile
 
-__all__ = [
-    "AppOptions",
-    "Auth",
-    "BatchItem",
-    "FlockAPI",
-    "JSONResponse",
-    "OnDisconnect",
-    "create_app",
-    "engine_of",
-    "principal_of",
-]
+__all__ = ["AppOptions", "Auth", "BatchItem", "FlockAPI", "JSONResponse", "OnDisconnect"]
+__all__ += ["create_app", "engine_of", "principal_of"]
 
 logger = logging.getLogger("flock.api")
 

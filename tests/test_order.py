@@ -495,7 +495,11 @@ async def test_marks_that_are_too_many_for_one_call_are_stored_with_the_next_one
     open_ = [replay.begin(f"f:{number} {'x' * 300}", JSON_NULL) for number in range(3000)]
     asked = replay.begin("ask:a", JSON_NULL)
     await replay.turn(asked, is_last=False)
-    places = [replay.end(replay.begin(f"g:{number}", JSON_NULL)) for number in range(6)]
+    places = list[Place]()
+    for number in range(6):
+        entry = replay.begin(f"g:{number}", JSON_NULL)
+        places.append(replay.end(entry))
+        replay.saw(entry, places[-1].end)
     marks = [mark for place in places for mark in place.also]
     assert [mark.call_id for mark in marks] == ["ask:a", "ask:a", *(entry.call_id for entry in open_)]
     assert max(len(msgspec.json.encode(place)) for place in places) < 1.1 * MAX_MARK_BYTES

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from flock.agents.chat import ChatInput, chat_input
 from flock.agents.conversation import Conversation, Verdict
-from flock.agents.functions import OwnFunction
+from flock.agents.functions import OwnFunction, stored_call
 from flock.agents.history import EDIT, Exchange, History, checked_messages, edited_by, messages_of
 from flock.agents.live import LiveAnswer
 from flock.agents.options import checked_options
@@ -59,22 +59,11 @@ from flock.nearest import did_you_mean
 from flock.options import WEBHOOK_URL, check
 from flock.pydanticmodel import to_json
 from flock.renamed import renamed
-from flock.runs import JSON_NULL, ClientSettings, ModelOptions, RetriedCalls, RunContext, safe_text
+from flock.runs import ClientSettings, ModelOptions, RetriedCalls, RunContext, safe_text
 from flock.scopes import closing_scopes, move_on_after_working
 
-__all__ = [
-    "Agent",
-    "AgentOptions",
-    "FunctionAgent",
-    "Handoff",
-    "ModelAgent",
-    "NextAgent",
-    "OnChange",
-    "OnInterrupt",
-    "Resources",
-    "ToolLike",
-    "agent",
-]
+__all__ = ["Agent", "AgentOptions", "FunctionAgent", "Handoff", "ModelAgent", "NextAgent"]
+__all__ += ["OnChange", "OnInterrupt", "Resources", "ToolLike", "agent"]
 
 OnInterrupt = Literal["retry", "fail"]
 OnChange = Literal["stop", "continue"]
@@ -660,11 +649,7 @@ class ModelAgent(Agent):
             )
             return checked_messages(self._edit.option, returned)
 
-        decode = functools.partial(msgspec.json.decode, type=list[Message])
-        found: list[Message] = await context.journal.once(
-            EDIT, "1", edit, kind="function", arguments=JSON_NULL, decode=decode
-        )
-        return found
+        return await stored_call(context, EDIT, "1", edit, list[Message])
 
     def _user_prompt(self, inputs: Any, shown: Callable[[Any], Any] = to_json) -> str:
         """Return the inputs as JSON, then the task: small models follow best what they read last."""

@@ -10,12 +10,13 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from flock.agents.functions import stored_call
 from flock.agents.hooks import Hook, with_model_hooks
 from flock.agents.tools import Toolbox
 from flock.errors import InvalidData, InvalidOutput, MalformedJSON, ModelError
 from flock.models.completions import Completion, Listener, Message, with_user_text
 from flock.models.requests import Request, bytes_of_files
-from flock.runs import JSON_NULL, RunContext, Usage
+from flock.runs import RunContext, Usage
 from flock.runs.traces import of_chat
 
 
@@ -109,14 +110,8 @@ class Conversation(msgspec.Struct, kw_only=True):
             async def sealed() -> Completion:
                 return self.toolbox.sealed(await self._pay(request, is_first=is_first and asked == 1))
 
-            reply: Completion = await context.journal.once(
-                "reply",
-                str(asked),
-                sealed,
-                kind="model",
-                arguments=JSON_NULL,
-                decode=decode,
-                should_keep=lambda _: True,
+            reply = await stored_call(
+                context, "reply", str(asked), sealed, Completion, kind="model", should_keep=lambda _: True
             )
             return self.toolbox.unsealed(reply)
 
@@ -144,16 +139,8 @@ class Conversation(msgspec.Struct, kw_only=True):
                 return True
             return not is_last and self._result_of(reply.text)[0] is None
 
-        key, decode = context.model_key, functools.partial(msgspec.json.decode, type=Completion)
-        reply: Completion = await context.journal.once(
-            re.sub(r"[^A-Za-z0-9_.-]", "_", self._model),
-            str(number),
-            ask,
-            kind="model",
-            arguments=JSON_NULL,
-            decode=decode,
-            should_keep=needs_more,
-        )
+        key, label = context.model_key, re.sub(r"[^A-Za-z0-9_.-]", "_", self._model)
+        reply = await stored_call(context, label, str(number), ask, Completion, kind="model", should_keep=needs_more)
         return self.toolbox.unsealed(reply)
 
     async def _pay(self, request: Request, *, is_first: bool) -> Completion:
@@ -190,15 +177,10 @@ class Conversation(msgspec.Struct, kw_only=True):
 
     async def _verdict(self, validate: Callable[[str], Awaitable[Verdict]], text: str, number: int) -> Verdict:
         """Return what ``validate=`` says. It is a call of the step, since it may decide otherwise the next time."""
-        verdict: Verdict = await self.context.journal.once(
-            "validate",
-            f"{number}-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]}",  # a retry gets other answers
-            functools.partial(validate, text),
-            kind="function",
-            arguments=JSON_NULL,
-            decode=functools.partial(msgspec.json.decode, type=Verdict),
+        digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]  # a retry gets other answers
+        return await stored_call(
+            self.context, "validate", f"{number}-{digest}", functools.partial(validate, text), Verdict
         )
-        return verdict
 
     def _result_of(self, text: str) -> tuple[msgspec.Raw | None, str]:
         """Return the result for an answer, or None and the reason why it is invalid."""

@@ -6,14 +6,17 @@ import logging
 import time
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
+import msgspec
 
 from flock.agents.signature import called, context_parameter, is_async, is_generator
 from flock.errors import CallError, DefinitionError
-from flock.runs import RunContext
+from flock.runs import JSON_NULL, RunContext
 from flock.scopes import move_on_after_working
+
+T = TypeVar("T")
 
 logger = logging.getLogger("flock.runs")
 
@@ -61,6 +64,20 @@ class OwnFunction:
         """Return the function with its arguments, and with the context if it has a parameter for it."""
         options = {} if self._context is None else {self._context: context}
         return functools.partial(self.function, *args, *([context] if self._adds_context else []), **options)
+
+
+async def stored_call(
+    context: RunContext, label: str, key: str, execute: Callable[[], Awaitable[T]], type_: type[T], **options: Any
+) -> T:
+    """Make a call of the step, of a function by default, without its arguments; see ``StepJournal.once``.
+
+    Args:
+        type_: of its result.
+    """
+    options = {"kind": "function", "arguments": JSON_NULL, **options}
+    decode = functools.partial(msgspec.json.decode, type=type_)
+    result: T = await context.journal.once(label, key, execute, decode=decode, **options)
+    return result
 
 
 @types.coroutine

@@ -51,10 +51,7 @@ class Hook(OwnFunction):
 
 
 async def with_model_hooks(
-    hooks: Sequence[Hook],
-    complete: Callable[[Request], Awaitable[Completion]],
-    request: Request,
-    context: RunContext,
+    hooks: Sequence[Hook], complete: Callable[[Request], Awaitable[Completion]], request: Request, context: RunContext
 ) -> Completion:
     """Send *request* through *hooks*, the first one outermost, and return the reply or what replaces it."""
     if not hooks:
@@ -83,10 +80,7 @@ async def with_model_hooks(
 
 
 async def with_tool_hooks(
-    hooks: Sequence[Hook],
-    execute: Callable[[Mapping[str, Any]], Awaitable[Any]],
-    use: ToolUse,
-    context: RunContext,
+    hooks: Sequence[Hook], execute: Callable[[Mapping[str, Any]], Awaitable[Any]], use: ToolUse, context: RunContext
 ) -> Any:
     """Call a tool through *hooks*, the first one outermost, and return its result or what replaces it."""
     if not hooks:

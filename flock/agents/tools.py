@@ -13,6 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.foreign import AnyArguments
+from flock.agents.functions import stored_call
 from flock.agents.hooks import Hook, ToolUse, with_tool_hooks
 from flock.agents.secret import hidden, sealed, unsealed
 from flock.agents.signature import Signature, called, context_parameter, is_async, is_generator, name_of
@@ -22,7 +23,7 @@ from flock.models.pace import Caller, wait
 from flock.models.react import FINISH
 from flock.nearest import did_you_mean
 from flock.pydanticmodel import to_json
-from flock.runs import JSON_NULL, ClientTool, RunContext, bad_role, one_line, safe_text
+from flock.runs import ClientTool, RunContext, bad_role, one_line, safe_text
 from flock.runs.text import of_request
 from flock.scopes import current_task, move_on_after_working
 
@@ -220,15 +221,7 @@ class Tool:
                 f"needs_approval= of {self.name!r} did not end within {toolbox.timeout_s:g} s (tool_timeout_s)."
             )
 
-        is_needed: bool = await toolbox.context.journal.once(
-            "needs_approval",
-            f"{self.name}.{number}",
-            decided,
-            kind="function",
-            arguments=JSON_NULL,
-            decode=functools.partial(msgspec.json.decode, type=bool),
-        )
-        return is_needed
+        return await stored_call(toolbox.context, "needs_approval", f"{self.name}.{number}", decided, bool)
 
     async def execute(self, arguments: Any, toolbox: "Toolbox") -> Any:
         """Call the function with *arguments*, which ``parameters`` has decoded.

@@ -247,12 +247,7 @@ def worker(target: str, model: str | None, **options: Any) -> None:
 @main.command()
 @click.option("--name", help="Print NAME=KEY, a line of the file of API keys. By default the name of the first role.")
 @click.option("--admin", is_flag=True, help="Its principal is an admin.")
-@click.option(
-    "--role",
-    "roles",
-    multiple=True,
-    help="A role of its principal, for questions that name it. Repeatable.",
-)
+@click.option("--role", "roles", multiple=True, help="A role of its principal, for questions that name it. Repeatable.")
 @click.option(
     "--max-cost-per-day",
     type=click.FloatRange(0, MAX_COST, min_open=True),

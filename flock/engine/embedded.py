@@ -37,14 +37,7 @@ from flock.engine.relay import Relay
 from flock.engine.retention import Retention
 from flock.engine.runner import FINAL_WRITE_TIMEOUT_S, Runner, StoredRun, accepting, counted
 from flock.engine.storereader import StoreReader
-from flock.errors import (
-    BatchNotFound,
-    CallNotFound,
-    Conflict,
-    EngineStopped,
-    RunNotFound,
-    StoreError,
-)
+from flock.errors import BatchNotFound, CallNotFound, Conflict, EngineStopped, RunNotFound, StoreError
 from flock.fair import FairShare
 from flock.limits import Limits
 from flock.models.llm import ModelClient
@@ -504,12 +497,7 @@ class EmbeddedEngine(EngineBase):
             self._start(run)
 
     async def retry_run(
-        self,
-        run_id: str,
-        max_cost: float | None = None,
-        *,
-        calls: RetriedCalls = "keep",
-        by: Principal | None = None,
+        self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep", by: Principal | None = None
     ) -> Run:
         self._check_running()
         run, retry = await self.get_outline(run_id), self._retry(max_cost, calls, by)

@@ -398,12 +398,7 @@ class Runner:
         context.run(lambda: tasks.start_soon(self._execute, self._admit(run), name="run"))
 
     def execute(
-        self,
-        run: Run,
-        on_begin: Callable[[], None],
-        on_wait: Callable[[], None],
-        on_end: OnEnd,
-        budget: Budget | None,
+        self, run: Run, on_begin: Callable[[], None], on_wait: Callable[[], None], on_end: OnEnd, budget: Budget | None
     ) -> Coroutine[Any, Any, None]:
         """Return a coroutine that executes a run until it ends, or begins to wait for an answer.
 

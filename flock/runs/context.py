@@ -84,12 +84,7 @@ class StepJournal(Protocol):
     ) -> Coroutine[Any, Any, Any]: ...
 
     def run_agent(
-        self,
-        context: "RunContext",
-        name: str,
-        inputs: Mapping[str, Any],
-        keep: CallKeep,
-        options: Mapping[str, Any],
+        self, context: "RunContext", name: str, inputs: Mapping[str, Any], keep: CallKeep, options: Mapping[str, Any]
     ) -> Coroutine[Any, Any, dict[str, Any]]: ...
 
     def ask(
@@ -378,12 +373,7 @@ class RunContext(Generic[S]):
         return self.journal.call(self, function, args, kwargs, options)
 
     def run_agent(
-        self,
-        name: str,
-        inputs: Mapping[str, Any],
-        *,
-        call_keep: CallKeep = "all",
-        options: ModelOptions | None = None,
+        self, name: str, inputs: Mapping[str, Any], *, call_keep: CallKeep = "all", options: ModelOptions | None = None
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """Let another agent of the flock run, as a call of this step, and return its result.
 

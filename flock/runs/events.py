@@ -9,17 +9,8 @@ import msgspec
 from flock.runs.records import NOT_LOADED, Batch, Call, Progress, Run, RunStatus, Time
 from flock.runs.usage import shown_usage
 
-__all__ = [
-    "Event",
-    "Webhook",
-    "end_id",
-    "event_of_batch",
-    "event_of_call",
-    "events_after",
-    "is_end_of_step",
-    "run_in",
-    "started_id",
-]
+__all__ = ["Event", "Webhook", "event_of_batch", "event_of_call", "events_after", "run_in"]
+__all__ += ["end_id", "is_end_of_step", "started_id"]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

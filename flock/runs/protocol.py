@@ -391,12 +391,7 @@ class Engine(Protocol):
         """
 
     async def retry_run(
-        self,
-        run_id: str,
-        max_cost: float | None = None,
-        *,
-        calls: RetriedCalls = "keep",
-        by: Principal | None = None,
+        self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep", by: Principal | None = None
     ) -> Run:
         """Start the next attempt of a failed or cancelled run after its last committed step.
 

@@ -26,52 +26,13 @@ from flock.runs.client import ClientSettings
 from flock.runs.ids import now
 from flock.runs.usage import DOLLAR, MAX_COST, Spent, Usage, added, is_spent, shown_usage
 
-__all__ = [
-    "INVALID_INPUT",
-    "JSON_NULL",
-    "MAX_SHOWN_BYTES",
-    "MAX_SHOWN_CALLS",
-    "NOT_LOADED",
-    "Answer",
-    "AskedQuestion",
-    "Batch",
-    "BatchFilter",
-    "BatchOptions",
-    "Call",
-    "CallKind",
-    "Frame",
-    "IdempotencyKey",
-    "Inputs",
-    "ItemLimits",
-    "Items",
-    "LongJSON",
-    "Mark",
-    "OnExtra",
-    "OnInvalid",
-    "Page",
-    "Place",
-    "Principal",
-    "Progress",
-    "Question",
-    "QuestionFilter",
-    "QuestionPage",
-    "Raised",
-    "RetriedCalls",
-    "Row",
-    "Run",
-    "RunFilter",
-    "RunStatus",
-    "Session",
-    "StatusName",
-    "Statuses",
-    "Step",
-    "Time",
-    "bad_role",
-    "name_and_caller",
-    "shown_as",
-    "statuses_of",
-    "stub_of",
-]
+__all__ = ["Progress", "RunStatus", "StatusName", "Statuses", "Step", "Time", "statuses_of"]
+__all__ += ["INVALID_INPUT", "JSON_NULL", "MAX_SHOWN_BYTES", "MAX_SHOWN_CALLS", "NOT_LOADED"]
+__all__ += ["Call", "CallKind", "Mark", "Place", "Raised", "RetriedCalls"]
+__all__ += ["Answer", "AskedQuestion", "Question", "Run", "stub_of"]
+__all__ += ["Batch", "BatchOptions", "Frame", "Inputs", "ItemLimits", "Items", "OnExtra", "OnInvalid", "Row"]
+__all__ += ["BatchFilter", "IdempotencyKey", "Principal", "RunFilter", "bad_role", "name_and_caller"]
+__all__ += ["LongJSON", "Page", "QuestionFilter", "QuestionPage", "Session", "shown_as"]
 
 T = TypeVar("T")
 

@@ -7,24 +7,8 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-__all__ = [
-    "DOLLAR",
-    "MAX_COST",
-    "Account",
-    "Spent",
-    "Usage",
-    "UsageFilter",
-    "UsagePage",
-    "UsageRow",
-    "UsageSums",
-    "added",
-    "cost_in_words",
-    "is_spent",
-    "next_day",
-    "shown_usage",
-    "spent_since",
-    "spent_with",
-]
+__all__ = ["DOLLAR", "MAX_COST", "Account", "Spent", "Usage", "UsageFilter", "UsagePage", "UsageRow", "UsageSums"]
+__all__ += ["added", "cost_in_words", "is_spent", "next_day", "shown_usage", "spent_since", "spent_with"]
 
 #: A US dollar. Prices of a million tokens have at most six decimals, so that sums of picodollars are exact.
 DOLLAR = 10**12

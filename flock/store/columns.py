@@ -102,6 +102,10 @@ def json_or_null(value: Any) -> bytes | None:
     return msgspec.json.encode(value) if value else None
 
 
+def _struct_column(type_: Any) -> Column:
+    return Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(type_).decode)
+
+
 def _tuple_column(type_: Any) -> Column:
     return Column({bytes, NoneType}, "NULL", json_or_null, msgspec.json.Decoder(type_).decode)
 
@@ -118,16 +122,10 @@ COLUMNS: Mapping[Any, Column] = {
     RunStatus: Column({str}, "''", operator.attrgetter("_value_"), RunStatus),
     msgspec.Raw: Column({bytes}, "x'7b7d'", bytes, _json),
     Progress: Column({bytes}, "x'7b7d'", msgspec.json.encode, _progress),
-    Usage: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Usage).decode),
-    Place: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Place).decode),
-    Principal: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Principal).decode),
-    ClientSettings: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(ClientSettings).decode),
-    Raised: Column({bytes}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(Raised).decode),
+    **{type_: _struct_column(type_) for type_ in (Usage, Place, Principal, ClientSettings, Raised)},
     BatchOptions: Column({bytes, str}, "x'7b7d'", msgspec.json.encode, msgspec.json.Decoder(BatchOptions).decode),
-    tuple[str, ...]: _tuple_column(tuple[str, ...]),
-    tuple[Spent, ...]: _tuple_column(tuple[Spent, ...]),
+    **{type_: _tuple_column(type_) for type_ in (tuple[str, ...], tuple[Spent, ...], tuple[Question, ...])},
     CallKind: Column({str}, "'function'"),
-    tuple[Question, ...]: _tuple_column(tuple[Question, ...]),
     # Each step has its own row, except for the last step of a completed run.
     tuple[Step, ...]: Column({bytes, NoneType}, "NULL"),
 }
@@ -379,17 +377,8 @@ _LAST_STEP = msgspec.json.Decoder(_LastStep)
 
 def _last_step_from(stored: bytes, result: msgspec.Raw) -> Step:
     last = _LAST_STEP.decode(stored)
-    return Step(
-        agent_name=last.agent_name,
-        result=result,
-        usage=last.usage,
-        attempt=last.attempt,
-        call_count=last.call_count,
-        model=last.model,
-        first_try=last.first_try,
-        started_at=EPOCH + last.started_at * MICROSECOND,
-        completed_at=EPOCH + last.completed_at * MICROSECOND,
-    )
+    times = {"started_at": time_from(last.started_at), "completed_at": time_from(last.completed_at)}
+    return Step(result=result, **last._asdict() | times)
 
 
 @_raising_damaged

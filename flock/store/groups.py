@@ -41,13 +41,7 @@ class Change(msgspec.Struct):
 
 
 #: Errors that concern the values of one record, or one damaged row, and not the store as a whole.
-RECORD_ERRORS = (
-    sqlite3.InterfaceError,
-    sqlite3.DataError,
-    sqlite3.IntegrityError,
-    sqlite3.ProgrammingError,
-    Damaged,
-)
+RECORD_ERRORS = (sqlite3.InterfaceError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError, Damaged)
 
 
 #: What SQLite raises. A MemoryError has no text.

@@ -195,14 +195,8 @@ def _reply(db: sqlite3.Connection, job: Job, custom_id: str, reply: Reply, at: d
 def _give(db: sqlite3.Connection, run: Run, wait: Question, reply: Reply, agent_name: str, at: datetime) -> None:
     """Store a reply as the end of the call that waits for it, with what it has cost, and forget the call."""
     output = JSON_NULL if reply.completion is None else msgspec.Raw(msgspec.json.encode(reply.completion))
-    call = replace(
-        answer_of(wait, output, at),
-        usage=reply.usage,
-        model=reply.model,
-        error=reply.error,
-        error_type=reply.error_type,
-        raised=reply.raised,
-    )
+    same = ("usage", "model", "error", "error_type", "raised")
+    call = replace(answer_of(wait, output, at), **{name: getattr(reply, name) for name in same})
     if reply.usage is not None:
         of_agent = spent_with(run.spent_by, agent_name, reply.model or "", reply.usage)
         queries.write_spent(db, replace(run, spent=added(run.usage, reply.usage), spent_by=of_agent))

@@ -493,14 +493,7 @@ class Store(Protocol):
         """Whether ``check_wait`` may find an answer. It only reads."""
 
     async def send(
-        self,
-        run_id: str,
-        name: str,
-        message: msgspec.Raw,
-        key: Key,
-        owner: str,
-        now: datetime,
-        then: Then[Run | None],
+        self, run_id: str, name: str, message: msgspec.Raw, key: Key, owner: str, now: datetime, then: Then[Run | None]
     ) -> None:
         """Keep a message to a run. Call *then* with a stub of the run if it waited for it and is ready to start.
 

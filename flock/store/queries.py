@@ -415,11 +415,8 @@ def delete_items(db: sqlite3.Connection, batch_id: str, limit: int) -> int:
 
 def _delete_details(db: sqlite3.Connection, run_ids: Sequence[tuple[str]]) -> None:
     """Delete the steps, calls, questions and messages of these runs."""
-    db.executemany(statements.DELETE_STEPS, run_ids)
-    db.executemany(statements.DELETE_CALLS, run_ids)
-    db.executemany(statements.DELETE_QUESTIONS, run_ids)
-    db.executemany(statements.DELETE_MODEL_CALLS, run_ids)
-    db.executemany(statements.DELETE_MESSAGES, run_ids)
+    for statement in statements.DELETE_DETAILS:
+        db.executemany(statement, run_ids)
 
 
 def find_spent(db: sqlite3.Connection, query: str, values: Mapping[str, Any]) -> list[tuple[str, Usage | None]]:

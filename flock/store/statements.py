@@ -130,8 +130,8 @@ USAGE_OF_BATCH = "SELECT usage FROM batches WHERE batch_id = ?"
 SET_USAGE_OF_BATCH = "UPDATE batches SET usage = ? WHERE batch_id = ?"
 COUNT_WAITING_ITEMS = "UPDATE batches SET waiting_items = waiting_items + ? WHERE batch_id = ?"
 CANCEL_RUN = "UPDATE runs SET cancel_requested = 1 WHERE run_id = ? AND status IN ('starting', 'running')"
-FAIL_RUN = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
-    WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"""
+_FAIL = "UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?"
+FAIL_RUN = f"{_FAIL} WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"
 TAKE_RUN = """UPDATE runs SET owner = ?, attempt = attempt + (status = 'running'),
     recoveries = recoveries + (status = 'running'), worked_s = CASE status WHEN 'running' THEN 0 ELSE worked_s END,
     status = 'starting' WHERE run_id = ? AND owner = ? AND status IN ('starting', 'running')"""
@@ -142,8 +142,7 @@ EXECUTED_RUNS = """SELECT run_id, batch_id FROM runs WHERE run_id IN (SELECT val
 COUNT_DEATH = """UPDATE runs SET deaths_alone = (deaths > 0) * deaths_alone + ?, deaths = deaths + 1 WHERE run_id = ?"""
 CLEAR_DEATHS = "UPDATE runs SET deaths = 0 WHERE run_id = ?"
 #: A run that was alone at a death is the cause of it, unless somebody happened to kill the process just then.
-FAIL_CRASHED = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
-    WHERE run_id = ? AND deaths >= ? AND deaths_alone >= ?"""
+FAIL_CRASHED = f"{_FAIL} WHERE run_id = ? AND deaths >= ? AND deaths_alone >= ?"
 SUSPECTS = """SELECT run_id, batch_id, deaths FROM runs INDEXED BY runs_that_died
     WHERE deaths > 0 AND deaths > 1 AND status = 'starting' AND cancel_requested = 0"""
 #: Whether unfinished runs of an engine, or items of its batches, were running in a death before.
@@ -160,6 +159,10 @@ REOPEN_RUN = f"""UPDATE runs SET {REOPENED}, owner = ?, is_async = 1,
     WHERE run_id = ? AND batch_id IS NULL AND status IN ('failed', 'cancelled')"""
 DELETE_RUN = "DELETE FROM runs WHERE run_id = ?"
 DELETE_FINAL_RUN = f"{DELETE_RUN} AND batch_id IS NULL AND status NOT IN ('starting', 'running', 'waiting')"
+#: What is deleted with a run.
+DELETE_DETAILS = [
+    f"DELETE FROM {table} WHERE run_id = ?" for table in ("steps", "calls", "questions", "model_calls", "messages")
+]
 ROW_OF_RUN = "SELECT rowid FROM runs WHERE run_id = ?"
 #: Whether a run is of a principal. It reads only the first columns and an index, so it takes as long for any run.
 IS_OF_PRINCIPAL = """SELECT 1 FROM runs WHERE run_id = ? AND CASE WHEN batch_id IS NULL THEN
@@ -269,11 +272,9 @@ _ASKED = f"CASE kind WHEN 'question' THEN {_SHORT['arguments']} END"
 NEXT_CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, **_SHORT | {"arguments": _ASKED})}
     FROM calls WHERE run_id = ? AND position = ? AND rowid > ? AND once IS NOT 'started'
     ORDER BY tries, rowid LIMIT ? OFFSET ?"""
-DELETE_CALLS = "DELETE FROM calls WHERE run_id = ?"
 #: Whether an engine still owns a run, or the batch of an item, in an attempt.
 OWNS_RUN = """SELECT 1 FROM runs WHERE run_id = ? AND attempt = ? AND status IN ('starting', 'running')
     AND (owner = ? OR EXISTS (SELECT 1 FROM batches WHERE batches.batch_id = runs.batch_id AND batches.owner = ?))"""
-DELETE_STEPS = "DELETE FROM steps WHERE run_id = ?"
 ROW_OF_STEP = "SELECT rowid FROM steps WHERE run_id = ? AND position = ?"
 STEPS = f"SELECT {', '.join(STEP_TABLE)} FROM steps WHERE run_id = ? ORDER BY position"
 OUTLINED_STEPS = STEPS.replace("result", OUTLINED)
@@ -316,11 +317,9 @@ REOPEN_ITEMS = f"UPDATE runs SET {REOPENED} WHERE run_id IN ({ITEMS_TO_REOPEN})"
 REOPEN_ITEM = f"UPDATE runs SET {REOPENED} WHERE run_id = ? AND status = ? AND error_type IS NOT ?"
 TAKE_ITEMS = """UPDATE runs SET attempt = attempt + 1, recoveries = recoveries + 1, status = 'starting', worked_s = 0
     WHERE batch_id = ? AND status = 'running'"""
-FAIL_ITEMS = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
-    WHERE batch_id = ? AND status IN ('starting', 'running', 'waiting')"""
+FAIL_ITEMS = f"{_FAIL} WHERE batch_id = ? AND status IN ('starting', 'running', 'waiting')"
 #: NOT IN, so that an item with a damaged status is included.
-FAIL_ITEM = """UPDATE runs SET status = 'failed', error = ?, error_type = ?, completed_at = ?
-    WHERE rowid = ? AND status NOT IN ('completed', 'failed', 'cancelled')"""
+FAIL_ITEM = f"{_FAIL} WHERE rowid = ? AND status NOT IN ('completed', 'failed', 'cancelled')"
 ITEMS_BY_STATUS = "SELECT run_id FROM runs INDEXED BY items_by_status WHERE batch_id = ? AND status = ? LIMIT ?"
 CANCEL_ITEMS = f"""UPDATE runs SET status = 'cancelled', error = ?, error_type = ?, completed_at = ?
     WHERE run_id IN ({ITEMS_BY_STATUS})"""
@@ -469,7 +468,6 @@ def _questions(index: str, range_: str, names: Iterable[str]) -> str:
         FROM questions INDEXED BY {index} WHERE {conditions}"""
 
 
-DELETE_QUESTIONS = "DELETE FROM questions WHERE run_id = ?"
 #: The answer of a wait that was given while the step runs.
 FIND_ANSWER_OF_WAIT = f"""SELECT {", ".join(CALL_TABLE)} FROM calls
     WHERE run_id = ? AND position = ? AND tries = ? AND call_id = ? AND error IS NULL"""
@@ -478,7 +476,6 @@ NEXT_MESSAGE = "SELECT rowid, message FROM messages WHERE run_id = ? AND name = 
 DELETE_MESSAGE = "DELETE FROM messages WHERE rowid = ?"
 COUNT_MESSAGES = "SELECT count(*) FROM messages WHERE run_id = ?"
 NAMES_OF_MESSAGES = "SELECT DISTINCT name FROM messages WHERE run_id = ? ORDER BY name"
-DELETE_MESSAGES = "DELETE FROM messages WHERE run_id = ?"
 RELEASED_FILES = "SELECT file, at FROM run_files WHERE run_id = '' LIMIT ?"
 FORGET_RELEASED_FILE = "DELETE FROM run_files WHERE run_id = '' AND file = ? AND at <= ?"
 HAS_RUN_WITH_FILE = "SELECT 1 FROM run_files WHERE file = ? AND run_id != ''"
@@ -520,7 +517,6 @@ INSERT_MODEL_CALL = """INSERT OR REPLACE INTO model_calls (run_id, call_id, cust
     model, max_tokens, digest, size, line, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 KEEP_REPLY = "UPDATE model_calls SET reply = ? WHERE run_id = ? AND call_id = ?"
 DELETE_MODEL_CALL = "DELETE FROM model_calls WHERE run_id = ? AND call_id = ?"
-DELETE_MODEL_CALLS = "DELETE FROM model_calls WHERE run_id = ?"
 
 
 def _report(values: str, record: str, tables: str = "") -> str:

@@ -241,14 +241,7 @@ class SQLiteStore(Database, Store):
         return self.read(lambda db: waiting.has_answer(db, run, wait))
 
     async def send(
-        self,
-        run_id: str,
-        name: str,
-        message: msgspec.Raw,
-        key: Key,
-        owner: str,
-        now: datetime,
-        then: Then[Run | None],
+        self, run_id: str, name: str, message: msgspec.Raw, key: Key, owner: str, now: datetime, then: Then[Run | None]
     ) -> None:
         await self.change(lambda db: waiting.send(db, run_id, name, message, key, owner, now), then)
 

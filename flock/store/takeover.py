@@ -6,9 +6,9 @@ All functions are called inside a transaction of ``Database.change``, or on its 
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from flock.runs import RunStatus, stub_of
 from flock.steps.outcomes import CRASHED, DAMAGED, DEATHS_ALONE, INTERRUPTED, Outcome
@@ -18,6 +18,8 @@ from flock.store.port import TakenOver
 from flock.store.suspects import SuspectGroup, groups_of
 
 logger = logging.getLogger("flock.store")
+
+T = TypeVar("T")
 
 
 class Unfinished:
@@ -36,37 +38,32 @@ class Unfinished:
 def find_unfinished(db: sqlite3.Connection, dead_id: str, agents: Collection[str], only: str | None) -> Unfinished:
     """Find the unfinished work of an engine. Not for use in a write transaction: a damaged row would fail it."""
     unfinished = Unfinished()
-    for (run_id,) in db.execute(statements.UNFINISHED_RUNS, (dead_id,)).fetchall():
-        if only not in (None, run_id):
-            continue
-        try:
-            run = queries.find_run(db, run_id)
-        except Damaged as exc:
-            logger.error("run %s is unfinished and cannot be read: %s", run_id, exc)
-            if exc.is_writable:
+
+    def found(kind: str, query: str, find: Callable[..., T | None]) -> Iterator[tuple[str, T | Damaged]]:
+        for (id_,) in db.execute(query, (dead_id,)).fetchall():
+            try:
+                if only in (None, id_) and (record := find(db, id_)) is not None:
+                    yield id_, record
+            except Damaged as exc:
+                logger.error("%s %s is unfinished and cannot be read: %s", kind, id_, exc)
+                yield id_, exc
+
+    for run_id, run in found("run", statements.UNFINISHED_RUNS, queries.find_run):
+        if isinstance(run, Damaged):
+            if run.is_writable:
                 unfinished.ends[run_id] = DAMAGED
-            continue
-        if run is None:
-            continue
-        agent_name = run.next_agent_name or run.agent_name
-        if not run.is_async:
+        elif not run.is_async:
             unfinished.ends[run_id] = INTERRUPTED
-        elif run.cancel_requested or agent_name in agents:
+        elif run.cancel_requested or (run.next_agent_name or run.agent_name) in agents:
             unfinished.runs.append(run_id)
         else:
-            unfinished.missing[agent_name] += 1
-    for (batch_id,) in db.execute(statements.UNFINISHED_BATCHES, (dead_id,)).fetchall():
-        if only not in (None, batch_id):
-            continue
-        try:
-            batch = queries.find_batch(db, batch_id)
-        except Damaged as exc:
-            logger.error("batch %s is unfinished and cannot be read: %s", batch_id, exc)
+            unfinished.missing[run.next_agent_name or run.agent_name] += 1
+    for batch_id, batch in found("batch", statements.UNFINISHED_BATCHES, queries.find_batch):
+        if isinstance(batch, Damaged):
             unfinished.damaged_batches.append(batch_id)
-            continue
-        if batch is not None and (batch.cancel_requested or batch.agent_name in agents):
+        elif batch.cancel_requested or batch.agent_name in agents:
             unfinished.batches.append(batch_id)
-        elif batch is not None:
+        else:
             unfinished.missing[batch.agent_name] += 1
     return unfinished
 

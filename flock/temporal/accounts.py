@@ -18,14 +18,7 @@ from temporalio.common import SearchAttributePair, TypedSearchAttributes, Workfl
 from flock.models.prices import DayBudget, Price
 from flock.runs import Account, Spent, Usage, UsageFilter, UsageRow, new_id, now, spent_with
 from flock.temporal.cluster import Cluster
-from flock.temporal.messages import (
-    ACCOUNT_WORKFLOW,
-    FLOCK,
-    AccountState,
-    SpentReport,
-    account_workflow_id,
-    keyword_of,
-)
+from flock.temporal.messages import ACCOUNT_WORKFLOW, FLOCK, AccountState, SpentReport, account_workflow_id, keyword_of
 from flock.temporal.search import workflows_of
 from flock.temporal.workflows import FlockAccount
 

@@ -234,8 +234,7 @@ class FlockBatch(_Interruptible):
                     self._start_chunk(chunk, share)
         while free > 0 and (busy := self._busy_chunks()) and not self.is_cancelled:
             chunk = busy[0]
-            size = self._order.first_of(chunk + 1) - self._order.first_of(chunk)
-            if self._lanes[chunk] >= size:
+            if self._lanes[chunk] >= len(self._order.positions_of(chunk)):
                 break
             share = math.ceil(free / len(busy))
             self._lanes[chunk] += share
@@ -274,9 +273,9 @@ class FlockBatch(_Interruptible):
         return free - len(granted)
 
     def _start_chunk(self, chunk: int, lanes: int) -> None:
-        first, end = self._order.first_of(chunk), self._order.first_of(chunk + 1)
-        messages = [sent for position in range(first, end) for sent in self._early.messages_to(position)]
-        for position in range(first, end):
+        positions = self._order.positions_of(chunk)
+        messages = [sent for position in positions for sent in self._early.messages_to(position)]
+        for position in positions:
             self._early.discard(position)
         fitting = list(itertools.takewhile(_fits_within(MAX_STEP_BYTES), messages))
         max_cost, usage = self._batch.options.max_cost, self._usage or Usage()
@@ -286,12 +285,12 @@ class FlockBatch(_Interruptible):
             chunk=chunk,
             attempt=self._batch.attempt,
             attempts=(*self._order.attempts[:-1], replace(self._order.attempts[-1], cancelled={})),
-            positions=(first, end),
+            positions=(positions.start, positions.stop),
             lanes=lanes,
             is_whole=self._batch.attempt == 1 and not self._batch.invalid_items,
             timeout_s=self._order.timeout_s,
             heartbeat_timeout_s=self._order.heartbeat_timeout_s,
-            cancelled={at: when for at, when in self._cancelled.items() if first <= at < end},
+            cancelled={at: when for at, when in self._cancelled.items() if at in positions},
             budget=budget,
             messages=tuple(fitting),
         )
@@ -336,8 +335,8 @@ class FlockBatch(_Interruptible):
             self._spent_in.pop(chunk, None)
             self._idle.pop(chunk, None)
             self._yielding.discard(chunk)
-            first, end = self._order.first_of(chunk), self._order.first_of(chunk + 1)
-            self._cancelled = {at: when for at, when in self._cancelled.items() if not first <= at < end}
+            positions = self._order.positions_of(chunk)
+            self._cancelled = {at: when for at, when in self._cancelled.items() if at not in positions}
             try:
                 ended = task.result()
             except ChildWorkflowError as exc:
@@ -345,9 +344,9 @@ class FlockBatch(_Interruptible):
                 if self.is_cancelled:  # it was cancelled before it started, and its items are counted at the end
                     self._cancelled_in |= 1 << chunk
                 else:  # it was closed from outside, or the retention of its rows is over
-                    size = min(end - first, self._batch.total_items - self._batch.completed_items)
+                    size = min(len(positions), self._batch.total_items - self._batch.completed_items)
                     outcome = outcome_of_failure(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
-                    ended = Counts(failed=size, first_error=(first, outcome.error))
+                    ended = Counts(failed=size, first_error=(positions.start, outcome.error))
             self._batch = ended.in_batch(self._batch)
             self._is_day_spent |= ended.unpaid > 0
             self._failed_in |= bool(ended.failed) << chunk

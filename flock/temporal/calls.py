@@ -55,6 +55,7 @@ class Calls:
         generation: int = 0,
     ) -> None:
         self._by_item: dict[int, dict[tuple[int, str], CallDone]] = {}
+        #: what each item, or the run, had spent when its last call finished
         self._spent: dict[int, Usage | None] = {}
         #: the waits that steps have begun while they ran, by the step and the call that waits
         self._begun: dict[int, dict[tuple[int, str], Question]] = {}
@@ -146,10 +147,6 @@ class Calls:
     def of_step(self, item: int, step: int) -> list[Call]:
         return [done.call for done in self.of_item(item) if done.step == step]
 
-    def spent(self, item: int) -> Usage | None:
-        """Return what an item, or a run, had spent when its last call finished."""
-        return self._spent.get(item)
-
     def page(self, item: int, step: int, after: int) -> CallsPage:
         """Return some calls of a step, without the first *after*. No call changes its position."""
         begun = [wait for (begun_in, _), wait in self._begun.get(item, {}).items() if begun_in == step]
@@ -160,7 +157,7 @@ class Calls:
                 break
             page.append(call)
         waits, is_last = self.unanswered(item, step, begun), len(page) == len(left)
-        return CallsPage(calls=tuple(page), is_last=is_last, spent=self.spent(item), waits=waits)
+        return CallsPage(calls=tuple(page), is_last=is_last, spent=self._spent.get(item), waits=waits)
 
     def still_open(
         self, item: int, step: int, questions: Iterable[Question], at: datetime | None = None

@@ -103,14 +103,7 @@ from flock.temporal.messages import (
     task_queue_of,
     workflow_id_of,
 )
-from flock.temporal.records import (
-    Traces,
-    early_messages,
-    reset_for_retry,
-    run_of,
-    shown,
-    with_heartbeats,
-)
+from flock.temporal.records import Traces, early_messages, reset_for_retry, run_of, shown, with_heartbeats
 from flock.temporal.search import (
     AskingRuns,
     Record,
@@ -700,17 +693,16 @@ class TemporalEngine(TemporalBatches):
         """
         self._check_entered()
         message = message_from(name, message, MAX_INPUT_BYTES)
-        run, made_id, id_ = await self.get_run(run_id), None, new_id()
-        if key is not None and (made_id := await self._reservations.find(key)) is None:
+        run, new = await self.get_run(run_id), new_id()
+        id_ = None if key is None else await self._reservations.find(key)
+        if id_ is None:
             check_message(run, name, message, await self._count_kept(run, message))
-            made_id = await self._reservations.claim(key, id_)
-        elif key is None:
-            check_message(run, name, message, await self._count_kept(run, message))
-        replayed = None if made_id in (None, id_) else Replayed(run_id)
-        if replayed is not None and made_id in (await self._traces_of(run)).message_ids:
+            id_ = new if key is None else await self._reservations.claim(key, new)
+        replayed = None if id_ == new else Replayed(run_id)
+        if replayed is not None and id_ in (await self._traces_of(run)).message_ids:
             raise replayed
         # If the process that claimed the key died before it sent the message, this one sends it.
-        sent = Sent(item=run.position or 0, id=made_id or id_, name=name, message=message, at=now())
+        sent = Sent(item=run.position or 0, id=id_, name=name, message=message, at=now())
         is_sent = await self.cluster.signal(await self._keeper_of(run), FlockRun.message, sent)
         if not is_sent and run.batch_id is not None and not (await self.get_run(run_id)).status.is_final:
             batch = await self.get_batch(run.batch_id)  # it keeps those to items that have not started
@@ -753,12 +745,7 @@ class TemporalEngine(TemporalBatches):
         return chunk_workflow_id(run.batch_id, order.chunk_of(run.position or 0), order.batch.attempt)
 
     async def retry_run(
-        self,
-        run_id: str,
-        max_cost: float | None = None,
-        *,
-        calls: RetriedCalls = "keep",
-        by: Principal | None = None,
+        self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep", by: Principal | None = None
     ) -> Run:
         self._check_running()
         run = await self.get_run(run_id)

@@ -411,9 +411,10 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     messages: tuple[Sent, ...] = ()
     has_receiver: bool = False
 
-    def first_of(self, chunk: int) -> int:
-        """The first position of *chunk*, or ``total_items`` after the last chunk."""
-        return self.starts[chunk] if chunk < len(self.starts) else self.batch.total_items
+    def positions_of(self, chunk: int) -> range:
+        """The positions of the items of *chunk*."""
+        starts = (*self.starts[chunk : chunk + 2], self.batch.total_items)
+        return range(starts[0], starts[1])
 
     def chunk_of(self, position: int) -> int:
         return bisect.bisect_right(self.starts, position) - 1

@@ -200,10 +200,7 @@ class TemporalWorker:
         heartbeats = asyncio.create_task(_send_heartbeats(active, order.heartbeat_timeout_s))
         try:
             await until_done(
-                work,
-                drain_timeout_s=self.workplace.drain_timeout_s,
-                stop=active.stop,
-                cancel=active.cancel,
+                work, drain_timeout_s=self.workplace.drain_timeout_s, stop=active.stop, cancel=active.cancel
             )
         finally:
             heartbeats.cancel()

@@ -25,7 +25,7 @@ from temporalio.exceptions import (
 from temporalio.exceptions import TimeoutError as ActivityTimeout
 
 from flock.engine.base import KEEP_USAGE_FOR
-from flock.runs import Account, Call, Question, Run, RunStatus, Usage, UsageRow, spent_with
+from flock.runs import Account, Call, Question, Run, RunStatus, UsageRow, spent_with
 from flock.steps.answers import asked_question, is_expired
 from flock.steps.outcomes import Outcome, expiry_of, queue_timeout, timeout_of
 from flock.temporal.calls import Calls
@@ -104,14 +104,6 @@ class CallKeeper:
     def calls_from(self, item: int, step: int, after: int) -> CallsPage:
         """Return finished calls of a step, without the first *after*, and what the item or run has spent."""
         return self._calls.page(item, step, after)
-
-    @workflow.query  # of workers of an earlier version, as is the next one
-    def calls(self, item: int, step: int) -> list[Call]:
-        return self._calls.of_step(item, step)
-
-    @workflow.query
-    def spent(self, item: int) -> Usage | None:
-        return self._calls.spent(item)
 
     @workflow.query
     def waits(self, item: int, step: int, call_ids: list[str]) -> Waits:

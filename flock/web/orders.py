@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import anyio
 import msgspec
+from msgspec.structs import asdict
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -68,7 +69,7 @@ class Serving(Protocol):
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """A run that a client asks for. See ``Engine.submit``.
+    """A run that a client asks for: arguments of ``Engine.submit``.
 
     Attributes:
         is_async: the client does not wait for the end, so the run continues if it disconnects.
@@ -196,19 +197,7 @@ async def accept(request: Request, order: Wanted, run_id: str | None = None) -> 
         return Accepted(run, is_replay=False)
     try:
         run = await engine.submit(
-            order.agent_name,
-            order.inputs,
-            request_id=request_id_of(request),
-            traceparent=traceparent_of(request),
-            is_async=order.is_async,
-            timeout_s=order.timeout_s,
-            session_id=order.session_id,
-            continues=order.continues,
-            replaces=order.replaces,
-            max_cost=order.max_cost,
-            client=order.client,
-            key=order.key,
-            run_id=run_id,
+            **asdict(order), request_id=request_id_of(request), traceparent=traceparent_of(request), run_id=run_id
         )
     except Replayed as exc:
         return Accepted(await replayed(engine.get_run(exc.made_id)), is_replay=True)

@@ -31,66 +31,16 @@ from flock.runs import (
 from flock.runs import Usage as RecordedUsage
 from flock.runs.records import shown_as
 
-__all__ = [
-    "ANSWER",
-    "BATCH_REQUEST",
-    "BATCH_RETRY",
-    "MAX_PAGE",
-    "MAX_WAIT_S",
-    "RUN_REQUEST",
-    "RUN_RETRY",
-    "AgentDetail",
-    "AgentList",
-    "AgentSummary",
-    "AskedQuestion",
-    "BatchList",
-    "BatchQuery",
-    "BatchSummary",
-    "BatchesQuery",
-    "EventsQuery",
-    "FlockAPIRequest",
-    "FlockAPIResponse",
-    "FlockAnswer",
-    "FlockBatchCheck",
-    "FlockBatchCheckRow",
-    "FlockBatchRequest",
-    "FlockBatchResponse",
-    "FlockBatchRetry",
-    "FlockMessage",
-    "FlockRunRetry",
-    "Health",
-    "Problem",
-    "Question",
-    "QuestionEventsQuery",
-    "QuestionList",
-    "QuestionsQuery",
-    "Readiness",
-    "ResultsQuery",
-    "RunCall",
-    "RunEventsQuery",
-    "RunList",
-    "RunStep",
-    "RunSummary",
-    "RunsQuery",
-    "SessionSummary",
-    "StreamQuery",
-    "UploadQuery",
-    "Usage",
-    "UsageBudget",
-    "UsageEntry",
-    "UsageQuery",
-    "UsageReport",
-    "Wait",
-    "WaitQuery",
-    "WebhookList",
-    "WebhooksQuery",
-    "after_usage",
-    "asked_question",
-    "batch_request_from",
-    "run_call",
-    "shown_with_costs",
-    "usage_report",
-]
+__all__ = ["ANSWER", "BATCH_REQUEST", "BATCH_RETRY", "MAX_PAGE", "MAX_WAIT_S", "RUN_REQUEST", "RUN_RETRY"]
+__all__ += ["FlockAPIRequest", "FlockAnswer", "FlockBatchRequest", "FlockBatchRetry", "FlockMessage", "FlockRunRetry"]
+__all__ += ["BatchQuery", "EventsQuery", "RunEventsQuery", "StreamQuery", "UploadQuery", "WaitQuery"]
+__all__ += ["BatchesQuery", "ResultsQuery", "RunsQuery", "WebhooksQuery"]
+__all__ += ["QuestionEventsQuery", "QuestionsQuery", "UsageQuery"]
+__all__ += ["RunCall", "RunStep", "SessionSummary", "Usage", "UsageBudget", "UsageEntry", "UsageReport"]
+__all__ += ["AskedQuestion", "FlockAPIResponse", "Question", "QuestionList", "RunList", "RunSummary", "Wait"]
+__all__ += ["BatchList", "BatchSummary", "FlockBatchCheck", "FlockBatchCheckRow", "FlockBatchResponse", "WebhookList"]
+__all__ += ["AgentDetail", "AgentList", "AgentSummary", "Health", "Problem", "Readiness"]
+__all__ += ["after_usage", "asked_question", "batch_request_from", "run_call", "shown_with_costs", "usage_report"]
 
 T = TypeVar("T")
 
