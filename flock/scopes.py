@@ -29,15 +29,20 @@ def current_task() -> "asyncio.Task[Any] | None":
         return None
 
 
-#: Tasks that were cancelled while they had to finish something, with their ``Task.cancelling`` then. That alone does
-#: not show it: before Python 3.13 a ``TaskGroup`` that fails may leave it raised.
-_CANCELLED_LATE = weakref.WeakKeyDictionary["asyncio.Task[Any]", int]()
+#: Tasks that were cancelled while they had to finish something, with their ``Task.cancelling`` and the time then. That
+#: alone does not show it: before Python 3.13 a ``TaskGroup`` that fails may leave it raised.
+_CANCELLED_LATE = weakref.WeakKeyDictionary["asyncio.Task[Any]", list[tuple[int, float]]]()
 
 
-def note_late_cancellation() -> None:
-    """The current task was cancelled while it has to finish something. A block around it raises that later."""
+def note_late_cancellation(since: float | None = None) -> None:
+    """The current task was cancelled while it has to finish something. A block around it raises that later.
+
+    Args:
+        since: when it was cancelled, in the time of the event loop; by default now.
+    """
     if (task := current_task()) is not None:
-        _CANCELLED_LATE[task] = task.cancelling()
+        before = [each for each in _CANCELLED_LATE.get(task, ()) if each[0] < task.cancelling()]
+        _CANCELLED_LATE[task] = [*before, (task.cancelling(), task.get_loop().time() if since is None else since)]
 
 
 class Cancellation:
@@ -52,8 +57,21 @@ class Cancellation:
     @property
     def is_late(self) -> bool:
         """Whether the task was cancelled while it had to finish something, which it has."""
-        task = self.task
-        return task is not None and self.is_requested and _CANCELLED_LATE.get(task) == task.cancelling()
+        late = self._late
+        return bool(late) and self.task is not None and late[-1][0] == self.task.cancelling()
+
+    @property
+    def late_s(self) -> float:
+        """For how long it has had to finish something since it was cancelled first; 0 if it is not late."""
+        if self.task is None or not self.is_late:
+            return 0.0
+        return self.task.get_loop().time() - self._late[0][1]
+
+    @property
+    def _late(self) -> list[tuple[int, float]]:
+        if self.task is None:
+            return []
+        return [each for each in _CANCELLED_LATE.get(self.task, ()) if each[0] > self._cancelling]
 
     def is_cause_of(self, exc: BaseException) -> bool:
         """Whether *exc* is the cancellation, or what a function has turned it into."""

@@ -155,6 +155,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         start, end: the numbers of its start and of its end, as the program has seen them, in one sequence.
         start_s, end_s: seconds from when the step began, in the execution in which they happened.
         is_cancelled: the program has cancelled the call. Another call with the same *start* has its late result.
+        late_s: for how long it had run on after that, as a function in a thread does.
         also: what has happened in the step since the call that was stored before.
     """
 
@@ -163,6 +164,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     start_s: float = 0.0
     end_s: float = 0.0
     is_cancelled: bool = False
+    late_s: float = 0.0
     also: tuple[Mark, ...] = ()
 
 

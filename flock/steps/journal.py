@@ -656,8 +656,8 @@ class Journal:
         try:
             await self._replay.until_cancelled(entry)
         except anyio.get_cancelled_exc_class():
-            if self._replay.ran_on(entry):
-                await self._in_step(self._replay.run_on, entry, cancellation)
+            if (late_s := entry.place.late_s) > 0:  # a plain time-out may have passed meanwhile
+                await self._in_step(anyio.sleep, late_s, cancellation)
             if not self._replay.is_cancelled_alone(entry):
                 await self._in_step(self._replay.until_it_may_see, entry.end, cancellation)
             raise
@@ -814,7 +814,7 @@ class Journal:
         self, call: Call, entry: Entry, cancellation: Cancellation, exc: BaseException | None = None
     ) -> Call:
         """Store how a call has ended, and wait for its turn; see ``_deliver``. Returns it as it is stored."""
-        call = replace(call, place=self._replay.end(entry, is_late=cancellation.is_late))
+        call = replace(call, place=self._replay.end(entry, late_s=cancellation.late_s))
         if exc is not None:
             self._failed.append((call, exc))
         try:
@@ -859,7 +859,7 @@ class Journal:
             error_type=call.error_type or "cancelled",
             raised=None,
             once=None,
-            place=(place := self._replay.end(entry, is_cancelled=True)),
+            place=(place := self._replay.end(entry, is_cancelled=True, late_s=cancellation.late_s)),
             completed_at=now(),
         )
         self._failed.append((call, None))

@@ -56,6 +56,13 @@ class Entry:
         self.start_s, self.is_known, self.is_unseen = 0.0, bool(start), stored is not None
 
     @property
+    def place(self) -> Place:
+        """That of a call which was cancelled."""
+        assert self.stored is not None
+        assert self.stored.place is not None
+        return self.stored.place
+
+    @property
     def is_late(self) -> bool:
         """Whether it gets the result of an equal call that the program had cancelled."""
         return self.stored is not None and self.stored.place is not None and self.stored.place.start != self.start
@@ -243,13 +250,13 @@ class Replay:
             return None
         return late.popleft()
 
-    def end(self, entry: Entry, *, is_cancelled: bool = False, is_late: bool = False) -> Place:
+    def end(self, entry: Entry, *, is_cancelled: bool = False, late_s: float = 0.0) -> Place:
         """A call ends in this execution. Return what is stored with it. Then ``turn``; or ``saw``, if cancelled.
 
         Args:
-            is_late: the program has stopped waiting for it. The call that gets its result does not take its time.
+            late_s: since when the program does not wait for it. The call that gets its result does not take its time.
         """
-        end = self._next_number()
+        end, is_taken = self._next_number(), late_s > 0 and not is_cancelled
         if not is_cancelled:
             entry.end = end
         self._ends[end] = Mark(entry.call_id, entry.start, end)
@@ -259,8 +266,9 @@ class Replay:
             start=entry.start,
             end=end,
             start_s=round(entry.start_s, 3),
-            end_s=math.floor((entry.start_s if is_late else self._time() - self._began_at) * 1000) / 1000,
+            end_s=math.floor((entry.start_s if is_taken else self._time() - self._began_at) * 1000) / 1000,
             is_cancelled=is_cancelled,
+            late_s=round(late_s, 3) if is_cancelled and late_s > SKIPPED_S else 0.0,
             also=tuple(self._take_unwritten()),
         )
 
@@ -365,12 +373,12 @@ class Replay:
         self._cancelled[key].append(entry)
         self._to_cancel[entry.end] = self._time() + self._left_s(entry) + self._grace_s / 5
         try:
-            await self._is_in_vain(lambda: _place_of(entry).end_s, lambda: False)
+            await self._is_in_vain(lambda: entry.place.end_s, lambda: False)
         except anyio.get_cancelled_exc_class():
             # Of equal calls, any other one may have been cancelled first, since only their arrival tells them apart.
             first = min(self._cancelled[key], key=lambda each: each.end)
             entry.end, entry.stored, first.end, first.stored = first.end, first.stored, entry.end, entry.stored
-            if entry.start_s < _place_of(entry).start_s - SKIPPED_S and self._time() > self._saw_at + AT_ONCE_S:
+            if entry.start_s < entry.place.start_s - SKIPPED_S and self._time() > self._saw_at + AT_ONCE_S:
                 self._doubt(entry.start)
             raise
         finally:
@@ -379,14 +387,6 @@ class Replay:
     def _doubt(self, start: int) -> None:
         """A plain time-out has passed, and this execution has skipped time before: another one may pass first now."""
         self._is_mixing, self._mixed_start = True, min(start, self._mixed_start)
-
-    def ran_on(self, entry: Entry) -> bool:
-        """Whether a call that is cancelled again had run on after that, as a thread does. Then ``run_on``."""
-        return self._left_s(entry) > SKIPPED_S
-
-    async def run_on(self, entry: Entry) -> None:
-        """Take the time for which a call had run on, so that a plain time-out passes that had passed meanwhile."""
-        await anyio.sleep(self._left_s(entry))
 
     def is_cancelled_alone(self, entry: Entry) -> bool:
         """A call is cancelled again. Whether the program sees it at once: none waits for the same, or ended before."""
@@ -544,13 +544,6 @@ def _kind_of(call_id: str, name: str) -> tuple[str, str]:
 def _start_s(entry: Entry) -> float:
     """Return when a call started that is stored; see ``Place``."""
     return 0.0 if entry.stored is None or entry.stored.place is None else entry.stored.place.start_s
-
-
-def _place_of(entry: Entry) -> Place:
-    """Return the place of a cancelled call."""
-    assert entry.stored is not None
-    assert entry.stored.place is not None
-    return entry.stored.place
 
 
 def _name_of(call_id: str) -> str:

@@ -135,9 +135,10 @@ class Threads:
                             logger.warning("a thread for an agent cannot be started now: %s", exc)
                         await anyio.sleep(RETRY_AFTER_S)
                 except anyio.get_cancelled_exc_class():
+                    cancelled_at = anyio.current_time()
                     await call.wait()
                     if keeps_result and call.outcome is not None:
-                        note_late_cancellation()
+                        note_late_cancellation(cancelled_at)
                         return call.outcome()
                     raise
         finally:

@@ -376,6 +376,14 @@ FOUND_IN_MEMORY = {
         '"n":17,"seconds":0.104359,"limit_s":0.154796,"retries":1}],"n":3},{"seed":352,'
         '"is_stored":true,"ends":[[8,8,true]]}]'
     ),
+    "a plain time-out after one that passed in an execution that skipped time": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"wait","parts":[{"kind":"timeout",'
+        '"parts":[{"kind":"wait","parts":[{"kind":"ask","n":10},{"kind":"work","n":12,'
+        '"seconds":0.401414}],"n":9,"limit_s":1.201732}],"n":5,"limit_s":0.153317},{"kind":"work",'
+        '"n":18,"seconds":0.104359,"limit_s":0.604796,"retries":1}],"n":3,"limit_s":0.155385},'
+        '{"kind":"work","n":19,"seconds":0.105568}],"n":2},{"kind":"work","n":21,'
+        '"seconds":0.106403}],"n":1},{"seed":71,"is_stored":true,"ends":[[3,0,true],[10,0,true]]}]'
+    ),
 }
 
 
