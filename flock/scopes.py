@@ -19,6 +19,8 @@ logger = logging.getLogger("flock.runs")
 
 #: By how much the timer of a scope comes after ours, in seconds.
 JUST_AFTER_S = 1e-6
+#: How long a task gets to go on after the time of a stopped clock has counted, in seconds.
+SOON_S = 0.05
 
 
 def current_task() -> "asyncio.Task[Any] | None":
@@ -117,7 +119,7 @@ class Clock:
     def __init__(self, scope: "anyio.CancelScope | _Limit") -> None:
         self._scope = scope
         self._stops = 0
-        self._left_s = 0.0
+        self._stopped_at = self._left_s = 0.0
 
     @property
     def is_over(self) -> bool:
@@ -126,14 +128,19 @@ class Clock:
 
     def stop(self) -> None:
         if not self._stops:
-            self._left_s = self._scope.deadline - anyio.current_time()
+            self._stopped_at = anyio.current_time()
+            self._left_s = self._scope.deadline - self._stopped_at
             set_deadline(self._scope, math.inf)
         self._stops += 1
 
-    def start(self) -> None:
+    def start(self, *, has_counted: bool) -> None:
+        """Go on, with the time since ``stop`` if that *has_counted*; but the deadline passes no sooner than soon."""
         self._stops -= 1
         if not self._stops:
-            set_deadline(self._scope, anyio.current_time() + self._left_s)
+            time, left_s = anyio.current_time(), self._left_s
+            if has_counted:
+                left_s = max(left_s - (time - self._stopped_at), min(left_s, SOON_S))
+            set_deadline(self._scope, time + left_s)
 
 
 class Signal:
@@ -222,8 +229,12 @@ def move_on_after_working(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def clocks_stopped(*others: Clock) -> Iterator[None]:
-    """Stop the clocks of all enclosing ``move_on_after_working``, and *others*."""
+def clocks_stopped(*others: Clock, counts: bool = False) -> Iterator[None]:
+    """Stop the clocks of all enclosing ``move_on_after_working``, and *others*.
+
+    Args:
+        counts: the time in the block counts nevertheless, but no deadline passes in it.
+    """
     clocks = (*_CLOCKS.get(), *others)
     for clock in clocks:
         clock.stop()
@@ -231,7 +242,7 @@ def clocks_stopped(*others: Clock) -> Iterator[None]:
         yield
     finally:
         for clock in clocks:
-            clock.start()
+            clock.start(has_counted=counts)
 
 
 @contextlib.contextmanager

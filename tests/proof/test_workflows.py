@@ -384,6 +384,27 @@ FOUND_IN_MEMORY = {
         '{"kind":"work","n":19,"seconds":0.105568}],"n":2},{"kind":"work","n":21,'
         '"seconds":0.106403}],"n":1},{"seed":71,"is_stored":true,"ends":[[3,0,true],[10,0,true]]}]'
     ),
+    "a time limit of a call that was late, with a thread": (
+        '[{"kind":"gather","parts":[{"kind":"first","parts":[{"kind":"first",'
+        '"parts":[{"kind":"block_and_fail","n":8,"seconds":0.401414},{"kind":"block_and_fail","n":9,'
+        '"seconds":0.801732}],"n":7},{"kind":"block","n":12,"seconds":0.802236}],"n":5},'
+        '{"kind":"gather","parts":[{"kind":"work","seconds":0.802646,"is_equal":true},{"kind":"work",'
+        '"n":15,"seconds":0.103317}],"n":13},{"kind":"block","n":16,"seconds":0.203606},'
+        '{"kind":"tool","parts":[{"kind":"loop","parts":[{"kind":"work","n":21,"seconds":0.204123}],'
+        '"n":18,"times":3}],"n":17,"limit_s":0.304359}],"n":3},{"seed":305,"is_stored":true,'
+        '"ends":[[4,6,true],[0,0,true],[7,3,false]]}]'
+    ),
+    "a time limit of a call whose own calls wait for their turn": (
+        '[{"kind":"gather","parts":[{"kind":"first","parts":[{"kind":"receive","n":5,'
+        '"seconds":2.001414},{"kind":"tool","parts":[{"kind":"loop","parts":[{"kind":"work","n":9,'
+        '"seconds":0.101732,"limit_s":0.602236,"retries":1}],"n":8,"times":2}],"n":6,'
+        '"limit_s":0.152646},{"kind":"receive","n":10,"seconds":40.003317,"comes":"never"}],"n":4},'
+        '{"kind":"gather","parts":[{"kind":"loop","parts":[{"kind":"receive","n":14,'
+        '"seconds":40.003606}],"n":13,"times":2},{"kind":"gather","parts":[{"kind":"work","n":16,'
+        '"seconds":0.204123,"limit_s":1.204359,"retries":2},{"kind":"seq","parts":[{"kind":"plain",'
+        '"n":18,"times":20},{"kind":"work","n":19,"seconds":0.404796}],"n":17}],"n":15}],"n":12}],'
+        '"n":3},{"seed":994,"is_stored":true,"ends":[[10,11,true]]}]'
+    ),
 }
 
 
