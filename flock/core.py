@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import flock.store.files  # noqa: F401 - on Windows it says which systems are supported
 from flock.agents.agent import agent
 from flock.agents.history import History
 from flock.agents.messages import Messages

@@ -14,7 +14,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
-import resource
 import signal
 import socket
 import sys
@@ -601,6 +600,8 @@ def tune_gc() -> None:
 
 def _allow_open_files() -> None:
     """Raise the limit of open files. Each connection needs one, and many shells allow only 1,024."""
+    import resource  # not on Windows: the import of the store says so first
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     target = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < target:

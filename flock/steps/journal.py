@@ -830,13 +830,10 @@ class Journal:
 
     async def _deliver(self, call: Call, entry: Entry, cancellation: Cancellation) -> None:
         """Wait for the turn of a call that has ended. If it is cancelled before, the next equal one gets its result."""
-        has_waited = call.kind in ("question", "message") or call.place is None
         try:
             await cancellation.raise_if_late()  # of while it was saved, or its thread was running
-            # The time of a wait has not counted before, and no limit of a call that contains it had passed.
-            is_held = has_waited or entry.stored is not None
-            with clocks_stopped(counts=not has_waited) if is_held else contextlib.nullcontext():
-                await self._replay.turn(entry, is_last=len(self._open) == 1)
+            has_waited = call.kind in ("question", "message") or call.place is None  # so its time has not counted
+            await self._replay.turn(entry, is_last=len(self._open) == 1, has_waited=has_waited)
         except anyio.get_cancelled_exc_class():
             self._replay.forget(entry)
             call = replace(call, usage=None, model=None)  # they are stored with the result

@@ -6,6 +6,7 @@ after all stored ends. A call that does not start again holds up the others only
 """
 
 import asyncio
+import contextlib
 import functools
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -19,7 +20,7 @@ from msgspec.structs import replace
 from flock.agents.questions import SLEEP, TIMEOUT, TIMER
 from flock.runs import Call
 from flock.runs.records import Mark, Place
-from flock.scopes import Signal, current_task, loop_clock
+from flock.scopes import Signal, clocks_stopped, current_task, loop_clock
 
 #: Between the id of a call and that of a call that it makes.
 NESTED = "~"
@@ -106,6 +107,8 @@ class Replay:
         self._ends = dict[int, Mark]()
         #: what wakes the calls that wait for their turn, by the number of their end
         self._turns = dict[int, anyio.Event]()
+        #: the ends of those that let no limit of a call pass
+        self._held = set[int]()
         #: the ends of calls that wait to be cancelled again, each with the time until which other cancellations wait
         self._to_cancel = dict[int, float]()
         #: these calls, by what equal ones have in common
@@ -322,19 +325,26 @@ class Replay:
         """The program has stopped waiting for the result of *call*."""
         self._late[call.call_id].append(call)
 
-    async def turn(self, entry: Entry, *, is_last: bool) -> None:
+    async def turn(self, entry: Entry, *, is_last: bool, has_waited: bool = False) -> None:
         """Wait until it is the turn of an end. If other calls were open meanwhile, tasks see it alone.
+
+        Limits of calls that contain it do not pass meanwhile, unless one of them has to cancel another call first.
 
         Args:
             is_last: no other call is open now.
+            has_waited: the time of the call does not count for these limits.
         """
         end = entry.end or self._next_number()  # one that came too late has none
         try:
+            if (has_waited or entry.stored is not None) and not self._is_turn(end):
+                with clocks_stopped(counts=not has_waited), self._holding(end):
+                    while not (self._is_turn(end) or self._is_cancellation_next):
+                        await self._wait_for_turn(end)
             while not self._is_turn(end):
                 await self._wait_for_turn(end)
             # While a time-out passes again, what was in time takes its time again, so that it stays in time.
             while self._to_cancel and (left_s := self._left_s(entry)) > 0:
-                with anyio.move_on_after(left_s):
+                with clocks_stopped(counts=not has_waited), anyio.move_on_after(left_s):
                     await self._recurred.wait()
             if not is_last or self._last_end > entry.start:
                 is_asyncio = current_task() is not None
@@ -344,6 +354,19 @@ class Replay:
                 await anyio.lowlevel.checkpoint()
         finally:
             self.saw(entry, end)
+
+    @contextlib.contextmanager
+    def _holding(self, end: int) -> Iterator[None]:
+        self._held.add(end)
+        try:
+            yield
+        finally:
+            self._held.discard(end)
+
+    @property
+    def _is_cancellation_next(self) -> bool:
+        """Whether the program has to cancel a call before anything else ends."""
+        return next(iter(self._ends), 0) in self._to_cancel
 
     async def settle(self) -> None:
         """Wait until the program has seen all that has ended by now, and has had time to leave a block."""
@@ -372,6 +395,7 @@ class Replay:
         key, _ = numbered(entry.call_id)
         self._cancelled[key].append(entry)
         self._to_cancel[entry.end] = self._time() + self._left_s(entry) + self._grace_s / 5
+        self._advance()
         try:
             await self._is_in_vain(lambda: entry.place.end_s, lambda: False)
         except anyio.get_cancelled_exc_class():
@@ -480,6 +504,9 @@ class Replay:
             turn.set()
         for end in self._unseen:
             if end in self._turns and self.may_see(end):
+                self._turns[end].set()
+        if self._is_cancellation_next:
+            for end in self._held & self._turns.keys():
                 self._turns[end].set()
 
     def _is_turn(self, end: int) -> bool:

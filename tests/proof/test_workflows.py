@@ -405,6 +405,14 @@ FOUND_IN_MEMORY = {
         '"n":18,"times":20},{"kind":"work","n":19,"seconds":0.404796}],"n":17}],"n":15}],"n":12}],'
         '"n":3},{"seed":994,"is_stored":true,"ends":[[10,11,true]]}]'
     ),
+    "a time limit of a call that has to cancel one of its own calls again": (
+        '[{"kind":"tool","parts":[{"kind":"group","parts":[{"kind":"work","n":5,"seconds":0.401414},'
+        '{"kind":"group","parts":[{"kind":"work","n":8,"seconds":0.201732,"limit_s":0.602236,'
+        '"retries":2},{"kind":"fail","n":9,"seconds":0.202646,"limit_s":0.303317,"retries":2},'
+        '{"kind":"work","n":10,"seconds":0.403606},{"kind":"work","n":14,"seconds":0.204123}],'
+        '"n":7}],"n":4}],"n":2,"limit_s":0.305568},{"seed":539,"is_stored":true,"ends":[[0,7,true],'
+        "[0,10,true]]}]"
+    ),
 }
 
 

@@ -118,7 +118,8 @@ class World(Observer):
         # Before Python 3.13 a TaskGroup that fails swallows a cancellation that comes while its calls are being saved.
         calls = [each for each in program.all if each.kind in ("tool", "agent")]
         in_calls = (part.kind == "group" for call in calls for part in call.all)
-        is_slow |= sys.version_info < (3, 13) and bool(fate.seed and fate.ends) and any(in_calls)
+        self.may_swallow = sys.version_info < (3, 13) and bool(fate.seed and fate.ends) and any(in_calls)
+        is_slow |= self.may_swallow
         sleeps = sum(each.kind == "sleep" for each in program.all)
         self.is_ordered = not is_slow and not (fate.seed and (sleeps > 1 or any(each.is_equal for each in program.all)))
         #: no journal knows how late a time-out of the program was, so none is late
@@ -337,6 +338,8 @@ def check(world: World, run: Run) -> None:
     """Check what has come out of a run that has ended."""
     fate = world.fate
     if fate.cancel is not None and run.status is RunStatus.CANCELLED:
+        return
+    if world.may_swallow and run.error_type == "changed_program":  # the call that was cancelled has failed instead
         return
     outcome, decisions = (world.last_seen | world.seen).get("0", "nothing"), world.last_decisions | world.decisions
     found = run.value["result"] if run.status is RunStatus.COMPLETED else outcome
