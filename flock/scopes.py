@@ -63,10 +63,10 @@ class Cancellation:
         return bool(late) and self.task is not None and late[-1][0] == self.task.cancelling()
 
     @property
-    def late_s(self) -> float:
-        """For how long it has had to finish something since it was cancelled first; 0 if it is not late."""
+    def late_s(self) -> float | None:
+        """How long ago the task was cancelled first, if it was while it had to finish something; see ``is_late``."""
         if self.task is None or not self.is_late:
-            return 0.0
+            return None
         return self.task.get_loop().time() - self._late[0][1]
 
     @property

@@ -1,7 +1,10 @@
 """A step that runs again takes the same way: calls end in the same order, what it has cancelled is cancelled again."""
 
 import asyncio
+import contextlib
 import re
+import sqlite3
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -347,6 +350,38 @@ async def test_slow_code_between_calls_is_no_change(tmp_path: Path) -> None:
             run = await engine.wait(run_id)
     assert (run.error, run.value) == (None, {"result": [11, 12, 3]})
     assert sorted(begun) == [1, 2, 3, 11, 12]
+
+
+async def test_a_run_is_cancelled_while_the_time_of_a_thread_passes_again(tmp_path: Path) -> None:
+    """The thread had run on for ten minutes after its cancellation."""
+    flock, reached, waits, freed = Flock(), anyio.Event(), anyio.Event(), threading.Event()
+
+    def export() -> None:
+        freed.wait(PATIENCE_S)
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                loop.call_later(0.2, freed.set)  # after the time-out
+                if reached.is_set():
+                    loop.call_later(0.2, waits.set)
+                await context.call(export)
+        reached.set()
+        await anyio.sleep_forever()
+
+    store = tmp_path / "flock.db"
+    run_id = await interrupt(flock, store, "work", reached)
+    with contextlib.closing(sqlite3.connect(store)) as db, db:
+        longer = "CAST(json_set(CAST(place AS TEXT), '$.late_s', 600) AS BLOB)"
+        assert db.execute(f"UPDATE calls SET place = {longer} WHERE json_extract(place, '$.late_s') > 0").rowcount == 1
+    async with flock.engine(store=store) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            await waits.wait()
+            await engine.cancel_run(run_id)
+            run = await engine.wait(run_id)
+    assert run.status is RunStatus.CANCELLED
 
 
 async def test_what_an_engine_cuts_off_at_its_end_was_not_cancelled_by_the_program(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ _T = TypeVar("_T")
 CHECKPOINTS = 10
 #: Shorter sleeps do not end the step, in seconds.
 MIN_SUSPENDED_S = 5.0
+#: How soon a call that waits in a shield notices that its run ends, in seconds.
+CHECK_S = 0.5
 #: The pause before a call is tried again, in seconds. It doubles with each try.
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -973,18 +975,18 @@ class Journal:
         self,
         work: Awaitable[None],
         cancellation: Cancellation,
-        is_over: Callable[[], bool] = lambda: False,
+        is_over: Callable[[], bool] | None = None,
     ) -> None:
-        """Await *work* in spite of cancellations of this task, until *is_over*."""
+        """Await *work* in spite of cancellations of this task, until *is_over*, which is checked again and again."""
         with anyio.CancelScope(shield=True):
             if cancellation.task is None:  # trio
                 await work
                 return
             # In a task of its own, since asyncio.timeout cancels this one in spite of the shield.
             working = asyncio.ensure_future(work)
-            while not (working.done() or is_over()):
+            while not (working.done() or (is_over is not None and is_over())):
                 try:
-                    await asyncio.wait([working])
+                    await asyncio.wait([working], timeout=None if is_over is None else CHECK_S)
                 except asyncio.CancelledError:
                     note_late_cancellation()
             if not working.cancel():

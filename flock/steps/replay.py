@@ -253,13 +253,14 @@ class Replay:
             return None
         return late.popleft()
 
-    def end(self, entry: Entry, *, is_cancelled: bool = False, late_s: float = 0.0) -> Place:
+    def end(self, entry: Entry, *, is_cancelled: bool = False, late_s: float | None = None) -> Place:
         """A call ends in this execution. Return what is stored with it. Then ``turn``; or ``saw``, if cancelled.
 
         Args:
-            late_s: since when the program does not wait for it. The call that gets its result does not take its time.
+            late_s: how long ago the program has stopped waiting for it; None if it has not. The call that gets its
+                result does not take its time.
         """
-        end, is_taken = self._next_number(), late_s > 0 and not is_cancelled
+        end, is_taken = self._next_number(), late_s is not None and not is_cancelled
         if not is_cancelled:
             entry.end = end
         self._ends[end] = Mark(entry.call_id, entry.start, end)
@@ -271,7 +272,7 @@ class Replay:
             start_s=round(entry.start_s, 3),
             end_s=math.floor((entry.start_s if is_taken else self._time() - self._began_at) * 1000) / 1000,
             is_cancelled=is_cancelled,
-            late_s=round(late_s, 3) if is_cancelled and late_s > SKIPPED_S else 0.0,
+            late_s=round(late_s, 3) if late_s is not None and late_s > SKIPPED_S and is_cancelled else 0.0,
             also=tuple(self._take_unwritten()),
         )
 
