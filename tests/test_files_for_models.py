@@ -1,20 +1,30 @@
 """What models get of the files of an agent, and what is refused before it is paid. The table is in docs/files.md."""
 
 import base64
+import importlib.machinery
+import re
 import runpy
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
-from flock.core import Flock, FlockFactory, data_url
-from flock.files import FileReference
-from flock.models import llm, requests
+from flock.core import Flock, FlockFactory, Price, data_url
+from flock.errors import ModelError
+from flock.files import FileReference, media_type_of
+from flock.models import llm, localmodel, requests
 from flock.models.completions import Message
 from flock.models.pace import Pace
+from flock.models.prices import Budget
+from flock.models.providers import PROVIDERS
 from flock.models.requests import MAX_FILE_BYTES, TAKES
-from flock.testing import FakeModel, Reply
-from tests.support import EXAMPLES
+from flock.runs import BatchOptions, Usage
+from flock.testing import FakeModel, ModelRequest, Reply
+from tests.support import EXAMPLES, ROOT
+from tests.support.engines import ended
 from tests.test_files import PDF, PNG, each
 
 pytestmark = pytest.mark.anyio
@@ -24,9 +34,9 @@ ANSWER = Reply({"total": "40 €"})
 
 
 def receipt_flock(
-    model: str = "openai/gpt-4o", input: str = "photo: File | the receipt, note: str", **more: Any
+    model: str = "openai/gpt-4o", input: str = "photo: File | the receipt, note: str", prices: Any = None, **more: Any
 ) -> Flock:
-    flock = Flock("receipts", model=model)
+    flock = Flock("receipts", model=model, prices=prices or {})
     flock.add_agent(FlockFactory.create_default_agent("receipt", input=input, output="total: str", **more))
     return flock
 
@@ -72,22 +82,86 @@ async def test_several_files_have_numbers_and_names_and_a_detail(model: FakeMode
     assert second["image_url"]["detail"] == "low"
 
 
-@pytest.mark.parametrize(
-    ("provider", "content"),
-    [("deepseek", PNG), ("anthropic", PDF), ("azure", PDF), ("mistral", WAV), ("openai", b"\0\1"), ("groq", b"big")],
-)
-async def test_what_a_provider_does_not_take_is_an_error_before_it_is_paid(
+@pytest.mark.parametrize(("provider", "content"), [("openai", b"\0\1"), ("groq", PNG)])
+async def test_an_unknown_content_and_a_file_that_is_too_long_are_errors_before_they_are_paid(
     provider: str, content: bytes, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(MAX_FILE_BYTES, "groq", 10)
-    content = PNG if content == b"big" else content
-    for variable in ("DEEPSEEK", "ANTHROPIC", "AZURE_OPENAI", "MISTRAL", "GROQ"):
-        monkeypatch.setenv(f"{variable}_API_KEY", "key")
-    monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", "https://azure.example")
+    monkeypatch.setenv("GROQ_API_KEY", "key")
     run, messages = await sent_by(receipt_flock(f"{provider}/model"), model, {"photo": data_url(content), "note": ""})
     assert run.error_type == "model_bad_request"
     assert f"{provider} does not accept" in run.error
     assert messages == []
+
+
+# The table of the page
+
+PAGE = (ROOT / "docs" / "files.md").read_text("utf-8")
+#: A row of the table: the names of providers, and whether they take images, PDF and audio.
+TABLE = [
+    (re.findall(r"`(\w+)`", names), [cell.strip() for cell in cells.split("|")])
+    for names, cells in re.findall(r"\n\| ((?:`\w+`(?:, )?)+|others) \| ((?:yes|no)(?: \| (?:yes|no)){2}) \|", PAGE)
+]
+NAMED = {name for names, _ in TABLE for name in names}
+OTHERS = sorted(PROVIDERS.keys() - NAMED)
+KINDS = {"image": PNG, "PDF": PDF, "audio": WAV}
+
+
+def test_the_table_of_the_page_names_each_provider_that_differs_from_the_others() -> None:
+    assert NAMED == TAKES.keys()
+    assert [names for names, _ in TABLE].count([]) == 1, "the row of all others"
+    assert NAMED <= PROVIDERS.keys() | {"local", "litellm"}
+
+
+@pytest.mark.parametrize(
+    ("provider", "kind", "cell"),
+    [
+        pytest.param(name, kind, cell, id=f"{name} {kind} {cell}")
+        for names, cells in TABLE
+        for name in names or OTHERS
+        for kind, cell in zip(KINDS, cells, strict=True)
+    ],
+)
+async def test_a_provider_gets_what_the_table_says_and_is_not_asked_otherwise(
+    provider: str, kind: str, cell: str, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the one in this process, here without weights, and those that litellm calls, here without it."""
+
+    async def acompletion(*, messages: Any, **options: Any) -> Any:
+        assert "stream" not in options, "it has none"
+        model.requests.append(ModelRequest({"messages": messages}, {}))
+        return types.SimpleNamespace(model_dump=model.replies.pop().completion)
+
+    for variable in filter(None, (known.key_variable for known in PROVIDERS.values())):
+        monkeypatch.setenv(variable, "key")
+    monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", "https://azure.example")
+    server = localmodel.LocalServer(base_url="http://local/v1", key="key", server=None)
+    monkeypatch.setattr(localmodel, "serve", lambda name: server)
+    fake = types.ModuleType("litellm")
+    fake.acompletion, fake.__spec__ = acompletion, importlib.machinery.ModuleSpec("litellm", None)  # type: ignore
+    monkeypatch.setitem(sys.modules, "litellm", fake)
+    name = {"litellm": "dashscope/some", "local": "local/smollm2-135m"}.get(provider, f"{provider}/some")
+    content, model.replies = KINDS[kind], [ANSWER] if cell == "yes" else []
+    run, messages = await sent_by(receipt_flock(name), model, {"photo": data_url(content), "note": ""})
+    if cell == "yes":
+        assert run.value == {"total": "40 €"}, run.error
+        assert base64.b64encode(content).decode() in str(messages[-1]["content"][1])
+    else:
+        assert (run.error_type, messages) == ("model_bad_request", [])
+        assert f"{provider} does not accept {media_type_of(content)} of" in run.error
+
+
+def test_the_sizes_of_the_page_are_those_that_providers_take() -> None:
+    sentence = " ".join(PAGE[PAGE.index("A file, also a text, may have") :].split())
+    (usual, of_providers, most) = re.match(
+        r".*? have (\d+) MB(.*?); all files of a call together (\d+) MB", sentence
+    ).groups()  # type: ignore
+    sizes = {name: int(size) * 1_000_000 for name, size in re.findall(r"`(\w+)` (\d+) MB", of_providers)}
+    assert (sizes, requests.MAX_ALL_BYTES) == (MAX_FILE_BYTES, int(most) * 1_000_000)
+    for provider, size in {**dict.fromkeys(("openai", *OTHERS), int(usual) * 1_000_000), **sizes}.items():
+        requests.check_files(with_file("image/png", size), provider)
+        with pytest.raises(ModelError, match=f"{provider} does not accept image/png of {size + 1:,} bytes"):
+            requests.check_files(with_file("image/png", size + 1), provider)
 
 
 @pytest.mark.parametrize(
@@ -130,14 +204,88 @@ async def test_a_call_that_waits_holds_no_contents(model: FakeModel, monkeypatch
     assert order == ["passed", "encoded", "read"]
 
 
+def with_file(media_type: str, size: int) -> list[Message]:
+    return [Message("user", "", files=(FileReference(file_id="a" * 64, media_type=media_type, size=size),))]
+
+
 def test_a_file_costs_by_its_kind_and_size() -> None:
     def cost(media_type: str, size: int) -> int:
-        file = FileReference(file_id="a" * 64, media_type=media_type, size=size)
-        return requests.bytes_of_files([Message("user", "", files=(file,))])
+        return requests.bytes_of_files(with_file(media_type, size))
 
     assert cost("text/plain", 20_000_000) == 20_000_000
     assert cost("image/png", 20_000_000) == 4000
     assert cost("application/pdf", 1_000_000) == 104_000
+
+
+@pytest.mark.parametrize(("photo", "count"), [(data_url(PNG), 1), (None, 2)])
+async def test_an_image_counts_for_max_cost_before_it_is_sent(
+    photo: str | None, count: int, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls fit into the limit, but not with 1,000 tokens for an image each: then one waits, and is never paid."""
+    expected, reserved, both = Budget._expected, list[int](), anyio.Event()
+
+    def noted(budget: Budget, price: Price, tokens: int, max_tokens: int | None) -> float:
+        reserved.append(tokens)
+        if len(reserved) == 2:
+            both.set()
+        return expected(budget, price, tokens, max_tokens)
+
+    async def reply(request: ModelRequest) -> Reply:
+        await both.wait()
+        return Reply({"total": "40 €"}, usage=Usage(input_tokens=2000))
+
+    monkeypatch.setattr(Budget, "_expected", noted)
+    model.replies = [reply] * count
+    flock = receipt_flock(input="photo: Image | None", prices={"openai/gpt-4o": Price(input=1000, output=0)})
+    async with flock.engine(transport=model.transport) as engine:
+        options = BatchOptions(max_workers=2, max_cost=1.9)
+        batch = await engine.submit_batch("receipt", [{"photo": photo}] * 2, options)
+        batch = await ended(engine, batch)
+    assert (len(model.requests), batch.completed_items - batch.cancelled_items) == (count, count)
+    assert batch.error_type == ("cost_limit" if photo else None)
+    assert reserved[0] // 1000 == (1 if photo else 0)
+    assert batch.estimated_cost == 4, "the rows that have ended cost 2 dollars each"
+
+
+async def test_the_estimate_of_a_call_that_is_cancelled_has_its_image(model: FakeModel) -> None:
+    asked = anyio.Event()
+
+    async def never(request: ModelRequest) -> Reply:
+        asked.set()
+        await anyio.sleep_forever()
+        return ANSWER
+
+    model.replies = [never, never]
+    tokens = list[int]()
+    async with receipt_flock(input="photo: Image | None").engine(transport=model.transport) as engine:
+        for photo in (None, data_url(PNG)):
+            run, asked = await engine.submit("receipt", {"photo": photo}), anyio.Event()
+            await asked.wait()
+            await engine.cancel_run(run.run_id)
+            usage = (await engine.wait(run.run_id)).usage
+            tokens.append(usage.estimated_tokens if usage else 0)
+    assert 1000 <= tokens[1] - tokens[0] < 1100, tokens
+
+
+async def test_the_estimate_of_a_stream_of_litellm_that_is_cancelled_has_its_image() -> None:
+    usages, begun = list[Usage](), anyio.Event()
+
+    async def send(headers: Any, **options: Any) -> Any:
+        async def chunks() -> Any:
+            begun.set()
+            await anyio.sleep_forever()
+            yield
+
+        return chunks()
+
+    listener: Any = types.SimpleNamespace(reset=lambda: None)
+    unfinished = lambda usage, model: usages.append(usage)  # noqa: E731
+    request = requests.Request(with_file("image/png", 9), {}, name="dashscope/some", on_unfinished=unfinished)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(llm._stream_of_litellm, send, request, {}, listener)
+        await begun.wait()
+        tasks.cancel_scope.cancel()
+    assert [usage.input_tokens // 1000 for usage in usages] == [1]
 
 
 async def test_nothing_of_a_content_is_in_the_store(model: FakeModel, tmp_path: Path) -> None:
@@ -170,11 +318,6 @@ async def test_a_conversation_has_its_files_with_the_other_inputs(model: FakeMod
     flock = receipt_flock(input="photo: Image, chat: Messages")
     _, messages = await sent_by(flock, model, {"photo": data_url(PNG), "chat": chat})
     assert [type(each["content"]) for each in messages] == [str, list, str]
-
-
-def test_each_provider_of_the_table_is_in_the_page() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "files.md").read_text()
-    assert [name for name in (*TAKES, *MAX_FILE_BYTES) if f"`{name}`" not in page] == []
 
 
 async def test_the_receipt_of_the_example_is_read_again_until_it_adds_up(model: FakeModel) -> None:

@@ -259,7 +259,8 @@ class ModelClient:
 
     async def _ask_with_litellm(self, model: Model, request: Request, caller: Caller) -> Completion:
         """Ask a model through litellm, which does its own retries."""
-        passage = Passage(_estimate({"max_tokens": request.max_tokens}, msgspec.json.encode(request.messages)))
+        tokens = _estimate({"max_tokens": request.max_tokens}, msgspec.json.encode(request.messages))
+        passage = Passage(tokens + bytes_of_files(request.messages) / BYTES_PER_TOKEN)
         pace = self._gate(("litellm", request.name), Pace, model.provider)
         async with passing(self._limits(("litellm", request.name), model.limits, pace), caller, passage):
             if not request.tools:
@@ -610,7 +611,8 @@ async def _stream_of_litellm(
     part, headers = streamed("stream", {}, headers)
     reply = StreamedReply(request.name, listener)
     async with contextlib.aclosing(await send(headers, num_retries=0, **part)) as chunks:
-        with counted(reply, len(msgspec.json.encode(request.messages)), request.unfinished):
+        size = len(msgspec.json.encode(request.messages)) + bytes_of_files(request.messages)
+        with counted(reply, size, request.unfinished):
             async for chunk in chunks:
                 reply.add(chunk.model_dump())
             return reply.end()
