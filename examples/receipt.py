@@ -1,7 +1,7 @@
 """A model reads a photo of a receipt, and a function checks the sum.
 
 Run it with a model that sees images: ``flockapi serve examples/receipt.py`` (pip install 'flockapi[files]'). Then:
-``curl -F agent_name=receipt -F photo=@receipt.jpg http://127.0.0.1:8344/run/flock``
+``curl -F agent_name=receipt -F photo=@receipt.jpg -F note=lunch http://127.0.0.1:8344/run/flock``
 """
 
 from decimal import Decimal

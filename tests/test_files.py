@@ -2,8 +2,12 @@
 
 import base64
 import contextlib
+import io
 import json
 import os
+import re
+import runpy
+import shlex
 import signal
 import sqlite3
 import stat
@@ -21,13 +25,18 @@ import pytest
 from starlette.datastructures import UploadFile
 
 from flock.core import Audio, Document, File, Flock, Image, data_url
-from flock.errors import CallError, Conflict, InvalidData, NotFound, StoreError, TooLarge
+from flock.errors import CallError, Conflict, InvalidData, NotFound, RunFailed, StoreError, TooLarge
 from flock.files import check_declared, media_type_of, safe_name
 from flock.runs import RunFilter
 from flock.store import contents, queries
+from flock.testing import FakeModel, Reply
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
+from tests.support import EXAMPLES, ROOT
 from tests.support.http import client_of, post_run
+from tests.support.pages import blocks_of, printed_by
+from tests.support.servers import Served
+from tests.support.sockets import socket_server
 
 pytestmark = pytest.mark.anyio
 
@@ -259,6 +268,49 @@ def test_names_and_data_urls_are_read_in_no_time() -> None:
     assert time.perf_counter() - started_at < 1.5
 
 
+PAGE = ROOT / "docs" / "files.md"
+
+
+async def curl(line: str, served: Served, folder: Path) -> Any:
+    """Execute a line of a page with curl itself, and return the JSON that it prints."""
+    command = ["curl", "-sS", "--max-time", "60", *shlex.split(line.replace("http://127.0.0.1:8344", served.url))[1:]]
+    done = await anyio.run_process(command, cwd=folder)
+    return json.loads(done.stdout)
+
+
+async def test_the_lines_of_the_page_work_with_curl(tmp_path: Path) -> None:
+    (code,) = [block.text for block in blocks_of(PAGE) if block.language == "python"]
+    lines = re.findall(r"`(curl [^`]+)`", PAGE.read_text("utf-8"))
+    (inputs,) = re.findall(r"and then `(.+?)`", PAGE.read_text("utf-8"))
+    (tmp_path / "a.txt").write_text("To whom it may concern\n" * 100_000)  # so long that curl asks whether to send it
+    (tmp_path / "a.pdf").write_bytes(PDF)
+    flock = (await anyio.to_thread.run_sync(printed_by, code, PAGE))[1]["flock"]
+    async with Served(create_app(flock, store=tmp_path / "runs.db", auth="host")) as served:
+        form, upload = lines
+        assert (await curl(form, served, tmp_path))["result"] == {"result": 500_000}
+        file = await curl(upload, served, tmp_path)
+        assert file == {"file_id": file["file_id"], "media_type": "text/plain", "size": 2_300_000}
+        body = f'{{"agent_name": "count_words", "inputs": {inputs.replace("…", file["file_id"])}}}'
+        run = f"curl http://127.0.0.1:8344/run/flock -H 'Content-Type: application/json' -d '{body}'"
+        assert (await curl(run, served, tmp_path))["result"] == {"result": 500_000}
+        declared = f"{upload.replace('a.txt', 'a.pdf')} -H 'Content-Type: %s'"
+        assert (await curl(declared % "application/pdf", served, tmp_path))["media_type"] == "application/pdf"
+        assert (await curl(declared % "image/png", served, tmp_path))["status"] == 422
+
+
+async def test_the_line_of_the_example_works_with_curl(model: FakeModel, tmp_path: Path) -> None:
+    names = runpy.run_path(str(EXAMPLES / "receipt.py"))
+    (line,) = re.findall(r"``(curl .+?)``", names["__doc__"])
+    model.replies = [Reply({"shop": "Café", "lines": [{"what": "tea", "price": "2.50"}], "total": "2.50"})]
+    (tmp_path / "receipt.jpg").write_bytes(b"\xff\xd8\xff\xe0 a photo")
+    engine = names["flock"].engine(store=tmp_path / "runs.db", transport=model.transport)
+    async with Served(create_app(names["flock"], engine=engine, auth="host")) as served:
+        run = await curl(line, served, tmp_path)
+    assert run.get("status") == "completed", run
+    assert run["result"]["total"] == "2.50"
+    assert data_url(tmp_path / "receipt.jpg").partition(",")[2] in str(model.requests[0]["messages"][-1])
+
+
 # What comes out
 
 
@@ -303,6 +355,41 @@ async def test_no_address_is_fetched(api: Any, sent: Any) -> None:
     (error,) = response.json()["errors"]
     assert error["pointer"] == "/inputs/photo"
     assert "POST /files" in error["detail"]
+
+
+@pytest.mark.parametrize(
+    ("link", "words"),
+    [
+        ("http://127.0.0.1:{port}/a.png", "no address is fetched: send a data URL"),
+        ("HTTPS://127.0.0.1:{port}", "or the file_id that POST /files returns"),
+        ("ftp://127.0.0.1:{port}/a", "a part of a form"),
+        ("file:///etc/passwd", "POST /files"),
+        ("data:image/jpeg;base64,iVBORw0KGgo=", "declared as image/jpeg, but the content is image/png"),
+    ],
+)
+async def test_a_link_in_a_form_or_a_table_is_refused_and_nobody_connects(
+    api: Any, link: str, words: str, tmp_path: Path
+) -> None:
+    """Also as a row that is skipped, and beside one that is a file."""
+
+    async def accept(stream: Any) -> None:
+        await stream.receive()
+
+    async with socket_server(accept) as (url, connections), as_user(api) as client:
+        link = link.format(port=url.split(":")[2].partition("/")[0])
+        form = await client.post("/run/flock", data={"agent_name": "look"}, files={"photo": (None, link)})
+        cell, path = f'photo\n"{link}"\n', "/run/batch?agent_name=look"
+        table = await client.post(path, content=cell, headers={"Content-Type": "text/csv"})
+        file_id = (await client.post("/files", content=PNG)).json()["file_id"]
+        rows = {"content": f"{cell}{file_id}\n", "headers": {"Content-Type": "text/csv"}}
+        batch = (await client.post(f"{path}&on_invalid=skip", **rows)).json()
+        done = (await client.get(f"/batch/{batch['batch_id']}?wait=10")).json()
+    assert (form.status_code, table.status_code) == (422, 422)
+    failed, good = done["results"]
+    for problem in (form.json()["errors"][0]["detail"], table.json()["errors"][0]["detail"], failed["error"]):
+        assert words in problem
+    assert (failed["error_type"], good["result"]["read"]) == ("invalid_input", len(PNG))
+    assert (connections, len(stored(tmp_path))) == ([], 1)
 
 
 @pytest.mark.parametrize(
@@ -416,6 +503,49 @@ def test_a_signature_names_the_types() -> None:
 
 def lambda_free(text: str) -> str:
     return text
+
+
+@pytest.mark.parametrize(
+    ("content", "outcome"),
+    [
+        ("\ufeffäöü\r\n".encode(), {"result": "äöü\r\n"}),
+        (b"", {"result": ""}),
+        (PDF, "The file 'a' is application/pdf, not a text. Use read()."),
+        (PNG, "The file 'a' is image/png, not a text. Use read()."),
+        ("äöü".encode("latin-1"), "UnicodeDecodeError"),
+        (b"a" * 2000 + b"\xff", "UnicodeDecodeError"),
+    ],
+    ids=["with a mark", "empty", "PDF", "PNG", "latin-1", "latin-1 at the end"],
+)
+def test_only_a_text_in_utf_8_is_read_as_text(content: bytes, outcome: Any) -> None:
+    flock = Flock("texts")
+
+    @flock.agent
+    def text(file: File) -> str:
+        return file.text()
+
+    url = f"data:;name=a;base64,{base64.b64encode(content).decode()}"
+    if isinstance(outcome, dict):
+        assert flock.run("text", {"file": url}) == outcome
+    else:
+        with pytest.raises(RunFailed, match=re.escape(outcome)):
+            flock.run("text", {"file": url})
+
+
+def test_a_file_can_be_opened_several_times_and_each_is_closed_by_itself() -> None:
+    flock = Flock("opened")
+
+    @flock.agent
+    def parts(file: File) -> list[str]:
+        with file.open() as first, file.open() as second:
+            found = [first.read(3), second.read(), first.read()]
+        with pytest.raises(ValueError, match="closed file"):
+            first.read()
+        with file.open() as opened, pytest.raises(io.UnsupportedOperation):
+            opened.write(b"x")
+        return [part.decode() for part in (*found, file.read())]
+
+    assert flock.run("parts", {"file": "data:,abcdef"}) == {"result": ["abc", "abcdef", "def", "abcdef"]}
 
 
 def test_a_file_can_be_read_only_in_a_step(tmp_path: Path) -> None:

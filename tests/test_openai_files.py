@@ -13,7 +13,7 @@ from flock.agents.messages import Messages
 from flock.core import Audio, Document, File, Flock, Image, data_url
 from flockapi import create_app
 from tests.support.http import client_of
-from tests.test_files import PDF, PNG
+from tests.test_files import KEYS, PDF, PNG, as_user
 
 pytestmark = pytest.mark.anyio
 
@@ -179,7 +179,20 @@ async def test_an_agent_without_files_gets_no_earlier_ones_either(client: httpx.
     assert response.json()["error"]["param"] == "messages.0.content.1"
 
 
-async def test_an_id_of_another_is_not_found(client: httpx.AsyncClient) -> None:
-    file = {"type": "file", "file": {"file_id": "0" * 64}}
-    assert (await chat(client, "letter", [file])).status_code == 404
-    assert (await chat(client, "letter", [{"type": "file", "file": {"file_id": "file-abc"}}])).status_code == 404
+async def test_an_id_of_another_is_not_found() -> None:
+    """It is that of a content that this principal does not have, although the server has it."""
+    app = create_app(flock_of_files(), store=":memory:", protocols=["openai"], api_keys=KEYS)
+    async with app.lifespan(), as_user(app) as ann, as_user(app, "bob") as bob, as_user(app, "ops:admin") as admin:
+        file_id = (await ann.post("/files", content=PDF)).json()["file_id"]
+        for client, sent, status in (
+            (ann, file_id, 200),
+            (bob, file_id, 404),
+            (admin, file_id, 404),
+            (ann, "f-a", 404),
+        ):
+            response = await chat(client, "letter", [{"type": "file", "file": {"file_id": sent}}])
+            assert response.status_code == status, response.text
+            said = [{"role": "user", "content": [{"type": "input_file", "file_id": sent}]}]
+            response = await client.post("/v1/responses", json={"model": "letter", "input": said})
+            assert response.status_code == status, response.text
+        assert (await bob.get("/runs")).json()["runs"] == []
