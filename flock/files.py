@@ -106,7 +106,7 @@ class File:
     def text(self) -> str:
         """Return the content of a text, without a byte order mark.
 
-        Raises: CallError if it is a PDF, an image or audio, and as ``open`` does; UnicodeDecodeError if it is not UTF-8.
+        Raises: CallError if it is a PDF, image or audio, and as ``open`` does; UnicodeDecodeError if it is not UTF-8.
         """
         if self.media_type in MAGIC:
             raise CallError(f"The file {self.name or self.sha256!r} is {self.media_type}, not a text. Use read().")

@@ -24,17 +24,18 @@ import msgspec
 import pytest
 from starlette.datastructures import UploadFile
 
-from flock.core import Audio, Document, File, Flock, Image, data_url
+from flock.core import Audio, Document, File, Flock, FlockFactory, Image, data_url
 from flock.errors import CallError, Conflict, InvalidData, NotFound, RunFailed, StoreError, TooLarge
 from flock.files import check_declared, media_type_of, safe_name
-from flock.runs import RunFilter
+from flock.runs import RunContext, RunFilter
 from flock.store import contents, queries
 from flock.testing import FakeModel, Reply
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
 from tests.support import EXAMPLES, ROOT
-from tests.support.http import client_of, post_run
+from tests.support.http import client_of, post_run, wait_until
 from tests.support.pages import blocks_of, printed_by
+from tests.support.receivers import SECRET, Inbox
 from tests.support.servers import Served
 from tests.support.sockets import socket_server
 
@@ -725,6 +726,120 @@ async def test_a_run_whose_file_is_gone_fails(tmp_path: Path) -> None:
         assert "not stored any more" in str(done.error)
 
 
+def patient(*more: Any) -> Flock:
+    """A flock with agents that ask a person before they read a file, or before a model gets it."""
+    flock = Flock("patient", model="openai/gpt-4o", webhook_url=more[0] if more else None)
+    flock.add_agent(FlockFactory.create_default_agent("judge", input="photo: Image", output="good: bool"))
+
+    @flock.agent
+    async def ask_and_read(context: RunContext, letter: Document) -> str:
+        await context.ask("Is it yours?", bool)
+        return letter.text()
+
+    @flock.agent
+    async def ask_and_show(context: RunContext, photo: Image) -> dict[str, Any]:
+        await context.ask(f"Is {photo.name} yours?", bool)
+        return {"photo": photo, "judged": await context.run_agent("judge", {"photo": photo})}
+
+    return flock
+
+
+async def asked(client: httpx.AsyncClient, agent_name: str, **more: Any) -> Any:
+    """Return a new run when it waits for an answer."""
+    run = (await post_run(client, agent_name, async_run=True, **more)).json()
+    return await wait_until(client, f"/run/{run['run_id']}", lambda body: body["status"] == "waiting")
+
+
+async def answered(client: httpx.AsyncClient, run: Any) -> Any:
+    """Return a run that waits when it is answered and has ended."""
+    url = f"/run/{run['run_id']}"
+    await client.post(f"{url}/calls/{run['waiting_for'][0]['call_id']}", json={"output": True})
+    return await wait_until(client, url, lambda body: body["status"] in ("completed", "failed"))
+
+
+async def test_nobody_can_delete_the_file_of_a_run_that_waits(tmp_path: Path) -> None:
+    app = create_app(patient(), store=tmp_path / "runs.db", auth="host")
+    async with app.lifespan(), client_of(app) as client:
+        letter = {"letter": "data:;name=a.txt,hello"}
+        other = await answered(client, await asked(client, "ask_and_read", inputs=letter))
+        run = await asked(client, "ask_and_read", inputs=letter)
+        (path,) = stored(tmp_path)
+        deleted = await client.delete(f"/run/{other['run_id']}"), await client.delete(f"/run/{run['run_id']}")
+        assert [response.status_code for response in deleted] == [204, 409]
+        assert (await client.delete(f"/files/{path.name}")).status_code == 405
+        await app.engine.store.delete_unused_files(0)  # type: ignore
+        assert (await answered(client, run))["result"] == {"result": "hello"}
+        assert (await client.delete(f"/run/{run['run_id']}")).status_code == 204
+        await app.engine.store.delete_unused_files(0)  # type: ignore
+        assert stored(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("agent_name", "inputs", "name"),
+    [
+        ("ask_and_read", {"letter": "data:;name=a.txt,hello"}, "a.txt"),
+        ("ask_and_read", {"letter": "data:,hello"}, "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"),
+        ("ask_and_show", {"photo": data_url(PNG).replace(";", ";name=b.png;")}, "b.png"),
+    ],
+)
+async def test_a_run_whose_file_was_removed_by_hand_fails_and_names_it(
+    agent_name: str, inputs: Any, name: str, tmp_path: Path, model: FakeModel
+) -> None:
+    """A model is not asked without it."""
+    flock = patient()
+    engine = flock.engine(store=tmp_path / "runs.db", transport=model.transport)
+    app = create_app(flock, engine=engine, auth="host")
+    async with app.lifespan(), client_of(app) as client:
+        run = await asked(client, agent_name, inputs=inputs)
+        for path in stored(tmp_path):
+            path.unlink()
+        run = await answered(client, run)
+        assert (run["status"], run["error_type"], model.requests) == ("failed", "call_error", [])
+        assert f"The file '{name}' is not stored any more." in run["error"]
+        again = await asked(client, agent_name, inputs=inputs)
+        model.replies = [Reply({"good": True})] if "photo" in inputs else []
+        assert (await answered(client, again))["status"] == "completed", "it was sent again"
+
+
+async def test_what_clients_are_told_of_a_file_is_its_name_and_its_size(tmp_path: Path, model: FakeModel) -> None:
+    """In runs, lists, streams, sessions, questions and webhooks: never the content, and no path."""
+    inbox, told = Inbox(), dict[str, str]()
+    async with inbox.serve() as receiver:
+        flock = patient(receiver.url)
+        engine = flock.engine(store=tmp_path / "runs.db", transport=model.transport)
+        app = create_app(flock, engine=engine, auth="host", webhook_secrets=[SECRET])
+        async with app.lifespan(), client_of(app) as client:
+            photo = {"photo": {"file_id": data_url(PNG), "name": "a.png"}}
+            run = await asked(client, "ask_and_show", inputs=photo, session_id="s1")
+            told["asked"], told["open"] = json.dumps(run), (await client.get("/questions")).text
+            model.replies = [Reply({"good": True})] * 2
+            run = await answered(client, run)
+            assert run["status"] == "completed", run
+            paths = [
+                f"/run/{run['run_id']}{each}" for each in ("", "?include=calls,inputs", "/events", "/events?after=0")
+            ]
+            for path in (*paths, "/runs?include=inputs", "/session/s1", "/runs?session_id=s1"):
+                told[path] = (await client.get(path)).text
+            headers = {"Accept": "text/event-stream"}
+            body = {"agent_name": "judge", "inputs": photo}
+            told["stream"] = (await client.post("/run/flock", json=body, headers=headers)).text
+            told |= {f"webhook {n}": json.dumps(event) for n, event in enumerate(await inbox.until(3))}
+            reference = {
+                "file_id": stored(tmp_path)[0].name,
+                "media_type": "image/png",
+                "size": len(PNG),
+                "name": "a.png",
+            }
+    assert inbox.types == ["run.waiting", "run.completed", "run.completed"]
+    for where, text in told.items():
+        assert base64.b64encode(PNG).decode()[:20] not in text, where
+        assert "IHDR" not in text, where
+        assert str(tmp_path) not in text, where
+        assert "runs.db" not in text, where
+    for where in (paths[0], paths[2], "webhook 1", "/runs?include=inputs"):
+        assert json.dumps(reference, separators=(",", ":")) in told[where].replace(": ", ":").replace(", ", ","), where
+
+
 async def test_the_folder_of_a_store_in_memory_is_temporary() -> None:
     async with receipts().engine() as engine:
         file = await engine.files().keep(each(PNG))
@@ -860,17 +975,42 @@ async def test_a_cancelled_upload_leaves_nothing(tmp_path: Path) -> None:
     assert stored(tmp_path) == []
 
 
+async def test_a_file_is_on_disk_before_its_run_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content is synced before it gets its name, and the folders before the transaction that accepts the run."""
+    order: list[str] = []
+
+    def noted(what: Any, real: Any) -> Any:
+        def call(*args: Any) -> Any:
+            order.append(what(*args))
+            return real(*args)
+
+        return call
+
+    def place(descriptor: int) -> str:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return "sync " + (path.suffix or str(len(path.relative_to(tmp_path).parts)))
+
+    engine = receipts().engine(store=tmp_path / "runs.db")
+    async with engine:
+        monkeypatch.setattr(os, "fsync", noted(place, os.fsync))
+        monkeypatch.setattr(os, "replace", noted(lambda old, new: f"name {old.suffix}", os.replace))
+        monkeypatch.setattr(engine.store.contents, "check", noted(lambda *runs: "check", engine.store.contents.check))
+        run = await engine.submit("read", {"letter": "data:,hello"})
+        order.append("accepted")
+        assert (await engine.wait(run.run_id)).value == {"result": "hello"}
+    assert order[:7] == ["sync .tmp", "name .tmp", "sync 2", "sync .db-files", "sync 0", "check", "accepted"]
+
+
 # Kills
 
 PROGRAM = """
-import os, signal, sys, anyio
+import os, signal, stat, sys, anyio
 from flock.files import data_url
-from flock.runs import RunFilter
+from flock.runs import RunContext, RunFilter
 from flock.store import contents
 from tests.test_files import receipts
 
 place, store = sys.argv[1:]
-names = {"fsync": "fsync", "replace": "replace", "folder": "sync_folder"}
 
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -890,6 +1030,9 @@ async def main():
             contents.sync_folder = die
         elif place == "accept":
             contents.Contents.check = die
+        elif place == "fsync":
+            real_sync = os.fsync
+            os.fsync = lambda at: die() if stat.S_ISREG(os.fstat(at).st_mode) else real_sync(at)  # not of a folder
         else:
             setattr(contents.os, place, die)
         await engine.submit("read", {"letter": "data:,second"})
