@@ -1,6 +1,7 @@
 """Faults of a machine: full disks, damaged files, killed and suspended processes, and clocks that jump."""
 
 import contextlib
+import errno
 import itertools
 import math
 import os
@@ -13,7 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -29,15 +30,19 @@ import flock.runs.ids
 import flock.store.files
 import flock.store.store
 import flock.store.storefile
-from flock.core import Flock, FlockFactory
+from flock.core import Flock, FlockFactory, data_url
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Replayed, StoreError
 from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
+from flock.store import contents
 from flock.testing import FakeModel
+from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import sqlite_of, until_run
 from tests.support.engines import until as until_true
+from tests.support.http import client_of, post_run, wait_until
 from tests.support.servers import Server, flockapi_command, memory_kib, running
+from tests.test_files import PNG, receipts, stored
 
 T = TypeVar("T")
 
@@ -296,6 +301,78 @@ def test_results_that_a_full_disk_cannot_take_do_not_fill_the_memory(
             assert all(map(is_unavailable, answers))
             assert memory_kib(server) - before < 150 * 1024
             assert len((tmp_path / "log").read_text().splitlines()) <= 20
+
+
+@pytest.fixture
+async def on_a_small_disk(tmp_path: Path) -> AsyncIterator[tuple[FlockAPI, httpx.AsyncClient, Callable[[], None]]]:
+    """An app of agents with files on a file system of 1.2 MB of its own, of which 350 kB are free."""
+    if not can_mount():
+        pytest.skip("only root can mount a small disk")
+    (tmp_path / "disk").mkdir()
+    with a_full_disk(tmp_path / "disk") as (_, make_space):
+        app = create_app(receipts(), store=tmp_path / "disk" / "runs.db", auth="host")
+        async with app.lifespan(), client_of(app) as client:
+            yield app, client, lambda: make_space(None)  # type: ignore
+
+
+@pytest.mark.parametrize("min_free_bytes", [0, contents.MIN_FREE_BYTES])
+async def test_an_upload_that_fills_the_disk_stores_nothing(
+    on_a_small_disk: Any, min_free_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write fails with ENOSPC, or less is free than files leave."""
+    (_, client, make_space), disk = on_a_small_disk, tmp_path / "disk"
+    long = b"x" * 800_000
+    monkeypatch.setattr(contents, "MIN_FREE_BYTES", min_free_bytes)
+    uploads = [
+        lambda: client.post("/files", content=long),
+        lambda: client.post("/run/flock", data={"agent_name": "read"}, files={"letter": long}),
+        lambda: post_run(client, "read", {"letter": data_url(long[:700_000])}),
+    ]
+    for upload in uploads:
+        assert is_unavailable(await upload())
+        assert stored(disk) == []
+    assert (await client.get("/runs")).json()["runs"] == []
+    if not min_free_bytes:
+        assert (await client.post("/files", content=b"short")).status_code == 201, "there is room for it"
+    make_space()
+    monkeypatch.setattr(contents, "MIN_FREE_BYTES", 0)
+    assert [(await upload()).status_code for upload in uploads] == [201, 200, 200]
+
+
+async def test_a_disk_that_is_full_when_a_file_is_stored_and_its_run_is_not_accepted_keeps_neither(
+    on_a_small_disk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (app, client, make_space), disk = on_a_small_disk, tmp_path / "disk"
+    monkeypatch.setattr(contents, "MIN_FREE_BYTES", 0)
+    inputs = {"photo": data_url(PNG), "note": "x" * 600_000}
+    assert is_unavailable(await post_run(client, "look", inputs))
+    (path,) = stored(disk)
+    assert path.read_bytes() == PNG
+    make_space()
+    await wait_until(client, "/readyz", lambda body: body.get("status") != 503)
+    assert (await client.get("/runs")).json()["runs"] == []
+    await app.engine.store.delete_unused_files(0)
+    assert stored(disk) == []
+    assert (await post_run(client, "look", inputs)).json()["result"]["result"]["read"] == len(PNG)
+
+
+async def test_a_folder_that_cannot_be_synced_accepts_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content is there, and nothing has it: it is deleted as one that no run takes."""
+
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    app = create_app(receipts(), store=tmp_path / "runs.db", auth="host")
+    async with app.lifespan(), client_of(app) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(contents, "sync_folder", fail)
+            assert is_unavailable(await post_run(client, "look", {"photo": data_url(PNG)}))
+            assert is_unavailable(await client.post("/files", content=PNG))
+        assert (await client.get("/runs")).json()["runs"] == []
+        engine: Any = app.engine
+        await engine.store.delete_unused_files(0)
+        assert stored(tmp_path) == []
+        assert (await client.post("/files", content=PNG)).status_code == 201
 
 
 class Paid:
