@@ -1,17 +1,111 @@
 """Hostile files are refused or stored, and never executed or shown; ``python -m tests.hostile_files`` sends more."""
 
+import contextlib
+import itertools
+import re
+import socket
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 
+import anyio
+import httpx
 import pytest
 
+from flock.web import body
 from flockapi import create_app
 from tests.hostile_files import attack, flock_of_files, trap
+from tests.support import PATIENCE_S
 from tests.support.http import client_of
+from tests.support.servers import Served
+from tests.support.sockets import little_memory
+from tests.test_files import stored
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+
+MIB = 1024 * 1024
+FORM = "POST /run/flock HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=b"
+UPLOAD = "POST /files HTTP/1.1\r\nContent-Type: application/octet-stream"
+FILE = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+TEXT = b'--b\r\nContent-Disposition: form-data; name="note"\r\n\r\n'
 
 
-@pytest.mark.slow
+def send_endlessly(port: int, head: str, start: bytes, pieces: Iterable[bytes], ended: threading.Event) -> bytes:
+    """Send a body without an end, and return what the server sends until it closes the connection.
+
+    A piece of one byte is followed by a pause. *ended* is set when the connection is closed.
+    """
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as connection:
+
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                connection.sendall(f"{head}\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+                for sent in filter(None, itertools.chain([start], pieces)):
+                    connection.sendall(b"%x\r\n%b\r\n" % (len(sent), sent))
+                    if ended.wait(0 if len(sent) > 1 else 0.02):
+                        break
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):  # it was closed, and more was sent
+            while piece := connection.recv(65_536):
+                answer += piece
+        ended.set()
+        sender.join()
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("head", "start", "piece", "status"),
+    [
+        pytest.param(UPLOAD, b"", b"x" * 65_536, 413, id="a file"),
+        pytest.param(UPLOAD, b"", b"x", 408, id="a file, slowly"),
+        pytest.param(FORM, FILE, b"x" * 65_536, 413, id="a file in a form"),
+        pytest.param(FORM, FILE, b"x", 408, id="a file in a form, slowly"),
+        pytest.param(FORM, TEXT, b"x" * 65_536, 422, id="a text in a form"),
+        pytest.param(FORM, TEXT, b"x", 408, id="a text in a form, slowly"),
+        pytest.param(FORM, b"--b\r\nX-Long: ", b"x" * 65_536, 422, id="a header of a part"),
+        pytest.param(FORM, b"--b\r\n", b"X: y\r\n" * 1000, 422, id="headers of a part"),
+        pytest.param(FORM, b"", b"\r\n" * 10_000, 413, id="empty lines before a form"),
+        pytest.param(FORM, FILE + b"x\r\n--b--\r\n", b"x" * 65_536, 413, id="what follows a form"),
+        pytest.param(FORM, b"", FILE + b"x\r\n", 422, id="files in a form"),
+        pytest.param(FORM, b"", TEXT + b"x\r\n", 422, id="texts in a form"),
+    ],
+)
+async def test_a_body_without_end_is_refused_and_its_connection_closed(
+    head: str, start: bytes, piece: bytes, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real socket, with little memory, and nothing of it is left."""
+    app = create_app(
+        flock_of_files(), store=tmp_path / "runs.db", auth="host", max_upload_bytes=48 * MIB, body_timeout_s=0.5
+    )
+    monkeypatch.setattr(body, "DRAIN_TIMEOUT_S", 1)
+    async with Served(app) as served:
+        arguments = served.port, head, start, itertools.repeat(piece), threading.Event()
+        with little_memory(16 * MIB):
+            answer = await anyio.to_thread.run_sync(send_endlessly, *arguments)
+        found = re.match(rb"HTTP/1\.1 (\d+) ", answer)
+        assert found, answer
+        assert (int(found[1]), b"connection: close" in answer.lower()) == (status, True), answer
+        async with httpx.AsyncClient(base_url=served.url) as client:
+            assert (await client.get("/runs")).json()["runs"] == []
+            assert (await client.post("/files", content=b"x")).status_code == 201, "the slot of the upload is free"
+    assert len(stored(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("part", [FILE, TEXT])
+async def test_a_form_of_10_000_parts_is_refused(part: bytes, tmp_path: Path) -> None:
+    app = create_app(flock_of_files(), store=tmp_path / "runs.db", auth="host")
+    form = b'--b\r\nContent-Disposition: form-data; name="agent_name"\r\n\r\nimage\r\n' + (part + b"x\r\n") * 10_000
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    async with Served(app) as served, httpx.AsyncClient(base_url=served.url) as client:
+        response = await client.post("/run/flock", content=form + b"--b--\r\n", headers=headers)
+    assert (response.status_code, "The form is not valid: Too many" in response.text) == (422, True), response.text
+    assert "100" in response.text
+    assert stored(tmp_path) == []
+
+
 async def test_no_hostile_file_is_executed_or_shown(tmp_path: Path) -> None:
     app = create_app(flock_of_files(), store=tmp_path / "runs.db", auth="host")
     with trap() as (port, mark):
