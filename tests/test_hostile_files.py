@@ -5,7 +5,7 @@ import itertools
 import re
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import anyio
@@ -15,9 +15,10 @@ import pytest
 from flock.web import body
 from flockapi import create_app
 from tests.hostile_files import attack, flock_of_files, trap
+from tests.images_once import peak_of
 from tests.support import PATIENCE_S
-from tests.support.http import client_of
-from tests.support.servers import Served
+from tests.support.http import client_of, wait_for
+from tests.support.servers import Served, serving
 from tests.support.sockets import little_memory
 from tests.test_files import stored
 
@@ -114,3 +115,49 @@ async def test_no_hostile_file_is_executed_or_shown(tmp_path: Path) -> None:
     assert outcomes["shown as an image"] > 3
     assert outcomes["only downloaded"] > 10
     assert outcomes["422"] > 10
+
+
+READING = """
+from flock.core import File, Flock
+
+flock = Flock("reading")
+
+@flock.agent
+def size(file: File) -> int:
+    return file.size
+
+@flock.agent
+def read(file: File) -> int:
+    return len(file.read())
+"""
+
+
+async def content(megabytes: int, number: int = 0, start: bytes = b"", end: bytes = b"") -> AsyncIterator[bytes]:
+    """Yield a file piece by piece, between the other parts of a form."""
+    for piece in (start, *itertools.repeat(number.to_bytes(MIB), megabytes), end):
+        yield piece
+
+
+async def test_a_server_holds_no_upload_and_no_table_of_files_in_memory(tmp_path: Path) -> None:
+    """A file of 60 MB, by itself and in a form, and 120 files of 1 MB, which an agent reads."""
+    (tmp_path / "app.py").write_text(READING)
+    with serving(tmp_path / "app.py", tmp_path) as server:
+        async with httpx.AsyncClient(base_url=server.url) as client:
+
+            async def read(count: int) -> None:
+                sent = [(await client.post("/files", content=content(1, n))).json()["file_id"] for n in range(count)]
+                table = {"content": "\n".join(["file", *sent]), "headers": {"Content-Type": "text/csv"}}
+                batch = (await client.post("/run/batch?agent_name=read", **table)).json()  # type: ignore
+                done = await wait_for(client, f"/batch/{batch['batch_id']}")
+                assert (done["completed_items"], done["failed_items"]) == (count, 0)
+
+            await read(10)
+            before = peak_of(server.process.pid)
+            assert (await client.post("/files", content=content(60))).json()["size"] == 60 * MIB
+            form = content(60, 0, TEXT.replace(b"note", b"agent_name") + b"size\r\n" + FILE, b"\r\n--b--\r\n")
+            headers = {"Content-Type": "multipart/form-data; boundary=b"}
+            run = (await client.post("/run/flock", content=form, headers=headers)).json()
+            assert run["result"] == {"result": 60 * MIB}, run
+            await read(120)
+            assert peak_of(server.process.pid) - before < 20
+    assert len(stored(tmp_path)) == 121
