@@ -14,7 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -323,7 +323,7 @@ async def test_an_upload_that_fills_the_disk_stores_nothing(
     (_, client, make_space), disk = on_a_small_disk, tmp_path / "disk"
     long = b"x" * 800_000
     monkeypatch.setattr(contents, "MIN_FREE_BYTES", min_free_bytes)
-    uploads = [
+    uploads: list[Callable[[], Awaitable[httpx.Response]]] = [
         lambda: client.post("/files", content=long),
         lambda: client.post("/run/flock", data={"agent_name": "read"}, files={"letter": long}),
         lambda: post_run(client, "read", {"letter": data_url(long[:700_000])}),

@@ -382,7 +382,7 @@ async def test_a_link_in_a_form_or_a_table_is_refused_and_nobody_connects(
         cell, path = f'photo\n"{link}"\n', "/run/batch?agent_name=look"
         table = await client.post(path, content=cell, headers={"Content-Type": "text/csv"})
         file_id = (await client.post("/files", content=PNG)).json()["file_id"]
-        rows = {"content": f"{cell}{file_id}\n", "headers": {"Content-Type": "text/csv"}}
+        rows: Any = {"content": f"{cell}{file_id}\n", "headers": {"Content-Type": "text/csv"}}
         batch = (await client.post(f"{path}&on_invalid=skip", **rows)).json()
         done = (await client.get(f"/batch/{batch['batch_id']}?wait=10")).json()
     assert (form.status_code, table.status_code) == (422, 422)
@@ -726,9 +726,9 @@ async def test_a_run_whose_file_is_gone_fails(tmp_path: Path) -> None:
         assert "not stored any more" in str(done.error)
 
 
-def patient(*more: Any) -> Flock:
+def patient(webhook_url: str | None = None) -> Flock:
     """A flock with agents that ask a person before they read a file, or before a model gets it."""
-    flock = Flock("patient", model="openai/gpt-4o", webhook_url=more[0] if more else None)
+    flock = Flock("patient", model="openai/gpt-4o", webhook_url=webhook_url)
     flock.add_agent(FlockFactory.create_default_agent("judge", input="photo: Image", output="good: bool"))
 
     @flock.agent

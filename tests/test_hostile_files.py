@@ -5,8 +5,9 @@ import itertools
 import re
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx
@@ -31,27 +32,27 @@ FILE = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\
 TEXT = b'--b\r\nContent-Disposition: form-data; name="note"\r\n\r\n'
 
 
-def send_endlessly(port: int, head: str, start: bytes, pieces: Iterable[bytes], ended: threading.Event) -> bytes:
-    """Send a body without an end, and return what the server sends until it closes the connection.
+def send_endlessly(port: int, head: str, start: bytes, piece: bytes) -> bytes:
+    """Send *start*, and *piece* without end, and return what the server sends until it closes the connection.
 
-    A piece of one byte is followed by a pause. *ended* is set when the connection is closed.
+    Between pieces of one byte there is a pause.
     """
+    ended = threading.Event()
     with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as connection:
 
         def send() -> None:
             with contextlib.suppress(OSError):
                 connection.sendall(f"{head}\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
-                for sent in filter(None, itertools.chain([start], pieces)):
-                    connection.sendall(b"%x\r\n%b\r\n" % (len(sent), sent))
-                    if ended.wait(0 if len(sent) > 1 else 0.02):
-                        break
+                connection.sendall(b"%x\r\n%b\r\n" % (len(start), start) if start else b"")
+                while not ended.wait(0 if len(piece) > 1 else 0.02):
+                    connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
 
         sender = threading.Thread(target=send)
         sender.start()
         answer = b""
         with contextlib.suppress(ConnectionResetError):  # it was closed, and more was sent
-            while piece := connection.recv(65_536):
-                answer += piece
+            while received := connection.recv(65_536):
+                answer += received
         ended.set()
         sender.join()
         return answer
@@ -83,9 +84,8 @@ async def test_a_body_without_end_is_refused_and_its_connection_closed(
     )
     monkeypatch.setattr(body, "DRAIN_TIMEOUT_S", 1)
     async with Served(app) as served:
-        arguments = served.port, head, start, itertools.repeat(piece), threading.Event()
         with little_memory(16 * MIB):
-            answer = await anyio.to_thread.run_sync(send_endlessly, *arguments)
+            answer = await anyio.to_thread.run_sync(send_endlessly, served.port, head, start, piece)
         found = re.match(rb"HTTP/1\.1 (\d+) ", answer)
         assert found, answer
         assert (int(found[1]), b"connection: close" in answer.lower()) == (status, True), answer
@@ -146,8 +146,8 @@ async def test_a_server_holds_no_upload_and_no_table_of_files_in_memory(tmp_path
 
             async def read(count: int) -> None:
                 sent = [(await client.post("/files", content=content(1, n))).json()["file_id"] for n in range(count)]
-                table = {"content": "\n".join(["file", *sent]), "headers": {"Content-Type": "text/csv"}}
-                batch = (await client.post("/run/batch?agent_name=read", **table)).json()  # type: ignore
+                table: Any = {"content": "\n".join(["file", *sent]), "headers": {"Content-Type": "text/csv"}}
+                batch = (await client.post("/run/batch?agent_name=read", **table)).json()
                 done = await wait_for(client, f"/batch/{batch['batch_id']}")
                 assert (done["completed_items"], done["failed_items"]) == (count, 0)
 
