@@ -152,10 +152,8 @@ async def test_a_provider_gets_what_the_table_says_and_is_not_asked_otherwise(
 
 
 def test_the_sizes_of_the_page_are_those_that_providers_take() -> None:
-    sentence = " ".join(PAGE[PAGE.index("A file, also a text, may have") :].split())
-    (usual, of_providers, most) = re.match(
-        r".*? have (\d+) MB(.*?); all files of a call together (\d+) MB", sentence
-    ).groups()  # type: ignore
+    pattern = r"A file, also a text, may have (\d+) MB(.*?); all files of a call together (\d+) MB"
+    [(usual, of_providers, most)] = re.findall(pattern, " ".join(PAGE.split()))
     sizes = {name: int(size) * 1_000_000 for name, size in re.findall(r"`(\w+)` (\d+) MB", of_providers)}
     assert (sizes, requests.MAX_ALL_BYTES) == (MAX_FILE_BYTES, int(most) * 1_000_000)
     for provider, size in {**dict.fromkeys(("openai", *OTHERS), int(usual) * 1_000_000), **sizes}.items():
