@@ -42,7 +42,7 @@ def send_endlessly(port: int, head: str, start: bytes, piece: bytes) -> bytes:
 
         def send() -> None:
             with contextlib.suppress(OSError):
-                connection.sendall(f"{head}\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+                connection.sendall(f"{head}\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
                 connection.sendall(b"%x\r\n%b\r\n" % (len(start), start) if start else b"")
                 while not ended.wait(0 if len(piece) > 1 else 0.02):
                     connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
