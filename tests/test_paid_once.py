@@ -1,6 +1,7 @@
 """No row of a table is paid twice: batches that end early, continue, and take results that exist already."""
 
 import contextlib
+import re
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -99,9 +100,83 @@ async def test_a_batch_that_ended_early_continues_when_the_cause_is_gone() -> No
     assert provider.paid == 200
 
 
-async def test_a_lasting_error_counts_only_if_all_models_have_it() -> None:
+async def test_a_missing_key_ends_the_batch_and_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent without a key. With one, the same rows are paid once."""
+    provider = Provider(200, QUOTA)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    async with asking().engine(transport=provider.transport) as engine:
+        batch = await ended(engine, await engine.submit_batch("ask", texts(20), BatchOptions(max_workers=WORKERS)))
+        assert (batch.status, batch.error_type) == (RunStatus.FAILED, "model_not_configured")
+        assert (batch.completed_items, batch.failed_items, batch.cancelled_items) == (20, 0, 20)
+        assert batch.error is not None
+        assert "needs an API key. Set the environment variable OPENAI_API_KEY" in batch.error
+        assert not provider.requests
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-now")
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, ["cancelled"]))
+    assert (batch.status, provider.paid, len(provider.requests)) == (RunStatus.COMPLETED, 20, 20)
+
+
+@pytest.mark.parametrize(("workers", "enough"), [(1, 3), (WORKERS, WORKERS)])
+async def test_403_ends_a_batch_when_it_comes_for_all_workers_in_a_row(workers: int, enough: int) -> None:
+    """A success in between starts the count again: the rows before it stay failed, and only they are not left."""
+    replies = [Failure(403)] * (enough - 1) + [Reply({"answer": "yes"})] + [Failure(403)] * enough
+    asked = list[str]()
+
+    async def reply(request: ModelRequest) -> Reply | Failure:
+        (text,) = re.findall(r"text \d+", request.text)
+        asked.append(text)
+        # One call after the other, so that the order of their ends is known.
+        number = len(asked)
+        async with turn:
+            return replies[number - 1] if number <= len(replies) else Failure(403)
+
+    turn = anyio.Lock()
+    model = FakeModel(reply)
+    async with asking().engine(transport=model.transport) as engine:
+        batch = await ended(engine, await engine.submit_batch("ask", texts(40), BatchOptions(max_workers=workers)))
+        assert (batch.status, batch.error_type) == (RunStatus.FAILED, "model_authentication")
+        assert (batch.failed_items, batch.cancelled_items) == (enough - 1, 40 - enough)
+        assert len(replies) <= len(asked) < len(replies) + workers
+        first = set(asked)
+        model.replies = lambda request: Reply({"answer": "yes"})
+        model.requests.clear()
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, ["cancelled"]))
+        assert (batch.failed_items, batch.cancelled_items, len(model.requests)) == (enough - 1, 0, 40 - enough)
+    assert len(first) == len(asked)
+
+
+@pytest.mark.parametrize("works", ["", "large", "gpt-4o"])
+async def test_a_batch_with_several_models_ends_early_only_if_none_of_them_works(
+    works: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The models are asked in turn, so a row that one of them answers is complete."""
+
+    def reply(request: ModelRequest) -> Reply | Failure:
+        if request["model"] == works:
+            return Reply({"answer": "yes"})
+        return Failure(401) if request["model"] == "large" else Failure(404)
+
+    model = FakeModel(reply)
+    monkeypatch.setenv("MISTRAL_API_KEY", "sk-of-mistral")
+    async with asking([MODEL, "mistral/large"]).engine(transport=model.transport) as engine:
+        batch = await ended(engine, await engine.submit_batch("ask", texts(20), BatchOptions(max_workers=WORKERS)))
+        if works:
+            assert (batch.status, batch.error, batch.failed_items) == (RunStatus.COMPLETED, None, 0)
+            return
+        assert (batch.status, batch.failed_items, batch.cancelled_items) == (RunStatus.FAILED, 0, 20)
+        assert batch.error is not None
+        assert ("openai/gpt-4o" in batch.error, "mistral/large" in batch.error) == (True, True)
+        assert len(model.requests) <= 2 * WORKERS
+        model.replies = lambda request: Reply({"answer": "yes"})
+        model.requests.clear()
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, ["cancelled"]))
+    assert (batch.status, len(model.requests)) == (RunStatus.COMPLETED, 20)
+
+
+async def test_a_lasting_error_counts_only_if_all_models_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that no model can answer now does not end the batch. With several models, one key may be wrong."""
     models = [MODEL, "mistral/large"]
+    monkeypatch.setenv("MISTRAL_API_KEY", "sk-of-mistral")
 
     def reply(request: ModelRequest) -> Reply | Failure:
         return Failure(401) if request["model"] == "large" else Failure(400)
