@@ -70,7 +70,17 @@ def peak_with(folder: Path, format_: str, count: int) -> int:
     source = "csv" if format_ == "xlsx" else format_
     (folder / "target.py").write_text(TARGET)
     write_table(folder / f"rows.{source}", source, count)
-    arguments = ["target.py", "length", f"rows.{source}", "-o", f"out.{format_}", "--progress", "none", "--max-workers", "100"]
+    arguments = [
+        "target.py",
+        "length",
+        f"rows.{source}",
+        "-o",
+        f"out.{format_}",
+        "--progress",
+        "none",
+        "--max-workers",
+        "100",
+    ]
     env, began_at = {**os.environ, **NO_COVERAGE, "PYTHONPATH": str(ROOT)}, time.monotonic()
     with subprocess.Popen(
         flockapi_command("batch", *arguments), cwd=folder, env=env, stderr=subprocess.PIPE
