@@ -765,7 +765,7 @@ async def test_a_normal_call_waits_while_open_jobs_hold_the_rest_of_max_cost(
     """Two calls in jobs are expected to cost 0.0012 dollars. What the second one holds is too much with the repair."""
     monkeypatch.setattr(jobs, "MAX_CALLS", 1)
     repairs(provider)
-    provider.held = {"batch_2"}
+    provider.held = {"batch_1", "batch_2"}
     flock = flock_of(url, of_agent={"max_tokens": 100})
 
     async def polls() -> None:
@@ -774,6 +774,8 @@ async def test_a_normal_call_waits_while_open_jobs_hold_the_rest_of_max_cost(
 
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         batch = await submit(engine, 2, max_cost=MAX_COST)
+        await until(lambda: len(provider.jobs) == 2)  # only then both hold something
+        provider.held.remove("batch_1")
         await until(lambda: any(path.endswith("/content") for _, path in provider.asked))
         await polls()
         assert not provider.normal

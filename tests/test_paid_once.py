@@ -180,12 +180,13 @@ async def test_a_lasting_error_counts_only_if_all_models_have_it(monkeypatch: py
     monkeypatch.setenv("MISTRAL_API_KEY", "sk-of-mistral")
 
     def reply(request: ModelRequest) -> Reply | Failure:
-        return Failure(401) if request["model"] == "large" else Failure(400)
+        return Failure(400) if request["model"] == "large" else Failure(401)
 
     model = FakeModel(reply)
     async with asking(models).engine(transport=model.transport) as engine:
         batch = await ended(engine, await engine.submit_batch("ask", texts(20), BatchOptions(max_workers=WORKERS)))
     assert (batch.status, batch.error_type, batch.failed_items) == (RunStatus.FAILED, None, 20)
+    assert sum(request["model"] == "large" for request in model.requests) == 20
 
 
 async def test_a_403_of_single_rows_does_not_end_a_batch() -> None:
