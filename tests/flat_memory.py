@@ -35,7 +35,7 @@ async def length(number: int, text: str) -> int:
     return len(text)
 """
 #: What the memory of a process varies by, in MB.
-MAX_GROWTH_MB = 40
+MAX_GROWTH_MB = 15
 
 
 def table_rows(count: int) -> Iterator[dict[str, Any]]:
