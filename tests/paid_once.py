@@ -10,6 +10,7 @@ the calls go through its batch endpoint, which charges each line that it answers
 
 import argparse
 import csv
+import logging
 import os
 import re
 import signal
@@ -140,9 +141,10 @@ def play(rows: int) -> None:
     provider = Provider()
     with tempfile.TemporaryDirectory() as folder, provider.serve() as url:
         table = Table(Path(folder), rows, provider, url)
+        began_at = time.monotonic()
 
         def check(what: str, code: int, wanted: int, paid: int) -> None:
-            print(f"{what}: {len(provider.paid):,} rows paid")
+            print(f"{what}: {len(provider.paid):,} rows paid, {time.monotonic() - began_at:.0f} s", flush=True)
             assert (code, len(provider.paid)) == (wanted, paid), (code, len(provider.paid), wanted, paid)
 
         provider.credit = rows // 2
@@ -206,4 +208,5 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--batch-api", action="store_true")
     given = parser.parse_args()
+    logging.getLogger("uvicorn.error").disabled = True  # requests that a kill has cut off
     (play_with_batch_endpoint if given.batch_api else play)(given.rows)

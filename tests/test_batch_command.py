@@ -1,11 +1,13 @@
 """``flockapi batch``: from file to file, stopped, killed and resumed, in its own process where that matters."""
 
+import asyncio
 import contextlib
 import csv
 import functools
 import gzip
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -14,15 +16,21 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
 from flock.command.cli import main
 from flock.core import Flock
+from flock.runs import Batch, BatchOptions, RunStatus, Usage, now
+from flock.steps import progress
+from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from tests.support.servers import flockapi_command
+from tests.test_cli import at_terminal
 
 TARGET = """
 import os, signal, sys, threading, time
@@ -86,7 +94,8 @@ def in_own_process(*arguments: str, **env: str) -> subprocess.CompletedProcess[s
 def batch(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command in this process, which is quicker, and load the target again."""
     sys.modules.pop("target", None)
-    done = CliRunner().invoke(main, ["batch", "target.py", *arguments], catch_exceptions=False)
+    given = ["batch", "target.py", *arguments]
+    done = CliRunner().invoke(main, given, catch_exceptions=False, prog_name="flockapi")
     return subprocess.CompletedProcess([], done.exit_code, done.stdout, done.stderr)
 
 
@@ -703,17 +712,24 @@ def test_limit_then_sample_then_the_whole_table_is_one_batch() -> None:
     assert (len(in_log()), set(in_log().values())) == (300, {1})
 
 
-def test_a_try_shows_results_and_stops_without_a_terminal() -> None:
-    Path("rows.csv").write_text("n\n" + "".join(f"{n}\n" for n in range(300)))
-    done = batch("work", "rows.csv", "-o", "results.csv", "--try", "5")
+def test_a_try_shows_results_and_without_a_terminal_prints_the_command_that_continues() -> None:
+    Path("-my rows.csv").write_text("id,n\n" + "".join(f"{n},{n}\n" for n in range(300)))
+    options = ("--static", "word=it's", "--max-workers", "7", "--timeout", "9.5", "--no-escape-formulas", "--usage")
+    mapped = ("--map", "id=", "--on-invalid", "skip", "--delimiter", ",")
+    done = batch("work", "-o", "results.csv", "--try", "5", *options, *mapped, "--", "-my rows.csv")
     assert (done.returncode, done.stdout, Path("results.csv").exists()) == (0, "", False)
-    *shown, estimate, hint = done.stderr.splitlines()
+    *shown, estimate, hint, line = done.stderr.splitlines()
     assert len(shown) == len(in_log()) == 5
-    assert all('{"n":' in line and '-> {"result":"w' in line for line in shown)
+    assert all('{"word":"it\'s","n":' in text and '-> {"result":"it\'s' in text for text in shown), shown
     assert estimate.startswith("5 of 300 rows were tried, and 0 failed. about 0:0")
-    assert hint == "To run the other rows, run the same command without --try."
-    assert batch("work", "rows.csv", "-o", "results.csv").returncode == 0
+    assert hint == "To run the other rows:"
+    quoted = "--static 'word=it'\"'\"'s' "
+    assert line.startswith("flockapi batch -o results.csv --max-workers 7 --map id= " + quoted), line
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    continued = subprocess.run(["sh", "-c", line], env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert (continued.returncode, continued.stderr.splitlines()[1]) == (0, "300 of 300 rows completed."), continued
     assert (len(in_log()), set(in_log().values())) == (300, {1})
+    assert rows_of("results.csv")[1][:3] == ["0", "it's", "it's0"]
 
 
 def test_progress_as_json_ends_with_the_final_counts() -> None:
@@ -722,6 +738,41 @@ def test_progress_as_json_ends_with_the_final_counts() -> None:
     *_, last, summary = done.stderr.splitlines()
     assert (json.loads(last)["status"], json.loads(last)["completed_items"]) == ("completed", 3)
     assert summary == "3 of 3 rows completed."
+
+
+@pytest.mark.parametrize(("kind", "are_shown"), [("auto", True), ("lines", True), ("none", False)])
+def test_without_a_terminal_the_progress_is_lines_or_nothing(
+    kind: str, are_shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "CHECK_INTERVAL_S", 0.02)
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.04)
+    write_numbers("rows.csv", 300)
+    *lines, summary = batch("work", "rows.csv", "-o", "results.csv", "--progress", kind).stderr.splitlines()
+    assert (summary, bool(lines)) == ("300 of 300 rows completed.", are_shown)
+    assert all(re.match(r"work: \d+ of 300 rows  ", line) for line in lines), lines
+
+
+def test_a_line_of_progress_is_printed_each_10_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engine is one whose clock passes only while somebody waits for its batch, which takes 35 s."""
+    clock = 0.0
+    batch = Batch(flock="f", batch_id="b", agent_name="work", options=BatchOptions(), total_items=70, created_at=now())
+
+    async def state(batch_id: str, timeout_s: float = 0) -> Batch:
+        nonlocal clock
+        clock += timeout_s
+        status = RunStatus.COMPLETED if clock >= 35 else RunStatus.RUNNING
+        return replace(batch, completed_items=int(2 * clock), status=status)
+
+    async def check_ready() -> None:
+        pass
+
+    engine: Any = SimpleNamespace(get_batch=state, wait_batch=state, check_ready=check_ready)
+    monkeypatch.setattr(progress, "anyio", SimpleNamespace(current_time=lambda: clock))
+    asyncio.run(progress.print_progress(engine, "b", as_json=False))
+    counts = [line.partition("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert counts == [f"work: {count} of 70 rows" for count in (20, 40, 60)]
 
 
 def test_a_full_disk_stops_the_command_and_the_next_one_continues() -> None:
@@ -770,3 +821,100 @@ def test_the_rows_so_far_are_written_beside_a_running_command() -> None:
     with open("out.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 300
     assert Counter(Path("log").read_text().split()).total() == 300
+
+
+# Paid once, by what the provider has been asked
+
+ASKING = """
+import os
+from flock.core import Flock, FlockFactory, Model
+
+flock = Flock("asking", model=Model("openai/gpt-4o", base_url=os.environ["FAKE_URL"], api_key="none"))
+flock.add_agent(FlockFactory.create_default_agent("ask", input="text", output=os.environ.get("OUTPUT", "answer")))
+"""
+
+
+class Provider(FakeModel):
+    """Answers as long as it has credit, but no text that is bad, and counts the requests for each text."""
+
+    def __init__(self) -> None:
+        super().__init__(self._reply)
+        self.asked, self.credit = Counter[str](), 1000
+
+    def _reply(self, request: ModelRequest) -> Reply | Failure:
+        if not self.credit:
+            return Failure(429, "insufficient_quota")
+        self.credit -= 1
+        (text,) = re.findall(r"text \w+", request.text)
+        self.asked[text] += 1
+        answer = {name: "yes" for name in request.schema["properties"]}
+        return Failure(400) if "bad" in text else Reply(answer, usage=Usage(input_tokens=10_000, output_tokens=5000))
+
+
+@pytest.fixture
+def provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[Provider]:
+    Path("target.py").write_text(ASKING)
+    provider = Provider()
+    with provider.serve() as url:
+        monkeypatch.setenv("FAKE_URL", url)
+        yield provider
+
+
+def ask(names: Sequence[Any], *options: str) -> int:
+    """Run the command with these texts, and return how many of its rows have completed."""
+    Path("rows.csv").write_text("text\n" + "".join(f"text {name}\n" for name in names))
+    batch("ask", "rows.csv", "-o", "out.csv", *options)
+    return sum(row[2] == "completed" for row in rows_of("out.csv")[1:])
+
+
+def test_retry_cancelled_pays_the_rows_that_were_cut_off_and_retry_failed_the_others_too(provider: Provider) -> None:
+    names = [1, "bad", 3, 4, 5, 6]
+    provider.credit = 3
+    assert ask(names, "--max-workers", "1") == 2
+    provider.credit = 1000
+    assert ask(names, "--retry", "cancelled") == 5
+    assert provider.asked == {f"text {name}": 1 for name in names}
+    assert ask(names, "--retry", "cancelled") == ask(names, "--retry", "failed") == 5
+    assert provider.asked == {f"text {name}": 1 for name in names} | {"text bad": 2}
+
+
+def test_dedupe_pays_equal_rows_once(provider: Provider) -> None:
+    assert ask([1, 2, 1, 1, 2, 3], "--dedupe") == 6
+    assert provider.asked == {"text 1": 1, "text 2": 1, "text 3": 1}
+    assert ask([4, 4]) == 2
+    assert provider.asked["text 4"] == 2, "only with the option"
+
+
+def test_another_timeout_order_or_edit_pays_only_rows_that_are_new(provider: Provider) -> None:
+    assert ask([1, 2, 3, 3]) == 4
+    paid = {"text 1": 1, "text 2": 1, "text 3": 2}
+    for names, options in (([1, 2, 3, 3], ("--timeout", "9")), ([3, 2, 1, 3], ()), ([2, 3], ("--timeout", "8"))):
+        assert (ask(names, *options), provider.asked) == (len(names), paid)
+    assert ask([3, "edited", 4, 1, 3]) == 5
+    assert provider.asked == {**paid, "text edited": 1, "text 4": 1}
+
+
+def test_a_person_is_asked_whether_to_pay_for_a_changed_agent(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ask([1, 2, 3, 4]) == 4
+    written = Path("out.csv").read_bytes()
+    monkeypatch.setenv("OUTPUT", "answer, reason")
+    command = ("batch", "target.py", "ask", "rows.csv", "-o", "out.csv")
+    text = at_terminal(*command, typed="n\n")
+    assert "The agent 'ask' has changed, so all 4 rows run again. They will cost about $0.30.\nContinue? [y/N]" in text
+    assert (provider.asked.total(), Path("out.csv").read_bytes()) == (4, written)
+    assert "4 of 4 rows completed." in at_terminal(*command, typed="y\n")
+    assert (set(provider.asked.values()), rows_of("out.csv")[0][1:3]) == ({2}, ["answer", "reason"])
+
+
+def test_a_person_who_tries_rows_is_asked_whether_to_run_the_others(provider: Provider) -> None:
+    Path("rows.csv").write_text("text\n" + "".join(f"text {name}\n" for name in range(5)))
+    command = ("batch", "target.py", "ask", "rows.csv", "-o", "out.csv", "--try", "2")
+    text = at_terminal(*command, typed="n\n")
+    assert text.count('-> {"answer":"yes"}') == 2
+    assert re.search(r"2 of 5 rows were tried, and 0 failed\. .* 75,000 tokens in all, \$0\.38 in all\.", text), text
+    assert "Run the other rows? [y/N]" in text
+    assert (provider.asked.total(), Path("out.csv").exists()) == (2, False)
+    assert "5 of 5 rows completed." in at_terminal(*command, typed="y\n")
+    assert (provider.asked.total(), len(provider.asked), len(rows_of("out.csv"))) == (5, 5, 6)

@@ -2,10 +2,12 @@
 
 import asyncio
 import importlib
+import itertools
 import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from flock.models.llm import ModelClient
 from flock.runs import Batch, BatchOptions, Engine, Run, RunContext, Usage
 from flock.store import jobs as stored_jobs
 from flock.store.jobs import JobStore
+from flock.store.port import Job
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from tests.support import PATIENCE_S
 from tests.support.batchapi import BatchProvider
@@ -294,6 +297,74 @@ async def test_a_job_that_never_ends_is_cancelled_and_falls_back(
     batch, _ = await run(flock_of(url), 2)
     assert (batch.failed_items, provider.normal.total()) == (0, 2)
     assert [job["status"] for job in provider.jobs.values()] == ["cancelled"]
+
+
+async def test_a_job_is_polled_after_a_share_of_its_age_within_limits(
+    provider: BatchProvider, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "MIN_POLL_S", 1.0)
+    monkeypatch.setattr(jobs, "MAX_POLL_S", 60.0)
+    ages, pauses, look_after = [0, 3, 20, 200, 3000, 80_000], list[float](), jobs.Jobs._look_after
+
+    async def look(self: jobs.Jobs, job: Job) -> None:
+        """Look at the job when it has the next age, and keep the pause instead of waiting for it."""
+        provider.is_held = bool(ages)
+        monkeypatch.setattr(Job, "age_s", ages.pop(0) if ages else 0)
+        await look_after(self, job)
+        pauses.append(self._next.pop(job.job_id) - anyio.current_time())
+
+    monkeypatch.setattr(jobs.Jobs, "_look_after", look)
+    await run(flock_of(url), 1)
+    assert pauses[:6] == pytest.approx([1, 1, 2, 20, 60, 60], abs=0.5)
+
+
+async def test_the_polls_of_a_job_come_at_a_growing_interval(
+    provider: BatchProvider, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine can only make the pauses longer."""
+    monkeypatch.setattr(jobs, "POLL_SHARE", 1.0)
+    monkeypatch.setattr(jobs, "MAX_POLL_S", 60.0)
+    polled_at = list[float]()
+
+    def fault(method: str, path: str) -> None:
+        if (method, path) == ("GET", "/batches/batch_1"):
+            polled_at.append(time.monotonic())
+            provider.is_held = len(polled_at) < 6
+
+    provider.fault = fault
+    await run(flock_of(url), 1)
+    assert len(polled_at) == 6
+    for before, after in itertools.pairwise(polled_at):
+        assert after - before >= 0.9 * (before - polled_at[0])
+
+
+@pytest.mark.parametrize("is_by_count", [True, False])
+async def test_calls_are_collected_until_they_are_enough_or_have_waited_long_enough(
+    provider: BatchProvider, url: str, monkeypatch: pytest.MonkeyPatch, is_by_count: bool
+) -> None:
+    """While a row runs that may still make a call."""
+    monkeypatch.setattr(jobs, "MAX_CALLS", 3 if is_by_count else 100)
+    monkeypatch.setattr(jobs, "COLLECT_S", 600 if is_by_count else 0.5)
+    flock, is_open, asked_at = flock_of(url), anyio.Event(), list[float]()
+
+    @flock.agent
+    async def mixed(context: RunContext, text: str) -> str:
+        if text == "text 0":
+            await is_open.wait()
+        asked_at.append(time.monotonic())
+        return str((await context.run_agent("ask", {"text": text}))["answer"])
+
+    sent_at = list[float]()
+    provider.fault = lambda method, path: sent_at.append(time.monotonic()) if path == "/files" else None
+    async with flock.engine() as engine:
+        batch = await submit(engine, 8, "mixed", max_workers=8)
+        await until(lambda: len(provider.paid) == (6 if is_by_count else 7))
+        assert [len(provider.lines(job)) for job in provider.jobs.values()] == ([3, 3] if is_by_count else [7])
+        if not is_by_count:
+            assert sent_at[0] - asked_at[0] >= 0.5
+        is_open.set()
+        batch = await ended(engine, batch)
+    assert (batch.status, [*provider.paid.values()], provider.normal) == ("completed", [1] * 8, {})
 
 
 async def test_too_many_enqueued_tokens_make_smaller_jobs(provider: BatchProvider, url: str) -> None:
@@ -694,7 +765,7 @@ async def test_a_normal_call_waits_while_open_jobs_hold_the_rest_of_max_cost(
     """Two calls in jobs are expected to cost 0.0012 dollars. What the second one holds is too much with the repair."""
     monkeypatch.setattr(jobs, "MAX_CALLS", 1)
     repairs(provider)
-    provider.held = {"batch_2"}
+    provider.held = {"batch_1", "batch_2"}
     flock = flock_of(url, of_agent={"max_tokens": 100})
 
     async def polls() -> None:
@@ -703,6 +774,8 @@ async def test_a_normal_call_waits_while_open_jobs_hold_the_rest_of_max_cost(
 
     async with flock.engine(store=tmp_path / "flock.db") as engine:
         batch = await submit(engine, 2, max_cost=MAX_COST)
+        await until(lambda: len(provider.jobs) == 2)  # only then both hold something
+        provider.held.remove("batch_1")
         await until(lambda: any(path.endswith("/content") for _, path in provider.asked))
         await polls()
         assert not provider.normal
@@ -872,8 +945,9 @@ async def test_a_list_of_jobs_that_repeats_itself_has_an_end(provider: BatchProv
 
     provider.fault = fault
     batch, _ = await run(flock_of(url), 3)
-    assert (batch.failed_items, list(provider.paid.values())[:3], provider.normal) == (0, [1] * 3, {})
-    assert provider.asked.count(("GET", "/batches")) == 2
+    assert (batch.failed_items, list(provider.paid.values()), provider.normal) == (0, [1] * 3, {})
+    assert [provider.asked.count((method, "/batches")) for method in ("GET", "POST")] == [2, 2]
+    assert [len(provider.lines(job)) for job in provider.jobs.values()] == [3]
 
 
 async def test_a_job_that_its_provider_does_not_find_once_is_not_gone(provider: BatchProvider, url: str) -> None:

@@ -18,6 +18,7 @@ from flock.command.cli import main
 from flock.core import Flock, FlockFactory, Model
 from flock.errors import DefinitionError, InvalidData
 from flock.rows.scores import difference, exact, ignoring_case, score_named, set_f1, within
+from flock.runs import Usage
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 
 TARGET = """
@@ -257,6 +258,41 @@ def test_models_are_compared_on_the_same_rows_and_not_paid_again(tmp_path: Path)
         changed = asking(url, instructions="Be brief.")
         changed.evaluate("ask", rows, ["answer"], models=models[:1], store=tmp_path / "flock.db", limit=5)
     assert len(provider.requests) == 45
+
+
+def test_the_command_compares_models_on_the_same_rows() -> None:
+    """With cost, latency, and the difference of the rows with its interval, which is that of Student's t."""
+
+    def answer(request: ModelRequest) -> Reply:
+        number = int(re.findall(r"number (\d+)", request.text)[-1])
+        is_right = request["model"] == "gpt-4o" or number % 2 == 0
+        return Reply({"answer": str(number) if is_right else "none"}, usage=Usage(input_tokens=1000, output_tokens=500))
+
+    Path("rows.csv").write_text("text,answer\n" + "".join(f"number {n},{n}\n" for n in range(20)))
+    Path("target.py").write_text(
+        "from flock.core import Flock, FlockFactory\nflock = Flock('asking')\n"
+        "flock.add_agent(FlockFactory.create_default_agent('classify', input='text', output='answer'))\n"
+    )
+    models = ("--model", "openai/gpt-4o-mini", "--model", "openai/gpt-4o")
+    with FakeModel(answer) as model:
+        for _ in range(2):
+            done = evaluate("--expect", "answer", *models, "--json", "scores.json")
+            assert done.exit_code == 0, done.stderr
+    for name in ("gpt-4o-mini", "gpt-4o"):
+        asked = [request.text for request in model.requests if request["model"] == name]
+        assert len(asked) == len({re.findall(r"number \d+", text)[-1] for text in asked}) == 20
+    head, mini, large, *worst = (re.split(r"  +", line) for line in done.stdout.splitlines())
+    assert head == ["model", "rows", "failed", "score", "answer", "$ per row", "seconds", "difference"]
+    assert mini[:6] == ["openai/gpt-4o-mini", "20", "0", "0.500", "0.500", "0.000450"]
+    assert large[:6] == ["openai/gpt-4o", "20", "0", "1.000", "1.000", "0.007500"]
+    assert (mini[7], large[7], len(worst)) == ("-", "+0.500 (+0.260 to +0.740)", 10)
+    first, second = json.loads(Path("scores.json").read_text())
+    assert (first["model"], first["difference"], second["model"]) == ("openai/gpt-4o-mini", None, "openai/gpt-4o")
+    assert second["difference"] == pytest.approx([0.5, 0.26, 0.74], abs=0.001)
+    assert (first["cost_per_row"], second["cost_per_row"]) == (pytest.approx(0.00045), pytest.approx(0.0075))
+    for score, line in ((first, mini), (second, large)):
+        assert score["latency_s"] > 0
+        assert line[6] == f"{score['latency_s']:.2f}"
 
 
 def test_a_model_of_the_agent_itself_is_not_replaced() -> None:

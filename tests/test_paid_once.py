@@ -1,8 +1,10 @@
 """No row of a table is paid twice: batches that end early, continue, and take results that exist already."""
 
 import contextlib
+import re
 import sqlite3
 from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from flock.agents.hooks import ModelCall
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, DefinitionError
-from flock.runs import Batch, BatchOptions, Engine, RunStatus
+from flock.runs import Batch, BatchOptions, Engine, RunContext, RunStatus
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
 from flockapi import create_app
 from tests.paid_once import play
@@ -99,17 +101,92 @@ async def test_a_batch_that_ended_early_continues_when_the_cause_is_gone() -> No
     assert provider.paid == 200
 
 
-async def test_a_lasting_error_counts_only_if_all_models_have_it() -> None:
-    """A row that no model can answer now does not end the batch. With several models, one key may be wrong."""
-    models = [MODEL, "mistral/large"]
+async def test_a_missing_key_ends_the_batch_and_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent without a key. With one, the same rows are paid once."""
+    provider = Provider(200, QUOTA)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    async with asking().engine(transport=provider.transport) as engine:
+        batch = await ended(engine, await engine.submit_batch("ask", texts(20), BatchOptions(max_workers=WORKERS)))
+        assert (batch.status, batch.error_type) == (RunStatus.FAILED, "model_not_configured")
+        assert (batch.completed_items, batch.failed_items, batch.cancelled_items) == (20, 0, 20)
+        assert batch.error is not None
+        assert "needs an API key. Set the environment variable OPENAI_API_KEY" in batch.error
+        assert not provider.requests
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-now")
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, ["cancelled"]))
+    assert (batch.status, provider.paid, len(provider.requests)) == (RunStatus.COMPLETED, 20, 20)
+
+
+@pytest.mark.parametrize(("workers", "enough"), [(1, 3), (WORKERS, WORKERS)])
+async def test_403_ends_a_batch_when_it_comes_for_all_workers_in_a_row(workers: int, enough: int) -> None:
+    """A success in between starts the count again: the rows before it stay failed, and only they are not left."""
+    replies = [Failure(403)] * (enough - 1) + [Reply({"answer": "yes"})] + [Failure(403)] * enough
+    asked = list[str]()
+
+    async def reply(request: ModelRequest) -> Reply | Failure:
+        (text,) = re.findall(r"text \d+", request.text)
+        asked.append(text)
+        # One call after the other, so that the order of their ends is known.
+        number = len(asked)
+        async with turn:
+            return replies[number - 1] if number <= len(replies) else Failure(403)
+
+    turn = anyio.Lock()
+    model = FakeModel(reply)
+    async with asking().engine(transport=model.transport) as engine:
+        batch = await ended(engine, await engine.submit_batch("ask", texts(40), BatchOptions(max_workers=workers)))
+        assert (batch.status, batch.error_type) == (RunStatus.FAILED, "model_authentication")
+        assert (batch.failed_items, batch.cancelled_items) == (enough - 1, 40 - enough)
+        assert len(replies) <= len(asked) < len(replies) + workers
+        first = set(asked)
+        model.replies = lambda request: Reply({"answer": "yes"})
+        model.requests.clear()
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, ["cancelled"]))
+        assert (batch.failed_items, batch.cancelled_items, len(model.requests)) == (enough - 1, 0, 40 - enough)
+    assert len(first) == len(asked)
+
+
+@pytest.mark.parametrize("works", ["", "large", "gpt-4o"])
+async def test_a_batch_with_several_models_ends_early_only_if_none_of_them_works(
+    works: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The models are asked in turn, so a row that one of them answers is complete."""
 
     def reply(request: ModelRequest) -> Reply | Failure:
-        return Failure(401) if request["model"] == "large" else Failure(400)
+        if request["model"] == works:
+            return Reply({"answer": "yes"})
+        return Failure(401) if request["model"] == "large" else Failure(404)
+
+    model = FakeModel(reply)
+    monkeypatch.setenv("MISTRAL_API_KEY", "sk-of-mistral")
+    async with asking([MODEL, "mistral/large"]).engine(transport=model.transport) as engine:
+        batch = await ended(engine, await engine.submit_batch("ask", texts(20), BatchOptions(max_workers=WORKERS)))
+        if works:
+            assert (batch.status, batch.error, batch.failed_items) == (RunStatus.COMPLETED, None, 0)
+            return
+        assert (batch.status, batch.failed_items, batch.cancelled_items) == (RunStatus.FAILED, 0, 20)
+        assert batch.error is not None
+        assert ("openai/gpt-4o" in batch.error, "mistral/large" in batch.error) == (True, True)
+        assert len(model.requests) <= 2 * WORKERS
+        model.replies = lambda request: Reply({"answer": "yes"})
+        model.requests.clear()
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, ["cancelled"]))
+    assert (batch.status, len(model.requests)) == (RunStatus.COMPLETED, 20)
+
+
+async def test_a_lasting_error_counts_only_if_all_models_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that no model can answer now does not end the batch. With several models, one key may be wrong."""
+    models = [MODEL, "mistral/large"]
+    monkeypatch.setenv("MISTRAL_API_KEY", "sk-of-mistral")
+
+    def reply(request: ModelRequest) -> Reply | Failure:
+        return Failure(400) if request["model"] == "large" else Failure(401)
 
     model = FakeModel(reply)
     async with asking(models).engine(transport=model.transport) as engine:
         batch = await ended(engine, await engine.submit_batch("ask", texts(20), BatchOptions(max_workers=WORKERS)))
     assert (batch.status, batch.error_type, batch.failed_items) == (RunStatus.FAILED, None, 20)
+    assert sum(request["model"] == "large" for request in model.requests) == 20
 
 
 async def test_a_403_of_single_rows_does_not_end_a_batch() -> None:
@@ -279,43 +356,66 @@ def look_up(word: str) -> str:
     return word
 
 
+def brief(context: RunContext) -> str:
+    return "Be brief."
+
+
+def accept(answer: str) -> None:
+    pass
+
+
 @pytest.mark.parametrize(
-    ("changed", "is_taken"),
+    ("changed", "paid"),
     [
-        pytest.param({}, True, id="nothing"),
-        pytest.param({"instructions": "Be brief."}, False, id="instructions"),
-        pytest.param({"output": "answer: Literal['yes', 'no']"}, False, id="output"),
-        pytest.param({"temperature": 0.5}, False, id="temperature"),
-        pytest.param({"model": "openai/gpt-4o-mini"}, False, id="model"),
-        pytest.param({"max_concurrency": 3}, True, id="limits"),
-        pytest.param({"tools": [look_up]}, False, id="tools"),
-        pytest.param({"history": 3}, False, id="history"),
+        pytest.param({}, [0, 0], id="nothing"),
+        pytest.param({"max_concurrency": 3, "timeout_s": 9}, [0, 0], id="limits"),
+        pytest.param({"instructions": "Be brief."}, [3, 0], id="instructions"),
+        pytest.param({"examples": [({"text": "a"}, {"answer": "b"})]}, [3, 0], id="examples"),
+        pytest.param({"examples": [({"text": "a"}, {"answer": "no"})]}, [3, 0], id="another example"),
+        pytest.param({"output": "answer: Literal['yes', 'no']"}, [3, 0], id="output"),
+        pytest.param({"temperature": 0.5}, [3, 0], id="temperature"),
+        pytest.param({"max_tokens": 50}, [3, 0], id="max tokens"),
+        pytest.param({"model": "openai/gpt-4o-mini"}, [3, 0], id="model"),
+        pytest.param({"version": "2"}, [3, 0], id="version"),
+        pytest.param({"tools": [look_up]}, [3, 3], id="tools"),
+        pytest.param({"history": 3}, [3, 3], id="history of a session"),
+        pytest.param({"instructions": brief}, [3, 3], id="context"),
+        pytest.param({"validate": accept}, [3, 3], id="validate"),
+        pytest.param({"tools": [look_up], "version": "1"}, [3, 0], id="tools and a version"),
+        pytest.param({"history": 3, "version": "1"}, [3, 0], id="history of a session and a version"),
+        pytest.param({"instructions": brief, "version": "1"}, [3, 0], id="context and a version"),
     ],
 )
-async def test_results_of_a_changed_agent_are_not_taken(changed: dict[str, Any], is_taken: bool) -> None:
+async def test_results_of_a_changed_agent_are_not_taken(changed: dict[str, Any], paid: list[int]) -> None:
+    """The same rows are sent for the agent, for the one that has changed, and for that one again."""
     provider = FakeModel(lambda request: Reply({"answer": "yes"}))
-    for options in ({}, changed, changed):
+    first = {"examples": [({"text": "a"}, {"answer": "yes"})]} if "examples" in changed else {}
+    counts = []
+    for options in (first, changed, changed):
         flock = Flock(model=MODEL)
         agent = {"name": "ask", "input": "text", "output": "answer"} | options
         flock.add_agent(FlockFactory.create_default_agent(**agent))
         async with flock.engine(transport=provider.transport, store="flock.db") as engine:
             before = len(provider.requests)
             await ended(engine, await engine.submit_batch("ask", texts(3), BatchOptions(reuse=True)))
-    is_reusable = not {"tools", "history"} & changed.keys()
-    assert len(provider.requests) - before == (0 if is_reusable else 3)
-    assert len(provider.requests) == (3 if is_taken else 6 if is_reusable else 9)
+            counts.append(len(provider.requests) - before)
+    assert counts == [3, *paid]
 
 
-async def test_results_of_a_function_are_taken_if_it_has_a_version() -> None:
+@pytest.mark.parametrize("has_context", [False, True])
+async def test_results_of_a_function_are_taken_if_it_has_a_version(has_context: bool) -> None:
     calls = list[str]()
     for version in (None, None, "1", "1", "2"):
         flock = Flock()
 
-        @flock.agent(version=version)
-        async def work(text: str) -> str:
+        async def plain(text: str) -> str:
             calls.append(str(version))  # noqa: B023
             return text
 
+        async def with_context(text: str, context: RunContext) -> str:
+            return await plain(text)
+
+        flock.agent(name="work", version=version)(with_context if has_context else plain)
         async with flock.engine(store="flock.db") as engine:
             await ended(engine, await engine.submit_batch("work", texts(1), BatchOptions(reuse=True)))
     assert calls == ["None", "None", "1", "2"]
@@ -351,20 +451,74 @@ async def test_a_sample_and_then_the_first_rows_are_part_of_the_batch() -> None:
             await engine.submit_batch("work", rows, BatchOptions(limit=0))
 
 
-async def test_options_of_a_part_are_parameters_of_an_upload() -> None:
-    flock = Flock()
-
-    @flock.agent
-    async def work(n: int) -> int:
-        return n
-
-    app = create_app(flock, auth="host", engine=flock.engine())
+@contextlib.asynccontextmanager
+async def served(provider: FakeModel) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
+    """Yield a function that sends a batch of texts over HTTP, as JSON or CSV, and returns it when it has ended."""
+    flock = asking()
+    app = create_app(flock, auth="host", engine=flock.engine(transport=provider.transport))
     async with app.lifespan(), client_of(app) as client:
-        headers, query = {"content-type": "text/csv"}, "agent_name=work&sample=2&seed=1&dedupe=true&reuse=true"
-        sent = await client.post(f"/run/batch?{query}&max_failures=0.5", content=b"n\n1\n2\n3\n", headers=headers)
-        assert sent.status_code == 202, sent.text
-        ended = await client.get(f"/batch/{sent.json()['batch_id']}?wait=30&results=false")
-        assert (ended.json()["status"], ended.json()["cancelled_items"]) == ("completed", 1)
+
+        async def send(rows: list[dict[str, str]], *, as_csv: bool = False, **options: Any) -> Any:
+            if as_csv:
+                query = {"agent_name": "ask", **options}
+                text = "".join(f"{row['text']}\n" for row in ({"text": "text"}, *rows))
+                sent = await client.post("/run/batch", params=query, content=text, headers={"content-type": "text/csv"})
+            else:
+                sent = await client.post("/run/batch", json={"agent_name": "ask", "batch_inputs": rows, **options})
+            assert sent.status_code in (200, 202), sent.text
+            return (await client.get(f"/batch/{sent.json()['batch_id']}?wait=30")).json()
+
+        send.client = client  # type: ignore[attr-defined]
+        yield send
+
+
+@pytest.mark.parametrize("as_csv", [False, True])
+async def test_a_batch_over_http_pays_equal_rows_once_if_asked(as_csv: bool) -> None:
+    provider = Numbering()
+    async with served(provider) as send:
+        options, equal = {"as_csv": as_csv, "max_workers": 1}, [*texts(2), *texts(2)]
+        paid = list[int]()
+        for more in ({}, {}, {"reuse": "true"}, {"dedupe": "true"}, {"dedupe": "true", "reuse": "true"}):
+            given = more if as_csv else dict.fromkeys(more, True)
+            batch = await send(equal, **options, **given)
+            assert (batch["status"], batch["completed_items"], batch["failed_items"]) == ("completed", 4, 0)
+            paid.append(provider.paid)
+    assert paid == [4, 8, 8, 10, 10]
+
+
+@pytest.mark.parametrize("as_csv", [False, True])
+async def test_limit_sample_and_seed_of_a_batch_over_http_choose_its_rows(as_csv: bool) -> None:
+    async with served(Numbering()) as send:
+
+        async def chosen(**options: int) -> list[int]:
+            batch = await send(texts(20), as_csv=as_csv, **options)
+            assert batch["status"] == "completed"
+            items = (await send.client.get(f"/batch/{batch['batch_id']}/results")).json()  # type: ignore[attr-defined]
+            return [number for number, item in enumerate(items) if item["status"] == "completed"]
+
+        assert await chosen(limit=3) == [0, 1, 2]
+        samples = [await chosen(sample=4, seed=seed) for seed in (1, 1, 2)]
+    assert [len(sample) for sample in samples] == [4] * 3
+    assert samples[0] == samples[1] != samples[2]
+
+
+async def test_a_retry_over_http_with_a_spent_budget_is_refused_and_changes_nothing() -> None:
+    """A retry with more continues with the rows that are left."""
+    provider = Numbering()
+    async with served(provider) as send:
+        client = send.client  # type: ignore[attr-defined]
+        batch = await send(texts(5), max_workers=1, max_cost=0.0001)
+        assert (batch["status"], batch["error_type"], provider.paid) == ("failed", "cost_limit", 2)
+        paths = [f"/batch/{batch['batch_id']}", f"/batch/{batch['batch_id']}/results", "/runs", "/batches"]
+        before = [(await client.get(path)).json() for path in paths]
+        for body in ({}, {"only": "cancelled"}, {"max_cost": 0.0001}):
+            refused = await client.post(f"{paths[0]}/retry", json=body)
+            assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "/max_cost")
+        assert [(await client.get(path)).json() for path in paths] == before
+        assert provider.paid == 2
+        assert (await client.post(f"{paths[0]}/retry", json={"max_cost": 1})).status_code == 202
+        batch = (await client.get(f"{paths[0]}?wait=30")).json()
+    assert (batch["status"], provider.paid) == ("completed", 5)
 
 
 @pytest.mark.slow

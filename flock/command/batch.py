@@ -5,6 +5,7 @@ import csv
 import errno
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import IO, Any, NoReturn
 
 import anyio
 import click
+from click.core import ParameterSource
 from msgspec.structs import replace
 
 from flock.agents.agent import ModelAgent
@@ -356,8 +358,28 @@ def _goes_on(flock: DeclaredFlock, job: BatchFile, count: int, stdout: IO[bytes]
         end_process(1)
     if sys.stdin.isatty():
         return click.confirm("Run the other rows?", err=True)
-    print_stderr("To run the other rows, run the same command without --try.")
+    print_stderr(f"To run the other rows:\n{_command_without_try()}")
     return False
+
+
+def _command_without_try() -> str:
+    """Return the command that is running, as a shell takes it: with all that it was given but --try."""
+    context = click.get_current_context()
+    arguments, options = list[str](), list[str]()
+    for param in context.command.params:
+        name, value = str(param.name), context.params[str(param.name)]
+        if context.get_parameter_source(name) is ParameterSource.DEFAULT or name == "tried":
+            continue
+        if isinstance(param, click.Argument):
+            arguments.append(str(value))
+        elif isinstance(param, click.Option) and param.is_flag:
+            options.append(param.opts[0] if value else param.secondary_opts[0])
+        else:
+            options += (word for each in (value if param.multiple else [value]) for word in (param.opts[0], str(each)))
+    if any(word.startswith("-") for word in arguments):  # "./" before a name is already lost
+        options.append("--")
+        arguments, options = options, arguments
+    return shlex.join([*context.command_path.split(), *arguments, *options])
 
 
 async def _show_items(engine: Engine, batch: Batch) -> None:
