@@ -296,6 +296,7 @@ def test_enter_sends_from_one_line_and_control_enter_from_several(visit: Visit, 
     expect(status_of(page)).to_contain_text("completed")
     for keys in ("Control+Enter", "Meta+Enter"):
         page = visit.page(closed, "agent/text_analyzer")
+        page.get_by_label("Theme").press(keys)  # is in no form
         text = page.get_by_label("text (required)")
         text.press_sequentially("one")
         text.press("Enter")
@@ -1374,7 +1375,8 @@ def test_a_phone_shows_the_outcome_of_a_batch_and_a_wide_screen_is_used(visit: V
 
     def boxes(target: Locator) -> list[Any]:
         expect(target.last).to_be_visible()
-        return target.evaluate_all("all => all.map((each) => each.getBoundingClientRect().toJSON())")
+        found: list[Any] = target.evaluate_all("all => all.map((each) => each.getBoundingClientRect().toJSON())")
+        return found
 
     for view in (f"batch/{batch_id}", "batches"):
         page.goto(f"{closed.url}/ui#/{view}")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import httpx
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, Route, expect
 
 from flock.web.auth import new_key
@@ -556,6 +557,7 @@ def test_a_webhook_that_was_given_up_is_seen_by_an_admin_and_sent_again(visit: V
             row.get_by_role("button", name="Retry").click()
             expect(row).to_contain_text("<img src=x onerror=")
             expect(row.locator("img")).to_have_count(0)
+            assert Axe().run(page).violations_count == 0
             expect(page).to_have_title(re.compile("^Webhooks · "))
             Receiver.answer = b"HTTP/1.1 204 No Content\r\n\r\n"
             row.get_by_role("button", name="Retry").press("Enter")

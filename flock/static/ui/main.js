@@ -98,14 +98,14 @@ document.getElementById("remove-key").addEventListener("click", () => {
   deleted.onsuccess = deleted.onerror = () => location.reload();
 });
 addEventListener("hashchange", () => show(false));
-/** Ctrl+Enter sends the form that has the focus; Cmd+Enter and, in a chat, Enter too. Others keep Enter for a new line. */
+// Ctrl+Enter or Cmd+Enter sends the form that has the focus, and in a chat Enter too. Other texts keep Enter for a new line.
 addEventListener("keydown", (event) => {
   const { target, key, ctrlKey, metaKey, shiftKey, isComposing, keyCode } = event;
   if (key !== "Enter" || isComposing || keyCode === 229) return; // of Safari
   if (!ctrlKey && !metaKey && (target.enterKeyHint !== "send" || shiftKey)) return;
   if (!target.matches("input, select, textarea")) return;
   event.preventDefault();
-  target.closest("form, .view").querySelector(".primary, button:not([type])")?.click();
+  target.closest("form, .view")?.querySelector("button.primary, button:not([type])")?.click();
 });
 document.querySelector(".skip").addEventListener("click", (event) => {
   // its hash is not a view
@@ -116,5 +116,7 @@ setTheme();
 showKey();
 show(true)
   .then(() => pause(1000)) // the first paint should not wait for it
-  .then(() => showWebhooks().catch(() => {}))
-  .then(() => every(COUNT_EVERY_MS, () => countWaiting().catch(() => {})));
+  .then(() => {
+    showWebhooks().catch(() => {});
+    every(COUNT_EVERY_MS, () => countWaiting().catch(() => {}));
+  });
