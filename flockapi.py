@@ -105,7 +105,7 @@ from flock.web.routing import (
     caller_of,
     principal_of,
 )
-from flock.web.webhooks import list_webhooks, retry_webhook, sender_of
+from flock.web.webhooks import list_webhooks, retry_webhook, sender_of, urls_of
 from flock.web.wire import *  # noqa: F403 - programs import the structs of the API from here
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class FlockAPI(Starlette):
         self._check_approvers()
         self.engine = options.engine or flock.shared_engine(store=options.store, expose_errors=options.expose_errors)
         self.contract = Contract(options.server_name, options.openapi_paths)
-        self.ui_files = _ui_files(options) if options.create_ui else {}
+        self.ui_files = _ui_files(options, flock) if options.create_ui else {}
         self.event_streams = ConcurrencyLimit(options.max_event_streams, "event streams")
         self.uploads = ConcurrencyLimit(options.max_uploads_per_principal, "uploads")
         self.downloads = ConcurrencyLimit(options.max_downloads_per_principal, "downloads")
@@ -281,10 +281,11 @@ class FlockAPI(Starlette):
                     self.metrics.request_ended(scope["method"], template, status_code, took_s)
 
 
-def _ui_files(options: AppOptions) -> "Mapping[str, UIFile]":
+def _ui_files(options: AppOptions, flock: "DeclaredFlock") -> "Mapping[str, UIFile]":
     from flock.web.ui import ui_files
 
-    return ui_files(options.server_name, has_docs=bool(options.docs))
+    has_webhooks = any(urls_of(flock).values())
+    return ui_files(options.server_name, has_docs=bool(options.docs), has_webhooks=has_webhooks)
 
 
 def _metrics(engine: Engine, flock: "DeclaredFlock") -> "Metrics":

@@ -24,6 +24,7 @@ from flock.web.ui import ui_files
 from flockapi import create_app
 from tests.support import ROOT
 from tests.support.flocks import sample_flock
+from tests.support.receivers import SECRET
 from tests.support.servers import free_port
 from tests.support.site import KEY, Site, Visit, served_by, status_of
 
@@ -89,6 +90,16 @@ async def test_the_root_redirects_to_the_page_unless_it_has_its_own_route(prefix
 async def test_without_docs_there_is_no_link_to_them() -> None:
     async with client_of(create_app(sample_flock(), create_ui=True, docs=False)) as client:
         assert "docs" not in (await client.get("/ui")).text
+
+
+@pytest.mark.anyio
+async def test_only_a_server_with_receivers_has_a_tab_for_webhooks() -> None:
+    async with client_of(create_app(sample_flock(), create_ui=True)) as client:
+        assert "webhooks" not in (await client.get("/ui")).text
+    flock = sample_flock()
+    flock.webhook_url = "http://127.0.0.1:9"
+    async with client_of(create_app(flock, create_ui=True, webhook_secrets=[SECRET])) as client:
+        assert '<a href="#/webhooks" hidden>' in (await client.get("/ui")).text
 
 
 @pytest.mark.anyio
@@ -275,6 +286,26 @@ def test_a_number_is_sent_as_it_is_typed_or_refused(visit: Visit, closed: Site) 
     expect(page.get_by_role("group", name="Result")).to_contain_text("12345678901234567890")
     inputs = closed.get("/runs?include=inputs&limit=1&agent_name=book")["runs"][0]["inputs"]
     assert inputs == {"seat": 12345678901234567890, "price": 119.5}
+
+
+def test_enter_sends_from_one_line_and_control_enter_from_several(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "agent/book")
+    page.get_by_label("seat (required)").fill("4")
+    page.get_by_label("price (required)").fill("2.5")
+    page.keyboard.press("Enter")
+    expect(status_of(page)).to_contain_text("completed")
+    for keys in ("Control+Enter", "Meta+Enter"):
+        page = visit.page(closed, "agent/text_analyzer")
+        page.get_by_label("Theme").press(keys)  # is in no form
+        text = page.get_by_label("text (required)")
+        text.press_sequentially("one")
+        text.press("Enter")
+        text.press_sequentially(keys)
+        expect(text).to_have_value(f"one\n{keys}")
+        text.press(keys)
+        expect(status_of(page)).to_contain_text("completed")
+        runs = closed.get("/runs?include=inputs&agent_name=text_analyzer")["runs"]
+        assert [run["inputs"]["text"] for run in runs].count(f"one\n{keys}") == 1
 
 
 def test_an_error_from_the_server_is_shown_at_its_field(visit: Visit, closed: Site) -> None:
@@ -984,6 +1015,40 @@ def test_a_file_of_german_excel_is_tried_and_then_resumed(visit: Visit, closed: 
     ]
 
 
+def test_the_options_of_a_batch_reach_the_server(visit: Visit, closed: Site) -> None:
+    """Those that are not chosen are not sent. An empty cell is a missing input, and Control+Enter starts the batch."""
+    page = visit.page(closed, "new-batch?agent=book")
+    choose(page, "rows.csv", "seat;price;at\n1;0,5;\n2;1,5;2026-07-01T09:30:00Z\nzwei;1;\n")
+    page.get_by_text("Numbers and encoding of CSV").click()
+    page.get_by_label("Encoding of a file").select_option("iso-8859-15")
+    page.get_by_label("Decimals").select_option(",")
+    expect(page.get_by_text("1 of 3 rows is invalid.")).to_be_visible()
+    page.get_by_label("Invalid rows").select_option("skip")
+    page.get_by_text("More options").click()
+    options = {"Rows in parallel": "2", "Random rows to try first": "3", "Max cost in US dollars": "0.75"}
+    for label, value in (options | {"Max seconds for a row": "20.5"}).items():
+        page.get_by_label(label).fill(value)
+        page.keyboard.press("Enter")  # starts nothing: the form has several lines
+    with page.expect_request(lambda request: request.method == "POST" and "dry_run" not in request.url) as started:
+        page.keyboard.press("Control+Enter")
+    assert dict(httpx.URL(started.value.url).params) == {
+        "agent_name": "book",
+        "on_invalid": "skip",
+        "on_extra": "keep",
+        "delimiter": ";",
+        "decimal": ",",
+        "encoding": "iso-8859-15",
+        "sample": "3",
+        "max_cost": "0.75",
+        "timeout_s": "20.5",
+        "max_workers": "2",
+    }
+    expect(page.locator(".outcomes")).to_have_text("3 rows✓ 2 completed✕ 1 failed")
+    items = closed.get(f"/batch/{page.url.partition('batch/')[2]}/results?format=json")
+    inputs = {"seat": 2, "price": 1.5, "at": "2026-07-01T09:30:00Z"}
+    assert [item["inputs"] for item in items[:2]] == [{"seat": 1, "price": 0.5}, inputs]
+
+
 def test_options_of_the_last_batch_are_seen_or_gone(visit: Visit, closed: Site) -> None:
     """A wrong one is seen too, and has the focus."""
     page = visit.page(closed, "new-batch?agent=book")
@@ -1301,6 +1366,35 @@ def test_axe_finds_no_violation_and_narrow_screens_do_not_scroll_sideways(
         report = Axe().run(page)
         assert report.violations_count == 0, f"{view}: {report.generate_report()}"
         assert page.evaluate("document.scrollingElement.scrollWidth") <= width, view
+
+
+def test_a_phone_shows_the_outcome_of_a_batch_and_a_wide_screen_is_used(visit: Visit, closed: Site) -> None:
+    (closed.folder / "mend").unlink(missing_ok=True)
+    batch_id = closed.batch(20)
+    page = visit.page(closed, f"batch/{batch_id}", viewport={"width": 390, "height": 844})
+
+    def boxes(target: Locator) -> list[Any]:
+        expect(target.last).to_be_visible()
+        found: list[Any] = target.evaluate_all("all => all.map((each) => each.getBoundingClientRect().toJSON())")
+        return found
+
+    for view in (f"batch/{batch_id}", "batches"):
+        page.goto(f"{closed.url}/ui#/{view}")
+        row = page.locator("main") if view != "batches" else page.get_by_role("row").filter(has_text=batch_id[-12:])
+        outcomes = row.locator(".outcome")
+        expect(outcomes).to_have_text(["✓ 18 completed", "✕ 2 failed"])
+        for box in boxes(outcomes):
+            assert box["left"] >= 0, view
+            assert box["right"] <= 390, view
+            assert box["bottom"] <= 844, view
+    page.set_viewport_size({"width": 1600, "height": 900})
+    (box,) = boxes(page.get_by_role("group", name="Table of batches"))
+    assert box["width"] > 1400
+    page.goto(f"{closed.url}/ui#/batch/{batch_id}")
+    (box,) = boxes(page.get_by_role("table", name="Results"))
+    assert box["width"] > 1400
+    page.goto(f"{closed.url}/ui#/agent/book")
+    assert all(box["width"] < 1200 for box in boxes(page.get_by_role("textbox")))
 
 
 def test_a_run_can_be_started_with_the_keyboard_alone(visit: Visit, site: Site) -> None:

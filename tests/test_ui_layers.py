@@ -70,6 +70,8 @@ def damage(script: str) -> str | None:
         if kept[:1] == b"/" and re.search(rb"[\w)\]}]$", before) and not before.endswith(b"return"):
             return "a division without a space after it"
     code = re.sub(KEPT, b"0", text).decode()
+    if re.search(r"\b(for|while) \(([^()]|\([^()]*\))*\);|,\s*,|\[\s*,\s*\]", code):
+        return "an empty statement or element"
     if re.search(r"(?<![\w)\]] )/ ", code):
         return "a regular expression that begins with a space, or a division without a space before it"
     return "a quotation mark or a slash" if re.search(r"""["'`\\]|/(?! )""", code) else None
@@ -92,6 +94,8 @@ def test_space_can_be_left_out(script: str) -> None:
         "const a = (b)/ c;",
         "const a = / b/;",
         "a.replace(/ +b/g, c);",
+        "while (a(b));",
+        "const a = [b, , c];",
     ],
 )
 def test_what_cannot_be_left_out_is_found(script: str) -> None:

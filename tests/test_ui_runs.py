@@ -2,16 +2,20 @@
 
 import json
 import re
+import socketserver
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, Route, expect
 
 from flock.web.auth import new_key
-from tests.support.servers import flockapi_command, running
+from tests.support.receivers import SECRET
+from tests.support.servers import flockapi_command, free_port, running
 from tests.support.site import Site, Visit, status_of
 
 pytest_plugins = "tests.support.site"  # for its fixtures
@@ -251,6 +255,25 @@ def test_a_call_of_a_tool_is_denied_with_a_reason(visit: Visit, closed: Site) ->
     assert "tool" not in calls
 
 
+def test_control_enter_in_the_reason_denies_a_call_and_enter_in_a_number_approves_it(
+    visit: Visit, closed: Site
+) -> None:
+    denied, approved = (closed.run("cashier", complaint="cold soup") for _ in range(2))
+    page = visit.page(closed, f"run/{denied}")
+    page.get_by_label("reason").press_sequentially("Too")
+    page.keyboard.press("Enter")
+    page.keyboard.type("much.")
+    page.keyboard.press("Control+Enter")
+    expect(status_of(page)).to_contain_text("completed")
+    assert calls_of(closed, denied)["question"]["result"] == {"approved": False, "reason": "Too\nmuch."}
+    page = visit.page(closed, f"run/{approved}")
+    page.get_by_role("button", name="Edit").press("Enter")
+    page.get_by_label("amount").fill("5")
+    page.keyboard.press("Enter")
+    expect(status_of(page)).to_contain_text("completed")
+    assert calls_of(closed, approved)["tool"]["result"] == "paid 5 for A7"
+
+
 def test_the_arguments_of_a_call_are_edited_before_it_is_approved(visit: Visit, closed: Site) -> None:
     run_id = closed.run("cashier", complaint="cold soup")
     page = visit.page(closed, f"run/{run_id}")
@@ -475,3 +498,79 @@ def test_a_run_leads_to_the_other_runs_of_its_session(visit: Visit, closed: Site
     page.get_by_role("button", name="Clear filters").click()
     expect(page.get_by_label("Session")).to_have_count(0)
     expect(page).to_have_url(re.compile("#/runs$"))
+
+
+# Webhooks
+
+
+REPORTED = """
+from datetime import timedelta
+
+from flock.core import Flock
+from flock.web import webhooks
+
+webhooks.RETRIED_FOR = timedelta(0)  # given up after the first try
+flock = Flock("reported")
+
+@flock.agent
+async def echo(text: str) -> str:
+    return text
+"""
+
+
+class Receiver(socketserver.StreamRequestHandler):
+    """Answers with `answer`, and keeps the bodies that it accepts."""
+
+    answer = b"<img src=x onerror=\"document.title = 'pwned'\">\r\n\r\n"
+    accepted: ClassVar[list[Any]] = []
+
+    def handle(self) -> None:
+        length = 0
+        while line := self.rfile.readline().strip():
+            name, _, value = line.partition(b":")
+            length = int(value) if name.lower() == b"content-length" else length
+        body = json.loads(self.rfile.read(length))
+        if b" 204 " in self.answer:
+            self.accepted.append(body)
+        self.wfile.write(self.answer)
+
+
+def test_a_webhook_that_was_given_up_is_seen_by_an_admin_and_sent_again(visit: Visit, tmp_path: Path) -> None:
+    """Its receiver is dead, then answers with a script, and then works. Only an admin has the tab."""
+    (script := tmp_path / "reported.py").write_text(REPORTED)
+    keys = {name: new_key() for name in ("ann", "ops:admin")}
+    port = free_port()
+    serve = flockapi_command("serve", str(script), "--port", "0", "--store", str(tmp_path / "flock.db"), "--ui")
+    serve += ["--webhook-url", f"http://127.0.0.1:{port}/secret"]
+    env = {"FLOCK_API_KEYS": ",".join(f"{name}={key}" for name, key in keys.items()), "FLOCK_WEBHOOK_SECRETS": SECRET}
+    with running(*serve, **env) as server:
+        ann, admin = (Site(tmp_path, server.url, "", key) for key in keys.values())
+        run_id = ann.run("echo", text="hi")
+        page = visit.page(admin)
+        page.get_by_role("link", name="Webhooks").click()
+        row = page.get_by_role("row").filter(has=page.get_by_role("link", name="run.completed"))
+        expect(row).to_contain_text(f"given_up Retry127.0.0.1:{port}1")
+        expect(row).to_contain_text("ConnectError")
+        expect(page.locator("main")).not_to_contain_text("secret")
+        with socketserver.ThreadingTCPServer(("127.0.0.1", port), Receiver) as receiver:
+            threading.Thread(target=receiver.serve_forever).start()
+            row.get_by_role("button", name="Retry").click()
+            expect(row).to_contain_text("<img src=x onerror=")
+            expect(row.locator("img")).to_have_count(0)
+            assert Axe().run(page).violations_count == 0
+            expect(page).to_have_title(re.compile("^Webhooks · "))
+            Receiver.answer = b"HTTP/1.1 204 No Content\r\n\r\n"
+            row.get_by_role("button", name="Retry").press("Enter")
+            expect(row).to_contain_text("sent")
+            receiver.shutdown()
+        assert [event["data"]["run_id"] for event in Receiver.accepted] == [run_id]
+        page.get_by_label("Status").select_option("given_up")
+        expect(page.get_by_text("No webhook matches these filters.")).to_be_visible()
+        page.close()  # before the server stops
+        visit.expected.append("status of 403")
+        context = visit.context(ann)
+        with context.expect_event("response", lambda response: response.url.endswith("/webhooks?limit=1")):
+            page = visit.page(ann, "runs", context)
+        expect(page.get_by_role("link", name=run_id[-12:])).to_be_visible()
+        expect(page.get_by_role("link", name="Webhooks", include_hidden=True)).to_be_hidden()
+        page.close()

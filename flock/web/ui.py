@@ -23,6 +23,8 @@ KEPT = rb"""("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|`[^`]*`|/(?=[^ /*])(?:[^/\\
 COMMENT = re.compile(KEPT + rb"|//[^\n]*|(?s:/\*.*?\*/)")
 SPACE = re.compile(KEPT + rb"|\s*([{}()\[\],;:?=<>&|!]+)\s*|\n\s*(?=\n)")
 SPACE_OF_STYLE = re.compile(rb"\s*([{};,]|:(?= ))\s*")
+#: A semicolon or a comma before a bracket that closes. No statement is empty.
+LAST = re.compile(KEPT + rb"|;(?=\})|,(?=[)}\]])")
 
 
 class UIFile(msgspec.Struct, frozen=True):
@@ -34,10 +36,12 @@ class UIFile(msgspec.Struct, frozen=True):
     gzipped: bytes
 
 
-def ui_files(title: str, *, has_docs: bool = True) -> Mapping[str, UIFile]:
-    """Return all files of the page by name, with *title* and, if *has_docs*, a link to the docs pages."""
+def ui_files(title: str, *, has_docs: bool = True, has_webhooks: bool = True) -> Mapping[str, UIFile]:
+    """Return all files of the page by name, with *title*, and links to the docs and the webhooks if there are any."""
     files = {path.name: path.read_bytes() for path in sorted((STATIC / "ui").iterdir())}
-    page = files["index.html"] if has_docs else re.sub(rb' *<a href="docs">.*?</a>\n', b"", files["index.html"])
+    page = files["index.html"]
+    for link, is_there in ((b"docs", has_docs), (b"#/webhooks", has_webhooks)):
+        page = page if is_there else re.sub(rb' *<a href="%s".*?</a>\n' % link, b"", page)
     files["index.html"] = page.replace(b"{title}", html.escape(title).encode())
     return {name: _file(name, plain) for name, plain in bundled(files).items()}
 
@@ -82,9 +86,11 @@ def _script(modules: Sequence[bytes], name: str, script_of: Mapping[str, str]) -
 def _file(name: str, plain: bytes) -> UIFile:
     media_type = "text/javascript" if name.endswith(".js") else mimetypes.guess_type(name)[0] or "text/plain"
     if name.endswith(".js"):
-        plain = SPACE.sub(rb"\1\2", COMMENT.sub(rb"\1", plain))
+        plain = LAST.sub(rb"\1", SPACE.sub(rb"\1\2", COMMENT.sub(rb"\1", plain)))
     elif name.endswith(".css"):
         plain = SPACE_OF_STYLE.sub(rb"\1", plain)
+    elif name.endswith(".html"):
+        plain = re.sub(rb"\n\s+", b"\n", plain)
     etag = f'W/"{hashlib.sha256(plain).hexdigest()[:16]}"'
     return UIFile(media_type, etag, plain, gzip.compress(plain, 9, mtime=0))
 

@@ -237,7 +237,7 @@ class StoreSender(WebhookSender):
 
     async def _set_urls(self) -> None:
         """Store the receivers. Raises StoreError."""
-        urls = _urls_of(self.flock)
+        urls = urls_of(self.flock)
         new = [name for name, url in urls.items() if url and url != self._set.get(name)]
         count = await self.webhooks.set_urls(self.flock.name, urls, new, self._engine_id, now())
         if new and not self.keys:
@@ -329,7 +329,7 @@ class ClusterSender(WebhookSender):
             logger.exception("This process sends no webhooks. Correct what is wrong, and start it again.")
 
     def has_receiver(self, agent_name: str) -> bool:
-        url = _urls_of(self.flock).get(agent_name)
+        url = urls_of(self.flock).get(agent_name)
         if url and not self.keys and agent_name not in self._unsigned:
             self._unsigned.add(agent_name)
             logger.warning("No webhooks are sent: webhook_url= needs a secret that signs them. %s", NEW_SECRET)
@@ -343,7 +343,7 @@ class ClusterSender(WebhookSender):
 
         Returns: the webhook as it is then, and the pause before the next try, in seconds. Raises StoreError.
         """
-        urls = _urls_of(self.flock)
+        urls = urls_of(self.flock)
         if webhook.agent_name not in urls:  # another program may have it
             return webhook, _pause_s(misses, MAX_MISS_PAUSE_S)
         url, at = urls[webhook.agent_name], now()
@@ -379,7 +379,7 @@ class ClusterSender(WebhookSender):
         return replace(tried, url=None), (tried.next_try_at - now()).total_seconds()
 
     async def page(self, status: str | None, after: str | None, limit: int) -> list[Webhook]:
-        urls = _urls_of(self.flock)
+        urls = urls_of(self.flock)
         found = await self._engine.webhooks.page(status, after, limit)
         return [replace(webhook, url=urls.get(webhook.agent_name)) for webhook in found]
 
@@ -387,7 +387,7 @@ class ClusterSender(WebhookSender):
         found = await self._engine.webhooks.again(webhook_id)
         if found is None:
             return None
-        url = _urls_of(self.flock).get(found.agent_name)
+        url = urls_of(self.flock).get(found.agent_name)
         self.receivers.pop(urlsplit(url or "").netloc.lower(), None)  # it may be up again
         return replace(found, url=url)
 
@@ -403,7 +403,8 @@ def _pause_s(failures: int, most: float) -> float:
     return min(2.0 ** min(failures, 20), most) * random.uniform(0.5, 1)
 
 
-def _urls_of(flock: "DeclaredFlock") -> dict[str, str | None]:
+def urls_of(flock: "DeclaredFlock") -> dict[str, str | None]:
+    """Return the receiver of each agent."""
     return {agent.name: agent.webhook_url or flock.webhook_url for agent in flock.agents.values()}
 
 
@@ -411,7 +412,7 @@ def sender_of(engine: Engine, flock: "DeclaredFlock", secrets: Sequence[str], on
     """Return what sends the webhooks of an engine. Raises DefinitionError if there is a receiver, and no secret."""
     from flock.engine.embedded import EmbeddedEngine
 
-    if any(_urls_of(flock).values()) and not secrets:
+    if any(urls_of(flock).values()) and not secrets:
         raise DefinitionError(f"webhook_url= needs a secret that signs the webhooks. {NEW_SECRET}")
     of_all = flock, [key for secret in secrets if (key := webhook_key(secret))], on_try
     if isinstance(engine, EmbeddedEngine):

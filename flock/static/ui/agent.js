@@ -4,22 +4,16 @@ import { go, link } from "./address.js";
 import { get, idempotencyKey, post } from "./api.js";
 import { lastAgents } from "./chain.js";
 import { copyCurl, quoted } from "./curl.js";
-import { actions, button, fill, h, quiet, table, title, wide } from "./dom.js";
-import { chatInput, form, plain, sending } from "./form.js";
-import { parse, pretty, textOf } from "./json.js";
-import { session } from "./storage.js";
+import { actions, button, fill, h, quiet, submitting, table, title, wide } from "./dom.js";
+import { chatInput, form, keep, plain, sending } from "./form.js";
+import { pretty, textOf } from "./json.js";
+import { session, stored } from "./storage.js";
 
 export async function show(main, { id, signal }) {
   const agent = await get(`agents/${encodeURIComponent(id)}`, signal);
   const last = await lastAgents(agent, signal);
   const draft = `draft ${agent.name}`;
-  let before;
-  try {
-    before = parse(session.get(draft));
-  } catch {
-    /* there is no draft */
-  }
-  const fields = form(agent.input_schema, before);
+  const fields = form(agent.input_schema, stored(draft));
   const { wrong, read, send } = sending(fields, "/inputs");
   const start = send(async (inputs) => {
     // The key makes it safe to retry if the connection fails halfway.
@@ -34,25 +28,13 @@ export async function show(main, { id, signal }) {
   const node = h(
     "form",
     {
-      onsubmit: (event) => {
-        event.preventDefault();
-        start({ currentTarget: runButton });
-      },
-      oninput: () => {
-        try {
-          session.set(draft, JSON.stringify(fields.read()));
-        } catch {
-          /* not valid JSON yet */
-        }
-      },
+      onsubmit: submitting(start),
+      oninput: () => keep(draft, fields),
     },
     fields.node,
     wrong,
-  );
-  const runButton = h("button.primary", "Run");
-  node.append(
     actions(
-      runButton,
+      h("button.primary", "Run"),
       button("Copy as curl", () => {
         const inputs = read();
         if (inputs !== undefined)
@@ -78,11 +60,11 @@ export async function show(main, { id, signal }) {
     following(agent),
     h(
       "div.columns",
-      h("section.panel", { "aria-labelledby": "inputs" }, h("h2", { id: "inputs" }, "Inputs"), node),
+      h("section.panel", { "aria-label": "Inputs" }, h("h2", "Inputs"), node),
       h(
         "section",
-        { "aria-labelledby": "outputs" },
-        h("h2", { id: "outputs" }, "Result"),
+        { "aria-label": "Result" },
+        h("h2", "Result"),
         last.map((each) => [
           (last.length > 1 || each !== agent) &&
             quiet(
@@ -122,7 +104,7 @@ function following({ name, graph }) {
     return items.length > 0 && h("ul.graph", items);
   };
   const list = next(name);
-  return list ? h("section", { "aria-labelledby": "next" }, h("h2", { id: "next" }, "Next agents"), list) : "";
+  return list ? h("section", { "aria-label": "Next agents" }, h("h2", "Next agents"), list) : "";
 }
 
 function outputs(schema) {

@@ -4,7 +4,7 @@ import { link, updateAddress, url } from "./address.js";
 import { Problem, get, post, send } from "./api.js";
 import { lastAgents, outputsOf } from "./chain.js";
 import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
-import { button, fact, fill, h, quiet, select } from "./dom.js";
+import { button, fact, fill, h, quiet, select, submitting } from "./dom.js";
 import { events } from "./events.js";
 import { isFile, textOf } from "./json.js";
 import { hasKey } from "./key.js";
@@ -13,6 +13,7 @@ import { announcer, ended, failure, heading, spent } from "./record.js";
 import { fileOf } from "./reference.js";
 import { saveAs, saveBlob } from "./save.js";
 import { PAGE_ROWS, bigTable } from "./table.js";
+import { everySecond } from "./wait.js";
 import { badge, between, count, duration, isFinal, when } from "./words.js";
 
 const RATE_OVER_MS = 10_000;
@@ -235,7 +236,7 @@ export async function show(main, { id, params, signal }) {
         }, 400);
       },
     });
-    const options = [["", "All rows"], ...["completed", "failed", "cancelled"].map((each) => [each, each])];
+    const options = [["", "All rows"], "completed", "failed", "cancelled"];
     const onchange = ({ target }) => {
       status = target.value;
       cursors = [-1];
@@ -246,12 +247,7 @@ export async function show(main, { id, params, signal }) {
     const number = h("input", { inputmode: "numeric", pattern: "\\d+", title: "Row number", placeholder: "1" });
     const goTo = h(
       "form.filters",
-      {
-        onsubmit: (event) => {
-          event.preventDefault();
-          if (number.value) table.goTo(Number(number.value) - 1);
-        },
-      },
+      { onsubmit: submitting(() => number.value && table.goTo(Number(number.value) - 1)) },
       h("label", "Show", select(options, status, { onchange })),
       batch.total_items > FEW_ROWS && [h("label", "Go to row", number), h("button", "Go")],
     );
@@ -321,13 +317,11 @@ export async function show(main, { id, params, signal }) {
     table?.refresh(() => true).catch(() => {});
     follow().catch(showError);
   }
-  const clock = setInterval(() => {
-    if (!isFinal(batch.status)) {
-      draw();
-      refreshSoon();
-    }
-  }, 1000); // the rate drops even if no row ends
-  signal.addEventListener("abort", () => clearInterval(clock));
+  everySecond(() => {
+    if (isFinal(batch.status)) return;
+    draw(); // the rate drops even if no row ends
+    refreshSoon();
+  }, signal);
   draw();
   await drawTable();
   run();

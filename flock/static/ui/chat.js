@@ -2,14 +2,14 @@
 
 import { link, updateAddress } from "./address.js";
 import { get, idempotencyKey, post } from "./api.js";
-import { actions, button, fact, fill, h, title, withLabel } from "./dom.js";
+import { actions, button, fact, fill, h, submitting, title, withLabel } from "./dom.js";
 import { chatInput, form, sending } from "./form.js";
-import { parse, textOf } from "./json.js";
+import { textOf } from "./json.js";
 import { busyWhile } from "./notices.js";
 import { announcer, spent } from "./record.js";
-import { session } from "./storage.js";
+import { session, stored } from "./storage.js";
 import { Turn, answerOf } from "./turn.js";
-import { every, pause } from "./wait.js";
+import { every, everySecond, pause } from "./wait.js";
 import { badge, isBusy, when } from "./words.js";
 
 /** Each turn that is shown is loaded with its calls. */
@@ -171,16 +171,11 @@ export async function show(main, { id, signal }) {
 
   const nameOfDraft = () => `chat ${name} ${session_id}`;
   /** The text in the box. After it was sent, also its request, so that a reload or a retry sends the same one again. */
-  let draft = { text: "" };
+  let draft = stored(nameOfDraft()) ?? { text: "" };
   const keep = (next) => {
     draft = next;
     session.set(nameOfDraft(), next.text && JSON.stringify(next));
   };
-  try {
-    draft = parse(session.get(nameOfDraft())) ?? draft;
-  } catch {
-    /* there is none */
-  }
 
   /** The messages of the last completed turn, also if somebody else has written it, and its answer. */
   async function history() {
@@ -240,11 +235,6 @@ export async function show(main, { id, signal }) {
     rows: 1,
     autofocus: true,
     enterkeyhint: "send",
-    onkeydown: (event) => {
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return; // of Safari
-      event.preventDefault();
-      submit();
-    },
     oninput: () => keep({ text: box.value }),
   });
   const send = h("button.primary", "Send");
@@ -257,10 +247,6 @@ export async function show(main, { id, signal }) {
     { hidden: true },
   );
   const more = h("details", { hidden: !others.length }, h("summary", "More inputs"), fields.node);
-  const onsubmit = (event) => {
-    event.preventDefault();
-    submit();
-  };
 
   main.append(
     heading(h("a.button", { href: link(`chat/${name}`) }, "New conversation")),
@@ -270,7 +256,7 @@ export async function show(main, { id, signal }) {
     live.node,
     h(
       "form.composer",
-      { onsubmit },
+      { onsubmit: submitting(submit) },
       wrong,
       more,
       h("div", withLabel(`Message to ${name}`, box), send, stop),
@@ -285,11 +271,8 @@ export async function show(main, { id, signal }) {
   addEventListener("scroll", noteScroll, { signal });
   const growth = new ResizeObserver(toEnd);
   growth.observe(log);
-  const clock = setInterval(() => turns.forEach((turn) => turn.tick()), 1000);
-  signal.addEventListener("abort", () => {
-    clearInterval(clock);
-    growth.disconnect();
-  });
+  signal.addEventListener("abort", () => growth.disconnect());
+  everySecond(() => turns.forEach((turn) => turn.tick()), signal);
 
   box.value = draft.text;
   const found = await (session_id ? begin() : recent());

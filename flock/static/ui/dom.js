@@ -3,7 +3,7 @@
 const SVG = new Set(["svg", "rect", "line", "text"]);
 const PROPERTIES = new Set(["value", "checked", "open", "disabled", "hidden", "selected"]);
 
-const isShown = (child) => child !== null && child !== undefined && child !== false;
+const isShown = (child) => child != null && child !== false;
 
 /** Create an element, such as `h("p.quiet", { id }, "Hello")`. The properties can be omitted. Children that are not
  * elements are added as text, so data is never parsed as HTML. */
@@ -47,10 +47,19 @@ export const table = (names, body) => {
   return h("table", h("thead", h("tr", heads)), Array.isArray(body) ? h("tbody", body) : body);
 };
 
-/** A control to choose one of `options`, each `[value, text]`. */
+/** A control to choose one of `options`, each a text or `[value, text]`. */
 export const select = (options, chosen, props = {}) => {
-  const option = ([value, text]) => h("option", { value, selected: value === chosen }, text);
+  const option = (each) => {
+    const [value, text = value] = [each].flat();
+    return h("option", { value, selected: value === chosen }, text);
+  };
   return h("select", props, options.map(option));
+};
+
+/** A handler of a form that is sent. `work` gets an event with the button, as after a click. */
+export const submitting = (work) => (event) => {
+  event.preventDefault();
+  work({ currentTarget: event.submitter });
 };
 
 let ids = 0;

@@ -7,6 +7,7 @@ import { Problem, send } from "./api.js";
 import { button, fill, h, newId, quiet, select } from "./dom.js";
 import { isExact, parse, textOf } from "./json.js";
 import { busyWhile, problem } from "./notices.js";
+import { session } from "./storage.js";
 import { localTime, sizeOf } from "./words.js";
 
 /** Create the form of an object schema. `error(pointer, text)` shows an error and returns the control of its field. */
@@ -31,6 +32,15 @@ export function form(schema, value) {
       return null;
     },
   };
+}
+
+/** Store the value of a form in this tab, unless it is invalid. */
+export function keep(name, fields) {
+  try {
+    session.set(name, JSON.stringify(fields.read()));
+  } catch {
+    /* the field shows the error */
+  }
 }
 
 /** Prepare a form to be sent. `read` returns its value, or undefined if it is invalid. `send(work)` returns a click handler
@@ -164,9 +174,7 @@ function withOffset(date) {
 function labelled({ name, schema, id, pointer, isRequired, isItem }, control, read, details = "") {
   const wrong = h("p.error", { id: `${id}-error`, hidden: true });
   const shown =
-    schema.default === undefined || schema.default === null || schema.default === ""
-      ? ""
-      : `Default: ${textOf(schema.default)}.`;
+    schema.default == null || schema.default === "" ? "" : `Default: ${textOf(schema.default)}.`;
   const hint = [schema.description, details, shown]
     .filter(Boolean)
     .map((words) => (/[.!?]$/.test(words) ? words : `${words}.`))
@@ -188,8 +196,7 @@ function labelled({ name, schema, id, pointer, isRequired, isItem }, control, re
     ),
     error: (text) => {
       fill(wrong, text).hidden = !text;
-      control.toggleAttribute("aria-invalid", Boolean(text));
-      if (text) control.setAttribute("aria-invalid", "true");
+      text ? control.setAttribute("aria-invalid", "true") : control.removeAttribute("aria-invalid");
     },
     each: (visit) => visit(self),
   };
@@ -274,7 +281,7 @@ function numeric(spec) {
     inputmode: schema.type === "integer" ? "numeric" : "decimal",
     autocomplete: "off",
     required: isRequired && !schema.isNullable,
-    value: initial === undefined || initial === null ? "" : textOf(initial),
+    value: initial == null ? "" : textOf(initial),
     // Not on blur: if the layout shifts between press and release, the click on a button is lost.
     oninput: () => field.error(PARTIAL_NUMBER.test(control.value.trim()) ? "" : notANumber(control.value, schema.type)),
   });
@@ -456,6 +463,13 @@ export function dropBox(choose, ...children) {
 /** What a file picker offers for the types of files. The server checks the content. */
 const ACCEPTED = { Image: "image/*", Audio: "audio/*", Document: ".pdf,text/*", File: "" };
 
+/** Send the content of a file, and return its record. */
+export async function sendFile(body, signal) {
+  // Browsers take other types from the ending of the name, and from what is installed.
+  const headers = { "Content-Type": /^(image|audio)\//.test(body.type) ? body.type : "application/octet-stream" };
+  return parse(await send("files", { method: "POST", canRetry: false, headers, body, signal }));
+}
+
 /** Create an input for a file, which is chosen, dropped, pasted or photographed, and sent at once. Its value is the reference. */
 function upload(spec) {
   const { name, schema, initial, isRequired, pointer } = spec;
@@ -490,10 +504,7 @@ function upload(spec) {
     draw(`Sending ${file.name} …`);
     let text = "";
     try {
-      // Browsers take other types from the ending of the name, and from what is installed.
-      const headers = { "Content-Type": /^(image|audio)\//.test(file.type) ? file.type : "application/octet-stream" };
-      const { signal } = current;
-      const sent = parse(await send("files", { method: "POST", canRetry: false, headers, body: file, signal }));
+      const sent = await sendFile(file, current.signal);
       if (busy === current) value = { ...sent, name: file.name };
     } catch (error) {
       text = error.message;
@@ -531,7 +542,7 @@ function json(spec) {
     rows: 1,
     class: "mono",
     required: isRequired && !schema.isNullable,
-    value: initial === undefined || initial === null ? "" : JSON.stringify(initial),
+    value: initial == null ? "" : JSON.stringify(initial),
     oninput: (event) => {
       control.setCustomValidity("");
       grow(event);

@@ -4,7 +4,7 @@ import { link, updateAddress } from "./address.js";
 import { get } from "./api.js";
 import { actions, button, fill, h, select, table, title, wide } from "./dom.js";
 import { isFile, isObject, textOf } from "./json.js";
-import { session } from "./storage.js";
+import { session, stored } from "./storage.js";
 import { every } from "./wait.js";
 
 const PAGE_SIZE = 50;
@@ -33,7 +33,7 @@ export function agentChoice(agents, params) {
 export const choice = (name, label, options) => ({
   name,
   label,
-  make: (value) => select([["", "All"], ...options.map((option) => [option, option])], value),
+  make: (value) => select([["", "All"], ...options], value),
 });
 
 /** Show a list with filters and pages that refreshes itself. Its filters and page are stored in the address. */
@@ -65,7 +65,7 @@ export async function list(
   rows.className = "rows-list";
   const box = wide(`Table of ${view}`, rows);
   // The cursor only leads forwards, so the previous pages are stored.
-  const previousPages = () => JSON.parse(session.get(`pages ${view}`) ?? "{}");
+  const previousPages = () => stored(`pages ${view}`) ?? {};
   let next = null,
     request = null;
 

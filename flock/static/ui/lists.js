@@ -1,15 +1,16 @@
-// The lists of runs, of batches, and of open questions.
+// The lists of runs, of batches, of open questions, and of webhooks.
 
 import { link, linkToQuestion } from "./address.js";
-import { get } from "./api.js";
+import { get, post } from "./api.js";
 import { drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
-import { actions, h, quiet } from "./dom.js";
+import { actions, button, h, quiet } from "./dom.js";
 import { agentChoice, choice, list, previewOf } from "./list.js";
+import { busyWhile } from "./notices.js";
 import { STATUSES, aboutBatches, badge, between, duration, isFinal, localTime, when } from "./words.js";
 
 /** Show the list of a view. */
 export async function show(main, given) {
-  await { runs, batches, waiting }[given.view](main, given);
+  await { runs, batches, waiting, webhooks }[given.view](main, given);
 }
 
 /** The runs that are not items of a batch. */
@@ -61,17 +62,17 @@ async function batches(main, { params, signal }) {
     signal,
     params,
     filters: [choice("status", "Status", STATUSES), agentChoice(agents, params)],
-    columns: ["Batch", "Agent", "Status", "Time left", "Submitted", "Rows"],
+    columns: ["Batch", "Rows", "Status", "Agent", "Time left", "Submitted"], // a phone shows the first two
     about: aboutBatches(),
     noneYet: ["There are no batches yet. ", h("a", { href: link("new-batch") }, "Start one from a file or from rows.")],
     noMatch: "No batch matches these filters.",
     row: (batch) => [
       h("a", { href: link(`batch/${batch.batch_id}`), class: "mono" }, batch.batch_id.slice(-12)),
-      batch.agent_name,
+      [drawOutcomes(outcomeBar(), batch), h("span.outcomes", outcomeWords(batch))],
       badge(batch.status),
+      batch.agent_name,
       isFinal(batch.status) ? "–" : duration(batch.eta_s),
       when(batch.created_at),
-      [drawOutcomes(outcomeBar(), batch), h("span.outcomes", outcomeWords(batch))],
     ],
     id: (batch) => batch.batch_id,
     start: actions(h("a.button.primary", { href: link("new-batch") }, "New batch")),
@@ -101,6 +102,30 @@ async function waiting(main, { params, signal }) {
       asked.requested_by ?? "–",
       when(asked.asked_at),
       when(asked.expires_at),
+    ],
+  });
+}
+
+/** The events of runs and batches, as they are sent to the receivers of the operator. */
+async function webhooks(main, { params, signal }) {
+  const retry = (id) => busyWhile(() => post(`webhooks/${id}/retry`, undefined, { signal }));
+  await list(main, {
+    kind: "webhooks",
+    signal,
+    params,
+    filters: [choice("status", "Status", ["pending", "sent", "given_up"])],
+    columns: ["Event", "Status", "Receiver", "Tries", "Next try", "Error"],
+    about: quiet("Events of runs and batches are sent to these receivers."),
+    noneYet: "There are no webhooks yet.",
+    noMatch: "No webhook matches these filters.",
+    id: ({ webhook_id }) => webhook_id,
+    row: ({ webhook_id, type, record_id, url, status, tries, next_try_at, error }) => [
+      h("a", { href: link(`${type.startsWith("batch") ? "batch" : "run"}/${record_id}`) }, type),
+      [badge(status), " ", button("Retry", retry(webhook_id), { class: "small" })],
+      url ? new URL(url).host : "–",
+      tries,
+      when(status === "pending" && next_try_at),
+      h("span.preview", { title: error }, error ?? ""),
     ],
   });
 }

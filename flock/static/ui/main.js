@@ -19,6 +19,7 @@ const VIEWS = {
   question: () => import("./run.js"),
   batches: () => import("./lists.js"),
   batch: () => import("./batch.js"),
+  webhooks: () => import("./lists.js"),
   "new-batch": () => import("./newbatch.js"),
 };
 /** The tabs of views that have none of their own. */
@@ -74,6 +75,14 @@ async function countWaiting() {
   fill(document.getElementById("waiting"), count ? `${count}${next ? "+" : ""}` : null).hidden = !count;
 }
 
+/** Show the tab of the webhooks to those who may see them. The server sends it only if it has receivers. */
+async function showWebhooks() {
+  const tab = document.querySelector('nav [href="#/webhooks"]');
+  if (!tab) return;
+  await get("webhooks?limit=1");
+  tab.hidden = false;
+}
+
 const theme = document.getElementById("theme");
 const setTheme = () => {
   document.documentElement.dataset.theme = theme.value = local.get("theme") || "";
@@ -89,6 +98,15 @@ document.getElementById("remove-key").addEventListener("click", () => {
   deleted.onsuccess = deleted.onerror = () => location.reload();
 });
 addEventListener("hashchange", () => show(false));
+// Ctrl+Enter or Cmd+Enter sends the form that has the focus, and in a chat Enter too. Other texts keep Enter for a new line.
+addEventListener("keydown", (event) => {
+  const { target, key, ctrlKey, metaKey, shiftKey, isComposing, keyCode } = event;
+  if (key !== "Enter" || isComposing || keyCode === 229) return; // of Safari
+  if (!ctrlKey && !metaKey && (target.enterKeyHint !== "send" || shiftKey)) return;
+  if (!target.matches("input, select, textarea")) return;
+  event.preventDefault();
+  target.closest("form, .view")?.querySelector("button.primary, button:not([type])")?.click();
+});
 document.querySelector(".skip").addEventListener("click", (event) => {
   // its hash is not a view
   event.preventDefault();
@@ -98,4 +116,7 @@ setTheme();
 showKey();
 show(true)
   .then(() => pause(1000)) // the first paint should not wait for it
-  .then(() => every(COUNT_EVERY_MS, () => countWaiting().catch(() => {})));
+  .then(() => {
+    showWebhooks().catch(() => {});
+    every(COUNT_EVERY_MS, () => countWaiting().catch(() => {}));
+  });

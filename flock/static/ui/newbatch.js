@@ -7,11 +7,11 @@ import { errorTable, summary } from "./check.js";
 import { copyCurl, quoted } from "./curl.js";
 import { actions, button, fill, h, quiet, select, table, title, wide, withLabel } from "./dom.js";
 import { chooser } from "./files.js";
-import { form } from "./form.js";
-import { parse, textOf } from "./json.js";
+import { form, keep } from "./form.js";
+import { textOf } from "./json.js";
 import { DROPPED, KEPT, Mapping } from "./mapping.js";
 import { busyWhile, problem } from "./notices.js";
-import { session } from "./storage.js";
+import { session, stored } from "./storage.js";
 import { TableFiles } from "./tablefiles.js";
 import { MEDIA_TYPES, checkRows, formatOf, headOf, sendRows } from "./upload.js";
 import { pause } from "./wait.js";
@@ -21,6 +21,7 @@ const CHECK_DELAY_MS = 200;
 const SHOWN_ROWS = 5;
 const DELIMITERS = { ",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars" };
 const WORKERS = "Rows in parallel";
+const DEFAULT_WORKERS = 5;
 const ENCODINGS = [
   ...["utf-8", "utf-16", "windows-1252", "windows-1250", "windows-1251", "iso-8859-15"],
   ...["shift_jis", "euc-jp", "gb18030", "big5", "euc-kr"],
@@ -52,7 +53,7 @@ class NewBatch {
       this.loading.abort();
       this.checking.abort();
     });
-    const names = agents.map(({ name }) => [name, name]);
+    const names = agents.map(({ name }) => name);
     this.agentChoice = select(names, first, { onchange: () => this.changeAgent() });
     this.inputNames = h("p.quiet");
     this.columns = h("section");
@@ -74,10 +75,7 @@ class NewBatch {
       [",", "comma: 0,5"],
     ];
     this.decimal = ofFile(decimals, "batch decimal");
-    this.encoding = ofFile(
-      ENCODINGS.map((name) => [name, name]),
-      "batch encoding",
-    );
+    this.encoding = ofFile(ENCODINGS, "batch encoding");
     this.makeStart();
   }
 
@@ -149,7 +147,7 @@ class NewBatch {
     signal.throwIfAborted();
     const columns = await this.columnsOf(head, format, signal);
     Object.assign(this, { given: { rows, format }, rows, format, head, isLoading: false });
-    const before = JSON.parse(session.get(`batch mapping ${this.agent.name}`) ?? "{}");
+    const before = stored(`batch mapping ${this.agent.name}`) ?? {};
     this.mapping = new Mapping(columns, this.schema, this.outputs, before);
     this.drawColumns();
     this.drawFields();
@@ -217,9 +215,9 @@ class NewBatch {
     const unmapped = this.mapping.unmapped(),
       missing = this.mapping.missing();
     const optional = unmapped.filter((name) => !missing.includes(name));
-    const before = this.staticsBefore(),
+    const before = stored(`statics ${this.agent.name}`) ?? {},
       open = optional.some((name) => name in before);
-    this.fields = [this.formOf(missing, true), this.formOf(optional, false)];
+    this.fields = [this.formOf(missing, before, true), this.formOf(optional, before, false)];
     const [needed, others] = this.fields.map(({ node }) => h("div", { oninput: () => this.changed() }, node));
     fill(
       this.needed,
@@ -238,7 +236,7 @@ class NewBatch {
     this.recheck();
   }
 
-  formOf(names, isRequired) {
+  formOf(names, before, isRequired) {
     const properties = names.map((name) => {
       const property = this.schema.properties[name];
       if (isRequired) return [name, property];
@@ -247,15 +245,7 @@ class NewBatch {
       return [name, { ...property, default: undefined, description }];
     });
     const schema = { ...this.schema, properties: Object.fromEntries(properties), required: isRequired ? names : [] };
-    return form(schema, this.staticsBefore());
-  }
-
-  staticsBefore() {
-    try {
-      return parse(session.get(`statics ${this.agent.name}`) ?? "{}");
-    } catch {
-      return {};
-    }
+    return form(schema, before);
   }
 
   columnFor(input) {
@@ -266,7 +256,7 @@ class NewBatch {
       control.value = input;
       control.focus();
     };
-    const options = [["", unused.length ? "Choose …" : "No columns left"], ...unused.map((name) => [name, name])];
+    const options = [["", unused.length ? "Choose …" : "No columns left"], ...unused];
     return withLabel(`Column for ${input}`, select(options, "", { disabled: !unused.length, onchange: choose }));
   }
 
@@ -372,26 +362,10 @@ class NewBatch {
       session.set("batch invalid", this.invalid.value);
       this.drawStart();
     });
-    this.workers = form(
-      { properties: { [WORKERS]: { type: "integer", minimum: 1, maximum: 1000 } } },
-      { [WORKERS]: Number(session.get("batch workers")) || 5 },
-    );
-    this.workers.node.addEventListener("change", () => {
-      try {
-        session.set("batch workers", this.workers.read()[WORKERS]);
-      } catch {
-        /* the field shows the error */
-      }
+    this.workers = keptForm("batch workers", {
+      [WORKERS]: { type: "integer", minimum: 1, maximum: 1000, default: DEFAULT_WORKERS },
     });
-    const more = Object.fromEntries(Object.values(MORE));
-    this.more = form({ properties: more }, JSON.parse(session.get("batch options") ?? "{}"));
-    this.more.node.addEventListener("change", () => {
-      try {
-        session.set("batch options", JSON.stringify(this.more.read()));
-      } catch {
-        /* the field shows the error */
-      }
-    });
+    this.more = keptForm("batch options", Object.fromEntries(Object.values(MORE)));
     this.startError = h("div");
     this.upload = h("div");
     this.startHint = h("p.quiet");
@@ -446,7 +420,7 @@ class NewBatch {
   startOptions() {
     try {
       for (const fields of this.fields) fields.read();
-      const workers = this.workers.read()[WORKERS] ?? 5;
+      const workers = this.workers.read()[WORKERS] ?? DEFAULT_WORKERS;
       const chosen = this.more.read();
       const more = Object.entries(MORE).flatMap(([name, [label]]) => (label in chosen ? [[name, chosen[label]]] : []));
       const options = { ...this.options(this.statics()), ...Object.fromEntries(more) };
@@ -498,6 +472,13 @@ class NewBatch {
     const path = `run/batch?${new URLSearchParams(options)}`;
     await copyCurl(path, MEDIA_TYPES[this.format.kind], `--data-binary ${file}`);
   }
+}
+
+/** Create a form whose values are stored in this tab. */
+function keptForm(name, properties) {
+  const fields = form({ properties }, stored(name));
+  fields.node.addEventListener("change", () => keep(name, fields));
+  return fields;
 }
 
 /** The options of a CSV file that are not the defaults. */

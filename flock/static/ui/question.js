@@ -1,7 +1,7 @@
 // The questions of a waiting run, as forms.
 
 import { post } from "./api.js";
-import { actions, button, fill, h, quiet, wide } from "./dom.js";
+import { actions, button, fill, h, quiet, submitting, wide } from "./dom.js";
 import { form, plain, sending } from "./form.js";
 import { busyWhile } from "./notices.js";
 import { readable } from "./value.js";
@@ -45,11 +45,7 @@ function answerForm(head, schema, answer) {
   const error = (pointer, text) => fields.error(pointer.replace("/output", "/answer"), text);
   const { wrong, send } = sending({ ...fields, error }, "");
   const submit = send((output) => answer(output.answer));
-  const onsubmit = (event) => {
-    event.preventDefault();
-    submit({ currentTarget: event.submitter });
-  };
-  return h("form.panel", { onsubmit }, head, fields.node, wrong, actions(h("button.primary", "Answer")));
+  return h("form.panel", { onsubmit: submitting(submit) }, head, fields.node, wrong, actions(h("button.primary", "Answer")));
 }
 
 /** Whether a tool may be called: approve it, deny it with a reason, or change its arguments first, if that is allowed. */
@@ -67,16 +63,17 @@ function approvalForm(properties, $defs, about, answer) {
     fill(approve, isEditing ? "Approve the edited call" : "Approve");
     fill(edit, isEditing ? "Discard the edits" : "Edit");
   };
-  const approve = button("", (event) => (isEditing ? approveEdited : approveAsAsked)(event), { class: "primary" });
+  const approve = h("button.primary");
   const edit = button("", () => {
     isEditing = !isEditing;
     draw();
     if (isEditing) fields.node.querySelector("input, select, textarea")?.focus();
   });
-  const deny = button(
-    "Deny",
-    busyWhile(() => answer({ approved: false, ...reason.read() })),
-  );
+  const onsubmit = submitting((event) => (isEditing ? approveEdited : approveAsAsked)(event));
+  const deny = submitting(busyWhile(() => answer({ approved: false, ...reason.read() })));
   draw();
-  return [call, reason.node, actions(approve, deny, properties.arguments && edit)];
+  return [
+    h("form", { onsubmit }, call, actions(approve, properties.arguments && edit)),
+    h("form", { onsubmit: deny }, reason.node, actions(h("button", "Deny"))), // so that its reason never approves
+  ];
 }

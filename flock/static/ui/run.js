@@ -11,6 +11,7 @@ import { announcer, ended, failure, heading, newer, spent } from "./record.js";
 import { Steps } from "./steps.js";
 import { session } from "./storage.js";
 import { readable, result } from "./value.js";
+import { everySecond } from "./wait.js";
 import { between, count, duration, isFinal, when } from "./words.js";
 
 const PROGRESS_EVERY_MS = 5000;
@@ -45,13 +46,6 @@ export async function show(main, { view, id, signal }) {
     h("section", h("h2", "Steps"), steps.node),
     parts.inputs,
   );
-  const clock = setInterval(() => {
-    if (isFinal(run.status)) return;
-    tick();
-    if (isStale) load().catch(() => {});
-  }, 1000);
-  signal.addEventListener("abort", () => clearInterval(clock));
-
   function set(record) {
     run = newer(run, record);
     draw();
@@ -184,6 +178,11 @@ export async function show(main, { view, id, signal }) {
   draw();
   inputs().catch(() => {});
   start();
+  everySecond(() => {
+    if (isFinal(run.status)) return;
+    tick();
+    if (isStale) load().catch(() => {});
+  }, signal);
 }
 
 /** Load the inputs from a list, because the response for a single run does not include them. */

@@ -1,6 +1,7 @@
 // Storage in this browser.
 
 import { url } from "./address.js";
+import { parse } from "./json.js";
 
 const PREFIX = `flock:${url("").pathname}`;
 
@@ -24,6 +25,15 @@ const safeStorage = (storage) => ({
 });
 export const session = safeStorage(() => sessionStorage);
 export const local = safeStorage(() => localStorage);
+
+/** Return a value that was stored as JSON in this tab, or null. */
+export function stored(name) {
+  try {
+    return parse(session.get(name));
+  } catch {
+    return null;
+  }
+}
 
 export function clearStorage() {
   for (const storage of [sessionStorage, localStorage])

@@ -1,7 +1,7 @@
 // Files that the rows of a table name. They are chosen here and sent, and their names are replaced by references.
 
-import { send } from "./api.js";
 import { button, fill, h, quiet, withLabel } from "./dom.js";
+import { sendFile } from "./form.js";
 import { isObject, parse } from "./json.js";
 import { count } from "./words.js";
 
@@ -147,10 +147,9 @@ export class TableFiles {
   async sendEach(left, signal) {
     for (let path; (path = left.pop()) !== undefined; ) {
       const body = this.chosen.get(path);
-      const headers = { "Content-Type": /^(image|audio)\//.test(body.type) ? body.type : "application/octet-stream" };
       try {
-        const sent = parse(await send("files", { method: "POST", canRetry: false, headers, body, signal }));
-        this.references.set(path, { file_id: sent.file_id, name: body.name });
+        const { file_id } = await sendFile(body, signal);
+        this.references.set(path, { file_id, name: body.name });
       } catch (error) {
         left.length = 0; // the others finish what they send
         throw new Error(`${path}: ${error.message}`);

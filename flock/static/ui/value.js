@@ -13,7 +13,7 @@ const MAX_TEXT_CHARS = 20_000;
 const MAX_JSON_CHARS = 1_000_000;
 
 export function readable(value) {
-  if (value === null || value === undefined) return h("span.quiet", "nothing");
+  if (value == null) return h("span.quiet", "nothing");
   if (isExact(value)) return value.rawJSON;
   if (isFile(value)) return fileOf(value);
   if (Array.isArray(value)) return value.length ? arrayTable(value) : h("span.quiet", "none");

@@ -22,6 +22,11 @@ export const visible = (signal) =>
     signal,
   );
 
+export function everySecond(work, signal) {
+  const clock = setInterval(work, 1000);
+  signal.addEventListener("abort", () => clearInterval(clock));
+}
+
 /** Call `work` now and then every `ms`, while the view is open and the tab is visible. */
 export async function every(ms, work, signal) {
   for (;;) {

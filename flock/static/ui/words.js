@@ -27,7 +27,7 @@ export function localTime(time) {
 }
 
 export function duration(seconds) {
-  if (seconds === null || seconds === undefined || Number.isNaN(seconds)) return "–";
+  if (seconds == null || Number.isNaN(seconds)) return "–";
   if (seconds > 0 && seconds < 0.0095) return `${(seconds * 1000).toFixed(1)} ms`;
   if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 60) return `${seconds.toFixed(1)} s`;
