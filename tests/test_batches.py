@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from flock.core import Flock
+from flock.engine import embedded
 from flock.errors import (
     BatchNotFound,
     EngineStopped,
@@ -205,8 +206,10 @@ async def test_a_run_and_a_short_batch_do_not_wait_for_a_long_batch(store: str) 
     assert max(work.calls.index(1000), work.calls.index(1001)) < 20
 
 
-async def test_items_share_commits_and_the_tasks_of_their_workers() -> None:
-    """The commits are in the hundreds if each item has its own, and so are the tasks."""
+async def test_items_share_commits_and_the_tasks_of_their_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        embedded, "WATCH_INTERVAL_S", PATIENCE_S
+    )  # it commits that items run, the more often the slower
     flock, tasks = Flock("items"), set[Any]()
 
     @flock.agent
