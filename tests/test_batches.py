@@ -207,9 +207,7 @@ async def test_a_run_and_a_short_batch_do_not_wait_for_a_long_batch(store: str) 
 
 
 async def test_items_share_commits_and_the_tasks_of_their_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        embedded, "WATCH_INTERVAL_S", PATIENCE_S
-    )  # it commits that items run, the more often the slower
+    monkeypatch.setattr(embedded, "WATCH_INTERVAL_S", 1.0)  # at each, the starts of items are committed
     flock, tasks = Flock("items"), set[Any]()
 
     @flock.agent
