@@ -859,7 +859,12 @@ async def test_an_agent_emits_its_answer_field_by_field(model: FakeModel, emitte
 async def test_nothing_is_streamed_if_nobody_watches(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client of a synchronous request gets the result; that of an asynchronous run may come for its text."""
     scanned, feed = list[str](), Scanner.feed
-    monkeypatch.setattr(Scanner, "feed", lambda self, piece: scanned.append(piece) or feed(self, piece))
+
+    def note(self: Scanner, piece: str) -> Any:
+        scanned.append(piece)
+        return feed(self, piece)
+
+    monkeypatch.setattr(Scanner, "feed", note)
     model.replies = [Reply({"a": "x", "n": [], "when": "2026-11-26"})] * 2
     async with of().engine(transport=model.transport) as engine:
         for is_async in (False, True):

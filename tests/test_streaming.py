@@ -547,7 +547,8 @@ async def test_readers_get_all_pieces_at_once_while_another_one_reads_nothing() 
         await until(lambda: all("step.started" in page.names for page in pages))
 
         def is_stalled() -> bool:
-            return any(connection.flow.write_paused for connection in served.server.server_state.connections)
+            connections: set[Any] = served.server.server_state.connections
+            return any(connection.flow.write_paused for connection in connections)
 
         def has_arrived(text: str) -> bool:
             return all(page.text(0) == text for page in pages)
