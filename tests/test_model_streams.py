@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ from flock.agents.signature import Signature
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import ModelError
-from flock.models import bodies, streams
+from flock.models import bodies, http, streams
 from flock.models.completions import Completion, Message, ToolSchema
 from flock.models.llm import ModelClient
 from flock.models.models import Model
@@ -682,6 +683,30 @@ async def test_a_connection_is_used_again_after_a_stream(vllm: Callable[[str], N
             for _ in range(3):
                 assert (await ask(models, Recorder(), "vllm/x")).text == TEXT
             assert len(served.server.server_state.connections) == 1
+
+
+async def test_the_first_call_makes_one_client_and_does_not_hold_the_event_loop(
+    vllm: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It imports modules for a tenth of a second."""
+    threads, library = list[threading.Thread](), http.library
+
+    def note(transport: object) -> Any:
+        threads.append(threading.current_thread())
+        return library(transport)
+
+    async def reply(request: HTTPRequest) -> Response:
+        await request.body()
+        return Response(sse(chunk(TEXT), chunk("", "stop"), USAGE, "[DONE]"), media_type="text/event-stream")
+
+    monkeypatch.setattr(http, "library", note)
+    async with Served(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])) as served:
+        vllm(f"{served.url}/v1")
+        async with ModelClient() as models, anyio.create_task_group() as calls:
+            for _ in range(5):
+                calls.start_soon(ask, models, Recorder(), "vllm/x")
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
 
 
 async def test_as_many_connections_are_kept_as_were_in_use_at_once(vllm: Callable[[str], None]) -> None:
