@@ -10,6 +10,7 @@ from typing import Any
 sys.modules["uvloop"] = None  # type: ignore[assignment]
 
 from bench.agents import add, nap  # noqa: E402
+from bench.agents import flock as others  # noqa: E402
 from flock.core import Flock  # noqa: E402
 from flock.runs import RunContext  # noqa: E402
 
@@ -87,6 +88,7 @@ async def held() -> tuple[float, float, str]:
 
 flock.add_agent(add)
 flock.add_agent(nap)
+flock.add_agent(others.agents["review"])
 
 
 @flock.agent

@@ -1,9 +1,9 @@
 """What does each thing cost if there are many, or if it is large? python -m bench.growth
 
-The server's CPU time for each unit with 10, 1,000, 100,000 and 1,000,000 stored runs, 1 to 1,000 readers, 1 to 10,000
-runs and clients that wait, 1 to 10,000 calls, and 10 B to 10 MB, with a store on disk. Each line has the longest hold
-of the event loop by one callback, and by one turn with all callbacks that are ready together, as CPU time of its
-thread. The loop is asyncio's own, whose callbacks can be measured.
+The server's CPU time for each unit with 10, 1,000, 100,000 and 1,000,000 stored runs and rows of a batch, 1 to 1,000
+readers, 1 to 10,000 runs and clients that wait, 1 to 10,000 calls, and 10 B to 10 MB, with a store on disk. Each line
+has the longest hold of the event loop by one callback, and by one turn with all callbacks that are ready together, as
+CPU time of its thread. The loop is asyncio's own, whose callbacks can be measured.
 
 A line is marked if a unit costs more than 1.5 times as much as with fewer of them: then the cost is not linear. It is
 also marked if one callback held the loop for more than 10 ms. ``--rows`` and ``--most`` repeat a line. The exit code is
@@ -84,11 +84,13 @@ class Meter:
         )
         print(f"{what}, {count:,}: {number(us)} µs, held for {hold_ms:.1f} ms by {where}", file=sys.stderr)
 
-    async def requests(self, what: str, count: int, requests: Sequence[bytes], times: int = 500) -> None:
+    async def requests(
+        self, what: str, count: int, requests: Sequence[bytes], times: int = 500, expected: int = 200
+    ) -> None:
         """Measure requests from 8 connections. Units are requests."""
         many = [requests[n % len(requests)] for n in range(times)]
         async with self.measure(what, count, times):
-            await send_all(self.server, many, connections=8)
+            await send_all(self.server, many, connections=8, expected=expected)
 
     def run(self, agent: str, **inputs: Any) -> bytes:
         return self.server.raw_request("POST", "/run/flock", {"agent_name": agent, "inputs": inputs})
@@ -96,6 +98,18 @@ class Meter:
     def start(self, agent: str, **inputs: Any) -> bytes:
         body = {"agent_name": agent, "inputs": inputs, "async_run": True}
         return self.server.raw_request("POST", "/run/flock", body)
+
+    def stream(self, agent: str, **inputs: Any) -> bytes:
+        return self.run(agent, **inputs).replace(b"\r\n", b"\r\nAccept: text/event-stream\r\n", 1)
+
+    def batch(self, rows: int) -> str:
+        """Process a batch, and return its id."""
+        head, path = {"Content_Type": "text/csv"}, "/run/batch?agent_name=add&max_workers=100"
+        accepted = self.server.fetch("POST", path, b"a\n" + b"1\n" * rows, **head)
+        batch_id: str = msgspec.json.decode(accepted)["batch_id"]
+        while self.server.get(f"/batch/{batch_id}?results=false&wait=60")["completed_at"] is None:
+            pass
+        return batch_id
 
 
 @contextlib.contextmanager
@@ -125,16 +139,26 @@ async def stored(bench: Bench, most: int) -> list[Cost]:
             )
             await meter.requests("a page of runs, stored runs", count, [get("GET", "/runs?limit=20")], 100)
             await meter.requests("a page by status, stored runs", count, [get("GET", "/runs?status=failed")], 100)
+            await meter.requests("an accepted run, stored runs", count, [meter.start("add", a=1)], expected=202)
+            await meter.requests("a model's run, stored runs", count, [meter.run("review", text="Splendid.")])
+            answer = [meter.stream("review", text="Splendid.")]
+            await meter.requests("a model's answer in 100 pieces, stored runs", count, answer)
             async with meter.measure("an item, stored runs", count, 2_000):
-                batch = meter.server.fetch(
-                    "POST", "/run/batch?agent_name=add", b"a\n" + b"1\n" * 2_000, Content_Type="text/csv"
-                )
-                batch_id = msgspec.json.decode(batch)["batch_id"]
-                while meter.server.get(f"/batch/{batch_id}?results=false&wait=60")["completed_at"] is None:
-                    pass
+                meter.batch(2_000)
             await meter.requests("usage, stored runs", count, [get("GET", "/usage")], 20)
             costs += meter.costs
     return costs
+
+
+async def rows(bench: Bench, most: int) -> list[Cost]:
+    """A batch of a CSV, and its results as CSV."""
+    with metered(bench, store="rows") as meter:
+        for count in up_to(STORED, most):
+            async with meter.measure("an item of a CSV, rows", count, count):
+                batch_id = meter.batch(count)
+            async with meter.measure("a row of its results as CSV, rows", count, count):
+                meter.server.fetch("GET", f"/batch/{batch_id}/results", Accept="text/csv")
+        return meter.costs
 
 
 async def readers(bench: Bench, most: int, pieces: int = 50) -> list[Cost]:
@@ -261,7 +285,7 @@ async def sizes(bench: Bench, most: int) -> list[Cost]:
             async with meter.measure("a KB of a run that is read, bytes", count, kb, may_hold=may_hold):
                 await send_all(meter.server, [request] * times, connections=2)
             inputs = {"pieces": 10, "interval_s": 0.01, "bytes_each": count}
-            stream = meter.run("write", **inputs).replace(b"\r\n", b"\r\nAccept: text/event-stream\r\n", 1)
+            stream = meter.stream("write", **inputs)
             async with meter.measure(
                 "a KB of a piece to its reader, bytes", count, 10 * count / 1000, may_hold=may_hold
             ):
@@ -277,6 +301,7 @@ async def sizes(bench: Bench, most: int) -> list[Cost]:
 
 ROWS: Mapping[str, Callable[[Bench, int], Coroutine[Any, Any, list[Cost]]]] = {
     "stored": stored,
+    "rows": rows,
     "readers": readers,
     "waiting": waiting,
     "calls": calls,

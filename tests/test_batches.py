@@ -1,5 +1,6 @@
 """Batches in the embedded engine: submission, scheduling, cancellation, retry, recovery and deletion."""
 
+import asyncio
 import contextlib
 import itertools
 import logging
@@ -13,6 +14,7 @@ import msgspec
 import pytest
 
 from flock.core import Flock
+from flock.engine import embedded
 from flock.errors import (
     BatchNotFound,
     EngineStopped,
@@ -29,7 +31,7 @@ from flock.store.migrations import MIGRATIONS
 from flock.store.port import Retry
 from flock.store.store import SQLiteStore
 from tests.support import PATIENCE_S
-from tests.support.engines import ended, sqlite_of
+from tests.support.engines import ended, sqlite_of, until
 from tests.support.flocks import Work, numbers
 
 pytestmark = pytest.mark.anyio
@@ -202,6 +204,40 @@ async def test_a_run_and_a_short_batch_do_not_wait_for_a_long_batch(store: str) 
         await engine.wait(run.run_id)
     assert work.calls.index(-1) == 1
     assert max(work.calls.index(1000), work.calls.index(1001)) < 20
+
+
+async def test_items_share_commits_and_the_tasks_of_their_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "WATCH_INTERVAL_S", 1.0)  # at each, the starts of items are committed
+    flock, tasks = Flock("items"), set[Any]()
+
+    @flock.agent
+    async def double(n: int) -> int:
+        tasks.add(asyncio.current_task())
+        return 2 * n
+
+    async with flock.engine(store="flock.db") as engine:
+        statements = list[str]()
+        sqlite_of(engine)._db.set_trace_callback(statements.append)
+        batch = await engine.submit_batch("double", numbers(1000), BatchOptions(max_workers=100))
+        assert (await ended(engine, batch)).completed_items == 1000
+    assert statements.count("COMMIT") <= 30
+    assert len(tasks) <= 100
+
+
+async def test_an_item_that_ends_alone_is_stored_while_others_run() -> None:
+    flock, may_end = Flock("items"), anyio.Event()
+
+    @flock.agent
+    async def wait(n: int) -> int:
+        if n:
+            await may_end.wait()
+        return n
+
+    async with flock.engine(store="flock.db") as engine:
+        batch = await engine.submit_batch("wait", numbers(3), OPTIONS)
+        await until(lambda: rows("flock.db", "SELECT position FROM runs WHERE status = 'completed'") == [(0,)])
+        may_end.set()
+        assert (await ended(engine, batch)).completed_items == 3
 
 
 async def test_few_more_items_are_in_memory_than_there_are_slots(store: str) -> None:

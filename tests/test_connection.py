@@ -24,6 +24,7 @@ GET = "GET {} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 FLOCK = """
 import anyio
 from flock.core import Flock
+from flock.runs import RunContext
 
 flock = Flock("connections")
 
@@ -35,6 +36,14 @@ async def nap(seconds: float) -> str:
 @flock.agent
 async def length(text: str) -> int:
     return len(text)
+
+@flock.agent(output="a: str, b: str, c: str")
+async def fields(turns: int, context: RunContext) -> dict[str, str]:
+    for _ in range(turns):
+        for field in "abc":
+            context.emit("x", field)
+        await anyio.sleep(0.001)
+    return dict.fromkeys("abc", "x" * turns)
 """
 
 
@@ -162,6 +171,22 @@ def test_a_short_response_is_one_packet(script: Path, tmp_path: Path) -> None:
             head, _, body = connection.recv(65_536).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200 OK")
             assert body == b'{"status":"ok"}\n'
+
+
+def test_pieces_that_are_ready_in_one_turn_of_the_event_loop_are_sent_together(script: Path, tmp_path: Path) -> None:
+    body, turns = '{"agent_name": "fields", "inputs": {"turns": 300}}', []
+    head = (
+        f"POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\nContent-Length: {len(body)}\r\n"
+    )
+    with serving(script, tmp_path) as server:
+        with connected(server, f"{head}Content-Type: application/json\r\n\r\n{body}") as connection:
+            received = b""
+            while b"event: run.completed" not in received:
+                received = connection.recv(65_536)
+                turns.append(received.count(b"event: output.delta"))
+    print(turns)
+    assert sum(turns) == 900
+    assert {count % 3 for count in turns} == {0}
 
 
 def test_the_head_timeout_applies_to_each_request(script: Path, tmp_path: Path) -> None:

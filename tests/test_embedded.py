@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import gc
 import glob
+import re
+import sqlite3
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Iterator
@@ -22,15 +24,17 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flock import fair
-from flock.core import Flock
+from flock.core import Flock, FlockFactory
+from flock.engine import embedded
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.runner import Runner
 from flock.errors import BatchNotFound, EngineStopped, RunNotFound, TooLarge
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunStatus, new_id
 from flock.scopes import closing_scopes
+from flock.testing import FakeModel, ModelRequest, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.engines import counting_turns, until
+from tests.support.engines import counting_turns, sqlite_of, until
 from tests.support.http import client_of, get, post_run
 from tests.support.servers import Served
 
@@ -91,6 +95,39 @@ async def test_the_items_of_a_batch_share_a_task_unless_one_leaves_a_context_var
         batch = await engine.submit_batch("work", rows, BatchOptions(max_workers=1))
         assert (await batch_end(engine, batch.batch_id)).completed_items == 4
     assert [tasks[0] is each for each in tasks] == [True, True, True, False]
+
+
+async def test_a_synchronous_run_is_stored_once_and_before_its_end_only_if_it_calls_a_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(embedded, "WATCH_INTERVAL_S", 3600)  # at each, what began before is stored
+    flock, statements, requests = Flock("stored", model="openai/gpt-4o"), list[str](), list[ModelRequest]()
+    flock.add_agent(FlockFactory.create_default_agent("ask", input="question", output="answer"))
+
+    @flock.agent
+    async def double(number: int) -> int:
+        await anyio.lowlevel.checkpoint()
+        return 2 * number
+
+    async def reply(request: ModelRequest) -> Reply:
+        requests.append(request)
+        await until(lambda: stored() == [("completed",), ("running",)])  # if the process dies now, the run is listed
+        return Reply({"answer": "yes"})
+
+    def stored() -> list[Any]:
+        with contextlib.closing(sqlite3.connect("flock.db")) as db:
+            return db.execute("SELECT status FROM runs ORDER BY run_id").fetchall()
+
+    async with flock.engine(store="flock.db", transport=FakeModel(reply).transport) as engine:
+        sqlite_of(engine)._db.set_trace_callback(statements.append)
+        for agent_name, inputs in (("double", b'{"number": 1}'), ("ask", b'{"question": "?"}')):
+            run = await engine.submit(agent_name, msgspec.Raw(inputs), is_async=False)
+            assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+            different = dict.fromkeys(statements)  # one with a trigger is traced twice
+            writes = [text.split()[0] for text in different if re.match("(INSERT.*INTO|UPDATE) runs ", text)]
+            assert writes == (["INSERT"] if agent_name == "double" else ["INSERT", "UPDATE"])
+            statements.clear()
+    assert len(requests) == 1
 
 
 async def test_a_batch_that_can_never_fit_raises_too_large() -> None:

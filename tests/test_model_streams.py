@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Annotated, Any
@@ -29,11 +30,12 @@ from flock.agents.signature import Signature
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import ModelError
-from flock.models import bodies, streams
+from flock.models import bodies, http, streams
 from flock.models.completions import Completion, Message, ToolSchema
 from flock.models.llm import ModelClient
 from flock.models.models import Model
 from flock.models.requests import Request
+from flock.models.scanner import Scanner
 from flock.runs import Event, Run, RunContext, RunStatus, Usage
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
@@ -568,6 +570,13 @@ async def test_halves_of_a_character_are_joined() -> None:
     assert recorder.all_of("reasoning") == completion.text
 
 
+async def test_the_pieces_of_one_read_are_reported_together() -> None:
+    text = json.dumps({"a": "x" * 80, "n": []})
+    completion, recorder = await read(sse(*map(chunk, text), chunk("", "stop"), USAGE, "[DONE]"))
+    assert completion.text == text
+    assert recorder.events == [("reset", ""), ("text", text)]
+
+
 # Real connections
 
 
@@ -674,6 +683,55 @@ async def test_a_connection_is_used_again_after_a_stream(vllm: Callable[[str], N
             for _ in range(3):
                 assert (await ask(models, Recorder(), "vllm/x")).text == TEXT
             assert len(served.server.server_state.connections) == 1
+
+
+async def test_the_first_call_makes_one_client_and_does_not_hold_the_event_loop(
+    vllm: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It imports modules for a tenth of a second."""
+    threads, library = list[threading.Thread](), http.library
+
+    def note(transport: object) -> Any:
+        threads.append(threading.current_thread())
+        return library(transport)
+
+    async def reply(request: HTTPRequest) -> Response:
+        await request.body()
+        return Response(sse(chunk(TEXT), chunk("", "stop"), USAGE, "[DONE]"), media_type="text/event-stream")
+
+    monkeypatch.setattr(http, "library", note)
+    async with Served(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])) as served:
+        vllm(f"{served.url}/v1")
+        async with ModelClient() as models, anyio.create_task_group() as calls:
+            for _ in range(5):
+                calls.start_soon(ask, models, Recorder(), "vllm/x")
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
+
+
+async def test_as_many_connections_are_kept_as_were_in_use_at_once(vllm: Callable[[str], None]) -> None:
+    clients, waiting, are_all_here = set[Any](), 0, anyio.Event()
+
+    async def reply(request: HTTPRequest) -> Response:
+        nonlocal waiting, are_all_here
+        await request.body()
+        clients.add(request.client)
+        waiting, came = waiting + 1, are_all_here
+        if waiting == 60:
+            came.set()
+            waiting, are_all_here = 0, anyio.Event()
+        await came.wait()
+        body = sse(chunk(TEXT), chunk("", "stop"), USAGE, "[DONE]")
+        return Response(body, media_type="text/event-stream")
+
+    async with Served(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])) as served:
+        vllm(f"{served.url}/v1")
+        async with ModelClient() as models:
+            for _ in range(2):
+                async with anyio.create_task_group() as calls:
+                    for _ in range(60):
+                        calls.start_soon(ask, models, Recorder(), "vllm/x")
+    assert len(clients) == 60
 
 
 @pytest.mark.alone
@@ -823,13 +881,21 @@ async def test_an_agent_emits_its_answer_field_by_field(model: FakeModel, emitte
     assert emitted.output() == msgspec.json.decode(run.result or b"")
 
 
-async def test_nothing_is_streamed_if_nobody_watches(model: FakeModel) -> None:
+async def test_nothing_is_streamed_if_nobody_watches(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client of a synchronous request gets the result; that of an asynchronous run may come for its text."""
+    scanned, feed = list[str](), Scanner.feed
+
+    def note(self: Scanner, piece: str) -> Any:
+        scanned.append(piece)
+        return feed(self, piece)
+
+    monkeypatch.setattr(Scanner, "feed", note)
     model.replies = [Reply({"a": "x", "n": [], "when": "2026-11-26"})] * 2
     async with of().engine(transport=model.transport) as engine:
         for is_async in (False, True):
             run = await engine.submit("ask", {"q": "?"}, is_async=is_async)
             assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+            assert bool(scanned) is is_async
     assert model.requests[1]["stream"] is True
     assert not model.requests[0].keys() & {"stream", "stream_options"}
     assert model.requests[0].headers["idempotency-key"].endswith("/0")

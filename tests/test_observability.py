@@ -314,6 +314,37 @@ def test_a_log_that_nobody_reads_stops_no_server_and_the_lost_lines_are_counted(
     assert note == f"{total - len(lines)} lines were dropped here, because the log was not read for a while."
 
 
+def test_a_server_answers_1000_runs_while_nobody_reads_its_log(tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(NOISY)
+    command = flockapi_command("serve", "noisy.py", "--port", "0", "--store", ":memory:")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            (url,) = next(found for line in process.stdout if (found := re.findall(r"running on (http://\S+)", line)))
+            with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
+                for number in range(1000):  # their lines are 2 MB
+                    body = {"agent_name": "note", "inputs": {"number": number}}
+                    run = client.post("/run/flock", json=body).json()
+                    assert (run["status"], run["result"]) == ("completed", {"result": number})
+            (dropped,) = next(found for line in process.stdout if (found := re.findall(r"(\d+) lines were dr", line)))
+            assert 0 < int(dropped) < 1000
+        finally:
+            process.kill()
+
+
+NOISY = """
+import logging
+from flock.core import Flock
+
+flock = Flock("noisy")
+
+@flock.agent
+async def note(number: int) -> int:
+    logging.getLogger("flock.noisy").info("x" * 2000)
+    return number
+"""
+
+
 async def test_the_lines_of_one_turn_of_the_event_loop_are_written_together() -> None:
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "w") as writer:

@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
+import socket
 import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -235,6 +238,21 @@ async def test_each_piece_arrives_when_it_is_written(client: httpx.AsyncClient, 
     assert page.outputs[0, ""] == page.events[-1]["result"] == {"result": "0 1 2 "}
     assert response.headers["Location"] == f"/run/{page.events[0]['run_id']}"
     assert writer.was_watched == [True], "it is watched before the agent starts"
+
+
+async def test_a_piece_takes_60_bytes_beside_its_text(client: httpx.AsyncClient, writer: Writer) -> None:
+    async with start(client, "write", count=3) as response:
+        sent = b""
+        writer.may_go.release()
+        async for received in response.aiter_bytes():
+            if b"output.delta" in received:  # the next piece is written only after this one has arrived
+                writer.may_go.release()
+            sent += received
+    pieces = [event for event in sent.split(b"\n\n") if b"output.delta" in event]
+    assert len(pieces) == 3
+    for number, piece in enumerate(pieces):
+        assert f'"{number} "'.encode() in piece
+        assert len(piece + b"\n\n") - len(f"{number} ") <= 60
 
 
 async def test_generators_stream_and_hand_off(client: httpx.AsyncClient, writer: Writer) -> None:
@@ -500,6 +518,53 @@ async def test_a_client_that_never_reads_slows_nobody_down(served: Served, write
         await writer.ended.wait()
     assert len(live.changed_since(0)[0]) == 1, "there is one text, and no queue of pieces"
     await slow.aclose()
+
+
+async def test_readers_get_all_pieces_at_once_while_another_one_reads_nothing() -> None:
+    flock, (pieces, written) = Flock("crowd"), anyio.create_memory_object_stream[str](math.inf)
+
+    @flock.agent
+    async def write(context: RunContext) -> str:
+        async for piece in written:
+            context.emit(piece)
+        return "the end"
+
+    app = create_app(flock, store=":memory:", auth="host", max_event_streams=51)
+    async with contextlib.AsyncExitStack() as stack:
+        served = await stack.enter_async_context(Served(app))
+        served.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
+        limits = httpx.Limits(max_connections=51)
+        client = httpx.AsyncClient(base_url=served.url, timeout=PATIENCE_S, limits=limits)
+        await stack.enter_async_context(client)
+        path = (await client.post("/run/flock", json={"agent_name": "write", "async_run": True})).headers["Location"]
+        slow = await served.send(request=f"GET {path}/events")
+        await stack.enter_async_context(slow)
+        pages = [Page() for _ in range(50)]
+        readers = await stack.enter_async_context(anyio.create_task_group())
+        for page in pages:
+            response = await stack.enter_async_context(client.stream("GET", f"{path}/events"))
+            readers.start_soon(read_all, response, page)
+        await until(lambda: all("step.started" in page.names for page in pages))
+
+        def is_stalled() -> bool:
+            connections: set[Any] = served.server.server_state.connections
+            return any(connection.flow.write_paused for connection in connections)
+
+        def has_arrived(text: str) -> bool:
+            return all(page.text(0) == text for page in pages)
+
+        text, written_since_stall = "", 0
+        while written_since_stall < 5:
+            written_since_stall += is_stalled()
+            text += (piece := f"{len(text)} ".ljust(20_000))
+            pieces.send_nowait(piece)
+            await until(partial(has_arrived, text))
+        pieces.close()
+        await until(lambda: all(page.names[-1] == "run.completed" for page in pages))
+        assert is_stalled()
+        received = b""
+        while b"event: run.completed" not in received:  # it gets the rest when it reads
+            received = received[-100:] + await slow.receive()
 
 
 async def test_a_reader_who_joins_late_gets_a_snapshot(client: httpx.AsyncClient, writer: Writer) -> None:
@@ -915,16 +980,28 @@ async def second(result: str, context: RunContext) -> str:
 async def third(context: RunContext) -> str:
     context.emit("inner")
     return "inner"
+
+@flock.agent
+async def long(context: RunContext) -> str:
+    text = "".join(f"{number} é\\u2028" for number in range(120_000))
+    await gate("1")
+    context.emit(text)
+    await gate("2")
+    return text
 """
+#: What the agent ``long`` writes in one piece: more than a million characters.
+LONG_TEXT = "".join(f"{number} é\u2028" for number in range(120_000))
 
 
 @contextlib.asynccontextmanager
-async def reading_elsewhere(tmp_path: Path) -> AsyncIterator[tuple[Server, Server, Page, AsyncIterator[str]]]:
+async def reading_elsewhere(
+    tmp_path: Path, agent_name: str = "first"
+) -> AsyncIterator[tuple[Server, Server, Page, AsyncIterator[str]]]:
     """Start a run in one process, and read its events in another one."""
     (tmp_path / "two.py").write_text(OTHERS)
     command = flockapi_command("serve", "two.py", "--port", "0", "--store", "flock.db")
     with chdir(tmp_path), running(*command) as owner, running(*command) as other:
-        body, page = {"agent_name": "first", "inputs": {}, "async_run": True}, Page()
+        body, page = {"agent_name": agent_name, "inputs": {}, "async_run": True}, Page()
         async with httpx.AsyncClient(base_url=other.url, timeout=PATIENCE_S) as client:
             run_id = (await client.post(f"{owner.url}/run/flock", json=body)).json()["run_id"]
             async with client.stream("GET", f"/run/{run_id}/events?reasoning=true") as response:
@@ -944,6 +1021,33 @@ async def test_text_reaches_the_readers_in_another_process(tmp_path: Path) -> No
     assert page.outputs.get((0, call_id), {}) in ({}, {"result": "inner"})  # it may have ended before
     assert [text["text"] for text in page.of("reasoning.delta")] in ([], ["hm"])
     assert sockets_in(tmp_path) == [], "the sockets are removed at the end"
+
+
+async def test_a_piece_of_a_megabyte_reaches_all_readers_and_other_requests_are_answered(tmp_path: Path) -> None:
+    async with (
+        reading_elsewhere(tmp_path, "long") as (owner, other, page, events),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        client = await stack.enter_async_context(httpx.AsyncClient(timeout=PATIENCE_S))
+        (run,) = (await client.get(f"{owner.url}/runs")).json()["runs"]
+        readers = [(page, events)]
+        for _ in range(2):
+            path, one = f"{owner.url}/run/{run['run_id']}/events", Page()
+            response = await stack.enter_async_context(client.stream("GET", path))
+            readers.append((one, events_from(response, one)))
+        for _, its_events in readers:
+            while await anext(its_events) != "step.started":
+                pass
+        (tmp_path / "1").touch()
+        for one, its_events in readers:  # the others do not read meanwhile
+            while one.text(0) != LONG_TEXT:
+                await anext(its_events)
+            for server in (owner, other):
+                assert (await client.get(f"{server.url}/runs")).json()["runs"][0]["status"] == "running"
+        (tmp_path / "2").touch()
+        for one, its_events in readers:
+            assert [name async for name in its_events][-1] == "run.completed"
+            assert one.events[-1]["result"] == one.outputs[0, ""] == {"result": LONG_TEXT}
 
 
 async def test_a_reader_elsewhere_takes_over_from_the_process_that_was_killed(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ MIN_READ_BYTES_PER_S = 256
 STALL_AT_EXIT_S = 1.0
 #: Max bytes that may arrive during a response before reading pauses.
 MAX_PIPELINED_BYTES = 64 * 1024
+#: What is written in one iteration of the event loop is joined up to this size.
+MAX_JOINED_BYTES = 16 * 1024
 #: A message ends with an empty line, unless it has a body of a known length.
 EMPTY_LINE = re.compile(rb"\n\r?\n")
 #: Each call of the parser takes microseconds. So only the first pieces of one read may be short.
@@ -184,6 +186,7 @@ class Connection(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        self.cycle.transport.flush()  # type: ignore[attr-defined]
         super().on_response_complete()
         if self._pipelined and not self.transport.is_closing():
             self.data_received(b"")
@@ -253,10 +256,10 @@ class Connection(HttpToolsProtocol):
 
 
 class _ResponseTransport:
-    """The transport of one response. It writes the head together with what follows, and is closed in stages.
+    """The transport of one response. It joins what is written in one iteration of the event loop, and closes in stages.
 
-    uvicorn writes the head and the body separately, and each write is a system call and a packet. So the head waits for
-    the body, but not longer than the current iteration of the event loop.
+    uvicorn writes the head and each piece of the body separately, and each write is a system call and a packet. A
+    response that has ended does not wait for the end of the iteration.
 
     Closing a socket that has unread data resets the connection, and the client loses the response (RFC 9112, section
     9.6). So if the client is still sending, only our side is closed first. The client closes the other side, or the
@@ -265,25 +268,24 @@ class _ResponseTransport:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._head: bytes | None = None
+        self._unwritten = b""
         self.is_closing = connection.transport.is_closing
 
     def write(self, data: bytes) -> None:
-        self._connection.written_bytes += len(data)
-        if self._head is None:
-            self._head = data
-            self._connection.loop.call_soon(self._write_head)
-        else:
-            self._connection.transport.write(self._head + data)
-            self._head = b""
+        if not self._unwritten:
+            self._connection.loop.call_soon(self.flush)
+        self._unwritten += data
+        if len(self._unwritten) > MAX_JOINED_BYTES:
+            self.flush()
 
-    def _write_head(self) -> None:
-        if self._head and not self.is_closing():
-            self._connection.transport.write(self._head)
-            self._head = b""
+    def flush(self) -> None:
+        if self._unwritten and not self.is_closing():
+            self._connection.written_bytes += len(self._unwritten)
+            self._connection.transport.write(self._unwritten)
+            self._unwritten = b""
 
     def close(self) -> None:
-        self._write_head()
+        self.flush()
         connection, transport = self._connection, self._connection.transport
         is_sending = connection.cycle.more_body or connection.is_discarding
         if is_sending and transport.can_write_eof() and not transport.is_closing():

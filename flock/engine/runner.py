@@ -22,7 +22,7 @@ import anyio.lowlevel
 import msgspec
 from msgspec.structs import asdict, replace
 
-from flock.agents.agent import Agent
+from flock.agents.agent import Agent, ModelAgent
 from flock.engine.quarantine import Quarantine
 from flock.errors import EngineFull, KeyInUse, OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.fair import FairShare
@@ -165,8 +165,8 @@ class StoredRun(ActiveRun):
         else:
             self._runner.store.save_nowait(run)
             self.update(run)
-        if run.is_async and run.batch_id is None:
-            self._runner.store.flush_nowait()
+        if run.batch_id is None and (run.is_async or isinstance(agent, ModelAgent)):
+            self._runner.store.flush_nowait()  # all others at their end, or at the next tick of the engine
 
     async def wait_for_store(self) -> None:
         """A result stays in memory until it is written, so no more work starts while results cannot be written."""

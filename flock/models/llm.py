@@ -146,14 +146,17 @@ class ModelClient:
         self._streams: dict[str, str] = {}
         #: models whose servers do not support tools
         self._without_tools: set[str] = set()
-        self._local_lock = anyio.Lock()
+        self._local_lock, self._opening = anyio.Lock(), anyio.Lock()
         #: the paces of this client, if it does not use the network that other clients share
         self._own_paces: dict[Any, Any] = {}
         #: called before each retry
         self.on_retry: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> Self:
-        self._local_lock = anyio.Lock()  # the event loop may be a different one than before
+        self._local_lock, self._opening = (
+            anyio.Lock(),
+            anyio.Lock(),
+        )  # the event loop may be a different one than before
         self._own_paces = {}
         return self
 
@@ -191,7 +194,7 @@ class ModelClient:
         if not models:
             raise no_model()
         if request.is_strange:
-            client = client._forgetful()
+            client = await client._forgetful()
         caller = replace(caller, models=len(models), server_errors=[])
         errors: dict[int, ModelError] = {}
         numbers: Sequence[int] = range(len(models))
@@ -215,9 +218,9 @@ class ModelClient:
                 raise _all_of(errors) from errors[last].__cause__
             caller = replace(caller, have_all_failed=True)
 
-    def _forgetful(self) -> "ModelClient":
+    async def _forgetful(self) -> "ModelClient":
         """Return a client with the same connections. What a server rejects of its requests, this one does not learn."""
-        self._client()
+        await self._open()
         client = copy.copy(self)
         client._formats, client._streams = dict(self._formats), dict(self._streams)
         client._without_tools = set(self._without_tools)
@@ -371,7 +374,8 @@ class ModelClient:
             content = await anyio.to_thread.run_sync(encoded, body, endpoint, True)
         is_counted = False
         try:
-            async with self._client().stream("POST", endpoint.url, content=content, headers=headers) as response:
+            http_client = await self._open()
+            async with http_client.stream("POST", endpoint.url, content=content, headers=headers) as response:
                 passage.headers = response.headers
                 if listener is None or response.status_code != 200 or not is_stream(response):
                     response = await read_whole(response)
@@ -435,6 +439,13 @@ class ModelClient:
             digest=hashlib.sha256(msgspec.json.encode(asked, enc_hook=str)).hexdigest()[:32],
             line=msgspec.Raw(msgspec.json.encode({**line, "body": content})),
         )
+
+    async def _open(self) -> "httpx.AsyncClient":
+        """Return the HTTP client. The first one is made in a thread, since its imports would hold the event loop."""
+        if self._http is None and self._transport is None:
+            async with self._opening:
+                await anyio.to_thread.run_sync(self._client)
+        return self._client()
 
     def _client(self) -> "httpx.AsyncClient":
         if self._http is None:
