@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import PATIENCE_S, ROOT
+from tests.support.environments import new_environment, pip
 from tests.support.pages import blocks_of
 from tests.support.servers import flockapi_command, free_port, running
 from tests.test_openai_clients import SERVED, run
@@ -29,6 +30,10 @@ async def replaced(topic: str, context: RunContext) -> str:
     await context.run_agent("write", {"topic": topic})
     context.reset_output()
     return "Another one"
+
+@flock.agent
+async def delegates(order: str, context: RunContext) -> str:
+    return (await context.run_agent("payer", {"order": order}))["reply"]
 """
 )
 
@@ -55,7 +60,17 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_clients_of_front_ends(program: str, node: Path, tmp_path: Path) -> None:
     (tmp_path / "served.py").write_text(AGENTS)
     with running(*flockapi_command("serve", f"{tmp_path}/served.py", "--port", "0", "--store", ":memory:")) as server:
-        assert run(node / "node_modules" / ".bin" / "node", str(node / program), server.url) == "all of it\n"
+        client = [str(node / program), server.url, str(tmp_path)]
+        assert run(node / "node_modules" / ".bin" / "node", *client) == "all of it\n"
+    if program == "agui.mjs":
+        python = new_environment(tmp_path / "environment")
+        subprocess.run(pip(python, "install", "-q", "ag-ui-validate"), check=True)
+        streams = sorted(tmp_path.glob("*.sse"))
+        assert {"roles", "thinker", "mood", "replaced", "delegates", "payer", "guide", "fail", "nap"} == {
+            stream.name.partition("-")[0] for stream in streams
+        }
+        for stream in streams:
+            run(python.with_name("ag-ui-validate"), str(stream), "--max-warnings", "0")
 
 
 def test_copilotkit_streams_asks_and_calls_tools_of_the_page_over_ag_ui(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ class _Writer:
         self._ids, self._is_v1 = {"threadId": sent.threadId, "runId": sent.runId}, bool(sent.protocolVersion)
         self._message_id, self._body, self._has_text = f"msg_{run_id}_{len(sent.messages)}", body, False
         self._messages, self._interrupts, self._pending = list[Any](), list[Any](), list[str]()
+        self._subagents = set[str]()  # those that work
 
     def begin(self) -> bytes:
         return typed_event("RUN_STARTED", **self._ids, protocolVersion="1.0")
@@ -128,15 +129,22 @@ class _Writer:
                 return taken + (self.part(part.text) if part.text else b"")
             case frontends.CallBegun():
                 call = {"name": part.name, "arguments": msgspec.json.encode(part.input).decode()}
-                calls = [{"id": part.id, "type": "function", "function": call}]
-                self._messages.append({"id": part.id, "role": "assistant", "toolCalls": calls})
-                about = {"toolCallName": part.name, "delta": call["arguments"]}
+                calls, by = [{"id": part.id, "type": "function", "function": call}], self._made_by(part.id)
+                self._messages.append({"id": part.id, "role": "assistant", "toolCalls": calls, **by})
+                about = {"toolCallName": part.name, "delta": call["arguments"], **by}
                 return typed_event("TOOL_CALL_CHUNK", toolCallId=part.id, **about)
+            case frontends.SubAgent():
+                if not self._is_v1:
+                    return b""
+                self._subagents.add(part.id)
+                about = {"name": part.name, "parentToolCallId": part.id}
+                return typed_event("SUBAGENT_STARTED", subagentRunId=part.id, **about)
             case frontends.CallEnded():
                 text = part.error or msgspec.json.encode(part.output).decode()
-                result = {"toolCallId": part.id, "content": text, "role": "tool"}
+                result = {"toolCallId": part.id, "content": text, "role": "tool", **self._made_by(part.id)}
                 self._messages.append({"id": f"{part.id}_result", **result})
-                return typed_event("TOOL_CALL_RESULT", messageId=f"{part.id}_result", **result)
+                ended = self._end(part.id, part.error) if part.id in self._subagents else b""
+                return ended + typed_event("TOOL_CALL_RESULT", messageId=f"{part.id}_result", **result)
             case frontends.Asked(question=question) if question.is_for_client:
                 self._pending.append(part.id)
                 return b""
@@ -150,8 +158,22 @@ class _Writer:
             case Event(name="run.cancelled") if not self._is_v1:
                 return self.failed("The run was cancelled.", "cancelled")
             case Event(name="run.cancelled"):
-                return typed_event("RUN_FINISHED", **self._ids, outcome={"type": "cancelled"})
+                return self._end_all() + typed_event("RUN_FINISHED", **self._ids, outcome={"type": "cancelled"})
+        suspended = {"outcome": {"type": "suspended"}} if part.name == "run.waiting" else {}
         pending = {"pendingToolCallIds": self._pending} if self._pending and self._is_v1 else {}
         outcome: Any = {"type": "success", **pending}
         outcome = {"type": "interrupt", "interrupts": self._interrupts} if self._interrupts else outcome
-        return typed_event("RUN_FINISHED", **self._ids, outcome=outcome)
+        return self._end_all(**suspended) + typed_event("RUN_FINISHED", **self._ids, outcome=outcome)
+
+    def _made_by(self, call_id: str) -> Mapping[str, str]:
+        """Return the attribution of a call that a called agent makes."""
+        caller, nested, _ = call_id.partition(orders.NESTED)
+        return {"subagentRunId": caller} if nested and caller in self._subagents else {}
+
+    def _end_all(self, **suspended: Any) -> bytes:
+        return b"".join(self._end(id_, None if suspended else "cancelled", **suspended) for id_ in {*self._subagents})
+
+    def _end(self, id_: str, error: str | None, **how: Any) -> bytes:
+        self._subagents.discard(id_)
+        type_ = "SUBAGENT_FINISHED" if error is None else "SUBAGENT_ERROR"
+        return typed_event(type_, subagentRunId=id_, **(how if error is None else {"message": error}))
