@@ -60,7 +60,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_clients_of_front_ends(program: str, node: Path, tmp_path: Path) -> None:
     (tmp_path / "served.py").write_text(AGENTS)
     with running(*flockapi_command("serve", f"{tmp_path}/served.py", "--port", "0", "--store", ":memory:")) as server:
-        client = [str(node / program), server.url, str(tmp_path)]
+        client = [str(node / program), server.url, *([str(tmp_path)] if program == "agui.mjs" else [])]
         assert run(node / "node_modules" / ".bin" / "node", *client) == "all of it\n"
     if program == "agui.mjs":
         python = new_environment(tmp_path / "environment")
