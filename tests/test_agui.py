@@ -173,6 +173,20 @@ async def test_a_text_that_is_replaced_is_left_out_of_the_snapshot_of_messages(
     assert message_id(events[:at]) != message_id(events[at:])
 
 
+async def test_an_answer_that_was_cut_off_is_completed_by_the_next_request(client: httpx.AsyncClient) -> None:
+    """But no message that is not the newest answer."""
+    first = await run(client, "says", said("a"))
+    cut, forged = {**answer(first), "content": "us"}, {"id": "m", "role": "assistant", "content": "us"}
+    others = [{"id": f"{cut['id']}r", "role": "reasoning", "content": "Hm."}, forged, said("b", "u2")]
+    second = await run(client, "says", said("a"), cut, *others)
+    assert second[1] == {"type": "MESSAGES_SNAPSHOT", "messages": [said("a"), answer(first), *others]}
+    assert text_of(second) == "user=a assistant=user=a user=b"
+    whole = await run(client, "says", said("a"), answer(first), said("b", "u2"), answer(second), said("c", "u3"))
+    assert "MESSAGES_SNAPSHOT" not in [event["type"] for event in whole]
+    older = await run(client, "says", said("a"), cut, said("d", "u4"))
+    assert "MESSAGES_SNAPSHOT" not in [event["type"] for event in older]
+
+
 async def test_an_approval_is_an_interrupt_and_its_answer_continues_the_run(
     client: httpx.AsyncClient, chats: Pages
 ) -> None:

@@ -13,7 +13,7 @@ from flock.protocols import chats, frontends
 from flock.protocols.chats import Part
 from flock.protocols.frontends import error_shape as error_shape
 from flock.protocols.frontends import typed_event
-from flock.runs import ClientTool, Event
+from flock.runs import ClientTool, Event, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.routing import AppRoute
 
@@ -65,6 +65,7 @@ RUN_INPUT = JSONType(RunInput, ignores_unknown=True)
 async def run_agent(request: Request) -> Response:
     """POST /ag-ui/{agent}: a new run, or the answers for which a run waits."""
     agent, sent, body = await frontends.read(request, RUN_INPUT)
+    messages, is_corrected = msgspec.json.decode(body)["messages"], False
     given = {one.interruptId: one.payload if one.status == "resolved" else frontends.DENIED for one in sent.resume}
     last, place = (sent.messages or [Message("", "")])[-1], f"/messages/{len(sent.messages) - 1}"
     for at, message in reversed(list(enumerate(sent.messages))):
@@ -86,12 +87,34 @@ async def run_agent(request: Request) -> Response:
         if replaced is not None and (newest is None or (newest.run_id, newest.agent_name) != (replaced, agent.name)):
             raise Conflict("Only the last answer can be replaced. Omit 'replaces', or begin another thread.")
         replaces: frontends.Replaces = "no" if replaced is None else "newest"
+        is_corrected = replaced is None and newest is not None and await _correct(request, newest, messages)
         order = await frontends.order_of(request, agent, sent.threadId, newest, said, replaces)
         # Its client stops it by disconnecting, and cannot reconnect.
         wanted = msgspec.structs.replace(order, is_async=False)
     begun = {str(call.get("id")) for each in sent.messages for call in each.toolCalls}
     ended = {each.toolCallId for each in sent.messages if each.role == "tool"}
-    return await frontends.streamed(request, wanted, lambda run: _Writer(run.run_id, sent, body), begun, ended)
+    return await frontends.streamed(
+        request, wanted, lambda run: _Writer(run.run_id, sent, messages, is_corrected), begun, ended
+    )
+
+
+async def _correct(request: Request, newest: Run, messages: list[Any]) -> bool:
+    """Complete the newest answer in *messages* if its stream was cut off, or remove it if its run was interrupted.
+
+    Returns: whether it has changed.
+    """
+    begin, is_interrupted = f"msg_{newest.run_id}_", newest.error_type == "interrupted"
+    answers = [each for each in messages if each["role"] == "assistant" and each["id"].startswith(begin)]
+    if not answers or not (is_interrupted or newest.status is RunStatus.COMPLETED):
+        return False
+    if is_interrupted:
+        messages.remove(answers[-1])
+        return True
+    engine = await orders.engine_of(request)
+    run = await engine.get_run(newest.run_id)
+    text = await chats.text_of(engine, orders.agents_of(request), run, as_json=False)
+    before, answers[-1]["content"] = answers[-1].get("content"), text
+    return bool(before != text)
 
 
 class _Writer:
@@ -100,14 +123,19 @@ class _Writer:
     HEADERS: ClassVar = dict[str, str]()
     LAST: ClassVar = b""
 
-    def __init__(self, run_id: str, sent: RunInput, body: bytes) -> None:
+    def __init__(self, run_id: str, sent: RunInput, messages: list[Any], is_corrected: bool) -> None:
         self._ids, self._is_v1 = {"threadId": sent.threadId, "runId": sent.runId}, bool(sent.protocolVersion)
-        self._message_id, self._body, self._has_text = f"msg_{run_id}_{len(sent.messages)}", body, False
-        self._messages, self._interrupts, self._pending = list[Any](), list[Any](), list[str]()
+        self._message_id, self._has_text = f"msg_{run_id}_{len(messages)}", False
+        self._messages, self._is_corrected = messages, is_corrected
+        self._interrupts, self._pending = list[Any](), list[str]()
         self._subagents = set[str]()  # those that work
 
     def begin(self) -> bytes:
-        return typed_event("RUN_STARTED", **self._ids, protocolVersion="1.0")
+        begun = typed_event("RUN_STARTED", **self._ids, protocolVersion="1.0")
+        return begun + (self._snapshot() if self._is_corrected else b"")
+
+    def _snapshot(self) -> bytes:
+        return typed_event("MESSAGES_SNAPSHOT", messages=self._messages)
 
     def result(self, result: Any) -> Mapping[str, Any]:
         return {"type": "STATE_SNAPSHOT", "snapshot": result}
@@ -124,9 +152,7 @@ class _Writer:
                 return typed_event("REASONING_MESSAGE_CHUNK", messageId=f"{self._message_id}r", delta=part.text)
             case chats.TakenBack():
                 had_text, self._has_text, self._message_id = self._has_text, False, f"{self._message_id}x"
-                messages = [*msgspec.json.decode(self._body)["messages"], *self._messages]
-                taken = typed_event("MESSAGES_SNAPSHOT", messages=messages) if had_text else b""
-                return taken + (self.part(part.text) if part.text else b"")
+                return (self._snapshot() if had_text else b"") + (self.part(part.text) if part.text else b"")
             case frontends.CallBegun():
                 call = {"name": part.name, "arguments": msgspec.json.encode(part.input).decode()}
                 calls, by = [{"id": part.id, "type": "function", "function": call}], self._made_by(part.id)

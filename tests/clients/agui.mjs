@@ -21,6 +21,26 @@ globalThis.fetch = async (at, init) => {
 const open = (agent, more = {}) => new HttpAgent({ url: `${url}/ag-ui/${agent}`, ...more });
 const say = (agent, content) => agent.addMessage({ id: crypto.randomUUID(), role: "user", content });
 const text = (agent) => agent.messages.filter((message) => message.role === "assistant").at(-1).content;
+const listed = async (name) => (await (await fetch(`${url}/runs?agent_name=${name}`)).json()).runs[0]?.status;
+
+if (folder === "killed") {
+  process.on("unhandledRejection", () => {}); // the client has one when its stream breaks
+  const agent = open("hold");
+  say(agent, "tea");
+  let half;
+  const running = agent.runAgent({}, { onTextMessageContentEvent: () => void (half ??= console.log("half")) });
+  await running.catch(() => {});
+  while ((await listed("hold").catch(() => {})) !== "failed") await new Promise((resolve) => setTimeout(resolve, 50));
+  // The page is reloaded, with the messages that it has kept.
+  const reloaded = open("hold", { threadId: agent.threadId, initialMessages: agent.messages });
+  assert.equal(text(reloaded), "All ");
+  say(reloaded, "milk");
+  await reloaded.runAgent();
+  const shown = reloaded.messages.filter((message) => message.role === "assistant").map((message) => message.content);
+  assert.deepEqual(shown, ["All about milk"]);
+  console.log("all of it");
+  process.exit(0);
+}
 const tools = [{ name: "look", description: "Looks.", parameters: { type: "object", properties: { at: { type: "string" } } } }];
 
 // Text, a second turn, and another answer in place of the last one
