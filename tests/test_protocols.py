@@ -237,13 +237,15 @@ async def test_json_in_a_text_may_be_as_deep_as_that_of_a_body(any_client: httpx
     ("public_url", "base"), [("https://agents.example/ai/", "https://agents.example/ai"), (None, "http://t")]
 )
 async def test_an_agent_has_its_own_absolute_url_in_each_protocol(public_url: str | None, base: str) -> None:
-    """At which it answers."""
+    """At which it answers. There is none for a protocol that is not offered."""
     flock = Flock()
 
     @flock.agent
     def echo(text: str) -> str:
         return text
 
+    async with client_of(create_app(flock, store=":memory:", auth="host", public_url=public_url)) as client:
+        assert (await get(client, "/agents/echo"))["urls"] == {}
     offered = ["vercel", "ag-ui", "a2a", "openai"]
     app = create_app(flock, store=":memory:", auth="host", protocols=offered, public_url=public_url)
     async with app.lifespan(), client_of(app) as client:
