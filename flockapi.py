@@ -65,7 +65,7 @@ from flock.web.contract import Contract
 from flock.web.files import form_as_json, get_file, post_file
 from flock.web.lifespan import lifespan_of
 from flock.web.negotiation import preferences, preferred
-from flock.web.options import PROTOCOL_MODULES, AppOptions, OnDisconnect
+from flock.web.options import AGENT_PROTOCOLS, PROTOCOL_MODULES, AppOptions, OnDisconnect
 from flock.web.orders import download_slot, engine_of, read_json, replayed, stream_slot
 from flock.web.pages import DOCS, SPECIFICATION, UI, no_ui
 from flock.web.problems import on_error
@@ -725,9 +725,12 @@ async def list_agents(request: Request) -> Response:
 
 async def get_agent(request: Request) -> Response:
     """GET /agents/{name}"""
-    agents = app_of(request).flock.agents
+    app = app_of(request)
+    agents = app.flock.agents
     agent = agent_of(agents, request.path_params["name"])
     graph = graph_of(agent.name, agents)
+    offered = [protocol for protocol in AGENT_PROTOCOLS if protocol in app.options.protocols]
+    address = orders.address_of(request)
     return JSONResponse(
         shown_as(
             wire.AgentDetail,
@@ -737,6 +740,7 @@ async def get_agent(request: Request) -> Response:
             output_schema=agent.output.result_schema,
             graph=graph,
             mermaid=mermaid_of(graph),
+            urls={protocol: f"{address}/{protocol}/{agent.name}" for protocol in offered},
         )
     )
 

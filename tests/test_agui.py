@@ -130,6 +130,37 @@ async def test_tools_reasoning_progress_and_results_are_events(client: httpx.Asy
     assert {"CUSTOM", "TOOL_CALL_RESULT"} <= {event["type"] for event in called}
 
 
+async def test_a_called_agent_is_a_subagent_which_is_suspended_while_it_waits(
+    client: httpx.AsyncClient, chats: Pages
+) -> None:
+    chats.model.replies = [Reply(calls=[("pay", {"amount": 3})]), Reply({"reply": "Done."})]
+    asked = await run(client, "delegates", said("Pay."))
+    begun, works, paying, suspended, finished = asked[1:]
+    subagent = {"subagentRunId": begun["toolCallId"]}
+    started = {"type": "SUBAGENT_STARTED", **subagent, "name": "payer", "parentToolCallId": begun["toolCallId"]}
+    assert works == started
+    assert (paying["toolCallName"], paying["subagentRunId"]) == ("pay", begun["toolCallId"])
+    assert "subagentRunId" not in begun
+    assert suspended == {"type": "SUBAGENT_FINISHED", **subagent, "outcome": {"type": "suspended"}}
+    known = [
+        {"id": id_, "role": "assistant", "toolCalls": [{"id": id_}]}
+        for id_ in (begun["toolCallId"], paying["toolCallId"])
+    ]
+    (interrupt,) = finished["outcome"]["interrupts"]
+    resume = [{"interruptId": interrupt["id"], "status": "resolved", "payload": {"approved": True}}]
+    works, paid, ended, result, *_, last = (await run(client, "delegates", said("Pay."), *known, resume=resume))[1:]
+    assert (works, ended) == (started, {"type": "SUBAGENT_FINISHED", **subagent})
+    assert [paid["subagentRunId"], result["toolCallId"]] == [begun["toolCallId"]] * 2
+    assert last["outcome"] == {"type": "success"}
+
+
+async def test_a_called_agent_that_fails_is_an_error_of_the_subagent(client: httpx.AsyncClient) -> None:
+    failed = [event for event in await run(client, "delegates", said("fail")) if event["type"] == "SUBAGENT_ERROR"]
+    assert [event["message"] for event in failed] == ["fail is too much."]
+    old = events_in(await post(client, "delegates", said("fail"), protocolVersion="", threadId="thread-2"))
+    assert [event["type"] for event in old] == ["RUN_STARTED", "TOOL_CALL_CHUNK", "TOOL_CALL_RESULT", "RUN_ERROR"]
+
+
 async def test_a_text_that_is_replaced_is_left_out_of_the_snapshot_of_messages(
     client: httpx.AsyncClient, chats: Pages
 ) -> None:
@@ -140,6 +171,20 @@ async def test_a_text_that_is_replaced_is_left_out_of_the_snapshot_of_messages(
     assert (user, call["role"], result["role"]) == (said("tea"), "assistant", "tool")
     assert text_of(events[at:]) == "Another one"
     assert message_id(events[:at]) != message_id(events[at:])
+
+
+async def test_an_answer_that_was_cut_off_is_completed_by_the_next_request(client: httpx.AsyncClient) -> None:
+    """But no message that is not the newest answer."""
+    first = await run(client, "says", said("a"))
+    cut, forged = {**answer(first), "content": "us"}, {"id": "m", "role": "assistant", "content": "us"}
+    others = [{"id": f"{cut['id']}r", "role": "reasoning", "content": "Hm."}, forged, said("b", "u2")]
+    second = await run(client, "says", said("a"), cut, *others)
+    assert second[1] == {"type": "MESSAGES_SNAPSHOT", "messages": [said("a"), answer(first), *others]}
+    assert text_of(second) == "user=a assistant=user=a user=b"
+    whole = await run(client, "says", said("a"), answer(first), said("b", "u2"), answer(second), said("c", "u3"))
+    assert "MESSAGES_SNAPSHOT" not in [event["type"] for event in whole]
+    older = await run(client, "says", said("a"), cut, said("d", "u4"))
+    assert "MESSAGES_SNAPSHOT" not in [event["type"] for event in older]
 
 
 async def test_an_approval_is_an_interrupt_and_its_answer_continues_the_run(

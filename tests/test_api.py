@@ -493,6 +493,7 @@ async def test_an_agent_shows_both_schemas(client: httpx.AsyncClient) -> None:
         },
         "graph": [{"from": "add", "to": None, "kind": "fixed", "field": None, "value": None}],
         "mermaid": 'flowchart LR\n    a0["add"]\n    a0 --> done(["end of the run"])\n',
+        "urls": {protocol: f"http://t/{protocol}/add" for protocol in ("a2a", "ag-ui", "vercel")},
     }
 
 

@@ -3,7 +3,9 @@
 import ast
 import graphlib
 import importlib
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,7 @@ PROTOCOLS = (
     "flock.protocols.agui",
     "flock.protocols.a2a",
 )
+NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 FILES = sorted([*(ROOT / "flock").rglob("*.py"), ROOT / "flockapi.py"])
 
 
@@ -196,3 +199,35 @@ def test_a_function_without_underscore_is_used_elsewhere(path: Path) -> None:
     text = "".join(other.read_text() for other in elsewhere if other != path)
     unused = {name for name in functions if name[0] != "_" and not re.search(rf"\b{name}\b", text)}
     assert unused == set()
+
+
+@pytest.mark.parametrize(
+    ("names", "limit"),
+    [
+        (("agui",), 300),
+        (("vercel",), 350),
+        (("a2a",), 350),
+        (("agui", "vercel", "frontends"), 650),  # with what both share
+    ],
+)
+def test_an_adapter_of_a_protocol_stays_small(names: tuple[str, ...], limit: int) -> None:
+    """In lines of code, without comments, docstrings and blanks."""
+    count = 0
+    for name in names:
+        text = (ROOT / "flock" / "protocols" / f"{name}.py").read_text()
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        docs = [
+            node.body[0]
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, documented) and ast.get_docstring(node)
+        ]
+        of_docs = {number for doc in docs for number in range(doc.lineno, (doc.end_lineno or 0) + 1)}
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        of_code = {
+            number
+            for token in tokens
+            if token.type not in NO_CODE
+            for number in range(token.start[0], token.end[0] + 1)
+        }
+        count += len(of_code - of_docs)
+    assert 0 < count <= limit

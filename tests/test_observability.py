@@ -19,6 +19,9 @@ import anyio
 import httpx
 import msgspec
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -26,6 +29,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from flock import __version__
 from flock.core import Flock
 from flock.errors import AgentError, DefinitionError
 from flock.logs import MAX_WAITING_BYTES, JSONFormatter, LineHandler
@@ -36,7 +40,7 @@ from flock.testing import Failure, FakeModel, Reply
 from flock.web.metrics import Metrics
 from flockapi import create_app
 from tests.support import PATIENCE_S, ROOT
-from tests.support.http import wait_for, wait_until
+from tests.support.http import client_of, wait_for, wait_until
 from tests.support.servers import Served, flockapi_command, running
 
 pytestmark = pytest.mark.anyio
@@ -430,6 +434,39 @@ async def test_metrics_count_runs_steps_tokens_retries_and_requests(
     assert seen[f"{requests} POST 202 /run/batch"] == 1
     assert seen[f"{requests} GET 404 "] == 1
     assert seen[f"{requests} _OTHER 405 /agents"] == 1
+
+
+@pytest.mark.parametrize("kind", ["meter provider", "registry"])
+async def test_the_host_reads_the_same_metrics(kind: str, flock: Flock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but those of the queue, which need the store. With the real SDK, and with a registry of Prometheus."""
+    reader, registry = InMemoryMetricReader(), CollectorRegistry(auto_describe=True)
+    if kind == "meter provider":
+        provider = MeterProvider([reader], shutdown_on_exit=False)
+        monkeypatch.setattr("opentelemetry.metrics._internal._METER_PROVIDER", provider)
+    app = create_app(flock, store=":memory:", auth="host")
+    if kind == "registry":
+        assert app.metrics is not None
+        registry.register(app.metrics)
+    async with app.lifespan(), client_of(app) as client:
+        for a in (1, 2):
+            await client.post("/run/flock", json={"agent_name": "add", "inputs": {"a": a}})
+        await client.post("/run/flock", json={"agent_name": "refuse", "inputs": {"text": ""}})
+        if kind == "registry":
+            found = values_in(generate_latest(registry).decode())
+        else:
+            (scope,) = reader.get_metrics_data().resource_metrics[0].scope_metrics  # type: ignore[union-attr]
+            assert (scope.scope.name, scope.scope.version) == ("flockapi", __version__)
+            points: Any = [(metric.name, point) for metric in scope.metrics for point in metric.data.data_points]
+            found = {
+                " ".join([name, *(str(value) for _, value in sorted(point.attributes.items()))]): point.value
+                for name, point in points
+            }
+        seen = await metrics_of(client)
+    assert found["flock_runs_total add completed"] == 2
+    assert found["flock_run_duration_seconds_count add"] == 2
+    queue = {"flock_queued_runs", "flock_waiting_runs", "flock_oldest_queued_run_age_seconds"}
+    wanted = {name: value for name, value in seen.items() if "_created" not in name and name not in queue}
+    assert {name: value for name, value in found.items() if "_created" not in name} == wanted
 
 
 async def test_metrics_report_queued_runs_and_open_event_streams(tmp_path: Path) -> None:

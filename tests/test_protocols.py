@@ -14,7 +14,7 @@ from flock.errors import StoreError
 from flock.runs.records import LongJSON
 from flock.testing import Reply
 from flockapi import create_app
-from tests.support.http import get
+from tests.support.http import client_of, get
 from tests.support.servers import Served
 from tests.test_mcp_server import answers, headers_of, latest, post, result_of
 from tests.test_openai import ANN, BOB, KEYS, check_error, open_chats
@@ -231,3 +231,32 @@ async def test_json_in_a_text_may_be_as_deep_as_that_of_a_body(any_client: httpx
     refused = await any_client.post(path.replace("echo", "add"), content=text.replace('"echo"', '"add"'))
     assert "nested deeper than 100 levels" in refused.text
     assert refused.status_code == (200 if protocol == "a2a" else 400)
+
+
+@pytest.mark.parametrize(
+    ("public_url", "base"), [("https://agents.example/ai/", "https://agents.example/ai"), (None, "http://t")]
+)
+async def test_an_agent_has_its_own_absolute_url_in_each_protocol(public_url: str | None, base: str) -> None:
+    """At which it answers. There is none for a protocol that is not offered."""
+    flock = Flock()
+
+    @flock.agent
+    def echo(text: str) -> str:
+        return text
+
+    async with client_of(create_app(flock, store=":memory:", auth="host", public_url=public_url)) as client:
+        assert (await get(client, "/agents/echo"))["urls"] == {}
+    offered = ["vercel", "ag-ui", "a2a", "openai"]
+    app = create_app(flock, store=":memory:", auth="host", protocols=offered, public_url=public_url)
+    async with app.lifespan(), client_of(app) as client:
+        urls = (await get(client, "/agents/echo"))["urls"]
+        assert urls == {name: f"{base}/{name}/echo" for name in ("a2a", "ag-ui", "vercel")}
+        bodies = {
+            "a2a": {"jsonrpc": "2.0", "id": 1, "method": "SendMessage", "params": {"message": A2A}},
+            "ag-ui": {"threadId": "t", "runId": "r", "messages": [USER]},
+            "vercel": {"id": "c", "messages": [{"id": "m", "role": "user", "parts": [{"type": "text", "text": "x"}]}]},
+        }
+        for name, url in urls.items():
+            sent = await client.post(url.removeprefix(base), json=bodies[name], headers={"A2A-Version": "1.0"})
+            assert sent.status_code == 200, sent.text
+        assert [run["agent_name"] for run in (await get(client, "/runs"))["runs"]] == ["echo"] * 3

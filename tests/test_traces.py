@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import httpx
 import msgspec
 import pytest
@@ -198,6 +199,43 @@ async def test_spans_have_tokens_and_costs_and_no_content(spans: Spans) -> None:
     assert tool.keys() == {"flock.call.id"}
     text = "".join(span.to_json() for span in spans.all)
     assert not any(word in text for word in ("It costs", "Buy", "A7", "40.0"))
+
+
+async def test_cached_and_reasoning_tokens_and_the_session_are_in_spans(spans: Spans) -> None:
+    usage = Usage(input_tokens=7, output_tokens=3, cached_tokens=2, reasoning_tokens=1)
+    with FakeModel([Reply({"advice": "Buy."}, usage=usage)]):
+        async with served(traced_flock()) as client:
+            body = {"agent_name": "adviser", "inputs": {"order": "A7"}, "session_id": "talk-1"}
+            await client.post("/run/flock", json=body)
+    attributes = dict(spans["chat gpt-4o"].attributes or {})
+    assert {name: value for name, value in attributes.items() if name.startswith("gen_ai.usage.")} == {
+        "gen_ai.usage.input_tokens": 7,
+        "gen_ai.usage.output_tokens": 3,
+        "gen_ai.usage.cache_read.input_tokens": 2,
+        "gen_ai.usage.reasoning.output_tokens": 1,
+    }
+    for name in ("run adviser", "invoke_agent adviser"):
+        assert (spans[name].attributes or {})["gen_ai.conversation.id"] == "talk-1"
+
+
+@pytest.mark.parametrize("is_sampled", [True, False])
+async def test_items_of_a_batch_have_spans_if_its_request_is_sampled(is_sampled: bool, spans: Spans) -> None:
+    flock = Flock()
+
+    @flock.agent
+    def add(a: int) -> int:
+        return a
+
+    async with served(flock) as client:
+        body = {"agent_name": "add", "batch_inputs": [{"a": 1}, {"a": 2}, {"a": 3}]}
+        headers = {"traceparent": f"{TRACEPARENT[:-2]}{is_sampled:02}"}
+        batch_id = (await client.post("/run/batch", json=body, headers=headers)).json()["batch_id"]
+        await wait_for(client, f"/batch/{batch_id}")
+    runs = [dict(span.attributes or {}) for span in spans.all if span.name == "run add"]
+    assert [run["flock.batch.id"] for run in runs] == [batch_id] * 3 * is_sampled
+    assert len({run["flock.run.id"] for run in runs}) == len(runs)
+    items = [("run add", "POST /run/batch"), ("invoke_agent add", "run add")] * 3
+    assert sorted(spans.tree()) == sorted([("POST /run/batch", "outside"), *items] if is_sampled else [])
 
 
 async def test_content_is_in_spans_if_the_operator_asks_for_it(spans: Spans, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,6 +469,59 @@ async def test_a_tool_of_an_mcp_server_gets_the_trace(spans: Spans) -> None:
     assert (method, params["_meta"]["traceparent"], server.headers[-1]["traceparent"]) == ("tools/call", sent, sent)
 
 
+RPC = {"jsonrpc": "2.0", "id": 1}
+SAID = {"messageId": "m", "role": "ROLE_USER", "parts": [{"text": "hi"}]}
+USER = {"id": "u", "role": "user"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers"),
+    [
+        pytest.param("/a2a/echo", {"method": "SendMessage", "params": {"message": SAID}}, "A2A-Version: 1.0", id="A2A"),
+        pytest.param(
+            "/mcp", {"method": "tools/call", "params": {"name": "echo", "arguments": {"text": "hi"}}}, "", id="MCP"
+        ),
+        pytest.param("/v1/responses", {"model": "echo", "input": "hi"}, "", id="OpenAI"),
+        pytest.param(
+            "/vercel/echo",
+            {"id": "c", "messages": [{**USER, "parts": [{"type": "text", "text": "hi"}]}]},
+            "",
+            id="Vercel",
+        ),
+        pytest.param(
+            "/ag-ui/echo", {"threadId": "t", "runId": "r", "messages": [{**USER, "content": "hi"}]}, "", id="AG-UI"
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_traced", [True, False])
+async def test_a_trace_continues_through_each_protocol(
+    is_traced: bool, path: str, body: Any, headers: str, request: pytest.FixtureRequest
+) -> None:
+    """Also if this program has no tracer."""
+    spans = request.getfixturevalue("spans") if is_traced else None
+    flock = Flock()
+
+    @flock.agent
+    def echo(text: str) -> str:
+        return text
+
+    sent = {"traceparent": TRACEPARENT, "accept": "application/json, text/event-stream"}
+    name, _, value = headers.partition(": ")
+    body = {**RPC, **body} if "method" in body else body
+    async with served(flock, protocols=["a2a", "mcp", "openai", "vercel", "ag-ui"]) as client:
+        await client.post(path, json=body, headers={**sent, **({name: value} if name else {})})
+        (run,) = (await client.get("/runs")).json()["runs"]
+        run = await wait_for(client, f"/run/{run['run_id']}")
+    assert run["status"] == "completed"
+    if spans is None:
+        assert run["traceparent"] == TRACEPARENT
+        return
+    ((handled, parent), *rest) = spans.tree()
+    assert (handled.startswith("POST /"), parent) == (True, "outside")
+    assert sorted(rest) == [("invoke_agent echo", "run echo"), ("run echo", handled)]
+    assert {f"{span.context.trace_id:032x}" for span in spans.all} == {TRACE_ID}
+
+
 # No harm
 
 
@@ -449,9 +540,10 @@ class BrokenProvider(TracerProvider):
 
 class BrokenExporter(SpanExporter):
     def __init__(self, may_go: threading.Event | None = None) -> None:
-        self.may_go = may_go
+        self.may_go, self.is_called = may_go, threading.Event()
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.is_called.set()
         if self.may_go is None:
             raise RuntimeError("no collector")
         self.may_go.wait()
@@ -462,7 +554,9 @@ class BrokenExporter(SpanExporter):
 async def test_a_broken_tracer_neither_fails_nor_delays_a_run(
     broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    may_go = threading.Event()
+    """The last runs begin and end while the exporter works, or hangs."""
+    may_go, exporter = threading.Event(), None
+    traces._warn.cache_clear()
     provider = TracerProvider(shutdown_on_exit=False)
     if broken == "provider":
         provider = BrokenProvider(shutdown_on_exit=False)
@@ -476,10 +570,15 @@ async def test_a_broken_tracer_neither_fails_nor_delays_a_run(
         with anyio.fail_after(PATIENCE_S):
             run, _ = await run_of_clerk(traceparent=TRACEPARENT)
             assert (run["status"], run["result"]) == ("completed", {"answer": "It costs 40."})
+            if exporter is not None:
+                await anyio.to_thread.run_sync(exporter.is_called.wait, PATIENCE_S)
+                run, _ = await run_of_clerk(traceparent=TRACEPARENT)
+                assert (run["status"], may_go.is_set()) == ("completed", False)
     finally:
         may_go.set()
         provider.shutdown()
-    assert sum("Spans are missing" in record.message for record in caplog.records) <= 1
+    warnings = sum("Spans are missing" in record.message for record in caplog.records)
+    assert warnings == (0 if exporter else 1), "the SDK itself logs what its exporters raise"
 
 
 def test_an_exception_that_cannot_be_read_still_ends_its_span(spans: Spans) -> None:

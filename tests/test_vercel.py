@@ -48,6 +48,11 @@ class Pages(Responses):
             return f"heard {(await context.run_agent('repeat', {'text': text}))['result']}"
 
         @flock.agent
+        async def delegates(text: str, context: RunContext) -> str:
+            called = ("fail", "text") if text == "fail" else ("payer", "order")
+            return str(await context.run_agent(called[0], {called[1]: text}))
+
+        @flock.agent
         async def replaced(text: str, context: RunContext) -> str:
             """Writes a text, calls an agent, and begins again with another text."""
             context.emit("The first")

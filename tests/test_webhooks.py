@@ -4,7 +4,7 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from flock.command.cli import main
 from flock.command.server import ServerSettings
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, DefinitionError, RunNotFound, StoreError, Unstorable
-from flock.runs import RunContext
+from flock.runs import RunContext, now
 from flock.store import waiting
 from flock.store.columns import DAMAGED_WEBHOOK
 from flock.web import webhooks
@@ -82,7 +82,7 @@ async def test_the_end_of_a_run_arrives() -> None:
         client.headers["traceparent"] = trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
         run = (await post_run(client, "echo", {"text": "hi"})).json()
         (event,) = await inbox.until(1)
-        assert event["type"] == "run.completed"
+        assert (event["type"], event["version"]) == ("run.completed", 1)
         assert inbox.requests[0][2]["traceparent"] == trace
         assert event["data"]["result"] == {"result": "hi"}
         assert event["data"]["url"] == f"/run/{run['run_id']}"
@@ -130,6 +130,54 @@ async def test_a_batch_is_reported_and_its_items_are_not() -> None:
         inbox.accepted[0]["data"] | {"total_items": 3, "failed_items": 1, "status": "completed"}
         == (inbox.accepted[0]["data"])
     )
+
+
+async def test_a_batch_that_is_cancelled_is_reported() -> None:
+    inbox = Inbox()
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        body = {"agent_name": "ask", "batch_inputs": [{}]}
+        batch_id = (await client.post("/run/batch", json=body)).json()["batch_id"]
+        await client.post(f"/batch/{batch_id}/cancel")
+        (event,) = await inbox.until(1)
+    assert (event["type"], event["data"]["batch_id"], event["data"]["status"]) == (
+        "batch.cancelled",
+        batch_id,
+        "cancelled",
+    )
+
+
+async def test_no_request_names_a_receiver() -> None:
+    """Wherever a client may write: nothing is sent to its address."""
+    inbox, other = Inbox(), Inbox()
+    async with inbox.serve() as receiver, other.serve() as target:
+        mine = {"webhook_url": target.url, "url": target.url}
+        wanted = {"taskPushNotificationConfig": mine}
+        said = {"messageId": "m", "role": "ROLE_USER", "parts": [{"text": "hi"}], "metadata": mine}
+        rpc = {"jsonrpc": "2.0", "id": 1, "method": "SendMessage"}
+        chat = {"model": "echo", "messages": [{"role": "user", "content": "hi"}], "metadata": mine, **mine}
+        run = {"agent_name": "echo", "inputs": {"text": "hi"}}
+        batch = {"agent_name": "echo", "batch_inputs": [{"text": "hi"}]}
+        async with served(sample(receiver.url), protocols=["openai", "a2a"]) as client:
+            sent = [
+                await client.post(path, json=body, headers={"A2A-Version": "1.0"})
+                for path, body in (
+                    ("/run/flock", run | mine),
+                    ("/run/flock", run | {"inputs": {"text": "hi", **mine}}),
+                    (f"/run/flock?webhook_url={target.url}", run),
+                    ("/run/batch", batch | mine),
+                    ("/run/batch", batch | {"static_inputs": mine}),
+                    (f"/run/batch?webhook_url={target.url}", batch),
+                    ("/v1/chat/completions", chat),
+                    ("/v1/responses", {"model": "echo", "input": "hi", "metadata": mine, **mine}),
+                    ("/a2a/echo", rpc | {"params": {"message": said, "configuration": wanted}}),
+                    ("/a2a/echo", rpc | {"params": {"message": said, "metadata": mine}}),
+                )
+            ]
+            assert [each.status_code for each in sent] == [422] * 6 + [200] * 4
+            assert "sends no push notifications" in sent[8].text
+            await inbox.until(3)  # of the other three of the last ones
+            urls = {each["url"] for each in (await get(client, "/webhooks"))["webhooks"]}
+    assert (urls, other.requests) == ({receiver.url}, [])
 
 
 async def test_a_run_that_goes_on_at_once_is_not_reported_as_waiting() -> None:
@@ -210,7 +258,7 @@ async def test_the_events_of_a_run_keep_their_order() -> None:
     """The next event of a run waits until the last one is accepted, and those of other runs do not."""
 
     def respond(number: int, event: Any) -> Response:
-        is_late = event["type"] == "run.waiting" and sum(id_ == inbox.requests[-1][0] for id_, *_ in inbox.requests) < 5
+        is_late = event["type"] == "run.waiting" and not inbox.accepted
         return Response(status_code=503 if is_late else 200)
 
     inbox = Inbox(respond)
@@ -222,9 +270,11 @@ async def test_the_events_of_a_run_keep_their_order() -> None:
         await wait_for(client, f"/run/{run}")
         await post_run(client, "echo", {"text": "a"})
         await inbox.until(3)
-    of_run = [event for event in inbox.accepted if event["data"]["run_id"] == run]
-    assert [event["type"] for event in of_run] == ["run.waiting", "run.completed"]
-    assert of_run[0]["data"]["status"] == "waiting"
+    echoed, asked, completed = inbox.accepted
+    assert echoed["data"]["agent_name"] == "echo"
+    assert [event["data"]["run_id"] for event in (asked, completed)] == [run, run]
+    assert (asked["type"], completed["type"]) == ("run.waiting", "run.completed")
+    assert asked["data"]["status"] == "waiting"
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308, 400, 404])
@@ -266,6 +316,51 @@ async def test_a_webhook_is_given_up_visibly_and_can_be_sent_again(
         await inbox.until(1)
         missing = await client.post("/webhooks/msg_0/retry")
     assert (missing.status_code, inbox.ids) == (404, [webhook["webhook_id"]])
+
+
+def next_try_of(page: Any) -> datetime:
+    (webhook,) = page["webhooks"]
+    return datetime.fromisoformat(webhook["next_try_at"])
+
+
+async def test_pauses_double_up_to_an_hour_and_a_day_after_the_first_try_a_webhook_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The clock stands still, and jumps to the next try."""
+    monkeypatch.setattr(webhooks, "MAX_PAUSE_S", 3600.0)
+    clock, pauses = now() + timedelta(minutes=1), list[float]()
+    monkeypatch.setattr(webhooks, "now", lambda: clock)
+    inbox = Inbox(lambda number, _: Response(status_code=503))
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        await post_run(client, "echo", {"text": "a"})
+        while True:
+            page = await wait_until(client, "/webhooks", lambda page: page["webhooks"][0]["tries"] > len(pauses))
+            (webhook,) = page["webhooks"]
+            if webhook["status"] != "pending":
+                break
+            pauses.append((next_try_of(page) - clock).total_seconds())
+            assert webhook["tries"] == len(inbox.requests) == len(pauses)
+            clock = next_try_of(page)
+    parts = [pause / min(2**number, 3600) for number, pause in enumerate(pauses, 1)]
+    assert 0.5 <= min(parts) < max(parts) <= 1
+    assert len(set(parts)) > len(parts) / 2, "the pauses are random"
+    taken = datetime.fromisoformat(webhook["ended_at"]) - datetime.fromisoformat(webhook["first_try_at"])
+    assert webhook["status"] == "given_up"
+    assert timedelta(days=1) <= taken < timedelta(days=1, hours=1)
+
+
+@pytest.mark.parametrize(("asked", "pause_s"), [("7200", 7200), ("99999999", 24 * 3600), ("-5", None), ("soon", None)])
+async def test_retry_after_may_ask_for_up_to_a_day(
+    asked: str, pause_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = now() + timedelta(minutes=1)
+    monkeypatch.setattr(webhooks, "now", lambda: clock)
+    inbox = Inbox(lambda number, _: Response(status_code=503, headers={"retry-after": asked}))
+    async with inbox.serve() as receiver, served(sample(receiver.url)) as client:
+        await post_run(client, "echo", {"text": "a"})
+        page = await wait_until(client, "/webhooks", lambda page: page["webhooks"][0]["tries"] == 1)
+    left_s = (next_try_of(page) - clock).total_seconds()
+    assert left_s == pause_s if pause_s else 0 < left_s <= webhooks.MAX_PAUSE_S
 
 
 async def test_retry_after_is_honoured() -> None:

@@ -135,7 +135,8 @@ def _protocols(context: click.Context, param: click.Parameter, names: Sequence[s
 @click.option(
     "--public-url",
     metavar="URL",
-    help="Address at which clients reach the server, for cards of A2A.  [default: the host of each request]",
+    help="Address at which clients reach the server, for cards of A2A and URLs of agents.  [default: the host of each "
+    "request]",
 )
 @click.option(
     "--forwarded-allow-ips",

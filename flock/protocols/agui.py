@@ -13,7 +13,7 @@ from flock.protocols import chats, frontends
 from flock.protocols.chats import Part
 from flock.protocols.frontends import error_shape as error_shape
 from flock.protocols.frontends import typed_event
-from flock.runs import ClientTool, Event
+from flock.runs import ClientTool, Event, Run, RunStatus
 from flock.web import orders, wire
 from flock.web.routing import AppRoute
 
@@ -65,6 +65,7 @@ RUN_INPUT = JSONType(RunInput, ignores_unknown=True)
 async def run_agent(request: Request) -> Response:
     """POST /ag-ui/{agent}: a new run, or the answers for which a run waits."""
     agent, sent, body = await frontends.read(request, RUN_INPUT)
+    messages, is_corrected = msgspec.json.decode(body)["messages"], False
     given = {one.interruptId: one.payload if one.status == "resolved" else frontends.DENIED for one in sent.resume}
     last, place = (sent.messages or [Message("", "")])[-1], f"/messages/{len(sent.messages) - 1}"
     for at, message in reversed(list(enumerate(sent.messages))):
@@ -86,12 +87,34 @@ async def run_agent(request: Request) -> Response:
         if replaced is not None and (newest is None or (newest.run_id, newest.agent_name) != (replaced, agent.name)):
             raise Conflict("Only the last answer can be replaced. Omit 'replaces', or begin another thread.")
         replaces: frontends.Replaces = "no" if replaced is None else "newest"
+        is_corrected = replaced is None and newest is not None and await _correct(request, newest, messages)
         order = await frontends.order_of(request, agent, sent.threadId, newest, said, replaces)
         # Its client stops it by disconnecting, and cannot reconnect.
         wanted = msgspec.structs.replace(order, is_async=False)
     begun = {str(call.get("id")) for each in sent.messages for call in each.toolCalls}
     ended = {each.toolCallId for each in sent.messages if each.role == "tool"}
-    return await frontends.streamed(request, wanted, lambda run: _Writer(run.run_id, sent, body), begun, ended)
+    return await frontends.streamed(
+        request, wanted, lambda run: _Writer(run.run_id, sent, messages, is_corrected), begun, ended
+    )
+
+
+async def _correct(request: Request, newest: Run, messages: list[Any]) -> bool:
+    """Complete the newest answer in *messages* if its stream was cut off, or remove it if its run was interrupted.
+
+    Returns: whether it has changed.
+    """
+    begin, is_interrupted = f"msg_{newest.run_id}_", newest.error_type == "interrupted"
+    answers = [each for each in messages if each["role"] == "assistant" and each["id"].startswith(begin)]
+    if not answers or not (is_interrupted or newest.status is RunStatus.COMPLETED):
+        return False
+    if is_interrupted:
+        messages.remove(answers[-1])
+        return True
+    engine = await orders.engine_of(request)
+    run = await engine.get_run(newest.run_id)
+    text = await chats.text_of(engine, orders.agents_of(request), run, as_json=False)
+    before, answers[-1]["content"] = answers[-1].get("content"), text
+    return bool(before != text)
 
 
 class _Writer:
@@ -100,13 +123,19 @@ class _Writer:
     HEADERS: ClassVar = dict[str, str]()
     LAST: ClassVar = b""
 
-    def __init__(self, run_id: str, sent: RunInput, body: bytes) -> None:
+    def __init__(self, run_id: str, sent: RunInput, messages: list[Any], is_corrected: bool) -> None:
         self._ids, self._is_v1 = {"threadId": sent.threadId, "runId": sent.runId}, bool(sent.protocolVersion)
-        self._message_id, self._body, self._has_text = f"msg_{run_id}_{len(sent.messages)}", body, False
-        self._messages, self._interrupts, self._pending = list[Any](), list[Any](), list[str]()
+        self._message_id, self._has_text = f"msg_{run_id}_{len(messages)}", False
+        self._messages, self._is_corrected = messages, is_corrected
+        self._interrupts, self._pending = list[Any](), list[str]()
+        self._subagents = set[str]()  # those that work
 
     def begin(self) -> bytes:
-        return typed_event("RUN_STARTED", **self._ids, protocolVersion="1.0")
+        begun = typed_event("RUN_STARTED", **self._ids, protocolVersion="1.0")
+        return begun + (self._snapshot() if self._is_corrected else b"")
+
+    def _snapshot(self) -> bytes:
+        return typed_event("MESSAGES_SNAPSHOT", messages=self._messages)
 
     def result(self, result: Any) -> Mapping[str, Any]:
         return {"type": "STATE_SNAPSHOT", "snapshot": result}
@@ -123,20 +152,25 @@ class _Writer:
                 return typed_event("REASONING_MESSAGE_CHUNK", messageId=f"{self._message_id}r", delta=part.text)
             case chats.TakenBack():
                 had_text, self._has_text, self._message_id = self._has_text, False, f"{self._message_id}x"
-                messages = [*msgspec.json.decode(self._body)["messages"], *self._messages]
-                taken = typed_event("MESSAGES_SNAPSHOT", messages=messages) if had_text else b""
-                return taken + (self.part(part.text) if part.text else b"")
+                return (self._snapshot() if had_text else b"") + (self.part(part.text) if part.text else b"")
             case frontends.CallBegun():
                 call = {"name": part.name, "arguments": msgspec.json.encode(part.input).decode()}
-                calls = [{"id": part.id, "type": "function", "function": call}]
-                self._messages.append({"id": part.id, "role": "assistant", "toolCalls": calls})
-                about = {"toolCallName": part.name, "delta": call["arguments"]}
+                calls, by = [{"id": part.id, "type": "function", "function": call}], self._made_by(part.id)
+                self._messages.append({"id": part.id, "role": "assistant", "toolCalls": calls, **by})
+                about = {"toolCallName": part.name, "delta": call["arguments"], **by}
                 return typed_event("TOOL_CALL_CHUNK", toolCallId=part.id, **about)
+            case frontends.SubAgent():
+                if not self._is_v1:
+                    return b""
+                self._subagents.add(part.id)
+                about = {"name": part.name, "parentToolCallId": part.id}
+                return typed_event("SUBAGENT_STARTED", subagentRunId=part.id, **about)
             case frontends.CallEnded():
                 text = part.error or msgspec.json.encode(part.output).decode()
-                result = {"toolCallId": part.id, "content": text, "role": "tool"}
+                result = {"toolCallId": part.id, "content": text, "role": "tool", **self._made_by(part.id)}
                 self._messages.append({"id": f"{part.id}_result", **result})
-                return typed_event("TOOL_CALL_RESULT", messageId=f"{part.id}_result", **result)
+                ended = self._end(part.id, part.error) if part.id in self._subagents else b""
+                return ended + typed_event("TOOL_CALL_RESULT", messageId=f"{part.id}_result", **result)
             case frontends.Asked(question=question) if question.is_for_client:
                 self._pending.append(part.id)
                 return b""
@@ -150,8 +184,22 @@ class _Writer:
             case Event(name="run.cancelled") if not self._is_v1:
                 return self.failed("The run was cancelled.", "cancelled")
             case Event(name="run.cancelled"):
-                return typed_event("RUN_FINISHED", **self._ids, outcome={"type": "cancelled"})
+                return self._end_all() + typed_event("RUN_FINISHED", **self._ids, outcome={"type": "cancelled"})
+        suspended = {"outcome": {"type": "suspended"}} if part.name == "run.waiting" else {}
         pending = {"pendingToolCallIds": self._pending} if self._pending and self._is_v1 else {}
         outcome: Any = {"type": "success", **pending}
         outcome = {"type": "interrupt", "interrupts": self._interrupts} if self._interrupts else outcome
-        return typed_event("RUN_FINISHED", **self._ids, outcome=outcome)
+        return self._end_all(**suspended) + typed_event("RUN_FINISHED", **self._ids, outcome=outcome)
+
+    def _made_by(self, call_id: str) -> Mapping[str, str]:
+        """Return the attribution of a call that a called agent makes."""
+        caller, nested, _ = call_id.partition(orders.NESTED)
+        return {"subagentRunId": caller} if nested and caller in self._subagents else {}
+
+    def _end_all(self, **suspended: Any) -> bytes:
+        return b"".join(self._end(id_, None if suspended else "cancelled", **suspended) for id_ in {*self._subagents})
+
+    def _end(self, id_: str, error: str | None, **how: Any) -> bytes:
+        self._subagents.discard(id_)
+        type_ = "SUBAGENT_FINISHED" if error is None else "SUBAGENT_ERROR"
+        return typed_event(type_, subagentRunId=id_, **(how if error is None else {"message": error}))

@@ -161,6 +161,13 @@ class CallEnded(NamedTuple):
     error: str | None = None
 
 
+class SubAgent(NamedTuple):
+    """A called agent works until the ``CallEnded`` with its id. The client may have the start of the call."""
+
+    id: str
+    name: str
+
+
 class Asked(NamedTuple):
     """An open question of the client: whether a call may be executed, or else the call itself."""
 
@@ -208,7 +215,7 @@ class _ShownRun:
 
     def __init__(self, request: Request, engine: Engine, run: Run, begun: set[str], ended: set[str]) -> None:
         self._request, self._engine, self._run = request, engine, run
-        self._known, self._arguments = {CallBegun: begun, CallEnded: ended}, dict[str, Any]()
+        self._known, self._arguments = {CallBegun: begun, CallEnded: ended, SubAgent: {*ended}}, dict[str, Any]()
         self._answer = chats.StreamedAnswer(orders.agents_of(request), as_json=False, takes_back=True)
 
     async def parts(self, events: AsyncGenerator[Event | None, None]) -> AsyncGenerator[Any, None]:
@@ -252,7 +259,8 @@ class _ShownRun:
             return []
         id_ = self._id(data["position"], data["call_id"])
         begun = CallBegun(id_, data["name"], data.get("arguments", self._arguments.get(id_, {})))
-        return [begun, *([CallEnded(id_, result, data["error"])] if has_ended else [])]
+        works = [SubAgent(id_, begun.name)] if data["kind"] == "agent" else []
+        return [begun, *works, *([CallEnded(id_, result, data["error"])] if has_ended else [])]
 
     def _asked(self, question: Question, *, is_open: bool = True) -> list[Any]:
         """Return what a question shows. The client may not be the one who answers it."""

@@ -238,6 +238,8 @@ class _Writer:
             case frontends.CallBegun():
                 ours = {} if part.question else {"providerExecuted": True}
                 return self._call("tool-input-available", part.id, toolName=part.name, input=part.input, **ours)
+            case frontends.SubAgent():
+                return b""  # it is a part of its call
             case frontends.Asked():
                 is_call = part.call_id == part.id
                 return b"" if is_call else self._call("tool-approval-request", part.call_id, approvalId=part.id)

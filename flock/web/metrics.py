@@ -7,14 +7,17 @@ agents, statuses, known methods, and routes.
 import functools
 import math
 import os
+import sys
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from datetime import datetime
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
 
+from flock import __version__
 from flock.runs import DOLLAR, Call, Engine, Observer, Queue, Run, RunStatus, Step, Usage, now
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
@@ -24,6 +27,12 @@ BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 30
 
 #: The methods of RFC 9110, section 9, and PATCH. A client can send any other word.
 METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
+
+
+#: Gauges that only ``page`` sets.
+OF_QUEUE = ("flock_queued_runs", "flock_waiting_runs", "flock_oldest_queued_run_age_seconds")
+#: What the names of the samples of a metric end with. OpenTelemetry has no observable histogram, so it gets counters.
+ENDS = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
 
 
 class _Families:
@@ -80,7 +89,7 @@ class _Families:
 _shared_families = functools.cache(_Families)
 
 
-class Metrics(Observer):
+class Metrics(Observer, Collector):
     """An ``Observer`` of one engine that also counts the requests of the apps on it; see ``metrics_of``.
 
     If ``PROMETHEUS_MULTIPROC_DIR`` was set before prometheus_client was imported, ``page`` shows the sum over all
@@ -149,6 +158,25 @@ class Metrics(Observer):
             MultiProcessCollector(registry := CollectorRegistry())  # type: ignore[no-untyped-call]
         return generate_latest(registry)
 
+    def collect(self) -> Iterable[Any]:
+        """Return the metrics of this process, without those of the queue, for a registry of the host."""
+        return [family for family in self._families.registry.collect() if family.name not in OF_QUEUE]
+
+    def observe_with(self, api: Any) -> None:
+        """Have the meter provider of OpenTelemetry read the same figures. *api* is ``opentelemetry.metrics``."""
+        meter = api.get_meter("flockapi", __version__)
+
+        def observed(name: str, end: str, options: object) -> list[Any]:
+            samples = [sample for family in self.collect() if family.name == name for sample in family.samples]
+            return [api.Observation(each.value, each.labels) for each in samples if each.name == name + end]
+
+        for family in self.collect():
+            kind = "gauge" if family.type == "gauge" else "counter"
+            for end in ENDS[family.type]:
+                callbacks = [functools.partial(observed, family.name, end)]
+                make = getattr(meter, f"create_observable_{kind}")
+                make(family.name + end, callbacks, description=family.documentation)
+
     def mark_process_dead(self, process_id: int | None) -> None:
         """Drop the gauges of a process that has ended. Its counters stay in the sum."""
         mark_process_dead(process_id)  # type: ignore[no-untyped-call]
@@ -167,8 +195,15 @@ _metrics: "weakref.WeakKeyDictionary[Engine, Metrics]" = weakref.WeakKeyDictiona
 
 
 def metrics_of(engine: Engine, agents: Collection[str]) -> Metrics:
-    """Return the metrics of *engine*, which all apps on it share. Raises OSError if the folder is not writable."""
+    """Return the metrics of *engine*, which all apps on it share. A meter provider of the host gets them too.
+
+    Raises: OSError if the folder is not writable.
+    """
     if engine not in _metrics:
         _metrics[engine] = Metrics(agents)
         engine.observe(_metrics[engine])
+        api = sys.modules.get("opentelemetry.metrics")
+        # The providers of the API itself do nothing: the host has set none.
+        if api is not None and not type(api.get_meter_provider()).__module__.startswith("opentelemetry.metrics"):
+            _metrics[engine].observe_with(api)
     return _metrics[engine]

@@ -51,6 +51,8 @@ PROTOCOL_MODULES = {name: f"flock.protocols.{name}" for name in ("openai", "mcp"
     "ag-ui": "flock.protocols.agui",
     "a2a": "flock.protocols.a2a",
 }
+#: The protocols in which each agent has its own URL: the name of the protocol, and that of the agent.
+AGENT_PROTOCOLS = ("a2a", "ag-ui", "vercel")
 PROTOCOLS = many(lambda value: value in list(PROTOCOL_MODULES), f"a list of {', '.join(map(repr, PROTOCOL_MODULES))}")
 PATHS = of_type(Mapping, "a mapping of paths, as in OpenAPI")
 MIDDLEWARE = many(lambda value: hasattr(value, "cls"), "a list of starlette.middleware.Middleware")
@@ -90,7 +92,8 @@ class AppOptions(Options, frozen=True, kw_only=True):
     #: The protocols of other clients to serve: ``"openai"``, ``"mcp"``, ``"vercel"``, ``"ag-ui"``,
     #: ``"a2a"``. See ``docs/openai.md``, ``docs/mcp-server.md``, ``docs/front-ends.md``, ``docs/a2a.md``.
     protocols: Annotated[Collection[str], PROTOCOLS] = ()
-    #: The address at which clients reach the app, for cards of A2A. None takes the ``Host`` of each request.
+    #: The address at which clients reach the app, for cards of A2A and the URLs of agents. None takes the ``Host`` of
+    #: each request.
     public_url: Annotated[str | None, URL] = None
     #: Collect metrics for ``/metrics``, which needs the extra ``metrics``. None means: if the extra is installed.
     metrics: Annotated[bool | None, FLAG] = None

@@ -624,13 +624,15 @@ class AgentList(msgspec.Struct, frozen=True, kw_only=True):
 class AgentDetail(AgentSummary, frozen=True, kw_only=True):
     """Response of ``GET /agents/{name}``: an agent, with its inputs and outputs as JSON Schema (2020-12).
 
-    ``graph`` has the hand-offs of the agent and of all agents that can follow it, and ``mermaid`` draws them.
+    ``graph`` has the hand-offs of the agent and of all agents that can follow it, and ``mermaid`` draws them. ``urls``
+    has its address for each protocol in which an agent has one.
     """
 
     input_schema: dict[str, Any]
     output_schema: dict[str, Any]
     graph: list[Handoff]
     mermaid: str
+    urls: dict[str, str]
 
 
 class Health(msgspec.Struct, frozen=True):

@@ -1,10 +1,46 @@
 import assert from "node:assert";
+import { writeFileSync } from "node:fs";
 import { HttpAgent } from "@ag-ui/client";
 
-const url = process.argv[2];
+const [url, folder] = process.argv.slice(2);
+const writing = [];
+const { fetch } = globalThis;
+// Each stream that ends is written for the validator, with the messages that the client has had before.
+globalThis.fetch = async (at, init) => {
+  const response = await fetch(at, init);
+  const number = writing.length;
+  const write = async (copy) => {
+    const [begin, ...rest] = (await copy.text()).split("\n\n");
+    const known = { type: "MESSAGES_SNAPSHOT", messages: JSON.parse(init.body).messages };
+    const name = `${String(at).split("/").pop()}-${number}.sse`;
+    writeFileSync(`${folder}/${name}`, [begin, `data: ${JSON.stringify(known)}`, ...rest].join("\n\n"));
+  };
+  if (init?.body && response.ok) writing.push(write(response.clone()).catch(() => {}));
+  return response;
+};
 const open = (agent, more = {}) => new HttpAgent({ url: `${url}/ag-ui/${agent}`, ...more });
 const say = (agent, content) => agent.addMessage({ id: crypto.randomUUID(), role: "user", content });
 const text = (agent) => agent.messages.filter((message) => message.role === "assistant").at(-1).content;
+const listed = async (name) => (await (await fetch(`${url}/runs?agent_name=${name}`)).json()).runs[0]?.status;
+
+if (folder === "killed") {
+  process.on("unhandledRejection", () => {}); // the client has one when its stream breaks
+  const agent = open("hold");
+  say(agent, "tea");
+  let half;
+  const running = agent.runAgent({}, { onTextMessageContentEvent: () => void (half ??= console.log("half")) });
+  await running.catch(() => {});
+  while ((await listed("hold").catch(() => {})) !== "failed") await new Promise((resolve) => setTimeout(resolve, 50));
+  // The page is reloaded, with the messages that it has kept.
+  const reloaded = open("hold", { threadId: agent.threadId, initialMessages: agent.messages });
+  assert.equal(text(reloaded), "All ");
+  say(reloaded, "milk");
+  await reloaded.runAgent();
+  const shown = reloaded.messages.filter((message) => message.role === "assistant").map((message) => message.content);
+  assert.deepEqual(shown, ["All about milk"]);
+  console.log("all of it");
+  process.exit(0);
+}
 const tools = [{ name: "look", description: "Looks.", parameters: { type: "object", properties: { at: { type: "string" } } } }];
 
 // Text, a second turn, and another answer in place of the last one
@@ -41,6 +77,21 @@ await agent.runAgent({}, { onTextMessageContentEvent: ({ event }) => void seen.p
 assert.deepEqual(seen, ["The first", "Another one"]);
 assert.deepEqual(agent.messages.map((message) => message.role), ["user", "assistant", "tool", "assistant"]);
 assert.equal(text(agent), "Another one");
+
+// A called agent, which waits for an approval
+agent = open("delegates");
+say(agent, "pay");
+const subagents = [];
+const note = ({ event }) => void subagents.push([event.type, event.name ?? event.outcome?.type]);
+const noted = { onSubagentStartedEvent: note, onSubagentFinishedEvent: note };
+await agent.runAgent({}, noted);
+const resolved = agent.pendingInterrupts.map(({ id }) => ({ interruptId: id, status: "resolved", payload: { approved: true } }));
+await agent.runAgent({ resume: resolved }, noted);
+const works = ["SUBAGENT_STARTED", "payer"];
+assert.deepEqual(subagents, [works, ["SUBAGENT_FINISHED", "suspended"], works, ["SUBAGENT_FINISHED", undefined]]);
+assert.equal(text(agent), "paid 3");
+const [called, paid] = agent.messages.filter((message) => message.toolCalls);
+assert.equal(paid.subagentRunId, called.toolCalls[0].id);
 
 // An approval
 agent = open("payer");
@@ -84,4 +135,14 @@ while ((await status()) !== "running");
 agent.abortRun();
 await running;
 while ((await status()) !== "cancelled");
+agent = open("nap");
+say(agent, "tea");
+let outcome;
+const stopping = agent.runAgent({}, { onRunFinishedEvent: ({ event }) => void (outcome = event.outcome) });
+while ((await status()) !== "running");
+const [{ run_id: napping }] = (await (await fetch(`${url}/runs?agent_name=nap`)).json()).runs;
+await fetch(`${url}/run/${napping}/cancel`, { method: "POST" });
+await stopping;
+assert.deepEqual(outcome, { type: "cancelled" });
+await Promise.all(writing);
 console.log("all of it");

@@ -17,6 +17,9 @@ const until = async (isTrue) => {
 
 if (isKilled) {
   const chat = open("hold");
+  const renders = [];
+  const update = () => chat.lastMessage?.role === "assistant" && renders.push(text(chat));
+  chat["~registerMessagesCallback"](update);
   const sending = chat.sendMessage({ text: "tea" });
   await until(() => chat.lastMessage?.role === "assistant" && text(chat) === "All ");
   console.log("half");
@@ -26,6 +29,9 @@ if (isKilled) {
     await new Promise((resolve) => setTimeout(resolve, 100));
   }
   assert.deepEqual(chat.messages.map((message) => message.role), ["user", "assistant"]);
+  // Whatever was shown at any time is the beginning of the whole: each character was shown once.
+  assert.deepEqual(renders.filter((shown) => !"All about tea".startsWith(shown)), []);
+  assert.deepEqual([renders.includes("All "), renders.at(-1)], [true, "All about tea"]);
   console.log("all of it");
   process.exit(0);
 }
