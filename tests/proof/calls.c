@@ -19,9 +19,10 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
-struct control { int64_t count, at, signal, pid; };
+struct control { int64_t count, at, signal, pid, time; };
 struct record { char what; char pad[7]; int64_t file, offset, size, name, data; };
 
 static struct control *control;
@@ -44,7 +45,10 @@ void proof_begin(void) { begin(); }
 
 static void count(void) {
     if (!control || __atomic_add_fetch(&control->count, 1, __ATOMIC_SEQ_CST) != control->at) return;
-    control->pid = getpid();
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    control->time = now.tv_sec * 1000000000ll + now.tv_nsec;
+    __atomic_store_n(&control->pid, getpid(), __ATOMIC_SEQ_CST);
     kill(getpid(), (int)control->signal);
 }
 

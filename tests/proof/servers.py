@@ -45,7 +45,7 @@ class Control:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.write_bytes(bytes(32))
+        path.write_bytes(bytes(40))
 
     def _get(self, position: int) -> int:
         return int(struct.unpack_from("q", self.path.read_bytes(), 8 * position)[0])
@@ -59,11 +59,16 @@ class Control:
         """The process that got the signal, or 0."""
         return self._get(3)
 
+    @property
+    def signalled_at(self) -> float:
+        """When it got the signal, in seconds of the epoch."""
+        return self._get(4) / 1e9
+
     def signal_at(self, number: int, signal_number: int = signal.SIGKILL) -> None:
         """Send a signal before the call of a number, counted from now: 1 is the next one."""
         with self.path.open("r+b") as file:
             file.seek(8)
-            file.write(struct.pack("qqq", self.count + number, signal_number, 0))
+            file.write(struct.pack("qqqq", self.count + number, signal_number, 0, 0))
 
     def disarm(self) -> None:
         with self.path.open("r+b") as file:
@@ -226,17 +231,29 @@ class Place:
         except OSError:
             return True
 
+    def processes(self) -> list[int]:
+        """Return the processes of the server: its first one, and its workers."""
+        found = [self.pid]
+        for pid in found:
+            with contextlib.suppress(OSError):  # it has ended
+                for thread in os.listdir(f"/proc/{pid}/task"):
+                    found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+        return found
+
     def held(self) -> Mapping[str, Collection[str]]:
         """Return the open files, threads, connections of clients and lock files of engines that the server has now."""
-        files = set[str]()
-        for number in os.listdir(f"/proc/{self.pid}/fd"):
-            with contextlib.suppress(OSError):  # it was closed
-                files.add(f"{number} {os.readlink(f'/proc/{self.pid}/fd/{number}')}")
+        files, threads = set[str](), set[str]()
+        for pid in self.processes():
+            with contextlib.suppress(OSError):  # it has ended
+                threads |= set(os.listdir(f"/proc/{pid}/task"))
+                for number in os.listdir(f"/proc/{pid}/fd"):
+                    with contextlib.suppress(OSError):  # it was closed
+                        files.add(f"{pid} {number} {os.readlink(f'/proc/{pid}/fd/{number}')}")
         lines = [line.split() for line in Path(f"/proc/{self.pid}/net/tcp").read_text().splitlines()]
         ends = [words[2:4] for words in lines if words[1].endswith(f":{self.port:04X}")]
         return {
             "files": {each for each in files if "socket:" not in each},
-            "threads": os.listdir(f"/proc/{self.pid}/task"),
+            "threads": threads,
             "connections": [end for end, state in ends if state not in ("0A", "06")],  # listening, and closed
             "locks": [name for name in os.listdir(self.folder) if "-engine-" in name],
         }
