@@ -143,6 +143,12 @@ static int synced(int fd, int (*real)(int)) {
 int fsync(int fd) { REAL(int, "fsync", int); return synced(fd, real); }
 int fdatasync(int fd) { REAL(int, "fdatasync", int); return synced(fd, real); }
 
+void sync(void) {
+    REAL(void, "sync", void);
+    real();
+    record('Y', 0, "", 0, NULL, 0, NULL);
+}
+
 /* Names */
 
 static int opened(const char *path, int flags, mode_t mode) {

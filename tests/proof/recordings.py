@@ -1,8 +1,12 @@
 """What is done to the files of a store, an output and a backup, and what must be there after a power cut."""
 
+import contextlib
 import functools
+import itertools
 import signal
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,16 +22,14 @@ from flock.testing import FakeModel
 from tests.proof.scenarios import SCENARIOS, SHOP, Client, Provider
 from tests.proof.servers import Place
 from tests.proof.shop import flock
+from tests.support import PATIENCE_S, ROOT
 
 __all__ = ["RECORDINGS", "Recording"]
 
 #: The journal of SQLite is copied to the file when it has 4 MB.
 LONG, LONG_RUNS = "x" * 700_000, 4
-BACKUP = """
-import contextlib, sqlite3
-with contextlib.closing(sqlite3.connect("flock.db")) as db, contextlib.closing(sqlite3.connect("copy.db")) as copy:
-    db.backup(copy)
-"""
+#: How the documentation makes a backup.
+BACKUP = next(line for line in (ROOT / "docs/durability.md").read_text().splitlines() if '".backup copy.db"' in line)
 #: The number of the call before which a worker is killed.
 WORKER_DIES_AT = 300
 ROWS, OTHER_ROWS = ("good", "odd", "fine", "bad"), ("odd", "great")
@@ -36,11 +38,12 @@ ROWS, OTHER_ROWS = ("good", "odd", "fine", "bad"), ("odd", "great")
 class Recording(NamedTuple):
     """What is recorded in a place, and the check of a place with the files after a power cut.
 
-    ``check`` gets what was acknowledged before: lists of what, an id and a value. Raises AssertionError.
+    ``check`` gets what was acknowledged before: lists of what, an id and a value. It returns how many acknowledged runs
+    are missing, if they may be. Raises AssertionError.
     """
 
     play: Callable[[Place], None]
-    check: Callable[[Place, Provider, Sequence[Any]], None]
+    check: Callable[[Place, Provider, Sequence[Any]], int]
     options: tuple[str, ...] = ()
 
 
@@ -59,13 +62,23 @@ def _serve(place: Place) -> None:
         place.start()
         place.wait_until_up()
         SCENARIOS["caught"].play(client)
-        place.note("A", ["backup begins", "", None])
-        place.python(BACKUP)
-        place.note("Y")
-        place.note("A", ["backup ends", "", None])
-        SCENARIOS["chain"].play(client)
+        is_over = threading.Event()
+        with ThreadPoolExecutor() as pool:
+            playing = pool.submit(_play_until, is_over, client)
+            place.note("A", ["backup begins", "", None])
+            place.shell(BACKUP)
+            place.note("A", ["backup ends", "", None])
+            is_over.set()
+            playing.result()
     finally:
         client.close()
+
+
+def _play_until(is_over: threading.Event, client: Client) -> None:
+    for name in itertools.cycle(["chain", "batch"]):
+        SCENARIOS[name].play(client)
+        if is_over.is_set():
+            break
 
 
 def _serve_workers(place: Place) -> None:
@@ -130,6 +143,16 @@ class Expected:
                 case "sent":
                     self.messages.add((each, value))
 
+    async def missing(self, engine: Engine) -> int:
+        """Return how many runs are not there."""
+        count = 0
+        for run_id in self.runs:
+            try:
+                await engine.get_run(run_id)
+            except RunNotFound:
+                count += 1
+        return count
+
     async def check(self, engine: Engine) -> None:
         for run_id, ended in self.runs.items():
             try:
@@ -155,7 +178,13 @@ class Expected:
                 batch = await engine.get_batch(batch_id)
             except BatchNotFound:
                 raise AssertionError(f"the batch {batch_id} is lost") from None
-            assert ended is None or [batch.attempt, batch.failed_items] == ended, f"{batch}, and was {ended}"
+            if ended is not None:
+                results = [
+                    item.value if item.status is RunStatus.COMPLETED else None
+                    for item in await engine.get_items(batch_id)
+                ]
+                found = [batch.attempt, batch.failed_items, results]
+                assert found == ended, f"the batch {batch_id} is {found}, and was {ended}"
         for run_id, name in self.messages:
             try:
                 await engine.send_message(
@@ -166,29 +195,34 @@ class Expected:
             raise AssertionError(f"the message to {run_id} is lost")
 
 
-def _check_file(store: Path, acks: Sequence[Any] | None) -> None:
-    """Check a store, and with an engine that opens it what was acknowledged. None only means that it is not damaged."""
+def _check_file(store: Path, acks: Sequence[Any], *, is_durable: bool = True) -> int:
+    """Check a store, and with an engine that opens it what was acknowledged. Return how many runs are missing."""
+    expected = Expected(acks)
     if not store.exists():
-        assert not acks, "the store is lost"
-        return
+        assert not (acks and is_durable), "the store is lost"
+        return len(expected.runs)
 
-    async def opened() -> None:
+    async def opened() -> int:
         async with flock.engine(store=store, transport=FakeModel([]).transport) as engine:
-            await Expected(acks or []).check(engine)
+            if is_durable:
+                await expected.check(engine)
+            return await expected.missing(engine)
 
-    anyio.run(opened)
+    missing = anyio.run(opened)
     db = sqlite3.connect(store)
     try:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     finally:
         db.close()
+    return missing
 
 
-def _check_server(place: Place, model: Provider, acks: Sequence[Any], *, is_durable: bool) -> None:
-    _check_file(place.folder / "flock.db", acks if is_durable else None)
+def _check_server(place: Place, model: Provider, acks: Sequence[Any], *, is_durable: bool) -> int:
+    missing = _check_file(place.folder / "flock.db", acks, is_durable=is_durable)
     names = [ack[0] for ack in acks]
     if "backup ends" in names:
         _check_file(place.folder / "copy.db", acks[: names.index("backup begins")])
+    return missing
 
 
 # The command
@@ -204,26 +238,52 @@ def _results(rows: Sequence[str]) -> str:
     return "text,stars,status,error\n" + "".join(f"{text},5,completed,\n" for text in rows)
 
 
+def _note_stored(place: Place, rows: Sequence[str]) -> None:
+    """Acknowledge each row that a reader of the store sees as completed, until all are."""
+    stored = set[int]()
+    while len(stored) < len(rows):
+        with (
+            contextlib.suppress(sqlite3.Error),  # there is no store yet, or it is that of other rows
+            contextlib.closing(sqlite3.connect(f"file:{place.folder}/out.csv.flock.db?mode=ro", uri=True)) as db,
+        ):
+            sql = "SELECT position FROM runs JOIN batches USING (batch_id) WHERE total_items = ? AND runs.status = ?"
+            for (position,) in db.execute(sql, [len(rows), "completed"]).fetchall():
+                if position not in stored:
+                    place.note("A", ["stored", rows[position], None])
+                    stored.add(position)
+        time.sleep(0.001)
+
+
 def _batch(place: Place) -> None:
     for rows in (ROWS, OTHER_ROWS):
-        _complete(place, rows)
+        with ThreadPoolExecutor() as pool:
+            reading = pool.submit(_note_stored, place, rows)
+            _complete(place, rows)
+            reading.result(PATIENCE_S)
         place.note("A", ["written", "", rows])
 
 
-def _check_batch(place: Place, model: Provider, acks: Sequence[Any]) -> None:
-    """The output is whole, and that of the last command if it has ended. The same command completes it."""
-    output, is_first = place.folder / "out.csv", not acks
-    if output.exists() or not is_first:
-        wanted = [_results(rows) for rows in (ROWS, OTHER_ROWS)[max(0, len(acks) - 1) : len(acks) + 1]]
+def _check_batch(place: Place, model: Provider, acks: Sequence[Any]) -> int:
+    """The output is whole, and that of the last command if it has ended. The same command completes it.
+
+    It does not pay again for rows that were stored before the cut.
+    """
+    output, names = place.folder / "out.csv", [ack[0] for ack in acks]
+    count = names.count("written")
+    if output.exists() or count:
+        wanted = [_results(rows) for rows in (ROWS, OTHER_ROWS)[max(0, count - 1) : count + 1]]
         assert output.read_text() in wanted, f"the output is {output.read_text()!r}"
-    if len(acks) < 2:
-        rows = ROWS if is_first else OTHER_ROWS
-        _complete(place, rows)
-        assert output.read_text() == _results(rows)
-        left = [
-            path.name for path in place.folder.iterdir() if path.suffix != ".part"
-        ]  # which has the first folder's name
-        assert sorted(left) == ["out.csv", "out.csv.flock.db", "out.csv.flock.db-output"], f"the command leaves {left}"
+    rows = (ROWS, OTHER_ROWS)[min(count, 1)]
+    stored = {text for what, text, _ in acks[names.index("written") + 1 if count else 0 :] if what == "stored"}
+    asked_before = len(model.requests)
+    _complete(place, rows)
+    asked = str([request["messages"] for request in model.requests[asked_before:]])
+    again = [text for text in stored if f'"{text}"' in asked]
+    assert not again, f"the rows {again} are paid again"
+    assert output.read_text() == _results(rows)
+    left = [path.name for path in place.folder.iterdir() if path.suffix != ".part"]  # which has the first folder's name
+    assert sorted(left) == ["out.csv", "out.csv.flock.db", "out.csv.flock.db-output"], f"the command leaves {left}"
+    return 0
 
 
 RECORDINGS: Mapping[str, Recording] = {

@@ -54,8 +54,8 @@ def test_a_process_that_is_stopped_longer_than_others_wait_continues(kind: crash
     ],
 )
 def test_a_power_cut_leaves_what_was_acknowledged(name: str, count: int) -> None:
-    _, tried, wrong = cuts.execute(RECORDINGS[name], count)
-    assert (wrong, tried >= 5) == ([], True)
+    found = cuts.execute(RECORDINGS[name], count)
+    assert (found.failed, found.tried >= 5) == ([], True)
 
 
 @pytest.mark.nightly
@@ -71,5 +71,5 @@ def test_crash_points_find_a_fault(patch: Path) -> None:
 def test_power_cuts_find_a_fault(patch: Path) -> None:
     name = "command" if "output" in patch.stem else "power"
     with mutated(patch) as package:
-        _, _, wrong = cuts.execute(RECORDINGS[name], 150, package=package)
-    assert wrong
+        found = cuts.execute(RECORDINGS[name], 150, package=package)
+    assert found.failed
