@@ -100,10 +100,10 @@ async def test_unfinished_work_waits_for_a_program_with_its_agent(
 
 
 async def test_the_lock_file_of_an_engine_that_died_before_it_was_registered_is_removed() -> None:
-    """No table has it, so no other engine would look for it. One that is locked belongs to an engine that is starting."""
+    """No table has it, so no engine takes over from it. A locked one belongs to an engine that is starting."""
     async with Program().engine():
         pass
-    Path(f"{STORE}-engine-dead").touch()
+    files.close_lock(files.acquire_lock(f"{STORE}-engine-dead", 0o600))
     starting = files.acquire_lock(f"{STORE}-engine-starting", 0o600)
     async with Program().engine() as engine:
         locks = {name.rpartition("-engine-")[2] for name in glob.glob(f"{STORE}-engine-*")}

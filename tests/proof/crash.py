@@ -94,8 +94,8 @@ class Machine:
                     time.sleep(0.1)
                 time.sleep(1)  # until each worker has all its threads and files
                 idle = {what: len(each) for what, each in self._place.held().items()}
-                # A pool keeps threads, and SQLite keeps the file of a closed connection for the next one.
-                more = {"threads": idle["threads"] + CAPACITY * workers, "files": idle["files"] + workers}
+                # A pool keeps threads. SQLite opens a journal late, and keeps the file of a closed connection.
+                more = {"threads": idle["threads"] + CAPACITY * workers, "files": idle["files"] + 2 * workers}
                 self._idle[workers] = {**idle, **more, "connections": 0}
 
     def calls_of(self, scenario: str) -> int:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import glob
 import logging
 import os
 import random
@@ -41,6 +42,8 @@ __all__ = ["faults_of", "sample", "trial"]
 
 #: Max runs at the same time. In the end all these slots are free.
 CAPACITY = 3
+#: How long after a deletion the files of a run are deleted, in seconds.
+DELETED_S = 12.0
 #: How long operations fail, by kind, if that is not 0 and 3 seconds.
 SECONDS = {"model": (0.0,), "clock": (0.0, 3.0, 30.0)}
 
@@ -82,7 +85,10 @@ class _Bridge(httpx.BaseTransport):
         response = await httpx.ASGITransport(app, raise_app_exceptions=False).handle_async_request(request)
         if is_broken:
             raise httpx.WriteError("the connection is broken")
-        return httpx.Response(response.status_code, headers=response.headers, content=await response.aread())
+        content = await response.aread()
+        if len(content) < int(response.headers.get("content-length", 0)):
+            raise httpx.ReadError("the response breaks off")
+        return httpx.Response(response.status_code, headers=response.headers, content=content)
 
     def _check_error(self, response: httpx.Response) -> None:
         problem = response.json()
@@ -161,6 +167,7 @@ def trial(name: str, fault: Fault | None = None) -> Mapping[str, Sequence[str]]:
             with faults.off():
                 async with _serving(name, folder, model, faults) as bridge.app:
                     await Schedule.run_in_executor(loop, None, check, client, model, log)
+                    await anyio.sleep(DELETED_S)
             client.close()
             gc.collect()  # a statement that has failed keeps its connection open
             left: dict[str, Collection[Any]] = {
@@ -169,7 +176,9 @@ def trial(name: str, fault: Fault | None = None) -> Mapping[str, Sequence[str]]:
                 "threads": loop.threads,
             }
             if fault is None or fault.kind != "file" or not fault.seconds:  # otherwise they could not be removed
-                left["names"] = set(os.listdir(folder)) - {"flock.db", "flock.db-lock", "log"}
+                left["names"] = set(os.listdir(folder)) - {"flock.db", "flock.db-lock", "flock.db-files", "log"}
+            if fault is None:  # otherwise the file may be named again, and is kept for a day
+                left["contents"] = glob.glob(f"{folder}/flock.db-files/*/*")
             faults.problems += [f"{what} are left: {each}" for what, each in left.items() if each]
         assert not faults.problems, "\n".join(faults.problems)
         return faults.names

@@ -162,6 +162,22 @@ def _retry(client: Client) -> None:
     client.completed(run_id, {"result": "a"})
 
 
+def _file(client: Client) -> None:
+    letter = client.new_name("letter").encode() * 1000
+    file_id = client.send("POST", "/files", content=letter).json()["file_id"]
+    client.acks("sent file", file_id, None)
+    assert client.send("GET", f"/files/{file_id}").content == letter  # later it would keep it for a day
+    run_id = client.run("weigh", letter={"file_id": file_id})
+    while (run := client.until(run_id))["status"] == "failed":  # the agent has read it at a bad moment
+        assert "cannot be read now" in run["error"], run
+        client.retry(f"/run/{run_id}")
+        time.sleep(0.5)
+    client.completed(run_id, {"result": len(letter)})
+    assert client.eve.send("GET", f"/files/{file_id}").status_code == 404, "it is ann's"
+    client.delete(run_id)
+    client.acks("deleted file", file_id, None)
+
+
 def _retention(client: Client) -> None:
     runs = [client.run("plain", word=f"{n}") for n in range(4)]
     for run_id in runs:
@@ -190,5 +206,6 @@ SCENARIOS: Mapping[str, Scenario] = {
     "cancel": Scenario(_cancel),
     "delete": Scenario(_delete),
     "retry": Scenario(_retry),
+    "file": Scenario(_file),
     "retention": Scenario(_retention, ("--keep-runs", "2"), is_long=True),
 }

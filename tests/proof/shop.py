@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import TypedDict
 
 from flock.agents.tools import Tool
-from flock.core import Flock, FlockFactory
+from flock.core import File, Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import RunContext
 
@@ -50,6 +50,11 @@ def plain(word: str, context: RunContext) -> Word:
     note("begin", context.run_id, "plain")
     note("end", context.run_id, "plain")
     return {"word": word}
+
+
+@flock.agent
+def weigh(letter: File) -> int:
+    return len(letter.read())
 
 
 @flock.agent(next_agent="second")

@@ -41,6 +41,9 @@ FOUND = {
     "the lock file of an engine that could not start": ("function", "sql", "full", "INSERT INTO engines", 3.0),
     "a lock file that cannot be removed": ("function", "file", "EACCES", "unlink", 3.0),
     "a thread for a function": ("function", "thread", "start", "", 3.0),
+    "a file that cannot be written, nor removed": ("file", "file", "EMFILE", "open", 3.0),
+    "a thread to store or close a file": ("file", "thread", "start", "", 3.0),
+    "a file that cannot be read": ("file", "file", "EIO", "open", 0.0),
 }
 
 
