@@ -92,7 +92,7 @@ class File:
             raise ValueError(f"The {found}, and this input takes {self.WHAT}")
 
     def open(self) -> BinaryIO:
-        """Open the content for reading. Raises CallError if it is not stored or readable any more, or outside of a step."""
+        """Open the content for reading. Raises CallError if it is not stored or readable now, or outside of a step."""
         try:
             return open((self._folder or Path)() / self.sha256, "rb")
         except OSError as exc:

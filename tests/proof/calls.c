@@ -179,6 +179,14 @@ int rename(const char *from, const char *to) {
     return real(from, to);
 }
 
+int mkdir(const char *path, mode_t mode) {
+    REAL(int, "mkdir", const char *, mode_t);
+    int result = real(path, mode);
+    char full[PATH_MAX];
+    if (!result && control && realpath(path, full) && is_ours(full)) count(), record('m', 0, full, 0, NULL, 0, NULL);
+    return result;
+}
+
 int unlink(const char *path) {
     REAL(int, "unlink", const char *);
     if (is_ours(path) && !strstr(path, "-shm")) count(), record('u', 0, path, 0, NULL, 0, NULL);

@@ -113,7 +113,7 @@ class Client:
     def batch(self, agent_name: str, rows: list[Any]) -> str:
         body = {"agent_name": agent_name, "batch_inputs": rows, "max_workers": 2}
         batch = self._accepted(self.send("POST", "/run/batch", body, key=self.new_name("batch")))
-        self.batches[batch["batch_id"]] = batch
+        self.batches[batch["batch_id"]] = {"status": "starting"}
         self.acks("accepted batch", batch["batch_id"], len(rows))
         return str(batch["batch_id"])
 

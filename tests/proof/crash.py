@@ -28,7 +28,7 @@ from tests.support import ROOT
 
 Kind = Literal["start", "kill", "worker", "stop", "stopped worker"]
 #: How long a process is stopped: longer than others wait for the lock of the store, or for a sign of life.
-STOPS_S = {"stop": 6.0, "stopped worker": 32.0}
+STOPS_S = (6.0, 32.0)
 CAPACITY = 3
 #: Scenarios are played on one store, one after the other, this often.
 PLAYS_OF_A_STORE = 12
@@ -155,7 +155,7 @@ class Machine:
             pid = place.control.pid
             if "stop" in point.kind:
                 if pid and not continues_at:
-                    continues_at = time.monotonic() + STOPS_S[point.kind]
+                    continues_at = time.monotonic() + STOPS_S[point.at % 2]
                 elif continues_at and time.monotonic() >= continues_at:
                     os.kill(pid, signal.SIGCONT)
                     is_replaced = True

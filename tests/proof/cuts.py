@@ -78,61 +78,72 @@ class File:
         return bytes(content)
 
 
+FOLDER = File()
+
+
 class Disk:
     """The files of a folder after the calls so far, by what POSIX promises, which is nothing but syncs.
 
-    A name is on disk after a sync of its folder, and the data of a file after one of the file.
+    A name is on disk after a sync of its folder, and the data of a file after one of the file. What is in a folder
+    whose own name is lost, is lost.
     """
 
     def __init__(self) -> None:
         self._files = defaultdict[int, File](File)
         self._names, self._durable_names = dict[str, File](), dict[str, File]()
-        self._pending_names = list[tuple[str, File | None]]()
+        self._pending_names = defaultdict[str, list[tuple[str, File | None]]](list)  # by folder
         #: how many writes or names each thread that syncs a file will have synced; that of a killed one never ends
         self._syncs = defaultdict[int, dict[int, int]](dict)
 
     def apply(self, call: Call) -> None:
         match call.what:
             case "c":
-                self._files[call.file] = self._names[call.name] = File()
-                self._pending_names.append((call.name, self._names[call.name]))
+                self._files[call.file] = File()
+                self._rename(call.name, self._files[call.file])
+            case "m":
+                self._rename(call.name, FOLDER)
             case "w":
                 self._files[call.file].pending.append((call.offset, call.data))
             case "t":
                 self._files[call.file].pending.append((call.offset, None))
-            case "u":
-                if self._names.pop(call.name, None) is not None:
-                    self._pending_names.append((call.name, None))
+            case "u" if call.name in self._names:
+                self._rename(call.name, None)
             case "r" if call.name in self._names:
-                self._names[call.data.decode()] = moved = self._names.pop(call.name)
-                self._pending_names += [(call.data.decode(), moved), (call.name, None)]
+                self._rename(call.data.decode(), self._names[call.name])
+                self._rename(call.name, None)
             case "Y":
                 for each in self._files.values():
                     each.durable, each.pending = each.content(each.pending), []
-                self._durable_names, self._pending_names = dict(self._names), []
+                self._durable_names = dict(self._names)
+                self._pending_names.clear()
             case "s":
                 file = self._files.get(call.file)
-                self._syncs[call.file][call.offset] = len(self._pending_names if file is None else file.pending)
+                pending = self._pending_names[call.name] if file is None else file.pending
+                self._syncs[call.file][call.offset] = len(pending)
             case "S":
-                self._sync(call.file, self._syncs[call.file].pop(call.offset))
+                self._sync(call.file, call.name, self._syncs[call.file].pop(call.offset))
 
-    def _sync(self, number: int, count: int) -> None:
-        if (file := self._files.get(number)) is None:  # the folder
-            for name, each in self._pending_names[:count]:
-                _set(self._durable_names, name, each)
-            del self._pending_names[:count]
+    def _rename(self, name: str, file: File | None) -> None:
+        _set(self._names, name, file)
+        self._pending_names[os.path.dirname(name)].append((name, file))
+
+    def _sync(self, number: int, name: str, count: int) -> None:
+        if (file := self._files.get(number)) is None:  # a folder
+            for each in self._pending_names[name][:count]:
+                _set(self._durable_names, *each)
+            del self._pending_names[name][:count]
         else:
             file.durable = file.content(file.pending[:count])
             del file.pending[:count]
         for thread, left in self._syncs[number].items():
             self._syncs[number][thread] = max(0, left - count)
 
-    def state(self, number: int, cut: int) -> Mapping[str, bytes]:
-        """Return the files after a power cut: one of ``COUNT`` states."""
+    def state(self, number: int, cut: int) -> Mapping[str, bytes | None]:
+        """Return the files and folders, which are None, after a power cut: one of ``COUNT`` states."""
         choice = random.Random(f"{cut} {number}")
         block = BLOCKS[number % 2]
         names = dict(self._durable_names)
-        for name, each in self._pending_names:
+        for name, each in itertools.chain(*self._pending_names.values()):
             if number in (0, 2, 4, 5) or (number > 5 and choice.random() < 0.7):
                 _set(names, name, each)
 
@@ -157,7 +168,7 @@ class Disk:
             share = choice.choice((0.1, 0.5, 0.9))
             return [part for part in parts if choice.random() < share]
 
-        return {name: file.content(kept(file)) for name, file in names.items()}
+        return {name: None if file is FOLDER else file.content(kept(file)) for name, file in names.items()}
 
 
 #: The number of states after each cut, and how many of them differ from those before on average.
@@ -173,7 +184,7 @@ def _set(names: dict[str, File], name: str, file: File | None) -> None:
 
 def states(
     calls: list[Call], cuts: Collection[int], numbers: Collection[int]
-) -> Iterator[tuple[int, int, Mapping[str, bytes], list[Any]]]:
+) -> Iterator[tuple[int, int, Mapping[str, bytes | None], list[Any]]]:
     """Yield the cut, the number of the state, the files, and what was acknowledged before. Equal ones come once."""
     disk, acks, seen = Disk(), list[Any](), set[bytes]()
     for cut, call in enumerate(calls):
@@ -185,7 +196,7 @@ def states(
             files = disk.state(number, cut)
             digest = hashlib.blake2b(str(len(acks)).encode())
             for name, content in sorted(files.items()):
-                digest.update(f"{name} {len(content)} ".encode() + content)
+                digest.update(f"{name} {len(content or b'')} ".encode() + (content or b""))
             if digest.digest() not in seen:
                 seen.add(digest.digest())
                 yield cut, number, files, acks
@@ -220,8 +231,12 @@ def execute(
         for cut, number, files, acks in states(calls, cuts, range(COUNT)):
             tried += 1
             with Place(forge, env, *recording.options) as place:
-                for path, content in files.items():
-                    Path(place.folder, os.path.relpath(path, root)).write_bytes(content)
+                for path, content in sorted(files.items()):
+                    file = Path(place.folder, os.path.relpath(path, root))
+                    if content is None and file.parent.exists():
+                        file.mkdir()
+                    elif content is not None and file.parent.exists():
+                        file.write_bytes(content)
                 try:
                     missing.append(recording.check(place, model, acks))
                 except Exception as exc:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import signal
 import sqlite3
@@ -74,6 +75,17 @@ def _serve(place: Place) -> None:
         client.close()
 
 
+def _send_files(place: Place) -> None:
+    client = Client(place.url, lambda *ack: place.note("A", ack))
+    try:
+        place.start()
+        place.wait_until_up()
+        for _ in range(2):
+            SCENARIOS["file"].play(client)
+    finally:
+        client.close()
+
+
 def _play_until(is_over: threading.Event, client: Client) -> None:
     for name in itertools.cycle(["chain", "batch"]):
         SCENARIOS[name].play(client)
@@ -121,6 +133,7 @@ class Expected:
 
     def __init__(self, acks: Sequence[Any]) -> None:
         self.runs, self.batches = dict[str, Any](), dict[str, Any]()
+        self.files = set[str]()
         self.deleted, self.answers, self.messages = set[str](), set[tuple[str, str]](), set[tuple[str, str]]()
         for what, each, value in acks:
             match what:
@@ -136,12 +149,15 @@ class Expected:
                     self.batches[each] = None
                 case "deleting":
                     self.runs.pop(each)
+                    self.files.clear()
                 case "deleted":
                     self.deleted.add(each)
                 case "answered":
                     self.answers.add((each, value))
                 case "sent":
                     self.messages.add((each, value))
+                case "sent file":
+                    self.files.add(each)
 
     async def missing(self, engine: Engine) -> int:
         """Return how many runs are not there."""
@@ -209,6 +225,9 @@ def _check_file(store: Path, acks: Sequence[Any], *, is_durable: bool = True) ->
             return await expected.missing(engine)
 
     missing = anyio.run(opened)
+    for file_id in expected.files if is_durable else ():
+        found = [hashlib.sha256(path.read_bytes()).hexdigest() for path in store.parent.glob(f"*/*/{file_id}")]
+        assert found == [file_id], f"the file {file_id} is lost"
     db = sqlite3.connect(store)
     try:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -291,6 +310,7 @@ RECORDINGS: Mapping[str, Recording] = {
     "workers": Recording(
         _serve_workers, functools.partial(_check_server, is_durable=True), ("--durability", "power", "--workers", "2")
     ),
+    "file": Recording(_send_files, functools.partial(_check_server, is_durable=True)),
     "long": Recording(_serve_long, functools.partial(_check_server, is_durable=True)),
     "process": Recording(_serve, functools.partial(_check_server, is_durable=False), ("--durability", "process")),
     "command": Recording(_batch, _check_batch),

@@ -175,7 +175,6 @@ def _file(client: Client) -> None:
     client.completed(run_id, {"result": len(letter)})
     assert client.eve.send("GET", f"/files/{file_id}").status_code == 404, "it is ann's"
     client.delete(run_id)
-    client.acks("deleted file", file_id, None)
 
 
 def _retention(client: Client) -> None:

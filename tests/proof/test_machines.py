@@ -36,13 +36,6 @@ def test_a_worker_that_is_killed_at_any_call_is_replaced() -> None:
     assert (broken, reached.total() >= 2) == ([], True)
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("kind", ["stop", "stopped worker"])
-def test_a_process_that_is_stopped_longer_than_others_wait_continues(kind: crash.Kind) -> None:
-    reached, broken = crash.execute(["workflow", "caught", "stream"], [kind], 4)
-    assert (broken, reached.total() >= 3) == ([], True)
-
-
 @pytest.mark.parametrize(
     ("name", "count"),
     [
