@@ -65,15 +65,16 @@ class _Bridge(httpx.BaseTransport):
         return response
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
-        is_broken = False
+        is_broken = is_whole = False
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             async def fragile_send(message: Any) -> None:
-                nonlocal is_broken
+                nonlocal is_broken, is_whole
                 is_broken = is_broken or self._faults.fail("client")
                 if is_broken:
                     raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
                 await send(message)
+                is_whole = message["type"] == "http.response.body" and not message.get("more_body")
 
             async def fragile_receive() -> Any:
                 return {"type": "http.disconnect"} if is_broken else await receive()
@@ -86,7 +87,7 @@ class _Bridge(httpx.BaseTransport):
         if is_broken:
             raise httpx.WriteError("the connection is broken")
         content = await response.aread()
-        if len(content) < int(response.headers.get("content-length", 0)):
+        if not is_whole:
             raise httpx.ReadError("the response breaks off")
         return httpx.Response(response.status_code, headers=response.headers, content=content)
 

@@ -31,7 +31,7 @@ __all__ = ["ERRORS", "Fault", "Faults", "failing"]
 #: How long after the last failure the server may still answer 503, in seconds.
 RECOVERY_S = 3.0
 #: How long after the first failure a call that was about to begin may still begin, in seconds.
-NOTICED_S = 0.1
+NOTICED_S = 0.001
 
 
 def os_error(number: int) -> Callable[[], Exception]:
