@@ -92,11 +92,12 @@ class File:
             raise ValueError(f"The {found}, and this input takes {self.WHAT}")
 
     def open(self) -> BinaryIO:
-        """Open the content for reading. Raises CallError if it is no longer stored, or outside of a step."""
+        """Open the content for reading. Raises CallError if it is not stored or readable now, or outside of a step."""
         try:
             return open((self._folder or Path)() / self.sha256, "rb")
         except OSError as exc:
-            raise CallError(f"The file {self.name or self.sha256!r} is not stored any more.") from exc
+            problem = "is not stored any more" if isinstance(exc, FileNotFoundError) else "cannot be read now"
+            raise CallError(f"The file {self.name or self.sha256!r} {problem}.") from exc
 
     def read(self) -> bytes:
         """Return the content. Raises CallError as ``open`` does."""

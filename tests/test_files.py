@@ -946,7 +946,7 @@ async def test_a_full_disk_stores_nothing(
             with pytest.raises(StoreError, match="log has the reason"):
                 await engine.submit("read", {"letter": "data:,hello"})
         assert stored(tmp_path) == []
-        assert "cannot be written" in caplog.text
+        assert "cannot be stored" in caplog.text
         run = await engine.submit("read", {"letter": "data:,hello"})
         assert (await engine.wait(run.run_id)).value == {"result": "hello"}
 

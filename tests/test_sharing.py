@@ -23,7 +23,7 @@ from flock.engine import base
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import Conflict, EngineFull, RunNotFound
 from flock.runs import BatchFilter, BatchOptions, RunFilter, RunStatus
-from flock.store import queries
+from flock.store import files, queries
 from tests.support import PATIENCE_S
 from tests.support.engines import sqlite_of, until
 from tests.support.servers import flockapi_command, running
@@ -97,6 +97,18 @@ async def test_unfinished_work_waits_for_a_program_with_its_agent(
         assert (await wait(ours, timeout_s=PATIENCE_S)).status is RunStatus.COMPLETED
     assert set(same.calls) == {"ours"}
     assert not glob.glob(f"{STORE}-engine-*"), "no lock of a stopped engine is left"
+
+
+async def test_the_lock_file_of_an_engine_that_died_before_it_was_registered_is_removed() -> None:
+    """No table has it, so no engine takes over from it. A locked one belongs to an engine that is starting."""
+    async with Program().engine():
+        pass
+    files.close_lock(files.acquire_lock(f"{STORE}-engine-dead", 0o600))
+    starting = files.acquire_lock(f"{STORE}-engine-starting", 0o600)
+    async with Program().engine() as engine:
+        locks = {name.rpartition("-engine-")[2] for name in glob.glob(f"{STORE}-engine-*")}
+        assert locks == {"starting", engine._engine_id}
+    files.close_lock(starting)
 
 
 async def test_a_handed_off_run_waits_for_its_next_agent() -> None:

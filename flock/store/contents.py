@@ -126,6 +126,11 @@ def _unreadable(path: Path, exc: OSError) -> StoreError:
     return StoreError(f"The file {str(path)!r} cannot be read: {exc.strerror}. Make it readable, and run this again.")
 
 
+def _unusable(path: Path, what: str, exc: Exception) -> StoreError:
+    logger.error("the file %s cannot be %s: %s", path, what, exc)
+    return StoreError(f"The file cannot be {what} now. The server's log has the reason.")
+
+
 async def _each(chunk: bytes) -> AsyncIterator[bytes]:
     yield chunk
 
@@ -150,6 +155,8 @@ class _ContentsOfPrincipal(FileBox):
                 return FileReference(file_id=file_id, media_type=media_type, size=os.fstat(file.fileno()).st_size)
         except FileNotFoundError as exc:
             raise NotFound(f"You have no file {file_id[:100]!r}, or it is no longer stored. Send it again.") from exc
+        except OSError as exc:
+            raise _unusable(self.path(file_id), "read", exc) from exc
 
     def _copied(self, folder: Path, name: str) -> FileReference:
         """Store a file of a folder. Raises ValueError, StoreError."""
@@ -212,11 +219,11 @@ class _ContentsOfPrincipal(FileBox):
                 folder.mkdir(mode=0o700, exist_ok=True)
             with open(path, "xb", opener=lambda name, flags: os.open(name, flags, PRIVATE)) as file:
                 yield file, path
-        except OSError as exc:
-            logger.error("the file %s cannot be written: %s", path, exc)
-            raise StoreError("The file cannot be stored now. The server's log has the reason.") from exc
+        except (OSError, RuntimeError) as exc:  # the last one: no thread can be started
+            raise _unusable(path, "stored", exc) from exc
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # if it stays, it is deleted after a day
+                path.unlink(missing_ok=True)
 
     def _write(self, file: BinaryIO, chunk: bytes) -> None:
         if shutil.disk_usage(self._folder).free < MIN_FREE_BYTES:

@@ -49,26 +49,36 @@ def exclusive_lock(path: str) -> Iterator[None]:
         if not try_lock(file):
             close_lock(file)
             raise BlockingIOError(f"another process has locked {path}")
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
+        if _has_name(file, path):
+            break
         close_lock(file)  # its previous holder has removed it in the meantime
     try:
         yield
     finally:
-        remove(path)
-        close_lock(file)
+        try:
+            remove(path)
+        finally:
+            close_lock(file)
 
 
 def acquire_lock(path: str, mode: int) -> IO[bytes]:
     """Wait for a lock on the file *path*, which is held until ``close_lock``."""
-    file = open_lock(path, mode)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-        close_lock(file)
-        raise
-    return file
+    while True:
+        file = open_lock(path, mode)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _has_name(file, path):
+                return file
+        except OSError:
+            close_lock(file)
+            raise
+        close_lock(file)  # another process has removed it, since nobody had locked it
+
+
+def _has_name(file: IO[bytes], path: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def open_lock(path: str, mode: int) -> IO[bytes]:

@@ -594,6 +594,7 @@ def webhook_page(status: str | None, after: str | None) -> str:
 
 FIND_ENGINE = "SELECT 1 FROM engines WHERE engine_id = ?"
 OTHER_ENGINES = "SELECT engine_id FROM engines WHERE flock = ? AND engine_id != ?"
+ALL_ENGINES = "SELECT engine_id FROM engines"
 INSERT_ENGINE = "INSERT INTO engines VALUES (?, ?, ?)"
 DELETE_ENGINE = "DELETE FROM engines WHERE engine_id = ?"
 #: A write without effect, to test whether the file can be written.

@@ -6,6 +6,7 @@ engine that has taken over its runs.
 
 import contextlib
 import functools
+import glob
 import itertools
 import logging
 import sqlite3
@@ -384,7 +385,16 @@ class SQLiteStore(Database, Store):
             with contextlib.suppress(OSError):
                 files.remove(self.lock_of(engine_id))
             raise
+        if self.is_shared:
+            self._remove_unknown_locks()
         return await self.change(apply)
+
+    def _remove_unknown_locks(self) -> None:
+        """Remove the files of engines that died before they were in the table, so that no other engine finds them."""
+        known = self.read(lambda db: {self.lock_of(row[0]) for row in db.execute(statements.ALL_ENGINES)})
+        for path in set(glob.glob(f"{glob.escape(self.path)}-engine-*")) - known:
+            with contextlib.suppress(OSError), files.exclusive_lock(path):  # a file that is locked stays
+                pass
 
     async def unfinished_of_other_flocks(self, flock: str) -> Mapping[str, int]:
         def find(db: sqlite3.Connection) -> Mapping[str, int]:

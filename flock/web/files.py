@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import anyio
+import anyio.to_thread
 import msgspec
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -136,8 +136,8 @@ async def post_file(request: Request) -> Response:
 
 
 async def _pieces(path: Path) -> AsyncGenerator[bytes, None]:
-    async with await anyio.open_file(path, "rb") as file:
-        while piece := await file.read(PIECE_BYTES):
+    with await anyio.to_thread.run_sync(open, path, "rb") as file:  # it is closed even if no thread can be started
+        while piece := await anyio.to_thread.run_sync(file.read, PIECE_BYTES):
             yield piece
 
 

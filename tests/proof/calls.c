@@ -19,9 +19,10 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
-struct control { int64_t count, at, signal, pid; };
+struct control { int64_t count, at, signal, pid, time; };
 struct record { char what; char pad[7]; int64_t file, offset, size, name, data; };
 
 static struct control *control;
@@ -44,7 +45,10 @@ void proof_begin(void) { begin(); }
 
 static void count(void) {
     if (!control || __atomic_add_fetch(&control->count, 1, __ATOMIC_SEQ_CST) != control->at) return;
-    control->pid = getpid();
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    control->time = now.tv_sec * 1000000000ll + now.tv_nsec;
+    __atomic_store_n(&control->pid, getpid(), __ATOMIC_SEQ_CST);
     kill(getpid(), (int)control->signal);
 }
 
@@ -139,6 +143,12 @@ static int synced(int fd, int (*real)(int)) {
 int fsync(int fd) { REAL(int, "fsync", int); return synced(fd, real); }
 int fdatasync(int fd) { REAL(int, "fdatasync", int); return synced(fd, real); }
 
+void sync(void) {
+    REAL(void, "sync", void);
+    real();
+    record('Y', 0, "", 0, NULL, 0, NULL);
+}
+
 /* Names */
 
 static int opened(const char *path, int flags, mode_t mode) {
@@ -167,6 +177,14 @@ int rename(const char *from, const char *to) {
     REAL(int, "rename", const char *, const char *);
     if (is_ours(from)) count(), record('r', 0, from, 0, NULL, 0, to);
     return real(from, to);
+}
+
+int mkdir(const char *path, mode_t mode) {
+    REAL(int, "mkdir", const char *, mode_t);
+    int result = real(path, mode);
+    char full[PATH_MAX];
+    if (!result && control && realpath(path, full) && is_ours(full)) count(), record('m', 0, full, 0, NULL, 0, NULL);
+    return result;
 }
 
 int unlink(const char *path) {

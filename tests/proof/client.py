@@ -4,9 +4,10 @@ So a scenario continues while its server is killed, stopped, or out of disk.
 """
 
 import contextlib
+import functools
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
@@ -27,40 +28,59 @@ Event = dict[str, str]
 
 
 class Client:
-    """A client named ann, and what the server has acknowledged to her.
+    """A client, by default ann, and what the server has acknowledged to her.
 
     Attributes:
         runs: the accepted runs that are not deleted, and their last known state.
-        attempts: how often each was started or retried by her.
-        starts: the times at which a process was started in place of one that was killed, in seconds of the epoch.
+        batches: the same of batches, with their items when they have ended.
+        sessions: the conversations.
+        hidden: the runs and batches that eve was found not to see.
+        attempts: how often each run was started or retried by her.
+        waited: the times at which each run was seen to wait, in seconds of the epoch.
+        deaths: the times at which a process of the server was killed.
         acks: called with what was acknowledged, in the order of acknowledgement: ``(what, id, value)``.
         is_damaged: records could not be read for a while, and a conversation leaves them out.
         first: the number of its first name. Two clients of the same name have different ones.
+        eve: another client of the same server.
     """
 
     def __init__(
-        self, url: str, acks: Callable[[str, str, Any], object] = lambda what, id, value: None, first: int = 0
+        self,
+        url: str,
+        acks: Callable[[str, str, Any], object] = lambda what, id, value: None,
+        first: int = 0,
+        who: str = "ann",
     ) -> None:
         self.url, self.acks = url, acks
         self.runs, self.batches, self.deleted = dict[str, Any](), dict[str, Any](), set[str]()
+        self.sessions, self.hidden = list[str](), set[str]()
         self.ended_at, self.attempts = dict[str, float](), Counter[str]()
-        self._number, self.starts, self.is_damaged = first, list[float](), False
+        self.waited, self.deaths, self.is_damaged = defaultdict[str, list[float]](list), list[float](), False
+        self._number, self._key = first, f"Bearer key-of-{who}-123456"
         self._http = httpx.Client(timeout=PATIENCE_S / 2, limits=httpx.Limits(max_keepalive_connections=0))
+
+    @functools.cached_property
+    def eve(self) -> "Client":
+        return Client(self.url, who="eve")
 
     def close(self) -> None:
         self._http.close()
+        if "eve" in self.__dict__:
+            self.eve.close()
 
     def new_name(self, begin: str) -> str:
         self._number += 1
         return f"{begin}-{self._number}"
 
-    def send(self, method: str, path: str, body: Any = None, *, who: str = "ann", key: str = "") -> httpx.Response:
+    def send(
+        self, method: str, path: str, body: Any = None, *, key: str = "", content: bytes | None = None
+    ) -> httpx.Response:
         """Send a request until there is a response. Raises AssertionError if there is none in time."""
-        headers = {"Authorization": f"Bearer key-of-{who}-123456", **({"Idempotency-Key": key} if key else {})}
+        headers = {"Authorization": self._key, **({"Idempotency-Key": key} if key else {})}
         deadline, seen = time.monotonic() + PATIENCE_S, "nothing"
         while time.monotonic() < deadline:
             try:
-                response = self._http.request(method, self.url + path, json=body, headers=headers)
+                response = self._http.request(method, self.url + path, json=body, content=content, headers=headers)
             except httpx.TransportError as exc:
                 seen = repr(exc)
             else:
@@ -93,7 +113,7 @@ class Client:
     def batch(self, agent_name: str, rows: list[Any]) -> str:
         body = {"agent_name": agent_name, "batch_inputs": rows, "max_workers": 2}
         batch = self._accepted(self.send("POST", "/run/batch", body, key=self.new_name("batch")))
-        self.batches[batch["batch_id"]] = batch
+        self.batches[batch["batch_id"]] = {"status": "starting"}
         self.acks("accepted batch", batch["batch_id"], len(rows))
         return str(batch["batch_id"])
 
@@ -101,12 +121,26 @@ class Client:
         """Keep the state of a run. A final state never changes but by a retry."""
         run_id, before = run["run_id"], self.runs.get(run["run_id"])
         if before is not None and before["status"] in FINAL and before["attempt"] == run["attempt"]:
-            changed = {name: run[name] for name in ("status", "result", "error") if run[name] != before[name]}
-            assert not changed, f"The final state of {run_id} has changed: {before} is now {run}"
+            _check_unchanged(before, run)
         if run["status"] in FINAL and run_id not in self.ended_at:
             self.ended_at[run_id] = time.time()
             self.acks("ended", run_id, [run["status"], run["result"]])
+        if run["status"] == "waiting":
+            self.waited[run_id].append(time.time())
         self.runs[run_id] = run
+
+    def note_batch(self, batch: Any) -> None:
+        """Keep the state of a batch and of its items, which never change but by a retry if they are final."""
+        batch_id, before = batch["batch_id"], self.batches[batch["batch_id"]]
+        if batch["status"] in FINAL:
+            batch["items"] = self.send("GET", f"/batch/{batch_id}/results").json()
+            if before["status"] in FINAL and before["attempt"] == batch["attempt"]:
+                _check_unchanged(before, batch)
+            else:
+                self.ended_at |= {item["run_id"]: time.time() for item in batch["items"]}
+                results = [item["result"] for item in batch["items"]]
+                self.acks("ended batch", batch_id, [batch["attempt"], batch["failed_items"], results])
+        self.batches[batch_id] = batch
 
     def until(self, run_id: str, *statuses: str) -> Any:
         """Wait until a run has one of some statuses, by default a final one."""
@@ -129,7 +163,7 @@ class Client:
         while True:
             batch = self.send("GET", f"/batch/{batch_id}?wait=5").json()
             if batch["status"] in FINAL:
-                self.acks("ended batch", batch_id, [batch["attempt"], batch["failed_items"]])
+                self.note_batch(batch)
                 return batch
             assert time.monotonic() < deadline, f"The wait for {batch_id} does not end: {batch}"
 
@@ -151,9 +185,14 @@ class Client:
 
     def retry(self, path: str) -> None:
         """Retry a run or a batch. 409 means that a request whose response was lost did that."""
-        self.acks("retrying", path.rpartition("/")[2], None)
+        id_ = path.rpartition("/")[2]
+        items = self.batches[id_]["items"] if id_ in self.batches else []
+        for each in [id_, *(item["run_id"] for item in items if item["status"] == "failed")]:
+            self.ended_at.pop(each, None)
+            self.attempts[each] = self.attempts.get(each, 1) + 1
+        self.acks("retrying", id_, None)
         assert (response := self.send("POST", f"{path}/retry", {})).status_code in (202, 409), response.text
-        self.acks("retried", path.rpartition("/")[2], None)
+        self.acks("retried", id_, None)
 
     def delete(self, run_id: str) -> None:
         self.acks("deleting", run_id, None)
@@ -167,7 +206,7 @@ class Client:
 
     def _events(self, method: str, path: str, last_id: int = 0, body: Any = None, key: str = "") -> Iterator[Event]:
         """Yield the header ``Flock-Run-Id``, and the events of a stream until it breaks off."""
-        headers = {"Authorization": "Bearer key-of-ann-123456", **({"Idempotency-Key": key} if key else {})}
+        headers = {"Authorization": self._key, **({"Idempotency-Key": key} if key else {})}
         headers |= {"Last-Event-ID": str(last_id)} if last_id else {}
         with (
             contextlib.suppress(httpx.TransportError),
@@ -233,6 +272,12 @@ class Client:
                 text += data.get("delta", "") if "type" in data else _chat_text(data)
             time.sleep(0.02)
         raise AssertionError(f"The answer of {run_id} does not end")
+
+
+def _check_unchanged(before: Any, now: Any) -> None:
+    names = {"status", "result", "error", "items", "failed_items", "results"} & now.keys()
+    changed = {name: now[name] for name in names if now[name] != before[name]}
+    assert not changed, f"A final state has changed: {before} is now {now}"
 
 
 def _chat_text(chunk: Any) -> str:

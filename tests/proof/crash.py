@@ -15,19 +15,20 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from tests.proof.client import PATIENCE_S
 from tests.proof.mutations import mutated
-from tests.proof.scenarios import SCENARIOS, Client, check, provider
+from tests.proof.promises import check
+from tests.proof.scenarios import SCENARIOS, Client, provider
 from tests.proof.servers import Forge, Place
 from tests.support import ROOT
 
 Kind = Literal["start", "kill", "worker", "stop", "stopped worker"]
 #: How long a process is stopped: longer than others wait for the lock of the store, or for a sign of life.
-STOPS_S = {"stop": 6.0, "stopped worker": 32.0}
+STOPS_S = (6.0, 32.0)
 CAPACITY = 3
 #: Scenarios are played on one store, one after the other, this often.
 PLAYS_OF_A_STORE = 12
@@ -62,7 +63,7 @@ class Machine:
     def __init__(self, forge: Forge) -> None:
         self._forge, self._stack = forge, contextlib.ExitStack()
         self._model, self._env = self._stack.enter_context(provider())
-        self._left, self._options, self._idle = 0, tuple[str, ...](), dict[str, int]()
+        self._left, self._options, self._idle = 0, tuple[str, ...](), dict[int, dict[str, int]]()
         self._on_store = contextlib.ExitStack()
         self.reached = Counter[str]()
 
@@ -72,13 +73,13 @@ class Machine:
 
     def _open(self, point: Point) -> None:
         """Use the store of earlier points, or a new one."""
-        several = "--workers", "2" if "worker" in point.kind else "1"
-        options = ("--max-concurrency", str(CAPACITY), *several, *SCENARIOS[point.scenario].options)
+        own, workers = SCENARIOS[point.scenario].options, _workers_of(point)
+        options = ("--max-concurrency", str(CAPACITY), "--workers", str(workers), *own)
         if self._left and options == self._options and point.kind != "start":
             self._left -= 1
             return
         self._on_store.close()
-        self._left, self._options = PLAYS_OF_A_STORE, options
+        self._left, self._options = 0 if own else PLAYS_OF_A_STORE, options
         self._place = self._on_store.enter_context(Place(self._forge, self._env, *options))
         self._model.requests.clear()
         self._client = Client(self._place.url)
@@ -88,11 +89,14 @@ class Machine:
         self._place.start()
         if point.kind != "start":
             self._place.wait_until_up()
-        if point.kind == "kill" and not self._idle:
-            self._idle = {what: len(each) for what, each in self._place.held().items()}
-            # A pool keeps threads, and SQLite keeps the file of a closed connection for the next one.
-            more = {"threads": self._idle["threads"] + CAPACITY, "files": self._idle["files"] + 1}
-            self._idle |= {"connections": 0, **more}
+            if workers not in self._idle:
+                while len(self._place.held()["locks"]) < workers:
+                    time.sleep(0.1)
+                time.sleep(1)  # until each worker has all its threads and files
+                idle = {what: len(each) for what, each in self._place.held().items()}
+                # A pool keeps threads. SQLite opens a journal late, and keeps the file of a closed connection.
+                more = {"threads": idle["threads"] + CAPACITY * workers, "files": idle["files"] + 2 * workers}
+                self._idle[workers] = {**idle, **more, "connections": 0}
 
     def calls_of(self, scenario: str) -> int:
         """Return how many calls there are from the start of a scenario to its end."""
@@ -123,11 +127,11 @@ class Machine:
                 control.disarm()
                 is_over.set()
                 helper.join()
-            if point.scenario != "retention":
-                capacity = 0 if "worker" in point.kind else CAPACITY
-                check(self._client, self._model, place.log, capacity=capacity)
-                if capacity and self._idle:
-                    self._check_held()
+            workers = _workers_of(point)
+            capacity = 0 if SCENARIOS[point.scenario].options else CAPACITY  # its runs would be removed
+            check(self._client, self._model, place.log, capacity=capacity, workers=workers)
+            if workers in self._idle:
+                self._check_held(self._idle[workers])
         except Exception as exc:
             self._left = 0
             log = "\n".join(place.output.read_text().splitlines()[-30:])
@@ -137,32 +141,36 @@ class Machine:
             raise Broken(f"{point}: {exc!r} at {where}\nTo repeat it: {point.command}\n{log}") from exc
         self.reached[point.kind] += control.pid > 0
 
-    def _check_held(self) -> None:
+    def _check_held(self, idle: Mapping[str, int]) -> None:
         """Check that the server holds no more files, threads and connections than one that has just been started."""
         deadline = time.monotonic() + PATIENCE_S
-        while held := {what: each for what, each in self._place.held().items() if len(each) > self._idle[what]}:
-            assert time.monotonic() < deadline, f"the server still holds {held}, and at first {self._idle}"
+        while held := {what: each for what, each in self._place.held().items() if len(each) > idle[what]}:
+            assert time.monotonic() < deadline, f"the server still holds {held}, and at first {idle}"
             time.sleep(0.01)
 
     def _help(self, point: Point, is_over: threading.Event) -> None:
         """Start a killed server again, and continue a stopped one, also if that is at the end of the scenario."""
-        place, starts, continues_at, is_replaced = self._place, self._client.starts, 0.0, False
+        place, deaths, continues_at, is_replaced = self._place, self._client.deaths, 0.0, False
         while not (is_over.wait(0.005) and (not place.control.pid or is_replaced)):
             pid = place.control.pid
             if "stop" in point.kind:
                 if pid and not continues_at:
-                    continues_at = time.monotonic() + STOPS_S[point.kind]
+                    continues_at = time.monotonic() + STOPS_S[point.at % 2]
                 elif continues_at and time.monotonic() >= continues_at:
                     os.kill(pid, signal.SIGCONT)
                     is_replaced = True
             elif pid and not is_replaced and point.kind == "worker":
-                starts.append(time.time())  # its parent replaces it, and the other one takes over its runs
+                deaths.append(place.control.signalled_at)  # the other one takes over its runs
                 is_replaced = True
-            elif not is_replaced and place.has_died():
+            elif pid and not is_replaced and place.has_died():
                 place.kill()
-                starts.append(time.time())
+                deaths.append(place.control.signalled_at)
                 place.start()
                 is_replaced = True
+
+
+def _workers_of(point: Point) -> int:
+    return 2 if "worker" in point.kind else 1
 
 
 def points_of(machine: Machine, scenarios: Collection[str], kinds: Collection[Kind]) -> list[Point]:

@@ -78,61 +78,72 @@ class File:
         return bytes(content)
 
 
+FOLDER = File()
+
+
 class Disk:
     """The files of a folder after the calls so far, by what POSIX promises, which is nothing but syncs.
 
-    A name is on disk after a sync of its folder, and the data of a file after one of the file.
+    A name is on disk after a sync of its folder, and the data of a file after one of the file. What is in a folder
+    whose own name is lost, is lost.
     """
 
     def __init__(self) -> None:
         self._files = defaultdict[int, File](File)
         self._names, self._durable_names = dict[str, File](), dict[str, File]()
-        self._pending_names = list[tuple[str, File | None]]()
+        self._pending_names = defaultdict[str, list[tuple[str, File | None]]](list)  # by folder
         #: how many writes or names each thread that syncs a file will have synced; that of a killed one never ends
         self._syncs = defaultdict[int, dict[int, int]](dict)
 
     def apply(self, call: Call) -> None:
         match call.what:
             case "c":
-                self._files[call.file] = self._names[call.name] = File()
-                self._pending_names.append((call.name, self._names[call.name]))
+                self._files[call.file] = File()
+                self._rename(call.name, self._files[call.file])
+            case "m":
+                self._rename(call.name, FOLDER)
             case "w":
                 self._files[call.file].pending.append((call.offset, call.data))
             case "t":
                 self._files[call.file].pending.append((call.offset, None))
-            case "u":
-                if self._names.pop(call.name, None) is not None:
-                    self._pending_names.append((call.name, None))
+            case "u" if call.name in self._names:
+                self._rename(call.name, None)
             case "r" if call.name in self._names:
-                self._names[call.data.decode()] = moved = self._names.pop(call.name)
-                self._pending_names += [(call.data.decode(), moved), (call.name, None)]
+                self._rename(call.data.decode(), self._names[call.name])
+                self._rename(call.name, None)
             case "Y":
                 for each in self._files.values():
                     each.durable, each.pending = each.content(each.pending), []
-                self._durable_names, self._pending_names = dict(self._names), []
+                self._durable_names = dict(self._names)
+                self._pending_names.clear()
             case "s":
                 file = self._files.get(call.file)
-                self._syncs[call.file][call.offset] = len(self._pending_names if file is None else file.pending)
+                pending = self._pending_names[call.name] if file is None else file.pending
+                self._syncs[call.file][call.offset] = len(pending)
             case "S":
-                self._sync(call.file, self._syncs[call.file].pop(call.offset))
+                self._sync(call.file, call.name, self._syncs[call.file].pop(call.offset))
 
-    def _sync(self, number: int, count: int) -> None:
-        if (file := self._files.get(number)) is None:  # the folder
-            for name, each in self._pending_names[:count]:
-                _set(self._durable_names, name, each)
-            del self._pending_names[:count]
+    def _rename(self, name: str, file: File | None) -> None:
+        _set(self._names, name, file)
+        self._pending_names[os.path.dirname(name)].append((name, file))
+
+    def _sync(self, number: int, name: str, count: int) -> None:
+        if (file := self._files.get(number)) is None:  # a folder
+            for each in self._pending_names[name][:count]:
+                _set(self._durable_names, *each)
+            del self._pending_names[name][:count]
         else:
             file.durable = file.content(file.pending[:count])
             del file.pending[:count]
         for thread, left in self._syncs[number].items():
             self._syncs[number][thread] = max(0, left - count)
 
-    def state(self, number: int, cut: int) -> Mapping[str, bytes]:
-        """Return the files after a power cut: one of ``COUNT`` states."""
+    def state(self, number: int, cut: int) -> Mapping[str, bytes | None]:
+        """Return the files and folders, which are None, after a power cut: one of ``COUNT`` states."""
         choice = random.Random(f"{cut} {number}")
         block = BLOCKS[number % 2]
         names = dict(self._durable_names)
-        for name, each in self._pending_names:
+        for name, each in itertools.chain(*self._pending_names.values()):
             if number in (0, 2, 4, 5) or (number > 5 and choice.random() < 0.7):
                 _set(names, name, each)
 
@@ -157,7 +168,7 @@ class Disk:
             share = choice.choice((0.1, 0.5, 0.9))
             return [part for part in parts if choice.random() < share]
 
-        return {name: file.content(kept(file)) for name, file in names.items()}
+        return {name: None if file is FOLDER else file.content(kept(file)) for name, file in names.items()}
 
 
 #: The number of states after each cut, and how many of them differ from those before on average.
@@ -173,7 +184,7 @@ def _set(names: dict[str, File], name: str, file: File | None) -> None:
 
 def states(
     calls: list[Call], cuts: Collection[int], numbers: Collection[int]
-) -> Iterator[tuple[int, int, Mapping[str, bytes], list[Any]]]:
+) -> Iterator[tuple[int, int, Mapping[str, bytes | None], list[Any]]]:
     """Yield the cut, the number of the state, the files, and what was acknowledged before. Equal ones come once."""
     disk, acks, seen = Disk(), list[Any](), set[bytes]()
     for cut, call in enumerate(calls):
@@ -185,22 +196,31 @@ def states(
             files = disk.state(number, cut)
             digest = hashlib.blake2b(str(len(acks)).encode())
             for name, content in sorted(files.items()):
-                digest.update(f"{name} {len(content)} ".encode() + content)
+                digest.update(f"{name} {len(content or b'')} ".encode() + (content or b""))
             if digest.digest() not in seen:
                 seen.add(digest.digest())
                 yield cut, number, files, acks
 
 
+class Result(NamedTuple):
+    """The number of calls, and of states; what fails; how many runs each state lacks if they may be missing."""
+
+    calls: int
+    tried: int
+    failed: list[str]
+    missing: list[int]
+
+
 def execute(
     recording: Recording, count: int | None = None, seed: int = 0, package: Path = ROOT, keep: Path | None = None
-) -> tuple[int, int, list[str]]:
-    """Record, and check all states, or about *count* of them. Return the number of calls, of states, and what fails.
+) -> Result:
+    """Record, and check all states, or about *count* of them.
 
     Args:
         package: the folder of another copy of the product.
         keep: where to copy the files of the first state that fails.
     """
-    tried, failed = 0, list[str]()
+    tried, missing, failed = 0, list[int](), list[str]()
     with Forge(package) as forge, provider() as (model, env):
         with Place(forge, env, *recording.options, record=True) as place:
             recording.play(place)
@@ -211,16 +231,20 @@ def execute(
         for cut, number, files, acks in states(calls, cuts, range(COUNT)):
             tried += 1
             with Place(forge, env, *recording.options) as place:
-                for path, content in files.items():
-                    Path(place.folder, os.path.relpath(path, root)).write_bytes(content)
+                for path, content in sorted(files.items()):
+                    file = Path(place.folder, os.path.relpath(path, root))
+                    if content is None and file.parent.exists():
+                        file.mkdir()
+                    elif content is not None and file.parent.exists():
+                        file.write_bytes(content)
                 try:
-                    recording.check(place, model, acks)
+                    missing.append(recording.check(place, model, acks))
                 except Exception as exc:
                     failed.append(f"cut {cut} of {len(calls)}, after {calls[cut][:4]}, state {number}: {exc!r}")
                     print(failed[-1], flush=True)
                     if keep is not None and len(failed) == 1:
                         shutil.copytree(place.folder, keep)
-    return len(calls), tried, failed
+    return Result(len(calls), tried, failed, missing)
 
 
 def main() -> None:  # pragma: no cover - run by hand
@@ -236,10 +260,11 @@ def main() -> None:  # pragma: no cover - run by hand
     with mutated(chosen.mutation) if chosen.mutation else contextlib.nullcontext(ROOT) as package:
         for name in chosen.recording or RECORDINGS:
             began_s = time.monotonic()
-            calls, tried, failed = execute(RECORDINGS[name], chosen.states, chosen.seed, package, chosen.keep)
+            calls, tried, failed, missing = execute(RECORDINGS[name], chosen.states, chosen.seed, package, chosen.keep)
             is_broken |= bool(failed)
-            took_s = time.monotonic() - began_s
-            print(f"{name}: {calls} calls, {tried} states, {len(failed)} wrong, {took_s:.0f} s", flush=True)
+            took_s, lossy = time.monotonic() - began_s, [count for count in missing if count]
+            lost = f", {len(lossy)} of them without up to {max(lossy)} acknowledged runs" if lossy else ""
+            print(f"{name}: {calls} calls, {tried} states{lost}, {len(failed)} wrong, {took_s:.0f} s", flush=True)
     sys.exit(is_broken)
 
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import glob
 import logging
 import os
 import random
@@ -33,13 +34,16 @@ from flockapi import FlockAPI, create_app
 from tests.proof import scenarios, shop
 from tests.proof.client import KEYS
 from tests.proof.faults import ERRORS, Fault, Faults, failing
-from tests.proof.scenarios import SCENARIOS, Client, Provider, check
+from tests.proof.promises import check
+from tests.proof.scenarios import SCENARIOS, Client, Provider
 from tests.proof.schedules import Schedule, Thread, execute
 
 __all__ = ["faults_of", "sample", "trial"]
 
 #: Max runs at the same time. In the end all these slots are free.
 CAPACITY = 3
+#: How long after a deletion the files of a run are deleted, in seconds.
+DELETED_S = 12.0
 #: How long operations fail, by kind, if that is not 0 and 3 seconds.
 SECONDS = {"model": (0.0,), "clock": (0.0, 3.0, 30.0)}
 
@@ -61,15 +65,16 @@ class _Bridge(httpx.BaseTransport):
         return response
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
-        is_broken = False
+        is_broken = is_whole = False
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             async def fragile_send(message: Any) -> None:
-                nonlocal is_broken
+                nonlocal is_broken, is_whole
                 is_broken = is_broken or self._faults.fail("client")
                 if is_broken:
                     raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
                 await send(message)
+                is_whole = message["type"] == "http.response.body" and not message.get("more_body")
 
             async def fragile_receive() -> Any:
                 return {"type": "http.disconnect"} if is_broken else await receive()
@@ -81,7 +86,10 @@ class _Bridge(httpx.BaseTransport):
         response = await httpx.ASGITransport(app, raise_app_exceptions=False).handle_async_request(request)
         if is_broken:
             raise httpx.WriteError("the connection is broken")
-        return httpx.Response(response.status_code, headers=response.headers, content=await response.aread())
+        content = await response.aread()
+        if not is_whole:
+            raise httpx.ReadError("the response breaks off")
+        return httpx.Response(response.status_code, headers=response.headers, content=content)
 
     def _check_error(self, response: httpx.Response) -> None:
         problem = response.json()
@@ -150,8 +158,6 @@ def trial(name: str, fault: Fault | None = None) -> Mapping[str, Sequence[str]]:
 
             def play() -> None:
                 SCENARIOS[name].play(client)
-                if fault is not None and fault.error == "ahead":
-                    client.starts += [0.0, 0.0]  # what was spent tomorrow is not yet shown
                 with faults.off():
                     if fault is not None and fault.kind != "clock":
                         time.sleep(max(0.0, faults.rest_s))
@@ -162,6 +168,7 @@ def trial(name: str, fault: Fault | None = None) -> Mapping[str, Sequence[str]]:
             with faults.off():
                 async with _serving(name, folder, model, faults) as bridge.app:
                     await Schedule.run_in_executor(loop, None, check, client, model, log)
+                    await anyio.sleep(DELETED_S)
             client.close()
             gc.collect()  # a statement that has failed keeps its connection open
             left: dict[str, Collection[Any]] = {
@@ -170,7 +177,9 @@ def trial(name: str, fault: Fault | None = None) -> Mapping[str, Sequence[str]]:
                 "threads": loop.threads,
             }
             if fault is None or fault.kind != "file" or not fault.seconds:  # otherwise they could not be removed
-                left["names"] = set(os.listdir(folder)) - {"flock.db", "flock.db-lock", "log"}
+                left["names"] = set(os.listdir(folder)) - {"flock.db", "flock.db-lock", "flock.db-files", "log"}
+            if fault is None:  # otherwise the file may be named again, and is kept for a day
+                left["contents"] = glob.glob(f"{folder}/flock.db-files/*/*")
             faults.problems += [f"{what} are left: {each}" for what, each in left.items() if each]
         assert not faults.problems, "\n".join(faults.problems)
         return faults.names

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import httpx
 import pytest
@@ -31,7 +31,7 @@ __all__ = ["ERRORS", "Fault", "Faults", "failing"]
 #: How long after the last failure the server may still answer 503, in seconds.
 RECOVERY_S = 3.0
 #: How long after the first failure a call that was about to begin may still begin, in seconds.
-NOTICED_S = 0.1
+NOTICED_S = 0.001
 
 
 def os_error(number: int) -> Callable[[], Exception]:
@@ -63,8 +63,10 @@ ERRORS: Mapping[str, Mapping[str, Callable[[], Exception]]] = {
 }
 JUMPS = {"back": -timedelta(hours=1), "ahead": timedelta(days=1)}
 #: Calls of the system for files, which fail if the package calls them.
-CALLS = [(os, each) for each in ("open", "stat", "fstat", "pwrite", "ftruncate", "fsync", "unlink", "rename")]
+CALLS = [(os, each) for each in "open stat fstat pwrite ftruncate fsync unlink rename replace mkdir scandir".split()]
 CALLS += [(builtins, "open"), (io, "open"), (fcntl, "flock")]
+#: How the statements begin with which a write fails.
+WRITES = ("BEGIN IMMEDIATE", "COMMIT", "INSERT", "UPDATE", "DELETE")
 
 
 class Fault(NamedTuple):
@@ -90,6 +92,7 @@ class Faults:
         self.engine: EmbeddedEngine | None = None
         self.names, self.problems = defaultdict[str, list[str]](list), list[str]()
         self._until = self._began_at = self._failed_at = -1e9
+        self._write_failed_at = 1e9
 
     def fail(self, kind: str, name: str = "") -> bool:
         """Count an operation. Return whether it fails now."""
@@ -102,14 +105,13 @@ class Faults:
         if number == fault.at:
             self._began_at, self._until = now, now + fault.seconds
         self._failed_at = now
+        if kind == "sql" and name.startswith(WRITES):
+            self._write_failed_at = min(now, self._write_failed_at)
         return True
 
     def begin(self, what: str) -> None:
         """Called before what costs money, and must not begin while its result cannot be stored."""
-        is_known = self._loop.time() > self._began_at + NOTICED_S
-        if self._fault is not None and self._fault.kind == "thread":  # it may have begun to wait for one
-            is_known = False
-        if is_known and self.engine is not None and not self.engine.store.is_writable:
+        if self._write_failed_at + NOTICED_S < self._loop.time() < self._until:
             self.problems.append(f"{what} is called while the store cannot be written")
 
     def check(self, kind: str, name: str = "") -> None:
@@ -140,7 +142,7 @@ class Faults:
 def _is_product(depth: int = 2) -> bool:
     """Whether a module of the package called the caller, or the standard library for it."""
     frame = sys._getframe(depth)
-    while frame.f_globals["__name__"] in ("pathlib", "contextlib", "genericpath", "posixpath", __name__):
+    while frame.f_globals["__name__"] in ("pathlib", "glob", "contextlib", "genericpath", "posixpath", __name__):
         assert frame.f_back is not None
         frame = frame.f_back
     return str(frame.f_globals["__name__"]).startswith("flock")
@@ -189,11 +191,32 @@ def failing(faults: Faults, loop: Schedule, log: Path, bridge: httpx.BaseTranspo
             faults.check("sql", "blob")
             return super().blobopen(*args, **options)
 
+    class Written:
+        """A file whose writes may fail."""
+
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *exc_info: object) -> None:
+            self._file.close()
+
+        def write(self, data: Any) -> Any:
+            faults.check("file", "write")
+            return self._file.write(data)
+
     def checked(kind: str, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **options: Any) -> Any:
             if _is_product():
                 path = re.sub("-[0-9a-f-]{36}", "", Path(args[0]).name) if isinstance(args[0], str) else ""
                 faults.check(kind, f"{name} {path}")
+                if name == "open" and args[1:2] == ("xb",):
+                    return Written(call(*args, **options))
             return call(*args, **options)
 
         return wrapper
@@ -212,7 +235,10 @@ def failing(faults: Faults, loop: Schedule, log: Path, bridge: httpx.BaseTranspo
             faults.begin(name)
         note(what, run_id, name)
 
-    start, time_ns, note = loop.run_in_executor, time.time_ns, shop.note
+    def now_s() -> float:
+        return real_time() + (faults.jump.total_seconds() if _is_product() else 0)
+
+    start, time_ns, note, real_time = loop.run_in_executor, time.time_ns, shop.note, time.time
     connect = functools.partial(sqlite3.connect, factory=Connection)
     with pytest.MonkeyPatch.context() as patch, open(log, "ab", 0) as file:
         patch.setattr(httpx, "Client", functools.partial(httpx.Client, transport=bridge))
@@ -226,5 +252,6 @@ def failing(faults: Faults, loop: Schedule, log: Path, bridge: httpx.BaseTranspo
         for module in (ids, stores):
             patch.setattr(module, "datetime", Clock)
         patch.setattr(time, "time_ns", lambda: time_ns() + faults.jump // timedelta(microseconds=1) * 1000)
+        patch.setattr(time, "time", now_s)
         patch.setattr(ids, "_last_id_time", 0)
         yield

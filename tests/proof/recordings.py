@@ -1,8 +1,12 @@
 """What is done to the files of a store, an output and a backup, and what must be there after a power cut."""
 
 import functools
+import hashlib
+import itertools
 import signal
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,16 +22,14 @@ from flock.testing import FakeModel
 from tests.proof.scenarios import SCENARIOS, SHOP, Client, Provider
 from tests.proof.servers import Place
 from tests.proof.shop import flock
+from tests.support import PATIENCE_S, ROOT
 
 __all__ = ["RECORDINGS", "Recording"]
 
 #: The journal of SQLite is copied to the file when it has 4 MB.
 LONG, LONG_RUNS = "x" * 700_000, 4
-BACKUP = """
-import contextlib, sqlite3
-with contextlib.closing(sqlite3.connect("flock.db")) as db, contextlib.closing(sqlite3.connect("copy.db")) as copy:
-    db.backup(copy)
-"""
+#: How the documentation makes a backup.
+BACKUP = next(line for line in (ROOT / "docs/durability.md").read_text().splitlines() if '".backup copy.db"' in line)
 #: The number of the call before which a worker is killed.
 WORKER_DIES_AT = 300
 ROWS, OTHER_ROWS = ("good", "odd", "fine", "bad"), ("odd", "great")
@@ -36,11 +38,12 @@ ROWS, OTHER_ROWS = ("good", "odd", "fine", "bad"), ("odd", "great")
 class Recording(NamedTuple):
     """What is recorded in a place, and the check of a place with the files after a power cut.
 
-    ``check`` gets what was acknowledged before: lists of what, an id and a value. Raises AssertionError.
+    ``check`` gets what was acknowledged before: lists of what, an id and a value. It returns how many acknowledged runs
+    are missing, if they may be. Raises AssertionError.
     """
 
     play: Callable[[Place], None]
-    check: Callable[[Place, Provider, Sequence[Any]], None]
+    check: Callable[[Place, Provider, Sequence[Any]], int]
     options: tuple[str, ...] = ()
 
 
@@ -59,13 +62,34 @@ def _serve(place: Place) -> None:
         place.start()
         place.wait_until_up()
         SCENARIOS["caught"].play(client)
-        place.note("A", ["backup begins", "", None])
-        place.python(BACKUP)
-        place.note("Y")
-        place.note("A", ["backup ends", "", None])
-        SCENARIOS["chain"].play(client)
+        is_over = threading.Event()
+        with ThreadPoolExecutor() as pool:
+            playing = pool.submit(_play_until, is_over, client)
+            place.note("A", ["backup begins", "", None])
+            place.shell(BACKUP)
+            place.note("A", ["backup ends", "", None])
+            is_over.set()
+            playing.result()
     finally:
         client.close()
+
+
+def _send_files(place: Place) -> None:
+    client = Client(place.url, lambda *ack: place.note("A", ack))
+    try:
+        place.start()
+        place.wait_until_up()
+        for _ in range(2):
+            SCENARIOS["file"].play(client)
+    finally:
+        client.close()
+
+
+def _play_until(is_over: threading.Event, client: Client) -> None:
+    for name in itertools.cycle(["chain", "batch"]):
+        SCENARIOS[name].play(client)
+        if is_over.is_set():
+            break
 
 
 def _serve_workers(place: Place) -> None:
@@ -108,6 +132,7 @@ class Expected:
 
     def __init__(self, acks: Sequence[Any]) -> None:
         self.runs, self.batches = dict[str, Any](), dict[str, Any]()
+        self.files = set[str]()
         self.deleted, self.answers, self.messages = set[str](), set[tuple[str, str]](), set[tuple[str, str]]()
         for what, each, value in acks:
             match what:
@@ -123,12 +148,25 @@ class Expected:
                     self.batches[each] = None
                 case "deleting":
                     self.runs.pop(each)
+                    self.files.clear()
                 case "deleted":
                     self.deleted.add(each)
                 case "answered":
                     self.answers.add((each, value))
                 case "sent":
                     self.messages.add((each, value))
+                case "sent file":
+                    self.files.add(each)
+
+    async def missing(self, engine: Engine) -> int:
+        """Return how many runs are not there."""
+        count = 0
+        for run_id in self.runs:
+            try:
+                await engine.get_run(run_id)
+            except RunNotFound:
+                count += 1
+        return count
 
     async def check(self, engine: Engine) -> None:
         for run_id, ended in self.runs.items():
@@ -155,7 +193,13 @@ class Expected:
                 batch = await engine.get_batch(batch_id)
             except BatchNotFound:
                 raise AssertionError(f"the batch {batch_id} is lost") from None
-            assert ended is None or [batch.attempt, batch.failed_items] == ended, f"{batch}, and was {ended}"
+            if ended is not None:
+                results = [
+                    item.value if item.status is RunStatus.COMPLETED else None
+                    for item in await engine.get_items(batch_id)
+                ]
+                found = [batch.attempt, batch.failed_items, results]
+                assert found == ended, f"the batch {batch_id} is {found}, and was {ended}"
         for run_id, name in self.messages:
             try:
                 await engine.send_message(
@@ -166,29 +210,37 @@ class Expected:
             raise AssertionError(f"the message to {run_id} is lost")
 
 
-def _check_file(store: Path, acks: Sequence[Any] | None) -> None:
-    """Check a store, and with an engine that opens it what was acknowledged. None only means that it is not damaged."""
+def _check_file(store: Path, acks: Sequence[Any], *, is_durable: bool = True) -> int:
+    """Check a store, and with an engine that opens it what was acknowledged. Return how many runs are missing."""
+    expected = Expected(acks)
     if not store.exists():
-        assert not acks, "the store is lost"
-        return
+        assert not (acks and is_durable), "the store is lost"
+        return len(expected.runs)
 
-    async def opened() -> None:
+    async def opened() -> int:
         async with flock.engine(store=store, transport=FakeModel([]).transport) as engine:
-            await Expected(acks or []).check(engine)
+            if is_durable:
+                await expected.check(engine)
+            return await expected.missing(engine)
 
-    anyio.run(opened)
+    missing = anyio.run(opened)
+    for file_id in expected.files if is_durable else ():
+        found = [hashlib.sha256(path.read_bytes()).hexdigest() for path in store.parent.glob(f"*/*/{file_id}")]
+        assert found == [file_id], f"the file {file_id} is lost"
     db = sqlite3.connect(store)
     try:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     finally:
         db.close()
+    return missing
 
 
-def _check_server(place: Place, model: Provider, acks: Sequence[Any], *, is_durable: bool) -> None:
-    _check_file(place.folder / "flock.db", acks if is_durable else None)
+def _check_server(place: Place, model: Provider, acks: Sequence[Any], *, is_durable: bool) -> int:
+    missing = _check_file(place.folder / "flock.db", acks, is_durable=is_durable)
     names = [ack[0] for ack in acks]
     if "backup ends" in names:
         _check_file(place.folder / "copy.db", acks[: names.index("backup begins")])
+    return missing
 
 
 # The command
@@ -196,7 +248,8 @@ def _check_server(place: Place, model: Provider, acks: Sequence[Any], *, is_dura
 
 def _complete(place: Place, rows: Sequence[str]) -> None:
     (place.folder.parent / "rows.csv").write_text("text\n" + "".join(f"{text}\n" for text in rows))
-    command = ("batch", str(SHOP), "rate", "../rows.csv", "-o", "out.csv", "--max-workers", "2", "--force")
+    options = ("--max-workers", "2", "--force", "--progress", "json")
+    command = ("batch", str(SHOP), "rate", "../rows.csv", "-o", "out.csv", *options)
     assert place.command(*command) == 0, place.output.read_text()
 
 
@@ -204,26 +257,45 @@ def _results(rows: Sequence[str]) -> str:
     return "text,stars,status,error\n" + "".join(f"{text},5,completed,\n" for text in rows)
 
 
+def _ends(place: Place) -> int:
+    """Return how many commands have reported that all their rows are completed and stored."""
+    return place.output.read_text().count('"status":"completed"') if place.output.exists() else 0
+
+
+def _note_stored(place: Place, before: int) -> None:
+    while _ends(place) == before:
+        time.sleep(0.001)
+    place.note("A", ["stored", "", None])
+
+
 def _batch(place: Place) -> None:
     for rows in (ROWS, OTHER_ROWS):
-        _complete(place, rows)
+        with ThreadPoolExecutor() as pool:
+            reading = pool.submit(_note_stored, place, _ends(place))
+            _complete(place, rows)
+            reading.result(PATIENCE_S)
         place.note("A", ["written", "", rows])
 
 
-def _check_batch(place: Place, model: Provider, acks: Sequence[Any]) -> None:
-    """The output is whole, and that of the last command if it has ended. The same command completes it."""
-    output, is_first = place.folder / "out.csv", not acks
-    if output.exists() or not is_first:
-        wanted = [_results(rows) for rows in (ROWS, OTHER_ROWS)[max(0, len(acks) - 1) : len(acks) + 1]]
+def _check_batch(place: Place, model: Provider, acks: Sequence[Any]) -> int:
+    """The output is whole, and that of the last command if it has ended. The same command completes it.
+
+    It pays for no row again if all were stored before the cut.
+    """
+    output, names = place.folder / "out.csv", [ack[0] for ack in acks]
+    count = names.count("written")
+    if output.exists() or count:
+        wanted = [_results(rows) for rows in (ROWS, OTHER_ROWS)[max(0, count - 1) : count + 1]]
         assert output.read_text() in wanted, f"the output is {output.read_text()!r}"
-    if len(acks) < 2:
-        rows = ROWS if is_first else OTHER_ROWS
-        _complete(place, rows)
-        assert output.read_text() == _results(rows)
-        left = [
-            path.name for path in place.folder.iterdir() if path.suffix != ".part"
-        ]  # which has the first folder's name
-        assert sorted(left) == ["out.csv", "out.csv.flock.db", "out.csv.flock.db-output"], f"the command leaves {left}"
+    rows = (ROWS, OTHER_ROWS)[min(count, 1)]
+    are_stored = count == 2 or names[-1:] == ["stored"]
+    asked = len(model.requests)
+    _complete(place, rows)
+    assert not are_stored or len(model.requests) == asked, "rows that were stored are paid again"
+    assert output.read_text() == _results(rows)
+    left = [path.name for path in place.folder.iterdir() if path.suffix != ".part"]  # which has the first folder's name
+    assert sorted(left) == ["out.csv", "out.csv.flock.db", "out.csv.flock.db-output"], f"the command leaves {left}"
+    return 0
 
 
 RECORDINGS: Mapping[str, Recording] = {
@@ -231,6 +303,7 @@ RECORDINGS: Mapping[str, Recording] = {
     "workers": Recording(
         _serve_workers, functools.partial(_check_server, is_durable=True), ("--durability", "power", "--workers", "2")
     ),
+    "file": Recording(_send_files, functools.partial(_check_server, is_durable=True)),
     "long": Recording(_serve_long, functools.partial(_check_server, is_durable=True)),
     "process": Recording(_serve, functools.partial(_check_server, is_durable=False), ("--durability", "process")),
     "command": Recording(_batch, _check_batch),

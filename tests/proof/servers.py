@@ -45,7 +45,7 @@ class Control:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.write_bytes(bytes(32))
+        path.write_bytes(bytes(40))
 
     def _get(self, position: int) -> int:
         return int(struct.unpack_from("q", self.path.read_bytes(), 8 * position)[0])
@@ -59,11 +59,16 @@ class Control:
         """The process that got the signal, or 0."""
         return self._get(3)
 
+    @property
+    def signalled_at(self) -> float:
+        """When it got the signal, in seconds of the epoch."""
+        return self._get(4) / 1e9
+
     def signal_at(self, number: int, signal_number: int = signal.SIGKILL) -> None:
         """Send a signal before the call of a number, counted from now: 1 is the next one."""
         with self.path.open("r+b") as file:
             file.seek(8)
-            file.write(struct.pack("qqq", self.count + number, signal_number, 0))
+            file.write(struct.pack("qqqq", self.count + number, signal_number, 0, 0))
 
     def disarm(self) -> None:
         with self.path.open("r+b") as file:
@@ -197,13 +202,13 @@ class Place:
         """Execute another command in the folder, and return its exit code, or minus its signal."""
         return self._forge.wait(self._forge.start(self.folder, self.output, self._env, *arguments))
 
-    def python(self, program: str) -> None:
-        """Execute a program in a process of its own, whose calls are recorded too."""
+    def shell(self, command: str) -> None:
+        """Execute a command of a shell, whose calls are recorded too."""
         env = {**os.environ, **NO_COVERAGE, **self._env, "LD_PRELOAD": str(library())}
-        subprocess.run([sys.executable, "-c", program], cwd=self.folder, env=env, check=True)
+        subprocess.run(["bash", "-c", command], cwd=self.folder, env=env, check=True)
 
     def note(self, what: str, value: Any = None) -> None:
-        """Add a record of what is not a call: "A" is an acknowledgement, "Y" a sync of all files."""
+        """Add a record of what is not a call: "A" is an acknowledgement."""
         data = json.dumps(value).encode()
         with self.record.open("ab", buffering=0) as file:
             file.write(struct.pack("c7xqqqqq", what.encode(), 0, 0, 0, 0, len(data)) + data)
@@ -226,17 +231,30 @@ class Place:
         except OSError:
             return True
 
+    def processes(self) -> list[int]:
+        """Return the processes of the server: its first one, and its workers."""
+        found = [self.pid]
+        for pid in found:
+            with contextlib.suppress(OSError):  # it has ended
+                for thread in os.listdir(f"/proc/{pid}/task"):
+                    found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+        return found
+
     def held(self) -> Mapping[str, Collection[str]]:
         """Return the open files, threads, connections of clients and lock files of engines that the server has now."""
-        files = set[str]()
-        for number in os.listdir(f"/proc/{self.pid}/fd"):
-            with contextlib.suppress(OSError):  # it was closed
-                files.add(f"{number} {os.readlink(f'/proc/{self.pid}/fd/{number}')}")
+        files, threads = set[str](), set[str]()
+        for pid in self.processes():
+            with contextlib.suppress(OSError):  # it has ended
+                threads |= set(os.listdir(f"/proc/{pid}/task"))
+                for number in os.listdir(f"/proc/{pid}/fd"):
+                    with contextlib.suppress(OSError):  # it was closed
+                        files.add(f"{pid} {number} {os.readlink(f'/proc/{pid}/fd/{number}')}")
         lines = [line.split() for line in Path(f"/proc/{self.pid}/net/tcp").read_text().splitlines()]
         ends = [words[2:4] for words in lines if words[1].endswith(f":{self.port:04X}")]
         return {
-            "files": {each for each in files if "socket:" not in each},
-            "threads": os.listdir(f"/proc/{self.pid}/task"),
+            # Prometheus opens a file for each type of metric when it is first used.
+            "files": {each for each in files if "socket:" not in each and "/flockapi-metrics-" not in each},
+            "threads": threads,
             "connections": [end for end, state in ends if state not in ("0A", "06")],  # listening, and closed
             "locks": [name for name in os.listdir(self.folder) if "-engine-" in name],
         }

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import TypedDict
 
 from flock.agents.tools import Tool
-from flock.core import Flock, FlockFactory
+from flock.core import File, Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import RunContext
 
@@ -50,6 +50,11 @@ def plain(word: str, context: RunContext) -> Word:
     note("begin", context.run_id, "plain")
     note("end", context.run_id, "plain")
     return {"word": word}
+
+
+@flock.agent
+def weigh(letter: File) -> int:
+    return len(letter.read())
 
 
 @flock.agent(next_agent="second")
@@ -118,11 +123,11 @@ _MET = defaultdict[str, set[str]](set)
 
 @flock.agent
 async def meet(place: str, number: int, context: RunContext) -> int:
-    """Return when *number* runs of it are executed at the same time in a place."""
+    """Return the process when *number* runs of it are executed there at the same time in a place."""
     _MET[place].add(context.run_id)
     while len(_MET[place]) < number:  # noqa: ASYNC110
         await asyncio.sleep(0.005)
-    return number
+    return os.getpid()
 
 
 async def refund(euros: int, context: RunContext) -> str:

@@ -1,13 +1,18 @@
 """Operations that fail. ``failing`` tries them, and ``faults`` has them."""
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from tests.proof.failing import sample, trial
 from tests.proof.faults import ERRORS, Fault
+from tests.proof.mutations import MUTATIONS, mutated
 from tests.proof.scenarios import SCENARIOS
+from tests.support import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +46,9 @@ FOUND = {
     "the lock file of an engine that could not start": ("function", "sql", "full", "INSERT INTO engines", 3.0),
     "a lock file that cannot be removed": ("function", "file", "EACCES", "unlink", 3.0),
     "a thread for a function": ("function", "thread", "start", "", 3.0),
+    "a file that cannot be written, nor removed": ("file", "file", "EMFILE", "open", 3.0),
+    "a thread to store or close a file": ("file", "thread", "start", "", 3.0),
+    "a file that cannot be read": ("file", "file", "EIO", "open", 0.0),
 }
 
 
@@ -52,6 +60,25 @@ def test_what_was_found(what: str) -> None:
     assert places
     for at in places[:: max(1, len(places) // 8)]:
         trial(name, Fault(kind, error, at, seconds))
+
+
+#: Each commit fails for some seconds, while an agent makes calls one after the other.
+FULL = """
+from tests.proof.failing import trial
+from tests.proof.faults import Fault
+for at, name in enumerate(trial("stream")["sql"]):
+    if name == "COMMIT":
+        trial("stream", Fault("sql", "full", at, 3.0))
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_a_call_that_begins_while_the_disk_is_full_is_found() -> None:
+    with mutated(MUTATIONS / "full-a-call-that-begins-while-the-disk-is-full.patch") as package:
+        env = {**os.environ, "OPENAI_API_KEY": "sk-test", "PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}
+        found = subprocess.run([sys.executable, "-P", "-c", FULL], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "is called while the store cannot be written" in found.stderr
 
 
 def test_all_kinds_of_operations_are_tried() -> None:
