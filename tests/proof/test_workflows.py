@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from flock.steps.journal import Journal
 from flock.store import queries
@@ -426,6 +427,15 @@ def test_a_call_that_a_store_forgets_is_found(attempt: Attempt, monkeypatch: pyt
     monkeypatch.setattr(queries, "find_calls", lambda *args: find_calls(*args)[1:])
     with pytest.raises(AssertionError, match=r"work\(1\) is executed again.*\n\ncall work\(1\)  # takes 0.101 s\n"):
         attempt(program("seq", call(1), call(9)), Fate(is_stored=True, ends=(End(2, 5),)))
+
+
+def test_equal_calls_that_a_store_forgets_are_found(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one of equal calls is executed again may differ, but not how often all of them are executed."""
+    find_calls, equal = queries.find_calls, replace(call(1), n=0, is_equal=True)
+    attempt(program("seq", equal, equal, call(9)), Fate(is_stored=True, ends=(End(4, 5),)))
+    monkeypatch.setattr(queries, "find_calls", lambda *args: find_calls(*args)[2:])
+    with pytest.raises(AssertionError, match="equal calls of work are executed 4 times, and not up to 2 times"):
+        attempt(program("seq", equal, equal, call(9)), Fate(is_stored=True, ends=(End(4, 5),)))
 
 
 def test_a_run_that_never_ends_is_found(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
