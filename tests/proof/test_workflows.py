@@ -406,6 +406,12 @@ FOUND_IN_MEMORY = {
         '"n":18,"times":20},{"kind":"work","n":19,"seconds":0.404796}],"n":17}],"n":15}],"n":12}],'
         '"n":3},{"seed":994,"is_stored":true,"ends":[[10,11,true]]}]'
     ),
+    "a group that fails in a call that is made while a time-out is handled": (
+        '[{"kind":"try","parts":[{"kind":"timeout","parts":[{"kind":"work","n":9,"seconds":0.801732}],"n":8,'
+        '"limit_s":0.152236},{"kind":"tool","parts":[{"kind":"group","parts":[{"kind":"work","n":16,'
+        '"seconds":0.404123},{"kind":"timeout","parts":[{"kind":"work","n":19,"seconds":0.204796,"retries":2}],'
+        '"n":17,"limit_s":0.155385}],"n":14}],"n":13}],"n":3},{"is_stored":true}]'
+    ),
     "a time limit of a call that has to cancel one of its own calls again": (
         '[{"kind":"tool","parts":[{"kind":"group","parts":[{"kind":"work","n":5,"seconds":0.401414},'
         '{"kind":"group","parts":[{"kind":"work","n":8,"seconds":0.201732,"limit_s":0.602236,'
