@@ -311,10 +311,11 @@ class RunFailed(FlockError):
 
 
 class StepError(FlockError):
-    """An error that fails the run. Its text is sent to the client; ``log_detail`` is only logged."""
+    """An error that fails the run. Its text is sent to the client, or ``shown``; ``log_detail`` is only logged."""
 
     error_type: str = "step_error"
     log_detail: str = ""
+    shown: str = ""
 
 
 class AgentError(StepError):

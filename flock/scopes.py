@@ -50,10 +50,11 @@ def note_late_cancellation(since: float | None = None) -> None:
 class Cancellation:
     """Whether the current task is cancelled in a block, from the creation of this object on."""
 
-    __slots__ = ("_cancelling", "task")
+    __slots__ = ("_cancelling", "_handled", "task")
 
     def __init__(self) -> None:
         self.task = current_task()
+        self._handled = sys.exception()
         self._cancelling = 0 if self.task is None else self.task.cancelling()
 
     @property
@@ -80,9 +81,10 @@ class Cancellation:
         if self.task is None:
             return isinstance(exc, anyio.get_cancelled_exc_class())
         found: BaseException | None = exc
-        while found is not None and not isinstance(found, asyncio.CancelledError):
+        while not (found is None or found is self._handled or isinstance(found, asyncio.CancelledError)):
             found = found.__context__
-        return found is not None and self.is_requested
+        # What was being handled before the block is not its own, such as that of a time-out that has passed.
+        return found is not None and found is not self._handled and self.is_requested
 
     @property
     def is_requested(self) -> bool:

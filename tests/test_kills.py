@@ -4,6 +4,7 @@ On a cluster, the worker is killed. ``KILLS`` is how often the process of each p
 ``.ci/nightly``.
 """
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -221,8 +222,11 @@ def test_a_killed_process_does_nothing_twice(
     }, [run["error"] for run in runs if run["error"]]
     repeated = list(_repeated(effects, program))
     assert repeated == [], kills
-    if engine == "embedded":  # a cluster takes a worker for dead that a busy machine has stopped
+    if engine == "embedded":
         assert list(_begun_again_by_itself(effects, kills)) == []
+    else:  # a cluster also takes a worker for dead that a busy machine has stopped
+        replaced = asyncio.run(_replaced(request.getfixturevalue("temporal_address"), runs))
+        assert [each for each, begun in effects.begun.items() if len(begun) - 1 > replaced[each[0]]] == [], replaced
     for run in runs:
         found = {effect for run_id, effect in effects.begun if run_id == run["run_id"]}
         assert found == program.effects
@@ -276,6 +280,21 @@ def _repeated(effects: Effects, program: Program) -> Iterator[tuple[str, str, li
             seen = effects.begun[run_id, name.replace("work", "late")]
         if seen and min(seen) < begun[-1]:
             yield run_id, name, begun
+
+
+async def _replaced(address: str, runs: Sequence[Any]) -> Mapping[str, int]:
+    """Return how many executions of steps were replaced, because their workers were taken for dead, by run."""
+    from temporalio.client import Client
+
+    from flock.temporal.messages import run_workflow_id
+
+    client, found = await Client.connect(address), Counter[str]()
+    for run in runs:
+        history = await client.get_workflow_handle(run_workflow_id(run["run_id"], 1)).fetch_history()
+        for event in history.events:
+            found[run["run_id"]] += max(0, event.activity_task_started_event_attributes.attempt - 1)
+            found[run["run_id"]] += event.HasField("activity_task_timed_out_event_attributes")
+    return found
 
 
 def _begun_again_by_itself(effects: Effects, kills: list[float]) -> Iterator[tuple[str, str, list[float]]]:

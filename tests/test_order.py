@@ -15,6 +15,7 @@ import anyio
 import anyio.lowlevel
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from flock.agents.agent import OnChange
 from flock.core import Flock
@@ -187,7 +188,10 @@ PROGRAMS: dict[Program, tuple[Any, int]] = {
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 async def test_a_step_takes_the_same_way_again(program: Program, open_engine: OpenEngine) -> None:
-    """It has ended for a question, and runs again when that is answered. Nothing is executed a second time."""
+    """It has ended for a question, and runs again when that is answered. Nothing is executed a second time.
+
+    It does not wait for anything in vain: that would take longer than the patience of this test.
+    """
     flock, world, found = Flock(), World(), list[Any]()
 
     @flock.agent
@@ -199,7 +203,7 @@ async def test_a_step_takes_the_same_way_again(program: Program, open_engine: Op
         found.append(await program(world, context))
         return await context.ask("Go on?", bool)
 
-    async with open_engine(flock) as engine:
+    async with open_engine(flock, replay_grace_s=100 * PATIENCE_S) as engine:
         run = await _waiting(engine, await engine.submit("work", {}), "Go on?")
         await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
         with anyio.fail_after(PATIENCE_S):
@@ -461,13 +465,15 @@ async def test_equal_calls_that_may_be_swapped_are_named(
         await asyncio.gather(*(context.call(count, "runs", call_name=f"count-{n}") for n in range(2)))
         for _ in range(2):
             await context.call(count, "runs", call_name="count")
-        await context.ask("Really?", bool)
+        for question in ("Really?", "Sure?"):
+            await context.ask(question, bool)
 
     async with open_engine(flock) as engine:
         run = await _waiting(engine, await engine.submit("work", {}), "Go on?")
         assert not caplog.messages
-        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
-        await _waiting(engine, run, "Really?")
+        for question in ("Really?", "Sure?"):
+            await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+            run = await _waiting(engine, run, question)
     warnings = [message for message in caplog.messages if "made equal calls of count at the same time" in message]
     assert len(warnings) == 1
 
@@ -736,6 +742,70 @@ async def test_another_question_is_not_asked_in_place_of_an_answered_one(
             assert "makes the call 'ask:" in (run.error or "")
 
 
+def named(text: str, type_: Any, name: str) -> Callable[[RunContext], Awaitable[Any]]:
+    return lambda context: context.ask(text, type_, name=name)
+
+
+def received(name: str) -> Callable[[RunContext], Awaitable[Any]]:
+    return lambda context: context.receive(name, bool)
+
+
+#: What a step waits for before and after a change, and the question that it then asks, which is answered with "me"; ""
+#: if it completes, or None if it is stopped. The first answer is true.
+WAITS = {
+    "a name with another text": (named("Pay 5?", bool, "pay"), named("Pay 6?", bool, "pay"), ""),
+    "a name with another type": (named("Pay 5?", bool, "pay"), named("Who pays?", str, "pay"), "Who pays?"),
+    "a name with a type that reads the answer": (named("Pay 5?", bool, "pay"), named("Pay 5?", Any, "pay"), ""),
+    "another name": (named("Pay 5?", bool, "pay"), named("Who sends?", str, "send"), "Who sends?"),
+    "a message of another name": (received("paid"), received("sent"), None),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "asked"), WAITS.values(), ids=WAITS)
+async def test_a_question_is_known_by_its_name_if_its_type_reads_the_answer(
+    before: Callable[[RunContext], Awaitable[Any]],
+    after: Callable[[RunContext], Awaitable[Any]],
+    asked: str | None,
+    open_engine: OpenEngine,
+) -> None:
+    flock, waits = Flock(), [before, after, after]
+
+    @flock.agent
+    async def work(context: RunContext) -> Any:
+        return await waits.pop(0)(context)
+
+    async with open_engine(flock, replay_grace_s=0.1) as engine:
+        run = await engine.submit("work", {})
+        run = await until_run(engine, run.run_id, lambda run: run.status is RunStatus.WAITING)
+        if asked is None:
+            await engine.send_message(run.run_id, "paid", msgspec.Raw(b"true"))
+        else:
+            await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        if asked:
+            run = await _waiting(engine, run, asked)
+            await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b'"me"'))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert run.error_type == ("changed_program" if asked is None else None), run.error
+
+
+async def test_two_questions_of_one_name_may_have_two_types(open_engine: OpenEngine) -> None:
+    flock = Flock()
+
+    @flock.agent
+    async def work(context: RunContext) -> list[Any]:
+        return [await context.ask(question, type_, name="it") for question, type_ in (("Pay?", bool), ("Who?", str))]
+
+    async with open_engine(flock) as engine:
+        run = await engine.submit("work", {})
+        for question, answer in (("Pay?", b"true"), ("Who?", b'"me"')):
+            run = await _waiting(engine, run, question)
+            await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(answer))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.error, run.value) == (None, {"result": [True, "me"]})
+
+
 async def test_a_program_cannot_catch_that_it_was_changed(tmp_path: Path) -> None:
     flock, shop, reached = Flock(), Shop(), anyio.Event()
 
@@ -769,3 +839,13 @@ async def test_a_late_result_of_a_tool_belongs_to_its_arguments() -> None:
         replay = Replay([late, cancelled], 5)
         replay.begin("f:1.0", given)  # the one that was cancelled
         assert (replay.begin("f:1.0", msgspec.Raw(arguments)).stored is not None) == is_late
+    # At another place
+    replay = Replay([late, cancelled], 5)
+    assert replay.late_of_tool("f:1.1", "f", msgspec.Raw(b'{"n":2}')) is None
+    assert replay.late_of_tool("f:1.1", "g", given) is None
+    assert replay.late_of_tool("g:1~f:1.1", "f", given) is None
+    assert replay.late_of_tool("f:1.1", "f", given) == late
+    assert replay.late_of_tool("f:2.0", "f", given) is None
+    # When it has been stored as the result of that one
+    replay = Replay([late, cancelled, replace(late, call_id="f:1.1", place=Place(start=4, end=5))], 5)
+    assert replay.late_of_tool("f:2.0", "f", given) is None

@@ -13,10 +13,19 @@ import msgspec
 import pytest
 
 from flock.core import Flock
-from flock.errors import AgentError, CallError, CostLimit, StoreError
+from flock.errors import (
+    AgentError,
+    CallError,
+    CostLimit,
+    EngineStopped,
+    OwnershipLost,
+    StoreError,
+    TooManyTokens,
+    cut,
+)
 from flock.runs import Engine, Run, RunContext, RunStatus, now
 from flock.runs.records import Call, Raised
-from flock.steps.raised import exception_of, is_refused, raised_by
+from flock.steps.raised import Refused, exception_of, is_refused, raised_by
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until_run
 
@@ -41,9 +50,13 @@ class Sticky(Exception):
         return super().__new__(cls, *args)
 
 
+#: What clients see of the exceptions of calls here.
+ERROR = "The call 'c' raised it"
+
+
 def stored(exc: Exception) -> Call:
     """Return the call that raised *exc*, as it is read from a store."""
-    call = Call(call_id="c", name="c", error=str(exc), raised=raised_by("c", exc), started_at=now(), completed_at=now())
+    call = Call(call_id="c", name="c", error=ERROR, raised=raised_by("c", exc), started_at=now(), completed_at=now())
     return msgspec.json.decode(msgspec.json.encode(call), type=Call)
 
 
@@ -99,11 +112,10 @@ def test_an_exception_that_cannot_be_made_is_a_call_error_with_its_text(
     exc: Callable[[], Exception], caplog: pytest.LogCaptureFixture
 ) -> None:
     raised = exc()
-    call = stored(raised)
-    assert call.raised == Raised(module="", name="")
-    found = exception_of(call)
+    found = again(raised)
     assert type(found) is CallError
-    assert str(found) == str(raised)
+    assert str(found) == cut(str(raised))
+    assert found.shown == ERROR
 
 
 def test_the_log_names_a_class_that_cannot_be_made_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -118,7 +130,12 @@ def test_the_log_names_a_class_that_cannot_be_made_once(caplog: pytest.LogCaptur
 def test_a_class_that_is_gone_is_a_call_error(monkeypatch: pytest.MonkeyPatch) -> None:
     call = stored(Declined("4242", code=7))
     monkeypatch.delattr(sys.modules[__name__], "Declined")
-    assert repr(exception_of(call)) == repr(CallError("4242 was declined: 7"))
+    assert repr(exception_of(call)) == repr(CallError(ERROR))
+
+
+def test_an_exception_that_an_earlier_version_could_not_store_is_a_call_error() -> None:
+    call = msgspec.structs.replace(stored(Declined("4242", code=7)), raised=Raised(module="", name=""))
+    assert repr(exception_of(call)) == repr(CallError(ERROR))
 
 
 def test_a_class_of_the_main_program_is_found_by_its_name_when_it_is_imported(
@@ -144,11 +161,12 @@ def test_a_class_of_the_main_program_is_found_by_its_name_when_it_is_imported(
     monkeypatch.delitem(sys.modules, "shop")
 
 
-def test_what_the_engine_refuses_is_not_what_a_call_has_raised() -> None:
+@pytest.mark.parametrize("refusal", [CostLimit, EngineStopped, OwnershipLost, Refused, StoreError, TooManyTokens])
+def test_what_the_engine_refuses_is_not_what_a_call_has_raised(refusal: type[Exception]) -> None:
     wrapped = ValueError("mine")
-    wrapped.__cause__ = ExceptionGroup("", [KeyError("k"), CostLimit("spent")])
+    wrapped.__cause__ = ExceptionGroup("", [KeyError("k"), refusal("no")])
     assert is_refused(wrapped)
-    assert is_refused(StoreError("full"))
+    assert is_refused(refusal("no"))
     assert not is_refused(ExceptionGroup("", [ValueError("a")]))
 
 
@@ -183,6 +201,36 @@ async def test_a_caught_failure_is_not_repeated_after_an_answer(open_engine: Ope
             run = await engine.wait(run.run_id)
     assert (run.value, run.error) == ({"result": "no answer: True"}, None)
     assert charged == [5]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("size", [0, 5_000_000])
+@pytest.mark.parametrize("expose_errors", [True, False])
+async def test_an_exception_that_cannot_be_made_again_keeps_its_text(
+    size: int, expose_errors: bool, open_engine: OpenEngine
+) -> None:
+    """The program reads it again, and clients see no more of it than they saw before."""
+    flock, seen = Flock(), list[str]()
+
+    async def charge() -> None:
+        raise ValueError("the secret", {1: "no string, so not as JSON"}, "x" * size)
+
+    @flock.agent
+    async def pay(context: RunContext) -> None:
+        try:
+            await context.call(charge)
+        except Exception as exc:
+            seen.append(str(exc))
+            await context.ask("Go on?", bool)
+            raise
+
+    async with open_engine(flock, expose_errors=expose_errors) as engine:
+        run = await until_waiting(engine, await engine.submit("pay", {}))
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert seen == [seen[0], cut(seen[0])]
+    assert ("the secret" in (run.error or "")) == expose_errors
 
 
 @pytest.mark.anyio

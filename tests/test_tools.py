@@ -26,7 +26,7 @@ from flock.errors import AgentError, DefinitionError, SignatureError
 from flock.runs import Engine, Observer, Run, RunContext, RunStatus, Usage
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import EXAMPLES, PATIENCE_S
-from tests.support.engines import OpenEngine
+from tests.support.engines import OpenEngine, until, until_run
 from tests.support.flocks import CALLING_TOOLS
 from tests.support.models import usage_of_gpt_4o
 from tests.support.servers import serving
@@ -334,6 +334,50 @@ async def test_the_timeout_of_the_agent_covers_a_tool_in_a_thread(model: FakeMod
         run = await ended(engine)
         may_end.set()
     assert run.error_type == "model_timeout"
+
+
+async def test_a_late_result_of_a_tool_belongs_to_the_next_equal_call(
+    open_engine: OpenEngine, model: FakeModel
+) -> None:
+    """Also if the model makes it at another place. The one after that is executed."""
+    paid, may_end = list[int](), threading.Event()
+
+    def pay(amount: int) -> str:
+        paid.append(amount)
+        may_end.wait(PATIENCE_S)
+        return f"paid {amount}"
+
+    flock, call = flock_of(add, pay), ("pay", {"amount": 5})
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        first = asyncio.ensure_future(context.run_agent("ask", {"q": "?"}))
+        await asyncio.wait([first], timeout=0.1)
+        await until(lambda: bool(paid))
+        first.cancel()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        may_end.set()
+        await asyncio.wait([first])
+        answer = (await context.run_agent("ask", {"q": "?"}))["a"]
+        return f"{answer}, {await context.ask('Go on?', bool)}"
+
+    model.replies = [
+        Reply(calls=[call]),
+        Reply(calls=[("add", {"a": 1, "b": 2}), call]),
+        Reply(calls=[call]),
+        Reply({"a": "done"}),
+    ]
+    async with open_engine(flock, transport=model.transport) as engine:
+        run_id = (await engine.submit("work", {})).run_id
+        run = await until_run(engine, run_id, lambda run: run.status is RunStatus.WAITING)
+        assert paid == [5, 5]
+        await engine.answer_call(run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run_id)
+    assert (run.error, run.value) == (None, {"result": "done, True"})
+    assert paid == [5, 5]
+    assert results(model.requests[2]) == ["3", "paid 5"]
 
 
 async def test_a_cancelled_run_cancels_its_tools(model: FakeModel) -> None:

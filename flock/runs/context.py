@@ -365,7 +365,9 @@ class RunContext(Generic[S]):
             Exception: what the function raises. If the step runs again, an equal exception, or a CallError with its
                 text if none can be made from JSON.
 
-        Cancellation: a call that has not finished is not stored. A synchronous function is waited for.
+        Cancellation: a call that the program cancels is stored as cancelled: if the step runs again, it is not executed
+            but waits to be cancelled again. If the run or the step ends, it is not stored. A synchronous function is
+            waited for, and the next equal call returns its result.
         """
         options = CallOptions(
             name=call_name, keep=call_keep, timeout_s=call_timeout_s, retries=call_retries, once=call_once

@@ -124,7 +124,7 @@ class Raised(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         module, name: of its class.
-        args: as a JSON array.
+        args: as a JSON array. Of an exception that cannot be made, its text.
         attributes: those that are JSON, as a JSON object.
         exceptions: the members of a group.
     """

@@ -291,6 +291,8 @@ class StepExecutor:
         self._slots = Slots(count, reserved=count // 10)
         self._agent_slots: dict[str, Slots] = {}
         self._threads = Threads(self.limits.max_threads)
+        #: the agents and names of equal calls that the log has
+        self._warned_of = set[tuple[str, str]]()
         if any(isinstance(agent, ModelAgent) for agent in self.agents.values()):
             self.models.prepare()
 
@@ -446,7 +448,8 @@ class StepExecutor:
             context.request_cancel()
         if active.live is not None:
             active.live.begin_step(context)
-        if journal.mixed_up:
+        if journal.mixed_up and (agent.name, journal.mixed_up) not in self._warned_of:
+            self._warned_of.add((agent.name, journal.mixed_up))
             template = (
                 "run %s: %s made equal calls of %s at the same time, which ended differently. Only the order in which "
                 "they start tells them apart. Pass another call_name= to each of them."

@@ -76,7 +76,7 @@ from flock.steps.functions import (
     signature_of,
     with_context,
 )
-from flock.steps.identity import DIGEST_CHARS, asking_call, code_of, digest_of, question_id
+from flock.steps.identity import DIGEST_CHARS, asking_call, code_of, digest, digest_of, question_id
 from flock.steps.outcomes import error_of
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
 from flock.steps.replay import NESTED, Entry, Replay, callers, numbered
@@ -178,6 +178,12 @@ class Journal:
         #: questions, and names of agents that other processes have, by the id of the call that waits for them
         self._asked: dict[str, Question | str] = {}
         self._waited_for = {asking_call(each.call_id): each for each in waited_for}
+        finished = list(finished)
+        #: the answers that were given before, and the questions that were open, by what equal ones have in common
+        self._asked_before = defaultdict[str, list[Call | Question]](list)
+        answers = [call for call in finished if call.kind == "question" and call.error is None]
+        for asked in itertools.chain[Call | Question](answers, waited_for):
+            self._asked_before[numbered(asking_call(asked.call_id))[0]].append(asked)
         #: the ids of questions, by that of the call that asks
         self._question_ids: dict[str, str] = {}
         #: how often an answer may have come; see ``note_answer``
@@ -342,8 +348,23 @@ class Journal:
         rules: dict[str, Any] = {"answerer": msgspec.UNSET if answerer is None else answerer, "four_eyes": four_eyes}
         rules |= {"kind": kind} | ({"raises": True} if context.call_id else {})
         asked = self._asking(ASK, text, type_, expires_s, default, arguments=about, **rules)
-        key = name or hashlib.sha256(b"\0".join([text.encode(), asked(now()).schema])).hexdigest()[:DIGEST_CHARS]
-        return self._wait(ASK, key, asked, type_, "question", question_json(text, about))
+        schema = asked(now()).schema
+        key = name or hashlib.sha256(b"\0".join([text.encode(), schema])).hexdigest()[:DIGEST_CHARS]
+        is_named = name is not None and isinstance(about, UnsetType)  # that of a tool's call is its place
+        if is_named and not self._is_of_type(key, type_, schema):
+            key = f"{key}.{digest(schema)}"
+        return self._wait(ASK, key, asked, type_, "question", question_json(text, about), is_named=is_named)
+
+    def _is_of_type(self, name: str, type_: Any, schema: msgspec.Raw) -> bool:
+        """Whether one of the questions that had this name before has such an answer. Otherwise it is another one."""
+        before = self._asked_before.get(_below(CURRENT_CALL.get(), f"{ASK}:{name}"), ())
+        for each in before:
+            with contextlib.suppress(CallError):
+                if isinstance(each, Call):
+                    decoded(ASK, type_, each.result)
+                if isinstance(each, Call) or each.schema == schema:
+                    return True
+        return not before
 
     def receive(
         self, context: RunContext, name: str, type_: Any, expires_s: float | None, default: Any
@@ -429,6 +450,8 @@ class Journal:
         type_: Any,
         kind: CallKind,
         arguments: msgspec.Raw,
+        *,
+        is_named: bool = False,
     ) -> Coroutine[Any, Any, Any]:
         """Return a call that waits for an answer, a time or a message. *asked* makes it from its beginning."""
         if label != TIMER:
@@ -451,9 +474,8 @@ class Journal:
             with clocks_stopped(self.clock):
                 return await (anyio.sleep(left_s) if kind == "sleep" else self._execute(self.answer, (begun,), {}))
 
-        return self.once(
-            label, key, wait, kind=kind, arguments=arguments, decode=functools.partial(decoded, label, type_)
-        )
+        decode = functools.partial(decoded, label, type_)
+        return self.once(label, key, wait, kind=kind, arguments=arguments, decode=decode, is_named=is_named)
 
     def _begun(self, call_id: str, asked: Question) -> Question:
         """Return what a call waits for. If it has waited for it before, it is what it was then."""
@@ -559,6 +581,7 @@ class Journal:
         on_error: Callable[[str], Any] | None = None,
         then: Callable[[Any], Awaitable[Any]] | None = None,
         at_most_once: bool = False,
+        is_named: bool = False,
     ) -> Coroutine[Any, Any, Any]:
         """Return the result of a call from the journal, or execute it and store its result.
 
@@ -572,11 +595,11 @@ class Journal:
                 call has finished, so it is not executed again.
             then: is awaited with the result after the call. Its result is returned.
             at_most_once: see ``call_once`` of ``RunContext.call``.
+            is_named: it is a question that the program has named, so it replaces no other one.
         """
         self._check_size(label, "arguments", arguments)
-        key = f"{label}:{key}"
-        if parent := CURRENT_CALL.get():
-            key = f"{parent}{NESTED}{key}"
+        parent = CURRENT_CALL.get()
+        key = _below(parent, f"{label}:{key}")
         plan = functools.partial(
             _Planned,
             parent=parent,
@@ -588,6 +611,7 @@ class Journal:
             should_keep=should_keep,
             on_error=on_error,
             at_most_once=at_most_once,
+            is_named=is_named,
         )
 
         async def run() -> Any:
@@ -636,6 +660,11 @@ class Journal:
         entry = self._replay.begin(planned.call_id, planned.arguments)
         if entry.stored is not None:
             return await self._repeated(planned, entry, entry.stored, cancellation)
+        if planned.kind == "tool" and (
+            late := self._replay.late_of_tool(planned.call_id, planned.label, planned.arguments)
+        ):
+            late = replace(late, call_id=planned.call_id, place=None)
+            return self._end_of(planned, await self._store_end(late, entry, cancellation))
         if (once := self._once.get(planned.call_id)) is None:
             try:
                 return await self._make(planned, entry, cancellation)
@@ -774,7 +803,7 @@ class Journal:
     async def _before_execution(self, planned: "_Planned", entry: Entry, cancellation: Cancellation) -> datetime:
         """Wait until a call may be executed. Return when it starts. If it is cancelled meanwhile, it never starts."""
         try:
-            if self._stops_before(planned) and not entry.is_known:
+            if self._stops_before(planned) and not (entry.is_known or planned.is_named):
                 await self._check_change(planned)
             await self.wait_for_store()
             started_at = now()
@@ -1059,6 +1088,7 @@ class _Planned(msgspec.Struct, frozen=True, kw_only=True):
     should_keep: Callable[[Any], bool] | None
     on_error: Callable[[str], Any] | None
     at_most_once: bool
+    is_named: bool
 
     def call(self, **fields: Any) -> Call:
         return Call(call_id=self.call_id, name=self.label, kind=self.kind, arguments=self.arguments, **fields)
@@ -1068,6 +1098,11 @@ def depth_of_current_call() -> int:
     """Return how many calls contain the current code: 0 outside of calls."""
     call_id = CURRENT_CALL.get()
     return call_id.count(NESTED) + 1 if call_id else 0
+
+
+def _below(parent: str, key: str) -> str:
+    """Return the key of a call that the call *parent* makes; "" is the step."""
+    return f"{parent}{NESTED}{key}" if parent else key
 
 
 def _with_number(key: str, number: int) -> str:

@@ -85,8 +85,8 @@ def failure_of(run: Run, exc: BaseException | None, *, expose_errors: bool) -> O
     if isinstance(exc, CostLimit) and run.batch_id is not None and exc.limit in LIMITS:
         return LIMITS[exc.limit]
     if isinstance(exc, StepError):
-        text = safe_text(exc)
-        details = f"{text} {exc.log_detail}".strip()
+        text = safe_text(exc.shown or exc)
+        details = f"{safe_text(exc)} {exc.log_detail}".strip()
         shows_details = expose_errors and run.request_id is None  # to the program itself, not to a client
         log = logger.info if shows_details else logger.warning
         log("run %s: %s%s", run.run_id, one_line(details), of_request(run.request_id), extra=fields_of_run(run))
@@ -112,7 +112,7 @@ def with_hint(run: Run, outcome: Outcome) -> Outcome:
 def error_of(exc: BaseException | None, subject: str, *, expose_errors: bool) -> tuple[str, str]:
     """Return what clients may see of an exception that *subject* raised, and its ``error_type``."""
     if isinstance(exc, StepError):
-        return safe_text(exc), safe_text(exc.error_type)
+        return safe_text(exc.shown or exc), safe_text(exc.error_type)
     error = f"{subject} raised {type(exc).__name__}"
     return (f"{error}: {safe_text(exc)}" if expose_errors else error), "agent_exception"
 

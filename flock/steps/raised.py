@@ -10,16 +10,14 @@ from weakref import WeakSet
 
 import msgspec
 
-from flock.errors import CallError, CostLimit, EngineStopped, OwnershipLost, StoreError, TooManyTokens
-from flock.runs import Call
+from flock.errors import CallError, CostLimit, EngineStopped, OwnershipLost, StoreError, TooManyTokens, cut
+from flock.runs import Call, safe_text
 from flock.runs.records import Raised
 
 logger = logging.getLogger("flock.runs")
 
 #: A longer exception, as JSON, is raised again as a ``CallError``.
 MAX_RAISED_BYTES = 64 * 1024
-#: Only its name is stored, since an equal exception cannot be made.
-_UNKNOWN = Raised(module="", name="")
 _named = WeakSet[type[BaseException]]()
 
 
@@ -58,7 +56,7 @@ def raised_by(label: str, exc: Exception) -> Raised:
         _named.add(type(exc))
         template = "call %s: if its step runs again, it raises a CallError, because a %s cannot be made from JSON"
         logger.warning(template, label, type(exc).__qualname__)
-    return _UNKNOWN
+    return Raised(module="", name="", args=msgspec.Raw(msgspec.json.encode([cut(safe_text(exc))])))
 
 
 def exception_of(call: Call) -> Exception:
@@ -69,7 +67,11 @@ def exception_of(call: Call) -> Exception:
             return _made_from(call.raised)
         except Exception:  # its class is gone, or has changed
             logger.warning("call %s: the %s that it has raised cannot be made", call.call_id, call.raised.name)
-    return CallError(call.error or "")
+    shown = call.error or ""
+    # Without arguments, an earlier version has stored it. Those of a class that is gone may be anything.
+    exc = CallError(shown if call.raised.name else next(iter(msgspec.json.decode(call.raised.args)), shown))
+    exc.shown = shown
+    return exc
 
 
 def _stored(exc: BaseException) -> Raised:

@@ -181,7 +181,17 @@ class Replay:
                 entry.stored = replace(call, usage=returned.usage, model=returned.model)
                 if returned.error is None and call.kind != "sleep":
                     self._late[call.call_id].append(replace(returned, usage=None, model=None))
+        self._drop_taken(calls)
         return entries, unplaced
+
+    def _drop_taken(self, calls: Iterable[Call]) -> None:
+        """Drop late results of tools that another call has got; see ``late_of_tool``."""
+        owners = defaultdict[tuple[object, ...], set[str]](set)
+        for call in calls:
+            if call.kind == "tool":
+                owners[_execution_of(call)].add(call.call_id)
+        for call_id, late in self._late.items():
+            self._late[call_id] = deque(call for call in late if len(owners[_execution_of(call)]) < 2)
 
     def _answers(self, entries: Mapping[int, Entry], unplaced: Iterable[Call]) -> list[Entry]:
         """Give answers and late results to the calls that have got them. Return the others, which wait for their calls.
@@ -252,6 +262,14 @@ class Replay:
         if not late or (late[0].kind == "tool" and late[0].arguments != arguments):  # only its position is in its id
             return None
         return late.popleft()
+
+    def late_of_tool(self, call_id: str, name: str, arguments: msgspec.Raw) -> Call | None:
+        """Return the late result of an equal call at another place of what the model has said, or None."""
+        for id_, late in self._late.items():
+            if late and late[0].kind == "tool" and late[0].arguments == arguments:
+                if _kind_of(id_, late[0].name) == _kind_of(call_id, name):
+                    return late.popleft()
+        return None
 
     def end(self, entry: Entry, *, is_cancelled: bool = False, late_s: float | None = None) -> Place:
         """A call ends in this execution. Return what is stored with it. Then ``turn``; or ``saw``, if cancelled.
@@ -567,6 +585,11 @@ def parent_of(call_id: str) -> str:
 
 def _kind_of(call_id: str, name: str) -> tuple[str, str]:
     return parent_of(call_id), name
+
+
+def _execution_of(call: Call) -> tuple[object, ...]:
+    """Return what only calls have in common that have the result of one execution."""
+    return parent_of(call.call_id), call.kind, call.name, bytes(call.arguments), call.started_at
 
 
 def _start_s(entry: Entry) -> float:

@@ -12,6 +12,7 @@ from tests.proof.generator import CLASSES, Fate, fate_of, fates, program_of, pro
 from tests.proof.lives import processes
 from tests.proof.memory import memories
 from tests.proof.workflows import Statement
+from tests.proof.world import EXCUSED
 
 __all__ = ["execute_many", "execute_seeds", "execute_some"]
 
@@ -135,5 +136,6 @@ def execute_many(count: int, classes: Sequence[str], first: int, *, is_in_memory
             turn += 1
             rate = executed / (time.monotonic() - begin)
             print(f"{executed} programs, {rate:.1f} per second, {len(failures)} failures", end="\r", flush=True)
-    print(f"{executed} programs in {time.monotonic() - begin:.0f} s. Failures: {len(failures)}.")
+    print(f"{executed} programs in {time.monotonic() - begin:.0f} s. Failures: {len(failures)}.", end=" ")
+    print(f"Stopped as changed, and excused: {EXCUSED[0]}.")
     return len(failures)

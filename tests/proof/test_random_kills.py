@@ -20,7 +20,7 @@ import pytest
 
 from flock.runs import RunStatus, new_id
 from tests.proof.generator import CLASSES, End, Fate, program_of
-from tests.proof.workflows import TIMEOUTS, Statement, text
+from tests.proof.workflows import TIMEOUTS, path_to, text
 from tests.proof.world import Life, World, check
 from tests.support import PATIENCE_S, ROOT
 from tests.test_kills import KILLS, LIVES_S, kill, one_server, workers
@@ -122,7 +122,7 @@ class Log:
         world = self.worlds[run_id]
         if what == "begins":
             self._lives[life_id] = world.new_life()
-        life, statement = self._lives[life_id], _statement_at(world.program, at)
+        life, (_, statement) = self._lives[life_id], path_to(world.program, at)[-1]
         match what:
             case "saw":
                 life.saw(at, value, statement)
@@ -139,12 +139,6 @@ class Log:
                     pass
             case "is over":
                 life.is_over = True
-
-
-def _statement_at(program: Statement, at: str) -> Statement:
-    for index in at.split(".")[1:]:
-        program = program.parts[0 if program.kind == "loop" else int(index)]
-    return program
 
 
 @pytest.mark.timeout(120 + 30 * KILLS)

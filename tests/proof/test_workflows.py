@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from flock.steps.journal import Journal
 from flock.store import queries
@@ -405,6 +406,12 @@ FOUND_IN_MEMORY = {
         '"n":18,"times":20},{"kind":"work","n":19,"seconds":0.404796}],"n":17}],"n":15}],"n":12}],'
         '"n":3},{"seed":994,"is_stored":true,"ends":[[10,11,true]]}]'
     ),
+    "a group that fails in a call that is made while a time-out is handled": (
+        '[{"kind":"try","parts":[{"kind":"timeout","parts":[{"kind":"work","n":9,"seconds":0.801732}],"n":8,'
+        '"limit_s":0.152236},{"kind":"tool","parts":[{"kind":"group","parts":[{"kind":"work","n":16,'
+        '"seconds":0.404123},{"kind":"timeout","parts":[{"kind":"work","n":19,"seconds":0.204796,"retries":2}],'
+        '"n":17,"limit_s":0.155385}],"n":14}],"n":13}],"n":3},{"is_stored":true}]'
+    ),
     "a time limit of a call that has to cancel one of its own calls again": (
         '[{"kind":"tool","parts":[{"kind":"group","parts":[{"kind":"work","n":5,"seconds":0.401414},'
         '{"kind":"group","parts":[{"kind":"work","n":8,"seconds":0.201732,"limit_s":0.602236,'
@@ -426,6 +433,15 @@ def test_a_call_that_a_store_forgets_is_found(attempt: Attempt, monkeypatch: pyt
     monkeypatch.setattr(queries, "find_calls", lambda *args: find_calls(*args)[1:])
     with pytest.raises(AssertionError, match=r"work\(1\) is executed again.*\n\ncall work\(1\)  # takes 0.101 s\n"):
         attempt(program("seq", call(1), call(9)), Fate(is_stored=True, ends=(End(2, 5),)))
+
+
+def test_equal_calls_that_a_store_forgets_are_found(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one of equal calls is executed again may differ, but not how often all of them are executed."""
+    find_calls, equal = queries.find_calls, replace(call(1), n=0, is_equal=True)
+    attempt(program("seq", equal, equal, call(9)), Fate(is_stored=True, ends=(End(4, 5),)))
+    monkeypatch.setattr(queries, "find_calls", lambda *args: find_calls(*args)[2:])
+    with pytest.raises(AssertionError, match="equal calls of work are executed 4 times, and not up to 2 times"):
+        attempt(program("seq", equal, equal, call(9)), Fate(is_stored=True, ends=(End(4, 5),)))
 
 
 def test_a_run_that_never_ends_is_found(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "Statement",
     "Walk",
     "described",
+    "path_to",
     "text",
     "total",
 ]
@@ -103,6 +104,15 @@ class Statement(msgspec.Struct, frozen=True, omit_defaults=True):
         yield self
         for part in self.parts:
             yield from part.all
+
+
+def path_to(program: Statement, at: str) -> list[tuple[str, Statement]]:
+    """Return the statements on the way to a place, each with its own, and the statement there."""
+    path = [("0", program)]
+    for index in at.split(".")[1:]:
+        above, statement = path[-1]
+        path.append((f"{above}.{index}", statement.parts[0 if statement.kind == "loop" else int(index)]))
+    return path
 
 
 def total(value: Any) -> int:

@@ -9,9 +9,9 @@ import random
 import shlex
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -21,9 +21,9 @@ from flock.runs import Observer, Run, RunContext, RunStatus
 from tests.proof.generator import THREADS, End, Fate
 from tests.proof.interpreter import interpret
 from tests.proof.schedules import Died, Schedule, Stuck, live
-from tests.proof.workflows import CALLS, FLOCK, LIFE, TIMEOUTS, WAITS, Statement, Walk, text
+from tests.proof.workflows import CALLS, FLOCK, LIFE, TIMEOUTS, WAITS, Statement, Walk, path_to, text
 
-__all__ = ["ANSWER_S", "LIMITS", "Life", "World", "attempt", "check", "die", "in_processes", "quiet"]
+__all__ = ["ANSWER_S", "EXCUSED", "LIMITS", "Life", "World", "attempt", "check", "die", "in_processes", "quiet"]
 
 #: How long a process is down, and how long a person may take to answer, in seconds.
 DOWN_S, ANSWER_S = 1.0, (0.0, 0.3, 2.0, 30.0)
@@ -90,6 +90,14 @@ class Life:
         yield self.begun[at] <= 1
 
 
+class _Key(NamedTuple):
+    """What equal calls have in common. *maker* is the place of the call that makes them, or ""."""
+
+    maker: str
+    kind: str
+    is_equal: bool
+
+
 class World(Observer):
     """What a program has done in all processes, and the promises that are broken while it does that.
 
@@ -129,6 +137,8 @@ class World(Observer):
         self.last_seen, self.last_decisions = dict[str, Any](), dict[str, Any]()
         self.earlier_decisions = dict[str, Any]()
         self.begun, self.answered = Counter[str](), set[str]()
+        #: the places of equal calls, and how many of them may be executed more often, by what they have in common
+        self._equal, self._in_flight = defaultdict[_Key, set[str]](set), Counter[_Key]()
         self.problems = list[str]()
         self.at(None)
         self._has_ended = False
@@ -157,8 +167,24 @@ class World(Observer):
             life.is_stopping = True
 
     def end_lives(self) -> None:
+        """The process of all lives has died: what has begun and not ended may be executed again."""
         for life in self.lives:
+            for at in life.begun.keys() - self.done if life.is_alive else ():
+                self._in_flight[self._key_of(at)] += 1
             life.is_alive = False
+
+    def _key_of(self, at: str) -> "_Key":
+        """Return what equal calls have in common."""
+        *above, (_, effect) = path_to(self.program, at)
+        makers = [place for place, statement in above if statement.kind in ("tool", "agent")]
+        return _Key((makers or [""])[-1], effect.kind, effect.is_equal)
+
+    def check_equal(self) -> None:
+        """Equal calls are told apart by their arrival, so only how often all of them are executed is known."""
+        for key, places in self._equal.items():
+            begun, most = sum(self.begun[at] for at in places), len(places) + self._in_flight[key]
+            if begun > most:
+                self.problem(f"equal calls of {key.kind} are executed {begun} times, and not up to {most} times")
 
     def run_ended(self, run: Run) -> None:
         self._has_ended = run.tries >= self.attempt  # not late
@@ -170,8 +196,9 @@ class World(Observer):
             self.problem(f"{effect.kind} at {at} is executed after the run has ended")
         if effect.is_once and self.begun[at] > 1:
             self.problem(f"{effect.kind}({effect.n}) is executed more than once")
-        if effect.is_equal:
-            return  # which one of them is executed again may differ
+        if effect.is_equal:  # which one of them is executed again may differ
+            self._equal[self._key_of(at)].add(at)
+            return
         if at in life.done:
             self.problem(f"{effect.kind}({effect.n}) is executed again: the program has seen its end, or cancelled it")
         elif life.begun[at] > effect.retries + 1:
@@ -181,6 +208,8 @@ class World(Observer):
         self._event()
         before, self.seen[at] = self.seen.get(at, outcome), outcome
         self.done.add(at)
+        if statement.is_equal:
+            self._equal[self._key_of(at)].add(at)
         if statement.kind in (*CALLS, *WAITS) and not str(outcome).startswith("raised"):
             self._returned[at] = outcome
         if before != outcome and (self.is_ordered or statement.kind in (*CALLS, *WAITS)):
@@ -223,6 +252,8 @@ class World(Observer):
         ended = {at: outcome for at, outcome in (self.last_seen | self.seen).items() if at == "0"}
         self.outcome_before = str(ended)
         self._has_ended = False
+        for key, places in self._equal.items():
+            self._in_flight[key] += len(places - self._returned.keys())
         self.seen, self.done = dict(self._returned), set(self._returned)
         self.earlier_decisions |= self.last_decisions | self.decisions  # in calls that are not made again
         self.last_seen, self.last_decisions, self.decisions = ended, {}, {}  # its step may be stored
@@ -235,9 +266,9 @@ class World(Observer):
             self.problem(f"the program went on with {before} at {at}, and now with {decision}")
 
 
-#: The one that is executed, and how many there were.
+#: The one that is executed, how many there were, and how many attempts were excused that were stopped as changed.
 WORLDS: list[World] = []
-ATTEMPTS = [0]
+ATTEMPTS, EXCUSED = [0], [0]
 
 
 @FLOCK.agent
@@ -337,9 +368,14 @@ def _when(end: End) -> str:
 def check(world: World, run: Run) -> None:
     """Check what has come out of a run that has ended."""
     fate = world.fate
+    world.check_equal()
     if fate.cancel is not None and run.status is RunStatus.CANCELLED:
         return
-    if world.may_swallow and run.error_type == "changed_program":  # the call that was cancelled has failed instead
+    if run.error_type == "changed_program":
+        if world.may_swallow:  # the call that was cancelled has failed instead
+            EXCUSED[:] = [EXCUSED[0] + 1]
+        else:
+            world.problem(f"the program was not changed: {run.error}")
         return
     outcome, decisions = (world.last_seen | world.seen).get("0", "nothing"), world.last_decisions | world.decisions
     found = run.value["result"] if run.status is RunStatus.COMPLETED else outcome
