@@ -7,8 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +17,13 @@ import pytest
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import CallError, Uncertain
-from flock.models.llm import ModelClient
-from flock.runs import Engine, Run, RunContext, RunStatus, new_id, now
+from flock.runs import Engine, Run, RunContext, RunStatus, now
 from flock.runs.records import Call
 from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until_run
 
 pytestmark = pytest.mark.anyio
-
-#: Opens an engine and its worker on the same store, as the next process would.
-OpenAgain = Callable[[Flock], AbstractAsyncContextManager[Engine]]
-
-
-@pytest.fixture(params=["disk", "temporal"])
-def open_again(request: pytest.FixtureRequest, tmp_path: Path) -> OpenAgain:
-    if request.param == "disk":
-        return lambda flock: flock.engine(store=tmp_path / "flock.db")
-    address, name = request.getfixturevalue("temporal_address"), f"once {new_id()}"
-
-    @contextlib.asynccontextmanager
-    async def on_cluster(flock: Flock) -> AsyncIterator[Engine]:
-        from flock.temporal import TemporalEngine, TemporalWorker
-
-        async with (
-            TemporalWorker(flock.agents, ModelClient(), address, flock=name, drain_timeout_s=0),
-            TemporalEngine(flock.agents, address, flock=name) as engine,
-        ):
-            yield engine
-
-    return on_cluster
 
 
 async def ended(engine: Engine, run: Run) -> Run:
@@ -178,7 +153,7 @@ async def test_the_late_result_of_a_thread_is_its_end(open_engine: OpenEngine) -
     assert charged == [1]
 
 
-async def test_one_that_ran_when_its_process_ended_is_uncertain(open_again: OpenAgain) -> None:
+async def test_one_that_ran_when_its_process_ended_is_uncertain(open_again: OpenEngine) -> None:
     """The program may handle that. If not, the run fails, and the call is shown."""
     flock, charged, reached = Flock(), list[str](), anyio.Event()
 
@@ -383,7 +358,7 @@ async def test_a_model_reads_that_a_tool_failed(open_engine: OpenEngine) -> None
     assert bought == ["tea"]
 
 
-async def test_a_model_does_not_read_that_a_tool_is_uncertain(open_again: OpenAgain) -> None:
+async def test_a_model_does_not_read_that_a_tool_is_uncertain(open_again: OpenEngine) -> None:
     """It would perhaps call the tool again."""
     bought, reached = list[str](), anyio.Event()
 
