@@ -55,7 +55,7 @@ from flock.runs import (
     now,
     safe_text,
 )
-from flock.runs.context import CURRENT_CALL, CallKeep, CallOptions
+from flock.runs.context import CURRENT_CALL, CURRENT_LIMITS, CallKeep, CallOptions
 from flock.runs.records import CALL_IDS
 from flock.runs.traces import of_call
 from flock.scopes import (
@@ -574,9 +574,7 @@ class Journal:
             at_most_once: see ``call_once`` of ``RunContext.call``.
         """
         self._check_size(label, "arguments", arguments)
-        key = f"{label}:{key}"
-        if parent := CURRENT_CALL.get():
-            key = f"{parent}{NESTED}{key}"
+        key = _nested(parent := CURRENT_CALL.get(), label, key)
         plan = functools.partial(
             _Planned,
             parent=parent,
@@ -655,8 +653,9 @@ class Journal:
         if not stored.is_cancelled:
             await self._deliver(stored, entry, cancellation)
             return self._end_of(planned, stored)
+        timers = [_nested(planned.parent, TIMER, str(until.timestamp())) for until in CURRENT_LIMITS.get()]
         try:
-            await self._replay.until_cancelled(entry)
+            await self._replay.until_cancelled(entry, timers)
         except anyio.get_cancelled_exc_class():
             if (late_s := entry.place.late_s) > 0:  # a plain time-out may have passed meanwhile
                 await self._in_step(anyio.sleep, late_s, cancellation)
@@ -1068,6 +1067,11 @@ def depth_of_current_call() -> int:
     """Return how many calls contain the current code: 0 outside of calls."""
     call_id = CURRENT_CALL.get()
     return call_id.count(NESTED) + 1 if call_id else 0
+
+
+def _nested(parent: str, label: str, key: str) -> str:
+    """Return what equal calls in the call *parent* have in common in their ids; "" is the step itself."""
+    return f"{parent}{NESTED}{label}:{key}" if parent else f"{label}:{key}"
 
 
 def _with_number(key: str, number: int) -> str:
