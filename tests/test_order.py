@@ -20,7 +20,7 @@ from flock.agents.agent import OnChange
 from flock.core import Flock
 from flock.runs import JSON_NULL, Call, Engine, Mark, Place, Run, RunContext, RunStatus, now
 from flock.steps.raised import Refused
-from flock.steps.replay import MAX_MARK_BYTES, Replay
+from flock.steps.replay import MAX_MARK_BYTES, Entry, Replay
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, continued, interrupted, until, until_run
 from tests.test_calls import interrupt
@@ -536,6 +536,22 @@ async def test_marks_that_are_too_many_for_one_call_are_stored_with_the_next_one
     assert [mark.call_id for mark in marks] == ["ask:a", "ask:a", *(entry.call_id for entry in open_)]
     assert max(len(msgspec.json.encode(place)) for place in places) < 1.1 * MAX_MARK_BYTES
     assert places[-1].also == ()
+
+
+async def test_the_order_of_ends_is_not_that_in_which_they_were_stored() -> None:
+    """The call that ended later was stored first, with a mark that the earlier one was not delivered yet."""
+    first, second = Place(start=1, end=2), Place(start=3, end=4, also=(Mark("f:a", 1, 5),))
+    replay = Replay([stored_at(second, "f:b"), stored_at(first, "f:a")], 1000)
+    entries = [replay.begin(call_id, JSON_NULL) for call_id in ("f:b", "f:a")]
+    delivered = list[str]()
+
+    async def deliver(entry: Entry) -> None:
+        await replay.turn(entry, is_last=False)
+        delivered.append(entry.call_id)
+
+    with anyio.fail_after(PATIENCE_S):
+        await asyncio.gather(*map(deliver, entries))
+    assert delivered == ["f:a", "f:b"]
 
 
 async def test_calls_with_one_number_are_both_kept() -> None:

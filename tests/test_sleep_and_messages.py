@@ -655,9 +655,10 @@ async def test_a_question_beside_a_call_that_runs_ends_no_request(engine: Engine
     async with app.lifespan(), client_of(app) as client:
         posting = asyncio.ensure_future(post_run(client, "work_and_ask"))
         with anyio.fail_after(PATIENCE_S):
-            while not (asked := await engine.list_questions(QuestionFilter())):  # noqa: ASYNC110 - as a client
+            while not (runs := await engine.list_runs(RunFilter(agent_name="work_and_ask"))):  # noqa: ASYNC110
                 await anyio.sleep(0.01)
-        path = f"/run/{asked[0].run_id}"
+        await until_run(engine, runs[0].run_id, lambda run: bool(run.questions))
+        path = f"/run/{runs[0].run_id}"
         waiting = asyncio.ensure_future(get(client, path, wait=60))
         done, _ = await asyncio.wait([posting, waiting], timeout=0.5)
         assert not done

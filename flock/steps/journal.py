@@ -733,6 +733,7 @@ class Journal:
                 self._replay.forget(entry)
                 return value
             result = self._encode(planned.label, value)
+            self._check_room(planned.label, len(planned.arguments) + len(result), CallError)
             value = planned.decode(result)
         except _Answered:
             raise
@@ -945,14 +946,18 @@ class Journal:
                 f"({self.max_result_bytes}, max_result_bytes). Use a reference to long values instead."
             )
 
+    def _check_room(self, label: str, size: int, error: type[CallError]) -> None:
+        """Raise *error* if there is no room for *size* bytes of a call. Without its result, there may be some."""
+        if size > self._bytes_left:
+            raise error(
+                f"The arguments and results of the step's calls are larger than the cluster can store. The call "
+                f"{label!r} has {size} bytes of them. Return references to long results instead."
+            )
+
     async def _store(self, call: Call, cancellation: Cancellation) -> None:
         if call.kind == "question":
             call = replace(call, call_id=self._question_ids.get(call.call_id, call.call_id))
-        if (size := _bytes_of(call)) > self._bytes_left:
-            raise Refused(
-                f"The arguments and results of the step's calls are larger than the cluster can store. The call "
-                f"{call.name!r} has {size} bytes of them. Return references to long results instead."
-            )
+        self._check_room(call.name, size := _bytes_of(call), Refused)
         self._bytes_left -= size
         if self._is_over or self.is_suspended:  # a function may swallow the end of its step, and return anything
             return

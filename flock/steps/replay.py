@@ -172,7 +172,9 @@ class Replay:
                 entry = entries.setdefault(mark.start, Entry(mark.call_id, mark.start))
                 if entry.call_id != mark.call_id:
                     continue
-                if mark.start == place.start:
+                if mark.start == place.start and entry.stored is None:
+                    entry.end, entry.seen = mark.end, max(entry.end, entry.seen)  # another call was stored first
+                elif mark.start == place.start:
                     entry.end = max(mark.end, entry.end)
                 elif entry.stored is None and not entry.end:
                     entry.end = mark.end
