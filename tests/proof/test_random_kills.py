@@ -1,6 +1,7 @@
 """Random workflow programs on real engines, whose processes are killed (kill -9) at random moments.
 
 A process writes what its programs do to a log, and the same checks read it as of random programs in virtual time.
+Some runs are cancelled, and some of those that have failed or were cancelled are retried.
 ``KILLS`` is how often a process is killed. Time-outs of programs are left out: no journal knows how late one was.
 """
 
@@ -17,11 +18,12 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from flock.runs import RunStatus, new_id
 from tests.proof.generator import CLASSES, End, Fate, program_of
 from tests.proof.workflows import TIMEOUTS, Statement, text
-from tests.proof.world import Life, World, check
+from tests.proof.world import Life, World
 from tests.support import PATIENCE_S, ROOT
 from tests.test_kills import KILLS, LIVES_S, kill, one_server, workers
 from tests.test_kills import Life as Process
@@ -33,7 +35,8 @@ PROGRAMS = 12
 POLL_S = 0.2
 NAMES = [name for name, kinds in CLASSES.items() if not {*TIMEOUTS, "slow"} & {*kinds}]
 #: Not the first process, nor the order of asyncio.
-FATE = Fate(seed=1, is_stored=True, ends=(End(0, 0),))
+SOME = End(0, 0)
+FATE = Fate(seed=1, is_stored=True, ends=(SOME,))
 
 SCRIPT = """
 import contextlib
@@ -55,10 +58,8 @@ LOG = os.open("lives.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 
 
 class Life:
-    attempt = 1
-
-    def __init__(self, run_id):
-        self.ids, self.bodies, self.begun = (run_id, new_id()), {}, Counter()
+    def __init__(self, run_id, attempt):
+        self.ids, self.bodies, self.begun, self.attempt = (run_id, new_id()), {}, Counter(), attempt
 
     def note(self, what, at="", value=None):
         os.write(LOG, msgspec.json.encode([*self.ids, what, at, value]) + b"\\n")
@@ -90,7 +91,7 @@ class Life:
 
 @flock.agent
 async def main(program: str, context: RunContext) -> Any:
-    LIFE.set(life := Life(context.run_id))
+    LIFE.set(life := Life(context.run_id, context.attempt))
     life.note("begins")
     try:
         return await Walk(life, context).do(msgspec.json.decode(program, type=Statement), "0")
@@ -107,6 +108,8 @@ class Log:
         self.worlds = dict[str, World]()
         #: the messages that runs wait for and that are not sent, each with its run and name
         self.to_send = list[tuple[str, str, int]]()
+        #: the runs to cancel at a random moment
+        self.to_cancel = set[str]()
 
     def read(self) -> None:
         if not self._path.exists():
@@ -147,7 +150,7 @@ def _statement_at(program: Statement, at: str) -> Statement:
     return program
 
 
-@pytest.mark.timeout(120 + 30 * KILLS)
+@pytest.mark.timeout(600 + 30 * KILLS)
 @pytest.mark.parametrize("engine", LIVES_S)
 def test_what_is_done_stays_done_in_real_processes(engine: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     script, log = tmp_path / "programs.py", Log(tmp_path / "lives.log")
@@ -166,25 +169,28 @@ def test_what_is_done_stays_done_in_real_processes(engine: str, request: pytest.
                 killer = threading.Timer(life_s, kill, [process.pid, kills])
                 killer.start()
                 with contextlib.suppress(httpx.TransportError):  # the server has just been killed
-                    _help(client, log, until=time.monotonic() + life_s)
+                    _help(client, log, chance, until=time.monotonic() + life_s)
                 killer.join()
-        runs = _end(start_life, log)
-    for run_id, run in runs.items():
-        check(log.worlds[run_id], run)
+        runs = _end(start_life, log, chance)
     problems = [
         f"{'; '.join(world.problems)}\n{text(world.program)}" for world in log.worlds.values() if world.problems
     ]
     assert not problems, "\n\n".join([f"{len(problems)} of {len(runs)}", *problems])
     effects = sum(world.begun.total() for world in log.worlds.values())
-    print(f"{engine}: {len(kills)} kills, {len(runs)} programs, {effects} effects")
+    attempts = sum(world.attempt for world in log.worlds.values())
+    print(f"{engine}: {len(kills)} kills, {len(runs)} programs, {attempts} attempts, {effects} effects")
 
 
 def _start(client: httpx.Client, log: Log, numbers: Sequence[int]) -> None:
     for number in numbers:
-        program = program_of(random.Random(number), CLASSES[NAMES[number % len(NAMES)]])
+        chance = random.Random(number)
+        program = program_of(chance, CLASSES[NAMES[number % len(NAMES)]])
+        fate = replace(FATE, retries=chance.randint(0, 2), cancel=None if chance.randint(0, 3) else SOME)
         inputs = {"program": msgspec.json.encode(program).decode()}
         body = {"agent_name": "main", "inputs": inputs, "async_run": True}
-        log.worlds[_answered(client, "POST", "/run/flock", json=body)["run_id"]] = World(program, FATE)
+        run_id = _answered(client, "POST", "/run/flock", json=body)["run_id"]
+        log.worlds[run_id] = World(program, fate)
+        log.to_cancel |= set() if fate.cancel is None else {run_id}
 
 
 def _answered(client: httpx.Client, method: str, path: str, **request: Any) -> Any:
@@ -194,8 +200,11 @@ def _answered(client: httpx.Client, method: str, path: str, **request: Any) -> A
     return response.json()
 
 
-def _help(client: httpx.Client, log: Log, *, until: float) -> dict[str, Any]:
-    """Answer questions and send messages until all runs have ended or the time is over. Returns what has ended."""
+def _help(client: httpx.Client, log: Log, chance: random.Random, *, until: float) -> dict[str, Any]:
+    """Answer questions, send messages, cancel and retry runs until all have ended or the time is over.
+
+    Returns what has ended, and is not retried.
+    """
     ended = dict[str, Any]()
     while len(ended) < len(log.worlds) and time.monotonic() < until:
         log.read()
@@ -205,10 +214,17 @@ def _help(client: httpx.Client, log: Log, *, until: float) -> dict[str, Any]:
             _answered(client, "POST", f"/run/{run_id}/messages/{name}", json={"message": number}, headers=key)
             log.to_send.pop()
         for run_id in log.worlds.keys() - ended.keys():
+            if run_id in log.to_cancel and not chance.randint(0, 5):
+                log.to_cancel.discard(run_id)
+                log.worlds[run_id].stop()
+                client.post(f"/run/{run_id}/cancel")
             run = _answered(client, "GET", f"/run/{run_id}")
             if run["completed_at"]:
-                value = {"status": RunStatus(run["status"]), "value": run["result"]}
-                ended[run_id] = SimpleNamespace(**value, error=run["error"], error_type=run.get("error_type"))
+                log.read()
+                if _is_over(log.worlds[run_id], run):
+                    ended[run_id] = run
+                else:
+                    client.post(f"/run/{run_id}/retry")
             for question in run.get("waiting_for") or ():
                 answer = {"output": int(question["question"].partition(" ")[0])}
                 client.post(f"/run/{run_id}/calls/{question['call_id']}", json=answer)
@@ -216,10 +232,17 @@ def _help(client: httpx.Client, log: Log, *, until: float) -> dict[str, Any]:
     return ended
 
 
-def _end(start_life: Callable[[], AbstractContextManager[Process]], log: Log) -> dict[str, Any]:
+def _is_over(world: World, body: Any) -> bool:
+    """Check an attempt that has ended. Whether it is the last. A process may have died before a retry was accepted."""
+    value = {"status": RunStatus(body["status"]), "value": body["result"]}
+    run: Any = SimpleNamespace(**value, error=body["error"], error_type=body.get("error_type"))
+    return body["attempt"] == world.attempt and not world.should_retry(run)
+
+
+def _end(start_life: Callable[[], AbstractContextManager[Process]], log: Log, chance: random.Random) -> dict[str, Any]:
     """Let all runs end in a last process."""
     with start_life() as process, httpx.Client(base_url=process.url, timeout=60) as client:
-        runs = _help(client, log, until=time.monotonic() + 4 * PATIENCE_S)
+        runs = _help(client, log, chance, until=time.monotonic() + 4 * PATIENCE_S)
         log.read()
     open_ = [text(log.worlds[run_id].program) for run_id in log.worlds.keys() - runs.keys()]
     assert not open_, "\n\n".join([f"{len(open_)} have not ended", *open_])
