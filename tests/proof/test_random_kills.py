@@ -43,6 +43,7 @@ import contextlib
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -58,8 +59,9 @@ LOG = os.open("lives.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 
 
 class Life:
-    def __init__(self, run_id, attempt):
-        self.ids, self.bodies, self.begun, self.attempt = (run_id, new_id()), {}, Counter(), attempt
+    def __init__(self, run_id):
+        self.ids, self.bodies, self.begun = (run_id, new_id()), {}, Counter()
+        self.attempt = 1 + len(list(Path().glob(f"retried-{run_id}-*")))
 
     def note(self, what, at="", value=None):
         os.write(LOG, msgspec.json.encode([*self.ids, what, at, value]) + b"\\n")
@@ -91,7 +93,7 @@ class Life:
 
 @flock.agent
 async def main(program: str, context: RunContext) -> Any:
-    LIFE.set(life := Life(context.run_id, context.attempt))
+    LIFE.set(life := Life(context.run_id))
     life.note("begins")
     try:
         return await Walk(life, context).do(msgspec.json.decode(program, type=Statement), "0")
@@ -108,8 +110,10 @@ class Log:
         self.worlds = dict[str, World]()
         #: the messages that runs wait for and that are not sent, each with its run and name
         self.to_send = list[tuple[str, str, int]]()
-        #: the runs to cancel at a random moment
-        self.to_cancel = set[str]()
+        #: the runs to cancel at a random moment, and when the last attempt of each has ended
+        self.to_cancel, self.ends = set[str](), dict[str, str]()
+        #: the runs that have ended, and are not retried
+        self.over = set[str]()
 
     def read(self) -> None:
         if not self._path.exists():
@@ -120,6 +124,16 @@ class Log:
                 if line.endswith(b"\n"):
                     self._read += len(line)
                     self._note(*msgspec.json.decode(line))
+
+    def should_retry(self, run: Any) -> bool:
+        """Check an attempt that has ended. Whether it is to be retried, which its next lives then know."""
+        self.ends[run["run_id"]] = run["completed_at"]
+        world, fields = self.worlds[run["run_id"]], {"error": run["error"], "error_type": run.get("error_type")}
+        ended: Any = SimpleNamespace(status=RunStatus(run["status"]), value=run["result"], **fields)
+        if not world.should_retry(ended):
+            return False
+        (self._path.parent / f"retried-{run['run_id']}-{world.attempt}").touch()
+        return True
 
     def _note(self, run_id: str, life_id: str, what: str, at: str, value: Any) -> None:
         world = self.worlds[run_id]
@@ -150,7 +164,7 @@ def _statement_at(program: Statement, at: str) -> Statement:
     return program
 
 
-@pytest.mark.timeout(600 + 30 * KILLS)
+@pytest.mark.timeout(240 + 30 * KILLS)
 @pytest.mark.parametrize("engine", LIVES_S)
 def test_what_is_done_stays_done_in_real_processes(engine: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     script, log = tmp_path / "programs.py", Log(tmp_path / "lives.log")
@@ -171,14 +185,14 @@ def test_what_is_done_stays_done_in_real_processes(engine: str, request: pytest.
                 with contextlib.suppress(httpx.TransportError):  # the server has just been killed
                     _help(client, log, chance, until=time.monotonic() + life_s)
                 killer.join()
-        runs = _end(start_life, log, chance)
+        _end(start_life, log, chance)
     problems = [
         f"{'; '.join(world.problems)}\n{text(world.program)}" for world in log.worlds.values() if world.problems
     ]
-    assert not problems, "\n\n".join([f"{len(problems)} of {len(runs)}", *problems])
+    assert not problems, "\n\n".join([f"{len(problems)} of {len(log.worlds)}", *problems])
     effects = sum(world.begun.total() for world in log.worlds.values())
     attempts = sum(world.attempt for world in log.worlds.values())
-    print(f"{engine}: {len(kills)} kills, {len(runs)} programs, {attempts} attempts, {effects} effects")
+    print(f"{engine}: {len(kills)} kills, {len(log.worlds)} programs, {attempts} attempts, {effects} effects")
 
 
 def _start(client: httpx.Client, log: Log, numbers: Sequence[int]) -> None:
@@ -200,20 +214,16 @@ def _answered(client: httpx.Client, method: str, path: str, **request: Any) -> A
     return response.json()
 
 
-def _help(client: httpx.Client, log: Log, chance: random.Random, *, until: float) -> dict[str, Any]:
-    """Answer questions, send messages, cancel and retry runs until all have ended or the time is over.
-
-    Returns what has ended, and is not retried.
-    """
-    ended = dict[str, Any]()
-    while len(ended) < len(log.worlds) and time.monotonic() < until:
+def _help(client: httpx.Client, log: Log, chance: random.Random, *, until: float) -> None:
+    """Answer questions, send messages, cancel and retry runs until all have ended or the time is over."""
+    while len(log.over) < len(log.worlds) and time.monotonic() < until:
         log.read()
         while log.to_send:
             run_id, name, number = log.to_send[-1]
             key = {"Idempotency-Key": f"{run_id} {name}"}
             _answered(client, "POST", f"/run/{run_id}/messages/{name}", json={"message": number}, headers=key)
             log.to_send.pop()
-        for run_id in log.worlds.keys() - ended.keys():
+        for run_id in log.worlds.keys() - log.over:
             if run_id in log.to_cancel and not chance.randint(0, 5):
                 log.to_cancel.discard(run_id)
                 log.worlds[run_id].stop()
@@ -221,29 +231,19 @@ def _help(client: httpx.Client, log: Log, chance: random.Random, *, until: float
             run = _answered(client, "GET", f"/run/{run_id}")
             if run["completed_at"]:
                 log.read()
-                if _is_over(log.worlds[run_id], run):
-                    ended[run_id] = run
-                else:
+                if log.ends.get(run_id) != run["completed_at"] and not log.should_retry(run):
+                    log.over.add(run_id)
+                else:  # perhaps after a process has died before that
                     client.post(f"/run/{run_id}/retry")
             for question in run.get("waiting_for") or ():
                 answer = {"output": int(question["question"].partition(" ")[0])}
                 client.post(f"/run/{run_id}/calls/{question['call_id']}", json=answer)
         time.sleep(POLL_S)
-    return ended
 
 
-def _is_over(world: World, body: Any) -> bool:
-    """Check an attempt that has ended. Whether it is the last. A process may have died before a retry was accepted."""
-    value = {"status": RunStatus(body["status"]), "value": body["result"]}
-    run: Any = SimpleNamespace(**value, error=body["error"], error_type=body.get("error_type"))
-    return body["attempt"] == world.attempt and not world.should_retry(run)
-
-
-def _end(start_life: Callable[[], AbstractContextManager[Process]], log: Log, chance: random.Random) -> dict[str, Any]:
+def _end(start_life: Callable[[], AbstractContextManager[Process]], log: Log, chance: random.Random) -> None:
     """Let all runs end in a last process."""
     with start_life() as process, httpx.Client(base_url=process.url, timeout=60) as client:
-        runs = _help(client, log, chance, until=time.monotonic() + 4 * PATIENCE_S)
-        log.read()
-    open_ = [text(log.worlds[run_id].program) for run_id in log.worlds.keys() - runs.keys()]
+        _help(client, log, chance, until=time.monotonic() + 4 * PATIENCE_S)
+    open_ = [text(log.worlds[run_id].program) for run_id in log.worlds.keys() - log.over]
     assert not open_, "\n\n".join([f"{len(open_)} have not ended", *open_])
-    return runs
