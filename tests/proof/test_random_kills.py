@@ -220,7 +220,7 @@ def _help(client: httpx.Client, log: Log, chance: random.Random, *, until: float
         log.read()
         while log.to_send:
             run_id, name, number = log.to_send[-1]
-            key = {"Idempotency-Key": f"{run_id} {name}"}
+            key = {"Idempotency-Key": f"{run_id}.{name}"}
             _answered(client, "POST", f"/run/{run_id}/messages/{name}", json={"message": number}, headers=key)
             log.to_send.pop()
         for run_id in log.worlds.keys() - log.over:
