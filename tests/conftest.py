@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 import tests
 from flock.core import Flock
+from flock.runs import new_id
 from flock.testing import FakeModel
 from flock.web.options import PROTOCOL_MODULES
 from flockapi import FlockAPI, create_app
@@ -219,6 +220,15 @@ def open_engine(request: pytest.FixtureRequest, tmp_path: Path) -> OpenEngine:
         return lambda flock, **options: on_temporal(address, flock, **options)
     store = tmp_path / "flock.db" if request.param == "disk" else ":memory:"
     return lambda flock, **options: flock.engine(store=store, **options)
+
+
+@pytest.fixture(params=["disk", "temporal"])
+def open_again(request: pytest.FixtureRequest, tmp_path: Path) -> OpenEngine:
+    """Open engines on the same store one after the other, as the next process would, on Temporal with a worker."""
+    if request.param == "temporal":
+        address, name = request.getfixturevalue("temporal_address"), f"again {new_id()}"
+        return lambda flock, **options: on_temporal(address, flock, name=name, **options)
+    return lambda flock, **options: flock.engine(store=tmp_path / "flock.db", **options)
 
 
 @pytest.fixture

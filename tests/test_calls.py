@@ -25,8 +25,8 @@ import pytest
 from flock import fair
 from flock.agents.agent import OnChange
 from flock.core import Flock
-from flock.errors import AgentError, CallError
-from flock.runs import MAX_SHOWN_CALLS, NOT_LOADED, BatchOptions, CallOptions, Engine, Run, RunContext, RunStatus
+from flock.errors import AgentError, CallError, StoreError
+from flock.runs import MAX_SHOWN_CALLS, NOT_LOADED, BatchOptions, Call, CallOptions, Engine, Run, RunContext, RunStatus
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, counting_turns, sqlite_of, until
@@ -686,6 +686,23 @@ async def test_a_call_that_is_too_long_for_its_step_does_not_make_shorter_ones_f
     with pytest.raises(CallError, match="larger than the cluster can store"):
         await made.call(context, value, [200], {}, CallOptions())
     assert await made.call(context, value, [20], {}, CallOptions()) == "x" * 20
+
+
+async def test_a_call_that_the_store_could_not_keep_has_no_entry_and_is_the_last_of_its_step() -> None:
+    """It is executed when the step runs again, also if the program has caught the error."""
+    executed = list[int]()
+
+    async def save(call: Call) -> None:
+        raise StoreError("The disk is full.")
+
+    async def count(n: int) -> None:
+        executed.append(n)
+
+    made = dataclasses.replace(journal(), finished=(), max_total_bytes=100, replay_grace_s=5, save=save)
+    for n in range(2):
+        with pytest.raises(StoreError):
+            await made.call(context_of("work", []), count, [n], {}, CallOptions())
+    assert (executed, made.kept, made.failed) == ([0], 0, [])
 
 
 async def test_options_of_a_call_are_not_taken_from_the_arguments_of_its_function() -> None:

@@ -1,15 +1,20 @@
 """What identifies a call: the names of its parents and its function, and its arguments as their types read them."""
 
+import contextlib
 import functools
 import hashlib
 import math
 import sqlite3
+import subprocess
+import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx
 import msgspec
 import pytest
 
@@ -20,6 +25,7 @@ from flock.steps.identity import code_of, digest_of
 from flock.store.migrations import MIGRATIONS
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until_run
+from tests.support.servers import serving
 from tests.support.stores import undo
 
 SHOP = """
@@ -84,6 +90,61 @@ async def test_a_call_is_the_same_in_a_program_that_was_moved(
         run = await answered(engine, run)
     assert (run.value, run.error) == ({"result": 1}, None)
     assert [module.charged for module in modules] == [[amounts[0]], []]
+
+
+STARTED = """
+import asyncio
+from pathlib import Path
+from flock.core import Flock
+from flock.runs import RunContext
+
+flock = Flock("shop")
+
+def charge(amount: float) -> int:
+    with open("charged", "a") as log:
+        log.write("x")
+    return 7
+
+async def ship() -> None:
+    while not Path("go").exists():
+        await asyncio.sleep(0.01)
+
+@flock.agent
+async def pay(context: RunContext) -> int:
+    number = await context.call(charge, 5)
+    await context.call(ship)
+    return number
+
+async def main() -> None:
+    async with flock.engine(store="flock.db") as engine:
+        print((await engine.submit("pay", {})).run_id, flush=True)
+        await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_server_continues_what_a_moved_and_killed_program_has_begun(tmp_path: Path) -> None:
+    """``python shop.py``, and then ``flockapi serve apps/store.py``."""
+    script, moved = tmp_path / "shop.py", tmp_path / "apps" / "store.py"
+    script.write_text(STARTED)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        run_id, deadline = process.stdout.readline().strip(), time.monotonic() + PATIENCE_S
+        with contextlib.closing(sqlite3.connect(tmp_path / "flock.db")) as db:
+            while db.execute("SELECT name FROM calls").fetchall() != [("charge",)]:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        process.kill()
+    moved.parent.mkdir()
+    script.rename(moved)
+    Path("go").touch()
+    with serving(moved, tmp_path) as server, httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+        run = client.get(f"/run/{run_id}", params={"wait": 60}).json()
+    assert (run["status"], run["result"]) == ("completed", {"result": 7})
+    assert Path("charged").read_text() == "x"
 
 
 class Shape(msgspec.Struct):

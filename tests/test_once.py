@@ -7,8 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +17,13 @@ import pytest
 from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import CallError, Uncertain
-from flock.models.llm import ModelClient
-from flock.runs import Engine, Run, RunContext, RunStatus, new_id, now
+from flock.runs import Engine, Run, RunContext, RunStatus, now
 from flock.runs.records import Call
 from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until_run
 
 pytestmark = pytest.mark.anyio
-
-#: Opens an engine and its worker on the same store, as the next process would.
-OpenAgain = Callable[[Flock], AbstractAsyncContextManager[Engine]]
-
-
-@pytest.fixture(params=["disk", "temporal"])
-def open_again(request: pytest.FixtureRequest, tmp_path: Path) -> OpenAgain:
-    if request.param == "disk":
-        return lambda flock: flock.engine(store=tmp_path / "flock.db")
-    address, name = request.getfixturevalue("temporal_address"), f"once {new_id()}"
-
-    @contextlib.asynccontextmanager
-    async def on_cluster(flock: Flock) -> AsyncIterator[Engine]:
-        from flock.temporal import TemporalEngine, TemporalWorker
-
-        async with (
-            TemporalWorker(flock.agents, ModelClient(), address, flock=name, drain_timeout_s=0),
-            TemporalEngine(flock.agents, address, flock=name) as engine,
-        ):
-            yield engine
-
-    return on_cluster
 
 
 async def ended(engine: Engine, run: Run) -> Run:
@@ -178,7 +153,7 @@ async def test_the_late_result_of_a_thread_is_its_end(open_engine: OpenEngine) -
     assert charged == [1]
 
 
-async def test_one_that_ran_when_its_process_ended_is_uncertain(open_again: OpenAgain) -> None:
+async def test_one_that_ran_when_its_process_ended_is_uncertain(open_again: OpenEngine) -> None:
     """The program may handle that. If not, the run fails, and the call is shown."""
     flock, charged, reached = Flock(), list[str](), anyio.Event()
 
@@ -219,9 +194,10 @@ async def test_one_that_ran_when_its_process_ended_is_uncertain(open_again: Open
 
 async def test_one_that_its_deadline_cut_off_has_no_end(open_engine: OpenEngine) -> None:
     """It is shown as uncertain, although it has turned its cancellation into an error of its own."""
-    flock = Flock()
+    flock, charged = Flock(), list[int]()
 
     async def charge() -> None:
+        charged.append(1)
         try:
             await anyio.sleep_forever()
         finally:
@@ -232,10 +208,13 @@ async def test_one_that_its_deadline_cut_off_has_no_end(open_engine: OpenEngine)
         await context.call(charge, call_once=True)
 
     async with open_engine(flock) as engine:
-        run = await ended(engine, await engine.submit("pay", {}, timeout_s=0.3))
+        run = await ended(engine, await engine.submit("pay", {}, timeout_s=1))
         (call,) = (await engine.get_calls(run))[0]
-    assert run.error_type == "timeout"
-    assert (call.name, call.once, call.error_type) == ("charge", "started", "uncertain")
+        assert run.error_type == "timeout"
+        assert (call.name, call.once, call.error_type) == ("charge", "started", "uncertain")
+        run = await ended(engine, await engine.retry_run(run.run_id))
+    assert run.error_type == "uncertain"
+    assert charged == [1]
 
 
 DYING = """
@@ -312,6 +291,40 @@ async def test_it_is_not_executed_if_another_engine_owns_the_run(tmp_path: Path)
         assert not db.execute("SELECT 1 FROM calls").fetchall()
 
 
+async def test_it_is_uncertain_if_another_engine_takes_the_run_while_it_is_executed(tmp_path: Path) -> None:
+    """Its end, which comes later, does not count."""
+    flock, charged, reached, may_go, ended_at = Flock(), list[int](), anyio.Event(), anyio.Event(), anyio.Event()
+
+    async def charge() -> None:
+        charged.append(1)
+        reached.set()
+        await may_go.wait()
+
+    @flock.agent
+    async def pay(context: RunContext) -> None:
+        try:
+            await context.call(charge, call_once=True)
+        finally:
+            ended_at.set() if may_go.is_set() else None
+
+    store = tmp_path / "flock.db"
+    async with flock.engine(store=store) as engine:
+        run = await engine.submit("pay", {})
+        await reached.wait()
+        with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as db:
+            db.execute("INSERT INTO engines VALUES ('dead', ?, 0)", (flock.name,))
+            db.execute("UPDATE runs SET owner = 'dead'")
+        async with flock.engine(store=store) as other:
+            run = await ended(other, run)
+            may_go.set()
+            with anyio.fail_after(PATIENCE_S):
+                await ended_at.wait()
+            calls = (await other.get_calls(run))[0]
+    assert run.error_type == "uncertain"
+    assert [(call.name, call.error_type) for call in calls] == [("charge", "uncertain")]
+    assert charged == [1]
+
+
 @pytest.mark.parametrize("kind", ["ask", "in a called agent", "sleep", "receive"])
 async def test_it_cannot_wait_for_a_person(kind: str, open_engine: OpenEngine) -> None:
     """Its step would run again when it is answered."""
@@ -383,7 +396,25 @@ async def test_a_model_reads_that_a_tool_failed(open_engine: OpenEngine) -> None
     assert bought == ["tea"]
 
 
-async def test_a_model_does_not_read_that_a_tool_is_uncertain(open_again: OpenAgain) -> None:
+@pytest.mark.parametrize("kind", ["ask", "sleep", "receive"])
+async def test_a_tool_cannot_wait_either(kind: str, open_engine: OpenEngine) -> None:
+    async def buy(what: str, context: RunContext) -> None:
+        if kind == "ask":
+            await context.ask("Buy it?", bool)
+        elif kind == "sleep":
+            await context.sleep(60)
+        await context.receive("word", bool)
+
+    flock = buying(buy)
+    with FakeModel([CALL, {"a": "no"}]) as model:
+        async with open_engine(flock) as engine:
+            run = await ended(engine, await engine.submit("ask", {"q": "?"}))
+    assert (run.value, run.error) == ({"a": "no"}, None)
+    error = f"Error: The call 'buy' is executed at most once (call_once, once=True), so it cannot {kind}."
+    assert error in model.requests[-1].text
+
+
+async def test_a_model_does_not_read_that_a_tool_is_uncertain(open_again: OpenEngine) -> None:
     """It would perhaps call the tool again."""
     bought, reached = list[str](), anyio.Event()
 

@@ -21,9 +21,9 @@ from flock.agents.agent import OnChange
 from flock.core import Flock
 from flock.runs import JSON_NULL, Call, Engine, Mark, Place, Run, RunContext, RunStatus, now
 from flock.steps.raised import Refused
-from flock.steps.replay import MAX_MARK_BYTES, Replay
+from flock.steps.replay import MAX_MARK_BYTES, Entry, Replay
 from tests.support import PATIENCE_S
-from tests.support.engines import OpenEngine, until, until_run
+from tests.support.engines import OpenEngine, continued, interrupted, until, until_run
 from tests.test_calls import interrupt
 
 pytestmark = pytest.mark.anyio
@@ -299,7 +299,7 @@ async def _waiting(engine: Engine, run: Run, question: str) -> Run:
     return await until_run(engine, run.run_id, asks)
 
 
-async def test_a_call_that_was_in_flight_is_executed_at_once(tmp_path: Path) -> None:
+async def test_a_call_that_was_in_flight_is_executed_at_once(open_again: OpenEngine) -> None:
     """It is known that it had started, from the calls that have ended later."""
     flock, begun, reached = Flock(), list[str](), anyio.Event()
 
@@ -315,16 +315,13 @@ async def test_a_call_that_was_in_flight_is_executed_at_once(tmp_path: Path) -> 
     async def work(context: RunContext) -> list[str]:
         return [*await asyncio.gather(context.call(work_on, "slow"), context.call(work_on, "fast"))]
 
-    store = tmp_path / "flock.db"
-    run_id = await interrupt(flock, store, "work", reached)
-    async with flock.engine(store=store, replay_grace_s=1000) as engine:
-        with anyio.fail_after(PATIENCE_S):
-            run = await engine.wait(run_id)
+    run = await interrupted(open_again, flock, reached)
+    run = await continued(open_again, flock, run, replay_grace_s=1000)
     assert (run.error, run.value) == (None, {"result": ["slow", "fast"]})
     assert sorted(begun) == ["fast", "slow", "slow"]
 
 
-async def test_slow_code_between_calls_is_no_change(tmp_path: Path) -> None:
+async def test_slow_code_between_calls_is_no_change(open_again: OpenEngine) -> None:
     """Much slower than the grace, and in another order than before."""
     flock, begun, reached, pause_s = Flock(), list[int](), anyio.Event(), [0.0, 0.3]
 
@@ -346,12 +343,9 @@ async def test_slow_code_between_calls_is_no_change(tmp_path: Path) -> None:
             await anyio.sleep_forever()
         return [*found, await context.call(note, 3)]
 
-    store = tmp_path / "flock.db"
-    run_id = await interrupt(flock, store, "work", reached)
+    run = await interrupted(open_again, flock, reached)
     pause_s.reverse()
-    async with flock.engine(store=store, replay_grace_s=0.05) as engine:
-        with anyio.fail_after(PATIENCE_S):
-            run = await engine.wait(run_id)
+    run = await continued(open_again, flock, run, replay_grace_s=0.05)
     assert (run.error, run.value) == (None, {"result": [11, 12, 3]})
     assert sorted(begun) == [1, 2, 3, 11, 12]
 
@@ -547,6 +541,22 @@ async def test_marks_that_are_too_many_for_one_call_are_stored_with_the_next_one
     assert places[-1].also == ()
 
 
+async def test_the_order_of_ends_is_not_that_in_which_they_were_stored() -> None:
+    """The call that ended later was stored first, with a mark that the earlier one was not delivered yet."""
+    first, second = Place(start=1, end=2), Place(start=3, end=4, also=(Mark("f:a", 1, 5),))
+    replay = Replay([stored_at(second, "f:b"), stored_at(first, "f:a")], 1000)
+    entries = [replay.begin(call_id, JSON_NULL) for call_id in ("f:b", "f:a")]
+    delivered = list[str]()
+
+    async def deliver(entry: Entry) -> None:
+        await replay.turn(entry, is_last=False)
+        delivered.append(entry.call_id)
+
+    with anyio.fail_after(PATIENCE_S):
+        await asyncio.gather(*map(deliver, entries))
+    assert delivered == ["f:a", "f:b"]
+
+
 async def test_calls_with_one_number_are_both_kept() -> None:
     marks = (Mark("f:c", 1),)
     replay = Replay([stored("f:a", 1, 3), stored("f:b", 1, 2, place=Place(start=1, end=2, also=marks))], 5)
@@ -572,13 +582,25 @@ class Change(NamedTuple):
 
 
 class Shop:
-    """What programs do before and after a change: ``log`` has each function that was executed."""
+    """What programs do before and after a change: ``log`` has each function that was executed.
+
+    Attributes:
+        amount: what ``pay`` charges.
+        reached: the first execution has come to its end, and its process is to end.
+    """
 
     def __init__(self) -> None:
-        self.log = list[str]()
+        self.log, self.amount, self.reached = list[str](), 5, anyio.Event()
 
-        async def charge(amount: int) -> None:
+        async def charge(amount: int | str) -> None:
             self.log.append(f"charge {amount}")
+
+        async def pay(context: RunContext) -> None:
+            await context.call(charge, self.amount)
+            await self.reach()
+
+        async def sell(n: int, context: RunContext) -> None:
+            await context.call(charge, n)
 
         async def send(to: str) -> None:
             self.log.append(f"send {to}")
@@ -595,7 +617,13 @@ class Shop:
             self.log.append("count")
             return self.log.count("count")
 
-        self.charge, self.send, self.mail, self.hang, self.count = charge, send, mail, hang, count
+        self.charge, self.pay, self.sell = charge, pay, sell
+        self.send, self.mail, self.hang, self.count = send, mail, hang, count
+
+    async def reach(self) -> None:
+        if not self.reached.is_set():
+            self.reached.set()
+            await anyio.sleep_forever()
 
 
 Work = Callable[[RunContext, Shop], Awaitable[Any]]
@@ -619,6 +647,28 @@ async def charged_6_and_5(context: RunContext, shop: Shop) -> Any:
 
 async def charged_6_beside_5(context: RunContext, shop: Shop) -> Any:
     return await asyncio.gather(context.call(shop.charge, 6), context.call(shop.charge, 5))
+
+
+async def charged_text(context: RunContext, shop: Shop) -> Any:
+    return await context.call(shop.charge, "5")
+
+
+def charged_under(name: str) -> Work:
+    return lambda context, shop: context.call(shop.charge, 5, call_name=name)
+
+
+def charged_inside(kind: str, amount: int) -> Work:
+    """Charge in a function, or in an agent, which is the same before and after the change, and has not ended."""
+
+    async def work(context: RunContext, shop: Shop) -> Any:
+        shop.amount = amount
+        return await (context.call(shop.pay) if kind == "function" else context.run_agent("pay", {}))
+
+    return work
+
+
+def sold_by(agent_name: str, n: int) -> Work:
+    return lambda context, shop: context.run_agent(agent_name, {"n": n})
 
 
 async def sent(context: RunContext, shop: Shop) -> Any:
@@ -670,7 +720,13 @@ CHANGES = {
     "a call of the same function before it": Change(charged_5, charged_6_and_5, "instead of", []),
     "a call of the same function beside it": Change(charged_5, charged_6_beside_5, None, ["charge 6"]),
     "a call of the same function after it": Change(charged_5, charged_5_and_6, None, ["charge 6"]),
+    "arguments of another type": Change(charged_5, charged_text, "instead of", []),
+    "another name of the call": Change(charged_under("a"), charged_under("b"), "'charge:b' instead of 'charge:a'", []),
     "another function": Change(sent, mailed, None, ["mail a"]),
+    "inside a function": Change(charged_inside("function", 5), charged_inside("function", 6), r"'pay:\w+~charge:", []),
+    "inside an agent": Change(charged_inside("agent", 5), charged_inside("agent", 6), r"'pay:\w+~charge:", []),
+    "another agent": Change(sold_by("sell", 5), sold_by("trade", 5), None, ["charge 5"]),
+    "other inputs of an agent": Change(sold_by("sell", 5), sold_by("sell", 6), "'sell:.*instead of 'sell:", []),
     "a call before it": Change(charged_5, sent_and_charged, None, ["send a"]),
     "removed": Change(charged_5, nothing, None, []),
     "removed before another one": Change(sent_and_charged, charged_5, None, []),
@@ -688,25 +744,33 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("on_change", ["stop", "continue"])
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-async def test_a_changed_program_does_nothing_twice(change: Change, on_change: OnChange, tmp_path: Path) -> None:
-    flock, shop, reached = Flock(), Shop(), anyio.Event()
+@pytest.mark.parametrize(
+    ("change", "on_change"),
+    [
+        pytest.param(change, on_change, id=f"{name}-{on_change}")
+        for name, change in CHANGES.items()
+        for on_change in (["stop", "continue"] if change.error else ["stop"])
+    ],
+)
+async def test_a_changed_program_does_nothing_twice(
+    change: Change, on_change: OnChange, open_again: OpenEngine
+) -> None:
+    """What the agent of the run says counts, and not what an agent says that it calls."""
+    flock, shop = Flock(), Shop()
+    flock.agent(on_change="continue" if on_change == "stop" else "stop")(shop.pay)
+    flock.agent(shop.sell)
+    flock.agent(name="trade")(shop.sell)
 
     @flock.agent(on_change=on_change)
     async def work(context: RunContext) -> Any:
-        if reached.is_set():
+        if shop.reached.is_set():
             return await change.after(context, shop)
         await change.before(context, shop)
-        reached.set()
-        await anyio.sleep_forever()
+        await shop.reach()
 
-    store = tmp_path / "flock.db"
-    run_id = await interrupt(flock, store, "work", reached)
+    run = await interrupted(open_again, flock, shop.reached)
     done = len(shop.log)
-    async with flock.engine(store=store, replay_grace_s=0.1) as engine:
-        with anyio.fail_after(PATIENCE_S):
-            run = await engine.wait(run_id)
+    run = await continued(open_again, flock, run, replay_grace_s=0.1)
     if change.error is None:
         assert run.status is RunStatus.COMPLETED, run.error
         assert shop.log[done:] == change.executed
@@ -717,6 +781,67 @@ async def test_a_changed_program_does_nothing_twice(change: Change, on_change: O
     else:
         assert run.status is RunStatus.COMPLETED, run.error
         assert len(shop.log) - done == 1
+
+
+async def test_a_stored_result_that_does_not_fit_another_return_type_is_an_error(open_again: OpenEngine) -> None:
+    flock, shop = Flock(), Shop()
+
+    @flock.agent
+    async def work(context: RunContext) -> Any:
+        if shop.reached.is_set():
+            shop.count.__annotations__["return"] = str
+        found = await context.call(shop.count)
+        await shop.reach()
+        return found
+
+    run = await interrupted(open_again, flock, shop.reached)
+    run = await continued(open_again, flock, run)
+    assert run.error_type == "call_error"
+    assert "The result of the call 'count' does not match its return type" in (run.error or "")
+    assert shop.log == ["count"]
+
+
+async def test_an_answer_that_is_not_used_any_more_stays_on_the_record(
+    open_engine: OpenEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    flock, asks = Flock(), [True, False]
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        if asks.pop(0):
+            await context.ask("Pay 5?", bool)
+        return "paid"
+
+    async with open_engine(flock) as engine:
+        run = await _waiting(engine, await engine.submit("work", {}), "Pay 5?")
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+        calls = (await engine.get_calls(run))[0]
+    assert (run.error, run.value) == (None, {"result": "paid"})
+    assert [(call.name, bytes(call.result)) for call in calls] == [("ask", b"true")]
+    assert "did not repeat these calls: ask:" in caplog.text
+
+
+async def test_a_call_that_waits_to_be_cancelled_again_counts_as_running(open_again: OpenEngine) -> None:
+    """A question beside it is visible, and the step does not end for it."""
+    flock, shop = Flock(), Shop()
+
+    @flock.agent
+    async def work(context: RunContext) -> Any:
+        if shop.reached.is_set():
+            return await asyncio.gather(context.call(shop.hang), context.ask("Go on?", bool))
+        await hung_for_a_moment(context, shop)
+        await shop.reach()
+
+    run = await interrupted(open_again, flock, shop.reached)
+    async with open_again(flock, replay_grace_s=2) as engine:
+        run = await until_run(engine, run.run_id, lambda run: bool(run.questions))
+        assert run.status is RunStatus.RUNNING
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert run.error_type == "changed_program", run.status
+    assert "does not cancel the call 'hang:" in (run.error or "")
 
 
 @pytest.mark.parametrize("on_change", ["stop", "continue"])
@@ -806,25 +931,21 @@ async def test_two_questions_of_one_name_may_have_two_types(open_engine: OpenEng
     assert (run.error, run.value) == (None, {"result": [True, "me"]})
 
 
-async def test_a_program_cannot_catch_that_it_was_changed(tmp_path: Path) -> None:
-    flock, shop, reached = Flock(), Shop(), anyio.Event()
+async def test_a_program_cannot_catch_that_it_was_changed(open_again: OpenEngine) -> None:
+    flock, shop = Flock(), Shop()
 
     @flock.agent
     async def work(context: RunContext) -> Any:
-        if not reached.is_set():
+        if not shop.reached.is_set():
             await context.call(shop.charge, 5)
-            reached.set()
-            await anyio.sleep_forever()
+            await shop.reach()
         try:
             return await context.call(shop.charge, 6)
         except BaseException:
             return "caught"
 
-    store = tmp_path / "flock.db"
-    run_id = await interrupt(flock, store, "work", reached)
-    async with flock.engine(store=store, replay_grace_s=0.1) as engine:
-        with anyio.fail_after(PATIENCE_S):
-            run = await engine.wait(run_id)
+    run = await interrupted(open_again, flock, shop.reached)
+    run = await continued(open_again, flock, run, replay_grace_s=0.1)
     assert run.error_type == "changed_program"
     assert shop.log == ["charge 5"]
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import re
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import anyio
 import msgspec
 import pytest
 
-from flock.core import Flock
+from flock.core import Flock, FlockFactory
 from flock.errors import (
     AgentError,
     CallError,
@@ -23,11 +25,14 @@ from flock.errors import (
     TooManyTokens,
     cut,
 )
+from flock.models.prices import PRICES
 from flock.runs import Engine, Run, RunContext, RunStatus, now
 from flock.runs.records import Call, Raised
 from flock.steps.raised import Refused, exception_of, is_refused, raised_by
+from flock.steps.replay import NESTED
+from flock.testing import FakeModel, ModelRequest, Reply
 from tests.support import PATIENCE_S
-from tests.support.engines import OpenEngine, until_run
+from tests.support.engines import OpenEngine, continued, until_run
 
 
 class Declined(Exception):
@@ -234,6 +239,125 @@ async def test_an_exception_that_cannot_be_made_again_keeps_its_text(
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("too long", "CallError: The .* call 'fail' has 1700000[24] bytes"),  # 4: the cluster counts the arguments
+        ("no JSON", "CallError: The result of the call 'fail' cannot be converted to JSON"),
+        ("call_timeout_s", "TimeoutError: The call 'fail' did not end within 2 s"),
+        ("timeout_s", "ModelError: The model did not answer within 2 s"),
+    ],
+)
+async def test_what_is_no_result_or_comes_too_late_has_failed_and_is_not_executed_again(
+    kind: str, text: str, open_engine: OpenEngine, model: FakeModel
+) -> None:
+    flock, begun, seen, took_s = Flock(model="openai/gpt-4o"), list[int](), list[str](), list[float]()
+
+    async def fail() -> Any:
+        begun.append(1)
+        if kind in ("call_timeout_s", "timeout_s"):
+            await anyio.sleep_forever()
+        return "x" * 17_000_000 if kind == "too long" else object()
+
+    async def never(request: ModelRequest) -> Reply:
+        await fail()
+        raise AssertionError
+
+    model.replies = never
+    flock.add_agent(FlockFactory.create_default_agent("child", input="q", output="a", timeout_s=2))
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        since = time.monotonic()
+        try:
+            if kind == "timeout_s":
+                await context.run_agent("child", {"q": "?"})
+            await context.call(fail, call_timeout_s=2 if kind == "call_timeout_s" else None)
+        except Exception as exc:
+            seen.append(f"{type(exc).__name__}: {exc}")
+        took_s.append(time.monotonic() - since)
+        return await context.ask("Go on?", bool)
+
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await until_waiting(engine, await engine.submit("work", {}))
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.value, run.error) == ({"result": True}, None)
+    assert re.match(text, seen[0])
+    assert seen == [seen[0]] * 2
+    assert begun == [1]
+    assert took_s[1] < 1, "a call in it was not waited for either"
+
+
+@pytest.mark.anyio
+async def test_a_tool_whose_time_was_over_is_not_executed_again(open_engine: OpenEngine, model: FakeModel) -> None:
+    flock, begun = Flock(model="openai/gpt-4o"), list[int]()
+
+    async def slow() -> None:
+        begun.append(1)
+        await anyio.sleep_forever()
+
+    async def confirm(context: RunContext) -> bool:
+        return await context.ask("Go on?", bool)
+
+    tools: list[Any] = [slow, confirm]
+    flock.add_agent(FlockFactory.create_default_agent("work", input="q", output="a", tools=tools, tool_timeout_s=0.5))
+    model.replies = [Reply(calls=[("slow", {})]), Reply(calls=[("confirm", {})]), Reply({"a": "done"})]
+    async with open_engine(flock, transport=model.transport) as engine:
+        run = await until_waiting(engine, await engine.submit("work", {"q": "?"}))
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.value, run.error) == ({"a": "done"}, None)
+    assert str(model.requests[-1]).count("Error: 'slow' did not end within 0.5 s (tool_timeout_s).") == 1
+    assert begun == [1]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("limit", ["max_cost", "max_tokens"])
+async def test_a_call_that_a_limit_has_refused_has_no_entry_and_is_executed_by_a_retry(
+    limit: str, open_again: OpenEngine, model: FakeModel
+) -> None:
+    """Also if the program has gone on after it."""
+    flock, noted = Flock(model="openai/gpt-4o", prices=PRICES), list[str]()
+    flock.add_agent(FlockFactory.create_default_agent("measure", input="text", output="length: int"))
+    options: dict[str, Any] = {"transport": model.transport}
+
+    async def note(text: str) -> None:
+        noted.append(text)
+
+    @flock.agent
+    async def work(context: RunContext) -> int:
+        total, refusals = 0, list[Exception]()
+        for text in "ab":
+            try:
+                total += (await context.run_agent("measure", {"text": text}))["length"]
+            except (CostLimit, TooManyTokens) as exc:
+                refusals.append(exc)
+            await context.call(note, text)
+        if refusals:
+            raise AgentError(type(refusals[0]).__name__)
+        return total
+
+    model.replies = [Reply({"length": 1}), Reply({"length": 2})]
+    first, more = (0.00005, 1) if limit == "max_cost" else (None, None)
+    async with open_again(flock, **options, **({"max_tokens": 10} if limit == "max_tokens" else {})) as engine:
+        run = await engine.submit("work", {}, max_cost=first)
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+        assert run.error == {"max_cost": "CostLimit", "max_tokens": "TooManyTokens"}[limit]
+        calls = (await engine.get_calls(run))[0]
+        assert [call.name for call in calls if NESTED not in call.call_id] == ["measure", "note", "note"]
+    async with open_again(flock, **options) as engine:
+        await engine.retry_run(run.run_id, more)
+        with anyio.fail_after(PATIENCE_S):
+            run = await engine.wait(run.run_id)
+    assert (run.value, run.error) == ({"result": 3}, None)
+    assert noted == ["a", "b"]
+
+
+@pytest.mark.anyio
 async def test_each_try_of_a_loop_ends_as_it_did(open_engine: OpenEngine) -> None:
     """Also of a tool, of a called agent, and in a gather."""
     flock, tries = Flock(), list[str]()
@@ -279,7 +403,7 @@ async def test_each_try_of_a_loop_ends_as_it_did(open_engine: OpenEngine) -> Non
 
 
 @pytest.mark.anyio
-async def test_a_call_that_the_end_of_its_run_cut_off_is_executed_again(tmp_path: Path) -> None:
+async def test_a_call_that_the_end_of_its_run_cut_off_is_executed_again(open_again: OpenEngine) -> None:
     """It has turned its cancellation into an exception of its own, when the engine stopped."""
     flock, begun, may_go = Flock(), list[int](), anyio.Event()
 
@@ -297,12 +421,10 @@ async def test_a_call_that_the_end_of_its_run_cut_off_is_executed_again(tmp_path
     async def work(context: RunContext) -> int:
         return int(await context.call(stubborn))
 
-    async with flock.engine(store=tmp_path / "flock.db") as engine:
+    async with open_again(flock) as engine:
         run = await engine.submit("work", {})
         await may_go.wait()
-    async with flock.engine(store=tmp_path / "flock.db") as engine:
-        with anyio.fail_after(PATIENCE_S):
-            run = await engine.wait(run.run_id)
+    run = await continued(open_again, flock, run)
     assert (run.value, run.error) == ({"result": 7}, None)
     assert len(begun) == 2
 

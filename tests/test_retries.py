@@ -202,7 +202,48 @@ async def test_a_run_that_was_cancelled_while_it_waited_keeps_its_answers(open_e
     assert work.counts == {"a": 1}
 
 
+async def test_a_program_that_was_changed_before_a_retry_is_only_warned_of(
+    open_engine: OpenEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    flock, work, names = Flock(), Work(b=1), ["old", "new"]
+
+    async def do(name: str, context: RunContext) -> str:
+        return await work.do(name, context)
+
+    @flock.agent
+    async def work_(context: RunContext) -> list[str]:
+        return [await context.call(do, name) for name in (names.pop(0), "b")]
+
+    async with open_engine(flock, replay_grace_s=0.1) as engine:
+        run = await retried(engine, await started(engine, "work_"))
+    assert (run.value, run.error) == ({"result": ["new 1", "b 2"]}, None)
+    assert work.counts == {"old": 1, "new": 1, "b": 2}
+    assert "did not repeat these calls: do:" in caplog.text
+
+
 # What is executed again
+
+
+async def test_a_cancelled_call_that_a_retry_does_not_cancel_again_is_executed(open_engine: OpenEngine) -> None:
+    flock, work, begun = Flock(), Work(b=1), list[int]()
+
+    async def look() -> str:
+        begun.append(1)
+        if len(begun) == 1:
+            await anyio.sleep_forever()
+        return "found"
+
+    @flock.agent
+    async def work_(context: RunContext) -> list[Any]:
+        found = None
+        with anyio.move_on_after(0.1 if context.attempt == 1 else None):
+            found = await context.call(look)
+        return [found, await context.call(work.do, "b", call_name="b")]
+
+    async with open_engine(flock, replay_grace_s=0.1) as engine:
+        run = await retried(engine, await started(engine, "work_"))
+    assert (run.value, run.error) == ({"result": ["found", "b 2"]}, None)
+    assert len(begun) == 2
 
 
 async def test_a_failure_after_which_nothing_was_started_is_executed_again(open_engine: OpenEngine) -> None:

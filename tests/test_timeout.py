@@ -1,20 +1,19 @@
 """``context.timeout``: its time counts from the first start of the block, also while the run waits."""
 
 import asyncio
+import contextlib
 import time
-from pathlib import Path
 from typing import Any
 
 import anyio
 import msgspec
 import pytest
 
+from flock.agents.questions import TIMER
 from flock.core import Flock
-from flock.runs import Engine, Run, RunContext, RunStatus
+from flock.runs import Engine, Run, RunContext, RunStatus, now
 from flock.steps import journal
-from tests.support import PATIENCE_S
-from tests.support.engines import OpenEngine, until_run
-from tests.test_calls import interrupt
+from tests.support.engines import OpenEngine, continued, interrupted, until_run
 
 pytestmark = pytest.mark.anyio
 
@@ -81,12 +80,77 @@ async def test_it_ends_the_wait_for_a_person(open_engine: OpenEngine) -> None:
         run = await asking(engine, await engine.submit("work", {}))
         assert {each.kind for each in run.waiting_for} == {msgspec.UNSET, "sleep"}
         run = await ended(engine, run)
-        assert (run.error, run.value) == (None, {"result": "nobody has answered"})
+    assert (run.error, run.value) == (None, {"result": "nobody has answered"})
+
+
+@pytest.mark.parametrize("kind", ["ask", "receive"])
+async def test_an_answer_or_a_message_that_is_stored_before_its_end_wins(kind: str, open_engine: OpenEngine) -> None:
+    """The step gets a slot and runs again only when the time is over."""
+    flock, reached, may_go = Flock(), anyio.Event(), anyio.Event()
+
+    @flock.agent
+    async def block() -> None:
+        reached.set()
+        await may_go.wait()
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        async with context.timeout(5):
+            return await (context.ask("Go on?", bool) if kind == "ask" else context.receive("Go-on", bool))
+
+    async with open_engine(flock, max_concurrency=1) as engine:
+        run = await engine.submit("work", {})
+        run = await until_run(engine, run.run_id, lambda run: run.status is RunStatus.WAITING)
+        await engine.submit("block", {})
+        await reached.wait()
+        waits = {each.question: each for each in run.waiting_for}
+        expires_at = waits.pop(TIMER).expires_at
+        (call_id,) = [each.call_id for each in waits.values()]
+        if kind == "ask":
+            await engine.answer_call(run.run_id, call_id, msgspec.Raw(b"true"))
+        else:
+            await engine.send_message(run.run_id, "Go-on", msgspec.Raw(b"true"))
+        assert expires_at is not None
+        left_s = (expires_at - now()).total_seconds()
+        assert left_s > 0, "it is stored in time"
+        await anyio.sleep(left_s + 0.5)
+        assert (await engine.get_run(run.run_id)).completed_at is None
+        may_go.set()
+        run = await ended(engine, run)
+    assert (run.error, run.value) == (None, {"result": True})
+
+
+@pytest.mark.parametrize("kind", ["call_timeout_s", "timeout", "sleep"])
+async def test_what_has_passed_once_does_not_pass_again(kind: str, open_engine: OpenEngine) -> None:
+    flock, took_s = Flock(), list[float]()
+
+    async def hang() -> None:
+        await anyio.sleep_forever()
+
+    async def wait(context: RunContext) -> None:
+        if kind == "sleep":
+            return await context.sleep(2)
+        with contextlib.suppress(TimeoutError):
+            if kind == "call_timeout_s":
+                await context.call(hang, call_timeout_s=2)
+            async with context.timeout(2):
+                await asyncio.gather(context.call(hang, call_name="a"), context.call(hang, call_name="b"))
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        since = time.monotonic()
+        await wait(context)
+        took_s.append(time.monotonic() - since)
+        return await context.ask("Go on?", bool)
+
+    async with open_engine(flock) as engine:
         run = await answered(engine, await engine.submit("work", {}))
-        assert run.value in ({"result": "True"}, {"result": "nobody has answered"})
+    assert (run.error, run.value) == (None, {"result": True})
+    assert kind == "sleep" or took_s[0] >= 2
+    assert took_s[-1] < 1, "the last execution did not wait"
 
 
-async def test_its_time_counts_across_a_crash(tmp_path: Path) -> None:
+async def test_its_time_counts_across_a_crash(open_again: OpenEngine) -> None:
     flock, reached, begun = Flock(), anyio.Event(), list[float]()
 
     async def hang() -> None:
@@ -103,12 +167,9 @@ async def test_its_time_counts_across_a_crash(tmp_path: Path) -> None:
             return time.monotonic() - begun[0]
         return 0
 
-    store = tmp_path / "flock.db"
-    run_id = await interrupt(flock, store, "work", reached)
+    run = await interrupted(open_again, flock, reached)
     await asyncio.sleep(2)
-    async with flock.engine(store=store) as engine:
-        with anyio.fail_after(PATIENCE_S):
-            run = await engine.wait(run_id)
+    run = await continued(open_again, flock, run)
     assert run.error is None
     assert isinstance(run.value, dict)
     assert run.value["result"] >= 2

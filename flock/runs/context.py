@@ -31,6 +31,8 @@ else:
 
 #: The id of the call that the current task, or its thread, is executing; "" outside of calls.
 CURRENT_CALL: ContextVar[str] = ContextVar("flock_call", default="")
+#: When the blocks of ``RunContext.timeout`` around the current code are over.
+CURRENT_LIMITS: ContextVar[tuple[datetime, ...]] = ContextVar("flock_limits", default=())
 
 
 #: Whether the arguments of a call are stored, or only its result.
@@ -500,10 +502,12 @@ class RunContext(Generic[S]):
         async with asyncio.timeout(None) as limit:
             timer = asyncio.create_task(self.journal.timer(until))
             timer.add_done_callback(expire)
+            reset = CURRENT_LIMITS.set((*CURRENT_LIMITS.get(), until))
             try:
                 yield
             finally:
                 is_over = True
+                CURRENT_LIMITS.reset(reset)
                 if not timer.done():
                     timer.cancel()
                     await asyncio.wait([timer])

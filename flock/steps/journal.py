@@ -55,7 +55,7 @@ from flock.runs import (
     now,
     safe_text,
 )
-from flock.runs.context import CURRENT_CALL, CallKeep, CallOptions
+from flock.runs.context import CURRENT_CALL, CURRENT_LIMITS, CallKeep, CallOptions
 from flock.runs.records import CALL_IDS
 from flock.runs.traces import of_call
 from flock.scopes import (
@@ -684,8 +684,9 @@ class Journal:
         if not stored.is_cancelled:
             await self._deliver(stored, entry, cancellation)
             return self._end_of(planned, stored)
+        timers = [_below(planned.parent, f"{TIMER}:{until.timestamp()}") for until in CURRENT_LIMITS.get()]
         try:
-            await self._replay.until_cancelled(entry)
+            await self._replay.until_cancelled(entry, timers)
         except anyio.get_cancelled_exc_class():
             if (late_s := entry.place.late_s) > 0:  # a plain time-out may have passed meanwhile
                 await self._in_step(anyio.sleep, late_s, cancellation)
@@ -763,6 +764,7 @@ class Journal:
                 self._replay.forget(entry)
                 return value
             result = self._encode(planned.label, value)
+            self._check_room(planned.label, len(planned.arguments) + len(result), CallError)
             value = planned.decode(result)
         except _Answered:
             raise
@@ -975,14 +977,18 @@ class Journal:
                 f"({self.max_result_bytes}, max_result_bytes). Use a reference to long values instead."
             )
 
+    def _check_room(self, label: str, size: int, error: type[CallError]) -> None:
+        """Raise *error* if there is no room for *size* bytes of a call. Without its result, there may be some."""
+        if size > self._bytes_left:
+            raise error(
+                f"The arguments and results of the step's calls are larger than the cluster can store. The call "
+                f"{label!r} has {size} bytes of them. Return references to long results instead."
+            )
+
     async def _store(self, call: Call, cancellation: Cancellation) -> None:
         if call.kind == "question":
             call = replace(call, call_id=self._question_ids.get(call.call_id, call.call_id))
-        if (size := _bytes_of(call)) > self._bytes_left:
-            raise Refused(
-                f"The arguments and results of the step's calls are larger than the cluster can store. The call "
-                f"{call.name!r} has {size} bytes of them. Return references to long results instead."
-            )
+        self._check_room(call.name, size := _bytes_of(call), Refused)
         self._bytes_left -= size
         if self._is_over or self.is_suspended:  # a function may swallow the end of its step, and return anything
             return

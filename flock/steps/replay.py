@@ -111,8 +111,12 @@ class Replay:
         self._held = set[int]()
         #: the ends of calls that wait to be cancelled again, each with the time until which other cancellations wait
         self._to_cancel = dict[int, float]()
+        #: the ends of those of them whose time passes again, as they are in no block whose timer has ended
+        self._passing = set[int]()
         #: these calls, by what equal ones have in common
         self._cancelled = defaultdict[str, list[Entry]](list)
+        #: the ends of timers that were over, likewise
+        self._timers = dict[str, int]()
         #: those of cancelled calls that the program has not seen
         self._unseen = set[int]()
         #: ends that were delivered, and starts, that are in no stored call yet, by the number of the start
@@ -149,6 +153,8 @@ class Replay:
         ended = [entry for each in self._expected.values() for entry in each if entry.stored is not None]
         for entry in sorted(ended, key=lambda entry: entry.end):
             self._ends[entry.end] = Mark(entry.call_id, entry.start, entry.seen or entry.end)
+            if _name_of(entry.call_id) == TIMER and entry.stored is not None and entry.stored.error is None:
+                self._timers[numbered(entry.call_id)[0]] = entry.end
         groups = _equal_at_the_same_time(entry for each in self._expected.values() for entry in each)
         self._mixed_up = {entry for group in groups for entry in group}
         self._mixed_start = min((entry.start for entry in self._mixed_up), default=math.inf)
@@ -166,7 +172,9 @@ class Replay:
                 entry = entries.setdefault(mark.start, Entry(mark.call_id, mark.start))
                 if entry.call_id != mark.call_id:
                     continue
-                if mark.start == place.start:
+                if mark.start == place.start and entry.stored is None:
+                    entry.end, entry.seen = mark.end, max(entry.end, entry.seen)  # another call was stored first
+                elif mark.start == place.start:
                     entry.end = max(mark.end, entry.end)
                 elif entry.stored is None and not entry.end:
                     entry.end = mark.end
@@ -362,7 +370,7 @@ class Replay:
             while not self._is_turn(end):
                 await self._wait_for_turn(end)
             # While a time-out passes again, what was in time takes its time again, so that it stays in time.
-            while self._to_cancel and (left_s := self._left_s(entry)) > 0:
+            while self._passing & self._to_cancel.keys() and (left_s := self._left_s(entry)) > 0:
                 with clocks_stopped(counts=not has_waited), anyio.move_on_after(left_s):
                     await self._recurred.wait()
             if not is_last or self._last_end > entry.start:
@@ -406,12 +414,17 @@ class Replay:
             return 0.0
         return entry.stored.place.end_s - self._skipped_s - (self._time() - self._began_at)
 
-    async def until_cancelled(self, entry: Entry) -> None:
+    async def until_cancelled(self, entry: Entry, timers: Iterable[str]) -> None:
         """Wait until the program cancels a call again, for as long as it took before. Returns if it does not.
 
         Then ``cancelled_again``, in both cases.
+
+        Args:
+            timers: those of the blocks around it. What they have cancelled needs no time to pass again.
         """
         key, _ = numbered(entry.call_id)
+        if passes_again := all(self._timers.get(timer, math.inf) > entry.end for timer in timers):
+            self._passing.add(entry.end)
         self._cancelled[key].append(entry)
         self._to_cancel[entry.end] = self._time() + self._left_s(entry) + self._grace_s / 5
         self._advance()
@@ -421,7 +434,8 @@ class Replay:
             # Of equal calls, any other one may have been cancelled first, since only their arrival tells them apart.
             first = min(self._cancelled[key], key=lambda each: each.end)
             entry.end, entry.stored, first.end, first.stored = first.end, first.stored, entry.end, entry.stored
-            if entry.start_s < entry.place.start_s - SKIPPED_S and self._time() > self._saw_at + AT_ONCE_S:
+            is_early = entry.start_s < entry.place.start_s - SKIPPED_S
+            if passes_again and is_early and self._time() > self._saw_at + AT_ONCE_S:
                 self._doubt(entry.start)
             raise
         finally:

@@ -66,10 +66,14 @@ WORKER_OPTIONS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors",
 async def engine_with_worker(
     address: str, flock: Flock, transport: httpx.AsyncBaseTransport | None = None, **options: Any
 ) -> AsyncIterator["TemporalEngine"]:
-    """Yield an engine on a cluster, not yet entered, with a worker running in this process."""
+    """Yield an engine on a cluster, not yet entered, with a worker running in this process.
+
+    Args:
+        options: *name* is that of the flock on the cluster. Without it, nothing finds the runs again.
+    """
     from flock.temporal import TemporalEngine, TemporalWorker
 
-    shared: dict[str, Any] = {"flock": f"{flock.name} {new_id()}"}
+    shared: dict[str, Any] = {"flock": options.pop("name", f"{flock.name} {new_id()}")}
     worker_options: dict[str, Any] = {name: options.pop(name) for name in WORKER_OPTIONS if name in options}
     worker_options = {
         "max_steps": flock.max_steps,

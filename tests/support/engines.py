@@ -9,6 +9,7 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
+from flock.core import Flock
 from flock.engine.embedded import EmbeddedEngine
 from flock.runs import Batch, Engine, Run
 from flock.store.store import SQLiteStore
@@ -58,6 +59,24 @@ async def until_run(engine: Engine, run_id: str, is_enough: Callable[[Run], bool
         while not is_enough(run := await engine.get_run(run_id)):  # noqa: ASYNC110 - polls like a client
             await anyio.sleep(0.01)
     return run
+
+
+async def interrupted(open_again: OpenEngine, flock: Flock, reached: anyio.Event, agent_name: str = "work") -> Run:
+    """Execute a run until *reached*, and end its engine and worker as their process would end."""
+    async with open_again(flock) as engine:
+        run = await engine.submit(agent_name, {})
+        with anyio.fail_after(PATIENCE_S):
+            await reached.wait()
+        if isinstance(engine, EmbeddedEngine):
+            await engine.drain(0)
+    return run
+
+
+async def continued(open_again: OpenEngine, flock: Flock, run: Run, **options: Any) -> Run:
+    """Return the end of *run*, which the next process executes."""
+    async with open_again(flock, **options) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            return await engine.wait(run.run_id)
 
 
 def sqlite_of(engine: Engine) -> SQLiteStore:
