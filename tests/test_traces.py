@@ -28,10 +28,12 @@ from flock.logs import JSONFormatter
 from flock.runs import BatchOptions, RunContext, traces
 from flock.runs.usage import Usage
 from flock.testing import Failure, FakeModel, Reply
+from flock.web import webhooks
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, until, until_run
 from tests.support.http import client_of, wait_for
+from tests.support.receivers import SECRET, Inbox
 from tests.support.servers import Served
 from tests.test_mcp import FakeServer
 
@@ -236,6 +238,32 @@ async def test_items_of_a_batch_have_spans_if_its_request_is_sampled(is_sampled:
     assert len({run["flock.run.id"] for run in runs}) == len(runs)
     items = [("run add", "POST /run/batch"), ("invoke_agent add", "run add")] * 3
     assert sorted(spans.tree()) == sorted([("POST /run/batch", "outside"), *items] if is_sampled else [])
+
+
+@pytest.mark.parametrize("parent", [TRACEPARENT, None], ids=["request", "no request"])
+async def test_only_some_rows_of_a_long_batch_have_spans(
+    parent: str | None, spans: Spans, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ones, and one of each stride. What the others send on is not sampled."""
+    monkeypatch.setattr(traces, "SPANNED_ROWS", 2)
+    monkeypatch.setattr(traces, "SPANNED_STRIDE", 5)
+    flock, sampled = Flock(), dict[int, bool]()
+
+    @flock.agent
+    async def look(row: int, context: RunContext) -> int:
+        sampled[row] = bool(int((context.traceparent or "00")[-2:], 16) & 1)
+        return row
+
+    async with open_engine(flock) as engine:
+        rows = [{"row": row} for row in range(12)]
+        batch = await engine.submit_batch("look", rows, BatchOptions(), traceparent=parent)
+        await engine.wait_batch(batch.batch_id)
+        ids = {item.run_id: item.position for item in await engine.get_items(batch.batch_id)}
+        await until(lambda: len(spans.all) >= 8)
+    runs = [ids[str((span.attributes or {})["flock.run.id"])] for span in spans.all if span.name == "run look"]
+    assert sorted(filter(None, runs)) == [1, 5, 10]
+    assert spans.names.count("run look") == spans.names.count("invoke_agent look") == 4
+    assert sorted(row for row, is_sampled in sampled.items() if is_sampled) == [0, 1, 5, 10]
 
 
 async def test_content_is_in_spans_if_the_operator_asks_for_it(spans: Spans, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -615,3 +643,23 @@ print([name for name in sys.modules if name.startswith("opentelemetry")])
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "[]"
+
+
+async def test_a_webhook_of_a_run_without_a_request_gets_the_trace_that_it_has_begun(
+    spans: Spans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "POLL_S", 0.01)
+    inbox, flock = Inbox(), Flock()
+
+    @flock.agent
+    def add(a: int) -> int:
+        return a
+
+    async with inbox.serve() as receiver:
+        flock.webhook_url = receiver.url
+        async with served(flock, webhook_secrets=[SECRET]):
+            engine = flock.shared_engine(store=":memory:")
+            run = await engine.submit("add", {"a": 1})
+            await inbox.until(1)
+    assert run.traceparent is None
+    assert inbox.requests[0][2]["traceparent"] == hex_of(spans["run add"])

@@ -16,6 +16,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from flock.runs import new_id
 from flock.testing import FakeModel, ModelRequest, Reply
 from tests.support import PATIENCE_S
 from tests.support.servers import flockapi_command, running
@@ -34,6 +35,7 @@ flock.add_agent(FlockFactory.create_default_agent("clerk", input="order: str", o
 @flock.agent
 async def sell(order: str, context: RunContext) -> str:
     first = await context.run_agent("clerk", {"order": order})
+    context.progress(1)
     second = await context.run_agent("clerk", {"order": order + first["answer"]})
     return second["answer"]
 """
@@ -164,6 +166,53 @@ def test_a_trace_survives_a_kill(command: list[str]) -> None:
     assert len(model.requests) == 3
     assert not any(span.status.code == Status.STATUS_CODE_ERROR for span in receiver.spans)
     assert receiver.services == {"shop"}
+
+
+def test_a_trace_survives_a_kill_of_a_worker(
+    temporal_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next worker continues it, and links to the execution that was killed after a heartbeat."""
+    pytest.importorskip("temporalio")
+    from tests.test_temporal import working
+
+    may_reply, killed = threading.Event(), threading.Event()
+
+    def reply(request: ModelRequest) -> Reply:
+        if "A7!" in request.text and not killed.is_set():
+            may_reply.wait(PATIENCE_S)
+        return Reply({"answer": "!"})
+
+    script = tmp_path / "shop.py"
+    script.write_text(SCRIPT.replace('"shop"', repr(f"shop {new_id()}")))
+    model = FakeModel({"clerk": reply})
+    serve = flockapi_command("serve", str(script), "--port", "0", "--temporal", temporal_address)
+    with receiving() as (receiver, url), model.serve() as model_url:
+        for name, value in env_of(url, model_url).items():
+            monkeypatch.setenv(name, value)
+        with running(*serve) as server, httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+            with working(script, temporal_address) as worker:
+                body = {"agent_name": "sell", "inputs": {"order": "A7"}, "async_run": True}
+                path = f"/run/{client.post('/run/flock', json=body, headers=HEADERS).json()['run_id']}"
+                deadline = time.monotonic() + PATIENCE_S
+                while client.get(path).json()["progress"] is None:  # it comes with the heartbeat
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+                (first_chat,) = receiver.wait_for("chat gpt-4o")
+                worker.kill()
+                worker.wait()
+            killed.set()
+            may_reply.set()
+            with working(script, temporal_address):
+                assert client.get(path, params={"wait": 60}).json()["result"] == {"result": "!"}
+                (of_run,) = receiver.wait_for("run sell")
+        (request,) = receiver.wait_for("POST /run/flock")
+    assert {span.trace_id.hex() for span in receiver.spans} == {HOST_TRACE}
+    assert (request.parent_span_id.hex(), of_run.parent_span_id) == (HOST_SPAN, request.span_id)
+    (link,) = of_run.links
+    assert link.span_id not in {span.span_id for span in receiver.spans}, "that of the first execution never ended"
+    (of_tool,) = [span for span in receiver.spans if span.span_id == first_chat.parent_span_id]
+    assert of_tool.name == "invoke_agent clerk"
+    assert len(receiver.wait_for("chat gpt-4o", 2)) == 2, "the call that has finished was not made again"
 
 
 def test_a_collector_that_does_not_respond_delays_neither_runs_nor_the_end_for_long(command: list[str]) -> None:

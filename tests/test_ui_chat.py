@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -42,6 +43,28 @@ def say(page: Page, text: str, agent: str = "chat") -> Locator:
     expect(turn.locator("> .said")).to_have_text(f"You: {text}")
     expect(box_of(page, agent)).to_have_value("")
     return turn
+
+
+#: Keeps each text that a reply shows, and with it what the user has said, also over a reload.
+SEEN = """new MutationObserver(() => {
+    const seen = JSON.parse(sessionStorage.seen ?? "[]");
+    for (const turn of document.querySelectorAll("ol.chat > li")) {
+        const shown = [...turn.querySelectorAll(":scope > .answer > .output td, :scope > .answer > .reply")];
+        const text = shown.filter((each) => each.checkVisibility()).map((each) => each.innerText.trim()).join("");
+        seen.push([turn.querySelector(".said").textContent, text]);
+    }
+    sessionStorage.seen = JSON.stringify(seen);
+}).observe(document, {subtree: true, childList: true, characterData: true, attributes: true});"""
+
+
+def check_seen(page: Page, said: str, start: str, end: str) -> None:
+    """Check that a reply has shown each character once: it only grew, or was taken back as a whole. Needs ``SEEN``."""
+    seen = [text for who, text in json.loads(page.evaluate("sessionStorage.seen")) if who == f"You: {said}"]
+    assert start in seen
+    assert seen[-1] == end
+    for before, text in pairwise(seen):
+        assert end.startswith(text), "a part of the reply"
+        assert text.startswith(before) or not text, "what was shown is still there, or all of it is gone"
 
 
 def session_of(page: Page) -> str:
@@ -235,7 +258,8 @@ def test_text_of_users_and_models_is_never_html(visit: Visit, closed: Site) -> N
 
 
 def test_a_reload_in_the_middle_of_a_reply_shows_each_character_once(visit: Visit, closed: Site, gate: str) -> None:
-    page = visit.page(closed, "chat/chat")
+    (context := visit.context(closed)).add_init_script(SEEN)
+    page = visit.page(closed, "chat/chat", context)
     expect(reply_of(say(page, f"slow {gate}"))).to_have_text("Once upon ")
     page.reload()
     reply = reply_of(turns_of(page))
@@ -245,6 +269,7 @@ def test_a_reload_in_the_middle_of_a_reply_shows_each_character_once(visit: Visi
     expect(reply).to_have_text("Once upon a time.")
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
     expect(page.get_by_role("status").filter(has_text="Once upon a time.")).to_be_attached()  # for screen readers
+    check_seen(page, f"slow {gate}", "Once upon", "Once upon a time.")
     assert len(runs_of(closed, session_of(page))) == 1
 
 
@@ -271,7 +296,8 @@ def test_a_killed_server_loses_neither_the_reply_nor_the_next_message(visit: Vis
     port = free_port()
     with served_by(tmp_path, "/ai", KEY, port) as server:
         site = Site(tmp_path, f"{server.url}/ai", "/ai", KEY)
-        page = visit.page(site, "chat/chat")
+        (context := visit.context(site)).add_init_script(SEEN)
+        page = visit.page(site, "chat/chat", context)
         expect(reply_of(say(page, "Hello"))).to_have_text("Message 1 was: Hello")
         told = say(page, f"slow {gate}")
         idle = visit.page(site, f"chat/chat/{session_of(page)}-2")
@@ -287,6 +313,7 @@ def test_a_killed_server_loses_neither_the_reply_nor_the_next_message(visit: Vis
     site.open_gate(gate)
     with served_by(tmp_path, "/ai", KEY, port):
         expect(reply_of(told)).to_have_text("Once upon a time.")
+        check_seen(page, f"slow {gate}", "Once upon", "Once upon a time.")
         expect(reply_of(turns_of(idle))).to_have_text("Message 1 was: Are you there?")
         expect(box_of(idle)).to_have_value("")
         assert [len(runs_of(site, session_of(each))) for each in (page, idle)] == [2, 1]

@@ -33,7 +33,7 @@ from tests.support.http import client_of, get, post_run, wait_for, wait_until
 from tests.support.receivers import SECRET, Inbox
 from tests.support.servers import flockapi_command, running
 from tests.test_temporal import working
-from tests.test_webhooks import sample
+from tests.test_webhooks import TRACEPARENT, sample
 from tests.webhooks_kills import TARGET
 
 pytestmark = pytest.mark.anyio
@@ -70,14 +70,14 @@ async def test_the_end_of_a_run_arrives(temporal_address: str) -> None:
         inbox.serve() as receiver,
         served(temporal_address, sample(f"{receiver.url}/hook"), metrics=True) as client,
     ):
-        client.headers["traceparent"] = trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        client.headers["traceparent"] = TRACEPARENT
         run = (await post_run(client, "echo", {"text": "hi"})).json()
         (event,) = await inbox.until(1)
         listed = await wait_until(client, "/webhooks?status=sent", lambda page: bool(page["webhooks"]))
         assert 'flock_webhooks_total{status="sent"} 1.0' in (await client.get("/metrics")).text
     assert (event["type"], event["data"]["result"]) == ("run.completed", {"result": "hi"})
     assert event["data"]["url"] == f"/run/{run['run_id']}"
-    assert inbox.requests[0][2]["traceparent"] == trace
+    assert inbox.requests[0][2]["traceparent"] == TRACEPARENT
     (webhook,) = listed["webhooks"]
     assert (webhook["record_id"], webhook["tries"], webhook["webhook_id"]) == (run["run_id"], 1, inbox.ids[0])
     assert webhook["url"] == f"{receiver.url}/hook"
@@ -110,6 +110,7 @@ async def test_each_state_of_a_run_is_reported_once_and_in_order(temporal_addres
 async def test_a_batch_is_reported_and_its_items_are_not(temporal_address: str) -> None:
     inbox = Inbox()
     async with inbox.serve() as receiver, served(temporal_address, sample(receiver.url)) as client:
+        client.headers["traceparent"] = TRACEPARENT
         for texts in (["a", "b", "fail"], ["fail"]):
             inputs = [{"text": text} for text in texts]
             body = {"agent_name": "echo", "batch_inputs": inputs}
@@ -118,6 +119,7 @@ async def test_a_batch_is_reported_and_its_items_are_not(temporal_address: str) 
         await client.post(f"/batch/{batch}/retry")
         await inbox.until(3)
     assert inbox.types == ["batch.completed", "batch.failed", "batch.failed"]
+    assert {headers["traceparent"] for *_, headers in inbox.requests} == {TRACEPARENT}
     assert [event["data"]["attempt"] for event in inbox.accepted] == [1, 1, 2]
     of_first = inbox.accepted[0]["data"]
     assert of_first | {"total_items": 3, "failed_items": 1, "status": "completed"} == of_first

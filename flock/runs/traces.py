@@ -27,6 +27,8 @@ logger = logging.getLogger("flock.runs")
 #: The variable that asks for content in spans, and its values.
 CONTENT_VARIABLE = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
 WITH_CONTENT = ("true", "span_only", "span_and_event")
+#: The first rows of a batch have spans, and after them each row whose position is a multiple of the second number.
+SPANNED_ROWS, SPANNED_STRIDE = 100, 1000
 #: The names of counts of tokens, below ``gen_ai.usage``.
 TOKENS = ("input_tokens", "output_tokens", "cache_read.input_tokens", "reasoning.output_tokens")
 
@@ -202,7 +204,11 @@ def of_run(run: Run) -> Span:
         return OFF
     attributes: dict[str, Any] = {"gen_ai.agent.name": run.agent_name, "gen_ai.conversation.id": run.session_id}
     attributes |= {"flock.run.id": run.run_id, "flock.batch.id": run.batch_id, "flock.run.attempt": run.attempt}
-    context = _safely(lambda: _below(run.traceparent or run.first_span))
+    parent, row = run.traceparent or run.first_span, run.position or 0
+    if row >= SPANNED_ROWS and row % SPANNED_STRIDE:  # what is below a parent that is not sampled has no spans
+        trace_id = run.run_id.replace("-", "")
+        parent = (parent or f"00-{trace_id}-{1:016x}-01")[:-2] + "00"
+    context = _safely(lambda: _below(parent))
     return _start(f"run {run.agent_name}", attributes, context=context, first=run.first_span)
 
 

@@ -29,7 +29,7 @@ from starlette.responses import Response
 from flock import __version__
 from flock.errors import DefinitionError, NotFound, StoreError
 from flock.models.replies import retry_after_s
-from flock.runs import Batch, Engine, Run, Webhook, now, one_line, shown_usage
+from flock.runs import Batch, Engine, Run, RunStatus, Webhook, now, one_line, shown_usage
 from flock.runs.records import LONG_BYTES, shown_as
 from flock.store.port import DamagedRecord, Store
 from flock.web import wire
@@ -122,6 +122,10 @@ class WebhookSender(abc.ABC):
         """Return a run or a batch, perhaps without its result. Raises NotFound, DamagedRecord, StoreError."""
 
     @abc.abstractmethod
+    async def _first_item(self, batch_id: str) -> Sequence[Run]:
+        """Return the first item of a batch, or none. Raises NotFound, DamagedRecord, StoreError."""
+
+    @abc.abstractmethod
     async def _short_result(self, run: Run) -> msgspec.Raw | None:
         """Return the result of *run*, or None if it is long. Raises NotFound, DamagedRecord, StoreError."""
 
@@ -173,7 +177,7 @@ class WebhookSender(abc.ABC):
         return status, "" if 200 <= status < 300 else error, wait_s
 
     async def _event(self, webhook: Webhook) -> tuple[bytes, Mapping[str, str]]:
-        """Return the body, and the header with the trace context of its run.
+        """Return the body, and the header with the trace context of its run, or of the request of its batch.
 
         Of a record that has changed since, or is gone, the body has only what is always there.
         """
@@ -184,7 +188,7 @@ class WebhookSender(abc.ABC):
         data |= {} if webhook.call_id is None else {"call_id": webhook.call_id}
         with contextlib.suppress(DamagedRecord, NotFound):  # the store has logged it, or it was deleted
             found = await self._record(kind, webhook.record_id)
-            trace = found.traceparent if isinstance(found, Run) else None
+            trace = (found.traceparent or found.first_span) if isinstance(found, Run) else None
             is_current = found is not None and (found.status, found.attempt) == (status, webhook.attempt)
             if is_current and isinstance(found, Batch):
                 data |= parameters_of(wire.shown_with_costs(wire.BatchSummary, found))
@@ -199,6 +203,8 @@ class WebhookSender(abc.ABC):
                         data["result_url"], more["result"] = url, msgspec.UNSET
                 data |= {"session_id": found.session_id, **shown_usage(found.usage)}
                 data |= parameters_of(shown_as(wire.RunSummary, found, **more))
+            if isinstance(found, Batch):  # only its items have the context of its request
+                trace = next((item.traceparent for item in await self._first_item(webhook.record_id)), None)
         event = {"type": webhook.type, "timestamp": webhook.created_at, "version": 1, "data": data}
         return msgspec.json.encode(event), {} if trace is None else {"traceparent": trace}
 
@@ -306,6 +312,9 @@ class StoreSender(WebhookSender):
     async def _record(self, kind: str, record_id: str) -> Run | Batch | None:
         return await (self._store.batches.get if kind == "batch" else self._store.outline)(record_id)
 
+    async def _first_item(self, batch_id: str) -> Sequence[Run]:
+        return await self._store.batches.items(batch_id, -1, 1, tuple(RunStatus))
+
     async def _short_result(self, run: Run) -> msgspec.Raw | None:
         is_long = await self._store.result_bytes(run.run_id, None) > LONG_BYTES
         return None if is_long else await self._store.short_result(run.run_id, None)
@@ -393,6 +402,9 @@ class ClusterSender(WebhookSender):
 
     async def _record(self, kind: str, record_id: str) -> Run | Batch | None:
         return await (self._engine.get_batch if kind == "batch" else self._engine.get_run)(record_id)
+
+    async def _first_item(self, batch_id: str) -> Sequence[Run]:
+        return await self._engine.get_items(batch_id, limit=1)
 
     async def _short_result(self, run: Run) -> msgspec.Raw | None:
         return None if run.result is None or len(run.result) > LONG_BYTES else run.result
