@@ -50,6 +50,7 @@ CLASSES: dict[str, Collection[str]] = {
     "sleeps": _SIMPLE | {"gather", "first", "ask", "sleep"},
     "messages": _SIMPLE | {"gather", "first", "receive", "sleep"},
     "deadlines": _SIMPLE | {"gather", "first", "deadline", "sleep", "receive"},
+    "deadlines and time-outs": _SIMPLE | {"gather", "first", "deadline", "timeout", "wait", "sleep"},
     "at most once": _SIMPLE | {"gather", "first", "group", "ask", "once"},
     "retries": _SIMPLE | {"gather", "group", "completed", "ask", "once", "mended"},
     "everything, slow": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait", "slow"},

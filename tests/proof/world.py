@@ -123,13 +123,17 @@ class World(Observer):
         # end if nothing is cancelled then.
         limited = [part for each in program.all if each.kind in TIMEOUTS for whole in each.parts for part in whole.all]
         is_slow |= bool(fate.ends) and any(part.kind in (*TIMEOUTS, "gather", "completed") for part in limited)
+        is_slow |= any(each.kind in WAITS for each in program.all) and any(each.kind == "completed" for each in limited)
         # Before Python 3.13 a TaskGroup that fails swallows a cancellation that comes while its calls are being saved.
         calls = [each for each in program.all if each.kind in ("tool", "agent")]
         in_calls = (part.kind == "group" for call in calls for part in call.all)
         self.may_swallow = sys.version_info < (3, 13) and bool(fate.seed and fate.ends) and any(in_calls)
         is_slow |= self.may_swallow
         sleeps = sum(each.kind == "sleep" for each in program.all)
-        self.is_ordered = not is_slow and not (fate.seed and (sleeps > 1 or any(each.is_equal for each in program.all)))
+        #: sleeps are told apart by their arrival too, so one may end as another one did
+        self._are_sleeps_mixed = bool(fate.seed) and sleeps > 1
+        is_mixed = self._are_sleeps_mixed or (bool(fate.seed) and any(each.is_equal for each in program.all))
+        self.is_ordered = not is_slow and not is_mixed
         #: no journal knows how late a time-out of the program was, so none is late
         self.has_late_timers = fate.seed and not any(each.kind in TIMEOUTS for each in program.all)
         self.done, self.seen, self.decisions = set[str](), dict[str, Any](), dict[str, Any]()
@@ -199,7 +203,7 @@ class World(Observer):
         if effect.is_equal:  # which one of them is executed again may differ
             self._equal[self._key_of(at)].add(at)
             return
-        if at in life.done:
+        if at in life.done and (at in self.seen or not self._are_sleeps_mixed):
             self.problem(f"{effect.kind}({effect.n}) is executed again: the program has seen its end, or cancelled it")
         elif life.begun[at] > effect.retries + 1:
             self.problem(f"{effect.kind}({effect.n}) is executed {life.begun[at]} times")
