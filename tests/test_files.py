@@ -25,6 +25,7 @@ import pytest
 from starlette.datastructures import UploadFile
 
 from flock.core import Audio, Document, File, Flock, FlockFactory, Image, data_url
+from flock.engine import retention
 from flock.errors import CallError, Conflict, InvalidData, NotFound, RunFailed, StoreError, TooLarge
 from flock.files import check_declared, media_type_of, safe_name
 from flock.runs import RunContext, RunFilter
@@ -32,7 +33,7 @@ from flock.store import contents, queries
 from flock.testing import FakeModel, Reply
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
-from tests.support import EXAMPLES, ROOT
+from tests.support import EXAMPLES, PATIENCE_S, ROOT
 from tests.support.http import client_of, post_run, wait_until
 from tests.support.pages import blocks_of, printed_by
 from tests.support.receivers import SECRET, Inbox
@@ -495,7 +496,21 @@ def test_an_agent_takes_lists_optional_files_and_other_kinds() -> None:
     assert flock.agents["look"].input.schema["properties"]["photo"]["title"] == "Image"
 
 
-def test_a_signature_names_the_types() -> None:
+def test_the_text_of_a_signature_names_the_types() -> None:
+    signature = (
+        "one: Image | the photo, sound: Audio, letter: Document, any: File, many: list[Image], maybe: File | None"
+    )
+    agent = Flock("typed").add_agent(FlockFactory.create_default_agent("a", input=signature, output="text: str"))
+    types = {field.name: field.type for field in agent.input.fields}
+    assert types == {
+        **{"one": Image, "sound": Audio, "letter": Document, "any": File},
+        **{"many": list[Image], "maybe": File | None},
+    }
+    assert agent.input.has_files
+    assert agent.input.schema["properties"]["one"]["description"] == "the photo"
+
+
+def test_a_function_names_the_types() -> None:
     flock = Flock("typed")
     made = flock.add_agent(receipts().agents["look"])
     assert made.input.has_files
@@ -623,6 +638,24 @@ async def test_retention_deletes_files_with_their_runs(tmp_path: Path) -> None:
         await engine.delete_old()
         await engine.store.delete_unused_files()
         assert stored(tmp_path) == []
+
+
+async def test_a_running_engine_deletes_files_with_their_runs_and_others_after_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with receipts().engine(store=tmp_path / "runs.db") as engine:
+        old, fresh = [await engine.files().keep(each(content)) for content in (b"old", b"fresh")]
+    for path in stored(tmp_path):
+        aged(path, 86_410 if path.name == old.file_id else 86_300)
+    monkeypatch.setattr(retention, "RETENTION_INTERVAL_S", 0.05)
+    async with receipts().engine(store=tmp_path / "runs.db", keep_for_s=0) as engine:
+        run = await engine.submit("read", {"letter": "data:,of a run"})
+        assert (await engine.wait(run.run_id)).value == {"result": "of a run"}
+        with anyio.fail_after(PATIENCE_S):
+            while [path.name for path in stored(tmp_path)] != [fresh.file_id]:  # noqa: ASYNC110 - a folder has no event
+                await anyio.sleep(0.01)
+        with pytest.raises(NotFound):
+            await engine.get_run(run.run_id)
 
 
 def aged(path: Path, seconds: float) -> None:
