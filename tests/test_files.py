@@ -218,6 +218,18 @@ async def test_the_files_of_a_form_that_cannot_be_written_are_an_error_of_the_st
     assert (response.status_code, "log" in response.text) == (503, True)
 
 
+async def test_a_form_without_its_package_is_refused_with_the_command_that_installs_it(
+    api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flock.web.files.find_spec", lambda name: None)
+    async with as_user(api) as client:
+        refused = await client.post("/run/flock", data={"agent_name": "look"}, files={"photo": PNG})
+        assert refused.status_code == 415
+        assert re.search("pip install .?python-multipart", refused.json()["detail"])
+        assert stored(tmp_path) == (await client.get("/runs")).json()["runs"] == []
+        assert (await post_run(client, "look", {"photo": data_url(PNG)})).json()["status"] == "completed"
+
+
 async def test_a_form_of_a_page_of_another_origin_is_refused() -> None:
     app = create_app(receipts(), store=":memory:", auth="anybody")
     async with app.lifespan(), client_of(app, {"Origin": "https://evil.example"}) as client:
@@ -314,6 +326,47 @@ async def test_the_line_of_the_example_works_with_curl(model: FakeModel, tmp_pat
 
 
 # What comes out
+
+
+def kept_beside(folder: Path) -> bytes:
+    """Return what the store and all other files have, but those of clients."""
+    return b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file() and file not in stored(folder))
+
+
+async def test_no_way_in_leaves_a_content_in_the_store(tmp_path: Path) -> None:
+    """Neither as base64 nor as it is."""
+    content = PNG + bytes(range(256)) * 4
+    data = base64.b64encode(content).decode()
+    said = {"messageId": "m", "role": "ROLE_USER", "parts": [{"raw": data, "mediaType": "image/png"}]}
+    block = {"type": "image", "data": data, "mimeType": "image/png"}
+    chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(content)}}]}]
+    response = [{"role": "user", "content": [{"type": "input_image", "image_url": data_url(content)}]}]
+
+    def rpc(method: str, **params: Any) -> dict[str, Any]:
+        return {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+
+    ways: dict[str, tuple[str, dict[str, Any]]] = {
+        "JSON": ("/run/flock", {"json": {"agent_name": "look", "inputs": {"photo": data_url(content)}}}),
+        "form": ("/run/flock", {"data": {"agent_name": "look"}, "files": {"photo": content}}),
+        "upload": ("/files", {"content": content}),
+        "batch": ("/run/batch", {"json": {"agent_name": "look", "batch_inputs": [{"photo": data_url(content)}]}}),
+        "chat": ("/v1/chat/completions", {"json": {"model": "look", "messages": chat}}),
+        "response": ("/v1/responses", {"json": {"model": "look", "input": response}}),
+        "A2A": ("/a2a/look", {"json": rpc("SendMessage", message=said), "headers": {"A2A-Version": "1.0"}}),
+        "MCP": ("/mcp", {"json": rpc("tools/call", name="look", arguments={"photo": block})}),
+    }
+    app = create_app(receipts(), store=tmp_path / "runs.db", auth="host", protocols=["openai", "a2a", "mcp"])
+    async with app.lifespan(), client_of(app) as client:
+        for way, (path, sent) in ways.items():
+            answer = await client.post(path, **sent)
+            if way == "batch":
+                answer = await client.get(f"/batch/{answer.json()['batch_id']}?wait=10")
+            assert f"{len(content)}" in answer.text, (way, answer.text)
+            kept = kept_beside(tmp_path)
+            assert stored(tmp_path)[0].name.encode() in kept, way
+            for secret in (data[100:130].encode(), content[100:120], content[100:120].hex().encode()):
+                assert secret not in kept, way
+        assert len((await client.get("/runs")).json()["runs"]) == len(ways) - 2
 
 
 async def test_only_an_image_is_shown_by_a_browser(api: Any) -> None:
