@@ -25,6 +25,7 @@ import pytest
 from starlette.datastructures import UploadFile
 
 from flock.core import Audio, Document, File, Flock, FlockFactory, Image, data_url
+from flock.engine import retention
 from flock.errors import CallError, Conflict, InvalidData, NotFound, RunFailed, StoreError, TooLarge
 from flock.files import check_declared, media_type_of, safe_name
 from flock.runs import RunContext, RunFilter
@@ -32,7 +33,7 @@ from flock.store import contents, queries
 from flock.testing import FakeModel, Reply
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
-from tests.support import EXAMPLES, ROOT
+from tests.support import EXAMPLES, PATIENCE_S, ROOT
 from tests.support.http import client_of, post_run, wait_until
 from tests.support.pages import blocks_of, printed_by
 from tests.support.receivers import SECRET, Inbox
@@ -217,6 +218,18 @@ async def test_the_files_of_a_form_that_cannot_be_written_are_an_error_of_the_st
     assert (response.status_code, "log" in response.text) == (503, True)
 
 
+async def test_a_form_without_its_package_is_refused_with_the_command_that_installs_it(
+    api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flock.web.files.find_spec", lambda name: None)
+    async with as_user(api) as client:
+        refused = await client.post("/run/flock", data={"agent_name": "look"}, files={"photo": PNG})
+        assert refused.status_code == 415
+        assert re.search("pip install .?python-multipart", refused.json()["detail"])
+        assert stored(tmp_path) == (await client.get("/runs")).json()["runs"] == []
+        assert (await post_run(client, "look", {"photo": data_url(PNG)})).json()["status"] == "completed"
+
+
 async def test_a_form_of_a_page_of_another_origin_is_refused() -> None:
     app = create_app(receipts(), store=":memory:", auth="anybody")
     async with app.lifespan(), client_of(app, {"Origin": "https://evil.example"}) as client:
@@ -313,6 +326,47 @@ async def test_the_line_of_the_example_works_with_curl(model: FakeModel, tmp_pat
 
 
 # What comes out
+
+
+def kept_beside(folder: Path) -> bytes:
+    """Return what the store and all other files have, but those of clients."""
+    return b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file() and file not in stored(folder))
+
+
+async def test_no_way_in_leaves_a_content_in_the_store(tmp_path: Path) -> None:
+    """Neither as base64 nor as it is."""
+    content = PNG + bytes(range(256)) * 4
+    data = base64.b64encode(content).decode()
+    said = {"messageId": "m", "role": "ROLE_USER", "parts": [{"raw": data, "mediaType": "image/png"}]}
+    block = {"type": "image", "data": data, "mimeType": "image/png"}
+    chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(content)}}]}]
+    response = [{"role": "user", "content": [{"type": "input_image", "image_url": data_url(content)}]}]
+
+    def rpc(method: str, **params: Any) -> dict[str, Any]:
+        return {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+
+    ways: dict[str, tuple[str, dict[str, Any]]] = {
+        "JSON": ("/run/flock", {"json": {"agent_name": "look", "inputs": {"photo": data_url(content)}}}),
+        "form": ("/run/flock", {"data": {"agent_name": "look"}, "files": {"photo": content}}),
+        "upload": ("/files", {"content": content}),
+        "batch": ("/run/batch", {"json": {"agent_name": "look", "batch_inputs": [{"photo": data_url(content)}]}}),
+        "chat": ("/v1/chat/completions", {"json": {"model": "look", "messages": chat}}),
+        "response": ("/v1/responses", {"json": {"model": "look", "input": response}}),
+        "A2A": ("/a2a/look", {"json": rpc("SendMessage", message=said), "headers": {"A2A-Version": "1.0"}}),
+        "MCP": ("/mcp", {"json": rpc("tools/call", name="look", arguments={"photo": block})}),
+    }
+    app = create_app(receipts(), store=tmp_path / "runs.db", auth="host", protocols=["openai", "a2a", "mcp"])
+    async with app.lifespan(), client_of(app) as client:
+        for way, (path, sent) in ways.items():
+            answer = await client.post(path, **sent)
+            if way == "batch":
+                answer = await client.get(f"/batch/{answer.json()['batch_id']}?wait=10")
+            assert f"{len(content)}" in answer.text, (way, answer.text)
+            kept = kept_beside(tmp_path)
+            assert stored(tmp_path)[0].name.encode() in kept, way
+            for secret in (data[100:130].encode(), content[100:120], content[100:120].hex().encode()):
+                assert secret not in kept, way
+        assert len((await client.get("/runs")).json()["runs"]) == len(ways) - 2
 
 
 async def test_only_an_image_is_shown_by_a_browser(api: Any) -> None:
@@ -495,7 +549,21 @@ def test_an_agent_takes_lists_optional_files_and_other_kinds() -> None:
     assert flock.agents["look"].input.schema["properties"]["photo"]["title"] == "Image"
 
 
-def test_a_signature_names_the_types() -> None:
+def test_the_text_of_a_signature_names_the_types() -> None:
+    signature = (
+        "one: Image | the photo, sound: Audio, letter: Document, any: File, many: list[Image], maybe: File | None"
+    )
+    agent = Flock("typed").add_agent(FlockFactory.create_default_agent("a", input=signature, output="text: str"))
+    types = {field.name: field.type for field in agent.input.fields}
+    assert types == {
+        **{"one": Image, "sound": Audio, "letter": Document, "any": File},
+        **{"many": list[Image], "maybe": File | None},
+    }
+    assert agent.input.has_files
+    assert agent.input.schema["properties"]["one"]["description"] == "the photo"
+
+
+def test_a_function_names_the_types() -> None:
     flock = Flock("typed")
     made = flock.add_agent(receipts().agents["look"])
     assert made.input.has_files
@@ -623,6 +691,24 @@ async def test_retention_deletes_files_with_their_runs(tmp_path: Path) -> None:
         await engine.delete_old()
         await engine.store.delete_unused_files()
         assert stored(tmp_path) == []
+
+
+async def test_a_running_engine_deletes_files_with_their_runs_and_others_after_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with receipts().engine(store=tmp_path / "runs.db") as engine:
+        old, fresh = [await engine.files().keep(each(content)) for content in (b"old", b"fresh")]
+    for path in stored(tmp_path):
+        aged(path, 86_410 if path.name == old.file_id else 86_300)
+    monkeypatch.setattr(retention, "RETENTION_INTERVAL_S", 0.05)
+    async with receipts().engine(store=tmp_path / "runs.db", keep_for_s=0) as engine:
+        run = await engine.submit("read", {"letter": "data:,of a run"})
+        assert (await engine.wait(run.run_id)).value == {"result": "of a run"}
+        with anyio.fail_after(PATIENCE_S):
+            while [path.name for path in stored(tmp_path)] != [fresh.file_id]:  # noqa: ASYNC110 - a folder has no event
+                await anyio.sleep(0.01)
+        with pytest.raises(NotFound):
+            await engine.get_run(run.run_id)
 
 
 def aged(path: Path, seconds: float) -> None:
@@ -820,6 +906,7 @@ async def test_what_clients_are_told_of_a_file_is_its_name_and_its_size(tmp_path
             ]
             for path in (*paths, "/runs?include=inputs", "/session/s1", "/runs?session_id=s1"):
                 told[path] = (await client.get(path)).text
+            await inbox.until(2)  # webhooks of different runs come in any order
             headers = {"Accept": "text/event-stream"}
             body = {"agent_name": "judge", "inputs": photo}
             told["stream"] = (await client.post("/run/flock", json=body, headers=headers)).text

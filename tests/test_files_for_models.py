@@ -97,14 +97,18 @@ async def test_an_unknown_content_and_a_file_that_is_too_long_are_errors_before_
 # The table of the page
 
 PAGE = (ROOT / "docs" / "files.md").read_text("utf-8")
-#: A row of the table: the names of providers, and whether they take images, PDF and audio.
+#: A row of the table: the names of providers, and what they take of images, PDF and audio.
 TABLE = [
     (re.findall(r"`(\w+)`", names), [cell.strip() for cell in cells.split("|")])
-    for names, cells in re.findall(r"\n\| ((?:`\w+`(?:, )?)+|others) \| ((?:yes|no)(?: \| (?:yes|no)){2}) \|", PAGE)
+    for names, cells in re.findall(r"\n\| ((?:`\w+`(?:, )?)+|others) \| (\w[\w, ]*(?: \| \w[\w, ]*){2}) \|", PAGE)
 ]
 NAMED = {name for names, _ in TABLE for name in names}
 OTHERS = sorted(PROVIDERS.keys() - NAMED)
-KINDS = {"image": PNG, "PDF": PDF, "audio": WAV}
+KINDS = {
+    "image": {"PNG": PNG, "JPEG": b"\xff\xd8\xff", "GIF": b"GIF89a", "WebP": b"RIFF\0\0\0\0WEBP"},
+    "PDF": {"PDF": PDF},
+    "audio": {"WAV": WAV, "MP3": b"ID3", "Ogg": b"OggS", "FLAC": b"fLaC", "M4A": b"\0\0\0\0ftypM4A "},
+}
 
 
 def test_the_table_of_the_page_names_each_provider_that_differs_from_the_others() -> None:
@@ -141,14 +145,20 @@ async def test_a_provider_gets_what_the_table_says_and_is_not_asked_otherwise(
     fake.acompletion, fake.__spec__ = acompletion, importlib.machinery.ModuleSpec("litellm", None)  # type: ignore
     monkeypatch.setitem(sys.modules, "litellm", fake)
     name = {"litellm": "dashscope/some", "local": "local/smollm2-135m"}.get(provider, f"{provider}/some")
-    content, model.replies = KINDS[kind], [ANSWER] if cell == "yes" else []
-    run, messages = await sent_by(receipt_flock(name), model, {"photo": data_url(content), "note": ""})
-    if cell == "yes":
-        assert run.value == {"total": "40 €"}, run.error
-        assert base64.b64encode(content).decode() in str(messages[-1]["content"][1])
-    else:
-        assert (run.error_type, messages) == ("model_bad_request", [])
-        assert f"{provider} does not accept {media_type_of(content)} of" in run.error
+    taken = {"yes": [*KINDS[kind]], "no": []}.get(cell, cell.split(", "))
+    assert taken == [form for form in KINDS[kind] if form in taken]
+    for form, content in KINDS[kind].items():
+        model.requests.clear()
+        model.replies = [ANSWER] if form in taken else []
+        run, messages = await sent_by(receipt_flock(name), model, {"photo": data_url(content), "note": ""})
+        if form in taken:
+            assert run.value == {"total": "40 €"}, run.error
+            assert base64.b64encode(content).decode() in str(messages[-1]["content"][1])
+            assert messages[-1]["content"][1].get("input_audio", {}).get("format", form.lower()) == form.lower()
+        else:
+            assert (run.error_type, messages) == ("model_bad_request", [])
+            assert f"{provider} does not accept {media_type_of(content)} of" in run.error
+            assert f"It takes {', '.join((*TAKES.get(provider, ['image']), 'text'))}, at most" in run.error
 
 
 def test_the_sizes_of_the_page_are_those_that_providers_take() -> None:
@@ -166,7 +176,7 @@ def test_the_sizes_of_the_page_are_those_that_providers_take() -> None:
     ("content", "problem"),
     [
         (b"a" * 2000 + b"\xff", "not in UTF-8"),
-        (b"a" * 1001, "openai does not accept text/plain of 1,001 bytes from here. The limit is "),
+        (b"a" * 1001, "openai does not accept text/plain of 1,001 bytes from here. It takes image, application/pdf, "),
         ([PNG] * 12, "800 bytes in all"),
     ],
 )

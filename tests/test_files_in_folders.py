@@ -144,6 +144,21 @@ def test_a_file_that_cannot_be_read_now_stops_the_command(when: str, monkeypatch
     assert (done.exit_code, results()) == (0, ["A"]), done.output
 
 
+def test_a_full_disk_stops_the_command_and_the_next_one_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row is not invalid: there may be space later."""
+    with monkeypatch.context() as patched:
+        patched.setattr(contents, "MIN_FREE_BYTES", 2**62)
+        done = batch("read", "a.txt", "sub/b.txt", options="--on-invalid skip")
+    assert done.exit_code == os.EX_IOERR, done.output
+    assert done.output.startswith("Error: out.csv.flock.db: "), done.output
+    assert done.output.count("\n") == 1, done.output
+    assert "bytes are free" in done.output
+    assert not Path("out.csv").exists()
+    assert not [path for path in Path().glob("out.csv.flock.db-files/*/*")]
+    done = batch("read", "a.txt", "sub/b.txt", options="--on-invalid skip")
+    assert (done.exit_code, results()) == (0, ["A", "B"]), done.output
+
+
 def test_a_file_that_many_rows_name_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     copied, finish = [], contents._ContentsOfPrincipal._finish
 

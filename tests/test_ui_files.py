@@ -8,9 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Page, Request, Route, expect
+from playwright.sync_api import Dialog, Page, Request, Route, expect
+from playwright.sync_api import Error as PlaywrightError
 
 from flock.web.auth import new_key
+from tests.hostile_files import seeds, trap
 from tests.support.servers import flockapi_command, running, serving
 from tests.support.site import Site, Visit
 from tests.test_files import PNG
@@ -157,6 +159,10 @@ def uploaded(site: Site, content: bytes, name: str) -> dict[str, str]:
     return {"file_id": response.raise_for_status().json()["file_id"], "name": name}
 
 
+#: An image that is a page for whoever takes it as one.
+GIF_PAGE = b"GIF89a<body onload=alert(1)>"
+
+
 def test_images_are_shown_small_and_all_files_can_be_downloaded(shown: Site, visit: Visit) -> None:
     photo, letter = uploaded(shown, PNG, "photo.png"), uploaded(shown, SVG, "letter.svg")
     run_id = shown.run("show", photo=photo, letter=letter)
@@ -188,6 +194,47 @@ def test_images_are_shown_small_and_all_files_can_be_downloaded(shown: Site, vis
     row = page.get_by_role("row").nth(1)
     expect(row.get_by_role("img", name="photo.png").first).to_have_js_property("naturalWidth", 1)
     expect(row).to_contain_text(f"letter.svg{len(SVG)} bytes")
+
+
+def test_a_browser_executes_nothing_of_a_file_that_it_opens(visit: Visit, tmp_path: Path) -> None:
+    """Also if it took one as a page, which opens a dialog without the policy."""
+    (script := tmp_path / "pictures.py").write_text(TARGET)
+    opened = {"inline": 0, "attachment": 0}
+    with trap() as (port, mark), serving(script, tmp_path) as server:
+        found = [content for content in seeds(port, mark) if len(content) < 10_000 and b"127.0.0.1" in content]
+        page = visit.context(Site(tmp_path, server.url, "", None)).new_page()
+        requests, dialogs = list[str](), list[Dialog]()
+
+        def dismiss(dialog: Dialog) -> None:
+            dialogs.append(dialog)
+            dialog.dismiss()
+
+        page.on("dialog", dismiss)
+        page.on("request", lambda request: requests.append(request.url))
+        for content in [*found, b"<body onload=alert(1)>", GIF_PAGE]:
+            sent = httpx.post(f"{server.url}/files", content=content).raise_for_status()
+            url = server.url + sent.headers["Location"]
+            headers = httpx.get(url).headers
+            assert headers["X-Content-Type-Options"] == "nosniff"
+            assert headers["Content-Security-Policy"] == "default-src 'none'; sandbox"
+            opened[headers["Content-Disposition"]] += 1
+            requests.clear()
+            if headers["Content-Disposition"] == "inline":
+                page.goto(url, wait_until="load")
+                assert page.content().count("<img") == 1, "it is shown as an image only"
+            else:
+                with page.expect_download(), pytest.raises(PlaywrightError, match="Download is starting"):
+                    page.goto(url)
+            assert requests == [url]
+        policy = {"Content-Security-Policy": headers["Content-Security-Policy"]}
+        page.route("**/guarded", lambda route: route.fulfill(body=GIF_PAGE, content_type="text/html", headers=policy))
+        page.route("**/open", lambda route: route.fulfill(body=GIF_PAGE, content_type="text/html"))
+        page.goto(f"{server.url}/guarded")
+        assert dialogs == []
+        page.goto(f"{server.url}/open")
+        assert len(dialogs) == 1
+        page.close()  # before the server stops
+    assert min(opened.values()) >= 3, opened
 
 
 def test_an_image_is_loaded_once_and_only_if_it_is_visible(shown: Site, visit: Visit) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.errors import DefinitionError, ModelError
-from flock.files import TEXT, UNKNOWN, File, FileReference
+from flock.files import TEXT, File, FileReference
 from flock.models import localmodel, react
 from flock.models.completions import Listener, Message, ToolSchema
 from flock.models.images import without_metadata
@@ -119,12 +119,18 @@ def with_cache_marks(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return marked
 
 
-#: What the providers take beside texts. Those that are not listed take images. See docs/files.md.
+_WAV_MP3 = ("audio/wav", "audio/mpeg")
+#: Kinds and media types that the providers take beside texts. Those that are not listed take images. See docs/files.md.
 TAKES: Mapping[str, Sequence[str]] = {
-    **dict.fromkeys(("openai", "openrouter", "litellm"), ("image", "application", "audio")),
-    **dict.fromkeys(("azure", "gemini", "vllm", "llamacpp"), ("image", "audio")),
+    "openai": ("image", "application/pdf", *_WAV_MP3),
+    **dict.fromkeys(("openrouter", "litellm"), ("image", "application/pdf", "audio")),
+    **dict.fromkeys(("azure", "llamacpp"), ("image", *_WAV_MP3)),
+    "gemini": ("image/png", "image/jpeg", "image/webp", *_WAV_MP3, "audio/ogg", "audio/flac"),
+    "vllm": ("image", "audio"),
     **dict.fromkeys(("deepseek", "cerebras", "local"), ()),
 }
+#: The formats of audio that have another name in requests than in media types.
+AUDIO_FORMATS = {"mpeg": "mp3", "mp4": "m4a"}
 #: Max size of a file, in bytes, for the providers that take less than ``MAX_BYTES``.
 MAX_FILE_BYTES, MAX_BYTES = {"anthropic": 5_000_000, "groq": 3_000_000, "mistral": 10_000_000}, 20_000_000
 #: Max size of all files of a call, which are in memory while it is sent.
@@ -142,8 +148,8 @@ def check_files(messages: Sequence[Message], provider: str) -> None:
     kinds, most, total = (*TAKES.get(provider, ("image",)), "text"), MAX_FILE_BYTES.get(provider, MAX_BYTES), 0
     for file in [File(each) for message in messages for each in message.files]:
         what, total = f"{file.media_type} of {file.size:,} bytes", total + file.size
-        if not file.media_type.startswith(kinds) or file.media_type == UNKNOWN or file.size > most:
-            error = f"{provider} does not accept {what} from here. The limit is {most:,}."
+        if not file.media_type.startswith(kinds) or file.size > most:
+            error = f"{provider} does not accept {what} from here. It takes {', '.join(kinds)}, at most {most:,} bytes."
             raise ModelError(error, "model_bad_request")
         if total > MAX_ALL_BYTES:
             raise ModelError(f"The files of a call may have {MAX_ALL_BYTES:,} bytes in all.", "model_bad_request")
@@ -186,7 +192,7 @@ def _part(reference: FileReference, strips_metadata: bool) -> dict[str, Any]:
     data = base64.b64encode(content).decode()
     url = f"data:{file.media_type};base64,{data}"
     if kind == "audio":
-        return {"type": "input_audio", "input_audio": {"data": data, "format": form.replace("mpeg", "mp3")}}
+        return {"type": "input_audio", "input_audio": {"data": data, "format": AUDIO_FORMATS.get(form, form)}}
     if kind == "application":
         return {"type": "file", "file": {"filename": file.name or "file.pdf", "file_data": url}}
     return {"type": "image_url", "image_url": {"url": url} | ({"detail": file.detail} if file.detail else {})}

@@ -227,7 +227,7 @@ class _ContentsOfPrincipal(FileBox):
 
     def _write(self, file: BinaryIO, chunk: bytes) -> None:
         if shutil.disk_usage(self._folder).free < MIN_FREE_BYTES:
-            raise OSError(f"less than {MIN_FREE_BYTES} bytes are free on the disk")
+            raise OSError(errno.ENOSPC, f"less than {MIN_FREE_BYTES} bytes are free on the disk")
         file.write(chunk)
 
     def _finish(self, file: BinaryIO, path: Path, final: Path, size: int) -> None:
