@@ -1,5 +1,6 @@
 """The web page at ``/ui``: the files that are served, and their use in a real browser."""
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pandas
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, Request, Response, expect
@@ -651,6 +653,38 @@ def test_invalid_rows_are_reported_by_line_before_they_start(visit: Visit, close
     ]
 
 
+@pytest.mark.parametrize("kind", ["xlsx", "parquet", "json"])
+def test_a_file_whose_first_rows_cannot_be_cut_off_starts_a_batch(visit: Visit, closed: Site, kind: str) -> None:
+    rows = pandas.DataFrame({"Number": [1, 2, 3], "comment": ["one", "two", "three; and more"]})
+    file = io.BytesIO()
+    if kind == "xlsx":
+        rows.to_excel(file, index=False)
+    elif kind == "parquet":
+        rows.to_parquet(file)
+    else:
+        rows.to_json(file, orient="records", indent=2)
+    page = visit.page(closed, "new-batch?agent=count_up")
+    chosen = {"name": f"rows.{kind}", "mimeType": "application/octet-stream", "buffer": file.getvalue()}
+    page.locator("input[type=file]").set_input_files(chosen)  # type: ignore[arg-type]
+    expect(page.get_by_text(f"{kind.upper()}. These are the first rows.")).to_be_visible()
+    page.get_by_label("Column Number maps to").select_option("n")
+    expect(page.get_by_text("All 3 rows are valid.")).to_be_visible()
+    page.get_by_role("button", name="Start the batch").click()
+    expect(status_of(page)).to_contain_text("completed")
+    items = closed.get(f"/batch/{page.url.rpartition('/')[2]}/results?format=json")
+    assert [item["inputs"]["n"] for item in items] == [1, 2, 3]
+    assert items[2]["inputs"]["comment"] == "three; and more"
+
+
+def rows_of(kind: str, file: Path) -> int:
+    """Return the number of rows in a table that was downloaded."""
+    if kind in ("xlsx", "parquet"):
+        return len(pandas.read_excel(file) if kind == "xlsx" else pandas.read_parquet(file))
+    if kind == "json":
+        return len(json.loads(file.read_bytes()))
+    return len(file.read_text().splitlines()) - (kind != "ndjson")
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -933,12 +967,12 @@ def test_a_batch_can_be_followed_downloaded_and_retried(visit: Visit, site: Site
     page.reload()
     expect(table).to_have_attribute("aria-rowcount", "31")
     page.get_by_label("Show").select_option("")
-    for kind in ("CSV", "NDJSON"):
+    for kind in ("csv", "tsv", "xlsx", "parquet", "json", "ndjson"):
+        page.get_by_label("Format", exact=True).select_option(kind)
         with page.expect_download() as download:
-            page.get_by_role("button", name=f"Download {kind}", exact=True).click()
-        assert download.value.suggested_filename.endswith(f".{kind.lower()}")
-        lines = download.value.path().read_text().splitlines()
-        assert len(lines) == 300 + (kind == "CSV")
+            page.get_by_role("button", name="Download", exact=True).click()
+        assert download.value.suggested_filename.endswith(f".{kind}")
+        assert rows_of(kind, download.value.path()) == 300
     site.open_gate("mend")
     page.get_by_role("button", name="Retry failed rows").click()
     expect(outcomes).to_contain_text("300 completed")

@@ -143,7 +143,7 @@ class NewBatch {
     this.startButton.disabled = this.isLoading = true; // it would start the previous rows
     const encoding = rows.name ? this.encoding.value : "utf-8"; // pasted text has none
     const format = { decimal: this.decimal.value, encoding, ...(await formatOf(rows, encoding)) },
-      head = await headOf(rows, encoding);
+      head = await headOf(rows, format);
     signal.throwIfAborted();
     const columns = await this.columnsOf(head, format, signal);
     Object.assign(this, { given: { rows, format }, rows, format, head, isLoading: false });
@@ -176,14 +176,12 @@ class NewBatch {
     const { columns } = this.mapping;
     if (!columns.length) return fill(this.columns);
     const head = (name) => [name || "(no name)", h("br"), this.choiceOf(name)];
-    const form =
-      this.format.kind === "csv"
-        ? `CSV, cells separated by ${DELIMITERS[this.format.delimiter]}. `
-        : "NDJSON, one object per line. ";
+    const { kind, delimiter } = this.format;
+    const cells = delimiter ? `, cells separated by ${DELIMITERS[delimiter]}` : "";
     return fill(
       this.columns,
       h("h2", "Columns"),
-      quiet(form, "These are the first rows. Choose the input for each column:"),
+      quiet(`${kind.toUpperCase()}${cells}. These are the first rows. Choose the input for each column:`),
       wide("The first rows", table(columns.map(head), this.sample)),
     );
   }
