@@ -124,6 +124,7 @@ export async function show(main, { id, params, signal }) {
       : null;
   }
 
+  const format = select(["csv", "tsv", "xlsx", "parquet", "json", "ndjson"], "csv", { "aria-label": "Format" });
   function buttons() {
     const cancel = busyWhile(async () => {
       notify("Cancelling …");
@@ -136,11 +137,7 @@ export async function show(main, { id, params, signal }) {
       });
       return button(text, start, { class: "primary" });
     };
-    const downloadAs = (format) => {
-      const name = format.toLowerCase();
-      const start = busyWhile(() => download(`${path}/results?format=${name}`, `${batch.batch_id}.${name}`));
-      return button(`Download ${format}`, start);
-    };
+    const start = busyWhile(() => download(`${path}/results?format=${format.value}`, `${batch.batch_id}.${format.value}`));
     const { failed_items, cancelled_items } = batch;
     return [
       isFinal(batch.status)
@@ -150,7 +147,8 @@ export async function show(main, { id, params, signal }) {
             cancelled_items > 0 && retry(failed_items ? "Resume all" : "Resume", {}),
           ]
         : button("Cancel", cancel),
-      ["CSV", "NDJSON"].map(downloadAs),
+      format,
+      button("Download", start),
     ];
   }
 
@@ -181,7 +179,7 @@ export async function show(main, { id, params, signal }) {
     for (let current = Math.min(page, cursors.length - 1); ; current++) {
       // each page starts after the last item of the previous page
       const rows = await items(cursors[current], PAGE_ROWS, signal);
-      if (rows.length) cursors[current + 1] = rows[rows.length - 1].position;
+      if (rows.length) cursors[current + 1] = rows.at(-1).position;
       if (current === page || !rows.length) return rows;
     }
   }

@@ -56,7 +56,7 @@ export function chart(items, width) {
   const sorted = timed.map(({ took }) => took).sort((a, b) => a - b);
   const quantile = (part) => sorted[Math.min(sorted.length - 1, Math.floor(part * sorted.length))];
   const low = Math.log(sorted[0]),
-    span = Math.max(0.5, Math.log(sorted[sorted.length - 1]) - low);
+    span = Math.max(0.5, Math.log(sorted.at(-1)) - low);
   const bars = Array.from({ length: BARS }, () => ({ completed: 0, failed: 0, cancelled: 0 }));
   for (const { status, took } of timed)
     bars[Math.min(BARS - 1, Math.floor(((Math.log(took) - low) / span) * BARS))][status]++;

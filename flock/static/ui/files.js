@@ -70,7 +70,6 @@ export async function chooser(onChange) {
   const file = h("input", {
     type: "file",
     id: newId(),
-    accept: ".csv,.tsv,.txt,.ndjson,.jsonl,text/csv,application/x-ndjson",
     onchange: () => choose(file.files[0]),
   });
   const pasted = h("textarea", {
@@ -86,7 +85,7 @@ export async function chooser(onChange) {
   const selected = quiet({ role: "status" });
   const drop = dropBox(
     choose,
-    h("label", { for: file.id }, h("strong", "Drop a CSV or NDJSON file here"), " or choose one"),
+    h("label", { for: file.id }, h("strong", "Drop a CSV, XLSX, Parquet or JSON file here"), " or choose one"),
     h("p", file),
     selected,
   );

@@ -20,19 +20,25 @@ import { aboutBatches } from "./words.js";
 const CHECK_DELAY_MS = 200;
 const SHOWN_ROWS = 5;
 const DELIMITERS = { ",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars" };
-const WORKERS = "Rows in parallel";
-const DEFAULT_WORKERS = 5;
 const ENCODINGS = [
   ...["utf-8", "utf-16", "windows-1252", "windows-1250", "windows-1251", "iso-8859-15"],
   ...["shift_jis", "euc-jp", "gb18030", "big5", "euc-kr"],
 ];
 const CSV_DEFAULTS = { delimiter: ",", decimal: ".", encoding: "utf-8" };
+const TRIED_ROWS = 20;
 const above = { type: "number", exclusiveMinimum: 0 };
+const rows = { type: "integer", minimum: 1, description: "The others run if you resume." };
 /** More options of a batch: their names in the API, and their fields. */
 const MORE = {
-  sample: ["Random rows to try first", { type: "integer", minimum: 1, description: "The others run if you resume." }],
+  max_workers: ["Rows in parallel", { type: "integer", minimum: 1, maximum: 1000, default: 5 }],
+  limit: ["First rows", rows],
+  sample: ["Random rows", rows],
+  seed: ["Seed of random rows", { type: "integer" }],
   max_cost: ["Max cost in US dollars", above],
   timeout_s: ["Max seconds for a row", above],
+  max_failures: ["Max failed rows", { type: "number", minimum: 0, description: "Below 1, a share." }],
+  dedupe: ["Run equal rows once", { type: "boolean" }],
+  reuse: ["Take results of earlier batches", { type: "boolean" }],
 };
 
 export async function show(main, { params, signal }) {
@@ -140,10 +146,10 @@ class NewBatch {
     const rows = this.source.rows();
     if (!rows) return this.clear();
     this.checking.abort();
-    this.startButton.disabled = this.isLoading = true; // it would start the previous rows
+    this.tryButton.disabled = this.startButton.disabled = this.isLoading = true; // it would start the previous rows
     const encoding = rows.name ? this.encoding.value : "utf-8"; // pasted text has none
     const format = { decimal: this.decimal.value, encoding, ...(await formatOf(rows, encoding)) },
-      head = await headOf(rows, encoding);
+      head = await headOf(rows, format);
     signal.throwIfAborted();
     const columns = await this.columnsOf(head, format, signal);
     Object.assign(this, { given: { rows, format }, rows, format, head, isLoading: false });
@@ -176,14 +182,12 @@ class NewBatch {
     const { columns } = this.mapping;
     if (!columns.length) return fill(this.columns);
     const head = (name) => [name || "(no name)", h("br"), this.choiceOf(name)];
-    const form =
-      this.format.kind === "csv"
-        ? `CSV, cells separated by ${DELIMITERS[this.format.delimiter]}. `
-        : "NDJSON, one object per line. ";
+    const { kind, delimiter } = this.format;
+    const cells = delimiter ? `, cells separated by ${DELIMITERS[delimiter]}` : "";
     return fill(
       this.columns,
       h("h2", "Columns"),
-      quiet(form, "These are the first rows. Choose the input for each column:"),
+      quiet(`${kind.toUpperCase()}${cells}. These are the first rows. Choose the input for each column:`),
       wide("The first rows", table(columns.map(head), this.sample)),
     );
   }
@@ -362,23 +366,20 @@ class NewBatch {
       session.set("batch invalid", this.invalid.value);
       this.drawStart();
     });
-    this.workers = keptForm("batch workers", {
-      [WORKERS]: { type: "integer", minimum: 1, maximum: 1000, default: DEFAULT_WORKERS },
-    });
-    this.more = keptForm("batch options", Object.fromEntries(Object.values(MORE)));
+    this.more = form({ properties: Object.fromEntries(Object.values(MORE)) }, stored("batch options"));
+    this.more.node.addEventListener("change", () => keep("batch options", this.more));
     this.startError = h("div");
     this.upload = h("div");
     this.startHint = h("p.quiet");
-    const startNow = busyWhile(() => this.startBatch());
-    this.startButton = button("Start the batch", () => startNow({ currentTarget: this.startButton }), {
-      class: "primary",
-    });
+    const starting = (options) => busyWhile(() => this.startBatch(options));
+    this.startButton = button("Start the batch", starting(), { class: "primary" });
+    this.tryButton = button(`Try ${TRIED_ROWS} rows first`, starting({ sample: TRIED_ROWS }));
   }
 
   drawStart() {
     const { found } = this;
     const isStopped = found && (!found.ok || (found.invalid_items > 0 && this.invalid.value === "reject"));
-    this.startButton.disabled = this.isLoading || (found ? isStopped : !this.canStart);
+    this.tryButton.disabled = this.startButton.disabled = this.isLoading || (found ? isStopped : !this.canStart);
     fill(
       this.startHint,
       isStopped
@@ -392,12 +393,13 @@ class NewBatch {
     fill(
       this.start,
       h("h2", "Start"),
-      h("div.columns", withLabel("Invalid rows", this.invalid), this.workers.node),
+      withLabel("Invalid rows", this.invalid),
       h("details", { open: hasMore }, h("summary", "More options"), this.more.node),
       this.startError,
       this.upload,
       actions(
         this.startButton,
+        this.tryButton,
         button("Copy as curl", () => this.copyCurl()),
       ),
       this.startHint,
@@ -420,13 +422,13 @@ class NewBatch {
   startOptions() {
     try {
       for (const fields of this.fields) fields.read();
-      const workers = this.workers.read()[WORKERS] ?? DEFAULT_WORKERS;
-      const chosen = this.more.read();
-      const more = Object.entries(MORE).flatMap(([name, [label]]) => (label in chosen ? [[name, chosen[label]]] : []));
-      const options = { ...this.options(this.statics()), ...Object.fromEntries(more) };
-      return { ...options, on_invalid: this.invalid.value, max_workers: workers };
+      const options = { ...this.options(this.statics()), on_invalid: this.invalid.value },
+        chosen = this.more.read();
+      for (const [name, [label]] of Object.entries(MORE))
+        if (label in chosen) options[name] = chosen[label];
+      return options;
     } catch (error) {
-      const forms = [...this.fields, this.workers, this.more];
+      const forms = [...this.fields, this.more];
       const control = forms.map((fields) => fields.error(error.pointer, error.message)).find(Boolean);
       const hidden = control?.closest("details");
       if (hidden) hidden.open = true; // otherwise it cannot have the focus
@@ -435,10 +437,11 @@ class NewBatch {
     }
   }
 
-  async startBatch() {
+  async startBatch(first) {
     fill(this.startError);
-    const options = this.startOptions();
-    if (!options) return;
+    const chosen = this.startOptions();
+    if (!chosen) return;
+    const options = { ...chosen, ...first };
     if (!this.found) {
       this.checking.abort(); // the server checks the rows during the upload
       fill(this.check);
@@ -472,13 +475,6 @@ class NewBatch {
     const path = `run/batch?${new URLSearchParams(options)}`;
     await copyCurl(path, MEDIA_TYPES[this.format.kind], `--data-binary ${file}`);
   }
-}
-
-/** Create a form whose values are stored in this tab. */
-function keptForm(name, properties) {
-  const fields = form({ properties }, stored(name));
-  fields.node.addEventListener("change", () => keep(name, fields));
-  return fields;
 }
 
 /** The options of a CSV file that are not the defaults. */

@@ -3,6 +3,7 @@
 import { button, fill, h, quiet, withLabel } from "./dom.js";
 import { sendFile } from "./form.js";
 import { isObject, parse } from "./json.js";
+import { isLines } from "./upload.js";
 import { count } from "./words.js";
 
 const UPLOADS_AT_ONCE = 4;
@@ -95,7 +96,7 @@ export class TableFiles {
     const columns = mapping.columns.map((name) => ({ name, isFile: isFile(name) }));
     const found = new Set();
     let text = "";
-    if (columns.some((column) => column.isFile)) {
+    if (isLines(given.format) && columns.some((column) => column.isFile)) {
       text = new TextDecoder(given.format.encoding).decode(await given.rows.arrayBuffer());
       changed(text, given.format, columns, (name) => found.add(pathOf(name)) && name);
     }

@@ -3,26 +3,38 @@
 import { send } from "./api.js";
 import { parse } from "./json.js";
 
-export const MEDIA_TYPES = { csv: "text/csv", ndjson: "application/x-ndjson" };
+export const MEDIA_TYPES = {
+  csv: "text/csv",
+  ndjson: "application/x-ndjson",
+  json: "application/json",
+  xlsx: "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+  parquet: "application/vnd.apache.parquet",
+};
+/** Only these can be cut to their first rows, and are read here. */
+export const isLines = ({ kind }) => kind === "csv" || kind === "ndjson";
 /** The part of the rows that is sent to find the columns and to show the first rows. */
 const HEAD_BYTES = 64 * 1024;
 
 const textOfHead = async (blob, encoding) =>
   new TextDecoder(encoding).decode(await blob.slice(0, HEAD_BYTES).arrayBuffer());
 
-/** Guess the format of a file or text: `{kind: "csv", delimiter}` or `{kind: "ndjson"}`. */
+/** Guess the format of a file or text, such as `{kind: "csv", delimiter}`. */
 export async function formatOf(blob, encoding) {
-  const head = await textOfHead(blob, encoding);
-  if (/\.(ndjson|jsonl)$/i.test(blob.name ?? "") || head.trimStart().startsWith("{")) return { kind: "ndjson" };
+  const kind = /\.(xlsx|parquet|ndjson)$/i.exec(blob.name)?.[1].toLowerCase();
+  if (kind) return { kind };
+  const head = (await textOfHead(blob, encoding)).trimStart();
+  if (head.startsWith("[")) return { kind: "json" };
+  if (head.startsWith("{")) return { kind: "ndjson" };
   const line = head.split(/[\r\n]/, 1)[0].replace(/"[^"]*"/g, "");
   const counts = [",", ";", "\t", "|"].map((delimiter) => [line.split(delimiter).length, delimiter]);
   return { kind: "csv", delimiter: counts.reduce((best, each) => (each[0] > best[0] ? each : best))[1] };
 }
 
-/** Return the first rows in UTF-8. */
-export async function headOf(blob, encoding) {
-  const isWhole = blob.size <= HEAD_BYTES;
-  if (isWhole && encoding === "utf-8") return blob;
+/** Return the first rows, a text in UTF-8. */
+export async function headOf(blob, format) {
+  const { encoding } = format,
+    isWhole = blob.size <= HEAD_BYTES;
+  if (!isLines(format) || (isWhole && encoding === "utf-8")) return blob;
   const text = await textOfHead(blob, encoding);
   if (isWhole) return new Blob([text]);
   return new Blob([text.slice(0, Math.max(text.lastIndexOf("\n"), text.lastIndexOf("\r")) + 1)]);
