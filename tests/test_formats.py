@@ -311,6 +311,56 @@ async def test_an_empty_cell_is_missing_if_its_input_is_optional(http: httpx.Asy
     assert [result["shown"] for result in batch["results"]] == ["a 0 None", " 1.0 2"]
 
 
+# The dialect of results
+
+
+async def test_a_german_excel_file_goes_round_over_http(http: httpx.AsyncClient) -> None:
+    """Results have the delimiter, decimal comma and encoding of the query, under the names that the upload has."""
+    dialect = {"delimiter": ";", "decimal": ",", "encoding": "windows-1252"}
+    rows = "Nr;text;price\r\n0042;Schön;0,5\r\n7;a,b;-3\r\n".encode("cp1252")
+    batch = (await sent(http, "csv", rows, agent_name="halve", on_extra="keep", **dialect)).json()
+    response = await http.get(f"/batch/{batch['batch_id']}/results", params={"format": "csv", **dialect})
+    assert response.headers["Content-Type"] == "text/csv; charset=cp1252"
+    expected = [
+        "Nr;text;price;half;result.text;version;status;error",
+        '0042;Schön;0,5;0,25;"Schön?;";1.0;completed;',
+        '7;a,b;-3;-1,5;"a,b?;";1.0;completed;',
+    ]
+    assert response.content == "".join(f"{line}\r\n" for line in expected).encode("cp1252")
+
+
+@pytest.mark.parametrize(("encoding", "format_"), [("utf-8-sig", "csv"), ("utf-16", "tsv"), ("UTF-8", "csv")])
+async def test_results_begin_with_the_byte_order_mark_of_their_encoding(
+    http: httpx.AsyncClient, tmp_path: Path, encoding: str, format_: str
+) -> None:
+    """As the client for Python stores them. There is one, and the results can be sent again as they are."""
+    batch = (await sent(http, "csv", TEXTS["csv"])).json()
+    client = AsyncFlockClient("http://t", transport=http._transport)
+    await client.download(batch["batch_id"], tmp_path / f"out.{format_}", encoding=encoding, status="completed")
+    content = (tmp_path / f"out.{format_}").read_bytes()
+    assert content.decode(encoding).startswith(f"text{',' if format_ == 'csv' else chr(9)}price")
+    assert content.startswith("t".encode(encoding))
+    again = await sent(http, format_, content, encoding=encoding, on_extra="ignore")
+    assert [result["shown"] for result in again.json()["results"]] == SHOWN
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ({"delimiter": "x"}, "'delimiter' in the query"),
+        ({"decimal": "'"}, "'decimal' in the query"),
+        ({"encoding": "rot13"}, "encoding must be one of utf-8, utf-8-sig"),
+    ],
+)
+async def test_results_in_an_unknown_dialect_are_refused(
+    http: httpx.AsyncClient, query: dict[str, str], words: str
+) -> None:
+    batch = (await sent(http, "csv", TEXTS["csv"])).json()
+    response = await http.get(f"/batch/{batch['batch_id']}/results", params={"format": "csv", **query})
+    assert response.status_code == 422
+    assert words in response.text
+
+
 # The output like the input
 
 

@@ -6,6 +6,8 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import MAX_ROW_BYTES, local_file
 from flock.rows.results import CSVWriter
@@ -25,11 +27,11 @@ async def results_like(
     Delimiter, decimal separator, encoding, byte order mark and line ends are those of the file; UTF-16 is
     little-endian. A character that its encoding does not have is "?". Rows without an item are left out.
     """
-    table = CSVWriter((), (), outputs, delimiter=dialect.delimiter, decimal=dialect.decimal, **options)
+    table = CSVWriter((), (), outputs, dialect=replace(dialect, encoding="utf-8"), **options)
     lines, position = list[str](), 0
     async with aclosing(local_file(path)) as head:
         is_marked = dialect.codec == "utf_8" and (await anext(head, b"")).startswith(codecs.BOM_UTF8)
-    encoder = codecs.getincrementalencoder("utf-8-sig" if is_marked else dialect.codec)("replace")
+    encoder = (replace(dialect, encoding="utf-8-sig") if is_marked else dialect).encoder()
 
     def joined(cells: Sequence[str], added: bytes) -> bytes:
         own, ours = "".join(lines).rstrip("\r\n"), added.decode().removesuffix("\r\n")
