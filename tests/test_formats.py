@@ -410,6 +410,30 @@ def test_the_output_has_the_bytes_of_the_input(tmp_path: Path, encoding: str, li
     assert "result.text" in texts[0]
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(("delimiter", "line_end"), [(";", "\r\n"), ("\t", "\n"), ("|", "\r\n"), (",", "\n")])
+def test_the_dialect_is_detected_if_it_is_not_given(
+    tmp_path: Path, delimiter: str, line_end: str, encoding: str
+) -> None:
+    """From the header, even if a name has other delimiters, and a byte order mark. Other encodings must be given."""
+    rows = [['"a,b,c;d;e;f"', "text", "price"], ["x", "Schön", "1"]]
+    content = "".join(delimiter.join(row) + line_end for row in rows).encode(encoding)
+    given = ["--encoding", "cp1252"] if encoding == "cp1252" else []
+    written = like_input(tmp_path, content, "--on-extra", "ignore", *given)
+    assert written.startswith(content[:20])
+    header, line, rest = written.decode(encoding).split(line_end)
+    assert header.startswith(delimiter.join([*rows[0], "half", "result.text"]))
+    assert line.startswith(delimiter.join([*rows[1], "0.5"]))
+    assert rest == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'"text', b"text,price\n\xff,1\n"])
+def test_a_file_without_a_dialect_is_refused_as_without_detection(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    run_command(tmp_path, str(tmp_path / "rows.csv"), "-o", str(tmp_path / "o.csv"), "--like-input", exit_code=1)
+    assert not (tmp_path / "o.csv").exists()
+
+
 def test_the_outputs_of_a_short_row_are_below_their_names(tmp_path: Path) -> None:
     """A longer row has no place for them that fits."""
     written = like_input(

@@ -35,6 +35,7 @@ from flock.models.models import Model, ModelChoice, models_of
 from flock.options import MAX_SECONDS
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import MAX_ROW_BYTES
+from flock.rows.likeinput import detected_dialect
 from flock.runs import MAX_COST, Batch, BatchOptions, Engine, RunStatus, cost_in_words
 from flock.store.database import MEMORY
 
@@ -166,7 +167,8 @@ STDOUT = Path("-")
 @click.option(
     "--like-input",
     is_flag=True,
-    help="Write ROWS with the outputs as more columns: same delimiter, decimal separator, encoding and line ends.",
+    help="Write ROWS with the outputs as more columns: same delimiter, decimal separator, encoding and line ends. "
+    "The delimiter and UTF-16 are detected if they are not given.",
 )
 @click.option(
     "--escape-formulas/--no-escape-formulas",
@@ -246,6 +248,10 @@ def batch(
         job = job_of(flock, agent, options, rows=rows, state=state, confirm=ask, **files)
         if job.like_input and (job.format not in ("csv", "tsv") or format_of(rows) != FORMATS[job.format]):
             raise DefinitionError("--like-input is for ROWS in CSV or TSV, and an output in the same format.")
+        if job.like_input:
+            is_given = click.get_current_context().get_parameter_source
+            names = [name for name in ("delimiter", "encoding") if is_given(name) is ParameterSource.DEFAULT]
+            job = replace(job, dialect=anyio.run(detected_dialect, rows, job.dialect, names))
         if is_dry_run:
             check = anyio.run(check_batch_file, flock, job)
             _print_check(check, rows)
