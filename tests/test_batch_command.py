@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import csv
+import errno
 import functools
 import gzip
 import json
@@ -802,6 +803,27 @@ def test_a_full_disk_stops_the_command_and_the_next_one_continues() -> None:
     assert started.total() <= count + 2 * workers
     with open("out.csv", newline="") as file:
         assert sum(row["status"] == "completed" for row in csv.DictReader(file)) == count
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
+def test_a_full_disk_while_the_output_is_written_keeps_the_old_output_and_all_rows() -> None:
+    Path("rows.csv").write_text("n,word\n" + "".join(f"{n},{'w' * 200}\n" for n in range(200)))
+    arguments = ("work", "rows.csv", "-o", "out.csv")
+    assert batch(*arguments).returncode == 0
+    written, names = Path("out.csv").read_bytes(), {path.name for path in Path().iterdir() if ".csv" in path.suffixes}
+    hint = "Finished rows are stored in out.csv.flock.db. To resume, run the same command again.\n"
+    limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command(*arguments)]  # the output has 80 KiB
+    stopped = subprocess.run(limited, capture_output=True, text=True, timeout=100)
+    assert (stopped.returncode, stopped.stderr) == (os.EX_IOERR, f"Error: out.csv: {os.strerror(errno.EFBIG)}. {hint}")
+    assert Path("out.csv").read_bytes() == written
+    assert not list(Path().glob("*.part"))
+    with open("/dev/full", "wb") as full:
+        to_stdout = command("work", "rows.csv", "-o", "-", "--store", "out.csv.flock.db")
+        stopped = subprocess.run(to_stdout, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert (stopped.returncode, stopped.stderr) == (os.EX_IOERR, f"Error: -: {os.strerror(errno.ENOSPC)}. {hint}")
+    assert "All 200 rows are complete." in batch(*arguments).stderr
+    assert {path.name for path in Path().iterdir() if ".csv" in path.suffixes} == names
+    assert (in_log().total(), Path("out.csv").read_bytes()) == (200, written)
 
 
 def test_the_rows_so_far_are_written_beside_a_running_command() -> None:
