@@ -663,7 +663,7 @@ async def batch_results(request: Request) -> Response:
 
     query = query_of(request, wire.ResultsQuery)
     engine, batch_id = await engine_of(request), request.path_params["batch_id"]
-    batch, format_ = await engine.get_batch(batch_id), results_format(request, query.format)
+    batch, (format_, dialect) = await engine.get_batch(batch_id), results_format(request, query)
     statuses = [final for final in RunStatus if final.is_final and query.status in (msgspec.UNSET, final.value)]
     headers = {
         "Flock-Run-Status": batch.status.value,
@@ -675,7 +675,7 @@ async def batch_results(request: Request) -> Response:
 
     columns = columns_of(batch.agent_name, app_of(request).flock.agents)
     pages = item_pages(engine, batch_id, after=query.after, limit=query.limit, statuses=statuses)
-    options: Any = {"with_usage": query.usage, "has_invalid": batch.invalid_items > 0}
+    options: Any = {"with_usage": query.usage, "has_invalid": batch.invalid_items > 0, "dialect": dialect}
     options["version_of"] = batch.version_of if batch.is_mixed else None
     stream = results_as(format_.name, pages, batch.extra_names, columns, query.escape_formulas, **options)
     slot = download_slot(request)

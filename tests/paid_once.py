@@ -4,8 +4,9 @@
     python -m tests.paid_once --rows 100000 --batch-api
 
 Each step prints how many rows the provider has been paid for, and ends the script if that is not what it should be.
-A provider charges a request once for each idempotency key, as it also answers a repeated one once. With --batch-api,
-the calls go through its batch endpoint, which charges each line that it answers, also if it has charged an equal one.
+A provider charges a request once for each idempotency key. Its answers are counted too: they may only be more by the
+requests that were in flight at a kill, at most one for each worker. With --batch-api, the calls go through its batch
+endpoint, which charges each line that it answers, also if it has charged an equal one.
 """
 
 import argparse
@@ -33,6 +34,7 @@ flock = Flock("table", model=Model("fake/model", base_url=os.environ["FAKE_URL"]
 flock.add_agent(FlockFactory.create_default_agent("ask", input="text", output=os.environ["OUTPUT"]))
 """
 EDITED = 50
+WORKERS = 20
 
 
 class Provider(FakeModel):
@@ -40,7 +42,7 @@ class Provider(FakeModel):
 
     def __init__(self) -> None:
         super().__init__(self._reply)
-        self.credit = 0
+        self.credit, self.answers = 0, 0
         self.paid = set[str]()
         self.kill_at = 0
         self.process: subprocess.Popen[str] | None = None
@@ -52,6 +54,7 @@ class Provider(FakeModel):
                 return Failure(429, "insufficient_quota")
             self.credit -= 1
             self.paid.add(key)
+        self.answers += 1
         self.requests.clear()
         if self.process is not None and len(self.paid) == self.kill_at:
             self.process.send_signal(signal.SIGKILL)
@@ -113,9 +116,9 @@ class Table:
 
     def run(self, *options: str, kill_at: Any = 0) -> int:
         """Run the command, and kill it when that many rows are paid, or at a step of a job. Return its exit code."""
-        command = flockapi_command("batch", "target.py", "ask", "rows.csv", "-o", "out.csv", "--max-workers", "20")
+        command = flockapi_command("batch", "target.py", "ask", "rows.csv", "-o", "out.csv")
         with subprocess.Popen(
-            [*command, *self._options, *options],
+            [*command, "--max-workers", str(WORKERS), *self._options, *options],
             cwd=self._folder,
             env=self.env,
             stdin=subprocess.DEVNULL,
@@ -138,13 +141,17 @@ class Table:
 
 def play(rows: int) -> None:
     """Raises AssertionError if a row was paid twice, or not at all."""
-    provider = Provider()
+    provider, kills = Provider(), 0
     with tempfile.TemporaryDirectory() as folder, provider.serve() as url:
         table = Table(Path(folder), rows, provider, url)
         began_at = time.monotonic()
 
         def check(what: str, code: int, wanted: int, paid: int) -> None:
-            print(f"{what}: {len(provider.paid):,} rows paid, {time.monotonic() - began_at:.0f} s", flush=True)
+            nonlocal kills
+            kills += code == -signal.SIGKILL
+            answers = f"{len(provider.paid):,} rows paid, {provider.answers:,} answers"
+            print(f"{what}: {answers}, {time.monotonic() - began_at:.0f} s", flush=True)
+            assert provider.answers <= len(provider.paid) + kills * WORKERS, answers
             assert (code, len(provider.paid)) == (wanted, paid), (code, len(provider.paid), wanted, paid)
 
         provider.credit = rows // 2

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import csv
+import errno
 import functools
 import gzip
 import json
 import os
+import random
 import re
 import signal
 import sqlite3
@@ -713,21 +715,27 @@ def test_limit_then_sample_then_the_whole_table_is_one_batch() -> None:
 
 
 def test_a_try_shows_results_and_without_a_terminal_prints_the_command_that_continues() -> None:
-    Path("-my rows.csv").write_text("id,n\n" + "".join(f"{n},{n}\n" for n in range(300)))
+    wrong = random.Random(0).sample(range(300), 5)[0]  # a row that is tried
+    Path("-my rows.csv").write_text("id,n\n" + "".join(f"{n},{-1 if n == wrong else n}\n" for n in range(300)))
     options = ("--static", "word=it's", "--max-workers", "7", "--timeout", "9.5", "--no-escape-formulas", "--usage")
     mapped = ("--map", "id=", "--on-invalid", "skip", "--delimiter", ",")
     done = batch("work", "-o", "results.csv", "--try", "5", *options, *mapped, "--", "-my rows.csv")
     assert (done.returncode, done.stdout, Path("results.csv").exists()) == (0, "", False)
     *shown, estimate, hint, line = done.stderr.splitlines()
     assert len(shown) == len(in_log()) == 5
+    (failed,) = [text for text in shown if text.startswith('{"word":"it\'s","n":-1} -> failed: ')]
+    assert failed.endswith("ValueError: minus one")
+    shown.remove(failed)
     assert all('{"word":"it\'s","n":' in text and '-> {"result":"it\'s' in text for text in shown), shown
-    assert estimate.startswith("5 of 300 rows were tried, and 0 failed. about 0:0")
+    assert estimate.startswith("5 of 300 rows were tried, and 1 failed. about 0:0")
     assert hint == "To run the other rows:"
     quoted = "--static 'word=it'\"'\"'s' "
     assert line.startswith("flockapi batch -o results.csv --max-workers 7 --map id= " + quoted), line
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     continued = subprocess.run(["sh", "-c", line], env={**os.environ, "PATH": path}, capture_output=True, text=True)
-    assert (continued.returncode, continued.stderr.splitlines()[1]) == (0, "300 of 300 rows completed."), continued
+    summary = continued.stderr.splitlines()[1]
+    assert continued.returncode == 1
+    assert summary.startswith("299 of 300 rows completed, and 1 failed."), continued
     assert (len(in_log()), set(in_log().values())) == (300, {1})
     assert rows_of("results.csv")[1][:3] == ["0", "it's", "it's0"]
 
@@ -784,8 +792,8 @@ def test_a_full_disk_stops_the_command_and_the_next_one_continues() -> None:
     limited = ["bash", "-c", 'ulimit -f 800; exec "$@"', "bash", *command]  # files of at most 800 KiB
     stopped = subprocess.run(limited, capture_output=True, text=True, timeout=100)
     assert stopped.returncode == os.EX_IOERR, stopped.stderr
-    (line,) = [line for line in stopped.stderr.splitlines() if line.startswith("Error: ")]
-    assert "out.csv.flock.db: " in line
+    (line,) = stopped.stderr.splitlines()
+    assert line.startswith("Error: out.csv.flock.db: ")
     assert "run the same command again" in line
     assert 0 < len(Path("log").read_text().splitlines()) < count
     assert not Path("out.csv").exists()
@@ -795,6 +803,27 @@ def test_a_full_disk_stops_the_command_and_the_next_one_continues() -> None:
     assert started.total() <= count + 2 * workers
     with open("out.csv", newline="") as file:
         assert sum(row["status"] == "completed" for row in csv.DictReader(file)) == count
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
+def test_a_full_disk_while_the_output_is_written_keeps_the_old_output_and_all_rows() -> None:
+    Path("rows.csv").write_text("n,word\n" + "".join(f"{n},{'w' * 200}\n" for n in range(200)))
+    arguments = ("work", "rows.csv", "-o", "out.csv")
+    assert batch(*arguments).returncode == 0
+    written, names = Path("out.csv").read_bytes(), {path.name for path in Path().iterdir() if ".csv" in path.suffixes}
+    hint = "Finished rows are stored in out.csv.flock.db. To resume, run the same command again.\n"
+    limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command(*arguments)]  # the output has 80 KiB
+    stopped = subprocess.run(limited, capture_output=True, text=True, timeout=100)
+    assert (stopped.returncode, stopped.stderr) == (os.EX_IOERR, f"Error: out.csv: {os.strerror(errno.EFBIG)}. {hint}")
+    assert Path("out.csv").read_bytes() == written
+    assert not list(Path().glob("*.part"))
+    with open("/dev/full", "wb") as full:
+        to_stdout = command("work", "rows.csv", "-o", "-", "--store", "out.csv.flock.db")
+        stopped = subprocess.run(to_stdout, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert (stopped.returncode, stopped.stderr) == (os.EX_IOERR, f"Error: -: {os.strerror(errno.ENOSPC)}. {hint}")
+    assert "All 200 rows are complete." in batch(*arguments).stderr
+    assert {path.name for path in Path().iterdir() if ".csv" in path.suffixes} == names
+    assert (in_log().total(), Path("out.csv").read_bytes()) == (200, written)
 
 
 def test_the_rows_so_far_are_written_beside_a_running_command() -> None:
@@ -909,12 +938,15 @@ def test_a_person_is_asked_whether_to_pay_for_a_changed_agent(
 
 
 def test_a_person_who_tries_rows_is_asked_whether_to_run_the_others(provider: Provider) -> None:
-    Path("rows.csv").write_text("text\n" + "".join(f"text {name}\n" for name in range(5)))
+    wrong = random.Random(0).sample(range(5), 2)[0]  # a row that is tried
+    texts = ["text bad" if n == wrong else f"text {n}" for n in range(5)]
+    Path("rows.csv").write_text("\n".join(["text", *texts, ""]))
     command = ("batch", "target.py", "ask", "rows.csv", "-o", "out.csv", "--try", "2")
     text = at_terminal(*command, typed="n\n")
-    assert text.count('-> {"answer":"yes"}') == 2
-    assert re.search(r"2 of 5 rows were tried, and 0 failed\. .* 75,000 tokens in all, \$0\.38 in all\.", text), text
+    assert text.count('-> {"answer":"yes"}') == 1
+    assert '{"text":"text bad"} -> failed: ' in text
+    assert re.search(r"2 of 5 rows were tried, and 1 failed\. .* 37,500 tokens in all, \$0\.19 in all\.", text), text
     assert "Run the other rows? [y/N]" in text
     assert (provider.asked.total(), Path("out.csv").exists()) == (2, False)
-    assert "5 of 5 rows completed." in at_terminal(*command, typed="y\n")
+    assert "4 of 5 rows completed, and 1 failed." in at_terminal(*command, typed="y\n")
     assert (provider.asked.total(), len(provider.asked), len(rows_of("out.csv"))) == (5, 5, 6)

@@ -311,6 +311,56 @@ async def test_an_empty_cell_is_missing_if_its_input_is_optional(http: httpx.Asy
     assert [result["shown"] for result in batch["results"]] == ["a 0 None", " 1.0 2"]
 
 
+# The dialect of results
+
+
+async def test_a_german_excel_file_goes_round_over_http(http: httpx.AsyncClient) -> None:
+    """Results have the delimiter, decimal comma and encoding of the query, under the names that the upload has."""
+    dialect = {"delimiter": ";", "decimal": ",", "encoding": "windows-1252"}
+    rows = "Nr;text;price\r\n0042;Schön;0,5\r\n7;a,b;-3\r\n".encode("cp1252")
+    batch = (await sent(http, "csv", rows, agent_name="halve", on_extra="keep", **dialect)).json()
+    response = await http.get(f"/batch/{batch['batch_id']}/results", params={"format": "csv", **dialect})
+    assert response.headers["Content-Type"] == "text/csv; charset=cp1252"
+    expected = [
+        "Nr;text;price;half;result.text;version;status;error",
+        '0042;Schön;0,5;0,25;"Schön?;";1.0;completed;',
+        '7;a,b;-3;-1,5;"a,b?;";1.0;completed;',
+    ]
+    assert response.content == "".join(f"{line}\r\n" for line in expected).encode("cp1252")
+
+
+@pytest.mark.parametrize(("encoding", "format_"), [("utf-8-sig", "csv"), ("utf-16", "tsv"), ("UTF-8", "csv")])
+async def test_results_begin_with_the_byte_order_mark_of_their_encoding(
+    http: httpx.AsyncClient, tmp_path: Path, encoding: str, format_: str
+) -> None:
+    """As the client for Python stores them. There is one, and the results can be sent again as they are."""
+    batch = (await sent(http, "csv", TEXTS["csv"])).json()
+    client = AsyncFlockClient("http://t", transport=http._transport)
+    await client.download(batch["batch_id"], tmp_path / f"out.{format_}", encoding=encoding, status="completed")
+    content = (tmp_path / f"out.{format_}").read_bytes()
+    assert content.decode(encoding).startswith(f"text{',' if format_ == 'csv' else chr(9)}price")
+    assert content.startswith("t".encode(encoding))
+    again = await sent(http, format_, content, encoding=encoding, on_extra="ignore")
+    assert [result["shown"] for result in again.json()["results"]] == SHOWN
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ({"delimiter": "x"}, "'delimiter' in the query"),
+        ({"decimal": "'"}, "'decimal' in the query"),
+        ({"encoding": "rot13"}, "encoding must be one of utf-8, utf-8-sig"),
+    ],
+)
+async def test_results_in_an_unknown_dialect_are_refused(
+    http: httpx.AsyncClient, query: dict[str, str], words: str
+) -> None:
+    batch = (await sent(http, "csv", TEXTS["csv"])).json()
+    response = await http.get(f"/batch/{batch['batch_id']}/results", params={"format": "csv", **query})
+    assert response.status_code == 422
+    assert words in response.text
+
+
 # The output like the input
 
 
@@ -358,6 +408,30 @@ def test_the_output_has_the_bytes_of_the_input(tmp_path: Path, encoding: str, li
     assert [text.split(between)[:2] for text in texts] == [["text", "price"], ["é", "1"], ['"b"', "2"], [""]]
     assert [text.split(between)[2] for text in texts[:3]] == ["half", "0.5", "1.0"]
     assert "result.text" in texts[0]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(("delimiter", "line_end"), [(";", "\r\n"), ("\t", "\n"), ("|", "\r\n"), (",", "\n")])
+def test_the_dialect_is_detected_if_it_is_not_given(
+    tmp_path: Path, delimiter: str, line_end: str, encoding: str
+) -> None:
+    """From the header, even if a name has other delimiters, and a byte order mark. Other encodings must be given."""
+    rows = [['"a,b,c;d;e;f"', "text", "price"], ["x", "Schön", "1"]]
+    content = "".join(delimiter.join(row) + line_end for row in rows).encode(encoding)
+    given = ["--encoding", "cp1252"] if encoding == "cp1252" else []
+    written = like_input(tmp_path, content, "--on-extra", "ignore", *given)
+    assert written.startswith(content[:20])
+    header, line, rest = written.decode(encoding).split(line_end)
+    assert header.startswith(delimiter.join([*rows[0], "half", "result.text"]))
+    assert line.startswith(delimiter.join([*rows[1], "0.5"]))
+    assert rest == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b'"text', b"text,price\n\xff,1\n"])
+def test_a_file_without_a_dialect_is_refused_as_without_detection(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    run_command(tmp_path, str(tmp_path / "rows.csv"), "-o", str(tmp_path / "o.csv"), "--like-input", exit_code=1)
+    assert not (tmp_path / "o.csv").exists()
 
 
 def test_the_outputs_of_a_short_row_are_below_their_names(tmp_path: Path) -> None:

@@ -240,7 +240,9 @@ def test_other_errors_of_rows_with_an_unknown_member_are_reported_too() -> None:
 def test_only_text_codecs_are_accepted_and_others_are_not_looked_up(encoding: str, interface: Interface) -> None:
     """Python caches each codec name that it looks up, even an unknown one."""
     before = set(sys.modules)
-    with pytest.raises((DefinitionError, InvalidData), match="encoding must be one of utf-8, utf-16, utf-16-le"):
+    with pytest.raises(
+        (DefinitionError, InvalidData), match="encoding must be one of utf-8, utf-8-sig, utf-16, utf-16-le"
+    ):
         interface("rows.csv", b"text\na\n", "show", {"encoding": encoding})
     assert not {name for name in set(sys.modules) - before if name.startswith("encodings.")}
 

@@ -35,6 +35,7 @@ from flock.models.models import Model, ModelChoice, models_of
 from flock.options import MAX_SECONDS
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import MAX_ROW_BYTES
+from flock.rows.likeinput import detected_dialect
 from flock.runs import MAX_COST, Batch, BatchOptions, Engine, RunStatus, cost_in_words
 from flock.store.database import MEMORY
 
@@ -166,7 +167,8 @@ STDOUT = Path("-")
 @click.option(
     "--like-input",
     is_flag=True,
-    help="Write ROWS with the outputs as more columns: same delimiter, decimal separator, encoding and line ends.",
+    help="Write ROWS with the outputs as more columns: same delimiter, decimal separator, encoding and line ends. "
+    "The delimiter and UTF-16 are detected if they are not given.",
 )
 @click.option(
     "--escape-formulas/--no-escape-formulas",
@@ -246,6 +248,10 @@ def batch(
         job = job_of(flock, agent, options, rows=rows, state=state, confirm=ask, **files)
         if job.like_input and (job.format not in ("csv", "tsv") or format_of(rows) != FORMATS[job.format]):
             raise DefinitionError("--like-input is for ROWS in CSV or TSV, and an output in the same format.")
+        if job.like_input:
+            is_given = click.get_current_context().get_parameter_source
+            names = [name for name in ("delimiter", "encoding") if is_given(name) is ParameterSource.DEFAULT]
+            job = replace(job, dialect=anyio.run(detected_dialect, rows, job.dialect, names))
         if is_dry_run:
             check = anyio.run(check_batch_file, flock, job)
             _print_check(check, rows)
@@ -329,9 +335,7 @@ def explaining_errors(rows: Path, output: Path, state: Path) -> Iterator[None]:
         print_stderr(f"The reader closed the pipe before the end of the results.{_resume_hint(state)}")
         raise
     except StoreError as exc:
-        cause: BaseException | None = exc
-        while cause is not None and not _is_of_disk(cause):
-            cause = cause.__cause__
+        cause = _disk_error(exc)
         if cause is None:
             raise
         print_stderr(f"Error: {state}: {cause}.{_resume_hint(state)}")
@@ -339,13 +343,17 @@ def explaining_errors(rows: Path, output: Path, state: Path) -> Iterator[None]:
     except OSError as exc:
         path = exc.filename or output
         print_stderr(f"Error: {path}: {exc.strerror or exc}.{_resume_hint(state)}")
-        end_process(EXIT_IO if _is_of_disk(exc) else 1)
+        end_process(EXIT_IO if _disk_error(exc) else 1)
 
 
-def _is_of_disk(exc: BaseException) -> bool:
-    """Whether a disk is full, or a file may not grow, or SQLite cannot use its file."""
-    name = getattr(exc, "sqlite_errorname", "")
-    return getattr(exc, "errno", None) in DISK_ERRORS or name.startswith(("SQLITE_FULL", "SQLITE_IOERR"))
+def _disk_error(exc: BaseException | None) -> BaseException | None:
+    """Return the cause of *exc* if a disk is full, or a file may not grow, or SQLite cannot use its file."""
+    while exc is not None:
+        is_of_sqlite = getattr(exc, "sqlite_errorname", "").startswith(("SQLITE_FULL", "SQLITE_IOERR"))
+        if is_of_sqlite or getattr(exc, "errno", None) in DISK_ERRORS:
+            break
+        exc = exc.__cause__
+    return exc
 
 
 def _goes_on(flock: DeclaredFlock, job: BatchFile, count: int, stdout: IO[bytes]) -> bool:
@@ -457,20 +465,24 @@ def _format_of(output: Path, rows: Path, name: str | None) -> str:
 
 @contextlib.contextmanager
 def batch_process() -> Iterator[None]:
-    """Allow long cells, and drop the log records of single rows, whose errors are in the output."""
-    logger, previous_limit = logging.getLogger("flock.runs"), csv.field_size_limit(MAX_ROW_BYTES)
-    logger.addFilter(_is_shown)
+    """Allow long cells, and drop log records of single rows, whose errors are in the output, and of a full disk."""
+    loggers = [logging.getLogger("flock.runs"), logging.getLogger("flock.store")]
+    previous_limit = csv.field_size_limit(MAX_ROW_BYTES)
+    for logger in loggers:
+        logger.addFilter(_is_shown)
     try:
         yield
     finally:
-        logger.removeFilter(_is_shown)
+        for logger in loggers:
+            logger.removeFilter(_is_shown)
         csv.field_size_limit(previous_limit)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
     # A changed agent is asked about, and the command itself warns of several versions.
     is_repeated = str(record.msg).startswith(("The store %s was last used", "batch %s is mixed"))
-    return not hasattr(record, "run_id") and not is_repeated
+    # A full disk ends the command with a line of its own.
+    return not hasattr(record, "run_id") and not is_repeated and _disk_error(sys.exc_info()[1]) is None
 
 
 def _resume_hint(state: Path) -> str:

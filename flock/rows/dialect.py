@@ -14,7 +14,7 @@ from flock.errors import DefinitionError
 #: Supported encodings, by their names in Python. Other codecs decompress data, are slow, or are not for text. Unknown
 #: names are not looked up, because Python caches each of them without a limit.
 ENCODINGS = (
-    *("utf_8", "utf_16", "utf_16_le", "utf_16_be", "latin_1", "iso8859_2", "iso8859_15"),
+    *("utf_8", "utf_8_sig", "utf_16", "utf_16_le", "utf_16_be", "latin_1", "iso8859_2", "iso8859_15"),
     *("cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258"),
     *("cp437", "cp850", "cp874", "koi8_r", "mac_roman"),
     *("shift_jis", "cp932", "euc_jp", "gbk", "gb18030", "big5", "euc_kr", "cp949"),
@@ -37,6 +37,7 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
         delimiter: the character between cells.
         decimal: the decimal separator, "." or ",". Thousands separators are not supported.
         encoding: any of Python's names for one of ``ENCODINGS``, such as "utf-8", "utf-16" or "windows-1252".
+            A byte order mark is skipped, and written only by "utf-8-sig" and "utf-16".
 
     Raises: DefinitionError if one of them is invalid.
     """
@@ -59,14 +60,23 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
         name = re.sub(r"[^a-z0-9]+", "_", self.encoding[:100].lower())
         return aliases.get(name, name)
 
+    @property
+    def charset(self) -> str:
+        """The encoding as a parameter of ``Content-Type``."""
+        return self.codec.removesuffix("_sig").replace("latin_1", "iso-8859-1").replace("_", "-")
+
     def decoder(self) -> codecs.IncrementalDecoder:
         return codecs.getincrementaldecoder("utf-8-sig" if self.codec == "utf_8" else self.codec)()
 
+    def encoder(self) -> codecs.IncrementalEncoder:
+        """Return an encoder that writes "?" for a character that the encoding does not have."""
+        return codecs.getincrementalencoder(self.codec)("replace")
+
     def decoding_problem(self, first_bytes: bytes) -> str:
         """Return an error message for a file that cannot be decoded, based on its first bytes."""
-        if self.codec == "utf_8" and first_bytes.startswith((b"\xff", codecs.BOM_UTF16_BE)):
+        if self.charset == "utf-8" and first_bytes.startswith((b"\xff", codecs.BOM_UTF16_BE)):
             return self._wrong_encoding("UTF-16", "utf-16")
-        if self.codec == "utf_8":
+        if self.charset == "utf-8":
             hint = _option("encoding", "cp1252")
             return f'This is not UTF-8. Save the file as "CSV UTF-8", or set the encoding, such as {hint}.'
         return f'This is not {self.encoding}. Save the file as "CSV UTF-8", or set the encoding.'
@@ -111,7 +121,7 @@ class CSVDialect(msgspec.Struct, frozen=True, kw_only=True):
 
     def _wrong_encoding(self, name: str, encoding: str) -> str:
         hint = _option("encoding", encoding)
-        label = "UTF-8" if self.codec == "utf_8" else self.encoding
+        label = "UTF-8" if self.charset == "utf-8" else self.encoding
         return f'This is not {label}: it looks like {name}. Save the file as "CSV UTF-8", or read it with {hint}.'
 
     def json_number(self, text: str) -> str:

@@ -1,16 +1,35 @@
 """The results of a CSV file as the same file with more columns."""
 
 import codecs
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from flock.rows.dialect import CSVDialect
+from msgspec.structs import replace
+
+from flock.rows.dialect import DELIMITERS, MAX_TRIED_CHARS, CSVDialect
 from flock.rows.files import MAX_ROW_BYTES, local_file
 from flock.rows.results import CSVWriter
 from flock.rows.tables import csv_records, is_empty
 from flock.runs import Run
+
+
+async def detected_dialect(path: Path, dialect: CSVDialect, names: Collection[str]) -> CSVDialect:
+    """Return *dialect* with those of *names* replaced that the first line and a byte order mark of the file show.
+
+    They are "delimiter", the most frequent one in the header, and "encoding", UTF-16 or as it is. Raises OSError.
+    """
+    async with aclosing(local_file(path)) as chunks:
+        head = (await anext(chunks, b""))[:MAX_TRIED_CHARS]
+    if "encoding" in names and head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        dialect = replace(dialect, encoding="utf-16")
+    if "delimiter" in names:
+        text = re.sub('"[^"]*"', "", head.decode(dialect.codec, "replace"))
+        line = re.split(r"[\r\n]", text, maxsplit=1)[0]
+        dialect = replace(dialect, delimiter=max(DELIMITERS, key=line.count))
+    return dialect
 
 
 async def results_like(
@@ -25,11 +44,11 @@ async def results_like(
     Delimiter, decimal separator, encoding, byte order mark and line ends are those of the file; UTF-16 is
     little-endian. A character that its encoding does not have is "?". Rows without an item are left out.
     """
-    table = CSVWriter((), (), outputs, delimiter=dialect.delimiter, decimal=dialect.decimal, **options)
+    table = CSVWriter((), (), outputs, dialect=replace(dialect, encoding="utf-8"), **options)
     lines, position = list[str](), 0
     async with aclosing(local_file(path)) as head:
         is_marked = dialect.codec == "utf_8" and (await anext(head, b"")).startswith(codecs.BOM_UTF8)
-    encoder = codecs.getincrementalencoder("utf-8-sig" if is_marked else dialect.codec)("replace")
+    encoder = (replace(dialect, encoding="utf-8-sig") if is_marked else dialect).encoder()
 
     def joined(cells: Sequence[str], added: bytes) -> bytes:
         own, ours = "".join(lines).rstrip("\r\n"), added.decode().removesuffix("\r\n")

@@ -9,13 +9,15 @@ from decimal import Decimal
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from flock.agents.handoff import Columns
 from flock.fair import FairShare
 from flock.formats import FORMATS
 from flock.rows.binary import binary_pieces
+from flock.rows.dialect import CSVDialect
 from flock.rows.items import BatchItem
-from flock.rows.tables import NUMBER
+from flock.rows.tables import NO_DIALECT, NUMBER
 from flock.runs import DOLLAR, Run, shown_usage
 from flock.runs.records import shown_as
 
@@ -50,7 +52,7 @@ class CSVWriter:
             newline. In JSON, such a semicolon is written as ``\\u003b``.
         with_usage: add the columns ``input_tokens``, ``output_tokens`` and ``cost`` at the end.
         version_of: adds a column ``version``; see ``Batch.version_of``.
-        delimiter, decimal: as in ``CSVDialect``.
+        dialect: of the file. A character that its encoding does not have is "?".
     """
 
     def __init__(
@@ -62,13 +64,13 @@ class CSVWriter:
         escape_formulas: bool = True,
         with_usage: bool = False,
         version_of: VersionOf | None = None,
-        delimiter: str = ",",
-        decimal: str = ".",
+        dialect: CSVDialect = NO_DIALECT,
     ) -> None:
-        self._with_usage, self._version_of, self._decimal = with_usage, version_of, decimal
+        self._with_usage, self._version_of, self._decimal = with_usage, version_of, dialect.decimal
         self._extra, self._inputs, self._outputs, self._escape_formulas = extra, inputs, outputs, escape_formulas
         self._buffer = io.StringIO()
-        self._writer = csv.writer(self._buffer, delimiter=delimiter)  # ends lines with CRLF, as in RFC 4180
+        self._encoder = dialect.encoder()
+        self._writer = csv.writer(self._buffer, delimiter=dialect.delimiter)  # ends lines with CRLF, as in RFC 4180
 
     def header(self) -> bytes:
         """Return the first line."""
@@ -138,7 +140,7 @@ class CSVWriter:
         text = self._buffer.getvalue()
         self._buffer.seek(0)
         self._buffer.truncate()
-        return text.encode()
+        return self._encoder.encode(text)
 
 
 class _TypedTable(CSVWriter):
@@ -166,10 +168,12 @@ async def results_as(
     with_usage: bool = False,
     version_of: VersionOf | None = None,
     has_invalid: bool = False,
+    dialect: CSVDialect = NO_DIALECT,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the items of *pages* in a format of ``FORMATS``, with their tokens and cost if *with_usage*.
 
-    *version_of* adds the version of the agent; see ``Batch.version_of``.
+    *version_of* adds the version of the agent; see ``Batch.version_of``. *dialect* is that of CSV and, apart from the
+    delimiter, of TSV.
 
     If *has_invalid*, inputs are text in formats with types, since inputs of invalid items may have any type.
     """
@@ -182,9 +186,9 @@ async def results_as(
             async for piece in pieces:
                 yield piece
         return
-    delimiter = "\t" if format_ == "tsv" else ","
+    dialect = replace(dialect, delimiter="\t") if format_ == "tsv" else dialect
     options: Any = {"with_usage": with_usage, "version_of": version_of}
-    table = CSVWriter(extra, *columns, escape_formulas=escape_formulas, delimiter=delimiter, **options)
+    table = CSVWriter(extra, *columns, escape_formulas=escape_formulas, dialect=dialect, **options)
     encoder, share, separator = msgspec.json.Encoder(), FairShare(), b""
     yield b"[" if format_ == "json" else b"" if format_ == "ndjson" else table.header()
     async for page in pages:

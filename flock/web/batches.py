@@ -22,7 +22,14 @@ from flock.web.negotiation import preferred
 from flock.web.options import AppOptions
 from flock.web.requests import query_of
 from flock.web.responses import JSONResponse
-from flock.web.wire import BATCH_REQUEST, FlockBatchCheck, FlockBatchCheckRow, FlockBatchRequest, UploadQuery
+from flock.web.wire import (
+    BATCH_REQUEST,
+    FlockBatchCheck,
+    FlockBatchCheckRow,
+    FlockBatchRequest,
+    ResultsQuery,
+    UploadQuery,
+)
 
 
 def options_in_body(request: Request, sent: bytes) -> FlockBatchRequest:
@@ -72,13 +79,18 @@ def rows_of(
             raise InvalidData.of(detail, "/batch_inputs")
         chunks = read_file(Path(options.csv_dir), batch_request.batch_inputs, options.max_upload_bytes)
         format_ = format_of(Path(batch_request.batch_inputs)) or FORMATS["csv"]
-    try:
-        dialect = msgspec.convert(batch_request, CSVDialect, from_attributes=True)
-    except DefinitionError as exc:
-        raise InvalidData.of(str(exc)) from exc
+    dialect = _dialect_of(batch_request)
     # A file below csv_dir was not sent by the client, so its column names do not count against the size of the body.
     limits = {"max_row_bytes": options.max_body_bytes, "max_depth": options.max_json_depth}
     return rows_in(format_.name, chunks, row_mapping, dialect, **limits, are_names_counted=is_sent)
+
+
+def _dialect_of(options: FlockBatchRequest | ResultsQuery) -> CSVDialect:
+    """Return the dialect of a CSV file. Raises InvalidData if the encoding is unknown."""
+    try:
+        return msgspec.convert(options, CSVDialect, from_attributes=True)
+    except DefinitionError as exc:
+        raise InvalidData.of(str(exc), "/encoding") from exc
 
 
 def batch_options(batch_request: FlockBatchRequest) -> BatchOptions:
@@ -89,17 +101,20 @@ def batch_options(batch_request: FlockBatchRequest) -> BatchOptions:
     return msgspec.convert(batch_request, BatchOptions, from_attributes=True)
 
 
-def results_format(request: Request, named: str | msgspec.UnsetType) -> Format:
-    """Return the format of a download: ``?format=``, or the preferred one in ``Accept``.
+def results_format(request: Request, query: ResultsQuery) -> tuple[Format, CSVDialect]:
+    """Return the format of a download: ``?format=``, or the preferred one in ``Accept``. And its dialect, if it is CSV.
 
-    Raises HTTPException 406, and InvalidData if it needs a package that is not installed.
+    Raises HTTPException 406, and InvalidData if it needs a package that is not installed, or the encoding is unknown.
     """
+    named, dialect = query.format, _dialect_of(query)
     best = preferred(request.headers.get("accept", ""), list(BY_MEDIA_TYPE))
     if best is None and isinstance(named, msgspec.UnsetType):
         raise HTTPException(406, f"Results are available as {', '.join(BY_MEDIA_TYPE)}. Accept one of them.")
     format_ = BY_MEDIA_TYPE[best or ""] if isinstance(named, msgspec.UnsetType) else FORMATS[named]
     format_.check_installed(is_read=False)
-    return format_
+    if format_.name in ("csv", "tsv"):
+        format_ = format_._replace(media_type=f"{format_.media_type}; charset={dialect.charset}")
+    return format_, dialect
 
 
 def check_response(check: BatchCheck, row_mapping: RowMapping) -> Response:

@@ -225,7 +225,7 @@ class BatchQuery(msgspec.Struct, frozen=True):
 class ResultsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The results of a batch to download, and their format. ``format`` overrides ``Accept``.
 
-    ``usage`` adds the tokens and the cost of each item.
+    ``usage`` adds the tokens and the cost of each item. ``delimiter``, ``decimal`` and ``encoding`` are for CSV.
     """
 
     status: Literal["completed", "failed", "cancelled"] | msgspec.UnsetType = msgspec.UNSET
@@ -234,6 +234,9 @@ class ResultsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit: Annotated[int, msgspec.Meta(ge=1, le=2**31)] = 2**31
     escape_formulas: bool = True
     usage: bool = False
+    delimiter: Delimiter = ","
+    decimal: Decimal = "."
+    encoding: str = "utf-8"
 
 
 class BatchesQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
