@@ -44,7 +44,8 @@ class Life:
         self.bodies: dict[str, tuple[Walk, Statement]] = {}
         #: the side effects that earlier lives have finished, and the places of those that this one has begun
         self.done, self.begun = frozenset(world.done), Counter[str]()
-        self._cancelled = set[str]()
+        #: the places whose end this one has seen
+        self._cancelled, self.ended = set[str](), set[str]()
 
     def random_s(self, seconds: float) -> float:
         return seconds * (1 + self.world.random.random()) / 2
@@ -55,6 +56,7 @@ class Life:
         if self.is_stopping:
             self.world.last_seen[at] = outcome
         else:
+            self.ended.add(at)
             self.world.saw(at, outcome, statement)
 
     def decided(self, at: str, decision: Any) -> None:
@@ -80,6 +82,7 @@ class Life:
         if self.is_alive and not self.is_stopping and not self.is_over:
             below = {each for each in self._cancelled if each.startswith(f"{at}.")}
             self.world.done |= below
+            self.ended |= below
             self._cancelled -= below
 
     @contextlib.contextmanager
@@ -173,7 +176,7 @@ class World(Observer):
     def end_lives(self) -> None:
         """The process of all lives has died: what has begun and not ended may be executed again."""
         for life in self.lives:
-            for at in life.begun.keys() - self.done if life.is_alive else ():
+            for at in life.begun.keys() - life.ended if life.is_alive else ():
                 self._in_flight[self._key_of(at)] += 1
             life.is_alive = False
 
