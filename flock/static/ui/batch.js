@@ -17,6 +17,8 @@ import { everySecond } from "./wait.js";
 import { badge, between, count, duration, isFinal, when } from "./words.js";
 
 const RATE_OVER_MS = 10_000;
+/** CSV as spreadsheets read it where 0,5 is a number. */
+const COMMAS = ["csv&delimiter=;&decimal=,&encoding=utf-8-sig", "csv with 0,5"];
 const REFRESH_MS = 1000;
 const ANNOUNCE_EVERY_MS = 5000;
 const FEW_ROWS = 10;
@@ -124,7 +126,7 @@ export async function show(main, { id, params, signal }) {
       : null;
   }
 
-  const format = select(["csv", "tsv", "xlsx", "parquet", "json", "ndjson"], "csv", { "aria-label": "Format" });
+  const format = select(["csv", COMMAS, "tsv", "xlsx", "parquet", "json", "ndjson"], "csv", { "aria-label": "Format" });
   function buttons() {
     const cancel = busyWhile(async () => {
       notify("Cancelling …");
@@ -137,7 +139,9 @@ export async function show(main, { id, params, signal }) {
       });
       return button(text, start, { class: "primary" });
     };
-    const start = busyWhile(() => download(`${path}/results?format=${format.value}`, `${batch.batch_id}.${format.value}`));
+    const start = busyWhile(() =>
+      download(`${path}/results?format=${format.value}`, `${batch.batch_id}.${format.value.split("&")[0]}`),
+    );
     const { failed_items, cancelled_items } = batch;
     return [
       isFinal(batch.status)

@@ -255,7 +255,7 @@ function parseNumber(text, type) {
   if (!(isExact(number) || Number.isFinite(number)) || (type === "integer" && !isWhole))
     throw new Error(notANumber(text, type));
   if (typeof number === "number" && isWhole && !Number.isSafeInteger(number) && /^-?\d+$/.test(plainText))
-    throw new Error("This number has too many digits for this browser. Use the API or a newer browser.");
+    throw new Error("This number has too many digits for this browser. Use the API.");
   return number;
 }
 
@@ -310,7 +310,7 @@ function text(spec) {
     const control = h("textarea", { ...common, rows: 1, value: initialText, oninput: grow });
     const details =
       schema.format === "duration"
-        ? "ISO 8601, such as PT1H30M for 1 hour and 30 minutes."
+        ? "ISO 8601, such as PT1H30M."
         : schema.format
           ? `Format: ${schema.format}.`
           : schema.contentEncoding

@@ -385,7 +385,7 @@ class NewBatch {
       isStopped
         ? "Fix the rows or the columns first, or run only the valid rows."
         : !found && this.canStart
-          ? "You can start before the check is complete. The server checks all rows again."
+          ? "You can start before the check is complete."
           : "",
     );
     if (this.start.contains(this.startButton)) return;
@@ -452,7 +452,7 @@ class NewBatch {
     fill(this.upload, h("label", words, bar));
     const onProgress = (bytes) => {
       bar.value = bytes;
-      if (bytes >= size) fill(words, "The rows are sent. The server is checking and storing them …");
+      if (bytes >= size) fill(words, "The server is checking and storing the rows …");
     };
     try {
       const more = { signal: this.signal, onProgress, headers: idempotencyKey() };
@@ -462,7 +462,7 @@ class NewBatch {
       go(`batch/${batch.batch_id}`);
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
-      this.drawRejection(this.startError, error, "The batch has not started. The server found these errors:");
+      this.drawRejection(this.startError, error, "The batch has not started:");
     } finally {
       fill(this.upload);
     }

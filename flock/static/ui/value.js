@@ -56,7 +56,7 @@ export function result(value, fileName) {
       text
         ? [
             h("pre", text.slice(0, MAX_JSON_CHARS)),
-            text.length > MAX_JSON_CHARS && quiet("Only the start is shown. Download the result to see all of it."),
+            text.length > MAX_JSON_CHARS && quiet("Only the start is shown. Download it all."),
           ]
         : readable(value),
     );
