@@ -414,6 +414,14 @@ class Replay:
             return 0.0
         return entry.stored.place.end_s - self._skipped_s - (self._time() - self._began_at)
 
+    def late_s(self, entry: Entry) -> float:
+        """Return for how long a call that is cancelled again ran on: no longer than until it had ended.
+
+        It is less if the execution that stored it had skipped time before.
+        """
+        left_s = self._left_s(entry)
+        return min(entry.place.late_s, left_s) if left_s > 0 else entry.place.late_s
+
     async def until_cancelled(self, entry: Entry, timers: Iterable[str]) -> None:
         """Wait until the program cancels a call again, for as long as it took before. Returns if it does not.
 
