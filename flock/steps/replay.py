@@ -189,7 +189,8 @@ class Replay:
                 entry.stored = replace(call, usage=returned.usage, model=returned.model)
                 if returned.error is None and call.kind != "sleep":
                     self._late[call.call_id].append(replace(returned, usage=None, model=None))
-        self._drop_taken(calls)
+        if self._late:
+            self._drop_taken(calls)
         return entries, unplaced
 
     def _drop_taken(self, calls: Iterable[Call]) -> None:
