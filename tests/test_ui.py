@@ -1101,7 +1101,7 @@ def test_twenty_random_rows_are_tried_first(visit: Visit, closed: Site) -> None:
     choose(page, "rows.csv", "seat,price\n" + "1,2\n" * 50)
     expect(page.get_by_text("All 50 rows are valid.")).to_be_visible()
     held = list[PageRoute]()
-    page.route(lambda url: "/run/batch?" in url and "dry_run" not in url, held.append)
+    page.route(lambda url: "/run/batch?" in url and "dry_run" not in url, lambda route: held.append(route))
     with page.expect_request(lambda request: "dry_run" not in request.url and request.method == "POST"):
         attempt.click()
     expect(page.get_by_role("button", name="Start the batch")).to_be_disabled()  # it would start the rows again
