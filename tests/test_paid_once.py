@@ -497,6 +497,8 @@ async def test_limit_sample_and_seed_of_a_batch_over_http_choose_its_rows(as_csv
             return [number for number, item in enumerate(items) if item["status"] == "completed"]
 
         assert await chosen(limit=3) == [0, 1, 2]
+        both = await chosen(limit=5, sample=4)
+        assert (len(both), max(both)) == (4, min(max(both), 4)), "a sample is one of the first rows"
         samples = [await chosen(sample=4, seed=seed) for seed in (1, 1, 2)]
     assert [len(sample) for sample in samples] == [4] * 3
     assert samples[0] == samples[1] != samples[2]

@@ -1097,12 +1097,19 @@ def test_the_options_of_a_batch_reach_the_server(visit: Visit, closed: Site) -> 
 def test_twenty_random_rows_are_tried_first(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, "new-batch?agent=book")
     attempt = page.get_by_role("button", name="Try 20 rows first")
-    choose(page, "rows.csv", "seat,price\n")
+    choose(page, "rows.csv", "[id],seat,price\n")  # no JSON
     expect(page.get_by_text("There are no rows below the header.")).to_be_visible()
     expect(attempt).to_be_disabled()
     choose(page, "rows.csv", "seat,price\n" + "1,2\n" * 50)
     expect(page.get_by_text("All 50 rows are valid.")).to_be_visible()
-    attempt.click()
+    held = list[PageRoute]()
+    page.route(lambda url: "/run/batch?" in url and "dry_run" not in url, lambda route: held.append(route))
+    with page.expect_request(lambda request: "dry_run" not in request.url and request.method == "POST"):
+        attempt.click()
+    expect(page.get_by_role("button", name="Start the batch")).to_be_disabled()  # it would start the rows again
+    while not held:
+        page.wait_for_timeout(20)
+    held[0].continue_()
     expect(page.locator(".outcomes")).to_have_text("50 rows✓ 20 completed⊘ 30 cancelled")
     page.get_by_role("button", name="Resume").click()
     expect(page.locator(".outcomes")).to_have_text("50 rows✓ 50 completed")

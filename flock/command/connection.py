@@ -273,19 +273,23 @@ class _ResponseTransport:
 
     def write(self, data: bytes) -> None:
         if not self._unwritten:
-            self._connection.loop.call_soon(self.flush)
+            self._connection.loop.call_soon(self.flush_unless_closed)
         self._unwritten += data
-        if len(self._unwritten) > MAX_JOINED_BYTES:
+        if len(self._unwritten) > MAX_JOINED_BYTES or self.is_closing():  # it closes when the client has read all
+            self.flush()
+
+    def flush_unless_closed(self) -> None:
+        if not self.is_closing():
             self.flush()
 
     def flush(self) -> None:
-        if self._unwritten and not self.is_closing():
+        if self._unwritten:
             self._connection.written_bytes += len(self._unwritten)
             self._connection.transport.write(self._unwritten)
             self._unwritten = b""
 
     def close(self) -> None:
-        self.flush()
+        self.flush_unless_closed()
         connection, transport = self._connection, self._connection.transport
         is_sending = connection.cycle.more_body or connection.is_discarding
         if is_sending and transport.can_write_eof() and not transport.is_closing():

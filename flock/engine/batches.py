@@ -278,7 +278,8 @@ class _Work:
         #: the digests of the items of the sample that have been taken
         self._digests = set[str | None]()
         if options.sample is not None:
-            self._sample = set(random.Random(options.seed).sample(range(total), min(total, options.sample)))
+            rows = range(min(total, self._end))
+            self._sample = set(random.Random(options.seed).sample(rows, min(len(rows), options.sample)))
 
     async def run(self, workers: int) -> None:
         """Use up to *workers* workers, until no item is pending, running or waiting for an answer."""

@@ -372,9 +372,8 @@ class ModelClient:
         size += len(content)
         if size > len(content):  # files may be long, and are read only now
             content = await anyio.to_thread.run_sync(encoded, body, endpoint, True)
-        is_counted = False
+        is_counted, http_client = False, await self._open()
         try:
-            http_client = await self._open()
             async with http_client.stream("POST", endpoint.url, content=content, headers=headers) as response:
                 passage.headers = response.headers
                 if listener is None or response.status_code != 200 or not is_stream(response):

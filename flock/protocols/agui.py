@@ -59,13 +59,20 @@ class RunInput(msgspec.Struct, frozen=True):
     protocolVersion: str = ""
 
 
+class WholeMessages(msgspec.Struct, frozen=True):
+    """The messages of a ``RunInput`` as the client has sent them, for ``MESSAGES_SNAPSHOT``."""
+
+    messages: list[dict[str, Any]]
+
+
 RUN_INPUT = JSONType(RunInput, ignores_unknown=True)
+WHOLE_MESSAGES = JSONType(WholeMessages, ignores_unknown=True)
 
 
 async def run_agent(request: Request) -> Response:
     """POST /ag-ui/{agent}: a new run, or the answers for which a run waits."""
     agent, sent, body = await frontends.read(request, RUN_INPUT)
-    messages, is_corrected = msgspec.json.decode(body)["messages"], False
+    messages, is_corrected = WHOLE_MESSAGES.decode(body).messages, False
     given = {one.interruptId: one.payload if one.status == "resolved" else frontends.DENIED for one in sent.resume}
     last, place = (sent.messages or [Message("", "")])[-1], f"/messages/{len(sent.messages) - 1}"
     for at, message in reversed(list(enumerate(sent.messages))):
@@ -104,7 +111,7 @@ async def _correct(request: Request, newest: Run, messages: list[Any]) -> bool:
     Returns: whether it has changed.
     """
     begin, is_interrupted = f"msg_{newest.run_id}_", newest.error_type == "interrupted"
-    answers = [each for each in messages if each["role"] == "assistant" and each["id"].startswith(begin)]
+    answers = [each for each in messages if each["role"] == "assistant" and str(each.get("id")).startswith(begin)]
     if not answers or not (is_interrupted or newest.status is RunStatus.COMPLETED):
         return False
     if is_interrupted:

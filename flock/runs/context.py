@@ -4,7 +4,7 @@ import asyncio
 import copy
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
@@ -507,7 +507,8 @@ class RunContext(Generic[S]):
                 yield
             finally:
                 is_over = True
-                CURRENT_LIMITS.reset(reset)
+                with suppress(ValueError):  # another task may close a generator that is in the block
+                    CURRENT_LIMITS.reset(reset)
                 if not timer.done():
                     timer.cancel()
                     await asyncio.wait([timer])

@@ -189,7 +189,8 @@ class Replay:
                 entry.stored = replace(call, usage=returned.usage, model=returned.model)
                 if returned.error is None and call.kind != "sleep":
                     self._late[call.call_id].append(replace(returned, usage=None, model=None))
-        self._drop_taken(calls)
+        if self._late:
+            self._drop_taken(calls)
         return entries, unplaced
 
     def _drop_taken(self, calls: Iterable[Call]) -> None:
@@ -413,6 +414,14 @@ class Replay:
         if entry.stored is None or entry.stored.place is None or entry.is_late:
             return 0.0
         return entry.stored.place.end_s - self._skipped_s - (self._time() - self._began_at)
+
+    def late_s(self, entry: Entry) -> float:
+        """Return for how long a call that is cancelled again ran on: no longer than until it had ended.
+
+        It is less if the execution that stored it had skipped time before.
+        """
+        left_s = self._left_s(entry)
+        return min(entry.place.late_s, left_s) if left_s > 0 else entry.place.late_s
 
     async def until_cancelled(self, entry: Entry, timers: Iterable[str]) -> None:
         """Wait until the program cancels a call again, for as long as it took before. Returns if it does not.

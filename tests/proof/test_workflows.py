@@ -420,6 +420,14 @@ FOUND_IN_MEMORY = {
         '"n":7}],"n":4}],"n":2,"limit_s":0.305568},{"seed":539,"is_stored":true,"ends":[[0,7,true],'
         "[0,10,true]]}]"
     ),
+    "a thread that runs on is cancelled again by an execution that skips no time": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"timeout","parts":[{"kind":"first",'
+        '"parts":[{"kind":"timeout","parts":[{"kind":"work","n":6,"seconds":0.101414}],"n":5,'
+        '"limit_s":0.151732},{"kind":"block_and_fail","n":11,"seconds":0.103606}],"n":4}],"n":3,'
+        '"limit_s":0.155385},{"kind":"work","n":18,"seconds":0.105568}],"n":2},{"kind":"work","n":19,'
+        '"seconds":0.106083},{"kind":"work","n":20,"seconds":0.106403}],"n":1},{"is_stored":true,'
+        '"ends":[[3,0,true],[11,0,true]]}]'
+    ),
 }
 
 

@@ -133,10 +133,9 @@ class World(Observer):
         self.may_swallow = sys.version_info < (3, 13) and bool(fate.seed and fate.ends) and any(in_calls)
         is_slow |= self.may_swallow
         sleeps = sum(each.kind == "sleep" for each in program.all)
-        #: sleeps are told apart by their arrival too, so one may end as another one did
-        self._are_sleeps_mixed = bool(fate.seed) and sleeps > 1
-        is_mixed = self._are_sleeps_mixed or (bool(fate.seed) and any(each.is_equal for each in program.all))
-        self.is_ordered = not is_slow and not is_mixed
+        #: equal calls, and sleeps, are told apart by their arrival, so one may end as another one did
+        self._is_mixed = bool(fate.seed) and (sleeps > 1 or any(each.is_equal for each in program.all))
+        self.is_ordered = not is_slow and not self._is_mixed
         #: no journal knows how late a time-out of the program was, so none is late
         self.has_late_timers = fate.seed and not any(each.kind in TIMEOUTS for each in program.all)
         self.done, self.seen, self.decisions = set[str](), dict[str, Any](), dict[str, Any]()
@@ -206,7 +205,7 @@ class World(Observer):
         if effect.is_equal:  # which one of them is executed again may differ
             self._equal[self._key_of(at)].add(at)
             return
-        if at in life.done and (at in self.seen or not self._are_sleeps_mixed):
+        if at in life.done and (at in self.seen or not self._is_mixed):
             self.problem(f"{effect.kind}({effect.n}) is executed again: the program has seen its end, or cancelled it")
         elif life.begun[at] > effect.retries + 1:
             self.problem(f"{effect.kind}({effect.n}) is executed {life.begun[at]} times")

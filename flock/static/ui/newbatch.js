@@ -446,6 +446,8 @@ class NewBatch {
       this.checking.abort(); // the server checks the rows during the upload
       fill(this.check);
     }
+    this.isLoading = true; // the other button would start the rows again
+    this.drawStart();
     const { size } = this.rows;
     const bar = h("progress", { max: size, value: 0 }),
       words = h("span", { role: "status" }, "Sending the rows …");
@@ -464,6 +466,8 @@ class NewBatch {
       if (!(error instanceof Problem)) throw error;
       this.drawRejection(this.startError, error, "The batch has not started:");
     } finally {
+      this.isLoading = false;
+      this.drawStart();
       fill(this.upload);
     }
   }

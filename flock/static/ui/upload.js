@@ -23,7 +23,7 @@ export async function formatOf(blob, encoding) {
   const kind = /\.(xlsx|parquet|ndjson)$/i.exec(blob.name)?.[1].toLowerCase();
   if (kind) return { kind };
   const head = (await textOfHead(blob, encoding)).trimStart();
-  if (head.startsWith("[")) return { kind: "json" };
+  if (/^\[\s*[{\]]/.test(head)) return { kind: "json" };
   if (head.startsWith("{")) return { kind: "ndjson" };
   const line = head.split(/[\r\n]/, 1)[0].replace(/"[^"]*"/g, "");
   const counts = [",", ";", "\t", "|"].map((delimiter) => [line.split(delimiter).length, delimiter]);

@@ -42,7 +42,7 @@ const NUMBER = new Intl.NumberFormat();
 export const count = (number, one, many = `${one}s`) =>
   NUMBER.format(number) + (one ? ` ${number === 1 ? one : many}` : "");
 
-export const aboutBatches = () => quiet("A batch runs one agent on every row of a table. Each row is a separate run.");
+export const aboutBatches = () => quiet("A batch runs one agent on every row of a table, each as a run.");
 
 export function handOff(agent) {
   if (agent.next_agent)
