@@ -21,6 +21,6 @@ export function errorTable(errors) {
   const row = (error) => h("tr", h("td.number", error.line ?? ""), h("td", locationOf(error)), h("td", error.detail));
   return [
     wide("Errors", table(["Line", "Column", "Error"], shown.map(row))),
-    shown.length >= 100 && quiet("Only the first 100 errors are shown."),
+    shown.length >= 100 && quiet("Only the first 100 are shown."),
   ];
 }

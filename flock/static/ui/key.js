@@ -17,7 +17,7 @@ export function askForKey(rejectedKey) {
     const unknown = "The server does not know this key. Check that you copied all of it.";
     fill(
       document.getElementById("ask-why"),
-      rejectedKey ? unknown : "Ask an administrator of the server for a key. It is stored until you close this tab.",
+      rejectedKey ? unknown : "Ask an administrator for a key. It is stored until you close this tab.",
     ).classList.toggle("error", Boolean(rejectedKey));
     input.value = "";
     input.toggleAttribute("aria-invalid", Boolean(rejectedKey));

@@ -36,7 +36,7 @@ const MORE = {
   seed: ["Seed of random rows", { type: "integer" }],
   max_cost: ["Max cost in US dollars", above],
   timeout_s: ["Max seconds for a row", above],
-  max_failures: ["Max failed rows", { type: "number", minimum: 0, description: "Below 1, a share." }],
+  max_failures: ["Max failed rows", { type: "number", minimum: 0, description: "Below 1: a share." }],
   dedupe: ["Run equal rows once", { type: "boolean" }],
   reuse: ["Take results of earlier batches", { type: "boolean" }],
 };
@@ -454,7 +454,7 @@ class NewBatch {
     fill(this.upload, h("label", words, bar));
     const onProgress = (bytes) => {
       bar.value = bytes;
-      if (bytes >= size) fill(words, "The server is checking and storing the rows …");
+      if (bytes >= size) fill(words, "The server checks and stores the rows …");
     };
     try {
       const more = { signal: this.signal, onProgress, headers: idempotencyKey() };

@@ -56,7 +56,7 @@ export function result(value, fileName) {
       text
         ? [
             h("pre", text.slice(0, MAX_JSON_CHARS)),
-            text.length > MAX_JSON_CHARS && quiet("Only the start is shown. Download it all."),
+            text.length > MAX_JSON_CHARS && quiet("Download it to see all."),
           ]
         : readable(value),
     );
