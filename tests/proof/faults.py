@@ -170,12 +170,19 @@ def failing(faults: Faults, loop: Schedule, log: Path, bridge: httpx.BaseTranspo
             return super().executemany(sql, *args)
 
         def fetchone(self) -> Any:
-            faults.check("sql", f"row of {self.name}")
+            self._check_row()
             return super().fetchone()
 
         def __next__(self) -> Any:
-            faults.check("sql", f"row of {self.name}")
+            self._check_row()
             return super().__next__()
+
+        def _check_row(self) -> None:
+            try:
+                faults.check("sql", f"row of {self.name}")
+            except BaseException:
+                self.close()  # as SQLite ends a statement that fails, and with it the snapshot that it reads
+                raise
 
     class Connection(sqlite3.Connection):
         def cursor(self, factory: Any = Cursor) -> Any:
