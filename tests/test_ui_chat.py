@@ -201,6 +201,7 @@ def test_the_sums_are_read_again_if_a_turn_ends_meanwhile(visit: Visit, closed: 
 def test_the_model_gets_the_messages_of_a_turn_from_elsewhere(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, "chat/talk")
     expect(reply_of(say(page, "One", "talk"))).to_contain_text("was: One")
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()  # it has ended
     hide(page, True)  # the page does not look
     messages = [{"role": "user", "content": "Another"}]
     closed.get(f"/run/{start(closed, session_of(page), '', 'talk', messages=messages, tone=None)}?wait=30")
