@@ -65,7 +65,7 @@ class Cancellation:
 
     @property
     def late_s(self) -> float | None:
-        """How long ago the task was cancelled first, if it was while it had to finish something; see ``is_late``."""
+        """Seconds since the task was first cancelled while it had to finish something; None unless ``is_late``."""
         if self.task is None or not self.is_late:
             return None
         return self.task.get_loop().time() - self._late[0][1]

@@ -81,7 +81,9 @@ def test_copilotkit_streams_asks_and_calls_tools_of_the_page_over_ag_ui(tmp_path
     (tmp_path / "served.py").write_text(AGENTS)
     serve = shlex.join(flockapi_command("serve", "served.py", "--port", "0", "--store", ":memory:"))
     with running("bash", "-c", f"cd {tmp_path} && exec {serve}") as server:
-        runtime = runtime.replace("http://127.0.0.1:8344", server.url).replace("listen(3000)", "listen(0)")
+        runtime, anywhere = runtime.replace("http://127.0.0.1:8344", server.url), 'listen(0, "127.0.0.1")'
+        assert 'listen(3000, "127.0.0.1")' in runtime
+        runtime = runtime.replace('listen(3000, "127.0.0.1")', anywhere)
         (tmp_path / "runtime.mjs").write_text(f"{runtime}\nexport {{ agent, agents, server }};\n")
         shutil.copy(ROOT / "tests" / "clients" / "copilotkit.mjs", tmp_path)
         program = ["node", "copilotkit.mjs", "may_go", server.url]

@@ -249,9 +249,9 @@ def batch(
         if job.like_input and (job.format not in ("csv", "tsv") or format_of(rows) != FORMATS[job.format]):
             raise DefinitionError("--like-input is for ROWS in CSV or TSV, and an output in the same format.")
         if job.like_input:
-            is_given = click.get_current_context().get_parameter_source
-            names = [name for name in ("delimiter", "encoding") if is_given(name) is ParameterSource.DEFAULT]
-            job = replace(job, dialect=anyio.run(detected_dialect, rows, job.dialect, names))
+            source_of = click.get_current_context().get_parameter_source
+            not_given = [name for name in ("delimiter", "encoding") if source_of(name) is ParameterSource.DEFAULT]
+            job = replace(job, dialect=anyio.run(detected_dialect, rows, job.dialect, not_given))
         if is_dry_run:
             check = anyio.run(check_batch_file, flock, job)
             _print_check(check, rows)

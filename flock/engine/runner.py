@@ -166,7 +166,7 @@ class StoredRun(ActiveRun):
             self._runner.store.save_nowait(run)
             self.update(run)
         if run.batch_id is None and (run.is_async or isinstance(agent, ModelAgent)):
-            self._runner.store.flush_nowait()  # all others at their end, or at the next tick of the engine
+            self._runner.store.flush_nowait()  # others are written when they end, or at the engine's next tick
 
     async def wait_for_store(self) -> None:
         """A result stays in memory until it is written, so no more work starts while results cannot be written."""

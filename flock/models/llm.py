@@ -153,10 +153,8 @@ class ModelClient:
         self.on_retry: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> Self:
-        self._local_lock, self._opening = (
-            anyio.Lock(),
-            anyio.Lock(),
-        )  # the event loop may be a different one than before
+        # The event loop may be a different one than before.
+        self._local_lock, self._opening = anyio.Lock(), anyio.Lock()
         self._own_paces = {}
         return self
 
@@ -443,7 +441,8 @@ class ModelClient:
         """Return the HTTP client. The first one is made in a thread, since its imports would hold the event loop."""
         if self._http is None and self._transport is None:
             async with self._opening:
-                await anyio.to_thread.run_sync(self._client)
+                if self._http is None:
+                    await anyio.to_thread.run_sync(self._client)
         return self._client()
 
     def _client(self) -> "httpx.AsyncClient":

@@ -135,7 +135,7 @@ class _Writer:
         self._message_id, self._has_text = f"msg_{run_id}_{len(messages)}", False
         self._messages, self._is_corrected = messages, is_corrected
         self._interrupts, self._pending = list[Any](), list[str]()
-        self._subagents = set[str]()  # those that work
+        self._subagents = dict[str, None]()  # those that work, in the order of their starts
 
     def begin(self) -> bytes:
         begun = typed_event("RUN_STARTED", **self._ids, protocolVersion="1.0")
@@ -169,7 +169,7 @@ class _Writer:
             case frontends.SubAgent():
                 if not self._is_v1:
                     return b""
-                self._subagents.add(part.id)
+                self._subagents[part.id] = None
                 about = {"name": part.name, "parentToolCallId": part.id}
                 return typed_event("SUBAGENT_STARTED", subagentRunId=part.id, **about)
             case frontends.CallEnded():
@@ -204,9 +204,10 @@ class _Writer:
         return {"subagentRunId": caller} if nested and caller in self._subagents else {}
 
     def _end_all(self, **suspended: Any) -> bytes:
-        return b"".join(self._end(id_, None if suspended else "cancelled", **suspended) for id_ in {*self._subagents})
+        error = None if suspended else "cancelled"
+        return b"".join(self._end(id_, error, **suspended) for id_ in list(self._subagents))
 
     def _end(self, id_: str, error: str | None, **how: Any) -> bytes:
-        self._subagents.discard(id_)
+        self._subagents.pop(id_, None)
         type_ = "SUBAGENT_FINISHED" if error is None else "SUBAGENT_ERROR"
         return typed_event(type_, subagentRunId=id_, **(how if error is None else {"message": error}))

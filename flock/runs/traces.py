@@ -205,7 +205,7 @@ def of_run(run: Run) -> Span:
     attributes: dict[str, Any] = {"gen_ai.agent.name": run.agent_name, "gen_ai.conversation.id": run.session_id}
     attributes |= {"flock.run.id": run.run_id, "flock.batch.id": run.batch_id, "flock.run.attempt": run.attempt}
     parent, row = run.traceparent or run.first_span, run.position or 0
-    if row >= SPANNED_ROWS and row % SPANNED_STRIDE:  # what is below a parent that is not sampled has no spans
+    if row >= SPANNED_ROWS and row % SPANNED_STRIDE:  # spans below a parent that is not sampled are not recorded
         trace_id = run.run_id.replace("-", "")
         parent = (parent or f"00-{trace_id}-{1:016x}-01")[:-2] + "00"
     context = _safely(lambda: _below(parent))

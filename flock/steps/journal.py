@@ -177,8 +177,8 @@ class Journal:
         self.change: str | None = None
         #: questions, and names of agents that other processes have, by the id of the call that waits for them
         self._asked: dict[str, Question | str] = {}
+        finished, waited_for = list(finished), list(waited_for)
         self._waited_for = {asking_call(each.call_id): each for each in waited_for}
-        finished = list(finished)
         #: the answers that were given before, and the questions that were open, by what equal ones have in common
         self._asked_before = defaultdict[str, list[Call | Question]](list)
         answers = [call for call in finished if call.kind == "question" and call.error is None]
@@ -356,14 +356,16 @@ class Journal:
         return self._wait(ASK, key, asked, type_, "question", question_json(text, about), is_named=is_named)
 
     def _is_of_type(self, name: str, type_: Any, schema: msgspec.Raw) -> bool:
-        """Whether one of the questions that had this name before has such an answer. Otherwise it is another one."""
+        """Whether a question that had this name before has such an answer, or none had it."""
         before = self._asked_before.get(_below(CURRENT_CALL.get(), f"{ASK}:{name}"), ())
         for each in before:
-            with contextlib.suppress(CallError):
-                if isinstance(each, Call):
-                    decoded(ASK, type_, each.result)
-                if isinstance(each, Call) or each.schema == schema:
+            if isinstance(each, Question):
+                if each.schema == schema:
                     return True
+                continue
+            with contextlib.suppress(CallError):
+                decoded(ASK, type_, each.result)
+                return True
         return not before
 
     def receive(
@@ -978,7 +980,7 @@ class Journal:
             )
 
     def _check_room(self, label: str, size: int, error: type[CallError]) -> None:
-        """Raise *error* if there is no room for *size* bytes of a call. Without its result, there may be some."""
+        """Raise *error* if there is no room for *size* bytes of a call. A failed one has no result, and may fit."""
         if size > self._bytes_left:
             raise error(
                 f"The arguments and results of the step's calls are larger than the cluster can store. The call "

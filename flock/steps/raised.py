@@ -68,8 +68,9 @@ def exception_of(call: Call) -> Exception:
         except Exception:  # its class is gone, or has changed
             logger.warning("call %s: the %s that it has raised cannot be made", call.call_id, call.raised.name)
     shown = call.error or ""
-    # Without arguments, an earlier version has stored it. Those of a class that is gone may be anything.
-    exc = CallError(shown if call.raised.name else next(iter(msgspec.json.decode(call.raised.args)), shown))
+    # The arguments of a class that is gone may be anything, and earlier versions have stored none without a class.
+    args = [] if call.raised.name else msgspec.json.decode(call.raised.args)
+    exc = CallError(args[0] if args else shown)
     exc.shown = shown
     return exc
 

@@ -102,7 +102,7 @@ def batch_options(batch_request: FlockBatchRequest) -> BatchOptions:
 
 
 def results_format(request: Request, query: ResultsQuery) -> tuple[Format, CSVDialect]:
-    """Return the format of a download: ``?format=``, or the preferred one in ``Accept``. And its dialect, if it is CSV.
+    """Return the format of a download, which is ``?format=``, or the preferred one in ``Accept``, and its dialect.
 
     Raises HTTPException 406, and InvalidData if it needs a package that is not installed, or the encoding is unknown.
     """

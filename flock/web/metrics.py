@@ -31,7 +31,7 @@ METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "PO
 
 #: Gauges that only ``page`` sets.
 OF_QUEUE = ("flock_queued_runs", "flock_waiting_runs", "flock_oldest_queued_run_age_seconds")
-#: What the names of the samples of a metric end with. OpenTelemetry has no observable histogram, so it gets counters.
+#: The suffixes of the names of a metric's samples. OpenTelemetry has no observable histogram, so it gets counters.
 ENDS = {"gauge": ("",), "counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
 
 
