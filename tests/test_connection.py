@@ -174,19 +174,16 @@ def test_a_short_response_is_one_packet(script: Path, tmp_path: Path) -> None:
 
 
 def test_pieces_that_are_ready_in_one_turn_of_the_event_loop_are_sent_together(script: Path, tmp_path: Path) -> None:
-    body, turns = '{"agent_name": "fields", "inputs": {"turns": 300}}', []
+    body, reads = '{"agent_name": "fields", "inputs": {"turns": 300}}', []
     head = (
         f"POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\nContent-Length: {len(body)}\r\n"
     )
     with serving(script, tmp_path) as server:
         with connected(server, f"{head}Content-Type: application/json\r\n\r\n{body}") as connection:
-            received = b""
-            while b"event: run.completed" not in received:
-                received = connection.recv(65_536)
-                turns.append(received.count(b"event: output.delta"))
-    print(turns)
-    assert sum(turns) == 900
-    assert {count % 3 for count in turns} == {0}
+            while not reads or b"event: run.completed" not in b"".join(reads[-2:]):
+                reads.append(connection.recv(65_536))
+    assert b"".join(reads).count(b"event: output.delta") == 900
+    assert len(reads) < 300 + 30  # TCP joins writes at will, and splits a few at the edge of a window
 
 
 def test_the_head_timeout_applies_to_each_request(script: Path, tmp_path: Path) -> None:
