@@ -31,20 +31,28 @@ def current_task() -> "asyncio.Task[Any] | None":
         return None
 
 
-#: Tasks that were cancelled while they had to finish something, with their ``Task.cancelling`` and the time then. That
-#: alone does not show it: before Python 3.13 a ``TaskGroup`` that fails may leave it raised.
-_CANCELLED_LATE = weakref.WeakKeyDictionary["asyncio.Task[Any]", list[tuple[int, float]]]()
+#: Tasks that were cancelled while they had to finish something, with the first and the last ``Task.cancelling`` of each
+#: such time, and when it began. ``cancelling`` alone does not show it: before Python 3.13 a ``TaskGroup`` that fails
+#: may leave it raised.
+_CANCELLED_LATE = weakref.WeakKeyDictionary["asyncio.Task[Any]", list[tuple[int, int, float]]]()
 
 
-def note_late_cancellation(since: float | None = None) -> None:
+def note_late_cancellation(since: float | None = None) -> float | None:
     """The current task was cancelled while it has to finish something. A block around it raises that later.
 
     Args:
-        since: when it was cancelled, in the time of the event loop; by default now.
+        since: when it was first cancelled then, in the time of the event loop; by default now. anyio may cancel it
+            again in each turn of the loop.
+
+    Returns: *since*.
     """
     if (task := current_task()) is not None:
-        before = [each for each in _CANCELLED_LATE.get(task, ()) if each[0] < task.cancelling()]
-        _CANCELLED_LATE[task] = [*before, (task.cancelling(), task.get_loop().time() if since is None else since)]
+        since, first = task.get_loop().time() if since is None else since, task.cancelling()
+        times = [each for each in _CANCELLED_LATE.get(task, ()) if each[0] < first]
+        if times and times[-1][2] == since:
+            first = times.pop()[0]
+        _CANCELLED_LATE[task] = [*times, (first, task.cancelling(), since)]
+    return since
 
 
 class Cancellation:
@@ -61,20 +69,20 @@ class Cancellation:
     def is_late(self) -> bool:
         """Whether the task was cancelled while it had to finish something, which it has."""
         late = self._late
-        return bool(late) and self.task is not None and late[-1][0] == self.task.cancelling()
+        return bool(late) and self.task is not None and late[-1][1] == self.task.cancelling()
 
     @property
     def late_s(self) -> float | None:
         """Seconds since the task was first cancelled while it had to finish something; None unless ``is_late``."""
         if self.task is None or not self.is_late:
             return None
-        return self.task.get_loop().time() - self._late[0][1]
+        return self.task.get_loop().time() - self._late[0][2]
 
     @property
-    def _late(self) -> list[tuple[int, float]]:
+    def _late(self) -> list[tuple[int, int, float]]:
         if self.task is None:
             return []
-        return [each for each in _CANCELLED_LATE.get(self.task, ()) if each[0] > self._cancelling]
+        return [each for each in _CANCELLED_LATE.get(self.task, ()) if each[1] > self._cancelling]
 
     def is_cause_of(self, exc: BaseException) -> bool:
         """Whether *exc* is the cancellation, or what a function has turned it into."""

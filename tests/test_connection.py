@@ -174,7 +174,7 @@ def test_a_short_response_is_one_packet(script: Path, tmp_path: Path) -> None:
 
 
 def test_pieces_that_are_ready_in_one_turn_of_the_event_loop_are_sent_together(script: Path, tmp_path: Path) -> None:
-    body, reads = '{"agent_name": "fields", "inputs": {"turns": 300}}', []
+    body, reads = '{"agent_name": "fields", "inputs": {"turns": 300}}', list[bytes]()
     head = (
         f"POST /run/flock HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\nContent-Length: {len(body)}\r\n"
     )

@@ -14,13 +14,15 @@ import anyio.lowlevel
 import msgspec
 import pytest
 
+from flock import scopes
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, CallError
-from flock.runs import Question, RunContext, RunStatus
+from flock.runs import Call, Question, RunContext, RunStatus
+from flock.steps.journal import Journal
 from flock.testing import FakeModel, ModelRequest, Reply
 from tests.proof.schedules import Schedule, execute
 from tests.support import PATIENCE_S
-from tests.support.engines import OpenEngine, until_run
+from tests.support.engines import OpenEngine, counting_turns, until, until_run
 from tests.test_calls import ended, result_of
 
 pytestmark = pytest.mark.anyio
@@ -213,6 +215,41 @@ async def test_no_call_executes_when_cancelled_is_reported(open_engine: OpenEngi
         with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
         assert (thread.running, hanging) == (0, ["begins", "ends"])
+
+
+async def test_a_cancellation_that_is_repeated_while_a_call_is_saved_is_noted_once() -> None:
+    """anyio cancels a gather, and so its calls, in each turn of the event loop until they have ended."""
+    flock, tasks, saving, may_save = Flock(), list[asyncio.Task[Any] | None](), list[Call](), anyio.Event()
+
+    @flock.agent
+    async def work(context: RunContext) -> None:
+        journal = context.journal
+        assert isinstance(journal, Journal)
+        save = journal.save
+
+        async def slowly(call: Call) -> None:
+            saving.append(call)
+            await may_save.wait()
+            await save(call)
+
+        async def one(number: int) -> None:
+            tasks.append(asyncio.current_task())
+            await context.call(len, "x" * number)
+
+        journal.save = slowly
+        await asyncio.gather(*map(one, range(3)))
+
+    async with flock.engine() as engine:
+        run = await engine.submit("work", {})
+        await until(lambda: len(saving) == 3)
+        await engine.cancel_run(run.run_id)
+        async with counting_turns() as turns:
+            await until(lambda: turns[0] > 1000)
+        assert all(task is not None and task.cancelling() > 500 for task in tasks)
+        assert [len(scopes._CANCELLED_LATE[task]) for task in tasks if task is not None] == [1, 1, 1]
+        may_save.set()
+        with anyio.fail_after(PATIENCE_S):
+            assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
 
 
 async def test_cancelled_is_reported_after_the_thread_of_a_tool_whose_time_was_over(model: FakeModel) -> None:

@@ -1020,12 +1020,12 @@ class Journal:
                 await work
                 return
             # In a task of its own, since asyncio.timeout cancels this one in spite of the shield.
-            working = asyncio.ensure_future(work)
+            working, cancelled_at = asyncio.ensure_future(work), None
             while not (working.done() or (is_over is not None and is_over())):
                 try:
                     await asyncio.wait([working], timeout=None if is_over is None else CHECK_S)
                 except asyncio.CancelledError:
-                    note_late_cancellation()
+                    cancelled_at = note_late_cancellation(cancelled_at)
             if not working.cancel():
                 working.result()
 
