@@ -136,16 +136,23 @@ class Raised(msgspec.Struct, frozen=True, kw_only=True):
     exceptions: "tuple[Raised, ...]" = ()
 
 
+#: In place of the number of an end.
+OVERTAKEN = -1
+
+
 class Mark(msgspec.Struct, frozen=True, array_like=True):
     """A call that has started, or an answer that the step has received.
 
     Attributes:
-        start, end: see ``Place``; *end* is 0 for a call without an answer.
+        start, end: see ``Place``; *end* is 0 for a call without an answer, and OVERTAKEN if another call was cancelled
+            before this end was delivered.
+        since: the last number before the execution in which it ended, or its end was delivered.
     """
 
     call_id: str
     start: int
     end: int = 0
+    since: int = 0
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

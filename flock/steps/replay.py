@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from flock.agents.questions import SLEEP, TIMEOUT, TIMER
 from flock.runs import Call
-from flock.runs.records import Mark, Place
+from flock.runs.records import OVERTAKEN, Mark, Place
 from flock.scopes import Signal, clocks_stopped, current_task, loop_clock
 
 #: Between the id of a call and that of a call that it makes.
@@ -34,7 +34,7 @@ AT_ONCE_S, SKIPPED_S = 0.001, 0.05
 #: call has the others.
 MAX_MARK_BYTES = 256 * 1024
 #: About what the numbers of a mark take, as JSON.
-MARK_BYTES = 20
+MARK_BYTES = 25
 
 
 class Entry:
@@ -44,17 +44,31 @@ class Entry:
         start, end: the numbers of its start and of its end; 0 before that. An answer that was not delivered has a
             number after those of all other ends.
         seen: the number of when its end was delivered, if calls have started since it was stored; 0 otherwise.
+        since: the last number before the execution that delivered it.
         start_s: when it started in this execution; see ``Place``.
         stored: how it ended in an earlier execution; None if it is to be executed.
         is_known: an earlier execution has started it.
         is_unseen: no execution has delivered its end.
+        is_overtaken: another call was cancelled before its end was delivered.
     """
 
-    __slots__ = ("call_id", "end", "is_known", "is_unseen", "seen", "start", "start_s", "stored")
+    __slots__ = (  # fmt: skip
+        "call_id",
+        "end",
+        "is_known",
+        "is_overtaken",
+        "is_unseen",
+        "seen",
+        "since",
+        "start",
+        "start_s",
+        "stored",
+    )
 
     def __init__(self, call_id: str, start: int = 0, stored: Call | None = None) -> None:
-        self.call_id, self.start, self.end, self.seen, self.stored = call_id, start, 0, 0, stored
-        self.start_s, self.is_known, self.is_unseen = 0.0, bool(start), stored is not None
+        self.call_id, self.start, self.stored = call_id, start, stored
+        self.end = self.seen = self.since = 0
+        self.start_s, self.is_known, self.is_unseen, self.is_overtaken = 0.0, bool(start), stored is not None, False
 
     @property
     def place(self) -> Place:
@@ -94,6 +108,13 @@ class Replay:
         #: the last number, that of the last start of this execution, that of the end that was delivered last, and that
         #: up to which it is stored that the next one was not delivered
         self._number = self._new_start = self._last_end = self._delayed = 0
+        #: the last number of earlier executions
+        self._known = 0
+        #: the ends of this execution that are neither delivered, nor stored to have been so when a call was cancelled
+        self._returned = dict[int, Mark]()
+        #: the number of the first of those of which that is stored, if nothing shows that it was delivered later: the
+        #: program may have cancelled that call too
+        self._unsure = math.inf
         self.last_start = 0
         #: those that have not started in this execution, by call; first those that have started before
         self._expected = defaultdict[str, deque[Entry]](deque)
@@ -101,8 +122,8 @@ class Replay:
         self._ended = defaultdict[tuple[str, str], dict[Entry, None]](dict)
         #: results that came after the program had stopped waiting for them. The next equal call returns them.
         self._late = defaultdict[str, deque[Call]](deque)
-        #: the numbers of starts that have not recurred, in order
-        self._missing = dict[int, None]()
+        #: the starts that have not recurred, in order, and the number of what they come after
+        self._missing = dict[int, int]()
         #: those of ends that are not delivered, in order, each with its call and that of when it was delivered before
         self._ends = dict[int, Mark]()
         #: what wakes the calls that wait for their turn, by the number of their end
@@ -127,6 +148,7 @@ class Replay:
         self._mixed_up, self._mixed_start, self._is_mixing = set[Entry](), math.inf, False
         if calls:
             self._load(calls)
+            self._known = self._number
 
     def _load(self, calls: Sequence[Call]) -> None:
         entries, unplaced = self._placed(calls)
@@ -145,7 +167,7 @@ class Replay:
                 self.contained += [] if entry.stored is None else [entry.stored]
                 continue
             if entry.start:
-                self._missing[entry.start] = None
+                self._missing[entry.start] = entry.start
             self._expected[entry.call_id].append(entry)
             if entry.stored is not None:
                 self.calls.append(entry.stored)
@@ -155,11 +177,32 @@ class Replay:
             self._ends[entry.end] = Mark(entry.call_id, entry.start, entry.seen or entry.end)
             if _name_of(entry.call_id) == TIMER and entry.stored is not None and entry.stored.error is None:
                 self._timers[numbered(entry.call_id)[0]] = entry.end
+        self._place_starts(ended)
+        for entry in ended:
+            if entry.is_overtaken and (entry.seen or entry.end) > self.last_start:
+                self._unsure = min(self._unsure, entry.end)
         groups = _equal_at_the_same_time(entry for each in self._expected.values() for entry in each)
         self._mixed_up = {entry for group in groups for entry in group}
         self._mixed_start = min((entry.start for entry in self._mixed_up), default=math.inf)
         names = (_name_of(group[0].call_id) for group in groups if not _all_alike(group))
         self.mixed_up = next((name for name in names if name != SLEEP), None)
+
+    def _place_starts(self, ended: Iterable[Entry]) -> None:
+        """Let starts come after the ends before them, also if an execution has delivered these after starts of its own.
+
+        Those have higher numbers, and come before such an end.
+        """
+        later = [(entry.end, entry) for entry in ended if entry.seen > entry.end and entry.since]
+        if not later:
+            return
+        later.sort(key=lambda each: each[0])
+        last, places = dict[int, int](), dict[int, int]()  # the number of the last delivery of an execution; all places
+        for start in self._missing:
+            while later and later[0][0] < start:
+                _, entry = later.pop(0)
+                last[entry.since] = max(last.get(entry.since, 0), entry.seen)
+            places[start] = max([start, *(seen for since, seen in last.items() if start <= since)])
+        self._missing = dict(sorted(places.items(), key=lambda each: each[1]))
 
     def _placed(self, calls: Iterable[Call]) -> tuple[dict[int, Entry], list[Call]]:
         """Return what has started, by the number of its start, and the calls without a place."""
@@ -175,11 +218,13 @@ class Replay:
                 if mark.start == place.start and entry.stored is None:
                     entry.end, entry.seen = mark.end, max(entry.end, entry.seen)  # another call was stored first
                 elif mark.start == place.start:
-                    entry.end = max(mark.end, entry.end)
+                    entry.end, entry.is_overtaken = max(mark.end, entry.end), False
+                elif mark.end == OVERTAKEN:
+                    entry.is_overtaken = True
                 elif entry.stored is None and not entry.end:
-                    entry.end = mark.end
-                else:  # it was stored before, and delivered then
-                    entry.seen = max(mark.end, entry.seen)
+                    entry.end, entry.since = mark.end, mark.since
+                elif mark.end > entry.seen:  # it was stored before, and delivered then
+                    entry.seen, entry.since = mark.end, mark.since
             entry, returned = entries[place.start], entries[place.start].stored
             if entry.call_id != call.call_id:  # two processes have executed the step at the same time
                 unplaced.append(replace(call, place=None))
@@ -288,10 +333,14 @@ class Replay:
                 result does not take its time.
         """
         end, is_taken = self._next_number(), late_s is not None and not is_cancelled
-        if not is_cancelled:
-            entry.end = end
-        self._ends[end] = Mark(entry.call_id, entry.start, end)
+        self._ends[end] = mark = Mark(entry.call_id, entry.start, end)
         self._unwritten.pop(entry.start, None)
+        if is_cancelled:
+            for overtaken in self._returned.values():
+                self._note_end(overtaken, OVERTAKEN)
+            self._returned.clear()
+        else:
+            entry.end, self._returned[end] = end, mark
         self._note_delay()
         return Place(
             start=entry.start,
@@ -318,6 +367,7 @@ class Replay:
         """The program sees an end now. If the step runs again, what has started by now starts before that."""
         seen = self._seen(end)
         self._ends.pop(end, None)
+        self._returned.pop(end, None)
         if self._new_start > seen or (entry.is_unseen and not entry.end):
             self._note_end(entry, self._next_number())
         self._last_end, self._saw_at = end, self._time()
@@ -340,13 +390,14 @@ class Replay:
     def _note_end(self, entry: Entry | Mark, end: int) -> None:
         """Let the next call be stored with an end, or with when it was delivered, before the starts."""
         ends = (mark for mark in self._unwritten.get(entry.start, ()) if mark.end)
-        self._unwritten[entry.start] = (*ends, Mark(entry.call_id, entry.start, end))
+        self._unwritten[entry.start] = (*ends, Mark(entry.call_id, entry.start, end, self._known))
         self._unwritten.move_to_end(entry.start, last=False)
 
     def forget(self, entry: Entry) -> None:
         """The end of a call is not stored, so it is not known that it has started."""
         self._unwritten.pop(entry.start, None)
         self._ends.pop(entry.end, None)
+        self._returned.pop(entry.end, None)
         self._advance()
 
     def keep_late(self, call: Call) -> None:
@@ -455,9 +506,12 @@ class Replay:
         self._is_mixing, self._mixed_start = True, min(start, self._mixed_start)
 
     def is_cancelled_alone(self, entry: Entry) -> bool:
-        """A call is cancelled again. Whether the program sees it at once: none waits for the same, or ended before."""
+        """A call is cancelled again. Whether the program sees it at once.
+
+        None waits for the same, or has ended before, not even a moment ago.
+        """
         self._to_cancel.pop(entry.end, None)
-        return not self._to_cancel and self.may_see(entry.end)
+        return not self._to_cancel and self.may_see(entry.end) and self._time() > self._saw_at + AT_ONCE_S
 
     def may_see(self, end: int) -> bool:
         """Whether the program may see a cancellation: after all that has ended before, as while a thread ran on.
@@ -515,9 +569,9 @@ class Replay:
         """Whether an unchanged program surely repeats what had a number; 0 is that of an answer without a start.
 
         An unchanged program may go on in any way once equal calls that may be mixed up have started again, but it
-        still repeats what came before the first of them.
+        still repeats what came before the first of them. Nor is known what it had seen before its process died.
         """
-        return not self._is_mixing or 0 < number < self._mixed_start
+        return number < self._unsure and (not self._is_mixing or 0 < number < self._mixed_start)
 
     async def _is_in_vain(self, step_s: Callable[[], float], is_over: Callable[[], bool]) -> bool:
         """Wait until *is_over*. Returns True if it is not, and nothing has recurred for *step_s* and the grace."""
@@ -557,7 +611,7 @@ class Replay:
         return next(iter(self._ends)) == end and not self._is_missing_before(end)
 
     def _is_missing_before(self, end: int) -> bool:
-        return bool(self._missing) and next(iter(self._missing)) < self._seen(end)
+        return bool(self._missing) and next(iter(self._missing.values())) < self._seen(end)
 
     def _seen(self, end: int) -> int:
         """Return the number of when an end was delivered before."""
@@ -582,7 +636,7 @@ class Replay:
     def _strike_out(self, end: int) -> None:
         """Let what comes before *end* hold up no other, apart from calls that wait to be cancelled."""
         self._struck_at = self._time()
-        for number in [number for number in self._missing if number < self._seen(end)]:
+        for number in [number for number, place in self._missing.items() if place < self._seen(end)]:
             del self._missing[number]
         for number in [number for number in self._ends if number < end and number not in self._to_cancel]:
             del self._ends[number]

@@ -29,6 +29,8 @@ __all__ = ["ANSWER_S", "EXCUSED", "LIMITS", "Life", "World", "attempt", "check",
 DOWN_S, ANSWER_S = 1.0, (0.0, 0.3, 2.0, 30.0)
 #: A run that has not ended after so many virtual seconds in one process never ends.
 HORIZON_S = 5000.0
+#: Calls that make calls.
+MAKERS = ("tool", "agent")
 LIMITS = Limits(max_threads=50, max_recoveries=100)
 #: After how many runs the garbage of their processes is collected.
 RUNS_OF_GARBAGE = 10
@@ -84,6 +86,7 @@ class Life:
             self.world.done |= below
             self.ended |= below
             self._cancelled -= below
+            self.world.cut_off(at)
 
     @contextlib.contextmanager
     def executing(self, at: str, effect: Statement) -> Iterator[bool]:
@@ -115,7 +118,11 @@ class World(Observer):
         self.send: Callable[[str, int], object] = lambda name, number: None
         #: the outcome of the attempt before; when each wait has begun; and when each message was sent
         self.outcome_before, self._since, self._sent = "", dict[str, float](), dict[str, float]()
+        #: the messages that are still to be sent, also by the next process
+        self._to_send = dict[str, int]()
         self._returned = dict[str, Any]()
+        #: the places of what was done in calls that the program has then cancelled. With these it may be done again
+        self._cut_off = set[str]()
         self.lives, self.run_id = list[Life](), ""
         #: it takes the same branches again. No journal knows how long plain code takes, so it may delay a call until
         #: the engine waits no longer for it, or a time-out comes first. Equal calls are told apart by their arrival
@@ -128,7 +135,7 @@ class World(Observer):
         is_slow |= bool(fate.ends) and any(part.kind in (*TIMEOUTS, "gather", "completed") for part in limited)
         is_slow |= any(each.kind in WAITS for each in program.all) and any(each.kind == "completed" for each in limited)
         # Before Python 3.13 a TaskGroup that fails swallows a cancellation that comes while its calls are being saved.
-        calls = [each for each in program.all if each.kind in ("tool", "agent")]
+        calls = [each for each in program.all if each.kind in MAKERS]
         in_calls = (part.kind == "group" for call in calls for part in call.all)
         self.may_swallow = sys.version_info < (3, 13) and bool(fate.seed and fate.ends) and any(in_calls)
         is_slow |= self.may_swallow
@@ -152,6 +159,9 @@ class World(Observer):
     def at(self, end: End | None, loop: Schedule | None = None, then: Callable[[], object] = lambda: None) -> None:
         """Call *then* at an end in this process."""
         self._end, self._loop, self._then, self._events = end, loop, then, -1
+        if loop is not None:
+            for place in [each for each in self._to_send if each not in self._sent]:
+                self._send_later(place, loop)
         self._event()
 
     def _event(self) -> None:
@@ -175,14 +185,15 @@ class World(Observer):
     def end_lives(self) -> None:
         """The process of all lives has died: what has begun and not ended may be executed again."""
         for life in self.lives:
-            for at in life.begun.keys() - life.ended if life.is_alive else ():
+            # So may what was cancelled: what is equal to it waits in vain to be cancelled again.
+            for at in life.begun.keys() - (life.ended & self.seen.keys()) if life.is_alive else ():
                 self._in_flight[self._key_of(at)] += 1
             life.is_alive = False
 
     def _key_of(self, at: str) -> "_Key":
         """Return what equal calls have in common."""
         *above, (_, effect) = path_to(self.program, at)
-        makers = [place for place, statement in above if statement.kind in ("tool", "agent")]
+        makers = [place for place, statement in above if statement.kind in MAKERS]
         return _Key((makers or [""])[-1], effect.kind, effect.is_equal)
 
     def check_equal(self) -> None:
@@ -205,7 +216,8 @@ class World(Observer):
         if effect.is_equal:  # which one of them is executed again may differ
             self._equal[self._key_of(at)].add(at)
             return
-        if at in life.done and (at in self.seen or not self._is_mixed):
+        may_repeat = self._is_mixed and (at not in self.seen or at in self._cut_off)
+        if at in life.done and not may_repeat:
             self.problem(f"{effect.kind}({effect.n}) is executed again: the program has seen its end, or cancelled it")
         elif life.begun[at] > effect.retries + 1:
             self.problem(f"{effect.kind}({effect.n}) is executed {life.begun[at]} times")
@@ -237,12 +249,23 @@ class World(Observer):
         if statement.comes == "before":
             self._send(at, statement.n)
         elif statement.comes == "during":
-            loop.call_later(self.random.choice(ANSWER_S), self._send, at, statement.n)
+            self._to_send[at] = statement.n
+            self._send_later(at, loop)
+
+    def _send_later(self, at: str, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_later(self.random.choice(ANSWER_S), lambda: self._send(at, self._to_send[at]))
 
     def _send(self, at: str, number: int) -> None:
         if at not in self._sent:
             self._sent[at] = asyncio.get_running_loop().time()
             self.send(f"to-{at}", number)
+
+    def cut_off(self, at: str) -> None:
+        """The program has cancelled what is below a place."""
+        for place in self.seen:
+            above = (each for each, s in path_to(self.program, place)[:-1] if s.kind in MAKERS)
+            if any(each.startswith(f"{at}.") and each not in self.seen for each in above):
+                self._cut_off.add(place)
 
     def waited(self, at: str, seconds: float) -> None:
         took_s = asyncio.get_running_loop().time() - self._since[at]
@@ -260,7 +283,8 @@ class World(Observer):
         self._has_ended = False
         for key, places in self._equal.items():
             self._in_flight[key] += len(places - self._returned.keys())
-        self.seen, self.done = dict(self._returned), set(self._returned)
+        self.seen = {at: outcome for at, outcome in self._returned.items() if at not in self._cut_off}
+        self.done = set(self.seen)
         self.earlier_decisions |= self.last_decisions | self.decisions  # in calls that are not made again
         self.last_seen, self.last_decisions, self.decisions = ended, {}, {}  # its step may be stored
         return True
