@@ -507,6 +507,26 @@ async def test_what_starts_while_an_end_is_stored_starts_before_it_again(is_canc
     await turn
 
 
+async def test_what_an_end_has_caused_comes_after_it_also_if_an_execution_delivers_it_late() -> None:
+    """After a call of its own. The next execution must not wait for what that end causes before it delivers it."""
+    replay = Replay([], 5)
+    first = replay.begin("f:a", JSON_NULL)
+    ends = [stored_at(replay.end(first), "f:a")]
+    await replay.turn(first, is_last=True)
+    ends.append(stored_at(replay.end(replay.begin("f:caused", JSON_NULL)), "f:caused"))
+
+    replay = Replay(ends, 5)
+    first, new = replay.begin("f:a", JSON_NULL), replay.begin("f:new", JSON_NULL)
+    await replay.turn(first, is_last=False)
+    replay.begin("f:caused", JSON_NULL)
+    ends.append(stored_at(replay.end(new), "f:new"))
+
+    replay = Replay(ends, 1000)
+    first, _ = replay.begin("f:a", JSON_NULL), replay.begin("f:new", JSON_NULL)
+    with anyio.fail_after(PATIENCE_S):
+        await replay.turn(first, is_last=False)
+
+
 # What two processes have stored, of which one was presumed dead
 
 

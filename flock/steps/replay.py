@@ -52,7 +52,7 @@ class Entry:
         is_overtaken: another call was cancelled before its end was delivered.
     """
 
-    __slots__ = (  # fmt: skip
+    __slots__ = (
         "call_id",
         "end",
         "is_known",

@@ -428,6 +428,39 @@ FOUND_IN_MEMORY = {
         '"seconds":0.106083},{"kind":"work","n":20,"seconds":0.106403}],"n":1},{"is_stored":true,'
         '"ends":[[3,0,true],[11,0,true]]}]'
     ),
+    "two calls that are cancelled at the same moment, of which only one is stored as cancelled": (
+        '[{"kind":"first","parts":[{"kind":"gather","parts":[{"kind":"block","n":5,'
+        '"seconds":0.801414}],"n":4},{"kind":"tool","parts":[{"kind":"gather",'
+        '"parts":[{"kind":"work","n":11,"seconds":0.202236},{"kind":"fail","n":12,'
+        '"seconds":0.102646}],"n":10}],"n":9,"limit_s":0.153317},{"kind":"block","n":13,'
+        '"seconds":0.803606}],"n":3},{"seed":186,"is_stored":true,"ends":[[0,14,true]]}]'
+    ),
+    "a race that a thread loses by less than a millisecond": (
+        '[{"kind":"seq","parts":[{"kind":"first","parts":[{"kind":"block","n":3,"seconds":0.401414},'
+        '{"kind":"timeout","parts":[{"kind":"block_and_fail","n":5,"seconds":0.401732}],"n":4,'
+        '"limit_s":0.302236}],"n":2},{"kind":"work","n":7,"seconds":0.103317}],"n":1},'
+        '{"is_stored":true,"ends":[[4,0,false]]}]'
+    ),
+    "a time-out that passes after that of a call in it, whose process dies meanwhile": (
+        '[{"kind":"tool","parts":[{"kind":"gather","parts":[{"kind":"seq","parts":[{"kind":"tool",'
+        '"parts":[{"kind":"work","n":10,"seconds":0.101414}],"n":9},{"kind":"work","n":11,'
+        '"seconds":0.401732}],"n":8},{"kind":"tool","parts":[{"kind":"seq","parts":[{"kind":"plain",'
+        '"n":14,"times":20},{"kind":"work","n":15,"seconds":0.802236}],"n":13}],"n":12,'
+        '"limit_s":0.302646}],"n":7}],"n":3,"limit_s":0.605568},{"seed":370,"is_stored":true,'
+        '"ends":[[5,3,true]]}]'
+    ),
+    "a call of a cancelled tool, beside two sleeps": (
+        '[{"kind":"gather","parts":[{"kind":"first","parts":[{"kind":"tool","parts":[{"kind":"fail",'
+        '"n":11,"seconds":0.202646}],"n":9,"limit_s":0.603317},{"kind":"sleep","n":12,'
+        '"seconds":0.203606}],"n":8},{"kind":"gather","parts":[{"kind":"work","n":19,'
+        '"seconds":0.204123},{"kind":"sleep","n":24,"seconds":20.004796}],"n":13}],"n":3},'
+        '{"seed":412,"is_stored":true,"ends":[[0,17,true]]}]'
+    ),
+    "a message whose sender dies": (
+        '[{"kind":"gather","parts":[{"kind":"loop","parts":[{"kind":"work","n":4,'
+        '"seconds":0.101414}],"n":3,"times":3},{"kind":"receive","n":5,"comes":"during"}],"n":2},'
+        '{"is_stored":true,"ends":[[6,14,true]]}]'
+    ),
 }
 
 
