@@ -112,8 +112,7 @@ class Replay:
         self._known = 0
         #: the ends of this execution that are neither delivered, nor stored to have been so when a call was cancelled
         self._returned = dict[int, Mark]()
-        #: the number of the first of those of which that is stored, if nothing shows that it was delivered later: the
-        #: program may have cancelled that call too
+        #: the number of the first of those of which that is stored. The program may have cancelled that call too
         self._unsure = math.inf
         self.last_start = 0
         #: those that have not started in this execution, by call; first those that have started before
@@ -178,9 +177,7 @@ class Replay:
             if _name_of(entry.call_id) == TIMER and entry.stored is not None and entry.stored.error is None:
                 self._timers[numbered(entry.call_id)[0]] = entry.end
         self._place_starts(ended)
-        for entry in ended:
-            if entry.is_overtaken and (entry.seen or entry.end) > self.last_start:
-                self._unsure = min(self._unsure, entry.end)
+        self._unsure = min((entry.end for entry in ended if entry.is_overtaken), default=math.inf)
         groups = _equal_at_the_same_time(entry for each in self._expected.values() for entry in each)
         self._mixed_up = {entry for group in groups for entry in group}
         self._mixed_start = min((entry.start for entry in self._mixed_up), default=math.inf)

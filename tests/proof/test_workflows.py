@@ -461,6 +461,15 @@ FOUND_IN_MEMORY = {
         '"seconds":0.101414}],"n":3,"times":3},{"kind":"receive","n":5,"comes":"during"}],"n":2},'
         '{"is_stored":true,"ends":[[6,14,true]]}]'
     ),
+    "the same, whose process dies again": (
+        '[{"kind":"tool","parts":[{"kind":"try","parts":[{"kind":"gather","parts":[{"kind":"seq",'
+        '"parts":[{"kind":"tool","parts":[{"kind":"work","n":10,"seconds":0.101414}],"n":9},'
+        '{"kind":"work","n":11,"seconds":0.401732}],"n":8},{"kind":"tool","parts":[{"kind":"seq",'
+        '"parts":[{"kind":"plain","n":14,"times":20},{"kind":"work","n":15,"seconds":0.802236}],'
+        '"n":13}],"n":12,"limit_s":0.302646}],"n":7},{"kind":"fail","n":17,"seconds":0.803317,'
+        '"limit_s":1.203606,"retries":1}],"n":6}],"n":3,"limit_s":0.605568},{"seed":370,'
+        '"is_stored":true,"ends":[[5,3,true],[1,14,true]]}]'
+    ),
 }
 
 
