@@ -1,12 +1,13 @@
-/* Loaded into a process by LD_PRELOAD: counts its system calls that write, sync, rename, send or receive, ends or stops
- * it before the call of a number, and records what it does to files. Of files, only those below PROOF_FOLDER count; of
- * sockets, those of the network.
+/* Loaded into a process by LD_PRELOAD: counts its system calls that write, sync, rename, connect, send or receive, ends or
+ * stops it before the call of a number, or lets that call fail, and records what it does to files. Of files, only those
+ * below PROOF_FOLDER count; of sockets, those of the network, and those that have a name.
  *
  * PROOF_CONTROL is a file that all processes of a scenario share: see `struct control`. PROOF_RECORD, if it is set, gets
  * one record for each call: see `struct record`.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <signal.h>
@@ -19,9 +20,12 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
+/* A signal of -1 or -2 is an error, the first or second one of the call; with -3 or -4, all calls for files fail for a
+ * second. It becomes 0 if the call is one of the network. */
 struct control { int64_t count, at, signal, pid, time; };
 struct record { char what; char pad[7]; int64_t file, offset, size, name, data; };
 
@@ -43,13 +47,24 @@ __attribute__((constructor)) static void begin(void) {
 /* For a process that was forked with other variables than its parent. */
 void proof_begin(void) { begin(); }
 
-static void count(void) {
-    if (!control || __atomic_add_fetch(&control->count, 1, __ATOMIC_SEQ_CST) != control->at) return;
+#define LASTS_NS 1000000000ll
+
+static int fails(int error, int other) { /* or ends or stops the process */
+    if (!control) return 0;
+    int signal = control->signal, is_file = error == ENOSPC || error == EIO || error == EACCES;
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
-    control->time = now.tv_sec * 1000000000ll + now.tv_nsec;
-    __atomic_store_n(&control->pid, getpid(), __ATOMIC_SEQ_CST);
-    kill(getpid(), (int)control->signal);
+    int64_t time = now.tv_sec * 1000000000ll + now.tv_nsec;
+    if (__atomic_add_fetch(&control->count, 1, __ATOMIC_SEQ_CST) == control->at) {
+        control->time = time;
+        if (signal < 0 && !is_file) control->signal = 0;
+        __atomic_store_n(&control->pid, getpid(), __ATOMIC_SEQ_CST);
+        if (signal > 0) kill(getpid(), signal);
+    } else if (!control->pid || signal > -3 || !is_file || time - control->time > LASTS_NS) {
+        return 0;
+    }
+    if (signal < 0) errno = signal & 1 ? error : other;
+    return signal < 0;
 }
 
 static int is_ours(const char *path) { return control && !strncmp(path, folder, strlen(folder)); }
@@ -81,7 +96,10 @@ static int is_network(int fd) {
     socklen_t size = sizeof address;
     struct stat s;
     if (!control || fstat(fd, &s) || !S_ISSOCK(s.st_mode)) return 0;
-    return !getsockname(fd, (struct sockaddr *)&address, &size) && address.ss_family != AF_UNIX;
+    if (getsockname(fd, (struct sockaddr *)&address, &size)) return 0;
+    if (address.ss_family != AF_UNIX || size > sizeof(sa_family_t)) return 1;
+    size = sizeof address;
+    return !getpeername(fd, (struct sockaddr *)&address, &size) && size > sizeof(sa_family_t);
 }
 
 #define REAL(result, name, ...) \
@@ -90,40 +108,38 @@ static int is_network(int fd) {
 
 /* Writes */
 
-static void written(int fd, const void *data, size_t size, int64_t offset) {
+static int written(int fd, const void *data, size_t size, int64_t offset) {
     char path[PATH_MAX];
-    if (name_of(fd, path)) {
-        count();
-        record('w', inode(fd), path, offset, data, size, NULL);
-    } else if (is_network(fd)) {
-        count();
-    }
+    if (!name_of(fd, path)) return !is_network(fd) || !fails(EPIPE, ECONNRESET);
+    if (fails(ENOSPC, EIO)) return 0;
+    record('w', inode(fd), path, offset, data, size, NULL);
+    return 1;
 }
 
 ssize_t write(int fd, const void *data, size_t size) {
     REAL(ssize_t, "write", int, const void *, size_t);
-    written(fd, data, size, control ? lseek(fd, 0, SEEK_CUR) : 0);
-    return real(fd, data, size);
+    return written(fd, data, size, control ? lseek(fd, 0, SEEK_CUR) : 0) ? real(fd, data, size) : -1;
 }
 
 ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) {
     REAL(ssize_t, "pwrite64", int, const void *, size_t, off64_t);
-    written(fd, data, size, offset);
-    return real(fd, data, size, offset);
+    return written(fd, data, size, offset) ? real(fd, data, size, offset) : -1;
 }
 
 ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) { return pwrite64(fd, data, size, offset); }
 
 ssize_t writev(int fd, const struct iovec *parts, int n) {
     REAL(ssize_t, "writev", int, const struct iovec *, int);
-    if (is_network(fd)) count();
-    return real(fd, parts, n);
+    return is_network(fd) && fails(EPIPE, ECONNRESET) ? -1 : real(fd, parts, n);
 }
 
 int ftruncate64(int fd, off64_t size) {
     REAL(int, "ftruncate64", int, off64_t);
     char path[PATH_MAX];
-    if (name_of(fd, path)) count(), record('t', inode(fd), path, size, NULL, 0, NULL);
+    if (name_of(fd, path)) {
+        if (fails(ENOSPC, EIO)) return -1;
+        record('t', inode(fd), path, size, NULL, 0, NULL);
+    }
     return real(fd, size);
 }
 
@@ -134,7 +150,8 @@ int ftruncate(int fd, off_t size) { return ftruncate64(fd, size); }
 static int synced(int fd, int (*real)(int)) {
     char path[PATH_MAX];
     int is_file = name_of(fd, path);
-    if (is_file) count(), record('s', inode(fd), path, gettid(), NULL, 0, NULL);
+    if (is_file && fails(EIO, ENOSPC)) return -1;
+    if (is_file) record('s', inode(fd), path, gettid(), NULL, 0, NULL);
     int result = real(fd);
     if (is_file && !result) record('S', inode(fd), path, gettid(), NULL, 0, NULL);
     return result;
@@ -155,10 +172,13 @@ static int opened(const char *path, int flags, mode_t mode) {
     char full[PATH_MAX];
     int is_new = (flags & O_CREAT) && control && access(path, F_OK);
     int fd = syscall(SYS_openat, AT_FDCWD, path, flags, mode);
-    if (fd >= 0 && (flags & (O_CREAT | O_TRUNC)) && name_of(fd, full)) {
-        if (is_new) count(), record('c', inode(fd), full, 0, NULL, 0, NULL);
-        else if (flags & O_TRUNC) count(), record('t', inode(fd), full, 0, NULL, 0, NULL);
+    if (fd < 0 || !(is_new || flags & O_TRUNC) || !name_of(fd, full)) return fd;
+    if (fails(EACCES, EIO)) {
+        syscall(SYS_close, fd);
+        if (is_new) syscall(SYS_unlinkat, AT_FDCWD, path, 0);
+        return -1;
     }
+    record(is_new ? 'c' : 't', inode(fd), full, 0, NULL, 0, NULL);
     return fd;
 }
 
@@ -175,7 +195,10 @@ OPEN(open64)
 
 int rename(const char *from, const char *to) {
     REAL(int, "rename", const char *, const char *);
-    if (is_ours(from)) count(), record('r', 0, from, 0, NULL, 0, to);
+    if (is_ours(from)) {
+        if (fails(EACCES, EIO)) return -1;
+        record('r', 0, from, 0, NULL, 0, to);
+    }
     return real(from, to);
 }
 
@@ -183,27 +206,46 @@ int mkdir(const char *path, mode_t mode) {
     REAL(int, "mkdir", const char *, mode_t);
     int result = real(path, mode);
     char full[PATH_MAX];
-    if (!result && control && realpath(path, full) && is_ours(full)) count(), record('m', 0, full, 0, NULL, 0, NULL);
+    if (!result && control && realpath(path, full) && is_ours(full)) {
+        if (fails(ENOSPC, EIO)) {
+            syscall(SYS_unlinkat, AT_FDCWD, path, AT_REMOVEDIR);
+            return -1;
+        }
+        record('m', 0, full, 0, NULL, 0, NULL);
+    }
     return result;
 }
 
 int unlink(const char *path) {
     REAL(int, "unlink", const char *);
-    if (is_ours(path) && !strstr(path, "-shm")) count(), record('u', 0, path, 0, NULL, 0, NULL);
+    if (is_ours(path) && !strstr(path, "-shm")) {
+        if (fails(EACCES, EIO)) return -1;
+        record('u', 0, path, 0, NULL, 0, NULL);
+    }
     return real(path);
 }
 
 /* The network */
 
-#define COUNTED(result, name, parameters, types, arguments) \
+#define COUNTED(result, name, parameters, types, arguments, error, other) \
     result name parameters { \
         REAL(result, #name, types); \
-        if (is_network(fd)) count(); \
-        return real arguments; \
+        return is_network(fd) && fails(error, other) ? -1 : real arguments; \
     }
 #define LIST(...) __VA_ARGS__
-COUNTED(ssize_t, read, (int fd, void *data, size_t size), LIST(int, void *, size_t), (fd, data, size))
-COUNTED(ssize_t, send, (int fd, const void *data, size_t size, int flags), LIST(int, const void *, size_t, int), (fd, data, size, flags))
-COUNTED(ssize_t, sendmsg, (int fd, const struct msghdr *m, int flags), LIST(int, const struct msghdr *, int), (fd, m, flags))
-COUNTED(ssize_t, recv, (int fd, void *data, size_t size, int flags), LIST(int, void *, size_t, int), (fd, data, size, flags))
-COUNTED(ssize_t, recvmsg, (int fd, struct msghdr *m, int flags), LIST(int, struct msghdr *, int), (fd, m, flags))
+COUNTED(ssize_t, read, (int fd, void *data, size_t size), LIST(int, void *, size_t), (fd, data, size), ECONNRESET, ETIMEDOUT)
+COUNTED(ssize_t, send, (int fd, const void *data, size_t size, int flags), LIST(int, const void *, size_t, int), (fd, data, size, flags), EPIPE, ECONNRESET)
+COUNTED(ssize_t, sendmsg, (int fd, const struct msghdr *m, int flags), LIST(int, const struct msghdr *, int), (fd, m, flags), EPIPE, ECONNRESET)
+COUNTED(ssize_t, recv, (int fd, void *data, size_t size, int flags), LIST(int, void *, size_t, int), (fd, data, size, flags), ECONNRESET, ETIMEDOUT)
+COUNTED(ssize_t, recvmsg, (int fd, struct msghdr *m, int flags), LIST(int, struct msghdr *, int), (fd, m, flags), ECONNRESET, ETIMEDOUT)
+COUNTED(int, connect, (int fd, const struct sockaddr *to, socklen_t size), LIST(int, const struct sockaddr *, socklen_t), (fd, to, size), ECONNREFUSED, EADDRNOTAVAIL)
+
+int accept4(int fd, struct sockaddr *from, socklen_t *size, int flags) {
+    REAL(int, "accept4", int, struct sockaddr *, socklen_t *, int);
+    int accepted = real(fd, from, size, flags);
+    if (accepted < 0 || !is_network(accepted) || !fails(EMFILE, ECONNABORTED)) return accepted;
+    int error = errno;
+    syscall(SYS_close, accepted);
+    errno = error;
+    return -1;
+}

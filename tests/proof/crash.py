@@ -1,5 +1,7 @@
 """Crash points: a real server is killed before each system call that writes, syncs, renames, sends or receives.
 
+Or stopped for a while; or the call fails, also those of SQLite itself, and the server must go on.
+
 python -m tests.proof.crash                     every call of every scenario, some hours
 python -m tests.proof.crash --points 200        a sample
 python -m tests.proof.crash chain --at 17       one of them
@@ -26,7 +28,7 @@ from tests.proof.scenarios import SCENARIOS, Client, provider
 from tests.proof.servers import Forge, Place
 from tests.support import ROOT
 
-Kind = Literal["start", "kill", "worker", "stop", "stopped worker"]
+Kind = Literal["start", "kill", "worker", "stop", "stopped worker", "error"]
 #: How long a process is stopped: longer than others wait for the lock of the store, or for a sign of life.
 STOPS_S = (6.0, 32.0)
 CAPACITY = 3
@@ -35,7 +37,7 @@ PLAYS_OF_A_STORE = 12
 
 
 class Point(NamedTuple):
-    """Before which call of a scenario the process gets the signal, counted from the start of the scenario.
+    """Before which call of a scenario the process gets the signal, or which one fails, counted from its start.
 
     "start" is counted from the start of the server, with a new store.
     """
@@ -116,7 +118,7 @@ class Machine:
         self._open(point)
         place, control = self._place, self._place.control
         if point.kind != "start":
-            control.signal_at(point.at, signal.SIGSTOP if "stop" in point.kind else signal.SIGKILL)
+            control.signal_at(point.at, self._signal_of(point))
         is_over = threading.Event()
         helper = threading.Thread(target=self._help, args=[point, is_over])
         helper.start()
@@ -141,6 +143,11 @@ class Machine:
             raise Broken(f"{point}: {exc!r} at {where}\nTo repeat it: {point.command}\n{log}") from exc
         self.reached[point.kind] += control.pid > 0
 
+    def _signal_of(self, point: Point) -> int:
+        if point.kind == "error":
+            return -1 - point.at % 4
+        return signal.SIGSTOP if "stop" in point.kind else signal.SIGKILL
+
     def _check_held(self, idle: Mapping[str, int]) -> None:
         """Check that the server holds no more files, threads and connections than one that has just been started."""
         deadline = time.monotonic() + PATIENCE_S
@@ -159,6 +166,9 @@ class Machine:
                 elif continues_at and time.monotonic() >= continues_at:
                     os.kill(pid, signal.SIGCONT)
                     is_replaced = True
+            elif pid and not is_replaced and point.kind == "error":
+                deaths += [place.control.signalled_at] if place.control.is_network else []  # an answer may be lost
+                is_replaced = True
             elif pid and not is_replaced and point.kind == "worker":
                 deaths.append(place.control.signalled_at)  # the other one takes over its runs
                 is_replaced = True

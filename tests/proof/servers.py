@@ -60,12 +60,22 @@ class Control:
         return self._get(3)
 
     @property
+    def is_network(self) -> bool:
+        """Whether the call that has failed was one of the network."""
+        return not self._get(2)
+
+    @property
     def signalled_at(self) -> float:
         """When it got the signal, in seconds of the epoch."""
         return self._get(4) / 1e9
 
     def signal_at(self, number: int, signal_number: int = signal.SIGKILL) -> None:
-        """Send a signal before the call of a number, counted from now: 1 is the next one."""
+        """Send a signal before the call of a number, counted from now: 1 is the next one.
+
+        Args:
+            signal_number: -1 or -2 to let it fail, with the first or second error of ``calls.c``; -3 or -4 to let all
+                calls for files fail for a second.
+        """
         with self.path.open("r+b") as file:
             file.seek(8)
             file.write(struct.pack("qqqq", self.count + number, signal_number, 0, 0))

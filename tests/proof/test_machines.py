@@ -47,6 +47,11 @@ def test_a_server_that_is_killed_at_any_call_keeps_its_promises() -> None:
     assert (broken, reached.total() >= 6) == ([], True)
 
 
+def test_a_server_goes_on_after_any_call_of_the_system_that_fails() -> None:
+    reached, broken = crash.execute(crash.SHORT, ["error"], 10)
+    assert (broken, reached.total() >= 6) == ([], True)
+
+
 def test_a_worker_that_is_killed_at_any_call_is_replaced() -> None:
     reached, broken = crash.execute(["workflow", "stream"], ["worker"], 3)
     assert (broken, reached.total() >= 2) == ([], True)
@@ -75,6 +80,14 @@ def test_crash_points_find_a_fault(patch: Path) -> None:
         scenarios = SCENARIOS_OF.get(patch.stem, ["chain", "workflow", "function"])
         _, broken = crash.execute(scenarios, ["kill"], 40, package=package)
     assert any(WORDS[patch.stem] in str(each) for each in broken), broken
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("patch", sorted(MUTATIONS.glob("failing-*.patch")), ids=lambda patch: patch.stem)
+def test_calls_of_the_system_that_fail_find_a_fault(patch: Path) -> None:
+    with mutated(patch) as package:
+        _, broken = crash.execute(["function"], ["error"], package=package)
+    assert broken
 
 
 @pytest.mark.nightly
