@@ -25,7 +25,7 @@ from flock.scopes import Signal, clocks_stopped, current_task, loop_clock
 #: Between the id of a call and that of a call that it makes.
 NESTED = "~"
 #: How many iterations of the event loop other tasks get to act before the next end is delivered.
-CHECKPOINTS = 6
+CHECKPOINTS = 12
 #: How many of them a step gets to leave a block before a time-out of the block counts.
 SETTLING = 50
 #: How soon a call is cancelled after an end that is the cause, and how much of a time-out may pass unseen, in seconds.

@@ -6,7 +6,7 @@
 import re
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,8 +86,9 @@ def check(client: Client, model: Provider, log: Path, *, capacity: int = 0, work
         assert client.send("GET", f"/run/{id_}").status_code == 404, "it is deleted"
     _check_secrets(client)
     _check_effects(client, effects(log))
-    repeated = _check_requests(client, model)
-    _check_bill(client, len(model.answered) - repeated)
+    answered = list(model.answered)  # the provider may still answer a request whose sender has gone
+    repeated = _check_requests(client, answered)
+    _check_bill(client, len(answered) - repeated)
     if capacity:
         _check_slots(client, capacity, workers)
 
@@ -119,13 +120,13 @@ def _check_effects(client: Client, lines: Lines) -> None:
             assert other != run_id or at[-1] < ended_at, f"{name} of {run_id} goes on after its end"
 
 
-def _check_requests(client: Client, model: Provider) -> int:
+def _check_requests(client: Client, answered: Sequence[Any]) -> int:
     """Check that a call of a model that has finished was not repeated, and return how many others were.
 
     It has finished if a later one of its run has begun, or the run was seen to wait or to end.
     """
     begun, last = defaultdict[tuple[Any, ...], list[float]](list), dict[str, tuple[int, ...]]()
-    for request in model.answered:
+    for request in answered:
         match = KEY.match(request.headers["idempotency-key"])
         assert match, request.headers
         run_id, at, place = match[1], request["at"], tuple(int(each or 1) for each in match.groups()[1:])

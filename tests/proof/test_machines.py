@@ -86,7 +86,7 @@ def test_crash_points_find_a_fault(patch: Path) -> None:
 @pytest.mark.parametrize("patch", sorted(MUTATIONS.glob("failing-*.patch")), ids=lambda patch: patch.stem)
 def test_calls_of_the_system_that_fail_find_a_fault(patch: Path) -> None:
     with mutated(patch) as package:
-        _, broken = crash.execute(["function"], ["error"], package=package)
+        _, broken = crash.execute(["chain"], ["error"], package=package)
     assert broken
 
 

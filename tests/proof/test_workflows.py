@@ -470,6 +470,15 @@ FOUND_IN_MEMORY = {
         '"limit_s":1.203606,"retries":1}],"n":6}],"n":3,"limit_s":0.605568},{"seed":370,'
         '"is_stored":true,"ends":[[5,3,true],[1,14,true]]}]'
     ),
+    "two calls that end at the same moment, in nested races": (
+        '[{"kind":"tool","parts":[{"kind":"first","parts":[{"kind":"gather","parts":[{"kind":"seq",'
+        '"parts":[{"kind":"plain","n":7,"times":1},{"kind":"work","n":8,"seconds":0.201414}],"n":6},'
+        '{"kind":"first","parts":[{"kind":"receive","n":10,"seconds":40.001732,"comes":"never"},'
+        '{"kind":"work","n":11,"seconds":0.202236}],"n":9}],"n":5},{"kind":"first",'
+        '"parts":[{"kind":"work","n":13,"seconds":0.402646},{"kind":"block","n":14,'
+        '"seconds":0.203317}],"n":12}],"n":4}],"n":3},{"seed":533,"is_stored":true,"ends":[[12,20,'
+        'true]]}]'
+    ),
 }
 
 

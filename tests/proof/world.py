@@ -137,7 +137,7 @@ class World(Observer):
         # Before Python 3.13 a TaskGroup that fails swallows a cancellation that comes while its calls are being saved.
         calls = [each for each in program.all if each.kind in MAKERS]
         in_calls = (part.kind == "group" for call in calls for part in call.all)
-        self.may_swallow = sys.version_info < (3, 13) and bool(fate.seed and fate.ends) and any(in_calls)
+        self.may_swallow = sys.version_info < (3, 13) and bool(fate.ends) and any(in_calls)
         is_slow |= self.may_swallow
         sleeps = sum(each.kind == "sleep" for each in program.all)
         #: equal calls, and sleeps, are told apart by their arrival, so one may end as another one did
