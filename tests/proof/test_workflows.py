@@ -477,7 +477,7 @@ FOUND_IN_MEMORY = {
         '{"kind":"work","n":11,"seconds":0.202236}],"n":9}],"n":5},{"kind":"first",'
         '"parts":[{"kind":"work","n":13,"seconds":0.402646},{"kind":"block","n":14,'
         '"seconds":0.203317}],"n":12}],"n":4}],"n":3},{"seed":533,"is_stored":true,"ends":[[12,20,'
-        'true]]}]'
+        "true]]}]"
     ),
 }
 
