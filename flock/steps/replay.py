@@ -189,14 +189,13 @@ class Replay:
 
         Those have higher numbers, and come before such an end.
         """
-        later = [(entry.end, entry) for entry in ended if entry.seen > entry.end and entry.since]
-        if not later:
+        late = (entry for entry in ended if entry.seen > entry.end and entry.since)
+        if not (later := deque(sorted(late, key=lambda entry: entry.end))):
             return
-        later.sort(key=lambda each: each[0])
         last, places = dict[int, int](), dict[int, int]()  # the number of the last delivery of an execution; all places
         for start in self._missing:
-            while later and later[0][0] < start:
-                _, entry = later.pop(0)
+            while later and later[0].end < start:
+                entry = later.popleft()
                 last[entry.since] = max(last.get(entry.since, 0), entry.seen)
             places[start] = max([start, *(seen for since, seen in last.items() if start <= since)])
         self._missing = dict(sorted(places.items(), key=lambda each: each[1]))
