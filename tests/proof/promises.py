@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.proof.client import FINAL, PATIENCE_S, Client
-from tests.proof.scenarios import TOKENS, Provider
+from tests.proof.scenarios import TOKENS, Provider, counted
 
 __all__ = ["check"]
 
@@ -148,17 +148,15 @@ def _check_requests(client: Client, answered: Sequence[Any]) -> int:
 def _check_bill(client: Client, answers: int) -> None:
     """Everybody's usage together is *answers*, and nobody sees another's."""
     days = f"?to={datetime.now(UTC) + timedelta(days=2):%Y-%m-%d}"  # if a clock was ahead
-    counted = 0
+    paid = 0
     for each in (client, client.eve):
         spent = each.send("GET", f"/usage{days}").json()
         usage = spent["usage"] or {"input_tokens": 0, "output_tokens": 0}
-        # Those of an answer that was cut off on its way are estimated, and so is what they cost.
-        estimated = usage.get("estimated_tokens", 0)
-        tokens = usage["input_tokens"] + usage["output_tokens"] - estimated
-        assert estimated or round(spent.get("cost", 0) * 1e12) * TOKENS == tokens * PICODOLLARS, spent
+        tokens = counted(usage)
+        assert "estimated_tokens" in usage or round(spent.get("cost", 0) * 1e12) * TOKENS == tokens * PICODOLLARS, spent
         assert each is client or tokens == TOKENS * len(each.runs), f"eve has had {len(each.runs)} answers: {spent}"
-        counted += tokens
-    assert counted == answers * TOKENS, f"the provider has given {answers} answers, and {counted / TOKENS:g} are paid"
+        paid += tokens
+    assert paid == answers * TOKENS, f"the provider has given {answers} answers, and {paid / TOKENS:g} are paid"
 
 
 def _check_slots(client: Client, capacity: int, workers: int) -> None:
