@@ -713,7 +713,7 @@ async def test_the_first_call_makes_one_client_and_does_not_hold_the_event_loop(
 async def test_as_many_connections_are_kept_as_were_in_use_at_once(
     vllm: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A busy machine may need longer for the first calls than idle connections are kept.
+    # A busy machine may need longer for the first calls than client and server keep idle connections.
     limits = functools.partial(http.library().Limits, keepalive_expiry=None)
     monkeypatch.setattr(http.library(), "Limits", limits)
     clients, waiting, are_all_here = set[Any](), 0, anyio.Event()
@@ -730,7 +730,9 @@ async def test_as_many_connections_are_kept_as_were_in_use_at_once(
         body = sse(chunk(TEXT), chunk("", "stop"), USAGE, "[DONE]")
         return Response(body, media_type="text/event-stream")
 
-    async with Served(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])) as served:
+    provider = Served(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])]))
+    provider.server.config.timeout_keep_alive = 600
+    async with provider as served:
         vllm(f"{served.url}/v1")
         async with ModelClient() as models:
             for _ in range(2):
