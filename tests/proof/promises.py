@@ -162,15 +162,16 @@ def _check_bill(client: Client, answers: int) -> None:
 def _check_slots(client: Client, capacity: int, workers: int) -> None:
     """In each process, as many runs as there are slots are executed at the same time."""
     place, met, deadline = client.new_name("place"), set[int](), time.monotonic() + PATIENCE_S
-    runs = [client.run("meet", place=place, number=capacity) for _ in range(capacity * workers)]
+    waiting = [client.run("meet", place=place, number=capacity) for _ in range(capacity * workers)]
     while len(met) < workers:
         assert time.monotonic() < deadline, f"not all of {workers} times {capacity} slots are free"
         time.sleep(0.01)
-        if len(runs) < 8 * capacity * workers:  # more may have come to one process than to another
-            runs += [client.run("meet", place=place, number=capacity)] if workers > 1 else []
-        for run_id in runs:
+        for run_id in list(waiting):
             run = client.send("GET", f"/run/{run_id}").json()
             if run["status"] in FINAL:
                 met.add(run["result"]["result"])
-    for run_id in runs:
+                waiting.remove(run_id)
+        if workers > 1:  # most may come to one process, for as long as the other one is busy
+            waiting.append(client.run("meet", place=place, number=capacity))
+    for run_id in waiting:
         client.until(run_id, "completed")
