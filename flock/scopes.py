@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context, ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.lowlevel
@@ -31,10 +31,17 @@ def current_task() -> "asyncio.Task[Any] | None":
         return None
 
 
-#: Tasks that were cancelled while they had to finish something, with the first and the last ``Task.cancelling`` of each
-#: such time, and when it began. ``cancelling`` alone does not show it: before Python 3.13 a ``TaskGroup`` that fails
-#: may leave it raised.
-_CANCELLED_LATE = weakref.WeakKeyDictionary["asyncio.Task[Any]", list[tuple[int, int, float]]]()
+class _Late(NamedTuple):
+    """A time in which a task had to finish something: its first and last ``Task.cancelling``, and when it began."""
+
+    first: int
+    last: int
+    since: float
+
+
+#: Tasks that were cancelled while they had to finish something. ``cancelling`` alone does not show it: before Python
+#: 3.13 a ``TaskGroup`` that fails may leave it raised.
+_CANCELLED_LATE = weakref.WeakKeyDictionary["asyncio.Task[Any]", list[_Late]]()
 
 
 def note_late_cancellation(since: float | None = None) -> float | None:
@@ -48,10 +55,10 @@ def note_late_cancellation(since: float | None = None) -> float | None:
     """
     if (task := current_task()) is not None:
         since, first = task.get_loop().time() if since is None else since, task.cancelling()
-        times = [each for each in _CANCELLED_LATE.get(task, ()) if each[0] < first]
-        if times and times[-1][2] == since:
-            first = times.pop()[0]
-        _CANCELLED_LATE[task] = [*times, (first, task.cancelling(), since)]
+        times = [each for each in _CANCELLED_LATE.get(task, ()) if each.first < first]
+        if times and times[-1].since == since:
+            first = times.pop().first
+        _CANCELLED_LATE[task] = [*times, _Late(first, task.cancelling(), since)]
     return since
 
 
@@ -69,20 +76,20 @@ class Cancellation:
     def is_late(self) -> bool:
         """Whether the task was cancelled while it had to finish something, which it has."""
         late = self._late
-        return bool(late) and self.task is not None and late[-1][1] == self.task.cancelling()
+        return bool(late) and self.task is not None and late[-1].last == self.task.cancelling()
 
     @property
     def late_s(self) -> float | None:
         """Seconds since the task was first cancelled while it had to finish something; None unless ``is_late``."""
         if self.task is None or not self.is_late:
             return None
-        return self.task.get_loop().time() - self._late[0][2]
+        return self.task.get_loop().time() - self._late[0].since
 
     @property
-    def _late(self) -> list[tuple[int, int, float]]:
+    def _late(self) -> list[_Late]:
         if self.task is None:
             return []
-        return [each for each in _CANCELLED_LATE.get(self.task, ()) if each[1] > self._cancelling]
+        return [each for each in _CANCELLED_LATE.get(self.task, ()) if each.last > self._cancelling]
 
     def is_cause_of(self, exc: BaseException) -> bool:
         """Whether *exc* is the cancellation, or what a function has turned it into."""
