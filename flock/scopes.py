@@ -97,7 +97,7 @@ class Cancellation:
             return isinstance(exc, anyio.get_cancelled_exc_class())
         found: BaseException | None = exc
         while not (found is None or found is self._handled or isinstance(found, asyncio.CancelledError)):
-            found = found.__context__
+            found = _before(found)
         # What was being handled before the block is not its own, such as that of a time-out that has passed.
         return found is not None and found is not self._handled and self.is_requested
 
@@ -110,6 +110,13 @@ class Cancellation:
         if self.is_late:
             await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
             raise asyncio.CancelledError
+
+
+def _before(exc: BaseException) -> BaseException | None:
+    """Return what was being handled when *exc* was raised. A time-out that has passed cancels only its own block."""
+    if isinstance(exc, TimeoutError) and isinstance(exc.__cause__, asyncio.CancelledError):
+        exc = exc.__cause__
+    return exc.__context__
 
 
 def loop_clock() -> Callable[[], float]:

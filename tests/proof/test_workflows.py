@@ -479,6 +479,13 @@ FOUND_IN_MEMORY = {
         '"seconds":0.203317}],"n":12}],"n":4}],"n":3},{"seed":533,"is_stored":true,"ends":[[12,20,'
         "true]]}]"
     ),
+    "a group that fails while its call handles a time-out of its own": (
+        '[{"kind":"try","parts":[{"kind":"agent","parts":[{"kind":"try","parts":[{"kind":"timeout",'
+        '"parts":[{"kind":"work","n":9,"seconds":0.801732}],"n":8,"limit_s":0.152236},'
+        '{"kind":"group","parts":[{"kind":"block","n":19,"seconds":0.104359},'
+        '{"kind":"block_and_fail","n":20,"seconds":0.404796}],"n":18}],"n":6}],"n":3},{"kind":"work",'
+        '"n":21,"seconds":0.105385}],"n":2},{"is_stored":true}]'
+    ),
 }
 
 
