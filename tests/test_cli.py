@@ -598,6 +598,24 @@ def test_batch_escapes_what_could_control_the_terminal(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("agent", ["say", "refuse"])
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("batch", ["-o", "out.csv", "--try", "1"]), ("evaluate", ["--expect", "result", "--model", f"openai/{CODES}"])],
+)
+def test_rows_that_are_shown_are_escaped(
+    command: str, options: list[str], agent: str, hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that --try has tried, and the worst ones of an evaluation: their inputs, results and errors."""
+    monkeypatch.chdir(tmp_path)
+    row = {"result": CODES} | ({"text": CODES} if agent == "say" else {})
+    (tmp_path / "rows.ndjson").write_text((json.dumps(row, ensure_ascii=False) + "\n") * 2)
+    text = at_terminal(command, str(hostile), agent, "rows.ndjson", "--on-extra", "ignore", *options, typed="n\n")
+    assert "1 of 2 rows were tried" in text or "row 1: 0.000 for" in text
+    assert_escaped(text)
+
+
+@pytest.mark.slow
 def test_check_escapes_what_could_control_the_terminal(hostile: Path) -> None:
     hostile.write_text(f"{HOSTILE}flock.model = 'anthropic/' + CODES")
     assert_escaped(at_terminal("check", str(hostile)))
