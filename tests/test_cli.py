@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import pty
 import re
@@ -443,7 +444,12 @@ def test_several_workers_need_a_store_in_a_file(flock_file: Path) -> None:
     assert "Several workers need a file to share their runs" in result.output
 
 
-def test_an_unusable_store_is_reported_in_one_line(flock_file: Path, tmp_path: Path) -> None:
+def test_an_unusable_store_is_reported_in_one_line(
+    flock_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("flock")  # the command configures it for its whole process, which is that of the tests
+    monkeypatch.setattr(log, "propagate", log.propagate)
+    monkeypatch.setattr(log, "handlers", [*log.handlers])
     (tmp_path / "notes.db").write_text("these are my notes")
     for workers in ("1", "2"):
         result = invoke("serve", str(flock_file), "--port", "0", "--store", "notes.db", "--workers", workers)
