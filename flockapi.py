@@ -101,6 +101,7 @@ from flock.web.routing import (
     Auth,
     PublicMount,
     RouteMatch,
+    allows_any_origin,
     api_key_auth,
     caller_of,
     principal_of,
@@ -128,6 +129,11 @@ NO_AUTH = (
     "%s has no authentication. Every client that can reach it can run its agents, and read, cancel and delete all its "
     "runs and batches. FastAPI dependencies and Django logins do not protect a mounted app. Pass api_keys= or auth= to "
     'create_app, or auth="host" if the host lets only its own users reach the app.'
+)
+
+ANY_ORIGIN = (
+    "The CORSMiddleware around %s allows the pages of any site. They get 403, since they could run agents through the "
+    "browser of a user. Name the origins that may: create_app(cors_origins=['https://…'])."
 )
 
 #: The Idempotency-Key draft defines no header for a replay. This one is widely used.
@@ -247,6 +253,9 @@ class FlockAPI(Starlette):
 
         Responses get ``Cache-Control: no-store`` and ``X-Content-Type-Options: nosniff`` unless they set their own.
         """
+        is_first = self.middleware_stack is None
+        if is_first and not self.options.cors_origins and allows_any_origin(self, scope.get("app")):
+            logger.warning(ANY_ORIGIN, self.contract.title)
         if scope["type"] != "http":
             await super().__call__(scope, receive, functools.partial(_send_lifespan, send))
             return

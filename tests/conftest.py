@@ -87,7 +87,16 @@ LANES = {
 }
 
 pytest.register_assert_rewrite("tests.support.site")  # before a test imports it
-collect_ignore = [name for name, (_, package) in LANES.items() if package and importlib.util.find_spec(package) is None]
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # that above it is not
+        return False
+
+
+collect_ignore = [name for name, (_, package) in LANES.items() if package and not is_installed(package)]
 
 
 def needs_cluster(item: pytest.Item) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import pty
 import re
@@ -443,7 +444,12 @@ def test_several_workers_need_a_store_in_a_file(flock_file: Path) -> None:
     assert "Several workers need a file to share their runs" in result.output
 
 
-def test_an_unusable_store_is_reported_in_one_line(flock_file: Path, tmp_path: Path) -> None:
+def test_an_unusable_store_is_reported_in_one_line(
+    flock_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("flock")  # the command configures it for its whole process, which is that of the tests
+    monkeypatch.setattr(log, "propagate", log.propagate)
+    monkeypatch.setattr(log, "handlers", [*log.handlers])
     (tmp_path / "notes.db").write_text("these are my notes")
     for workers in ("1", "2"):
         result = invoke("serve", str(flock_file), "--port", "0", "--store", "notes.db", "--workers", workers)
@@ -594,6 +600,24 @@ def test_batch_escapes_what_could_control_the_terminal(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.ndjson").write_text(json.dumps({column: CODES}, ensure_ascii=False) + "\n")
     text = at_terminal("batch", str(hostile), "say", "rows.ndjson", *options)
+    assert_escaped(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", ["say", "refuse"])
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("batch", ["-o", "out.csv", "--try", "1"]), ("evaluate", ["--expect", "result", "--model", f"openai/{CODES}"])],
+)
+def test_rows_that_are_shown_are_escaped(
+    command: str, options: list[str], agent: str, hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that --try has tried, and the worst ones of an evaluation: their inputs, results and errors."""
+    monkeypatch.chdir(tmp_path)
+    row = {"result": CODES} | ({"text": CODES} if agent == "say" else {})
+    (tmp_path / "rows.ndjson").write_text((json.dumps(row, ensure_ascii=False) + "\n") * 2)
+    text = at_terminal(command, str(hostile), agent, "rows.ndjson", "--on-extra", "ignore", *options, typed="n\n")
+    assert "1 of 2 rows were tried" in text or "row 1: 0.000 for" in text
     assert_escaped(text)
 
 

@@ -445,6 +445,7 @@ def _text_of(parameter: Any) -> Any:
     return {"type": "string"} if list(parameter.get("content", ())) == ["application/json"] else parameter["schema"]
 
 
+@pytest.mark.anyio
 async def test_the_query_of_a_run_is_checked_without_a_stream_too(client: httpx.AsyncClient) -> None:
     body = {"agent_name": "add", "inputs": {"a": 1}}
     for query, word in (("reasoning=", "'reasoning' in the query"), ("reasonng=true", "Did you mean 'reasoning'?")):
@@ -452,6 +453,7 @@ async def test_the_query_of_a_run_is_checked_without_a_stream_too(client: httpx.
         assert word in problem["detail"]
 
 
+@pytest.mark.anyio
 async def test_an_auth_function_may_read_parameters_of_its_own() -> None:
     """A browser's EventSource sends no headers, so its token is in the query."""
 

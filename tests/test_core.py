@@ -604,14 +604,20 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("replies", "words"),
     [
-        ([Failure(401, message="No such key.")], "rejected the API key in OPENAI_API_KEY (HTTP 401). "),
-        ([Failure(400, message="No such key.")], "rejected the request (HTTP 400). "),
-        ([Failure(500, message="No such key.")] * 3, "failed (HTTP 500). "),
+        (
+            [Failure(401, message="No such key.")],
+            "rejected the API key in OPENAI_API_KEY (HTTP 401). Set a valid key. ",
+        ),
+        (
+            [Failure(400, message="No such key.")],
+            "rejected the request (HTTP 400). Check the inputs and the options of the model. ",
+        ),
+        ([Failure(500, message="No such key.")] * 3, "failed (HTTP 500). Try again later. "),
         (None, "needs an API key. Set the environment variable OPENAI_API_KEY."),
     ],
 )
 def test_a_refusal_of_a_provider_is_one_line_without_a_server(replies: Any, words: str, tmp_path: Path) -> None:
-    """It has the cause and the provider's message, and nothing about servers, requests, batches or event loops."""
+    """It has the cause, what to do and the provider's message, and no words of servers, batches or event loops."""
     (script := tmp_path / "script.py").write_text(REFUSED)
     for command in ([sys.executable, str(script)], flockapi_command("run", str(script), "measure", "-i", "text=a")):
         model = FakeModel(replies and [*replies])

@@ -37,7 +37,7 @@ from tests.support import PATIENCE_S, ROOT
 from tests.support.engines import until
 from tests.support.flocks import sample_flock
 from tests.support.http import client_of, post_run
-from tests.support.servers import running
+from tests.support.servers import Served, running
 
 pytestmark = pytest.mark.anyio
 
@@ -333,17 +333,56 @@ async def test_null_is_no_origin_that_a_host_can_allow() -> None:
             assert (await client.post("/run/flock", json=add, headers=sent)).status_code == status
 
 
-@pytest.mark.parametrize("allowed", [{"allow_origins": ["*"]}, {"allow_origin_regex": "https://.*"}], ids=str)
-async def test_a_host_that_allows_any_origin_does_not_turn_the_protection_off(allowed: Any) -> None:
-    """Any page could run agents through the browser of a user. The response says what to set."""
+async def test_an_origin_that_the_pattern_of_a_host_matches_is_allowed() -> None:
     app = create_app(sample_flock(), store=":memory:", auth="host")
-    host = Starlette()
-    host.add_middleware(CORSMiddleware, **allowed)
-    host.mount("/ai", app)
+    cors = Middleware(CORSMiddleware, allow_origin_regex=r"https://(.+\.)?page\.example|null")
+    host = Starlette(routes=[Mount("/ai", app)], middleware=[cors])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t/ai") as client:
+        for origin, status in (("https://pr-7.page.example", 422), (f"{PAGE}.evil", 403), ("null", 403)):
+            answer = await client.post("/run/flock", json={"agent_name": "add"}, headers={"Origin": origin})
+            assert answer.status_code == status
+
+
+ANY_SITE = pytest.mark.parametrize("allowed", [{"allow_origins": ["*"]}, {"allow_origin_regex": "https://.*"}], ids=str)
+
+
+@ANY_SITE
+@pytest.mark.parametrize("where", ["host", "middleware="])
+async def test_a_host_that_allows_any_origin_does_not_turn_the_protection_off(
+    allowed: Any, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Any page could run agents through the browser of a user. A warning, and the response, say what to set."""
+    cors = [Middleware(CORSMiddleware, **allowed)]
+    app = create_app(sample_flock(), store=":memory:", auth="host", middleware=cors if where == "middleware=" else ())
+    host = Starlette(routes=[Mount("/ai", app)], middleware=cors if where == "host" else ())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t/ai") as client:
+        for _ in range(2):
+            answer = await client.post("/run/flock", json={"agent_name": "add"}, headers={"Origin": PAGE})
+            assert answer.status_code == 403
+            assert "cors_origins=" in answer.json()["detail"]
+    (warning,) = [each.getMessage() for each in caplog.records if "CORS" in each.getMessage()]
+    assert "cors_origins=" in warning
+
+
+@ANY_SITE
+async def test_a_served_app_warns_at_its_start_that_it_allows_any_origin(
+    allowed: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(sample_flock(), store=":memory:", auth="host", middleware=[Middleware(CORSMiddleware, **allowed)])
+    async with Served(app):
+        assert "cors_origins=" in caplog.text
+
+
+@ANY_SITE
+async def test_a_host_that_allows_any_origin_is_not_warned_if_the_app_names_its_origins(
+    allowed: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(sample_flock(), store=":memory:", auth="host", cors_origins=[PAGE])
+    host = Starlette(routes=[Mount("/ai", app)], middleware=[Middleware(CORSMiddleware, **allowed)])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(host), base_url="http://t/ai") as client:
         answer = await client.post("/run/flock", json={"agent_name": "add"}, headers={"Origin": PAGE})
-        assert answer.status_code == 403
-        assert "cors_origins=" in answer.json()["detail"]
+        assert answer.status_code == 422
+    assert "CORS" not in caplog.text
 
 
 async def test_a_host_route_that_shadows_an_open_page_is_not_open() -> None:

@@ -33,6 +33,7 @@ from flock.web.auth import new_key
 from flock.web.wire import UploadQuery
 from flockapi import ROUTES
 from tests import made_pages
+from tests.conftest import LANES
 from tests.support import EXAMPLES, ROOT
 from tests.support.pages import Reader, blocks_of, check_serves_only_ann, printed_by, shown_output
 from tests.support.spec import source
@@ -157,6 +158,18 @@ def test_links_have_targets(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not anchor or anchor in _anchors(target), f"{path}#{anchor}"
+
+
+def test_every_test_that_a_page_or_a_script_names_exists() -> None:
+    """A file that was renamed would end a script of ``.ci/`` before its first test."""
+    others = [*(ROOT / ".ci").iterdir(), ROOT / "pyproject.toml", ROOT / "tests" / "conftest.py"]
+    texts = [each.read_text("utf-8") for each in (*PAGES, *others)]
+    paths = {each for text in texts for each in re.findall(r"(?<![\w./])tests/[\w./]*\w(?![\w%])", text)}
+    paths |= {module.replace(".", "/") for text in texts for module in re.findall(r"-m (tests\.[\w.]+\w)", text)}
+    (names,) = re.findall(r'names="([^"]+)"', (ROOT / ".ci" / "lowest").read_text("utf-8"))
+    paths |= {f"tests/test_{name}.py" for name in names.split()} | {f"tests/{name}" for name in LANES}
+    assert {"tests/test_recovery.py", "tests/test_handoff.py", "tests/proof/failing"} <= paths
+    assert [path for path in sorted(paths) if not any((ROOT / f"{path}{end}").exists() for end in ("", ".py"))] == []
 
 
 def test_every_page_is_in_the_map_of_the_readme() -> None:

@@ -9,7 +9,7 @@ import sqlite3
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Iterator
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,27 @@ import anyio.lowlevel
 import httpx
 import msgspec
 import pytest
+import trio
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flock import fair
+from flock.agents.mcp import mcp_tools
 from flock.core import Flock, FlockFactory
 from flock.engine import embedded
 from flock.engine.embedded import EmbeddedEngine
 from flock.engine.runner import Runner
 from flock.errors import BatchNotFound, EngineStopped, RunNotFound, TooLarge
 from flock.runs import Batch, BatchOptions, IdempotencyKey, Run, RunContext, RunStatus, new_id
-from flock.scopes import closing_scopes
+from flock.scopes import closing_scopes, current_task
 from flock.testing import FakeModel, ModelRequest, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
 from tests.support.engines import counting_turns, sqlite_of, until
 from tests.support.http import client_of, get, post_run
+from tests.support.receivers import SECRET
 from tests.support.servers import Served
 
 pytestmark = pytest.mark.anyio
@@ -466,6 +469,61 @@ def text_of(run: Run) -> str:
     assert run.result is not None, run.error
     text: str = msgspec.json.decode(run.result)["result"]
     return text
+
+
+@contextlib.contextmanager
+def tenants_of_new_tasks() -> Iterator[list[tuple[Any, Any]]]:
+    """Collect the new tasks of this event loop, each with the tenant that it sees."""
+    seen = list[tuple[Any, Any]]()
+
+    def create(loop: Any, coroutine: Any, *, context: Context | None = None, **more: Any) -> Any:
+        context = copy_context() if context is None else context
+        task = asyncio.Task(coroutine, loop=loop, context=context, **more)
+        seen.append((task, context.get(TENANT, "nobody")))
+        return task
+
+    class Notes(trio.abc.Instrument):
+        def task_spawned(self, task: trio.lowlevel.Task) -> None:
+            seen.append((task, task.context.get(TENANT, "nobody")))
+
+    if current_task() is None:
+        trio.lowlevel.add_instrument(notes := Notes())
+        yield seen
+        trio.lowlevel.remove_instrument(notes)
+    else:
+        asyncio.get_running_loop().set_task_factory(create)
+        yield seen
+        asyncio.get_running_loop().set_task_factory(None)
+
+
+def name_of(task: Any) -> str:
+    name: str = task.get_name() if isinstance(task, asyncio.Task) else task.name
+    return name.rpartition(".")[2]
+
+
+@ON_BOTH
+async def test_the_engines_own_tasks_start_in_an_empty_context() -> None:
+    """Whoever opens the engine, calls it and closes it."""
+    flock, started = Flock(webhook_url="http://127.0.0.1:9/"), anyio.Event()  # nobody listens there
+
+    @flock.agent
+    async def hold(holds: bool) -> None:
+        if holds:
+            started.set()
+            await anyio.sleep_forever()
+
+    tools = [mcp_tools("http://127.0.0.1:9/mcp")]
+    flock.add_agent(FlockFactory.create_default_agent("ask", output="a: str", tools=tools))
+    app = create_app(flock, store="flock.db", auth="host", webhook_secrets=[SECRET])
+    with tenants_of_new_tasks() as seen, as_tenant("host"):
+        async with app.engine as engine:
+            await engine.wait_batch((await engine.submit_batch("hold", [{"holds": False}], BatchOptions())).batch_id)
+            await engine.submit("hold", {"holds": True})
+            await started.wait()
+            await until(lambda: any(name_of(task) == "_send" for task, _ in seen))
+    assert [(name_of(task), tenant) for task, tenant in seen if tenant != "nobody"] == []
+    own = {"_watch", "_wake_readers", "_end_waits", "apply", "_write_until_closed", "serve", "list_tools", "_send"}
+    assert own | {"_run_items", "interrupt"} <= {name_of(task) for task, _ in seen}
 
 
 @ON_BOTH

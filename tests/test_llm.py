@@ -322,10 +322,12 @@ def html(status: int) -> httpx.Response:
 
 
 PERMANENT = [
-    pytest.param(Failure(400), "model_bad_request", "rejected the request (HTTP 400)", id="400"),
-    pytest.param(Failure(401), "model_authentication", "rejected the API key in OPENAI_API_KEY (HTTP 401)", id="401"),
-    pytest.param(Failure(403), "model_authentication", "not available to this API key", id="403"),
-    pytest.param(Failure(404), "model_not_found", "does not exist at this provider", id="404"),
+    pytest.param(Failure(400), "model_bad_request", "rejected the request (HTTP 400). Check the inputs", id="400"),
+    pytest.param(Failure(401), "model_authentication", "OPENAI_API_KEY (HTTP 401). Set a valid key.", id="401"),
+    pytest.param(Failure(403), "model_authentication", "this API key (HTTP 403). Use another key", id="403"),
+    pytest.param(
+        Failure(404), "model_not_found", "does not exist at this provider (HTTP 404). Check its name.", id="404"
+    ),
     pytest.param(Failure(422), "model_bad_request", "HTTP 422", id="422"),
     pytest.param(
         httpx.Response(422, json={"detail": "no"}), "model_bad_request", "HTTP 422", id="422 with another body"
@@ -340,8 +342,15 @@ PERMANENT = [
         id="too long for llama.cpp",
     ),
     pytest.param(Failure(400, "content_filter"), "model_content_filter", "content filter", id="prompt filtered"),
-    pytest.param(Failure(429, "insufficient_quota"), "model_quota", "no quota left", id="no quota"),
-    pytest.param(Failure(429, retry_after_s=121), "model_rate_limited", "rate limit", id="Retry-After too long"),
+    pytest.param(
+        Failure(429, "insufficient_quota"), "model_quota", "no quota left (HTTP 429). Check the plan", id="no quota"
+    ),
+    pytest.param(
+        Failure(429, retry_after_s=121),
+        "model_rate_limited",
+        "rate limit (HTTP 429). Try again",
+        id="Retry-After too long",
+    ),
     pytest.param(Failure(503, retry_after_s=9999), "model_unavailable", "HTTP 503", id="503, Retry-After too long"),
     pytest.param(Reply("{", finish_reason="length"), "model_truncated", "cut off at its token limit", id="length"),
     pytest.param(Reply(None, refusal="I can't"), "model_refusal", "declined to answer", id="refusal"),

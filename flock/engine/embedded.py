@@ -161,8 +161,8 @@ class EmbeddedEngine(EngineBase):
             shared=shared,
             folder_of=store.contents.folder,
         )
-        #: an app may set it: a task that sends the webhooks, and has started when their receivers are stored
-        self.send_webhooks: Callable[..., Coroutine[Any, Any, None]] | None = None
+        #: an app may set it: stores the receivers of webhooks, and returns the task that sends them
+        self.start_webhooks: Callable[[str], Awaitable[Callable[[], Coroutine[Any, Any, None]]]] | None = None
         self._engine_id = ""
         self._tasks: anyio.abc.TaskGroup | None = None
         self._reset()
@@ -229,8 +229,8 @@ class EmbeddedEngine(EngineBase):
             if self.store.is_shared:
                 await self._serve_live(self._tasks)
             with self._explaining_store_errors():
-                if self.send_webhooks is not None:
-                    await self._tasks.start(self.send_webhooks, self._engine_id)
+                if self.start_webhooks is not None:
+                    start_in_empty_context(self._tasks, await self.start_webhooks(self._engine_id))
                 await self._recovery.take_over()
         except BaseException:
             await self.__aexit__()
@@ -274,7 +274,7 @@ class EmbeddedEngine(EngineBase):
                 with anyio.CancelScope(shield=True):
                     async with anyio.create_task_group() as stops:  # concurrently, so that they share one timeout
                         for active in list(self._runner.active.values()):
-                            stops.start_soon(self._runner.interrupt, active)
+                            start_in_empty_context(stops, self._runner.interrupt, active)
             finally:  # asyncio cancels a task in spite of the shield
                 await self._exit.aclose()
 

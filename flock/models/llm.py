@@ -387,10 +387,11 @@ class ModelClient:
         except BadBody as exc:
             raise replies.bad_response(endpoint.name, f"sent {exc}") from exc
         except http.errors("TimeoutException") as exc:
-            error = replies.model_error(endpoint.name, "model_timeout", "did not answer in time", type(exc).__name__)
+            reason = "did not answer in time. Try again later"
+            error = replies.model_error(endpoint.name, "model_timeout", reason, type(exc).__name__)
             raise _TransientError(error) from exc
         except http.errors("RequestError") as exc:
-            reason = "could not be reached, or closed the connection"
+            reason = "could not be reached, or closed the connection. Check its address, or try again later"
             error = replies.model_error(endpoint.name, "model_unavailable", reason, repr(exc))
             raise _TransientError(error) from exc
         except ModelError as exc:

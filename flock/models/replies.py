@@ -162,33 +162,40 @@ def _without_fence(text: str) -> str:
 #: Errors for which a retry may succeed.
 TRANSIENT = ("model_timeout", "model_unavailable", "model_rate_limited")
 
-_STATUS_ERRORS: Mapping[int, tuple[str, str]] = {
-    401: ("model_authentication", "rejected the API key"),
-    403: ("model_authentication", "is not available to this API key"),
-    404: ("model_not_found", "does not exist at this provider"),
-    408: ("model_unavailable", "timed out at its provider"),
-    409: ("model_unavailable", "was busy with a conflicting request"),
-    429: ("model_rate_limited", "is over its rate limit"),
+#: By status: the type of the error, what the model did, and what to do.
+_STATUS_ERRORS: Mapping[int, tuple[str, str, str]] = {
+    401: ("model_authentication", "rejected the API key", "Set a valid key"),
+    403: ("model_authentication", "is not available to this API key", "Use another key or another model"),
+    404: ("model_not_found", "does not exist at this provider", "Check its name"),
+    408: ("model_unavailable", "timed out at its provider", "Try again later"),
+    409: ("model_unavailable", "was busy with a conflicting request", "Try again later"),
+    429: ("model_rate_limited", "is over its rate limit", "Try again later"),
 }
-
+_BAD_REQUEST = "model_bad_request", "rejected the request", "Check the inputs and the options of the model"
+_FAILED = "model_unavailable", "failed", "Try again later"
 
 #: Errors by the text of the body, for any status: providers use the same texts with different statuses.
-_BODY_ERRORS: Mapping[str, tuple[str, str]] = {
-    r"insufficient_quota": ("model_quota", "has no quota left; check the plan and billing of this API key"),
+_BODY_ERRORS: Mapping[str, tuple[str, str, str]] = {
+    r"insufficient_quota": ("model_quota", "has no quota left", "Check the plan and billing of this API key"),
     r"context_length_exceeded|exceed_context_size|maximum context length": (
         "model_context_length",
         "received an input that exceeds its context window",
+        "Send shorter inputs",
     ),
-    r"content_filter|content_policy": ("model_content_filter", "was blocked by its provider's content filter"),
+    r"content_filter|content_policy": (
+        "model_content_filter",
+        "was blocked by its provider's content filter",
+        "Change the inputs or the instructions",
+    ),
 }
 
 
 def status_error(name: str, response: "httpx.Response", key_variable: str | None = None) -> ModelError:
     message, status = provider_message(response), response.status_code
-    error_type, reason = _kind_of(status, response.text)
+    error_type, reason, remedy = _kind_of(status, response.text)
     if status == 401 and key_variable is not None:
         reason += f" in {key_variable}"
-    error = model_error(name, error_type, f"{reason} (HTTP {status})", message)
+    error = model_error(name, error_type, f"{reason} (HTTP {status}). {remedy}", message)
     error.is_lasting = error.is_lasting and (None if status == 403 else True)
     return error
 
@@ -197,15 +204,15 @@ def stream_error(name: str, error: Any) -> ModelError:
     """Return the error that a server has sent as an event, after status 200. Some have a status as their code."""
     error = error.get("error") or error if isinstance(error, Mapping) else error
     code, text = error.get("code") if isinstance(error, Mapping) else None, json.dumps(error)
-    error_type, reason = _kind_of(code if isinstance(code, int) and 400 <= code < 600 else 500, text)
-    return model_error(name, error_type, f"{reason} (reported in its stream)", _without_keys(text[:MAX_LOGGED_CHARS]))
+    error_type, reason, remedy = _kind_of(code if isinstance(code, int) and 400 <= code < 600 else 500, text)
+    detail = _without_keys(text[:MAX_LOGGED_CHARS])
+    return model_error(name, error_type, f"{reason} (reported in its stream). {remedy}", detail)
 
 
-def _kind_of(status: int, text: str) -> tuple[str, str]:
-    """Return the type and the reason of an error with this status and body."""
-    default = ("model_unavailable", "failed") if status >= 500 else ("model_bad_request", "rejected the request")
+def _kind_of(status: int, text: str) -> tuple[str, str, str]:
+    """Return the type and the reason of an error with this status and body, and its remedy."""
     kinds = [kind for pattern, kind in _BODY_ERRORS.items() if re.search(pattern, text)]
-    return kinds[-1] if kinds else _STATUS_ERRORS.get(status, default)
+    return kinds[-1] if kinds else _STATUS_ERRORS.get(status, _FAILED if status >= 500 else _BAD_REQUEST)
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:

@@ -2,6 +2,7 @@
 
 import inspect
 import ipaddress
+import re
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from typing import Any, Literal
@@ -186,7 +187,7 @@ class AppRouter(Router):
         if self._hosts is not None:
             check_host(headers.get("host", ""), self._hosts)
         if is_from_browser and (is_protected or scope.get("method") not in SAFE_METHODS):
-            check_origin(headers, {*self._origins, *_origins_in_middleware(scope)})
+            check_origin(headers, {*self._origins, *_allowed_by_host(scope, headers.get("origin"))})
 
     async def _authorise(self, scope: Scope, route_match: RouteMatch, needs: Needs) -> None:
         connection = HTTPConnection(scope)
@@ -237,16 +238,33 @@ def api_key_auth(keys: KeyRing) -> Auth:
     return auth
 
 
-def _origins_in_middleware(scope: Scope) -> Iterator[str]:
-    """Yield the origins that CORSMiddleware of this app or its host names. A wildcard or "null" names none.
+def _cors_of(*apps: Any) -> Iterator[tuple[Collection[str], str]]:
+    """Yield ``allow_origins`` and ``allow_origin_regex`` of each CORSMiddleware of *apps*."""
+    for app in apps:
+        for middleware in getattr(app, "user_middleware", ()):
+            if isinstance(middleware.cls, type) and issubclass(middleware.cls, CORSMiddleware):
+                given = middleware.kwargs
+                yield next(iter(middleware.args), given.get("allow_origins", ())), given.get("allow_origin_regex") or ""
+
+
+def allows_any_origin(*apps: Any) -> bool:
+    """Whether a CORSMiddleware of *apps* allows the pages of all sites."""
+    return any("*" in origins or _matches_any(pattern) for origins, pattern in _cors_of(*apps))
+
+
+def _matches_any(pattern: str) -> bool:
+    return any(re.fullmatch(pattern, f"{scheme}://a-page-of-anybody.com") for scheme in ("http", "https"))
+
+
+def _allowed_by_host(scope: Scope, origin: str | None) -> Iterator[str]:
+    """Yield the origins that CORSMiddleware of this app or its host allows. "null", or allowing all sites, allows none.
 
     A browser sends no cookies to ``*``, but here its network address alone may give it access.
     """
-    for app in (scope.get("app"), scope.get("flock.host")):
-        for middleware in getattr(app, "user_middleware", ()):
-            if isinstance(middleware.cls, type) and issubclass(middleware.cls, CORSMiddleware):
-                origins = next(iter(middleware.args), middleware.kwargs.get("allow_origins", ()))
-                yield from (origin for origin in origins if origin not in ("*", "null"))
+    for origins, pattern in _cors_of(scope.get("app"), scope.get("flock.host")):
+        yield from (each for each in origins if each not in ("*", "null"))
+        if origin not in (None, "null") and re.fullmatch(pattern, origin) and not _matches_any(pattern):
+            yield origin
 
 
 def principal_of(request: HTTPConnection) -> Principal | None:

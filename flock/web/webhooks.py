@@ -14,7 +14,7 @@ import hmac
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -217,13 +217,16 @@ class StoreSender(WebhookSender):
         self._store, self.webhooks = store, store.webhooks
         self._set = dict[str, str | None]()
 
-    async def run(self, engine_id: str, *, task_status: Any) -> None:
-        """Store the receivers, so that runs may end, and then send until cancelled. Raises StoreError at the start."""
+    async def start(self, engine_id: str) -> Callable[[], Coroutine[Any, Any, None]]:
+        """Store the receivers, so that runs may end, and return the task that sends. Raises StoreError."""
         self._engine_id, self._set, self.receivers = engine_id, {}, {}
-        client = self._new_client() if self.keys else contextlib.nullcontext()
         await self._set_urls()
-        task_status.started()
-        async with client as self._client, anyio.create_task_group() as tasks:
+        self._client = self._new_client() if self.keys else contextlib.nullcontext()
+        return self._run
+
+    async def _run(self) -> None:
+        """Send until cancelled."""
+        async with self._client, anyio.create_task_group() as tasks:
             while True:
                 try:
                     await self._set_urls()  # of agents that were added since
@@ -429,8 +432,8 @@ def sender_of(engine: Engine, flock: "DeclaredFlock", secrets: Sequence[str], on
     of_all = flock, [key for secret in secrets if (key := webhook_key(secret))], on_try
     if isinstance(engine, EmbeddedEngine):
         sender = StoreSender(engine.store, *of_all)
-        if engine.send_webhooks is None or secrets:  # the apps on an engine share it
-            engine.send_webhooks = sender.run
+        if engine.start_webhooks is None or secrets:  # the apps on an engine share it
+            engine.start_webhooks = sender.start
         return sender
     on_cluster = cast("TemporalEngine", engine)
     of_cluster = ClusterSender(on_cluster, *of_all)
