@@ -27,7 +27,6 @@ from flock.errors import BatchNotFound, EngineFull, InvalidData, KeyReused, Repl
 from flock.runs import (
     Batch,
     BatchFilter,
-    BatchOptions,
     IdempotencyKey,
     Page,
     Principal,
@@ -44,6 +43,7 @@ from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
     ID,
+    UNKNOWN,
     Attempt,
     BatchOrder,
     ChunkOrder,
@@ -73,6 +73,8 @@ CHUNK_BYTES = 500_000
 #: How many chunks are sent or read at the same time, and the timeout for one, in seconds.
 SENT_AT_ONCE = 8
 READ_AT_ONCE = 5
+#: The workflow of a batch chooses that many rows within a fraction of the two seconds that the cluster's SDK gives it.
+MAX_SAMPLE = 100_000
 SEND_TIMEOUT_S = 10.0
 #: The start delay of the workflows that store rows. After that, rows are kept for the retention of the namespace.
 KEEP_ROWS_FOR = timedelta(days=30)
@@ -126,9 +128,11 @@ class TemporalBatches(EngineBase):
     async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
         """Cancellation: workers delete the rows that were sent."""
         batch = intake.batch
-        for name in ("max_failures", "dedupe", "reuse", "limit", "sample"):
-            if getattr(batch.options, name) != getattr(BatchOptions(), name):
+        for name in ("dedupe", "reuse"):
+            if getattr(batch.options, name):
                 raise InvalidData.of(f"A cluster has no {name}. Omit it.", f"/{name}")
+        if (batch.options.sample or 0) > MAX_SAMPLE:
+            raise InvalidData.of(f"A cluster takes a sample of at most {MAX_SAMPLE:,} rows.", "/sample")
         versions = {name: version_of(agent) for name, agent in self._agents.items()}
         rows = _RowSender(self.cluster, batch.batch_id, versions)
 
@@ -160,6 +164,7 @@ class TemporalBatches(EngineBase):
             order = BatchOrder(
                 batch=whole,
                 starts=tuple(rows.starts),
+                attempts=(Attempt(is_partial=bool(batch.options.limit or batch.options.sample)),),
                 timeout_s=min(batch.options.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s),
                 heartbeat_timeout_s=self._heartbeat_timeout_s,
                 failed_in=f"{rows.failed_in:x}",
@@ -206,9 +211,8 @@ class TemporalBatches(EngineBase):
             # If the process that claimed the key died before it started the batch, this one starts it.
             made_id = await self._reservations.claim(key, batch.batch_id)
             if made_id != batch.batch_id:
-                order = replace(
-                    order, batch=replace(batch, batch_id=made_id), attempts=(Attempt(rows_of=batch.batch_id),)
-                )
+                attempt = replace(order.attempts[0], rows_of=batch.batch_id)
+                order = replace(order, batch=replace(batch, batch_id=made_id), attempts=(attempt,))
         rows.may_be_in_use = key is not None  # if the answer is lost, the batch may have started
         try:
             await self._start_batch(order)
@@ -345,7 +349,11 @@ class TemporalBatches(EngineBase):
         """Read a chunk of a batch, with its current *order*. Raises BatchNotFound, also if its retention is over."""
         batch_id = order.batch.batch_id
         async with self.cluster.rpc_scope(SEND_TIMEOUT_S, missing=BatchNotFound(batch_id)):
-            return await read_chunk(self.cluster, batch_id, chunk, order.attempts)
+            found = await read_chunk(self.cluster, batch_id, chunk, order.attempts)
+        for reading in found.readings.values():
+            if reading.version in order.batch.versions:
+                reading.change(version_number=order.batch.versions.index(reading.version) + 1)
+        return found
 
     async def _running_chunk(self, workflow_id: str) -> Chunk:
         """Read a chunk, and of its batch only what its workflow knows. Raises BatchNotFound."""
@@ -417,6 +425,8 @@ class TemporalBatches(EngineBase):
         await self._read(order, 0)  # the retention of the first chunk ends first
         await self._check_room_for_items(failed + cancelled)
         position, name = None if item is None else item.position, None if by is None else by.name
+        kept = batch.completed_items - batch.cancelled_items - batch.invalid_items - failed
+        options = replace(batch.options, limit=None, sample=None)
         about = Attempt(only=statuses, position=position, keeps_calls=calls == "keep", retried_by=name)
         again = replace(
             order,
@@ -429,7 +439,8 @@ class TemporalBatches(EngineBase):
                 cancelled_items=batch.cancelled_items - cancelled,
                 error=None,
                 error_type=None,
-                options=batch.options if max_cost is None else replace(batch.options, max_cost=max_cost),
+                options=options if max_cost is None else replace(options, max_cost=max_cost),
+                versions=(batch.versions or (UNKNOWN,)) if kept else (),
                 completed_at=None,
                 resumed_at=None,
                 resumed_with=0,
@@ -438,6 +449,7 @@ class TemporalBatches(EngineBase):
             attempts=(*order.attempts, about),
             messages=(),
             is_day_spent=False,
+            failed=0,
             has_receiver=self.has_receiver(batch.agent_name),
         )
         try:
