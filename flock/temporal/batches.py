@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from temporalio.api.common.v1 import Memo
 from temporalio.api.enums.v1 import WorkflowExecutionStatus
 from temporalio.api.workflow.v1 import WorkflowExecutionInfo
+from temporalio.client import WorkflowExecutionDescription
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.agents.versions import version_of
@@ -42,7 +43,9 @@ from flock.temporal.batchflows import FlockRows
 from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
+    FLOCK,
     ID,
+    PRINCIPAL,
     UNKNOWN,
     Attempt,
     BatchOrder,
@@ -54,6 +57,7 @@ from flock.temporal.messages import (
     chunk_workflow_id,
     decoded,
     item_id,
+    keyword_of,
     latest,
     new_batch_id,
     parse_item_id,
@@ -249,13 +253,25 @@ class TemporalBatches(EngineBase):
         self._check_entered()
         return (await self._find_batch(batch_id)).batch
 
-    async def _find_batch(self, batch_id: str) -> _AttemptState:
-        """Return the state of the last attempt of a batch. Raises BatchNotFound."""
+    async def _own(self, workflow_id: str, principal: str | None) -> WorkflowExecutionDescription | None:
+        """Return the state of a workflow; None if it does not exist, or is of another flock or principal."""
+        described = await self.cluster.describe(workflow_id)
+        named = {FLOCK: self._flock, PRINCIPAL: principal}
+        is_own = described is not None and all(
+            described.typed_search_attributes.get(key) == keyword_of(name)
+            for key, name in named.items()
+            if name is not None
+        )
+        return described if is_own else None
+
+    async def _find_batch(self, batch_id: str, principal: str | None = None) -> _AttemptState:
+        """Return the state of the last attempt of a batch of *principal*; None means of any. Raises BatchNotFound."""
         if ID.fullmatch(batch_id) is None or parse_item_id(batch_id)[1] >= 0:
             raise BatchNotFound(batch_id)
-        state = await self._batch_attempt(batch_id, 1) or await self._batch_attempt(
-            batch_id, await self.cluster.last_attempt(BATCH_WORKFLOW, batch_workflow_id(batch_id, 1))
-        )
+        state = await self._batch_attempt(batch_id, 1, principal)
+        if state is None:
+            last = await self.cluster.last_attempt(BATCH_WORKFLOW, batch_workflow_id(batch_id, 1))
+            state = await self._batch_attempt(batch_id, last, principal)
         if state is None or state.batch.flock != self._flock:
             raise BatchNotFound(batch_id)
         while state.batch.status.is_final:
@@ -267,8 +283,8 @@ class TemporalBatches(EngineBase):
             raise BatchNotFound(batch_id)
         return state
 
-    async def _batch_attempt(self, batch_id: str, attempt: int) -> _AttemptState | None:
-        described = await self.cluster.describe(batch_workflow_id(batch_id, attempt))
+    async def _batch_attempt(self, batch_id: str, attempt: int, principal: str | None = None) -> _AttemptState | None:
+        described = await self._own(batch_workflow_id(batch_id, attempt), principal)
         if described is None:
             return None
         info = described.raw_info
@@ -386,7 +402,7 @@ class TemporalBatches(EngineBase):
             async with self.cluster.rpc_scope(missing_ok=True):
                 await self.cluster.handle(workflow_id_of(batch)).cancel()
             batch = await self.get_batch(batch_id)
-        check_cancel(batch)
+        check_cancel(f"batch {batch_id}", batch.status)
         return replace(batch, cancel_requested=True)
 
     async def retry_batch(
