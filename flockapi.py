@@ -577,8 +577,8 @@ async def run_events(request: Request) -> Response:
     """GET /run/{run_id}/events"""
     engine, run_id = await engine_of(request), request.path_params["run_id"]
     query = query_of(request, wire.RunEventsQuery)
-    run, after = await engine.get_outline(run_id), last_event_of(request, query.after)
-    if run.status.is_final and end_id(run.attempt) <= after:
+    (status, attempt), after = await engine.get_state(run_id), last_event_of(request, query.after)
+    if status.is_final and end_id(attempt) <= after:
         return Response(status_code=204)  # otherwise a browser would reconnect forever
     return event_stream(request, engine, engine.events(run_id, after, reasoning=query.reasoning))
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from flock.core import Flock
+from flock.core import Flock, FlockFactory
+from flock.errors import AgentError
 from flock.runs import BatchOptions, Run, RunContext, RunStatus, Webhook, now
 from flock.temporal import TemporalEngine
 from flock.temporal.messages import batch_workflow_id, chunk_workflow_id, run_workflow_id, session_workflow_id
+from flock.testing import Failure, FakeModel, Reply
 from tests.support.cluster import engine_with_worker, temporal_server
 from tests.support.engines import ended, until, until_run
 from tests.support.flocks import Work, numbers
@@ -51,6 +53,33 @@ async def record_batches(engine: TemporalEngine, work: Work) -> None:
     batch = await ended(engine, batch)
     await record(engine, "batch-cancelled", batch_workflow_id(batch.batch_id, 1))
     await record(engine, "chunk-cancelled-20", chunk_workflow_id(batch.batch_id, 0, 1))
+
+
+async def record_early_ends(engine: TemporalEngine) -> None:
+    """The key is refused from the third row on. Then the second row fails, of the 30 that may start."""
+    texts = [{"text": f"{n}"} for n in range(45)]
+    batch = await ended(engine, await engine.submit_batch("ask", texts, BatchOptions(parallel=False)))
+    await record(engine, "batch-failed-since-its-key-was-refused", batch_workflow_id(batch.batch_id, 1))
+    await record(engine, "chunk-completed-2-cancelled-18-with-a-refused-key", chunk_workflow_id(batch.batch_id, 0, 1))
+    options = BatchOptions(parallel=False, max_failures=0, limit=30)
+    batch = await ended(engine, await engine.submit_batch("odd", numbers(45), options))
+    await record(engine, "batch-failed-with-max-failures", batch_workflow_id(batch.batch_id, 1))
+    await record(
+        engine, "chunk-completed-1-failed-1-cancelled-18-with-max-failures", chunk_workflow_id(batch.batch_id, 0, 1)
+    )
+
+
+def refused_flock() -> tuple[Flock, FakeModel]:
+    flock = Flock("recorded", model="ollama/some")
+    flock.add_agent(FlockFactory.create_default_agent("ask", input="text", output="answer"))
+
+    @flock.agent
+    async def odd(n: int) -> int:
+        if n:
+            raise AgentError("odd")
+        return n
+
+    return flock, FakeModel([*[Reply({"answer": "yes"})] * 2, Failure(401)])
 
 
 async def record_sessions(engine: TemporalEngine, work: Work) -> None:
@@ -214,6 +243,9 @@ async def main() -> None:
             work = Work("recorded")
             async with engine_with_worker(f"127.0.0.1:{port}", work.flock) as engine, engine:
                 await record_all(engine, work)
+        flock, model = refused_flock()
+        async with engine_with_worker(f"127.0.0.1:{port}", flock, model.transport) as engine, engine:
+            await record_early_ends(engine)
         async with engine_with_worker(f"127.0.0.1:{port}", asking_flock()) as engine, engine:
             await record_questions(engine)
         async with engine_with_worker(f"127.0.0.1:{port}", asking_flock()) as engine, engine:

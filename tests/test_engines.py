@@ -1009,6 +1009,7 @@ CALLS: dict[str, Callable[[Engine], Any]] = {
     "submit_batch": lambda engine: engine.submit_batch("add", [{"a": 1}], BatchOptions()),
     "get_run": lambda engine: engine.get_run(new_id()),
     "get_outline": lambda engine: engine.get_outline(new_id()),
+    "get_state": lambda engine: engine.get_state(new_id()),
     "get_calls": lambda engine: engine.get_calls(some_run()),
     "wait": lambda engine: engine.wait(new_id(), 0),
     "cancel_run": lambda engine: engine.cancel_run(new_id()),

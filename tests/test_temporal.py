@@ -54,6 +54,7 @@ from flock.runs import (
     new_id,
     now,
 )
+from flock.runs.events import end_id
 from flock.store.statements import REOPENED
 from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads, suspects
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
@@ -84,6 +85,7 @@ from tests.support import PATIENCE_S, ROOT, slowness_meanwhile
 from tests.support.cluster import HEARTBEAT_PATIENCE_S, temporal_server
 from tests.support.engines import ended, until
 from tests.support.flocks import CALLING_TOOLS, Gate, Work, numbers, sample_flock
+from tests.support.http import client_of
 from tests.support.servers import Server, flockapi_command, free_port, running
 
 pytestmark = pytest.mark.anyio
@@ -857,6 +859,64 @@ async def test_a_refused_request_is_refused_again_under_its_key_while_the_queue_
                     await engine.submit("add", {"a": 2}, key=IdempotencyKey("refused", b"another body"))
                     break
                 await anyio.sleep(0.05)
+
+
+async def test_small_requests_read_no_results_and_nothing_of_others(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One about a run or an item of another principal takes as many requests of the cluster as about an unknown run."""
+    flock, made, keys = Flock(new_id()), list[str](), {"ann": "a" * 32, "bob": "b" * 32}
+
+    @flock.agent
+    async def work(n: int) -> int:
+        if n < 0:
+            raise AgentError("below 0")
+        return n
+
+    for name in ("describe", "last_attempt", "history_of", "input_of"):
+        call = getattr(Cluster, name)
+
+        def counted(*args: Any, call: Any = call, **options: Any) -> Any:
+            made.append(call.__name__)
+            return call(*args, **options)
+
+        monkeypatch.setattr(Cluster, name, counted)
+    async with worker_of(flock, temporal_address):
+        engine = TemporalEngine(flock.agents, temporal_address, flock=flock.name)
+        app = create_app(flock, engine=engine, api_keys=keys)
+        async with app.lifespan(), client_of(app) as client:
+
+            async def made_by(name: str, method: str, path: str, status: int) -> list[str]:
+                made.clear()
+                headers = {"X-API-Key": keys[name], "Last-Event-ID": str(end_id(1))}
+                assert (await client.request(method, path, headers=headers)).status_code == status, (method, path)
+                return [each for each in made if each != "describe" or name == "bob"]
+
+            completed = await engine.submit("work", {"n": 1}, principal="ann")
+            failed = await engine.submit("work", {"n": -1}, principal="ann")
+            for run in (completed, failed):
+                await engine.wait(run.run_id)
+            batch = await engine.submit_batch("work", numbers(2), BatchOptions(), principal="ann")
+            item = (await engine.get_items((await ended(engine, batch)).batch_id))[1]
+            for request in ("HEAD", "GET", "POST /cancel", "POST /retry", "GET /events", "DELETE"):
+                method, _, suffix = request.partition(" ")
+                unknown = await made_by("bob", method, f"/run/{new_id()}{suffix}", 404)
+                assert not {"history_of", "input_of"} & set(unknown)
+                for run in (completed, failed, item):
+                    assert await made_by("bob", method, f"/run/{run.run_id}{suffix}", 404) == unknown, (method, suffix)
+            for run, method, suffix, status in (
+                (completed, "POST", "/cancel", 409),
+                (completed, "POST", "/retry", 409),
+                (failed, "POST", "/cancel", 409),
+                (failed, "GET", "/events", 204),
+                (completed, "GET", "/events", 204),
+            ):
+                assert await made_by("ann", method, f"/run/{run.run_id}{suffix}", status) == []
+            deleted = await made_by("ann", "DELETE", f"/run/{completed.run_id}", 204)
+            assert deleted == ["input_of"], "the names of its files are with its inputs"
+            await made_by("ann", "POST", f"/run/{failed.run_id}/retry", 202)
+            assert (await engine.wait(failed.run_id)).attempt == 2
+            assert await engine.get_state(failed.run_id, "ann") == (RunStatus.FAILED, 2)
 
 
 async def test_concurrent_submissions_do_not_exceed_the_limit(temporal_address: str) -> None:

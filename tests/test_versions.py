@@ -23,7 +23,7 @@ from flock.store.migrations import MIGRATIONS
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.engines import all_items, ended
+from tests.support.engines import OpenEngine, all_items, ended
 from tests.support.http import client_of
 
 pytestmark = pytest.mark.anyio
@@ -80,6 +80,22 @@ async def test_each_result_of_a_mixed_batch_has_its_version(tmp_path: Path, capl
     assert warned == [
         f"batch {batch.batch_id} is mixed: Its results are of 2 versions of the agent 'work'; see the column 'version'."
     ]
+
+
+async def test_each_result_has_the_version_that_has_made_it(open_again: OpenEngine) -> None:
+    """The versions are the same on each engine. A row that is executed again is of the new one."""
+    flocks, rows = [first_flock(), changed_flock("2")], [{"n": n} for n in range(5)]
+    one, two = (flock.engine().recipe_and_version("work")[1] for flock in flocks)
+    async with open_again(flocks[0]) as engine:
+        batch = await ended(engine, await engine.submit_batch("work", rows, BatchOptions(limit=4)))
+        assert (batch.versions, batch.is_mixed) == ((one,), False)
+    async with open_again(flocks[1]) as engine:
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id, ["cancelled"]))
+        assert (batch.versions, batch.is_mixed) == ((one, two), True)
+        assert [batch.version_of(item) for item in await all_items(engine, batch)] == [one, one, one, one, two]
+        batch = await ended(engine, await engine.retry_batch(batch.batch_id))
+        assert [batch.version_of(item) for item in await all_items(engine, batch)] == [one, one, two, one, two]
+        assert (await engine.get_batch(batch.batch_id)).versions == (one, two)
 
 
 async def two_versions(sql: str) -> tuple[Batch, list[str | None]]:

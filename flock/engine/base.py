@@ -219,6 +219,10 @@ class EngineBase(Engine):
     async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
         return await self.get_run(run_id, principal)  # by default, the whole run is read
 
+    async def get_state(self, run_id: str, principal: str | None = None) -> tuple[RunStatus, int]:
+        run = await self.get_outline(run_id, principal)
+        return run.status, run.attempt
+
     async def shown_result(self, run: Run, position: int | None = None) -> msgspec.Raw | LongJSON | None:
         return run.result if position is None else run.steps[position].result
 

@@ -7,7 +7,6 @@ the only state: an engine that resumes an interrupted batch reads from them whic
 import contextlib
 import logging
 import math
-import random
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextvars import copy_context
@@ -17,7 +16,7 @@ from typing import Any
 import anyio
 from msgspec.structs import replace
 
-from flock.agents.agent import Agent, ModelAgent
+from flock.agents.agent import Agent
 from flock.engine.intake import ITEMS_PER_PAGE, Intake
 from flock.engine.jobs import Jobs
 from flock.engine.runner import Runner
@@ -27,6 +26,7 @@ from flock.models.prices import Budget, DayBudget
 from flock.runs import Batch, IdempotencyKey, Run, RunStatus, now
 from flock.runs.text import of_request
 from flock.scopes import start_in_empty_context
+from flock.steps.failures import alike_of, failures_of, lasting_of, sample_of
 from flock.steps.outcomes import COST_LIMIT, DAY_LIMIT, NOT_CHOSEN, TOO_MANY_FAILURES, Outcome
 from flock.steps.refusals import not_accepting
 from flock.store.port import RETRY_AFTER_S, BatchStore
@@ -211,27 +211,21 @@ class Failures:
     def __init__(self, batch: Batch, agent: Agent | None) -> None:
         self.reason: Outcome | None = None
         self.alike: list[str] = []
-        # All items of a model agent ask the same models, so one such error of theirs is enough.
-        self._is_enough = isinstance(agent, ModelAgent)
-        self._max_alike = max(3, batch.options.max_workers if batch.options.parallel else 1)
-        limit = batch.options.max_failures
-        self._left = math.inf if limit is None else limit * batch.total_items if limit < 1 else limit
+        self._agent, self._max_alike, self._left = agent, alike_of(batch.options), failures_of(batch)
         if batch.attempt == 1:
             self._left -= batch.failed_items - batch.invalid_items
 
     def note(self, item: Run, outcome: Outcome | None, exc: BaseException | None) -> Outcome | None:
         """Count the outcome of an item, None if it has completed, and return what to store."""
-        while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
-            exc = exc.exceptions[0]
-        if outcome is None or not isinstance(exc, ModelError):
+        lasting = lasting_of(item, self._agent, exc)
+        if outcome is None or outcome.error_type not in ModelError.ERROR_TYPES:
             self.alike.clear()
         if outcome is None or outcome.status is not RunStatus.FAILED:
             return outcome
-        if isinstance(exc, ModelError) and exc.is_lasting is not False:
+        if lasting is not False:
             if self.reason is None:
                 self.alike.append(item.run_id)
-                is_of_all = self._is_enough and not item.steps and exc.is_lasting
-                if is_of_all or len(self.alike) >= self._max_alike:
+                if lasting or len(self.alike) >= self._max_alike:
                     self.reason = replace(outcome, status=RunStatus.CANCELLED)
             if self.reason is not None:
                 return replace(outcome, status=RunStatus.CANCELLED)
@@ -274,12 +268,9 @@ class _Work:
         #: the items that may start: those before a position, and those of a random sample
         options, total = batch.options, batch.total_items
         self._end = total if options.limit is None else options.limit
-        self._sample: set[int] | None = None
+        self._sample = sample_of(batch)
         #: the digests of the items of the sample that have been taken
         self._digests = set[str | None]()
-        if options.sample is not None:
-            rows = range(min(total, self._end))
-            self._sample = set(random.Random(options.seed).sample(rows, min(len(rows), options.sample)))
 
     async def run(self, workers: int) -> None:
         """Use up to *workers* workers, until no item is pending, running or waiting for an answer."""

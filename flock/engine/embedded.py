@@ -427,7 +427,7 @@ class EmbeddedEngine(EngineBase):
                         self._runner.cancelled_before[run_id] = run.attempt
                     await self._recovery.take_over_cancelled(run_id, owned.owner)
                     return await self.get_outline(run_id)
-            check_cancel(run)
+            check_cancel(f"run {run_id}", run.status)
             return run
         active.cancel()
         if active.run.is_async:
@@ -514,7 +514,8 @@ class EmbeddedEngine(EngineBase):
                 reopened = await self.get_outline(run_id)
         if reopened is None:
             batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
-            raise run_not_retried(await self.get_outline(run_id), batch)
+            run = await self.get_outline(run_id)
+            raise run_not_retried(run_id, run.status, batch)
         return reopened
 
     def _retry(self, max_cost: float | None, calls: RetriedCalls, by: Principal | None) -> Retry:
@@ -761,7 +762,7 @@ class EmbeddedEngine(EngineBase):
                 await self._recovery.take_over_cancelled(batch_id, batch.owner)
                 await anyio.sleep(SEEN_BY_ALL_S)  # after that its owner starts no more items
         batch = await self.get_batch(batch_id)
-        check_cancel(batch)
+        check_cancel(f"batch {batch_id}", batch.status)
         return batch
 
     async def retry_batch(

@@ -301,6 +301,12 @@ class Engine(Protocol):
     async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
         """Like ``get_run``, but it may be a stub: its inputs and results are not read; see ``Run.is_stub``."""
 
+    async def get_state(self, run_id: str, principal: str | None = None) -> tuple[RunStatus, int]:
+        """Return the status and the attempt of a run of *principal*, for which no result is read. Raises RunNotFound.
+
+        A run that has not started may be reported as running.
+        """
+
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         """Return the calls of *run* that have ended, by the position of their step, oldest first.
 

@@ -615,7 +615,7 @@ class Batch(_Record, frozen=True, kw_only=True):
         invalid_items: how many items have invalid inputs. They never run.
         recipe: a digest of what makes the results of its items; None if equal inputs may have other results.
         skipped_rows: how many rows of its table had no value, if any.
-        versions: the versions of its agent that have executed its items, in order; none on a cluster.
+        versions: the versions of its agent that have executed its items, in order; on a cluster those of results.
     """
 
     batch_id: str

@@ -26,10 +26,10 @@ def too_many_items(open_items: int, more: int, max_open_items: int) -> EngineFul
     )
 
 
-def check_cancel(record: Run | Batch) -> None:
-    """Raise Conflict if *record* has ended and was not cancelled."""
-    if record.status.is_final and record.status is not RunStatus.CANCELLED:
-        raise Conflict(f"The {_name_of(record)} is {record.status} and can no longer be cancelled.")
+def check_cancel(name: str, status: RunStatus) -> None:
+    """Raise Conflict if the run or batch called *name* has ended and was not cancelled."""
+    if status.is_final and status is not RunStatus.CANCELLED:
+        raise Conflict(f"The {name} is {status} and can no longer be cancelled.")
 
 
 def not_deleted(record: Run | Batch) -> Conflict:
@@ -46,12 +46,12 @@ def already_retried(record: Run | Batch) -> Conflict:
     return Conflict(f"The {_name_of(record)} is already being retried. Wait until it ends.")
 
 
-def run_not_retried(run: Run, batch: Batch | None) -> Conflict:
-    """Return why *run*, perhaps an item of *batch*, cannot be retried."""
+def run_not_retried(run_id: str, status: RunStatus, batch: Batch | None) -> Conflict:
+    """Return why a run, perhaps an item of *batch*, cannot be retried."""
     if batch is None:
-        return Conflict(f"The {_name_of(run)} is {run.status}. Only failed and cancelled runs can be retried.")
+        return Conflict(f"The run {run_id} is {status}. Only failed and cancelled runs can be retried.")
     return Conflict(
-        f"The {_name_of(run)} is {run.status}, and its batch is {batch.status}. Only failed and cancelled items of a "
+        f"The run {run_id} is {status}, and its batch is {batch.status}. Only failed and cancelled items of a "
         "batch that has ended can be retried, and only if their inputs are valid."
     )
 

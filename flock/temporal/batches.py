@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from temporalio.api.common.v1 import Memo
 from temporalio.api.enums.v1 import WorkflowExecutionStatus
 from temporalio.api.workflow.v1 import WorkflowExecutionInfo
+from temporalio.client import WorkflowExecutionDescription
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from flock.agents.versions import version_of
@@ -27,7 +28,6 @@ from flock.errors import BatchNotFound, EngineFull, InvalidData, KeyReused, Repl
 from flock.runs import (
     Batch,
     BatchFilter,
-    BatchOptions,
     IdempotencyKey,
     Page,
     Principal,
@@ -43,7 +43,10 @@ from flock.temporal.batchflows import FlockRows
 from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
     BATCH_WORKFLOW,
+    FLOCK,
     ID,
+    PRINCIPAL,
+    UNKNOWN,
     Attempt,
     BatchOrder,
     ChunkOrder,
@@ -54,6 +57,7 @@ from flock.temporal.messages import (
     chunk_workflow_id,
     decoded,
     item_id,
+    keyword_of,
     latest,
     new_batch_id,
     parse_item_id,
@@ -73,6 +77,8 @@ CHUNK_BYTES = 500_000
 #: How many chunks are sent or read at the same time, and the timeout for one, in seconds.
 SENT_AT_ONCE = 8
 READ_AT_ONCE = 5
+#: The workflow of a batch chooses that many rows within a fraction of the two seconds that the cluster's SDK gives it.
+MAX_SAMPLE = 100_000
 SEND_TIMEOUT_S = 10.0
 #: The start delay of the workflows that store rows. After that, rows are kept for the retention of the namespace.
 KEEP_ROWS_FOR = timedelta(days=30)
@@ -126,9 +132,11 @@ class TemporalBatches(EngineBase):
     async def _accept_batch(self, intake: Intake, key: IdempotencyKey | None) -> Batch:
         """Cancellation: workers delete the rows that were sent."""
         batch = intake.batch
-        for name in ("max_failures", "dedupe", "reuse", "limit", "sample"):
-            if getattr(batch.options, name) != getattr(BatchOptions(), name):
+        for name in ("dedupe", "reuse"):
+            if getattr(batch.options, name):
                 raise InvalidData.of(f"A cluster has no {name}. Omit it.", f"/{name}")
+        if (batch.options.sample or 0) > MAX_SAMPLE:
+            raise InvalidData.of(f"A cluster takes a sample of at most {MAX_SAMPLE:,} rows.", "/sample")
         versions = {name: version_of(agent) for name, agent in self._agents.items()}
         rows = _RowSender(self.cluster, batch.batch_id, versions)
 
@@ -160,6 +168,7 @@ class TemporalBatches(EngineBase):
             order = BatchOrder(
                 batch=whole,
                 starts=tuple(rows.starts),
+                attempts=(Attempt(is_partial=bool(batch.options.limit or batch.options.sample)),),
                 timeout_s=min(batch.options.timeout_s or self._limits.max_timeout_s, self._limits.max_timeout_s),
                 heartbeat_timeout_s=self._heartbeat_timeout_s,
                 failed_in=f"{rows.failed_in:x}",
@@ -206,9 +215,8 @@ class TemporalBatches(EngineBase):
             # If the process that claimed the key died before it started the batch, this one starts it.
             made_id = await self._reservations.claim(key, batch.batch_id)
             if made_id != batch.batch_id:
-                order = replace(
-                    order, batch=replace(batch, batch_id=made_id), attempts=(Attempt(rows_of=batch.batch_id),)
-                )
+                attempt = replace(order.attempts[0], rows_of=batch.batch_id)
+                order = replace(order, batch=replace(batch, batch_id=made_id), attempts=(attempt,))
         rows.may_be_in_use = key is not None  # if the answer is lost, the batch may have started
         try:
             await self._start_batch(order)
@@ -245,13 +253,25 @@ class TemporalBatches(EngineBase):
         self._check_entered()
         return (await self._find_batch(batch_id)).batch
 
-    async def _find_batch(self, batch_id: str) -> _AttemptState:
-        """Return the state of the last attempt of a batch. Raises BatchNotFound."""
+    async def _own(self, workflow_id: str, principal: str | None) -> WorkflowExecutionDescription | None:
+        """Return the state of a workflow; None if it does not exist, or is of another flock or principal."""
+        described = await self.cluster.describe(workflow_id)
+        named = {FLOCK: self._flock, PRINCIPAL: principal}
+        is_own = described is not None and all(
+            described.typed_search_attributes.get(key) == keyword_of(name)
+            for key, name in named.items()
+            if name is not None
+        )
+        return described if is_own else None
+
+    async def _find_batch(self, batch_id: str, principal: str | None = None) -> _AttemptState:
+        """Return the state of the last attempt of a batch of *principal*; None means of any. Raises BatchNotFound."""
         if ID.fullmatch(batch_id) is None or parse_item_id(batch_id)[1] >= 0:
             raise BatchNotFound(batch_id)
-        state = await self._batch_attempt(batch_id, 1) or await self._batch_attempt(
-            batch_id, await self.cluster.last_attempt(BATCH_WORKFLOW, batch_workflow_id(batch_id, 1))
-        )
+        state = await self._batch_attempt(batch_id, 1, principal)
+        if state is None:
+            last = await self.cluster.last_attempt(BATCH_WORKFLOW, batch_workflow_id(batch_id, 1))
+            state = await self._batch_attempt(batch_id, last, principal)
         if state is None or state.batch.flock != self._flock:
             raise BatchNotFound(batch_id)
         while state.batch.status.is_final:
@@ -263,8 +283,8 @@ class TemporalBatches(EngineBase):
             raise BatchNotFound(batch_id)
         return state
 
-    async def _batch_attempt(self, batch_id: str, attempt: int) -> _AttemptState | None:
-        described = await self.cluster.describe(batch_workflow_id(batch_id, attempt))
+    async def _batch_attempt(self, batch_id: str, attempt: int, principal: str | None = None) -> _AttemptState | None:
+        described = await self._own(batch_workflow_id(batch_id, attempt), principal)
         if described is None:
             return None
         info = described.raw_info
@@ -345,7 +365,11 @@ class TemporalBatches(EngineBase):
         """Read a chunk of a batch, with its current *order*. Raises BatchNotFound, also if its retention is over."""
         batch_id = order.batch.batch_id
         async with self.cluster.rpc_scope(SEND_TIMEOUT_S, missing=BatchNotFound(batch_id)):
-            return await read_chunk(self.cluster, batch_id, chunk, order.attempts)
+            found = await read_chunk(self.cluster, batch_id, chunk, order.attempts)
+        for reading in found.readings.values():
+            if reading.version in order.batch.versions:
+                reading.change(version_number=order.batch.versions.index(reading.version) + 1)
+        return found
 
     async def _running_chunk(self, workflow_id: str) -> Chunk:
         """Read a chunk, and of its batch only what its workflow knows. Raises BatchNotFound."""
@@ -378,7 +402,7 @@ class TemporalBatches(EngineBase):
             async with self.cluster.rpc_scope(missing_ok=True):
                 await self.cluster.handle(workflow_id_of(batch)).cancel()
             batch = await self.get_batch(batch_id)
-        check_cancel(batch)
+        check_cancel(f"batch {batch_id}", batch.status)
         return replace(batch, cancel_requested=True)
 
     async def retry_batch(
@@ -417,6 +441,8 @@ class TemporalBatches(EngineBase):
         await self._read(order, 0)  # the retention of the first chunk ends first
         await self._check_room_for_items(failed + cancelled)
         position, name = None if item is None else item.position, None if by is None else by.name
+        kept = batch.completed_items - batch.cancelled_items - batch.invalid_items - failed
+        options = replace(batch.options, limit=None, sample=None)
         about = Attempt(only=statuses, position=position, keeps_calls=calls == "keep", retried_by=name)
         again = replace(
             order,
@@ -429,7 +455,8 @@ class TemporalBatches(EngineBase):
                 cancelled_items=batch.cancelled_items - cancelled,
                 error=None,
                 error_type=None,
-                options=batch.options if max_cost is None else replace(batch.options, max_cost=max_cost),
+                options=options if max_cost is None else replace(options, max_cost=max_cost),
+                versions=(batch.versions or (UNKNOWN,)) if kept else (),
                 completed_at=None,
                 resumed_at=None,
                 resumed_with=0,
@@ -438,6 +465,7 @@ class TemporalBatches(EngineBase):
             attempts=(*order.attempts, about),
             messages=(),
             is_day_spent=False,
+            failed=0,
             has_receiver=self.has_receiver(batch.agent_name),
         )
         try:

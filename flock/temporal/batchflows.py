@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,9 +20,19 @@ from temporalio import workflow
 from temporalio.common import RetryPolicy
 from temporalio.exceptions import ActivityError, ChildWorkflowError, FailureError, RetryState
 
+from flock.errors import ModelError
 from flock.runs import DOLLAR, RunStatus, Usage, added, is_spent
 from flock.steps.answers import is_expired
-from flock.steps.outcomes import CANCELLED_BEFORE_START, end_of_batch, expiry_of
+from flock.steps.failures import alike_of, failures_of, sample_of
+from flock.steps.outcomes import (
+    CANCELLED_BEFORE_START,
+    COST_LIMIT,
+    NOT_CHOSEN,
+    TOO_MANY_FAILURES,
+    Outcome,
+    end_of_batch,
+    expiry_of,
+)
 from flock.temporal.calls import Calls
 from flock.temporal.messages import (
     ASKING,
@@ -35,11 +45,13 @@ from flock.temporal.messages import (
     STATUS,
     TASK_TIMEOUT,
     BatchOrder,
+    ChunkFailures,
     ChunkIdle,
     ChunkOrder,
     Counts,
     DeleteOrder,
     Inbox,
+    ItemOutcome,
     ItemsDone,
     ItemsOrder,
     Part,
@@ -108,6 +120,18 @@ class FlockBatch(_Interruptible):
         self._started: dict[int, workflow.ChildWorkflowHandle[Any, Counts]] = {}
         #: what the items of running chunks have spent, as far as ``max_cost`` needs it
         self._spent_in: dict[int, Usage] = {}
+        #: the items that may start, if ``limit`` or ``sample`` choose some, and their chunks
+        limit = self._batch.options.limit
+        self._chosen: Collection[int] | None = sample_of(self._batch)
+        self._chunks_chosen: Sequence[int] = sorted(set(map(order.chunk_of, self._chosen or ())))
+        if self._chosen is None and limit is not None:
+            last = min(limit, self._batch.total_items) - 1
+            self._chosen, self._chunks_chosen = range(last + 1), range(order.chunk_of(last) + 1)
+        #: by running chunk, and the items that failed in a row as all may, by chunk; see ``ChunkFailures``
+        self._failed: dict[int, int] = {}
+        self._alike: dict[int, tuple[int, ...]] = {}
+        #: why it ends early
+        self._reason: Outcome | None = None
         self._is_stopping = False
         self._signals: set[asyncio.Task[None]] = set()
         #: messages to items whose chunk has not started
@@ -151,6 +175,38 @@ class FlockBatch(_Interruptible):
         if chunk in self._chunks:
             self._spent_in[chunk] = usage
 
+    @workflow.signal
+    def chunk_failures(self, report: ChunkFailures) -> None:
+        """Note failures in a running chunk, and decide whether they end the batch.
+
+        Items that are alike are in a row if the last one of each chunk with lanes was.
+        """
+        if self._reason == TOO_MANY_FAILURES:
+            return
+        if report.alike:
+            self._alike[report.chunk] = report.alike
+        elif self._reason is None:
+            self._alike.clear()
+        self._failed[report.chunk] = report.failed
+        if report.error is not None and not self._starts_no_more:
+            are_alike = sum(map(len, self._alike.values())) >= alike_of(self._batch.options)
+            if report.lasting or (are_alike and all(k in self._alike for k, lanes in self._lanes.items() if lanes)):
+                self._reason = report.error
+        self._check_max_failures()
+
+    def _check_max_failures(self) -> None:
+        if not self._starts_no_more and self._failed_so_far > failures_of(self._batch):
+            self._reason = TOO_MANY_FAILURES
+            self._alike.clear()
+
+    @property
+    def _failed_so_far(self) -> int:
+        return sum(self._failed.values(), self._order.failed)
+
+    @property
+    def _starts_no_more(self) -> bool:
+        return self._is_spent or self._reason is not None
+
     @property
     def _usage(self) -> Usage | None:
         return added(self._batch.usage, *self._spent_in.values())
@@ -180,13 +236,14 @@ class FlockBatch(_Interruptible):
                 lambda: (
                     self._has_ended()
                     or (len(self._cancelled), self._idle) != (known, idle)  # noqa: B023 - awaited here
-                    or (self._is_spent and not self._is_stopping)
+                    or (self._starts_no_more and not self._is_stopping)
                 )
             )
-            if self._is_spent and not self._is_stopping:
+            if self._starts_no_more and not self._is_stopping:
                 self._is_stopping = True
+                signal = ("stop", 0) if self._reason is None else ("end_early", self._reason)
                 for chunk in self._chunks:
-                    self._signal_chunk(chunk, "stop", 0)
+                    self._signal_chunk(chunk, *signal)
             if len(self._cancelled) != known and not self.is_cancelled:
                 with contextlib.suppress(asyncio.TimeoutError):  # there may be more of them
                     await self._until(self._has_ended, MEMO_DELAY)
@@ -198,7 +255,7 @@ class FlockBatch(_Interruptible):
                     started.cancel()
         while self._signals:
             await self._until(lambda: not self._signals)
-        if self._chunks_to_start() and not (self.is_cancelled or self._is_spent):
+        if self._chunks_to_start() and not (self.is_cancelled or self._starts_no_more):
             workflow.continue_as_new(self._state(), memo=self._memo())
         self._finish()
         await Reports(self._batch, has_receiver=self._order.has_receiver).send(self._batch.status.value, is_end=True)
@@ -210,11 +267,16 @@ class FlockBatch(_Interruptible):
         """Return the chunks with items to run that have not started."""
         chunks = range(self._next, len(self._order.starts))
         attempt = self._order.attempts[-1]
+        if self._chosen is not None:
+            return [k for k in self._chunks_chosen if k >= self._next]
         if self._batch.attempt == 1:
             return chunks
         if attempt.position is not None:
             return [k for k in chunks if k == self._order.chunk_of(attempt.position)]
         return self._order.chunks_with(attempt.only, chunks)
+
+    def _chosen_in(self, chunk: int) -> list[int]:
+        return [] if self._chosen is None else [at for at in self._order.positions_of(chunk) if at in self._chosen]
 
     def _start_chunks(self) -> None:
         """Divide the free lanes among chunks that start now, or else among running ones."""
@@ -225,7 +287,7 @@ class FlockBatch(_Interruptible):
         room = min(lanes, CHUNKS_AT_ONCE) - len(self._chunks) + len(self._idle)
         is_long = _is_long(IDLE_FACTOR if self._idle else 1)  # it can only continue as new without running chunks
         is_long = is_long and self._early.size <= MAX_STEP_BYTES
-        if not (self.is_cancelled or is_long or self._is_spent) and free and room:
+        if not (self.is_cancelled or is_long or self._starts_no_more) and free and room:
             chunks = list(itertools.islice(self._chunks_to_start(), room))
             for index, chunk in enumerate(chunks):
                 share = math.ceil(free / (len(chunks) - index))
@@ -251,7 +313,7 @@ class FlockBatch(_Interruptible):
 
         Returns: how many lanes are left.
         """
-        is_over = self.is_cancelled or self._is_spent
+        is_over = self.is_cancelled or self._starts_no_more
         asking = [] if is_over else [chunk for chunk, idle in self._idle.items() if idle.has_work]
         asking.sort(key=lambda chunk: self._idle[chunk].has_yielded)
         answered = sum(not self._idle[chunk].has_yielded for chunk in asking)
@@ -280,6 +342,7 @@ class FlockBatch(_Interruptible):
         fitting = list(itertools.takewhile(_fits_within(MAX_STEP_BYTES), messages))
         max_cost, usage = self._batch.options.max_cost, self._usage or Usage()
         budget = None if max_cost is None else round(max_cost * DOLLAR) - usage.picodollars
+        may_fail = failures_of(self._batch)
         order = ChunkOrder(
             batch_id=self._batch.batch_id,
             chunk=chunk,
@@ -293,6 +356,8 @@ class FlockBatch(_Interruptible):
             cancelled={at: when for at, when in self._cancelled.items() if at in positions},
             budget=budget,
             messages=tuple(fitting),
+            chosen=None if self._chosen is None else tuple(self._chosen_in(chunk)),
+            failures_left=None if math.isinf(may_fail) else may_fail - self._failed_so_far,
         )
         self._lanes[chunk] = lanes
         self._next = chunk + 1
@@ -333,6 +398,7 @@ class FlockBatch(_Interruptible):
             del self._chunks[chunk], self._lanes[chunk]
             self._started.pop(chunk, None)
             self._spent_in.pop(chunk, None)
+            self._failed.pop(chunk, None)
             self._idle.pop(chunk, None)
             self._yielding.discard(chunk)
             positions = self._order.positions_of(chunk)
@@ -344,16 +410,19 @@ class FlockBatch(_Interruptible):
                 if self.is_cancelled:  # it was cancelled before it started, and its items are counted at the end
                     self._cancelled_in |= 1 << chunk
                 else:  # it was closed from outside, or the retention of its rows is over
-                    size = min(len(positions), self._batch.total_items - self._batch.completed_items)
+                    size = len(self._chosen_in(chunk) or positions)
+                    size = min(size, self._batch.total_items - self._batch.completed_items)
                     outcome = outcome_of_failure(exc.cause.cause if isinstance(exc.cause, ActivityError) else None)
                     ended = Counts(failed=size, first_error=(positions.start, outcome.error))
             self._batch = ended.in_batch(self._batch)
+            self._order = replace(self._order, failed=self._order.failed + ended.failed)
             self._is_day_spent |= ended.unpaid > 0
             self._failed_in |= bool(ended.failed) << chunk
             self._cancelled_in |= bool(ended.cancelled) << chunk
             errors = [error for error in (ended.first_error, self._first_error) if error]
             # For the same item, the latest attempt's comes first.
             self._first_error = min(errors, key=lambda error: error[0], default=None)
+        self._check_max_failures()
 
     def _state(self) -> BatchOrder:
         attempt = replace(self._order.attempts[-1], begun_to=self._next, cancelled=dict(self._cancelled))
@@ -382,20 +451,35 @@ class FlockBatch(_Interruptible):
         unfinished = batch.total_items - batch.completed_items
         for chunk in self._chunks_to_start() if unfinished else ():
             self._cancelled_in |= 1 << chunk
-        batch = Counts(cancelled=unfinished).in_batch(batch)
+        if unfinished and self._chosen is not None:
+            self._cancelled_in |= (1 << len(self._order.starts)) - 1
+        refused = [position for positions in self._alike.values() for position in positions] if self._reason else []
+        for position in refused:
+            self._cancelled_in |= 1 << self._order.chunk_of(position)
+        batch = Counts(cancelled=unfinished + len(refused), failed=-len(refused)).in_batch(batch)
         _, first_error = self._first_error or (0, CANCELLED_BEFORE_START.error)
-        is_unpaid = (self._is_spent or self._is_day_spent) and batch.cancelled_items > 0
+        reason = self._reason
+        is_unpaid = ((self._is_spent and reason is None) or self._is_day_spent) and batch.cancelled_items > 0
         status, error, error_type = end_of_batch(
             batch,
             lambda: first_error,
             is_cancelled=self.is_cancelled,
             is_unpaid=is_unpaid,
             is_day_spent=not self._is_spent,
+            stopped_by=(reason.error, reason.error_type) if reason is not None and batch.cancelled_items else None,
         )
+        if reason is None and self._chosen is not None and not self.is_cancelled:
+            reason = NOT_CHOSEN
         ended = {"status": status, "error": error, "error_type": error_type, "completed_at": workflow.now()}
         self._batch = replace(batch, **ended)
         state = self._state()
-        attempt = replace(state.attempts[-1], completed_at=workflow.now(), is_spent=error_type is not None)
+        attempt = replace(
+            state.attempts[-1],
+            completed_at=workflow.now(),
+            is_spent=error_type == COST_LIMIT.error_type,
+            stopped_by=reason,
+            refused=tuple(refused),
+        )
         for_retry = {name: getattr(state, name) for name in ("failed_in", "cancelled_in", "first_error")}
         workflow.upsert_memo(self._memo() | {"about": attempt} | for_retry)
 
@@ -424,6 +508,8 @@ class FlockChunk(_Interruptible, CallKeeper):
         self._is_idle, self._grants, self._keeps_lanes = order.is_idle, order.grants, order.keeps_lanes
         self._has_yielded = False
         self._reported: ChunkIdle | None = None
+        failed = 0 if order.failures_left is None else self._ended.failed
+        self._failures = self._failures_reported = ChunkFailures(chunk=order.chunk, failed=failed)
         self._reports: set[asyncio.Task[None]] = set()
 
     @workflow.signal
@@ -441,6 +527,11 @@ class FlockChunk(_Interruptible, CallKeeper):
     def cancel_item(self, position: int) -> None:
         """Cancel one item."""
         self._cancelled.add(position)
+
+    @workflow.signal
+    def end_early(self, _: Outcome) -> None:
+        """Start no more items, because of failures."""
+        self._is_stopping = True
 
     @workflow.signal
     def stop(self, _: int) -> None:
@@ -479,6 +570,9 @@ class FlockChunk(_Interruptible, CallKeeper):
                 )
             await _settle()
             self._collect()
+            if self._failures != self._failures_reported:
+                self._failures_reported = self._failures
+                await self._report(self._tell_batch("chunk_failures", self._failures))
             if order.budget is not None and self._usage != usage:
                 await self._report_usage(order.budget)
             stops_all, newly = self.is_cancelled and not was_cancelled, self._cancelled - cancelled
@@ -507,16 +601,33 @@ class FlockChunk(_Interruptible, CallKeeper):
         """Tell the batch what the items have spent, and stop if that is all that was left when this chunk started."""
         usage = self._usage or Usage()
         self._is_stopping |= usage.cost is None or usage.picodollars >= budget
+        await self._report(self._tell_batch("chunk_spent", self._order.chunk, usage))
+
+    async def _report(self, telling: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._tell_batch("chunk_spent", self._order.chunk, usage)
+            await telling
         except asyncio.CancelledError:
             self.is_cancelled = True
+
+    def _note_failures(self, ended: ItemOutcome) -> None:
+        """Note how an item has ended, and start no more if all others would fail too."""
+        noted, alike = self._failures, self._failures.alike
+        if ended.lasting is None:
+            noted = replace(noted, alike=(*alike, ended.position), error=ended.reason)
+        elif ended.lasting:
+            self._is_stopping, noted = True, replace(noted, lasting=True, error=ended.reason)
+        elif alike and ended.error_type not in ModelError.ERROR_TYPES:
+            noted = replace(noted, alike=())
+        if self._order.failures_left is not None:
+            noted = replace(noted, failed=self._ended.failed)
+            self._is_stopping |= noted.failed > self._order.failures_left
+        self._failures = noted
 
     async def _find(self) -> None:
         """Find the items to run."""
         order = self._order
         if order.is_whole:
-            self._todo.extend(Part(position=position) for position in range(*order.positions))
+            self._todo.extend(Part(position=position) for position in order.chosen or range(*order.positions))
             return
         finding = workflow.start_activity(
             FIND_ACTIVITY,
@@ -527,7 +638,8 @@ class FlockChunk(_Interruptible, CallKeeper):
         )
         while not finding.done():
             await self._until(finding.done)
-        self._todo.extend(Part(position=position) for position in finding.result())
+        found = finding.result() if order.chosen is None else set(finding.result()) & set(order.chosen)
+        self._todo.extend(Part(position=position) for position in sorted(found))
 
     def _start_activities(self) -> bool:
         """Divide the items among the free lanes. Returns whether some must wait for the next workflow task."""
@@ -535,7 +647,7 @@ class FlockChunk(_Interruptible, CallKeeper):
         lanes = 0 if self._is_idle else self._lanes
         while self._todo and len(self._running) < lanes:
             share = math.ceil(len(self._todo) / (lanes - len(self._running)))
-            if self._order.budget is not None:  # it is checked before each item
+            if self._order.budget is not None or self._order.failures_left is not None:  # checked before each item
                 share = 1
             parts: list[Part] = []
             while len(parts) < share and (not step_bytes or step_bytes + _bytes_of(self._todo[0]) <= MAX_STEP_BYTES):
@@ -568,6 +680,7 @@ class FlockChunk(_Interruptible, CallKeeper):
                 done = done_after_failure(order, exc.cause, workflow.now(), is_cancelled=is_cancelled)
             for ended in done.ended:
                 self._ended += ended.counts
+                self._note_failures(ended)
                 self._calls.discard(ended.position)
             self._waiting |= {part.position: part for part in done.waiting}
             self._todo.extendleft(reversed(order.left_after(done)))
@@ -597,7 +710,9 @@ class FlockChunk(_Interruptible, CallKeeper):
             if late is not None:
                 del self._waiting[part.position]
                 self._calls.discard(part.position)
-                self._ended += part.ended(expiry_of(late), at).counts
+                ended = part.ended(expiry_of(late), at)
+                self._ended += ended.counts
+                self._note_failures(ended)
             elif left == part.questions or (left and not workflow.patched(FIRST_ANSWER)):
                 self._waiting[part.position] = replace(part, questions=left)
             else:

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
-from temporalio.client import WorkflowExecution
+from temporalio.client import WorkflowExecution, WorkflowExecutionDescription, WorkflowExecutionStatus
 from temporalio.common import Priority, WorkflowIDConflictPolicy
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
@@ -29,6 +29,7 @@ from flock.agents.agent import Agent
 from flock.agents.checks import check_no_batches
 from flock.engine.base import ended_calls
 from flock.errors import (
+    BatchNotFound,
     CallNotFound,
     Conflict,
     EngineFull,
@@ -98,6 +99,7 @@ from flock.temporal.messages import (
     Sent,
     batch_workflow_id,
     chunk_workflow_id,
+    parse_item_id,
     run_workflow_id,
     session_workflow_id,
     task_queue_of,
@@ -407,14 +409,59 @@ class TemporalEngine(TemporalBatches):
         finally:
             self._starting -= 1
 
+    async def get_state(self, run_id: str, principal: str | None = None) -> tuple[RunStatus, int]:
+        return (await self._glance(run_id, principal))[:2]
+
+    async def _glance(self, run_id: str, principal: str | None = None) -> tuple[RunStatus, int, Run | None]:
+        """Return the status and the attempt of a run, from its search attributes only, or the whole of an item.
+
+        Raises: RunNotFound.
+        """
+        found, attempt = await self._find(run_id, principal)
+        if found is None:
+            item = await self.get_run(run_id)
+            return item.status, item.attempt, item
+        status = _status_of(found)
+        while status in RETRYABLE:
+            later = await self.cluster.describe(run_workflow_id(run_id, attempt + 1))
+            if later is None:
+                break
+            status, attempt = _status_of(later), attempt + 1
+        if status.is_final and await self._reservations.is_deleted(run_id):
+            raise RunNotFound(run_id)
+        return status, attempt, None
+
+    async def _find(self, run_id: str, principal: str | None) -> tuple[WorkflowExecutionDescription | None, int]:
+        """Return the first attempt of a run that is kept, and its number; None if it is an item of a batch.
+
+        Raises: RunNotFound. One of another principal takes as many requests as an unknown one.
+        """
+        self._check_entered()
+        if ID.fullmatch(run_id) is None:
+            raise RunNotFound(run_id)
+        first_id, attempt = run_workflow_id(run_id, 1), 1
+        found = await self._own(first_id, principal)
+        if found is None:
+            batch_id, position = parse_item_id(run_id)
+            with contextlib.suppress(BatchNotFound):
+                if 0 <= position < (await self._find_batch(batch_id, principal)).batch.total_items:
+                    return None, 1
+            attempt = await self.cluster.last_attempt(RUN_WORKFLOW, first_id)
+            found = await self._own(run_workflow_id(run_id, attempt), principal)
+        if found is None:
+            raise RunNotFound(run_id)
+        return found, attempt
+
     async def get_run(self, run_id: str, principal: str | None = None) -> Run:
         self._check_entered()
         if ID.fullmatch(run_id) is None:
             raise RunNotFound(run_id)
+        if principal is not None:
+            await self._find(run_id, principal)  # so that nothing of others is read
         run = await self._attempt(run_id, 1) or (await self._item(run_id))[0]
         if run is None:
             run = await self._attempt(run_id, await self.cluster.last_attempt(RUN_WORKFLOW, run_workflow_id(run_id, 1)))
-        if run is None or run.flock != self._flock or principal not in (None, run.principal):
+        if run is None or run.flock != self._flock:
             raise RunNotFound(run_id)
         if run.batch_id is not None:
             return run
@@ -572,17 +619,20 @@ class TemporalEngine(TemporalBatches):
             woken.cancel()
 
     async def cancel_run(self, run_id: str) -> Run:
-        run = await self.get_run(run_id)
-        if not run.status.is_final and run.batch_id is not None:
-            batch = await self.get_batch(run.batch_id)
-            await self.cluster.signal(workflow_id_of(batch), "cancel_item", run.position)
-        elif not run.status.is_final:
+        status, attempt, item = await self._glance(run_id)
+        if status.is_final:
+            check_cancel(f"run {run_id}", status)
+        elif item is not None:
+            batch = await self.get_batch(item.batch_id or "")
+            await self.cluster.signal(workflow_id_of(batch), "cancel_item", item.position)
+        else:
+            workflow_id = run_workflow_id(run_id, attempt)
             async with self.cluster.rpc_scope(missing_ok=True):
-                await self.cluster.handle(workflow_id_of(run)).cancel()
-            if run.status is RunStatus.WAITING:  # nothing is running, so it ends at once
-                await self._until_change(workflow_id_of(run), CANCEL_WAIT_S)
+                await self.cluster.handle(workflow_id).cancel()
+            if status is RunStatus.WAITING:  # nothing is running, so it ends at once
+                await self._until_change(workflow_id, CANCEL_WAIT_S)
         run = await self.get_run(run_id)
-        check_cancel(run)
+        check_cancel(f"run {run_id}", run.status)
         return replace(run, cancel_requested=True)
 
     async def answer_call(self, run_id: str, call_id: str, output: msgspec.Raw, by: Principal | None = None) -> Run:
@@ -748,14 +798,17 @@ class TemporalEngine(TemporalBatches):
         self, run_id: str, max_cost: float | None = None, *, calls: RetriedCalls = "keep", by: Principal | None = None
     ) -> Run:
         self._check_running()
-        run = await self.get_run(run_id)
+        status, _, item = await self._glance(run_id)
+        if item is None and status not in RETRYABLE:
+            raise run_not_retried(run_id, status, None)
+        run = item or await self.get_run(run_id)
         self._check_prices(run.agent_name, max_cost)
         batch = None if run.batch_id is None else await self.get_batch(run.batch_id)
         if batch is not None and batch.status.is_final and run.status in RETRYABLE and run.error_type != INVALID_INPUT:
             await self._retry_batch(batch.batch_id, (run.status,), run, max_cost, calls, by)
             return await self.get_run(run_id)
         if batch is not None or run.status not in RETRYABLE:
-            raise run_not_retried(run, batch)
+            raise run_not_retried(run_id, run.status, batch)
         max_cost = run.max_cost if max_cost is None else max_cost
         run_again = replace(run, is_async=True, max_cost=max_cost)
         again = reset_for_retry(run_again, keeps_calls=calls == "keep", by=None if by is None else by.name)
@@ -775,18 +828,19 @@ class TemporalEngine(TemporalBatches):
             return (await self.cluster.input_of(workflow_id_of(run), RunOrder)).key_id
 
     async def delete_run(self, run_id: str) -> None:
-        at, run = time.time(), await self.get_run(run_id)
-        if run.batch_id is not None or not run.status.is_final:
-            raise not_deleted(run)
-        key_id = await self._stored_key_id(run)
+        at, (status, attempt, item) = time.time(), await self._glance(run_id)
+        if item is not None or not status.is_final:
+            raise not_deleted(item or await self.get_run(run_id))
+        async with self.cluster.rpc_scope(missing=RunNotFound(run_id)):
+            order = await self.cluster.input_of(run_workflow_id(run_id, attempt), RunOrder)
         if not await self._reservations.mark_deleted(run_id):
             raise RunNotFound(run_id)
-        await self._reservations.release(key_id, run_id)
+        await self._reservations.release(order.key_id, run_id)
         async with self.cluster.rpc_scope():
-            for attempt in range(1, run.attempt + 1):
-                await self.cluster.delete(run_workflow_id(run_id, attempt))
+            for each in range(1, attempt + 1):
+                await self.cluster.delete(run_workflow_id(run_id, each))
         if self.cluster.files is not None:
-            await self.cluster.files.release(run_workflow_id(run_id, 1), run.files, at)
+            await self.cluster.files.release(run_workflow_id(run_id, 1), order.run.files, at)
 
     # Lists
 
@@ -800,6 +854,15 @@ class TemporalEngine(TemporalBatches):
             return replace(run, inputs=inputs, result=run.result if wanted.with_results else None, steps=())
 
         return await page_of(self.cluster, workflows_of(RUN_WORKFLOW, self._flock), "run", wanted, read)
+
+
+def _status_of(run: WorkflowExecutionDescription) -> RunStatus:
+    """Return the status of an attempt of a run. One that has not started seems to be running."""
+    if run.status is WorkflowExecutionStatus.RUNNING:
+        return RunStatus.WAITING if run.typed_search_attributes.get(STATUS) is not None else RunStatus.RUNNING
+    if run.status is WorkflowExecutionStatus.COMPLETED:
+        return RunStatus.COMPLETED
+    return RunStatus.CANCELLED if run.status is WorkflowExecutionStatus.CANCELED else RunStatus.FAILED
 
 
 def _answer_in(run: Run | None, traces: Traces, call_id: str) -> Call | None:

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from temporalio import activity
 from temporalio.service import RPCError, RPCStatusCode
 
-from flock.agents.versions import version_of
+from flock.agents.versions import label_of, version_of
 from flock.errors import EngineFull, StoreError
 from flock.runs import Run, RunStatus, Usage, added, now
 from flock.steps.executor import WaitingForAnswers
@@ -141,6 +141,8 @@ class ItemActivities:
         self._jobs: set[_Job] = set()
         self._lookups: dict[str, asyncio.Task[None]] = {}
         self._version_of = functools.cache(version_of)
+        of_agents = at.executor.agents, at.executor.models.default_model, at.executor.shared.model_hooks
+        self._label_of = functools.cache(lambda name: label_of(name, *of_agents))
         #: batches for which a warning about a version was logged
         self._mixed: deque[str | None] = deque(maxlen=1000)
         self._chunks: OrderedDict[str, asyncio.Task[Chunk]] = OrderedDict()
@@ -221,6 +223,8 @@ class ItemActivities:
             job.end(ended)
             job.suspicion.clear()
             is_again = False
+            if isinstance(ended, ItemOutcome) and ended.lasting is not False:
+                return  # so that the batch decides at once whether others start
             if job.should_return or activity.is_worker_shutdown():
                 return
             if time.monotonic() > return_at or job.bytes > SLICE_BYTES:
@@ -271,7 +275,7 @@ class ItemActivities:
                 run = replace(run, waiting_for=())
                 return replace(job.part(run, part.waited_s), questions=questions, worked_s=active.worked_s)
             if isinstance(active.outcome, Outcome):
-                return self._ended(job, run, active.outcome)
+                return self._ended(job, run, active.outcome, active.lasting)
             run = replace(run, status=RunStatus.RUNNING, steps=(*run.steps, active.outcome), waiting_for=())
             job.current = job.part(run, part.waited_s)
             job.suspicion.clear()
@@ -294,8 +298,11 @@ class ItemActivities:
                 *(run.batch_id, accepted, agent.name, own),
             )
 
-    def _ended(self, job: _Job, run: Run, outcome: Outcome | None) -> ItemOutcome:
+    def _ended(self, job: _Job, run: Run, outcome: Outcome | None, lasting: bool | None = False) -> ItemOutcome:
+        if outcome is not None and lasting:
+            outcome = replace(outcome, status=RunStatus.CANCELLED)
         end = job.part(run).ended(outcome, now())
+        end = replace(end, lasting=lasting, version=self._label_of(run.agent_name))
         self._executor.notify("run_ended", end.of(run))
         return end
 

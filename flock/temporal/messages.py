@@ -5,6 +5,7 @@ They are stored in histories. So a new field needs a default, and no field may b
 
 import bisect
 import hashlib
+import itertools
 import re
 from collections.abc import Collection, Iterable
 from datetime import datetime, timedelta
@@ -25,7 +26,7 @@ from temporalio.converter import (
 
 from flock.errors import CostLimit
 from flock.runs import AskedQuestion, Batch, Call, Progress, Question, Run, RunStatus, Spent, Step, Usage, added, new_id
-from flock.steps.outcomes import Outcome
+from flock.steps.outcomes import COST_LIMIT, Outcome
 
 T = TypeVar("T")
 
@@ -75,6 +76,8 @@ MAX_INBOX_BYTES = 16_000
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 #: Characters that no query of the cluster can express: it escapes them in a text, and does not undo that.
 NOT_IN_QUERIES = re.compile(r"""["\\\x00-\x1f\x7f\ud800-\udfff␛]|^'|'$""")
+#: The version of an agent whose results a worker of an earlier version has made.
+UNKNOWN = "unknown"
 #: The cluster takes up to 2,048 bytes as the value of a search attribute.
 MAX_KEYWORD_BYTES = 2000
 
@@ -369,6 +372,9 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         is_spent: items were cancelled because the ``max_cost`` of the batch was spent.
         keeps_calls: a retry keeps calls of the steps that failed. Those of earlier versions do not.
         retried_by: the principal who has requested a retry.
+        is_partial: it starts only the items that ``limit`` and ``sample`` choose, so it may skip chunks.
+        stopped_by: how the items have ended that it did not start; None if they were cancelled.
+        refused: the items whose failures in a row have ended the batch, by position. They are cancelled too.
     """
 
     only: tuple[RunStatus, ...] = ()
@@ -380,6 +386,14 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is_spent: bool = False
     keeps_calls: bool = False
     retried_by: str | None = None
+    is_partial: bool = False
+    stopped_by: Outcome | None = None
+    refused: tuple[int, ...] = ()
+
+    @property
+    def reason(self) -> Outcome | None:
+        """How items have ended that it did not start; None if they were cancelled. Earlier versions stored less."""
+        return COST_LIMIT if self.is_spent else self.stopped_by
 
 
 class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -393,6 +407,7 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         failed_in, cancelled_in: the chunks that have such items, as a hexadecimal number with one bit for each chunk.
         first_error: the position and the error of the first failed item.
         is_day_spent: items were cancelled because the ``max_cost_per_day`` of its principal was spent.
+        failed: how many items of ended chunks have failed in this attempt.
         key_id: the workflow id of the marker of its idempotency key.
         messages: those to items whose chunk has not started.
         has_receiver: see ``RunOrder``.
@@ -407,6 +422,7 @@ class BatchOrder(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cancelled_in: str = "0"
     first_error: tuple[int, str] | None = None
     is_day_spent: bool = False
+    failed: int = 0
     key_id: str | None = None
     messages: tuple[Sent, ...] = ()
     has_receiver: bool = False
@@ -515,6 +531,8 @@ class ChunkOrder(OfChunk, frozen=True, kw_only=True, omit_defaults=True):
         waiting: the items that wait for answers.
         is_idle, grants: see ``ChunkIdle``.
         keeps_lanes: it never becomes idle again, because the history of its batch is too long.
+        chosen: the positions that it may start, if its batch has a ``limit`` or ``sample``.
+        failures_left: how many of its items may fail; None if the batch has no ``max_failures``.
     """
 
     positions: tuple[int, int]
@@ -530,6 +548,8 @@ class ChunkOrder(OfChunk, frozen=True, kw_only=True, omit_defaults=True):
     is_idle: bool = False
     grants: int = 0
     keeps_lanes: bool = False
+    chosen: tuple[int, ...] | None = None
+    failures_left: float | None = None
 
     def for_items(self, parts: tuple[Part, ...]) -> "ItemsOrder":
         return ItemsOrder(parts=parts, **{name: getattr(self, name) for name in OfChunk.__struct_fields__})
@@ -549,6 +569,22 @@ class ChunkIdle(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     has_work: bool = False
     has_yielded: bool = False
     grants: int
+
+
+class ChunkFailures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What may end a batch early: a report of a chunk that is running.
+
+    Attributes:
+        failed: how many of its items have failed, if its batch counts them.
+        alike: the last of them in a row, by position, that failed as all others may, with this *error*.
+        lasting: another one has failed as all others will.
+    """
+
+    chunk: int
+    failed: int = 0
+    alike: tuple[int, ...] = ()
+    error: Outcome | None = None
+    lasting: bool = False
 
 
 class ItemsOrder(OfChunk, frozen=True, kw_only=True, omit_defaults=True):
@@ -571,12 +607,30 @@ class ItemsOrder(OfChunk, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ItemOutcome(Part, frozen=True, kw_only=True, omit_defaults=True):
-    """The end of one item, with its last state. Its result is that of its last step."""
+    """The end of one item, with its last state. Its result is that of its last step.
+
+    Attributes:
+        lasting: see ``lasting_of``. If it is True, the item is cancelled.
+        version: of its agent; None if no worker has ended it, or an earlier version.
+    """
 
     status: RunStatus = RunStatus.COMPLETED
     error: str | None = None
     error_type: str | None = None
     completed_at: datetime
+    lasting: bool | None = False
+    version: str | None = None
+
+    @property
+    def made_by(self) -> str | None:
+        """The version of the agent that has made its result or its error."""
+        is_completed = self.status is RunStatus.COMPLETED
+        return (self.version or UNKNOWN) if is_completed else self.version if self.status is RunStatus.FAILED else None
+
+    @property
+    def reason(self) -> Outcome:
+        """How the others end that were not started, if they would fail as this one has."""
+        return Outcome(RunStatus.CANCELLED, self.error or "", self.error_type or "")
 
     def of(self, item: Run) -> Run:
         """Return *item* as it has ended."""
@@ -598,6 +652,7 @@ class ItemOutcome(Part, frozen=True, kw_only=True, omit_defaults=True):
             first_error=(self.position, self.error or "") if status is RunStatus.FAILED else None,
             usage=self.usage,
             unpaid=status is RunStatus.CANCELLED and self.error_type == CostLimit.error_type,
+            versions=() if self.made_by is None else (self.made_by,),
         )
 
 
@@ -623,7 +678,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How many items of a chunk ended in one attempt, by final status, and how many wait for answers.
 
     ``usage``: what these, and those that have asked and not ended, have spent in the attempt. ``unpaid``: how many of
-    them were cancelled because a limit of costs was spent.
+    them were cancelled because a limit of costs was spent. ``versions``: those of the agent that have ended them.
     """
 
     completed: int = 0
@@ -633,6 +688,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     first_error: tuple[int, str] | None = None
     usage: Usage | None = None
     unpaid: int = 0
+    versions: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -646,6 +702,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             failed_items=batch.failed_items + self.failed,
             cancelled_items=batch.cancelled_items + self.cancelled,
             usage=added(batch.usage, self.usage),
+            versions=_united(batch.versions, self.versions),
         )
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -657,7 +714,12 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             first_error=min((error for error in (self.first_error, other.first_error) if error), default=None),
             usage=added(self.usage, other.usage),
             unpaid=self.unpaid + other.unpaid,
+            versions=_united(self.versions, other.versions),
         )
+
+
+def _united(*names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(itertools.chain(*names)))
 
 
 class DeleteOrder(msgspec.Struct, frozen=True, kw_only=True):

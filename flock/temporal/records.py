@@ -128,7 +128,10 @@ class Reading:
     Attributes:
         run: its record.
         traces: those of the attempts that have been read to their end.
+        version: of the agent that has ended the item; see ``ItemOutcome``.
     """
+
+    version: str | None = None
 
     def __init__(self, run: Run, traces: Traces | None = None) -> None:
         self.run = run
@@ -236,7 +239,7 @@ class Reading:
             return
         spent = latest(run.spent, added(self._spent_before, part.usage))
         if isinstance(part, ItemOutcome):
-            self.run = replace(part.of(run), spent=spent)
+            self.run, self.version = replace(part.of(run), spent=spent), part.made_by
             return
         self.change(spent=spent)
         if part.started_at is not None:
@@ -476,6 +479,7 @@ class Chunk:
         """Apply the history of one attempt to the items. *reason*: see ``end``."""
         events, pending = history
         orders, answers, task_at = _OpenOrders(), Calls(), None
+        started: Iterable[int] = self.readings  # unless its batch has chosen some
         self.has_begun, self._stopped_by = bool(events), None
         for reading in self.readings.values():
             reading.begin(answers)
@@ -485,6 +489,9 @@ class Chunk:
                 self.readings[brought.item].take(brought)
             if completed := orders.apply(event):
                 self._apply(*completed, at)
+                for ended in completed[1].ended:
+                    if ended.lasting:
+                        self._stop(ended.reason, orders, at)
             match event.event_type:
                 case EventType.EVENT_TYPE_WORKFLOW_TASK_STARTED:
                     task_at = at
@@ -499,6 +506,7 @@ class Chunk:
                     payload = event.workflow_execution_started_event_attributes.input.payloads[0]
                     chunk = decoded(payload, ChunkOrder)
                     answers.fence = Fence(chunk.generation)
+                    started = started if chunk.chosen is None else chunk.chosen
                     for sent in chunk.messages:
                         answers.keep(sent)
                     self.cancel(chunk.cancelled)
@@ -508,12 +516,13 @@ class Chunk:
                         position = decoded(signal.input.payloads[0], int)
                         self.cancel({position: None if orders.has(position) else at})
                     elif signal.signal_name == "stop":
-                        self._stopped_by = COST_LIMIT
-                        self.end([position for position in self.readings if not orders.has(position)], at, COST_LIMIT)
+                        self._stop(COST_LIMIT, orders, at)
+                    elif signal.signal_name == "end_early":
+                        self._stop(decoded(signal.input.payloads[0], Outcome), orders, at)
                 case EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCEL_REQUESTED:
                     self.cancel(dict.fromkeys(self.readings))
                 case closed if closed in CLOSED:
-                    self.end(self.readings, at, reason)
+                    self.end(started, at, reason)
         for order, done in orders.heartbeats(pending):
             self._apply(order, done, None)
         for reading in self.readings.values():
@@ -532,6 +541,11 @@ class Chunk:
         """End those items that have not ended. *reason* is their outcome, if they were not cancelled."""
         for position in positions:
             self.readings[position].cancel(at, reason)
+
+    def _stop(self, reason: Outcome, orders: "_OpenOrders", at: datetime) -> None:
+        """End the items that are not running, because the attempt starts no more."""
+        self._stopped_by = self._stopped_by or reason
+        self.end([position for position in self.readings if not orders.has(position)], at, self._stopped_by)
 
     def _waiting(self) -> list[Reading]:
         return [reading for reading in self.readings.values() if reading.is_waiting]
@@ -636,7 +650,7 @@ async def read_chunk(
         if chunk >= attempt.begun_to:
             return (), ()
         # A retry starts only chunks that have items to retry, and a running attempt may not have started this one yet.
-        may_be_missing = number > 1 or attempt.completed_at is None
+        may_be_missing = number > 1 or attempt.completed_at is None or attempt.is_partial
         return await _full_history(cluster, chunk_workflow_id(batch_id, chunk, number), may_be_missing=may_be_missing)
 
     histories = asyncio.gather(*(read(number, attempt) for number, attempt in enumerate(attempts, 1)))
@@ -646,10 +660,11 @@ async def read_chunk(
         if number > 1:
             items.reopen(attempt)
         items.cancel(attempt.cancelled)
-        reason = COST_LIMIT if attempt.is_spent else None
-        items.fold(history, reason)
+        items.fold(history, attempt.reason)
         if attempt.completed_at is not None:
-            items.end(items.items, attempt.completed_at, reason)
+            items.end(items.items, attempt.completed_at, attempt.reason)
+        for position in set(attempt.refused) & set(items.readings):
+            items.readings[position].change(status=RunStatus.CANCELLED)
     return items
 
 

@@ -25,6 +25,7 @@ from flock.errors import CallError, EngineFull, OwnershipLost, StoreError, Uncer
 from flock.runs import Call, Question, Run, RunStatus, Step, Usage, now
 from flock.runs.traces import of_run
 from flock.steps.executor import ActiveRun, AgentElsewhere, StepExecutor, WaitingForAnswers
+from flock.steps.failures import lasting_of
 from flock.steps.identity import asking_call
 from flock.steps.outcomes import Outcome, queue_timeout, timeout_of
 from flock.temporal.accounts import Accounts
@@ -87,12 +88,14 @@ class ActivityStep(ActiveRun):
             because it shuts down or lacks something.
         lacks: what this worker lacks for it, such as an agent.
         needs, held_s: see ``Heartbeat``.
+        lasting: see ``lasting_of``.
     """
 
     outcome: Step | WaitingForAnswers | Outcome | None = None
     lacks: str | None = None
     needs: str | None = None
     held_s = 0.0
+    lasting: bool | None = False
     #: Of the step of an item.
     of_chunk: OfChunk | None = None
 
@@ -319,6 +322,8 @@ class ActivityStep(ActiveRun):
             )
         if not self.is_stopped:
             self.outcome = await self._executor.outcome_of(self, failure)
+            if self.outcome.status is RunStatus.FAILED:
+                self.lasting = lasting_of(self.run, self._executor.find(self.run.agent_name), failure)
 
     async def _leave(self, lacks: str) -> None:
         """Leave the step to a worker that has what this one *lacks*, unless the time of the run is over."""

@@ -45,6 +45,7 @@ from flock.runs import (
     QuestionPage,
     Run,
     RunFilter,
+    RunStatus,
     Session,
     Statuses,
     UsageFilter,
@@ -375,7 +376,7 @@ class ScopedEngine:
         options = {"principal": self._principal, **options, "key": self._own(key)}
         await self._check_own_budget(options["key"])
         if options.get("replaces"):
-            await self.get_outline(options["continues"])
+            await self.get_state(options["continues"])
         return await self._engine.submit(agent_name, inputs, **options)
 
     async def made_by(self, key: IdempotencyKey) -> str | None:
@@ -387,30 +388,37 @@ class ScopedEngine:
     async def get_outline(self, run_id: str, principal: str | None = None) -> Run:
         return await self._engine.get_outline(run_id, self._own_principal(principal))
 
+    async def get_state(self, run_id: str, principal: str | None = None) -> tuple[RunStatus, int]:
+        return await self._engine.get_state(run_id, self._own_principal(principal))
+
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         return await self._engine.get_calls(run) if self._may_see(run) else {}
 
-    wait = _forwarded(Engine.wait, "get_outline")
-    cancel_run = _forwarded(Engine.cancel_run, "get_outline")
-    delete_run = _forwarded(Engine.delete_run, "get_outline")
+    wait = _forwarded(Engine.wait, "get_state")
+    cancel_run = _forwarded(Engine.cancel_run, "get_state")
+    delete_run = _forwarded(Engine.delete_run, "get_state")
 
     async def retry_run(
         self, run_id: str, max_cost: float | None = None, *, by: Principal | None = None, **options: Any
     ) -> Run:
-        await self._check_budget_of(await self.get_outline(run_id))
+        if self._principal.admin:
+            await self._check_budget_of(await self.get_outline(run_id))
+        else:
+            await self.get_state(run_id)
+            await self._check_own_budget(None)
         return await self._engine.retry_run(run_id, max_cost, by=by or self._principal, **options)
 
     async def send_message(
         self, run_id: str, name: str, message: msgspec.Raw, key: IdempotencyKey | None = None
     ) -> Run:
-        await self.get_outline(run_id)
+        await self.get_state(run_id)
         return await self._engine.send_message(run_id, name, message, self._own(key))
 
     async def list_runs(self, wanted: RunFilter) -> Page[Run]:
         return await self._engine.list_runs(self._own_only(wanted))
 
     def events(self, run_id: str, after: int = 0, *, reasoning: bool = False) -> AsyncGenerator[Event | None, None]:
-        check = functools.partial(self.get_outline, run_id)
+        check = functools.partial(self.get_state, run_id)
         return _events_if(check, self._engine.events(run_id, after, reasoning=reasoning))
 
     async def get_session(self, session_id: str, principal: str | None = None) -> Session:
