@@ -1162,7 +1162,7 @@ def test_a_batch_can_be_cancelled_and_resumed(visit: Visit, closed: Site, gate: 
 def test_a_batch_that_has_spent_its_limit_is_resumed_with_a_new_one(visit: Visit, closed: Site) -> None:
     visit.expected.append("status of 422")
     rows = [{"text": f"row {number}"} for number in range(5)]
-    limited = {"agent_name": "text_analyzer", "batch_inputs": rows, "max_workers": 1, "max_cost": 0.0001}
+    limited: Any = {"agent_name": "text_analyzer", "batch_inputs": rows, "max_workers": 1, "max_cost": 0.0001}
     batch_id = closed.batch(0, **limited)
     page = visit.page(closed, f"batch/{batch_id}")
     outcomes, limit = page.locator(".outcomes"), page.get_by_label("Max cost in US dollars")
