@@ -56,7 +56,7 @@ class ClientSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         tools: up to 128. A call of one is a question of the kind "client_tool", whose answer is its output, a text.
         max_output_tokens: max tokens in each answer of a model; an agent's own ``max_tokens`` may be lower.
         temperature, top_p, presence_penalty, frequency_penalty, seed: as the provider has them.
-        message_id: the client's id of the message that the run answers. No agent gets it.
+        message_id: the client's id of the message that the run answers. No model gets it.
     """
 
     instructions: str | None = None
