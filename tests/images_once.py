@@ -35,16 +35,17 @@ flock.add_agent(FlockFactory.create_default_agent("look", input="photo: Image", 
 IMAGE_BYTES, WORKERS, KILLS = 16 * 1024, 20, 2
 
 
-def image(number: int) -> bytes:
+def image(number: int, size: int) -> bytes:
     """Return a PNG with its number and other bytes behind its end, which is still a PNG for everybody."""
-    return PNG + number.to_bytes(4, "big") + random.Random(number).randbytes(IMAGE_BYTES - len(PNG) - 4)
+    return PNG + number.to_bytes(4, "big") + random.Random(number).randbytes(size - len(PNG) - 4)
 
 
 class Provider(FakeModel):
     """Notes the keys of each image, and kills *process* when *kill_at* images have arrived."""
 
-    def __init__(self) -> None:
+    def __init__(self, image_bytes: int) -> None:
         super().__init__(self._reply)
+        self.image_bytes = image_bytes
         self.keys: dict[int, list[str]] = defaultdict(list)
         self.kill_at, self.lock, self.memory = 0, threading.Lock(), list[int]()
         self.process: subprocess.Popen[bytes] | None = None
@@ -56,7 +57,7 @@ class Provider(FakeModel):
         content = base64.b64decode(url.partition(",")[2])
         number = int.from_bytes(content[len(PNG) : len(PNG) + 4], "big")
         with self.lock:
-            assert len(content) == IMAGE_BYTES
+            assert len(content) == self.image_bytes
             self.keys[number].append(request.headers["idempotency-key"])
             self.requests.clear()
             process = self.process
@@ -77,12 +78,12 @@ def peak_of(pid: int) -> int:
     return max([int(line.split()[1]) // 1000 for line in lines if line.startswith("VmHWM")], default=0)
 
 
-def play(images: int) -> int:
+def play(images: int, image_bytes: int = IMAGE_BYTES) -> int:
     """Return the most memory that a process of the command had, in MB.
 
     Raises AssertionError if an image was sent twice.
     """
-    provider = Provider()
+    provider = Provider(image_bytes)
     with tempfile.TemporaryDirectory() as made, provider.serve() as url:
         folder = Path(made)
         (folder / "target.py").write_text(TARGET)
@@ -91,7 +92,7 @@ def play(images: int) -> int:
             rows = csv.writer(file)
             rows.writerow(["photo"])
             for number in range(images):
-                (folder / "photos" / f"{number}.png").write_bytes(image(number))
+                (folder / "photos" / f"{number}.png").write_bytes(image(number, image_bytes))
                 rows.writerow([f"{number}.png"])
         env = {**os.environ, "FAKE_URL": url, "PYTHONPATH": str(ROOT)}
         command = flockapi_command("batch", "target.py", "look", "rows.csv", "-o", "out.csv", "--files", "photos")

@@ -92,9 +92,25 @@ async def test_a_run_streams_its_text_and_reads_the_history_of_the_server(client
 
 
 async def test_a_user_who_says_the_same_twice_gets_two_answers(client: httpx.AsyncClient) -> None:
-    for _ in range(2):
-        await run(client, "mood", said("a b"))
+    for id_ in ("u1", "u2"):
+        await run(client, "mood", said("a b", id_))
     assert len((await get(client, "/runs"))["runs"]) == 2
+
+
+async def test_a_message_that_is_sent_again_replaces_its_answer(client: httpx.AsyncClient) -> None:
+    """Only if it is the last one. A client may use an id twice, for another text."""
+    first = await run(client, "says", said("a"))
+    ids = set[str]()
+    for _ in range(3):  # CopilotKit removes the answer, and sends what is left
+        again = await run(client, "says", said("a"), answer(first), said("b", "u2"))
+        assert text_of(again) == "user=a assistant=user=a user=b"
+        ids.add(run_id_of(again))
+    listed = [each["run_id"] for each in (await get(client, "/runs"))["runs"]]
+    assert (len(ids), listed) == (3, [run_id_of(again), run_id_of(first)])
+    other = await run(client, "says", said("c", "u2"))
+    assert text_of(other) == f"{text_of(again)} assistant={text_of(again)} user=c"
+    assert text_of(await run(client, "says", said("a"))).endswith(" user=a")
+    assert len((await get(client, "/runs"))["runs"]) == 4
 
 
 async def test_questions_that_are_still_open_after_an_answer_are_asked_again(

@@ -555,7 +555,7 @@ def test_runs_are_filtered_paged_and_refreshed(visit: Visit, closed: Site, gate:
     fresh = closed.run("deliver", parcel="more cake", gate=gate)
     expect(rows.first).to_contain_text(fresh[-12:])  # without a reload
     page.get_by_label("From").fill("2101-01-01T00:00:00")
-    expect(page.get_by_text("No run matches these filters.")).to_be_visible()
+    expect(page.get_by_text("Nothing matches these filters.")).to_be_visible()
     page.get_by_role("button", name="Clear filters").click()
     expect(rows).to_have_count(50)
 
@@ -603,7 +603,7 @@ def test_a_list_of_one_page_has_no_pager(visit: Visit, closed: Site) -> None:
     expect(page.locator("tbody tr").first).to_contain_text("tea is sweet.")
     expect(page.get_by_role("group", name="Pagination")).to_be_hidden()
     page.get_by_label("Status").select_option("cancelled")
-    expect(page.get_by_text("No run matches these filters.")).to_be_visible()
+    expect(page.get_by_text("Nothing matches these filters.")).to_be_visible()
     expect(page.get_by_role("group", name="Pagination")).to_be_hidden()
 
 
@@ -1157,6 +1157,30 @@ def test_a_batch_can_be_cancelled_and_resumed(visit: Visit, closed: Site, gate: 
     expect(page.get_by_role("button", name="Resume all")).to_be_visible()
     page.get_by_role("button", name="Resume cancelled rows").click()
     expect(page.locator(".outcomes")).to_have_text("60 rows✓ 54 completed✕ 6 failed")
+
+
+def test_a_batch_that_has_spent_its_limit_is_resumed_with_a_new_one(visit: Visit, closed: Site) -> None:
+    visit.expected.append("status of 422")
+    rows = [{"text": f"row {number}"} for number in range(5)]
+    limited: Any = {"agent_name": "text_analyzer", "batch_inputs": rows, "max_workers": 1, "max_cost": 0.0001}
+    batch_id = closed.batch(0, **limited)
+    page = visit.page(closed, f"batch/{batch_id}")
+    outcomes, limit = page.locator(".outcomes"), page.get_by_label("Max cost in US dollars")
+    resume, error = page.get_by_role("button", name="Resume"), page.locator(".field .error")
+    expect(outcomes).to_have_text(re.compile(r"5 rows✓ [1-4] completed⊘ [1-4] cancelled"))
+    expect(limit).to_have_value("0.0001")
+    resume.click()
+    expect(error).to_contain_text("Retry it with a higher max_cost.")
+    expect(limit).to_be_focused()
+    limit.fill("1,5")
+    resume.click()
+    expect(error).to_contain_text("is not a number")
+    expect(limit).to_have_attribute("aria-invalid", "true")
+    limit.fill("1.5")
+    resume.click()
+    expect(outcomes).to_have_text("5 rows✓ 5 completed")
+    expect(limit).to_have_count(0)
+    assert closed.get(f"/batch/{batch_id}?results=false")["max_cost"] == 1.5
 
 
 def test_a_table_of_thousands_of_rows_loads_only_the_pages_it_shows(visit: Visit, closed: Site) -> None:

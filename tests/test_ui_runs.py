@@ -565,7 +565,7 @@ def test_a_webhook_that_was_given_up_is_seen_by_an_admin_and_sent_again(visit: V
             receiver.shutdown()
         assert [event["data"]["run_id"] for event in Receiver.accepted] == [run_id]
         page.get_by_label("Status").select_option("given_up")
-        expect(page.get_by_text("No webhook matches these filters.")).to_be_visible()
+        expect(page.get_by_text("Nothing matches these filters.")).to_be_visible()
         page.close()  # before the server stops
         visit.expected.append("status of 403")
         context = visit.context(ann)

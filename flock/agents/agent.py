@@ -463,6 +463,7 @@ class ModelAgent(Agent):
         with move_on_after_working(self.timeout_s):
             history = await self._earlier(resources, context)
             client = (context.client or ClientSettings()).taken_by(**self.takes)
+            client = msgspec.structs.replace(client, message_id=None)
             return await self._converse(self._prompt(inputs, history, client), resources, context, client)
         message = f"The model did not answer within {self.timeout_s:g} s (timeout_s of the agent {self.name!r})."
         raise ModelError(message, "model_timeout")

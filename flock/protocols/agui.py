@@ -18,6 +18,8 @@ from flock.web import orders, wire
 from flock.web.routing import AppRoute
 
 PREFIX = "/ag-ui"
+#: How much of the id of a message is kept.
+MAX_ID = 200
 
 
 def routes() -> Sequence[AppRoute]:
@@ -89,7 +91,9 @@ async def run_agent(request: Request) -> Response:
         names, state = {field.name for field in agent.input.fields}, sent.state if isinstance(sent.state, dict) else {}
         inputs = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in state.items() if name in names}
         text, newest = chats.text_in(last.content, place), await orders.newest_run(request, sent.threadId)
-        said = frontends.Said(text if last.role == "user" else "", place, inputs, sent.tools)
+        said = frontends.Said(
+            text if last.role == "user" else "", place, inputs, sent.tools, message_id=last.id[:MAX_ID]
+        )
         replaced = sent.forwardedProps.get("replaces") if isinstance(sent.forwardedProps, dict) else None
         if replaced is not None and (newest is None or (newest.run_id, newest.agent_name) != (replaced, agent.name)):
             raise Conflict("Only the last answer can be replaced. Omit 'replaces', or begin another thread.")

@@ -44,13 +44,17 @@ Replaces = Literal["no", "same", "newest"]
 
 
 class Said(NamedTuple):
-    """What the user says: a text or files, and what else the client brings. *at* is the pointer of the text."""
+    """What the user says: a text or files, and what else the client brings. *at* is the pointer of the text.
+
+    A text with the *message_id* of the newest run is that message again, so the answer of that run is replaced.
+    """
 
     text: str
     at: str
     inputs: Mapping[str, msgspec.Raw]
     tools: Sequence[ClientTool] = ()
     files: tuple[chats.SentFile, ...] = ()
+    message_id: str | None = None
 
 
 def agent_in(request: Request) -> Agent:
@@ -85,7 +89,9 @@ async def order_of(
         return orders.nested(request, chats.inputs_of(agent, messages, said.inputs, said.at))
 
     is_replaced = run is not None and replaces == "newest"
-    if run is not None and own is newest and replaces == "same":
+    client = ClientSettings(tools=tuple(said.tools), message_id=said.message_id)
+    is_again = run is not None and run.client is not None and run.client.message_id == said.message_id is not None
+    if run is not None and own is newest and (replaces == "same" or is_again):
         again = msgspec.json.decode(inputs_after(before[:-1]))
         is_replaced = bool(before and before[-1].content == said.text) or again == msgspec.json.decode(run.inputs)
     if is_replaced:
@@ -106,7 +112,7 @@ async def order_of(
         replaces=is_replaced,
         inputs=inputs_after(history),
         is_async=True,
-        client=ClientSettings(tools=tuple(said.tools)) if said.tools else None,
+        client=None if client == ClientSettings() else client,
     )
 
 

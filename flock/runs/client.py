@@ -56,6 +56,7 @@ class ClientSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         tools: up to 128. A call of one is a question of the kind "client_tool", whose answer is its output, a text.
         max_output_tokens: max tokens in each answer of a model; an agent's own ``max_tokens`` may be lower.
         temperature, top_p, presence_penalty, frequency_penalty, seed: as the provider has them.
+        message_id: the client's id of the message that the run answers. No model gets it.
     """
 
     instructions: str | None = None
@@ -66,6 +67,7 @@ class ClientSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: int | None = None
+    message_id: str | None = None
 
     def taken_by(self, *, instructions: bool, tools: bool, options: bool) -> "ClientSettings":
         """Return the settings without those that an agent does not take."""

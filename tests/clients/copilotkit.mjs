@@ -39,6 +39,18 @@ say(agent, "more");
 await core.runAgent({ agent });
 assert.equal(text(agent), "user=tea assistant=user=tea user=more");
 
+// "Regenerate" of CopilotKit's chat removes the answer and runs again, as often as the user likes
+const regenerate = async () => {
+  agent.setMessages(agent.messages.slice(0, -1));
+  await core.runAgent({ agent });
+};
+await regenerate();
+await regenerate();
+assert.equal(text(agent), "user=tea assistant=user=tea user=more");
+assert.equal(agent.messages.length, 4);
+const { runs } = await (await fetch(`${process.argv[3]}/runs?session_id=${agent.threadId}`)).json();
+assert.equal(runs.length, 2);
+
 // An approval
 agent = open("payer");
 say(agent, "pay");

@@ -90,7 +90,7 @@ export async function waitForServer(reason, signal) {
 
 async function pollServer(reason) {
   const banner = document.getElementById("unavailable");
-  fill(banner, `${reason} This page continues automatically when the server is back.`).hidden = false;
+  fill(banner, `${reason} This page continues when it is back.`).hidden = false;
   for (let wait = 250; ; wait = Math.min(wait * 2, 4000)) {
     await pause(wait);
     try {

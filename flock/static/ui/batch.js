@@ -6,10 +6,11 @@ import { lastAgents, outputsOf } from "./chain.js";
 import { chart, drawOutcomes, outcomeBar, outcomeWords } from "./chart.js";
 import { button, fact, fill, h, quiet, select, submitting } from "./dom.js";
 import { events } from "./events.js";
+import { form, sending } from "./form.js";
 import { isFile, textOf } from "./json.js";
 import { hasKey } from "./key.js";
-import { busyWhile, notify, problem } from "./notices.js";
-import { announcer, ended, failure, heading, spent } from "./record.js";
+import { busyWhile, notify } from "./notices.js";
+import { announcer, ended, failing, failure, heading, spent } from "./record.js";
 import { fileOf } from "./reference.js";
 import { saveAs, saveBlob } from "./save.js";
 import { PAGE_ROWS, bigTable } from "./table.js";
@@ -35,6 +36,7 @@ export async function show(main, { id, params, signal }) {
   });
   const last = agent ? await lastAgents(agent, signal) : [];
   const parts = {
+    retry: h("div"),
     progress: h("section", { "aria-label": "Progress" }),
     facts: h("dl.facts"),
     error: h("div"),
@@ -48,6 +50,7 @@ export async function show(main, { id, params, signal }) {
     words = h("p.outcomes");
   main.append(
     head.node,
+    parts.retry,
     parts.progress,
     live.node,
     parts.facts,
@@ -74,9 +77,7 @@ export async function show(main, { id, params, signal }) {
         refreshSoon();
       }
     }
-    live.say(
-      `The batch ${ended[batch.status]}: ${count(counts().completed)} completed, ${count(batch.failed_items)} failed, ${count(batch.cancelled_items)} cancelled.`,
-    );
+    live.say(`The batch ${ended[batch.status]}. ${bar.ariaValueText}.`);
     await refresh();
   }
 
@@ -132,9 +133,15 @@ export async function show(main, { id, params, signal }) {
       notify("Cancelling …");
       await post(`${path}/cancel`, undefined, { signal });
     });
-    const retry = (text, body) => {
-      const start = busyWhile(async () => {
-        await post(`${path}/retry`, body, { signal });
+    const { failed_items, cancelled_items, max_cost } = batch;
+    const isLimited = max_cost && isFinal(batch.status) && failed_items + cancelled_items > 0;
+    const limit = { label: "Max cost in US dollars", type: "number", exclusiveMinimum: 0 };
+    const fields = form({ properties: { max_cost: { ...limit, description: "For all attempts together." } } }, batch);
+    const sent = sending(fields, "");
+    fill(parts.retry, isLimited && fields.node, sent.wrong);
+    const retry = (text, only) => {
+      const start = sent.send(async (chosen) => {
+        await post(`${path}/retry`, { only, ...chosen }, { signal });
         run();
       });
       return button(text, start, { class: "primary" });
@@ -142,13 +149,12 @@ export async function show(main, { id, params, signal }) {
     const start = busyWhile(() =>
       download(`${path}/results?format=${format.value}`, `${batch.batch_id}.${format.value.split("&")[0]}`),
     );
-    const { failed_items, cancelled_items } = batch;
     return [
       isFinal(batch.status)
         ? [
-            failed_items > 0 && retry("Retry failed rows", { only: "failed" }),
-            failed_items > 0 && cancelled_items > 0 && retry("Resume cancelled rows", { only: "cancelled" }),
-            cancelled_items > 0 && retry(failed_items ? "Resume all" : "Resume", {}),
+            failed_items > 0 && retry("Retry failed rows", "failed"),
+            failed_items > 0 && cancelled_items > 0 && retry("Resume cancelled rows", "cancelled"),
+            cancelled_items > 0 && retry(failed_items ? "Resume all" : "Resume"),
           ]
         : button("Cancel", cancel),
       format,
@@ -273,7 +279,7 @@ export async function show(main, { id, params, signal }) {
     try {
       if (status) table?.resize(counts()[status]);
       cursors = [-1];
-      if (!hasResults && batch.completed_items > batch.failed_items + batch.cancelled_items) await drawTable();
+      if (!hasResults && counts().completed) await drawTable();
       else
         await table?.refresh(
           (page) => Object.keys(page).length < PAGE_ROWS || page.some((item) => item.status !== "completed"),
@@ -303,19 +309,9 @@ export async function show(main, { id, params, signal }) {
     fill(parts.chart, chart([...sample.values()], main.clientWidth));
   }
 
-  const showError = (error) => {
-    if (signal.aborted) return;
-    if (error.status === 404) fill(main, problem(error));
-    else
-      fill(
-        parts.failure,
-        problem(error, () => {
-          fill(parts.failure);
-          run();
-        }),
-      );
-  };
+  const showError = failing(main, parts.failure, run, signal);
   function run() {
+    fill(parts.failure);
     table?.refresh(() => true).catch(() => {});
     follow().catch(showError);
   }

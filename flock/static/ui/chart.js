@@ -24,9 +24,9 @@ export const outcomeBar = () => h("div.bar", { role: "progressbar", "aria-label"
 export function drawOutcomes(bar, batch) {
   const counts = outcomes(batch);
   const words = counts.map(([name, number]) => `${count(number)} ${name}`).join(", ");
-  bar.setAttribute("aria-valuemax", Math.max(1, batch.total_items));
-  bar.setAttribute("aria-valuenow", batch.completed_items);
-  bar.setAttribute("aria-valuetext", `${count(batch.total_items, "row")}${words && ": "}${words}`);
+  bar.ariaValueMax = Math.max(1, batch.total_items);
+  bar.ariaValueNow = batch.completed_items;
+  bar.ariaValueText = `${count(batch.total_items, "row")}${words && ": "}${words}`;
   return fill(
     bar,
     counts.map(([name, number]) => {

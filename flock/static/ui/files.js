@@ -140,7 +140,7 @@ export async function chooser(onChange) {
       withLabel(
         "or paste rows",
         pasted,
-        "CSV with a header, cells copied from a spreadsheet, or one JSON object per line.",
+        "CSV with a header, cells of a spreadsheet, or a JSON object per line.",
       ),
     ),
     rows: () => chosen ?? (pasted.value.trim() ? new Blob([pasted.value]) : null),

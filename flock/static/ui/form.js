@@ -10,7 +10,8 @@ import { busyWhile, problem } from "./notices.js";
 import { session } from "./storage.js";
 import { localTime, sizeOf } from "./words.js";
 
-/** Create the form of an object schema. `error(pointer, text)` shows an error and returns the control of its field. */
+/** Create the form of an object schema. A field has the `label` of its property, or else its name. `error(pointer, text)`
+ * shows an error and returns the control of its field. */
 export function form(schema, value) {
   const root = members(schema, value ?? {}, "", schema);
   return {
@@ -182,7 +183,7 @@ function labelled({ name, schema, id, pointer, isRequired, isItem }, control, re
   control.id = id;
   control.setAttribute("aria-describedby", `${id}-hint ${id}-error`);
   const isBox = control.type === "checkbox";
-  const label = [name, isRequired && !isItem && !isBox && h("span.quiet", " (required)")];
+  const label = [schema.label ?? name, isRequired && !isItem && !isBox && h("span.quiet", " (required)")];
   const self = {
     control,
     pointer,
@@ -196,7 +197,7 @@ function labelled({ name, schema, id, pointer, isRequired, isItem }, control, re
     ),
     error: (text) => {
       fill(wrong, text).hidden = !text;
-      text ? control.setAttribute("aria-invalid", "true") : control.removeAttribute("aria-invalid");
+      control.ariaInvalid = text ? true : null;
     },
     each: (visit) => visit(self),
   };

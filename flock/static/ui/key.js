@@ -14,7 +14,7 @@ export function askForKey(rejectedKey) {
   pendingDialog ??= new Promise((done) => {
     const dialog = document.getElementById("ask"),
       input = document.getElementById("ask-key");
-    const unknown = "The server does not know this key. Check that you copied all of it.";
+    const unknown = "The server does not know this key. Did you copy all of it?";
     fill(
       document.getElementById("ask-why"),
       rejectedKey ? unknown : "Ask an administrator for a key. It is stored until you close this tab.",

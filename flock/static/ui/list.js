@@ -48,7 +48,6 @@ export async function list(
     filters,
     columns,
     noneYet,
-    noMatch,
     row,
     id,
     about,
@@ -138,7 +137,7 @@ export async function list(
       if (body.contains(focused)) focused.focus();
     }
     for (const key of known.keys()) if (!items.some((item) => id(item) === key)) known.delete(key);
-    fill(none, filters.some(({ name }) => shown[name]) ? noMatch : noneYet).hidden = items.length > 0;
+    fill(none, filters.some(({ name }) => shown[name]) ? "Nothing matches these filters." : noneYet).hidden = items.length > 0;
     box.hidden = items.length === 0;
   }
 

@@ -16,7 +16,6 @@ export async function show(main, given) {
 /** The runs that are not items of a batch. */
 async function runs(main, { params, signal }) {
   const { agents } = await get("agents", signal);
-  const session = { name: "session_id", label: "Session", make: (value) => h("input", { value }) };
   await list(main, {
     kind: "runs",
     signal,
@@ -26,11 +25,10 @@ async function runs(main, { params, signal }) {
       agentChoice(agents, params),
       time("created_after", "From"),
       time("created_before", "To"),
-      ...(params.get("session_id") ? [session] : []),
+      ...(params.get("session_id") ? [text("session_id", "Session")] : []),
     ],
     columns: ["Run", "Inputs", "Result", "Agent", "Status", "Submitted", "Duration"],
     noneYet: ["There are no runs yet. ", h("a", { href: link("agents") }, "Start one with an agent.")],
-    noMatch: "No run matches these filters.",
     id: (run) => run.run_id,
     row: (run) => [
       h("a.mono", { href: link(`run/${run.run_id}`) }, run.run_id.slice(-12)),
@@ -48,6 +46,7 @@ async function runs(main, { params, signal }) {
 
 const preview = (text) => h("span.preview", text);
 
+const text = (name, label) => ({ name, label, make: (value) => h("input", { value: value ?? "" }) });
 const time = (name, label) => ({
   name,
   label,
@@ -65,7 +64,6 @@ async function batches(main, { params, signal }) {
     columns: ["Batch", "Rows", "Status", "Agent", "Time left", "Submitted"], // a phone shows the first two
     about: aboutBatches(),
     noneYet: ["There are no batches yet. ", h("a", { href: link("new-batch") }, "Start one from a file or from rows.")],
-    noMatch: "No batch matches these filters.",
     row: (batch) => [
       h("a", { href: link(`batch/${batch.batch_id}`), class: "mono" }, batch.batch_id.slice(-12)),
       [drawOutcomes(outcomeBar(), batch), h("span.outcomes", outcomeWords(batch))],
@@ -82,7 +80,6 @@ async function batches(main, { params, signal }) {
 /** The inbox: the open questions that the user may answer. */
 async function waiting(main, { params, signal }) {
   const { agents } = await get("agents", signal);
-  const text = (name, label) => ({ name, label, make: (value) => h("input", { value: value ?? "" }) });
   await list(main, {
     kind: "questions",
     view: "waiting",
@@ -93,7 +90,6 @@ async function waiting(main, { params, signal }) {
     columns: ["Question", "About", "Agent", "Requested by", "Asked", "Expires"],
     about: quiet("Runs wait for the answers to these questions."),
     noneYet: "No run waits for an answer.",
-    noMatch: "No question matches these filters.",
     id: ({ run_id, call_id }) => `${run_id} ${call_id}`,
     row: (asked) => [
       h("a.preview", { href: linkToQuestion(asked) }, asked.question),
@@ -117,7 +113,6 @@ async function webhooks(main, { params, signal }) {
     columns: ["Event", "Status", "Receiver", "Tries", "Next try", "Error"],
     about: quiet("Events of runs and batches are sent to these receivers."),
     noneYet: "There are no webhooks yet.",
-    noMatch: "No webhook matches these filters.",
     id: ({ webhook_id }) => webhook_id,
     row: ({ webhook_id, type, record_id, url, status, tries, next_try_at, error }) => [
       h("a", { href: link(`${type.startsWith("batch") ? "batch" : "run"}/${record_id}`) }, type),

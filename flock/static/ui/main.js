@@ -42,9 +42,9 @@ async function show(isFirst) {
   const [view, ...rest] = partsOf(path);
   for (const tab of document.querySelectorAll("nav a")) {
     const isCurrent = tab.hash.startsWith(`#/${(TABS[view] ?? view).replace(/e?s$/, "")}`) && tab.hash;
-    isCurrent ? tab.setAttribute("aria-current", "page") : tab.removeAttribute("aria-current");
+    tab.ariaCurrent = isCurrent ? "page" : null;
   }
-  main.setAttribute("aria-busy", "true");
+  main.ariaBusy = true;
   try {
     if (!VIEWS[view]) throw new Problem(404, { detail: "There is no such page." });
     const module = await VIEWS[view]().catch(async (error) => {
@@ -65,7 +65,7 @@ async function show(isFirst) {
     if (signal.aborted) return;
     fill(main, problem(error, error.status === 404 ? null : () => show(false)));
   } finally {
-    if (!signal.aborted) main.removeAttribute("aria-busy");
+    if (!signal.aborted) main.ariaBusy = null;
   }
 }
 

@@ -26,19 +26,18 @@ const ENCODINGS = [
 ];
 const CSV_DEFAULTS = { delimiter: ",", decimal: ".", encoding: "utf-8" };
 const TRIED_ROWS = 20;
-const above = { type: "number", exclusiveMinimum: 0 };
 const rows = { type: "integer", minimum: 1, description: "The others run if you resume." };
-/** More options of a batch: their names in the API, and their fields. */
+/** More options of a batch, by their names in the API. */
 const MORE = {
-  max_workers: ["Rows in parallel", { type: "integer", minimum: 1, maximum: 1000, default: 5 }],
-  limit: ["First rows", rows],
-  sample: ["Random rows", rows],
-  seed: ["Seed of random rows", { type: "integer" }],
-  max_cost: ["Max cost in US dollars", above],
-  timeout_s: ["Max seconds for a row", above],
-  max_failures: ["Max failed rows", { type: "number", minimum: 0, description: "Below 1: a share." }],
-  dedupe: ["Run equal rows once", { type: "boolean" }],
-  reuse: ["Take results of earlier batches", { type: "boolean" }],
+  max_workers: { label: "Rows in parallel", type: "integer", minimum: 1, maximum: 1000, default: 5 },
+  limit: { label: "First rows", ...rows },
+  sample: { label: "Random rows", ...rows },
+  seed: { label: "Seed of random rows", type: "integer" },
+  max_cost: { label: "Max cost in US dollars", type: "number", exclusiveMinimum: 0 },
+  timeout_s: { label: "Max seconds for a row", type: "number", exclusiveMinimum: 0 },
+  max_failures: { label: "Max failed rows", type: "number", minimum: 0, description: "Below 1: a share." },
+  dedupe: { label: "Run equal rows once", type: "boolean" },
+  reuse: { label: "Take results of earlier batches", type: "boolean" },
 };
 
 export async function show(main, { params, signal }) {
@@ -366,7 +365,7 @@ class NewBatch {
       session.set("batch invalid", this.invalid.value);
       this.drawStart();
     });
-    this.more = form({ properties: Object.fromEntries(Object.values(MORE)) }, stored("batch options"));
+    this.more = form({ properties: MORE }, stored("batch options"));
     this.more.node.addEventListener("change", () => keep("batch options", this.more));
     this.startError = h("div");
     this.upload = h("div");
@@ -420,21 +419,17 @@ class NewBatch {
   }
 
   startOptions() {
-    try {
-      for (const fields of this.fields) fields.read();
-      const options = { ...this.options(this.statics()), on_invalid: this.invalid.value },
-        chosen = this.more.read();
-      for (const [name, [label]] of Object.entries(MORE))
-        if (label in chosen) options[name] = chosen[label];
-      return options;
-    } catch (error) {
-      const forms = [...this.fields, this.more];
-      const control = forms.map((fields) => fields.error(error.pointer, error.message)).find(Boolean);
-      const hidden = control?.closest("details");
-      if (hidden) hidden.open = true; // otherwise it cannot have the focus
-      control?.focus();
-      return null;
-    }
+    for (const fields of [...this.fields, this.more])
+      try {
+        fields.read();
+      } catch (error) {
+        const control = fields.error(error.pointer, error.message);
+        const hidden = control?.closest("details");
+        if (hidden) hidden.open = true; // otherwise it cannot have the focus
+        control?.focus();
+        return null;
+      }
+    return { ...this.options(this.statics()), on_invalid: this.invalid.value, ...this.more.read() };
   }
 
   async startBatch(first) {
@@ -454,7 +449,7 @@ class NewBatch {
     fill(this.upload, h("label", words, bar));
     const onProgress = (bytes) => {
       bar.value = bytes;
-      if (bytes >= size) fill(words, "The server checks and stores the rows …");
+      if (bytes >= size) fill(words, "The server stores the rows …");
     };
     try {
       const more = { signal: this.signal, onProgress, headers: idempotencyKey() };

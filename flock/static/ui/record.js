@@ -1,7 +1,7 @@
 // What the views of a run and of a batch share.
 
 import { actions, button, fact, fill, h, quiet, title } from "./dom.js";
-import { copy } from "./notices.js";
+import { copy, problem } from "./notices.js";
 import { badge, count, isFinal } from "./words.js";
 
 /** A final status as the verb of a sentence. */
@@ -40,6 +40,13 @@ export function announcer(pauseMs) {
   };
   return { node, say, sayRarely: (text) => performance.now() - saidAt > pauseMs && say(text) };
 }
+
+/** Show an error in place of the view if its record is gone, and otherwise in `box`, with a button for `again`. */
+export const failing = (main, box, again, signal) => (error) => {
+  if (signal.aborted) return;
+  if (error.status === 404) fill(main, problem(error));
+  else fill(box, problem(error, again));
+};
 
 export function failure({ status, error, error_type, request_id }, heading) {
   const codes = Object.entries({ Type: error_type, Request: request_id }).filter(([, code]) => code);

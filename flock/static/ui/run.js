@@ -5,9 +5,9 @@ import { get, post } from "./api.js";
 import { showQuestion } from "./asked.js";
 import { actions, button, fact, fill, h, wide } from "./dom.js";
 import { events } from "./events.js";
-import { busyWhile, notify, problem } from "./notices.js";
+import { busyWhile, notify } from "./notices.js";
 import { questions } from "./question.js";
-import { announcer, ended, failure, heading, newer, spent } from "./record.js";
+import { announcer, ended, failing, failure, heading, newer, spent } from "./record.js";
 import { Steps } from "./steps.js";
 import { session } from "./storage.js";
 import { readable, result } from "./value.js";
@@ -168,11 +168,7 @@ export async function show(main, { view, id, signal }) {
 
   function start() {
     steps.clear();
-    follow().catch((error) => {
-      if (signal.aborted) return;
-      if (error.status === 404) fill(main, problem(error));
-      else fill(parts.outcome, problem(error, start));
-    });
+    follow().catch(failing(main, parts.outcome, start, signal));
   }
 
   draw();

@@ -177,7 +177,7 @@ export function bigTable({ label, columns, total, start, load, cells, onScroll, 
     },
     resize(rowsNow) {
       total = rowsNow;
-      node.setAttribute("aria-rowcount", total + 1);
+      node.ariaRowCount = total + 1;
       drawn = "";
       draw(false);
     },

@@ -49,7 +49,7 @@ export function result(value, fileName) {
   const container = wide("Result");
   const tabs = ["Table", "JSON"].map((name) => button(name, () => choose(name), { class: "small" }));
   const choose = (name) => {
-    tabs.forEach((tab) => tab.setAttribute("aria-pressed", String(tab.textContent === name)));
+    for (const tab of tabs) tab.ariaPressed = tab.textContent === name;
     const text = name === "JSON" && pretty(value);
     fill(
       container,
