@@ -23,13 +23,13 @@ WORDS = {
     "failing-a-final-state-that-is-written-only-once": "raised StoreError",
     "failing-a-run-that-is-accepted-and-not-stored": "an accepted run is unknown",
     "full-a-call-that-begins-while-the-disk-is-full": "is called while the store cannot be written",
-    "order-an-end-delivered-without-its-turn": "",
+    "order-an-end-delivered-without-its-turn": "the program went on with",
     "programs-a-call-acknowledged-before-it-is-stored": "is executed again: the program has seen its end",
     "programs-a-call-that-is-forgotten": "is executed again: the program has seen its end",
-    "programs-a-cancellation-that-is-not-stored": "",
+    "programs-a-cancellation-that-is-not-stored": "is executed again: the program has seen its end, or cancelled it",
     "schedules-a-forgotten-slot": "→ _acquire:",  # it waits there for ever
     "schedules-a-slot-released-too-early": "is executed twice at the same time, with max_concurrency=1",
-    "slow-a-change-that-is-not-awaited": "",
+    "slow-a-change-that-is-not-awaited": "the program was not changed",
 }
 
 
