@@ -158,7 +158,7 @@ class JSONType(Generic[T]):
             return value
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise malformed(bytes(raw), exc) from exc
-        except FlockError:
+        except (FlockError, MemoryError):
             raise
         except Exception as exc:  # a list in a set is not hashable, and a type's own code may raise anything
             raise InvalidData(self._explain(bytes(raw), at, exc) or [_unexpected_error(exc, at)]) from exc
@@ -327,7 +327,7 @@ def explain(type_: Any, raw: bytes, at: str) -> list[FieldError]:
         except (ValueError, LookupError, TypeError, RecursionError):  # the path cannot be resolved: report the field
             pointer = ""
         return _field_errors(exc, at + pointer)
-    except (ValueError, RecursionError):  # not valid JSON
+    except (ValueError, RecursionError, MemoryError):  # not valid JSON, or not known
         raise
     except Exception as exc:
         return [_unexpected_error(exc, at)]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flock.errors import InvalidData, MalformedJSON
-from flock.jsontype import JSONType, check_depth, escape_pointer
+from flock.jsontype import JSONType, check_depth, escape_pointer, explain
 
 
 class Inner(msgspec.Struct):
@@ -135,6 +135,18 @@ class Checked(msgspec.Struct):
     def __post_init__(self) -> None:
         if self.low > self.high:
             raise ValueError("low is above high")
+
+
+class Large(msgspec.Struct):
+    def __post_init__(self) -> None:
+        raise MemoryError
+
+
+def test_memory_that_cannot_be_had_is_not_an_error_of_the_data() -> None:
+    with pytest.raises(MemoryError):
+        JSONType(Large).decode(b"{}")
+    with pytest.raises(MemoryError):
+        explain(Large, b"{}", "")
 
 
 def test_an_error_from_post_init_is_reported() -> None:

@@ -40,6 +40,7 @@ class Client:
         deaths: the times at which a process of the server was killed.
         acks: called with what was acknowledged, in the order of acknowledgement: ``(what, id, value)``.
         is_damaged: records could not be read for a while, and a conversation leaves them out.
+        lacks_memory: the server lacked memory for a moment: what has failed because of that is tried again.
         first: the number of its first name. Two clients of the same name have different ones.
         eve: another client of the same server.
     """
@@ -56,7 +57,7 @@ class Client:
         self.sessions, self.hidden = list[str](), set[str]()
         self.ended_at, self.attempts = dict[str, float](), Counter[str]()
         self.waited, self.deaths, self.is_damaged = defaultdict[str, list[float]](list), list[float](), False
-        self._number, self._key = first, f"Bearer key-of-{who}-123456"
+        self.lacks_memory, self._number, self._key = False, first, f"Bearer key-of-{who}-123456"
         self._http = httpx.Client(timeout=PATIENCE_S / 2, limits=httpx.Limits(max_keepalive_connections=0))
 
     @functools.cached_property
@@ -84,7 +85,8 @@ class Client:
             except httpx.TransportError as exc:
                 seen = repr(exc)
             else:
-                if response.status_code not in AGAIN and not any(each in response.text for each in BEING_ACCEPTED):
+                again = (*AGAIN, 500) if self.lacks_memory else AGAIN
+                if response.status_code not in again and not any(each in response.text for each in BEING_ACCEPTED):
                     assert response.status_code < 500, f"{method} {path}: {response.text}"
                     return response
                 seen = response.text
@@ -119,6 +121,7 @@ class Client:
 
     def note(self, run: Any) -> None:
         """Keep the state of a run. A final state never changes but by a retry."""
+        assert "run_id" in run, f"an accepted run is unknown: {run}"
         run_id, before = run["run_id"], self.runs.get(run["run_id"])
         if before is not None and before["status"] in FINAL and before["attempt"] == run["attempt"]:
             _check_unchanged(before, run)
@@ -148,6 +151,9 @@ class Client:
         while True:
             run = self.send("GET", f"/run/{run_id}{'' if statuses else '?wait=5'}").json()
             self.note(run)
+            if self.lacks_memory and "MemoryError" in (run["error"] or ""):
+                self.retry(f"/run/{run_id}")
+                continue
             if run["status"] in (statuses or FINAL):
                 return run
             assert run["status"] not in FINAL, run
@@ -164,7 +170,9 @@ class Client:
             batch = self.send("GET", f"/batch/{batch_id}?wait=5").json()
             if batch["status"] in FINAL:
                 self.note_batch(batch)
-                return batch
+                if not (self.lacks_memory and "MemoryError" in str(batch["items"])):
+                    return batch
+                self.retry(f"/batch/{batch_id}")
             assert time.monotonic() < deadline, f"The wait for {batch_id} does not end: {batch}"
 
     def answer(self, run_id: str, output: Any) -> None:
@@ -270,6 +278,8 @@ class Client:
                 if data.get("type") == "response.completed":
                     return run_id, text
                 text += data.get("delta", "") if "type" in data else _chat_text(data)
+            if self.lacks_memory and run_id:
+                self.until(run_id)  # which tries it again
             time.sleep(0.02)
         raise AssertionError(f"The answer of {run_id} does not end")
 

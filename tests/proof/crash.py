@@ -29,6 +29,9 @@ from tests.proof.servers import Forge, Place
 from tests.support import ROOT
 
 Kind = Literal["start", "kill", "worker", "stop", "stopped worker", "error"]
+#: How a call fails: with its first or second error in ``calls.c``; of those for files, also all others for a second.
+Error = Literal["first", "second", "first for a second", "second for a second"]
+ERRORS: Mapping[Error, int] = {"first": -1, "second": -2, "first for a second": -3, "second for a second": -4}
 #: How long a process is stopped: longer than others wait for the lock of the store, or for a sign of life.
 STOPS_S = (6.0, 32.0)
 CAPACITY = 3
@@ -45,10 +48,12 @@ class Point(NamedTuple):
     scenario: str
     kind: Kind
     at: int
+    error: Error = "first"
 
     @property
     def command(self) -> str:
-        return f"python -m tests.proof.crash {self.scenario} --kind '{self.kind}' --at {self.at}"
+        error = f" --error '{self.error}'" if self.kind == "error" else ""
+        return f"python -m tests.proof.crash {self.scenario} --kind '{self.kind}'{error} --at {self.at}"
 
 
 class Broken(AssertionError):
@@ -145,7 +150,7 @@ class Machine:
 
     def _signal_of(self, point: Point) -> int:
         if point.kind == "error":
-            return -1 - point.at % 4
+            return ERRORS[point.error]
         return signal.SIGSTOP if "stop" in point.kind else signal.SIGKILL
 
     def _check_held(self, idle: Mapping[str, int]) -> None:
@@ -191,6 +196,12 @@ def points_of(machine: Machine, scenarios: Collection[str], kinds: Collection[Ki
     return points
 
 
+def with_errors(points: Collection[Point], seed: int, error: Error | None = None) -> list[Point]:
+    """Return the points with how their calls fail: as *error* says, or the seed."""
+    rng = random.Random(f"{seed} errors")
+    return [point._replace(error=rng.choice(list(ERRORS)) if error is None else error) for point in points]
+
+
 def execute(
     scenarios: Collection[str],
     kinds: Collection[Kind],
@@ -198,12 +209,14 @@ def execute(
     seed: int = 0,
     package: Path = ROOT,
     at: int | None = None,
+    error: Error | None = None,
 ) -> tuple[Counter[str], list[Broken]]:
     """Play scenarios with a signal at each point, or at *count* of them. Return how many were reached, and what fails.
 
     Args:
         package: the folder of another copy of the product.
         at: only before this call.
+        error: how each call fails. By default, the seed takes one for each.
     """
     broken = list[Broken]()
     with Forge(package) as forge, contextlib.closing(Machine(forge)) as machine:
@@ -213,7 +226,7 @@ def execute(
             points = [Point(scenario, kind, at) for scenario in scenarios for kind in kinds]
         if count is not None and count < len(points):
             points = random.Random(seed).sample(points, count)
-        for point in sorted(points, key=lambda point: point.kind):  # of one kind on one store
+        for point in sorted(with_errors(points, seed, error), key=lambda point: point.kind):  # of one kind on one store
             try:
                 machine.play(point)
             except Broken as exc:
@@ -230,15 +243,17 @@ def main() -> None:  # pragma: no cover - run by hand
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", nargs="*", help=", ".join(SCENARIOS))
     parser.add_argument("--kind", choices=get_args(Kind), action="append")
+    parser.add_argument("--error", choices=ERRORS, help="how each call fails; by default, the seed takes one for each")
     parser.add_argument("--at", type=int, metavar="N")
     parser.add_argument("--points", type=int, metavar="COUNT", help="a sample of all points")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample, and of the errors")
     parser.add_argument("--mutation", type=Path, metavar="PATCH", help="change the product before")
     chosen = parser.parse_args()
     began_s = time.monotonic()
     with mutated(chosen.mutation) if chosen.mutation else contextlib.nullcontext(ROOT) as package:
         kinds = chosen.kind or ["start", "kill", "worker"]
-        reached, broken = execute(chosen.scenario or SHORT, kinds, chosen.points, chosen.seed, package, chosen.at)
+        scenarios, error = chosen.scenario or SHORT, chosen.error
+        reached, broken = execute(scenarios, kinds, chosen.points, chosen.seed, package, chosen.at, error)
     print(f"{dict(reached)} points reached in {time.monotonic() - began_s:.0f} s, {len(broken)} broken")
     sys.exit(bool(broken))
 

@@ -2,7 +2,7 @@
 opened by the engine.
 
 python -m tests.proof.cuts                        all cuts of all recordings
-python -m tests.proof.cuts power --states 500     a sample of one
+python -m tests.proof.cuts power --states 500     of one: the files as they were after each call, and a sample of others
 """
 
 import argparse
@@ -183,16 +183,20 @@ def _set(names: dict[str, File], name: str, file: File | None) -> None:
 
 
 def states(
-    calls: list[Call], cuts: Collection[int], numbers: Collection[int]
+    calls: list[Call], cuts: Collection[int], has_prefixes: bool
 ) -> Iterator[tuple[int, int, Mapping[str, bytes | None], list[Any]]]:
-    """Yield the cut, the number of the state, the files, and what was acknowledged before. Equal ones come once."""
+    """Yield the cut, the number of the state, the files, and what was acknowledged before. Equal ones come once.
+
+    These are all states of *cuts*, and the first one of each other cut if it *has_prefixes*.
+    """
     disk, acks, seen = Disk(), list[Any](), set[bytes]()
     for cut, call in enumerate(calls):
         if call.what == "A":
             acks.append(json.loads(call.data))
         else:
             disk.apply(call)
-        for number in numbers if cut in cuts and call.what != "s" else ():
+        count = COUNT if cut in cuts else int(has_prefixes)
+        for number in range(count if call.what != "s" else 0):
             files = disk.state(number, cut)
             digest = hashlib.blake2b(str(len(acks)).encode())
             for name, content in sorted(files.items()):
@@ -212,11 +216,17 @@ class Result(NamedTuple):
 
 
 def execute(
-    recording: Recording, count: int | None = None, seed: int = 0, package: Path = ROOT, keep: Path | None = None
+    recording: Recording,
+    count: int | None = None,
+    seed: int = 0,
+    package: Path = ROOT,
+    keep: Path | None = None,
+    has_prefixes: bool = False,
 ) -> Result:
     """Record, and check all states, or about *count* of them.
 
     Args:
+        has_prefixes: check also, after each call, the state in which all calls so far are done.
         package: the folder of another copy of the product.
         keep: where to copy the files of the first state that fails.
     """
@@ -227,8 +237,8 @@ def execute(
             calls, root = calls_of(place.record.read_bytes()), str(place.folder)
         cuts: Collection[int] = range(len(calls))
         if count is not None:
-            cuts = set(random.Random(seed).sample(range(len(calls)), min(len(calls), max(1, count // STATES_OF_A_CUT))))
-        for cut, number, files, acks in states(calls, cuts, range(COUNT)):
+            cuts = set(random.Random(seed).sample(range(len(calls)), min(len(calls), -(-count // STATES_OF_A_CUT))))
+        for cut, number, files, acks in states(calls, cuts, has_prefixes):
             tried += 1
             with Place(forge, env, *recording.options) as place:
                 for path, content in sorted(files.items()):
@@ -250,7 +260,12 @@ def execute(
 def main() -> None:  # pragma: no cover - run by hand
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recording", nargs="*", help=", ".join(RECORDINGS))
-    parser.add_argument("--states", type=int, metavar="COUNT", help="about that many of each recording")
+    parser.add_argument(
+        "--states",
+        type=int,
+        metavar="COUNT",
+        help="about that many of each recording, besides those after each call in which nothing is lost",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the files of the first state that fails")
     parser.add_argument("--mutation", type=Path, metavar="PATCH", help="change the product before")
@@ -260,7 +275,9 @@ def main() -> None:  # pragma: no cover - run by hand
     with mutated(chosen.mutation) if chosen.mutation else contextlib.nullcontext(ROOT) as package:
         for name in chosen.recording or RECORDINGS:
             began_s = time.monotonic()
-            calls, tried, failed, missing = execute(RECORDINGS[name], chosen.states, chosen.seed, package, chosen.keep)
+            calls, tried, failed, missing = execute(
+                RECORDINGS[name], chosen.states, chosen.seed, package, chosen.keep, True
+            )
             is_broken |= bool(failed)
             took_s, lossy = time.monotonic() - began_s, [count for count in missing if count]
             lost = f", {len(lossy)} of them without up to {max(lossy)} acknowledged runs" if lossy else ""

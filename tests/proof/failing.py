@@ -38,14 +38,18 @@ from tests.proof.promises import check
 from tests.proof.scenarios import SCENARIOS, Client, Provider
 from tests.proof.schedules import Schedule, Thread, execute
 
-__all__ = ["faults_of", "sample", "trial"]
+__all__ = ["distinct", "faults_of", "sample", "trial"]
 
 #: Max runs at the same time. In the end all these slots are free.
 CAPACITY = 3
 #: How long after a deletion the files of a run are deleted, in seconds.
 DELETED_S = 12.0
 #: How long operations fail, by kind, if that is not 0 and 3 seconds.
-SECONDS = {"model": (0.0,), "clock": (0.0, 3.0, 30.0)}
+SECONDS = {"model": (0.0,), "value": (0.0,), "clock": (0.0, 3.0, 30.0)}
+#: The statement that says what a transaction is for: the next one, or the one before.
+BESIDE = {"BEGIN IMMEDIATE": 1, "COMMIT": -1}
+#: Of operations, by kind.
+Names = Mapping[str, Sequence[str]]
 
 
 class _Bridge(httpx.BaseTransport):
@@ -95,6 +99,8 @@ class _Bridge(httpx.BaseTransport):
         problem = response.json()
         kind = problem["error"]["code"] if "error" in problem else problem["type"].rpartition(":")[2].replace("-", "_")
         is_clear = kind in ("store_unavailable", "not_running") and "flock.db" not in response.text
+        if response.status_code == 500 and kind == "internal_error" and self._faults.lack_memory:
+            return
         if response.status_code != 503 or not is_clear or int(response.headers["retry-after"]) < 1:
             self._faults.problems.append(f"an error that is not clear: {response.status_code} {response.text}")
         elif self._faults.rest_s < 0:
@@ -136,25 +142,26 @@ async def _serving(name: str, folder: Path, model: Provider, faults: Faults) -> 
             try:
                 await stack.enter_async_context(app.lifespan())
                 break
-            except StoreError as exc:
-                if faults.rest_s < 0 or "cannot be" not in str(exc):
+            except (StoreError, MemoryError) as exc:
+                if faults.rest_s < 0 or "cannot be" not in (str(exc) or "there cannot be memory"):
                     raise
                 await anyio.sleep(1)
         yield app
 
 
-def trial(name: str, fault: Fault | None = None) -> Mapping[str, Sequence[str]]:
+def trial(name: str, fault: Fault | None = None) -> Names:
     """Execute a scenario, and start its server again. Return the names of its operations, by kind.
 
     Raises: AssertionError if a promise is broken.
     """
 
-    async def main(loop: Schedule) -> Mapping[str, Sequence[str]]:
+    async def main(loop: Schedule) -> Names:
         faults, model = Faults(fault, loop), Provider(scenarios._reply)
         bridge, log = _Bridge(faults), folder / "log"
         with failing(faults, loop, log, bridge):
             before, files, client = asyncio.all_tasks(), _open_files(), Client("http://test")
             client.is_damaged = fault is not None and fault.error == "corrupt"
+            client.lacks_memory = client.eve.lacks_memory = faults.lack_memory
 
             def play() -> None:
                 SCENARIOS[name].play(client)
@@ -204,7 +211,7 @@ def _open_files() -> set[str]:
     return found
 
 
-def faults_of(names: Mapping[str, Sequence[str]]) -> Sequence[Fault]:
+def faults_of(names: Names) -> Sequence[Fault]:
     """Return all faults of a scenario. Those of a model are short, since a run ends when all tries have failed.
 
     A clock may also be wrong until the scenario has ended, or a sleep, which ends by the clock, would end.
@@ -218,7 +225,7 @@ def faults_of(names: Mapping[str, Sequence[str]]) -> Sequence[Fault]:
     ]
 
 
-def sample(names: Mapping[str, Sequence[str]], count: int, seed: int) -> Sequence[Fault]:
+def sample(names: Names, count: int, seed: int) -> Sequence[Fault]:
     """Return some faults of a scenario: each second one of SQL, and as many of each operation."""
     rng, kinds = random.Random(seed), [kind for kind in ERRORS if kind != "sql" and names[kind]]
     by_name = defaultdict[tuple[str, str], list[Fault]](list)
@@ -231,10 +238,29 @@ def sample(names: Mapping[str, Sequence[str]], count: int, seed: int) -> Sequenc
     return found
 
 
+def distinct(names: Names, earlier: Sequence[Names], seed: int = 0) -> Sequence[Fault]:
+    """Return each error of each distinct operation once, without what an *earlier* scenario has done in the same state.
+
+    Statements and calls for files are distinct by their text, and the begin and the end of a transaction by the
+    statement that follows or precedes. Of equal ones, and of the times for which they fail, the seed takes one. Each
+    operation of another kind is distinct. The state is the same if all operations before are.
+    """
+    rng, groups = random.Random(seed), defaultdict[tuple[str, ...], list[Fault]](list)
+    for fault in faults_of(names):
+        kind, at, these = fault.kind, fault.at, names[fault.kind]
+        if not these[at]:
+            groups[kind, fault.error, f"{at}"].append(fault)
+        elif all(those[kind][: at + 1] != these[: at + 1] for those in earlier):
+            beside = at + BESIDE.get(these[at], 0)
+            groups[kind, fault.error, these[at], *these[beside : beside + 1]].append(fault)
+    return [rng.choice(group) for group in groups.values()]
+
+
 def main() -> None:  # pragma: no cover - run by hand
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", nargs="*", help=f"by default all: {', '.join(SCENARIOS)}")
     parser.add_argument("--trials", type=int, metavar="COUNT", help="of each scenario; by default, each fault is tried")
+    parser.add_argument("--distinct", action="store_true", help="try each error of each distinct operation once before")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--fault", nargs=5, metavar=("SCENARIO", "KIND", "ERROR", "AT", "SECONDS"))
     chosen = parser.parse_args()
@@ -244,10 +270,14 @@ def main() -> None:  # pragma: no cover - run by hand
         trial(name, Fault(kind, error, int(at), float(seconds)))
         return
     logging.disable(logging.CRITICAL)
-    began_s, tried, failed = time.monotonic(), Counter[str](), 0
+    began_s, tried, failed, earlier = time.monotonic(), Counter[str](), 0, list[Names]()
     for name in chosen.scenario or SCENARIOS:
         names = trial(name)
         faults = faults_of(names) if chosen.trials is None else sample(names, chosen.trials, chosen.seed)
+        if chosen.distinct:
+            faults = [*distinct(names, earlier, chosen.seed), *faults]
+            earlier.append(names)
+        print(f"{name}: {len(faults)} faults of {len(faults_of(names))}", flush=True)
         for fault in faults:
             tried[fault.kind] += 1
             try:

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import httpx
+import msgspec
 import pytest
 
+from flock import jsontype
 from flock.engine.embedded import EmbeddedEngine
 from flock.runs import ids
 from flock.store import store as stores
@@ -53,6 +55,7 @@ ERRORS: Mapping[str, Mapping[str, Callable[[], Exception]]] = {
         "memory": MemoryError,
     },
     "file": {name: os_error(getattr(errno, name)) for name in ("ENOSPC", "EIO", "EMFILE", "EACCES")},
+    "value": {"memory": MemoryError},
     "thread": {"start": lambda: RuntimeError("can't start new thread")},
     "model": {
         "connect": lambda: httpx.ConnectError("[Errno 24] Too many open files"),
@@ -65,6 +68,10 @@ JUMPS = {"back": -timedelta(hours=1), "ahead": timedelta(days=1)}
 #: Calls of the system for files, which fail if the package calls them.
 CALLS = [(os, each) for each in "open stat fstat pwrite ftruncate fsync unlink rename replace mkdir scandir".split()]
 CALLS += [(builtins, "open"), (io, "open"), (fcntl, "flock")]
+#: What makes values of JSON, and JSON of values.
+VALUES = ((msgspec.json, "encode"), (msgspec.json, "decode"), (jsontype, "_decode"))
+#: The provider is made of the first. What the second cannot store is another exception; see ``test_raised.py``.
+NO_VALUES = ("flock.testing", "flock.steps.raised")
 #: How the statements begin with which a write fails.
 WRITES = ("BEGIN IMMEDIATE", "COMMIT", "INSERT", "UPDATE", "DELETE")
 
@@ -85,6 +92,7 @@ class Faults:
         names: of the operations of each kind.
         engine: the one under test.
         problems: broken promises that no client has seen.
+        lack_memory: whether the fault is that memory for a value cannot be had.
     """
 
     def __init__(self, fault: Fault | None, loop: Schedule) -> None:
@@ -93,6 +101,7 @@ class Faults:
         self.names, self.problems = defaultdict[str, list[str]](list), list[str]()
         self._until = self._began_at = self._failed_at = -1e9
         self._write_failed_at = 1e9
+        self.lack_memory = fault is not None and fault.kind == "value"
 
     def fail(self, kind: str, name: str = "") -> bool:
         """Count an operation. Return whether it fails now."""
@@ -228,6 +237,18 @@ def failing(faults: Faults, loop: Schedule, log: Path, bridge: httpx.BaseTranspo
 
         return wrapper
 
+    def fragile(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Count what makes values, which may be large: JSON, and what is made of it."""
+
+        def wrapper(*args: Any, **options: Any) -> Any:
+            caller = sys._getframe(1)
+            module = caller.f_globals["__name__"]
+            if module.startswith("flock") and module not in NO_VALUES:
+                faults.check("value", f"{name} by {module}.{caller.f_code.co_name}")
+            return call(*args, **options)
+
+        return wrapper
+
     class Clock(datetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> Any:
@@ -255,6 +276,8 @@ def failing(faults: Faults, loop: Schedule, log: Path, bridge: httpx.BaseTranspo
         patch.setattr(sqlite3, "connect", checked("sql", "connect", connect))
         for module, name in CALLS:
             patch.setattr(module, name, checked("file", name, getattr(module, name)))
+        for module, name in VALUES:
+            patch.setattr(module, name, fragile(name, getattr(module, name)))
         patch.setattr(loop, "run_in_executor", run_in_executor)
         for module in (ids, stores):
             patch.setattr(module, "datetime", Clock)

@@ -1,5 +1,6 @@
 """What is done to the files of a store, an output and a backup, and what must be there after a power cut."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -7,7 +8,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,11 +51,17 @@ class Recording(NamedTuple):
 # The server
 
 
+@contextlib.contextmanager
+def _served(place: Place) -> Iterator[Client]:
+    """Start a server, and yield a client. What is acknowledged to it is recorded."""
+    place.start()
+    place.wait_until_up()
+    with contextlib.closing(Client(place.url, lambda *ack: place.note("A", ack))) as client:
+        yield client
+
+
 def _serve(place: Place) -> None:
-    client = Client(place.url, lambda *ack: place.note("A", ack))
-    try:
-        place.start()
-        place.wait_until_up()
+    with _served(place) as client:
         for name in ("function", "caught", "delete", "batch", "cancel", "retry", "session"):
             SCENARIOS[name].play(client)
         client.message(client.run("reminder"), "payment", 7)
@@ -70,19 +77,12 @@ def _serve(place: Place) -> None:
             place.note("A", ["backup ends", "", None])
             is_over.set()
             playing.result()
-    finally:
-        client.close()
 
 
 def _send_files(place: Place) -> None:
-    client = Client(place.url, lambda *ack: place.note("A", ack))
-    try:
-        place.start()
-        place.wait_until_up()
+    with _served(place) as client:
         for _ in range(2):
             SCENARIOS["file"].play(client)
-    finally:
-        client.close()
 
 
 def _play_until(is_over: threading.Event, client: Client) -> None:
@@ -98,12 +98,9 @@ def _serve_workers(place: Place) -> None:
     place.wait_until_up()
 
     def play(first: int, *names: str) -> None:
-        client = Client(place.url, lambda *ack: place.note("A", ack), first)
-        try:
+        with contextlib.closing(Client(place.url, lambda *ack: place.note("A", ack), first)) as client:
             for name in names:
                 SCENARIOS[name].play(client)
-        finally:
-            client.close()
 
     with ThreadPoolExecutor() as pool:
         plays = [
@@ -117,14 +114,9 @@ def _serve_workers(place: Place) -> None:
 
 
 def _serve_long(place: Place) -> None:
-    client = Client(place.url, lambda *ack: place.note("A", ack))
-    try:
-        place.start()
-        place.wait_until_up()
+    with _served(place) as client:
         for _ in range(LONG_RUNS):
             client.completed(client.run("plain", word=LONG), {"word": LONG})
-    finally:
-        client.close()
 
 
 class Expected:
@@ -183,9 +175,7 @@ class Expected:
             except RunNotFound:
                 continue
             raise AssertionError(f"the run {run_id} was deleted, and is back")
-        for run_id, call_id in self.answers & {
-            (run_id, call_id) for run_id, call_id in self.answers if run_id in self.runs
-        }:
+        for run_id, call_id in (each for each in self.answers if each[0] in self.runs):
             question = await engine.get_question(run_id, call_id)
             assert question.status == "answered", f"the answer to {call_id} is lost"
         for batch_id, ended in self.batches.items():
@@ -201,10 +191,9 @@ class Expected:
                 found = [batch.attempt, batch.failed_items, results]
                 assert found == ended, f"the batch {batch_id} is {found}, and was {ended}"
         for run_id, name in self.messages:
+            key = IdempotencyKey(f"{run_id}-{name}", b"", "ann")
             try:
-                await engine.send_message(
-                    run_id, name, msgspec.Raw(b"8"), IdempotencyKey(f"{run_id}-{name}", b"", "ann")
-                )
+                await engine.send_message(run_id, name, msgspec.Raw(b"8"), key)
             except (KeyReused, Conflict):
                 continue
             raise AssertionError(f"the message to {run_id} is lost")

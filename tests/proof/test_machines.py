@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.proof import crash, cuts
-from tests.proof.mutations import MUTATIONS, mutated
+from tests.proof.mutations import MUTATIONS, WORDS, mutated
 from tests.proof.recordings import RECORDINGS
 
 pytestmark = [
@@ -23,15 +23,6 @@ pytestmark = [
 
 #: Where crash points find a fault, if not in functions that call others.
 SCENARIOS_OF = {"crash-a-call-of-a-model-that-is-repeated": ["approval", "fallback"]}
-#: What is found, by fault.
-WORDS = {
-    "crash-a-call-of-a-model-that-is-repeated": "of a model by",
-    "crash-a-call-that-is-stored-later": "has begun again after the program saw its end",
-    "crash-a-forgotten-idempotency-key": "and there are",  # more runs than were accepted
-    "cuts-a-commit-without-sync": "is lost",
-    "cuts-a-new-folder-without-sync": "the file",
-    "cuts-an-output-without-sync": "the output is ''",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +41,15 @@ def test_a_server_that_is_killed_at_any_call_keeps_its_promises() -> None:
 def test_a_server_goes_on_after_any_call_of_the_system_that_fails() -> None:
     reached, broken = crash.execute(crash.SHORT, ["error"], 10)
     assert (broken, reached.total() >= 6) == ([], True)
+
+
+def test_each_night_lets_calls_fail_in_other_ways() -> None:
+    points = [crash.Point("chain", "error", at) for at in range(100)]
+    nights = [[point.error for point in crash.with_errors(points, seed)] for seed in range(8)]
+    ways = [set(each) for each in zip(*nights, strict=True)]
+    assert sum(len(each) > 1 for each in ways) > 90
+    assert set().union(*ways) == set(crash.ERRORS)
+    assert crash.with_errors(points[:1], 0, "second") == [crash.Point("chain", "error", 0, "second")]
 
 
 def test_a_worker_that_is_killed_at_any_call_is_replaced() -> None:
@@ -73,6 +73,12 @@ def test_a_power_cut_leaves_what_was_acknowledged(name: str, count: int) -> None
     assert (found.failed, found.tried >= 5) == ([], True)
 
 
+def test_each_prefix_of_what_was_written_is_a_state() -> None:
+    calls = [cuts.Call("c", 1, 0, "/a", b""), *(cuts.Call("w", 1, at, "/a", b"x") for at in range(3))]
+    found = [(cut, files) for cut, _, files, _ in cuts.states(calls, (), has_prefixes=True)]
+    assert found == [(at, {"/a": b"x" * at}) for at in range(4)]
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("patch", sorted(MUTATIONS.glob("crash-*.patch")), ids=lambda patch: patch.stem)
 def test_crash_points_find_a_fault(patch: Path) -> None:
@@ -87,7 +93,7 @@ def test_crash_points_find_a_fault(patch: Path) -> None:
 def test_calls_of_the_system_that_fail_find_a_fault(patch: Path) -> None:
     with mutated(patch) as package:
         _, broken = crash.execute(["chain"], ["error"], package=package)
-    assert broken
+    assert any(WORDS[patch.stem] in str(each) for each in broken), broken
 
 
 @pytest.mark.nightly

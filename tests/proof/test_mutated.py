@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.proof.mutations import MUTATIONS, mutated
+from tests.proof.mutations import MUTATIONS, WORDS, mutated
 from tests.support import ROOT
 
 #: How each machine looks for faults, until it finds one.
@@ -35,10 +35,13 @@ def test_a_machine_finds_a_fault_of_the_product(patch: Path) -> None:
         env = {**os.environ, "PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}
         command = [sys.executable, "-P", *MACHINES[patch.name.partition("-")[0]]]  # -P: this package is not the first
         found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    output = found.stdout + found.stderr
     assert found.returncode > 0
-    assert "To repeat it: python -m tests.proof" in found.stdout + found.stderr
+    assert "To repeat it: python -m tests.proof" in output
+    assert WORDS[patch.stem] in output
 
 
 @pytest.mark.parametrize("patch", [pytest.param(patch, id=patch.stem) for patch in sorted(MUTATIONS.glob("*.patch"))])
 def test_a_fault_can_still_be_put_into_the_product(patch: Path) -> None:
     subprocess.run(["git", "apply", "--check", patch], cwd=ROOT, check=True)
+    assert WORDS[patch.stem]
