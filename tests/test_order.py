@@ -528,6 +528,16 @@ async def test_what_an_end_has_caused_comes_after_it_also_if_an_execution_delive
         await replay.turn(first, is_last=False)
 
 
+async def test_a_call_that_is_waited_for_in_vain_holds_up_no_other() -> None:
+    """The first one has waited for it, so the later ones do not: each would take as long."""
+    grace_s, count = 0.2, 50
+    replay = Replay([stored(f"f:{n}", 2 * n + 1, 2 * n + 2) for n in range(count)], grace_s)
+    since = anyio.current_time()
+    for n in range(1, count):  # the program does not make call 0 any more
+        await replay.turn(replay.begin(f"f:{n}", JSON_NULL), is_last=True)
+    assert grace_s <= anyio.current_time() - since < count * grace_s / 5
+
+
 # What two processes have stored, of which one was presumed dead
 
 
