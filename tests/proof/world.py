@@ -30,7 +30,7 @@ DOWN_S, ANSWER_S = 1.0, (0.0, 0.3, 2.0, 30.0)
 #: A run that has not ended after so many virtual seconds in one process never ends.
 HORIZON_S = 5000.0
 #: Calls that make calls.
-MAKERS = ("tool", "agent")
+MAKERS = ("tool", "agent", "model")
 LIMITS = Limits(max_threads=50, max_recoveries=100)
 #: After how many runs the garbage of their processes is collected.
 RUNS_OF_GARBAGE = 10
