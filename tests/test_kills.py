@@ -6,6 +6,7 @@ On a cluster, the worker is killed. ``KILLS`` is how often the process of each p
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import os
 import random
@@ -187,7 +188,7 @@ def test_a_killed_process_does_nothing_twice(
 ) -> None:
     script, log = tmp_path / "kills.py", tmp_path / "effects.log"
     script.write_text(SCRIPT.replace("FLOCK", f"kills {new_id()}"))
-    chance, paths, kills = random.Random(name), list[str](), list[float]()
+    chance, paths, kills, acknowledged = random.Random(name), list[str](), list[float](), set[str]()
     lives = (
         workers(script, request.getfixturevalue("temporal_address"))
         if engine == "temporal"
@@ -202,7 +203,7 @@ def test_a_killed_process_does_nothing_twice(
                         body = {"agent_name": name, "inputs": {}, "async_run": True}
                         paths.append(client.post("/run/flock", json=body).headers["Location"])
                 if is_last:
-                    _help(client, paths, log, until=time.monotonic() + 2 * PATIENCE_S + RUNS * KILLS)
+                    _help(client, paths, log, acknowledged, until=time.monotonic() + 2 * PATIENCE_S + RUNS * KILLS)
                     runs = _runs(client, paths)
                     break
                 life_s = chance.uniform(0.05, chance.choice(LIVES_S[engine]))
@@ -210,7 +211,7 @@ def test_a_killed_process_does_nothing_twice(
                 killer.start()
                 try:
                     with contextlib.suppress(httpx.TransportError):  # the server has just been killed
-                        _help(client, paths, log, until=time.monotonic() + life_s)
+                        _help(client, paths, log, acknowledged, until=time.monotonic() + life_s)
                 finally:
                     killer.cancel()  # all runs may have ended before
                     killer.join()
@@ -250,23 +251,34 @@ def _runs(client: httpx.Client, paths: Sequence[str]) -> list[Any]:
     return [response.json() for response in responses if response.status_code == 200]
 
 
-def _help(client: httpx.Client, paths: list[str], log: Path, *, until: float) -> None:
-    """Answer the questions of the runs, and pay what is escalated, until all have ended or the time is over."""
-    paid = set[str]()
+def _help(client: httpx.Client, paths: list[str], log: Path, acknowledged: set[str], *, until: float) -> None:
+    """Answer the questions of the runs, and pay what is escalated, until all have ended or the time is over.
+
+    Args:
+        acknowledged: the answers and messages that any process has acknowledged. They are not sent again, so a run
+            that has lost one does not end.
+    """
+
+    def send(run_id: str, path: str, what: str, body: Any) -> None:
+        if (key := f"{run_id} {what}") in acknowledged:
+            return
+        headers = {"Idempotency-Key": hashlib.sha256(key.encode()).hexdigest()}
+        sent = client.post(f"/run/{run_id}/{path}", json=body, headers=headers)
+        if sent.is_success:
+            acknowledged.add(key)
+        else:  # 409: a process was killed after it had stored this
+            assert sent.status_code in (409, 503), sent.text
+
     while time.monotonic() < until:
         runs = _runs(client, paths[-4 * RUNS :])
         if all(run["completed_at"] for run in runs):
             runs = _runs(client, paths)
         for run in runs:
             for question in run.get("waiting_for") or ():
-                url = f"/run/{run['run_id']}/calls/{question['call_id']}"
-                client.post(url, json={"output": True})
+                send(run["run_id"], f"calls/{question['call_id']}", question["question"], {"output": True})
         for run_id, effect in Effects(log).ended:
-            if effect == "escalate" and run_id not in paid:
-                paid.add(run_id)
-                key = {"Idempotency-Key": f"pay-{run_id}"}
-                sent = client.post(f"/run/{run_id}/messages/payment", json={"message": 7}, headers=key)
-                assert sent.status_code in (202, 409), sent.text
+            if effect == "escalate":
+                send(run_id, "messages/payment", "payment", {"message": 7})
         if len(runs) == len(paths) and all(run["completed_at"] for run in runs):
             return
         time.sleep(0.05)

@@ -18,10 +18,11 @@ import pytest
 from msgspec.structs import replace
 
 from flock.agents.agent import OnChange
-from flock.core import Flock
+from flock.core import Flock, FlockFactory
 from flock.runs import JSON_NULL, Call, Engine, Mark, Place, Run, RunContext, RunStatus, now
 from flock.steps.raised import Refused
 from flock.steps.replay import MAX_MARK_BYTES, Entry, Replay
+from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
 from tests.support.engines import OpenEngine, continued, interrupted, until, until_run
 from tests.test_calls import interrupt
@@ -527,6 +528,16 @@ async def test_what_an_end_has_caused_comes_after_it_also_if_an_execution_delive
         await replay.turn(first, is_last=False)
 
 
+async def test_a_call_that_is_waited_for_in_vain_holds_up_no_other() -> None:
+    """The first one has waited for it, so the later ones do not: each would take as long."""
+    grace_s, count = 0.2, 50
+    replay = Replay([stored(f"f:{n}", 2 * n + 1, 2 * n + 2) for n in range(count)], grace_s)
+    since = anyio.current_time()
+    for n in range(1, count):  # the program does not make call 0 any more
+        await replay.turn(replay.begin(f"f:{n}", JSON_NULL), is_last=True)
+    assert grace_s <= anyio.current_time() - since < count * grace_s / 5
+
+
 # What two processes have stored, of which one was presumed dead
 
 
@@ -990,3 +1001,47 @@ async def test_a_late_result_of_a_tool_belongs_to_its_arguments() -> None:
     # When it has been stored as the result of that one
     replay = Replay([late, cancelled, replace(late, call_id="f:1.1", place=Place(start=4, end=5))], 5)
     assert replay.late_of_tool("f:2.0", "f", given) is None
+
+
+async def test_a_late_result_of_a_tool_is_that_of_the_equal_call_at_another_place(open_engine: OpenEngine) -> None:
+    """The program cancels an agent whose model has called a tool in a thread, and calls the agent again later."""
+    flock, bought, timeouts = Flock(model="openai/gpt-4o"), list[str](), list[asyncio.Timeout]()
+    loop, cancelled = asyncio.get_running_loop(), threading.Event()
+
+    def buy(what: str) -> str:
+        bought.append(what)
+        if len(bought) == 1:
+            loop.call_soon_threadsafe(timeouts[0].reschedule, 0)
+            loop.call_soon_threadsafe(loop.call_later, 0.1, cancelled.set)
+            cancelled.wait(PATIENCE_S)
+        return f"{what} {len(bought)}"
+
+    flock.add_agent(FlockFactory.create_default_agent("shop", input="q", output="a: int", tools=[buy]))
+
+    @flock.agent
+    async def work(context: RunContext) -> list[int]:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.05 if bought else None) as timeout:
+                timeouts.append(timeout)
+                await context.run_agent("shop", {"q": "?"})
+        found = list[int]()
+        for question in ("Again?", "Again, please?", "Go on?"):
+            assert await context.ask(question, bool)
+            if question != "Go on?":
+                found.append((await context.run_agent("shop", {"q": "?"}))["a"])
+        return found
+
+    tea, cake = ("buy", {"what": "tea"}), ("buy", {"what": "cake"})
+    replies = [Reply(calls=[tea]), Reply(calls=[cake, tea]), {"a": 1}, Reply(calls=[tea]), {"a": 2}]
+    with FakeModel(replies) as model:
+        async with open_engine(flock) as engine:
+            run = await engine.submit("work", {})
+            for question in ("Again?", "Again, please?", "Go on?"):
+                run = await _waiting(engine, run, question)
+                await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw(b"true"))
+            with anyio.fail_after(PATIENCE_S):
+                run = await engine.wait(run.run_id)
+    assert (run.error, run.value) == (None, {"result": [1, 2]})
+    assert bought == ["tea", "cake", "tea"], "the third one is a new call, since only one gets the late result"
+    texts = [message["content"] for message in model.requests[2]["messages"] if message["role"] == "tool"]
+    assert texts == ["cake 2", "tea 1"]

@@ -202,6 +202,28 @@ async def test_a_run_that_was_cancelled_while_it_waited_keeps_its_answers(open_e
     assert work.counts == {"a": 1}
 
 
+async def test_a_cancelled_call_that_a_retry_cancels_again_is_not_executed(open_engine: OpenEngine) -> None:
+    """The payment may have been made although the program has not waited for its end."""
+    flock, work, begun = Flock(), Work(b=1), list[int]()
+
+    async def charge() -> None:
+        begun.append(1)
+        await anyio.sleep_forever()
+
+    @flock.agent
+    async def work_(context: RunContext) -> str:
+        with anyio.move_on_after(0.1):
+            await context.call(charge)
+        return str(await context.call(work.do, "b", call_name="b"))
+
+    async with open_engine(flock, replay_grace_s=100 * PATIENCE_S) as engine:
+        run = await retried(engine, await started(engine, "work_"))
+        calls = (await engine.get_calls(run))[0]
+    assert (run.value, run.error, run.attempt) == ({"result": "b 2"}, None, 2)
+    assert len(begun) == 1
+    assert [(call.name, call.error_type) for call in calls if call.name == "charge"] == [("charge", "cancelled")]
+
+
 async def test_a_program_that_was_changed_before_a_retry_is_only_warned_of(
     open_engine: OpenEngine, caplog: pytest.LogCaptureFixture
 ) -> None:

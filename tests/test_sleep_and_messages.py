@@ -669,6 +669,26 @@ async def test_a_question_beside_a_call_that_runs_ends_no_request(engine: Engine
     assert [each["question"] for each in response.json()["waiting_for"]] == ["Go on?"]
 
 
+async def test_a_question_beside_a_call_that_runs_is_in_a_stream_and_does_not_end_it(engine: Engine) -> None:
+    """On a cluster, a stream has only what is stored."""
+    app, body = create_app(sleeping_flock(), engine=engine, auth="host"), {"agent_name": "work_and_ask", "inputs": {}}
+    async with app.lifespan(), client_of(app) as client:
+        streaming = asyncio.ensure_future(client.post("/run/flock", json=body, headers={"Accept": "text/event-stream"}))
+        with anyio.fail_after(PATIENCE_S):
+            while not (runs := await engine.list_runs(RunFilter(agent_name="work_and_ask"))):  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+        await until_run(engine, runs[0].run_id, lambda run: bool(run.questions))
+        done, _ = await asyncio.wait([streaming], timeout=0.5)
+        assert not done
+        await anyio.Path("go").touch()
+        events = events_in((await streaming).text)
+        await client.post(f"/run/{runs[0].run_id}/cancel?wait=10")
+    calls = [(each["event"], each["data"]["name"]) for each in events if each["event"].startswith("call.")]
+    started = [("call.started", "slow"), ("call.started", "ask")]
+    assert calls == [*(started if isinstance(engine, EmbeddedEngine) else ()), ("call.completed", "slow")]
+    assert events[-1]["event"] == "run.waiting"
+
+
 async def test_a_message_over_http_is_seen_in_the_run_and_sent_by_its_owner_only(engine: Engine) -> None:
     app = create_app(sleeping_flock(), engine=engine, api_keys=KEYS)
     async with app.lifespan(), client_of(app) as client:

@@ -150,6 +150,24 @@ async def test_what_has_passed_once_does_not_pass_again(kind: str, open_engine: 
     assert took_s[-1] < 1, "the last execution did not wait"
 
 
+async def test_a_plain_time_out_does_not_count_while_a_step_is_suspended(open_engine: OpenEngine) -> None:
+    """It begins again with each execution of the step."""
+    flock, begun, limit_s = Flock(), list[float](), 2.0
+
+    @flock.agent
+    async def work(context: RunContext) -> bool:
+        begun.append(time.monotonic())
+        async with asyncio.timeout(limit_s):
+            return await context.ask("Go on?", bool)
+
+    async with open_engine(flock) as engine:
+        run = await asking(engine, await engine.submit("work", {}))
+        await anyio.sleep(begun[0] + limit_s + 0.1 - time.monotonic())  # its time would be over
+        run = await answered(engine, run)
+    assert (run.error, run.value) == (None, {"result": True})
+    assert len(begun) == 2
+
+
 async def test_its_time_counts_across_a_crash(open_again: OpenEngine) -> None:
     flock, reached, begun = Flock(), anyio.Event(), list[float]()
 

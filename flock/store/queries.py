@@ -465,7 +465,7 @@ def find_calls(db: sqlite3.Connection, run: Run, position: int, after_row: int, 
     with DetectingDamage():
         for row, *values in db.execute(statements.CALLS, (run.run_id, position, tries, after_row)):
             page.append((row, call := call_from(values)))
-            bytes_left -= CALL_BYTES + len(call.result)
+            bytes_left -= CALL_BYTES + len(call.arguments) + len(call.result)
             if bytes_left < 0:
                 break
     return page

@@ -54,6 +54,7 @@ CLASSES: dict[str, Collection[str]] = {
     "at most once": _SIMPLE | {"gather", "first", "group", "ask", "once"},
     "retries": _SIMPLE | {"gather", "group", "completed", "ask", "once", "mended"},
     "everything, slow": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait", "slow"},
+    "models": _SIMPLE | {"gather", "first", "ask", "model"},
 }
 
 #: How many parts a statement has that contains others, at least and at most.
@@ -71,6 +72,7 @@ PARTS: Mapping[str, tuple[int, int]] = {
     "wait": (2, 4),
     "timeout": (1, 1),
     "deadline": (1, 1),
+    "model": (1, 4),
 }
 
 

@@ -106,6 +106,7 @@ class _Interpreter(NamedTuple):
             "timeout": self._in_time,
             "deadline": self._in_time,
             "completed": self._in_order,
+            "model": self._model,
         }
         if s.kind == "agent":
             return self.course(s.parts[0], f"{at}.0", start_s)
@@ -204,6 +205,14 @@ class _Interpreter(NamedTuple):
         failed = self._decide(found, at, failing)
         error = ", ".join(parts[i].error or "" for i in failed)
         found.error = f"ExceptionGroup({error})" if s.kind == "group" else error
+        return found
+
+    def _model(self, s: Statement, at: str, start_s: float) -> Course:
+        """It reads what its tools return, and that they have failed."""
+        parts = self._parts(s, at, start_s)
+        found = Course(max(part.ends_s for part in parts), sum(total(part.value) for part in parts if not part.error))
+        for part in parts:
+            found.add(part)
         return found
 
     def _some(self, s: Statement, at: str, start_s: float) -> Course:

@@ -23,7 +23,7 @@ from flock.store import database
 from flock.store.migrations import migrate
 from tests.proof.generator import End, Fate
 from tests.proof.schedules import Schedule
-from tests.proof.workflows import FLOCK, Statement
+from tests.proof.workflows import FLOCK, MODEL, Statement
 from tests.proof.world import ANSWER_S, LIMITS, World, attempt, die, in_processes, quiet
 
 __all__ = ["processes"]
@@ -33,7 +33,8 @@ WATCH_INTERVAL_S = 1.0
 
 
 def engine_of(world: World, store: str) -> EmbeddedEngine:
-    engine = FLOCK.engine(store=store, durability="process", limits=LIMITS, expose_errors=True)
+    options: dict[str, Any] = {"durability": "process", "limits": LIMITS, "expose_errors": True}
+    engine = FLOCK.engine(store=store, transport=MODEL.transport, **options)
     engine.observe(world)
     return engine
 

@@ -23,7 +23,7 @@ from flock.steps.executor import ActiveRun, StepExecutor, WaitingForAnswers
 from flock.steps.outcomes import CANCELLED
 from tests.proof.generator import End, Fate
 from tests.proof.schedules import Schedule
-from tests.proof.workflows import FLOCK, Statement
+from tests.proof.workflows import FLOCK, MODEL, Statement
 from tests.proof.world import ANSWER_S, LIMITS, World, attempt, die, in_processes, quiet
 
 __all__ = ["memories"]
@@ -151,7 +151,13 @@ class Process:
     def __init__(self, memory: Memory, end: End | None, cancel: End | None, loop: Schedule) -> None:
         self.memory, self.world, self._loop = memory, memory.world, loop
         self._executor = StepExecutor(
-            FLOCK.agents, MODELS, [self.world], limits=LIMITS, max_steps=100, expose_errors=True, prices={}
+            FLOCK.agents,
+            ModelClient(transport=MODEL.transport),
+            [self.world],
+            limits=LIMITS,
+            max_steps=100,
+            expose_errors=True,
+            prices={},
         )
         self._active: Execution | None = None
         self._changed, self._is_stopped, self._is_cancelled = asyncio.Event(), False, False
@@ -256,9 +262,6 @@ class Process:
     def _end(self, end: dict[str, Any]) -> None:
         self.memory.run = replace(self.memory.run, completed_at=now(), **end)
         self._executor.notify("run_ended", self.memory.run)
-
-
-MODELS = ModelClient()
 
 
 def _trial(world: World, fate: Fate, rng: random.Random) -> Run:

@@ -8,6 +8,7 @@ What the context can do next needs a kind here: its line in ``text``, what it do
 import asyncio
 import contextlib
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -15,14 +16,16 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from flock.core import Flock
+from flock.core import Flock, FlockFactory, Model
 from flock.errors import Uncertain
 from flock.runs import RunContext
+from flock.testing import FakeModel, ModelRequest, Reply
 
 __all__ = [
     "CALLS",
     "FLOCK",
     "LIFE",
+    "MODEL",
     "TIMEOUTS",
     "Kind",
     "Life",
@@ -52,6 +55,8 @@ Kind = Literal[
     # calls whose functions make calls
     "tool",
     "agent",
+    # a model agent, whose model calls a tool for each part, all at the same time
+    "model",
     # parts one after the other, and at the same time: until the first ends, in time, in the order of their ends
     "seq",
     "gather",
@@ -164,7 +169,7 @@ def text(statement: Statement, indent: str = "") -> str:
         case kind if kind in CALLS:
             return f"{indent}call {kind}({'equal' if s.is_equal else s.n}){comment}"
         case kind:
-            head = f"{kind}{f' {s.n}' if kind in ('tool', 'agent') else ''}:{comment}"
+            head = f"{kind}{f' {s.n}' if kind in ('tool', 'agent', 'model') else ''}:{comment}"
     between = f"\n{indent}and:\n" if len(s.parts) > 1 and s.kind != "loop" else "\n"
     return f"{indent}{head}\n{between.join(text(part, more) for part in s.parts)}"
 
@@ -265,6 +270,33 @@ async def _body(key: str, context: RunContext) -> Any:
     return await walk._replace(context=context).do(statement, f"{key}.0")
 
 
+async def use(key: str, context: RunContext) -> Any:
+    walk, statement = LIFE.get().bodies[key]
+    return await walk._replace(context=context).do(statement, key.replace("/", "."))
+
+
+def _reply(request: ModelRequest) -> Any:
+    MODEL.requests.clear()
+    results = [message["content"] for message in request["messages"] if message["role"] == "tool"]
+    if not results:
+        return Reply(calls=[("use", {"key": key}) for key in json.loads(request.text.partition("\n")[0])["keys"]])
+    return {"total": sum(total(json.loads(result)) for result in results if not result.startswith("Error: "))}
+
+
+MODEL = FakeModel(_reply)
+FLOCK.add_agent(
+    FlockFactory.create_default_agent(
+        "model",
+        model=Model("fake/model", base_url="http://fake/v1", api_key="fake"),
+        input="keys: list[str]",
+        output="total: int",
+        tools=[use],
+        tool_timeout_s=86400,
+        timeout_s=86400,
+    )
+)
+
+
 class Walk(NamedTuple):
     """Executes statements."""
 
@@ -301,6 +333,10 @@ class Walk(NamedTuple):
                 return 0
             case "tool" | "agent":
                 return await self._call_of_calls(s, at)
+            case "model":
+                tools = {f"{at}/{i}": (self, part) for i, part in enumerate(s.parts)}
+                self.life.bodies |= tools
+                return (await self.context.run_agent("model", {"keys": list(tools)}))["total"]
             case "seq":
                 return [await self.do(part, f"{at}.{i}") for i, part in enumerate(s.parts)]
             case "loop":

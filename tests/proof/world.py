@@ -30,7 +30,7 @@ DOWN_S, ANSWER_S = 1.0, (0.0, 0.3, 2.0, 30.0)
 #: A run that has not ended after so many virtual seconds in one process never ends.
 HORIZON_S = 5000.0
 #: Calls that make calls.
-MAKERS = ("tool", "agent")
+MAKERS = ("tool", "agent", "model")
 LIMITS = Limits(max_threads=50, max_recoveries=100)
 #: After how many runs the garbage of their processes is collected.
 RUNS_OF_GARBAGE = 10
@@ -121,6 +121,9 @@ class World(Observer):
         #: the messages that are still to be sent, also by the next process
         self._to_send = dict[str, int]()
         self._returned = dict[str, Any]()
+        #: how many side effects had begun when each one first began, and when each failure was seen last; and the
+        #: first of these numbers of the last one to begin of those whose end was seen
+        self._began, self._failed, self._went_on = dict[str, int](), dict[str, int](), 0
         #: the places of what was done in calls that the program has then cancelled. With these it may be done again
         self._cut_off = set[str]()
         self.lives, self.run_id = list[Life](), ""
@@ -208,6 +211,7 @@ class World(Observer):
 
     def begin(self, life: Life, at: str, effect: Statement) -> None:
         self.begun[at] += 1
+        self._began.setdefault(at, self.begun.total())
         self._event()
         if self._has_ended:
             self.problem(f"{effect.kind} at {at} is executed after the run has ended")
@@ -230,6 +234,10 @@ class World(Observer):
             self._equal[self._key_of(at)].add(at)
         if statement.kind in (*CALLS, *WAITS) and not str(outcome).startswith("raised"):
             self._returned[at] = outcome
+        if str(outcome).startswith("raised"):
+            self._failed[at] = self.begun.total()
+        if statement.kind in CALLS and not statement.is_equal:
+            self._went_on = max(self._went_on, self._began.get(at, 0))
         if before != outcome and (self.is_ordered or statement.kind in (*CALLS, *WAITS)):
             self.problem(f"the program saw {before} at {at}, and now {outcome}")
         if outcome == "raised Uncertain" and not (self.fate.ends or self.fate.retries):
@@ -273,7 +281,10 @@ class World(Observer):
             self.problem(f"what takes {seconds:.3f} s at {at} took {took_s:.3f} s")
 
     def should_retry(self, run: Run) -> bool:
-        """Check an attempt that has ended. Whether it is to be retried: then the calls that have returned are known."""
+        """Check an attempt that has ended. Whether it is to be retried.
+
+        Then the calls that have returned are known, and those that have failed and that the program has gone on from.
+        """
         check(self, run)
         if run.status is RunStatus.COMPLETED or self.attempt > self.fate.retries:
             return False
@@ -283,11 +294,25 @@ class World(Observer):
         self._has_ended = False
         for key, places in self._equal.items():
             self._in_flight[key] += len(places - self._returned.keys())
-        self.seen = {at: outcome for at, outcome in self._returned.items() if at not in self._cut_off}
+        kept = {at: outcome for at, outcome in self.seen.items() if self._has_gone_on_from(at, ended)}
+        self.seen = {at: outcome for at, outcome in self._returned.items() if at not in self._cut_off} | kept
         self.done = set(self.seen)
         self.earlier_decisions |= self.last_decisions | self.decisions  # in calls that are not made again
         self.last_seen, self.last_decisions, self.decisions = ended, {}, {}  # its step may be stored
         return True
+
+    def _has_gone_on_from(self, at: str, ended: dict[str, Any]) -> bool:
+        """Whether a call has failed that a retry keeps, as the end of the step is another one.
+
+        A call has started and ended after that, and after what contains it has failed.
+        """
+        path, outcome = path_to(self.program, at), str(self.seen[at])
+        statement, places = path[-1][1], [place for place, _ in path[1:]]
+        if statement.kind not in CALLS or statement.is_equal or not outcome.startswith("raised") or at in self._cut_off:
+            return False
+        if outcome.removeprefix("raised ") in str(ended) or any(place in self.last_seen for place in places):
+            return False
+        return all(self._failed.get(place, 0) < self._went_on for place in places)
 
     def decided(self, at: str, decision: Any) -> None:
         self._event()
