@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
+from flock.command.server import LAST_REQUESTS_S
 from flock.web.auth import new_key
 from tests.support import ROOT
 from tests.support.http import events_in
@@ -473,6 +474,21 @@ def test_a_server_on_a_passed_socket_restarts_without_a_refused_or_failed_reques
                 clients.wait_for_answers(40)
                 clients.__exit__()
     assert (clients.failures, set(clients.answers)) == ([], {200})
+
+
+def test_a_stopping_server_on_a_passed_socket_waits_for_the_first_request_of_a_connection(flock_file: Path) -> None:
+    """Its client is slow to send it. A next server does not get the connection, since this one has accepted it."""
+    command = flockapi_command("serve", str(flock_file), "--store", ":memory:")
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as listener:
+        address = listener.getsockname()
+        with activated(listener, *command) as process, contextlib.ExitStack() as stack:
+            assert httpx.get(f"http://127.0.0.1:{address[1]}/healthz", timeout=100).status_code == 200
+            slow = stack.enter_context(socket.create_connection(address, timeout=60))
+            assert httpx.get(f"http://127.0.0.1:{address[1]}/healthz").status_code == 200, "both are accepted"
+            process.terminate()
+            time.sleep(3 * LAST_REQUESTS_S)
+            slow.sendall(b"GET /agents/who HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            assert slow.recv(100).startswith(b"HTTP/1.1 200")
 
 
 NGINX = """

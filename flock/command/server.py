@@ -65,6 +65,8 @@ OPEN_FILES = 65_536
 THREAD_TIMEOUT_S = 1
 #: How long requests on accepted connections may still start runs before the drain, in seconds.
 LAST_REQUESTS_S = 0.5
+#: How long to wait then for the first requests of new connections, in seconds. A busy client may be slow to send it.
+FIRST_REQUESTS_S = 3.0
 #: The file descriptor of the first socket that systemd passes.
 FIRST_PASSED_FD = 3
 #: The delay before a dead worker is replaced, in seconds.
@@ -727,6 +729,9 @@ class _Server(uvicorn.Server):
             for server in self.servers:
                 server.close()
             await anyio.sleep(LAST_REQUESTS_S)
+            with anyio.move_on_after(FIRST_REQUESTS_S):
+                while any(getattr(each, "cycle", self) is None for each in self.server_state.connections):  # noqa: ASYNC110
+                    await anyio.sleep(0.02)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._end_drain_on_second_signal, app)
             await app.engine.drain(self._settings.drain_timeout_s)
