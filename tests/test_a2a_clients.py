@@ -55,8 +55,8 @@ def text(*words, **ids):
 def data(value, **ids):
     return SendMessageRequest(message=new_data_message(value, role=Role.ROLE_USER, **ids))
 
-async def joined(events, task=None):
-    # What the SDK's own store makes of the events of a stream
+async def joined(events, task=None, note=lambda task: None):
+    # What the SDK's own store makes of the events of a stream. After each event, note(task) is called
     async for event in events:
         if event.HasField("task"):
             task = event.task
@@ -64,6 +64,7 @@ async def joined(events, task=None):
             append_artifact_to_task(task, event.artifact_update)
         else:
             task.status.CopyFrom(event.status_update.status)
+        note(task)
     return task
 
 def text_of(task):
@@ -184,25 +185,33 @@ KILLED = (
 async def main():
     async with httpx.AsyncClient(timeout=60) as http:
         _, client = await client_of(http, "hold")
-        message = text("tea")
+        message, ids, seen = text("tea"), set(), []
+
+        def note(task):
+            if task.artifacts and not any(seen):
+                print("half", flush=True)
+            ids.add(task.id)
+            seen.append([get_artifact_text(artifact, "") for artifact in task.artifacts])
+
         try:
-            async for event in client.send_message(message):
-                task = event.task if event.HasField("task") else task
-                if event.HasField("artifact_update"):
-                    append_artifact_to_task(task, event.artifact_update)
-                    print("half", flush=True)
+            await joined(client.send_message(message), note=note)
         except Exception as exc:
             pass
+        (id,) = ids
         while True:  # until the server is up again
             try:
-                task = await client.get_task(GetTaskRequest(id=task.id))
+                task = await client.get_task(GetTaskRequest(id=id))
+                note(task)
                 if task.status.state != TaskState.TASK_STATE_COMPLETED:
-                    task = await joined(client.subscribe(SubscribeToTaskRequest(id=task.id)))
+                    task = await joined(client.subscribe(SubscribeToTaskRequest(id=id)), note=note)
                 break
             except Exception:
                 await asyncio.sleep(0.1)
         assert text_of(task) == "All about tea"
-        assert (await joined(client.send_message(message))).id == task.id
+        # Whatever was seen at any time is the beginning of the whole: each character was seen once
+        assert all(len(texts) < 2 and "All about tea".startswith("".join(texts)) for texts in seen), seen
+        assert ["All "] in seen and seen[-1] == ["All about tea"], seen
+        assert (await joined(client.send_message(message))).id == id and ids == {id}
         assert len((await client.list_tasks(ListTasksRequest())).tasks) == 1
     print("all of it")
 
