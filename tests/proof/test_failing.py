@@ -50,6 +50,7 @@ FOUND = {
     "a file that cannot be written, nor removed": ("file", "file", "EMFILE", "open", 3.0),
     "a thread to store or close a file": ("file", "thread", "start", "", 3.0),
     "a file that cannot be read": ("file", "file", "EIO", "open", 0.0),
+    "a run whose calls cannot be read for a moment": ("approval", "sql", "corrupt", "SELECT rowid, call_id, name", 0.0),
     "no memory to read an answer": ("approval", "value", "memory", "_decode by flock.jsontype", 0.0),
 }
 
