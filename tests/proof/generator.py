@@ -55,6 +55,7 @@ CLASSES: dict[str, Collection[str]] = {
     "retries": _SIMPLE | {"gather", "group", "completed", "ask", "once", "mended"},
     "everything, slow": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait", "slow"},
     "models": _SIMPLE | {"gather", "first", "ask", "model"},
+    "retries and time-outs": _SIMPLE | {"gather", "ask", "timeout", "wait", "mended"},
 }
 
 #: How many parts a statement has that contains others, at least and at most.
@@ -102,7 +103,8 @@ def program_of(random: Random, kinds: Collection[str]) -> Statement:
     first = made(random.randint(1, MAX_LEAVES))
     if random.randint(0, 2):
         first = Statement("try", (first, last))
-    return numbered(restricted(Statement("seq", (first, last, last))))
+    end = Statement("mended", seconds=SECONDS[0]) if "mended" in kinds else last  # a retry keeps what comes before
+    return numbered(restricted(Statement("seq", (first, last, end))))
 
 
 def _work(random: Random, kinds: Collection[str]) -> Statement:

@@ -10,7 +10,7 @@ import shlex
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Set
 from typing import Any, NamedTuple
 
 import msgspec
@@ -86,7 +86,7 @@ class Life:
             self.world.done |= below
             self.ended |= below
             self._cancelled -= below
-            self.world.cut_off(at)
+            self.world.cut_off(at, below)
 
     @contextlib.contextmanager
     def executing(self, at: str, effect: Statement) -> Iterator[bool]:
@@ -124,6 +124,8 @@ class World(Observer):
         #: how many side effects had begun when each one first began, and when each failure was seen last; and the
         #: first of these numbers of the last one to begin of those whose end was seen
         self._began, self._failed, self._went_on = dict[str, int](), dict[str, int](), 0
+        #: the time-out that has cancelled a side effect, by the place of that
+        self._timed_out = dict[str, str]()
         #: the places of what was done in calls that the program has then cancelled. With these it may be done again
         self._cut_off = set[str]()
         self.lives, self.run_id = list[Life](), ""
@@ -268,8 +270,10 @@ class World(Observer):
             self._sent[at] = asyncio.get_running_loop().time()
             self.send(f"to-{at}", number)
 
-    def cut_off(self, at: str) -> None:
-        """The program has cancelled what is below a place."""
+    def cut_off(self, at: str, cancelled: Set[str]) -> None:
+        """The program has cancelled what is below a place, such as these side effects."""
+        if path_to(self.program, at)[-1][1].kind == "timeout":
+            self._timed_out |= dict.fromkeys(cancelled, at)
         for place in self.seen:
             above = (each for each, s in path_to(self.program, place)[:-1] if s.kind in MAKERS)
             if any(each.startswith(f"{at}.") and each not in self.seen for each in above):
@@ -283,7 +287,7 @@ class World(Observer):
     def should_retry(self, run: Run) -> bool:
         """Check an attempt that has ended. Whether it is to be retried.
 
-        Then the calls that have returned are known, and those that have failed and that the program has gone on from.
+        Then the calls that have returned are known, and the others that the program has gone on from.
         """
         check(self, run)
         if run.status is RunStatus.COMPLETED or self.attempt > self.fate.retries:
@@ -294,25 +298,31 @@ class World(Observer):
         self._has_ended = False
         for key, places in self._equal.items():
             self._in_flight[key] += len(places - self._returned.keys())
-        kept = {at: outcome for at, outcome in self.seen.items() if self._has_gone_on_from(at, ended)}
+        kept = {at: outcome for at, outcome in self.seen.items() if self._has_gone_on_from(at)}
+        cancelled = {each for each, at in self._timed_out.items() if self._is_cancelled_again(each, at)}
         self.seen = {at: outcome for at, outcome in self._returned.items() if at not in self._cut_off} | kept
-        self.done = set(self.seen)
+        self.done = self.seen.keys() | cancelled
         self.earlier_decisions |= self.last_decisions | self.decisions  # in calls that are not made again
         self.last_seen, self.last_decisions, self.decisions = ended, {}, {}  # its step may be stored
         return True
 
-    def _has_gone_on_from(self, at: str, ended: dict[str, Any]) -> bool:
-        """Whether a call has failed that a retry keeps, as the end of the step is another one.
-
-        A call has started and ended after that, and after what contains it has failed.
-        """
-        path, outcome = path_to(self.program, at), str(self.seen[at])
-        statement, places = path[-1][1], [place for place, _ in path[1:]]
+    def _has_gone_on_from(self, at: str) -> bool:
+        """Whether a call has failed that a retry keeps, as the end of the step is another one."""
+        outcome, statement = str(self.seen[at]), path_to(self.program, at)[-1][1]
         if statement.kind not in CALLS or statement.is_equal or not outcome.startswith("raised") or at in self._cut_off:
             return False
-        if outcome.removeprefix("raised ") in str(ended) or any(place in self.last_seen for place in places):
-            return False
-        return all(self._failed.get(place, 0) < self._went_on for place in places)
+        return outcome.removeprefix("raised ") not in self.outcome_before and self._has_gone_on(at)
+
+    def _is_cancelled_again(self, at: str, timeout: str) -> bool:
+        """Whether a retry keeps that a time-out has cancelled a call, and the time-out passes again."""
+        *above, (_, statement) = path_to(self.program, at)
+        makers = {place for place, each in above if each.kind in MAKERS and not place.startswith(f"{timeout}.")}
+        return not statement.is_equal and makers <= self.seen.keys() - self._cut_off and self._has_gone_on(timeout)
+
+    def _has_gone_on(self, at: str) -> bool:
+        """Whether a call has started and ended after what is at a place, and what contains it, has failed."""
+        places = [place for place, _ in path_to(self.program, at)[1:]]
+        return not any(place in self.last_seen or self._failed.get(place, 0) >= self._went_on for place in places)
 
     def decided(self, at: str, decision: Any) -> None:
         self._event()
