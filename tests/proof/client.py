@@ -272,7 +272,8 @@ class Client:
                     last, response_id = data["sequence_number"], data.get("response", {}).get("id", response_id)
                 if (error := data.get("error", data if data.get("type") == "error" else None)) is not None:
                     assert run_id in error["message"], f"an error that does not name {run_id}: {error}"
-                    assert error["code"] in ("text_replaced", "interrupted"), error
+                    is_clear = error["code"] in ("text_replaced", "interrupted") or "MemoryError" in error["message"]
+                    assert is_clear, error
                     if error["code"] == "text_replaced":
                         return run_id, None
                 if data.get("type") == "response.completed":
