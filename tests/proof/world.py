@@ -312,20 +312,24 @@ class World(Observer):
     def _has_gone_on_from(self, at: str, ended: str) -> bool:
         """Whether a call has failed that a retry keeps, as the end of the step is another one."""
         outcome, statement = str(self.seen[at]), path_to(self.program, at)[-1][1]
-        if statement.kind not in CALLS or statement.is_equal or not outcome.startswith("raised") or at in self._cut_off:
+        if statement.kind not in CALLS or statement.is_equal or not outcome.startswith("raised"):
             return False
         return outcome.removeprefix("raised ") not in ended and self._has_gone_on(at)
 
     def _is_cancelled_again(self, at: str, timeout: str) -> bool:
         """Whether a retry keeps that a time-out has cancelled a call, and the time-out passes again."""
-        *above, (_, statement) = path_to(self.program, at)
-        makers = {place for place, each in above if each.kind in MAKERS and not place.startswith(f"{timeout}.")}
-        return not statement.is_equal and makers <= self.seen.keys() - self._cut_off and self._has_gone_on(timeout)
+        return not path_to(self.program, at)[-1][1].is_equal and self._has_gone_on(timeout)
 
     def _has_gone_on(self, at: str) -> bool:
-        """Whether a call has started and ended after what is at a place, and what contains it, has failed."""
-        places = [place for place, _ in path_to(self.program, at)[1:]]
-        return not any(place in self.last_seen or self._failed.get(place, 0) >= self._went_on for place in places)
+        """Whether a call has started and ended after what is at a place, and what contains it, has failed.
+
+        The end of a call that makes it may be stored and not seen, so that is not known.
+        """
+        path = path_to(self.program, at)[1:]
+        makers = {place for place, each in path if each.kind in MAKERS}
+        if not makers <= self.seen.keys() - self._cut_off or at in self._cut_off:
+            return False
+        return not any(place in self.last_seen or self._failed.get(place, 0) >= self._went_on for place, _ in path)
 
     def decided(self, at: str, decision: Any) -> None:
         self._event()
