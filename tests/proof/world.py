@@ -112,7 +112,7 @@ class World(Observer):
         seen: the outcome that it has seen, by place.
     """
 
-    def __init__(self, program: Statement, fate: Fate) -> None:
+    def __init__(self, program: Statement, fate: Fate, *, saves_take_time: bool = False) -> None:
         self.program, self.fate, self.random = program, fate, random.Random(fate.seed)
         self.attempt = 1
         self.send: Callable[[str, int], object] = lambda name, number: None
@@ -139,6 +139,8 @@ class World(Observer):
         limited = [part for each in program.all if each.kind in TIMEOUTS for whole in each.parts for part in whole.all]
         is_slow |= bool(fate.ends) and any(part.kind in (*TIMEOUTS, "gather", "completed") for part in limited)
         is_slow |= any(each.kind in WAITS for each in program.all) and any(each.kind == "completed" for each in limited)
+        # A time-out may pass while the cancellations of a race are being saved, which take no time again.
+        is_slow |= saves_take_time and bool(limited)
         # Before Python 3.13 a TaskGroup that fails swallows a cancellation that comes while its calls are being saved.
         calls = [each for each in program.all if each.kind in MAKERS]
         in_calls = (part.kind == "group" for call in calls for part in call.all)
@@ -294,11 +296,12 @@ class World(Observer):
             return False
         self.attempt += 1
         ended = {at: outcome for at, outcome in (self.last_seen | self.seen).items() if at == "0"}
-        self.outcome_before = str(ended)
+        # If a run is cancelled while no process executes it, a retry keeps with what its program would have ended.
+        self.outcome_before = "" if run.status is RunStatus.CANCELLED else str(ended)
         self._has_ended = False
         for key, places in self._equal.items():
             self._in_flight[key] += len(places - self._returned.keys())
-        kept = {at: outcome for at, outcome in self.seen.items() if self._has_gone_on_from(at)}
+        kept = {at: outcome for at, outcome in self.seen.items() if self._has_gone_on_from(at, str(ended))}
         cancelled = {each for each, at in self._timed_out.items() if self._is_cancelled_again(each, at)}
         self.seen = {at: outcome for at, outcome in self._returned.items() if at not in self._cut_off} | kept
         self.done = self.seen.keys() | cancelled
@@ -306,23 +309,27 @@ class World(Observer):
         self.last_seen, self.last_decisions, self.decisions = ended, {}, {}  # its step may be stored
         return True
 
-    def _has_gone_on_from(self, at: str) -> bool:
+    def _has_gone_on_from(self, at: str, ended: str) -> bool:
         """Whether a call has failed that a retry keeps, as the end of the step is another one."""
         outcome, statement = str(self.seen[at]), path_to(self.program, at)[-1][1]
-        if statement.kind not in CALLS or statement.is_equal or not outcome.startswith("raised") or at in self._cut_off:
+        if statement.kind not in CALLS or statement.is_equal or not outcome.startswith("raised"):
             return False
-        return outcome.removeprefix("raised ") not in self.outcome_before and self._has_gone_on(at)
+        return outcome.removeprefix("raised ") not in ended and self._has_gone_on(at)
 
     def _is_cancelled_again(self, at: str, timeout: str) -> bool:
         """Whether a retry keeps that a time-out has cancelled a call, and the time-out passes again."""
-        *above, (_, statement) = path_to(self.program, at)
-        makers = {place for place, each in above if each.kind in MAKERS and not place.startswith(f"{timeout}.")}
-        return not statement.is_equal and makers <= self.seen.keys() - self._cut_off and self._has_gone_on(timeout)
+        return not path_to(self.program, at)[-1][1].is_equal and self._has_gone_on(timeout)
 
     def _has_gone_on(self, at: str) -> bool:
-        """Whether a call has started and ended after what is at a place, and what contains it, has failed."""
-        places = [place for place, _ in path_to(self.program, at)[1:]]
-        return not any(place in self.last_seen or self._failed.get(place, 0) >= self._went_on for place in places)
+        """Whether a call has started and ended after what is at a place, and what contains it, has failed.
+
+        The end of a call that makes it may be stored and not seen, so that is not known.
+        """
+        path = path_to(self.program, at)[1:]
+        makers = {place for place, each in path if each.kind in MAKERS}
+        if not makers <= self.seen.keys() - self._cut_off or at in self._cut_off:
+            return False
+        return not any(place in self.last_seen or self._failed.get(place, 0) >= self._went_on for place, _ in path)
 
     def decided(self, at: str, decision: Any) -> None:
         self._event()
