@@ -162,7 +162,7 @@ class EmbeddedEngine(EngineBase):
             folder_of=store.contents.folder,
         )
         #: an app may set it: stores the receivers of webhooks, and returns the task that sends them
-        self.start_webhooks: Callable[[str], Awaitable[Callable[[], Coroutine[Any, Any, None]]]] | None = None
+        self.send_webhooks: Callable[[str], Awaitable[Callable[[], Coroutine[Any, Any, None]]]] | None = None
         self._engine_id = ""
         self._tasks: anyio.abc.TaskGroup | None = None
         self._reset()
@@ -229,8 +229,8 @@ class EmbeddedEngine(EngineBase):
             if self.store.is_shared:
                 await self._serve_live(self._tasks)
             with self._explaining_store_errors():
-                if self.start_webhooks is not None:
-                    start_in_empty_context(self._tasks, await self.start_webhooks(self._engine_id))
+                if self.send_webhooks is not None:
+                    start_in_empty_context(self._tasks, await self.send_webhooks(self._engine_id))
                 await self._recovery.take_over()
         except BaseException:
             await self.__aexit__()

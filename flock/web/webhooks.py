@@ -432,8 +432,8 @@ def sender_of(engine: Engine, flock: "DeclaredFlock", secrets: Sequence[str], on
     of_all = flock, [key for secret in secrets if (key := webhook_key(secret))], on_try
     if isinstance(engine, EmbeddedEngine):
         sender = StoreSender(engine.store, *of_all)
-        if engine.start_webhooks is None or secrets:  # the apps on an engine share it
-            engine.start_webhooks = sender.start
+        if engine.send_webhooks is None or secrets:  # the apps on an engine share it
+            engine.send_webhooks = sender.start
         return sender
     on_cluster = cast("TemporalEngine", engine)
     of_cluster = ClusterSender(on_cluster, *of_all)
