@@ -105,9 +105,9 @@ class Replay:
         #: how much longer it had taken before until the end that was delivered last
         self._skipped_s = 0.0
         self._recurred = Signal()
-        #: the last number, that of the last start of this execution, that of the end that was delivered last, and that
-        #: up to which it is stored that the next one was not delivered
-        self._number = self._new_start = self._last_end = self._delayed = 0
+        #: the last number, those of the last start and the last end of this execution, that of the end that was
+        #: delivered last, and that up to which it is stored that the next one was not delivered
+        self._number = self._new_start = self._new_end = self._last_end = self._delayed = 0
         #: the last number of earlier executions
         self._known = 0
         #: the ends of this execution that are neither delivered, nor stored to have been so when a call was cancelled
@@ -297,10 +297,21 @@ class Replay:
         if not entry.start:
             self.last_start = self._new_start = entry.start = self._next_number()
             self._unwritten[entry.start] = (Mark(call_id, entry.start),)
-        if entry.is_unseen and entry.end:  # before all that ends from now on
+        if entry.is_unseen and entry.end:  # before all that ends from now on, and after all that has, seen or not
+            if entry.end < self._new_end:
+                self._renumber(entry)
             self._note_end(entry, entry.end)
         entry.start_s = self._time() - self._began_at
         return entry
+
+    def _renumber(self, entry: Entry) -> None:
+        """Let an answer that nobody has seen come after all that has ended by now, which may be stored before it is."""
+        before, entry.end = entry.end, self._next_number()
+        if self._ends.pop(before, None) is not None:
+            self._ends[entry.end] = Mark(entry.call_id, entry.start, entry.end)
+        timer, _ = numbered(entry.call_id)
+        if self._timers.get(timer) == before:
+            self._timers[timer] = entry.end
 
     def has_end(self, call_id: str) -> bool:
         """Whether the next call with this id has ended in an earlier execution."""
@@ -328,7 +339,8 @@ class Replay:
             late_s: how long ago the program has stopped waiting for it; None if it has not. The call that gets its
                 result does not take its time.
         """
-        end, is_taken = self._next_number(), late_s is not None and not is_cancelled
+        self._new_end = end = self._next_number()
+        is_taken = late_s is not None and not is_cancelled
         self._ends[end] = mark = Mark(entry.call_id, entry.start, end)
         self._unwritten.pop(entry.start, None)
         if is_cancelled:
