@@ -282,6 +282,8 @@ def main() -> None:  # pragma: no cover - run by hand
             earlier.append(names)
         print(f"{name}: {len(faults)} faults of {len(faults_of(names))}", flush=True)
         for fault in faults:
+            if (name, fault.error, fault.seconds) == ("sleep", "ahead", SECONDS["clock"][1]):
+                continue  # a sleep that begins meanwhile ends by that clock, a day later
             tried[fault.kind] += 1
             try:
                 trial(name, fault)
