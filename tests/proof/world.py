@@ -138,6 +138,8 @@ class World(Observer):
         # end if nothing is cancelled then.
         limited = [part for each in program.all if each.kind in TIMEOUTS for whole in each.parts for part in whole.all]
         is_slow |= bool(fate.ends) and any(part.kind in (*TIMEOUTS, "gather", "completed") for part in limited)
+        #: so another one may pass first than before, and not cancel again what that had cancelled
+        self._may_pass_first = bool(fate.ends) and any(part.kind in TIMEOUTS for part in limited)
         is_slow |= any(each.kind in WAITS for each in program.all) and any(each.kind == "completed" for each in limited)
         # A time-out may pass while the cancellations of a race are being saved, which take no time again.
         is_slow |= saves_take_time and bool(limited)
@@ -224,7 +226,8 @@ class World(Observer):
         if effect.is_equal:  # which one of them is executed again may differ
             self._equal[self._key_of(at)].add(at)
             return
-        may_repeat = self._is_mixed and (at not in self.seen or at in self._cut_off)
+        may_differ = self._is_mixed or self._may_pass_first
+        may_repeat = may_differ and (at not in self.seen or at in self._cut_off)
         if at in life.done and not may_repeat:
             self.problem(f"{effect.kind}({effect.n}) is executed again: the program has seen its end, or cancelled it")
         elif life.begun[at] > effect.retries + 1:
