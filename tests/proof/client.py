@@ -280,7 +280,8 @@ class Client:
                     return run_id, text
                 text += data.get("delta", "") if "type" in data else _chat_text(data)
             if self.lacks_memory and run_id:
-                self.until(run_id)  # which tries it again
+                self.until(run_id)  # which tries it again, and that attempt has other numbers
+                text, last = "", -1
             time.sleep(0.02)
         raise AssertionError(f"The answer of {run_id} does not end")
 
