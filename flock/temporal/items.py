@@ -141,11 +141,14 @@ class ItemActivities:
         self._jobs: set[_Job] = set()
         self._lookups: dict[str, asyncio.Task[None]] = {}
         self._version_of = functools.cache(version_of)
-        of_agents = at.executor.agents, at.executor.models.default_model, at.executor.shared.model_hooks
-        self._label_of = functools.cache(lambda name: label_of(name, *of_agents))
+        self._label_of = functools.cache(self._label)
         #: batches for which a warning about a version was logged
         self._mixed: deque[str | None] = deque(maxlen=1000)
         self._chunks: OrderedDict[str, asyncio.Task[Chunk]] = OrderedDict()
+
+    def _label(self, name: str) -> str:
+        models = self._executor.models
+        return label_of(name, self._executor.agents, models.default_model, self._executor.shared.model_hooks)
 
     @activity.defn(name=ITEMS_ACTIVITY)
     async def run(self, order: ItemsOrder) -> ItemsDone:
