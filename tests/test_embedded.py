@@ -479,21 +479,22 @@ def tenants_of_new_tasks() -> Iterator[list[tuple[Any, Any]]]:
     def create(loop: Any, coroutine: Any, *, context: Context | None = None, **more: Any) -> Any:
         context = copy_context() if context is None else context
         task = asyncio.Task(coroutine, loop=loop, context=context, **more)
-        seen.append((task, context.get(TENANT, "nobody")))
+        seen.append((task, context.get(TENANT)))
         return task
 
     class Notes(trio.abc.Instrument):
         def task_spawned(self, task: trio.lowlevel.Task) -> None:
-            seen.append((task, task.context.get(TENANT, "nobody")))
+            seen.append((task, task.context.get(TENANT)))
 
-    if current_task() is None:
-        trio.lowlevel.add_instrument(notes := Notes())
+    with contextlib.ExitStack() as ends:
+        if current_task() is None:
+            trio.lowlevel.add_instrument(notes := Notes())
+            ends.callback(trio.lowlevel.remove_instrument, notes)
+        else:
+            set_task_factory = asyncio.get_running_loop().set_task_factory
+            set_task_factory(create)
+            ends.callback(set_task_factory, None)
         yield seen
-        trio.lowlevel.remove_instrument(notes)
-    else:
-        asyncio.get_running_loop().set_task_factory(create)
-        yield seen
-        asyncio.get_running_loop().set_task_factory(None)
 
 
 def name_of(task: Any) -> str:
@@ -503,8 +504,8 @@ def name_of(task: Any) -> str:
 
 @ON_BOTH
 async def test_the_engines_own_tasks_start_in_an_empty_context() -> None:
-    """Whoever opens the engine, calls it and closes it."""
-    flock, started = Flock(webhook_url="http://127.0.0.1:9/"), anyio.Event()  # nobody listens there
+    """Also if a caller with a context of its own opens the engine, calls it and closes it."""
+    flock, started = Flock(webhook_url="http://127.0.0.1:9/"), anyio.Event()  # no server listens there
 
     @flock.agent
     async def hold(holds: bool) -> None:
@@ -521,7 +522,7 @@ async def test_the_engines_own_tasks_start_in_an_empty_context() -> None:
             await engine.submit("hold", {"holds": True})
             await started.wait()
             await until(lambda: any(name_of(task) == "_send" for task, _ in seen))
-    assert [(name_of(task), tenant) for task, tenant in seen if tenant != "nobody"] == []
+    assert [(name_of(task), tenant) for task, tenant in seen if tenant is not None] == []
     own = {"_watch", "_wake_readers", "_end_waits", "apply", "_write_until_closed", "serve", "list_tools", "_send"}
     assert own | {"_run_items", "interrupt"} <= {name_of(task) for task, _ in seen}
 

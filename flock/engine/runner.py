@@ -46,7 +46,7 @@ logger = logging.getLogger("flock.runs")
 FINAL_WRITE_TIMEOUT_S = 5.0
 #: How often a run checks whether an earlier run of its session, on another engine, has ended, in seconds.
 RECHECK_S = 1.0
-#: How often a record in a damaged part of the file is read, before its run is left to the next start.
+#: How many reads may find the file damaged where a record is, before its run is left to the next start.
 MAX_READS = 5
 
 
@@ -251,13 +251,13 @@ class StoredRun(ActiveRun):
 
         Raises: Unreadable if a record is damaged.
         """
-        reads = 0
+        damaged = 0
         while True:
-            reads += 1
             try:
                 value = await read()
             except StoreError as exc:
-                if isinstance(exc, DamagedRecord) and (exc.is_writable or reads == MAX_READS):
+                damaged += isinstance(exc, DamagedRecord)
+                if isinstance(exc, DamagedRecord) and (exc.is_writable or damaged == MAX_READS):
                     error = Unreadable(DAMAGED.error)
                     error.is_writable, error.log_detail = exc.is_writable, str(exc.__cause__)
                     raise error from exc

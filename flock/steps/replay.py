@@ -297,7 +297,7 @@ class Replay:
         if not entry.start:
             self.last_start = self._new_start = entry.start = self._next_number()
             self._unwritten[entry.start] = (Mark(call_id, entry.start),)
-        if entry.is_unseen and entry.end:  # before all that ends from now on, and after all that has, seen or not
+        if entry.is_unseen and entry.end:  # before all later ends, and after all earlier ones, delivered or not
             if entry.end < self._new_end:
                 self._renumber(entry)
             self._note_end(entry, entry.end)
@@ -305,7 +305,7 @@ class Replay:
         return entry
 
     def _renumber(self, entry: Entry) -> None:
-        """Let an answer that nobody has seen come after all that has ended by now, which may be stored before it is."""
+        """Number an undelivered answer after all ends of this execution, which may be stored before it is."""
         before, entry.end = entry.end, self._next_number()
         if self._ends.pop(before, None) is not None:
             self._ends[entry.end] = Mark(entry.call_id, entry.start, entry.end)

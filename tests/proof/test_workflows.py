@@ -486,7 +486,7 @@ FOUND_IN_MEMORY = {
         '{"kind":"block_and_fail","n":20,"seconds":0.404796}],"n":18}],"n":6}],"n":3},{"kind":"work",'
         '"n":21,"seconds":0.105385}],"n":2},{"is_stored":true}]'
     ),
-    "an answer that is awaited after a call has ended that nobody has seen": (
+    "an answer that is awaited after a call has ended whose end was not delivered": (
         '[{"kind":"gather","parts":[{"kind":"completed","parts":[{"kind":"fail","n":8,'
         '"seconds":0.102646,"limit_s":0.153317,"is_once":true},{"kind":"ask","n":9}],"n":7},'
         '{"kind":"work","n":10,"seconds":0.103606}],"n":6},{"seed":315,"is_stored":true,"ends":[[0,'
