@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import anyio
@@ -31,10 +32,12 @@ import flock.store.files
 import flock.store.store
 import flock.store.storefile
 from flock.core import Flock, FlockFactory, data_url
+from flock.engine import runner
 from flock.engine.embedded import EmbeddedEngine
-from flock.errors import Replayed, StoreError
+from flock.errors import Replayed, StoreError, Unreadable
 from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
 from flock.store import contents
+from flock.store.port import DamagedRecord
 from flock.testing import FakeModel
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
@@ -938,3 +941,18 @@ async def test_timeouts_do_not_depend_on_the_wall_clock(jump: timedelta, clock: 
         assert (queued.status, queued.error_type) == (RunStatus.FAILED, "queue_timeout")
         assert (run.status, run.error_type) == (RunStatus.FAILED, "timeout")
         assert (await done(engine, 2)).status is RunStatus.COMPLETED
+
+
+async def test_other_errors_do_not_hide_that_a_record_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the run would be read for ever."""
+    damaged = DamagedRecord("damaged")
+    damaged.is_writable, damaged.__cause__ = False, sqlite3.DatabaseError("malformed")
+    errors = iter([StoreError("locked")] * (runner.MAX_READS + 1) + [damaged] * runner.MAX_READS)
+
+    async def read() -> None:
+        raise next(errors)
+
+    monkeypatch.setattr(runner, "RETRY_AFTER_S", 0)
+    with pytest.raises(Unreadable):
+        await runner.StoredRun._read(SimpleNamespace(wake=lambda: None), read)  # type: ignore[arg-type]
+    assert next(errors, None) is None
