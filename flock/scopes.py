@@ -31,6 +31,14 @@ def current_task() -> "asyncio.Task[Any] | None":
         return None
 
 
+def current_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the running event loop of asyncio, or None on another event loop."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 class _Late(NamedTuple):
     """A time in which a task had to finish something: its first and last ``Task.cancelling``, and when it began."""
 

@@ -279,6 +279,42 @@ async def test_a_piece_wakes_its_reader_in_the_next_turn_of_the_event_loop() -> 
 
 
 @pytest.mark.anyio
+async def test_fast_text_wakes_its_readers_now_and_then_and_all_else_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = LiveOutput(10**6)
+    context, client, texts = context_of(live), Client(live), list[str]()
+
+    async def read() -> None:
+        while texts[-1:] != ["abcdef"]:
+            await live.changed.wait()
+            client.read()
+            texts.append(client.outputs[""]["text"])
+
+    async def write(text: str) -> None:
+        context.emit(text, "text")
+        await anyio.wait_all_tasks_blocked()
+
+    monkeypatch.setattr("flock.steps.live.PIECE_INTERVAL_S", 3600)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        for text in "abc":
+            await write(text)
+        assert texts == ["a"]
+        live.note_news()
+        await anyio.wait_all_tasks_blocked()
+        assert texts == ["a", "abc"]
+        await write("d")
+        await anyio.to_thread.run_sync(context.emit, "e", "text")
+        await anyio.wait_all_tasks_blocked()
+        assert texts == ["a", "abc"]
+        monkeypatch.setattr("flock.steps.live.PIECE_INTERVAL_S", 0.001)
+        live.note_news()
+        while len(texts) < 3:
+            await anyio.lowlevel.checkpoint()
+        context.emit("f", "text")  # the reader ends if the rest comes without another change
+
+
+@pytest.mark.anyio
 async def test_the_last_piece_of_a_call_may_be_forgotten_before_it_is_read() -> None:
     live = LiveOutput(100)
     context, client = context_of(live, "x"), Client(live)

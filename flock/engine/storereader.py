@@ -81,7 +81,7 @@ class StoreReader(RunReader):
         self._seen_news = self._news
 
     async def changed(self) -> None:
-        if self.has_news or self.live.has_unseen:  # since the last look
+        if self.has_news or (self.live.has_unseen and not self._output.wakes_soon):  # since the last look
             await anyio.lowlevel.checkpoint()
         else:
             await self._output.changed.wait()

@@ -4,6 +4,7 @@ It is not a log. It holds the text that each agent has written so far, and each 
 So a slow reader costs nothing, and gets all that was written since its last event in one piece. Nothing is stored.
 """
 
+import asyncio
 import contextlib
 import io
 import threading
@@ -19,9 +20,11 @@ import msgspec
 from flock.models.pieces import Joiner
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
-from flock.scopes import Signal
+from flock.scopes import Signal, current_loop
 from flock.steps.threads import loop_scheduler
 
+#: After a piece of text, more text wakes the readers only after this time, in seconds: as often as a screen is drawn.
+PIECE_INTERVAL_S = 1 / 60
 #: What one writer counts for the size of a live output, in addition to its text.
 WRITER_CHARS = 512
 #: How long the live output of a run that has ended is kept for its first reader, in seconds, and of how many such runs.
@@ -129,6 +132,9 @@ class LiveOutput:
         self._max_chars = max_chars
         self._call_soon, self._loop_thread = loop_scheduler(), threading.get_ident()
         self._is_waking = False
+        self._loop = current_loop()
+        self._next_piece_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._lock = threading.Lock()
         #: in the order of their last change
         self._writers: OrderedDict[tuple[int, str], _Writer] = OrderedDict()
@@ -151,7 +157,24 @@ class LiveOutput:
     def wake(self) -> None:
         """Wake the readers. In the event loop only."""
         self._is_waking = False
+        if self._loop is not None:
+            self._next_piece_at = self._loop.time() + PIECE_INTERVAL_S
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self.changed.notify()
+
+    @property
+    def wakes_soon(self) -> bool:
+        """Whether the readers will be woken for a piece of text."""
+        return self._timer is not None
+
+    def _wake_for_piece(self) -> None:
+        """Wake the readers now, or as soon as ``PIECE_INTERVAL_S`` has passed. In the event loop only."""
+        if self._loop is None or self._loop.time() >= self._next_piece_at:
+            self.wake()
+        elif self._timer is None:
+            self._timer = self._loop.call_at(self._next_piece_at, self.wake)
 
     # Writing: in any thread
 
@@ -168,7 +191,7 @@ class LiveOutput:
                 written.chars += chars
                 if self._last is None or not self._last.grow(written, field, self.changes):
                     self._last = _Piece(written, field, content.tell() - chars, self.changes)
-        self._wake_soon()
+        self._wake_soon(self._wake_for_piece)
 
     def write_value(self, writer: Context, field: str, value: Any) -> None:
         raw = msgspec.Raw(msgspec.json.encode(value, enc_hook=to_json))
@@ -239,12 +262,12 @@ class LiveOutput:
         written.attempt = max(written.attempt, context.attempt)
         return written
 
-    def _wake_soon(self) -> None:
+    def _wake_soon(self, wake: Callable[[], None] | None = None) -> None:
         if threading.get_ident() == self._loop_thread:
-            self.wake()
+            (wake or self.wake)()
         elif not self._is_waking:  # many changes wake the readers once
             self._is_waking = True
-            self._call_soon(self.wake)
+            self._call_soon(wake or self.wake)
 
     # The course of the run: in the event loop
 
