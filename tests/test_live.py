@@ -279,39 +279,34 @@ async def test_a_piece_wakes_its_reader_in_the_next_turn_of_the_event_loop() -> 
 
 
 @pytest.mark.anyio
-async def test_fast_text_wakes_its_readers_now_and_then_and_all_else_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("interval_s", [3600, 0.001])
+async def test_fast_text_waits_for_its_turn_or_for_what_is_no_text(
+    interval_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flock.steps.live.PIECE_INTERVAL_S", interval_s)
     live = LiveOutput(10**6)
     context, client, texts = context_of(live), Client(live), list[str]()
 
     async def read() -> None:
-        while texts[-1:] != ["abcdef"]:
+        while texts[-1:] != ["abcd"]:
             await live.changed.wait()
             client.read()
-            texts.append(client.outputs[""]["text"])
+            if client.events:
+                texts.append(client.outputs[""]["text"])
 
-    async def write(text: str) -> None:
-        context.emit(text, "text")
-        await anyio.wait_all_tasks_blocked()
-
-    monkeypatch.setattr("flock.steps.live.PIECE_INTERVAL_S", 3600)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(read)
         await anyio.wait_all_tasks_blocked()
+        live.note_news()
         for text in "abc":
-            await write(text)
-        assert texts == ["a"]
-        live.note_news()
+            await anyio.wait_all_tasks_blocked()
+            context.emit(text, "text")
         await anyio.wait_all_tasks_blocked()
-        assert texts == ["a", "abc"]
-        await write("d")
-        await anyio.to_thread.run_sync(context.emit, "e", "text")
-        await anyio.wait_all_tasks_blocked()
-        assert texts == ["a", "abc"]
-        monkeypatch.setattr("flock.steps.live.PIECE_INTERVAL_S", 0.001)
-        live.note_news()
-        while len(texts) < 3:
-            await anyio.lowlevel.checkpoint()
-        context.emit("f", "text")  # the reader ends if the rest comes without another change
+        await anyio.to_thread.run_sync(context.emit, "d", "text")
+        if interval_s == 3600:
+            await anyio.wait_all_tasks_blocked()
+            assert texts == ["a"], "the first piece is sent at once, also just after another event"
+            live.note_news()
 
 
 @pytest.mark.anyio

@@ -157,8 +157,6 @@ class LiveOutput:
     def wake(self) -> None:
         """Wake the readers. In the event loop only."""
         self._is_waking = False
-        if self._loop is not None:
-            self._next_piece_at = self._loop.time() + PIECE_INTERVAL_S
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -171,10 +169,17 @@ class LiveOutput:
 
     def _wake_for_piece(self) -> None:
         """Wake the readers now, or as soon as ``PIECE_INTERVAL_S`` has passed. In the event loop only."""
-        if self._loop is None or self._loop.time() >= self._next_piece_at:
+        if self._loop is None:
             self.wake()
+        elif self._loop.time() >= self._next_piece_at:
+            self._wake_with_text()
         elif self._timer is None:
-            self._timer = self._loop.call_at(self._next_piece_at, self.wake)
+            self._timer = self._loop.call_at(self._next_piece_at, self._wake_with_text)
+
+    def _wake_with_text(self) -> None:
+        assert self._loop is not None
+        self._next_piece_at = self._loop.time() + PIECE_INTERVAL_S
+        self.wake()
 
     # Writing: in any thread
 
