@@ -46,6 +46,7 @@ class Entry:
         seen: the number of when its end was delivered, if calls have started since it was stored; 0 otherwise.
         since: the last number before the execution that delivered it.
         start_s: when it started in this execution; see ``Place``.
+        seen_before: how many ends were delivered before it started in this execution.
         stored: how it ended in an earlier execution; None if it is to be executed.
         is_known: an earlier execution has started it.
         is_unseen: no execution has delivered its end.
@@ -59,6 +60,7 @@ class Entry:
         "is_overtaken",
         "is_unseen",
         "seen",
+        "seen_before",
         "since",
         "start",
         "start_s",
@@ -67,7 +69,7 @@ class Entry:
 
     def __init__(self, call_id: str, start: int = 0, stored: Call | None = None) -> None:
         self.call_id, self.start, self.stored = call_id, start, stored
-        self.end = self.seen = self.since = 0
+        self.end = self.seen = self.since = self.seen_before = 0
         self.start_s, self.is_known, self.is_unseen, self.is_overtaken = 0.0, bool(start), stored is not None, False
 
     @property
@@ -105,9 +107,11 @@ class Replay:
         #: how much longer it had taken before until the end that was delivered last
         self._skipped_s = 0.0
         self._recurred = Signal()
-        #: the last number, those of the last start and the last end of this execution, that of the end that was
-        #: delivered last, and that up to which it is stored that the next one was not delivered
-        self._number = self._new_start = self._new_end = self._last_end = self._delayed = 0
+        #: the last number, those of the last start and the last end of this execution, and that up to which it is stored
+        #: that the next one was not delivered
+        self._number = self._new_start = self._new_end = self._delayed = 0
+        #: how many ends were delivered in this execution
+        self._seen_count = 0
         #: the last number of earlier executions
         self._known = 0
         #: the ends of this execution that are neither delivered, nor stored to have been so when a call was cancelled
@@ -301,7 +305,7 @@ class Replay:
             if entry.end < self._new_end:
                 self._renumber(entry)
             self._note_end(entry, entry.end)
-        entry.start_s = self._time() - self._began_at
+        entry.start_s, entry.seen_before = self._time() - self._began_at, self._seen_count
         return entry
 
     def _renumber(self, entry: Entry) -> None:
@@ -378,8 +382,8 @@ class Replay:
         self._returned.pop(end, None)
         if self._new_start > seen or (entry.is_unseen and not entry.end):
             self._note_end(entry, self._next_number())
-        self._last_end, self._saw_at = end, self._time()
-        self._skipped_s += self._left_s(entry)
+        self._seen_count, self._saw_at = self._seen_count + 1, self._time()
+        self._skipped_s = max(0.0, self._skipped_s + self._left_s(entry))
         if entry.stored is not None:
             self._recur()
         else:
@@ -433,7 +437,7 @@ class Replay:
             while self._passing & self._to_cancel.keys() and (left_s := self._left_s(entry)) > 0:
                 with clocks_stopped(counts=not has_waited), anyio.move_on_after(left_s):
                     await self._recurred.wait()
-            if not is_last or self._last_end > entry.start:
+            if not is_last or self._seen_count > entry.seen_before:
                 is_asyncio = current_task() is not None
                 for _ in range(CHECKPOINTS):
                     await (asyncio.sleep(0) if is_asyncio else anyio.lowlevel.checkpoint())  # the first takes less
@@ -646,6 +650,8 @@ class Replay:
         self._struck_at = self._time()
         for number in [number for number, place in self._missing.items() if place < self._seen(end)]:
             del self._missing[number]
+            if self._unseen:  # another time-out may have passed while the program waited to see a cancellation
+                self._doubt(number)
         for number in [number for number in self._ends if number < end and number not in self._to_cancel]:
             del self._ends[number]
         self._advance()
