@@ -492,6 +492,59 @@ FOUND_IN_MEMORY = {
         '{"kind":"work","n":10,"seconds":0.103606}],"n":6},{"seed":315,"is_stored":true,"ends":[[0,'
         "14,false],[2,15,true]]}]"
     ),
+    "a time-out that passes while a cancellation waits for what it would cause": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"wait","parts":[{"kind":"timeout",'
+        '"parts":[{"kind":"seq","parts":[{"kind":"plain","n":15,"seconds":0.502646,"is_random":true,'
+        '"times":3},{"kind":"work","n":16,"seconds":0.103317}],"n":14}],"n":13,"limit_s":0.303606}],'
+        '"n":4,"limit_s":0.304796},{"kind":"work","n":17,"seconds":0.105568}],"n":2},{"kind":"work",'
+        '"n":19,"seconds":0.106403}],"n":1},{"seed":673,"is_stored":true,"ends":[[0,4,false],[3,4,'
+        "true]]}]"
+    ),
+    "a message that times out just before a tool ends": (
+        '[{"kind":"seq","parts":[{"kind":"first","parts":[{"kind":"tool","parts":[{"kind":"receive",'
+        '"n":5,"seconds":2.001414,"comes":"never"}],"n":4,"limit_s":1.201732},{"kind":"receive",'
+        '"n":6,"seconds":2.002236,"comes":"never"},{"kind":"receive","n":9,"seconds":2.003317,'
+        '"comes":"never"}],"n":3},{"kind":"work","n":12,"seconds":0.104359}],"n":1},{"seed":718,'
+        '"is_stored":true,"ends":[[1,1,true],[5,0,true]]}]'
+    ),
+    "calls in time that an execution had skipped": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"timeout","parts":[{"kind":"wait",'
+        '"parts":[{"kind":"loop","parts":[{"kind":"loop","parts":[{"kind":"work","n":9,'
+        '"seconds":0.101414}],"n":8,"times":3}],"n":7,"times":3},{"kind":"fail","n":10,'
+        '"seconds":0.801732,"limit_s":0.602236}],"n":6,"limit_s":0.302646}],"n":5,'
+        '"limit_s":1.203317},{"kind":"work","n":20,"seconds":0.105568}],"n":2},{"kind":"work","n":21,'
+        '"seconds":0.106083}],"n":1},{"is_stored":true,"ends":[[3,3,true],[10,4,true]]}]'
+    ),
+    "answers between calls that are in time": (
+        '[{"kind":"gather","parts":[{"kind":"first","parts":[{"kind":"ask","n":6},{"kind":"timeout",'
+        '"parts":[{"kind":"loop","parts":[{"kind":"work","n":14,"seconds":0.102646}],"n":13,'
+        '"times":3}],"n":12,"limit_s":0.303317}],"n":4},{"kind":"ask","n":21},{"kind":"ask","n":23}],'
+        '"n":3},{"is_stored":true,"ends":[[2,0,false]]}]'
+    ),
+    "two time-outs that plain code delays": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"wait","parts":[{"kind":"group",'
+        '"parts":[{"kind":"timeout","parts":[{"kind":"seq","parts":[{"kind":"plain","n":8,'
+        '"seconds":0.501414,"times":3},{"kind":"work","n":9,"seconds":0.201732}],"n":7}],"n":6,'
+        '"limit_s":0.302236},{"kind":"seq","parts":[{"kind":"plain","n":11,"seconds":0.502646,'
+        '"is_random":true,"times":1},{"kind":"work","n":12,"seconds":0.203317}],"n":10}],"n":5}],'
+        '"n":4,"limit_s":0.604359},{"kind":"work","n":17,"seconds":0.104796}],"n":2},{"kind":"work",'
+        '"n":19,"seconds":0.105568}],"n":1},{"seed":712,"is_stored":true,"ends":[[0,4,true],[0,17,'
+        "false]]}]"
+    ),
+    "a tool that is cancelled just before its own time-out": (
+        '[{"kind":"group","parts":[{"kind":"fail","n":6,"seconds":0.201414,"limit_s":0.601732,'
+        '"retries":2},{"kind":"work","n":9,"seconds":0.403317},{"kind":"group",'
+        '"parts":[{"kind":"tool","parts":[{"kind":"seq","parts":[{"kind":"plain","n":13,"times":20},'
+        '{"kind":"work","n":14,"seconds":0.403606}],"n":12}],"n":11,"limit_s":0.604123},'
+        '{"kind":"fail","n":15,"seconds":0.104359}],"n":10}],"n":3},{"seed":555,"is_stored":true,'
+        '"ends":[[6,4,true],[5,2,true]]}]'
+    ),
+    "two answers at once, one of them in a tool": (
+        '[{"kind":"seq","parts":[{"kind":"completed","parts":[{"kind":"tool","parts":[{"kind":"ask",'
+        '"n":6}],"n":5,"limit_s":0.601414},{"kind":"wait","parts":[{"kind":"ask","n":9}],"n":7,'
+        '"limit_s":0.602236}],"n":3},{"kind":"work","n":12,"seconds":0.103606}],"n":1},'
+        '{"is_stored":true,"ends":[[1,20,true],[1,19,true]]}]'
+    ),
 }
 
 

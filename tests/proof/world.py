@@ -28,7 +28,7 @@ __all__ = ["ANSWER_S", "EXCUSED", "LIMITS", "Life", "World", "attempt", "check",
 #: How long a process is down, and how long a person may take to answer, in seconds.
 DOWN_S, ANSWER_S = 1.0, (0.0, 0.3, 2.0, 30.0)
 #: A run that has not ended after so many virtual seconds in one process never ends.
-HORIZON_S = 5000.0
+HORIZON_S = 20_000.0
 #: Calls that make calls.
 MAKERS = ("tool", "agent", "model")
 LIMITS = Limits(max_threads=50, max_recoveries=100)
