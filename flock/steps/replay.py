@@ -104,7 +104,8 @@ class Replay:
         self._grace_s = grace_s
         self._time = loop_clock()
         self._began_at = self._recurred_at = self._struck_at = self._saw_at = self._time()
-        #: how much longer it had taken before until the end that was delivered last
+        #: how much longer it had taken before until the end that was delivered last; not less than 0, since that may have
+        #: been in an execution which had skipped time itself
         self._skipped_s = 0.0
         self._recurred = Signal()
         #: the last number, those of the last start and the last end of this execution, and that up to which it is stored
