@@ -104,12 +104,12 @@ class Replay:
         self._grace_s = grace_s
         self._time = loop_clock()
         self._began_at = self._recurred_at = self._struck_at = self._saw_at = self._time()
-        #: how much longer it had taken before until the end that was delivered last; not less than 0, since that may have
-        #: been in an execution which had skipped time itself
+        #: how much longer it had taken before until the end that was delivered last. It is not negative, since the
+        #: execution that took less time may have skipped some itself.
         self._skipped_s = 0.0
         self._recurred = Signal()
-        #: the last number, those of the last start and the last end of this execution, and that up to which it is stored
-        #: that the next one was not delivered
+        #: the last number, those of the last start and the last end of this execution, and that up to which it is
+        #: stored that the next one was not delivered
         self._number = self._new_start = self._new_end = self._delayed = 0
         #: how many ends were delivered in this execution
         self._seen_count = 0
