@@ -44,7 +44,7 @@ BUSY_STEPS = 5000
 #: When virtual time begins.
 BEGIN = datetime.now(UTC)
 #: No program needs as many iterations.
-MAX_STEPS = 200_000
+MAX_STEPS = 2_000_000
 #: After so many iterations while no time has passed, each takes some time, in seconds.
 QUICK_STEPS, STEP_S = 100, 1e-9
 
