@@ -137,10 +137,11 @@ class World(Observer):
         # Nor of when a plain time-out has begun, which cannot pass again in time if another one began later, or of its
         # end if nothing is cancelled then.
         limited = [part for each in program.all if each.kind in TIMEOUTS for whole in each.parts for part in whole.all]
-        is_slow |= bool(fate.ends) and any(part.kind in (*TIMEOUTS, "gather", "completed") for part in limited)
+        is_slow |= bool(fate.ends) and any(part.kind in ("gather", "completed") for part in limited)
+        has_waits = any(each.kind in WAITS for each in program.all)
         #: so another one may pass first than before, and not cancel again what that had cancelled
-        self._may_pass_first = bool(fate.ends) and any(part.kind in TIMEOUTS for part in limited)
-        is_slow |= any(each.kind in WAITS for each in program.all) and any(each.kind == "completed" for each in limited)
+        self._may_pass_first = (bool(fate.ends) or has_waits) and any(part.kind in TIMEOUTS for part in limited)
+        is_slow |= self._may_pass_first or (has_waits and any(each.kind == "completed" for each in limited))
         # A time-out may pass while the cancellations of a race are being saved, which take no time again.
         is_slow |= saves_take_time and bool(limited)
         # Before Python 3.13 a TaskGroup that fails swallows a cancellation that comes while its calls are being saved.
