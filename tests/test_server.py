@@ -588,8 +588,10 @@ def test_two_servers_behind_nginx_are_replaced_without_a_failed_or_repeated_requ
             while not (held := list(tmp_path.glob("held-*"))):
                 assert not cut_off.done()
                 time.sleep(0.01)
-            os.kill(int(held[0].name.removeprefix("held-")), signal.SIGKILL)
+            os.kill(pid := int(held[0].name.removeprefix("held-")), signal.SIGKILL)
             assert cut_off.result(100).status_code == 502
+        killed = next(server for server in servers.values() if server.process.pid == pid)
+        killed.process.wait(60)  # its other connections may be closed a moment later
         with Clients(nginx.url) as others:
             others.wait_for_answers(40)
         assert (others.failures, set(others.answers)) == ([], {200})
