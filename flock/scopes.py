@@ -31,8 +31,8 @@ def current_task() -> "asyncio.Task[Any] | None":
         return None
 
 
-def current_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the running event loop of asyncio, or None on another event loop."""
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the running event loop of asyncio, or None in a thread without one and on another event loop."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:

@@ -20,7 +20,7 @@ import msgspec
 from flock.models.pieces import Joiner
 from flock.pydanticmodel import to_json
 from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, is_end_of_step, started_id
-from flock.scopes import Signal, current_loop
+from flock.scopes import Signal, running_loop
 from flock.steps.threads import loop_scheduler
 
 #: After a piece of text, more text wakes the readers only after this time, in seconds: as often as a screen is drawn.
@@ -132,7 +132,7 @@ class LiveOutput:
         self._max_chars = max_chars
         self._call_soon, self._loop_thread = loop_scheduler(), threading.get_ident()
         self._is_waking = False
-        self._loop = current_loop()
+        self._loop = running_loop()
         self._next_piece_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._lock = threading.Lock()
@@ -268,11 +268,12 @@ class LiveOutput:
         return written
 
     def _wake_soon(self, wake: Callable[[], None] | None = None) -> None:
+        wake = wake or self.wake
         if threading.get_ident() == self._loop_thread:
-            (wake or self.wake)()
+            wake()
         elif not self._is_waking:  # many changes wake the readers once
             self._is_waking = True
-            self._call_soon(wake or self.wake)
+            self._call_soon(wake)
 
     # The course of the run: in the event loop
 

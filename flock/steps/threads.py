@@ -5,7 +5,6 @@ has really stopped. A call is abandoned only at its deadline or when the engine 
 the function returns, so that hanging functions cannot accumulate.
 """
 
-import asyncio
 import contextlib
 import functools
 import inspect
@@ -18,7 +17,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from flock.scopes import note_late_cancellation, set_deadline
+from flock.scopes import note_late_cancellation, running_loop, set_deadline
 from flock.steps.slots import BatchKey, Slots
 
 T = TypeVar("T")
@@ -199,11 +198,10 @@ def _raise(exc: BaseException) -> NoReturn:
 def loop_scheduler() -> Callable[..., None]:
     """Return a function that schedules a call in this event loop, if that has not ended. It works in any thread."""
     here = threading.get_ident()
-    try:
-        loop = asyncio.get_running_loop()
+    if (loop := running_loop()) is not None:
         from_here: Callable[..., object] = loop.call_soon  # in contrast to the other one, it writes to no socket
         from_thread: Callable[..., object] = loop.call_soon_threadsafe
-    except RuntimeError:
+    else:
         import trio
 
         from_here = from_thread = trio.lowlevel.current_trio_token().run_sync_soon

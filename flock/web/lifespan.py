@@ -22,6 +22,7 @@ import anyio
 
 from flock.errors import EngineStopped
 from flock.runs import Engine
+from flock.scopes import running_loop
 
 logger = logging.getLogger("flock.api")
 
@@ -49,7 +50,7 @@ class EngineLifespan:
         """Hold the engine open. Raises the engine's error if it cannot open."""
         engine = self._engine()
         assert engine is not None, "the caller holds a reference"
-        if (loop := _running_loop()) is not None:
+        if (loop := running_loop()) is not None:
             self._holders += 1  # first, so that a holder that exits while the engine opens is not the last one
             try:
                 await self._open()
@@ -106,13 +107,13 @@ class EngineLifespan:
 
         Cancellation: the engine opens anyway.
         """
-        is_open = self._open_in is not None and self._open_in is _running_loop()
+        is_open = self._open_in is not None and self._open_in is running_loop()
         if is_open and self._holders and not self._all_released.is_set():
             return  # as for nearly all requests
         is_closing = self._all_released.is_set() and self._task is not None and not self._task.done()
         if is_closing or (not self._holders and ended not in (None, self.ended)):
             raise EngineStopped("The server is shutting down. Try again when it has started.")
-        if _running_loop() is None:
+        if running_loop() is None:
             if self._holders:
                 return
             raise EngineStopped(
@@ -159,13 +160,6 @@ class EngineLifespan:
                 return
             opened.set_exception(exc)
             opened.exception()  # marks it as retrieved, in case its waiter was cancelled
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 _lifespans: "weakref.WeakKeyDictionary[Engine, EngineLifespan]" = weakref.WeakKeyDictionary()
