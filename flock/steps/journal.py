@@ -810,6 +810,9 @@ class Journal:
             if self._stops_before(planned) and not (entry.is_known or planned.is_named):
                 await self._check_change(planned)
             await self.wait_for_store()
+            if self.is_cut_off():  # what cancels the step may not have reached this task
+                for _ in range(CHECKPOINTS):
+                    await anyio.lowlevel.checkpoint()
             started_at = now()
             if planned.at_most_once:
                 await self._start(planned, started_at, cancellation)

@@ -545,6 +545,13 @@ FOUND_IN_MEMORY = {
         '"limit_s":0.602236}],"n":3},{"kind":"work","n":12,"seconds":0.103606}],"n":1},'
         '{"is_stored":true,"ends":[[1,20,true],[1,19,true]]}]'
     ),
+    "a task that has not seen the cancellation of its run starts a call": (
+        '[{"kind":"group","parts":[{"kind":"group","parts":[{"kind":"fail","n":6,"seconds":0.201414,'
+        '"limit_s":0.151732,"retries":2}],"n":5},{"kind":"group","parts":[{"kind":"group",'
+        '"parts":[{"kind":"group","parts":[{"kind":"work","seconds":0.103606,"is_equal":true}],'
+        '"n":14}],"n":9},{"kind":"work","seconds":0.204796,"is_equal":true}],"n":8}],"n":4},'
+        '{"is_stored":true,"ends":[[4,0,true]],"cancel":[0,2,true]}]'
+    ),
 }
 
 
