@@ -366,7 +366,7 @@ async def test_a_function_that_returned_too_late_is_not_executed_again(
 
     @at.flock.agent
     async def work(context: RunContext) -> str:
-        for _ in range(3):
+        for _ in range(100):  # a busy machine may need more time than one has
             found.append(await limit(lambda: at.call(context)))
             if found[-1] is not None:
                 return str(found[-1] if place == "call" else found[-1]["result"])
