@@ -132,6 +132,8 @@ class Replay:
         self._ends = dict[int, Mark]()
         #: what wakes the calls that wait for their turn, by the number of their end
         self._turns = dict[int, anyio.Event]()
+        #: answers that were not delivered, of calls that are not known to have started, by the number of their end
+        self._never_started = dict[int, Entry]()
         #: the ends of those that let no limit of a call pass
         self._held = set[int]()
         #: the ends of calls that wait to be cancelled again, each with the time until which other cancellations wait
@@ -166,6 +168,8 @@ class Replay:
                 over[entry.call_id] = max(over.get(entry.call_id, 0), math.inf if entry.is_unseen else entry.end)
         for entry in answers:
             entry.end = self._next_number()
+            if not entry.start:
+                self._never_started[entry.end] = entry
         for entry in known:
             if entry.start and any(entry.start <= over.get(caller, 0) for caller in callers(entry.call_id)):
                 self.contained += [] if entry.stored is None else [entry.stored]
@@ -299,12 +303,16 @@ class Replay:
             self._missing.pop(entry.start, None)
             self._is_mixing |= entry in self._mixed_up
             self._recur()
+        self._never_started.pop(entry.end, None)
         if not entry.start:
             self.last_start = self._new_start = entry.start = self._next_number()
             self._unwritten[entry.start] = (Mark(call_id, entry.start),)
         if entry.is_unseen and entry.end:  # before all later ends, and after all earlier ones, delivered or not
             if entry.end < self._new_end:
-                self._renumber(entry)
+                later = [each for end, each in self._never_started.items() if end > entry.end]
+                for each in (entry, *later):  # those may start when it is delivered
+                    self._renumber(each)
+                self._advance()
             self._note_end(entry, entry.end)
         entry.start_s, entry.seen_before = self._time() - self._began_at, self._seen_count
         return entry
@@ -314,6 +322,8 @@ class Replay:
         before, entry.end = entry.end, self._next_number()
         if self._ends.pop(before, None) is not None:
             self._ends[entry.end] = Mark(entry.call_id, entry.start, entry.end)
+        if self._never_started.pop(before, None) is not None:
+            self._never_started[entry.end] = entry
         timer, _ = numbered(entry.call_id)
         if self._timers.get(timer) == before:
             self._timers[timer] = entry.end

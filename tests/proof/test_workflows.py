@@ -552,6 +552,12 @@ FOUND_IN_MEMORY = {
         '"n":14}],"n":9},{"kind":"work","seconds":0.204796,"is_equal":true}],"n":8}],"n":4},'
         '{"is_stored":true,"ends":[[4,0,true]],"cancel":[0,2,true]}]'
     ),
+    "an answer to a question that comes after another answer": (
+        '[{"kind":"gather","parts":[{"kind":"loop","parts":[{"kind":"ask","n":6}],"n":5,"times":3},'
+        '{"kind":"tool","parts":[{"kind":"work","n":13,"seconds":0.101732}],"n":8,'
+        '"limit_s":0.302236},{"kind":"loop","parts":[{"kind":"ask","n":15}],"n":14,"times":3}],'
+        '"n":4},{"is_stored":true,"ends":[[1,10,false],[12,0,true]]}]'
+    ),
 }
 
 

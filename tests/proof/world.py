@@ -206,10 +206,16 @@ class World(Observer):
         makers = [place for place, statement in above if statement.kind in MAKERS]
         return _Key((makers or [""])[-1], effect.kind, effect.is_equal)
 
+    @property
+    def _may_differ(self) -> bool:
+        """Whether an execution may go another way, and so not cancel again a call that has made others."""
+        return self._is_mixed or self._may_pass_first
+
     def check_equal(self) -> None:
         """Equal calls are told apart by their arrival, so only how often all of them are executed is known."""
         for key, places in self._equal.items():
-            begun, most = sum(self.begun[at] for at in places), len(places) + self._in_flight[key]
+            again = len(places & self._cut_off) * len(self.lives) if self._may_differ else 0
+            begun, most = sum(self.begun[at] for at in places), len(places) + self._in_flight[key] + again
             if begun > most:
                 self.problem(f"equal calls of {key.kind} are executed {begun} times, and not up to {most} times")
 
@@ -227,8 +233,7 @@ class World(Observer):
         if effect.is_equal:  # which one of them is executed again may differ
             self._equal[self._key_of(at)].add(at)
             return
-        may_differ = self._is_mixed or self._may_pass_first
-        may_repeat = may_differ and (at not in self.seen or at in self._cut_off)
+        may_repeat = self._may_differ and (at not in self.seen or at in self._cut_off)
         if at in life.done and not may_repeat:
             self.problem(f"{effect.kind}({effect.n}) is executed again: the program has seen its end, or cancelled it")
         elif life.begun[at] > effect.retries + 1:
