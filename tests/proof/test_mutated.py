@@ -21,7 +21,7 @@ MACHINES = {
     "schedules": ["-c", ORDERS],
     "programs": ["-m", "tests.proof", "--in-memory", "--programs", "40"],
     "order": ["-m", "tests.proof", "--in-memory", "--programs", "40", "--class", "as_completed"],
-    "slow": ["-m", "tests.proof", "--in-memory", "--programs", "200", "--class", "slow plain code"],
+    "slow": ["-m", "tests.proof", "--in-memory", "--programs", "2000", "--class", "slow plain code"],
     "failing": ["-m", "tests.proof.failing", "chain", "session", "--trials", "30"],
 }
 PATCHES = [patch for patch in sorted(MUTATIONS.glob("*.patch")) if patch.name.partition("-")[0] in MACHINES]
