@@ -904,7 +904,7 @@ class Journal:
             with clocks_stopped():  # a limit that passes now would hide the cancellation
                 with contextlib.suppress(Exception):  # the next call raises it
                     await self._store(call, cancellation)
-                if len(self._open) > 1 or not self._replay.may_see(place.end):  # so that tasks see it alone
+                if len(self._open) > 1 or not self._replay.is_alone(place.end):  # so that tasks see it alone
                     await self._in_step(self._replay.until_it_may_see, place.end, cancellation)
         finally:
             self._replay.saw(entry, place.end)

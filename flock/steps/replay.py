@@ -529,12 +529,13 @@ class Replay:
         self._is_mixing, self._mixed_start = True, min(start, self._mixed_start)
 
     def is_cancelled_alone(self, entry: Entry) -> bool:
-        """A call is cancelled again. Whether the program sees it at once.
-
-        None waits for the same, or has ended before, not even a moment ago.
-        """
+        """A call is cancelled again. Whether the program sees it at once: none waits for the same."""
         self._to_cancel.pop(entry.end, None)
-        return not self._to_cancel and self.may_see(entry.end) and self._time() > self._saw_at + AT_ONCE_S
+        return not self._to_cancel and self.is_alone(entry.end)
+
+    def is_alone(self, end: int) -> bool:
+        """Whether the program sees a cancellation alone: nothing has ended before it, not even a moment ago."""
+        return self.may_see(end) and self._time() > self._saw_at + AT_ONCE_S
 
     def may_see(self, end: int) -> bool:
         """Whether the program may see a cancellation: after all that has ended before, as while a thread ran on.
@@ -552,13 +553,14 @@ class Replay:
     async def until_it_may_see(self, end: int) -> None:
         self._unseen.add(end)
         try:
-            for _ in range(CHECKPOINTS):  # for those that are cancelled at the same time
-                await anyio.lowlevel.checkpoint()
-            while not self.may_see(end):
-                until = self._waits_until(end)
-                with anyio.move_on_after(None if until is None else until - self._time()):
-                    await self._wait_for_turn(end)
-                for _ in range(CHECKPOINTS):  # for what the end before has caused
+            seen_count = -1
+            while not self.may_see(end) or seen_count != self._seen_count:
+                while not self.may_see(end):
+                    until = self._waits_until(end)
+                    with anyio.move_on_after(None if until is None else until - self._time()):
+                        await self._wait_for_turn(end)
+                seen_count = self._seen_count
+                for _ in range(CHECKPOINTS):  # for those that are cancelled now, and what the end before has caused
                     await anyio.lowlevel.checkpoint()
         finally:
             self._unseen.discard(end)

@@ -558,6 +558,15 @@ FOUND_IN_MEMORY = {
         '"limit_s":0.302236},{"kind":"loop","parts":[{"kind":"ask","n":15}],"n":14,"times":3}],'
         '"n":4},{"is_stored":true,"ends":[[1,10,false],[12,0,true]]}]'
     ),
+    "two cancellations of threads that are seen one after the other": (
+        '[{"kind":"try","parts":[{"kind":"first","parts":[{"kind":"first",'
+        '"parts":[{"kind":"block_and_fail","n":5,"seconds":0.101414},{"kind":"block_and_fail","n":6,'
+        '"seconds":0.401732},{"kind":"work","n":7,"seconds":0.202236,"retries":2}],"n":4},'
+        '{"kind":"first","parts":[{"kind":"flaky","n":9,"seconds":0.102646,"limit_s":1.203317},'
+        '{"kind":"agent","parts":[{"kind":"block_and_fail","n":11,"seconds":0.203606}],"n":10},'
+        '{"kind":"work","n":13,"seconds":0.204123}],"n":8}],"n":3},{"kind":"work","n":14,'
+        '"seconds":0.104359}],"n":2},{"seed":900,"is_stored":true,"ends":[[9,4,true]]}]'
+    ),
 }
 
 
