@@ -145,7 +145,7 @@ class Mark(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         start, end: see ``Place``; *end* is 0 for a call without an answer, and OVERTAKEN if another call was cancelled
-            before this end was delivered.
+            before this end was delivered, or if another plain time-out might have passed before it.
         since: the last number before the execution in which it ended, or its end was delivered.
     """
 

@@ -517,15 +517,16 @@ class Replay:
             # Of equal calls, any other one may have been cancelled first, since only their arrival tells them apart.
             first = min(self._cancelled[key], key=lambda each: each.end)
             entry.end, entry.stored, first.end, first.stored = first.end, first.stored, entry.end, entry.stored
-            is_early = entry.start_s < entry.place.start_s - SKIPPED_S
-            if passes_again and is_early and self._time() > self._saw_at + AT_ONCE_S:
+            is_shifted = abs(entry.start_s - entry.place.start_s) > SKIPPED_S
+            if passes_again and is_shifted and self._time() > self._saw_at + AT_ONCE_S:
                 self._doubt(entry.start)
+                self._note_end(entry, OVERTAKEN)  # nor is the next execution sure of what comes now
             raise
         finally:
             self._cancelled[key].remove(entry)
 
     def _doubt(self, start: int) -> None:
-        """A plain time-out has passed, and this execution has skipped time before: another one may pass first now."""
+        """A plain time-out has passed, and one execution has skipped time before it: another one may pass first now."""
         self._is_mixing, self._mixed_start = True, min(start, self._mixed_start)
 
     def is_cancelled_alone(self, entry: Entry) -> bool:

@@ -567,6 +567,20 @@ FOUND_IN_MEMORY = {
         '{"kind":"work","n":13,"seconds":0.204123}],"n":8}],"n":3},{"kind":"work","n":14,'
         '"seconds":0.104359}],"n":2},{"seed":900,"is_stored":true,"ends":[[9,4,true]]}]'
     ),
+    "a plain time-out that passes first after time was skipped": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"wait","parts":[{"kind":"seq",'
+        '"parts":[{"kind":"sleep","n":17,"seconds":0.203606},{"kind":"timeout",'
+        '"parts":[{"kind":"flaky","n":20,"seconds":0.805385,"limit_s":0.605568,"retries":2}],"n":18,'
+        '"limit_s":0.156083}],"n":12},{"kind":"fail","n":22,"seconds":0.806403}],"n":3,'
+        '"limit_s":0.306856},{"kind":"work","n":24,"seconds":0.10728}],"n":2},{"kind":"work","n":26,'
+        '"seconds":0.10781}],"n":1},{"is_stored":true,"ends":[[1,1,false],[10,0,true]]}]'
+    ),
+    "time-outs that passed in another order in the execution before": (
+        '[{"kind":"group","parts":[{"kind":"block_and_fail","n":5,"seconds":0.801732},{"kind":"wait",'
+        '"parts":[{"kind":"loop","parts":[{"kind":"timeout","parts":[{"kind":"work","n":10,'
+        '"seconds":0.102236}],"n":9,"limit_s":0.152646}],"n":8,"times":2}],"n":6,'
+        '"limit_s":0.155385}],"n":3},{"is_stored":true,"ends":[[3,4,true],[2,12,true]]}]'
+    ),
 }
 
 
