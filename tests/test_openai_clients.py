@@ -369,7 +369,6 @@ def test_clients_for_node(program: str, node: Path, server: Server) -> None:
     assert run(node / "node_modules" / ".bin" / "node", str(node / program), server.url) == "all of it\n"
 
 
-@pytest.mark.nightly  # it takes long to install, and uses the client for Python that is tested above
 @pytest.mark.timeout(300)
 def test_litellm_as_a_client(server: Server, tmp_path: Path) -> None:
     python = new_environment(tmp_path / "litellm")

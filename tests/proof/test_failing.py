@@ -18,7 +18,7 @@ from tests.support import ROOT
 pytestmark = pytest.mark.slow
 
 #: How many faults of each scenario are tried.
-TRIALS = 3
+TRIALS = 5
 
 
 @pytest.fixture(autouse=True)
