@@ -28,7 +28,7 @@ from hypercorn.config import Config
 from msgspec.structs import replace
 from temporalio.api.common.v1 import WorkflowExecution
 from temporalio.api.workflowservice.v1 import DeleteWorkflowExecutionRequest
-from temporalio.client import WorkflowHistory
+from temporalio.client import WorkflowExecutionCount, WorkflowHistory
 from temporalio.converter import StorageDriverClaim, StorageDriverRetrieveContext
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError
@@ -917,6 +917,35 @@ async def test_small_requests_read_no_results_and_nothing_of_others(
             await made_by("ann", "POST", f"/run/{failed.run_id}/retry", 202)
             assert (await engine.wait(failed.run_id)).attempt == 2
             assert await engine.get_state(failed.run_id, "ann") == (RunStatus.FAILED, 2)
+
+
+@pytest.mark.parametrize("is_in_the_count", [True, False])
+async def test_a_run_that_starts_while_open_runs_are_counted_counts_once(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch, is_in_the_count: bool
+) -> None:
+    flock = sample_flock()
+    flock.name = new_id()
+    counting, may_count, was_counted = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    async with open_pair(flock, temporal_address, with_worker=False, max_queue=3) as engine:
+        await engine.submit("add", {"a": 1})
+
+        async def count_workflows(query: str) -> WorkflowExecutionCount:
+            if counting.is_set():  # the count before was taken over
+                was_counted.set()
+                await asyncio.Event().wait()
+            counting.set()
+            await may_count.wait()
+            return WorkflowExecutionCount(2 if is_in_the_count else 1, ())
+
+        monkeypatch.setattr(engine.cluster.client, "count_workflows", count_workflows)
+        with anyio.fail_after(PATIENCE_S):
+            await counting.wait()
+            await engine.submit("add", {"a": 2})
+            may_count.set()
+            await was_counted.wait()
+            await engine.submit("add", {"a": 3})
+            with pytest.raises(EngineFull, match="3 runs are already open"):
+                await engine.submit("add", {"a": 4})
 
 
 async def test_concurrent_submissions_do_not_exceed_the_limit(temporal_address: str) -> None:

@@ -280,7 +280,8 @@ class TemporalEngine(TemporalBatches):
                 async with self.cluster.rpc_scope(WATCH_TIMEOUT_S):
                     before = self._started_runs
                     count = (await self.cluster.client.count_workflows(open_runs(self._flock))).count
-                    self._open_runs = count + self._started_runs - before  # it may not have counted the latest
+                    latest = self._started_runs - before  # the cluster may have counted these or not
+                    self._open_runs = min(count + latest, max(count, self._open_runs))
                     self._open_runs_of.clear()
                 self._error, misses = None, 0
                 if not self.is_draining:
