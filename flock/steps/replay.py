@@ -134,6 +134,8 @@ class Replay:
         self._turns = dict[int, anyio.Event]()
         #: answers that were not delivered, of calls that are not known to have started, by the number of their end
         self._never_started = dict[int, Entry]()
+        #: the ends of answers that no execution is known to have delivered, and whose calls have started
+        self._guessed = set[int]()
         #: the ends of those that let no limit of a call pass
         self._held = set[int]()
         #: the ends of calls that wait to be cancelled again, each with the time until which other cancellations wait
@@ -313,6 +315,7 @@ class Replay:
                 for each in (entry, *later):  # those may start when it is delivered
                     self._renumber(each)
                 self._advance()
+            self._guessed.add(entry.end)
             self._note_end(entry, entry.end)
         entry.start_s, entry.seen_before = self._time() - self._began_at, self._seen_count
         return entry
@@ -512,7 +515,8 @@ class Replay:
         self._to_cancel[entry.end] = self._time() + self._left_s(entry) + self._grace_s / 5
         self._advance()
         try:
-            await self._is_in_vain(lambda: entry.place.end_s, lambda: False)
+            while await self._is_in_vain(lambda: entry.place.end_s, lambda: False) and self._deliver_guessed():
+                pass
         except anyio.get_cancelled_exc_class():
             # Of equal calls, any other one may have been cancelled first, since only their arrival tells them apart.
             first = min(self._cancelled[key], key=lambda each: each.end)
@@ -524,6 +528,17 @@ class Replay:
             raise
         finally:
             self._cancelled[key].remove(entry)
+
+    def _deliver_guessed(self) -> bool:
+        """Let answers come first whose place is a guess, as a call waits in vain to be cancelled. False if none is.
+
+        The program may have cancelled the call because of one, if what was stored with its place is lost.
+        """
+        if answers := sorted(self._guessed & self._ends.keys()):
+            self._ends = {end: self._ends[end] for end in answers} | self._ends
+            self._guessed.clear()
+            self._recur()
+        return bool(answers)
 
     def _doubt(self, start: int) -> None:
         """A plain time-out has passed, and one execution has skipped time before it: another one may pass first now."""

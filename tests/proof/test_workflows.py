@@ -581,6 +581,12 @@ FOUND_IN_MEMORY = {
         '"seconds":0.102236}],"n":9,"limit_s":0.152646}],"n":8,"times":2}],"n":6,'
         '"limit_s":0.155385}],"n":3},{"is_stored":true,"ends":[[3,4,true],[2,12,true]]}]'
     ),
+    "a cancellation that is stored before the answer that is its cause": (
+        '[{"kind":"first","parts":[{"kind":"receive","n":4,"seconds":0.0},{"kind":"gather","parts'
+        '":[{"kind":"receive","n":7,"seconds":40.001414,"comes":"never"},{"kind":"sleep","n":8,"s'
+        'econds":6.001732}],"n":5,"seconds":0.0}],"n":3,"seconds":0.0},{"seed":301,"is_stored":tr'
+        'ue,"ends":[[1,4,true]]}]'
+    ),
 }
 
 
