@@ -861,7 +861,8 @@ async def test_an_inbox_of_10000_questions_is_read_in_pages_and_not_from_its_run
         def fill(db: sqlite3.Connection) -> None:
             columns = [row[1] for row in db.execute("PRAGMA table_info(runs)")]
             columns = [name for name in columns if name not in ("run_id", "waiting_for")]
-            ids = [f"{run.run_id[:-5]}{number:05d}" for number in range(10_000)]
+            ids = [f"{run.run_id[:-5]}{number:05d}" for number in range(10_001)]
+            ids = [id_ for id_ in ids if id_ != run.run_id][:10_000]
             names = ", ".join(columns)
             for id_ in ids:
                 copy = f"INSERT INTO runs ({names}, run_id) SELECT {names}, ? FROM runs WHERE run_id = ?"
@@ -1054,7 +1055,7 @@ async def test_an_answer_after_its_time_is_stale(open_engine: OpenEngine) -> Non
 
     @flock.agent
     async def work(context: RunContext) -> bool:
-        return await context.ask("Now?", bool, expires_s=0.5, answerer="refunds")
+        return await context.ask("Now?", bool, expires_s=3, answerer="refunds")
 
     async with open_engine(flock) as engine:
         run = await asked(engine, "work", principal="ann")

@@ -386,9 +386,9 @@ async def test_the_time_of_waiting_is_not_part_of_the_timeout(open_engine: OpenE
         return await context.ask("Go on?", bool)
 
     async with open_engine(flock) as engine:
-        slow = await asked(engine, "work", timeout_s=1)
-        run = await asked(engine, "quick", timeout_s=1)
-        await anyio.sleep(1.2)
+        slow = await asked(engine, "work", timeout_s=3)
+        run = await asked(engine, "quick", timeout_s=3)
+        await anyio.sleep(3.1)
         for each in (slow, run):
             await engine.answer_call(each.run_id, each.waiting_for[0].call_id, json_of(True))
         assert await result_of(engine, run.run_id) is True
@@ -413,7 +413,7 @@ async def test_a_waiting_run_ends_at_once_when_it_is_cancelled(open_engine: Open
 
 
 async def test_an_expired_question_fails_the_run_unless_it_has_a_default(open_engine: OpenEngine) -> None:
-    expiring, with_default = Refunds(expires_s=1), Refunds(expires_s=1, default=Approval(False, "nobody was there"))
+    expiring, with_default = Refunds(expires_s=3), Refunds(expires_s=3, default=Approval(False, "nobody was there"))
     async with open_engine(expiring.flock) as engine:
         run = await asked(engine, "refund", {"order": "A7"})
         assert run.waiting_for[0].expires_at is not None
@@ -935,7 +935,7 @@ def look() -> int:
 
 def pay(amount: int) -> str:
     os.write(log, b"pay\\n")
-    time.sleep(1 if os.path.exists("slow") else 0)
+    time.sleep(600 if os.path.exists("slow") else 0)
     return f"paid {amount}"
 
 @flock.agent
@@ -1005,7 +1005,7 @@ def test_100_000_waiting_runs_cost_neither_memory_nor_time_at_the_start(tmp_path
         )
     after_kib, after_s, _ = measured()
     assert after_kib < before_kib + 8 * 1024
-    assert after_s < before_s + 2
+    assert after_s < 2 * before_s + 2
 
 
 async def test_an_answerer_that_is_no_role_fails_the_step_before_it_asks(open_engine: OpenEngine) -> None:

@@ -30,7 +30,7 @@ from flock.temporal.engine import MAX_INPUT_BYTES
 from flock.temporal.messages import MAX_INBOX_BYTES, chunk_workflow_id, run_workflow_id
 from flock.testing import FakeModel, Reply
 from tests.support import PATIENCE_S
-from tests.support.cluster import on_temporal
+from tests.support.cluster import on_temporal, patient
 from tests.support.engines import OpenEngine, ended, until, until_run
 from tests.support.models import usage_of_gpt_4o
 from tests.test_ask import Refunds, asked, json_of, result_of, waiting
@@ -78,7 +78,7 @@ async def test_kill_9_of_workers_loses_neither_a_question_nor_an_answer(
     target.write_text(ASKING.format(name=new_id(), log=str(log)))
     slow = tmp_path / "log.slow"
     flock: Flock = runpy.run_path(str(target))["flock"]
-    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+    async with patient(TemporalEngine(flock.agents, temporal_address, flock=flock.name)) as engine:
         with working(target, temporal_address) as doomed:
             if kind == "run":
                 run = await asked(engine, "refund")
@@ -140,7 +140,7 @@ async def test_a_question_keeps_its_id_and_text_if_its_worker_is_killed_while_it
     target, log = tmp_path / "beside.py", tmp_path / "log"
     target.write_text(BESIDE.format(name=new_id(), log=str(log)))
     flock: Flock = runpy.run_path(str(target))["flock"]
-    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+    async with patient(TemporalEngine(flock.agents, temporal_address, flock=flock.name)) as engine:
         if kind == "run":
             run_id = (await engine.submit("refund", {})).run_id
         else:
@@ -259,7 +259,7 @@ async def test_a_waiting_run_is_cancelled_when_there_is_a_worker_again(temporal_
     target = tmp_path / "asking.py"
     target.write_text(ASKING.format(name=new_id(), log=str(tmp_path / "log")))
     flock: Flock = runpy.run_path(str(target))["flock"]
-    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+    async with patient(TemporalEngine(flock.agents, temporal_address, flock=flock.name)) as engine:
         with working(target, temporal_address):
             run = await asked(engine, "refund")
         assert (await engine.cancel_run(run.run_id)).cancel_requested
@@ -276,7 +276,7 @@ async def test_a_worker_killed_after_an_answer_is_noticed_by_an_agent_that_may_n
     target.write_text(script)
     (tmp_path / "log.slow").touch()
     flock: Flock = runpy.run_path(str(target))["flock"]
-    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+    async with patient(TemporalEngine(flock.agents, temporal_address, flock=flock.name)) as engine:
         with working(target, temporal_address) as doomed:
             run = await asked(engine, "refund")
             await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(True))
@@ -463,9 +463,9 @@ async def test_the_same_question_in_each_of_several_steps_is_asked_each_time(tem
         return [result, await context.ask("How many?", int)]
 
     async with on_temporal(temporal_address, flock) as engine:
-        run = await asked(engine, "first", timeout_s=2)
+        run = await asked(engine, "first", timeout_s=5)
         for number in (1, 2):
-            await anyio.sleep(1.2)
+            await anyio.sleep(2.6)
             await engine.answer_call(run.run_id, run.waiting_for[0].call_id, json_of(number))
             run = await engine.wait(run.run_id)
         assert run.result is not None, run.error

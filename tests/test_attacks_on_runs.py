@@ -289,7 +289,7 @@ async def test_engines_of_two_flocks_start_on_a_busy_file(tmp_path: Path) -> Non
 
         for _ in range(4):
             tasks.start_soon(work)
-        with anyio.fail_after(4):
+        with anyio.fail_after(PATIENCE_S):
             for _ in range(5):
                 async with other.engine(store=tmp_path / "flock.db") as engine:
                     assert (await end_of(engine, "one")).status is RunStatus.COMPLETED

@@ -136,6 +136,7 @@ async def test_invalid_items_need_no_room_in_a_retry(open_engine: OpenEngine) ->
     async with open_engine(work.flock, max_open_items=1) as engine:
         batch = await engine.submit_batch("item", [{"n": 0}, {}, {}, {}], OPTIONS, on_invalid="skip")
         await ended(engine, batch)
+        await listed(engine, 1, status=RunStatus.FAILED)
         work.fails = set()
         batch = await ended(engine, await engine.retry_batch(batch.batch_id))
     assert (batch.status, batch.attempt, batch.failed_items) == (RunStatus.COMPLETED, 2, 3)
@@ -469,7 +470,7 @@ async def test_batches_are_listed_in_pages_newest_first(open_engine: OpenEngine)
         async def found(**wanted: Any) -> list[str]:
             return [batch.batch_id for batch in await engine.list_batches(BatchFilter(**wanted))]
 
-        await listed(engine, len(ids))
+        await listed(engine, len(ids), status=RunStatus.COMPLETED)
         assert await found() == ids
         assert await found(limit=2) == ids[:2]
         assert await found(after=ids[1]) == ids[2:]

@@ -291,8 +291,8 @@ async def test_a_job_that_is_gone_falls_back(provider: BatchProvider, url: str) 
 async def test_a_job_that_never_ends_is_cancelled_and_falls_back(
     provider: BatchProvider, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "WINDOW_S", 0.2)
-    monkeypatch.setattr(jobs, "MAX_DELAY_S", 0.2)
+    monkeypatch.setattr(jobs, "WINDOW_S", 0)
+    monkeypatch.setattr(jobs, "MAX_DELAY_S", 1.0)
     provider.is_held = True
     batch, _ = await run(flock_of(url), 2)
     assert (batch.failed_items, provider.normal.total()) == (0, 2)
@@ -960,8 +960,8 @@ async def test_a_job_that_its_provider_does_not_find_once_is_not_gone(provider: 
 async def test_what_a_job_that_is_too_slow_has_done_is_not_paid_again(
     provider: BatchProvider, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "WINDOW_S", 0.2)
-    monkeypatch.setattr(jobs, "MAX_DELAY_S", 0.5)
+    monkeypatch.setattr(jobs, "WINDOW_S", 0)
+    monkeypatch.setattr(jobs, "MAX_DELAY_S", 1.5)
     provider.is_held, provider.done_before_cancel = True, 3
     batch, _ = await run(flock_of(url), 5)
     assert (batch.failed_items, list(provider.paid.values()), provider.normal.total()) == (0, [1] * 5, 2)

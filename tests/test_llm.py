@@ -531,7 +531,8 @@ async def test_a_failed_connection_is_tried_three_times(
 ) -> None:
     async with socket_server(behaviour) as (url, connections):
         monkeypatch.setenv("VLLM_BASE_URL", url)
-        async with ModelClient(backoff_s=0.001, read_timeout_s=0.2) as models:
+        timeout_s = 0.2 if behaviour is silent else PATIENCE_S
+        async with ModelClient(backoff_s=0.001, read_timeout_s=timeout_s) as models:
             assert (await fail(models, "vllm/x")).error_type == error_type
     assert len(connections) == 3
 

@@ -27,6 +27,7 @@ from flock.models.llm import ModelClient
 from flock.runs import new_id
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S, ROOT
+from tests.support.cluster import patient
 from tests.support.flocks import sample_flock
 from tests.support.http import events_in
 from tests.support.servers import Served, free_port, running
@@ -416,7 +417,7 @@ def test_an_app_on_a_cluster_can_run_again_in_another_loop(temporal_address: str
     from flock.temporal import TemporalEngine, TemporalWorker
 
     flock = napping()
-    app = create_app(flock, engine=TemporalEngine(flock.agents, temporal_address, flock=flock.name))
+    app = create_app(flock, engine=patient(TemporalEngine(flock.agents, temporal_address, flock=flock.name)))
     worker = TemporalWorker(flock.agents, ModelClient(), temporal_address, flock=flock.name, drain_timeout_s=0)
 
     async def live() -> None:

@@ -40,6 +40,7 @@ from flock.testing import Failure, FakeModel, Reply
 from flock.web.metrics import Metrics
 from flockapi import create_app
 from tests.support import PATIENCE_S, ROOT
+from tests.support.cluster import patient
 from tests.support.http import client_of, wait_for, wait_until
 from tests.support.servers import Served, flockapi_command, running
 
@@ -734,7 +735,7 @@ async def test_a_worker_tells_its_observers_of_runs_and_items_that_wait(temporal
     noted, flock, name = Noted(), asking_flock(), new_id()
     async with (
         TemporalWorker(flock.agents, ModelClient(None), temporal_address, flock=name, observers=[noted]),
-        TemporalEngine(flock.agents, temporal_address, flock=name) as engine,
+        patient(TemporalEngine(flock.agents, temporal_address, flock=name)) as engine,
     ):
         run = await engine.submit("ask", {}, watch=True)
         with anyio.fail_after(PATIENCE_S):

@@ -108,7 +108,7 @@ async def time_outs_of_equal_calls(world: World, context: RunContext) -> Any:
 async def wait_with_a_timeout(world: World, context: RunContext) -> Any:
     calls = [context.call(world.hang, "slow"), context.call(world.after, "fast", [])]
     tasks = {name: asyncio.ensure_future(call) for name, call in zip(["slow", "fast"], calls, strict=True)}
-    done, left = await asyncio.wait(tasks.values(), timeout=0.3)
+    done, left = await asyncio.wait(tasks.values(), timeout=2)
     for task in left:
         task.cancel()
     return [name for name, task in tasks.items() if task in done]
@@ -535,7 +535,7 @@ async def test_a_call_that_is_waited_for_in_vain_holds_up_no_other() -> None:
     since = anyio.current_time()
     for n in range(1, count):  # the program does not make call 0 any more
         await replay.turn(replay.begin(f"f:{n}", JSON_NULL), is_last=True)
-    assert grace_s <= anyio.current_time() - since < count * grace_s / 5
+    assert grace_s <= anyio.current_time() - since < count * grace_s / 2
 
 
 # What two processes have stored, of which one was presumed dead
@@ -866,7 +866,7 @@ async def test_a_call_that_waits_to_be_cancelled_again_counts_as_running(open_ag
         await shop.reach()
 
     run = await interrupted(open_again, flock, shop.reached)
-    async with open_again(flock, replay_grace_s=2) as engine:
+    async with open_again(flock, replay_grace_s=4) as engine:
         run = await until_run(engine, run.run_id, lambda run: bool(run.questions))
         assert run.status is RunStatus.RUNNING
         with anyio.fail_after(PATIENCE_S):

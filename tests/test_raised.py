@@ -287,7 +287,7 @@ async def test_what_is_no_result_or_comes_too_late_has_failed_and_is_not_execute
     assert re.match(text, seen[0])
     assert seen == [seen[0]] * 2
     assert begun == [1]
-    assert took_s[1] < 1, "a call in it was not waited for either"
+    assert took_s[1] < 2, "a call in it was not waited for either"
 
 
 @pytest.mark.anyio

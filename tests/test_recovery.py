@@ -19,7 +19,7 @@ import anyio.abc
 import httpx
 import pytest
 
-from tests.support import EXAMPLES, PATIENCE_S
+from tests.support import EXAMPLES, PATIENCE_S, slowness
 from tests.support.servers import flockapi_command, free_port, running, workers_of
 from tests.support.sockets import socket_server
 
@@ -73,8 +73,8 @@ class Ledger:
             self.accepted[answer.json()["run_id"]] = n
 
     def kill(self, pid: int) -> None:
+        self.killed[str(pid)] = time.monotonic()  # before, since another one may take over at once
         os.kill(pid, 9)
-        self.killed[str(pid)] = time.monotonic()
 
     def kill_after(self, delay_s: float, pid: int) -> threading.Timer:
         """Start a timer that kills a process while runs are being sent."""
@@ -416,7 +416,7 @@ def test_400_long_runs_after_two_kills_all_run_again_within_30_s(tmp_path: Path)
             while server.deaths < kills:
                 time.sleep(0.01)
             server.wait_for(60, running=400)
-        assert time.monotonic() - killed_at < 30
+        assert time.monotonic() - killed_at < 30 * slowness()
         assert server.counts() == {"running": 400}
 
 

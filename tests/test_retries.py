@@ -173,7 +173,7 @@ async def test_it_is_kept_if_the_deadline_cut_off_the_next_call(open_engine: Ope
         return ""
 
     async with open_engine(flock) as engine:
-        run = await ended(engine, await engine.submit("work_", {}, timeout_s=1))
+        run = await ended(engine, await engine.submit("work_", {}, timeout_s=3))
         assert run.error_type == "timeout"
         run = await retried(engine, run)
     assert (run.value, run.error) == ({"result": "charged"}, None)

@@ -114,7 +114,7 @@ def test_any_worker_can_wait_for_a_run_of_another(served: Server, tmp_path: Path
     answers = in_parallel(wait, 24)
     ended_at = go.stat().st_mtime
     assert {status for status, _ in answers} == {"completed"}
-    assert max(at for _, at in answers) - ended_at < 2, "it takes a tenth of a second on an idle machine"
+    assert max(at for _, at in answers) - ended_at < 20, "not only at the end of their wait"
 
 
 def test_any_worker_can_stream_and_cancel_a_run_of_another(served: Server, tmp_path: Path) -> None:
@@ -162,6 +162,7 @@ def test_all_workers_shut_down_cleanly(flock_file: Path, tmp_path: Path) -> None
     store = tmp_path / "stop.db"
     command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", str(store), "--workers", "2")
     with running(*command, "--drain-timeout", "0.2") as server:
+        server.wait_for_line("Application startup complete", times=2)
         run_id = start(server, tmp_path / "never")
         assert server.stop() == 0
     log = "\n".join(server.lines)

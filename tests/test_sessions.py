@@ -176,7 +176,7 @@ async def test_the_wait_for_the_session_counts_as_waiting_for_the_first_step(
     open_engine: OpenEngine, turns: Turns
 ) -> None:
     may_go = turns.hold(0)
-    async with open_engine(turns.flock, queue_timeout_s=0.2) as engine:
+    async with open_engine(turns.flock, queue_timeout_s=2) as engine:
         await submit(engine, 0)
         await started(turns, 0)
         late = await ended(engine, await submit(engine, 1))
@@ -381,7 +381,7 @@ async def test_the_order_holds_after_kill_9(tmp_path: Path, monkeypatch: pytest.
                 headers = {"Connection": "close"}  # the next connection may be accepted by the other process
                 answered = await client.post(f"{server.url}/run/flock", json=body, headers=headers)
                 last = answered.raise_for_status().json()["run_id"]
-            await until(log.exists)
+            await until(lambda: log.exists() and bool(log.read_text()))
             os.killpg(server.process.pid, signal.SIGKILL)
         assert log.read_text() == "begins 0\n"
         (tmp_path / "log-go").touch()

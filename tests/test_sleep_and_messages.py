@@ -48,7 +48,7 @@ from flock.steps import answers, journal
 from flock.store import statements
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, slowness_meanwhile
 from tests.support.cluster import engine_for, engine_with_worker
 from tests.support.engines import OpenEngine, sqlite_of, until, until_run
 from tests.support.http import check_problem, client_of, events_in, get, post_run
@@ -111,17 +111,17 @@ async def test_a_run_sleeps_without_a_slot_and_continues(open_engine: OpenEngine
     @flock.agent
     async def work(context: RunContext) -> str:
         before: str = await context.call(look)
-        await context.sleep(2)
+        await context.sleep(4)
         executed.append("code")
         await context.sleep_until(datetime.now(UTC) + timedelta(days=1) if context.attempt > 1 else now())
         return f"{before} and slept"
 
     async with open_engine(flock) as engine:
-        run_id = await started(engine, "work", timeout_s=1.5)
+        run_id = await started(engine, "work", timeout_s=3.5)
         run = await engine.get_run(run_id)
         assert (run.questions, run.is_active) == ((), True)
         [sleep] = run.waiting_for
-        assert (sleep.kind, sleep.expires_at) == ("sleep", sleep.asked_at + timedelta(seconds=2))
+        assert (sleep.kind, sleep.expires_at) == ("sleep", sleep.asked_at + timedelta(seconds=4))
         if isinstance(engine, EmbeddedEngine):
             assert engine._runner.active == {}
         assert (await engine.queue()).asking == 0
@@ -253,11 +253,11 @@ async def test_messages_are_bounded(open_engine: OpenEngine, monkeypatch: pytest
 async def test_a_message_that_does_not_come_in_time_fails_the_run_unless_there_is_a_default(
     open_engine: OpenEngine,
 ) -> None:
-    async with open_engine(Payments(1, expires_s=1).flock) as engine:
+    async with open_engine(Payments(1, expires_s=3).flock) as engine:
         run_id = await started(engine, "early")
         run = await until_run(engine, run_id, lambda run: run.status.is_final)
         assert (run.error_type, run.error) == ("expired", "No message 'payment' has come in time.")
-    async with open_engine(Payments(1, expires_s=1, default=7).flock) as engine:
+    async with open_engine(Payments(1, expires_s=3, default=7).flock) as engine:
         assert await result_of(engine, await started(engine, "early")) == [7]
 
 
@@ -273,7 +273,7 @@ async def test_the_first_of_several_waits_starts_the_step_again_and_the_others_k
         return list(
             await asyncio.gather(
                 context.ask("Go on?", bool, expires_s=600),
-                context.sleep(1),
+                context.sleep(3),
                 context.receive("payment", int, expires_s=500),
             )
         )
@@ -295,7 +295,7 @@ async def test_a_sleep_keeps_its_time_when_an_answer_starts_the_step_again(open_
 
     @flock.agent
     async def work(context: RunContext) -> bool:
-        answer, _ = await asyncio.gather(context.ask("Go on?", bool), context.sleep(3))
+        answer, _ = await asyncio.gather(context.ask("Go on?", bool), context.sleep(6))
         return bool(answer)
 
     async with open_engine(flock) as engine:
@@ -490,21 +490,22 @@ async def test_on_a_cluster_an_answer_is_delivered_within_a_second(temporal_addr
         return f"Go on? {n}" in [each.question for each in run.questions]
 
     took_s = list[float]()
-    async with engine_with_worker(temporal_address, flock) as engine, engine:
-        run_id = (await engine.submit("work", {})).run_id
-        while len(took_s) < 3:
-            run = await until_run(engine, run_id, lambda run: asks(run, len(took_s)))
-            assert run.status.is_active
-            since = time.monotonic()
-            await engine.answer_call(run_id, run.questions[-1].call_id, json_of(True))
-            await until(lambda: len(delivered_at) > len(took_s))
-            took_s.append(delivered_at[-1] - since)
-        assert (await engine.get_run(run_id)).questions == ()
-        may_end.set()
-        assert await result_of(engine, run_id) == 3
-        calls = (await engine.get_calls(await engine.get_run(run_id)))[0]
-        assert [call.kind for call in calls] == ["question"] * 3 + ["function"]
-    assert min(took_s) < 1, took_s
+    with slowness_meanwhile() as slower:
+        async with engine_with_worker(temporal_address, flock) as engine, engine:
+            run_id = (await engine.submit("work", {})).run_id
+            while len(took_s) < 3:
+                run = await until_run(engine, run_id, lambda run: asks(run, len(took_s)))
+                assert run.status.is_active
+                since = time.monotonic()
+                await engine.answer_call(run_id, run.questions[-1].call_id, json_of(True))
+                await until(lambda: len(delivered_at) > len(took_s))
+                took_s.append(delivered_at[-1] - since)
+            assert (await engine.get_run(run_id)).questions == ()
+            may_end.set()
+            assert await result_of(engine, run_id) == 3
+            calls = (await engine.get_calls(await engine.get_run(run_id)))[0]
+            assert [call.kind for call in calls] == ["question"] * 3 + ["function"]
+    assert min(took_s) < max(slower), took_s
 
 
 # In the store
@@ -597,7 +598,7 @@ def sleeping_flock() -> Flock:
 
     @flock.agent
     async def nap(context: RunContext) -> str:
-        await context.sleep(1)
+        await context.sleep(2)
         return "slept"
 
     @flock.agent
@@ -761,7 +762,7 @@ async def nap(seconds: float, context: RunContext) -> str:
 def test_kill_9_loses_neither_a_sleep_nor_a_message(tmp_path: Path) -> None:
     script = tmp_path / "naps.py"
     script.write_text(SCRIPT)
-    body = {"agent_name": "nap", "inputs": {"seconds": 8}, "async_run": True}
+    body = {"agent_name": "nap", "inputs": {"seconds": 12}, "async_run": True}
     with serving(script, tmp_path) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         path = client.post("/run/flock", json=body).headers["Location"]
         deadline = time.monotonic() + PATIENCE_S
@@ -771,11 +772,11 @@ def test_kill_9_loses_neither_a_sleep_nor_a_message(tmp_path: Path) -> None:
         os.killpg(server.process.pid, signal.SIGKILL)
     with serving(script, tmp_path) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         assert client.get(path).json()["waits"] == run["waits"]
-        ended = client.get(path, params={"wait": 30}).json()
+        ended = client.get(path, params={"wait": 60}).json()
         assert ended["result"] == {"result": "kept"}
         woke_at = ended["steps"][0]["calls"][1]["completed_at"]
         late_s = (datetime.fromisoformat(woke_at) - datetime.fromisoformat(run["waits"][0]["until"])).total_seconds()
-        assert 0 <= late_s < 1, "it was neither cut short nor begun again"
+        assert 0 <= late_s < 2, "it was neither cut short nor begun again"
     assert Path("calls.log").read_text().splitlines() == ["before", "after"]
 
 

@@ -36,6 +36,7 @@ from flock.temporal.messages import (
     run_workflow_id,
 )
 from flock.temporal.suspects import Gate, Suspicion
+from tests.support.cluster import patient
 from tests.support.engines import until
 from tests.support.flocks import numbers
 from tests.support.servers import flockapi_command
@@ -87,11 +88,12 @@ async def caller(context: RunContext) -> str:
 class Workers:
     """Worker processes, each of which is started again when it has died."""
 
-    def __init__(self, folder: Path, address: str, count: int) -> None:
+    def __init__(self, folder: Path, address: str, count: int, heartbeat_timeout_s: float = 2) -> None:
         target = folder / "poison.py"
         target.write_text(POISON.format(name=new_id(), log=str(folder / "calls")))
         self.flock: Flock = runpy.run_path(str(target))["flock"]
-        self.engine = TemporalEngine(self.flock.agents, address, flock=self.flock.name, heartbeat_timeout_s=2)
+        options: dict[str, Any] = {"flock": self.flock.name, "heartbeat_timeout_s": heartbeat_timeout_s}
+        self.engine = patient(TemporalEngine(self.flock.agents, address, **options))
         self.deaths = 0
         self._command = flockapi_command("worker", str(target), "--temporal", address, "--drain-timeout", "1")
         self._logs = [folder / f"worker{n}.log" for n in range(count)]
@@ -156,13 +158,13 @@ async def test_a_batch_continues_without_an_item_that_kills_its_workers(temporal
     assert "agent item" in line
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 async def test_a_finished_call_clears_its_run(temporal_address: str, tmp_path: Path) -> None:
     """A run that kills its worker after each of its calls, and so four times, completes."""
-    workers = Workers(tmp_path, temporal_address, 1)
+    workers = Workers(tmp_path, temporal_address, 1, heartbeat_timeout_s=5)  # one that only stops is not dead
     async with workers as engine:
         run = await engine.submit("caller", {})
-        with anyio.fail_after(60):
+        with anyio.fail_after(280):
             run = await engine.wait(run.run_id)
     assert (run.status, workers.deaths) == (RunStatus.COMPLETED, 4)
     assert workers.lines("suspects start") == []
@@ -177,7 +179,7 @@ async def test_a_worker_that_is_asked_to_stop_has_not_died(temporal_address: str
         await may_end.wait()
         return "done"
 
-    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+    async with patient(TemporalEngine(flock.agents, temporal_address, flock=flock.name)) as engine:
         run = await engine.submit("work", {})
         for stops in range(4):
             async with TemporalWorker(

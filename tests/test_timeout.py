@@ -71,7 +71,7 @@ async def test_it_ends_the_wait_for_a_person(open_engine: OpenEngine) -> None:
     @flock.agent
     async def work(context: RunContext) -> str:
         try:
-            async with context.timeout(1):
+            async with context.timeout(3):
                 return str(await context.ask("Go on?", bool))
         except TimeoutError:
             return "nobody has answered"
@@ -95,7 +95,7 @@ async def test_an_answer_or_a_message_that_is_stored_before_its_end_wins(kind: s
 
     @flock.agent
     async def work(context: RunContext) -> bool:
-        async with context.timeout(5):
+        async with context.timeout(8):
             return await (context.ask("Go on?", bool) if kind == "ask" else context.receive("Go-on", bool))
 
     async with open_engine(flock, max_concurrency=1) as engine:
@@ -147,7 +147,7 @@ async def test_what_has_passed_once_does_not_pass_again(kind: str, open_engine: 
         run = await answered(engine, await engine.submit("work", {}))
     assert (run.error, run.value) == (None, {"result": True})
     assert kind == "sleep" or took_s[0] >= 2
-    assert took_s[-1] < 1, "the last execution did not wait"
+    assert took_s[-1] < 2, "the last execution did not wait"
 
 
 async def test_a_plain_time_out_does_not_count_while_a_step_is_suspended(open_engine: OpenEngine) -> None:

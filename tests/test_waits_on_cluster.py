@@ -25,7 +25,7 @@ from flock.temporal.messages import (
 )
 from flock.temporal.workflows import FlockRun
 from tests.support import PATIENCE_S
-from tests.support.cluster import on_temporal
+from tests.support.cluster import on_temporal, patient
 from tests.support.engines import ended, until, until_run
 from tests.test_ask import json_of, result_of
 from tests.test_sleep_and_messages import Beside, send
@@ -199,7 +199,7 @@ async def test_what_a_worker_reports_after_the_next_one_has_begun_does_not_count
     target.write_text(REPLACED.format(name=new_id(), log=str(log)))
     log.touch()
     flock: Flock = runpy.run_path(str(target))["flock"]
-    async with TemporalEngine(flock.agents, temporal_address, flock=flock.name) as engine:
+    async with patient(TemporalEngine(flock.agents, temporal_address, flock=flock.name)) as engine:
         if kind == "run":
             run_id = (await engine.submit("work", {})).run_id
             workflow_id = run_workflow_id(run_id, 1)

@@ -27,7 +27,7 @@ from flock.temporal.workflows import FlockRun
 from flock.web import webhooks
 from flockapi import create_app
 from tests.support import PATIENCE_S
-from tests.support.cluster import engine_with_worker
+from tests.support.cluster import engine_with_worker, patient
 from tests.support.engines import until_run
 from tests.support.http import client_of, get, post_run, wait_for, wait_until
 from tests.support.receivers import SECRET, Inbox
@@ -95,7 +95,7 @@ async def test_each_state_of_a_run_is_reported_once_and_in_order(temporal_addres
         await inbox.until(3)
         await client.post(f"/run/{waiting}/cancel")
         await inbox.until(4)
-        await post_run(client, "ask", {"timeout_s": 0.5}, async_run=True)
+        await post_run(client, "ask", {"timeout_s": 4}, async_run=True)  # its first webhook is made while it waits
         await inbox.until(7)
     assert inbox.types[:4] == ["run.failed", "run.failed", "run.waiting", "run.cancelled"]
     assert inbox.types[4:] == ["run.waiting", "question.expired", "run.failed"]
@@ -176,7 +176,7 @@ async def test_no_event_is_lost_if_workers_are_killed_again_and_again(temporal_a
     exec(target.read_text(), space)
     flock: Flock = space["flock"]
     inbox = Inbox()
-    engine = TemporalEngine(flock.agents, temporal_address, flock=flock.name, heartbeat_timeout_s=3)
+    engine = patient(TemporalEngine(flock.agents, temporal_address, flock=flock.name, heartbeat_timeout_s=3))
 
     def kill_some() -> None:
         for _ in range(6):
@@ -270,7 +270,7 @@ async def test_a_webhook_is_given_up_visibly_and_can_be_sent_again(
 async def test_one_that_was_not_sent_in_time_is_given_up_with_what_is_known_of_its_tries(
     temporal_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reports, "GIVE_UP_AFTER", timedelta(seconds=3))
+    monkeypatch.setattr(reports, "GIVE_UP_AFTER", timedelta(seconds=8))
     inbox = Inbox(lambda number, _: Response(status_code=503))
     async with inbox.serve() as receiver, served(temporal_address, sample(receiver.url)) as client:
         await post_run(client, "echo", {"text": "a"})

@@ -58,6 +58,15 @@ def temporal_server(store: Path, port: int, *, partitions: int = 4) -> Iterator[
 #: that is taken for dead has its steps executed again, with the calls of models that were not stored.
 HEARTBEAT_PATIENCE_S = 30.0
 
+
+def patient(engine: "TemporalEngine") -> "TemporalEngine":
+    """Let *engine* wait longer for the cluster: a busy machine may stop for longer than clients should wait."""
+    cluster: Any = engine.cluster
+    scope = cluster.rpc_scope
+    cluster.rpc_scope = lambda timeout_s=PATIENCE_S, **options: scope(timeout_s and PATIENCE_S, **options)
+    return engine
+
+
 #: Options of the worker, which the engine does not take.
 WORKER_OPTIONS = ("max_concurrency", "max_steps", "max_tokens", "expose_errors", "grace_s", "replay_grace_s")
 
@@ -89,12 +98,7 @@ async def engine_with_worker(
     }
     models = ModelClient(flock.model, transport=transport)
     async with TemporalWorker(flock.agents, models, address, **shared, **worker_options):
-        engine = TemporalEngine(flock.agents, address, **shared, **options)
-        # A busy machine may stop for longer than clients should wait for an answer.
-        cluster: Any = engine.cluster
-        scope = cluster.rpc_scope
-        cluster.rpc_scope = lambda timeout_s=PATIENCE_S, **options: scope(timeout_s, **options)
-        yield engine
+        yield patient(TemporalEngine(flock.agents, address, **shared, **options))
 
 
 @contextlib.asynccontextmanager
