@@ -77,6 +77,7 @@ from flock.temporal.messages import (
 from flock.temporal.payloads import PayloadFolder
 from flock.temporal.records import reset_for_retry, run_of
 from flock.temporal.reports import FlockWebhook
+from flock.temporal.search import open_runs
 from flock.temporal.steps import Workplace
 from flock.temporal.workflows import FlockAccount, FlockMark, FlockRun, FlockSession
 from flock.testing import FakeModel, Reply
@@ -837,6 +838,16 @@ async def test_a_batch_terminated_on_the_cluster_fails_and_can_be_retried(tempor
         assert (batch.status, batch.attempt, sorted(work.calls)) == (RunStatus.COMPLETED, 2, [0, 1, 2])
 
 
+async def until_counted(engine: TemporalEngine, count: int) -> None:
+    """Wait until the search of the cluster has *count* open runs, and *engine* has read that."""
+    with anyio.fail_after(PATIENCE_S):
+        while (await engine.cluster.client.count_workflows(open_runs(engine._flock))).count < count:  # noqa: ASYNC110
+            await anyio.sleep(0.02)
+        for _ in range(2):  # the next count may have begun before
+            engine._open_runs_of[""] = 0
+            await until(lambda: not engine._open_runs_of)
+
+
 async def test_a_refused_request_is_refused_again_under_its_key_while_the_queue_is_full(temporal_address: str) -> None:
     """An accepted run is still found by its key, and a refused request leaves its key free."""
     flock = sample_flock()
@@ -845,6 +856,7 @@ async def test_a_refused_request_is_refused_again_under_its_key_while_the_queue_
         accepted_key, refused_key = IdempotencyKey("accepted", b"1"), IdempotencyKey("refused", b"1")
         accepted = await engine.submit("add", {"a": 1}, key=accepted_key)
         other = await engine.submit("add", {"a": 1})
+        await until_counted(engine, 2)
         for _ in range(3):
             with pytest.raises(EngineFull, match="2 runs are already open"):
                 await engine.submit("add", {"a": 1}, key=refused_key)
@@ -968,6 +980,7 @@ async def test_without_a_worker_runs_are_accepted_up_to_the_limit_and_can_be_rea
         key = IdempotencyKey("k", b"1")
         first = await engine.submit("add", {"a": 1}, key=key)
         await engine.submit("add", {"a": 1})
+        await until_counted(engine, 2)
         with pytest.raises(EngineFull, match="2 runs are already open"):
             await engine.submit("add", {"a": 1})
         assert (await engine.get_run(first.run_id)).status is RunStatus.STARTING
