@@ -471,16 +471,15 @@ def find_calls(db: sqlite3.Connection, run: Run, position: int, after_row: int, 
     return page
 
 
-def find_shown_calls(db: sqlite3.Connection, run_id: str) -> dict[int, list[Call]]:
-    """Return the calls of each step of a run, in the order in which they finished. Raises Damaged.
+def find_shown_calls(db: sqlite3.Connection, run_id: str) -> list[Sequence[Any]]:
+    """Return the rows of the calls of a run, each after the position of its step. Raises Damaged.
 
-    If there are too many, answers come first.
+    They are in the order in which the calls finished. If there are too many, answers come first.
     """
-    found, values = dict[int, list[Call]](), (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, MAX_SHOWN_CALLS)
     with DetectingDamage():
-        for position, *call in db.execute(statements.SHOWN_CALLS, values):
-            found.setdefault(position, []).append(shown_call_from(call))
-    return found
+        return db.execute(
+            statements.SHOWN_CALLS, (MAX_SHOWN_BYTES, MAX_SHOWN_BYTES, run_id, MAX_SHOWN_CALLS)
+        ).fetchall()
 
 
 def check_owner_of_batch(db: sqlite3.Connection, batch: Batch) -> Batch:

@@ -24,6 +24,7 @@ from msgspec.structs import asdict
 
 from flock.agents.program import Program
 from flock.errors import EngineFull, RunNotFound
+from flock.fair import FairShare
 from flock.runs import (
     Account,
     AskedQuestion,
@@ -49,7 +50,16 @@ from flock.steps.identity import Newest, new_call_key
 from flock.steps.outcomes import Outcome
 from flock.store import files, queries, statements, takeover, waiting
 from flock.store.batchstore import SQLiteBatchStore
-from flock.store.columns import json_from, micros, names_json, names_of_retriers, run_or_remains, time_from
+from flock.store.columns import (
+    Damaged,
+    json_from,
+    micros,
+    names_json,
+    names_of_retriers,
+    run_or_remains,
+    shown_call_from,
+    time_from,
+)
 from flock.store.database import MEMORY, Database, Durability
 from flock.store.jobs import JobStore
 from flock.store.port import Key, Retry, Room, Store, TakenOver, Then
@@ -224,7 +234,14 @@ class SQLiteStore(Database, Store):
         return ended
 
     async def shown_calls(self, run_id: str) -> Mapping[int, Sequence[Call]]:
-        return self.read(lambda db: queries.find_shown_calls(db, run_id))
+        found, share = dict[int, list[Call]](), FairShare()
+        try:
+            for position, *row in self.read(lambda db: queries.find_shown_calls(db, run_id)):
+                found.setdefault(position, []).append(shown_call_from(row))
+                await share.checkpoint()
+        except Damaged as exc:
+            raise self._unreadable(exc) from exc
+        return found
 
     async def next_calls(self, run_id: str, position: int, number: int, after_row: int) -> Sequence[tuple[int, Call]]:
         return self.read(lambda db: queries.find_next_calls(db, run_id, position, number, after_row))
