@@ -17,8 +17,8 @@ import pytest
 
 from flock.engine import embedded
 from flock.engine.embedded import EmbeddedEngine
-from flock.errors import Conflict
-from flock.runs import Run, RunStatus
+from flock.errors import Conflict, Replayed
+from flock.runs import IdempotencyKey, Run, RunStatus
 from flock.store import database
 from flock.store.migrations import migrate
 from tests.proof.generator import End, Fate
@@ -65,9 +65,11 @@ async def _cancel(engine: EmbeddedEngine, world: World, run_id: str) -> None:
         await engine.cancel_run(run_id)
 
 
-async def _send(engine: EmbeddedEngine, run_id: str, name: str, number: int) -> None:
-    with contextlib.suppress(Conflict):  # it has ended
-        await engine.send_message(run_id, name, msgspec.Raw(str(number).encode()))
+async def _send(engine: EmbeddedEngine, world: World, run_id: str, at: str, number: int) -> None:
+    message, key = msgspec.Raw(str(number).encode()), IdempotencyKey(f"to-{at}", b"")
+    with contextlib.suppress(Conflict, Replayed):  # it has ended; or the process has died after that was stored
+        await engine.send_message(run_id, f"to-{at}", message, key)
+    world.sent(at)
 
 
 async def _process(
@@ -78,7 +80,7 @@ async def _process(
     async with engine_of(world, store) as engine:
         world.run_id = run_id = world.run_id or (await engine.submit("main", {})).run_id
         sending = set[asyncio.Future[None]]()
-        world.send = lambda name, number: sending.add(asyncio.ensure_future(_send(engine, run_id, name, number)))
+        world.send = lambda at, number: sending.add(asyncio.ensure_future(_send(engine, world, run_id, at, number)))
         world.at(end, loop, die if end is not None and end.is_kill else stop.set)
         if cancel is not None:
             world.at(cancel, loop, lambda: cancelling.add(asyncio.ensure_future(_cancel(engine, world, run_id))))

@@ -196,10 +196,11 @@ class Process:
         self.memory.answer(wait, msgspec.Raw(wait.question.partition(" ")[0].encode()))
         self._notify()
 
-    def _send(self, name: str, number: int) -> None:
+    def _send(self, at: str, number: int) -> None:
         if not self.memory.run.status.is_final:
-            self.memory.send(name, msgspec.Raw(str(number).encode()))
+            self.memory.send(f"to-{at}", msgspec.Raw(str(number).encode()))
             self._notify()
+        self.world.sent(at)
 
     def _notify(self) -> None:
         self._changed.set()

@@ -26,10 +26,11 @@ each_program = pytest.mark.parametrize("name", PROGRAMS)
 
 def lanes(fast: Any, more: Any, most: Any) -> list[Any]:
     """Return the parameters of one test: a part for each change, and more of them each night."""
+    nightly = [pytest.mark.nightly, pytest.mark.timeout(3600)]  # a program that hangs is found in virtual time
     return [
         pytest.param(fast, id="fast"),
-        pytest.param(more, id="more", marks=pytest.mark.nightly),
-        pytest.param(most, id="most", marks=pytest.mark.nightly),
+        pytest.param(more, id="more", marks=nightly),
+        pytest.param(most, id="most", marks=nightly),
     ]
 
 

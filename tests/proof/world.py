@@ -116,9 +116,9 @@ class World(Observer):
         self.program, self.fate, self.random = program, fate, random.Random(fate.seed)
         self.attempt = 1
         self.send: Callable[[str, int], object] = lambda name, number: None
-        #: the outcome of the attempt before; when each wait has begun; and when each message was sent
+        #: the outcome of the attempt before; when each wait has begun; and when each message was acknowledged
         self.outcome_before, self._since, self._sent = "", dict[str, float](), dict[str, float]()
-        #: the messages that are still to be sent, also by the next process
+        #: the messages that are to be sent, also by the next process if they were not acknowledged
         self._to_send = dict[str, int]()
         self._returned = dict[str, Any]()
         #: how many side effects had begun when each one first began, and when each failure was seen last; and the
@@ -265,21 +265,24 @@ class World(Observer):
     def waits(self, at: str, statement: Statement) -> None:
         loop = asyncio.get_running_loop()
         self._since.setdefault(at, loop.time())
-        if statement.kind != "receive" or at in self._sent:
+        if statement.kind != "receive" or at in self._to_send or statement.comes == "never":
             return
+        self._to_send[at] = statement.n
         if statement.comes == "before":
-            self._send(at, statement.n)
-        elif statement.comes == "during":
-            self._to_send[at] = statement.n
+            self._send(at)
+        else:
             self._send_later(at, loop)
 
     def _send_later(self, at: str, loop: asyncio.AbstractEventLoop) -> None:
-        loop.call_later(self.random.choice(ANSWER_S), lambda: self._send(at, self._to_send[at]))
+        loop.call_later(self.random.choice(ANSWER_S), self._send, at)
 
-    def _send(self, at: str, number: int) -> None:
+    def _send(self, at: str) -> None:
         if at not in self._sent:
-            self._sent[at] = asyncio.get_running_loop().time()
-            self.send(f"to-{at}", number)
+            self.send(at, self._to_send[at])
+
+    def sent(self, at: str) -> None:
+        """A message is acknowledged."""
+        self._sent.setdefault(at, asyncio.get_running_loop().time())
 
     def cut_off(self, at: str, cancelled: Set[str]) -> None:
         """The program has cancelled what is below a place, such as these side effects."""
