@@ -37,8 +37,8 @@ flock = Flock("flat")
 async def length(number: int, text: str) -> int:
     return len(text)
 """
-#: What the memory of a process varies by, in MB.
-MAX_GROWTH_MB = 15
+#: What the memory of a process varies by, in MB. pyarrow keeps some for each thread that calls it.
+MAX_GROWTH_MB, MAX_GROWTH_OF_MB = 15, {"parquet": 40}
 #: What may be held of each row, in bytes.
 HELD_BYTES = {"xlsx-in": 100}
 
@@ -112,5 +112,6 @@ if __name__ == "__main__":
             with tempfile.TemporaryDirectory() as made:
                 peaks.append(peak_with(Path(made), name, rows, given.limit))
         held_mb = HELD_BYTES.get(name, 0) * (given.rows[-1] - given.rows[0]) / 1_000_000
-        grown += [name] if peaks[-1] > peaks[0] + MAX_GROWTH_MB + held_mb else []
+        most_mb = peaks[0] + MAX_GROWTH_OF_MB.get(name, MAX_GROWTH_MB) + held_mb
+        grown += [name] if peaks[-1] > most_mb else []
     assert not grown, f"The memory grows with the rows of {', '.join(grown)}."
