@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -28,7 +28,7 @@ from flock.store import store as stores
 from tests.proof import shop
 from tests.proof.schedules import BEGIN, Schedule
 
-__all__ = ["ERRORS", "Fault", "Faults", "failing"]
+__all__ = ["ERRORS", "Fault", "Faults", "failing", "is_overslept"]
 
 #: How long after the last failure the server may still answer 503, in seconds.
 RECOVERY_S = 3.0
@@ -65,6 +65,8 @@ ERRORS: Mapping[str, Mapping[str, Callable[[], Exception]]] = {
     "clock": {"back": Exception, "ahead": Exception},
 }
 JUMPS = {"back": -timedelta(hours=1), "ahead": timedelta(days=1)}
+#: The name of the reading of the clock from which the end of a sleep is computed.
+A_SLEEP = "a sleep begins"
 #: Calls of the system for files, which fail if the package calls them.
 CALLS = [(os, each) for each in "open stat fstat pwrite ftruncate fsync unlink rename replace mkdir scandir".split()]
 CALLS += [(builtins, "open"), (io, "open"), (fcntl, "flock")]
@@ -83,6 +85,13 @@ class Fault(NamedTuple):
     error: str
     at: int
     seconds: float = 0.0
+
+
+def is_overslept(fault: Fault, readings: Sequence[str]) -> bool:
+    """Whether a sleep may begin while the clock is a day ahead, and end when it is right: a day later."""
+    if fault.error != "ahead" or A_SLEEP not in readings:
+        return False
+    return fault.seconds == 3.0 or (not fault.seconds and readings[fault.at] == A_SLEEP)
 
 
 class Faults:
@@ -129,10 +138,9 @@ class Faults:
             assert self._fault is not None
             raise ERRORS[kind][self._fault.error]()
 
-    @property
-    def jump(self) -> timedelta:
-        """How far the clock is from the right time."""
-        return JUMPS[self._fault.error] if self.fail("clock") and self._fault else timedelta()
+    def jump(self, name: str = "") -> timedelta:
+        """Count a reading of the clock. Return how far it is from the right time."""
+        return JUMPS[self._fault.error] if self.fail("clock", name) and self._fault else timedelta()
 
     @property
     def rest_s(self) -> float:
@@ -252,7 +260,9 @@ def failing(faults: Faults, loop: Schedule, log: Path, bridge: httpx.BaseTranspo
     class Clock(datetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> Any:
-            return BEGIN + timedelta(seconds=loop.time()) + faults.jump
+            reader = sys._getframe(2)  # after "now"
+            is_sleep = reader.f_code.co_name == "wait" and reader.f_locals.get("kind") == "sleep"
+            return BEGIN + timedelta(seconds=loop.time()) + faults.jump(A_SLEEP if is_sleep else "")
 
     def run_in_executor(*args: Any) -> Any:
         faults.check("thread")
@@ -264,7 +274,7 @@ def failing(faults: Faults, loop: Schedule, log: Path, bridge: httpx.BaseTranspo
         note(what, run_id, name)
 
     def now_s() -> float:
-        return real_time() + (faults.jump.total_seconds() if _is_product() else 0)
+        return real_time() + (faults.jump().total_seconds() if _is_product() else 0)
 
     start, time_ns, note, real_time = loop.run_in_executor, time.time_ns, shop.note, time.time
     connect = functools.partial(sqlite3.connect, factory=Connection)
@@ -281,7 +291,7 @@ def failing(faults: Faults, loop: Schedule, log: Path, bridge: httpx.BaseTranspo
         patch.setattr(loop, "run_in_executor", run_in_executor)
         for module in (ids, stores):
             patch.setattr(module, "datetime", Clock)
-        patch.setattr(time, "time_ns", lambda: time_ns() + faults.jump // timedelta(microseconds=1) * 1000)
+        patch.setattr(time, "time_ns", lambda: time_ns() + faults.jump() // timedelta(microseconds=1) * 1000)
         patch.setattr(time, "time", now_s)
         patch.setattr(ids, "_last_id_time", 0)
         yield
