@@ -626,7 +626,7 @@ def test_a_refusal_of_a_provider_is_one_line_without_a_server(replies: Any, word
             if replies is None:
                 del env["OPENAI_API_KEY"]
             done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE_S, check=False)
-        lines = done.stderr.splitlines()
+        lines = [line for line in done.stderr.splitlines() if line.strip(" ~^")]  # newer Pythons underline more
         assert words in lines[-1]
         assert ("No such key." in lines[-1]) is (replies is not None)
         assert not re.search("server|request None|atch|anyio|run 0", done.stderr), done.stderr

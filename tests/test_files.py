@@ -103,7 +103,7 @@ async def test_a_data_url_is_stored_once_and_the_record_has_only_a_reference(api
     assert path.read_bytes() == PNG
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == stat.S_IMODE(path.parent.parent.stat().st_mode) == 0o700
-    with sqlite3.connect(tmp_path / "runs.db") as db:
+    with contextlib.closing(sqlite3.connect(tmp_path / "runs.db")) as db:
         (inputs,) = db.execute("SELECT inputs FROM runs LIMIT 1").fetchone()
     assert json.loads(inputs) == {"photo": {"file_id": path.name, "media_type": "image/png", "size": len(PNG)}}
 
