@@ -785,6 +785,18 @@ def test_choosing_another_file_stops_the_check_of_the_previous_one(visit: Visit,
     expect(page.get_by_text("All 2 rows are valid.")).to_be_visible()
 
 
+def test_rows_may_change_while_the_first_ones_of_the_page_are_read(visit: Visit, closed: Site) -> None:
+    page = visit.page(closed, "new-batch?agent=count_up")
+    choose(page, "rows.csv", "n,comment\n1,a\n")
+    expect(page.get_by_text("The row is valid.")).to_be_visible()
+    page.route(re.compile("dry_run=true"), lambda route: None, times=1)
+    with page.expect_request(re.compile("dry_run=true")):
+        page.reload()
+    with page.expect_event("requestfailed", lambda request: "dry_run" in request.url):
+        choose(page, "other.csv", "n,comment\n1,a\n2,b\n")
+    expect(page.get_by_text("All 2 rows are valid.")).to_be_visible()
+
+
 def test_replaced_rows_cannot_start_while_the_new_ones_are_checked(visit: Visit, closed: Site) -> None:
     page = visit.page(closed, "new-batch?agent=count_up")
     choose(page, "rows.csv", "n,comment\n1,a\n")

@@ -133,7 +133,7 @@ class NewBatch {
       (input) => `${input}${this.schema.required?.includes(input) ? "" : " (optional)"}`,
     );
     fill(this.inputNames, `Inputs: ${inputs.join(", ") || "none"}.`);
-    await this.setRows();
+    this.report(this.setRows()); // rows that are chosen meanwhile stop it
   }
 
   // Step 2: the rows
