@@ -374,7 +374,7 @@ class Replay:
             start_s=round(entry.start_s, 3),
             end_s=math.floor((entry.start_s if is_taken else self._time() - self._began_at) * 1000) / 1000,
             is_cancelled=is_cancelled,
-            late_s=round(late_s, 3) if late_s is not None and late_s > SKIPPED_S and is_cancelled else 0.0,
+            late_s=round(late_s, 3) if late_s is not None and late_s > AT_ONCE_S and is_cancelled else 0.0,
             also=tuple(self._take_unwritten()),
         )
 
@@ -568,13 +568,15 @@ class Replay:
 
     async def until_it_may_see(self, end: int) -> None:
         self._unseen.add(end)
+        seen_count, came_at = -1, self._time()
         try:
-            seen_count = -1
             while not self.may_see(end) or seen_count != self._seen_count:
                 while not self.may_see(end):
                     until = self._waits_until(end)
                     with anyio.move_on_after(None if until is None else until - self._time()):
                         await self._wait_for_turn(end)
+                if self._time() > came_at + AT_ONCE_S:  # another time-out may have passed meanwhile
+                    self._doubt(end)
                 seen_count = self._seen_count
                 for _ in range(CHECKPOINTS):  # for those that are cancelled now, and what the end before has caused
                     await anyio.lowlevel.checkpoint()
@@ -680,7 +682,7 @@ class Replay:
         for number in [number for number, place in self._missing.items() if place < self._seen(end)]:
             del self._missing[number]
             if self._unseen:  # another time-out may have passed while the program waited to see a cancellation
-                self._doubt(number)
+                self._doubt(min(number, *self._unseen))
         for number in [number for number in self._ends if number < end and number not in self._to_cancel]:
             del self._ends[number]
         self._advance()

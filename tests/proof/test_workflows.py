@@ -587,6 +587,32 @@ FOUND_IN_MEMORY = {
         'econds":6.001732}],"n":5,"seconds":0.0}],"n":3,"seconds":0.0},{"seed":301,"is_stored":tr'
         'ue,"ends":[[1,4,true]]}]'
     ),
+    "a time-out that passes while a cancellation waits for a call that starts later than before": (
+        '[{"kind":"seq","parts":[{"kind":"gather","parts":[{"kind":"seq","parts":[{"kind":"plain","parts"'
+        ':[],"n":8,"seconds":0.501732,"is_random":true,"times":3},{"kind":"work","parts":[],"n":9,"second'
+        's":0.802236}],"n":7},{"kind":"try","parts":[{"kind":"timeout","parts":[{"kind":"try","parts":[{"'
+        'kind":"timeout","parts":[{"kind":"fail","parts":[],"n":17,"seconds":0.803606}],"n":16,"limit_s":'
+        '0.304123},{"kind":"work","parts":[],"n":23,"seconds":0.100468}],"n":15}],"n":14,"limit_s":0.4053'
+        '85},{"kind":"work","parts":[],"n":24,"seconds":0.105568}],"n":13}],"n":3},{"kind":"work","parts"'
+        ':[],"n":25,"seconds":0.106403}],"n":1},{"seed":1,"is_stored":true,"ends":[[7,0,true]]}]'
+    ),
+    "a time-out that passes while a cancellation waits for a call that does not start again": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"wait","parts":[{"kind":"seq","parts":[{"'
+        'kind":"plain","n":8,"seconds":0.501732,"is_random":true,"times":3},{"kind":"work","n":9,"seconds'
+        '":0.802236}],"n":7,"seconds":0.0},{"kind":"timeout","parts":[{"kind":"fail","n":17,"seconds":0.8'
+        '03606}],"n":16,"seconds":0.0,"limit_s":0.304123}],"n":3,"seconds":0.0,"limit_s":0.305385},{"kind'
+        '":"work","n":23,"seconds":0.105568}],"n":2,"seconds":0.0},{"kind":"work","n":25,"seconds":0.1064'
+        '03}],"n":1,"seconds":0.0},{"seed":344,"is_stored":true,"ends":[[7,0,true],[2,4,false]]}]'
+    ),
+    "a time-out that passes just after another one, while a thread runs on": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"timeout","parts":[{"kind":"first","parts'
+        '":[{"kind":"seq","parts":[{"kind":"plain","n":6,"seconds":0.051414,"times":20},{"kind":"work","n'
+        '":7,"seconds":0.101732}],"n":5,"seconds":0.0},{"kind":"work","n":8,"seconds":0.802236},{"kind":"'
+        'block","n":9,"seconds":0.202646}],"n":4,"seconds":0.0}],"n":3,"seconds":0.0,"limit_s":0.153317},'
+        '{"kind":"work","n":10,"seconds":0.103606}],"n":2,"seconds":0.0},{"kind":"work","n":11,"seconds":'
+        '0.104123},{"kind":"work","n":12,"seconds":0.104359}],"n":1,"seconds":0.0},{"is_stored":true,"end'
+        's":[[8,14,true],[10,9,true]]}]'
+    ),
 }
 
 
