@@ -35,6 +35,7 @@ THREADS: Mapping[str, Kind] = {"block": "work", "block_and_fail": "fail"}
 CANCELLING = {*TIMEOUTS, "deadline", "group", "first", "tool"}
 
 _SIMPLE = {"work", "fail", "flaky", "block", "plain", "seq", "try", "loop", "case", "tool", "agent"}
+_TIMED = {"work", "fail", "block", "plain", "seq", "try"}
 #: Which kinds the programs of a class have.
 CLASSES: dict[str, Collection[str]] = {
     "calls": _SIMPLE,
@@ -46,6 +47,7 @@ CLASSES: dict[str, Collection[str]] = {
     "as_completed": _SIMPLE | {"completed"},
     "timeouts": _SIMPLE | {"timeout", "wait"},
     "everything": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait"},
+    "time-outs beside slow code": _TIMED | {"gather", "group", "first", "completed", "timeout", "wait", "slow"},
     "slow plain code": _SIMPLE | {"gather", "ask", "slow"},
     "sleeps": _SIMPLE | {"gather", "first", "ask", "sleep"},
     "messages": _SIMPLE | {"gather", "first", "receive", "sleep"},
