@@ -146,7 +146,7 @@ class Replay:
         self._cancelled = defaultdict[str, list[Entry]](list)
         #: the ends of timers that were over, likewise
         self._timers = dict[str, int]()
-        #: those of cancelled calls that the program has not seen
+        #: those of cancelled calls that the program has not seen, and of timers that are over
         self._unseen = set[int]()
         #: ends that were delivered, and starts, that are in no stored call yet, by the number of the start
         self._unwritten = OrderedDict[int, tuple[Mark, ...]]()
@@ -440,6 +440,8 @@ class Replay:
             has_waited: the time of the call does not count for these limits.
         """
         end = entry.end or self._next_number()  # one that came too late has none
+        if _name_of(entry.call_id) == TIMER:
+            self._unseen.add(end)
         try:
             if (has_waited or entry.stored is not None) and not self._is_turn(end):
                 with clocks_stopped(counts=not has_waited), self._holding(end):
@@ -458,6 +460,7 @@ class Replay:
             elif entry.stored is not None:
                 await anyio.lowlevel.checkpoint()
         finally:
+            self._unseen.discard(end)
             self.saw(entry, end)
 
     @contextlib.contextmanager
@@ -477,12 +480,14 @@ class Replay:
         """Wait until the program has seen all that has ended by now, and has had time to leave a block."""
         end = self._next_number()
         self._ends[end] = Mark("", 0, end)
+        self._unseen.add(end)
         try:
             while not self._is_turn(end):
                 await self._wait_for_turn(end)
             for _ in range(SETTLING):
                 await anyio.lowlevel.checkpoint()
         finally:
+            self._unseen.discard(end)
             self._ends.pop(end, None)
             self._advance()
 
@@ -521,8 +526,12 @@ class Replay:
             # Of equal calls, any other one may have been cancelled first, since only their arrival tells them apart.
             first = min(self._cancelled[key], key=lambda each: each.end)
             entry.end, entry.stored, first.end, first.stored = first.end, first.stored, entry.end, entry.stored
-            is_shifted = abs(entry.start_s - entry.place.start_s) > SKIPPED_S
-            if passes_again and is_shifted and self._time() > self._saw_at + AT_ONCE_S:
+            if passes_again:
+                is_shifted = abs(entry.start_s - entry.place.start_s) > SKIPPED_S
+                is_unsure = is_shifted and self._time() > self._saw_at + AT_ONCE_S
+            else:  # a timer took its time before, and another time-out may have passed while a thread ran on
+                is_unsure = entry.place.late_s > 0
+            if is_unsure:
                 self._doubt(entry.start)
                 self._note_end(entry, OVERTAKEN)  # nor is the next execution sure of what comes now
             raise
@@ -568,18 +577,20 @@ class Replay:
 
     async def until_it_may_see(self, end: int) -> None:
         self._unseen.add(end)
-        seen_count, came_at = -1, self._time()
+        seen_count, came_at, is_late = -1, self._time(), False
         try:
             while not self.may_see(end) or seen_count != self._seen_count:
                 while not self.may_see(end):
                     until = self._waits_until(end)
                     with anyio.move_on_after(None if until is None else until - self._time()):
                         await self._wait_for_turn(end)
-                if self._time() > came_at + AT_ONCE_S:  # another time-out may have passed meanwhile
+                if is_late := self._time() > came_at + AT_ONCE_S:  # another time-out may have passed meanwhile
                     self._doubt(end)
                 seen_count = self._seen_count
                 for _ in range(CHECKPOINTS):  # for those that are cancelled now, and what the end before has caused
                     await anyio.lowlevel.checkpoint()
+            if is_late and end in self._ends:
+                self._note_end(self._ends[end], OVERTAKEN)  # nor is the next execution sure of what comes now
         finally:
             self._unseen.discard(end)
 
@@ -644,8 +655,8 @@ class Replay:
         for end in self._unseen:
             if end in self._turns and self.may_see(end):
                 self._turns[end].set()
-        if self._is_cancellation_next:
-            for end in self._held & self._turns.keys():
+        if self._is_cancellation_next:  # they do not wait long for it
+            for end in (self._held | self._unseen) & self._turns.keys():
                 self._turns[end].set()
 
     def _is_turn(self, end: int) -> bool:
@@ -681,10 +692,12 @@ class Replay:
         self._struck_at = self._time()
         for number in [number for number, place in self._missing.items() if place < self._seen(end)]:
             del self._missing[number]
-            if self._unseen:  # another time-out may have passed while the program waited to see a cancellation
+            if self._unseen:  # a time-out may pass that had not, or another one may have passed meanwhile
                 self._doubt(min(number, *self._unseen))
         for number in [number for number in self._ends if number < end and number not in self._to_cancel]:
-            del self._ends[number]
+            mark = self._ends.pop(number)
+            if self._unseen and mark.start:
+                self._note_end(mark, OVERTAKEN)
         self._advance()
 
 

@@ -48,6 +48,7 @@ CLASSES: dict[str, Collection[str]] = {
     "timeouts": _SIMPLE | {"timeout", "wait"},
     "everything": _SIMPLE | {"gather", "ask", "group", "first", "completed", "timeout", "wait"},
     "time-outs beside slow code": _TIMED | {"gather", "group", "first", "completed", "timeout", "wait", "slow"},
+    "deadlines beside slow code": _TIMED | {"gather", "first", "ask", "deadline", "sleep", "receive", "slow"},
     "slow plain code": _SIMPLE | {"gather", "ask", "slow"},
     "sleeps": _SIMPLE | {"gather", "first", "ask", "sleep"},
     "messages": _SIMPLE | {"gather", "first", "receive", "sleep"},

@@ -613,6 +613,47 @@ FOUND_IN_MEMORY = {
         '0.104123},{"kind":"work","n":12,"seconds":0.104359}],"n":1,"seconds":0.0},{"is_stored":true,"end'
         's":[[8,14,true],[10,9,true]]}]'
     ),
+    "a deadline that passes while plain code takes longer than calls are waited for": (
+        '[{"kind":"try","parts":[{"kind":"deadline","parts":[{"kind":"seq","parts":[{"kind":"plain","n":1'
+        '9,"seconds":9.005385,"times":3},{"kind":"work","n":20,"seconds":0.405568}],"n":18,"seconds":0.0}'
+        '],"n":11,"seconds":0.0,"limit_s":10.00728},{"kind":"work","n":27,"seconds":0.107681}],"n":2,"sec'
+        'onds":0.0},{"is_stored":true,"ends":[[1,3,true]]}]'
+    ),
+    "a deadline that had passed while plain code took longer than calls are waited for": (
+        '[{"kind":"try","parts":[{"kind":"deadline","parts":[{"kind":"seq","parts":[{"kind":"plain","n":2'
+        '3,"seconds":9.006083,"is_random":true,"times":20},{"kind":"work","n":24,"seconds":0.806403}],"n"'
+        ':22,"seconds":0.0}],"n":21,"seconds":0.0,"limit_s":10.006557},{"kind":"work","n":29,"seconds":0.'
+        '108185}],"n":2,"seconds":0.0},{"is_stored":true,"ends":[[1,3,true],[1,0,true]]}]'
+    ),
+    "a cancellation that waits for another one once its turn has come": (
+        '[{"kind":"first","parts":[{"kind":"seq","parts":[{"kind":"plain","n":5,"seconds":0.501414,"is_ra'
+        'ndom":true,"times":1},{"kind":"work","n":6,"seconds":0.101732}],"n":4,"seconds":0.0},{"kind":"fi'
+        'rst","parts":[{"kind":"deadline","parts":[{"kind":"fail","n":9,"seconds":0.402236}],"n":8,"secon'
+        'ds":0.0,"limit_s":10.002646},{"kind":"first","parts":[{"kind":"fail","n":12,"seconds":0.403606},'
+        '{"kind":"seq","parts":[{"kind":"plain","n":15,"seconds":0.504123,"is_random":true,"times":1},{"k'
+        'ind":"work","n":16,"seconds":0.104359}],"n":14,"seconds":0.0}],"n":11,"seconds":0.0}],"n":7,"sec'
+        'onds":0.0},{"kind":"block_and_fail","n":21,"seconds":0.806083}],"n":3,"seconds":0.0},{"is_stored'
+        '":true,"ends":[[7,8,true]]}]'
+    ),
+    "a time-out that passes while the thread of a deadline runs on": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"wait","parts":[{"kind":"deadline","parts'
+        '":[{"kind":"block","n":13,"seconds":0.403606}],"n":7,"seconds":0.0,"limit_s":1.204123}],"n":4,"s'
+        'econds":0.0,"limit_s":0.304796},{"kind":"work","n":18,"seconds":0.205568}],"n":3,"seconds":0.0},'
+        '{"kind":"work","n":27,"seconds":0.108426}],"n":1,"seconds":0.0},{"is_stored":true,"ends":[[0,4,t'
+        "rue],[2,3,true]]}]"
+    ),
+    "a time-out that passed while another one was held up, in the execution before": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"wait","parts":[{"kind":"wait","parts":[{'
+        '"kind":"work","n":7,"seconds":0.201414},{"kind":"seq","parts":[{"kind":"plain","n":12,"seconds":'
+        '0.502646,"is_random":true,"times":3},{"kind":"work","n":13,"seconds":0.403317}],"n":11,"seconds"'
+        ':0.0},{"kind":"timeout","parts":[{"kind":"timeout","parts":[{"kind":"timeout","parts":[{"kind":"'
+        'work","n":17,"seconds":0.403606}],"n":16,"seconds":0.0,"limit_s":0.154123}],"n":15,"seconds":0.0'
+        ',"limit_s":0.154359}],"n":14,"seconds":0.0,"limit_s":1.204796},{"kind":"fail","n":18,"seconds":0'
+        '.805385}],"n":5,"seconds":0.0,"limit_s":0.305568},{"kind":"fail","n":19,"seconds":0.806403}],"n"'
+        ':3,"seconds":0.0,"limit_s":0.306557},{"kind":"work","n":20,"seconds":0.106856}],"n":2,"seconds":'
+        '0.0},{"kind":"work","n":22,"seconds":0.107681}],"n":1,"seconds":0.0},{"seed":397,"is_stored":tru'
+        'e,"ends":[[14,6,true],[0,6,true],[8,3,true]]}]'
+    ),
 }
 
 
