@@ -577,20 +577,20 @@ class Replay:
 
     async def until_it_may_see(self, end: int) -> None:
         self._unseen.add(end)
-        seen_count, came_at, is_late = -1, self._time(), False
+        seen_count, came_at = -1, self._time()
         try:
             while not self.may_see(end) or seen_count != self._seen_count:
                 while not self.may_see(end):
                     until = self._waits_until(end)
                     with anyio.move_on_after(None if until is None else until - self._time()):
                         await self._wait_for_turn(end)
-                if is_late := self._time() > came_at + AT_ONCE_S:  # another time-out may have passed meanwhile
-                    self._doubt(end)
                 seen_count = self._seen_count
                 for _ in range(CHECKPOINTS):  # for those that are cancelled now, and what the end before has caused
                     await anyio.lowlevel.checkpoint()
-            if is_late and end in self._ends:
-                self._note_end(self._ends[end], OVERTAKEN)  # nor is the next execution sure of what comes now
+            if self._time() > came_at + AT_ONCE_S:  # another time-out may have passed meanwhile
+                self._doubt(end)
+                if (mark := self._ends.get(end)) is not None:
+                    self._note_end(mark, OVERTAKEN)
         finally:
             self._unseen.discard(end)
 
