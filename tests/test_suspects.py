@@ -1,14 +1,17 @@
 """Runs that may have killed their process: what is known of them, in which groups they start, and beside whom."""
 
+import asyncio
 import contextlib
+import functools
 import math
 import sqlite3
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import msgspec
 import pytest
 from msgspec.structs import replace
@@ -126,6 +129,52 @@ def test_what_a_process_executes_is_in_its_file_at_every_moment(tmp_path: Path) 
         executing.forget()
         executing.end(second)
         assert lines_of(path) == {}, "a stop that was asked for does not count"
+
+
+def test_a_run_that_begins_takes_the_line_of_one_that_has_just_ended(tmp_path: Path) -> None:
+    """So an item of a batch costs one write. What no run takes is erased in the next turn of the event loop."""
+    path, executing = tmp_path / "lock", Executing()
+    first, second, third = new_id(), new_id(), new_id()
+
+    async def execute() -> None:
+        executing.begin(first)
+        executing.begin(second)
+        executing.end(first)
+        executing.end(second)
+        executing.begin(third)
+        assert lines_of(path) == {first: 0, third: 0}
+        await anyio.lowlevel.checkpoint()
+        assert lines_of(path) == {third: 0}
+
+    with open(path, "w+b", buffering=0) as file:
+        executing.open(file)
+        anyio.run(execute)
+
+
+def test_lines_are_erased_again_after_the_event_loop_has_ended(tmp_path: Path) -> None:
+    path, executing = tmp_path / "lock", Executing()
+
+    def execute(run_ids: Sequence[str], then: Callable[[], object]) -> None:
+        for run_id in run_ids:
+            executing.begin(run_id)
+        for run_id in run_ids:
+            executing.end(run_id)
+        then()
+
+    def execute_in_loop(run_ids: Sequence[str], *, is_cut_off: bool) -> None:
+        loop = asyncio.new_event_loop()
+        loop.call_soon(execute, run_ids, loop.stop if is_cut_off else functools.partial(loop.call_soon, loop.stop))
+        loop.run_forever()
+        loop.close()
+
+    with open(path, "w+b", buffering=0) as file:
+        executing.open(file)
+        execute_in_loop(three := [new_id(), new_id(), new_id()], is_cut_off=True)
+        assert lines_of(path) == dict.fromkeys(three, 0)
+    with open(path, "w+b", buffering=0) as file:
+        executing.open(file)
+        execute_in_loop([new_id(), new_id()], is_cut_off=False)
+        assert lines_of(path) == {}
 
 
 def test_a_restart_of_the_machine_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

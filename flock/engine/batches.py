@@ -308,8 +308,9 @@ class _Work:
     @property
     def _is_stopped(self) -> bool:
         """Whether no more items may start."""
-        is_spent = any(budget is not None and budget.is_spent for budget in (self._budget, self._day_budget))
-        return self._is_over or self._failures.reason is not None or is_spent
+        if self._is_over or self._failures.reason is not None:
+            return True
+        return any([budget.is_spent for budget in (self._budget, self._day_budget) if budget is not None])
 
     @property
     def _may_continue(self) -> bool:

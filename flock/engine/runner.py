@@ -58,7 +58,26 @@ class StoredRun(ActiveRun):
 
     Attributes:
         run: the record. It is a stub while the run waits for a slot, unless it is short.
+        change: notified of each new record.
+        end: notified of the end, and by ``wake``.
     """
+
+    #: Called when it gets a slot, and when it begins to wait for an answer.
+    on_begin: Callable[[], None] | None = None
+    on_wait: Callable[[], None] | None = None
+    #: Called with its outcome, None if it has completed, and what was raised. Returns the outcome to store.
+    on_end: OnEnd | None = None
+    #: The length of its inputs, as counted in ``Runner.queued_bytes``.
+    queued_bytes = 0
+    store_error: StoreError | None = None
+    #: The run including its last step, which is not written yet.
+    unsaved: Run | None = None
+    #: The earliest deadline of the waiting callers, by the loop's clock.
+    wake_at = math.inf
+    #: The engine shut down before the run ended.
+    is_interrupted = False
+    #: Only the store has its current state, because another engine owns it now or its record is damaged.
+    is_lost = False
 
     def __init__(self, run: Run, runner: "Runner") -> None:
         limits = runner.limits
@@ -72,25 +91,7 @@ class StoredRun(ActiveRun):
             queue_timeout_s=queue_timeout_s,
         )
         self._runner = runner
-        #: called when it gets a slot, and when it begins to wait for an answer
-        self.on_begin: Callable[[], None] | None = None
-        self.on_wait: Callable[[], None] | None = None
-        #: called with its outcome, None if it has completed, and what was raised; returns the outcome to store
-        self.on_end: OnEnd | None = None
-        #: the length of its inputs, as counted in ``Runner.queued_bytes``
-        self.queued_bytes = 0
-        self.store_error: StoreError | None = None
-        #: the run including its last step, which is not written yet
-        self.unsaved: Run | None = None
-        #: the earliest deadline of the waiting callers, by the loop's clock
-        self.wake_at = math.inf
-        #: the engine shut down before the run ended
-        self.is_interrupted = False
-        #: only the store has its current state, because another engine owns it now or its record is damaged
-        self.is_lost = False
-        self.change = Signal()
-        #: also notified by ``wake``
-        self.end = Signal()
+        self.change, self.end = Signal(), Signal()
         self.day_budget = runner.day_budget_of(run)
         if run.cancel_requested:
             self.cancel()
@@ -119,7 +120,7 @@ class StoredRun(ActiveRun):
     async def is_next(self) -> bool:
         """False if the store cannot be read."""
         try:
-            return await self._before() is None and self.may_begin
+            return self.may_begin and (self.run.session_id is None or await self._before() is None)
         except StoreError:
             return False
 
@@ -172,6 +173,8 @@ class StoredRun(ActiveRun):
 
     async def wait_for_store(self) -> None:
         """A result stays in memory until it is written, so no more work starts while results cannot be written."""
+        if self._runner.store.is_writable and not self._runner.store.is_behind():
+            return
         while await self._read(self._is_store_behind):
             try:
                 await self._runner.store.catch_up()
@@ -271,7 +274,7 @@ class StoredRun(ActiveRun):
     async def save(self, run: Run, step: Step | None) -> None:
         """Write *run* and notify waiting callers. Retry while the store cannot be written."""
         await self.retrying(lambda: self._runner.store.save(run, step, shield=True))
-        self.update(run if step is None else replace(run, waiting_for=()))
+        self.update(replace(run, waiting_for=()) if step is not None and run.waiting_for else run)
 
     async def retrying(self, write: Callable[[], Awaitable[None]]) -> None:
         """Call *write*, which ignores cancellation, until the store can be written, but only once during shutdown."""
@@ -352,6 +355,8 @@ class Runner:
         #: the active runs of each principal that have spent something
         self.spending: defaultdict[str, set[StoredRun]] = defaultdict(set)
         self._day_budgets: WeakValueDictionary[str, DayBudget] = WeakValueDictionary()
+        #: the agents to which no message can be sent
+        self._receive_nothing = {name for name, agent in executor.agents.items() if not agent.uses_context}
 
     def day_budget_of(self, record: Run | Batch) -> DayBudget | None:
         """Return what the principal of a record may spend in a day. All its runs in this process share it."""
@@ -487,20 +492,17 @@ class Runner:
 
     async def _execute(self, active: StoredRun) -> None:
         with traces.of_run(active.run) as span:
-            await self._run_safely(active)
+            try:
+                await self._run_to_end(active)
+            except Exception as exc:  # such as an exception whose name cannot be read: other runs must continue
+                if not isinstance(exc, Unstorable):
+                    logger.exception("run %s: unexpected error", active.run.run_id)
+                active.unsaved = None
+                outcome = failure_of(active.run, exc, expose_errors=self._expose_errors)
+                if active.on_end is not None:
+                    outcome = active.on_end(active.run, outcome, exc) or outcome
+                await self._finish(active, asdict(outcome))
             span.ended(active.run)
-
-    async def _run_safely(self, active: StoredRun) -> None:
-        try:
-            await self._run_to_end(active)
-        except Exception as exc:  # such as an exception whose name cannot be read: other runs must continue
-            if not isinstance(exc, Unstorable):
-                logger.exception("run %s: unexpected error", active.run.run_id)
-            active.unsaved = None
-            outcome = failure_of(active.run, exc, expose_errors=self._expose_errors)
-            if active.on_end is not None:
-                outcome = active.on_end(active.run, outcome, exc) or outcome
-            await self._finish(active, asdict(outcome))
 
     async def _run_to_end(self, active: StoredRun) -> None:
         end: dict[str, Any] | None = None
@@ -656,14 +658,13 @@ class Runner:
 
     async def warn_of_messages(self, run: Run) -> None:
         """Name the messages that *run*, which has ended, has not received."""
-        names_of_agents = {run.agent_name, run.next_agent_name, *(step.agent_name for step in run.steps)} - {None}
-        agents = map(self.executor.find, names_of_agents)
-        if not any(agent is None or agent.uses_context for agent in agents):  # the others receive none
+        names = [run.agent_name, run.next_agent_name or run.agent_name, *[step.agent_name for step in run.steps]]
+        if self._receive_nothing.issuperset(names):
             return
         with contextlib.suppress(StoreError):
-            if names := await self.store.unreceived(run.run_id):
+            if messages := await self.store.unreceived(run.run_id):
                 template = "run %s: it has ended and not received its messages %s"
-                logger.warning(template, run.run_id, ", ".join(names), extra=fields_of_run(run))
+                logger.warning(template, run.run_id, ", ".join(messages), extra=fields_of_run(run))
 
     def _remove(self, active: StoredRun) -> None:
         active.dequeue()

@@ -146,7 +146,8 @@ class RowMapping:
             return _unreadable_row(msgspec.structs.replace(error, line=line) if line is not None else error, at, line)
         self.count_bytes(self._row_bytes)
         sources = {name: f"/static_inputs/{escape_pointer(name)}" for name in self.static}
-        inputs, own = dict(self.static), set[str]()
+        inputs = dict(self.static)
+        own: set[str] = set()
         extra: dict[str, msgspec.Raw] = {}
         kept: dict[str, msgspec.Raw] = {}
         errors: list[FieldError] = []

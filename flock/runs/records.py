@@ -493,7 +493,7 @@ class Run(_Record, frozen=True, kw_only=True):
     @property
     def exchange_bytes(self) -> int:
         """The total size of its inputs and of the results of its steps."""
-        return self.input_bytes + sum(len(step.result) for step in self.steps)
+        return sum([len(step.result) for step in self.steps], self.input_bytes)
 
     @property
     def trace_id(self) -> str | None:

@@ -51,7 +51,7 @@ from flock.runs import (
 )
 from flock.runs.context import CURRENT_CALL
 from flock.runs.usage import spent_with
-from flock.scopes import Clock, loop_clock, set_deadline
+from flock.scopes import Clock, loop_clock, new_scope, set_deadline
 from flock.steps.callees import Callees
 from flock.steps.journal import Journal
 from flock.steps.live import LiveOutput
@@ -125,6 +125,10 @@ class ActiveRun:
     queued_s = 0.0
     #: Seconds of the attempt that are not part of ``timeout_s``, because it waited for answers in another process.
     waited_s = 0.0
+    context: RunContext | None = None
+    started_at: datetime | None = None
+    cancel_requested = False
+    is_stopped = False
 
     def __init__(
         self, run: Run, timeout_s: float, *, is_again: bool = False, queue_timeout_s: float | None = None
@@ -133,11 +137,7 @@ class ActiveRun:
         self.timeout_s = timeout_s
         self.is_again = is_again
         self.queue_timeout_s = queue_timeout_s
-        self.scope = anyio.CancelScope()
-        self.context: RunContext | None = None
-        self.started_at: datetime | None = None
-        self.cancel_requested = False
-        self.is_stopped = False
+        self.scope = new_scope()
         self.progress = run.progress
         self.spent, self.spent_by = run.usage, run.spent_by
         self.dropped = run.dropped
@@ -603,14 +603,14 @@ class StepExecutor:
 
     def _check_size(self, run: Run, step: Step) -> None:
         """Raise ResultTooLarge if the step cannot be stored, before another step costs money."""
-        length, size = len(step.result), run.exchange_bytes + len(step.result)
+        length = len(step.result)
         if length > self.max_result_bytes:
             raise ResultTooLarge(
                 f"The result of {step.agent_name!r} has {length} bytes, more than the maximum "
                 f"({self.max_result_bytes}, max_result_bytes)."
             )
         limit = self.max_run_bytes if run.batch_id is None else self.max_item_bytes
-        if size > limit:
+        if limit < math.inf and (size := run.exchange_bytes + length) > limit:
             raise ResultTooLarge(
                 f"The result of {step.agent_name!r} has {length} bytes. All inputs and results of the run have {size} "
                 f"bytes, more than the cluster can store for one run ({limit}, max_run_bytes)."

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import hmac
 import inspect
-import secrets
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ _PLAIN = (Any, bool, str)
 
 def new_call_key() -> str:
     """Return a new ``Run.call_key``, or key of a flock."""
-    return secrets.token_urlsafe(16)
+    return os.urandom(16).hex()
 
 
 def digest(content: bytes, key: str = "") -> str:

@@ -1,5 +1,6 @@
 """Group commit: writes of the store that share one transaction."""
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -12,6 +13,7 @@ import msgspec
 
 from flock.errors import FlockError
 from flock.runs import Run, Step
+from flock.scopes import new_event
 from flock.store import queries
 from flock.store.columns import Damaged, steps_with_rows
 
@@ -79,8 +81,8 @@ class Group:
         self.error: Exception | None = None
 
     @functools.cached_property
-    def is_written(self) -> anyio.Event:
-        return anyio.Event()
+    def is_written(self) -> anyio.Event | asyncio.Event:
+        return new_event()
 
     def write_together(self, db: sqlite3.Connection) -> None:
         """Write all records. Raises Refused if one of them cannot be written."""

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from flock.scopes import running_loop
+
 #: The length of a line of ``Executing``: the number of a group, and the id of a run.
 LINE_BYTES = 64
 #: Into how many groups suspects are divided. With two, the process would die twice as often until one run is left.
@@ -29,6 +31,8 @@ class Executing:
         self._file: IO[bytes] | None = None
         self._lines: dict[str, int] = {}
         self._free: list[int] = []
+        #: the lines of runs that have ended in this turn of the event loop
+        self._ended: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -36,6 +40,7 @@ class Executing:
     def open(self, file: IO[bytes]) -> None:
         """Write to *file*, which is empty."""
         self._file = file
+        self._ended.clear()  # the event loop may have ended before they were erased
         self._write(0, _boot_id())
         for run_id, line in self._lines.items():
             self._write(line, f"{self.group} {run_id}")
@@ -50,13 +55,23 @@ class Executing:
     def begin(self, run_id: str) -> None:
         if run_id not in self._lines:
             line = self._lines[run_id] = self._free.pop() if self._free else len(self._lines) + 1
+            self._ended.discard(line)
             self._write(line, f"{self.group} {run_id}")
 
     def end(self, run_id: str) -> None:
-        line = self._lines.pop(run_id, None)
-        if line is not None:
-            self._free.append(line)
-            self._write(line, "")
+        """Erase its line in the next turn of the event loop, unless a run that begins before that takes it."""
+        if (line := self._lines.pop(run_id, None)) is None:
+            return
+        self._free.append(line)
+        self._ended.add(line)
+        if (loop := running_loop()) is None:
+            self._erase()
+        elif len(self._ended) == 1:
+            loop.call_soon(self._erase)
+
+    def _erase(self) -> None:
+        while self._ended:
+            self._write(self._ended.pop(), "")
 
     def _write(self, line: int, text: str) -> None:
         if self._file is not None:
