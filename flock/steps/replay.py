@@ -6,9 +6,11 @@ after all stored ends. A call that does not start again holds up the others only
 """
 
 import asyncio
+import bisect
 import contextlib
 import functools
 import math
+import operator
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -164,16 +166,15 @@ class Replay:
         known = [entries[start] for start in sorted(entries)] + [entry for entry in answers if not entry.start]
         self._number = max((max(entry.start, entry.end, entry.seen) for entry in entries.values()), default=0)
         self.last_start = max(entries, default=0)
-        over = dict[str, float]()  # until when calls were executed that have ended
-        for entry in known:
-            if entry.stored is not None:
-                over[entry.call_id] = max(over.get(entry.call_id, 0), math.inf if entry.is_unseen else entry.end)
+        executions = defaultdict[str, list[Entry]](list)
+        for entry in sorted(known, key=_START):
+            executions[entry.call_id].append(entry)
         for entry in answers:
             entry.end = self._next_number()
             if not entry.start:
                 self._never_started[entry.end] = entry
         for entry in known:
-            if entry.start and any(entry.start <= over.get(caller, 0) for caller in callers(entry.call_id)):
+            if entry.start and any(_has_ended(executions, caller, entry.start) for caller in callers(entry.call_id)):
                 self.contained += [] if entry.stored is None else [entry.stored]
                 continue
             if entry.start:
@@ -498,12 +499,12 @@ class Replay:
         return entry.stored.place.end_s - self._skipped_s - (self._time() - self._began_at)
 
     def late_s(self, entry: Entry) -> float:
-        """Return for how long a call that is cancelled again ran on: no longer than until it had ended.
+        """Return for how long a call that is cancelled again ran on: no longer than until it would have ended.
 
-        It is less if the execution that stored it had skipped time before.
+        It is less if the execution that stored it had skipped time after its start.
         """
-        left_s = self._left_s(entry)
-        return min(entry.place.late_s, left_s) if left_s > 0 else entry.place.late_s
+        lasted_s = self._time() - self._began_at - entry.start_s
+        return min(entry.place.late_s, max(0.0, entry.place.end_s - entry.place.start_s - lasted_s))
 
     async def until_cancelled(self, entry: Entry, timers: Iterable[str]) -> None:
         """Wait until the program cancels a call again, for as long as it took before. Returns if it does not.
@@ -699,6 +700,17 @@ class Replay:
             if self._unseen and mark.start:
                 self._note_end(mark, OVERTAKEN)
         self._advance()
+
+
+_START = operator.attrgetter("start")
+
+
+def _has_ended(executions: Mapping[str, Sequence[Entry]], caller: str, start: int) -> bool:
+    """Whether the call has ended that has made another one with *start*, perhaps by a task that it has left running."""
+    if not (made := executions.get(caller)):
+        return False
+    index = bisect.bisect_left(made, start, key=_START)
+    return made[max(0, index - 1)].stored is not None  # if none is before it, that number was lost with a process
 
 
 def callers(call_id: str) -> Iterator[str]:

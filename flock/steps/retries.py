@@ -5,10 +5,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from flock.agents.questions import BATCH_REPLY
 from flock.runs import Call
-from flock.runs.records import Raised
+from flock.runs.records import Mark, Raised
 from flock.steps.identity import asking_call
 from flock.steps.replay import NESTED, parent_of
 
@@ -26,7 +27,22 @@ def kept_calls(calls: Iterable[Call], dropped: Collection[str]) -> list[Call]:
     Args:
         dropped: see ``Run``.
     """
-    return [call for call in calls if call.once is not None or not (_is_in(dropped, call) or _is_no_answer(call))]
+    return _without(calls, lambda call: call.once is None and (_is_in(dropped, call) or _is_no_answer(call)))
+
+
+def _without(calls: Iterable[Call], is_left_out: Callable[[Call], bool]) -> list[Call]:
+    """Return the other *calls*. The first of them gets what is stored with those left out of when others were seen."""
+    kept, ids, also = list[Call](), set[str](), list[Mark]()
+    for call in calls:
+        if not is_left_out(call):
+            kept.append(call)
+            ids.add(asking_call(call.call_id))
+        elif call.place is not None:  # what ends later is executed again, unless its own entry has its place
+            also += [mark for mark in call.place.also if mark.call_id in ids]
+    first = next((index for index, call in enumerate(kept) if call.place is not None), None)
+    if also and first is not None and (place := kept[first].place) is not None:
+        kept[first] = replace(kept[first], place=replace(place, also=(*also, *place.also)))
+    return kept
 
 
 def without_excluded(calls: Sequence[Call], begun_by: Collection[str]) -> Sequence[Call]:
@@ -35,12 +51,12 @@ def without_excluded(calls: Sequence[Call], begun_by: Collection[str]) -> Sequen
     Args:
         begun_by: see ``Run``.
     """
-    excluded = [call for call in calls if call.four_eyes and call.answered_by in begun_by]
-    if not excluded:
-        return calls
     started = {call.call_id for call in calls if call.kind == "tool"}
-    dropped = [call for call in excluded if tool_call_of(call.call_id) not in started]
-    return [call for call in calls if call not in dropped]
+
+    def is_excluded(call: Call) -> bool:
+        return call.four_eyes and call.answered_by in begun_by and tool_call_of(call.call_id) not in started
+
+    return _without(calls, is_excluded)
 
 
 def tool_call_of(approval_id: str) -> str:

@@ -654,6 +654,30 @@ FOUND_IN_MEMORY = {
         '0.0},{"kind":"work","n":22,"seconds":0.107681}],"n":1,"seconds":0.0},{"seed":397,"is_stored":tru'
         'e,"ends":[[14,6,true],[0,6,true],[8,3,true]]}]'
     ),
+    "a task that a call has left running makes another call after its end": (
+        '[{"kind":"first","parts":[{"kind":"ask","n":4},{"kind":"agent","parts":[{"kind":"gather","parts"'
+        ':[{"kind":"loop","parts":[{"kind":"ask","n":8}],"n":7,"times":3},{"kind":"model","parts":[{"kind'
+        '":"model","parts":[{"kind":"work","n":13,"seconds":0.101414}],"n":10}],"n":9},{"kind":"tool","pa'
+        'rts":[{"kind":"work","n":16,"seconds":0.401732,"limit_s":0.602236,"retries":2}],"n":15,"limit_s"'
+        ':0.152646}],"n":6}],"n":5},{"kind":"work","n":20,"seconds":0.203606}],"n":3},{"is_stored":true,"'
+        'ends":[[7,0,true],[9,0,true]]}]'
+    ),
+    "a thread that had run on after its race has less time left in a later execution": (
+        '[{"kind":"loop","parts":[{"kind":"timeout","parts":[{"kind":"first","parts":[{"kind":"work","n":'
+        '5,"seconds":0.101414},{"kind":"block","n":6,"seconds":0.101732}],"n":4}],"n":3,"limit_s":0.15223'
+        '6}],"n":2,"times":3},{"is_stored":true,"ends":[[4,7,true],[8,0,true]]}]'
+    ),
+    "an answer whose place is stored with a call that a retry executes again": (
+        '[{"kind":"seq","parts":[{"kind":"ask","n":3},{"kind":"completed","parts":[{"kind":"agent","parts'
+        '":[{"kind":"mended","n":7,"seconds":0.401414}],"n":5},{"kind":"work","n":8,"seconds":0.401732}],'
+        '"n":4},{"kind":"ask","n":11}],"n":2},{"seed":4,"is_stored":true,"retries":1}]'
+    ),
+    "a call that only a later try has ended has not started where an earlier one had started it": (
+        '[{"kind":"gather","parts":[{"kind":"mended","n":3,"seconds":0.201414},{"kind":"try","parts":[{"k'
+        'ind":"gather","parts":[{"kind":"work","n":6,"seconds":0.201732},{"kind":"work","n":8,"seconds":0'
+        '.802236},{"kind":"flaky","n":9,"seconds":0.202646,"limit_s":1.203317}],"n":5},{"kind":"block_and'
+        '_fail","n":13,"seconds":0.803606}],"n":4}],"n":2},{"seed":197,"is_stored":true,"retries":2}]'
+    ),
 }
 
 
