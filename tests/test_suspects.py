@@ -134,17 +134,39 @@ def test_what_a_process_executes_is_in_its_file_at_every_moment(tmp_path: Path) 
 def test_a_run_that_begins_takes_the_line_of_one_that_has_just_ended(tmp_path: Path) -> None:
     """So an item of a batch costs one write. What no run takes is erased in the next turn of the event loop."""
     path, executing = tmp_path / "lock", Executing()
-    first, second, third = new_id(), new_id(), new_id()
+    first, second, third, fourth = (new_id() for _ in range(4))
 
     async def execute() -> None:
-        executing.begin(first)
-        executing.begin(second)
+        for run_id in (first, second, third):
+            executing.begin(run_id)
+        executing.end(second)
+        assert lines_of(path) == {first: 0, second: 0, third: 0}
+        executing.begin(fourth)
+        assert lines_of(path) == {first: 0, third: 0, fourth: 0}
+        executing.end(fourth)
+        assert lines_of(path) == {first: 0, third: 0, fourth: 0}
+        await anyio.lowlevel.checkpoint()
+        assert lines_of(path) == {first: 0, third: 0}
+
+    with open(path, "w+b", buffering=0) as file:
+        executing.open(file)
+        anyio.run(execute)
+
+
+def test_a_run_that_is_executed_alone_is_alone_in_the_file_at_once(tmp_path: Path) -> None:
+    """Otherwise it would not be known as the cause if it kills the process in this turn of the event loop."""
+    path, executing = tmp_path / "lock", Executing()
+    first, second, third, fourth = (new_id() for _ in range(4))
+
+    async def execute() -> None:
+        for run_id in (first, second, third):
+            executing.begin(run_id)
         executing.end(first)
         executing.end(second)
-        executing.begin(third)
-        assert lines_of(path) == {first: 0, third: 0}
-        await anyio.lowlevel.checkpoint()
         assert lines_of(path) == {third: 0}
+        executing.end(third)
+        executing.begin(fourth)
+        assert lines_of(path) == {fourth: 0}
 
     with open(path, "w+b", buffering=0) as file:
         executing.open(file)
@@ -152,10 +174,10 @@ def test_a_run_that_begins_takes_the_line_of_one_that_has_just_ended(tmp_path: P
 
 
 def test_lines_are_erased_again_after_the_event_loop_has_ended(tmp_path: Path) -> None:
-    path, executing = tmp_path / "lock", Executing()
+    path, executing, going_on = tmp_path / "lock", Executing(), [new_id(), new_id()]
 
     def execute(run_ids: Sequence[str], then: Callable[[], object]) -> None:
-        for run_id in run_ids:
+        for run_id in (*run_ids, *going_on):
             executing.begin(run_id)
         for run_id in run_ids:
             executing.end(run_id)
@@ -170,11 +192,11 @@ def test_lines_are_erased_again_after_the_event_loop_has_ended(tmp_path: Path) -
     with open(path, "w+b", buffering=0) as file:
         executing.open(file)
         execute_in_loop(three := [new_id(), new_id(), new_id()], is_cut_off=True)
-        assert lines_of(path) == dict.fromkeys(three, 0)
+        assert lines_of(path) == dict.fromkeys([*three, *going_on], 0)
     with open(path, "w+b", buffering=0) as file:
         executing.open(file)
         execute_in_loop([new_id(), new_id()], is_cut_off=False)
-        assert lines_of(path) == {}
+        assert lines_of(path) == dict.fromkeys(going_on, 0)
 
 
 def test_a_restart_of_the_machine_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,9 +39,10 @@ def _without(calls: Iterable[Call], is_left_out: Callable[[Call], bool]) -> list
             ids.add(asking_call(call.call_id))
         elif call.place is not None:  # what ends later is executed again, unless its own entry has its place
             also += [mark for mark in call.place.also if mark.call_id in ids]
-    first = next((index for index, call in enumerate(kept) if call.place is not None), None)
-    if also and first is not None and (place := kept[first].place) is not None:
-        kept[first] = replace(kept[first], place=replace(place, also=(*also, *place.also)))
+    for index, call in enumerate(kept):
+        if also and call.place is not None:
+            kept[index] = replace(call, place=replace(call.place, also=(*also, *call.place.also)))
+            break
     return kept
 
 

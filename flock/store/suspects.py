@@ -59,12 +59,15 @@ class Executing:
             self._write(line, f"{self.group} {run_id}")
 
     def end(self, run_id: str) -> None:
-        """Erase its line in the next turn of the event loop, unless a run that begins before that takes it."""
+        """Erase its line in the next turn of the event loop, unless a run that begins before that takes it.
+
+        Erase it at once if one run is left: if that kills the process, it must stand alone in the file.
+        """
         if (line := self._lines.pop(run_id, None)) is None:
             return
         self._free.append(line)
         self._ended.add(line)
-        if (loop := running_loop()) is None:
+        if (loop := running_loop()) is None or len(self._lines) == 1:
             self._erase()
         elif len(self._ended) == 1:
             loop.call_soon(self._erase)
