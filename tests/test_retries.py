@@ -655,9 +655,11 @@ def failed(name: str, exc: Exception, at: float = 0, **fields: Any) -> tuple[Cal
     return Call(call_id=name, name=name, error=str(exc), started_at=stamp, completed_at=stamp, **fields), exc
 
 
-def dropped(entries: Sequence[tuple[Call, Exception]], end: BaseException | None, last: float) -> list[str]:
+def dropped(
+    entries: Sequence[tuple[Call, Exception]], end: BaseException | None, last: float, kept: Sequence[Call] = ()
+) -> list[str]:
     keys = {key_of(call): call.call_id for call, _ in entries}
-    return [keys[key] for key in dropped_calls(entries, end, lambda call: call.completed_at.timestamp() < last)]
+    return [keys[key] for key in dropped_calls(entries, end, lambda call: call.completed_at.timestamp() < last, kept)]
 
 
 def test_causes_and_members_of_the_exception_of_a_step_are_dropped() -> None:
@@ -670,6 +672,13 @@ def test_causes_and_members_of_the_exception_of_a_step_are_dropped() -> None:
     assert dropped(entries, third, 9) == ["c"]
     assert dropped(entries, None, 9) == []
     assert dropped(entries, None, 2.5) == ["d"]
+
+
+def test_what_an_earlier_attempt_has_not_dropped_is_dropped_only_if_it_ends_the_step() -> None:
+    (first, raised), (second, _) = entries = [failed("a", ValueError("a"), 1), failed("b", ValueError("b"), 2)]
+    assert dropped(entries, None, 0, kept=[first, second]) == []
+    assert dropped(entries, raised, 0, kept=[first, second]) == ["a"]
+    assert dropped(entries, None, 0, kept=[first]) == ["b"]
 
 
 def test_a_context_is_not_a_cause() -> None:

@@ -119,8 +119,8 @@ class ActiveRun:
     has_batches = False
     #: Calls of the next step have finished, so they must be read.
     has_calls = False
-    #: The step has read calls of earlier attempts.
-    has_kept = False
+    #: The calls of earlier attempts that the step does not execute again.
+    kept: Sequence[Call] = ()
     #: Seconds of ``queue_timeout_s`` that have already passed in another process.
     queued_s = 0.0
     #: Seconds of the attempt that are not part of ``timeout_s``, because it waited for answers in another process.
@@ -381,18 +381,16 @@ class StepExecutor:
         self, active: ActiveRun, run: Run, agent: Agent, resources: Resources, *, is_again: bool
     ) -> Journal:
         execute_callee = functools.partial(self._execute_callee, _batch_of(run), resources)
-        calls: list[Call] = []
-        if run.first_try < run.tries:
-            calls += kept_calls(without_excluded(await active.earlier_calls(run), run.begun_by), run.dropped)
-        active.has_kept = bool(calls)
-        if is_again or active.has_calls:
-            calls += await active.finished_calls()
+        is_retry = run.first_try < run.tries
+        earlier = without_excluded(await active.earlier_calls(run), run.begun_by) if is_retry else ()
+        active.kept = kept_calls(earlier, run.dropped)
+        finished = await active.finished_calls() if is_again or active.has_calls else ()
         elsewhere = () if self.is_at_most_once(run) else active.elsewhere  # it must not start a second time there
         callees = Callees(
             caller=run, agents=self.agents, max_steps=self.max_steps, execute=execute_callee, elsewhere=elsewhere
         )
         return Journal(
-            calls,
+            [*active.kept, *finished],
             save=functools.partial(self._keep_call, active),
             wait_for_store=active.wait_for_store,
             on_start=functools.partial(_call_started, active),
@@ -470,7 +468,8 @@ class StepExecutor:
             left = await journal.end(self.limits.grace_s, functools.partial(self._threads.are_awaited, active))
             if failure is not None and not journal.is_suspended:
                 invalid = map(key_of, journal.replies) if isinstance(failure, InvalidOutput) else ()
-                active.dropped = (*run.dropped, *dropped_calls(journal.failed, failure, journal.has_gone_on), *invalid)
+                failed = dropped_calls(journal.failed, failure, journal.has_gone_on, active.kept)
+                active.dropped = (*run.dropped, *failed, *invalid)
             failure = None  # it refers to this frame
             if left:
                 template = "run %s: %s ended, but %d of its calls still run: their tasks swallow their cancellation"
@@ -551,7 +550,7 @@ class StepExecutor:
             return CANCELLED
         else:
             outcome = failure_of(active.run, exc, expose_errors=self.expose_errors)
-        return with_hint(active.run, outcome) if active.has_kept else outcome
+        return with_hint(active.run, outcome) if active.kept else outcome
 
     def find(self, name: str | None) -> Agent | None:
         """Return the agent with this name, or None."""

@@ -132,6 +132,8 @@ class Replay:
         self._missing = dict[int, int]()
         #: those of ends that are not delivered, in order, each with its call and that of when it was delivered before
         self._ends = dict[int, Mark]()
+        #: how long it takes until these ends again, in seconds, by the number of the end
+        self._end_s = dict[int, float]()
         #: what wakes the calls that wait for their turn, by the number of their end
         self._turns = dict[int, anyio.Event]()
         #: answers that were not delivered, of calls that are not known to have started, by the number of their end
@@ -184,7 +186,9 @@ class Replay:
                 self.calls.append(entry.stored)
                 self._ended[_kind_of(entry.call_id, entry.stored.name)][entry] = None
         ended = [entry for each in self._expected.values() for entry in each if entry.stored is not None]
-        for entry in sorted(ended, key=lambda entry: entry.end):
+        ended.sort(key=lambda entry: entry.end)
+        self._note_times(ended)
+        for entry in ended:
             self._ends[entry.end] = Mark(entry.call_id, entry.start, entry.seen or entry.end)
             if _name_of(entry.call_id) == TIMER and entry.stored is not None and entry.stored.error is None:
                 self._timers[numbered(entry.call_id)[0]] = entry.end
@@ -196,13 +200,20 @@ class Replay:
         names = (_name_of(group[0].call_id) for group in groups if not _all_alike(group))
         self.mixed_up = next((name for name in names if name != SLEEP), None)
 
+    def _note_times(self, ended: Sequence[Entry]) -> None:
+        """Let each end take no longer than a later one: the execution that stored that may have skipped time before."""
+        least_s = math.inf
+        for entry in reversed(ended):
+            assert entry.stored is not None
+            if entry.stored.place is not None and not entry.is_late:
+                self._end_s[entry.end] = least_s = min(least_s, entry.stored.place.end_s)
+
     def _place_starts(self, ended: Iterable[Entry]) -> None:
         """Let starts come after the ends before them, also if an execution has delivered these after starts of its own.
 
         Those have higher numbers, and come before such an end.
         """
-        late = (entry for entry in ended if entry.seen > entry.end and entry.since)
-        if not (later := deque(sorted(late, key=lambda entry: entry.end))):
+        if not (later := deque(entry for entry in ended if entry.seen > entry.end and entry.since)):
             return
         last, places = dict[int, int](), dict[int, int]()  # the number of the last delivery of an execution; all places
         for start in self._missing:
@@ -494,9 +505,8 @@ class Replay:
 
     def _left_s(self, entry: Entry) -> float:
         """Return for how long a stored call had not ended yet, this long after the end that was delivered last."""
-        if entry.stored is None or entry.stored.place is None or entry.is_late:
-            return 0.0
-        return entry.stored.place.end_s - self._skipped_s - (self._time() - self._began_at)
+        end_s = self._end_s.get(entry.end)
+        return 0.0 if end_s is None else end_s - self._skipped_s - (self._time() - self._began_at)
 
     def late_s(self, entry: Entry) -> float:
         """Return for how long a call that is cancelled again ran on: no longer than until it would have ended.

@@ -71,6 +71,7 @@ def dropped_calls(
     failed: Sequence[tuple[Call, BaseException | None]],
     end: BaseException | None,
     has_gone_on: Callable[[Call], bool],
+    kept: Iterable[Call],
 ) -> list[str]:
     """Return the keys of *failed* calls that a retry executes again: the program has not continued after them.
 
@@ -78,9 +79,10 @@ def dropped_calls(
         failed: each with the exception that the program has seen.
         end: what the step has raised; None if it was ended from outside.
         has_gone_on: whether a call of the step has started after a call had failed.
+        kept: the calls that earlier attempts have not dropped. Those that have started after them may be.
     """
-    ends = set(map(id, _named_by(end)))
-    dropped = [call for call, exc in failed if id(exc) in ends or not has_gone_on(call)]
+    ends, kept_keys = set(map(id, _named_by(end))), {key_of(call) for call in kept if call.error is not None}
+    dropped = [call for call, exc in failed if id(exc) in ends or not (key_of(call) in kept_keys or has_gone_on(call))]
     return list(dict.fromkeys(map(key_of, (*dropped, *_passed_on([call for call, _ in failed], dropped)))))
 
 

@@ -678,6 +678,21 @@ FOUND_IN_MEMORY = {
         '.802236},{"kind":"flaky","n":9,"seconds":0.202646,"limit_s":1.203317}],"n":5},{"kind":"block_and'
         '_fail","n":13,"seconds":0.803606}],"n":4}],"n":2},{"seed":197,"is_stored":true,"retries":2}]'
     ),
+    "an end that an execution has delivered sooner than an earlier one takes no longer when a time-out passes again": (
+        '[{"kind":"gather","parts":[{"kind":"block","n":4,"seconds":0.801414},{"kind":"agent","parts":[{"'
+        'kind":"gather","parts":[{"kind":"wait","parts":[{"kind":"ask","n":10},{"kind":"work","n":11,"sec'
+        'onds":0.401732},{"kind":"ask","n":12},{"kind":"work","n":13,"seconds":0.102236}],"n":9,"limit_s"'
+        ':0.152646},{"kind":"mended","n":14,"seconds":0.803317}],"n":8}],"n":6}],"n":3},{"is_stored":true'
+        ',"ends":[[9,4,true],[2,2,true],[6,0,true]],"retries":1}]'
+    ),
+    "a call that failed before one that is dropped is kept, as the program had gone on": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"gather","parts":[{"kind":"tool","parts":'
+        '[{"kind":"timeout","parts":[{"kind":"mended","n":6,"seconds":0.101414}],"n":5,"limit_s":0.601732'
+        '}],"n":4,"limit_s":0.302236},{"kind":"block","n":10,"seconds":0.802646},{"kind":"mended","n":11,'
+        '"seconds":0.203606}],"n":3},{"kind":"work","n":12,"seconds":0.104123}],"n":2},{"kind":"work","n"'
+        ':13,"seconds":0.104359},{"kind":"mended","n":14,"seconds":0.104796}],"n":1},{"seed":371,"is_stor'
+        'ed":true,"ends":[[4,2,true],[8,4,true]],"cancel":[13,14,true],"retries":2}]'
+    ),
 }
 
 
