@@ -592,7 +592,7 @@ async def test_functions_that_differ_in_what_they_are_bound_to_are_different(tmp
             if kind == "partial":
                 return str(await context.call(functools.partial(send, to)))
             with pytest.raises(CallError, match="Pass call_name= to identify the call"):
-                _ = context.call(Box(to, send).send)
+                await context.call(Box(to, send).send)
             return str(await context.call(Box(to, send).send, name=to))
 
         return list(await asyncio.gather(send_to("ann", 0.2), send_to("bob", 0.01)))

@@ -15,7 +15,7 @@ from flock.nearest import did_you_mean
 from flock.runs import JSON_NULL, Run, RunContext, Step, now
 from flock.runs.context import CallKeep
 from flock.steps.identity import digest
-from flock.steps.journal import Journal, check_in_loop, depth_of_current_call
+from flock.steps.journal import Journal, depth_of_current_call
 
 #: Executes an agent, with its inputs and the context of its caller, and returns its result.
 Execute = Callable[[Agent, msgspec.Raw, RunContext], Awaitable[msgspec.Raw]]
@@ -30,7 +30,7 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
     execute: Execute
     elsewhere: Collection[str]
 
-    def run(
+    async def run(
         self,
         journal: Journal,
         context: RunContext,
@@ -38,12 +38,11 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
         inputs: Mapping[str, Any],
         keep: CallKeep,
         options: Mapping[str, Any],
-    ) -> Coroutine[Any, Any, dict[str, Any]]:
+    ) -> dict[str, Any]:
         """Call an agent, and the agents that it hands off to. Each is one call of *journal*."""
-        check_in_loop(context)
         agent = self.agents.get(name)
         if agent is None and name in self.elsewhere:
-            return journal.wait_elsewhere(name)
+            return await journal.wait_elsewhere(name)
         if agent is None:
             known = ", ".join(self.agents)
             raise CallError(
@@ -66,7 +65,8 @@ class Callees(msgspec.Struct, frozen=True, kw_only=True):
             except DefinitionError as exc:
                 raise CallError(str(exc)) from exc
         then = functools.partial(self._follow, journal, context, run, keep)
-        return self._call(journal, context, agent, run, keep, then, options)
+        found: dict[str, Any] = await self._call(journal, context, agent, run, keep, then, options)
+        return found
 
     async def _follow(
         self, journal: Journal, context: RunContext, run: Run, keep: CallKeep, result: msgspec.Raw

@@ -289,8 +289,19 @@ class Journal:
         options: CallOptions,
     ) -> Coroutine[Any, Any, Any]:
         """See ``RunContext.call``. Equal calls are numbered when they begin, in that order."""
-        label = re.sub(r"[^A-Za-z0-9_.-]", "_", name_of(function))
         check_in_loop(context)
+        return self._call(context, function, args, kwargs, options)
+
+    async def _call(
+        self,
+        context: RunContext,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        options: CallOptions,
+    ) -> Any:
+        """Read the arguments and make the call. If a program makes thousands at once, none of that holds the loop."""
+        label = re.sub(r"[^A-Za-z0-9_.-]", "_", name_of(function))
         options, kwargs = checked_options(label, function, kwargs, options)
         signature, hints = signature_of(label, function, self._signatures)
         args, kwargs = with_context(context, function, hints, args, kwargs)
@@ -298,7 +309,7 @@ class Journal:
         call_key = "" if options.keep == "all" else self.call_key
         key = options.name or digest_of(label, function, arguments, hints, version=self.call_ids, key=call_key)
         self._check_code(label, key, function)
-        return self.once(
+        return await self.once(
             label,
             key,
             functools.partial(self._try, label, functools.partial(self._execute, function, args, kwargs), options),
@@ -323,6 +334,7 @@ class Journal:
         self, context: RunContext, name: str, inputs: Mapping[str, Any], keep: CallKeep, options: Mapping[str, Any]
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """See ``RunContext.run_agent``."""
+        check_in_loop(context)
         return self.run_callee(self, context, name, inputs, keep, options)
 
     def ask(
@@ -700,6 +712,13 @@ class Journal:
         is_sure = self._stops_before(planned) and self._replay.is_sure(entry.end)
         if is_sure and not self._replay.has_end(planned.call_id):
             await self._stop(f"it does not cancel the call {planned.call_id!r} again")
+        again = () if planned.at_most_once else self._replay.reopen(entry)
+        for each in again:
+            if each.stored is not None and each.stored.error is None:
+                key, number = numbered(each.call_id)
+                self._equal[key].free(number)
+        if again:
+            return await self._make(planned, entry, cancellation)
         return await self._result_of(planned, cancellation)  # that of the next equal call, or it is executed
 
     def _end_of(self, planned: "_Planned", stored: Call) -> Any:

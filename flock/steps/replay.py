@@ -20,7 +20,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.agents.questions import SLEEP, TIMEOUT, TIMER
-from flock.runs import Call
+from flock.runs import Call, added
 from flock.runs.records import OVERTAKEN, Mark, Place
 from flock.scopes import Signal, clocks_stopped, current_task, loop_clock
 
@@ -95,8 +95,7 @@ class Replay:
         grace_s: how long to wait for a call that does not start again, in seconds.
 
     Attributes:
-        calls: those of *calls* that no other one contains which has ended.
-        contained: the others. This execution does not make them.
+        calls: those of *calls* that are no longer, or have never been, ``contained``.
         last_start: the number of the last start of a call, in any execution.
         mixed_up: the name of equal calls that ran at the same time and ended differently, or not all of which ended, if
             there are any but sleeps. Only the order in which they start tells them apart.
@@ -152,9 +151,14 @@ class Replay:
         self._timers = dict[str, int]()
         #: those of cancelled calls that the program has not seen, and of timers that are over
         self._unseen = set[int]()
+        #: those of calls that the program has cancelled in the instant in which they began
+        self._at_once = set[int]()
         #: ends that were delivered, and starts, that are in no stored call yet, by the number of the start
         self._unwritten = OrderedDict[int, tuple[Mark, ...]]()
-        self.calls, self.contained = list[Call](), list[Call]()
+        self.calls = list[Call]()
+        #: the executions of each call, and what they have made, by the outermost call that has ended
+        self._executions = defaultdict[str, list[Entry]](list)
+        self._contained = defaultdict[str, list[Entry]](list)
         self.mixed_up: str | None = None
         #: all equal calls that ran at the same time, their first start, and whether one of them has started again
         self._mixed_up, self._mixed_start, self._is_mixing = set[Entry](), math.inf, False
@@ -168,37 +172,44 @@ class Replay:
         known = [entries[start] for start in sorted(entries)] + [entry for entry in answers if not entry.start]
         self._number = max((max(entry.start, entry.end, entry.seen) for entry in entries.values()), default=0)
         self.last_start = max(entries, default=0)
-        executions = defaultdict[str, list[Entry]](list)
         for entry in sorted(known, key=_START):
-            executions[entry.call_id].append(entry)
+            self._executions[entry.call_id].append(entry)
         for entry in answers:
             entry.end = self._next_number()
             if not entry.start:
                 self._never_started[entry.end] = entry
-        for entry in known:
-            if entry.start and any(_has_ended(executions, caller, entry.start) for caller in callers(entry.call_id)):
-                self.contained += [] if entry.stored is None else [entry.stored]
-                continue
-            if entry.start:
-                self._missing[entry.start] = entry.start
+        self._expect(self._not_contained(known))
+
+    def _not_contained(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return those that no call has made which has ended, and note the others."""
+        found = list[Entry]()
+        for entry in entries:
+            above = list(callers(entry.call_id)) if entry.start else ()
+            ended = [caller for caller in above if _has_ended(self._executions, caller, entry.start)]
+            (self._contained[ended[-1]] if ended else found).append(entry)
+        return found
+
+    def _expect(self, entries: Sequence[Entry]) -> None:
+        """Let starts and ends come in their order again."""
+        for entry in entries:
             self._expected[entry.call_id].append(entry)
             if entry.stored is not None:
                 self.calls.append(entry.stored)
                 self._ended[_kind_of(entry.call_id, entry.stored.name)][entry] = None
-        ended = [entry for each in self._expected.values() for entry in each if entry.stored is not None]
-        ended.sort(key=lambda entry: entry.end)
+        ended = sorted((entry for entry in entries if entry.stored is not None), key=lambda entry: entry.end)
         self._note_times(ended)
         for entry in ended:
             self._ends[entry.end] = Mark(entry.call_id, entry.start, entry.seen or entry.end)
             if _name_of(entry.call_id) == TIMER and entry.stored is not None and entry.stored.error is None:
                 self._timers[numbered(entry.call_id)[0]] = entry.end
-        self._place_starts(ended)
-        self._unsure = min((entry.end for entry in ended if entry.is_overtaken), default=math.inf)
-        groups = _equal_at_the_same_time(entry for each in self._expected.values() for entry in each)
-        self._mixed_up = {entry for group in groups for entry in group}
-        self._mixed_start = min((entry.start for entry in self._mixed_up), default=math.inf)
+        self._ends = dict(sorted(self._ends.items()))
+        self._place_starts([entry.start for entry in entries if entry.start], ended)
+        self._unsure = min([self._unsure, *(entry.end for entry in ended if entry.is_overtaken)])
+        groups = _equal_at_the_same_time(entries)
+        self._mixed_up |= (mixed_up := {entry for group in groups for entry in group})
+        self._mixed_start = min([self._mixed_start, *(entry.start for entry in mixed_up)])
         names = (_name_of(group[0].call_id) for group in groups if not _all_alike(group))
-        self.mixed_up = next((name for name in names if name != SLEEP), None)
+        self.mixed_up = self.mixed_up or next((name for name in names if name != SLEEP), None)
 
     def _note_times(self, ended: Sequence[Entry]) -> None:
         """Let each end take no longer than a later one: the execution that stored that may have skipped time before."""
@@ -208,20 +219,19 @@ class Replay:
             if entry.stored.place is not None and not entry.is_late:
                 self._end_s[entry.end] = least_s = min(least_s, entry.stored.place.end_s)
 
-    def _place_starts(self, ended: Iterable[Entry]) -> None:
-        """Let starts come after the ends before them, also if an execution has delivered these after starts of its own.
+    def _place_starts(self, starts: Iterable[int], ended: Iterable[Entry]) -> None:
+        """Let *starts* come after the ends before them, also if an execution has delivered those after its own starts.
 
-        Those have higher numbers, and come before such an end.
+        These have higher numbers, and come before such an end.
         """
-        if not (later := deque(entry for entry in ended if entry.seen > entry.end and entry.since)):
-            return
-        last, places = dict[int, int](), dict[int, int]()  # the number of the last delivery of an execution; all places
-        for start in self._missing:
+        later = deque(entry for entry in ended if entry.seen > entry.end and entry.since)
+        last = dict[int, int]()  # the number of the last delivery of an execution
+        for start in sorted(starts):
             while later and later[0].end < start:
                 entry = later.popleft()
                 last[entry.since] = max(last.get(entry.since, 0), entry.seen)
-            places[start] = max([start, *(seen for since, seen in last.items() if start <= since)])
-        self._missing = dict(sorted(places.items(), key=lambda each: each[1]))
+            self._missing[start] = max([start, *(seen for since, seen in last.items() if start <= since)])
+        self._missing = dict(sorted(self._missing.items(), key=lambda each: each[1]))
 
     def _placed(self, calls: Iterable[Call]) -> tuple[dict[int, Entry], list[Call]]:
         """Return what has started, by the number of its start, and the calls without a place."""
@@ -249,8 +259,9 @@ class Replay:
                 unplaced.append(replace(call, place=None))
             elif returned is None:
                 entry.stored = call
-            elif call.is_cancelled:  # after it had returned
-                entry.stored = replace(call, usage=returned.usage, model=returned.model)
+            elif call.is_cancelled or returned.is_cancelled:  # after it had returned, or it was executed again
+                usage = added(returned.usage, call.usage)
+                entry.stored = replace(call, usage=usage, model=call.model or returned.model)
                 if returned.error is None and call.kind != "sleep":
                     self._late[call.call_id].append(replace(returned, usage=None, model=None))
         if self._late:
@@ -297,6 +308,11 @@ class Replay:
         return answers
 
     @property
+    def contained(self) -> Sequence[Call]:
+        """The calls that others have made which have ended, so that this execution does not make them."""
+        return [entry.stored for made in self._contained.values() for entry in made if entry.stored is not None]
+
+    @property
     def not_repeated(self) -> Sequence[Call]:
         """The calls that have ended in an earlier execution, and have not started in this one."""
         return [entry.stored for ended in self._ended.values() for entry in ended if entry.stored is not None]
@@ -329,8 +345,11 @@ class Replay:
                 self._advance()
             self._guessed.add(entry.end)
             self._note_end(entry, entry.end)
-        entry.start_s, entry.seen_before = self._time() - self._began_at, self._seen_count
+        self._begins(entry)
         return entry
+
+    def _begins(self, entry: Entry) -> None:
+        entry.start_s, entry.seen_before = self._time() - self._began_at, self._seen_count
 
     def _renumber(self, entry: Entry) -> None:
         """Number an undelivered answer after all ends of this execution, which may be stored before it is."""
@@ -374,6 +393,7 @@ class Replay:
         self._ends[end] = mark = Mark(entry.call_id, entry.start, end)
         self._unwritten.pop(entry.start, None)
         if is_cancelled:
+            self._note_if_at_once(entry, end)
             for overtaken in self._returned.values():
                 self._note_end(overtaken, OVERTAKEN)
             self._returned.clear()
@@ -567,7 +587,12 @@ class Replay:
     def is_cancelled_alone(self, entry: Entry) -> bool:
         """A call is cancelled again. Whether the program sees it at once: none waits for the same."""
         self._to_cancel.pop(entry.end, None)
+        self._note_if_at_once(entry, entry.end)
         return not self._to_cancel and self.is_alone(entry.end)
+
+    def _note_if_at_once(self, entry: Entry, end: int) -> None:
+        if self._missing and self._time() - self._began_at <= entry.start_s + AT_ONCE_S:
+            self._at_once.add(end)
 
     def is_alone(self, end: int) -> bool:
         """Whether the program sees a cancellation alone: nothing has ended before it, not even a moment ago."""
@@ -576,15 +601,17 @@ class Replay:
     def may_see(self, end: int) -> bool:
         """Whether the program may see a cancellation: after all that has ended before, as while a thread ran on.
 
-        It does not wait long for a call that waits to be cancelled itself, perhaps when the program has seen this.
+        It does not wait long for a call that waits to be cancelled itself, perhaps when the program has seen this. Nor
+        does it if that waits for a start, and the call has just begun, since it may not have begun at all before.
         """
         if (until := self._waits_until(end)) is not None:
             return self._time() >= until
         return next(iter(self._ends), end) >= end and not self._is_missing_before(end)
 
     def _waits_until(self, end: int) -> float | None:
-        """Return until when a cancellation waits for another call that is cancelled before; None if there is none."""
-        return self._to_cancel.get(next(iter(self._ends), end))
+        """Return until when a cancellation waits for what ends before; None if for as long as it takes."""
+        first = next(iter(self._ends), end)
+        return -math.inf if end in self._at_once and self._is_missing_before(first) else self._to_cancel.get(first)
 
     async def until_it_may_see(self, end: int) -> None:
         self._unseen.add(end)
@@ -608,6 +635,26 @@ class Replay:
     def cancelled_again(self, entry: Entry) -> None:
         self._to_cancel.pop(entry.end, None)
         self.saw(entry, entry.end)
+
+    def reopen(self, entry: Entry) -> Sequence[Entry]:
+        """Let a call that the program does not cancel again go on, and return what it had made, which is kept.
+
+        There is nothing if it had made no calls, or if another execution of it is known.
+        """
+        if entry.call_id in self._expected or self._late.get(entry.call_id):
+            return ()
+        ended, entry.stored = entry.stored, None
+        if not (made := self._not_contained(self._contained.pop(entry.call_id, ()))):
+            entry.stored = ended
+            return ()
+        for each in made:
+            if each.stored is not None and ended is not None and each.end < entry.end:  # it has their usage
+                each.stored = replace(each.stored, usage=None, model=None)
+        entry.end = entry.seen = 0
+        self._begins(entry)
+        self._expect(made)
+        self._recur()
+        return made
 
     async def replaced_by(self, call_id: str, name: str) -> Call | None:
         """Return a call that a new one seems to replace, since the program was changed; None if there is none.
