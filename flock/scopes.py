@@ -79,7 +79,8 @@ class Cancellation:
     def __init__(self) -> None:
         self.task = current_task()
         self._handled = sys.exception()
-        self._cancelling = 0 if self.task is None else self.task.cancelling()
+        # A request that is still to be raised, as a TaskGroup of Python 3.13 may leave one, is raised in the block.
+        self._cancelling = 0 if self.task is None else self.task.cancelling() - self.task._must_cancel  # type: ignore[attr-defined]
 
     @property
     def is_late(self) -> bool:

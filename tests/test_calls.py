@@ -457,6 +457,33 @@ async def resumed(flock: Flock, store: Path, agent_name: str, reached: anyio.Eve
             return result_of(await engine.wait(run_id))
 
 
+async def test_a_call_that_begins_in_a_task_that_is_to_be_cancelled_is_not_executed_again(tmp_path: Path) -> None:
+    flock, charged, reached = Flock(), list[int](), anyio.Event()
+
+    async def charge(amount: int) -> None:
+        charged.append(amount)
+        await anyio.sleep_forever()
+
+    async def wait() -> None:
+        if not reached.is_set():
+            reached.set()
+            await anyio.sleep_forever()
+
+    @flock.agent
+    async def work(context: RunContext) -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await context.call(charge, 9)
+        task.uncancel()
+        await context.call(wait)
+        return "done"
+
+    assert await resumed(flock, tmp_path / "flock.db", "work", reached) == "done"
+    assert charged == [9]
+
+
 async def test_a_call_that_succeeded_at_the_second_try_is_not_executed_again(tmp_path: Path) -> None:
     """The author's own retry has the idempotency key of the failed call, and its committed result is found."""
     flock, keys, charged, reached = Flock(), list[str](), list[int](), anyio.Event()

@@ -1,10 +1,11 @@
 """A retry keeps what the failed step has done, and executes again what it has failed with."""
 
+import asyncio
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,91 @@ async def test_a_cancelled_call_that_a_retry_does_not_cancel_again_is_executed(o
         run = await retried(engine, await started(engine, "work_"))
     assert (run.value, run.error) == ({"result": ["found", "b 2"]}, None)
     assert len(begun) == 2
+
+
+async def beside(*members: Coroutine[Any, Any, Any]) -> Any:
+    """Return what the first returns; the others then end."""
+    async with asyncio.TaskGroup() as tasks:
+        first, *others = map(tasks.create_task, members)
+        await first
+        for other in others:
+            other.cancel()
+    return first.result()
+
+
+async def note(work: Work, context: RunContext) -> None:
+    """Call something after the others have been cancelled."""
+    try:
+        await anyio.sleep_forever()
+    finally:
+        await anyio.sleep(0.05)
+        await context.call(work.do, "note", call_name="note")
+
+
+@pytest.mark.parametrize("is_once", [False, True])
+async def test_what_a_call_has_done_is_kept_if_a_retry_does_not_cancel_it_again(
+    open_engine: OpenEngine, is_once: bool
+) -> None:
+    """A payment is not made twice because a check beside the order had failed."""
+    flock, work, paid, begun = Flock(), Work(check=1), anyio.Event(), list[int]()
+
+    async def order(context: RunContext) -> list[str]:
+        begun.append(1)
+        first = await context.call(work.do, "pay", call_name="pay", call_once=is_once)
+        paid.set()
+        if len(begun) == 1:
+            await anyio.sleep_forever()
+        return [first, await context.call(work.do, "ship", call_name="ship")]
+
+    async def check(context: RunContext) -> None:
+        await paid.wait()
+        await context.call(work.do, "check", call_name="check")
+
+    @flock.agent
+    async def work_(context: RunContext) -> Any:
+        return await beside(context.call(order), check(context), note(work, context))
+
+    async with open_engine(flock, replay_grace_s=0.1) as engine:
+        run = await retried(engine, await started(engine, "work_"))
+        calls = (await engine.get_calls(run))[0]
+    assert (run.value, run.error) == ({"result": ["pay 1", "ship 1"]}, None)
+    assert (work.counts, len(begun)) == ({"pay": 1, "check": 2, "ship": 1, "note": 1}, 2)
+    assert [call.error_type for call in calls if call.name == "order"] == ["cancelled", None]
+
+
+async def test_what_a_call_has_done_is_kept_if_it_is_retried_and_the_process_dies(tmp_path: Path) -> None:
+    flock, work, paid, begun = Flock(), Work(check=1), anyio.Event(), list[int]()
+    reached, store = anyio.Event(), tmp_path / "flock.db"
+
+    async def order(context: RunContext) -> list[str]:
+        begun.append(1)
+        done = [await context.call(work.do, "pay", call_name="pay")]
+        paid.set()
+        if len(begun) > 1:
+            done.append(await context.call(work.do, "ship", call_name="ship"))
+            reached.set()
+        if len(begun) < 3:
+            await anyio.sleep_forever()
+        return done
+
+    async def check(context: RunContext) -> None:
+        await paid.wait()
+        await context.call(work.do, "check", call_name="check")
+
+    @flock.agent
+    async def work_(context: RunContext) -> Any:
+        return await beside(context.call(order), check(context), note(work, context))
+
+    async with flock.engine(store=store, replay_grace_s=0.1) as engine:
+        run = await started(engine, "work_")
+        await engine.retry_run(run.run_id)
+        with anyio.fail_after(PATIENCE_S):
+            await reached.wait()
+        await engine.drain(0)
+    async with flock.engine(store=store, replay_grace_s=0.1) as engine:
+        run = await ended(engine, run)
+    assert (run.value, run.error) == ({"result": ["pay 1", "ship 1"]}, None)
+    assert (work.counts, len(begun)) == ({"pay": 1, "check": 2, "ship": 1, "note": 1}, 3)
 
 
 async def test_a_failure_after_which_nothing_was_started_is_executed_again(open_engine: OpenEngine) -> None:

@@ -693,6 +693,28 @@ FOUND_IN_MEMORY = {
         ':13,"seconds":0.104359},{"kind":"mended","n":14,"seconds":0.104796}],"n":1},{"seed":371,"is_stor'
         'ed":true,"ends":[[4,2,true],[8,4,true]],"cancel":[13,14,true],"retries":2}]'
     ),
+    "what was done in a call is kept by a retry that does not cancel it again": (
+        '[{"kind":"group","parts":[{"kind":"mended","n":4,"seconds":0.101414},{"kind":"tool","parts":[{"k'
+        'ind":"completed","parts":[{"kind":"block_and_fail","n":7,"seconds":0.401732},{"kind":"agent","pa'
+        'rts":[{"kind":"ask","n":13}],"n":12},{"kind":"completed","parts":[{"kind":"try","parts":[{"kind"'
+        ':"block","n":18,"seconds":0.203606,"limit_s":0.304123,"is_once":true},{"kind":"work","n":19,"sec'
+        'onds":0.104359,"limit_s":0.604796,"is_once":true}],"n":16}],"n":15}],"n":6}],"n":5}],"n":2},{"se'
+        'ed":134,"is_stored":true,"ends":[[4,1,true]],"retries":1}]'
+    ),
+    "a call that is cancelled as it begins is not held up by what waits for a start": (
+        '[{"kind":"seq","parts":[{"kind":"first","parts":[{"kind":"completed","parts":[{"kind":"timeout",'
+        '"parts":[{"kind":"block","n":11,"seconds":0.102646}],"n":9,"limit_s":0.153317}],"n":4},{"kind":"'
+        'gather","parts":[{"kind":"seq","parts":[{"kind":"plain","n":14,"times":3},{"kind":"work","n":15,'
+        '"seconds":0.403606}],"n":13}],"n":12},{"kind":"ask","n":20}],"n":3},{"kind":"work","n":23,"secon'
+        'ds":0.106083}],"n":1},{"is_stored":true,"ends":[[1,6,false],[6,0,true]]}]'
+    ),
+    "a call that begins in a task that is to be cancelled": (
+        '[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"try","parts":[{"kind":"group","parts":'
+        '[{"kind":"fail","n":7,"seconds":0.801732,"limit_s":0.602236,"retries":2},{"kind":"fail","n":8,"s'
+        'econds":0.402646}],"n":6},{"kind":"fail","n":11,"seconds":0.803317}],"n":5},{"kind":"fail","n":1'
+        '7,"seconds":0.404796}],"n":3},{"kind":"work","n":18,"seconds":0.105385}],"n":2},{"seed":943,"is_'
+        'stored":true,"ends":[[5,11,true]]}]'
+    ),
 }
 
 

@@ -126,7 +126,7 @@ class World(Observer):
         self._began, self._failed, self._went_on = dict[str, int](), dict[str, int](), 0
         #: the time-out that has cancelled a side effect, by the place of that
         self._timed_out = dict[str, str]()
-        #: the places of what was done in calls that the program has then cancelled. With these it may be done again
+        #: the places of what was seen in calls that the program has then cancelled
         self._cut_off = set[str]()
         self.lives, self.run_id = list[Life](), ""
         #: it takes the same branches again. No journal knows how long plain code takes, so it may delay a call until
@@ -214,8 +214,7 @@ class World(Observer):
     def check_equal(self) -> None:
         """Equal calls are told apart by their arrival, so only how often all of them are executed is known."""
         for key, places in self._equal.items():
-            again = len(places & self._cut_off) * len(self.lives) if self._may_differ else 0
-            begun, most = sum(self.begun[at] for at in places), len(places) + self._in_flight[key] + again
+            begun, most = sum(self.begun[at] for at in places), len(places) + self._in_flight[key]
             if begun > most:
                 self.problem(f"equal calls of {key.kind} are executed {begun} times, and not up to {most} times")
 
@@ -233,7 +232,7 @@ class World(Observer):
         if effect.is_equal:  # which one of them is executed again may differ
             self._equal[self._key_of(at)].add(at)
             return
-        may_repeat = self._may_differ and (at not in self.seen or at in self._cut_off)
+        may_repeat = self._may_differ and at not in self.seen
         if at in life.done and not may_repeat:
             self.problem(f"{effect.kind}({effect.n}) is executed again: the program has seen its end, or cancelled it")
         elif life.begun[at] > effect.retries + 1:
@@ -315,7 +314,7 @@ class World(Observer):
             self._in_flight[key] += len(places - self._returned.keys())
         kept = {at: outcome for at, outcome in self.seen.items() if self._has_gone_on_from(at, str(ended))}
         cancelled = {each for each, at in self._timed_out.items() if self._is_cancelled_again(each, at)}
-        self.seen = {at: outcome for at, outcome in self._returned.items() if at not in self._cut_off} | kept
+        self.seen = self._returned | kept
         self.done = self.seen.keys() | cancelled
         self.earlier_decisions |= self.last_decisions | self.decisions  # in calls that are not made again
         self.last_seen, self.last_decisions, self.decisions = ended, {}, {}  # its step may be stored
