@@ -1247,10 +1247,10 @@ async def test_a_response_in_many_pieces_is_joined_once() -> None:
     async def read() -> AsyncIterator[bytes]:
         yield b"{}"
 
-    since = time.process_time()
+    since = time.thread_time()
     await serve_lines(app, read(), write)
     assert [len(line) for line in lines] == [65_536 * pieces]
-    assert time.process_time() - since < 1, "not each time with all before it"
+    assert time.thread_time() - since < 1, "not each time with all before it"
 
 
 PROGRAM = """

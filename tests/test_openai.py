@@ -656,9 +656,9 @@ def test_a_long_text_that_starts_again_is_compared_once() -> None:
     for piece in pieces:
         text.add(piece)
     text.restart()
-    since = time.process_time()
+    since = time.thread_time()
     assert [text.add(piece) for piece in pieces] == [""] * len(pieces)
-    assert time.process_time() - since < 2, "not each time with all of it"
+    assert time.thread_time() - since < 2, "not each time with all of it"
     assert text.add("more") == "more"
     with pytest.raises(TextReplaced):
         text.end("word")

@@ -786,9 +786,9 @@ EQUAL = Raised(module="m", name="E")
 def test_thousands_of_failed_calls_are_compared_quickly() -> None:
     entries = [failed(f"p~{n}", ValueError(n), raised=EQUAL) for n in range(5000)]
     parent = failed("p", ValueError("p"), raised=Raised(module="m", name="G", exceptions=(EQUAL,) * 5000))
-    began = time.process_time()
+    began = time.thread_time()
     assert len(dropped([*entries, parent], parent[1], 9)) == 5001
-    assert time.process_time() - began < 5
+    assert time.thread_time() - began < 5
 
 
 def test_of_equal_exceptions_of_calls_in_a_call_that_passes_one_on_the_last_is_dropped() -> None:

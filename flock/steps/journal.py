@@ -289,7 +289,7 @@ class Journal:
         options: CallOptions,
     ) -> Coroutine[Any, Any, Any]:
         """See ``RunContext.call``. Equal calls are numbered when they begin, in that order."""
-        check_in_loop(context)
+        _check_in_loop(context)
         return self._call(context, function, args, kwargs, options)
 
     async def _call(
@@ -334,7 +334,7 @@ class Journal:
         self, context: RunContext, name: str, inputs: Mapping[str, Any], keep: CallKeep, options: Mapping[str, Any]
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """See ``RunContext.run_agent``."""
-        check_in_loop(context)
+        _check_in_loop(context)
         return self.run_callee(self, context, name, inputs, keep, options)
 
     def ask(
@@ -352,7 +352,7 @@ class Journal:
         kind: Literal["client_tool"] | UnsetType = msgspec.UNSET,
     ) -> Coroutine[Any, Any, Any]:
         """See ``RunContext.ask`` and ``Tool``. *about* is what the question is about, as a JSON object."""
-        check_in_loop(context)
+        _check_in_loop(context)
         check_name(ASK, name)
         if answerer is not None and (problem := bad_role(answerer)):
             raise CallError(f"answerer={problem}")
@@ -384,7 +384,7 @@ class Journal:
         self, context: RunContext, name: str, type_: Any, expires_s: float | None, default: Any
     ) -> Coroutine[Any, Any, Any]:
         """See ``RunContext.receive``."""
-        check_in_loop(context)
+        _check_in_loop(context)
         check_name(RECEIVE, name)
         asked = self._asking(RECEIVE, name, type_, expires_s, default, kind="message")
         return self._wait(RECEIVE, name, asked, type_, "message", message_json(name))
@@ -411,7 +411,7 @@ class Journal:
 
         The time does not identify the call: the program may compute it from the clock whenever the step runs.
         """
-        check_in_loop(context)
+        _check_in_loop(context)
         return self._wait(SLEEP, "timer", lambda at: _timer("", at, until(at)), None, "sleep", JSON_NULL)
 
     async def deadline(self, context: RunContext, seconds: float) -> datetime:
@@ -419,7 +419,7 @@ class Journal:
 
         The seconds identify it, so that blocks of parallel tasks do not get the times of each other.
         """
-        check_in_loop(context)
+        _check_in_loop(context)
 
         async def end() -> datetime:
             return now() + timedelta(seconds=seconds)
@@ -1140,7 +1140,7 @@ def _with_number(key: str, number: int) -> str:
     return key if number == 1 else f"{key}:{number}"
 
 
-def check_in_loop(context: RunContext) -> None:
+def _check_in_loop(context: RunContext) -> None:
     """Raise CallError in a worker thread, where calls cannot be awaited."""
     try:
         anyio.lowlevel.current_token()
