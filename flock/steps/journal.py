@@ -712,14 +712,17 @@ class Journal:
         is_sure = self._stops_before(planned) and self._replay.is_sure(entry.end)
         if is_sure and not self._replay.has_end(planned.call_id):
             await self._stop(f"it does not cancel the call {planned.call_id!r} again")
-        again = () if planned.at_most_once else self._replay.reopen(entry)
-        for each in again:
+        if planned.at_most_once or self._replay.has_another(entry):
+            return await self._result_of(planned, cancellation)
+        if entry.failure is not None:
+            return self._end_of(planned, entry.failure)
+        if not (made := self._replay.reopen(entry)):
+            return await self._result_of(planned, cancellation)
+        for each in made:
             if each.stored is not None and each.stored.error is None:
                 key, number = numbered(each.call_id)
                 self._equal[key].free(number)
-        if again:
-            return await self._make(planned, entry, cancellation)
-        return await self._result_of(planned, cancellation)  # that of the next equal call, or it is executed
+        return await self._make(planned, entry, cancellation)
 
     def _end_of(self, planned: "_Planned", stored: Call) -> Any:
         """Return what a stored call has returned, or raise what it has raised."""

@@ -50,6 +50,7 @@ class Entry:
         start_s: when it started in this execution; see ``Place``.
         seen_before: how many ends were delivered before it started in this execution.
         stored: how it ended in an earlier execution; None if it is to be executed.
+        failure: how it had failed, if the program has cancelled it later.
         is_known: an earlier execution has started it.
         is_unseen: no execution has delivered its end.
         is_overtaken: another call was cancelled before its end was delivered.
@@ -58,6 +59,7 @@ class Entry:
     __slots__ = (
         "call_id",
         "end",
+        "failure",
         "is_known",
         "is_overtaken",
         "is_unseen",
@@ -71,6 +73,7 @@ class Entry:
 
     def __init__(self, call_id: str, start: int = 0, stored: Call | None = None) -> None:
         self.call_id, self.start, self.stored = call_id, start, stored
+        self.failure: Call | None = None
         self.end = self.seen = self.since = self.seen_before = 0
         self.start_s, self.is_known, self.is_unseen, self.is_overtaken = 0.0, bool(start), stored is not None, False
 
@@ -264,6 +267,8 @@ class Replay:
                 entry.stored = replace(call, usage=usage, model=call.model or returned.model)
                 if returned.error is None and call.kind != "sleep":
                     self._late[call.call_id].append(replace(returned, usage=None, model=None))
+                elif not returned.is_cancelled:
+                    entry.failure = returned
         if self._late:
             self._drop_taken(calls)
         return entries, unplaced
@@ -636,13 +641,12 @@ class Replay:
         self._to_cancel.pop(entry.end, None)
         self.saw(entry, entry.end)
 
-    def reopen(self, entry: Entry) -> Sequence[Entry]:
-        """Let a call that the program does not cancel again go on, and return what it had made, which is kept.
+    def has_another(self, entry: Entry) -> bool:
+        """Whether another execution of a call is known, or what it had returned later."""
+        return entry.call_id in self._expected or bool(self._late.get(entry.call_id))
 
-        There is nothing if it had made no calls, or if another execution of it is known.
-        """
-        if entry.call_id in self._expected or self._late.get(entry.call_id):
-            return ()
+    def reopen(self, entry: Entry) -> Sequence[Entry]:
+        """Let a call that the program does not cancel again go on. Return the calls that it had made: they are kept."""
         ended, entry.stored = entry.stored, None
         if not (made := self._not_contained(self._contained.pop(entry.call_id, ()))):
             entry.stored = ended

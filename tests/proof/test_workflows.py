@@ -715,6 +715,17 @@ FOUND_IN_MEMORY = {
         '7,"seconds":0.404796}],"n":3},{"kind":"work","n":18,"seconds":0.105385}],"n":2},{"seed":943,"is_'
         'stored":true,"ends":[[5,11,true]]}]'
     ),
+    "a call that had failed is cancelled in another order, and then not again": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"deadline","parts":[{"kind":"deadline","p'
+        'arts":[{"kind":"first","parts":[{"kind":"gather","parts":[{"kind":"sleep","n":8,"seconds":6.0017'
+        '32}],"n":6},{"kind":"gather","parts":[{"kind":"sleep","n":10,"seconds":0.202236},{"kind":"work",'
+        '"n":11,"seconds":0.102646},{"kind":"deadline","parts":[{"kind":"block_and_fail","n":13,"seconds"'
+        ':0.103317}],"n":12,"limit_s":0.603606}],"n":9},{"kind":"deadline","parts":[{"kind":"fail","n":19'
+        ',"seconds":0.404123,"limit_s":0.154359,"retries":2}],"n":15,"limit_s":0.605568}],"n":5}],"n":4,"'
+        'limit_s":0.606403}],"n":3,"limit_s":10.006557},{"kind":"work","n":26,"seconds":0.106856}],"n":2}'
+        ',{"kind":"work","n":28,"seconds":0.107681}],"n":1},{"seed":889,"is_stored":true,"ends":[[6,9,tru'
+        "e],[8,9,true],[4,6,false]]}]"
+    ),
 }
 
 
