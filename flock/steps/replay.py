@@ -267,7 +267,7 @@ class Replay:
                 entry.stored = replace(call, usage=usage, model=call.model or returned.model)
                 if returned.error is None and call.kind != "sleep":
                     self._late[call.call_id].append(replace(returned, usage=None, model=None))
-                elif not returned.is_cancelled:
+                if returned.error is not None and not returned.is_cancelled:
                     entry.failure = returned
         if self._late:
             self._drop_taken(calls)
