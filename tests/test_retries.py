@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -269,23 +269,25 @@ async def test_a_cancelled_call_that_a_retry_does_not_cancel_again_is_executed(o
     assert len(begun) == 2
 
 
-async def beside(*members: Coroutine[Any, Any, Any]) -> Any:
-    """Return what the first returns; the others then end."""
+async def checked(context: RunContext, order: Callable[..., Any], work: Work, paid: anyio.Event) -> Any:
+    """Call *order* beside a check, which begins when it is *paid*, and a note, which is called when both have ended."""
+
+    async def check() -> None:
+        await paid.wait()
+        await context.call(work.do, "check", call_name="check")
+
+    async def note() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep(0.05)
+            await context.call(work.do, "note", call_name="note")
+
     async with asyncio.TaskGroup() as tasks:
-        first, *others = map(tasks.create_task, members)
-        await first
-        for other in others:
-            other.cancel()
-    return first.result()
-
-
-async def note(work: Work, context: RunContext) -> None:
-    """Call something after the others have been cancelled."""
-    try:
-        await anyio.sleep_forever()
-    finally:
-        await anyio.sleep(0.05)
-        await context.call(work.do, "note", call_name="note")
+        ordered, _, noted = map(tasks.create_task, (context.call(order), check(), note()))
+        await ordered
+        noted.cancel()
+    return ordered.result()
 
 
 @pytest.mark.parametrize("is_once", [False, True])
@@ -303,13 +305,9 @@ async def test_what_a_call_has_done_is_kept_if_a_retry_does_not_cancel_it_again(
             await anyio.sleep_forever()
         return [first, await context.call(work.do, "ship", call_name="ship")]
 
-    async def check(context: RunContext) -> None:
-        await paid.wait()
-        await context.call(work.do, "check", call_name="check")
-
     @flock.agent
     async def work_(context: RunContext) -> Any:
-        return await beside(context.call(order), check(context), note(work, context))
+        return await checked(context, order, work, paid)
 
     async with open_engine(flock, replay_grace_s=0.1) as engine:
         run = await retried(engine, await started(engine, "work_"))
@@ -334,13 +332,9 @@ async def test_what_a_call_has_done_is_kept_if_it_is_retried_and_the_process_die
             await anyio.sleep_forever()
         return done
 
-    async def check(context: RunContext) -> None:
-        await paid.wait()
-        await context.call(work.do, "check", call_name="check")
-
     @flock.agent
     async def work_(context: RunContext) -> Any:
-        return await beside(context.call(order), check(context), note(work, context))
+        return await checked(context, order, work, paid)
 
     async with flock.engine(store=store, replay_grace_s=0.1) as engine:
         run = await started(engine, "work_")

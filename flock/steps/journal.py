@@ -290,33 +290,27 @@ class Journal:
     ) -> Coroutine[Any, Any, Any]:
         """See ``RunContext.call``. Equal calls are numbered when they begin, in that order."""
         _check_in_loop(context)
-        return self._call(context, function, args, kwargs, options)
 
-    async def _call(
-        self,
-        context: RunContext,
-        function: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        options: CallOptions,
-    ) -> Any:
-        """Read the arguments and make the call. If a program makes thousands at once, none of that holds the loop."""
-        label = re.sub(r"[^A-Za-z0-9_.-]", "_", name_of(function))
-        options, kwargs = checked_options(label, function, kwargs, options)
-        signature, hints = signature_of(label, function, self._signatures)
-        args, kwargs = with_context(context, function, hints, args, kwargs)
-        arguments = arguments_of(label, signature, args, kwargs, options.name)
-        call_key = "" if options.keep == "all" else self.call_key
-        key = options.name or digest_of(label, function, arguments, hints, version=self.call_ids, key=call_key)
-        self._check_code(label, key, function)
-        return await self.once(
-            label,
-            key,
-            functools.partial(self._try, label, functools.partial(self._execute, function, args, kwargs), options),
-            arguments=arguments if options.keep == "all" else JSON_NULL,
-            decode=functools.partial(decoded, label, hints.get("return", Any)),
-            at_most_once=options.once,
-        )
+        async def call() -> Any:  # it reads the arguments, so that to make thousands of calls does not hold the loop
+            label = re.sub(r"[^A-Za-z0-9_.-]", "_", name_of(function))
+            chosen, others = checked_options(label, function, kwargs, options)
+            signature, hints = signature_of(label, function, self._signatures)
+            positional, named = with_context(context, function, hints, args, others)
+            arguments = arguments_of(label, signature, positional, named, chosen.name)
+            call_key = "" if chosen.keep == "all" else self.call_key
+            key = chosen.name or digest_of(label, function, arguments, hints, version=self.call_ids, key=call_key)
+            self._check_code(label, key, function)
+            execute = functools.partial(self._execute, function, positional, named)
+            return await self.once(
+                label,
+                key,
+                functools.partial(self._try, label, execute, chosen),
+                arguments=arguments if chosen.keep == "all" else JSON_NULL,
+                decode=functools.partial(decoded, label, hints.get("return", Any)),
+                at_most_once=chosen.once,
+            )
+
+        return call()
 
     def _check_code(self, label: str, key: str, function: Callable[..., Any]) -> None:
         """Raise CallError if another function has a call with the same id. Earlier versions told modules apart."""
