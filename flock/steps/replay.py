@@ -111,6 +111,10 @@ class Replay:
         #: how much longer it had taken before until the end that was delivered last. It is not negative, since the
         #: execution that took less time may have skipped some itself.
         self._skipped_s = 0.0
+        #: how long nothing had recurred when calls were waited for in vain, up to what recurred last
+        self._vain_s = 0.0
+        #: when the last of these waits ended
+        self._gave_up_at = self._began_at
         self._recurred = Signal()
         #: the last number, those of the last start and the last end of this execution, and that up to which it is
         #: stored that the next one was not delivered
@@ -412,6 +416,7 @@ class Replay:
             end_s=math.floor((entry.start_s if is_taken else self._time() - self._began_at) * 1000) / 1000,
             is_cancelled=is_cancelled,
             late_s=round(late_s, 3) if late_s is not None and late_s > AT_ONCE_S and is_cancelled else 0.0,
+            vain_s=round(self._vain_s + self._new_vain_s, 3),
             also=tuple(self._take_unwritten()),
         )
 
@@ -556,8 +561,9 @@ class Replay:
         self._to_cancel[entry.end] = self._time() + self._left_s(entry) + self._grace_s / 5
         self._advance()
         try:
-            while await self._is_in_vain(lambda: entry.place.end_s, lambda: False) and self._deliver_guessed():
+            while await self._is_in_vain(lambda: self._sound_s(entry.place), lambda: False) and self._deliver_guessed():
                 pass
+            self._gave_up_at = self._time()
         except anyio.get_cancelled_exc_class():
             # Of equal calls, any other one may have been cancelled first, since only their arrival tells them apart.
             first = min(self._cancelled[key], key=lambda each: each.end)
@@ -573,6 +579,17 @@ class Replay:
             raise
         finally:
             self._cancelled[key].remove(entry)
+
+    def _sound_s(self, place: Place) -> float:
+        """Return the step time of an end, less what was waited in vain both before it and in this execution.
+
+        Otherwise each such wait would have those before it in it, and they would double.
+        """
+        return place.end_s - min(place.vain_s, self._vain_s)
+
+    @property
+    def _new_vain_s(self) -> float:
+        return max(0.0, self._gave_up_at - self._recurred_at)
 
     def _deliver_guessed(self) -> bool:
         """Let answers come first whose place is a guess, as a call waits in vain to be cancelled. False if none is.
@@ -705,6 +722,7 @@ class Replay:
 
     def _recur(self) -> None:
         """Something of an earlier execution happens again."""
+        self._vain_s += self._new_vain_s
         self._recurred_at = self._time()
         self._recurred.notify()
         self._advance()

@@ -93,6 +93,7 @@ class Cluster:
         self.address = str(self._config["target_host"])
         self.namespace = str(self._config.setdefault("namespace", "default"))
         self.files = None if files_dir is None else SharedContents(Path(files_dir, quote(self.namespace, safe="")))
+        self._retries = RetryConfig(max_elapsed_time_millis=round(1000 * ANSWER_TIMEOUT_S))
         self._client: Client | None = None
 
     @property
@@ -125,7 +126,7 @@ class Cluster:
                         **self._config,
                         lazy=lazy,
                         data_converter=self.payloads.converter,
-                        retry_config=RetryConfig(max_elapsed_time_millis=round(1000 * ANSWER_TIMEOUT_S)),
+                        retry_config=self._retries,
                     )
                     await self._ensure_namespace()
                     await self._ensure_search_attributes()

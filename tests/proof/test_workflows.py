@@ -726,6 +726,13 @@ FOUND_IN_MEMORY = {
         ',{"kind":"work","n":28,"seconds":0.107681}],"n":1},{"seed":889,"is_stored":true,"ends":[[6,9,tru'
         "e],[8,9,true],[4,6,false]]}]"
     ),
+    "time waited in vain to be cancelled again is not waited for again, and does not double": (
+        '[{"kind":"loop","parts":[{"kind":"loop","parts":[{"kind":"loop","parts":[{"kind":"gather","parts'
+        '":[{"kind":"gather","parts":[{"kind":"sleep","n":9,"seconds":6.001732}],"n":6},{"kind":"first","'
+        'parts":[{"kind":"work","n":15,"seconds":0.803317},{"kind":"sleep","n":16,"seconds":6.003606}],"n'
+        '":14}],"n":5}],"n":4,"times":2}],"n":3,"times":2}],"n":2,"times":3},{"seed":155,"is_stored":true'
+        "}]"
+    ),
 }
 
 

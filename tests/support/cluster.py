@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 import pytest
@@ -20,7 +20,9 @@ from flock.runs import Engine, new_id
 from tests.support import PATIENCE_S
 
 if TYPE_CHECKING:
-    from flock.temporal import TemporalEngine
+    from flock.temporal import TemporalEngine, TemporalWorker
+
+PatientT = TypeVar("PatientT", bound="TemporalEngine | TemporalWorker")
 
 
 @contextlib.contextmanager
@@ -59,12 +61,15 @@ def temporal_server(store: Path, port: int, *, partitions: int = 4) -> Iterator[
 HEARTBEAT_PATIENCE_S = 30.0
 
 
-def patient(engine: "TemporalEngine") -> "TemporalEngine":
-    """Let *engine* wait longer for the cluster: a busy machine may stop for longer than clients should wait."""
-    cluster: Any = engine.cluster
+def patient(client: PatientT) -> PatientT:
+    """Let an engine or a worker wait longer for the cluster: a busy machine may stop for longer than clients should."""
+    from temporalio.service import RetryConfig
+
+    cluster: Any = client.cluster
     scope = cluster.rpc_scope
     cluster.rpc_scope = lambda timeout_s=PATIENCE_S, **options: scope(timeout_s and PATIENCE_S, **options)
-    return engine
+    cluster._retries = RetryConfig(max_elapsed_time_millis=1000 * PATIENCE_S, max_retries=1000)
+    return client
 
 
 #: Options of the worker, which the engine does not take.
@@ -97,7 +102,7 @@ async def engine_with_worker(
         **options,
     }
     models = ModelClient(flock.model, transport=transport)
-    async with TemporalWorker(flock.agents, models, address, **shared, **worker_options):
+    async with patient(TemporalWorker(flock.agents, models, address, **shared, **worker_options)):
         yield patient(TemporalEngine(flock.agents, address, **shared, **options))
 
 
