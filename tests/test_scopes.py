@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -19,6 +20,7 @@ from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, CallError
 from flock.runs import Call, Question, RunContext, RunStatus
 from flock.steps.journal import Journal
+from flock.steps.threads import Threads
 from flock.testing import FakeModel, ModelRequest, Reply
 from tests.proof.schedules import Schedule, execute
 from tests.support import PATIENCE_S
@@ -400,6 +402,35 @@ async def test_a_function_that_failed_too_late_is_recorded() -> None:
         assert result_of(run) == "late"
         (call,) = (await engine.get_calls(run))[0]
     assert (call.name, call.error) == ("fail", "declined")
+
+
+async def test_a_thread_ends_late_also_if_it_is_abandoned_at_the_same_moment() -> None:
+    threads, owner, has_started, may_end = Threads(1), object(), threading.Event(), threading.Event()
+
+    def function() -> str:
+        has_started.set()
+        assert may_end.wait(PATIENCE_S)
+        return "done"
+
+    async def call() -> tuple[str, bool]:
+        cancellation = scopes.Cancellation()
+        value = await threads.call(function, [owner], None, math.inf, keeps_result=True)
+        return value, cancellation.is_late
+
+    task = asyncio.create_task(call())
+    await anyio.to_thread.run_sync(has_started.wait, PATIENCE_S)
+    task.cancel()
+    await anyio.wait_all_tasks_blocked()
+
+    def end_and_abandon() -> None:
+        (running,) = threads._calls[owner]
+        may_end.set()
+        while not running.is_done:  # the event loop does not go on meanwhile
+            time.sleep(0.001)
+        threads.abandon(owner)
+
+    end_and_abandon()
+    assert await task == ("done", True)
 
 
 # Waiting for a person

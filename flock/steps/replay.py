@@ -597,7 +597,9 @@ class Replay:
         The program may have cancelled the call because of one, if what was stored with its place is lost.
         """
         if answers := sorted(self._guessed & self._ends.keys()):
-            self._ends = {end: self._ends[end] for end in answers} | self._ends
+            seen = self._seen(next(iter(self._ends)))  # nor do they wait for starts that come after that
+            moved = [(end, self._ends.pop(end)) for end in answers]
+            self._ends = {end: replace(mark, end=min(mark.end, seen)) for end, mark in moved} | self._ends
             self._guessed.clear()
             self._recur()
         return bool(answers)

@@ -17,7 +17,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from flock.scopes import note_late_cancellation, running_loop, set_deadline
+from flock.scopes import Cancellation, note_late_cancellation, running_loop, set_deadline
 from flock.steps.slots import BatchKey, Slots
 
 T = TypeVar("T")
@@ -119,6 +119,7 @@ class Threads:
         await self._slots.acquire(batch)
         for owner in owners:
             self._calls.setdefault(owner, []).append(call)
+        cancellation, cancelled_at = Cancellation(), 0.0
         try:
             with call.scope:
                 set_deadline(call.scope, deadline)
@@ -136,10 +137,12 @@ class Threads:
                 except anyio.get_cancelled_exc_class():
                     cancelled_at = anyio.current_time()
                     await call.wait()
-                    if keeps_result and call.outcome is not None:
-                        note_late_cancellation(cancelled_at)
-                        return call.outcome()
-                    raise
+                    if not keeps_result or call.outcome is None:
+                        raise
+            if keeps_result and call.outcome is not None:
+                if cancellation.is_requested:  # also by others than the scope, which has taken back its own requests
+                    note_late_cancellation(cancelled_at)
+                return call.outcome()
         finally:
             # The thread sets is_started and is_done, then reads is_abandoned. This task sets it, then reads those.
             call.is_abandoned = True

@@ -733,6 +733,23 @@ FOUND_IN_MEMORY = {
         '":14}],"n":5}],"n":4,"times":2}],"n":3,"times":2}],"n":2,"times":3},{"seed":155,"is_stored":true'
         "}]"
     ),
+    "an answer that is delivered first does not wait for starts that come after it": (
+        '[{"kind":"gather","parts":[{"kind":"gather","parts":[{"kind":"gather","parts":[{"kind":"sleep","'
+        'n":6,"seconds":6.001414},{"kind":"ask","n":8}],"n":5},{"kind":"ask","n":9}],"n":4},{"kind":"try"'
+        ',"parts":[{"kind":"deadline","parts":[{"kind":"sleep","n":12,"seconds":0.701732}],"n":11,"limit_'
+        's":1.202236},{"kind":"deadline","parts":[{"kind":"deadline","parts":[{"kind":"sleep","n":16,"sec'
+        'onds":6.002646}],"n":14,"limit_s":10.004123}],"n":13,"limit_s":10.004359}],"n":10}],"n":3},{"is_'
+        'stored":true,"ends":[[0,4,true]]}]'
+    ),
+    "a thread whose task was cancelled ends late, also if its engine stops at the same moment": (
+        '[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"agent","parts":[{"kind":"agent","parts'
+        '":[{"kind":"group","parts":[{"kind":"agent","parts":[{"kind":"fail","seconds":0.401414,"is_equal'
+        '":true}],"n":7},{"kind":"loop","parts":[{"kind":"tool","parts":[{"kind":"fail","n":11,"seconds":'
+        '0.201732}],"n":10,"limit_s":0.302236}],"n":9,"times":3},{"kind":"work","n":12,"seconds":0.202646'
+        '}],"n":6}],"n":5}],"n":4},{"kind":"seq","parts":[{"kind":"block","n":14,"seconds":0.103317},{"ki'
+        'nd":"work","n":15,"seconds":0.203606}],"n":13}],"n":3},{"kind":"work","n":22,"seconds":0.105385}'
+        '],"n":2},{"seed":477,"is_stored":true,"ends":[[0,8,true],[10,17,false]]}]'
+    ),
 }
 
 
