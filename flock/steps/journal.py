@@ -567,6 +567,8 @@ class Journal:
     async def _check(self, wait: Question) -> None:
         """Raise _Answered if there is an answer."""
         if self.check_wait is not None and (call := await self.check_wait(wait)) is not None:
+            if self._replay.has_guesses:
+                await self._replay.settle()
             raise _Answered(_as_asking(call))
 
     @property
@@ -776,7 +778,9 @@ class Journal:
                 if planned.kind == "tool":
                     of_tool = "gen_ai.tool.call"
                     span.content(lambda: {f"{of_tool}.arguments": planned.arguments, f"{of_tool}.result": value})
-            if planned.label == TIMER:  # the block may have ended in time, perhaps in an earlier execution
+            # The block of a timer may have ended in time, perhaps in an earlier execution. And the end of a wait comes
+            # after the answers that earlier ones have had, or their places in the program would change.
+            if planned.label == TIMER or (planned.is_wait and self._replay.has_guesses):
                 await self._replay.settle()
             if planned.should_keep is not None and not planned.should_keep(value):
                 self._replay.forget(entry)
@@ -1116,6 +1120,10 @@ class _Planned(msgspec.Struct, frozen=True, kw_only=True):
     on_error: Callable[[str], Any] | None
     at_most_once: bool
     is_named: bool
+
+    @property
+    def is_wait(self) -> bool:
+        return self.kind in ("sleep", "question", "message") and self.label != TIMEOUT
 
     def call(self, **fields: Any) -> Call:
         return Call(call_id=self.call_id, name=self.label, kind=self.kind, arguments=self.arguments, **fields)

@@ -518,6 +518,11 @@ class Replay:
         """Whether the program has to cancel a call before anything else ends."""
         return next(iter(self._ends), 0) in self._to_cancel
 
+    @property
+    def has_guesses(self) -> bool:
+        """Whether answers are to be delivered of which no earlier execution has stored when they were."""
+        return bool(self._never_started or self._guessed & self._ends.keys())
+
     async def settle(self) -> None:
         """Wait until the program has seen all that has ended by now, and has had time to leave a block."""
         end = self._next_number()

@@ -750,6 +750,12 @@ FOUND_IN_MEMORY = {
         'nd":"work","n":15,"seconds":0.203606}],"n":13}],"n":3},{"kind":"work","n":22,"seconds":0.105385}'
         '],"n":2},{"seed":477,"is_stored":true,"ends":[[0,8,true],[10,17,false]]}]'
     ),
+    "a sleep that ends after a crash comes after the answers of those that had ended before": (
+        '[{"kind":"gather","parts":[{"kind":"loop","parts":[{"kind":"sleep","n":12,"seconds":6.002236}],"n"'
+        ':11,"seconds":0.0,"times":3},{"kind":"loop","parts":[{"kind":"sleep","n":14,"seconds":20.002646}],'
+        '"n":13,"seconds":0.0,"times":3},{"kind":"block","n":17,"seconds":0.103606}],"n":6,"seconds":0.0},{'
+        '"is_stored":true,"ends":[[8,0,true],[0,0,true]]}]'
+    ),
 }
 
 
