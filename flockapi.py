@@ -66,7 +66,7 @@ from flock.web.files import form_as_json, get_file, post_file
 from flock.web.lifespan import lifespan_of
 from flock.web.negotiation import preferences, preferred
 from flock.web.options import AGENT_PROTOCOLS, PROTOCOL_MODULES, AppOptions, OnDisconnect
-from flock.web.orders import download_slot, engine_of, read_json, replayed, stream_slot
+from flock.web.orders import download_slot, engine_of, read_json, replayed, serving, stream_slot
 from flock.web.pages import DOCS, SPECIFICATION, UI, no_ui
 from flock.web.problems import on_error
 from flock.web.requests import (
@@ -372,14 +372,9 @@ def route_table() -> Sequence[AppRoute | PublicMount]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def app_of(request: Request) -> "FlockAPI":
-    app: FlockAPI = request.app
-    return app
-
-
 def wait_of(request: Request, query: wire.WaitQuery | wire.BatchQuery | None = None) -> int:
     """Return the seconds to wait: the requested time, capped at ``max_wait_s``. Raises InvalidData."""
-    return min((query or query_of(request, wire.WaitQuery)).wait, app_of(request).options.max_wait_s)
+    return min((query or query_of(request, wire.WaitQuery)).wait, serving(request).options.max_wait_s)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +407,7 @@ async def run_flock(request: Request) -> Response:
     elif responds_async:
         applied = "respond-async"
         if re.fullmatch(r"[0-9]{1,9}", prefer.get("wait", "")):
-            wait_s = min(int(prefer["wait"]), app_of(request).options.max_wait_s)
+            wait_s = min(int(prefer["wait"]), serving(request).options.max_wait_s)
             waiting = (await engine_of(request)).wait(run.run_id, wait_s)
             del run, order
             run = await while_connected(request, waiting)
@@ -490,7 +485,7 @@ async def list_questions(request: Request) -> Response:
     """GET /questions: the open questions that the caller may answer."""
     query = query_of(request, wire.QuestionsQuery)
     sent = parameters_of(query)
-    wait_s = min(sent.pop("wait"), app_of(request).options.max_wait_s)
+    wait_s = min(sent.pop("wait"), serving(request).options.max_wait_s)
     waiting = (await engine_of(request)).list_questions(QuestionFilter(by=ANYBODY, **sent), wait_s)
     page = await (while_connected(request, waiting) if wait_s else waiting)
     path, headers = next_page(request, page[-1].run_id if page.has_more else None)
@@ -599,7 +594,7 @@ async def run_batch(request: Request) -> Response:
     from flock.engine.rowchecks import check_batch
     from flock.web.batches import batch_options, check_response, options_in_body, row_mapping_of, rows_of
 
-    app, sent, json_body = app_of(request), BY_MEDIA_TYPE[media_type_of(request, *BY_MEDIA_TYPE)], None
+    app, sent, json_body = serving(request), BY_MEDIA_TYPE[media_type_of(request, *BY_MEDIA_TYPE)], None
     format_ = None if sent.name == "json" and "agent_name" not in request.query_params else sent
     upload_slot: AbstractContextManager[None] = contextlib.nullcontext()
     if format_ is None:
@@ -682,7 +677,7 @@ async def batch_results(request: Request) -> Response:
     if request.method == "HEAD":
         return head_of_stream(format_.media_type, headers)
 
-    columns = columns_of(batch.agent_name, app_of(request).flock.agents)
+    columns = columns_of(batch.agent_name, serving(request).flock.agents)
     pages = item_pages(engine, batch_id, after=query.after, limit=query.limit, statuses=statuses)
     options: Any = {"with_usage": query.usage, "has_invalid": batch.invalid_items > 0, "dialect": dialect}
     options["version_of"] = batch.version_of if batch.is_mixed else None
@@ -727,14 +722,14 @@ async def retry_batch(request: Request) -> Response:
 
 async def list_agents(request: Request) -> Response:
     """GET /agents"""
-    agents = app_of(request).flock.agents.values()
+    agents = serving(request).flock.agents.values()
     shown = [shown_as(wire.AgentSummary, agent, next_agent=next_agent_of(agent)) for agent in agents]
     return JSONResponse(wire.AgentList(agents=shown))
 
 
 async def get_agent(request: Request) -> Response:
     """GET /agents/{name}"""
-    app = app_of(request)
+    app = serving(request)
     agents = app.flock.agents
     agent = agent_of(agents, request.path_params["name"])
     graph = graph_of(agent.name, agents)
@@ -770,7 +765,7 @@ async def readyz(request: Request) -> Response:
     try:
         await (await engine_of(request)).check_ready()
     except FlockError as exc:
-        health = app_of(request).engine.health()
+        health = serving(request).engine.health()
         store = "failing" if isinstance(exc, StoreError) else health.store
         return await on_error(request, exc, engine=health.engine, store=store)
     return JSONResponse(wire.Readiness())
@@ -778,7 +773,7 @@ async def readyz(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """GET /metrics: for Prometheus. It also works while the engine or its store fails."""
-    app, queue = app_of(request), None
+    app, queue = serving(request), None
     if app.metrics is None:
         raise HTTPException(404, f"This server has no metrics. To enable them: {pip_install('prometheus-client')}")
     with contextlib.suppress(FlockError):
@@ -794,7 +789,7 @@ async def metrics(request: Request) -> Response:
 async def run_response(
     request: Request, run: Run, status_code: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    engine = app_of(request).engine
+    engine = serving(request).engine
     has_begun = run.started_at is not None or run.attempt > 1
     may_have_calls = any(step.call_count for step in run.steps) or (has_begun and run.next_agent_name is not None)
     calls = await engine.get_calls(run) if may_have_calls else {}

@@ -60,7 +60,8 @@ class APIError(FlockError):
 
     Attributes:
         status: that of HTTP.
-        type: of the problem, such as ``/errors/unknown-agent``; "" if the response is not one of this API.
+        type: of the problem, such as ``urn:flockapi:problem:unknown-agent``; "" if the response is not one of
+            this API.
         errors: one for each invalid value, with its JSON pointer.
         request_id: what the log of the server says about this request.
     """
@@ -312,6 +313,7 @@ class AsyncFlockClient:
             run = await self.get(run_id, wait_s=WAIT_S)
             if run.status.is_final or (run.status is RunStatus.WAITING and run.waiting_for):
                 return run
+            await anyio.sleep(FIRST_PAUSE_S)  # a server may allow no wait
 
     async def cancel(self, run_id: str) -> RunState:
         """Cancel a run. It has stopped when its status is ``cancelled``; see ``wait``."""
@@ -431,6 +433,7 @@ class AsyncFlockClient:
                 on_progress(batch)
             if batch.status.is_final:
                 return batch
+            await anyio.sleep(FIRST_PAUSE_S)  # a server may allow no wait
 
     async def download(
         self,

@@ -23,6 +23,7 @@ import pytest
 
 from flock.agents.questions import check_answer, schema_of
 from flock.core import Flock, FlockFactory
+from flock.engine import embedded
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import CallNotFound, Conflict, InvalidData, RunFailed
 from flock.runs import (
@@ -38,6 +39,7 @@ from flock.runs import (
     now,
 )
 from flock.steps.identity import asking_call
+from flock.store import waiting as waiting_module
 from flock.testing import FakeModel, Reply
 from flock.web.auth import new_key
 from flockapi import FlockAPI, create_app
@@ -439,6 +441,36 @@ async def test_of_several_engines_one_continues_an_expired_run(tmp_path: Path) -
             await until_run(two, run.run_id, lambda run: run.status.is_final)
             assert await result_of(one, run.run_id) == "paid 40.0"
     assert refunds.executed.count("pay") == len(runs)
+
+
+async def test_an_expired_run_that_cannot_go_on_here_is_not_looked_at_again_for_a_minute(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record of one is damaged, and the agent of the other one is missing. The latter goes on elsewhere."""
+    refunds, store = Refunds(expires_s=0.1, default=Approval(True)), tmp_path / "flock.db"
+    monkeypatch.setattr(embedded, "CHECK_INTERVAL_S", 3600)
+    async with refunds.flock.engine(store=store) as engine:
+        damaged, other = [await asked(engine, "refund", {"order": order}) for order in "ab"]
+    with contextlib.closing(sqlite3.connect(store)) as db, db:
+        db.execute("UPDATE runs SET progress = '[' WHERE run_id = ?", (damaged.run_id,))
+    monkeypatch.setattr(embedded, "CHECK_INTERVAL_S", 0.01)
+    checks, expire = 0, waiting_module.expire
+
+    def counted(run_ids: Any, *args: Any) -> Any:
+        nonlocal checks
+        checks += len(run_ids)
+        return expire(run_ids, *args)
+
+    monkeypatch.setattr(waiting_module, "expire", counted)
+    without = Flock(refunds.flock.name)
+    without.agent(name="one")(lambda: 1)
+    async with without.engine(store=store) as engine:
+        await until(lambda: checks == 2)
+        await anyio.sleep(0.2)  # twenty checks
+    assert checks == 2
+    assert sum(damaged.run_id in message for message in caplog.messages) == 1
+    async with refunds.flock.engine(store=store) as engine:
+        await until_run(engine, other.run_id, lambda run: run.status is RunStatus.COMPLETED)
 
 
 async def test_a_waiting_run_survives_a_restart_and_can_be_answered_by_another_engine(tmp_path: Path) -> None:

@@ -410,6 +410,16 @@ def test_a_batch_killed_after_the_rename_replaces_its_own_output() -> None:
     assert files() == {"rows.csv", "results.csv", *STORE}
 
 
+def test_a_batch_killed_before_it_replaces_its_own_output_replaces_it_later() -> None:
+    write_numbers("rows.csv", 3)
+    assert batch("work", "rows.csv", "-o", "results.csv").returncode == 0
+    for _ in range(2):
+        died = in_own_process("work", "rows.csv", "-o", "results.csv", DIE_AT_RENAME="1")
+        assert died.returncode == -signal.SIGKILL
+    done = batch("work", "rows.csv", "-o", "results.csv")
+    assert (done.returncode, len(rows_of("results.csv"))) == (0, 4), done.stderr
+
+
 def test_an_output_that_exists_is_not_replaced() -> None:
     """Nothing is executed. With ``--force`` the output is replaced."""
     write_numbers("rows.csv", 1)

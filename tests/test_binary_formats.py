@@ -229,6 +229,11 @@ async def test_rows_of_parquet_without_a_value_are_skipped(http: httpx.AsyncClie
     assert [result["shown"] for result in batch["results"]] == ["a 1.0 None", "b 0 None"]
 
 
+async def test_a_parquet_file_without_columns_has_none_of_the_inputs(http: httpx.AsyncClient) -> None:
+    response = await sent(http, "parquet", parquet([{}, {}]))
+    assert (response.status_code, "there is no column for it" in response.text) == (422, True), response.text
+
+
 async def test_row_groups_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     content = parquet([{"text": str(number)} for number in range(2500)], row_group_size=700)
     assert [row[1]["text"] for row in await read("parquet", content)] == [str(number) for number in range(2500)]

@@ -137,6 +137,7 @@ FlockFactory.create_default_agent("a", input="text str", output="o")
         pytest.param(
             "import no_such_thing\n", "{path}:1: ModuleNotFoundError: No module named 'no_such_thing'", id="import"
         ),
+        pytest.param("import brok\n", "{path}:1: ModuleNotFoundError: No module named 'brok'", id="import, like it"),
         pytest.param("x = 1\nprint('x'\n", "{path}:2: SyntaxError: '(' was never closed", id="syntax"),
         pytest.param("\nimport neighbour\n", "{folder}/neighbour.py:2: ValueError: one too many", id="in a neighbour"),
         pytest.param(

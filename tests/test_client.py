@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from flock.client import APIError, AsyncFlockClient, FlockClient, StreamedOutput
+from flock.core import Flock
 from flock.errors import Conflict, RunFailed
 from flock.runs import RunStatus
 from flockapi import create_app
@@ -252,6 +253,29 @@ async def test_a_full_server_is_asked_again_when_it_says() -> None:
         assert time.monotonic() - started >= 2
     assert len(seen) == 4
     assert len({headers["idempotency-key"] for headers in seen}) == 1
+
+
+async def test_a_server_that_allows_no_wait_is_asked_with_pauses() -> None:
+    flock, asked = Flock("naps"), 0
+
+    @flock.agent
+    async def nap(n: int) -> int:
+        await anyio.sleep(0.5)
+        return n
+
+    app = create_app(flock, max_wait_s=0)
+
+    async def counting(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal asked
+        asked += scope.get("method") == "GET"
+        await app(scope, receive, send)
+
+    async with AsyncFlockClient("http://here", transport=httpx.ASGITransport(counting)) as client:
+        run = await client.submit("nap", {"n": 1})
+        assert (await client.wait(run.run_id)).result == {"result": 1}
+        batch = await client.run_batch("nap", [{"n": 2}])
+        assert (await client.wait_batch(batch.batch_id)).status == "completed"
+    assert asked <= 10
 
 
 async def test_equal_requests_at_the_same_time_get_the_same_run() -> None:

@@ -139,6 +139,7 @@ def test_a_function_of_the_user_is_a_score() -> None:
         pytest.param(["--expect", "missing=label"], "There is no column 'missing' with expected values.", id="column"),
         pytest.param(["--expect", "text=label"], "The column 'text' is an input.", id="input"),
         pytest.param(["--expect", "label", "--score", "tags=set"], "no expected output 'tags'", id="score"),
+        pytest.param(["--expect", "label", "--score", "exact"], "'exact' is not OUTPUT=SCORE.", id="no equals sign"),
         pytest.param(["--expect", "label", "--score", "label=best"], "There is no score 'best'. Use exact", id="name"),
         pytest.param(["--expect", "label", "--score", "label=number:x"], "There is no score", id="tolerance"),
         pytest.param(["--expect", "label", "--score", "label=number:-1"], "There is no score", id="negative"),

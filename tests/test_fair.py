@@ -60,3 +60,16 @@ async def test_a_page_of_items_is_read_in_pieces_between_which_others_have_their
         assert [item.position for item in page] == list(range(3 * ITEMS_AT_ONCE))
         assert turns[0] >= 3
         assert len(await engine.get_items(batch.batch_id, after=9, limit=ITEMS_AT_ONCE + 1)) == ITEMS_AT_ONCE + 1
+
+
+async def test_rows_that_are_left_out_do_not_hold_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fair, "SHARE_S", 0)
+    work = Work()
+    for options in (BatchOptions(sample=20, parallel=False), BatchOptions(dedupe=True, parallel=False)):
+        async with work.flock.engine() as engine:
+            async with counting_turns() as turns:
+                before = turns[0]
+                batch = await engine.submit_batch("item", [{"n": 1}] * 2000, options)
+                accepting = turns[0] - before
+                await engine.wait_batch(batch.batch_id)
+            assert turns[0] - before - accepting >= 1000

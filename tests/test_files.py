@@ -966,6 +966,22 @@ async def test_files_that_another_process_deletes_are_not_counted(tmp_path: Path
         await box.keep(each(b"abcdefghij"))
 
 
+async def test_a_file_that_is_deleted_while_files_are_counted_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glob = Path.glob
+    async with receipts().engine(store=tmp_path / "runs.db", max_files_bytes=10) as engine:
+        await engine.files().keep(each(b"0123456789"))
+
+        def deleted_meanwhile(folder: Path, pattern: str) -> Any:
+            for path in list(glob(folder, pattern)):
+                path.unlink()
+                yield path
+
+        monkeypatch.setattr(Path, "glob", deleted_meanwhile)
+        await engine.files().keep(each(b"abcdefghij"))
+
+
 async def test_files_that_are_sent_at_once_have_the_limit_together(tmp_path: Path) -> None:
     async with receipts().engine(store=tmp_path / "runs.db", max_files_bytes=3) as engine:
 

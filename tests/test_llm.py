@@ -375,6 +375,18 @@ PERMANENT = [
 ]
 
 
+async def test_an_answer_in_parts_is_their_text(models: ModelClient, model: FakeModel) -> None:
+    """Reasoning models of Mistral answer so."""
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    parts = [thinking, {"type": "text", "text": '{"a": "x",'}, {"type": "text", "text": ' "n": []}'}, {"type": "text"}]
+    body = {"choices": [{"message": {"content": parts}, "finish_reason": "stop"}]}
+    model.replies = [httpx.Response(200, json=body)]
+    assert (await ask(models)).text == '{"a": "x", "n": []}'
+    body = {"choices": [{"message": {"content": [thinking]}, "finish_reason": "stop"}]}
+    model.replies = [httpx.Response(200, json=body)]
+    assert "empty answer" in str(await fail(models))
+
+
 @pytest.mark.parametrize(("reply", "error_type", "words"), PERMANENT)
 async def test_a_permanent_error_is_not_retried(
     reply: Any, error_type: str, words: str, models: ModelClient, model: FakeModel
@@ -487,6 +499,17 @@ async def test_the_error_message_of_a_provider_goes_only_to_the_log(models: Mode
     assert "Incorrect API key provided" in failure.log_detail
     assert "req_7" in failure.log_detail
     assert "abc123" not in failure.log_detail
+
+
+@pytest.mark.parametrize("key", ["sk-a b", "sk-a\nb", "sk-…"])
+async def test_a_key_that_no_header_can_have_is_named(
+    key: str, models: ModelClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    failure = await fail(models)
+    assert failure.error_type == "model_not_configured"
+    assert "'openai/gpt-4o' in OPENAI_API_KEY has a space, a line break" in str(failure)
+    assert key not in str(failure)
 
 
 # A real socket

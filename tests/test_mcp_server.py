@@ -584,6 +584,7 @@ async def test_a_long_result_is_not_repeated_as_text(client: httpx.AsyncClient) 
 async def test_a_batch_that_is_no_json_is_refused(client: httpx.AsyncClient, body: str) -> None:
     sent = await client.post("/mcp", content=body, headers={"Content-Type": "application/json"})
     assert (sent.status_code, sent.json()["error"]["code"]) == (400, jsonrpc.PARSE_ERROR)
+    assert sent.json()["error"]["message"].startswith("This is not a valid message of JSON-RPC 2.0: ")
 
 
 async def test_arguments_and_states_that_cannot_be_read_are_refused(client: httpx.AsyncClient) -> None:
@@ -1141,6 +1142,14 @@ async def test_lines_are_answered_in_both_eras() -> None:
         asked["params"] |= answers((await host.receive())["result"], {"approved": True})
         await host.send(asked)
         assert (await host.receive())["result"]["structuredContent"] == {"result": "sent"}
+
+
+async def test_a_long_result_in_a_batch_is_whole() -> None:
+    text = "x" * (LONG_BYTES + 1)
+    async with hosting(sample_flock()) as host:
+        await host.send([latest("tools/call", name="summarise", arguments={"text": text})])
+        (answer,) = await host.receive()
+        assert json.loads(text_in(answer["result"])) == answer["result"]["structuredContent"]
 
 
 async def test_the_events_of_a_call_are_lines() -> None:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from flock.agents.hooks import ModelCall, ToolUse
 from flock.agents.tools import Tool
-from flock.core import Flock, FlockFactory, History
+from flock.core import Flock, FlockFactory, History, data_url
 from flock.errors import AgentError, DefinitionError, EngineStopped, RunFailed, SignatureError
 from flock.models.completions import Completion
 from flock.runs import Engine, RetriedCalls, Run, RunContext, RunStatus, Usage
@@ -26,6 +26,7 @@ from flock.testing import Failure, FakeModel, Reply
 from flockapi import create_app
 from tests.support import EXAMPLES, PATIENCE_S
 from tests.support.engines import OpenEngine, until_run
+from tests.test_files import PNG
 from tests.test_secrets import files_in
 
 pytestmark = pytest.mark.anyio
@@ -535,6 +536,29 @@ async def test_the_next_turn_sees_the_calls_of_tools_and_their_results(
         'tool {"text":"h"}',
         'assistant {"text":"a"}',
     ]
+
+
+async def test_a_file_after_a_history_with_calls_is_sent_also_if_they_are_text(model: FakeModel) -> None:
+    """A model gets calls as text when it may call no tool, such as after an invalid answer."""
+    model.replies = [Reply(calls=[("find", {"name": "a"})]), {"text": "1"}, {"wrong": 1}, {"text": "2"}]
+    flock = Flock(model="openai/gpt-4o")
+    made = FlockFactory.create_default_agent(
+        "writer", input="photo: Image", output="text", tools=[find_nothing], history=History(calls=True)
+    )
+    flock.add_agent(made)
+    photo = {"photo": data_url(PNG)}
+    async with flock.engine(transport=model.transport) as engine:
+        for _ in range(2):
+            run = await engine.wait((await engine.submit("writer", photo, session_id="s")).run_id)
+            assert run.status is RunStatus.COMPLETED, run.error
+    last = model.requests[-1]["messages"]
+    assert [message["role"] for message in last].count("tool") == 0
+    images = [part for message in last for part in message["content"] if isinstance(part, dict) and "image_url" in part]
+    assert len(images) == 1
+
+
+def find_nothing(name: str) -> str:
+    return "nothing"
 
 
 async def test_the_history_has_only_the_calls_that_a_retry_has_kept(open_engine: OpenEngine, model: FakeModel) -> None:

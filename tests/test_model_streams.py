@@ -375,6 +375,13 @@ async def test_streamed_tool_calls_are_put_together(provider: str, finish_reason
         assert again == completion
 
 
+async def test_pieces_that_are_lists_of_parts_are_their_text() -> None:
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    pieces = [[thinking], [{"type": "text", "text": TEXT[:9]}], TEXT[9:]]
+    completion, _ = await read(sse(*map(chunk, pieces), chunk("", "stop"), USAGE, "[DONE]"))
+    assert completion.text == TEXT
+
+
 async def test_a_call_without_arguments_or_a_name_is_still_a_call() -> None:
     completion, _ = await read(sse(call(0, "1", "look", None), call(1, "2", None, None), "[DONE]"), tools=[TOOL])
     assert [(made.function.name, made.function.arguments) for made in completion.tool_calls] == [

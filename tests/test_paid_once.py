@@ -14,6 +14,7 @@ import pytest
 
 from flock.agents.hooks import ModelCall
 from flock.core import Flock, FlockFactory
+from flock.engine.batches import Failures
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import AgentError, DefinitionError, InvalidData
 from flock.runs import Batch, BatchFilter, BatchOptions, Engine, RunContext, RunStatus
@@ -150,6 +151,34 @@ async def test_403_ends_a_batch_when_it_comes_for_all_workers_in_a_row(
         batch = await ended(engine, await engine.retry_batch(batch.batch_id, ["cancelled"]))
         assert (batch.failed_items, batch.cancelled_items, len(model.requests)) == (failed, 0, 39 - failed)
     assert len(first) == len(asked)
+
+
+async def test_what_ends_after_the_batch_was_given_up_leaves_the_rows_before_to_a_retry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A row that was asked for before succeeds after 403 came for all workers in a row."""
+    fourth, given_up, note = anyio.Event(), anyio.Event(), Failures.note
+
+    def noted(failures: Failures, *args: Any) -> Any:
+        outcome = note(failures, *args)
+        if failures.reason is not None:
+            given_up.set()
+        return outcome
+
+    async def reply(request: ModelRequest) -> Reply | Failure:
+        (number,) = re.findall(r"text (\d+)", request.text)
+        if number == "3":
+            fourth.set()
+            await given_up.wait()
+            return Reply({"answer": "yes"})
+        if number != "0":
+            await fourth.wait()
+        return Failure(403)
+
+    monkeypatch.setattr(Failures, "note", noted)
+    async with asking().engine(transport=FakeModel(reply).transport) as engine:
+        batch = await ended(engine, await engine.submit_batch("ask", texts(10), BatchOptions(max_workers=3)))
+    assert (batch.completed_items, batch.failed_items, batch.cancelled_items) == (10, 0, 9)
 
 
 @pytest.mark.parametrize("works", ["", "large", "gpt-4o"])

@@ -280,6 +280,37 @@ async def test_a_model_sees_the_schema_for_reading_and_a_client_that_for_writing
     assert shown["properties"]["paid"] == {"title": "Paid", "type": "string"}
 
 
+class Named(pydantic.BaseModel):
+    name: str = pydantic.Field(pattern=r"^\p{L}+$")
+
+
+async def test_an_answer_with_a_pattern_that_only_pydantic_knows_is_checked_by_its_type(flock: Flock) -> None:
+    async def who(context: RunContext) -> str:
+        return (await context.ask("Who?", Named)).name
+
+    flock.agent(who)
+    async with flock.engine() as engine:
+        run = await engine.wait((await engine.submit("who", {})).run_id)
+        await engine.answer_call(run.run_id, run.waiting_for[0].call_id, msgspec.Raw('{"name": "Zoë"}'.encode()))
+        run = await engine.wait(run.run_id)
+        assert (run.status, run.value) == (RunStatus.COMPLETED, {"result": "Zoë"})
+
+
+@pytest.mark.parametrize("output", ["receipt: Receipt", Receipt], ids=["text", "class"])
+async def test_a_validator_leaves_a_result_that_is_written_in_another_form(output: Any, model: FakeModel) -> None:
+    seen = list[Any]()
+    flock = Flock(model="openai/gpt-4o")
+    options: dict[str, Any] = {"output": output, "types": {"Receipt": Receipt}} if isinstance(output, str) else {}
+    flock.add_agent(FlockFactory.create_default_agent("till", validate=seen.append, **({"output": output} | options)))
+    receipt = {"no": 7, "paid": "9.50"}
+    model.replies = [Reply({"receipt": receipt} if options else receipt)]
+    with model:
+        result = await flock.run_async("till", {})
+    shown = {"receiptNumber": 7, "paid": "9.50 €", "is_free": False}
+    assert msgspec.to_builtins(result) == ({"receipt": shown} if options else shown)
+    assert len(seen) == 1
+
+
 async def test_a_model_that_always_violates_a_constraint_fails_with_the_reason(
     flock: Flock, client: httpx.AsyncClient, model: FakeModel
 ) -> None:

@@ -38,10 +38,21 @@ from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 from flock.agents.versions import version_of
 from flock.command.cli import main
 from flock.core import Flock
-from flock.errors import AgentError, BatchNotFound, Conflict, DefinitionError, EngineFull, Replayed, StoreError
+from flock.errors import (
+    AgentError,
+    BatchNotFound,
+    Conflict,
+    DefinitionError,
+    EngineFull,
+    EngineStopped,
+    Replayed,
+    RunNotFound,
+    StoreError,
+)
 from flock.models.llm import ModelClient
 from flock.runs import (
     Batch,
+    BatchFilter,
     BatchOptions,
     IdempotencyKey,
     Progress,
@@ -56,7 +67,7 @@ from flock.runs import (
 )
 from flock.runs.events import end_id
 from flock.store.statements import REOPENED
-from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads, suspects
+from flock.temporal import TemporalEngine, TemporalWorker, batchflows, payloads, suspects, workflows
 from flock.temporal.batchflows import FlockBatch, FlockChunk, FlockDelete, FlockRows
 from flock.temporal.cluster import Cluster
 from flock.temporal.items import ItemActivities
@@ -79,6 +90,7 @@ from flock.temporal.records import reset_for_retry, run_of
 from flock.temporal.reports import FlockWebhook
 from flock.temporal.search import open_runs
 from flock.temporal.steps import Workplace
+from flock.temporal.worker import _shut_down
 from flock.temporal.workflows import FlockAccount, FlockMark, FlockRun, FlockSession
 from flock.testing import FakeModel, Reply
 from flockapi import create_app
@@ -1104,6 +1116,114 @@ async def test_deleting_a_run_does_not_free_a_key_that_another_run_has_claimed(t
         assert await engine._reservations.claim(key, other_id) == other_id
         await engine.delete_run(run.run_id)
         assert await engine._reservations.find(key) == other_id
+
+
+async def test_a_deletion_that_failed_halfway_can_be_repeated(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = sample_flock()
+    flock.name = new_id()
+    delete, errors = Cluster.delete, [StoreError("away")]
+
+    async def away_once(cluster: Cluster, *args: Any) -> None:
+        if errors:
+            raise errors.pop()
+        await delete(cluster, *args)
+
+    async with open_pair(flock, temporal_address) as engine:
+        run = await engine.wait((await engine.submit("add", {"a": 1})).run_id)
+        monkeypatch.setattr(Cluster, "delete", away_once)
+        with pytest.raises(StoreError, match="away"):
+            await engine.delete_run(run.run_id)
+        await engine.delete_run(run.run_id)
+        with pytest.raises(RunNotFound):
+            await engine.get_run(run.run_id)
+
+
+async def test_a_run_that_cannot_join_its_session_at_once_is_accepted_and_joins_it_later(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = sample_flock()
+    flock.name = new_id()
+    monkeypatch.setattr(workflows, "LOOK_AFTER_S", 0.2)
+
+    async def away(engine: TemporalEngine, run: Run) -> None:
+        raise StoreError("away")
+
+    async with open_pair(flock, temporal_address) as engine:
+        monkeypatch.setattr(TemporalEngine, "_join_session", away)
+        run = await engine.submit("add", {"a": 1}, session_id="s")
+        with anyio.fail_after(PATIENCE_S):
+            assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
+
+
+async def test_an_upload_does_not_delay_a_drain(temporal_address: str) -> None:
+    """The upload is refused at its next page, and what was sent is deleted before the engine ends."""
+    work, started = Work(), 0
+    work.flock.name = new_id()
+    async with open_pair(work.flock, temporal_address) as engine:
+
+        async def rows() -> AsyncIterator[dict[str, int]]:
+            nonlocal started
+            for n in range(5000):
+                if n == 1000:
+                    await engine.drain(0)
+                started = n
+                yield {"n": n}
+
+        with pytest.raises(EngineStopped, match="Upload the whole batch again"):
+            await engine.submit_batch("item", rows(), BatchOptions())
+        assert started < 4999
+    assert not engine._drops
+
+
+async def test_rows_without_room_at_the_end_of_their_upload_are_named(temporal_address: str) -> None:
+    work = Work()
+    work.holds = True
+    work.flock.name = new_id()
+    async with (
+        open_pair(work.flock, temporal_address, max_open_items=5) as engine,
+        open_pair(work.flock, temporal_address, max_open_items=5, with_worker=False) as other,
+    ):
+
+        async def rows() -> AsyncIterator[dict[str, int]]:
+            for row in numbers(3):
+                yield row
+            await other.submit_batch("item", numbers(3), BatchOptions())
+            with anyio.fail_after(PATIENCE_S):
+                while not await engine.list_batches(BatchFilter()):  # noqa: ASYNC110 - the search lags
+                    await anyio.sleep(0.01)
+
+        with pytest.raises(EngineFull, match="3 items of batches have not ended or are being uploaded, and 3 more"):
+            await engine.submit_batch("item", rows(), BatchOptions())
+        work.may_go.set()
+
+
+async def test_workers_of_runs_and_of_items_drain_at_the_same_time() -> None:
+    """Otherwise one would start steps while the other one drains, and both would take twice as long."""
+    draining = [anyio.Event(), anyio.Event()]
+
+    class Draining:
+        def __init__(self, own: int) -> None:
+            self.own = own
+
+        async def __aexit__(self, *exc_info: object) -> None:
+            draining[self.own].set()
+            await draining[1 - self.own].wait()
+
+    workers: Any = [Draining(0), Draining(1)]
+    with anyio.fail_after(PATIENCE_S):
+        await _shut_down(workers, PATIENCE_S)
+
+
+async def test_a_start_in_a_namespace_that_the_cluster_does_not_know_is_an_error_of_the_store(
+    temporal_address: str,
+) -> None:
+    """So it is tried again, as a new namespace may be unknown to a part of the cluster for seconds."""
+    cluster = Cluster(temporal_address, namespace="unknown")
+    cluster._client = await cluster.answered(cluster.client_of_worker)  # connect() would make it
+    with pytest.raises(StoreError, match="does not know the namespace 'unknown'"):
+        await cluster.start_workflow(FlockMark.run, 1.0, flock="f", id="w")
 
 
 async def test_changes_made_by_others_on_the_cluster_are_reported(temporal_address: str) -> None:

@@ -16,6 +16,7 @@ import anyio
 import pytest
 
 from flock.agents import versions
+from flock.agents.versions import recipe_of
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError
 from flock.runs import Batch, BatchOptions, RunStatus
@@ -109,6 +110,14 @@ async def two_versions(sql: str) -> tuple[Batch, list[str | None]]:
         await engine.retry_batch(batch.batch_id)
         batch = await ended(engine, batch)
         return batch, [batch.version_of(item) for item in await all_items(engine, batch)]
+
+
+def test_the_recipe_of_an_agent_has_the_names_of_agents_that_are_its_tools() -> None:
+    def recipe(tool: str) -> str | None:
+        made = FlockFactory.create_default_agent("ask", input="a", output="b", tools=[tool], version="1")
+        return recipe_of("ask", {"ask": made}, ())
+
+    assert recipe("searcher") == recipe("searcher") != recipe("researcher")
 
 
 async def test_the_clock_does_not_decide_of_which_version_a_result_is() -> None:

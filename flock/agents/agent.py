@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import msgspec
-from msgspec.structs import replace
 
 from flock.agents.chat import ChatInput, chat_input
 from flock.agents.conversation import Conversation, Verdict
@@ -542,17 +541,20 @@ class ModelAgent(Agent):
     async def _validated(self, resources: Resources, context: RunContext, text: str) -> Verdict:
         """Return what ``validate=`` says about a valid answer."""
         assert self.validate is not None
-        value = self._answer.decode(text.encode())
+        value = answer = self._answer.decode(text.encode())
         if isinstance(self.output, UnionOutput):
-            value = value.result
+            value = answer.result
         elif not self.output.is_declared:
-            value = msgspec.to_builtins(value, enc_hook=to_json)
+            value = msgspec.to_builtins(answer, enc_hook=to_json)
         try:
             changed = await self._called(self.validate, value, resources=resources, context=context)
         except AgentError as exc:
             return Verdict(reason=cut(str(exc)))
+        if changed is None:  # it may have changed a dict, in which a model may be written otherwise than it is read
+            is_same = not isinstance(value, dict) or value == msgspec.to_builtins(answer, enc_hook=to_json)
+            changed = answer if is_same else value
         try:
-            return Verdict(result=self.output.encode(value if changed is None else changed))
+            return Verdict(result=self.output.encode(changed))
         except InvalidData as exc:
             raise InvalidOutput(f"{self.validate.option} returned a result that does not match. {exc}") from exc
 
@@ -610,8 +612,8 @@ class ModelAgent(Agent):
             return f"file {len(files)} {value.name}".strip() if isinstance(value, File) else to_json(value)
 
         if not isinstance(self.input, ChatInput):
-            messages = with_user_text([system, *self._examples, *history], self._user_prompt(inputs, shown))
-            return [*messages[:-1], replace(messages[-1], files=tuple(files))]
+            prompt = self._user_prompt(inputs, shown)
+            return with_user_text([system, *self._examples, *history], prompt, tuple(files))
         conversation, others = self.input.split(inputs, shown)
         return [
             system,

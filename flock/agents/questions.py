@@ -3,8 +3,10 @@
 Only the schema of the type is stored, so any process can check an answer, even one without the agent.
 """
 
+import contextlib
 import datetime
 import decimal
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -147,4 +149,6 @@ def _errors_of_items(value: Any, schema: Any, at: str, definitions: Mapping[str,
 def _explain(type_: Any, value: Any, schema: Any, at: str) -> list[FieldError]:
     """Return the error of *value* as *type_* within the limits of *schema*, in the words of all other errors."""
     limits = {LIMITS[name]: limit for name, limit in schema.items() if name in LIMITS}
-    return explain(Annotated[type_, msgspec.Meta(**limits)] if limits else type_, msgspec.json.encode(value), at)
+    with contextlib.suppress(re.error):  # a pattern of Rust, which the type itself checks in the step
+        type_ = Annotated[type_, msgspec.Meta(**limits)] if limits else type_
+    return explain(type_, msgspec.json.encode(value), at)

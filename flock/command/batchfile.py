@@ -394,7 +394,8 @@ def _output(job: BatchFile, state: str) -> Iterator[IO[bytes]]:
                 raw.flush()
                 os.fsync(raw.fileno())
             _check_output_free(job, state)
-            Path(f"{state}-output").write_text(_identity(part))
+            ours = [path] if _is_ours(path, state) else []  # it stays if the process dies before the rename
+            Path(f"{state}-output").write_text("\n".join(map(_identity, [*ours, part])))
             os.replace(part, path)
             sync_folder(path.parent)
     except BaseException:
@@ -404,13 +405,18 @@ def _output(job: BatchFile, state: str) -> Iterator[IO[bytes]]:
 
 def _check_output_free(job: BatchFile, state: str) -> None:
     """Raise FileExistsError if the output exists, unless a call with this state wrote it."""
-    if job.output is None or job.force or not job.output.is_file():
+    if job.output is None or job.force or not job.output.is_file() or _is_ours(job.output, state):
         return
-    with contextlib.suppress(FileNotFoundError):
-        if Path(f"{state}-output").read_text() == _identity(job.output):
-            return
     reason = "The file already exists. Choose another output, or add --force to replace it"
     raise FileExistsError(errno.EEXIST, reason, str(job.output))
+
+
+def _is_ours(output: Path, state: str) -> bool:
+    """Return whether a call with this state wrote the file, and it was not changed since."""
+    try:
+        return _identity(output) in Path(f"{state}-output").read_text().splitlines()
+    except FileNotFoundError:
+        return False
 
 
 def _identity(path: Path) -> str:

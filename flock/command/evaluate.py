@@ -144,7 +144,8 @@ def evaluate(target: str, agent: str, rows: Path, state: Path | None, expect: Se
             command.print_stderr(f"{state} was removed." if forget(state) else f"There is no {state}.")
             return
         flock, models = load_flock(target), options.pop("models")
-        scores = {name: score_named(text) for name, text in pairs(options.pop("scores"), "--score", SCORES).items()}
+        named = pairs(options.pop("scores"), "--score", "OUTPUT=SCORE")
+        scores = {name: score_named(text) for name, text in named.items()}
         columns = {column: name or column for column, _, name in (each.partition("=") for each in expect)}
         if len(columns) < len(expect):
             raise click.UsageError("--expect names a column twice. Omit one of them.")

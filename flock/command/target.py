@@ -67,7 +67,7 @@ def _load_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as exc:
-        if exc.name is None or not name.startswith(exc.name):
+        if exc.name is None or not f"{name}.".startswith(f"{exc.name}."):
             raise
         raise click.ClickException(f"There is no module {name!r}. For a file, use its path, with .py.") from exc
 

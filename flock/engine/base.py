@@ -28,6 +28,7 @@ from flock.errors import (
     AgentNotFound,
     Conflict,
     DefinitionError,
+    EngineFull,
     EngineStopped,
     FieldError,
     InvalidData,
@@ -380,7 +381,7 @@ class EngineBase(Engine):
 
     async def _drop_run(self, run_id: str) -> None:
         """Cancel a run, or delete it if it has ended. A failure is ignored: a new run was accepted in its place."""
-        with contextlib.suppress(NotFound, Conflict, StoreError):
+        with contextlib.suppress(NotFound, Conflict, StoreError, EngineFull):
             try:
                 await self.cancel_run(run_id)
             except Conflict:

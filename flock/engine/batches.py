@@ -21,7 +21,7 @@ from flock.engine.intake import ITEMS_PER_PAGE, Intake
 from flock.engine.jobs import Jobs
 from flock.engine.runner import Runner
 from flock.errors import ModelError, OwnershipLost, StoreError
-from flock.limits import Limits
+from flock.fair import FairShare
 from flock.models.prices import Budget, DayBudget
 from flock.runs import Batch, IdempotencyKey, Run, RunStatus, now
 from flock.runs.text import of_request
@@ -51,7 +51,6 @@ class Batches:
     runner: Runner
     start_task: Callable[[Callable[[Batch], Coroutine[Any, Any, None]], Batch], object]
     next_change: Callable[[], Callable[[], Awaitable[object]]]
-    limits: Limits
     recipe_and_version: Callable[[str], tuple[str | None, str]]
 
     def __post_init__(self) -> None:
@@ -63,20 +62,18 @@ class Batches:
 
         Cancellation: staged items are dropped.
         """
-        batch, is_staged = intake.batch, False
+        batch, is_staged, max_open_items = intake.batch, False, self.runner.limits.max_open_items
 
         async def stage(page: Sequence[Run]) -> None:
             nonlocal is_staged
             if self.runner.is_draining:  # a slow client must not delay the shutdown
                 raise not_accepting(" Upload the whole batch again.")
             is_first, is_staged = not is_staged, True
-            await self.store.stage(batch, page, self.limits.max_open_items, key, is_first=is_first)
+            await self.store.stage(batch, page, max_open_items, key, is_first=is_first)
 
         try:
             whole = await intake.read(stage)
-            await self.store.accept(
-                whole, intake.page, self.limits.max_open_items, key, then=self.start, is_staged=is_staged
-            )
+            await self.store.accept(whole, intake.page, max_open_items, key, then=self.start, is_staged=is_staged)
             return whole
         except BaseException:
             if is_staged:
@@ -154,7 +151,9 @@ class Batches:
             await day_budget.refresh()
         work = _Work(batch, self, failures, budget, day_budget)
         if id_ not in self.cancelled:
-            workers = min(batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self.limits.max_concurrency)
+            workers = min(
+                batch.options.max_workers, batch.total_items, WORKERS_PER_SLOT * self.runner.limits.max_concurrency
+            )
             await work.run(workers if batch.options.parallel else 1)
         if id_ in self.cancelled and not self.runner.is_draining:
             await work.jobs.cancel()
@@ -218,7 +217,8 @@ class Failures:
     def note(self, item: Run, outcome: Outcome | None, exc: BaseException | None) -> Outcome | None:
         """Count the outcome of an item, None if it has completed, and return what to store."""
         lasting = lasting_of(item, self._agent, exc)
-        if outcome is None or outcome.error_type not in ModelError.ERROR_TYPES:
+        is_of_model = outcome is not None and outcome.error_type in ModelError.ERROR_TYPES
+        if not is_of_model and self.reason is None:
             self.alike.clear()
         if outcome is None or outcome.status is not RunStatus.FAILED:
             return outcome
@@ -339,20 +339,21 @@ class _Work:
         return self._runner.execute(item, self._start_worker, self._watch, self._failures.note, self._budget)
 
     async def _next_item(self) -> Run | None:
+        share = FairShare()
         while True:
             if self._first and self._may_continue:
                 return self._first.pop(next(iter(self._first)))
             if self._is_stopped:
                 return None
-            while self._page:
+            while self._page and not self._is_stopped:
                 item = self._page.popleft()
                 self._position = item.position or 0
                 if self._position >= self._end:
                     return None
-                if self._sample is not None and self._position not in self._sample:
-                    continue
-                if (not self._batch.options.dedupe or await self._is_first(item)) and not item.is_suspect:
+                is_chosen = self._sample is None or self._position in self._sample
+                if is_chosen and (not self._batch.options.dedupe or await self._is_first(item)) and not item.is_suspect:
                     return item
+                await share.checkpoint()
             async with self._reading:
                 if not self._page:
                     page = await anext(self._pages, None)

@@ -146,7 +146,6 @@ class EmbeddedEngine(EngineBase):
         self._models = models
         models.on_retry = lambda: self._runner.executor.notify("model_call_retried")
         self._observers: list[Observer] = []
-        self._expose_errors = expose_errors
         self._make_executor = functools.partial(
             StepExecutor,
             agents,
@@ -187,15 +186,9 @@ class EmbeddedEngine(EngineBase):
 
     def _reset(self) -> None:
         """Create the state that is bound to one event loop, such as events."""
-        self._runner = Runner(
-            self.store,
-            self._make_executor(),
-            limits=self._limits,
-            expose_errors=self._expose_errors,
-            continue_answered=self._start_answered,
-        )
+        self._runner = Runner(self.store, self._make_executor(), continue_answered=self._start_answered)
         self._batches = Batches(
-            self.store.batches, self._runner, self._start_task, self._next_change, self._limits, self.recipe_and_version
+            self.store.batches, self._runner, self._start_task, self._next_change, self.recipe_and_version
         )
         self._accepting: set[str] = set()
         self._store_changed = Signal()
@@ -687,12 +680,13 @@ class EmbeddedEngine(EngineBase):
         """Continue or end the runs whose waits are over. All engines of the flock do, and one is first."""
         while True:
             await anyio.sleep(CHECK_INTERVAL_S)
-            ended = list[Run]()
+            ended, share = list[Run](), FairShare()
             try:
                 then = functools.partial(self._on_expired, ended)
                 await self.store.expire(self._flock, self._engine_id, now(), then=then)
                 for run in ended:
                     await self._runner.warn_of_messages(run)
+                    await share.checkpoint()
             except StoreError:
                 pass  # the store has logged it
             except Exception:

@@ -26,7 +26,6 @@ from flock.agents.agent import Agent, ModelAgent
 from flock.engine.quarantine import Quarantine
 from flock.errors import EngineFull, KeyInUse, OwnershipLost, StoreError, Unreadable, Unstorable
 from flock.fair import FairShare
-from flock.limits import Limits
 from flock.logs import fields_of_run
 from flock.models.prices import Budget, DayBudget
 from flock.runs import Account, Batch, Call, IdempotencyKey, Question, Run, RunStatus, Step, Usage, now, stub_of, traces
@@ -324,7 +323,7 @@ class Runner:
         watch_task: a task of the engine. It is cancelled only when the engine or the event loop ends.
         is_draining: the engine is shutting down. Failed writes are not retried.
         queued_bytes: the total length of the inputs of runs that wait for their first step, by principal. It includes
-            neither items of batches nor runs that were recovered after a crash.
+            neither items of batches nor long runs that were recovered after a crash.
         executor: executes single steps.
         quarantine: which runs may start.
     """
@@ -334,15 +333,12 @@ class Runner:
         store: Store,
         executor: StepExecutor,
         *,
-        limits: Limits,
-        expose_errors: bool,
         continue_answered: Callable[[Run | None], None],
     ) -> None:
         self.store = store
         self.executor = executor
         self.continue_answered = continue_answered
-        self.limits, self._queue_limits = limits, limits.queue
-        self._expose_errors = expose_errors
+        self.limits = limits = executor.limits
         self.active: dict[str, StoredRun] = {}
         self.watched: dict[str, LiveOutput] = {}
         self.unread = Unread(self.watch, limits.max_result_bytes // 4)  # in StringIO, a character takes 4 bytes
@@ -383,7 +379,7 @@ class Runner:
 
     def check_room(self, principal: str | None) -> None:
         """Like the check in ``Store.accept``, for a run that is not in the store until it ends."""
-        queued, limits = len(self.active) - self.limits.max_concurrency, self._queue_limits
+        queued, limits = len(self.active) - self.limits.max_concurrency, self.limits.queue
         limits.check(queued)
         if principal is not None and queued >= limits.max_runs_per_principal:
             runs = [active.run for active in self.active.values()]
@@ -498,7 +494,7 @@ class Runner:
                 if not isinstance(exc, Unstorable):
                     logger.exception("run %s: unexpected error", active.run.run_id)
                 active.unsaved = None
-                outcome = failure_of(active.run, exc, expose_errors=self._expose_errors)
+                outcome = failure_of(active.run, exc, expose_errors=self.executor.expose_errors)
                 if active.on_end is not None:
                     outcome = active.on_end(active.run, outcome, exc) or outcome
                 await self._finish(active, asdict(outcome))

@@ -42,12 +42,12 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     files: tuple[FileReference, ...] = ()
 
 
-def with_user_text(messages: Sequence[Message], text: str) -> list[Message]:
-    """Add a text of the user. Many models allow no two messages of the user in a row."""
+def with_user_text(messages: Sequence[Message], text: str, files: tuple[FileReference, ...] = ()) -> list[Message]:
+    """Add a text of the user, with its files. Many models allow no two messages of the user in a row."""
     *rest, last = messages
     if last.role != "user":
-        return [*messages, Message("user", text)]
-    return [*rest, replace(last, content=f"{last.content}\n\n{text}")]
+        return [*messages, Message("user", text, files=files)]
+    return [*rest, replace(last, content=f"{last.content}\n\n{text}", files=(*last.files, *files))]
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):

@@ -244,6 +244,11 @@ def _key_of(model: Model) -> tuple[str, str | None]:
     variable = provider.key_variable or f"{_in_variables(model)}_API_KEY"
     for known in (variable, *provider.other_key_variables):
         if key := os.environ.get(known, "").strip():
+            if not re.fullmatch(r"[!-~]+", key):
+                raise _not_configured(
+                    f"the API key of {model.name!r} in {known} has a space, a line break or a character that is not "
+                    "ASCII. Set it again"
+                )
             return key, known
     if provider.key_variable and not model.base_url:
         raise _not_configured(f"{model.name!r} needs an API key. Set the environment variable {variable}")

@@ -76,7 +76,7 @@ def as_text(messages: Sequence[Message]) -> list[Message]:
             result = f"{names.get(message.tool_call_id or '', 'The tool')} returned: {message.content}"
             texts = with_user_text(texts, result)
         elif message.role == "user" and names:
-            texts = with_user_text(texts, message.content)
+            texts = with_user_text(texts, message.content, message.files)
         else:
             texts.append(message)
     return texts

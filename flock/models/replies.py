@@ -98,7 +98,7 @@ def _completion_of(parsed: _Answer, usage: Usage, request: Request) -> Completio
             "was cut off at its token limit. Raise max_tokens, or ask for a shorter answer",
             "length",
         )
-    text, calls = choice.message.content, (choice.message.tool_calls or ()) if request.tools else ()
+    text, calls = text_of(choice.message.content), (choice.message.tool_calls or ()) if request.tools else ()
     if calls and not isinstance(text, str):
         text = ""
     if not isinstance(text, str) or not (calls or text.strip()):
@@ -109,6 +109,14 @@ def _completion_of(parsed: _Answer, usage: Usage, request: Request) -> Completio
         tool_calls=tuple(_tool_call(call, number) for number, call in enumerate(calls)),
         model=name,
     )
+
+
+def text_of(content: Any) -> Any:
+    """Return the text of an answer. Reasoning models of Mistral send it in parts, beside their thoughts."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _usage_of(sent: Any) -> Usage:

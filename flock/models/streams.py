@@ -13,7 +13,7 @@ from flock.models import http
 from flock.models.bodies import BadBody, pieces_of
 from flock.models.completions import Listener
 from flock.models.pieces import Joiner, joined
-from flock.models.replies import bad_response, decoded, model_error, stream_error, unfinished_usage
+from flock.models.replies import bad_response, decoded, model_error, stream_error, text_of, unfinished_usage
 from flock.models.sse import Event, Events
 from flock.runs import Usage
 from flock.scopes import current_task
@@ -191,8 +191,8 @@ class StreamedReply:
             if thought and isinstance(thought, str):
                 self._add_reasoning(self._thoughts.add(thought))
                 break
-        if isinstance(delta.content, str):
-            self._add_text(self._text.add(delta.content))
+        if isinstance(text := text_of(delta.content), str):
+            self._add_text(self._text.add(text))
         if delta.refusal:
             self._count(delta.refusal)
             self._refusal.append(delta.refusal)

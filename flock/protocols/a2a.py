@@ -11,7 +11,6 @@ from contextlib import aclosing, suppress
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote
 
-import anyio
 import msgspec
 from msgspec.structs import replace
 from starlette.exceptions import HTTPException
@@ -299,8 +298,7 @@ async def _answers(call: Call, said: Said, texts: Sequence[str], data: Mapping[s
     answers: list[Any] = [text := "\n".join(texts)]
     with suppress(msgspec.DecodeError, RecursionError, MalformedJSON):
         answers.append(msgspec.json.decode(orders.nested(call.request, msgspec.Raw(text.encode()))))
-    calls = [each for step in (await call.engine.get_calls(run)).values() for each in step if each.error is None]
-    given = [each.result for each in calls if each.kind in ("question", "client_tool")]
+    given = [each.result for step in (await call.engine.get_calls(run)).values() for each in step if each.answered_at]
     # Perhaps the same message again, whose answer was accepted before.
     is_repeated = any(msgspec.json.decode(each) in answers for each in given if each is not NOT_LOADED)
     is_repeated |= len(text) > MAX_SHOWN_BYTES and NOT_LOADED in given
@@ -322,8 +320,8 @@ async def _cancel(call: Call) -> Response:
         await call.engine.cancel_run(run.run_id)
     except Conflict as exc:
         raise RPCError(NOT_CANCELABLE, str(exc)) from exc
-    with anyio.move_on_after(orders.serving(call.request).options.max_wait_s):
-        await while_connected(call.request, call.engine.wait(run.run_id))
+    max_wait_s = orders.serving(call.request).options.max_wait_s
+    await while_connected(call.request, call.engine.wait(run.run_id, max_wait_s))
     return await _shown(call, run.run_id, 0)
 
 

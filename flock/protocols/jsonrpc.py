@@ -45,7 +45,7 @@ def decoded(raw: bytes | msgspec.Raw, type_: Any, code: int) -> Any:
     try:
         return msgspec.json.decode(raw, type=type_)
     except (msgspec.DecodeError, RecursionError) as exc:
-        what = "message of JSON-RPC 2.0" if type_ is Message else "value of 'params'"
+        what = "value of 'params'" if code == INVALID_PARAMS else "message of JSON-RPC 2.0"
         code = code if isinstance(exc, msgspec.ValidationError) else PARSE_ERROR
         raise RPCError(code, f"This is not a valid {what}: {exc}".replace("`", "'")) from exc
 

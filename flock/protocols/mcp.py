@@ -189,7 +189,7 @@ async def mcp(request: Request) -> Response:
         problem = f"Only {OLDER[-1]} has batches, of 1 to {MAX_BATCH} messages. Send one message."
         return _response(None, RPCError(INVALID_REQUEST, problem))
     sent = [await _respond(request, raw, is_in_batch=True) for raw in messages]
-    bodies = [msgspec.Raw(response.body) for response in sent if response.body]
+    bodies = [msgspec.Raw(bytes(response.body).rstrip()) for response in sent if response.body]
     return JSONResponse(bodies) if bodies else Response(status_code=202)
 
 
@@ -390,7 +390,7 @@ async def _outcome(call: Call, engine: Engine, run: Run, problems: Mapping[str, 
     meta = {"_meta": {RUN_ID: run.run_id}}
     if run.status is RunStatus.COMPLETED:
         result = await engine.shown_result(run)
-        if isinstance(result, LongJSON) and call.version != OLDER[-1]:
+        if isinstance(result, LongJSON) and call.may_stream and call.version != OLDER[-1]:
             link = {"type": "resource_link", "uri": f"{RUN_URI}{run.run_id}", "name": run.run_id}
             start = (await result.read(0, MAX_TEXT_BYTES)).decode(errors="ignore")
             content = [_text(f"{start}…"), {**link, "mimeType": "application/json", "size": result.length}]

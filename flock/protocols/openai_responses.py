@@ -477,9 +477,10 @@ async def conversation_items(request: Request) -> Response:
     first = next((at for at, run_id in enumerate(ids) if run_id in query.after), 0)
     items = list[tuple[str, str, str]]()
     for run_id in sorted(ids[first : first + query.limit // 2 + 2]):  # two items each; the rest makes has_more true
-        *said, answer = await chats.turn_of(engine, orders.agents_of(request), await engine.get_run(run_id))
-        items += [(f"{run_id}_in{len(said) - 1}", each.role, each.content) for each in said[-1:]]
-        items.append((Place(run_id).id[5:], answer.role, answer.content))
+        with contextlib.suppress(RunNotFound):  # it was deleted meanwhile
+            *said, answer = await chats.turn_of(engine, orders.agents_of(request), await engine.get_run(run_id))
+            items += [(f"{run_id}_in{len(said) - 1}", each.role, each.content) for each in said[-1:]]
+            items.append((Place(run_id).id[5:], answer.role, answer.content))
         await anyio.lowlevel.checkpoint()
     return _page(request, items)
 

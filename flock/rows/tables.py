@@ -466,7 +466,7 @@ class _Columns:
         mapped = row_mapping.names
         self._dialect = dialect
         self._row_mapping = row_mapping = _ignoring_case(row_mapping, self._header)
-        if "\x00" in header[0]:
+        if header and "\x00" in header[0]:  # a Parquet file may have no columns
             raise InvalidData.of(dialect.format_problem(header[0]), line=line)
         row_mapping.add_columns(self._header)
         errors = [

@@ -253,7 +253,6 @@ class Engine(Protocol):
             KeyReused: the key was already used for a different request.
             KeyInUse: another request with this key is being accepted at the same time.
             Conflict: the session has a run after *continues*.
-                after *continues*.
             EngineFull: the queue is full.
             EngineStopped: the engine is not running, or is shutting down.
             StoreError: the run cannot be stored.

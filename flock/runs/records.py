@@ -774,7 +774,7 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
         for role in self.roles:
             if problem := bad_role(role):
                 raise ValueError(problem)
-        msgspec.structs.force_setattr(self, "roles", tuple(self.roles))
+        msgspec.structs.force_setattr(self, "roles", tuple(dict.fromkeys(self.roles)))
         if not isinstance(self.name, str):
             raise TypeError(
                 f"The name of a Principal must be a str, not {type(self.name).__name__}. "

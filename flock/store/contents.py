@@ -237,7 +237,10 @@ class _ContentsOfPrincipal(FileBox):
             used = self._contents.used.get(self._folder, self._max_total_bytes)
             more = 0 if final.exists() else size
             if used + more > self._max_total_bytes:  # or not counted yet; others on the store may have deleted some
-                used = sum(os.stat(each).st_size for each in self._folder.glob("[!.]" * 64))
+                used = 0
+                for each in self._folder.glob("[!.]" * 64):
+                    with contextlib.suppress(FileNotFoundError):  # it was deleted meanwhile
+                        used += os.stat(each).st_size
             if used + more > self._max_total_bytes:
                 raise TooLarge(
                     f"Your files may have at most {self._max_total_bytes} bytes in all (max_files_bytes)."

@@ -469,7 +469,7 @@ class Store(Protocol):
     async def next_calls(self, run_id: str, position: int, number: int, after_row: int) -> Sequence[tuple[int, Call]]:
         """Return a page of calls of a step for people to see, with their rows, from *number* after *after_row* on.
 
-        Their arguments are not read.
+        Only the arguments of questions are read.
         """
 
     async def save_call(self, run: Run, position: int, call: Call) -> None:

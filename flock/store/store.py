@@ -104,6 +104,8 @@ class SQLiteStore(Database, Store):
         self.jobs = JobStore(self)
         self.executing = Executing()
         self._engine_lock: IO[bytes] | None = None
+        #: until when runs whose waits have expired are left alone, as they cannot go on here
+        self._put_off = dict[str, datetime]()
 
     async def __aenter__(self) -> Self:
         self.batches.has_dropped = anyio.Event()  # an event belongs to one event loop
@@ -301,10 +303,12 @@ class SQLiteStore(Database, Store):
 
     async def expire(self, flock: str, owner: str, now: datetime, then: Callable[[Sequence[Run]], None]) -> None:
         values = (flock, micros(now))
-        expired = self.read(lambda db: [row[0] for row in db.execute(statements.EXPIRED_RUNS, values)])
+        put_off = self._put_off = {run_id: until for run_id, until in self._put_off.items() if until > now}
+        found = self.read(lambda db: [row[0] for row in db.execute(statements.EXPIRED_RUNS, values)])
+        expired = [run_id for run_id in found if run_id not in put_off]
         for start in range(0, len(expired), EXPIRY_CHUNK_SIZE):
             run_ids = expired[start : start + EXPIRY_CHUNK_SIZE]
-            await self.change(functools.partial(waiting.expire, run_ids, self.agents, owner, now), then)
+            await self.change(functools.partial(waiting.expire, run_ids, self.agents, put_off, owner, now), then)
 
     async def request_cancel(self, run_id: str) -> bool:
         return await self.change(lambda db: db.execute(statements.CANCEL_RUN, (run_id,)).rowcount == 1)

@@ -6,7 +6,7 @@ All functions are called inside a transaction of ``Database.change``.
 import logging
 import sqlite3
 from collections.abc import Collection, Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import msgspec
 from msgspec.structs import replace
@@ -41,6 +41,9 @@ from flock.store import jobs, queries, statements
 from flock.store.columns import Damaged, call_from, call_values, json_from, json_or_null, micros, waiting_values
 
 logger = logging.getLogger("flock.store")
+
+#: When to look again at a wait that has expired and cannot go on here.
+LOOK_AGAIN = timedelta(minutes=1)
 
 #: How many questions are read for one page, even if the principal may answer none of them.
 MAX_QUESTIONS_READ = 2000
@@ -212,11 +215,17 @@ def send(
 
 
 def expire(
-    run_ids: Iterable[str], agents: Collection[str], owner: str, at: datetime, db: sqlite3.Connection
+    run_ids: Iterable[str],
+    agents: Collection[str],
+    put_off: dict[str, datetime],
+    owner: str,
+    at: datetime,
+    db: sqlite3.Connection,
 ) -> Sequence[Run]:
     """End the waits that have expired. Return stubs of the runs that have ended or are to start.
 
-    A run that goes on waits until a program that has its agent continues it.
+    A run that goes on waits until a program that has its agent continues it. When to look again at it, and at one that
+    cannot be read, is noted in *put_off*.
     """
     changed = []
     for run_id in run_ids:
@@ -224,13 +233,17 @@ def expire(
             run = queries.find_run(db, run_id, is_outline=True)
         except Damaged as exc:
             logger.error("run %s is waiting and cannot be read: %s", run_id, exc)
+            put_off[run_id] = at + LOOK_AGAIN
             continue
         if run is None or run.status is not RunStatus.WAITING:
             continue
         expired = [open_ for open_ in run.waiting_for if is_expired(open_, at)]
         ends = [(open_, end_of_expired(open_, at)) for open_ in expired]
         unanswered = next((open_ for open_, call in ends if call is None), None)
-        if unanswered is None and not (expired and run.next_agent_name in agents):
+        if not expired:
+            continue
+        if unanswered is None and run.next_agent_name not in agents:
+            put_off[run_id] = at + LOOK_AGAIN
             continue
         for open_ in expired:
             if open_.kind is msgspec.UNSET:

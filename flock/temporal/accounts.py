@@ -9,7 +9,7 @@ import functools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -54,8 +54,8 @@ async def account_in_memo(cluster: Cluster, flock: str, principal: str) -> Accou
     return Account(max_cost=memo.get("max_cost"), picodollars=memo.get("picodollars", 0) if is_today else 0)
 
 
-async def usage_of(cluster: Cluster, flock: str, wanted: UsageFilter) -> Sequence[Sequence[UsageRow]]:
-    """Return the usage of each principal that *wanted* selects. Workers answer. Raises StoreError, EngineFull."""
+async def usage_of(cluster: Cluster, flock: str, wanted: UsageFilter) -> AsyncIterator[Sequence[UsageRow]]:
+    """Yield the usage of each principal that *wanted* selects. Workers answer. Raises StoreError, EngineFull."""
     async with cluster.rpc_scope():
         if wanted.principal is not None:
             ids = [account_workflow_id(flock, wanted.principal)]
@@ -63,11 +63,11 @@ async def usage_of(cluster: Cluster, flock: str, wanted: UsageFilter) -> Sequenc
             query = f"{workflows_of(ACCOUNT_WORKFLOW, flock)} AND ExecutionStatus = 'Running'"
             ids = [found.id async for found in cluster.client.list_workflows(query)]
     days = wanted.first_day.toordinal(), wanted.last_day.toordinal()
-    pages = []
     for workflow_id in ids:
+        page: Sequence[UsageRow] = ()
         async with cluster.rpc_scope(missing_ok=True):
-            pages.append(await cluster.ask(workflow_id, FlockAccount.usage, *days))
-    return pages
+            page = await cluster.ask(workflow_id, FlockAccount.usage, *days)
+        yield page
 
 
 class SharedAccount:

@@ -38,7 +38,14 @@ from flock.runs import (
     statuses_of,
 )
 from flock.steps.outcomes import BATCH_CANCELLED
-from flock.steps.refusals import already_retried, check_cancel, not_deleted, not_retried, too_many_items
+from flock.steps.refusals import (
+    already_retried,
+    check_cancel,
+    not_accepting,
+    not_deleted,
+    not_retried,
+    too_many_items,
+)
 from flock.temporal.batchflows import FlockRows
 from flock.temporal.cluster import Cluster, logger
 from flock.temporal.messages import (
@@ -141,6 +148,8 @@ class TemporalBatches(EngineBase):
         rows = _RowSender(self.cluster, batch.batch_id, versions)
 
         async def stage(page: Sequence[Run]) -> None:
+            if self.is_draining:  # a slow client must not delay the shutdown
+                raise not_accepting(" Upload the whole batch again.")
             count = sum(not item.status.is_final for item in page)
             if not is_used:
                 self._refuse_above(open_items + self._staged, count)
@@ -210,7 +219,7 @@ class TemporalBatches(EngineBase):
                 await self._reservations.release(self._reservations.key_id(key), made_id)
             with contextlib.suppress(BatchNotFound):
                 raise Replayed((await self.get_batch(made_id)).batch_id)
-        await self._check_room_for_items(batch.total_items - batch.completed_items - rows.open_items)
+        await self._check_room_for_items(rows.open_items, rows.open_items)
         if key is not None:
             # If the process that claimed the key died before it started the batch, this one starts it.
             made_id = await self._reservations.claim(key, batch.batch_id)
@@ -232,15 +241,19 @@ class TemporalBatches(EngineBase):
         memo = {"batch": order.batch, "about": order.attempts[-1]}
         await self.cluster.start(BATCH_WORKFLOW, order, order.batch, memo=memo)
 
-    async def _check_room_for_items(self, more: int) -> int:
-        """Return the number of open items in accepted batches. Raises EngineFull if there is no room for *more*."""
+    async def _check_room_for_items(self, more: int, staged: int = 0) -> int:
+        """Return the number of open items in accepted batches. Raises EngineFull if there is no room for *more*.
+
+        Args:
+            staged: how many of them this process has counted as uploaded.
+        """
         query = f"{workflows_of(BATCH_WORKFLOW, self._flock)} AND ExecutionStatus = 'Running'"
         open_items = 0
         async with self.cluster.rpc_scope():
             async for workflow in self.cluster.client.list_workflows(query):
                 batch = decoded(workflow.raw_info.memo.fields["batch"], Batch)
                 open_items += batch.total_items - batch.completed_items
-        self._refuse_above(open_items + self._staged, more)
+        self._refuse_above(open_items + self._staged - staged, more)
         return open_items
 
     def _refuse_above(self, open_items: int, more: int) -> None:
@@ -431,7 +444,7 @@ class TemporalBatches(EngineBase):
     ) -> Batch:
         """Start the next attempt of a batch that has ended, for *item* alone if it is given."""
         order = await self._current(batch_id)
-        batch, statuses = order.batch, tuple(only or (RunStatus.FAILED, RunStatus.CANCELLED))
+        batch, statuses = order.batch, tuple(only)
         failed = batch.failed_items - batch.invalid_items if RunStatus.FAILED in statuses else 0
         cancelled = batch.cancelled_items if RunStatus.CANCELLED in statuses else 0
         if item is not None:

@@ -294,7 +294,8 @@ class Cluster:
             WorkflowAlreadyStartedError: there is one with this id.
             StoreError, EngineFull: see ``rpc_scope``.
         """
-        async with self.rpc_scope(timeout_s):
+        unknown = StoreError(f"The cluster does not know the namespace {self.namespace!r} now.")
+        async with self.rpc_scope(timeout_s, missing=unknown):
             await self.client.start_workflow(
                 workflow, args=orders, task_queue=task_queue_of(flock), task_timeout=TASK_TIMEOUT, **options
             )

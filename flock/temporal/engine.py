@@ -236,7 +236,8 @@ class TemporalEngine(TemporalBatches):
         self._wake_waiters.set()
         for each in tasks:
             each.cancel()
-        await asyncio.wait(tasks, timeout=SHUTDOWN_GRACE_S)  # the SDK's core sometimes never reports the end
+        # The SDK's core sometimes never reports the end.
+        await asyncio.wait([*tasks, *self._drops], timeout=SHUTDOWN_GRACE_S)
 
     async def drain(self, timeout_s: float) -> None:
         """Stop accepting work, and stop waiting for runs after *timeout_s*. Runs continue in workers."""
@@ -365,8 +366,8 @@ class TemporalEngine(TemporalBatches):
 
         Raises: WorkflowAlreadyStartedError if it was started before.
 
-        If this process dies before the run has joined its session, the run joins it by itself. It also cancels the run
-        that it replaces, but does not delete that if it has ended.
+        If this process dies before the run has joined its session, or the cluster does not answer, the run joins it by
+        itself. It also cancels the run that it replaces, but does not delete that if it has ended.
         """
         await self.cluster.start(RUN_WORKFLOW, order, order.run, priority=Priority(priority_key=1))
         self._open_runs += 1
@@ -374,7 +375,8 @@ class TemporalEngine(TemporalBatches):
         if replaced:
             await self._drop_run(replaced)
         if order.run.session_id is not None:
-            await self._join_session(order.run)
+            with contextlib.suppress(StoreError, EngineFull):  # it is accepted, and joins by itself
+                await self._join_session(order.run)
 
     async def _join_session(self, run: Run) -> None:
         """Append an attempt of *run* to its session. No effect if it is in there. Raises StoreError, EngineFull."""
@@ -493,9 +495,8 @@ class TemporalEngine(TemporalBatches):
     async def _set_budget(self, principal: str, max_cost: float | None) -> None:
         await signal_account(self.cluster, self._flock, principal, FlockAccount.set_budget, max_cost)
 
-    async def _usage_pages(self, wanted: UsageFilter) -> AsyncIterator[Sequence[UsageRow]]:
-        for page in await usage_of(self.cluster, self._flock, wanted):
-            yield page
+    def _usage_pages(self, wanted: UsageFilter) -> AsyncIterator[Sequence[UsageRow]]:
+        return usage_of(self.cluster, self._flock, wanted)
 
     async def get_calls(self, run: Run) -> Mapping[int, Sequence[Call]]:
         self._check_entered()
@@ -825,7 +826,7 @@ class TemporalEngine(TemporalBatches):
         return again
 
     async def _stored_key_id(self, run: Run) -> str | None:
-        async with self.cluster.rpc_scope():
+        async with self.cluster.rpc_scope(missing=RunNotFound(run.run_id)):
             return (await self.cluster.input_of(workflow_id_of(run), RunOrder)).key_id
 
     async def delete_run(self, run_id: str) -> None:
@@ -834,12 +835,12 @@ class TemporalEngine(TemporalBatches):
             raise not_deleted(item or await self.get_run(run_id))
         async with self.cluster.rpc_scope(missing=RunNotFound(run_id)):
             order = await self.cluster.input_of(run_workflow_id(run_id, attempt), RunOrder)
-        if not await self._reservations.mark_deleted(run_id):
-            raise RunNotFound(run_id)
         await self._reservations.release(order.key_id, run_id)
         async with self.cluster.rpc_scope():
             for each in range(1, attempt + 1):
                 await self.cluster.delete(run_workflow_id(run_id, each))
+        if not await self._reservations.mark_deleted(run_id):  # last, so that a deletion that failed can be repeated
+            raise RunNotFound(run_id)
         if self.cluster.files is not None:
             await self.cluster.files.release(run_workflow_id(run_id, 1), order.run.files, at)
 

@@ -378,7 +378,7 @@ def journal_of(step: int, calls: Iterable[Call]) -> list[Call]:
     return journal.of_step(0, step)
 
 
-def _by_step(done: Iterable[CallDone], answers: Calls, item: int = 0) -> dict[int, list[Call]]:
+def _by_step(done: Iterable[CallDone], answers: Calls, item: int) -> dict[int, list[Call]]:
     """Return the calls that workers have *done*, and *answers*, oldest first, by the position of their step."""
     found: dict[int, list[Call]] = {}
     made = [each for each in done if not _is_of_answers(each.call)]
@@ -653,10 +653,12 @@ async def read_chunk(
         may_be_missing = number > 1 or attempt.completed_at is None or attempt.is_partial
         return await _full_history(cluster, chunk_workflow_id(batch_id, chunk, number), may_be_missing=may_be_missing)
 
-    histories = asyncio.gather(*(read(number, attempt) for number, attempt in enumerate(attempts, 1)))
-    rows = await cluster.input_of(rows_workflow_id(attempts[0].rows_of or batch_id, chunk), RowsOrder)
+    rows, histories = await asyncio.gather(
+        cluster.input_of(rows_workflow_id(attempts[0].rows_of or batch_id, chunk), RowsOrder),
+        asyncio.gather(*(read(number, attempt) for number, attempt in enumerate(attempts, 1))),
+    )
     items = Chunk(batch_id, rows, whole)
-    for number, (attempt, history) in enumerate(zip(attempts, await histories, strict=True), 1):
+    for number, (attempt, history) in enumerate(zip(attempts, histories, strict=True), 1):
         if number > 1:
             items.reopen(attempt)
         items.cancel(attempt.cancelled)

@@ -20,7 +20,7 @@ from flock.temporal.cluster import Cluster
 from flock.temporal.messages import DeleteOrder
 from flock.temporal.workflows import FlockMark
 
-#: How long a deletion stays marked. The cluster takes half a minute to delete a closed workflow.
+#: How long the marker of a deletion stays open. It marks the deletion until its own retention ends.
 KEEP_DELETED_FOR = timedelta(hours=1)
 
 

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
-from functools import partial
 from typing import Any, Self
 
 from msgspec.structs import replace
@@ -166,9 +165,11 @@ class TemporalWorker:
                 sticky_queue_schedule_to_start_timeout=timedelta(seconds=STICKY_TIMEOUT_S),
                 graceful_shutdown_timeout=drain_timeout,
             )
+            workers = list[Worker]()
+            stack.push_async_callback(_shut_down, workers, drain_timeout_s + SHUTDOWN_GRACE_S)
             for worker in (for_runs, for_items):
                 await worker.__aenter__()
-                stack.push_async_exit(partial(_shut_down, worker, drain_timeout_s + SHUTDOWN_GRACE_S))
+                workers.append(worker)
             self._exit = stack.pop_all()
         return self
 
@@ -300,13 +301,21 @@ class _RunStep(ActivityStep):
         )
 
 
-async def _shut_down(worker: Worker, timeout_s: float, *exc_info: Any) -> None:
-    """Shut down a worker of the SDK. The time limit is needed because its core sometimes never reports the end."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await worker.__aexit__(*exc_info)
-    except TimeoutError:
-        logger.warning("The worker of %s did not shut down within %g s and is abandoned.", worker.task_queue, timeout_s)
+async def _shut_down(workers: Sequence[Worker], timeout_s: float) -> None:
+    """Shut down workers of the SDK together, so that none starts a step while another one drains.
+
+    The time limit is needed because their core sometimes never reports the end.
+    """
+
+    async def shut_down(worker: Worker) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await worker.__aexit__(None, None, None)
+        except TimeoutError:
+            queue = worker.task_queue
+            logger.warning("The worker of %s did not shut down within %g s and is abandoned.", queue, timeout_s)
+
+    await asyncio.gather(*map(shut_down, workers))
 
 
 async def _send_heartbeats(active: _RunStep, heartbeat_timeout_s: float) -> None:
