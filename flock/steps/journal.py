@@ -698,10 +698,11 @@ class Journal:
         try:
             await self._replay.until_cancelled(entry, timers)
         except anyio.get_cancelled_exc_class():
-            if (late_s := self._replay.late_s(entry)) > 0:  # a plain time-out may have passed meanwhile
-                await self._in_step(anyio.sleep, late_s, cancellation)
-            if not self._replay.is_cancelled_alone(entry):
-                await self._in_step(self._replay.until_it_may_see, entry.end, cancellation)
+            with clocks_stopped():  # a limit that passes now would hide the cancellation
+                if (late_s := self._replay.late_s(entry)) > 0:  # a plain time-out may have passed meanwhile
+                    await self._in_step(anyio.sleep, late_s, cancellation)
+                if not self._replay.is_cancelled_alone(entry):
+                    await self._in_step(self._replay.until_it_may_see, entry.end, cancellation)
             raise
         finally:
             self._replay.cancelled_again(entry)

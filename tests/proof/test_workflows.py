@@ -756,6 +756,24 @@ FOUND_IN_MEMORY = {
         '"n":13,"seconds":0.0,"times":3},{"kind":"block","n":17,"seconds":0.103606}],"n":6,"seconds":0.0},{'
         '"is_stored":true,"ends":[[8,0,true],[0,0,true]]}]'
     ),
+    "a limit of a call does not pass while a cancellation in it is late again": (
+        '[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"tool","parts":[{"kind":"work","n":6,"sec'
+        'onds":0.201414}],"n":5,"seconds":0.0,"limit_s":0.301732},{"kind":"block_and_fail","n":7,"seconds":'
+        '0.102236}],"n":4,"seconds":0.0},{"kind":"work","n":10,"seconds":0.104123}],"n":2,"seconds":0.0},{"'
+        'seed":332,"is_stored":true,"ends":[[3,6,false],[2,2,true]]}]'
+    ),
+    "a limit of a call does not pass while a cancellation in a group in it is late again": (
+        '[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"group","parts":[{"kind":"ask","n":5,"sec'
+        'onds":0.0},{"kind":"tool","parts":[{"kind":"group","parts":[{"kind":"ask","n":10,"seconds":0.0},{"'
+        'kind":"seq","parts":[{"kind":"plain","n":12,"seconds":0.0,"times":3},{"kind":"work","n":13,"second'
+        's":0.801414}],"n":11,"seconds":0.0}],"n":9,"seconds":0.0}],"n":6,"seconds":0.0,"limit_s":0.601732}'
+        '],"n":4,"seconds":0.0},{"kind":"fail","n":14,"seconds":0.102236,"limit_s":0.602646,"is_once":true}'
+        ',{"kind":"gather","parts":[{"kind":"group","parts":[{"kind":"work","n":18,"seconds":0.203317},{"ki'
+        'nd":"fail","n":19,"seconds":0.103606}],"n":16,"seconds":0.0},{"kind":"work","n":20,"seconds":0.404'
+        '123,"limit_s":0.304359},{"kind":"work","n":24,"seconds":0.204796}],"n":15,"seconds":0.0}],"n":3,"s'
+        'econds":0.0},{"kind":"work","n":25,"seconds":0.105385}],"n":2,"seconds":0.0},{"seed":434,"is_store'
+        'd":true,"ends":[[9,4,false],[9,4,true]]}]'
+    ),
 }
 
 
