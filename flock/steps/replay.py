@@ -119,8 +119,8 @@ class Replay:
         #: the last number, those of the last start and the last end of this execution, and that up to which it is
         #: stored that the next one was not delivered
         self._number = self._new_start = self._new_end = self._delayed = 0
-        #: how many ends were delivered in this execution
-        self._seen_count = 0
+        #: how many ends were delivered in this execution, the task that has seen the last one, and when that had ended
+        self._seen_count, self._seen_in, self._seen_end_s = 0, current_task(), math.inf
         #: the last number of earlier executions
         self._known = 0
         #: the ends of this execution that are neither delivered, nor stored to have been so when a call was cancelled
@@ -439,6 +439,7 @@ class Replay:
         if self._new_start > seen or (entry.is_unseen and not entry.end):
             self._note_end(entry, self._next_number())
         self._seen_count, self._saw_at = self._seen_count + 1, self._time()
+        self._seen_in, self._seen_end_s = current_task(), self._end_s.get(entry.end, math.inf)
         self._skipped_s = max(0.0, self._skipped_s + self._left_s(entry))
         if entry.stored is not None:
             self._recur()
@@ -691,11 +692,20 @@ class Replay:
         even if this method waits for as long as that took before.
         """
         kind = _kind_of(call_id, name)
-        while (entry := self._first_ended(kind)) is not None and self.is_sure(entry.start):
+        while (entry := self._first_ended(kind)) is not None and self._is_sure_of(entry):
             is_over = functools.partial(self._is_not_awaited, kind, entry)
             if await self._is_in_vain(functools.partial(_start_s, entry), is_over):
                 return entry.stored
         return None
+
+    def _is_sure_of(self, entry: Entry) -> bool:
+        """Whether an unchanged program surely makes a call again.
+
+        The call may have followed a plain time-out, and not the end before it, if that was earlier and in another task:
+        those of ``asyncio.as_completed`` go on after a time-out.
+        """
+        follows_end = self._seen_in is current_task() or _start_s(entry) <= self._seen_end_s + SKIPPED_S
+        return follows_end and self.is_sure(entry.start)
 
     def _first_ended(self, kind: tuple[str, str]) -> Entry | None:
         """Return the first that has returned or raised. A time-out may pass before a cancelled one starts again."""

@@ -774,6 +774,14 @@ FOUND_IN_MEMORY = {
         'econds":0.0},{"kind":"work","n":25,"seconds":0.105385}],"n":2,"seconds":0.0},{"seed":434,"is_store'
         'd":true,"ends":[[9,4,false],[9,4,true]]}]'
     ),
+    "a plain time-out that had passed while a call of another task went on does not pass again": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"timeout","parts":[{"kind":"completed","par'
+        'ts":[{"kind":"work","n":6,"seconds":0.801414}],"n":4,"seconds":0.0}],"n":3,"seconds":0.0,"limit_s"'
+        ':0.604359},{"kind":"seq","parts":[{"kind":"plain","n":15,"seconds":0.504796,"is_random":true,"time'
+        's":1},{"kind":"work","n":16,"seconds":0.205385}],"n":14,"seconds":0.0}],"n":2,"seconds":0.0},{"kin'
+        'd":"work","n":21,"seconds":0.106856}],"n":1,"seconds":0.0},{"is_stored":true,"ends":[[2,13,true]]}'
+        "]"
+    ),
 }
 
 
