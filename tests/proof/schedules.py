@@ -40,7 +40,7 @@ LATE_S = (0.0, 0.0, 0.001, 0.02, 0.3)
 #: A program that has not ended after so many virtual seconds waits for something that never happens.
 HORIZON_S = 60.0
 #: Tasks that wake each other so many times, while no time passes, are busy waiting.
-BUSY_STEPS = 50_000
+BUSY_STEPS = 10_000
 #: When virtual time begins.
 BEGIN = datetime.now(UTC)
 #: No program needs as many iterations.
