@@ -59,7 +59,9 @@ def recipe_of(
         parts.append([each, agent.version, agent.description, agent.input.schema, agent.output.schema, handoffs])
         if isinstance(agent, ModelAgent):
             models = models_of(agent.model, repr(each)) or default
-            tools = [getattr(tool, "name", tool if isinstance(tool, str) else "") for tool in agent.tools]
+            tools = [
+                tool if isinstance(tool, str) else getattr(tool, "name", type(tool).__name__) for tool in agent.tools
+            ]
             options = [agent.temperature, agent.max_tokens, agent.options, agent._answer.schema]
             parts.append([[(model.name, model.base_url, model.extra_body) for model in models], options, tools])
             parts.append([agent.instructions, agent._examples])
