@@ -14,6 +14,7 @@ from flock.command.cli import main
 from flock.files import open_below
 from flock.store import contents
 from tests.images_once import play
+from tests.support import open_files
 from tests.test_files import PNG
 
 TARGET = """
@@ -110,11 +111,11 @@ def test_a_file_that_is_added_or_removed_counts_as_a_change(photos: Path) -> Non
 
 
 def test_a_name_outside_leaves_no_descriptor_open(photos: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for name in ("/etc/passwd", "../secret.txt", "sub", "missing") * 5:
         with pytest.raises((ValueError, OSError)):
             open_below(photos, name)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 class Broken(io.BytesIO):

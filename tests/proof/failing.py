@@ -39,6 +39,7 @@ from tests.proof.faults import ERRORS, Fault, Faults, failing, is_overslept
 from tests.proof.promises import check
 from tests.proof.scenarios import SCENARIOS, Client, Provider
 from tests.proof.schedules import Schedule, Thread, execute
+from tests.support import open_files
 
 __all__ = ["distinct", "faults_of", "sample", "trial"]
 
@@ -162,7 +163,7 @@ def trial(name: str, fault: Fault | None = None) -> Names:
         faults, model = Faults(fault, loop), Provider(scenarios._reply)
         bridge, log = _Bridge(faults), folder / "log"
         with failing(faults, loop, log, bridge):
-            before, files, client = asyncio.all_tasks(), _open_files(), Client("http://test")
+            before, files, client = asyncio.all_tasks(), open_files(), Client("http://test")
             client.is_damaged = fault is not None and fault.error == "corrupt"
             client.lacks_memory = client.eve.lacks_memory = faults.lack_memory
 
@@ -183,7 +184,7 @@ def trial(name: str, fault: Fault | None = None) -> Names:
             gc.collect()  # a statement that has failed keeps its connection open
             left: dict[str, Collection[Any]] = {
                 "tasks": asyncio.all_tasks() - before,
-                "files": _open_files() - files,
+                "files": open_files() - files,
                 "threads": loop.threads,
             }
             if fault is None or fault.kind != "file" or not fault.seconds:  # otherwise they could not be removed
@@ -203,15 +204,6 @@ def trial(name: str, fault: Fault | None = None) -> Names:
                 raise
             words = f"{name} {fault.kind} {fault.error} {fault.at} {fault.seconds:g}"
             raise AssertionError(f"{exc!r}\n\nTo repeat it: python -m tests.proof.failing --fault {words}") from exc
-
-
-def _open_files() -> set[str]:
-    folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
-    found = set[str]()
-    for number in os.listdir(folder):
-        with contextlib.suppress(OSError):
-            found.add(f"{number} {os.readlink(f'{folder}/{number}')}")
-    return found
 
 
 def faults_of(names: Names) -> Sequence[Fault]:

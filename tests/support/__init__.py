@@ -1,6 +1,7 @@
 """Code that tests share. Only ``browser`` imports Playwright, and ``cluster`` imports temporalio when it is called."""
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -43,3 +44,15 @@ def slowness_meanwhile() -> Iterator[list[float]]:
     finally:
         is_over.set()
         thread.join()
+
+
+def open_files() -> set[str]:
+    """Return the number and the name of each file that this process has open.
+
+    Sockets are left out, since clients of other tests may connect again at any moment, in threads of their own.
+    """
+    folder, found = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd", set[str]()
+    for number in os.listdir(folder):
+        with contextlib.suppress(OSError):
+            found.add(f"{number} {os.readlink(f'{folder}/{number}')}")
+    return {each for each in found if " socket:" not in each}
