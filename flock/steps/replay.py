@@ -402,7 +402,8 @@ class Replay:
         self._ends[end] = mark = Mark(entry.call_id, entry.start, end)
         self._unwritten.pop(entry.start, None)
         if is_cancelled:
-            self._note_if_at_once(entry, end)
+            if not entry.is_known:  # otherwise it had begun, and all that is stored came before the program saw its end
+                self._note_if_at_once(entry, end)
             for overtaken in self._returned.values():
                 self._note_end(overtaken, OVERTAKEN)
             self._returned.clear()

@@ -782,6 +782,14 @@ FOUND_IN_MEMORY = {
         'd":"work","n":21,"seconds":0.106856}],"n":1,"seconds":0.0},{"is_stored":true,"ends":[[2,13,true]]}'
         "]"
     ),
+    "a cancelled function in a thread that another process had executed, and whose end it did not store": (
+        '[{"kind":"seq","parts":[{"kind":"first","parts":[{"kind":"first","parts":[{"kind":"block","n'
+        '":8,"seconds":0.401732},{"kind":"first","parts":[{"kind":"receive","n":11,"seconds":40.00264'
+        '6,"comes":"during"},{"kind":"receive","n":12,"seconds":2.003317,"comes":"never"}],"n":10}],"'
+        'n":4},{"kind":"seq","parts":[{"kind":"plain","n":21,"seconds":0.055385,"times":1},{"kind":"w'
+        'ork","n":22,"seconds":0.105568}],"n":20}],"n":3},{"kind":"work","n":25,"seconds":0.106557}],'
+        '"n":1},{"seed":569,"is_stored":true,"ends":[[0,0,true],[4,8,true]]}]'
+    ),
 }
 
 
