@@ -167,26 +167,40 @@ def port_in(log: Path, process: subprocess.Popen[bytes]) -> int:
     raise RuntimeError(f"{process.args!r} did not start:\n{log.read_text('utf-8', 'replace')}")
 
 
+def wait_for_workers(log: Path, workers: int) -> None:
+    """Wait until all processes of a server have started. The port is logged before."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while (started := log.read_text("utf-8", "replace").count("Application startup complete")) < workers:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{started} of {workers} workers have started:\n{log.read_text('utf-8', 'replace')}")
+        time.sleep(0.002)
+
+
 @contextlib.contextmanager
 def serving(
-    name: str, cores: Cores, folder: Path, *options: str, store: str | None = None, provider: str = ""
+    name: str, cores: Cores, folder: Path, *options: str, workers: int = 1, store: str | None = None, provider: str = ""
 ) -> Iterator[Server]:
     """Serve one subject in the block.
 
     Args:
         options: additional options of the command.
+        workers: processes of the server, which have all started.
         store: the file in *folder* for its runs.
         provider: the address of the model provider.
     """
     subject = SUBJECTS[name]
     (own := folder / f"{name} {time.monotonic_ns()}").mkdir()
     command = subject.command(folder / (store or f"{name}.db"))
+    if workers > 1:
+        options = (*options, "--workers", str(workers))
     log = own / "log"
     process = spawn(
         [*command, *options], cores.server, own, log, OPENAI_BASE_URL=f"{provider}/v1", **subject.environment
     )
     server = Server(name, process, port_in(log, process), subject.headers)
     try:
+        if workers > 1:
+            wait_for_workers(log, workers)
         yield server
     finally:
         server.stop()

@@ -18,7 +18,7 @@ import uvloop
 
 from bench.load import repeat
 from bench.machine import cpu_s
-from bench.measures.batches import work_on_batch
+from bench.measures.batches import end_of_batch, upload
 from bench.measures.bench import Bench, Effort
 from bench.measures.requests import ADD
 from bench.measures.streams import read_streams
@@ -28,6 +28,8 @@ from bench.servers import POWER, Server, serving
 from bench.table import number, write_part
 
 GROUP = 64
+#: How many batches are executed at once, since each is executed by one process.
+BATCHES = 8
 Figures = dict[str, list[float]]
 
 
@@ -35,8 +37,7 @@ async def with_workers(bench: Bench, workers: int, seconds: float) -> dict[str, 
     """Return what a new server with as many workers does in a second, and the CPU time of all of them for each."""
     cores = msgspec.structs.replace(bench.cores, server=None)
     store = f"{workers} {time.monotonic_ns()}.db"
-    options = ("--workers", str(workers), "--max-concurrency", "1000")
-    with serving(POWER, cores, bench.folder, *options, store=store) as server:
+    with serving(POWER, cores, bench.folder, "--max-concurrency", "1000", workers=workers, store=store) as server:
         request = server.raw_request("POST", "/run/flock", ADD)
         await repeat(server, [request], connections=GROUP, seconds=0.3)
         runs = await repeat(server, [request], connections=GROUP, seconds=seconds)
@@ -44,7 +45,7 @@ async def with_workers(bench: Bench, workers: int, seconds: float) -> dict[str, 
         reads = await repeat(server, [get], connections=GROUP, seconds=seconds)
         items, (streams, pieces) = round(5_000 * seconds), (50, round(200 * seconds))
         used_s = cpu_s(server.pid)
-        took_s, _ = work_on_batch(server, items)
+        took_s = work_on_batches(server, items)
         item_us = (cpu_s(server.pid) - used_s) / items * 1e6
         body = {"agent_name": "write", "inputs": {"pieces": pieces, "interval_s": 0}}
         stream = server.raw_request("POST", "/run/flock", body, Accept="text/event-stream")
@@ -61,6 +62,18 @@ async def with_workers(bench: Bench, workers: int, seconds: float) -> dict[str, 
         "an item: server CPU, µs": item_us,
         "a piece: server CPU, µs": found.piece_us,
     }
+
+
+def work_on_batches(server: Server, items: int) -> float:
+    """Return the seconds from the start of the first batch to the end of the last one."""
+    body = b"a\n" + b"".join(b"%d\n" % n for n in range(items // BATCHES))
+    accepted = [upload(server, "add", body)["batch_id"] for _ in range(BATCHES)]
+    ended = [end_of_batch(server, batch_id) for batch_id in accepted]
+    completed = sum(batch.completed_items for batch in ended)
+    if completed != items // BATCHES * BATCHES:
+        raise RuntimeError(f"{completed} of {items} items completed")
+    began = min(batch.started_at for batch in ended if batch.started_at)
+    return (max(batch.completed_at for batch in ended if batch.completed_at) - began).total_seconds()
 
 
 def committed(bench: Bench, seconds: float) -> float:

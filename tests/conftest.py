@@ -44,6 +44,7 @@ TIMEOUT.connect = TIMEOUT.read = TIMEOUT.write = TIMEOUT.pool = PATIENCE_S
 LANES = {
     "test_a2a_clients.py": ("slow", None),
     "test_a_long_batch.py": ("slow", None),
+    "test_accepting.py": ("slow", None),
     "test_ask_on_cluster.py": ("cluster", "temporalio"),
     "test_attacks.py": ("slow", None),
     "test_attacks_on_runs.py": ("slow", None),

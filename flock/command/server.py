@@ -20,10 +20,10 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn, cast
 
 import anyio
 import msgspec
@@ -33,6 +33,7 @@ import uvicorn.config
 import uvicorn.logging
 
 from flock.agents.checks import warn_of_problems
+from flock.command.accepting import ACCEPTS_PER_ITERATION, NOT_ACCEPTING, Acceptor
 from flock.command.connection import Connection
 from flock.command.exporter import end_export, export_traces
 from flock.declared import DeclaredFlock
@@ -57,8 +58,6 @@ logger = logging.getLogger("flock.server")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 #: How long the responses of interrupted runs may take, in seconds. Then uvicorn cuts them off.
 RESPONSE_TIMEOUT_S = 5
-#: The number of connections that are accepted in one iteration of the event loop.
-ACCEPTS_PER_ITERATION = 16
 #: The number of files and sockets that a server may have open, if the system allows it.
 OPEN_FILES = 65_536
 #: How long to wait at exit for an idle worker thread to end, in seconds.
@@ -177,7 +176,7 @@ def serve_flock(flock: DeclaredFlock, settings: ServerSettings, listener: socket
     export_traces(flock.name)
     if listener is not None:
         _log_listening(settings, listener)
-    _serve(config, settings, listener, is_passed=listener is not None)
+    _serve(_Server(config, settings, is_passed=listener is not None), settings, listener)
 
 
 def serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: ServerSettings) -> None:
@@ -232,13 +231,22 @@ def _serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: Se
 
     # Without a lock, which a worker that is killed would keep.
     has_started = multiprocessing.get_context("spawn").RawValue("b", 0)
+    connections = multiprocessing.get_context("spawn").RawArray("i", [NOT_ACCEPTING] * workers)
+    numbers = dict[int | None, int]()  # of the workers, by the id of the process
 
     def start() -> SpawnProcess:
         read_keys()
-        return _start_worker(load, settings, listener, workers, passed is not None, has_started)
+        number = min({*range(workers)} - {*numbers.values()})
+        process = _start_worker(load, settings, listener, passed is not None, has_started, connections, number)
+        numbers[process.pid] = number
+        return process
 
-    mark_dead = app.metrics.mark_process_dead if app.metrics else None
-    return _supervise(start, workers, signals, read_keys, lambda: bool(has_started.value), on_exit=mark_dead)
+    def on_exit(pid: int | None) -> None:
+        connections[numbers.pop(pid)] = NOT_ACCEPTING
+        if app.metrics:
+            app.metrics.mark_process_dead(pid)
+
+    return _supervise(start, workers, signals, read_keys, lambda: bool(has_started.value), on_exit)
 
 
 def _hold_sighup() -> None:
@@ -304,7 +312,7 @@ def _supervise(
     signals: socket.socket,
     on_sighup: Callable[[], bool],
     has_started: Callable[[], bool],
-    on_exit: Callable[[int | None], None] | None,
+    on_exit: Callable[[int | None], None],
 ) -> int:
     """Replace workers that die, until a stop is requested, or a worker cannot start. Return the exit code.
 
@@ -325,8 +333,7 @@ def _supervise(
         for process in [process for process in processes if process.sentinel in ready]:
             process.join()
             processes.remove(process)
-            if on_exit is not None:
-                on_exit(process.pid)
+            on_exit(process.pid)
             if process.exitcode == uvicorn.config.STARTUP_FAILURE and not has_started():
                 exit_code = uvicorn.config.STARTUP_FAILURE
                 continue
@@ -367,12 +374,13 @@ def _worker_main(
     load: Callable[[], DeclaredFlock],
     settings: ServerSettings,
     listener: socket.socket,
-    workers: int,
     is_passed: bool,
     has_started: Any,
+    connections: MutableSequence[int],
+    number: int,
 ) -> None:
-    """Serve in one of *workers* processes. *has_started* is a value that they share."""
-    share_limits_among(workers)
+    """Serve in one of several processes. They share the value *has_started*, and *connections*; see ``Acceptor``."""
+    share_limits_among(len(connections))
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         flock = load()
@@ -382,7 +390,14 @@ def _worker_main(
     except Exception:
         traceback.print_exc()
         sys.exit(uvicorn.config.STARTUP_FAILURE)
-    _serve(config, settings, listener, is_passed=is_passed, on_start=lambda: setattr(has_started, "value", 1))
+    server = _Server(
+        config,
+        settings,
+        is_passed=is_passed,
+        on_start=lambda: setattr(has_started, "value", 1),
+        accepting=functools.partial(Acceptor, counts=connections, number=number),
+    )
+    _serve(server, settings, listener)
 
 
 def _stop_with_parent() -> None:
@@ -610,18 +625,11 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
-def _serve(
-    config: uvicorn.Config,
-    settings: ServerSettings,
-    listener: socket.socket | None,
-    *,
-    is_passed: bool,
-    on_start: Callable[[], None] = lambda: None,
-) -> None:
+def _serve(server: "_Server", settings: ServerSettings, listener: socket.socket | None) -> None:
     tune_gc()
     _allow_open_files()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the normal way to stop the server
-        _Server(config, settings, is_passed=is_passed, on_start=on_start).run(None if listener is None else [listener])
+        server.run(None if listener is None else [listener])
     abandon_busy_threads()
     if settings.temporal:
         _exit_now()  # as in run_worker
@@ -647,14 +655,23 @@ class _Server(uvicorn.Server):
     Args:
         is_passed: the listener outlives this server. So connections that arrive while it drains are not accepted:
             they wait for the next server.
+        on_start: called when the server has started.
+        accepting: makes what accepts the connections of a worker; None if it is the only one.
     """
 
     def __init__(
-        self, config: uvicorn.Config, settings: ServerSettings, *, is_passed: bool, on_start: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        settings: ServerSettings,
+        *,
+        is_passed: bool,
+        on_start: Callable[[], None] = lambda: None,
+        accepting: Callable[..., Acceptor] | None = None,
     ) -> None:
         super().__init__(config)
         self._settings = settings
         self._is_passed, self._on_start = is_passed, on_start
+        self._accepting, self._acceptors = accepting, list[Acceptor]()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         sniffio.thread_local.name = "asyncio"  # anyio asks in each of its calls, and would look for the current task
@@ -677,14 +694,19 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
-            await super().startup(sockets)
+            await super().startup(sockets if self._accepting is None else [])
         except SystemExit as exc:
             if isinstance(exc.__context__, OSError):  # uvicorn has logged it, but without a remedy
                 _log_listen_error(self.config.host, self.config.port, exc.__context__)
             raise
         if self.started:
             self._on_start()
-        await self._accept_faster()
+        if self._accepting is None:
+            await self._accept_faster()
+        else:
+            connections: Collection[object] = self.server_state.connections
+            self._acceptors = [self._accepting(each, self._make_protocol, connections) for each in sockets or ()]
+            self.servers += cast(list[asyncio.Server], self._acceptors)
         # A forked child that outlives this process, such as a process pool's, must not hold the port.
         os.register_at_fork(after_in_child=self._close_listeners)
         if threading.current_thread() is threading.main_thread():
@@ -706,16 +728,24 @@ class _Server(uvicorn.Server):
         With one socket, a client that opens many connections would delay those of others for seconds.
         """
         loop = asyncio.get_running_loop()
-        make_protocol = functools.partial(
-            self.config.http_protocol_class,  # as uvicorn calls it
-            config=self.config,  # type: ignore[call-arg]
-            server_state=self.server_state,
-            app_state=self.lifespan.state,
-        )
         for listener in [listener for server in self.servers for listener in server.sockets]:
             for _ in range(ACCEPTS_PER_ITERATION - 1):
                 copy_ = socket.socket(fileno=os.dup(listener.fileno()))
-                self.servers.append(await loop.create_server(make_protocol, sock=copy_, backlog=self.config.backlog))
+                self.servers.append(
+                    await loop.create_server(self._make_protocol, sock=copy_, backlog=self.config.backlog)
+                )
+
+    def _make_protocol(self) -> asyncio.Protocol:
+        """Make that of a connection, as uvicorn does."""
+        config, state = self.config, self.server_state
+        protocol_class: Any = config.http_protocol_class
+        protocol: asyncio.Protocol = protocol_class(config=config, server_state=state, app_state=self.lifespan.state)
+        return protocol
+
+    async def on_tick(self, counter: int) -> bool:
+        for acceptor in self._acceptors:
+            acceptor.note()
+        return await super().on_tick(counter)
 
     def _close_listeners(self) -> None:
         for listener in itertools.chain.from_iterable(server.sockets for server in self.servers):

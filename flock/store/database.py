@@ -351,6 +351,8 @@ class Database:
             self._write_once(functools.partial(group.write_together, self._db))
         except Refused:
             self._write_once(functools.partial(group.write_separately, self._db, self._without_row))
+        finally:  # in this thread, so that other processes do not wait until the event loop has time
+            self._file.unlock()
 
     def _write_once(self, write: Callable[[], None]) -> None:
         if self._db.in_transaction:  # its rollback has failed

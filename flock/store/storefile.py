@@ -70,7 +70,11 @@ class StoreFile:
         try:
             yield
         finally:
-            files.unlock(self._lock)
+            self.unlock()
+
+    def unlock(self) -> None:
+        assert self._lock is not None
+        files.unlock(self._lock)
 
     def note_identity(self) -> None:
         """Note which files these are, for ``check``."""
