@@ -13,6 +13,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import anyio
+import anyio.lowlevel
 import httpx
 import msgspec
 import pytest
@@ -38,6 +40,7 @@ from flock.errors import Replayed, StoreError, Unreadable
 from flock.runs import BatchOptions, IdempotencyKey, Run, RunContext, RunFilter, RunStatus
 from flock.store import contents
 from flock.store.port import DamagedRecord
+from flock.store.store import SQLiteStore
 from flock.testing import FakeModel
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S, slowness
@@ -489,6 +492,18 @@ async def test_a_store_that_cannot_keep_up_holds_back_new_work(tmp_path: Path, m
         with anyio.fail_after(PATIENCE_S):
             assert (await engine.wait(run.run_id)).status is RunStatus.COMPLETED
         assert len(paid.begun) == 40
+
+
+@pytest.mark.anyio
+async def test_other_processes_may_write_while_the_event_loop_is_busy(tmp_path: Path) -> None:
+    began = threading.Event()
+    async with SQLiteStore(tmp_path / "flock.db") as store, anyio.create_task_group() as tasks:
+        with flock.store.files.open_lock(f"{store.path}-lock", 0o600) as file:
+            tasks.start_soon(store.change, lambda _: began.set())
+            while not began.is_set():
+                await anyio.lowlevel.checkpoint()
+            until(lambda: flock.store.files.try_lock(file), "end of the transaction")  # the event loop waits meanwhile
+            flock.store.files.unlock(file)
 
 
 # A damaged file
