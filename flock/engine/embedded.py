@@ -609,8 +609,9 @@ class EmbeddedEngine(EngineBase):
         version, check_at = -1, anyio.current_time() + CHECK_INTERVAL_S
         while True:
             await anyio.sleep(WATCH_INTERVAL_S)
-            at = anyio.current_time()
+            at, share = anyio.current_time(), FairShare()
             for active in list(self._runner.active.values()):
+                await share.checkpoint()
                 # After its step, a newer record is already being written, which must not be replaced by this one.
                 is_changed = active.progress is not active.run.progress or active.spent is not active.run.spent
                 if active.context is not None and is_changed:
@@ -632,7 +633,8 @@ class EmbeddedEngine(EngineBase):
                 seen = await self.store.data_version() if self.store.is_shared else version - 1
                 if seen != version:
                     self._notify_store_changed()
-                    for run_id in self._runner.active:
+                    for run_id in list(self._runner.active):
+                        await share.checkpoint()
                         self._note_answer(run_id)
                     for run_id, attempt in await self.store.cancels_for(self._engine_id):
                         if run_id in self._runner.active:
