@@ -175,6 +175,7 @@ class Replay:
 
     def _load(self, calls: Sequence[Call]) -> None:
         entries, unplaced = self._placed(calls)
+        _number_as_delivered(entries.values())
         answers = self._answers(entries, unplaced)
         known = [entries[start] for start in sorted(entries)] + [entry for entry in answers if not entry.start]
         self._number = max((max(entry.start, entry.end, entry.seen) for entry in entries.values()), default=0)
@@ -570,6 +571,7 @@ class Replay:
         try:
             while await self._is_in_vain(lambda: self._sound_s(entry.place), lambda: False) and self._deliver_guessed():
                 pass
+            await self._let_earlier_ones_go_on(entry)
             self._gave_up_at = self._time()
         except anyio.get_cancelled_exc_class():
             # Of equal calls, any other one may have been cancelled first, since only their arrival tells them apart.
@@ -586,6 +588,14 @@ class Replay:
             raise
         finally:
             self._cancelled[key].remove(entry)
+
+    async def _let_earlier_ones_go_on(self, entry: Entry) -> None:
+        """Let calls that have waited in vain go on in the order of their ends: the program may then cancel the next."""
+        last = 0
+        while last < (first := min(self._to_cancel)) < entry.end:
+            last = first
+            for _ in range(SETTLING):
+                await anyio.lowlevel.checkpoint()
 
     def _sound_s(self, place: Place) -> float:
         """Return the step time of an end, less what was waited in vain both before it and in this execution.
@@ -800,6 +810,23 @@ class Replay:
 
 
 _START = operator.attrgetter("start")
+
+
+def _number_as_delivered(entries: Iterable[Entry]) -> None:
+    """Let an end come after those that were stored later, if an execution has delivered it after them.
+
+    Such as a call that waited to be cancelled again, until the program had seen a late result.
+    """
+    executions = defaultdict[int, list[Entry]](list)
+    for entry in entries:
+        if entry.since:
+            executions[entry.since].append(entry)
+    for delivered in executions.values():
+        last = 0
+        for entry in sorted(delivered, key=lambda entry: entry.seen or entry.end):
+            if entry.end < last:
+                entry.end = entry.seen
+            last = max(last, entry.end)
 
 
 def _has_ended(executions: Mapping[str, Sequence[Entry]], caller: str, start: int) -> bool:

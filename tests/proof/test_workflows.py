@@ -790,6 +790,15 @@ FOUND_IN_MEMORY = {
         'ork","n":22,"seconds":0.105568}],"n":20}],"n":3},{"kind":"work","n":25,"seconds":0.106557}],'
         '"n":1},{"seed":569,"is_stored":true,"ends":[[0,0,true],[4,8,true]]}]'
     ),
+    "a call that is cancelled after the late result of one that is not cancelled again": (
+        '[{"kind":"group","parts":[{"kind":"group","parts":[{"kind":"loop","parts":[{"kind":"gather",'
+        '"parts":[{"kind":"ask","n":6},{"kind":"seq","parts":[{"kind":"plain","n":8,"times":1},{"kind'
+        '":"work","n":9,"seconds":0.801414}],"n":7}],"n":5}],"n":4,"times":3},{"kind":"work","n":10,"'
+        'seconds":0.201732,"limit_s":0.302236,"is_once":true}],"n":3},{"kind":"first","parts":[{"kind'
+        '":"work","n":12,"seconds":0.402646},{"kind":"work","n":13,"seconds":0.803317},{"kind":"block'
+        '_and_fail","n":14,"seconds":0.803606},{"kind":"block_and_fail","n":16,"seconds":0.204123}],"'
+        'n":11}],"n":2},{"seed":379,"is_stored":true,"ends":[[7,0,false]],"retries":1}]'
+    ),
 }
 
 
