@@ -607,9 +607,9 @@ def tune_gc() -> None:
     """Exclude existing objects from garbage collection, and collect few objects at a time and all of them rarely.
 
     A collection visits the objects of the requests that are open, and holds the event loop: of 15,000 objects for up to
-    20 ms. So a young collection has 5,000, more than most loads have open, and a middle one 15,000. With fewer, the cycles
-    of runs that wait or fail are old before they are garbage, and old ones are collected rarely: memory grows. Only for a
-    process that is nothing but a server. It makes short runs a tenth faster.
+    20 ms. So a young collection has 5,000, more than most loads have open, and a middle one 15,000. With fewer, cycles
+    of runs that wait or fail are old before they are garbage, and old ones are collected rarely: memory grows. Only for
+    a process that is nothing but a server. It makes short runs a tenth faster.
     """
     gc.collect()
     gc.freeze()
