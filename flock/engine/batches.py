@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -278,11 +278,16 @@ class _Work:
         pages = self._pending_pages(are_suspects=True)
         self._first = {item.run_id: item async for page in pages for item in page}
         await self.jobs.hold()
-        async with self._tasks:
-            for _ in self._first or [None]:  # suspects wait for each other, so each needs a worker
-                self._start_worker()
-            if self._batch.waiting_items or await self.jobs.store.open(self._batch):
-                self._watch()
+        try:
+            async with self._tasks:
+                for _ in self._first or [None]:  # suspects wait for each other, so each needs a worker
+                    self._start_worker()
+                if self._batch.waiting_items or await self.jobs.store.open(self._batch):
+                    self._watch()
+        finally:  # this object refers to itself, so what it has read would stay in memory
+            await self._pages.aclose()
+            self._page.clear()
+            self._first.clear()
 
     def _start_worker(self) -> None:
         """Start the next worker. Called when the item of a worker has a slot, so that only one worker waits."""
@@ -370,7 +375,7 @@ class _Work:
         self._digests.add(item.digest)
         return is_first
 
-    async def _pending_pages(self, *, are_suspects: bool = False) -> AsyncIterator[list[Run]]:
+    async def _pending_pages(self, *, are_suspects: bool = False) -> AsyncGenerator[list[Run], None]:
         """Yield pages of pending items, or only of the suspects among them."""
         after = -1
         while page := await self._store.pending_items(self._batch, after, ITEMS_PER_PAGE, are_suspects=are_suspects):

@@ -519,22 +519,25 @@ class Runner:
             if self.watch_task is not None and self.watch_task.cancelling():
                 raise  # the event loop is ending and cancels all tasks
             failure = exc
-        if end is None and active.is_stopped:
-            await self.interrupt(active)
-            return
-        await _absorb_cancellation()
-        if isinstance(failure, WaitingForAnswers) and await self._suspend(active, failure.questions):
-            return
-        outcome = None if end is not None else await self.executor.outcome_of(active, failure)
-        if active.on_end is not None:
-            outcome = active.on_end(active.run, outcome, failure)
-        if outcome is not None:
-            end = asdict(outcome)
-        assert end is not None
-        if isinstance(failure, Unreadable) and not failure.is_writable:  # writing it would fail its whole group
-            self._disown(active)
-            return
-        await self._finish(active, end)
+        try:
+            if end is None and active.is_stopped:
+                await self.interrupt(active)
+                return
+            await _absorb_cancellation()
+            if isinstance(failure, WaitingForAnswers) and await self._suspend(active, failure.questions):
+                return
+            outcome = None if end is not None else await self.executor.outcome_of(active, failure)
+            if active.on_end is not None:
+                outcome = active.on_end(active.run, outcome, failure)
+            if outcome is not None:
+                end = asdict(outcome)
+            assert end is not None
+            if isinstance(failure, Unreadable) and not failure.is_writable:  # writing it would fail its whole group
+                self._disown(active)
+                return
+            await self._finish(active, end)
+        finally:
+            failure = None  # its traceback refers to this frame
 
     async def _steps(self, active: StoredRun) -> msgspec.Raw:
         """Run the agents in sequence. The last step is written together with the end of the run."""

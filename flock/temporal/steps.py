@@ -307,23 +307,26 @@ class ActivityStep(ActiveRun):
                 return
         except BaseException as exc:  # an agent's SystemExit would end the worker
             failure = exc
-        if isinstance(failure, AgentElsewhere) and not self.cancel_requested:
-            self.needs = failure.name
-            await self._leave(f"agent {failure.name!r}")
-            return
-        if isinstance(failure, WaitingForAnswers) and not self.cancel_requested:
-            length = len(msgspec.json.encode(failure.questions))
-            if length <= MAX_RUN_BYTES:
-                self.outcome = failure
-                self._executor.notify("run_waiting", self._waiting_for(failure.questions))
+        try:
+            if isinstance(failure, AgentElsewhere) and not self.cancel_requested:
+                self.needs = failure.name
+                await self._leave(f"agent {failure.name!r}")
                 return
-            failure = CallError(
-                f"The questions have {length} bytes, more than the cluster can store. Ask shorter ones."
-            )
-        if not self.is_stopped:
-            self.outcome = await self._executor.outcome_of(self, failure)
-            if self.outcome.status is RunStatus.FAILED:
-                self.lasting = lasting_of(self.run, self._executor.find(self.run.agent_name), failure)
+            if isinstance(failure, WaitingForAnswers) and not self.cancel_requested:
+                length = len(msgspec.json.encode(failure.questions))
+                if length <= MAX_RUN_BYTES:
+                    self.outcome = failure.with_traceback(None)
+                    self._executor.notify("run_waiting", self._waiting_for(failure.questions))
+                    return
+                failure = CallError(
+                    f"The questions have {length} bytes, more than the cluster can store. Ask shorter ones."
+                )
+            if not self.is_stopped:
+                self.outcome = await self._executor.outcome_of(self, failure)
+                if self.outcome.status is RunStatus.FAILED:
+                    self.lasting = lasting_of(self.run, self._executor.find(self.run.agent_name), failure)
+        finally:
+            failure = None  # its traceback refers to this frame
 
     async def _leave(self, lacks: str) -> None:
         """Leave the step to a worker that has what this one *lacks*, unless the time of the run is over."""

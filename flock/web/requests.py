@@ -160,7 +160,10 @@ async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
             failure = exc
         finally:
             tasks.cancel_scope.cancel()
-    raise failure
+    try:
+        raise failure
+    finally:
+        del failure  # its traceback refers to this frame
 
 
 def parameters_of(query: msgspec.Struct) -> dict[str, Any]:
