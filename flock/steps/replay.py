@@ -825,7 +825,7 @@ def _number_as_delivered(entries: Iterable[Entry]) -> None:
         last = 0
         for entry in sorted(delivered, key=lambda entry: entry.seen or entry.end):
             if entry.end < last:
-                entry.end = entry.seen
+                entry.end = entry.seen or entry.end
             last = max(last, entry.end)
 
 
