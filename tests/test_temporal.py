@@ -976,6 +976,37 @@ async def test_a_run_that_starts_while_open_runs_are_counted_counts_once(
                 await engine.submit("add", {"a": 4})
 
 
+async def test_a_run_that_was_counted_before_its_start_was_answered_counts_once(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = sample_flock()
+    flock.name = new_id()
+    started, was_counted, again = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    async with open_pair(flock, temporal_address, with_worker=False, max_queue=3) as engine:
+        start = engine.cluster.client.start_workflow
+
+        async def start_workflow(*args: Any, **options: Any) -> None:
+            await start(*args, **options)
+            started.set()
+            await again.wait()  # the answer comes late
+
+        async def count_workflows(query: str) -> WorkflowExecutionCount:
+            await started.wait()
+            if was_counted.is_set():
+                again.set()
+                await asyncio.Event().wait()
+            was_counted.set()
+            return WorkflowExecutionCount(1, ())
+
+        monkeypatch.setattr(engine.cluster.client, "start_workflow", start_workflow)
+        monkeypatch.setattr(engine.cluster.client, "count_workflows", count_workflows)
+        with anyio.fail_after(PATIENCE_S):
+            for a in range(3):
+                await engine.submit("add", {"a": a})
+            with pytest.raises(EngineFull, match="3 runs are already open"):
+                await engine.submit("add", {"a": 4})
+
+
 async def test_concurrent_submissions_do_not_exceed_the_limit(temporal_address: str) -> None:
     flock = sample_flock()
     flock.name = new_id()

@@ -281,8 +281,8 @@ class TemporalEngine(TemporalBatches):
                 async with self.cluster.rpc_scope(WATCH_TIMEOUT_S):
                     before = self._started_runs
                     count = (await self.cluster.client.count_workflows(open_runs(self._flock))).count
-                    latest = self._started_runs - before  # the cluster may have counted these or not
-                    self._open_runs = min(count + latest, max(count, self._open_runs))
+                    latest = self._started_runs - before + self._starting  # it may have counted these or not
+                    self._open_runs = min(count + latest, max(count, self._open_runs + self._starting)) - self._starting
                     self._open_runs_of.clear()
                 self._error, misses = None, 0
                 if not self.is_draining:
