@@ -175,8 +175,8 @@ class Replay:
 
     def _load(self, calls: Sequence[Call]) -> None:
         entries, unplaced = self._placed(calls)
-        _number_as_delivered(entries.values())
         answers = self._answers(entries, unplaced)
+        _number_as_delivered(entries.values())
         known = [entries[start] for start in sorted(entries)] + [entry for entry in answers if not entry.start]
         self._number = max((max(entry.start, entry.end, entry.seen) for entry in entries.values()), default=0)
         self.last_start = max(entries, default=0)
@@ -815,11 +815,12 @@ _START = operator.attrgetter("start")
 def _number_as_delivered(entries: Iterable[Entry]) -> None:
     """Let an end come after those that were stored later, if an execution has delivered it after them.
 
-    Such as a call that waited to be cancelled again, until the program had seen a late result.
+    Such as a call that waited to be cancelled again, until the program had seen a late result. It is unknown when an
+    answer was delivered: its number is that of its place.
     """
     executions = defaultdict[int, list[Entry]](list)
     for entry in entries:
-        if entry.since:
+        if entry.since and entry.stored is not None and entry.stored.place is not None:
             executions[entry.since].append(entry)
     for delivered in executions.values():
         last = 0

@@ -799,6 +799,15 @@ FOUND_IN_MEMORY = {
         '_and_fail","n":14,"seconds":0.803606},{"kind":"block_and_fail","n":16,"seconds":0.204123}],"'
         'n":11}],"n":2},{"seed":379,"is_stored":true,"ends":[[7,0,false]],"retries":1}]'
     ),
+    "an answer that is noted as the next one, beside a cancelled call that starts have overtaken": (
+        '[{"kind":"gather","parts":[{"kind":"first","parts":[{"kind":"seq","parts":[{"kind":"plain","'
+        'n":7,"seconds":0.0,"times":1},{"kind":"work","n":8,"seconds":0.801414}],"n":6,"seconds":0.0}'
+        ',{"kind":"fail","n":9,"seconds":0.101732,"limit_s":0.302236,"is_once":true}],"n":5,"seconds"'
+        ':0.0},{"kind":"fail","n":11,"seconds":0.802646},{"kind":"loop","parts":[{"kind":"work","n":1'
+        '4,"seconds":0.103317,"limit_s":0.303606,"is_once":true}],"n":13,"seconds":0.0,"times":2},{"k'
+        'ind":"ask","n":16,"seconds":0.0}],"n":4,"seconds":0.0},{"seed":717,"is_stored":true,"ends":['
+        "[8,1,true],[7,2,true]]}]"
+    ),
 }
 
 
