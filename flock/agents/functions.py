@@ -92,6 +92,7 @@ def watched(coroutine: Coroutine[Any, Any, Any], option: str) -> Generator[Any, 
         except StopIteration as end:
             return end.value
         finally:
+            value = None  # the traceback of an exception refers to this frame
             if (took_s := time.perf_counter() - began) > BLOCKING_S:
                 logger.warning("%s has blocked the event loop for %.1f s. Await asyncio.to_thread(…).", option, took_s)
         try:

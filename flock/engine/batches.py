@@ -249,15 +249,7 @@ class _Work:
         self._budget, self._day_budget = budget, day_budget
         self._tasks = anyio.create_task_group()
         self._workers = self._idle_workers = 0
-        self.jobs = Jobs(
-            batch,
-            batches.runner.store.jobs,
-            batches.runner,
-            budget,
-            is_over=lambda: self._is_over,
-            is_stopped=lambda: self._is_stopped,
-            is_idle=self._is_idle,
-        )
+        self.jobs = Jobs(batch, batches.runner.store.jobs, batches.runner, budget)
         self._page, self._pages = deque[Run](), self._pending_pages()
         self._reading = anyio.Lock(fast_acquire=True)
         #: the position of the last pending item that was taken
@@ -284,10 +276,8 @@ class _Work:
                     self._start_worker()
                 if self._batch.waiting_items or await self.jobs.store.open(self._batch):
                     self._watch()
-        finally:  # this object refers to itself, so what it has read would stay in memory
-            await self._pages.aclose()
-            self._page.clear()
-            self._first.clear()
+        finally:
+            await self._pages.aclose()  # it refers to this object
 
     def _start_worker(self) -> None:
         """Start the next worker. Called when the item of a worker has a slot, so that only one worker waits."""
@@ -307,22 +297,22 @@ class _Work:
         self._idle_workers += 1
 
     @property
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
         return self._runner.is_draining or self._batch.batch_id in self._batches.cancelled
 
     @property
-    def _is_stopped(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether no more items may start."""
-        if self._is_over or self._failures.reason is not None:
+        if self.is_over or self._failures.reason is not None:
             return True
         return any([budget.is_spent for budget in (self._budget, self._day_budget) if budget is not None])
 
     @property
     def _may_continue(self) -> bool:
         """Whether items may continue that got an answer. It may be the reply of a model, which is paid."""
-        return not self._is_stopped or (self.jobs.has_open and not self._is_over)
+        return not self.is_stopped or (self.jobs.has_open and not self.is_over)
 
-    async def _is_idle(self) -> bool:
+    async def is_idle(self) -> bool:
         """Whether no item runs or can start now."""
         if self._idle_workers < self._workers or self._first:
             return False
@@ -348,9 +338,9 @@ class _Work:
         while True:
             if self._first and self._may_continue:
                 return self._first.pop(next(iter(self._first)))
-            if self._is_stopped:
+            if self.is_stopped:
                 return None
-            while self._page and not self._is_stopped:
+            while self._page and not self.is_stopped:
                 item = self._page.popleft()
                 self._position = item.position or 0
                 if self._position >= self._end:
@@ -389,7 +379,7 @@ class _Work:
             start_in_empty_context(self._tasks, self._watch_answers)
         if not self.jobs.is_running:
             self.jobs.is_running = True
-            start_in_empty_context(self._tasks, self.jobs.run)
+            start_in_empty_context(self._tasks, self.jobs.run, self)
 
     async def _watch_answers(self) -> None:
         """Let items continue that got an answer, until none waits for one."""

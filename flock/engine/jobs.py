@@ -8,9 +8,9 @@ for a job with our id before anything is sent again. A reply and the end of the 
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import anyio
 
@@ -46,6 +46,24 @@ CANCEL_TIMEOUT_S = 30.0
 TOO_MANY_ENQUEUED, ENQUEUE_PAUSE_S = "token_limit_exceeded", 60.0
 
 
+class Items(Protocol):
+    """The items of the batch.
+
+    Attributes:
+        is_over: the engine shuts down, or the batch was cancelled: leave everything as it is.
+        is_stopped: no more calls may be made.
+    """
+
+    @property
+    def is_over(self) -> bool: ...
+
+    @property
+    def is_stopped(self) -> bool: ...
+
+    async def is_idle(self) -> bool:
+        """Whether no item runs or can start now, so no more calls come."""
+
+
 @dataclass(eq=False)
 class Jobs:
     """The jobs of one batch.
@@ -53,9 +71,6 @@ class Jobs:
     Args:
         store: see ``flock.store.jobs``.
         budget: of the batch, in which open jobs hold what they will probably cost.
-        is_over: the engine shuts down, or the batch was cancelled: leave everything as it is.
-        is_stopped: no more calls may be made.
-        is_idle: no item runs or can start now, so no more calls come.
 
     Attributes:
         is_running, has_run: ``run`` is running, or was.
@@ -66,10 +81,6 @@ class Jobs:
     store: Any
     runner: Runner
     budget: Budget | None
-    _: KW_ONLY
-    is_over: Callable[[], bool]
-    is_stopped: Callable[[], bool]
-    is_idle: Callable[[], Awaitable[bool]]
 
     def __post_init__(self) -> None:
         self.is_running = self.has_run = self.has_open = False
@@ -85,14 +96,15 @@ class Jobs:
         #: when a job is looked after next, by the loop's clock, and with what error that fails since when
         self._next, self._failing = dict[str, float](), dict[str, tuple[str, float]]()
 
-    async def run(self) -> None:
-        """Submit the calls of items that wait, and give them the replies, until there are no more.
+    async def run(self, items: Items) -> None:
+        """Submit the calls of *items* that wait, and give them the replies, until there are no more.
 
         Cancellation: everything is in the store, and continues at the next start.
         """
         self.is_running = self.has_run = True
+        self._items = items
         try:
-            while not self.is_over():
+            while not items.is_over:
                 try:
                     if not await self._is_left():
                         return
@@ -104,18 +116,19 @@ class Jobs:
             pass  # whoever works on the batch notices it too
         finally:
             self.is_running = self.has_open = False
+            del self._items  # they refer to their jobs
 
     async def _is_left(self) -> bool:
         """Do what is due now. Return whether there are jobs, or calls for them. Raises OwnershipLost, StoreError."""
         jobs = await self.store.open(self.batch)
         count, first = await self.store.new_calls(self.batch, self._max_calls)
         self.has_open = bool(jobs)
-        if not jobs and (not count or self.is_stopped()):
+        if not jobs and (not count or self._items.is_stopped):
             return False
         for job in jobs:
-            if anyio.current_time() >= self._next.get(job.job_id, 0) and not self.is_over():
+            if anyio.current_time() >= self._next.get(job.job_id, 0) and not self._items.is_over:
                 await self._look_after(job)
-        if count and first is not None and not self.is_stopped():
+        if count and first is not None and not self._items.is_stopped:
             await self._collect(count, (now() - first).total_seconds(), has_open=bool(jobs))
         return True
 
@@ -165,7 +178,7 @@ class Jobs:
         """Make a job if there are enough new calls, or they have waited long enough, or no more will come."""
         if self._full_with or anyio.current_time() < self._not_before:
             return
-        is_idle = await self.is_idle()
+        is_idle = await self._items.is_idle()
         if count < self._max_calls and waited_s < COLLECT_S and not is_idle:
             return
         budget, is_too_little = self.budget, False
@@ -264,7 +277,7 @@ class Jobs:
             return
         if found is None:
             file_id = await endpoint.upload(f"flockapi-{job.job_id}", size, self._lines(job))
-            if self.is_over():
+            if self._items.is_over:
                 return
             self._unsent.discard(job.job_id)
             try:
@@ -318,7 +331,7 @@ class Jobs:
                         if len(page) >= CHUNK_SIZE:
                             unknown += await self._give(job, page)
                             page = []
-                        if self.is_over():
+                        if self._items.is_over:
                             return
                         await share.checkpoint()
             except ModelError as exc:
@@ -392,16 +405,16 @@ class Jobs:
 
         First the items with replies get to their ends: if the batch is stopped, they must not be paid again.
         """
-        if not await self.is_idle():
+        if not await self._items.is_idle():
             return
         error = self._rest[job.job_id]
         if error is not None:
             reply = Reply() if self._falls_back(job) else self._failed(job, error)
             if reply == Reply() and await self.store.rest(job, 1):
                 logger.warning("batch %s: normal calls replace those of a job. %s", self.batch.batch_id, error)
-            while not self.is_stopped() and (ids := await self.store.rest(job, CHUNK_SIZE)):
+            while not self._items.is_stopped and (ids := await self.store.rest(job, CHUNK_SIZE)):
                 await self._give(job, [(id_, reply) for id_ in ids])
-        if self.is_over():
+        if self._items.is_over:
             return
         await self.store.end(self.batch, job)
         for state in (self._rest, self._failing):

@@ -17,7 +17,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -99,6 +99,16 @@ class _TransientError(Exception):
         super().__init__(str(error))
         self.error = error
         self.status = status
+
+    def raise_error(self) -> NoReturn:
+        try:
+            raise self.error from self
+        finally:
+            del self.error  # it refers to this exception, its cause
+
+
+def _raised(error: ModelError, status: int | None = None) -> ModelError | _TransientError:
+    return _TransientError(error, status) if error.error_type in replies.TRANSIENT else error
 
 
 class _Sending(msgspec.Struct, frozen=True):
@@ -196,25 +206,28 @@ class ModelClient:
         caller = replace(caller, models=len(models), server_errors=[])
         errors: dict[int, ModelError] = {}
         numbers: Sequence[int] = range(len(models))
-        while True:
-            for number in numbers:
-                try:
-                    return await client._ask_one_of(models, number, request, caller)
-                except ModelError as exc:
-                    errors[number] = exc
-                    if exc.error_type not in FALLBACK_ERRORS:
-                        raise _all_of(errors) from exc.__cause__
-            left = {number: exc.pace for number, exc in errors.items() if isinstance(exc, LeftAlone)}
-            last = len(models) - 1
-            if caller.is_item and last in left:
-                paces = tuple(dict.fromkeys(left.values()))
-                await client._gate(paces, AllOut, paces).enter(caller, Passage())
-                numbers = range(len(models))
-            elif left and not caller.have_all_failed:
-                numbers = list(left)
-            else:
-                raise _all_of(errors) from errors[last].__cause__
-            caller = replace(caller, have_all_failed=True)
+        try:
+            while True:
+                for number in numbers:
+                    try:
+                        return await client._ask_one_of(models, number, request, caller)
+                    except ModelError as exc:
+                        errors[number] = exc
+                        if exc.error_type not in FALLBACK_ERRORS:
+                            raise _all_of(errors) from exc.__cause__
+                left = {number: exc.pace for number, exc in errors.items() if isinstance(exc, LeftAlone)}
+                last = len(models) - 1
+                if caller.is_item and last in left:
+                    paces = tuple(dict.fromkeys(left.values()))
+                    await client._gate(paces, AllOut, paces).enter(caller, Passage())
+                    numbers = range(len(models))
+                elif left and not caller.have_all_failed:
+                    numbers = list(left)
+                else:
+                    raise _all_of(errors) from errors[last].__cause__
+                caller = replace(caller, have_all_failed=True)
+        finally:
+            errors.clear()  # their tracebacks refer to this frame
 
     async def _forgetful(self) -> "ModelClient":
         """Return a client with the same connections. What a server rejects of its requests, this one does not learn."""
@@ -323,7 +336,7 @@ class ModelClient:
         pause_s = call.pause_s
         with clocks_stopped() if call.is_refused else contextlib.nullcontext():
             if anyio.current_time() + pause_s > anyio.current_effective_deadline():
-                raise failure.error from failure
+                failure.raise_error()
             level = logging.DEBUG if call.is_refused else logging.INFO  # a batch may have many refusals
             logger.log(level, "%s Retrying in %.1f s.", failure.error, pause_s)
             self.on_retry()
@@ -388,21 +401,16 @@ class ModelClient:
             raise replies.bad_response(endpoint.name, f"sent {exc}") from exc
         except http.errors("TimeoutException") as exc:
             reason = "did not answer in time. Try again later"
-            error = replies.model_error(endpoint.name, "model_timeout", reason, type(exc).__name__)
-            raise _TransientError(error) from exc
+            raise _raised(replies.model_error(endpoint.name, "model_timeout", reason, type(exc).__name__)) from exc
         except http.errors("RequestError") as exc:
             reason = "could not be reached, or closed the connection. Check its address, or try again later"
-            error = replies.model_error(endpoint.name, "model_unavailable", reason, repr(exc))
-            raise _TransientError(error) from exc
+            raise _raised(replies.model_error(endpoint.name, "model_unavailable", reason, repr(exc))) from exc
         except ModelError as exc:
             if exc.error_type in replies.TRANSIENT:
-                raise _TransientError(exc, 429 if exc.error_type == "model_rate_limited" else None) from exc
+                raise _TransientError(exc, 429 if exc.error_type == "model_rate_limited" else None) from exc.__cause__
             raise
         if response.status_code != 200:
-            error = replies.status_error(endpoint.name, response, endpoint.key_variable)
-            if error.error_type in replies.TRANSIENT:
-                raise _TransientError(error, response.status_code)
-            raise error
+            raise _raised(replies.status_error(endpoint.name, response, endpoint.key_variable), response.status_code)
         try:
             return replies.decoded(response.content)
         except (ValueError, RecursionError) as exc:
@@ -511,31 +519,31 @@ class _Call:
         longest_s = SHORT_REFUSED_PAUSE_S if are_others_answered else MAX_REFUSED_PAUSE_S
         pause_s = self._backoff(self._refusals, longest_s)
         if self.caller.has_fallback and pause_s > FALLBACK_WAIT_S:
-            raise failure.error from failure
+            failure.raise_error()
         return pause_s
 
     def _pause_after_failure(self, failure: _TransientError, passage: Passage) -> float:
         """Report a failure to the pace, and return the pause. Raises the error if there are no more attempts."""
-        now, status, error = anyio.current_time(), failure.status, failure.error
+        now, status = anyio.current_time(), failure.status
         self._failures += 1
         if status == 500:
             self.caller.server_errors.append(status)
         if self._failures == 1:
             self._failed_at = now
-        is_timeout = error.error_type == "model_timeout" and error.log_detail != "ConnectTimeout"
+        is_timeout = failure.error.error_type == "model_timeout" and failure.error.log_detail != "ConnectTimeout"
         is_last = self._failures >= MAX_ATTEMPTS or (is_timeout and self.caller.has_fallback)
         is_outage = not is_timeout and status not in (408, 409)
         # If calls that were sent after this one had failed were answered, there is no outage.
         are_others_answered = self.pace.answered_sent_at > self._failed_at
         if is_outage or self.caller.has_fallback:
-            has_others = self.caller.models > 1
-            self.pace.failed(now, passage, error, is_last=is_last and not are_others_answered, has_others=has_others)
+            has_others, is_last_one = self.caller.models > 1, is_last and not are_others_answered
+            self.pace.failed(now, passage, failure.error, is_last=is_last_one, has_others=has_others)
         is_cause = len(self.caller.server_errors) >= MAX_SERVER_ERRORS * self.caller.models
         if not (is_last or is_cause):
             return self._backoff(self._failures, 8)
         waits_for_outages = self.caller.is_item and not self.caller.has_fallback
         if are_others_answered or is_cause or not (waits_for_outages and is_outage):
-            raise error from failure
+            failure.raise_error()
         return 0.0
 
     def _backoff(self, times: int, longest_s: float) -> float:

@@ -471,6 +471,7 @@ class StepExecutor:
                 failed = dropped_calls(journal.failed, failure, journal.has_gone_on, active.kept)
                 active.dropped = (*run.dropped, *failed, *invalid)
             failure = None  # it refers to this frame
+            journal.forget_failed()
             if left:
                 template = "run %s: %s ended, but %d of its calls still run: their tasks swallow their cancellation"
                 logger.warning(template, run.run_id, agent.name, left, extra=fields_of_run(run))

@@ -258,6 +258,10 @@ class Journal:
         unseen = (*self._replay.not_repeated, *self._replay.contained)
         return [*self._failed, *((call, None) for call in unseen if call.error is not None)]
 
+    def forget_failed(self) -> None:
+        """Forget the exceptions that calls have raised: their tracebacks refer to this object."""
+        self._failed.clear()
+
     def has_gone_on(self, call: Call) -> bool:
         """Whether a call of the step has started after *call* had failed."""
         if call.place is None:  # an answer
@@ -797,33 +801,36 @@ class Journal:
             CURRENT_CALL.reset(reset)
             usage, model = self._usage.pop(planned.call_id, None), self._models.pop(planned.call_id, None)
             self._add_usage(planned.parent, usage, model)
-        is_cancelled = cancellation.is_late or (exc is not None and cancellation.is_cause_of(exc))
-        if exc is not None and self._has_no_end(planned, exc, is_cancelled=is_cancelled):
-            self._replay.forget(entry)
-            raise exc
-        call = planned.call(
-            result=result,
-            usage=usage,
-            model=model,
-            once="ended" if planned.at_most_once else None,
-            started_at=started_at,
-            completed_at=now(),
-        )
-        if isinstance(exc, Exception):
-            call = self._failed_call(planned, call, exc, is_cancelled=is_cancelled)
-        if exc is not None and is_cancelled:
-            await self._store_cancelled(call, entry, cancellation)
-            self.kept += 1
-            if not isinstance(exc, Exception):
+        try:
+            is_cancelled = cancellation.is_late or (exc is not None and cancellation.is_cause_of(exc))
+            if exc is not None and self._has_no_end(planned, exc, is_cancelled=is_cancelled):
+                self._replay.forget(entry)
                 raise exc
-            await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
-            raise asyncio.CancelledError
-        await self._store_end(call, entry, cancellation, exc)
-        if exc is None:
-            return value
-        if planned.on_error is None or call.error is None or isinstance(exc, Uncertain):
-            raise exc
-        return planned.on_error(call.error)
+            call = planned.call(
+                result=result,
+                usage=usage,
+                model=model,
+                once="ended" if planned.at_most_once else None,
+                started_at=started_at,
+                completed_at=now(),
+            )
+            if isinstance(exc, Exception):
+                call = self._failed_call(planned, call, exc, is_cancelled=is_cancelled)
+            if exc is not None and is_cancelled:
+                await self._store_cancelled(call, entry, cancellation)
+                self.kept += 1
+                if not isinstance(exc, Exception):
+                    raise exc
+                await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
+                raise asyncio.CancelledError
+            await self._store_end(call, entry, cancellation, exc)
+            if exc is None:
+                return value
+            if planned.on_error is None or call.error is None or isinstance(exc, Uncertain):
+                raise exc
+            return planned.on_error(call.error)
+        finally:
+            exc = None  # its traceback refers to this frame
 
     async def _before_execution(self, planned: "_Planned", entry: Entry, cancellation: Cancellation) -> datetime:
         """Wait until a call may be executed. Return when it starts. If it is cancelled meanwhile, it never starts."""

@@ -45,8 +45,10 @@ class _Call(Generic[T]):
         self.is_done = False
         self.is_abandoned = False
         self.is_released = False
-        #: returns what the function returned, or raises what it raised; None before that, or if it returned a coroutine
+        #: returns what the function returned, or raises what it raised; None before that
         self.outcome: Callable[[], T] | None = None
+        #: whether it has returned or raised, and not a coroutine that is still to be awaited
+        self.has_ended = False
         self._function = function
         self._free = free
         self._schedule_in_loop = loop_scheduler()
@@ -54,19 +56,16 @@ class _Call(Generic[T]):
         self._end = anyio.Event()
         self._needs_end = False
 
-    def execute(self) -> T:
-        """Call the function. It is called in the thread."""
+    def execute(self) -> None:
+        """Call the function, in the thread. This raises nothing: anyio would make a cycle of the exception."""
         try:
             self.is_started = True  # must be set before is_abandoned is read; see ``Threads.call``
             if self.is_abandoned:
                 raise TimeoutError
             value = self._function()
-            if not inspect.isawaitable(value):
-                self.outcome = lambda: value
-            return value
+            self.outcome, self.has_ended = lambda: value, not inspect.isawaitable(value)
         except BaseException as exc:
-            self.outcome = functools.partial(_raise, exc)
-            raise
+            self.outcome, self.has_ended = functools.partial(_raise, exc), True
         finally:
             self.is_done = True
             if self._needs_end:
@@ -126,26 +125,27 @@ class Threads:
                 # The call gets its own limiter, because anyio would release a shared one before the slot is free.
                 limiter = anyio.CapacityLimiter(1)
                 try:
-                    while True:
+                    while not call.is_started:
                         try:
-                            return await anyio.to_thread.run_sync(call.execute, abandon_on_cancel=True, limiter=limiter)
+                            await anyio.to_thread.run_sync(call.execute, abandon_on_cancel=True, limiter=limiter)
                         except RuntimeError as exc:
-                            if call.is_started:
-                                raise
                             logger.warning("a thread for an agent cannot be started now: %s", exc)
-                        await anyio.sleep(RETRY_AFTER_S)
+                            await anyio.sleep(RETRY_AFTER_S)
+                    assert call.outcome is not None
+                    return call.outcome()
                 except anyio.get_cancelled_exc_class():
                     cancelled_at = anyio.current_time()
                     await call.wait()
-                    if not keeps_result or call.outcome is None:
+                    if not (keeps_result and call.has_ended):
                         raise
-            if keeps_result and call.outcome is not None:
+            if keeps_result and call.has_ended and call.outcome is not None:
                 if cancellation.is_requested:  # also by others than the scope, which has taken back its own requests
                     note_late_cancellation(cancelled_at)
                 return call.outcome()
         finally:
             # The thread sets is_started and is_done, then reads is_abandoned. This task sets it, then reads those.
             call.is_abandoned = True
+            call.outcome = None  # the traceback of what it raises refers to the call
             if call.is_done or not call.is_started:
                 self._free(call)
         await anyio.lowlevel.checkpoint_if_cancelled()
@@ -195,7 +195,10 @@ class Threads:
 
 
 def _raise(exc: BaseException) -> NoReturn:
-    raise exc
+    try:
+        raise exc
+    finally:
+        del exc  # its traceback refers to this frame
 
 
 def loop_scheduler() -> Callable[..., None]:

@@ -222,14 +222,17 @@ class Database:
         group, change = self._open, Change(apply, then)
         group.changes.append(change)
         await self._written(group)
-        if isinstance(change.error, Damaged):
-            raise self._unreadable(change.error) from change.error
-        if isinstance(change.error, OSError):  # it has to remove a file
-            raise _unusable("written") from change.error
-        if isinstance(change.error, sqlite3.Error | ArithmeticError | TypeError | ValueError):
-            raise _unstorable(change.error) from change.error
-        if change.error is not None:
-            raise change.error
+        try:
+            if isinstance(change.error, Damaged):
+                raise self._unreadable(change.error) from change.error
+            if isinstance(change.error, OSError):  # it has to remove a file
+                raise _unusable("written") from change.error
+            if isinstance(change.error, sqlite3.Error | ArithmeticError | TypeError | ValueError):
+                raise _unstorable(change.error) from change.error
+            if change.error is not None:
+                raise change.error
+        finally:
+            change.error = None  # its traceback refers to the change
         result: T = change.result
         return result
 

@@ -146,11 +146,14 @@ async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
     Raises: the error of *waiting*; HTTPException 400 if the client disconnects, which ends the handler.
     """
     failure: Exception = HTTPException(400, "The client disconnected before the response.")
+    #: ends the task without an exception: a task group makes a cycle of that of a cancelled task
+    watching = anyio.CancelScope()
 
     async def watch_connection() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        tasks.cancel_scope.cancel()
+        with watching:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            tasks.cancel_scope.cancel()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch_connection)
@@ -159,7 +162,7 @@ async def while_connected(request: Request, waiting: Awaitable[T]) -> T:
         except Exception as exc:  # raised after the task group, which would wrap it
             failure = exc
         finally:
-            tasks.cancel_scope.cancel()
+            watching.cancel()
     try:
         raise failure
     finally:
