@@ -806,7 +806,8 @@ async def test_a_call_has_a_time_limit_for_each_try() -> None:
     assert len(begun) == 2
 
 
-async def test_a_call_that_the_program_has_cancelled_is_not_tried_again() -> None:
+@pytest.mark.parametrize("has_context", [True, False])
+async def test_a_call_that_the_program_has_cancelled_is_not_tried_again(has_context: bool) -> None:
     """Its function turns the cancellation into an exception of its own."""
     flock, begun = Flock(), list[int]()
 
@@ -815,7 +816,9 @@ async def test_a_call_that_the_program_has_cancelled_is_not_tried_again() -> Non
         try:
             await anyio.sleep_forever()
         except asyncio.CancelledError:
-            raise ConnectionError("closed") from None
+            if has_context:
+                raise ConnectionError("closed") from None
+        raise ConnectionError("closed")
 
     @flock.agent
     async def work(context: RunContext) -> str:
