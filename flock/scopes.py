@@ -74,10 +74,11 @@ def note_late_cancellation(since: float | None = None) -> float | None:
 class Cancellation:
     """Whether the current task is cancelled in a block, from the creation of this object on."""
 
-    __slots__ = ("_cancelling", "task")
+    __slots__ = ("_cancelling", "_handled", "task")
 
     def __init__(self) -> None:
         self.task = current_task()
+        self._handled = sys.exception()
         # A request that is still to be raised, as a TaskGroup of Python 3.13 may leave one, is raised in the block.
         self._cancelling = 0 if self.task is None else self.task.cancelling() - self.task._must_cancel  # type: ignore[attr-defined]
 
@@ -101,11 +102,14 @@ class Cancellation:
         return [each for each in _CANCELLED_LATE.get(self.task, ()) if each.last > self._cancelling]
 
     def is_cause_of(self, exc: BaseException) -> bool:
-        """Whether the program has cancelled what has raised *exc*: a function may turn that into any exception.
-
-        A ``TaskGroup`` in it, for instance, raises what its tasks have raised, and not the cancellation.
-        """
-        return isinstance(exc, anyio.get_cancelled_exc_class()) if self.task is None else self.is_requested
+        """Whether *exc* is the cancellation, or what a function has turned it into."""
+        if self.task is None:
+            return isinstance(exc, anyio.get_cancelled_exc_class())
+        found: BaseException | None = exc
+        while not (found is None or found is self._handled or isinstance(found, asyncio.CancelledError)):
+            found = _before(found)
+        # What was being handled before the block is not its own, such as that of a time-out that has passed.
+        return found is not None and found is not self._handled and self.is_requested
 
     @property
     def is_requested(self) -> bool:
@@ -116,6 +120,13 @@ class Cancellation:
         if self.is_late:
             await anyio.lowlevel.checkpoint_if_cancelled()  # a scope of anyio expects its own exception
             raise asyncio.CancelledError
+
+
+def _before(exc: BaseException) -> BaseException | None:
+    """Return what was being handled when *exc* was raised. A time-out that has passed cancels only its own block."""
+    if isinstance(exc, TimeoutError) and isinstance(exc.__cause__, asyncio.CancelledError):
+        exc = exc.__cause__
+    return exc.__context__
 
 
 def loop_clock() -> Callable[[], float]:
