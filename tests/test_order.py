@@ -54,12 +54,20 @@ class World:
             await until(lambda: len(self.begun) > 1)
             raise ValueError(name)
 
+        async def ignore(name: str) -> str:
+            """Return in spite of a cancellation. Raise a ValueError if *name* is "fail"."""
+            with contextlib.suppress(asyncio.CancelledError):
+                await hang(name)
+            if name == "fail":
+                raise ValueError(name)
+            return name
+
         def block(name: str) -> str:
             self.begun.append(name)
             time.sleep(0.3)
             return name
 
-        self.after, self.hang, self.fail, self.block = after, hang, fail, block
+        self.after, self.hang, self.fail, self.ignore, self.block = after, hang, fail, ignore, block
 
 
 Program = Callable[[World, RunContext], Awaitable[Any]]
@@ -160,6 +168,14 @@ async def call_that_is_cancelled_before_it_starts(world: World, context: RunCont
     return [found, first.cancelled()]
 
 
+async def calls_that_ignore_their_cancellation(world: World, context: RunContext) -> Any:
+    tasks = [asyncio.ensure_future(context.call(world.ignore, name)) for name in ("a", "fail")]
+    await context.call(world.after, "b", [])
+    for task in tasks:
+        task.cancel()
+    return [str(each) for each in await asyncio.gather(*tasks, return_exceptions=True)]
+
+
 async def failures_in_parallel(world: World, context: RunContext) -> Any:
     async def tried(name: str) -> str:
         try:
@@ -183,6 +199,7 @@ PROGRAMS: dict[Program, tuple[Any, int]] = {
     result_that_came_too_late: (["a", "a"], 2),
     call_that_still_runs: (["a", True, "a"], 2),
     call_that_is_cancelled_before_it_starts: (["a", True], 1),
+    calls_that_ignore_their_cancellation: (["a", "fail"], 3),
     failures_in_parallel: (None, 2),
 }
 

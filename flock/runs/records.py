@@ -163,6 +163,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         start_s, end_s: seconds from when the step began, in the execution in which they happened.
         is_cancelled: the program has cancelled the call. Another call with the same *start* has its late result.
         late_s: for how long it had run on after that, as a function in a thread does.
+        ignored_cancellation: its task was cancelled, but it has ended as if it was not, and the program has seen that.
         vain_s: how much of *end_s* had passed while the step waited in vain for others to be cancelled again.
         also: what has happened in the step since the call that was stored before.
     """
@@ -173,6 +174,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     end_s: float = 0.0
     is_cancelled: bool = False
     late_s: float = 0.0
+    ignored_cancellation: bool = False
     vain_s: float = 0.0
     also: tuple[Mark, ...] = ()
 

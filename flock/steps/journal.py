@@ -880,7 +880,10 @@ class Journal:
         self, call: Call, entry: Entry, cancellation: Cancellation, exc: BaseException | None = None
     ) -> Call:
         """Store how a call has ended, and wait for its turn; see ``_deliver``. Returns it as it is stored."""
-        call = replace(call, place=self._replay.end(entry, late_s=cancellation.late_s))
+        place = self._replay.end(entry, late_s=cancellation.late_s)
+        if cancellation.is_requested and not cancellation.is_late:
+            place = replace(place, ignored_cancellation=True)
+        call = replace(call, place=place)
         if exc is not None:
             self._failed.append((call, exc))
         try:
@@ -899,7 +902,13 @@ class Journal:
         try:
             await cancellation.raise_if_late()  # of while it was saved, or its thread was running
             has_waited = call.kind in ("question", "message") or call.place is None  # so its time has not counted
-            await self._replay.turn(entry, is_last=len(self._open) == 1, has_waited=has_waited)
+            turn = functools.partial(self._replay.turn, is_last=len(self._open) == 1, has_waited=has_waited)
+            if call.place is None or not call.place.ignored_cancellation:
+                await turn(entry)
+                return
+            await self._in_step(turn, entry, cancellation)
+            if self._is_closed or self.is_cut_off():
+                await self._end_with_step()
         except anyio.get_cancelled_exc_class():
             self._replay.forget(entry)
             call = replace(call, usage=None, model=None)  # they are stored with the result

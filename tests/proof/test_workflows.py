@@ -808,6 +808,16 @@ FOUND_IN_MEMORY = {
         'ind":"ask","n":16,"seconds":0.0}],"n":4,"seconds":0.0},{"seed":717,"is_stored":true,"ends":['
         "[8,1,true],[7,2,true]]}]"
     ),
+    "a cancelled call that raises what its tasks have raised": (
+        '[{"kind":"group","parts":[{"kind":"fail","n":5,"seconds":0.401414,"limit_s":1.201732,"is_onc'
+        'e":true},{"kind":"agent","parts":[{"kind":"gather","parts":[{"kind":"group","parts":[{"kind"'
+        ':"fail","n":10,"seconds":0.102646},{"kind":"work","n":11,"seconds":0.103317,"limit_s":1.2036'
+        '06,"is_once":true}],"n":9,"seconds":0.0}],"n":8,"seconds":0.0}],"n":7,"seconds":0.0},{"kind"'
+        ':"gather","parts":[{"kind":"block","n":17,"seconds":0.104359},{"kind":"seq","parts":[{"kind"'
+        ':"plain","n":19,"seconds":0.0,"times":3},{"kind":"work","n":20,"seconds":0.204796}],"n":18,"'
+        'seconds":0.0}],"n":14,"seconds":0.0}],"n":3,"seconds":0.0},{"is_stored":true,"ends":[[1,7,tr'
+        "ue],[11,2,false]]}]"
+    ),
 }
 
 
