@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import sys
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -144,6 +145,13 @@ async def test_a_replay_leaves_no_cycle(flock: Flock) -> None:
     await check_no_cycle(flock, replay)
 
 
+OF_CONTEXTLIB = pytest.mark.xfail(
+    sys.version_info >= (3, 12),
+    reason="contextmanager keeps a frame with an exception that ends in its block",
+    strict=False,
+)
+
+
 def no_way(n: int) -> int:
     raise ValueError("It has failed.")
 
@@ -178,9 +186,9 @@ async def of_a_model(context: RunContext) -> None:
     ("function", "failure"),
     [
         (of_a_call, None),
-        (of_a_call_that_took_too_long, None),
+        pytest.param(of_a_call_that_took_too_long, None, marks=OF_CONTEXTLIB),
         (of_a_cancelled_call, None),
-        (of_a_wait, None),
+        pytest.param(of_a_wait, None, marks=OF_CONTEXTLIB),
         (of_a_thread, None),
         (of_a_model, Failure(400)),
         (of_a_model, Failure(503)),
