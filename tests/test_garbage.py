@@ -5,7 +5,6 @@ import contextlib
 import gc
 import logging
 import sys
-import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -24,67 +23,6 @@ from flockapi import create_app
 from tests.support.http import client_of, post_run, wait_until
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def raised() -> Iterator[list["weakref.ref[BaseException]"]]:
-    """Hold no exception, and let none be collected as garbage."""
-    found = list["weakref.ref[BaseException]"]()
-    gc.collect()
-    gc.disable()
-    try:
-        yield found
-    finally:
-        gc.enable()
-
-
-def noted(exc: Exception, raised: list[Any]) -> Exception:
-    """Return *exc*. A function that raises a variable of its own makes a cycle."""
-    raised.append(weakref.ref(exc))
-    return exc
-
-
-@pytest.fixture
-def flock(raised: list[Any]) -> Flock:
-    flock = Flock()
-
-    @flock.agent
-    async def fail(n: int) -> int:
-        raise noted(AgentError("It has failed."), raised)
-
-    @flock.agent
-    async def fail_with_context(n: int, context: RunContext) -> int:
-        raise noted(AgentError("It has failed."), raised)
-
-    return flock
-
-
-@pytest.mark.parametrize("agent_name", ["fail", "fail_with_context"])
-@pytest.mark.parametrize("is_async", [False, True])
-async def test_a_failed_run_leaves_no_exception(
-    agent_name: str, is_async: bool, flock: Flock, raised: list[Any]
-) -> None:
-    app = create_app(flock, store=":memory:")
-    async with client_of(app) as client:
-        body = {"agent_name": agent_name, "inputs": {"n": 1}, "async_run": is_async}
-        for _ in range(3):
-            response = await client.post("/run/flock", json=body)
-            if is_async:
-                response = await client.get(f"/run/{response.json()['run_id']}?wait=60")
-            assert response.json()["status"] == RunStatus.FAILED
-    assert [each() for each in raised] == [None] * 3
-
-
-async def test_a_refused_request_leaves_no_exception(raised: list[Any]) -> None:
-    async def refuse() -> None:
-        raise noted(EngineFull("Try again later."), raised)
-
-    async def receive() -> Any:
-        await anyio.sleep_forever()
-
-    with contextlib.suppress(EngineFull):
-        await while_connected(Request({"type": "http"}, receive), refuse())
-    assert [each() for each in raised] == [None]
 
 
 @contextlib.contextmanager
@@ -116,6 +54,17 @@ async def check_no_cycle(flock: Flock, operation: Callable[[httpx.AsyncClient], 
         assert found == []
 
 
+@pytest.fixture
+def flock() -> Flock:
+    flock = Flock()
+
+    @flock.agent
+    async def fail(n: int) -> int:
+        raise AgentError("It has failed.")
+
+    return flock
+
+
 async def test_a_batch_leaves_no_cycle(flock: Flock) -> None:
     @flock.agent
     async def ask(n: int, context: RunContext) -> int:
@@ -131,6 +80,14 @@ async def test_a_batch_leaves_no_cycle(flock: Flock) -> None:
             assert (await client.get(f"{path}?wait=60")).json()["status"] == status
 
     await check_no_cycle(flock, run_batches)
+
+
+async def test_an_accepted_run_that_fails_leaves_no_cycle(flock: Flock) -> None:
+    async def fail(client: httpx.AsyncClient) -> None:
+        response = await post_run(client, "fail", {"n": 1}, async_run=True)
+        assert (await client.get(f"{response.headers['Location']}?wait=60")).json()["status"] == RunStatus.FAILED
+
+    await check_no_cycle(flock, fail)
 
 
 async def test_a_replay_leaves_no_cycle(flock: Flock) -> None:
@@ -154,6 +111,14 @@ OF_CONTEXTLIB = pytest.mark.xfail(
 
 def no_way(n: int) -> int:
     raise ValueError("It has failed.")
+
+
+async def of_the_agent() -> None:
+    raise AgentError("It has failed.")
+
+
+async def of_the_agent_with_context(context: RunContext) -> None:
+    raise AgentError("It has failed.")
 
 
 async def of_a_call(context: RunContext) -> None:
@@ -185,6 +150,8 @@ async def of_a_model(context: RunContext) -> None:
 @pytest.mark.parametrize(
     ("function", "failure"),
     [
+        (of_the_agent, None),
+        (of_the_agent_with_context, None),
         (of_a_call, None),
         pytest.param(of_a_call_that_took_too_long, None, marks=OF_CONTEXTLIB),
         (of_a_cancelled_call, None),
@@ -226,4 +193,17 @@ async def test_a_wait_leaves_no_cycle(is_disconnected: bool) -> None:
         (disconnected if is_disconnected else waiting).set()
         await waits
         del waits
+    assert found == []
+
+
+async def test_a_refused_request_leaves_no_cycle() -> None:
+    async def refuse() -> None:
+        raise EngineFull("Try again later.")
+
+    async def receive() -> Any:
+        await anyio.sleep_forever()
+
+    with collected() as found:
+        with contextlib.suppress(EngineFull):
+            await while_connected(Request({"type": "http"}, receive), refuse())
     assert found == []
