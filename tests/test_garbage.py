@@ -30,8 +30,8 @@ def collected() -> Iterator[list[str]]:
     """Yield a list that has, after the block, the types of our objects and exceptions that were left in cycles."""
     found = list[str]()
     logging.disable()  # pytest keeps what is logged, with its traceback
-    gc.collect()
     gc.disable()
+    gc.freeze()  # what earlier tests have left is not ours
     try:
         yield found
         gc.set_debug(gc.DEBUG_SAVEALL)
@@ -42,6 +42,7 @@ def collected() -> Iterator[list[str]]:
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
+        gc.unfreeze()
         gc.enable()
         logging.disable(logging.NOTSET)
 
