@@ -274,6 +274,9 @@ class Replay:
                     self._late[call.call_id].append(replace(returned, usage=None, model=None))
                 if returned.error is not None and not returned.is_cancelled:
                     entry.failure = returned
+        for entry in entries.values():
+            if 0 < entry.seen < entry.end:  # that is of an answer or a result that the program has not seen
+                entry.seen = entry.since = 0
         if self._late:
             self._drop_taken(calls)
         return entries, unplaced

@@ -818,6 +818,16 @@ FOUND_IN_MEMORY = {
         'seconds":0.0}],"n":14,"seconds":0.0}],"n":3,"seconds":0.0},{"is_stored":true,"ends":[[1,7,tr'
         "ue],[11,2,false]]}]"
     ),
+    "a message for a call that was cancelled in the instant in which the message was numbered": (
+        '[{"kind":"first","parts":[{"kind":"deadline","parts":[{"kind":"ask","n":5,"seconds":0.0}],'
+        '"n":4,"seconds":0.0,"limit_s":30.001414},{"kind":"deadline","parts":[{"kind":"deadline","p'
+        'arts":[{"kind":"gather","parts":[{"kind":"deadline","parts":[{"kind":"work","seconds":0.40'
+        '2236,"is_equal":true}],"n":10,"seconds":0.0,"limit_s":30.003317},{"kind":"first","parts":['
+        '{"kind":"work","n":15,"seconds":0.103606},{"kind":"receive","n":16,"seconds":40.004123}],"'
+        'n":14,"seconds":0.0}],"n":8,"seconds":0.0}],"n":7,"seconds":0.0,"limit_s":30.006083}],"n":'
+        '6,"seconds":0.0,"limit_s":30.006403}],"n":3,"seconds":0.0},{"seed":260,"is_stored":true,"e'
+        'nds":[[1,11,true],[6,0,true]]}]'
+    ),
 }
 
 
