@@ -46,8 +46,8 @@ class Life:
         self.bodies: dict[str, tuple[Walk, Statement]] = {}
         #: the side effects that earlier lives have finished, and the places of those that this one has begun
         self.done, self.begun = frozenset(world.done), Counter[str]()
-        #: the places whose end this one has seen
-        self._cancelled, self.ended = set[str](), set[str]()
+        #: the places whose end this one has seen, and those of them that have not failed
+        self._cancelled, self.ended, self.returned = set[str](), set[str](), set[str]()
 
     def random_s(self, seconds: float) -> float:
         return seconds * (1 + self.world.random.random()) / 2
@@ -59,6 +59,8 @@ class Life:
             self.world.last_seen[at] = outcome
         else:
             self.ended.add(at)
+            if not str(outcome).startswith("raised"):
+                self.returned.add(at)
             self.world.saw(at, outcome, statement)
 
     def decided(self, at: str, decision: Any) -> None:
@@ -314,7 +316,8 @@ class World(Observer):
         self.outcome_before = "" if run.status is RunStatus.CANCELLED else str(ended)
         self._has_ended = False
         for key, places in self._equal.items():
-            self._in_flight[key] += len(places - self._returned.keys())
+            # The result of one of them may be seen at the place of another one in the next life.
+            self._in_flight[key] += len(places) - max(len(places & life.returned) for life in self.lives)
         kept = {at: outcome for at, outcome in self.seen.items() if self._has_gone_on_from(at, str(ended))}
         cancelled = {each for each, at in self._timed_out.items() if self._is_cancelled_again(each, at)}
         self.seen = self._returned | kept
