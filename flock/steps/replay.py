@@ -635,7 +635,8 @@ class Replay:
         return not self._to_cancel and self.is_alone(entry.end)
 
     def _note_if_at_once(self, entry: Entry, end: int) -> None:
-        if self._missing and self._time() - self._began_at <= entry.start_s + AT_ONCE_S:
+        was_later = next(iter(self._missing), math.inf) < entry.start  # so it had not begun when that started
+        if was_later and self._time() - self._began_at <= entry.start_s + AT_ONCE_S:
             self._at_once.add(end)
 
     def is_alone(self, end: int) -> bool:

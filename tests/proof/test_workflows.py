@@ -828,6 +828,15 @@ FOUND_IN_MEMORY = {
         '6,"seconds":0.0,"limit_s":30.006403}],"n":3,"seconds":0.0},{"seed":260,"is_stored":true,"e'
         'nds":[[1,11,true],[6,0,true]]}]'
     ),
+    "a cancelled thread that had begun before what is missing": (
+        '[{"kind":"seq","parts":[{"kind":"first","parts":[{"kind":"first","parts":[{"kind":"block",'
+        '"n":6,"seconds":0.801414},{"kind":"work","n":7,"seconds":0.101732}],"n":4,"seconds":0.0},{'
+        '"kind":"loop","parts":[{"kind":"seq","parts":[{"kind":"plain","n":12,"seconds":0.0,"times"'
+        ':20},{"kind":"work","n":13,"seconds":0.202646}],"n":11,"seconds":0.0}],"n":10,"seconds":0.'
+        '0,"times":3}],"n":3,"seconds":0.0},{"kind":"work","n":16,"seconds":0.104359},{"kind":"work'
+        '","n":17,"seconds":0.104796}],"n":1,"seconds":0.0},{"seed":9,"is_stored":true,"ends":[[0,0'
+        ",true],[10,0,true],[2,4,true]]}]"
+    ),
 }
 
 
