@@ -119,7 +119,8 @@ class Replay:
         #: the last number, those of the last start and the last end of this execution, and that up to which it is
         #: stored that the next one was not delivered
         self._number = self._new_start = self._new_end = self._delayed = 0
-        #: how many ends were delivered in this execution, the task that has seen the last one, and when that had ended
+        #: how many ends were delivered in this execution, the task that has seen the last of those of earlier ones, and
+        #: when that had ended
         self._seen_count, self._seen_in, self._seen_end_s = 0, current_task(), math.inf
         #: the last number of earlier executions
         self._known = 0
@@ -444,9 +445,9 @@ class Replay:
         if self._new_start > seen or (entry.is_unseen and not entry.end):
             self._note_end(entry, self._next_number())
         self._seen_count, self._saw_at = self._seen_count + 1, self._time()
-        self._seen_in, self._seen_end_s = current_task(), self._end_s.get(entry.end, math.inf)
         self._skipped_s = max(0.0, self._skipped_s + self._left_s(entry))
         if entry.stored is not None:
+            self._seen_in, self._seen_end_s = current_task(), self._end_s.get(entry.end, math.inf)
             self._recur()
         else:
             self._advance()

@@ -837,6 +837,14 @@ FOUND_IN_MEMORY = {
         '","n":17,"seconds":0.104796}],"n":1,"seconds":0.0},{"seed":9,"is_stored":true,"ends":[[0,0'
         ",true],[10,0,true],[2,4,true]]}]"
     ),
+    "a call after a time-out that has cancelled nothing, and another one before it": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"timeout","parts":[{"kind":"complet'
+        'ed","parts":[{"kind":"block","n":15,"seconds":0.804123}],"n":11,"seconds":0.0}],"n":3,"sec'
+        'onds":0.0,"limit_s":0.604359},{"kind":"seq","parts":[{"kind":"plain","n":17,"seconds":0.50'
+        '4796,"times":1},{"kind":"work","n":18,"seconds":0.805385}],"n":16,"seconds":0.0}],"n":2,"s'
+        'econds":0.0},{"kind":"work","n":19,"seconds":0.105568},{"kind":"work","n":20,"seconds":0.1'
+        '06083}],"n":1,"seconds":0.0},{"is_stored":true,"ends":[[7,0,true]]}]'
+    ),
 }
 
 
