@@ -391,7 +391,8 @@ async def test_a_run_is_cancelled_while_the_time_of_a_thread_passes_again(tmp_pa
     run_id = await interrupt(flock, store, "work", reached)
     with contextlib.closing(sqlite3.connect(store)) as db, db:
         longer = "CAST(json_set(CAST(place AS TEXT), '$.late_s', 600) AS BLOB)"
-        assert db.execute(f"UPDATE calls SET place = {longer} WHERE json_extract(place, '$.late_s') > 0").rowcount == 1
+        cancelled = "json_extract(place, '$.late_s') > 0 AND json_extract(place, '$.is_cancelled')"
+        assert db.execute(f"UPDATE calls SET place = {longer} WHERE {cancelled}").rowcount == 1
     async with flock.engine(store=store) as engine:
         with anyio.fail_after(PATIENCE_S):
             await waits.wait()

@@ -162,7 +162,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         start, end: the numbers of its start and of its end, as the program has seen them, in one sequence.
         start_s, end_s: seconds from when the step began, in the execution in which they happened.
         is_cancelled: the program has cancelled the call. Another call with the same *start* has its late result.
-        late_s: for how long it had run on after that, as a function in a thread does.
+        late_s: for how long it had run on after that, as a function in a thread does. A late result has one too.
         ignored_cancellation: its task was cancelled, but it has ended as if it was not, and the program has seen that.
         vain_s: how much of *end_s* had passed while the step waited in vain for others to be cancelled again.
         also: what has happened in the step since the call that was stored before.

@@ -225,8 +225,9 @@ class Replay:
         least_s = math.inf
         for entry in reversed(ended):
             assert entry.stored is not None
-            if entry.stored.place is not None and not entry.is_late:
-                self._end_s[entry.end] = least_s = min(least_s, entry.stored.place.end_s)
+            if (place := entry.stored.place) is None or entry.is_late or (place.late_s and not place.is_cancelled):
+                continue  # a late result takes no time
+            self._end_s[entry.end] = least_s = min(least_s, place.end_s)
 
     def _place_starts(self, starts: Iterable[int], ended: Iterable[Entry]) -> None:
         """Let *starts* come after the ends before them, also if an execution has delivered those after its own starts.
@@ -399,11 +400,10 @@ class Replay:
         """A call ends in this execution. Return what is stored with it. Then ``turn``; or ``saw``, if cancelled.
 
         Args:
-            late_s: how long ago the program has stopped waiting for it; None if it has not. The call that gets its
-                result does not take its time.
+            late_s: how long ago the program has stopped waiting for it; None if it has not.
         """
         self._new_end = end = self._next_number()
-        is_taken = late_s is not None and not is_cancelled
+        is_late = late_s is not None and (late_s > AT_ONCE_S or not is_cancelled)
         self._ends[end] = mark = Mark(entry.call_id, entry.start, end)
         self._unwritten.pop(entry.start, None)
         if is_cancelled:
@@ -419,9 +419,9 @@ class Replay:
             start=entry.start,
             end=end,
             start_s=round(entry.start_s, 3),
-            end_s=math.floor((entry.start_s if is_taken else self._time() - self._began_at) * 1000) / 1000,
+            end_s=math.floor((self._time() - self._began_at) * 1000) / 1000,
             is_cancelled=is_cancelled,
-            late_s=round(late_s, 3) if late_s is not None and late_s > AT_ONCE_S and is_cancelled else 0.0,
+            late_s=max(AT_ONCE_S, round(late_s or 0.0, 3)) if is_late else 0.0,
             vain_s=round(self._vain_s + self._new_vain_s, 3),
             also=tuple(self._take_unwritten()),
         )

@@ -845,6 +845,12 @@ FOUND_IN_MEMORY = {
         'econds":0.0},{"kind":"work","n":19,"seconds":0.105568},{"kind":"work","n":20,"seconds":0.1'
         '06083}],"n":1,"seconds":0.0},{"is_stored":true,"ends":[[7,0,true]]}]'
     ),
+    "a time-out that passes while a thread runs, and a late result as the engine stops": (
+        '[{"kind":"gather","parts":[{"kind":"timeout","parts":[{"kind":"first","parts":[{"kind":"bl'
+        'ock","n":7,"seconds":0.401414},{"kind":"block_and_fail","n":8,"seconds":0.101732}],"n":6,"'
+        'seconds":0.0}],"n":5,"seconds":0.0,"limit_s":0.302236},{"kind":"block","n":10,"seconds":0.'
+        '402646}],"n":3,"seconds":0.0},{"is_stored":true,"ends":[[5,4,false]]}]'
+    ),
 }
 
 
