@@ -66,6 +66,8 @@ THREAD_TIMEOUT_S = 1
 LAST_REQUESTS_S = 0.5
 #: How long to wait then for the first requests of new connections, in seconds. A busy client may be slow to send it.
 FIRST_REQUESTS_S = 3.0
+#: The number of connections that wait to be accepted.
+BACKLOG = 2048
 #: The file descriptor of the first socket that systemd passes.
 FIRST_PASSED_FD = 3
 #: The delay before a dead worker is replaced, in seconds.
@@ -211,11 +213,11 @@ def _serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: Se
     passed = passed_listener()
     flock, settings = load(), _with_access_control(_listening_on(passed, settings))
     app = _app(flock, settings)
-    config = _config(app, settings)
+    _config(app, settings)  # also of the log
     anyio.run(_prepare_storage, flock, settings)
     _log_start(flock, settings)
     app.warn_of_problems()
-    listener = passed or _listen(settings, config.backlog)
+    listener = passed or _listen(settings)
     _log_listening(settings, listener)
     signals, wakeup = socket.socketpair()
     wakeup.setblocking(False)
@@ -278,14 +280,14 @@ def _listening_on(listener: socket.socket | None, settings: ServerSettings) -> S
     return msgspec.structs.replace(settings, host=host, port=port)
 
 
-def _listen(settings: ServerSettings, backlog: int) -> socket.socket:
+def _listen(settings: ServerSettings) -> socket.socket:
     """Listen before the workers start, so that early connections wait instead of failing.
 
     uvicorn would log that it is running before it listens.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        listener = socket.create_server((settings.host, settings.port), family=family, backlog=backlog)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
     except OSError as exc:
         _log_listen_error(settings.host, settings.port, exc)
         sys.exit(1)
@@ -562,6 +564,7 @@ def _config(app: FlockAPI, settings: ServerSettings) -> uvicorn.Config:
         root_path=f"/{root_path}" if root_path else "",
         forwarded_allow_ips=settings.forwarded_allow_ips,
         limit_concurrency=settings.max_connections,
+        backlog=ACCEPTS_PER_ITERATION,  # asyncio's loop accepts as many in one callback, before it does anything else
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + RESPONSE_TIMEOUT_S),
     )
 
@@ -606,14 +609,14 @@ def _log_start(flock: DeclaredFlock, settings: ServerSettings) -> None:
 def tune_gc() -> None:
     """Exclude existing objects from garbage collection, and collect few objects at a time and all of them rarely.
 
-    A collection visits the objects of the requests that are open, and holds the event loop: of 15,000 objects for up to
-    20 ms. So a young collection has 5,000, more than most loads have open, and a middle one 15,000. With fewer, cycles
-    of runs that wait or fail are old before they are garbage, and old ones are collected rarely: memory grows. Only for
-    a process that is nothing but a server. It makes short runs a tenth faster.
+    A collection visits the objects of the requests that are open, and holds the event loop: of 6,000 objects for up to
+    10 ms. So a young collection has 2,000, more than most loads have open, and a middle one 6,000. What ends leaves no
+    cycles, so all objects are collected rarely. Only for a process that is nothing but a server. It makes short runs a
+    tenth faster.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(5_000, 1, 10_000)
+    gc.set_threshold(2_000, 1, 10_000)
 
 
 def _allow_open_files() -> None:
@@ -726,7 +729,8 @@ class _Server(uvicorn.Server):
     async def _accept_faster(self) -> None:
         """Listen on copies of each socket, since libuv accepts one connection per socket and iteration of the loop.
 
-        With one socket, a client that opens many connections would delay those of others for seconds.
+        With one socket, a client that opens many connections would delay those of others for seconds. At last, let
+        more connections wait than are accepted at once.
         """
         loop = asyncio.get_running_loop()
         for listener in [listener for server in self.servers for listener in server.sockets]:
@@ -735,6 +739,8 @@ class _Server(uvicorn.Server):
                 self.servers.append(
                     await loop.create_server(self._make_protocol, sock=copy_, backlog=self.config.backlog)
                 )
+            with socket.socket(fileno=os.dup(listener.fileno())) as copy_:
+                copy_.listen(BACKLOG)
 
     def _make_protocol(self) -> asyncio.Protocol:
         """Make that of a connection, as uvicorn does."""
