@@ -90,10 +90,13 @@ class Cancellation:
 
     @property
     def late_s(self) -> float | None:
-        """Seconds since the task was first cancelled while it had to finish something; None unless ``is_late``."""
-        if self.task is None or not self.is_late:
+        """Seconds since the task was first cancelled while it had to finish something; None if it was not.
+
+        A block in this one, such as that of a scope of anyio, may have taken back a cancellation of its own since.
+        """
+        if self.task is None or not (late := self._late) or late[-1].last < self.task.cancelling():
             return None
-        return self.task.get_loop().time() - self._late[0].since
+        return self.task.get_loop().time() - late[0].since
 
     @property
     def _late(self) -> list[_Late]:

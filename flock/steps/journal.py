@@ -880,7 +880,7 @@ class Journal:
         self, call: Call, entry: Entry, cancellation: Cancellation, exc: BaseException | None = None
     ) -> Call:
         """Store how a call has ended, and wait for its turn; see ``_deliver``. Returns it as it is stored."""
-        place = self._replay.end(entry, late_s=cancellation.late_s)
+        place = self._replay.end(entry, late_s=cancellation.late_s if cancellation.is_late else None)
         if cancellation.is_requested and not cancellation.is_late:
             place = replace(place, ignored_cancellation=True)
         call = replace(call, place=place)

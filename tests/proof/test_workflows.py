@@ -851,6 +851,15 @@ FOUND_IN_MEMORY = {
         'seconds":0.0}],"n":5,"seconds":0.0,"limit_s":0.302236},{"kind":"block","n":10,"seconds":0.'
         '402646}],"n":3,"seconds":0.0},{"is_stored":true,"ends":[[5,4,false]]}]'
     ),
+    "a cancelled tool that waits for its thread, and a time-out that passes meanwhile": (
+        '[{"kind":"seq","parts":[{"kind":"try","parts":[{"kind":"timeout","parts":[{"kind":"first",'
+        '"parts":[{"kind":"tool","parts":[{"kind":"deadline","parts":[{"kind":"block_and_fail","n":'
+        '7,"seconds":0.201414}],"n":6,"seconds":0.0,"limit_s":1.201732}],"n":5,"seconds":0.0},{"kin'
+        'd":"work","n":9,"seconds":0.102236}],"n":4,"seconds":0.0}],"n":3,"seconds":0.0,"limit_s":0'
+        '.153606},{"kind":"work","n":11,"seconds":0.104123}],"n":2,"seconds":0.0},{"kind":"work","n'
+        '":13,"seconds":0.104796}],"n":1,"seconds":0.0},{"is_stored":true,"ends":[[2,1,true],[7,0,t'
+        "rue]]}]"
+    ),
 }
 
 
