@@ -42,7 +42,7 @@ async def fields(turns: int, context: RunContext) -> dict[str, str]:
     for _ in range(turns):
         for field in "abc":
             context.emit("x", field)
-        await anyio.sleep(0.02)  # text that is written faster is joined
+        await anyio.sleep(0.03)  # text that is written faster is joined
     return dict.fromkeys("abc", "x" * turns)
 """
 
