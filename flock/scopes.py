@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context, ContextVar
 from typing import Any, NamedTuple
 
@@ -20,8 +20,6 @@ logger = logging.getLogger("flock.runs")
 
 #: By how much the timer of a scope comes after ours, in seconds.
 JUST_AFTER_S = 1e-6
-#: How many tasks that wait for the same are woken in one turn of the event loop.
-WAKES_PER_TURN = 1000
 #: How long a task gets to go on after the time of a stopped clock has counted, in seconds.
 SOON_S = 0.05
 
@@ -198,47 +196,24 @@ def new_event() -> anyio.Event | asyncio.Event:
 
 
 class Signal:
-    """Wakes all tasks that wait for it now. It creates an event only for these, since that takes a while.
-
-    It wakes up to ``WAKES_PER_TURN`` of them in each turn of the event loop, since to wake 10,000 would hold that.
-    """
+    """Wakes all tasks that wait for it now. It creates an event only for these, since that takes a while."""
 
     _event: anyio.Event | asyncio.Event | None = None
-    #: how many tasks wait for it, and the events for which as many wait as may be woken at once
-    _waiting = 0
-    _full: Sequence[anyio.Event | asyncio.Event] = ()
 
     def wait(self) -> Coroutine[Any, Any, object]:
         return self.next.wait()
 
     @property
     def next(self) -> anyio.Event | asyncio.Event:
-        """An event that the next ``notify`` sets, for one task."""
-        if self._event is not None and self._waiting == WAKES_PER_TURN:
-            self._full, self._event = (*self._full, self._event), None
+        """An event that the next ``notify`` sets."""
         if self._event is None:
-            self._event, self._waiting = new_event(), 0
-        self._waiting += 1
+            self._event = new_event()
         return self._event
 
     def notify(self) -> None:
         event, self._event = self._event, None
         if event is not None:
             event.set()
-        if self._full:
-            full, self._full = self._full, ()
-            _set_in_turns(iter(full))
-
-
-def _set_in_turns(events: Iterator[anyio.Event | asyncio.Event]) -> None:
-    """Set one event in each of the next turns of the event loop."""
-    loop = running_loop()
-    for event in events:
-        if loop is not None:
-            loop.call_soon(_set_in_turns, events)
-            loop.call_soon(event.set)
-            return
-        event.set()
 
 
 _CLOCKS: ContextVar[tuple[Clock, ...]] = ContextVar("flock_clocks", default=())
