@@ -213,7 +213,7 @@ def _serve_workers(load: Callable[[], DeclaredFlock], workers: int, settings: Se
     passed = passed_listener()
     flock, settings = load(), _with_access_control(_listening_on(passed, settings))
     app = _app(flock, settings)
-    _config(app, settings)  # also of the log
+    _config(app, settings)  # which configures the log of this process too
     anyio.run(_prepare_storage, flock, settings)
     _log_start(flock, settings)
     app.warn_of_problems()

@@ -23,7 +23,7 @@ from flock.runs import JSON_NULL, MAX_SHOWN_BYTES, CallKind, Event, RunContext, 
 from flock.scopes import Signal, running_loop
 from flock.steps.threads import loop_scheduler
 
-#: After a piece of text, more text wakes the readers only after this time, in seconds: more often than an eye can see.
+#: After a piece of text, more text wakes the readers only after this time, in seconds: more often than one can read.
 PIECE_INTERVAL_S = 1 / 40
 #: What one writer counts for the size of a live output, in addition to its text.
 WRITER_CHARS = 512
