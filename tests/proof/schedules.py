@@ -39,8 +39,8 @@ T = TypeVar("T")
 LATE_S = (0.0, 0.0, 0.001, 0.02, 0.3)
 #: A program that has not ended after so many virtual seconds waits for something that never happens.
 HORIZON_S = 60.0
-#: Tasks that wake each other so many times, while no time passes, are busy waiting.
-BUSY_STEPS = 10_000
+#: Tasks that wake each other so many times, while no time passes, are busy waiting. Beside a thread they wait for that.
+BUSY_STEPS, BUSY_STEPS_BESIDE_THREADS = 10_000, 2_000
 #: When virtual time begins.
 BEGIN = datetime.now(UTC)
 #: No program needs as many iterations.
@@ -133,7 +133,8 @@ class Schedule(Base):  # type: ignore[misc]
 
     def select(self, timeout: float | None) -> list[Any]:
         self._steps_now = 0 if timeout else self._steps_now + 1
-        if self._steps_now > BUSY_STEPS and self._scheduled:
+        busy_steps = BUSY_STEPS_BESIDE_THREADS if self.threads else BUSY_STEPS
+        if self._steps_now > busy_steps and self._scheduled:
             self.is_busy, self._steps_now, timeout = True, 0, max(0.0, self._scheduled[0].when() - self._now)
         if timeout:  # all timers are late, in their order
             self._now += timeout + self.late_s()
