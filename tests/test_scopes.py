@@ -752,6 +752,30 @@ async def sets_variables(call: Made) -> Any:
     return VAR.get()
 
 
+async def test_a_signal_wakes_many_tasks_in_several_turns() -> None:
+    """One that wakes 10,000 would hold the event loop for as long as that takes."""
+    signal, woken = scopes.Signal(), 0
+
+    async def wait() -> None:
+        nonlocal woken
+        await signal.wait()
+        woken += 1
+
+    tasks = [asyncio.create_task(wait()) for _ in range(2500)]
+    await anyio.wait_all_tasks_blocked()
+    signal.notify()
+    tasks[1500].cancel()
+    again = asyncio.create_task(wait())
+    counts = set[int]()
+    while woken < len(tasks) - 1:
+        await asyncio.sleep(0)
+        counts.add(woken)
+    assert counts - {0} == {1000, 1999, 2499}
+    assert not again.done()
+    signal.notify()
+    await again
+
+
 PROGRAMS = [
     *(gathers, gathers_errors, uses_a_task_group, uses_a_task_group_of_anyio, waits_in_time, waits_in_time_of_anyio),
     *(shields, takes_the_first, takes_them_as_completed, cancels_itself, sets_variables),
