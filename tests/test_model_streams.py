@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import socket
 import struct
@@ -32,6 +33,7 @@ from flock.agents.tools import Tool
 from flock.core import Flock, FlockFactory
 from flock.errors import ModelError
 from flock.models import bodies, http, streams
+from flock.models import clients as http_clients
 from flock.models.completions import Completion, Message, ToolSchema
 from flock.models.llm import ModelClient
 from flock.models.models import Model
@@ -40,6 +42,7 @@ from flock.models.scanner import Scanner
 from flock.runs import Event, Run, RunContext, RunStatus, Usage
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S, slowness
+from tests.support.engines import until
 from tests.support.servers import Served
 from tests.support.sockets import socket_server
 from tests.test_ask import asked
@@ -721,8 +724,10 @@ async def test_as_many_connections_are_kept_as_were_in_use_at_once(
     vllm: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A busy machine may need longer for the first calls than client and server keep idle connections.
-    limits = functools.partial(http.library().Limits, keepalive_expiry=None)
-    monkeypatch.setattr(http.library(), "Limits", limits)
+    library = http.library()
+    options = functools.partial(library.AsyncClient, limits=library.Limits(keepalive_expiry=None))
+    monkeypatch.setattr(library, "AsyncClient", options)
+    monkeypatch.setattr(http_clients, "KEEP_IDLE_S", math.inf)
     clients, waiting, are_all_here = set[Any](), 0, anyio.Event()
 
     async def reply(request: HTTPRequest) -> Response:
@@ -747,6 +752,34 @@ async def test_as_many_connections_are_kept_as_were_in_use_at_once(
                     for _ in range(60):
                         calls.start_soon(ask, models, Recorder(), "vllm/x")
     assert len(clients) == 60
+
+
+async def test_a_connection_that_no_request_uses_is_closed_after_a_later_one(
+    vllm: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, are_all_here = 0, anyio.Event()
+
+    async def reply(request: HTTPRequest) -> Response:
+        nonlocal waiting
+        await request.body()
+        waiting += 1
+        if waiting == 10:
+            are_all_here.set()
+        await are_all_here.wait()
+        return Response(sse(chunk(TEXT), chunk("", "stop"), USAGE, "[DONE]"), media_type="text/event-stream")
+
+    async with Served(Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])) as served:
+        vllm(f"{served.url}/v1")
+        connections = served.server.server_state.connections
+        async with ModelClient() as models:
+            async with anyio.create_task_group() as calls:
+                for _ in range(10):
+                    calls.start_soon(ask, models, Recorder(), "vllm/x")
+            assert len(connections) == 10
+            monkeypatch.setattr(http_clients, "KEEP_IDLE_S", -1.0)
+            await ask(models, Recorder(), "vllm/x")
+            await until(lambda: not connections)
+            await ask(models, Recorder(), "vllm/x")
 
 
 @pytest.mark.alone

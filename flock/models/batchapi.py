@@ -181,7 +181,8 @@ class BatchEndpoint:
         """Yield a response while it is read. Whatever is wrong with it, or with the connection, is a ModelError."""
         name, url = self._endpoint.name, f"{self._base}{path}"
         try:
-            async with self._client.http.stream(method, url, headers={**self._headers, **headers}, **more) as response:
+            more["headers"] = {**self._headers, **headers}
+            async with self._client.http() as client, client.stream(method, url, **more) as response:
                 if not response.is_success:
                     raise replies.status_error(name, await read_whole(response), self._endpoint.key_variable)
                 yield response

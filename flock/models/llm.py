@@ -26,7 +26,8 @@ from msgspec.structs import replace
 
 from flock.errors import ModelError
 from flock.models import http, react, replies
-from flock.models.bodies import ENCODING, BadBody, read_whole
+from flock.models.bodies import BadBody, read_whole
+from flock.models.clients import Clients
 from flock.models.completions import BatchCall, Completion, Listener
 from flock.models.models import Model, ModelChoice, models_of
 from flock.models.pace import (
@@ -150,13 +151,13 @@ class ModelClient:
         self._transport = transport
         self._backoff_s = backoff_s
         self._read_timeout_s = read_timeout_s
-        self._http: httpx.AsyncClient | None = None
+        self._clients = Clients(transport, read_timeout_s)
         self._formats: dict[str, str] = {}
         #: the way to request a stream, by model
         self._streams: dict[str, str] = {}
         #: models whose servers do not support tools
         self._without_tools: set[str] = set()
-        self._local_lock, self._opening = anyio.Lock(), anyio.Lock()
+        self._local_lock = anyio.Lock()
         #: the paces of this client, if it does not use the network that other clients share
         self._own_paces: dict[Any, Any] = {}
         #: called before each retry
@@ -164,14 +165,12 @@ class ModelClient:
 
     async def __aenter__(self) -> Self:
         # The event loop may be a different one than before.
-        self._local_lock, self._opening = anyio.Lock(), anyio.Lock()
+        self._local_lock, self._clients = anyio.Lock(), Clients(self._transport, self._read_timeout_s)
         self._own_paces = {}
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        http, self._http = self._http, None
-        if http is not None:
-            await http.aclose()
+        await self._clients.aclose()
 
     def prepare(self) -> None:
         """Import the HTTP client now, since that would hold the event loop during the first call."""
@@ -202,7 +201,7 @@ class ModelClient:
         if not models:
             raise no_model()
         if request.is_strange:
-            client = await client._forgetful()
+            client = client._forgetful()
         caller = replace(caller, models=len(models), server_errors=[])
         errors: dict[int, ModelError] = {}
         numbers: Sequence[int] = range(len(models))
@@ -229,9 +228,8 @@ class ModelClient:
         finally:
             errors.clear()  # their tracebacks refer to this frame
 
-    async def _forgetful(self) -> "ModelClient":
+    def _forgetful(self) -> "ModelClient":
         """Return a client with the same connections. What a server rejects of its requests, this one does not learn."""
-        await self._open()
         client = copy.copy(self)
         client._formats, client._streams = dict(self._formats), dict(self._streams)
         client._without_tools = set(self._without_tools)
@@ -383,9 +381,9 @@ class ModelClient:
         size += len(content)
         if size > len(content):  # files may be long, and are read only now
             content = await anyio.to_thread.run_sync(encoded, body, endpoint, True)
-        is_counted, http_client = False, await self._open()
+        is_counted, request = False, dict[str, Any](content=content, headers=headers)
         try:
-            async with http_client.stream("POST", endpoint.url, content=content, headers=headers) as response:
+            async with self.http() as client, client.stream("POST", endpoint.url, **request) as response:
                 passage.headers = response.headers
                 if listener is None or response.status_code != 200 or not is_stream(response):
                     response = await read_whole(response)
@@ -422,9 +420,9 @@ class ModelClient:
         """Whether it can use batch endpoints. A fake model that replaces all providers has none."""
         return self._transport is not None or self.stand_in is None
 
-    @property
-    def http(self) -> "httpx.AsyncClient":
-        return self._client()
+    def http(self) -> "contextlib.AbstractAsyncContextManager[httpx.AsyncClient]":
+        """Yield the HTTP client of one request."""
+        return self._clients.lend()
 
     async def batch_call(self, model: Model, request: Request, agent_name: str) -> BatchCall:
         """Return *request*, without tools, as a call for the batch endpoint of *model*. Raises ModelError."""
@@ -445,27 +443,6 @@ class ModelClient:
             digest=hashlib.sha256(msgspec.json.encode(asked, enc_hook=str)).hexdigest()[:32],
             line=msgspec.Raw(msgspec.json.encode({**line, "body": content})),
         )
-
-    async def _open(self) -> "httpx.AsyncClient":
-        """Return the HTTP client. The first one is made in a thread, since its imports would hold the event loop."""
-        if self._http is None and self._transport is None:
-            async with self._opening:
-                if self._http is None:
-                    await anyio.to_thread.run_sync(self._client)
-        return self._client()
-
-    def _client(self) -> "httpx.AsyncClient":
-        if self._http is None:
-            library = http.library(self._transport)
-            self._http = library.AsyncClient(
-                transport=self._transport,
-                timeout=library.Timeout(self._read_timeout_s, connect=10, pool=None),
-                headers={"Accept-Encoding": ENCODING},
-                # The engine limits concurrent calls. A second limit here would only hide the waiting, and one of idle
-                # connections would open new ones all the time. They are closed after 5 s.
-                limits=library.Limits(max_connections=None, max_keepalive_connections=None),
-            )
-        return self._http
 
 
 class _Call:
