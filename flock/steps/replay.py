@@ -85,6 +85,11 @@ class Entry:
         return self.stored.place
 
     @property
+    def is_shifted(self) -> bool:
+        """Whether it started at another step time than when it was cancelled, since time was skipped."""
+        return abs(self.start_s - self.place.start_s) > SKIPPED_S
+
+    @property
     def is_late(self) -> bool:
         """Whether it gets the result of an equal call that the program had cancelled."""
         return self.stored is not None and self.stored.place is not None and self.stored.place.start != self.start
@@ -570,6 +575,7 @@ class Replay:
         if passes_again := all(self._timers.get(timer, math.inf) > entry.end for timer in timers):
             self._passing.add(entry.end)
         self._cancelled[key].append(entry)
+        new_start = self._new_start
         self._to_cancel[entry.end] = self._time() + self._left_s(entry) + self._grace_s / 5
         self._advance()
         try:
@@ -577,13 +583,14 @@ class Replay:
                 pass
             await self._let_earlier_ones_go_on(entry)
             self._gave_up_at = self._time()
+            if entry.is_shifted and self._new_start > new_start:  # another time-out may have passed first
+                self._doubt(entry.start)
         except anyio.get_cancelled_exc_class():
             # Of equal calls, any other one may have been cancelled first, since only their arrival tells them apart.
             first = min(self._cancelled[key], key=lambda each: each.end)
             entry.end, entry.stored, first.end, first.stored = first.end, first.stored, entry.end, entry.stored
             if passes_again:
-                is_shifted = abs(entry.start_s - entry.place.start_s) > SKIPPED_S
-                is_unsure = is_shifted and self._time() > self._saw_at + AT_ONCE_S
+                is_unsure = entry.is_shifted and self._time() > self._saw_at + AT_ONCE_S
             else:  # a timer took its time before, and another time-out may have passed while a thread ran on
                 is_unsure = entry.place.late_s > 0
             if is_unsure:

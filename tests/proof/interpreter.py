@@ -181,7 +181,9 @@ class _Interpreter(NamedTuple):
         is_over = self.decisions.get(at, body.ends_s > over_s)
         found = body.until(over_s) if is_over else body
         if is_over:
-            found.error = "TimeoutError"
+            # A group that has failed raises its errors, if the time passes while it waits for its other tasks.
+            has_failed = s.parts[0].kind == "group" and self.decisions.get(f"{at}.0")
+            found.error = body.error if has_failed else "TimeoutError"
         found.events.append(Event(found.ends_s, at, is_over))
         return found
 

@@ -860,6 +860,24 @@ FOUND_IN_MEMORY = {
         '":13,"seconds":0.104796}],"n":1,"seconds":0.0},{"is_stored":true,"ends":[[2,1,true],[7,0,t'
         "rue]]}]"
     ),
+    "another time-out passes first, since time is skipped, and does not cancel a call": (
+        '[{"kind":"try","parts":[{"kind":"wait","parts":[{"kind":"seq","parts":[{"kind":"work","sec'
+        'onds":0.101414,"is_equal":true},{"kind":"gather","parts":[{"kind":"work","n":11,"seconds":'
+        '0.203317},{"kind":"timeout","parts":[{"kind":"seq","parts":[{"kind":"plain","n":15,"second'
+        's":3.003606,"is_random":true,"times":20},{"kind":"work","n":16,"seconds":0.204123}],"n":14'
+        ',"seconds":0.0}],"n":12,"seconds":0.0,"limit_s":0.154796}],"n":10,"seconds":0.0}],"n":5,"s'
+        'econds":0.0},{"kind":"work","n":18,"seconds":0.105568}],"n":3,"seconds":0.0,"limit_s":0.15'
+        '6403},{"kind":"work","n":19,"seconds":0.106557}],"n":2,"seconds":0.0},{"is_stored":true,"e'
+        'nds":[[5,5,true]]}]'
+    ),
+    "a time-out passes while a group that has failed waits for its tasks": (
+        '[{"kind":"timeout","parts":[{"kind":"group","parts":[{"kind":"fail","seconds":0.803317,"is'
+        '_equal":true},{"kind":"group","parts":[{"kind":"seq","parts":[{"kind":"plain","n":10,"seco'
+        'nds":0.503606,"is_random":true,"times":3},{"kind":"work","n":11,"seconds":0.804123}],"n":9'
+        ',"seconds":0.0},{"kind":"fail","n":12,"seconds":0.404359}],"n":8,"seconds":0.0}],"n":3,"se'
+        'conds":0.0}],"n":2,"seconds":0.0,"limit_s":1.204796},{"is_stored":true,"ends":[[3,7,true],'
+        "[0,6,true]]}]"
+    ),
 }
 
 
