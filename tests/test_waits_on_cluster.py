@@ -5,9 +5,12 @@ import contextlib
 import runpy
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
+from temporalio.client import WorkflowHistoryEventAsyncIterator
+from temporalio.service import RPCError, RPCStatusCode
 
 from flock.core import Flock
 from flock.errors import AgentError, Conflict, InvalidData, Replayed, TooManyRequests
@@ -292,3 +295,31 @@ async def test_a_step_may_make_thousands_of_calls_at_once(
         await engine.answer_call(run_id, run.waiting_for[0].call_id, json_of(True))
         assert await result_of(engine, run_id) == sum(range(count))
     assert sorted(executed) == list(range(count))
+
+
+async def test_a_client_waits_on_if_the_cluster_changes_the_history_that_it_reads(
+    temporal_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It then refuses the token of the next page, such as while another worker takes over."""
+    flock, goes_on = Flock(), anyio.Event()
+
+    @flock.agent
+    async def work() -> str:
+        await goes_on.wait()
+        return "done"
+
+    fetch, refused = WorkflowHistoryEventAsyncIterator.fetch_next_page, 0
+
+    async def refuse_the_second(self: WorkflowHistoryEventAsyncIterator, **options: Any) -> None:
+        nonlocal refused
+        if self.next_page_token and not refused:
+            refused += 1
+            goes_on.set()
+            raise RPCError("Current and request branch tokens don't match.", RPCStatusCode.INVALID_ARGUMENT, b"")
+        await fetch(self, **options)
+
+    async with on_temporal(temporal_address, flock) as engine:
+        run = await engine.submit("work", {})
+        monkeypatch.setattr(WorkflowHistoryEventAsyncIterator, "fetch_next_page", refuse_the_second)
+        assert (await engine.wait(run.run_id, PATIENCE_S)).status is RunStatus.COMPLETED
+    assert refused == 1

@@ -51,6 +51,8 @@ ANSWER_TIMEOUT_S = 1.8
 START_TIMEOUT_S = 5.0
 #: The pause before a request that a worker needs is sent again, in seconds.
 RETRY_AFTER_S = 1.0
+#: How often a history is read that the cluster changes meanwhile.
+MAX_READS = 3
 #: The retention of a namespace that is created here.
 RETENTION = timedelta(days=30)
 
@@ -219,13 +221,7 @@ class Cluster:
 
         Raises: RPCError, with NOT_FOUND if it does not exist.
         """
-        for is_last in (False, False, True):
-            try:
-                events = (await self.handle(workflow_id, run_id).fetch_history()).events
-                break
-            except RPCError as exc:  # the cluster has changed the history between two of its pages
-                if is_last or exc.status is not RPCStatusCode.INVALID_ARGUMENT:
-                    raise
+        events = (await _again_if_changed(self.handle(workflow_id, run_id).fetch_history)).events
         scheduled = EventType.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED
         await self.payloads.resolve(event for event in events if with_inputs or event.event_type != scheduled)
         return events
@@ -248,13 +244,18 @@ class Cluster:
         """
         wanted = EventFilter.CLOSE_EVENT if after is None else EventFilter.ALL_EVENT
         handle = self.handle(workflow_id)
-        async with self.rpc_scope(None, missing_ok=True):
+
+        async def find() -> int:
             async for event in handle.fetch_history_events(wait_new_event=True, event_filter_type=wanted):
                 if after is None:
                     break
                 is_change = event.event_type == EventType.EVENT_TYPE_UPSERT_WORKFLOW_SEARCH_ATTRIBUTES
                 if is_change and event.event_id > after:
                     return event.event_id
+            return 0
+
+        async with self.rpc_scope(None, missing_ok=True):
+            return await _again_if_changed(find)
         return 0
 
     async def last_attempt(self, workflow: str, first_id: str) -> int:
@@ -402,3 +403,14 @@ class Cluster:
                 if exc.status is not RPCStatusCode.NOT_FOUND:
                     raise
             await asyncio.sleep(0.1)
+
+
+async def _again_if_changed(read: Callable[[], Awaitable[T]]) -> T:
+    """Return what *read* returns. Call it again if the cluster has changed a history between two of its pages."""
+    for _ in range(MAX_READS - 1):
+        try:
+            return await read()
+        except RPCError as exc:
+            if exc.status is not RPCStatusCode.INVALID_ARGUMENT:
+                raise
+    return await read()
