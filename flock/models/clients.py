@@ -42,7 +42,9 @@ class Clients:
 
     @contextlib.asynccontextmanager
     async def lend(self) -> AsyncGenerator["httpx.AsyncClient", None]:
-        """Yield a client for one request."""
+        """Yield a client for one request. Those that were not used for ``KEEP_IDLE_S`` are closed before it is sent."""
+        while self._free and self._free[0][0] < time.monotonic() - KEEP_IDLE_S:
+            await self._close(self._free.popleft()[1])
         client = self._free.pop()[1] if self._free else await self._open()
         if self._transport is not None:
             self._free.append((math.inf, client))
@@ -51,9 +53,8 @@ class Clients:
         try:
             yield client
         finally:
-            self._free.append((time.monotonic(), client))
-        while self._free and self._free[0][0] < time.monotonic() - KEEP_IDLE_S:
-            await self._close(self._free.popleft()[1])
+            if client in self._all:  # otherwise it was closed meanwhile
+                self._free.append((time.monotonic(), client))
 
     async def aclose(self) -> None:
         self._free.clear()
