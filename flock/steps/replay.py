@@ -589,16 +589,20 @@ class Replay:
             # Of equal calls, any other one may have been cancelled first, since only their arrival tells them apart.
             first = min(self._cancelled[key], key=lambda each: each.end)
             entry.end, entry.stored, first.end, first.stored = first.end, first.stored, entry.end, entry.stored
-            if passes_again:
-                is_unsure = entry.is_shifted and self._time() > self._saw_at + AT_ONCE_S
-            else:  # a timer took its time before, and another time-out may have passed while a thread ran on
-                is_unsure = entry.place.late_s > 0
+            # While a thread ran on, a time-out may have passed whose time was skipped, or that took its time before.
+            is_unsure = entry.place.late_s > 0 and (not passes_again or self._is_early(entry.place))
+            if passes_again and entry.is_shifted:
+                is_unsure |= self._time() > self._saw_at + AT_ONCE_S
             if is_unsure:
                 self._doubt(entry.start)
                 self._note_end(entry, OVERTAKEN)  # nor is the next execution sure of what comes now
             raise
         finally:
             self._cancelled[key].remove(entry)
+
+    def _is_early(self, place: Place) -> bool:
+        """Whether a call is cancelled again earlier in its step than before."""
+        return self._time() - self._began_at + AT_ONCE_S < place.end_s - place.late_s
 
     async def _let_earlier_ones_go_on(self, entry: Entry) -> None:
         """Let calls that have waited in vain go on in the order of their ends: the program may then cancel the next."""

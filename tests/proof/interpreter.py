@@ -7,9 +7,10 @@ the way that the times tell, or one that it is given.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, NamedTuple
 
-from tests.proof.workflows import CALLS, Statement, total
+from tests.proof.workflows import CALLS, FAILED_BEFORE, Statement, total
 
 __all__ = ["Expected", "interpret"]
 
@@ -37,6 +38,7 @@ class Course:
     """What a statement does from its start to its end.
 
     Attributes:
+        failed_s: since when a group has failed that waits for its other tasks.
         threads: when each function in a thread begins and ends. A program that cancels it waits for its end.
         left: what goes on when the statement ends or is cancelled, each with the time from which on it does.
     """
@@ -44,6 +46,7 @@ class Course:
     ends_s: float
     value: Any = None
     error: str | None = None
+    failed_s: float = inf
     events: list[Event] = field(default_factory=list)
     threads: list[tuple[float, float]] = field(default_factory=list)
     left: "list[tuple[float, Course]]" = field(default_factory=list)
@@ -57,7 +60,7 @@ class Course:
     def then(self, part: "Course") -> Any:
         """Go on with *part* to its end. Return its value."""
         self.add(part)
-        self.ends_s, self.error = part.ends_s, part.error
+        self.ends_s, self.error, self.failed_s = part.ends_s, part.error, part.failed_s
         return part.value
 
     def until(self, time_s: float) -> "Course":
@@ -177,13 +180,12 @@ class _Interpreter(NamedTuple):
         return found
 
     def _in_time(self, s: Statement, at: str, start_s: float) -> Course:
-        body, over_s = self.course(s.parts[0], f"{at}.0", start_s), start_s + (s.limit_s or float("inf"))
-        is_over = self.decisions.get(at, body.ends_s > over_s)
+        body, over_s = self.course(s.parts[0], f"{at}.0", start_s), start_s + (s.limit_s or inf)
+        has_failed = s.kind == "timeout" and body.failed_s < over_s
+        is_over = self.decisions.get(at, body.ends_s > over_s and (FAILED_BEFORE if has_failed else True))
         found = body.until(over_s) if is_over else body
         if is_over:
-            # A group that has failed raises its errors, if the time passes while it waits for its other tasks.
-            has_failed = s.parts[0].kind == "group" and self.decisions.get(f"{at}.0")
-            found.error = body.error if has_failed else "TimeoutError"
+            found.error = body.error if is_over == FAILED_BEFORE else "TimeoutError"
         found.events.append(Event(found.ends_s, at, is_over))
         return found
 
@@ -197,7 +199,7 @@ class _Interpreter(NamedTuple):
             self._decide(found, at, [])
             return found
         ends_s = parts[failing[0]].ends_s
-        found = Course(ends_s)
+        found = Course(ends_s, failed_s=ends_s if s.kind == "group" else inf)
         for part in parts:
             if s.kind == "group":
                 found.add(cut := part.until(ends_s))

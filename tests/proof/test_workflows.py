@@ -878,6 +878,19 @@ FOUND_IN_MEMORY = {
         'conds":0.0}],"n":2,"seconds":0.0,"limit_s":1.204796},{"is_stored":true,"ends":[[3,7,true],'
         "[0,6,true]]}]"
     ),
+    "a time-out that passes while a race waits for a thread does not pass again": (
+        '[{"kind":"seq","parts":[{"kind":"case","parts":[{"kind":"wait","parts":[{"kind":"first","p'
+        'arts":[{"kind":"loop","parts":[{"kind":"block","n":7,"seconds":0.402236}],"n":6,"times":3}'
+        ',{"kind":"work","n":9,"seconds":0.402646}],"n":5}],"n":4,"limit_s":0.604359},{"kind":"work'
+        '","n":11,"seconds":0.105},{"kind":"work","n":12,"seconds":0.106}],"n":3},{"kind":"work","n'
+        '":13,"seconds":0.106}],"n":2},{"is_stored":true,"ends":[[9,0,true]]}]'
+    ),
+    "a tool whose time passes after its group has failed": (
+        '[{"kind":"tool","parts":[{"kind":"group","parts":[{"kind":"gather","parts":[{"kind":"ask",'
+        '"n":8,"seconds":0.0},{"kind":"tool","parts":[{"kind":"work","n":14,"seconds":0.401732}],"n'
+        '":10,"seconds":0.0,"limit_s":0.302236}],"n":7,"seconds":0.0}],"n":6,"seconds":0.0}],"n":5,'
+        '"seconds":0.0,"limit_s":0.153606},{"is_stored":true,"ends":[[0,0,true]],"retries":1}]'
+    ),
 }
 
 

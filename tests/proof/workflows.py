@@ -72,6 +72,8 @@ Kind = Literal[
     "case",
 ]
 TIMEOUTS = ("timeout", "wait")
+#: What a time-out decides if its time passes while a group that has failed waits for its other tasks.
+FAILED_BEFORE = "failed before"
 CALLS = ("work", "fail", "flaky", "mended", "block", "block_and_fail")
 #: After which a step may be suspended.
 WAITS = ("ask", "receive", "sleep")
@@ -426,10 +428,10 @@ class Walk(NamedTuple):
         try:
             async with asyncio.timeout(s.limit_s) as scope:
                 value = await self.do(s.parts[0], f"{at}.0")
-        except Exception:
-            if scope.expired():
+        except Exception as exc:
+            if is_over := scope.expired():
                 self.life.cut_off(at)
-            self.life.decided(at, scope.expired())
+            self.life.decided(at, FAILED_BEFORE if is_over and not isinstance(exc, TimeoutError) else is_over)
             raise
         self.life.decided(at, False)
         return value

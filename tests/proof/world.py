@@ -140,6 +140,9 @@ class World(Observer):
         # end if nothing is cancelled then.
         limited = [part for each in program.all if each.kind in TIMEOUTS for whole in each.parts for part in whole.all]
         is_slow |= bool(fate.ends) and any(part.kind in ("gather", "completed") for part in limited)
+        # Nor of one that passes while a race or a group waits for a thread that it has cancelled.
+        waiting = [part for part in limited if part.kind in ("first", "group")]
+        is_slow |= bool(fate.ends) and any(part.kind in THREADS for whole in waiting for part in whole.all)
         has_waits = any(each.kind in WAITS for each in program.all)
         #: so another one may pass first than before, and not cancel again what that had cancelled
         self._may_pass_first = (bool(fate.ends) or has_waits) and any(part.kind in TIMEOUTS for part in limited)
@@ -344,7 +347,7 @@ class World(Observer):
         """
         path = path_to(self.program, at)[1:]
         makers = {place for place, each in path if each.kind in MAKERS}
-        if not makers <= self.seen.keys() - self._cut_off or at in self._cut_off:
+        if not path or not makers <= self.seen.keys() - self._cut_off or at in self._cut_off:
             return False
         return not any(place in self.last_seen or self._failed.get(place, 0) >= self._went_on for place, _ in path)
 
