@@ -231,6 +231,7 @@ def test_workers_of_uvicorn_share_their_metrics_and_log_as_json(tmp_path: Path) 
     of_ops = login_of("ops", role="admin")
     with running(*uvicorn("examples.fastapi_host:app"), *options.split(), **env) as server:
         server.wait_for_line("Application startup complete", times=2)
+        server.wait_until_listening()
         runs = [ask(f"{server.url}/ai", GREET, **of_ops) for _ in range(4)]
         for _ in range(4):  # each is answered by one of the workers
             page = httpx.get(f"{server.url}/ai/metrics", headers=of_ops).text

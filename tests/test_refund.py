@@ -98,6 +98,7 @@ class Till:
                 options = ("--port", "0", "--workers", "2", "--temporal", self.access, *keys)
                 server = stack.enter_context(running(*flockapi_command("serve", str(script), *options)))
             server.wait_for_line("Application startup complete", times=2)
+            server.wait_until_listening()
             yield server, [server.process.pid, *workers_of(server), *pids]
 
     @contextmanager

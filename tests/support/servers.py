@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,18 @@ class Server:
 
         with self._printed:
             assert self._printed.wait_for(is_there, timeout_s), self.lines
+
+    def wait_until_listening(self) -> None:
+        """Wait until the server accepts connections. uvicorn with workers logs its address, and their start, before."""
+        address, deadline = httpx.URL(self.url), time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                socket.create_connection((address.host, address.port)).close()
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline, self.lines
+                time.sleep(0.02)
+            else:
+                return
 
     def close(self) -> None:
         """Read the rest of the output after the process has ended."""
