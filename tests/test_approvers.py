@@ -974,6 +974,16 @@ async def test_an_approver_who_may_answer_none_of_many_questions_reads_them_in_b
         assert await engine.list_questions(replace(wanted, after=run.run_id), wait_s=0.5) == []
 
 
+@pytest.mark.parametrize("roles", [100, 101, 40_000])
+async def test_questions_are_listed_for_who_has_thousands_of_roles(roles: int) -> None:
+    by = Principal(name="dan", roles=["refunds", *(f"group-{number}" for number in range(1, roles))])
+    async with asking_flock().engine(store=":memory:") as engine:
+        runs = [await asked(engine, "ask", {"q": q}, principal="dan") for q in ("", "refunds", "group-99", "other")]
+        page = await engine.list_questions(QuestionFilter(by=by, limit=2))
+        rest = await engine.list_questions(QuestionFilter(by=by, after=page[-1].run_id))
+        assert [each.run_id for each in (*page, *rest)] == [run.run_id for run in reversed(runs[:3])]
+
+
 async def test_an_app_that_identifies_nobody_lists_the_questions_of_its_owners_only(model: FakeModel) -> None:
     app = create_app(asking_flock(), auth="anybody")
     async with app.lifespan(), client_of(app) as client:

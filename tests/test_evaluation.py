@@ -1,9 +1,11 @@
 """``flockapi evaluate`` and ``Flock.evaluate``: scores of outputs by the values that a table expects."""
 
+import hashlib
 import json
 import math
 import re
 import sys
+import time
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +22,7 @@ from flock.errors import DefinitionError, InvalidData
 from flock.rows.scores import difference, exact, ignoring_case, score_named, set_f1, within
 from flock.runs import Usage
 from flock.testing import Failure, FakeModel, ModelRequest, Reply
+from tests.support import PATIENCE_S
 
 TARGET = """
 from typing import TypedDict
@@ -405,6 +408,26 @@ def test_other_tasks_run_while_rows_are_written_to_a_file() -> None:
 
     anyio.run(_ticks_while, written(), seen)
     assert at_end[0] > 1
+
+
+def test_other_tasks_run_while_a_file_is_read_for_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, file_digest = [0], hashlib.file_digest
+    flock = Flock()
+
+    @flock.agent
+    def work(n: int) -> int:
+        return n
+
+    def digest_of(file: Any, name: str) -> Any:
+        before, deadline = seen[0], time.monotonic() + PATIENCE_S
+        while seen[0] == before:
+            assert time.monotonic() < deadline, "the event loop is blocked"
+            time.sleep(0.001)
+        return file_digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", digest_of)
+    Path("rows.csv").write_text("n,result\n1,1\n")
+    anyio.run(_ticks_while, flock.evaluate_async("work", "rows.csv", ["result"]), seen)
 
 
 def test_decimals_are_compared_as_numbers() -> None:

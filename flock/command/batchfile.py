@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 import anyio
+import anyio.to_thread
 import msgspec
 from msgspec.structs import replace
 
@@ -259,7 +260,7 @@ async def _digest(flock: DeclaredFlock, job: BatchFile) -> str:
 
     It is stored as the batch's request id, since idempotency keys are deleted after a day.
     """
-    digest = _digest_of(job.rows)
+    digest = await anyio.to_thread.run_sync(_digest_of, job.rows)
     models = models_of(flock.model, "the flock")
     of_agent = (job.agent_name, flock.agents, models, flock.shared.model_hooks)
     # The results of an agent without a recipe are continued after it was edited, but never scored as those of the new.

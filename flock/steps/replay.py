@@ -445,10 +445,11 @@ class Replay:
     def saw(self, entry: Entry, end: int) -> None:
         """The program sees an end now. If the step runs again, what has started by now starts before that."""
         seen = self._seen(end)
+        stored = self._stored_as(entry, end)
         self._ends.pop(end, None)
         self._returned.pop(end, None)
         if self._new_start > seen or (entry.is_unseen and not entry.end):
-            self._note_end(entry, self._next_number())
+            self._note_end(stored, self._next_number())
         self._seen_count, self._saw_at = self._seen_count + 1, self._time()
         self._skipped_s = max(0.0, self._skipped_s + self._left_s(entry))
         if entry.stored is not None:
@@ -456,6 +457,11 @@ class Replay:
             self._recur()
         else:
             self._advance()
+
+    def _stored_as(self, entry: Entry, end: int) -> Entry | Mark:
+        """Return what an end is stored with: of equal calls that are cancelled again, it may be another one."""
+        mark = self._ends.get(end)
+        return entry if mark is None or not mark.start else mark
 
     def _note_delay(self) -> None:
         """Let the next call be stored with it if calls have started since the end that comes next.
@@ -595,7 +601,8 @@ class Replay:
                 is_unsure |= self._time() > self._saw_at + AT_ONCE_S
             if is_unsure:
                 self._doubt(entry.start)
-                self._note_end(entry, OVERTAKEN)  # nor is the next execution sure of what comes now
+                # Nor is the next execution sure of what comes now.
+                self._note_end(self._stored_as(entry, entry.end), OVERTAKEN)
             raise
         finally:
             self._cancelled[key].remove(entry)

@@ -433,15 +433,22 @@ NEWEST_CHANGE = "SELECT newest FROM question_changes"
 QUESTION_CONDITIONS = {"agent_name": "agent_name = :agent_name", "session_id": "session_id = :session_id"}
 
 
+#: Of more roles, the questions are sorted. SQLite merges at most 500 queries, and each costs time.
+MAX_MERGED_ROLES = 100
+
+
 def open_questions(roles: Collection[str] | None, owner: str | None, names: Iterable[str]) -> str:
     """Return a query for open questions, the newest run first.
 
     Args:
-        roles: parameters of the roles that they name; None means that they may name any.
+        roles: parameters of the roles that they name, which are also a JSON list in :roles; None means any role.
         owner: the parameter of the owner of those that name none: "" for any owner; None to leave them out.
         names: the other parameters of its conditions.
     """
-    ranges = [("questions_open", f"is_open = 1 AND answerer = :{role}") for role in roles or ()]
+    named = [f"answerer = :{role}" for role in roles or ()]
+    if len(named) > MAX_MERGED_ROLES:
+        named = ["answerer IN (SELECT value FROM json_each(:roles))"]
+    ranges = [("questions_open", f"is_open = 1 AND {condition}") for condition in named]
     if roles is None:
         ranges.append(("questions_open", "is_open = 1"))
     elif owner:

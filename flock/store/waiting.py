@@ -152,7 +152,8 @@ def list_questions(db: sqlite3.Connection, flock: str, wanted: QuestionFilter, s
         owner = owner if owner is None or by.admin else "owner"
     own = {name: getattr(wanted, name) for name in statements.QUESTION_CONDITIONS}
     named = {f"role{number}": role for number, role in enumerate(roles or ())}
-    values = own | named | {"flock": flock, "after": wanted.after or "~", "owner": "" if by is None else by.name}
+    values = own | named | {"roles": json_or_null(roles), "flock": flock, "after": wanted.after or "~"}
+    values["owner"] = "" if by is None else by.name
     page, names = QuestionPage(), [name for name, value in own.items() if value is not None]
     (page.newest,) = db.execute(statements.NEWEST_CHANGE).fetchone()
     if since is not None:

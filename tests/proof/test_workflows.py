@@ -891,6 +891,26 @@ FOUND_IN_MEMORY = {
         '":10,"seconds":0.0,"limit_s":0.302236}],"n":7,"seconds":0.0}],"n":6,"seconds":0.0}],"n":5,'
         '"seconds":0.0,"limit_s":0.153606},{"is_stored":true,"ends":[[0,0,true]],"retries":1}]'
     ),
+    "equal calls that are cancelled again in another order": (
+        '[{"kind":"try","parts":[{"kind":"gather","parts":[{"kind":"deadline","parts":[{"kind":"work","n":10,'
+        '"seconds":0.401414}],"n":8,"limit_s":1.202236},{"kind":"deadline","parts":[{"kind":"gather",'
+        '"parts":[{"kind":"sleep","n":15,"seconds":0.704123},{"kind":"sleep","n":18,"seconds":6.004359}],"n":14}],'
+        '"n":13,"limit_s":0.305568}],"n":4},{"kind":"work","n":20,"seconds":0.106403}],"n":2},{"is_stored":true,'
+        '"ends":[[2,0,true],[7,0,false]]}]'
+    ),
+    "an equal call waits in vain to be cancelled again by another order": (
+        '[{"kind":"try","parts":[{"kind":"group","parts":[{"kind":"work","n":10,"seconds":0.402236},{"kind":"try",'
+        '"parts":[{"kind":"fail","seconds":0.402646,"is_equal":true},{"kind":"flaky","n":14,"seconds":0.103317,'
+        '"limit_s":0.153606,"retries":2}],"n":11},{"kind":"fail","seconds":0.804359,"is_equal":true}],"n":3},'
+        '{"kind":"flaky","n":20,"seconds":0.805568,"limit_s":0.156083,"retries":1}],"n":2},{"seed":112,'
+        '"is_stored":true,"ends":[[5,0,true],[0,0,true],[4,0,false]]}]'
+    ),
+    "a race cancels in a retry what a time-out had cancelled before": (
+        '[{"kind":"first","parts":[{"kind":"loop","parts":[{"kind":"work","n":11,"seconds":0.103317,'
+        '"limit_s":0.603606,"retries":1}],"n":10,"times":3},{"kind":"timeout","parts":[{"kind":"work","n":15,'
+        '"seconds":0.404796}],"n":14,"limit_s":0.155385}],"n":6},{"is_stored":true,"ends":[[6,4,true],[5,6,true]],'
+        '"cancel":[8,18,true],"retries":2}]'
+    ),
 }
 
 

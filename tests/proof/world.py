@@ -86,7 +86,7 @@ class Life:
         if self.is_alive and not self.is_stopping and not self.is_over:
             below = {each for each in self._cancelled if each.startswith(f"{at}.")}
             self.world.done |= below
-            self.ended |= below
+            self.ended -= below  # an equal call may wait in vain to be cancelled again
             self._cancelled -= below
             self.world.cut_off(at, below)
 
@@ -322,9 +322,9 @@ class World(Observer):
             # The result of one of them may be seen at the place of another one in the next life.
             self._in_flight[key] += len(places) - max(len(places & life.returned) for life in self.lives)
         kept = {at: outcome for at, outcome in self.seen.items() if self._has_gone_on_from(at, str(ended))}
-        cancelled = {each for each, at in self._timed_out.items() if self._is_cancelled_again(each, at)}
+        self._timed_out = {each: at for each, at in self._timed_out.items() if self._is_cancelled_again(each, at)}
         self.seen = self._returned | kept
-        self.done = self.seen.keys() | cancelled
+        self.done = self.seen.keys() | self._timed_out.keys()
         self.earlier_decisions |= self.last_decisions | self.decisions  # in calls that are not made again
         self.last_seen, self.last_decisions, self.decisions = ended, {}, {}  # its step may be stored
         return True
