@@ -86,7 +86,6 @@ class Life:
         if self.is_alive and not self.is_stopping and not self.is_over:
             below = {each for each in self._cancelled if each.startswith(f"{at}.")}
             self.world.done |= below
-            self.ended -= below  # an equal call may wait in vain to be cancelled again
             self._cancelled -= below
             self.world.cut_off(at, below)
 
