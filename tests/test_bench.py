@@ -1,5 +1,6 @@
 """The benchmarks can be trusted: the subjects do the same work, the figures are computed right, the guard can fail."""
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,13 +21,14 @@ from bench.machine import pick_cores
 from bench.measures.bench import Row
 from bench.measures.requests import shape_of
 from bench.measures.streams import read_streams
-from bench.peers import bare, floor
+from bench.peers import bare, floor, shared
 from bench.peers.__main__ import Ask, Peer, reasons
 from bench.peers.__main__ import table as table_of_peers
 from bench.profile import PARTS_OF_REQUEST, REST, shares, table
 from bench.servers import BARE, COMMIT, FASTAPI, FLOOR, KEY_AND_METRICS, MEMORY, POWER, Server, serving
 from bench.stores import fill, some_run_ids
 from bench.table import markdown
+from flock.command.server import tune_gc
 from flockapi import create_app
 from tests.support import ROOT
 
@@ -64,6 +66,15 @@ async def test_a_peer_checks_the_inputs(peer: Any, inputs: Any) -> None:
 
 
 @pytest.mark.anyio
+def test_servers_written_by_hand_collect_garbage_like_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    thresholds = list[tuple[int, ...]]()
+    monkeypatch.setattr(gc, "set_threshold", lambda *given: thresholds.append(given))
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    tune_gc()
+    shared.tune_gc()
+    assert thresholds[0] == thresholds[1]
+
+
 async def test_an_accepted_run_of_the_bare_equal_can_be_awaited() -> None:
     started = await respond(bare.app, "POST", "/run/flock", {**RUN, "async_run": True})
     ended = await respond(bare.app, "GET", f"{started.headers['location']}?wait=5", None)

@@ -12,4 +12,4 @@ def tune_gc() -> None:
     """Configure the garbage collector like ``flockapi serve``, so that nobody has an advantage."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(5_000, 1, 10_000)
+    gc.set_threshold(2_000, 0, 15_000)
