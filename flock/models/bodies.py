@@ -2,8 +2,8 @@
 
 import contextlib
 import zlib
-from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncGenerator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio.lowlevel
 
@@ -32,12 +32,30 @@ class BadBody(Exception):
         return cls(f"an answer that is too long (more than {MAX_MESSAGE_BYTES} bytes)")
 
 
-async def pieces_of(response: "httpx.Response") -> AsyncGenerator[bytes, None]:
+class Whole(NamedTuple):
+    """A response that was read. Its names are those of httpx, which takes as long to make one as to read it.
+
+    Attributes:
+        content: the decompressed body.
+    """
+
+    status_code: int
+    headers: Mapping[str, str]
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        """The body as text, in the encoding that its headers name."""
+        headers = {name: value for name, value in self.headers.items() if name != "content-encoding"}
+        return str(http.library().Response(self.status_code, headers=headers, content=self.content).text)
+
+
+async def pieces_of(response: "httpx.Response | Whole") -> AsyncGenerator[bytes, None]:
     """Yield the decompressed body in small pieces. Raises BadBody; httpx.HTTPError."""
-    encoding = response.headers.get("content-encoding", "identity").strip().lower()
-    if response.is_stream_consumed:  # a transport without a network, as in tests
+    if isinstance(response, Whole) or response.is_stream_consumed:  # a transport without a network, as in tests
         yield response.content
         return
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if "," in encoding or encoding in ("br", "zstd", "compress"):
         raise BadBody(f"an answer with the Content-Encoding {encoding[:100]!r}, although only {ENCODING!r} is accepted")
     window_bits = WINDOW_BITS.get(encoding)  # like httpx, ignore values that are not encodings, such as "utf-8"
@@ -60,8 +78,8 @@ async def pieces_of(response: "httpx.Response") -> AsyncGenerator[bytes, None]:
                 await anyio.lowlevel.checkpoint()  # a chunk may expand a thousandfold
 
 
-async def read_whole(response: "httpx.Response") -> "httpx.Response":
-    """Return *response* with its decompressed body. That of an error is cut at MAX_ERROR_BYTES.
+async def read_whole(response: "httpx.Response") -> Whole:
+    """Return *response* as a whole. The body of an error is cut at MAX_ERROR_BYTES.
 
     Raises: BadBody if the body is too long, or compressed in another way; httpx.HTTPError.
     """
@@ -75,6 +93,4 @@ async def read_whole(response: "httpx.Response") -> "httpx.Response":
     except BadBody:
         if response.is_success:
             raise
-    headers = response.headers.copy()
-    headers.pop("content-encoding", None)
-    return type(response)(response.status_code, headers=headers, content=bytes(body[:limit]))
+    return Whole(response.status_code, response.headers, bytes(body[:limit]))

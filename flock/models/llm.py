@@ -26,7 +26,7 @@ from msgspec.structs import replace
 
 from flock.errors import ModelError
 from flock.models import http, react, replies
-from flock.models.bodies import BadBody, read_whole
+from flock.models.bodies import BadBody, Whole, read_whole
 from flock.models.clients import Clients
 from flock.models.completions import BatchCall, Completion, Listener
 from flock.models.models import Model, ModelChoice, models_of
@@ -383,14 +383,18 @@ class ModelClient:
             content = await anyio.to_thread.run_sync(encoded, body, endpoint, True)
         is_counted, request = False, dict[str, Any](content=content, headers=headers)
         try:
-            async with self.http() as client, client.stream("POST", endpoint.url, **request) as response:
-                passage.headers = response.headers
+            async with (
+                self.http() as client,
+                client.stream("POST", http.url_for(client, endpoint.url), **request) as response,
+            ):
+                passage.headers = dict(response.headers.items())  # in which a name is found at once
+                reply: httpx.Response | Whole = response
                 if listener is None or response.status_code != 200 or not is_stream(response):
-                    response = await read_whole(response)
+                    reply = await read_whole(response)
                 if listener is not None and response.status_code == 200:
-                    if is_stream(response) or response.content.startswith(b"data:"):  # with another type
+                    if reply is response or reply.content.startswith(b"data:"):  # with another type
                         is_counted = True
-                        return await read_reply(response, endpoint.name, listener, size, sending.on_unfinished)
+                        return await read_reply(reply, endpoint.name, listener, size, sending.on_unfinished)
         except anyio.get_cancelled_exc_class():
             if not is_counted:
                 sending.on_unfinished(replies.unfinished_usage(None, -(-size // BYTES_PER_TOKEN), 0))
@@ -407,12 +411,12 @@ class ModelClient:
             if exc.error_type in replies.TRANSIENT:
                 raise _TransientError(exc, 429 if exc.error_type == "model_rate_limited" else None) from exc.__cause__
             raise
-        if response.status_code != 200:
-            raise _raised(replies.status_error(endpoint.name, response, endpoint.key_variable), response.status_code)
+        if reply.status_code != 200:
+            raise _raised(replies.status_error(endpoint.name, reply, endpoint.key_variable), reply.status_code)
         try:
-            return replies.decoded(response.content)
+            return replies.decoded(reply.content)
         except (ValueError, RecursionError) as exc:
-            reason, message = "returned status 200 with a body that is not JSON", replies.provider_message(response)
+            reason, message = "returned status 200 with a body that is not JSON", replies.provider_message(reply)
             raise replies.bad_response(endpoint.name, reason, message) from exc
 
     @property
@@ -569,7 +573,7 @@ async def _complete_with_litellm(request: Request, model: Model) -> Completion:
     if "claude" in request.name:
         options["messages"] = with_cache_marks(options["messages"])
     if request.tools:
-        options |= {"tools": [function_of(tool) for tool in request.tools], **request.tool_options}
+        options |= msgspec.to_builtins({"tools": list(map(function_of, request.tools)), **request.tool_options})
     if request.max_tokens is not None:
         options["max_tokens"] = request.max_tokens
     options |= request.all_options

@@ -13,6 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from flock.errors import ModelError
+from flock.models.bodies import Whole
 from flock.models.completions import Completion, FunctionCall, ToolCall
 from flock.models.requests import Request
 from flock.runs import Usage, safe_text
@@ -57,12 +58,15 @@ class _Answer(msgspec.Struct):
     usage: dict[str, Any] | None = None
 
 
+_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < MAX_DIGITS else math.inf)
+
+
 def decoded(reply: bytes) -> Any:
     """Decode JSON. An integer with too many digits for Python becomes infinite.
 
     Raises: ValueError, RecursionError.
     """
-    return json.loads(reply, parse_int=lambda digits: int(digits) if len(digits) < MAX_DIGITS else math.inf)
+    return _DECODER.decode(reply.decode(json.detect_encoding(reply), "surrogatepass"))
 
 
 def completion_of(answer: Any, request: Request) -> Completion:
@@ -198,7 +202,7 @@ _BODY_ERRORS: Mapping[str, tuple[str, str, str]] = {
 }
 
 
-def status_error(name: str, response: "httpx.Response", key_variable: str | None = None) -> ModelError:
+def status_error(name: str, response: "httpx.Response | Whole", key_variable: str | None = None) -> ModelError:
     message, status = provider_message(response), response.status_code
     error_type, reason, remedy = _kind_of(status, response.text)
     if status == 401 and key_variable is not None:
@@ -273,7 +277,7 @@ def _reset_s(text: str) -> float:
         return 0.0
 
 
-def provider_message(response: "httpx.Response") -> str:
+def provider_message(response: "httpx.Response | Whole") -> str:
     """Return the provider's message for the log, without API keys."""
     request_id = response.headers.get("x-request-id", "none")
     return _without_keys(f"x-request-id {request_id}: {response.text[:MAX_LOGGED_CHARS]!r}")

@@ -1,6 +1,7 @@
 """Requests for chat completions: the body, and the ways to request JSON or calls of tools."""
 
 import base64
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -266,11 +267,12 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
 
     Source: OpenAI's guide to structured outputs, "Supported schemas".
     """
-    problems, strict = _as_strict(schema)
+    problems, strict = _as_strict(msgspec.json.encode(schema))
     return (False, dict(schema)) if problems else (True, strict)
 
 
-def _as_strict(schema: Mapping[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
+@functools.lru_cache(maxsize=100)  # each call of a model names its schema, and those of its tools
+def _as_strict(schema: bytes) -> tuple[Sequence[str], dict[str, Any]]:
     """Return why *schema* cannot be used in strict mode, and as much of it in that form as possible."""
     problems: list[str] = []
 
@@ -303,7 +305,7 @@ def _as_strict(schema: Mapping[str, Any]) -> tuple[Sequence[str], dict[str, Any]
             converted["$defs"] = {name: convert(member, f"{at}/{name}") for name, member in converted["$defs"].items()}
         return converted
 
-    strict = convert(schema, "")
+    strict = convert(json.loads(schema), "")
     return problems, strict
 
 
@@ -317,7 +319,7 @@ def check_strict(schema: Mapping[str, Any], models: Sequence[Model], owner: str)
             "values of enums": (sum(len(node.get("enum", ())) for _, node in nodes), 1000),
         }
         too_many = (f"it has {n} {what}, more than {most}" for what, (n, most) in counts.items() if n > most)
-        if problem := next(iter(_as_strict(schema)[0]), None) or next(too_many, None):
+        if problem := next(iter(_as_strict(msgspec.json.encode(schema))[0]), None) or next(too_many, None):
             raise DefinitionError(
                 f"The output of {owner} is not allowed in the strict mode of {name!r}: {problem}. Use other types, "
                 f"such as a list of structs in place of a dict, or pass Model({name!r}, strict=False)."

@@ -10,7 +10,7 @@ import msgspec
 
 from flock.errors import ModelError
 from flock.models import http
-from flock.models.bodies import BadBody, pieces_of
+from flock.models.bodies import BadBody, Whole, pieces_of
 from flock.models.completions import Listener
 from flock.models.pieces import Joiner, joined
 from flock.models.replies import bad_response, decoded, model_error, stream_error, text_of, unfinished_usage
@@ -268,7 +268,11 @@ def counted(reply: StreamedReply, prompt_bytes: int, on_unfinished: Callable[[Us
 
 
 async def read_reply(
-    response: "httpx.Response", name: str, listener: Listener, prompt_bytes: int, on_unfinished: Callable[[Usage], None]
+    response: "httpx.Response | Whole",
+    name: str,
+    listener: Listener,
+    prompt_bytes: int,
+    on_unfinished: Callable[[Usage], None],
 ) -> dict[str, Any]:
     """Read a stream, and return the chat completion. *on_unfinished* receives the tokens if it is not read to its end.
 
@@ -284,7 +288,7 @@ async def read_reply(
         return reply.end()
 
 
-async def _read(response: "httpx.Response", reply: StreamedReply, name: str) -> None:
+async def _read(response: "httpx.Response | Whole", reply: StreamedReply, name: str) -> None:
     try:
         with anyio.CancelScope() as scope:
             events = Events()

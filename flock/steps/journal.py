@@ -180,9 +180,10 @@ class Journal:
         finished, waited_for = list(finished), list(waited_for)
         self._waited_for = {asking_call(each.call_id): each for each in waited_for}
         #: the answers that were given before, and the questions that were open, by what equal ones have in common
-        self._asked_before = defaultdict[str, list[Call | Question]](list)
+        self._asked_before: defaultdict[str, list[Call | Question]] = defaultdict(list)
         answers = [call for call in finished if call.kind == "question" and call.error is None]
-        for asked in itertools.chain[Call | Question](answers, waited_for):
+        before: Iterable[Call | Question] = itertools.chain(answers, waited_for)
+        for asked in before:
             self._asked_before[numbered(asking_call(asked.call_id))[0]].append(asked)
         #: the ids of questions, by that of the call that asks
         self._question_ids: dict[str, str] = {}
@@ -1104,7 +1105,9 @@ class _Equal:
     __slots__ = ("_lowest", "running", "taken")
 
     def __init__(self) -> None:
-        self._lowest, self.taken, self.running = 1, set[int](), dict[int, Cancellation]()
+        self._lowest = 1
+        self.taken: set[int] = set()
+        self.running: dict[int, Cancellation] = {}
 
     @property
     def is_abandoned(self) -> bool:

@@ -130,51 +130,52 @@ class Replay:
         #: the last number of earlier executions
         self._known = 0
         #: the ends of this execution that are neither delivered, nor stored to have been so when a call was cancelled
-        self._returned = dict[int, Mark]()
+        self._returned: dict[int, Mark] = {}
         #: the number of the first of those of which that is stored. The program may have cancelled that call too
         self._unsure = math.inf
         self.last_start = 0
         #: those that have not started in this execution, by call; first those that have started before
-        self._expected = defaultdict[str, deque[Entry]](deque)
+        self._expected: defaultdict[str, deque[Entry]] = defaultdict(deque)
         #: those of them that have ended, by the call that contains them and their name
-        self._ended = defaultdict[tuple[str, str], dict[Entry, None]](dict)
+        self._ended: defaultdict[tuple[str, str], dict[Entry, None]] = defaultdict(dict)
         #: results that came after the program had stopped waiting for them. The next equal call returns them.
-        self._late = defaultdict[str, deque[Call]](deque)
+        self._late: defaultdict[str, deque[Call]] = defaultdict(deque)
         #: the starts that have not recurred, in order, and the number of what they come after
-        self._missing = dict[int, int]()
+        self._missing: dict[int, int] = {}
         #: those of ends that are not delivered, in order, each with its call and that of when it was delivered before
-        self._ends = dict[int, Mark]()
+        self._ends: dict[int, Mark] = {}
         #: how long it takes until these ends again, in seconds, by the number of the end
-        self._end_s = dict[int, float]()
+        self._end_s: dict[int, float] = {}
         #: what wakes the calls that wait for their turn, by the number of their end
-        self._turns = dict[int, anyio.Event]()
+        self._turns: dict[int, anyio.Event] = {}
         #: answers that were not delivered, of calls that are not known to have started, by the number of their end
-        self._never_started = dict[int, Entry]()
+        self._never_started: dict[int, Entry] = {}
         #: the ends of answers that no execution is known to have delivered, and whose calls have started
-        self._guessed = set[int]()
+        self._guessed: set[int] = set()
         #: the ends of those that let no limit of a call pass
-        self._held = set[int]()
+        self._held: set[int] = set()
         #: the ends of calls that wait to be cancelled again, each with the time until which other cancellations wait
-        self._to_cancel = dict[int, float]()
+        self._to_cancel: dict[int, float] = {}
         #: the ends of those of them whose time passes again, as they are in no block whose timer has ended
-        self._passing = set[int]()
+        self._passing: set[int] = set()
         #: these calls, by what equal ones have in common
-        self._cancelled = defaultdict[str, list[Entry]](list)
+        self._cancelled: defaultdict[str, list[Entry]] = defaultdict(list)
         #: the ends of timers that were over, likewise
-        self._timers = dict[str, int]()
+        self._timers: dict[str, int] = {}
         #: those of cancelled calls that the program has not seen, and of timers that are over
-        self._unseen = set[int]()
+        self._unseen: set[int] = set()
         #: those of calls that the program has cancelled in the instant in which they began
-        self._at_once = set[int]()
+        self._at_once: set[int] = set()
         #: ends that were delivered, and starts, that are in no stored call yet, by the number of the start
-        self._unwritten = OrderedDict[int, tuple[Mark, ...]]()
-        self.calls = list[Call]()
+        self._unwritten: OrderedDict[int, tuple[Mark, ...]] = OrderedDict()
+        self.calls: list[Call] = []
         #: the executions of each call, and what they have made, by the outermost call that has ended
-        self._executions = defaultdict[str, list[Entry]](list)
-        self._contained = defaultdict[str, list[Entry]](list)
+        self._executions: defaultdict[str, list[Entry]] = defaultdict(list)
+        self._contained: defaultdict[str, list[Entry]] = defaultdict(list)
         self.mixed_up: str | None = None
         #: all equal calls that ran at the same time, their first start, and whether one of them has started again
-        self._mixed_up, self._mixed_start, self._is_mixing = set[Entry](), math.inf, False
+        self._mixed_up: set[Entry] = set()
+        self._mixed_start, self._is_mixing = math.inf, False
         if calls:
             self._load(calls)
             self._known = self._number
@@ -196,7 +197,7 @@ class Replay:
 
     def _not_contained(self, entries: Iterable[Entry]) -> list[Entry]:
         """Return those that no call has made which has ended, and note the others."""
-        found = list[Entry]()
+        found: list[Entry] = []
         for entry in entries:
             above = list(callers(entry.call_id)) if entry.start else ()
             ended = [caller for caller in above if _has_ended(self._executions, caller, entry.start)]
@@ -240,7 +241,7 @@ class Replay:
         These have higher numbers, and come before such an end.
         """
         later = deque(entry for entry in ended if entry.seen > entry.end and entry.since)
-        last = dict[int, int]()  # the number of the last delivery of an execution
+        last: dict[int, int] = {}  # the number of the last delivery of an execution
         for start in sorted(starts):
             while later and later[0].end < start:
                 entry = later.popleft()
@@ -290,7 +291,7 @@ class Replay:
 
     def _drop_taken(self, calls: Iterable[Call]) -> None:
         """Drop late results of tools that another call has got; see ``late_of_tool``."""
-        owners = defaultdict[tuple[object, ...], set[str]](set)
+        owners: defaultdict[tuple[object, ...], set[str]] = defaultdict(set)
         for call in calls:
             if call.kind == "tool":
                 owners[_execution_of(call)].add(call.call_id)
@@ -312,7 +313,7 @@ class Replay:
         cancelled = Counter(
             entry.call_id for entry in entries.values() if entry.stored is not None and entry.stored.is_cancelled
         )
-        answers = list[Entry]()
+        answers: list[Entry] = []
         for call in unplaced:
             if delivered[call.call_id]:
                 delivered[call.call_id].popleft().stored = call
@@ -841,7 +842,7 @@ def _number_as_delivered(entries: Iterable[Entry]) -> None:
     Such as a call that waited to be cancelled again, until the program had seen a late result. It is unknown when an
     answer was delivered: its number is that of its place.
     """
-    executions = defaultdict[int, list[Entry]](list)
+    executions: defaultdict[int, list[Entry]] = defaultdict(list)
     for entry in entries:
         if entry.since and entry.stored is not None and entry.stored.place is not None:
             executions[entry.since].append(entry)

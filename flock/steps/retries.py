@@ -32,7 +32,9 @@ def kept_calls(calls: Iterable[Call], dropped: Collection[str]) -> list[Call]:
 
 def _without(calls: Iterable[Call], is_left_out: Callable[[Call], bool]) -> list[Call]:
     """Return the other *calls*. The first of them gets what is stored with those left out of when others were seen."""
-    kept, ids, also = list[Call](), set[str](), list[Mark]()
+    kept: list[Call] = []
+    ids: set[str] = set()
+    also: list[Mark] = []
     for call in calls:
         if not is_left_out(call):
             kept.append(call)
