@@ -1,10 +1,15 @@
 """The agents that are measured. ``flockapi serve`` loads this file, and the other servers run the same functions."""
 
 import asyncio
+import os
+import sys
 import time
 
 from flock.core import Flock, FlockFactory
 from flock.runs import RunContext
+
+if os.environ.get("BENCH_CLIENT") == "httpx":
+    sys.modules["httpx2"] = None  # type: ignore[assignment]  # as if it is not installed
 
 flock = Flock("bench")
 

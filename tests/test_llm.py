@@ -27,7 +27,7 @@ import pytest
 from flock.agents.signature import Signature
 from flock.core import Flock, FlockFactory, Model
 from flock.errors import DefinitionError, ModelError
-from flock.models.completions import Completion, Message
+from flock.models.completions import Completion, Message, ToolSchema
 from flock.models.llm import ModelClient
 from flock.models.providers import PROVIDERS, check_model
 from flock.models.requests import Request
@@ -754,6 +754,30 @@ def test_with_litellm_only_a_near_miss_is_an_unknown_provider(monkeypatch: pytes
 
 
 # litellm
+
+
+async def test_what_litellm_changes_in_a_request_is_not_in_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For some providers it removes what they do not support from the schemas that it gets."""
+    litellm, sent = types.ModuleType("litellm"), list[bytes]()
+
+    async def acompletion(**request: Any) -> Any:
+        sent.append(msgspec.json.encode([request.get("tools"), request.get("response_format")]))
+        for tool in request.get("tools", []):
+            tool["function"]["parameters"].clear()
+        if "response_format" in request:
+            request["response_format"]["json_schema"]["schema"]["properties"].clear()
+        answer = {"choices": [{"message": {"content": '{"a": 1}'}}]}
+        return types.SimpleNamespace(model_dump=lambda: answer)
+
+    vars(litellm).update(acompletion=acompletion, supports_function_calling=lambda name: True)
+    litellm.__spec__ = importlib.machinery.ModuleSpec("litellm", None)
+    monkeypatch.setitem(sys.modules, "litellm", litellm)
+    tool = ToolSchema(name="look", description="Look.", schema=SCHEMA)
+    async with ModelClient() as models:
+        for request in [Request(MESSAGES, SCHEMA), Request(MESSAGES, SCHEMA, tools=[tool])] * 2:
+            await models.complete("another/model", request)
+    assert sent[:2] == sent[2:]
+
 
 LITELLM = """
 import asyncio, json, sys

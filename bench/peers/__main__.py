@@ -129,6 +129,7 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 STREAM = {"Accept": "text/event-stream"}
+DURABLE = "each run and item is on disk before its response, and survives a power cut"
 
 
 def flock_run(agent: str, inputs: Any, proof: str = "", headers: Mapping[str, str] | None = None) -> Ask:
@@ -162,7 +163,12 @@ def peers(size: Size) -> Mapping[str, Peer]:
     state = {"assistant_id": "add", "input": {"a": 1}}
     form = {"message": json.dumps({"a": 1}), "stream": "false"}
     return {
-        "by hand": Peer(command=uvicorn("bare_model"), durable="nothing", asks={**by_hand, **more, **special}),
+        "by hand": Peer(
+            command=uvicorn("bare_model"),
+            durable="nothing; an item, at power cuts",
+            asks={**by_hand, **more, **special},
+            environment={"BENCH_CLIENT": "httpx"},
+        ),
         "by hand, httpx2": Peer(
             command=uvicorn("bare_model"),
             durable="nothing",
@@ -184,8 +190,15 @@ def peers(size: Size) -> Mapping[str, Peer]:
         ),
         "flockapi": Peer(
             command=("flock", "serve", str(ROOT / "bench" / "agents.py"), "--port", "{port}", "--store", "{store}"),
-            durable="each run and item before its response, at power cuts",
+            durable=DURABLE,
             asks={**ours, **special},
+        ),
+        "flockapi, httpx": Peer(
+            command=("flock", "serve", str(ROOT / "bench" / "agents.py"), "--port", "{port}", "--store", "{store}"),
+            durable=DURABLE,
+            asks={task: ours[task] for task in ("model", "pieces")},
+            lacks="",
+            environment={"BENCH_CLIENT": "httpx"},
         ),
         "Hayhooks": Peer(
             command=("bench.peers.with_hayhooks", "{port}"),

@@ -1,12 +1,14 @@
-"""The bare equal with model agents, which call the provider with httpx: uvicorn bench.peers.bare_model:app
+"""The bare equal with model agents: uvicorn bench.peers.bare_model:app
 
-With ``BENCH_CLIENT=httpx2`` they use httpx2, which has the same API.
+They call the provider with httpx2 if it is installed, as ``flockapi`` does, and otherwise with httpx, unless
+``BENCH_CLIENT`` has the name of one.
 """
 
 import importlib
 import json
 import os
 from collections.abc import AsyncIterator
+from importlib.util import find_spec
 from typing import Any
 
 import msgspec
@@ -50,7 +52,8 @@ def schema_of(**types: str) -> Any:
 
 
 SCHEMAS = {"judge": schema_of(is_good="boolean"), "review": schema_of(summary="string", is_good="boolean")}
-CLIENT = importlib.import_module(os.environ.get("BENCH_CLIENT", "httpx")).AsyncClient(
+CLIENT_LIBRARY = os.environ.get("BENCH_CLIENT") or ("httpx2" if find_spec("httpx2") else "httpx")
+CLIENT = importlib.import_module(CLIENT_LIBRARY).AsyncClient(
     base_url=os.environ.get("OPENAI_BASE_URL", ""),
     headers={"Authorization": "Bearer x", "Content-Type": "application/json"},
 )
