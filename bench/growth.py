@@ -6,8 +6,8 @@ has the longest hold of the event loop by one callback, and by one turn with all
 CPU time of its thread. The loop is asyncio's own, whose callbacks can be measured.
 
 A line is marked if a unit costs more than 1.5 times as much as with fewer of them: then the cost is not linear. It is
-also marked if one callback held the loop for more than 10 ms. ``--rows`` and ``--most`` repeat a line. The exit code is
-the number of marked lines.
+also marked if one callback held the loop for more than 10 ms, but for one value of a megabyte or more. ``--rows`` and
+``--most`` repeat a line. The exit code is the number of marked lines, at most 100.
 
     python -m bench.growth --rows readers        # only these
     python -m bench.growth --rows stored --most 1000

@@ -1,12 +1,12 @@
 """Has something that agents do all the time become slower than recorded? python -m bench.guard
 
 The server's CPU time for each unit of work is compared with that of the bare equal, measured in the same seconds: a
-ratio of 1 means that ``flockapi serve`` with a store on disk needs no more than Starlette and msgspec without one. CPU
-time depends much less on the disk, and on what else runs, than requests a second.
+ratio of 1 means that ``flockapi serve`` with a store on disk needs no more than Starlette and msgspec without a store.
+CPU time depends much less on the disk, and on what else runs, than requests a second.
 
-There are three tries, which take a minute and a half, and up to nine of what is slower in these, since the memory of
-a machine may be busy with others. The exit code is 1 if the best ratio of a row is below 0.85 of the recorded one,
-which is the median of its tries. Run it alone on the machine.
+There are three tries, which take a minute and a half, and up to nine of what stays too slow in these, since other
+programs may slow down the memory of a machine. The exit code is 1 if the best ratio of a row is below 0.85 of the
+recorded one, which is the median of its tries. Run it alone on the machine.
 
     python -m bench.guard --record     # after an intended change: write the ratios to bench/recorded.json
 """

@@ -1,4 +1,4 @@
-"""Measure everything in one run, and print one table: python -m bench.run
+"""Measure one table in one run: python -m bench.run
 
 Bare ASGI, Starlette with msgspec, FastAPI and Litestar (if they are installed) and ``flockapi serve`` do the same work,
 one after the other in each round, on one core. The load comes from another core. A cell has the median, and in brackets

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def fill(path: Path, runs: int, principal: str | None = None) -> None:
         db.execute("COMMIT")
         found = db.execute("SELECT count(*) FROM runs").fetchone()[0]
     assert found == runs, found
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # otherwise the first start waits for what was written here
 
 
 def some_run_ids(path: Path, count: int) -> list[str]:
