@@ -65,7 +65,6 @@ async def test_a_peer_checks_the_inputs(peer: Any, inputs: Any) -> None:
     assert (await respond(peer, "POST", "/run/flock", {**RUN, "inputs": inputs})).status_code == 422
 
 
-@pytest.mark.anyio
 def test_servers_written_by_hand_collect_garbage_like_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     thresholds = list[tuple[int, ...]]()
     monkeypatch.setattr(gc, "set_threshold", lambda *given: thresholds.append(given))
@@ -75,6 +74,7 @@ def test_servers_written_by_hand_collect_garbage_like_ours(monkeypatch: pytest.M
     assert thresholds[0] == thresholds[1]
 
 
+@pytest.mark.anyio
 async def test_an_accepted_run_of_the_bare_equal_can_be_awaited() -> None:
     started = await respond(bare.app, "POST", "/run/flock", {**RUN, "async_run": True})
     ended = await respond(bare.app, "GET", f"{started.headers['location']}?wait=5", None)

@@ -27,10 +27,11 @@ import pytest
 from flock.agents.signature import Signature
 from flock.core import Flock, FlockFactory, Model
 from flock.errors import DefinitionError, ModelError
+from flock.models import requests
 from flock.models.completions import Completion, Message, ToolSchema
 from flock.models.llm import ModelClient
 from flock.models.providers import PROVIDERS, check_model
-from flock.models.requests import Request
+from flock.models.requests import Request, function_of
 from flock.runs import Usage
 from flock.testing import Failure, FakeModel, Reply
 from tests.support import PATIENCE_S
@@ -751,6 +752,53 @@ def test_with_litellm_only_a_near_miss_is_an_unknown_provider(monkeypatch: pytes
     with pytest.raises(ModelError, match="Did you mean 'openai'") as caught:
         check_model("opnai/gpt-4o")
     assert "pip install" not in str(caught.value)
+
+
+HEADERS = [(b"server", "caché".encode())]
+
+
+@pytest.mark.parametrize(
+    ("responses", "error_type", "calls"),
+    [
+        pytest.param(
+            [httpx.Response(429, headers=HEADERS), httpx.Response(400, headers=HEADERS)], "model_bad_request", 2
+        ),
+        pytest.param([httpx.Response(200, headers=HEADERS, text="<html>")], "model_bad_response", 1),
+    ],
+    ids=["errors", "no JSON"],
+)
+async def test_a_header_in_another_encoding_does_not_hide_an_error(
+    responses: list[httpx.Response], error_type: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
+    left = iter(responses)
+    asked: list[httpx.Request] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return next(left)
+
+    async with ModelClient(transport=httpx.MockTransport(respond), backoff_s=0.001) as models:
+        with pytest.raises(ModelError) as caught:
+            await models.complete("openai/gpt-4o", Request(MESSAGES, SCHEMA))
+    assert (caught.value.error_type, len(asked)) == (error_type, calls)
+
+
+def test_strict_forms_of_few_and_short_schemas_are_kept() -> None:
+    """A client may send schemas of its tools, of any length."""
+
+    def is_kept(schema: dict[str, Any]) -> bool:
+        tool = ToolSchema(name="look", description="Look.", schema=schema)
+        return function_of(tool)["function"]["parameters"] is function_of(tool)["function"]["parameters"]
+
+    short: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    assert is_kept(short)
+    assert not is_kept(short | {"description": "long " * requests.MAX_KEPT_BYTES})
+    assert is_kept({**short, "properties": {"a": {"type": "string", "default": "é"}}})
+    assert not is_kept({**short, "properties": {"a": {"type": "string", "default": "\ud800"}}})  # no JSON has it
+    for number in range(2 * requests.MAX_KEPT):
+        is_kept({**short, "description": str(number)})
+    assert len(requests._kept) <= requests.MAX_KEPT
 
 
 # litellm

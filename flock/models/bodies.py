@@ -33,21 +33,25 @@ class BadBody(Exception):
 
 
 class Whole(NamedTuple):
-    """A response that was read. Its names are those of httpx, which takes as long to make one as to read it.
+    """A response that was read, and its decompressed body. To make another response takes as long as to read one."""
 
-    Attributes:
-        content: the decompressed body.
-    """
-
-    status_code: int
-    headers: Mapping[str, str]
+    response: "httpx.Response"
     content: bytes
+
+    @property
+    def status_code(self) -> int:
+        return self.response.status_code
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self.response.headers
 
     @property
     def text(self) -> str:
         """The body as text, in the encoding that its headers name."""
-        headers = {name: value for name, value in self.headers.items() if name != "content-encoding"}
-        return str(http.library().Response(self.status_code, headers=headers, content=self.content).text)
+        headers = self.response.headers.copy()
+        headers.pop("content-encoding", None)
+        return type(self.response)(self.status_code, headers=headers, content=self.content).text
 
 
 async def pieces_of(response: "httpx.Response | Whole") -> AsyncGenerator[bytes, None]:
@@ -93,4 +97,4 @@ async def read_whole(response: "httpx.Response") -> Whole:
     except BadBody:
         if response.is_success:
             raise
-    return Whole(response.status_code, response.headers, bytes(body[:limit]))
+    return Whole(response, bytes(body[:limit]))

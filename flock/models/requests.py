@@ -1,7 +1,7 @@
 """Requests for chat completions: the body, and the ways to request JSON or calls of tools."""
 
 import base64
-import functools
+import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -260,6 +260,9 @@ STRICT_KEYWORDS = frozenset(
 NOT_STRICT = {"object": "may have any keys", "array": "is a tuple, or a list of anything"}
 OTHER_CONSTRAINTS = ("minLength", "maxLength", "minProperties", "maxProperties", "uniqueItems")
 STRICT_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid".split())
+#: Of how many schemas the strict form is kept, and the max length of such a schema as JSON.
+MAX_KEPT, MAX_KEPT_BYTES = 500, 4096
+_kept: dict[bytes, tuple[Sequence[str], dict[str, Any]]] = {}
 
 
 def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
@@ -267,13 +270,31 @@ def _strict_schema(schema: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
 
     Source: OpenAI's guide to structured outputs, "Supported schemas".
     """
-    problems, strict = _as_strict(msgspec.json.encode(schema))
+    problems, strict = _as_strict(schema)
     return (False, dict(schema)) if problems else (True, strict)
 
 
-@functools.lru_cache(maxsize=100)  # each call of a model names its schema, and those of its tools
-def _as_strict(schema: bytes) -> tuple[Sequence[str], dict[str, Any]]:
-    """Return why *schema* cannot be used in strict mode, and as much of it in that form as possible."""
+def _as_strict(schema: Mapping[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
+    """Return why *schema* cannot be used in strict mode, and as much of it in that form as possible.
+
+    Each call of a model has a schema, and those of its tools. So the forms of ``MAX_KEPT`` schemas are kept, but not
+    those of long ones, which a client may have sent.
+    """
+    try:
+        key = msgspec.json.encode(schema)
+    except (TypeError, ValueError):  # such as an object as a default, which strict mode drops
+        return _converted(schema)
+    if len(key) > MAX_KEPT_BYTES:
+        return _converted(schema)
+    kept = _kept.get(key)
+    if kept is None:
+        if len(_kept) >= MAX_KEPT:
+            _kept.clear()
+        kept = _kept[key] = _converted(copy.deepcopy(schema))
+    return kept
+
+
+def _converted(schema: Mapping[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
     problems: list[str] = []
 
     def convert(node: Mapping[str, Any], at: str) -> dict[str, Any]:
@@ -305,7 +326,7 @@ def _as_strict(schema: bytes) -> tuple[Sequence[str], dict[str, Any]]:
             converted["$defs"] = {name: convert(member, f"{at}/{name}") for name, member in converted["$defs"].items()}
         return converted
 
-    strict = convert(json.loads(schema), "")
+    strict = convert(schema, "")
     return problems, strict
 
 
@@ -319,7 +340,7 @@ def check_strict(schema: Mapping[str, Any], models: Sequence[Model], owner: str)
             "values of enums": (sum(len(node.get("enum", ())) for _, node in nodes), 1000),
         }
         too_many = (f"it has {n} {what}, more than {most}" for what, (n, most) in counts.items() if n > most)
-        if problem := next(iter(_as_strict(msgspec.json.encode(schema))[0]), None) or next(too_many, None):
+        if problem := next(iter(_as_strict(schema)[0]), None) or next(too_many, None):
             raise DefinitionError(
                 f"The output of {owner} is not allowed in the strict mode of {name!r}: {problem}. Use other types, "
                 f"such as a list of structs in place of a dict, or pass Model({name!r}, strict=False)."
