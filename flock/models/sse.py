@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, NamedTuple
 
 from flock.models import bodies
-from flock.models.bodies import BadBody, Whole, pieces_of
+from flock.models.bodies import BadBody, pieces_of
 
 if TYPE_CHECKING:
     import httpx
@@ -16,7 +16,7 @@ class Event(NamedTuple):
     data: bytes
 
 
-def is_stream(response: "httpx.Response | Whole") -> bool:
+def is_stream(response: "httpx.Response") -> bool:
     return str(response.headers.get("content-type", "")).lower().startswith("text/event-stream")
 
 

@@ -110,6 +110,7 @@ class Replay:
     """
 
     def __init__(self, calls: Sequence[Call], grace_s: float) -> None:
+        # Each step makes one. ``dict[int, Mark]()`` takes 17 times as long as ``{}``.
         self._grace_s = grace_s
         self._time = loop_clock()
         self._began_at = self._recurred_at = self._struck_at = self._saw_at = self._time()
