@@ -871,7 +871,8 @@ ASKING = """
 import os
 from flock.core import Flock, FlockFactory, Model
 
-flock = Flock("asking", model=Model("openai/gpt-4o", base_url=os.environ["FAKE_URL"], api_key="none"))
+name = os.environ.get("MODEL", "openai/gpt-4o")
+flock = Flock("asking", model=Model(name, base_url=os.environ["FAKE_URL"], api_key="none"))
 flock.add_agent(FlockFactory.create_default_agent("ask", input="text", output=os.environ.get("OUTPUT", "answer")))
 """
 
@@ -944,10 +945,36 @@ def test_a_person_is_asked_whether_to_pay_for_a_changed_agent(
     monkeypatch.setenv("OUTPUT", "answer, reason")
     command = ("batch", "target.py", "ask", "rows.csv", "-o", "out.csv")
     text = at_terminal(*command, typed="n\n")
-    assert "The agent 'ask' has changed, so all 4 rows run again. They will cost about $0.30.\nContinue? [y/N]" in text
+    assert "The agent 'ask' has changed, so all 4 rows run again. They will cost about $0.30 at the prices of" in text
     assert (provider.asked.total(), Path("out.csv").read_bytes()) == (4, written)
     assert "4 of 4 rows completed." in at_terminal(*command, typed="y\n")
     assert (set(provider.asked.values()), rows_of("out.csv")[0][1:3]) == ({2}, ["answer", "reason"])
+
+
+@pytest.mark.parametrize(
+    ("model", "cost"),
+    [
+        pytest.param(
+            "openai/gpt-4o-mini", " They will cost about $0.02 at the prices of openai/gpt-4o-mini", id="cheaper"
+        ),
+        pytest.param(
+            "anthropic/claude-opus-5",
+            " They will cost about $0.70 at the prices of anthropic/claude-opus-5",
+            id="dearer",
+        ),
+        pytest.param("openai/unknown", "", id="without a price"),
+    ],
+)
+def test_the_rows_of_another_model_are_estimated_at_its_own_prices(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch, model: str, cost: str
+) -> None:
+    assert ask([1, 2, 3, 4]) == 4
+    monkeypatch.setenv("MODEL", model)
+    text = at_terminal("batch", "target.py", "ask", "rows.csv", "-o", "out.csv", typed="n\n")
+    assert f"The agent 'ask' has changed, so all 4 rows run again.{cost}" in text
+    assert ("will cost" in text) == bool(cost)
+    if cost:
+        assert "if they need as many tokens as the 4 rows before" in text.replace("\n", "").replace("\r", "")
 
 
 def test_a_person_who_tries_rows_is_asked_whether_to_run_the_others(provider: Provider) -> None:

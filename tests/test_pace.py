@@ -328,16 +328,105 @@ async def test_the_record_says_what_a_run_waits_for(model: FakeModel, open_engin
         assert (await engine.wait(run.run_id)).status is RunStatus.CANCELLED
 
 
-async def test_a_used_up_quota_ends_all_calls_with_its_key_at_once(
+async def test_a_used_up_quota_ends_all_calls_of_runs_with_its_key_at_once(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.replies = [Failure(429, "insufficient_quota")]
     async with client(model) as models:
         assert (await failure_of(models)).error_type == "model_quota"
-        assert (await failure_of(models, caller=ITEM)).error_type == "model_quota"
+        assert (await failure_of(models)).error_type == "model_quota"
         assert len(model.requests) == 1
         model.replies = [Reply(ANSWER)]
         assert await complete(models, Model("openai/m", api_key="another")), "another key has its own quota"
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+async def test_all_rows_of_a_batch_complete_if_a_quota_was_cured_before_it_counts_as_used_up(
+    refusals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one call finds out whether there is quota again, the others wait, and none fails."""
+    monkeypatch.setattr(pace, "QUOTA_PROBE_PAUSE_S", 0.05)
+    provider = QuotaProvider(refusals)
+    async with asking("openai/m").engine(transport=provider.transport) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            batch = await engine.submit_batch("ask", [{"number": n} for n in range(40)], BatchOptions(max_workers=8))
+            batch = await engine.wait_batch(batch.batch_id)
+    assert (batch.status, batch.completed_items) == (RunStatus.COMPLETED, 40)
+    assert provider.answered == 40, "no row is paid twice"
+
+
+async def test_runs_wait_for_the_call_that_finds_out_whether_there_is_quota_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pace, "QUOTA_PROBE_PAUSE_S", 0.05)
+    provider = QuotaProvider(1, is_held=True)
+    async with client(provider) as models:
+        assert (await failure_of(models)).error_type == "model_quota"
+        await anyio.sleep(0.06)  # the pause of the provider is over
+        with anyio.fail_after(PATIENCE_S):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(10):
+                    tasks.start_soon(complete, models)
+                await provider.is_asked.wait()
+                for _ in range(20):
+                    await anyio.lowlevel.checkpoint()
+                assert provider.asked == 2, "one call is sent first"
+                provider.may_answer.set()
+    assert provider.answered == 10
+
+
+async def test_a_cancelled_call_lets_the_next_one_find_out_about_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "QUOTA_PROBE_PAUSE_S", 0.05)
+    provider = QuotaProvider(1, is_held=True)
+    async with client(provider) as models:
+        await failure_of(models)
+        await anyio.sleep(0.06)  # the pause of the provider is over
+        with anyio.fail_after(PATIENCE_S):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(complete, models)
+                await provider.is_asked.wait()
+                provider.may_answer.set()
+                tasks.cancel_scope.cancel()
+            assert await complete(models)
+
+
+async def test_a_batch_stops_after_three_refusals_in_a_row_because_of_the_quota(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pace, "QUOTA_PROBE_PAUSE_S", 0.05)
+    provider = QuotaProvider(10**6)
+    async with asking("openai/m").engine(transport=provider.transport) as engine:
+        with anyio.fail_after(PATIENCE_S):
+            batch = await engine.submit_batch("ask", [{"number": n} for n in range(40)], BatchOptions(max_workers=1))
+            batch = await engine.wait_batch(batch.batch_id)
+    assert batch.status is RunStatus.FAILED
+    assert provider.asked == pace.QUOTA_REFUSALS
+
+
+class QuotaProvider(FakeModel):
+    """A provider whose first calls are refused since the quota is used up, as long as its account is not topped up.
+
+    Args:
+        refusals: how many calls it refuses.
+        is_held: whether it answers the first accepted call only when ``may_answer`` is set.
+    """
+
+    def __init__(self, refusals: int, *, is_held: bool = False) -> None:
+        self.asked = self.answered = 0
+        self.is_asked, self.may_answer = anyio.Event(), anyio.Event()
+        self._refusals = refusals
+        self._is_held = is_held
+        super().__init__(self._reply)
+
+    async def _reply(self, request: ModelRequest) -> Any:
+        self.asked += 1
+        if self.asked <= self._refusals:
+            return Failure(429, "insufficient_quota")
+        self.is_asked.set()
+        if self._is_held:
+            await self.may_answer.wait()
+        self.answered += 1
+        return Reply(ANSWER)
 
 
 # Outages

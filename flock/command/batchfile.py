@@ -30,13 +30,14 @@ from flock.formats import is_gzipped
 from flock.jsontype import Field
 from flock.limits import limits_for_one_batch
 from flock.models.models import models_of, names_of
+from flock.models.prices import price_of
 from flock.rows.dialect import CSVDialect
 from flock.rows.files import file_rows
 from flock.rows.items import ITEMS_PER_PAGE, item_pages
 from flock.rows.likeinput import results_like
 from flock.rows.results import results_as
 from flock.rows.tables import RowMapping
-from flock.runs import Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, Row, Run, RunStatus
+from flock.runs import DOLLAR, Batch, BatchFilter, BatchOptions, Engine, OnExtra, OnInvalid, Row, Run, RunStatus
 from flock.steps.progress import follow_batch, print_progress
 from flock.store.batchstate import create_state, remove_state
 from flock.store.files import exclusive_lock, remove, sync_folder
@@ -351,9 +352,21 @@ async def _check_changed(flock: DeclaredFlock, job: BatchFile, stored: Sequence[
         count = 0
         async for row in rows:
             count += not row.is_empty
-    costs = [batch.estimated_cost / batch.total_items for batch in earlier if batch.estimated_cost is not None]
-    cost = f" They will cost about ${max(costs) * count:.2f}." if costs else ""
+    cost = _cost_of(flock, job, earlier[0], count)
     job.confirm(f"The agent {job.agent_name!r} has changed, so all {count:,} rows run again.{cost}")
+
+
+def _cost_of(flock: DeclaredFlock, job: BatchFile, seen: Batch, count: int) -> str:
+    """Return what *count* rows will probably cost: the tokens of the rows of *seen*, at the prices of today's model."""
+    ended = seen.completed_items - seen.cancelled_items - seen.invalid_items
+    models = models_of(getattr(flock.agents[job.agent_name], "model", None) or flock.model, "the flock")
+    price = price_of(flock.prices, models[0].name) if models else None
+    if price is None or seen.usage is None or ended <= 0:
+        return ""
+    cost = price.picodollars(seen.usage)
+    cost = price.for_batch(cost) if models[0].batch else cost
+    at_prices = f"at the prices of {models[0].name}, if they need as many tokens as the {ended:,} rows before"
+    return f" They will cost about ${cost * count / ended / DOLLAR:.2f} {at_prices}."
 
 
 async def _continue(engine: EmbeddedEngine, batch: Batch, job: BatchFile, report: Callable[[str], None]) -> bool:

@@ -478,7 +478,10 @@ class _Call:
             raise
         except ModelError as exc:
             if exc.error_type == "model_quota":
-                pace.exhausted(anyio.current_time(), exc)
+                pace.exhausted(anyio.current_time(), passage, exc)
+                if pace.waits_for_quota(self.caller):
+                    self.is_refused, self.pause_s = True, 0.0
+                    raise _TransientError(exc, 429) from exc
             else:
                 pace.answered(anyio.current_time(), passage)
             raise

@@ -29,8 +29,10 @@ MAX_WAIT_S = 120.0
 FALLBACK_WAIT_S = 5.0
 #: How long a provider is left alone after an outage, by calls that another model may answer, in seconds.
 LEFT_ALONE_S = 30.0
-#: How long calls fail at once after the provider said that the quota is used up, in seconds.
-QUOTA_PAUSE_S = 60.0
+#: After how many refusals in a row a quota counts as used up, so that items of batches do not wait for it any longer.
+QUOTA_REFUSALS = 3
+#: The pause after a refusal because of the quota, in seconds, and after the last of them.
+QUOTA_PROBE_PAUSE_S, QUOTA_PAUSE_S = 5.0, 60.0
 #: The first and the longest pause before a provider that did not answer is asked again, in seconds.
 MIN_PROBE_PAUSE_S, MAX_PROBE_PAUSE_S = 1.0, 15.0
 #: After a longer wait, one call is sent first, and the others when it is accepted.
@@ -438,6 +440,8 @@ class Pace(Gate):
         self.rate = Rate(shortest_s)
         #: the provider asked to wait; it does not answer; the quota is used up
         self.limit, self.outage, self.quota = Breaker(), Breaker(), Breaker()
+        #: how many calls in a row were refused because of the quota, of those that were sent after one another
+        self._quota_refusals = 0
         self._asked_until = -math.inf
         self._pause_s = self._rate_before = 0.0
         #: when the last call was sent that got an answer
@@ -447,11 +451,18 @@ class Pace(Gate):
     def reason(self) -> str:  # type: ignore[override]
         if self.outage.is_open:
             return f"waiting for {self.provider}, which does not answer,"
+        if self.quota.is_open:
+            return f"waiting to see whether {self.provider} has quota again"
         return f"waiting for the rate limit of {self.provider}"
 
+    def waits_for_quota(self, caller: Caller) -> bool:
+        """Whether *caller* waits after a refusal because of the quota, which may have been a mistake or be cured."""
+        return caller.is_item and not caller.has_fallback and self._quota_refusals < QUOTA_REFUSALS
+
     def check(self, now: float, caller: Caller) -> None:
-        if self.quota.wait_s(now) > 0 and self.quota.error is not None:
-            raise _again(self.quota.error)
+        if self.quota.error is not None and self.quota.wait_s(now) > 0 and not self.waits_for_quota(caller):
+            if now < self.quota.until or caller.has_fallback:
+                raise _again(self.quota.error)
         if (caller.has_fallback or (caller.models > 1 and caller.is_item)) and self.outage.is_open:
             is_short = caller.have_all_failed or not caller.has_fallback
             until = self.outage.until if is_short else self.outage.opened_at + LEFT_ALONE_S
@@ -499,6 +510,8 @@ class Pace(Gate):
         for breaker in (self.quota, self.limit, self.outage):
             if breaker.is_open and (breaker.probe is passage or passage.sent_at > breaker.opened_at):
                 breaker.close()
+                if breaker is self.quota:
+                    self._quota_refusals = 0
                 if breaker is self.outage and (self.waiting or any(gate.waiting for gate in self.gates)):
                     self.rate.restart(now, self._rate_before)
         if hold_s > 0:
@@ -535,11 +548,13 @@ class Pace(Gate):
         self.outage.open(now, now + self._pause_s, error)
         self.wake_all()
 
-    def exhausted(self, now: float, error: ModelError) -> None:
-        """The quota of the key is used up."""
-        if not self.quota.is_open:
-            logger.warning("%s Calls with this key fail at once for %g s.", error, QUOTA_PAUSE_S)
-        self.quota.open(now, now + QUOTA_PAUSE_S, error)
+    def exhausted(self, now: float, passage: Passage, error: ModelError) -> None:
+        """A call was refused, since the quota of the key is used up."""
+        if not self.quota.is_open or self.quota.probe is passage:
+            self._quota_refusals += 1
+            pause_s = QUOTA_PAUSE_S if self._quota_refusals >= QUOTA_REFUSALS else QUOTA_PROBE_PAUSE_S
+            logger.warning("%s Calls with this key fail at once for %g s.", error, pause_s)
+            self.quota.open(now, now + pause_s, error)
         self.wake_all()
 
 
