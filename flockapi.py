@@ -20,6 +20,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from urllib.parse import unquote
 
 import msgspec
 from starlette.applications import Starlette
@@ -263,6 +264,9 @@ class FlockAPI(Starlette):
         if above and not scope["path"].startswith(below) and (above + scope["path"]).startswith(below):
             # ASGI includes the root path in ``path``. Hypercorn omits it, and then no route below a mount would match.
             scope = {**scope, "path": above + scope["path"]}
+        if scope["path"].endswith("/") and not (sent := unquote(scope.get("raw_path", b"/"))).endswith("/"):
+            # Litestar appends a slash to ``path``, removes the path of the mount from it, and has no root path.
+            scope = {**scope, "path": sent, "root_path": sent.removesuffix(scope["path"][:-1])}
         scope["flock.request_id"] = request_id = request_id_for(scope)
         scope["flock.found"] = route_match = RouteMatch()
         scope["flock.host"], scope["flock.ended"] = scope.get("app"), self._lifespan.ended

@@ -460,12 +460,25 @@ async def test_an_auth_function_may_read_parameters_of_its_own() -> None:
     async def auth(connection: HTTPConnection) -> Principal | None:
         return Principal(name="ann") if connection.query_params.get("token") == "t" else None
 
-    async with client_of(create_app(sample_flock(), store=":memory:", auth=auth)) as client:
+    app = create_app(sample_flock(), store=":memory:", auth=auth, ignore_query=["token"])
+    async with client_of(app) as client:
         sent = {"agent_name": "add", "inputs": {"a": 1}}
         run = (await client.post("/run/flock", params={"token": "t"}, json=sent)).json()
         for path in (f"/run/{run['run_id']}", f"/run/{run['run_id']}/events", "/runs"):
             assert (await client.get(path, params={"token": "t"})).status_code == 200
             assert (await client.get(path, params={"token": "x"})).status_code == 401
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "auth", [lambda connection: Principal(name="ann"), None, "host"], ids=["function", "none", "host"]
+)
+async def test_a_misspelled_parameter_is_rejected_however_clients_are_identified(auth: Any) -> None:
+    """A filter that is ignored would return all runs."""
+    async with client_of(create_app(sample_flock(), store=":memory:", auth=auth)) as client:
+        for path in ("/runs", "/batches", "/questions", "/questions/events", "/usage"):
+            problem = check_problem(await client.get(path, params={"stauts": "failed"}), 422)
+            assert "'stauts'" in problem["detail"], path
 
 
 def test_the_statuses_of_a_run_are_the_same() -> None:

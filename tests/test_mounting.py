@@ -552,3 +552,29 @@ def test_under_trio_the_first_to_open_an_engine_waits_for_the_others() -> None:
 
     anyio.run(main, backend="trio")
     assert sorted(left) == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["/ai", "/tools/ai"])
+async def test_all_paths_work_below_a_mount_of_litestar(path: str) -> None:
+    """It appends a slash to the path, from which it removes that of the mount, and sends no root path."""
+    from litestar import Litestar, asgi
+    from litestar.types import Receive, Scope, Send
+
+    ai = create_app(sample_flock(), store=":memory:", auth="host")
+
+    @asgi(path, is_mount=True, copy_scope=True)
+    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+        await ai(scope, receive, send)  # type: ignore[arg-type]
+
+    transport = httpx.ASGITransport(Litestar([mounted]))  # type: ignore[arg-type]
+    async with ai.lifespan(), httpx.AsyncClient(transport=transport, base_url="http://host") as client:
+        sent = {"agent_name": "add", "inputs": {"a": 1}, "async_run": True}
+        accepted = await client.post(f"{path}/run/flock", json=sent)
+        run_id = accepted.json()["run_id"]
+        assert accepted.headers["location"] == f"{path}/run/{run_id}"
+        assert (await client.get(f"{path}/run/{run_id}?wait=5")).json()["status"] == "completed"
+        assert (await client.get(f"{path}/runs")).json()["runs"][0]["run_id"] == run_id
+        assert (await client.get(f"{path}/openapi.json")).status_code == 200
+        assert (await client.get(f"{path}/docs")).status_code == 200
+        assert (await client.get(f"{path}/nothing")).status_code == 404

@@ -45,6 +45,7 @@ AUTH = Option(
 HOSTS = many(is_host_name, 'a list of host names without scheme and port, such as ["agents.example"]')
 ORIGINS = many(TEXT.is_valid, 'a list of origins, such as ["https://agents.example"]')
 SECRETS = many(webhook_key, "a list of secrets, as 'flockapi webhook secret' prints them", is_secret=True)
+PARAMETERS = many(TEXT.is_valid, 'a list of names of query parameters, such as ["token"]')
 ROUTES = many(lambda value: hasattr(value, "matches"), "a list of Starlette routes")
 #: The module of each protocol that an app can serve beside the REST API. It is imported if the app does.
 PROTOCOL_MODULES = {name: f"flock.protocols.{name}" for name in ("openai", "mcp", "vercel")} | {
@@ -161,6 +162,9 @@ class AppOptions(Options, frozen=True, kw_only=True):
     auth: Annotated[Auth | Literal["host", "anybody"] | None, AUTH] = None
     #: Allowed values of ``Host``, without the port. None allows any.
     allowed_hosts: Annotated[Collection[str] | None, HOSTS] = None
+    #: Names of query parameters that *auth* or the host's own middleware reads, such as ``["token"]``. Other unknown
+    #: parameters are rejected with 422.
+    ignore_query: Annotated[Collection[str], PARAMETERS] = ()
     #: Origins whose pages may call the app from a browser, in addition to those in the ``CORSMiddleware`` of
     #: *middleware* or of a Starlette host. Pages of other origins cannot change anything.
     cors_origins: Annotated[Sequence[str], ORIGINS] = ()

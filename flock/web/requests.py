@@ -76,9 +76,8 @@ def query_of(request: Request, type_: type[Query], **defaults: Any) -> Query:
             return query
     sent = request.query_params.multi_items() if request.scope["query_string"] else []
     fields = _fields_of(type_)
-    # An auth= function may read parameters of its own, such as a token.
-    if callable(request.app.options.auth) or not type_.__struct_config__.forbid_unknown_fields:
-        sent = [(name, value) for name, value in sent if name in fields]
+    is_open, ignored = not type_.__struct_config__.forbid_unknown_fields, request.app.options.ignore_query
+    sent = [(name, value) for name, value in sent if name in fields or not (is_open or name in ignored)]
     if len({name for name, _ in sent}) < len(sent):
         raise InvalidData.of("A parameter of the query is repeated. Send it once.")
     for name, _ in sent:

@@ -97,7 +97,7 @@ def events_in(text: str) -> list[dict[str, Any]]:
 
 
 def check_problem(response: httpx.Response, status: int) -> Any:
-    assert response.status_code == status
+    assert response.status_code == status, response.url
     assert response.headers["Content-Type"] == "application/problem+json"
     assert response.text.endswith("}\n")
     body = response.json()
