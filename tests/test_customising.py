@@ -556,8 +556,9 @@ async def test_the_hint_names_no_disabled_docs_and_hides_no_page_of_the_host() -
 
 MISTAKES: dict[str, Any] = {
     "server_name": (None, "a string"),
-    "engine": (sample_flock(), "an engine, such as flock.engine(), or None, not a value of type Flock"),
+    "engine": (sample_flock(), "an engine of flock, as flock.engine() returns it, or None, not a value of type Flock"),
     "store": (None, "the path of a file or folder"),
+    "ignore_query": ("token", 'a list of names of query parameters, such as ["token"]'),
     "max_body_bytes": ("1MB", "a whole number of at least 1, not '1MB'"),
     "max_upload_bytes": (1e9, "a whole number of at least 1, not 1000000000.0"),
     "max_json_depth": (0, "a whole number of at least 1, not 0"),
@@ -644,3 +645,13 @@ def test_start_api_takes_custom_endpoints(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     with running(sys.executable, str(tmp_path / "script.py"), PYTHONPATH=str(ROOT)) as server:
         assert httpx.get(f"{server.url}/hello").text == "hello from scripted"
+
+
+def test_an_engine_of_ones_own_is_rejected_with_what_is_needed() -> None:
+    """Apps need more of an engine than the methods of the protocol, such as the sending of webhooks."""
+
+    class Own:
+        async def submit_batch(self) -> None: ...
+
+    with pytest.raises(DefinitionError, match=r"an engine of flock, as flock\.engine\(\) returns it"):
+        create_app(sample_flock(), engine=Own())  # type: ignore[arg-type]

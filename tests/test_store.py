@@ -45,7 +45,7 @@ from flock.store.migrations import MIGRATIONS
 from flock.store.statements import RUN_COLUMNS, merged
 from flock.store.store import SQLiteStore
 from flock.web.wire import RunSummary
-from tests.support import ROOT
+from tests.support import PATIENCE_S, ROOT
 
 pytestmark = pytest.mark.anyio
 
@@ -578,3 +578,33 @@ async def test_a_full_disk_fails_writes_and_loses_nothing(tmp_path: Path, caplog
         await store.save(later, is_new=True)
         assert await store.get_run(large.run_id) == large
         assert await store.get_run(later.run_id) == later
+
+
+OPEN = """
+import sys, anyio
+from flock.store.store import SQLiteStore
+
+async def main():
+    print("ready", flush=True)
+    sys.stdin.readline()
+    async with SQLiteStore(sys.argv[1]):
+        pass
+
+anyio.run(main)
+"""
+
+
+def test_processes_that_open_a_new_store_at_the_same_moment_all_start(tmp_path: Path) -> None:
+    """SQLite does not wait for a lock when WAL is switched on, or when the last process closes the file."""
+    for number in range(12):
+        path = tmp_path / f"{number}.db"
+        options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        opening = [subprocess.Popen([sys.executable, "-c", OPEN, str(path)], **options) for _ in range(4)]
+        for process in opening:
+            assert process.stdout.readline() == "ready\n"
+        for process in opening:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for process in opening:
+            _, errors = process.communicate(timeout=PATIENCE_S)
+            assert process.returncode == 0, errors

@@ -15,6 +15,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -34,7 +35,7 @@ from flock.store.contents import Contents
 from flock.store.groups import SQLITE_ERRORS, Change, Group, PendingRun, Refused, reason_of
 from flock.store.migrations import migrate
 from flock.store.port import RETRY_AFTER_S, DamagedRecord
-from flock.store.storefile import Displaced, StoreFile
+from flock.store.storefile import LOCK_INTERVAL_S, LOCK_TIMEOUT_S, Displaced, StoreFile
 
 T = TypeVar("T")
 
@@ -57,6 +58,19 @@ def _unstorable(reason: Exception) -> Unstorable:
     error = Unstorable("This record has a value that cannot be stored.")
     error.log_detail = str(reason)
     return error
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    """Switch on WAL. SQLite itself does not wait here while another process opens or closes the file."""
+    give_up_at = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as exc:
+            if not exc.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > give_up_at:
+                raise
+            time.sleep(LOCK_INTERVAL_S)
 
 
 class Database:
@@ -148,7 +162,7 @@ class Database:
             if self.is_shared:
                 files.create_private(self.path)
             db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
-            db.execute("PRAGMA journal_mode = WAL")
+            _use_wal(db)
             db.execute(f"PRAGMA synchronous = {'FULL' if self.durability == 'power' else 'NORMAL'}")
         except (*SQLITE_ERRORS, OSError) as exc:
             if db is not None:

@@ -34,7 +34,9 @@ URL = Option(
     words='an address such as "https://agents.example/ai"',
 )
 PATH = of_type(str | Path, "the path of a file or folder")
-ENGINE = Option(is_valid=lambda value: hasattr(value, "submit_batch"), words="an engine, such as flock.engine()")
+ENGINE = Option(
+    is_valid=lambda value: hasattr(value, "send_webhooks"), words="an engine of flock, as flock.engine() returns it"
+)
 DISCONNECT = Option(is_valid=lambda value: value in ("cancel", "continue"), words='"cancel" or "continue"')
 KEYS = Option(is_valid=_names_keys, words="a mapping of names to keys, all strings", is_secret=True)
 AUTH = Option(
@@ -73,8 +75,8 @@ class AppOptions(Options, frozen=True, kw_only=True):
 
     #: The title of the pages and of the served specification.
     server_name: Annotated[str, TEXT] = "Flock Server"
-    #: The engine that executes the runs. None creates an embedded engine on *store*, shared by all apps on this flock
-    #: and store.
+    #: The engine that executes the runs, as ``flock.engine(…)`` returns it. None creates an embedded engine on *store*,
+    #: shared by all apps on this flock and store.
     engine: Annotated[Engine | None, ENGINE] = None
     #: The SQLite file that stores the runs. With ``":memory:"`` they are lost when the app stops.
     store: Annotated[str | Path, PATH] = "flock.db"
