@@ -428,24 +428,32 @@ def activated(listener: socket.socket, *command: str, count: int = 1) -> Iterato
 
 
 class Clients:
-    """Clients that start runs and read without a pause, each request on a new connection."""
+    """Clients that start runs and read without a pause.
 
-    def __init__(self, url: str, number: int = 4) -> None:
+    Args:
+        keeps: whether each client sends its requests on one connection, as long as the server keeps it open.
+    """
+
+    def __init__(self, url: str, number: int = 4, *, keeps: bool = False) -> None:
         self.url = url
+        self._keeps = keeps
         self.answers: list[int] = []
         self.failures: list[str] = []
         self._is_over = threading.Event()
         self._threads = [threading.Thread(target=self._send) for _ in range(number)]
 
     def _send(self) -> None:
-        while not self._is_over.is_set():
-            try:
-                answer = httpx.post(f"{self.url}/run/flock", json={"agent_name": "who"}, timeout=100)
-                self.answers.append(answer.status_code)
-                answer = httpx.get(f"{self.url}/agents/who", timeout=100)
-                self.answers.append(answer.status_code)
-            except httpx.HTTPError as exc:
-                self.failures.append(repr(exc))
+        limits = httpx.Limits(max_keepalive_connections=int(self._keeps))
+        with httpx.Client(base_url=self.url, timeout=100, limits=limits) as client:
+            while not self._is_over.is_set():
+                try:
+                    answer = client.post("/run/flock", json={"agent_name": "who"})
+                    self.answers.append(answer.status_code)
+                    if answer.status_code != 200:
+                        self.failures.append(answer.text)
+                    self.answers.append(client.get("/agents/who").status_code)
+                except httpx.HTTPError as exc:
+                    self.failures.append(repr(exc))
 
     def wait_for_answers(self, number: int) -> None:
         wanted, deadline = len(self.answers) + number, time.monotonic() + 100
@@ -480,6 +488,58 @@ def test_a_server_on_a_passed_socket_restarts_without_a_refused_or_failed_reques
                 clients.wait_for_answers(40)
                 clients.__exit__()
     assert (clients.failures, set(clients.answers)) == ([], {200})
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_clients_with_kept_connections_notice_no_restart(workers: str, flock_file: Path, tmp_path: Path) -> None:
+    """A stopping server answers what has arrived, and closes each connection with a response that says so."""
+    command = flockapi_command("serve", str(flock_file), "--workers", workers, "--store", str(tmp_path / "flock.db"))
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as listener:
+        with Clients(f"http://127.0.0.1:{listener.getsockname()[1]}", keeps=True) as clients:
+            for _ in range(3):
+                with activated(listener, *command):
+                    clients.wait_for_answers(600)
+            with activated(listener, *command):
+                clients.wait_for_answers(200)
+                clients.__exit__()
+    assert len(clients.answers) >= 2000
+    assert (clients.failures, set(clients.answers)) == ([], {200})
+
+
+def test_a_draining_server_closes_kept_connections(flock_file: Path, tmp_path: Path) -> None:
+    """A client with a kept connection would get 503 again and again, and never reach the next server."""
+    inputs = {"wait_for": str(tmp_path / "go")}
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", ":memory:")
+    with running(*command) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        with httpx.Client(base_url=server.url) as kept:
+            sent = {"agent_name": "who", "inputs": inputs}
+            with client.stream("POST", "/run/flock", json=sent, headers={"Accept": "text/event-stream"}) as events:
+                lines = events.iter_lines()
+                next(lines)
+                assert kept.get("/healthz").status_code == 200
+                server.process.terminate()
+                while not kept.get("/readyz").is_error:
+                    pass
+                answer = kept.post("/run/flock", json={"agent_name": "who"})
+                assert (answer.status_code, answer.headers["connection"]) == (503, "close")
+                (tmp_path / "go").touch()
+                assert "run.completed" in "".join(lines)
+
+
+def test_a_client_without_a_key_cannot_send_on_after_its_response(flock_file: Path) -> None:
+    """The server reads what the response may have crossed, and then no more; before, 2.6 GiB in five seconds."""
+    command = flockapi_command("serve", str(flock_file), "--port", "0", "--store", ":memory:")
+    with running(*command, FLOCK_API_KEYS="ann=fk_" + "a" * 40) as server:
+        address = httpx.URL(server.url)
+        with socket.create_connection((address.host, address.port), timeout=60) as client:
+            client.sendall(b"POST /batches HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99999999999\r\n\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 401")
+            client.settimeout(1)
+            sent = 0
+            with contextlib.suppress(OSError):  # a time-out, or a closed connection
+                while sent < 200_000_000:
+                    sent += client.send(b"x" * 65536)
+        assert sent < 20_000_000, "what the buffers of the system hold"
 
 
 def test_a_stopping_server_on_a_passed_socket_waits_for_the_first_request_of_a_connection(flock_file: Path) -> None:

@@ -8,7 +8,9 @@ requests during a response, and loses a response that it sends before the end of
 - Data that arrives during a response is buffered up to ``MAX_PIPELINED_BYTES``. Then reading pauses, and a disconnect
   is noticed only at the next write.
 - A client that reads too slowly is disconnected; see ``Connection.watch_writes``.
-- A connection is closed in stages; see ``_ResponseTransport``.
+- A connection is closed in stages; see ``_ResponseTransport``. What arrives after an early response is read up to
+  ``MAX_HEAD_BYTES``.
+- While the server stops, each response is the last one of its connection, and says so (RFC 9112, section 9.6).
 """
 
 import asyncio
@@ -17,6 +19,7 @@ import re
 from typing import Any
 
 import uvicorn
+import uvicorn.server
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
@@ -44,6 +47,12 @@ EMPTY_LINE = re.compile(rb"\n\r?\n")
 #: Each call of the parser takes microseconds. So only the first pieces of one read may be short.
 MAX_SHORT_PIECES = 64
 LONG_PIECE_BYTES = 1024
+
+
+class ServerState(uvicorn.server.ServerState):
+    """What the connections of a server share. *is_stopping*: the next response of each of them is its last one."""
+
+    is_stopping = False
 
 
 async def _reject(scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,6 +116,11 @@ class Connection(HttpToolsProtocol):
         self._start_head()
 
     def data_received(self, data: bytes) -> None:
+        if self.is_discarding:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:  # the client has its response, and must read it before it may go on
+                self.flow.pause_reading()
+            return
         data, start, pieces = self._pipelined + data, 0, 0
         self._pipelined = b""
         while start < len(data) and not self.is_discarding and not self.transport.is_closing():
@@ -170,6 +184,18 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not None:
             self.cycle.transport = _ResponseTransport(self)  # type: ignore[assignment]
+            if isinstance(self.server_state, ServerState) and self.server_state.is_stopping:
+                self.finish()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request has begun to arrive, and none waits for its response."""
+        return not self._head_bytes and (self.cycle is None or self.cycle.response_complete)
+
+    def finish(self) -> None:
+        """Close the connection after the response, if its head has not been sent, which then says so."""
+        if self.cycle is not None and not self.cycle.response_started:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         if self.is_discarding:

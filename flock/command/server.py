@@ -34,7 +34,7 @@ import uvicorn.logging
 
 from flock.agents.checks import warn_of_problems
 from flock.command.accepting import ACCEPTS_PER_ITERATION, NOT_ACCEPTING, Acceptor
-from flock.command.connection import Connection
+from flock.command.connection import Connection, ServerState
 from flock.command.exporter import end_export, export_traces
 from flock.declared import DeclaredFlock
 from flock.errors import DefinitionError
@@ -62,8 +62,9 @@ RESPONSE_TIMEOUT_S = 5
 OPEN_FILES = 65_536
 #: How long to wait at exit for an idle worker thread to end, in seconds.
 THREAD_TIMEOUT_S = 1
-#: How long requests on accepted connections may still start runs before the drain, in seconds.
-LAST_REQUESTS_S = 0.5
+#: How long accepted connections may still send a request that starts a run, before the drain, in seconds. Those that
+#: do not are closed.
+LAST_REQUESTS_S = 1.0
 #: How long to wait then for the first requests of new connections, in seconds. A busy client may be slow to send it.
 FIRST_REQUESTS_S = 3.0
 #: The number of connections that wait to be accepted.
@@ -673,6 +674,7 @@ class _Server(uvicorn.Server):
         accepting: Callable[..., Acceptor] | None = None,
     ) -> None:
         super().__init__(config)
+        self.server_state: ServerState = ServerState()
         self._settings = settings
         self._is_passed, self._on_start = is_passed, on_start
         self._accepting, self._acceptors = accepting, list[Acceptor]()
@@ -762,19 +764,28 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app = self.config.app
         assert isinstance(app, FlockAPI)
+        self.server_state.is_stopping = True
+        for connection in self._connections():
+            connection.finish()
         if self._is_passed:
             for server in self.servers:
                 server.close()
             await anyio.sleep(LAST_REQUESTS_S)
             with anyio.move_on_after(FIRST_REQUESTS_S):
-                while any(getattr(each, "cycle", self) is None for each in self.server_state.connections):  # noqa: ASYNC110
+                while any(each.cycle is None for each in self._connections()):  # noqa: ASYNC110
                     await anyio.sleep(0.02)
+            for connection in self._connections():
+                if connection.is_idle:
+                    connection.shutdown()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._end_drain_on_second_signal, app)
             await app.engine.drain(self._settings.drain_timeout_s)
             tasks.cancel_scope.cancel()
         self.force_exit = False  # it would skip the end of the lifespan, in which the engine closes
         await super().shutdown(sockets)
+
+    def _connections(self) -> list[Connection]:
+        return [each for each in self.server_state.connections if isinstance(each, Connection)]
 
     async def _end_drain_on_second_signal(self, app: FlockAPI) -> None:
         """End the drain at a second Ctrl-C. The rest of the shutdown stays graceful."""

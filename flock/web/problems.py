@@ -92,8 +92,8 @@ async def on_error(request: Request, exc: Exception, **more: Any) -> Response:
         request_id=request_id_of(request),
         **more,
     )
-    is_unread = status in UNREAD or request.scope.get("flock.is_unread", False)
-    if is_unread and request.scope.get("http_version", "1.1").startswith("1"):
+    is_last = status in UNREAD or request.scope.get("flock.is_unread", False) or isinstance(exc, errors.EngineStopped)
+    if is_last and request.scope.get("http_version", "1.1").startswith("1"):
         headers["Connection"] = "close"
     path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
     for prefix, shape in getattr(request.scope.get("app"), "error_shapes", {}).items():
