@@ -601,8 +601,10 @@ def test_processes_that_open_a_new_store_at_the_same_moment_all_start(tmp_path: 
         options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         opening = [subprocess.Popen([sys.executable, "-c", OPEN, str(path)], **options) for _ in range(4)]
         for process in opening:
+            assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
         for process in opening:
+            assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
         for process in opening:
