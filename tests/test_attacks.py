@@ -659,19 +659,61 @@ async def test_requests_are_rate_limited_for_each_principal() -> None:
         assert (await bob.get("/agents")).status_code == 200
 
 
+@pytest.mark.anyio
+async def test_requests_without_a_principal_are_rate_limited_for_each_address() -> None:
+    """One client cannot use up the requests of the others."""
+    app = create_app(sample_flock(), store=":memory:", auth="host", max_requests_per_minute=2)
+    assert await statuses_from(app, "192.0.2.1", 3, {}) == [200, 200, 429]
+    assert await statuses_from(app, "192.0.2.2", 1, {}) == [200]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("auth", [None, lambda connection: None], ids=["keys", "function"])
+async def test_wrong_credentials_are_rate_limited_for_each_address(auth: Any) -> None:
+    """A guess is answered with 429, and the clients with right credentials are not affected."""
+    access = {"api_keys": KEYS} if auth is None else {"auth": auth}
+    app = create_app(sample_flock(), store=":memory:", max_requests_per_minute=2, **access)
+    guess = {"Authorization": "Bearer fk_guess"}
+    assert await statuses_from(app, "192.0.2.1", 4, guess) == [401, 401, 429, 429]
+    assert await statuses_from(app, "192.0.2.2", 1, guess) == [401]
+    if auth is None:
+        right = {"Authorization": f"Bearer {KEYS['ann']}"}
+        assert await statuses_from(app, "192.0.2.1", 3, right) == [200, 200, 429]
+
+
+async def statuses_from(app: Any, address: str, number: int, headers: dict[str, str]) -> list[int]:
+    """Return the statuses of *number* requests of a client with this *address*."""
+    transport = httpx.ASGITransport(app, client=(address, 1))
+    async with app.lifespan(), httpx.AsyncClient(transport=transport, base_url="http://t", headers=headers) as client:
+        return [(await client.get("/agents")).status_code for _ in range(number)]
+
+
+def test_keys_of_one_name_have_one_budget() -> None:
+    """With different ones, each request would replace the budget that the other key has set."""
+    budget = "ann:max_cost_per_day:5"
+    with pytest.raises(DefinitionError, match="The keys of 'ann' have different budgets"):
+        KeyRing({"ann": new_key(), budget: new_key()})
+    keys = {f"{budget}:admin": new_key(), budget: new_key(), "bob": new_key()}
+    assert [principal.max_cost_per_day for principal in map(KeyRing(keys).find, keys.values()) if principal] == [
+        5,
+        5,
+        None,
+    ]
+
+
 def test_a_rate_limit_refills_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     at = 1000.0
     monkeypatch.setattr("flock.web.auth.time.monotonic", lambda: at)
-    rate = RateLimit(2)
+    rate, caller = RateLimit(2), ("address", "192.0.2.1")
     for later, left in ((0, 1), (0, 0), (30, 0), (3000, 1)):
         at += later
-        assert rate.take(None)["RateLimit"].startswith(f'"minute";r={left};')
-    rate.take(None)
+        assert rate.take(caller)["RateLimit"].startswith(f'"minute";r={left};')
+    rate.take(caller)
     with pytest.raises(TooManyRequests):
-        rate.take(None)
+        rate.take(caller)
     for number in range(20_000):
         at += 0.01
-        rate.take(Principal(name=str(number)))
+        rate.take(("principal", str(number)))
     assert len(rate._full_at) <= 10_001, "memory does not grow with the number of principals"
     with pytest.raises(DefinitionError):
         RateLimit(0)

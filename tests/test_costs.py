@@ -323,6 +323,15 @@ async def test_a_run_stops_at_its_max_cost(open_engine: OpenEngine, model: FakeM
     assert len(model.requests) == 3
 
 
+async def test_the_first_call_runs_whatever_it_costs(open_engine: OpenEngine, model: FakeModel) -> None:
+    """What it will cost is only known when it has been answered."""
+    model.replies = [Reply({"length": 1})]
+    async with open_engine(measuring(), transport=model.transport) as engine:
+        run_id = (await engine.submit("measure", {"text": "a"}, max_cost=1e-9)).run_id
+        run = await finish(engine, run_id)
+        assert (run.status, run.usage) == (RunStatus.COMPLETED, usage_of_gpt_4o(10, 5))
+
+
 async def test_a_max_cost_needs_prices(open_engine: OpenEngine, model: FakeModel) -> None:
     """It is refused for models that are known when it is given, and holds for those that are only known later."""
     flock = Flock(f"costs {new_id()}", model="openai/unknown")

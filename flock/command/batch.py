@@ -122,7 +122,8 @@ STDOUT = Path("-")
     "--max-cost",
     type=click.FloatRange(0, MAX_COST, min_open=True),
     metavar="DOLLARS",
-    help="Start no more rows after that many US dollars. Run the command again with more to continue.",
+    help="Start no more rows after that many US dollars. The first call of a model always runs, whatever it costs. Run "
+    "the command again with more to continue.",
 )
 @click.option(
     "--max-failures",

@@ -232,7 +232,7 @@ class Engine(Protocol):
                 transaction that accepts the run. On a cluster, the run cancels it if this process dies before, and
                 does not delete it. No effect if the run is refused.
             max_cost: US dollars that its model calls may cost in all attempts, 0 < max_cost <= ``MAX_COST``. It is
-                checked before each call.
+                checked before each call but the first, which always runs.
             key: detects repeated requests.
             run_id: a ``new_id()`` that no other run has; None creates one.
             watch: keep what its agents write, from the start, for the first reader of its ``events``: at most 10 s

@@ -67,7 +67,7 @@ SECRETS_VARIABLE, WEBHOOK_PREFIX, WEBHOOK_KEY_BYTES = "FLOCK_WEBHOOK_SECRETS", "
 ADMIN = ":admin"
 #: The part of a key's name that limits what the runs of its principal may cost in a day, in US dollars.
 BUDGET = r":max_cost_per_day:([^:]*)"
-#: The number of principals in a ``RateLimit`` above which idle ones are dropped.
+#: The number of callers in a ``RateLimit`` above which idle ones are dropped.
 CLEANUP_SIZE = 10_000
 #: The port in ``Host``.
 PORT = r":\d*$"
@@ -144,6 +144,7 @@ class KeyRing:
     def replace(self, keys: Mapping[str, str]) -> None:
         """Accept *keys* from now on, and no others. If they are invalid, raise as ``KeyRing``, and change nothing."""
         principals: dict[bytes, Principal] = {}
+        budgets: dict[str, float | None] = {}
         for full_name, key in keys.items():
             name, max_cost_per_day = _without_budget(full_name)
             roles, name = re.findall(ROLE_PART, name), re.sub(ROLE_PART, "", name)
@@ -158,6 +159,11 @@ class KeyRing:
                 raise DefinitionError(
                     f"The key of {name!r} is invalid. A key has at least {MIN_KEY_LENGTH} visible ASCII characters and "
                     "no spaces. 'flockapi key' prints a new one."
+                )
+            if budgets.setdefault(bare, max_cost_per_day) != max_cost_per_day:
+                raise DefinitionError(
+                    f"The keys of {bare!r} have different budgets, and its runs can have one. Give each of them the "
+                    "same max_cost_per_day, or another name."
                 )
             principal = Principal(name=bare, admin=name.endswith(ADMIN), roles=roles, max_cost_per_day=max_cost_per_day)
             if principals.setdefault(_digest(key), principal) is not principal:
@@ -264,34 +270,33 @@ class ConcurrencyLimit:
 
 
 class RateLimit:
-    """The number of requests that each principal may send in a minute, in one burst or spread out."""
+    """The number of requests that each caller may send in a minute, in one burst or spread out."""
 
     def __init__(self, per_minute: int) -> None:
         if per_minute < 1:
             raise DefinitionError(f"max_requests_per_minute must be at least 1, not {per_minute}.")
         self._per_minute = per_minute
-        self._full_at: dict[str | None, float] = {}
+        self._full_at: dict[Caller, float] = {}
         self._cleanup_size = CLEANUP_SIZE
 
-    def take(self, principal: Principal | None) -> dict[str, str]:
+    def take(self, caller: Caller) -> dict[str, str]:
         """Count one request.
 
         Returns: the headers with the remaining quota (draft-ietf-httpapi-ratelimit-headers).
 
         Raises: TooManyRequests if the quota is used up.
         """
-        name = None if principal is None else principal.name
         at, interval_s = time.monotonic(), 60 / self._per_minute
-        full_at = max(at, self._full_at.get(name, at)) + interval_s
+        full_at = max(at, self._full_at.get(caller, at)) + interval_s
         available = int((at + 60 - full_at) / interval_s + 1e-6)
         headers = {"RateLimit-Policy": f'"minute";q={self._per_minute};w=60'}
         if full_at > at + 60 + 1e-6:
             wait_s = math.ceil(full_at - at - 60)
             message = f"The limit is {self._per_minute} requests per minute. Send the next one in {wait_s} s."
             raise TooManyRequests(message, wait_s, headers | {"RateLimit": f'"minute";r=0;t={wait_s}'})
-        self._full_at[name] = full_at
-        if len(self._full_at) > self._cleanup_size:  # drop principals whose quota is full again
-            self._full_at = {name: later for name, later in self._full_at.items() if later > at}
+        self._full_at[caller] = full_at
+        if len(self._full_at) > self._cleanup_size:  # drop callers whose quota is full again
+            self._full_at = {each: later for each, later in self._full_at.items() if later > at}
             self._cleanup_size = max(CLEANUP_SIZE, 2 * len(self._full_at))
         return headers | {"RateLimit": f'"minute";r={available};t={math.ceil(interval_s)}'}
 

@@ -124,6 +124,7 @@ class AppOptions(Options, frozen=True, kw_only=True):
     #: Max time that a request may wait for a run. Longer waits are capped.
     max_wait_s: Annotated[int, whole(0)] = 60
     #: Max requests per minute of each principal, per process. More are rejected with 429 and ``RateLimit`` headers.
+    #: Requests without a principal, or with wrong credentials, count for their address (for IPv6, each 64-bit network).
     #: None means no limit.
     max_requests_per_minute: Annotated[
         int | None,

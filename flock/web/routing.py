@@ -107,7 +107,7 @@ class AppRouter(Router):
             read protected routes: such a page could send requests through the browser of a user who can connect.
         hosts: allowed values of ``Host``, without the port; None allows any.
         origins: other origins whose pages may change something.
-        rate: the rate limit of each principal; None means no limit.
+        rate: the rate limit of each caller; None means no limit.
         options: see ``starlette.routing.Router``.
     """
 
@@ -192,14 +192,19 @@ class AppRouter(Router):
     async def _authorise(self, scope: Scope, route_match: RouteMatch, needs: Needs) -> None:
         connection = HTTPConnection(scope)
         if self._auth is not None:
-            result = await _in_thread(self._auth, connection) if self._auth_needs_thread else self._auth(connection)
-            identified = await result if inspect.isawaitable(result) else result
-            if not isinstance(identified, Principal):
-                raise Unauthenticated("The credentials of this request are missing, unknown or expired.")
+            try:
+                result = await _in_thread(self._auth, connection) if self._auth_needs_thread else self._auth(connection)
+                identified = await result if inspect.isawaitable(result) else result
+                if not isinstance(identified, Principal):
+                    raise Unauthenticated("The credentials of this request are missing, unknown or expired.")
+            except Unauthenticated:
+                if self._rate is not None:  # guesses count for the address
+                    route_match.headers = self._rate.take(caller_of(connection))
+                raise
             scope["flock.principal"] = identified
         principal = principal_of(connection)
         if self._rate is not None:
-            route_match.headers = self._rate.take(principal)
+            route_match.headers = self._rate.take(caller_of(connection))
         if needs == "admin" and principal is not None and not principal.admin:
             raise Forbidden(f"{scope['path']} is only for admins, and {principal.name!r} is not an admin.")
 
