@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -9,11 +10,12 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import anyio
 import anyio.lowlevel
 import httpx
+import msgspec
 import pytest
 
 from flock.agents.tools import Tool
@@ -1330,3 +1332,28 @@ def test_a_program_that_cannot_be_loaded_is_an_error_on_stderr(tmp_path: Path) -
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert "nothing.py" in done.stderr
+
+
+async def test_a_line_that_is_too_long_is_read_in_pieces_and_answered_with_an_error() -> None:
+    """The next line is answered as ever. The host's line of 300 MB without an end was in memory as a whole."""
+    ping = {"jsonrpc": "2.0", "id": 7, "method": "ping"}
+    sent = b'{"padding": "' + b"x" * 5_000_000 + b'"}\n' + msgspec.json.encode(ping) + b"\n" + b"y" * 3_000_000
+    app = FlockAPI(sample_flock(), store=":memory:", protocols=["mcp"], auth="host", metrics=False)
+    written: list[dict[str, Any]] = []
+    lengths: list[int] = []
+
+    async def write(line: bytes) -> None:
+        written.append(msgspec.json.decode(line))
+
+    async def noted(file: IO[bytes]) -> AsyncIterator[bytes]:
+        async for line in stdio.lines_of(file, app.options.max_body_bytes):
+            lengths.append(len(line))
+            yield line
+
+    async with app.lifespan():
+        await serve_lines(app, noted(io.BytesIO(sent)), write)
+    assert max(lengths) <= app.options.max_body_bytes + 2
+    assert len(lengths) == 3
+    results = [each for each in written if "result" in each]
+    assert [each["id"] for each in results] == [7]
+    assert [each["error"]["code"] < 0 for each in written if "error" in each] == [True, True]

@@ -6,9 +6,9 @@ import logging.config
 import os
 import signal
 import weakref
-from collections.abc import AsyncIterable, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anyio
 import anyio.to_thread
@@ -82,7 +82,16 @@ async def _serve(app: FlockAPI, source: int, sink: int) -> None:
             await anyio.to_thread.run_sync(write_line, line, limiter=one_at_a_time)
 
         async with app.lifespan():
-            await serve_lines(app, anyio.wrap_file(read), write)
+            await serve_lines(app, lines_of(read, app.options.max_body_bytes), write)
+
+
+async def lines_of(source: IO[bytes], max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """Yield each line of *source*. Of one that is too long, only the beginning, which the app rejects."""
+    while line := await anyio.to_thread.run_sync(source.readline, max_bytes + 2):
+        rest = line
+        while rest and not rest.endswith(b"\n"):
+            rest = await anyio.to_thread.run_sync(source.readline, max_bytes)
+        yield line
 
 
 async def serve_lines(app: ASGIApp, lines: AsyncIterable[bytes], write: Callable[[bytes], Awaitable[None]]) -> None:
