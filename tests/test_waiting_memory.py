@@ -605,7 +605,7 @@ async def test_long_results_that_are_downloaded_at_once_do_not_hold_the_event_lo
 
     app, longest_s = create_app(flock, store=str(tmp_path / "flock.db"), auth="anybody"), 0.0
     async with Served(app) as server:
-        run = await end_of(app.engine, await app.engine.submit("long", {"mb": 15}))
+        run = await app.engine.wait((await app.engine.submit("long", {"mb": 15})).run_id)
         async with anyio.create_task_group() as tasks:
             for _ in range(16):
                 tasks.start_soon(anyio.to_thread.run_sync, download, f"/run/{run.run_id}")
