@@ -464,7 +464,7 @@ async def one_run(request: Request) -> Response:
     if wait_s := wait_of(request):
         run = await while_connected(request, engine.wait(run_id, wait_s))
     else:
-        run = await (engine.get_outline(run_id) if request.method == "HEAD" else engine.get_run(run_id))
+        run = await engine.get_outline(run_id)
     return await run_response(request, run)
 
 

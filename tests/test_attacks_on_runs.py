@@ -226,6 +226,30 @@ async def test_items_cancelled_before_they_start_never_start(store: str) -> None
     assert (batch.completed_items, batch.cancelled_items) == (6, 5)
 
 
+async def test_the_ids_of_cancelled_items_that_never_start_are_forgotten(store: str) -> None:
+    flock, begun = Flock(), anyio.Event()
+
+    @flock.agent
+    async def item(n: int) -> int:
+        begun.set()
+        await anyio.sleep_forever()
+        return n
+
+    async with flock.engine(store=store) as engine:
+        items = [msgspec.Raw(b'{"n": %d}' % n) for n in range(600)]
+        batch = await engine.submit_batch("item", items, BatchOptions(max_workers=1))
+        await begun.wait()
+        last = (await engine.get_items(batch.batch_id, after=500))[-5:]
+        for run in last:
+            await engine.cancel_run(run.run_id)
+        cancelled = engine._runner.cancelled_before
+        assert cancelled.keys() == {run.run_id for run in last}
+        await engine.cancel_batch(batch.batch_id)
+        with anyio.fail_after(PATIENCE_S):
+            while cancelled:  # noqa: ASYNC110 - the engine has no event for it
+                await anyio.sleep(0.01)
+
+
 async def test_the_watch_of_the_store_continues_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For example, no file can be opened for a moment."""
     flock = Flock()

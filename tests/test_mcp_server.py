@@ -29,7 +29,7 @@ from flock.testing import FakeModel, Reply
 from flockapi import FlockAPI, create_app
 from tests.support import PATIENCE_S
 from tests.support.cluster import engine_for
-from tests.support.engines import until_run
+from tests.support.engines import until, until_run
 from tests.support.flocks import Gate, sample_flock
 from tests.support.http import client_of, events_in, get, left, wait_until
 from tests.support.servers import Served, flockapi_command
@@ -620,6 +620,50 @@ async def test_a_long_resource_is_never_whole_in_memory() -> None:
         (in_batch,) = (await post(client, [body_of("resources/read", uri=f"flock://run/{run_id}")], {})).json()
         for result in (await result_of(client, body), in_batch["result"]):
             assert json.loads(result["contents"][0]["text"])["result"] == {"result": text}
+
+
+async def test_a_batch_of_long_resources_is_sent_in_pieces_and_holds_a_slot() -> None:
+    """Fifty reads of a run of 15 MB took 3 GB. After a megabyte of responses, the rest is refused."""
+    flock = Flock("long")
+
+    @flock.agent
+    async def write(mb: int) -> str:
+        return "x" * mb * 1_000_000
+
+    app = served(flock, max_downloads_per_principal=1)
+    async with Served(app) as server, httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S) as client:
+        run_id = (await app.engine.wait((await app.engine.submit("write", {"mb": 15})).run_id)).run_id
+        batch = [body_of("resources/read", uri=f"flock://run/{run_id}", id_=at) for at in range(50)]
+        with little_memory(5_000_000):
+            unread = await server.send(batch, "POST /mcp")
+            head = await unread.receive(15)
+        assert head == b"HTTP/1.1 200 OK"
+        refused = await client.post("/mcp", json=batch)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, -32000)
+        await unread.aclose()
+        await until(lambda: server.requests_in_flight == 0)
+        whole, *others = (await client.post("/mcp", json=batch)).json()
+    assert len(json.loads(whole["result"]["contents"][0]["text"])["result"]["result"]) == 15_000_000
+    assert {other["error"]["message"] for other in others} == {
+        "The responses before this one in the batch are too long. Send it alone."
+    }
+    assert [other["id"] for other in others] == list(range(1, 50))
+
+
+async def test_a_message_that_a_batch_has_no_room_for_is_not_executed() -> None:
+    flock, written = Flock("long"), list[int]()
+
+    @flock.agent
+    async def write(kb: int) -> str:
+        written.append(kb)
+        return "x" * kb * 1000
+
+    app = served(flock)
+    async with app.lifespan(), client_of(app) as client:
+        batch = [body_of("tools/call", name="write", arguments={"kb": 200}, id_=at) for at in range(10)]
+        answers = (await client.post("/mcp", json=batch)).json()
+    assert len(written) == 3  # the text of each is also in its structured content
+    assert ["result" in answer for answer in answers] == [True] * 3 + [False] * 7
 
 
 async def test_resources_are_runs(client: httpx.AsyncClient) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from flock import fair
 from flock.agents.messages import Messages
-from flock.core import FlockFactory
+from flock.core import Flock, FlockFactory
 from flock.engine.embedded import EmbeddedEngine
 from flock.errors import AgentError, StoreError
 from flock.protocols import chats as chats_module
@@ -471,6 +471,33 @@ async def test_an_agent_that_reads_nothing_cannot_continue(client: httpx.AsyncCl
         await send(client, "echo", "b", previous_response_id=first["id"]), 400, ..., "'echo' cannot cont"
     )
     assert error["param"] == "previous_response_id"
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_a_page_of_a_conversation_ends_at_a_number_of_bytes(order: str) -> None:
+    """A page of long answers took 2.3 GB."""
+    flock, id_ = Flock("long"), f"conv_{new_id()}"
+
+    @flock.agent
+    async def repeat(messages: Messages) -> str:
+        return messages[-1].content * 300_000
+
+    engine = flock.engine(max_input_bytes=10_000_000)
+    app = create_app(flock, protocols=["openai"], engine=engine, auth="anybody")
+    async with app.lifespan(), client_of(app) as client:
+        for text in "abcdefgh":
+            await create(client, "repeat", text, conversation=id_)
+        texts, query, pages = list[str](), dict[str, Any]({"order": order, "limit": 100}), 0
+        while True:
+            with little_memory(12_000_000):
+                page = await get(client, f"/v1/conversations/{id_}/items", **query)
+            texts += [item["content"][0]["text"][0] for item in page["data"]]
+            query["after"], pages = page["last_id"], pages + 1
+            assert 0 < len(page["data"]) < 10
+            if not page["has_more"]:
+                break
+    assert texts == sorted([*"abcdefgh"] * 2, reverse=order == "desc")
+    assert pages == 3
 
 
 async def test_a_conversation_is_a_session(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:

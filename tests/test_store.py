@@ -38,7 +38,7 @@ from flock.runs import (
     new_id,
     now,
 )
-from flock.store import statements
+from flock.store import queries, statements
 from flock.store.batchstate import create_state
 from flock.store.columns import BATCH_TABLE, RUN_TABLE, STEP_TABLE, Column
 from flock.store.migrations import MIGRATIONS
@@ -142,6 +142,36 @@ async def test_a_taken_over_run_is_fenced_from_its_former_owner(store: SQLiteSto
     assert interrupted
     assert (interrupted.status, interrupted.error_type) == (RunStatus.FAILED, "interrupted")
     await store.unregister_engine("me")
+
+
+@pytest.mark.parametrize("insert", ["insert_run", "insert_runs"])
+async def test_a_run_that_is_written_again_keeps_its_place_in_its_session(
+    insert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first commit is reported as failed, but is on disk. A cancellation from elsewhere is kept too."""
+    first, second = (run_of(session_id="s") for _ in range(2))
+    async with SQLiteStore(tmp_path / "flock.db") as store:
+        write_once, may_commit = store._write_once, anyio.Event()
+
+        def fail_after_commit(write: Callable[[], None]) -> None:
+            write_once(write)
+            if not may_commit.is_set():
+                raise sqlite3.OperationalError("disk I/O error")
+
+        if insert == "insert_runs":
+            await store.change(lambda db: queries.insert_runs(db, [first]))
+        else:
+            monkeypatch.setattr(store, "_write_once", fail_after_commit)
+            with pytest.raises(StoreError):
+                await store.save(first, is_new=True)
+        with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+            other.execute("UPDATE runs SET cancel_requested = 1")
+        may_commit.set()
+        await store.save(second, is_new=True)
+        if insert == "insert_runs":
+            await store.change(lambda db: queries.insert_runs(db, [replace(first, status=RunStatus.RUNNING)]))
+        assert (await store.active_before(second), await store.active_before(first)) == (first.run_id, None)
+        assert await store.cancels_for("me") == [(first.run_id, 1)]
 
 
 async def test_limits_and_keys_are_checked_in_one_transaction(store: SQLiteStore) -> None:

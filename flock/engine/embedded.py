@@ -643,9 +643,11 @@ class EmbeddedEngine(EngineBase):
                             self._runner.cancelled_before[run_id] = attempt
                     for batch_id in await self.store.batches.cancels_for(self._engine_id):
                         self._batches.cancel(batch_id)
-                    awaited = self._runner.awaited
-                    for id_ in await self.store.ended(awaited) if awaited else ():
-                        awaited.pop(id_).notify()
+                    awaited, cancelled = self._runner.awaited, self._runner.cancelled_before
+                    for id_ in await self.store.ended({**awaited, **cancelled}) if awaited or cancelled else ():
+                        cancelled.pop(id_, None)  # it may have ended without starting here, with its batch
+                        if id_ in awaited:
+                            awaited.pop(id_).notify()
                     version = seen  # only now, so that what could not be read is read again
                 if is_check_due:
                     if not await self.store.renew_registration(self._engine_id, self._flock):

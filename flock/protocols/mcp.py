@@ -23,6 +23,7 @@ from flock.agents.agent import Agent, ModelAgent
 from flock.agents.graph import graph_of
 from flock.agents.handoff import agent_of
 from flock.errors import AgentNotFound, Conflict, FlockError, InvalidData, NotFound
+from flock.fair import FairShare
 from flock.protocols.chats import text_of
 from flock.protocols.jsonrpc import (
     ID,
@@ -42,7 +43,16 @@ from flock.runs import Engine, IdempotencyKey, LongJSON, Question, Run, RunStatu
 from flock.web import orders, wire
 from flock.web.auth import ANYBODY
 from flock.web.negotiation import preferred
-from flock.web.responses import KEEP_ALIVE, EventStream, JSONResponse, LongResponse, QuotedJSON, long_event, sent_event
+from flock.web.responses import (
+    KEEP_ALIVE,
+    EventStream,
+    JSONResponse,
+    LongResponse,
+    PageResponse,
+    QuotedJSON,
+    long_event,
+    sent_event,
+)
 from flock.web.routing import AppRoute, principal_of
 
 #: How the paths of all routes begin.
@@ -63,6 +73,8 @@ MAX_TOOLS = 100
 #: How long clients may keep what they have listed.
 LIST_TTL_MS = 60_000
 MAX_BATCH = 50
+#: When the responses to a batch have more bytes, the rest of its messages are refused.
+MAX_BATCH_BYTES = 1024 * 1024
 #: Seconds for the answer of a person.
 STATE_LIFETIME_S = 86_400
 #: Of the text of a long result, which is in the structured content only, with a link to the run.
@@ -188,18 +200,32 @@ async def mcp(request: Request) -> Response:
     if request.headers.get("mcp-protocol-version", OLDER[-1]) != OLDER[-1] or not 0 < len(messages) <= MAX_BATCH:
         problem = f"Only {OLDER[-1]} has batches, of 1 to {MAX_BATCH} messages. Send one message."
         return _response(None, RPCError(INVALID_REQUEST, problem))
-    sent = [await _respond(request, raw, is_in_batch=True) for raw in messages]
-    bodies = [msgspec.Raw(bytes(response.body).rstrip()) for response in sent if response.body]
-    return JSONResponse(bodies) if bodies else Response(status_code=202)
+    bodies, batch_bytes, share, slot = list[Any](), 0, FairShare(), orders.download_slot(request)
+    for raw in messages:
+        response = await _respond(request, raw, batch_bytes)
+        if isinstance(response, LongResponse):
+            bodies.append(response.content)
+            batch_bytes += response.size
+        elif response.body:
+            bodies.append(msgspec.Raw(bytes(response.body).rstrip()))
+            batch_bytes += len(response.body)
+        await share.checkpoint()
+    if any(not isinstance(body, msgspec.Raw) for body in bodies):
+        return LongResponse(bodies, 200, {}, is_head=False, slot=slot)
+    return PageResponse(bodies, slot) if bodies else Response(status_code=202)
 
 
-async def _respond(request: Request, raw: bytes | msgspec.Raw, *, is_in_batch: bool = False) -> Response:
-    """Return the response to one message: 202 for one that needs none."""
+async def _respond(request: Request, raw: bytes | msgspec.Raw, batch_bytes: int | None = None) -> Response:
+    """Return the response to one message: 202 for one that needs none.
+
+    Args:
+        batch_bytes: of the responses before it in a batch; None for a message that is not in a batch.
+    """
     message, call = None, None
     try:
         message = decoded(raw, Message, INVALID_REQUEST)
         params = decoded(message.params, Params, INVALID_PARAMS)
-        call = Call(request, message, params, _version_of(request, message, params), not is_in_batch)
+        call = Call(request, message, params, _version_of(request, message, params), batch_bytes is None)
         is_known = call.session is None or await _is_signed(call, call.session, "session")
         if message.method != "initialize" and not is_known:
             problem = RPCError(OTHER_ERROR, "This is not a session of this server. Send initialize again.")
@@ -209,6 +235,8 @@ async def _respond(request: Request, raw: bytes | msgspec.Raw, *, is_in_batch: b
             if key is not None:
                 await orders.cancel(request, key)
             return Response(status_code=202)
+        if (batch_bytes or 0) > MAX_BATCH_BYTES:
+            raise RPCError(OTHER_ERROR, "The responses before this one in the batch are too long. Send it alone.")
         answer = await _answer_to(call)
         return answer if isinstance(answer, Response) else _response(message, _complete(call, answer))
     except RPCError as exc:
@@ -521,8 +549,8 @@ async def _verified(call: Call, engine: Engine) -> tuple[Run, Sequence[str]]:
 # Resources
 
 
-async def _read(call: Call) -> Mapping[str, Any] | Response:
-    """resources/read: a run of the caller, as JSON. A long one is sent in pieces, but in a batch."""
+async def _read(call: Call) -> Response:
+    """resources/read: a run of the caller, as JSON. A long one is sent in pieces."""
     uri, engine = call.params.uri, await orders.engine_of(call.request)
     prefix, run_id = uri[: len(RUN_URI)], uri[len(RUN_URI) :]
     try:
@@ -534,8 +562,4 @@ async def _read(call: Call) -> Mapping[str, Any] | Response:
     shown = {name: getattr(run, name) for name in ("run_id", "agent_name", "status", "error", "error_type")}
     shown |= {"result": result, "questions": [each.question for each in run.questions]}
     content: dict[str, Any] = {"uri": uri, "mimeType": "application/json", "text": QuotedJSON(shown)}
-    if call.may_stream:
-        body = reply(call.message, result=_complete(call, {"contents": [content]}))
-        return LongResponse(body, 200, {}, is_head=False)
-    content["text"] = msgspec.Raw(b"".join([piece async for piece in content["text"].pieces()]))
-    return {"contents": [content]}
+    return LongResponse(reply(call.message, result=_complete(call, {"contents": [content]})), 200, {}, is_head=False)

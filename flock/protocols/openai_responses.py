@@ -26,6 +26,7 @@ from flock.jsontype import JSONType
 from flock.protocols import chats
 from flock.protocols import openai_parts as parts
 from flock.runs import Call, Engine, Event, Question, Run, RunStatus, new_id
+from flock.runs.records import PAGE_BYTES
 from flock.web import orders
 from flock.web.requests import fingerprint_of, idempotency_key, query_of, while_connected
 from flock.web.responses import JSONResponse, PageResponse, sent_event
@@ -420,8 +421,12 @@ class PageQuery(msgspec.Struct, frozen=True, kw_only=True):
     after: str = ""
 
 
-def _page(request: Request, items: Sequence[tuple[str, str, str]], run_id: str = "") -> Response:
+def _page(
+    request: Request, items: Sequence[tuple[str, str, str]], run_id: str = "", *, has_more: bool = False
+) -> Response:
     """Return a page of messages, oldest first, as clients list them: each has an id, a role and a text.
+
+    *has_more*: there are others after *items*.
 
     Raises: InvalidData.
     """
@@ -430,7 +435,7 @@ def _page(request: Request, items: Sequence[tuple[str, str, str]], run_id: str =
     first = next((at + 1 for at, (id_, _, _) in enumerate(ordered) if id_ == after), 0)
     shown = [_message(*item) for item in ordered[first : first + query.limit]]
     ids = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
-    body = {"object": "list", "data": shown, "has_more": len(ordered) > first + query.limit, **ids}
+    body = {"object": "list", "data": shown, "has_more": has_more or len(ordered) > first + query.limit, **ids}
     return PageResponse(body, orders.download_slot(request), headers={"Flock-Run-Id": run_id} if run_id else None)
 
 
@@ -475,14 +480,17 @@ async def conversation_items(request: Request) -> Response:
     runs = await orders.newest_runs(request, session_id, RunStatus.COMPLETED, limit=MAX_RUNS)
     ids = sorted((run.run_id for run in runs), reverse=query.order == "desc")
     first = next((at for at, run_id in enumerate(ids) if run_id in query.after), 0)
-    items = list[tuple[str, str, str]]()
-    for run_id in sorted(ids[first : first + query.limit // 2 + 2]):  # two items each; the rest makes has_more true
+    items, left, size = list[tuple[str, str, str]](), ids[first : first + query.limit // 2 + 2], 0
+    while left and (size < PAGE_BYTES or len(items) < 3):  # a run has two items, of which the client may have both
+        run_id = left.pop(0)
         with contextlib.suppress(RunNotFound):  # it was deleted meanwhile
             *said, answer = await chats.turn_of(engine, orders.agents_of(request), await engine.get_run(run_id))
-            items += [(f"{run_id}_in{len(said) - 1}", each.role, each.content) for each in said[-1:]]
-            items.append((Place(run_id).id[5:], answer.role, answer.content))
+            turn = [(f"{run_id}_in{len(said) - 1}", each.role, each.content) for each in said[-1:]]
+            turn.append((Place(run_id).id[5:], answer.role, answer.content))
+            items = items + turn if query.order == "asc" else turn + items
+            size += sum(len(text) for _, _, text in turn)
         await anyio.lowlevel.checkpoint()
-    return _page(request, items)
+    return _page(request, items, has_more=bool(left))
 
 
 # Streams

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args
 import msgspec
 
 from flock.errors import Conflict, DefinitionError, FieldError, InvalidData, RunFailed
+from flock.fair import FairShare
 from flock.jsontype import explain
 from flock.pydanticmodel import from_json
 from flock.runs.client import ClientSettings
@@ -998,8 +999,10 @@ class LongJSON:
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """Yield the whole text in pieces. Raises RunNotFound, StoreError."""
+        share = FairShare()
         for start in range(0, self.length, PIECE_BYTES):
             yield await self.read(start, PIECE_BYTES)
+            await share.checkpoint()
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):

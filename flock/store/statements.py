@@ -75,19 +75,24 @@ WHOLE_RUN = find_run(f"{RUN_COLUMNS}, {_HAS_STEPS}")
 OUTLINE_OF_RUN = find_run(f"{OUTLINE_COLUMNS}, {_HAS_STEPS}")
 
 
+#: An insert is retried after a failed commit, which may have written the row anyway. It keeps its rowid, which is its
+#: place in its session, and a cancellation that was requested meanwhile.
+_AGAIN = f"""ON CONFLICT DO UPDATE SET
+    {", ".join(f"{name} = excluded.{name}" for name in RUN_TABLE if name != "cancel_requested")}"""
+
+
 @functools.lru_cache
 def insert_run(columns: tuple[str, ...]) -> str:
     """Return a statement that inserts a run. The columns that are not in *columns* are NULL."""
-    # REPLACE, because the insert is retried after a failed commit, which may have written the row anyway.
-    return f"INSERT OR REPLACE INTO runs ({', '.join(columns)}) VALUES ({_marks(columns)})"
+    return f"INSERT INTO runs ({', '.join(columns)}) VALUES ({_marks(columns)}) {_AGAIN}"
 
 
 @functools.lru_cache
 def insert_runs(shared: tuple[str, ...], own: tuple[str, ...], count: int) -> str:
     """Return a statement that inserts *count* runs, given the columns that they share, and then those of each."""
     rows = ", ".join([f"({_marks(own)})"] * count)
-    return f"""INSERT OR REPLACE INTO runs ({", ".join([*shared, *own])})
-        SELECT {_marks(shared)}, own.* FROM (VALUES {rows}) AS own"""
+    return f"""INSERT INTO runs ({", ".join([*shared, *own])})
+        SELECT {_marks(shared)}, own.* FROM (VALUES {rows}) AS own WHERE true {_AGAIN}"""
 
 
 UPDATE = f"""UPDATE runs SET {", ".join(f"{name} = ?" for name in UPDATED)}, last_step = ?

@@ -145,19 +145,23 @@ class SQLiteStore(Database, Store):
         return self.read(lambda db: queries.earlier_runs(db, run, limit, max_bytes))
 
     async def result_bytes(self, run_id: str, position: int | None) -> int:
-        return self._with_result(run_id, position, len)
+        return self.read(self._of_result(run_id, position, len))
 
     async def read_result(self, run_id: str, position: int | None, start: int, length: int) -> bytes:
         def read(result: sqlite3.Blob) -> bytes:
             result.seek(start)
             return result.read(length)
 
-        return self._with_result(run_id, position, read)
+        # In a thread, since SQLite skips what is before the piece, page by page.
+        return await self.read_in_thread(self._of_result(run_id, position, read))
 
     async def short_result(self, run_id: str, position: int | None) -> msgspec.Raw:
-        return self._with_result(run_id, position, lambda result: json_from(result.read()))
+        return self.read(self._of_result(run_id, position, lambda result: json_from(result.read())))
 
-    def _with_result(self, run_id: str, position: int | None, use: Callable[[sqlite3.Blob], T]) -> T:
+    def _of_result(
+        self, run_id: str, position: int | None, use: Callable[[sqlite3.Blob], T]
+    ) -> Callable[[sqlite3.Connection], T]:
+        """Return a query for what *use* returns for a result. It raises RunNotFound."""
         table, query, values = "runs", statements.ROW_OF_RUN, (run_id,) if position is None else (run_id, position)
         if position is not None:
             table, query = "steps", statements.ROW_OF_STEP
@@ -169,7 +173,7 @@ class SQLiteStore(Database, Store):
             with db.blobopen(table, "result", row[0], readonly=True) as blob:
                 return use(blob)
 
-        return self.read(find)
+        return find
 
     async def list_runs(self, flock: str, wanted: RunFilter) -> Page[Run]:
         columns = statements.list_columns(wanted.with_inputs, wanted.with_results)

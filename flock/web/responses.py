@@ -196,10 +196,11 @@ def _escaped(text: bytes, escapes: Mapping[bytes, bytes] = LINE_ENDS) -> bytes:
 
 
 class QuotedJSON(LongJSON):
-    """The JSON of *content*, in which a ``LongJSON`` may be, as a JSON string. Its length is not known."""
+    """The JSON of *content*, in which a ``LongJSON`` may be, as a JSON string. Escaping adds to its ``length``."""
 
     def __init__(self, content: Any) -> None:
         self._parts = _long_parts(content, b"", b"")
+        self.length = _size(self._parts)
         self.kept = partial(held, self._parts)
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -212,7 +213,7 @@ class QuotedJSON(LongJSON):
 class LongResponse(StreamingResponse):
     """JSON that contains ``LongJSON`` values, with a newline at the end. It is not chunked if its length is known.
 
-    It holds *slot* while it is sent.
+    It holds *slot* while it is sent. ``size`` is that of the JSON; escaping adds to it.
 
     If a value cannot be read completely, a WARNING is logged, and the server closes the connection.
     """
@@ -228,10 +229,10 @@ class LongResponse(StreamingResponse):
         is_head: bool,
         slot: AbstractContextManager[None] | None = None,
     ) -> None:
-        self._slot = slot or nullcontext()
         parts = _long_parts(content, b"", b"\n")
+        self.content, self.size, self._slot = content, _size(parts), slot or nullcontext()
         if not any(isinstance(part, QuotedJSON) for part in parts):
-            headers = {**headers, "Content-Length": str(_size(parts))}
+            headers = {**headers, "Content-Length": str(self.size)}
         self._parts: Sequence[bytes | LongJSON] = [] if is_head else parts
         super().__init__(pieces(self._parts), status_code, headers)
 
