@@ -144,3 +144,21 @@ def test_a_repeated_parameter_is_refused(operation_id: str, served: tuple[httpx.
         for values in (("", ""), ("true", "true"), ("", "true")):
             error = _refused(served, operation_id, [(parameter["name"], value) for value in values])
             assert "is repeated" in error, parameter["name"]
+
+
+#: Where a misspelled filter or option would return or start something else.
+STRICT = {"runFlock", "runBatch", "listRuns", "listBatches", "listQuestions", "listWebhooks", "getUsage"}
+STRICT |= {"getQuestionEvents", "getBatchResults"}
+
+
+@pytest.mark.parametrize("operation", list(operations()), ids=lambda operation: operation[2]["operationId"])
+def test_routes_that_list_or_start_something_refuse_unknown_parameters(
+    operation: tuple[str, str, Any], served: tuple[httpx.Client, dict[str, str]]
+) -> None:
+    method, path, described = operation
+    client, places = served
+    found = path.format(**dict.fromkeys(re.findall(r"{(\w+)}", path), "echo") | places)
+    sent = {"json": {"agent_name": "add", "inputs": {"a": 1}}} if method == "POST" else {}
+    with client.stream(method, found, params={"unknown": "1"}, **sent) as response:
+        is_refused = response.status_code == 422 and "'unknown'" in response.read().decode()
+    assert is_refused == (described["operationId"] in STRICT)
