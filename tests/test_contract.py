@@ -27,7 +27,7 @@ from flock.agents.agent import Handoff
 from flock.core import Flock, FlockFactory
 from flock.errors import AgentError, FieldError
 from flock.files import FileReference
-from flock.protocols import a2a, agui, mcp, openai, vercel
+from flock.protocols import a2a, agui, mcp, openai, openai_responses, vercel
 from flock.runs import BatchOptions, Event, Principal, Progress, Run, RunContext, RunStatus, Usage, Webhook
 from flock.testing import FakeModel, Reply
 from flock.web import wire
@@ -83,6 +83,8 @@ QUERIES = {
     "BatchesQuery": ["listBatches"],
     "UsageQuery": ["getUsage"],
     "WebhooksQuery": ["listWebhooks"],
+    "ResponseQuery": ["getResponse"],
+    "PageQuery": ["listInputItems", "listConversationItems"],
 }
 
 
@@ -425,7 +427,7 @@ def _shape(schema: Any) -> Any:
 @pytest.mark.parametrize("name", QUERIES)
 def test_a_query_struct_and_its_parameters_are_the_same(name: str) -> None:
     """``include``, a list with commas, is an exception. JSON in the query is a string in the struct."""
-    _, components = msgspec.json.schema_components([getattr(flockapi, name)])
+    _, components = msgspec.json.schema_components([getattr(flockapi, name, None) or getattr(openai_responses, name)])
     ours = components[name]["properties"]
     found = {operation["operationId"]: operation["parameters"] for _, _, operation in operations()}
     for operation_id in QUERIES[name]:
@@ -439,6 +441,14 @@ def test_a_query_struct_and_its_parameters_are_the_same(name: str) -> None:
                     schema
                 )
                 assert (schema.get("default") or None) == (theirs[parameter].get("default") or None)
+
+
+def test_each_parameter_of_a_query_belongs_to_a_struct() -> None:
+    found = [operation for _, _, operation in operations()]
+    have = {each["operationId"] for each in found for p in map(resolve, each["parameters"]) if p["in"] == "query"}
+    assert have == {operation_id for taken in QUERIES.values() for operation_id in taken}
+    queries = {name for module in (wire, openai_responses) for name in vars(module) if name.endswith("Query")}
+    assert queries - {"Query", *QUERIES} == set()
 
 
 def _text_of(parameter: Any) -> Any:

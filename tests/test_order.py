@@ -764,23 +764,38 @@ def both(first: Work, then: Work) -> Work:
     return work
 
 
+def charged_unseen(n: int | str) -> Work:
+    return lambda context, shop: context.call(shop.charge, n, call_keep="result")
+
+
+def mailed_to(start: str) -> Work:
+    return lambda context, shop: context.call(shop.mail, start + 1000 * "a")
+
+
+#: Calls are shown as people know them, with what is stored of their arguments.
+MAKES_6 = r'makes the call charge {"amount":6} instead of charge {"amount":5}\.'
+
 CHANGES = {
-    "other arguments": Change(charged_5, charged_6, r"makes the call 'charge:\w+' instead of 'charge:\w+'", []),
+    "arguments that are not stored": Change(
+        charged_unseen(5), charged_unseen(6), r"makes the call charge:\w+ instead of charge:\w+\.", []
+    ),
+    "long arguments": Change(mailed_to("b"), mailed_to("c"), r'mail {"to":"ca{300,400}… instead of mail', []),
+    "other arguments": Change(charged_5, charged_6, MAKES_6, []),
     "a call of the same function before it": Change(charged_5, charged_6_and_5, "instead of", []),
     "a call of the same function beside it": Change(charged_5, charged_6_beside_5, None, ["charge 6"]),
     "a call of the same function after it": Change(charged_5, charged_5_and_6, None, ["charge 6"]),
     "arguments of another type": Change(charged_5, charged_text, "instead of", []),
-    "another name of the call": Change(charged_under("a"), charged_under("b"), "'charge:b' instead of 'charge:a'", []),
+    "another name of the call": Change(charged_under("a"), charged_under("b"), "charge:b instead of charge:a", []),
     "another function": Change(sent, mailed, None, ["mail a"]),
-    "inside a function": Change(charged_inside("function", 5), charged_inside("function", 6), r"'pay:\w+~charge:", []),
-    "inside an agent": Change(charged_inside("agent", 5), charged_inside("agent", 6), r"'pay:\w+~charge:", []),
+    "inside a function": Change(charged_inside("function", 5), charged_inside("function", 6), MAKES_6, []),
+    "inside an agent": Change(charged_inside("agent", 5), charged_inside("agent", 6), MAKES_6, []),
     "another agent": Change(sold_by("sell", 5), sold_by("trade", 5), None, ["charge 5"]),
-    "other inputs of an agent": Change(sold_by("sell", 5), sold_by("sell", 6), "'sell:.*instead of 'sell:", []),
+    "other inputs of an agent": Change(sold_by("sell", 5), sold_by("sell", 6), 'sell {"n":6} instead of sell', []),
     "a call before it": Change(charged_5, sent_and_charged, None, ["send a"]),
     "removed": Change(charged_5, nothing, None, []),
     "removed before another one": Change(sent_and_charged, charged_5, None, []),
     "not cancelled any more, before an equal one": Change(asked_again, hung, None, []),
-    "not cancelled any more": Change(hung_for_a_moment, hung, "does not cancel the call 'hang:", []),
+    "not cancelled any more": Change(hung_for_a_moment, hung, "does not cancel the call hang again", []),
     "other arguments before equal calls": Change(both(charged_5, counted), both(charged_6, counted), "instead of", []),
     "other arguments after equal calls": Change(both(counted, charged_5), both(counted, charged_6), None, ["charge 6"]),
     "after equal calls, in place of one before": Change(
@@ -890,7 +905,7 @@ async def test_a_call_that_waits_to_be_cancelled_again_counts_as_running(open_ag
         with anyio.fail_after(PATIENCE_S):
             run = await engine.wait(run.run_id)
     assert run.error_type == "changed_program", run.status
-    assert "does not cancel the call 'hang:" in (run.error or "")
+    assert "does not cancel the call hang again" in (run.error or "")
 
 
 @pytest.mark.parametrize("on_change", ["stop", "continue"])
@@ -913,7 +928,7 @@ async def test_another_question_is_not_asked_in_place_of_an_answered_one(
             with anyio.fail_after(PATIENCE_S):
                 run = await engine.wait(run.run_id)
             assert run.error_type == "changed_program"
-            assert "makes the call 'ask:" in (run.error or "")
+            assert 'makes the call ask {"question":"Pay 6?"} instead of ask {"question":"Pay 5?"}.' in (run.error or "")
 
 
 def named(text: str, type_: Any, name: str) -> Callable[[RunContext], Awaitable[Any]]:

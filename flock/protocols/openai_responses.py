@@ -99,7 +99,7 @@ class ResponseQuery(msgspec.Struct, frozen=True, kw_only=True):
     """``starting_after``: the number of the last event of the stream that the client has."""
 
     stream: bool = False
-    starting_after: int = -1
+    starting_after: Annotated[int, msgspec.Meta(ge=-1, le=10**15 - 1)] = -1
 
 
 class Place(NamedTuple):
@@ -416,8 +416,8 @@ async def input_items(request: Request) -> Response:
 class PageQuery(msgspec.Struct, frozen=True, kw_only=True):
     """``after``: the id of the last item that the client has."""
 
-    limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
     order: Literal["asc", "desc"] = "desc"
+    limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
     after: str = ""
 
 

@@ -92,6 +92,8 @@ MIN_SUSPENDED_S = 5.0
 CHECK_S = 0.5
 #: The pause before a call is tried again, in seconds. It doubles with each try.
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 8.0
+#: How much of a call an error shows, in characters.
+MAX_SHOWN = 400
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The JSON Schema of what a sleep returns.
 NULL_TYPE = msgspec.Raw(b'{"type":"null"}')
@@ -713,7 +715,7 @@ class Journal:
             self._replay.cancelled_again(entry)
         is_sure = self._stops_before(planned) and self._replay.is_sure(entry.end)
         if is_sure and not self._replay.has_end(planned.call_id):
-            await self._stop(f"it does not cancel the call {planned.call_id!r} again")
+            await self._stop(f"it does not cancel the call {_shown(planned.label, planned.arguments)} again")
         if planned.at_most_once or self._replay.has_another(entry):
             return await self._result_of(planned, cancellation)
         if entry.failure is not None:
@@ -861,7 +863,10 @@ class Journal:
         """End the step if a call seems to replace another one, because the program was changed."""
         replaced = await self._replay.replaced_by(planned.call_id, planned.label)
         if replaced is not None:
-            await self._stop(f"it makes the call {planned.call_id!r} instead of {replaced.call_id!r}")
+            new, old = _shown(planned.label, planned.arguments), _shown(replaced.name, replaced.arguments)
+            if new == old:  # they differ in what is not stored, or by their call_name=
+                new, old = planned.call_id, replaced.call_id
+            await self._stop(f"it makes the call {new} instead of {old}")
 
     def _has_no_end(self, planned: "_Planned", exc: BaseException, *, is_cancelled: bool) -> bool:
         """Whether a call that has raised *exc* is made again if the step runs again."""
@@ -1153,6 +1158,12 @@ def depth_of_current_call() -> int:
     """Return how many calls contain the current code: 0 outside of calls."""
     call_id = CURRENT_CALL.get()
     return call_id.count(NESTED) + 1 if call_id else 0
+
+
+def _shown(name: str, arguments: msgspec.Raw) -> str:
+    """Return a call as people know it: its name, and as much of its arguments as is stored and short."""
+    text = name if bytes(arguments) in (b"null", b"{}") else f"{name} {bytes(arguments).decode()}"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _below(parent: str, key: str) -> str:

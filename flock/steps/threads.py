@@ -109,7 +109,7 @@ class Threads:
             owners: the run, and the step that holds a slot meanwhile.
             batch: that of the run, if it is an item.
             keeps_result: end as the function has ended even if ``asyncio.timeout`` or the like has cancelled this task
-                meanwhile. The caller must then ``raise_late_cancellation``.
+                meanwhile. The caller must then await ``Cancellation.raise_if_late``.
 
         Raises: what *function* raises; TimeoutError if the call is abandoned.
         Cancellation: immediate while waiting for a slot. After that, only when the function has returned.

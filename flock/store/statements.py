@@ -263,8 +263,9 @@ PLACE_ANSWER = """UPDATE calls SET place = ? WHERE rowid = (SELECT max(rowid) FR
     AND position = ? AND tries = ? AND call_id = ? AND error IS NULL AND place IS NULL)"""
 #: Its end replaces the start of a call that is executed at most once.
 DELETE_START = "DELETE FROM calls WHERE run_id = ? AND position = ? AND call_id = ? AND once = 'started'"
-#: Only the arguments of tools are read: their ids are their positions, while those of other calls tell their arguments.
-CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, arguments="iif(kind = 'tool', arguments, x'7b7d')")} FROM calls
+#: The arguments of tools are read, since their ids are their positions. Those of other calls only appear in errors.
+_READ = "iif(kind = 'tool' OR length(arguments) <= 400, arguments, x'7b7d')"
+CALLS = f"""SELECT rowid, {_replaced(CALL_TABLE, arguments=_READ)} FROM calls
     WHERE run_id = ? AND position = ? AND tries = ? AND rowid > ? ORDER BY rowid"""
 #: NULL in place of long values. The order is that of the rows, and that of the index.
 _SHORT = {name: f"CASE WHEN length({name}) <= ? THEN {name} END" for name in ("arguments", "result")}

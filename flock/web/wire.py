@@ -59,8 +59,8 @@ MaxCost = Annotated[float, msgspec.Meta(gt=0, le=MAX_COST)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 MaxFailures = Annotated[float, msgspec.Meta(ge=0)]
 
-#: Max records in one response.
-MAX_PAGE = 1000
+#: Max records in one response, and the largest number in a query: it has at most 15 digits.
+MAX_PAGE, MAX_NUMBER = 1000, 10**15 - 1
 
 #: Max days in one report of usage.
 MAX_USAGE_DAYS = 366
@@ -171,14 +171,14 @@ class UploadQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_workers: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
     on_invalid: OnInvalid = "reject"
     on_extra: OnExtra = "reject"
-    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | msgspec.UnsetType = msgspec.UNSET
+    timeout_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_NUMBER)] | msgspec.UnsetType = msgspec.UNSET
     max_cost: MaxCost | msgspec.UnsetType = msgspec.UNSET
-    max_failures: MaxFailures | msgspec.UnsetType = msgspec.UNSET
+    max_failures: Annotated[float, msgspec.Meta(ge=0, le=MAX_NUMBER)] | msgspec.UnsetType = msgspec.UNSET
     dedupe: bool = False
     reuse: bool = False
-    limit: Count | msgspec.UnsetType = msgspec.UNSET
-    sample: Count | msgspec.UnsetType = msgspec.UNSET
-    seed: int = 0
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)] | msgspec.UnsetType = msgspec.UNSET
+    sample: Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)] | msgspec.UnsetType = msgspec.UNSET
+    seed: Annotated[int, msgspec.Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)] = 0
     return_errors: bool = True
     box_results: bool = True
     delimiter: Delimiter = ","
@@ -195,7 +195,7 @@ class WaitQuery(msgspec.Struct, frozen=True):
 class EventsQuery(msgspec.Struct, frozen=True):
     """The id of the last event that the client has received."""
 
-    after: Annotated[int, msgspec.Meta(ge=0)] = 0
+    after: Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)] = 0
 
 
 class RunEventsQuery(EventsQuery, frozen=True):
@@ -258,7 +258,7 @@ class RunsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created_before: Time | msgspec.UnsetType = msgspec.UNSET
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE)] = 100
     after: UUID | msgspec.UnsetType = msgspec.UNSET
-    include: Literal["inputs", "result", "inputs,result", "result,inputs"] | msgspec.UnsetType = msgspec.UNSET
+    include: Literal["", "inputs", "result", "inputs,result", "result,inputs"] | msgspec.UnsetType = msgspec.UNSET
 
     def includes(self, name: str) -> bool:
         return not isinstance(self.include, msgspec.UnsetType) and name in self.include
