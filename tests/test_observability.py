@@ -11,7 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -769,3 +769,77 @@ def test_every_worker_reports_the_sum_of_all(tmp_path: Path) -> None:
         server.wait_for_line("Application startup complete", times=4)
         page = values_in(httpx.get(f"{server.url}/metrics").text)
         assert (page["flock_runs_total double completed"], page["flock_event_streams"]) == (40, 0)
+
+
+# Owners and what people do
+
+
+KEYS = {"ops:admin": "fk_ops_0123456789abcdef", "ann": "fk_ann_0123456789abcdef", "bob": "fk_bob_0123456789abcdef"}
+
+
+def as_(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {KEYS[name]}"}
+
+
+@contextlib.asynccontextmanager
+async def owned(tmp_path: Path, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Serve ``asking_flock`` with ``KEYS``."""
+    app = create_app(asking_flock(), store=tmp_path / "flock.db", api_keys=KEYS, **options)
+    async with app.lifespan(), client_of(app) as client:
+        yield client
+
+
+async def ask_as(client: httpx.AsyncClient, name: str) -> dict[str, Any]:
+    """Start a run that asks, and return it when it waits."""
+    body = {"agent_name": "ask", "inputs": {}}
+    waiting: dict[str, Any] = (await client.post("/run/flock", json=body, headers=as_(name))).json()
+    assert waiting["status"] == "waiting"
+    return waiting
+
+
+async def test_an_admin_sees_and_filters_by_the_owner_of_runs_batches_and_questions(tmp_path: Path) -> None:
+    async with owned(tmp_path) as client:
+        runs = {name: await ask_as(client, name) for name in ("ann", "bob")}
+        for name in ("ann", "bob"):
+            body = {"agent_name": "ask", "batch_inputs": [{}]}
+            await client.post("/run/batch", json=body, headers=as_(name))
+
+        async def listed(path: str, name: str, member: str) -> list[Any]:
+            response = await client.get(path, headers=as_(name))
+            assert response.status_code == 200, response.text
+            return [each[member] for each in next(iter(response.json().values()))]
+
+        for path in ("/runs", "/batches"):
+            assert await listed(path, "ops:admin", "principal") == ["bob", "ann"]
+            assert await listed(f"{path}?principal=ann", "ops:admin", "principal") == ["ann"]
+            assert await listed(f"{path}?principal=carl", "ops:admin", "principal") == []
+            assert await listed(f"{path}?agent_name=ask&principal=ann", "ann", "principal") == ["ann"]
+            refused = await client.get(f"{path}?principal=bob", headers=as_("ann"))
+            assert (refused.status_code, "'ann' is not an admin" in refused.text) == (403, True)
+        assert set(await listed("/questions?principal=ann", "ops:admin", "requested_by")) == {"ann"}
+        assert await listed("/questions?principal=bob", "ann", "requested_by") == []
+        for reader in ("ops:admin", "ann"):
+            found = (await client.get(f"/run/{runs['ann']['run_id']}", headers=as_(reader))).json()
+            assert found["principal"] == "ann"
+
+
+async def test_a_run_of_an_open_server_has_no_principal(client: httpx.AsyncClient, model: FakeModel) -> None:
+    model.replies = [Reply({"sentiment": "good", "keywords": []})]
+    run = (await client.post("/run/flock", json={"agent_name": "text_analyzer", "inputs": {"text": "hi"}})).json()
+    assert "principal" not in run
+    assert (await client.get("/runs?principal=ann")).json()["runs"] == []
+
+
+@pytest.mark.parametrize("is_hidden", [False, True])
+async def test_the_line_of_a_run_has_its_principal_unless_the_operator_leaves_it_out(
+    is_hidden: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "flock")
+    if is_hidden:
+        monkeypatch.setenv("FLOCK_TELEMETRY_PRINCIPAL", "false")
+    async with owned(tmp_path) as client:
+        run = await ask_as(client, "ann")
+        await client.post(f"/run/{run['run_id']}/cancel", headers=as_("ann"))
+    lines = [json.loads(JSONFormatter().format(record)) for record in caplog.records]
+    (ended,) = [line for line in lines if line.get("status") == "cancelled"]
+    assert ended.get("principal") == (None if is_hidden else "ann")

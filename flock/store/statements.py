@@ -46,7 +46,7 @@ ITEM_COLUMNS = _columns_of_run(RUN_TABLE.keys() - {"last_step"})
 def list_columns(with_inputs: bool, with_results: bool) -> str:
     """Return the columns of a run in a list."""
     long = {"inputs": with_inputs, "session_id": with_inputs, "result": with_results}  # it is stored after the inputs
-    read = {*HEAD, "progress", "error", *(name for name, is_read in long.items() if is_read)}
+    read = {*HEAD, "progress", "error", "principal", *(name for name, is_read in long.items() if is_read)}
     return _columns_of_run(read, waiting_for="CASE status WHEN 'waiting' THEN waiting_for END")
 
 
@@ -430,7 +430,7 @@ CLOSE_QUESTIONS = "UPDATE questions SET is_open = 0 WHERE run_id = ? AND is_open
 CLOSE_QUESTIONS_OF_ITEMS = f"UPDATE questions SET is_open = 0 WHERE is_open = 1 AND run_id IN ({ITEMS_BY_STATUS})"
 NEWEST_CHANGE = "SELECT newest FROM question_changes"
 #: The conditions of a list of questions, by parameter name.
-QUESTION_CONDITIONS = {"agent_name": "agent_name = :agent_name", "session_id": "session_id = :session_id"}
+QUESTION_CONDITIONS = {name: f"{name} = :{name}" for name in ("agent_name", "principal", "session_id")}
 
 
 #: Of more roles, the questions are sorted. SQLite merges at most 500 queries, and each costs time.
