@@ -34,10 +34,11 @@ from flock.core import Flock
 from flock.errors import AgentError, DefinitionError
 from flock.logs import MAX_WAITING_BYTES, JSONFormatter, LineHandler
 from flock.runs import Batch, BatchOptions, Engine, Observer, Run, RunContext, RunStatus, new_id, now
+from flock.store import statements
 from flock.store.migrations import MIGRATIONS
 from flock.store.store import SQLiteStore
 from flock.testing import Failure, FakeModel, Reply
-from flock.web.metrics import Metrics
+from flock.web.metrics import OF_QUEUE, Metrics
 from flockapi import create_app
 from tests.support import PATIENCE_S, ROOT
 from tests.support.cluster import patient
@@ -465,8 +466,8 @@ async def test_the_host_reads_the_same_metrics(kind: str, flock: Flock, monkeypa
         seen = await metrics_of(client)
     assert found["flock_runs_total add completed"] == 2
     assert found["flock_run_duration_seconds_count add"] == 2
-    queue = {"flock_queued_runs", "flock_waiting_runs", "flock_oldest_queued_run_age_seconds"}
-    wanted = {name: value for name, value in seen.items() if "_created" not in name and name not in queue}
+    queue = {name for name, *_ in OF_QUEUE.values()}
+    wanted = {name: value for name, value in seen.items() if "_created" not in name and name.split()[0] not in queue}
     assert {name: value for name, value in found.items() if "_created" not in name} == wanted
 
 
@@ -492,6 +493,55 @@ async def test_metrics_report_queued_runs_and_open_event_streams(tmp_path: Path)
         with anyio.fail_after(PATIENCE_S):
             while (await metrics_of(client))["flock_event_streams"]:  # noqa: ASYNC110 - HTTP has no event here
                 await anyio.sleep(0.01)
+
+
+async def test_metrics_report_the_backlog_of_questions_webhooks_and_agents(tmp_path: Path) -> None:
+    """Two runs ask, an item asks, and the receiver of the webhooks is down."""
+    flock = asking_flock()
+
+    @flock.agent(max_concurrency=1)
+    async def nap() -> None:
+        await anyio.sleep(600)
+
+    flock.webhook_url = "http://127.0.0.1:9/"  # no server listens there
+    secrets = ["whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"]
+    app = create_app(flock, store=tmp_path / "flock.db", auth="anybody", webhook_secrets=secrets)
+    async with app.lifespan(), client_of(app) as client:
+        before = await metrics_of(client)
+        for _ in range(2):
+            await client.post("/run/flock", json={"agent_name": "ask"})
+        batch = (await client.post("/run/batch", json={"agent_name": "ask", "batch_inputs": [{}]})).json()
+        await wait_until(client, f"/batch/{batch['batch_id']}", lambda got: got["waiting_items"] == 1)
+        for _ in range(3):
+            await client.post("/run/flock", json={"agent_name": "nap", "async_run": True})
+        await wait_until(client, "/runs?status=running", lambda body: len(body["runs"]) == 1)
+        seen = await metrics_of(client)
+    of_agent = "flock_queued_runs_of_agent"
+    names = ["flock_open_questions", "flock_pending_webhooks", f"{of_agent} nap", f"{of_agent} ask"]
+    ages = [f"flock_oldest_{of}_age_seconds" for of in ("open_question", "pending_webhook")]
+    assert [before[name] for name in (*names, *ages)] == [0] * 6
+    assert [seen[name] for name in names] == [3, 2, 2, 0]
+    assert all(0 < seen[age] < 300 for age in ages), [seen[age] for age in ages]
+
+
+async def test_a_backlog_is_counted_from_indexes_and_only_up_to_100_000(tmp_path: Path) -> None:
+    """So a scrape of a large store does not hold the event loop."""
+    async with SQLiteStore(tmp_path / "flock.db") as store:
+        query, values = statements.BACKLOG, {"flock": "f"}
+        plan = store.read(lambda db: db.execute(f"EXPLAIN QUERY PLAN {query}", values).fetchall())
+        lines = [row[3] for row in plan]
+        assert not any("B-TREE" in line or line.startswith("SCAN questions") for line in lines), lines
+        assert sum("USING COVERING INDEX" in line for line in lines) == 2, lines
+        assert (query.count(f"LIMIT {statements.MAX_COUNT}"), statements.MAX_COUNT) == (2, 100_000)
+        assert f"LIMIT {statements.MAX_COUNT}" in statements.COUNT_ASKING
+        few = query.replace(str(statements.MAX_COUNT), "2")
+
+        def fill(db: sqlite3.Connection) -> None:
+            webhook = "INSERT INTO webhooks (flock, type, record_id, agent_name, attempt, created_at, next_try_at)"
+            db.executemany(f"{webhook} VALUES ('f', 'run.completed', ?, 'a', 1, ?, 0)", [("r", at) for at in (7, 8, 9)])
+
+        await store.change(fill)
+        assert store.read(lambda db: db.execute(few, values).fetchone()) == (0, None, 2, 7)
 
 
 async def test_a_run_interrupted_by_a_crash_is_counted_by_the_next_server(flock: Flock, tmp_path: Path) -> None:

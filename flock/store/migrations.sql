@@ -388,3 +388,6 @@ CREATE INDEX runs_by_both ON runs (flock, agent_name, status, run_id, principal)
 CREATE INDEX runs_by_session ON runs (flock, session_id, status, run_id, principal)
     WHERE batch_id IS NULL AND session_id IS NOT NULL;
 CREATE INDEX batches_by_principal ON batches (flock, principal, batch_id) WHERE hidden IS NULL;
+
+---- The open questions in the order in which they were asked.
+CREATE INDEX questions_by_age ON questions (flock, change) WHERE is_open = 1;

@@ -198,11 +198,20 @@ ENDED = """SELECT value FROM json_each(?) WHERE NOT EXISTS
 #: Limited to the agents of this program: runs of agents that no program has wait too, but not for a slot.
 QUEUED = """FROM runs INDEXED BY runs_by_both WHERE batch_id IS NULL AND flock = ?
     AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'starting'"""
-QUEUE = f"SELECT count(*), min(CASE WHEN attempt = 1 AND started_at IS NULL THEN created_at END) {QUEUED}"
+QUEUE = f"""SELECT agent_name, count(*), min(CASE WHEN attempt = 1 AND started_at IS NULL THEN created_at END) {QUEUED}
+    GROUP BY agent_name"""
 COUNT_QUEUED = f"SELECT count(*) {QUEUED}"
-#: The runs that ask. It reads only the index: milliseconds for 100,000 of them.
-COUNT_ASKING = """SELECT count(*) FROM runs INDEXED BY runs_asking WHERE batch_id IS NULL AND flock = ?
-    AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'waiting' AND is_asleep = 0"""
+#: Reading an index for a count takes milliseconds for as many.
+MAX_COUNT = 100_000
+COUNT_ASKING = f"""SELECT count(*) FROM (SELECT 1 FROM runs INDEXED BY runs_asking WHERE batch_id IS NULL AND flock = ?
+    AND agent_name IN (SELECT value FROM json_each(?)) AND status = 'waiting' AND is_asleep = 0 LIMIT {MAX_COUNT})"""
+_OPEN = "FROM questions INDEXED BY questions_by_age WHERE flock = :flock AND is_open = 1"
+_PENDING = "FROM webhooks INDEXED BY webhooks_by_status WHERE flock = :flock AND status = 'pending'"
+#: The open questions and the webhooks that wait: how many, and since when the oldest one.
+BACKLOG = f"""SELECT (SELECT count(*) FROM (SELECT 1 {_OPEN} LIMIT {MAX_COUNT})),
+    (SELECT json_extract(question, '$.asked_at') {_OPEN} ORDER BY change LIMIT 1),
+    (SELECT count(*) FROM (SELECT 1 {_PENDING} LIMIT {MAX_COUNT})),
+    (SELECT created_at {_PENDING} ORDER BY number LIMIT 1)"""
 COUNT_QUEUED_OF_PRINCIPAL = """SELECT count(*) FROM runs INDEXED BY runs_by_principal_and_agent
     WHERE batch_id IS NULL AND flock = ? AND principal = ? AND agent_name IN (SELECT value FROM json_each(?))
     AND status = 'starting'"""
